@@ -1,0 +1,62 @@
+# `make` shows the targets. Each makes its own environment first, from the exact pins in constraints.txt.
+#   make test PYTHON=python3.12 VENV=.venv-3.12     another interpreter (3.11 or newer), beside the first
+#   make test PYTEST_ARGS="-k noise -x"             any pytest argument
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CACHE := .cache
+ROOMS := bd3lm_hf modeling training hub_upload
+TORCH = $(shell grep '^torch==' constraints.txt)
+TRANSFORMERS = $(shell grep '^transformers==' constraints.txt)
+# transformers' own model tests are in its source distribution only.
+SOURCE := $(CACHE)/transformers-source
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow check clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+venv: $(READY) ## make or refresh the environment
+
+# torch first and alone, so that nothing that depends on it picks another build.
+$(READY): constraints.txt setup.cfg
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev,plots]'
+	touch $@
+
+demo: $(READY) ## train, score and write text on this machine, in minutes, without a download
+	$(BIN)/python training/train.py training/recipes/demo.yaml
+
+test: $(READY) ## the quick tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(READY) ## the slow tests: three ways of installing, transformers' common model tests, ...
+	@$(MAKE) --no-print-directory $(SOURCE)/.ready || echo "transformers' tests could not be had; theirs will fail below"
+	BD3LM_TRANSFORMERS_SOURCE=$(abspath $(SOURCE)) $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+$(SOURCE)/.ready: constraints.txt | $(READY)
+	rm -rf $(SOURCE)
+	mkdir -p $(SOURCE)/download
+	$(BIN)/python -m pip download --quiet --no-binary :all: --no-deps --dest $(SOURCE)/download $(TRANSFORMERS)
+	tar -xzf $(SOURCE)/download/*.tar.gz -C $(SOURCE) --strip-components=1 --wildcards '*/tests/*'
+	touch $@
+
+# The type check sees what a user gets: an installed wheel. A stale build/ would bring deleted modules back into it.
+check: $(READY) ## lint, formatting, and types of the installed wheel
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build $(CACHE)/wheel $(CACHE)/installed
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(CACHE)/wheel .
+	$(BIN)/python -m pip install --quiet --no-deps --target $(CACHE)/installed $(CACHE)/wheel/*.whl
+	cd $(CACHE)/installed && $(abspath $(BIN))/mypy --config-file $(CURDIR)/setup.cfg \
+		--cache-dir $(CURDIR)/.mypy_cache --python-executable $(abspath $(BIN))/python -p bd3lm_hf
+	rm -rf build
+
+clean: ## remove builds and caches, keep the environment
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache $(CACHE)
+	find $(ROOMS) tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,271 @@
+"""Perplexity of a language model on held-out sequences: exp of the mean negative log-likelihood per scored token.
+
+Any model with the verb `token_nll(input_ids, attention_mask, estimator=, num_samples=, generator=)` can be scored.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+
+class Perplexity(NamedTuple):
+    """How well a model predicts text; for a diffusion model an upper bound (NELBO) unless its block size is 1."""
+
+    nll: float  # mean per scored token, nats
+    perplexity: float  # exp(nll)
+    bits_per_token: float
+    bits_per_byte: float | None  # None where the bytes of a token are unknown
+    standard_error: float  # of nll: sequences as a random sample of text, noise draws included
+    num_tokens: int  # scored tokens
+    num_sequences: int
+    seconds: float
+
+
+class SequenceScore(NamedTuple):
+    """What one sequence contributes."""
+
+    index: int  # its place in the data set
+    nll: float  # summed over its scored tokens, nats
+    num_tokens: int
+
+
+def perplexity(
+    model: Any,
+    sequences: Sequence[Any],
+    *,
+    estimator: str = "stratified",
+    num_samples: int = 1,
+    batch_size: int = 8,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    bytes_per_token: float | None = None,
+    progress: bool = False,
+) -> Perplexity:
+    """Score all `sequences`.
+
+    The result depends on the model, the sequences, the estimator and `seed` only: every sequence has its own source of
+    noise, so batch size and the number of processes change rounding at most.
+
+    Args:
+        model: anything with `token_nll`.
+        sequences: a data set with `input_ids` (and `attention_mask`, `labels`), or sequences of token ids; rows may
+            differ in length.
+        estimator: `"sampled"`, `"stratified"` or `"exact"`, see the model's `token_nll`.
+        num_samples: noise draws per sequence; unused by `"exact"`.
+        seed: fixes the noise.
+        device: where to compute; the model's device by default.
+        bytes_per_token: mean UTF-8 bytes of a token of this text, for `bits_per_byte`.
+
+    Raises:
+        ValueError: no sequences, none with a scored token, or a batch size below 1.
+    """
+    start = time.perf_counter()
+    scores = score_sequences(
+        model,
+        sequences,
+        estimator=estimator,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        progress=progress,
+    )
+    return summarize(scores, bytes_per_token=bytes_per_token, seconds=time.perf_counter() - start)
+
+
+@torch.no_grad()
+def score_sequences(
+    model: Any,
+    sequences: Sequence[Any],
+    *,
+    indices: Sequence[int] | None = None,
+    estimator: str = "stratified",
+    num_samples: int = 1,
+    batch_size: int = 8,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> list[SequenceScore]:
+    """Score the sequences at `indices` (all by default), so that several processes can share the work.
+
+    See [`perplexity`] for the arguments. The model's train or eval mode is restored.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: give at least 1.")
+    indices = range(len(sequences)) if indices is None else indices
+    device = _device_of(model) if device is None else torch.device(device)
+    scores: list[SequenceScore] = []
+    was_training = getattr(model, "training", False)
+    if was_training:
+        model.eval()
+    try:
+        with tqdm(total=len(indices), desc="scoring", leave=False, disable=not progress) as bar:
+            for batch, rows in _batches(sequences, indices, batch_size):
+                input_ids, attention_mask, context = batch_of(rows, device)
+                nll, mask = model.token_nll(
+                    input_ids,
+                    attention_mask,
+                    estimator=estimator,
+                    num_samples=num_samples,
+                    generator=[torch.Generator(device).manual_seed(_seed_of(seed, index)) for index in batch],
+                    **context,
+                )
+                sums = (nll.double() * mask).sum(1).tolist()
+                counts = mask.long().sum(1).tolist()
+                scores += map(SequenceScore, batch, sums, counts)
+                bar.update(len(batch))
+    finally:
+        if was_training:
+            model.train()
+    return sorted(scores)
+
+
+def _batches(
+    sequences: Sequence[Any], indices: Sequence[int], batch_size: int
+) -> Iterator[tuple[list[int], list[Any]]]:
+    """Batches of sequences of one length: a sequence's draws depend on its length, which padding would change."""
+    waiting: dict[int, tuple[list[int], list[Any]]] = {}
+    for index in map(int, indices):
+        row = sequences[index]
+        length = len(row["input_ids"] if isinstance(row, Mapping) else row)
+        batch = waiting.setdefault(length, ([], []))
+        batch[0].append(index)
+        batch[1].append(row)
+        if len(batch[0]) == batch_size:
+            yield waiting.pop(length)
+    yield from waiting.values()
+
+
+def summarize(
+    scores: Iterable[SequenceScore], *, bytes_per_token: float | None = None, seconds: float = 0.0
+) -> Perplexity:
+    """Combine the scores of sequences; their order does not matter, and an index that occurs twice counts once.
+
+    The standard error is that of a ratio estimate, sqrt(n / (n - 1) sum_i (nll_i - nll m_i)^2) / sum_i m_i for
+    sequences with m_i scored tokens.
+
+    Raises:
+        ValueError: nothing was scored.
+    """
+    ordered = sorted({score.index: score for score in scores}.values())
+    num_tokens = sum(score.num_tokens for score in ordered)
+    if not num_tokens:
+        raise ValueError(
+            f"{len(ordered)} sequences hold no scored token, so there is no perplexity: give longer or more text."
+        )
+    nll = math.fsum(score.nll for score in ordered) / num_tokens
+    count = len(ordered)
+    spread = math.fsum((score.nll - nll * score.num_tokens) ** 2 for score in ordered)
+    error = math.sqrt(count / (count - 1) * spread) / num_tokens if count > 1 else math.nan
+    bits = nll / math.log(2)
+    return Perplexity(
+        nll=nll,
+        perplexity=math.exp(nll) if nll < 700 else math.inf,
+        bits_per_token=bits,
+        bits_per_byte=None if bytes_per_token is None else bits / bytes_per_token,
+        standard_error=error,
+        num_tokens=num_tokens,
+        num_sequences=count,
+        seconds=seconds,
+    )
+
+
+def unigram_perplexity(train_ids: Iterable[int], eval_ids: Iterable[int], vocab_size: int) -> float:
+    """Perplexity of the model that ignores context: frequencies of the training tokens, with one added to each count.
+
+    Args:
+        train_ids: token ids of the training text, any shape.
+        eval_ids: the tokens to score, see [`scored_tokens`].
+        vocab_size: number of ids, which smoothing shares one count each.
+
+    Raises:
+        ValueError: nothing to score, or an id outside the vocabulary.
+    """
+    counts = [_counts(ids, vocab_size) for ids in (train_ids, eval_ids)]
+    if not counts[1].sum():
+        raise ValueError("eval_ids is empty: give at least one token to score.")
+    log_probability = (counts[0] + 1).log() - (counts[0].sum() + vocab_size).log()
+    nll = -(counts[1] * log_probability).sum() / counts[1].sum()
+    return math.exp(nll.item())
+
+
+def scored_tokens(
+    model: Any, sequences: Sequence[Any], *, batch_size: int = 8, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """The token ids `(num_tokens,)` of `sequences` that `model` scores, on the CPU: no padding, no given first token.
+
+    A baseline that is compared with the model must score the same tokens. Costs one cheap pass.
+    """
+    device = _device_of(model) if device is None else torch.device(device)
+    found = []
+    with torch.no_grad():
+        for start in range(0, len(sequences), batch_size):
+            rows = [sequences[index] for index in range(start, min(start + batch_size, len(sequences)))]
+            input_ids, attention_mask, context = batch_of(rows, device)
+            mask = model.token_nll(input_ids, attention_mask, estimator="sampled", num_samples=1, **context).mask
+            found.append(input_ids[mask.bool()].cpu())
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
+
+
+class ScoringBatch(NamedTuple):
+    """Stacked sequences, padded on the right; all tensors `(batch, length)`, int64."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor  # 0 over padding
+    context: dict[str, torch.Tensor]  # `labels`, where -100 marks tokens that are given; empty if there are none
+
+
+def batch_of(rows: Sequence[Any], device: torch.device | str = "cpu") -> ScoringBatch:
+    """Stack sequences of any length.
+
+    Args:
+        rows: mappings with `input_ids` and perhaps `attention_mask` and `labels`, or plain sequences of ids.
+    """
+
+    def stack(column: list[torch.Tensor], padding: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=padding).to(device)
+
+    given: list[Mapping[str, Any]] = [row if isinstance(row, Mapping) else {"input_ids": row} for row in rows]
+    ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in given]
+    masks = [
+        torch.as_tensor(row.get("attention_mask", torch.ones_like(x)), dtype=torch.long) for row, x in zip(given, ids)
+    ]
+    labels = [torch.as_tensor(row.get("labels", x), dtype=torch.long) for row, x in zip(given, ids)]
+    has_context = any(bool(((y == -100) & (mask == 1)).any()) for y, mask in zip(labels, masks))
+    return ScoringBatch(stack(ids, 0), stack(masks, 0), {"labels": stack(labels, -100)} if has_context else {})
+
+
+def _counts(ids: Iterable[int], vocab_size: int) -> torch.Tensor:
+    flat = torch.as_tensor(ids if isinstance(ids, torch.Tensor) else list(ids), dtype=torch.long).flatten()
+    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < vocab_size:
+        raise ValueError(f"token id {int(flat.max())} is outside the vocabulary of {vocab_size} ids.")
+    return torch.bincount(flat, minlength=vocab_size).double()
+
+
+def _device_of(model: Any) -> torch.device:
+    parameter = next(iter(model.parameters()), None) if hasattr(model, "parameters") else None
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _seed_of(seed: int, index: int) -> int:
+    # Any injection of (seed, index) will do; splitmix64's constants spread neighbours far apart.
+    value = (seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
+    value = ((value ^ (value >> 31)) * 0xD6E8FEB86659FD93) & (2**64 - 1)
+    return (value ^ (value >> 32)) >> 1
+
+
+__all__ = [
+    "Perplexity",
+    "ScoringBatch",
+    "SequenceScore",
+    "batch_of",
+    "perplexity",
+    "score_sequences",
+    "scored_tokens",
+    "summarize",
+    "unigram_perplexity",
+]

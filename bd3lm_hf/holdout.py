@@ -1,0 +1,71 @@
+"""Documents held out of a training split: by a hash, so that the choice is the same on every machine."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+
+
+#: Fraction of the documents that is held out for validation, and as much again for the test, where a source has none.
+HELD_OUT = 0.05
+
+
+def held_out_score(key: str) -> float:
+    """A number in [0, 1) that depends on the key alone; the smallest scores are held out."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
+
+
+def hold_out(dataset: Any, split: str, missing: list[str]) -> Any:
+    """The documents of one split of a source that has only training documents.
+
+    Args:
+        dataset: the training documents, a `Dataset` or `IterableDataset` with the column `text`.
+        split: the split wanted.
+        missing: the splits that the source lacks, in the order in which they are held out.
+
+    Returns:
+        The data set's documents of that split. A single document is cut; of two or more, training and the splits
+        each get one at least, as far as they suffice. A stream is filtered document by document.
+    """
+    if split not in ("train", *missing) or not missing:
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(_in_part, fn_kwargs={"split": split, "missing": missing})
+    if len(dataset) == 1:
+        return _cut(dataset, split, missing)
+    texts = (text for batch in dataset.iter(1000) for text in batch["text"])
+    scores = np.array([held_out_score(text) for text in texts])
+    return dataset.select(members(scores, split, missing))
+
+
+def _in_part(row: dict[str, str], *, split: str, missing: list[str]) -> bool:
+    part = int(held_out_score(row["text"]) / HELD_OUT)
+    return (missing[part] if part < len(missing) else "train") == split
+
+
+def members(scores: np.ndarray, split: str, missing: list[str]) -> np.ndarray:
+    """Indices, in the source's order, of the split's documents by `held_out_score`; no split is left empty."""
+    order = np.argsort(scores, kind="stable")
+    start, bounds = 0, {}
+    for part, name in enumerate(missing):
+        spare = len(scores) - 1 - start  # training keeps a document
+        spare = max(spare - (len(missing) - 1 - part), min(spare, 1), 0)  # and so does each part behind this one
+        count = min(max(int((scores < HELD_OUT * (part + 1)).sum()) - start, 1), spare)
+        bounds[name] = (start, start + count)
+        start += count
+    first, last = bounds.get(split, (start, len(scores)))
+    return np.sort(order[first:last])
+
+
+def _cut(dataset: Dataset, split: str, missing: list[str]) -> Dataset:
+    """Cut a single document at the end of the line in which 90 and 95 % of its characters are reached."""
+    text = dataset[0]["text"]
+    places = [0]
+    for part in range(len(missing), 0, -1):
+        place = round(len(text) * (1 - HELD_OUT * part))
+        line_end = text.find("\n", max(place - 1, 0))
+        places.append(line_end + 1 if line_end >= 0 else place)
+    places.append(len(text))
+    part = ["train", *missing].index(split)
+    return Dataset.from_dict({"text": [piece] if (piece := text[places[part] : places[part + 1]]) else []})

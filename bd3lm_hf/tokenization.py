@@ -1,0 +1,187 @@
+"""The tokenizer: by name, from a folder, or a byte-level BPE trained on the corpus; always with a mask token.
+
+The mask id M (paper, section 3) must be no text token. A tokenizer that has a mask token keeps it; any other gets one
+behind its last id, so that GPT-2's becomes M = 50257 in a vocabulary of 50258, as in the published checkpoints.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+
+if TYPE_CHECKING:
+    from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+
+#: Asked for by this name, or by None, a tokenizer is trained on the corpus.
+TRAIN = "train"
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|pad|>"
+MASK = "<|mask|>"
+
+#: The 256 bytes, end of text, padding and mask: what a byte-level tokenizer holds at the very least.
+SMALLEST_VOCABULARY = 256 + 3
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+def load_tokenizer(
+    name_or_path: str | None = None, *, texts: Iterable[str] | None = None, vocab_size: int = 4096
+) -> PreTrainedTokenizerBase:
+    """A tokenizer that has begin, end, padding and mask tokens and pads on the left.
+
+    Args:
+        name_or_path: a folder, a hub name, or None or "train": train one on `texts`.
+        texts: the corpus to train on; read only when training.
+        vocab_size: tokens of a trained tokenizer, the special ones included (a small corpus may yield fewer).
+
+    Returns:
+        The tokenizer. What a loaded one lacks is completed by `complete_special_tokens`.
+
+    Raises:
+        ValueError: no texts to train on, a vocabulary too small, a folder without tokenizer, or an unknown name.
+    """
+    if name_or_path is None or name_or_path == TRAIN:
+        if texts is None:
+            raise ValueError("To train a tokenizer, its corpus is needed: pass texts=..., or name a tokenizer.")
+        return train_tokenizer(texts, vocab_size=vocab_size)
+    if Path(name_or_path).is_dir() and not any((Path(name_or_path) / file).is_file() for file in _TOKENIZER_FILES):
+        raise ValueError(
+            f"The folder {name_or_path!r} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); "
+            "save the tokenizer there with tokenizer.save_pretrained, or name another tokenizer."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"The tokenizer {name_or_path!r} can not be loaded: it is neither a folder with a readable tokenizer, nor "
+            f"could it be had from the hub, which needs network. Name a folder, or {TRAIN!r} to train one on the "
+            f"corpus. The reason was: {error}"
+        ) from error
+    return complete_special_tokens(tokenizer)
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the texts: any text survives a round trip, and the same texts give the same tokenizer.
+
+    Begin and end of text are one token, as in GPT-2: packed text holds an end between documents, so that to the model
+    an end is also what comes before a document, and text without a prompt can start from it. The mask is the last id.
+
+    Args:
+        texts: the corpus, read once.
+        vocab_size: tokens wanted, the special ones included.
+
+    Raises:
+        ValueError: `vocab_size` is too small for the bytes and the special tokens, or there is no text.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"vocab_size is {vocab_size}; a byte-level tokenizer needs {SMALLEST_VOCABULARY} tokens at least "
+            "(256 bytes, end of text, padding, mask)."
+        )
+    counted = _Counted(texts)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,  # the mask follows
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(counted, trainer)
+    if not counted.characters:
+        raise ValueError("There is no text to train a tokenizer on; name a data set that is not empty.")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        mask_token=MASK,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+    return complete_special_tokens(tokenizer)
+
+
+def complete_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Give the tokenizer what it lacks, in place; it then pads on the left, as `generate` needs it.
+
+    - begin and end: the classifier's begin and separator where it has them (BERT), else the one of the two it has;
+    - mask: a new token behind the last id;
+    - padding: the mask token. Neither is ever written or scored, so that one id serves both and the vocabulary has the
+      published size.
+
+    Raises:
+        ValueError: the tokenizer has nothing that could end a text.
+    """
+    begin = tokenizer.bos_token or tokenizer.cls_token or tokenizer.eos_token
+    end = tokenizer.eos_token or tokenizer.sep_token or tokenizer.bos_token
+    if begin is None or end is None:
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path!r} has no token that ends a text; set tokenizer.eos_token, save "
+            "it, and name its folder."
+        )
+    if tokenizer.bos_token is None:
+        tokenizer.bos_token = begin
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = end
+    if tokenizer.mask_token is None:
+        tokenizer.add_special_tokens({"mask_token": MASK})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.mask_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, config: "BD3LMConfig") -> None:
+    """Refuse a tokenizer whose ids mean something else to the model.
+
+    Raises:
+        ValueError: the model has fewer token ids than the tokenizer, or the two differ about the mask id.
+    """
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has token ids up to {largest}, but the model's vocab_size is {config.vocab_size}: set "
+            f"vocab_size to {largest + 1} or more, or use the model's own tokenizer."
+        )
+    mask_id = config.mask_token_id
+    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id != mask_id:
+        raise ValueError(
+            f"The model's mask_token_id is {mask_id}, but the tokenizer's mask token {tokenizer.mask_token!r} has id "
+            f"{tokenizer.mask_token_id}: set mask_token_id={tokenizer.mask_token_id} for a new model, or use the "
+            "tokenizer that a trained model came with."
+        )
+    token = tokenizer.convert_ids_to_tokens(mask_id) if mask_id <= largest else None
+    if token is not None and token not in (tokenizer.mask_token, tokenizer.pad_token):
+        raise ValueError(
+            f"The model's mask_token_id {mask_id} is the ordinary token {token!r} of the tokenizer: give the model a "
+            f"mask id behind the tokenizer's last id ({largest}), or load the tokenizer with load_tokenizer, which "
+            "adds a mask token."
+        )
+
+
+class _Counted:
+    """The texts, counting the characters that pass."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.texts = texts
+        self.characters = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.texts:
+            self.characters += len(text)
+            yield text

@@ -1,0 +1,1 @@
+"""What travels to the Hub: flat files that import torch and transformers only."""

@@ -1,0 +1,354 @@
+"""Who may attend to whom in block diffusion, and the fast way to compute it (arXiv 2503.09573, Sec. 3.1 and App. B.6-B.7).
+
+The clean stream x_0 is block-causal: a token sees its own and earlier blocks. The noisy stream x_t sees the clean
+tokens of earlier blocks and the noisy tokens of its own block. A forward pass concatenates the streams as
+`[x_0 ; x_t]`, several noisy draws one after the other, behind whatever a cache already holds.
+
+Attention is computed in tiles: a range of queries against the few key ranges that any of them may see. The eager
+implementation uses one tile, the plain twin of the others; sdpa skips what no query of a tile sees; flex attention uses
+one tile with a sparse block mask.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache_bd3lm import append_to_cache
+
+
+_TILE = 128  # queries of a tile, rounded up to whole blocks; measured on CPU, flat between 64 and 256
+
+
+class Layout(NamedTuple):
+    """Where the tokens of a stream stand. Blocks are counted from each row's first real token."""
+
+    position_ids: torch.Tensor  # (batch or 1, length), rotary positions
+    block_ids: torch.Tensor  # (batch or 1, length), position_ids // block_size
+    valid: torch.Tensor | None  # bool (batch, length), False for padding; None when nothing is padded
+
+
+class Tile(NamedTuple):
+    """Queries that share a set of keys."""
+
+    queries: tuple[int, int]
+    keys: tuple[tuple[int, int], ...]  # ranges of the keys [cache ; this forward pass]
+    mask: "torch.Tensor | BlockMask | None"  # additive (batch or 1, 1, queries, keys); None: every key is seen
+
+
+class AttentionPlan(NamedTuple):
+    """The attention of one forward pass."""
+
+    tiles: tuple[Tile, ...]  # for queries at all positions
+    last_tiles: tuple[Tile, ...]  # for the last layer, where the first `skip` positions need no output
+    skip: int
+
+
+def token_layout(
+    attention_mask: torch.Tensor | None, length: int, block_size: int, *, past: int = 0, device: torch.device
+) -> Layout:
+    """Layout of `past + length` tokens from a mask `(batch, past + length)` of ones (tokens) and zeros (padding).
+
+    Padding may stand on either side; a row then has its positions and blocks as if it stood alone.
+    """
+    if attention_mask is None:
+        position_ids = torch.arange(past + length, device=device).unsqueeze(0)
+        return Layout(position_ids, position_ids // block_size, None)
+    valid = attention_mask.bool()
+    position_ids = (valid.cumsum(1) - 1).clamp(min=0)
+    return Layout(position_ids, position_ids // block_size, valid)
+
+
+def block_causal_plan(
+    layout: Layout, length: int, block_size: int, *, implementation: str, dtype: torch.dtype
+) -> AttentionPlan:
+    """Attention of the last `length` tokens of `layout` to all of them: own block and earlier blocks.
+
+    The tokens before them are the cache.
+    """
+    total = layout.block_ids.shape[1]
+    past = total - length
+    if layout.valid is None and past % block_size == 0 and length <= block_size:
+        return _plan((Tile((0, length), ((0, total),), None),))
+    see = functools.partial(_sees_clean, layout, strict=False)
+    if implementation == "flex_attention":
+        return _plan((_flex_tile(layout, length, total, lambda b, q, k: see(b, q + past, k)),))
+    tiles = []
+    for start, stop in _ranges(length, implementation, block_size):
+        reach = min(total, past + stop + _margin(layout, block_size, past))
+        mask = _additive(_allowed(layout, see, past + start, past + stop, (0, reach)), dtype)
+        tiles.append(Tile((start, stop), ((0, reach),), mask))
+    return _plan(tuple(tiles))
+
+
+def two_stream_plan(
+    layout: Layout, block_size: int, *, draws: int = 1, clean_cached: bool = False, implementation: str, dtype: torch.dtype
+) -> AttentionPlan:
+    """Attention of `[x_0 ; x_t]`, or of `x_t` alone when the cache holds x_0; `draws` noisy streams share one x_0.
+
+    The plan of the published mask [[M_BD, M_OBC], [0, M_BC]]: noisy queries see the clean keys of earlier blocks and
+    the noisy keys of their own block and draw; clean queries see clean keys of their own and earlier blocks.
+    """
+    length = layout.block_ids.shape[1]
+    if implementation == "flex_attention":
+        return _flex_two_stream_plan(layout, block_size, draws, clean_cached)
+    margin = _margin(layout, block_size, 0)
+    earlier = functools.partial(_sees_clean, layout, strict=True)
+    own_block = functools.partial(_sees_own_block, layout)
+    noisy: list[Tile] = []
+    for draw in range(draws):
+        for start, stop in _ranges(length, implementation, block_size):
+            # Clean keys up to the block before the tile's last one; noisy keys of the tile's own blocks.
+            reach = min(length, stop + margin) if margin else stop - block_size + (-stop) % block_size
+            own = (max(0, start - margin), min(length, stop + margin))
+            clean_mask = _allowed(layout, earlier, start, stop, (0, reach), padding_sees_itself=False)
+            own_mask = _allowed(layout, own_block, start, stop, own)
+            mask = _additive(torch.cat([clean_mask, own_mask], -1), dtype)
+            offset = (1 + draw) * length
+            keys = tuple(r for r in ((0, reach), (offset + own[0], offset + own[1])) if r[1] > r[0])
+            noisy.append(Tile((draw * length + start, draw * length + stop), keys, mask))
+    if clean_cached:
+        return AttentionPlan(tuple(noisy), tuple(noisy), 0)
+    clean = block_causal_plan(layout, length, block_size, implementation=implementation, dtype=dtype).tiles
+    shifted = tuple(t._replace(queries=(t.queries[0] + length, t.queries[1] + length)) for t in noisy)
+    plan = AttentionPlan(clean + shifted, tuple(noisy), length)
+    return _merge(plan, draws * length + length, dtype, layout.block_ids.device) if implementation == "eager" else plan
+
+
+def decoding_plan(
+    past: int, finished: int, block: int, key_valid: torch.Tensor | None, dtype: torch.dtype, *, hidden: int = 0
+) -> AttentionPlan:
+    """Attention of a denoising step `[finished block ; noisy block]` behind a cache of `past` tokens.
+
+    The noisy block sees everything; the finished one, whose keys are being written, sees all but the noisy block.
+
+    Args:
+        finished: tokens of the finished block, 0 when it is already in the cache.
+        key_valid: bool `(batch, past + finished + block)`, False where a row has no token; None: all rows are full.
+        hidden: oldest tokens of the cache that have left the noisy block's window.
+    """
+    mask = None if key_valid is None else _additive(key_valid[:, None, None, :], dtype)
+    tiles, total = [], past + finished + block
+    if finished:
+        clean_mask = None if mask is None else mask[..., : past + finished]
+        tiles.append(Tile((0, finished), ((0, past + finished),), clean_mask))
+    noisy = Tile((finished, finished + block), ((hidden, total),), None if mask is None else mask[..., hidden:])
+    return AttentionPlan((*tiles, noisy), (noisy._replace(queries=(0, block)),), finished)
+
+
+class BD3LMAttention(nn.Module):
+    """Parameter-free multi-head attention over the tiles of a plan."""
+
+    is_causal = False  # every mask is explicit; sdpa must never add a causal one of its own
+
+    def __init__(self, config, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.scaling = config.head_dim**-0.5
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        tiles: tuple[Tile, ...],
+        past_key_values: Cache | None = None,
+        commit: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend.
+
+        Args:
+            query: `(batch, heads, queries, head_dim)`.
+            key, value: `(batch, heads, length, head_dim)`, of this forward pass.
+            past_key_values: cache whose keys come before those; read, and written to if `commit`.
+            commit: leading positions of this pass to keep in the cache; the others leave no trace.
+
+        Returns:
+            `(batch, queries, heads * head_dim)`, and the weights if the implementation gives them.
+        """
+        if past_key_values is not None:
+            key, value = append_to_cache(past_key_values, key, value, self.layer_idx, commit)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        weights = None
+        if not tiles:  # only keys and values of these positions are wanted
+            return query.transpose(1, 2).flatten(2), weights
+        if self.config._attn_implementation == "flex_attention" and not isinstance(tiles[0].mask, BlockMask):
+            # A cached block needs no mask, or a dense one; neither pays for a sparse kernel.
+            attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        outputs = []
+        for tile in tiles:
+            out, weights = attend(
+                self,
+                query[:, :, tile.queries[0] : tile.queries[1]],
+                _select(key, tile.keys),
+                _select(value, tile.keys),
+                tile.mask,
+                scaling=self.scaling,
+                dropout=0.0,
+            )
+            outputs.append(out)
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return out.flatten(2), weights
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out: softmax(Q K^T * scaling + mask) V, the softmax in float32."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def _plan(tiles: tuple[Tile, ...]) -> AttentionPlan:
+    return AttentionPlan(tiles, tiles, 0)
+
+
+def _ranges(length: int, implementation: str, block_size: int) -> list[tuple[int, int]]:
+    if implementation == "eager":
+        return [(0, length)]
+    step = -(-_TILE // block_size) * block_size
+    return [(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _margin(layout: Layout, block_size: int, past: int) -> int:
+    # Left padding shifts a row's blocks against the tile borders, by at most block_size - 1.
+    return 0 if layout.valid is None and past % block_size == 0 else block_size - 1
+
+
+def _sees_clean(layout: Layout, batch, query, key, *, strict: bool):
+    row = batch if layout.block_ids.shape[0] > 1 else 0
+    own, other = layout.block_ids[row, query], layout.block_ids[row, key]
+    seen = own > other if strict else own >= other
+    return seen if layout.valid is None else seen & layout.valid[batch, key]
+
+
+def _sees_own_block(layout: Layout, batch, query, key):
+    row = batch if layout.block_ids.shape[0] > 1 else 0
+    seen = layout.block_ids[row, query] == layout.block_ids[row, key]
+    return seen if layout.valid is None else seen & layout.valid[batch, key]
+
+
+def _allowed(
+    layout: Layout, see: Callable, start: int, stop: int, keys: tuple[int, int], padding_sees_itself: bool = True
+) -> torch.Tensor:
+    """bool (batch or 1, 1, queries, keys) from a mask function of indices into the layout."""
+    device = layout.block_ids.device
+    rows = 1 if layout.valid is None else layout.valid.shape[0]
+    batch = torch.arange(rows, device=device)[:, None, None]
+    query = torch.arange(start, stop, device=device)[None, :, None]
+    key = torch.arange(*keys, device=device)[None, None, :]
+    seen = see(batch, query, key)
+    if layout.valid is not None and padding_sees_itself:
+        # No softmax may run over nothing.
+        seen = seen | (query == key)
+    return seen.unsqueeze(1)
+
+
+def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, -torch.inf)
+
+
+def _width(tile: Tile) -> int:
+    return sum(stop - start for start, stop in tile.keys)
+
+
+def _merge(plan: AttentionPlan, total: int, dtype: torch.dtype, device: torch.device) -> AttentionPlan:
+    """One dense tile instead of several, so that eager attention returns whole weight matrices."""
+
+    def merged(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
+        masks = []
+        for tile in tiles:
+            mask = tile.mask
+            if mask is None:
+                mask = torch.zeros(1, 1, tile.queries[1] - tile.queries[0], _width(tile), dtype=dtype, device=device)
+            full = mask.new_full((*mask.shape[:3], total), -torch.inf)
+            ranges = torch.cat([torch.arange(*r, device=mask.device) for r in tile.keys])
+            masks.append(full.index_copy(3, ranges, mask))
+        mask = torch.cat(masks, dim=2)
+        return (Tile((0, mask.shape[2]), ((0, total),), mask),)
+
+    return AttentionPlan(merged(plan.tiles), merged(plan.last_tiles), plan.skip)
+
+
+def _select(states: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    if len(ranges) == 1:
+        return states[:, :, ranges[0][0] : ranges[0][1]]
+    return torch.cat([states[:, :, start:stop] for start, stop in ranges], dim=2)
+
+
+def _flex_tile(layout: Layout, queries: int, keys: int, see: Callable) -> Tile:
+    rows = None if layout.valid is None else layout.valid.shape[0]
+
+    def mask_mod(batch, head, query, key):
+        return see(batch, query, key)
+
+    mask = create_block_mask(mask_mod, rows, None, queries, keys, device=layout.block_ids.device)
+    return Tile((0, queries), ((0, keys),), mask)
+
+
+def _flex_two_stream_plan(layout: Layout, block_size: int, draws: int, clean_cached: bool) -> AttentionPlan:
+    """The two-stream mask as one sparse mask over the keys `[x_0 ; x_t]`; kept between steps when nothing is padded."""
+    if layout.valid is None:
+        return _unpadded_flex_plan(
+            layout.block_ids.shape[1], block_size, draws, clean_cached, layout.block_ids.device
+        )
+    return _build_flex_plan(layout, draws, clean_cached)
+
+
+@functools.lru_cache(maxsize=16)
+def _unpadded_flex_plan(
+    length: int, block_size: int, draws: int, clean_cached: bool, device: torch.device
+) -> AttentionPlan:
+    return _build_flex_plan(token_layout(None, length, block_size, device=device), draws, clean_cached)
+
+
+def _build_flex_plan(layout: Layout, draws: int, clean_cached: bool) -> AttentionPlan:
+    length = layout.block_ids.shape[1]
+    clean = functools.partial(_sees_clean, layout, strict=False)
+    earlier = functools.partial(_sees_clean, layout, strict=True)
+    own = functools.partial(_sees_own_block, layout)
+
+    def see(batch, query, key):
+        q, k = query % length, key % length
+        stream_q, stream_k = query // length, key // length
+        causal = (stream_q == 0) & (stream_k == 0) & clean(batch, q, k)
+        offset = (stream_q > 0) & (stream_k == 0) & earlier(batch, q, k)
+        diagonal = (stream_q > 0) & (stream_q == stream_k) & own(batch, q, k)
+        return causal | offset | diagonal | (query == key)
+
+    total = (1 + draws) * length
+    last = _flex_tile(layout, draws * length, total, lambda b, q, k: see(b, q + length, k))
+    if clean_cached:
+        return AttentionPlan((last,), (last,), 0)
+    return AttentionPlan((_flex_tile(layout, total, total, see),), (last,), length)
+
+
+__all__ = [
+    "AttentionPlan",
+    "BD3LMAttention",
+    "Layout",
+    "Tile",
+    "block_causal_plan",
+    "decoding_plan",
+    "eager_attention_forward",
+    "token_layout",
+    "two_stream_plan",
+]

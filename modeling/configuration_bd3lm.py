@@ -1,0 +1,189 @@
+"""The configuration of a block-diffusion language model (BD3-LM, arXiv 2503.09573), validated when it is made."""
+
+from typing import Any, ClassVar
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from .noise_bd3lm import check_reachable, noise_schedule
+
+
+# The authors' cosine and log-linear schedules start here; an interval that begins at this value is "not clipped below".
+SAMPLING_EPS = 1e-3
+
+
+class BD3LMConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`BD3LMForMaskedLM`]. Accepts the `config.json` of the published checkpoints unchanged.
+
+    Args:
+        vocab_size (`int`, defaults to 50258): size of the vocabulary, the mask token included.
+        block_size (`int`, defaults to 4): tokens of a block. 1 is an autoregressive model, `model_length` a masked
+            diffusion model. It shapes attention and noise only, never a parameter.
+        model_length (`int`, defaults to 1024): tokens of a training sequence and of the window when generating. A
+            multiple of `block_size`.
+        hidden_dim (`int`, defaults to 768): width of the residual stream, a multiple of `n_heads`.
+        n_blocks (`int`, defaults to 12): number of transformer layers.
+        n_heads (`int`, defaults to 12): number of attention heads; `hidden_dim / n_heads` is even (rotary halves).
+        cond_dim (`int`, defaults to 128): width of the noise-level embedding that drives adaLN.
+        dropout (`float`, defaults to 0.1): dropout on both residual branches, in training only.
+        adaln (`bool`, defaults to `True`): adaptive layer norm. `False` removes `sigma_map` and every
+            `adaLN_modulation` from the weights.
+        time_conditioning (`bool`, defaults to `False`): feed the noise level sigma to adaLN. When `False` a constant
+            zero is fed, as the published models do, so adaLN is a learned constant of each layer.
+        cross_attn (`bool`, defaults to `True`): the noisy stream attends to the clean stream of earlier blocks.
+            `False` is the published pre-training checkpoint: one full-length block, no clean stream.
+        causal (`bool`, defaults to `False`): causal attention (the AR baseline); excludes `cross_attn`.
+        mask_token_id (`int`, *optional*): the absorbing state. Defaults to the last id, `vocab_size - 1`.
+        noise (`str`, defaults to `"loglinear"`): noise schedule of training, see [`noise_schedule`].
+        var_min (`bool`, defaults to `True`): carry the learned interval as the buffers `sampling_eps_min` and
+            `sampling_eps_max` in the weights.
+        sampling_eps_min (`float`, defaults to 0.001): lower end of the interval of noise levels in training.
+        sampling_eps_max (`float`, defaults to 1.0): upper end of that interval.
+        resample (`bool`, defaults to `False`): in training, draw masks whose rate per block lies inside the interval.
+        antithetic_sampling (`str`, defaults to `"shuffled"`): how noise levels are stratified over the blocks of a
+            batch: `"shuffled"`, `"published"` (row-major strata, ties the level to the position) or `"none"`.
+        ignore_bos (`bool`, defaults to `True`): the first token of a sequence is never masked and, outside training,
+            never scored.
+        attn_backend (`str`, *optional*): attention kernel named by published checkpoints. Kept so that their
+            `config.json` loads; the kernel is chosen by transformers' `attn_implementation`.
+        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): special tokens.
+        use_cache (`bool`, defaults to `True`): whether `generate` keeps keys and values of finished blocks.
+
+    Raises:
+        ValueError: a field, or a combination of fields, that no model can have. The message names value and remedy.
+    """
+
+    model_type = "bd3lm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "hidden_dim",
+        "num_hidden_layers": "n_blocks",
+        "num_attention_heads": "n_heads",
+        "max_position_embeddings": "model_length",
+    }
+
+    vocab_size: int = 50258
+    block_size: int = 4
+    model_length: int = 1024
+    hidden_dim: int = 768
+    n_blocks: int = 12
+    n_heads: int = 12
+    cond_dim: int = 128
+    dropout: float | int = 0.1
+    adaln: bool = True
+    time_conditioning: bool = False
+    cross_attn: bool = True
+    causal: bool = False
+    mask_token_id: int | None = None
+    noise: str = "loglinear"
+    var_min: bool = True
+    sampling_eps_min: float | int = SAMPLING_EPS
+    sampling_eps_max: float | int = 1.0
+    resample: bool = False
+    antithetic_sampling: str = "shuffled"
+    ignore_bos: bool = True
+    attn_backend: str | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        # Published configs say return_dict=False and, some, tie_word_embeddings=True. The first would turn every
+        # output into a tuple, the second was never acted on: their head is a separate matrix.
+        self.return_dict = True
+        self.tie_word_embeddings = False
+        self._check_sizes()
+        if self.mask_token_id is None:
+            self.mask_token_id = self.vocab_size - 1
+        self._check_tokens()
+        self._check_noise()
+        self._check_flags()
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_dim // self.n_heads
+
+    def num_blocks(self, length: int) -> int:
+        """Number of blocks of a sequence of `length` tokens; the last one may be shorter."""
+        return -(-length // self.block_size)
+
+    def _check_sizes(self) -> None:
+        for name in ("vocab_size", "block_size", "model_length", "hidden_dim", "n_blocks", "n_heads", "cond_dim"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: give a whole number of at least 1.")
+        if self.vocab_size < 2:
+            raise ValueError(f"vocab_size={self.vocab_size}: give at least 2, one token and the mask.")
+        if self.hidden_dim % self.n_heads:
+            raise ValueError(
+                f"hidden_dim={self.hidden_dim} is not divisible by n_heads={self.n_heads}: choose n_heads among the "
+                f"divisors of hidden_dim, or change hidden_dim."
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"hidden_dim / n_heads = {self.hidden_dim} / {self.n_heads} = {self.head_dim} is odd: rotary "
+                f"embeddings rotate pairs, so choose sizes with an even quotient."
+            )
+        if self.model_length % self.block_size:
+            raise ValueError(
+                f"block_size={self.block_size} does not divide model_length={self.model_length}: choose a divisor "
+                f"of model_length, or set model_length to {-(-self.model_length // self.block_size) * self.block_size}."
+            )
+
+    def _check_tokens(self) -> None:
+        for name in ("mask_token_id", "bos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < self.vocab_size:
+                raise ValueError(
+                    f"{name}={value} is outside the vocabulary of {self.vocab_size} ids: choose an id from 0 to "
+                    f"{self.vocab_size - 1}, or raise vocab_size."
+                )
+        eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        for name, ids in (("bos_token_id", [self.bos_token_id]), ("eos_token_id", eos)):
+            if self.mask_token_id in ids:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is also mask_token_id={self.mask_token_id}: the mask must be a "
+                    f"token of its own, so add one to the tokenizer and raise vocab_size by one."
+                )
+
+    def _check_noise(self) -> None:
+        noise_schedule(self.noise)
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout}: give a probability of at least 0 and below 1.")
+        low, high = self.sampling_eps_min, self.sampling_eps_max
+        if not 0.0 <= low <= high <= 1.0 or high == 0.0:
+            raise ValueError(
+                f"sampling_eps_min={low}, sampling_eps_max={high} is no interval of noise levels: give "
+                f"0 <= sampling_eps_min <= sampling_eps_max <= 1 with sampling_eps_max > 0."
+            )
+        if self.resample:
+            check_reachable(low, high, self.block_size)
+        if self.antithetic_sampling not in ("shuffled", "published", "none"):
+            raise ValueError(
+                f"antithetic_sampling={self.antithetic_sampling!r}: choose 'shuffled', 'published' or 'none'."
+            )
+
+    def _check_flags(self) -> None:
+        if self.causal and self.cross_attn:
+            raise ValueError(
+                "causal=True contradicts cross_attn=True: a causal model has no clean stream to attend to, so set "
+                "cross_attn=False (AR baseline) or causal=False (block diffusion)."
+            )
+        if not self.causal and not self.cross_attn and self.block_size != self.model_length:
+            raise ValueError(
+                f"cross_attn=False with block_size={self.block_size} below model_length={self.model_length}: without a "
+                f"clean stream a sequence is one block, so set cross_attn=True or block_size=model_length."
+            )
+        if self.time_conditioning and not self.adaln:
+            raise ValueError(
+                "time_conditioning=True needs adaln=True: the noise level enters through adaptive layer norm only."
+            )
+
+
+BD3LMConfig.register_for_auto_class()
+
+__all__ = ["BD3LMConfig", "SAMPLING_EPS"]

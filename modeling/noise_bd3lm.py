@@ -1,0 +1,317 @@
+"""The forward process q(x_t | x_0): noise schedules, one noise level per block, and masking (arXiv 2503.09573, Sec. 3 and 5).
+
+A schedule maps a time t in [0, 1] to the probability `move_chance` that a token is masked. A training step draws one t
+per block, stratified over the batch (Algorithm 1), from a possibly clipped interval (Sec. 5.2).
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+_UNCLIPPED = 1.01e-3  # a lower bound up to here is the unclipped 1e-3, also after a cast to bfloat16
+
+
+class NoiseLevel(NamedTuple):
+    """What a schedule says about the times t; each field has the shape of t."""
+
+    move_chance: torch.Tensor  # probability that a token is masked, 1 - alpha_t
+    loss_scaling: torch.Tensor  # factor of log p(x_0 | x_t) in the NELBO, alpha'_t / (1 - alpha_t); negative
+    move_rate: torch.Tensor  # d move_chance / dt
+
+
+class NoiseSchedule:
+    """A schedule; calling it with times t of any shape gives a [`NoiseLevel`]."""
+
+    def move_chance(self, t: torch.Tensor) -> torch.Tensor:
+        """Probability that a token is masked at time t."""
+        return t
+
+    def move_rate(self, t: torch.Tensor) -> torch.Tensor:
+        """Derivative of `move_chance` with respect to t."""
+        return torch.ones_like(t)
+
+    def loss_scaling(self, t: torch.Tensor) -> torch.Tensor:
+        """Weight of log p(x_0 | x_t) in the continuous-time NELBO."""
+        return -self.move_rate(t) / self.move_chance(t)
+
+    def __call__(self, t: torch.Tensor) -> NoiseLevel:
+        return NoiseLevel(self.move_chance(t), self.loss_scaling(t), self.move_rate(t))
+
+
+class LogLinearNoise(NoiseSchedule):
+    """move_chance = t, hence the weight 1/t of the paper's Eq. 8. `eps` bounds the total noise sigma at t = 1."""
+
+    def __init__(self, eps: float = 1e-3) -> None:
+        self.eps = eps
+
+    @property
+    def sigma_max(self) -> float:
+        """Total noise at t = 1, the cap of `sigma`; 6.9078 for the published eps."""
+        return -math.log(self.eps)
+
+    def total_noise(self, t: torch.Tensor) -> torch.Tensor:
+        """sigma(t) = -log(1 - (1 - eps) t), finite at t = 1."""
+        return -torch.log1p(-(1 - self.eps) * t)
+
+    def rate_noise(self, t: torch.Tensor) -> torch.Tensor:
+        """d sigma / dt."""
+        return (1 - self.eps) / (1 - (1 - self.eps) * t)
+
+    def sigma(self, move_chance: torch.Tensor) -> torch.Tensor:
+        """The noise level that a model is conditioned on, for a masking probability: -log(1 - p), capped."""
+        return (-torch.log1p(-move_chance)).clamp(max=self.sigma_max)
+
+
+class PowerNoise(NoiseSchedule):
+    """move_chance = t^exponent, not below eps."""
+
+    def __init__(self, exponent: float, eps: float = 1e-3) -> None:
+        self.exponent, self.eps = exponent, eps
+
+    def move_chance(self, t: torch.Tensor) -> torch.Tensor:
+        return (t**self.exponent).clamp(min=self.eps)
+
+    def move_rate(self, t: torch.Tensor) -> torch.Tensor:
+        # As published, the derivative of t^exponent also where move_chance is held at eps.
+        return self.exponent * t ** (self.exponent - 1)
+
+
+class LogarithmicNoise(NoiseSchedule):
+    """move_chance = log2(1 + t)."""
+
+    def move_chance(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.log1p(t) / math.log(2)
+
+    def move_rate(self, t: torch.Tensor) -> torch.Tensor:
+        return 1 / (math.log(2) * (1 + t))
+
+
+class CosineNoise(NoiseSchedule):
+    """move_chance = 1 - (1 - eps) cos(pi t / 2)."""
+
+    def __init__(self, eps: float = 1e-3) -> None:
+        self.eps = eps
+
+    def move_chance(self, t: torch.Tensor) -> torch.Tensor:
+        return 1 - (1 - self.eps) * torch.cos(t * math.pi / 2)
+
+    def move_rate(self, t: torch.Tensor) -> torch.Tensor:
+        return (1 - self.eps) * torch.sin(t * math.pi / 2) * math.pi / 2
+
+    def loss_scaling(self, t: torch.Tensor) -> torch.Tensor:
+        # The published weight adds eps to the denominator.
+        return -self.move_rate(t) / (self.move_chance(t) + self.eps)
+
+
+_SCHEDULES: dict[str, NoiseSchedule] = {
+    "loglinear": LogLinearNoise(),
+    "square": PowerNoise(2.0),
+    "square_root": PowerNoise(0.5),
+    "log": LogarithmicNoise(),
+    "cosine": CosineNoise(),
+}
+
+
+def noise_schedule(name: str) -> NoiseSchedule:
+    """The schedule called `name`: `loglinear`, `square`, `square_root`, `log` or `cosine` (paper, Table 8).
+
+    Raises:
+        ValueError: no schedule has this name.
+    """
+    if name not in _SCHEDULES:
+        raise ValueError(f"noise={name!r} is no noise schedule: choose one of {', '.join(_SCHEDULES)}.")
+    return _SCHEDULES[name]
+
+
+class Noise(NamedTuple):
+    """The uniform draws on [0, 1) that decide the noise of a batch."""
+
+    block_noise: torch.Tensor  # (batch, num_blocks), becomes the time t of each block
+    token_noise: torch.Tensor  # (batch, length), a token is masked where it is at most move_chance
+    count_noise: torch.Tensor  # (batch, num_blocks), number of masked tokens where the mask rate is confined
+
+
+def draw_noise(
+    batch_size: int,
+    num_blocks: int,
+    length: int,
+    *,
+    order: str = "shuffled",
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> Noise:
+    """Draw the noise of one batch, its block noise stratified over all blocks of the batch (Algorithm 1).
+
+    Args:
+        order: `"shuffled"` gives each block a random stratum; `"published"` deals the strata in row-major order, so
+            that row k has all its levels in [k / batch, (k + 1) / batch); `"none"` draws independently.
+        generator: source of randomness, on `device`; torch's global one by default.
+    """
+    shape = (batch_size, num_blocks)
+    block_noise = stratify(
+        torch.rand(shape, generator=generator, device=device), order=order, generator=generator
+    )
+    token_noise = torch.rand((batch_size, length), generator=generator, device=device)
+    return Noise(block_noise, token_noise, torch.rand(shape, generator=generator, device=device))
+
+
+def stratify(uniform: torch.Tensor, *, order: str = "shuffled", generator: torch.Generator | None = None) -> torch.Tensor:
+    """Spread independent draws on [0, 1) over N = numel strata of width 1/N, one draw in each stratum.
+
+    Every draw stays uniform on [0, 1); their mean has a much lower variance. See [`draw_noise`] for `order`.
+    """
+    count = uniform.numel()
+    if order == "none":
+        return uniform
+    if order == "published":
+        strata = torch.arange(count, device=uniform.device)
+    else:
+        strata = torch.randperm(count, device=uniform.device, generator=generator)
+    # Dividing before adding follows the published arithmetic; float32 rounding may reach 1, which is still a time.
+    return uniform / count + strata.view_as(uniform) / count
+
+
+def noise_of_examples(
+    indices: Sequence[int], *, seed: int, group_size: int, num_blocks: int, length: int
+) -> Noise:
+    """The noise of training examples, a function of `seed` and each example's global index alone.
+
+    It does not depend on how examples are dealt to batches, processes or accumulation steps, so runs of every layout,
+    and resumed runs, see the same masks. Stratification spans `group_size` consecutive indices.
+
+    Args:
+        indices: global index of each example, `epoch * examples_per_epoch + place in the epoch's order`.
+        group_size: examples of one optimizer step, over all processes.
+
+    Returns:
+        [`Noise`] on the CPU with `len(indices)` rows.
+    """
+    rows = []
+    for index in indices:
+        group, slot = divmod(int(index), group_size)
+        strata = _strata_of_group(seed, group, group_size * num_blocks)[slot * num_blocks : (slot + 1) * num_blocks]
+        generator = torch.Generator().manual_seed(_derived_seed(seed, "example", int(index)))
+        draws = torch.rand(2 * num_blocks + length, generator=generator)
+        block, count, token = draws.split([num_blocks, num_blocks, length])
+        rows.append(Noise((block + strata) / (group_size * num_blocks), token, count))
+    return Noise(*(torch.stack(field) for field in zip(*rows)))
+
+
+@functools.lru_cache(maxsize=4)
+def _strata_of_group(seed: int, group: int, count: int) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(_derived_seed(seed, "group", group)))
+
+
+def _derived_seed(seed: int, kind: str, index: int) -> int:
+    # Neighbouring seeds of a Mersenne twister give correlated first draws; a hash does not.
+    return int.from_bytes(hashlib.sha256(f"{kind}:{seed}:{index}".encode()).digest()[:8], "big") >> 1
+
+
+def times(uniform: torch.Tensor, low: float | torch.Tensor, high: float | torch.Tensor) -> torch.Tensor:
+    """Times t in [low, high] from uniform draws on [0, 1), of the same shape; the interval [1, 1] gives ones."""
+    return uniform * (high - low) + low
+
+
+def per_token(per_block: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
+    """Spread values of blocks `(batch, num_blocks)` over tokens, for block indices `(batch or 1, length)`."""
+    return per_block.gather(1, block_ids.expand(per_block.shape[0], -1))
+
+
+def mask_positions(noise: Noise, move_chance: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
+    """Which tokens q(x_t | x_0) masks, bool `(batch, length)`: each one independently with its block's probability.
+
+    Args:
+        move_chance: masking probability of each block, `(batch, num_blocks)`.
+        block_ids: block index of each token, `(batch or 1, length)`.
+    """
+    return noise.token_noise <= per_token(move_chance, block_ids)
+
+
+def mask_positions_within(
+    noise: Noise, move_chance: torch.Tensor, block_ids: torch.Tensor, valid: torch.Tensor, low: float, high: float
+) -> torch.Tensor:
+    """Like [`mask_positions`], given that the masked fraction of every block lies in [low, high].
+
+    The published code redraws a block until it fits. The number of masked tokens of a block is binomial, and given the
+    number every subset is equally likely; so drawing the number from the binomial confined to the interval, then a
+    uniform subset of that size, gives the same distribution in one try. A bound at the end of the unclipped interval
+    (low <= 1e-3, high = 1) is not enforced, as published. A shorter last block may exceed the bounds by rounding.
+
+    Args:
+        valid: bool `(batch, length)`, tokens that exist; padding belongs to no block.
+        low, high: bounds of the masked fraction. See [`check_reachable`].
+    """
+    batch = noise.token_noise.shape[0]
+    block_ids = block_ids.expand(batch, -1)
+    blocks = move_chance.shape[1]
+    sizes = torch.zeros(batch, blocks, device=move_chance.device).scatter_add_(1, block_ids, valid.float())
+    chosen = _confined_binomial(noise.count_noise, move_chance, sizes, low, high)
+    rank = rank_in_block(noise.token_noise, block_ids, valid)
+    return (rank < per_token(chosen, block_ids)) & valid
+
+
+def rank_in_block(noise: torch.Tensor, block_ids: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """Rank of each token's draw among the tokens `among` of its block, the smallest first; all `(batch, length)`."""
+    # Blocks are intervals of the key, so one sort ranks within all of them; tokens left out come last in theirs.
+    order = (torch.where(among, noise, 2.0).double() + 4.0 * block_ids).argsort(dim=1)
+    sizes = torch.zeros(noise.shape[0], int(block_ids.max()) + 1, dtype=torch.long, device=noise.device)
+    sizes.scatter_add_(1, block_ids, torch.ones_like(block_ids))
+    first = sizes.cumsum(1) - sizes
+    place = torch.arange(noise.shape[1], device=noise.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, place - per_token(first, block_ids.gather(1, order)))
+
+
+def _confined_binomial(
+    uniform: torch.Tensor, chance: torch.Tensor, sizes: torch.Tensor, low: float, high: float
+) -> torch.Tensor:
+    """Inverse-CDF draw from Binomial(sizes, chance) given low <= k / sizes <= high; all `(batch, blocks)`."""
+    n = sizes.double().unsqueeze(-1)
+    k = torch.arange(int(sizes.max().item()) + 1, device=sizes.device, dtype=torch.float64)
+    p = chance.double().clamp(1e-12, 1 - 1e-12).unsqueeze(-1)
+    log_pmf = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma((n - k).clamp(min=0) + 1)
+    log_pmf = log_pmf + k * p.log() + (n - k) * torch.log1p(-p)
+    # Float32 end points such as 0.3 must not lose the k that equals them exactly.
+    least = torch.ceil(low * n - 1e-6) if low > _UNCLIPPED else torch.zeros_like(n)
+    most = torch.floor(high * n + 1e-6) if high < 1 else n
+    empty = least > most
+    least, most = torch.where(empty, most, least), torch.where(empty, least, most)
+    log_pmf = log_pmf.masked_fill((k < least) | (k > most) | (k > n), -torch.inf)
+    cdf = log_pmf.softmax(-1).cumsum(-1)
+    return (cdf < uniform.double().unsqueeze(-1)).sum(-1).clamp(max=k.numel() - 1)
+
+
+def check_reachable(low: float, high: float, block_size: int) -> None:
+    """Refuse an interval of mask rates that no number of masked tokens of a block can meet.
+
+    Raises:
+        ValueError: no k / block_size lies in [low, high].
+    """
+    least = math.ceil(low * block_size - 1e-6) if low > _UNCLIPPED else 0
+    most = math.floor(high * block_size + 1e-6) if high < 1 else block_size
+    if least > most:
+        raise ValueError(
+            f"the interval [{low}, {high}] holds no mask rate k / {block_size}: widen it, or set resample=False."
+        )
+
+
+__all__ = [
+    "LogLinearNoise",
+    "Noise",
+    "NoiseLevel",
+    "NoiseSchedule",
+    "check_reachable",
+    "draw_noise",
+    "mask_positions",
+    "mask_positions_within",
+    "noise_of_examples",
+    "noise_schedule",
+    "per_token",
+    "rank_in_block",
+    "stratify",
+    "times",
+]

@@ -1,0 +1,45 @@
+"""Which masked position of a block to reveal next.
+
+First-hitting sampling (Zheng et al., arXiv 2409.02908; BD3-LM's default) simulates the reverse process exactly: masked
+tokens are hit one at a time, each remaining one equally likely to be next, so a block of b tokens takes b steps. The
+order does not depend on any probability, and is drawn before the network runs: its head is needed at one position only.
+"""
+
+import torch
+
+
+class FirstHittingSampler:
+    """One masked position per row and step, uniformly chosen."""
+
+    def order(
+        self, masked: torch.Tensor, *, random: bool = True, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """The places of a block in the order in which they are revealed, `(batch, block_size)`.
+
+        Places that are not masked come last. Any fixed order is one draw of the uniform one; without `random` it runs
+        from left to right, so that greedy decoding repeats itself and does not depend on the batch.
+
+        Args:
+            masked: bool `(batch, block_size)`.
+        """
+        key = torch.arange(masked.shape[1], device=masked.device, dtype=torch.float64).expand(masked.shape)
+        if random:
+            key = torch.rand(masked.shape, generator=generator, device=masked.device, dtype=torch.float64)
+        return torch.where(masked, key, masked.shape[1] + 1.0).argsort(dim=1, stable=True)
+
+    def time(
+        self, t: torch.Tensor, remaining: torch.Tensor, *, random: bool = True, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """The time of the next hit, t * u^(1 / n), for rows with n `remaining` masked tokens; all `(batch,)`.
+
+        Without `random` its expectation, t * n / (n + 1).
+        """
+        n = remaining.clamp(min=1)
+        if not random:
+            return t * n / (n + 1)
+        return t * torch.rand(t.shape, generator=generator, device=t.device, dtype=t.dtype) ** (1 / n)
+
+
+SAMPLERS = {"first_hitting": FirstHittingSampler}
+
+__all__ = ["SAMPLERS", "FirstHittingSampler"]

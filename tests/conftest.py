@@ -1,0 +1,109 @@
+"""The tiny configuration, tokenizer and model that all tests share, in a run that touches nothing outside itself."""
+
+import os
+import tempfile
+
+
+# Set before transformers is imported: nothing is fetched, and code and data caches live as long as this run.
+_CACHE = tempfile.TemporaryDirectory(prefix="bd3lm-tests-", ignore_cleanup_errors=True)
+os.environ["HF_HOME"] = _CACHE.name
+for _name, _value in {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "2",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+
+
+torch.set_num_threads(2)
+
+SENTENCES = (
+    "A block is written from noise, token by token, and then it is never touched again.",
+    "The quick brown fox jumps over the lazy dog, and the lazy dog sleeps on.",
+    "Every masked token is revealed once; every revealed token stays as it is.",
+    "Numbers such as 0, 1, 2, 345 and 6789 are text too, and so is naïve café prose.",
+)
+SPECIAL_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "mask_token": "<mask>"}
+
+
+@pytest.fixture
+def tiny_config() -> BD3LMConfig:
+    """Two layers, two heads, blocks of 4 in a window of 32, 48 ids; bos 0, eos 1, pad 2, mask 47; no dropout."""
+    return BD3LMConfig(
+        vocab_size=48,
+        block_size=4,
+        model_length=32,
+        hidden_dim=32,
+        cond_dim=16,
+        n_blocks=2,
+        n_heads=2,
+        dropout=0.0,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+
+
+@pytest.fixture
+def randomize():
+    """A function `(model, seed=0, std=0.1) -> model` that fills every parameter with seeded normal numbers.
+
+    A fresh model has a zero head and zero adaLN, hence uniform logits that no test can learn anything from. The
+    scales of the norms get 1 + normal, as a norm scaled by numbers around 0 would hide everything that feeds it.
+    """
+
+    def fill(model: torch.nn.Module, seed: int = 0, std: float = 0.1) -> torch.nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                values = torch.randn(parameter.shape, generator=generator) * std
+                parameter.copy_(values + ("norm" in name))
+        return model
+
+    return fill
+
+
+@pytest.fixture
+def tiny_model(tiny_config, randomize):
+    """A `BD3LMForMaskedLM` of `tiny_config` in evaluation mode, with informative seeded weights."""
+    from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+
+    return randomize(BD3LMForMaskedLM(tiny_config)).eval()
+
+
+@pytest.fixture(scope="session")
+def _tiny_tokenizer_json() -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return tokenizer.to_str()
+
+
+@pytest.fixture
+def tiny_tokenizer(_tiny_tokenizer_json) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 320 ids, so any text survives encode and decode; bos 0, eos 1, pad 2, mask 3.
+
+    Its vocabulary is larger than that of `tiny_config`: a model that reads its text needs `vocab_size=len(tokenizer)`
+    and `mask_token_id=tokenizer.mask_token_id`.
+    """
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_tiny_tokenizer_json),
+        clean_up_tokenization_spaces=False,
+        model_max_length=32,
+        **SPECIAL_TOKENS,
+    )

@@ -1,0 +1,154 @@
+import pytest
+
+from bd3lm_hf.training.arguments import (
+    RECIPES,
+    BD3LMTrainingArguments,
+    check_shape_is_free,
+    parse_arguments,
+    read_recipe,
+    write_recipe,
+)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_the_demo_is_the_base_without_a_recipe():
+    demo = read_recipe("demo")
+    arguments = parse_arguments([])
+    assert arguments.data.dataset == demo["dataset"] == "python-docs"
+    assert arguments.model.block_size == demo["block_size"]
+    assert arguments.training.max_steps == demo["max_steps"]
+
+
+def test_the_command_line_overrides_the_recipe_and_the_recipe_the_defaults(recipe):
+    path = recipe("max_steps: 7\nhidden_dim: 64\nlearning_rate: 1e-3\neval_strategy: 'no'\nbf16: false\n")
+    arguments = parse_arguments([path, "--hidden_dim", "32", "--output-dir", "somewhere"])
+    assert arguments.training.max_steps == 7
+    assert arguments.model.hidden_dim == 32
+    assert arguments.training.learning_rate == 1e-3  # YAML reads 1e-3 as a string
+    assert arguments.training.output_dir == "somewhere"
+    assert arguments.model.block_size is None
+    assert arguments.data.text_column is None
+
+
+def test_defaults_are_the_papers_optimisation():
+    training = BD3LMTrainingArguments()
+    assert training.learning_rate == 3e-4
+    assert training.warmup_steps == 2500
+    assert training.lr_scheduler_type == "constant_with_warmup"
+    assert (training.adam_beta1, training.adam_beta2, training.adam_epsilon) == (0.9, 0.999, 1e-8)
+    assert (training.weight_decay, training.max_grad_norm) == (0.0, 1.0)
+
+
+def test_only_given_fields_reach_the_configuration(recipe):
+    arguments = parse_arguments([recipe("block_size: 8\nnoise: cosine\n"), "--adaln", "false"])
+    assert arguments.model.config_fields() == {"block_size": 8, "noise": "cosine", "adaln": False}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_every_shipped_recipe_parses(name):
+    arguments = parse_arguments([name])
+    assert arguments.model.model_length % arguments.model.block_size == 0
+
+
+def test_a_written_recipe_repeats_the_run(recipe, tmp_path):
+    first = parse_arguments([recipe("max_steps: 7\nhidden_dim: 64\nlr_scheduler_type: cosine\ndropout: 0.0\n")])
+    write_recipe(first, tmp_path / "again.yaml")
+    second = parse_arguments([str(tmp_path / "again.yaml"), "--output_dir", first.training.output_dir])
+    assert second.model == first.model
+    assert second.data == first.data
+    for name in ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "report_to", "eval_strategy"):
+        assert getattr(second.training, name) == getattr(first.training, name)
+    assert set(read_recipe(str(tmp_path / "again.yaml"))) == {
+        "max_steps",
+        "hidden_dim",
+        "lr_scheduler_type",
+        "dropout",
+    }
+
+
+def test_an_unknown_recipe_field_is_named_with_the_nearest_one(recipe):
+    with pytest.raises(ValueError, match=r"unknown field 'block_sise': did you mean 'block_size'\?"):
+        parse_arguments([recipe("block_sise: 4\n")])
+
+
+def test_an_unknown_recipe_field_without_a_near_one_points_to_the_help(recipe):
+    with pytest.raises(ValueError, match=r"unknown field 'zzzzzzzz': see --help"):
+        parse_arguments([recipe("zzzzzzzz: 4\n")])
+
+
+@pytest.mark.parametrize("word", ["--learning_rat=1", "--learning-rat"])
+def test_an_unknown_argument_is_named_with_the_nearest_one(word):
+    with pytest.raises(ValueError, match=r"unknown argument .*did you mean '--learning_rate'\?"):
+        parse_arguments([word, "1"] if "=" not in word else [word])
+
+
+def test_a_recipe_that_does_not_exist_lists_those_that_ship():
+    with pytest.raises(ValueError, match=r"no recipe 'nowhere.yaml'.*demo.*python-source"):
+        parse_arguments(["nowhere.yaml"])
+
+
+@pytest.mark.parametrize("text", ["a: [1\n", "a: \x00\n"])
+def test_a_broken_recipe_is_one_line(recipe, text):
+    with pytest.raises(ValueError, match="is no readable YAML") as error:
+        parse_arguments([recipe(text)])
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe_in_another_encoding_is_refused(tmp_path):
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"sample_prompt: caf\xe9\n")
+    with pytest.raises(ValueError, match="is no readable YAML"):
+        parse_arguments([str(path)])
+
+
+def test_a_recipe_that_is_a_list_is_refused(recipe):
+    with pytest.raises(ValueError, match="holds a list: write one `field: value` per line"):
+        parse_arguments([recipe("- max_steps\n")])
+
+
+@pytest.mark.parametrize("text", ["hidden_dim: wide\n", "hidden_dim: 4.5\n", "max_steps: [1, 2]\n"])
+def test_a_value_of_the_wrong_kind_is_refused(recipe, text):
+    field = text.split(":")[0]
+    with pytest.raises(ValueError, match=rf"{field}|unrecognized|unknown"):
+        parse_arguments([recipe(text)])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--vocab_size", "0"], "--vocab_size 0"),
+        (["--max_eval_samples", "0"], "--max_eval_samples 0"),
+        (["--eval_num_samples", "0"], "--eval_num_samples 0"),
+        (["--sample_tokens", "-1"], "--sample_tokens -1"),
+    ],
+)
+def test_counts_below_their_least_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(words)
+
+
+def test_a_checkpoint_replaces_the_demos_network():
+    arguments = parse_arguments(["--init_from", "folder"])
+    assert arguments.model.config_fields() == {}
+    check_shape_is_free(arguments.model)
+
+
+def test_shape_fields_contradict_a_checkpoint():
+    arguments = parse_arguments(["--model_name_or_path", "folder", "--hidden_dim", "64"])
+    with pytest.raises(ValueError, match="--hidden_dim 64 contradicts --init_from folder.*leave out --hidden_dim"):
+        check_shape_is_free(arguments.model)
+
+
+def test_regularisation_may_change_with_a_checkpoint():
+    arguments = parse_arguments(["--init_from", "folder", "--dropout", "0.2", "--block_size", "2"])
+    check_shape_is_free(arguments.model)
+    assert arguments.model.config_fields() == {"dropout": 0.2, "block_size": 2}

@@ -1,0 +1,329 @@
+"""The house: rooms that import one way, a package that installs three ways, and pins that agree with the ranges."""
+
+import ast
+import configparser
+import fnmatch
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+import bd3lm_hf
+
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("modeling", "bd3lm_hf", "training", "hub_upload")  # each may import itself and those before it
+PACKAGES = {room: room if room == "bd3lm_hf" else f"bd3lm_hf.{room}" for room in ROOMS}
+TRAVELS_WITH = {"torch", "transformers"}  # all that the code on the Hub may ask of its user's machine
+
+
+def source_files(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def imports(path: Path, package: str) -> Iterator[tuple[int, str]]:
+    """Every (line, absolute dotted name) that a file of `package` imports, at the top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            name = "." * node.level + (node.module or "")
+            module = importlib.util.resolve_name(name, package) if node.level else name
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def package_of(path: Path, room: str) -> str:
+    return ".".join([PACKAGES[room], *path.parent.relative_to(ROOT / room).parts])
+
+
+def room_of(name: str) -> str | None:
+    """The room that an imported name lives in; None for another library."""
+    head, _, rest = name.partition(".")
+    if head != "bd3lm_hf":
+        return None
+    room = rest.partition(".")[0]
+    return room if room in ROOMS and room != "bd3lm_hf" else "bd3lm_hf"
+
+
+def test_imports_are_resolved_to_the_room_they_come_from(tmp_path):
+    file = tmp_path / "sample.py"
+    file.write_text(
+        "import torch\nfrom .noise_bd3lm import x\nfrom .. import training\ndef f():\n    from ..cli import main\n"
+    )
+    found = [(name, room_of(name)) for _, name in imports(file, "bd3lm_hf.modeling")]
+    assert found == [
+        ("torch", None),
+        ("bd3lm_hf.modeling.noise_bd3lm.x", "modeling"),
+        ("bd3lm_hf.training", "training"),
+        ("bd3lm_hf.cli.main", "bd3lm_hf"),
+    ]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_from_earlier_rooms(room):
+    assert source_files(room), f"the room {room}/ is empty"
+    allowed = ROOMS[: ROOMS.index(room) + 1]
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in source_files(room)
+        for line, name in imports(path, package_of(path, room))
+        if (room_of(name) or room) not in allowed
+    ]
+    assert not wrong
+
+
+def test_no_file_imports_a_room_by_its_bare_name():
+    bare = set(ROOMS) - {"bd3lm_hf"}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for room in (*ROOMS, "tests")
+        for path in source_files(room)
+        for line, name in imports(path, package_of(path, room) if room in PACKAGES else "")
+        if name.partition(".")[0] in bare
+    ]
+    assert not wrong
+
+
+def test_modeling_imports_only_torch_transformers_and_the_standard_library():
+    allowed = TRAVELS_WITH | sys.stdlib_module_names
+    wrong = [
+        f"{path.name}:{line} imports {name}"
+        for path in source_files("modeling")
+        for line, name in imports(path, PACKAGES["modeling"])
+        if room_of(name) != "modeling" and name.partition(".")[0] not in allowed
+    ]
+    assert not wrong
+
+
+def test_modeling_imports_its_own_files_in_the_form_that_save_pretrained_follows():
+    # `from .x import y` is copied beside the weights; `from . import x` and absolute imports are not.
+    wrong = []
+    for path in source_files("modeling"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level and (node.level > 1 or not node.module):
+                wrong.append(f"{path.name}:{node.lineno} imports from {'.' * node.level}{node.module or ''}")
+        wrong += [
+            f"{path.name}:{line} imports {name} by its absolute name"
+            for line, name in imports(path, "here")
+            if name.startswith("bd3lm_hf.")
+        ]
+    assert not wrong
+
+
+def test_modeling_is_flat():
+    assert [path for path in (ROOT / "modeling").rglob("*.py") if path.parent != ROOT / "modeling"] == []
+
+
+def test_no_file_in_training_shadows_a_library():
+    # `python training/train.py` puts training/ first on the path.
+    libraries = set(importlib.metadata.packages_distributions()) | sys.stdlib_module_names
+    names = {path.stem for path in (ROOT / "training").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert not names & (libraries - set(ROOMS))
+
+
+def test_tests_is_no_package_and_the_root_has_no_conftest():
+    assert not (ROOT / "tests" / "__init__.py").exists()
+    assert not (ROOT / "conftest.py").exists()
+
+
+@pytest.fixture(scope="module")
+def setup_cfg() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+def test_setup_cfg_lists_every_package(setup_cfg):
+    listed = set(setup_cfg["options"]["packages"].split())
+    found = {package_of(path, room) for room in ROOMS for path in source_files(room)}
+    assert listed == {name.rstrip(".") for name in found}
+
+
+def test_every_file_that_is_not_python_is_installed_too(setup_cfg):
+    missing = []
+    for room in ROOMS:
+        patterns = setup_cfg["options.package_data"][PACKAGES[room]].split()
+        for path in (ROOT / room).rglob("*"):
+            name = path.relative_to(ROOT / room).as_posix()
+            if path.is_dir() or path.suffix in (".py", ".pyc") or any(fnmatch.fnmatch(name, p) for p in patterns):
+                continue
+            missing.append(f"{room}/{name}")
+    assert not missing
+
+
+def test_every_room_says_that_it_is_typed():
+    assert [room for room in ROOMS if not (ROOT / room / "py.typed").is_file()] == []
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {name.lower().replace("_", "-"): version for name, version in pairs}
+
+
+def requirements(setup_cfg: configparser.ConfigParser) -> list[Requirement]:
+    texts = [setup_cfg["options"]["install_requires"], *setup_cfg["options.extras_require"].values()]
+    return [Requirement(line) for text in texts for line in text.splitlines() if line]
+
+
+def test_every_library_that_is_imported_is_required(setup_cfg):
+    required = {requirement.name.lower().replace("_", "-") for requirement in requirements(setup_cfg)}
+    distributions = importlib.metadata.packages_distributions()
+    missing = set()
+    for room in ROOMS:
+        for path in source_files(room):
+            for _, name in imports(path, package_of(path, room)):
+                library = name.partition(".")[0]
+                if library in sys.stdlib_module_names or room_of(name):
+                    continue
+                providers = {p.lower().replace("_", "-") for p in distributions.get(library, [library])}
+                if not providers & required:
+                    missing.add(f"{path.relative_to(ROOT)}: {library}")
+    assert not missing
+
+
+def test_every_requirement_is_pinned_inside_its_range(setup_cfg):
+    pinned = pins()
+    for requirement in requirements(setup_cfg):
+        name = requirement.name.lower().replace("_", "-")
+        assert name in pinned, f"{name} has no pin in constraints.txt"
+        assert requirement.specifier.contains(pinned[name]), f"{name}=={pinned[name]} is outside {requirement}"
+
+
+def test_installing_the_package_pins_nothing_on_its_user(setup_cfg):
+    assert [str(r) for r in requirements(setup_cfg) if any(s.operator in ("==", "===") for s in r.specifier)] == []
+
+
+def test_torch_is_the_first_pin():
+    # The Makefile installs it first and alone.
+    assert next(iter(pins())) == "torch"
+
+
+def test_the_version_is_written_once(setup_cfg):
+    assert setup_cfg["metadata"]["version"] == "attr: bd3lm_hf.__version__"
+    assert importlib.metadata.version("bd3lm-hf") == bd3lm_hf.__version__
+
+
+@pytest.mark.parametrize(
+    "name", ["BD3LMConfig", "BD3LMForMaskedLM", "BD3LMGenerationConfig", "BD3LMModel", "TokenNLL", "noise_schedule"]
+)
+def test_a_public_name_is_importable_and_announced(name):
+    assert name in bd3lm_hf.__all__
+    assert getattr(bd3lm_hf, name).__module__.startswith("bd3lm_hf.modeling.")
+
+
+def test_every_announced_name_exists():
+    assert [name for name in bd3lm_hf.__all__ if not hasattr(bd3lm_hf, name)] == []
+    assert sorted(set(bd3lm_hf.__all__)) == sorted(bd3lm_hf.__all__)
+
+
+def test_the_auto_classes_know_the_model_once_the_package_is_imported(tiny_config):
+    assert type(AutoConfig.for_model("bd3lm")) is bd3lm_hf.BD3LMConfig
+    assert type(AutoModel.from_config(tiny_config)) is bd3lm_hf.BD3LMModel
+    for auto_class in (AutoModelForCausalLM, AutoModelForMaskedLM):
+        assert type(auto_class.from_config(tiny_config)) is bd3lm_hf.BD3LMForMaskedLM
+
+
+# Run by a fresh interpreter in a foreign folder; prints where the rooms were found.
+PROBE = """
+import importlib, importlib.resources, sys
+import bd3lm_hf
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from transformers import AutoConfig, AutoModelForMaskedLM
+
+assert bd3lm_hf.BD3LMConfig is BD3LMConfig and bd3lm_hf.BD3LMForMaskedLM is BD3LMForMaskedLM
+assert type(AutoConfig.for_model("bd3lm")) is BD3LMConfig
+config = BD3LMConfig(vocab_size=8, model_length=8, hidden_dim=8, n_blocks=1, n_heads=1, cond_dim=4)
+assert type(AutoModelForMaskedLM.from_config(config)) is BD3LMForMaskedLM
+copies = [n for n, m in sys.modules.items() if (getattr(m, "__file__", None) or "").endswith("configuration_bd3lm.py")]
+assert copies == ["bd3lm_hf.modeling.configuration_bd3lm"], copies
+for room in ("", ".modeling", ".training", ".hub_upload"):
+    module = importlib.import_module("bd3lm_hf" + room)
+    assert importlib.resources.files(module).joinpath("py.typed").is_file(), room
+    print(module.__file__)
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy of what a clone holds of the package: a build in the real checkout would leave files behind."""
+    copy = tmp_path_factory.mktemp("clone")
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture
+def fresh_python(tmp_path) -> Path:
+    """An interpreter of its own that sees the libraries of this one, but not what is editable-installed here."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    # A folder named in a .pth file is searched, its own .pth files (our editable install) are not run.
+    Path(site, "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def install(python: Path, *arguments: str | Path) -> None:
+    command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--ignore-installed"]
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=python.parent)
+    assert result.returncode == 0, result.stderr
+
+
+def locations(python: Path, folder: Path, **environment: str) -> list[Path]:
+    """Where a fresh process, started in `folder`, finds the four rooms."""
+    variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environment
+    result = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, cwd=folder, env=variables)
+    assert result.returncode == 0, result.stderr
+    return [Path(line).parent for line in result.stdout.split()]
+
+
+def rooms_in(checkout: Path) -> list[Path]:
+    return [checkout / "bd3lm_hf", checkout / "modeling", checkout / "training", checkout / "hub_upload"]
+
+
+@pytest.mark.slow
+def test_a_wheel_carries_all_rooms(checkout, fresh_python, tmp_path):
+    install(fresh_python, checkout)
+    package = locations(fresh_python, tmp_path)[0]
+    assert package.is_relative_to(tmp_path / "env")
+    assert locations(fresh_python, tmp_path) == [package, *(package / room for room in ROOMS if room != "bd3lm_hf")]
+    shipped = {path.relative_to(package) for path in package.rglob("*") if "__pycache__" not in path.parts}
+    for room in ROOMS:
+        target = Path() if room == "bd3lm_hf" else Path(room)
+        files = [p for p in (checkout / room).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+        assert {target / path.relative_to(checkout / room) for path in files} <= shipped
+
+
+@pytest.mark.slow
+def test_an_editable_install_uses_the_rooms_of_the_checkout(checkout, fresh_python, tmp_path):
+    install(fresh_python, "--editable", checkout)
+    assert locations(fresh_python, tmp_path) == rooms_in(checkout)
+
+
+@pytest.mark.slow
+def test_a_bare_checkout_needs_only_its_root_on_the_path(checkout, fresh_python, tmp_path):
+    assert locations(fresh_python, tmp_path, PYTHONPATH=str(checkout)) == rooms_in(checkout)
+
+
+@pytest.mark.slow
+def test_a_checkout_works_from_its_own_root(checkout, fresh_python):
+    assert locations(fresh_python, checkout) == rooms_in(checkout)

@@ -1,0 +1,138 @@
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from bd3lm_hf.tokenization import (
+    SMALLEST_VOCABULARY,
+    check_tokenizer_fits,
+    complete_special_tokens,
+    load_tokenizer,
+    train_tokenizer,
+)
+
+
+TEXTS = ["the quick brown fox jumps over the lazy dog. " * 20, "def function(argument): return argument\n" * 20]
+STRANGE = "tabs\tand\r\nlines\n\n naïve 漢字 🤖‍👩 \u200b\u0000 <|mask|> <|endoftext|> it 's , . ﬁ é"
+
+
+def gpt2_like(**special: str) -> PreTrainedTokenizerFast:
+    """Ids 0..9 are words, as in a tokenizer with no mask, padding or begin token."""
+    vocabulary = {word: i for i, word in enumerate(["<unk>", *"abcdefgh", "<|endoftext|>"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **special)
+
+
+def config(vocab_size: int, mask_token_id: int) -> SimpleNamespace:
+    return SimpleNamespace(vocab_size=vocab_size, mask_token_id=mask_token_id)
+
+
+@pytest.fixture(scope="module")
+def trained() -> PreTrainedTokenizerFast:
+    return train_tokenizer(TEXTS, vocab_size=300)
+
+
+def test_a_trained_tokenizer_has_the_special_tokens_and_the_mask_last(trained: PreTrainedTokenizerFast) -> None:
+    assert len(trained) == 300
+    assert trained.mask_token_id == 299
+    assert None not in (trained.bos_token_id, trained.eos_token_id, trained.pad_token_id)
+    assert len({trained.eos_token_id, trained.pad_token_id, trained.mask_token_id}) == 3
+    assert trained.padding_side == "left"
+
+
+def test_any_text_survives_a_round_trip(trained: PreTrainedTokenizerFast) -> None:
+    ids = trained(STRANGE, split_special_tokens=True)["input_ids"]
+    assert trained.decode(ids) == STRANGE
+    assert not {trained.mask_token_id, trained.eos_token_id} & set(ids)
+
+
+def test_training_twice_gives_the_same_tokenizer(trained: PreTrainedTokenizerFast) -> None:
+    again = load_tokenizer("train", texts=iter(TEXTS), vocab_size=300)
+    assert again.backend_tokenizer.to_str() == trained.backend_tokenizer.to_str()
+
+
+def test_a_saved_tokenizer_comes_back_the_same(trained: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    trained.save_pretrained(tmp_path)
+    for loaded in (load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)):
+        assert loaded.get_vocab() == trained.get_vocab()
+        assert loaded.special_tokens_map == trained.special_tokens_map
+        assert loaded.padding_side == "left"
+        assert loaded.decode(loaded(STRANGE)["input_ids"]) == STRANGE
+
+
+def test_a_tokenizer_without_mask_gets_one_behind_its_last_id() -> None:
+    tokenizer = complete_special_tokens(gpt2_like(eos_token="<|endoftext|>"))
+    assert tokenizer.mask_token_id == 10
+    assert tokenizer.pad_token_id == 10
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id == 9
+    assert len(tokenizer) == 11
+    assert tokenizer.padding_side == "left"
+
+
+def test_a_tokenizer_keeps_the_special_tokens_that_it_has() -> None:
+    tokenizer = complete_special_tokens(gpt2_like(mask_token="c", pad_token="d", cls_token="a", sep_token="b"))
+    assert (tokenizer.mask_token, tokenizer.pad_token) == ("c", "d")
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("a", "b")
+    assert len(tokenizer) == 10
+
+
+def test_a_completed_tokenizer_survives_saving(tmp_path: Path) -> None:
+    tokenizer = complete_special_tokens(gpt2_like(eos_token="<|endoftext|>"))
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).mask_token_id == 10
+
+
+def test_a_tokenizer_that_can_not_end_a_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="no token that ends a text; set tokenizer.eos_token"):
+        complete_special_tokens(gpt2_like())
+
+
+def test_training_needs_texts() -> None:
+    with pytest.raises(ValueError, match="its corpus is needed"):
+        load_tokenizer(None)
+    with pytest.raises(ValueError, match="no text to train a tokenizer on"):
+        load_tokenizer(None, texts=["", ""])
+
+
+def test_a_vocabulary_smaller_than_the_bytes_is_refused() -> None:
+    with pytest.raises(ValueError, match=rf"vocab_size is 100.* needs {SMALLEST_VOCABULARY} tokens"):
+        train_tokenizer(TEXTS, vocab_size=100)
+    assert len(train_tokenizer(TEXTS, vocab_size=SMALLEST_VOCABULARY)) == SMALLEST_VOCABULARY
+
+
+def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"{tmp_path}.* holds no tokenizer.*save_pretrained"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=rf"{tmp_path}.* can not be loaded.*Name a folder, or 'train'"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_fitting_tokenizer_passes(trained: PreTrainedTokenizerFast) -> None:
+    check_tokenizer_fits(trained, config(300, 299))
+    check_tokenizer_fits(trained, config(512, 299))
+    check_tokenizer_fits(gpt2_like(eos_token="<|endoftext|>"), config(11, 10))
+
+
+def test_a_model_with_fewer_ids_than_the_tokenizer_is_refused(trained: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match=r"ids up to 299, but the model's vocab_size is 256: set vocab_size to 300"):
+        check_tokenizer_fits(trained, config(256, 255))
+
+
+def test_a_mask_id_other_than_the_tokenizers_is_refused(trained: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(
+        ValueError, match=r"mask_token_id is 511, but .*'<\|mask\|>' has id 299: set mask_token_id=299"
+    ):
+        check_tokenizer_fits(trained, config(512, 511))
+
+
+def test_a_mask_id_that_is_an_ordinary_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="mask_token_id 3 is the ordinary token 'c'"):
+        check_tokenizer_fits(gpt2_like(eos_token="<|endoftext|>"), config(11, 3))

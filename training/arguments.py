@@ -1,0 +1,265 @@
+"""A run is a recipe plus overrides: the fields of a training run, read from one YAML file and the command line."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArg
+
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+DEFAULT_RECIPE = "demo"
+# These choose or shape the network; everything else in ModelArguments may change when weights are loaded.
+_SHAPE_FIELDS = ("hidden_dim", "n_blocks", "n_heads", "cond_dim", "adaln", "time_conditioning")
+
+
+@dataclass
+class ModelArguments:
+    """The network. A field left out takes the default of the model type, or the checkpoint's value with `init_from`."""
+
+    model_type: str = field(default="bd3lm", metadata={"help": "Model type, as in `AutoConfig.for_model`."})
+    init_from: str | None = HfArg(
+        default=None,
+        aliases=["--model_name_or_path"],
+        help="Start from these weights (folder or hub name) instead of new ones.",
+    )
+    block_size: int | None = field(default=None, metadata={"help": "Tokens of a block; divides model_length."})
+    model_length: int | None = field(default=None, metadata={"help": "Tokens of a training sequence."})
+    hidden_dim: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
+    n_blocks: int | None = field(default=None, metadata={"help": "Number of transformer layers."})
+    n_heads: int | None = field(default=None, metadata={"help": "Number of attention heads."})
+    cond_dim: int | None = field(default=None, metadata={"help": "Width of the noise-level embedding."})
+    dropout: float | None = field(default=None, metadata={"help": "Dropout of the residual branches."})
+    noise: str | None = field(default=None, metadata={"help": "Noise schedule: loglinear, square, ... (paper, Table 8)."})
+    adaln: bool | None = field(default=None, metadata={"help": "Adaptive layer norm."})
+    time_conditioning: bool | None = field(default=None, metadata={"help": "Feed the noise level to the network."})
+    sampling_eps_min: float | None = field(default=None, metadata={"help": "Lower end of the interval of noise levels."})
+    sampling_eps_max: float | None = field(default=None, metadata={"help": "Upper end of the interval of noise levels."})
+    resample: bool | None = field(default=None, metadata={"help": "Keep the mask rate of every block in the interval."})
+    antithetic_sampling: str | None = field(
+        default=None, metadata={"help": "Stratification of the noise levels: shuffled, published or none."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel: eager, sdpa or flex."})
+
+    def config_fields(self) -> dict[str, Any]:
+        """The configuration fields that were given, by name."""
+        own = ("model_type", "init_from", "attn_implementation")
+        return {name: value for name, value in asdict(self).items() if name not in own and value is not None}
+
+
+@dataclass
+class DataArguments:
+    """The text and how it becomes token sequences."""
+
+    dataset: str = field(
+        default="python-docs",
+        metadata={"help": "python-docs or python-source (embedded), a file, a folder, or a hub name."},
+    )
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column of the text; by default `text`, or the only column of strings."}
+    )
+    validation_dataset: str | None = field(
+        default=None, metadata={"help": "Held-out text; by default the validation split of `dataset`."}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Name or folder of a tokenizer; by default one is trained on the text."}
+    )
+    vocab_size: int = field(default=4096, metadata={"help": "Vocabulary of a tokenizer trained here."})
+    insert_eos: bool = field(default=True, metadata={"help": "End every document with the end-of-sequence token."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training sequences at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many held-out sequences at most."})
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value}: give a whole number of at least 1.")
+
+
+@dataclass
+class BD3LMTrainingArguments(TrainingArguments):
+    """transformers' `TrainingArguments` with the paper's optimisation as defaults (AdamW 3e-4, 2,500 warm-up steps)."""
+
+    output_dir: str | None = field(default="bd3lm-output", metadata={"help": "Folder of the run."})
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Train into output_dir although it holds files; checkpoints of an earlier run are removed."},
+    )
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(
+        default="constant_with_warmup", metadata={"help": "Learning-rate schedule, as in transformers."}
+    )
+    warmup_steps: float = field(
+        default=2500, metadata={"help": "Warm-up steps; below 1 a share of all optimizer steps."}
+    )
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm above which gradients are scaled down."})
+    logging_steps: float = field(default=50, metadata={"help": "Log every so many optimizer steps."})
+    # A loss that is not finite stops the run (trainer.py); the filter would hide it from the log.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave losses that are not finite out of logs."})
+    eval_estimator: str = field(
+        default="stratified", metadata={"help": "Likelihood estimator of evaluations: sampled, stratified or exact."}
+    )
+    final_estimator: str | None = field(
+        default=None,
+        metadata={"help": "Estimator of the likelihood before and after training; eval_estimator by default."},
+    )
+    eval_num_samples: int = field(default=1, metadata={"help": "Noise draws per held-out sequence."})
+    sample_prompt: str = field(default="", metadata={"help": "Prompt of the text sample written at each evaluation."})
+    sample_tokens: int = field(default=64, metadata={"help": "Tokens of that sample; 0 writes none."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_num_samples < 1:
+            raise ValueError(f"--eval_num_samples {self.eval_num_samples}: give a whole number of at least 1.")
+        if self.sample_tokens < 0:
+            raise ValueError(f"--sample_tokens {self.sample_tokens}: give 0 (no sample) or more.")
+
+
+class RunArguments(NamedTuple):
+    """Everything that defines a run."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: BD3LMTrainingArguments
+    given: dict[str, Any]  # the fields that differ from the defaults, as they were written
+
+
+class _Parser(HfArgumentParser):
+    """`HfArgumentParser` whose errors are one `ValueError` instead of a page of usage and an exit."""
+
+    given: dict[str, Any]
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # The dataclasses derive further values from these, which a recipe must not repeat.
+        namespace, rest = super().parse_known_args(args, namespace)
+        defaults = vars(super().parse_known_args([])[0])
+        self.given = {name: value for name, value in vars(namespace).items() if value != defaults[name]}
+        return namespace, rest
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+_GROUPS = (ModelArguments, DataArguments, BD3LMTrainingArguments)
+
+
+def field_names() -> list[str]:
+    """Names of all fields that a recipe or the command line may set."""
+    return [item.name for group in _GROUPS for item in fields(group) if item.init]
+
+
+def parse_arguments(argv: Sequence[str]) -> RunArguments:
+    """Read `[recipe.yaml] [--field value ...]`; the command line overrides the recipe, the recipe the defaults.
+
+    Args:
+        argv: arguments without the program's name. The recipe is a file or the name of one that ships (`demo`);
+            without one the `demo` recipe is the base.
+
+    Raises:
+        ValueError: unreadable recipe, unknown field (the nearest one is named), or a value that a field cannot take.
+    """
+    argv = list(argv)
+    named = bool(argv) and not argv[0].startswith("-")
+    recipe = read_recipe(argv.pop(0) if named else DEFAULT_RECIPE)
+    if not named and any(word.split("=")[0].replace("-", "_") in _INIT_FLAGS for word in argv):
+        # The demo's network would contradict the one that is loaded.
+        shapes = {item.name for item in fields(ModelArguments)}
+        recipe = {name: value for name, value in recipe.items() if name not in shapes}
+    parser = _Parser(list(_GROUPS), allow_abbrev=False)
+    words = [word for name, value in recipe.items() for word in _as_words(name, value)] + argv
+    *groups, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
+    if rest:
+        raise ValueError(_unknown(rest[0], [f"--{name}" for name in field_names()], "argument"))
+    return RunArguments(*groups, parser.given)
+
+
+_INIT_FLAGS = ("__init_from", "__model_name_or_path")
+
+
+def read_recipe(name_or_path: str) -> dict[str, Any]:
+    """The fields that a recipe sets.
+
+    Args:
+        name_or_path: a YAML file, or the name of a recipe that ships with the package.
+
+    Raises:
+        ValueError: no such recipe, not a YAML mapping, or a field that does not exist.
+    """
+    path = Path(name_or_path)
+    shipped = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
+    if not path.is_file() and name_or_path in shipped:
+        path = RECIPES / f"{name_or_path}.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"there is no recipe {name_or_path!r}: give a YAML file or one of {', '.join(shipped)}. Fields are set "
+            f"with --field value."
+        )
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the recipe {path} is no readable YAML: {reason}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"the recipe {path} holds a {type(recipe).__name__}: write one `field: value` per line.")
+    known = field_names()
+    for name in recipe:
+        if name not in known:
+            raise ValueError(f"the recipe {path} has {_unknown(str(name), known, 'field')}")
+    return recipe
+
+
+def write_recipe(arguments: RunArguments, path: str | Path) -> None:
+    """Write the fields that were given as a recipe that repeats the run in another folder."""
+    place = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+    given = {name: value for name, value in arguments.given.items() if name not in place}
+    Path(path).write_text(yaml.safe_dump(given, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def check_shape_is_free(model: ModelArguments) -> None:
+    """Refuse fields that would change the shape of weights which are about to be loaded.
+
+    Raises:
+        ValueError: `init_from` is given together with such a field.
+    """
+    given = [name for name in _SHAPE_FIELDS if name in model.config_fields()]
+    if model.init_from is not None and given:
+        raise ValueError(
+            f"--{given[0]} {getattr(model, given[0])} contradicts --init_from {model.init_from}: the checkpoint "
+            f"decides the shape of the network, so leave out {', '.join('--' + name for name in given)}."
+        )
+
+
+def _as_words(name: str, value: Any) -> list[str]:
+    """A recipe's field as command-line words, so that both are checked by one parser; `null` is the default."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    if isinstance(value, (dict, bool)):
+        return [f"--{name}={json.dumps(value)}"]
+    return [f"--{name}={value}"]
+
+
+def _unknown(name: str, known: list[str], kind: str) -> str:
+    name = name.split("=")[0]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "see --help for the fields."
+    return f"an unknown {kind} {name!r}: {hint}"
+
+
+__all__ = [
+    "BD3LMTrainingArguments",
+    "DataArguments",
+    "ModelArguments",
+    "RunArguments",
+    "check_shape_is_free",
+    "field_names",
+    "parse_arguments",
+    "read_recipe",
+    "write_recipe",
+]

@@ -1,0 +1,159 @@
+"""Which example comes when, and with which noise: both depend on the seed and a global index, never on the layout.
+
+The global index of an example is `epoch * examples_per_epoch + place in the epoch's order`. One process with batch 8, two
+with batch 4, and four accumulated batches of 2 therefore take the same optimizer steps.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from bd3lm_hf.modeling.noise_bd3lm import noise_of_examples
+
+
+EXAMPLE_INDEX = "example_index"
+
+
+class EpochOrder(Dataset):
+    """A seeded permutation of a data set for every epoch, filled up to whole optimizer steps.
+
+    Items are addressed by `(global index, row)` pairs, which [`EpochSampler`] yields; each item is the row with its
+    global index under `"example_index"`. The last step of an epoch is filled with the first rows of the same
+    permutation, under indices of their own, so that no row is ever left out.
+
+    Args:
+        rows: a sized data set of mappings.
+        seed: fixes all permutations.
+        group_size: examples of one optimizer step, over all processes and accumulated batches.
+
+    Raises:
+        ValueError: the data set is empty or has no length.
+    """
+
+    def __init__(self, rows: Any, *, seed: int, group_size: int) -> None:
+        if not hasattr(rows, "__len__"):
+            raise ValueError(
+                f"the training data is a {type(rows).__name__} without a length: load it as a map-style data set."
+            )
+        if not len(rows):
+            raise ValueError("the training data holds no sequence: give more text, or a shorter model_length.")
+        self.rows, self.seed, self.group_size, self.epoch = rows, seed, group_size, 0
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.group_size) * self.group_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order is visited next; accelerate calls this on the data set of its loaders."""
+        self.epoch = epoch
+
+    def permutation(self, epoch: int) -> list[int]:
+        """The rows of an epoch in the order of their visit, `len(self)` of them."""
+        # An odd multiplier keeps (seed, epoch) pairs apart; neighbouring seeds must not share epochs.
+        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + epoch * 0x85EBCA77) & (2**63 - 1))
+        order = torch.randperm(len(self.rows), generator=generator)
+        return order.repeat(-(-len(self) // len(order)))[: len(self)].tolist()
+
+    def rows_at(self, first: int, count: int) -> list[int]:
+        """The rows behind `count` consecutive global indices of one epoch, for messages."""
+        epoch, place = divmod(first, len(self))
+        return self.permutation(epoch)[place : place + count]
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        index, row = item
+        return {**self.rows[row], EXAMPLE_INDEX: index}
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Yields the `(global index, row)` pairs of the current epoch of an [`EpochOrder`].
+
+    It reads the epoch from the data set, which accelerate's loaders share however they wrap the sampler.
+    """
+
+    def __init__(self, order: EpochOrder) -> None:
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        first = self.order.epoch * len(self.order)
+        return ((first + place, row) for place, row in enumerate(self.order.permutation(self.order.epoch)))
+
+
+class PaddingCollator:
+    """Stacks examples of token ids, padded on the right; padding carries no attention and no label.
+
+    Args:
+        pad_token_id: id of padding, which no loss ever sees.
+    """
+
+    def __init__(self, pad_token_id: int = 0) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        columns: dict[str, list[torch.Tensor]] = {"input_ids": [], "labels": [], "attention_mask": []}
+        for example in examples:
+            ids = torch.as_tensor(example["input_ids"], dtype=torch.long)
+            mask = torch.as_tensor(example.get("attention_mask", torch.ones_like(ids)), dtype=torch.long)
+            labels = torch.as_tensor(example.get("labels", ids.masked_fill(mask == 0, -100)), dtype=torch.long)
+            for column, value in zip(columns.values(), (ids, labels, mask)):
+                column.append(value)
+        padding = {"input_ids": self.pad_token_id, "labels": -100, "attention_mask": 0}
+        return {
+            name: torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=padding[name])
+            for name, column in columns.items()
+        }
+
+
+class NoiseCollator:
+    """Adds to a batch the noise of its examples, `block_noise`, `token_noise` and `count_noise`.
+
+    Args:
+        collate: makes the batch without noise.
+        seed: fixes the noise of all examples.
+        group_size: examples of one optimizer step; noise levels are stratified over them.
+        num_blocks: number of blocks of a sequence of some length; 0 for models without noise, which get none.
+        length: longest sequence of the training data. Noise is drawn for this length and cut, so that an example's
+            noise does not depend on its neighbours in the batch.
+    """
+
+    def __init__(
+        self,
+        collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]],
+        *,
+        seed: int,
+        group_size: int,
+        num_blocks: Callable[[int], int],
+        length: int,
+    ) -> None:
+        self.collate, self.seed, self.group_size = collate, seed, group_size
+        self.num_blocks, self.length = num_blocks, length
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        indices = [int(example[EXAMPLE_INDEX]) for example in examples]
+        batch = self.collate([{k: v for k, v in example.items() if k != EXAMPLE_INDEX} for example in examples])
+        length = batch["input_ids"].shape[1]
+        if not self.num_blocks(length):
+            return batch
+        if length > self.length:
+            raise ValueError(
+                f"a training sequence of {length} tokens is longer than model_length={self.length}: pack the data to "
+                f"at most {self.length} tokens, or raise model_length."
+            )
+        noise = noise_of_examples(
+            indices,
+            seed=self.seed,
+            group_size=self.group_size,
+            num_blocks=self.num_blocks(self.length),
+            length=self.length,
+        )
+        blocks = self.num_blocks(length)
+        batch["block_noise"] = noise.block_noise[:, :blocks]
+        batch["token_noise"] = noise.token_noise[:, :length]
+        batch["count_noise"] = noise.count_noise[:, :blocks]
+        return batch
+
+
+__all__ = ["EXAMPLE_INDEX", "EpochOrder", "EpochSampler", "NoiseCollator", "PaddingCollator"]

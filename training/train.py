@@ -1,0 +1,304 @@
+"""Train a block-diffusion language model: a recipe plus overrides.
+
+    python training/train.py                                    the demo: minutes on a CPU, nothing to download
+    python training/train.py recipe.yaml --max_steps 1000       a recipe, one field changed
+    accelerate launch training/train.py --dataset my.txt        on every GPU of this machine
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+_CHECKOUT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__" and (_CHECKOUT / "setup.cfg").is_file():
+    # Run as a script: use the package this script lies in, whether or not it, or another copy, is installed.
+    sys.path.insert(0, str(_CHECKOUT))
+
+import accelerate  # noqa: E402
+import datasets  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from accelerate.utils import broadcast_object_list  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, pipeline, set_seed  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+import bd3lm_hf  # noqa: E402
+from bd3lm_hf.data import DatasetSpec, bytes_per_token, load_text, pack  # noqa: E402
+from bd3lm_hf.evaluation import Perplexity, scored_tokens, unigram_perplexity  # noqa: E402
+from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer  # noqa: E402
+from bd3lm_hf.training.arguments import (  # noqa: E402
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    check_shape_is_free,
+    parse_arguments,
+    write_recipe,
+)
+from bd3lm_hf.training.callbacks import SampleCallback, write_text  # noqa: E402
+from bd3lm_hf.training.output import RECIPE_NAME, check_output_dir, clear_output_dir  # noqa: E402
+from bd3lm_hf.training.trainer import BD3LMTrainer, check_finite_weights  # noqa: E402
+
+
+logger = logging.get_logger("bd3lm_hf.train")
+
+RESULTS_NAME = "results.json"
+SAMPLES_NAME = "samples.txt"
+_UNIGRAM_SEQUENCES = 100_000  # enough for word frequencies; a corpus may have millions
+
+
+class Sequences(NamedTuple):
+    """Packed text."""
+
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    bytes_per_token: float
+
+
+@dataclass
+class TrainResult:
+    """What a run did; written to `results.json` in the output folder by the main process."""
+
+    output_dir: str
+    world_size: int
+    global_batch_size: int
+    steps: int
+    seed: int
+    losses: list[dict[str, float]] = field(default_factory=list)  # the trainer's log
+    before: Perplexity | None = None
+    after: Perplexity | None = None
+    unigram_perplexity: float | None = None
+    text: str | None = None
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def run(argv: Sequence[str]) -> TrainResult:
+    """Parse, load, train, evaluate, report.
+
+    Raises:
+        ValueError: anything wrong with the arguments, the data, the tokenizer or the checkpoint, or numbers that are no
+            longer finite; the message names the value and the remedy.
+    """
+    started = time.perf_counter()
+    # 1. Arguments: a recipe plus overrides.
+    arguments = parse_arguments(argv)
+    training = arguments.training
+    resume = training.resume_from_checkpoint not in (None, "false", "False")
+    check_shape_is_free(arguments.model)
+    check_output_dir(training.output_dir, overwrite=training.overwrite_output_dir, resume=resume)
+    set_seed(training.seed)
+
+    # 2. Text and tokenizer.
+    with training.main_process_first(desc="loading the text"):
+        text = load_splits(arguments.data)
+    tokenizer = make_tokenizer(arguments, text["train"])
+
+    # 3. Model, which knows the tokenizer's special tokens.
+    model = make_model(arguments.model, tokenizer)
+    sequences = make_sequences(arguments, text, tokenizer, model.config)
+
+    # 4. Trainer. Only now is anything written.
+    if training.process_index == 0:
+        if not resume:
+            clear_output_dir(training.output_dir)
+        Path(training.output_dir).mkdir(parents=True, exist_ok=True)
+        write_recipe(arguments, Path(training.output_dir) / RECIPE_NAME)
+    trainer = BD3LMTrainer(
+        model=model,
+        args=training,
+        train_dataset=sequences.train,
+        eval_dataset=sequences.validation,
+        processing_class=tokenizer,
+        bytes_per_token=sequences.bytes_per_token,
+    )
+    if training.sample_tokens:
+        trainer.add_callback(sample_callback(arguments, tokenizer))
+
+    # 5. Train, with the likelihood of held-out text before and after.
+    estimator = training.final_estimator or training.eval_estimator
+    before = None if resume else trainer.score(sequences.validation, estimator=estimator)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint if resume else None)
+    trainer.save_model()
+    after = trainer.score(sequences.validation, estimator=estimator)
+
+    # 6. Report.
+    result = TrainResult(
+        output_dir=training.output_dir,
+        world_size=training.world_size,
+        global_batch_size=trainer.get_total_train_batch_size(training),
+        steps=trainer.state.global_step,
+        seed=training.seed,
+        losses=trainer.state.log_history,
+        before=before,
+        after=after,
+    )
+    if trainer.is_world_process_zero():
+        result.unigram_perplexity = unigram_of(model, sequences, training.eval_batch_size)
+        if training.sample_tokens:
+            result.text = text_from_folder(training.output_dir, training.sample_prompt, training.sample_tokens)
+        result.seconds = time.perf_counter() - started
+        report(result)
+    trainer.accelerator.end_training()
+    return result
+
+
+def load_splits(data: DataArguments) -> dict[str, datasets.Dataset]:
+    """The documents of both splits, by name. With `validation_dataset`, files are used whole: nothing is held out."""
+    sources: dict[str, Any] = {"train": data.dataset, "validation": data.validation_dataset or data.dataset}
+    if data.validation_dataset is not None:
+        for split, source in sources.items():
+            if Path(source).is_file():
+                sources[split] = DatasetSpec(source, path=source, splits={split: "train"})
+    return {
+        split: load_text(source, split=split, text_column=data.text_column) for split, source in sources.items()
+    }
+
+
+def make_tokenizer(arguments: RunArguments, documents: datasets.Dataset) -> Any:
+    """The tokenizer of a name, of the checkpoint, or trained here; the main process's one on every process."""
+    data, model = arguments.data, arguments.model
+    tokenizer: list[Any] = [None]
+    if arguments.training.process_index == 0:
+        texts = (row["text"] for row in documents)
+        tokenizer = [load_tokenizer(data.tokenizer or model.init_from, texts=texts, vocab_size=data.vocab_size)]
+    if arguments.training.world_size > 1:
+        broadcast_object_list(tokenizer)
+    return tokenizer[0]
+
+
+def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
+    """A new model of the wanted type, or a checkpoint's with its fields overridden.
+
+    Raises:
+        ValueError: unknown model type, weights that are missing, unexpected or not finite, or special tokens that
+            contradict the tokenizer's.
+    """
+    keywords = {} if arguments.attn_implementation is None else {"attn_implementation": arguments.attn_implementation}
+    if arguments.init_from is not None:
+        model = load_checkpoint(arguments.init_from, {**arguments.config_fields(), **keywords})
+    else:
+        special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "mask")}
+        vocab_size = max(tokenizer.get_vocab().values()) + 1
+        config = new_config(arguments.model_type, vocab_size=vocab_size, **special, **arguments.config_fields())
+        model = AutoModelForCausalLM.from_config(config, **keywords)
+    check_tokenizer_fits(tokenizer, model.config)
+    return model
+
+
+def new_config(model_type: str, **fields: Any) -> Any:
+    """The configuration of a new model."""
+    try:
+        AutoConfig.for_model(model_type)
+    except ValueError as error:
+        raise ValueError(f"--model_type {model_type} is unknown: try --model_type bd3lm.") from error
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def load_checkpoint(folder: str, fields: dict[str, Any]) -> Any:
+    """A model with the weights of `folder`, every one of them."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **fields)
+    except OSError as error:
+        raise ValueError(f"--init_from {folder}: {error}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info.get(kind, ()))):
+            raise ValueError(
+                f"--init_from {folder} has {len(keys)} {kind.replace('_keys', '')} weights ({', '.join(keys[:8])}"
+                f"{', ...' if len(keys) > 8 else ''}): it is a checkpoint of another model."
+            )
+    check_finite_weights(model, folder)
+    return model
+
+
+def make_sequences(
+    arguments: RunArguments, text: dict[str, datasets.Dataset], tokenizer: Any, config: Any
+) -> Sequences:
+    """Pack both splits into sequences of the model's length."""
+    data = arguments.data
+    length = config.max_position_embeddings
+    packed = {}
+    for split, most in (("train", data.max_train_samples), ("validation", data.max_eval_samples)):
+        with arguments.training.main_process_first(desc=f"packing {split}"):
+            rows = pack(text[split], tokenizer, length=length, insert_eos=data.insert_eos)
+        # Every k-th sequence, so that a part is as varied as the whole.
+        packed[split] = rows if most is None else rows.select(range(0, len(rows), -(-len(rows) // most)))
+    size = bytes_per_token(text["validation"], tokenizer, insert_eos=data.insert_eos)
+    return Sequences(packed["train"], packed["validation"], size.bytes_per_token)
+
+
+def sample_callback(arguments: RunArguments, tokenizer: Any) -> SampleCallback:
+    """Writes a text sample at each evaluation."""
+    training = arguments.training
+    path = Path(training.output_dir) / SAMPLES_NAME
+    if training.process_index == 0:
+        path.unlink(missing_ok=True)
+    return SampleCallback(
+        tokenizer, prompt=training.sample_prompt, max_new_tokens=training.sample_tokens, path=path
+    )
+
+
+def unigram_of(model: Any, sequences: Sequences, batch_size: int) -> float:
+    """Perplexity of word frequencies on the same held-out tokens that the model is scored on."""
+    rows = sequences.train.select(range(min(len(sequences.train), _UNIGRAM_SEQUENCES)))
+    train_ids = [token for row in rows for token, label in zip(row["input_ids"], row["labels"]) if label != -100]
+    eval_ids = scored_tokens(model, sequences.validation, batch_size=batch_size)
+    return unigram_perplexity(train_ids, eval_ids, model.config.vocab_size)
+
+
+def text_from_folder(folder: str, prompt: str, max_new_tokens: int) -> str:
+    """Write text as a user of the folder would: through the pipeline, with the code that was saved beside it."""
+    set_seed(0)
+    generator = pipeline("text-generation", model=folder, trust_remote_code=True)
+    if not prompt:
+        return write_text(generator.model, generator.tokenizer, max_new_tokens=max_new_tokens)
+    return generator(prompt, max_new_tokens=max_new_tokens, do_sample=True)[0]["generated_text"]
+
+
+def report(result: TrainResult) -> None:
+    """Write `results.json` and print what a reader wants to know."""
+    result.versions = {module.__name__: module.__version__ for module in (bd3lm_hf, torch, transformers, accelerate)}
+    content = asdict(result)
+    for name in ("before", "after"):
+        score = getattr(result, name)
+        content[name] = None if score is None else score._asdict()
+    path = Path(result.output_dir) / RESULTS_NAME
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(table(result))
+    if result.text is not None:
+        print(f"\nText from the saved folder:\n{result.text}")
+    print(f"\n{result.steps} steps in {result.seconds:.0f} s. Model, code and tokenizer are in {result.output_dir}")
+
+
+def table(result: TrainResult) -> str:
+    """Held-out perplexity before and after training, beside the unigram baseline."""
+    rows = [("held-out text", "perplexity", "bits/byte", "nll +- s.e.")]
+    for name, score in (("before training", result.before), ("after training", result.after)):
+        if score is not None:
+            bits = "" if score.bits_per_byte is None else f"{score.bits_per_byte:.3f}"
+            rows.append((name, f"{score.perplexity:.1f}", bits, f"{score.nll:.3f} +- {score.standard_error:.3f}"))
+    if result.unigram_perplexity is not None:
+        rows.append(("unigram baseline", f"{result.unigram_perplexity:.1f}", "", ""))
+    return "\n".join(f"{name:<18}{ppl:>12}{bits:>12}{error:>18}".rstrip() for name, ppl, bits, error in rows)
+
+
+def main(argv: Sequence[str] | None = None) -> TrainResult:
+    """Run with the command line's arguments; bad input ends in one line on stderr and exit code 2.
+
+    `--log_level debug` adds the traceback.
+    """
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except (ValueError, OSError) as error:
+        logger.debug("traceback", exc_info=True)
+        if accelerate.PartialState().is_main_process:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

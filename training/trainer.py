@@ -1,0 +1,280 @@
+"""`BD3LMTrainer`: transformers' Trainer for models with the verbs `token_nll` and `generate`.
+
+It adds what needs a loop: noise that does not depend on the layout of a run, evaluation by likelihood, an early stop
+when numbers are no longer finite, and checkpoints that appear only when they are complete.
+"""
+
+import math
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints, seed_worker
+
+from bd3lm_hf.evaluation import Perplexity, score_sequences, summarize
+from bd3lm_hf.training.arguments import BD3LMTrainingArguments
+from bd3lm_hf.training.callbacks import SpeedMeter
+from bd3lm_hf.training.examples import EpochOrder, EpochSampler, NoiseCollator, PaddingCollator
+from bd3lm_hf.training.output import publish_files, publish_folder, staging_folder
+
+
+class TrainingDivergedError(ValueError):
+    """A loss, a gradient or a weight is no longer a finite number."""
+
+
+def check_finite_weights(model: torch.nn.Module, origin: str) -> None:
+    """Refuse a model whose weights or buffers hold NaN or infinity.
+
+    Args:
+        origin: where the weights come from, for the message.
+
+    Raises:
+        TrainingDivergedError: names the first such tensor.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise TrainingDivergedError(
+                f"{count} of {tensor.numel()} numbers of {name} in {origin} are NaN or infinite: start from another "
+                f"checkpoint."
+            )
+
+
+class BD3LMTrainer(Trainer):
+    """Trainer of language models whose loss is a sum over noisy tokens divided by `num_items_in_batch`.
+
+    Training examples come in a seeded order and carry their noise (see `training/examples.py`), so a run depends on the
+    seed and the global batch only. Evaluation scores the held-out sequences with `model.token_nll`.
+
+    Args:
+        bytes_per_token: mean UTF-8 bytes of a token of the held-out text, for bits per byte.
+        Everything else is as in transformers' `Trainer`; `args` is a [`BD3LMTrainingArguments`].
+
+    Raises:
+        ValueError: the model has no `token_nll` or no `generate`, or holds weights that are not finite.
+    """
+
+    args: BD3LMTrainingArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel | Any = None,
+        args: BD3LMTrainingArguments | None = None,
+        data_collator: Any = None,
+        *arguments: Any,
+        bytes_per_token: float | None = None,
+        **keywords: Any,
+    ) -> None:
+        for verb in ("token_nll", "generate"):
+            if not hasattr(model, verb):
+                raise ValueError(f"a {type(model).__name__} has no `{verb}`: train a language model of this package.")
+        check_finite_weights(model, "the model to train")
+        pad_token_id = getattr(model.config, "pad_token_id", None)
+        collator = data_collator or PaddingCollator(0 if pad_token_id is None else pad_token_id)
+        super().__init__(model, args, collator, *arguments, **keywords)
+        self.bytes_per_token = bytes_per_token
+        self.order: EpochOrder | None = None
+        self.speed = SpeedMeter()
+        self.add_callback(self.speed)
+        self._finite: list[torch.Tensor] = []  # per micro-batch of the current optimizer step
+        self._staging = False
+
+    # Examples and their noise
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Loader of the training examples in their seeded order, each with its noise."""
+        group_size = self.get_total_train_batch_size(self.args)
+        self.order = EpochOrder(self.train_dataset, seed=self._data_seed, group_size=group_size)
+        config = self.model.config
+        collate = NoiseCollator(
+            self.data_collator,
+            seed=self._data_seed,
+            group_size=group_size,
+            num_blocks=getattr(config, "num_blocks", lambda length: 0),
+            length=config.max_position_embeddings,
+        )
+        workers = self.args.dataloader_num_workers
+        loader = DataLoader(
+            self.order,
+            batch_size=self._train_batch_size,
+            sampler=EpochSampler(self.order),
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            worker_init_fn=partial(seed_worker, num_workers=workers, rank=self.args.process_index),
+        )
+        return self.accelerator.prepare(loader)
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    # Numbers that are not finite
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """One micro-batch, forward and backward; remembers whether its loss is a number."""
+        self.speed.tokens += inputs["input_ids"].numel() * self.args.world_size
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._finite.append(torch.isfinite(loss).all())
+        return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        # The Trainer calls this between clipping and the optimizer's step, so stopping here keeps the weights.
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._stop_if_not_finite(norm)
+        return norm
+
+    def _stop_if_not_finite(self, norm: torch.Tensor | float | None) -> None:
+        finite = torch.stack(self._finite)
+        self._finite = []
+        # Every process takes part and reads the same answer, so all of them stop together.
+        finite = self.accelerator.gather(finite).view(self.args.world_size, -1)
+        if not bool(finite.all()):
+            process, batch = (~finite).nonzero()[0].tolist()
+            self._stop("the loss", batch * self.args.world_size + process, 1)
+        # With float16 an overflowing gradient is routine: the loss scaler skips that step.
+        if norm is not None and not self.args.fp16 and not math.isfinite(float(norm)):
+            self._stop("the gradient", 0, finite.numel())
+
+    def _stop(self, what: str, first_batch: int, batches: int) -> None:
+        assert self.order is not None
+        step = self.state.global_step
+        first = step * self.order.group_size + first_batch * self._train_batch_size
+        rows = self.order.rows_at(first, batches * self._train_batch_size)
+        listed = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
+        raise TrainingDivergedError(
+            f"{what} is NaN or infinite at step {step + 1}, in the batch of training sequences {listed}: training "
+            f"stopped before the weights changed. {self._last_good()} Lower --learning_rate (now "
+            f"{self.args.learning_rate}), or look at these sequences."
+        )
+
+    def _last_good(self) -> str:
+        folder = self.args.output_dir
+        last = get_last_checkpoint(folder) if folder and os.path.isdir(folder) else None
+        return f"The last good checkpoint is {last}." if last else "No checkpoint had been saved yet."
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        check_finite_weights(self.model, str(resume_from_checkpoint))
+
+    # Evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Score held-out sequences on all processes; logs and returns nll, perplexity and bits.
+
+        Args:
+            eval_dataset: sequences, a mapping of names to sequences, or one such name; `self.eval_dataset` by default.
+            ignore_keys: unused, as the model returns no outputs here.
+
+        Raises:
+            ValueError: there is nothing to evaluate on.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if dataset is None:
+            raise ValueError("evaluation needs held-out sequences: pass eval_dataset.")
+        if isinstance(dataset, dict):
+            metrics: dict[str, float] = {}
+            for name, part in dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        result = self.score(dataset)
+        metrics = {"loss": result.nll, "nll": result.nll, "ppl": result.perplexity}
+        metrics |= {"standard_error": result.standard_error, "runtime": result.seconds}
+        if result.bits_per_byte is not None:
+            metrics["bits_per_byte"] = result.bits_per_byte
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def score(self, sequences: Any, *, estimator: str | None = None) -> Perplexity:
+        """Perplexity of `sequences`, shared among all processes; every process gets the result.
+
+        Args:
+            estimator: as in `token_nll`; `args.eval_estimator` by default.
+        """
+        args = self.args
+        started = SpeedMeter.now()
+        with self.accelerator.autocast():
+            scores = score_sequences(
+                self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
+                sequences,
+                indices=range(args.process_index, len(sequences), args.world_size),
+                estimator=estimator or args.eval_estimator,
+                num_samples=args.eval_num_samples,
+                batch_size=args.eval_batch_size,
+                seed=self._data_seed,
+                progress=self.is_world_process_zero() and not args.disable_tqdm,
+            )
+        scores = [type(scores[0])(*score) for score in gather_object(scores)] if args.world_size > 1 else scores
+        seconds = SpeedMeter.now() - started
+        return summarize(scores, bytes_per_token=self.bytes_per_token, seconds=seconds)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the training speed since the last log."""
+        if "loss" in logs:
+            logs |= self.speed.since_last_log()
+        super().log(logs, start_time)
+
+    # Saving
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save model, code, tokenizer and generation config; the folder's old files stay until the new are complete."""
+        check_finite_weights(self.model, f"the model after step {self.state.global_step}")
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        target = Path(output_dir or self.args.output_dir)
+        staging = staging_folder(target) / "model"
+        super().save_model(str(staging), _internal_call=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            publish_files(staging, target)
+            staging.parent.rmdir()
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(staging_folder(folder)) if self._staging else folder
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        # The Trainer writes into `checkpoint-N` file by file; it does so in a staging folder, which is then renamed.
+        # A run that is killed while saving leaves no half-written checkpoint to resume from.
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+            staged = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        finally:
+            self._staging = False
+        target = Path(self._get_output_dir(trial)) / staged.name
+        # Every process writes its own random state, so wait for the slowest.
+        self.accelerator.wait_for_everyone()
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(target)
+        if self.args.should_save:
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+            publish_folder(staged, target)
+            staged.parent.rmdir()
+            rotate_checkpoints(
+                output_dir=str(target.parent),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+
+__all__ = ["BD3LMTrainer", "TrainingDivergedError", "check_finite_weights"]
