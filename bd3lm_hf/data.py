@@ -272,7 +272,7 @@ def load_text(
     if spec.tail:
         dataset = _head_or_tail(dataset, spec, split)
     elif not spec.splits:
-        dataset = hold_out(dataset, split, missing=[name for name in SPLITS[1:] if _present(parts, name) is None])
+        dataset = hold_out(dataset, split, missing=_held_out_splits(parts))
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"The split {split!r} of {spec.name!r} is empty: it has no document. Name another data set.")
     return _detokenized(dataset, spec.detokenizer, num_proc) if spec.detokenizer else dataset
@@ -349,15 +349,19 @@ def _present(parts: Mapping[str, Any], split: str) -> str | None:
     return next((name for name in _SPLIT_NAMES[split] if name in parts), None)
 
 
+def _held_out_splits(parts: Mapping[str, Any]) -> list[str]:
+    """The splits to hold out of the training split: validation, where there is none, and then a missing test, too."""
+    if _present(parts, "validation") is not None:
+        return []
+    return [split for split in ("validation", "test") if _present(parts, split) is None]
+
+
 def _origin(parts: Mapping[str, Any], spec: DatasetSpec, split: str) -> str:
     """The source's split to read: its own of that name, or the one out of which it is held."""
     if spec.splits:
         origin = spec.splits.get(split)
     else:
-        origin = _present(parts, split)
-        held_out = split == "validation" or (split == "test" and _present(parts, "validation") is None)
-        if origin is None and held_out:
-            origin = _present(parts, "train")
+        origin = _present(parts, "train" if split in _held_out_splits(parts) else split)
     if origin is None or origin not in parts:
         raise ValueError(
             f"The data set {spec.name!r} has no split {split!r}; its source has: {', '.join(parts)}"

@@ -16,7 +16,7 @@ def _spaced_marks(marks: str) -> tuple[Rule, ...]:
     return tuple((f" {mark} ", f"{mark} ") for mark in marks)
 
 
-def _trimmed_pairs(pairs: tuple[str, ...]) -> tuple[Rule, ...]:
+def _trimmed_pairs(*pairs: tuple[str, str]) -> tuple[Rule, ...]:
     """`( a )` -> `(a)`: no white space inside a pair of delimiters, whatever its amount."""
     return tuple(
         (re.compile(rf"{re.escape(left)}\s*([^{re.escape(right)}]*?)\s*{re.escape(right)}"), rf"{left}\1{right}")
@@ -24,7 +24,7 @@ def _trimmed_pairs(pairs: tuple[str, ...]) -> tuple[Rule, ...]:
     )
 
 
-def _single_spaced_pairs(pairs: tuple[str, ...]) -> tuple[Rule, ...]:
+def _single_spaced_pairs(*pairs: tuple[str, str]) -> tuple[Rule, ...]:
     """`( a )` -> `(a)`: exactly one space on each side, and no delimiter of the pair in between."""
     return tuple(
         (
@@ -42,12 +42,12 @@ WIKITEXT: tuple[Rule, ...] = (
     (" @,@ ", ","),
     (" @.@ ", "."),
     *_spaced_marks(":;.!?,"),
-    *_trimmed_pairs(("()", "[]", "{}", '""', "''")),
+    *_trimmed_pairs(("(", ")"), ("[", "]"), ("{", "}"), ('"', '"'), ("'", "'")),
     # headings
     ("= = = =", "===="),
     ("= = =", "==="),
     ("= =", "=="),
-    (f" {chr(176)} ", chr(176)),  # the degree sign
+    (" ° ", "°"),
     (" \n", "\n"),
     ("\n ", "\n"),
     (" N ", " 1 "),
@@ -79,7 +79,7 @@ LM1B: tuple[Rule, ...] = (
     (re.compile(r" !$"), "!"),
     *_spaced_marks(",:;"),
     (" / ", "/"),
-    *_single_spaced_pairs(('""', "''", "()", "[]")),
+    *_single_spaced_pairs(('"', '"'), ("'", "'"), ("(", ")"), ("[", "]")),
     ("$ ", "$"),
     ("£ ", "£"),
 )

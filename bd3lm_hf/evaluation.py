@@ -28,7 +28,7 @@ class Perplexity(NamedTuple):
 class SequenceScore(NamedTuple):
     """What one sequence contributes."""
 
-    index: int  # its place in the data set
+    row: int  # its place in the data set
     nll: float  # summed over its scored tokens, nats
     num_tokens: int
 
@@ -143,7 +143,7 @@ def _batches(
 def summarize(
     scores: Iterable[SequenceScore], *, bytes_per_token: float | None = None, seconds: float = 0.0
 ) -> Perplexity:
-    """Combine the scores of sequences; their order does not matter, and an index that occurs twice counts once.
+    """Combine the scores of sequences; their order does not matter, and a row that occurs twice counts once.
 
     The standard error is that of a ratio estimate, sqrt(n / (n - 1) sum_i (nll_i - nll m_i)^2) / sum_i m_i for
     sequences with m_i scored tokens.
@@ -151,7 +151,7 @@ def summarize(
     Raises:
         ValueError: nothing was scored.
     """
-    ordered = sorted({score.index: score for score in scores}.values())
+    ordered = sorted({score.row: score for score in scores}.values())
     num_tokens = sum(score.num_tokens for score in ordered)
     if not num_tokens:
         raise ValueError(
@@ -232,10 +232,11 @@ def batch_of(rows: Sequence[Any], device: torch.device | str = "cpu") -> Scoring
     given: list[Mapping[str, Any]] = [row if isinstance(row, Mapping) else {"input_ids": row} for row in rows]
     ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in given]
     masks = [
-        torch.as_tensor(row.get("attention_mask", torch.ones_like(x)), dtype=torch.long) for row, x in zip(given, ids)
+        torch.as_tensor(row.get("attention_mask", torch.ones_like(x)), dtype=torch.long)
+        for row, x in zip(given, ids, strict=True)
     ]
-    labels = [torch.as_tensor(row.get("labels", x), dtype=torch.long) for row, x in zip(given, ids)]
-    has_context = any(bool(((y == -100) & (mask == 1)).any()) for y, mask in zip(labels, masks))
+    labels = [torch.as_tensor(row.get("labels", x), dtype=torch.long) for row, x in zip(given, ids, strict=True)]
+    has_context = any(bool(((y == -100) & (mask == 1)).any()) for y, mask in zip(labels, masks, strict=True))
     return ScoringBatch(stack(ids, 0), stack(masks, 0), {"labels": stack(labels, -100)} if has_context else {})
 
 

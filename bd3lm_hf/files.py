@@ -44,7 +44,8 @@ def load_files(
 
     Args:
         default_split: split of the files whose names tell none.
-        skip_bad_rows: leave out rows of `.jsonl` files that are not JSON objects, with a warning.
+        streaming: read while iterating; faults then show when they are met, in the words of the datasets library.
+        skip_bad_rows: leave out rows of `.jsonl` files that are not JSON objects, with a warning (not of a stream).
 
     Raises:
         ValueError: no file of a known kind, several kinds at once, or a file that can not be read; the message names
@@ -65,11 +66,19 @@ def load_files(
         return {split: _good_rows(group, cache_dir) for split, group in files.items()}
     builder = builders.pop()
     try:
-        return load_dataset(
+        parts = load_dataset(
             builder, data_files=files, streaming=streaming, cache_dir=cache_dir, **_OPTIONS.get(builder, {})
         )
+        for part in parts.values():
+            if isinstance(part, Dataset):  # JSON and parquet are read without decoding their text
+                part.data.table.validate(full=True)
     except (DatasetGenerationError, OSError, ValueError, pa.ArrowException) as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(
+                f"The data set {path!r} is empty: a split of it has no row. Name another file."
+            ) from error
         raise _diagnosis(names, error) from error
+    return parts
 
 
 def _files_by_split(path: Path, default_split: str) -> dict[str, list[str]]:

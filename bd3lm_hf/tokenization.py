@@ -6,7 +6,7 @@ behind its last id, so that GPT-2's becomes M = 50257 in a vocabulary of 50258, 
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -14,6 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 if TYPE_CHECKING:
     from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+
+_Tokenizer = TypeVar("_Tokenizer", bound=PreTrainedTokenizerBase)
 
 #: Asked for by this name, or by None, a tokenizer is trained on the corpus.
 TRAIN = "train"
@@ -116,7 +118,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> PreTrain
     return complete_special_tokens(tokenizer)
 
 
-def complete_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def complete_special_tokens(tokenizer: _Tokenizer) -> _Tokenizer:
     """Give the tokenizer what it lacks, in place; it then pads on the left, as `generate` needs it.
 
     - begin and end: the classifier's begin and separator where it has them (BERT), else the one of the two it has;

@@ -75,7 +75,7 @@ def block_causal_plan(
     past = total - length
     if layout.valid is None and past % block_size == 0 and length <= block_size:
         return _plan((Tile((0, length), ((0, total),), None),))
-    see = functools.partial(_sees_clean, layout, strict=False)
+    see = functools.partial(_sees_clean, layout, strict=True)
     if implementation == "flex_attention":
         return _plan((_flex_tile(layout, length, total, lambda b, q, k: see(b, q + past, k)),))
     tiles = []
@@ -87,7 +87,13 @@ def block_causal_plan(
 
 
 def two_stream_plan(
-    layout: Layout, block_size: int, *, draws: int = 1, clean_cached: bool = False, implementation: str, dtype: torch.dtype
+    layout: Layout,
+    block_size: int,
+    *,
+    draws: int = 1,
+    clean_cached: bool = False,
+    implementation: str,
+    dtype: torch.dtype,
 ) -> AttentionPlan:
     """Attention of `[x_0 ; x_t]`, or of `x_t` alone when the cache holds x_0; `draws` noisy streams share one x_0.
 
@@ -106,11 +112,13 @@ def two_stream_plan(
             # Clean keys up to the block before the tile's last one; noisy keys of the tile's own blocks.
             reach = min(length, stop + margin) if margin else stop - block_size + (-stop) % block_size
             own = (max(0, start - margin), min(length, stop + margin))
-            clean_mask = _allowed(layout, earlier, start, stop, (0, reach), padding_sees_itself=False)
+            if draw == 0 and length + own[0] - reach <= block_size:
+                reach = length + own[0]  # adjoining ranges are one view of the keys, others a copy
+            clean_mask = _allowed(layout, earlier, start, stop, (0, min(reach, length)), padding_sees_itself=False)
             own_mask = _allowed(layout, own_block, start, stop, own)
             mask = _additive(torch.cat([clean_mask, own_mask], -1), dtype)
             offset = (1 + draw) * length
-            keys = tuple(r for r in ((0, reach), (offset + own[0], offset + own[1])) if r[1] > r[0])
+            keys = _joined((0, reach), (offset + own[0], offset + own[1]))
             noisy.append(Tile((draw * length + start, draw * length + stop), keys, mask))
     if clean_cached:
         return AttentionPlan(tuple(noisy), tuple(noisy), 0)
@@ -135,7 +143,12 @@ def decoding_plan(
     mask = None if key_valid is None else _additive(key_valid[:, None, None, :], dtype)
     tiles, total = [], past + finished + block
     if finished:
-        clean_mask = None if mask is None else mask[..., : past + finished]
+        clean_mask = None
+        if key_valid is not None:
+            # A row may have only padding here, which sees itself: no softmax may run over nothing.
+            own = torch.arange(finished, device=key_valid.device)[:, None] + past
+            itself = own == torch.arange(past + finished, device=key_valid.device)
+            clean_mask = _additive(key_valid[:, None, None, : past + finished] | itself, dtype)
         tiles.append(Tile((0, finished), ((0, past + finished),), clean_mask))
     noisy = Tile((finished, finished + block), ((hidden, total),), None if mask is None else mask[..., hidden:])
     return AttentionPlan((*tiles, noisy), (noisy._replace(queries=(0, block)),), finished)
@@ -288,6 +301,12 @@ def _merge(plan: AttentionPlan, total: int, dtype: torch.dtype, device: torch.de
     return AttentionPlan(merged(plan.tiles), merged(plan.last_tiles), plan.skip)
 
 
+def _joined(first: tuple[int, int], second: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    if first[1] == second[0]:
+        return ((first[0], second[1]),)
+    return tuple(r for r in (first, second) if r[1] > r[0])
+
+
 def _select(states: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:
     if len(ranges) == 1:
         return states[:, :, ranges[0][0] : ranges[0][1]]
@@ -307,9 +326,7 @@ def _flex_tile(layout: Layout, queries: int, keys: int, see: Callable) -> Tile:
 def _flex_two_stream_plan(layout: Layout, block_size: int, draws: int, clean_cached: bool) -> AttentionPlan:
     """The two-stream mask as one sparse mask over the keys `[x_0 ; x_t]`; kept between steps when nothing is padded."""
     if layout.valid is None:
-        return _unpadded_flex_plan(
-            layout.block_ids.shape[1], block_size, draws, clean_cached, layout.block_ids.device
-        )
+        return _unpadded_flex_plan(layout.block_ids.shape[1], block_size, draws, clean_cached, layout.block_ids.device)
     return _build_flex_plan(layout, draws, clean_cached)
 
 
@@ -322,7 +339,7 @@ def _unpadded_flex_plan(
 
 def _build_flex_plan(layout: Layout, draws: int, clean_cached: bool) -> AttentionPlan:
     length = layout.block_ids.shape[1]
-    clean = functools.partial(_sees_clean, layout, strict=False)
+    clean = functools.partial(_sees_clean, layout, strict=True)
     earlier = functools.partial(_sees_clean, layout, strict=True)
     own = functools.partial(_sees_own_block, layout)
 

@@ -70,7 +70,7 @@ class BlockCacheLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         self.reserve(key_states.shape[2], key_states)
         stop = self._length + key_states.shape[2]
-        for buffer, states in zip(self._buffers, (key_states, value_states)):
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, self._length : stop] = states
         self._length += commit
         return self._buffers[0][:, :, :stop], self._buffers[1][:, :, :stop]

@@ -77,7 +77,9 @@ def check_generation_fields(config: GenerationConfig) -> None:
     if config.sampler not in SAMPLERS:
         raise ValueError(f"sampler={config.sampler!r} is unknown: choose one of {', '.join(SAMPLERS)}.")
     if not 0.0 < config.nucleus_p <= 1.0:
-        raise ValueError(f"nucleus_p={config.nucleus_p}: give a probability above 0 and at most 1 (1 keeps all tokens).")
+        raise ValueError(
+            f"nucleus_p={config.nucleus_p}: give a probability above 0 and at most 1 (1 keeps all tokens)."
+        )
 
 
 @dataclass
@@ -154,10 +156,10 @@ def lay_out(
     lengths = [width] * batch if attention_mask is None else attention_mask.sum(1).tolist()
     full = max(length // block_size for length in lengths)
     starts = [(full - length // block_size) * block_size for length in lengths]
-    ends = [start + length + new_tokens for start, length in zip(starts, lengths)]
+    ends = [start + length + new_tokens for start, length in zip(starts, lengths, strict=True)]
     columns = -(-max(ends) // block_size) * block_size
     text = input_ids.new_full((batch, columns), mask_token_id)
-    for row, (start, length) in enumerate(zip(starts, lengths)):
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         tokens = input_ids[row] if attention_mask is None else input_ids[row][attention_mask[row].bool()]
         text[row, start : start + length] = tokens
     start = torch.tensor(starts, device=input_ids.device)
@@ -283,7 +285,11 @@ class BD3LMGenerationMixin(GenerationMixin):
         self._check_prompt(input_ids, model_kwargs.get("attention_mask"), generation_config, synced_gpus)
         new_tokens = generation_config.max_length - input_ids.shape[1]
         canvas = lay_out(
-            input_ids, model_kwargs.get("attention_mask"), new_tokens, self.config.block_size, self.config.mask_token_id
+            input_ids,
+            model_kwargs.get("attention_mask"),
+            new_tokens,
+            self.config.block_size,
+            self.config.mask_token_id,
         )
         run = _Run(self, canvas, input_ids, logits_processor, generation_config, model_kwargs)
         stop = _StopRules(stopping_criteria, input_ids, new_tokens, generation_config)
@@ -450,7 +456,10 @@ class _Run:
         """Write finished blocks to the cache; nothing of their last layer but keys and values is needed."""
         valid = self.canvas.key_valid
         layout = token_layout(
-            None if valid is None else valid[:, :stop], stop - first, self.config.block_size, past=first,
+            None if valid is None else valid[:, :stop],
+            stop - first,
+            self.config.block_size,
+            past=first,
             device=self.canvas.text.device,
         )
         embeds = self.model.backbone.vocab_embed(self.canvas.text[:, first:stop])
@@ -463,7 +472,12 @@ class _Run:
         )
         plan = AttentionPlan(plan.tiles, (), stop - first)
         self.model.backbone.run(
-            embeds, self.position_ids[:, first:stop], plan, modulations, past_key_values=self.cache, commit=stop - first
+            embeds,
+            self.position_ids[:, first:stop],
+            plan,
+            modulations,
+            past_key_values=self.cache,
+            commit=stop - first,
         )
 
     def _step_plan(self, begin: int, finished: int) -> AttentionPlan:

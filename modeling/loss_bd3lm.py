@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _EPS = 1e-3  # the published objective integrates t over [1e-3, 1]
 _MAX_EXACT_BLOCK = 8
-_LOGIT_BUDGET = 2**24  # logits alive at a time, 64 MiB in float32
+_LOGIT_BUDGET = 2**23  # logits alive at a time, 32 MiB in float32
 _TOKEN_BUDGET = 2**14  # noisy tokens of one pass when scoring
 
 
@@ -87,9 +87,7 @@ def denoising_loss(
     hidden = _noisy_hidden(model, x_t, input_ids, layout, rows, _sigma(config, move_chance))
     # 4. Weighted cross-entropy
     targets, coefficients = labels.flatten()[rows], weights.flatten()[rows]
-    total = weighted_cross_entropy(
-        hidden, model.get_output_embeddings(), targets, coefficients, config.mask_token_id
-    )
+    total = weighted_cross_entropy(hidden, model.get_output_embeddings(), targets, coefficients, config.mask_token_id)
     count = scored.counted.sum() if num_items_in_batch is None else num_items_in_batch
     return total / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
 
@@ -273,7 +271,7 @@ def _rows_of_noise(batch: int, blocks: int, length: int, order: str, device, gen
     if not isinstance(generator, list):
         return draw_noise(batch, blocks, length, order=order, device=device, generator=generator)
     rows = [draw_noise(1, blocks, length, order=order, device=device, generator=g) for g in generator]
-    return Noise(*(torch.cat(field) for field in zip(*rows)))
+    return Noise(*(torch.cat(field) for field in zip(*rows, strict=True)))
 
 
 def _sum_over_masks(
@@ -433,13 +431,19 @@ def weighted_cross_entropy(
             a head wrapped by PEFT, is recomputed chunk by chunk in the backward pass.
         targets, weights: `(rows,)`; the weights are constants.
     """
-    if type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks:
+    if is_plain_linear(head):
         return _FusedHeadLoss.apply(hidden, head.weight, head.bias, targets, weights, mask_token_id, _chunk(head))
     step, total = _chunk(head), hidden.sum() * 0.0
     for i in range(0, hidden.shape[0], step):
         arguments = (hidden[i : i + step], head, targets[i : i + step], mask_token_id)
         total = total + (checkpoint(_chunk_losses, *arguments, use_reentrant=False) * weights[i : i + step]).sum()
     return total
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module computes x W^T + b and nothing else: not one that PEFT or a hook has extended."""
+    extended = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return type(module).forward is nn.Linear.forward and not extended
 
 
 def _chunk(head: nn.Module) -> int:
@@ -484,7 +488,10 @@ class _FusedHeadLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[i : i + step] = grad @ weight.to(grad.dtype)
             if grad_weight is not None:
-                grad_weight += (grad.T @ rows).to(grad_weight.dtype)
+                if grad.dtype == grad_weight.dtype:
+                    grad_weight.addmm_(grad.T, rows)
+                else:
+                    grad_weight += (grad.T @ rows).to(grad_weight.dtype)
         ctx.gradients = (grad_hidden, grad_weight, grad_bias)
         return total
 
@@ -505,6 +512,7 @@ __all__ = [
     "corrupt",
     "cross_entropy",
     "denoising_loss",
+    "is_plain_linear",
     "scored_tokens",
     "token_nll",
     "weighted_cross_entropy",

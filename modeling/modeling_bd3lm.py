@@ -26,7 +26,7 @@ from .attention_bd3lm import (
 from .cache_bd3lm import BlockCache
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BD3LMGenerationConfig, BD3LMGenerationMixin
-from .loss_bd3lm import TokenNLL, check_token_ids, denoising_loss, token_nll
+from .loss_bd3lm import TokenNLL, check_token_ids, denoising_loss, is_plain_linear, token_nll
 from .noise_bd3lm import Noise
 
 
@@ -97,6 +97,14 @@ class BD3LMLayerNorm(nn.Module):
             dim = self.weight.shape
             return F.layer_norm(x.float(), dim, weight.view(dim), shift.view(dim), eps=1e-5).to(x.dtype)
         return (F.layer_norm(x.float(), self.weight.shape, eps=1e-5) * weight + shift).to(x.dtype)
+
+
+class BD3LMZeroLinear(nn.Linear):
+    """A linear layer that starts at zero: adaLN and the head.
+
+    The layer itself says so, because transformers initialises custom code leaf by leaf: `_init_weights` never meets a
+    module that has no weights of its own.
+    """
 
 
 class TimestepEmbedder(nn.Module):
@@ -172,18 +180,19 @@ class BD3LMBlock(GradientCheckpointingLayer):
         self.norm2 = BD3LMLayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
         if config.adaln:
-            self.adaLN_modulation = nn.Linear(config.cond_dim, 6 * dim)
+            self.adaLN_modulation = BD3LMZeroLinear(config.cond_dim, 6 * dim)
 
-    def modulation(self, conditioning: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """shift, scale and gate of attention, then of the MLP, each `(batch or 1, 1, hidden_dim)`."""
-        if conditioning is None:
-            return (None,) * 6
-        return self.adaLN_modulation(conditioning).unsqueeze(1).chunk(6, dim=-1)
+    def modulation(self, conditioning: torch.Tensor | None) -> torch.Tensor | None:
+        """shift, scale and gate of attention, then of the MLP, side by side: `(batch or 1, 1, 6 * hidden_dim)`.
+
+        One tensor, not six: reentrant checkpointing cuts the graph only at tensors that are arguments of their own.
+        """
+        return None if conditioning is None else self.adaLN_modulation(conditioning).unsqueeze(1)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        modulation: tuple[torch.Tensor | None, ...],
+        modulation: torch.Tensor | None,
         shared: Pass,
         last: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -192,7 +201,7 @@ class BD3LMBlock(GradientCheckpointingLayer):
         In the last layer only the positions after `plan.skip` are queried, and with `shared.rows` only those rows go on:
         the output is then `(rows, hidden_dim)`.
         """
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = _split(modulation, 6)
         skip = shared.plan.skip if last else 0
         tiles = shared.plan.last_tiles if last else shared.plan.tiles
         query, key, value = self._project(self.norm1(hidden_states, shift_1, scale_1), skip, shared)
@@ -203,20 +212,20 @@ class BD3LMBlock(GradientCheckpointingLayer):
             hidden_states, attended = (x.flatten(0, 1)[shared.rows] for x in (hidden_states, attended))
             row = shared.rows // hidden_length
             gate_1, shift_2, scale_2, gate_2 = (_of_rows(m, row) for m in (gate_1, shift_2, scale_2, gate_2))
-        hidden_states = self._residual(hidden_states, self.attn_out(attended), gate_1)
-        branch = self.mlp(self.norm2(hidden_states, shift_2, scale_2))
-        return self._residual(hidden_states, branch, gate_2), weights
+        hidden_states = hidden_states + self._branch(self.attn_out, attended, gate_1)
+        widened = self.mlp[0](self.norm2(hidden_states, shift_2, scale_2))
+        return hidden_states + self._branch(self.mlp[2], widened, gate_2, self.mlp[1]), weights
 
     def _project(self, normed: torch.Tensor, skip: int, shared: Pass) -> tuple[torch.Tensor, ...]:
         """Queries (after the first `skip` positions), keys and values, rotated, `(batch, heads, length, head_dim)`."""
-        config = self.config
-        if skip and type(self.attn_qkv) is nn.Linear:
-            # The skipped positions need keys and values only.
-            weight = self.attn_qkv.weight
-            query = F.linear(normed[:, skip:], weight[: config.hidden_dim])
-            key, value = F.linear(normed, weight[config.hidden_dim :]).chunk(2, dim=-1)
+        config, layer = self.config, self.attn_qkv
+        if is_plain_linear(layer) and (skip or torch.is_grad_enabled()):
+            # Skipped positions need no query. With a gradient, three results instead of one let queries and keys be
+            # freed once they are rotated; a common one would live on as long as the values.
+            inputs = (normed[:, skip:], normed, normed)
+            query, key, value = (F.linear(x, w) for x, w in zip(inputs, layer.weight.chunk(3), strict=True))
         else:
-            query, key, value = self.attn_qkv(normed).chunk(3, dim=-1)
+            query, key, value = layer(normed).chunk(3, dim=-1)
             query = query[:, skip:]
         query, key, value = (x.unflatten(-1, (config.n_heads, config.head_dim)) for x in (query, key, value))
         cos, sin = shared.cos.to(query.dtype), shared.sin.to(query.dtype)
@@ -224,12 +233,71 @@ class BD3LMBlock(GradientCheckpointingLayer):
         key = apply_rotary(key, cos, sin)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
-    def _residual(self, skip: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        if self.training and self.dropout:
-            branch = F.dropout(branch, self.dropout)
-        if gate is None:
-            return skip + branch
-        return torch.addcmul(skip, gate.to(branch.dtype), branch) if skip.dtype == branch.dtype else skip + gate * branch
+    def _branch(
+        self, linear: nn.Module, x: torch.Tensor, gate: torch.Tensor | None, activation: nn.Module | None = None
+    ) -> torch.Tensor:
+        """gate * linear(activation(x)) with dropout, what a residual connection adds."""
+        if _spares_memory(linear, x, gate):
+            gate = None if gate is None else gate.reshape(-1)
+            branch = _LeanLinear.apply(x, linear.weight, linear.bias, gate, activation)
+        else:
+            branch = linear(x if activation is None else activation(x))
+            branch = branch if gate is None else branch * gate
+        return F.dropout(branch, self.dropout) if self.training and self.dropout else branch
+
+
+def _spares_memory(linear: nn.Module, x: torch.Tensor, gate: torch.Tensor | None) -> bool:
+    """Whether [`_LeanLinear`] can stand in: plain layers in one precision, in eager training."""
+    return (
+        torch.is_grad_enabled()
+        and is_plain_linear(linear)
+        and x.dtype == linear.weight.dtype
+        and (gate is None or gate.numel() == linear.out_features and gate.dtype == x.dtype)
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.compiler.is_compiling()
+    )
+
+
+class _LeanLinear(torch.autograd.Function):
+    """gate * linear(activation(x)) that keeps x alone for its backward pass.
+
+    The activation is recomputed. The gate's gradient needs no ungated result y = W a + b either: with G = sum of g a^T
+    over tokens, the weight's gradient before the gate, sum of g y is the row sum of W * G plus b * sum of g.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, gate, activation):
+        ctx.save_for_backward(x, weight, bias, gate)
+        ctx.activation = activation
+        branch = F.linear(x if activation is None else activation(x), weight, bias)
+        return branch if gate is None else branch.mul_(gate)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, weight, bias, gate = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            activated = x if ctx.activation is None else ctx.activation(x)
+        flat = grad_output.flatten(0, -2)
+        grad_weight = flat.T @ activated.detach().flatten(0, -2) if needs[1] or needs[3] else None
+        grad_bias = flat.sum(0) if bias is not None else None
+        grad_gate = None
+        if gate is not None:
+            if needs[3]:
+                grad_gate = (weight * grad_weight).sum(1)
+                grad_gate = grad_gate if bias is None else grad_gate + bias * grad_bias
+            grad_weight = grad_weight.mul_(gate.unsqueeze(1)) if needs[1] else None
+            grad_bias = None if grad_bias is None else grad_bias * gate
+            grad_output = grad_output * gate
+        grad_x = grad_output @ weight
+        if ctx.activation is not None:
+            (grad_x,) = torch.autograd.grad(activated, x, grad_x)
+        return grad_x, grad_weight, grad_bias, grad_gate, None
+
+
+def _split(modulation: torch.Tensor | None, parts: int) -> tuple[torch.Tensor | None, ...]:
+    return (None,) * parts if modulation is None else modulation.chunk(parts, dim=-1)
 
 
 def _of_rows(modulation: torch.Tensor | None, row: torch.Tensor) -> torch.Tensor | None:
@@ -245,15 +313,13 @@ class BD3LMFinalLayer(nn.Module):
     def __init__(self, config: BD3LMConfig) -> None:
         super().__init__()
         self.norm_final = BD3LMLayerNorm(config.hidden_dim)
-        self.linear = nn.Linear(config.hidden_dim, config.vocab_size)
+        self.linear = BD3LMZeroLinear(config.hidden_dim, config.vocab_size)
         if config.adaln:
-            self.adaLN_modulation = nn.Linear(config.cond_dim, 2 * config.hidden_dim)
+            self.adaLN_modulation = BD3LMZeroLinear(config.cond_dim, 2 * config.hidden_dim)
 
-    def modulation(self, conditioning: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """shift and scale, each `(batch or 1, 1, hidden_dim)`."""
-        if conditioning is None:
-            return (None, None)
-        return self.adaLN_modulation(conditioning).unsqueeze(1).chunk(2, dim=-1)
+    def modulation(self, conditioning: torch.Tensor | None) -> torch.Tensor | None:
+        """shift and scale, side by side: `(batch or 1, 1, 2 * hidden_dim)`."""
+        return None if conditioning is None else self.adaLN_modulation(conditioning).unsqueeze(1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.linear(hidden_states)
@@ -273,7 +339,7 @@ class BD3LMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _supports_context_parallel = False
-    _keep_in_fp32_modules_strict = ["sampling_eps_min", "sampling_eps_max", "inv_freq"]
+    _keep_in_fp32_modules_strict = ["inv_freq"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -283,6 +349,9 @@ class BD3LMPreTrainedModel(PreTrainedModel):
         """
         if isinstance(module, BD3LMEmbedding):
             init.kaiming_uniform_(module.embedding, a=math.sqrt(5))
+        elif isinstance(module, BD3LMZeroLinear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
@@ -292,12 +361,6 @@ class BD3LMPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, BD3LMRotaryEmbedding):
             init.copy_(module.inv_freq, module.frequencies(torch.float32))
-        if isinstance(module, BD3LMFinalLayer):
-            init.zeros_(module.linear.weight)
-            init.zeros_(module.linear.bias)
-        if isinstance(module, (BD3LMBlock, BD3LMFinalLayer)) and hasattr(module, "adaLN_modulation"):
-            init.zeros_(module.adaLN_modulation.weight)
-            init.zeros_(module.adaLN_modulation.bias)
         if "sampling_eps_min" in module._buffers:
             init.constant_(module.sampling_eps_min, float(self.config.sampling_eps_min))
             init.constant_(module.sampling_eps_max, float(self.config.sampling_eps_max))
@@ -323,7 +386,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.vocab_embed = value
 
-    def modulations(self, timesteps: torch.Tensor | None, device: torch.device) -> list[tuple[torch.Tensor | None, ...]]:
+    def modulations(self, timesteps: torch.Tensor | None, device: torch.device) -> list[torch.Tensor | None]:
         """adaLN's shifts, scales and gates of every layer and of the final norm.
 
         Args:
@@ -348,7 +411,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         inputs_embeds: torch.Tensor,
         position_ids: torch.Tensor,
         plan: AttentionPlan,
-        modulations: list[tuple[torch.Tensor | None, ...]],
+        modulations: list[torch.Tensor | None],
         *,
         past_key_values: Cache | None = None,
         commit: int = 0,
@@ -371,15 +434,16 @@ class BD3LMModel(BD3LMPreTrainedModel):
         cos, sin = self.rotary_emb(position_ids, torch.float32)
         shared = Pass(plan, cos, sin, past_key_values, commit, rows)
         hidden_states, recorded, attentions = inputs_embeds, (), ()
-        for index, (block, modulation) in enumerate(zip(self.blocks, modulations)):
+        for index, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=False)):
             if output_hidden_states:
-                recorded += (hidden_states[:, plan.skip :],)
+                # Without a stream to leave out, the tensor itself: a gradient reaches it, not a view of it.
+                recorded += (hidden_states[:, plan.skip :] if plan.skip else hidden_states,)
             hidden_states, weights = block(hidden_states, modulation, shared, index == len(self.blocks) - 1)
             if output_attentions:
                 attentions += (weights,)
         if output_hidden_states:
             recorded += (hidden_states,)
-        shift, scale = modulations[-1]
+        shift, scale = _split(modulations[-1], 2)
         if rows is not None and shift is not None:
             length = inputs_embeds.shape[1] - plan.skip
             shift, scale = (_of_rows(m, rows // length) for m in (shift, scale))
@@ -433,7 +497,9 @@ class BD3LMModel(BD3LMPreTrainedModel):
             self.modulations(timesteps, device),
             past_key_values=past_key_values,
             commit=commit,
-            output_hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            output_hidden_states=self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states,
             output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
         )
 
@@ -467,6 +533,7 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
 
     generation_config_class = BD3LMGenerationConfig
     accepts_loss_kwargs = True
+    _keep_in_fp32_modules_strict = ["sampling_eps_min", "sampling_eps_max", "inv_freq"]
 
     def __init__(self, config: BD3LMConfig) -> None:
         super().__init__(config)
@@ -531,9 +598,7 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
         """
         if labels is not None:
             noise = None if block_noise is None else Noise(block_noise, token_noise, count_noise)
-            return BD3LMOutput(
-                loss=denoising_loss(self, input_ids, labels, attention_mask, noise, num_items_in_batch)
-            )
+            return BD3LMOutput(loss=denoising_loss(self, input_ids, labels, attention_mask, noise, num_items_in_batch))
         outputs = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,

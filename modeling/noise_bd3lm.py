@@ -153,14 +153,14 @@ def draw_noise(
         generator: source of randomness, on `device`; torch's global one by default.
     """
     shape = (batch_size, num_blocks)
-    block_noise = stratify(
-        torch.rand(shape, generator=generator, device=device), order=order, generator=generator
-    )
+    block_noise = stratify(torch.rand(shape, generator=generator, device=device), order=order, generator=generator)
     token_noise = torch.rand((batch_size, length), generator=generator, device=device)
     return Noise(block_noise, token_noise, torch.rand(shape, generator=generator, device=device))
 
 
-def stratify(uniform: torch.Tensor, *, order: str = "shuffled", generator: torch.Generator | None = None) -> torch.Tensor:
+def stratify(
+    uniform: torch.Tensor, *, order: str = "shuffled", generator: torch.Generator | None = None
+) -> torch.Tensor:
     """Spread independent draws on [0, 1) over N = numel strata of width 1/N, one draw in each stratum.
 
     Every draw stays uniform on [0, 1); their mean has a much lower variance. See [`draw_noise`] for `order`.
@@ -176,9 +176,7 @@ def stratify(uniform: torch.Tensor, *, order: str = "shuffled", generator: torch
     return uniform / count + strata.view_as(uniform) / count
 
 
-def noise_of_examples(
-    indices: Sequence[int], *, seed: int, group_size: int, num_blocks: int, length: int
-) -> Noise:
+def noise_of_examples(indices: Sequence[int], *, seed: int, group_size: int, num_blocks: int, length: int) -> Noise:
     """The noise of training examples, a function of `seed` and each example's global index alone.
 
     It does not depend on how examples are dealt to batches, processes or accumulation steps, so runs of every layout,
@@ -199,7 +197,7 @@ def noise_of_examples(
         draws = torch.rand(2 * num_blocks + length, generator=generator)
         block, count, token = draws.split([num_blocks, num_blocks, length])
         rows.append(Noise((block + strata) / (group_size * num_blocks), token, count))
-    return Noise(*(torch.stack(field) for field in zip(*rows)))
+    return Noise(*(torch.stack(field) for field in zip(*rows, strict=True)))
 
 
 @functools.lru_cache(maxsize=4)

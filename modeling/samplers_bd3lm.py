@@ -28,7 +28,12 @@ class FirstHittingSampler:
         return torch.where(masked, key, masked.shape[1] + 1.0).argsort(dim=1, stable=True)
 
     def time(
-        self, t: torch.Tensor, remaining: torch.Tensor, *, random: bool = True, generator: torch.Generator | None = None
+        self,
+        t: torch.Tensor,
+        remaining: torch.Tensor,
+        *,
+        random: bool = True,
+        generator: torch.Generator | None = None,
     ) -> torch.Tensor:
         """The time of the next hit, t * u^(1 / n), for rows with n `remaining` masked tokens; all `(batch,)`.
 

@@ -75,6 +75,15 @@ def test_a_written_recipe_repeats_the_run(recipe, tmp_path):
     }
 
 
+def test_help_lists_our_fields(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for name in ("--block_size", "--dataset", "--overwrite_output_dir", "--learning_rate"):
+        assert name in printed
+
+
 def test_an_unknown_recipe_field_is_named_with_the_nearest_one(recipe):
     with pytest.raises(ValueError, match=r"unknown field 'block_sise': did you mean 'block_size'\?"):
         parse_arguments([recipe("block_sise: 4\n")])

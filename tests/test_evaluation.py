@@ -71,7 +71,7 @@ def test_the_batch_size_changes_rounding_only(model, sequences, estimator):
         for size in (1, 3, 7)
     ]
     for result in results[1:]:
-        assert [score.index for score in result] == [score.index for score in results[0]]
+        assert [score.row for score in result] == [score.row for score in results[0]]
         assert [score.num_tokens for score in result] == [score.num_tokens for score in results[0]]
         torch.testing.assert_close(
             torch.tensor([score.nll for score in result]),
@@ -101,7 +101,7 @@ def test_the_seed_decides_the_noise(model, sequences):
 
 def test_estimates_agree_with_the_exact_bound_within_their_noise(model, sequences):
     exact = perplexity(model, sequences, estimator="exact")
-    draws = torch.tensor([perplexity(model, sequences, num_samples=4, seed=seed).nll for seed in range(12)])
+    draws = torch.tensor([perplexity(model, sequences, num_samples=2, seed=seed).nll for seed in range(8)])
     error = draws.std().item() / math.sqrt(len(draws))
     assert abs(draws.mean().item() - exact.nll) < 4 * error + 1e-6
 

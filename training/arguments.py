@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, NoReturn
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.hf_argparser import HfArg
 
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -20,13 +19,12 @@ _SHAPE_FIELDS = ("hidden_dim", "n_blocks", "n_heads", "cond_dim", "adaln", "time
 
 @dataclass
 class ModelArguments:
-    """The network. A field left out takes the default of the model type, or the checkpoint's value with `init_from`."""
+    """The network. A field left out takes the default of the model type, or the checkpoint's value."""
 
     model_type: str = field(default="bd3lm", metadata={"help": "Model type, as in `AutoConfig.for_model`."})
-    init_from: str | None = HfArg(
+    init_from: str | None = field(
         default=None,
-        aliases=["--model_name_or_path"],
-        help="Start from these weights (folder or hub name) instead of new ones.",
+        metadata={"aliases": ["--model_name_or_path"], "help": "Folder or hub name of weights to start from."},
     )
     block_size: int | None = field(default=None, metadata={"help": "Tokens of a block; divides model_length."})
     model_length: int | None = field(default=None, metadata={"help": "Tokens of a training sequence."})
@@ -35,12 +33,20 @@ class ModelArguments:
     n_heads: int | None = field(default=None, metadata={"help": "Number of attention heads."})
     cond_dim: int | None = field(default=None, metadata={"help": "Width of the noise-level embedding."})
     dropout: float | None = field(default=None, metadata={"help": "Dropout of the residual branches."})
-    noise: str | None = field(default=None, metadata={"help": "Noise schedule: loglinear, square, ... (paper, Table 8)."})
+    noise: str | None = field(
+        default=None, metadata={"help": "Noise schedule: loglinear, square, ... (paper, Table 8)."}
+    )
     adaln: bool | None = field(default=None, metadata={"help": "Adaptive layer norm."})
     time_conditioning: bool | None = field(default=None, metadata={"help": "Feed the noise level to the network."})
-    sampling_eps_min: float | None = field(default=None, metadata={"help": "Lower end of the interval of noise levels."})
-    sampling_eps_max: float | None = field(default=None, metadata={"help": "Upper end of the interval of noise levels."})
-    resample: bool | None = field(default=None, metadata={"help": "Keep the mask rate of every block in the interval."})
+    sampling_eps_min: float | None = field(
+        default=None, metadata={"help": "Lower end of the interval of noise levels."}
+    )
+    sampling_eps_max: float | None = field(
+        default=None, metadata={"help": "Upper end of the interval of noise levels."}
+    )
+    resample: bool | None = field(
+        default=None, metadata={"help": "Keep the mask rate of every block in the interval."}
+    )
     antithetic_sampling: str | None = field(
         default=None, metadata={"help": "Stratification of the noise levels: shuffled, published or none."}
     )
@@ -83,9 +89,9 @@ class DataArguments:
 
 @dataclass
 class BD3LMTrainingArguments(TrainingArguments):
-    """transformers' `TrainingArguments` with the paper's optimisation as defaults (AdamW 3e-4, 2,500 warm-up steps)."""
+    """transformers' `TrainingArguments` with the paper's optimisation as defaults (AdamW, 2,500 warm-up steps)."""
 
-    output_dir: str | None = field(default="bd3lm-output", metadata={"help": "Folder of the run."})
+    output_dir: str = field(default="bd3lm-output", metadata={"help": "Folder of the run."})
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Train into output_dir although it holds files; checkpoints of an earlier run are removed."},
@@ -97,10 +103,14 @@ class BD3LMTrainingArguments(TrainingArguments):
     warmup_steps: float = field(
         default=2500, metadata={"help": "Warm-up steps; below 1 a share of all optimizer steps."}
     )
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm above which gradients are scaled down."})
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Gradient norm above which gradients are scaled down."}
+    )
     logging_steps: float = field(default=50, metadata={"help": "Log every so many optimizer steps."})
     # A loss that is not finite stops the run (trainer.py); the filter would hide it from the log.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave losses that are not finite out of logs."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave losses that are not finite out of logs."}
+    )
     eval_estimator: str = field(
         default="stratified", metadata={"help": "Likelihood estimator of evaluations: sampled, stratified or exact."}
     )
@@ -145,7 +155,7 @@ class _Parser(HfArgumentParser):
         raise ValueError(message)
 
 
-_GROUPS = (ModelArguments, DataArguments, BD3LMTrainingArguments)
+_GROUPS: tuple[Any, ...] = (ModelArguments, DataArguments, BD3LMTrainingArguments)
 
 
 def field_names() -> list[str]:
@@ -175,7 +185,8 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments:
     *groups, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
     if rest:
         raise ValueError(_unknown(rest[0], [f"--{name}" for name in field_names()], "argument"))
-    return RunArguments(*groups, parser.given)
+    model, data, training = groups
+    return RunArguments(model, data, training, parser.given)
 
 
 _INIT_FLAGS = ("__init_from", "__model_name_or_path")

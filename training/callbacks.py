@@ -29,7 +29,9 @@ class SpeedMeter(TrainerCallback):
         """Start the clock."""
         self.started = self.now()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Stop the clock."""
         if self.started is not None:
             self.seconds += self.now() - self.started

@@ -1,7 +1,7 @@
 """Which example comes when, and with which noise: both depend on the seed and a global index, never on the layout.
 
-The global index of an example is `epoch * examples_per_epoch + place in the epoch's order`. One process with batch 8, two
-with batch 4, and four accumulated batches of 2 therefore take the same optimizer steps.
+The global index of an example is `epoch * examples_per_epoch + place in the epoch's order`. One process with batch 8,
+two with batch 4, and four accumulated batches of 2 therefore take the same optimizer steps.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -98,7 +98,7 @@ class PaddingCollator:
             ids = torch.as_tensor(example["input_ids"], dtype=torch.long)
             mask = torch.as_tensor(example.get("attention_mask", torch.ones_like(ids)), dtype=torch.long)
             labels = torch.as_tensor(example.get("labels", ids.masked_fill(mask == 0, -100)), dtype=torch.long)
-            for column, value in zip(columns.values(), (ids, labels, mask)):
+            for column, value in zip(columns.values(), (ids, labels, mask), strict=True):
                 column.append(value)
         padding = {"input_ids": self.pad_token_id, "labels": -100, "attention_mask": 0}
         return {

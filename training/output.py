@@ -14,8 +14,8 @@ STAGING_NAME = ".incomplete"
 def check_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume: bool = False) -> None:
     """Refuse a folder that holds something a run would damage. Changes nothing.
 
-    A folder is free when it does not exist, is empty, or holds an earlier run of ours without checkpoints (its model is
-    replaced once the new one is complete).
+    A folder is free when it does not exist, is empty, or holds an earlier run of ours without checkpoints (its model
+    is replaced once the new one is complete).
 
     Raises:
         ValueError: the path is a file, holds foreign files, or checkpoints of an earlier run.

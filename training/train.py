@@ -1,8 +1,8 @@
 """Train a block-diffusion language model: a recipe plus overrides.
 
-    python training/train.py                                    the demo: minutes on a CPU, nothing to download
-    python training/train.py recipe.yaml --max_steps 1000       a recipe, one field changed
-    accelerate launch training/train.py --dataset my.txt        on every GPU of this machine
+python training/train.py                                    the demo: minutes on a CPU, nothing to download
+python training/train.py recipe.yaml --max_steps 1000       a recipe, one field changed
+accelerate launch training/train.py --dataset my.txt        on every GPU of this machine
 """
 
 import json
@@ -24,7 +24,10 @@ import datasets  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from accelerate.utils import broadcast_object_list  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline, set_seed  # noqa: E402
+from transformers.trainer import TRAINER_STATE_NAME  # noqa: E402
+from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 import bd3lm_hf  # noqa: E402
@@ -32,6 +35,7 @@ from bd3lm_hf.data import DatasetSpec, bytes_per_token, load_text, pack  # noqa:
 from bd3lm_hf.evaluation import Perplexity, scored_tokens, unigram_perplexity  # noqa: E402
 from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer  # noqa: E402
 from bd3lm_hf.training.arguments import (  # noqa: E402
+    BD3LMTrainingArguments,
     DataArguments,
     ModelArguments,
     RunArguments,
@@ -81,52 +85,38 @@ def run(argv: Sequence[str]) -> TrainResult:
     """Parse, load, train, evaluate, report.
 
     Raises:
-        ValueError: anything wrong with the arguments, the data, the tokenizer or the checkpoint, or numbers that are no
-            longer finite; the message names the value and the remedy.
+        ValueError: anything wrong with the arguments, the data, the tokenizer or the checkpoint, or numbers that are
+            no longer finite; the message names the value and the remedy.
     """
     started = time.perf_counter()
-    # 1. Arguments: a recipe plus overrides.
+    # 1. Arguments: a recipe plus overrides
     arguments = parse_arguments(argv)
     training = arguments.training
-    resume = training.resume_from_checkpoint not in (None, "false", "False")
+    resume = checkpoint_to_resume(training)
     check_shape_is_free(arguments.model)
-    check_output_dir(training.output_dir, overwrite=training.overwrite_output_dir, resume=resume)
+    check_output_dir(training.output_dir, overwrite=training.overwrite_output_dir, resume=resume is not None)
     set_seed(training.seed)
 
-    # 2. Text and tokenizer.
+    # 2. Text and tokenizer
     with training.main_process_first(desc="loading the text"):
         text = load_splits(arguments.data)
     tokenizer = make_tokenizer(arguments, text["train"])
 
-    # 3. Model, which knows the tokenizer's special tokens.
+    # 3. Model, which knows the tokenizer's special tokens, and sequences of its length
     model = make_model(arguments.model, tokenizer)
     sequences = make_sequences(arguments, text, tokenizer, model.config)
 
-    # 4. Trainer. Only now is anything written.
-    if training.process_index == 0:
-        if not resume:
-            clear_output_dir(training.output_dir)
-        Path(training.output_dir).mkdir(parents=True, exist_ok=True)
-        write_recipe(arguments, Path(training.output_dir) / RECIPE_NAME)
-    trainer = BD3LMTrainer(
-        model=model,
-        args=training,
-        train_dataset=sequences.train,
-        eval_dataset=sequences.validation,
-        processing_class=tokenizer,
-        bytes_per_token=sequences.bytes_per_token,
-    )
-    if training.sample_tokens:
-        trainer.add_callback(sample_callback(arguments, tokenizer))
-
-    # 5. Train, with the likelihood of held-out text before and after.
+    # 4. Train. Nothing is written before this line
+    trainer = make_trainer(arguments, model, tokenizer, sequences, fresh=resume is None)
     estimator = training.final_estimator or training.eval_estimator
-    before = None if resume else trainer.score(sequences.validation, estimator=estimator)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint if resume else None)
+    before = trainer.score(sequences.validation, estimator=estimator) if resume is None else None
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
+
+    # 5. Evaluate
     after = trainer.score(sequences.validation, estimator=estimator)
 
-    # 6. Report.
+    # 6. Report
     result = TrainResult(
         output_dir=training.output_dir,
         world_size=training.world_size,
@@ -147,6 +137,57 @@ def run(argv: Sequence[str]) -> TrainResult:
     return result
 
 
+def make_trainer(
+    arguments: RunArguments, model: Any, tokenizer: Any, sequences: Sequences, *, fresh: bool
+) -> BD3LMTrainer:
+    """The trainer, and the folder it writes to, marked as ours by the run's recipe.
+
+    Args:
+        fresh: start anew; checkpoints of an earlier run of ours are removed.
+    """
+    training = arguments.training
+    folder = Path(training.output_dir)
+    if training.process_index == 0:
+        if fresh:
+            clear_output_dir(folder)
+            (folder / SAMPLES_NAME).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_recipe(arguments, folder / RECIPE_NAME)
+    trainer = BD3LMTrainer(
+        model=model,
+        args=training,
+        train_dataset=sequences.train,
+        eval_dataset=sequences.validation,
+        processing_class=tokenizer,
+        bytes_per_token=sequences.bytes_per_token,
+    )
+    if training.sample_tokens:
+        prompt, tokens = training.sample_prompt, training.sample_tokens
+        sampler = SampleCallback(tokenizer, prompt=prompt, max_new_tokens=tokens, path=folder / SAMPLES_NAME)
+        trainer.add_callback(sampler)
+    return trainer
+
+
+def checkpoint_to_resume(training: BD3LMTrainingArguments) -> str | None:
+    """The checkpoint that `--resume_from_checkpoint` means: a folder, or the last one of the output folder for `true`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    wanted = training.resume_from_checkpoint
+    if wanted is None or wanted.lower() == "false":
+        return None
+    found: str | None = wanted
+    if wanted.lower() == "true":
+        found = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+    if found is None or not Path(found, TRAINER_STATE_NAME).is_file():
+        raise ValueError(
+            f"--resume_from_checkpoint {wanted}: there is no complete checkpoint in {found or training.output_dir}; "
+            f"name a checkpoint folder, or leave the argument out to start anew."
+        )
+    return found
+
+
 def load_splits(data: DataArguments) -> dict[str, datasets.Dataset]:
     """The documents of both splits, by name. With `validation_dataset`, files are used whole: nothing is held out."""
     sources: dict[str, Any] = {"train": data.dataset, "validation": data.validation_dataset or data.dataset}
@@ -154,9 +195,7 @@ def load_splits(data: DataArguments) -> dict[str, datasets.Dataset]:
         for split, source in sources.items():
             if Path(source).is_file():
                 sources[split] = DatasetSpec(source, path=source, splits={split: "train"})
-    return {
-        split: load_text(source, split=split, text_column=data.text_column) for split, source in sources.items()
-    }
+    return {split: load_text(source, split=split, text_column=data.text_column) for split, source in sources.items()}
 
 
 def make_tokenizer(arguments: RunArguments, documents: datasets.Dataset) -> Any:
@@ -182,7 +221,9 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
     if arguments.init_from is not None:
         model = load_checkpoint(arguments.init_from, {**arguments.config_fields(), **keywords})
     else:
-        special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "mask")}
+        special = {
+            f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "mask")
+        }
         vocab_size = max(tokenizer.get_vocab().values()) + 1
         config = new_config(arguments.model_type, vocab_size=vocab_size, **special, **arguments.config_fields())
         model = AutoModelForCausalLM.from_config(config, **keywords)
@@ -202,9 +243,12 @@ def new_config(model_type: str, **fields: Any) -> Any:
 def load_checkpoint(folder: str, fields: dict[str, Any]) -> Any:
     """A model with the weights of `folder`, every one of them."""
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **fields)
-    except OSError as error:
-        raise ValueError(f"--init_from {folder}: {error}") from error
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **fields)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"--init_from {folder} cannot be loaded, name a complete checkpoint: {type(error).__name__}: {error}"
+        ) from error
+    model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, info.get(kind, ()))):
             raise ValueError(
@@ -231,21 +275,10 @@ def make_sequences(
     return Sequences(packed["train"], packed["validation"], size.bytes_per_token)
 
 
-def sample_callback(arguments: RunArguments, tokenizer: Any) -> SampleCallback:
-    """Writes a text sample at each evaluation."""
-    training = arguments.training
-    path = Path(training.output_dir) / SAMPLES_NAME
-    if training.process_index == 0:
-        path.unlink(missing_ok=True)
-    return SampleCallback(
-        tokenizer, prompt=training.sample_prompt, max_new_tokens=training.sample_tokens, path=path
-    )
-
-
 def unigram_of(model: Any, sequences: Sequences, batch_size: int) -> float:
     """Perplexity of word frequencies on the same held-out tokens that the model is scored on."""
     rows = sequences.train.select(range(min(len(sequences.train), _UNIGRAM_SEQUENCES)))
-    train_ids = [token for row in rows for token, label in zip(row["input_ids"], row["labels"]) if label != -100]
+    train_ids = [label for labels in rows["labels"] for label in labels if label != -100]
     eval_ids = scored_tokens(model, sequences.validation, batch_size=batch_size)
     return unigram_perplexity(train_ids, eval_ids, model.config.vocab_size)
 

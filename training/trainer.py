@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints, seed_worker
 
-from bd3lm_hf.evaluation import Perplexity, score_sequences, summarize
+from bd3lm_hf.evaluation import Perplexity, SequenceScore, score_sequences, summarize
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.callbacks import SpeedMeter
 from bd3lm_hf.training.examples import EpochOrder, EpochSampler, NoiseCollator, PaddingCollator
@@ -49,8 +49,8 @@ def check_finite_weights(model: torch.nn.Module, origin: str) -> None:
 class BD3LMTrainer(Trainer):
     """Trainer of language models whose loss is a sum over noisy tokens divided by `num_items_in_batch`.
 
-    Training examples come in a seeded order and carry their noise (see `training/examples.py`), so a run depends on the
-    seed and the global batch only. Evaluation scores the held-out sequences with `model.token_nll`.
+    Training examples come in a seeded order and carry their noise (see `training/examples.py`), so a run depends on
+    the seed and the global batch only. Evaluation scores the held-out sequences with `model.token_nll`.
 
     Args:
         bytes_per_token: mean UTF-8 bytes of a token of the held-out text, for bits per byte.
@@ -61,6 +61,9 @@ class BD3LMTrainer(Trainer):
     """
 
     args: BD3LMTrainingArguments
+    model: Any
+    data_collator: Any
+    eval_dataset: Any
 
     def __init__(
         self,
@@ -218,7 +221,7 @@ class BD3LMTrainer(Trainer):
                 seed=self._data_seed,
                 progress=self.is_world_process_zero() and not args.disable_tqdm,
             )
-        scores = [type(scores[0])(*score) for score in gather_object(scores)] if args.world_size > 1 else scores
+        scores = [SequenceScore(*score) for score in gather_object(scores)] if args.world_size > 1 else scores
         seconds = SpeedMeter.now() - started
         return summarize(scores, bytes_per_token=self.bytes_per_token, seconds=seconds)
 
@@ -231,7 +234,7 @@ class BD3LMTrainer(Trainer):
     # Saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model, code, tokenizer and generation config; the folder's old files stay until the new are complete."""
+        """Save model, code, tokenizer and generation config; old files stay until the new ones are complete."""
         check_finite_weights(self.model, f"the model after step {self.state.global_step}")
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)

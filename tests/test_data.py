@@ -1,0 +1,262 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, IterableDataset, load_dataset
+
+from bd3lm_hf import data
+from bd3lm_hf.data import DATASETS, DatasetSpec, find_spec, load_text, pack
+from bd3lm_hf.detokenizers import DETOKENIZERS, detokenizer
+from bd3lm_hf.holdout import held_out_score
+from bd3lm_hf.tokenization import load_tokenizer
+
+
+NAMES = sorted({row.name for row in DATASETS.values()})
+HUB = sorted({row.name for row in DATASETS.values() if row.path})
+RAW = 'The team \'s captain , who was 21 , said : " we won ! " It rained .'
+
+
+def local_copy(folder: Path, spec: DatasetSpec, rows: int = 6) -> str:
+    """A tiny sample in the schema of the row: every split of the source as a parquet file."""
+    for name in set(spec.splits.values()) or {"train", "validation", "test"}:
+        texts = [f"{RAW} {name} {i}" for i in range(rows)]
+        table = Dataset.from_dict({"label": range(rows), spec.text_column or "text": texts})
+        table.to_parquet(folder / f"{name}-00000-of-00001.parquet")
+    return str(folder)
+
+
+@pytest.fixture
+def small_tail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenWebText with 2 documents of validation instead of 100,000."""
+    monkeypatch.setitem(data.DATASETS, "openwebtext", replace(DATASETS["openwebtext"], tail=2))
+
+
+def test_the_table_has_every_published_data_set() -> None:
+    assert {
+        "python-docs", "python-source", "openwebtext", "lm1b", "text8", "wikitext2", "wikitext103", "ptb", "lambada",
+        "ag_news", "scientific_papers_arxiv", "scientific_papers_pubmed",
+    } == set(NAMES)  # fmt: skip
+    assert all(row.detokenizer is None or row.detokenizer in DETOKENIZERS for row in DATASETS.values())
+    assert find_spec("OWT").name == find_spec("openwebtext-split").name == "openwebtext"
+    assert find_spec("scientific-papers_arxiv").name == find_spec("arxiv").name == "scientific_papers_arxiv"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", [name for name in HUB if name != "openwebtext"])
+def test_every_row_reads_a_local_copy_in_the_hubs_schema(tmp_path: Path, name: str, streaming: bool) -> None:
+    spec = DATASETS[name.replace("_", "-")]
+    source = local_copy(tmp_path, spec)
+    clean = detokenizer(spec.detokenizer) if spec.detokenizer else str
+    for split in spec.splits or ("train", "validation", "test"):
+        dataset = load_text(name, split=split, source=source, streaming=streaming)
+        assert dataset.column_names in (["text"], None)
+        of = spec.splits.get(split, split)
+        assert [row["text"] for row in dataset] == [clean(f"{RAW} {of} {i}") for i in range(6)]
+
+
+def test_openwebtext_validates_on_its_last_documents(tmp_path: Path, small_tail: None) -> None:
+    source = local_copy(tmp_path, DATASETS["openwebtext"])
+    assert [text[-1] for text in load_text("openwebtext", source=source)["text"]] == list("0123")
+    assert [text[-1] for text in load_text("openwebtext", split="validation", source=source)["text"]] == list("45")
+
+
+def test_a_stream_with_a_tail_needs_the_number_of_documents(tmp_path: Path, small_tail: None) -> None:
+    source = local_copy(tmp_path, DATASETS["openwebtext"])
+    with pytest.raises(ValueError, match=r"last 2 documents .* to stream it their number must be known"):
+        load_text("openwebtext", source=source, streaming=True)
+    known = replace(DATASETS["openwebtext"], path=source, data_dir=None, revision=None, documents=6)
+    ends = {s: [r["text"][-1] for r in load_text(known, split=s, streaming=True)] for s in ("train", "validation")}
+    assert ends == {"train": list("0123"), "validation": list("45")}
+
+
+def test_a_sample_smaller_than_the_tail_is_refused(tmp_path: Path) -> None:
+    source = local_copy(tmp_path, DATASETS["openwebtext"])
+    with pytest.raises(ValueError, match="has 6 documents, but the last 100000 are its validation split"):
+        load_text("openwebtext", source=source)
+
+
+def test_a_single_file_serves_a_data_set_of_one_split(tmp_path: Path) -> None:
+    path = tmp_path / "lambada_test.jsonl"
+    path.write_text('{"text": "“Go,” he said "}\n')
+    assert load_text("lambada", split="test", source=str(path))["text"][:] == ['\n"Go," he said']
+
+
+def test_text8_is_cut_into_90_5_and_5_per_cent(tmp_path: Path) -> None:
+    (tmp_path / "text8.txt").write_text(" a" * 450 + " b" * 25 + " c" * 25)
+    source = str(tmp_path / "text8.txt")
+    assert load_text("text8", source=source)["text"][:] == [" a" * 450]
+    assert load_text("text8", split="validation", source=source)["text"][:] == [" b" * 25]
+    assert load_text("text8", split="test", source=source)["text"][:] == [" c" * 25]
+
+
+@pytest.fixture(scope="module")
+def docs() -> dict[str, Dataset]:
+    return {split: load_text("python-docs", split=split) for split in ("train", "validation", "test")}
+
+
+def test_the_embedded_corpus_is_split_by_the_names_of_its_documents(docs: dict[str, Dataset]) -> None:
+    documents = data.python_docs()
+    by_text = {document.text: document.name for document in documents}
+    for split, low, high in (("train", 0.1, 1.0), ("validation", 0.0, 0.05), ("test", 0.05, 0.1)):
+        scores = [held_out_score(by_text[text]) for text in docs[split]["text"]]
+        assert len(scores) >= 20
+        assert all(low <= score < high for score in scores)
+    assert sum(map(len, docs.values())) == len(documents)
+
+
+def test_the_embedded_corpus_streams_too(docs: dict[str, Dataset]) -> None:
+    stream = load_text("python-docs", split="validation", streaming=True)
+    assert isinstance(stream, IterableDataset)
+    assert [row["text"] for row in stream] == docs["validation"]["text"][:]
+
+
+def test_the_embedded_corpus_goes_the_whole_way_to_sequences(docs: dict[str, Dataset]) -> None:
+    tokenizer = load_tokenizer(texts=docs["validation"]["text"], vocab_size=512)
+    packed = pack(docs["validation"], tokenizer, length=64)
+    ids = [t for row in packed for t, m in zip(row["input_ids"], row["attention_mask"], strict=True) if m]
+    texts = tokenizer.decode(ids).split(tokenizer.eos_token)
+    assert texts[:-1] == docs["validation"]["text"][:]
+    assert texts[-1] == ""
+
+
+def test_an_unknown_name_suggests_the_nearest_and_says_how_the_hub_is_named() -> None:
+    with pytest.raises(ValueError, match=r"'wikitex2'\. Did you mean 'wikitext2'\?.*owner/name and needs network"):
+        load_text("wikitex2")
+    with pytest.raises(ValueError, match=r"'qqq'\. There are: python-docs, python-source, openwebtext"):
+        load_text("qqq")
+
+
+@pytest.mark.parametrize("path", ["./missing", "missing.txt", "/no/such/folder", "~/missing.jsonl"])
+def test_a_missing_file_is_called_a_missing_file(path: str) -> None:
+    with pytest.raises(ValueError, match="There is no file or folder '.*missing.*|There is no file or folder '/no/"):
+        load_text(path)
+    with pytest.raises(ValueError, match="to read 'lm1b' from; check the path"):
+        load_text("lm1b", source=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("someone/something", "Data sets that need no network: python-docs"), ("ptb", "download a parquet copy")],
+)
+def test_a_hub_data_set_that_can_not_be_had_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, name: str, advice: str
+) -> None:
+    def offline(*args, **kwargs):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(data, "load_dataset", offline)
+    with pytest.raises(ValueError, match=rf"network is needed.*no route to the hub.*{advice}"):
+        load_text(name)
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_the_hub_is_asked_for_what_the_table_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    spec = replace(DATASETS[name.replace("_", "-")], tail=0)
+    monkeypatch.setitem(data.DATASETS, name.replace("_", "-"), spec)
+    source, asked = local_copy(tmp_path, spec), {}
+
+    def hub(path: str, **settings):
+        asked.update(settings, path=path)
+        return load_dataset(source)
+
+    monkeypatch.setattr(data, "load_dataset", hub)
+    assert len(load_text(name, split="validation")) == 6
+    assert (asked["path"], asked["name"], asked["data_dir"], asked["revision"]) == (
+        spec.path,
+        spec.config,
+        spec.data_dir,
+        spec.revision,
+    )
+
+
+def test_any_hub_name_and_configuration_is_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Dataset.from_dict({"body": [f"text {i}" for i in range(50)]}).to_parquet(tmp_path / "train.parquet")
+    asked = {}
+    monkeypatch.setattr(
+        data, "load_dataset", lambda path, **settings: asked.update(settings, path=path) or load_dataset(str(tmp_path))
+    )
+    train, held_out = (load_text("owner/set", split=s, config_name="small") for s in ("train", "validation"))
+    assert (asked["path"], asked["name"]) == ("owner/set", "small")
+    assert set(train["text"]).isdisjoint(held_out["text"])
+    with pytest.raises(ValueError, match="config_name is 'small', but 'python-docs' has no configurations"):
+        load_text("python-docs", config_name="small")
+
+
+def rows(folder: Path, columns: dict) -> str:
+    Dataset.from_dict(columns).to_parquet(folder / "train.parquet")
+    Dataset.from_dict(columns).to_parquet(folder / "validation.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_unknown_column_lists_the_columns(tmp_path: Path, streaming: bool) -> None:
+    path = rows(tmp_path, {"title": ["a"], "body": ["b"], "year": [1]})
+    with pytest.raises(ValueError, match="no column 'text2'; its columns are: title, body, year"):
+        load_text(path, text_column="text2", streaming=streaming)
+    with pytest.raises(ValueError, match="Which column .* holds the text.*its columns are: title, body, year"):
+        load_text(path, streaming=streaming)
+    with pytest.raises(ValueError, match="column 'year' .* holds int64, not text"):
+        load_text(path, text_column="year", streaming=streaming)
+    assert [row["text"] for row in load_text(path, text_column="body", streaming=streaming)] == ["b"]
+
+
+def test_the_only_column_of_strings_is_the_text(tmp_path: Path) -> None:
+    assert load_text(rows(tmp_path, {"year": [1], "body": ["b"]}))["text"][:] == ["b"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_without_text_is_named_and_skipped_on_request(tmp_path: Path, streaming: bool) -> None:
+    path = rows(tmp_path, {"text": ["a", "b", None, "d"]})
+    with pytest.raises(ValueError, match=r"'train' .* has no text \(null\) in row 2, .*skip_bad_rows=True"):
+        list(load_text(path, streaming=streaming))
+    kept = load_text(path, streaming=streaming, skip_bad_rows=True)
+    assert [row["text"] for row in kept] == ["a", "b", "d"]
+
+
+def test_many_rows_without_text_are_counted(tmp_path: Path) -> None:
+    path = rows(tmp_path, {"text": ["a", *[None] * 8]})
+    with pytest.raises(ValueError, match="in row 1, 2, 3, 4, 5 and 3 more"):
+        load_text(path)
+
+
+def test_a_data_set_without_documents_is_refused(tmp_path: Path) -> None:
+    path = rows(tmp_path, {"text": ["a"]})
+    Dataset.from_dict({"text": ["a"]}).filter(lambda row: False).to_parquet(tmp_path / "validation.parquet")
+    with pytest.raises(ValueError, match="is empty: a split of it has no row"):
+        load_text(path, split="validation")
+
+
+def test_two_documents_are_too_few_for_a_test_split(tmp_path: Path) -> None:
+    Dataset.from_dict({"text": ["a", "b"]}).to_parquet(tmp_path / "two.parquet")
+    with pytest.raises(ValueError, match="The split 'test' of .* is empty"):
+        load_text(str(tmp_path), split="test")
+
+
+def test_what_is_held_out_depends_on_what_the_source_has(tmp_path: Path) -> None:
+    texts = [f"document {i}" for i in range(100)]
+    Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "train.parquet")
+    assert 85 <= len(load_text(str(tmp_path))) <= 94
+    assert len(load_text(str(tmp_path), split="test")) >= 1
+    Dataset.from_dict({"text": ["t"]}).to_parquet(tmp_path / "test.parquet")
+    assert len(load_text(str(tmp_path))) + len(load_text(str(tmp_path), split="validation")) == 100
+    assert load_text(str(tmp_path), split="test")["text"][:] == ["t"]
+    Dataset.from_dict({"text": ["v"]}).to_parquet(tmp_path / "validation.parquet")
+    assert load_text(str(tmp_path))["text"][:] == texts
+    (tmp_path / "test.parquet").unlink()
+    assert load_text(str(tmp_path))["text"][:] == texts
+
+
+def test_a_split_that_the_source_has_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no split 'test'; its source has: train, validation"):
+        load_text(rows(tmp_path, {"text": ["a"]}), split="test")
+    with pytest.raises(ValueError, match="split is 'dev'; it must be one of: train, validation, test"):
+        load_text("python-docs", split="dev")
+    with pytest.raises(ValueError, match="'lambada' has no split 'train'.*there are: validation, test"):
+        load_text("lambada", source=local_copy(tmp_path / "copy", DATASETS["lambada"]))
+
+
+def test_detokenized_text_is_found_again_in_the_cache(tmp_path: Path) -> None:
+    source = local_copy(tmp_path, DATASETS["ptb"])
+    files = [load_text("ptb", source=source).cache_files[0]["filename"] for _ in range(2)]
+    assert files[0] == files[1]
+    assert load_text("ptb", source=source)["text"][0].startswith("The team's captain")

@@ -1,0 +1,90 @@
+import pytest
+import torch
+
+from bd3lm_hf.training.examples import (
+    EXAMPLE_INDEX,
+    EpochOrder,
+    EpochSampler,
+    NoiseCollator,
+    PaddingCollator,
+)
+
+
+def rows_of(count: int, length: int = 32) -> list[dict]:
+    ids = torch.randint(3, 47, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def test_an_epoch_visits_every_row_and_fills_the_last_step():
+    order = EpochOrder([{"row": row} for row in range(10)], seed=0, group_size=4)
+    items = [order[item] for item in EpochSampler(order)]
+    assert len(items) == len(order) == len(EpochSampler(order)) == 12
+    assert {item["row"] for item in items} == set(range(10))
+    assert [item[EXAMPLE_INDEX] for item in items] == list(range(12))
+
+
+def test_every_epoch_has_its_own_order_and_indices():
+    order = EpochOrder([{"row": row} for row in range(8)], seed=0, group_size=4)
+    first = [order[item] for item in EpochSampler(order)]
+    order.set_epoch(1)
+    second = [order[item] for item in EpochSampler(order)]
+    assert [item["row"] for item in first] != [item["row"] for item in second]
+    assert [item[EXAMPLE_INDEX] for item in second] == list(range(8, 16))
+
+
+def test_a_data_set_smaller_than_a_step_is_repeated():
+    order = EpochOrder([{"row": 0}, {"row": 1}], seed=0, group_size=5)
+    assert len(order) == 5
+    assert set(order.permutation(0)) == {0, 1}
+
+
+def test_the_rows_of_a_batch_can_be_named():
+    order = EpochOrder([{"row": row} for row in range(8)], seed=3, group_size=4)
+    assert order.rows_at(10, 3) == order.permutation(1)[2:5]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [([], "holds no sequence"), (iter([{}]), "list_iterator without a length")]
+)
+def test_training_data_must_have_sequences(rows, message):
+    with pytest.raises(ValueError, match=message):
+        EpochOrder(rows, seed=0, group_size=4)
+
+
+@pytest.fixture
+def collate(tiny_config):
+    return NoiseCollator(PaddingCollator(2), seed=0, group_size=8, num_blocks=tiny_config.num_blocks, length=32)
+
+
+def test_noise_belongs_to_the_example_not_to_the_batch(collate):
+    examples = [{**row, EXAMPLE_INDEX: 100 + place} for place, row in enumerate(rows_of(8))]
+    whole = collate(examples)
+    parts = [collate(examples[start : start + 2]) for start in range(0, 8, 2)]
+    for name in ("block_noise", "token_noise", "count_noise"):
+        assert torch.equal(whole[name], torch.cat([part[name] for part in parts]))
+    assert whole["block_noise"].shape == (8, 8)
+
+
+def test_noise_does_not_change_with_a_longer_neighbour(collate):
+    short = {"input_ids": [5] * 9, EXAMPLE_INDEX: 3}
+    long = {"input_ids": [6] * 30, EXAMPLE_INDEX: 4}
+    alone, together = collate([short]), collate([short, long])
+    assert torch.equal(alone["token_noise"][0], together["token_noise"][0, :9])
+    assert torch.equal(alone["block_noise"][0], together["block_noise"][0, :3])
+
+
+def test_padding_has_no_label_and_no_attention():
+    batch = PaddingCollator(2)([{"input_ids": [5, 6, 7]}, {"input_ids": [8], "labels": [-100]}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 2, 2]]
+    assert batch["labels"].tolist() == [[5, 6, 7], [-100, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_a_model_without_blocks_gets_no_noise():
+    collate = NoiseCollator(PaddingCollator(), seed=0, group_size=2, num_blocks=lambda length: 0, length=32)
+    assert set(collate([{"input_ids": [5, 6], EXAMPLE_INDEX: 0}])) == {"input_ids", "labels", "attention_mask"}
+
+
+def test_a_sequence_beyond_the_models_length_is_refused(collate):
+    with pytest.raises(ValueError, match="33 tokens is longer than model_length=32"):
+        collate([{"input_ids": [5] * 33, EXAMPLE_INDEX: 0}])

@@ -1,0 +1,380 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from bd3lm_hf.training.arguments import parse_arguments
+from bd3lm_hf.training.train import load_splits, main, new_config, run
+
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+SCRIPT = CHECKOUT / "training" / "train.py"
+SENTENCES = (
+    "A block is written from noise, token by token, and then it is never touched again. ",
+    "The quick brown fox jumps over the lazy dog, and the lazy dog sleeps on. ",
+    "Every masked token is revealed once; every revealed token stays as it is. ",
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Forty small documents."""
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    rows = [{"text": SENTENCES[i % 3] * 3 + f"Number {i}."} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe(corpus) -> Path:
+    """A run of a second."""
+    path = corpus.with_name("tiny.yaml")
+    fields = {
+        "dataset": str(corpus),
+        "vocab_size": 300,
+        "block_size": 4,
+        "model_length": 32,
+        "hidden_dim": 16,
+        "n_blocks": 1,
+        "n_heads": 2,
+        "cond_dim": 8,
+        "dropout": 0.0,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "eval_strategy": "no",
+        "final_estimator": "exact",
+        "max_eval_samples": 4,
+        "save_strategy": "no",
+        "sample_prompt": "A block",
+        "sample_tokens": 6,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    path.write_text(json.dumps(fields), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(recipe, tmp_path_factory):
+    """The result of a tiny run, and its folder."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    result = run([str(recipe), "--output_dir", str(folder), "--eval_strategy", "steps", "--eval_steps", "2"])
+    return result, folder
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment without anything that would put the checkout on the path."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**kept, "OMP_NUM_THREADS": "1", **changes}
+
+
+def call(*words: object, cwd: Path | None = None, **changes: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, words)], cwd=cwd, env=environment(**changes), capture_output=True, text=True
+    )
+
+
+# A run from end to end
+
+
+def test_a_run_reports_what_it_did(trained):
+    result, folder = trained
+    assert result.world_size == 1
+    assert (result.steps, result.global_batch_size) == (3, 4)
+    assert len([entry for entry in result.losses if "loss" in entry]) == 3
+    assert result.before.perplexity == pytest.approx(result.before.perplexity)
+    assert result.after.perplexity < result.before.perplexity
+    assert result.unigram_perplexity > 1
+    assert result.text.startswith("A block")
+    written = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert written["after"]["nll"] == result.after.nll
+    assert written["world_size"] == 1
+    assert set(written["versions"]) == {"bd3lm_hf", "torch", "transformers", "accelerate"}
+
+
+def test_a_sample_is_written_at_each_evaluation(trained):
+    text = (trained[1] / "samples.txt").read_text(encoding="utf-8")
+    assert "--- sample at step 2 ---\nA block" in text
+
+
+def test_the_written_recipe_repeats_the_run(trained, tmp_path):
+    result, folder = trained
+    again = run([str(folder / "recipe.yaml"), "--output_dir", str(tmp_path / "again")])
+    assert [entry.get("loss") for entry in again.losses] == [entry.get("loss") for entry in result.losses]
+
+
+def test_the_tables_three_rows_are_printed(recipe, tmp_path, capsys):
+    main([str(recipe), "--output_dir", str(tmp_path / "run")])
+    printed = capsys.readouterr().out
+    for row in ("before training", "after training", "unigram baseline", "Text from the saved folder"):
+        assert row in printed
+
+
+def test_the_folder_loads_by_itself_in_a_process_without_the_package(trained, tmp_path):
+    folder = trained[1]
+    code = f"""
+import importlib.abc, sys
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] == 'bd3lm_hf':
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hide())
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, pipeline
+generator = pipeline('text-generation', model={str(folder)!r}, trust_remote_code=True)
+print(generator('A block', max_new_tokens=5, do_sample=True)[0]['generated_text'])
+for kind in (AutoModelForCausalLM, AutoModelForMaskedLM):
+    model = kind.from_pretrained({str(folder)!r}, trust_remote_code=True)
+    assert type(model).__name__ == 'BD3LMForMaskedLM'
+assert 'bd3lm_hf' not in sys.modules
+"""
+    done = call("-c", code, cwd=tmp_path, HF_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("A block")
+
+
+def test_a_checkpoint_can_be_trained_further(trained, recipe, corpus, tmp_path):
+    before, folder = trained
+    result = run(
+        ["--init_from", str(folder), "--dataset", str(corpus), "--output_dir", str(tmp_path / "run")]
+        + ["--max_steps", "1", "--max_eval_samples", "4", "--sample_tokens", "0", "--warmup_steps", "0"]
+        + ["--use_cpu", "--eval_strategy", "no"]
+    )
+    assert result.before.nll == pytest.approx(before.after.nll, abs=1e-5)
+    assert result.text is None
+
+
+def test_a_run_resumes_from_its_last_checkpoint(recipe, tmp_path):
+    folder = str(tmp_path / "run")
+    words = [str(recipe), "--output_dir", folder, "--save_strategy", "steps", "--save_steps", "1"]
+    words += ["--lr_scheduler_type", "constant"]
+    whole = run(words)
+    for name in ("checkpoint-3", "model.safetensors"):
+        subprocess.run(["rm", "-r", str(Path(folder, name))], check=True)
+    resumed = run([*words, "--resume_from_checkpoint", "true"])
+    assert resumed.steps == 3
+    assert resumed.before is None
+    assert resumed.after.nll == pytest.approx(whole.after.nll, abs=1e-6)
+
+
+def test_validation_files_are_used_whole(corpus, tmp_path):
+    other = tmp_path / "held_out.txt"
+    other.write_text("Held out.\n", encoding="utf-8")
+    splits = load_splits(parse_arguments(["demo", "--dataset", str(corpus), "--validation_dataset", str(other)]).data)
+    assert len(splits["train"]) == 40
+    assert splits["validation"]["text"][0].strip() == "Held out."
+
+
+def test_without_a_validation_file_some_documents_are_held_out(corpus):
+    splits = load_splits(parse_arguments(["demo", "--dataset", str(corpus)]).data)
+    assert 0 < len(splits["validation"]) < len(splits["train"]) < 40
+    assert set(splits["train"]["text"]).isdisjoint(splits["validation"]["text"])
+
+
+# Ways of starting
+
+
+@pytest.mark.parametrize("cwd", [CHECKOUT, CHECKOUT / "training"])
+def test_the_script_runs_from_the_checkout_and_from_its_own_folder(recipe, tmp_path, cwd):
+    # -S hides site-packages' .pth files, an editable install among them; the libraries come by PYTHONPATH.
+    libraries = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
+    script = SCRIPT.relative_to(cwd)
+    done = call("-S", script, recipe, "--output_dir", tmp_path / "run", cwd=cwd, PYTHONPATH=libraries)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def launch(config: str, *words: object, cwd: Path = CHECKOUT) -> subprocess.CompletedProcess:
+    command = ["-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", str(CHECKOUT / "training" / "launch" / config), "--main_process_port", "0"]
+    return call(*command, SCRIPT.relative_to(cwd), *words, cwd=cwd)
+
+
+def test_accelerate_launches_one_process(recipe, tmp_path):
+    done = launch("single.yaml", recipe, "--output_dir", tmp_path / "run", cwd=CHECKOUT / "training")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["world_size"] == 1
+
+
+def test_two_processes_take_the_same_steps_as_one(recipe, tmp_path):
+    results, weights = {}, {}
+    for processes, config in ((1, "single.yaml"), (2, "cpu2.yaml")):
+        folder = tmp_path / str(processes)
+        words = ["--output_dir", folder, "--per_device_train_batch_size", 8 // processes, "--optim", "sgd"]
+        words += ["--max_steps", "4", "--learning_rate", "0.1", "--eval_strategy", "steps", "--eval_steps", "2"]
+        done = launch(config, recipe, *words)
+        assert done.returncode == 0, done.stderr
+        results[processes] = json.loads((folder / "results.json").read_text())
+        weights[processes] = load_file(folder / "model.safetensors")
+        assert done.stdout.count("before training") == 1
+    one, two = results[1], results[2]
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert one["global_batch_size"] == two["global_batch_size"] == 8
+    for key in ("loss", "eval_nll"):
+        values = [[entry[key] for entry in result["losses"] if key in entry] for result in (one, two)]
+        assert len(values[0]) >= 2
+        assert values[0] == pytest.approx(values[1], abs=1e-6)
+    for kind in ("before", "after"):
+        assert one[kind]["nll"] == pytest.approx(two[kind]["nll"], abs=1e-6)
+        assert one[kind]["num_tokens"] == two[kind]["num_tokens"]
+    for name in weights[1]:
+        torch.testing.assert_close(weights[1][name], weights[2][name], rtol=0, atol=1e-6, msg=name)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--block_size", "5"], "block_size=5 does not divide model_length=32"),
+        (["--n_heads", "3"], "hidden_dim=16 is not divisible by n_heads=3"),
+        (["--noise", "linear"], "noise='linear' is no noise schedule"),
+        (["--model_type", "bd3ln"], "--model_type bd3ln is unknown"),
+        (["--dataset", "nowhere.txt"], "nowhere.txt"),
+        (["--text_column", "body"], "has no column 'body'"),
+        (["--vocab_size", "20"], "vocab_size is 20"),
+        (["--tokenizer", "no/such/folder"], "no/such/folder"),
+        (["--init_from", "no/such/folder"], "no/such/folder"),
+        (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint true: there is no complete checkpoint in"),
+        (["--resume_from_checkpoint", "no/such"], "there is no complete checkpoint in no/such"),
+        (["--hidden_dims", "16"], "did you mean '--hidden_dim'?"),
+        (["--hidden_dim", "wide"], "hidden_dim"),
+        (["--eval_estimator", "guess", "--eval_strategy", "steps", "--eval_steps", "1"], "estimator='guess'"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(recipe, tmp_path, capsys, words, message):
+    with pytest.raises(SystemExit) as error:
+        main([str(recipe), "--output_dir", str(tmp_path / "run"), *words])
+    assert error.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    complaint = [line for line in lines if line.startswith("error: ")]
+    assert len(complaint) == 1
+    assert complaint[0] == lines[-1]
+    assert message in complaint[0]
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_the_script_itself_ends_without_a_traceback(recipe, tmp_path):
+    done = call(SCRIPT, recipe, "--output_dir", tmp_path / "run", "--block_size", "5")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: block_size=5 does not divide")
+
+
+def test_an_empty_data_set_is_refused(recipe, tmp_path, capsys):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    with pytest.raises(SystemExit):
+        main([str(recipe), "--dataset", str(empty), "--output_dir", str(tmp_path / "run")])
+    assert "error: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_foreign_output_folder_is_refused_and_left_alone(recipe, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(SystemExit):
+        main([str(recipe), "--output_dir", str(tmp_path)])
+    assert "--overwrite_output_dir" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_earlier_run_without_checkpoints_is_replaced(recipe, tmp_path):
+    words = [str(recipe), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    first = run(words)
+    second = run([*words, "--seed", "7"])
+    assert second.after.nll != first.after.nll
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["seed"] == 7
+
+
+@pytest.fixture
+def broken(trained, tmp_path):
+    """A function that copies the trained folder and damages the copy."""
+
+    def make(damage) -> str:
+        folder = tmp_path / "checkpoint"
+        subprocess.run(["cp", "-r", str(trained[1]), str(folder)], check=True)
+        damage(folder)
+        return str(folder)
+
+    return make
+
+
+def change_weights(change):
+    def damage(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def truncate(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def forget_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def move_mask(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["mask_token_id"] = 40
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+HEAD = "backbone.output_layer.linear.bias"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "--init_from .*checkpoint cannot be loaded, name a complete checkpoint: SafetensorError"),
+        (forget_tokenizer, "holds no tokenizer"),
+        (move_mask, "mask_token_id is 40"),
+        (change_weights(lambda w: w[HEAD].fill_(float("nan"))), f"numbers of {HEAD} in .* are NaN"),
+        (change_weights(lambda w: w.pop(HEAD)), f"1 missing weights \\({HEAD}\\)"),
+        (change_weights(lambda w: w.update(extra=torch.zeros(2))), r"1 unexpected weights \(extra\)"),
+    ],
+    ids=["truncated", "no tokenizer", "mask clash", "nan", "missing", "unexpected"],
+)
+def test_a_broken_checkpoint_is_refused_before_training(broken, corpus, tmp_path, damage, message):
+    with pytest.raises(ValueError, match=message):
+        run(["--init_from", broken(damage), "--dataset", str(corpus), "--output_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_shape_of_a_checkpoint_cannot_be_overridden(trained, tmp_path):
+    with pytest.raises(ValueError, match="--hidden_dim 64 contradicts --init_from"):
+        run(["--init_from", str(trained[1]), "--hidden_dim", "64", "--output_dir", str(tmp_path / "run")])
+
+
+def test_an_unknown_model_type_names_one_that_exists():
+    with pytest.raises(ValueError, match="--model_type nothing is unknown: try --model_type bd3lm"):
+        new_config("nothing")
+
+
+# The demo
+
+
+@pytest.mark.slow
+def test_the_demo_beats_the_unigram_baseline_within_its_time(tmp_path):
+    done = call(SCRIPT, "--output_dir", tmp_path / "demo", cwd=tmp_path, OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "demo" / "results.json").read_text(encoding="utf-8"))
+    assert result["before"]["perplexity"] > result["unigram_perplexity"]
+    assert result["after"]["perplexity"] < 0.6 * result["unigram_perplexity"]
+    assert result["seconds"] < 600  # five minutes on two free cores; test machines are shared
+    assert result["text"].startswith("The method returns")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "demo")
+    assert tokenizer.mask_token_id is not None

@@ -1,0 +1,306 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from bd3lm_hf.evaluation import perplexity
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.training.arguments import BD3LMTrainingArguments
+from bd3lm_hf.training.callbacks import SpeedMeter, write_text
+from bd3lm_hf.training.trainer import BD3LMTrainer, TrainingDivergedError, check_finite_weights
+
+
+def rows_of(count: int, length: int = 32, seed: int = 0) -> Dataset:
+    ids = torch.randint(3, 47, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": [[1] * length] * count})
+
+
+@pytest.fixture
+def make_trainer(tiny_config, randomize, tmp_path):
+    """A function that makes a trainer of the same tiny random model on the same 16 sequences."""
+
+    def make(model=None, rows=None, **arguments) -> BD3LMTrainer:
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-2,
+            "warmup_steps": 0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "seed": 5,
+        }
+        return BD3LMTrainer(
+            model=model or randomize(BD3LMForMaskedLM(tiny_config)),
+            args=BD3LMTrainingArguments(**{**defaults, **arguments}),
+            train_dataset=rows_of(16) if rows is None else rows,
+            eval_dataset=rows_of(6, seed=1),
+        )
+
+    return make
+
+
+def losses_of(trainer: BD3LMTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+# Training
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_accumulated_batches_equal_one_batch(make_trainer, batch):
+    # Plain gradient descent: Adam's division by the gradient's size would blow rounding up.
+    whole, parts = (
+        make_trainer(per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, optim="sgd")
+        for size in (8, batch)
+    )
+    whole.train()
+    parts.train()
+    assert losses_of(parts) == pytest.approx(losses_of(whole), abs=1e-6)
+    for (name, one), other in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6, msg=name)
+
+
+def test_accumulation_counts_tokens_not_batches(make_trainer):
+    rows = rows_of(8).to_list()
+    for row in rows[::3]:  # sequences with a long given part weigh less
+        row["labels"] = [-100] * 24 + row["labels"][24:]
+    rows = Dataset.from_list(rows)
+    whole, parts = (
+        make_trainer(rows=rows, max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size)
+        for size in (8, 1)
+    )
+    whole.train()
+    parts.train()
+    assert losses_of(whole) == pytest.approx(losses_of(parts), abs=1e-6)
+
+
+def test_the_seed_repeats_a_run_and_changes_it(make_trainer):
+    runs = [make_trainer(seed=seed) for seed in (5, 5, 6)]
+    for run in runs:
+        run.train()
+    assert losses_of(runs[0]) == losses_of(runs[1])
+    assert losses_of(runs[0]) != losses_of(runs[2])
+
+
+def test_training_lowers_the_loss(make_trainer):
+    trainer = make_trainer(max_steps=24, rows=rows_of(8, length=16))
+    trainer.train()
+    losses = losses_of(trainer)
+    assert sum(losses[-6:]) < sum(losses[:6]) - 1
+
+
+def test_a_second_epoch_has_new_noise(make_trainer):
+    trainer = make_trainer(learning_rate=0.0, max_steps=2, rows=rows_of(8))
+    trainer.train()
+    first, second = losses_of(trainer)
+    assert first != second
+
+
+def test_logs_carry_the_speed(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    assert all(entry["tokens_per_second"] > 0 for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_the_speed_counts_tokens_within_steps():
+    meter = SpeedMeter()
+    assert meter.since_last_log() == {}
+    meter.tokens, meter.seconds = 300, 2.0
+    assert meter.since_last_log() == {"tokens_per_second": 150.0}
+    assert meter.since_last_log() == {}
+
+
+# Evaluation
+
+
+def test_evaluation_is_the_perplexity_of_the_held_out_sequences(make_trainer):
+    trainer = make_trainer(per_device_eval_batch_size=4)
+    trainer.bytes_per_token = 4.0
+    metrics = trainer.evaluate()
+    expected = perplexity(trainer.model, rows_of(6, seed=1), batch_size=3, seed=5, bytes_per_token=4.0)
+    assert metrics["eval_loss"] == metrics["eval_nll"] == pytest.approx(expected.nll, rel=1e-6)
+    assert metrics["eval_ppl"] == pytest.approx(expected.perplexity, rel=1e-5)
+    assert metrics["eval_bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-5)
+    assert trainer.state.log_history[-1]["eval_ppl"] == metrics["eval_ppl"]
+
+
+def test_several_held_out_sets_are_evaluated_by_name(make_trainer):
+    trainer = make_trainer()
+    trainer.eval_dataset = {"one": rows_of(2, seed=1), "two": rows_of(2, seed=2)}
+    metrics = trainer.evaluate()
+    assert metrics["eval_one_ppl"] != metrics["eval_two_ppl"]
+    assert trainer.evaluate("one", metric_key_prefix="again")["again_ppl"] == metrics["eval_one_ppl"]
+
+
+def test_evaluation_does_not_change_the_training(make_trainer):
+    plain, watched = make_trainer(max_steps=3), make_trainer(max_steps=3, eval_strategy="steps", eval_steps=1)
+    plain.train()
+    watched.train()
+    assert losses_of(plain) == losses_of(watched)
+
+
+def test_evaluation_without_sequences_is_refused(make_trainer):
+    trainer = make_trainer()
+    trainer.eval_dataset = None
+    with pytest.raises(ValueError, match="needs held-out sequences"):
+        trainer.evaluate()
+
+
+# Numbers that are not finite
+
+
+class _Poison(TrainerCallback):
+    """Puts NaN into a weight before a step."""
+
+    def __init__(self, step: int, value: float = float("nan")) -> None:
+        self.step, self.value = step, value
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            next(model.parameters()).data.view(-1)[:] = self.value
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=1)
+    trainer.add_callback(_Poison(step=2))
+    message = r"the loss is NaN or infinite at step 3, in the batch of training sequences [\d, ]+: .*"
+    message += r"last good checkpoint is .*checkpoint-2\. Lower --learning_rate \(now 0.01\)"
+    with pytest.raises(TrainingDivergedError, match=message):
+        trainer.train()
+    last = get_last_checkpoint(str(tmp_path / "run"))
+    assert Path(last).name == "checkpoint-2"
+    check_finite_weights(BD3LMForMaskedLM.from_pretrained(last), last)
+
+
+def test_the_named_sequences_are_those_of_the_failing_batch(make_trainer):
+    rows = rows_of(16).to_list()
+    trainer = make_trainer(
+        rows=Dataset.from_list(rows), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4
+    )
+    seen = []
+    inner = trainer.compute_loss
+
+    def loss_of(model, inputs, *arguments, **keywords):
+        seen.append([rows.index(next(r for r in rows if r["input_ids"] == x)) for x in inputs["input_ids"].tolist()])
+        loss = inner(model, inputs, *arguments, **keywords)
+        return loss * float("inf") if len(seen) == 3 else loss
+
+    trainer.compute_loss = loss_of
+    with pytest.raises(TrainingDivergedError, match="training sequences") as error:
+        trainer.train()
+    assert f"training sequences {', '.join(map(str, seen[2]))}:" in str(error.value)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(make_trainer):
+    trainer = make_trainer()
+    parameter = next(trainer.model.parameters())
+    parameter.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingDivergedError, match="the gradient is NaN or infinite at step 1.*No checkpoint had"):
+        trainer.train()
+
+
+def test_weights_that_are_not_finite_are_refused_before_training(tiny_config, make_trainer):
+    model = BD3LMForMaskedLM(tiny_config)
+    model.get_output_embeddings().bias.data[3] = float("inf")
+    with pytest.raises(TrainingDivergedError, match=r"1 of 48 numbers of .*bias in the model to train are NaN"):
+        make_trainer(model=model)
+
+
+def test_weights_that_are_not_finite_are_never_saved(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.save_model()
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    next(trainer.model.parameters()).data.view(-1)[0] = float("nan")
+    with pytest.raises(TrainingDivergedError, match="the model after step 0"):
+        trainer.save_model()
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_a_model_without_the_two_verbs_is_refused():
+    with pytest.raises(ValueError, match="a Linear has no `token_nll`"):
+        BD3LMTrainer(model=torch.nn.Linear(2, 2))
+
+
+# Saving
+
+
+def test_a_checkpoint_loads_by_itself_and_nothing_unfinished_stays(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2)
+    trainer.train()
+    folder = tmp_path / "run"
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-3", "checkpoint-4"]
+    state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    loaded = BD3LMForMaskedLM.from_pretrained(folder / "checkpoint-4")
+    for (name, one), other in zip(trainer.model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert (folder / "checkpoint-4" / "modeling_bd3lm.py").is_file()
+    assert (folder / "checkpoint-4" / "generation_config.json").is_file()
+
+
+def test_the_best_checkpoint_is_kept_and_found(make_trainer, tmp_path):
+    trainer = make_trainer(
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        learning_rate=1.0,  # gets worse from the first step on
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(
+        tmp_path / "run" / f"checkpoint-{trainer.state.best_global_step}"
+    )
+    assert Path(trainer.state.best_model_checkpoint).is_dir()
+
+
+def test_a_run_that_fails_while_saving_leaves_the_last_complete_checkpoint(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(max_steps=3, save_strategy="steps", save_steps=1)
+    save = BD3LMTrainer._save_rng_state
+
+    def fail_at_two(self, folder):
+        if self.state.global_step == 2:
+            raise OSError(28, "No space left on device")
+        save(self, folder)
+
+    monkeypatch.setattr(BD3LMTrainer, "_save_rng_state", fail_at_two)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    last = get_last_checkpoint(str(tmp_path / "run"))
+    assert Path(last).name == "checkpoint-1"
+    check_finite_weights(BD3LMForMaskedLM.from_pretrained(last), last)
+
+
+def test_training_continues_from_a_checkpoint(make_trainer, tmp_path):
+    whole = make_trainer(max_steps=4, save_strategy="steps", save_steps=2)
+    whole.train()
+    rest = make_trainer(max_steps=4)
+    rest.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert losses_of(rest) == losses_of(whole)
+
+
+# Samples
+
+
+def test_a_sample_leaves_the_random_state_and_the_mode_alone(tiny_config, randomize):
+    class Tokenizer:
+        def decode(self, ids, skip_special_tokens):
+            return " ".join(map(str, ids.tolist()))
+
+    model = randomize(BD3LMForMaskedLM(tiny_config)).train()
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first, second = (write_text(model, Tokenizer(), max_new_tokens=5, seed=1) for _ in range(2))
+    assert first == second
+    assert len(first.split()) <= 6
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
