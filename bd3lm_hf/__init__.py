@@ -4,6 +4,7 @@ Importing this package makes its model types known to the Auto classes of transf
 """
 
 from pathlib import Path
+from typing import Any
 
 
 __version__ = "0.1.0"
@@ -13,27 +14,40 @@ _CHECKOUT = Path(__file__).resolve().parent.parent
 if (_CHECKOUT / "setup.cfg").is_file():
     __path__.append(str(_CHECKOUT))
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.generation_bd3lm import BD3LMGenerationConfig
 from bd3lm_hf.modeling.loss_bd3lm import TokenNLL
-from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel
 from bd3lm_hf.modeling.noise_bd3lm import noise_schedule
 
 
-# One line per model type: its configuration, its model, and the Auto classes that make it.
-_MODELS = ((BD3LMConfig, BD3LMForMaskedLM, (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM)),)
+# One line per model type: its configuration and what each Auto class makes of it.
+_MODELS: tuple[tuple[type[PreTrainedConfig], dict[Any, type[PreTrainedModel]]], ...] = (
+    (
+        BD3LMConfig,
+        {AutoModel: BD3LMModel, AutoModelForMaskedLM: BD3LMForMaskedLM, AutoModelForCausalLM: BD3LMForMaskedLM},
+    ),
+)
 
-for _config, _model, _auto_classes in _MODELS:
+for _config, _classes in _MODELS:
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    for _auto_class in _auto_classes:
+    for _auto_class, _model in _classes.items():
         _auto_class.register(_config, _model, exist_ok=True)
 
 __all__ = [
     "BD3LMConfig",
     "BD3LMForMaskedLM",
     "BD3LMGenerationConfig",
+    "BD3LMModel",
     "TokenNLL",
     "noise_schedule",
 ]

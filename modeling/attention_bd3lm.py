@@ -75,7 +75,7 @@ def block_causal_plan(
     past = total - length
     if layout.valid is None and past % block_size == 0 and length <= block_size:
         return _plan((Tile((0, length), ((0, total),), None),))
-    see = functools.partial(_sees_clean, layout, strict=True)
+    see = functools.partial(_sees_clean, layout, strict=False)
     if implementation == "flex_attention":
         return _plan((_flex_tile(layout, length, total, lambda b, q, k: see(b, q + past, k)),))
     tiles = []
@@ -339,7 +339,7 @@ def _unpadded_flex_plan(
 
 def _build_flex_plan(layout: Layout, draws: int, clean_cached: bool) -> AttentionPlan:
     length = layout.block_ids.shape[1]
-    clean = functools.partial(_sees_clean, layout, strict=True)
+    clean = functools.partial(_sees_clean, layout, strict=False)
     earlier = functools.partial(_sees_clean, layout, strict=True)
     own = functools.partial(_sees_own_block, layout)
 
