@@ -1,11 +1,17 @@
 """Which masked position of a block to reveal next.
 
-First-hitting sampling (Zheng et al., arXiv 2409.02908; BD3-LM's default) simulates the reverse process exactly: masked
-tokens are hit one at a time, each remaining one equally likely to be next, so a block of b tokens takes b steps. The
-order does not depend on any probability, and is drawn before the network runs: its head is needed at one position only.
+First-hitting sampling (Zheng et al., arXiv 2409.02908; BD3-LM's default) simulates the reverse process exactly:
+masked tokens are hit one at a time, each remaining one equally likely to be next, so a block of b tokens takes b
+steps. The order does not depend on any probability, and is drawn before the network runs: its head is needed at one
+position only.
 """
 
 import torch
+
+
+def wide_float(device: torch.device) -> torch.dtype:
+    """float64, as in the published samplers, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class FirstHittingSampler:
@@ -22,9 +28,10 @@ class FirstHittingSampler:
         Args:
             masked: bool `(batch, block_size)`.
         """
-        key = torch.arange(masked.shape[1], device=masked.device, dtype=torch.float64).expand(masked.shape)
+        options = {"device": masked.device, "dtype": wide_float(masked.device)}
+        key = torch.arange(masked.shape[1], **options).expand(masked.shape)
         if random:
-            key = torch.rand(masked.shape, generator=generator, device=masked.device, dtype=torch.float64)
+            key = torch.rand(masked.shape, generator=generator, **options)
         return torch.where(masked, key, masked.shape[1] + 1.0).argsort(dim=1, stable=True)
 
     def time(
@@ -47,4 +54,4 @@ class FirstHittingSampler:
 
 SAMPLERS = {"first_hitting": FirstHittingSampler}
 
-__all__ = ["SAMPLERS", "FirstHittingSampler"]
+__all__ = ["SAMPLERS", "FirstHittingSampler", "wide_float"]

@@ -1,0 +1,187 @@
+"""The configuration: every field that no model can have is refused with its remedy; published files load unchanged."""
+
+import json
+
+import pytest
+from transformers import AutoConfig
+
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+
+
+# The config.json of the published checkpoints, as their remote code writes it.
+PUBLISHED = {
+    "_name_or_path": "kuleshov-group/bd3lm-owt-block_size4",
+    "adaln": True,
+    "architectures": ["BD3LM"],
+    "attn_backend": "flex",
+    "auto_map": {
+        "AutoConfig": "configuration_bd3lm.BD3LMConfig",
+        "AutoModelForMaskedLM": "modeling_bd3lm.BD3LM",
+    },
+    "block_size": 4,
+    "causal": False,
+    "cond_dim": 128,
+    "cross_attn": True,
+    "dropout": 0.1,
+    "hidden_dim": 768,
+    "model_length": 1024,
+    "model_type": "bd3lm",
+    "n_blocks": 12,
+    "n_heads": 12,
+    "return_dict": False,
+    "sampling_eps_max": 0.999,
+    "sampling_eps_min": 0.001,
+    "time_conditioning": False,
+    "torch_dtype": "float32",
+    "transformers_version": "4.49.0",
+    "var_min": True,
+    "vocab_size": 50258,
+}
+
+REFUSED = {
+    "no_vocabulary": ({"vocab_size": 0}, "vocab_size=0: give a whole number of at least 1"),
+    "size_that_is_text": ({"hidden_dim": "768"}, "hidden_dim='768': give a whole number"),
+    "size_that_is_a_float": ({"block_size": 2.0}, r"block_size=2\.0: give a whole number"),
+    "size_that_is_a_bool": ({"n_heads": True}, "n_heads=True: give a whole number"),
+    "negative_layers": ({"n_blocks": -1}, "n_blocks=-1: give a whole number"),
+    "no_conditioning_width": ({"cond_dim": 0}, "cond_dim=0: give a whole number"),
+    "no_length": ({"model_length": 0}, "model_length=0: give a whole number"),
+    "mask_alone": ({"vocab_size": 1}, "vocab_size=1: give at least 2, one token and the mask"),
+    "heads_that_do_not_divide": (
+        {"hidden_dim": 100, "n_heads": 12},
+        "hidden_dim=100 is not divisible by n_heads=12: choose n_heads among the divisors",
+    ),
+    "odd_head": ({"hidden_dim": 36, "n_heads": 12}, "36 / 12 = 3 is odd: .*choose sizes with an even quotient"),
+    "block_that_does_not_divide": (
+        {"block_size": 6, "model_length": 32},
+        "block_size=6 does not divide model_length=32: choose a divisor of model_length, or set model_length to 36",
+    ),
+    "mask_outside": ({"mask_token_id": 50258}, "mask_token_id=50258 is outside .* 50258 ids: .*0 to 50257"),
+    "mask_negative": ({"mask_token_id": -1}, "mask_token_id=-1 is outside the vocabulary"),
+    "bos_outside": ({"bos_token_id": 60000}, "bos_token_id=60000 is outside the vocabulary"),
+    "pad_outside": ({"pad_token_id": -3}, "pad_token_id=-3 is outside the vocabulary"),
+    "eos_outside": ({"eos_token_id": 60000}, "eos_token_id=60000 is outside the vocabulary"),
+    "one_eos_of_several_outside": ({"eos_token_id": [1, 60000]}, "eos_token_id=.*60000.* is outside the vocabulary"),
+    "bos_is_mask": ({"bos_token_id": 50257}, "bos_token_id=50257 is also mask_token_id=50257: .*add one"),
+    "eos_is_mask": ({"eos_token_id": 7, "mask_token_id": 7}, "eos_token_id=7 is also mask_token_id=7"),
+    "one_eos_is_mask": ({"eos_token_id": [3, 7], "mask_token_id": 7}, r"eos_token_id=\[3, 7\] is also mask_token_id=7"),
+    "unknown_schedule": (
+        {"noise": "linear"},
+        "noise='linear' is no noise schedule: choose one of loglinear, square, square_root, log, cosine",
+    ),
+    "dropout_of_one": ({"dropout": 1.0}, r"dropout=1\.0: give a probability of at least 0 and below 1"),
+    "negative_dropout": ({"dropout": -0.1}, r"dropout=-0\.1: give a probability"),
+    "reversed_interval": (
+        {"sampling_eps_min": 0.8, "sampling_eps_max": 0.3},
+        r"sampling_eps_min=0\.8, sampling_eps_max=0\.3 is no interval .*give 0 <= sampling_eps_min",
+    ),
+    "interval_above_one": ({"sampling_eps_max": 1.5}, r"sampling_eps_max=1\.5 is no interval"),
+    "interval_below_zero": ({"sampling_eps_min": -0.5}, r"sampling_eps_min=-0\.5.* is no interval"),
+    "interval_of_zero": ({"sampling_eps_min": 0.0, "sampling_eps_max": 0.0}, "with sampling_eps_max > 0"),
+    "interval_that_is_no_number": ({"sampling_eps_min": float("nan")}, "sampling_eps_min=nan"),
+    "unreachable_interval": (
+        {"resample": True, "sampling_eps_min": 0.55, "sampling_eps_max": 0.7},
+        r"the interval \[0\.55, 0\.7\] holds no mask rate k / 4: widen it, or set resample=False",
+    ),
+    "unknown_stratification": (
+        {"antithetic_sampling": True},
+        "antithetic_sampling=True: choose 'shuffled', 'published' or 'none'",
+    ),
+    "causal_with_clean_stream": ({"causal": True}, "causal=True contradicts cross_attn=True: .*set cross_attn=False"),
+    "blocks_without_clean_stream": (
+        {"cross_attn": False},
+        "cross_attn=False with block_size=4 below model_length=1024: .*set cross_attn=True or block_size=model_length",
+    ),
+    "time_without_adaln": ({"time_conditioning": True, "adaln": False}, "time_conditioning=True needs adaln=True"),
+}
+
+
+@pytest.mark.parametrize("fields, message", REFUSED.values(), ids=REFUSED.keys())
+def test_a_field_that_no_model_can_have_is_refused_with_its_remedy(fields, message):
+    with pytest.raises(ValueError, match=message):
+        BD3LMConfig(**fields)
+
+
+def test_an_interval_that_a_block_cannot_meet_is_fine_without_resampling():
+    assert not BD3LMConfig(sampling_eps_min=0.55, sampling_eps_max=0.7).resample
+
+
+def test_a_whole_number_is_a_legal_probability():
+    assert BD3LMConfig(dropout=0, sampling_eps_min=0, sampling_eps_max=1).dropout == 0
+
+
+def test_the_published_config_loads_unchanged(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+    config = BD3LMConfig.from_pretrained(tmp_path)
+    same = set(PUBLISHED) - {"_name_or_path", "auto_map", "return_dict", "torch_dtype", "transformers_version"}
+    assert {name: getattr(config, name) for name in same} == {name: PUBLISHED[name] for name in same}
+    assert config.mask_token_id == 50257
+    assert config.num_blocks(1024) == 256
+
+
+def test_a_published_config_gives_outputs_with_names_and_an_untied_head():
+    config = BD3LMConfig(**PUBLISHED, tie_word_embeddings=True)
+    assert config.return_dict is True
+    assert config.tie_word_embeddings is False
+
+
+def test_the_published_pretraining_config_is_one_full_block():
+    config = BD3LMConfig(**{**PUBLISHED, "block_size": 1024, "cross_attn": False, "attn_backend": "sdpa"})
+    assert config.num_blocks(1024) == 1
+
+
+def test_transformers_finds_the_published_config_by_its_model_type(tmp_path):
+    import bd3lm_hf  # noqa: F401  (registers the Auto classes)
+
+    fields = {name: value for name, value in PUBLISHED.items() if name != "auto_map"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), BD3LMConfig)
+
+
+def test_the_standard_names_of_sizes_read_and_write_ours():
+    config = BD3LMConfig(hidden_size=96, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64)
+    assert (config.hidden_dim, config.n_blocks, config.n_heads, config.model_length) == (96, 3, 4, 64)
+    config.hidden_dim = 128
+    assert (config.hidden_size, config.head_dim) == (128, 32)
+
+
+def test_the_mask_is_the_last_id_unless_it_is_named():
+    assert BD3LMConfig(vocab_size=100).mask_token_id == 99
+    assert BD3LMConfig(vocab_size=30522, mask_token_id=103).mask_token_id == 103
+    assert BD3LMConfig(vocab_size=100, mask_token_id=0).mask_token_id == 0
+
+
+@pytest.mark.parametrize("length, blocks", [(1, 1), (4, 1), (5, 2), (1024, 256), (1025, 257)])
+def test_the_last_block_of_a_sequence_may_be_shorter(length, blocks):
+    assert BD3LMConfig(block_size=4).num_blocks(length) == blocks
+
+
+def test_every_field_survives_saving_and_loading(tmp_path):
+    config = BD3LMConfig(
+        vocab_size=64,
+        block_size=8,
+        model_length=64,
+        hidden_dim=24,
+        n_blocks=3,
+        n_heads=2,
+        cond_dim=12,
+        dropout=0.25,
+        time_conditioning=True,
+        mask_token_id=5,
+        noise="cosine",
+        var_min=False,
+        sampling_eps_min=0.25,
+        sampling_eps_max=0.75,
+        resample=True,
+        antithetic_sampling="published",
+        ignore_bos=False,
+        bos_token_id=1,
+        eos_token_id=[2, 3],
+        pad_token_id=5,
+        use_cache=False,
+    )
+    config.save_pretrained(tmp_path)
+    loaded = BD3LMConfig.from_pretrained(tmp_path)
+    before, after = config.to_dict(), loaded.to_dict()
+    assert {name: after[name] for name in before} == before
+    assert after["eos_token_id"] == [2, 3]
