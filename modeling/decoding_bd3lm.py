@@ -35,7 +35,7 @@ from .attention_bd3lm import AttentionPlan, block_causal_plan, decoding_plan, to
 from .cache_bd3lm import BlockCacheLayer
 from .canvas_bd3lm import Canvas
 from .noise_bd3lm import LogLinearNoise, noise_schedule
-from .samplers_bd3lm import SAMPLERS, FirstHittingSampler, wide_float
+from .samplers_bd3lm import SAMPLERS, FirstHittingSampler, wide_float, draw_tokens
 
 
 class NucleusLogitsProcessor(LogitsProcessor):
@@ -49,7 +49,9 @@ class NucleusLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         ranked, order = scores.sort(dim=-1, descending=True)
-        cumulative = ranked.softmax(dim=-1, dtype=wide_float(scores.device)).cumsum(dim=-1)
+        # As published: normalised in the precision of the scores, summed up in float64.
+        log_probability = ranked - ranked.logsumexp(dim=-1, keepdim=True)
+        cumulative = log_probability.to(wide_float(scores.device)).exp().cumsum(dim=-1)
         dropped = cumulative > self.nucleus_p
         dropped[..., 0] = False
         return scores.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
@@ -275,7 +277,7 @@ class BlockWriter:
         self.scores.put(index, active, scores)
         if not self.do_sample:
             return scores.argmax(dim=-1)
-        return torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator).squeeze(1)
+        return draw_tokens(scores, self.generator)
 
     def _process(self, scores: torch.Tensor, columns: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
         """Apply the logits processors, each row with the text to the left of its place as context.

@@ -1,7 +1,4 @@
-"""The diffusion transformer of BD3-LM (DiT with adaLN and rotary positions) and its masked language model.
-
-Structure and weight names are those of the published checkpoints (arXiv 2503.09573).
-"""
+"""The backbone of BD3-LM and its masked language model (arXiv 2503.09573), with the published weight names."""
 
 import math
 from dataclasses import dataclass
@@ -11,29 +8,31 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .attention_bd3lm import (
-    AttentionPlan,
-    BD3LMAttention,
-    block_causal_plan,
-    token_layout,
-    two_stream_plan,
-)
+from .attention_bd3lm import AttentionPlan, block_causal_plan, token_layout, two_stream_plan
 from .cache_bd3lm import BlockCache
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BD3LMGenerationConfig, BD3LMGenerationMixin
-from .loss_bd3lm import TokenNLL, check_token_ids, denoising_loss, is_plain_linear, token_nll
+from .layers_bd3lm import (
+    BD3LMBlock,
+    BD3LMEmbedding,
+    BD3LMFinalLayer,
+    BD3LMLayerNorm,
+    BD3LMRotaryEmbedding,
+    BD3LMZeroLinear,
+    Modulation,
+    Pass,
+    TimestepEmbedder,
+)
+from .loss_bd3lm import TokenNLL, check_token_ids, denoising_loss, token_nll
 from .noise_bd3lm import Noise
 
 
-# Sources of dispatch that transformers looks for when it decides whether a model may switch its attention.
-_ATTENTION_FUNCTIONS = ALL_ATTENTION_FUNCTIONS
-
-_FREQUENCY_DIM = 256  # sinusoidal features of the noise level
+# Of every layer and the final norm: as adaLN gives it, or folded into norms and gates.
+Modulations = list[torch.Tensor | Modulation | tuple[torch.Tensor, torch.Tensor | None] | None]
 
 
 @dataclass
@@ -56,275 +55,6 @@ class BD3LMOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class BD3LMEmbedding(nn.Embedding):
-    """An embedding whose table is called `embedding` in the weights, as published, and `weight` in code."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
-        nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx = self.max_norm = None
-        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
-        self.embedding = nn.Parameter(torch.empty(num_embeddings, embedding_dim))
-        self.reset_parameters()
-
-    @property
-    def weight(self) -> torch.Tensor:
-        return self.embedding
-
-    def __setattr__(self, name: str, value) -> None:
-        super().__setattr__("embedding" if name == "weight" else name, value)
-
-    def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
-
-
-class BD3LMLayerNorm(nn.Module):
-    """Layer norm with a weight and no bias, computed in float32, modulated by adaLN: norm(x) * w * (1 + scale) + shift."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(
-        self, x: torch.Tensor, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        weight = self.weight.float()
-        if scale is None or shift is None:
-            return F.layer_norm(x.float(), weight.shape, weight, eps=1e-5).to(x.dtype)
-        weight, shift = weight * (1 + scale.float()), shift.float()
-        if weight.numel() == self.weight.numel():
-            # One modulation for all rows is an affine layer norm: one kernel instead of three.
-            dim = self.weight.shape
-            return F.layer_norm(x.float(), dim, weight.view(dim), shift.view(dim), eps=1e-5).to(x.dtype)
-        return (F.layer_norm(x.float(), self.weight.shape, eps=1e-5) * weight + shift).to(x.dtype)
-
-
-class BD3LMZeroLinear(nn.Linear):
-    """A linear layer that starts at zero: adaLN and the head.
-
-    The layer itself says so, because transformers initialises custom code leaf by leaf: `_init_weights` never meets a
-    module that has no weights of its own.
-    """
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoidal features of the noise level sigma (cosines first), then a two-layer perceptron."""
-
-    def __init__(self, cond_dim: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(_FREQUENCY_DIM, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
-
-    def forward(self, sigma: torch.Tensor) -> torch.Tensor:
-        half = _FREQUENCY_DIM // 2
-        frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=sigma.device, dtype=torch.float32))
-        angles = sigma.float()[:, None] * frequencies
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
-
-
-class BD3LMRotaryEmbedding(nn.Module):
-    """Rotary positions. The published buffer `inv_freq` travels with the weights but is not trusted.
-
-    A cast of the whole model to bfloat16 casts the buffer too and would turn position 1023 by half a radian, so the
-    angles are computed from their definition, in float64 where the device has it: exact at any position.
-    """
-
-    def __init__(self, config: BD3LMConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.register_buffer("inv_freq", self.frequencies(torch.float32), persistent=True)
-
-    def frequencies(self, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-        """10000^(-2 i / head_dim) for each rotated pair i."""
-        exponents = torch.arange(0, self.head_dim, 2, dtype=dtype, device=device) / self.head_dim
-        return 10000.0**-exponents
-
-    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines `(batch or 1, length, 1, head_dim / 2)` for positions `(batch or 1, length)`."""
-        wide = torch.float32 if position_ids.device.type == "mps" else torch.float64
-        angles = position_ids.to(wide).unsqueeze(-1) * self.frequencies(wide, position_ids.device)
-        return angles.cos().to(dtype).unsqueeze(2), angles.sin().to(dtype).unsqueeze(2)
-
-
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the two halves of the last axis (NeoX convention); `x` is `(batch, length, heads, head_dim)`."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-@dataclass
-class Pass:
-    """What all layers of one forward pass share."""
-
-    plan: AttentionPlan
-    cos: torch.Tensor
-    sin: torch.Tensor
-    past_key_values: Cache | None = None
-    commit: int = 0  # leading positions to write to the cache
-    rows: torch.Tensor | None = None  # flat indices of the positions that the head will read
-
-
-class BD3LMBlock(GradientCheckpointingLayer):
-    """One transformer layer: attention and MLP, each behind a modulated layer norm and a gate."""
-
-    def __init__(self, config: BD3LMConfig, layer_idx: int) -> None:
-        super().__init__()
-        dim = config.hidden_dim
-        self.config = config
-        self.layer_idx = layer_idx
-        self.dropout = config.dropout
-        self.norm1 = BD3LMLayerNorm(dim)
-        self.attn_qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.attention = BD3LMAttention(config, layer_idx)
-        self.attn_out = nn.Linear(dim, dim, bias=False)
-        self.norm2 = BD3LMLayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
-        if config.adaln:
-            self.adaLN_modulation = BD3LMZeroLinear(config.cond_dim, 6 * dim)
-
-    def modulation(self, conditioning: torch.Tensor | None) -> torch.Tensor | None:
-        """shift, scale and gate of attention, then of the MLP, side by side: `(batch or 1, 1, 6 * hidden_dim)`.
-
-        One tensor, not six: reentrant checkpointing cuts the graph only at tensors that are arguments of their own.
-        """
-        return None if conditioning is None else self.adaLN_modulation(conditioning).unsqueeze(1)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        modulation: torch.Tensor | None,
-        shared: Pass,
-        last: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`(batch, length, hidden_dim)` in and out.
-
-        In the last layer only the positions after `plan.skip` are queried, and with `shared.rows` only those rows go on:
-        the output is then `(rows, hidden_dim)`.
-        """
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = _split(modulation, 6)
-        skip = shared.plan.skip if last else 0
-        tiles = shared.plan.last_tiles if last else shared.plan.tiles
-        query, key, value = self._project(self.norm1(hidden_states, shift_1, scale_1), skip, shared)
-        attended, weights = self.attention(query, key, value, tiles, shared.past_key_values, shared.commit)
-        hidden_states = hidden_states[:, skip:]
-        if last and shared.rows is not None:
-            hidden_length = hidden_states.shape[1]
-            hidden_states, attended = (x.flatten(0, 1)[shared.rows] for x in (hidden_states, attended))
-            row = shared.rows // hidden_length
-            gate_1, shift_2, scale_2, gate_2 = (_of_rows(m, row) for m in (gate_1, shift_2, scale_2, gate_2))
-        hidden_states = hidden_states + self._branch(self.attn_out, attended, gate_1)
-        widened = self.mlp[0](self.norm2(hidden_states, shift_2, scale_2))
-        return hidden_states + self._branch(self.mlp[2], widened, gate_2, self.mlp[1]), weights
-
-    def _project(self, normed: torch.Tensor, skip: int, shared: Pass) -> tuple[torch.Tensor, ...]:
-        """Queries (after the first `skip` positions), keys and values, rotated, `(batch, heads, length, head_dim)`."""
-        config, layer = self.config, self.attn_qkv
-        if is_plain_linear(layer) and (skip or torch.is_grad_enabled()):
-            # Skipped positions need no query. With a gradient, three results instead of one let queries and keys be
-            # freed once they are rotated; a common one would live on as long as the values.
-            inputs = (normed[:, skip:], normed, normed)
-            query, key, value = (F.linear(x, w) for x, w in zip(inputs, layer.weight.chunk(3), strict=True))
-        else:
-            query, key, value = layer(normed).chunk(3, dim=-1)
-            query = query[:, skip:]
-        query, key, value = (x.unflatten(-1, (config.n_heads, config.head_dim)) for x in (query, key, value))
-        cos, sin = shared.cos.to(query.dtype), shared.sin.to(query.dtype)
-        query = apply_rotary(query, cos[:, skip:], sin[:, skip:])
-        key = apply_rotary(key, cos, sin)
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-
-    def _branch(
-        self, linear: nn.Module, x: torch.Tensor, gate: torch.Tensor | None, activation: nn.Module | None = None
-    ) -> torch.Tensor:
-        """gate * linear(activation(x)) with dropout, what a residual connection adds."""
-        if _spares_memory(linear, x, gate):
-            gate = None if gate is None else gate.reshape(-1)
-            branch = _LeanLinear.apply(x, linear.weight, linear.bias, gate, activation)
-        else:
-            branch = linear(x if activation is None else activation(x))
-            branch = branch if gate is None else branch * gate
-        return F.dropout(branch, self.dropout) if self.training and self.dropout else branch
-
-
-def _spares_memory(linear: nn.Module, x: torch.Tensor, gate: torch.Tensor | None) -> bool:
-    """Whether [`_LeanLinear`] can stand in: plain layers in one precision, in eager training."""
-    return (
-        torch.is_grad_enabled()
-        and is_plain_linear(linear)
-        and x.dtype == linear.weight.dtype
-        and (gate is None or gate.numel() == linear.out_features and gate.dtype == x.dtype)
-        and not torch.is_autocast_enabled(x.device.type)
-        and not torch.compiler.is_compiling()
-    )
-
-
-class _LeanLinear(torch.autograd.Function):
-    """gate * linear(activation(x)) that keeps x alone for its backward pass.
-
-    The activation is recomputed. The gate's gradient needs no ungated result y = W a + b either: with G = sum of g a^T
-    over tokens, the weight's gradient before the gate, sum of g y is the row sum of W * G plus b * sum of g.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, gate, activation):
-        ctx.save_for_backward(x, weight, bias, gate)
-        ctx.activation = activation
-        branch = F.linear(x if activation is None else activation(x), weight, bias)
-        return branch if gate is None else branch.mul_(gate)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        x, weight, bias, gate = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            activated = x if ctx.activation is None else ctx.activation(x)
-        flat = grad_output.flatten(0, -2)
-        grad_weight = flat.T @ activated.detach().flatten(0, -2) if needs[1] or needs[3] else None
-        grad_bias = flat.sum(0) if bias is not None else None
-        grad_gate = None
-        if gate is not None:
-            if needs[3]:
-                grad_gate = (weight * grad_weight).sum(1)
-                grad_gate = grad_gate if bias is None else grad_gate + bias * grad_bias
-            grad_weight = grad_weight.mul_(gate.unsqueeze(1)) if needs[1] else None
-            grad_bias = None if grad_bias is None else grad_bias * gate
-            grad_output = grad_output * gate
-        grad_x = grad_output @ weight
-        if ctx.activation is not None:
-            (grad_x,) = torch.autograd.grad(activated, x, grad_x)
-        return grad_x, grad_weight, grad_bias, grad_gate, None
-
-
-def _split(modulation: torch.Tensor | None, parts: int) -> tuple[torch.Tensor | None, ...]:
-    return (None,) * parts if modulation is None else modulation.chunk(parts, dim=-1)
-
-
-def _of_rows(modulation: torch.Tensor | None, row: torch.Tensor) -> torch.Tensor | None:
-    """Modulation `(batch or 1, 1, dim)` for flattened rows: `(1, dim)`, kept 3-d when shared by all."""
-    if modulation is None or modulation.shape[0] == 1:
-        return modulation if modulation is None else modulation[0]
-    return modulation[row, 0]
-
-
-class BD3LMFinalLayer(nn.Module):
-    """Final modulated layer norm and the output head, which is never tied to the embedding."""
-
-    def __init__(self, config: BD3LMConfig) -> None:
-        super().__init__()
-        self.norm_final = BD3LMLayerNorm(config.hidden_dim)
-        self.linear = BD3LMZeroLinear(config.hidden_dim, config.vocab_size)
-        if config.adaln:
-            self.adaLN_modulation = BD3LMZeroLinear(config.cond_dim, 2 * config.hidden_dim)
-
-    def modulation(self, conditioning: torch.Tensor | None) -> torch.Tensor | None:
-        """shift and scale, side by side: `(batch or 1, 1, 2 * hidden_dim)`."""
-        return None if conditioning is None else self.adaLN_modulation(conditioning).unsqueeze(1)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.linear(hidden_states)
-
-
 class BD3LMPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation shared by the models on this backbone."""
 
@@ -340,6 +70,25 @@ class BD3LMPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _supports_context_parallel = False
     _keep_in_fp32_modules_strict = ["inv_freq"]
+
+    @classmethod
+    def auto_classes(cls) -> dict[str, type]:
+        """What each Auto class makes of a checkpoint of this model."""
+        return {
+            "AutoConfig": BD3LMConfig,
+            "AutoModel": BD3LMModel,
+            "AutoModelForMaskedLM": BD3LMForMaskedLM,
+            "AutoModelForCausalLM": BD3LMForMaskedLM,
+        }
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As in transformers; `config.json` names the saved code for every Auto class.
+
+        transformers itself records one of them, and keeps what an earlier, perhaps foreign, `auto_map` said.
+        """
+        names = ((auto, cls.__module__.rpartition(".")[2], cls.__name__) for auto, cls in self.auto_classes().items())
+        self.config.auto_map = {auto: f"{module}.{name}" for auto, module, name in names}
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -386,7 +135,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.vocab_embed = value
 
-    def modulations(self, timesteps: torch.Tensor | None, device: torch.device) -> list[torch.Tensor | None]:
+    def modulations(self, timesteps: torch.Tensor | None, device: torch.device) -> Modulations:
         """adaLN's shifts, scales and gates of every layer and of the final norm.
 
         Args:
@@ -404,14 +153,17 @@ class BD3LMModel(BD3LMPreTrainedModel):
             else:
                 sigma = torch.zeros(1, device=device)
             conditioning = F.silu(self.sigma_map(sigma))
-        return [layer.modulation(conditioning) for layer in [*self.blocks, self.output_layer]]
+        layers = [*self.blocks, self.output_layer]
+        raw = [layer.modulation(conditioning) for layer in layers]
+        # Folded once for a whole decode. In training each layer folds its own, so that checkpointing cuts at a tensor.
+        return raw if torch.is_grad_enabled() else [layer.fold(m) for layer, m in zip(layers, raw, strict=True)]
 
     def run(
         self,
         inputs_embeds: torch.Tensor,
         position_ids: torch.Tensor,
         plan: AttentionPlan,
-        modulations: list[torch.Tensor | None],
+        modulations: Modulations,
         *,
         past_key_values: Cache | None = None,
         commit: int = 0,
@@ -443,12 +195,9 @@ class BD3LMModel(BD3LMPreTrainedModel):
                 attentions += (weights,)
         if output_hidden_states:
             recorded += (hidden_states,)
-        shift, scale = _split(modulations[-1], 2)
-        if rows is not None and shift is not None:
-            length = inputs_embeds.shape[1] - plan.skip
-            shift, scale = (_of_rows(m, rows // length) for m in (shift, scale))
+        row = None if rows is None else rows // (inputs_embeds.shape[1] - plan.skip)
         return BaseModelOutputWithPast(
-            last_hidden_state=self.output_layer.norm_final(hidden_states, shift, scale),
+            last_hidden_state=self.output_layer.norm(hidden_states, modulations[-1], row),
             past_key_values=past_key_values,
             hidden_states=recorded or None,
             attentions=attentions or None,

@@ -52,6 +52,18 @@ class FirstHittingSampler:
         return t * torch.rand(t.shape, generator=generator, device=t.device, dtype=t.dtype) ** (1 / n)
 
 
+def draw_tokens(scores: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """One token per row of unnormalised log-probabilities `(rows, vocab_size)`, by inverting the distribution function.
+
+    One uniform number a row instead of one for each token of the vocabulary, in float64: exact to 1e-16, and on a CPU an
+    order of magnitude faster than `torch.multinomial`. A token of probability zero is never drawn.
+    """
+    cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)
+    uniform = torch.rand((scores.shape[0], 1), generator=generator, device=scores.device, dtype=torch.float64)
+    # Below the total even after rounding; from the right, so that the step found has a positive height.
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:] * (1 - 1e-15), right=True).squeeze(1)
+
+
 SAMPLERS = {"first_hitting": FirstHittingSampler}
 
 __all__ = ["SAMPLERS", "FirstHittingSampler", "wide_float"]

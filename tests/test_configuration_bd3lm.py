@@ -64,7 +64,10 @@ REFUSED = {
     "one_eos_of_several_outside": ({"eos_token_id": [1, 60000]}, "eos_token_id=.*60000.* is outside the vocabulary"),
     "bos_is_mask": ({"bos_token_id": 50257}, "bos_token_id=50257 is also mask_token_id=50257: .*add one"),
     "eos_is_mask": ({"eos_token_id": 7, "mask_token_id": 7}, "eos_token_id=7 is also mask_token_id=7"),
-    "one_eos_is_mask": ({"eos_token_id": [3, 7], "mask_token_id": 7}, r"eos_token_id=\[3, 7\] is also mask_token_id=7"),
+    "one_eos_is_mask": (
+        {"eos_token_id": [3, 7], "mask_token_id": 7},
+        r"eos_token_id=\[3, 7\] is also mask_token_id",
+    ),
     "unknown_schedule": (
         {"noise": "linear"},
         "noise='linear' is no noise schedule: choose one of loglinear, square, square_root, log, cosine",

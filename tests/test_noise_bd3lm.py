@@ -124,9 +124,7 @@ def test_an_interval_given_as_tensors_gives_the_published_times(golden_times):
     for length, size in config["cases"]:
         uniform = stratify(tensors[f"L{length}.bs{size}.u"], order="published")
         expected = tensors[f"L{length}.bs{size}.anti_buf_0.3_0.8"][:, :: size if size < length else 1]
-        torch.testing.assert_close(
-            times(uniform, torch.tensor(0.3), torch.tensor(0.8)), expected, rtol=0, atol=1e-7
-        )
+        torch.testing.assert_close(times(uniform, torch.tensor(0.3), torch.tensor(0.8)), expected, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("order", ["shuffled", "published"])

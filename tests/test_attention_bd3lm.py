@@ -1,0 +1,514 @@
+"""Who attends to whom: every fast plan equals the rule, nothing leaks, and padding changes nothing."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_mask, flex_attention
+from transformers.integrations import flex_attention as transformers_flex
+
+from bd3lm_hf.modeling import attention_bd3lm
+from bd3lm_hf.modeling.attention_bd3lm import (
+    AttentionPlan,
+    Tile,
+    block_causal_plan,
+    decoding_plan,
+    eager_attention_forward,
+    token_layout,
+    two_stream_plan,
+)
+from bd3lm_hf.modeling.cache_bd3lm import BlockCache
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+
+
+CPU = torch.device("cpu")
+IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention"]
+LENGTHS = [1, 3, 4, 7, 32, 45]
+# flex attention without torch.compile warns that it is slow.
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 8 queries, so that short sequences have several."""
+    monkeypatch.setattr(attention_bd3lm, "_TILE", 8)
+
+
+@pytest.fixture
+def uncompiled_flex(monkeypatch):
+    """flex attention as plain PyTorch: the same sparse masks without minutes of compilation."""
+
+    def plain(query, key, value, training=False, **kwargs):
+        return flex_attention(query, key, value, **kwargs)
+
+    monkeypatch.setattr(transformers_flex, "compile_friendly_flex_attention", plain)
+
+
+def padded_mask(length: int) -> torch.Tensor:
+    """Rows without padding, with padding on the left and on the right, `(3, length)`."""
+    mask = torch.ones(3, length, dtype=torch.long)
+    mask[1, : length // 3] = 0
+    mask[2, length - length // 3 :] = 0
+    return mask
+
+
+def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 47, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def some_masked(ids: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    drawn = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed))
+    return torch.where(drawn < 0.5, 47, ids)
+
+
+def dense(tiles: tuple[Tile, ...], rows: int, queries: int, keys: int) -> torch.Tensor:
+    """What tiles allow, bool `(rows, queries, keys)`; each query must be served by exactly one tile."""
+    allowed = torch.zeros(rows, queries, keys, dtype=torch.bool)
+    served = torch.zeros(queries, dtype=torch.long)
+    for tile in tiles:
+        start, stop = tile.queries
+        served[start:stop] += 1
+        columns = torch.cat([torch.arange(*keys_range) for keys_range in tile.keys])
+        if tile.mask is None:
+            seen = torch.ones(1, 1, stop - start, len(columns), dtype=torch.bool)
+        elif isinstance(tile.mask, torch.Tensor):
+            seen = tile.mask == 0
+        else:
+            seen = create_mask(tile.mask.mask_mod, rows, 1, stop - start, len(columns), device="cpu")
+        assert seen.shape[-2:] == (stop - start, len(columns))
+        allowed[:, start:stop, columns] = seen[:, 0].expand(rows, -1, -1)
+    assert (served == 1).all()
+    return allowed
+
+
+def rule(attention_mask: torch.Tensor, block_size: int, draws: int) -> torch.Tensor:
+    """The published rule, one pair of tokens at a time, over `[x_0 ; x_t ; x_t ; ...]`; padding sees nothing."""
+    rows, length = attention_mask.shape
+    allowed = torch.zeros(rows, (1 + draws) * length, (1 + draws) * length, dtype=torch.bool)
+    for row in range(rows):
+        real = attention_mask[row].nonzero().flatten().tolist()
+        block = {place: number // block_size for number, place in enumerate(real)}
+        for stream_q in range(1 + draws):
+            for stream_k in range(1 + draws):
+                for q in real:
+                    for k in real:
+                        if stream_q == stream_k == 0:
+                            seen = block[q] >= block[k]
+                        elif stream_k == 0:
+                            seen = block[q] > block[k]
+                        else:
+                            seen = stream_q == stream_k and block[q] == block[k]
+                        allowed[row, stream_q * length + q, stream_k * length + k] = seen
+    return allowed
+
+
+# --- Plans equal the rule --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("block_size", [1, 4, 8, 16])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_two_stream_plan_equals_the_rule(implementation, block_size, padded, small_tiles):
+    # Reading a flex mask pair by pair is slow.
+    for length in LENGTHS if implementation != "flex_attention" else [11]:
+        for draws in (1, 2) if length < 45 else (1,):
+            given = padded_mask(length) if padded else torch.ones(1, length)
+            layout = token_layout(given if padded else None, length, block_size, device=CPU)
+            options = {"draws": draws, "implementation": implementation, "dtype": torch.float32}
+            plan = two_stream_plan(layout, block_size, **options)
+            cached = two_stream_plan(layout, block_size, clean_cached=True, **options)
+            expected, total = rule(given, block_size, draws), (1 + draws) * length
+            real = given.bool().repeat(1, 1 + draws)
+            rows = len(given)
+            assert plan.skip == length and cached.skip == 0
+            assert torch.equal(dense(plan.tiles, rows, total, total)[real], expected[real])
+            noisy = expected[:, length:][real[:, length:]]
+            for tiles in (plan.last_tiles, cached.tiles, cached.last_tiles):
+                assert torch.equal(dense(tiles, rows, draws * length, total)[real[:, length:]], noisy)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("block_size", [1, 4, 8, 16])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("past", [0, 8, 10])
+def test_the_block_causal_plan_equals_the_rule_behind_any_cache(implementation, block_size, padded, past, small_tiles):
+    for length in (1, 4, 7, 24) if implementation != "flex_attention" else (7,):
+        given = padded_mask(past + length) if padded else torch.ones(1, past + length)
+        layout = token_layout(
+            given if padded else None, past + length if padded else length, block_size, past=past, device=CPU
+        )
+        plan = block_causal_plan(layout, length, block_size, implementation=implementation, dtype=torch.float32)
+        expected = rule(given, block_size, 0)[:, past:]
+        real = given.bool()[:, past:]
+        assert torch.equal(dense(plan.tiles, len(given), length, past + length)[real], expected[real])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("block_size, length", [(4, 301), (128, 256), (256, 600), (100, 450)])
+def test_plans_of_the_real_tile_size_equal_the_rule(implementation, block_size, length):
+    # The rule as a tensor expression: these lengths are too long for a loop over pairs.
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[0, :37] = 0
+    for given in (None, mask):
+        layout = token_layout(given, length, block_size, device=CPU)
+        plan = two_stream_plan(layout, block_size, implementation=implementation, dtype=torch.float32)
+        rows = 1 if given is None else 2
+        real = torch.ones(1, length, dtype=torch.bool) if given is None else given.bool()
+        block = (real.long().cumsum(1) - 1) // block_size
+        earlier, own = block[:, :, None] > block[:, None, :], block[:, :, None] == block[:, None, :]
+        top = torch.cat([earlier | own, torch.zeros_like(own)], dim=2)
+        expected = torch.cat([top, torch.cat([earlier, own], dim=2)], dim=1)
+        expected &= torch.cat([real, real], dim=1)[:, None, :]
+        both = torch.cat([real, real], dim=1)
+        assert torch.equal(dense(plan.tiles, rows, 2 * length, 2 * length)[both], expected[both])
+
+
+def test_padding_on_either_side_leaves_positions_and_blocks_as_if_the_row_stood_alone():
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0]])
+    layout = token_layout(mask, 8, 4, device=CPU)
+    for row in range(2):
+        assert layout.position_ids[row][mask[row].bool()].tolist() == list(range(6))
+        assert layout.block_ids[row][mask[row].bool()].tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_no_row_of_a_mask_is_empty_so_no_softmax_gives_nan(small_tiles):
+    mask = torch.tensor([[0] * 20, [0] * 19 + [1], [1] + [0] * 19])
+    layout = token_layout(mask, 20, 4, device=CPU)
+    for implementation in ("eager", "sdpa"):
+        plan = two_stream_plan(layout, 4, implementation=implementation, dtype=torch.float32)
+        assert dense(plan.tiles, 3, 40, 40).any(-1).all()
+
+
+def test_sdpa_reads_no_key_that_no_query_of_its_tile_sees(small_tiles):
+    layout = token_layout(None, 64, 4, device=CPU)
+    plan = two_stream_plan(layout, 4, implementation="sdpa", dtype=torch.float32)
+    pairs = sum((t.queries[1] - t.queries[0]) * sum(b - a for a, b in t.keys) for t in plan.tiles)
+    assert pairs < 0.45 * (2 * 64) ** 2
+
+
+def test_eager_attention_is_the_formula():
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 8, generator=generator) for n in (4, 6, 6))
+    mask = torch.zeros(1, 1, 4, 6).masked_fill(torch.rand(4, 6, generator=generator) < 0.4, -torch.inf)
+    mask[..., 0] = 0
+    out, weights = eager_attention_forward(None, query, key, value, mask, scaling=0.5)
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.5)
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 4))
+    assert (weights[mask.expand_as(weights) < 0] == 0).all()
+
+
+# --- Two streams equal the doubled sequence --------------------------------------------------------------------------
+
+
+def doubled_logits(model: BD3LMForMaskedLM, x_t: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
+    """The published forward pass, written out: `[x_t ; x_0]` as one sequence under a dense mask."""
+    weights, config = {k.removeprefix("backbone."): v for k, v in model.state_dict().items()}, model.config
+    length, heads, dim = x_t.shape[1], config.n_heads, config.hidden_dim // config.n_heads
+    place = torch.arange(2 * length)
+    clean, block = place >= length, place % length // config.block_size
+    q, k = (slice(None), None), (None, slice(None))
+    diagonal = (clean[q] == clean[k]) & (block[q] == block[k])
+    offset = ~clean[q] & clean[k] & (block[q] > block[k])
+    causal = clean[q] & clean[k] & (block[q] >= block[k])
+    allowed = diagonal | offset | causal
+
+    angle = torch.outer(place % length, 10000.0 ** (-torch.arange(0, dim, 2).float() / dim))
+    cos, sin = (torch.cat([f(angle)] * 2, dim=-1) for f in (torch.cos, torch.sin))
+
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def norm(name: str, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=1e-5) * weights[f"{name}.weight"] * (1 + scale) + shift
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+    features = torch.cat([torch.ones(1, 128), torch.zeros(1, 128)], dim=1)  # of sigma = 0
+    condition = F.silu(linear("sigma_map.mlp.2", F.silu(linear("sigma_map.mlp.0", features))))
+    x = weights["vocab_embed.embedding"][torch.cat([x_t, x_0], dim=1)]
+    for i in range(config.n_blocks):
+        shift, scale, gate, shift_2, scale_2, gate_2 = linear(f"blocks.{i}.adaLN_modulation", condition).chunk(6, -1)
+        qkv = linear(f"blocks.{i}.attn_qkv", norm(f"blocks.{i}.norm1", x, shift, scale))
+        query, key, value = (y.unflatten(-1, (heads, dim)).transpose(1, 2) for y in qkv.chunk(3, -1))
+        scores = rotated(query) @ rotated(key).transpose(2, 3) / dim**0.5
+        attended = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value
+        x = x + gate * linear(f"blocks.{i}.attn_out", attended.transpose(1, 2).flatten(2))
+        widened = linear(f"blocks.{i}.mlp.0", norm(f"blocks.{i}.norm2", x, shift_2, scale_2))
+        x = x + gate_2 * linear(f"blocks.{i}.mlp.2", F.gelu(widened, approximate="tanh"))
+    shift, scale = linear("output_layer.adaLN_modulation", condition).chunk(2, -1)
+    return linear("output_layer.linear", norm("output_layer.norm_final", x, shift, scale))[:, :length]
+
+
+@pytest.mark.parametrize(
+    "implementation, length",
+    [(name, length) for name in ("eager", "sdpa") for length in (4, 7, 32, 45)] + [("flex_attention", 45)],
+)
+def test_two_streams_equal_the_doubled_sequence(tiny_model, implementation, length, small_tiles, uncompiled_flex):
+    x_0 = random_ids(2, length)
+    x_t = some_masked(x_0)
+    tiny_model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        logits = tiny_model(input_ids=x_t, clean_input_ids=x_0).logits
+        torch.testing.assert_close(logits, doubled_logits(tiny_model, x_t, x_0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 16])
+def test_two_streams_equal_the_doubled_sequence_at_other_block_sizes(tiny_model, block_size, small_tiles):
+    tiny_model.config.block_size = block_size
+    x_0 = random_ids(2, 29)
+    x_t = some_masked(x_0)
+    with torch.no_grad():
+        logits = tiny_model(input_ids=x_t, clean_input_ids=x_0).logits
+        torch.testing.assert_close(logits, doubled_logits(tiny_model, x_t, x_0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [7, 32])
+@pytest.mark.parametrize("padded", [False, True])
+def test_sdpa_and_flex_equal_eager(tiny_model, length, padded, small_tiles, uncompiled_flex):
+    x_0, mask = random_ids(3, length), padded_mask(length)
+    x_t = some_masked(x_0)
+    arguments = {"attention_mask": mask} if padded else {}
+    real = mask.bool() if padded else torch.ones_like(mask, dtype=torch.bool)
+    found = {}
+    for implementation in IMPLEMENTATIONS:
+        tiny_model.set_attn_implementation(implementation)
+        assert tiny_model.backbone.blocks[0].attention.config._attn_implementation == implementation
+        with torch.no_grad():
+            two = tiny_model(input_ids=x_t, clean_input_ids=x_0, **arguments).logits[real]
+            one = tiny_model(input_ids=x_t, **arguments).logits[real]
+            nll = tiny_model.token_nll(x_0, mask if padded else None, estimator="exact").nll
+        found[implementation] = two, one, nll
+    for implementation in ("sdpa", "flex_attention"):
+        for fast, plain in zip(found[implementation], found["eager"], strict=True):
+            torch.testing.assert_close(fast, plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_flex_attention_equals_sdpa(tiny_model):
+    # The kernel as transformers compiles it; on a CPU it runs without padding and without gradients.
+    x_0 = random_ids(2, 160)
+    x_t = some_masked(x_0)
+    with torch.no_grad():
+        expected = tiny_model(input_ids=x_t, clean_input_ids=x_0).logits
+        tiny_model.set_attn_implementation("flex_attention")
+        torch.testing.assert_close(tiny_model(input_ids=x_t, clean_input_ids=x_0).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_training_with_flex_attention_on_a_cpu_is_refused_with_a_remedy(tiny_model, uncompiled_flex):
+    tiny_model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="flex_attention.*CPU.*sdpa"):
+        tiny_model(input_ids=random_ids(2, 8), labels=random_ids(2, 8)).loss.backward()
+
+
+# --- No leak ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_block_sees_nothing_of_other_noisy_blocks_nor_of_this_and_later_clean_blocks(
+    tiny_model, implementation, small_tiles
+):
+    tiny_model.set_attn_implementation(implementation)
+    length, size = 18, 4
+    x_0 = random_ids(1, length)
+    x_t = some_masked(x_0)
+
+    def logits(noisy: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return tiny_model(input_ids=noisy, clean_input_ids=clean).logits
+
+    before = logits(x_t, x_0)
+    for start in range(0, length, size):
+        block = slice(start, min(start + size, length))
+        other_noisy, later_clean = (x_t + 11) % 47, x_0.clone()
+        other_noisy[:, block] = x_t[:, block]
+        later_clean[:, start:] = (x_0[:, start:] + 11) % 47
+        torch.testing.assert_close(logits(other_noisy, x_0)[:, block], before[:, block], rtol=0, atol=1e-6)
+        torch.testing.assert_close(logits(x_t, later_clean)[:, block], before[:, block], rtol=0, atol=1e-6)
+        # What it must see: its own noisy tokens, the clean tokens of earlier blocks.
+        own_noisy, earlier_clean = x_t.clone(), x_0.clone()
+        own_noisy[:, start] = (x_t[:, start] + 11) % 47
+        earlier_clean[:, :start] = (x_0[:, :start] + 11) % 47
+        assert (logits(own_noisy, x_0)[:, block] - before[:, block]).abs().max() > 1e-3
+        if start:
+            assert (logits(x_t, earlier_clean)[:, block] - before[:, block]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_block_causal_forward_does_not_see_later_blocks(tiny_model, implementation, small_tiles):
+    tiny_model.set_attn_implementation(implementation)
+    ids = random_ids(1, 18)
+    changed = ids.clone()
+    changed[:, 8:] = (ids[:, 8:] + 11) % 47
+    with torch.no_grad():
+        before, after = tiny_model(ids).logits, tiny_model(changed).logits
+    torch.testing.assert_close(after[:, :8], before[:, :8], rtol=0, atol=1e-6)
+    assert (after[:, 8:] - before[:, 8:]).abs().max() > 1e-3
+
+
+def test_the_gradient_of_a_block_reaches_only_what_it_sees(tiny_model, small_tiles):
+    embeds = tiny_model.get_input_embeddings()(random_ids(1, 16)).detach().requires_grad_()
+    tiny_model(inputs_embeds=embeds).logits[0, 8:12].square().sum().backward()
+    reached = embeds.grad[0].abs().sum(-1) > 0
+    assert reached.tolist() == [True] * 12 + [False] * 4
+
+
+# --- Padding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_content_of_padding_changes_nothing(tiny_model, implementation, small_tiles):
+    tiny_model.set_attn_implementation(implementation)
+    length = 21
+    mask = padded_mask(length)
+    real = mask.bool()
+    x_0 = random_ids(3, length)
+    x_t = some_masked(x_0)
+    other_0, other_t = (torch.where(real, x, (x + 5) % 47) for x in (x_0, x_t))
+    noise = {"block_noise": torch.rand(3, 6), "token_noise": torch.rand(3, length)}
+    with torch.no_grad():
+        for arguments, changed in (
+            ({"input_ids": x_t, "clean_input_ids": x_0}, {"input_ids": other_t, "clean_input_ids": other_0}),
+            ({"input_ids": x_t}, {"input_ids": other_t}),
+        ):
+            before = tiny_model(**arguments, attention_mask=mask).logits[real]
+            after = tiny_model(**changed, attention_mask=mask).logits[real]
+            assert torch.equal(before, after)
+        losses = [tiny_model(input_ids=ids, labels=ids, attention_mask=mask, **noise).loss for ids in (x_0, other_0)]
+        assert torch.equal(*losses)
+        scores = [tiny_model.token_nll(ids, mask, estimator="exact").nll for ids in (x_0, other_0)]
+        assert torch.equal(*scores)
+
+
+@pytest.mark.parametrize(
+    "implementation, pad", [(name, pad) for name in ("eager", "sdpa") for pad in (1, 4, 6)] + [("flex_attention", 6)]
+)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_row_gives_the_logits_of_the_row_alone(
+    tiny_model, implementation, side, pad, small_tiles, uncompiled_flex
+):
+    tiny_model.set_attn_implementation(implementation)
+    length = 13
+    x_0 = random_ids(2, length)
+    x_t = some_masked(x_0)
+    padding = (pad, 0) if side == "left" else (0, pad)
+    long_0, long_t = (F.pad(x, padding, value=2) for x in (x_0, x_t))
+    # The second row is full, so that rows with and without padding share a batch.
+    long_0[1], long_t[1] = random_ids(1, length + pad, seed=3)[0], random_ids(1, length + pad, seed=4)[0]
+    mask = F.pad(torch.ones(2, length, dtype=torch.long), padding)
+    mask[1] = 1
+    real = slice(pad, None) if side == "left" else slice(None, length)
+    with torch.no_grad():
+        two = tiny_model(input_ids=long_t, clean_input_ids=long_0, attention_mask=mask).logits[:1, real]
+        one = tiny_model(input_ids=long_t, attention_mask=mask).logits[:1, real]
+        alone_two = tiny_model(input_ids=x_t[:1], clean_input_ids=x_0[:1]).logits
+        alone_one = tiny_model(input_ids=x_t[:1]).logits
+    torch.testing.assert_close(two, alone_two, rtol=0, atol=1e-5)
+    torch.testing.assert_close(one, alone_one, rtol=0, atol=1e-5)
+
+
+def test_padded_rows_of_blocks_as_long_as_a_tile_equal_the_rows_alone(tiny_model, small_tiles):
+    tiny_model.config.block_size = 8
+    x_0 = random_ids(1, 13)
+    x_t = some_masked(x_0)
+    mask = F.pad(torch.ones(1, 13, dtype=torch.long), (3, 0))
+    with torch.no_grad():
+        alone = tiny_model(input_ids=x_t, clean_input_ids=x_0).logits
+        padded = tiny_model(
+            input_ids=F.pad(x_t, (3, 0)), clean_input_ids=F.pad(x_0, (3, 0)), attention_mask=mask
+        ).logits
+    torch.testing.assert_close(padded[:, 3:], alone, rtol=0, atol=1e-5)
+
+
+def test_a_row_of_padding_alone_gives_finite_numbers(tiny_model):
+    ids, mask = random_ids(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0] = 0
+    with torch.no_grad():
+        assert tiny_model(ids, attention_mask=mask).logits.isfinite().all()
+        assert tiny_model(input_ids=ids, clean_input_ids=ids, attention_mask=mask).logits.isfinite().all()
+        assert tiny_model.token_nll(ids, mask).nll.isfinite().all()
+
+
+# --- Decoding --------------------------------------------------------------------------------------------------------
+
+
+def denoise(
+    model: BD3LMForMaskedLM, cache: BlockCache, ids: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan
+) -> torch.Tensor:
+    """Logits of the noisy block at the end of `ids`, the finished block before it being written to the cache."""
+    backbone = model.backbone
+    output = backbone.run(
+        model.get_input_embeddings()(ids),
+        positions,
+        plan,
+        backbone.modulations(None, CPU),
+        past_key_values=cache,
+        commit=plan.skip,
+    )
+    return backbone.output_layer(output.last_hidden_state)
+
+
+@pytest.mark.parametrize("finished", [0, 4])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_denoising_step_behind_a_cache_equals_the_whole_forward(tiny_model, implementation, finished):
+    tiny_model.set_attn_implementation(implementation)
+    past = 12 - finished
+    ids = random_ids(2, 16)
+    ids[:, 12:] = some_masked(ids)[:, 12:]
+    with torch.no_grad():
+        cache = tiny_model(ids[:, :past], use_cache=True).past_key_values
+        plan = decoding_plan(past, finished, 4, None, torch.float32)
+        step = denoise(tiny_model, cache, ids[:, past:], torch.arange(past, 16).unsqueeze(0), plan)
+        whole = tiny_model(ids).logits
+        torch.testing.assert_close(step, whole[:, 12:], rtol=0, atol=1e-5)
+        assert cache.get_seq_length() == 12
+        # The finished block is in the cache as if it had been written alone.
+        again = denoise(
+            tiny_model, cache, ids[:, 12:], torch.arange(12, 16).unsqueeze(0), decoding_plan(12, 0, 4, None, ids.dtype)
+        )
+        torch.testing.assert_close(again, whole[:, 12:], rtol=0, atol=1e-5)
+
+
+def test_denoising_steps_of_rows_that_start_later_equal_the_rows_alone(tiny_model):
+    starts = (0, 4, 12)  # the last row has nothing but padding before its noisy block
+    ids = random_ids(3, 16)
+    ids[:, 12:] = some_masked(ids)[:, 12:]
+    columns = torch.arange(16)
+    valid = columns >= torch.tensor(starts).unsqueeze(1)
+    positions = (columns - torch.tensor(starts).unsqueeze(1)).clamp(min=0)
+    with torch.no_grad():
+        cache = tiny_model(ids[:, :8], attention_mask=valid[:, :8].long(), use_cache=True).past_key_values
+        plan = decoding_plan(8, 4, 4, valid, torch.float32)
+        step = denoise(tiny_model, cache, ids[:, 8:], positions[:, 8:], plan)
+        for row, start in enumerate(starts):
+            alone = tiny_model(ids[row : row + 1, start:]).logits[:, -4:]
+            torch.testing.assert_close(step[row : row + 1], alone, rtol=0, atol=1e-5)
+
+
+def test_a_denoising_step_does_not_see_what_left_its_window(tiny_model):
+    ids = random_ids(1, 16)
+    changed = ids.clone()
+    changed[:, :4] = (ids[:, :4] + 11) % 47
+    plan = decoding_plan(4, 0, 4, None, torch.float32, hidden=4)
+    with torch.no_grad():
+        found = []
+        for prompt in (ids, changed):
+            cache = tiny_model(prompt[:, :4], use_cache=True).past_key_values
+            found.append(denoise(tiny_model, cache, ids[:, 4:8], torch.arange(4, 8).unsqueeze(0), plan))
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+        # Rotary positions are relative: the block stands alone.
+        torch.testing.assert_close(found[0], tiny_model(ids[:, 4:8]).logits, rtol=0, atol=1e-5)
+
+
+def test_attentions_are_whole_matrices_whose_rows_sum_to_one(tiny_model):
+    tiny_model.set_attn_implementation("eager")
+    ids = random_ids(2, 10)
+    with torch.no_grad():
+        output = tiny_model(ids, output_attentions=True)
+        two = tiny_model(input_ids=some_masked(ids), clean_input_ids=ids, output_attentions=True)
+    for weights in output.attentions:
+        assert weights.shape == (2, 2, 10, 10)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 10))
+        assert not weights[:, :, :4, 4:].any()
+    assert [tuple(weights.shape[2:]) for weights in two.attentions] == [(20, 20), (10, 20)]

@@ -1,0 +1,189 @@
+"""The cache of finished blocks: written once, read without a copy, and interchangeable with a `DynamicCache`."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from bd3lm_hf.modeling.cache_bd3lm import BlockCache, BlockCacheLayer, append_to_cache
+
+
+def states(tokens: int, seed: int = 0, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    key, value = (torch.randn(batch, 3, tokens, 8, generator=generator) for _ in range(2))
+    return key, value
+
+
+@pytest.fixture(params=[BlockCache, DynamicCache])
+def cache(request):
+    return request.param()
+
+
+def test_a_new_cache_holds_nothing(cache):
+    assert cache.get_seq_length() == 0
+
+
+def test_only_committed_tokens_are_kept(cache):
+    first, step, block = states(4, 1), states(6, 2), states(4, 3)
+    append_to_cache(cache, *first, layer_idx=0, commit=4)
+    # Two of six tokens are finished, the others are read once and leave no trace.
+    seen = append_to_cache(cache, *step, layer_idx=0, commit=2)
+    for got, a, b in zip(seen, first, step, strict=True):
+        assert torch.equal(got, torch.cat([a, b], dim=2))
+    assert cache.get_seq_length() == 6
+    seen = append_to_cache(cache, *block, layer_idx=0, commit=0)
+    for got, a, b, c in zip(seen, first, step, block, strict=True):
+        assert torch.equal(got, torch.cat([a, b[:, :, :2], c], dim=2))
+    assert cache.get_seq_length() == 6
+
+
+def test_reading_an_empty_cache_gives_the_given_states(cache):
+    key, value = states(4)
+    seen = append_to_cache(cache, key, value, layer_idx=0, commit=0)
+    assert torch.equal(seen[0], key) and torch.equal(seen[1], value)
+    assert cache.get_seq_length() == 0
+
+
+def test_layers_are_kept_apart(cache):
+    first, second = states(4, 1), states(4, 2)
+    append_to_cache(cache, *first, layer_idx=0, commit=4)
+    append_to_cache(cache, *second, layer_idx=1, commit=4)
+    assert torch.equal(cache.layers[0].keys, first[0])
+    assert torch.equal(cache.layers[1].values, second[1])
+
+
+def test_a_cache_that_grows_many_times_keeps_every_token():
+    cache, reference = BlockCache(), DynamicCache()
+    for step in range(150):
+        new = states(4, step, batch=1)
+        seen = append_to_cache(cache, *new, layer_idx=0, commit=4)
+        expected = append_to_cache(reference, *new, layer_idx=0, commit=4)
+        if step % 37 == 0:
+            assert torch.equal(seen[0], expected[0]) and torch.equal(seen[1], expected[1])
+    assert cache.get_seq_length() == 600
+    assert torch.equal(cache.layers[0].keys, reference.layers[0].keys)
+    assert torch.equal(cache.layers[0].values, reference.layers[0].values)
+
+
+def test_reading_copies_no_finished_token():
+    cache = BlockCache()
+    append_to_cache(cache, *states(8), layer_idx=0, commit=8)
+    append_to_cache(cache, *states(4, 1), layer_idx=0, commit=0)
+    address = cache.layers[0].keys.data_ptr()
+    for step in range(20):
+        keys, values = append_to_cache(cache, *states(4, step), layer_idx=0, commit=0)
+        assert keys.data_ptr() == cache.layers[0].keys.data_ptr() == address
+        assert values.data_ptr() == cache.layers[0].values.data_ptr()
+
+
+def test_update_is_transformers_own_way_to_write():
+    cache, reference = BlockCache(), DynamicCache()
+    for step in range(3):
+        got = cache.update(*states(5, step), 0)
+        expected = reference.update(*states(5, step), 0)
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    assert cache.get_seq_length() == reference.get_seq_length() == 15
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.crop(-3),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda cache: cache.batch_repeat_interleave(3),
+        lambda cache: cache.batch_select_indices(torch.tensor([1])),
+    ],
+    ids=["crop", "reorder", "repeat", "select"],
+)
+def test_what_transformers_does_to_a_cache_gives_the_same_as_on_a_dynamic_cache(change):
+    cache, reference = BlockCache(), DynamicCache()
+    for layer in range(2):
+        for step in range(2):
+            new = states(5, 10 * layer + step)
+            append_to_cache(cache, *new, layer_idx=layer, commit=5)
+            append_to_cache(reference, *new, layer_idx=layer, commit=5)
+    change(cache)
+    change(reference)
+    assert cache.get_seq_length() == reference.get_seq_length()
+    batch = reference.layers[0].keys.shape[0]
+    for layer in range(2):
+        new = states(4, 99, batch=batch)
+        got = append_to_cache(cache, *new, layer_idx=layer, commit=4)
+        expected = append_to_cache(reference, *new, layer_idx=layer, commit=4)
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+def test_a_reset_cache_holds_nothing_and_can_be_used_again():
+    cache = BlockCache()
+    append_to_cache(cache, *states(5), layer_idx=0, commit=5)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    key, value = states(3, 1, batch=4)
+    seen = append_to_cache(cache, key, value, layer_idx=0, commit=3)
+    assert torch.equal(seen[0], key) and torch.equal(seen[1], value)
+
+
+def test_the_oldest_tokens_can_be_dropped():
+    cache = BlockCache()
+    key, value = states(12)
+    append_to_cache(cache, key, value, layer_idx=0, commit=12)
+    layer = cache.layers[0]
+    layer.drop_first(4)
+    assert cache.get_seq_length() == 8
+    assert torch.equal(layer.keys, key[:, :, 4:]) and torch.equal(layer.values, value[:, :, 4:])
+    new = states(4, 1)
+    seen = append_to_cache(cache, *new, layer_idx=0, commit=4)
+    assert torch.equal(seen[0], torch.cat([key[:, :, 4:], new[0]], dim=2))
+
+
+def test_room_is_reserved_behind_the_finished_tokens_without_touching_them():
+    layer = BlockCacheLayer()
+    key, value = states(6)
+    layer.append(key, value, 6)
+    layer.reserve(5000, key)
+    assert layer.get_seq_length() == 6
+    assert torch.equal(layer.keys, key) and torch.equal(layer.values, value)
+    address = layer.keys.data_ptr()
+    layer.append(*states(5000, 1), 0)
+    assert layer.keys.data_ptr() == address
+
+
+@pytest.mark.parametrize("kind", [BlockCache, DynamicCache])
+def test_a_text_fed_block_by_block_gives_the_logits_of_the_whole(tiny_model, kind):
+    ids = torch.randint(3, 47, (2, 24), generator=torch.Generator().manual_seed(0))
+    cache, found = kind(), []
+    with torch.no_grad():
+        for start in range(0, 24, 4):
+            block = ids[:, start : start + 4]
+            # Denoising steps read and leave no trace.
+            reading = tiny_model(torch.full_like(block, 47), past_key_values=cache, use_cache=False)
+            assert reading.past_key_values.get_seq_length() == start
+            found.append(tiny_model(block, past_key_values=cache, use_cache=True).logits)
+            assert cache.get_seq_length() == start + 4
+        torch.testing.assert_close(torch.cat(found, dim=1), tiny_model(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_several_blocks_at_once_are_cached_as_one_by_one(tiny_model):
+    ids = torch.randint(3, 47, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        together = tiny_model(ids, use_cache=True).past_key_values
+        one_by_one = BlockCache()
+        for start in range(0, 16, 4):
+            tiny_model(ids[:, start : start + 4], past_key_values=one_by_one, use_cache=True)
+    assert isinstance(together, BlockCache)
+    for a, b in zip(together.layers, one_by_one.layers, strict=True):
+        torch.testing.assert_close(a.keys, b.keys, rtol=0, atol=1e-5)
+        torch.testing.assert_close(a.values, b.values, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [BlockCache, DynamicCache])
+def test_a_cache_of_left_padded_rows_gives_the_logits_of_the_rows_alone(tiny_model, kind):
+    ids = torch.randint(3, 47, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        cache = kind()
+        tiny_model(ids[:, :8], attention_mask=mask[:, :8], past_key_values=cache, use_cache=True)
+        last = tiny_model(ids[:, 8:], attention_mask=mask, past_key_values=cache, use_cache=False).logits
+        for row, start in enumerate((4, 0)):
+            alone = tiny_model(ids[row : row + 1, start:]).logits[0, -4:]
+            torch.testing.assert_close(last[row], alone, rtol=0, atol=1e-5)

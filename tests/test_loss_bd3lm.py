@@ -1,0 +1,1022 @@
+"""The loss and the likelihood bound: parity, the head in chunks, accumulation, and the bound on a toy that is enumerated."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bd3lm_hf.modeling import loss_bd3lm, modeling_bd3lm
+from bd3lm_hf.modeling.attention_bd3lm import token_layout
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.loss_bd3lm import (
+    corrupt,
+    cross_entropy,
+    denoising_loss,
+    is_plain_linear,
+    scored_tokens,
+    weighted_cross_entropy,
+)
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.noise_bd3lm import LogLinearNoise, Noise, draw_noise, noise_schedule, stratify
+
+
+GOLDEN = Path(__file__).parent / "golden"
+PUBLISHED = json.loads((GOLDEN / "02_bd3lm_loss" / "config.json").read_text())
+DRAWN = [name for name, case in PUBLISHED["cases"].items() if not case.get("resample") and "batches" not in case]
+RESAMPLED = [name for name, case in PUBLISHED["cases"].items() if case.get("resample")]
+CPU = torch.device("cpu")
+
+
+def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 47, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def given_noise(rows: int, blocks: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    return draw_noise(rows, blocks, length, generator=torch.Generator().manual_seed(seed))._asdict()
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def masked_of(model: BD3LMForMaskedLM, labels: torch.Tensor, attention_mask=None, noise=None, interval=(1e-3, 1.0)):
+    """Masked positions, weights and masking probabilities that the loss would use."""
+    layout = token_layout(attention_mask, labels.shape[1], model.config.block_size, device=CPU)
+    scored = scored_tokens(layout, labels, ignore_bos=model.config.ignore_bos, training=model.training)
+    return corrupt(model, layout, scored, noise, *interval)
+
+
+def nll_of(model: BD3LMForMaskedLM, x_t: torch.Tensor, x_0: torch.Tensor, **arguments) -> torch.Tensor:
+    """-log p(x_0 | x_t) of every token under SUBS, from the whole logits; zero where x_t is not masked."""
+    logits = model(input_ids=x_t, clean_input_ids=x_0, **arguments).logits.double()
+    logits[..., model.config.mask_token_id] = -torch.inf
+    nll = -logits.log_softmax(-1).gather(-1, x_0.unsqueeze(-1)).squeeze(-1)
+    return torch.where(x_t == model.config.mask_token_id, nll, 0.0)
+
+
+# --- Parity with the published loss ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "02_bd3lm_loss" / "tensors.safetensors")
+
+
+def golden_model(name: str) -> BD3LMForMaskedLM:
+    case = PUBLISHED["cases"][name]
+    config = BD3LMConfig(
+        **{**PUBLISHED["constructor"], "block_size": case["block_size"]}, ignore_bos=case["ignore_bos"]
+    )
+    model = BD3LMForMaskedLM(config)
+    model.load_state_dict(load_file(GOLDEN / "01_bd3lm" / "weights.safetensors"))
+    model.sampling_eps_min.fill_(case["eps_min"])
+    model.sampling_eps_max.fill_(case["eps_max"])
+    return model.train(case["mode"] == "train")
+
+
+def golden_noise(golden: dict[str, torch.Tensor], name: str) -> Noise:
+    uniform = golden[f"{name}.u_t"]
+    return Noise(stratify(uniform, order="published"), golden[f"{name}.u_move"], torch.zeros_like(uniform))
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_masks_and_probabilities_from_the_published_draws_equal_the_published_ones(golden, name):
+    case, model = PUBLISHED["cases"][name], golden_model(name)
+    labels = golden["x0"]
+    masked, _, chance = masked_of(
+        model, labels, noise=golden_noise(golden, name), interval=(case["eps_min"], case["eps_max"])
+    )
+    per_token = chance.repeat_interleave(case["block_size"], dim=1)
+    torch.testing.assert_close(per_token, golden[f"{name}.p"], rtol=0, atol=1e-7)
+    assert torch.equal(torch.where(masked, 96, labels), golden[f"{name}.model_input"][:, :32])
+
+
+@pytest.mark.parametrize("name", DRAWN + RESAMPLED)
+def test_losses_of_each_token_equal_the_published_ones(golden, name):
+    case, model = PUBLISHED["cases"][name], golden_model(name)
+    x_t, x_0 = golden[f"{name}.model_input"].split(32, dim=1)
+    if name in RESAMPLED:
+        weights = 1 / golden[f"{name}.t"]
+        rate = (golden[f"{name}.xt_raw"] == 96).view(2, -1, case["block_size"]).double().mean(-1)
+        assert rate.min() >= case["eps_min"] and rate.max() <= case["eps_max"]
+    else:
+        interval = (case["eps_min"], case["eps_max"])
+        _, weights, _ = masked_of(model, x_0, noise=golden_noise(golden, name), interval=interval)
+    with torch.no_grad():
+        nll = nll_of(model, x_t, x_0) * weights * golden[f"{name}.token_mask"]
+    torch.testing.assert_close(nll.float(), golden[f"{name}.nlls"], rtol=2e-5, atol=2e-5)
+    loss = nll.sum() / golden[f"{name}.token_mask"].sum()
+    torch.testing.assert_close(loss.float(), golden[f"{name}.loss"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in DRAWN if name != "bs4.pad"])
+def test_the_loss_of_the_model_equals_the_published_one(golden, name):
+    # An interval other than [1e-3, 1] belongs to training, whose mean counts the first token too.
+    model, x_0 = golden_model(name), golden["x0"]
+    whole = (PUBLISHED["cases"][name]["eps_min"], PUBLISHED["cases"][name]["eps_max"]) in ((1e-3, 1), (1, 1))
+    model.train(model.training or not whole or name == "bs1.full")
+    noise = golden_noise(golden, name)._asdict()
+    with torch.no_grad():
+        total = model(input_ids=x_0, labels=x_0, num_items_in_batch=1, **noise).loss
+        loss = model(input_ids=x_0, labels=x_0, **noise).loss
+    torch.testing.assert_close(total, golden[f"{name}.nlls"].sum(), rtol=1e-5, atol=0)
+    counted = 64 if model.training else golden[f"{name}.token_mask"].sum()
+    torch.testing.assert_close(loss, total / counted, rtol=1e-6, atol=0)
+    if whole and name != "bs1.full":
+        torch.testing.assert_close(loss, golden[f"{name}.loss"], rtol=1e-5, atol=0)
+
+
+def test_log_probabilities_equal_the_published_ones(golden):
+    x_t, x_0 = golden["bs4.full.model_input"].split(32, dim=1)
+    with torch.no_grad():
+        logits = golden_model("bs4.full")(input_ids=x_t, clean_input_ids=x_0).logits
+    masked = x_t == 96
+    logits[..., 96] = -torch.inf
+    found, published = logits.log_softmax(-1)[masked], golden["bs4.full.output"][masked]
+    torch.testing.assert_close(found[:, :96], published[:, :96], rtol=0, atol=2e-5)
+    assert (published[:, 96] < -1e5).all()
+
+
+def test_the_noise_level_given_to_the_network_equals_the_published_one(golden):
+    found = LogLinearNoise().sigma(golden["bs4.full.p"][:, :1])
+    torch.testing.assert_close(found, golden["bs4.full.sigma"], rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_equal_the_published_ones(golden):
+    model, x_0 = golden_model("bs4.train"), golden["x0"]
+    loss = model(input_ids=x_0, labels=x_0, **golden_noise(golden, "bs4.train")._asdict()).loss
+    torch.testing.assert_close(loss, golden["bs4.train.loss"], rtol=1e-5, atol=0)
+    found = gradients(model, loss)
+    assert list(found) == PUBLISHED["gradient_order"]
+    norms = torch.stack([g.double().norm() for g in found.values()])
+    probes = torch.stack(
+        [g.double().flatten() @ torch.linspace(-1, 1, g.numel(), dtype=torch.float64) for g in found.values()]
+    )
+    torch.testing.assert_close(norms, golden["bs4.train.grad_norm"], rtol=2e-5, atol=1e-7)
+    scale = golden["bs4.train.grad_norm"] * torch.tensor([math.sqrt(g.numel() / 3) for g in found.values()])
+    torch.testing.assert_close(probes / scale, golden["bs4.train.grad_probe"] / scale, rtol=0, atol=2e-5)
+
+
+def test_exact_validation_equals_the_published_one(golden):
+    # Block size 1: two batches, the second one padded, summed to perplexity.
+    model = golden_model("bs1.val")
+    scores = [model.token_nll(golden["x0"], mask) for mask in (golden["mask_ones"], golden["mask_pad"])]
+    for batch, score in enumerate(scores):
+        torch.testing.assert_close(score.nll, golden["bs1.val.nlls"][batch], rtol=2e-5, atol=2e-5)
+        assert torch.equal(score.mask, golden["bs1.val.token_mask"][batch])
+        torch.testing.assert_close(score.nll.sum() / score.mask.sum(), golden["bs1.val.batch_loss"][batch])
+    mean = sum(s.nll.sum() for s in scores) / sum(s.mask.sum() for s in scores)
+    torch.testing.assert_close(mean, golden["bs1.val.nll"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(mean / math.log(2), golden["bs1.val.bpd"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(mean.exp(), golden["bs1.val.ppl"], rtol=1e-4, atol=0)
+
+
+def test_published_validation_losses_are_one_weight_per_block_times_ours(golden):
+    # The draws of this case were not recorded, but what was masked and each block's weight can be read off.
+    model, compared = golden_model("bs4.val"), 0
+    for batch in range(2):
+        published = golden["bs4.val.nlls"][batch]
+        x_t = torch.where(published > 0, 96, golden["x0"])
+        with torch.no_grad():
+            ours = nll_of(model, x_t, golden["x0"])
+        full = golden["mask_ones" if batch == 0 else "mask_pad"].view(2, 8, 4).bool().all(-1)
+        for theirs, mine in zip(published.view(2, 8, 4)[full], ours.view(2, 8, 4)[full], strict=True):
+            weights = theirs[mine > 0] / mine[mine > 0]
+            if len(weights) > 1:
+                torch.testing.assert_close(weights, weights[:1].expand_as(weights), rtol=5e-5, atol=0)
+                assert 1 <= weights[0] <= 1000
+                compared += 1
+    assert compared >= 10
+
+
+# --- The head in chunks ----------------------------------------------------------------------------------------------
+
+
+class ScaledHead(torch.nn.Linear):
+    """A head that is no plain linear layer."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden) * 1.5
+
+
+def head_inputs(head: torch.nn.Module, rows: int = 23) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, head.in_features, generator=generator, requires_grad=True)
+    return hidden, torch.randint(0, 47, (rows,), generator=generator), torch.rand(rows, generator=generator) * 5
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("head_class", [torch.nn.Linear, ScaledHead])
+def test_the_chunked_head_equals_plain_cross_entropy_over_full_logits(monkeypatch, head_class, bias, chunk):
+    monkeypatch.setattr(loss_bd3lm, "_LOGIT_BUDGET", chunk * 48)
+    torch.manual_seed(0)
+    head = head_class(16, 48, bias=bias)
+    assert is_plain_linear(head) == (head_class is torch.nn.Linear)
+    hidden, targets, weights = head_inputs(head)
+    found = weighted_cross_entropy(hidden, head, targets, weights, 47)
+    logits = head(hidden).clone()
+    logits[:, 47] = -torch.inf
+    each = F.cross_entropy(logits, targets, reduction="none")
+    expected = (each * weights).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(cross_entropy(hidden, head, targets, 47), each)
+    parameters = [hidden, *head.parameters()]
+    # A factor behind the loss, as gradient accumulation and loss scaling have it.
+    for a, b in zip(
+        torch.autograd.grad(found * 0.3, parameters), torch.autograd.grad(expected * 0.3, parameters), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+def test_what_needs_no_gradient_gets_none(frozen):
+    head = torch.nn.Linear(16, 48)
+    hidden, targets, weights = head_inputs(head)
+    tensors = {"hidden": hidden, "weight": head.weight, "bias": head.bias}
+    tensors[frozen].requires_grad_(False)
+    weighted_cross_entropy(hidden, head, targets, weights, 47).backward()
+    assert {name for name, tensor in tensors.items() if tensor.grad is None} == {frozen}
+
+
+def test_a_hook_on_the_head_is_called(tiny_model):
+    called = []
+    head = tiny_model.get_output_embeddings()
+    ids, noise = random_ids(2, 8), given_noise(2, 2, 8)
+    plain = tiny_model(input_ids=ids, labels=ids, **noise).loss
+    head.register_forward_hook(lambda module, inputs, output: called.append(1))
+    assert not is_plain_linear(head)
+    torch.testing.assert_close(tiny_model(input_ids=ids, labels=ids, **noise).loss, plain)
+    assert called
+
+
+def test_a_second_backward_through_the_fused_head_is_refused():
+    head = torch.nn.Linear(16, 48)
+    loss = weighted_cross_entropy(*_with_head(head), 47)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="can be taken once; run the forward pass again"):
+        loss.backward()
+
+
+def _with_head(head: torch.nn.Linear):
+    hidden, targets, weights = head_inputs(head)
+    return hidden, head, targets, weights
+
+
+def test_no_rows_give_a_loss_of_zero_with_a_gradient():
+    for head in (torch.nn.Linear(16, 48), ScaledHead(16, 48)):
+        hidden = torch.zeros(0, 16, requires_grad=True)
+        loss = weighted_cross_entropy(hidden, head, torch.zeros(0, dtype=torch.long), torch.zeros(0), 47)
+        loss.backward()
+        assert loss.item() == 0 and hidden.grad.shape == (0, 16)
+        assert cross_entropy(hidden, head, torch.zeros(0, dtype=torch.long), 47).shape == (0,)
+
+
+class LargestLogits(TorchDispatchMode):
+    """Rows of the largest floating-point tensor whose last axis is the vocabulary."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size, self.rows = vocab_size, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else (output,):
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (self.vocab_size,):
+                self.rows = max(self.rows, tensor.numel() // self.vocab_size)
+        return output
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_training_never_builds_logits_of_the_whole_batch(tiny_config, randomize, monkeypatch, plain):
+    model = randomize(BD3LMForMaskedLM(tiny_config)).train()
+    if not plain:
+        model.set_output_embeddings(randomize(ScaledHead(32, 48)))
+    ids, noise = random_ids(8, 32), given_noise(8, 8, 32)
+    masked, _, _ = masked_of(model, ids, noise=Noise(**noise))
+    rows = int(masked.sum())
+    assert 60 < rows < 8 * 32
+
+    def largest() -> int:
+        with LargestLogits(48) as seen:
+            model(input_ids=ids, labels=ids, **noise).loss.backward()
+        return seen.rows
+
+    assert largest() == rows  # masked positions only
+    monkeypatch.setattr(loss_bd3lm, "_LOGIT_BUDGET", 16 * 48)
+    assert largest() <= 32  # a chunk of 16; the transposed head has 32 rows
+
+
+def test_scoring_builds_logits_of_masked_positions_only(tiny_model, monkeypatch):
+    monkeypatch.setattr(loss_bd3lm, "_LOGIT_BUDGET", 16 * 48)
+    with LargestLogits(48) as seen:
+        tiny_model.token_nll(random_ids(4, 32), estimator="exact")
+    assert 0 < seen.rows <= 32
+
+
+def test_the_lean_linear_layer_equals_the_plain_one_with_all_gradients(tiny_model, monkeypatch):
+    ids, noise, found = random_ids(2, 16), given_noise(2, 4, 16), []
+    calls = []
+    lean = modeling_bd3lm._LeanLinear.apply
+    monkeypatch.setattr(modeling_bd3lm._LeanLinear, "apply", lambda *arguments: calls.append(1) or lean(*arguments))
+    for spares in (None, lambda *arguments: False):
+        if spares is not None:
+            monkeypatch.setattr(modeling_bd3lm, "_spares_memory", spares)
+        loss = tiny_model.train()(input_ids=ids, labels=ids, **noise).loss
+        found.append((loss.detach(), gradients(tiny_model, loss)))
+        assert len(calls) == 4  # attn_out and mlp.2 of two layers, in the first round only
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=0)
+    for name, gradient in found[1][1].items():
+        assert gradient.any(), name
+        torch.testing.assert_close(found[0][1][name], gradient, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("frozen", [["weight"], ["bias"], ["gate"], ["weight", "gate"], ["x"], []])
+@pytest.mark.parametrize("activation", [None, torch.nn.GELU(approximate="tanh")])
+def test_the_lean_linear_layer_gives_gradients_to_what_needs_them(frozen, activation):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (3, 5, 6), "weight": (4, 6), "bias": (4,), "gate": (4,)}
+    tensors = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_(name not in frozen)
+        for name, shape in shapes.items()
+    }
+    x, weight, bias, gate = tensors.values()
+    wanted = [tensor for tensor in tensors.values() if tensor.requires_grad]
+    found = modeling_bd3lm._LeanLinear.apply(x, weight, bias, gate, activation)
+    expected = F.linear(x if activation is None else activation(x), weight, bias) * gate
+    torch.testing.assert_close(found, expected)
+    factor = torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad((found * factor).sum(), wanted),
+        torch.autograd.grad((expected * factor).sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+# --- The loss --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_loss_is_the_weighted_cross_entropy_of_the_masked_tokens(tiny_model, implementation, training):
+    tiny_model.set_attn_implementation(implementation)
+    tiny_model.train(training)
+    ids, noise = random_ids(3, 18), given_noise(3, 5, 18)
+    mask = torch.ones(3, 18, dtype=torch.long)
+    mask[0, :3] = 0
+    masked, weights, _ = masked_of(tiny_model, ids, mask, Noise(**noise))
+    with torch.no_grad():
+        nll = nll_of(tiny_model, torch.where(masked, 47, ids), ids, attention_mask=mask)
+        loss = tiny_model(input_ids=ids, labels=ids, attention_mask=mask, **noise).loss
+    counted = int(mask.sum()) - (0 if training else 3)
+    torch.testing.assert_close(loss, ((nll * weights).sum() / counted).float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("schedule", ["square", "square_root", "log", "cosine"])
+def test_the_loss_takes_chance_and_weight_from_the_schedule(tiny_config, randomize, schedule):
+    tiny_config.noise = schedule
+    model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
+    ids, noise = random_ids(2, 16), given_noise(2, 4, 16)
+    level = noise_schedule(schedule)(noise["block_noise"] * (1 - 1e-3) + 1e-3)
+    chance, weight = (x.repeat_interleave(4, dim=1) for x in (level.move_chance, -level.loss_scaling))
+    masked = noise["token_noise"] <= chance
+    masked[:, 0] = False
+    with torch.no_grad():
+        nll = nll_of(model, torch.where(masked, 47, ids), ids)
+        loss = model(input_ids=ids, labels=ids, **noise).loss
+    torch.testing.assert_close(loss, ((nll * weight).sum() / 30).float(), rtol=1e-5, atol=0)
+
+
+def test_a_time_conditioned_loss_feeds_the_noise_level_of_the_first_block(tiny_config, randomize):
+    tiny_config.time_conditioning = True
+    model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
+    ids, noise = random_ids(3, 16), given_noise(3, 4, 16)
+    masked, weights, chance = masked_of(model, ids, noise=Noise(**noise))
+    sigma = LogLinearNoise().sigma(chance[:, 0])
+    with torch.no_grad():
+        nll = nll_of(model, torch.where(masked, 47, ids), ids, timesteps=sigma)
+        loss = model(input_ids=ids, labels=ids, **noise).loss
+        other = nll_of(model, torch.where(masked, 47, ids), ids, timesteps=sigma.flip(0))
+    torch.testing.assert_close(loss, ((nll * weights).sum() / 45).float(), rtol=1e-5, atol=0)
+    assert (other - nll).abs().max() > 1e-4
+
+
+def test_a_uniform_model_loses_the_log_of_the_vocabulary_without_the_mask(tiny_config):
+    model = BD3LMForMaskedLM(tiny_config)
+    model.sampling_eps_min.fill_(1.0)  # everything masked, weight 1
+    loss = model.train()(input_ids=random_ids(4, 32), labels=random_ids(4, 32)).loss
+    assert loss.item() == pytest.approx(math.log(47) * 31 / 32, rel=1e-6)
+
+
+def test_training_counts_the_first_token_and_evaluation_does_not(tiny_model):
+    ids, noise = random_ids(2, 16), given_noise(2, 4, 16)
+    with torch.no_grad():
+        training = tiny_model.train()(input_ids=ids, labels=ids, **noise).loss
+        evaluation = tiny_model.eval()(input_ids=ids, labels=ids, **noise).loss
+    torch.testing.assert_close(training * 32, evaluation * 30, rtol=1e-6, atol=0)
+
+
+def test_the_first_token_is_never_masked_unless_the_config_says_so(tiny_model):
+    ids, all_masked = random_ids(2, 8), Noise(torch.ones(2, 2), torch.zeros(2, 8), torch.zeros(2, 2))
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[1, :3] = 0
+    masked, _, _ = masked_of(tiny_model, ids, mask, all_masked)
+    assert masked[0].tolist() == [False] + [True] * 7
+    assert masked[1].tolist() == [False] * 4 + [True] * 4
+    tiny_model.config.ignore_bos = False
+    masked, _, _ = masked_of(tiny_model, ids, mask, all_masked)
+    assert masked.tolist() == mask.bool().tolist()
+
+
+def test_an_interval_that_starts_above_one_half_has_weight_one(tiny_model):
+    noise = Noise(**given_noise(2, 4, 16))
+    for low, high, weighted in ((0.3, 0.8, True), (0.5, 1.0, True), (0.55, 0.95, False)):
+        _, weights, chance = masked_of(tiny_model, random_ids(2, 16), noise=noise, interval=(low, high))
+        expected = 1 / chance if weighted else torch.ones_like(chance)
+        torch.testing.assert_close(weights, expected.repeat_interleave(4, dim=1))
+
+
+def test_training_draws_from_the_models_interval_and_evaluation_from_all_of_it(tiny_model):
+    tiny_model.sampling_eps_min.fill_(0.3)
+    tiny_model.sampling_eps_max.fill_(0.4)
+    ids, found = random_ids(4, 32), []
+
+    def record(*arguments):
+        found.append(corrupt(*arguments)[2])
+        return corrupt(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_bd3lm, "corrupt", record)
+        for training in (True, False):
+            with torch.no_grad():
+                tiny_model.train(training)(input_ids=ids, labels=ids)
+    assert 0.3 <= found[0].min() and found[0].max() <= 0.4
+    assert found[1].min() < 0.1 and found[1].max() > 0.9
+
+
+def test_resampling_confines_the_mask_rates_of_training_and_of_nothing_else(tiny_config):
+    tiny_config.resample, tiny_config.block_size = True, 16
+    model = BD3LMForMaskedLM(tiny_config)
+    ids = random_ids(64, 32)
+    tiny_config.ignore_bos = False
+
+    def rates(training: bool) -> torch.Tensor:
+        masked, _, _ = masked_of(model.train(training), ids, interval=(0.5, 0.6))
+        return masked.view(64, 2, 16).double().mean(-1)
+
+    torch.manual_seed(0)
+    assert 0.5 <= rates(True).min() and rates(True).max() <= 0.6
+    assert rates(False).min() < 0.45 and rates(False).max() > 0.65
+
+
+def test_the_loss_draws_its_noise_from_the_global_generator(tiny_model):
+    ids, found = random_ids(2, 16), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        found.append(tiny_model(input_ids=ids, labels=ids).loss.item())
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_equals_its_rows_accumulated(tiny_model, training):
+    tiny_model.train(training)
+    ids, noise = random_ids(8, 16), given_noise(8, 4, 16)
+    labels = ids.clone()
+    for row in range(8):
+        labels[row, : 2 * row] = -100  # rows of different weight, which a mean of means would get wrong
+    count = (labels != -100).sum()
+    whole = tiny_model(input_ids=ids, labels=labels, num_items_in_batch=count, **noise).loss
+    expected = gradients(tiny_model, whole)
+    tiny_model.zero_grad()
+    total = 0.0
+    for row in range(8):
+        one = slice(row, row + 1)
+        own = {name: value[one] for name, value in noise.items()}
+        loss = tiny_model(input_ids=ids[one], labels=labels[one], num_items_in_batch=int(count), **own).loss
+        loss.backward()
+        total += loss.item()
+    assert total == pytest.approx(whole.item(), rel=1e-6)
+    for name, parameter in tiny_model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_count_the_loss_is_divided_by_its_own_tokens(tiny_model):
+    tiny_model.train()
+    ids, noise = random_ids(2, 16), given_noise(2, 4, 16)
+    labels = ids.clone()
+    labels[0, :7] = -100
+    with torch.no_grad():
+        mean = tiny_model(input_ids=ids, labels=labels, **noise).loss
+        total = tiny_model(input_ids=ids, labels=labels, num_items_in_batch=1, **noise).loss
+    torch.testing.assert_close(mean, total / 25)
+
+
+def test_context_is_never_masked_and_never_scored_but_read(tiny_model):
+    ids = random_ids(2, 16)
+    labels = ids.clone()
+    labels[:, :6] = -100  # ends inside the second block
+    labels[1, 10] = -100
+    noise = Noise(torch.ones(2, 4), torch.zeros(2, 16), torch.zeros(2, 4))  # masks all it may
+    for training in (True, False):
+        masked, _, _ = masked_of(tiny_model.train(training), labels, noise=noise)
+        assert torch.equal(masked, labels != -100)
+    changed = ids.clone()
+    changed[:, 2] = (ids[:, 2] + 5) % 47
+    with torch.no_grad():
+        losses = [tiny_model(input_ids=x, labels=labels, **noise._asdict()).loss for x in (ids, changed)]
+        score = tiny_model.token_nll(ids, labels=labels, estimator="exact")
+    assert abs(losses[0] - losses[1]) > 1e-6
+    assert torch.equal(score.mask, (labels != -100).float())
+    assert not score.nll[labels == -100].any() and (score.nll[labels != -100] > 0).all()
+
+
+def test_labels_that_differ_from_the_input_are_the_targets(tiny_model):
+    ids, noise = random_ids(2, 8), given_noise(2, 2, 8)
+    other = (ids + 7) % 47
+    masked, weights, _ = masked_of(tiny_model, other, noise=Noise(**noise))
+    with torch.no_grad():
+        x_t = torch.where(masked, 47, ids)
+        logits = tiny_model(input_ids=x_t, clean_input_ids=ids).logits
+        logits[..., 47] = -torch.inf
+        nll = F.cross_entropy(logits.transpose(1, 2), other, reduction="none")
+        loss = tiny_model(input_ids=ids, labels=other, **noise).loss
+    torch.testing.assert_close(loss, (nll * weights)[masked].sum() / 14, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("noise", [None, {"block_noise": torch.zeros(2, 2), "token_noise": torch.ones(2, 8)}])
+def test_a_batch_with_nothing_to_score_has_a_loss_of_zero_and_a_gradient(tiny_model, noise):
+    ids = random_ids(2, 8)
+    labels = ids if noise else torch.full_like(ids, -100)
+    loss = tiny_model.train()(input_ids=ids, labels=labels, **(noise or {})).loss
+    assert loss.item() == 0
+    loss.backward()
+    assert all(not p.grad.any() for p in tiny_model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
+def test_the_loss_under_autocast_is_finite_and_close(tiny_model, dtype, tolerance):
+    tiny_model.train()
+    ids, noise = random_ids(4, 16), given_noise(4, 4, 16)
+    exact = tiny_model(input_ids=ids, labels=ids, **noise).loss
+    expected = gradients(tiny_model, exact)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = tiny_model(input_ids=ids, labels=ids, **noise).loss
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=tolerance, atol=0)
+    for name, gradient in gradients(tiny_model, loss).items():
+        assert gradient.dtype == torch.float32
+        error = (gradient - expected[name]).norm() / expected[name].norm()
+        assert error < 5 * tolerance, name
+
+
+def test_a_bfloat16_model_trains_with_a_finite_loss_even_at_large_logits(tiny_model):
+    ids, noise = random_ids(4, 16), given_noise(4, 4, 16)
+    with torch.no_grad():
+        tiny_model.get_output_embeddings().weight.mul_(300)
+        exact = tiny_model(input_ids=ids, labels=ids, **noise).loss
+    model = tiny_model.to(torch.bfloat16).train()
+    model.sampling_eps_min.fill_(1e-3)
+    loss = model(input_ids=ids, labels=ids, **noise).loss
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss * 64 / 60, exact, rtol=0.05, atol=0)
+    assert all(g.isfinite().all() and g.dtype == torch.bfloat16 for g in gradients(model, loss).values())
+
+
+def test_denoising_loss_is_what_the_model_returns(tiny_model):
+    ids, noise = random_ids(2, 8), given_noise(2, 2, 8)
+    output = tiny_model(input_ids=ids, labels=ids, **noise)
+    assert torch.equal(denoising_loss(tiny_model, ids, ids, noise=Noise(**noise)), output.loss)
+    assert output.logits is None
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_labels_of_another_shape_are_refused(tiny_model):
+    message = r"labels of shape \(2, 7\) do not match input_ids of shape \(2, 8\)"
+    with pytest.raises(ValueError, match=message):
+        tiny_model(input_ids=random_ids(2, 8), labels=random_ids(2, 7))
+    with pytest.raises(ValueError, match=message):
+        tiny_model.token_nll(random_ids(2, 8), labels=random_ids(2, 7))
+
+
+def test_a_mask_token_to_be_predicted_is_refused(tiny_model):
+    ids = random_ids(2, 8)
+    ids[1, 3] = 47
+    message = "labels hold mask_token_id=47: .*cannot be scored. Set such labels to -100"
+    with pytest.raises(ValueError, match=message):
+        tiny_model(input_ids=ids, labels=ids)
+    with pytest.raises(ValueError, match=message):
+        tiny_model.token_nll(ids)
+    labels = ids.masked_fill(ids == 47, -100)
+    assert tiny_model(input_ids=ids, labels=labels).loss.isfinite()
+
+
+def test_labels_without_ids_are_refused(tiny_model):
+    embeds = torch.zeros(1, 8, 32)
+    with pytest.raises(ValueError, match="labels.*input_ids"):
+        tiny_model(inputs_embeds=embeds, labels=random_ids(1, 8))
+
+
+@pytest.mark.parametrize("missing", ["block_noise", "token_noise", "count_noise"])
+def test_noise_that_is_given_in_part_is_refused(tiny_config, missing):
+    tiny_config.resample, tiny_config.sampling_eps_min = True, 0.5
+    model, ids = BD3LMForMaskedLM(tiny_config).train(), random_ids(2, 8)
+    noise = given_noise(2, 2, 8)
+    del noise[missing]
+    with pytest.raises(ValueError, match=missing):
+        model(input_ids=ids, labels=ids, **noise)
+
+
+@pytest.mark.parametrize("name, shape", [("block_noise", (2, 3)), ("token_noise", (2, 9)), ("count_noise", (1, 2))])
+def test_noise_of_another_shape_is_refused(tiny_config, name, shape):
+    tiny_config.resample, tiny_config.sampling_eps_min = True, 0.5
+    model, ids = BD3LMForMaskedLM(tiny_config).train(), random_ids(2, 8)
+    noise = given_noise(2, 2, 8) | {name: torch.rand(shape)}
+    with pytest.raises(ValueError, match=rf"{name} of shape \({shape[0]}, {shape[1]}\)"):
+        model(input_ids=ids, labels=ids, **noise)
+
+
+# --- token_nll on a toy whose bound is computed by brute force -------------------------------------------------------
+
+
+@pytest.fixture(params=[(2, 4), (3, 6), (3, 5), (2, 5)], ids=lambda p: f"block{p[0]}-length{p[1]}")
+def toy(request, randomize) -> tuple[BD3LMForMaskedLM, torch.Tensor]:
+    """Three tokens and the mask, blocks of 2 or 3, the last one possibly shorter; a model that is far from uniform."""
+    block_size, length = request.param
+    return toy_model(randomize, block_size), torch.tensor([[2, 0, 1, 2, 1, 0]])[:, :length]
+
+
+def toy_model(randomize, block_size: int, **fields) -> BD3LMForMaskedLM:
+    config = BD3LMConfig(
+        vocab_size=4,
+        block_size=block_size,
+        model_length=12,
+        hidden_dim=8,
+        cond_dim=8,
+        n_blocks=2,
+        n_heads=2,
+        dropout=0.0,
+        **fields,
+    )
+    return randomize(BD3LMForMaskedLM(config), seed=2, std=0.6).eval()
+
+
+def blocks_of(model: BD3LMForMaskedLM, ids: torch.Tensor, maskable: torch.Tensor) -> list[list[int]]:
+    size, length = model.config.block_size, ids.shape[1]
+    blocks = [range(start, min(start + size, length)) for start in range(0, length, size)]
+    return [[place for place in block if maskable[0, place]] for block in blocks]
+
+
+def subset_nll(model: BD3LMForMaskedLM, ids: torch.Tensor, subset: tuple[int, ...]) -> torch.Tensor:
+    """-log p of the tokens at `subset`, masked together, given the rest of their block and all earlier blocks."""
+    x_t = ids.clone()
+    x_t[0, list(subset)] = 3
+    with torch.no_grad():
+        return nll_of(model, x_t, ids)[0]
+
+
+def integrated_bound(model, ids, maskable, low: float = 0.0) -> torch.Tensor:
+    """Eq. 8 by quadrature: the mean over t of 1/t * sum over masks of their probability times the masked tokens' NLL.
+
+    The integrand is a polynomial in t of degree below the block size, so 16 Gauss-Legendre nodes are exact.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(16)
+    times = low + (1 - low) * (nodes + 1) / 2
+    bound = torch.zeros(ids.shape[1], dtype=torch.float64)
+    for block in blocks_of(model, ids, maskable):
+        for size in range(1, len(block) + 1):
+            chance = times**size * (1 - times) ** (len(block) - size) / times
+            mean = float((chance * weights / 2).sum())
+            for subset in itertools.combinations(block, size):
+                bound += mean * subset_nll(model, ids, subset)
+    return bound
+
+
+def all_but_first(ids: torch.Tensor) -> torch.Tensor:
+    maskable = torch.ones_like(ids, dtype=torch.bool)
+    maskable[:, 0] = False
+    return maskable
+
+
+def test_the_exact_estimator_equals_the_integral_of_the_bound(toy):
+    model, ids = toy
+    score = model.token_nll(ids, estimator="exact")
+    torch.testing.assert_close(score.nll[0].double(), integrated_bound(model, ids, all_but_first(ids)), **CLOSE)
+    assert score.mask.tolist() == all_but_first(ids).float().tolist()
+    assert score.nll.dtype == score.mask.dtype == torch.float32
+
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def test_the_exact_estimator_scores_the_first_token_where_it_may_be_masked(toy):
+    model, ids = toy
+    model.config.ignore_bos = False
+    expected = integrated_bound(model, ids, torch.ones_like(ids, dtype=torch.bool))
+    score = model.token_nll(ids, estimator="exact")
+    torch.testing.assert_close(score.nll[0].double(), expected, **CLOSE)
+    assert score.mask.all()
+
+
+def test_the_exact_estimator_leaves_out_context_inside_a_block(toy):
+    model, ids = toy
+    labels = ids.clone()
+    labels[0, [0, 3]] = -100
+    expected = integrated_bound(model, ids, labels != -100)
+    torch.testing.assert_close(
+        model.token_nll(ids, labels=labels, estimator="exact").nll[0].double(), expected, **CLOSE
+    )
+
+
+def orders_nll(model: BD3LMForMaskedLM, ids: torch.Tensor, block: list[int]) -> torch.Tensor:
+    """-log p of a block along every order of revealing one token at a time."""
+    totals = [
+        sum(subset_nll(model, ids, order[step:])[order[step]] for step in range(len(order)))
+        for order in itertools.permutations(block)
+    ]
+    return torch.stack(totals) if block else torch.zeros(1, dtype=torch.float64)
+
+
+def test_the_bound_is_the_mean_over_reveal_orders_and_lies_above_the_true_likelihood(toy):
+    # First-hitting reveals tokens in a uniformly random order: its likelihood is the mean over orders.
+    model, ids = toy
+    mean = true = 0.0
+    for block in blocks_of(model, ids, all_but_first(ids)):
+        totals = orders_nll(model, ids, block)
+        mean += totals.mean().item()
+        true += -(torch.logsumexp(-totals, 0) - math.log(len(totals))).item()
+    bound = model.token_nll(ids, estimator="exact").nll.sum().item()
+    assert bound == pytest.approx(mean, rel=1e-5)
+    assert bound > true + 1e-3
+
+
+def test_the_likelihood_that_is_bounded_sums_to_one(randomize):
+    model, total, bound_total = toy_model(randomize, 2), 0.0, 0.0
+    for block in itertools.product(range(3), repeat=2):
+        ids = torch.tensor([[1, 2, *block]])
+        total += (-orders_nll(model, ids, [2, 3])).exp().mean().item()
+        bound_total += (-model.token_nll(ids, estimator="exact").nll[0, 2:].sum()).exp().item()
+    assert total == pytest.approx(1.0, rel=1e-6)
+    assert bound_total < 1.0
+
+
+@pytest.mark.parametrize("estimator, num_samples", [("sampled", 1), ("stratified", 1), ("stratified", 3)])
+def test_the_random_estimators_are_unbiased(toy, estimator, num_samples):
+    model, ids = toy
+    rows = 4000
+    low = 1e-3 if estimator == "sampled" else 0.0
+    # As published, t is uniform on [1e-3, 1] and the weight stays 1/t.
+    expected = integrated_bound(model, ids, all_but_first(ids), low=low)
+    score = model.token_nll(
+        ids.repeat(rows, 1),
+        estimator=estimator,
+        num_samples=num_samples,
+        generator=torch.Generator().manual_seed(0),
+    )
+    nll = score.nll.double()
+    error = nll.std(0) / math.sqrt(rows)
+    assert ((nll.mean(0) - expected).abs() <= 4 * error + 1e-6).all()
+    total_error = nll.sum(1).std() / math.sqrt(rows)
+    assert (nll.sum(1).mean() - expected.sum()).abs() <= 4 * total_error
+    assert total_error / expected.sum() < 0.05
+
+
+@pytest.mark.parametrize("schedule", ["log", "square_root"])
+def test_the_bound_does_not_depend_on_the_noise_schedule(randomize, schedule):
+    model, ids = toy_model(randomize, 3, noise=schedule), torch.tensor([[2, 0, 1, 2, 1, 0]])
+    expected = model.token_nll(ids, estimator="exact").nll.sum().item()
+    rows = model.token_nll(ids.repeat(8000, 1), generator=torch.Generator().manual_seed(0)).nll.sum(1)
+    assert rows.mean().item() == pytest.approx(expected, abs=4 * rows.std().item() / math.sqrt(8000) + 0.01 * expected)
+
+
+def test_the_stratified_estimator_has_a_lower_variance(toy):
+    model, ids = toy
+    variance = {
+        estimator: model.token_nll(
+            ids.repeat(2000, 1), estimator=estimator, generator=torch.Generator().manual_seed(0)
+        )
+        .nll.sum(1)
+        .var()
+        .item()
+        for estimator in ("sampled", "stratified")
+    }
+    assert variance["stratified"] < variance["sampled"] / 2
+
+
+def test_more_samples_lower_the_variance(randomize):
+    model, ids = toy_model(randomize, 3), torch.tensor([[2, 0, 1, 2, 1, 0]]).repeat(1000, 1)
+
+    def variance(estimator: str, num_samples: int) -> float:
+        generator = torch.Generator().manual_seed(0)
+        score = model.token_nll(ids, estimator=estimator, num_samples=num_samples, generator=generator)
+        return score.nll.sum(1).var().item()
+
+    assert variance("sampled", 4) == pytest.approx(variance("sampled", 1) / 4, rel=0.35)
+    # Draws of one block are spread over 1..n, which beats independent ones.
+    assert variance("stratified", 3) < variance("stratified", 1) / 3
+
+
+def test_several_samples_are_the_mean_of_single_ones(tiny_model):
+    ids = random_ids(2, 16)
+    together = tiny_model.token_nll(ids, num_samples=3, generator=torch.Generator().manual_seed(0)).nll
+    generator = torch.Generator().manual_seed(0)
+    single = [tiny_model.token_nll(ids, generator=generator).nll for _ in range(3)]
+    torch.testing.assert_close(together, sum(single) / 3, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(single[0], single[1])
+
+
+def test_scores_do_not_depend_on_how_many_draws_share_a_pass(tiny_model, monkeypatch):
+    ids, found = random_ids(2, 14), []
+    for budget in (1, 100, 2**14):
+        monkeypatch.setattr(loss_bd3lm, "_TOKEN_BUDGET", budget)
+        found.append(
+            [
+                tiny_model.token_nll(ids, estimator="exact").nll,
+                tiny_model.token_nll(
+                    ids, estimator="stratified", num_samples=5, generator=torch.Generator().manual_seed(0)
+                ).nll,
+            ]
+        )
+    for scores in found[1:]:
+        for score, expected in zip(scores, found[0], strict=True):
+            torch.testing.assert_close(score, expected, rtol=0, atol=1e-5)
+
+
+def test_the_sampled_score_of_one_draw_is_the_evaluation_loss(tiny_model):
+    ids = random_ids(4, 16)
+    torch.manual_seed(0)
+    score = tiny_model.token_nll(ids)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        loss = tiny_model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(score.nll.sum() / score.mask.sum(), loss, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "stratified"])
+def test_a_generator_for_each_row_makes_its_score_independent_of_the_batch(tiny_model, estimator):
+    ids = random_ids(4, 16)
+
+    def generators(rows) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(100 + row) for row in rows]
+
+    arguments = {"estimator": estimator, "num_samples": 2}
+    together = tiny_model.token_nll(ids, generator=generators(range(4)), **arguments).nll
+    for row in range(4):
+        alone = tiny_model.token_nll(ids[row : row + 1], generator=generators([row]), **arguments).nll
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
+    swapped = tiny_model.token_nll(ids.flip(0), generator=generators([3, 2, 1, 0]), **arguments).nll
+    torch.testing.assert_close(swapped.flip(0), together, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "stratified"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_generator_for_each_row_makes_its_score_independent_of_padding(tiny_model, estimator, side):
+    ids, width = random_ids(1, 10), 16
+    padding = (6, 0) if side == "left" else (0, 6)
+    alone = tiny_model.token_nll(ids, estimator=estimator, generator=[torch.Generator().manual_seed(0)]).nll
+    long, mask = F.pad(ids, padding, value=2), F.pad(torch.ones_like(ids), padding)
+    assert long.shape == (1, width)
+    padded = tiny_model.token_nll(long, mask, estimator=estimator, generator=[torch.Generator().manual_seed(0)]).nll
+    torch.testing.assert_close(padded[mask.bool()], alone[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "stratified", "exact"])
+def test_at_block_size_one_every_estimator_is_the_autoregressive_likelihood(tiny_config, randomize, estimator):
+    tiny_config.block_size = 1
+    model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
+    ids = random_ids(2, 9)
+    expected = torch.zeros(2, 9)
+    with torch.no_grad():
+        for place in range(1, 9):
+            prefix = torch.cat([ids[:, :place], torch.full((2, 1), 47)], dim=1)
+            logits = model(prefix).logits[:, -1, :47]
+            expected[:, place] = F.cross_entropy(logits, ids[:, place], reduction="none")
+        loss = model(input_ids=ids, labels=ids).loss
+    score = model.token_nll(ids, estimator=estimator)
+    torch.testing.assert_close(score.nll, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(loss, expected.sum() / 16, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_padded_rows_have_the_scores_and_the_loss_of_the_rows_alone(tiny_model, side, implementation):
+    tiny_model.set_attn_implementation(implementation)
+    texts = [random_ids(1, length, seed=length) for length in (5, 11, 16)]
+    mask = torch.zeros(3, 16, dtype=torch.long)
+    ids = torch.full((3, 16), 2)
+    for row, text in enumerate(texts):
+        real = slice(16 - text.shape[1], 16) if side == "left" else slice(0, text.shape[1])
+        ids[row, real], mask[row, real] = text[0], 1
+    score = tiny_model.token_nll(ids, mask, estimator="exact")
+    labels = ids.masked_fill(mask == 0, -100)
+    noise = given_noise(3, 4, 16)
+    total = torch.zeros(())
+    for row, text in enumerate(texts):
+        alone = tiny_model.token_nll(text, estimator="exact")
+        real = mask[row].bool()
+        torch.testing.assert_close(score.nll[row][real], alone.nll[0], rtol=0, atol=1e-5)
+        assert torch.equal(score.mask[row][real], alone.mask[0])
+        assert not score.nll[row][~real].any() and not score.mask[row][~real].any()
+        own = {"block_noise": noise["block_noise"][row, None], "token_noise": noise["token_noise"][row, None]}
+        own = {
+            "block_noise": own["block_noise"][:, : -(-text.shape[1] // 4)],
+            "token_noise": own["token_noise"][:, real],
+        }
+        with torch.no_grad():
+            total += tiny_model(input_ids=text, labels=text, num_items_in_batch=1, **own).loss
+    with torch.no_grad():
+        loss = tiny_model(input_ids=ids, labels=labels, attention_mask=mask, num_items_in_batch=1, **noise).loss
+    torch.testing.assert_close(loss, total, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 45])
+def test_any_length_can_be_scored(tiny_model, length):
+    for estimator in ("sampled", "stratified", "exact"):
+        score = tiny_model.token_nll(random_ids(2, length), estimator=estimator)
+        assert score.nll.shape == score.mask.shape == (2, length)
+        assert score.mask.sum() == 2 * (length - 1)
+        assert score.nll.isfinite().all() and (score.nll >= 0).all()
+
+
+def test_a_uniform_model_has_the_perplexity_of_the_vocabulary_without_the_mask(tiny_config):
+    model = BD3LMForMaskedLM(tiny_config).eval()
+    score = model.token_nll(random_ids(2, 18), estimator="exact")
+    torch.testing.assert_close(score.nll, score.mask * math.log(47), rtol=0, atol=1e-5)
+    score = model.token_nll(random_ids(200, 32), estimator="stratified", generator=torch.Generator().manual_seed(0))
+    assert (score.nll.sum() / score.mask.sum()).exp().item() == pytest.approx(47, rel=0.01)
+
+
+def test_scoring_needs_no_gradient_and_leaves_none(tiny_model):
+    score = tiny_model.token_nll(random_ids(2, 8))
+    assert not score.nll.requires_grad
+    assert all(p.grad is None for p in tiny_model.parameters())
+
+
+def test_a_time_conditioned_model_is_scored_at_the_levels_it_was_masked_with(tiny_config, randomize):
+    tiny_config.time_conditioning = True
+    model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
+    ids = random_ids(3, 16)
+    torch.manual_seed(0)
+    score = model.token_nll(ids)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(score.nll.sum() / score.mask.sum(), loss, rtol=1e-5, atol=0)
+
+
+# --- token_nll: bad input --------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_estimator_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="estimator='best' is unknown: choose one of sampled, stratified, exact"):
+        tiny_model.token_nll(random_ids(1, 4), estimator="best")
+
+
+@pytest.mark.parametrize("num_samples", [0, -2])
+def test_fewer_than_one_sample_is_refused(tiny_model, num_samples):
+    with pytest.raises(ValueError, match=f"num_samples={num_samples}: give at least 1"):
+        tiny_model.token_nll(random_ids(1, 4), num_samples=num_samples)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_generators_that_do_not_match_the_rows_are_refused(tiny_model, count):
+    with pytest.raises(ValueError, match=f"{count} generators for 2 rows: give one for each row"):
+        tiny_model.token_nll(random_ids(2, 4), generator=[torch.Generator() for _ in range(count)])
+
+
+def test_the_exact_sum_over_large_blocks_is_refused_with_its_cost(tiny_config):
+    tiny_config.block_size = 16
+    model = BD3LMForMaskedLM(tiny_config)
+    message = (
+        r"estimator='exact' at block_size=16 needs 2\^16 - 1 passes; .*block size 8, 255 passes. Use .*stratified"
+    )
+    with pytest.raises(ValueError, match=message):
+        model.token_nll(random_ids(1, 16), estimator="exact")
+
+
+def test_the_exact_sum_over_blocks_of_eight_is_still_made(tiny_config):
+    tiny_config.block_size = 8
+    model = BD3LMForMaskedLM(tiny_config).eval()
+    score = model.token_nll(random_ids(1, 12), estimator="exact")
+    torch.testing.assert_close(score.nll, score.mask * math.log(47), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ["stratified", "exact"])
+def test_sums_over_masks_of_all_levels_are_refused_under_time_conditioning(tiny_config, estimator):
+    tiny_config.time_conditioning = True
+    model = BD3LMForMaskedLM(tiny_config)
+    message = f"estimator='{estimator}' sums over masks of all noise levels .*use estimator='sampled'"
+    with pytest.raises(ValueError, match=message):
+        model.token_nll(random_ids(1, 4), estimator=estimator)
