@@ -1,21 +1,22 @@
-"""Who may attend to whom in block diffusion, and the fast way to compute it (arXiv 2503.09573, Sec. 3.1 and App. B.6-B.7).
+"""Who may attend to whom in block diffusion, and the fast way to compute it (arXiv 2503.09573, Sec. 3.1).
 
 The clean stream x_0 is block-causal: a token sees its own and earlier blocks. The noisy stream x_t sees the clean
 tokens of earlier blocks and the noisy tokens of its own block. A forward pass concatenates the streams as
 `[x_0 ; x_t]`, several noisy draws one after the other, behind whatever a cache already holds.
 
 Attention is computed in tiles: a range of queries against the few key ranges that any of them may see. The eager
-implementation uses one tile, the plain twin of the others; sdpa skips what no query of a tile sees; flex attention uses
-one tile with a sparse block mask.
+implementation uses one tile, the plain twin of the others; sdpa skips what no query of a tile sees; flex attention
+uses one tile with a sparse block mask.
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -56,6 +57,8 @@ def token_layout(
 
     Padding may stand on either side; a row then has its positions and blocks as if it stood alone.
     """
+    if attention_mask is not None and not torch.compiler.is_compiling() and bool(attention_mask.all()):
+        attention_mask = None  # no padding: aligned tiles, masks shared by all rows
     if attention_mask is None:
         position_ids = torch.arange(past + length, device=device).unsqueeze(0)
         return Layout(position_ids, position_ids // block_size, None)
@@ -112,9 +115,9 @@ def two_stream_plan(
             # Clean keys up to the block before the tile's last one; noisy keys of the tile's own blocks.
             reach = min(length, stop + margin) if margin else stop - block_size + (-stop) % block_size
             own = (max(0, start - margin), min(length, stop + margin))
-            if draw == 0 and length + own[0] - reach <= block_size:
-                reach = length + own[0]  # adjoining ranges are one view of the keys, others a copy
-            clean_mask = _allowed(layout, earlier, start, stop, (0, min(reach, length)), padding_sees_itself=False)
+            if draw == 0 and own[0] == 0 and length - reach <= block_size:
+                reach = length  # adjoining ranges are one view of the keys, others a copy
+            clean_mask = _allowed(layout, earlier, start, stop, (0, reach), padding_sees_itself=False)
             own_mask = _allowed(layout, own_block, start, stop, own)
             mask = _additive(torch.cat([clean_mask, own_mask], -1), dtype)
             offset = (1 + draw) * length
@@ -193,7 +196,10 @@ class BD3LMAttention(nn.Module):
         weights = None
         if not tiles:  # only keys and values of these positions are wanted
             return query.transpose(1, 2).flatten(2), weights
-        if self.config._attn_implementation == "flex_attention" and not isinstance(tiles[0].mask, BlockMask):
+        sparse = isinstance(tiles[0].mask, BlockMask)
+        if sparse and query.device.type == "cpu":
+            attend = _flex_attention_on_cpu
+        elif self.config._attn_implementation == "flex_attention" and not sparse:
             # A cached block needs no mask, or a dense one; neither pays for a sparse kernel.
             attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
         outputs = []
@@ -228,6 +234,28 @@ def eager_attention_forward(
         scores = scores + attention_mask
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def _flex_attention_on_cpu(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: BlockMask,
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, None]:
+    """flex attention as written, not compiled: on a CPU it is there to be compared with, and compiling it fails for
+    masks that depend on the batch."""
+    if query.requires_grad:
+        raise ValueError(
+            "attn_implementation='flex_attention' has no backward pass on a CPU: use "
+            "model.set_attn_implementation('sdpa')."
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        out = flex_attention(query, key, value, block_mask=attention_mask, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _plan(tiles: tuple[Tile, ...]) -> AttentionPlan:
@@ -324,7 +352,7 @@ def _flex_tile(layout: Layout, queries: int, keys: int, see: Callable) -> Tile:
 
 
 def _flex_two_stream_plan(layout: Layout, block_size: int, draws: int, clean_cached: bool) -> AttentionPlan:
-    """The two-stream mask as one sparse mask over the keys `[x_0 ; x_t]`; kept between steps when nothing is padded."""
+    """The two-stream mask as one sparse mask over `[x_0 ; x_t]`; kept between steps when nothing is padded."""
     if layout.valid is None:
         return _unpadded_flex_plan(layout.block_ids.shape[1], block_size, draws, clean_cached, layout.block_ids.device)
     return _build_flex_plan(layout, draws, clean_cached)

@@ -7,7 +7,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from .noise_bd3lm import check_reachable, noise_schedule
 
 
-# The authors' cosine and log-linear schedules start here; an interval that begins at this value is "not clipped below".
+# Where the authors' unclipped interval of noise levels begins.
 SAMPLING_EPS = 1e-3
 
 
@@ -130,19 +130,19 @@ class BD3LMConfig(PreTrainedConfig):
             )
         if self.model_length % self.block_size:
             raise ValueError(
-                f"block_size={self.block_size} does not divide model_length={self.model_length}: choose a divisor "
-                f"of model_length, or set model_length to {-(-self.model_length // self.block_size) * self.block_size}."
+                f"block_size={self.block_size} does not divide model_length={self.model_length}: choose a divisor of "
+                f"model_length, or set model_length to {self.num_blocks(self.model_length) * self.block_size}."
             )
 
     def _check_tokens(self) -> None:
-        for name in ("mask_token_id", "bos_token_id", "pad_token_id"):
-            value = getattr(self, name)
+        eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        singles = [(name, getattr(self, name)) for name in ("mask_token_id", "bos_token_id", "pad_token_id")]
+        for name, value in [*singles, *(("eos_token_id", value) for value in eos)]:
             if value is not None and not 0 <= value < self.vocab_size:
                 raise ValueError(
                     f"{name}={value} is outside the vocabulary of {self.vocab_size} ids: choose an id from 0 to "
                     f"{self.vocab_size - 1}, or raise vocab_size."
                 )
-        eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         for name, ids in (("bos_token_id", [self.bos_token_id]), ("eos_token_id", eos)):
             if self.mask_token_id in ids:
                 raise ValueError(
@@ -175,8 +175,8 @@ class BD3LMConfig(PreTrainedConfig):
             )
         if not self.causal and not self.cross_attn and self.block_size != self.model_length:
             raise ValueError(
-                f"cross_attn=False with block_size={self.block_size} below model_length={self.model_length}: without a "
-                f"clean stream a sequence is one block, so set cross_attn=True or block_size=model_length."
+                f"cross_attn=False with block_size={self.block_size} below model_length={self.model_length}: without "
+                f"a clean stream a sequence is one block, so set cross_attn=True or block_size=model_length."
             )
         if self.time_conditioning and not self.adaln:
             raise ValueError(

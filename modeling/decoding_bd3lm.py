@@ -35,7 +35,7 @@ from .attention_bd3lm import AttentionPlan, block_causal_plan, decoding_plan, to
 from .cache_bd3lm import BlockCacheLayer
 from .canvas_bd3lm import Canvas
 from .noise_bd3lm import LogLinearNoise, noise_schedule
-from .samplers_bd3lm import SAMPLERS, FirstHittingSampler, wide_float, draw_tokens
+from .samplers_bd3lm import SAMPLERS, FirstHittingSampler, draw_tokens, wide_float
 
 
 class NucleusLogitsProcessor(LogitsProcessor):

@@ -261,13 +261,23 @@ class BD3LMModel(BD3LMPreTrainedModel):
             cache = BlockCache() if write and not self.training else None
             write = cache is not None
         past = 0 if cache is None else int(cache.get_seq_length())
-        if write and attention_mask is None and (past + length) % self.config.block_size:
-            raise ValueError(
-                f"use_cache=True would store {length} tokens behind {past}, which is no whole number of blocks of "
-                f"{self.config.block_size}: a block is stored when it is finished, so pass whole blocks, or "
-                f"use_cache=False to read the cache only."
-            )
+        if write:
+            self._check_whole_blocks(past + length, attention_mask)
         return cache, length if write else 0, past
+
+    def _check_whole_blocks(self, width: int, attention_mask: torch.Tensor | None) -> None:
+        """Refuse to store a block that is not finished: its keys would never have seen the rest of it."""
+        tokens = [width]
+        if attention_mask is not None:
+            if torch.compiler.is_compiling() or attention_mask.device.type != "cpu":
+                return
+            tokens = attention_mask.sum(1).tolist()
+        size = self.config.block_size
+        if any(count % size for count in tokens):
+            raise ValueError(
+                f"use_cache=True would store {tokens} tokens in all, no whole number of blocks of {size}: a block is "
+                f"stored when it is finished, so pass whole blocks, or use_cache=False to read the cache only."
+            )
 
 
 class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):

@@ -1,4 +1,4 @@
-"""The forward process q(x_t | x_0): noise schedules, one noise level per block, and masking (arXiv 2503.09573, Sec. 3 and 5).
+"""The forward process q(x_t | x_0): schedules, a noise level per block, masking (arXiv 2503.09573, Sec. 3 and 5).
 
 A schedule maps a time t in [0, 1] to the probability `move_chance` that a token is masked. A training step draws one t
 per block, stratified over the batch (Algorithm 1), from a possibly clipped interval (Sec. 5.2).
@@ -280,7 +280,7 @@ def _confined_binomial(
     least, most = torch.where(empty, most, least), torch.where(empty, least, most)
     log_pmf = log_pmf.masked_fill((k < least) | (k > most) | (k > n), -torch.inf)
     cdf = log_pmf.softmax(-1).cumsum(-1)
-    return (cdf < uniform.double().unsqueeze(-1)).sum(-1).clamp(max=k.numel() - 1)
+    return (cdf <= uniform.double().unsqueeze(-1)).sum(-1).clamp(max=k.numel() - 1)
 
 
 def check_reachable(low: float, high: float, block_size: int) -> None:

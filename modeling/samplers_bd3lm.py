@@ -53,17 +53,19 @@ class FirstHittingSampler:
 
 
 def draw_tokens(scores: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """One token per row of unnormalised log-probabilities `(rows, vocab_size)`, by inverting the distribution function.
+    """One token per row of unnormalised log-probabilities `(rows, vocab_size)`: the distribution function, inverted.
 
-    One uniform number a row instead of one for each token of the vocabulary, in float64: exact to 1e-16, and on a CPU an
-    order of magnitude faster than `torch.multinomial`. A token of probability zero is never drawn.
+    One uniform number a row instead of one for each token of the vocabulary, in float64: exact to 1e-16, and on a CPU
+    an order of magnitude faster than `torch.multinomial`. A token of probability zero is never drawn.
     """
-    cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)
-    uniform = torch.rand((scores.shape[0], 1), generator=generator, device=scores.device, dtype=torch.float64)
+    dtype = wide_float(scores.device)
+    cumulative = scores.to(dtype).softmax(dim=-1).cumsum(dim=-1)
+    uniform = torch.rand((scores.shape[0], 1), generator=generator, device=scores.device, dtype=dtype)
     # Below the total even after rounding; from the right, so that the step found has a positive height.
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:] * (1 - 1e-15), right=True).squeeze(1)
+    below = uniform * cumulative[:, -1:] * (1 - 4 * torch.finfo(dtype).eps)
+    return torch.searchsorted(cumulative, below, right=True).squeeze(1)
 
 
 SAMPLERS = {"first_hitting": FirstHittingSampler}
 
-__all__ = ["SAMPLERS", "FirstHittingSampler", "wide_float"]
+__all__ = ["SAMPLERS", "FirstHittingSampler", "draw_tokens", "wide_float"]

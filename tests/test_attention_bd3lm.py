@@ -18,6 +18,7 @@ from bd3lm_hf.modeling.attention_bd3lm import (
 )
 from bd3lm_hf.modeling.cache_bd3lm import BlockCache
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.noise_bd3lm import draw_noise
 
 
 CPU = torch.device("cpu")
@@ -366,7 +367,7 @@ def test_the_content_of_padding_changes_nothing(tiny_model, implementation, smal
     x_0 = random_ids(3, length)
     x_t = some_masked(x_0)
     other_0, other_t = (torch.where(real, x, (x + 5) % 47) for x in (x_0, x_t))
-    noise = {"block_noise": torch.rand(3, 6), "token_noise": torch.rand(3, length)}
+    noise = draw_noise(3, 6, length)._asdict()
     with torch.no_grad():
         for arguments, changed in (
             ({"input_ids": x_t, "clean_input_ids": x_0}, {"input_ids": other_t, "clean_input_ids": other_0}),

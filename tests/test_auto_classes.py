@@ -185,17 +185,27 @@ def test_the_text_generation_pipeline_trims_to_what_was_asked(folder):
     assert len(ids) <= len(write.tokenizer("A block is").input_ids) + 6
 
 
-def test_the_text_generation_pipeline_reads_chats_and_stops_at_strings(folder):
+def test_the_text_generation_pipeline_stops_at_strings(folder):
     write = pipeline("text-generation", model=str(folder))
-    text = write("A block is", max_new_tokens=12, return_full_text=False, stop_strings=["e"], do_sample=True)
-    assert text[0]["generated_text"].count("e") <= 2  # a token of several letters may hold more than one
+    arguments = {"max_new_tokens": 12, "return_full_text": False, "do_sample": False, "repetition_penalty": 9.0}
+    plain = write("A block is", **arguments)[0]["generated_text"]
+    stop = next(c for c in plain if c.isascii() and c.isalnum())
+    text = write("A block is", stop_strings=[stop], tokenizer=write.tokenizer, **arguments)[0]["generated_text"]
+    assert plain.startswith(text) and stop in text and len(text) < len(plain)
 
 
-def test_the_pipeline_falls_back_on_no_silent_top_k(folder):
+def test_sampling_in_the_pipeline_keeps_the_saved_nucleus_and_adds_no_top_k(folder, monkeypatch):
     write = pipeline("text-generation", model=str(folder))
-    prepared = write.model._prepare_generation_config(write.generation_config)[0]
-    assert prepared.nucleus_p == 0.9
-    assert prepared.top_k == 0
+    prepare, seen = write.model._prepare_generation_config, []
+
+    def watched(*args, **kwargs):
+        prepared = prepare(*args, **kwargs)
+        seen.append(prepared[0])
+        return prepared
+
+    monkeypatch.setattr(write.model, "_prepare_generation_config", watched)
+    write("A block is", max_new_tokens=3)
+    assert (seen[0].do_sample, seen[0].nucleus_p, seen[0].top_k) == (True, 0.9, 0)
 
 
 def test_a_checkpoint_without_weights_files_is_refused(folder):

@@ -124,6 +124,10 @@ def test_a_time_conditioned_model_writes_a_row_as_if_it_stood_alone(make_model, 
         assert torch.equal(new_tokens(write(model, input_ids=prompt[None]))[0], new_tokens(output)[row])
 
 
+def modulated(x: torch.Tensor, norm: torch.nn.Module, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-5) * norm.weight * (1 + scale) + shift
+
+
 class Twin:
     """The published cached decoding in plain torch: keys before rotation, positions counted inside the window."""
 
@@ -134,11 +138,12 @@ class Twin:
     def __call__(self, block: torch.Tensor, store: bool) -> torch.Tensor:
         """Logits `(block, vocab)`."""
         net, config = self.model.backbone, self.config
-        modulations = net.modulations(None, block.device)
-        x = net.vocab_embed(block[None])
-        for index, (layer, modulation) in enumerate(zip(net.blocks, modulations, strict=False)):
-            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, dim=-1)
-            new = layer.attn_qkv(layer.norm1(x, shift_1, scale_1)).unflatten(-1, (3, config.n_heads, config.head_dim))
+        conditioning = F.silu(net.sigma_map(torch.zeros(1)))
+        x = net.vocab_embed.embedding[block][None]
+        for index, layer in enumerate(net.blocks):
+            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = layer.adaLN_modulation(conditioning).chunk(6, dim=-1)
+            new = F.linear(modulated(x, layer.norm1, shift_1, scale_1), layer.attn_qkv.weight)
+            new = new.unflatten(-1, (3, config.n_heads, config.head_dim))
             old = self.cache[index]
             if old is not None and old.shape[1] + len(block) > config.model_length:
                 old = old[:, len(block) :]
@@ -147,12 +152,13 @@ class Twin:
             query, key = (apply_rotary(qkv[:, :, i], cos, sin).transpose(1, 2) for i in (0, 1))
             weights = (query[:, :, -len(block) :] @ key.transpose(2, 3) / math.sqrt(config.head_dim)).softmax(-1)
             attended = (weights @ qkv[:, :, 2].transpose(1, 2)).transpose(1, 2).flatten(2)
-            x = x + gate_1 * layer.attn_out(attended)
-            x = x + gate_2 * layer.mlp(layer.norm2(x, shift_2, scale_2))
+            x = x + gate_1 * F.linear(attended, layer.attn_out.weight)
+            x = x + gate_2 * layer.mlp(modulated(x, layer.norm2, shift_2, scale_2))
             if store:
                 self.cache[index] = qkv
-        shift, scale = modulations[-1].chunk(2, dim=-1)
-        return net.output_layer.linear(net.output_layer.norm_final(x, shift, scale))[0]
+        final = net.output_layer
+        shift, scale = final.adaLN_modulation(conditioning).chunk(2, dim=-1)
+        return final.linear(modulated(x, final.norm_final, shift, scale))[0]
 
     @torch.no_grad()
     def write(self, prompt: torch.Tensor, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers.generation import TopPLogitsWarper
 
 from bd3lm_hf.modeling.generation_bd3lm import NucleusLogitsProcessor
-from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS, FirstHittingSampler, wide_float
+from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS, FirstHittingSampler, draw_tokens, wide_float
 
 
 GOLDEN = Path(__file__).parent / "golden" / "07_samplers"
@@ -78,6 +78,24 @@ def test_without_chance_the_hitting_time_is_its_mean():
     )
     expected = FirstHittingSampler().time(torch.full((3,), 0.8), n, random=False)
     torch.testing.assert_close(drawn.mean(0), expected, atol=3e-3, rtol=0)
+
+
+def test_tokens_are_drawn_with_their_probability():
+    probability = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    scores = (probability.log() + 7.0).expand(40_000, 6)
+    counts = draw_tokens(scores, torch.Generator().manual_seed(0)).bincount(minlength=6)
+    # Binomial, with standard deviations of at most 100.
+    assert ((counts - 40_000 * probability).abs() < 500).all()
+    assert not counts[probability == 0].any()
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53])
+def test_the_extreme_draws_give_tokens_that_can_be(monkeypatch, uniform):
+    monkeypatch.setattr(torch, "rand", lambda shape, **kwargs: torch.full(shape, uniform, dtype=torch.float64))
+    scores = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0))
+    scores[:, [0, 1, 998, 999]] = -torch.inf
+    drawn = draw_tokens(scores)
+    assert ((drawn >= 2) & (drawn <= 997)).all()
 
 
 def test_a_device_without_float64_gets_float32():

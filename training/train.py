@@ -133,8 +133,17 @@ def run(argv: Sequence[str]) -> TrainResult:
             result.text = text_from_folder(training.output_dir, training.sample_prompt, training.sample_tokens)
         result.seconds = time.perf_counter() - started
         report(result)
-    trainer.accelerator.end_training()
+    end(trainer)
     return result
+
+
+def end(trainer: BD3LMTrainer) -> None:
+    """Leave the process group together, after what still holds it: a wrapped model that outlives it may never exit."""
+    accelerator = trainer.accelerator
+    accelerator.wait_for_everyone()
+    trainer.model_wrapped = trainer.model
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 def make_trainer(

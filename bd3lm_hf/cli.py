@@ -1,0 +1,249 @@
+"""`bd3lm train | eval | generate`: thin, one function per verb.
+
+Exit code 0 means that the work was done, 2 that the input was wrong, 1 that something else failed. An error is one
+line on stderr; `--traceback` shows where it came from.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import datasets
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+    set_seed,
+)
+from transformers.utils import logging
+
+from bd3lm_hf.data import bytes_per_token, load_text, pack
+from bd3lm_hf.evaluation import Perplexity, perplexity
+from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
+
+
+# Rooms import from earlier rooms only: verbs of later rooms are called by name, when asked for.
+_LATER_ROOMS = {
+    "train": ("bd3lm_hf.training.train", "train a model: a recipe plus overrides (see bd3lm train --help)")
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line, verb by verb."""
+    parser = _Parser(prog="bd3lm", description="Block diffusion language models: train, score, write.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+    for verb, (_, text) in _LATER_ROOMS.items():
+        verbs.add_parser(verb, help=text, add_help=False)
+    _add_eval(verbs.add_parser("eval", help="perplexity of a model on a data set", description=evaluate.__doc__))
+    _add_generate(verbs.add_parser("generate", help="text of a model", description=generate.__doc__))
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
+    parser.add_argument("--tokenizer", help="folder or hub name of the tokenizer, where the model comes without")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model; ours needs none"
+    )
+    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{name!r} is no device of this machine") from error
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=evaluate)
+    _add_model(parser)
+    parser.add_argument("--dataset", required=True, help="name, file, folder or hub name")
+    parser.add_argument("--split", default="validation", help="train, validation (default) or test")
+    parser.add_argument("--text-column", help="column of the text, where it is not obvious")
+    parser.add_argument("--length", type=int, help="tokens of a sequence; the model's own length by default")
+    parser.add_argument("--max-sequences", type=int, help="score at most so many, spread over the data set")
+    parser.add_argument("--estimator", default="stratified", choices=("sampled", "stratified", "exact"))
+    parser.add_argument("--num-samples", type=int, default=1, help="noise draws per sequence")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--output", type=Path, help="JSON file for the result")
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=generate)
+    _add_model(parser)
+    parser.add_argument(
+        "--prompt", action="append", help="text to continue; may be repeated; none: start from nothing"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--do-sample", action="store_true", default=True, help="draw tokens (default)")
+    how.add_argument("--greedy", dest="do_sample", action="store_false", help="take the most likely token")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--nucleus-p", type=float, help="the paper's nucleus; the paper uses 0.9")
+    parser.add_argument("--stream", action="store_true", help="show the text while it is written")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Score a data set: an upper bound on the perplexity, exact for autoregressive models."""
+    output: Path | None = arguments.output
+    if output is not None and not output.absolute().parent.is_dir():
+        raise ValueError(f"--output {output}: the folder {output.absolute().parent} does not exist; make it first.")
+    model, tokenizer = load(arguments)
+    if not hasattr(model, "token_nll"):
+        raise ValueError(f"--model {arguments.model} is a {type(model).__name__}, which this package can not score.")
+    documents = load_text(arguments.dataset, split=arguments.split, text_column=arguments.text_column)
+    length = arguments.length or model.config.max_position_embeddings
+    sequences = pack(documents, tokenizer, length=length)
+    if arguments.max_sequences is not None:
+        sequences = sequences.select(_spread(len(sequences), arguments.max_sequences))
+    result = perplexity(
+        model,
+        sequences,
+        estimator=arguments.estimator,
+        num_samples=arguments.num_samples,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        bytes_per_token=bytes_per_token(documents, tokenizer).bytes_per_token,
+        progress=sys.stderr.isatty(),
+    )
+    print(_table(result))
+    if output is not None:
+        names = ("model", "dataset", "split", "estimator", "num_samples", "seed")
+        report = {**result._asdict(), **{name: getattr(arguments, name) for name in names}, "length": length}
+        numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in report.items()}
+        output.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Continue prompts, or write from nothing."""
+    if arguments.stream and len(arguments.prompt or ()) > 1:
+        raise ValueError(f"--stream shows one text: give one --prompt, not {len(arguments.prompt)}.")
+    model, tokenizer = load(arguments)
+    inputs: dict[str, torch.Tensor] = {}
+    if arguments.prompt:
+        batch = tokenizer(arguments.prompt, return_tensors="pt", padding=True).to(model.device)
+        # An empty text comes out as an empty list of floats.
+        inputs = {name: batch[name].long() for name in ("input_ids", "attention_mask")}
+    options = {name: getattr(arguments, name) for name in ("temperature", "nucleus_p")}
+    if arguments.stream:
+        options["streamer"] = TextStreamer(tokenizer, skip_special_tokens=True)
+    set_seed(arguments.seed)
+    ids = model.generate(
+        **inputs,
+        max_new_tokens=arguments.max_new_tokens,
+        do_sample=arguments.do_sample,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    if not arguments.stream:
+        for text in tokenizer.batch_decode(ids, skip_special_tokens=True):
+            print(text)
+
+
+def load(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model, with every one of its weights and in evaluation mode, and its tokenizer.
+
+    Raises:
+        ValueError: a checkpoint that can not be read, lacks weights, has others or holds NaN; a tokenizer that is
+            missing or of another model.
+    """
+    name = arguments.model
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
+        auto_map = getattr(config, "auto_map", None) or {}
+        masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING or "AutoModelForMaskedLM" in auto_map
+        auto_class: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+        # Weights of another shape are reported below, with their names.
+        options = {"trust_remote_code": arguments.trust_remote_code, "ignore_mismatched_sizes": True}
+        model, info = auto_class.from_pretrained(name, config=config, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"--model {name} can not be loaded; name a complete checkpoint: {type(error).__name__}: {error}"
+        ) from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(key if isinstance(key, str) else str(key[0]) for key in info.get(kind, ())):
+            raise ValueError(
+                f"--model {name} has {len(keys)} {kind.removesuffix('_keys')} weights ({', '.join(keys[:4])}"
+                f"{', ...' if len(keys) > 4 else ''}): it is a checkpoint of another model."
+            )
+    _check_finite(model, name)
+    tokenizer = load_tokenizer(arguments.tokenizer or name)
+    if hasattr(model.config, "mask_token_id"):
+        check_tokenizer_fits(tokenizer, model.config)
+    return model.to(arguments.device).eval(), tokenizer
+
+
+def _check_finite(model: PreTrainedModel, name: str) -> None:
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"--model {name} holds NaN or infinity in {key}: it is damaged, name another checkpoint.")
+
+
+def _spread(count: int, most: int) -> range:
+    """At most `most` of `count` places, evenly apart."""
+    if most < 1:
+        raise ValueError(f"--max-sequences {most}: give at least 1.")
+    return range(0, count, -(-count // most))
+
+
+def _table(result: Perplexity) -> str:
+    """What a reader wants to know."""
+    rows = [
+        ("perplexity", f"{result.perplexity:.4f}"),
+        ("nats per token", f"{result.nll:.5f} +- {result.standard_error:.5f}"),
+        ("bits per token", f"{result.bits_per_token:.5f}"),
+        ("bits per byte", "unknown" if result.bits_per_byte is None else f"{result.bits_per_byte:.5f}"),
+        ("scored tokens", f"{result.num_tokens} in {result.num_sequences} sequences"),
+        ("seconds", f"{result.seconds:.1f}"),
+    ]
+    return "\n".join(f"{name:<16}{value}" for name, value in rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in _LATER_ROOMS:
+        # Its own parser reads the rest, and reports its own errors.
+        importlib.import_module(_LATER_ROOMS[argv[0]][0]).main(argv[1:])
+        return 0
+    arguments = make_parser().parse_args(argv)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if arguments.traceback:
+            raise
+        expected = isinstance(error, (ValueError, OSError))
+        kind = "" if expected else f"{type(error).__name__}: "
+        print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if expected else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,326 @@
+"""`bd3lm`: exit code 0 only on success, errors in one line."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging
+
+from bd3lm_hf import cli
+from bd3lm_hf.evaluation import perplexity
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+
+
+@pytest.fixture
+def model_folder(tiny_config, tiny_tokenizer, randomize, tmp_path) -> Path:
+    """A checkpoint of a model that reads and writes the text of the tiny tokenizer."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
+    fields = {"vocab_size": len(tiny_tokenizer), **{name: getattr(tiny_tokenizer, name) for name in names}}
+    model = randomize(BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), **fields}))).eval()
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def text_file(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog, line by line.\n" * 60, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def bd3lm(capsys):
+    """A function `(*arguments) -> (exit code, stdout, stderr)` that leaves the libraries as talkative as they were."""
+    verbosity = logging.get_verbosity()
+
+    def run(*arguments) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    yield run
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
+    datasets.enable_progress_bars()
+
+
+def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
+    code, _, err = result
+    lines = err.strip().splitlines()
+    assert code == 2
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    for part in parts:
+        assert part in lines[0]
+
+
+# --- eval ------------------------------------------------------------------------------------------------------------
+
+
+def test_eval_prints_and_writes_what_the_library_computes(bd3lm, model_folder, text_file, tmp_path):
+    output = tmp_path / "result.json"
+    code, out, _ = bd3lm(
+        "eval", "--model", model_folder, "--dataset", text_file, "--estimator", "exact", "--output", output
+    )
+    assert code == 0
+    result = json.loads(output.read_text())
+    assert f"{result['perplexity']:.4f}" in out
+    assert result["estimator"] == "exact" and result["split"] == "validation" and result["length"] == 32
+    model = BD3LMForMaskedLM.from_pretrained(model_folder).eval()
+    arguments = cli.make_parser().parse_args(["eval", "--model", str(model_folder), "--dataset", str(text_file)])
+    _, tokenizer = cli.load(arguments)
+    rows = cli.pack(cli.load_text(str(text_file), split="validation"), tokenizer, length=32)
+    expected = perplexity(model, rows, estimator="exact")
+    assert result["nll"] == pytest.approx(expected.nll, abs=1e-6)
+    assert result["num_tokens"] == expected.num_tokens and result["bits_per_byte"] > 0
+
+
+def test_eval_scores_at_most_so_many_sequences(bd3lm, model_folder, text_file, tmp_path):
+    output = tmp_path / "result.json"
+    arguments = ["eval", "--model", model_folder, "--dataset", text_file, "--split", "train", "--output", output]
+    assert bd3lm(*arguments, "--max-sequences", 3, "--num-samples", 2)[0] == 0
+    assert json.loads(output.read_text())["num_sequences"] <= 3
+    assert bd3lm(*arguments, "--max-sequences", 1)[0] == 0
+    assert json.loads(output.read_text())["standard_error"] is None  # not a NaN, which is no JSON
+
+
+def test_eval_repeats_itself_with_its_seed(bd3lm, model_folder, text_file, tmp_path):
+    results = []
+    for number, seed in enumerate((1, 1, 2)):
+        output = tmp_path / f"{number}.json"
+        assert (
+            bd3lm("eval", "--model", model_folder, "--dataset", text_file, "--seed", seed, "--output", output)[0] == 0
+        )
+        results.append(json.loads(output.read_text())["nll"])
+    assert results[0] == results[1] != results[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--dataset", "nowhere.txt"), "nowhere.txt"),
+        (("--dataset", "python-doc"), "python-docs"),
+        (("--dataset", "TEXT", "--split", "night"), "split is 'night'"),
+        (("--dataset", "TEXT", "--text-column", "body"), "body"),
+        (("--dataset", "TEXT", "--length", 4000), "fewer than one sequence of 4000"),
+        (("--dataset", "TEXT", "--batch-size", 0), "batch_size=0"),
+        (("--dataset", "TEXT", "--max-sequences", 0), "--max-sequences 0: give at least 1"),
+        (("--dataset", "TEXT", "--output", "no/folder/f.json"), "does not exist; make it first"),
+        (("--dataset", "TEXT", "--estimator", "magic"), "invalid choice: 'magic'"),
+        (("--dataset", "TEXT", "--device", "abacus"), "'abacus' is no device of this machine"),
+        (("--dataset", "TEXT", "--num-samples", 0), "num_samples"),
+        (("--dataset", "TEXT", "--length", -1), "length"),
+        (("--dataset", "TEXT", "--num-samples", "many"), "invalid int value: 'many'"),
+        ((), "required: --dataset"),
+    ],
+)
+def test_eval_refuses_bad_input_in_one_line(bd3lm, model_folder, text_file, arguments, part):
+    arguments = [text_file if argument == "TEXT" else argument for argument in arguments]
+    assert_refused(bd3lm("eval", "--model", model_folder, *arguments), part)
+
+
+def test_eval_refuses_a_model_that_it_can_not_score(bd3lm, tiny_tokenizer, text_file, tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=32, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
+        tmp_path
+    )
+    tiny_tokenizer.save_pretrained(tmp_path)
+    result = bd3lm("eval", "--model", tmp_path, "--dataset", text_file)
+    assert_refused(result, "is a GPT2LMHeadModel, which this package can not score")
+
+
+# --- generate --------------------------------------------------------------------------------------------------------
+
+
+def test_generate_continues_each_prompt(bd3lm, model_folder):
+    code, out, _ = bd3lm(
+        "generate", "--model", model_folder, "--prompt", "A block is", "--prompt", "The", "--max-new-tokens", 5
+    )
+    assert code == 0
+    assert out.startswith("A block is") and "\nThe" in out
+
+
+def test_generate_repeats_itself_with_its_seed(bd3lm, model_folder):
+    arguments = ["generate", "--model", model_folder, "--prompt", "A block is", "--max-new-tokens", 12]
+    texts = [bd3lm(*arguments, "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert len({bd3lm(*arguments, "--greedy", "--seed", seed)[1] for seed in (1, 2)}) == 1
+
+
+def test_generate_writes_from_nothing(bd3lm, model_folder):
+    code, out, _ = bd3lm("generate", "--model", model_folder, "--max-new-tokens", 8, "--nucleus-p", 0.9)
+    assert code == 0 and out.strip()
+
+
+def test_generate_streams_the_same_text(bd3lm, model_folder):
+    arguments = ["generate", "--model", model_folder, "--prompt", "A block is", "--temperature", 0.7]
+    assert bd3lm(*arguments, "--stream")[1] == bd3lm(*arguments)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--prompt", ""), "empty prompt"),
+        (("--prompt", "a" * 200), "more than the model's window model_length=32"),
+        (("--max-new-tokens", 0), "max_new_tokens"),
+        (("--temperature", 0.0), "temperature"),
+        (("--nucleus-p", 2), "nucleus_p=2.0"),
+        (("--stream", "--prompt", "a", "--prompt", "b"), "--stream shows one text"),
+        (("--greedy", "--do-sample"), "not allowed with argument"),
+        (("--prompts", "a b c"), "unrecognized arguments"),
+    ],
+)
+def test_generate_refuses_bad_input_in_one_line(bd3lm, model_folder, arguments, part):
+    assert_refused(bd3lm("generate", "--model", model_folder, *arguments), part)
+
+
+# --- damaged checkpoints ---------------------------------------------------------------------------------------------
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def change_weights(folder: Path, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        (lambda x: [p.unlink() for p in x.glob("token*")], ["holds no tokenizer"]),
+        (lambda x: cut(x / "model.safetensors", 4000), ["SafetensorError", "name a complete checkpoint"]),
+        (lambda x: cut(x / "model.safetensors", 4), ["SafetensorError", "name a complete checkpoint"]),
+        (lambda x: (x / "model.safetensors").unlink(), ["no file named model.safetensors"]),
+        (lambda x: (x / "config.json").unlink(), ["config.json"]),
+        (lambda x: (x / "config.json").write_text("{"), ["config.json"]),
+        (
+            lambda x: change_weights(x, lambda w: w.pop("backbone.output_layer.linear.bias")),
+            ["1 missing weights (backbone.output_layer.linear.bias)", "checkpoint of another model"],
+        ),
+        (
+            lambda x: change_weights(x, lambda w: w.update(other=torch.zeros(1))),
+            ["1 unexpected weights (other)", "checkpoint of another model"],
+        ),
+        (
+            lambda x: change_weights(x, lambda w: w.update({"backbone.vocab_embed.embedding": torch.zeros(3, 3)})),
+            ["1 mismatched weights (backbone.vocab_embed.embedding)"],
+        ),
+        (
+            lambda x: change_weights(x, lambda w: w["backbone.vocab_embed.embedding"].fill_(torch.nan)),
+            ["holds NaN or infinity in backbone.vocab_embed.embedding"],
+        ),
+    ],
+    ids=[
+        "tokenizer",
+        "weights",
+        "header",
+        "no weights",
+        "no config",
+        "config",
+        "missing",
+        "unexpected",
+        "shape",
+        "nan",
+    ],
+)
+@pytest.mark.parametrize("verb", ["eval", "generate"])
+def test_a_damaged_checkpoint_is_refused(bd3lm, model_folder, text_file, damage, parts, verb):
+    damage(model_folder)
+    arguments = ["--dataset", text_file] if verb == "eval" else []
+    assert_refused(bd3lm(verb, "--model", model_folder, *arguments), *parts)
+
+
+def test_a_tokenizer_of_another_model_is_refused(bd3lm, model_folder):
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps({**config, "mask_token_id": 100}))
+    assert_refused(bd3lm("generate", "--model", model_folder), "mask_token_id is 100")
+
+
+def test_a_tokenizer_can_come_from_elsewhere(bd3lm, model_folder, tiny_tokenizer, tmp_path):
+    for path in model_folder.glob("token*"):
+        path.unlink()
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    arguments = ["generate", "--model", model_folder, "--tokenizer", tmp_path / "tokenizer", "--max-new-tokens", 3]
+    assert bd3lm(*arguments)[0] == 0
+
+
+def test_a_model_that_is_nowhere_is_refused(bd3lm, tmp_path):
+    assert_refused(bd3lm("generate", "--model", tmp_path / "nowhere"), "can not be loaded")
+
+
+# --- the command itself ----------------------------------------------------------------------------------------------
+
+
+def test_train_gets_the_rest_of_the_line(bd3lm, monkeypatch):
+    seen = []
+    train = types.SimpleNamespace(main=seen.append)
+    monkeypatch.setattr(
+        cli.importlib, "import_module", lambda name: train if name == "bd3lm_hf.training.train" else None
+    )
+    assert bd3lm("train", "recipe.yaml", "--max_steps", 3)[0] == 0
+    assert seen == [["recipe.yaml", "--max_steps", "3"]]
+
+
+def test_train_reports_its_own_errors(bd3lm):
+    code, _, err = bd3lm("train", "nowhere.yaml")
+    assert code == 2 and err.startswith("error: ") and "nowhere.yaml" in err
+
+
+@pytest.mark.parametrize(("arguments", "part"), [((), "required: VERB"), (("dream",), "invalid choice: 'dream'")])
+def test_a_verb_is_needed(bd3lm, arguments, part):
+    assert_refused(bd3lm(*arguments), part)
+
+
+def test_help_lists_the_verbs_that_exist(bd3lm):
+    code, out, _ = bd3lm("--help")
+    assert code == 0
+    assert [verb for verb in ("train", "eval", "generate", "convert", "push", "bench") if f"  {verb} " in out] == [
+        "train",
+        "eval",
+        "generate",
+    ]
+
+
+def test_an_unexpected_failure_is_not_called_bad_input(bd3lm, monkeypatch, model_folder):
+    def fail(*arguments):
+        raise ZeroDivisionError("over\nnothing")
+
+    monkeypatch.setattr(cli, "load", fail)
+    assert bd3lm("generate", "--model", model_folder)[::2] == (1, "error: ZeroDivisionError: over nothing\n")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["generate", "--model", str(model_folder), "--traceback"])
+
+
+def test_an_interrupt_ends_quietly(bd3lm, monkeypatch, model_folder):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load", interrupt)
+    assert bd3lm("generate", "--model", model_folder) == (130, "", "")
+
+
+def test_the_command_runs_in_a_process_of_its_own(model_folder, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
+    command = [sys.executable, "-m", "bd3lm_hf.cli", "generate", "--model"]
+    good, bad = (
+        subprocess.run([*command, folder, "--max-new-tokens", "4"], capture_output=True, text=True, env=environment)
+        for folder in (model_folder, tmp_path / "nowhere")
+    )
+    assert good.returncode == 0 and good.stdout.strip()
+    assert bad.returncode == 2 and not bad.stdout
+    assert bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
