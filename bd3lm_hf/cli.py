@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 from bd3lm_hf.data import bytes_per_token, load_text, pack
 from bd3lm_hf.evaluation import Perplexity, perplexity
+from bd3lm_hf.files import exists, looks_like_path
 from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
 
 
@@ -168,6 +169,8 @@ def load(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase]:
             missing or of another model.
     """
     name = arguments.model
+    if looks_like_path(name) and not exists(name):
+        raise ValueError(f"--model {name}: there is no such folder; name a checkpoint folder or a hub model.")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
         auto_map = getattr(config, "auto_map", None) or {}

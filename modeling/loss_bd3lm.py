@@ -21,6 +21,7 @@ from .cache_bd3lm import BlockCache
 from .noise_bd3lm import (
     LogLinearNoise,
     Noise,
+    clips,
     draw_noise,
     mask_positions,
     mask_positions_within,
@@ -118,7 +119,7 @@ def corrupt(
         blocks = config.num_blocks(length)
         noise = draw_noise(batch, blocks, length, order=config.antithetic_sampling, device=device)
     level = noise_schedule(config.noise)(times(noise.block_noise.to(device), low, high))
-    confined = config.resample and model.training and (low, high) != (_EPS, 1.0)
+    confined = config.resample and model.training and clips(low, high)
     if confined:
         masked = mask_positions_within(noise, level.move_chance, layout.block_ids, scored.valid, low, high)
     else:
@@ -210,11 +211,9 @@ def _sampled(model, layout: Layout, scored: Scored, num_samples: int, generator)
     if config.block_size == 1:
         yield Mask(scored.maskable, scored.maskable.float(), None)
         return
-    batch, length = scored.counted.shape
-    blocks = config.num_blocks(length)
     order = config.antithetic_sampling
     for _ in range(num_samples):
-        noise = _rows_of_noise(batch, blocks, length, order, scored.counted.device, generator)
+        noise = _rows_of_noise(model, scored, order, generator)
         level = noise_schedule(config.noise)(times(noise.block_noise, _EPS, 1.0))
         masked = mask_positions(noise, level.move_chance, layout.block_ids) & scored.maskable
         weights = per_token(-level.loss_scaling, layout.block_ids) / num_samples
@@ -228,9 +227,9 @@ def _stratified(model, layout: Layout, scored: Scored, num_samples: int, generat
     device = scored.counted.device
     block_ids = layout.block_ids.expand(batch, -1)
     sizes = torch.zeros(batch, blocks, device=device).scatter_add_(1, block_ids, scored.maskable.float())
-    shift = _rows_of_noise(batch, blocks, 0, "none", device, generator).block_noise
+    shift = _rows_of_noise(model, scored, "none", generator).block_noise
     for sample in range(num_samples):
-        noise = _rows_of_noise(batch, blocks, length, "shuffled", device, generator)
+        noise = _rows_of_noise(model, scored, "shuffled", generator)
         # A single draw is stratified over the blocks of the batch; several are spread evenly over each block's 1..n.
         place = noise.block_noise if num_samples == 1 else (sample + shift) / num_samples
         chosen = torch.minimum((place * sizes).floor() + 1, sizes)
@@ -267,11 +266,21 @@ def _exact(model, layout: Layout, scored: Scored, num_samples: int, generator) -
 _ESTIMATORS = {"sampled": _sampled, "stratified": _stratified, "exact": _exact}
 
 
-def _rows_of_noise(batch: int, blocks: int, length: int, order: str, device, generator) -> Noise:
+def _rows_of_noise(
+    model: "BD3LMForMaskedLM", scored: Scored, order: str, generator: torch.Generator | list[torch.Generator] | None
+) -> Noise:
+    """Noise of a batch; with a generator per row, a row's draws are those it would get alone and without padding."""
+    batch, length = scored.valid.shape
+    device, blocks = scored.valid.device, model.config.num_blocks(length)
     if not isinstance(generator, list):
         return draw_noise(batch, blocks, length, order=order, device=device, generator=generator)
-    rows = [draw_noise(1, blocks, length, order=order, device=device, generator=g) for g in generator]
-    return Noise(*(torch.cat(field) for field in zip(*rows, strict=True)))
+    noise = Noise(*(torch.zeros(batch, size, device=device) for size in (blocks, length, blocks)))
+    for row, source in enumerate(generator):
+        tokens = int(scored.valid[row].sum())
+        own = draw_noise(1, model.config.num_blocks(tokens), tokens, order=order, device=device, generator=source)
+        noise.token_noise[row, scored.valid[row]] = own.token_noise[0]
+        noise.block_noise[row, : own.block_noise.shape[1]] = own.block_noise[0]
+    return noise
 
 
 def _sum_over_masks(

@@ -28,7 +28,7 @@ from .layers_bd3lm import (
     TimestepEmbedder,
 )
 from .loss_bd3lm import TokenNLL, check_token_ids, denoising_loss, token_nll
-from .noise_bd3lm import Noise
+from .noise_bd3lm import given_noise
 
 
 # Of every layer and the final norm: as adaLN gives it, or folded into norms and gates.
@@ -296,6 +296,11 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
 
     def __init__(self, config: BD3LMConfig) -> None:
         super().__init__(config)
+        if config.causal:
+            raise ValueError(
+                "causal=True is an autoregressive model, which BD3LMForMaskedLM is not: set causal=False and, for the "
+                "same likelihood, block_size=1."
+            )
         self.backbone = BD3LMModel(config)
         if config.var_min:
             self.register_buffer("sampling_eps_min", torch.tensor(float(config.sampling_eps_min)))
@@ -356,7 +361,9 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
             ValueError: ids outside the vocabulary, or arguments that exclude one another.
         """
         if labels is not None:
-            noise = None if block_noise is None else Noise(block_noise, token_noise, count_noise)
+            if input_ids is None:
+                raise ValueError("labels need input_ids: the loss masks tokens, so it cannot start from inputs_embeds.")
+            noise = given_noise(block_noise, token_noise, count_noise, input_ids.shape, self.config)
             return BD3LMOutput(loss=denoising_loss(self, input_ids, labels, attention_mask, noise, num_items_in_batch))
         outputs = self.backbone(
             input_ids=input_ids,

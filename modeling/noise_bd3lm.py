@@ -8,7 +8,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -134,6 +134,32 @@ class Noise(NamedTuple):
     block_noise: torch.Tensor  # (batch, num_blocks), becomes the time t of each block
     token_noise: torch.Tensor  # (batch, length), a token is masked where it is at most move_chance
     count_noise: torch.Tensor  # (batch, num_blocks), number of masked tokens where the mask rate is confined
+
+
+def given_noise(
+    block_noise: torch.Tensor | None,
+    token_noise: torch.Tensor | None,
+    count_noise: torch.Tensor | None,
+    shape: torch.Size,
+    config: Any,
+) -> Noise | None:
+    """The draws that a caller gave for a batch of `shape` (batch, length), or None where none was given.
+
+    Raises:
+        ValueError: only some of them, or a wrong shape. `count_noise` may be left out unless `config.resample`.
+    """
+    blocks = (shape[0], config.num_blocks(shape[1]))
+    if block_noise is None and token_noise is None and count_noise is None:
+        return None
+    if block_noise is not None and count_noise is None and not config.resample:
+        count_noise = torch.zeros_like(block_noise)  # read only when the mask rate is confined
+    noise = Noise(block_noise, token_noise, count_noise)  # type: ignore[arg-type]
+    for name, draw, expected in zip(Noise._fields, noise, (blocks, tuple(shape), blocks), strict=True):
+        if draw is None:
+            raise ValueError(f"{name} is missing: the noise of a loss is given whole (see draw_noise) or not at all.")
+        if tuple(draw.shape) != expected:
+            raise ValueError(f"{name} of shape {tuple(draw.shape)} does not fit this batch: give {expected}.")
+    return noise
 
 
 def draw_noise(
@@ -283,6 +309,11 @@ def _confined_binomial(
     return (cdf <= uniform.double().unsqueeze(-1)).sum(-1).clamp(max=k.numel() - 1)
 
 
+def clips(low: float, high: float) -> bool:
+    """Whether an interval of noise levels leaves out anything of the whole one, [1e-3, 1]."""
+    return low > _UNCLIPPED or high < 1
+
+
 def check_reachable(low: float, high: float, block_size: int) -> None:
     """Refuse an interval of mask rates that no number of masked tokens of a block can meet.
 
@@ -303,7 +334,9 @@ __all__ = [
     "NoiseLevel",
     "NoiseSchedule",
     "check_reachable",
+    "clips",
     "draw_noise",
+    "given_noise",
     "mask_positions",
     "mask_positions_within",
     "noise_of_examples",

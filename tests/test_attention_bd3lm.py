@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_mask, flex_attention
-from transformers.integrations import flex_attention as transformers_flex
+from torch.nn.attention.flex_attention import create_mask
 
 from bd3lm_hf.modeling import attention_bd3lm
 from bd3lm_hf.modeling.attention_bd3lm import (
@@ -24,24 +23,17 @@ from bd3lm_hf.modeling.noise_bd3lm import draw_noise
 CPU = torch.device("cpu")
 IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention"]
 LENGTHS = [1, 3, 4, 7, 32, 45]
-# flex attention without torch.compile warns that it is slow.
-pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 8 queries, so that short sequences have several."""
     monkeypatch.setattr(attention_bd3lm, "_TILE", 8)
-
-
-@pytest.fixture
-def uncompiled_flex(monkeypatch):
-    """flex attention as plain PyTorch: the same sparse masks without minutes of compilation."""
-
-    def plain(query, key, value, training=False, **kwargs):
-        return flex_attention(query, key, value, **kwargs)
-
-    monkeypatch.setattr(transformers_flex, "compile_friendly_flex_attention", plain)
 
 
 def padded_mask(length: int) -> torch.Tensor:
@@ -246,7 +238,7 @@ def doubled_logits(model: BD3LMForMaskedLM, x_t: torch.Tensor, x_0: torch.Tensor
     "implementation, length",
     [(name, length) for name in ("eager", "sdpa") for length in (4, 7, 32, 45)] + [("flex_attention", 45)],
 )
-def test_two_streams_equal_the_doubled_sequence(tiny_model, implementation, length, small_tiles, uncompiled_flex):
+def test_two_streams_equal_the_doubled_sequence(tiny_model, implementation, length, small_tiles):
     x_0 = random_ids(2, length)
     x_t = some_masked(x_0)
     tiny_model.set_attn_implementation(implementation)
@@ -267,7 +259,7 @@ def test_two_streams_equal_the_doubled_sequence_at_other_block_sizes(tiny_model,
 
 @pytest.mark.parametrize("length", [7, 32])
 @pytest.mark.parametrize("padded", [False, True])
-def test_sdpa_and_flex_equal_eager(tiny_model, length, padded, small_tiles, uncompiled_flex):
+def test_sdpa_and_flex_equal_eager(tiny_model, length, padded, small_tiles):
     x_0, mask = random_ids(3, length), padded_mask(length)
     x_t = some_masked(x_0)
     arguments = {"attention_mask": mask} if padded else {}
@@ -286,18 +278,40 @@ def test_sdpa_and_flex_equal_eager(tiny_model, length, padded, small_tiles, unco
             torch.testing.assert_close(fast, plain, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_compiled_flex_attention_equals_sdpa(tiny_model):
-    # The kernel as transformers compiles it; on a CPU it runs without padding and without gradients.
-    x_0 = random_ids(2, 160)
+def test_flex_attention_over_several_of_its_own_tiles_equals_sdpa(tiny_model):
+    x_0, mask = random_ids(2, 160), torch.ones(2, 160, dtype=torch.long)
     x_t = some_masked(x_0)
-    with torch.no_grad():
-        expected = tiny_model(input_ids=x_t, clean_input_ids=x_0).logits
-        tiny_model.set_attn_implementation("flex_attention")
-        torch.testing.assert_close(tiny_model(input_ids=x_t, clean_input_ids=x_0).logits, expected, rtol=0, atol=1e-5)
+    mask[0, :9] = 0
+    found = []
+    for implementation in ("sdpa", "flex_attention"):
+        tiny_model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            plain = tiny_model(input_ids=x_t, clean_input_ids=x_0).logits
+            padded = tiny_model(input_ids=x_t, clean_input_ids=x_0, attention_mask=mask).logits[mask.bool()]
+        found.append((plain, padded))
+    for sdpa, flex in zip(*found, strict=True):
+        torch.testing.assert_close(flex, sdpa, rtol=0, atol=1e-5)
 
 
-def test_training_with_flex_attention_on_a_cpu_is_refused_with_a_remedy(tiny_model, uncompiled_flex):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention has gradients on a GPU only")
+@pytest.mark.parametrize("padded", [False, True])
+def test_flex_attention_on_a_gpu_gives_the_loss_and_gradients_of_sdpa(tiny_model, padded):
+    # The compiled kernels ask for heads of at least 16, which the tiny model has.
+    model, ids = tiny_model.cuda().train(), random_ids(3, 160).cuda()
+    mask = padded_mask(160).cuda() if padded else None
+    noise = {name: value.cuda() for name, value in draw_noise(3, 40, 160)._asdict().items()}
+    found = []
+    for implementation in ("sdpa", "flex_attention"):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids, attention_mask=mask, **noise).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for sdpa, flex in zip(*found, strict=True):
+        torch.testing.assert_close(flex, sdpa, rtol=1e-3, atol=1e-4)
+
+
+def test_training_with_flex_attention_on_a_cpu_is_refused_with_a_remedy(tiny_model):
     tiny_model.set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match="flex_attention.*CPU.*sdpa"):
         tiny_model(input_ids=random_ids(2, 8), labels=random_ids(2, 8)).loss.backward()
@@ -386,9 +400,7 @@ def test_the_content_of_padding_changes_nothing(tiny_model, implementation, smal
     "implementation, pad", [(name, pad) for name in ("eager", "sdpa") for pad in (1, 4, 6)] + [("flex_attention", 6)]
 )
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_row_gives_the_logits_of_the_row_alone(
-    tiny_model, implementation, side, pad, small_tiles, uncompiled_flex
-):
+def test_a_padded_row_gives_the_logits_of_the_row_alone(tiny_model, implementation, side, pad, small_tiles):
     tiny_model.set_attn_implementation(implementation)
     length = 13
     x_0 = random_ids(2, length)

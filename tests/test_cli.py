@@ -260,7 +260,8 @@ def test_a_tokenizer_can_come_from_elsewhere(bd3lm, model_folder, tiny_tokenizer
 
 
 def test_a_model_that_is_nowhere_is_refused(bd3lm, tmp_path):
-    assert_refused(bd3lm("generate", "--model", tmp_path / "nowhere"), "can not be loaded")
+    assert_refused(bd3lm("generate", "--model", tmp_path / "nowhere"), "there is no such folder")
+    assert_refused(bd3lm("generate", "--model", "owner/nothing"), "can not be loaded")
 
 
 # --- the command itself ----------------------------------------------------------------------------------------------

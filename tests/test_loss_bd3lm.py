@@ -35,6 +35,11 @@ RESAMPLED = [name for name, case in PUBLISHED["cases"].items() if case.get("resa
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 47, (rows, length), generator=torch.Generator().manual_seed(seed))
 
@@ -402,16 +407,17 @@ def test_the_loss_takes_chance_and_weight_from_the_schedule(tiny_config, randomi
 
 def test_a_time_conditioned_loss_feeds_the_noise_level_of_the_first_block(tiny_config, randomize):
     tiny_config.time_conditioning = True
-    model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
+    model = randomize(BD3LMForMaskedLM(tiny_config), std=0.3).eval()  # so that the noise level matters
     ids, noise = random_ids(3, 16), given_noise(3, 4, 16)
     masked, weights, chance = masked_of(model, ids, noise=Noise(**noise))
     sigma = LogLinearNoise().sigma(chance[:, 0])
     with torch.no_grad():
         nll = nll_of(model, torch.where(masked, 47, ids), ids, timesteps=sigma)
         loss = model(input_ids=ids, labels=ids, **noise).loss
-        other = nll_of(model, torch.where(masked, 47, ids), ids, timesteps=sigma.flip(0))
+        last = LogLinearNoise().sigma(chance[:, -1])
+        other = nll_of(model, torch.where(masked, 47, ids), ids, timesteps=last)
     torch.testing.assert_close(loss, ((nll * weights).sum() / 45).float(), rtol=1e-5, atol=0)
-    assert (other - nll).abs().max() > 1e-4
+    assert abs((other * weights).sum() / (nll * weights).sum() - 1) > 1e-3
 
 
 def test_a_uniform_model_loses_the_log_of_the_vocabulary_without_the_mask(tiny_config):
@@ -817,17 +823,21 @@ def test_the_stratified_estimator_has_a_lower_variance(toy):
     assert variance["stratified"] < variance["sampled"] / 2
 
 
-def test_more_samples_lower_the_variance(randomize):
-    model, ids = toy_model(randomize, 3), torch.tensor([[2, 0, 1, 2, 1, 0]]).repeat(1000, 1)
+def test_more_samples_lower_the_spread(randomize):
+    model, ids = toy_model(randomize, 3), torch.tensor([[2, 0, 1, 2, 1, 0]]).repeat(2000, 1)
 
-    def variance(estimator: str, num_samples: int) -> float:
+    def scores(estimator: str, num_samples: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         score = model.token_nll(ids, estimator=estimator, num_samples=num_samples, generator=generator)
-        return score.nll.sum(1).var().item()
+        return score.nll.sum(1)
 
-    assert variance("sampled", 4) == pytest.approx(variance("sampled", 1) / 4, rel=0.35)
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        # Weights of up to 1000 make a variance of the sampled scores hard to estimate.
+        return (values - values.median()).abs().mean()
+
+    assert spread(scores("sampled", 4)) < 0.65 * spread(scores("sampled", 1))
     # Draws of one block are spread over 1..n, which beats independent ones.
-    assert variance("stratified", 3) < variance("stratified", 1) / 3
+    assert scores("stratified", 3).var() < 0.9 * scores("stratified", 1).var() / 3
 
 
 def test_several_samples_are_the_mean_of_single_ones(tiny_model):

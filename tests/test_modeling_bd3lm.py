@@ -22,6 +22,11 @@ VARIANTS = json.loads((GOLDEN / "config.json").read_text())["variants"]
 TOLERANCE = {"rtol": 0, "atol": 2e-5}
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def golden() -> dict[str, torch.Tensor]:
     return load_file(GOLDEN / "tensors.safetensors")
@@ -171,8 +176,8 @@ def assert_published_initialisation(model: torch.nn.Module) -> None:
         elif parameter.dim() == 2:
             # kaiming_uniform(a=sqrt(5)): uniform within 1 / sqrt(fan_in); the fan-in of the embedding is its width.
             bound = 1 / math.sqrt(parameter.shape[1])
-            assert 0.97 * bound < parameter.abs().max() <= bound * 1.0001, name
-            assert parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1), name
+            assert 0.95 * bound < parameter.abs().max() <= bound * 1.0001, name
+            assert parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.15), name
         else:
             assert 0 < parameter.abs().max() <= 1 / math.sqrt(_fan_in(model, name)) * 1.0001, name
 
@@ -588,6 +593,15 @@ def test_storing_part_of_a_block_is_refused(tiny_model, past, length):
         tiny_model(random_ids(1, length), past_key_values=cache, use_cache=True)
     # Reading is fine.
     assert tiny_model(random_ids(1, length), past_key_values=cache, use_cache=False).logits.shape == (1, length, 48)
+
+
+def test_storing_rows_that_end_inside_a_block_is_refused(tiny_model):
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[0, :3] = 0
+    with pytest.raises(ValueError, match=r"no whole number of blocks of 4: .*use_cache=False"):
+        tiny_model(random_ids(2, 8), attention_mask=mask, use_cache=True)
+    mask[0, 3] = 0
+    assert tiny_model(random_ids(2, 8), attention_mask=mask, use_cache=True).past_key_values.get_seq_length() == 8
 
 
 def test_a_time_conditioned_model_asks_for_its_noise_levels(tiny_config):

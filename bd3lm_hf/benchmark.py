@@ -1,0 +1,134 @@
+"""Speed and memory of block diffusion beside a named rival, in one run: `python -m bd3lm_hf.benchmark`.
+
+The rival is transformers' GPT-2 with its 124 M parameters; ours has the same width and depth, 170 M with its head.
+Absolute times drift with the machine, so both are timed in turn and the figure to quote is the median of the pairwise
+ratios. Peak memory is that of a fresh process which does one thing only.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+
+
+VOCAB_SIZE = 50258
+BATCH_SIZE = 2
+
+
+class Comparison(NamedTuple):
+    """Our time over the rival's."""
+
+    ours: float  # seconds, median
+    rival: float  # seconds, median
+    ratio: float  # median of the pairwise ratios
+    spread: tuple[float, float]  # least and greatest ratio
+
+
+def build(name: str, block_size: int = 4) -> PreTrainedModel:
+    """`"bd3lm"` or `"gpt2"` with random weights, 12 layers of width 768, no dropout (so both do the same work)."""
+    torch.manual_seed(0)
+    if name == "gpt2":
+        rival = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+        rival.generation_config.eos_token_id = None
+        rival.generation_config.pad_token_id = 0
+        return rival
+    if name != "bd3lm":
+        raise ValueError(f"no model called {name!r} to measure: choose bd3lm or gpt2.")
+    model = BD3LMForMaskedLM(BD3LMConfig(vocab_size=VOCAB_SIZE, block_size=block_size, dropout=0.0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.02)  # a fresh model's zeros would make some products cheaper
+    return model
+
+
+def training_step(model: PreTrainedModel, length: int) -> None:
+    """Forward and backward pass over a batch of two texts."""
+    model.train()
+    tokens = torch.randint(0, VOCAB_SIZE - 1, (BATCH_SIZE, length), generator=torch.Generator().manual_seed(0))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def generation(model: PreTrainedModel, new_tokens: int) -> None:
+    """Sample a text of exactly `new_tokens` tokens behind a prompt of one block; both models cache."""
+    model.eval()
+    prompt = torch.arange(1, 5).unsqueeze(0)
+    written = model.generate(prompt, max_new_tokens=new_tokens, do_sample=True, top_k=0)
+    assert written.shape == (1, 4 + new_tokens)
+
+
+def compare(ours: Callable[[], None], rival: Callable[[], None], repeats: int) -> Comparison:
+    """Time two tasks in turn, after one turn that does not count."""
+    times: list[tuple[float, float]] = []
+    for _ in range(repeats + 1):
+        pair = []
+        for task in (rival, ours):
+            started = time.perf_counter()
+            task()
+            pair.append(time.perf_counter() - started)
+        times.append((pair[1], pair[0]))
+    times = times[1:]
+    ratios = [mine / theirs for mine, theirs in times]
+    return Comparison(
+        statistics.median(mine for mine, _ in times),
+        statistics.median(theirs for _, theirs in times),
+        statistics.median(ratios),
+        (min(ratios), max(ratios)),
+    )
+
+
+def peak_memory(name: str, length: int) -> float:
+    """Peak resident memory in GB (10^9 bytes) of a fresh process that takes two training steps."""
+    code = (
+        f"from bd3lm_hf import benchmark as b; import torch; torch.set_num_threads({torch.get_num_threads()}); "
+        f"m = b.build({name!r}); [b.training_step(m, {length}) for _ in range(2)]; print(b.peak_of_process())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def peak_of_process() -> float:
+    """Peak resident memory of this process in GB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print a table of ratios, in markdown."""
+    parser = argparse.ArgumentParser(prog="bd3lm bench", description="Compare with transformers' GPT-2 in one run.")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[256, 1024], help="training lengths, batch 2")
+    parser.add_argument("--new-tokens", type=int, nargs="*", default=[64], help="lengths to write, batch 1")
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each pair")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    arguments = parser.parse_args(argv)
+    if arguments.repeats < 1 or arguments.threads < 1:
+        raise ValueError(f"--repeats {arguments.repeats} --threads {arguments.threads}: give at least 1 of each.")
+    torch.set_num_threads(arguments.threads)
+    rival, ours = build("gpt2"), build("bd3lm")
+    print(f"torch {torch.__version__}, {arguments.threads} CPU threads, float32, 12 layers of width 768, block size 4")
+    print("| task | BD3-LM, s | GPT-2, s | ratio | least - greatest |\n|---|---|---|---|---|")
+    tasks: list[tuple[str, Callable[[PreTrainedModel], None]]] = [
+        *((f"training step, 2 x {n}", lambda model, n=n: training_step(model, n)) for n in arguments.lengths),
+        *((f"writing {n} tokens", lambda model, n=n: generation(model, n)) for n in arguments.new_tokens),
+    ]
+    for name, task in tasks:
+        result = compare(lambda task=task: task(ours), lambda task=task: task(rival), arguments.repeats)
+        spread = f"{result.spread[0]:.2f} - {result.spread[1]:.2f}"
+        print(f"| {name} | {result.ours:.2f} | {result.rival:.2f} | {result.ratio:.2f} | {spread} |", flush=True)
+    for length in arguments.lengths[:1]:
+        mine, theirs = peak_memory("bd3lm", length), peak_memory("gpt2", length)
+        print(f"| peak memory of training, 2 x {length}, GB | {mine:.2f} | {theirs:.2f} | {mine / theirs:.2f} | |")
+
+
+if __name__ == "__main__":
+    main()
