@@ -1,4 +1,4 @@
-"""`bd3lm train | eval | generate`: thin, one function per verb.
+"""`bd3lm train | eval | generate | bench`: thin, one function per verb.
 
 Exit code 0 means that the work was done, 2 that the input was wrong, 1 that something else failed. An error is one
 line on stderr; `--traceback` shows where it came from.
@@ -34,9 +34,11 @@ from bd3lm_hf.files import exists, looks_like_path
 from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
 
 
-# Rooms import from earlier rooms only: verbs of later rooms are called by name, when asked for.
-_LATER_ROOMS = {
-    "train": ("bd3lm_hf.training.train", "train a model: a recipe plus overrides (see bd3lm train --help)")
+# Verbs with a command line of their own: the module, whose `main(argv)` is called, and what it does. Imported by name
+# and when asked for, as training is a later room, which this one does not depend on.
+_OWN_COMMAND_LINE = {
+    "train": ("bd3lm_hf.training.train", "train a model: a recipe plus overrides"),
+    "bench": ("bd3lm_hf.benchmark", "speed and memory beside a named rival"),
 }
 
 
@@ -51,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line, verb by verb."""
     parser = _Parser(prog="bd3lm", description="Block diffusion language models: train, score, write.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
-    for verb, (_, text) in _LATER_ROOMS.items():
+    for verb, (_, text) in _OWN_COMMAND_LINE.items():
         verbs.add_parser(verb, help=text, add_help=False)
     _add_eval(verbs.add_parser("eval", help="perplexity of a model on a data set", description=evaluate.__doc__))
     _add_generate(verbs.add_parser("generate", help="text of a model", description=generate.__doc__))
@@ -225,9 +227,9 @@ def _table(result: Perplexity) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and argv[0] in _LATER_ROOMS:
+    if argv and argv[0] in _OWN_COMMAND_LINE:
         # Its own parser reads the rest, and reports its own errors.
-        importlib.import_module(_LATER_ROOMS[argv[0]][0]).main(argv[1:])
+        importlib.import_module(_OWN_COMMAND_LINE[argv[0]][0]).main(argv[1:])
         return 0
     arguments = make_parser().parse_args(argv)
     logging.set_verbosity_error()

@@ -47,7 +47,7 @@ class NucleusLogitsProcessor(LogitsProcessor):
     def __init__(self, nucleus_p: float) -> None:
         self.nucleus_p = nucleus_p
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor | None, scores: torch.Tensor) -> Any:
         ranked, order = scores.sort(dim=-1, descending=True)
         # As published: normalised in the precision of the scores, summed up in float64.
         log_probability = ranked - ranked.logsumexp(dim=-1, keepdim=True)
@@ -116,7 +116,7 @@ class BlockWriter:
         canvas: Canvas,
         prompt: torch.Tensor,
         processors: LogitsProcessorList,
-        generation_config: GenerationConfig,
+        generation_config: Any,
         cache: Cache | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -148,9 +148,9 @@ class BlockWriter:
         order = self.sampler.order(masked, random=self.random_order, generator=self.generator)
         # Steps until the last token that was asked for is revealed; those behind it in the block need not be.
         remaining = masked.sum(1)
-        step = torch.arange(order.shape[1], device=text.device)
+        number = torch.arange(order.shape[1], device=text.device)
         wanted = begin + order < (canvas.prompt_end + canvas.new_tokens).unsqueeze(1)
-        counts = ((step + 1) * (wanted & (step < remaining.unsqueeze(1)))).amax(1)
+        counts = ((number + 1) * (wanted & (number < remaining.unsqueeze(1)))).amax(1)
         t = torch.ones(text.shape[0], device=text.device)
         for step in range(int(counts.max())):
             place, active = order[:, step], step < counts
@@ -231,7 +231,7 @@ class BlockWriter:
         for layer in self.cache.layers:
             if isinstance(layer, BlockCacheLayer):
                 layer.drop_first(excess)
-            else:
+            elif isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
                 layer.keys, layer.values = layer.keys[:, :, excess:], layer.values[:, :, excess:]
         self._dropped += excess
 
@@ -287,9 +287,10 @@ class BlockWriter:
         that are not yet revealed may stand in the context as mask tokens.
         """
         places: list[int] = []
+        processor: Any
         for processor in self.processors:
             if isinstance(processor, _READS_SCORES):
-                scores = processor(self.prompt, scores)
+                scores = processor(self.prompt, scores)  # type: ignore[arg-type]
                 continue
             if not places:
                 places = columns[active].unique().tolist()
@@ -317,7 +318,8 @@ def check_cache(cache: Cache, canvas: Canvas) -> None:
     held = int(cache.get_seq_length())
     if not held:
         return
-    rows = cache.layers[0].keys.shape[0]
+    layer: Any = cache.layers[0]
+    rows = layer.keys.shape[0]
     if rows != canvas.text.shape[0]:
         raise ValueError(
             f"past_key_values holds {rows} rows but the batch has {canvas.text.shape[0]} (num_return_sequences "

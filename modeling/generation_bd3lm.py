@@ -22,6 +22,9 @@ from .decoding_bd3lm import BlockWriter, NucleusLogitsProcessor
 from .samplers_bd3lm import SAMPLERS
 
 
+# transformers types the `self` of its mixin as a whole model, which another mixin is not: to a type checker it is Any.
+_Generative: Any = GenerationMixin
+
 # Arguments of the forward pass that `generate` decides itself: given by a caller, they would be ignored.
 _DECIDED_HERE = (
     "labels",
@@ -55,17 +58,17 @@ class BD3LMGenerationConfig(GenerationConfig):
         self.nucleus_p = kwargs.pop("nucleus_p", 1.0)
         super().__init__(**kwargs)
 
-    def validate(self, *args, **kwargs) -> None:
+    def validate(self, *args: Any, **kwargs: Any) -> None:
         super().validate(*args, **kwargs)
         check_generation_fields(self)
 
     @classmethod
-    def from_model_config(cls, model_config):
+    def from_model_config(cls, model_config: Any) -> "BD3LMGenerationConfig":
         # transformers then calls the constructor. A config made from a model config forgets its own fields on reload.
         raise NotImplementedError("a BD3LMGenerationConfig is made by its constructor, not from a model config.")
 
 
-def check_generation_fields(config: GenerationConfig) -> None:
+def check_generation_fields(config: Any) -> None:
     """Validate the fields that [`BD3LMGenerationConfig`] adds."""
     if config.sampler not in SAMPLERS:
         raise ValueError(f"sampler={config.sampler!r} is unknown: choose one of {', '.join(SAMPLERS)}.")
@@ -88,7 +91,7 @@ class BD3LMGenerateOutput(ModelOutput):
         tokens_per_forward: new tokens, finished rows' padding left out, per row and denoising pass.
     """
 
-    sequences: torch.LongTensor | None = None
+    sequences: torch.Tensor | None = None
     scores: tuple[torch.Tensor, ...] | None = None
     logits: tuple[torch.Tensor, ...] | None = None
     past_key_values: Cache | None = None
@@ -96,14 +99,15 @@ class BD3LMGenerateOutput(ModelOutput):
     tokens_per_forward: float | None = None
 
 
-class BD3LMGenerationMixin(GenerationMixin):
+class BD3LMGenerationMixin(_Generative):
     """`generate` for block diffusion."""
 
+    generation_config: Any
     _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]
 
     # --- Preparation, where transformers' own does not fit -----------------------------------------------------------
 
-    def adjust_generation_fn(self, *args, **kwargs) -> None:
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         super().adjust_generation_fn(*args, **kwargs)
         # transformers reloads a plain GenerationConfig; one made from config.json forgets its own fields on saving.
         fields = self.generation_config.to_dict()
@@ -117,7 +121,9 @@ class BD3LMGenerationMixin(GenerationMixin):
             if getattr(self.generation_config, name) is None:
                 setattr(self.generation_config, name, getattr(self.config, name, None))
 
-    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict]:
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         asked = (kwargs.get("top_k"), getattr(generation_config, "top_k", None), self.generation_config.top_k)
         if all(top_k is None for top_k in asked):
@@ -126,13 +132,13 @@ class BD3LMGenerationMixin(GenerationMixin):
         return prepared, model_kwargs
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, generator: torch.Generator | None = None, **kwargs: Any
+        self, input_ids: Any, generator: torch.Generator | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Declares `generator` as an argument of `generate`: the source of all randomness of the call."""
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         name = generation_config.cache_implementation
         if name not in (None, "dynamic"):
@@ -163,9 +169,9 @@ class BD3LMGenerationMixin(GenerationMixin):
 
     def _get_logits_processor(
         self,
-        generation_config: GenerationConfig,
+        generation_config: Any,
         input_ids_seq_length: int | None = None,
-        *args: Any,
+        *,
         prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
         **kwargs: Any,
     ) -> LogitsProcessorList:
@@ -181,7 +187,6 @@ class BD3LMGenerationMixin(GenerationMixin):
         processors = super()._get_logits_processor(
             generation_config,
             input_ids_seq_length,
-            *args,
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
             **kwargs,
         )
@@ -201,14 +206,14 @@ class BD3LMGenerationMixin(GenerationMixin):
 
         return of_revealed
 
-    def generate_batch(self, *args, **kwargs):
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
             "continuous batching (generate_batch, cache_implementation='paged') decodes autoregressively, which a "
             "block-diffusion model does not: call generate with a padded batch and its attention_mask."
         )
 
     @property
-    def init_continuous_batching(self):
+    def init_continuous_batching(self) -> Any:
         raise AttributeError(f"{type(self).__name__} has no continuous batching: call generate.")
 
     # --- Decoding ----------------------------------------------------------------------------------------------------
@@ -216,14 +221,14 @@ class BD3LMGenerationMixin(GenerationMixin):
     @torch.no_grad()
     def _sample(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
+        generation_config: Any,
         synced_gpus: bool = False,
-        streamer=None,
+        streamer: Any = None,
         **model_kwargs: Any,
-    ) -> BD3LMGenerateOutput | torch.LongTensor:
+    ) -> BD3LMGenerateOutput | torch.Tensor:
         """Write block after block (Algorithm 2).
 
         1. Lay the prompts out so that the blocks of all rows end together.

@@ -28,10 +28,10 @@ class FirstHittingSampler:
         Args:
             masked: bool `(batch, block_size)`.
         """
-        options = {"device": masked.device, "dtype": wide_float(masked.device)}
-        key = torch.arange(masked.shape[1], **options).expand(masked.shape)
+        device, dtype = masked.device, wide_float(masked.device)
+        key = torch.arange(masked.shape[1], device=device, dtype=dtype).expand(masked.shape)
         if random:
-            key = torch.rand(masked.shape, generator=generator, **options)
+            key = torch.rand(masked.shape, generator=generator, device=device, dtype=dtype)
         return torch.where(masked, key, masked.shape[1] + 1.0).argsort(dim=1, stable=True)
 
     def time(

@@ -267,6 +267,12 @@ def test_a_model_that_is_nowhere_is_refused(bd3lm, tmp_path):
 # --- the command itself ----------------------------------------------------------------------------------------------
 
 
+def test_bench_gets_the_rest_of_the_line(bd3lm):
+    code, out, _ = bd3lm("bench", "--help")
+    assert code == 0 and out.startswith("usage: bd3lm bench")
+    assert bd3lm("bench", "--repeats", "many")[0] == 2
+
+
 def test_train_gets_the_rest_of_the_line(bd3lm, monkeypatch):
     seen = []
     train = types.SimpleNamespace(main=seen.append)
@@ -294,6 +300,7 @@ def test_help_lists_the_verbs_that_exist(bd3lm):
         "train",
         "eval",
         "generate",
+        "bench",
     ]
 
 
