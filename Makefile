@@ -14,6 +14,9 @@ TRANSFORMERS = $(shell grep '^transformers==' constraints.txt)
 # transformers' own model tests are in its source distribution only.
 SOURCE := $(CACHE)/transformers-source
 
+# Waiting threads sleep instead of spinning: on a machine that does something else too, spinning costs tenfold.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow check clean
 

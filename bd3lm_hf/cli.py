@@ -15,22 +15,16 @@ from typing import Any, NoReturn
 
 import datasets
 import torch
-from safetensors import SafetensorError
 from transformers import (
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     TextStreamer,
     set_seed,
 )
 from transformers.utils import logging
 
+from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.data import bytes_per_token, load_text, pack
 from bd3lm_hf.evaluation import Perplexity, perplexity
-from bd3lm_hf.files import exists, looks_like_path
 from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
 
 
@@ -170,38 +164,11 @@ def load(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase]:
         ValueError: a checkpoint that can not be read, lacks weights, has others or holds NaN; a tokenizer that is
             missing or of another model.
     """
-    name = arguments.model
-    if looks_like_path(name) and not exists(name):
-        raise ValueError(f"--model {name}: there is no such folder; name a checkpoint folder or a hub model.")
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
-        auto_map = getattr(config, "auto_map", None) or {}
-        masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING or "AutoModelForMaskedLM" in auto_map
-        auto_class: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-        # Weights of another shape are reported below, with their names.
-        options = {"trust_remote_code": arguments.trust_remote_code, "ignore_mismatched_sizes": True}
-        model, info = auto_class.from_pretrained(name, config=config, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"--model {name} can not be loaded; name a complete checkpoint: {type(error).__name__}: {error}"
-        ) from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(key if isinstance(key, str) else str(key[0]) for key in info.get(kind, ())):
-            raise ValueError(
-                f"--model {name} has {len(keys)} {kind.removesuffix('_keys')} weights ({', '.join(keys[:4])}"
-                f"{', ...' if len(keys) > 4 else ''}): it is a checkpoint of another model."
-            )
-    _check_finite(model, name)
-    tokenizer = load_tokenizer(arguments.tokenizer or name)
+    model = load_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
     if hasattr(model.config, "mask_token_id"):
         check_tokenizer_fits(tokenizer, model.config)
     return model.to(arguments.device).eval(), tokenizer
-
-
-def _check_finite(model: PreTrainedModel, name: str) -> None:
-    for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"--model {name} holds NaN or infinity in {key}: it is damaged, name another checkpoint.")
 
 
 def _spread(count: int, most: int) -> range:

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 SENTENCES = (
     "A block is written from noise, token by token, and then it is never touched again.",

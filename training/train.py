@@ -24,13 +24,13 @@ import datasets  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from accelerate.utils import broadcast_object_list  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline, set_seed  # noqa: E402
 from transformers.trainer import TRAINER_STATE_NAME  # noqa: E402
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 import bd3lm_hf  # noqa: E402
+from bd3lm_hf.checkpoints import load_model  # noqa: E402
 from bd3lm_hf.data import DatasetSpec, bytes_per_token, load_text, pack  # noqa: E402
 from bd3lm_hf.evaluation import Perplexity, scored_tokens, unigram_perplexity  # noqa: E402
 from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer  # noqa: E402
@@ -45,7 +45,7 @@ from bd3lm_hf.training.arguments import (  # noqa: E402
 )
 from bd3lm_hf.training.callbacks import SampleCallback, write_text  # noqa: E402
 from bd3lm_hf.training.output import RECIPE_NAME, check_output_dir, clear_output_dir  # noqa: E402
-from bd3lm_hf.training.trainer import BD3LMTrainer, check_finite_weights  # noqa: E402
+from bd3lm_hf.training.trainer import BD3LMTrainer  # noqa: E402
 
 
 logger = logging.get_logger("bd3lm_hf.train")
@@ -228,7 +228,7 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
     """
     keywords = {} if arguments.attn_implementation is None else {"attn_implementation": arguments.attn_implementation}
     if arguments.init_from is not None:
-        model = load_checkpoint(arguments.init_from, {**arguments.config_fields(), **keywords})
+        model = load_model(arguments.init_from, argument="--init_from", **arguments.config_fields(), **keywords)
     else:
         special = {
             f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "mask")
@@ -247,25 +247,6 @@ def new_config(model_type: str, **fields: Any) -> Any:
     except ValueError as error:
         raise ValueError(f"--model_type {model_type} is unknown: try --model_type bd3lm.") from error
     return AutoConfig.for_model(model_type, **fields)
-
-
-def load_checkpoint(folder: str, fields: dict[str, Any]) -> Any:
-    """A model with the weights of `folder`, every one of them."""
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **fields)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"--init_from {folder} cannot be loaded, name a complete checkpoint: {type(error).__name__}: {error}"
-        ) from error
-    model, info = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, info.get(kind, ()))):
-            raise ValueError(
-                f"--init_from {folder} has {len(keys)} {kind.replace('_keys', '')} weights ({', '.join(keys[:8])}"
-                f"{', ...' if len(keys) > 8 else ''}): it is a checkpoint of another model."
-            )
-    check_finite_weights(model, folder)
-    return model
 
 
 def make_sequences(

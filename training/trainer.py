@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints, seed_worker
 
+from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights
 from bd3lm_hf.evaluation import Perplexity, SequenceScore, score_sequences, summarize
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.callbacks import SpeedMeter
@@ -24,26 +25,8 @@ from bd3lm_hf.training.examples import EpochOrder, EpochSampler, NoiseCollator, 
 from bd3lm_hf.training.output import publish_files, publish_folder, staging_folder
 
 
-class TrainingDivergedError(ValueError):
-    """A loss, a gradient or a weight is no longer a finite number."""
-
-
-def check_finite_weights(model: torch.nn.Module, origin: str) -> None:
-    """Refuse a model whose weights or buffers hold NaN or infinity.
-
-    Args:
-        origin: where the weights come from, for the message.
-
-    Raises:
-        TrainingDivergedError: names the first such tensor.
-    """
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
-            raise TrainingDivergedError(
-                f"{count} of {tensor.numel()} numbers of {name} in {origin} are NaN or infinite: start from another "
-                f"checkpoint."
-            )
+class TrainingDivergedError(NotFiniteError):
+    """A loss or a gradient is no longer a finite number."""
 
 
 class BD3LMTrainer(Trainer):
@@ -280,4 +263,4 @@ class BD3LMTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
 
-__all__ = ["BD3LMTrainer", "TrainingDivergedError", "check_finite_weights"]
+__all__ = ["BD3LMTrainer", "TrainingDivergedError"]
