@@ -9,15 +9,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    PreTrainedModel,
 )
 
 from bd3lm_hf.files import exists, looks_like_path
 
 
-def load_model(
-    name: str, *, argument: str = "--model", trust_remote_code: bool = False, **fields: Any
-) -> PreTrainedModel | Any:
+def load_model(name: str, *, argument: str = "--model", trust_remote_code: bool = False, **fields: Any) -> Any:
     """The model of a folder or hub name, with every one of its weights.
 
     Args:

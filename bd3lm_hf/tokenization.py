@@ -6,7 +6,7 @@ behind its last id, so that GPT-2's becomes M = 50257 in a vocabulary of 50258, 
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -160,7 +160,7 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, config: "BD3LMConfi
             f"The tokenizer has token ids up to {largest}, but the model's vocab_size is {config.vocab_size}: set "
             f"vocab_size to {largest + 1} or more, or use the model's own tokenizer."
         )
-    mask_id = config.mask_token_id
+    mask_id = cast(int, config.mask_token_id)  # a configuration without one sets its own
     if tokenizer.mask_token_id is not None and tokenizer.mask_token_id != mask_id:
         raise ValueError(
             f"The model's mask_token_id is {mask_id}, but the tokenizer's mask token {tokenizer.mask_token!r} has id "

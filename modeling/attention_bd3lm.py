@@ -12,7 +12,7 @@ uses one tile with a sparse block mask.
 import functools
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_bd3lm import append_to_cache
+from .configuration_bd3lm import BD3LMConfig
 
 
 _TILE = 256  # queries of a tile, rounded up to whole blocks; measured on CPU: 128 spends more on copies and slices
@@ -162,7 +163,7 @@ class BD3LMAttention(nn.Module):
 
     is_causal = False  # every mask is explicit; sdpa must never add a causal one of its own
 
-    def __init__(self, config, layer_idx: int) -> None:
+    def __init__(self, config: BD3LMConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -226,7 +227,7 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out: softmax(Q K^T * scaling + mask) V, the softmax in float32."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
@@ -274,14 +275,16 @@ def _margin(layout: Layout, block_size: int, past: int) -> int:
     return 0 if layout.valid is None and past % block_size == 0 else block_size - 1
 
 
-def _sees_clean(layout: Layout, batch, query, key, *, strict: bool):
+def _sees_clean(
+    layout: Layout, batch: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *, strict: bool
+) -> torch.Tensor:
     row = batch if layout.block_ids.shape[0] > 1 else 0
     own, other = layout.block_ids[row, query], layout.block_ids[row, key]
     seen = own > other if strict else own >= other
     return seen if layout.valid is None else seen & layout.valid[batch, key]
 
 
-def _sees_own_block(layout: Layout, batch, query, key):
+def _sees_own_block(layout: Layout, batch: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     row = batch if layout.block_ids.shape[0] > 1 else 0
     seen = layout.block_ids[row, query] == layout.block_ids[row, key]
     return seen if layout.valid is None else seen & layout.valid[batch, key]
@@ -317,7 +320,7 @@ def _merge(plan: AttentionPlan, total: int, dtype: torch.dtype, device: torch.de
     def merged(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
         masks = []
         for tile in tiles:
-            mask = tile.mask
+            mask = cast("torch.Tensor | None", tile.mask)  # of eager attention, dense
             if mask is None:
                 mask = torch.zeros(1, 1, tile.queries[1] - tile.queries[0], _width(tile), dtype=dtype, device=device)
             full = mask.new_full((*mask.shape[:3], total), -torch.inf)
@@ -344,7 +347,7 @@ def _select(states: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> torch.
 def _flex_tile(layout: Layout, queries: int, keys: int, see: Callable) -> Tile:
     rows = None if layout.valid is None else layout.valid.shape[0]
 
-    def mask_mod(batch, head, query, key):
+    def mask_mod(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return see(batch, query, key)
 
     mask = create_block_mask(mask_mod, rows, None, queries, keys, device=layout.block_ids.device)
@@ -371,7 +374,7 @@ def _build_flex_plan(layout: Layout, draws: int, clean_cached: bool) -> Attentio
     earlier = functools.partial(_sees_clean, layout, strict=True)
     own = functools.partial(_sees_own_block, layout)
 
-    def see(batch, query, key):
+    def see(batch: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         q, k = query % length, key % length
         stream_q, stream_k = query // length, key // length
         causal = (stream_q == 0) & (stream_k == 0) & clean(batch, q, k)

@@ -5,8 +5,11 @@ A denoising step attends to the cache and to its own block, whose keys are stale
 step puts its keys without counting them, and reads everything as one view.
 """
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.configuration_utils import PreTrainedConfig
 
 
 class BlockCacheLayer(DynamicLayer):
@@ -76,7 +79,7 @@ class BlockCacheLayer(DynamicLayer):
         return self._buffers[0][:, :, :stop], self._buffers[1][:, :, :stop]
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.append(key_states, value_states, key_states.shape[2])
 
@@ -97,7 +100,7 @@ class BlockCacheLayer(DynamicLayer):
 class BlockCache(DynamicCache):
     """A `DynamicCache` whose layers are [`BlockCacheLayer`]s."""
 
-    def __init__(self, config=None) -> None:
+    def __init__(self, config: PreTrainedConfig | None = None) -> None:
         super().__init__()
         self.layer_class_to_replicate = BlockCacheLayer
 
@@ -109,7 +112,7 @@ def append_to_cache(
 
     Any transformers cache works; only [`BlockCache`] spares a copy of the cache per call.
     """
-    layers = cache.layers
+    layers: list[Any] = cache.layers  # transformers' type also names layers that hold no keys
     if isinstance(cache, BlockCache):
         while len(layers) <= layer_idx:
             layers.append(BlockCacheLayer())

@@ -5,7 +5,7 @@ Names and structure are those of the published checkpoints.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from .loss_bd3lm import is_plain_linear
 
 
 _FREQUENCY_DIM = 256  # sinusoidal features of the noise level
+_Tensor = TypeVar("_Tensor", torch.Tensor, torch.Tensor | None)
 
 
 class BD3LMEmbedding(nn.Embedding):
@@ -33,10 +34,10 @@ class BD3LMEmbedding(nn.Embedding):
         self.reset_parameters()
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
         return self.embedding
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: torch.Tensor | nn.Module) -> None:
         super().__setattr__("embedding" if name == "weight" else name, value)
 
     def reset_parameters(self) -> None:
@@ -63,6 +64,7 @@ class BD3LMLayerNorm(nn.Module):
         if weight.dim() == 1:
             # One modulation for all rows is an affine layer norm: one kernel instead of three.
             return F.layer_norm(x.float(), weight.shape, weight, bias, eps=1e-5).to(x.dtype)
+        assert bias is not None  # modulation by row gives both
         return (F.layer_norm(x.float(), x.shape[-1:], eps=1e-5) * weight + bias).to(x.dtype)
 
 
@@ -86,7 +88,7 @@ class TimestepEmbedder(nn.Module):
         frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=sigma.device, dtype=torch.float32))
         angles = sigma.float()[:, None] * frequencies
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(cast(nn.Linear, self.mlp[0]).weight.dtype))
 
 
 class BD3LMRotaryEmbedding(nn.Module):
@@ -95,6 +97,8 @@ class BD3LMRotaryEmbedding(nn.Module):
     A cast of the whole model to bfloat16 casts the buffer too and would turn position 1023 by half a radian, so the
     angles are computed from their definition, in float64 where the device has it: exact at any position.
     """
+
+    inv_freq: torch.Tensor
 
     def __init__(self, config: BD3LMConfig) -> None:
         super().__init__()
@@ -141,7 +145,7 @@ class Modulation(NamedTuple):
 
     def of_rows(self, row: torch.Tensor) -> "Modulation":
         """The modulation of flattened positions, given the batch row of each."""
-        norm2 = tuple(_of_rows(m, row) for m in self.norm2)
+        norm2 = (_of_rows(self.norm2[0], row), _of_rows(self.norm2[1], row))
         return Modulation(self.norm1, _of_rows(self.gate1, row), norm2, _of_rows(self.gate2, row))
 
 
@@ -172,7 +176,7 @@ class BD3LMBlock(GradientCheckpointingLayer):
     def fold(self, modulation: torch.Tensor | None) -> Modulation:
         """The norms and gates of this layer; decoding computes them once for all steps."""
         shift1, scale1, gate1, shift2, scale2, gate2 = split_modulation(modulation, 6)
-        if gate1 is not None and gate1.shape[0] == 1:
+        if gate1 is not None and gate2 is not None and gate1.shape[0] == 1:
             gate1, gate2 = gate1.reshape(-1), gate2.reshape(-1)
         return Modulation(self.norm1.fold(shift1, scale1), gate1, self.norm2.fold(shift2, scale2), gate2)
 
@@ -185,8 +189,8 @@ class BD3LMBlock(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(batch, length, hidden_dim)` in and out.
 
-        In the last layer only the positions after `plan.skip` are queried, and with `shared.rows` only those rows go on:
-        the output is then `(rows, hidden_dim)`.
+        In the last layer only the positions after `plan.skip` are queried, and with `shared.rows` only those rows go
+        on: the output is then `(rows, hidden_dim)`.
         """
         folded = modulation if isinstance(modulation, Modulation) else self.fold(modulation)
         skip = shared.plan.skip if last else 0
@@ -210,8 +214,10 @@ class BD3LMBlock(GradientCheckpointingLayer):
             inputs = (normed[:, skip:], normed, normed)
             query, key, value = (F.linear(x, w) for x, w in zip(inputs, layer.weight.chunk(3), strict=True))
         else:
-            query, key, value = layer(normed).chunk(3, dim=-1)
-            query = query[:, skip:]
+            states = layer(normed).unflatten(-1, (3, *self.heads))
+            cos, sin = (x.to(states.dtype).unsqueeze(2) for x in (shared.cos, shared.sin))
+            query, key = apply_rotary(states[:, :, :2], cos, sin).unbind(2)
+            return query[:, skip:].transpose(1, 2), key.transpose(1, 2), states[:, :, 2].transpose(1, 2)
         query, key, value = (x.unflatten(-1, self.heads) for x in (query, key, value))
         cos, sin = shared.cos.to(query.dtype), shared.sin.to(query.dtype)
         query = apply_rotary(query, cos[:, skip:], sin[:, skip:])
@@ -250,14 +256,21 @@ class _LeanLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, gate, activation):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        gate: torch.Tensor | None,
+        activation: nn.Module | None,
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, bias, gate)
         ctx.activation = activation
         branch = F.linear(x if activation is None else activation(x), weight, bias)
         return branch if gate is None else branch.mul_(gate)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bias, gate = ctx.saved_tensors
         needs = ctx.needs_input_grad
         with torch.enable_grad():
@@ -271,7 +284,7 @@ class _LeanLinear(torch.autograd.Function):
             if needs[3]:
                 grad_gate = (weight * grad_weight).sum(1)
                 grad_gate = grad_gate if bias is None else grad_gate + bias * grad_bias
-            grad_weight = grad_weight.mul_(gate.unsqueeze(1)) if needs[1] else None
+            grad_weight = grad_weight.mul_(gate.unsqueeze(1)) if needs[1] and grad_weight is not None else None
             grad_bias = None if grad_bias is None else grad_bias * gate
             grad_output = grad_output * gate
         grad_x = grad_output @ weight
@@ -285,7 +298,7 @@ def split_modulation(modulation: torch.Tensor | None, parts: int) -> tuple[torch
     return (None,) * parts if modulation is None else modulation.chunk(parts, dim=-1)
 
 
-def _of_rows(modulation: torch.Tensor | None, row: torch.Tensor) -> torch.Tensor | None:
+def _of_rows(modulation: _Tensor, row: torch.Tensor) -> _Tensor:
     return modulation if modulation is None or modulation.dim() == 1 else modulation[row, 0]
 
 
@@ -295,7 +308,7 @@ class BD3LMFinalLayer(nn.Module):
     def __init__(self, config: BD3LMConfig) -> None:
         super().__init__()
         self.norm_final = BD3LMLayerNorm(config.hidden_dim)
-        self.linear = BD3LMZeroLinear(config.hidden_dim, config.vocab_size)
+        self.linear: nn.Module = BD3LMZeroLinear(config.hidden_dim, config.vocab_size)
         if config.adaln:
             self.adaLN_modulation = BD3LMZeroLinear(config.cond_dim, 2 * config.hidden_dim)
 
@@ -316,7 +329,7 @@ class BD3LMFinalLayer(nn.Module):
         """Final norm of `(batch, length, hidden_dim)`, or of flattened positions whose batch rows are given."""
         folded = modulation if isinstance(modulation, tuple) else self.fold(modulation)
         if row is not None:
-            folded = tuple(_of_rows(m, row) for m in folded)
+            folded = (_of_rows(folded[0], row), _of_rows(folded[1], row))
         return self.norm_final(hidden_states, *folded)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -4,17 +4,18 @@ For a block x_0^b given the clean blocks before it,
 
     -log p(x_0^b | x_0^<b)  <=  E_t E_{x_t}  w(t) * sum over masked positions of -log p(x_0 | x_t^b, x_0^<b),
 
-with w(t) = alpha'_t / (1 - alpha_t), which is 1/t for the log-linear schedule. SUBS parameterisation: the mask token has
-probability zero, and unmasked tokens are carried over, so they add nothing.
+with w(t) = alpha'_t / (1 - alpha_t), which is 1/t for the log-linear schedule. SUBS parameterisation: the mask token
+has probability zero, and unmasked tokens are carried over, so they add nothing.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.configuration_utils import PreTrainedConfig
 
 from .attention_bd3lm import AttentionPlan, Layout, block_causal_plan, token_layout, two_stream_plan
 from .cache_bd3lm import BlockCache
@@ -34,6 +35,8 @@ from .noise_bd3lm import (
 
 if TYPE_CHECKING:
     from .modeling_bd3lm import BD3LMForMaskedLM
+
+Generators = torch.Generator | list[torch.Generator] | None  # a source of randomness, or one per row
 
 _EPS = 1e-3  # the published objective integrates t over [1e-3, 1]
 _MAX_EXACT_BLOCK = 8
@@ -145,10 +148,11 @@ def token_nll(
     \\(\int_0^1 \frac1t \binom nk t^k (1-t)^{n-k} dt = \frac1k\\). So a mask with k tokens has the weight
     \\(1 / (k \binom nk)\\).
 
-    - `"sampled"`, the paper's: t stratified over the blocks of the batch on [1e-3, 1], weight 1/t, `num_samples` draws.
-    - `"stratified"`: k uniform on 1..n, a uniform mask of that size, weight n/k. Unbiased because k has probability 1/n
-      instead of weight 1/k. No draw is wasted on an empty mask and no weight exceeds n, so the variance is lower. The
-      draws of one block spread k over 1..n.
+    - `"sampled"`, the paper's: t stratified over the blocks of the batch on [1e-3, 1], weight 1/t, `num_samples`
+      draws.
+    - `"stratified"`: k uniform on 1..n, a uniform mask of that size, weight n/k. Unbiased because k has probability
+      1/n instead of weight 1/k. No draw is wasted on an empty mask and no weight exceeds n, so the variance is lower.
+      The draws of one block spread k over 1..n.
     - `"exact"`: the sum over all 2^n - 1 masks of each block; no randomness.
 
     The clean stream is computed once for all draws. A model of block size 1 has a single mask per block, so every
@@ -177,7 +181,9 @@ def token_nll(
     return TokenNLL(nll, scored.counted.float())
 
 
-def _check_estimator(model, estimator: str, num_samples: int, generator, batch: int) -> None:
+def _check_estimator(
+    model: "BD3LMForMaskedLM", estimator: str, num_samples: int, generator: Generators, batch: int
+) -> None:
     if estimator not in _ESTIMATORS:
         raise ValueError(f"estimator={estimator!r} is unknown: choose one of {', '.join(_ESTIMATORS)}.")
     if num_samples < 1:
@@ -205,7 +211,9 @@ class Mask(NamedTuple):
     move_chance: torch.Tensor | None  # (batch, num_blocks), for time conditioning
 
 
-def _sampled(model, layout: Layout, scored: Scored, num_samples: int, generator) -> Iterator[Mask]:
+def _sampled(
+    model: "BD3LMForMaskedLM", layout: Layout, scored: Scored, num_samples: int, generator: Generators
+) -> Iterator[Mask]:
     """Draws of t on [1e-3, 1] as published; a single full mask at block size 1."""
     config = model.config
     if config.block_size == 1:
@@ -220,7 +228,9 @@ def _sampled(model, layout: Layout, scored: Scored, num_samples: int, generator)
         yield Mask(masked, weights, level.move_chance)
 
 
-def _stratified(model, layout: Layout, scored: Scored, num_samples: int, generator) -> Iterator[Mask]:
+def _stratified(
+    model: "BD3LMForMaskedLM", layout: Layout, scored: Scored, num_samples: int, generator: Generators
+) -> Iterator[Mask]:
     """Draws of the number k of masked tokens, spread over 1..n; weight n/k."""
     batch, length = scored.counted.shape
     blocks = model.config.num_blocks(length)
@@ -238,7 +248,9 @@ def _stratified(model, layout: Layout, scored: Scored, num_samples: int, generat
         yield Mask(masked & scored.maskable, per_token(weights, block_ids), None)
 
 
-def _exact(model, layout: Layout, scored: Scored, num_samples: int, generator) -> Iterator[Mask]:
+def _exact(
+    model: "BD3LMForMaskedLM", layout: Layout, scored: Scored, num_samples: int, generator: Generators
+) -> Iterator[Mask]:
     """Every mask of a block once, with the weight 1 / (k C(n, k))."""
     size, (batch, length) = model.config.block_size, scored.counted.shape
     blocks = model.config.num_blocks(length)
@@ -266,9 +278,7 @@ def _exact(model, layout: Layout, scored: Scored, num_samples: int, generator) -
 _ESTIMATORS = {"sampled": _sampled, "stratified": _stratified, "exact": _exact}
 
 
-def _rows_of_noise(
-    model: "BD3LMForMaskedLM", scored: Scored, order: str, generator: torch.Generator | list[torch.Generator] | None
-) -> Noise:
+def _rows_of_noise(model: "BD3LMForMaskedLM", scored: Scored, order: str, generator: Generators) -> Noise:
     """Noise of a batch; with a generator per row, a row's draws are those it would get alone and without padding."""
     batch, length = scored.valid.shape
     device, blocks = scored.valid.device, model.config.num_blocks(length)
@@ -356,7 +366,8 @@ def _noisy_hidden(
     )
     positions = layout.position_ids.repeat(1, draws + (cache is None))
     modulations = backbone.modulations(sigma, x_t.device)
-    return backbone.run(embeds, positions, plan, modulations, past_key_values=cache, rows=rows).last_hidden_state
+    outputs = backbone.run(embeds, positions, plan, modulations, past_key_values=cache, rows=rows)
+    return cast(torch.Tensor, outputs.last_hidden_state)
 
 
 def _interval(model: "BD3LMForMaskedLM") -> tuple[float, float]:
@@ -366,7 +377,7 @@ def _interval(model: "BD3LMForMaskedLM") -> tuple[float, float]:
     return (1.0, 1.0) if model.config.block_size == 1 else (_EPS, 1.0)
 
 
-def _sigma(config, move_chance: torch.Tensor | None) -> torch.Tensor | None:
+def _sigma(config: PreTrainedConfig, move_chance: torch.Tensor | None) -> torch.Tensor | None:
     """The noise level of a sequence, as published that of its first block."""
     if not config.time_conditioning or move_chance is None:
         return None
@@ -419,7 +430,8 @@ def check_text(model: "BD3LMForMaskedLM", input_ids: torch.Tensor, labels: torch
 def cross_entropy(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, mask_token_id: int) -> torch.Tensor:
     """-log p(target) of each row in float32, the mask token having probability zero; `(rows,)`.
 
-    Runs in chunks and without a gradient for the head's logits to live on; see [`weighted_cross_entropy`] for training.
+    Runs in chunks and without a gradient for the head's logits to live on; see [`weighted_cross_entropy`] for
+    training.
     """
     step = _chunk(head)
     losses = [
@@ -436,8 +448,8 @@ def weighted_cross_entropy(
 
     Args:
         hidden: `(rows, hidden_dim)`.
-        head: the output layer. A plain `nn.Linear` gets its gradient while its logits are alive; anything else, such as
-            a head wrapped by PEFT, is recomputed chunk by chunk in the backward pass.
+        head: the output layer. A plain `nn.Linear` gets its gradient while its logits are alive; anything else, such
+            as a head wrapped by PEFT, is recomputed chunk by chunk in the backward pass.
         targets, weights: `(rows,)`; the weights are constants.
     """
     if is_plain_linear(head):
@@ -456,7 +468,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def _chunk(head: nn.Module) -> int:
-    return max(1, _LOGIT_BUDGET // head.out_features)
+    return max(1, _LOGIT_BUDGET // cast(int, head.out_features))
 
 
 def _chunk_losses(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, mask_token_id: int) -> torch.Tensor:
@@ -473,7 +485,16 @@ class _FusedHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, weights, mask_token_id, step):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        mask_token_id: int,
+        step: int,
+    ) -> torch.Tensor:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
@@ -505,7 +526,7 @@ class _FusedHeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the gradient of the head's loss can be taken once; run the forward pass again.")
         # In place, since the head's gradient is as large as the head.

@@ -1,7 +1,9 @@
 """The backbone of BD3-LM and its masked language model (arXiv 2503.09573), with the published weight names."""
 
 import math
+import os
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +83,7 @@ class BD3LMPreTrainedModel(PreTrainedModel):
             "AutoModelForCausalLM": BD3LMForMaskedLM,
         }
 
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers; `config.json` names the saved code for every Auto class.
 
         transformers itself records one of them, and keeps what an earlier, perhaps foreign, `auto_map` said.
@@ -111,8 +113,8 @@ class BD3LMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, BD3LMRotaryEmbedding):
             init.copy_(module.inv_freq, module.frequencies(torch.float32))
         if "sampling_eps_min" in module._buffers:
-            init.constant_(module.sampling_eps_min, float(self.config.sampling_eps_min))
-            init.constant_(module.sampling_eps_max, float(self.config.sampling_eps_max))
+            init.constant_(module.get_buffer("sampling_eps_min"), float(self.config.sampling_eps_min))
+            init.constant_(module.get_buffer("sampling_eps_max"), float(self.config.sampling_eps_max))
 
 
 class BD3LMModel(BD3LMPreTrainedModel):
@@ -120,7 +122,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
 
     def __init__(self, config: BD3LMConfig) -> None:
         super().__init__(config)
-        self.vocab_embed = BD3LMEmbedding(config.vocab_size, config.hidden_dim)
+        self.vocab_embed: nn.Module = BD3LMEmbedding(config.vocab_size, config.hidden_dim)
         if config.adaln:
             self.sigma_map = TimestepEmbedder(config.cond_dim)
         self.rotary_emb = BD3LMRotaryEmbedding(config)
@@ -147,7 +149,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
             if self.config.time_conditioning:
                 if timesteps is None:
                     raise ValueError(
-                        "this model has time_conditioning=True: pass timesteps, the noise levels sigma, one per sequence."
+                        "this model has time_conditioning=True: pass timesteps, the noise levels sigma, one per "
+                        "sequence."
                     )
                 sigma = timesteps.reshape(-1)
             else:
@@ -185,7 +188,9 @@ class BD3LMModel(BD3LMPreTrainedModel):
         """
         cos, sin = self.rotary_emb(position_ids, torch.float32)
         shared = Pass(plan, cos, sin, past_key_values, commit, rows)
-        hidden_states, recorded, attentions = inputs_embeds, (), ()
+        hidden_states = inputs_embeds
+        recorded: tuple[torch.Tensor, ...] = ()
+        attentions: tuple[torch.Tensor, ...] = ()
         for index, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=False)):
             if output_hidden_states:
                 # Without a stream to leave out, the tensor itself: a gradient reaches it, not a view of it.
@@ -196,8 +201,9 @@ class BD3LMModel(BD3LMPreTrainedModel):
         if output_hidden_states:
             recorded += (hidden_states,)
         row = None if rows is None else rows // (inputs_embeds.shape[1] - plan.skip)
+        final = cast("torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] | None", modulations[-1])
         return BaseModelOutputWithPast(
-            last_hidden_state=self.output_layer.norm(hidden_states, modulations[-1], row),
+            last_hidden_state=self.output_layer.norm(hidden_states, final, row),
             past_key_values=past_key_values,
             hidden_states=recorded or None,
             attentions=attentions or None,
@@ -215,7 +221,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Normed hidden states `(batch, length, hidden_dim)`; arguments as in [`BD3LMForMaskedLM.forward`]."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -246,9 +252,9 @@ class BD3LMModel(BD3LMPreTrainedModel):
             self.modulations(timesteps, device),
             past_key_values=past_key_values,
             commit=commit,
-            output_hidden_states=self.config.output_hidden_states
-            if output_hidden_states is None
-            else output_hidden_states,
+            output_hidden_states=bool(
+                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            ),
             output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
         )
 
@@ -293,6 +299,8 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
     generation_config_class = BD3LMGenerationConfig
     accepts_loss_kwargs = True
     _keep_in_fp32_modules_strict = ["sampling_eps_min", "sampling_eps_max", "inv_freq"]
+    sampling_eps_min: torch.Tensor
+    sampling_eps_max: torch.Tensor
 
     def __init__(self, config: BD3LMConfig) -> None:
         super().__init__(config)
@@ -307,7 +315,7 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
             self.register_buffer("sampling_eps_max", torch.tensor(float(config.sampling_eps_max)))
         self._adopt_special_tokens()
         # The loss is not shifted, so Trainer must count all labels, not labels[1:].
-        self.loss_type = None
+        self.loss_type = None  # type: ignore[assignment]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -337,7 +345,7 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
         token_noise: torch.Tensor | None = None,
         count_noise: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BD3LMOutput:
         """One of three passes, by what is given: the loss, the noisy stream's logits, or block-causal logits.
 
@@ -351,8 +359,8 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
                 token. Where labels are -100 a token is context: never masked, never scored.
             clean_input_ids: `(batch, length)`, the clean text that x_t was made of.
             timesteps: noise levels sigma `(batch,)`; read only if `config.time_conditioning`.
-            past_key_values: cache of finished blocks. `use_cache=True` writes the given blocks to it, `use_cache=False`
-                only reads it.
+            past_key_values: cache of finished blocks. `use_cache=True` writes the given blocks to it,
+                `use_cache=False` only reads it.
             block_noise, token_noise, count_noise: the uniform draws that decide the noise of the loss, see
                 [`Noise`]. Without them they are drawn from torch's global generator.
             num_items_in_batch: tokens to divide the summed loss by, when a step spans several batches or processes.
@@ -362,7 +370,9 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
         """
         if labels is not None:
             if input_ids is None:
-                raise ValueError("labels need input_ids: the loss masks tokens, so it cannot start from inputs_embeds.")
+                raise ValueError(
+                    "labels need input_ids: the loss masks tokens, so it cannot start from inputs_embeds."
+                )
             noise = given_noise(block_noise, token_noise, count_noise, input_ids.shape, self.config)
             return BD3LMOutput(loss=denoising_loss(self, input_ids, labels, attention_mask, noise, num_items_in_batch))
         outputs = self.backbone(
@@ -410,7 +420,7 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
             return float(self.sampling_eps_min), float(self.sampling_eps_max)
         return float(self.config.sampling_eps_min), float(self.config.sampling_eps_max)
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers; the mask token keeps its id.
 
         Raises:
@@ -418,8 +428,8 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
         """
         if new_num_tokens is not None and new_num_tokens <= self.config.mask_token_id:
             raise ValueError(
-                f"resize_token_embeddings({new_num_tokens}) would drop mask_token_id={self.config.mask_token_id}: keep "
-                f"at least {self.config.mask_token_id + 1} tokens."
+                f"resize_token_embeddings({new_num_tokens}) would drop mask_token_id={self.config.mask_token_id}: "
+                f"keep at least {self.config.mask_token_id + 1} tokens."
             )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 

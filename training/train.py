@@ -226,7 +226,9 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
         ValueError: unknown model type, weights that are missing, unexpected or not finite, or special tokens that
             contradict the tokenizer's.
     """
-    keywords = {} if arguments.attn_implementation is None else {"attn_implementation": arguments.attn_implementation}
+    keywords: dict[str, Any] = {}
+    if arguments.attn_implementation is not None:
+        keywords["attn_implementation"] = arguments.attn_implementation
     if arguments.init_from is not None:
         model = load_model(arguments.init_from, argument="--init_from", **arguments.config_fields(), **keywords)
     else:
