@@ -241,7 +241,10 @@ class BlockWriter:
         When the window has moved it is emptied: its keys stand at positions that no later prompt has.
         """
         if self.cache is not None and self._dropped:
-            self.cache.reset()
+            for layer in self.cache.layers:
+                # Not `reset`, which in some transformers versions keeps the tokens and zeroes them.
+                if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
+                    layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
         return self.cache
 
     def _window_plan(self, begin: int) -> tuple[int, int, AttentionPlan]:
