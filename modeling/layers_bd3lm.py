@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_bd3lm import AttentionPlan, BD3LMAttention
 from .configuration_bd3lm import BD3LMConfig
-from .loss_bd3lm import is_plain_linear
+from .head_bd3lm import is_plain_linear
 
 
 _FREQUENCY_DIM = 256  # sinusoidal features of the noise level

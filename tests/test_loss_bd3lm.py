@@ -13,16 +13,14 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bd3lm_hf.evaluation import SequenceScore, summarize
-from bd3lm_hf.modeling import layers_bd3lm, loss_bd3lm
+from bd3lm_hf.modeling import head_bd3lm, layers_bd3lm, loss_bd3lm
 from bd3lm_hf.modeling.attention_bd3lm import token_layout
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.head_bd3lm import cross_entropy, is_plain_linear, weighted_cross_entropy
 from bd3lm_hf.modeling.loss_bd3lm import (
     corrupt,
-    cross_entropy,
     denoising_loss,
-    is_plain_linear,
     scored_tokens,
-    weighted_cross_entropy,
 )
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import LogLinearNoise, Noise, draw_noise, noise_schedule, stratify
@@ -225,7 +223,7 @@ def head_inputs(head: torch.nn.Module, rows: int = 23) -> tuple[torch.Tensor, to
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("head_class", [torch.nn.Linear, ScaledHead])
 def test_the_chunked_head_equals_plain_cross_entropy_over_full_logits(monkeypatch, head_class, bias, chunk):
-    monkeypatch.setattr(loss_bd3lm, "_LOGIT_BUDGET", chunk * 48)
+    monkeypatch.setattr(head_bd3lm, "_LOGIT_BUDGET", chunk * 48)
     torch.manual_seed(0)
     head = head_class(16, 48, bias=bias)
     assert is_plain_linear(head) == (head_class is torch.nn.Linear)
@@ -320,12 +318,12 @@ def test_training_never_builds_logits_of_the_whole_batch(tiny_config, randomize,
         return seen.rows
 
     assert largest() == rows  # masked positions only
-    monkeypatch.setattr(loss_bd3lm, "_LOGIT_BUDGET", 16 * 48)
+    monkeypatch.setattr(head_bd3lm, "_LOGIT_BUDGET", 16 * 48)
     assert largest() <= 32  # a chunk of 16; the transposed head has 32 rows
 
 
 def test_scoring_builds_logits_of_masked_positions_only(tiny_model, monkeypatch):
-    monkeypatch.setattr(loss_bd3lm, "_LOGIT_BUDGET", 16 * 48)
+    monkeypatch.setattr(head_bd3lm, "_LOGIT_BUDGET", 16 * 48)
     with LargestLogits(48) as seen:
         tiny_model.token_nll(random_ids(4, 32), estimator="exact")
     assert 0 < seen.rows <= 32
