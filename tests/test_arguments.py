@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from bd3lm_hf.training.arguments import (
     RECIPES,
@@ -161,3 +162,11 @@ def test_regularisation_may_change_with_a_checkpoint():
     arguments = parse_arguments(["--init_from", "folder", "--dropout", "0.2", "--block_size", "2"])
     check_shape_is_free(arguments.model)
     assert arguments.model.config_fields() == {"dropout": 0.2, "block_size": 2}
+
+
+def test_processes_that_would_each_train_alone_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="the launcher started 2 processes but this run sees 1.*--use_cpu"):
+        BD3LMTrainingArguments(output_dir=str(tmp_path))

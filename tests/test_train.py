@@ -57,7 +57,6 @@ def recipe(corpus) -> Path:
         "sample_prompt": "A block",
         "sample_tokens": 6,
         "disable_tqdm": True,
-        "use_cpu": True,
     }
     path.write_text(json.dumps(fields), encoding="utf-8")  # JSON is YAML
     return path

@@ -2,12 +2,15 @@
 
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 import yaml
+from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, TrainingArguments
 
 
@@ -123,7 +126,16 @@ class BD3LMTrainingArguments(TrainingArguments):
     sample_tokens: int = field(default=64, metadata={"help": "Tokens of that sample; 0 writes none."})
 
     def __post_init__(self) -> None:
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched > 1 and (parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()):
+            # Several processes without a GPU talk through gloo, which transformers chooses only when told so.
+            self.use_cpu = True
         super().__post_init__()
+        if self.world_size != launched:
+            raise ValueError(
+                f"the launcher started {launched} processes but this run sees {self.world_size}, so each would train "
+                f"alone: pass --use_cpu if the processes are meant to run on the CPU."
+            )
         if self.eval_num_samples < 1:
             raise ValueError(f"--eval_num_samples {self.eval_num_samples}: give a whole number of at least 1.")
         if self.sample_tokens < 0:
