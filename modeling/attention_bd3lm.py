@@ -207,7 +207,7 @@ class BD3LMAttention(nn.Module):
         for tile in tiles:
             out, weights = attend(
                 self,
-                query[:, :, tile.queries[0] : tile.queries[1]],
+                _select(query, (tile.queries,)),
                 _select(key, tile.keys),
                 _select(value, tile.keys),
                 tile.mask,
@@ -339,6 +339,8 @@ def _joined(first: tuple[int, int], second: tuple[int, int]) -> tuple[tuple[int,
 
 
 def _select(states: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    if ranges == ((0, states.shape[2]),):
+        return states
     if len(ranges) == 1:
         return states[:, :, ranges[0][0] : ranges[0][1]]
     return torch.cat([states[:, :, start:stop] for start, stop in ranges], dim=2)

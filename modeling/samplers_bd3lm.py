@@ -55,11 +55,12 @@ class FirstHittingSampler:
 def draw_tokens(scores: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """One token per row of unnormalised log-probabilities `(rows, vocab_size)`: the distribution function, inverted.
 
-    One uniform number a row instead of one for each token of the vocabulary, in float64: exact to 1e-16, and on a CPU
-    an order of magnitude faster than `torch.multinomial`. A token of probability zero is never drawn.
+    One uniform number a row instead of one for each token of the vocabulary, which on a CPU is an order of magnitude
+    faster than `torch.multinomial`. Probabilities in the precision of the scores, float32 at least, summed up in
+    float64. A token of probability zero is never drawn.
     """
     dtype = wide_float(scores.device)
-    cumulative = scores.to(dtype).softmax(dim=-1).cumsum(dim=-1)
+    cumulative = scores.float().softmax(dim=-1).cumsum(dim=-1, dtype=dtype)
     uniform = torch.rand((scores.shape[0], 1), generator=generator, device=scores.device, dtype=dtype)
     # Below the total even after rounding; from the right, so that the step found has a positive height.
     below = uniform * cumulative[:, -1:] * (1 - 4 * torch.finfo(dtype).eps)
