@@ -14,7 +14,7 @@ TRANSFORMERS = $(shell grep '^transformers==' constraints.txt)
 # transformers' own model tests are in its source distribution only.
 SOURCE := $(CACHE)/transformers-source
 
-# Waiting threads sleep instead of spinning: on a machine that does something else too, spinning costs tenfold.
+# Waiting threads sleep instead of spinning, which is slow and erratic on a busy machine (see BENCHMARKS.md).
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 
 
+# Models this small gain nothing from a second thread, and wait long for it on a busy machine.
 torch.set_num_threads(1)
 
 SENTENCES = (

@@ -25,15 +25,6 @@ MASK = 47
 LENGTHS = [1, 3, 4, 7, 8, 13, 16]  # shorter than a block, whole blocks, ending inside one
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Passes this small gain nothing from a second thread, and wait long for it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def make_model(tiny_config, randomize):
     """A function `(**config fields) -> model` whose greedy text varies; it has no end token, so it never stops."""

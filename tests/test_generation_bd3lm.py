@@ -27,15 +27,6 @@ RAGGED = torch.tensor([[2, 2, 2, 2, 2, 9], [2, 2, 11, 12, 13, 14], [3, 4, 5, 6, 
 RAGGED_MASK = (RAGGED != PAD).long()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Passes this small gain nothing from a second thread, and wait long for it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def make_model(tiny_config, randomize):
     """A function `(**config fields) -> model` without an end token, whose distributions are broad."""
