@@ -9,13 +9,12 @@ has probability zero, and unmasked tokens are carried over, so they add nothing.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
-from .attention_bd3lm import AttentionPlan, Layout, block_causal_plan, token_layout, two_stream_plan
-from .cache_bd3lm import BlockCache
+from .attention_bd3lm import Layout, token_layout
 from .head_bd3lm import cross_entropy, weighted_cross_entropy
 from .noise_bd3lm import (
     LogLinearNoise,
@@ -29,6 +28,7 @@ from .noise_bd3lm import (
     rank_in_block,
     times,
 )
+from .streams_bd3lm import clean_cache, noisy_hidden
 
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def denoising_loss(
     masked, weights, move_chance = corrupt(model, layout, scored, noise, low, high)
     rows = masked.flatten().nonzero().squeeze(1)
     x_t = torch.where(masked, config.mask_token_id, input_ids)
-    hidden = _noisy_hidden(model, x_t, input_ids, layout, rows, _sigma(config, move_chance))
+    hidden = noisy_hidden(model, x_t, input_ids, layout, rows, _sigma(config, move_chance))
     # 4. Weighted cross-entropy
     targets, coefficients = labels.flatten()[rows], weights.flatten()[rows]
     total = weighted_cross_entropy(hidden, model.get_output_embeddings(), targets, coefficients, config.mask_token_id)
@@ -296,14 +296,14 @@ def _sum_over_masks(
     """Sum of weighted losses over draws, `(batch, length)`; the clean stream is computed once."""
     batch, length = input_ids.shape
     nll = torch.zeros(batch * length, device=input_ids.device)
-    cache = None if model.config.time_conditioning else _clean_cache(model, input_ids, layout)
+    cache = None if model.config.time_conditioning else clean_cache(model, input_ids, layout)
     group_size = 1 if cache is None else max(1, _TOKEN_BUDGET // (batch * length))
     for group in _grouped(draws, group_size):
         masked = torch.stack([draw.masked for draw in group], dim=1)
         rows = masked.flatten().nonzero().squeeze(1)
         x_t = torch.where(masked, model.config.mask_token_id, input_ids.unsqueeze(1)).flatten(1)
         sigma = _sigma(model.config, group[0].move_chance)
-        hidden = _noisy_hidden(model, x_t, input_ids, layout, rows, sigma, cache=cache, draws=len(group))
+        hidden = noisy_hidden(model, x_t, input_ids, layout, rows, sigma, cache=cache, draws=len(group))
         # Rows of (batch, draw, position) belong to the token (batch, position).
         token = rows // (len(group) * length) * length + rows % length
         weights = torch.stack([draw.weights for draw in group], dim=1).flatten()[rows]
@@ -323,48 +323,6 @@ def _grouped(draws: Iterator[Mask], size: int) -> Iterator[list[Mask]]:
             group = []
     if group:
         yield group
-
-
-def _clean_cache(model: "BD3LMForMaskedLM", input_ids: torch.Tensor, layout: Layout) -> BlockCache:
-    """Keys and values of the clean stream; its last layer needs nothing else."""
-    backbone, config, length = model.backbone, model.config, input_ids.shape[1]
-    embeds, cache = backbone.vocab_embed(input_ids), BlockCache()
-    plan = block_causal_plan(
-        layout, length, config.block_size, implementation=config._attn_implementation, dtype=embeds.dtype
-    )
-    plan = AttentionPlan(plan.tiles, (), length)
-    modulations = backbone.modulations(None, input_ids.device)
-    backbone.run(embeds, layout.position_ids, plan, modulations, past_key_values=cache, commit=length)
-    return cache
-
-
-def _noisy_hidden(
-    model: "BD3LMForMaskedLM",
-    x_t: torch.Tensor,
-    x_0: torch.Tensor,
-    layout: Layout,
-    rows: torch.Tensor,
-    sigma: torch.Tensor | None,
-    *,
-    cache: BlockCache | None = None,
-    draws: int = 1,
-) -> torch.Tensor:
-    """Hidden states of the given rows of the noisy streams x_t `(batch, draws * length)`."""
-    backbone, config = model.backbone, model.config
-    ids = x_t if cache is not None else torch.cat([x_0, x_t], dim=1)
-    embeds = backbone.vocab_embed(ids)
-    plan = two_stream_plan(
-        layout,
-        config.block_size,
-        draws=draws,
-        clean_cached=cache is not None,
-        implementation=config._attn_implementation,
-        dtype=embeds.dtype,
-    )
-    positions = layout.position_ids.repeat(1, draws + (cache is None))
-    modulations = backbone.modulations(sigma, x_t.device)
-    outputs = backbone.run(embeds, positions, plan, modulations, past_key_values=cache, rows=rows)
-    return cast(torch.Tensor, outputs.last_hidden_state)
 
 
 def _interval(model: "BD3LMForMaskedLM") -> tuple[float, float]:
