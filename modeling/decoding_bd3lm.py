@@ -1,14 +1,13 @@
-"""The passes that write text block after block (arXiv 2503.09573, Algorithm 2): network, cache, logits processors.
+"""Writing text block after block (arXiv 2503.09573, Algorithm 2): which token goes where, by sampler and processors.
 
-A step predicts one place per row. Finished blocks lie in the cache; a block is written to it by the pass that takes
-the first step of the next one, so a block costs as many passes as it has steps.
+A step predicts one place per row; `passes_bd3lm.py` has the network's side of it.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
 from transformers.generation.logits_process import (
     EpsilonLogitsWarper,
@@ -31,10 +30,8 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
-from .attention_bd3lm import AttentionPlan, block_causal_plan, decoding_plan, token_layout
-from .cache_bd3lm import BlockCacheLayer
 from .canvas_bd3lm import Canvas
-from .noise_bd3lm import LogLinearNoise, noise_schedule
+from .passes_bd3lm import BlockPasses
 from .samplers_bd3lm import SAMPLERS, FirstHittingSampler, draw_tokens, wide_float
 
 
@@ -120,25 +117,18 @@ class BlockWriter:
         cache: Cache | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        self.model, self.canvas, self.config = model, canvas, model.config
-        self.prompt, self.cache, self.generator = prompt, cache, generator
+        self.canvas, self.config = canvas, model.config
+        self.prompt, self.generator = prompt, generator
+        self.passes = BlockPasses(model, canvas, cache)
         self.processors, self.do_sample = processors, generation_config.do_sample
         self.sampler: FirstHittingSampler = SAMPLERS[generation_config.sampler]()
         # Processors that read the text expect all of it to the left of the token they judge.
         reads_text = any(not isinstance(p, (*_READS_SCORES, *_READS_LENGTH)) for p in processors)
         self.random_order = self.do_sample and not reads_text
-        self.num_forward_passes = 0
         recorded = bool(generation_config.return_dict_in_generate)
         self.scores = Record(recorded and bool(generation_config.output_scores))
         self.logits = Record(recorded and bool(generation_config.output_logits))
-        self.modulations = None
-        if not self.config.time_conditioning:
-            self.modulations = model.backbone.modulations(None, canvas.text.device)
-        self.position_ids = canvas.position_ids
         self.forbidden = _never_written(self.config.mask_token_id, generation_config)
-        self._dropped = 0  # oldest columns that have left the window and the cache
-        if cache is not None:
-            check_cache(cache, canvas)
 
     def denoise(self, begin: int, finished: torch.Tensor, streamer: Any = None) -> None:
         """Reveal the masked tokens of the block that begins at this column, one per row and step."""
@@ -156,7 +146,8 @@ class BlockWriter:
             place, active = order[:, step], step < counts
             if self.config.time_conditioning:
                 t = self.sampler.time(t, remaining - step, random=self.do_sample, generator=self.generator)
-            tokens = self._choose(self._forward(begin, place, t), begin + place, active)
+            rows = torch.arange(place.shape[0], device=place.device) * canvas.block_size + place
+            tokens = self._choose(self.passes.logits(begin, rows, t), begin + place, active)
             current = block.gather(1, place.unsqueeze(1)).squeeze(1)
             block.scatter_(1, place.unsqueeze(1), torch.where(active, tokens, current).unsqueeze(1))
             if hasattr(streamer, "put_draft") and not finished[0]:
@@ -167,98 +158,6 @@ class BlockWriter:
         stop = min(begin + self.canvas.block_size, int(self.canvas.prompt_end[0]) + self.canvas.new_tokens)
         draft = self.canvas.text[0, max(begin, int(self.canvas.prompt_end[0])) : stop]
         return draft[draft != self.config.mask_token_id].cpu()
-
-    # --- The network -------------------------------------------------------------------------------------------------
-
-    def _forward(self, begin: int, place: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Logits `(batch, vocab_size)` of one place of the block per row."""
-        model, size = self.model, self.config.block_size
-        self.num_forward_passes += 1
-        rows = torch.arange(place.shape[0], device=place.device) * size + place
-        modulations = self.modulations
-        if modulations is None:
-            sigma = LogLinearNoise().sigma(noise_schedule(self.config.noise).move_chance(t))
-            modulations = model.backbone.modulations(sigma, place.device)
-        if self.cache is None:
-            first, commit, plan = self._window_plan(begin)
-        else:
-            first = int(self.cache.get_seq_length()) + self._dropped
-            if begin - first > size:
-                self._prefill(first, begin, modulations)
-                first = begin
-            commit = begin - first
-            plan = self._step_plan(begin, commit)
-        embeds = model.backbone.vocab_embed(self.canvas.text[:, first : begin + size])
-        positions = self.position_ids[:, first : begin + size]
-        hidden = model.backbone.run(
-            embeds, positions, plan, modulations, past_key_values=self.cache, commit=commit, rows=rows
-        ).last_hidden_state
-        self._slide()
-        return model.get_output_embeddings()(hidden).float()
-
-    def _prefill(self, first: int, stop: int, modulations: list) -> None:
-        """Write finished blocks to the cache; nothing of their last layer but keys and values is needed."""
-        length, valid = stop - first, self.canvas.key_valid
-        valid = None if valid is None else valid[:, :stop]
-        layout = token_layout(valid, length, self.config.block_size, past=first, device=self.canvas.text.device)
-        embeds = self.model.backbone.vocab_embed(self.canvas.text[:, first:stop])
-        options = {"implementation": self.config._attn_implementation, "dtype": embeds.dtype}
-        plan = block_causal_plan(layout, length, self.config.block_size, **options)
-        plan = AttentionPlan(plan.tiles, (), length)
-        positions = self.position_ids[:, first:stop]
-        self.model.backbone.run(embeds, positions, plan, modulations, past_key_values=self.cache, commit=length)
-
-    def _step_plan(self, begin: int, finished: int) -> AttentionPlan:
-        """Attention of a step behind the cache; the noisy block sees a window of at most `model_length` tokens."""
-        size, past = self.config.block_size, begin - finished - self._dropped
-        valid = self.canvas.key_valid
-        if valid is not None:
-            # Once every row reaches back to the window's beginning, nothing is padded any more.
-            valid = None if self._dropped >= int(self.canvas.start.max()) else valid[:, self._dropped : begin + size]
-        hidden = max(0, past + finished + size - self.config.model_length)
-        return decoding_plan(past, finished, size, valid, self.model.dtype, hidden=hidden)
-
-    def _slide(self) -> None:
-        """Forget the oldest blocks, so that the next step fits into the window.
-
-        Rotary attention depends on distances only, so keys rotated at their absolute position serve a moving window.
-        """
-        if self.cache is None:
-            return
-        excess = int(self.cache.get_seq_length()) + self.config.block_size - self.config.model_length
-        if excess <= 0:
-            return
-        for layer in self.cache.layers:
-            if isinstance(layer, BlockCacheLayer):
-                layer.drop_first(excess)
-            elif isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
-                layer.keys, layer.values = layer.keys[:, :, excess:], layer.values[:, :, excess:]
-        self._dropped += excess
-
-    def close(self) -> Cache | None:
-        """The cache, to be continued by a later call.
-
-        When the window has moved it is emptied: its keys stand at positions that no later prompt has.
-        """
-        if self.cache is not None and self._dropped:
-            for layer in self.cache.layers:
-                # Not `reset`, which in some transformers versions keeps the tokens and zeroes them.
-                if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
-                    layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
-        return self.cache
-
-    def _window_plan(self, begin: int) -> tuple[int, int, AttentionPlan]:
-        """Without a cache: the whole window in every step, only the block queried in the last layer."""
-        size = self.config.block_size
-        first = max(0, begin + size - self.config.model_length)
-        length = begin + size - first
-        valid = self.canvas.key_valid
-        valid = None if valid is None else valid[:, first : begin + size]
-        layout = token_layout(valid, length, size, device=self.canvas.text.device)
-        implementation, dtype = self.config._attn_implementation, self.model.dtype
-        plan = block_causal_plan(layout, length, size, implementation=implementation, dtype=dtype)
-        last = decoding_plan(length - size, 0, size, valid, dtype).last_tiles
-        return first, 0, AttentionPlan(plan.tiles, last, length - size)
 
     # --- The choice of a token ---------------------------------------------------------------------------------------
 
@@ -305,41 +204,6 @@ class BlockWriter:
         return scores
 
 
-def check_cache(cache: Cache, canvas: Canvas) -> None:
-    """Refuse a cache that this canvas can not continue.
-
-    Raises:
-        ValueError: a cache of another kind, of another batch, with padding or part of a block, or longer than the
-            prompt.
-    """
-    growing = isinstance(cache, DynamicCache) and all(type(x) in (DynamicLayer, BlockCacheLayer) for x in cache.layers)
-    if not growing:
-        raise ValueError(
-            f"past_key_values is a {type(cache).__name__}, which can not keep finished blocks: pass the cache that an "
-            f"earlier call returned or a plain DynamicCache, or leave it out."
-        )
-    held = int(cache.get_seq_length())
-    if not held:
-        return
-    layer: Any = cache.layers[0]
-    rows = layer.keys.shape[0]
-    if rows != canvas.text.shape[0]:
-        raise ValueError(
-            f"past_key_values holds {rows} rows but the batch has {canvas.text.shape[0]} (num_return_sequences "
-            f"counts): repeat it with past_key_values.batch_repeat_interleave, or leave it out."
-        )
-    if canvas.key_valid is not None or held % canvas.block_size:
-        raise ValueError(
-            f"past_key_values holds {held} tokens: a cache can be continued when it holds whole blocks and no row of "
-            f"the batch is padded. Leave it out to start afresh."
-        )
-    if held > int(canvas.lengths.min()):
-        raise ValueError(
-            f"past_key_values holds {held} tokens but the prompt has {int(canvas.lengths.min())}: pass the whole text "
-            f"so far as input_ids, the cached part included."
-        )
-
-
 def _never_written(mask_token_id: int, generation_config: GenerationConfig) -> list[int]:
     """Ids that are never produced: the mask, and padding unless it doubles as the end of a text."""
     pad, eos = generation_config.pad_token_id, generation_config.eos_token_id
@@ -348,4 +212,4 @@ def _never_written(mask_token_id: int, generation_config: GenerationConfig) -> l
     return [mask_token_id, pad]
 
 
-__all__ = ["BlockWriter", "NucleusLogitsProcessor", "Record", "check_cache"]
+__all__ = ["BlockWriter", "NucleusLogitsProcessor", "Record"]

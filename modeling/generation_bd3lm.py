@@ -266,7 +266,7 @@ class BD3LMGenerationMixin(_Generative):
         if streamer is not None:
             streamer.end()
         # 4. Assemble
-        cache = writer.close()
+        cache = writer.passes.close()
         sequences = torch.cat([input_ids, stop.new_tokens()], dim=1).to(home)
         if not generation_config.return_dict_in_generate:
             return sequences
@@ -276,8 +276,8 @@ class BD3LMGenerationMixin(_Generative):
             scores=writer.scores.result(count),
             logits=writer.logits.result(count),
             past_key_values=cache,
-            num_forward_passes=writer.num_forward_passes,
-            tokens_per_forward=float(stop.lengths.sum()) / max(1, writer.num_forward_passes) / input_ids.shape[0],
+            num_forward_passes=writer.passes.count,
+            tokens_per_forward=float(stop.lengths.sum()) / max(1, writer.passes.count) / input_ids.shape[0],
         )
 
     def _check_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, synced_gpus: bool) -> None:

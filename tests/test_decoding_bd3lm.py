@@ -14,10 +14,11 @@ from transformers.generation import RepetitionPenaltyLogitsProcessor, Temperatur
 from bd3lm_hf.modeling.cache_bd3lm import BlockCache
 from bd3lm_hf.modeling.canvas_bd3lm import lay_out
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
-from bd3lm_hf.modeling.decoding_bd3lm import BlockWriter, check_cache
+from bd3lm_hf.modeling.decoding_bd3lm import BlockWriter
 from bd3lm_hf.modeling.generation_bd3lm import BD3LMGenerationConfig
 from bd3lm_hf.modeling.layers_bd3lm import apply_rotary
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.passes_bd3lm import BlockPasses, check_cache
 
 
 GOLDEN = Path(__file__).parent / "golden" / "01_bd3lm"
@@ -220,7 +221,7 @@ def test_the_moving_window_reproduces_the_published_logits(use_cache, name):
     cache = BlockCache() if use_cache else None
     writer = BlockWriter(model, canvas, ids[:, :32], LogitsProcessorList(), BD3LMGenerationConfig(), cache)
     with torch.no_grad():
-        rows = [writer._forward(32, torch.tensor([place]), torch.ones(1)) for place in range(16)]
+        rows = [writer.passes.logits(32, torch.tensor([place]), torch.ones(1)) for place in range(16)]
     torch.testing.assert_close(torch.stack(rows, 1), golden[f"adaln.bs16.{name}"], atol=1e-5, rtol=0)
 
 
@@ -245,14 +246,14 @@ def test_a_token_costs_one_pass_and_the_prompt_one(make_model, monkeypatch, bloc
 def test_a_denoising_step_copies_no_cache(make_model, monkeypatch):
     model = make_model()
     cache, places = BlockCache(), []
-    forward = BlockWriter._forward
+    forward = BlockPasses.logits
 
     def watched(self, *args):
         logits = forward(self, *args)
         places.append([buffer.data_ptr() for layer in cache.layers for buffer in layer._buffers])
         return logits
 
-    monkeypatch.setattr(BlockWriter, "_forward", watched)
+    monkeypatch.setattr(BlockPasses, "logits", watched)
     write(model, input_ids=prompts_of([5])[0][None], max_new_tokens=20, past_key_values=cache)
     assert len(places) == 20
     assert all(place == places[0] for place in places)
