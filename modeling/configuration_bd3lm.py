@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from .noise_bd3lm import check_reachable, noise_schedule
+from .noise_bd3lm import check_interval, noise_schedule
 
 
 # Where the authors' unclipped interval of noise levels begins.
@@ -154,14 +154,7 @@ class BD3LMConfig(PreTrainedConfig):
         noise_schedule(self.noise)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout}: give a probability of at least 0 and below 1.")
-        low, high = self.sampling_eps_min, self.sampling_eps_max
-        if not 0.0 <= low <= high <= 1.0 or high == 0.0:
-            raise ValueError(
-                f"sampling_eps_min={low}, sampling_eps_max={high} is no interval of noise levels: give "
-                f"0 <= sampling_eps_min <= sampling_eps_max <= 1 with sampling_eps_max > 0."
-            )
-        if self.resample:
-            check_reachable(low, high, self.block_size)
+        check_interval(self.sampling_eps_min, self.sampling_eps_max, self.block_size, confined=self.resample)
         if self.antithetic_sampling not in ("shuffled", "published", "none"):
             raise ValueError(
                 f"antithetic_sampling={self.antithetic_sampling!r}: choose 'shuffled', 'published' or 'none'."

@@ -72,8 +72,13 @@ def denoising_loss(
     3. x_t, and the logits of its masked positions only.
     4. The weighted cross-entropy, divided by the number of counted tokens or by `num_items_in_batch`.
 
-    With an interval other than [1e-3, 1] the value is no bound: as published, the weight stays w(t) instead of being
-    rescaled by the width of the interval, and is 1 throughout when the interval starts above 0.5.
+    With an interval [beta, omega] other than [1e-3, 1] the value is no bound: it covers only a part of the noise
+    levels, and its weight is as published, not as in the paper. There a clipped schedule has mask rates
+    beta + (omega - beta) t for t over [0, 1], so alpha' is a constant of the interval (Sec. 5.2 states it as
+    1/(beta - omega)) and scales all weights alike. The published code leaves this constant out: the weight stays w(t),
+    and is 1 throughout when the interval starts above 0.5. One constant for all tokens changes no minimum, and Adam
+    divides it out again; it does change the size of the loss, and of the gradient that `max_grad_norm` is compared
+    with.
     """
     config = model.config
     check_text(model, input_ids, labels)
@@ -104,9 +109,20 @@ def scored_tokens(layout: Layout, labels: torch.Tensor, *, ignore_bos: bool, tra
 
 
 def corrupt(
-    model: "BD3LMForMaskedLM", layout: Layout, scored: Scored, noise: Noise | None, low: float, high: float
+    model: "BD3LMForMaskedLM",
+    layout: Layout,
+    scored: Scored,
+    noise: Noise | None,
+    low: float,
+    high: float,
+    *,
+    training: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw the masked positions of a batch.
+
+    Args:
+        training: whether `config.resample` confines the mask rates, as it does in training; the model's mode by
+            default.
 
     Returns:
         bool `(batch, length)`, masked positions; `(batch, length)`, weight of each position's loss; `(batch,
@@ -119,7 +135,7 @@ def corrupt(
         blocks = config.num_blocks(length)
         noise = draw_noise(batch, blocks, length, order=config.antithetic_sampling, device=device)
     level = noise_schedule(config.noise)(times(noise.block_noise.to(device), low, high))
-    confined = config.resample and model.training and clips(low, high)
+    confined = config.resample and (model.training if training is None else training) and clips(low, high)
     if confined:
         masked = mask_positions_within(noise, level.move_chance, layout.block_ids, scored.valid, low, high)
     else:
@@ -218,14 +234,14 @@ def _sampled(
         return
     order = config.antithetic_sampling
     for _ in range(num_samples):
-        noise = _rows_of_noise(model, scored, order, generator)
+        noise = rows_of_noise(model, scored, order, generator)
         level = noise_schedule(config.noise)(times(noise.block_noise, _EPS, 1.0))
         masked = mask_positions(noise, level.move_chance, layout.block_ids) & scored.maskable
         weights = per_token(-level.loss_scaling, layout.block_ids) / num_samples
         yield Mask(masked, weights, level.move_chance)
 
 
-def _stratified(
+def stratified_masks(
     model: "BD3LMForMaskedLM", layout: Layout, scored: Scored, num_samples: int, generator: Generators
 ) -> Iterator[Mask]:
     """Draws of the number k of masked tokens, spread over 1..n; weight n/k."""
@@ -234,9 +250,9 @@ def _stratified(
     device = scored.counted.device
     block_ids = layout.block_ids.expand(batch, -1)
     sizes = torch.zeros(batch, blocks, device=device).scatter_add_(1, block_ids, scored.maskable.float())
-    shift = _rows_of_noise(model, scored, "none", generator).block_noise
+    shift = rows_of_noise(model, scored, "none", generator).block_noise
     for sample in range(num_samples):
-        noise = _rows_of_noise(model, scored, "shuffled", generator)
+        noise = rows_of_noise(model, scored, "shuffled", generator)
         # A single draw is stratified over the blocks of the batch; several are spread evenly over each block's 1..n.
         place = noise.block_noise if num_samples == 1 else (sample + shift) / num_samples
         chosen = torch.minimum((place * sizes).floor() + 1, sizes)
@@ -272,10 +288,10 @@ def _exact(
         yield Mask(masked, per_token(weights, block_ids).float(), None)
 
 
-_ESTIMATORS = {"sampled": _sampled, "stratified": _stratified, "exact": _exact}
+_ESTIMATORS = {"sampled": _sampled, "stratified": stratified_masks, "exact": _exact}
 
 
-def _rows_of_noise(model: "BD3LMForMaskedLM", scored: Scored, order: str, generator: Generators) -> Noise:
+def rows_of_noise(model: "BD3LMForMaskedLM", scored: Scored, order: str, generator: Generators) -> Noise:
     """Noise of a batch; with a generator per row, a row's draws are those it would get alone and without padding."""
     batch, length = scored.valid.shape
     device, blocks = scored.valid.device, model.config.num_blocks(length)
@@ -287,15 +303,29 @@ def _rows_of_noise(model: "BD3LMForMaskedLM", scored: Scored, order: str, genera
         own = draw_noise(1, model.config.num_blocks(tokens), tokens, order=order, device=device, generator=source)
         noise.token_noise[row, scored.valid[row]] = own.token_noise[0]
         noise.block_noise[row, : own.block_noise.shape[1]] = own.block_noise[0]
+        noise.count_noise[row, : own.count_noise.shape[1]] = own.count_noise[0]
     return noise
 
 
 def _sum_over_masks(
     model: "BD3LMForMaskedLM", input_ids: torch.Tensor, layout: Layout, draws: Iterator[Mask]
 ) -> torch.Tensor:
-    """Sum of weighted losses over draws, `(batch, length)`; the clean stream is computed once."""
+    """Sum of weighted losses over draws, `(batch, length)`."""
+    nll = torch.zeros(input_ids.shape, device=input_ids.device)
+    for draw, losses in mask_losses(model, input_ids, layout, draws):
+        nll += losses * draw.weights
+    return nll
+
+
+def mask_losses(
+    model: "BD3LMForMaskedLM", input_ids: torch.Tensor, layout: Layout, draws: Iterator[Mask]
+) -> Iterator[tuple[Mask, torch.Tensor]]:
+    """-log p(x_0 | x_t) of the tokens that each draw masks, `(batch, length)`, zero elsewhere; weights are not applied.
+
+    The clean stream is computed once for all draws, unless the model is time-conditioned. To be iterated without
+    gradients.
+    """
     batch, length = input_ids.shape
-    nll = torch.zeros(batch * length, device=input_ids.device)
     cache = None if model.config.time_conditioning else clean_cache(model, input_ids, layout)
     group_size = 1 if cache is None else max(1, _TOKEN_BUDGET // (batch * length))
     for group in _grouped(draws, group_size):
@@ -306,12 +336,11 @@ def _sum_over_masks(
         hidden = noisy_hidden(model, x_t, input_ids, layout, rows, sigma, cache=cache, draws=len(group))
         # Rows of (batch, draw, position) belong to the token (batch, position).
         token = rows // (len(group) * length) * length + rows % length
-        weights = torch.stack([draw.weights for draw in group], dim=1).flatten()[rows]
-        losses = cross_entropy(
+        losses = torch.zeros(masked.numel(), device=input_ids.device)
+        losses[rows] = cross_entropy(
             hidden, model.get_output_embeddings(), input_ids.flatten()[token], model.config.mask_token_id
         )
-        nll.index_add_(0, token, losses * weights)
-    return nll.view(batch, length)
+        yield from zip(group, losses.view(masked.shape).unbind(1), strict=True)
 
 
 def _grouped(draws: Iterator[Mask], size: int) -> Iterator[list[Mask]]:
@@ -380,11 +409,17 @@ def check_text(model: "BD3LMForMaskedLM", input_ids: torch.Tensor, labels: torch
 
 
 __all__ = [
+    "Generators",
+    "Mask",
+    "Scored",
     "TokenNLL",
     "check_text",
     "check_token_ids",
     "corrupt",
     "denoising_loss",
+    "mask_losses",
+    "rows_of_noise",
     "scored_tokens",
+    "stratified_masks",
     "token_nll",
 ]

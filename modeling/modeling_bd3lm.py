@@ -30,7 +30,7 @@ from .layers_bd3lm import (
     TimestepEmbedder,
 )
 from .loss_bd3lm import TokenNLL, check_token_ids, denoising_loss, token_nll
-from .noise_bd3lm import given_noise
+from .noise_bd3lm import check_interval, given_noise
 
 
 # Of every layer and the final norm: as adaLN gives it, or folded into norms and gates.
@@ -419,6 +419,25 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
         if self.config.var_min:
             return float(self.sampling_eps_min), float(self.sampling_eps_max)
         return float(self.config.sampling_eps_min), float(self.config.sampling_eps_max)
+
+    def set_interval(self, low: float, high: float) -> None:
+        """Draw the noise levels of training from [low, high] from now on; saved with the weights and the config.
+
+        Raises:
+            ValueError: no interval inside [0, 1], or, with `config.resample`, one that no mask rate of a block meets.
+        """
+        check_interval(low, high, self.config.block_size, confined=self.config.resample)
+        self.config.sampling_eps_min, self.config.sampling_eps_max = low, high
+        if self.config.var_min:
+            self.sampling_eps_min.fill_(low)
+            self.sampling_eps_max.fill_(high)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; `config.json` says the interval that the weights carry, which loading may have set."""
+        ends = torch.tensor([self.config.sampling_eps_min, self.config.sampling_eps_max])
+        if not torch.equal(ends, torch.tensor(self.interval())):
+            self.config.sampling_eps_min, self.config.sampling_eps_max = self.interval()
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers; the mask token keeps its id.

@@ -294,6 +294,21 @@ def _confined_binomial(
     uniform: torch.Tensor, chance: torch.Tensor, sizes: torch.Tensor, low: float, high: float
 ) -> torch.Tensor:
     """Inverse-CDF draw from Binomial(sizes, chance) given low <= k / sizes <= high; all `(batch, blocks)`."""
+    cdf = count_probabilities(chance, sizes, low, high).cumsum(-1)
+    return (cdf <= uniform.double().unsqueeze(-1)).sum(-1).clamp(max=cdf.shape[-1] - 1)
+
+
+def count_probabilities(chance: torch.Tensor, sizes: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """Probability that k of a block's tokens are masked, given that the masked fraction lies in [low, high].
+
+    Args:
+        chance: masking probability of each block, `(batch, blocks)`.
+        sizes: tokens of each block, `(batch, blocks)`.
+        low, high: bounds as in [`mask_positions_within`]; 0 and 1 leave the plain binomial.
+
+    Returns:
+        float64 `(batch, blocks, sizes.max() + 1)` over k = 0, 1, ...
+    """
     n = sizes.double().unsqueeze(-1)
     k = torch.arange(int(sizes.max().item()) + 1, device=sizes.device, dtype=torch.float64)
     p = chance.double().clamp(1e-12, 1 - 1e-12).unsqueeze(-1)
@@ -304,14 +319,30 @@ def _confined_binomial(
     most = torch.floor(high * n + 1e-6) if high < 1 else n
     empty = least > most
     least, most = torch.where(empty, most, least), torch.where(empty, least, most)
-    log_pmf = log_pmf.masked_fill((k < least) | (k > most) | (k > n), -torch.inf)
-    cdf = log_pmf.softmax(-1).cumsum(-1)
-    return (cdf <= uniform.double().unsqueeze(-1)).sum(-1).clamp(max=k.numel() - 1)
+    return log_pmf.masked_fill((k < least) | (k > most) | (k > n), -torch.inf).softmax(-1)
 
 
 def clips(low: float, high: float) -> bool:
     """Whether an interval of noise levels leaves out anything of the whole one, [1e-3, 1]."""
     return low > _UNCLIPPED or high < 1
+
+
+def check_interval(low: float, high: float, block_size: int, *, confined: bool) -> None:
+    """Refuse what training can draw no noise level from.
+
+    Args:
+        confined: the mask rate of every block shall lie in the interval (`config.resample`).
+
+    Raises:
+        ValueError: reversed, not inside [0, 1], or, if confined, met by no mask rate of a block.
+    """
+    if not 0.0 <= low <= high <= 1.0 or high == 0.0:
+        raise ValueError(
+            f"sampling_eps_min={low}, sampling_eps_max={high} is no interval of noise levels: give "
+            f"0 <= sampling_eps_min <= sampling_eps_max <= 1 with sampling_eps_max > 0."
+        )
+    if confined:
+        check_reachable(low, high, block_size)
 
 
 def check_reachable(low: float, high: float, block_size: int) -> None:
@@ -333,8 +364,10 @@ __all__ = [
     "Noise",
     "NoiseLevel",
     "NoiseSchedule",
+    "check_interval",
     "check_reachable",
     "clips",
+    "count_probabilities",
     "draw_noise",
     "given_noise",
     "mask_positions",
