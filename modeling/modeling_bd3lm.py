@@ -29,7 +29,8 @@ from .layers_bd3lm import (
     Pass,
     TimestepEmbedder,
 )
-from .loss_bd3lm import TokenNLL, check_token_ids, denoising_loss, token_nll
+from .likelihood_bd3lm import TokenNLL, token_nll
+from .loss_bd3lm import check_token_ids, denoising_loss
 from .noise_bd3lm import check_interval, given_noise
 
 
@@ -403,7 +404,7 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
         num_samples: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> TokenNLL:
-        """Bound on the negative log-likelihood of every token; see [`token_nll`] in `loss_bd3lm.py`."""
+        """Bound on the negative log-likelihood of every token; see [`token_nll`] in `likelihood_bd3lm.py`."""
         return token_nll(
             self,
             input_ids,
