@@ -1,0 +1,402 @@
+"""The likelihood bounds of token_nll, on a toy whose bound is computed by brute force, and their agreement."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bd3lm_hf.modeling import likelihood_bd3lm
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.noise_bd3lm import draw_noise
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 47, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def given_noise(rows: int, blocks: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    return draw_noise(rows, blocks, length, generator=torch.Generator().manual_seed(seed))._asdict()
+
+
+def nll_of(model: BD3LMForMaskedLM, x_t: torch.Tensor, x_0: torch.Tensor, **arguments) -> torch.Tensor:
+    """-log p(x_0 | x_t) of every token under SUBS, from the whole logits; zero where x_t is not masked."""
+    logits = model(input_ids=x_t, clean_input_ids=x_0, **arguments).logits.double()
+    logits[..., model.config.mask_token_id] = -torch.inf
+    nll = -logits.log_softmax(-1).gather(-1, x_0.unsqueeze(-1)).squeeze(-1)
+    return torch.where(x_t == model.config.mask_token_id, nll, 0.0)
+
+
+# --- token_nll on a toy whose bound is computed by brute force -------------------------------------------------------
+
+
+@pytest.fixture(params=[(2, 4), (3, 6), (3, 5), (2, 5)], ids=lambda p: f"block{p[0]}-length{p[1]}")
+def toy(request, randomize) -> tuple[BD3LMForMaskedLM, torch.Tensor]:
+    """Three tokens and the mask, blocks of 2 or 3, the last one possibly shorter; a model that is far from uniform."""
+    block_size, length = request.param
+    return toy_model(randomize, block_size), torch.tensor([[2, 0, 1, 2, 1, 0]])[:, :length]
+
+
+def toy_model(randomize, block_size: int, **fields) -> BD3LMForMaskedLM:
+    config = BD3LMConfig(
+        vocab_size=4,
+        block_size=block_size,
+        model_length=12,
+        hidden_dim=8,
+        cond_dim=8,
+        n_blocks=2,
+        n_heads=2,
+        dropout=0.0,
+        **fields,
+    )
+    return randomize(BD3LMForMaskedLM(config), seed=2, std=0.2).eval()
+
+
+def blocks_of(model: BD3LMForMaskedLM, ids: torch.Tensor, maskable: torch.Tensor) -> list[list[int]]:
+    size, length = model.config.block_size, ids.shape[1]
+    blocks = [range(start, min(start + size, length)) for start in range(0, length, size)]
+    return [[place for place in block if maskable[0, place]] for block in blocks]
+
+
+def subset_nll(model: BD3LMForMaskedLM, ids: torch.Tensor, subset: tuple[int, ...]) -> torch.Tensor:
+    """-log p of the tokens at `subset`, masked together, given the rest of their block and all earlier blocks."""
+    x_t = ids.clone()
+    x_t[0, list(subset)] = 3
+    with torch.no_grad():
+        return nll_of(model, x_t, ids)[0]
+
+
+def integrated_bound(model, ids, maskable, low: float = 0.0) -> torch.Tensor:
+    """Eq. 8 by quadrature: the mean over t of 1/t * sum over masks of their probability times the masked tokens' NLL.
+
+    The integrand is a polynomial in t of degree below the block size, so 16 Gauss-Legendre nodes are exact.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(16)
+    times = low + (1 - low) * (nodes + 1) / 2
+    bound = torch.zeros(ids.shape[1], dtype=torch.float64)
+    for block in blocks_of(model, ids, maskable):
+        for size in range(1, len(block) + 1):
+            chance = times**size * (1 - times) ** (len(block) - size) / times
+            mean = float((chance * weights / 2).sum())
+            for subset in itertools.combinations(block, size):
+                bound += mean * subset_nll(model, ids, subset)
+    return bound
+
+
+def all_but_first(ids: torch.Tensor) -> torch.Tensor:
+    maskable = torch.ones_like(ids, dtype=torch.bool)
+    maskable[:, 0] = False
+    return maskable
+
+
+def test_the_exact_estimator_equals_the_integral_of_the_bound(toy):
+    model, ids = toy
+    score = model.token_nll(ids, estimator="exact")
+    torch.testing.assert_close(score.nll[0].double(), integrated_bound(model, ids, all_but_first(ids)), **CLOSE)
+    assert score.mask.tolist() == all_but_first(ids).float().tolist()
+    assert score.nll.dtype == score.mask.dtype == torch.float32
+
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def test_the_exact_estimator_scores_the_first_token_where_it_may_be_masked(toy):
+    model, ids = toy
+    model.config.ignore_bos = False
+    expected = integrated_bound(model, ids, torch.ones_like(ids, dtype=torch.bool))
+    score = model.token_nll(ids, estimator="exact")
+    torch.testing.assert_close(score.nll[0].double(), expected, **CLOSE)
+    assert score.mask.all()
+
+
+def test_the_exact_estimator_leaves_out_context_inside_a_block(toy):
+    model, ids = toy
+    labels = ids.clone()
+    labels[0, [0, 3]] = -100
+    expected = integrated_bound(model, ids, labels != -100)
+    torch.testing.assert_close(
+        model.token_nll(ids, labels=labels, estimator="exact").nll[0].double(), expected, **CLOSE
+    )
+
+
+def orders_nll(model: BD3LMForMaskedLM, ids: torch.Tensor, block: list[int]) -> torch.Tensor:
+    """-log p of a block along every order of revealing one token at a time."""
+    totals = [
+        sum(subset_nll(model, ids, order[step:])[order[step]] for step in range(len(order)))
+        for order in itertools.permutations(block)
+    ]
+    return torch.stack(totals) if block else torch.zeros(1, dtype=torch.float64)
+
+
+def test_the_bound_is_the_mean_over_reveal_orders_and_lies_above_the_true_likelihood(toy):
+    # First-hitting reveals tokens in a uniformly random order: its likelihood is the mean over orders.
+    model, ids = toy
+    mean = true = 0.0
+    for block in blocks_of(model, ids, all_but_first(ids)):
+        totals = orders_nll(model, ids, block)
+        mean += totals.mean().item()
+        true += -(torch.logsumexp(-totals, 0) - math.log(len(totals))).item()
+    bound = model.token_nll(ids, estimator="exact").nll.sum().item()
+    assert bound == pytest.approx(mean, rel=1e-5)
+    assert bound > true + 1e-3
+
+
+def test_the_likelihood_that_is_bounded_sums_to_one(randomize):
+    model, total, bound_total = toy_model(randomize, 2), 0.0, 0.0
+    for block in itertools.product(range(3), repeat=2):
+        ids = torch.tensor([[1, 2, *block]])
+        total += (-orders_nll(model, ids, [2, 3])).exp().mean().item()
+        bound_total += (-model.token_nll(ids, estimator="exact").nll[0, 2:].sum()).exp().item()
+    assert total == pytest.approx(1.0, rel=1e-6)
+    assert bound_total < 1.0
+
+
+@pytest.mark.parametrize("estimator, num_samples", [("sampled", 1), ("stratified", 1), ("stratified", 3)])
+def test_the_random_estimators_are_unbiased(toy, estimator, num_samples):
+    model, ids = toy
+    rows = 4000
+    low = 1e-3 if estimator == "sampled" else 0.0
+    # As published, t is uniform on [1e-3, 1] and the weight stays 1/t.
+    expected = integrated_bound(model, ids, all_but_first(ids), low=low)
+    score = model.token_nll(
+        ids.repeat(rows, 1),
+        estimator=estimator,
+        num_samples=num_samples,
+        generator=torch.Generator().manual_seed(0),
+    )
+    nll = score.nll.double()
+    error = nll.std(0) / math.sqrt(rows)
+    assert ((nll.mean(0) - expected).abs() <= 4 * error + 1e-6).all()
+    total_error = nll.sum(1).std() / math.sqrt(rows)
+    assert (nll.sum(1).mean() - expected.sum()).abs() <= 4 * total_error
+    assert total_error / expected.sum() < 0.05
+
+
+@pytest.mark.parametrize("schedule", ["log", "square_root"])
+def test_the_bound_does_not_depend_on_the_noise_schedule(randomize, schedule):
+    model, ids = toy_model(randomize, 3, noise=schedule), torch.tensor([[2, 0, 1, 2, 1, 0]])
+    expected = model.token_nll(ids, estimator="exact").nll.sum().item()
+    rows = model.token_nll(ids.repeat(8000, 1), generator=torch.Generator().manual_seed(0)).nll.sum(1)
+    assert rows.mean().item() == pytest.approx(expected, abs=4 * rows.std().item() / math.sqrt(8000) + 0.01 * expected)
+
+
+def test_the_stratified_estimator_has_a_lower_variance(toy):
+    model, ids = toy
+    variance = {
+        estimator: model.token_nll(
+            ids.repeat(2000, 1), estimator=estimator, generator=torch.Generator().manual_seed(0)
+        )
+        .nll.sum(1)
+        .var()
+        .item()
+        for estimator in ("sampled", "stratified")
+    }
+    assert variance["stratified"] < variance["sampled"] / 2
+
+
+def test_more_samples_lower_the_spread(randomize):
+    model, ids = toy_model(randomize, 3), torch.tensor([[2, 0, 1, 2, 1, 0]]).repeat(2000, 1)
+
+    def scores(estimator: str, num_samples: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        score = model.token_nll(ids, estimator=estimator, num_samples=num_samples, generator=generator)
+        return score.nll.sum(1)
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        # Weights of up to 1000 make a variance of the sampled scores hard to estimate.
+        return (values - values.median()).abs().mean()
+
+    assert spread(scores("sampled", 4)) < 0.65 * spread(scores("sampled", 1))
+    # Draws of one block are spread over 1..n, which beats independent ones.
+    assert scores("stratified", 3).var() < 0.9 * scores("stratified", 1).var() / 3
+
+
+def test_several_samples_are_the_mean_of_single_ones(tiny_model):
+    ids = random_ids(2, 16)
+    together = tiny_model.token_nll(ids, num_samples=3, generator=torch.Generator().manual_seed(0)).nll
+    generator = torch.Generator().manual_seed(0)
+    single = [tiny_model.token_nll(ids, generator=generator).nll for _ in range(3)]
+    torch.testing.assert_close(together, sum(single) / 3, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(single[0], single[1])
+
+
+def test_scores_do_not_depend_on_how_many_draws_share_a_pass(tiny_model, monkeypatch):
+    ids, found = random_ids(2, 14), []
+    for budget in (1, 100, 2**14):
+        monkeypatch.setattr(likelihood_bd3lm, "_TOKEN_BUDGET", budget)
+        found.append(
+            [
+                tiny_model.token_nll(ids, estimator="exact").nll,
+                tiny_model.token_nll(
+                    ids, estimator="stratified", num_samples=5, generator=torch.Generator().manual_seed(0)
+                ).nll,
+            ]
+        )
+    for scores in found[1:]:
+        for score, expected in zip(scores, found[0], strict=True):
+            torch.testing.assert_close(score, expected, rtol=0, atol=1e-5)
+
+
+def test_the_sampled_score_of_one_draw_is_the_evaluation_loss(tiny_model):
+    ids = random_ids(4, 16)
+    torch.manual_seed(0)
+    score = tiny_model.token_nll(ids)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        loss = tiny_model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(score.nll.sum() / score.mask.sum(), loss, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "stratified"])
+def test_a_generator_for_each_row_makes_its_score_independent_of_the_batch(tiny_model, estimator):
+    ids = random_ids(4, 16)
+
+    def generators(rows) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(100 + row) for row in rows]
+
+    arguments = {"estimator": estimator, "num_samples": 2}
+    together = tiny_model.token_nll(ids, generator=generators(range(4)), **arguments).nll
+    for row in range(4):
+        alone = tiny_model.token_nll(ids[row : row + 1], generator=generators([row]), **arguments).nll
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
+    swapped = tiny_model.token_nll(ids.flip(0), generator=generators([3, 2, 1, 0]), **arguments).nll
+    torch.testing.assert_close(swapped.flip(0), together, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "stratified", "exact"])
+def test_at_block_size_one_every_estimator_is_the_autoregressive_likelihood(tiny_config, randomize, estimator):
+    tiny_config.block_size = 1
+    model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
+    ids = random_ids(2, 9)
+    expected = torch.zeros(2, 9)
+    with torch.no_grad():
+        for place in range(1, 9):
+            prefix = torch.cat([ids[:, :place], torch.full((2, 1), 47)], dim=1)
+            logits = model(prefix).logits[:, -1, :47]
+            expected[:, place] = F.cross_entropy(logits, ids[:, place], reduction="none")
+        loss = model(input_ids=ids, labels=ids).loss
+    score = model.token_nll(ids, estimator=estimator)
+    torch.testing.assert_close(score.nll, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(loss, expected.sum() / 16, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_padded_rows_have_the_scores_and_the_loss_of_the_rows_alone(tiny_model, side, implementation):
+    tiny_model.set_attn_implementation(implementation)
+    texts = [random_ids(1, length, seed=length) for length in (5, 11, 16)]
+    mask = torch.zeros(3, 16, dtype=torch.long)
+    ids = torch.full((3, 16), 2)
+    for row, text in enumerate(texts):
+        real = slice(16 - text.shape[1], 16) if side == "left" else slice(0, text.shape[1])
+        ids[row, real], mask[row, real] = text[0], 1
+    score = tiny_model.token_nll(ids, mask, estimator="exact")
+    labels = ids.masked_fill(mask == 0, -100)
+    noise = given_noise(3, 4, 16)
+    total = torch.zeros(())
+    for row, text in enumerate(texts):
+        alone = tiny_model.token_nll(text, estimator="exact")
+        real = mask[row].bool()
+        torch.testing.assert_close(score.nll[row][real], alone.nll[0], rtol=0, atol=1e-5)
+        assert torch.equal(score.mask[row][real], alone.mask[0])
+        assert not score.nll[row][~real].any() and not score.mask[row][~real].any()
+        blocks = slice(-(-text.shape[1] // 4))
+        own = {
+            "block_noise": noise["block_noise"][row, None, blocks],
+            "token_noise": noise["token_noise"][row, None, real],
+            "count_noise": noise["count_noise"][row, None, blocks],
+        }
+        with torch.no_grad():
+            total += tiny_model(input_ids=text, labels=text, num_items_in_batch=1, **own).loss
+    with torch.no_grad():
+        loss = tiny_model(input_ids=ids, labels=labels, attention_mask=mask, num_items_in_batch=1, **noise).loss
+    torch.testing.assert_close(loss, total, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 45])
+def test_any_length_can_be_scored(tiny_model, length):
+    for estimator in ("sampled", "stratified", "exact"):
+        score = tiny_model.token_nll(random_ids(2, length), estimator=estimator)
+        assert score.nll.shape == score.mask.shape == (2, length)
+        assert score.mask.sum() == 2 * (length - 1)
+        assert score.nll.isfinite().all() and (score.nll >= 0).all()
+
+
+def test_a_uniform_model_has_the_perplexity_of_the_vocabulary_without_the_mask(tiny_config):
+    model = BD3LMForMaskedLM(tiny_config).eval()
+    score = model.token_nll(random_ids(2, 18), estimator="exact")
+    torch.testing.assert_close(score.nll, score.mask * math.log(47), rtol=0, atol=1e-5)
+    score = model.token_nll(random_ids(200, 32), estimator="stratified", generator=torch.Generator().manual_seed(0))
+    assert (score.nll.sum() / score.mask.sum()).exp().item() == pytest.approx(47, rel=0.01)
+
+
+def test_scoring_needs_no_gradient_and_leaves_none(tiny_model):
+    score = tiny_model.token_nll(random_ids(2, 8))
+    assert not score.nll.requires_grad
+    assert all(p.grad is None for p in tiny_model.parameters())
+
+
+def test_a_time_conditioned_model_is_scored_at_the_levels_it_was_masked_with(tiny_config, randomize):
+    tiny_config.time_conditioning = True
+    model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
+    ids = random_ids(3, 16)
+    torch.manual_seed(0)
+    score = model.token_nll(ids)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(score.nll.sum() / score.mask.sum(), loss, rtol=1e-5, atol=0)
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_estimator_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="estimator='best' is unknown: choose one of sampled, stratified, exact"):
+        tiny_model.token_nll(random_ids(1, 4), estimator="best")
+
+
+@pytest.mark.parametrize("num_samples", [0, -2])
+def test_fewer_than_one_sample_is_refused(tiny_model, num_samples):
+    with pytest.raises(ValueError, match=f"num_samples={num_samples}: give at least 1"):
+        tiny_model.token_nll(random_ids(1, 4), num_samples=num_samples)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_generators_that_do_not_match_the_rows_are_refused(tiny_model, count):
+    with pytest.raises(ValueError, match=f"{count} generators for 2 rows: give one for each row"):
+        tiny_model.token_nll(random_ids(2, 4), generator=[torch.Generator() for _ in range(count)])
+
+
+def test_the_exact_sum_over_large_blocks_is_refused_with_its_cost(tiny_config):
+    tiny_config.block_size = 16
+    model = BD3LMForMaskedLM(tiny_config)
+    message = (
+        r"estimator='exact' at block_size=16 needs 2\^16 - 1 passes; .*block size 8, 255 passes. Use .*stratified"
+    )
+    with pytest.raises(ValueError, match=message):
+        model.token_nll(random_ids(1, 16), estimator="exact")
+
+
+def test_the_exact_sum_over_blocks_of_eight_is_still_made(tiny_config):
+    tiny_config.block_size = 8
+    model = BD3LMForMaskedLM(tiny_config).eval()
+    score = model.token_nll(random_ids(1, 12), estimator="exact")
+    torch.testing.assert_close(score.nll, score.mask * math.log(47), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ["stratified", "exact"])
+def test_sums_over_masks_of_all_levels_are_refused_under_time_conditioning(tiny_config, estimator):
+    tiny_config.time_conditioning = True
+    model = BD3LMForMaskedLM(tiny_config)
+    message = f"estimator='{estimator}' sums over masks of all noise levels .*use estimator='sampled'"
+    with pytest.raises(ValueError, match=message):
+        model.token_nll(random_ids(1, 4), estimator=estimator)
