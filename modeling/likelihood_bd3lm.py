@@ -208,14 +208,15 @@ def _sum_over_masks(
 def mask_losses(
     model: "BD3LMForMaskedLM", input_ids: torch.Tensor, layout: Layout, draws: Iterator[Mask]
 ) -> Iterator[tuple[Mask, torch.Tensor]]:
-    """-log p(x_0 | x_t) of the tokens that each draw masks, `(batch, length)`, zero elsewhere; weights are not applied.
+    """-log p(x_0 | x_t) of the tokens that each draw masks, `(batch, length)`, zero elsewhere; without weights.
 
     The clean stream is computed once for all draws, unless the model is time-conditioned. To be iterated without
     gradients.
     """
     batch, length = input_ids.shape
-    cache = None if model.config.time_conditioning else clean_cache(model, input_ids, layout)
-    group_size = 1 if cache is None else max(1, _TOKEN_BUDGET // (batch * length))
+    conditioned, lone = model.config.time_conditioning, model.config.num_blocks(length) == 1
+    cache = None if conditioned or lone else clean_cache(model, input_ids, layout)
+    group_size = 1 if conditioned else max(1, _TOKEN_BUDGET // (batch * length))
     for group in _grouped(draws, group_size):
         masked = torch.stack([draw.masked for draw in group], dim=1)
         rows = masked.flatten().nonzero().squeeze(1)
