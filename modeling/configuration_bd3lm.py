@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from .noise_bd3lm import check_interval, noise_schedule
+from .noise_bd3lm import check_draws, check_interval, noise_schedule
 
 
 # Where the authors' unclipped interval of noise levels begins.
@@ -42,6 +42,8 @@ class BD3LMConfig(PreTrainedConfig):
         resample (`bool`, defaults to `False`): in training, draw masks whose rate per block lies inside the interval.
         antithetic_sampling (`str`, defaults to `"shuffled"`): how noise levels are stratified over the blocks of a
             batch: `"shuffled"`, `"published"` (row-major strata, ties the level to the position) or `"none"`.
+        noise_draws (`int`, defaults to 1): noisy streams that share one clean stream in a training step; the loss is
+            the mean over them. They share the clean stream's dropout too. Excludes `time_conditioning`.
         ignore_bos (`bool`, defaults to `True`): the first token of a sequence is never masked and, outside training,
             never scored.
         attn_backend (`str`, *optional*): attention kernel named by published checkpoints. Kept so that their
@@ -81,6 +83,7 @@ class BD3LMConfig(PreTrainedConfig):
     sampling_eps_max: float | int = 1.0
     resample: bool = False
     antithetic_sampling: str = "shuffled"
+    noise_draws: int = 1
     ignore_bos: bool = True
     attn_backend: str | None = None
     bos_token_id: int | None = None
@@ -112,7 +115,8 @@ class BD3LMConfig(PreTrainedConfig):
         return -(-length // self.block_size)
 
     def _check_sizes(self) -> None:
-        for name in ("vocab_size", "block_size", "model_length", "hidden_dim", "n_blocks", "n_heads", "cond_dim"):
+        sizes = ("vocab_size", "block_size", "model_length", "hidden_dim", "n_blocks", "n_heads", "cond_dim")
+        for name in (*sizes, "noise_draws"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: give a whole number of at least 1.")
@@ -175,6 +179,7 @@ class BD3LMConfig(PreTrainedConfig):
             raise ValueError(
                 "time_conditioning=True needs adaln=True: the noise level enters through adaptive layer norm only."
             )
+        check_draws(self.noise_draws, self.time_conditioning)
 
 
 BD3LMConfig.register_for_auto_class()

@@ -19,6 +19,7 @@ from .head_bd3lm import weighted_cross_entropy
 from .noise_bd3lm import (
     LogLinearNoise,
     Noise,
+    check_draws,
     clips,
     draw_noise,
     mask_positions,
@@ -50,12 +51,13 @@ def denoising_loss(
     noise: Noise | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """The objective of Algorithm 1 in nats per token: a scalar with a gradient.
+    """The objective of Algorithm 1 in nats per token: a scalar with a gradient, the mean over all draws of noise.
 
     1. Which tokens count: labels other than -100. The first token of a sequence is never masked under
        `config.ignore_bos`; as published it still counts in the mean of training, not in that of evaluation.
-    2. A time t for each block, from the model's interval in train mode, from [1e-3, 1] in eval mode.
-    3. x_t, and the logits of its masked positions only.
+    2. A time t for each block, from the model's interval in train mode, from [1e-3, 1] in eval mode. The draws of a
+       sequence are those of `noise`, or `config.noise_draws` in train mode and one in eval mode.
+    3. x_t of each draw, beside one clean stream for all of them, and the logits of masked positions only.
     4. The weighted cross-entropy, divided by the number of counted tokens or by `num_items_in_batch`.
 
     With an interval [beta, omega] other than [1e-3, 1] the value is no bound: it covers only a part of the noise
@@ -74,11 +76,13 @@ def denoising_loss(
     # 2. and 3. Noise, logits of the masked positions
     low, high = _interval(model)
     masked, weights, move_chance = corrupt(model, layout, scored, noise, low, high)
+    draws = masked.shape[1] // input_ids.shape[1]
+    check_draws(draws, config.time_conditioning)
     rows = masked.flatten().nonzero().squeeze(1)
-    x_t = torch.where(masked, config.mask_token_id, input_ids)
-    hidden = noisy_hidden(model, x_t, input_ids, layout, rows, sigma_of(config, move_chance))
+    x_t = torch.where(masked, config.mask_token_id, input_ids.repeat(1, draws))
+    hidden = noisy_hidden(model, x_t, input_ids, layout, rows, sigma_of(config, move_chance), draws=draws)
     # 4. Weighted cross-entropy
-    targets, coefficients = labels.flatten()[rows], weights.flatten()[rows]
+    targets, coefficients = labels.repeat(1, draws).flatten()[rows], weights.flatten()[rows] / draws
     total = weighted_cross_entropy(hidden, model.get_output_embeddings(), targets, coefficients, config.mask_token_id)
     count = scored.counted.sum() if num_items_in_batch is None else num_items_in_batch
     return total / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
@@ -111,23 +115,26 @@ def corrupt(
             default.
 
     Returns:
-        bool `(batch, length)`, masked positions; `(batch, length)`, weight of each position's loss; `(batch,
-        num_blocks)`, masking probabilities.
+        bool `(batch, draws * length)`, masked positions of the draws side by side; as many weights, of each position's
+        loss; `(batch, draws * num_blocks)`, masking probabilities.
     """
     config = model.config
     batch, length = scored.counted.shape
-    device = scored.counted.device
+    device, blocks = scored.counted.device, config.num_blocks(length)
     if noise is None:
-        blocks = config.num_blocks(length)
-        noise = draw_noise(batch, blocks, length, order=config.antithetic_sampling, device=device)
+        draws = config.noise_draws if model.training else 1
+        noise = draw_noise(batch, blocks, length, draws=draws, order=config.antithetic_sampling, device=device)
+    # Side by side, the draws of a sequence are one long row of draws * blocks blocks.
+    draws, noise = noise.draws, noise.side_by_side()
+    block_ids = torch.cat([layout.block_ids + draw * blocks for draw in range(draws)], dim=1)
     level = noise_schedule(config.noise)(times(noise.block_noise.to(device), low, high))
     confined = config.resample and (model.training if training is None else training) and clips(low, high)
     if confined:
-        masked = mask_positions_within(noise, level.move_chance, layout.block_ids, scored.valid, low, high)
+        masked = mask_positions_within(noise, level.move_chance, block_ids, scored.valid.repeat(1, draws), low, high)
     else:
-        masked = mask_positions(noise, level.move_chance, layout.block_ids)
+        masked = mask_positions(noise, level.move_chance, block_ids)
     weights = torch.ones_like(level.move_chance) if low > 0.5 else -level.loss_scaling
-    return masked & scored.maskable, per_token(weights, layout.block_ids), level.move_chance
+    return masked & scored.maskable.repeat(1, draws), per_token(weights, block_ids), level.move_chance
 
 
 def _interval(model: "BD3LMForMaskedLM") -> tuple[float, float]:

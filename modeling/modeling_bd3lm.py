@@ -363,7 +363,8 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
             past_key_values: cache of finished blocks. `use_cache=True` writes the given blocks to it,
                 `use_cache=False` only reads it.
             block_noise, token_noise, count_noise: the uniform draws that decide the noise of the loss, see
-                [`Noise`]. Without them they are drawn from torch's global generator.
+                [`Noise`]; with `(batch, draws, ...)` the loss is the mean over the draws. Without them they are drawn
+                from torch's global generator, `config.noise_draws` of them in train mode.
             num_items_in_batch: tokens to divide the summed loss by, when a step spans several batches or processes.
 
         Raises:

@@ -129,11 +129,23 @@ def noise_schedule(name: str) -> NoiseSchedule:
 
 
 class Noise(NamedTuple):
-    """The uniform draws on [0, 1) that decide the noise of a batch."""
+    """The uniform draws on [0, 1) that decide the noise of a batch.
+
+    Several draws for each sequence are one more axis behind the batch: `(batch, draws, num_blocks)` and so on.
+    """
 
     block_noise: torch.Tensor  # (batch, num_blocks), becomes the time t of each block
     token_noise: torch.Tensor  # (batch, length), a token is masked where it is at most move_chance
     count_noise: torch.Tensor  # (batch, num_blocks), number of masked tokens where the mask rate is confined
+
+    @property
+    def draws(self) -> int:
+        """Draws for each sequence."""
+        return self.block_noise.shape[1] if self.block_noise.dim() == 3 else 1
+
+    def side_by_side(self) -> "Noise":
+        """The draws of a sequence one behind the other, as noisy streams stand: `(batch, draws * num_blocks)`."""
+        return Noise(*(field.flatten(1) for field in self))
 
 
 def given_noise(
@@ -143,18 +155,23 @@ def given_noise(
     shape: torch.Size,
     config: Any,
 ) -> Noise | None:
-    """The draws that a caller gave for a batch of `shape` (batch, length), or None where none was given.
+    """The noise that a caller gave for a batch of `shape` (batch, length), or None where none was given.
+
+    Its shape says how many draws each sequence has, whatever `config.noise_draws` says.
 
     Raises:
-        ValueError: only some of them, or a wrong shape. `count_noise` may be left out unless `config.resample`.
+        ValueError: only some of it, or a wrong shape. `count_noise` may be left out unless `config.resample`.
     """
-    blocks = (shape[0], config.num_blocks(shape[1]))
     if block_noise is None and token_noise is None and count_noise is None:
         return None
+    lead: tuple[int, ...] = (shape[0],)
+    if block_noise is not None and block_noise.dim() == 3 and block_noise.shape[1]:
+        lead = (shape[0], block_noise.shape[1])
+    blocks, tokens = (*lead, config.num_blocks(shape[1])), (*lead, shape[1])
     if block_noise is not None and count_noise is None and not config.resample:
         count_noise = torch.zeros_like(block_noise)  # read only when the mask rate is confined
     noise = Noise(block_noise, token_noise, count_noise)  # type: ignore[arg-type]
-    for name, draw, expected in zip(Noise._fields, noise, (blocks, tuple(shape), blocks), strict=True):
+    for name, draw, expected in zip(Noise._fields, noise, (blocks, tokens, blocks), strict=True):
         if draw is None:
             raise ValueError(f"{name} is missing: the noise of a loss is given whole (see draw_noise) or not at all.")
         if tuple(draw.shape) != expected:
@@ -162,11 +179,25 @@ def given_noise(
     return noise
 
 
+def check_draws(draws: int, time_conditioning: bool) -> None:
+    """Refuse several noisy streams that can not share a clean one.
+
+    Raises:
+        ValueError: several draws for a model whose clean stream depends on the noise level.
+    """
+    if draws > 1 and time_conditioning:
+        raise ValueError(
+            f"noise_draws={draws} needs time_conditioning=False: here the noise level of a draw changes the clean "
+            f"stream too, so that draws can not share one. Set noise_draws=1 and use larger batches."
+        )
+
+
 def draw_noise(
     batch_size: int,
     num_blocks: int,
     length: int,
     *,
+    draws: int = 1,
     order: str = "shuffled",
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
@@ -174,14 +205,38 @@ def draw_noise(
     """Draw the noise of one batch, its block noise stratified over all blocks of the batch (Algorithm 1).
 
     Args:
+        draws: draws for each sequence. Unless `order` is `"none"` they are stratified too, see [`stack_draws`].
         order: `"shuffled"` gives each block a random stratum; `"published"` deals the strata in row-major order, so
             that row k has all its levels in [k / batch, (k + 1) / batch); `"none"` draws independently.
         generator: source of randomness, on `device`; torch's global one by default.
     """
-    shape = (batch_size, num_blocks)
-    block_noise = stratify(torch.rand(shape, generator=generator, device=device), order=order, generator=generator)
-    token_noise = torch.rand((batch_size, length), generator=generator, device=device)
-    return Noise(block_noise, token_noise, torch.rand(shape, generator=generator, device=device))
+
+    def uniform(size: int) -> torch.Tensor:
+        return torch.rand((batch_size, size), generator=generator, device=device)
+
+    noises = []
+    for _ in range(draws):
+        block_noise = stratify(uniform(num_blocks), order=order, generator=generator)
+        noises.append(Noise(block_noise, uniform(length), uniform(num_blocks)))
+    return stack_draws(noises, spread=order != "none")
+
+
+def stack_draws(noises: Sequence[Noise], *, spread: bool = True) -> Noise:
+    """Several draws for each sequence of a batch, from one draw each; a single one is returned as it is.
+
+    Args:
+        spread: move the block noise of the d-th of n draws into [d / n, (d + 1) / n). Every block then has one time in
+            each n-th of the interval, and the strata of n batches of N blocks become n * N strata, each hit once: the
+            mean over draws varies less than that of independent ones.
+    """
+    count = len(noises)
+    if count == 1:
+        return noises[0]
+    noise = Noise(*(torch.stack(field, dim=1) for field in zip(*noises, strict=True)))
+    if not spread:
+        return noise
+    first = torch.arange(count, device=noise.block_noise.device).unsqueeze(1)
+    return noise._replace(block_noise=(noise.block_noise + first) / count)
 
 
 def stratify(
@@ -202,7 +257,9 @@ def stratify(
     return uniform / count + strata.view_as(uniform) / count
 
 
-def noise_of_examples(indices: Sequence[int], *, seed: int, group_size: int, num_blocks: int, length: int) -> Noise:
+def noise_of_examples(
+    indices: Sequence[int], *, seed: int, group_size: int, num_blocks: int, length: int, draws: int = 1
+) -> Noise:
     """The noise of training examples, a function of `seed` and each example's global index alone.
 
     It does not depend on how examples are dealt to batches, processes or accumulation steps, so runs of every layout,
@@ -211,24 +268,31 @@ def noise_of_examples(indices: Sequence[int], *, seed: int, group_size: int, num
     Args:
         indices: global index of each example, `epoch * examples_per_epoch + place in the epoch's order`.
         group_size: examples of one optimizer step, over all processes.
+        draws: draws for each example, stratified as well, see [`stack_draws`]. The first draw takes its random numbers
+            from where a single one does.
 
     Returns:
         [`Noise`] on the CPU with `len(indices)` rows.
     """
-    rows = []
-    for index in indices:
-        group, slot = divmod(int(index), group_size)
-        strata = _strata_of_group(seed, group, group_size * num_blocks)[slot * num_blocks : (slot + 1) * num_blocks]
-        generator = torch.Generator().manual_seed(_derived_seed(seed, "example", int(index)))
-        draws = torch.rand(2 * num_blocks + length, generator=generator)
-        block, count, token = draws.split([num_blocks, num_blocks, length])
-        rows.append(Noise((block + strata) / (group_size * num_blocks), token, count))
-    return Noise(*(torch.stack(field) for field in zip(*rows, strict=True)))
+    generators = [torch.Generator().manual_seed(_derived_seed(seed, "example", int(index))) for index in indices]
+    noises = []
+    for draw in range(draws):
+        rows = []
+        for index, generator in zip(indices, generators, strict=True):
+            group, slot = divmod(int(index), group_size)
+            strata = _strata_of_group(seed, group, draw, group_size * num_blocks)
+            uniform = torch.rand(2 * num_blocks + length, generator=generator)
+            block, count, token = uniform.split([num_blocks, num_blocks, length])
+            place = block + strata[slot * num_blocks : (slot + 1) * num_blocks]
+            rows.append(Noise(place / (group_size * num_blocks), token, count))
+        noises.append(Noise(*(torch.stack(field) for field in zip(*rows, strict=True))))
+    return stack_draws(noises)
 
 
-@functools.lru_cache(maxsize=4)
-def _strata_of_group(seed: int, group: int, count: int) -> torch.Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(_derived_seed(seed, "group", group)))
+@functools.lru_cache(maxsize=16)
+def _strata_of_group(seed: int, group: int, draw: int, count: int) -> torch.Tensor:
+    kind = f"group, draw {draw}" if draw else "group"
+    return torch.randperm(count, generator=torch.Generator().manual_seed(_derived_seed(seed, kind, group)))
 
 
 def _derived_seed(seed: int, kind: str, index: int) -> int:
@@ -364,6 +428,7 @@ __all__ = [
     "Noise",
     "NoiseLevel",
     "NoiseSchedule",
+    "check_draws",
     "check_interval",
     "check_reachable",
     "clips",
@@ -376,6 +441,7 @@ __all__ = [
     "noise_schedule",
     "per_token",
     "rank_in_block",
+    "stack_draws",
     "stratify",
     "times",
 ]

@@ -96,6 +96,12 @@ REFUSED = {
         "cross_attn=False with block_size=4 below model_length=1024: .*set cross_attn=True or block_size=model_length",
     ),
     "time_without_adaln": ({"time_conditioning": True, "adaln": False}, "time_conditioning=True needs adaln=True"),
+    "no_draws": ({"noise_draws": 0}, "noise_draws=0: give a whole number of at least 1"),
+    "half_a_draw": ({"noise_draws": 1.5}, "noise_draws"),
+    "draws_that_share_no_clean_stream": (
+        {"noise_draws": 4, "time_conditioning": True},
+        "noise_draws=4 needs time_conditioning=False: .*Set noise_draws=1",
+    ),
 }
 
 

@@ -73,6 +73,18 @@ def test_noise_does_not_change_with_a_longer_neighbour(collate):
     assert torch.equal(alone["block_noise"][0], together["block_noise"][0, :3])
 
 
+def test_several_draws_of_an_example_belong_to_it_too(tiny_config):
+    options = {"seed": 0, "group_size": 8, "num_blocks": tiny_config.num_blocks, "length": 32, "draws": 3}
+    collate = NoiseCollator(PaddingCollator(2), **options)
+    short = {"input_ids": [5] * 9, EXAMPLE_INDEX: 3}
+    long = {"input_ids": [6] * 30, EXAMPLE_INDEX: 4}
+    alone, together = collate([short]), collate([short, long])
+    shapes = {name: tuple(together[name].shape) for name in ("block_noise", "token_noise", "count_noise")}
+    assert shapes == {"block_noise": (2, 3, 8), "token_noise": (2, 3, 30), "count_noise": (2, 3, 8)}
+    assert torch.equal(alone["token_noise"][0], together["token_noise"][0, :, :9])
+    assert torch.equal(alone["block_noise"][0], together["block_noise"][0, :, :3])
+
+
 def test_padding_has_no_label_and_no_attention():
     batch = PaddingCollator(2)([{"input_ids": [5, 6, 7]}, {"input_ids": [8], "labels": [-100]}])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 2, 2]]

@@ -20,6 +20,7 @@ from bd3lm_hf.modeling.noise_bd3lm import (
     noise_schedule,
     per_token,
     rank_in_block,
+    stack_draws,
     stratify,
     times,
 )
@@ -178,6 +179,53 @@ def test_the_same_generator_gives_the_same_noise():
     assert [tuple(field.shape) for field in first] == [(2, 3), (2, 12), (2, 3)]
 
 
+# --- Several draws ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["shuffled", "published"])
+@pytest.mark.parametrize("draws", [2, 3, 4])
+def test_several_draws_hit_every_stratum_once_and_every_block_has_one_time_in_each_part(order, draws):
+    generator = torch.Generator().manual_seed(0)
+    noise = draw_noise(4, 6, 24, draws=draws, order=order, generator=generator)
+    assert [tuple(field.shape) for field in noise] == [(4, draws, 6), (4, draws, 24), (4, draws, 6)]
+    strata = (noise.block_noise.double() * 24 * draws).floor().long()
+    assert sorted(strata.flatten().tolist()) == list(range(24 * draws))
+    parts = (noise.block_noise * draws).floor().long()
+    assert torch.equal(parts, torch.arange(draws).view(1, -1, 1).expand_as(parts))
+
+
+def test_independent_draws_are_not_spread():
+    noise = draw_noise(50, 4, 4, draws=2, order="none", generator=torch.Generator().manual_seed(0))
+    parts = (noise.block_noise * 2).floor()
+    assert 0.4 < parts[:, 0].mean() < 0.6 and 0.4 < parts[:, 1].mean() < 0.6
+
+
+def test_a_single_draw_has_no_axis_of_its_own():
+    noise = draw_noise(2, 3, 12, generator=torch.Generator().manual_seed(5))
+    assert noise.draws == 1
+    assert stack_draws([noise]) is noise
+    for field, flat in zip(noise, noise.side_by_side(), strict=True):
+        assert torch.equal(field, flat)
+
+
+def test_draws_stand_side_by_side_in_the_order_of_their_axis():
+    noise = draw_noise(2, 3, 12, draws=2, generator=torch.Generator().manual_seed(5))
+    flat = noise.side_by_side()
+    assert noise.draws == 2
+    for field, joined in zip(noise, flat, strict=True):
+        assert torch.equal(joined, torch.cat([field[:, 0], field[:, 1]], dim=1))
+
+
+def test_the_mean_of_spread_draws_varies_less_than_that_of_independent_ones():
+    # What one block contributes is a function of its own times, here 1/t on the clipped interval.
+    def variance(order: str) -> float:
+        generator = torch.Generator().manual_seed(0)
+        noise = draw_noise(2000, 1, 1, draws=4, order=order, generator=generator).block_noise
+        return (1 / times(noise, 0.3, 1.0)).mean(dim=1).var().item()
+
+    assert variance("shuffled") < variance("none") / 8
+
+
 # --- Noise of training examples --------------------------------------------------------------------------------------
 
 LAYOUT = {"group_size": 8, "num_blocks": 4, "length": 16}
@@ -204,6 +252,25 @@ def test_the_times_of_a_group_hit_every_stratum_once(group):
     noise = noise_of_examples(range(8 * group, 8 * group + 8), seed=0, **LAYOUT)
     strata = (noise.block_noise.double() * 32).floor().long().flatten()
     assert sorted(strata.tolist()) == list(range(32))
+
+
+def test_several_draws_of_a_group_hit_every_stratum_once_and_do_not_depend_on_the_batch():
+    noise = noise_of_examples(range(8), seed=0, draws=3, **LAYOUT)
+    assert [tuple(field.shape) for field in noise] == [(8, 3, 4), (8, 3, 16), (8, 3, 4)]
+    strata = (noise.block_noise.double() * 96).floor().long().flatten()
+    assert sorted(strata.tolist()) == list(range(96))
+    backwards = noise_of_examples(range(7, -1, -1), seed=0, draws=3, **LAYOUT)
+    for field, other in zip(noise, backwards, strict=True):
+        assert torch.equal(field, other.flip(0))
+        assert len({tuple(row) for row in field.flatten(0, 1).tolist()}) == 24
+
+
+def test_the_first_of_several_draws_takes_the_random_numbers_of_a_single_one():
+    single = noise_of_examples(range(8), seed=0, **LAYOUT)
+    several = noise_of_examples(range(8), seed=0, draws=2, **LAYOUT)
+    assert torch.equal(several.token_noise[:, 0], single.token_noise)
+    assert torch.equal(several.count_noise[:, 0], single.count_noise)
+    assert torch.equal(several.block_noise[:, 0], single.block_noise / 2)
 
 
 def test_groups_examples_and_seeds_have_noise_of_their_own():

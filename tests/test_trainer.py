@@ -55,7 +55,9 @@ def losses_of(trainer: BD3LMTrainer) -> list[float]:
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_accumulated_batches_equal_one_batch(make_trainer, batch):
+@pytest.mark.parametrize("draws", [1, 2])
+def test_accumulated_batches_equal_one_batch(tiny_config, make_trainer, batch, draws):
+    tiny_config.noise_draws = draws
     # Plain gradient descent: Adam's division by the gradient's size would blow rounding up.
     whole, parts = (
         make_trainer(per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, optim="sgd")

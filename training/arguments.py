@@ -53,6 +53,9 @@ class ModelArguments:
     antithetic_sampling: str | None = field(
         default=None, metadata={"help": "Stratification of the noise levels: shuffled, published or none."}
     )
+    noise_draws: int | None = field(
+        default=None, metadata={"help": "Noisy streams that share one clean stream in a step; the loss is their mean."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel: eager, sdpa or flex."})
 
     def config_fields(self) -> dict[str, Any]:

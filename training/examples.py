@@ -117,6 +117,7 @@ class NoiseCollator:
         num_blocks: number of blocks of a sequence of some length; 0 for models without noise, which get none.
         length: longest sequence of the training data. Noise is drawn for this length and cut, so that an example's
             noise does not depend on its neighbours in the batch.
+        draws: draws of noise for each example; more than one are an axis of their own behind the batch.
     """
 
     def __init__(
@@ -127,9 +128,10 @@ class NoiseCollator:
         group_size: int,
         num_blocks: Callable[[int], int],
         length: int,
+        draws: int = 1,
     ) -> None:
         self.collate, self.seed, self.group_size = collate, seed, group_size
-        self.num_blocks, self.length = num_blocks, length
+        self.num_blocks, self.length, self.draws = num_blocks, length, draws
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         indices = [int(example[EXAMPLE_INDEX]) for example in examples]
@@ -148,11 +150,12 @@ class NoiseCollator:
             group_size=self.group_size,
             num_blocks=self.num_blocks(self.length),
             length=self.length,
+            draws=self.draws,
         )
         blocks = self.num_blocks(length)
-        batch["block_noise"] = noise.block_noise[:, :blocks]
-        batch["token_noise"] = noise.token_noise[:, :length]
-        batch["count_noise"] = noise.count_noise[:, :blocks]
+        batch["block_noise"] = noise.block_noise[..., :blocks]
+        batch["token_noise"] = noise.token_noise[..., :length]
+        batch["count_noise"] = noise.count_noise[..., :blocks]
         return batch
 
 

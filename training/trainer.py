@@ -84,6 +84,7 @@ class BD3LMTrainer(Trainer):
             group_size=group_size,
             num_blocks=getattr(config, "num_blocks", lambda length: 0),
             length=config.max_position_embeddings,
+            draws=getattr(config, "noise_draws", 1),
         )
         workers = self.args.dataloader_num_workers
         loader = DataLoader(

@@ -1,0 +1,237 @@
+"""Several noisy streams beside one clean stream, and noisy streams that need none."""
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from bd3lm_hf.modeling import loss_bd3lm
+from bd3lm_hf.modeling.loss_bd3lm import corrupt
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.noise_bd3lm import Noise, draw_noise
+
+
+def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 47, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def noise_of(model: BD3LMForMaskedLM, ids: torch.Tensor, draws: int) -> Noise:
+    generator = torch.Generator().manual_seed(0)
+    return draw_noise(
+        ids.shape[0], model.config.num_blocks(ids.shape[1]), ids.shape[1], draws=draws, generator=generator
+    )
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def lengths_of_first_layer(model: BD3LMForMaskedLM) -> list[int]:
+    """Fills with the number of positions that enter the network in each pass from now on."""
+    seen: list[int] = []
+    model.backbone.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[:2].numel()))
+    return seen
+
+
+# --- Several draws ---------------------------------------------------------------------------------------------------
+
+PADDED = torch.ones(3, 18, dtype=torch.long)
+PADDED[0, :3] = 0
+PADDED[1, 13:] = 0
+CASES = {
+    "whole blocks": ({}, {}),
+    "short last block": ({"length": 18}, {}),
+    "padding": ({"length": 18, "attention_mask": PADDED}, {}),
+    "prompt": ({"length": 18, "prompt": 6}, {}),
+    "clipped": ({}, {"sampling_eps_min": 0.3, "sampling_eps_max": 0.8}),
+    "weight one": ({}, {"sampling_eps_min": 0.55, "sampling_eps_max": 0.95}),
+    "resampled": ({"length": 18, "attention_mask": PADDED}, {"sampling_eps_min": 0.25, "sampling_eps_max": 0.5}),
+    "cosine": ({}, {"noise": "cosine"}),
+    "one block": ({"attention_mask": PADDED[:, :16]}, {"block_size": 32}),
+    "block size one": ({"length": 7}, {"block_size": 1}),
+}
+
+
+def case_of(name: str, tiny_config, randomize):
+    """A training model, and the arguments of its loss without noise."""
+    inputs, fields = CASES[name]
+    for field, value in fields.items():
+        setattr(tiny_config, field, value)
+    tiny_config.resample = name == "resampled"
+    model = randomize(BD3LMForMaskedLM(tiny_config)).train()
+    ids = random_ids(3, inputs.get("length", 16))
+    labels = ids.clone()
+    labels[:, : inputs.get("prompt", 0)] = -100
+    arguments = {"input_ids": ids, "labels": labels}
+    if "attention_mask" in inputs:
+        arguments["attention_mask"] = inputs["attention_mask"]
+        arguments["labels"] = labels.masked_fill(inputs["attention_mask"] == 0, -100)
+    return model, arguments
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_loss_of_several_draws_is_the_mean_of_single_ones_with_its_gradient(
+    tiny_config, randomize, case, implementation
+):
+    model, arguments = case_of(case, tiny_config, randomize)
+    model.set_attn_implementation(implementation)
+    noise = noise_of(model, arguments["input_ids"], 3)
+    together = model(**arguments, **noise._asdict()).loss
+    found = gradients(model, together)
+    singles = [{name: field[:, draw] for name, field in noise._asdict().items()} for draw in range(3)]
+    losses = [model(**arguments, **single).loss for single in singles]
+    mean = torch.stack(losses).mean()
+    assert len({round(loss.item(), 4) for loss in losses}) == 3
+    torch.testing.assert_close(together, mean, rtol=1e-5, atol=0)
+    for name, expected in gradients(model, mean).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_several_draws_under_gradient_checkpointing_give_the_same_gradient(tiny_model, use_reentrant):
+    ids = random_ids(2, 16)
+    noise = noise_of(tiny_model, ids, 2)._asdict()
+    tiny_model.train()
+    expected = gradients(tiny_model, tiny_model(input_ids=ids, labels=ids, **noise).loss)
+    tiny_model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    found = gradients(tiny_model, tiny_model(input_ids=ids, labels=ids, **noise).loss)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_the_mean_over_draws_is_divided_by_the_tokens_of_the_step(tiny_model):
+    ids = random_ids(2, 16)
+    noise = noise_of(tiny_model, ids, 4)._asdict()
+    tiny_model.train()
+    with torch.no_grad():
+        mean = tiny_model(input_ids=ids, labels=ids, **noise).loss
+        total = tiny_model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(1), **noise).loss
+    torch.testing.assert_close(mean, total / 32, rtol=1e-6, atol=0)
+
+
+def test_the_clean_stream_enters_the_network_once_for_all_draws(tiny_model):
+    seen, ids = lengths_of_first_layer(tiny_model), random_ids(2, 16)
+    tiny_model(input_ids=ids, labels=ids, **noise_of(tiny_model, ids, 3)._asdict()).loss.backward()
+    assert seen == [2 * (1 + 3) * 16]
+
+
+def test_training_draws_as_often_as_configured_and_evaluation_once(tiny_model, monkeypatch):
+    tiny_model.config.noise_draws, found = 3, []
+
+    def record(*arguments):
+        found.append(corrupt(*arguments)[0].shape[1])
+        return corrupt(*arguments)
+
+    monkeypatch.setattr(loss_bd3lm, "corrupt", record)
+    ids = random_ids(2, 16)
+    for training in (True, False):
+        assert tiny_model.train(training)(input_ids=ids, labels=ids).loss.isfinite()
+    assert found == [3 * 16, 16]
+
+
+def test_the_stock_trainer_trains_with_several_draws(tiny_config, randomize, tmp_path):
+    tiny_config.noise_draws = 2
+    model = randomize(BD3LMForMaskedLM(tiny_config))
+    seen = lengths_of_first_layer(model)
+    rows = [{"input_ids": row, "labels": row} for row in random_ids(8, 16).tolist()]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True, seed=0
+    )
+    result = Trainer(model=model, args=arguments, train_dataset=rows).train()
+    assert 0 < result.training_loss < 20
+    assert seen == [4 * 3 * 16] * 2
+
+
+def test_several_draws_under_autocast_are_close(tiny_model):
+    tiny_model.train()
+    ids = random_ids(4, 16)
+    noise = noise_of(tiny_model, ids, 2)._asdict()
+    exact = tiny_model(input_ids=ids, labels=ids, **noise).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = tiny_model(input_ids=ids, labels=ids, **noise).loss
+    torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
+
+
+def test_draws_of_a_time_conditioned_model_can_not_share_a_clean_stream(tiny_config, randomize):
+    tiny_config.time_conditioning = True
+    model = randomize(BD3LMForMaskedLM(tiny_config)).train()
+    ids = random_ids(2, 8)
+    message = "noise_draws=2 needs time_conditioning=False: .*the clean stream.*Set noise_draws=1"
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=ids, labels=ids, **noise_of(model, ids, 2)._asdict())
+    model.config.noise_draws = 2
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=ids, labels=ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("block_noise", (2, 3, 3), (2, 3, 2)),
+        ("block_noise", (2, 0, 2), (2, 2)),
+        ("token_noise", (2, 2, 8), (2, 3, 8)),
+        ("token_noise", (2, 8), (2, 3, 8)),
+        ("count_noise", (2, 2), (2, 3, 2)),
+    ],
+)
+def test_draws_of_another_shape_are_refused(tiny_model, name, shape, expected):
+    ids = random_ids(2, 8)
+    noise = noise_of(tiny_model, ids, 3)._asdict() | {name: torch.rand(shape)}
+    with pytest.raises(ValueError) as caught:
+        tiny_model(input_ids=ids, labels=ids, **noise)
+    assert f"{name} of shape {shape} does not fit this batch: give {expected}" in str(caught.value)
+
+
+# --- Texts of one block ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("cross_attn", [True, False])
+def test_a_text_of_one_block_is_scored_without_a_clean_stream(tiny_config, randomize, implementation, cross_attn):
+    tiny_config.block_size, tiny_config.cross_attn = 32, cross_attn
+    model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
+    model.set_attn_implementation(implementation)
+    seen, ids, mask = lengths_of_first_layer(model), random_ids(3, 18), PADDED
+    noise = noise_of(model, ids, 1)
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids, attention_mask=mask, num_items_in_batch=1, **noise._asdict()).loss
+        assert seen == [3 * 18]
+        chance = noise.block_noise * (1 - 1e-3) + 1e-3
+        first = mask.cumsum(1) == 1
+        masked = (noise.token_noise <= chance) & (mask == 1) & ~first
+        x_t = ids.masked_fill(masked, 47)
+        logits = model(input_ids=x_t, clean_input_ids=ids, attention_mask=mask).logits
+    logits[..., 47] = -torch.inf
+    nll = -logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(loss, (nll / chance)[masked].sum(), rtol=1e-5, atol=0)
+
+
+def test_the_likelihood_of_one_block_needs_no_clean_stream(tiny_config, randomize):
+    tiny_config.block_size = 8
+    model, ids = randomize(BD3LMForMaskedLM(tiny_config)).eval(), random_ids(2, 8)
+    seen = lengths_of_first_layer(model)
+    alone = model.token_nll(ids, estimator="exact")
+    assert sum(seen) == 2 * 8 * 255
+    # The same block before another one, which it can not see, has a clean stream beside it.
+    both = model.token_nll(torch.cat([ids, ids], dim=1), estimator="exact")
+    torch.testing.assert_close(both.nll[:, :8], alone.nll, rtol=1e-5, atol=1e-5)
+
+
+def test_a_time_conditioned_text_of_one_block_feeds_the_noise_level_of_each_row(tiny_config, randomize):
+    tiny_config.block_size, tiny_config.time_conditioning = 32, True
+    model = randomize(BD3LMForMaskedLM(tiny_config), std=0.3).train()
+    ids = random_ids(3, 16)
+    noise = noise_of(model, ids, 1)._asdict()
+    whole = model(input_ids=ids, labels=ids, num_items_in_batch=1, **noise).loss
+    rows = [
+        model(
+            input_ids=ids[row : row + 1],
+            labels=ids[row : row + 1],
+            num_items_in_batch=1,
+            **{name: field[row : row + 1] for name, field in noise.items()},
+        ).loss
+        for row in range(3)
+    ]
+    torch.testing.assert_close(whole, sum(rows), rtol=1e-5, atol=0)
