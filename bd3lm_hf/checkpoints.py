@@ -1,5 +1,7 @@
 """Load a checkpoint and refuse what would score or train as garbage: weights missing, foreign or not finite."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,31 +16,41 @@ from transformers import (
 from bd3lm_hf.files import exists, looks_like_path
 
 
-def load_model(name: str, *, argument: str = "--model", trust_remote_code: bool = False, **fields: Any) -> Any:
+# The buffers of the learned interval, which checkpoints of full diffusion come without; the configuration has it too.
+_MAY_LACK = {"sampling_eps_min", "sampling_eps_max"}
+
+
+def read_config(name: str, *, argument: str = "--model", trust_remote_code: bool = False) -> Any:
+    """The configuration of a folder or hub name; arguments and errors as in [`load_model`]."""
+    if looks_like_path(name) and not exists(name):
+        raise ValueError(f"{argument} {name}: there is no such folder; name a checkpoint folder or a hub model.")
+    with _reading(name, argument):
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    name: str, *, argument: str = "--model", trust_remote_code: bool = False, config: Any = None, **options: Any
+) -> Any:
     """The model of a folder or hub name, with every one of its weights.
 
     Args:
         argument: what the user calls `name`, for messages.
-        fields: configuration fields to override, and `attn_implementation`.
+        config: instead of the checkpoint's own.
+        options: for `from_pretrained`, such as `attn_implementation`.
 
     Raises:
         ValueError: a checkpoint that can not be read, lacks weights, has others, or holds NaN.
     """
-    if looks_like_path(name) and not exists(name):
-        raise ValueError(f"{argument} {name}: there is no such folder; name a checkpoint folder or a hub model.")
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        auto_map = getattr(config, "auto_map", None) or {}
-        masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING or "AutoModelForMaskedLM" in auto_map
-        auto_class: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-        # Weights of another shape are reported below, with their names.
-        options = {"trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True}
-        loaded: Any = auto_class.from_pretrained(name, output_loading_info=True, **options, **fields)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"{argument} {name} can not be loaded; name a complete checkpoint: {type(error).__name__}: {error}"
-        ) from error
-    model, info = loaded
+    config = config or read_config(name, argument=argument, trust_remote_code=trust_remote_code)
+    auto_map = getattr(config, "auto_map", None) or {}
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING or "AutoModelForMaskedLM" in auto_map
+    auto_class: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    # Weights of another shape are reported below, with their names.
+    options |= {"trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    with _reading(name, argument):
+        model, info = auto_class.from_pretrained(name, config=config, **options)
+    if set(info["missing_keys"]) >= _MAY_LACK:
+        info["missing_keys"] = set(info["missing_keys"]) - _MAY_LACK
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(key if isinstance(key, str) else str(key[0]) for key in info.get(kind, ())):
             raise ValueError(
@@ -47,6 +59,17 @@ def load_model(name: str, *, argument: str = "--model", trust_remote_code: bool 
             )
     check_finite_weights(model, name)
     return model
+
+
+@contextmanager
+def _reading(name: str, argument: str) -> Iterator[None]:
+    """Any failure to read the files of a checkpoint is one kind of error."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{argument} {name} can not be loaded; name a complete checkpoint: {type(error).__name__}: {error}"
+        ) from error
 
 
 class NotFiniteError(ValueError):
@@ -71,4 +94,4 @@ def check_finite_weights(model: torch.nn.Module, origin: str) -> None:
             )
 
 
-__all__ = ["NotFiniteError", "check_finite_weights", "load_model"]
+__all__ = ["NotFiniteError", "check_finite_weights", "load_model", "read_config"]

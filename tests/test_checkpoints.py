@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights, load_model
+from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights, load_model, read_config
 
 
 def test_a_saved_model_comes_back_with_its_weights(tiny_model, tmp_path):
@@ -14,9 +14,21 @@ def test_a_saved_model_comes_back_with_its_weights(tiny_model, tmp_path):
         assert torch.equal(mine, other), name
 
 
-def test_fields_of_the_configuration_can_be_overridden(tiny_model, tmp_path):
+def test_the_configuration_may_be_another_one(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
-    assert load_model(str(tmp_path), block_size=8).config.block_size == 8
+    config = read_config(str(tmp_path))
+    assert config.block_size == 4
+    config.block_size = 8
+    assert load_model(str(tmp_path), config=config).config.block_size == 8
+
+
+def test_an_interval_that_the_weights_lack_comes_from_the_configuration(tiny_model, tmp_path):
+    tiny_model.set_interval(0.3, 0.8)
+    tiny_model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["sampling_eps_min"], weights["sampling_eps_max"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert load_model(str(tmp_path)).interval() == pytest.approx((0.3, 0.8))
 
 
 def test_a_folder_that_is_not_there_is_refused():

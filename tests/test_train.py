@@ -9,6 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from bd3lm_hf.data import load_text, pack
+from bd3lm_hf.evaluation import perplexity
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.training.arguments import parse_arguments
 from bd3lm_hf.training.train import load_splits, main, new_config, run
 
@@ -149,6 +153,29 @@ def test_a_checkpoint_can_be_trained_further(trained, recipe, corpus, tmp_path):
     )
     assert result.before.nll == pytest.approx(before.after.nll, abs=1e-5)
     assert result.text is None
+
+
+def test_full_diffusion_goes_on_in_small_blocks_as_the_paper_trains(recipe, corpus, tmp_path):
+    words = ["--block_size", "32", "--final_estimator", "stratified", "--sample_tokens", "0"]
+    run([str(recipe), *words, "--output_dir", str(tmp_path / "full")])
+    words = ["--init_from", str(tmp_path / "full"), "--block_size", "4", "--dataset", str(corpus), "--use_cpu"]
+    words += ["--max_steps", "3", "--warmup_steps", "2", "--learning_rate", "0.01", "--noise_draws", "2"]
+    words += ["--per_device_train_batch_size", "4", "--max_eval_samples", "4", "--logging_steps", "1"]
+    words += ["--final_estimator", "exact", "--eval_strategy", "no", "--sample_tokens", "0"]
+    result = run([*words, "--output_dir", str(tmp_path / "blocks")])
+    # It starts where the old weights stand when they read the text in blocks of 4.
+    old = BD3LMForMaskedLM.from_pretrained(tmp_path / "full", block_size=4)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "full")
+    rows = pack(load_text(str(corpus), split="validation"), tokenizer, length=32)
+    rows = rows.select(range(0, len(rows), -(-len(rows) // 4)))
+    assert result.before.nll == pytest.approx(perplexity(old, rows, estimator="exact").nll, abs=1e-5)
+    assert result.after.nll < result.before.nll
+    # Optimizer, schedule and step count start anew.
+    logs = [entry for entry in result.losses if "loss" in entry]
+    assert [entry["step"] for entry in logs] == [1, 2, 3]
+    assert [entry["learning_rate"] for entry in logs] == pytest.approx([0.0, 0.005, 0.01])
+    config = BD3LMConfig.from_pretrained(tmp_path / "blocks")
+    assert (config.block_size, config.noise_draws, config.cross_attn) == (4, 2, True)
 
 
 def test_a_run_resumes_from_its_last_checkpoint(recipe, tmp_path):

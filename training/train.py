@@ -30,7 +30,6 @@ from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 import bd3lm_hf  # noqa: E402
-from bd3lm_hf.checkpoints import load_model  # noqa: E402
 from bd3lm_hf.data import DatasetSpec, bytes_per_token, load_text, pack  # noqa: E402
 from bd3lm_hf.evaluation import Perplexity, scored_tokens, unigram_perplexity  # noqa: E402
 from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer  # noqa: E402
@@ -45,6 +44,7 @@ from bd3lm_hf.training.arguments import (  # noqa: E402
 )
 from bd3lm_hf.training.callbacks import SampleCallback, write_text  # noqa: E402
 from bd3lm_hf.training.output import RECIPE_NAME, check_output_dir, clear_output_dir  # noqa: E402
+from bd3lm_hf.training.start import start_from  # noqa: E402
 from bd3lm_hf.training.trainer import BD3LMTrainer  # noqa: E402
 
 
@@ -230,7 +230,7 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
     if arguments.attn_implementation is not None:
         keywords["attn_implementation"] = arguments.attn_implementation
     if arguments.init_from is not None:
-        model = load_model(arguments.init_from, argument="--init_from", **arguments.config_fields(), **keywords)
+        model = start_from(arguments.init_from, tokenizer, arguments.config_fields(), **keywords)
     else:
         special = {
             f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "mask")

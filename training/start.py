@@ -1,0 +1,79 @@
+"""The model that a run starts from when it has weights already: a checkpoint, perhaps of another block size.
+
+The paper trains 850,000 steps at block = length and 150,000 more at the block size it wants. A block size shapes
+attention and noise, never a weight, so all weights go on; what was learned about the noise of the old blocks does not.
+"""
+
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers.utils import logging
+
+from bd3lm_hf.checkpoints import load_model, read_config
+from bd3lm_hf.modeling.configuration_bd3lm import SAMPLING_EPS, BD3LMConfig
+from bd3lm_hf.tokenization import check_tokenizer_fits
+
+
+logger = logging.get_logger("bd3lm_hf.train")
+
+_INTERVAL = ("sampling_eps_min", "sampling_eps_max")
+
+
+def start_from(
+    name: str, tokenizer: Any, fields: dict[str, Any], *, argument: str = "--init_from", **options: Any
+) -> Any:
+    """The model of a checkpoint with some fields of its configuration changed.
+
+    - Every weight is kept, and every weight must be there; only the two buffers of the interval may be missing.
+    - Where the text becomes more than one block, the noisy stream attends to a clean one (`cross_attn=True`).
+    - An interval of noise levels belongs to the block size it was learned at. At another block size training starts
+      from the interval in `fields`, or from the whole one, [1e-3, 1]; at the same one the checkpoint's goes on.
+    - Special tokens that the configuration leaves open are the tokenizer's.
+
+    Args:
+        name: folder or hub name.
+        tokenizer: of the text to train on.
+        fields: configuration fields, `block_size` and `model_length` among them.
+        argument: what the user calls `name`, for messages.
+        options: for `from_pretrained`, such as `attn_implementation`.
+
+    Raises:
+        ValueError: fields or a tokenizer that do not fit the checkpoint, or weights that are missing, unexpected, of
+            another shape or not finite.
+    """
+    old = read_config(name, argument=argument)
+    changes = dict(fields)
+    for token in ("bos", "eos", "pad"):
+        if getattr(old, f"{token}_token_id", None) is None:
+            changes[f"{token}_token_id"] = getattr(tokenizer, f"{token}_token_id")
+    check_tokenizer_fits(tokenizer, old)
+    if isinstance(old, BD3LMConfig):
+        changes = _of_new_blocks(old, changes)
+    config = type(old).from_dict({**old.to_dict(), **changes})
+    # Of a checkpoint in half precision too: optimizers need all digits, and mixed precision is an option of training.
+    model = load_model(name, argument=argument, config=config, dtype=torch.float32, **options)
+    if any(end in changes for end in _INTERVAL):
+        kept = model.interval()
+        low, high = (changes.get(end, value) for end, value in zip(_INTERVAL, kept, strict=True))
+        model.set_interval(low, high)
+        if PartialState().is_main_process:
+            logger.warning(
+                f"{argument} {name}: blocks of {old.block_size} tokens go on as blocks of {model.config.block_size}, "
+                f"with noise levels in [{low:g}, {high:g}] instead of [{kept[0]:g}, {kept[1]:g}]; choose others with "
+                f"--sampling_eps_min and --sampling_eps_max."
+            )
+    return model
+
+
+def _of_new_blocks(old: BD3LMConfig, changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes`, and what follows from them."""
+    block_size = changes.get("block_size", old.block_size)
+    if not old.causal and block_size != changes.get("model_length", old.model_length):
+        changes = {"cross_attn": True, **changes}
+    if block_size == old.block_size:
+        return changes
+    return {"var_min": True, "sampling_eps_min": SAMPLING_EPS, "sampling_eps_max": 1.0, **changes}
+
+
+__all__ = ["start_from"]
