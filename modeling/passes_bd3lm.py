@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from .attention_bd3lm import AttentionPlan, block_causal_plan, decoding_plan, token_layout
 from .cache_bd3lm import BlockCacheLayer
 from .canvas_bd3lm import Canvas
-from .noise_bd3lm import LogLinearNoise, noise_schedule
+from .noise_bd3lm import LogLinearNoise
 
 
 class BlockPasses:
@@ -38,7 +38,8 @@ class BlockPasses:
 
         Args:
             rows: places that are predicted, flat indices into `(batch, block_size)`.
-            t: `(batch,)`, the time of each row, read only by time-conditioned models.
+            t: `(batch,)`, how much of each row's block is still masked: the probability 1 - alpha_t, which is the time
+                of the log-linear schedule. Read only by time-conditioned models.
 
         Returns:
             `(rows, vocab_size)` in float32.
@@ -47,7 +48,7 @@ class BlockPasses:
         self.count += 1
         modulations = self.modulations
         if modulations is None:
-            sigma = LogLinearNoise().sigma(noise_schedule(self.config.noise).move_chance(t))
+            sigma = LogLinearNoise().sigma(t)
             modulations = model.backbone.modulations(sigma, rows.device)
         if self.cache is None:
             first, commit, plan = self._window_plan(begin)

@@ -44,6 +44,9 @@ class FirstHittingSampler:
     ) -> torch.Tensor:
         """The time of the next hit, t * u^(1 / n), for rows with n `remaining` masked tokens; all `(batch,)`.
 
+        Time is the probability that a token is masked. Measured in it, a masked token is hit at a uniform time under
+        every noise schedule, so the hitting times are those of the log-linear one.
+
         Without `random` its expectation, t * n / (n + 1).
         """
         n = remaining.clamp(min=1)
