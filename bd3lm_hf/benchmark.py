@@ -2,7 +2,8 @@
 
 The rival is transformers' GPT-2 with its 124 M parameters; ours has the same width and depth, 170 M with its head.
 Absolute times drift with the machine, so both are timed in turn and the figure to quote is the median of the pairwise
-ratios. Peak memory is that of a fresh process which does one thing only.
+ratios. Peak memory is that of a fresh process which does one thing only. `--noise-draws 1 2 4 --model M` measures
+instead what several draws of noise for each clean pass do to the gradient (see `gradients.py`).
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from bd3lm_hf import gradients
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 
@@ -110,16 +112,36 @@ def peak_of_process() -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print a table of ratios, in markdown."""
-    parser = argparse.ArgumentParser(prog="bd3lm bench", description="Compare with transformers' GPT-2 in one run.")
+    """Measure what the arguments ask for and print it."""
+    parser = argparse.ArgumentParser(
+        prog="bd3lm bench", description="Compare with transformers' GPT-2 in one run, or several noise draws with one."
+    )
     parser.add_argument("--lengths", type=int, nargs="*", default=[256, 1024], help="training lengths, batch 2")
     parser.add_argument("--new-tokens", type=int, nargs="*", default=[64], help="lengths to write, batch 1")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each pair")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--noise-draws", type=int, nargs="+", help="measure the gradient's variance at these numbers")
+    parser.add_argument("--model", help="with --noise-draws: a trained checkpoint")
+    parser.add_argument("--dataset", default="python-docs", help="with --noise-draws: name, file, folder or hub name")
+    parser.add_argument("--batch-size", type=int, default=8, help="with --noise-draws: sequences of a step")
+    parser.add_argument("--batches", type=int, default=16, help="with --noise-draws: different batches")
     arguments = parser.parse_args(argv)
     if arguments.repeats < 1 or arguments.threads < 1:
         raise ValueError(f"--repeats {arguments.repeats} --threads {arguments.threads}: give at least 1 of each.")
     torch.set_num_threads(arguments.threads)
+    if arguments.noise_draws is None:
+        compare_with_gpt2(arguments)
+    elif arguments.model is None:
+        raise ValueError("--noise-draws measures a trained model: name its folder with --model.")
+    else:
+        options = {name: getattr(arguments, name) for name in ("batch_size", "batches", "repeats")}
+        results = gradients.measure(arguments.model, arguments.dataset, arguments.noise_draws, **options)
+        print(f"torch {torch.__version__}, {arguments.threads} CPU threads, {arguments.model}, {options}")
+        print(gradients.table(results))
+
+
+def compare_with_gpt2(arguments: argparse.Namespace) -> None:
+    """Print a table of ratios, in markdown."""
     rival, ours = build("gpt2"), build("bd3lm")
     print(f"torch {torch.__version__}, {arguments.threads} CPU threads, float32, 12 layers of width 768, block size 4")
     print("| task | BD3-LM, s | GPT-2, s | ratio | least - greatest |\n|---|---|---|---|---|")

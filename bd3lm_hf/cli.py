@@ -196,7 +196,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv and argv[0] in _OWN_COMMAND_LINE:
         # Its own parser reads the rest, and reports its own errors.
-        importlib.import_module(_OWN_COMMAND_LINE[argv[0]][0]).main(argv[1:])
+        try:
+            importlib.import_module(_OWN_COMMAND_LINE[argv[0]][0]).main(argv[1:])
+        except (ValueError, OSError) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
         return 0
     arguments = make_parser().parse_args(argv)
     logging.set_verbosity_error()

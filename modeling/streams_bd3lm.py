@@ -79,7 +79,8 @@ def _lone_hidden(
     """[`noisy_hidden`] of texts of one block, `x_t` of `(batch * draws, length)`: full attention, half the work."""
     backbone, config = model.backbone, model.config
     if layout.valid is not None:
-        layout = Layout(*(field.repeat_interleave(draws, dim=0) for field in layout))
+        fields = (layout.position_ids, layout.block_ids, layout.valid)
+        layout = Layout(*(field.repeat_interleave(draws, dim=0) for field in fields))
     embeds = backbone.vocab_embed(x_t)
     options = {"implementation": config._attn_implementation, "dtype": embeds.dtype}
     plan = block_causal_plan(layout, x_t.shape[1], config.block_size, **options)
