@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.training.start import start_from
+from bd3lm_hf.training.start import check_shape, start_from
 
 
 BUFFERS = {"sampling_eps_min", "sampling_eps_max"}
@@ -155,6 +155,29 @@ def test_special_tokens_that_the_checkpoint_leaves_open_are_the_tokenizers(check
 def test_fields_that_do_not_fit_the_checkpoint_are_refused(learned, tiny_tokenizer, fields, message):
     with pytest.raises(ValueError, match=message):
         start_from(learned, tiny_tokenizer, fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"hidden_dim": 64},
+            "--hidden_dim 64 contradicts --init_from .*, whose hidden_dim is 16: .*leave out --hidden",
+        ),
+        ({"n_heads": 4, "adaln": False}, "--n_heads 4 contradicts .*leave out --n_heads, --adaln"),
+        ({"time_conditioning": True}, "--time_conditioning True contradicts .*, whose time_conditioning is False"),
+    ],
+)
+def test_the_checkpoint_decides_the_shape_of_the_network(learned, tiny_tokenizer, fields, message):
+    for check in (lambda: check_shape(learned, fields), lambda: start_from(learned, tiny_tokenizer, fields)):
+        with pytest.raises(ValueError, match=message):
+            check()
+
+
+def test_a_recipe_may_repeat_the_shape_of_the_checkpoint(learned, tiny_tokenizer):
+    fields = {"hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "cond_dim": 8, "block_size": 8, "dropout": 0.1}
+    check_shape(learned, fields)
+    assert start_from(learned, tiny_tokenizer, fields).config.block_size == 8
 
 
 HEAD = "backbone.output_layer.linear.bias"

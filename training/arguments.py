@@ -16,8 +16,6 @@ from transformers import HfArgumentParser, TrainingArguments
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 DEFAULT_RECIPE = "demo"
-# These choose or shape the network; everything else in ModelArguments may change when weights are loaded.
-_SHAPE_FIELDS = ("hidden_dim", "n_blocks", "n_heads", "cond_dim", "adaln", "time_conditioning")
 
 
 @dataclass
@@ -246,20 +244,6 @@ def write_recipe(arguments: RunArguments, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(given, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def check_shape_is_free(model: ModelArguments) -> None:
-    """Refuse fields that would change the shape of weights which are about to be loaded.
-
-    Raises:
-        ValueError: `init_from` is given together with such a field.
-    """
-    given = [name for name in _SHAPE_FIELDS if name in model.config_fields()]
-    if model.init_from is not None and given:
-        raise ValueError(
-            f"--{given[0]} {getattr(model, given[0])} contradicts --init_from {model.init_from}: the checkpoint "
-            f"decides the shape of the network, so leave out {', '.join('--' + name for name in given)}."
-        )
-
-
 def _as_words(name: str, value: Any) -> list[str]:
     """A recipe's field as command-line words, so that both are checked by one parser; `null` is the default."""
     if value is None:
@@ -283,7 +267,6 @@ __all__ = [
     "DataArguments",
     "ModelArguments",
     "RunArguments",
-    "check_shape_is_free",
     "field_names",
     "parse_arguments",
     "read_recipe",

@@ -18,6 +18,26 @@ from bd3lm_hf.tokenization import check_tokenizer_fits
 logger = logging.get_logger("bd3lm_hf.train")
 
 _INTERVAL = ("sampling_eps_min", "sampling_eps_max")
+# These shape the weights, or what they have learned to read; any other field may change.
+_SHAPE = ("hidden_dim", "n_blocks", "n_heads", "cond_dim", "adaln", "time_conditioning")
+
+
+def check_shape(name: str, fields: dict[str, Any], *, argument: str = "--init_from") -> None:
+    """Refuse fields that contradict the shape of a checkpoint's network; a recipe may repeat it.
+
+    Only the configuration is read, so a run can ask before it loads any text.
+
+    Raises:
+        ValueError: such a field, or a checkpoint that can not be read.
+    """
+    config = read_config(name, argument=argument)
+    wrong = [field for field in _SHAPE if field in fields and fields[field] != getattr(config, field, None)]
+    if wrong:
+        raise ValueError(
+            f"--{wrong[0]} {fields[wrong[0]]} contradicts {argument} {name}, whose {wrong[0]} is "
+            f"{getattr(config, wrong[0], None)}: the checkpoint decides the shape of the network, so leave out "
+            f"{', '.join('--' + field for field in wrong)}."
+        )
 
 
 def start_from(
@@ -42,6 +62,7 @@ def start_from(
         ValueError: fields or a tokenizer that do not fit the checkpoint, or weights that are missing, unexpected, of
             another shape or not finite.
     """
+    check_shape(name, fields, argument=argument)
     old = read_config(name, argument=argument)
     changes = dict(fields)
     for token in ("bos", "eos", "pad"):
@@ -76,4 +97,4 @@ def _of_new_blocks(old: BD3LMConfig, changes: dict[str, Any]) -> dict[str, Any]:
     return {"var_min": True, "sampling_eps_min": SAMPLING_EPS, "sampling_eps_max": 1.0, **changes}
 
 
-__all__ = ["start_from"]
+__all__ = ["check_shape", "start_from"]

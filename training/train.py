@@ -38,13 +38,12 @@ from bd3lm_hf.training.arguments import (  # noqa: E402
     DataArguments,
     ModelArguments,
     RunArguments,
-    check_shape_is_free,
     parse_arguments,
     write_recipe,
 )
 from bd3lm_hf.training.callbacks import SampleCallback, write_text  # noqa: E402
 from bd3lm_hf.training.output import RECIPE_NAME, check_output_dir, clear_output_dir  # noqa: E402
-from bd3lm_hf.training.start import start_from  # noqa: E402
+from bd3lm_hf.training.start import check_shape, start_from  # noqa: E402
 from bd3lm_hf.training.trainer import BD3LMTrainer  # noqa: E402
 
 
@@ -93,7 +92,8 @@ def run(argv: Sequence[str]) -> TrainResult:
     arguments = parse_arguments(argv)
     training = arguments.training
     resume = checkpoint_to_resume(training)
-    check_shape_is_free(arguments.model)
+    if arguments.model.init_from is not None:
+        check_shape(arguments.model.init_from, arguments.model.config_fields())
     check_output_dir(training.output_dir, overwrite=training.overwrite_output_dir, resume=resume is not None)
     set_seed(training.seed)
 
