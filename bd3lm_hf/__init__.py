@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
-from bd3lm_hf.modeling.generation_bd3lm import BD3LMGenerationConfig
+from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
 from bd3lm_hf.modeling.likelihood_bd3lm import TokenNLL
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel
 from bd3lm_hf.modeling.noise_bd3lm import noise_schedule

@@ -1,10 +1,14 @@
 """Where a batch of texts is written block by block: rows whose blocks end together, and the rules that end a row."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from transformers.generation import GenerationConfig
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList
+
+from .stopping_bd3lm import TextCriteria
 
 
 @dataclass
@@ -22,6 +26,7 @@ class Canvas:
     new_tokens: int  # tokens that each row may get
     block_size: int
     key_valid: torch.Tensor | None  # bool (batch, columns), None when all rows start at column 0
+    holes: torch.Tensor | None = None  # bool (batch, columns) on the host, what is written where it is not the rest
 
     @property
     def position_ids(self) -> torch.Tensor:
@@ -36,13 +41,24 @@ class Canvas:
         """Column `(batch,)` of each row's first new token."""
         return self.start + self.lengths
 
+    @functools.cached_property
+    def host_prompt_end(self) -> torch.Tensor:
+        """`prompt_end` on the host."""
+        return self.prompt_end.cpu()
+
     def blocks(self) -> range:
         """First columns of the blocks that hold new tokens."""
         return range(self.first_block, self.text.shape[1], self.block_size)
 
-    def written(self, count: int) -> torch.Tensor:
-        """The first `count` new tokens of each row, `(batch, count)`; a row that ends earlier repeats its last one."""
-        columns = self.prompt_end.unsqueeze(1) + torch.arange(count, device=self.text.device)
+    def gaps(self, begin: int) -> torch.Tensor:
+        """What is to be written in the block that begins at this column, bool `(batch, block_size)` on the host."""
+        if self.holes is not None:
+            return self.holes[:, begin : begin + self.block_size]
+        return begin + torch.arange(self.block_size) >= self.host_prompt_end.unsqueeze(1)
+
+    def written(self, stop: int, start: int = 0) -> torch.Tensor:
+        """New tokens `start` to `stop` of each row, `(batch, stop - start)`; behind its end a row repeats its last."""
+        columns = self.prompt_end.unsqueeze(1) + torch.arange(start, stop, device=self.text.device)
         return self.text.gather(1, columns.clamp(max=self.text.shape[1] - 1))
 
 
@@ -66,18 +82,24 @@ def lay_out(
 
 
 class StopRules:
-    """Where each row ends.
+    """Where each row ends. What is counted lies on the host; a block costs one wait for the judgement of the criteria.
 
     Args:
         criteria: transformers' stopping criteria.
-        prompt: `(batch, length)`, as given to `generate`.
+        prompt: `(batch, length)`, padded on the left.
+        padding: bool `(batch, length)`, True where the prompt has no token; None: nowhere.
 
     Raises:
         ValueError: rows may end at different lengths, and no token is known to pad them with.
     """
 
     def __init__(
-        self, criteria: StoppingCriteriaList, prompt: torch.Tensor, canvas: Canvas, config: GenerationConfig
+        self,
+        criteria: StoppingCriteriaList,
+        prompt: torch.Tensor,
+        canvas: Canvas,
+        config: GenerationConfig,
+        padding: torch.Tensor | None = None,
     ) -> None:
         # Length is counted here, for rows whose blocks end at different lengths. Time is up for a whole block.
         self.clocks = StoppingCriteriaList(c for c in criteria if isinstance(c, MaxTimeCriteria))
@@ -85,10 +107,9 @@ class StopRules:
             c for c in criteria if not isinstance(c, (MaxLengthCriteria, MaxTimeCriteria))
         )
         self.prompt, self.canvas = prompt, canvas
-        batch, device = prompt.shape[0], prompt.device
-        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # new tokens of each row
-        self.all_finished = False
+        batch, self._width = prompt.shape
+        self.finished = torch.zeros(batch, dtype=torch.bool)
+        self.lengths = torch.zeros(batch, dtype=torch.long)  # new tokens of each row
         pad, eos = config.pad_token_id, config.eos_token_id
         self.pad_token_id = pad if pad is not None else eos[0] if isinstance(eos, list) else eos
         if self.pad_token_id is None and batch > 1 and (self.criteria or self.clocks):
@@ -96,6 +117,14 @@ class StopRules:
                 "rows of a batch may stop at different lengths, and there is no token to pad them with: set "
                 "pad_token_id (or eos_token_id) in the generation config."
             )
+        if self.criteria:
+            # What the criteria read, filled block by block.
+            self._text = F.pad(prompt, (0, canvas.new_tokens))
+            self._padding = None if padding is None else F.pad(padding, (0, canvas.new_tokens))
+
+    @property
+    def all_finished(self) -> bool:
+        return bool(self.finished.all())
 
     def update(self, begin: int) -> torch.Tensor:
         """Take in the block at column `begin`: judge each of its tokens as if they came one by one.
@@ -103,37 +132,49 @@ class StopRules:
         Returns:
             the first row's new tokens, up to its end, for the streamer.
         """
-        canvas, shown = self.canvas, int(self.lengths[0])
-        known = (begin + canvas.block_size - canvas.prompt_end).clamp(max=canvas.new_tokens)
+        canvas, shown, ended_before = self.canvas, int(self.lengths[0]), self.finished
+        known = (begin + canvas.block_size - canvas.host_prompt_end).clamp(max=canvas.new_tokens)
         goal = torch.where(self.finished, self.lengths, known)
         if self.criteria:
-            text = torch.cat([self.prompt, canvas.written(int(known.max()))], dim=1)
-            running = ~self.finished
-            for count in range(int(self.lengths[running].min()) + 1, int(known.max()) + 1):
-                judged = ~self.finished & (count > self.lengths) & (count <= known)
-                done = self.criteria(text[:, : self.prompt.shape[1] + count], None) & judged
-                goal = torch.where(done, count, goal)
-                self.finished |= done
+            ends = self._judge(known)
+            goal = torch.minimum(goal, ends)
+            self.finished = self.finished | (ends <= known)
         self.lengths = goal
-        self.finished |= goal >= canvas.new_tokens
+        self.finished = self.finished | (goal >= canvas.new_tokens)
         if self.clocks:
-            self.finished |= self.clocks(self.prompt, None)
-        self.all_finished = bool(self.finished.all())
-        self._pad_finished_rows()
-        return canvas.written(int(self.lengths[0]))[0, shown:]
+            self.finished = self.finished | self.clocks(self.prompt, None).cpu()  # type: ignore[arg-type]
+        self._pad(self.finished & ~ended_before)
+        return canvas.written(int(self.lengths[0]), shown)[0]
 
-    def _pad_finished_rows(self) -> None:
+    def _judge(self, known: torch.Tensor) -> torch.Tensor:
+        """How many new tokens each row has when a criterion first holds, on the host; more than `known` for never."""
+        device, width = self._text.device, self._width
+        first, last = int(self.lengths[~self.finished].min()), int(known.max())
+        self._text[:, width + first : width + last] = self.canvas.written(last, first)
+        never = last + 1
+        ends = torch.full((len(known),), never, device=device)
+        for count in range(first + 1, last + 1):
+            judged = (~self.finished & (count > self.lengths) & (count <= known)).to(device, non_blocking=True)
+            text = self._text[:, : width + count]
+            padding = None if self._padding is None else self._padding[:, : width + count]
+            for criterion in self.criteria:
+                known_padding = {"padding": padding} if isinstance(criterion, TextCriteria) else {}
+                ends = torch.where(judged & criterion(text, None, **known_padding), ends.clamp(max=count), ends)
+        return ends.cpu()
+
+    def _pad(self, rows: torch.Tensor) -> None:
         """What a finished row holds behind its end becomes padding, so that the cache holds what the output shows."""
-        if self.pad_token_id is not None:
-            end = (self.canvas.prompt_end + self.lengths).unsqueeze(1)
-            behind = torch.arange(self.canvas.text.shape[1], device=end.device) >= end
-            self.canvas.text[behind & self.finished.unsqueeze(1)] = self.pad_token_id
+        if self.pad_token_id is not None and rows.any():
+            text = self.canvas.text
+            end = (self.canvas.host_prompt_end + self.lengths).masked_fill(~rows, text.shape[1])
+            behind = torch.arange(text.shape[1], device=text.device) >= end.to(text.device).unsqueeze(1)
+            text.masked_fill_(behind, self.pad_token_id)
 
     def new_tokens(self) -> torch.Tensor:
         """New tokens of all rows `(batch, longest)`, padded behind each row's end."""
         longest = int(self.lengths.max())
         tokens = self.canvas.written(longest)
-        behind = torch.arange(longest, device=tokens.device) >= self.lengths.unsqueeze(1)
+        behind = torch.arange(longest, device=tokens.device) >= self.lengths.to(tokens.device).unsqueeze(1)
         return tokens if self.pad_token_id is None else tokens.masked_fill(behind, self.pad_token_id)
 
 

@@ -1,110 +1,86 @@
 """Writing text block after block (arXiv 2503.09573, Algorithm 2): which token goes where, by sampler and processors.
 
-A step predicts one place per row; `passes_bd3lm.py` has the network's side of it.
+A step predicts the places that the sampler names; `passes_bd3lm.py` has the network's side of it.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
-from transformers.generation.logits_process import (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    ExponentialDecayLengthPenalty,
-    ForcedBOSTokenLogitsProcessor,
-    ForcedEOSTokenLogitsProcessor,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    SuppressTokensAtBeginLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers.generation.logits_process import LogitsProcessorList
 
 from .canvas_bd3lm import Canvas
+from .draws_bd3lm import SAMPLING_DTYPES, draw_tokens, random_uniform, token_probability
 from .passes_bd3lm import BlockPasses
-from .samplers_bd3lm import SAMPLERS, FirstHittingSampler, draw_tokens, wide_float
-
-
-class NucleusLogitsProcessor(LogitsProcessor):
-    """The nucleus of the published samplers: ranks whose cumulative probability, their own included, is at most p.
-
-    The most probable token always stays. transformers' `top_p` also keeps the token that crosses p.
-    """
-
-    def __init__(self, nucleus_p: float) -> None:
-        self.nucleus_p = nucleus_p
-
-    def __call__(self, input_ids: torch.Tensor | None, scores: torch.Tensor) -> Any:
-        ranked, order = scores.sort(dim=-1, descending=True)
-        # As published: normalised in the precision of the scores, summed up in float64.
-        log_probability = ranked - ranked.logsumexp(dim=-1, keepdim=True)
-        cumulative = log_probability.to(wide_float(scores.device)).exp().cumsum(dim=-1)
-        dropped = cumulative > self.nucleus_p
-        dropped[..., 0] = False
-        return scores.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
-
-
-# Processors that read the scores only: they serve rows at different places in one call.
-_READS_SCORES = (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    MinPLogitsWarper,
-    NucleusLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
-# Processors that also read how long the text is, but not what it says.
-_READS_LENGTH = (
-    ExponentialDecayLengthPenalty,
-    ForcedBOSTokenLogitsProcessor,
-    ForcedEOSTokenLogitsProcessor,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    SuppressTokensAtBeginLogitsProcessor,
-)
+from .processors_bd3lm import PlaceProcessors
+from .samplers_bd3lm import SAMPLERS, Round, Sampler, Step
+from .trace_bd3lm import Trace
 
 
 @dataclass
 class Record:
-    """Scores or logits of each new token `(batch, vocab_size)`, kept when asked for."""
+    """Scores or logits of each new token, kept when asked for."""
 
     wanted: bool
-    tokens: dict[int, torch.Tensor] = field(default_factory=dict)
+    steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
-    def put(self, index: torch.Tensor, active: torch.Tensor, values: torch.Tensor) -> None:
-        """Keep the values `(batch, vocab_size)` of each active row's new token number `index`."""
+    def put(self, row: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
+        """Keep the values `(places, vocab_size)` of each row's new token number `index`, both `(places,)`."""
+        if self.wanted:
+            self.steps.append((row, index, values))
+
+    def result(self, batch: int, count: int) -> tuple[torch.Tensor, ...] | None:
+        """Of the first `count` new tokens, each `(batch, vocab_size)`; a row that ended before has zeros."""
         if not self.wanted:
-            return
-        for row in active.nonzero().flatten().tolist():
-            kept = self.tokens.setdefault(int(index[row]), torch.zeros_like(values))
-            kept[row] = values[row]
+            return None
+        if not self.steps:
+            return ()
+        kept = self.steps[0][2].new_zeros(count, batch, self.steps[0][2].shape[1])
+        for row, index, values in self.steps:
+            shown = (index < count).nonzero().squeeze(1)
+            kept[index[shown].to(kept.device), row[shown].to(kept.device)] = values[shown.to(kept.device)]
+        return tuple(kept)
 
-    def result(self, count: int) -> tuple[torch.Tensor, ...] | None:
-        """Of the first `count` new tokens."""
-        return tuple(self.tokens[index] for index in range(count)) if self.wanted else None
+
+class Drawn(NamedTuple):
+    """What a step predicts for its places."""
+
+    tokens: torch.Tensor  # (places,)
+    scores: torch.Tensor  # (places, vocab_size), processed: what the tokens were drawn from
+    logits: torch.Tensor  # (places, vocab_size)
+
+
+class Page:
+    """The block that is being written; what is counted lies on the host."""
+
+    def __init__(self, canvas: Canvas, begin: int) -> None:
+        size, text = canvas.block_size, canvas.text
+        self.begin, self.block = begin, text[:, begin : begin + size]  # a view of the canvas
+        origin = canvas.host_prompt_end.unsqueeze(1)
+        self.index = begin + torch.arange(size) - origin  # (batch, block_size), which new token of its row
+        self.wanted = self.index < canvas.new_tokens
+        self.confidence = torch.zeros(self.block.shape, device=text.device)  # of revealed tokens
+        self.uniform = self.confidence  # of each place, what its token is drawn with
+        self.dead = torch.zeros((), dtype=torch.bool, device=text.device)  # some place could not get any token
+
+    def put(self, places: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Write tokens at flat indices into `(batch, block_size)`, both `(places,)` on the device."""
+        size = self.block.shape[1]
+        self.block[places // size, places % size] = tokens
 
 
 class BlockWriter:
     """Denoises the blocks of a canvas with a model.
 
     Args:
-        prompt: `(batch, length)`, as given to `generate`.
+        prompt: `(batch, length)`, the text before what is written, as logits processors see it.
         cache: written to and read from; None computes the whole window in every step.
+        trace: gets every step, where one is wanted.
+
+    Raises:
+        ValueError: remasking together with processors that read the text.
     """
 
     def __init__(
@@ -116,92 +92,153 @@ class BlockWriter:
         generation_config: Any,
         cache: Cache | None = None,
         generator: torch.Generator | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self.canvas, self.config = canvas, model.config
-        self.prompt, self.generator = prompt, generator
+        self.generator, self.trace = generator, trace
+        self.processors = PlaceProcessors(processors, canvas, prompt)
+        self.in_order = bool(self.processors.reading)
+        self.remask_fraction: float = generation_config.remask_fraction
+        if self.in_order and self.remask_fraction:
+            names = ", ".join(sorted({type(p).__name__ for p in self.processors.reading}))
+            raise ValueError(
+                f"remask_fraction={self.remask_fraction} does not go with {names}: a processor that reads the text "
+                f"judges a token by all to its left, which remasking would change afterwards. Leave one of them out, "
+                f"or give a processor that does not read its input_ids an attribute reads_text = False."
+            )
         self.passes = BlockPasses(model, canvas, cache)
-        self.processors, self.do_sample = processors, generation_config.do_sample
-        self.sampler: FirstHittingSampler = SAMPLERS[generation_config.sampler]()
-        # Processors that read the text expect all of it to the left of the token they judge.
-        reads_text = any(not isinstance(p, (*_READS_SCORES, *_READS_LENGTH)) for p in processors)
-        self.random_order = self.do_sample and not reads_text
+        self.sampler: Sampler = SAMPLERS[generation_config.sampler](generation_config, model.config)
+        self.do_sample: bool = generation_config.do_sample
+        self.sampling_dtype = SAMPLING_DTYPES[generation_config.sampling_dtype]
         recorded = bool(generation_config.return_dict_in_generate)
         self.scores = Record(recorded and bool(generation_config.output_scores))
         self.logits = Record(recorded and bool(generation_config.output_logits))
-        self.forbidden = _never_written(self.config.mask_token_id, generation_config)
+        forbidden = _never_written(self.config.mask_token_id, generation_config)
+        self.forbidden = torch.tensor(forbidden, device=canvas.text.device)
 
     def denoise(self, begin: int, finished: torch.Tensor, streamer: Any = None) -> None:
-        """Reveal the masked tokens of the block that begins at this column, one per row and step."""
-        text, canvas = self.canvas.text, self.canvas
-        block = text[:, begin : begin + canvas.block_size]
-        masked = (block == self.config.mask_token_id) & ~finished.unsqueeze(1)
-        order = self.sampler.order(masked, random=self.random_order, generator=self.generator)
-        # Steps until the last token that was asked for is revealed; those behind it in the block need not be.
-        remaining = masked.sum(1)
-        number = torch.arange(order.shape[1], device=text.device)
-        wanted = begin + order < (canvas.prompt_end + canvas.new_tokens).unsqueeze(1)
-        counts = ((number + 1) * (wanted & (number < remaining.unsqueeze(1)))).amax(1)
-        t = torch.ones(text.shape[0], device=text.device)
-        for step in range(int(counts.max())):
-            place, active = order[:, step], step < counts
-            if self.config.time_conditioning:
-                t = self.sampler.time(t, remaining - step, random=self.do_sample, generator=self.generator)
-            rows = torch.arange(place.shape[0], device=place.device) * canvas.block_size + place
-            tokens = self._choose(self.passes.logits(begin, rows, t), begin + place, active)
-            current = block.gather(1, place.unsqueeze(1)).squeeze(1)
-            block.scatter_(1, place.unsqueeze(1), torch.where(active, tokens, current).unsqueeze(1))
-            if hasattr(streamer, "put_draft") and not finished[0]:
-                streamer.put_draft(self._draft(begin))
+        """Reveal the masked tokens of the block that begins at this column.
 
-    def _draft(self, begin: int) -> torch.Tensor:
-        """The first row's new tokens of this block, as far as they are revealed."""
-        stop = min(begin + self.canvas.block_size, int(self.canvas.prompt_end[0]) + self.canvas.new_tokens)
-        draft = self.canvas.text[0, max(begin, int(self.canvas.prompt_end[0])) : stop]
-        return draft[draft != self.config.mask_token_id].cpu()
+        1. Of what is masked, reveal what the result shows, as the sampler says.
+        2. With `remask_fraction`, mask the least certain tokens of the block once more and reveal them again.
 
-    # --- The choice of a token ---------------------------------------------------------------------------------------
-
-    def _choose(self, logits: torch.Tensor, columns: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
-        """One token per row from its logits; `columns` are places on the canvas, all `(batch,)`."""
-        index = columns - self.canvas.prompt_end  # which new token of its row
-        logits[:, self.forbidden] = -torch.inf
-        self.logits.put(index, active, logits)
-        scores = logits
-        if self.processors:
-            scores = self._process(logits.clone(), self.prompt.shape[1] + index, active)
-            scores[:, self.forbidden] = -torch.inf
-            if (scores.isneginf().all(dim=-1) & active).any():
-                raise ValueError(
-                    "the logits processors leave no token to choose from at some place (the mask token, and padding "
-                    "unless it is also the end token, are never written): loosen the constraints."
-                )
-            scores = scores.masked_fill(~active.unsqueeze(1), 0.0)  # rows that choose nothing may hold anything
-        self.scores.put(index, active, scores)
-        if not self.do_sample:
-            return scores.argmax(dim=-1)
-        return draw_tokens(scores, self.generator)
-
-    def _process(self, scores: torch.Tensor, columns: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
-        """Apply the logits processors, each row with the text to the left of its place as context.
-
-        Processors judge by the width of the context, so rows at different output columns are processed once per
-        column. With processors that read the text, places are revealed from left to right; else tokens to the left
-        that are not yet revealed may stand in the context as mask tokens.
+        Args:
+            finished: bool `(batch,)` on the host, rows that are not touched.
+            streamer: gets drafts of the first row, if it takes them.
         """
-        places: list[int] = []
-        processor: Any
-        for processor in self.processors:
-            if isinstance(processor, _READS_SCORES):
-                scores = processor(self.prompt, scores)  # type: ignore[arg-type]
-                continue
-            if not places:
-                places = columns[active].unique().tolist()
-                written = self.canvas.written(max(places) - self.prompt.shape[1])
-                context = torch.cat([self.prompt, written], dim=1)
-            for column in places:
-                processed = processor(context[:, :column], scores.clone())
-                scores = torch.where((columns == column).unsqueeze(1), processed, scores)
-        return scores
+        page = Page(self.canvas, begin)
+        masked = self.canvas.gaps(begin) & ~finished.unsqueeze(1)
+        drafts = streamer if hasattr(streamer, "put_draft") and not finished[0] else None
+        # 1. Reveal
+        work = Round(masked.clone(), page.wanted, self.do_sample, self.in_order, self.generator)
+        self._reveal(page, work, drafts)
+        # 2. Reveal again
+        if self.remask_fraction:
+            again = self._remask(page, masked & ~work.masked)
+            work = Round(again, again.clone(), self.do_sample, False, self.generator, self.remask_fraction)
+            self._reveal(page, work, drafts)
+        if self.processors.forbidding and page.dead:
+            raise ValueError(
+                "the logits processors leave no token to choose from at some place (the mask token, and padding "
+                "unless it is also the end token, are never written): loosen the constraints."
+            )
+
+    def _reveal(self, page: Page, work: Round, drafts: Any) -> None:
+        """Take the steps of a round.
+
+        A place draws its uniform number once: a token that was predicted and not accepted has no second chance to
+        become a likelier one, and what a row gets does not depend on the steps that other rows take.
+        """
+        device = page.block.device
+        if self.do_sample:
+            page.uniform = random_uniform(page.block.shape, device, self.generator)
+        for step in self.sampler.steps(work):
+            places = step.places.to(device, non_blocking=True)
+            chance = step.chance.to(device, non_blocking=True)
+            drawn = self._predict(page, step, self.passes.logits(page.begin, places, chance))
+            revealed = torch.ones_like(step.places, dtype=torch.bool)
+            if not self.sampler.weighs:
+                page.put(places, drawn.tokens)
+            else:
+                accepted = self.sampler.accept(work, step, drawn.tokens, drawn.scores)
+                page.put(places, drawn.tokens.masked_fill(~accepted, self.config.mask_token_id))
+                revealed = accepted.cpu()
+            work.masked.view(-1)[step.places] = ~revealed
+            if self.remask_fraction or self.trace is not None:
+                page.confidence.view(-1)[places] = token_probability(drawn.scores, drawn.tokens)
+            self._record(page, step, drawn, revealed)
+            if drafts is not None and revealed[step.places < page.block.shape[1]].any():
+                drafts.put_draft(self._draft(page))
+
+    def _record(self, page: Page, step: Step, drawn: Drawn, revealed: torch.Tensor) -> None:
+        """Keep what was asked for of a step, for the places `(places,)` that it revealed."""
+        if self.scores.wanted or self.logits.wanted:
+            shown = revealed.nonzero().squeeze(1)
+            places, kept = step.places[shown], shown.to(drawn.scores.device)
+            row, index = places // page.block.shape[1], page.index.view(-1)[places]
+            self.scores.put(row, index, drawn.scores[kept])
+            self.logits.put(row, index, drawn.logits[kept])
+        if self.trace is not None:
+            grid = torch.zeros(page.block.shape, dtype=torch.bool)
+            grid.view(-1)[step.places] = revealed
+            self.trace.add(page.begin, page.block, grid, page.confidence)
+
+    def _remask(self, page: Page, revealed: torch.Tensor) -> torch.Tensor:
+        """Mask the share of the revealed places that is least certain, rounded down; bool `(batch, block_size)`.
+
+        A corrector in the manner of ReMDM (Wang et al., arXiv 2503.00307), once per block, so that it ends.
+        """
+        count = (self.remask_fraction * revealed.sum(1, keepdim=True) + 1e-6).long()
+        device = page.block.device
+        doubt = page.confidence.masked_fill(~revealed.to(device), torch.inf)
+        rank = doubt.argsort(dim=1, stable=True).argsort(dim=1)
+        again = rank < count.to(device)
+        page.block.masked_fill_(again, self.config.mask_token_id)
+        return again.cpu()
+
+    def _draft(self, page: Page) -> torch.Tensor:
+        """The first row's new tokens of this block, as far as they are revealed."""
+        draft = page.block[0].cpu()
+        return draft[(page.index[0] >= 0) & page.wanted[0] & (draft != self.config.mask_token_id)]
+
+    # --- The choice of tokens ----------------------------------------------------------------------------------------
+
+    def _predict(self, page: Page, step: Step, logits: torch.Tensor) -> Drawn:
+        """A token for each place of a step.
+
+        Processors that read the text judge the places of a row one after the other, each with the tokens just chosen
+        to its left; where the sampler then accepts, it is a run from the left.
+        """
+        if not self.in_order:
+            return self._choose(page, step.places, logits)
+        row = step.places // page.block.shape[1]
+        turn = torch.arange(len(row)) - torch.searchsorted(row, row)  # of each place within its row
+        tokens = torch.zeros_like(step.places, device=logits.device)
+        scores = torch.empty_like(logits)
+        raw = torch.empty_like(logits)
+        for number in range(int(turn.max()) + 1):
+            now = (turn == number).nonzero().squeeze(1)
+            here = now.to(logits.device, non_blocking=True)
+            drawn = self._choose(page, step.places[now], logits[here])
+            page.put(step.places[now].to(logits.device, non_blocking=True), drawn.tokens)
+            tokens[here], scores[here], raw[here] = drawn
+        return Drawn(tokens, scores, raw)
+
+    def _choose(self, page: Page, places: torch.Tensor, logits: torch.Tensor) -> Drawn:
+        """A token for each place on the host `(places,)`, at most one of a row where processors read the text."""
+        logits.index_fill_(1, self.forbidden, -torch.inf)
+        scores = logits
+        if self.processors.processors:
+            row, index = places // page.block.shape[1], page.index.view(-1)[places]
+            scores = self.processors(logits.clone(), row, index).index_fill(1, self.forbidden, -torch.inf)
+            if self.processors.forbidding:
+                dead = scores.isneginf().all(dim=-1)
+                page.dead |= dead.any()
+                scores = scores.masked_fill(dead.unsqueeze(1), 0.0)
+        if not self.do_sample:
+            return Drawn(scores.argmax(dim=-1), scores, logits)
+        uniform = page.uniform.view(-1)[places.to(scores.device, non_blocking=True)]
+        return Drawn(draw_tokens(scores, uniform, dtype=self.sampling_dtype), scores, logits)
 
 
 def _never_written(mask_token_id: int, generation_config: GenerationConfig) -> list[int]:
@@ -212,4 +249,4 @@ def _never_written(mask_token_id: int, generation_config: GenerationConfig) -> l
     return [mask_token_id, pad]
 
 
-__all__ = ["BlockWriter", "NucleusLogitsProcessor", "Record"]
+__all__ = ["BlockWriter", "Drawn", "Page", "Record"]

@@ -13,13 +13,16 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import LogitNormalization, LogitsProcessorList
-from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import ModelOutput
 
 from .cache_bd3lm import BlockCache
-from .canvas_bd3lm import StopRules, lay_out
-from .decoding_bd3lm import BlockWriter, NucleusLogitsProcessor
-from .samplers_bd3lm import SAMPLERS
+from .canvas_bd3lm import Canvas, StopRules, lay_out
+from .decoding_bd3lm import BlockWriter
+from .generation_config_bd3lm import BD3LMGenerationConfig, check_generation_fields
+from .processors_bd3lm import NucleusLogitsProcessor
+from .stopping_bd3lm import EntropyStopCriteria, SecondEosCriteria
+from .trace_bd3lm import Trace, TraceStep, sequence_columns
 
 
 # transformers types the `self` of its mixin as a whole model, which another mixin is not: to a type checker it is Any.
@@ -39,45 +42,6 @@ _DECIDED_HERE = (
 )
 
 
-class BD3LMGenerationConfig(GenerationConfig):
-    """transformers' `GenerationConfig` with the fields of block diffusion.
-
-    Args:
-        sampler (`str`, defaults to `"first_hitting"`): which masked positions are revealed when.
-        nucleus_p (`float`, defaults to 1.0): the paper's nucleus: a token stays while the cumulative probability
-            *including itself* is at most p, so the token that crosses p is dropped (`top_p` keeps it). The most likely
-            token always stays. The paper samples with 0.9.
-        kwargs: fields of `GenerationConfig`. `top_k` defaults to 0 here: sampling draws from the whole distribution.
-
-    Raises:
-        ValueError: an unknown sampler or a `nucleus_p` outside (0, 1].
-    """
-
-    def __init__(self, **kwargs: Any) -> None:
-        self.sampler = kwargs.pop("sampler", "first_hitting")
-        self.nucleus_p = kwargs.pop("nucleus_p", 1.0)
-        super().__init__(**kwargs)
-
-    def validate(self, *args: Any, **kwargs: Any) -> None:
-        super().validate(*args, **kwargs)
-        check_generation_fields(self)
-
-    @classmethod
-    def from_model_config(cls, model_config: Any) -> "BD3LMGenerationConfig":
-        # transformers then calls the constructor. A config made from a model config forgets its own fields on reload.
-        raise NotImplementedError("a BD3LMGenerationConfig is made by its constructor, not from a model config.")
-
-
-def check_generation_fields(config: Any) -> None:
-    """Validate the fields that [`BD3LMGenerationConfig`] adds."""
-    if config.sampler not in SAMPLERS:
-        raise ValueError(f"sampler={config.sampler!r} is unknown: choose one of {', '.join(SAMPLERS)}.")
-    if not 0.0 < config.nucleus_p <= 1.0:
-        raise ValueError(
-            f"nucleus_p={config.nucleus_p}: give a probability above 0 and at most 1 (1 keeps all tokens)."
-        )
-
-
 @dataclass
 class BD3LMGenerateOutput(ModelOutput):
     """What `generate(return_dict_in_generate=True)` returns.
@@ -89,6 +53,7 @@ class BD3LMGenerateOutput(ModelOutput):
         past_key_values: the cache of finished blocks.
         num_forward_passes: denoising passes of the network; the pass over the prompt is not counted.
         tokens_per_forward: new tokens, finished rows' padding left out, per row and denoising pass.
+        trace: with `output_trace`, every denoising step.
     """
 
     sequences: torch.Tensor | None = None
@@ -97,6 +62,7 @@ class BD3LMGenerateOutput(ModelOutput):
     past_key_values: Cache | None = None
     num_forward_passes: int | None = None
     tokens_per_forward: float | None = None
+    trace: list[TraceStep] | None = None
 
 
 class BD3LMGenerationMixin(_Generative):
@@ -129,6 +95,10 @@ class BD3LMGenerationMixin(_Generative):
         if all(top_k is None for top_k in asked):
             prepared.top_k = 0
         check_generation_fields(prepared)
+        if prepared.output_trace and not prepared.return_dict_in_generate:
+            raise ValueError(
+                "output_trace=True has no place in a plain tensor of tokens: set return_dict_in_generate=True too."
+            )
         return prepared, model_kwargs
 
     def prepare_inputs_for_generation(
@@ -195,6 +165,17 @@ class BD3LMGenerationMixin(_Generative):
             processors.insert(len(processors) - normalizes, NucleusLogitsProcessor(generation_config.nucleus_p))
         return processors
 
+    def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        if generation_config.entropy_stop is not None:
+            criteria.append(EntropyStopCriteria(generation_config.entropy_stop, generation_config.entropy_stop_window))
+        if generation_config.stop_at_second_eos:
+            if generation_config.eos_token_id is None:
+                raise ValueError("stop_at_second_eos=True needs an end token: set eos_token_id.")
+            criteria = StoppingCriteriaList(c for c in criteria if not isinstance(c, EosTokenCriteria))
+            criteria.append(SecondEosCriteria(generation_config.eos_token_id))
+        return criteria
+
     def _only_finished_prefixes(
         self, allowed: Callable[[int, torch.Tensor], list[int]], prompt_width: int
     ) -> Callable[[int, torch.Tensor], list[int]]:
@@ -232,8 +213,8 @@ class BD3LMGenerationMixin(_Generative):
         """Write block after block (Algorithm 2).
 
         1. Lay the prompts out so that the blocks of all rows end together.
-        2. For each block: draw the order of its masked positions, then reveal one per row and step. The first step
-           also writes the block before it to the cache.
+        2. For each block: reveal its masked positions as the sampler says. The first step also writes the block before
+           it to the cache.
         3. Cut rows where a stopping criterion holds; show the block to the streamer.
         4. Put prompts and new tokens together.
         """
@@ -244,16 +225,18 @@ class BD3LMGenerationMixin(_Generative):
         self._check_prompt(input_ids, attention_mask, synced_gpus)
         size, mask_id = self.config.block_size, self.config.mask_token_id
         canvas = lay_out(input_ids, attention_mask, generation_config.max_length - input_ids.shape[1], size, mask_id)
+        prompt, padding = pad_left(input_ids, attention_mask)
+        stop = StopRules(stopping_criteria, prompt, canvas, generation_config, padding)
         writer = BlockWriter(
             self,
             canvas,
-            input_ids,
+            prompt,
             logits_processor,
             generation_config,
             model_kwargs.get("past_key_values"),
             model_kwargs.get("generator"),
+            trace_of(canvas, input_ids, attention_mask) if generation_config.output_trace else None,
         )
-        stop = StopRules(stopping_criteria, input_ids, canvas, generation_config)
         for begin in canvas.blocks():
             # 2. Denoise
             writer.denoise(begin, stop.finished, streamer)
@@ -273,11 +256,12 @@ class BD3LMGenerationMixin(_Generative):
         count = sequences.shape[1] - input_ids.shape[1]
         return BD3LMGenerateOutput(
             sequences=sequences,
-            scores=writer.scores.result(count),
-            logits=writer.logits.result(count),
+            scores=writer.scores.result(*stop.lengths.shape, count),
+            logits=writer.logits.result(*stop.lengths.shape, count),
             past_key_values=cache,
             num_forward_passes=writer.passes.count,
             tokens_per_forward=float(stop.lengths.sum()) / max(1, writer.passes.count) / input_ids.shape[0],
+            trace=None if writer.trace is None else writer.trace.steps,
         )
 
     def _check_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, synced_gpus: bool) -> None:
@@ -317,6 +301,23 @@ class BD3LMGenerationMixin(_Generative):
                 f"the prompt holds mask_token_id={config.mask_token_id}: generate continues a text and does not fill "
                 f"gaps in it; model(input_ids).logits predicts masked tokens."
             )
+
+
+def pad_left(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Prompts `(batch, length)` with their padding moved to the left, and where it is then; None: nowhere.
+
+    Processors and criteria that read the text find the new tokens right behind it.
+    """
+    if attention_mask is None or bool(attention_mask.all()):
+        return input_ids, None
+    order = attention_mask.bool().long().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), ~attention_mask.bool().gather(1, order)
+
+
+def trace_of(canvas: Canvas, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Trace:
+    """An empty trace whose columns are those of the result."""
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    return Trace(sequence_columns(canvas.text.shape[1], canvas.start, real))
 
 
 __all__ = ["BD3LMGenerateOutput", "BD3LMGenerationConfig", "BD3LMGenerationMixin", "NucleusLogitsProcessor"]

@@ -17,7 +17,8 @@ from transformers.utils import can_return_tuple
 from .attention_bd3lm import AttentionPlan, block_causal_plan, token_layout, two_stream_plan
 from .cache_bd3lm import BlockCache
 from .configuration_bd3lm import BD3LMConfig
-from .generation_bd3lm import BD3LMGenerationConfig, BD3LMGenerationMixin
+from .generation_bd3lm import BD3LMGenerationMixin
+from .generation_config_bd3lm import BD3LMGenerationConfig
 from .layers_bd3lm import (
     BD3LMBlock,
     BD3LMEmbedding,

@@ -1,75 +1,286 @@
-"""Which masked position of a block to reveal next.
+"""Which masked positions of a block are revealed in which step: one small class per published rule.
 
-First-hitting sampling (Zheng et al., arXiv 2409.02908; BD3-LM's default) simulates the reverse process exactly:
-masked tokens are hit one at a time, each remaining one equally likely to be next, so a block of b tokens takes b
-steps. The order does not depend on any probability, and is drawn before the network runs: its head is needed at one
-position only.
+A sampler yields the places that a step predicts. First hitting and the ancestral sampler know them before any
+probability is seen, so the whole block is planned at once and the network's head runs at these places only; the
+parallel samplers predict all masked places and accept some. What a sampler counts lies on the host: the only thing
+that a step waits for is which predictions were accepted.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
-
-def wide_float(device: torch.device) -> torch.dtype:
-    """float64, as in the published samplers, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+from .draws_bd3lm import random_uniform, token_probability
+from .noise_bd3lm import noise_schedule
 
 
-class FirstHittingSampler:
-    """One masked position per row and step, uniformly chosen."""
+@dataclass
+class Round:
+    """The places of one block that are to be revealed, for all rows of a batch; tensors on the host."""
 
-    def order(
-        self, masked: torch.Tensor, *, random: bool = True, generator: torch.Generator | None = None
-    ) -> torch.Tensor:
-        """The places of a block in the order in which they are revealed, `(batch, block_size)`.
+    masked: torch.Tensor  # bool (batch, block_size), still to be revealed; kept up to date by the writer
+    wanted: torch.Tensor  # bool (batch, block_size): a row is done when these are revealed
+    random: bool = True  # without chance places come from left to right, so that a text repeats itself
+    in_order: bool = False  # reveal from left to right only, as processors that read the text need it
+    generator: torch.Generator | None = None
+    start: float = 1.0  # probability of being masked at the beginning of the round
 
-        Places that are not masked come last. Any fixed order is one draw of the uniform one; without `random` it runs
-        from left to right, so that greedy decoding repeats itself and does not depend on the batch.
+    def hitting_keys(self) -> torch.Tensor:
+        """Numbers on [0, 1), `(batch, block_size)`: of any two places the one with the larger number is hit first.
+
+        Independent and uniform, or, without chance, evenly spaced from left to right.
+        """
+        rank = self.masked.cumsum(1) - 1
+        if not self.random:
+            return 1 - (rank.double() + 0.5) / self.masked.sum(1, keepdim=True).clamp(min=1)
+        keys = random_uniform(self.masked.shape, self.masked.device, self.generator)
+        if self.in_order:
+            keys = torch.where(self.masked, keys, -1.0).sort(dim=1, descending=True).values
+            keys = keys.gather(1, rank.clamp(min=0))
+        return keys
+
+
+class Step(NamedTuple):
+    """One pass of the network."""
+
+    places: torch.Tensor  # on the host, flat indices into (batch, block_size), in reading order: these are predicted
+    chance: torch.Tensor  # (batch,), probability of being masked that a time-conditioned model is told
+    least: torch.Tensor | None = None  # (batch,), how many predictions must be accepted; None: all are
+
+
+class Sampler:
+    """A rule for the order of revealing.
+
+    Args:
+        generation_config: read for the fields that the rule names.
+        config: of the model.
+    """
+
+    weighs = False  # whether `accept` chooses among the predictions
+
+    def __init__(self, generation_config: Any, config: Any) -> None:
+        self.num_steps: int | None = generation_config.num_denoising_steps
+        self.noise, self.timed = noise_schedule(config.noise), bool(config.time_conditioning)
+
+    def steps(self, work: Round) -> Iterator[Step]:
+        """The steps of a round, each yielded when the one before has been taken."""
+        raise NotImplementedError
+
+    def accept(self, work: Round, step: Step, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Which predictions of a step are revealed, where the rule weighs them.
 
         Args:
-            masked: bool `(batch, block_size)`.
+            tokens: `(places,)`, drawn from `scores` `(places, vocab_size)`, both on the model's device.
+
+        Returns:
+            bool `(places,)`.
         """
-        device, dtype = masked.device, wide_float(masked.device)
-        key = torch.arange(masked.shape[1], device=device, dtype=dtype).expand(masked.shape)
-        if random:
-            key = torch.rand(masked.shape, generator=generator, device=device, dtype=dtype)
-        return torch.where(masked, key, masked.shape[1] + 1.0).argsort(dim=1, stable=True)
+        raise NotImplementedError
 
-    def time(
-        self,
-        t: torch.Tensor,
-        remaining: torch.Tensor,
-        *,
-        random: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> torch.Tensor:
-        """The time of the next hit, t * u^(1 / n), for rows with n `remaining` masked tokens; all `(batch,)`.
 
-        Time is the probability that a token is masked. Measured in it, a masked token is hit at a uniform time under
-        every noise schedule, so the hitting times are those of the log-linear one.
+class HittingSampler(Sampler):
+    """A sampler that knows when each place is revealed before it sees any probability."""
 
-        Without `random` its expectation, t * n / (n + 1).
+    def hits(self, work: Round) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each masked place the number of the step that reveals it, and the masking probability at that step.
+
+        Both `(batch, block_size)`; step numbers may have gaps, and only their order within a row matters.
         """
-        n = remaining.clamp(min=1)
-        if not random:
-            return t * n / (n + 1)
-        return t * torch.rand(t.shape, generator=generator, device=t.device, dtype=t.dtype) ** (1 / n)
+        raise NotImplementedError
+
+    def steps(self, work: Round) -> Iterator[Step]:
+        """Each row takes its own steps one after the other; a step in which nothing of a row is hit is left out."""
+        when, chance = self.hits(work)
+        number = _dense_rank(when.masked_fill(~work.masked, torch.iinfo(when.dtype).max))
+        last = number.masked_fill(~(work.masked & work.wanted), -1).amax(1, keepdim=True)
+        due = work.masked & (number <= last)
+        places = due.flatten().nonzero().squeeze(1)
+        if not places.numel():
+            return
+        of_place = number.flatten()[places]
+        in_turn = places[of_place.argsort(stable=True)]
+        for count, now in enumerate(in_turn.split(of_place.bincount().tolist())):
+            yield Step(now, chance.masked_fill(~due | (number != count), 0.0).amax(1).float())
 
 
-def draw_tokens(scores: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """One token per row of unnormalised log-probabilities `(rows, vocab_size)`: the distribution function, inverted.
+class FirstHittingSampler(HittingSampler):
+    """One uniformly chosen masked place per row and step (Zheng et al., arXiv 2409.02908; BD3-LM's default).
 
-    One uniform number a row instead of one for each token of the vocabulary, which on a CPU is an order of magnitude
-    faster than `torch.multinomial`. Probabilities in the precision of the scores, float32 at least, summed up in
-    float64. A token of probability zero is never drawn.
+    Simulates the reverse process exactly: masked tokens are hit one at a time, each remaining one equally likely to
+    be next. With `num_denoising_steps` below the number of masked tokens, the steps share them evenly.
     """
-    dtype = wide_float(scores.device)
-    cumulative = scores.float().softmax(dim=-1).cumsum(dim=-1, dtype=dtype)
-    uniform = torch.rand((scores.shape[0], 1), generator=generator, device=scores.device, dtype=dtype)
-    # Below the total even after rounding; from the right, so that the step found has a positive height.
-    below = uniform * cumulative[:, -1:] * (1 - 4 * torch.finfo(dtype).eps)
-    return torch.searchsorted(cumulative, below, right=True).squeeze(1)
+
+    def hits(self, work: Round) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = torch.where(work.masked, work.hitting_keys(), -1.0)
+        rank = keys.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        count = work.masked.sum(1, keepdim=True)
+        chance = torch.full(rank.shape, work.start, dtype=torch.float64)
+        if self.timed:
+            uniform = random_uniform(rank.shape, rank.device, work.generator) if work.random else None
+            chance = work.start * hitting_times(count, rank.shape[1], uniform).gather(1, rank)
+        if self.num_steps is None:
+            return rank, chance
+        return rank * count.clamp(max=self.num_steps) // count.clamp(min=1), chance
 
 
-SAMPLERS = {"first_hitting": FirstHittingSampler}
+def hitting_times(count: torch.Tensor, length: int, uniform: torch.Tensor | None = None) -> torch.Tensor:
+    """Times of the hits of `count` masked tokens `(batch, 1)`, from t = 1: t <- t * u^(1 / n) with n still masked.
 
-__all__ = ["SAMPLERS", "FirstHittingSampler", "draw_tokens", "wide_float"]
+    Time is the probability that a token is masked. Measured in it, a masked token is hit at a uniform time under every
+    noise schedule, so the hitting times are those of the log-linear one.
+
+    Args:
+        uniform: the draws `(batch, length)`; without them each time has its expectation, t * n / (n + 1).
+
+    Returns:
+        `(batch, length)`.
+    """
+    remaining = (count - torch.arange(length)).clamp(min=1).double()
+    factors = remaining / (remaining + 1) if uniform is None else uniform.double() ** (1 / remaining)
+    return factors.cumprod(dim=1)
+
+
+class AncestralSampler(HittingSampler):
+    """`num_denoising_steps` steps from t = 1 to 0; by default as many as a block has tokens.
+
+    From t to s = t - 1 / steps a masked token stays masked with probability move_chance(s) / move_chance(t) (Sahoo et
+    al., arXiv 2406.07524, Eq. 6), in the last step never. The products of these factors are the distribution of the
+    step that reveals a place, which is therefore drawn first: steps that reveal nothing cost no pass of the network.
+    """
+
+    def hits(self, work: Round) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = work.hitting_keys()
+        steps = self.num_steps or keys.shape[1]
+        chance = self.noise.move_chance(torch.linspace(1, 0, steps + 1, dtype=keys.dtype))
+        masked_after = chance[1:-1] / chance[0]
+        # The first step after which a place is masked with a probability of at most its key.
+        when = torch.searchsorted(-masked_after, -keys.contiguous())
+        return when, work.start * chance[when]
+
+
+def ancestral_weights(probabilities: torch.Tensor, stay: torch.Tensor | float, mask_token_id: int) -> torch.Tensor:
+    """The published weights of one ancestral update, `(..., vocab_size)`, for masked positions.
+
+    Drawing from them with [`draw_published`] until nothing is masked has the distribution of [`AncestralSampler`].
+
+    Args:
+        probabilities: of the clean token, zero for the mask.
+        stay: probability of staying masked, move_chance(s) / move_chance(t).
+    """
+    weights = probabilities * (1 - stay)
+    weights[..., mask_token_id] = stay
+    return weights
+
+
+class ParallelSampler(Sampler):
+    """A sampler that predicts all masked places and accepts the most certain ones, one in each row at least.
+
+    With `num_denoising_steps`, it accepts at least as many per step as it takes to finish in time.
+    """
+
+    weighs = True
+
+    def steps(self, work: Round) -> Iterator[Step]:
+        number = 0
+        while True:
+            live = work.masked & (work.masked & work.wanted).any(1, keepdim=True)
+            places = live.flatten().nonzero().squeeze(1)
+            if not places.numel():
+                return
+            remaining = live.sum(1)
+            # Rounded up. Steps beyond the last one do not come: it accepts all that is left.
+            least = remaining.clamp(max=1) if self.num_steps is None else -(-remaining // (self.num_steps - number))
+            yield Step(places, work.masked.float().mean(1), least)
+            number += 1
+
+    def doubt(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """How uncertain each prediction is, `(places,)`; the smaller the sooner it is accepted."""
+        raise NotImplementedError
+
+    def enough(self, doubts: torch.Tensor) -> torch.Tensor:
+        """Which of the doubts `(batch, block_size)` are small enough, given that all before them are accepted.
+
+        They come in the order of acceptance; infinity stands where there is no prediction.
+        """
+        raise NotImplementedError
+
+    def accept(self, work: Round, step: Step, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        doubt = self.doubt(tokens, scores)
+        places = step.places.to(doubt.device, non_blocking=True)
+        assert step.least is not None
+        least = step.least.to(doubt.device, non_blocking=True).unsqueeze(1)
+        grid = doubt.new_full(work.masked.shape, torch.inf)
+        grid.view(-1)[places] = doubt
+        # The most certain ones first, or, where the round says so, a run from the left.
+        order = (grid.isinf().byte() if work.in_order else grid).argsort(dim=1, stable=True)
+        number = torch.arange(grid.shape[1], device=grid.device)
+        taken = self.enough(grid.gather(1, order)).cumprod(dim=1).bool() | (number < least)
+        return torch.zeros_like(taken).scatter(1, order, taken).view(-1)[places]
+
+
+class ConfidenceSampler(ParallelSampler):
+    """Reveals the places whose drawn token is more probable than `confidence_threshold` (Wu et al., arXiv 2505.22618).
+
+    The probability is that under the processed scores, which the token was drawn from.
+    """
+
+    def __init__(self, generation_config: Any, config: Any) -> None:
+        super().__init__(generation_config, config)
+        self.threshold: float = generation_config.confidence_threshold
+
+    def doubt(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return -token_probability(scores, tokens)
+
+    def enough(self, doubts: torch.Tensor) -> torch.Tensor:
+        return -doubts > self.threshold
+
+
+class EntropyBoundSampler(ParallelSampler):
+    """Reveals the places of lowest entropy while they are nearly independent (Ben-Hamu et al., arXiv 2505.24857).
+
+    What k tokens tell about one another is at most the sum of their entropies without the largest one; places are
+    taken while that stays within `entropy_bound`, in nats. Entropies are those of the processed scores.
+    """
+
+    def __init__(self, generation_config: Any, config: Any) -> None:
+        super().__init__(generation_config, config)
+        self.bound: float = generation_config.entropy_bound
+
+    def doubt(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.special.entr(scores.softmax(dim=-1)).sum(dim=-1)
+
+    def enough(self, doubts: torch.Tensor) -> torch.Tensor:
+        return doubts.cumsum(dim=1) - doubts.cummax(dim=1).values <= self.bound
+
+
+def _dense_rank(values: torch.Tensor) -> torch.Tensor:
+    """For each entry how many smaller values its row has, each counted once."""
+    ordered, order = values.sort(dim=1)
+    rank = torch.zeros_like(values)
+    rank[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).cumsum(1)
+    return torch.empty_like(rank).scatter(1, order, rank)
+
+
+SAMPLERS: dict[str, type[Sampler]] = {
+    "first_hitting": FirstHittingSampler,
+    "ancestral": AncestralSampler,
+    "confidence": ConfidenceSampler,
+    "entropy_bound": EntropyBoundSampler,
+}
+
+__all__ = [
+    "SAMPLERS",
+    "AncestralSampler",
+    "ConfidenceSampler",
+    "EntropyBoundSampler",
+    "FirstHittingSampler",
+    "HittingSampler",
+    "ParallelSampler",
+    "Round",
+    "Sampler",
+    "Step",
+    "ancestral_weights",
+    "hitting_times",
+]

@@ -8,7 +8,7 @@ from transformers.generation import MaxTimeCriteria, StoppingCriteria, StoppingC
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from bd3lm_hf.modeling.canvas_bd3lm import StopRules, lay_out
-from bd3lm_hf.modeling.generation_bd3lm import BD3LMGenerationConfig
+from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
 
 
 MASK, PAD, EOS = 47, 2, 1

@@ -15,7 +15,7 @@ from bd3lm_hf.modeling.cache_bd3lm import BlockCache
 from bd3lm_hf.modeling.canvas_bd3lm import lay_out
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.decoding_bd3lm import BlockWriter
-from bd3lm_hf.modeling.generation_bd3lm import BD3LMGenerationConfig
+from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
 from bd3lm_hf.modeling.layers_bd3lm import apply_rotary
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.passes_bd3lm import BlockPasses, check_cache
@@ -389,13 +389,13 @@ def test_a_processor_that_reads_the_text_sees_all_of_it(make_model):
 
 
 @pytest.mark.parametrize(
-    ("processor", "random"), [(TemperatureLogitsWarper(0.7), True), (RepetitionPenaltyLogitsProcessor(1.1), False)]
+    ("processor", "in_order"), [(TemperatureLogitsWarper(0.7), False), (RepetitionPenaltyLogitsProcessor(1.1), True)]
 )
-def test_only_processors_that_read_the_text_fix_the_order(make_model, processor, random):
+def test_only_processors_that_read_the_text_fix_the_order(make_model, processor, in_order):
     model, canvas = make_model(), lay_out(torch.ones(1, 4, dtype=torch.long), None, 4, 4, MASK)
     config = BD3LMGenerationConfig(do_sample=True)
     writer = BlockWriter(model, canvas, canvas.text[:, :4], LogitsProcessorList([processor]), config)
-    assert writer.random_order is random
+    assert writer.in_order is in_order
 
 
 def test_rows_at_different_places_are_processed_at_their_own(make_model):

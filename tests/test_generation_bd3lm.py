@@ -16,9 +16,9 @@ from transformers import (
 
 from bd3lm_hf.modeling.cache_bd3lm import BlockCache
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
-from bd3lm_hf.modeling.decoding_bd3lm import NucleusLogitsProcessor
-from bd3lm_hf.modeling.generation_bd3lm import BD3LMGenerationConfig
+from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.processors_bd3lm import NucleusLogitsProcessor
 
 
 BOS, EOS, PAD, MASK = 0, 1, 2, 47
