@@ -21,7 +21,7 @@ class Canvas:
 
     text: torch.Tensor  # (batch, columns)
     start: torch.Tensor  # (batch,), column of each row's first token
-    lengths: torch.Tensor  # (batch,), tokens of each row's prompt
+    lengths: torch.Tensor  # (batch,), tokens of each row's prompt; 0 where new ones stand among given ones
     first_block: int  # column where the first block that holds new tokens begins, the same for all rows
     new_tokens: int  # tokens that each row may get
     block_size: int
@@ -40,6 +40,11 @@ class Canvas:
     def prompt_end(self) -> torch.Tensor:
         """Column `(batch,)` of each row's first new token."""
         return self.start + self.lengths
+
+    @functools.cached_property
+    def last_start(self) -> int:
+        """Column from which on every row has begun."""
+        return int(self.start.max())
 
     @functools.cached_property
     def host_prompt_end(self) -> torch.Tensor:

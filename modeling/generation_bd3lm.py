@@ -20,6 +20,7 @@ from .cache_bd3lm import BlockCache
 from .canvas_bd3lm import Canvas, StopRules, lay_out
 from .decoding_bd3lm import BlockWriter
 from .generation_config_bd3lm import BD3LMGenerationConfig, check_generation_fields
+from .infilling_bd3lm import NOT_FOR_GAPS, fill_gaps
 from .processors_bd3lm import NucleusLogitsProcessor
 from .stopping_bd3lm import EntropyStopCriteria, SecondEosCriteria
 from .trace_bd3lm import Trace, TraceStep, sequence_columns
@@ -222,7 +223,7 @@ class BD3LMGenerationMixin(_Generative):
         home, input_ids = input_ids.device, input_ids.to(self.device)
         attention_mask = model_kwargs.get("attention_mask")
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
-        self._check_prompt(input_ids, attention_mask, synced_gpus)
+        self._check_continuable(input_ids, attention_mask, synced_gpus)
         size, mask_id = self.config.block_size, self.config.mask_token_id
         canvas = lay_out(input_ids, attention_mask, generation_config.max_length - input_ids.shape[1], size, mask_id)
         prompt, padding = pad_left(input_ids, attention_mask)
@@ -264,14 +265,75 @@ class BD3LMGenerationMixin(_Generative):
             trace=None if writer.trace is None else writer.trace.steps,
         )
 
-    def _check_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, synced_gpus: bool) -> None:
-        """Refuse what cannot be continued, before any work."""
-        config = self.config
-        if synced_gpus:
+    @torch.no_grad()
+    def infill(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        logits_processor: LogitsProcessorList | list[Any] | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> BD3LMGenerateOutput | torch.Tensor:
+        """Complete texts in place: every mask token becomes a token of the text, wherever it stands.
+
+        Blocks are filled from left to right, each jointly: a gap sees all that stands to its left, and to its right
+        what its own block holds; later blocks are not seen by earlier ones. Where one token is missing, the greedy
+        choice is that of `pipeline("fill-mask")`. An end token inside a gap is a token like any other.
+
+        ```python
+        >>> ids = tokenizer("The <mask> jumps over the <mask> dog", return_tensors="pt").input_ids
+        >>> tokenizer.decode(model.infill(ids)[0])
+        ```
+
+        Args:
+            input_ids: `(batch, length)`, of at most `model_length` tokens. Rows without a mask token stay as they are.
+            attention_mask: `(batch, length)`, zeros where a row is padded; inferred from padding where left out.
+            generation_config: as for `generate`; what it says about lengths and ends has no meaning here.
+            kwargs: its fields: `do_sample`, `sampler`, `temperature`, `nucleus_p`, `bad_words_ids`, ...
+
+        Returns:
+            the completed `input_ids`, or with `return_dict_in_generate` a [`BD3LMGenerateOutput`].
+
+        Raises:
+            ValueError: arguments on lengths and ends; ids or lengths that the model does not know.
+        """
+        unfit = [name for name in NOT_FOR_GAPS if kwargs.get(name) is not None]
+        if unfit:
             raise ValueError(
-                "synced_gpus=True: generating from sharded weights (ZeRO-3, FSDP) is not supported; gather the model "
-                "on one device first, or pass synced_gpus=False where every process holds whole weights."
+                f"infill does not take {', '.join(unfit)}: it replaces the mask tokens of its input, and adds, ends "
+                f"and returns nothing else. Leave it out, or call generate to continue a text."
             )
+        config, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
+        self._validate_model_kwargs(model_kwargs)
+        self._prepare_special_tokens(config, attention_mask is not None, device=self.device)
+        home, input_ids = input_ids.device, input_ids.to(self.device)
+        if attention_mask is None:
+            attention_mask = self._prepare_attention_mask_for_generation(input_ids, config, {})
+        attention_mask = attention_mask.to(self.device)
+        self._check_prompt(input_ids, attention_mask)
+        processors = self._get_logits_processor(
+            config,
+            0,
+            encoder_input_ids=input_ids,
+            logits_processor=LogitsProcessorList(logits_processor or []),
+            device=self.device,
+            model_kwargs=model_kwargs,
+        )
+        filled = fill_gaps(self, input_ids, attention_mask, processors, config, generator)
+        if not config.return_dict_in_generate:
+            return filled.sequences.to(home)
+        return BD3LMGenerateOutput(
+            sequences=filled.sequences.to(home),
+            num_forward_passes=filled.num_forward_passes,
+            tokens_per_forward=filled.num_gaps / max(1, filled.num_forward_passes) / len(input_ids),
+            trace=None if filled.trace is None else filled.trace.steps,
+        )
+
+    def _check_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Refuse what the model can not read, before any work."""
+        config = self.config
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask of shape {tuple(attention_mask.shape)} does not fit input_ids of shape "
@@ -296,10 +358,22 @@ class BD3LMGenerationMixin(_Generative):
                 f"the prompt holds the id {int(real[outside][0])}, outside the vocabulary of {config.vocab_size} ids: "
                 f"use the tokenizer that the model was trained with."
             )
-        if (real == config.mask_token_id).any():
+
+    def _check_continuable(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, synced_gpus: bool
+    ) -> None:
+        """Refuse what `generate` can not continue, before any work."""
+        if synced_gpus:
             raise ValueError(
-                f"the prompt holds mask_token_id={config.mask_token_id}: generate continues a text and does not fill "
-                f"gaps in it; model(input_ids).logits predicts masked tokens."
+                "synced_gpus=True: generating from sharded weights (ZeRO-3, FSDP) is not supported; gather the model "
+                "on one device first, or pass synced_gpus=False where every process holds whole weights."
+            )
+        self._check_prompt(input_ids, attention_mask)
+        masked = input_ids == self.config.mask_token_id
+        if (masked if attention_mask is None else masked & attention_mask.bool()).any():
+            raise ValueError(
+                f"the prompt holds mask_token_id={self.config.mask_token_id}: generate continues a text and does not "
+                f"fill gaps in it; model.infill(input_ids) does."
             )
 
 

@@ -85,7 +85,8 @@ class BlockPasses:
         valid = self.canvas.key_valid
         if valid is not None:
             # Once every row reaches back to the window's beginning, nothing is padded any more.
-            valid = None if self._dropped >= int(self.canvas.start.max()) else valid[:, self._dropped : begin + size]
+            begun = self.canvas.holes is None and self._dropped >= self.canvas.last_start
+            valid = None if begun else valid[:, self._dropped : begin + size]
         hidden = max(0, past + finished + size - self.config.model_length)
         return decoding_plan(past, finished, size, valid, self.model.dtype, hidden=hidden)
 
