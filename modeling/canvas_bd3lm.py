@@ -1,7 +1,6 @@
 """Where a batch of texts is written block by block: rows whose blocks end together, and the rules that end a row."""
 
-import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +27,12 @@ class Canvas:
     key_valid: torch.Tensor | None  # bool (batch, columns), None when all rows start at column 0
     holes: torch.Tensor | None = None  # bool (batch, columns) on the host, what is written where it is not the rest
 
+    host_prompt_end: torch.Tensor = field(init=False)  # `prompt_end` on the host
+    last_start: int = field(init=False)  # column from which on every row has begun
+
+    def __post_init__(self) -> None:
+        self.host_prompt_end, self.last_start = self.prompt_end.cpu(), int(self.start.max())
+
     @property
     def position_ids(self) -> torch.Tensor:
         """Rotary positions `(batch or 1, columns)`, counted from each row's first token."""
@@ -40,16 +45,6 @@ class Canvas:
     def prompt_end(self) -> torch.Tensor:
         """Column `(batch,)` of each row's first new token."""
         return self.start + self.lengths
-
-    @functools.cached_property
-    def last_start(self) -> int:
-        """Column from which on every row has begun."""
-        return int(self.start.max())
-
-    @functools.cached_property
-    def host_prompt_end(self) -> torch.Tensor:
-        """`prompt_end` on the host."""
-        return self.prompt_end.cpu()
 
     def blocks(self) -> range:
         """First columns of the blocks that hold new tokens."""
@@ -129,7 +124,7 @@ class StopRules:
 
     @property
     def all_finished(self) -> bool:
-        return bool(self.finished.all())
+        return all(self.finished.tolist())
 
     def update(self, begin: int) -> torch.Tensor:
         """Take in the block at column `begin`: judge each of its tokens as if they came one by one.
@@ -137,7 +132,7 @@ class StopRules:
         Returns:
             the first row's new tokens, up to its end, for the streamer.
         """
-        canvas, shown, ended_before = self.canvas, int(self.lengths[0]), self.finished
+        canvas, shown, ended_before = self.canvas, self.lengths.tolist()[0], self.finished
         known = (begin + canvas.block_size - canvas.host_prompt_end).clamp(max=canvas.new_tokens)
         goal = torch.where(self.finished, self.lengths, known)
         if self.criteria:
@@ -149,12 +144,13 @@ class StopRules:
         if self.clocks:
             self.finished = self.finished | self.clocks(self.prompt, None).cpu()  # type: ignore[arg-type]
         self._pad(self.finished & ~ended_before)
-        return canvas.written(int(self.lengths[0]), shown)[0]
+        return canvas.written(self.lengths.tolist()[0], shown)[0]
 
     def _judge(self, known: torch.Tensor) -> torch.Tensor:
         """How many new tokens each row has when a criterion first holds, on the host; more than `known` for never."""
         device, width = self._text.device, self._width
-        first, last = int(self.lengths[~self.finished].min()), int(known.max())
+        first = min(self.lengths.masked_fill(self.finished, self.canvas.new_tokens).tolist())
+        last = max(known.tolist())
         self._text[:, width + first : width + last] = self.canvas.written(last, first)
         never = last + 1
         ends = torch.full((len(known),), never, device=device)
@@ -169,7 +165,7 @@ class StopRules:
 
     def _pad(self, rows: torch.Tensor) -> None:
         """What a finished row holds behind its end becomes padding, so that the cache holds what the output shows."""
-        if self.pad_token_id is not None and rows.any():
+        if self.pad_token_id is not None and any(rows.tolist()):
             text = self.canvas.text
             end = (self.canvas.host_prompt_end + self.lengths).masked_fill(~rows, text.shape[1])
             behind = torch.arange(text.shape[1], device=text.device) >= end.to(text.device).unsqueeze(1)

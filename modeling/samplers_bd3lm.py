@@ -27,6 +27,13 @@ class Round:
     generator: torch.Generator | None = None
     start: float = 1.0  # probability of being masked at the beginning of the round
 
+    def asked_for(self) -> torch.Tensor:
+        """What may be predicted, bool `(batch, block_size)`: places that nobody wants, too, as they decide others.
+
+        From left to right they can not, as they stand behind the wanted ones.
+        """
+        return self.masked & self.wanted if self.in_order else self.masked
+
     def hitting_keys(self) -> torch.Tensor:
         """Numbers on [0, 1), `(batch, block_size)`: of any two places the one with the larger number is hit first.
 
@@ -95,7 +102,7 @@ class HittingSampler(Sampler):
         when, chance = self.hits(work)
         number = _dense_rank(when.masked_fill(~work.masked, torch.iinfo(when.dtype).max))
         last = number.masked_fill(~(work.masked & work.wanted), -1).amax(1, keepdim=True)
-        due = work.masked & (number <= last)
+        due = work.asked_for() & (number <= last)
         places = due.flatten().nonzero().squeeze(1)
         if not places.numel():
             return
@@ -185,11 +192,11 @@ class ParallelSampler(Sampler):
     def steps(self, work: Round) -> Iterator[Step]:
         number = 0
         while True:
-            live = work.masked & (work.masked & work.wanted).any(1, keepdim=True)
+            live = work.asked_for() & (work.masked & work.wanted).any(1, keepdim=True)
             places = live.flatten().nonzero().squeeze(1)
             if not places.numel():
                 return
-            remaining = live.sum(1)
+            remaining = (work.masked & live.any(1, keepdim=True)).sum(1)
             # Rounded up. Steps beyond the last one do not come: it accepts all that is left.
             least = remaining.clamp(max=1) if self.num_steps is None else -(-remaining // (self.num_steps - number))
             yield Step(places, work.masked.float().mean(1), least)

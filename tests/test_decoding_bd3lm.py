@@ -1,6 +1,5 @@
 """Blocks are written exactly: with and without cache, alone and in a batch, inside the window and beyond it."""
 
-import itertools
 import math
 from pathlib import Path
 
@@ -325,48 +324,6 @@ def test_a_quantized_cache_is_refused():
     # Made without its constructor: the quantizing backend is another library.
     with pytest.raises(ValueError, match="is a QuantizedCache, which can not keep finished blocks"):
         check_cache(QuantizedCache.__new__(QuantizedCache), None)
-
-
-def block_probabilities(model, context: list[int]) -> dict[tuple[int, ...], float]:
-    """The exact distribution of one block: each masked place equally likely to be revealed next."""
-    size, mask = model.config.block_size, model.config.mask_token_id
-    begin = len(context) // size * size
-    places = range(len(context) - begin, size)
-    states = list(itertools.product(range(mask + 1), repeat=len(places)))
-    ids = torch.tensor([context + list(state) for state in states])
-    with torch.no_grad():
-        logits = model(ids).logits[:, len(context) :, :mask]
-    probability = dict(zip(states, logits.double().softmax(-1).tolist(), strict=True))
-    result = {}
-    orders = list(itertools.permutations(range(len(places))))
-    for outcome in itertools.product(range(mask), repeat=len(places)):
-        for order in orders:
-            state, product = [mask] * len(places), 1.0 / len(orders)
-            for place in order:
-                product *= probability[tuple(state)][place][outcome[place]]
-                state[place] = outcome[place]
-            result[outcome] = result.get(outcome, 0.0) + product
-    return result
-
-
-def test_samples_have_the_distribution_of_the_model(make_model):
-    # Two of three tokens of the first block, then the first token of the next one, whose others are cut.
-    model = make_model(vocab_size=4, block_size=3, model_length=6, bos_token_id=None, pad_token_id=None)
-    exact: dict[tuple[int, ...], float] = {}
-    for block, probability in block_probabilities(model, [1]).items():
-        for behind, weight in block_probabilities(model, [1, *block]).items():
-            outcome = (*block, behind[0])
-            exact[outcome] = exact.get(outcome, 0.0) + probability * weight
-    assert math.isclose(sum(exact.values()), 1.0, abs_tol=1e-9)
-    ids = torch.ones(20_000, 1, dtype=torch.long)
-    samples = model.generate(ids, max_new_tokens=3, do_sample=True, generator=torch.Generator().manual_seed(0))[:, 1:]
-    code = samples @ torch.tensor([9, 3, 1])
-    counts = torch.bincount(code, minlength=27)
-    expected = 20_000 * torch.tensor([exact[(i // 9, i // 3 % 3, i % 3)] for i in range(27)])
-    assert expected.min() > 5  # every outcome occurs
-    chi_square = ((counts - expected) ** 2 / expected).sum()
-    # 26 degrees of freedom: mean 26, standard deviation 7.2.
-    assert chi_square < 26 + 4 * 7.2
 
 
 class Witness(LogitsProcessor):

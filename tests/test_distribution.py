@@ -1,0 +1,164 @@
+"""What is sampled has the distribution that the model and the sampler define, found by enumeration of a toy model.
+
+Seeds are fixed; a chi-square statistic of k degrees of freedom has mean k and standard deviation sqrt(2 k).
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+
+
+SAMPLES = 12_000
+PAD = 4  # an id behind the three tokens and the mask, so that prompts of two lengths share a batch
+
+
+@pytest.fixture(scope="module")
+def model() -> BD3LMForMaskedLM:
+    """Three tokens, the mask (3) and padding (4) in blocks of 3; its distributions depend on what is revealed."""
+    config = BD3LMConfig(
+        vocab_size=5,
+        mask_token_id=3,
+        block_size=3,
+        model_length=9,
+        hidden_dim=32,
+        cond_dim=16,
+        n_blocks=2,
+        n_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=PAD,
+    )
+    model, generator = BD3LMForMaskedLM(config).eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + ("norm" in name))
+        for layer in model.backbone.blocks:
+            layer.attn_qkv.weight.mul_(4)
+    return model
+
+
+def hitting_plans(places: int) -> dict[tuple[int, ...], float]:
+    """First hitting: the step that reveals each place, every order equally likely."""
+    orders = list(itertools.permutations(range(places)))
+    return {order: 1 / len(orders) for order in orders}
+
+
+def ancestral_plans(places: int, steps: int) -> dict[tuple[int, ...], float]:
+    """Each place is revealed in step k with probability 1 / steps, on a log-linear grid, whatever the others do."""
+    return dict.fromkeys(itertools.product(range(steps), repeat=places), steps ** (-places))
+
+
+@torch.no_grad()
+def exact_block(model, context: list[int], plans: dict[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:
+    """The distribution of the rest of the block behind `context`, summed over the plans of revealing it."""
+    count = model.config.block_size - len(context) % model.config.block_size
+    states = list(itertools.product(range(4), repeat=count))
+    logits = model(torch.tensor([context + list(state) for state in states])).logits[:, len(context) :, :3]
+    probability = dict(zip(states, logits.double().softmax(-1).tolist(), strict=True))
+    result = dict.fromkeys(itertools.product(range(3), repeat=count), 0.0)
+    for outcome, (plan, weight) in itertools.product(result, plans.items()):
+        state = [3] * count
+        for step in sorted(set(plan)):
+            now = tuple(state)
+            for place in range(count):
+                if plan[place] == step:
+                    weight *= probability[now][place][outcome[place]]
+                    state[place] = outcome[place]
+        result[outcome] += weight
+    assert math.isclose(sum(result.values()), 1.0, abs_tol=1e-9)
+    return result
+
+
+def chi_square(samples: torch.Tensor, exact: dict[tuple[int, ...], float]) -> float:
+    """Over all outcomes, of samples `(count, tokens)`; asserts that each is likely enough to be tested."""
+    code = sum(samples[:, place] * 3 ** (samples.shape[1] - 1 - place) for place in range(samples.shape[1]))
+    counts = torch.bincount(code, minlength=len(exact))
+    expected = len(samples) * torch.tensor(list(exact.values()), dtype=torch.float64)
+    assert len(counts) == len(expected) and expected.min() > 5
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def assert_distributed(samples: torch.Tensor, exact: dict[tuple[int, ...], float]) -> None:
+    freedom = len(exact) - 1
+    assert chi_square(samples, exact) < freedom + 4 * math.sqrt(2 * freedom)
+
+
+def sample(model, ids: torch.Tensor, count: int, **arguments) -> torch.Tensor:
+    """`count` new tokens behind each row."""
+    return model.generate(
+        ids,
+        attention_mask=(ids != PAD).long(),
+        max_new_tokens=count,
+        do_sample=True,
+        generator=torch.Generator().manual_seed(0),
+        **arguments,
+    )[:, ids.shape[1] :]
+
+
+CONTEXT = [1, 0, 2]
+EXACT = [{"sampler": "first_hitting"}, {"sampler": "ancestral", "num_denoising_steps": 5000}]
+
+
+def test_the_toy_can_tell_samplers_apart(model):
+    # Else what follows would show nothing: the samplers' distributions differ by more than the tests let pass.
+    exact = exact_block(model, CONTEXT, hitting_plans(3))
+    freedom = len(exact) - 1
+    for other in (ancestral_plans(3, 1), ancestral_plans(3, 2), {(0, 1, 2): 1.0}):
+        wrong = exact_block(model, CONTEXT, other)
+        distance = sum(SAMPLES * (wrong[outcome] - exact[outcome]) ** 2 / exact[outcome] for outcome in exact)
+        assert distance > 8 * math.sqrt(2 * freedom), distance
+
+
+@pytest.mark.parametrize("sampling_dtype", ["float32", "float64"])
+@pytest.mark.parametrize("sampler", EXACT, ids=lambda fields: fields["sampler"])
+def test_a_block_has_the_joint_distribution_of_the_model(model, sampler, sampling_dtype):
+    ids = torch.tensor([CONTEXT]).expand(SAMPLES, -1)
+    samples = sample(model, ids, 3, sampling_dtype=sampling_dtype, **sampler)
+    assert_distributed(samples, exact_block(model, CONTEXT, hitting_plans(3)))
+
+
+@pytest.mark.parametrize("sampler", EXACT, ids=lambda fields: fields["sampler"])
+def test_rows_with_unequal_prompts_have_it_too(model, sampler):
+    # Shorter than a block, a whole block, and one that ends inside a block; their blocks end together.
+    prompts = [[1], CONTEXT, [0, 2, 1, 1, 0]]
+    ids = torch.tensor([[PAD] * (5 - len(prompt)) + prompt for prompt in prompts]).repeat(SAMPLES // 2, 1)
+    samples = sample(model, ids, 2, **sampler)
+    for row, prompt in enumerate(prompts):
+        count = 3 - len(prompt) % 3
+        exact: dict[tuple[int, ...], float] = {}
+        for block, probability in exact_block(model, prompt, hitting_plans(count)).items():
+            following = {(): 1.0} if count >= 2 else exact_block(model, prompt + list(block), hitting_plans(3))
+            for behind, weight in following.items():
+                outcome = (*block, *behind)[:2]
+                exact[outcome] = exact.get(outcome, 0.0) + probability * weight
+        assert_distributed(samples[row::3], dict(sorted(exact.items())))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_few_ancestral_steps_have_the_distribution_of_their_grid(model, steps):
+    ids = torch.tensor([CONTEXT]).expand(SAMPLES, -1)
+    samples = sample(model, ids, 3, sampler="ancestral", num_denoising_steps=steps)
+    assert_distributed(samples, exact_block(model, CONTEXT, ancestral_plans(3, steps)))
+
+
+def test_both_precisions_give_the_same_samples(model):
+    ids = torch.tensor([CONTEXT]).expand(SAMPLES, -1)
+    narrow, wide = (sample(model, ids, 6, sampling_dtype=name) for name in ("float32", "float64"))
+    # The same uniform numbers: only those within a rounding error of a border can tell them apart.
+    assert (narrow != wide).sum() <= 1
+
+
+def test_a_place_that_is_predicted_again_is_not_drawn_again(model):
+    # Where nothing is learnt between the steps, the sampler that accepts what is likely must not favour the likely.
+    with torch.no_grad():
+        flat = BD3LMForMaskedLM(model.config).eval()  # its logits are its bias: no token depends on another
+        flat.get_output_embeddings().bias[:3] = torch.tensor([0.96, 0.03, 0.01]).log()
+    ids = torch.tensor([CONTEXT]).expand(SAMPLES, -1)
+    samples = sample(flat, ids, 3, sampler="confidence", confidence_threshold=0.5)
+    counts = samples.flatten().bincount(minlength=3) / (3 * SAMPLES)
+    torch.testing.assert_close(counts, torch.tensor([0.96, 0.03, 0.01]), atol=5 * 0.001, rtol=0)
