@@ -87,6 +87,9 @@ def check_generation_fields(config: Any) -> None:
         raise ValueError(
             f"nucleus_p={config.nucleus_p!r}: give a probability above 0 and at most 1 (1 keeps all tokens)."
         )
+    for name in ("stop_at_second_eos", "output_trace"):
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name}={getattr(config, name)!r}: give True or False.")
     if config.entropy_stop is not None:
         check_entropy_stop(config.entropy_stop, config.entropy_stop_window)
 

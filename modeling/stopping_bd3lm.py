@@ -121,15 +121,15 @@ def published_length(
     return torch.where(EntropyStopCriteria(entropy, window)(input_ids, None), length - window, kept)
 
 
-def check_entropy_stop(entropy: float, window: int) -> None:
+def check_entropy_stop(entropy: Any, window: Any) -> None:
     """Refuse an entropy stop that can not work."""
-    if entropy <= 0:
+    if not isinstance(entropy, (int, float)) or not entropy > 0:
         raise ValueError(
-            f"entropy_stop={entropy}: no text has less than 0 nats of entropy. Give a positive number (the published "
-            f"rule has 4.0), or None for no such stop."
+            f"entropy_stop={entropy!r}: give a positive number of nats (the published rule has 4.0; no text has less "
+            f"than 0), or None for no such stop."
         )
-    if window < 2:
-        raise ValueError(f"entropy_stop_window={window}: give at least 2 tokens (the published rule looks at 256).")
+    if not isinstance(window, int) or window < 2:
+        raise ValueError(f"entropy_stop_window={window!r}: give at least 2 tokens (the published rule looks at 256).")
 
 
 __all__ = ["EntropyStopCriteria", "SecondEosCriteria", "TextCriteria", "published_length", "token_entropy"]

@@ -1,16 +1,21 @@
 """Every sampler in `generate`: plain twins, batches, costs in passes and in waits, remasking, readers of the text."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
+from bd3lm_hf.modeling.cache_bd3lm import BlockCache
+from bd3lm_hf.modeling.canvas_bd3lm import lay_out
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.draws_bd3lm import draw_published
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.passes_bd3lm import BlockPasses
-from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS
+from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS, ancestral_weights
 
 
 MASK, PAD = 47, 2
@@ -198,6 +203,58 @@ def test_a_time_conditioned_model_is_sampled_by_every_rule(make_model, sampler):
     model = make_model(time_conditioning=True, noise="cosine")
     output = write(model, sampler=sampler, do_sample=True, remask_fraction=0.5)
     assert not torch.isin(output.sequences[:, WIDTH:], torch.tensor([MASK, PAD])).any()
+
+
+# --- The published trajectories --------------------------------------------------------------------------------------
+
+
+GOLDEN = Path(__file__).parent / "golden"
+PUBLISHED_MASK = 96
+
+
+@pytest.fixture(scope="module")
+def published() -> tuple[BD3LMForMaskedLM, dict[str, torch.Tensor]]:
+    """The network of the published samples, in blocks of 4, and their tensors."""
+    config = BD3LMConfig(
+        vocab_size=97, model_length=32, block_size=4, hidden_dim=64, cond_dim=16, n_blocks=2, n_heads=4
+    )
+    model = BD3LMForMaskedLM(config).eval()
+    model.load_state_dict(load_file(GOLDEN / "01_bd3lm" / "weights.safetensors"))
+    return model, load_file(GOLDEN / "07_samplers" / "tensors.safetensors")
+
+
+def probabilities(logits: torch.Tensor) -> torch.Tensor:
+    return logits.double().index_fill(-1, torch.tensor(PUBLISHED_MASK), -torch.inf).softmax(-1)
+
+
+@torch.no_grad()
+def test_first_hitting_with_the_published_draws_writes_the_published_text(published):
+    model, golden = published
+    canvas = lay_out(torch.tensor([[95]]), None, 7, 4, PUBLISHED_MASK)
+    passes = BlockPasses(model, canvas, BlockCache())
+    for step, block in enumerate(golden["fh.block_index"].tolist()):
+        ids = canvas.text[:, 4 * block : 4 * block + 4]
+        logits = passes.logits(4 * block, torch.arange(4), torch.ones(1))
+        drawn = draw_published(probabilities(logits), golden["fh.u_cat"][step].double())
+        place = (ids[0] == PUBLISHED_MASK).nonzero().flatten()[golden["fh.pick"][step]]
+        ids[0, place] = drawn[place]
+        assert torch.equal(ids[0], golden["fh.block_after"][step])
+    assert torch.equal(canvas.text, golden["fh.out"])
+    # As many passes as steps; the published sampler runs two more, to write its cache.
+    assert passes.count == int(golden["fh.nfe"]) == int(golden["fh.forwards"][0] - golden["fh.forwards"][1])
+
+
+@torch.no_grad()
+def test_the_weights_of_an_ancestral_update_are_the_published_ones(published):
+    model, golden = published
+    masked = golden["ddpm.x"][:, 8:] == PUBLISHED_MASK
+    clean = probabilities(model(golden["ddpm.x"]).logits[:, 8:])
+    for step, (t, dt) in enumerate([(0.8, 0.1), (0.3, 0.1), (1.0, 0.25)]):
+        weights = ancestral_weights(clean, (t - dt) / t, PUBLISHED_MASK)
+        expected = golden[f"ddpm.step{step}.q_xs"]
+        torch.testing.assert_close(weights[masked].float(), expected[masked], atol=1e-6, rtol=1e-4)
+    drawn = draw_published(ancestral_weights(clean, 0.875, PUBLISHED_MASK), golden["ddpm.step0.u"])
+    assert torch.equal(torch.where(masked, drawn, golden["ddpm.x"][:, 8:]), golden["ddpm.step0.x_next"][:, 8:])
 
 
 # --- Costs -----------------------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """`generate` is transformers' own: lengths, seeds, processors, stop rules, streamers, and clear refusals."""
 
+import asyncio
 import collections
+import re
 import threading
 
 import pytest
 import torch
 from transformers import (
-    AutoModelForMaskedLM,
+    AsyncTextIteratorStreamer,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -19,6 +21,7 @@ from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.processors_bd3lm import NucleusLogitsProcessor
+from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS
 
 
 BOS, EOS, PAD, MASK = 0, 1, 2, 47
@@ -446,6 +449,57 @@ def test_text_arrives_while_it_is_written(speaker, tiny_tokenizer):
     assert len(pieces) > 2
 
 
+def test_text_arrives_in_an_event_loop(speaker, tiny_tokenizer):
+    ids = tiny_tokenizer("A block", return_tensors="pt").input_ids
+
+    async def listen() -> tuple[list[str], torch.Tensor]:
+        streamer = AsyncTextIteratorStreamer(tiny_tokenizer, skip_prompt=True, timeout=60)
+        writing = asyncio.to_thread(speaker.generate, ids, max_new_tokens=15, do_sample=True, streamer=streamer)
+        task = asyncio.create_task(writing)
+        return [piece async for piece in streamer], await task
+
+    pieces, output = asyncio.run(listen())
+    assert "".join(pieces) == tiny_tokenizer.decode(output[0, ids.shape[1] :])
+    assert len(pieces) > 2
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_terminal_shows_drafts_in_yellow_and_ends_with_the_text(speaker, tiny_tokenizer, capsys, sampler):
+    streamers = pytest.importorskip("transformers.generation.streamers")
+    if not hasattr(streamers, "TextDiffusionStreamer"):
+        pytest.skip("this transformers has no TextDiffusionStreamer")
+    ids = tiny_tokenizer("A block", return_tensors="pt").input_ids
+    output = speaker.generate(
+        ids,
+        max_new_tokens=15,
+        do_sample=True,
+        generator=seed(0),
+        sampler=sampler,
+        return_dict_in_generate=True,
+        streamer=streamers.TextDiffusionStreamer(tiny_tokenizer),
+    )
+    printed = capsys.readouterr().out
+    save, draft, restore = "\x1b7", r"\x1b\[33m(.*?)\x1b\[0m", "\x1b8\x1b[J"
+    assert printed.count(save) == printed.count(restore) == len(re.findall(draft, printed, re.DOTALL))
+    assert printed.count(save) == output.num_forward_passes
+    # What a terminal shows in the end: each draft is wiped out before anything else is printed.
+    shown = re.sub(f"{save}{draft}{re.escape(restore)}", "", printed, flags=re.DOTALL)
+    assert shown == tiny_tokenizer.decode(output.sequences[0]) + "\n"
+
+
+def test_drafts_stop_when_the_first_row_has_ended(model):
+    streamer = Recorder()
+    plain = model.generate(RAGGED, attention_mask=RAGGED_MASK, max_new_tokens=16, do_sample=False)[:, 6:]
+    stop = next(token for token in plain[0].tolist() if token not in plain[1:])
+    model.generate(
+        RAGGED, attention_mask=RAGGED_MASK, max_new_tokens=16, do_sample=False, eos_token_id=stop, streamer=streamer
+    )
+    end = plain[0].tolist().index(stop) + 1
+    assert sum(streamer.puts[1:], []) == plain[0, :end].tolist()
+    # Its prompt is one token, so that the blocks of 4 up to that of its end hold so many new ones.
+    assert len(streamer.drafts) == -(-(end + 1) // 4) * 4 - 1 and streamer.ended
+
+
 # --- The generation config -------------------------------------------------------------------------------------------
 
 
@@ -458,24 +512,6 @@ def test_our_fields_have_the_defaults_of_the_paper(model):
     assert model._prepare_generation_config(GenerationConfig(do_sample=True))[0].top_k == 0
     assert model._prepare_generation_config(None, do_sample=True, top_k=7)[0].top_k == 7
     assert model._prepare_generation_config(GenerationConfig(top_k=9))[0].top_k == 9
-
-
-def test_our_fields_survive_the_checkpoint(model, tmp_path):
-    model.generation_config.nucleus_p = 0.9
-    model.generation_config.max_new_tokens = 5
-    model.generation_config.do_sample = True
-    model.generation_config.top_k = 7
-    model.save_pretrained(tmp_path)
-    for loaded in (
-        BD3LMForMaskedLM.from_pretrained(tmp_path).generation_config,
-        AutoModelForMaskedLM.from_pretrained(tmp_path).generation_config,
-        BD3LMGenerationConfig.from_pretrained(tmp_path),
-    ):
-        assert isinstance(loaded, BD3LMGenerationConfig)
-        assert (loaded.nucleus_p, loaded.sampler, loaded.max_new_tokens, loaded.top_k) == (0.9, "first_hitting", 5, 7)
-    again = BD3LMForMaskedLM.from_pretrained(tmp_path)
-    again.save_pretrained(tmp_path / "again")
-    assert BD3LMForMaskedLM.from_pretrained(tmp_path / "again").generation_config.nucleus_p == 0.9
 
 
 def test_a_checkpoint_without_generation_config_gets_one_that_survives(model, tmp_path):
@@ -510,9 +546,6 @@ def test_a_config_of_ours_is_used(model):
         ({"cache_implementation": "static"}, "cache_implementation='static' does not fit.*use_cache=False"),
         ({"cache_implementation": "quantized"}, "cache_implementation='quantized' does not fit"),
         ({"cache_implementation": "paged"}, "continuous batching.*call generate with a padded batch"),
-        ({"sampler": "magic"}, "sampler='magic' is unknown: choose one of first_hitting"),
-        ({"nucleus_p": 0.0}, "nucleus_p=0.0: give a probability above 0"),
-        ({"nucleus_p": 1.5}, "nucleus_p=1.5: give a probability above 0 and at most 1"),
         ({"synced_gpus": True}, "synced_gpus=True: generating from sharded weights"),
         ({"guidance_scale": 2.0}, "guidance_scale=2.0.*Leave it out"),
         ({"labels": PROMPT}, "generate does not take labels: call the model itself"),
@@ -568,16 +601,3 @@ def test_continuous_batching_is_hidden_and_refused(model):
     assert not hasattr(model, "init_continuous_batching")
     with pytest.raises(ValueError, match="decodes autoregressively"):
         model.generate_batch([[5, 6]])
-
-
-@pytest.mark.parametrize(
-    "fields", [{"sampler": "magic"}, {"nucleus_p": 2.0}, {"nucleus_p": -0.1}], ids=["sampler", "above", "below"]
-)
-def test_a_config_with_wrong_fields_is_refused_when_it_is_made(fields):
-    with pytest.raises(ValueError, match=next(iter(fields))):
-        BD3LMGenerationConfig(**fields)
-
-
-def test_a_generation_config_is_not_made_from_a_model_config(tiny_config):
-    with pytest.raises(NotImplementedError, match="made by its constructor"):
-        BD3LMGenerationConfig.from_model_config(tiny_config)

@@ -176,19 +176,6 @@ def test_a_place_is_revealed_with_the_chance_of_its_step(noise, steps):
     assert left == 0  # nothing is masked in the end
 
 
-def test_the_weights_of_an_update_are_the_published_ones(golden):
-    # At t = 0.8 and dt = 0.1 the observed probabilities follow from the stored weights themselves.
-    masked = golden["ddpm.x"][:, 8:] == 96
-    first = golden["ddpm.step0.q_xs"].double()
-    probabilities = first / (1 - first[..., 96:])
-    probabilities[..., 96] = 0
-    for step, (t, dt) in enumerate([(0.8, 0.1), (0.3, 0.1), (1.0, 0.25)]):
-        weights = ancestral_weights(probabilities.clone(), (t - dt) / t, 96)
-        torch.testing.assert_close(
-            weights[masked].float(), golden[f"ddpm.step{step}.q_xs"][masked], atol=1e-6, rtol=1e-5
-        )
-
-
 def test_planning_ahead_has_the_distribution_of_the_published_updates():
     # Two places of three tokens, in three steps: how many steps each place waits, and its token.
     probabilities = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64)

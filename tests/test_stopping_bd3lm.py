@@ -103,7 +103,7 @@ def test_the_base_of_the_criteria_judges_nothing():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0.0, 256), "entropy_stop=0.0: no text has less than 0 nats.*or None for no such stop"),
+        ((0.0, 256), "entropy_stop=0.0: give a positive number of nats.*or None for no such stop"),
         ((-1.0, 256), "entropy_stop=-1.0"),
         ((4.0, 1), "entropy_stop_window=1: give at least 2 tokens"),
     ],

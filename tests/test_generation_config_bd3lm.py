@@ -1,0 +1,136 @@
+"""The fields of block diffusion: defaults, refusals, and a long life in files and pipelines."""
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, GenerationConfig, pipeline
+
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+
+
+DEFAULTS = {
+    "sampler": "first_hitting",
+    "num_denoising_steps": None,
+    "confidence_threshold": 0.9,
+    "entropy_bound": 0.1,
+    "remask_fraction": 0.0,
+    "nucleus_p": 1.0,
+    "sampling_dtype": "float32",
+    "entropy_stop": None,
+    "entropy_stop_window": 256,
+    "stop_at_second_eos": False,
+    "output_trace": False,
+}
+OTHERS = {
+    "sampler": "confidence",
+    "num_denoising_steps": 3,
+    "confidence_threshold": 0.5,
+    "entropy_bound": 0.25,
+    "remask_fraction": 0.5,
+    "nucleus_p": 0.9,
+    "sampling_dtype": "float64",
+    "entropy_stop": 4.0,
+    "entropy_stop_window": 64,
+    "stop_at_second_eos": True,
+    "output_trace": True,
+}
+
+
+@pytest.fixture
+def model(tiny_config, randomize) -> BD3LMForMaskedLM:
+    return randomize(BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), "mask_token_id": None}))).eval()
+
+
+def fields_of(config) -> dict:
+    return {name: getattr(config, name) for name in DEFAULTS}
+
+
+def test_the_defaults_are_those_of_the_paper(model):
+    assert fields_of(BD3LMGenerationConfig()) == fields_of(model.generation_config) == DEFAULTS
+    assert fields_of(model._prepare_generation_config(GenerationConfig())[0]) == DEFAULTS
+
+
+def test_all_fields_are_arguments_of_generate(model):
+    prepared, rest = model._prepare_generation_config(None, return_dict_in_generate=True, **OTHERS)
+    assert fields_of(prepared) == OTHERS and not rest
+
+
+def test_all_fields_survive_the_checkpoint(model, tmp_path):
+    for name, value in OTHERS.items():
+        setattr(model.generation_config, name, value)
+    model.generation_config.return_dict_in_generate = True
+    model.save_pretrained(tmp_path)
+    for loaded in (
+        BD3LMForMaskedLM.from_pretrained(tmp_path).generation_config,
+        AutoModelForMaskedLM.from_pretrained(tmp_path).generation_config,
+        BD3LMGenerationConfig.from_pretrained(tmp_path),
+    ):
+        assert isinstance(loaded, BD3LMGenerationConfig)
+        assert fields_of(loaded) == OTHERS
+    again = BD3LMForMaskedLM.from_pretrained(tmp_path)
+    again.save_pretrained(tmp_path / "again")
+    assert fields_of(BD3LMForMaskedLM.from_pretrained(tmp_path / "again").generation_config) == OTHERS
+
+
+def test_a_pipeline_takes_the_fields_from_the_checkpoint_and_from_its_call(tiny_tokenizer, tiny_config, randomize):
+    ids = {name: getattr(tiny_tokenizer, name) for name in ("bos_token_id", "pad_token_id", "mask_token_id")}
+    config = {**tiny_config.to_diff_dict(), **ids, "eos_token_id": None, "vocab_size": len(tiny_tokenizer)}
+    model = randomize(BD3LMForMaskedLM(BD3LMConfig(**config))).eval()
+    model.generation_config.sampler, model.generation_config.confidence_threshold = "confidence", 0.0
+    passes = []
+    run = model.backbone.run
+    model.backbone.run = lambda *args, **kwargs: passes.append(1) or run(*args, **kwargs)
+    write = pipeline("text-generation", model=model, tokenizer=tiny_tokenizer)
+    prompt = "A block"
+    count = 16 - len(tiny_tokenizer(prompt).input_ids)
+    write(prompt, max_new_tokens=count)
+    assert count == 11 and len(passes) == 3
+    passes.clear()
+    write(prompt, max_new_tokens=count, sampler="first_hitting")
+    assert len(passes) == 11
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sampler": "magic"}, "sampler='magic' is unknown: choose one of first_hitting, ancestral, confidence, ent"),
+        ({"sampling_dtype": "float16"}, "sampling_dtype='float16' is unknown: choose one of float32, float64"),
+        ({"num_denoising_steps": 0}, "num_denoising_steps=0: give a whole number of steps per block, 1 at least"),
+        ({"num_denoising_steps": -3}, "num_denoising_steps=-3"),
+        ({"num_denoising_steps": 2.5}, "num_denoising_steps=2.5: give a whole number"),
+        ({"num_denoising_steps": True}, "num_denoising_steps=True: give a whole number"),
+        ({"confidence_threshold": -0.1}, "confidence_threshold=-0.1: give a probability from 0"),
+        ({"confidence_threshold": 1.5}, "confidence_threshold=1.5: give a probability from 0 .* to 1"),
+        ({"confidence_threshold": None}, "confidence_threshold=None: give a probability"),
+        ({"entropy_bound": -1.0}, "entropy_bound=-1.0: give a number of nats, 0 .* or more"),
+        ({"entropy_bound": float("nan")}, "entropy_bound=nan: give a number of nats"),
+        ({"remask_fraction": -0.5}, "remask_fraction=-0.5: give a share of the tokens of a block, from 0"),
+        ({"remask_fraction": 1.1}, "remask_fraction=1.1: give a share"),
+        ({"nucleus_p": 0.0}, "nucleus_p=0.0: give a probability above 0 and at most 1"),
+        ({"nucleus_p": 1.5}, "nucleus_p=1.5: give a probability above 0"),
+        ({"nucleus_p": "0.9"}, "nucleus_p='0.9': give a probability above 0"),
+        ({"entropy_stop": 0.0}, "entropy_stop=0.0: give a positive number of nats"),
+        ({"entropy_stop": "low"}, "entropy_stop='low': give a positive number"),
+        ({"entropy_stop": 4.0, "entropy_stop_window": 1}, "entropy_stop_window=1: give at least 2 tokens"),
+        ({"entropy_stop": 4.0, "entropy_stop_window": 2.5}, "entropy_stop_window=2.5: give at least 2 tokens"),
+        ({"stop_at_second_eos": "yes"}, "stop_at_second_eos='yes': give True or False"),
+        ({"output_trace": 1}, "output_trace=1: give True or False"),
+    ],
+    ids=str,
+)
+def test_fields_without_a_meaning_are_refused(model, fields, message):
+    with pytest.raises(ValueError, match=message):
+        BD3LMGenerationConfig(**fields)
+    with pytest.raises(ValueError, match=message):
+        model.generate(torch.tensor([[5]]), max_new_tokens=2, return_dict_in_generate=True, **fields)
+
+
+def test_whole_numbers_are_numbers():
+    config = BD3LMGenerationConfig(confidence_threshold=1, entropy_bound=0, remask_fraction=0, nucleus_p=1)
+    assert (config.confidence_threshold, config.nucleus_p) == (1, 1)
+
+
+def test_a_generation_config_is_not_made_from_a_model_config(tiny_config):
+    with pytest.raises(NotImplementedError, match="made by its constructor"):
+        BD3LMGenerationConfig.from_model_config(tiny_config)
