@@ -28,6 +28,7 @@ from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
 from bd3lm_hf.modeling.likelihood_bd3lm import TokenNLL
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel
 from bd3lm_hf.modeling.noise_bd3lm import noise_schedule
+from bd3lm_hf.modeling.stopping_bd3lm import EntropyStopCriteria, SecondEosCriteria
 
 
 # One line per model type: its configuration and what each Auto class makes of it.
@@ -48,6 +49,8 @@ __all__ = [
     "BD3LMForMaskedLM",
     "BD3LMGenerationConfig",
     "BD3LMModel",
+    "EntropyStopCriteria",
+    "SecondEosCriteria",
     "TokenNLL",
     "noise_schedule",
 ]

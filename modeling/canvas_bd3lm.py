@@ -142,7 +142,7 @@ class StopRules:
         self.lengths = goal
         self.finished = self.finished | (goal >= canvas.new_tokens)
         if self.clocks:
-            self.finished = self.finished | self.clocks(self.prompt, None).cpu()  # type: ignore[arg-type]
+            self.finished = self.finished | self.clocks(self.prompt, None).cpu()
         self._pad(self.finished & ~ended_before)
         return canvas.written(self.lengths.tolist()[0], shown)[0]
 

@@ -12,7 +12,7 @@ from transformers.generation import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList
 
 from .canvas_bd3lm import Canvas
-from .draws_bd3lm import SAMPLING_DTYPES, draw_tokens, random_uniform, token_probability
+from .draws_bd3lm import SAMPLING_DTYPES, draw_tokens, random_uniform, token_probability, wide_float
 from .passes_bd3lm import BlockPasses
 from .processors_bd3lm import PlaceProcessors
 from .samplers_bd3lm import SAMPLERS, Round, Sampler, Step
@@ -80,7 +80,7 @@ class BlockWriter:
         trace: gets every step, where one is wanted.
 
     Raises:
-        ValueError: remasking together with processors that read the text.
+        ValueError: remasking together with processors that read the text; a precision that the device lacks.
     """
 
     def __init__(
@@ -106,10 +106,15 @@ class BlockWriter:
                 f"judges a token by all to its left, which remasking would change afterwards. Leave one of them out, "
                 f"or give a processor that does not read its input_ids an attribute reads_text = False."
             )
+        self.sampling_dtype = SAMPLING_DTYPES[generation_config.sampling_dtype]
+        if self.sampling_dtype.itemsize > wide_float(canvas.text.device).itemsize:
+            raise ValueError(
+                f"sampling_dtype={generation_config.sampling_dtype!r}: {canvas.text.device} has no such numbers."
+                f" Leave it at 'float32', or move the model to another device."
+            )
         self.passes = BlockPasses(model, canvas, cache)
         self.sampler: Sampler = SAMPLERS[generation_config.sampler](generation_config, model.config)
         self.do_sample: bool = generation_config.do_sample
-        self.sampling_dtype = SAMPLING_DTYPES[generation_config.sampling_dtype]
         recorded = bool(generation_config.return_dict_in_generate)
         self.scores = Record(recorded and bool(generation_config.output_scores))
         self.logits = Record(recorded and bool(generation_config.output_logits))

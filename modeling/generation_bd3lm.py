@@ -257,8 +257,8 @@ class BD3LMGenerationMixin(_Generative):
         count = sequences.shape[1] - input_ids.shape[1]
         return BD3LMGenerateOutput(
             sequences=sequences,
-            scores=writer.scores.result(*stop.lengths.shape, count),
-            logits=writer.logits.result(*stop.lengths.shape, count),
+            scores=writer.scores.result(len(input_ids), count),
+            logits=writer.logits.result(len(input_ids), count),
             past_key_values=cache,
             num_forward_passes=writer.passes.count,
             tokens_per_forward=float(stop.lengths.sum()) / max(1, writer.passes.count) / input_ids.shape[0],
@@ -305,6 +305,8 @@ class BD3LMGenerationMixin(_Generative):
                 f"infill does not take {', '.join(unfit)}: it replaces the mask tokens of its input, and adds, ends "
                 f"and returns nothing else. Leave it out, or call generate to continue a text."
             )
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}: give texts of shape (batch, length).")
         config, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
         self._validate_model_kwargs(model_kwargs)
         self._prepare_special_tokens(config, attention_mask is not None, device=self.device)

@@ -82,9 +82,9 @@ def _reads_scores_only(processor: Any) -> bool:
 class PlaceProcessors:
     """The logits processors of a call, for places of a block instead of the ends of texts.
 
-    A processor that reads the scores only gets those of all places in one call, `(places, vocab_size)`. The others are
-    called once per column of the output, with whole batches: `(batch, vocab_size)` scores and all tokens to the left.
-    Rows that are not judged in such a call hold zeros, and their context may hold mask tokens.
+    A processor that reads the scores only gets those of all places in one call, `(places, vocab_size)`, beside the
+    prompts. The others are called once per column of the output, with whole batches: `(batch, vocab_size)` scores and
+    all tokens to the left. Rows that are not judged in such a call hold zeros, and their context may hold mask tokens.
 
     A processor that is unknown here is taken to read the text, unless it has an attribute `reads_text = False`.
     """

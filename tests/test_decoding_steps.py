@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
+from bd3lm_hf.modeling import decoding_bd3lm
 from bd3lm_hf.modeling.cache_bd3lm import BlockCache
 from bd3lm_hf.modeling.canvas_bd3lm import lay_out
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
@@ -440,6 +441,12 @@ def test_remasking_helps_where_a_token_was_chosen_too_early(model):
 def test_remasking_is_refused_beside_processors_that_read_the_text(model):
     with pytest.raises(ValueError, match="remask_fraction=0.5 does not go with RepetitionPenaltyLogitsProcessor"):
         write(model, remask_fraction=0.5, repetition_penalty=1.2)
+
+
+def test_a_precision_that_the_device_lacks_is_refused(model, monkeypatch):
+    monkeypatch.setattr(decoding_bd3lm, "wide_float", lambda device: torch.float32)
+    with pytest.raises(ValueError, match="sampling_dtype='float64': cpu has no such numbers. Leave it at 'fl"):
+        write(model, sampling_dtype="float64")
 
 
 # --- Readers of the text ---------------------------------------------------------------------------------------------
