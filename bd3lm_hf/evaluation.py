@@ -111,7 +111,7 @@ def score_sequences(
                     attention_mask,
                     estimator=estimator,
                     num_samples=num_samples,
-                    generator=[torch.Generator(device).manual_seed(_seed_of(seed, index)) for index in batch],
+                    generator=[torch.Generator(device).manual_seed(seed_of(seed, index)) for index in batch],
                     **context,
                 )
                 sums = (nll.double() * mask).sum(1).tolist()
@@ -252,7 +252,8 @@ def _device_of(model: Any) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def _seed_of(seed: int, index: int) -> int:
+def seed_of(seed: int, index: int) -> int:
+    """The seed of sequence `index` in a run with `seed`."""
     # Any injection of (seed, index) will do; splitmix64's constants spread neighbours far apart.
     value = (seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
     value = ((value ^ (value >> 31)) * 0xD6E8FEB86659FD93) & (2**64 - 1)
@@ -267,6 +268,7 @@ __all__ = [
     "perplexity",
     "score_sequences",
     "scored_tokens",
+    "seed_of",
     "summarize",
     "unigram_perplexity",
 ]

@@ -145,6 +145,45 @@ def test_counts_below_their_least_are_refused(words, message):
         parse_arguments(words)
 
 
+SEARCH = ["--interval_search", "true", "--eval_strategy", "steps"]
+
+
+def test_a_search_takes_the_published_candidates_unless_told_otherwise():
+    assert len(parse_arguments(SEARCH).training.interval_list(4)) == 36
+    own = parse_arguments([*SEARCH, "--interval_candidates", "0.3-0.8", "0.45-0.95"]).training.interval_list(4)
+    assert [round(low, 3) for low, _ in own] == [0.001, 0.3, 0.45]
+    wide = ["--interval_search_widths", "0.8", "0.9", "--interval_search_step", "0.1"]
+    assert len(parse_arguments([*SEARCH, *wide]).training.interval_list(4)) == 1 + 3 + 2
+
+
+def test_a_written_recipe_repeats_a_search(recipe, tmp_path):
+    text = "interval_search: true\neval_strategy: steps\ninterval_candidates: [0.3-0.8, 0.45-0.95]\n"
+    first = parse_arguments([recipe(text + "interval_search_widths: [0.5, 0.9]\n")])
+    write_recipe(first, tmp_path / "again.yaml")
+    second = parse_arguments([str(tmp_path / "again.yaml")])
+    assert second.training.interval_list(4) == first.training.interval_list(4)
+    assert len(first.training.interval_list(4)) == 1 + 11 + 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*SEARCH, "--interval_search_widths", "1.5"], "interval_search_widths 1.5: give widths above 0 and up to 1"),
+        ([*SEARCH, "--interval_search_step", "0"], "interval_search_step 0.0: give a step above 0"),
+        ([*SEARCH, "--interval_candidates", "0.8-0.3"], "interval_candidates 0.8-0.3: write the lower end first"),
+        ([*SEARCH, "--interval_candidates", "0.8"], "interval_candidates '0.8': write two numbers, as in 0.3-0.8"),
+        ([*SEARCH, "--interval_search_batches", "0"], "--interval_search_batches 0: give a whole number"),
+        ([*SEARCH, "--interval_search_method", "x"], "--interval_search_method x: choose one of shared, published"),
+        ([*SEARCH[:2], "--eval_strategy", "no"], "--interval_search true searches at each evaluation: set --eval_str"),
+        (["--interval_search_fixed", "true"], "--interval_search_fixed asks for a search.*add --interval_search true"),
+        (["--interval_candidates", "0.3-0.8"], "--interval_candidates asks for a search of the interval"),
+    ],
+)
+def test_a_search_that_makes_no_sense_is_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(words)
+
+
 def test_a_checkpoint_replaces_the_demos_network():
     arguments = parse_arguments(["--init_from", "folder"])
     assert arguments.model.config_fields() == {}

@@ -229,6 +229,28 @@ def test_the_loss_takes_chance_and_weight_from_the_schedule(tiny_config, randomi
     torch.testing.assert_close(loss, ((nll * weight).sum() / 30).float(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("interval", [(1e-3, 1.0), (0.3, 0.8), (0.55, 0.95)])
+@pytest.mark.parametrize("schedule", ["loglinear", "square", "square_root", "log", "cosine"])
+def test_every_schedule_trains_inside_an_interval(tiny_config, randomize, schedule, interval):
+    config = BD3LMConfig(**{**tiny_config.to_dict(), "noise": schedule, "resample": True, "block_size": 8})
+    model = randomize(BD3LMForMaskedLM(config)).train()
+    model.set_interval(*interval)
+    optimizer, ids, losses = torch.optim.Adam(model.parameters(), lr=1e-2), random_ids(8, 32), []
+    for _ in range(12):
+        loss = model(input_ids=ids, labels=ids, **given_noise(8, 4, 32)).loss
+        found = gradients(model, loss)
+        assert all(torch.isfinite(gradient).all() for gradient in found.values())
+        assert found["backbone.vocab_embed.embedding"].abs().max() > 0
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    masked, _, _ = masked_of(model, ids, noise=Noise(**given_noise(8, 4, 32)), interval=interval)
+    if interval[0] > 0.01:
+        rates = masked.view(8, 4, 8).float().mean(-1)[:, 1:]  # of the blocks in which every token may be masked
+        assert rates.min() >= interval[0]
+        assert rates.max() <= interval[1]
+
+
 def test_a_time_conditioned_loss_feeds_the_noise_level_of_the_first_block(tiny_config, randomize):
     tiny_config.time_conditioning = True
     model = randomize(BD3LMForMaskedLM(tiny_config), std=0.3).eval()  # so that the noise level matters

@@ -614,3 +614,43 @@ def test_a_time_conditioned_model_asks_for_its_noise_levels(tiny_config):
 def test_an_unknown_attention_implementation_is_refused(tiny_model):
     with pytest.raises((ValueError, ImportError), match="made_up"):
         tiny_model.set_attn_implementation("made_up")
+
+
+# --- The interval of noise levels ------------------------------------------------------------------------------------
+
+
+def test_an_interval_that_is_set_is_saved_with_weights_and_config(tiny_model, tmp_path):
+    tiny_model.set_interval(0.3, 0.8)
+    assert tiny_model.interval() == (pytest.approx(0.3), pytest.approx(0.8))
+    tiny_model.save_pretrained(tmp_path)
+    loaded = BD3LMForMaskedLM.from_pretrained(tmp_path)
+    assert loaded.interval() == tiny_model.interval()
+    assert (loaded.config.sampling_eps_min, loaded.config.sampling_eps_max) == (0.3, 0.8)
+    assert BD3LMForMaskedLM(loaded.config).interval() == tiny_model.interval()
+
+
+def test_a_model_without_buffers_keeps_its_interval_in_the_config(tiny_config):
+    tiny_config.var_min = False
+    model = BD3LMForMaskedLM(tiny_config)
+    model.set_interval(0.3, 0.8)
+    assert model.interval() == (0.3, 0.8)
+
+
+def test_a_saved_config_says_the_interval_that_the_weights_carry(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "whole")
+    assert BD3LMConfig.from_pretrained(tmp_path / "whole").sampling_eps_min == 1e-3  # not the nearest float32
+    tiny_model.sampling_eps_max.fill_(0.75)
+    tiny_model.save_pretrained(tmp_path / "clipped")
+    assert BD3LMConfig.from_pretrained(tmp_path / "clipped").sampling_eps_max == 0.75
+
+
+@pytest.mark.parametrize("interval", [(0.8, 0.3), (-0.1, 0.5), (0.5, 1.1), (0.0, 0.0)])
+def test_what_is_no_interval_cannot_be_set(tiny_model, interval):
+    before = tiny_model.interval()
+    with pytest.raises(ValueError, match="is no interval of noise levels"):
+        tiny_model.set_interval(*interval)
+    tiny_model.config.resample = True
+    with pytest.raises(ValueError, match="holds no mask rate k / 4"):
+        tiny_model.set_interval(0.55, 0.7)
+    assert tiny_model.interval() == before
+    assert tiny_model.config.sampling_eps_max == 1.0

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from bd3lm_hf.modeling.noise_bd3lm import (
     LogLinearNoise,
     Noise,
+    check_interval,
     check_reachable,
+    count_probabilities,
     draw_noise,
     mask_positions,
     mask_positions_within,
@@ -423,3 +425,25 @@ def test_an_interval_that_no_count_meets_is_refused(low, high, size):
 def test_an_interval_that_some_count_meets_is_accepted(low, high, size):
     check_reachable(low, high, size)
     check_reachable(torch.tensor(low).item(), torch.tensor(high).item(), size)
+
+
+def test_the_number_of_masked_tokens_is_binomial_unless_confined():
+    chance, sizes = torch.tensor([[0.3, 0.3]]), torch.tensor([[4.0, 2.0]])
+    found = count_probabilities(chance, sizes, 0.0, 1.0)
+    expected = [[math.comb(n, k) * 0.3**k * 0.7 ** (n - k) if k <= n else 0.0 for k in range(5)] for n in (4, 2)]
+    torch.testing.assert_close(found[0], torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-12)
+    confined = count_probabilities(chance, sizes, 0.4, 0.8)
+    allowed = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 0, 0, 0]])
+    torch.testing.assert_close(confined[0], found[0] * allowed / (found[0] * allowed).sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("interval", [(0.8, 0.3), (-0.1, 0.5), (0.5, 1.1), (0.0, 0.0)])
+def test_what_is_no_interval_is_refused(interval):
+    with pytest.raises(ValueError, match="is no interval of noise levels"):
+        check_interval(*interval, 4, confined=False)
+
+
+def test_an_interval_must_be_met_only_where_rates_are_confined():
+    check_interval(0.55, 0.7, 4, confined=False)
+    with pytest.raises(ValueError, match="holds no mask rate k / 4"):
+        check_interval(0.55, 0.7, 4, confined=True)

@@ -178,6 +178,24 @@ def test_full_diffusion_goes_on_in_small_blocks_as_the_paper_trains(recipe, corp
     assert (config.block_size, config.noise_draws, config.cross_attn) == (4, 2, True)
 
 
+def test_a_run_that_searches_its_interval_writes_numbers_and_a_plot(recipe, tmp_path):
+    words = [str(recipe), "--output_dir", str(tmp_path / "run"), "--eval_strategy", "steps", "--eval_steps", "1"]
+    words += ["--interval_search", "true", "--interval_candidates", "0.3-0.8", "0.45-0.95", "--max_steps", "2"]
+    for _ in range(2):  # a second run starts the files anew
+        result = run(words)
+    lines = (tmp_path / "run" / "interval_search.jsonl").read_text(encoding="utf-8").splitlines()
+    searches = [json.loads(line) for line in lines]
+    assert [search["step"] for search in searches] == [1, 2]
+    assert [len(search["candidates"]) for search in searches] == [3, 3]
+    assert (tmp_path / "run" / "interval_search.png").read_bytes().startswith(b"\x89PNG")
+    (logged,) = [entry for entry in result.losses if entry.get("step") == 2 and "interval_min" in entry]
+    assert [logged["interval_min"], logged["interval_max"]] == searches[-1]["interval"]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [config["sampling_eps_min"], config["sampling_eps_max"]] == searches[-1]["interval"]
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert [weights["sampling_eps_min"].item(), weights["sampling_eps_max"].item()] == searches[-1]["interval"]
+
+
 def test_a_run_resumes_from_its_last_checkpoint(recipe, tmp_path):
     folder = str(tmp_path / "run")
     words = [str(recipe), "--output_dir", folder, "--save_strategy", "steps", "--save_steps", "1"]
@@ -236,6 +254,7 @@ def test_two_processes_take_the_same_steps_as_one(recipe, tmp_path):
         folder = tmp_path / str(processes)
         words = ["--output_dir", folder, "--per_device_train_batch_size", 8 // processes, "--optim", "sgd"]
         words += ["--max_steps", "4", "--learning_rate", "0.1", "--eval_strategy", "steps", "--eval_steps", "2"]
+        words += ["--interval_search", "true", "--per_device_eval_batch_size", 4 // processes]
         done = launch(config, recipe, *words)
         assert done.returncode == 0, done.stderr
         results[processes] = json.loads((folder / "results.json").read_text())
@@ -244,7 +263,7 @@ def test_two_processes_take_the_same_steps_as_one(recipe, tmp_path):
     one, two = results[1], results[2]
     assert (one["world_size"], two["world_size"]) == (1, 2)
     assert one["global_batch_size"] == two["global_batch_size"] == 8
-    for key in ("loss", "eval_nll"):
+    for key in ("loss", "eval_nll", "interval_min", "interval_max"):
         values = [[entry[key] for entry in result["losses"] if key in entry] for result in (one, two)]
         assert len(values[0]) >= 2
         assert values[0] == pytest.approx(values[1], abs=1e-6)
@@ -272,6 +291,8 @@ def test_two_processes_take_the_same_steps_as_one(recipe, tmp_path):
         (["--init_from", "no/such/folder"], "no/such/folder"),
         (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint true: there is no complete checkpoint in"),
         (["--resume_from_checkpoint", "no/such"], "there is no complete checkpoint in no/such"),
+        (["--interval_search", "true"], "set --eval_strategy to steps or epoch"),
+        (["--interval_candidates", "0.8-0.3"], "write the lower end first"),
         (["--hidden_dims", "16"], "did you mean '--hidden_dim'?"),
         (["--hidden_dim", "wide"], "hidden_dim"),
         (["--eval_estimator", "guess", "--eval_strategy", "steps", "--eval_steps", "1"], "estimator='guess'"),

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import yaml
 from accelerate.utils import parse_flag_from_env
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
+
+from bd3lm_hf.training.interval import METHODS, PUBLISHED_STEP, Interval, candidate_intervals, parse_interval
 
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -92,7 +94,66 @@ class DataArguments:
 
 
 @dataclass
-class BD3LMTrainingArguments(TrainingArguments):
+class IntervalSearchArguments:
+    """The search for the interval of noise levels, at each evaluation; see `training/interval.py`."""
+
+    interval_search: bool = field(
+        default=False,
+        metadata={"help": "At each evaluation, adopt the interval of noise levels whose losses vary least."},
+    )
+    interval_search_widths: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Widths to search; by default the paper's, 0.5 to 0.9, unless interval_candidates is given."
+        },
+    )
+    interval_search_step: float = field(
+        default=PUBLISHED_STEP, metadata={"help": "Distance of the lower ends of intervals of one width."}
+    )
+    interval_candidates: list[str] | None = field(
+        default=None, metadata={"help": "Own intervals to compare with the whole one, such as 0.3-0.8 0.45-0.95."}
+    )
+    interval_search_batches: int = field(
+        default=100, metadata={"help": "Held-out batches (of all processes together) to look at."}
+    )
+    interval_search_method: str = field(
+        default="shared",
+        metadata={"help": "shared: at most 12 noisy passes over a batch; published: one for each interval."},
+    )
+    interval_search_fixed: bool = field(
+        default=False, metadata={"help": "Search and log, but keep the interval as it is."}
+    )
+
+    def interval_list(self, block_size: int) -> list[Interval]:
+        """The candidates of a model with blocks of this size, the whole interval first."""
+        return candidate_intervals(
+            block_size,
+            widths=self.interval_search_widths,
+            step=self.interval_search_step,
+            own=[parse_interval(text) for text in self.interval_candidates or ()],
+        )
+
+    def _check_interval_search(self, *, evaluates: bool) -> None:
+        self.interval_list(block_size=4)
+        if self.interval_search_batches < 1:
+            raise ValueError(
+                f"--interval_search_batches {self.interval_search_batches}: give a whole number of at least 1."
+            )
+        if self.interval_search_method not in METHODS:
+            raise ValueError(
+                f"--interval_search_method {self.interval_search_method}: choose one of {', '.join(METHODS)}."
+            )
+        if self.interval_search and not evaluates:
+            raise ValueError(
+                "--interval_search true searches at each evaluation: set --eval_strategy to steps or epoch."
+            )
+        for item in fields(IntervalSearchArguments):
+            if not self.interval_search and getattr(self, item.name) != item.default:
+                raise ValueError(f"--{item.name} asks for a search of the interval: add --interval_search true.")
+
+
+@dataclass
+class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
     """transformers' `TrainingArguments` with the paper's optimisation as defaults (AdamW, 2,500 warm-up steps)."""
 
     output_dir: str = field(default="bd3lm-output", metadata={"help": "Folder of the run."})
@@ -141,6 +202,7 @@ class BD3LMTrainingArguments(TrainingArguments):
             raise ValueError(f"--eval_num_samples {self.eval_num_samples}: give a whole number of at least 1.")
         if self.sample_tokens < 0:
             raise ValueError(f"--sample_tokens {self.sample_tokens}: give 0 (no sample) or more.")
+        self._check_interval_search(evaluates=self.eval_strategy != IntervalStrategy.NO)
 
 
 class RunArguments(NamedTuple):
@@ -265,6 +327,7 @@ def _unknown(name: str, known: list[str], kind: str) -> str:
 __all__ = [
     "BD3LMTrainingArguments",
     "DataArguments",
+    "IntervalSearchArguments",
     "ModelArguments",
     "RunArguments",
     "field_names",

@@ -42,6 +42,7 @@ from bd3lm_hf.training.arguments import (  # noqa: E402
     write_recipe,
 )
 from bd3lm_hf.training.callbacks import SampleCallback, write_text  # noqa: E402
+from bd3lm_hf.training.interval_report import PLOT_NAME, SEARCH_NAME  # noqa: E402
 from bd3lm_hf.training.output import RECIPE_NAME, check_output_dir, clear_output_dir  # noqa: E402
 from bd3lm_hf.training.start import check_shape, start_from  # noqa: E402
 from bd3lm_hf.training.trainer import BD3LMTrainer  # noqa: E402
@@ -159,7 +160,8 @@ def make_trainer(
     if training.process_index == 0:
         if fresh:
             clear_output_dir(folder)
-            (folder / SAMPLES_NAME).unlink(missing_ok=True)
+            for name in (SAMPLES_NAME, SEARCH_NAME, PLOT_NAME):
+                (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_recipe(arguments, folder / RECIPE_NAME)
     trainer = BD3LMTrainer(

@@ -22,6 +22,8 @@ from bd3lm_hf.evaluation import Perplexity, SequenceScore, score_sequences, summ
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.callbacks import SpeedMeter
 from bd3lm_hf.training.examples import EpochOrder, EpochSampler, NoiseCollator, PaddingCollator
+from bd3lm_hf.training.interval import IntervalSearch, check_searchable, search_intervals
+from bd3lm_hf.training.interval_report import interval_metrics, record_search
 from bd3lm_hf.training.output import publish_files, publish_folder, staging_folder
 
 
@@ -61,6 +63,8 @@ class BD3LMTrainer(Trainer):
             if not hasattr(model, verb):
                 raise ValueError(f"a {type(model).__name__} has no `{verb}`: train a language model of this package.")
         check_finite_weights(model, "the model to train")
+        if args is not None and args.interval_search:
+            check_searchable(model, args.interval_list(model.config.block_size))
         pad_token_id = getattr(model.config, "pad_token_id", None)
         collator = data_collator or PaddingCollator(0 if pad_token_id is None else pad_token_id)
         super().__init__(model, args, collator, *arguments, **keywords)
@@ -159,6 +163,9 @@ class BD3LMTrainer(Trainer):
     ) -> dict[str, float]:
         """Score held-out sequences on all processes; logs and returns nll, perplexity and bits.
 
+        In training, with `args.interval_search`, the interval of noise levels is then searched on the (first) held-out
+        set of the run.
+
         Args:
             eval_dataset: sequences, a mapping of names to sequences, or one such name; `self.eval_dataset` by default.
             ignore_keys: unused, as the model returns no outputs here.
@@ -177,6 +184,8 @@ class BD3LMTrainer(Trainer):
                 metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
         result = self.score(dataset)
+        if self.args.interval_search and self.is_in_train and dataset is self._interval_dataset():
+            self.search_interval(dataset)
         metrics = {"loss": result.nll, "nll": result.nll, "ppl": result.perplexity}
         metrics |= {"standard_error": result.standard_error, "runtime": result.seconds}
         if result.bits_per_byte is not None:
@@ -208,6 +217,36 @@ class BD3LMTrainer(Trainer):
         scores = [SequenceScore(*score) for score in gather_object(scores)] if args.world_size > 1 else scores
         seconds = SpeedMeter.now() - started
         return summarize(scores, bytes_per_token=self.bytes_per_token, seconds=seconds)
+
+    def _interval_dataset(self) -> Any:
+        several = isinstance(self.eval_dataset, dict)
+        return next(iter(self.eval_dataset.values())) if several else self.eval_dataset
+
+    def search_interval(self, sequences: Any) -> IntervalSearch:
+        """Choose the interval of noise levels by the losses of `sequences`; every process adopts and gets the same.
+
+        Logs the winner and its variance, and writes every candidate's to the output folder. A batch of the statistic
+        is one evaluation batch of all processes together. With `args.interval_search_fixed` the model keeps its own.
+        """
+        args = self.args
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        with self.accelerator.autocast():
+            found = search_intervals(
+                model,
+                sequences,
+                candidates=args.interval_list(model.config.block_size),
+                method=args.interval_search_method,
+                batch_size=args.eval_batch_size * args.world_size,
+                max_batches=args.interval_search_batches,
+                seed=self._data_seed,
+                share=(args.process_index, args.world_size),
+            )
+        if not args.interval_search_fixed:
+            model.set_interval(*found.interval)
+        self.log(interval_metrics(found))
+        if self.is_world_process_zero():
+            record_search(found, args.output_dir, step=self.state.global_step, adopted=not args.interval_search_fixed)
+        return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the training speed since the last log."""

@@ -1,0 +1,335 @@
+"""The data-driven clipped schedule: the interval of noise levels whose losses vary least (arXiv 2503.09573, Sec. 5.2).
+
+For each candidate, the unbiased variance of the losses of all blocks of a batch is summed over batches; the first
+candidate with the smallest sum wins. A loss here is what training sees, with the published weight w(t) and without the
+paper's factor for the width of the interval (see `denoising_loss`): that factor would favour narrow intervals.
+"""
+
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import gather_object
+from transformers.utils import logging
+
+from bd3lm_hf.checkpoints import NotFiniteError
+from bd3lm_hf.evaluation import batch_of, seed_of
+from bd3lm_hf.modeling.configuration_bd3lm import SAMPLING_EPS
+from bd3lm_hf.modeling.noise_bd3lm import check_interval
+from bd3lm_hf.training.moments import BlockMoments, HeldOut, Interval, PassPerInterval, SharedDraws, held_out
+
+
+logger = logging.get_logger("bd3lm_hf.interval")
+
+PUBLISHED_WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
+PUBLISHED_STEP = 0.05
+WHOLE: Interval = (SAMPLING_EPS, 1)  # the first candidate of every search
+
+Method = Callable[[Any, HeldOut], BlockMoments]
+METHODS: dict[str, type[SharedDraws] | type[PassPerInterval]] = {"shared": SharedDraws, "published": PassPerInterval}
+_INTERVAL = re.compile(r"\s*(\d*\.?\d+(?:[eE]-?\d+)?)\s*-\s*(\d*\.?\d+(?:[eE]-?\d+)?)\s*")
+
+
+# Candidates
+
+
+def published_intervals(widths: Sequence[float], step: float = PUBLISHED_STEP) -> list[Interval]:
+    """The published candidates: [1e-3, 1], then for each width every interval that starts at a multiple of `step`.
+
+    End points are those of the published float32 arithmetic, raised to 1e-3. With a width that is no multiple of
+    `step` the last interval of that width reaches beyond 1, as published.
+    """
+    least = torch.tensor(SAMPLING_EPS)
+    found = [WHOLE]
+    for width in widths:
+        starts = torch.arange(0, 1 - width + step, step)
+        ends = zip(starts.maximum(least).tolist(), (starts + width).maximum(least).tolist(), strict=True)
+        found += list(ends)
+    return found
+
+
+def candidate_intervals(
+    block_size: int,
+    *,
+    widths: Sequence[float] | None = None,
+    step: float = PUBLISHED_STEP,
+    own: Sequence[Interval] = (),
+) -> list[Interval]:
+    """What a search compares: the whole interval, then those of each width inside [0, 1], then `own` ones.
+
+    At block size 1, as published, the only other candidate is [1, 1], at which the loss is the exact likelihood.
+
+    Args:
+        widths: widths to search; by default the published ones, unless `own` intervals are given.
+        step: distance of the lower ends.
+        own: further intervals; end points are rounded to float32, as the model holds them, and raised to 1e-3.
+
+    Raises:
+        ValueError: a width outside (0, 1], a step of 0 or less, an interval that is reversed or not inside [0, 1].
+    """
+    if widths is None:
+        widths = () if own else PUBLISHED_WIDTHS
+    for width in widths:
+        if not 0 < width <= 1:
+            raise ValueError(f"interval_search_widths {width}: give widths above 0 and up to 1.")
+    if not step > 0:
+        raise ValueError(f"interval_search_step {step}: give a step above 0.")
+    for low, high in own:
+        if not 0 <= low <= high <= 1 or high == 0:
+            raise ValueError(
+                f"interval_candidates {low}-{high}: write the lower end first, both ends inside [0, 1], as in 0.3-0.8."
+            )
+    if block_size == 1:
+        found = [WHOLE] if own else [WHOLE, (1, 1)]
+    else:
+        found = [interval for interval in published_intervals(widths, step) if interval[1] <= 1]
+    rounded = torch.tensor(list(own)).reshape(-1, 2).maximum(torch.tensor(SAMPLING_EPS)).tolist()
+    return list(dict.fromkeys(found + [(low, high) for low, high in rounded]))
+
+
+def parse_interval(text: str) -> Interval:
+    """`"0.3-0.8"` as (0.3, 0.8).
+
+    Raises:
+        ValueError: not two numbers.
+    """
+    match = _INTERVAL.fullmatch(text)
+    if match is None:
+        raise ValueError(f"interval_candidates {text!r}: write two numbers, as in 0.3-0.8.")
+    return float(match[1]), float(match[2])
+
+
+def check_searchable(model: Any, candidates: Sequence[Interval]) -> None:
+    """Refuse a search whose winner could not be written to the model or trained with.
+
+    Raises:
+        ValueError: the model carries no interval, or a candidate that none of its mask rates meets.
+    """
+    if not hasattr(model, "set_interval") or not getattr(model.config, "var_min", False):
+        raise ValueError(
+            f"interval_search needs a model that carries its interval of noise levels, and this "
+            f"{type(model).__name__} has none: use a block-diffusion model with var_min=True, or leave the search out."
+        )
+    for low, high in candidates:
+        check_interval(low, high, model.config.block_size, confined=model.config.resample)
+
+
+# The statistic
+
+
+def batch_variances(block_nll: torch.Tensor) -> torch.Tensor:
+    """Unbiased variance over the blocks of each batch: `(candidates, batches, ...)` to `(candidates, batches)`.
+
+    The published statistic of a candidate is the sum of its row, the published log its mean.
+
+    Args:
+        block_nll: mean loss of each block; the dimensions after the second are those of a batch.
+    """
+    return block_nll.flatten(2).var(-1)
+
+
+def first_smallest(variances: torch.Tensor) -> int:
+    """Index of the smallest of `(candidates,)`, the first one of equals.
+
+    Raises:
+        NotFiniteError: a variance is NaN or infinite.
+    """
+    values = variances.tolist()
+    if not all(map(math.isfinite, values)):
+        raise NotFiniteError(
+            f"the loss variances of {sum(not math.isfinite(value) for value in values)} of {len(values)} intervals "
+            f"are NaN or infinite: no interval can be chosen by this model. Start from an earlier checkpoint."
+        )
+    return values.index(min(values))
+
+
+class MomentSums(NamedTuple):
+    """[`BlockMoments`] summed over the blocks of a batch, which several processes may share; `(candidates,)` each."""
+
+    count: torch.Tensor
+    zeroth: torch.Tensor
+    first: torch.Tensor
+    first_squared: torch.Tensor
+    second: torch.Tensor
+
+
+def sum_moments(moments: BlockMoments) -> MomentSums:
+    """Sums over blocks."""
+    count = torch.full((moments.first.shape[0],), float(moments.first.shape[1]), dtype=torch.float64)
+    columns = (moments.zeroth, moments.first, moments.first.square(), moments.second)
+    return MomentSums(count, *(column.sum(1) for column in columns))
+
+
+def variance_of_sums(sums: MomentSums) -> torch.Tensor:
+    """Expected unbiased variance of the losses of N blocks, `(candidates,)`, from moments estimated for each block.
+
+    For blocks with independent losses it is mean(E[X^2]) - sum_{i != j} E[X_i] E[X_j] / (N (N - 1)). With a single
+    draw of each loss this is the unbiased variance of the draws itself. NaN for fewer than two blocks.
+    """
+    n = sums.count
+    pairs = sums.first.square() - sums.first_squared
+    variance = sums.second / n - pairs / (n * (n - 1))
+    # Control variate: where too many draws fell into an interval, its moments are too large in proportion.
+    return variance + (sums.first / n).square() * (sums.zeroth / n - 1)
+
+
+# The search
+
+
+class IntervalSearch(NamedTuple):
+    """What a search found."""
+
+    candidates: list[Interval]  # the whole interval first
+    batch_variances: torch.Tensor  # float64 (candidates, batches), of the mean loss of a block, nats^2
+    num_blocks: int
+    noisy_passes: int  # over each batch, beside one pass of the clean stream
+    seconds: float
+
+    @property
+    def variances(self) -> torch.Tensor:
+        """Mean over batches for each candidate, `(candidates,)`, the value that is logged as published."""
+        return self.batch_variances.mean(1)
+
+    @property
+    def standard_errors(self) -> torch.Tensor:
+        """Of `variances`, from the spread over batches; NaN for a single batch."""
+        spread, batches = self.batch_variances, self.batch_variances.shape[1]
+        return spread.std(1) / math.sqrt(batches) if batches > 1 else torch.full_like(spread[:, 0], math.nan)
+
+    @property
+    def best(self) -> int:
+        """Index of the winner."""
+        return first_smallest(self.batch_variances.sum(1))
+
+    @property
+    def interval(self) -> Interval:
+        """The winner."""
+        return self.candidates[self.best]
+
+
+def choose_method(name: str, config: Any, candidates: Sequence[Interval]) -> SharedDraws | PassPerInterval:
+    """The method called `name`; for a time-conditioned model one that feeds it each interval's own levels.
+
+    Raises:
+        ValueError: no method has this name.
+    """
+    if name not in METHODS:
+        raise ValueError(f"interval_search_method {name!r}: choose one of {', '.join(METHODS)}.")
+    method = METHODS[name]
+    if method.reads_no_time and config.time_conditioning:
+        logger.warning_once(
+            f"interval search: the model reads the noise level (time_conditioning=True), so draws cannot be shared: "
+            f"each batch takes {len(candidates)} noisy passes, one for each interval, each with its own clean pass."
+        )
+        method = PassPerInterval
+    return method(config, candidates)
+
+
+def search_intervals(
+    model: Any,
+    sequences: Sequence[Any],
+    *,
+    candidates: Sequence[Interval] | None = None,
+    method: str = "shared",
+    batch_size: int = 16,
+    max_batches: int = 100,
+    seed: int = 0,
+    share: tuple[int, int] = (0, 1),
+) -> IntervalSearch:
+    """Variance of the training loss under every candidate interval; changes nothing in the model.
+
+    The result depends on the model, the sequences, `batch_size` and `seed`, not on the number of processes: batch b
+    holds the sequences from `b * batch_size` on, and every sequence has its own source of noise.
+
+    ```python
+    >>> found = search_intervals(model, held_out_rows)
+    >>> model.set_interval(*found.interval)
+    ```
+
+    Args:
+        model: a [`BD3LMForMaskedLM`].
+        sequences: as in [`bd3lm_hf.evaluation.perplexity`].
+        candidates: intervals to compare, see [`candidate_intervals`]; the published ones by default.
+        method: `"shared"` (at most 12 noisy passes over a batch) or `"published"` (one for each candidate).
+        batch_size: sequences of a batch, over all processes.
+        max_batches: batches to look at.
+        share: index of this process and number of processes that share the work. All of them get the result.
+
+    Raises:
+        ValueError: unknown method, counts below 1, or not a single batch with two blocks to score.
+    """
+    started = time.perf_counter()
+    for name, value in (("batch_size", batch_size), ("max_batches", max_batches)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: give a whole number of at least 1.")
+    candidates = candidate_intervals(model.config.block_size) if candidates is None else list(candidates)
+    measure = choose_method(method, model.config, candidates)
+    batches = [
+        range(start, min(start + batch_size, len(sequences))) for start in range(0, len(sequences), batch_size)
+    ][:max_batches]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            sums = [_measure_batch(measure, model, sequences, batch, seed, share) for batch in batches]
+    finally:
+        model.train(was_training)
+    if not sums:
+        raise ValueError("an interval search needs held-out sequences, and there is none.")
+    total = torch.stack([torch.stack(each) for each in sums])  # (batches, fields, candidates)
+    if share[1] > 1:
+        total = torch.stack(gather_object([total])).sum(0)
+    total = total[total[:, 0, 0] >= 2]
+    if not len(total):
+        raise ValueError(
+            "an interval search needs batches of at least two blocks with something to score: give longer or more "
+            "held-out sequences, or a larger batch."
+        )
+    return IntervalSearch(
+        candidates=list(candidates),
+        batch_variances=variance_of_sums(MomentSums(*total.unbind(1))).T.contiguous(),
+        num_blocks=int(total[:, 0, 0].sum()),
+        noisy_passes=measure.passes,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _measure_batch(
+    measure: Method, model: Any, sequences: Sequence[Any], batch: range, seed: int, share: tuple[int, int]
+) -> MomentSums:
+    """This process's part of a batch."""
+    process, processes = share
+    own = list(batch[process::processes])
+    # Every process runs the same passes, which sharded weights ask for: one with a row less repeats another's.
+    rows = own if len(own) == -(-len(batch) // processes) else [*own, batch[0]]
+    device = next(model.parameters()).device
+    input_ids, attention_mask, context = batch_of([sequences[row] for row in rows], device)
+    generators = [torch.Generator(device).manual_seed(seed_of(seed, row)) for row in rows]
+    text = held_out(model, input_ids, attention_mask, context.get("labels"), generators)
+    if len(own) < len(rows):
+        text.scored.counted[-1], text.scored.maskable[-1] = False, False
+    return sum_moments(measure(model, text))
+
+
+__all__ = [
+    "METHODS",
+    "PUBLISHED_STEP",
+    "PUBLISHED_WIDTHS",
+    "WHOLE",
+    "Interval",
+    "IntervalSearch",
+    "MomentSums",
+    "batch_variances",
+    "candidate_intervals",
+    "check_searchable",
+    "choose_method",
+    "first_smallest",
+    "parse_interval",
+    "published_intervals",
+    "search_intervals",
+    "sum_moments",
+    "variance_of_sums",
+]
