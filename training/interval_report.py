@@ -99,7 +99,6 @@ def plot_search(found: IntervalSearch, path: str | Path, *, title: str = "Interv
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set_xlim(-0.03, 1.03)
     axes.set_xlabel("lower end of the interval of noise levels")
     axes.set_ylabel("variance of the loss of a block (nats$^2$)")
     axes.set_title(title)
