@@ -215,10 +215,10 @@ def fourth_moment_bounds(model: BD3LMForMaskedLM, rows: list[list[int]], candida
     "changes", [{}, {"resample": True}, {"block_size": 16, "resample": True, "noise": "square_root"}], ids=str
 )
 def test_shared_draws_and_a_pass_per_interval_agree_within_their_standard_error(tiny_config, randomize, changes):
-    model, rows = model_of(tiny_config, randomize, n_blocks=1, hidden_dim=16, **changes), rows_of(160)
+    model, rows = model_of(tiny_config, randomize, n_blocks=1, hidden_dim=16, **changes), rows_of(96)
     ways = {}
     for method, seeds in (("shared", 2), ("published", 6)):
-        found = [search_intervals(model, rows, method=method, batch_size=40, seed=seed) for seed in range(seeds)]
+        found = [search_intervals(model, rows, method=method, batch_size=24, seed=seed) for seed in range(seeds)]
         ways[method] = torch.cat([search.batch_variances for search in found], dim=1)
     shared, published = ways["shared"], ways["published"]
     assert shared.shape == (36, 8)
@@ -226,7 +226,7 @@ def test_shared_draws_and_a_pass_per_interval_agree_within_their_standard_error(
     difference = shared.mean(1) - published.mean(1)
     error = (shared.var(1) / shared.shape[1] + published.var(1) / published.shape[1]).sqrt()
     # Losses near the level 1e-3 are rare and weigh up to 1000: some thousand draws do not tell their own spread.
-    losses = 160 * model.config.num_blocks(32) * 6
+    losses = 96 * model.config.num_blocks(32) * 6
     rare = torch.tensor([low < 0.01 for low, _ in candidate_intervals(4)])
     error[rare] = (fourth_moment_bounds(model, rows, candidate_intervals(4))[rare] / losses).sqrt()
     assert (difference / error).abs().max() < 4

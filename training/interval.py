@@ -149,7 +149,7 @@ def first_smallest(variances: torch.Tensor) -> int:
 class MomentSums(NamedTuple):
     """[`BlockMoments`] summed over the blocks of a batch, which several processes may share; `(candidates,)` each."""
 
-    count: torch.Tensor
+    blocks: torch.Tensor
     zeroth: torch.Tensor
     first: torch.Tensor
     first_squared: torch.Tensor
@@ -169,7 +169,7 @@ def variance_of_sums(sums: MomentSums) -> torch.Tensor:
     For blocks with independent losses it is mean(E[X^2]) - sum_{i != j} E[X_i] E[X_j] / (N (N - 1)). With a single
     draw of each loss this is the unbiased variance of the draws itself. NaN for fewer than two blocks.
     """
-    n = sums.count
+    n = sums.blocks
     pairs = sums.first.square() - sums.first_squared
     variance = sums.second / n - pairs / (n * (n - 1))
     # Control variate: where too many draws fell into an interval, its moments are too large in proportion.
