@@ -216,7 +216,10 @@ def test_36_intervals_take_at_most_12_noisy_passes_and_one_clean_one(make_model,
     assert len(intervals) == 36
     measure = SharedDraws(model.config, intervals)
     batch = text_of(model, random_ids(2, 32))
-    assert passes_of(model, monkeypatch, measure, batch) == (block_size < 32, passes)  # a lone block has no clean text before it
+    assert passes_of(model, monkeypatch, measure, batch) == (
+        block_size < 32,
+        passes,
+    )  # a lone block has no clean text before it
     assert measure.passes == passes
 
 
