@@ -1,0 +1,80 @@
+import builtins
+import json
+
+import numpy as np
+import pytest
+
+from bd3lm_hf.training.curves import _smoothed, series_of, write_training_curve
+
+
+PNG = b"\x89PNG"
+
+
+def log_of(steps: int) -> list[dict[str, float]]:
+    """A log with everything that a run can log."""
+    log: list[dict[str, float]] = []
+    for step in range(10, steps + 1, 10):
+        speed = {"tokens_per_second": 5000.0 + step % 70, "tflops_per_second": 0.5, "mfu": 0.41}
+        log.append({"loss": 3 + 5 / step, "step": step, "epoch": 0.1, **speed})
+        if step % 50 == 0:
+            log.append({"eval_nll": 3.2, "eval_standard_error": 0.1, "eval_ppl": np.exp(3.2), "step": step})
+            log.append({"interval_min": 0.3, "interval_max": 0.8, "interval_variance": 5.0, "step": step})
+    return [*log, {"train_loss": 3.1, "step": steps}]
+
+
+def test_a_curve_holds_every_logged_number_and_a_picture(tmp_path):
+    write_training_curve(log_of(100), tmp_path, title="a run")
+    curve = json.loads((tmp_path / "training_curve.json").read_text(encoding="utf-8"))
+    assert curve["eval_nll"] == {"steps": [50, 100], "values": [3.2, 3.2]}
+    assert curve["loss"]["values"][0] == 3.5
+    assert {"interval_min", "interval_max", "interval_variance", "tokens_per_second", "mfu", "train_loss"} <= set(
+        curve
+    )
+    assert (tmp_path / "training_curve.png").read_bytes().startswith(PNG)
+
+
+def test_a_step_that_was_logged_twice_counts_once():
+    steps, values = series_of([{"loss": 4.0, "step": 2}, {"loss": 3.0, "step": 1}, {"loss": 5.0, "step": 2}])["loss"]
+    assert (steps.tolist(), values.tolist()) == ([1, 2], [3.0, 5.0])
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        [{"loss": 3.0, "step": 1}],
+        [{"eval_nll": 3.0, "eval_ppl": 20.0, "step": 0}],
+        [{"eval_one_nll": 3.0, "eval_two_nll": 4.0, "eval_two_standard_error": 0.5, "step": 4}],
+        [{"interval_min": 0.0, "interval_max": 1.0, "interval_variance": 0.0, "step": 5}],
+        [{"loss": 0.0, "tokens_per_second": 0.0, "tflops_per_second": 1.0, "step": step} for step in range(40)],
+    ],
+    ids=["one point", "evaluation only", "two held-out sets", "interval only", "nothing but zeros"],
+)
+def test_a_picture_is_drawn_of_whatever_there_is(tmp_path, log):
+    write_training_curve(log, tmp_path)
+    assert (tmp_path / "training_curve.png").read_bytes().startswith(PNG)
+
+
+def test_an_empty_log_gives_no_picture(tmp_path):
+    write_training_curve([], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["training_curve.json"]
+
+
+def test_without_matplotlib_there_is_a_line_and_no_picture(tmp_path, monkeypatch, caplog):
+    plain = builtins.__import__
+
+    def import_without(name, *arguments):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return plain(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", import_without)
+    write_training_curve(log_of(100), tmp_path)
+    assert "training_curve.png is not drawn without matplotlib: pip install 'bd3lm-hf[plots]'" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["training_curve.json"]
+
+
+def test_the_smoothed_loss_does_not_lag():
+    line = np.arange(200.0)
+    np.testing.assert_allclose(_smoothed(line)[:-5], line[:-5])
+    assert _smoothed(line)[-1] == np.mean(line[-6:])
+    assert np.std(_smoothed(np.tile([0.0, 1.0], 200))) < 0.1
