@@ -201,3 +201,22 @@ def test_processes_that_would_each_train_alone_are_refused(monkeypatch, tmp_path
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     with pytest.raises(ValueError, match="the launcher started 2 processes but this run sees 1.*--use_cpu"):
         BD3LMTrainingArguments(output_dir=str(tmp_path))
+
+
+def test_a_place_to_report_to_must_be_installed(monkeypatch):
+    installed = "bd3lm_hf.training.arguments.get_available_reporting_integrations"
+    monkeypatch.setattr(installed, lambda: ["tensorboard"])
+    message = (
+        "--report_to wandb: the package wandb is not installed. Run `pip install wandb`, or report to tensorboard or"
+    )
+    with pytest.raises(ValueError, match=message):
+        BD3LMTrainingArguments(report_to="wandb")
+    assert BD3LMTrainingArguments(report_to="tensorboard").report_to == ["tensorboard"]
+    monkeypatch.setattr(installed, lambda: ["tensorboard", "wandb"])
+    assert BD3LMTrainingArguments(report_to=["tensorboard", "wandb"]).report_to == ["tensorboard", "wandb"]
+
+
+@pytest.mark.parametrize("peak", [0.0, -1.0, float("nan")])
+def test_a_peak_is_above_zero(peak):
+    with pytest.raises(ValueError, match="--peak_tflops .*: give a number above 0, or leave it out"):
+        BD3LMTrainingArguments(peak_tflops=peak)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,13 @@ def test_a_run_reports_what_it_did(trained):
     assert written["after"]["nll"] == result.after.nll
     assert written["world_size"] == 1
     assert set(written["versions"]) == {"bd3lm_hf", "torch", "transformers", "accelerate"}
+
+
+def test_a_run_leaves_its_curve(trained):
+    curve = json.loads((trained[1] / "training_curve.json").read_text(encoding="utf-8"))
+    assert curve["loss"] == {"steps": [1, 2, 3], "values": [e["loss"] for e in trained[0].losses if "loss" in e]}
+    assert {"eval_nll", "eval_ppl", "eval_bits_per_byte", "tokens_per_second", "tflops_per_second"} <= set(curve)
+    assert (trained[1] / "training_curve.png").stat().st_size > 1000
 
 
 def test_a_sample_is_written_at_each_evaluation(trained):
@@ -209,6 +217,81 @@ def test_a_run_resumes_from_its_last_checkpoint(recipe, tmp_path):
     assert resumed.after.nll == pytest.approx(whole.after.nll, abs=1e-6)
 
 
+def test_a_run_is_resumed_from_the_last_checkpoint_that_is_complete(recipe, tmp_path, caplog):
+    folder = tmp_path / "run"
+    words = [str(recipe), "--output_dir", str(folder), "--save_strategy", "steps", "--save_steps", "1"]
+    whole = run(words)
+    (folder / "checkpoint-3" / "optimizer.pt").write_bytes(b"cut")
+    shutil.rmtree(folder / "checkpoint-1")
+    resumed = run([*words, "--resume_from_checkpoint", "true"])
+    assert "checkpoint-3 is not complete and is passed over: optimizer.pt has 3 bytes instead of" in caplog.text
+    assert [entry.get("loss") for entry in resumed.losses] == [entry.get("loss") for entry in whole.losses]
+    assert resumed.after.nll == whole.after.nll
+    (folder / "checkpoint-2" / "config.json").unlink()
+    with pytest.raises(ValueError, match="there is no complete checkpoint in .*checkpoint-2: config.json is missing"):
+        run([*words, "--resume_from_checkpoint", str(folder / "checkpoint-2")])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--hidden_dim", "32"], "model: hidden_dim was 16 and is 32"),
+        (["--block_size", "8"], "model: block_size was 4 and is 8"),
+        (["--vocab_size", "290"], "tokenizer: tokens was 300 and is 290"),
+        (["--dataset", "DATA"], "data: sequences was"),
+        (["--per_device_train_batch_size", "2"], "training: global batch size was 4 and is 2"),
+        (["--learning_rate", "0.5"], "training: learning_rate was 0.01 and is 0.5"),
+    ],
+)
+def test_the_checkpoint_of_another_run_is_refused(saved, recipe, tmp_path, capsys, changes, message):
+    other = tmp_path / "other.txt"
+    other.write_text(SENTENCES[0] * 40, encoding="utf-8")
+    words = [str(recipe), "--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint", str(saved)]
+    with pytest.raises(SystemExit) as error:
+        main([*words, *(str(other) if word == "DATA" else word for word in changes)])
+    assert error.value.code == 2
+    complaint = capsys.readouterr().err.splitlines()[-1]
+    assert complaint.startswith(f"error: {saved} belongs to another run: ")
+    assert message in complaint
+    assert f"start a new run from its weights with --init_from {saved}" in complaint
+
+
+@pytest.fixture(scope="module")
+def saved(recipe, tmp_path_factory) -> Path:
+    """A checkpoint after one step."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    run([str(recipe), "--output_dir", str(folder), "--max_steps", "1", "--save_strategy", "steps"])
+    return folder / "checkpoint-1"
+
+
+def test_a_run_that_goes_on_elsewhere_leaves_the_checkpoints_of_others(saved, recipe, tmp_path, capsys):
+    words = [str(recipe), "--resume_from_checkpoint", str(saved), "--save_strategy", "steps", "--save_steps", "1"]
+    elsewhere = tmp_path / "elsewhere"
+    resumed = run([*words, "--output_dir", str(elsewhere), "--sample_tokens", "0"])
+    assert sorted(path.name for path in elsewhere.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert [entry["step"] for entry in resumed.losses if "loss" in entry] == [1, 2, 3]
+    with pytest.raises(SystemExit):
+        main([*words, "--output_dir", str(elsewhere)])
+    assert "holds checkpoints of an earlier run, the last one checkpoint-3" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_clear_line_and_exit_code_2(recipe, tmp_path, capsys, monkeypatch):
+    def fail_at_two(self, folder):
+        if self.state.global_step == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.trainer.Trainer._save_rng_state", fail_at_two)
+    words = ["--output_dir", str(tmp_path / "run"), "--save_strategy", "steps", "--save_steps", "1"]
+    with pytest.raises(SystemExit) as error:
+        main([str(recipe), *words])
+    assert error.value.code == 2
+    complaint = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(complaint) == 1
+    assert "checkpoint-2 can not be saved" in complaint[0]
+    assert f"The last complete checkpoint is {tmp_path / 'run' / 'checkpoint-1'}; make room" in complaint[0]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-1", "recipe.yaml"]
+
+
 def test_validation_files_are_used_whole(corpus, tmp_path):
     other = tmp_path / "held_out.txt"
     other.write_text("Held out.\n", encoding="utf-8")
@@ -290,9 +373,13 @@ def test_two_processes_take_the_same_steps_as_one(recipe, tmp_path):
         (["--tokenizer", "no/such/folder"], "no/such/folder"),
         (["--init_from", "no/such/folder"], "no/such/folder"),
         (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint true: there is no complete checkpoint in"),
-        (["--resume_from_checkpoint", "no/such"], "there is no complete checkpoint in no/such"),
         (["--interval_search", "true"], "set --eval_strategy to steps or epoch"),
         (["--interval_candidates", "0.8-0.3"], "write the lower end first"),
+        (
+            ["--resume_from_checkpoint", "no/such"],
+            "there is no complete checkpoint in no/such: there is no such folder",
+        ),
+        (["--peak_tflops", "0"], "--peak_tflops 0.0: give a number above 0, or leave it out"),
         (["--hidden_dims", "16"], "did you mean '--hidden_dim'?"),
         (["--hidden_dim", "wide"], "hidden_dim"),
         (["--eval_estimator", "guess", "--eval_strategy", "steps", "--eval_steps", "1"], "estimator='guess'"),

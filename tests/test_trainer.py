@@ -12,6 +12,8 @@ from bd3lm_hf.evaluation import perplexity
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.callbacks import SpeedMeter, write_text
+from bd3lm_hf.training.flops import training_flops
+from bd3lm_hf.training.output import SaveError
 from bd3lm_hf.training.trainer import BD3LMTrainer, TrainingDivergedError
 
 
@@ -118,6 +120,37 @@ def test_the_speed_counts_tokens_within_steps():
     meter.tokens, meter.seconds = 300, 2.0
     assert meter.since_last_log() == {"tokens_per_second": 150.0}
     assert meter.since_last_log() == {}
+
+
+def test_the_speed_counts_operations_and_their_share_of_a_known_peak():
+    meter = SpeedMeter(peak_flops=4e12)
+    meter.tokens, meter.flops, meter.seconds = 300, 6e12, 2.0
+    assert meter.since_last_log() == {"tokens_per_second": 150.0, "tflops_per_second": 3.0, "mfu": 0.75}
+    meter.tokens, meter.seconds = 300, 2.0
+    assert meter.since_last_log() == {"tokens_per_second": 150.0}
+
+
+def test_the_utilisation_is_logged_where_the_peak_is_given(make_trainer):
+    known, unknown = make_trainer(peak_tflops=0.5), make_trainer()
+    known.train()
+    unknown.train()
+    for entry in known.state.log_history[:-1]:
+        assert entry["mfu"] == pytest.approx(entry["tflops_per_second"] / 0.5, rel=1e-2)
+    assert "mfu" not in unknown.state.log_history[0]
+    assert known.state.total_flos == 2 * training_flops(known.model, 8, 32)
+
+
+def test_tensorboard_gets_what_is_logged(make_trainer, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = make_trainer(report_to="tensorboard", eval_strategy="steps", eval_steps=1, peak_tflops=0.5)
+    trainer.train()
+    (events,) = (tmp_path / "run" / "runs").rglob("events.*")
+    board = EventAccumulator(str(events)).Reload()
+    wanted = {"train/loss", "train/tokens_per_second", "train/tflops_per_second", "train/mfu"}
+    assert wanted | {"eval/nll", "eval/ppl"} <= set(board.Tags()["scalars"])
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(losses_of(trainer))
 
 
 # Evaluation
@@ -283,12 +316,116 @@ def test_a_run_that_fails_while_saving_leaves_the_last_complete_checkpoint(make_
     check_finite_weights(BD3LMForMaskedLM.from_pretrained(last), last)
 
 
+FAILING = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "transformers.modeling_utils.PreTrainedModel.save_pretrained",
+        "transformers.trainer.Trainer._save_optimizer_and_scheduler",
+        "transformers.trainer.Trainer._save_rng_state",
+        "transformers.TrainerState.save_to_json",
+        "bd3lm_hf.training.trainer.seal_checkpoint",
+        "bd3lm_hf.training.trainer.publish_folder",
+    ],
+)
+def test_a_full_disk_at_any_stage_leaves_the_last_checkpoint_and_no_debris(make_trainer, tmp_path, monkeypatch, stage):
+    make_trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoint-1").iterdir()}
+
+    def fail(*arguments, **keywords):
+        raise FAILING
+
+    trainer = make_trainer(max_steps=3, save_strategy="steps", save_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, fail)
+        with pytest.raises(SaveError, match=r"checkpoint-2 can not be saved.*No space left.*checkpoint-1; make room"):
+            trainer.train(resume_from_checkpoint=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoint-1").iterdir()} == before
+
+
+def test_a_model_that_can_not_be_saved_leaves_the_old_one(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer()
+    trainer.save_model()
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+
+    def fail(*arguments, **keywords):
+        raise FAILING
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
+    with pytest.raises(SaveError, match="the model can not be saved in .*No checkpoint had been saved yet"):
+        trainer.save_model()
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_what_a_killed_run_left_behind_gets_into_no_checkpoint(make_trainer, tmp_path):
+    left = tmp_path / "run" / ".incomplete"
+    for name in ("checkpoint-1", "checkpoint-9", "model"):
+        (left / name).mkdir(parents=True)
+        (left / name / "rng_state_1.pth").write_text("foreign")
+    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    assert not left.exists()
+    assert not list((tmp_path / "run").rglob("rng_state_1.pth"))
+
+
 def test_training_continues_from_a_checkpoint(make_trainer, tmp_path):
     whole = make_trainer(max_steps=4, save_strategy="steps", save_steps=2)
     whole.train()
     rest = make_trainer(max_steps=4)
     rest.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert losses_of(rest) == losses_of(whole)
+
+
+def test_a_finished_run_takes_no_further_step(make_trainer):
+    # Three steps end in the middle of an epoch of two.
+    whole = make_trainer(max_steps=3, save_strategy="steps", save_steps=2)
+    whole.train()
+    again = make_trainer(max_steps=3, save_strategy="no")
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    assert losses_of(again) == losses_of(whole)
+    for (name, one), other in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_a_resumed_run_does_not_repeat_its_first_evaluation(make_trainer):
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
+    whole = make_trainer(max_steps=2, eval_on_start=True, **options)
+    whole.train()
+    rest = make_trainer(max_steps=2, eval_on_start=True, save_strategy="no", eval_strategy="steps", eval_steps=2)
+    rest.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-1"))
+    steps = [[entry["step"] for entry in run.state.log_history if "eval_nll" in entry] for run in (whole, rest)]
+    assert steps == [[0, 2], [0, 2]]
+
+
+def test_a_run_without_checkpoints_can_not_be_resumed(make_trainer, tmp_path):
+    with pytest.raises(ValueError, match=r"there is no complete checkpoint in .*run\."):
+        make_trainer().train(resume_from_checkpoint=True)
+
+
+def test_a_small_disk_is_told_before_the_first_step(make_trainer, monkeypatch, caplog):
+    monkeypatch.setattr("bd3lm_hf.training.output.free_bytes", lambda folder: 1000)
+    make_trainer(max_steps=1, save_strategy="no").train()
+    assert not caplog.records
+    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=5)
+    trainer.train()
+    assert "but only 1.0 kB are free" in caplog.text
+    saved = sum(path.stat().st_size for path in (Path(trainer.args.output_dir) / "checkpoint-1").rglob("*"))
+    assert 0.3 * saved < trainer._checkpoint_bytes < saved
+
+
+def test_a_checkpoint_is_uploaded_from_its_final_folder(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
+    uploads = []
+    push = "transformers.trainer.Trainer._push_from_checkpoint"
+    monkeypatch.setattr(push, lambda self, folder: uploads.append(folder))
+    trainer.args.push_to_hub = True
+    trainer.train()
+    assert uploads == [str(tmp_path / "run" / "checkpoint-1")]
 
 
 # Samples

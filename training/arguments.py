@@ -12,8 +12,10 @@ import torch
 import yaml
 from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from bd3lm_hf.training.interval import METHODS, PUBLISHED_STEP, Interval, candidate_intervals, parse_interval
+from bd3lm_hf.training.output import write_atomically
 
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -186,6 +188,12 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
     eval_num_samples: int = field(default=1, metadata={"help": "Noise draws per held-out sequence."})
     sample_prompt: str = field(default="", metadata={"help": "Prompt of the text sample written at each evaluation."})
     sample_tokens: int = field(default=64, metadata={"help": "Tokens of that sample; 0 writes none."})
+    peak_tflops: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak TFLOP/s of one device, for the model FLOPs utilisation (MFU); known for common NVIDIA GPUs."
+        },
+    )
 
     def __post_init__(self) -> None:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -203,6 +211,27 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
         if self.sample_tokens < 0:
             raise ValueError(f"--sample_tokens {self.sample_tokens}: give 0 (no sample) or more.")
         self._check_interval_search(evaluates=self.eval_strategy != IntervalStrategy.NO)
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ValueError(f"--peak_tflops {self.peak_tflops}: give a number above 0, or leave it out.")
+        if self.report_to:
+            _check_reporters(self.report_to)
+
+
+def _check_reporters(names: Sequence[str]) -> None:
+    """Refuse what can not be reported to. transformers finds out after the data are made, and ends with a traceback.
+
+    Raises:
+        ValueError: an unknown name, or one whose package is not installed.
+    """
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"--report_to has {_unknown(name, [*INTEGRATION_TO_CALLBACK], 'place')}")
+        if name not in installed and name != "flyte":  # which transformers does not look for
+            raise ValueError(
+                f"--report_to {name}: the package {name} is not installed. Run `pip install {name}`, or report to "
+                f"{' or '.join([*installed, 'none'])}."
+            )
 
 
 class RunArguments(NamedTuple):
@@ -303,7 +332,7 @@ def write_recipe(arguments: RunArguments, path: str | Path) -> None:
     """Write the fields that were given as a recipe that repeats the run in another folder."""
     place = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
     given = {name: value for name, value in arguments.given.items() if name not in place}
-    Path(path).write_text(yaml.safe_dump(given, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_atomically(Path(path), yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
 
 
 def _as_words(name: str, value: Any) -> list[str]:

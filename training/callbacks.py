@@ -10,11 +10,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class SpeedMeter(TrainerCallback):
-    """Training tokens per second, over all processes; time spent in evaluation and saving does not count."""
+    """Speed of training over all processes; time spent in evaluation and saving does not count.
 
-    def __init__(self) -> None:
+    Args:
+        peak_flops: floating-point operations per second that the devices can do together; 0 when it is not known.
+    """
+
+    def __init__(self, peak_flops: float = 0.0) -> None:
+        self.peak_flops = peak_flops
         self.tokens = 0  # the trainer adds those of each micro-batch
-        self.total_tokens = 0
+        self.flops = 0.0  # likewise
         self.seconds = 0.0
         self.started: float | None = None
 
@@ -37,13 +42,19 @@ class SpeedMeter(TrainerCallback):
             self.seconds += self.now() - self.started
 
     def since_last_log(self) -> dict[str, float]:
-        """`tokens_per_second` since the last call, rounded to whole tokens; empty before the first step."""
+        """Means since the last call: `tokens_per_second`, rounded to whole tokens, and `tflops_per_second`.
+
+        Where the peak is known also `mfu`, the share of it that is used. Empty before the first step.
+        """
         if not self.seconds:
             return {}
-        rate = float(round(self.tokens / self.seconds))
-        self.total_tokens += self.tokens
-        self.tokens, self.seconds = 0, 0.0
-        return {"tokens_per_second": rate}
+        speed = {"tokens_per_second": float(round(self.tokens / self.seconds))}
+        if self.flops:
+            speed["tflops_per_second"] = float(f"{self.flops / self.seconds / 1e12:.4g}")
+        if self.flops and self.peak_flops:
+            speed["mfu"] = float(f"{self.flops / self.seconds / self.peak_flops:.4g}")
+        self.tokens, self.flops, self.seconds = 0, 0.0, 0.0
+        return speed
 
 
 def write_text(model: Any, tokenizer: Any, *, prompt: str = "", max_new_tokens: int = 64, seed: int = 0) -> str:

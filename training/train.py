@@ -25,8 +25,6 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from accelerate.utils import broadcast_object_list  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline, set_seed  # noqa: E402
-from transformers.trainer import TRAINER_STATE_NAME  # noqa: E402
-from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 import bd3lm_hf  # noqa: E402
@@ -42,8 +40,17 @@ from bd3lm_hf.training.arguments import (  # noqa: E402
     write_recipe,
 )
 from bd3lm_hf.training.callbacks import SampleCallback, write_text  # noqa: E402
+from bd3lm_hf.training.curves import write_training_curve  # noqa: E402
 from bd3lm_hf.training.interval_report import PLOT_NAME, SEARCH_NAME  # noqa: E402
-from bd3lm_hf.training.output import RECIPE_NAME, check_output_dir, clear_output_dir  # noqa: E402
+from bd3lm_hf.training.output import (  # noqa: E402
+    RECIPE_NAME,
+    SaveError,
+    check_output_dir,
+    checkpoint_to_resume,
+    clear_output_dir,
+    recover_output_dir,
+    write_atomically,
+)
 from bd3lm_hf.training.start import check_shape, start_from  # noqa: E402
 from bd3lm_hf.training.trainer import BD3LMTrainer  # noqa: E402
 
@@ -92,10 +99,13 @@ def run(argv: Sequence[str]) -> TrainResult:
     # 1. Arguments: a recipe plus overrides
     arguments = parse_arguments(argv)
     training = arguments.training
-    resume = checkpoint_to_resume(training)
+    with training.main_process_first(desc="looking for a checkpoint"):
+        resume = wanted_checkpoint(training)
     if arguments.model.init_from is not None:
         check_shape(arguments.model.init_from, arguments.model.config_fields())
-    check_output_dir(training.output_dir, overwrite=training.overwrite_output_dir, resume=resume is not None)
+    # A checkpoint of another folder is gone on with here as in any new folder.
+    goes_on = resume is not None and Path(resume).resolve().parent == Path(training.output_dir).resolve()
+    check_output_dir(training.output_dir, overwrite=training.overwrite_output_dir, resume=goes_on)
     set_seed(training.seed)
 
     # 2. Text and tokenizer
@@ -108,7 +118,7 @@ def run(argv: Sequence[str]) -> TrainResult:
     sequences = make_sequences(arguments, text, tokenizer, model.config)
 
     # 4. Train. Nothing is written before this line
-    trainer = make_trainer(arguments, model, tokenizer, sequences, fresh=resume is None)
+    trainer = make_trainer(arguments, model, tokenizer, sequences, fresh=not goes_on)
     estimator = training.final_estimator or training.eval_estimator
     before = trainer.score(sequences.validation, estimator=estimator) if resume is None else None
     trainer.train(resume_from_checkpoint=resume)
@@ -179,24 +189,25 @@ def make_trainer(
     return trainer
 
 
-def checkpoint_to_resume(training: BD3LMTrainingArguments) -> str | None:
+def wanted_checkpoint(training: BD3LMTrainingArguments) -> str | None:
     """The checkpoint that `--resume_from_checkpoint` means: a folder, or the last one of the output folder for `true`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none that is complete.
     """
     wanted = training.resume_from_checkpoint
     if wanted is None or wanted.lower() == "false":
         return None
-    found: str | None = wanted
-    if wanted.lower() == "true":
-        found = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
-    if found is None or not Path(found, TRAINER_STATE_NAME).is_file():
+    last = wanted.lower() == "true"
+    if last and training.process_index == 0:
+        recover_output_dir(training.output_dir)
+    try:
+        return str(checkpoint_to_resume(last or wanted, training.output_dir))
+    except ValueError as error:
         raise ValueError(
-            f"--resume_from_checkpoint {wanted}: there is no complete checkpoint in {found or training.output_dir}; "
-            f"name a checkpoint folder, or leave the argument out to start anew."
-        )
-    return found
+            f"--resume_from_checkpoint {wanted}: {error} Name a checkpoint folder, or leave the argument out to start "
+            f"anew."
+        ) from None
 
 
 def load_splits(data: DataArguments) -> dict[str, datasets.Dataset]:
@@ -293,8 +304,9 @@ def report(result: TrainResult) -> None:
     for name in ("before", "after"):
         score = getattr(result, name)
         content[name] = None if score is None else score._asdict()
-    path = Path(result.output_dir) / RESULTS_NAME
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    folder = Path(result.output_dir)
+    write_atomically(folder / RESULTS_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_training_curve(result.losses, folder, title=folder.name)
     print(table(result))
     if result.text is not None:
         print(f"\nText from the saved folder:\n{result.text}")
@@ -322,7 +334,8 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
         return run(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError) as error:
         logger.debug("traceback", exc_info=True)
-        if accelerate.PartialState().is_main_process:
+        # A process may be alone with its failure to save; everything else happens to all of them.
+        if accelerate.PartialState().is_main_process or isinstance(error, SaveError):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 

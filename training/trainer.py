@@ -1,11 +1,10 @@
 """`BD3LMTrainer`: transformers' Trainer for models with the verbs `token_nll` and `generate`.
 
 It adds what needs a loop: noise that does not depend on the layout of a run, evaluation by likelihood, an early stop
-when numbers are no longer finite, and checkpoints that appear only when they are complete.
+when numbers are no longer finite, checkpoints that appear only when they are complete, and exact resume from them.
 """
 
 import math
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,31 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints, seed_worker
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, seed_worker
 
 from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights
 from bd3lm_hf.evaluation import Perplexity, SequenceScore, score_sequences, summarize
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.callbacks import SpeedMeter
 from bd3lm_hf.training.examples import EpochOrder, EpochSampler, NoiseCollator, PaddingCollator
+from bd3lm_hf.training.flops import peak_flops, training_flops
+from bd3lm_hf.training.identity import check_same_run, run_identity
 from bd3lm_hf.training.interval import IntervalSearch, check_searchable, search_intervals
 from bd3lm_hf.training.interval_report import interval_metrics, record_search
-from bd3lm_hf.training.output import publish_files, publish_folder, staging_folder
+from bd3lm_hf.training.losses import ResumableFlow, RunningLoss
+from bd3lm_hf.training.output import (
+    checkpoint_to_resume,
+    clear_staging,
+    last_complete_checkpoint,
+    publish_files,
+    publish_folder,
+    read_seal,
+    remove_old_checkpoints,
+    saving,
+    seal_checkpoint,
+    staging_folder,
+    warn_if_disk_is_full,
+)
 
 
 class TrainingDivergedError(NotFiniteError):
@@ -70,8 +84,11 @@ class BD3LMTrainer(Trainer):
         super().__init__(model, args, collator, *arguments, **keywords)
         self.bytes_per_token = bytes_per_token
         self.order: EpochOrder | None = None
-        self.speed = SpeedMeter()
+        self.speed = SpeedMeter(peak_flops(self.args) * self.args.world_size)
         self.add_callback(self.speed)
+        self.add_callback(ResumableFlow())
+        self.losses = RunningLoss(self.args.device, self.accelerator.gather)
+        self._identity: dict[str, Any] = {}
         self._finite: list[torch.Tensor] = []  # per micro-batch of the current optimizer step
         self._staging = False
 
@@ -113,9 +130,16 @@ class BD3LMTrainer(Trainer):
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         """One micro-batch, forward and backward; remembers whether its loss is a number."""
         self.speed.tokens += inputs["input_ids"].numel() * self.args.world_size
+        self.speed.flops += self.floating_point_ops(inputs) * self.args.world_size
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self.losses.add(loss)
         self._finite.append(torch.isfinite(loss).all())
         return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Operations of the forward and backward pass of one micro-batch; see `training/flops.py`."""
+        flops = training_flops(self.model, *inputs["input_ids"].shape)
+        return super().floating_point_ops(inputs) if flops is None else flops
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         # The Trainer calls this between clipping and the optimizer's step, so stopping here keeps the weights.
@@ -148,9 +172,46 @@ class BD3LMTrainer(Trainer):
         )
 
     def _last_good(self) -> str:
-        folder = self.args.output_dir
-        last = get_last_checkpoint(folder) if folder and os.path.isdir(folder) else None
+        last = last_complete_checkpoint(self.args.output_dir)
         return f"The last good checkpoint is {last}." if last else "No checkpoint had been saved yet."
+
+    # Resuming
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **keywords: Any) -> TrainOutput:
+        """Train, from the start or from a complete checkpoint of the same run.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the last complete one of `args.output_dir`.
+
+        Raises:
+            ValueError: there is no complete checkpoint, or it belongs to another run; the message names what differs.
+        """
+        self.losses = RunningLoss(self.args.device, self.accelerator.gather)
+        self._identity = run_identity(
+            self.model,
+            self.args,
+            self.train_dataset,
+            self.processing_class,
+            global_batch_size=self.get_total_train_batch_size(self.args),
+            data_seed=self._data_seed,
+        )
+        checkpoint = None
+        if resume_from_checkpoint:
+            checkpoint = str(checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir))
+            seal = read_seal(checkpoint)
+            check_same_run(checkpoint, seal, self._identity)
+            self.losses.load_state_dict(seal["losses"], self.args.process_index, self.args.world_size)
+            self.args.eval_on_start = False  # that was before the checkpoint
+        if self.args.save_strategy != SaveStrategy.NO and self.args.should_save:
+            warn_if_disk_is_full(self.args.output_dir, needed=self._checkpoint_bytes)
+        return super().train(checkpoint, *arguments, **keywords)
+
+    def _run_epoch(self, *arguments: Any, **keywords: Any) -> None:
+        # The Trainer finds out after a step that a run is over; one that resumes at its end must not take one more.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*arguments, **keywords)
+        else:
+            self.control.should_training_stop = True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -249,9 +310,12 @@ class BD3LMTrainer(Trainer):
         return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the training speed since the last log."""
+        """Log, with the training speed since the last log, and with losses that resuming does not change."""
         if "loss" in logs:
+            logs["loss"] = self.losses.mean_since_last_log(self.state.global_step)
             logs |= self.speed.since_last_log()
+        if "train_loss" in logs:
+            logs["train_loss"] = self.losses.mean_of_run(self.state.global_step)
         super().log(logs, start_time)
 
     # Saving
@@ -264,11 +328,13 @@ class BD3LMTrainer(Trainer):
             return
         target = Path(output_dir or self.args.output_dir)
         staging = staging_folder(target) / "model"
-        super().save_model(str(staging), _internal_call=True)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            publish_files(staging, target)
-            staging.parent.rmdir()
+        with saving("the model", target, needed=self._checkpoint_bytes):
+            self._empty_staging(target)
+            super().save_model(str(staging), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish_files(staging, target)
+                clear_staging(target)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -279,28 +345,49 @@ class BD3LMTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         # The Trainer writes into `checkpoint-N` file by file; it does so in a staging folder, which is then renamed.
         # A run that is killed while saving leaves no half-written checkpoint to resume from.
-        self._staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-            staged = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        finally:
-            self._staging = False
-        target = Path(self._get_output_dir(trial)) / staged.name
-        # Every process writes its own random state, so wait for the slowest.
+        folder = Path(self._get_output_dir(trial))
+        target = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staged = staging_folder(folder) / target.name
+        with saving(target.name, folder, needed=self._checkpoint_bytes):
+            self._empty_staging(folder)
+            self._staging = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = False
+            losses = self.losses.state_dict()
+            # Every process writes its own random state, so wait for the slowest.
+            self.accelerator.wait_for_everyone()
+            if self.state.best_model_checkpoint == str(staged):
+                self.state.best_model_checkpoint = str(target)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                resumable = not self.args.save_only_model
+                seal_checkpoint(staged, {**self._identity, "losses": losses, "resumable": resumable})
+                publish_folder(staged, target)
+                keep = {str(target), str(self.state.best_model_checkpoint)}
+                remove_old_checkpoints(folder, limit=self.args.save_total_limit, keep=keep)
+                clear_staging(folder)
         self.accelerator.wait_for_everyone()
-        if self.state.best_model_checkpoint == str(staged):
-            self.state.best_model_checkpoint = str(target)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The Trainer would send the staging folder, which is gone before the upload is done.
+        if not self._staging:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _empty_staging(self, folder: Path) -> None:
+        # What a killed run left there must not get into this one's files.
         if self.args.should_save:
-            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-            publish_folder(staged, target)
-            staged.parent.rmdir()
-            rotate_checkpoints(
-                output_dir=str(target.parent),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            clear_staging(folder)
         self.accelerator.wait_for_everyone()
+
+    @property
+    def _checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes: the weights, and two float32 moments of those that are trained."""
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        return weights + sum(8 * parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
 
 __all__ = ["BD3LMTrainer", "TrainingDivergedError"]

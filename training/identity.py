@@ -1,0 +1,115 @@
+"""Which run a checkpoint belongs to: what a run may not change when it is resumed, and the check that it did not.
+
+Everything that decides the numbers of a run is part of its identity: the model, its vocabulary, the sequences, the
+global batch, the seed and the optimisation. (The optimizer's state holds the old learning rate, so a new one would be
+ignored without a word.) Free to change are how long the run is, how it is laid out on processes, and what it logs,
+evaluates and saves. The interval of noise levels is no part of it: a search moves it, and the weights carry it.
+"""
+
+import hashlib
+import json
+from collections.abc import Sized
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging
+
+from bd3lm_hf.training.arguments import BD3LMTrainingArguments
+
+
+logger = logging.get_logger("bd3lm_hf.train")
+
+_HASHED_SEQUENCES = 1024
+# Of a configuration, what says where a model comes from and how it runs, not what it computes.
+_FREE_CONFIG = {"_name_or_path", "architectures", "attn_backend", "auto_map", "dtype", "torch_dtype", "return_dict"}
+_FREE_CONFIG |= {"output_attentions", "output_hidden_states", "transformers_version", "use_cache"}
+_FREE_CONFIG |= {"sampling_eps_min", "sampling_eps_max"}
+_TRAINING = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
+    "neftune_noise_alpha",
+)
+# Schedules that take the number of all steps. A run may be prolonged, but their learning rates then change.
+_LENGTH = ("max_steps", "num_train_epochs")
+
+
+def run_identity(
+    model: Any, args: BD3LMTrainingArguments, rows: Any, tokenizer: Any, *, global_batch_size: int, data_seed: int
+) -> dict[str, Any]:
+    """The identity of a run as JSON: sections of named values.
+
+    Args:
+        rows: the training sequences, sized or a stream.
+        tokenizer: None when there is none.
+        global_batch_size: sequences of one optimizer step.
+    """
+    parameters = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _FREE_CONFIG}
+    config |= {"parameters": sum(size for size, _ in parameters)}
+    config |= {"trained parameters": sum(size for size, trained in parameters if trained)}
+    training = {name: getattr(args, name, None) for name in _TRAINING}
+    training |= {"global batch size": global_batch_size, "seed": args.seed, "data_seed": data_seed}
+    identity = {
+        "model": config,
+        "tokenizer": _tokenizer_identity(tokenizer),
+        "data": _data_identity(rows),
+        "training": training,
+        "length": {name: getattr(args, name) for name in _LENGTH},
+    }
+    return json.loads(json.dumps(identity, default=str))  # as it comes back from a file
+
+
+def check_same_run(checkpoint: str | Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Refuse to resume from the checkpoint of another run. A run of another length is told so.
+
+    Args:
+        old: identity in the checkpoint.
+        new: identity of the run that wants to resume from it.
+
+    Raises:
+        ValueError: names what differs, with both values.
+    """
+    sections = ("model", "tokenizer", "data", "training")
+    differences = [text for section in sections for text in _compare(section, old, new)]
+    if differences:
+        more = f", and {len(differences) - 6} more" if len(differences) > 6 else ""
+        raise ValueError(
+            f"{checkpoint} belongs to another run: {'; '.join(differences[:6])}{more}. Go on with the old values, or "
+            f"start a new run from its weights with --init_from {checkpoint} and another --output_dir."
+        )
+    for text in _compare("length", old, new):
+        logger.warning(f"the run is resumed with another {text}. Schedules that depend on it change.")
+
+
+def _compare(section: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    # A field that only one of two versions of a library knows says nothing.
+    before, now = old.get(section, {}), new.get(section, {})
+    return [
+        f"{section}: {name} was {before[name]} and is {now[name]}"
+        for name in before
+        if name in now and before[name] != now[name]
+    ]
+
+
+def _tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
+    if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
+        return {}
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    digest = hashlib.sha256(json.dumps([vocabulary, sorted(tokenizer.all_special_ids)]).encode()).hexdigest()
+    return {"tokens": len(vocabulary), "sha256 of the vocabulary": digest[:16]}
+
+
+def _data_identity(rows: Any) -> dict[str, Any]:
+    """Number of sequences and a hash of 1024 of them, spread evenly; a stream may name itself by `fingerprint`."""
+    if not isinstance(rows, Sized):
+        return {"stream": getattr(rows, "fingerprint", type(rows).__name__)}
+    digest = hashlib.sha256()
+    for index in range(0, len(rows), max(1, -(-len(rows) // _HASHED_SEQUENCES))):
+        row = rows[index]  # type: ignore[index]
+        for name in ("input_ids", "labels"):
+            digest.update(np.asarray(row.get(name, ()), dtype=np.int64).tobytes())
+    return {"sequences": len(rows), "sha256 of the sequences": digest.hexdigest()[:16]}
+
+
+__all__ = ["check_same_run", "run_identity"]
