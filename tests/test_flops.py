@@ -153,3 +153,16 @@ def test_a_given_peak_counts_and_a_cpu_has_none():
     cpu = torch.device("cpu")
     assert peak_flops(SimpleNamespace(peak_tflops=2.5, device=cpu)) == 2.5e12
     assert peak_flops(SimpleNamespace(peak_tflops=None, device=cpu)) == 0
+
+
+@pytest.mark.parametrize("draws", [1, 2, 3])
+def test_the_expected_count_is_what_torch_counts_with_several_draws(config, draws):
+    config.noise_draws = draws
+    model = BD3LMForMaskedLM(config).train()
+    ids = torch.randint(1, 500, (24, 64), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    with FlopCounter() as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    expected, attention = forward_flops(config, 64, 64 * 0.5005, draws=draws)
+    assert counter.weights == pytest.approx(24 * 3 * expected, rel=0.03)
+    assert training_flops(model, 24, 64) == pytest.approx(24 * 3 * (expected + attention), rel=1e-3)
