@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from bd3lm_hf.adapters import register_targets
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
 from bd3lm_hf.modeling.likelihood_bd3lm import TokenNLL
@@ -41,6 +42,7 @@ _MODELS: tuple[tuple[type[PreTrainedConfig], dict[Any, type[PreTrainedModel]]], 
 
 for _config, _classes in _MODELS:
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    register_targets(_config.model_type)
     for _auto_class, _model in _classes.items():
         _auto_class.register(_config, _model, exist_ok=True)
 

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForMaskedLM,
 )
 
+from bd3lm_hf.adapters import adapter_base, merge_adapter
 from bd3lm_hf.files import exists, looks_like_path
 
 
@@ -24,6 +25,9 @@ def read_config(name: str, *, argument: str = "--model", trust_remote_code: bool
     """The configuration of a folder or hub name; arguments and errors as in [`load_model`]."""
     if looks_like_path(name) and not exists(name):
         raise ValueError(f"{argument} {name}: there is no such folder; name a checkpoint folder or a hub model.")
+    base = adapter_base(name)
+    if base is not None:
+        return read_config(base, argument=f"{argument} {name} on", trust_remote_code=trust_remote_code)
     with _reading(name, argument):
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
@@ -31,7 +35,7 @@ def read_config(name: str, *, argument: str = "--model", trust_remote_code: bool
 def load_model(
     name: str, *, argument: str = "--model", trust_remote_code: bool = False, config: Any = None, **options: Any
 ) -> Any:
-    """The model of a folder or hub name, with every one of its weights.
+    """The model of a folder or hub name, with every one of its weights; an adapter is merged into its base model.
 
     Args:
         argument: what the user calls `name`, for messages.
@@ -42,6 +46,10 @@ def load_model(
         ValueError: a checkpoint that can not be read, lacks weights, has others, or holds NaN.
     """
     config = config or read_config(name, argument=argument, trust_remote_code=trust_remote_code)
+    base = adapter_base(name)
+    if base is not None:
+        options |= {"trust_remote_code": trust_remote_code, "config": config}
+        return merge_adapter(load_model(base, argument=f"{argument} {name} on", **options), name)
     auto_map = getattr(config, "auto_map", None) or {}
     masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING or "AutoModelForMaskedLM" in auto_map
     auto_class: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM

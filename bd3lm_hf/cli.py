@@ -23,8 +23,11 @@ from transformers import (
 from transformers.utils import logging
 
 from bd3lm_hf.checkpoints import load_model
-from bd3lm_hf.data import bytes_per_token, load_text, pack
+from bd3lm_hf.data import bytes_per_token, find_schema, load_rows, load_text, pack
 from bd3lm_hf.evaluation import Perplexity, perplexity
+from bd3lm_hf.instructions import encode_rows
+from bd3lm_hf.packing import PACKINGS
+from bd3lm_hf.schemas import Text
 from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
 
 
@@ -77,7 +80,13 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("--dataset", required=True, help="name, file, folder or hub name")
     parser.add_argument("--split", default="validation", help="train, validation (default) or test")
+    parser.add_argument("--dataset-config", help="configuration of a hub data set")
+    parser.add_argument("--dataset-source", help="file, folder or hub name to read in place of the table's source")
     parser.add_argument("--text-column", help="column of the text, where it is not obvious")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="skip rows that can not be read, with a warning")
+    parser.add_argument("--packing", default="contiguous", choices=tuple(PACKINGS), help="how sequences are cut")
+    parser.add_argument("--insert-eos", action=argparse.BooleanOptionalAction, default=True, help="end documents")
+    parser.add_argument("--insert-special", action="store_true", help="put begin and end token around sequences")
     parser.add_argument("--length", type=int, help="tokens of a sequence; the model's own length by default")
     parser.add_argument("--max-sequences", type=int, help="score at most so many, spread over the data set")
     parser.add_argument("--estimator", default="stratified", choices=("sampled", "stratified", "exact"))
@@ -109,9 +118,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     model, tokenizer = load(arguments)
     if not hasattr(model, "token_nll"):
         raise ValueError(f"--model {arguments.model} is a {type(model).__name__}, which this package can not score.")
-    documents = load_text(arguments.dataset, split=arguments.split, text_column=arguments.text_column)
     length = arguments.length or model.config.max_position_embeddings
-    sequences = pack(documents, tokenizer, length=length)
+    sequences, bytes_of_token = _sequences(arguments, model, tokenizer, length)
     if arguments.max_sequences is not None:
         sequences = sequences.select(_spread(len(sequences), arguments.max_sequences))
     result = perplexity(
@@ -121,7 +129,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         num_samples=arguments.num_samples,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
-        bytes_per_token=bytes_per_token(documents, tokenizer).bytes_per_token,
+        bytes_per_token=bytes_of_token,
         progress=sys.stderr.isatty(),
     )
     print(_table(result))
@@ -130,6 +138,26 @@ def evaluate(arguments: argparse.Namespace) -> None:
         report = {**result._asdict(), **{name: getattr(arguments, name) for name in names}, "length": length}
         numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in report.items()}
         output.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+
+
+def _sequences(
+    arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase, length: int
+) -> tuple[datasets.Dataset, float | None]:
+    """The data set's sequences, and the bytes of a token where they are running text.
+
+    Of a prompt and its completion, or of messages, what the model would have to write is scored.
+    """
+    place = {"config_name": arguments.dataset_config, "source": arguments.dataset_source}
+    how = {"split": arguments.split, "skip_bad_rows": arguments.skip_bad_rows, **place}
+    schema = Text() if arguments.text_column else find_schema(arguments.dataset, **place)
+    if not isinstance(schema, Text):
+        rows = load_rows(arguments.dataset, schema, **how)
+        block_size = getattr(model.config, "block_size", 1)
+        return encode_rows(rows, schema, tokenizer, length=length, block_size=block_size), None
+    documents = load_text(arguments.dataset, text_column=arguments.text_column, **how)
+    flags = {"insert_eos": arguments.insert_eos, "insert_special": arguments.insert_special}
+    sequences = pack(documents, tokenizer, length=length, packing=arguments.packing, **flags)
+    return sequences, bytes_per_token(documents, tokenizer, insert_eos=arguments.insert_eos).bytes_per_token
 
 
 def generate(arguments: argparse.Namespace) -> None:

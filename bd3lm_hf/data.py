@@ -1,28 +1,38 @@
-"""The data sets (paper, App. C.1): one table of sources, and `load_text`, which reads a row of it, a file or the hub.
+"""The data sets (paper, App. C.1): `load_text` reads a row of the table of sources, a file or the hub.
 
-Every source becomes documents in one column, `text`, in up to three splits. `bd3lm_hf.packing` makes sequences of
-them, `bd3lm_hf.files` reads local files.
+Every source becomes documents in one column, `text`, in up to three splits; `load_rows` reads rows of another schema
+in the same way. `bd3lm_hf.packing` makes sequences of documents.
 """
 
-import difflib
 import logging
-import re
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from bd3lm_hf.corpora import python_docs, python_source
 from bd3lm_hf.detokenizers import DETOKENIZERS, detokenizer
-from bd3lm_hf.files import exists, load_files, looks_like_path
+from bd3lm_hf.files import (
+    columns_of,
+    exists,
+    files_by_split,
+    load_files,
+    load_usable_rows,
+    looks_like_path,
+    stream_rows,
+)
 from bd3lm_hf.holdout import held_out_score, hold_out, members
 from bd3lm_hf.packing import TextSize, bytes_per_token, pack
+from bd3lm_hf.rows import faulty_rows, refusal
+from bd3lm_hf.schemas import Schema, Text, detect_schema
+from bd3lm_hf.sources import DATASETS, SPLITS, DatasetSpec, find_spec, normal
 from bd3lm_hf.streaming import PackedStream
 
 
@@ -32,188 +42,21 @@ __all__ = [
     "PackedStream",
     "TextSize",
     "bytes_per_token",
+    "find_schema",
     "find_spec",
     "held_out_score",
+    "load_rows",
     "load_text",
     "pack",
 ]
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation", "test")
 #: What sources call the three splits.
 _SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-#: The branch that the hub keeps, in parquet, of data sets that were made by a script.
-_CONVERTED = "refs/convert/parquet"
 _EMBEDDED = {"python-docs": python_docs, "python-source": python_source}
-#: Part of every cache key: raise it when the embedded documents or the hold-out change.
+#: Part of every cache key: raise it when the embedded documents, the hold-out or the chunks change.
 _VERSION = 1
-
-
-@dataclass(frozen=True)
-class DatasetSpec:
-    """One source of text.
-
-    Attributes:
-        name: what users call it, besides the `aliases`.
-        path: hub repository; None for the embedded corpora.
-        config: configuration of the repository.
-        data_dir: folder of the repository that is read.
-        revision: branch or commit of the repository.
-        text_column: where the text is; None looks for "text", then for the only column of strings.
-        splits: our split -> the source's split; empty means that the source's own names are looked for, and that what
-            is missing is held out of its training split.
-        tail: documents at the end of the training split that are the validation split instead.
-        documents: documents of the training split, which a stream with a `tail` must know beforehand.
-        detokenizer: name of a table in `bd3lm_hf.detokenizers`.
-        note: what to do when the source can not be read; part of the error message.
-    """
-
-    name: str
-    path: str | None = None
-    config: str | None = None
-    data_dir: str | None = None
-    revision: str | None = None
-    text_column: str | None = None
-    splits: Mapping[str, str] = field(default_factory=dict)
-    tail: int = 0
-    documents: int | None = None
-    detokenizer: str | None = None
-    aliases: tuple[str, ...] = ()
-    note: str = ""
-
-
-_OWN_SPLITS = {split: split for split in SPLITS}
-_TRAIN_TEST = {"train": "train", "validation": "test", "test": "test"}
-_SCRIPT_NOTE = (
-    "This data set was made by a script, which the datasets library no longer runs; the hub's parquet conversion of "
-    "it is read. If that is gone, download a parquet copy with the same columns and pass its folder as the source."
-)
-
-_ROWS = (
-    DatasetSpec("python-docs", aliases=("demo",)),
-    DatasetSpec("python-source"),
-    DatasetSpec(
-        "openwebtext",
-        path="Skylion007/openwebtext",
-        data_dir="plain_text",
-        revision=_CONVERTED,
-        text_column="text",
-        splits={"train": "train", "validation": "train"},
-        tail=100_000,
-        documents=8_013_769,
-        aliases=("owt", "openwebtext-split", "openwebtext-streaming"),
-        note=_SCRIPT_NOTE + " The conversion must hold all 8,013,769 documents: the last 100,000 are held out.",
-    ),
-    DatasetSpec(
-        "lm1b",
-        path="billion-word-benchmark/lm1b",
-        data_dir="plain_text",
-        revision=_CONVERTED,
-        text_column="text",
-        splits=_TRAIN_TEST,
-        detokenizer="lm1b",
-        aliases=("lm1b-wrap", "lm1b-gpt2"),
-        note=_SCRIPT_NOTE,
-    ),
-    DatasetSpec(
-        "text8",
-        path="afmck/text8",
-        text_column="text",
-        note=(
-            "The one text is cut into 90 M, 5 M and 5 M characters unless the source is cut already. Any copy of the "
-            "file text8 serves: pass it, named text8.txt, as the source."
-        ),
-    ),
-    DatasetSpec(
-        "wikitext2",
-        path="Salesforce/wikitext",
-        config="wikitext-2-raw-v1",
-        text_column="text",
-        splits=_OWN_SPLITS,
-        detokenizer="wikitext",
-        aliases=("wikitext-2",),
-    ),
-    DatasetSpec(
-        "wikitext103",
-        path="Salesforce/wikitext",
-        config="wikitext-103-raw-v1",
-        text_column="text",
-        splits=_OWN_SPLITS,
-        detokenizer="wikitext",
-        aliases=("wikitext-103",),
-    ),
-    DatasetSpec(
-        "ptb",
-        path="ptb-text-only/ptb_text_only",
-        data_dir="penn_treebank",
-        revision=_CONVERTED,
-        text_column="sentence",
-        splits=_OWN_SPLITS,
-        detokenizer="ptb",
-        aliases=("penn-treebank",),
-        note=_SCRIPT_NOTE,
-    ),
-    DatasetSpec(
-        "lambada",
-        path="EleutherAI/lambada_openai",
-        config="default",
-        text_column="text",
-        splits={"validation": "test", "test": "test"},
-        detokenizer="lambada",
-        aliases=("lambada-openai",),
-        note="OpenAI's file lambada_test.jsonl has the same texts: download it and pass it as the source.",
-    ),
-    DatasetSpec(
-        "ag_news",
-        path="fancyzhx/ag_news",
-        text_column="text",
-        splits=_TRAIN_TEST,
-    ),
-    *(
-        DatasetSpec(
-            f"scientific_papers_{part}",
-            path="armanc/scientific_papers",
-            data_dir=part,
-            revision=_CONVERTED,
-            text_column="article",
-            splits=_OWN_SPLITS,
-            detokenizer="scientific_papers",
-            aliases=(part,),
-            note=_SCRIPT_NOTE + f" Its articles are also in the column 'article' of ccdv/{part}-summarization.",
-        )
-        for part in ("arxiv", "pubmed")
-    ),
-)
-
-
-def _normal(name: str) -> str:
-    return name.lower().replace("_", "-")
-
-
-#: Every data set by each of its names, in lower case with hyphens.
-DATASETS: dict[str, DatasetSpec] = {_normal(name): row for row in _ROWS for name in (row.name, *row.aliases)}
-
-
-def find_spec(name_or_path: str) -> DatasetSpec:
-    """The table's row of that name, else the hub repository `owner/name`.
-
-    Raises:
-        ValueError: neither; the message gives the nearest name.
-    """
-    row = DATASETS.get(_normal(name_or_path))
-    if row is not None:
-        return row
-    if looks_like_path(name_or_path):
-        raise ValueError(f"There is no file or folder {name_or_path!r}; check the path.")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path):
-        return DatasetSpec(name_or_path, path=name_or_path)
-    near = difflib.get_close_matches(_normal(name_or_path), DATASETS, n=1, cutoff=0.5)
-    guess = f" Did you mean {DATASETS[near[0]].name!r}?" if near else ""
-    raise ValueError(
-        f"No data set, file or folder is called {name_or_path!r}.{guess} There are: "
-        f"{', '.join(row.name for row in _ROWS)}. A data set of the hub is written owner/name and needs network."
-    )
 
 
 def load_text(
@@ -254,35 +97,72 @@ def load_text(
         ValueError: an unknown data set, split or column, an unreadable file, a bad row, an empty data set; the
             message says what to do.
     """
+    spec = _spec_of(name_or_path, source, config_name)
+    schema = Text(text_column or spec.text_column)
+    dataset = load_rows(
+        spec, schema, split=split, streaming=streaming, skip_bad_rows=skip_bad_rows, cache_dir=cache_dir
+    )
+    if spec.detokenizer:
+        dataset = _detokenized(dataset, spec.detokenizer, num_proc)
+    return _chunked(dataset, spec.chunk) if spec.chunk else dataset
+
+
+def load_rows(
+    name_or_path: str | DatasetSpec,
+    schema: Schema,
+    *,
+    split: str = "train",
+    config_name: str | None = None,
+    source: str | None = None,
+    streaming: bool = False,
+    skip_bad_rows: bool = False,
+    cache_dir: str | None = None,
+) -> Dataset | IterableDataset:
+    """The rows of one split in the columns of a schema, as the source holds them; the arguments of `load_text`.
+
+    Raises:
+        ValueError: as `load_text`.
+    """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it must be one of: {', '.join(SPLITS)}.")
     spec = _spec_of(name_or_path, source, config_name)
-    if spec.name in _EMBEDDED and spec.path is None:
-        dataset = _only_text(_embedded(spec.name, split, cache_dir), text_column, spec.name)
+    if spec.path is None:
+        dataset = _embedded(spec.name, split, cache_dir)
+        schema = schema.resolved(_kinds(dataset), spec.name)
+        dataset = dataset.select_columns(list(schema.names))
         return dataset.to_iterable_dataset() if streaming else dataset
-    if spec.tail and streaming and spec.documents is None:
-        raise ValueError(
-            f"The validation split of {spec.name!r} is the last {spec.tail} documents of its source, and to stream it "
-            "their number must be known: load it without streaming, or pass a DatasetSpec with documents=..."
-        )
-    parts = _read(spec, streaming=streaming, skip_bad_rows=skip_bad_rows, cache_dir=cache_dir)
-    origin = _origin(parts, spec, split)
-    dataset = _only_text(parts[origin], text_column or spec.text_column, spec.name)
-    dataset = _without_bad_rows(dataset, spec.name, origin, skip_bad_rows)
+    reader = _Files(spec, cache_dir) if exists(spec.path) else _Hub(spec, cache_dir)
+    origin = _origin(reader.splits(streaming), spec, split)
+    dataset = reader.read(origin, schema, streaming=streaming, skip_bad_rows=skip_bad_rows)
     if spec.tail:
         dataset = _head_or_tail(dataset, spec, split)
     elif not spec.splits:
-        dataset = hold_out(dataset, split, missing=_held_out_splits(parts))
+        dataset = hold_out(dataset, split, missing=_held_out_splits(reader.splits(streaming)))
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"The split {split!r} of {spec.name!r} is empty: it has no document. Name another data set.")
-    return _detokenized(dataset, spec.detokenizer, num_proc) if spec.detokenizer else dataset
+    return dataset
+
+
+def find_schema(
+    name_or_path: str | DatasetSpec, *, config_name: str | None = None, source: str | None = None
+) -> Schema:
+    """What the rows of a source hold, by the columns of its first split: text, or what a fine-tuning needs.
+
+    Raises:
+        ValueError: as `load_text`; also if the columns fit several schemas.
+    """
+    spec = _spec_of(name_or_path, source, config_name)
+    if spec.path is None or spec.text_column is not None:
+        return Text(spec.text_column)
+    reader = _Files(spec, None) if exists(spec.path) else _Hub(spec, None)
+    return detect_schema(reader.columns(), spec.name)
 
 
 def _spec_of(name_or_path: str | DatasetSpec, source: str | None, config_name: str | None) -> DatasetSpec:
     """The source to read, with what the caller puts in place of the table's entries."""
     if isinstance(name_or_path, DatasetSpec):
         spec = name_or_path
-    elif _normal(name_or_path) not in DATASETS and exists(name_or_path):
+    elif normal(name_or_path) not in DATASETS and exists(name_or_path):
         spec = DatasetSpec(name_or_path, path=name_or_path)
     else:
         spec = find_spec(name_or_path)
@@ -314,16 +194,86 @@ def _embedded_rows(corpus: str) -> Iterator[dict[str, str]]:
         yield document._asdict()
 
 
-def _read(spec: DatasetSpec, *, streaming: bool, skip_bad_rows: bool, cache_dir: str | None) -> Mapping[str, Any]:
-    """All splits of the source under the source's own names."""
-    assert spec.path is not None
-    if exists(spec.path):
+class _Files:
+    """A file or folder, by the splits that its files are named after."""
+
+    def __init__(self, spec: DatasetSpec, cache_dir: str | None) -> None:
+        assert spec.path is not None
         # A file in place of a hub repository with a single split, such as LAMBADA, is that split.
         sources = set(spec.splits.values())
         default = sources.pop() if len(sources) == 1 else "train"
-        return load_files(
-            spec.path, default_split=default, streaming=streaming, skip_bad_rows=skip_bad_rows, cache_dir=cache_dir
+        self.spec, self.cache_dir = spec, cache_dir
+        self.files = files_by_split(spec.path, default)
+
+    def splits(self, streaming: bool) -> list[str]:
+        return list(self.files)
+
+    def columns(self) -> dict[str, str]:
+        return columns_of(next(iter(self.files.values())))
+
+    def read(self, origin: str, schema: Schema, *, streaming: bool, skip_bad_rows: bool) -> Dataset | IterableDataset:
+        files, name = self.files[origin], self.spec.name
+        if streaming or skip_bad_rows or not isinstance(schema, Text):
+            if streaming and not self.spec.splits and files == [name] and name.endswith(".txt"):
+                raise ValueError(
+                    f"The file {name!r} is one document, which a stream can not cut into training and held-out text: "
+                    "load it without streaming, or put files into a folder."
+                )
+            schema = schema.resolved(columns_of(files), name)
+            if streaming:
+                return stream_rows(files, schema, skip_bad_rows=skip_bad_rows)
+            return load_usable_rows(files, schema, skip_bad_rows=skip_bad_rows, cache_dir=self.cache_dir)
+        dataset = load_files(files, schema, cache_dir=self.cache_dir)
+        schema = schema.resolved(_kinds(dataset), name)
+        dataset = _only_text(dataset, schema)
+        if len(_rows_without_text(dataset)):
+            raise refusal(faulty_rows(files, schema))
+        return dataset
+
+
+class _Hub:
+    """A repository of the hub."""
+
+    def __init__(self, spec: DatasetSpec, cache_dir: str | None) -> None:
+        self.spec, self.cache_dir = spec, cache_dir
+        self.parts: dict[bool, Mapping[str, Any]] = {}
+
+    def splits(self, streaming: bool) -> list[str]:
+        return list(self._parts(streaming))
+
+    def columns(self) -> dict[str, str]:
+        return _kinds(next(iter(self._parts(streaming=True).values())))
+
+    def read(self, origin: str, schema: Schema, *, streaming: bool, skip_bad_rows: bool) -> Dataset | IterableDataset:
+        dataset, name = self._parts(streaming)[origin], self.spec.name
+        schema = schema.resolved(_kinds(dataset), name)
+        if isinstance(dataset, Dataset) and isinstance(schema, Text):
+            dataset = _only_text(dataset, schema)
+            bad = _rows_without_text(dataset)
+            if len(bad) and not skip_bad_rows:
+                raise refusal([f"Row {row} of the split {origin!r} of {name!r} has no text (null)" for row in bad])
+            if len(bad):
+                logger.warning("Skipped %d rows without text of the split %r of %r.", len(bad), origin, name)
+                dataset = dataset.select(np.setdiff1d(np.arange(len(dataset)), bad))
+            return dataset
+        place = f"the split {origin!r} of {name!r}"
+        return dataset.map(
+            partial(_usable, schema=schema, place=place, skip_bad_rows=skip_bad_rows),
+            batched=True,
+            with_indices=True,
+            remove_columns=list(_kinds(dataset)),
+            features=schema.features,
         )
+
+    def _parts(self, streaming: bool) -> Mapping[str, Any]:
+        """All splits of the source under the source's own names."""
+        if streaming not in self.parts:
+            self.parts[streaming] = _load_hub(self.spec, streaming, self.cache_dir)
+        return self.parts[streaming]
+
+
+def _load_hub(spec: DatasetSpec, streaming: bool, cache_dir: str | None) -> Mapping[str, Any]:
+    assert spec.path is not None
     try:
         parts = load_dataset(
             spec.path,
@@ -344,19 +294,38 @@ def _read(spec: DatasetSpec, *, streaming: bool, skip_bad_rows: bool, cache_dir:
     return parts
 
 
-def _present(parts: Mapping[str, Any], split: str) -> str | None:
+def _usable(
+    batch: dict[str, list[Any]], indices: list[int], *, schema: Schema, place: str, skip_bad_rows: bool
+) -> dict[str, list[str]]:
+    """The rows of a batch that the schema can read."""
+    columns: dict[str, list[str]] = {name: [] for name in schema.names}
+    for row, index in enumerate(indices):
+        try:
+            content = schema.read({name: values[row] for name, values in batch.items()})
+        except ValueError as error:
+            fault = f"Row {index} of {place} {error}"
+            if not skip_bad_rows:
+                raise refusal([fault]) from None
+            logger.warning("Skipped: %s.", fault)
+        else:
+            for name, value in content.items():
+                columns[name].append(value)
+    return columns
+
+
+def _present(parts: Sequence[str], split: str) -> str | None:
     """What the source calls the split, or None where it has none."""
     return next((name for name in _SPLIT_NAMES[split] if name in parts), None)
 
 
-def _held_out_splits(parts: Mapping[str, Any]) -> list[str]:
+def _held_out_splits(parts: Sequence[str]) -> list[str]:
     """The splits to hold out of the training split: validation, where there is none, and then a missing test, too."""
     if _present(parts, "validation") is not None:
         return []
     return [split for split in ("validation", "test") if _present(parts, split) is None]
 
 
-def _origin(parts: Mapping[str, Any], spec: DatasetSpec, split: str) -> str:
+def _origin(parts: Sequence[str], spec: DatasetSpec, split: str) -> str:
     """The source's split to read: its own of that name, or the one out of which it is held."""
     if spec.splits:
         origin = spec.splits.get(split)
@@ -370,72 +339,61 @@ def _origin(parts: Mapping[str, Any], spec: DatasetSpec, split: str) -> str:
     return origin
 
 
-def _only_text(dataset: Any, column: str | None, name: str) -> Any:
-    """The column of the text alone, under the name `text`."""
+def _kinds(dataset: Dataset | IterableDataset) -> dict[str, str]:
+    """The columns of a data set, and what each holds."""
     if dataset.features is None:
         dataset = dataset._resolve_features()
     features = dataset.features or {}
-    strings = [key for key, feature in features.items() if getattr(feature, "dtype", "") in ("string", "large_string")]
-    listed = ", ".join(features) or "none at all"
-    if column is None:
-        column = "text" if "text" in features else strings[0] if len(strings) == 1 else None
-    if column is None:
-        raise ValueError(f"Which column of {name!r} holds the text? Set text_column; its columns are: {listed}.")
-    if column not in features:
-        raise ValueError(
-            f"The data set {name!r} has no column {column!r}; its columns are: {listed}. Set text_column."
-        )
-    if column not in strings and getattr(features[column], "dtype", "") != "null":
-        kind = getattr(features[column], "dtype", type(features[column]).__name__)
-        raise ValueError(f"The column {column!r} of {name!r} holds {kind}, not text; its columns are: {listed}.")
+    return {name: getattr(feature, "dtype", type(feature).__name__) for name, feature in features.items()}
+
+
+def _only_text(dataset: Dataset, schema: Text) -> Dataset:
+    """The column of the text alone, under the name `text`."""
+    column = schema.column
+    assert column is not None
     dataset = dataset.select_columns([column])
     return dataset if column == "text" else dataset.rename_column(column, "text")
 
 
-def _without_bad_rows(dataset: Any, name: str, origin: str, skip: bool) -> Any:
-    """Refuse rows without text (null), or drop them when asked to."""
-    if isinstance(dataset, IterableDataset):
-        if skip:
-            return dataset.filter(_has_text)
-        return dataset.map(_require_text, with_indices=True, fn_kwargs={"name": name, "origin": origin})
+def _rows_without_text(dataset: Dataset) -> list[int]:
     flags = [pc.is_null(table["text"]).to_numpy() for table in dataset.with_format("arrow").iter(10_000)]
-    bad = np.flatnonzero(np.concatenate(flags)) if flags else np.empty(0, int)
-    if not len(bad):
-        return dataset
-    if not skip:
-        raise _bad_row(name, origin, bad.tolist())
-    logger.warning("Skipped %d rows without text of the split %r of %r.", len(bad), origin, name)
-    return dataset.select(np.setdiff1d(np.arange(len(dataset)), bad))
-
-
-def _has_text(row: dict[str, Any]) -> bool:
-    return row["text"] is not None
-
-
-def _require_text(row: dict[str, Any], index: int, *, name: str, origin: str) -> dict[str, Any]:
-    if row["text"] is None:
-        raise _bad_row(name, origin, [index])
-    return row
-
-
-def _bad_row(name: str, origin: str, rows: list[int]) -> ValueError:
-    shown = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
-    return ValueError(
-        f"The split {origin!r} of {name!r} has no text (null) in row {shown}, counted from 0: repair the rows, or "
-        "skip them with skip_bad_rows=True."
-    )
+    return np.flatnonzero(np.concatenate(flags)).tolist() if flags else []
 
 
 def _head_or_tail(dataset: Any, spec: DatasetSpec, split: str) -> Any:
-    count = spec.documents if isinstance(dataset, IterableDataset) else len(dataset)
-    assert count is not None
+    """All documents but the last `spec.tail`, or those."""
+    streamed = isinstance(dataset, IterableDataset)
+    if streamed and split != "train":
+        return _tail_of_stream(dataset, spec)
+    count = spec.documents if streamed else len(dataset)
+    if count is None:
+        raise ValueError(
+            f"The training split of {spec.name!r} is all but the last {spec.tail} documents of its source, and to "
+            "stream it their number must be known: load it without streaming, or pass a DatasetSpec with documents=..."
+        )
+    _check_whole(count, spec)
+    head = count - spec.tail
+    return dataset.take(head) if split == "train" else dataset.skip(head)
+
+
+def _tail_of_stream(dataset: IterableDataset, spec: DatasetSpec) -> IterableDataset:
+    """The last documents, for which the last files alone are read."""
+    first, count = dataset.num_shards, 0
+    while count < spec.tail and first > 0:
+        first -= 1
+        count += sum(1 for _ in dataset.shard(dataset.num_shards, first))
+    if first == 0:
+        _check_whole(count, spec)
+    files = [dataset.shard(dataset.num_shards, index) for index in range(first, dataset.num_shards)]
+    return concatenate_datasets(files).skip(count - spec.tail)
+
+
+def _check_whole(count: int, spec: DatasetSpec) -> None:
     if count <= spec.tail:
         raise ValueError(
             f"The source of {spec.name!r} has {count} documents, but the last {spec.tail} are its validation split: "
             "it is not the whole data set. Pass a DatasetSpec with a smaller tail."
         )
-    head = count - spec.tail
-    return dataset.take(head) if split == "train" else dataset.skip(head)
 
 
 def _detokenized(dataset: Any, name: str, num_proc: int | None) -> Any:
@@ -455,3 +413,15 @@ def _detokenized(dataset: Any, name: str, num_proc: int | None) -> Any:
 def _detokenize_batch(batch: dict[str, list[str]], *, name: str) -> dict[str, list[str]]:
     detokenize = detokenizer(name)
     return {"text": [detokenize(text) for text in batch["text"]]}
+
+
+def _chunked(dataset: Any, size: int) -> Any:
+    """Documents cut into pieces of `size` characters; the last piece of a document may be shorter."""
+    keywords: dict[str, Any] = {"batched": True, "batch_size": 1, "fn_kwargs": {"size": size}}
+    if isinstance(dataset, Dataset):
+        keywords |= {"new_fingerprint": Hasher.hash((_VERSION, dataset._fingerprint, size)), "desc": "Cutting"}
+    return dataset.map(_chunk_batch, **keywords)
+
+
+def _chunk_batch(batch: dict[str, list[str]], *, size: int) -> dict[str, list[str]]:
+    return {"text": [text[i : i + size] for text in batch["text"] for i in range(0, len(text), size)]}

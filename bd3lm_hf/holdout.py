@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 
 #: Fraction of the documents that is held out for validation, and as much again for the test, where a source has none.
 HELD_OUT = 0.05
+_SEPARATOR = "\x1e"  # between the columns of a row
 
 
 def held_out_score(key: str) -> float:
@@ -20,27 +21,29 @@ def hold_out(dataset: Any, split: str, missing: list[str]) -> Any:
     """The documents of one split of a source that has only training documents.
 
     Args:
-        dataset: the training documents, a `Dataset` or `IterableDataset` with the column `text`.
+        dataset: the training documents, a `Dataset` or `IterableDataset` whose columns are all strings.
         split: the split wanted.
         missing: the splits that the source lacks, in the order in which they are held out.
 
     Returns:
         The data set's documents of that split. A single document is cut; of two or more, training and the splits
         each get one at least, as far as they suffice. A stream is filtered document by document.
+
+    The hash is that of a document's text, or of all columns of a row.
     """
     if split not in ("train", *missing) or not missing:
         return dataset
     if isinstance(dataset, IterableDataset):
         return dataset.filter(_in_part, fn_kwargs={"split": split, "missing": missing})
-    if len(dataset) == 1:
+    if len(dataset) == 1 and dataset.column_names == ["text"]:
         return _cut(dataset, split, missing)
-    texts = (text for batch in dataset.iter(1000) for text in batch["text"])
-    scores = np.array([held_out_score(text) for text in texts])
+    rows = (row for batch in dataset.iter(1000) for row in zip(*batch.values(), strict=True))
+    scores = np.array([held_out_score(_SEPARATOR.join(row)) for row in rows])
     return dataset.select(members(scores, split, missing))
 
 
 def _in_part(row: dict[str, str], *, split: str, missing: list[str]) -> bool:
-    part = int(held_out_score(row["text"]) / HELD_OUT)
+    part = int(held_out_score(_SEPARATOR.join(row.values())) / HELD_OUT)
     return (missing[part] if part < len(missing) else "train") == split
 
 
@@ -59,12 +62,16 @@ def members(scores: np.ndarray, split: str, missing: list[str]) -> np.ndarray:
 
 
 def _cut(dataset: Dataset, split: str, missing: list[str]) -> Dataset:
-    """Cut a single document at the end of the line in which 90 and 95 % of its characters are reached."""
+    """Cut a single document at the end of the line in which 90 and 95 % of its characters are reached.
+
+    A line whose end is nearer to the next cut is cut inside: text8 is a single line.
+    """
     text = dataset[0]["text"]
+    length = len(text.rstrip("\n"))
     places = [0]
     for part in range(len(missing), 0, -1):
-        place = round(len(text) * (1 - HELD_OUT * part))
-        line_end = text.find("\n", max(place - 1, 0))
+        place = round(length * (1 - HELD_OUT * part))
+        line_end = text.find("\n", max(place - 1, 0), place + round(length * HELD_OUT / 2))
         places.append(line_end + 1 if line_end >= 0 else place)
     places.append(len(text))
     part = ["train", *missing].index(split)

@@ -99,9 +99,8 @@ def pack(
         ValueError: an unknown packing, no column `text`, a tokenizer without a token that is needed, a length that
             holds nothing, or fewer tokens than one sequence.
     """
-    packers = {"contiguous": _pack_contiguous, "published": _pack_published}
-    if packing not in packers:
-        raise ValueError(f"packing is {packing!r}; it must be one of: {', '.join(packers)}.")
+    if packing not in PACKINGS:
+        raise ValueError(f"packing is {packing!r}; it must be one of: {', '.join(PACKINGS)}.")
     if not isinstance(dataset, Dataset):
         raise ValueError(
             "pack needs a data set that was loaded without streaming; pack a stream with streaming.PackedStream."
@@ -116,7 +115,7 @@ def pack(
             f"The data set has {tokens} tokens in {len(dataset)} documents, fewer than one sequence of {layout.body} "
             f"(length {length}): name a larger data set or a smaller length."
         )
-    packed = packers[packing](tokenized, layout, drop_last=drop_last, num_proc=num_proc)
+    packed = PACKINGS[packing](tokenized, layout, drop_last=drop_last, num_proc=num_proc)
     if len(packed) == 0:
         raise ValueError(
             f"Published packing drops the remainder of every {_DOCUMENTS_PER_BATCH} documents and worker, and of the "
@@ -150,7 +149,7 @@ def tokenize(
             f"The data set has no column 'text', only: {', '.join(dataset.column_names)}; load it with load_text, or "
             "rename the column."
         )
-    key = (_VERSION, dataset._fingerprint, _tokenizer_key(tokenizer), eos, end_empty)
+    key = (_VERSION, dataset._fingerprint, tokenizer_key(tokenizer), eos, end_empty)
     return dataset.map(
         tokenize_batch,
         batched=True,
@@ -282,6 +281,10 @@ def _published_batch(batch: dict[str, list[list[int]]], *, layout: Layout) -> di
     return {"input_ids": rows, "labels": rows, "attention_mask": [[1] * layout.length for _ in rows]}
 
 
+#: Every packing by name.
+PACKINGS = {"contiguous": _pack_contiguous, "published": _pack_published}
+
+
 def layout_of(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
@@ -319,7 +322,7 @@ def _published_id(tokenizer: PreTrainedTokenizerBase, kind: str) -> int:
     return tokenizer.encode(getattr(tokenizer, f"{kind}_token"))[0]
 
 
-def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     """What tokenization depends on. Truncation and padding, which calls leave behind in a tokenizer, are no part."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

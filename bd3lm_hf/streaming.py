@@ -1,15 +1,19 @@
 """Streaming: contiguous packing of corpora larger than the disk, shuffled, and resumed to the very sequence."""
 
 import itertools
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import IterableDataset
+from datasets.fingerprint import Hasher
+from pyarrow import ArrowException
 from transformers import PreTrainedTokenizerBase
 
-from bd3lm_hf.packing import layout_of, token_id, tokenize_batch
+from bd3lm_hf.packing import layout_of, token_id, tokenize_batch, tokenizer_key
 
 
 _DOCUMENTS_PER_READ = 64
@@ -73,27 +77,58 @@ class PackedStream(torch.utils.data.IterableDataset):
             self._restart(None)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position behind the latest sequence that was given out."""
+        """The position behind the latest sequence that was given out.
+
+        Cheap enough for every step: its arrays are those of the stream, which never changes one. `write_position` puts
+        it into a file.
+        """
         return {
+            "settings": self._settings,
             "epoch": self.epoch,
             "source": self._source if self._documents is None else self.dataset.state_dict(),
-            "tokens": self._tokens.tolist(),
-            "buffer": [row.tolist() for row in self._buffer],
+            "tokens": self._tokens,
+            "buffer": list(self._buffer),
             "ended": self._ended,
             "cut": self._cut,
             "random": self._random.bit_generator.state,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next pass go on at a recorded position."""
+        """Let the next pass go on at a recorded position.
+
+        Raises:
+            ValueError: the position is that of a stream with other settings.
+        """
+        for name, value in self._settings.items():
+            if state["settings"][name] != value:
+                raise ValueError(
+                    f"The position of the stream was recorded with {name}={state['settings'][name]}, but it is now "
+                    f"{value}: go on with the same setting, or start anew."
+                )
         self.epoch = state["epoch"]
         self._restart(state["source"])
-        self._tokens = np.array(state["tokens"], np.int32)
-        self._buffer = [np.array(row, np.int32) for row in state["buffer"]]
+        self._tokens = state["tokens"]
+        self._buffer = list(state["buffer"])
         self._ended = state["ended"]
         self._cut = state["cut"]
         self._random.bit_generator.state = state["random"]
         self._resumed = True
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What a recorded position must agree about."""
+        return {
+            "length": self.layout.length,
+            "insert_eos": self.eos is not None,
+            "insert_special": bool(self.layout.begin),
+            "shuffle_buffer": self.shuffle_buffer,
+            "seed": self.seed,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what the sequences depend on, as far as it is known before they are read."""
+        return Hasher.hash((self._settings, tokenizer_key(self.tokenizer), self.dataset.num_shards))
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         worker = torch.utils.data.get_worker_info()
@@ -144,8 +179,36 @@ class PackedStream(torch.utils.data.IterableDataset):
             self.dataset.set_epoch(self.epoch if self.shuffle_buffer else 0)
             self.dataset.load_state_dict(self._source)
             self._documents = iter(self.dataset)
-        texts = [row["text"] for row in itertools.islice(self._documents, _DOCUMENTS_PER_READ)]
+        try:
+            texts = [row["text"] for row in itertools.islice(self._documents, _DOCUMENTS_PER_READ)]
+        except (OSError, ArrowException) as error:
+            raise ValueError(
+                f"The stream of documents broke off at {self.dataset.state_dict()}: {type(error).__name__}: {error}. "
+                "Repair or replace that file; training goes on from the last checkpoint."
+            ) from error
         self._ended = len(texts) < _DOCUMENTS_PER_READ
         if texts:
             batch = tokenize_batch({"text": texts}, tokenizer=self.tokenizer, eos=self.eos, end_empty=False)
             self._tokens = np.concatenate([self._tokens, *(np.array(ids, np.int32) for ids in batch["input_ids"])])
+
+
+def write_position(state: dict[str, Any], path: str | Path) -> None:
+    """Write what `PackedStream.state_dict` gave, some bytes for each buffered token."""
+    arrays = {"tokens": state["tokens"], "buffer": np.concatenate([np.empty(0, np.int32), *state["buffer"]])}
+    rest = {name: value for name, value in state.items() if name not in arrays}
+    rest["lengths"] = [len(row) for row in state["buffer"]]
+    with Path(path).open("wb") as file:
+        np.savez(file, **arrays, rest=np.array(json.dumps(rest)))
+
+
+def read_position(path: str | Path) -> dict[str, Any]:
+    """Read what `write_position` wrote."""
+    with np.load(path, allow_pickle=False) as file:
+        state = json.loads(file["rest"].item())
+        ends = np.cumsum(state.pop("lengths"), dtype=np.int64)
+        state["tokens"] = file["tokens"]
+        state["buffer"] = np.split(file["buffer"], ends[:-1]) if len(ends) else []
+    return state
+
+
+__all__ = ["PackedStream", "read_position", "write_position"]

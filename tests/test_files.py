@@ -71,24 +71,24 @@ def test_the_words_null_and_na_in_a_csv_file_are_text(tmp_path: Path) -> None:
     assert texts_of(path.parent) == ["null", "NA", "word"]
 
 
-@pytest.mark.parametrize("ending", ["txt", "json", "jsonl", "csv"])
+@pytest.mark.parametrize("ending", ["txt", "json", "csv"])
 @pytest.mark.parametrize("offset", [30, (1 << 20) + 4321])
 def test_a_file_that_is_not_utf8_is_named_with_the_byte(tmp_path: Path, ending: str, offset: int) -> None:
     path = write(tmp_path / f"latin.{ending}", ["text, " * 30_000] * 8)
     data = bytearray(path.read_bytes())
     data[offset] = 0xE9
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=rf"latin\.{ending}' is not UTF-8: byte {offset} .*iconv"):
+    with pytest.raises(ValueError, match=rf"Byte {offset} of '.*latin\.{ending}' .* is not UTF-8, .*iconv"):
         texts_of(path)
 
 
 def test_a_character_cut_by_the_reading_buffer_does_not_shift_the_byte(tmp_path: Path) -> None:
     path = tmp_path / "cut.txt"
     path.write_bytes(b"a" * ((1 << 20) - 1) + "é".encode() + b"bc\xff")
-    with pytest.raises(ValueError, match=rf"byte {(1 << 20) + 3} can not be decoded"):
+    with pytest.raises(ValueError, match=rf"Byte {(1 << 20) + 3} of .* can not be decoded"):
         texts_of(path)
     path.write_bytes(b"abc\xe9")
-    with pytest.raises(ValueError, match="byte 3 can not be decoded"):
+    with pytest.raises(ValueError, match="Byte 3 of .* can not be decoded"):
         texts_of(path)
 
 
@@ -101,7 +101,7 @@ def test_a_malformed_line_is_named_and_skipped_on_request(tmp_path: Path, caplog
     with pytest.raises(ValueError, match=r"Line 5 of .*train\.jsonl' is no row of JSON: .*skip_bad_rows=True"):
         texts_of(tmp_path)
     assert texts_of(tmp_path, skip_bad_rows=True) == TEXTS[:4] + TEXTS[5:]
-    assert "Skipped line 5" in caplog.text
+    assert "Skipped: Line 5 of" in caplog.text
 
 
 def test_a_line_that_is_no_object_is_named_and_skipped_on_request(tmp_path: Path) -> None:
@@ -114,13 +114,13 @@ def test_a_line_that_is_no_object_is_named_and_skipped_on_request(tmp_path: Path
 
 def test_a_file_that_is_no_parquet_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and then nothing of the kind")
-    with pytest.raises(ValueError, match=r"broken\.parquet' can not be read: .*Repair or replace it"):
+    with pytest.raises(ValueError, match=r"broken\.parquet' can not be read: .*magic bytes.*repair the data"):
         texts_of(tmp_path / "broken.parquet")
 
 
 def test_a_file_that_is_no_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text('[{"text": "a"}, {"text": ')
-    with pytest.raises(ValueError, match=r"broken\.json can not be read: .*Repair the file"):
+    with pytest.raises(ValueError, match=r"broken\.json' is no JSON: .*repair the data"):
         texts_of(tmp_path / "broken.json")
 
 
@@ -154,5 +154,5 @@ def test_a_parquet_file_whose_text_is_not_utf8_is_refused(tmp_path: Path) -> Non
 
     bad = pa.StringArray.from_buffers(1, pa.array([0, 3], pa.int32()).buffers()[1], pa.py_buffer(b"a\xe9b"))
     pq.write_table(pa.table({"text": bad}), tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match=r"train\.parquet can not be read: .*[Uu][Tt][Ff]-?8"):
+    with pytest.raises(ValueError, match=r"Row 0 of '.*train\.parquet' can not be read: .*[Uu][Tt][Ff]-?8"):
         texts_of(tmp_path)

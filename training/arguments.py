@@ -14,6 +14,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from bd3lm_hf.training.data_arguments import DataArguments
 from bd3lm_hf.training.interval import METHODS, PUBLISHED_STEP, Interval, candidate_intervals, parse_interval
 from bd3lm_hf.training.output import write_atomically
 
@@ -67,32 +68,27 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """The text and how it becomes token sequences."""
+class LoraArguments:
+    """Low-rank adapters (LoRA): small matrices beside frozen weights are all that trains."""
 
-    dataset: str = field(
-        default="python-docs",
-        metadata={"help": "python-docs or python-source (embedded), a file, a folder, or a hub name."},
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapters; without it all weights train."})
+    lora_alpha: float = field(default=16.0, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of the adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the adapted layers, or all-linear; by default attention and MLP of every layer."},
     )
-    text_column: str | None = field(
-        default=None, metadata={"help": "Column of the text; by default `text`, or the only column of strings."}
-    )
-    validation_dataset: str | None = field(
-        default=None, metadata={"help": "Held-out text; by default the validation split of `dataset`."}
-    )
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Name or folder of a tokenizer; by default one is trained on the text."}
-    )
-    vocab_size: int = field(default=4096, metadata={"help": "Vocabulary of a tokenizer trained here."})
-    insert_eos: bool = field(default=True, metadata={"help": "End every document with the end-of-sequence token."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training sequences at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many held-out sequences at most."})
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} {value}: give a whole number of at least 1.")
+        if self.lora_r is not None and self.lora_r < 1:
+            raise ValueError(f"--lora_r {self.lora_r}: give a whole number of at least 1.")
+        if self.lora_alpha <= 0:
+            raise ValueError(f"--lora_alpha {self.lora_alpha}: give a number above 0.")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"--lora_dropout {self.lora_dropout}: give a probability of at least 0 and below 1.")
+        given = [item.name for item in fields(self)[1:] if getattr(self, item.name) != item.default]
+        if self.lora_r is None and given:
+            raise ValueError(f"--{given[0]} is given without --lora_r: set the rank of the adapters, for instance 8.")
 
 
 @dataclass
@@ -239,6 +235,7 @@ class RunArguments(NamedTuple):
 
     model: ModelArguments
     data: DataArguments
+    lora: LoraArguments
     training: BD3LMTrainingArguments
     given: dict[str, Any]  # the fields that differ from the defaults, as they were written
 
@@ -259,7 +256,7 @@ class _Parser(HfArgumentParser):
         raise ValueError(message)
 
 
-_GROUPS: tuple[Any, ...] = (ModelArguments, DataArguments, BD3LMTrainingArguments)
+_GROUPS: tuple[Any, ...] = (ModelArguments, DataArguments, LoraArguments, BD3LMTrainingArguments)
 
 
 def field_names() -> list[str]:
@@ -289,8 +286,10 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments:
     *groups, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
     if rest:
         raise ValueError(_unknown(rest[0], [f"--{name}" for name in field_names()], "argument"))
-    model, data, training = groups
-    return RunArguments(model, data, training, parser.given)
+    arguments = RunArguments(*groups, parser.given)
+    if arguments.data.streaming and arguments.training.max_steps < 1:
+        raise ValueError("--streaming reads text without an end to count epochs by: set --max_steps.")
+    return arguments
 
 
 _INIT_FLAGS = ("__init_from", "__model_name_or_path")
@@ -357,6 +356,7 @@ __all__ = [
     "BD3LMTrainingArguments",
     "DataArguments",
     "IntervalSearchArguments",
+    "LoraArguments",
     "ModelArguments",
     "RunArguments",
     "field_names",

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from bd3lm_hf.modeling.noise_bd3lm import noise_of_examples
+from bd3lm_hf.streaming import PackedStream
 
 
 EXAMPLE_INDEX = "example_index"
@@ -35,7 +36,8 @@ class EpochOrder(Dataset):
     def __init__(self, rows: Any, *, seed: int, group_size: int) -> None:
         if not hasattr(rows, "__len__"):
             raise ValueError(
-                f"the training data is a {type(rows).__name__} without a length: load it as a map-style data set."
+                f"the training data is a {type(rows).__name__} without a length: load it as a map-style data set, or "
+                "give a PackedStream."
             )
         if not len(rows):
             raise ValueError("the training data holds no sequence: give more text, or a shorter model_length.")
@@ -80,6 +82,70 @@ class EpochSampler(Sampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         first = self.order.epoch * len(self.order)
         return ((first + place, row) for place, row in enumerate(self.order.permutation(self.order.epoch)))
+
+
+class EndlessStream(IterableDataset):
+    """A stream of sequences, pass after pass, each with its global index; its positions are kept for checkpoints.
+
+    Args:
+        stream: the sequences; `set_epoch` begins another pass.
+        group_size: examples of one optimizer step, over all processes and accumulated batches.
+    """
+
+    # Loaders read ahead, by less than a step: the position of the step that is saved is among the latest ones.
+    _KEPT = 4
+
+    def __init__(self, stream: PackedStream, *, group_size: int) -> None:
+        self.stream, self.group_size = stream, group_size
+        self.start = 0
+        self._positions: dict[int, dict[str, Any]] = {}
+
+    def go_on(self, position: dict[str, Any]) -> None:
+        """Start at a recorded position.
+
+        Raises:
+            ValueError: the position is that of another stream, or of steps of another size.
+        """
+        if position["group_size"] != self.group_size:
+            raise ValueError(
+                f"The position of the stream was recorded with {position['group_size']} sequences a step, but it is "
+                f"now {self.group_size}: go on with the same global batch size, or start anew."
+            )
+        self.stream.load_state_dict(position)
+        self.start = position["step"] * self.group_size
+
+    def position(self, step: int) -> dict[str, Any]:
+        """The position of the stream behind optimizer step `step`, one of the latest."""
+        return {"step": step, "group_size": self.group_size, **self._positions[step]}
+
+    def rows_at(self, first: int, count: int) -> list[int]:
+        """The sequences behind `count` consecutive global indices, for messages: their places in the stream."""
+        return list(range(first, first + count))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        index = self.start
+        while True:
+            for row in self._pass_from(index):
+                yield row
+                index += 1
+            self.stream.set_epoch(self.stream.epoch + 1)
+
+    def _pass_from(self, index: int) -> Iterator[dict[str, Any]]:
+        """The rest of a pass."""
+        rows = iter(self.stream)
+        while True:
+            if index % self.group_size == 0:
+                self._record(index // self.group_size)
+            row = next(rows, None)
+            if row is None:
+                return
+            yield {**row, EXAMPLE_INDEX: index}
+            index += 1
+
+    def _record(self, step: int) -> None:
+        self._positions[step] = self.stream.state_dict()
+        for old in [kept for kept in self._positions if kept <= step - self._KEPT]:
+            del self._positions[old]
 
 
 class PaddingCollator:
@@ -159,4 +225,4 @@ class NoiseCollator:
         return batch
 
 
-__all__ = ["EXAMPLE_INDEX", "EpochOrder", "EpochSampler", "NoiseCollator", "PaddingCollator"]
+__all__ = ["EXAMPLE_INDEX", "EndlessStream", "EpochOrder", "EpochSampler", "NoiseCollator", "PaddingCollator"]

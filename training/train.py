@@ -5,13 +5,14 @@ python training/train.py recipe.yaml --max_steps 1000       a recipe, one field 
 accelerate launch training/train.py --dataset my.txt        on every GPU of this machine
 """
 
+import itertools
 import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
@@ -20,20 +21,18 @@ if __name__ == "__main__" and (_CHECKOUT / "setup.cfg").is_file():
     sys.path.insert(0, str(_CHECKOUT))
 
 import accelerate  # noqa: E402
-import datasets  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from accelerate.utils import broadcast_object_list  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline, set_seed  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 import bd3lm_hf  # noqa: E402
-from bd3lm_hf.data import DatasetSpec, bytes_per_token, load_text, pack  # noqa: E402
+from bd3lm_hf.adapters import adapter_base, add_adapters  # noqa: E402
 from bd3lm_hf.evaluation import Perplexity, scored_tokens, unigram_perplexity  # noqa: E402
-from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer  # noqa: E402
+from bd3lm_hf.streaming import PackedStream  # noqa: E402
+from bd3lm_hf.tokenization import check_tokenizer_fits  # noqa: E402
 from bd3lm_hf.training.arguments import (  # noqa: E402
     BD3LMTrainingArguments,
-    DataArguments,
     ModelArguments,
     RunArguments,
     parse_arguments,
@@ -41,6 +40,7 @@ from bd3lm_hf.training.arguments import (  # noqa: E402
 )
 from bd3lm_hf.training.callbacks import SampleCallback, write_text  # noqa: E402
 from bd3lm_hf.training.curves import write_training_curve  # noqa: E402
+from bd3lm_hf.training.inputs import Sequences, load_documents, make_sequences, make_tokenizer  # noqa: E402
 from bd3lm_hf.training.interval_report import PLOT_NAME, SEARCH_NAME  # noqa: E402
 from bd3lm_hf.training.output import (  # noqa: E402
     RECIPE_NAME,
@@ -60,14 +60,6 @@ logger = logging.get_logger("bd3lm_hf.train")
 RESULTS_NAME = "results.json"
 SAMPLES_NAME = "samples.txt"
 _UNIGRAM_SEQUENCES = 100_000  # enough for word frequencies; a corpus may have millions
-
-
-class Sequences(NamedTuple):
-    """Packed text."""
-
-    train: datasets.Dataset
-    validation: datasets.Dataset
-    bytes_per_token: float
 
 
 @dataclass
@@ -110,12 +102,14 @@ def run(argv: Sequence[str]) -> TrainResult:
 
     # 2. Text and tokenizer
     with training.main_process_first(desc="loading the text"):
-        text = load_splits(arguments.data)
-    tokenizer = make_tokenizer(arguments, text["train"])
+        documents = load_documents(arguments.data)
+    tokenizer = make_tokenizer(arguments, documents)
 
     # 3. Model, which knows the tokenizer's special tokens, and sequences of its length
     model = make_model(arguments.model, tokenizer)
-    sequences = make_sequences(arguments, text, tokenizer, model.config)
+    if arguments.lora.lora_r is not None:
+        model = adapt(model, arguments)
+    sequences = make_sequences(arguments, documents, tokenizer, model.config)
 
     # 4. Train. Nothing is written before this line
     trainer = make_trainer(arguments, model, tokenizer, sequences, fresh=not goes_on)
@@ -210,28 +204,6 @@ def wanted_checkpoint(training: BD3LMTrainingArguments) -> str | None:
         ) from None
 
 
-def load_splits(data: DataArguments) -> dict[str, datasets.Dataset]:
-    """The documents of both splits, by name. With `validation_dataset`, files are used whole: nothing is held out."""
-    sources: dict[str, Any] = {"train": data.dataset, "validation": data.validation_dataset or data.dataset}
-    if data.validation_dataset is not None:
-        for split, source in sources.items():
-            if Path(source).is_file():
-                sources[split] = DatasetSpec(source, path=source, splits={split: "train"})
-    return {split: load_text(source, split=split, text_column=data.text_column) for split, source in sources.items()}
-
-
-def make_tokenizer(arguments: RunArguments, documents: datasets.Dataset) -> Any:
-    """The tokenizer of a name, of the checkpoint, or trained here; the main process's one on every process."""
-    data, model = arguments.data, arguments.model
-    tokenizer: list[Any] = [None]
-    if arguments.training.process_index == 0:
-        texts = (row["text"] for row in documents)
-        tokenizer = [load_tokenizer(data.tokenizer or model.init_from, texts=texts, vocab_size=data.vocab_size)]
-    if arguments.training.world_size > 1:
-        broadcast_object_list(tokenizer)
-    return tokenizer[0]
-
-
 def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
     """A new model of the wanted type, or a checkpoint's with its fields overridden.
 
@@ -255,6 +227,30 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
     return model
 
 
+def adapt(model: Any, arguments: RunArguments) -> Any:
+    """The loaded model with adapters.
+
+    Raises:
+        ValueError: a new model, whose weights would stay as they were drawn, or one that is made of an adapter, whose
+            name would stand for its base alone.
+    """
+    lora, start = arguments.lora, arguments.model.init_from
+    if start is None:
+        raise ValueError(f"--lora_r {lora.lora_r} adapts a trained model: name one with --init_from.")
+    if adapter_base(start) is not None:
+        raise ValueError(
+            f"--lora_r {lora.lora_r} would adapt the adapter {start}, and an adapter names one base model: save the "
+            f"merged model first (PeftModel.merge_and_unload), or leave out --lora_r to train all its weights."
+        )
+    return add_adapters(
+        model,
+        rank=lora.lora_r,
+        alpha=lora.lora_alpha,
+        dropout=lora.lora_dropout,
+        targets=lora.lora_target_modules,
+    )
+
+
 def new_config(model_type: str, **fields: Any) -> Any:
     """The configuration of a new model."""
     try:
@@ -264,26 +260,13 @@ def new_config(model_type: str, **fields: Any) -> Any:
     return AutoConfig.for_model(model_type, **fields)
 
 
-def make_sequences(
-    arguments: RunArguments, text: dict[str, datasets.Dataset], tokenizer: Any, config: Any
-) -> Sequences:
-    """Pack both splits into sequences of the model's length."""
-    data = arguments.data
-    length = config.max_position_embeddings
-    packed = {}
-    for split, most in (("train", data.max_train_samples), ("validation", data.max_eval_samples)):
-        with arguments.training.main_process_first(desc=f"packing {split}"):
-            rows = pack(text[split], tokenizer, length=length, insert_eos=data.insert_eos)
-        # Every k-th sequence, so that a part is as varied as the whole.
-        packed[split] = rows if most is None else rows.select(range(0, len(rows), -(-len(rows) // most)))
-    size = bytes_per_token(text["validation"], tokenizer, insert_eos=data.insert_eos)
-    return Sequences(packed["train"], packed["validation"], size.bytes_per_token)
-
-
 def unigram_of(model: Any, sequences: Sequences, batch_size: int) -> float:
     """Perplexity of word frequencies on the same held-out tokens that the model is scored on."""
-    rows = sequences.train.select(range(min(len(sequences.train), _UNIGRAM_SEQUENCES)))
-    train_ids = [label for labels in rows["labels"] for label in labels if label != -100]
+    if isinstance(sequences.train, PackedStream):
+        rows = itertools.islice(sequences.train, _UNIGRAM_SEQUENCES // 100)  # to be read once more
+    else:
+        rows = sequences.train.select(range(min(len(sequences.train), _UNIGRAM_SEQUENCES)))
+    train_ids = [label for row in rows for label in row["labels"] if label != -100]
     eval_ids = scored_tokens(model, sequences.validation, batch_size=batch_size)
     return unigram_perplexity(train_ids, eval_ids, model.config.vocab_size)
 

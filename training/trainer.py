@@ -18,9 +18,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, Trai
 
 from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights
 from bd3lm_hf.evaluation import Perplexity, SequenceScore, score_sequences, summarize
+from bd3lm_hf.streaming import PackedStream, read_position, write_position
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.callbacks import SpeedMeter
-from bd3lm_hf.training.examples import EpochOrder, EpochSampler, NoiseCollator, PaddingCollator
+from bd3lm_hf.training.examples import EndlessStream, EpochOrder, EpochSampler, NoiseCollator, PaddingCollator
 from bd3lm_hf.training.flops import peak_flops, training_flops
 from bd3lm_hf.training.identity import check_same_run, run_identity
 from bd3lm_hf.training.interval import IntervalSearch, check_searchable, search_intervals
@@ -39,6 +40,9 @@ from bd3lm_hf.training.output import (
     staging_folder,
     warn_if_disk_is_full,
 )
+
+
+POSITION_NAME = "stream.npz"  # in a checkpoint: where the stream of training text goes on
 
 
 class TrainingDivergedError(NotFiniteError):
@@ -83,7 +87,8 @@ class BD3LMTrainer(Trainer):
         collator = data_collator or PaddingCollator(0 if pad_token_id is None else pad_token_id)
         super().__init__(model, args, collator, *arguments, **keywords)
         self.bytes_per_token = bytes_per_token
-        self.order: EpochOrder | None = None
+        self.order: EpochOrder | EndlessStream | None = None
+        self._stream_folder: str | None = None  # checkpoint that a stream goes on from
         self.speed = SpeedMeter(peak_flops(self.args) * self.args.world_size)
         self.add_callback(self.speed)
         self.add_callback(ResumableFlow())
@@ -97,7 +102,8 @@ class BD3LMTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Loader of the training examples in their seeded order, each with its noise."""
         group_size = self.get_total_train_batch_size(self.args)
-        self.order = EpochOrder(self.train_dataset, seed=self._data_seed, group_size=group_size)
+        streamed = isinstance(self.train_dataset, PackedStream)
+        self.order = self._make_stream(group_size) if streamed else self._make_order(group_size)
         config = self.model.config
         collate = NoiseCollator(
             self.data_collator,
@@ -111,7 +117,7 @@ class BD3LMTrainer(Trainer):
         loader = DataLoader(
             self.order,
             batch_size=self._train_batch_size,
-            sampler=EpochSampler(self.order),
+            sampler=None if streamed else EpochSampler(self.order),
             collate_fn=collate,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
@@ -119,7 +125,29 @@ class BD3LMTrainer(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
             worker_init_fn=partial(seed_worker, num_workers=workers, rank=self.args.process_index),
         )
-        return self.accelerator.prepare(loader)
+        loader = self.accelerator.prepare(loader)
+        if streamed:
+            # A loader draws a seed when it begins. A run that goes on begins anew, and must not miss that number.
+            loader.base_dataloader.generator = torch.Generator()
+        return loader
+
+    def _make_order(self, group_size: int) -> EpochOrder:
+        return EpochOrder(self.train_dataset, seed=self._data_seed, group_size=group_size)
+
+    def _make_stream(self, group_size: int) -> EndlessStream:
+        """The stream, read by the main process alone, which deals every batch to the others."""
+        if self.args.dataloader_num_workers:
+            raise ValueError(
+                f"--dataloader_num_workers {self.args.dataloader_num_workers}: a stream is read by the main process, "
+                "which knows its position for the checkpoint; leave it out."
+            )
+        stream = EndlessStream(self.train_dataset, group_size=group_size)
+        if self._stream_folder is not None and self.args.process_index == 0:
+            path = Path(self._stream_folder, POSITION_NAME)
+            if not path.is_file():
+                raise ValueError(f"{path.parent} holds no {POSITION_NAME}: it is no checkpoint of a run that streams.")
+            stream.go_on(read_position(path))
+        return stream
 
     @property
     def _data_seed(self) -> int:
@@ -202,6 +230,9 @@ class BD3LMTrainer(Trainer):
             check_same_run(checkpoint, seal, self._identity)
             self.losses.load_state_dict(seal["losses"], self.args.process_index, self.args.world_size)
             self.args.eval_on_start = False  # that was before the checkpoint
+        if isinstance(self.train_dataset, PackedStream):
+            self._stream_folder = checkpoint
+            self.args.ignore_data_skip = True  # a stream goes on at the position that the checkpoint holds
         if self.args.save_strategy != SaveStrategy.NO and self.args.should_save:
             warn_if_disk_is_full(self.args.output_dir, needed=self._checkpoint_bytes)
         return super().train(checkpoint, *arguments, **keywords)
@@ -316,6 +347,9 @@ class BD3LMTrainer(Trainer):
             logs |= self.speed.since_last_log()
         if "train_loss" in logs:
             logs["train_loss"] = self.losses.mean_of_run(self.state.global_step)
+        if isinstance(self.order, EndlessStream):
+            # The Trainer counts from where the run went on. A stream has no epochs it could know of.
+            self.state.epoch = self.state.global_step / self.state.max_steps
         super().log(logs, start_time)
 
     # Saving
@@ -356,6 +390,8 @@ class BD3LMTrainer(Trainer):
             finally:
                 self._staging = False
             losses = self.losses.state_dict()
+            if isinstance(self.order, EndlessStream) and self.args.process_index == 0:
+                write_position(self.order.position(self.state.global_step), staged / POSITION_NAME)
             # Every process writes its own random state, so wait for the slowest.
             self.accelerator.wait_for_everyone()
             if self.state.best_model_checkpoint == str(staged):

@@ -1,0 +1,171 @@
+"""What a run reads: documents or rows, a tokenizer, and sequences of the model's length."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from bd3lm_hf.data import PackedStream, bytes_per_token, find_schema, load_rows, load_text, pack
+from bd3lm_hf.instructions import encode_rows, texts_of
+from bd3lm_hf.schemas import SCHEMAS, Schema, Text
+from bd3lm_hf.sources import DatasetSpec
+from bd3lm_hf.tokenization import load_tokenizer
+from bd3lm_hf.training.arguments import RunArguments
+from bd3lm_hf.training.data_arguments import DataArguments
+
+
+_TOKENIZER_DOCUMENTS = 100_000  # of a stream, to train a tokenizer on: more would not change it much
+_DOCUMENTS_AT_ONCE = 100
+
+
+class Documents(NamedTuple):
+    """Both splits as they were loaded."""
+
+    train: Dataset | IterableDataset
+    validation: Dataset | IterableDataset
+    schema: Schema  # documents of text, or what a fine-tuning reads
+
+
+class Sequences(NamedTuple):
+    """Both splits as token sequences."""
+
+    train: Dataset | PackedStream
+    validation: Dataset
+    bytes_per_token: float | None  # None where sequences are no running text
+
+
+def load_documents(data: DataArguments) -> Documents:
+    """The documents or rows of both splits.
+
+    With `validation_dataset`, files are used whole: nothing is held out.
+
+    Raises:
+        ValueError: as `load_text`, or a stream of something else than documents.
+    """
+    sources: dict[str, Any] = {"train": data.dataset, "validation": data.validation_dataset or data.dataset}
+    place = {"train": {"config_name": data.dataset_config, "source": data.dataset_source}}
+    place["validation"] = place["train"] if data.validation_dataset is None else {}
+    schema = _schema(data)
+    if data.streaming and not isinstance(schema, Text):
+        raise ValueError(
+            f"--dataset {data.dataset} holds {' and '.join(schema.names)}, which are read all at once: leave out "
+            "--streaming."
+        )
+    if data.validation_dataset is not None:
+        for split, source in sources.items():
+            if Path(source).is_file():
+                sources[split] = DatasetSpec(source, path=source, splits={split: "train"})
+    loaded = {}
+    for split, source in sources.items():
+        options = {"split": split, "skip_bad_rows": data.skip_bad_rows, **place[split]}
+        options["streaming"] = data.streaming and (split == "train" or data.validation_dataset is None)
+        if isinstance(schema, Text):
+            loaded[split] = load_text(source, text_column=data.text_column, num_proc=data.num_proc, **options)
+        else:
+            loaded[split] = load_rows(source, schema, **options)
+    return Documents(loaded["train"], loaded["validation"], schema)
+
+
+def _schema(data: DataArguments) -> Schema:
+    if data.data_format is not None:
+        return SCHEMAS[data.data_format]()
+    if data.text_column is not None:
+        return Text(data.text_column)
+    return find_schema(data.dataset, config_name=data.dataset_config, source=data.dataset_source)
+
+
+def make_tokenizer(arguments: RunArguments, documents: Documents) -> Any:
+    """The tokenizer of a name, of the checkpoint, or trained here; the main process's one on every process."""
+    data, model = arguments.data, arguments.model
+    tokenizer: list[Any] = [None]
+    if arguments.training.process_index == 0:
+        name = data.tokenizer or model.init_from
+        tokenizer = [load_tokenizer(name, texts=_training_texts(documents), vocab_size=data.vocab_size)]
+    if arguments.training.world_size > 1:
+        broadcast_object_list(tokenizer)
+    return tokenizer[0]
+
+
+def _training_texts(documents: Documents) -> Iterator[str]:
+    if not isinstance(documents.schema, Text):
+        return texts_of(documents.train, documents.schema)
+    streamed = isinstance(documents.train, IterableDataset)
+    rows = itertools.islice(documents.train, _TOKENIZER_DOCUMENTS) if streamed else documents.train
+    return (row["text"] for row in rows)
+
+
+def make_sequences(
+    arguments: RunArguments, documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Any
+) -> Sequences:
+    """Sequences of the model's length of both splits, or one for each row of a fine-tuning."""
+    data, training = arguments.data, arguments.training
+    if not isinstance(documents.schema, Text):
+        return _make_instructions(arguments, documents, tokenizer, config)
+    length = config.max_position_embeddings
+    flags = {
+        "train": {"insert_eos": data.insert_train_eos, "insert_special": data.insert_train_special},
+        "validation": {"insert_eos": data.insert_valid_eos, "insert_special": data.insert_valid_special},
+    }
+    how: dict[str, Any] = {"length": length, "packing": data.packing, "num_proc": data.num_proc}
+    train: Dataset | PackedStream
+    if isinstance(documents.train, IterableDataset):
+        seed = training.seed if training.data_seed is None else training.data_seed
+        shuffle = {"shuffle_buffer": data.shuffle_buffer, "seed": seed}
+        train = PackedStream(documents.train, tokenizer, length=length, **flags["train"], **shuffle)
+    else:
+        with training.main_process_first(desc="packing the training text"):
+            train = _spread(pack(documents.train, tokenizer, **how, **flags["train"]), data.max_train_samples)
+    held_out = documents.validation
+    if isinstance(held_out, IterableDataset):
+        assert data.max_eval_samples is not None  # DataArguments asks for it
+        held_out = _first_documents(held_out, tokenizer, data.max_eval_samples * length)
+    with training.main_process_first(desc="packing the held-out text"):
+        validation = _spread(pack(held_out, tokenizer, **how, **flags["validation"]), data.max_eval_samples)
+    size = bytes_per_token(held_out, tokenizer, insert_eos=data.insert_valid_eos)
+    return Sequences(train, validation, size.bytes_per_token)
+
+
+def _make_instructions(
+    arguments: RunArguments, documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Any
+) -> Sequences:
+    data = arguments.data
+    encoded = {}
+    for split, most in (("train", data.max_train_samples), ("validation", data.max_eval_samples)):
+        with arguments.training.main_process_first(desc=f"tokenizing {split}"):
+            rows = encode_rows(
+                getattr(documents, split),
+                documents.schema,
+                tokenizer,
+                length=config.max_position_embeddings,
+                block_size=getattr(config, "block_size", 1),
+                long_rows=data.long_rows,
+                num_proc=data.num_proc,
+            )
+        encoded[split] = _spread(rows, most)
+    return Sequences(encoded["train"], encoded["validation"], None)
+
+
+def _spread(rows: Dataset, most: int | None) -> Dataset:
+    """Every k-th sequence, so that a part is as varied as the whole."""
+    return rows if most is None else rows.select(range(0, len(rows), -(-len(rows) // most)))
+
+
+def _first_documents(stream: IterableDataset, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Dataset:
+    """The first documents of a stream that hold so many tokens, or all."""
+    texts: list[str] = []
+    documents, found = iter(stream), 0
+    while found < tokens:
+        batch = [row["text"] for row in itertools.islice(documents, _DOCUMENTS_AT_ONCE)]
+        if not batch:
+            break
+        texts += batch
+        ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        found += sum(map(len, ids))
+    return Dataset.from_dict({"text": texts})
+
+
+__all__ = ["Documents", "Sequences", "load_documents", "make_sequences", "make_tokenizer"]
