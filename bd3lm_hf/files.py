@@ -9,6 +9,7 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
+from pyarrow.dataset import ParquetFragmentScanOptions
 
 from bd3lm_hf.rows import faulty_rows, first_row, refusal, usable_rows
 from bd3lm_hf.schemas import Schema, Text
@@ -19,6 +20,7 @@ BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parq
 _OPTIONS: dict[str, dict[str, Any]] = {
     "text": {"sample_by": "document"},
     "csv": {"keep_default_na": False},  # the words "null" and "NA" are text
+    "parquet": {"fragment_scan_options": ParquetFragmentScanOptions(page_checksum_verification=True)},
 }
 _SPLIT = re.compile(r"(train|validation|valid|val|dev|test)([-_.]?\d.*)?")
 #: Part of every cache key: raise it when the meaning of a row changes.

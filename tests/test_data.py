@@ -1,3 +1,5 @@
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -5,13 +7,12 @@ import pytest
 from datasets import Dataset, IterableDataset, load_dataset
 
 from bd3lm_hf import data
-from bd3lm_hf.data import DATASETS, DatasetSpec, find_spec, load_text, pack
-from bd3lm_hf.detokenizers import DETOKENIZERS, detokenizer
+from bd3lm_hf.data import DATASETS, DatasetSpec, load_text, pack
+from bd3lm_hf.detokenizers import detokenizer
 from bd3lm_hf.holdout import held_out_score
 from bd3lm_hf.tokenization import load_tokenizer
 
 
-NAMES = sorted({row.name for row in DATASETS.values()})
 HUB = sorted({row.name for row in DATASETS.values() if row.path})
 RAW = 'The team \'s captain , who was 21 , said : " we won ! " It rained .'
 
@@ -29,16 +30,6 @@ def local_copy(folder: Path, spec: DatasetSpec, rows: int = 6) -> str:
 def small_tail(monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenWebText with 2 documents of validation instead of 100,000."""
     monkeypatch.setitem(data.DATASETS, "openwebtext", replace(DATASETS["openwebtext"], tail=2))
-
-
-def test_the_table_has_every_published_data_set() -> None:
-    assert {
-        "python-docs", "python-source", "openwebtext", "lm1b", "text8", "wikitext2", "wikitext103", "ptb", "lambada",
-        "ag_news", "scientific_papers_arxiv", "scientific_papers_pubmed",
-    } == set(NAMES)  # fmt: skip
-    assert all(row.detokenizer is None or row.detokenizer in DETOKENIZERS for row in DATASETS.values())
-    assert find_spec("OWT").name == find_spec("openwebtext-split").name == "openwebtext"
-    assert find_spec("scientific-papers_arxiv").name == find_spec("arxiv").name == "scientific_papers_arxiv"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -62,11 +53,25 @@ def test_openwebtext_validates_on_its_last_documents(tmp_path: Path, small_tail:
 
 def test_a_stream_with_a_tail_needs_the_number_of_documents(tmp_path: Path, small_tail: None) -> None:
     source = local_copy(tmp_path, DATASETS["openwebtext"])
-    with pytest.raises(ValueError, match=r"last 2 documents .* to stream it their number must be known"):
+    with pytest.raises(ValueError, match=r"all but the last 2 documents .* to stream it their number must be known"):
         load_text("openwebtext", source=source, streaming=True)
     known = replace(DATASETS["openwebtext"], path=source, data_dir=None, revision=None, documents=6)
     ends = {s: [r["text"][-1] for r in load_text(known, split=s, streaming=True)] for s in ("train", "validation")}
     assert ends == {"train": list("0123"), "validation": list("45")}
+
+
+@pytest.mark.parametrize("tail", [1, 3, 4, 5, 9])
+def test_the_tail_of_a_stream_reads_the_last_files_alone(tmp_path: Path, tail: int) -> None:
+    for i in range(5):  # two documents a file
+        lines = [json.dumps({"text": f"{i}{j}"}) for j in "ab"]
+        (tmp_path / f"train-{i}.jsonl").write_text("\n".join(lines))
+    spec = replace(DATASETS["openwebtext"], path=str(tmp_path), tail=tail, documents=10)
+    for unread in range(5 - -(-tail // 2)):
+        (tmp_path / f"train-{unread}.jsonl").write_text("broken on purpose")
+    found = [row["text"] for row in load_text(spec, split="validation", streaming=True)]
+    assert found == [f"{i}{j}" for i in range(5) for j in "ab"][-tail:]
+    with pytest.raises(ValueError, match="has 10 documents, but the last 10 are its validation split"):
+        load_text(replace(spec, tail=10), streaming=True)
 
 
 def test_a_sample_smaller_than_the_tail_is_refused(tmp_path: Path) -> None:
@@ -121,21 +126,6 @@ def test_the_embedded_corpus_goes_the_whole_way_to_sequences(docs: dict[str, Dat
     assert texts[-1] == ""
 
 
-def test_an_unknown_name_suggests_the_nearest_and_says_how_the_hub_is_named() -> None:
-    with pytest.raises(ValueError, match=r"'wikitex2'\. Did you mean 'wikitext2'\?.*owner/name and needs network"):
-        load_text("wikitex2")
-    with pytest.raises(ValueError, match=r"'qqq'\. There are: python-docs, python-source, openwebtext"):
-        load_text("qqq")
-
-
-@pytest.mark.parametrize("path", ["./missing", "missing.txt", "/no/such/folder", "~/missing.jsonl"])
-def test_a_missing_file_is_called_a_missing_file(path: str) -> None:
-    with pytest.raises(ValueError, match="There is no file or folder '.*missing.*|There is no file or folder '/no/"):
-        load_text(path)
-    with pytest.raises(ValueError, match="to read 'lm1b' from; check the path"):
-        load_text("lm1b", source=path)
-
-
 @pytest.mark.parametrize(
     ("name", "advice"),
     [("someone/something", "Data sets that need no network: python-docs"), ("ptb", "download a parquet copy")],
@@ -151,24 +141,74 @@ def test_a_hub_data_set_that_can_not_be_had_says_what_to_do(
         load_text(name)
 
 
-@pytest.mark.parametrize("name", HUB)
-def test_the_hub_is_asked_for_what_the_table_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    spec = replace(DATASETS[name.replace("_", "-")], tail=0)
-    monkeypatch.setitem(data.DATASETS, name.replace("_", "-"), spec)
-    source, asked = local_copy(tmp_path, spec), {}
+#: Columns of the hub's repositories beside the text, and one example of each.
+OTHER_COLUMNS = {
+    "ag_news": {"label": 2},
+    "scientific_papers_arxiv": {"abstract": "An abstract.", "section_names": "introduction\nmethod"},
+    "scientific_papers_pubmed": {"abstract": "An abstract.", "section_names": "introduction\nmethod"},
+}
 
-    def hub(path: str, **settings):
+
+def repository(folder: Path, spec: DatasetSpec) -> None:
+    """A tiny copy of a hub repository in its own layout: a folder of each configuration, a folder of each split."""
+    configuration = spec.data_dir or spec.config or "."
+    metadata = []
+    for split in sorted(set(spec.splits.values()) or {"train"}):
+        file = folder / configuration / split / "0000.parquet"
+        texts = [f"{RAW} {split} {i}" for i in range(6)] if spec.splits else [" text8" * 1000]
+        other = OTHER_COLUMNS.get(spec.name, {})
+        columns = {spec.text_column: texts} | {name: [value] * len(texts) for name, value in other.items()}
+        file.parent.mkdir(parents=True)
+        Dataset.from_dict(columns).to_parquet(file)
+        metadata.append(f"  - split: {split}\n    path: {configuration}/{split}/*.parquet\n")
+    if spec.config:
+        card = f"---\nconfigs:\n- config_name: {spec.config}\n  data_files:\n{''.join(metadata)}---\n"
+        (folder / "README.md").write_text(card)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """The hub is the test's folder; what it is asked for."""
+    asked: dict = {}
+
+    def load(path: str, **settings):
         asked.update(settings, path=path)
-        return load_dataset(source)
+        return load_dataset(str(tmp_path), **{**settings, "revision": None})
 
-    monkeypatch.setattr(data, "load_dataset", hub)
-    assert len(load_text(name, split="validation")) == 6
-    assert (asked["path"], asked["name"], asked["data_dir"], asked["revision"]) == (
-        spec.path,
-        spec.config,
-        spec.data_dir,
-        spec.revision,
-    )
+    monkeypatch.setattr(data, "load_dataset", load)
+    return asked
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", [name for name in HUB if DATASETS[name.replace("_", "-")].splits])
+def test_every_row_reads_its_hub_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: dict, name: str, streaming: bool
+) -> None:
+    spec = DATASETS[name.replace("_", "-")]
+    if spec.tail:
+        spec = replace(spec, tail=2, documents=6)
+        monkeypatch.setitem(data.DATASETS, name.replace("_", "-"), spec)
+    repository(tmp_path, spec)
+    clean = detokenizer(spec.detokenizer) if spec.detokenizer else str
+    for split, origin in spec.splits.items():
+        texts = [row["text"] for row in load_text(name, split=split, streaming=streaming)]
+        expected = [clean(f"{RAW} {origin} {i}") for i in range(6)]
+        if spec.tail:
+            expected = expected[:-2] if split == "train" else expected[-2:]
+        assert texts == expected
+    wanted = {"path": spec.path, "name": spec.config, "data_dir": spec.data_dir, "revision": spec.revision}
+    assert {key: hub[key] for key in wanted} == wanted
+
+
+def test_text8_of_the_hub_is_cut_here_unless_it_is_cut_already(tmp_path: Path, hub: dict) -> None:
+    repository(tmp_path, DATASETS["text8"])
+    assert [sum(map(len, load_text("text8", split=split)["text"])) for split in data.SPLITS] == [5400, 300, 300]
+    for split, text in (("validation", "v" * 300), ("test", "t" * 10)):
+        (tmp_path / split).mkdir()
+        Dataset.from_dict({"text": [text]}).to_parquet(tmp_path / split / "0000.parquet")
+    for streaming in (False, True):
+        lengths = {s: [len(r["text"]) for r in load_text("text8", split=s, streaming=streaming)] for s in data.SPLITS}
+        assert lengths == {"train": [256] * 23 + [112], "validation": [256, 44], "test": [10]}
 
 
 def test_any_hub_name_and_configuration_is_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -264,3 +304,32 @@ def test_detokenized_text_is_found_again_in_the_cache(tmp_path: Path) -> None:
     files = [load_text("ptb", source=source).cache_files[0]["filename"] for _ in range(2)]
     assert files[0] == files[1]
     assert load_text("ptb", source=source)["text"][0].startswith("The team's captain")
+
+
+@pytest.mark.parametrize("skip_bad_rows", [False, True])
+def test_a_file_that_changed_is_read_anew(tmp_path: Path, skip_bad_rows: bool) -> None:
+    (tmp_path / "validation.jsonl").write_text('{"text": "x"}\n')
+    for word in ("old", "new"):  # of the same size
+        (tmp_path / "train.jsonl").write_text(f'{{"text": "{word}"}}\n')
+        os.utime(tmp_path / "train.jsonl", (0, 1_000 * len(word) + (word == "new")))
+        assert load_text(str(tmp_path), skip_bad_rows=skip_bad_rows)["text"][:] == [word]
+
+
+def test_rows_of_the_hub_without_text_are_named_by_split_and_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows(tmp_path, {"text": ["a", None, "b"]})
+    monkeypatch.setattr(data, "load_dataset", lambda path, **settings: load_dataset(str(tmp_path), **settings))
+    for streaming in (False, True):
+        with pytest.raises(
+            ValueError, match=r"Row 1 of the split 'train' of 'owner/set' has no text \(null\): .*skip"
+        ):
+            list(load_text("owner/set", streaming=streaming))
+        kept = load_text("owner/set", streaming=streaming, skip_bad_rows=True)
+        assert [row["text"] for row in kept] == ["a", "b"]
+
+
+def test_a_stream_of_one_text_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("one document")
+    with pytest.raises(ValueError, match="book.txt' is one document, which a stream can not cut"):
+        load_text(str(tmp_path / "book.txt"), streaming=True)
