@@ -1,8 +1,14 @@
+import itertools
+
 import pytest
 import torch
+from datasets import Dataset
 
+from bd3lm_hf.streaming import PackedStream
+from bd3lm_hf.tokenization import train_tokenizer
 from bd3lm_hf.training.examples import (
     EXAMPLE_INDEX,
+    EndlessStream,
     EpochOrder,
     EpochSampler,
     NoiseCollator,
@@ -100,3 +106,59 @@ def test_a_model_without_blocks_gets_no_noise():
 def test_a_sequence_beyond_the_models_length_is_refused(collate):
     with pytest.raises(ValueError, match="33 tokens is longer than model_length=32"):
         collate([{"input_ids": [5] * 33, EXAMPLE_INDEX: 0}])
+
+
+# Streams
+
+
+@pytest.fixture
+def stream():
+    """A function that makes a stream of some thirty short sequences, always the same."""
+    texts = [f"document {i} says: " + "so it goes, " * (i % 5) for i in range(40)]
+    tokenizer = train_tokenizer(texts, vocab_size=300)
+
+    def make(group_size: int = 8) -> EndlessStream:
+        source = Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=2)
+        packed = PackedStream(source, tokenizer, length=32, shuffle_buffer=6, seed=3)
+        return EndlessStream(packed, group_size=group_size)
+
+    return make
+
+
+def taken(examples, count: int) -> list[tuple[int, tuple[int, ...]]]:
+    return [(e[EXAMPLE_INDEX], tuple(e["input_ids"].tolist())) for e in itertools.islice(examples, count)]
+
+
+def test_a_stream_counts_its_examples_over_all_passes(stream):
+    endless = stream()
+    length = len(list(endless.stream))
+    rows = taken(iter(endless), 2 * length + 5)
+    assert [index for index, _ in rows] == list(range(2 * length + 5))
+    first, second = ([row for _, row in rows[i * length : (i + 1) * length]] for i in range(2))
+    assert sorted(first) == sorted(second)
+    assert first != second  # shuffled anew
+    assert endless.rows_at(10, 3) == [10, 11, 12]
+
+
+@pytest.mark.parametrize("step", [0, 1, 5, 13])
+def test_a_stream_goes_on_behind_any_step_with_the_same_examples(stream, step):
+    whole = stream()
+    rows = iter(whole)
+    taken(rows, step * 8 + 9)  # the loader is up to a step ahead of what was trained on
+    expected = taken(iter(stream()), step * 8 + 60)[step * 8 :]
+    rest = stream()
+    rest.go_on(whole.position(step))
+    assert taken(iter(rest), 60) == expected
+
+
+def test_a_position_of_steps_of_another_size_is_refused(stream):
+    whole = stream()
+    taken(iter(whole), 20)
+    with pytest.raises(ValueError, match="recorded with 8 sequences a step, but it is now 4"):
+        stream(group_size=4).go_on(whole.position(1))
+
+
+def test_old_positions_are_forgotten(stream):
+    endless = stream()
+    taken(iter(endless), 200)
+    assert len(endless._positions) <= 5

@@ -1,11 +1,9 @@
-import json
-
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
 
 from bd3lm_hf.packing import pack
-from bd3lm_hf.streaming import PackedStream
+from bd3lm_hf.streaming import PackedStream, read_position, write_position
 from bd3lm_hf.tokenization import train_tokenizer
 
 
@@ -63,7 +61,7 @@ def test_the_shuffle_depends_on_seed_and_epoch_alone(tokenizer) -> None:
 
 @pytest.mark.parametrize("shuffle_buffer", [0, 40])
 @pytest.mark.parametrize("taken", [0, 1, 57, "all but 3", "all"])
-def test_a_stream_resumes_at_the_very_sequence(tokenizer, shuffle_buffer: int, taken: int | str) -> None:
+def test_a_stream_resumes_at_the_very_sequence(tokenizer, tmp_path, shuffle_buffer: int, taken: int | str) -> None:
     def fresh() -> PackedStream:
         stream = PackedStream(source(), tokenizer, length=32, shuffle_buffer=shuffle_buffer, seed=3)
         stream.set_epoch(1)
@@ -73,10 +71,11 @@ def test_a_stream_resumes_at_the_very_sequence(tokenizer, shuffle_buffer: int, t
     count = {"all but 3": len(expected) - 3, "all": len(expected)}.get(taken, taken)
     broken_off = fresh()
     before = rows(broken_off, count) if count else []
-    state = json.loads(json.dumps(broken_off.state_dict()))  # it survives being written
+    write_position(broken_off.state_dict(), tmp_path / "stream.npz")
+    rows(broken_off)  # what it goes on with does not change what was written
+    state = read_position(tmp_path / "stream.npz")
     resumed = PackedStream(source(), tokenizer, length=32, shuffle_buffer=shuffle_buffer, seed=3)
     resumed.load_state_dict(state)
-    assert resumed.state_dict() == state
     resumed.set_epoch(0)  # what a trainer does before a pass does not disturb it
     assert before + rows(resumed) == expected
     resumed.set_epoch(1)
@@ -121,3 +120,43 @@ def test_a_stream_shorter_than_a_sequence_is_refused(tokenizer, texts: list[str]
 def test_a_negative_buffer_is_refused(tokenizer) -> None:
     with pytest.raises(ValueError, match="shuffle_buffer is -1"):
         PackedStream(source(), tokenizer, length=32, shuffle_buffer=-1)
+
+
+def test_recorded_positions_stay_what_they_were_while_the_stream_goes_on(tokenizer) -> None:
+    stream = PackedStream(source(), tokenizer, length=32, shuffle_buffer=10, seed=3)
+    expected, states = [], []
+    for example in stream:
+        expected.append(tuple(example["input_ids"].tolist()))
+        states.append(stream.state_dict())
+    for taken in (1, 30, len(expected) - 2):
+        resumed = PackedStream(source(), tokenizer, length=32, shuffle_buffer=10, seed=3)
+        resumed.load_state_dict(states[taken - 1])
+        assert rows(resumed) == expected[taken:]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"length": 16}, "recorded with length=32, but it is now 16"),
+        ({"seed": 4}, "recorded with seed=3, but it is now 4"),
+        ({"shuffle_buffer": 5}, "recorded with shuffle_buffer=10, but it is now 5"),
+        ({"insert_eos": False}, "recorded with insert_eos=True, but it is now False"),
+    ],
+)
+def test_the_position_of_another_stream_is_refused(tokenizer, change: dict, message: str) -> None:
+    settings = {"length": 32, "shuffle_buffer": 10, "seed": 3}
+    state = PackedStream(source(), tokenizer, **settings).state_dict()
+    other = PackedStream(source(), tokenizer, **{**settings, **change})
+    assert other.fingerprint != PackedStream(source(), tokenizer, **settings).fingerprint
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(state)
+
+
+def test_a_stream_that_breaks_off_says_where(tokenizer) -> None:
+    def broken():
+        yield {"text": "one " * 100}
+        raise OSError("connection reset")
+
+    stream = PackedStream(IterableDataset.from_generator(broken), tokenizer, length=32)
+    with pytest.raises(ValueError, match=r"broke off at \{.*OSError: connection reset.*last checkpoint"):
+        list(stream)

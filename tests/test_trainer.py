@@ -10,6 +10,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights
 from bd3lm_hf.evaluation import perplexity
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.streaming import PackedStream
+from bd3lm_hf.tokenization import train_tokenizer
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.callbacks import SpeedMeter, write_text
 from bd3lm_hf.training.flops import training_flops
@@ -151,6 +153,87 @@ def test_tensorboard_gets_what_is_logged(make_trainer, tmp_path):
     wanted = {"train/loss", "train/tokens_per_second", "train/tflops_per_second", "train/mfu"}
     assert wanted | {"eval/nll", "eval/ppl"} <= set(board.Tags()["scalars"])
     assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(losses_of(trainer))
+# Streams
+
+
+@pytest.fixture
+def make_stream_trainer(make_trainer, tiny_config, randomize):
+    """A function that makes a trainer, with dropout, of a stream of some thirty sequences."""
+    texts = [f"document {i} says: " + "so it goes, " * (i % 5) for i in range(40)]
+    tokenizer = train_tokenizer(texts, vocab_size=300)
+    tiny_config.vocab_size, tiny_config.mask_token_id = len(tokenizer), tokenizer.mask_token_id
+    tiny_config.dropout = 0.2
+
+    def make(dropout: float = 0.2, length: int = 32, **arguments) -> BD3LMTrainer:
+        tiny_config.dropout = dropout
+        source = Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=2)
+        stream = PackedStream(source, tokenizer, length=length, shuffle_buffer=6, seed=3)
+        model = randomize(BD3LMForMaskedLM(tiny_config))
+        return make_trainer(model=model, rows=stream, **{"max_steps": 12, **arguments})
+
+    return make
+
+
+@pytest.mark.parametrize("step", [3, 7, 11])
+def test_a_stream_resumes_bit_for_bit(make_stream_trainer, tmp_path, step):
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    whole = make_stream_trainer(save_strategy="steps", save_steps=1, **settings)
+    whole.train()
+    rest = make_stream_trainer(**settings)
+    rest.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
+    assert losses_of(rest) == losses_of(whole)
+    assert rest.state.log_history[-2]["epoch"] == 1.0
+    for one, other in zip(rest.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_noise_of_a_stream_does_not_depend_on_the_layout(make_stream_trainer):
+    whole = make_stream_trainer(dropout=0.0, optim="sgd", learning_rate=0.1)
+    parts = make_stream_trainer(
+        dropout=0.0, optim="sgd", learning_rate=0.1, per_device_train_batch_size=2, gradient_accumulation_steps=4
+    )
+    whole.train()
+    parts.train()
+    assert losses_of(parts) == pytest.approx(losses_of(whole), abs=1e-5)
+    assert len(set(losses_of(whole))) == 12
+
+
+def test_the_last_checkpoint_of_a_stream_is_found(make_stream_trainer):
+    start = make_stream_trainer(max_steps=4, save_strategy="steps", save_steps=2)
+    start.train()
+    rest = make_stream_trainer(max_steps=6)
+    rest.train(resume_from_checkpoint=True)
+    assert losses_of(rest)[:4] == losses_of(start)
+    assert len(losses_of(rest)) == 6
+
+
+def test_a_stream_needs_the_position_that_a_checkpoint_holds(make_stream_trainer, tmp_path):
+    make_stream_trainer(max_steps=2, save_strategy="steps", save_steps=1).train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    with pytest.raises(ValueError, match="recorded with length=32, but it is now 16"):
+        make_stream_trainer(length=16).train(resume_from_checkpoint=str(checkpoint))
+    with pytest.raises(ValueError, match="recorded with 8 sequences a step, but it is now 4"):
+        make_stream_trainer(per_device_train_batch_size=4).train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / "stream.npz").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-1 holds no stream\.npz: it is no checkpoint of a run"):
+        make_stream_trainer().train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_stream_is_read_by_the_main_process_alone(make_stream_trainer):
+    with pytest.raises(ValueError, match="--dataloader_num_workers 1: a stream is read by the main process"):
+        make_stream_trainer(dataloader_num_workers=1).train()
+
+
+def test_another_kind_of_stream_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="without a length: load it as a map-style data set, or give a PackedStream"):
+        make_trainer(rows=rows_of(8).to_iterable_dataset()).train()
+
+
+def test_a_loss_that_is_not_finite_names_places_in_the_stream(make_stream_trainer):
+    trainer = make_stream_trainer()
+    trainer.add_callback(_Poison(step=2))
+    with pytest.raises(TrainingDivergedError, match="at step 3, in the batch of training sequences 16, 17, 18"):
+        trainer.train()
 
 
 # Evaluation
