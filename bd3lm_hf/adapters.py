@@ -76,13 +76,13 @@ def adapter_base(name: str) -> str | None:
 
 
 def merge_adapter(base: Any, name: str) -> Any:
-    """The base model with an adapter merged into its weights: a plain model again.
+    """The base model with an adapter merged into its weights: a plain model again, all of whose weights may train.
 
     Raises:
         ValueError: the adapter can not be read, or is one of another model.
     """
     try:
-        return PeftModel.from_pretrained(base, name).merge_and_unload()
+        return PeftModel.from_pretrained(base, name).merge_and_unload().requires_grad_(True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"The adapter {name!r} can not be put on its base model: {type(error).__name__}: {error}"

@@ -224,7 +224,12 @@ class _Files:
                 return stream_rows(files, schema, skip_bad_rows=skip_bad_rows)
             return load_usable_rows(files, schema, skip_bad_rows=skip_bad_rows, cache_dir=self.cache_dir)
         dataset = load_files(files, schema, cache_dir=self.cache_dir)
-        schema = schema.resolved(_kinds(dataset), name)
+        try:
+            schema = schema.resolved(_kinds(dataset), name)
+        except ValueError:
+            # A column that begins with text is one of text, in which a row holds something else.
+            schema = schema.resolved(columns_of(files), name)
+            raise refusal(faulty_rows(files, schema)) from None
         dataset = _only_text(dataset, schema)
         if len(_rows_without_text(dataset)):
             raise refusal(faulty_rows(files, schema))

@@ -138,6 +138,11 @@ def test_a_value_of_the_wrong_kind_is_refused(recipe, text):
         (["--max_eval_samples", "0"], "--max_eval_samples 0"),
         (["--eval_num_samples", "0"], "--eval_num_samples 0"),
         (["--sample_tokens", "-1"], "--sample_tokens -1"),
+        (["--num_proc", "0"], "--num_proc 0"),
+        (["--shuffle_buffer", "-1"], "--shuffle_buffer -1"),
+        (["--lora_r", "0"], "--lora_r 0"),
+        (["--lora_r", "4", "--lora_alpha", "0"], "--lora_alpha 0.0"),
+        (["--lora_r", "4", "--lora_dropout", "1"], "--lora_dropout 1.0"),
     ],
 )
 def test_counts_below_their_least_are_refused(words, message):
@@ -220,3 +225,40 @@ def test_a_place_to_report_to_must_be_installed(monkeypatch):
 def test_a_peak_is_above_zero(peak):
     with pytest.raises(ValueError, match="--peak_tflops .*: give a number above 0, or leave it out"):
         BD3LMTrainingArguments(peak_tflops=peak)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--packing", "tight"], "--packing tight: choose one of contiguous, published"),
+        (["--long_rows", "cut"], "--long_rows cut: choose one of error, drop"),
+        (["--data_format", "chat"], "--data_format chat: choose one of text, prompt_completion, messages"),
+        (
+            ["--data_format", "messages", "--text_column", "body"],
+            "--text_column body contradicts --data_format",
+        ),
+        (["--streaming", "true", "--packing", "published"], "--packing published needs the whole data set"),
+        (["--streaming", "true", "--data_format", "messages"], "--data_format messages reads all rows at once"),
+        (["--streaming", "true", "--max_train_samples", "8"], "--max_train_samples 8 counts sequences"),
+        (["--streaming", "true", "--max_steps", "-1"], "--streaming reads text without an end .* set --max_steps"),
+        (["--lora_alpha", "8"], "--lora_alpha is given without --lora_r"),
+        (["--lora_target_modules", "attn_qkv"], "--lora_target_modules is given without --lora_r"),
+    ],
+)
+def test_fields_that_contradict_one_another_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(words)
+
+
+def test_a_stream_asks_how_many_held_out_sequences_to_keep(recipe):
+    path = recipe("streaming: true\nmax_steps: 5\n")
+    with pytest.raises(ValueError, match="say how many with --max_eval_samples, or name them with --validation_data"):
+        parse_arguments([path])
+    assert parse_arguments([path, "--validation_dataset", "wikitext2"]).data.streaming
+    assert parse_arguments([path, "--max_eval_samples", "10"]).data.shuffle_buffer == 10_000
+
+
+def test_adapters_are_given_by_their_rank(recipe):
+    lora = parse_arguments([recipe("lora_r: 8\nlora_target_modules: [attn_qkv, mlp.0]\n")]).lora
+    assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout) == (8, 16.0, 0.0)
+    assert lora.lora_target_modules == ["attn_qkv", "mlp.0"]

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from bd3lm_hf.cli import main as cli
 from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.evaluation import perplexity
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.training.arguments import parse_arguments
-from bd3lm_hf.training.train import load_splits, main, new_config, run
+from bd3lm_hf.training.train import main, new_config, run
 
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -292,20 +292,6 @@ def test_a_full_disk_is_one_clear_line_and_exit_code_2(recipe, tmp_path, capsys,
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-1", "recipe.yaml"]
 
 
-def test_validation_files_are_used_whole(corpus, tmp_path):
-    other = tmp_path / "held_out.txt"
-    other.write_text("Held out.\n", encoding="utf-8")
-    splits = load_splits(parse_arguments(["demo", "--dataset", str(corpus), "--validation_dataset", str(other)]).data)
-    assert len(splits["train"]) == 40
-    assert splits["validation"]["text"][0].strip() == "Held out."
-
-
-def test_without_a_validation_file_some_documents_are_held_out(corpus):
-    splits = load_splits(parse_arguments(["demo", "--dataset", str(corpus)]).data)
-    assert 0 < len(splits["validation"]) < len(splits["train"]) < 40
-    assert set(splits["train"]["text"]).isdisjoint(splits["validation"]["text"])
-
-
 # Ways of starting
 
 
@@ -355,6 +341,75 @@ def test_two_processes_take_the_same_steps_as_one(recipe, tmp_path):
         assert one[kind]["num_tokens"] == two[kind]["num_tokens"]
     for name in weights[1]:
         torch.testing.assert_close(weights[1][name], weights[2][name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_two_processes_read_a_stream_as_one_does_and_go_on_where_it_was(recipe, corpus, tmp_path):
+    results = {}
+    words = ["--streaming", "true", "--shuffle_buffer", 5, "--optim", "sgd", "--learning_rate", "0.1"]
+    words += ["--max_steps", "5", "--save_strategy", "steps", "--save_steps", "2", "--lr_scheduler_type", "constant"]
+    for processes, config in ((1, "single.yaml"), (2, "cpu2.yaml")):
+        place = ["--output_dir", tmp_path / str(processes), "--per_device_train_batch_size", 8 // processes]
+        done = launch(config, recipe, *words, *place)
+        assert done.returncode == 0, done.stderr
+        results[processes] = json.loads((tmp_path / str(processes) / "results.json").read_text())
+    losses = {key: [entry["loss"] for entry in result["losses"] if "loss" in entry] for key, result in results.items()}
+    assert (results[1]["world_size"], results[2]["world_size"]) == (1, 2)
+    assert len(losses[1]) == 5
+    assert losses[1] == pytest.approx(losses[2], abs=1e-6)
+    for name in ("checkpoint-4", "checkpoint-5"):
+        subprocess.run(["rm", "-r", str(tmp_path / "2" / name)], check=True)
+    place += ["--resume_from_checkpoint", "true"]
+    done = launch("cpu2.yaml", recipe, *words, *place)
+    assert done.returncode == 0, done.stderr
+    resumed = json.loads((tmp_path / "2" / "results.json").read_text())
+    assert [entry["loss"] for entry in resumed["losses"] if "loss" in entry] == losses[2]
+
+
+# Fine-tuning
+
+
+@pytest.fixture(scope="module")
+def pairs(corpus) -> Path:
+    path = corpus.with_name("pairs.jsonl")
+    rows = [{"prompt": f"Count {i % 5}:", "completion": "zzzzzzzz"} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_adapters_learn_completions_and_write_them(trained, pairs, tmp_path, capsys):
+    folder = tmp_path / "adapter"
+    words = ["--init_from", str(trained[1]), "--dataset", str(pairs), "--output_dir", str(folder), "--lora_r", "8"]
+    words += ["--max_steps", "60", "--warmup_steps", "0", "--learning_rate", "0.02", "--eval_strategy", "no"]
+    words += ["--final_estimator", "exact", "--sample_prompt", "Count 1:", "--sample_tokens", "16", "--use_cpu"]
+    words += ["--lora_target_modules", "attn_qkv", "attn_out", "mlp.0", "mlp.2", "adaLN_modulation", "linear"]
+    result = run(words)
+    assert result.after.perplexity < 0.1 * result.before.perplexity
+    assert result.text.startswith("Count 1:z")
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert not (folder / "model.safetensors").exists()
+    assert cli(["generate", "--model", str(folder), "--prompt", "Count 1:", "--max-new-tokens", "8", "--greedy"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Count 1:z")
+    report = tmp_path / "eval.json"
+    assert (
+        cli(["eval", "--model", str(folder), "--dataset", str(pairs), "--estimator", "exact", "--output", str(report)])
+        == 0
+    )
+    scored = json.loads(report.read_text())
+    assert scored["nll"] == pytest.approx(result.after.nll, rel=1e-4)
+    assert scored["bits_per_byte"] is None
+
+
+def test_adapters_need_a_model_to_adapt_that_is_no_adapter_itself(recipe, trained, pairs, tmp_path):
+    with pytest.raises(ValueError, match="--lora_r 4 adapts a trained model: name one with --init_from"):
+        run([str(recipe), "--lora_r", "4", "--output_dir", str(tmp_path / "run")])
+    words = ["--init_from", str(trained[1]), "--dataset", str(pairs), "--lora_r", "2", "--max_steps", "1"]
+    words += ["--output_dir", str(tmp_path / "adapter"), "--sample_tokens", "0", "--use_cpu", "--eval_strategy", "no"]
+    words += ["--final_estimator", "stratified"]
+    run(words)
+    words[1] = str(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"--lora_r 2 would adapt the adapter .*merge"):
+        run([*words, "--output_dir", str(tmp_path / "again")])
+    assert run([*words[:4], *words[6:], "--output_dir", str(tmp_path / "again")]).steps == 1  # all weights of both
 
 
 # Bad input

@@ -153,6 +153,8 @@ def test_tensorboard_gets_what_is_logged(make_trainer, tmp_path):
     wanted = {"train/loss", "train/tokens_per_second", "train/tflops_per_second", "train/mfu"}
     assert wanted | {"eval/nll", "eval/ppl"} <= set(board.Tags()["scalars"])
     assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(losses_of(trainer))
+
+
 # Streams
 
 
