@@ -26,7 +26,7 @@ def register_targets(model_type: str) -> None:
 
 
 def add_adapters(
-    model: Any, *, rank: int, alpha: float = 16.0, dropout: float = 0.0, targets: list[str] | None = None
+    model: Any, *, rank: int, alpha: int = 16, dropout: float = 0.0, targets: list[str] | None = None
 ) -> PeftModel:
     """The model with adapters, which alone have gradients.
 

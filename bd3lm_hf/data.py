@@ -86,10 +86,10 @@ def load_text(
         text_column: column of the text, where the table does not say or its copy differs.
         config_name: configuration of a hub repository.
         source: a file, folder or hub repository to read in place of the one in the table, in the same schema.
-        streaming: read while iterating instead of beforehand; `packing` such a stream is `PackedStream`'s work.
-            Nothing then ensures that a held-out split has a document.
-        skip_bad_rows: skip rows without text, and malformed rows of .jsonl files, with a warning; else they are an
-            error.
+        streaming: read while iterating instead of beforehand; packing such a stream is `PackedStream`'s work. Nothing
+            then ensures that a held-out split has a document.
+        skip_bad_rows: skip rows that hold no text or can not be read, with a warning; else they are an error, which
+            names file and place. A damaged page of a parquet file takes the rest of its row group with it.
         cache_dir: where the datasets library keeps its files.
         num_proc: processes for detokenizing.
 
@@ -128,8 +128,9 @@ def load_rows(
     spec = _spec_of(name_or_path, source, config_name)
     if spec.path is None:
         dataset = _embedded(spec.name, split, cache_dir)
-        schema = schema.resolved(_kinds(dataset), spec.name)
-        dataset = dataset.select_columns(list(schema.names))
+        resolved = schema.resolved(_kinds(dataset), spec.name)
+        assert isinstance(resolved, Text)  # the corpora have no columns of another schema
+        dataset = _only_text(dataset, resolved)
         return dataset.to_iterable_dataset() if streaming else dataset
     reader = _Files(spec, cache_dir) if exists(spec.path) else _Hub(spec, cache_dir)
     origin = _origin(reader.splits(streaming), spec, split)

@@ -95,11 +95,12 @@ class Messages(Schema):
     names = ("messages",)
 
     def read(self, row: Mapping[str, Any]) -> dict[str, str]:
-        messages = row.get("messages")
+        given = row.get("messages")
+        messages = given if isinstance(given, list) else []
         # A column of structs fills fields that a message lacks with null.
         whole = [
             {name: value for name, value in message.items() if value is not None}
-            for message in (messages if isinstance(messages, list) else ())
+            for message in messages
             if isinstance(message, dict)
         ]
         if not whole or len(whole) != len(messages) or not all("role" in m and "content" in m for m in whole):

@@ -93,9 +93,9 @@ EVERY_KIND = [
 @pytest.mark.parametrize("targets", EVERY_KIND, ids=lambda names: "+".join(names))
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_an_adapted_model_equals_the_model_of_the_merged_weights(base, targets, mode) -> None:
-    adapted = fill(add_adapters(AutoModelForCausalLM.from_pretrained(base), rank=2, alpha=2.0, targets=targets))
+    adapted = fill(add_adapters(AutoModelForCausalLM.from_pretrained(base), rank=2, alpha=2, targets=targets))
     merged = fill(
-        add_adapters(AutoModelForCausalLM.from_pretrained(base), rank=2, alpha=2.0, targets=targets)
+        add_adapters(AutoModelForCausalLM.from_pretrained(base), rank=2, alpha=2, targets=targets)
     ).merge_and_unload()
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert type(merged) is BD3LMForMaskedLM
@@ -114,11 +114,9 @@ def test_an_adapted_model_equals_the_model_of_the_merged_weights(base, targets, 
 @pytest.mark.parametrize("targets", EVERY_KIND, ids=lambda names: "+".join(names))
 def test_the_gradients_of_adapters_are_those_of_the_merged_weights(base, targets) -> None:
     # With W' = W + s B A, the chain rule gives dL/dA = s B^T dL/dW' and dL/dB = s dL/dW' A^T.
-    adapted = fill(
-        add_adapters(AutoModelForCausalLM.from_pretrained(base), rank=2, alpha=2.0, targets=targets)
-    ).train()
+    adapted = fill(add_adapters(AutoModelForCausalLM.from_pretrained(base), rank=2, alpha=2, targets=targets)).train()
     merged = fill(
-        add_adapters(AutoModelForCausalLM.from_pretrained(base), rank=2, alpha=2.0, targets=targets)
+        add_adapters(AutoModelForCausalLM.from_pretrained(base), rank=2, alpha=2, targets=targets)
     ).merge_and_unload()
     merged.requires_grad_(True).train()
     loss_of(adapted).backward()

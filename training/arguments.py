@@ -72,7 +72,7 @@ class LoraArguments:
     """Low-rank adapters (LoRA): small matrices beside frozen weights are all that trains."""
 
     lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapters; without it all weights train."})
-    lora_alpha: float = field(default=16.0, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
+    lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of the adapters."})
     lora_target_modules: list[str] | None = field(
         default=None,
@@ -82,8 +82,8 @@ class LoraArguments:
     def __post_init__(self) -> None:
         if self.lora_r is not None and self.lora_r < 1:
             raise ValueError(f"--lora_r {self.lora_r}: give a whole number of at least 1.")
-        if self.lora_alpha <= 0:
-            raise ValueError(f"--lora_alpha {self.lora_alpha}: give a number above 0.")
+        if self.lora_alpha < 1:
+            raise ValueError(f"--lora_alpha {self.lora_alpha}: give a whole number of at least 1.")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"--lora_dropout {self.lora_dropout}: give a probability of at least 0 and below 1.")
         given = [item.name for item in fields(self)[1:] if getattr(self, item.name) != item.default]
@@ -286,7 +286,8 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments:
     *groups, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
     if rest:
         raise ValueError(_unknown(rest[0], [f"--{name}" for name in field_names()], "argument"))
-    arguments = RunArguments(*groups, parser.given)
+    model, data, lora, training = groups
+    arguments = RunArguments(model, data, lora, training, parser.given)
     if arguments.data.streaming and arguments.training.max_steps < 1:
         raise ValueError("--streaming reads text without an end to count epochs by: set --max_steps.")
     return arguments

@@ -61,7 +61,7 @@ def load_documents(data: DataArguments) -> Documents:
                 sources[split] = DatasetSpec(source, path=source, splits={split: "train"})
     loaded = {}
     for split, source in sources.items():
-        options = {"split": split, "skip_bad_rows": data.skip_bad_rows, **place[split]}
+        options: dict[str, Any] = {"split": split, "skip_bad_rows": data.skip_bad_rows, **place[split]}
         options["streaming"] = data.streaming and (split == "train" or data.validation_dataset is None)
         if isinstance(schema, Text):
             loaded[split] = load_text(source, text_column=data.text_column, num_proc=data.num_proc, **options)
@@ -106,7 +106,7 @@ def make_sequences(
     if not isinstance(documents.schema, Text):
         return _make_instructions(arguments, documents, tokenizer, config)
     length = config.max_position_embeddings
-    flags = {
+    flags: dict[str, dict[str, Any]] = {
         "train": {"insert_eos": data.insert_train_eos, "insert_special": data.insert_train_special},
         "validation": {"insert_eos": data.insert_valid_eos, "insert_special": data.insert_valid_special},
     }
@@ -114,7 +114,7 @@ def make_sequences(
     train: Dataset | PackedStream
     if isinstance(documents.train, IterableDataset):
         seed = training.seed if training.data_seed is None else training.data_seed
-        shuffle = {"shuffle_buffer": data.shuffle_buffer, "seed": seed}
+        shuffle: dict[str, Any] = {"shuffle_buffer": data.shuffle_buffer, "seed": seed}
         train = PackedStream(documents.train, tokenizer, length=length, **flags["train"], **shuffle)
     else:
         with training.main_process_first(desc="packing the training text"):

@@ -235,6 +235,7 @@ def adapt(model: Any, arguments: RunArguments) -> Any:
             name would stand for its base alone.
     """
     lora, start = arguments.lora, arguments.model.init_from
+    assert lora.lora_r is not None
     if start is None:
         raise ValueError(f"--lora_r {lora.lora_r} adapts a trained model: name one with --init_from.")
     if adapter_base(start) is not None:

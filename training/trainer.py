@@ -102,8 +102,12 @@ class BD3LMTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Loader of the training examples in their seeded order, each with its noise."""
         group_size = self.get_total_train_batch_size(self.args)
-        streamed = isinstance(self.train_dataset, PackedStream)
-        self.order = self._make_stream(group_size) if streamed else self._make_order(group_size)
+        sampler: EpochSampler | None = None
+        if isinstance(self.train_dataset, PackedStream):
+            self.order = self._make_stream(self.train_dataset, group_size)
+        else:
+            self.order = EpochOrder(self.train_dataset, seed=self._data_seed, group_size=group_size)
+            sampler = EpochSampler(self.order)
         config = self.model.config
         collate = NoiseCollator(
             self.data_collator,
@@ -117,7 +121,7 @@ class BD3LMTrainer(Trainer):
         loader = DataLoader(
             self.order,
             batch_size=self._train_batch_size,
-            sampler=None if streamed else EpochSampler(self.order),
+            sampler=sampler,
             collate_fn=collate,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
@@ -126,22 +130,19 @@ class BD3LMTrainer(Trainer):
             worker_init_fn=partial(seed_worker, num_workers=workers, rank=self.args.process_index),
         )
         loader = self.accelerator.prepare(loader)
-        if streamed:
+        if sampler is None:
             # A loader draws a seed when it begins. A run that goes on begins anew, and must not miss that number.
             loader.base_dataloader.generator = torch.Generator()
         return loader
 
-    def _make_order(self, group_size: int) -> EpochOrder:
-        return EpochOrder(self.train_dataset, seed=self._data_seed, group_size=group_size)
-
-    def _make_stream(self, group_size: int) -> EndlessStream:
+    def _make_stream(self, sequences: PackedStream, group_size: int) -> EndlessStream:
         """The stream, read by the main process alone, which deals every batch to the others."""
         if self.args.dataloader_num_workers:
             raise ValueError(
                 f"--dataloader_num_workers {self.args.dataloader_num_workers}: a stream is read by the main process, "
                 "which knows its position for the checkpoint; leave it out."
             )
-        stream = EndlessStream(self.train_dataset, group_size=group_size)
+        stream = EndlessStream(sequences, group_size=group_size)
         if self._stream_folder is not None and self.args.process_index == 0:
             path = Path(self._stream_folder, POSITION_NAME)
             if not path.is_file():
