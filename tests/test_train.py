@@ -406,6 +406,8 @@ def test_adapters_need_a_model_to_adapt_that_is_no_adapter_itself(recipe, traine
     words += ["--output_dir", str(tmp_path / "adapter"), "--sample_tokens", "0", "--use_cpu", "--eval_strategy", "no"]
     words += ["--final_estimator", "stratified"]
     run(words)
+    with pytest.raises(ValueError, match=r"--block_size 8 with --lora_r: .* whose block_size is 4"):
+        run([*words, "--block_size", "8"])
     words[1] = str(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"--lora_r 2 would adapt the adapter .*merge"):
         run([*words, "--output_dir", str(tmp_path / "again")])

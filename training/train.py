@@ -28,6 +28,7 @@ from transformers.utils import logging  # noqa: E402
 
 import bd3lm_hf  # noqa: E402
 from bd3lm_hf.adapters import adapter_base, add_adapters  # noqa: E402
+from bd3lm_hf.checkpoints import read_config  # noqa: E402
 from bd3lm_hf.evaluation import Perplexity, scored_tokens, unigram_perplexity  # noqa: E402
 from bd3lm_hf.streaming import PackedStream  # noqa: E402
 from bd3lm_hf.tokenization import check_tokenizer_fits  # noqa: E402
@@ -231,8 +232,8 @@ def adapt(model: Any, arguments: RunArguments) -> Any:
     """The loaded model with adapters.
 
     Raises:
-        ValueError: a new model, whose weights would stay as they were drawn, or one that is made of an adapter, whose
-            name would stand for its base alone.
+        ValueError: a new model, whose weights would stay as they were drawn; one that is made of an adapter, whose
+            name would stand for its base alone; or another block size, which an adapter can not tell its readers.
     """
     lora, start = arguments.lora, arguments.model.init_from
     assert lora.lora_r is not None
@@ -242,6 +243,12 @@ def adapt(model: Any, arguments: RunArguments) -> Any:
         raise ValueError(
             f"--lora_r {lora.lora_r} would adapt the adapter {start}, and an adapter names one base model: save the "
             f"merged model first (PeftModel.merge_and_unload), or leave out --lora_r to train all its weights."
+        )
+    block_size = getattr(read_config(start), "block_size", None)
+    if block_size != getattr(model.config, "block_size", None):
+        raise ValueError(
+            f"--block_size {model.config.block_size} with --lora_r: an adapter is used with the configuration of "
+            f"{start}, whose block_size is {block_size}. Train all weights at the new size first, or leave it out."
         )
     return add_adapters(
         model,
