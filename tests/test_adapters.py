@@ -218,6 +218,11 @@ def test_our_trainer_evaluates_saves_and_resumes_adapters(base, tmp_path) -> Non
     assert whole.score(whole.eval_dataset).nll == pytest.approx(rest.score(rest.eval_dataset).nll, abs=1e-6)
 
 
+def test_adapters_do_not_keep_an_interval_so_none_is_searched(base, tmp_path) -> None:
+    with pytest.raises(ValueError, match="interval that a checkpoint of adapters does not keep"):
+        our_trainer(base, tmp_path / "run", interval_search=True, eval_strategy="steps", eval_steps=2)
+
+
 def test_plain_and_ours_train_the_same_way_on_accumulated_batches(base, tmp_path) -> None:
     whole = our_trainer(base, tmp_path / "a", max_steps=1, per_device_train_batch_size=8, optim="sgd")
     parts = our_trainer(

@@ -241,6 +241,7 @@ def test_a_peak_is_above_zero(peak):
         (["--streaming", "true", "--data_format", "messages"], "--data_format messages reads all rows at once"),
         (["--streaming", "true", "--max_train_samples", "8"], "--max_train_samples 8 counts sequences"),
         (["--streaming", "true", "--max_steps", "-1"], "--streaming reads text without an end .* set --max_steps"),
+        (["--lora_r", "8", "--interval_search", "true"], "--interval_search with --lora_r 8: .*--sampling_eps_min"),
         (["--lora_alpha", "8"], "--lora_alpha is given without --lora_r"),
         (["--lora_target_modules", "attn_qkv"], "--lora_target_modules is given without --lora_r"),
     ],

@@ -290,6 +290,11 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments:
     arguments = RunArguments(model, data, lora, training, parser.given)
     if arguments.data.streaming and arguments.training.max_steps < 1:
         raise ValueError("--streaming reads text without an end to count epochs by: set --max_steps.")
+    if arguments.lora.lora_r is not None and arguments.training.interval_search:
+        raise ValueError(
+            f"--interval_search with --lora_r {arguments.lora.lora_r}: an adapter does not keep the interval. Choose "
+            f"it with --sampling_eps_min and --sampling_eps_max, or train all weights."
+        )
     return arguments
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
+from peft import PeftModel
 from transformers.utils import logging
 
 from bd3lm_hf.checkpoints import NotFiniteError
@@ -106,12 +107,18 @@ def check_searchable(model: Any, candidates: Sequence[Interval]) -> None:
     """Refuse a search whose winner could not be written to the model or trained with.
 
     Raises:
-        ValueError: the model carries no interval, or a candidate that none of its mask rates meets.
+        ValueError: the model carries no interval, or one that is not saved with it, or a candidate that none of its
+            mask rates meets.
     """
     if not hasattr(model, "set_interval") or not getattr(model.config, "var_min", False):
         raise ValueError(
             f"interval_search needs a model that carries its interval of noise levels, and this "
             f"{type(model).__name__} has none: use a block-diffusion model with var_min=True, or leave the search out."
+        )
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "interval_search would find an interval that a checkpoint of adapters does not keep: set one on the base "
+            "model (set_interval), or leave the search out."
         )
     for low, high in candidates:
         check_interval(low, high, model.config.block_size, confined=model.config.resample)
