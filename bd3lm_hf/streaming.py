@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import IterableDataset
-from datasets.fingerprint import Hasher
 from pyarrow import ArrowException
 from transformers import PreTrainedTokenizerBase
 
-from bd3lm_hf.packing import layout_of, token_id, tokenize_batch, tokenizer_key
+from bd3lm_hf.packing import layout_of, token_id, tokenize_batch
 
 
 _DOCUMENTS_PER_READ = 64
@@ -126,9 +125,9 @@ class PackedStream(torch.utils.data.IterableDataset):
         }
 
     @property
-    def fingerprint(self) -> str:
-        """A hash of what the sequences depend on, as far as it is known before they are read."""
-        return Hasher.hash((self._settings, tokenizer_key(self.tokenizer), self.dataset.num_shards))
+    def identity(self) -> dict[str, Any]:
+        """What the sequences depend on besides the tokenizer, as far as it is known before they are read."""
+        return {**self._settings, "files": self.dataset.num_shards}
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         worker = torch.utils.data.get_worker_info()

@@ -109,16 +109,16 @@ def test_another_vocabulary_is_another_run(tmp_path, tiny_tokenizer):
         check_same_run("here", old, identity_of(trainer))
 
 
-def test_a_stream_is_known_by_its_fingerprint(tmp_path):
+def test_a_stream_is_known_by_what_it_says_of_itself(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
-        fingerprint = "wikitext-1"
+        identity = {"length": 32}
 
         def __iter__(self):
             return iter(())
 
     trainer = make_trainer(tmp_path)
     trainer.train_dataset = Stream()
-    assert identity_of(trainer)["data"] == {"stream": "wikitext-1"}
+    assert identity_of(trainer)["data"] == {"kind": "a stream", "length": 32}
 
 
 def test_an_identity_is_json_and_survives_a_newer_library(tmp_path):

@@ -212,13 +212,24 @@ def test_the_last_checkpoint_of_a_stream_is_found(make_stream_trainer):
 def test_a_stream_needs_the_position_that_a_checkpoint_holds(make_stream_trainer, tmp_path):
     make_stream_trainer(max_steps=2, save_strategy="steps", save_steps=1).train()
     checkpoint = tmp_path / "run" / "checkpoint-1"
-    with pytest.raises(ValueError, match="recorded with length=32, but it is now 16"):
+    with pytest.raises(ValueError, match="belongs to another run: data: length was 32 and is 16"):
         make_stream_trainer(length=16).train(resume_from_checkpoint=str(checkpoint))
-    with pytest.raises(ValueError, match="recorded with 8 sequences a step, but it is now 4"):
+    with pytest.raises(ValueError, match="belongs to another run: training: global batch size was 8 and is 4"):
         make_stream_trainer(per_device_train_batch_size=4).train(resume_from_checkpoint=str(checkpoint))
     (checkpoint / "stream.npz").unlink()
-    with pytest.raises(ValueError, match=r"checkpoint-1 holds no stream\.npz: it is no checkpoint of a run"):
+    with pytest.raises(ValueError, match=r"checkpoint-1: stream\.npz is missing"):
         make_stream_trainer().train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_stream_does_not_go_on_from_sequences_nor_they_from_a_stream(make_stream_trainer, make_trainer, tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    for first, second, message in (
+        (make_stream_trainer(**settings), make_trainer(), "data: kind was a stream and is sequences"),
+        (make_trainer(**settings), make_stream_trainer(), "data: kind was sequences and is a stream"),
+    ):
+        first.train()
+        with pytest.raises(ValueError, match=message):
+            second.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
 
 
 def test_a_stream_is_read_by_the_main_process_alone(make_stream_trainer):

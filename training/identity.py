@@ -101,15 +101,15 @@ def _tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
 
 
 def _data_identity(rows: Any) -> dict[str, Any]:
-    """Number of sequences and a hash of 1024 of them, spread evenly; a stream may name itself by `fingerprint`."""
+    """Number of sequences and a hash of 1024 of them, spread evenly; a stream says itself what it depends on."""
     if not isinstance(rows, Sized):
-        return {"stream": getattr(rows, "fingerprint", type(rows).__name__)}
+        return {"kind": "a stream", **getattr(rows, "identity", {})}
     digest = hashlib.sha256()
     for index in range(0, len(rows), max(1, -(-len(rows) // _HASHED_SEQUENCES))):
         row = rows[index]  # type: ignore[index]
         for name in ("input_ids", "labels"):
             digest.update(np.asarray(row.get(name, ()), dtype=np.int64).tobytes())
-    return {"sequences": len(rows), "sha256 of the sequences": digest.hexdigest()[:16]}
+    return {"kind": "sequences", "sequences": len(rows), "sha256 of the sequences": digest.hexdigest()[:16]}
 
 
 __all__ = ["check_same_run", "run_identity"]

@@ -144,10 +144,7 @@ class BD3LMTrainer(Trainer):
             )
         stream = EndlessStream(sequences, group_size=group_size)
         if self._stream_folder is not None and self.args.process_index == 0:
-            path = Path(self._stream_folder, POSITION_NAME)
-            if not path.is_file():
-                raise ValueError(f"{path.parent} holds no {POSITION_NAME}: it is no checkpoint of a run that streams.")
-            stream.go_on(read_position(path))
+            stream.go_on(read_position(Path(self._stream_folder, POSITION_NAME)))
         return stream
 
     @property
