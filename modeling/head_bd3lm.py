@@ -51,7 +51,9 @@ def weighted_cross_entropy(
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module computes x W^T + b and nothing else: not one that PEFT or a hook has extended."""
-    extended = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    extended = (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module)
+    )
     return type(module).forward is nn.Linear.forward and not extended
 
 

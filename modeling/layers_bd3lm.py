@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention_bd3lm import AttentionPlan, BD3LMAttention
 from .configuration_bd3lm import BD3LMConfig
 from .head_bd3lm import is_plain_linear
+from .packed_bd3lm import UNPACKED, PackedLinears
 
 
 _FREQUENCY_DIM = 256  # sinusoidal features of the noise level
@@ -133,6 +134,7 @@ class Pass:
     past_key_values: Cache | None = None
     commit: int = 0  # leading positions to write to the cache
     rows: torch.Tensor | None = None  # flat indices of the positions that the head will read
+    linears: PackedLinears = UNPACKED  # calls the layers' products
 
 
 class Modulation(NamedTuple):
@@ -165,6 +167,10 @@ class BD3LMBlock(GradientCheckpointingLayer):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
         if config.adaln:
             self.adaLN_modulation = BD3LMZeroLinear(config.cond_dim, 6 * dim)
+
+    def linears(self) -> tuple[nn.Module, ...]:
+        """The layers whose products make up its cost."""
+        return self.attn_qkv, self.attn_out, self.mlp[0], self.mlp[2]
 
     def modulation(self, conditioning: torch.Tensor | None) -> torch.Tensor | None:
         """shift, scale and gate of attention, then of the MLP, side by side: `(batch or 1, 1, 6 * hidden_dim)`.
@@ -201,20 +207,20 @@ class BD3LMBlock(GradientCheckpointingLayer):
         if last and shared.rows is not None:
             folded = folded.of_rows(shared.rows // hidden_states.shape[1])
             hidden_states, attended = (x.flatten(0, 1)[shared.rows] for x in (hidden_states, attended))
-        hidden_states = hidden_states + self._branch(self.attn_out, attended, folded.gate1)
-        widened = self.mlp[0](self.norm2(hidden_states, *folded.norm2))
-        return hidden_states + self._branch(self.mlp[2], widened, folded.gate2, self.mlp[1]), weights
+        hidden_states = hidden_states + self._branch(shared, self.attn_out, attended, folded.gate1)
+        widened = shared.linears(self.mlp[0], self.norm2(hidden_states, *folded.norm2))
+        return hidden_states + self._branch(shared, self.mlp[2], widened, folded.gate2, self.mlp[1]), weights
 
     def _project(self, normed: torch.Tensor, skip: int, shared: Pass) -> tuple[torch.Tensor, ...]:
         """Queries (after the first `skip` positions), keys and values, rotated, `(batch, heads, length, head_dim)`."""
         layer = self.attn_qkv
-        if is_plain_linear(layer) and (skip or torch.is_grad_enabled()):
+        if is_plain_linear(layer) and layer not in shared.linears and (skip or torch.is_grad_enabled()):
             # Skipped positions need no query. With a gradient, three results instead of one let queries and keys be
             # freed once they are rotated; a common one would live on as long as the values.
             inputs = (normed[:, skip:], normed, normed)
             query, key, value = (F.linear(x, w) for x, w in zip(inputs, layer.weight.chunk(3), strict=True))
         else:
-            states = layer(normed).unflatten(-1, (3, *self.heads))
+            states = shared.linears(layer, normed).unflatten(-1, (3, *self.heads))
             cos, sin = (x.to(states.dtype).unsqueeze(2) for x in (shared.cos, shared.sin))
             query, key = apply_rotary(states[:, :, :2], cos, sin).unbind(2)
             return query[:, skip:].transpose(1, 2), key.transpose(1, 2), states[:, :, 2].transpose(1, 2)
@@ -225,13 +231,18 @@ class BD3LMBlock(GradientCheckpointingLayer):
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def _branch(
-        self, linear: nn.Module, x: torch.Tensor, gate: torch.Tensor | None, activation: nn.Module | None = None
+        self,
+        shared: Pass,
+        linear: nn.Module,
+        x: torch.Tensor,
+        gate: torch.Tensor | None,
+        activation: nn.Module | None = None,
     ) -> torch.Tensor:
         """gate * linear(activation(x)) with dropout, what a residual connection adds."""
         if _spares_memory(linear, x, gate):
             branch = _LeanLinear.apply(x, linear.weight, linear.bias, gate, activation)
         else:
-            branch = linear(x if activation is None else activation(x))
+            branch = shared.linears(linear, x if activation is None else activation(x))
             branch = branch if gate is None else branch * gate
         return F.dropout(branch, self.dropout) if self.training and self.dropout else branch
 

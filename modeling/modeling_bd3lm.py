@@ -33,6 +33,7 @@ from .layers_bd3lm import (
 from .likelihood_bd3lm import TokenNLL, token_nll
 from .loss_bd3lm import check_token_ids, denoising_loss
 from .noise_bd3lm import check_interval, given_noise
+from .packed_bd3lm import UNPACKED, PackedLinears, release_packed
 
 
 # Of every layer and the final norm: as adaLN gives it, or folded into norms and gates.
@@ -139,6 +140,10 @@ class BD3LMModel(BD3LMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.vocab_embed = value
 
+    def linears(self) -> list[nn.Module]:
+        """The layers whose products make up the cost of a pass."""
+        return [layer for block in self.blocks for layer in cast(BD3LMBlock, block).linears()]
+
     def modulations(self, timesteps: torch.Tensor | None, device: torch.device) -> Modulations:
         """adaLN's shifts, scales and gates of every layer and of the final norm.
 
@@ -173,6 +178,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         past_key_values: Cache | None = None,
         commit: int = 0,
         rows: torch.Tensor | None = None,
+        linears: PackedLinears = UNPACKED,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> BaseModelOutputWithPast:
@@ -183,13 +189,14 @@ class BD3LMModel(BD3LMPreTrainedModel):
             position_ids: `(batch or 1, length)`.
             rows: flat indices into the positions that have an output, `(batch * (length - plan.skip),)` at most. Only
                 these pass the last layer's MLP and come out.
+            linears: calls the layers' products; by default each layer itself.
 
         Returns:
             `last_hidden_state` of `(batch, length - plan.skip, hidden_dim)`, or `(rows, hidden_dim)`. Recorded hidden
             states and attentions are those of the positions after `plan.skip`.
         """
         cos, sin = self.rotary_emb(position_ids, torch.float32)
-        shared = Pass(plan, cos, sin, past_key_values, commit, rows)
+        shared = Pass(plan, cos, sin, past_key_values, commit, rows, linears)
         hidden_states = inputs_embeds
         recorded: tuple[torch.Tensor, ...] = ()
         attentions: tuple[torch.Tensor, ...] = ()
@@ -331,6 +338,11 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.backbone.output_layer.linear = value
+
+    def train(self, mode: bool = True) -> "BD3LMForMaskedLM":
+        if mode:
+            release_packed(self)  # copies of weights that are about to change
+        return super().train(mode)
 
     @can_return_tuple
     def forward(
