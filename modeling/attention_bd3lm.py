@@ -158,6 +158,18 @@ def decoding_plan(
     return AttentionPlan((*tiles, noisy), (noisy._replace(queries=(0, block)),), finished)
 
 
+def slots_plan(mask: torch.Tensor, finished: int) -> AttentionPlan:
+    """Attention of a denoising step `[finished block ; noisy block]` to the slots of a cache of fixed size.
+
+    Args:
+        mask: additive, `(batch or 1, 1, finished + block, slots)`.
+        finished: tokens of the finished block, 0 when it is already in the cache.
+    """
+    queries, slots = mask.shape[2:]
+    last = Tile((0, queries - finished), ((0, slots),), mask[:, :, finished:])
+    return AttentionPlan((Tile((0, queries), ((0, slots),), mask),), (last,), finished)
+
+
 class BD3LMAttention(nn.Module):
     """Parameter-free multi-head attention over the tiles of a plan."""
 
@@ -399,6 +411,7 @@ __all__ = [
     "block_causal_plan",
     "decoding_plan",
     "eager_attention_forward",
+    "slots_plan",
     "token_layout",
     "two_stream_plan",
 ]

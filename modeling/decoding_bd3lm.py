@@ -112,7 +112,7 @@ class BlockWriter:
                 f"sampling_dtype={generation_config.sampling_dtype!r}: {canvas.text.device} has no such numbers."
                 f" Leave it at 'float32', or move the model to another device."
             )
-        self.passes = BlockPasses(model, canvas, cache)
+        self.passes = BlockPasses(model, canvas, cache, generation_config)
         self.sampler: Sampler = SAMPLERS[generation_config.sampler](generation_config, model.config)
         self.do_sample: bool = generation_config.do_sample
         recorded = bool(generation_config.return_dict_in_generate)

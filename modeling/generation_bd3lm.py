@@ -16,7 +16,7 @@ from transformers.generation.logits_process import LogitNormalization, LogitsPro
 from transformers.generation.stopping_criteria import EosTokenCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import ModelOutput
 
-from .cache_bd3lm import BlockCache
+from .cache_bd3lm import cache_maker
 from .canvas_bd3lm import Canvas, StopRules, lay_out
 from .decoding_bd3lm import BlockWriter
 from .generation_config_bd3lm import BD3LMGenerationConfig, check_generation_fields
@@ -111,12 +111,7 @@ class BD3LMGenerationMixin(_Generative):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        name = generation_config.cache_implementation
-        if name not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation={name!r} does not fit block diffusion here: leave it out for the exact cache "
-                f"of finished blocks, or set use_cache=False."
-            )
+        make = cache_maker(generation_config.cache_implementation)
         given = model_kwargs.get("past_key_values") is not None
         if self.config.time_conditioning:
             # The keys of finished blocks depend on the noise level of the step that reads them: nothing can be kept.
@@ -126,7 +121,7 @@ class BD3LMGenerationMixin(_Generative):
                     "with the noise level. Leave the cache out."
                 )
         elif generation_config.use_cache and not given:
-            model_kwargs["past_key_values"] = BlockCache()
+            model_kwargs["past_key_values"] = make(self.config)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         # Some tokenizers send the type of each token, which is nothing to a model of plain text.
@@ -247,6 +242,7 @@ class BD3LMGenerationMixin(_Generative):
                 streamer.put(shown.cpu())
             if stop.all_finished:
                 break
+            writer.passes.leave_out(stop.finished)
         if streamer is not None:
             streamer.end()
         # 4. Assemble

@@ -7,6 +7,7 @@ from transformers.generation import GenerationConfig
 from .draws_bd3lm import SAMPLING_DTYPES
 from .samplers_bd3lm import SAMPLERS
 from .stopping_bd3lm import check_entropy_stop
+from .windows_bd3lm import WINDOWS
 
 
 class BD3LMGenerationConfig(GenerationConfig):
@@ -29,6 +30,10 @@ class BD3LMGenerationConfig(GenerationConfig):
             token always stays. The paper samples with 0.9.
         sampling_dtype (`str`, defaults to `"float32"`): precision of the probabilities that tokens are drawn from,
             `"float32"` or, as published, `"float64"`.
+        window (`str`, defaults to `"cached"`): what a text longer than `model_length` attends to. `"cached"`, as
+            published, keeps the keys and values of the blocks in the window: constant time per block, but those of
+            deeper layers still know of blocks that have left. `"exact"` computes a window that has moved anew, once
+            per block: nothing to the left of the window has any influence.
         entropy_stop (`float`, *optional*): a row ends when the entropy of its last tokens is lower, in nats. The paper
             has 4.0.
         entropy_stop_window (`int`, defaults to 256): how many tokens that stop looks at; shorter texts go on.
@@ -49,6 +54,7 @@ class BD3LMGenerationConfig(GenerationConfig):
         self.remask_fraction = kwargs.pop("remask_fraction", 0.0)
         self.nucleus_p = kwargs.pop("nucleus_p", 1.0)
         self.sampling_dtype = kwargs.pop("sampling_dtype", "float32")
+        self.window = kwargs.pop("window", "cached")
         self.entropy_stop = kwargs.pop("entropy_stop", None)
         self.entropy_stop_window = kwargs.pop("entropy_stop_window", 256)
         self.stop_at_second_eos = kwargs.pop("stop_at_second_eos", False)
@@ -69,6 +75,7 @@ def check_generation_fields(config: Any) -> None:
     """Validate the fields that [`BD3LMGenerationConfig`] adds."""
     _check_choice("sampler", config.sampler, SAMPLERS)
     _check_choice("sampling_dtype", config.sampling_dtype, SAMPLING_DTYPES)
+    _check_choice("window", config.window, WINDOWS)
     steps = config.num_denoising_steps
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(

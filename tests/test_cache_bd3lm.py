@@ -2,9 +2,21 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
+from writing import batch_of, prompts_of
 
-from bd3lm_hf.modeling.cache_bd3lm import BlockCache, BlockCacheLayer, append_to_cache
+from bd3lm_hf.modeling.cache_bd3lm import (
+    BlockCache,
+    BlockCacheLayer,
+    StaticSlots,
+    append_to_cache,
+    cache_maker,
+    check_cache,
+    clear,
+    set_length,
+)
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 
 
 def states(tokens: int, seed: int = 0, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,3 +199,157 @@ def test_a_cache_of_left_padded_rows_gives_the_logits_of_the_rows_alone(tiny_mod
         for row, start in enumerate((4, 0)):
             alone = tiny_model(ids[row : row + 1, start:]).logits[0, -4:]
             torch.testing.assert_close(last[row], alone, rtol=0, atol=1e-5)
+
+
+# --- Which caches generate takes -------------------------------------------------------------------------------------
+
+
+CONFIG = BD3LMConfig(vocab_size=48, block_size=4, model_length=32, hidden_dim=32, n_blocks=2, n_heads=2)
+
+
+def cache_with(tokens: int, cache=None, rows: int = 1) -> DynamicCache:
+    cache = DynamicCache() if cache is None else cache
+    for layer in range(2):
+        cache.update(torch.zeros(rows, 2, tokens, 16), torch.zeros(rows, 2, tokens, 16), layer)
+    return cache
+
+
+def sliding_cache() -> DynamicCache:
+    """A cache that forgets tokens by a rule of its own."""
+    cache = DynamicCache()
+    cache.layers.append(DynamicSlidingWindowLayer(sliding_window=8))
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("cache", "lengths", "message"),
+    [
+        (cache_with(6), [9], "holds 6 tokens: a cache can be continued when it holds whole blocks"),
+        (cache_with(4, rows=2), [9, 5], "no row of the batch is padded"),
+        (cache_with(12), [9], "holds 12 tokens but the prompt has 9: pass the whole text"),
+        (cache_with(4), [9, 9], "holds 1 rows but the batch has 2.*batch_repeat_interleave"),
+        (
+            StaticCache(CONFIG, max_cache_len=12),
+            [9],
+            "2 layers for 1 rows of 12 tokens.*needs .* rows of 16",
+        ),
+        (StaticCache(CONFIG, max_cache_len=35), [32], r"rows of 35 tokens.*needs .* rows of 36: .*max_cache_len=36"),
+        (StaticCache(BD3LMConfig(), max_cache_len=36), [9], "StaticCache of 12 layers .* needs 2 layers"),
+        (
+            cache_with(4, StaticCache(CONFIG, max_cache_len=36)),
+            [9, 9],
+            "for 1 rows .* needs 2 layers for 2 rows",
+        ),
+        (sliding_cache(), [9], "is a DynamicCache, which can not keep finished blocks: pass the cache"),
+        (DynamicCache(offloading=True), [9], "is a DynamicCache with offloading, which can not keep finished blocks"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused(make_model, cache, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        make_model().generate(**batch_of(prompts_of(lengths), "left"), max_new_tokens=4, past_key_values=cache)
+
+
+def test_a_quantized_cache_is_refused():
+    # Made without its constructor: the quantizing backend is another library.
+    cache = QuantizedCache.__new__(QuantizedCache)
+    cache.offloading, cache.layers = False, []
+    with pytest.raises(ValueError, match="is a QuantizedCache, which can not keep finished blocks"):
+        check_cache(cache, None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("offloaded", "would cross the bus once per step"),
+        ("offloaded_static", "would cross the bus once per step"),
+        ("quantized", "would dequantize the whole cache"),
+        ("sliding_window", "holds no finished blocks"),
+    ],
+)
+def test_a_cache_that_block_diffusion_can_not_use_is_refused_by_name(name, reason):
+    with pytest.raises(ValueError, match=f"cache_implementation='{name}' does not fit.*{reason}.*Leave it out"):
+        cache_maker(name)
+
+
+@pytest.mark.parametrize(("name", "kind"), [(None, BlockCache), ("dynamic", BlockCache), ("static", StaticCache)])
+def test_a_cache_is_made_by_name(name, kind):
+    cache = cache_maker(name)(CONFIG)
+    assert isinstance(cache, kind) and cache.get_seq_length() == 0
+    if kind is StaticCache:
+        assert [layer.max_cache_len for layer in cache.layers] == [36, 36]
+
+
+# --- Any number of tokens --------------------------------------------------------------------------------------------
+
+
+def test_a_cache_that_forgets_as_it_grows_stays_where_it_is():
+    # A window of 64 tokens slides over 8,000: the buffers neither grow nor move, and few tokens are moved in them.
+    cache, reference = BlockCache(), None
+    places, moved = set(), 0
+    for step in range(2000):
+        key, value = states(4, step, batch=1)
+        begin = cache.layers[0]._begin if step else 0
+        append_to_cache(cache, key, value, layer_idx=0, commit=4)
+        layer = cache.layers[0]
+        moved += layer.get_seq_length() if layer._begin < begin else 0
+        reference = key if reference is None else torch.cat([reference, key], dim=2)[:, :, -64:]
+        if layer.get_seq_length() > 60:
+            layer.drop_first(4)
+        if step > 200:
+            places.add(tuple(buffer.data_ptr() for buffer in layer._buffers))
+            assert layer._buffers[0].shape[2] <= 2 * 64 + 256
+        if step % 97 == 0:
+            assert torch.equal(layer.keys, reference[:, :, -layer.get_seq_length() :])
+    assert len(places) == 1
+    assert 0 < moved < 8000 / 2
+
+
+def test_forgetting_and_selecting_rows_go_together():
+    cache, (key, value) = BlockCache(), states(16, batch=3)
+    append_to_cache(cache, key, value, layer_idx=0, commit=16)
+    layer = cache.layers[0]
+    layer.drop_first(4)
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    assert torch.equal(layer.keys, key[[2, 0], :, 4:]) and torch.equal(layer.values, value[[2, 0], :, 4:])
+    layer.drop_first(4)
+    new = states(4, 1, batch=2)
+    seen = append_to_cache(cache, *new, layer_idx=0, commit=4)
+    assert torch.equal(seen[1], torch.cat([value[[2, 0], :, 8:], new[1]], dim=2))
+
+
+@pytest.mark.parametrize("kind", [BlockCache, DynamicCache, StaticCache])
+def test_an_emptied_cache_takes_tokens_again(kind):
+    cache = StaticCache(CONFIG, max_cache_len=36) if kind is StaticCache else kind()
+    for layer in range(2):
+        append_to_cache(cache, *states(8, batch=2), layer_idx=layer, commit=8)
+    clear(cache)
+    assert cache.get_seq_length() == 0
+    batch = 2 if kind is StaticCache else 5  # a cache that grows is free for a batch of any size
+    key, value = states(4, 1, batch=batch)
+    for layer in range(2):
+        seen = append_to_cache(cache, key, value, layer_idx=layer, commit=4)
+        assert torch.equal(seen[0], key) and torch.equal(seen[1], value)
+
+
+def test_a_static_cache_shows_its_tokens_and_not_its_room():
+    cache = StaticCache(CONFIG, max_cache_len=36)
+    first, step = states(8, 1), states(8, 2)
+    for layer in range(2):
+        append_to_cache(cache, *first, layer_idx=layer, commit=8)
+        seen = append_to_cache(cache, *step, layer_idx=layer, commit=4)
+        for got, a, b in zip(seen, first, step, strict=True):
+            assert torch.equal(got, torch.cat([a, b], dim=2))
+    assert int(cache.get_seq_length()) == 12
+    set_length(cache, 8)
+    assert int(cache.get_seq_length()) == 8
+
+
+def test_slots_are_written_where_they_are_said_to_be():
+    cache = StaticCache(CONFIG, max_cache_len=36)
+    append_to_cache(cache, *states(8, 1), layer_idx=0, commit=8)
+    key, value = states(4, 2)
+    slots = torch.tensor([35, 0, 8, 3])
+    keys, values = append_to_cache(StaticSlots(cache, slots), key, value, layer_idx=0, commit=0)
+    assert keys.data_ptr() == cache.layers[0].keys.data_ptr()
+    assert torch.equal(keys[:, :, slots], key) and torch.equal(values[:, :, slots], value)
+    assert torch.equal(keys[:, :, 1:3], states(8, 1)[0][:, :, 1:3])
