@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,8 @@ def build(name: str, block_size: int = 4) -> PreTrainedModel:
     """`"bd3lm"` or `"gpt2"` with random weights, 12 layers of width 768, no dropout (so both do the same work)."""
     torch.manual_seed(0)
     if name == "gpt2":
-        rival = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+        sizes = {"vocab_size": VOCAB_SIZE, "n_positions": 2048}  # room for a prompt and 1,024 tokens
+        rival = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
         rival.generation_config.eos_token_id = None
         rival.generation_config.pad_token_id = 0
         return rival
@@ -63,12 +64,12 @@ def training_step(model: PreTrainedModel, length: int) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def generation(model: Any, new_tokens: int) -> None:
-    """Sample a text of exactly `new_tokens` tokens behind a prompt of one block; both models cache."""
+def generation(model: Any, new_tokens: int, batch_size: int = 1) -> None:
+    """Sample texts of exactly `new_tokens` tokens behind a prompt of one block; both models cache."""
     model.eval()
-    prompt = torch.arange(1, 5).unsqueeze(0)
+    prompt = torch.arange(1, 5).expand(batch_size, -1)
     written = model.generate(prompt, max_new_tokens=new_tokens, do_sample=True, top_k=0)
-    assert written.shape == (1, 4 + new_tokens)
+    assert written.shape == (batch_size, 4 + new_tokens)
 
 
 def compare(ours: Callable[[], None], rival: Callable[[], None], repeats: int) -> Comparison:
@@ -89,6 +90,12 @@ def compare(ours: Callable[[], None], rival: Callable[[], None], repeats: int) -
         statistics.median(ratios),
         (min(ratios), max(ratios)),
     )
+
+
+def batch_gain(model: PreTrainedModel, new_tokens: int, batch_size: int, repeats: int) -> float:
+    """Tokens per second of a batch over those of a single text, the median of pairs."""
+    alone = functools.partial(generation, model, new_tokens)
+    return batch_size / compare(functools.partial(alone, batch_size), alone, repeats).ratio
 
 
 def peak_memory(name: str, length: int) -> float:
@@ -117,8 +124,11 @@ def main(argv: list[str] | None = None) -> None:
         prog="bd3lm bench", description="Compare with transformers' GPT-2 in one run, or several noise draws with one."
     )
     parser.add_argument("--lengths", type=int, nargs="*", default=[256, 1024], help="training lengths, batch 2")
-    parser.add_argument("--new-tokens", type=int, nargs="*", default=[64], help="lengths to write, batch 1")
-    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each pair")
+    parser.add_argument("--new-tokens", type=int, nargs="*", default=[64, 1024], help="lengths to write, batch 1")
+    parser.add_argument(
+        "--batch-sizes", type=int, nargs="*", default=[8], help="texts at once, of the first of these lengths"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each pair; about half at length 1,024")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--noise-draws", type=int, nargs="+", help="measure the gradient's variance at these numbers")
     parser.add_argument("--model", help="with --noise-draws: a trained checkpoint")
@@ -128,6 +138,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.repeats < 1 or arguments.threads < 1:
         raise ValueError(f"--repeats {arguments.repeats} --threads {arguments.threads}: give at least 1 of each.")
+    if min([*arguments.lengths, *arguments.new_tokens, *arguments.batch_sizes], default=1) < 1:
+        raise ValueError("--lengths, --new-tokens and --batch-sizes: give whole numbers of at least 1.")
     torch.set_num_threads(arguments.threads)
     if arguments.noise_draws is None:
         compare_with_gpt2(arguments)
@@ -144,18 +156,31 @@ def compare_with_gpt2(arguments: argparse.Namespace) -> None:
     """Print a table of ratios, in markdown."""
     rival, ours = build("gpt2"), build("bd3lm")
     print(f"torch {torch.__version__}, {arguments.threads} CPU threads, float32, 12 layers of width 768, block size 4")
-    print("| task | BD3-LM, s | GPT-2, s | ratio | least - greatest |\n|---|---|---|---|---|")
-    tasks: list[tuple[str, Callable[[PreTrainedModel], None]]] = [
-        *((f"training step, 2 x {n}", lambda model, n=n: training_step(model, n)) for n in arguments.lengths),
-        *((f"writing {n} tokens", lambda model, n=n: generation(model, n)) for n in arguments.new_tokens),
-    ]
-    for name, task in tasks:
-        result = compare(functools.partial(task, ours), functools.partial(task, rival), arguments.repeats)
+    print("| task | BD3-LM | GPT-2 | ratio | least - greatest |\n|---|---|---|---|---|")
+    for name, length, task in tasks(arguments):
+        repeats = arguments.repeats if length < 1024 else -(-arguments.repeats // 2)
+        result = compare(functools.partial(task, ours), functools.partial(task, rival), repeats)
         spread = f"{result.spread[0]:.2f} - {result.spread[1]:.2f}"
-        print(f"| {name} | {result.ours:.2f} | {result.rival:.2f} | {result.ratio:.2f} | {spread} |", flush=True)
+        print(f"| {name}, s | {result.ours:.2f} | {result.rival:.2f} | {result.ratio:.2f} | {spread} |", flush=True)
+    for size in arguments.batch_sizes if arguments.new_tokens else []:
+        gains = [batch_gain(model, arguments.new_tokens[0], size, arguments.repeats) for model in (ours, rival)]
+        name = f"tokens per second, batch {size} over batch 1"
+        print(f"| {name} | {gains[0]:.2f} | {gains[1]:.2f} | {gains[0] / gains[1]:.2f} | |", flush=True)
     for length in arguments.lengths[:1]:
         mine, theirs = peak_memory("bd3lm", length), peak_memory("gpt2", length)
         print(f"| peak memory of training, 2 x {length}, GB | {mine:.2f} | {theirs:.2f} | {mine / theirs:.2f} | |")
+
+
+def tasks(arguments: argparse.Namespace) -> Iterator[tuple[str, int, Callable[[PreTrainedModel], None]]]:
+    """Name, length and work of what is timed beside the rival."""
+    for length in arguments.lengths:
+        yield f"training step, 2 x {length}", length, functools.partial(training_step, length=length)
+    for count in arguments.new_tokens:
+        yield f"writing {count} tokens", count, functools.partial(generation, new_tokens=count)
+    for size in arguments.batch_sizes if arguments.new_tokens else []:
+        count = arguments.new_tokens[0]
+        written = functools.partial(generation, new_tokens=count, batch_size=size)
+        yield f"writing {size} x {count} tokens", count, written
 
 
 if __name__ == "__main__":
