@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.generation.logits_process import LogitsProcessorList
 
-from .cache_bd3lm import BlockCache
+from .cache_bd3lm import cache_maker
 from .canvas_bd3lm import Canvas, lay_out
 from .decoding_bd3lm import BlockWriter
 from .trace_bd3lm import Trace, sequence_columns
@@ -61,7 +61,8 @@ def fill_gaps(
         trace = Trace(sequence_columns(canvas.text.shape[1], canvas.start, real, continued=False))
     cached = generation_config.use_cache and not model.config.time_conditioning
     # Contexts for processors are counted from each row's first token: nothing stands before the canvas.
-    before, cache = input_ids[:, :0], BlockCache() if cached else None
+    make = cache_maker(generation_config.cache_implementation)
+    before, cache = input_ids[:, :0], make(model.config) if cached else None
     writer = BlockWriter(model, canvas, before, processors, generation_config, cache, generator, trace)
     unfinished = torch.zeros(len(input_ids), dtype=torch.bool)
     for begin in canvas.blocks():

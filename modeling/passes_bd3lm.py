@@ -27,7 +27,8 @@ class BlockPasses:
             self.modulations = model.backbone.modulations(None, canvas.text.device)
         self.linears = PackedLinears([*model.backbone.linears(), model.get_output_embeddings()])
         self.window = open_window(model, canvas, cache, generation_config, self.linears)
-        self._place: torch.Tensor | None = None  # of each row of the canvas among those that are still run
+        self._running = list(range(len(canvas.text)))  # rows of the canvas that the network still runs on
+        self._place: torch.Tensor | None = None  # of each row among those
 
     def logits(self, begin: int, rows: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """One denoising pass over the block that begins at this column.
@@ -56,17 +57,15 @@ class BlockPasses:
         Args:
             finished: bool `(batch,)` on the host.
         """
-        run = torch.arange(len(finished)) if self.window.rows is None else self.window.rows.cpu()
-        kept = (~finished[run]).nonzero().squeeze(1)
-        if not 0 < 2 * len(kept) <= len(run) or not self.window.keep_rows(kept.to(self.device)):
+        ended = finished.tolist()
+        kept = [number for number, row in enumerate(self._running) if not ended[row]]
+        device = self.window.canvas.text.device
+        if not 0 < 2 * len(kept) <= len(self._running) or not self.window.keep_rows(torch.tensor(kept, device=device)):
             return
-        self._place = torch.zeros(len(finished), dtype=torch.long)
-        self._place[run[kept]] = torch.arange(len(kept))
-        self._place = self._place.to(self.device)
-
-    @property
-    def device(self) -> torch.device:
-        return self.window.canvas.text.device
+        self._running = [self._running[number] for number in kept]
+        place = torch.zeros(len(ended), dtype=torch.long)
+        place[self._running] = torch.arange(len(kept))
+        self._place = place.to(device)
 
     def close(self) -> Cache | None:
         """The cache, to be continued by a later call; empty if the window has moved or texts have been left out."""

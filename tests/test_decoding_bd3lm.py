@@ -1,7 +1,5 @@
 """Tokens are chosen exactly: samples have the model's distribution, processors see their own text."""
 
-import math
-
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList

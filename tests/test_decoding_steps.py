@@ -14,6 +14,7 @@ from bd3lm_hf.modeling.cache_bd3lm import BlockCache
 from bd3lm_hf.modeling.canvas_bd3lm import lay_out
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.draws_bd3lm import draw_published
+from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.passes_bd3lm import BlockPasses
 from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS, ancestral_weights
@@ -232,7 +233,7 @@ def probabilities(logits: torch.Tensor) -> torch.Tensor:
 def test_first_hitting_with_the_published_draws_writes_the_published_text(published):
     model, golden = published
     canvas = lay_out(torch.tensor([[95]]), None, 7, 4, PUBLISHED_MASK)
-    passes = BlockPasses(model, canvas, BlockCache())
+    passes = BlockPasses(model, canvas, BlockCache(), BD3LMGenerationConfig())
     for step, block in enumerate(golden["fh.block_index"].tolist()):
         ids = canvas.text[:, 4 * block : 4 * block + 4]
         logits = passes.logits(4 * block, torch.arange(4), torch.ones(1))

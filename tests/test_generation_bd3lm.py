@@ -545,7 +545,6 @@ def test_a_config_of_ours_is_used(model):
         ({"nucleus": 0.9}, "nucleus"),
         ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded' does not fit.*use_cache=False"),
         ({"cache_implementation": "quantized"}, "cache_implementation='quantized' does not fit"),
-        ({"window": "sliding"}, "window='sliding' is unknown: choose one of cached, exact"),
         ({"cache_implementation": "paged"}, "continuous batching.*call generate with a padded batch"),
         ({"synced_gpus": True}, "synced_gpus=True: generating from sharded weights"),
         ({"guidance_scale": 2.0}, "guidance_scale=2.0.*Leave it out"),

@@ -17,6 +17,7 @@ DEFAULTS = {
     "remask_fraction": 0.0,
     "nucleus_p": 1.0,
     "sampling_dtype": "float32",
+    "window": "cached",
     "entropy_stop": None,
     "entropy_stop_window": 256,
     "stop_at_second_eos": False,
@@ -30,6 +31,7 @@ OTHERS = {
     "remask_fraction": 0.5,
     "nucleus_p": 0.9,
     "sampling_dtype": "float64",
+    "window": "exact",
     "entropy_stop": 4.0,
     "entropy_stop_window": 64,
     "stop_at_second_eos": True,
@@ -96,6 +98,7 @@ def test_a_pipeline_takes_the_fields_from_the_checkpoint_and_from_its_call(tiny_
     [
         ({"sampler": "magic"}, "sampler='magic' is unknown: choose one of first_hitting, ancestral, confidence, ent"),
         ({"sampling_dtype": "float16"}, "sampling_dtype='float16' is unknown: choose one of float32, float64"),
+        ({"window": "sliding"}, "window='sliding' is unknown: choose one of cached, exact"),
         ({"num_denoising_steps": 0}, "num_denoising_steps=0: give a whole number of steps per block, 1 at least"),
         ({"num_denoising_steps": -3}, "num_denoising_steps=-3"),
         ({"num_denoising_steps": 2.5}, "num_denoising_steps=2.5: give a whole number"),

@@ -62,12 +62,12 @@ def filled_by_hand(model, text: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 8])
-@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
 @torch.no_grad()
-def test_a_text_is_filled_as_by_hand(make_model, block_size, use_cache):
+def test_a_text_is_filled_as_by_hand(make_model, block_size, options):
     model = make_model(block_size=block_size)
     for text in TEXTS:
-        filled = model.infill(torch.tensor([text]), use_cache=use_cache)
+        filled = model.infill(torch.tensor([text]), **options)
         assert filled.tolist() == [filled_by_hand(model, text)]
 
 
