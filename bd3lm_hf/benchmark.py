@@ -42,8 +42,9 @@ def build(name: str, block_size: int = 4) -> PreTrainedModel:
     """`"bd3lm"` or `"gpt2"` with random weights, 12 layers of width 768, no dropout (so both do the same work)."""
     torch.manual_seed(0)
     if name == "gpt2":
-        sizes = {"vocab_size": VOCAB_SIZE, "n_positions": 2048}  # room for a prompt and 1,024 tokens
-        rival = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+        config = GPT2Config(vocab_size=VOCAB_SIZE, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        config.n_positions = 2048  # a prompt and 1,024 tokens behind it
+        rival = GPT2LMHeadModel(config)
         rival.generation_config.eos_token_id = None
         rival.generation_config.pad_token_id = 0
         return rival
