@@ -15,13 +15,10 @@ from typing import Any, NoReturn
 
 import datasets
 import torch
-from transformers import (
-    PreTrainedTokenizerBase,
-    TextStreamer,
-    set_seed,
-)
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from bd3lm_hf import writing
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.data import bytes_per_token, find_schema, load_rows, load_text, pack
 from bd3lm_hf.evaluation import Perplexity, perplexity
@@ -98,16 +95,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=generate)
     _add_model(parser)
-    parser.add_argument(
-        "--prompt", action="append", help="text to continue; may be repeated; none: start from nothing"
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--do-sample", action="store_true", default=True, help="draw tokens (default)")
-    how.add_argument("--greedy", dest="do_sample", action="store_false", help="take the most likely token")
-    parser.add_argument("--temperature", type=float)
-    parser.add_argument("--nucleus-p", type=float, help="the paper's nucleus; the paper uses 0.9")
-    parser.add_argument("--stream", action="store_true", help="show the text while it is written")
+    writing.add_arguments(parser)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -162,27 +150,8 @@ def _sequences(
 
 def generate(arguments: argparse.Namespace) -> None:
     """Continue prompts, or write from nothing."""
-    if arguments.stream and len(arguments.prompt or ()) > 1:
-        raise ValueError(f"--stream shows one text: give one --prompt, not {len(arguments.prompt)}.")
-    model, tokenizer = load(arguments)
-    inputs: dict[str, torch.Tensor] = {}
-    if arguments.prompt:
-        batch = tokenizer(arguments.prompt, return_tensors="pt", padding=True).to(model.device)
-        # An empty text comes out as an empty list of floats.
-        inputs = {name: batch[name].long() for name in ("input_ids", "attention_mask")}
-    options = {name: getattr(arguments, name) for name in ("temperature", "nucleus_p")}
-    if arguments.stream:
-        options["streamer"] = TextStreamer(tokenizer, skip_special_tokens=True)
-    set_seed(arguments.seed)
-    ids = model.generate(
-        **inputs,
-        max_new_tokens=arguments.max_new_tokens,
-        do_sample=arguments.do_sample,
-        **{name: value for name, value in options.items() if value is not None},
-    )
-    if not arguments.stream:
-        for text in tokenizer.batch_decode(ids, skip_special_tokens=True):
-            print(text)
+    job = writing.plan(arguments)
+    writing.write(job, *load(arguments))
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase]:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 
 # Set before transformers is imported: nothing is fetched, and code and data caches live as long as this run.
@@ -19,6 +20,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 
@@ -132,3 +134,40 @@ def tiny_tokenizer(_tiny_tokenizer_json) -> PreTrainedTokenizerFast:
         model_max_length=32,
         **SPECIAL_TOKENS,
     )
+
+
+@pytest.fixture
+def model_folder(tiny_config, tiny_tokenizer, randomize, tmp_path) -> Path:
+    """A checkpoint of a model that reads and writes the text of the tiny tokenizer."""
+    from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
+    fields = {"vocab_size": len(tiny_tokenizer), **{name: getattr(tiny_tokenizer, name) for name in names}}
+    model = randomize(BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), **fields}))).eval()
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def bd3lm(capsys):
+    """A function `(*arguments) -> (exit code, stdout, stderr)` that leaves the libraries as talkative as they were."""
+    import datasets
+
+    from bd3lm_hf import cli
+
+    verbosity = logging.get_verbosity()
+
+    def run(*arguments) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    yield run
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
+    datasets.enable_progress_bars()

@@ -7,28 +7,14 @@ import sys
 import types
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.utils import logging
 
 from bd3lm_hf import cli
 from bd3lm_hf.evaluation import perplexity
-from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-
-
-@pytest.fixture
-def model_folder(tiny_config, tiny_tokenizer, randomize, tmp_path) -> Path:
-    """A checkpoint of a model that reads and writes the text of the tiny tokenizer."""
-    names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
-    fields = {"vocab_size": len(tiny_tokenizer), **{name: getattr(tiny_tokenizer, name) for name in names}}
-    model = randomize(BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), **fields}))).eval()
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 @pytest.fixture
@@ -36,26 +22,6 @@ def text_file(tmp_path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("The quick brown fox jumps over the lazy dog, line by line.\n" * 60, encoding="utf-8")
     return path
-
-
-@pytest.fixture
-def bd3lm(capsys):
-    """A function `(*arguments) -> (exit code, stdout, stderr)` that leaves the libraries as talkative as they were."""
-    verbosity = logging.get_verbosity()
-
-    def run(*arguments) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    yield run
-    logging.set_verbosity(verbosity)
-    logging.enable_progress_bar()
-    datasets.enable_progress_bars()
 
 
 def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
@@ -139,51 +105,6 @@ def test_eval_refuses_a_model_that_it_can_not_score(bd3lm, tiny_tokenizer, text_
     tiny_tokenizer.save_pretrained(tmp_path)
     result = bd3lm("eval", "--model", tmp_path, "--dataset", text_file)
     assert_refused(result, "is a GPT2LMHeadModel, which this package can not score")
-
-
-# --- generate --------------------------------------------------------------------------------------------------------
-
-
-def test_generate_continues_each_prompt(bd3lm, model_folder):
-    code, out, _ = bd3lm(
-        "generate", "--model", model_folder, "--prompt", "A block is", "--prompt", "The", "--max-new-tokens", 5
-    )
-    assert code == 0
-    assert out.startswith("A block is") and "\nThe" in out
-
-
-def test_generate_repeats_itself_with_its_seed(bd3lm, model_folder):
-    arguments = ["generate", "--model", model_folder, "--prompt", "A block is", "--max-new-tokens", 12]
-    texts = [bd3lm(*arguments, "--seed", seed)[1] for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
-    assert len({bd3lm(*arguments, "--greedy", "--seed", seed)[1] for seed in (1, 2)}) == 1
-
-
-def test_generate_writes_from_nothing(bd3lm, model_folder):
-    code, out, _ = bd3lm("generate", "--model", model_folder, "--max-new-tokens", 8, "--nucleus-p", 0.9)
-    assert code == 0 and out.strip()
-
-
-def test_generate_streams_the_same_text(bd3lm, model_folder):
-    arguments = ["generate", "--model", model_folder, "--prompt", "A block is", "--temperature", 0.7]
-    assert bd3lm(*arguments, "--stream")[1] == bd3lm(*arguments)[1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "part"),
-    [
-        (("--prompt", ""), "empty prompt"),
-        (("--prompt", "a" * 200), "more than the model's window model_length=32"),
-        (("--max-new-tokens", 0), "max_new_tokens"),
-        (("--temperature", 0.0), "temperature"),
-        (("--nucleus-p", 2), "nucleus_p=2.0"),
-        (("--stream", "--prompt", "a", "--prompt", "b"), "--stream shows one text"),
-        (("--greedy", "--do-sample"), "not allowed with argument"),
-        (("--prompts", "a b c"), "unrecognized arguments"),
-    ],
-)
-def test_generate_refuses_bad_input_in_one_line(bd3lm, model_folder, arguments, part):
-    assert_refused(bd3lm("generate", "--model", model_folder, *arguments), part)
 
 
 # --- damaged checkpoints ---------------------------------------------------------------------------------------------

@@ -1,0 +1,308 @@
+"""Texts written for a person or a file: `bd3lm generate`, from prompts to samples, streams and traces."""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, TextDiffusionStreamer, TextStreamer
+
+from bd3lm_hf.evaluation import seed_of
+from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS
+from bd3lm_hf.samples import Sample, SamplesFile, check_output, read_prompts
+from bd3lm_hf.trace import check_ending, row_steps, trace_document, traced_sample, write_trace
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """A type of argument: whole numbers of at least `least`."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} does not do: give a whole number of at least {least}")
+        return value
+
+    return read
+
+
+def number(least: float = 0.0, most: float = math.inf) -> Callable[[str], float]:
+    """A type of argument: numbers above `least` and at most `most`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least < value <= most:
+            limit = f" and at most {most:g}" if math.isfinite(most) else ""
+            raise argparse.ArgumentTypeError(f"{text!r} does not do: give a number above {least:g}{limit}")
+        return value
+
+    return read
+
+
+#: Fields of the generation config that have a flag: type and help.
+FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "temperature": (number(), "divides the logits; below 1 sharpens the choice"),
+    "top_k": (whole_number(0), "choose among so many of the likeliest tokens; 0: all"),
+    "top_p": (number(most=1), "choose among the likeliest tokens that together reach this probability"),
+    "nucleus_p": (number(most=1), "the paper's nucleus, which drops the token that crosses p; the paper uses 0.9"),
+    "repetition_penalty": (number(), "above 1 discourages tokens that occurred"),
+    "max_time": (number(), "seconds after which a batch ends with the block it is in"),
+}
+_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `bd3lm generate` was asked for."""
+
+    model: str
+    prompts: list[str | None]  # None: write from nothing
+    num_samples: int  # per prompt
+    batch_size: int
+    seed: int
+    generation: dict[str, Any] = field(default_factory=dict)  # arguments of `generate`
+    stream: bool = False
+    output: Path | None = None
+    overwrite: bool = False
+    traces: list[Path] = field(default_factory=list)
+
+    @property
+    def sample_prompts(self) -> list[str | None]:
+        """The prompt of each sample: the samples of a prompt behind one another."""
+        return [prompt for prompt in self.prompts for _ in range(self.num_samples)]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the texts, beside the prompts themselves."""
+        own = {"num_prompts": len(self.prompts), "num_samples": self.num_samples, "batch_size": self.batch_size}
+        return {"model": self.model, "seed": self.seed, **own, **self.generation}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `bd3lm generate`, without those that every verb has."""
+    what = parser.add_argument_group("what to write")
+    source = what.add_mutually_exclusive_group()
+    source.add_argument(
+        "--prompt", action="append", help="text to continue; may be repeated; - reads lines of standard input"
+    )
+    source.add_argument("--prompt-file", help="a prompt per line, or a .jsonl file with `prompt` in every object")
+    what.add_argument("--num-samples", type=whole_number(1), default=1, help="texts per prompt, or from nothing")
+    what.add_argument("--max-new-tokens", type=whole_number(1), default=64)
+    what.add_argument(
+        "--batch-size",
+        type=whole_number(1),
+        help=f"texts written at once ({_BATCH_SIZE}, or 1 with --stream). A text depends on the seed, its number and "
+        f"the size of its batch; with 1, on the seed and its number alone",
+    )
+    how = parser.add_argument_group("how to write")
+    choice = how.add_mutually_exclusive_group()
+    choice.add_argument("--do-sample", action="store_true", default=True, help="draw tokens (default)")
+    choice.add_argument("--greedy", dest="do_sample", action="store_false", help="take the most likely token")
+    how.add_argument("--sampler", choices=tuple(SAMPLERS), help="which masked positions to reveal when")
+    for name, (kind, text) in FIELDS.items():
+        how.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    where = parser.add_argument_group("where it goes")
+    where.add_argument("--stream", action="store_true", help="show each text while it is written")
+    where.add_argument(
+        "--output", type=Path, help="samples file, a JSON object per line; a rerun continues behind what is there"
+    )
+    where.add_argument("--overwrite", action="store_true", help="replace the samples file")
+    where.add_argument(
+        "--trace", type=Path, action="append", help="page (.html) or data (.json) that replays every denoising step"
+    )
+
+
+def plan(arguments: argparse.Namespace) -> Job:
+    """Read the prompts and refuse what can not be done, before a model is loaded.
+
+    Raises:
+        ValueError: names the argument and the remedy.
+    """
+    if arguments.stream and (arguments.batch_size or 1) > 1:
+        raise ValueError(f"--stream shows one text at a time: leave --batch-size {arguments.batch_size} out.")
+    if arguments.overwrite and arguments.output is None:
+        raise ValueError("--overwrite replaces a samples file: name it with --output.")
+    for path in arguments.trace or ():
+        check_ending(path)
+        check_output(path, "--trace")
+    if arguments.output is not None:
+        check_output(arguments.output, "--output")
+    chosen = {name: getattr(arguments, name) for name in ("max_new_tokens", "do_sample", "sampler", *FIELDS)}
+    return Job(
+        model=arguments.model,
+        prompts=read_prompts(arguments.prompt, arguments.prompt_file),
+        num_samples=arguments.num_samples,
+        batch_size=arguments.batch_size or (1 if arguments.stream else _BATCH_SIZE),
+        seed=arguments.seed,
+        generation={name: value for name, value in chosen.items() if value is not None},
+        stream=arguments.stream,
+        output=arguments.output,
+        overwrite=arguments.overwrite,
+        traces=arguments.trace or [],
+    )
+
+
+def write(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write all samples of a job that are not finished yet; those that are finished stay when it is interrupted.
+
+    Raises:
+        ValueError: a prompt too long for the model, or a samples file that does not belong to this job.
+    """
+    ids = _encode(job, model, tokenizer)
+    file = None
+    if job.output is not None:
+        file = SamplesFile(job.output, job.sample_prompts, job.settings, overwrite=job.overwrite)
+    before = set(file.finished) if file else set()
+    if job.traces and len(before) == len(ids):
+        raise ValueError(f"--trace: all samples are in {job.output} already, so there is nothing to trace.")
+    batches = [range(begin, min(begin + job.batch_size, len(ids))) for begin in range(0, len(ids), job.batch_size)]
+    traced: list[dict[str, Any]] = []
+    shown = _is_terminal(sys.stderr) and not job.stream and len(batches) > 1
+    bar = tqdm(total=len(ids), initial=len(before), desc="writing", unit="text", disable=not shown, leave=False)
+    try:
+        with bar:
+            for batch in batches:
+                if before.issuperset(batch):
+                    continue
+                samples = _write_batch(job, batch, [ids[index] for index in batch], model, tokenizer, traced)
+                if file is not None:
+                    file.append(samples)
+                elif not job.stream:
+                    for sample in samples:
+                        tqdm.write(sample.text, file=sys.stdout)
+                bar.update(len(batch) - len(before.intersection(batch)))
+    except KeyboardInterrupt:
+        if file is not None:
+            print(f"interrupted: {len(file.finished)} of {len(ids)} samples are in {job.output}", file=sys.stderr)
+        raise
+    finally:
+        if traced:
+            _write_traces(job, model, tokenizer, traced)
+    if file is not None:
+        print(f"{len(ids)} samples in {job.output}" + (f", {len(before)} of an earlier run" if before else ""))
+
+
+def _encode(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The prompt of each sample as token ids; without a prompt the token that begins a text."""
+    limit = model.config.max_position_embeddings
+    encoded: list[list[int]] = []
+    for prompt in job.prompts:
+        if prompt is None:
+            begin = model.generation_config.bos_token_id
+            if begin is None:
+                raise ValueError("the model has no bos_token_id to start a text from: give a --prompt.")
+            ids = [begin]
+        else:
+            ids = list(tokenizer(prompt)["input_ids"])
+        if len(ids) > limit:
+            raise ValueError(
+                f"a prompt has {len(ids)} tokens, more than the model's window of {limit} tokens: shorten it "
+                f"({str(prompt)[:40]!r} ...)."
+            )
+        encoded += [ids] * job.num_samples
+    return encoded
+
+
+def _write_batch(
+    job: Job,
+    batch: Sequence[int],
+    ids: list[list[int]],
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    traced: list[dict[str, Any]],
+) -> list[Sample]:
+    """Write the samples of these numbers, whose prompts are `ids`; append what was traced."""
+    padded = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
+    # All draws of the batch come from the seed and the number of its first sample.
+    torch.manual_seed(seed_of(job.seed, batch[0]))
+    started = time.perf_counter()
+    output = model.generate(
+        input_ids=padded["input_ids"],
+        attention_mask=padded["attention_mask"],
+        return_dict_in_generate=True,
+        streamer=_streamer(tokenizer) if job.stream else None,
+        **({"output_trace": True} if job.traces else {}),
+        **job.generation,
+    )
+    seconds = (time.perf_counter() - started) / len(batch)
+    width = padded["input_ids"].shape[1]
+    prompts, samples = job.sample_prompts, []
+    for row, (index, prompt_ids) in enumerate(zip(batch, ids, strict=True)):
+        new_ids = _new_tokens(output.sequences[row, width:].tolist(), model.generation_config)
+        forwards = getattr(output, "num_forward_passes", None)
+        sample = Sample(
+            index=index,
+            prompt=prompts[index],
+            text=str(tokenizer.decode(prompt_ids + new_ids, skip_special_tokens=True)),
+            num_prompt_tokens=len(prompt_ids),
+            num_tokens=len(new_ids),
+            seed=job.seed,
+            forwards=forwards,
+            tokens_per_forward=None if forwards is None else len(new_ids) / max(1, forwards),
+            seconds=seconds,
+            model=job.model,
+            settings=job.settings,
+        )
+        samples.append(sample)
+        if job.traces:
+            traced.append(
+                traced_sample(
+                    tokenizer,
+                    index=index,
+                    prompt=sample.prompt,
+                    prompt_ids=prompt_ids,
+                    new_ids=new_ids,
+                    steps=row_steps(output.trace, row, width - len(prompt_ids)),
+                    mask_token_id=model.config.mask_token_id,
+                )
+            )
+    return samples
+
+
+def _new_tokens(row: list[int], config: Any) -> list[int]:
+    """A row's new tokens, up to its end token or the padding behind it."""
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    for count, token in enumerate(row):
+        if token in ends:
+            return row[: count + 1]
+        if token == config.pad_token_id:
+            return row[:count]
+    return row
+
+
+def _streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
+    """Drafts are overwritten in place, which only a terminal can do."""
+    kind = TextDiffusionStreamer if _is_terminal(sys.stdout) else TextStreamer
+    return kind(tokenizer, skip_special_tokens=True)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty()
+
+
+def _write_traces(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase, traced: list[dict[str, Any]]) -> None:
+    document = trace_document(
+        tokenizer,
+        traced,
+        model=Path(job.model).name,
+        sampler=job.generation.get("sampler") or model.generation_config.sampler,
+        settings=job.settings,
+        mask_token_id=model.config.mask_token_id,
+        block_size=model.config.block_size,
+    )
+    for path in job.traces:
+        write_trace(document, path)
+
+
+__all__ = ["FIELDS", "Job", "add_arguments", "plan", "write"]
