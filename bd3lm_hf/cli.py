@@ -1,4 +1,4 @@
-"""`bd3lm train | eval | generate | bench`: thin, one function per verb.
+"""`bd3lm train | eval | generate | quality | bench`: thin, one function per verb.
 
 Exit code 0 means that the work was done, 2 that the input was wrong, 1 that something else failed. An error is one
 line on stderr; `--traceback` shows where it came from.
@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from bd3lm_hf import writing
+from bd3lm_hf import quality, writing
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.data import bytes_per_token, find_schema, load_rows, load_text, pack
 from bd3lm_hf.evaluation import Perplexity, perplexity
@@ -51,6 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
         verbs.add_parser(verb, help=text, add_help=False)
     _add_eval(verbs.add_parser("eval", help="perplexity of a model on a data set", description=evaluate.__doc__))
     _add_generate(verbs.add_parser("generate", help="text of a model", description=generate.__doc__))
+    measure = "quality over forwards of a model's samplers"
+    _add_quality(verbs.add_parser("quality", help=measure, description=compare_samplers.__doc__))
     return parser
 
 
@@ -96,6 +98,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=generate)
     _add_model(parser)
     writing.add_arguments(parser)
+
+
+def _add_quality(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=compare_samplers)
+    _add_model(parser)
+    quality.add_arguments(parser)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -152,6 +160,12 @@ def generate(arguments: argparse.Namespace) -> None:
     """Continue prompts, or write from nothing."""
     job = writing.plan(arguments)
     writing.write(job, *load(arguments))
+
+
+def compare_samplers(arguments: argparse.Namespace) -> None:
+    """Generative perplexity by tokens per forward pass, for each sampler."""
+    quality.check(arguments)
+    quality.run(arguments, *load(arguments))
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase]:

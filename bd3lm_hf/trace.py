@@ -6,15 +6,15 @@ A trace (`trace.json`, and embedded in `trace.html`) is one JSON object:
   `block_size`; `mask_token_id`;
 - `vocabulary`: token id (a string, as JSON has it) -> text, of the ids that were written and taken back;
 - `samples`: a list of objects with
-    - `index`, `prompt` (null: none was given), `num_prompt_tokens`, `num_tokens` (new ones), `forwards` (passes until
-      the last change of this sample), `tokens_per_forward`;
+    - `index`, `prompt` (null: none was given), `num_prompt_tokens`, `num_tokens` (new ones), `forwards` (passes that
+      this sample took part in), `tokens_per_forward`;
     - `ids`: all tokens of the text, the prompt's first; a *position* counts these from 0;
     - `texts`: what each of them adds to the text; null for tokens that form a character only together;
     - `characters`: `[start, stop, text]` of such tokens; `special`: positions of special tokens;
     - `blocks`: `[start, stop]` positions of each block's new tokens;
-    - `steps`: per forward pass the number of its `block` and its `changes`, `[position, id, confidence]` where a token
-      was revealed (confidence: its probability, null where unknown) and `[position, null, null]` where one returned to
-      the mask.
+    - `steps`: each has the number of its `block`, and `changes`. A step with `forward` true is a pass of the network
+      and what it revealed, `[position, id, confidence]` with the probability of each token. One with `forward` false
+      is what a corrector masked again before the next pass, `[position, null, null]`.
 
 Before the first step all new tokens are masked; after the last one every position holds its id in `ids`.
 """
@@ -46,7 +46,7 @@ class RowStep(NamedTuple):
     block: int  # a number that the steps of a block share
     positions: Sequence[int]  # of the block's places; negative: outside the text
     tokens: Sequence[int]  # after the step, mask tokens included
-    confidence: Sequence[float | None]  # probability of what was revealed in this step; None: unknown
+    confidence: Sequence[float | None]  # probability of each token that was revealed in this step, None for others
 
 
 def row_steps(trace: Iterable[Any], row: int, offset: int) -> Iterator[RowStep]:
@@ -125,22 +125,24 @@ def traced_sample(
         if not inside:
             continue  # the row has ended, others of the batch go on
         blocks.setdefault(step.block, [position for position, _, _ in inside])
-        changes: list[list[Any]] = []
-        for position, token, confidence in inside:
-            if holds[position] != token:
-                holds[position] = token
-                masked = token == mask_token_id
-                value = None if masked or confidence is None else round(confidence, 6)
-                changes.append([position, None if masked else token, value])
-        told.append({"block": len(blocks) - 1, "changes": changes})
-    while told and not told[-1]["changes"]:
-        told.pop()
+        # What is masked now, or revealed now, and held a token before, was masked in between.
+        masked = [
+            [position, None, None]
+            for position, token, confidence in inside
+            if holds[position] != mask_token_id and (token == mask_token_id or confidence is not None)
+        ]
+        shown = [[p, token, round(confidence, 6)] for p, token, confidence in inside if confidence is not None]
+        holds.update({position: mask_token_id for position, _, _ in masked} | {p: token for p, token, _ in shown})
+        for changes, forward in ((masked, False), (shown, True)):
+            if changes:
+                told.append({"block": len(blocks) - 1, "forward": forward, "changes": changes})
     if list(holds.values()) != list(new_ids):
         wrong = next(position for position, token in holds.items() if token != ids[position])
         raise ValueError(
             f"the trace of sample {index} holds the token {holds[wrong]} at position {wrong} where the text has "
             f"{ids[wrong]}: give the steps and the text of one call."
         )
+    forwards = sum(step["forward"] for step in told)
     split = pieces(tokenizer, ids)
     special = set(tokenizer.all_special_ids)
     return {
@@ -148,8 +150,8 @@ def traced_sample(
         "prompt": prompt,
         "num_prompt_tokens": first,
         "num_tokens": len(new_ids),
-        "forwards": len(told),
-        "tokens_per_forward": len(new_ids) / max(1, len(told)),
+        "forwards": forwards,
+        "tokens_per_forward": len(new_ids) / max(1, forwards),
         "ids": ids,
         "texts": split.texts,
         "characters": [list(character) for character in split.characters],

@@ -34,17 +34,18 @@ def whole_number(least: int) -> Callable[[str], int]:
     return read
 
 
-def number(least: float = 0.0, most: float = math.inf) -> Callable[[str], float]:
-    """A type of argument: numbers above `least` and at most `most`."""
+def number(most: float = math.inf, *, least_included: bool = False) -> Callable[[str], float]:
+    """A type of argument: numbers above 0 (or from 0 on) and at most `most`."""
 
     def read(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not least < value <= most:
-            limit = f" and at most {most:g}" if math.isfinite(most) else ""
-            raise argparse.ArgumentTypeError(f"{text!r} does not do: give a number above {least:g}{limit}")
+        if not 0 <= value <= most or (value == 0 and not least_included):
+            limits = f"{'of at least' if least_included else 'above'} 0"
+            limits += f" and at most {most:g}" if math.isfinite(most) else ""
+            raise argparse.ArgumentTypeError(f"{text!r} does not do: give a number {limits}")
         return value
 
     return read
@@ -52,11 +53,17 @@ def number(least: float = 0.0, most: float = math.inf) -> Callable[[str], float]
 
 #: Fields of the generation config that have a flag: type and help.
 FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "num_denoising_steps": (whole_number(1), "steps of a block; by default as many as the sampler needs"),
+    "confidence_threshold": (number(1, least_included=True), "confidence: reveals what is more probable; 1: singly"),
+    "entropy_bound": (number(least_included=True), "entropy_bound: nats of doubt that a step may reveal"),
+    "remask_fraction": (number(1, least_included=True), "share of a block that is masked and written once more"),
     "temperature": (number(), "divides the logits; below 1 sharpens the choice"),
     "top_k": (whole_number(0), "choose among so many of the likeliest tokens; 0: all"),
-    "top_p": (number(most=1), "choose among the likeliest tokens that together reach this probability"),
-    "nucleus_p": (number(most=1), "the paper's nucleus, which drops the token that crosses p; the paper uses 0.9"),
+    "top_p": (number(1), "choose among the likeliest tokens that together reach this probability"),
+    "nucleus_p": (number(1), "the paper's nucleus, which drops the token that crosses p; the paper uses 0.9"),
     "repetition_penalty": (number(), "above 1 discourages tokens that occurred"),
+    "entropy_stop": (number(), "ends a text whose last tokens have a lower entropy in nats; the paper has 4"),
+    "entropy_stop_window": (whole_number(1), "how many tokens that looks at"),
     "max_time": (number(), "seconds after which a batch ends with the block it is in"),
 }
 _BATCH_SIZE = 8
@@ -292,12 +299,13 @@ def _is_terminal(stream: TextIO) -> bool:
 
 
 def _write_traces(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase, traced: list[dict[str, Any]]) -> None:
+    shown = {name: value for name, value in job.generation.items() if name in FIELDS}
     document = trace_document(
         tokenizer,
         traced,
         model=Path(job.model).name,
         sampler=job.generation.get("sampler") or model.generation_config.sampler,
-        settings=job.settings,
+        settings={**shown, "do_sample": job.generation["do_sample"], "seed": job.seed},
         mask_token_id=model.config.mask_token_id,
         block_size=model.config.block_size,
     )

@@ -65,13 +65,14 @@ def backwards(prompt_ids, new_ids, mask):
         now = [ids[at] if at < first else mask if at < len(ids) else 5 for at in places]  # 5 stands behind the end
         todo = [at for at, token in enumerate(now) if token == mask]
         if not steps:
-            for token in (40, mask):
-                wrong = [*now[: todo[0]], token, *now[todo[0] + 1 :]]
-                steps.append(RowStep(begin, places, wrong, [0.25] * BLOCK))
+            wrong = list(now)
+            wrong[todo[0]] = 40
+            steps.append(RowStep(begin, places, wrong, [0.25 if at == todo[0] else None for at in range(BLOCK)]))
         while todo:
-            for at in (todo.pop() for _ in range(min(2, len(todo)))):
+            fresh = [todo.pop() for _ in range(min(2, len(todo)))]
+            for at in fresh:
                 now[at] = ids[begin + at]
-            steps.append(RowStep(begin, places, list(now), [0.75] * (BLOCK - 1) + [None]))
+            steps.append(RowStep(begin, places, list(now), [0.75 if at in fresh else None for at in range(BLOCK)]))
     return steps + [RowStep(begin + BLOCK, [-1] * BLOCK, [mask] * BLOCK, [None] * BLOCK)]
 
 
@@ -83,8 +84,9 @@ def replay(sample) -> list[list[int | None]]:
     for step in sample["steps"]:
         start, stop = sample["blocks"][step["block"]]
         for position, token, confidence in step["changes"]:
-            assert start <= position < stop and token != state[position]
-            assert confidence is None or (token is not None and 0 <= confidence <= 1)
+            assert start <= position < stop
+            assert (state[position] is None) == step["forward"]  # only masks are revealed, only tokens masked
+            assert 0 <= confidence <= 1 if step["forward"] else token is confidence is None
             state[position] = token
         states.append(list(state))
     return states
@@ -131,53 +133,51 @@ def test_a_trace_replays_from_all_masks_to_the_text(document):
         states = replay(sample)
         assert states[0][sample["num_prompt_tokens"] :] == [None] * sample["num_tokens"]
         assert states[-1] == sample["ids"]
-        assert sample["forwards"] == len(sample["steps"]) == len(states) - 1
+        assert sample["forwards"] == sum(step["forward"] for step in sample["steps"])
         assert sample["tokens_per_forward"] == sample["num_tokens"] / sample["forwards"]
         covered = [position for start, stop in sample["blocks"] for position in range(start, stop)]
         assert covered == list(range(sample["num_prompt_tokens"], len(sample["ids"])))
 
 
-def test_a_token_that_was_taken_back_is_told(document, tiny_tokenizer):
+def test_a_token_that_returned_to_mask_is_told_between_two_passes(document, tiny_tokenizer):
     sample = document["samples"][0]
     first = sample["num_prompt_tokens"]
-    assert sample["steps"][0]["changes"] == [[first, 40, 0.25]]
-    assert sample["steps"][1]["changes"] == [[first, None, None]]
+    assert sample["steps"][0] == {"block": 0, "forward": True, "changes": [[first, 40, 0.25]]}
+    assert sample["steps"][1] == {"block": 0, "forward": False, "changes": [[first, None, None]]}
+    assert sample["forwards"] == len(sample["steps"]) - 1
     assert document["vocabulary"] == {"40": tiny_tokenizer.decode([40])}
 
 
-def test_an_unknown_confidence_is_null_and_steps_without_a_change_at_the_end_are_left_out(document):
-    sample = document["samples"][1]
-    known = {confidence for step in sample["steps"][2:] for _, _, confidence in step["changes"]}
-    assert known == {0.75, None}
-    assert sample["steps"][-1]["changes"]
+def test_a_token_that_was_masked_and_written_again_is_told_even_if_it_came_out_the_same(tiny_tokenizer):
+    steps = [RowStep(0, [0, 1], [0, 50], [None, 0.5]), RowStep(0, [0, 1], [0, 50], [None, 0.75])]
+    sample = sample_of(tiny_tokenizer, [50], steps)
+    assert [step["changes"] for step in sample["steps"]] == [[[1, 50, 0.5]], [[1, None, None]], [[1, 50, 0.75]]]
+    assert sample["forwards"] == 2
 
 
-def test_special_tokens_are_marked(tiny_tokenizer):
-    eos, mask = tiny_tokenizer.eos_token_id, tiny_tokenizer.mask_token_id
-    sample = traced_sample(
-        tiny_tokenizer,
-        index=3,
+def sample_of(tokenizer, new_ids, steps) -> dict:
+    """Sample 7, a text from nothing."""
+    return traced_sample(
+        tokenizer,
+        index=7,
         prompt=None,
-        prompt_ids=[tiny_tokenizer.bos_token_id],
-        new_ids=[50, eos],
-        steps=[RowStep(8, range(4), [0, 50, eos, 60], [None, 0.5, 0.5, 0.5])],
-        mask_token_id=mask,
+        prompt_ids=[tokenizer.bos_token_id],
+        new_ids=new_ids,
+        steps=steps,
+        mask_token_id=tokenizer.mask_token_id,
     )
+
+
+def test_special_tokens_are_marked_and_what_stands_behind_the_end_is_left_out(tiny_tokenizer):
+    eos = tiny_tokenizer.eos_token_id
+    sample = sample_of(tiny_tokenizer, [50, eos], [RowStep(8, range(4), [0, 50, eos, 60], [None, 0.5, 0.5, 0.5])])
     assert sample["special"] == [0, 2] and sample["texts"][2] == "<eos>"
-    assert sample["steps"] == [{"block": 0, "changes": [[1, 50, 0.5], [2, eos, 0.5]]}]  # nothing behind the end
+    assert sample["steps"] == [{"block": 0, "forward": True, "changes": [[1, 50, 0.5], [2, eos, 0.5]]}]
 
 
 def test_steps_of_another_text_are_refused(tiny_tokenizer):
     with pytest.raises(ValueError, match="trace of sample 7 holds the token 50 at position 1 where the text has 51"):
-        traced_sample(
-            tiny_tokenizer,
-            index=7,
-            prompt=None,
-            prompt_ids=[0],
-            new_ids=[51],
-            steps=[RowStep(0, range(4), [0, 50, 52, 53], [0.5] * 4)],
-            mask_token_id=tiny_tokenizer.mask_token_id,
-        )
+        sample_of(tiny_tokenizer, [51], [RowStep(0, range(4), [0, 50, 52, 53], [0.5] * 4)])
 
 
 def test_a_trace_of_nothing_is_refused(tiny_tokenizer):
@@ -296,7 +296,7 @@ def test_a_browser_shows_the_steps_of_a_sample(browse, document):
     start = Tokens(browse(""))
     assert "".join(text for _, text in start.tokens[:first]) == "The quick"
     assert all("masked" in classes for classes, _ in start.tokens[first:])
-    assert start.texts["where"] == f"step 0 of {sample['forwards']}"
+    assert start.texts["where"] == f"step 0 of {len(sample['steps'])}"
 
     written = Tokens(browse("sample=0&step=1"))
     assert written.tokens[first] == ({"token", "revealed"}, wrong)
@@ -308,7 +308,7 @@ def test_a_browser_shows_the_steps_of_a_sample(browse, document):
 
     end = Tokens(browse("sample=0&step=last"))
     assert "".join(text for _, text in end.tokens).replace("↵", "") == "The quick" + TEXT
-    assert end.texts["where"] == f"step {sample['forwards']} of {sample['forwards']}"
+    assert end.texts["where"] == "step {0} of {0}".format(len(sample["steps"]))
 
 
 @pytest.mark.slow

@@ -1,0 +1,382 @@
+"""Quality over forwards: generative perplexity of texts by how many tokens a sampler writes per pass of the network.
+
+A sampler that reveals several tokens in one pass draws them as if they were independent. What that costs is measured
+by a judge, a language model that scores the texts; how varied they stay, by the entropy of their tokens.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from bd3lm_hf.checkpoints import load_model
+from bd3lm_hf.evaluation import SequenceScore, score_sequences, seed_of, summarize
+from bd3lm_hf.samples import check_output
+from bd3lm_hf.tokenization import load_tokenizer
+from bd3lm_hf.writing import FIELDS, number, whole_number
+
+
+#: The field that makes a sampler bolder, and its values by default: one token per forward first.
+CURVES: dict[str, tuple[str, tuple[float | None, ...]]] = {
+    "first_hitting": ("num_denoising_steps", (None, 2, 1)),
+    "confidence": ("confidence_threshold", (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)),
+    "entropy_bound": ("entropy_bound", (0.0, 0.1, 0.5, 1.0, 2.0)),
+}
+
+#: The exact bound sums over all masks of a block: 2^size - 1 passes.
+_LARGEST_EXACT_BLOCK = 8
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+class Point(NamedTuple):
+    """How good and how fast the texts of one setting are."""
+
+    sampler: str
+    setting: dict[str, Any]  # fields of the generation config
+    tokens_per_forward: float  # of a text that is written alone
+    perplexity: float  # generative: exp of the mean nll under the judge
+    standard_error: float  # of the log of the perplexity
+    entropy: float  # of the token frequencies within a text, nats, mean over texts
+    seconds: float
+    scores: list[SequenceScore]
+
+
+class Ratio(NamedTuple):
+    """A perplexity over another one."""
+
+    value: float
+    standard_error: float  # of the value
+
+
+class Judge:
+    """Scores texts with a model that has `token_nll`.
+
+    Args:
+        estimator: of the model's bound, see its `token_nll`; an autoregressive model is exact with any.
+        retokenize: texts are decoded by the writer's tokenizer and encoded by the judge's own: (writer's, judge's).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        estimator: str = "exact",
+        num_samples: int = 1,
+        retokenize: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
+    ) -> None:
+        self.model, self.estimator, self.num_samples, self.retokenize = model, estimator, num_samples, retokenize
+
+    def score(self, texts: Sequence[list[int]], *, seed: int, batch_size: int) -> list[SequenceScore]:
+        """The nll of each text, whose first token begins it and is not scored."""
+        rows = list(texts)
+        if self.retokenize is not None:
+            writer, own = self.retokenize
+            decoded = writer.batch_decode([row[1:] for row in rows], skip_special_tokens=True)
+            rows = [[own.bos_token_id, *own(text, add_special_tokens=False)["input_ids"]] for text in decoded]
+        return score_sequences(
+            self.model,
+            rows,
+            estimator=self.estimator,
+            num_samples=self.num_samples,
+            batch_size=batch_size,
+            seed=seed,
+        )
+
+
+class CausalScore:
+    """`token_nll` of any causal language model of transformers, from its logits: exact."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Of the model, as its device is read from them."""
+        return iter(self.model.parameters())
+
+    def token_nll(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **unused: Any) -> Any:
+        """The nll `(batch, length)` of each token behind the first, nats, and which were scored."""
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1].float()
+        nll = F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
+        return _Scored(F.pad(nll, (1, 0)), F.pad(attention_mask[:, 1:], (1, 0)))
+
+
+class _Scored(NamedTuple):
+    nll: torch.Tensor
+    mask: torch.Tensor
+
+
+def own_judge(model: Any) -> Judge:
+    """The model's own likelihood bound: exact up to blocks of 8, else stratified with 8 draws."""
+    exact = getattr(model.config, "block_size", 1) <= _LARGEST_EXACT_BLOCK
+    return Judge(model, estimator="exact") if exact else Judge(model, estimator="stratified", num_samples=8)
+
+
+def quality_curve(
+    model: Any,
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    judge: Judge,
+    *,
+    num_samples: int = 64,
+    new_tokens: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = False,
+    **generation: Any,
+) -> list[Point]:
+    """Write texts from nothing with each setting of each sampler, and score them.
+
+    All texts have the same length: an end token does not end them, as in packed training text.
+
+    Args:
+        curves: sampler -> fields of `generate`, from the most cautious setting on.
+        new_tokens: of a text; by default as many as fit into the model's window.
+        generation: further fields of `generate`, the same for all.
+
+    Raises:
+        ValueError: a text longer than the model's window, or too few samples for a standard error.
+    """
+    window = model.config.max_position_embeddings
+    new_tokens = window - 1 if new_tokens is None else new_tokens
+    if new_tokens >= window:
+        raise ValueError(f"new_tokens={new_tokens}: texts to be scored are at most {window - 1} tokens long.")
+    if num_samples < 2:
+        raise ValueError(f"num_samples={num_samples}: a standard error needs at least 2.")
+    wanted = [(sampler, dict(setting)) for sampler, settings in curves.items() for setting in settings]
+    points = []
+    for sampler, setting in tqdm(wanted, desc="settings", disable=not progress, leave=False):
+        fields = {**generation, **{name: value for name, value in setting.items() if value is not None}}
+        started = time.perf_counter()
+        texts, forwards = _texts(model, num_samples, new_tokens, batch_size, seed, sampler=sampler, **fields)
+        seconds = time.perf_counter() - started
+        scores = judge.score(texts, seed=seed, batch_size=batch_size)
+        result = summarize(scores)
+        entropy = math.fsum(map(token_entropy, texts)) / len(texts)
+        speed = num_samples * new_tokens / forwards
+        points.append(
+            Point(sampler, setting, speed, result.perplexity, result.standard_error, entropy, seconds, scores)
+        )
+    return points
+
+
+def _texts(
+    model: Any, num_samples: int, new_tokens: int, batch_size: int, seed: int, **fields: Any
+) -> tuple[list[list[int]], int]:
+    """Texts, begin token included, and the forwards that they would take one by one."""
+    texts: list[list[int]] = []
+    forwards = 0
+    with _without_end(model.generation_config):
+        for first in range(0, num_samples, batch_size):
+            count = min(batch_size, num_samples - first)
+            start = torch.full((count, 1), model.generation_config.bos_token_id, device=model.device)
+            torch.manual_seed(seed_of(seed, first))
+            output = model.generate(
+                input_ids=start,
+                attention_mask=torch.ones_like(start),
+                max_new_tokens=new_tokens,
+                return_dict_in_generate=True,
+                output_trace=True,
+                **fields,
+            )
+            texts += output.sequences.tolist()
+            # A row takes part in the steps that reveal something of it; in the others it waits for the batch.
+            forwards += int(sum(step.revealed.any(dim=1).sum() for step in output.trace))
+    return texts, forwards
+
+
+@contextmanager
+def _without_end(config: Any) -> Iterator[None]:
+    end, config.eos_token_id = config.eos_token_id, None
+    try:
+        yield
+    finally:
+        config.eos_token_id = end
+
+
+def token_entropy(ids: Sequence[int]) -> float:
+    """Entropy in nats of the token frequencies of a text: it falls when a text repeats itself."""
+    counts = torch.tensor(ids).unique(return_counts=True)[1].double()
+    frequency = counts / counts.sum()
+    return float(-(frequency * frequency.log()).sum())
+
+
+def compare(point: Point, baseline: Point) -> Ratio:
+    """The perplexity of a point over that of a baseline with as many texts.
+
+    The error is that of the difference of two ratio estimates over pairs of texts, sqrt(n / (n - 1) sum_i d_i^2) with
+    d_i = (nll_i - nll m_i) / sum m - (the same of the baseline), to first order.
+    """
+    residuals = []
+    for one in (point, baseline):
+        total, mean = sum(score.num_tokens for score in one.scores), math.log(one.perplexity)
+        residuals.append([(score.nll - mean * score.num_tokens) / total for score in one.scores])
+    count, value = len(point.scores), point.perplexity / baseline.perplexity
+    spread = math.fsum((mine - theirs) ** 2 for mine, theirs in zip(*residuals, strict=True))
+    return Ratio(value, value * math.sqrt(count / (count - 1) * spread))
+
+
+def table(points: Sequence[Point]) -> str:
+    """Markdown; the first point of all, and the first of each sampler, are what the others are compared with."""
+    lines = [
+        "| sampler | setting | tokens per forward | perplexity | over the first row | over its sampler's first "
+        "| entropy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    firsts: dict[str, Point] = {}
+    for point in points:
+        first = firsts.setdefault(point.sampler, point)
+        ratios = [compare(point, points[0]), compare(point, first)]
+        told = [f"{ratio.value:.3f} +- {ratio.standard_error:.3f}" for ratio in ratios]
+        error = point.perplexity * point.standard_error
+        lines.append(
+            f"| {point.sampler} | {label(point)} | {point.tokens_per_forward:.2f} | {point.perplexity:.2f} +- "
+            f"{error:.2f} | {told[0]} | {told[1]} | {point.entropy:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def label(point: Point) -> str:
+    """The setting in words."""
+    return ", ".join(f"{name} {value}" for name, value in point.setting.items() if value is not None) or "default"
+
+
+def plot(points: Sequence[Point], path: Path, *, judge: str) -> None:
+    """A curve per sampler, tokens per forward against generative perplexity.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    check_plot()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    base = points[0].perplexity
+    axes.axhspan(base, 1.05 * base, color="0.92", zorder=0, label="within 5 % of the first point")
+    for which, sampler in enumerate(dict.fromkeys(point.sampler for point in points)):
+        mine = [point for point in points if point.sampler == sampler]
+        axes.errorbar(
+            [point.tokens_per_forward for point in mine],
+            [point.perplexity for point in mine],
+            yerr=[point.perplexity * point.standard_error for point in mine],
+            marker="os^Dv"[which % 5],
+            capsize=3,
+            label=sampler,
+        )
+        for point in mine[1:]:
+            values, place = ", ".join(map(str, point.setting.values())), (point.tokens_per_forward, point.perplexity)
+            axes.annotate(values, place, xytext=(5, 5), textcoords="offset points", fontsize=8, color="0.35")
+    axes.set_xlabel("tokens per forward pass")
+    axes.set_ylabel(f"generative perplexity under {judge}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
+def check_plot() -> None:
+    """Refuse to plot without matplotlib, before any work."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ValueError("a plot needs matplotlib: pip install 'bd3lm-hf[plots]', or leave --plot out.") from error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `bd3lm quality`, without those that every verb has."""
+    parser.add_argument("--judge", help="folder or hub name of the model that scores the texts; by default the writer")
+    parser.add_argument("--num-samples", type=whole_number(2), default=64, help="texts per setting")
+    parser.add_argument("--new-tokens", type=whole_number(1), help="of a text; by default the model's window")
+    parser.add_argument("--batch-size", type=whole_number(1), default=16)
+    parser.add_argument("--temperature", type=number(), default=1.0)
+    parser.add_argument("--nucleus-p", type=number(1), default=1.0)
+    for sampler, (name, values) in CURVES.items():
+        text = f"for {sampler}, the most cautious first ({' '.join(str(v) for v in values if v is not None)})"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=FIELDS[name][0], nargs="*", default=list(values), help=text
+        )
+    parser.add_argument("--plot", type=Path, help="picture of the curves (.png, .svg or .pdf)")
+    parser.add_argument("--output", type=Path, help="JSON file for the points")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse what can not be done, before a model is loaded.
+
+    Raises:
+        ValueError: names the argument and the remedy.
+    """
+    for name in ("plot", "output"):
+        if getattr(arguments, name) is not None:
+            check_output(getattr(arguments, name), f"--{name}")
+    if arguments.plot is not None:
+        check_plot()
+        if arguments.plot.suffix.lower() not in _PICTURES:
+            raise ValueError(f"--plot {arguments.plot}: a picture's name ends in one of {', '.join(_PICTURES)}.")
+
+
+def run(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Measure, print the table, write picture and data."""
+    judge, name = _judge(arguments, model, tokenizer)
+    curves = {
+        sampler: [{field: value} for value in getattr(arguments, field)] for sampler, (field, _) in CURVES.items()
+    }
+    points = quality_curve(
+        model,
+        curves,
+        judge,
+        num_samples=arguments.num_samples,
+        new_tokens=arguments.new_tokens,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        progress=sys.stderr.isatty(),
+        do_sample=True,
+        temperature=arguments.temperature,
+        nucleus_p=arguments.nucleus_p,
+    )
+    print(f"judge: {name}; {arguments.num_samples} texts per setting, temperature {arguments.temperature:g}")
+    print(table(points))
+    if arguments.plot is not None:
+        plot(points, arguments.plot, judge=name)
+    if arguments.output is not None:
+        rows = [{key: value for key, value in point._asdict().items() if key != "scores"} for point in points]
+        names = ("model", "seed", "num_samples", "temperature", "nucleus_p")
+        report = {"judge": name, **{key: getattr(arguments, key) for key in names}, "points": rows}
+        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _judge(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[Judge, str]:
+    if arguments.judge is None:
+        judge = own_judge(model)
+        return judge, f"the model itself ({judge.estimator} bound)"
+    other = load_model(arguments.judge, argument="--judge", trust_remote_code=arguments.trust_remote_code)
+    other = other.to(model.device).eval()
+    own = load_tokenizer(arguments.judge)
+    judge = own_judge(other) if hasattr(other, "token_nll") else Judge(CausalScore(other))
+    if own.get_vocab() != tokenizer.get_vocab():
+        judge.retokenize = (tokenizer, own)
+    return judge, Path(arguments.judge).name
+
+
+__all__ = [
+    "CURVES",
+    "CausalScore",
+    "Judge",
+    "Point",
+    "Ratio",
+    "compare",
+    "own_judge",
+    "plot",
+    "quality_curve",
+    "table",
+    "token_entropy",
+]

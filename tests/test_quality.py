@@ -1,0 +1,209 @@
+"""Quality over forwards: what is counted, who judges, and how far two settings lie apart."""
+
+import builtins
+import json
+import math
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from bd3lm_hf.evaluation import SequenceScore, summarize
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.quality import (
+    CausalScore,
+    Judge,
+    Point,
+    compare,
+    own_judge,
+    plot,
+    quality_curve,
+    table,
+    token_entropy,
+)
+
+
+CURVES = {
+    "first_hitting": [{"num_denoising_steps": None}, {"num_denoising_steps": 1}],
+    "confidence": [{"confidence_threshold": 1.0}, {"confidence_threshold": 0.0}],
+}
+
+
+def point(nll: list[float], counts: list[int], sampler: str = "first_hitting", **setting) -> Point:
+    scores = [SequenceScore(row, *pair) for row, pair in enumerate(zip(nll, counts, strict=True))]
+    result = summarize(scores)
+    return Point(sampler, setting, 1.0, result.perplexity, result.standard_error, 2.0, 1.0, scores)
+
+
+# --- writing and counting --------------------------------------------------------------------------------------------
+
+
+def test_bolder_settings_write_more_tokens_per_forward(tiny_model):
+    points = quality_curve(
+        tiny_model, CURVES, own_judge(tiny_model), num_samples=3, new_tokens=15, batch_size=2, do_sample=True
+    )
+    assert [(one.sampler, one.setting) for one in points] == [(s, c) for s, cs in CURVES.items() for c in cs]
+    # 15 tokens behind the first one: four blocks, the first one with 3 of them.
+    assert [one.tokens_per_forward for one in points] == [1.0, 15 / 4, 1.0, 15 / 4]
+    for one in points:
+        assert len(one.scores) == 3 and {score.num_tokens for score in one.scores} == {15}
+        assert one.perplexity == pytest.approx(summarize(one.scores).perplexity)
+        assert 0 < one.entropy <= math.log(16)
+
+
+def test_tokens_per_forward_do_not_depend_on_the_batch(tiny_model):
+    curves = {"confidence": [{"confidence_threshold": 0.04}]}
+    options = {"num_samples": 4, "new_tokens": 31, "do_sample": False}
+    ones, fours = (
+        quality_curve(tiny_model, curves, own_judge(tiny_model), batch_size=size, **options)[0] for size in (1, 4)
+    )
+    assert ones.tokens_per_forward == fours.tokens_per_forward > 1
+    assert ones.perplexity == pytest.approx(fours.perplexity, rel=1e-5)
+
+
+def test_texts_are_written_to_full_length_and_the_model_ends_texts_again_afterwards(tiny_config, randomize):
+    model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().linear.bias[tiny_config.eos_token_id] += 10  # hardly anything but end tokens
+    (one,) = quality_curve(model, {"first_hitting": [{}]}, own_judge(model), num_samples=2, new_tokens=12)
+    assert {score.num_tokens for score in one.scores} == {12}
+    assert model.generation_config.eos_token_id == tiny_config.eos_token_id
+    assert model.generate(max_new_tokens=12).shape[1] < 13
+
+
+def test_texts_that_can_not_be_scored_are_refused(tiny_model):
+    with pytest.raises(ValueError, match="new_tokens=32: texts to be scored are at most 31 tokens long"):
+        quality_curve(tiny_model, CURVES, own_judge(tiny_model), new_tokens=32)
+    with pytest.raises(ValueError, match="num_samples=1: a standard error needs at least 2"):
+        quality_curve(tiny_model, CURVES, own_judge(tiny_model), num_samples=1)
+
+
+def test_repetition_lowers_the_entropy_of_a_text():
+    assert token_entropy([5] * 9) == 0
+    assert token_entropy([1, 2, 3, 4]) == pytest.approx(math.log(4))
+    assert token_entropy([1, 1, 1, 2]) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+
+
+# --- judges ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_judges_itself_exactly_up_to_blocks_of_8(tiny_model, tiny_config):
+    assert own_judge(tiny_model).estimator == "exact"
+    large = BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), "block_size": 16}))
+    assert (own_judge(large).estimator, own_judge(large).num_samples) == ("stratified", 8)
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=64, n_embd=8, n_layer=1, n_head=1)).eval()
+
+
+def test_any_causal_model_can_judge():
+    model = gpt2()
+    texts = [[0, 5, 6, 7], [0, 300, 12, 9, 10]]
+    scores = Judge(CausalScore(model)).score(texts, seed=0, batch_size=2)
+    assert [score.num_tokens for score in scores] == [3, 4]
+    for text, score in zip(texts, scores, strict=True):
+        ids = torch.tensor([text])
+        assert score.nll == pytest.approx(model(input_ids=ids, labels=ids).loss.item() * score.num_tokens, rel=1e-5)
+
+
+def test_a_judge_of_another_vocabulary_reads_the_text(tiny_tokenizer):
+    judge = Judge(CausalScore(gpt2()), retokenize=(tiny_tokenizer, tiny_tokenizer))
+    ids = tiny_tokenizer("The lazy dog sleeps on.")["input_ids"]
+    letters = [token for letter in "The lazy dog sleeps on." for token in tiny_tokenizer(letter)["input_ids"]]
+    assert len(letters) > len(ids)
+    scores = judge.score([[0, *ids], [0, *letters]], seed=0, batch_size=2)
+    assert scores[0].num_tokens == scores[1].num_tokens == len(ids)
+    assert scores[0].nll == pytest.approx(scores[1].nll)
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_setting_compared_with_itself_has_no_error():
+    one = point([10.0, 14.0, 9.0], [5, 5, 5])
+    assert compare(one, one) == (1.0, 0.0)
+
+
+def test_the_error_of_a_ratio_is_that_of_pairs_of_texts():
+    generator = torch.Generator().manual_seed(0)
+    base = 20 + 3 * torch.randn(400, generator=generator)
+    shift = 1 + 0.5 * torch.randn(400, generator=generator)
+    counts = [10] * 400
+    ratio = compare(point((base + shift).tolist(), counts), point(base.tolist(), counts))
+    assert ratio.value == pytest.approx(math.exp(shift.mean().item() / 10), rel=1e-6)
+    # What both share does not count: the error is that of the shift alone.
+    assert ratio.standard_error == pytest.approx(ratio.value * shift.std().item() / 10 / 20, rel=1e-3)
+
+
+def test_the_table_compares_with_the_first_row_and_with_each_samplers_first():
+    points = [
+        point([10.0, 12.0], [5, 5]),
+        point([20.0, 22.0], [5, 5], "confidence", confidence_threshold=1.0),
+        point([15.0, 17.0], [5, 5], "confidence", confidence_threshold=0.5),
+    ]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(points).splitlines()]
+    assert cells[0][:4] == ["sampler", "setting", "tokens per forward", "perplexity"]
+    assert cells[2][1] == "default" and cells[2][4] == cells[2][5] == "1.000 +- 0.000"
+    assert cells[4][1] == "confidence_threshold 0.5"
+    assert cells[4][4].startswith(f"{math.exp(1):.3f}") and cells[4][5].startswith(f"{math.exp(-1):.3f}")
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+FEW = ("--num-samples", 2, "--new-tokens", 7, "--num-denoising-steps", 4, 1, "--confidence-threshold", 1, 0)
+
+
+def test_the_command_prints_a_table_and_draws_a_curve(bd3lm, model_folder, tmp_path):
+    picture, data = tmp_path / "quality.png", tmp_path / "quality.json"
+    code, out, _ = bd3lm("quality", "--model", model_folder, *FEW, "--plot", picture, "--output", data)
+    assert code == 0
+    assert out.startswith("judge: the model itself (exact bound); 2 texts per setting, temperature 1\n| sampler |")
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    report = json.loads(data.read_text())
+    assert [one["sampler"] for one in report["points"]] == ["first_hitting"] * 2 + ["confidence"] * 2 + [
+        "entropy_bound"
+    ] * 5
+    assert f"{report['points'][0]['perplexity']:.2f} +- " in out
+
+
+def test_the_command_takes_another_judge(bd3lm, model_folder, tiny_tokenizer, tmp_path):
+    gpt2().save_pretrained(tmp_path / "judge")
+    tiny_tokenizer.save_pretrained(tmp_path / "judge")
+    code, out, _ = bd3lm("quality", "--model", model_folder, *FEW, "--judge", tmp_path / "judge")
+    assert code == 0 and out.startswith("judge: judge;")
+
+
+def test_without_matplotlib_a_plot_is_refused_before_any_work(monkeypatch, bd3lm, tmp_path):
+    real = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    code, _, err = bd3lm("quality", "--model", "nowhere/at/all", "--plot", tmp_path / "q.png")
+    assert code == 2 and "a plot needs matplotlib: pip install 'bd3lm-hf[plots]'" in err
+    with pytest.raises(ValueError, match="needs matplotlib"):
+        plot([point([1.0, 2.0], [1, 1])], tmp_path / "q.png", judge="a judge")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--num-samples", 1), "--num-samples: '1' does not do: give a whole number of at least 2"),
+        (("--new-tokens", 40), "new_tokens=40: texts to be scored are at most 31 tokens long"),
+        (("--confidence-threshold", 2), "--confidence-threshold: '2' does not do"),
+        (("--plot", "no/folder/q.png"), "--plot no/folder/q.png: the folder"),
+        (("--plot", "q.txt"), "--plot q.txt: a picture's name ends in one of .png, .svg, .pdf"),
+        (("--output", "no/folder/q.json"), "--output no/folder/q.json: the folder"),
+        (("--judge", "./nowhere"), "--judge ./nowhere: there is no such folder"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(bd3lm, model_folder, arguments, part):
+    code, out, err = bd3lm("quality", "--model", model_folder, *arguments)
+    assert code == 2 and not out
+    assert err.startswith("error: ") and err.count("\n") == 1 and part in err
