@@ -20,10 +20,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from bd3lm_hf.checkpoints import load_model
+from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.evaluation import SequenceScore, score_sequences, seed_of, summarize
 from bd3lm_hf.samples import check_output
 from bd3lm_hf.tokenization import load_tokenizer
-from bd3lm_hf.writing import FIELDS, number, whole_number
+from bd3lm_hf.writing import FIELDS, whole_number
 
 
 #: The field that makes a sampler bolder, and its values by default: one token per forward first.
@@ -36,6 +37,8 @@ CURVES: dict[str, tuple[str, tuple[float | None, ...]]] = {
 #: The exact bound sums over all masks of a block: 2^size - 1 passes.
 _LARGEST_EXACT_BLOCK = 8
 _PICTURES = (".png", ".svg", ".pdf")
+#: Fields that are the same for all settings.
+_SHARED = ("temperature", "nucleus_p")
 
 
 class Point(NamedTuple):
@@ -49,6 +52,13 @@ class Point(NamedTuple):
     entropy: float  # of the token frequencies within a text, nats, mean over texts
     seconds: float
     scores: list[SequenceScore]
+
+
+class Text(NamedTuple):
+    """A text of which the first tokens were given; those are not scored."""
+
+    ids: list[int]
+    given: int
 
 
 class Ratio(NamedTuple):
@@ -76,13 +86,11 @@ class Judge:
     ) -> None:
         self.model, self.estimator, self.num_samples, self.retokenize = model, estimator, num_samples, retokenize
 
-    def score(self, texts: Sequence[list[int]], *, seed: int, batch_size: int) -> list[SequenceScore]:
-        """The nll of each text, whose first token begins it and is not scored."""
-        rows = list(texts)
+    def score(self, texts: Sequence[Text], *, seed: int, batch_size: int) -> list[SequenceScore]:
+        """The nll of what was written of each text."""
         if self.retokenize is not None:
-            writer, own = self.retokenize
-            decoded = writer.batch_decode([row[1:] for row in rows], skip_special_tokens=True)
-            rows = [[own.bos_token_id, *own(text, add_special_tokens=False)["input_ids"]] for text in decoded]
+            texts = [self._retokenized(text) for text in texts]
+        rows = [{"input_ids": ids, "labels": [-100] * given + ids[given:]} for ids, given in texts]
         return score_sequences(
             self.model,
             rows,
@@ -91,6 +99,15 @@ class Judge:
             batch_size=batch_size,
             seed=seed,
         )
+
+    def _retokenized(self, text: Text) -> Text:
+        assert self.retokenize is not None
+        writer, own = self.retokenize
+        parts = [
+            own(str(writer.decode(ids, skip_special_tokens=True)), add_special_tokens=False)["input_ids"]
+            for ids in (text.ids[: text.given], text.ids[text.given :])
+        ]
+        return Text([own.bos_token_id, *parts[0], *parts[1]], 1 + len(parts[0]))
 
 
 class CausalScore:
@@ -103,11 +120,14 @@ class CausalScore:
         """Of the model, as its device is read from them."""
         return iter(self.model.parameters())
 
-    def token_nll(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **unused: Any) -> Any:
-        """The nll `(batch, length)` of each token behind the first, nats, and which were scored."""
+    def token_nll(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None, **unused: Any
+    ) -> Any:
+        """The nll `(batch, length)` of each token behind the first, nats, and which were scored: no label of -100."""
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1].float()
         nll = F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
-        return _Scored(F.pad(nll, (1, 0)), F.pad(attention_mask[:, 1:], (1, 0)))
+        scored = attention_mask if labels is None else attention_mask * (labels != -100)
+        return _Scored(F.pad(nll, (1, 0)), F.pad(scored[:, 1:], (1, 0)))
 
 
 class _Scored(NamedTuple):
@@ -126,6 +146,7 @@ def quality_curve(
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     judge: Judge,
     *,
+    prompts: Sequence[list[int]] | None = None,
     num_samples: int = 64,
     new_tokens: int | None = None,
     batch_size: int = 16,
@@ -133,12 +154,14 @@ def quality_curve(
     progress: bool = False,
     **generation: Any,
 ) -> list[Point]:
-    """Write texts from nothing with each setting of each sampler, and score them.
+    """Write texts with each setting of each sampler, and score them.
 
     All texts have the same length: an end token does not end them, as in packed training text.
 
     Args:
         curves: sampler -> fields of `generate`, from the most cautious setting on.
+        prompts: token ids to continue, all of one length, a text for each; by default `num_samples` texts from
+            nothing.
         new_tokens: of a text; by default as many as fit into the model's window.
         generation: further fields of `generate`, the same for all.
 
@@ -146,22 +169,27 @@ def quality_curve(
         ValueError: a text longer than the model's window, or too few samples for a standard error.
     """
     window = model.config.max_position_embeddings
-    new_tokens = window - 1 if new_tokens is None else new_tokens
-    if new_tokens >= window:
-        raise ValueError(f"new_tokens={new_tokens}: texts to be scored are at most {window - 1} tokens long.")
-    if num_samples < 2:
-        raise ValueError(f"num_samples={num_samples}: a standard error needs at least 2.")
+    if prompts is None:
+        prompts = [[model.generation_config.bos_token_id]] * num_samples
+    room = window - len(prompts[0]) if prompts else 0
+    new_tokens = room if new_tokens is None else new_tokens
+    if not 0 < new_tokens <= room:
+        raise ValueError(
+            f"new_tokens={new_tokens}: behind {window - room} tokens the model's window has room for {room}."
+        )
+    if len(prompts) < 2:
+        raise ValueError(f"{len(prompts)} texts give no standard error: ask for at least 2.")
     wanted = [(sampler, dict(setting)) for sampler, settings in curves.items() for setting in settings]
     points = []
     for sampler, setting in tqdm(wanted, desc="settings", disable=not progress, leave=False):
         fields = {**generation, **{name: value for name, value in setting.items() if value is not None}}
         started = time.perf_counter()
-        texts, forwards = _texts(model, num_samples, new_tokens, batch_size, seed, sampler=sampler, **fields)
+        texts, forwards = _texts(model, prompts, new_tokens, batch_size, seed, sampler=sampler, **fields)
         seconds = time.perf_counter() - started
         scores = judge.score(texts, seed=seed, batch_size=batch_size)
         result = summarize(scores)
-        entropy = math.fsum(map(token_entropy, texts)) / len(texts)
-        speed = num_samples * new_tokens / forwards
+        entropy = math.fsum(token_entropy(text.ids[text.given :]) for text in texts) / len(texts)
+        speed = len(texts) * new_tokens / forwards
         points.append(
             Point(sampler, setting, speed, result.perplexity, result.standard_error, entropy, seconds, scores)
         )
@@ -169,25 +197,24 @@ def quality_curve(
 
 
 def _texts(
-    model: Any, num_samples: int, new_tokens: int, batch_size: int, seed: int, **fields: Any
-) -> tuple[list[list[int]], int]:
-    """Texts, begin token included, and the forwards that they would take one by one."""
-    texts: list[list[int]] = []
+    model: Any, prompts: Sequence[list[int]], new_tokens: int, batch_size: int, seed: int, **fields: Any
+) -> tuple[list[Text], int]:
+    """Texts and the forwards that they would take one by one."""
+    texts: list[Text] = []
     forwards = 0
     with _without_end(model.generation_config):
-        for first in range(0, num_samples, batch_size):
-            count = min(batch_size, num_samples - first)
-            start = torch.full((count, 1), model.generation_config.bos_token_id, device=model.device)
+        for first in range(0, len(prompts), batch_size):
+            given = torch.tensor(prompts[first : first + batch_size], device=model.device)
             torch.manual_seed(seed_of(seed, first))
             output = model.generate(
-                input_ids=start,
-                attention_mask=torch.ones_like(start),
+                input_ids=given,
+                attention_mask=torch.ones_like(given),
                 max_new_tokens=new_tokens,
                 return_dict_in_generate=True,
                 output_trace=True,
                 **fields,
             )
-            texts += output.sequences.tolist()
+            texts += [Text(ids, given.shape[1]) for ids in output.sequences.tolist()]
             # A row takes part in the steps that reveal something of it; in the others it waits for the batch.
             forwards += int(sum(step.revealed.any(dim=1).sum() for step in output.trace))
     return texts, forwards
@@ -296,10 +323,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `bd3lm quality`, without those that every verb has."""
     parser.add_argument("--judge", help="folder or hub name of the model that scores the texts; by default the writer")
     parser.add_argument("--num-samples", type=whole_number(2), default=64, help="texts per setting")
+    parser.add_argument("--dataset", help="held-out text whose beginnings are continued; by default from nothing")
+    parser.add_argument("--prompt-tokens", type=whole_number(1), default=32, help="length of such a beginning")
     parser.add_argument("--new-tokens", type=whole_number(1), help="of a text; by default the model's window")
     parser.add_argument("--batch-size", type=whole_number(1), default=16)
-    parser.add_argument("--temperature", type=number(), default=1.0)
-    parser.add_argument("--nucleus-p", type=number(1), default=1.0)
+    parser.add_argument("--greedy", action="store_true", help="take the most likely tokens; needs --dataset")
+    for name in _SHARED:
+        kind, text = FIELDS[name]
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=1.0, help=text)
     for sampler, (name, values) in CURVES.items():
         text = f"for {sampler}, the most cautious first ({' '.join(str(v) for v in values if v is not None)})"
         parser.add_argument(
@@ -315,6 +346,8 @@ def check(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: names the argument and the remedy.
     """
+    if arguments.greedy and arguments.dataset is None:
+        raise ValueError("--greedy writes the same text again and again from nothing: name a --dataset to continue.")
     for name in ("plot", "output"):
         if getattr(arguments, name) is not None:
             check_output(getattr(arguments, name), f"--{name}")
@@ -330,28 +363,44 @@ def run(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenize
     curves = {
         sampler: [{field: value} for value in getattr(arguments, field)] for sampler, (field, _) in CURVES.items()
     }
+    how = {"do_sample": False} if arguments.greedy else {name: getattr(arguments, name) for name in _SHARED}
     points = quality_curve(
         model,
         curves,
         judge,
+        prompts=_prompts(arguments, tokenizer),
         num_samples=arguments.num_samples,
         new_tokens=arguments.new_tokens,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         progress=sys.stderr.isatty(),
-        do_sample=True,
-        temperature=arguments.temperature,
-        nucleus_p=arguments.nucleus_p,
+        **{"do_sample": True, **how},
     )
-    print(f"judge: {name}; {arguments.num_samples} texts per setting, temperature {arguments.temperature:g}")
+    told = ["greedy"] if arguments.greedy else [f"{name} {value:g}" for name, value in how.items()]
+    print(f"judge: {name}; {len(points[0].scores)} texts per setting, {', '.join(told)}")
     print(table(points))
     if arguments.plot is not None:
         plot(points, arguments.plot, judge=name)
     if arguments.output is not None:
         rows = [{key: value for key, value in point._asdict().items() if key != "scores"} for point in points]
-        names = ("model", "seed", "num_samples", "temperature", "nucleus_p")
+        names = ("model", "seed", "dataset", "prompt_tokens", "greedy", *_SHARED)
         report = {"judge": name, **{key: getattr(arguments, key) for key in names}, "points": rows}
         arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _prompts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[list[int]] | None:
+    """Beginnings of held-out sequences, spread over the data set."""
+    if arguments.dataset is None:
+        return None
+    rows = pack(load_text(arguments.dataset, split="validation"), tokenizer, length=arguments.prompt_tokens)
+    if len(rows) < arguments.num_samples:
+        raise ValueError(
+            f"--num-samples {arguments.num_samples}: the data set has {len(rows)} sequences of "
+            f"{arguments.prompt_tokens} tokens; ask for fewer."
+        )
+    return [
+        list(rows[number * len(rows) // arguments.num_samples]["input_ids"]) for number in range(arguments.num_samples)
+    ]
 
 
 def _judge(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[Judge, str]:

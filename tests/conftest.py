@@ -150,6 +150,13 @@ def model_folder(tiny_config, tiny_tokenizer, randomize, tmp_path) -> Path:
 
 
 @pytest.fixture
+def text_file(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog, line by line.\n" * 60, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
 def bd3lm(capsys):
     """A function `(*arguments) -> (exit code, stdout, stderr)` that leaves the libraries as talkative as they were."""
     import datasets

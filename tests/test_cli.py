@@ -17,13 +17,6 @@ from bd3lm_hf.evaluation import perplexity
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 
 
-@pytest.fixture
-def text_file(tmp_path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog, line by line.\n" * 60, encoding="utf-8")
-    return path
-
-
 def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
     code, _, err = result
     lines = err.strip().splitlines()

@@ -15,6 +15,7 @@ from bd3lm_hf.quality import (
     CausalScore,
     Judge,
     Point,
+    Text,
     compare,
     own_judge,
     plot,
@@ -62,10 +63,24 @@ def test_tokens_per_forward_do_not_depend_on_the_batch(tiny_model):
     assert ones.perplexity == pytest.approx(fours.perplexity, rel=1e-5)
 
 
+def test_given_tokens_are_continued_and_not_scored(tiny_model):
+    prompts = [[0, 5, 6, 7, 8], [0, 9, 10, 11, 12]]
+    texts = []
+
+    class Listening(Judge):
+        def score(self, given, **options):
+            texts.extend(given)
+            return super().score(given, **options)
+
+    (one,) = quality_curve(tiny_model, {"first_hitting": [{}]}, Listening(tiny_model), prompts=prompts, new_tokens=6)
+    assert [text.ids[: text.given] for text in texts] == prompts
+    assert [score.num_tokens for score in one.scores] == [6, 6]
+
+
 def test_texts_are_written_to_full_length_and_the_model_ends_texts_again_afterwards(tiny_config, randomize):
     model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
     with torch.no_grad():
-        model.get_output_embeddings().linear.bias[tiny_config.eos_token_id] += 10  # hardly anything but end tokens
+        model.backbone.output_layer.linear.bias[tiny_config.eos_token_id] += 10  # hardly anything but end tokens
     (one,) = quality_curve(model, {"first_hitting": [{}]}, own_judge(model), num_samples=2, new_tokens=12)
     assert {score.num_tokens for score in one.scores} == {12}
     assert model.generation_config.eos_token_id == tiny_config.eos_token_id
@@ -73,9 +88,9 @@ def test_texts_are_written_to_full_length_and_the_model_ends_texts_again_afterwa
 
 
 def test_texts_that_can_not_be_scored_are_refused(tiny_model):
-    with pytest.raises(ValueError, match="new_tokens=32: texts to be scored are at most 31 tokens long"):
+    with pytest.raises(ValueError, match="new_tokens=32: behind 1 tokens the model's window has room for 31"):
         quality_curve(tiny_model, CURVES, own_judge(tiny_model), new_tokens=32)
-    with pytest.raises(ValueError, match="num_samples=1: a standard error needs at least 2"):
+    with pytest.raises(ValueError, match="1 texts give no standard error: ask for at least 2"):
         quality_curve(tiny_model, CURVES, own_judge(tiny_model), num_samples=1)
 
 
@@ -101,12 +116,14 @@ def gpt2() -> GPT2LMHeadModel:
 
 def test_any_causal_model_can_judge():
     model = gpt2()
-    texts = [[0, 5, 6, 7], [0, 300, 12, 9, 10]]
+    texts = [Text([0, 5, 6, 7], 1), Text([0, 300, 12, 9, 10], 3)]
     scores = Judge(CausalScore(model)).score(texts, seed=0, batch_size=2)
-    assert [score.num_tokens for score in scores] == [3, 4]
+    assert [score.num_tokens for score in scores] == [3, 2]
     for text, score in zip(texts, scores, strict=True):
-        ids = torch.tensor([text])
-        assert score.nll == pytest.approx(model(input_ids=ids, labels=ids).loss.item() * score.num_tokens, rel=1e-5)
+        ids = torch.tensor([text.ids])
+        labels = torch.tensor([[-100] * text.given + text.ids[text.given :]])
+        expected = model(input_ids=ids, labels=labels).loss.item() * score.num_tokens
+        assert score.nll == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_judge_of_another_vocabulary_reads_the_text(tiny_tokenizer):
@@ -114,7 +131,9 @@ def test_a_judge_of_another_vocabulary_reads_the_text(tiny_tokenizer):
     ids = tiny_tokenizer("The lazy dog sleeps on.")["input_ids"]
     letters = [token for letter in "The lazy dog sleeps on." for token in tiny_tokenizer(letter)["input_ids"]]
     assert len(letters) > len(ids)
-    scores = judge.score([[0, *ids], [0, *letters]], seed=0, batch_size=2)
+    given = tiny_tokenizer("A block")["input_ids"]
+    texts = [Text([0, *given, *written], 1 + len(given)) for written in (ids, letters)]
+    scores = judge.score(texts, seed=0, batch_size=2)
     assert scores[0].num_tokens == scores[1].num_tokens == len(ids)
     assert scores[0].nll == pytest.approx(scores[1].nll)
 
@@ -160,7 +179,9 @@ def test_the_command_prints_a_table_and_draws_a_curve(bd3lm, model_folder, tmp_p
     picture, data = tmp_path / "quality.png", tmp_path / "quality.json"
     code, out, _ = bd3lm("quality", "--model", model_folder, *FEW, "--plot", picture, "--output", data)
     assert code == 0
-    assert out.startswith("judge: the model itself (exact bound); 2 texts per setting, temperature 1\n| sampler |")
+    assert out.startswith(
+        "judge: the model itself (exact bound); 2 texts per setting, temperature 1, nucleus_p 1\n| sampler |"
+    )
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
     report = json.loads(data.read_text())
     assert [one["sampler"] for one in report["points"]] == ["first_hitting"] * 2 + ["confidence"] * 2 + [
@@ -174,6 +195,13 @@ def test_the_command_takes_another_judge(bd3lm, model_folder, tiny_tokenizer, tm
     tiny_tokenizer.save_pretrained(tmp_path / "judge")
     code, out, _ = bd3lm("quality", "--model", model_folder, *FEW, "--judge", tmp_path / "judge")
     assert code == 0 and out.startswith("judge: judge;")
+
+
+def test_the_command_continues_held_out_text(bd3lm, model_folder, text_file):
+    arguments = ["--dataset", text_file, "--prompt-tokens", 6, "--greedy", "--confidence-threshold", "--entropy-bound"]
+    code, out, _ = bd3lm("quality", "--model", model_folder, *FEW[:7], *arguments)
+    assert code == 0 and "2 texts per setting, greedy" in out
+    assert out.count("| first_hitting |") == 2 and "confidence" not in out
 
 
 def test_without_matplotlib_a_plot_is_refused_before_any_work(monkeypatch, bd3lm, tmp_path):
@@ -195,15 +223,18 @@ def test_without_matplotlib_a_plot_is_refused_before_any_work(monkeypatch, bd3lm
     ("arguments", "part"),
     [
         (("--num-samples", 1), "--num-samples: '1' does not do: give a whole number of at least 2"),
-        (("--new-tokens", 40), "new_tokens=40: texts to be scored are at most 31 tokens long"),
+        (("--new-tokens", 40), "new_tokens=40: behind 1 tokens"),
         (("--confidence-threshold", 2), "--confidence-threshold: '2' does not do"),
         (("--plot", "no/folder/q.png"), "--plot no/folder/q.png: the folder"),
         (("--plot", "q.txt"), "--plot q.txt: a picture's name ends in one of .png, .svg, .pdf"),
         (("--output", "no/folder/q.json"), "--output no/folder/q.json: the folder"),
+        (("--greedy",), "--greedy writes the same text again and again from nothing: name a --dataset"),
+        (("--dataset", "TEXT", "--num-samples", 5000), "the data set has"),
         (("--judge", "./nowhere"), "--judge ./nowhere: there is no such folder"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(bd3lm, model_folder, arguments, part):
+def test_bad_input_is_refused_in_one_line(bd3lm, model_folder, text_file, arguments, part):
+    arguments = [text_file if argument == "TEXT" else argument for argument in arguments]
     code, out, err = bd3lm("quality", "--model", model_folder, *arguments)
     assert code == 2 and not out
     assert err.startswith("error: ") and err.count("\n") == 1 and part in err
