@@ -4,19 +4,20 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TextDiffusionStreamer, TextStreamer
 
 from bd3lm_hf.evaluation import seed_of
+from bd3lm_hf.modeling.draws_bd3lm import SAMPLING_DTYPES
 from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS
 from bd3lm_hf.samples import Sample, SamplesFile, check_output, read_prompts
-from bd3lm_hf.trace import check_ending, row_steps, trace_document, traced_sample, write_trace
+from bd3lm_hf.trace import RowStep, check_ending, row_steps, trace_document, traced_sample, write_trace
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -66,6 +67,8 @@ FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "entropy_stop_window": (whole_number(1), "how many tokens that looks at"),
     "max_time": (number(), "seconds after which a batch ends with the block it is in"),
 }
+#: Fields with a flag of another kind.
+_CHOICES = ("max_new_tokens", "do_sample", "sampler", "sampling_dtype", "stop_at_second_eos")
 _BATCH_SIZE = 8
 
 
@@ -117,6 +120,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice.add_argument("--do-sample", action="store_true", default=True, help="draw tokens (default)")
     choice.add_argument("--greedy", dest="do_sample", action="store_false", help="take the most likely token")
     how.add_argument("--sampler", choices=tuple(SAMPLERS), help="which masked positions to reveal when")
+    how.add_argument("--sampling-dtype", choices=tuple(SAMPLING_DTYPES), help="precision that tokens are drawn with")
+    how.add_argument(
+        "--stop-at-second-eos",
+        action="store_true",
+        default=None,
+        help="the paper's rule: end with the second end token",
+    )
     for name, (kind, text) in FIELDS.items():
         how.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     where = parser.add_argument_group("where it goes")
@@ -145,7 +155,7 @@ def plan(arguments: argparse.Namespace) -> Job:
         check_output(path, "--trace")
     if arguments.output is not None:
         check_output(arguments.output, "--output")
-    chosen = {name: getattr(arguments, name) for name in ("max_new_tokens", "do_sample", "sampler", *FIELDS)}
+    chosen = {name: getattr(arguments, name) for name in (*_CHOICES, *FIELDS)}
     return Job(
         model=arguments.model,
         prompts=read_prompts(arguments.prompt, arguments.prompt_file),
@@ -164,12 +174,15 @@ def write(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write all samples of a job that are not finished yet; those that are finished stay when it is interrupted.
 
     Raises:
-        ValueError: a prompt too long for the model, or a samples file that does not belong to this job.
+        ValueError: a prompt too long for the model, a trace of a model that does not denoise, or a samples file that
+            does not belong to this job.
     """
-    ids = _encode(job, model, tokenizer)
+    if job.traces and not hasattr(model.generation_config, "output_trace"):
+        raise ValueError(f"--trace shows denoising steps, which a {type(model).__name__} does not take: leave it out.")
+    ids, prompts = _encode(job, model, tokenizer), job.sample_prompts
     file = None
     if job.output is not None:
-        file = SamplesFile(job.output, job.sample_prompts, job.settings, overwrite=job.overwrite)
+        file = SamplesFile(job.output, prompts, job.settings, overwrite=job.overwrite)
     before = set(file.finished) if file else set()
     if job.traces and len(before) == len(ids):
         raise ValueError(f"--trace: all samples are in {job.output} already, so there is nothing to trace.")
@@ -182,7 +195,13 @@ def write(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
             for batch in batches:
                 if before.issuperset(batch):
                     continue
-                samples = _write_batch(job, batch, [ids[index] for index in batch], model, tokenizer, traced)
+                written = _write_batch(job, batch[0], [ids[index] for index in batch], model, tokenizer)
+                samples = [
+                    _sample(job, index, prompts[index], text, tokenizer)
+                    for index, text in zip(batch, written, strict=True)
+                ]
+                if job.traces:
+                    traced += [_traced(*pair, model, tokenizer) for pair in zip(samples, written, strict=True)]
                 if file is not None:
                     file.append(samples)
                 elif not job.stream:
@@ -221,18 +240,23 @@ def _encode(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> list[li
     return encoded
 
 
+class _Written(NamedTuple):
+    """One row of a batch."""
+
+    prompt_ids: list[int]
+    new_ids: list[int]
+    forwards: int | None  # of the batch
+    seconds: float  # a share of those of the batch
+    steps: list[RowStep]  # as far as they are traced
+
+
 def _write_batch(
-    job: Job,
-    batch: Sequence[int],
-    ids: list[list[int]],
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    traced: list[dict[str, Any]],
-) -> list[Sample]:
-    """Write the samples of these numbers, whose prompts are `ids`; append what was traced."""
+    job: Job, first: int, ids: list[list[int]], model: Any, tokenizer: PreTrainedTokenizerBase
+) -> list[_Written]:
+    """Write the samples from number `first` on, whose prompts are `ids`."""
     padded = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
     # All draws of the batch come from the seed and the number of its first sample.
-    torch.manual_seed(seed_of(job.seed, batch[0]))
+    torch.manual_seed(seed_of(job.seed, first))
     started = time.perf_counter()
     output = model.generate(
         input_ids=padded["input_ids"],
@@ -242,50 +266,59 @@ def _write_batch(
         **({"output_trace": True} if job.traces else {}),
         **job.generation,
     )
-    seconds = (time.perf_counter() - started) / len(batch)
+    seconds = (time.perf_counter() - started) / len(ids)
     width = padded["input_ids"].shape[1]
-    prompts, samples = job.sample_prompts, []
-    for row, (index, prompt_ids) in enumerate(zip(batch, ids, strict=True)):
-        new_ids = _new_tokens(output.sequences[row, width:].tolist(), model.generation_config)
-        forwards = getattr(output, "num_forward_passes", None)
-        sample = Sample(
-            index=index,
-            prompt=prompts[index],
-            text=str(tokenizer.decode(prompt_ids + new_ids, skip_special_tokens=True)),
-            num_prompt_tokens=len(prompt_ids),
-            num_tokens=len(new_ids),
-            seed=job.seed,
-            forwards=forwards,
-            tokens_per_forward=None if forwards is None else len(new_ids) / max(1, forwards),
-            seconds=seconds,
-            model=job.model,
-            settings=job.settings,
+    return [
+        _Written(
+            prompt_ids,
+            _new_tokens(output.sequences[row, width:].tolist(), model.generation_config),
+            getattr(output, "num_forward_passes", None),
+            seconds,
+            list(row_steps(output.trace, row, width - len(prompt_ids))) if job.traces else [],
         )
-        samples.append(sample)
-        if job.traces:
-            traced.append(
-                traced_sample(
-                    tokenizer,
-                    index=index,
-                    prompt=sample.prompt,
-                    prompt_ids=prompt_ids,
-                    new_ids=new_ids,
-                    steps=row_steps(output.trace, row, width - len(prompt_ids)),
-                    mask_token_id=model.config.mask_token_id,
-                )
-            )
-    return samples
+        for row, prompt_ids in enumerate(ids)
+    ]
+
+
+def _sample(job: Job, index: int, prompt: str | None, written: _Written, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    count, forwards = len(written.new_ids), written.forwards
+    return Sample(
+        index=index,
+        prompt=prompt,
+        text=str(tokenizer.decode(written.prompt_ids + written.new_ids, skip_special_tokens=True)),
+        num_prompt_tokens=len(written.prompt_ids),
+        num_tokens=count,
+        seed=job.seed,
+        forwards=forwards,
+        tokens_per_forward=None if forwards is None else count / max(1, forwards),
+        seconds=written.seconds,
+        model=job.model,
+        settings=job.settings,
+    )
+
+
+def _traced(sample: Sample, written: _Written, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    return traced_sample(
+        tokenizer,
+        index=sample.index,
+        prompt=sample.prompt,
+        prompt_ids=written.prompt_ids,
+        new_ids=written.new_ids,
+        steps=written.steps,
+        mask_token_id=model.config.mask_token_id,
+    )
 
 
 def _new_tokens(row: list[int], config: Any) -> list[int]:
-    """A row's new tokens, up to its end token or the padding behind it."""
+    """A row's new tokens without the padding behind its end."""
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    for count, token in enumerate(row):
-        if token in ends:
-            return row[: count + 1]
-        if token == config.pad_token_id:
-            return row[:count]
-    return row
+    padding = ends[0] if config.pad_token_id is None else config.pad_token_id
+    count = len(row)
+    while count and row[count - 1] == padding:
+        count -= 1
+    if padding in ends and count < len(row):
+        count += 1  # the first one of them ended the text
+    return row[:count]
 
 
 def _streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,68 @@ def test_an_interrupted_run_keeps_its_finished_samples_and_goes_on_later(generat
     assert writing.SamplesFile(output, job.sample_prompts, job.settings).finished == set(range(len(rows)))
 
 
+# --- samplers and traces ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings", "forwards"),
+    [
+        (["--sampler", "first_hitting"], {"sampler": "first_hitting"}, 12),
+        (["--sampler", "first_hitting", "--num-denoising-steps", 1], {"num_denoising_steps": 1}, 3),
+        (["--sampler", "ancestral", "--num-denoising-steps", 1], {"sampler": "ancestral"}, 3),
+        (["--sampler", "confidence", "--confidence-threshold", 0], {"confidence_threshold": 0.0}, 3),
+        (["--sampler", "confidence", "--confidence-threshold", 1], {"confidence_threshold": 1.0}, 12),
+        (["--sampler", "entropy_bound", "--entropy-bound", 99], {"entropy_bound": 99.0}, 3),
+        (["--remask-fraction", 0.5, "--sampling-dtype", "float64"], {"remask_fraction": 0.5}, 12 + 3 * 2),
+        (["--stop-at-second-eos"], {"stop_at_second_eos": True}, 12),
+        (["--entropy-stop", 4, "--entropy-stop-window", 200], {"entropy_stop": 4.0, "entropy_stop_window": 200}, 12),
+    ],
+)
+def test_every_sampler_and_its_fields_can_be_chosen(generate, tmp_path, flags, settings, forwards):
+    output = tmp_path / "samples.jsonl"
+    # Two blocks of prompt, three blocks to write.
+    assert generate("--prompt", "AAAAAAAA", "--max-new-tokens", 12, *flags, "--output", output)[0] == 0
+    (row,) = rows_of(output)
+    assert row["num_prompt_tokens"] == 8 and row["num_tokens"] == 12
+    assert settings.items() <= row["settings"].items()
+    assert row["forwards"] == forwards
+
+
+def test_a_trace_replays_every_sample_of_a_batch(generate, tmp_path):
+    page, data, output = tmp_path / "trace.html", tmp_path / "trace.json", tmp_path / "samples.jsonl"
+    arguments = ["--prompt", "The lazy dog", "--prompt", "A", "--num-samples", 2, "--max-new-tokens", 13]
+    flags = ["--sampler", "confidence", "--confidence-threshold", 0.01, "--remask-fraction", 0.5, "--temperature", 2]
+    code, _, _ = generate(*arguments, *flags, "--trace", page, "--trace", data, "--output", output)
+    assert code == 0
+    document, rows = json.loads(data.read_text()), rows_of(output)
+    assert document["model"] == "model" and document["sampler"] == "confidence" and document["block_size"] == 4
+    assert document["settings"]["remask_fraction"] == 0.5 and document["settings"]["seed"] == 0
+    assert len(document["samples"]) == 4
+    for sample, row in zip(document["samples"], rows, strict=True):
+        assert (sample["index"], sample["prompt"]) == (row["index"], row["prompt"])
+        assert sample["num_prompt_tokens"] == row["num_prompt_tokens"] and sample["num_tokens"] == row["num_tokens"]
+        assert sample["forwards"] <= row["forwards"]
+        assert any(not step["forward"] for step in sample["steps"])
+        places = [position for start, stop in sample["blocks"] for position in range(start, stop)]
+        assert places == list(range(sample["num_prompt_tokens"], len(sample["ids"])))
+        assert all((start % 4 == 0 or start == places[0]) and stop - start <= 4 for start, stop in sample["blocks"])
+        state = {}
+        for step in sample["steps"]:
+            state.update({position: token for position, token, _ in step["changes"]})
+        assert [state[place] for place in places] == sample["ids"][sample["num_prompt_tokens"] :]
+    assert json.dumps(document["samples"][3]["ids"]) in page.read_text()
+
+
+def test_a_trace_needs_a_model_that_denoises_and_something_to_write(generate, gpt2_folder, bd3lm, tmp_path):
+    code, _, err = bd3lm("generate", "--model", gpt2_folder, "--prompt", "A", "--trace", tmp_path / "trace.html")
+    assert code == 2 and "--trace shows denoising steps, which a GPT2LMHeadModel does not take: leave it out" in err
+    arguments = ["--max-new-tokens", 4, "--output", tmp_path / "samples.jsonl"]
+    assert generate(*arguments)[0] == 0
+    code, _, err = generate(*arguments, "--trace", tmp_path / "trace.html")
+    assert code == 2 and "all samples are in" in err and "nothing to trace" in err
+    assert not (tmp_path / "trace.html").exists()
+
+
 # --- what a person sees ----------------------------------------------------------------------------------------------
 
 
@@ -261,11 +324,35 @@ def test_a_model_without_a_begin_token_needs_a_prompt(generate, model_folder):
 # --- other models ----------------------------------------------------------------------------------------------------
 
 
-def test_an_autoregressive_model_writes_as_well(bd3lm, tiny_tokenizer, tmp_path):
+@pytest.fixture
+def gpt2_folder(tiny_tokenizer, tmp_path) -> Path:
+    """A model of transformers' own with the tiny tokenizer."""
     model = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=32, n_embd=8, n_layer=1, n_head=1))
     model.save_pretrained(tmp_path / "gpt2")
     tiny_tokenizer.save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def test_an_autoregressive_model_writes_as_well(bd3lm, gpt2_folder, tmp_path):
     output = tmp_path / "samples.jsonl"
-    arguments = ["generate", "--model", tmp_path / "gpt2", "--prompt", "The", "--num-samples", 2]
+    arguments = ["generate", "--model", gpt2_folder, "--prompt", "The", "--num-samples", 2]
     assert bd3lm(*arguments, "--max-new-tokens", 5, "--output", output)[0] == 0
     assert [(row["forwards"], row["num_tokens"] <= 5) for row in rows_of(output)] == [(None, True)] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "pad", "eos", "count"),
+    [
+        ([5, 6, 7], 2, 1, 3),
+        ([5, 1, 2, 2], 2, 1, 2),
+        ([5, 1, 6, 1, 2], 2, 1, 4),  # the second end token ended this one
+        ([5, 6, 2, 2], 2, 1, 2),  # a stop string did
+        ([5, 1, 1, 1], 1, 1, 2),
+        ([5, 1, 1, 1], None, [1, 3], 2),
+        ([5, 6, 1], 1, 1, 3),
+        ([5, 6], None, None, 2),
+    ],
+)
+def test_padding_behind_the_end_is_no_new_token(row, pad, eos, count):
+    config = types.SimpleNamespace(pad_token_id=pad, eos_token_id=eos)
+    assert writing._new_tokens(row, config) == row[:count]
