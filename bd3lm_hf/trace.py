@@ -126,13 +126,14 @@ def traced_sample(
             continue  # the row has ended, others of the batch go on
         blocks.setdefault(step.block, [position for position, _, _ in inside])
         # What is masked now, or revealed now, and held a token before, was masked in between.
-        masked = [
+        masked: list[list[Any]] = [
             [position, None, None]
             for position, token, confidence in inside
             if holds[position] != mask_token_id and (token == mask_token_id or confidence is not None)
         ]
-        shown = [[p, token, round(confidence, 6)] for p, token, confidence in inside if confidence is not None]
-        holds.update({position: mask_token_id for position, _, _ in masked} | {p: token for p, token, _ in shown})
+        shown: list[list[Any]] = [[p, token, round(value, 6)] for p, token, value in inside if value is not None]
+        holds.update({position: mask_token_id for position, _, _ in masked})
+        holds.update({position: token for position, token, _ in shown})
         for changes, forward in ((masked, False), (shown, True)):
             if changes:
                 told.append({"block": len(blocks) - 1, "forward": forward, "changes": changes})
