@@ -30,8 +30,8 @@ from bd3lm_hf.writing import FIELDS, whole_number
 #: The field that makes a sampler bolder, and its values by default: one token per forward first.
 CURVES: dict[str, tuple[str, tuple[float | None, ...]]] = {
     "first_hitting": ("num_denoising_steps", (None, 2, 1)),
-    "confidence": ("confidence_threshold", (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)),
-    "entropy_bound": ("entropy_bound", (0.0, 0.1, 0.5, 1.0, 2.0)),
+    "confidence": ("confidence_threshold", (1.0, 0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.0)),
+    "entropy_bound": ("entropy_bound", (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)),
 }
 
 #: The exact bound sums over all masks of a block: 2^size - 1 passes.
@@ -136,9 +136,12 @@ class _Scored(NamedTuple):
 
 
 def own_judge(model: Any) -> Judge:
-    """The model's own likelihood bound: exact up to blocks of 8, else stratified with 8 draws."""
-    exact = getattr(model.config, "block_size", 1) <= _LARGEST_EXACT_BLOCK
-    return Judge(model, estimator="exact") if exact else Judge(model, estimator="stratified", num_samples=8)
+    """The model's own likelihood bound: exact up to blocks of 8, else with 8 draws per text, stratified if it can be."""
+    if getattr(model.config, "time_conditioning", False):
+        return Judge(model, estimator="sampled", num_samples=8)
+    if getattr(model.config, "block_size", 1) > _LARGEST_EXACT_BLOCK:
+        return Judge(model, estimator="stratified", num_samples=8)
+    return Judge(model, estimator="exact")
 
 
 def quality_curve(
@@ -166,8 +169,10 @@ def quality_curve(
         generation: further fields of `generate`, the same for all.
 
     Raises:
-        ValueError: a text longer than the model's window, or too few samples for a standard error.
+        ValueError: a model without samplers, a text longer than its window, or too few texts for a standard error.
     """
+    if not hasattr(model.generation_config, "output_trace"):
+        raise ValueError(f"a {type(model).__name__} has no samplers to compare: name a block-diffusion model.")
     window = model.config.max_position_embeddings
     if prompts is None:
         prompts = [[model.generation_config.bos_token_id]] * num_samples

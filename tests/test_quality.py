@@ -94,6 +94,11 @@ def test_texts_that_can_not_be_scored_are_refused(tiny_model):
         quality_curve(tiny_model, CURVES, own_judge(tiny_model), num_samples=1)
 
 
+def test_a_model_without_samplers_is_refused():
+    with pytest.raises(ValueError, match="a GPT2LMHeadModel has no samplers to compare: name a block-diffusion model"):
+        quality_curve(gpt2(), CURVES, Judge(CausalScore(gpt2())))
+
+
 def test_repetition_lowers_the_entropy_of_a_text():
     assert token_entropy([5] * 9) == 0
     assert token_entropy([1, 2, 3, 4]) == pytest.approx(math.log(4))
@@ -107,6 +112,8 @@ def test_a_model_judges_itself_exactly_up_to_blocks_of_8(tiny_model, tiny_config
     assert own_judge(tiny_model).estimator == "exact"
     large = BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), "block_size": 16}))
     assert (own_judge(large).estimator, own_judge(large).num_samples) == ("stratified", 8)
+    timed = BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), "time_conditioning": True}))
+    assert (own_judge(timed).estimator, own_judge(timed).num_samples) == ("sampled", 8)
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -172,34 +179,33 @@ def test_the_table_compares_with_the_first_row_and_with_each_samplers_first():
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
-FEW = ("--num-samples", 2, "--new-tokens", 7, "--num-denoising-steps", 4, 1, "--confidence-threshold", 1, 0)
+FEW = ("--num-samples", 2, "--new-tokens", 7, "--num-denoising-steps", 4, 1, "--entropy-bound")
+TWO = (*FEW, "--confidence-threshold", 1, 0)
 
 
 def test_the_command_prints_a_table_and_draws_a_curve(bd3lm, model_folder, tmp_path):
     picture, data = tmp_path / "quality.png", tmp_path / "quality.json"
-    code, out, _ = bd3lm("quality", "--model", model_folder, *FEW, "--plot", picture, "--output", data)
+    code, out, _ = bd3lm("quality", "--model", model_folder, *TWO, "--plot", picture, "--output", data)
     assert code == 0
     assert out.startswith(
         "judge: the model itself (exact bound); 2 texts per setting, temperature 1, nucleus_p 1\n| sampler |"
     )
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
     report = json.loads(data.read_text())
-    assert [one["sampler"] for one in report["points"]] == ["first_hitting"] * 2 + ["confidence"] * 2 + [
-        "entropy_bound"
-    ] * 5
+    assert [one["sampler"] for one in report["points"]] == ["first_hitting"] * 2 + ["confidence"] * 2
     assert f"{report['points'][0]['perplexity']:.2f} +- " in out
 
 
 def test_the_command_takes_another_judge(bd3lm, model_folder, tiny_tokenizer, tmp_path):
     gpt2().save_pretrained(tmp_path / "judge")
     tiny_tokenizer.save_pretrained(tmp_path / "judge")
-    code, out, _ = bd3lm("quality", "--model", model_folder, *FEW, "--judge", tmp_path / "judge")
+    code, out, _ = bd3lm("quality", "--model", model_folder, *TWO, "--judge", tmp_path / "judge")
     assert code == 0 and out.startswith("judge: judge;")
 
 
 def test_the_command_continues_held_out_text(bd3lm, model_folder, text_file):
-    arguments = ["--dataset", text_file, "--prompt-tokens", 6, "--greedy", "--confidence-threshold", "--entropy-bound"]
-    code, out, _ = bd3lm("quality", "--model", model_folder, *FEW[:7], *arguments)
+    arguments = ["--dataset", text_file, "--prompt-tokens", 6, "--greedy", "--confidence-threshold"]
+    code, out, _ = bd3lm("quality", "--model", model_folder, *FEW, *arguments)
     assert code == 0 and "2 texts per setting, greedy" in out
     assert out.count("| first_hitting |") == 2 and "confidence" not in out
 
