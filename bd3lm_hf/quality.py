@@ -136,7 +136,7 @@ class _Scored(NamedTuple):
 
 
 def own_judge(model: Any) -> Judge:
-    """The model's own likelihood bound: exact up to blocks of 8, else with 8 draws per text, stratified if it can be."""
+    """The model's own likelihood bound: exact up to blocks of 8, else with 8 draws, stratified where they can be."""
     if getattr(model.config, "time_conditioning", False):
         return Judge(model, estimator="sampled", num_samples=8)
     if getattr(model.config, "block_size", 1) > _LARGEST_EXACT_BLOCK:

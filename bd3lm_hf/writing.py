@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import torch
+import transformers
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, TextDiffusionStreamer, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from bd3lm_hf.evaluation import seed_of
 from bd3lm_hf.modeling.draws_bd3lm import SAMPLING_DTYPES
@@ -70,6 +71,8 @@ FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
 #: Fields with a flag of another kind.
 _CHOICES = ("max_new_tokens", "do_sample", "sampler", "sampling_dtype", "stop_at_second_eos")
 _BATCH_SIZE = 8
+# Not in every version of transformers; without it a terminal shows finished tokens only.
+_DRAFTS: type[TextStreamer] = getattr(transformers, "TextDiffusionStreamer", TextStreamer)
 
 
 @dataclass(frozen=True)
@@ -323,7 +326,7 @@ def _new_tokens(row: list[int], config: Any) -> list[int]:
 
 def _streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
     """Drafts are overwritten in place, which only a terminal can do."""
-    kind = TextDiffusionStreamer if _is_terminal(sys.stdout) else TextStreamer
+    kind = _DRAFTS if _is_terminal(sys.stdout) else TextStreamer
     return kind(tokenizer, skip_special_tokens=True)
 
 
