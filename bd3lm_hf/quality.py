@@ -309,6 +309,7 @@ def plot(points: Sequence[Point], path: Path, *, judge: str) -> None:
         for point in mine[1:]:
             values, place = ", ".join(map(str, point.setting.values())), (point.tokens_per_forward, point.perplexity)
             axes.annotate(values, place, xytext=(5, 5), textcoords="offset points", fontsize=8, color="0.35")
+    axes.margins(x=0.08)
     axes.set_xlabel("tokens per forward pass")
     axes.set_ylabel(f"generative perplexity under {judge}")
     axes.grid(alpha=0.3)
