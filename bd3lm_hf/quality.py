@@ -30,8 +30,8 @@ from bd3lm_hf.writing import FIELDS, whole_number
 #: The field that makes a sampler bolder, and its values by default: one token per forward first.
 CURVES: dict[str, tuple[str, tuple[float | None, ...]]] = {
     "first_hitting": ("num_denoising_steps", (None, 2, 1)),
-    "confidence": ("confidence_threshold", (1.0, 0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.0)),
-    "entropy_bound": ("entropy_bound", (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)),
+    "confidence": ("confidence_threshold", (1.0, 0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.003, 0.0)),
+    "entropy_bound": ("entropy_bound", (0.0, 1.0, 2.0, 4.0, 8.0)),
 }
 
 #: The exact bound sums over all masks of a block: 2^size - 1 passes.
