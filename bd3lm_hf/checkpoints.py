@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
@@ -87,6 +88,8 @@ class NotFiniteError(ValueError):
 def check_finite_weights(model: torch.nn.Module, origin: str) -> None:
     """Refuse a model whose weights or buffers hold NaN or infinity.
 
+    With sharded weights all processes call this together, and find the same.
+
     Args:
         origin: where the weights come from, for the message.
 
@@ -94,6 +97,7 @@ def check_finite_weights(model: torch.nn.Module, origin: str) -> None:
         NotFiniteError: names the first such tensor.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
             raise NotFiniteError(

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .sharding_bd3lm import call_as, is_sharded
+
 
 _LOGIT_BUDGET = 2**23  # logits alive at a time, 32 MiB in float32
 
@@ -40,8 +42,16 @@ def weighted_cross_entropy(
             as a head wrapped by PEFT, is recomputed chunk by chunk in the backward pass.
         targets, weights: `(rows,)`; the weights are constants.
     """
+
+    def fused(rows: torch.Tensor) -> torch.Tensor:
+        return _FusedHeadLoss.apply(rows, head.weight, head.bias, targets, weights, mask_token_id, _chunk(head))
+
     if is_plain_linear(head):
-        return _FusedHeadLoss.apply(hidden, head.weight, head.bias, targets, weights, mask_token_id, _chunk(head))
+        return fused(hidden)
+    if is_sharded(head) and type(head).forward is nn.Linear.forward:
+        # One call for all chunks: processes with more masked tokens than others would gather the weights more often
+        # than these, and wait for ever.
+        return call_as(head, fused, hidden)
     step, total = _chunk(head), hidden.sum() * 0.0
     for i in range(0, hidden.shape[0], step):
         arguments = (hidden[i : i + step], head, targets[i : i + step], mask_token_id)

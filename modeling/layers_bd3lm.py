@@ -172,15 +172,12 @@ class BD3LMBlock(GradientCheckpointingLayer):
         """The layers whose products make up its cost."""
         return self.attn_qkv, self.attn_out, self.mlp[0], self.mlp[2]
 
-    def modulation(self, conditioning: torch.Tensor | None) -> torch.Tensor | None:
-        """shift, scale and gate of attention, then of the MLP, side by side: `(batch or 1, 1, 6 * hidden_dim)`.
+    def fold(self, conditioning: torch.Tensor | None) -> Modulation:
+        """The norms and gates of this layer, by the vector `(batch or 1, cond_dim)` that adaLN makes them from.
 
-        One tensor, not six: reentrant checkpointing cuts the graph only at tensors that are arguments of their own.
+        Decoding computes them once for all steps.
         """
-        return None if conditioning is None else self.adaLN_modulation(conditioning).unsqueeze(1)
-
-    def fold(self, modulation: torch.Tensor | None) -> Modulation:
-        """The norms and gates of this layer; decoding computes them once for all steps."""
+        modulation = None if conditioning is None else self.adaLN_modulation(conditioning).unsqueeze(1)
         shift1, scale1, gate1, shift2, scale2, gate2 = split_modulation(modulation, 6)
         if gate1 is not None and gate2 is not None and gate1.shape[0] == 1:
             gate1, gate2 = gate1.reshape(-1), gate2.reshape(-1)
@@ -193,7 +190,7 @@ class BD3LMBlock(GradientCheckpointingLayer):
         shared: Pass,
         last: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`(batch, length, hidden_dim)` in and out.
+        """`(batch, length, hidden_dim)` in and out; `modulation` is what [`fold`] takes, or what it gave.
 
         In the last layer only the positions after `plan.skip` are queried, and with `shared.rows` only those rows go
         on: the output is then `(rows, hidden_dim)`.
@@ -323,12 +320,9 @@ class BD3LMFinalLayer(nn.Module):
         if config.adaln:
             self.adaLN_modulation = BD3LMZeroLinear(config.cond_dim, 2 * config.hidden_dim)
 
-    def modulation(self, conditioning: torch.Tensor | None) -> torch.Tensor | None:
-        """shift and scale, side by side: `(batch or 1, 1, 2 * hidden_dim)`."""
-        return None if conditioning is None else self.adaLN_modulation(conditioning).unsqueeze(1)
-
-    def fold(self, modulation: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def fold(self, conditioning: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias of the final norm."""
+        modulation = None if conditioning is None else self.adaLN_modulation(conditioning).unsqueeze(1)
         return self.norm_final.fold(*split_modulation(modulation, 2))
 
     def norm(

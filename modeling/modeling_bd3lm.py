@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,9 +35,10 @@ from .likelihood_bd3lm import TokenNLL, token_nll
 from .loss_bd3lm import check_token_ids, denoising_loss
 from .noise_bd3lm import check_interval, given_noise
 from .packed_bd3lm import UNPACKED, PackedLinears, release_packed
+from .sharding_bd3lm import is_sharded
 
 
-# Of every layer and the final norm: as adaLN gives it, or folded into norms and gates.
+# Of every layer and the final norm: what adaLN makes it from, or folded into norms and gates.
 Modulations = list[torch.Tensor | Modulation | tuple[torch.Tensor, torch.Tensor | None] | None]
 
 
@@ -145,7 +147,11 @@ class BD3LMModel(BD3LMPreTrainedModel):
         return [layer for block in self.blocks for layer in cast(BD3LMBlock, block).linears()]
 
     def modulations(self, timesteps: torch.Tensor | None, device: torch.device) -> Modulations:
-        """adaLN's shifts, scales and gates of every layer and of the final norm.
+        """What gives every layer and the final norm their shifts, scales and gates.
+
+        In training the conditioning vector itself, of which each layer makes its own modulation when it is called:
+        checkpointing recomputes it, and weights that are spread over processes are whole then. Otherwise each layer's
+        modulation, folded once for a whole decode.
 
         Args:
             timesteps: noise levels sigma `(batch,)`, read only by time-conditioned models; the others, as published,
@@ -164,9 +170,9 @@ class BD3LMModel(BD3LMPreTrainedModel):
                 sigma = torch.zeros(1, device=device)
             conditioning = F.silu(self.sigma_map(sigma))
         layers = [*self.blocks, self.output_layer]
-        raw = [layer.modulation(conditioning) for layer in layers]
-        # Folded once for a whole decode. In training each layer folds its own, so that checkpointing cuts at a tensor.
-        return raw if torch.is_grad_enabled() else [layer.fold(m) for layer, m in zip(layers, raw, strict=True)]
+        if torch.is_grad_enabled() or any(map(is_sharded, layers)):
+            return [conditioning] * len(layers)
+        return [layer.fold(conditioning) for layer in layers]
 
     def run(
         self,
@@ -428,6 +434,17 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
             num_samples=num_samples,
             generator=generator,
         )
+
+    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> "BD3LMForMaskedLM":
+        # A cast of the whole model moves the interval but does not round it: 1e-3 in bfloat16 is another number, and
+        # the whole interval would count as a clipped one.
+        interval = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in interval.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
     def interval(self) -> tuple[float, float]:
         """The interval of noise levels that training draws from."""

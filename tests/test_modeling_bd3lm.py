@@ -654,3 +654,14 @@ def test_what_is_no_interval_cannot_be_set(tiny_model, interval):
         tiny_model.set_interval(0.55, 0.7)
     assert tiny_model.interval() == before
     assert tiny_model.config.sampling_eps_max == 1.0
+
+
+@pytest.mark.parametrize("cast", [lambda model: model.to(torch.bfloat16), lambda model: model.half()])
+def test_a_cast_of_the_model_does_not_round_its_interval(tiny_model, cast):
+    tiny_model.sampling_eps_min.fill_(0.45)
+    tiny_model.sampling_eps_max.fill_(0.95)
+    expected = tiny_model.interval()
+    assert cast(tiny_model) is tiny_model
+    assert tiny_model.get_output_embeddings().weight.dtype != torch.float32
+    assert tiny_model.interval() == expected
+    assert tiny_model.to("meta").sampling_eps_min.device.type == "meta"
