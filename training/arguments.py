@@ -174,6 +174,24 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave losses that are not finite out of logs."}
     )
+    # All weights of our models take part in every step; looking for others costs a walk through the graph.
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Have DistributedDataParallel look for weights without a gradient."}
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sequences of one optimizer step over all processes; decides gradient_accumulation_steps. The "
+            "paper's 512 on any number of processes."
+        },
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Evaluate and save an exponential moving average of the weights; the paper's is 0.9999."},
+    )
+    ema_warmup: bool = field(
+        default=True, metadata={"help": "Start the average with a lower decay, (1 + n) / (10 + n) in update n."}
+    )
     eval_estimator: str = field(
         default="stratified", metadata={"help": "Likelihood estimator of evaluations: sampled, stratified or exact."}
     )
@@ -196,6 +214,9 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
         if launched > 1 and (parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()):
             # Several processes without a GPU talk through gloo, which transformers chooses only when told so.
             self.use_cpu = True
+        self.bf16 = self.bf16 or _deepspeed_takes_bf16()
+        if self.global_batch_size is not None:
+            self.gradient_accumulation_steps = self._accumulation(launched)
         super().__post_init__()
         if self.world_size != launched:
             raise ValueError(
@@ -211,6 +232,45 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
             raise ValueError(f"--peak_tflops {self.peak_tflops}: give a number above 0, or leave it out.")
         if self.report_to:
             _check_reporters(self.report_to)
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--ema_decay {self.ema_decay}: give a number from 0 (no average) to below 1.")
+        if getattr(self.accelerator_config, "split_batches", False):
+            raise ValueError(
+                "accelerator_config split_batches=True would give each process a part of per_device_train_batch_size: "
+                "leave it out and set --global_batch_size."
+            )
+        if self.global_batch_size is not None and (self.n_gpu > 1 or self.auto_find_batch_size):
+            raise ValueError(
+                f"--global_batch_size {self.global_batch_size} needs a batch size per device that stays: start one "
+                f"process per GPU with accelerate launch, and leave out --auto_find_batch_size."
+            )
+
+    def _accumulation(self, processes: int) -> int:
+        """The accumulated batches that make up `global_batch_size`.
+
+        Raises:
+            ValueError: there is no such number, or another one was given.
+        """
+        wanted, device = self.global_batch_size or 0, self.per_device_train_batch_size
+        batch = processes * device
+        if wanted < 1 or wanted % batch:
+            nearest = max(1, round(wanted / batch)) * batch
+            raise ValueError(
+                f"--global_batch_size {wanted} is no multiple of {processes} processes x "
+                f"--per_device_train_batch_size {device}: the nearest that works is {nearest}."
+            )
+        steps = wanted // batch
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise ValueError(
+                f"--gradient_accumulation_steps {self.gradient_accumulation_steps} contradicts --global_batch_size "
+                f"{wanted}, which takes {steps}: leave it out."
+            )
+        return steps
+
+
+def _deepspeed_takes_bf16() -> bool:
+    """Whether the launcher's DeepSpeed configuration has bfloat16, with which the run's fields must agree."""
+    return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
 
 
 def _check_reporters(names: Sequence[str]) -> None:

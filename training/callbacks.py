@@ -71,6 +71,8 @@ def write_text(model: Any, tokenizer: Any, *, prompt: str = "", max_new_tokens: 
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
+            # One process writes alone: its weights are whole, also where training spreads them over processes.
+            keywords["synced_gpus"] = False
             ids = model.generate(**keywords, do_sample=True, max_new_tokens=max_new_tokens)
     finally:
         model.train(was_training)

@@ -15,6 +15,7 @@ from bd3lm_hf.streaming import PackedStream
 
 
 EXAMPLE_INDEX = "example_index"
+NOISE = ("block_noise", "token_noise", "count_noise")  # what a batch carries of its noise, float32
 
 
 class EpochOrder(Dataset):

@@ -116,6 +116,8 @@ def run(argv: Sequence[str]) -> TrainResult:
     trainer = make_trainer(arguments, model, tokenizer, sequences, fresh=not goes_on)
     estimator = training.final_estimator or training.eval_estimator
     before = trainer.score(sequences.validation, estimator=estimator) if resume is None else None
+    # Now that every process has the whole model; training may spread its weights over them.
+    unigram = unigram_of(model, sequences, training.eval_batch_size) if trainer.is_world_process_zero() else None
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
 
@@ -132,9 +134,9 @@ def run(argv: Sequence[str]) -> TrainResult:
         losses=trainer.state.log_history,
         before=before,
         after=after,
+        unigram_perplexity=unigram,
     )
     if trainer.is_world_process_zero():
-        result.unigram_perplexity = unigram_of(model, sequences, training.eval_batch_size)
         if training.sample_tokens:
             result.text = text_from_folder(training.output_dir, training.sample_prompt, training.sample_tokens)
         result.seconds = time.perf_counter() - started

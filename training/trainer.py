@@ -1,7 +1,8 @@
 """`BD3LMTrainer`: transformers' Trainer for models with the verbs `token_nll` and `generate`.
 
 It adds what needs a loop: noise that does not depend on the layout of a run, evaluation by likelihood, an early stop
-when numbers are no longer finite, checkpoints that appear only when they are complete, and exact resume from them.
+when numbers are no longer finite, checkpoints that appear only when they are complete, and exact resume from them. The
+average of the weights is in `averaging.py`.
 """
 
 import math
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, seed_worker
 
@@ -20,8 +21,9 @@ from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights
 from bd3lm_hf.evaluation import Perplexity, SequenceScore, score_sequences, summarize
 from bd3lm_hf.streaming import PackedStream, read_position, write_position
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
+from bd3lm_hf.training.averaging import AveragingTrainer
 from bd3lm_hf.training.callbacks import SpeedMeter
-from bd3lm_hf.training.examples import EndlessStream, EpochOrder, EpochSampler, NoiseCollator, PaddingCollator
+from bd3lm_hf.training.examples import NOISE, EndlessStream, EpochOrder, EpochSampler, NoiseCollator, PaddingCollator
 from bd3lm_hf.training.flops import peak_flops, training_flops
 from bd3lm_hf.training.identity import check_same_run, run_identity
 from bd3lm_hf.training.interval import IntervalSearch, check_searchable, search_intervals
@@ -49,7 +51,7 @@ class TrainingDivergedError(NotFiniteError):
     """A loss or a gradient is no longer a finite number."""
 
 
-class BD3LMTrainer(Trainer):
+class BD3LMTrainer(AveragingTrainer):
     """Trainer of language models whose loss is a sum over noisy tokens divided by `num_items_in_batch`.
 
     Training examples come in a seeded order and carry their noise (see `training/examples.py`), so a run depends on
@@ -151,6 +153,11 @@ class BD3LMTrainer(Trainer):
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # DeepSpeed's precision is not for the noise: bfloat16 has 128 numbers in [0.5, 1), and levels would collide.
+        noise = {name: inputs[name].to(self.args.device) for name in NOISE if name in inputs}
+        return {**super()._prepare_inputs(inputs), **noise}
+
     # Numbers that are not finite
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
@@ -251,7 +258,7 @@ class BD3LMTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Score held-out sequences on all processes; logs and returns nll, perplexity and bits.
+        """Score held-out sequences with the averaged weights, on all processes; logs nll, perplexity and bits.
 
         In training, with `args.interval_search`, the interval of noise levels is then searched on the (first) held-out
         set of the run.
@@ -273,6 +280,10 @@ class BD3LMTrainer(Trainer):
             for name, part in dataset.items():
                 metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
+        with self.averaged_weights():
+            return self._evaluate_on(dataset, metric_key_prefix)
+
+    def _evaluate_on(self, dataset: Any, prefix: str) -> dict[str, float]:
         result = self.score(dataset)
         if self.args.interval_search and self.is_in_train and dataset is self._interval_dataset():
             self.search_interval(dataset)
@@ -280,22 +291,22 @@ class BD3LMTrainer(Trainer):
         metrics |= {"standard_error": result.standard_error, "runtime": result.seconds}
         if result.bits_per_byte is not None:
             metrics["bits_per_byte"] = result.bits_per_byte
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def score(self, sequences: Any, *, estimator: str | None = None) -> Perplexity:
-        """Perplexity of `sequences`, shared among all processes; every process gets the result.
+        """Perplexity of `sequences` under the averaged weights, shared among all processes; each gets the result.
 
         Args:
             estimator: as in `token_nll`; `args.eval_estimator` by default.
         """
         args = self.args
         started = SpeedMeter.now()
-        with self.accelerator.autocast():
+        with self.averaged_weights() as model, self.accelerator.autocast():
             scores = score_sequences(
-                self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
+                model,
                 sequences,
                 indices=range(args.process_index, len(sequences), args.world_size),
                 estimator=estimator or args.eval_estimator,
@@ -315,12 +326,12 @@ class BD3LMTrainer(Trainer):
     def search_interval(self, sequences: Any) -> IntervalSearch:
         """Choose the interval of noise levels by the losses of `sequences`; every process adopts and gets the same.
 
+        The losses are those of the averaged weights, as published; the trained model adopts the interval.
         Logs the winner and its variance, and writes every candidate's to the output folder. A batch of the statistic
         is one evaluation batch of all processes together. With `args.interval_search_fixed` the model keeps its own.
         """
         args = self.args
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        with self.accelerator.autocast():
+        with self.averaged_weights() as model, self.accelerator.autocast():
             found = search_intervals(
                 model,
                 sequences,
@@ -332,7 +343,7 @@ class BD3LMTrainer(Trainer):
                 share=(args.process_index, args.world_size),
             )
         if not args.interval_search_fixed:
-            model.set_interval(*found.interval)
+            self.accelerator.unwrap_model(self.model, keep_torch_compile=False).set_interval(*found.interval)
         self.log(interval_metrics(found))
         if self.is_world_process_zero():
             record_search(found, args.output_dir, step=self.state.global_step, adopted=not args.interval_search_fixed)
@@ -353,16 +364,19 @@ class BD3LMTrainer(Trainer):
     # Saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model, code, tokenizer and generation config; old files stay until the new ones are complete."""
+        """Save model, code, tokenizer and generation config; old files stay until the new ones are complete.
+
+        These are the averaged weights, a checkpoint's (`_internal_call`) the raw ones; `weights.json` says which.
+        """
         check_finite_weights(self.model, f"the model after step {self.state.global_step}")
         if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
+            self.save_raw_weights(str(output_dir))
             return
         target = Path(output_dir or self.args.output_dir)
         staging = staging_folder(target) / "model"
         with saving("the model", target, needed=self._checkpoint_bytes):
             self._empty_staging(target)
-            super().save_model(str(staging), _internal_call=True)
+            self.save_averaged_weights(str(staging))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 publish_files(staging, target)
@@ -419,9 +433,10 @@ class BD3LMTrainer(Trainer):
 
     @property
     def _checkpoint_bytes(self) -> int:
-        """About what a checkpoint takes: the weights, and two float32 moments of those that are trained."""
+        """About what a checkpoint takes: the weights, and float32 moments and averages of those that are trained."""
         weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
-        return weights + sum(8 * parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return weights + (8 if self.averaging is None else 12) * trained
 
 
 __all__ = ["BD3LMTrainer", "TrainingDivergedError"]
