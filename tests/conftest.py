@@ -178,3 +178,12 @@ def bd3lm(capsys):
     logging.set_verbosity(verbosity)
     logging.enable_progress_bar()
     datasets.enable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory):
+    """What two processes did, see `two_processes.py`: their folder, and the results of each."""
+    from two_processes import run_two_processes
+
+    folder = tmp_path_factory.mktemp("two-processes")
+    return folder, run_two_processes(folder)

@@ -263,3 +263,59 @@ def test_adapters_are_given_by_their_rank(recipe):
     lora = parse_arguments([recipe("lora_r: 8\nlora_target_modules: [attn_qkv, mlp.0]\n")]).lora
     assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout) == (8, 16, 0.0)
     assert lora.lora_target_modules == ["attn_qkv", "mlp.0"]
+
+
+# The global batch
+
+
+def arguments_of(folder, **fields) -> BD3LMTrainingArguments:
+    defaults = {"output_dir": str(folder), "use_cpu": True, "per_device_train_batch_size": 8}
+    return BD3LMTrainingArguments(**{**defaults, **fields})
+
+
+@pytest.mark.parametrize(
+    ("processes", "device", "accumulated"), [(1, 8, 64), (8, 16, 4), (32, 16, 1), (1, 512, 1), (4, 128, 1)]
+)
+def test_the_global_batch_decides_the_accumulation(tmp_path, processes, device, accumulated):
+    # Two processes of a real run are in two_processes.py.
+    arguments = arguments_of(tmp_path, per_device_train_batch_size=device)
+    arguments.global_batch_size = 512
+    assert arguments._accumulation(processes) == accumulated
+    alone = arguments_of(tmp_path, per_device_train_batch_size=device, global_batch_size=512)
+    assert alone.gradient_accumulation_steps == 512 // device
+
+
+@pytest.mark.parametrize(
+    ("processes", "device", "wanted", "nearest"), [(3, 8, 512, 504), (8, 128, 512, 1024), (1, 8, 0, 8), (2, 4, 12, 16)]
+)
+def test_a_global_batch_that_does_not_divide_names_the_nearest(tmp_path, processes, device, wanted, nearest):
+    arguments = arguments_of(tmp_path, per_device_train_batch_size=device)
+    arguments.global_batch_size = wanted
+    message = f"--global_batch_size {wanted} is no multiple of {processes} processes x --per_device_train_batch_size "
+    message += f"{device}: the nearest that works is {nearest}"
+    with pytest.raises(ValueError, match=message):
+        arguments._accumulation(processes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"global_batch_size": 12}, "--global_batch_size 12 is no multiple of 1 processes x .* works is 16"),
+        (
+            {"global_batch_size": 16, "gradient_accumulation_steps": 3},
+            "--gradient_accumulation_steps 3 contradicts --global_batch_size 16, which takes 2",
+        ),
+        ({"accelerator_config": {"split_batches": True}}, "split_batches=True .* set --global_batch_size"),
+        ({"global_batch_size": 8, "auto_find_batch_size": True}, "--global_batch_size 8 needs a batch size per"),
+        ({"ema_decay": 1.0}, r"--ema_decay 1\.0: give a number from 0"),
+        ({"ema_decay": -0.5}, r"--ema_decay -0\.5: give a number from 0"),
+    ],
+)
+def test_fields_that_can_not_work_are_refused(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        arguments_of(tmp_path, **fields)
+
+
+def test_an_accumulation_that_agrees_with_the_global_batch_is_taken(tmp_path):
+    both = arguments_of(tmp_path, global_batch_size=16, gradient_accumulation_steps=2)
+    assert both.gradient_accumulation_steps == 2

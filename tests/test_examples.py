@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 from datasets import Dataset
+from two_processes import STEPS, train
 
 from bd3lm_hf.streaming import PackedStream
 from bd3lm_hf.tokenization import train_tokenizer
@@ -162,3 +163,45 @@ def test_old_positions_are_forgotten(stream):
     endless = stream()
     taken(iter(endless), 200)
     assert len(endless._positions) <= 5
+
+
+# The same run in several layouts, see also two_processes.py
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory, two_processes):
+    """The same run in one process with one batch of 8, with four of 2, and in two processes with batches of 4."""
+    folder = tmp_path_factory.mktemp("layouts")
+    one, parts = (train(folder / str(size), per_device_train_batch_size=size) for size in (8, 2))
+    return one, parts, *(result["ddp"] for result in two_processes[1])
+
+
+def test_all_layouts_see_the_same_noise(layouts):
+    one, parts, *two = layouts
+    assert [layout["world_size"] for layout in layouts] == [1, 1, 2, 2]
+    assert [layout["accumulation"] for layout in layouts] == [1, 4, 1, 1]
+    shared = two[0]["seen"] | two[1]["seen"]
+    assert len(two[0]["seen"]) == len(two[1]["seen"]) == STEPS * 4
+    for seen in (parts["seen"], shared):
+        assert seen.keys() == one["seen"].keys()  # the same sequences in the same optimizer steps
+        for key, noise in one["seen"].items():
+            assert all(torch.equal(seen[key][name], drawn) for name, drawn in noise.items())
+
+
+def test_noise_levels_are_stratified_over_the_global_batch(layouts):
+    for seen in (layouts[0]["seen"], layouts[1]["seen"], layouts[2]["seen"] | layouts[3]["seen"]):
+        for step in range(STEPS):
+            levels = torch.cat([noise["block_noise"] for key, noise in seen.items() if key[0] == step])
+            assert (levels.sort().values * len(levels)).floor().tolist() == list(range(64))
+
+
+def test_all_layouts_take_the_same_steps(layouts):
+    one = layouts[0]
+    for other in layouts[1:]:
+        for key in ("loss", "eval_nll", "grad_norm"):
+            assert other[key] == pytest.approx(one[key], abs=1e-5), key
+        assert other["interval"] == one["interval"]
+        for name, average in one["average"].items():
+            torch.testing.assert_close(other["average"][name], average, rtol=0, atol=1e-6, msg=name)
+    for name, average in layouts[2]["average"].items():
+        assert torch.equal(average, layouts[3]["average"][name]), name

@@ -321,7 +321,7 @@ def test_two_processes_take_the_same_steps_as_one(recipe, tmp_path):
     results, weights = {}, {}
     for processes, config in ((1, "single.yaml"), (2, "cpu2.yaml")):
         folder = tmp_path / str(processes)
-        words = ["--output_dir", folder, "--per_device_train_batch_size", 8 // processes, "--optim", "sgd"]
+        words = ["--output_dir", folder, "--global_batch_size", 8, "--optim", "sgd", "--ema_decay", "0.9"]
         words += ["--max_steps", "4", "--learning_rate", "0.1", "--eval_strategy", "steps", "--eval_steps", "2"]
         words += ["--interval_search", "true", "--per_device_eval_batch_size", 4 // processes]
         done = launch(config, recipe, *words)

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from bd3lm_hf.streaming import PackedStream
 from bd3lm_hf.tokenization import train_tokenizer
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.callbacks import SpeedMeter, write_text
+from bd3lm_hf.training.examples import NOISE
 from bd3lm_hf.training.flops import training_flops
 from bd3lm_hf.training.output import SaveError
 from bd3lm_hf.training.trainer import BD3LMTrainer, TrainingDivergedError
@@ -522,6 +524,74 @@ def test_a_checkpoint_is_uploaded_from_its_final_folder(make_trainer, tmp_path, 
     trainer.args.push_to_hub = True
     trainer.train()
     assert uploads == [str(tmp_path / "run" / "checkpoint-1")]
+
+
+# Precision, checkpointing, compilation
+
+
+def test_bfloat16_spares_the_noise_and_stays_close(make_trainer):
+    plain, low = make_trainer(), make_trainer(bf16=True)
+    dtypes = {}
+
+    def record(module, positional, named):
+        dtypes.update({name: named[name].dtype for name in NOISE})
+
+    low.model.register_forward_pre_hook(record, with_kwargs=True)
+    gradients = []
+    low.model.get_output_embeddings().weight.register_hook(gradients.append)
+    plain.train()
+    low.train()
+    assert dtypes == dict.fromkeys(NOISE, torch.float32)
+    assert losses_of(low) == pytest.approx(losses_of(plain), rel=1e-2)
+    assert losses_of(low) != losses_of(plain)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert next(low.model.parameters()).dtype == torch.float32
+
+
+def test_deepspeeds_precision_spares_the_noise(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.is_deepspeed_enabled = True
+    configuration = SimpleNamespace(dtype=lambda: torch.bfloat16)
+    plugin = SimpleNamespace(hf_ds_config=configuration)
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin, raising=False)
+    prepared = trainer._prepare_inputs({**batch, "other": torch.ones(2)})
+    assert prepared["other"].dtype == torch.bfloat16
+    for name in NOISE:
+        assert prepared[name].dtype == torch.float32
+        assert torch.equal(prepared[name], batch[name])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_takes_the_same_steps(make_trainer, reentrant):
+    plain = make_trainer(optim="sgd")
+    saving = make_trainer(
+        optim="sgd", gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+    )
+    plain.train()
+    saving.train()
+    assert saving.model.backbone.blocks[0].gradient_checkpointing
+    for key in ("loss", "grad_norm"):
+        values = [[entry[key] for entry in t.state.log_history if key in entry] for t in (plain, saving)]
+        assert values[0] == pytest.approx(values[1], abs=1e-6)
+    for (name, one), other in zip(plain.model.named_parameters(), saving.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+def test_compiled_runs_take_the_same_steps(make_trainer, tmp_path):
+    common = {"optim": "sgd", "ema_decay": 0.5, "eval_strategy": "steps", "eval_steps": 2}
+    plain = make_trainer(**common)
+    compiled = make_trainer(**common, torch_compile=True)
+    plain.train()
+    compiled.train()
+    for key in ("loss", "eval_nll"):
+        values = [[entry[key] for entry in t.state.log_history if key in entry] for t in (plain, compiled)]
+        assert values[0] == pytest.approx(values[1], abs=1e-5)
+    compiled.save_model()
+    saved = BD3LMForMaskedLM.from_pretrained(tmp_path / "run").state_dict()
+    for name, average in plain.average.shadows.items():
+        torch.testing.assert_close(saved[name], average, rtol=0, atol=1e-5, msg=name)
 
 
 # Samples

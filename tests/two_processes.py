@@ -1,0 +1,225 @@
+"""Runs in two processes on the CPU, started once for all tests that look at them (fixture `two_processes`).
+
+accelerate turns an FSDP configuration into DDP on a CPU, although torch shards there too. `ShardedTrainer` tells it
+otherwise, so that its own way of wrapping a model, the Trainer's way of using that, and ours are all tested.
+"""
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import torch
+import torch.multiprocessing
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from datasets import Dataset
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.noise_bd3lm import noise_of_examples
+from bd3lm_hf.training.arguments import BD3LMTrainingArguments
+from bd3lm_hf.training.callbacks import SampleCallback
+from bd3lm_hf.training.ema import WeightAverage
+from bd3lm_hf.training.examples import NOISE
+from bd3lm_hf.training.sharding import has_shards, local_part, prepare_fsdp, whole, whole_model
+from bd3lm_hf.training.trainer import BD3LMTrainer
+
+
+STEPS, BATCH, SECONDS = 4, 8, 300
+
+
+def tiny_model() -> BD3LMForMaskedLM:
+    config = BD3LMConfig(
+        vocab_size=48,
+        block_size=4,
+        model_length=32,
+        hidden_dim=16,
+        cond_dim=8,
+        n_blocks=2,
+        n_heads=2,
+        dropout=0.0,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    model = BD3LMForMaskedLM(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + ("norm" in name))
+    return model
+
+
+def rows_of(count: int, seed: int = 0) -> Dataset:
+    ids = torch.randint(3, 47, (count, 32), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": [[1] * 32] * count})
+
+
+class Words:
+    """A tokenizer for text samples that start from nothing."""
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(map(str, ids.tolist()))
+
+
+class ShardedTrainer(BD3LMTrainer):
+    """The trainer as under training/launch/fsdp2.yaml, on a CPU."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP", reshard_after_forward=True
+        )
+        if self.args.bf16:
+            state.fsdp_plugin.set_mixed_precision("bf16")
+        prepare_fsdp(state.fsdp_plugin)
+        self.is_fsdp_enabled = True
+
+
+def train(folder: Path, trainer_class: type[BD3LMTrainer] = BD3LMTrainer, resume: str | None = None, **arguments):
+    """Four steps with an average of the weights; an evaluation, a search, a sample and a checkpoint after each two.
+
+    Returns what the model saw and what came out.
+    """
+    AcceleratorState._reset_state()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    defaults = {
+        "global_batch_size": BATCH,
+        "per_device_eval_batch_size": BATCH // processes,
+        "interval_search": True,
+        "max_steps": STEPS,
+        "optim": "sgd",  # Adam's division by the gradient's size would blow rounding up
+        "learning_rate": 0.1,
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "ema_decay": 0.9,
+        "seed": 5,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    training = BD3LMTrainingArguments(output_dir=str(folder), **{**defaults, **arguments})
+    model, seen, dtypes = tiny_model(), {}, set()
+    trainer = trainer_class(model=model, args=training, train_dataset=rows_of(16), eval_dataset=rows_of(5, seed=1))
+    sampler = SampleCallback(Words(), prompt="", max_new_tokens=5, path=folder / "samples.txt")
+    trainer.add_callback(sampler)
+
+    def record(module, positional, named) -> None:
+        if "labels" in named:
+            dtypes.update(named[name].dtype for name in NOISE)
+            for row, ids in enumerate(named["input_ids"].tolist()):
+                seen[trainer.state.global_step, tuple(ids)] = {name: named[name][row].clone() for name in NOISE}
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    history = trainer.state.log_history
+    return {
+        "world_size": training.world_size,
+        "accumulation": training.gradient_accumulation_steps,
+        "sharded": has_shards(trainer.model),
+        "interval": model.interval(),
+        "seen": seen,
+        "dtypes": dtypes,
+        "average": {name: whole(x, trainer.average.parameters[name]) for name, x in trainer.average.shadows.items()},
+        **{key: [entry[key] for entry in history if key in entry] for key in ("loss", "eval_nll", "grad_norm")},
+    }
+
+
+def shard_by_hand(model: BD3LMForMaskedLM) -> None:
+    """torch's own `fully_shard`, each layer and the head by themselves."""
+    mesh = init_device_mesh("cpu", (2,))
+    for module in (*model.backbone.blocks, model.get_output_embeddings(), model):
+        fully_shard(module, mesh=mesh)
+    register_fsdp_forward_method(model, "token_nll")
+
+
+def one_pass(model: BD3LMForMaskedLM, rows: slice, processes: int) -> torch.Tensor:
+    """Loss and gradients of some of eight sequences; over two processes the means are those of all."""
+    ids = torch.tensor(rows_of(BATCH)["input_ids"])
+    noise = noise_of_examples(range(BATCH), seed=0, group_size=BATCH, num_blocks=8, length=32)
+    given = {name: getattr(noise, name)[rows] for name in NOISE}
+    loss = model.train()(ids[rows], labels=ids[rows], num_items_in_batch=ids.numel() / processes, **given).loss
+    loss.backward()
+    return loss.detach()
+
+
+def scores(model: BD3LMForMaskedLM) -> torch.Tensor:
+    ids = torch.tensor(rows_of(3, seed=1)["input_ids"])
+    return model.eval().token_nll(ids, estimator="sampled", generator=torch.Generator().manual_seed(0)).nll
+
+
+def by_hand(rank: int) -> dict:
+    model = tiny_model()
+    shard_by_hand(model)
+    average = WeightAverage(model, decay=0.9)
+    loss = one_pass(model, slice(rank * 4, rank * 4 + 4), 2)
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.step()
+    average.update()
+    raw = scores(model)
+    with average.swapped():
+        inside = scores(model)
+        copied = scores(whole_model(model))
+    after = scores(model)
+    # A number that is not finite lies in the part of one process; both must see it.
+    local_part(model.backbone.blocks[0].attn_qkv.weight)[0, 0] = float("nan" if rank else 1.0)
+    try:
+        check_finite_weights(model, "a shard")
+        refused = ""
+    except NotFiniteError as error:
+        refused = str(error)
+    return {
+        "loss": loss,
+        "gradients": gradients,
+        "raw": raw,
+        "inside": inside,
+        "copied": copied,
+        "after": after,
+        "refused": refused,
+    }
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    """Everything one process does."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    torch.set_num_threads(1)
+    out = Path(folder)
+    results = {
+        "ddp": train(out / "ddp", per_device_train_batch_size=4),
+        "fsdp": train(out / "fsdp", ShardedTrainer, per_device_train_batch_size=2),
+        "resumed": train(
+            out / "resumed", ShardedTrainer, str(out / "fsdp" / "checkpoint-2"), per_device_train_batch_size=2
+        ),
+        "bf16": train(out / "bf16", ShardedTrainer, per_device_train_batch_size=4, max_steps=1, bf16=True),
+        "by hand": by_hand(rank),
+    }
+    torch.save(results, out / f"results-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def run_two_processes(folder: Path) -> tuple[dict, dict]:
+    """Start both processes, wait for them, and give the results of each."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    context = torch.multiprocessing.spawn(work, (port, str(folder)), nprocs=2, join=False)
+    deadline = time.monotonic() + SECONDS
+    while not context.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"two processes were not done after {SECONDS} s: they may wait for each other.")
+    return tuple(torch.load(folder / f"results-{rank}.pt", weights_only=False) for rank in range(2))
