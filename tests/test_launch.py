@@ -96,7 +96,7 @@ def test_under_deepspeed_the_launchers_precision_is_the_runs(monkeypatch, tmp_pa
     # transformers itself would ask for DeepSpeed's package.
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)
     monkeypatch.setattr(BD3LMTrainingArguments, "world_size", 1)
-    fields = {"output_dir": str(tmp_path), "accelerator_config": SimpleNamespace(split_batches=False)}
+    fields = {"output_dir": str(tmp_path), "report_to": [], "accelerator_config": SimpleNamespace(split_batches=False)}
     assert bool(BD3LMTrainingArguments(**fields).bf16) == bool(bf16)
 
 
