@@ -19,39 +19,45 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    PreTrainedConfig,
-    PreTrainedModel,
 )
 
 from bd3lm_hf.adapters import register_targets
-from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, BD3LMConfig, MDLMConfig, SEDDConfig
 from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
 from bd3lm_hf.modeling.likelihood_bd3lm import TokenNLL
+from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel
+from bd3lm_hf.modeling.modeling_mdlm import MDLMForMaskedLM
+from bd3lm_hf.modeling.modeling_sedd import SEDDForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import noise_schedule
 from bd3lm_hf.modeling.stopping_bd3lm import EntropyStopCriteria, SecondEosCriteria
 
 
-# One line per model type: its configuration and what each Auto class makes of it.
-_MODELS: tuple[tuple[type[PreTrainedConfig], dict[Any, type[PreTrainedModel]]], ...] = (
-    (
-        BD3LMConfig,
-        {AutoModel: BD3LMModel, AutoModelForMaskedLM: BD3LMForMaskedLM, AutoModelForCausalLM: BD3LMForMaskedLM},
-    ),
-)
+_AUTO_CLASSES: dict[str, Any] = {
+    auto_class.__name__: auto_class for auto_class in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM)
+}
 
-for _config, _classes in _MODELS:
+# A class says itself what each Auto class makes of its model type.
+for _head in (BD3LMForMaskedLM, ARForCausalLM, MDLMForMaskedLM, SEDDForMaskedLM):
+    _config = _head.config_class
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     register_targets(_config.model_type)
-    for _auto_class, _model in _classes.items():
-        _auto_class.register(_config, _model, exist_ok=True)
+    for _name, _model in _head.auto_classes.items():
+        if _name in _AUTO_CLASSES:
+            _AUTO_CLASSES[_name].register(_config, _model, exist_ok=True)
 
 __all__ = [
+    "ARConfig",
+    "ARForCausalLM",
     "BD3LMConfig",
     "BD3LMForMaskedLM",
     "BD3LMGenerationConfig",
     "BD3LMModel",
     "EntropyStopCriteria",
+    "MDLMConfig",
+    "MDLMForMaskedLM",
+    "SEDDConfig",
+    "SEDDForMaskedLM",
     "SecondEosCriteria",
     "TokenNLL",
     "noise_schedule",

@@ -33,6 +33,8 @@ from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
 _OWN_COMMAND_LINE = {
     "train": ("bd3lm_hf.training.train", "train a model: a recipe plus overrides"),
     "bench": ("bd3lm_hf.benchmark", "speed and memory beside a named rival"),
+    "compare": ("bd3lm_hf.training.compare", "train several models on the same text, in one table"),
+    "convert": ("bd3lm_hf.hub_upload.convert", "a published or Lightning checkpoint into a folder, and back"),
 }
 
 

@@ -105,6 +105,17 @@ class BD3LMConfig(PreTrainedConfig):
         self._check_noise()
         self._check_flags()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but the configuration of another model type is an error, not a warning."""
+        found = config_dict.get("model_type") or cls.model_type
+        if found != cls.model_type:
+            raise ValueError(
+                f"this is a configuration of model_type={found!r}, not of a {cls.__name__}: load it, and the model, "
+                f"with AutoConfig and AutoModelForCausalLM, which know the class of each model type."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
@@ -182,6 +193,98 @@ class BD3LMConfig(PreTrainedConfig):
         check_draws(self.noise_draws, self.time_conditioning)
 
 
-BD3LMConfig.register_for_auto_class()
+class ARConfig(BD3LMConfig):
+    """
+    Configuration of an [`ARForCausalLM`]: the same layers with causal attention and without adaLN.
 
-__all__ = ["BD3LMConfig", "SAMPLING_EPS"]
+    Takes the fields of [`BD3LMConfig`]. Those of noise and blocks mean nothing here: `block_size` is 1.
+
+    Raises:
+        ValueError: a field that contradicts an autoregressive model.
+    """
+
+    model_type = "ar"
+
+    block_size: int = 1
+    adaln: bool = False
+    cross_attn: bool = False
+    causal: bool = True
+    var_min: bool = False
+    ignore_bos: bool = False
+
+    def num_blocks(self, length: int) -> int:
+        """Noise levels of a sequence: none."""
+        return 0
+
+    def _check_flags(self) -> None:
+        super()._check_flags()
+        wanted = {"causal": True, "cross_attn": False, "time_conditioning": False, "block_size": 1}
+        _check_wanted(self, wanted, "an autoregressive model has a causal attention and no noise level")
+
+
+class MDLMConfig(BD3LMConfig):
+    """
+    Configuration of an [`MDLMForMaskedLM`] (masked diffusion, arXiv 2406.07524): one block as long as the window.
+
+    Takes the fields of [`BD3LMConfig`]; `block_size` is `model_length`.
+
+    Args:
+        mdlm_loss_scale (`bool`, defaults to `False`): the noise of the checkpoints of Sahoo et al., masking
+            probability 0.999 t. Sets `noise`.
+
+    Raises:
+        ValueError: a field that contradicts attention over the whole sequence.
+    """
+
+    model_type = "mdlm"
+
+    block_size: int | None = None
+    cross_attn: bool = False
+    var_min: bool = False
+    mdlm_loss_scale: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.block_size is None:
+            self.block_size = self.model_length
+        if self.mdlm_loss_scale:
+            self.noise = "total_noise"
+        super().__post_init__(**kwargs)
+
+    def _check_flags(self) -> None:
+        super()._check_flags()
+        wanted = {"causal": False, "cross_attn": False, "block_size": self.model_length}
+        _check_wanted(self, wanted, f"{self.model_type} attends to the whole sequence at once")
+
+
+class SEDDConfig(MDLMConfig):
+    """
+    Configuration of a [`SEDDForMaskedLM`] (score entropy, arXiv 2310.16834): full attention, time conditioning.
+
+    Takes the fields of [`MDLMConfig`].
+
+    Raises:
+        ValueError: a field that contradicts a score, which is one of x_t and its noise level.
+    """
+
+    model_type = "sedd"
+
+    time_conditioning: bool = True
+
+    def _check_flags(self) -> None:
+        super()._check_flags()
+        _check_wanted(self, {"time_conditioning": True}, "a score depends on the noise level")
+
+
+def _check_wanted(config: BD3LMConfig, wanted: dict[str, Any], reason: str) -> None:
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} does not fit model_type={config.model_type!r}: {reason}, so leave "
+                f"it out (it is {value!r}), or use another model type, for instance bd3lm."
+            )
+
+
+for _config in (BD3LMConfig, ARConfig, MDLMConfig, SEDDConfig):
+    _config.register_for_auto_class()
+
+__all__ = ["SAMPLING_EPS", "ARConfig", "BD3LMConfig", "MDLMConfig", "SEDDConfig"]

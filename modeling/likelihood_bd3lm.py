@@ -90,10 +90,7 @@ def _check_estimator(
 ) -> None:
     if estimator not in _ESTIMATORS:
         raise ValueError(f"estimator={estimator!r} is unknown: choose one of {', '.join(_ESTIMATORS)}.")
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}: give at least 1.")
-    if isinstance(generator, list) and len(generator) != batch:
-        raise ValueError(f"{len(generator)} generators for {batch} rows: give one for each row, or a single one.")
+    check_sampling(num_samples, generator, batch)
     size = model.config.block_size
     if estimator == "exact" and size > _MAX_EXACT_BLOCK:
         raise ValueError(
@@ -105,6 +102,14 @@ def _check_estimator(
             f"estimator={estimator!r} sums over masks of all noise levels at once, but this model has "
             f"time_conditioning=True: use estimator='sampled'."
         )
+
+
+def check_sampling(num_samples: int, generator: Generators, batch: int) -> None:
+    """Refuse fewer than one draw, or a list of generators that does not have one for each row."""
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples}: give at least 1.")
+    if isinstance(generator, list) and len(generator) != batch:
+        raise ValueError(f"{len(generator)} generators for {batch} rows: give one for each row, or a single one.")
 
 
 class Mask(NamedTuple):
@@ -246,4 +251,13 @@ def _grouped(draws: Iterator[Mask], size: int) -> Iterator[list[Mask]]:
         yield group
 
 
-__all__ = ["Generators", "Mask", "TokenNLL", "mask_losses", "rows_of_noise", "stratified_masks", "token_nll"]
+__all__ = [
+    "Generators",
+    "Mask",
+    "TokenNLL",
+    "check_sampling",
+    "mask_losses",
+    "rows_of_noise",
+    "stratified_masks",
+    "token_nll",
+]

@@ -78,22 +78,14 @@ class BD3LMPreTrainedModel(PreTrainedModel):
     _supports_context_parallel = False
     _keep_in_fp32_modules_strict = ["inv_freq"]
 
-    @classmethod
-    def auto_classes(cls) -> dict[str, type]:
-        """What each Auto class makes of a checkpoint of this model."""
-        return {
-            "AutoConfig": BD3LMConfig,
-            "AutoModel": BD3LMModel,
-            "AutoModelForMaskedLM": BD3LMForMaskedLM,
-            "AutoModelForCausalLM": BD3LMForMaskedLM,
-        }
+    auto_classes: dict[str, type] = {}  # what each Auto class makes of a checkpoint, see `register_auto_classes`
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers; `config.json` names the saved code for every Auto class.
 
         transformers itself records one of them, and keeps what an earlier, perhaps foreign, `auto_map` said.
         """
-        names = ((auto, cls.__module__.rpartition(".")[2], cls.__name__) for auto, cls in self.auto_classes().items())
+        names = ((auto, cls.__module__.rpartition(".")[2], cls.__name__) for auto, cls in self.auto_classes.items())
         self.config.auto_map = {auto: f"{module}.{name}" for auto, module, name in names}
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -249,14 +241,14 @@ class BD3LMModel(BD3LMPreTrainedModel):
         layout = token_layout(attention_mask, length, self.config.block_size, past=past, device=device)
         position_ids = layout.position_ids[:, past:]
         options = {"implementation": self.config._attn_implementation, "dtype": embeds.dtype}
-        if clean_input_ids is None:
+        if clean_input_ids is not None and (past_key_values is not None or clean_input_ids.shape != embeds.shape[:2]):
+            raise ValueError(
+                f"clean_input_ids of shape {tuple(clean_input_ids.shape)} must have the shape of the noisy input, "
+                f"{tuple(embeds.shape[:2])}, and no cache beside it: x_0 itself is the context."
+            )
+        if clean_input_ids is None or length <= self.config.block_size:
             plan = block_causal_plan(layout, length, self.config.block_size, **options)
         else:
-            if past_key_values is not None or clean_input_ids.shape != embeds.shape[:2]:
-                raise ValueError(
-                    f"clean_input_ids of shape {tuple(clean_input_ids.shape)} must have the shape of the noisy input, "
-                    f"{tuple(embeds.shape[:2])}, and no cache beside it: x_0 itself is the context."
-                )
             plan = two_stream_plan(layout, self.config.block_size, **options)
             embeds = torch.cat([self.vocab_embed(clean_input_ids), embeds], dim=1)
             position_ids = torch.cat([position_ids, position_ids], dim=1)
@@ -301,7 +293,48 @@ class BD3LMModel(BD3LMPreTrainedModel):
             )
 
 
-class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
+class BD3LMLanguageModel(BD3LMPreTrainedModel):
+    """A backbone with its head, which the models of this family share: BD3-LM and the baselines."""
+
+    backbone_class: type[BD3LMModel] = BD3LMModel
+
+    def __init__(self, config: BD3LMConfig) -> None:
+        super().__init__(config)
+        if config.model_type != self.config_class.model_type:
+            raise ValueError(
+                f"a {type(self).__name__} can not be made from a {type(config).__name__} "
+                f"(model_type={config.model_type!r}): pass a {self.config_class.__name__}, or let "
+                f"AutoModelForCausalLM.from_config choose the class."
+            )
+        self.backbone = self.backbone_class(config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.vocab_embed
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.vocab_embed = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.backbone.output_layer.linear
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.backbone.output_layer.linear = value
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; the mask token keeps its id.
+
+        Raises:
+            ValueError: the new vocabulary would not hold the mask token.
+        """
+        if new_num_tokens is not None and new_num_tokens <= self.config.mask_token_id:
+            raise ValueError(
+                f"resize_token_embeddings({new_num_tokens}) would drop mask_token_id={self.config.mask_token_id}: "
+                f"keep at least {self.config.mask_token_id + 1} tokens."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+
+class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMLanguageModel):
     """Block-diffusion language model: scores with `token_nll`, writes with `generate`, carries the paper's loss.
 
     ```python
@@ -321,10 +354,9 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
         super().__init__(config)
         if config.causal:
             raise ValueError(
-                "causal=True is an autoregressive model, which BD3LMForMaskedLM is not: set causal=False and, for the "
-                "same likelihood, block_size=1."
+                "causal=True is an autoregressive model: its class is ARForCausalLM with an ARConfig, which `bd3lm "
+                "convert` makes of a published checkpoint. For block diffusion set causal=False."
             )
-        self.backbone = BD3LMModel(config)
         if config.var_min:
             self.register_buffer("sampling_eps_min", torch.tensor(float(config.sampling_eps_min)))
             self.register_buffer("sampling_eps_max", torch.tensor(float(config.sampling_eps_max)))
@@ -332,18 +364,6 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
         # The loss is not shifted, so Trainer must count all labels, not labels[1:].
         self.loss_type = None  # type: ignore[assignment]
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.vocab_embed
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.vocab_embed = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.backbone.output_layer.linear
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.backbone.output_layer.linear = value
 
     def train(self, mode: bool = True) -> "BD3LMForMaskedLM":
         if mode:
@@ -395,7 +415,7 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
                     "labels need input_ids: the loss masks tokens, so it cannot start from inputs_embeds."
                 )
             noise = given_noise(block_noise, token_noise, count_noise, input_ids.shape, self.config)
-            return BD3LMOutput(loss=denoising_loss(self, input_ids, labels, attention_mask, noise, num_items_in_batch))
+            return BD3LMOutput(loss=self.objective(input_ids, labels, attention_mask, noise, num_items_in_batch))
         outputs = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -446,6 +466,15 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
                 self._buffers[name] = buffer.to(moved.device)
         return self
 
+    def objective(self, *batch: Any) -> torch.Tensor:
+        """The loss of a batch; see [`denoising_loss`] in `loss_bd3lm.py`."""
+        return denoising_loss(self, *batch)
+
+    @property
+    def exact_likelihood(self) -> bool:
+        """Whether `token_nll` is the likelihood itself and not a bound."""
+        return self.config.block_size == 1
+
     def interval(self) -> tuple[float, float]:
         """The interval of noise levels that training draws from."""
         if self.config.var_min:
@@ -471,21 +500,23 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMPreTrainedModel):
             self.config.sampling_eps_min, self.config.sampling_eps_max = self.interval()
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As in transformers; the mask token keeps its id.
 
-        Raises:
-            ValueError: the new vocabulary would not hold the mask token.
-        """
-        if new_num_tokens is not None and new_num_tokens <= self.config.mask_token_id:
-            raise ValueError(
-                f"resize_token_embeddings({new_num_tokens}) would drop mask_token_id={self.config.mask_token_id}: "
-                f"keep at least {self.config.mask_token_id + 1} tokens."
-            )
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+def register_auto_classes(head: type[BD3LMLanguageModel], *names: str) -> None:
+    """Have the Auto classes called `names` load a language model, `AutoModel` its backbone, in any saved folder."""
+    backbone = head.backbone_class
+    classes = {"AutoConfig": head.config_class, "AutoModel": backbone, **dict.fromkeys(names, head)}
+    head.auto_classes = backbone.auto_classes = classes
+    backbone.register_for_auto_class("AutoModel")
+    head.register_for_auto_class(names[0])
 
 
-BD3LMModel.register_for_auto_class("AutoModel")
-BD3LMForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+register_auto_classes(BD3LMForMaskedLM, "AutoModelForMaskedLM", "AutoModelForCausalLM")
 
-__all__ = ["BD3LMForMaskedLM", "BD3LMModel", "BD3LMOutput", "BD3LMPreTrainedModel"]
+__all__ = [
+    "BD3LMForMaskedLM",
+    "BD3LMLanguageModel",
+    "BD3LMModel",
+    "BD3LMOutput",
+    "BD3LMPreTrainedModel",
+    "register_auto_classes",
+]

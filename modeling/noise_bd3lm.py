@@ -67,6 +67,22 @@ class LogLinearNoise(NoiseSchedule):
         return (-torch.log1p(-move_chance)).clamp(max=self.sigma_max)
 
 
+class TotalNoise(LogLinearNoise):
+    """The log-linear schedule written in total noise: move_chance = 1 - exp(-sigma(t)) = (1 - eps) t.
+
+    The authors' `mdlm_loss_scale`, with which MDLM (arXiv 2406.07524) and SEDD were trained; the weight is 1/t again.
+    """
+
+    def move_chance(self, t: torch.Tensor) -> torch.Tensor:
+        return -torch.expm1(-self.total_noise(t))
+
+    def move_rate(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(t, 1 - self.eps)
+
+    def loss_scaling(self, t: torch.Tensor) -> torch.Tensor:
+        return -self.rate_noise(t) / torch.expm1(self.total_noise(t))
+
+
 class PowerNoise(NoiseSchedule):
     """move_chance = t^exponent, not below eps."""
 
@@ -114,11 +130,14 @@ _SCHEDULES: dict[str, NoiseSchedule] = {
     "square_root": PowerNoise(0.5),
     "log": LogarithmicNoise(),
     "cosine": CosineNoise(),
+    "total_noise": TotalNoise(),
 }
 
 
 def noise_schedule(name: str) -> NoiseSchedule:
     """The schedule called `name`: `loglinear`, `square`, `square_root`, `log` or `cosine` (paper, Table 8).
+
+    `total_noise` is the log-linear one as `mdlm_loss_scale` writes it.
 
     Raises:
         ValueError: no schedule has this name.
@@ -430,6 +449,7 @@ __all__ = [
     "NoiseSchedule",
     "check_draws",
     "check_interval",
+    "TotalNoise",
     "check_reachable",
     "clips",
     "count_probabilities",

@@ -1,0 +1,124 @@
+"""The configuration of SSD-LM (arXiv 2210.17432), validated when it is made."""
+
+from typing import Any, ClassVar
+
+from transformers import CONFIG_MAPPING
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto import AutoConfig
+from transformers.models.roberta.configuration_roberta import RobertaConfig
+
+
+class SSDLMConfig(PreTrainedConfig):
+    r"""
+    Configuration of an [`SSDLMForMaskedLM`]: a masked-LM encoder, and a diffusion over blocks of the simplex.
+
+    Args:
+        encoder_config (`PreTrainedConfig` or `dict`, *optional*): configuration of any masked language model of
+            transformers that takes `inputs_embeds`. By default a RoBERTa of the sizes below; otherwise the sizes are
+            taken from it.
+        vocab_size, hidden_dim, n_blocks, n_heads, dropout: of the RoBERTa made here; the defaults are roberta-large's.
+        block_size (`int`, defaults to 25): tokens that are denoised together.
+        model_length (`int`, defaults to 200): tokens of a training sequence and of the window, the block included.
+        one_hot_value (`float`, defaults to 5.0): K, the scale of the almost-one-hot logits and of the noise.
+        num_train_timesteps (`int`, defaults to 5000): steps T of the training schedule.
+        bos_token_id, eos_token_id, pad_token_id, mask_token_id: special tokens; the mask is never written.
+
+    Raises:
+        ValueError: a block that leaves no room for context in the window, K <= 0, T < 1, an unknown encoder.
+    """
+
+    model_type = "ssdlm"
+    sub_configs: ClassVar[dict[str, Any]] = {"encoder_config": AutoConfig}
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "hidden_dim",
+        "num_hidden_layers": "n_blocks",
+        "num_attention_heads": "n_heads",
+        "max_position_embeddings": "model_length",
+    }
+
+    encoder_config: Any = None
+    vocab_size: int = 50265
+    hidden_dim: int = 1024
+    n_blocks: int = 24
+    n_heads: int = 16
+    dropout: float | int = 0.1
+    block_size: int = 25
+    model_length: int = 200
+    one_hot_value: float | int = 5.0
+    num_train_timesteps: int = 5000
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = 1
+    mask_token_id: int | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._check()
+        if self.encoder_config is None:
+            self.encoder_config = self._roberta()
+        elif isinstance(self.encoder_config, dict):
+            self.encoder_config = _from_dict(self.encoder_config)
+        super().__post_init__(**kwargs)  # which hands the attention implementation on to the encoder
+        encoder = self.encoder_config
+        self.vocab_size, self.hidden_dim = encoder.vocab_size, encoder.hidden_size
+        self.n_blocks, self.n_heads = encoder.num_hidden_layers, encoder.num_attention_heads
+        if self.mask_token_id is None:
+            self.mask_token_id = self.vocab_size - 1
+        room = getattr(encoder, "max_position_embeddings", None)
+        # RoBERTa counts positions from behind its padding id.
+        offset = (encoder.pad_token_id or 0) + 1 if isinstance(encoder, RobertaConfig) else 0
+        if room is not None and self.model_length + offset > room:
+            raise ValueError(
+                f"model_length={self.model_length} does not fit the encoder's max_position_embeddings={room}: give at "
+                f"most {room - offset}."
+            )
+
+    def num_blocks(self, length: int) -> int:
+        """Uniform numbers that decide the noise of a training sequence: its step t, and where its block lies."""
+        return 2
+
+    def _check(self) -> None:
+        for name in ("block_size", "model_length", "num_train_timesteps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: give a whole number of at least 1.")
+        if self.block_size >= self.model_length:
+            raise ValueError(
+                f"block_size={self.block_size} leaves no room for context in a window of "
+                f"model_length={self.model_length} tokens: give a smaller block or a longer window."
+            )
+        if not self.one_hot_value > 0:
+            raise ValueError(f"one_hot_value={self.one_hot_value}: the scale K of the simplex must be above 0.")
+
+    def _roberta(self) -> RobertaConfig:
+        pad = 1 if self.pad_token_id is None else self.pad_token_id
+        return RobertaConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_dim,
+            num_hidden_layers=self.n_blocks,
+            num_attention_heads=self.n_heads,
+            intermediate_size=4 * self.hidden_dim,
+            max_position_embeddings=self.model_length + pad + 1,
+            type_vocab_size=1,
+            hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=self.dropout,
+            layer_norm_eps=1e-5,
+            bos_token_id=self.bos_token_id,
+            eos_token_id=self.eos_token_id,
+            pad_token_id=pad,
+        )
+
+
+def _from_dict(fields: dict[str, Any]) -> PreTrainedConfig:
+    kind = fields.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"encoder_config has model_type={kind!r}, which transformers does not know: give the configuration of a "
+            f"masked language model, for instance roberta."
+        )
+    return CONFIG_MAPPING[kind](**fields)
+
+
+SSDLMConfig.register_for_auto_class()
+
+__all__ = ["SSDLMConfig"]

@@ -1,0 +1,38 @@
+"""Masked diffusion (MDLM, arXiv 2406.07524), a baseline of BD3-LM: a single block, as long as the text.
+
+Objective, likelihood and samplers are those of block diffusion; there is no earlier block to attend to.
+"""
+
+from typing import Any
+
+import torch
+
+from .configuration_bd3lm import MDLMConfig
+from .modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel, register_auto_classes
+
+
+class MDLMModel(BD3LMModel):
+    """The backbone with attention over the whole sequence, which is at most `config.model_length` tokens long."""
+
+    config_class = MDLMConfig
+
+    def run(self, inputs_embeds: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        length = inputs_embeds.shape[1]
+        if length > self.config.model_length:
+            raise ValueError(
+                f"a text of {length} tokens does not fit the window, model_length={self.config.model_length}, of a "
+                f"model that attends to all of it at once: cut it into windows."
+            )
+        return super().run(inputs_embeds, *args, **kwargs)
+
+
+class MDLMForMaskedLM(BD3LMForMaskedLM):
+    """Masked diffusion language model. `model(x_t).logits` are raw (no SUBS), with attention over the whole text."""
+
+    config_class = MDLMConfig
+    backbone_class = MDLMModel
+
+
+register_auto_classes(MDLMForMaskedLM, "AutoModelForMaskedLM", "AutoModelForCausalLM")
+
+__all__ = ["MDLMForMaskedLM", "MDLMModel"]

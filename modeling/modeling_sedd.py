@@ -1,0 +1,204 @@
+"""Score entropy discrete diffusion (SEDD, arXiv 2310.16834) with an absorbing state, a baseline of BD3-LM.
+
+The network gives the score s(x_t, sigma)_v, an estimate of the ratio p_t(x_t with v at a place) / p_t(x_t). With the
+mask absorbing, only masked places have ratios to learn. Log-scores are, as published,
+
+    log s_v = logits_v - log(e^sigma - 1) - log(V - 1),     and 0 for the token that x_t holds.
+
+Score entropy (Eq. 5): at a masked place whose clean token is x_0, with the true ratio r = 1 / (e^sigma - 1),
+
+    SE = sum over v != M of s_v  -  r log s_{x_0}  +  r (log r - 1)  >=  0.
+"""
+
+import math
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from .attention_bd3lm import Layout, token_layout
+from .configuration_bd3lm import SAMPLING_EPS, SEDDConfig
+from .likelihood_bd3lm import TokenNLL, check_sampling, rows_of_noise
+from .loss_bd3lm import Scored, check_text, corrupt, scored_tokens
+from .modeling_bd3lm import BD3LMForMaskedLM, register_auto_classes
+from .modeling_mdlm import MDLMModel
+from .noise_bd3lm import LogLinearNoise, Noise
+from .streams_bd3lm import noisy_hidden
+
+
+_LOGIT_BUDGET = 2**23  # logits alive at a time
+
+
+def log_score(logits: torch.Tensor, x_t: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Log-scores `(batch, length, vocab_size)` from raw logits of that shape.
+
+    Args:
+        x_t: `(batch, length)`, what the logits were computed from.
+        sigma: noise level `(batch,)`.
+    """
+    shift = _log_expm1(sigma).view(-1, 1, 1) + math.log(logits.shape[-1] - 1)
+    return (logits - shift).scatter(-1, x_t.unsqueeze(-1), 0.0)
+
+
+def score_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, sigma: torch.Tensor, mask_token_id: int
+) -> torch.Tensor:
+    """Score entropy of masked places, `(rows,)`, from their raw logits `(rows, vocab_size)`, all in float32.
+
+    Args:
+        targets: the clean tokens `(rows,)`.
+        sigma: noise level of each row, `(rows,)`.
+    """
+    log_expm1 = _log_expm1(sigma)
+    shift = log_expm1 + math.log(logits.shape[-1] - 1)
+    others = logits.index_fill(1, torch.tensor([mask_token_id], device=logits.device), -torch.inf)
+    positive = (others.logsumexp(dim=1) - shift).exp()
+    ratio = (-log_expm1).exp()
+    target = logits.gather(1, targets.unsqueeze(1)).squeeze(1) - shift
+    return positive - ratio * target + ratio * (-log_expm1 - 1)
+
+
+def analytic_weights(
+    score: torch.Tensor, x_t: torch.Tensor, sigma_t: torch.Tensor, sigma_s: torch.Tensor, mask_token_id: int
+) -> torch.Tensor:
+    """Sampling weights of x_s given x_t, s < t, `(batch, length, vocab_size)`, not normalised: the analytic sampler.
+
+    Tweedie tau-leaping (Alg. 2 of the paper): the staggered score, times the transposed transition over
+    sigma_t - sigma_s.
+
+    Args:
+        score: `(batch, length, vocab_size)`, not its logarithm.
+        sigma_t, sigma_s: noise levels `(batch,)`.
+    """
+    step = (sigma_t - sigma_s).view(-1, 1, 1)
+    weights = score * step.exp()
+    weights[..., mask_token_id] += ((1 - step.exp()) * score.sum(-1, keepdim=True)).squeeze(-1)
+    return weights * _transposed_transition(x_t, step, score, mask_token_id)
+
+
+def denoising_weights(score: torch.Tensor, x_t: torch.Tensor, sigma: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """Sampling weights of the last step, from noise level `sigma` to none: no mask stays. See [`analytic_weights`]."""
+    weights = analytic_weights(score, x_t, sigma, torch.zeros_like(sigma), mask_token_id)
+    weights[..., mask_token_id] = 0.0
+    return weights
+
+
+def _transposed_transition(
+    x_t: torch.Tensor, step: torch.Tensor, like: torch.Tensor, mask_token_id: int
+) -> torch.Tensor:
+    """Probability that each token v becomes what x_t holds within `step` of noise, `(batch, length, vocab_size)`."""
+    stays = (-step).exp()
+    transition = torch.zeros_like(like).scatter_(-1, x_t.unsqueeze(-1), 1.0) * stays
+    return transition + torch.where((x_t == mask_token_id).unsqueeze(-1), 1 - stays, torch.zeros_like(stays))
+
+
+def _log_expm1(sigma: torch.Tensor) -> torch.Tensor:
+    return torch.expm1(sigma).log()
+
+
+class SEDDModel(MDLMModel):
+    """The backbone with attention over the whole sequence and a noise level for each."""
+
+    config_class = SEDDConfig
+
+
+class SEDDForMaskedLM(BD3LMForMaskedLM):
+    """Score entropy language model. `model(x_t, timesteps=sigma).logits` are raw; they attend to the whole text."""
+
+    config_class = SEDDConfig
+    backbone_class = SEDDModel
+
+    def objective(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        noise: Noise | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Score entropy in nats per token, weighted by d sigma / dt (Eq. 7): a scalar with a gradient."""
+        check_text(self, input_ids, labels)
+        layout = token_layout(attention_mask, input_ids.shape[1], self.config.block_size, device=input_ids.device)
+        scored = scored_tokens(layout, labels, ignore_bos=self.config.ignore_bos, training=self.training)
+        if noise is None:
+            noise = rows_of_noise(self, scored, self.config.antithetic_sampling, None)
+        losses, _ = self._losses(input_ids, layout, scored, noise)
+        count = scored.counted.sum() if num_items_in_batch is None else num_items_in_batch
+        return losses.sum() / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
+
+    def token_nll(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        labels: torch.Tensor | None = None,
+        estimator: str = "sampled",
+        num_samples: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> TokenNLL:
+        """Bound on the negative log-likelihood of every token in nats, by noise levels t drawn on [1e-3, 1].
+
+        Args:
+            input_ids, attention_mask, labels, generator: as in [`BD3LMForMaskedLM.token_nll`].
+            estimator: `"sampled"`, each draw's t stratified over the batch; `"stratified"`, the draws of a text spread
+                evenly over the interval.
+            num_samples: draws of t.
+
+        Raises:
+            ValueError: `"exact"`, as a score depends on a continuous noise level; and as for BD3-LM.
+        """
+        if estimator not in ("sampled", "stratified"):
+            raise ValueError(
+                f"estimator={estimator!r} is none of a score, which depends on a continuous noise level: choose "
+                f"'stratified' or 'sampled', with num_samples."
+            )
+        check_sampling(num_samples, generator, input_ids.shape[0])
+        labels = input_ids if labels is None else labels
+        check_text(self, input_ids, labels)
+        layout = token_layout(attention_mask, input_ids.shape[1], self.config.block_size, device=input_ids.device)
+        scored = scored_tokens(layout, labels, ignore_bos=self.config.ignore_bos, training=False)
+        nll = torch.zeros(input_ids.numel(), device=input_ids.device)
+        shift = None
+        for sample in range(num_samples):
+            noise = rows_of_noise(self, scored, self.config.antithetic_sampling, generator)
+            if estimator == "stratified" and num_samples > 1:
+                shift = noise.block_noise if shift is None else shift
+                noise = noise._replace(block_noise=(sample + shift) / num_samples)
+            with torch.no_grad():
+                losses, rows = self._losses(input_ids, layout, scored, noise)
+            nll.index_add_(0, rows, losses / num_samples)
+        return TokenNLL(nll.view_as(input_ids), scored.counted.float())
+
+    def _losses(
+        self, input_ids: torch.Tensor, layout: Layout, scored: Scored, noise: Noise
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weighted losses of the masked places `(rows,)`, and where these are in the flattened batch."""
+        low, high = self.interval() if self.training else (SAMPLING_EPS, 1.0)
+        masked, weights, move_chance = corrupt(self, layout, scored, noise, low, high)
+        rows = masked.flatten().nonzero().squeeze(1)
+        x_t = torch.where(masked, self.config.mask_token_id, input_ids)
+        sigma = LogLinearNoise().sigma(move_chance[:, 0])
+        hidden = noisy_hidden(self, x_t, input_ids, layout, rows, sigma)
+        of_row = sigma[rows // input_ids.shape[1]]
+        losses = self._score_entropies(hidden, input_ids.flatten()[rows], of_row)
+        # -loss_scaling is alpha'_t / (1 - alpha_t); times 1 / ratio it is d sigma / dt.
+        return losses * weights.flatten()[rows] * torch.expm1(of_row), rows
+
+    def _score_entropies(self, hidden: torch.Tensor, targets: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Score entropy of each row in chunks, whose logits the backward pass computes again."""
+        head = self.get_output_embeddings()
+
+        def of_chunk(hidden: torch.Tensor, targets: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return score_entropy(head(hidden).float(), targets, sigma, self.config.mask_token_id)
+
+        step = max(1, _LOGIT_BUDGET // self.config.vocab_size)
+        parts = [
+            (hidden[i : i + step], targets[i : i + step], sigma[i : i + step]) for i in range(0, hidden.shape[0], step)
+        ]
+        losses = [checkpoint(of_chunk, *part, use_reentrant=False) for part in parts]
+        # Without a masked place there is no loss, but still a gradient (of zero) for every process to average.
+        return torch.cat(losses) if losses else hidden.sum(-1) * 0.0
+
+
+register_auto_classes(SEDDForMaskedLM, "AutoModelForMaskedLM", "AutoModelForCausalLM")
+
+__all__ = ["SEDDForMaskedLM", "SEDDModel", "analytic_weights", "denoising_weights", "log_score", "score_entropy"]

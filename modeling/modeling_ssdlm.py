@@ -1,0 +1,225 @@
+"""SSD-LM (arXiv 2210.17432): a masked-LM encoder that denoises the next block on the vocabulary simplex.
+
+The encoder sees the word embeddings of the context, then those of the noisy block: W softmax(x_t) + v (t / T), with a
+linear layer W from the vocabulary and a linear layer v of the progress. It is trained by the cross-entropy of the
+block's tokens at a random noise level (Eq. 7). There is no tractable likelihood.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForMaskedLM
+from transformers import initialization as init
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+
+from .configuration_ssdlm import SSDLMConfig
+from .simplex_ssdlm import almost_one_hot, noisy_logits, simplex_schedule
+
+
+@dataclass
+class SSDLMOutput(ModelOutput):
+    """Output of [`SSDLMForMaskedLM`].
+
+    Args:
+        loss: scalar, nats per token, when `labels` are given.
+        logits: `(batch, block, vocab_size)` of the block's clean tokens.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+class SSDLMForMaskedLM(PreTrainedModel):
+    """Semi-autoregressive simplex diffusion over any masked-LM encoder of transformers."""
+
+    config_class = SSDLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = True
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def __init__(self, config: SSDLMConfig) -> None:
+        super().__init__(config)
+        self.model = AutoModelForMaskedLM.from_config(config.encoder_config)
+        if "inputs_embeds" not in inspect.signature(self.model.forward).parameters:
+            raise ValueError(
+                f"a {type(self.model).__name__} takes no inputs_embeds, through which a simplex enters the encoder: "
+                f"choose a masked language model that does, for instance roberta."
+            )
+        self.embed_sum = nn.Linear(config.vocab_size, config.hidden_dim, bias=False)
+        self.timestep = nn.Linear(1, config.hidden_dim)
+        self.loss_type = None  # type: ignore[assignment]  # nothing is shifted
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The layers around the encoder: the simplex enters as words do, a mixture of their embeddings."""
+        if module is self.embed_sum:
+            init.copy_(module.weight, self.get_input_embeddings().weight.T)
+        elif module is self.timestep:
+            init.normal_(module.weight, std=0.02)
+            init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        noisy_logits: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        block_noise: torch.Tensor | None = None,
+        token_noise: torch.Tensor | None = None,
+        count_noise: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> SSDLMOutput:
+        """Logits of a noisy block behind its context, or the training loss.
+
+        Args:
+            input_ids: `(batch, length)`: the context, or with `labels` the whole training text.
+            attention_mask: `(batch, length)`, zeros for padding behind (or before) each row's tokens.
+            labels: `(batch, length)`; gives the loss: a block of each text is denoised behind the tokens before it.
+                Where labels are -100 a token is context only.
+            noisy_logits: `(batch, block, vocab_size)`, the block's x_t.
+            timesteps: `(batch,)`, its progress t / T.
+            block_noise: `(batch, 2)` uniform draws that decide the step t and the length of the context, `count_noise`
+                the seed of the Gaussian noise; without them torch's global generator does. `token_noise` is unused.
+            num_items_in_batch: labelled tokens of all batches of a step.
+
+        Raises:
+            ValueError: neither a block nor labels, or texts too short to hold a context and a block.
+        """
+        if labels is not None:
+            noise = (block_noise, count_noise)
+            return SSDLMOutput(loss=self._loss(input_ids, attention_mask, labels, noise, num_items_in_batch))
+        if noisy_logits is None or timesteps is None:
+            raise ValueError(
+                "a context alone has no logits: pass noisy_logits and timesteps of the block behind it, or labels for "
+                "the loss."
+            )
+        return SSDLMOutput(logits=self.denoise(input_ids, attention_mask, noisy_logits, timesteps))
+
+    def denoise(
+        self,
+        context_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+    ) -> torch.Tensor:
+        """Logits `(batch, block, vocab_size)`; arguments as in [`forward`]."""
+        batch, width = context_ids.shape
+        block = noisy.shape[1]
+        words = self.get_input_embeddings()(context_ids)
+        progress = self.timestep(timesteps.to(words.dtype).view(-1, 1)).unsqueeze(1)
+        mixed = self.embed_sum(noisy.softmax(dim=-1).to(words.dtype)) + progress
+        if attention_mask is None or bool(attention_mask.all()):
+            logits = self.model(inputs_embeds=torch.cat([words, mixed], dim=1)).logits
+            return logits[:, width:].float()
+        # Each row's block follows its own context, so that positions are those of the row alone; padding is behind.
+        real = attention_mask.bool()
+        lengths = real.sum(1, keepdim=True)
+        order = (~real).long().argsort(dim=1, stable=True)
+        column = torch.arange(width + block, device=words.device).expand(batch, -1)
+        place = column - lengths  # of a column within the block
+        in_block = (place >= 0) & (place < block)
+        words = words.gather(1, order.unsqueeze(-1).expand_as(words))
+        embeds = torch.cat([words, mixed], dim=1)
+        source = torch.where(in_block, width + place, column.clamp(max=width - 1)).unsqueeze(-1)
+        embeds = embeds.gather(1, source.expand(-1, -1, embeds.shape[-1]))
+        logits = self.model(inputs_embeds=embeds, attention_mask=(column < lengths + block).long()).logits
+        columns = lengths + torch.arange(block, device=words.device)
+        return logits.gather(1, columns.unsqueeze(-1).expand(-1, -1, logits.shape[-1])).float()
+
+    def _loss(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor,
+        noise: tuple[torch.Tensor | None, torch.Tensor | None],
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        """Mean cross-entropy of a block of each text, weighted by the labelled tokens for which the text stands."""
+        config, (batch, width) = self.config, input_ids.shape
+        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        order = (~real).long().argsort(dim=1, stable=True)  # padding goes behind
+        ids, labels, lengths = input_ids.gather(1, order), labels.gather(1, order), real.sum(1)
+        most = lengths - config.block_size  # longest context
+        if (most < 1).any():
+            raise ValueError(
+                f"a text of {int(lengths.min())} tokens holds no context and block of {config.block_size}: pack "
+                f"longer texts, or choose a smaller block_size."
+            )
+        # 1. The step, and where the block begins
+        uniform, seeds = self._draws(noise, batch, input_ids.device)
+        t = (uniform[:, 0] * config.num_train_timesteps).floor().clamp(max=config.num_train_timesteps - 1) + 1
+        begin = torch.minimum((uniform[:, 1] * most).floor().long() + 1, most)
+        # 2. The noisy block
+        columns = begin.unsqueeze(1) + torch.arange(config.block_size, device=ids.device)
+        targets = labels.gather(1, columns)
+        clean = almost_one_hot(ids.gather(1, columns), config.vocab_size, config.one_hot_value)
+        normal = self._normal(seeds, clean)
+        alpha_bar = simplex_schedule(t, config.num_train_timesteps).alpha_bar
+        noisy = noisy_logits(clean, alpha_bar, normal, config.one_hot_value)
+        # 3. Its cross-entropy behind the context
+        context = torch.arange(width, device=ids.device) < begin.unsqueeze(1)
+        context = context[:, : int(begin.max())]
+        logits = self.denoise(ids[:, : context.shape[1]], context.long(), noisy, t / config.num_train_timesteps)
+        losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none").sum(1)
+        losses = losses / (targets != -100).sum(1).clamp(min=1)
+        labelled = (labels != -100).sum(1)
+        count = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return (losses * labelled).sum() / count
+
+    def _draws(
+        self, noise: tuple[torch.Tensor | None, torch.Tensor | None], batch: int, device: torch.device
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Uniform numbers `(batch, 2)`, and a seed of the Gaussian noise for each row."""
+        block_noise, count_noise = noise
+        if block_noise is None or count_noise is None:
+            block_noise = torch.rand((batch, 2), device=device)
+            count_noise = torch.rand((batch, 2), device=device)
+        if block_noise.shape != (batch, 2) or count_noise.shape != (batch, 2):
+            raise ValueError(
+                f"block_noise of shape {tuple(block_noise.shape)} and count_noise of shape "
+                f"{tuple(count_noise.shape)} do not fit this batch: give {(batch, 2)} for each."
+            )
+        high, low = (count_noise.double() * 2**24).long().unbind(1)
+        return block_noise.to(device), (high * 2**24 + low).tolist()
+
+    def _normal(self, seeds: list[int], like: torch.Tensor) -> torch.Tensor:
+        """Standard normal numbers; a row's depend on its seed only, not on its batch."""
+        rows = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(rows).to(like)
+
+    def token_nll(self, *args: Any, **kwargs: Any) -> Any:
+        """There is none.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "SSD-LM has no tractable likelihood: its loss is a cross-entropy of denoising, and no bound on log p(x). "
+            "Judge its texts by generative perplexity."
+        )
+
+
+SSDLMForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+
+__all__ = ["SSDLMForMaskedLM", "SSDLMOutput"]

@@ -1,0 +1,107 @@
+"""The autoregressive baseline: parity with the published one, exact likelihood, cache, padding."""
+
+import itertools
+
+import pytest
+import torch
+from published import load_recorded, published
+
+from bd3lm_hf import ARConfig, ARForCausalLM
+from bd3lm_hf.modeling.cache_bd3lm import BlockCache
+
+
+@pytest.fixture
+def make_model(randomize):
+    def make(**fields) -> ARForCausalLM:
+        sizes = {"vocab_size": 12, "model_length": 16, "hidden_dim": 16, "n_blocks": 2, "n_heads": 2, "dropout": 0.0}
+        return randomize(ARForCausalLM(ARConfig(**{**sizes, **fields}))).eval()
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def golden() -> tuple[ARForCausalLM, dict[str, torch.Tensor]]:
+    """The published model's weights in ours, and its recorded outputs."""
+    return published("06_ar", ARForCausalLM, ARConfig), load_recorded("06_ar")
+
+
+def test_logits_are_the_published_ones(golden):
+    model, recorded = golden
+    torch.testing.assert_close(model(recorded["x0"]).logits, recorded["logits"], atol=1e-5, rtol=0)
+
+
+def test_likelihoods_and_loss_are_the_published_ones(golden):
+    model, recorded = golden
+    ids, mask = recorded["x0"], recorded["attention_mask"].long()
+    score = model.token_nll(ids, mask)
+    torch.testing.assert_close(score.nll[:, 1:], recorded["nlls"], atol=1e-5, rtol=0)
+    assert torch.equal(score.mask[:, 1:], recorded["token_mask"])
+    assert not score.mask[:, 0].any() and not score.nll[:, 0].any()
+    for training in (False, True):
+        loss = model.train(training)(ids, attention_mask=mask, labels=ids).loss
+        torch.testing.assert_close(loss, recorded["loss"], atol=1e-5, rtol=0)
+
+
+def test_the_probabilities_of_all_texts_sum_to_one(make_model):
+    # The chain rule, and the mask token has no share.
+    model = make_model(vocab_size=4)
+    texts = torch.tensor([(0, *rest) for rest in itertools.product(range(3), repeat=3)])
+    total = (-model.token_nll(texts).nll.sum(1)).exp().sum()
+    torch.testing.assert_close(total, torch.tensor(1.0), atol=1e-5, rtol=0)
+
+
+def test_the_loss_equals_that_of_full_logits(make_model):
+    model = make_model()
+    ids = torch.randint(0, 11, (3, 9), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :4] = -100
+    logits = model(ids).logits
+    logits = logits.index_fill(2, torch.tensor([11]), -torch.inf)
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(model(ids, labels=labels).loss, expected, atol=1e-5, rtol=0)
+    half = model(ids, labels=labels, num_items_in_batch=2 * (labels[:, 1:] != -100).sum()).loss
+    torch.testing.assert_close(half, expected / 2, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_likelihood(make_model, side):
+    model = make_model()
+    ids = torch.randint(0, 11, (2, 8), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    real = slice(3, 8) if side == "left" else slice(0, 5)
+    mask[1] = 0
+    mask[1, real] = 1
+    alone = model.token_nll(ids[1:, real])
+    score = model.token_nll(ids, mask)
+    torch.testing.assert_close(score.nll[1, real], alone.nll[0], atol=1e-5, rtol=0)
+    assert score.mask[1].sum() == 4
+    torch.testing.assert_close(score.nll[0], model.token_nll(ids[:1]).nll[0], atol=1e-5, rtol=0)
+
+
+def test_cached_logits_equal_uncached_ones(make_model):
+    model = make_model()
+    ids = torch.randint(0, 11, (2, 10), generator=torch.Generator().manual_seed(2))
+    whole = model(ids).logits
+    cache = BlockCache()
+    steps = [model(ids[:, :6], past_key_values=cache, use_cache=True).logits]
+    steps += [model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(6, 10)]
+    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=0)
+
+
+def test_only_the_wanted_logits_are_computed(make_model):
+    model = make_model()
+    ids = torch.randint(0, 11, (2, 7), generator=torch.Generator().manual_seed(3))
+    whole = model(ids).logits
+    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, whole[:, -2:])
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([0, 3])).logits, whole[:, [0, 3]])
+
+
+def test_labels_without_a_text_are_refused(make_model):
+    model = make_model()
+    with pytest.raises(ValueError, match="labels need input_ids"):
+        model(inputs_embeds=torch.zeros(1, 4, 16), labels=torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_mask_tokens_in_a_text_are_refused(make_model):
+    with pytest.raises(ValueError, match="labels hold mask_token_id=11"):
+        make_model().token_nll(torch.tensor([[1, 11, 2]]))

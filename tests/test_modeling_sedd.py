@@ -1,0 +1,138 @@
+"""Score entropy: parity with the published model and sampler weights, and the entropy's defining properties."""
+
+import pytest
+import torch
+from published import load_recorded, published, recorded_noise
+
+from bd3lm_hf import SEDDConfig, SEDDForMaskedLM
+from bd3lm_hf.modeling import modeling_sedd
+from bd3lm_hf.modeling.modeling_sedd import analytic_weights, denoising_weights, log_score, score_entropy
+
+
+MASK = 40
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, torch.Tensor]:
+    return load_recorded("06_mdlm_sedd")
+
+
+@pytest.fixture(scope="module")
+def model() -> SEDDForMaskedLM:
+    return published("06_mdlm_sedd", SEDDForMaskedLM, SEDDConfig)
+
+
+def test_logits_and_scores_are_the_published_ones(model, recorded):
+    sigma = recorded["sigma"]
+    logits = model(recorded["xt"], timesteps=sigma).logits
+    torch.testing.assert_close(logits, recorded["sedd.logits"], atol=1e-5, rtol=0)
+    scores = log_score(logits, recorded["xt"], sigma[:, 0])
+    torch.testing.assert_close(scores, recorded["sedd.log_score"], atol=1e-5, rtol=0)
+
+
+def test_score_entropies_are_the_published_ones(recorded):
+    masked = recorded["xt"] == MASK
+    sigma = recorded["sigma"].expand(masked.shape)[masked]
+    entropy = score_entropy(recorded["sedd.logits"][masked], recorded["x0"][masked], sigma, MASK)
+    torch.testing.assert_close(entropy, recorded["sedd.entropy"][masked], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("case", "scale"), [("sedd.full", False), ("sedd.scale", True)])
+def test_losses_are_the_published_ones(recorded, case, scale):
+    model = published("06_mdlm_sedd", SEDDForMaskedLM, SEDDConfig, mdlm_loss_scale=scale)
+    loss = model(recorded["x0"], labels=recorded["x0"], **recorded_noise(recorded, case)).loss
+    torch.testing.assert_close(loss, recorded[f"{case}.loss"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_sampling_weights_are_the_published_ones(model, recorded, step):
+    x_t, (sigma_t, sigma_s) = recorded["xt"], recorded[f"sedd.step{step}.sigma"].double().unbind(1)
+    logits = model(x_t, timesteps=sigma_t.float()).logits
+    score = log_score(logits, x_t, sigma_t.float()).double().exp()
+    weights = analytic_weights(score.clone(), x_t, sigma_t, sigma_s, MASK).float()
+    torch.testing.assert_close(weights, recorded[f"sedd.step{step}.analytic_probs"], atol=1e-5, rtol=0)
+    weights = denoising_weights(score, x_t, sigma_t, MASK).float()
+    torch.testing.assert_close(weights, recorded[f"sedd.step{step}.denoise_probs"], atol=1e-5, rtol=0)
+
+
+def test_score_entropy_is_never_negative():
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(500, 7, generator=generator)
+    targets = torch.randint(0, 6, (500,), generator=generator)
+    sigma = 6 * torch.rand(500, generator=generator) + 0.01
+    assert score_entropy(logits, targets, sigma, 6).min() >= -1e-4
+
+
+def test_score_entropy_is_zero_at_the_true_ratios_and_least_there():
+    # A masked place whose token is 2 for certain: ratio 1 / (e^sigma - 1) for token 2, zero for all others.
+    sigma = torch.tensor([0.7])
+    logits = torch.full((1, 5), -torch.inf)
+    logits[0, 2] = torch.tensor(4.0).log()  # log s = logit - log(e^sigma - 1) - log(V - 1)
+    entropy = score_entropy(logits, torch.tensor([2]), sigma, 4)
+    torch.testing.assert_close(entropy, torch.zeros(1), atol=1e-6, rtol=0)
+    for change in (-0.3, 0.3):
+        assert score_entropy(logits + change, torch.tensor([2]), sigma, 4) > 1e-3
+
+
+def test_the_mean_score_entropy_is_least_at_the_posterior():
+    # With a random clean token the best score is ratio times its posterior probability.
+    sigma = torch.tensor([1.3])
+    posterior = torch.tensor([0.5, 0.3, 0.2])
+    best = (posterior * 3).log()
+
+    def mean_entropy(logits: torch.Tensor) -> torch.Tensor:
+        rows = torch.cat([logits, torch.zeros(1)]).expand(3, -1)
+        return (posterior * score_entropy(rows, torch.arange(3), sigma.expand(3), 3)).sum()
+
+    gradient = torch.func.grad(mean_entropy)(best)
+    torch.testing.assert_close(gradient, torch.zeros(3), atol=1e-6, rtol=0)
+    for token in range(3):
+        assert mean_entropy(best + 0.2 * torch.eye(3)[token]) > mean_entropy(best)
+
+
+def test_the_loss_in_chunks_equals_the_loss_at_once(recorded, monkeypatch):
+    noise = recorded_noise(recorded, "sedd.full")
+    results = []
+    for budget in (2**23, 41 * 3):
+        monkeypatch.setattr(modeling_sedd, "_LOGIT_BUDGET", budget)
+        model = published("06_mdlm_sedd", SEDDForMaskedLM, SEDDConfig)
+        loss = model(recorded["x0"], labels=recorded["x0"], **noise).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for once, in_chunks in zip(*results, strict=True):
+        torch.testing.assert_close(in_chunks, once, atol=1e-5, rtol=1e-5)
+
+
+def test_both_estimators_agree_and_more_draws_vary_less(model, recorded):
+    ids = recorded["x0"]
+
+    def totals(estimator: str, num_samples: int, count: int) -> torch.Tensor:
+        generators = (torch.Generator().manual_seed(seed) for seed in range(count))
+        scores = (
+            model.token_nll(ids, estimator=estimator, num_samples=num_samples, generator=generator)
+            for generator in generators
+        )
+        return torch.stack([score.nll.sum() for score in scores])
+
+    single, spread = totals("sampled", 1, 200), totals("stratified", 8, 40)
+    error = (single.var() / len(single) + spread.var() / len(spread)).sqrt()
+    assert abs(single.mean() - spread.mean()) < 4 * error
+    assert spread.var() < single.var() / 4
+
+
+def test_a_row_scores_alone_as_in_its_batch(model, recorded):
+    ids = recorded["x0"]
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    both = model.token_nll(ids, num_samples=2, generator=generators)
+    alone = model.token_nll(ids[1:], num_samples=2, generator=[torch.Generator().manual_seed(6)])
+    torch.testing.assert_close(both.nll[1], alone.nll[0], atol=1e-5, rtol=0)
+
+
+def test_an_exact_likelihood_is_refused(model, recorded):
+    with pytest.raises(ValueError, match="estimator='exact' is none of a score"):
+        model.token_nll(recorded["x0"], estimator="exact")
+
+
+def test_a_noise_level_is_required(model, recorded):
+    with pytest.raises(ValueError, match="time_conditioning=True: pass timesteps"):
+        model(recorded["xt"])

@@ -1,0 +1,186 @@
+"""SSD-LM: parity of the network and its training step, padding, seeded noise, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from published import GOLDEN, load_recorded
+from safetensors.torch import load_file
+from transformers import AutoConfig, BertConfig
+
+from bd3lm_hf.modeling.configuration_ssdlm import SSDLMConfig
+from bd3lm_hf.modeling.modeling_ssdlm import SSDLMForMaskedLM
+
+
+FOLDER = GOLDEN / "11_ssdlm"
+SIZES = {"vocab_size": 20, "hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, torch.Tensor]:
+    return load_recorded("11_ssdlm")
+
+
+@pytest.fixture(scope="module")
+def published() -> SSDLMForMaskedLM:
+    encoder = {"model_type": "roberta", **json.loads((FOLDER / "config.json").read_text())["constructor"]}
+    config = SSDLMConfig(encoder_config=encoder, block_size=5, model_length=20, num_train_timesteps=1000)
+    model = SSDLMForMaskedLM(config).eval()
+    model.load_state_dict(load_file(FOLDER / "weights.safetensors"))
+    return model
+
+
+@pytest.fixture
+def tiny(randomize) -> SSDLMForMaskedLM:
+    return randomize(SSDLMForMaskedLM(SSDLMConfig(**SIZES, block_size=4, model_length=16))).eval()
+
+
+def test_the_network_is_the_published_one(published, recorded):
+    torch.testing.assert_close(
+        published.embed_sum(recorded["train.simplex"]), recorded["train.simplex_embeds"], atol=1e-5, rtol=0
+    )
+    progress = (recorded["train.t"] / 1000).view(-1, 1, 1)
+    torch.testing.assert_close(published.timestep(progress), recorded["train.timestep_embeds"], atol=1e-5, rtol=0)
+    context = recorded["train.input_ids"][:, : int(recorded["train.context_size"])]
+    logits = published(
+        context, noisy_logits=recorded["train.noisy_logits"], timesteps=recorded["train.t"] / 1000
+    ).logits
+    torch.testing.assert_close(logits, recorded["train.logits"], atol=1e-4, rtol=0)
+
+
+def test_the_loss_is_the_published_one(published, recorded, monkeypatch):
+    ids, context = recorded["train.input_ids"], int(recorded["train.context_size"])
+    # The uniform numbers that give the recorded steps and context: the middle of their intervals.
+    most = ids.shape[1] - 5
+    block_noise = torch.stack([(recorded["train.t"] - 0.5) / 1000, torch.full((2,), (context - 0.5) / most)], dim=1)
+    monkeypatch.setattr(SSDLMForMaskedLM, "_normal", lambda self, seeds, like: recorded["train.normal"])
+    loss = published(ids, labels=ids, block_noise=block_noise, count_noise=torch.zeros(2, 2)).loss
+    torch.testing.assert_close(loss, recorded["train.loss"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_context_gives_the_logits_of_the_row_alone(tiny, side):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 19, (2, 7), generator=generator)
+    noisy, timesteps = torch.randn(2, 4, 20, generator=generator), torch.tensor([0.3, 0.8])
+    mask = torch.ones_like(ids)
+    real = slice(3, 7) if side == "left" else slice(0, 4)
+    mask[1] = 0
+    mask[1, real] = 1
+    both = tiny(ids, attention_mask=mask, noisy_logits=noisy, timesteps=timesteps).logits
+    alone = tiny(ids[1:, real], noisy_logits=noisy[1:], timesteps=timesteps[1:]).logits
+    torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(both[:1], tiny(ids[:1], noisy_logits=noisy[:1], timesteps=timesteps[:1]).logits)
+
+
+def test_the_loss_of_a_batch_is_the_mean_of_its_rows(tiny):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 19, (3, 12), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[2, 9:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    noise = {name: torch.rand(3, 2, generator=generator) for name in ("block_noise", "count_noise")}
+    rows = [
+        tiny(
+            ids[i : i + 1, : 9 if i == 2 else 12],
+            labels=labels[i : i + 1, : 9 if i == 2 else 12],
+            **{name: draw[i : i + 1] for name, draw in noise.items()},
+        ).loss
+        for i in range(3)
+    ]
+    expected = (12 * rows[0] + 12 * rows[1] + 9 * rows[2]) / 33
+    torch.testing.assert_close(tiny(ids, attention_mask=mask, labels=labels, **noise).loss, expected)
+    halved = tiny(ids, attention_mask=mask, labels=labels, num_items_in_batch=66, **noise).loss
+    torch.testing.assert_close(halved, expected / 2)
+
+
+def test_tokens_without_a_label_are_context_only(tiny):
+    ids = torch.randint(3, 19, (1, 8), generator=torch.Generator().manual_seed(2))
+    noise = {"block_noise": torch.tensor([[0.5, 0.99]]), "count_noise": torch.rand(1, 2)}
+    labels = ids.clone()
+    labels[0, :6] = -100
+    changed = labels.clone()
+    changed[0, 6:] = (ids[0, 6:] - 3 + 1) % 16 + 3
+    assert tiny(ids, labels=labels, **noise).loss != tiny(ids, labels=changed, **noise).loss
+    labels[0, 6:] = -100
+    assert tiny(ids, labels=labels, **noise).loss == 0
+
+
+def test_training_lowers_the_loss():
+    torch.manual_seed(0)
+    model = SSDLMForMaskedLM(SSDLMConfig(**SIZES, block_size=4, model_length=16))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    ids = torch.arange(3, 19).repeat(8, 1)
+    losses = []
+    for _ in range(60):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
+
+
+def test_the_simplex_enters_at_first_as_the_words_do():
+    model = SSDLMForMaskedLM(SSDLMConfig(**SIZES, block_size=4, model_length=16))
+    assert torch.equal(model.embed_sum.weight, model.get_input_embeddings().weight.T)
+
+
+def test_another_encoder_serves_as_well(tmp_path):
+    encoder = BertConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    model = SSDLMForMaskedLM(SSDLMConfig(encoder_config=encoder, block_size=4, model_length=16)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = SSDLMForMaskedLM.from_pretrained(tmp_path).eval()
+    assert type(loaded.model).__name__ == "BertForMaskedLM"
+    inputs = {"noisy_logits": torch.randn(1, 4, 20), "timesteps": torch.tensor([0.5])}
+    ids = torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(loaded(ids, **inputs).logits, model(ids, **inputs).logits)
+
+
+def test_a_likelihood_is_refused(tiny):
+    with pytest.raises(ValueError, match="SSD-LM has no tractable likelihood"):
+        tiny.token_nll(torch.tensor([[3, 4]]))
+
+
+def test_a_context_alone_is_refused(tiny):
+    with pytest.raises(ValueError, match="a context alone has no logits: pass noisy_logits and timesteps"):
+        tiny(torch.tensor([[3, 4]]))
+
+
+def test_texts_too_short_for_a_block_are_refused(tiny):
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with pytest.raises(ValueError, match="a text of 4 tokens holds no context and block of 4"):
+        tiny(ids, labels=ids)
+
+
+def test_noise_that_does_not_fit_is_refused(tiny):
+    ids = torch.arange(3, 15)[None]
+    with pytest.raises(ValueError, match=r"block_noise of shape \(1, 3\).*give \(1, 2\) for each"):
+        tiny(ids, labels=ids, block_noise=torch.rand(1, 3), count_noise=torch.rand(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"block_size": 16}, "block_size=16 leaves no room for context in a window of model_length=16"),
+        ({"one_hot_value": 0}, "one_hot_value=0: the scale K of the simplex must be above 0"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps=0: give a whole number of at least 1"),
+        ({"encoder_config": {"model_type": "nothing"}}, "encoder_config has model_type='nothing'"),
+        ({"encoder_config": AutoConfig.for_model("roberta", max_position_embeddings=17)}, "give at most 15"),
+    ],
+)
+def test_configurations_that_no_model_can_have_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SSDLMConfig(**{"block_size": 4, "model_length": 16, **fields})
+
+
+def test_an_encoder_without_inputs_embeds_is_refused(monkeypatch):
+    class Encoder(torch.nn.Module):
+        def forward(self, input_ids):
+            return input_ids
+
+    monkeypatch.setattr("bd3lm_hf.modeling.modeling_ssdlm.AutoModelForMaskedLM.from_config", lambda config: Encoder())
+    with pytest.raises(ValueError, match="a Encoder takes no inputs_embeds"):
+        SSDLMForMaskedLM(SSDLMConfig(**SIZES, block_size=4, model_length=16))

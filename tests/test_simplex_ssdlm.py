@@ -1,0 +1,78 @@
+"""Schedule, noise and projections of simplex diffusion, against the published ones and their definitions."""
+
+import pytest
+import torch
+from published import load_recorded
+
+from bd3lm_hf.modeling.simplex_ssdlm import (
+    almost_one_hot,
+    noisy_logits,
+    nucleus,
+    project_by_sampling,
+    project_evenly,
+    project_unevenly,
+    simplex_schedule,
+)
+
+
+K, TOP_P = 5.0, 0.95
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, torch.Tensor]:
+    return load_recorded("11_ssdlm")
+
+
+def test_the_schedule_is_the_published_one(recorded):
+    schedule = simplex_schedule(recorded["sched.t"], 1000)
+    for ours, name in (
+        (schedule.alpha_bar, "alpha_t_bar"),
+        (schedule.alpha_bar_before, "alpha_t_minus_bar"),
+        (schedule.beta, "beta_t"),
+        (schedule.posterior_variance, "beta_t_til"),
+        (schedule.alpha, "alpha_t"),
+    ):
+        torch.testing.assert_close(ours, recorded[f"sched.{name}"], atol=1e-6, rtol=1e-5)
+
+
+def test_the_signal_falls_from_one_to_almost_nothing():
+    schedule = simplex_schedule(torch.arange(1.0, 101.0), 100)
+    assert (schedule.alpha_bar.diff() < 0).all()
+    assert schedule.alpha_bar_before[0] == 1.0 and schedule.alpha_bar[-1] < 1e-6
+
+
+@pytest.mark.parametrize(("project", "name"), [(project_evenly, "even"), (project_unevenly, "uneven")])
+def test_projections_are_the_published_ones(recorded, project, name):
+    projected = project(recorded["proj.logits"], K, TOP_P)
+    torch.testing.assert_close(projected.logits, recorded[f"proj.{name}"], atol=1e-5, rtol=0)
+    assert torch.equal(projected.input_ids, recorded["proj.logits"].argmax(-1))
+
+
+def test_sampling_draws_from_the_published_probabilities(recorded):
+    seen = []
+
+    def draw(scores: torch.Tensor) -> torch.Tensor:
+        seen.append(scores.softmax(-1))
+        return recorded["proj.sampled_ids"].flatten()
+
+    projected = project_by_sampling(recorded["proj.logits"], K, TOP_P, draw)
+    torch.testing.assert_close(seen[0].view(2, 3, -1), recorded["proj.sampling_probs"], atol=1e-6, rtol=0)
+    assert torch.equal(projected.logits, recorded["proj.sampling"].float())
+    assert torch.equal(projected.input_ids, recorded["proj.sampled_ids"])
+
+
+def test_noise_is_added_as_published(recorded):
+    clean = almost_one_hot(recorded["train.diffusion_ids"], 41, K)
+    assert torch.equal(clean, recorded["train.clean_logits"].float())
+    alpha_bar = simplex_schedule(recorded["train.t"], 1000).alpha_bar
+    noisy = noisy_logits(clean, alpha_bar, recorded["train.normal"], K)
+    torch.testing.assert_close(noisy, recorded["train.noisy_logits"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(noisy.softmax(-1), recorded["train.simplex"], atol=1e-6, rtol=0)
+
+
+def test_the_nucleus_keeps_the_token_that_crosses():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    assert nucleus(logits, 0.9).tolist() == [True, True, True, False]
+    assert nucleus(logits, 0.7).tolist() == [True, True, False, False]
+    assert nucleus(logits, 1e-9).tolist() == [True, False, False, False]
+    assert nucleus(logits, 1.0).all()

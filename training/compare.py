@@ -1,0 +1,271 @@
+"""`bd3lm compare`: train several models on the same text for the same number of tokens, and put them in one table.
+
+1. Read the recipe: what is compared, with which seeds, and the fields that are common to all.
+2. Train each model with each seed; a run that is complete is not repeated.
+3. Let each write texts, and a judge score them.
+4. Print the table and write it beside the runs.
+"""
+
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from transformers.utils import logging
+
+from bd3lm_hf.checkpoints import load_model
+from bd3lm_hf.training.arguments import RECIPES, field_names
+from bd3lm_hf.training.train import RESULTS_NAME, run
+
+
+logger = logging.get_logger("bd3lm_hf.compare")
+
+TABLE_NAME = "comparison.json"
+_TEXTS_PER_BATCH = 16
+_OWN_FIELDS = ("models", "seeds", "num_texts", "text_length", "judge")
+
+
+class Plan(NamedTuple):
+    """What to compare."""
+
+    models: Mapping[str, Mapping[str, Any]]  # name -> the fields in which it differs
+    seeds: Sequence[int]
+    num_texts: int
+    text_length: int  # tokens
+    judge: str  # one of the models, or a checkpoint
+    common: Mapping[str, Any]  # fields of every run
+    folder: Path
+
+
+class Row(NamedTuple):
+    """One model with one seed."""
+
+    model: str
+    seed: int
+    perplexity: float  # held-out text
+    exact: bool  # else an upper bound
+    training_tokens: int
+    training_tokens_per_second: float
+    generative_perplexity: float  # of its texts, under the judge
+    entropy: float  # of the tokens of a text, mean over texts, nats
+    forwards_per_token: float
+    seconds_per_token: float  # when it writes, in batches
+
+
+def read_plan(argv: Sequence[str]) -> Plan:
+    """Read `[recipe.yaml] [--field value ...]`; `--models` and `--seeds` take several values.
+
+    Raises:
+        ValueError: an unreadable recipe, a model that it does not name, or nothing to compare.
+    """
+    words = list(argv)
+    path = Path(words.pop(0)) if words and not words[0].startswith("-") else RECIPES / "compare.yaml"
+    if not path.is_file():
+        raise ValueError(f"there is no recipe {str(path)!r}: give a YAML file that names the models, or none.")
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("models"), dict) or not recipe["models"]:
+        raise ValueError(f"the recipe {path} names no models: write `models:` with one `name: {{field: value}}` each.")
+    given = _overrides(words)
+    chosen = given.pop("models", list(recipe["models"]))
+    for name in chosen:
+        if name not in recipe["models"]:
+            raise ValueError(f"--models {name}: the recipe {path} has {', '.join(recipe['models'])}.")
+    fields = {**recipe, **{name: yaml.safe_load(values[0]) for name, values in given.items() if name != "seeds"}}
+    seeds = [int(seed) for seed in given.get("seeds", recipe.get("seeds", [1]))]
+    if not seeds:
+        raise ValueError("--seeds: give at least one seed.")
+    for name in ("num_texts", "text_length"):
+        if not isinstance(fields.get(name), int) or fields[name] < 1:
+            raise ValueError(f"{name}={fields.get(name)!r}: give a whole number of at least 1.")
+    common = {name: value for name, value in fields.items() if name not in (*_OWN_FIELDS, "output_dir")}
+    for name in (*common, *(field for model in recipe["models"].values() for field in model)):
+        if name not in field_names():
+            raise ValueError(f"{name!r} is no field of a run, and none of {', '.join(_OWN_FIELDS)}: see --help.")
+    models = {name: recipe["models"][name] for name in chosen}
+    judge = str(fields.get("judge") or next(iter(models)))
+    folder = Path(fields.get("output_dir", "bd3lm-comparison"))
+    return Plan(models, seeds, fields["num_texts"], fields["text_length"], judge, common, folder)
+
+
+def _overrides(words: Sequence[str]) -> dict[str, list[str]]:
+    """`--field value ...` pairs."""
+    found: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            name, _, value = word.removeprefix("--").replace("-", "_").partition("=")
+            found[name] = [value] if value else []
+        elif found:
+            found[next(reversed(found))].append(word)
+        else:
+            raise ValueError(f"{word!r} follows no --field: write --field value.")
+    for name, values in found.items():
+        if not values:
+            raise ValueError(f"--{name} has no value: write --{name} value.")
+    return found
+
+
+def compare(plan: Plan) -> list[Row]:
+    """Train what has not been trained, let all write, and score."""
+    results = {(name, seed): _trained(plan, name, seed) for seed in plan.seeds for name in plan.models}
+    rows = []
+    for (name, seed), result in results.items():
+        judge = _judge(plan, seed)
+        model = load_model(str(_folder(plan, name, seed))).eval()
+        written = write_texts(model, plan.num_texts, plan.text_length, seed=seed)
+        tokens = result["steps"] * result["global_batch_size"] * model.config.max_position_embeddings
+        rows.append(
+            Row(
+                model=name,
+                seed=seed,
+                perplexity=result["after"]["perplexity"],
+                exact=model.exact_likelihood,
+                training_tokens=tokens,
+                training_tokens_per_second=_speed(result),
+                generative_perplexity=judged_perplexity(judge, written.ids),
+                entropy=mean_entropy(written.ids),
+                forwards_per_token=written.forwards_per_token,
+                seconds_per_token=written.seconds_per_token,
+            )
+        )
+    return rows
+
+
+def _folder(plan: Plan, name: str, seed: int) -> Path:
+    return plan.folder / f"{name}-seed{seed}"
+
+
+def _trained(plan: Plan, name: str, seed: int) -> dict[str, Any]:
+    """The results of a run, which is made unless it is complete."""
+    folder = _folder(plan, name, seed)
+    recipe = folder.with_suffix(".yaml")
+    fields = {**plan.common, **plan.models[name], "seed": seed}
+    if (folder / RESULTS_NAME).is_file() and recipe.is_file():
+        before = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        if changed := sorted(k for k in before.keys() | fields.keys() if before.get(k) != fields.get(k)):
+            raise ValueError(
+                f"{folder} holds a run with another {', '.join(changed)}: name another --output_dir, or remove it."
+            )
+        logger.warning("%s is complete", folder)
+    else:
+        recipe.parent.mkdir(parents=True, exist_ok=True)
+        recipe.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
+        run([str(recipe), "--output_dir", str(folder), "--overwrite_output_dir", "true"])
+    return json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
+
+
+def _judge(plan: Plan, seed: int) -> Any:
+    name = str(_folder(plan, plan.judge, seed)) if plan.judge in plan.models else plan.judge
+    return load_model(name, argument="--judge").eval()
+
+
+def _speed(result: Mapping[str, Any]) -> float:
+    """Median training speed of the log, tokens per second."""
+    return statistics.median(entry["tokens_per_second"] for entry in result["losses"] if "tokens_per_second" in entry)
+
+
+class Texts(NamedTuple):
+    """What a model wrote from nothing."""
+
+    ids: torch.Tensor  # (texts, length)
+    forwards_per_token: float
+    seconds_per_token: float
+
+
+def write_texts(model: Any, count: int, length: int, *, seed: int) -> Texts:
+    """`count` texts of `length` tokens from the beginning-of-text token, sampled from the whole distribution."""
+    torch.manual_seed(seed)
+    own, config = model.generation_config, copy.deepcopy(model.generation_config)
+    # All texts have the same length, so an end of text may stand within. (What a call leaves out is taken from the
+    # model's own configuration.)
+    config.eos_token_id = None
+    start = torch.full((1, 1), model.config.bos_token_id, device=model.device)
+    ids, forwards, started = [], 0, time.perf_counter()
+    model.generation_config = config
+    try:
+        for first in range(0, count, _TEXTS_PER_BATCH):
+            rows = min(_TEXTS_PER_BATCH, count - first)
+            output = model.generate(
+                start.expand(rows, -1), max_new_tokens=length - 1, do_sample=True, return_dict_in_generate=True
+            )
+            ids.append(output.sequences)
+            forwards += getattr(output, "num_forward_passes", None) or length - 1  # autoregressive: one a token
+    finally:
+        model.generation_config = own
+    seconds = time.perf_counter() - started
+    batches = len(ids)
+    return Texts(torch.cat(ids), forwards / batches / (length - 1), seconds / count / (length - 1))
+
+
+def judged_perplexity(judge: Any, ids: torch.Tensor) -> float:
+    """Perplexity of texts `(texts, length)` under a judge with the same vocabulary, over all their tokens."""
+    score = judge.token_nll(ids.to(judge.device), estimator="stratified", num_samples=8)
+    return float((score.nll.sum() / score.mask.sum()).exp())
+
+
+def mean_entropy(ids: torch.Tensor) -> float:
+    """Entropy of each text's token frequencies in nats, averaged over texts `(texts, length)`."""
+    entropies = []
+    for row in ids:
+        share = row.unique(return_counts=True)[1] / row.numel()
+        entropies.append(-(share * share.log()).sum())
+    return float(torch.stack(entropies).mean())
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The comparison in markdown: means over seeds, with the range where there are several."""
+    lines = [
+        "| model | held-out perplexity | generative perplexity | entropy | forwards per token | ms per token | "
+        "training tokens/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(row.model for row in rows):
+        mine = [row for row in rows if row.model == name]
+        sign = "" if all(row.exact for row in mine) else "<= "
+        cells = [
+            sign + _spread([row.perplexity for row in mine], 1),
+            _spread([row.generative_perplexity for row in mine], 1),
+            _spread([row.entropy for row in mine], 2),
+            _spread([row.forwards_per_token for row in mine], 2),
+            _spread([1000 * row.seconds_per_token for row in mine], 2),
+            _spread([row.training_tokens_per_second for row in mine], 0),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    seeds = len({row.seed for row in rows})
+    tokens = ", ".join(f"{n:,}" for n in sorted({row.training_tokens for row in rows}))
+    lines.append(f"\n{tokens} training tokens, {seeds} seed{'s' if seeds > 1 else ''}; `<=` marks an upper bound.")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1 or max(values) - min(values) < 10**-digits:
+        return mean
+    return f"{mean} ({min(values):.{digits}f} - {max(values):.{digits}f})"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with the command line's arguments; bad input ends in one line on stderr and exit code 2."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if {"-h", "--help"} & set(words):
+        print(f"{__doc__}\nusage: bd3lm compare [recipe.yaml] [--models M ...] [--seeds S ...] [--field value ...]")
+        return
+    try:
+        plan = read_plan(words)
+        rows = compare(plan)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    text = table(rows)
+    (plan.folder / TABLE_NAME).write_text(
+        json.dumps([row._asdict() for row in rows], indent=2) + "\n", encoding="utf-8"
+    )
+    print(text)
+
+
+__all__ = ["Plan", "Row", "compare", "judged_perplexity", "main", "mean_entropy", "read_plan", "table", "write_texts"]
