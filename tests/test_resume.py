@@ -20,9 +20,12 @@ class Driver:
     """Carries out plans of kills, each in one interpreter, and gives what came of each case."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.errors = folder, ""
+        self.parent, self.folder, self.errors, self.calls = folder, folder, "", 0
 
     def __call__(self, plan: list[list[dict]]) -> list[dict]:
+        # A folder of its own, or a case would go on from the same one of an earlier plan.
+        self.calls += 1
+        self.folder = self.parent / str(self.calls)
         done = subprocess.run([sys.executable, DRIVER, self.folder, json.dumps(plan)], capture_output=True, text=True)
         self.errors = done.stderr
         assert done.returncode == 0, self.errors[-5000:]
