@@ -319,3 +319,10 @@ def test_fields_that_can_not_work_are_refused(tmp_path, fields, message):
 def test_an_accumulation_that_agrees_with_the_global_batch_is_taken(tmp_path):
     both = arguments_of(tmp_path, global_batch_size=16, gradient_accumulation_steps=2)
     assert both.gradient_accumulation_steps == 2
+
+
+@pytest.mark.parametrize("name", ["lm1b", "owt", "text8"])
+def test_the_papers_recipes_have_its_batch_and_its_average(name):
+    recipe = read_recipe(name)
+    assert (recipe["global_batch_size"], recipe["ema_decay"]) == (512, 0.9999)
+    assert 512 % recipe["per_device_train_batch_size"] == 0
