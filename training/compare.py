@@ -20,11 +20,13 @@ import yaml
 from transformers.utils import logging
 
 from bd3lm_hf.checkpoints import load_model
-from bd3lm_hf.training.arguments import RECIPES, field_names
+from bd3lm_hf.training.arguments import field_names
 from bd3lm_hf.training.train import RESULTS_NAME, run
 
 
 logger = logging.get_logger("bd3lm_hf.compare")
+
+PAPER = Path(__file__).resolve().parent / "comparisons" / "paper.yaml"
 
 TABLE_NAME = "comparison.json"
 _TEXTS_PER_BATCH = 16
@@ -65,7 +67,7 @@ def read_plan(argv: Sequence[str]) -> Plan:
         ValueError: an unreadable recipe, a model that it does not name, or nothing to compare.
     """
     words = list(argv)
-    path = Path(words.pop(0)) if words and not words[0].startswith("-") else RECIPES / "compare.yaml"
+    path = Path(words.pop(0)) if words and not words[0].startswith("-") else PAPER
     if not path.is_file():
         raise ValueError(f"there is no recipe {str(path)!r}: give a YAML file that names the models, or none.")
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
