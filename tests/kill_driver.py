@@ -42,6 +42,7 @@ ARGUMENTS = {
     "learning_rate": 1e-2,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 3,
+    "ema_decay": 0.9,
     "logging_steps": 2,
     "eval_strategy": "epoch",
     "save_strategy": "steps",

@@ -46,6 +46,8 @@ def test_a_run_may_change_its_length_its_layout_and_what_it_reports(saved, tmp_p
         ({"learning_rate": 0.5}, "training: learning_rate was 0.01 and is 0.5"),
         ({"weight_decay": 0.5}, "training: weight_decay was 0.0 and is 0.5"),
         ({"lr_scheduler_type": "linear"}, "training: lr_scheduler_type was cosine and is linear"),
+        ({"ema_decay": 0.8}, "training: ema_decay was 0.9 and is 0.8"),
+        ({"ema_warmup": False}, "training: ema_warmup was True and is False"),
         ({"warmup_steps": 1}, "training: warmup_steps was 3 and is 1"),
         ({"seed": 6}, "training: seed was 5 and is 6; training: data_seed was 5 and is 6"),
         ({"data_seed": 6}, "training: data_seed was 5 and is 6"),

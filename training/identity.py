@@ -50,6 +50,8 @@ def run_identity(
     config |= {"trained parameters": sum(size for size, trained in parameters if trained)}
     training = {name: getattr(args, name, None) for name in _TRAINING}
     training |= {"global batch size": global_batch_size, "seed": args.seed, "data_seed": data_seed}
+    if args.ema_decay:  # whether there is an average at all, its own file says
+        training |= {"ema_decay": args.ema_decay, "ema_warmup": args.ema_warmup}
     identity = {
         "model": config,
         "tokenizer": _tokenizer_identity(tokenizer),
