@@ -1,4 +1,4 @@
-"""`bd3lm train | eval | generate | quality | bench`: thin, one function per verb.
+"""`bd3lm train | compare | eval | generate | quality | bench | convert`: thin, one function per verb.
 
 Exit code 0 means that the work was done, 2 that the input was wrong, 1 that something else failed. An error is one
 line on stderr; `--traceback` shows where it came from.
