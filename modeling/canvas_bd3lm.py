@@ -33,13 +33,10 @@ class Canvas:
     def __post_init__(self) -> None:
         self.host_prompt_end, self.last_start = self.prompt_end.cpu(), int(self.start.max())
 
-    @property
-    def position_ids(self) -> torch.Tensor:
-        """Rotary positions `(batch or 1, columns)`, counted from each row's first token."""
-        columns = torch.arange(self.text.shape[1], device=self.text.device)
-        if self.key_valid is None:
-            return columns.unsqueeze(0)
-        return (columns - self.start.unsqueeze(1)).clamp(min=0)
+    def positions(self, first: int, stop: int) -> torch.Tensor:
+        """Rotary positions `(batch or 1, stop - first)` of some columns, counted from each row's first token."""
+        columns = torch.arange(first, stop, device=self.text.device).unsqueeze(0)
+        return columns if self.last_start == 0 else (columns - self.start.unsqueeze(1)).clamp(min=0)
 
     @property
     def prompt_end(self) -> torch.Tensor:

@@ -51,7 +51,8 @@ class BD3LMGenerateOutput(ModelOutput):
         sequences: `(batch, prompt + new)`, the prompt as given and what was written.
         scores: with `output_scores`, for each new token the processed scores `(batch, vocab_size)` it was drawn from.
         logits: with `output_logits`, the same before processing.
-        past_key_values: the cache of finished blocks.
+        past_key_values: the cache of finished blocks, for the next call. Empty when the window has moved, or texts
+            that ended early were left out of the network: the next call then reads its prompt anew.
         num_forward_passes: denoising passes of the network; the pass over the prompt is not counted.
         tokens_per_forward: new tokens, finished rows' padding left out, per row and denoising pass.
         trace: with `output_trace`, every denoising step.

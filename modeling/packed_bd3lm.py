@@ -15,9 +15,7 @@ from torch import nn
 from .head_bd3lm import is_plain_linear
 
 
-_LEAST_WEIGHTS = (
-    2**18
-)  # of a layer; in smaller ones, which a core's own cache holds, the call costs more than it spares
+_LEAST_WEIGHTS = 2**18  # of a layer; with fewer, which a core's cache holds, the call costs more than it spares
 _ROWS = 32  # the number of rows that the packing is chosen for; it serves 1 to some 100 rows well
 
 

@@ -76,11 +76,8 @@ class Window:
         return self._of_rows(self.canvas.text[:, first:stop])
 
     def _positions(self, first: int, stop: int) -> torch.Tensor:
-        """Rotary positions `(batch or 1, stop - first)`, counted from each row's first token."""
-        columns = torch.arange(first, stop, device=self.canvas.text.device).unsqueeze(0)
-        if self.canvas.last_start == 0:
-            return columns
-        return (columns - self._of_rows(self.canvas.start).unsqueeze(1)).clamp(min=0)
+        positions = self.canvas.positions(first, stop)
+        return positions if len(positions) == 1 else self._of_rows(positions)
 
     def _valid(self, first: int, stop: int) -> torch.Tensor | None:
         """Where the rows have tokens, bool `(batch, stop - first)`; None: everywhere."""

@@ -23,7 +23,8 @@ def test_blocks_of_all_rows_end_at_the_same_columns():
         [3, 4, 5, 6, 7, 8] + [MASK] * 6,
     ]
     assert canvas.start.tolist() == [4, 0]
-    assert canvas.position_ids.tolist() == [[0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7], list(range(12))]
+    assert canvas.positions(0, 12).tolist() == [[0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7], list(range(12))]
+    assert canvas.positions(5, 7).tolist() == [[1, 2], [5, 6]]
     assert canvas.key_valid.tolist() == [[False] * 4 + [True] * 8, [True] * 12]
     assert list(canvas.blocks()) == [4, 8]
 
@@ -37,7 +38,7 @@ def test_either_side_of_padding_gives_the_same_canvas():
 def test_rows_with_equally_many_whole_blocks_need_no_mask():
     canvas = lay_out(IDS[:, 1:], torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]), 3, 4, MASK)
     assert canvas.key_valid is None
-    assert canvas.position_ids.tolist() == [list(range(8))]
+    assert canvas.positions(0, 8).tolist() == [list(range(8))]
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 3, 4, 5])
