@@ -226,15 +226,16 @@ def write_long(model, tokens: int, **options) -> Clock:
     return clock
 
 
-def median_step(times: list[float]) -> float:
-    return statistics.median(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+def step_time(times: list[float]) -> float:
+    """Seconds of a step that little else disturbed: one in ten takes less."""
+    return statistics.quantiles((later - earlier for earlier, later in zip(times, times[1:], strict=False)), n=10)[0]
 
 
 @pytest.mark.parametrize("name", ["dynamic", "static"])
 def test_a_long_text_takes_the_same_time_and_memory_for_every_block(make_model, name):
     clock = write_long(make_model(block_size=8), 4000, cache_implementation=name)
     quarter = len(clock.times) // 4
-    assert median_step(clock.times[-quarter:]) < 2 * median_step(clock.times[quarter : 2 * quarter])
+    assert step_time(clock.times[-quarter:]) < 2 * step_time(clock.times[quarter : 2 * quarter])
     assert clock.memory[-1] - clock.memory[1] < 4_000_000
 
 
@@ -244,7 +245,7 @@ def test_a_hundred_thousand_tokens_take_the_same_time_and_memory_for_every_block
     model = make_model(block_size=8)
     clock = write_long(model, 100_000, cache_implementation=name)
     tenth = len(clock.times) // 10
-    assert median_step(clock.times[-tenth:]) < 1.5 * median_step(clock.times[tenth : 2 * tenth])
+    assert step_time(clock.times[-tenth:]) < 1.5 * step_time(clock.times[tenth : 2 * tenth])
     # Ten passes' worth of keys and values, or one mask of all columns per block, would be more.
     assert clock.memory[-1] - clock.memory[len(clock.memory) // 10] < 4_000_000
 
