@@ -290,7 +290,7 @@ def _make_config(architecture: Architecture, tokenizer: PreTrainedTokenizerBase 
             value = getattr(tokenizer, f"{name}_token_id")
             if value is not None and value < fields["vocab_size"]:
                 fields.setdefault(f"{name}_token_id", value)
-    config = AutoConfig.for_model(architecture.model_type, **fields)
+    config: Any = AutoConfig.for_model(architecture.model_type, **fields)
     if tokenizer is not None:
         check_tokenizer_fits(tokenizer, config)
     return config

@@ -100,7 +100,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """A configuration record as dicts, lists and values: OmegaConf's containers keep theirs in `_content`, `_val`."""
     if isinstance(value, Record):
-        state = value.state if isinstance(value.state, dict) else {}
+        state: dict[str, Any] = value.state if isinstance(value.state, dict) else {}
         if isinstance(value.state, tuple):  # of a class with slots: (dict, slots)
             state = {k: v for part in value.state if isinstance(part, dict) for k, v in part.items()}
         for field in ("_content", "_val"):

@@ -238,7 +238,7 @@ class MDLMConfig(BD3LMConfig):
 
     model_type = "mdlm"
 
-    block_size: int | None = None
+    block_size: int | None = None  # type: ignore[assignment]  # until __post_init__
     cross_attn: bool = False
     var_min: bool = False
     mdlm_loss_scale: bool = False

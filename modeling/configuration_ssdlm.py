@@ -110,7 +110,7 @@ class SSDLMConfig(PreTrainedConfig):
 
 
 def _from_dict(fields: dict[str, Any]) -> PreTrainedConfig:
-    kind = fields.get("model_type")
+    kind = str(fields.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise ValueError(
             f"encoder_config has model_type={kind!r}, which transformers does not know: give the configuration of a "

@@ -4,7 +4,7 @@ log p(x) = sum over i of log p(x_i | x_<i); the first token of a text is given. 
 mask token, which has probability zero.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.cache_utils import Cache
@@ -37,7 +37,7 @@ class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
     accepts_loss_kwargs = True
     exact_likelihood = True
     # One token after the other: transformers' own loop. The paper's nucleus and stop rules are those of the mixin.
-    _sample = GenerationMixin._sample
+    _sample = GenerationMixin._sample  # type: ignore[assignment]
 
     def __init__(self, config: ARConfig) -> None:
         super().__init__(config)
@@ -47,7 +47,7 @@ class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         # The mask token has probability zero, before anything else looks at the scores.
-        processors.insert(0, SuppressTokensLogitsProcessor([self.config.mask_token_id], device=self.device))
+        processors.insert(0, SuppressTokensLogitsProcessor([self.config.mask_token_id], device=str(self.device)))
         return processors
 
     @can_return_tuple
@@ -171,7 +171,7 @@ class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
         rows = predicted.flatten().nonzero().squeeze(1) - 1
         modulations = self.backbone.modulations(None, device)
         outputs = self.backbone.run(embeds, layout.position_ids, plan, modulations, rows=rows)
-        return outputs.last_hidden_state, labels[predicted]
+        return cast(torch.Tensor, outputs.last_hidden_state), labels[predicted]
 
 
 register_auto_classes(ARForCausalLM, "AutoModelForCausalLM")

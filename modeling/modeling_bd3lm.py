@@ -504,7 +504,7 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMLanguageModel):
 def register_auto_classes(head: type[BD3LMLanguageModel], *names: str) -> None:
     """Have the Auto classes called `names` load a language model, `AutoModel` its backbone, in any saved folder."""
     backbone = head.backbone_class
-    classes = {"AutoConfig": head.config_class, "AutoModel": backbone, **dict.fromkeys(names, head)}
+    classes: dict[str, type] = {"AutoConfig": head.config_class, "AutoModel": backbone, **dict.fromkeys(names, head)}
     head.auto_classes = backbone.auto_classes = classes
     backbone.register_for_auto_class("AutoModel")
     head.register_for_auto_class(names[0])

@@ -7,7 +7,7 @@ block's tokens at a random noise level (Eq. 7). There is no tractable likelihood
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ class SSDLMForMaskedLM(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """The layers around the encoder: the simplex enters as words do, a mixture of their embeddings."""
         if module is self.embed_sum:
-            init.copy_(module.weight, self.get_input_embeddings().weight.T)
+            init.copy_(module.weight, cast(nn.Embedding, self.get_input_embeddings()).weight.T)
         elif module is self.timestep:
             init.normal_(module.weight, std=0.02)
             init.zeros_(module.bias)

@@ -79,7 +79,7 @@ def read_plan(argv: Sequence[str]) -> Plan:
         if name not in recipe["models"]:
             raise ValueError(f"--models {name}: the recipe {path} has {', '.join(recipe['models'])}.")
     fields = {**recipe, **{name: yaml.safe_load(values[0]) for name, values in given.items() if name != "seeds"}}
-    seeds = [int(seed) for seed in given.get("seeds", recipe.get("seeds", [1]))]
+    seeds = [int(seed) for seed in given.get("seeds") or recipe.get("seeds") or []]
     if not seeds:
         raise ValueError("--seeds: give at least one seed.")
     for name in ("num_texts", "text_length"):
