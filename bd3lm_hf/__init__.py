@@ -29,7 +29,7 @@ from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel
 from bd3lm_hf.modeling.modeling_mdlm import MDLMForMaskedLM
 from bd3lm_hf.modeling.modeling_sedd import SEDDForMaskedLM
-from bd3lm_hf.modeling.noise_bd3lm import noise_schedule
+from bd3lm_hf.modeling.schedules_bd3lm import noise_schedule
 from bd3lm_hf.modeling.stopping_bd3lm import EntropyStopCriteria, SecondEosCriteria
 
 

@@ -4,7 +4,8 @@ from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from .noise_bd3lm import check_draws, check_interval, noise_schedule
+from .noise_bd3lm import check_draws, check_interval
+from .schedules_bd3lm import noise_schedule
 
 
 # Where the authors' unclipped interval of noise levels begins.

@@ -12,7 +12,8 @@ from .attention_bd3lm import Layout, token_layout
 from .configuration_bd3lm import SAMPLING_EPS
 from .head_bd3lm import cross_entropy
 from .loss_bd3lm import Scored, check_text, scored_tokens, sigma_of
-from .noise_bd3lm import Noise, draw_noise, mask_positions, noise_schedule, per_token, rank_in_block, times
+from .noise_bd3lm import Noise, draw_noise, mask_positions, per_token, rank_in_block, times
+from .schedules_bd3lm import noise_schedule
 from .streams_bd3lm import clean_cache, noisy_hidden
 
 

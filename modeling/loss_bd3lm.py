@@ -16,18 +16,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from .attention_bd3lm import Layout, token_layout
 from .configuration_bd3lm import SAMPLING_EPS
 from .head_bd3lm import weighted_cross_entropy
-from .noise_bd3lm import (
-    LogLinearNoise,
-    Noise,
-    check_draws,
-    clips,
-    draw_noise,
-    mask_positions,
-    mask_positions_within,
-    noise_schedule,
-    per_token,
-    times,
-)
+from .noise_bd3lm import Noise, check_draws, clips, draw_noise, mask_positions, mask_positions_within, per_token, times
+from .schedules_bd3lm import LogLinearNoise, noise_schedule
 from .streams_bd3lm import noisy_hidden
 
 

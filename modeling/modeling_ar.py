@@ -19,7 +19,8 @@ from .generation_config_bd3lm import BD3LMGenerationConfig
 from .head_bd3lm import cross_entropy, weighted_cross_entropy
 from .likelihood_bd3lm import TokenNLL
 from .loss_bd3lm import check_text
-from .modeling_bd3lm import BD3LMLanguageModel, BD3LMModel, BD3LMOutput, register_auto_classes
+from .modeling_bd3lm import BD3LMLanguageModel, BD3LMModel
+from .pretrained_bd3lm import BD3LMOutput, register_auto_classes
 
 
 class ARModel(BD3LMModel):

@@ -1,18 +1,14 @@
 """The backbone of BD3-LM and its masked language model (arXiv 2503.09573), with the published weight names."""
 
-import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .attention_bd3lm import AttentionPlan, block_causal_plan, token_layout, two_stream_plan
@@ -24,9 +20,7 @@ from .layers_bd3lm import (
     BD3LMBlock,
     BD3LMEmbedding,
     BD3LMFinalLayer,
-    BD3LMLayerNorm,
     BD3LMRotaryEmbedding,
-    BD3LMZeroLinear,
     Modulation,
     Pass,
     TimestepEmbedder,
@@ -35,83 +29,12 @@ from .likelihood_bd3lm import TokenNLL, token_nll
 from .loss_bd3lm import check_token_ids, denoising_loss
 from .noise_bd3lm import check_interval, given_noise
 from .packed_bd3lm import UNPACKED, PackedLinears, release_packed
+from .pretrained_bd3lm import BD3LMOutput, BD3LMPreTrainedModel, register_auto_classes
 from .sharding_bd3lm import is_sharded
 
 
 # Of every layer and the final norm: what adaLN makes it from, or folded into norms and gates.
 Modulations = list[torch.Tensor | Modulation | tuple[torch.Tensor, torch.Tensor | None] | None]
-
-
-@dataclass
-class BD3LMOutput(ModelOutput):
-    """Output of [`BD3LMForMaskedLM`].
-
-    Args:
-        loss: scalar, nats per scored token, when `labels` are given.
-        logits: `(batch, length, vocab_size)`, raw: no SUBS parameterisation; absent when `labels` are given, so that
-            no `(batch, length, vocab_size)` tensor is ever built in training or gathered in evaluation.
-        past_key_values: the cache, when one was used.
-        hidden_states: embeddings and the output of each layer, when asked for.
-        attentions: attention weights of each layer, when asked for (eager attention only).
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-
-
-class BD3LMPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation shared by the models on this backbone."""
-
-    config_class = BD3LMConfig
-    base_model_prefix = "backbone"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["BD3LMBlock"]
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_flash_attn = False
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    _supports_context_parallel = False
-    _keep_in_fp32_modules_strict = ["inv_freq"]
-
-    auto_classes: dict[str, type] = {}  # what each Auto class makes of a checkpoint, see `register_auto_classes`
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; `config.json` names the saved code for every Auto class.
-
-        transformers itself records one of them, and keeps what an earlier, perhaps foreign, `auto_map` said.
-        """
-        names = ((auto, cls.__module__.rpartition(".")[2], cls.__name__) for auto, cls in self.auto_classes.items())
-        self.config.auto_map = {auto: f"{module}.{name}" for auto, module, name in names}
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """The published initialisation: PyTorch's defaults, with adaLN and the head at zero.
-
-        A fresh model has gates of zero, so every layer is the identity and the logits are uniform.
-        """
-        if isinstance(module, BD3LMEmbedding):
-            init.kaiming_uniform_(module.embedding, a=math.sqrt(5))
-        elif isinstance(module, BD3LMZeroLinear):
-            init.zeros_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            if module.bias is not None:
-                bound = 1 / math.sqrt(module.in_features)
-                init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, BD3LMLayerNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, BD3LMRotaryEmbedding):
-            init.copy_(module.inv_freq, module.frequencies(torch.float32))
-        if "sampling_eps_min" in module._buffers:
-            init.constant_(module.get_buffer("sampling_eps_min"), float(self.config.sampling_eps_min))
-            init.constant_(module.get_buffer("sampling_eps_max"), float(self.config.sampling_eps_max))
 
 
 class BD3LMModel(BD3LMPreTrainedModel):
@@ -501,22 +424,6 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMLanguageModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-def register_auto_classes(head: type[BD3LMLanguageModel], *names: str) -> None:
-    """Have the Auto classes called `names` load a language model, `AutoModel` its backbone, in any saved folder."""
-    backbone = head.backbone_class
-    classes: dict[str, type] = {"AutoConfig": head.config_class, "AutoModel": backbone, **dict.fromkeys(names, head)}
-    head.auto_classes = backbone.auto_classes = classes
-    backbone.register_for_auto_class("AutoModel")
-    head.register_for_auto_class(names[0])
-
-
 register_auto_classes(BD3LMForMaskedLM, "AutoModelForMaskedLM", "AutoModelForCausalLM")
 
-__all__ = [
-    "BD3LMForMaskedLM",
-    "BD3LMLanguageModel",
-    "BD3LMModel",
-    "BD3LMOutput",
-    "BD3LMPreTrainedModel",
-    "register_auto_classes",
-]
+__all__ = ["BD3LMForMaskedLM", "BD3LMLanguageModel", "BD3LMModel"]

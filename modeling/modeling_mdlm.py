@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from .configuration_bd3lm import MDLMConfig
-from .modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel, register_auto_classes
+from .modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel
+from .pretrained_bd3lm import register_auto_classes
 
 
 class MDLMModel(BD3LMModel):

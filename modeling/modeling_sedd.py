@@ -19,9 +19,11 @@ from .attention_bd3lm import Layout, token_layout
 from .configuration_bd3lm import SAMPLING_EPS, SEDDConfig
 from .likelihood_bd3lm import TokenNLL, check_sampling, rows_of_noise
 from .loss_bd3lm import Scored, check_text, corrupt, scored_tokens
-from .modeling_bd3lm import BD3LMForMaskedLM, register_auto_classes
+from .modeling_bd3lm import BD3LMForMaskedLM
 from .modeling_mdlm import MDLMModel
-from .noise_bd3lm import LogLinearNoise, Noise
+from .noise_bd3lm import Noise
+from .pretrained_bd3lm import register_auto_classes
+from .schedules_bd3lm import LogLinearNoise
 from .streams_bd3lm import noisy_hidden
 
 

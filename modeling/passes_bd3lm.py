@@ -6,8 +6,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from .canvas_bd3lm import Canvas
-from .noise_bd3lm import LogLinearNoise
 from .packed_bd3lm import PackedLinears
+from .schedules_bd3lm import LogLinearNoise
 from .windows_bd3lm import open_window
 
 

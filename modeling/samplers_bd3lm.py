@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .draws_bd3lm import random_uniform, token_probability
-from .noise_bd3lm import noise_schedule
+from .schedules_bd3lm import noise_schedule
 
 
 @dataclass

@@ -17,7 +17,8 @@ import torch
 from transformers import initialization
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
-from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel, BD3LMPreTrainedModel
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel
+from bd3lm_hf.modeling.pretrained_bd3lm import BD3LMPreTrainedModel
 
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from bd3lm_hf.checkpoints import NotFiniteError
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.modeling.noise_bd3lm import count_probabilities, noise_schedule
+from bd3lm_hf.modeling.noise_bd3lm import count_probabilities
+from bd3lm_hf.modeling.schedules_bd3lm import noise_schedule
 from bd3lm_hf.training import interval as interval_module
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.interval import (

@@ -15,7 +15,8 @@ from bd3lm_hf.modeling.attention_bd3lm import token_layout
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.loss_bd3lm import corrupt, denoising_loss, scored_tokens
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.modeling.noise_bd3lm import LogLinearNoise, Noise, draw_noise, noise_schedule, stratify
+from bd3lm_hf.modeling.noise_bd3lm import Noise, draw_noise, stratify
+from bd3lm_hf.modeling.schedules_bd3lm import LogLinearNoise, noise_schedule
 
 
 GOLDEN = Path(__file__).parent / "golden"

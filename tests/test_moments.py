@@ -8,7 +8,8 @@ from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.likelihood_bd3lm import Mask, mask_losses, rows_of_noise
 from bd3lm_hf.modeling.loss_bd3lm import corrupt
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.modeling.noise_bd3lm import count_probabilities, draw_noise, noise_schedule
+from bd3lm_hf.modeling.noise_bd3lm import count_probabilities, draw_noise
+from bd3lm_hf.modeling.schedules_bd3lm import noise_schedule
 from bd3lm_hf.training.interval import candidate_intervals
 from bd3lm_hf.training.moments import BlockMoments, HeldOut, PassPerInterval, SharedDraws, held_out, level_moments
 

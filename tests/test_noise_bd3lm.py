@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from bd3lm_hf.modeling.noise_bd3lm import (
-    LogLinearNoise,
     Noise,
     check_interval,
     check_reachable,
@@ -19,13 +18,13 @@ from bd3lm_hf.modeling.noise_bd3lm import (
     mask_positions,
     mask_positions_within,
     noise_of_examples,
-    noise_schedule,
     per_token,
     rank_in_block,
     stack_draws,
     stratify,
     times,
 )
+from bd3lm_hf.modeling.schedules_bd3lm import LogLinearNoise, noise_schedule
 
 
 GOLDEN = Path(__file__).parent / "golden"

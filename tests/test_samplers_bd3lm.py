@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from bd3lm_hf.modeling.draws_bd3lm import draw_published
 from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
-from bd3lm_hf.modeling.noise_bd3lm import noise_schedule
 from bd3lm_hf.modeling.samplers_bd3lm import (
     SAMPLERS,
     AncestralSampler,
@@ -24,6 +23,7 @@ from bd3lm_hf.modeling.samplers_bd3lm import (
     ancestral_weights,
     hitting_times,
 )
+from bd3lm_hf.modeling.schedules_bd3lm import noise_schedule
 
 
 GOLDEN = Path(__file__).parent / "golden" / "07_samplers"

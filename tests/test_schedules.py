@@ -8,7 +8,8 @@ from datasets import Dataset
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.modeling.noise_bd3lm import LogLinearNoise, draw_noise, noise_schedule
+from bd3lm_hf.modeling.noise_bd3lm import draw_noise
+from bd3lm_hf.modeling.schedules_bd3lm import LogLinearNoise, noise_schedule
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.trainer import BD3LMTrainer
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
-from bd3lm_hf.modeling.noise_bd3lm import noise_schedule
+from bd3lm_hf.modeling.schedules_bd3lm import noise_schedule
 
 
 # Dense bfloat16 TFLOP/s with float32 accumulation, from the makers' data sheets. The first entry counts whose words

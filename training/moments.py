@@ -19,7 +19,8 @@ import torch
 from bd3lm_hf.modeling.attention_bd3lm import Layout, token_layout
 from bd3lm_hf.modeling.likelihood_bd3lm import Mask, mask_losses, rows_of_noise, stratified_masks
 from bd3lm_hf.modeling.loss_bd3lm import Scored, check_text, corrupt, scored_tokens
-from bd3lm_hf.modeling.noise_bd3lm import NoiseSchedule, clips, count_probabilities, noise_schedule
+from bd3lm_hf.modeling.noise_bd3lm import clips, count_probabilities
+from bd3lm_hf.modeling.schedules_bd3lm import NoiseSchedule, noise_schedule
 
 
 Interval = tuple[float, float]
