@@ -35,6 +35,8 @@ _OWN_COMMAND_LINE = {
     "bench": ("bd3lm_hf.benchmark", "speed and memory beside a named rival"),
     "compare": ("bd3lm_hf.training.compare", "train several models on the same text, in one table"),
     "convert": ("bd3lm_hf.hub_upload.convert", "a published or Lightning checkpoint into a folder, and back"),
+    "push": ("bd3lm_hf.hub_upload.push", "a model to a repository on the hub that anyone can load"),
+    "verify": ("bd3lm_hf.hub_upload.verify", "whether the files of a shared model are what was pushed"),
 }
 
 
