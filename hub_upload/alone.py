@@ -53,12 +53,15 @@ def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tens
         if model.can_generate():
             torch.manual_seed(0)
             ids = inputs["input_ids"]
-            found["text"] = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+            found["text"] = model.generate(ids[:, : ids.shape[1] // 2], max_new_tokens=NEW_TOKENS, do_sample=False)
     return found
 
 
-def check(folder: str, probe: dict[str, torch.Tensor]) -> None:
+def check(folder: str, probe: dict[str, torch.Tensor], code: str = "transformers_modules") -> None:
     """Compare what every Auto class loads from a folder with the probe, bit for bit; then write through the pipeline.
+
+    Args:
+        code: the package that the classes must come from: what transformers makes of the files of a folder.
 
     Raises:
         RuntimeError: something is missing or differs; other errors come from transformers as they are.
@@ -72,7 +75,7 @@ def check(folder: str, probe: dict[str, torch.Tensor]) -> None:
         # A backbone does not use the head's weights.
         if info["missing_keys"] or info["mismatched_keys"]:
             raise RuntimeError(f"{auto_class} finds no weights for {sorted(map(str, info['missing_keys']))[:8]}")
-        if not type(model).__module__.startswith("transformers_modules."):
+        if not type(model).__module__.startswith(f"{code}."):
             raise RuntimeError(f"{auto_class} makes a {type(model).__name__} of other code than the folder's")
         for name, tensor in outputs(model, inputs).items():
             if not torch.equal(tensor, probe[f"expected.{auto_class}.{name}"]):

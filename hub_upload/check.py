@@ -70,10 +70,12 @@ def make_probe(model: Any) -> dict[str, torch.Tensor]:
 
 
 def probe_inputs(config: Any) -> dict[str, torch.Tensor]:
-    """Two seeded rows of ids, a few blocks long, and noise levels for a model that is told them."""
+    """Two seeded rows of text ids, a few blocks long, and noise levels for a model that is told them."""
     length = min(config.max_position_embeddings, 4 * getattr(config, "block_size", 8))
     generator = torch.Generator().manual_seed(0)
-    inputs = {"input_ids": torch.randint(0, config.vocab_size, (2, length), generator=generator)}
+    special = {getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "mask")}
+    text = torch.tensor([token for token in range(config.vocab_size) if token not in special])
+    inputs = {"input_ids": text[torch.randint(0, len(text), (2, length), generator=generator)]}
     if getattr(config, "time_conditioning", False):
         inputs["timesteps"] = torch.tensor([0.1, 1.0])
     return inputs

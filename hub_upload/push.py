@@ -11,14 +11,15 @@ import argparse
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging
 
 from bd3lm_hf.hub_upload.card import make_card
 from bd3lm_hf.hub_upload.check import check_alone
@@ -46,6 +47,7 @@ _MESSAGE = "Upload model"
 class Tree(NamedTuple):
     """What is, or would be, in the repository."""
 
+    card: str  # text of the model card
     sizes: dict[str, int]  # file -> bytes
     left_out: list[str]  # what else lies in the source
     notes: list[str]  # what was chosen
@@ -98,7 +100,7 @@ def write_tree(
     made.save(target / CARD_NAME)
     write_manifest(target)
     sizes = {name: path.stat().st_size for name, path in files_of(target).items()}
-    return Tree(sizes, left_out(source, target), contents.notes)
+    return Tree(str(made), sizes, left_out(source, target), contents.notes)
 
 
 def push(
@@ -111,8 +113,9 @@ def push(
     message: str | None = None,
     description: str | None = None,
     api: HfApi | None = None,
+    background: bool = False,
     **options: Any,
-) -> tuple[Upload, Tree]:
+) -> tuple[Any, Tree]:
     """Upload a model in one commit; what the repository holds already is not sent again.
 
     Args:
@@ -122,8 +125,13 @@ def push(
         revision: branch, created if it is not there; by default "main".
         create_pr: open a pull request instead.
         message: of the commit.
+        description: of the commit.
         api: client of the hub; by default with the token of the environment or the login.
+        background: return as soon as the tree is written and checked.
         options: of [`write_tree`].
+
+    Returns:
+        The [`Upload`], with `background` a future of it, and the tree.
 
     Raises:
         ValueError: bad input, or nobody is logged in; found before any network access.
@@ -137,12 +145,40 @@ def push(
     api = api or HfApi()
     if not (api.token or get_token()):
         raise ValueError("nobody is logged in here: run `hf auth login`, or set HF_TOKEN.")
-    with tempfile.TemporaryDirectory(prefix="bd3lm-push-", ignore_cleanup_errors=True) as place:
-        tree = write_tree(source, Path(place) / "tree", repo_id, **options)
-        place_there = {"private": private, "revision": revision, "create_pr": create_pr}
-        text = {"message": message or _MESSAGE, "description": description}
-        done = upload(api, Path(place) / "tree", repo_id, **place_there, **text)
-    return done, tree
+    with ExitStack() as stack:
+        place = TemporaryDirectory(prefix="bd3lm-push-", ignore_cleanup_errors=True)
+        stack.callback(place.cleanup)
+        folder = Path(place.name) / "tree"
+        tree = write_tree(source, folder, repo_id, **options)
+        cleanup = stack.pop_all()  # by whoever uploads
+
+    def send() -> Upload:
+        with cleanup:
+            text = {"message": message or _MESSAGE, "description": description}
+            return upload(api, folder, repo_id, private=private, revision=revision, create_pr=create_pr, **text)
+
+    return api.run_as_future(send) if background else send(), tree
+
+
+def share(
+    folder: Path,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    message: str | None = None,
+    background: bool = False,
+    **options: Any,
+) -> Any:
+    """[`push`] under the names of transformers, with the model card left in the folder.
+
+    Returns:
+        The address of what was uploaded; with `background` a future of it.
+    """
+    text = {"message": message or commit_message, "description": commit_description}
+    done, tree = push(folder, repo_id, background=background, tokenizer=False, **text, **options)
+    (folder / CARD_NAME).write_text(tree.card, encoding="utf-8")
+    return done
 
 
 def dry_run(source: str | Path, repo_id: str, target: Path, **options: Any) -> Tree:
@@ -219,6 +255,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with the command line's arguments; exit code 2 for bad input, 1 where the check or the hub fails."""
     arguments = make_parser().parse_args(argv)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     options = {name: getattr(arguments, name) for name in ("max_shard_size", "weights", "base_model", "license")}
     options["tokenizer"] = not arguments.no_tokenizer
     try:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 import bd3lm_hf
 from bd3lm_hf.files import exists, looks_like_path
-from bd3lm_hf.hub_upload.errors import hub_errors
+from bd3lm_hf.hub_upload.errors import HubError, hub_errors
 from bd3lm_hf.hub_upload.manifest import Comparison, compare
 
 
@@ -19,7 +19,7 @@ def folder_of(name: str, revision: str | None = None) -> Path:
 
     Raises:
         ValueError: there is no such folder or repository.
-        HubError: the download failed.
+        OSError, httpx.HTTPError: the download failed.
     """
     if Path(name).expanduser().is_dir():
         if revision is not None:
@@ -28,9 +28,8 @@ def folder_of(name: str, revision: str | None = None) -> Path:
     if exists(name) or looks_like_path(name):
         raise ValueError(f"DIR {name}: there is no such folder.")
     try:
-        with hub_errors(f"{name} can not be downloaded"):
-            return Path(snapshot_download(name, revision=revision))
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        return Path(snapshot_download(name, revision=revision))
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         place = name if revision is None else f"{name} at {revision}"
         raise ValueError(f"DIR {place} is no folder here, and no repository that you may read.") from error
 
@@ -54,7 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", metavar="DIR", help="folder, or name of a repository on the hub")
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
     arguments = parser.parse_args(argv)
-    comparison = compare(folder_of(arguments.folder, arguments.revision))
+    try:
+        with hub_errors(f"{arguments.folder} can not be downloaded"):
+            folder = folder_of(arguments.folder, arguments.revision)
+    except HubError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    comparison = compare(folder)
     print(report(comparison))
     if not comparison.intact:
         raise SystemExit(1)

@@ -210,8 +210,8 @@ def test_a_verb_is_needed(bd3lm, arguments, part):
 def test_help_lists_the_verbs_that_exist(bd3lm):
     code, out, _ = bd3lm("--help")
     assert code == 0
-    verbs = ("train", "compare", "eval", "generate", "quality", "bench", "convert", "push")
-    assert [verb for verb in verbs if f"  {verb} " in out] == list(verbs[:-1])
+    verbs = ("train", "compare", "eval", "generate", "quality", "bench", "convert", "push", "verify")
+    assert [verb for verb in verbs if f"  {verb} " in out] == list(verbs)
 
 
 def test_an_unexpected_failure_is_not_called_bad_input(bd3lm, monkeypatch, model_folder):

@@ -13,6 +13,7 @@ import yaml
 from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_utils import HubStrategy
 
 from bd3lm_hf.training.data_arguments import DataArguments
 from bd3lm_hf.training.interval import METHODS, PUBLISHED_STEP, Interval, candidate_intervals, parse_interval
@@ -131,6 +132,17 @@ class IntervalSearchArguments:
             own=[parse_interval(text) for text in self.interval_candidates or ()],
         )
 
+    def _check_hub(self) -> None:
+        if self.hub_token is not None:
+            raise ValueError(
+                "--hub_token would be written into the run's folder: log in with `hf auth login`, or set HF_TOKEN."
+            )
+        if self.push_to_hub and self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+            raise ValueError(
+                f"--hub_strategy {HubStrategy(self.hub_strategy).value} would upload optimizer states and pickles: "
+                f"choose every_save or end."
+            )
+
     def _check_interval_search(self, *, evaluates: bool) -> None:
         self.interval_list(block_size=4)
         if self.interval_search_batches < 1:
@@ -227,6 +239,7 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
             raise ValueError(f"--eval_num_samples {self.eval_num_samples}: give a whole number of at least 1.")
         if self.sample_tokens < 0:
             raise ValueError(f"--sample_tokens {self.sample_tokens}: give 0 (no sample) or more.")
+        self._check_hub()
         self._check_interval_search(evaluates=self.eval_strategy != IntervalStrategy.NO)
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise ValueError(f"--peak_tflops {self.peak_tflops}: give a number above 0, or leave it out.")

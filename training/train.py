@@ -119,7 +119,7 @@ def run(argv: Sequence[str]) -> TrainResult:
     # Now that every process has the whole model; training may spread its weights over them.
     unigram = unigram_of(model, sequences, training.eval_batch_size) if trainer.is_world_process_zero() else None
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
+    trainer.write_model(training.output_dir)
 
     # 5. Evaluate
     after = trainer.score(sequences.validation, estimator=estimator)
@@ -141,6 +141,8 @@ def run(argv: Sequence[str]) -> TrainResult:
             result.text = text_from_folder(training.output_dir, training.sample_prompt, training.sample_tokens)
         result.seconds = time.perf_counter() - started
         report(result)
+    if training.push_to_hub:
+        trainer.push_to_hub()  # with the results in its card
     end(trainer)
     return result
 

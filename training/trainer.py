@@ -42,6 +42,7 @@ from bd3lm_hf.training.output import (
     staging_folder,
     warn_if_disk_is_full,
 )
+from bd3lm_hf.training.uploads import SharingTrainer
 
 
 POSITION_NAME = "stream.npz"  # in a checkpoint: where the stream of training text goes on
@@ -51,7 +52,7 @@ class TrainingDivergedError(NotFiniteError):
     """A loss or a gradient is no longer a finite number."""
 
 
-class BD3LMTrainer(AveragingTrainer):
+class BD3LMTrainer(SharingTrainer, AveragingTrainer):
     """Trainer of language models whose loss is a sum over noisy tokens divided by `num_items_in_batch`.
 
     Training examples come in a seeded order and carry their noise (see `training/examples.py`), so a run depends on
@@ -368,11 +369,18 @@ class BD3LMTrainer(AveragingTrainer):
 
         These are the averaged weights, a checkpoint's (`_internal_call`) the raw ones; `weights.json` says which.
         """
-        check_finite_weights(self.model, f"the model after step {self.state.global_step}")
         if _internal_call:
+            check_finite_weights(self.model, f"the model after step {self.state.global_step}")
             self.save_raw_weights(str(output_dir))
             return
-        target = Path(output_dir or self.args.output_dir)
+        self.write_model(output_dir or self.args.output_dir)
+        if self.args.push_to_hub:
+            self.upload_model("Model save")
+
+    def write_model(self, folder: str | Path) -> None:
+        """As [`save_model`], without an upload."""
+        check_finite_weights(self.model, f"the model after step {self.state.global_step}")
+        target = Path(folder)
         staging = staging_folder(target) / "model"
         with saving("the model", target, needed=self._checkpoint_bytes):
             self._empty_staging(target)
@@ -381,8 +389,6 @@ class BD3LMTrainer(AveragingTrainer):
             if self.args.should_save:
                 publish_files(staging, target)
                 clear_staging(target)
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)

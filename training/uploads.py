@@ -1,0 +1,130 @@
+"""`SharingTrainer`: a Trainer with `push_to_hub` sends what `bd3lm push` does, and nothing else of its folder.
+
+transformers would send the whole output folder with pickled arguments and a model card of its own.
+"""
+
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
+
+from bd3lm_hf.adapters import adapter_base
+from bd3lm_hf.sharing import share_folder, write_card
+from bd3lm_hf.training.arguments import BD3LMTrainingArguments
+
+
+logger = logging.get_logger("bd3lm_hf.train")
+
+
+class SharingTrainer(Trainer):
+    """transformers' Trainer, with uploads that hold exactly the files of the model."""
+
+    args: BD3LMTrainingArguments
+    model: Any
+    hub_model_id: str | None
+    push_in_progress: PushInProgress | None
+
+    def write_model(self, folder: str | Path) -> None:
+        """Write the model to share into a folder; all processes take part."""
+        raise NotImplementedError
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        **others: Any,
+    ) -> None:
+        """Write the model card into the output folder; what it tells of the run comes from the files there.
+
+        Args:
+            language, license, tags: metadata.
+            model_name: unused, as are the others: the card is called as the repository is.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = self.args.output_dir
+        name = self.hub_model_id or self.args.hub_model_id or Path(folder).absolute().name
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        metadata = {"language": language, "license": license, "tags": _as_list(tags)}
+        tokenizer = self.processing_class is not None
+        base = adapter_base(folder)
+        write_card(folder, model, name, tokenizer=tokenizer, base=base, **metadata)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the model and upload it as `bd3lm push` does, in one commit.
+
+        Args:
+            kwargs: `language`, `license` and `tags` of the model card.
+
+        Returns:
+            The address of the commit, or a future of it if not `blocking`; None but in the main process.
+
+        Raises:
+            OSError: the hub or the network failed.
+            RuntimeError: what was saved does not load by itself.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.write_model(self.args.output_dir)
+        options = {name: kwargs[name] for name in ("language", "license") if name in kwargs}
+        options |= {"tags": _as_list(kwargs.get("tags")), "background": not blocking, "token": token}
+        return self.upload_model(commit_message, revision=revision or self.args.hub_revision, **options)
+
+    def upload_model(self, message: str | None, **options: Any) -> Any:
+        """Upload what lies in the output folder, in the main process; arguments and errors as `share_folder`."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        return self._share(self.args.output_dir, message, **options)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # A run is worth more than a copy of it in the middle: a failure is told, and training goes on.
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        try:
+            job = self._share(checkpoint_folder, message, background=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            logger.warning(f"{checkpoint_folder} is not uploaded: {error}")
+            return
+        job.add_done_callback(_tell_failure)
+        if busy and self.push_in_progress is not None:
+            self.push_in_progress.jobs.append(job)
+        else:
+            self.push_in_progress = PushInProgress([job])
+
+    def _share(self, folder: str, message: str | None, **options: Any) -> Any:
+        assert self.hub_model_id is not None
+        options.setdefault("revision", self.args.hub_revision)
+        return share_folder(folder, self.hub_model_id, message=message, **options)
+
+
+def _as_list(tags: str | list[str] | None) -> list[str]:
+    return [tags] if isinstance(tags, str) else list(tags or ())
+
+
+def _tell_failure(job: Future) -> None:
+    if not job.cancelled() and (error := job.exception()) is not None:
+        logger.warning(f"an upload in the background failed: {error}")
+
+
+__all__ = ["SharingTrainer"]
