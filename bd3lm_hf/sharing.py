@@ -22,7 +22,8 @@ def share_folder(
         options: of `bd3lm_hf.hub_upload.push.push`.
 
     Returns:
-        The address of the repository, the commit or the pull request; with `background` a future of it.
+        The address of the repository, the commit or the pull request; with `background` a future of the `Upload`,
+        which has it as `url`.
 
     Raises:
         As `push`.

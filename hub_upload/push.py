@@ -173,12 +173,12 @@ def share(
     """[`push`] under the names of transformers, with the model card left in the folder.
 
     Returns:
-        The address of what was uploaded; with `background` a future of it.
+        The address of what was uploaded; with `background` a future of the [`Upload`].
     """
     text = {"message": message or commit_message, "description": commit_description}
     done, tree = push(folder, repo_id, background=background, tokenizer=False, **text, **options)
     (folder / CARD_NAME).write_text(tree.card, encoding="utf-8")
-    return done
+    return done if background else done.url
 
 
 def dry_run(source: str | Path, repo_id: str, target: Path, **options: Any) -> Tree:

@@ -98,9 +98,7 @@ def check_source(folder: Path, *, tokenizer: bool = True, base_model: str | None
     adapter = (folder / _ADAPTER_FILES[0]).is_file()
     if not adapter and not (folder / "config.json").is_file():
         last = last_complete_checkpoint(folder)
-        hint = (
-            f"its last checkpoint is {last}" if last else "name the folder of a run, a checkpoint or a converted one"
-        )
+        hint = f"its last checkpoint is {last}" if last else "name the folder of a run or a checkpoint"
         raise ValueError(f"DIR {folder} holds no config.json and no adapter_config.json: {hint}.")
     if (folder / SEAL_NAME).is_file() and (reason := incomplete_because(folder)):
         raise ValueError(f"DIR {folder} is a checkpoint that is not complete: {reason}. Name another one.")
@@ -206,9 +204,7 @@ def write_contents(
     if contents.tokenizer is not None:
         contents.tokenizer.save_pretrained(target)
     if strange := [name for name in files_of(target) if kind_of(name) is None]:
-        raise ValueError(
-            f"saving {source} wrote {', '.join(strange)}, which is never uploaded: it is no model of ours."
-        )
+        raise ValueError(f"DIR {source} is no model of ours: with it come {', '.join(strange)}, never uploaded.")
     # Safetensors come with the rights of a private file; what is shared is for everyone.
     for path in files_of(target).values():
         path.chmod(0o644)

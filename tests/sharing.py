@@ -1,4 +1,4 @@
-"""What the tests of sharing have in common: a folder full of things that are nobody's business, and a hub in memory."""
+"""What the tests of sharing share: a folder full of things that are nobody's business, and a hub in memory."""
 
 import hashlib
 import json
@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd
-from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub import CommitOperationAdd, RepoUrl
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
 
 from bd3lm_hf import BD3LMForMaskedLM
 from bd3lm_hf.adapters import add_adapters
@@ -76,12 +76,19 @@ class MemoryHub:
         self.fail: Exception | None = None  # raised by the next commit
         self.folder: Path | None = None  # for downloads
 
-    def create_repo(self, repo_id: str, *, private: bool | None = None, exist_ok: bool = False) -> str:
+    def create_repo(
+        self, repo_id: str, *, private: bool | None = None, exist_ok: bool = False, token: Any = None
+    ) -> Any:
         assert exist_ok
         if repo_id not in self.repos:
             self.repos[repo_id] = {"main": {".gitattributes": b"*.safetensors filter=lfs"}}
             self.private[repo_id] = private
-        return f"https://hub/{repo_id}"
+        return RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    @staticmethod
+    def no_card(repo_id: str, **options: Any) -> Any:
+        """In place of `ModelCard.load`: there is none yet."""
+        raise EntryNotFoundError(repo_id)
 
     def create_branch(self, repo_id: str, *, branch: str, exist_ok: bool = False) -> None:
         self.repos[repo_id].setdefault(branch, dict(self.repos[repo_id]["main"]))
@@ -106,7 +113,7 @@ class MemoryHub:
         return str(self.folder / "download")
 
     def create_commit(self, repo_id: str, operations: list[Any], **how: Any) -> Any:
-        assert how.pop("parent_commit") == f"{len(self.commits):040x}"
+        assert how.pop("parent_commit", None) in (None, f"{len(self.commits):040x}")
         if self.fail is not None:
             raise self.fail
         self.commits.append(SimpleNamespace(repo_id=repo_id, operations=operations, **how))

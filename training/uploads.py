@@ -71,7 +71,8 @@ class SharingTrainer(Trainer):
             kwargs: `language`, `license` and `tags` of the model card.
 
         Returns:
-            The address of the commit, or a future of it if not `blocking`; None but in the main process.
+            The address of the commit, or a future whose result has it as `url` if not `blocking`; None but in the main
+            process.
 
         Raises:
             OSError: the hub or the network failed.
