@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 
 # The HTTP library's own base class; which library that is depends on the version of huggingface_hub.
-_HTTP_ERROR = HfHubHTTPError.__bases__[0]
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 _REMEDIES = {
     401: "the hub does not know your token: log in with `hf auth login`, or set HF_TOKEN",
     403: "your token may not do that: log in with one that may write to this repository",

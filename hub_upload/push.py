@@ -146,16 +146,17 @@ def push(
     if not (api.token or get_token()):
         raise ValueError("nobody is logged in here: run `hf auth login`, or set HF_TOKEN.")
     with ExitStack() as stack:
-        place = TemporaryDirectory(prefix="bd3lm-push-", ignore_cleanup_errors=True)
-        stack.callback(place.cleanup)
-        folder = Path(place.name) / "tree"
+        temporary = TemporaryDirectory(prefix="bd3lm-push-", ignore_cleanup_errors=True)
+        stack.callback(temporary.cleanup)
+        folder = Path(temporary.name) / "tree"
         tree = write_tree(source, folder, repo_id, **options)
         cleanup = stack.pop_all()  # by whoever uploads
 
     def send() -> Upload:
         with cleanup:
-            text = {"message": message or _MESSAGE, "description": description}
-            return upload(api, folder, repo_id, private=private, revision=revision, create_pr=create_pr, **text)
+            place = {"private": private, "revision": revision, "create_pr": create_pr}
+            how: dict[str, Any] = {**place, "message": message or _MESSAGE, "description": description}
+            return upload(api, folder, repo_id, **how)
 
     return api.run_as_future(send) if background else send(), tree
 
@@ -175,8 +176,8 @@ def share(
     Returns:
         The address of what was uploaded; with `background` a future of the [`Upload`].
     """
-    text = {"message": message or commit_message, "description": commit_description}
-    done, tree = push(folder, repo_id, background=background, tokenizer=False, **text, **options)
+    options |= {"message": message or commit_message, "description": commit_description, "tokenizer": False}
+    done, tree = push(folder, repo_id, background=background, **options)
     (folder / CARD_NAME).write_text(tree.card, encoding="utf-8")
     return done if background else done.url
 

@@ -69,7 +69,7 @@ class BD3LMPreTrainedModel(PreTrainedModel):
         self.config.auto_map = {auto: f"{module}.{name}" for auto, module, name in names}
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def _upload_modified_files(
+    def _upload_modified_files(  # type: ignore[override]  # transformers names all of them
         self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict[str, float], **options: Any
     ) -> Any:
         """`push_to_hub` as in transformers; with bd3lm_hf, what `bd3lm push` uploads: no file of another kind."""

