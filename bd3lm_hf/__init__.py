@@ -29,7 +29,7 @@ from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel
 from bd3lm_hf.modeling.modeling_mdlm import MDLMForMaskedLM
 from bd3lm_hf.modeling.modeling_sedd import SEDDForMaskedLM
-from bd3lm_hf.modeling.pretrained_bd3lm import BD3LMPreTrainedModel
+from bd3lm_hf.modeling.saving_bd3lm import SelfContainedModel
 from bd3lm_hf.modeling.schedules_bd3lm import noise_schedule
 from bd3lm_hf.modeling.stopping_bd3lm import EntropyStopCriteria, SecondEosCriteria
 from bd3lm_hf.sharing import share_folder
@@ -39,7 +39,7 @@ _AUTO_CLASSES: dict[str, Any] = {
     auto_class.__name__: auto_class for auto_class in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM)
 }
 
-BD3LMPreTrainedModel.share_folder = staticmethod(share_folder)
+SelfContainedModel.share_folder = staticmethod(share_folder)
 
 # A class says itself what each Auto class makes of its model type.
 for _head in (BD3LMForMaskedLM, ARForCausalLM, MDLMForMaskedLM, SEDDForMaskedLM):

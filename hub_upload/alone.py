@@ -40,8 +40,8 @@ def forget_bd3lm_hf() -> None:
     raise RuntimeError(f"bd3lm_hf was imported here already, from {bd3lm_hf.__file__}: this shows nothing.")
 
 
-def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What a model makes of the inputs: `first`, its first output, and `text`, the ids that it writes, if it can.
+def outputs(model: Any, inputs: dict[str, torch.Tensor], prompt: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a model makes of inputs: `first`, its first output, and `text`, the prompt that it continues, if it can.
 
     The weights move to memory that torch aligns: kernels may round differently for those of a mapped file.
     """
@@ -52,8 +52,7 @@ def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tens
         found = {"first": model(**inputs)[0]}
         if model.can_generate():
             torch.manual_seed(0)
-            ids = inputs["input_ids"]
-            found["text"] = model.generate(ids[:, : ids.shape[1] // 2], max_new_tokens=NEW_TOKENS, do_sample=False)
+            found["text"] = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
     return found
 
 
@@ -77,7 +76,7 @@ def check(folder: str, probe: dict[str, torch.Tensor], code: str = "transformers
             raise RuntimeError(f"{auto_class} finds no weights for {sorted(map(str, info['missing_keys']))[:8]}")
         if not type(model).__module__.startswith(f"{code}."):
             raise RuntimeError(f"{auto_class} makes a {type(model).__name__} of other code than the folder's")
-        for name, tensor in outputs(model, inputs).items():
+        for name, tensor in outputs(model, inputs, probe["prompt"]).items():
             if not torch.equal(tensor, probe[f"expected.{auto_class}.{name}"]):
                 raise RuntimeError(f"{auto_class} computes something else than the model that was saved ({name})")
     if any(Path(folder).glob("tokenizer*")):

@@ -57,28 +57,24 @@ def _environment(place: str) -> dict[str, str]:
 
 def make_probe(model: Any) -> dict[str, torch.Tensor]:
     """Inputs, and what each Auto class's part of a model makes of them, by names that `alone.check` reads."""
-    inputs = probe_inputs(model.config)
-    probe = {f"inputs.{name}": tensor for name, tensor in inputs.items()}
     adapted = isinstance(model, PeftModel)
     whole = model.get_base_model() if adapted else model
+    inputs, prompt = whole.dummy_inputs, make_prompt(whole.config)
+    probe = {f"inputs.{name}": tensor for name, tensor in inputs.items()} | {"prompt": prompt}
     for name, cls in whole.auto_classes.items():
         # An adapter is loaded as it was trained: with a head.
         part = model if type(whole) is cls else None if adapted else whole.base_model
         if isinstance(part, (cls, PeftModel)):
-            probe |= {f"expected.{name}.{key}": t.contiguous() for key, t in outputs(part, inputs).items()}
+            probe |= {f"expected.{name}.{key}": t.contiguous() for key, t in outputs(part, inputs, prompt).items()}
     return probe
 
 
-def probe_inputs(config: Any) -> dict[str, torch.Tensor]:
-    """Two seeded rows of text ids, a few blocks long, and noise levels for a model that is told them."""
-    length = min(config.max_position_embeddings, 4 * getattr(config, "block_size", 8))
-    generator = torch.Generator().manual_seed(0)
+def make_prompt(config: Any) -> torch.Tensor:
+    """Two seeded rows of ids, a block long, without special tokens: what a model may continue."""
     special = {getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "mask")}
     text = torch.tensor([token for token in range(config.vocab_size) if token not in special])
-    inputs = {"input_ids": text[torch.randint(0, len(text), (2, length), generator=generator)]}
-    if getattr(config, "time_conditioning", False):
-        inputs["timesteps"] = torch.tensor([0.1, 1.0])
-    return inputs
+    length = max(1, min(config.block_size, config.max_position_embeddings // 2))
+    return text[torch.randint(0, len(text), (2, length), generator=torch.Generator().manual_seed(0))]
 
 
-__all__ = ["check_alone", "make_probe", "probe_inputs"]
+__all__ = ["check_alone", "make_probe", "make_prompt"]

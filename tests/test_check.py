@@ -9,7 +9,7 @@ from sharing import make_adapter
 
 from bd3lm_hf import ARConfig, ARForCausalLM, SEDDConfig, SEDDForMaskedLM
 from bd3lm_hf.hub_upload import alone, check
-from bd3lm_hf.hub_upload.check import check_alone, make_probe, probe_inputs
+from bd3lm_hf.hub_upload.check import check_alone, make_probe
 from bd3lm_hf.hub_upload.errors import CheckError
 from bd3lm_hf.hub_upload.tree import read_contents
 
@@ -95,7 +95,7 @@ def test_an_adapter_is_checked_on_its_base(model_folder, tmp_path):
     }
     check_here(folder, probe)
     with adapted.disable_adapter():
-        plain = adapted(**probe_inputs(adapted.config)).logits
+        plain = adapted(**adapted.get_base_model().dummy_inputs).logits
     assert not torch.equal(plain, probe["expected.AutoModelForCausalLM.first"])
 
 

@@ -10,7 +10,7 @@ from bd3lm_hf.hub_upload import check
 from bd3lm_hf.hub_upload import push as push_module
 from bd3lm_hf.hub_upload.push import dry_run
 from bd3lm_hf.hub_upload.tree import files_of, read_contents
-from bd3lm_hf.modeling.pretrained_bd3lm import BD3LMPreTrainedModel
+from bd3lm_hf.modeling.saving_bd3lm import SelfContainedModel
 from bd3lm_hf.sharing import share_folder, write_card
 
 
@@ -73,14 +73,14 @@ def test_what_can_not_be_shared_is_refused(hub, model_folder):
 
 
 def test_the_code_alone_uploads_as_transformers_does(hub, model_folder, monkeypatch):
-    monkeypatch.setattr(BD3LMPreTrainedModel, "share_folder", None)
+    monkeypatch.setattr(SelfContainedModel, "share_folder", None)
     BD3LMForMaskedLM.from_pretrained(model_folder).push_to_hub("me/model")
     files = uploaded(hub)
     assert "model.safetensors" in files and "modeling_bd3lm.py" in files and "manifest.json" not in files
 
 
 def test_the_package_is_what_makes_the_difference():
-    assert BD3LMPreTrainedModel.share_folder is share_folder
+    assert SelfContainedModel.share_folder is share_folder
 
 
 def test_a_folder_is_shared_in_the_background(hub, model_folder):
