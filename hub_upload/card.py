@@ -67,10 +67,10 @@ def make_card(
     *,
     tokenizer: bool = True,
     base: str | None = None,
+    decay: float | None = None,
     license: str | None = None,
     language: str | Sequence[str] | None = None,
     tags: Sequence[str] = (),
-    notes: Sequence[str] = (),
 ) -> ModelCard:
     """The card of a model.
 
@@ -80,15 +80,18 @@ def make_card(
         repo_id: what the snippets load.
         tokenizer: whether one lies beside the model.
         base: repository of the base model of an adapter.
+        decay: of the average that stands for a checkpoint's weights, as which `weights.json` does not know it.
         license: as the hub calls it, such as "apache-2.0".
     """
     found, results = _read_run(source)
     recipe = found or {}
-    weights = _read_json(source / WEIGHTS_NAME)
+    averaged = {"weights": "average", "ema_decay": decay}
+    weights = _read_json(source / WEIGHTS_NAME) if decay is None else averaged
     dataset = None if found is None else str(recipe.get("dataset") or _default_dataset())
     hub_dataset = _hub_dataset(dataset) if dataset else None
     whole = model.get_base_model() if base else model
     likelihood = getattr(whole, "has_likelihood", True)
+    scores = _eval_results(recipe, results, dataset, hub_dataset) or None
     data = ModelCardData(
         license=license,
         language=list(language) if language is not None and not isinstance(language, str) else language,
@@ -97,8 +100,8 @@ def make_card(
         base_model=base,
         datasets=[hub_dataset] if hub_dataset else None,
         tags=[model.config.model_type, "diffusion-language-model", "arxiv:2503.09573", *tags],
-        model_name=repo_id.split("/")[-1],
-        eval_results=_eval_results(recipe, results, dataset, hub_dataset) or None,
+        model_name=repo_id.split("/")[-1] if scores else None,
+        eval_results=scores,
     )
     return ModelCard.from_template(
         data,
@@ -108,7 +111,6 @@ def make_card(
         summary=(type(whole).__doc__ or "").split("\n")[0],
         table=_table(_facts(model, whole)),
         base=base,
-        notes=list(notes),
         tokenizer=tokenizer,
         likelihood=likelihood,
         bound=likelihood and getattr(whole.config, "block_size", 1) > 1,

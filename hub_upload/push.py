@@ -96,7 +96,7 @@ def write_tree(
         name_base(target, base_model)
         base = base_model
     words = contents.tokenizer is not None
-    made = make_card(contents.model, source, repo_id, tokenizer=words, base=base, **card)
+    made = make_card(contents.model, source, repo_id, tokenizer=words, base=base, decay=contents.decay, **card)
     made.save(target / CARD_NAME)
     write_manifest(target)
     sizes = {name: path.stat().st_size for name, path in files_of(target).items()}

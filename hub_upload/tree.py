@@ -69,6 +69,7 @@ class Contents(NamedTuple):
     model: Any  # a model, or the `PeftModel` of an adapter on its base
     tokenizer: PreTrainedTokenizerBase | None
     base: str | None  # what an adapter says that its base is
+    decay: float | None  # of the average that was taken in place of a checkpoint's weights
     notes: list[str]  # what was chosen or left out
 
 
@@ -154,7 +155,7 @@ def read_contents(folder: Path, *, tokenizer: bool = True, weights: str = "auto"
         words = load_tokenizer(str(folder))
     base = adapter_base(str(folder))
     model = load_model(base or str(folder), argument="DIR" if base is None else f"DIR {folder} on")
-    notes = []
+    notes, decay = [], None
     if base is not None:
         model = PeftModel.from_pretrained(model, str(folder))
         check_finite_weights(model, str(folder))
@@ -164,16 +165,17 @@ def read_contents(folder: Path, *, tokenizer: bool = True, weights: str = "auto"
     if average.is_file() and (base is not None or weights == "raw"):
         notes.append(f"raw weights were taken, not the average in {EMA_NAME}")
     elif average.is_file():
-        _take_average(model, average)
+        decay = _take_average(model, average)
         check_finite_weights(model, str(average))
         notes.append(f"the average of the weights in {EMA_NAME} was taken (--weights raw takes the others)")
     if words is not None and hasattr(model.config, "mask_token_id"):
         check_tokenizer_fits(words, model.config)
-    return Contents(model.eval(), words, base, notes)
+    return Contents(model.eval(), words, base, decay, notes)
 
 
 @torch.no_grad()
-def _take_average(model: Any, path: Path) -> None:
+def _take_average(model: Any, path: Path) -> float:
+    """Fill the parameters with their averages; returns the decay."""
     parameters = dict(model.named_parameters())
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  (the file is no mapping)
@@ -184,6 +186,7 @@ def _take_average(model: Any, path: Path) -> None:
                     f"take the raw weights with --weights raw."
                 )
             parameters[name].copy_(average)
+        return float((file.metadata() or {}).get("decay", "nan"))
 
 
 def write_contents(

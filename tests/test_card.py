@@ -122,6 +122,11 @@ def test_the_card_of_an_adapter_names_its_base(card, model_folder, tmp_path):
     assert text.startswith("The") and len(texts) == 2 and 0 < nats < 20
 
 
+def test_the_average_of_a_checkpoint_is_called_so(card, model_folder):
+    (model_folder / "weights.json").write_text(json.dumps({"weights": "raw", "step": 7}))
+    assert rows(card(decay=0.9))["weights"] == ["exponential moving average, decay 0.9"]
+
+
 def test_only_a_bound_is_called_a_bound(tmp_path, card):
     config = ARConfig(vocab_size=48, model_length=16, hidden_dim=32, n_blocks=1, n_heads=2)
     text = make_card(ARForCausalLM(config), tmp_path, "me/ar", tokenizer=False).text
@@ -158,7 +163,9 @@ def test_a_folder_without_a_run_claims_nothing(model_folder, tmp_path):
     model = read_contents(model_folder).model
     made = ModelCard(str(make_card(model, model_folder, "me/my-model")))
     assert "## Training" not in made.text and "## Evaluation" not in made.text
-    assert "Not recorded in the folder" in made.text and made.data.eval_results is None
+    assert (
+        "Not recorded in the folder" in made.text and made.data.eval_results is None and "model_name" not in str(made)
+    )
 
 
 def test_a_checkpoint_has_the_recipe_of_its_run_but_not_its_results(model_folder):

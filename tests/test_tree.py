@@ -90,12 +90,13 @@ def test_an_autoregressive_model_brings_its_own_code(tmp_path, tiny_tokenizer, r
 def test_of_a_checkpoint_the_average_is_taken_unless_raw_weights_are_asked_for(model_folder, tree, weights, shift):
     raw = load_file(model_folder / "model.safetensors")
     average = {name: t + 1.0 for name, t in raw.items() if "sampling_eps" not in name and "inv_freq" not in name}
-    save_file(average, model_folder / "ema.safetensors")
+    save_file(average, model_folder / "ema.safetensors", metadata={"decay": "0.9"})
     written, contents = tree(model_folder, weights=weights)
     saved = load_file(written / "model.safetensors")
     name = "backbone.vocab_embed.embedding"
     torch.testing.assert_close(saved[name], raw[name] + shift)
     assert torch.equal(saved["sampling_eps_min"], raw["sampling_eps_min"])
+    assert contents.decay == (0.9 if shift else None)
     assert "ema.safetensors" in contents.notes[0] and not (written / "ema.safetensors").exists()
 
 
