@@ -1,16 +1,20 @@
 """What the tests of sharing share: a folder full of things that are nobody's business, and a hub in memory."""
 
+import functools
 import hashlib
+import inspect
 import json
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, RepoUrl
+from huggingface_hub import CommitOperationAdd, HfApi, RepoUrl
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub.hf_api import BlobLfsInfo, RepoSibling
 
 from bd3lm_hf import BD3LMForMaskedLM
 from bd3lm_hf.adapters import add_adapters
@@ -65,6 +69,18 @@ def hub_failure(status: int, text: str, kind: type[HfHubHTTPError] = HfHubHTTPEr
     return kind(text, response=response)
 
 
+def as_the_client_does(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of `MemoryHub` that takes only what the method of that name of `HfApi` takes."""
+    signature = inspect.signature(getattr(HfApi, method.__name__))
+
+    @functools.wraps(method)
+    def checked(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        signature.bind(self, *arguments, **keywords)
+        return method(self, *arguments, **keywords)
+
+    return checked
+
+
 class MemoryHub:
     """A stand-in for `HfApi` that keeps repositories as dictionaries and counts its commits."""
 
@@ -76,6 +92,7 @@ class MemoryHub:
         self.fail: Exception | None = None  # raised by the next commit
         self.folder: Path | None = None  # for downloads
 
+    @as_the_client_does
     def create_repo(
         self, repo_id: str, *, private: bool | None = None, exist_ok: bool = False, token: Any = None
     ) -> Any:
@@ -90,9 +107,11 @@ class MemoryHub:
         """In place of `ModelCard.load`: there is none yet."""
         raise EntryNotFoundError(repo_id)
 
+    @as_the_client_does
     def create_branch(self, repo_id: str, *, branch: str, exist_ok: bool = False) -> None:
         self.repos[repo_id].setdefault(branch, dict(self.repos[repo_id]["main"]))
 
+    @as_the_client_does
     def repo_info(self, repo_id: str, *, revision: str | None = None, files_metadata: bool = False) -> Any:
         assert files_metadata
         branch = self.repos[repo_id].get(revision or "main")
@@ -103,15 +122,18 @@ class MemoryHub:
 
     @staticmethod
     def _sibling(name: str, content: bytes) -> Any:
-        lfs = SimpleNamespace(sha256=hashlib.sha256(content).hexdigest()) if name.endswith(".safetensors") else None
+        digest = hashlib.sha256(content).hexdigest()
+        lfs = BlobLfsInfo(len(content), digest, 130) if name.endswith(".safetensors") else None
         blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        return SimpleNamespace(rfilename=name, size=len(content), blob_id=blob, lfs=lfs)
+        return RepoSibling(name, size=len(content), blob_id=blob, lfs=lfs)
 
+    @as_the_client_does
     def hf_hub_download(self, repo_id: str, name: str, *, revision: str) -> str:
         assert self.folder is not None and revision == f"{len(self.commits):040x}"
         (self.folder / "download").write_bytes(self.repos[repo_id]["main"][name])
         return str(self.folder / "download")
 
+    @as_the_client_does
     def create_commit(self, repo_id: str, operations: list[Any], **how: Any) -> Any:
         assert how.pop("parent_commit", None) in (None, f"{len(self.commits):040x}")
         if self.fail is not None:

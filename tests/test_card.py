@@ -119,7 +119,7 @@ def test_the_card_of_an_adapter_names_its_base(card, model_folder, tmp_path):
         p.numel() for name, p in read_contents(folder).model.named_parameters() if "lora_" in name
     )
     (text,), (texts,), (nats,) = (said(snippet, folder) for snippet in snippets(made))
-    assert text.startswith("The") and len(texts) == 2 and 0 < nats < 20
+    assert text.startswith("The") and len(texts) == 2 and nats > 0
 
 
 def test_the_average_of_a_checkpoint_is_called_so(card, model_folder):
@@ -163,9 +163,8 @@ def test_a_folder_without_a_run_claims_nothing(model_folder, tmp_path):
     model = read_contents(model_folder).model
     made = ModelCard(str(make_card(model, model_folder, "me/my-model")))
     assert "## Training" not in made.text and "## Evaluation" not in made.text
-    assert (
-        "Not recorded in the folder" in made.text and made.data.eval_results is None and "model_name" not in str(made)
-    )
+    assert "Not recorded in the folder" in made.text
+    assert made.data.eval_results is None and "model_name" not in str(made)
 
 
 def test_a_checkpoint_has_the_recipe_of_its_run_but_not_its_results(model_folder):
