@@ -2,7 +2,9 @@
 
 import os
 import tempfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 
 # Set before transformers is imported: nothing is fetched, and code and data caches live as long as this run.
@@ -187,3 +189,32 @@ def two_processes(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("two-processes")
     return folder, run_two_processes(folder)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub on this machine, see `hub_server.py`, with which the client in this process speaks; it never waits."""
+    import huggingface_hub.utils._http
+    from hub_server import HubServer
+    from huggingface_hub import constants
+
+    home = tmp_path / "hub-home"
+    with HubServer() as server:
+        for name, value in server.environment(home).items():
+            monkeypatch.setenv(name, value)
+        # The library read its environment when it was imported.
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in {
+            "ENDPOINT": server.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(home / "hub"),
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        clock = SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
+        monkeypatch.setattr(huggingface_hub.utils._http, "time", clock)
+        monkeypatch.setattr(huggingface_hub.file_download, "time", clock)
+        huggingface_hub.close_session()
+        yield server
+        huggingface_hub.close_session()
