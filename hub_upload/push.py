@@ -232,6 +232,11 @@ def _shard_size(text: str) -> str:
     return text.strip()
 
 
+def _no_token(text: str) -> str:
+    # Were it unknown, argparse would show it.
+    raise argparse.ArgumentTypeError("a token is not for the command line: set HF_TOKEN, or run `hf auth login`")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -249,6 +254,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", default="auto", choices=WEIGHTS, help="of a checkpoint that has an average")
     parser.add_argument("--base-model", help="repository of an adapter's base model")
     parser.add_argument("--license", help="of the model, as the hub calls it, such as apache-2.0")
+    parser.add_argument("--token", type=_no_token, help=argparse.SUPPRESS)
     parser.add_argument("--no-tokenizer", action="store_true", help="the model has no tokenizer")
     return parser
 

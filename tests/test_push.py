@@ -168,6 +168,12 @@ def test_bad_options_are_told(bd3lm, run_folder, hub, arguments, part):
     assert code == 2 and part in err and not hub.repos
 
 
+def test_a_token_on_the_command_line_is_refused_without_being_shown(bd3lm, run_folder, hub):
+    code, out, err = bd3lm("push", run_folder, "me/model", "--token", "hf_secret")
+    assert code == 2 and "a token is not for the command line" in err
+    assert "hf_secret" not in out + err and not hub.repos
+
+
 def test_a_missing_tokenizer_is_told_and_may_be_meant(bd3lm, model_folder, hub, checked):
     for path in model_folder.glob("tokenizer*"):
         path.unlink()

@@ -11,6 +11,7 @@ from transformers.utils.hub import PushInProgress
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
 from bd3lm_hf.adapters import add_adapters
 from bd3lm_hf.hub_upload import push as push_module
+from bd3lm_hf.hub_upload import tree
 from bd3lm_hf.hub_upload.push import dry_run
 from bd3lm_hf.hub_upload.tree import files_of
 from bd3lm_hf.training import train
@@ -128,16 +129,27 @@ def test_the_end_of_a_run_does_not_hide_that_its_upload_failed(hub, make_trainer
         make_trainer().save_model()
 
 
-def test_an_adapter_is_uploaded_as_an_adapter(hub, make_trainer, tmp_path, model_folder):
+def test_an_adapter_on_a_folder_is_refused_before_it_is_trained(hub, make_trainer, tmp_path, model_folder):
     def adapt(model):
         return add_adapters(BD3LMForMaskedLM.from_pretrained(model_folder), rank=2)
 
-    trainer = make_trainer(adapt)
-    trainer.train()
-    with pytest.raises(ValueError, match="which is a folder here and nowhere else"):
-        trainer.save_model()
-    trainer.create_model_card()
-    assert "library_name: peft" in (tmp_path / "run" / "README.md").read_text()
+    with pytest.raises(ValueError, match="--push_to_hub: the base of this adapter is the folder"):
+        make_trainer(adapt)
+    assert not hub.repos
+
+
+def test_an_adapter_is_uploaded_as_an_adapter(hub, make_trainer, monkeypatch, model_folder):
+    def adapt(model):
+        adapted = add_adapters(BD3LMForMaskedLM.from_pretrained(model_folder), rank=2)
+        adapted.peft_config["default"].base_model_name_or_path = "me/base"
+        return adapted
+
+    monkeypatch.setattr(tree, "load_model", lambda *a, **k: BD3LMForMaskedLM.from_pretrained(model_folder))
+    make_trainer(adapt).save_model()
+    files = uploaded(hub)
+    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+    card = files["README.md"].decode()
+    assert "library_name: peft" in card and "base_model: me/base" in card
 
 
 def test_a_token_among_the_arguments_is_refused_without_being_shown(make_trainer):

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from bd3lm_hf.adapters import adapter_base
+from bd3lm_hf.files import exists, looks_like_path
 from bd3lm_hf.sharing import share_folder, write_card
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 
@@ -21,12 +22,21 @@ logger = logging.get_logger("bd3lm_hf.train")
 
 
 class SharingTrainer(Trainer):
-    """transformers' Trainer, with uploads that hold exactly the files of the model."""
+    """transformers' Trainer, with uploads that hold exactly the files of the model.
+
+    Raises:
+        ValueError: `args.push_to_hub` with an adapter on a model that is not on the hub.
+    """
 
     args: BD3LMTrainingArguments
     model: Any
     hub_model_id: Any
     push_in_progress: Any
+
+    def __init__(self, model: Any = None, args: Any = None, *arguments: Any, **keywords: Any) -> None:
+        if args is not None and args.push_to_hub:
+            _check_base(model)
+        super().__init__(model, args, *arguments, **keywords)
 
     def write_model(self, folder: str | Path) -> None:
         """Write the model to share into a folder; all processes take part."""
@@ -117,6 +127,17 @@ class SharingTrainer(Trainer):
         assert self.hub_model_id is not None
         options.setdefault("revision", self.args.hub_revision)
         return share_folder(folder, self.hub_model_id, message=message, **options)
+
+
+def _check_base(model: Any) -> None:
+    """Refuse to train what could not be uploaded in the end: an adapter on a model that nobody else has."""
+    for config in getattr(model, "peft_config", {}).values():
+        base = str(config.base_model_name_or_path)
+        if exists(base) or looks_like_path(base):
+            raise ValueError(
+                f"--push_to_hub: the base of this adapter is the folder {base}, which others do not have. Leave the "
+                f"argument out, push the base, and then the adapter by `bd3lm push --base-model`."
+            )
 
 
 def _as_list(tags: str | list[str] | None) -> list[str]:
