@@ -57,7 +57,7 @@ _FACTS = {
     "vocab_size": "vocabulary",
     "noise": "noise schedule",
 }
-_METRICS = {"perplexity": "Perplexity", "nll": "Nats per token", "bits_per_byte": "Bits per byte"}
+_METRICS = {"perplexity": "Perplexity", "nll": "Nats per token", "bits_per_byte": "Bits per byte", "loss": "Loss"}
 
 
 def make_card(
@@ -224,16 +224,20 @@ def _evaluation(results: dict[str, Any]) -> str:
     for name, label in (("before", "before training"), ("after", "after training")):
         score = results.get(name)
         if score:
-            error = f"{score['nll']:.4f} ± {score['standard_error']:.4f}"
-            byte = score.get("bits_per_byte")
-            rows.append((label, f"{score['perplexity']:.2f}", error, "" if byte is None else f"{byte:.4f}"))
+            # A model without a likelihood has a loss in its place.
+            nats = f"{score.get('nll', score.get('loss')):.4f} ± {score['standard_error']:.4f}"
+            rows.append((label, _number(score.get("perplexity"), 2), nats, _number(score.get("bits_per_byte"), 4)))
     if not rows:
         return ""
     if results.get("unigram_perplexity") is not None:
-        rows.append(("word frequencies alone", f"{results['unigram_perplexity']:.2f}", "", ""))
+        rows.append(("word frequencies alone", _number(results["unigram_perplexity"], 2), "", ""))
     scored = results["after" if results.get("after") else "before"]
     count = f"{scored['num_tokens']:,} tokens in {scored['num_sequences']:,} sequences of held-out text."
     return _table(rows, head=("", "perplexity", "nats per token ± s.e.", "bits per byte")) + f"\n\nOn {count}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _eval_results(

@@ -143,6 +143,15 @@ def test_a_model_without_a_likelihood_claims_none(card, model_folder, monkeypatc
     assert once == again and once[0][0].startswith("The quick brown fox")
 
 
+def test_a_held_out_loss_stands_where_there_is_no_likelihood(card, model_folder):
+    results = json.loads((model_folder / "results.json").read_text())
+    loss = {"loss": 3.5, "standard_error": 0.25, "num_tokens": 10, "num_sequences": 2, "seconds": 1.0}
+    (model_folder / "results.json").write_text(json.dumps({**results, "after": loss, "unigram_perplexity": None}))
+    made = card()
+    assert rows(made)["after training"] == ["", "3.5000 ± 0.2500", ""]
+    assert [(r.metric_type, r.metric_value) for r in made.data.eval_results] == [("loss", 3.5)]
+
+
 def test_a_file_of_the_trainer_is_named_without_its_folder(card, model_folder):
     add_run(model_folder, dataset="/home/me/secret/corpus.txt", init_from="/home/me/secret/model")
     made = card()
