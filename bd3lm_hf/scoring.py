@@ -290,7 +290,7 @@ def _about_model(arguments: argparse.Namespace, model: Any, tokenizer: PreTraine
         "estimator": estimator,
         "num_samples": None if estimator in _FIXED_DRAWS else arguments.num_samples or 1,
         "bound": not exact,
-        "device": str(arguments.device),
+        "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "model_class": type(model).__name__,
         "config_sha256": digest(config_identity(model.config)),
