@@ -90,7 +90,7 @@ class ScoresFile:
             self._progress[run] = Progress({**scores, **progress.scores}, progress.seconds + entry["seconds"])
 
     def _unfinished(self) -> list[str]:
-        return [run for run in self._runs if run not in self._finished]
+        return [run for run in self._runs if run not in self._finished and self._progress[run].scores]
 
     def begin(self, identity: Mapping[str, Any]) -> Progress:
         """What is there of the run with this identity.

@@ -134,7 +134,9 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.output:
         ScoresFile(_scores_path(arguments), restart=arguments.restart)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        arguments.device = PartialState(cpu=arguments.device.type == "cpu").device
+        state = PartialState(cpu=arguments.device.type == "cpu")
+        # A move from cpu to cpu:0 copies the weights, to other addresses, where products round otherwise.
+        arguments.device = arguments.device if state.device.type == "cpu" else state.device
 
 
 def run(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -12,6 +12,7 @@ from datasets import Dataset
 from test_cli import assert_refused
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.loss.loss_utils import ForCausalLMLoss
+from two_processes import evaluation_of
 
 from bd3lm_hf import ARConfig, ARForCausalLM, BD3LMConfig, cli, scoring
 from bd3lm_hf.data import load_text, pack
@@ -128,6 +129,23 @@ def test_an_interrupted_run_goes_on_and_another_one_is_refused(
     assert sum(lengths[1:]) == expected["num_sequences"] - 4
     assert bd3lm(*given, "--output", output, "--seed", 1, "--restart")[0] == 0
     assert json.loads(output.read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize("estimator", ["published", "stratified"])
+def test_two_processes_give_the_number_of_one(bd3lm, two_processes, tmp_path, estimator):
+    folder, results = two_processes
+    assert [result["eval"] for result in results] == [[0, 0], [0, 0]]
+    shared = json.loads((folder / f"eval-{estimator}.json").read_text())
+    assert bd3lm(*evaluation_of(folder, tmp_path / "alone.json", "--estimator", estimator))[0] == 0
+    alone = json.loads((tmp_path / "alone.json").read_text())
+    assert shared["processes"] == 2 and shared["num_sequences"] > 12
+    assert {name for name in alone if alone[name] != shared[name]} == {"processes", "seconds"}
+    scores = (folder / f"eval-{estimator}.scores.jsonl").read_text().splitlines()
+    assert len(scores) == 2 + -(-shared["num_sequences"] // 6)  # a line for each round
+
+
+def test_a_refusal_reaches_every_process(two_processes):
+    assert [result["refused"] for result in two_processes[1]] == [2, 2]
 
 
 # --- Sanity ----------------------------------------------------------------------------------------------------------
