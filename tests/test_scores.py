@@ -54,6 +54,16 @@ def test_shared_scores_are_those_of_the_library(sequences):
     assert found.seconds > 0
 
 
+def test_a_bar_shows_how_far_it_is_and_where_it_went_on(path, sequences, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        score(CountingModel(dies_at=4), sequences, file=ScoresFile(path))
+    capsys.readouterr()
+    score(CountingModel(), sequences, file=ScoresFile(path), progress=True)
+    assert "scoring:  60%" in capsys.readouterr().err
+    score(CountingModel(), sequences)
+    assert capsys.readouterr().err == ""
+
+
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(path, sequences):
     whole = CountingModel()
     expected = score(whole, sequences).scores
