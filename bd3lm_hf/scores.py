@@ -22,15 +22,15 @@ class Processes(NamedTuple):
     """This process among those that share the work."""
 
     rank: int = 0
-    count: int = 1
+    size: int = 1
 
     def gather(self, items: list[_T]) -> list[_T]:
         """Everybody's items, in each process."""
-        return gather_object(items) if self.count > 1 else items
+        return gather_object(items) if self.size > 1 else items
 
     def broadcast(self, value: _T) -> _T:
         """The first process's value, in each process."""
-        return broadcast_object_list([value])[0] if self.count > 1 else value
+        return broadcast_object_list([value])[0] if self.size > 1 else value
 
 
 _ALONE = Processes()
@@ -159,14 +159,14 @@ def score_shared(
     Raises:
         ValueError: the file holds another run that was interrupted.
     """
-    begun = processes.broadcast(_begin(file, identity) if processes.rank == 0 else None)
+    begun = processes.broadcast(_begin(file, identity))
     if isinstance(begun, ValueError):
         raise begun
     scores, seconds = dict(begun.scores), begun.seconds
     missing = _missing(batches_of(sequences, range(len(sequences)), batch_size), frozenset(scores))
     with tqdm(total=len(sequences), initial=len(scores), desc="scoring", leave=False, disable=not progress) as bar:
         # A round is a batch for each process; in the last one some may have none.
-        while batches := list(itertools.islice(missing, processes.count)):
+        while batches := list(itertools.islice(missing, processes.size)):
             started = time.perf_counter()
             own = batches[processes.rank : processes.rank + 1]
             found = processes.gather([score for batch in own for score in score_batch(model, batch, protocol)])

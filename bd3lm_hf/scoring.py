@@ -145,11 +145,11 @@ def run(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenize
     check_estimator(model, arguments.estimator, arguments.num_samples or 1)
     processes = _processes()
     targets, length = _targets(arguments), arguments.length or model.config.max_position_embeddings
-    with PartialState().local_main_process_first() if processes.count > 1 else nullcontext():
+    with PartialState().local_main_process_first() if processes.size > 1 else nullcontext():
         texts = _load(targets, arguments, model, tokenizer, length)
     first = processes.rank == 0
     file = ScoresFile(_scores_path(arguments), restart=arguments.restart) if arguments.output and first else None
-    about = _about_model(arguments, model, tokenizer) | {"length": length, "processes": processes.count}
+    about = _about_model(arguments, model, tokenizer) | {"length": length, "processes": processes.size}
     rows = []
     for target, text in zip(targets, texts, strict=True):
         result, of_data = _score(arguments, model, text, about, file, processes)
@@ -303,8 +303,10 @@ def _about_model(arguments: argparse.Namespace, model: Any, tokenizer: PreTraine
 
 
 #: Of a result, what decides the scores.
-_DECIDES = ("model_class", "config_sha256", "weights_sha256", "dtype", "tokenizer_sha256", "length")
-_DECIDES += ("estimator", "num_samples", "seed")
+_DECIDES = (
+    *("model_class", "config_sha256", "weights_sha256", "dtype", "tokenizer_sha256", "length"),
+    *("estimator", "num_samples", "seed"),
+)
 
 
 def _score(
