@@ -14,7 +14,17 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from two_processes import evaluation_of
 
-from bd3lm_hf import ARConfig, ARForCausalLM, BD3LMConfig, cli, scoring
+from bd3lm_hf import (
+    ARConfig,
+    ARForCausalLM,
+    BD3LMConfig,
+    MDLMConfig,
+    MDLMForMaskedLM,
+    SEDDConfig,
+    SEDDForMaskedLM,
+    cli,
+    scoring,
+)
 from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.evaluation import perplexity
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
@@ -159,6 +169,17 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(run, tiny_tokenize
     result = run(model=autoregressive, name="ar")
     assert result["perplexity"] == pytest.approx(319, rel=1e-5)
     assert result["estimator"] == "exact" and not result["bound"] and result["num_samples"] is None
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class"), [(MDLMForMaskedLM, MDLMConfig), (SEDDForMaskedLM, SEDDConfig)]
+)
+def test_the_baselines_are_scored_by_the_same_command(run, tiny_tokenizer, tmp_path, model_class, config_class):
+    folder = save(model_class(config_of(tiny_tokenizer, config_class)), tiny_tokenizer, tmp_path / "baseline")
+    result = run("--split", "train", "--num-samples", 8, model=folder)
+    assert result["perplexity"] == pytest.approx(319, rel=0.1)
+    assert result["model_class"] == model_class.__name__ and result["bound"] and result["num_samples"] == 8
+    assert run("--split", "train", "--estimator", "published", model=folder, name="published")["nll"] > 0
 
 
 def test_a_model_that_knows_the_data_has_a_perplexity_near_one(run, tiny_tokenizer, tmp_path):
