@@ -12,6 +12,8 @@ from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import LogitsProcessorList
 
+from .draws_bd3lm import Generators
+
 
 # transformers types the `self` of its mixin as a whole model, which another mixin is not: to a type checker it is Any.
 _Generative: Any = GenerationMixin
@@ -64,8 +66,11 @@ class ContinuingMixin(_Generative):
             prepared.top_k = 0
         return prepared, model_kwargs
 
-    def prepare_inputs_for_generation(self, input_ids: Any, generator: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """Declares `generator` as an argument of `generate`: the source of all randomness of the call."""
+    def prepare_inputs_for_generation(
+        self, input_ids: Any, generator: Generators = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Declares `generator` as an argument of `generate`: the source of all randomness of the call, or one per row,
+        which makes what a row draws independent of its batch."""
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:

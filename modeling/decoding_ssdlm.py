@@ -16,12 +16,9 @@ import torch.nn.functional as F
 from transformers.generation.logits_process import LogitsProcessorList
 
 from .canvas_bd3lm import Canvas
-from .draws_bd3lm import draw_tokens, random_uniform
+from .draws_bd3lm import Generators, draw_tokens, random_uniform
 from .processors_bd3lm import PlaceProcessors, never_written
 from .simplex_ssdlm import PROJECTIONS, noisy_logits, simplex_schedule
-
-
-Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class SimplexDraws:
@@ -38,29 +35,22 @@ class SimplexDraws:
 
     def normal(self, rows: Sequence[int], shape: tuple[int, int], device: torch.device) -> torch.Tensor:
         """Standard normal numbers `(rows, *shape)` for these rows of the batch."""
-
-        def draw(count: int, generator: torch.Generator | None) -> torch.Tensor:
-            home = device if generator is None else generator.device
-            return torch.randn((count, *shape), generator=generator, device=home).to(device)
-
-        return self._of_rows(rows, draw)
+        generator = self._of(rows)
+        if isinstance(generator, list):
+            return torch.stack([torch.randn(shape, generator=own, device=own.device).to(device) for own in generator])
+        home = device if generator is None else generator.device
+        return torch.randn((len(rows), *shape), generator=generator, device=home).to(device)
 
     def tokens(self, rows: Sequence[int], scores: torch.Tensor) -> torch.Tensor:
         """A token for each of the log-probabilities `(rows * places, vocab_size)`, row after row."""
         if self.greedy:
             return scores.argmax(dim=-1)
         places = scores.shape[0] // len(rows)
-        uniform = self._of_rows(
-            rows, lambda count, generator: random_uniform((count, places), scores.device, generator)
-        )
+        uniform = random_uniform((len(rows), places), scores.device, self._of(rows))
         return draw_tokens(scores, uniform.flatten())
 
-    def _of_rows(
-        self, rows: Sequence[int], draw: Callable[[int, torch.Generator | None], torch.Tensor]
-    ) -> torch.Tensor:
-        if self.generator is None or isinstance(self.generator, torch.Generator):
-            return draw(len(rows), self.generator)
-        return torch.cat([draw(1, self.generator[row]) for row in rows])
+    def _of(self, rows: Sequence[int]) -> Generators:
+        return [self.generator[row] for row in rows] if isinstance(self.generator, list) else self.generator
 
 
 def all_before(canvas: Canvas, begin: int) -> int:

@@ -11,7 +11,8 @@ from transformers.modeling_outputs import ModelOutput
 
 from .canvas_bd3lm import StopRules
 from .continuing_bd3lm import ContinuingMixin, pad_left
-from .decoding_ssdlm import Generators, SimplexDraws, SimplexWriter, lay_out_behind, of_tokens
+from .decoding_ssdlm import SimplexDraws, SimplexWriter, lay_out_behind, of_tokens
+from .draws_bd3lm import check_sources
 from .generation_config_ssdlm import SSDLMGenerationConfig, check_simplex_fields
 
 
@@ -91,10 +92,11 @@ class SSDLMGenerationMixin(ContinuingMixin):
         attention_mask = model_kwargs.get("attention_mask")
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         self._check_continuable(input_ids, attention_mask, synced_gpus)
-        draws = self._make_draws(model_kwargs.get("generator"), len(input_ids), bool(generation_config.do_sample))
+        check_sources(model_kwargs.get("generator"), len(input_ids))
         prompt, padding = pad_left(input_ids, attention_mask)
         canvas = lay_out_behind(prompt, padding, generation_config.max_length - input_ids.shape[1], self.config)
         stop = StopRules(stopping_criteria, prompt, canvas, generation_config, padding)
+        draws = self.draws_class(model_kwargs.get("generator"), greedy=not generation_config.do_sample)
         writer = SimplexWriter(self, canvas, prompt, logits_processor, generation_config, draws)
         for begin in canvas.blocks():
             # 2. Denoise
@@ -119,14 +121,6 @@ class SSDLMGenerationMixin(ContinuingMixin):
             num_forward_passes=writer.count,
             tokens_per_forward=float(stop.lengths.sum()) / writer.count / len(input_ids),
         )
-
-    def _make_draws(self, generator: Generators, batch: int, do_sample: bool) -> SimplexDraws:
-        if generator is not None and not isinstance(generator, torch.Generator) and len(generator) != batch:
-            raise ValueError(
-                f"generator is a list of {len(generator)} for a batch of {batch} texts: give one for each, or a "
-                f"single one for all."
-            )
-        return self.draws_class(generator, greedy=not do_sample)
 
 
 __all__ = ["SSDLMGenerateOutput", "SSDLMGenerationConfig", "SSDLMGenerationMixin"]

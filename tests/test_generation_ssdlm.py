@@ -392,7 +392,7 @@ def test_fields_without_a_meaning_are_refused(model, fields, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"generator": [torch.Generator()]}, "generator is a list of 1 for a batch of 2 texts"),
+        ({"generator": [torch.Generator()]}, "1 generators for 2 rows: give one for each row"),
         ({"cache_implementation": "static"}, "generate does not take cache_implementation"),
         ({"noisy_logits": torch.zeros(2, 4, 48)}, "generate does not take noisy_logits"),
         ({"num_beams": 2}, "SSDLMForMaskedLM only supports"),
