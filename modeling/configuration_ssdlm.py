@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto import AutoConfig
 from transformers.models.roberta.configuration_roberta import RobertaConfig
@@ -61,6 +61,11 @@ class SSDLMConfig(PreTrainedConfig):
             self.encoder_config = self._roberta()
         elif isinstance(self.encoder_config, dict):
             self.encoder_config = _from_dict(self.encoder_config)
+        if type(self.encoder_config) not in MODEL_FOR_MASKED_LM_MAPPING:
+            raise ValueError(
+                f"encoder_config is a {type(self.encoder_config).__name__}, of which transformers has no masked "
+                f"language model: give one that it has, for instance a RobertaConfig."
+            )
         super().__post_init__(**kwargs)  # which hands the attention implementation on to the encoder
         encoder = self.encoder_config
         self.vocab_size, self.hidden_dim = encoder.vocab_size, encoder.hidden_size

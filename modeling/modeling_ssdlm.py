@@ -124,6 +124,31 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.model.get_output_embeddings()
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.model.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; in the simplex layer, too, new tokens begin as their word embeddings.
+
+        Raises:
+            ValueError: the mask token would be cut off.
+        """
+        config = self.config
+        if new_num_tokens is not None and new_num_tokens <= config.mask_token_id:
+            raise ValueError(
+                f"new_num_tokens={new_num_tokens} would cut off mask_token_id={config.mask_token_id}: keep at least "
+                f"{config.mask_token_id + 1} tokens."
+            )
+        words = self.model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        old, size = self.embed_sum.weight.data, words.num_embeddings
+        if size != config.vocab_size:
+            weight = words.weight.data.T.to(old, copy=True)
+            weight[:, : old.shape[1]] = old[:, :size]
+            self.embed_sum = nn.Linear(size, config.hidden_dim, bias=False, device=old.device, dtype=old.dtype)
+            self.embed_sum.weight.data = weight
+            config.vocab_size = config.encoder_config.vocab_size = size
+        return words
+
     @can_return_tuple
     def forward(
         self,

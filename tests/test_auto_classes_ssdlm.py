@@ -129,3 +129,16 @@ def test_the_text_generation_pipeline_trims_to_what_was_asked(folder):
     write = pipeline("text-generation", model=str(folder))
     ids = write("A block is", max_new_tokens=6, return_tensors=True)[0]["generated_token_ids"]
     assert len(ids) <= len(write.tokenizer("A block is").input_ids) + 6
+
+
+def test_the_command_line_writes_with_its_own_choices(folder, bd3lm):
+    words = ["generate", "--model", folder, "--prompt", "A block", "--max-new-tokens", 6, "--num-denoising-steps", 2]
+    code, text, errors = bd3lm(*words, "--context", "previous_block", "--projection", "uneven", "--top-p", 0.8)
+    assert code == 0 and text.startswith("A block"), errors
+    code, _, errors = bd3lm(*words, "--sampler", "confidence")
+    assert code == 2 and "sampler" in errors and "Traceback" not in errors
+
+
+def test_the_choices_of_simplex_diffusion_are_refused_by_other_models(model_folder, bd3lm):
+    code, _, errors = bd3lm("generate", "--model", model_folder, "--prompt", "A", "--projection", "even")
+    assert code == 2 and "projection" in errors
