@@ -59,7 +59,7 @@ class ContinuingMixin(_Generative):
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
-    ) -> tuple[GenerationConfig, dict]:
+    ) -> tuple[Any, dict]:
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         asked = (kwargs.get("top_k"), getattr(generation_config, "top_k", None), self.generation_config.top_k)
         if all(top_k is None for top_k in asked):

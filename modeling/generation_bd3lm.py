@@ -58,7 +58,7 @@ class BD3LMGenerationMixin(ContinuingMixin):
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
-    ) -> tuple[GenerationConfig, dict]:
+    ) -> tuple[Any, dict]:
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         check_generation_fields(prepared)
         if prepared.output_trace and not prepared.return_dict_in_generate:

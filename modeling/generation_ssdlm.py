@@ -44,7 +44,7 @@ class SSDLMGenerationMixin(ContinuingMixin):
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
-    ) -> tuple[GenerationConfig, dict]:
+    ) -> tuple[Any, dict]:
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         check_simplex_fields(prepared)
         return prepared, model_kwargs

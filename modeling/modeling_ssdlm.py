@@ -92,7 +92,7 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
                 f"which predicts tokens."
             )
         model.model.load_state_dict(encoder.state_dict())
-        model.embed_sum.weight.data.copy_(encoder.get_input_embeddings().weight.data.T)
+        model.embed_sum.weight.data.copy_(cast(nn.Embedding, model.get_input_embeddings()).weight.data.T)
         return model
 
     @property

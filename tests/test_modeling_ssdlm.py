@@ -229,3 +229,17 @@ def test_an_encoder_without_inputs_embeds_is_refused(monkeypatch):
     monkeypatch.setattr("bd3lm_hf.modeling.modeling_ssdlm.AutoModelForMaskedLM.from_config", lambda config: Encoder())
     with pytest.raises(ValueError, match="a Encoder takes no inputs_embeds"):
         SSDLMForMaskedLM(SSDLMConfig(**SIZES, block_size=4, model_length=16))
+
+
+def test_recomputing_activations_changes_no_gradient(tiny):
+    ids = torch.randint(3, 19, (2, 12), generator=torch.Generator().manual_seed(4))
+    noise = {"block_noise": torch.rand(2, 2), "count_noise": torch.rand(2, 2)}
+    gradients = []
+    for recompute in (False, True):
+        if recompute:
+            tiny.train().gradient_checkpointing_enable()
+        tiny.zero_grad()
+        tiny(ids, labels=ids, **noise).loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in tiny.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForMaskedLM,
-    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     RobertaConfig,
@@ -18,8 +17,7 @@ from transformers import (
 
 from bd3lm_hf import SSDLMForMaskedLM
 from bd3lm_hf.checkpoints import load_model
-from bd3lm_hf.data import load_text, pack
-from bd3lm_hf.heldout_loss import HeldOutLoss, sequence_losses, summarize_losses
+from bd3lm_hf.heldout_loss import HeldOutLoss
 from bd3lm_hf.training.train import run, table
 
 
@@ -103,24 +101,6 @@ def test_the_folder_holds_a_model_with_its_number_of_steps(trained):
     model = load_model(str(trained[1]))
     assert type(model) is SSDLMForMaskedLM and model.generation_config.num_denoising_steps == 3
     assert (model.config.n_blocks, model.config.hidden_dim, model.config.block_size) == (1, 16, 4)
-
-
-def test_the_loss_depends_neither_on_batch_size_nor_on_which_process_takes_a_row(trained, corpus):
-    model, folder = load_model(str(trained[1])).train(), trained[1]
-    rows = pack(load_text(str(corpus), split="validation"), AutoTokenizer.from_pretrained(folder), length=32)
-    whole = sequence_losses(model, rows, num_samples=3, batch_size=2, seed=1)
-    assert model.training  # as it was
-    parts = [
-        score
-        for share in (range(0, len(rows), 2), range(1, len(rows), 2))
-        for score in sequence_losses(model, rows, indices=share, num_samples=3, batch_size=8, seed=1)
-    ]
-    result, again = summarize_losses(whole), summarize_losses(parts)
-    assert result.loss == pytest.approx(again.loss, rel=1e-6) and result.num_sequences == len(rows) > 1
-    other = summarize_losses(sequence_losses(model, rows, num_samples=3, seed=2))
-    assert other.loss != result.loss
-    with pytest.raises(ValueError, match="batch_size=0: give at least 1"):
-        sequence_losses(model, rows, batch_size=0)
 
 
 def test_the_layout_of_a_run_changes_no_noise(recipe, tmp_path):
