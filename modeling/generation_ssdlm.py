@@ -52,12 +52,14 @@ class SSDLMGenerationMixin(ContinuingMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        given = [name for name in ("past_key_values",) if model_kwargs.get(name) is not None]
-        if generation_config.cache_implementation is not None:
-            given.append("cache_implementation")
-        if given:
+        given = {
+            "past_key_values": model_kwargs.get("past_key_values"),
+            "cache_implementation": generation_config.cache_implementation,
+        }
+        unfit = [name for name, value in given.items() if value is not None]
+        if unfit:
             raise ValueError(
-                f"generate does not take {', '.join(given)}: the encoder of an SSD-LM attends from the context to the "
+                f"generate does not take {', '.join(unfit)}: the encoder of an SSD-LM attends from the context to the "
                 f"noisy block, so that nothing of it can be kept. Leave it out."
             )
 

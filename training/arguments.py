@@ -64,6 +64,10 @@ class ModelArguments:
         default=None, metadata={"help": "Steps of a block when samples are written; saved in the generation config."}
     )
 
+    def __post_init__(self) -> None:
+        if self.num_denoising_steps is not None and self.num_denoising_steps < 1:
+            raise ValueError(f"--num_denoising_steps {self.num_denoising_steps}: give a whole number of at least 1.")
+
     def config_fields(self) -> dict[str, Any]:
         """The configuration fields that were given, by name."""
         own = ("model_type", "init_from", "attn_implementation", "num_denoising_steps")

@@ -238,7 +238,6 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
     check_tokenizer_fits(tokenizer, model.config)
     if arguments.num_denoising_steps is not None:
         model.generation_config.num_denoising_steps = arguments.num_denoising_steps
-        model.generation_config.validate()
     return model
 
 
