@@ -1,19 +1,18 @@
 """What the models of this family share with transformers: loading, saving, initialisation, outputs, Auto classes."""
 
 import math
-import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
-from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_bd3lm import BD3LMConfig
 from .layers_bd3lm import BD3LMEmbedding, BD3LMLayerNorm, BD3LMRotaryEmbedding, BD3LMZeroLinear
+from .saving_bd3lm import SelfContainedModel
 
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class BD3LMOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class BD3LMPreTrainedModel(PreTrainedModel):
+class BD3LMPreTrainedModel(SelfContainedModel):
     """Loading, saving and initialisation shared by the models on this backbone."""
 
     config_class = BD3LMConfig
@@ -56,16 +55,13 @@ class BD3LMPreTrainedModel(PreTrainedModel):
     _supports_context_parallel = False
     _keep_in_fp32_modules_strict = ["inv_freq"]
 
-    auto_classes: dict[str, type] = {}  # what each Auto class makes of a checkpoint, see `register_auto_classes`
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; `config.json` names the saved code for every Auto class.
-
-        transformers itself records one of them, and keeps what an earlier, perhaps foreign, `auto_map` said.
-        """
-        names = ((auto, cls.__module__.rpartition(".")[2], cls.__name__) for auto, cls in self.auto_classes.items())
-        self.config.auto_map = {auto: f"{module}.{name}" for auto, module, name in names}
-        super().save_pretrained(save_directory, *args, **kwargs)
+    @property
+    def dummy_inputs(self) -> dict[str, torch.Tensor]:
+        """Seeded inputs of a forward pass without a loss, on the CPU."""
+        config, generator = self.config, torch.Generator().manual_seed(0)
+        length = min(config.model_length, 4 * config.block_size)
+        inputs = {"input_ids": torch.randint(0, config.vocab_size, (2, length), generator=generator)}
+        return {**inputs, "timesteps": torch.tensor([0.1, 1.0])} if config.time_conditioning else inputs
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
