@@ -21,14 +21,17 @@ from transformers import (
     AutoModelForMaskedLM,
 )
 
-from bd3lm_hf.adapters import register_targets
+from bd3lm_hf.adapters import TARGET_MODULES, register_targets
 from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, BD3LMConfig, MDLMConfig, SEDDConfig
+from bd3lm_hf.modeling.configuration_ssdlm import SSDLMConfig
 from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
+from bd3lm_hf.modeling.generation_config_ssdlm import SSDLMGenerationConfig
 from bd3lm_hf.modeling.likelihood_bd3lm import TokenNLL
 from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel
 from bd3lm_hf.modeling.modeling_mdlm import MDLMForMaskedLM
 from bd3lm_hf.modeling.modeling_sedd import SEDDForMaskedLM
+from bd3lm_hf.modeling.modeling_ssdlm import SSDLMForMaskedLM
 from bd3lm_hf.modeling.saving_bd3lm import SelfContainedModel
 from bd3lm_hf.modeling.schedules_bd3lm import noise_schedule
 from bd3lm_hf.modeling.stopping_bd3lm import EntropyStopCriteria, SecondEosCriteria
@@ -42,10 +45,10 @@ _AUTO_CLASSES: dict[str, Any] = {
 SelfContainedModel.share_folder = staticmethod(share_folder)
 
 # A class says itself what each Auto class makes of its model type.
-for _head in (BD3LMForMaskedLM, ARForCausalLM, MDLMForMaskedLM, SEDDForMaskedLM):
+for _head in (BD3LMForMaskedLM, ARForCausalLM, MDLMForMaskedLM, SEDDForMaskedLM, SSDLMForMaskedLM):
     _config = _head.config_class
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    register_targets(_config.model_type)
+    register_targets(_config.model_type, getattr(_head, "lora_targets", TARGET_MODULES))
     for _name, _model in _head.auto_classes.items():
         if _name in _AUTO_CLASSES:
             _AUTO_CLASSES[_name].register(_config, _model, exist_ok=True)
@@ -62,6 +65,9 @@ __all__ = [
     "MDLMForMaskedLM",
     "SEDDConfig",
     "SEDDForMaskedLM",
+    "SSDLMConfig",
+    "SSDLMForMaskedLM",
+    "SSDLMGenerationConfig",
     "SecondEosCriteria",
     "TokenNLL",
     "noise_schedule",

@@ -6,6 +6,7 @@ merged into the weights they are plain again, and the model as fast as its base.
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 TARGET_MODULES = ("attn_qkv", "attn_out", "mlp.0", "mlp.2")
 
 
-def register_targets(model_type: str) -> None:
+def register_targets(model_type: str, targets: Sequence[str] = TARGET_MODULES) -> None:
     """Let `LoraConfig` without `target_modules` adapt attention and MLP of models of this type."""
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(model_type, list(TARGET_MODULES))
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(model_type, list(targets))
 
 
 def add_adapters(

@@ -3,7 +3,8 @@
 The rival is transformers' GPT-2 with its 124 M parameters; ours has the same width and depth, 170 M with its head.
 Absolute times drift with the machine, so both are timed in turn and the figure to quote is the median of the pairwise
 ratios. Peak memory is that of a fresh process which does one thing only. `--noise-draws 1 2 4 --model M` measures
-instead what several draws of noise for each clean pass do to the gradient (see `gradients.py`).
+instead what several draws of noise for each clean pass do to the gradient (see `gradients.py`), and `--estimators
+published stratified:4 exact --model M` how precise estimates of its likelihood are (see `precision.py`).
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from bd3lm_hf import gradients
+from bd3lm_hf import gradients, precision
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 
@@ -122,7 +123,8 @@ def peak_of_process() -> float:
 def main(argv: list[str] | None = None) -> None:
     """Measure what the arguments ask for and print it."""
     parser = argparse.ArgumentParser(
-        prog="bd3lm bench", description="Compare with transformers' GPT-2 in one run, or several noise draws with one."
+        prog="bd3lm bench",
+        description="Compare with transformers' GPT-2, several noise draws with one, or estimators of likelihood.",
     )
     parser.add_argument("--lengths", type=int, nargs="*", default=[256, 1024], help="training lengths, batch 2")
     parser.add_argument("--new-tokens", type=int, nargs="*", default=[64, 1024], help="lengths to write, batch 1")
@@ -132,25 +134,35 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each pair; about half at length 1,024")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--noise-draws", type=int, nargs="+", help="measure the gradient's variance at these numbers")
-    parser.add_argument("--model", help="with --noise-draws: a trained checkpoint")
-    parser.add_argument("--dataset", default="python-docs", help="with --noise-draws: name, file, folder or hub name")
-    parser.add_argument("--batch-size", type=int, default=8, help="with --noise-draws: sequences of a step")
-    parser.add_argument("--batches", type=int, default=16, help="with --noise-draws: different batches")
+    parser.add_argument(
+        "--estimators", nargs="+", help="measure standard errors for their time, such as: published stratified:4 exact"
+    )
+    of_both = "with --noise-draws or --estimators"
+    parser.add_argument("--model", help=f"{of_both}: a trained checkpoint")
+    parser.add_argument("--dataset", default="python-docs", help=f"{of_both}: name, file, folder or hub name")
+    parser.add_argument("--batch-size", type=int, default=8, help=f"{of_both}: sequences at once")
+    parser.add_argument("--batches", type=int, default=16, help=f"{of_both}: different batches")
     arguments = parser.parse_args(argv)
     if arguments.repeats < 1 or arguments.threads < 1:
         raise ValueError(f"--repeats {arguments.repeats} --threads {arguments.threads}: give at least 1 of each.")
     if min([*arguments.lengths, *arguments.new_tokens, *arguments.batch_sizes], default=1) < 1:
         raise ValueError("--lengths, --new-tokens and --batch-sizes: give whole numbers of at least 1.")
     torch.set_num_threads(arguments.threads)
-    if arguments.noise_draws is None:
+    if arguments.noise_draws is None and arguments.estimators is None:
         compare_with_gpt2(arguments)
-    elif arguments.model is None:
-        raise ValueError("--noise-draws measures a trained model: name its folder with --model.")
+        return
+    if arguments.noise_draws is not None and arguments.estimators is not None:
+        raise ValueError("--noise-draws and --estimators are two measurements: take one at a time.")
+    flag = "--noise-draws" if arguments.estimators is None else "--estimators"
+    if arguments.model is None:
+        raise ValueError(f"{flag} measures a trained model: name its folder with --model.")
+    options = {name: getattr(arguments, name) for name in ("batch_size", "batches", "repeats")}
+    where = (arguments.model, arguments.dataset)
+    print(f"torch {torch.__version__}, {arguments.threads} CPU threads, {arguments.model}, {options}")
+    if arguments.estimators is None:
+        print(gradients.table(gradients.measure(*where, arguments.noise_draws, **options)))
     else:
-        options = {name: getattr(arguments, name) for name in ("batch_size", "batches", "repeats")}
-        results = gradients.measure(arguments.model, arguments.dataset, arguments.noise_draws, **options)
-        print(f"torch {torch.__version__}, {arguments.threads} CPU threads, {arguments.model}, {options}")
-        print(gradients.table(results))
+        print(precision.table(precision.measure(*where, arguments.estimators, **options)))
 
 
 def compare_with_gpt2(arguments: argparse.Namespace) -> None:

@@ -13,10 +13,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
 )
+from transformers.utils import logging
 
 from bd3lm_hf.adapters import adapter_base, merge_adapter
 from bd3lm_hf.files import exists, looks_like_path
 
+
+logger = logging.get_logger("bd3lm_hf.checkpoints")
 
 # The buffers of the learned interval, which checkpoints of full diffusion come without; the configuration has it too.
 _MAY_LACK = {"sampling_eps_min", "sampling_eps_max"}
@@ -34,13 +37,20 @@ def read_config(name: str, *, argument: str = "--model", trust_remote_code: bool
 
 
 def load_model(
-    name: str, *, argument: str = "--model", trust_remote_code: bool = False, config: Any = None, **options: Any
+    name: str,
+    *,
+    argument: str = "--model",
+    trust_remote_code: bool = False,
+    config: Any = None,
+    spare: bool = False,
+    **options: Any,
 ) -> Any:
     """The model of a folder or hub name, with every one of its weights; an adapter is merged into its base model.
 
     Args:
         argument: what the user calls `name`, for messages.
         config: instead of the checkpoint's own.
+        spare: leave weights out that the model has no place for, such as the pooler of many encoders, with a warning.
         options: for `from_pretrained`, such as `attn_implementation`.
 
     Raises:
@@ -60,6 +70,9 @@ def load_model(
         model, info = auto_class.from_pretrained(name, config=config, **options)
     if set(info["missing_keys"]) >= _MAY_LACK:
         info["missing_keys"] = set(info["missing_keys"]) - _MAY_LACK
+    if spare and info["unexpected_keys"]:
+        logger.warning(f"{argument} {name}: {', '.join(sorted(info['unexpected_keys']))} are left out.")
+        info["unexpected_keys"] = set()
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(key if isinstance(key, str) else str(key[0]) for key in info.get(kind, ())):
             raise ValueError(

@@ -1,8 +1,12 @@
 """Perplexity of a language model on held-out sequences: exp of the mean negative log-likelihood per scored token.
 
 Any model with the verb `token_nll(input_ids, attention_mask, estimator=, num_samples=, generator=)` can be scored.
+The estimators are the model's own and `"published"`, the protocol of the paper, which spans sequences: one draw, whose
+times t on [1e-3, 1] are dealt to the blocks of 16 sequences in order, and a first token that is never scored.
 """
 
+import functools
+import inspect
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,6 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
+
+from bd3lm_hf.modeling.noise_bd3lm import Noise
+
+
+#: Sequences over whose blocks the published protocol spreads its times.
+PUBLISHED_BATCH = 16
 
 
 class Perplexity(NamedTuple):
@@ -54,8 +64,8 @@ def perplexity(
         model: anything with `token_nll`.
         sequences: a data set with `input_ids` (and `attention_mask`, `labels`), or sequences of token ids; rows may
             differ in length.
-        estimator: `"sampled"`, `"stratified"` or `"exact"`, see the model's `token_nll`.
-        num_samples: noise draws per sequence; unused by `"exact"`.
+        estimator: `"published"`, or `"sampled"`, `"stratified"` or `"exact"`, see the model's `token_nll`.
+        num_samples: noise draws per sequence; unused by `"exact"`, and 1 for `"published"`.
         seed: fixes the noise.
         device: where to compute; the model's device by default.
         bytes_per_token: mean UTF-8 bytes of a token of this text, for `bits_per_byte`.
@@ -77,7 +87,6 @@ def perplexity(
     return summarize(scores, bytes_per_token=bytes_per_token, seconds=time.perf_counter() - start)
 
 
-@torch.no_grad()
 def score_sequences(
     model: Any,
     sequences: Sequence[Any],
@@ -94,50 +103,138 @@ def score_sequences(
 
     See [`perplexity`] for the arguments. The model's train or eval mode is restored.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: give at least 1.")
     indices = range(len(sequences)) if indices is None else indices
-    device = _device_of(model) if device is None else torch.device(device)
+    protocol = Protocol(estimator, num_samples, seed, len(sequences))
     scores: list[SequenceScore] = []
     was_training = getattr(model, "training", False)
     if was_training:
         model.eval()
     try:
         with tqdm(total=len(indices), desc="scoring", leave=False, disable=not progress) as bar:
-            for batch, rows in _batches(sequences, indices, batch_size):
-                input_ids, attention_mask, context = batch_of(rows, device)
-                nll, mask = model.token_nll(
-                    input_ids,
-                    attention_mask,
-                    estimator=estimator,
-                    num_samples=num_samples,
-                    generator=[torch.Generator(device).manual_seed(seed_of(seed, index)) for index in batch],
-                    **context,
-                )
-                sums = (nll.double() * mask).sum(1).tolist()
-                counts = mask.long().sum(1).tolist()
-                scores += map(SequenceScore, batch, sums, counts)
-                bar.update(len(batch))
+            for batch in batches_of(sequences, indices, batch_size):
+                scores += score_batch(model, batch, protocol, device=device)
+                bar.update(len(batch.indices))
     finally:
         if was_training:
             model.train()
     return sorted(scores)
 
 
-def _batches(
-    sequences: Sequence[Any], indices: Sequence[int], batch_size: int
-) -> Iterator[tuple[list[int], list[Any]]]:
+class Batch(NamedTuple):
+    """Sequences of one length, and their places in the data set."""
+
+    indices: list[int]
+    rows: list[Any]
+
+
+class Protocol(NamedTuple):
+    """How the sequences of a data set are scored."""
+
+    estimator: str
+    num_samples: int
+    seed: int
+    num_sequences: int  # of the data set
+
+
+def batches_of(sequences: Sequence[Any], indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
     """Batches of sequences of one length: a sequence's draws depend on its length, which padding would change."""
-    waiting: dict[int, tuple[list[int], list[Any]]] = {}
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: give at least 1.")
+    waiting: dict[int, Batch] = {}
     for index in map(int, indices):
         row = sequences[index]
         length = len(row["input_ids"] if isinstance(row, Mapping) else row)
-        batch = waiting.setdefault(length, ([], []))
-        batch[0].append(index)
-        batch[1].append(row)
-        if len(batch[0]) == batch_size:
+        batch = waiting.setdefault(length, Batch([], []))
+        batch.indices.append(index)
+        batch.rows.append(row)
+        if len(batch.indices) == batch_size:
             yield waiting.pop(length)
     yield from waiting.values()
+
+
+@torch.no_grad()
+def score_batch(
+    model: Any, batch: Batch, protocol: Protocol, *, device: torch.device | str | None = None
+) -> list[SequenceScore]:
+    """Score some sequences of a data set; each one's noise depends on its place and the protocol only."""
+    device = _device_of(model) if device is None else torch.device(device)
+    inputs = batch_of(batch.rows, device)
+    arguments = _DRAWS.get(protocol.estimator, _own_draws)(model, batch.indices, inputs, protocol)
+    nll, mask = model.token_nll(inputs.input_ids, inputs.attention_mask, **arguments)
+    sums = (nll.double() * mask).sum(1).tolist()
+    return list(map(SequenceScore, batch.indices, sums, mask.long().sum(1).tolist()))
+
+
+def _own_draws(model: Any, indices: list[int], inputs: "ScoringBatch", protocol: Protocol) -> dict[str, Any]:
+    """Arguments of `token_nll`: its own estimator, with a source of noise for each sequence."""
+    device = inputs.input_ids.device
+    return {
+        "estimator": protocol.estimator,
+        "num_samples": protocol.num_samples,
+        "generator": [torch.Generator(device).manual_seed(seed_of(protocol.seed, index)) for index in indices],
+        **inputs.context,
+    }
+
+
+def _published_draws(model: Any, indices: list[int], inputs: "ScoringBatch", protocol: Protocol) -> dict[str, Any]:
+    """Arguments of `token_nll`: the paper's draw of noise; the first token is given, whatever the configuration."""
+    length = inputs.input_ids.shape[1]
+    blocks = model.config.num_blocks(length)
+    noise = published_noise(indices, protocol.num_sequences, num_blocks=blocks, length=length, seed=protocol.seed)
+    labels = inputs.context.get("labels", inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)).clone()
+    labels[:, 0] = -100
+    return {"estimator": "sampled", "num_samples": protocol.num_samples, "noise": noise, "labels": labels}
+
+
+#: Estimators that are none of the model's.
+_DRAWS = {"published": _published_draws}
+
+
+def published_noise(
+    indices: Sequence[int], num_sequences: int, *, num_blocks: int, length: int, seed: int = 0
+) -> Noise:
+    """The noise of the sequences at `indices` of a data set, as the published evaluation draws it.
+
+    The data set is shuffled and cut into batches of 16. The N blocks of a batch get one time from each N-th of the
+    interval, in order: the k-th sequence has all its times in [k / 16, (k + 1) / 16). A sequence's own numbers depend
+    on the seed and its index only.
+
+    Args:
+        num_sequences: of the data set; its last batch may be smaller.
+        num_blocks, length: of each sequence.
+    """
+    places = _shuffled(num_sequences, seed)
+    blocks, tokens = [], []
+    for index in indices:
+        first = int(places[index]) // PUBLISHED_BATCH * PUBLISHED_BATCH
+        size = min(PUBLISHED_BATCH, num_sequences - first)
+        uniform = torch.rand(num_blocks + length, generator=torch.Generator().manual_seed(seed_of(seed, index)))
+        stratum = (int(places[index]) - first) * num_blocks + torch.arange(num_blocks)
+        blocks.append((uniform[:num_blocks] + stratum) / (size * num_blocks))
+        tokens.append(uniform[num_blocks:])
+    block_noise = torch.stack(blocks)
+    return Noise(block_noise, torch.stack(tokens), torch.zeros_like(block_noise))
+
+
+@functools.lru_cache(maxsize=4)
+def _shuffled(count: int, seed: int) -> torch.Tensor:
+    """The place of each sequence in the shuffled data set."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).argsort()
+
+
+def check_estimator(model: Any, estimator: str, num_samples: int = 1) -> None:
+    """Refuse an estimator that the model does not have, by scoring a text of two tokens.
+
+    Raises:
+        ValueError: the model's own reason, such as an exact sum that takes too many passes.
+    """
+    if estimator in _DRAWS and "noise" not in inspect.signature(model.token_nll).parameters:
+        raise ValueError(
+            f"estimator={estimator!r} gives a model its noise, and the token_nll of {type(model).__name__} takes "
+            f"none: choose another estimator."
+        )
+    token = 1 if getattr(model.config, "mask_token_id", None) == 0 else 0
+    score_sequences(model, [[token, token]], estimator=estimator, num_samples=num_samples)
 
 
 def summarize(
@@ -261,11 +358,18 @@ def seed_of(seed: int, index: int) -> int:
 
 
 __all__ = [
+    "PUBLISHED_BATCH",
+    "Batch",
     "Perplexity",
+    "Protocol",
     "ScoringBatch",
     "SequenceScore",
     "batch_of",
+    "batches_of",
+    "check_estimator",
     "perplexity",
+    "published_noise",
+    "score_batch",
     "score_sequences",
     "scored_tokens",
     "seed_of",

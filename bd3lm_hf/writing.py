@@ -15,8 +15,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from bd3lm_hf.evaluation import seed_of
+from bd3lm_hf.modeling.decoding_ssdlm import CONTEXTS
 from bd3lm_hf.modeling.draws_bd3lm import SAMPLING_DTYPES
 from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS
+from bd3lm_hf.modeling.simplex_ssdlm import PROJECTIONS
 from bd3lm_hf.samples import Sample, SamplesFile, check_output, read_prompts
 from bd3lm_hf.trace import RowStep, check_ending, row_steps, trace_document, traced_sample, write_trace
 
@@ -69,7 +71,7 @@ FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "max_time": (number(), "seconds after which a batch ends with the block it is in"),
 }
 #: Fields with a flag of another kind.
-_CHOICES = ("max_new_tokens", "do_sample", "sampler", "sampling_dtype", "stop_at_second_eos")
+_CHOICES = ("max_new_tokens", "do_sample", "sampler", "sampling_dtype", "stop_at_second_eos", "context", "projection")
 _BATCH_SIZE = 8
 # Not in every version of transformers; without it a terminal shows finished tokens only.
 _DRAFTS: type[TextStreamer] = getattr(transformers, "TextDiffusionStreamer", TextStreamer)
@@ -124,6 +126,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice.add_argument("--greedy", dest="do_sample", action="store_false", help="take the most likely token")
     how.add_argument("--sampler", choices=tuple(SAMPLERS), help="which masked positions to reveal when")
     how.add_argument("--sampling-dtype", choices=tuple(SAMPLING_DTYPES), help="precision that tokens are drawn with")
+    how.add_argument("--context", choices=tuple(CONTEXTS), help="simplex diffusion: what a block is written behind")
+    how.add_argument("--projection", choices=tuple(PROJECTIONS), help="simplex diffusion: what a step makes of logits")
     how.add_argument(
         "--stop-at-second-eos",
         action="store_true",

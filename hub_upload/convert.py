@@ -25,6 +25,7 @@ from bd3lm_hf.checkpoints import check_finite_weights, load_model
 from bd3lm_hf.files import exists, looks_like_path
 from bd3lm_hf.hub_upload.architecture import Architecture, architecture_of
 from bd3lm_hf.hub_upload.pickles import plain, read_checkpoint
+from bd3lm_hf.hub_upload.simplex import is_simplex_layout, read_simplex
 from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
 from bd3lm_hf.training.output import publish_folder, staging_folder
 
@@ -58,6 +59,7 @@ class Source(NamedTuple):
     average: list[torch.Tensor] | None  # moving averages of the parameters, in their order
     config: dict[str, Any]  # a config.json, or what stands for it in the hyper-parameters
     folder: Path | None  # where a tokenizer may lie
+    architecture: Architecture | None = None  # where the layout alone tells what it is
 
 
 class Conversion(NamedTuple):
@@ -79,7 +81,8 @@ def convert(
     """Convert a checkpoint into a folder for `from_pretrained`, with its code.
 
     Args:
-        source: a folder with `config.json` and weights, the name of one on the hub, or a Lightning `.ckpt` file.
+        source: a folder with `config.json` and weights, the name of one on the hub, or a Lightning `.ckpt` file. A
+            masked language model with the layers of SSD-LM beside it becomes one model.
         target: folder to write; it must not exist or be empty.
         weights: `"ema"` or `"raw"` of a `.ckpt` file; `"auto"` takes the average where there is one.
         tokenizer: folder or name, where the source has none.
@@ -95,7 +98,11 @@ def convert(
     # 2. Weights
     tensors, notes = _choose_weights(found, weights)
     # 3. Configuration
-    architecture = architecture_of(tensors, found.config, model_type)
+    architecture = found.architecture or architecture_of(tensors, found.config, model_type)
+    if model_type not in (None, architecture.model_type):
+        raise ValueError(
+            f"--model-type {model_type}: the files of {source} are those of a {architecture.model_type}; leave it out."
+        )
     words = _tokenizer_of(found.folder, tokenizer)
     config = _make_config(architecture, words)
     # 4. Load
@@ -191,17 +198,23 @@ def _read_folder(folder: Path) -> Source:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"SRC {folder}: config.json is no JSON: {error}") from error
+    weights = _weights_of(folder)
+    if is_simplex_layout(folder):
+        simplex = read_simplex(folder, weights, config)
+        return Source(simplex.weights, None, config, folder, simplex.architecture)
+    return Source(_published_names(weights), None, config, folder)
+
+
+def _weights_of(folder: Path) -> dict[str, torch.Tensor]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        weights = {name: tensor for shard in shards for name, tensor in load_file(folder / shard).items()}
-    elif (folder / _WEIGHT_FILES[0]).is_file():
-        weights = load_file(folder / _WEIGHT_FILES[0])
-    elif (folder / _WEIGHT_FILES[1]).is_file():
-        weights = read_checkpoint(folder / _WEIGHT_FILES[1])
-    else:
-        raise ValueError(f"SRC {folder} holds no weights: one of {', '.join(_WEIGHT_FILES)} must be there.")
-    return Source(_published_names(weights), None, config, folder)
+        return {name: tensor for shard in shards for name, tensor in load_file(folder / shard).items()}
+    if (folder / _WEIGHT_FILES[0]).is_file():
+        return load_file(folder / _WEIGHT_FILES[0])
+    if (folder / _WEIGHT_FILES[1]).is_file():
+        return read_checkpoint(folder / _WEIGHT_FILES[1])
+    raise ValueError(f"SRC {folder} holds no weights: one of {', '.join(_WEIGHT_FILES)} must be there.")
 
 
 def _read_lightning(path: Path) -> Source:
@@ -265,6 +278,7 @@ def _choose_weights(source: Source, wanted: str) -> tuple[dict[str, torch.Tensor
 
 def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
     own = model.state_dict()
+    weights = _under_every_name(own, weights)
     problems = []
     for kind, names in (("missing", own.keys() - weights.keys()), ("unexpected", weights.keys() - own.keys())):
         if names:
@@ -278,6 +292,20 @@ def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], sour
             f"with --model-type if it was taken for another."
         )
     model.load_state_dict(weights)
+
+
+def _under_every_name(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A tied tensor has several names, of which a checkpoint may hold one."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in own.items():
+        names.setdefault(tensor.data_ptr(), []).append(name)
+    tied = dict(weights)
+    for same in names.values():
+        held = [name for name in same if name in weights]
+        if any(not torch.equal(weights[held[0]], weights[name]) for name in held[1:]):
+            raise ValueError(f"the weights {' and '.join(held)} differ, but are one in the model: it ties them.")
+        tied |= {name: weights[held[0]] for name in same if held}
+    return tied
 
 
 # --- Configuration and tokenizer ---------------------------------------------------------------------------------
@@ -321,13 +349,7 @@ def _save_checked(model: Any, tokenizer: PreTrainedTokenizerBase | None, target:
     model.save_pretrained(staged)
     if tokenizer is not None:
         tokenizer.save_pretrained(staged)
-    config = model.config
-    generator = torch.Generator().manual_seed(0)
-    length = min(config.model_length, 4 * config.block_size)
-    ids = torch.randint(0, config.vocab_size, (2, length), generator=generator)
-    inputs: dict[str, Any] = {"input_ids": ids}
-    if config.time_conditioning:
-        inputs["timesteps"] = torch.tensor([0.1, 1.0])
+    inputs = model.dummy_inputs
     logits = model(**inputs).logits
     again = load_model(str(staged), argument="the converted folder").eval()
     same = all(torch.equal(mine, theirs) for mine, theirs in zip(*map(_tensors, (model, again)), strict=True))

@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto import AutoConfig
 from transformers.models.roberta.configuration_roberta import RobertaConfig
@@ -16,7 +16,9 @@ class SSDLMConfig(PreTrainedConfig):
         encoder_config (`PreTrainedConfig` or `dict`, *optional*): configuration of any masked language model of
             transformers that takes `inputs_embeds`. By default a RoBERTa of the sizes below; otherwise the sizes are
             taken from it.
-        vocab_size, hidden_dim, n_blocks, n_heads, dropout: of the RoBERTa made here; the defaults are roberta-large's.
+        vocab_size, hidden_dim, n_blocks, n_heads: of the RoBERTa made here; the defaults are roberta-large's.
+        dropout (`float`, *optional*): of hidden states and attention of the encoder, where it has
+            `hidden_dropout_prob`. By default the encoder's own, 0.1 for the RoBERTa made here.
         block_size (`int`, defaults to 25): tokens that are denoised together.
         model_length (`int`, defaults to 200): tokens of a training sequence and of the window, the block included.
         one_hot_value (`float`, defaults to 5.0): K, the scale of the almost-one-hot logits and of the noise.
@@ -24,7 +26,8 @@ class SSDLMConfig(PreTrainedConfig):
         bos_token_id, eos_token_id, pad_token_id, mask_token_id: special tokens; the mask is never written.
 
     Raises:
-        ValueError: a block that leaves no room for context in the window, K <= 0, T < 1, an unknown encoder.
+        ValueError: a block that leaves no room for context in the window, K <= 0, T < 1, an unknown encoder, or one
+            whose dropout has other names.
     """
 
     model_type = "ssdlm"
@@ -41,7 +44,7 @@ class SSDLMConfig(PreTrainedConfig):
     hidden_dim: int = 1024
     n_blocks: int = 24
     n_heads: int = 16
-    dropout: float | int = 0.1
+    dropout: float | int | None = None
     block_size: int = 25
     model_length: int = 200
     one_hot_value: float | int = 5.0
@@ -58,10 +61,16 @@ class SSDLMConfig(PreTrainedConfig):
             self.encoder_config = self._roberta()
         elif isinstance(self.encoder_config, dict):
             self.encoder_config = _from_dict(self.encoder_config)
+        if type(self.encoder_config) not in MODEL_FOR_MASKED_LM_MAPPING:
+            raise ValueError(
+                f"encoder_config is a {type(self.encoder_config).__name__}, of which transformers has no masked "
+                f"language model: give one that it has, for instance a RobertaConfig."
+            )
         super().__post_init__(**kwargs)  # which hands the attention implementation on to the encoder
         encoder = self.encoder_config
         self.vocab_size, self.hidden_dim = encoder.vocab_size, encoder.hidden_size
         self.n_blocks, self.n_heads = encoder.num_hidden_layers, encoder.num_attention_heads
+        self._adopt_dropout(encoder)
         if self.mask_token_id is None:
             self.mask_token_id = self.vocab_size - 1
         room = getattr(encoder, "max_position_embeddings", None)
@@ -90,6 +99,18 @@ class SSDLMConfig(PreTrainedConfig):
         if not self.one_hot_value > 0:
             raise ValueError(f"one_hot_value={self.one_hot_value}: the scale K of the simplex must be above 0.")
 
+    def _adopt_dropout(self, encoder: Any) -> None:
+        own = getattr(encoder, "hidden_dropout_prob", None)
+        if self.dropout is None or self.dropout == own:
+            self.dropout = own
+        elif own is None:
+            raise ValueError(
+                f"dropout={self.dropout}: a {type(encoder).__name__} has no hidden_dropout_prob that it could set; "
+                f"leave it out, and set the encoder's own fields in encoder_config."
+            )
+        else:
+            encoder.hidden_dropout_prob = encoder.attention_probs_dropout_prob = self.dropout
+
     def _roberta(self) -> RobertaConfig:
         pad = 1 if self.pad_token_id is None else self.pad_token_id
         return RobertaConfig(
@@ -100,8 +121,6 @@ class SSDLMConfig(PreTrainedConfig):
             intermediate_size=4 * self.hidden_dim,
             max_position_embeddings=self.model_length + pad + 1,
             type_vocab_size=1,
-            hidden_dropout_prob=self.dropout,
-            attention_probs_dropout_prob=self.dropout,
             layer_norm_eps=1e-5,
             bos_token_id=self.bos_token_id,
             eos_token_id=self.eos_token_id,

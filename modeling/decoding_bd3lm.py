@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList
 
 from .canvas_bd3lm import Canvas
 from .draws_bd3lm import SAMPLING_DTYPES, draw_tokens, random_uniform, token_probability, wide_float
 from .passes_bd3lm import BlockPasses
-from .processors_bd3lm import PlaceProcessors
+from .processors_bd3lm import PlaceProcessors, never_written
 from .samplers_bd3lm import SAMPLERS, Round, Sampler, Step
 from .trace_bd3lm import Trace
 
@@ -118,7 +117,7 @@ class BlockWriter:
         recorded = bool(generation_config.return_dict_in_generate)
         self.scores = Record(recorded and bool(generation_config.output_scores))
         self.logits = Record(recorded and bool(generation_config.output_logits))
-        forbidden = _never_written(self.config.mask_token_id, generation_config)
+        forbidden = never_written(self.config.mask_token_id, generation_config)
         self.forbidden = torch.tensor(forbidden, device=canvas.text.device)
 
     def denoise(self, begin: int, finished: torch.Tensor, streamer: Any = None) -> None:
@@ -244,14 +243,6 @@ class BlockWriter:
             return Drawn(scores.argmax(dim=-1), scores, logits)
         uniform = page.uniform.view(-1)[places.to(scores.device, non_blocking=True)]
         return Drawn(draw_tokens(scores, uniform, dtype=self.sampling_dtype), scores, logits)
-
-
-def _never_written(mask_token_id: int, generation_config: GenerationConfig) -> list[int]:
-    """Ids that are never produced: the mask, and padding unless it doubles as the end of a text."""
-    pad, eos = generation_config.pad_token_id, generation_config.eos_token_id
-    if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
-        return [mask_token_id]
-    return [mask_token_id, pad]
 
 
 __all__ = ["BlockWriter", "Drawn", "Page", "Record"]

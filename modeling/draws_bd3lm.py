@@ -8,19 +8,34 @@ import torch
 # Precision of the probabilities that tokens are drawn from, by the name that a generation config gives it.
 SAMPLING_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
+Generators = torch.Generator | list[torch.Generator] | None  # a source of randomness, or one per row
+
 
 def wide_float(device: torch.device) -> torch.dtype:
     """float64, as in the published samplers, where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def random_uniform(
-    shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """Uniform numbers on [0, 1), as wide as possible, drawn where the generator lives and needed on `device`."""
+def random_uniform(shape: Sequence[int], device: torch.device, generator: Generators = None) -> torch.Tensor:
+    """Uniform numbers on [0, 1), as wide as possible, drawn where the generator lives and needed on `device`.
+
+    With a generator for each row of `shape`, a row gets the numbers that it would get alone.
+    """
+    if isinstance(generator, list):
+        return torch.stack([random_uniform(shape[1:], device, source) for source in generator])
     home = device if generator is None else generator.device
     drawn = torch.rand(tuple(shape), generator=generator, device=home, dtype=wide_float(home))
     return drawn.to(device, wide_float(device), non_blocking=device.type != "cpu")
+
+
+def check_sources(generator: Generators, batch: int) -> None:
+    """Refuse a list of generators that does not have one for each row.
+
+    Raises:
+        ValueError: tells both numbers.
+    """
+    if isinstance(generator, list) and len(generator) != batch:
+        raise ValueError(f"{len(generator)} generators for {batch} rows: give one for each row, or a single one.")
 
 
 def draw_tokens(scores: torch.Tensor, uniform: torch.Tensor, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -60,4 +75,13 @@ def token_probability(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tenso
     return (scores.gather(1, tokens.unsqueeze(1)).squeeze(1) - scores.logsumexp(dim=-1)).exp()
 
 
-__all__ = ["SAMPLING_DTYPES", "draw_published", "draw_tokens", "random_uniform", "token_probability", "wide_float"]
+__all__ = [
+    "SAMPLING_DTYPES",
+    "Generators",
+    "check_sources",
+    "draw_published",
+    "draw_tokens",
+    "random_uniform",
+    "token_probability",
+    "wide_float",
+]

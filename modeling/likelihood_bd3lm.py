@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from transformers.configuration_utils import PreTrainedConfig
 
 from .attention_bd3lm import Layout, token_layout
 from .configuration_bd3lm import SAMPLING_EPS
 from .head_bd3lm import cross_entropy
 from .loss_bd3lm import Scored, check_text, scored_tokens, sigma_of
-from .noise_bd3lm import Noise, draw_noise, mask_positions, per_token, rank_in_block, times
+from .noise_bd3lm import Noise, draw_noise, given_noise, mask_positions, per_token, rank_in_block, times
 from .schedules_bd3lm import noise_schedule
 from .streams_bd3lm import clean_cache, noisy_hidden
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .modeling_bd3lm import BD3LMForMaskedLM
 
 Generators = torch.Generator | list[torch.Generator] | None  # a source of randomness, or one per row
+Source = Noise | Generators  # the draws themselves, or where they come from
 
 _MAX_EXACT_BLOCK = 8
 _TOKEN_BUDGET = 2**14  # noisy tokens of one pass when scoring
@@ -42,6 +44,7 @@ def token_nll(
     estimator: str = "sampled",
     num_samples: int = 1,
     generator: torch.Generator | list[torch.Generator] | None = None,
+    noise: Noise | None = None,
 ) -> TokenNLL:
     r"""Bound on the negative log-likelihood of every token of a text.
 
@@ -69,18 +72,20 @@ def token_nll(
         labels: `(batch, length)`; -100 marks context, which is neither masked nor scored. Default: score everything.
         num_samples: draws per block, for the two random estimators.
         generator: source of randomness, or one per row, which makes a row's draws independent of its batch.
+        noise: the draws of one `"sampled"` estimate, see [`Noise`], in place of a source.
 
     Raises:
         ValueError: unknown estimator, `num_samples` below 1, a block too large for the exact sum, ids outside the
-            vocabulary, mask tokens in the text.
+            vocabulary, mask tokens in the text, noise for another estimate or another batch.
     """
     _check_estimator(model, estimator, num_samples, generator, input_ids.shape[0])
+    source = source_of(noise, generator, estimator, num_samples, input_ids.shape, model.config)
     labels = input_ids if labels is None else labels
     check_text(model, input_ids, labels)
     config = model.config
     layout = token_layout(attention_mask, input_ids.shape[1], config.block_size, device=input_ids.device)
     scored = scored_tokens(layout, labels, ignore_bos=config.ignore_bos, training=False)
-    draws = _ESTIMATORS[estimator](model, layout, scored, num_samples, generator)
+    draws = _ESTIMATORS[estimator](model, layout, scored, num_samples, source)
     with torch.no_grad():
         nll = _sum_over_masks(model, input_ids, layout, draws)
     return TokenNLL(nll, scored.counted.float())
@@ -113,6 +118,29 @@ def check_sampling(num_samples: int, generator: Generators, batch: int) -> None:
         raise ValueError(f"{len(generator)} generators for {batch} rows: give one for each row, or a single one.")
 
 
+def source_of(
+    noise: Noise | None,
+    generator: Generators,
+    estimator: str,
+    num_samples: int,
+    shape: torch.Size,
+    config: PreTrainedConfig,
+) -> Source:
+    """The draws that a caller gave for a batch of `shape`, or where they come from.
+
+    Raises:
+        ValueError: the draws are not those of one sampled estimate, or do not fit the batch.
+    """
+    if noise is None:
+        return generator
+    if estimator != "sampled" or num_samples != 1 or noise.draws != 1:
+        raise ValueError(
+            f"noise holds the draws of one sampled estimate, but estimator={estimator!r}, num_samples={num_samples} "
+            f"and draws={noise.draws}: use estimator='sampled' with one draw, or leave noise out."
+        )
+    return given_noise(*noise, shape, config)
+
+
 class Mask(NamedTuple):
     """One draw for every block of a batch."""
 
@@ -122,7 +150,7 @@ class Mask(NamedTuple):
 
 
 def _sampled(
-    model: "BD3LMForMaskedLM", layout: Layout, scored: Scored, num_samples: int, generator: Generators
+    model: "BD3LMForMaskedLM", layout: Layout, scored: Scored, num_samples: int, source: Source
 ) -> Iterator[Mask]:
     """Draws of t on [1e-3, 1] as published; a single full mask at block size 1."""
     config = model.config
@@ -131,7 +159,7 @@ def _sampled(
         return
     order = config.antithetic_sampling
     for _ in range(num_samples):
-        noise = rows_of_noise(model, scored, order, generator)
+        noise = rows_of_noise(model, scored, order, source)
         level = noise_schedule(config.noise)(times(noise.block_noise, SAMPLING_EPS, 1.0))
         masked = mask_positions(noise, level.move_chance, layout.block_ids) & scored.maskable
         weights = per_token(-level.loss_scaling, layout.block_ids) / num_samples
@@ -139,7 +167,7 @@ def _sampled(
 
 
 def stratified_masks(
-    model: "BD3LMForMaskedLM", layout: Layout, scored: Scored, num_samples: int, generator: Generators
+    model: "BD3LMForMaskedLM", layout: Layout, scored: Scored, num_samples: int, source: Source
 ) -> Iterator[Mask]:
     """Draws of the number k of masked tokens, spread over 1..n; weight n/k."""
     batch, length = scored.counted.shape
@@ -147,9 +175,9 @@ def stratified_masks(
     device = scored.counted.device
     block_ids = layout.block_ids.expand(batch, -1)
     sizes = torch.zeros(batch, blocks, device=device).scatter_add_(1, block_ids, scored.maskable.float())
-    shift = rows_of_noise(model, scored, "none", generator).block_noise
+    shift = rows_of_noise(model, scored, "none", source).block_noise
     for sample in range(num_samples):
-        noise = rows_of_noise(model, scored, "shuffled", generator)
+        noise = rows_of_noise(model, scored, "shuffled", source)
         # A single draw is stratified over the blocks of the batch; several are spread evenly over each block's 1..n.
         place = noise.block_noise if num_samples == 1 else (sample + shift) / num_samples
         chosen = torch.minimum((place * sizes).floor() + 1, sizes)
@@ -159,7 +187,7 @@ def stratified_masks(
 
 
 def _exact(
-    model: "BD3LMForMaskedLM", layout: Layout, scored: Scored, num_samples: int, generator: Generators
+    model: "BD3LMForMaskedLM", layout: Layout, scored: Scored, num_samples: int, source: Source
 ) -> Iterator[Mask]:
     """Every mask of a block once, with the weight 1 / (k C(n, k))."""
     size, (batch, length) = model.config.block_size, scored.counted.shape
@@ -188,16 +216,18 @@ def _exact(
 _ESTIMATORS = {"sampled": _sampled, "stratified": stratified_masks, "exact": _exact}
 
 
-def rows_of_noise(model: "BD3LMForMaskedLM", scored: Scored, order: str, generator: Generators) -> Noise:
+def rows_of_noise(model: "BD3LMForMaskedLM", scored: Scored, order: str, source: Source) -> Noise:
     """Noise of a batch; with a generator per row, a row's draws are those it would get alone and without padding."""
     batch, length = scored.valid.shape
     device, blocks = scored.valid.device, model.config.num_blocks(length)
-    if not isinstance(generator, list):
-        return draw_noise(batch, blocks, length, order=order, device=device, generator=generator)
+    if isinstance(source, Noise):
+        return Noise(*(field.to(device) for field in source))
+    if not isinstance(source, list):
+        return draw_noise(batch, blocks, length, order=order, device=device, generator=source)
     noise = Noise(*(torch.zeros(batch, size, device=device) for size in (blocks, length, blocks)))
-    for row, source in enumerate(generator):
+    for row, generator in enumerate(source):
         tokens = int(scored.valid[row].sum())
-        own = draw_noise(1, model.config.num_blocks(tokens), tokens, order=order, device=device, generator=source)
+        own = draw_noise(1, model.config.num_blocks(tokens), tokens, order=order, device=device, generator=generator)
         noise.token_noise[row, scored.valid[row]] = own.token_noise[0]
         noise.block_noise[row, : own.block_noise.shape[1]] = own.block_noise[0]
         noise.count_noise[row, : own.count_noise.shape[1]] = own.count_noise[0]
@@ -255,10 +285,12 @@ def _grouped(draws: Iterator[Mask], size: int) -> Iterator[list[Mask]]:
 __all__ = [
     "Generators",
     "Mask",
+    "Source",
     "TokenNLL",
     "check_sampling",
     "mask_losses",
     "rows_of_noise",
+    "source_of",
     "stratified_masks",
     "token_nll",
 ]

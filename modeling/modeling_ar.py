@@ -20,6 +20,7 @@ from .head_bd3lm import cross_entropy, weighted_cross_entropy
 from .likelihood_bd3lm import TokenNLL
 from .loss_bd3lm import check_text
 from .modeling_bd3lm import BD3LMLanguageModel, BD3LMModel
+from .noise_bd3lm import Noise
 from .pretrained_bd3lm import BD3LMOutput, register_auto_classes
 
 
@@ -122,6 +123,7 @@ class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
         estimator: str = "sampled",
         num_samples: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: Noise | None = None,
     ) -> TokenNLL:
         """The negative log-likelihood of every token in nats, exact; the first token of a text is not scored.
 
@@ -129,7 +131,7 @@ class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
             input_ids: `(batch, length)`.
             attention_mask: `(batch, length)`, zeros for padding on either side.
             labels: `(batch, length)`; -100 marks context, which is not scored. Default: score everything.
-            estimator, num_samples, generator: of the diffusion models; an autoregressive one needs no estimate.
+            estimator, num_samples, generator, noise: of the diffusion models; an autoregressive one needs no estimate.
 
         Raises:
             ValueError: ids outside the vocabulary, mask tokens in the text.

@@ -27,7 +27,7 @@ from .layers_bd3lm import (
 )
 from .likelihood_bd3lm import TokenNLL, token_nll
 from .loss_bd3lm import check_token_ids, denoising_loss
-from .noise_bd3lm import check_interval, given_noise
+from .noise_bd3lm import Noise, check_interval, given_noise
 from .packed_bd3lm import UNPACKED, PackedLinears, release_packed
 from .pretrained_bd3lm import BD3LMOutput, BD3LMPreTrainedModel, register_auto_classes
 from .sharding_bd3lm import is_sharded
@@ -366,6 +366,7 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMLanguageModel):
         estimator: str = "sampled",
         num_samples: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: Noise | None = None,
     ) -> TokenNLL:
         """Bound on the negative log-likelihood of every token; see [`token_nll`] in `likelihood_bd3lm.py`."""
         return token_nll(
@@ -376,6 +377,7 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMLanguageModel):
             estimator=estimator,
             num_samples=num_samples,
             generator=generator,
+            noise=noise,
         )
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> "BD3LMForMaskedLM":

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention_bd3lm import Layout, token_layout
 from .configuration_bd3lm import SAMPLING_EPS, SEDDConfig
-from .likelihood_bd3lm import TokenNLL, check_sampling, rows_of_noise
+from .likelihood_bd3lm import TokenNLL, check_sampling, rows_of_noise, source_of
 from .loss_bd3lm import Scored, check_text, corrupt, scored_tokens
 from .modeling_bd3lm import BD3LMForMaskedLM
 from .modeling_mdlm import MDLMModel
@@ -136,11 +136,12 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
         estimator: str = "sampled",
         num_samples: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: Noise | None = None,
     ) -> TokenNLL:
         """Bound on the negative log-likelihood of every token in nats, by noise levels t drawn on [1e-3, 1].
 
         Args:
-            input_ids, attention_mask, labels, generator: as in [`BD3LMForMaskedLM.token_nll`].
+            input_ids, attention_mask, labels, generator, noise: as in [`BD3LMForMaskedLM.token_nll`].
             estimator: `"sampled"`, each draw's t stratified over the batch; `"stratified"`, the draws of a text spread
                 evenly over the interval.
             num_samples: draws of t.
@@ -154,6 +155,7 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
                 f"'stratified' or 'sampled', with num_samples."
             )
         check_sampling(num_samples, generator, input_ids.shape[0])
+        source = source_of(noise, generator, estimator, num_samples, input_ids.shape, self.config)
         labels = input_ids if labels is None else labels
         check_text(self, input_ids, labels)
         layout = token_layout(attention_mask, input_ids.shape[1], self.config.block_size, device=input_ids.device)
@@ -161,7 +163,7 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
         nll = torch.zeros(input_ids.numel(), device=input_ids.device)
         shift = None
         for sample in range(num_samples):
-            noise = rows_of_noise(self, scored, self.config.antithetic_sampling, generator)
+            noise = rows_of_noise(self, scored, self.config.antithetic_sampling, source)
             if estimator == "stratified" and num_samples > 1:
                 shift = noise.block_noise if shift is None else shift
                 noise = noise._replace(block_noise=(sample + shift) / num_samples)

@@ -5,6 +5,7 @@ linear layer W from the vocabulary and a linear layer v of the progress. It is t
 block's tokens at a random noise level (Eq. 7). There is no tractable likelihood.
 """
 
+import copy
 import inspect
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,6 +20,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .configuration_ssdlm import SSDLMConfig
+from .generation_ssdlm import SSDLMGenerationConfig, SSDLMGenerationMixin
+from .saving_bd3lm import SelfContainedModel
 from .simplex_ssdlm import almost_one_hot, noisy_logits, simplex_schedule
 
 
@@ -35,13 +38,23 @@ class SSDLMOutput(ModelOutput):
     logits: torch.Tensor | None = None
 
 
-class SSDLMForMaskedLM(PreTrainedModel):
-    """Semi-autoregressive simplex diffusion over any masked-LM encoder of transformers."""
+class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
+    """Semi-autoregressive simplex diffusion over any masked-LM encoder of transformers.
+
+    ```python
+    >>> loss = model(input_ids=ids, labels=ids).loss
+    >>> text = model.generate(prompt, max_new_tokens=50, num_denoising_steps=100, projection="even")
+    ```
+    """
 
     config_class = SSDLMConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
+    generation_config_class = SSDLMGenerationConfig
     accepts_loss_kwargs = True
+    has_likelihood = False  # `token_nll` has nothing to give; the loss is no bound
+    # Low-rank adapters: attention and MLP of every layer of a RoBERTa or BERT encoder.
+    lora_targets = ("query", "key", "value", "intermediate.dense", "output.dense")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
@@ -55,8 +68,43 @@ class SSDLMForMaskedLM(PreTrainedModel):
             )
         self.embed_sum = nn.Linear(config.vocab_size, config.hidden_dim, bias=False)
         self.timestep = nn.Linear(1, config.hidden_dim)
+        self._adopt_special_tokens()
         self.loss_type = None  # type: ignore[assignment]  # nothing is shifted
         self.post_init()
+
+    @classmethod
+    def from_encoder(cls, encoder: PreTrainedModel, **fields: Any) -> "SSDLMForMaskedLM":
+        """A new model around the weights of a trained masked language model, such as RoBERTa.
+
+        The simplex layer begins as the encoder's word embeddings, the timestep layer fresh.
+
+        Args:
+            encoder: a masked language model of transformers; its weights are copied.
+            fields: of the configuration, beside `encoder_config`.
+
+        Raises:
+            ValueError: the encoder is no masked language model, or the fields do not fit it.
+        """
+        model = cls(cls.config_class(encoder_config=copy.deepcopy(encoder.config), **fields))
+        if type(model.model) is not type(encoder):
+            raise ValueError(
+                f"a {type(encoder).__name__} is no encoder to diffuse with: give a {type(model.model).__name__}, "
+                f"which predicts tokens."
+            )
+        model.model.load_state_dict(encoder.state_dict())
+        model.embed_sum.weight.data.copy_(cast(nn.Embedding, model.get_input_embeddings()).weight.data.T)
+        return model
+
+    @property
+    def dummy_inputs(self) -> dict[str, torch.Tensor]:
+        """Seeded inputs of a forward pass without a loss, on the CPU."""
+        config, generator = self.config, torch.Generator().manual_seed(0)
+        length = config.model_length - config.block_size
+        return {
+            "input_ids": torch.randint(0, config.vocab_size, (2, length), generator=generator),
+            "noisy_logits": torch.randn((2, config.block_size, config.vocab_size), generator=generator),
+            "timesteps": torch.tensor([0.1, 1.0]),
+        }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -75,6 +123,31 @@ class SSDLMForMaskedLM(PreTrainedModel):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.model.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; in the simplex layer, too, new tokens begin as their word embeddings.
+
+        Raises:
+            ValueError: the mask token would be cut off.
+        """
+        config = self.config
+        if new_num_tokens is not None and new_num_tokens <= config.mask_token_id:
+            raise ValueError(
+                f"new_num_tokens={new_num_tokens} would cut off mask_token_id={config.mask_token_id}: keep at least "
+                f"{config.mask_token_id + 1} tokens."
+            )
+        words = self.model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        old, size = self.embed_sum.weight.data, words.num_embeddings
+        if size != config.vocab_size:
+            weight = words.weight.data.T.to(old, copy=True)
+            weight[:, : old.shape[1]] = old[:, :size]
+            self.embed_sum = nn.Linear(size, config.hidden_dim, bias=False, device=old.device, dtype=old.dtype)
+            self.embed_sum.weight.data = weight
+            config.vocab_size = config.encoder_config.vocab_size = size
+        return words
 
     @can_return_tuple
     def forward(
@@ -220,6 +293,11 @@ class SSDLMForMaskedLM(PreTrainedModel):
         )
 
 
+SSDLMForMaskedLM.auto_classes = {
+    "AutoConfig": SSDLMConfig,
+    "AutoModelForMaskedLM": SSDLMForMaskedLM,
+    "AutoModelForCausalLM": SSDLMForMaskedLM,
+}
 SSDLMForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
 
 __all__ = ["SSDLMForMaskedLM", "SSDLMOutput"]

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from transformers.generation import GenerationConfig
 from transformers.generation.logits_process import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -119,4 +120,12 @@ class PlaceProcessors:
         return scores
 
 
-__all__ = ["NucleusLogitsProcessor", "PlaceProcessors"]
+def never_written(mask_token_id: int, generation_config: GenerationConfig) -> list[int]:
+    """Ids that are never produced: the mask, and padding unless it doubles as the end of a text."""
+    pad, eos = generation_config.pad_token_id, generation_config.eos_token_id
+    if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
+        return [mask_token_id]
+    return [mask_token_id, pad]
+
+
+__all__ = ["NucleusLogitsProcessor", "PlaceProcessors", "never_written"]

@@ -10,11 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from bd3lm_hf import cli
-from bd3lm_hf.evaluation import perplexity
-from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 
 
 def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
@@ -24,80 +21,6 @@ def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
     assert len(lines) == 1 and lines[0].startswith("error: "), err
     for part in parts:
         assert part in lines[0]
-
-
-# --- eval ------------------------------------------------------------------------------------------------------------
-
-
-def test_eval_prints_and_writes_what_the_library_computes(bd3lm, model_folder, text_file, tmp_path):
-    output = tmp_path / "result.json"
-    code, out, _ = bd3lm(
-        "eval", "--model", model_folder, "--dataset", text_file, "--estimator", "exact", "--output", output
-    )
-    assert code == 0
-    result = json.loads(output.read_text())
-    assert f"{result['perplexity']:.4f}" in out
-    assert result["estimator"] == "exact" and result["split"] == "validation" and result["length"] == 32
-    model = BD3LMForMaskedLM.from_pretrained(model_folder).eval()
-    arguments = cli.make_parser().parse_args(["eval", "--model", str(model_folder), "--dataset", str(text_file)])
-    _, tokenizer = cli.load(arguments)
-    rows = cli.pack(cli.load_text(str(text_file), split="validation"), tokenizer, length=32)
-    expected = perplexity(model, rows, estimator="exact")
-    assert result["nll"] == pytest.approx(expected.nll, abs=1e-6)
-    assert result["num_tokens"] == expected.num_tokens and result["bits_per_byte"] > 0
-
-
-def test_eval_scores_at_most_so_many_sequences(bd3lm, model_folder, text_file, tmp_path):
-    output = tmp_path / "result.json"
-    arguments = ["eval", "--model", model_folder, "--dataset", text_file, "--split", "train", "--output", output]
-    assert bd3lm(*arguments, "--max-sequences", 3, "--num-samples", 2)[0] == 0
-    assert json.loads(output.read_text())["num_sequences"] <= 3
-    assert bd3lm(*arguments, "--max-sequences", 1)[0] == 0
-    assert json.loads(output.read_text())["standard_error"] is None  # not a NaN, which is no JSON
-
-
-def test_eval_repeats_itself_with_its_seed(bd3lm, model_folder, text_file, tmp_path):
-    results = []
-    for number, seed in enumerate((1, 1, 2)):
-        output = tmp_path / f"{number}.json"
-        assert (
-            bd3lm("eval", "--model", model_folder, "--dataset", text_file, "--seed", seed, "--output", output)[0] == 0
-        )
-        results.append(json.loads(output.read_text())["nll"])
-    assert results[0] == results[1] != results[2]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "part"),
-    [
-        (("--dataset", "nowhere.txt"), "nowhere.txt"),
-        (("--dataset", "python-doc"), "python-docs"),
-        (("--dataset", "TEXT", "--split", "night"), "split is 'night'"),
-        (("--dataset", "TEXT", "--text-column", "body"), "body"),
-        (("--dataset", "TEXT", "--length", 4000), "fewer than one sequence of 4000"),
-        (("--dataset", "TEXT", "--batch-size", 0), "batch_size=0"),
-        (("--dataset", "TEXT", "--max-sequences", 0), "--max-sequences 0: give at least 1"),
-        (("--dataset", "TEXT", "--output", "no/folder/f.json"), "does not exist; make it first"),
-        (("--dataset", "TEXT", "--estimator", "magic"), "invalid choice: 'magic'"),
-        (("--dataset", "TEXT", "--device", "abacus"), "'abacus' is no device of this machine"),
-        (("--dataset", "TEXT", "--num-samples", 0), "num_samples"),
-        (("--dataset", "TEXT", "--length", -1), "length"),
-        (("--dataset", "TEXT", "--num-samples", "many"), "invalid int value: 'many'"),
-        ((), "required: --dataset"),
-    ],
-)
-def test_eval_refuses_bad_input_in_one_line(bd3lm, model_folder, text_file, arguments, part):
-    arguments = [text_file if argument == "TEXT" else argument for argument in arguments]
-    assert_refused(bd3lm("eval", "--model", model_folder, *arguments), part)
-
-
-def test_eval_refuses_a_model_that_it_can_not_score(bd3lm, tiny_tokenizer, text_file, tmp_path):
-    GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=32, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
-        tmp_path
-    )
-    tiny_tokenizer.save_pretrained(tmp_path)
-    result = bd3lm("eval", "--model", tmp_path, "--dataset", text_file)
-    assert_refused(result, "is a GPT2LMHeadModel, which this package can not score")
 
 
 # --- damaged checkpoints ---------------------------------------------------------------------------------------------
@@ -195,6 +118,19 @@ def test_train_gets_the_rest_of_the_line(bd3lm, monkeypatch):
     )
     assert bd3lm("train", "recipe.yaml", "--max_steps", 3)[0] == 0
     assert seen == [["recipe.yaml", "--max_steps", "3"]]
+
+
+def test_eval_of_texts_is_another_module_with_its_own_flags(bd3lm, monkeypatch, model_folder):
+    seen = []
+    generative = types.SimpleNamespace(
+        add_arguments=lambda parser: parser.add_argument("--judge"),
+        check=lambda arguments: seen.append(arguments.judge),
+        run=lambda arguments, model, tokenizer: seen.append(type(model).__name__),
+    )
+    monkeypatch.setitem(sys.modules, "bd3lm_hf.generative", generative)
+    assert bd3lm("eval", "--model", model_folder, "--generative", "--judge", "gpt2")[0] == 0
+    assert seen == ["gpt2", "BD3LMForMaskedLM"]
+    assert_refused(bd3lm("eval", "--model", model_folder, "--judge", "gpt2"), "unrecognized arguments: --judge")
 
 
 def test_train_reports_its_own_errors(bd3lm):

@@ -34,6 +34,7 @@ MODELS = {
     "bd3lm-4": {"model_type": "bd3lm", "block_size": 4},
     "mdlm": {"model_type": "mdlm"},
     "sedd": {"model_type": "sedd"},
+    "ssdlm": {"model_type": "ssdlm", "block_size": 4, "cond_dim": None, "num_denoising_steps": 3},
 }
 
 
@@ -60,15 +61,20 @@ def test_models_are_trained_once_and_compared_in_one_table(recipe, tmp_path, cap
     printed = capsys.readouterr().out
     rows = json.loads((tmp_path / "runs" / "comparison.json").read_text())
     assert [row["model"] for row in rows] == list(MODELS)
-    assert [row["exact"] for row in rows] == [True, False, False, False]
+    assert [row["exact"] for row in rows] == [True, False, False, False, False]
     assert {row["training_tokens"] for row in rows} == {2 * 4 * 16}
     for row in rows:
         # After two steps nobody is far from the uniform distribution over 300 ids.
-        assert 100 < row["perplexity"] < 1000 and 100 < row["generative_perplexity"] < 1000
-        assert row["forwards_per_token"] >= 1 and 0 < row["entropy"] <= torch.tensor(12.0).log() + 1e-6
+        assert 100 < row["generative_perplexity"] < 1000 and row["seconds_per_token"] > 0
+        assert 0 < row["entropy"] <= torch.tensor(12.0).log() + 1e-6
+    for row in rows[:4]:
+        assert 100 < row["perplexity"] < 1000 and row["forwards_per_token"] >= 1
         assert f"| {row['model']} | {'' if row['exact'] else '<= '}{row['perplexity']:.1f} |" in printed
+    # It has no likelihood, and three steps for each of three blocks that hold eleven tokens.
+    assert rows[4]["perplexity"] is None and rows[4]["forwards_per_token"] == pytest.approx(9 / 11)
+    assert "| ssdlm | none |" in printed and "`none` a model without a likelihood" in printed
     trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/model.safetensors")}
-    assert len(trained) == 4
+    assert len(trained) == 5
     assert bd3lm([*words, "--models", "ar", "mdlm"]) == 0
     assert {path: path.stat().st_mtime_ns for path in trained} == trained
     with pytest.raises(SystemExit):
@@ -78,7 +84,7 @@ def test_models_are_trained_once_and_compared_in_one_table(recipe, tmp_path, cap
 
 def test_the_shipped_recipe_names_the_papers_models():
     plan = read_plan([])
-    assert list(plan.models) == ["ar", "bd3lm-4", "bd3lm-8", "bd3lm-16", "mdlm", "sedd"]
+    assert list(plan.models) == ["ar", "bd3lm-4", "bd3lm-8", "bd3lm-16", "mdlm", "sedd", "ssdlm"]
     assert plan.judge == "ar" and len(plan.seeds) > 1
 
 
@@ -97,6 +103,7 @@ def test_the_command_line_overrides_the_recipe(recipe):
         (["--text_length", "x"], "text_length='x'"),
         (["--max_stepps", "3"], "'max_stepps' is no field of a run"),
         (["--max_steps"], "--max_steps has no value"),
+        (["--judge", "ssdlm"], "--judge ssdlm has no likelihood to score texts by"),
     ],
 )
 def test_bad_input_is_refused_before_any_training(words, message):
@@ -111,12 +118,14 @@ def test_a_recipe_without_models_is_refused(tmp_path):
 
 
 def test_means_and_ranges_are_printed_and_bounds_are_marked():
-    def row(model: str, seed: int, perplexity: float, exact: bool) -> Row:
+    def row(model: str, seed: int, perplexity: float | None, exact: bool) -> Row:
         return Row(model, seed, perplexity, exact, 1000, 10.0, 50.0, 2.0, 1.0, 0.001)
 
-    text = table([row("a", 1, 10.0, True), row("a", 2, 12.0, True), row("b", 1, 20.0, False)])
+    text = table(
+        [row("a", 1, 10.0, True), row("a", 2, 12.0, True), row("b", 1, 20.0, False), row("c", 1, None, False)]
+    )
     assert "| a | 11.0 (10.0 - 12.0) | 50.0 | 2.00 | 1.00 | 1.00 | 10 |" in text
-    assert "| b | <= 20.0 |" in text
+    assert "| b | <= 20.0 |" in text and "| c | none | 50.0 |" in text
 
 
 def test_texts_have_one_length_even_where_they_could_end(tiny_model):

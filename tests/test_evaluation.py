@@ -4,16 +4,21 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from bd3lm_hf import ARConfig, ARForCausalLM, MDLMConfig, MDLMForMaskedLM, SEDDConfig, SEDDForMaskedLM
 from bd3lm_hf.evaluation import (
+    PUBLISHED_BATCH,
     SequenceScore,
     batch_of,
+    check_estimator,
     perplexity,
+    published_noise,
     score_sequences,
     scored_tokens,
     summarize,
     unigram_perplexity,
 )
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.noise_bd3lm import stratify
 
 
 class _TokenNLL(NamedTuple):
@@ -64,12 +69,9 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
     assert coarse.bits_per_byte == pytest.approx(2.0 / math.log(2) / 4)
 
 
-@pytest.mark.parametrize("estimator", ["sampled", "stratified", "exact"])
+@pytest.mark.parametrize("estimator", ["sampled", "stratified", "exact", "published"])
 def test_the_batch_size_changes_rounding_only(model, sequences, estimator):
-    results = [
-        score_sequences(model, sequences, estimator=estimator, num_samples=2, batch_size=size, seed=3)
-        for size in (1, 3, 7)
-    ]
+    results = [score_sequences(model, sequences, estimator=estimator, batch_size=size, seed=3) for size in (1, 3, 7)]
     for result in results[1:]:
         assert [score.row for score in result] == [score.row for score in results[0]]
         assert [score.num_tokens for score in result] == [score.num_tokens for score in results[0]]
@@ -104,6 +106,99 @@ def test_estimates_agree_with_the_exact_bound_within_their_noise(model, sequence
     draws = torch.tensor([perplexity(model, sequences, num_samples=2, seed=seed).nll for seed in range(8)])
     error = draws.std().item() / math.sqrt(len(draws))
     assert abs(draws.mean().item() - exact.nll) < 4 * error + 1e-6
+
+
+# --- The published protocol ------------------------------------------------------------------------------------------
+
+
+def test_published_times_are_dealt_to_a_batch_in_order():
+    noise = published_noise(range(40), 40, num_blocks=3, length=12, seed=5)
+    places = torch.randperm(40, generator=torch.Generator().manual_seed(5))
+    for first, size in ((0, 16), (16, 16), (32, 8)):
+        times = noise.block_noise[places[first : first + size]]
+        stratum = (times * size * 3).floor()
+        assert stratum.tolist() == torch.arange(size * 3).view(size, 3).tolist()
+        # The same as the published deal of the same draws.
+        uniform = times * size * 3 - stratum
+        torch.testing.assert_close(stratify(uniform, order="published"), times, rtol=0, atol=1e-6)
+    assert noise.token_noise.shape == (40, 12) and noise.token_noise.min() >= 0 and noise.token_noise.max() < 1
+
+
+def test_the_published_noise_of_a_sequence_does_not_depend_on_who_scores_it():
+    whole = published_noise(range(20), 20, num_blocks=3, length=12)
+    part = published_noise([13, 2], 20, num_blocks=3, length=12)
+    for ours, theirs in zip(part, whole, strict=True):
+        assert torch.equal(ours, theirs[[13, 2]])
+    assert not torch.equal(
+        published_noise([13], 20, num_blocks=3, length=12, seed=1).block_noise, part.block_noise[:1]
+    )
+
+
+def test_the_published_estimate_is_the_evaluation_loss_at_its_noise(model, sequences):
+    rows = [sequence for sequence in sequences if len(sequence) == 32] * 5
+    assert len(rows) > PUBLISHED_BATCH
+    result = perplexity(model, rows, estimator="published", seed=2)
+    noise = published_noise(range(len(rows)), len(rows), num_blocks=8, length=32, seed=2)
+    ids = torch.tensor(rows)
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids, **noise._asdict()).loss
+    assert result.nll == pytest.approx(loss.item(), rel=1e-5)
+    assert result.num_tokens == 31 * len(rows)
+
+
+def test_the_first_token_is_never_scored_by_the_published_protocol(model, sequences):
+    expected = perplexity(model, sequences, estimator="published")
+    model.config.ignore_bos = False
+    assert perplexity(model, sequences, estimator="published")[:6] == expected[:6]
+    assert perplexity(model, sequences, estimator="stratified").num_tokens == expected.num_tokens + len(sequences)
+
+
+def test_the_published_protocol_agrees_with_the_exact_bound_within_its_noise(model, sequences):
+    exact = perplexity(model, sequences, estimator="exact")
+    draws = torch.tensor([perplexity(model, sequences, estimator="published", seed=seed).nll for seed in range(40)])
+    assert abs(draws.mean().item() - exact.nll) < 4 * draws.std().item() / math.sqrt(40) + 0.01
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "estimators"),
+    [
+        (MDLMForMaskedLM, MDLMConfig, "published stratified sampled"),
+        (SEDDForMaskedLM, SEDDConfig, "published stratified sampled"),
+        (ARForCausalLM, ARConfig, "published stratified sampled exact"),
+    ],
+)
+def test_every_baseline_has_the_published_estimate_and_says_what_it_has_not(
+    tiny_config, randomize, sequences, model_class, config_class, estimators
+):
+    names = ("vocab_size", "model_length", "hidden_dim", "cond_dim", "n_blocks", "n_heads", "dropout")
+    config = config_class(**{name: getattr(tiny_config, name) for name in names})
+    model = randomize(model_class(config), std=0.02).eval()
+    for estimator in ("published", "stratified", "sampled", "exact"):
+        if estimator in estimators:
+            check_estimator(model, estimator)
+            found = perplexity(model, sequences * 4, estimator=estimator)
+            assert abs(found.nll - math.log(47)) < 4 * found.standard_error + 0.05
+        else:
+            with pytest.raises(ValueError, match="estimator='exact'"):
+                check_estimator(model, estimator)
+
+
+def test_the_published_protocol_needs_a_model_that_takes_noise():
+    with pytest.raises(
+        ValueError, match="estimator='published' gives a model its noise, and the token_nll of Constant"
+    ):
+        check_estimator(ConstantModel(1.0), "published")
+
+
+def test_an_estimator_is_refused_before_a_text_is_scored(model):
+    with pytest.raises(ValueError, match="estimator='published' is one draw|num_samples=3"):
+        check_estimator(model, "published", num_samples=3)
+    model.config.block_size = 16
+    with pytest.raises(ValueError, match=r"2\^16 - 1 passes; the limit is block size 8.*Use estimator='stratified'"):
+        check_estimator(model, "exact")
+
+
+# --- What scoring leaves alone ---------------------------------------------------------------------------------------
 
 
 def test_evaluation_leaves_the_mode_and_the_random_state_alone(model, sequences):

@@ -1,17 +1,20 @@
 """The likelihood bounds of token_nll, on a toy whose bound is computed by brute force, and their agreement."""
 
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from published import GOLDEN, load_recorded, recorded_noise
+from safetensors.torch import load_file
 
 from bd3lm_hf.modeling import likelihood_bd3lm
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.modeling.noise_bd3lm import draw_noise
+from bd3lm_hf.modeling.noise_bd3lm import Noise, draw_noise
 
 
 @pytest.fixture(autouse=True)
@@ -354,6 +357,47 @@ def test_a_time_conditioned_model_is_scored_at_the_levels_it_was_masked_with(tin
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids).loss
     torch.testing.assert_close(score.nll.sum() / score.mask.sum(), loss, rtol=1e-5, atol=0)
+
+
+# --- Given draws -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bs4.full", "bs8.full", "bs16.full", "bs4.pad", "bs4.keep_bos"])
+def test_the_score_of_the_published_draws_equals_the_published_one_token_by_token(name):
+    cases = json.loads((GOLDEN / "02_bd3lm_loss" / "config.json").read_text())
+    case, recorded = cases["cases"][name], load_recorded("02_bd3lm_loss")
+    fields = {"block_size": case["block_size"], "ignore_bos": case["ignore_bos"]}
+    model = BD3LMForMaskedLM(BD3LMConfig(**{**cases["constructor"], **fields})).eval()
+    model.load_state_dict(load_file(GOLDEN / "01_bd3lm" / "weights.safetensors"))
+    draws = recorded_noise(recorded, name)
+    times = (recorded[f"{name}.t"][:, :: case["block_size"]] - 1e-3) / (1 - 1e-3)
+    noise = Noise(times, draws["token_noise"], torch.zeros_like(times))
+    # The published code never scores padding but does attend to it, and so does this call.
+    found = model.token_nll(recorded["x0"], noise=noise)
+    token_mask = recorded[f"{name}.token_mask"]
+    torch.testing.assert_close(found.nll * token_mask, recorded[f"{name}.nlls"], rtol=2e-5, atol=2e-5)
+    assert (found.mask * recorded.get("mask_pad" if name == "bs4.pad" else "mask_ones")).equal(token_mask)
+
+
+def test_given_draws_are_those_of_a_source(tiny_model):
+    ids = random_ids(3, 16)
+    expected = tiny_model.token_nll(ids, generator=torch.Generator().manual_seed(0))
+    given = draw_noise(3, 4, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(tiny_model.token_nll(ids, noise=given).nll, expected.nll)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"estimator": "exact"}, "noise holds the draws of one sampled estimate, but estimator='exact'"),
+        ({"num_samples": 2}, "num_samples=2 .*use estimator='sampled' with one draw, or leave noise out"),
+        ({"noise": draw_noise(2, 4, 16, draws=2)}, "draws=2"),
+        ({"noise": draw_noise(2, 3, 12)}, r"block_noise of shape \(2, 3\) does not fit this batch: give \(2, 4\)"),
+    ],
+)
+def test_draws_that_do_not_fit_are_refused(tiny_model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model.token_nll(random_ids(2, 16), **{"noise": draw_noise(2, 4, 16), **arguments})
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import torch
 from published import GOLDEN, load_recorded
 from safetensors.torch import load_file
-from transformers import AutoConfig, BertConfig
+from transformers import AutoConfig, AutoModel, BertConfig
 
 from bd3lm_hf.modeling.configuration_ssdlm import SSDLMConfig
 from bd3lm_hf.modeling.modeling_ssdlm import SSDLMForMaskedLM
@@ -139,6 +139,44 @@ def test_another_encoder_serves_as_well(tmp_path):
     torch.testing.assert_close(loaded(ids, **inputs).logits, model(ids, **inputs).logits)
 
 
+def test_dropout_is_the_encoders_unless_it_is_given():
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    fields = {"block_size": 4, "model_length": 16}
+    own = BertConfig(**sizes, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2)
+    config = SSDLMConfig.from_dict(SSDLMConfig(encoder_config=own, **fields).to_dict())
+    encoder = config.encoder_config
+    assert (config.dropout, encoder.hidden_dropout_prob, encoder.attention_probs_dropout_prob) == (0.3, 0.3, 0.2)
+    changed = SSDLMConfig.from_dict({**config.to_dict(), "dropout": 0.0}).encoder_config
+    assert (changed.hidden_dropout_prob, changed.attention_probs_dropout_prob) == (0.0, 0.0)
+    assert SSDLMConfig(**{**SIZES, "dropout": None}, **fields).dropout == 0.1
+
+
+@pytest.mark.parametrize("size", [22, 18])
+def test_the_vocabulary_can_grow_and_the_simplex_with_it(randomize, size, tmp_path):
+    model = randomize(SSDLMForMaskedLM(SSDLMConfig(**SIZES, block_size=4, model_length=16, mask_token_id=3)))
+    before = model.embed_sum.weight.clone()
+    model.resize_token_embeddings(size)
+    kept = min(size, 20)
+    assert torch.equal(model.embed_sum.weight[:, :kept], before[:, :kept])
+    assert torch.equal(model.embed_sum.weight[:, kept:], model.get_input_embeddings().weight.T[:, kept:])
+    model.save_pretrained(tmp_path)
+    loaded = SSDLMForMaskedLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.vocab_size == loaded.config.encoder_config.vocab_size == size
+    assert loaded(**loaded.dummy_inputs).logits.shape == (2, 4, size)
+
+
+def test_the_mask_token_is_not_cut_off(tiny):
+    with pytest.raises(ValueError, match="new_num_tokens=19 would cut off mask_token_id=19: keep at least 20"):
+        tiny.resize_token_embeddings(19)
+
+
+def test_an_encoder_without_a_head_is_no_encoder_to_diffuse_with():
+    encoder = AutoModel.from_config(AutoConfig.for_model("roberta", vocab_size=20, hidden_size=16, num_hidden_layers=1,
+                                                         num_attention_heads=2, intermediate_size=32))  # fmt: skip
+    with pytest.raises(ValueError, match="a RobertaModel is no encoder to diffuse with: give a RobertaForMaskedLM"):
+        SSDLMForMaskedLM.from_encoder(encoder, block_size=4, model_length=16)
+
+
 def test_a_likelihood_is_refused(tiny):
     with pytest.raises(ValueError, match="SSD-LM has no tractable likelihood"):
         tiny.token_nll(torch.tensor([[3, 4]]))
@@ -164,10 +202,17 @@ def test_noise_that_does_not_fit_is_refused(tiny):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"block_size": 20}, "block_size=20 leaves no room for context in a window of model_length=16"),
         ({"block_size": 16}, "block_size=16 leaves no room for context in a window of model_length=16"),
         ({"one_hot_value": 0}, "one_hot_value=0: the scale K of the simplex must be above 0"),
+        ({"one_hot_value": -5}, "one_hot_value=-5: the scale K of the simplex must be above 0"),
         ({"num_train_timesteps": 0}, "num_train_timesteps=0: give a whole number of at least 1"),
         ({"encoder_config": {"model_type": "nothing"}}, "encoder_config has model_type='nothing'"),
+        ({"encoder_config": {"model_type": "gpt2"}}, "encoder_config is a GPT2Config, of which .* no masked language"),
+        (
+            {"encoder_config": AutoConfig.for_model("distilbert"), "dropout": 0.2},
+            "dropout=0.2: a DistilBertConfig has no hidden_dropout_prob",
+        ),
         ({"encoder_config": AutoConfig.for_model("roberta", max_position_embeddings=17)}, "give at most 15"),
     ],
 )
@@ -184,3 +229,17 @@ def test_an_encoder_without_inputs_embeds_is_refused(monkeypatch):
     monkeypatch.setattr("bd3lm_hf.modeling.modeling_ssdlm.AutoModelForMaskedLM.from_config", lambda config: Encoder())
     with pytest.raises(ValueError, match="a Encoder takes no inputs_embeds"):
         SSDLMForMaskedLM(SSDLMConfig(**SIZES, block_size=4, model_length=16))
+
+
+def test_recomputing_activations_changes_no_gradient(tiny):
+    ids = torch.randint(3, 19, (2, 12), generator=torch.Generator().manual_seed(4))
+    noise = {"block_noise": torch.rand(2, 2), "count_noise": torch.rand(2, 2)}
+    gradients = []
+    for recompute in (False, True):
+        if recompute:
+            tiny.train().gradient_checkpointing_enable()
+        tiny.zero_grad()
+        tiny(ids, labels=ids, **noise).loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in tiny.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)

@@ -214,7 +214,9 @@ def test_the_version_is_written_once(setup_cfg):
 
 
 @pytest.mark.parametrize(
-    "name", ["BD3LMConfig", "BD3LMForMaskedLM", "BD3LMGenerationConfig", "BD3LMModel", "TokenNLL", "noise_schedule"]
+    "name",
+    ["BD3LMConfig", "BD3LMForMaskedLM", "BD3LMGenerationConfig", "BD3LMModel", "SSDLMConfig", "SSDLMForMaskedLM"]
+    + ["SSDLMGenerationConfig", "TokenNLL", "noise_schedule"],
 )
 def test_a_public_name_is_importable_and_announced(name):
     assert name in bd3lm_hf.__all__

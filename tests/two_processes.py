@@ -17,10 +17,14 @@ from datasets import Dataset
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from bd3lm_hf import cli
 from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights
+from bd3lm_hf.evaluation import SequenceScore
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import noise_of_examples
+from bd3lm_hf.scores import ScoresFile
+from bd3lm_hf.tokenization import train_tokenizer
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.callbacks import SampleCallback
 from bd3lm_hf.training.ema import WeightAverage
@@ -191,6 +195,27 @@ def by_hand(rank: int) -> dict:
     }
 
 
+def save_scored(folder: Path) -> None:
+    """A model with its tokenizer, and a text for it."""
+    lines = "".join(f"Line {number} of a text that two processes share.\n" for number in range(120))
+    (folder / "text.txt").write_text(lines)
+    tokenizer = train_tokenizer([lines], vocab_size=300)
+    sizes = {"block_size": 4, "model_length": 32, "hidden_dim": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2}
+    config = BD3LMConfig(vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id, **sizes)
+    model = BD3LMForMaskedLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+
+
+def evaluation_of(folder: Path, output: Path, *arguments: str) -> list[str]:
+    """The arguments of `bd3lm` that score the text."""
+    given = ["--model", str(folder / "model"), "--dataset", str(folder / "text.txt"), "--split", "train"]
+    return ["eval", *given, "--device", "cpu", "--batch-size", "3", "--output", str(output), *arguments]
+
+
 def work(rank: int, port: int, folder: str) -> None:
     """Everything one process does."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -205,6 +230,11 @@ def work(rank: int, port: int, folder: str) -> None:
         ),
         "bf16": train(out / "bf16", ShardedTrainer, per_device_train_batch_size=4, max_steps=1, bf16=True),
         "by hand": by_hand(rank),
+        "eval": [
+            cli.main(evaluation_of(out, out / f"eval-{estimator}.json", "--estimator", estimator))
+            for estimator in ("published", "stratified")
+        ],
+        "refused": cli.main(evaluation_of(out, out / "eval-refused.json", "--seed", "1")),
     }
     torch.save(results, out / f"results-{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -215,6 +245,11 @@ def run_two_processes(folder: Path) -> tuple[dict, dict]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
+    save_scored(folder)
+    # What an interrupted run with another seed left there is for the first process to see, and for both to obey.
+    interrupted = ScoresFile(folder / "eval-refused.scores.jsonl")
+    interrupted.begin({"seed": 0})
+    interrupted.append({"seed": 0}, [SequenceScore(0, 1.0, 1)], 1.0)
     context = torch.multiprocessing.spawn(work, (port, str(folder)), nprocs=2, join=False)
     deadline = time.monotonic() + SECONDS
     while not context.join(timeout=1):

@@ -61,10 +61,17 @@ class ModelArguments:
         default=None, metadata={"help": "Noisy streams that share one clean stream in a step; the loss is their mean."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel: eager, sdpa or flex."})
+    num_denoising_steps: int | None = field(
+        default=None, metadata={"help": "Steps of a block when samples are written; saved in the generation config."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_denoising_steps is not None and self.num_denoising_steps < 1:
+            raise ValueError(f"--num_denoising_steps {self.num_denoising_steps}: give a whole number of at least 1.")
 
     def config_fields(self) -> dict[str, Any]:
         """The configuration fields that were given, by name."""
-        own = ("model_type", "init_from", "attn_implementation")
+        own = ("model_type", "init_from", "attn_implementation", "num_denoising_steps")
         return {name: value for name, value in asdict(self).items() if name not in own and value is not None}
 
 

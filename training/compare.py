@@ -20,8 +20,8 @@ import yaml
 from transformers.utils import logging
 
 from bd3lm_hf.checkpoints import load_model
-from bd3lm_hf.training.arguments import field_names
-from bd3lm_hf.training.train import RESULTS_NAME, run
+from bd3lm_hf.training.arguments import ModelArguments, field_names
+from bd3lm_hf.training.train import RESULTS_NAME, model_class, run
 
 
 logger = logging.get_logger("bd3lm_hf.compare")
@@ -50,7 +50,7 @@ class Row(NamedTuple):
 
     model: str
     seed: int
-    perplexity: float  # held-out text
+    perplexity: float | None  # held-out text; None without a likelihood
     exact: bool  # else an upper bound
     training_tokens: int
     training_tokens_per_second: float
@@ -91,6 +91,8 @@ def read_plan(argv: Sequence[str]) -> Plan:
             raise ValueError(f"{name!r} is no field of a run, and none of {', '.join(_OWN_FIELDS)}: see --help.")
     models = {name: recipe["models"][name] for name in chosen}
     judge = str(fields.get("judge") or next(iter(models)))
+    if judge in models:
+        _check_judge(judge, model_class({**common, **models[judge]}.get("model_type", ModelArguments.model_type)))
     folder = Path(fields.get("output_dir", "bd3lm-comparison"))
     return Plan(models, seeds, fields["num_texts"], fields["text_length"], judge, common, folder)
 
@@ -125,8 +127,8 @@ def compare(plan: Plan) -> list[Row]:
             Row(
                 model=name,
                 seed=seed,
-                perplexity=result["after"]["perplexity"],
-                exact=model.exact_likelihood,
+                perplexity=result["after"].get("perplexity"),
+                exact=getattr(model, "exact_likelihood", False),
                 training_tokens=tokens,
                 training_tokens_per_second=_speed(result),
                 generative_perplexity=judged_perplexity(judge, written.ids),
@@ -163,7 +165,15 @@ def _trained(plan: Plan, name: str, seed: int) -> dict[str, Any]:
 
 def _judge(plan: Plan, seed: int) -> Any:
     name = str(_folder(plan, plan.judge, seed)) if plan.judge in plan.models else plan.judge
-    return load_model(name, argument="--judge").eval()
+    model = load_model(name, argument="--judge").eval()
+    _check_judge(plan.judge, model)
+    return model
+
+
+def _check_judge(name: str, model: Any) -> None:
+    """Refuse a judge, a model or its class, that can not score texts."""
+    if not getattr(model, "has_likelihood", True):
+        raise ValueError(f"--judge {name} has no likelihood to score texts by: name another model of the comparison.")
 
 
 def _speed(result: Mapping[str, Any]) -> float:
@@ -229,8 +239,9 @@ def table(rows: Sequence[Row]) -> str:
     for name in dict.fromkeys(row.model for row in rows):
         mine = [row for row in rows if row.model == name]
         sign = "" if all(row.exact for row in mine) else "<= "
+        perplexities = [row.perplexity for row in mine if row.perplexity is not None]
         cells = [
-            sign + _spread([row.perplexity for row in mine], 1),
+            sign + _spread(perplexities, 1) if perplexities else "none",
             _spread([row.generative_perplexity for row in mine], 1),
             _spread([row.entropy for row in mine], 2),
             _spread([row.forwards_per_token for row in mine], 2),
@@ -240,7 +251,10 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     seeds = len({row.seed for row in rows})
     tokens = ", ".join(f"{n:,}" for n in sorted({row.training_tokens for row in rows}))
-    lines.append(f"\n{tokens} training tokens, {seeds} seed{'s' if seeds > 1 else ''}; `<=` marks an upper bound.")
+    lines.append(
+        f"\n{tokens} training tokens, {seeds} seed{'s' if seeds > 1 else ''}; `<=` marks an upper bound, "
+        "`none` a model without a likelihood."
+    )
     return "\n".join(lines)
 
 

@@ -6,25 +6,19 @@ ignored without a word.) Free to change are how long the run is, how it is laid 
 evaluates and saves. The interval of noise levels is no part of it: a search moves it, and the weights carry it.
 """
 
-import hashlib
 import json
-from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers.utils import logging
 
+from bd3lm_hf.fingerprint import config_identity, data_identity, tokenizer_identity
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 
 
 logger = logging.get_logger("bd3lm_hf.train")
 
 _HASHED_SEQUENCES = 1024
-# Of a configuration, what says where a model comes from and how it runs, not what it computes.
-_FREE_CONFIG = {"_name_or_path", "architectures", "attn_backend", "auto_map", "dtype", "torch_dtype", "return_dict"}
-_FREE_CONFIG |= {"output_attentions", "output_hidden_states", "transformers_version", "use_cache"}
-_FREE_CONFIG |= {"sampling_eps_min", "sampling_eps_max"}
 _TRAINING = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
@@ -45,8 +39,7 @@ def run_identity(
         global_batch_size: sequences of one optimizer step.
     """
     parameters = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    config = {name: value for name, value in model.config.to_dict().items() if name not in _FREE_CONFIG}
-    config |= {"parameters": sum(size for size, _ in parameters)}
+    config = config_identity(model.config) | {"parameters": sum(size for size, _ in parameters)}
     config |= {"trained parameters": sum(size for size, trained in parameters if trained)}
     training = {name: getattr(args, name, None) for name in _TRAINING}
     training |= {"global batch size": global_batch_size, "seed": args.seed, "data_seed": data_seed}
@@ -54,8 +47,8 @@ def run_identity(
         training |= {"ema_decay": args.ema_decay, "ema_warmup": args.ema_warmup}
     identity = {
         "model": config,
-        "tokenizer": _tokenizer_identity(tokenizer),
-        "data": _data_identity(rows),
+        "tokenizer": tokenizer_identity(tokenizer),
+        "data": data_identity(rows, sample=_HASHED_SEQUENCES),
         "training": training,
         "length": {name: getattr(args, name) for name in _LENGTH},
     }
@@ -92,26 +85,6 @@ def _compare(section: str, old: dict[str, Any], new: dict[str, Any]) -> list[str
         for name in before
         if name in now and before[name] != now[name]
     ]
-
-
-def _tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
-    if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
-        return {}
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    digest = hashlib.sha256(json.dumps([vocabulary, sorted(tokenizer.all_special_ids)]).encode()).hexdigest()
-    return {"tokens": len(vocabulary), "sha256 of the vocabulary": digest[:16]}
-
-
-def _data_identity(rows: Any) -> dict[str, Any]:
-    """Number of sequences and a hash of 1024 of them, spread evenly; a stream says itself what it depends on."""
-    if not isinstance(rows, Sized):
-        return {"kind": "a stream", **getattr(rows, "identity", {})}
-    digest = hashlib.sha256()
-    for index in range(0, len(rows), max(1, -(-len(rows) // _HASHED_SEQUENCES))):
-        row = rows[index]  # type: ignore[index]
-        for name in ("input_ids", "labels"):
-            digest.update(np.asarray(row.get(name, ()), dtype=np.int64).tobytes())
-    return {"kind": "sequences", "sequences": len(rows), "sha256 of the sequences": digest.hexdigest()[:16]}
 
 
 __all__ = ["check_same_run", "run_identity"]

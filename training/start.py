@@ -18,8 +18,16 @@ from bd3lm_hf.tokenization import check_tokenizer_fits
 logger = logging.get_logger("bd3lm_hf.train")
 
 _INTERVAL = ("sampling_eps_min", "sampling_eps_max")
-# These shape the weights, or what they have learned to read; any other field may change.
-_SHAPE = ("hidden_dim", "n_blocks", "n_heads", "cond_dim", "adaln", "time_conditioning")
+# These shape the weights, or what they have learned to read; any other field may change. Beside them what
+# transformers' own models call them.
+_SHAPE = {
+    "hidden_dim": "hidden_size",
+    "n_blocks": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "cond_dim": None,
+    "adaln": None,
+    "time_conditioning": None,
+}
 
 
 def check_shape(name: str, fields: dict[str, Any], *, argument: str = "--init_from") -> None:
@@ -31,11 +39,12 @@ def check_shape(name: str, fields: dict[str, Any], *, argument: str = "--init_fr
         ValueError: such a field, or a checkpoint that can not be read.
     """
     config = read_config(name, argument=argument)
-    wrong = [field for field in _SHAPE if field in fields and fields[field] != getattr(config, field, None)]
+    own = {field: getattr(config, field, getattr(config, other or field, None)) for field, other in _SHAPE.items()}
+    wrong = [field for field, value in own.items() if field in fields and fields[field] != value]
     if wrong:
         raise ValueError(
             f"--{wrong[0]} {fields[wrong[0]]} contradicts {argument} {name}, whose {wrong[0]} is "
-            f"{getattr(config, wrong[0], None)}: the checkpoint decides the shape of the network, so leave out "
+            f"{own[wrong[0]]}: the checkpoint decides the shape of the network, so leave out "
             f"{', '.join('--' + field for field in wrong)}."
         )
 
@@ -97,4 +106,29 @@ def _of_new_blocks(old: BD3LMConfig, changes: dict[str, Any]) -> dict[str, Any]:
     return {"var_min": True, "sampling_eps_min": SAMPLING_EPS, "sampling_eps_max": 1.0, **changes}
 
 
-__all__ = ["check_shape", "start_from"]
+def start_around(
+    head: Any, name: str, tokenizer: Any, fields: dict[str, Any], *, argument: str = "--init_from", **options: Any
+) -> Any:
+    """A new model around the weights of a trained encoder, such as RoBERTa; its other layers are fresh.
+
+    Args:
+        head: class of the model, with a `from_encoder`.
+        name: folder or hub name of the encoder, with its tokenizer.
+        fields: configuration fields of the new model.
+
+    Raises:
+        ValueError: fields that the model does not have or the encoder contradicts, weights that are missing.
+    """
+    unknown = [field for field in fields if not hasattr(head.config_class, field)]
+    if unknown:
+        raise ValueError(
+            f"--{unknown[0]} {fields[unknown[0]]}: a {head.__name__} has no such field; leave out "
+            f"{', '.join('--' + field for field in unknown)}."
+        )
+    check_shape(name, fields, argument=argument)
+    encoder = load_model(name, argument=argument, spare=True, dtype=torch.float32, **options)
+    special = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad", "mask")}
+    return head.from_encoder(encoder, **special, **fields)
+
+
+__all__ = ["check_shape", "start_around", "start_from"]

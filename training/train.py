@@ -23,13 +23,20 @@ if __name__ == "__main__" and (_CHECKOUT / "setup.cfg").is_file():
 import accelerate  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, pipeline, set_seed  # noqa: E402
+from transformers import (  # noqa: E402
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    pipeline,
+    set_seed,
+)
 from transformers.utils import logging  # noqa: E402
 
 import bd3lm_hf  # noqa: E402
 from bd3lm_hf.adapters import adapter_base, add_adapters  # noqa: E402
 from bd3lm_hf.checkpoints import read_config  # noqa: E402
 from bd3lm_hf.evaluation import Perplexity, scored_tokens, unigram_perplexity  # noqa: E402
+from bd3lm_hf.heldout_loss import HeldOutLoss  # noqa: E402
 from bd3lm_hf.streaming import PackedStream  # noqa: E402
 from bd3lm_hf.tokenization import check_tokenizer_fits  # noqa: E402
 from bd3lm_hf.training.arguments import (  # noqa: E402
@@ -52,7 +59,7 @@ from bd3lm_hf.training.output import (  # noqa: E402
     recover_output_dir,
     write_atomically,
 )
-from bd3lm_hf.training.start import check_shape, start_from  # noqa: E402
+from bd3lm_hf.training.start import check_shape, start_around, start_from  # noqa: E402
 from bd3lm_hf.training.trainer import BD3LMTrainer  # noqa: E402
 
 
@@ -73,8 +80,8 @@ class TrainResult:
     steps: int
     seed: int
     losses: list[dict[str, float]] = field(default_factory=list)  # the trainer's log
-    before: Perplexity | None = None
-    after: Perplexity | None = None
+    before: Perplexity | HeldOutLoss | None = None
+    after: Perplexity | HeldOutLoss | None = None
     unigram_perplexity: float | None = None
     text: str | None = None
     seconds: float = 0.0
@@ -117,7 +124,9 @@ def run(argv: Sequence[str]) -> TrainResult:
     estimator = training.final_estimator or training.eval_estimator
     before = trainer.score(sequences.validation, estimator=estimator) if resume is None else None
     # Now that every process has the whole model; training may spread its weights over them.
-    unigram = unigram_of(model, sequences, training.eval_batch_size) if trainer.is_world_process_zero() else None
+    unigram = None
+    if trainer.is_world_process_zero() and getattr(model, "has_likelihood", True):
+        unigram = unigram_of(model, sequences, training.eval_batch_size)
     trainer.train(resume_from_checkpoint=resume)
     trainer.write_model(training.output_dir)
 
@@ -220,7 +229,7 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
     if arguments.attn_implementation is not None:
         keywords["attn_implementation"] = arguments.attn_implementation
     if arguments.init_from is not None:
-        model = start_from(arguments.init_from, tokenizer, arguments.config_fields(), **keywords)
+        model = start(arguments.model_type, arguments.init_from, tokenizer, arguments.config_fields(), **keywords)
     else:
         special = {
             f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "mask")
@@ -229,7 +238,17 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
         config = new_config(arguments.model_type, vocab_size=vocab_size, **special, **arguments.config_fields())
         model = AutoModelForCausalLM.from_config(config, **keywords)
     check_tokenizer_fits(tokenizer, model.config)
+    if arguments.num_denoising_steps is not None:
+        model.generation_config.num_denoising_steps = arguments.num_denoising_steps
     return model
+
+
+def start(model_type: str, name: str, tokenizer: Any, fields: dict[str, Any], **keywords: Any) -> Any:
+    """The model of a checkpoint, or a new one around it, where `--model_type` is built on a foreign encoder."""
+    head = model_class(model_type)
+    if hasattr(head, "from_encoder") and not isinstance(read_config(name, argument="--init_from"), head.config_class):
+        return start_around(head, name, tokenizer, fields, **keywords)
+    return start_from(name, tokenizer, fields, **keywords)
 
 
 def adapt(model: Any, arguments: RunArguments) -> Any:
@@ -265,11 +284,23 @@ def adapt(model: Any, arguments: RunArguments) -> Any:
 
 def new_config(model_type: str, **fields: Any) -> Any:
     """The configuration of a new model."""
-    try:
-        AutoConfig.for_model(model_type)
-    except ValueError as error:
-        raise ValueError(f"--model_type {model_type} is unknown: try --model_type bd3lm.") from error
-    return AutoConfig.for_model(model_type, **fields)
+    return config_class(model_type)(**fields)
+
+
+def config_class(model_type: str) -> Any:
+    """The class of the configurations of a type.
+
+    Raises:
+        ValueError: there is no such type.
+    """
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"--model_type {model_type} is unknown: try --model_type bd3lm.")
+    return CONFIG_MAPPING[model_type]
+
+
+def model_class(model_type: str) -> Any:
+    """The class of the models of a type; None where no text can be generated with it."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class(model_type), None)
 
 
 def unigram_of(model: Any, sequences: Sequences, batch_size: int) -> float:
@@ -309,15 +340,29 @@ def report(result: TrainResult) -> None:
 
 
 def table(result: TrainResult) -> str:
-    """Held-out perplexity before and after training, beside the unigram baseline."""
+    """Held-out perplexity before and after training, beside the unigram baseline; or the loss, where there is none."""
+    if isinstance(result.after, HeldOutLoss):
+        return _table_of_losses(result)
     rows = [("held-out text", "perplexity", "bits/byte", "nll +- s.e.")]
     for name, score in (("before training", result.before), ("after training", result.after)):
-        if score is not None:
+        if isinstance(score, Perplexity):
             bits = "" if score.bits_per_byte is None else f"{score.bits_per_byte:.3f}"
             rows.append((name, f"{score.perplexity:.1f}", bits, f"{score.nll:.3f} +- {score.standard_error:.3f}"))
     if result.unigram_perplexity is not None:
         rows.append(("unigram baseline", f"{result.unigram_perplexity:.1f}", "", ""))
     return "\n".join(f"{name:<18}{ppl:>12}{bits:>12}{error:>18}".rstrip() for name, ppl, bits, error in rows)
+
+
+def _table_of_losses(result: TrainResult) -> str:
+    lines = [f"{'held-out text':<18}{'loss +- s.e.':>18}"]
+    for name, score in (("before training", result.before), ("after training", result.after)):
+        if isinstance(score, HeldOutLoss):
+            lines.append(f"{name:<18}{f'{score.loss:.3f} +- {score.standard_error:.3f}':>18}")
+    lines.append(
+        "There is no perplexity: this kind of model has no likelihood, and its loss compares with no other model's. "
+        "Judge its texts."
+    )
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> TrainResult:

@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, Trai
 
 from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights
 from bd3lm_hf.evaluation import Perplexity, SequenceScore, score_sequences, summarize
+from bd3lm_hf.heldout_loss import HeldOutLoss, sequence_losses, summarize_losses
 from bd3lm_hf.streaming import PackedStream, read_position, write_position
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.averaging import AveragingTrainer
@@ -56,7 +57,8 @@ class BD3LMTrainer(SharingTrainer, AveragingTrainer):
     """Trainer of language models whose loss is a sum over noisy tokens divided by `num_items_in_batch`.
 
     Training examples come in a seeded order and carry their noise (see `training/examples.py`), so a run depends on
-    the seed and the global batch only. Evaluation scores the held-out sequences with `model.token_nll`.
+    the seed and the global batch only. Evaluation scores the held-out sequences with `model.token_nll`, or, where a
+    model says `has_likelihood = False`, with its training loss.
 
     Args:
         bytes_per_token: mean UTF-8 bytes of a token of the held-out text, for bits per byte.
@@ -261,6 +263,8 @@ class BD3LMTrainer(SharingTrainer, AveragingTrainer):
     ) -> dict[str, float]:
         """Score held-out sequences with the averaged weights, on all processes; logs nll, perplexity and bits.
 
+        Of a model without a likelihood it logs the loss alone.
+
         In training, with `args.interval_search`, the interval of noise levels is then searched on the (first) held-out
         set of the run.
 
@@ -288,36 +292,38 @@ class BD3LMTrainer(SharingTrainer, AveragingTrainer):
         result = self.score(dataset)
         if self.args.interval_search and self.is_in_train and dataset is self._interval_dataset():
             self.search_interval(dataset)
-        metrics = {"loss": result.nll, "nll": result.nll, "ppl": result.perplexity}
-        metrics |= {"standard_error": result.standard_error, "runtime": result.seconds}
-        if result.bits_per_byte is not None:
-            metrics["bits_per_byte"] = result.bits_per_byte
-        metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
+        metrics = {f"{prefix}_{name}": value for name, value in _metrics(result).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def score(self, sequences: Any, *, estimator: str | None = None) -> Perplexity:
+    def score(self, sequences: Any, *, estimator: str | None = None) -> Perplexity | HeldOutLoss:
         """Perplexity of `sequences` under the averaged weights, shared among all processes; each gets the result.
 
+        Of a model without a likelihood it is the loss.
+
         Args:
-            estimator: as in `token_nll`; `args.eval_estimator` by default.
+            estimator: as in `token_nll`; `args.eval_estimator` by default. A loss has none.
         """
         args = self.args
         started = SpeedMeter.now()
+        shared: dict[str, Any] = {
+            "indices": range(args.process_index, len(sequences), args.world_size),
+            "num_samples": args.eval_num_samples,
+            "batch_size": args.eval_batch_size,
+            "seed": self._data_seed,
+            "progress": self.is_world_process_zero() and not args.disable_tqdm,
+        }
         with self.averaged_weights() as model, self.accelerator.autocast():
-            scores = score_sequences(
-                model,
-                sequences,
-                indices=range(args.process_index, len(sequences), args.world_size),
-                estimator=estimator or args.eval_estimator,
-                num_samples=args.eval_num_samples,
-                batch_size=args.eval_batch_size,
-                seed=self._data_seed,
-                progress=self.is_world_process_zero() and not args.disable_tqdm,
-            )
+            likely = getattr(model, "has_likelihood", True)
+            if likely:
+                scores = score_sequences(model, sequences, estimator=estimator or args.eval_estimator, **shared)
+            else:
+                scores = sequence_losses(model, sequences, **shared)
         scores = [SequenceScore(*score) for score in gather_object(scores)] if args.world_size > 1 else scores
         seconds = SpeedMeter.now() - started
+        if not likely:
+            return summarize_losses(scores, seconds=seconds)
         return summarize(scores, bytes_per_token=self.bytes_per_token, seconds=seconds)
 
     def _interval_dataset(self) -> Any:
@@ -443,6 +449,15 @@ class BD3LMTrainer(SharingTrainer, AveragingTrainer):
         weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         return weights + (8 if self.averaging is None else 12) * trained
+
+
+def _metrics(result: Perplexity | HeldOutLoss) -> dict[str, float]:
+    """What is logged of an evaluation."""
+    measured = {"standard_error": result.standard_error, "runtime": result.seconds}
+    if isinstance(result, HeldOutLoss):
+        return {"loss": result.loss, **measured}
+    bits = {} if result.bits_per_byte is None else {"bits_per_byte": result.bits_per_byte}
+    return {"loss": result.nll, "nll": result.nll, "ppl": result.perplexity, **measured, **bits}
 
 
 __all__ = ["BD3LMTrainer", "TrainingDivergedError"]
