@@ -7,7 +7,7 @@ import pytest
 import torch
 from sharing import make_adapter
 
-from bd3lm_hf import ARConfig, ARForCausalLM, SEDDConfig, SEDDForMaskedLM
+from bd3lm_hf import ARConfig, ARForCausalLM, SEDDConfig, SEDDForMaskedLM, SSDLMConfig, SSDLMForMaskedLM
 from bd3lm_hf.hub_upload import alone, check
 from bd3lm_hf.hub_upload.check import check_alone, make_probe
 from bd3lm_hf.hub_upload.errors import CheckError
@@ -103,6 +103,14 @@ def test_an_adapter_is_checked_on_its_base(model_folder, tmp_path):
 def test_baselines_are_checked_likewise(config_class, model_class, randomize, tmp_path):
     config = config_class(vocab_size=48, model_length=16, hidden_dim=32, cond_dim=16, n_blocks=1, n_heads=2)
     model = randomize(model_class(config)).eval()
+    model.save_pretrained(tmp_path)
+    check_here(tmp_path, make_probe(model))
+
+
+def test_simplex_diffusion_is_checked_likewise(tmp_path):
+    fields = {"hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "block_size": 4, "model_length": 16}
+    model = SSDLMForMaskedLM(SSDLMConfig(vocab_size=48, **fields)).eval()
+    model.generation_config.num_denoising_steps = 2
     model.save_pretrained(tmp_path)
     check_here(tmp_path, make_probe(model))
 
