@@ -58,6 +58,7 @@ def curves(runs: Sequence[Run]) -> list[Figure]:
         figure, axes = _axes()
         if draw(axes, runs):
             axes.set_xlabel("optimizer steps")
+            axes.set_xlim(left=0)
             _legend(axes)
             figures.append(Figure(name, caption, figure))
     return figures
@@ -132,6 +133,7 @@ def intervals(runs: Sequence[Run]) -> Figure | None:
     if not axes.lines:
         return None
     axes.set_ylim(-0.02, 1.04)
+    axes.set_xlim(left=0)
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("mask rate (share of a block's tokens)")
     _legend(axes)
@@ -141,7 +143,7 @@ def intervals(runs: Sequence[Run]) -> Figure | None:
 
 
 def variances(run: Run, number: int) -> Figure | None:
-    """Heat maps of the variance of the loss over both ends of the interval, one for each of some searches."""
+    """Heat maps of the variance of the loss over lower end and width, one for each of some searches."""
     if not run.searches:
         return None
     from matplotlib.colors import LogNorm
@@ -158,10 +160,9 @@ def variances(run: Run, number: int) -> Figure | None:
     every = drawing.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     norm, mesh = LogNorm(min(values), max(max(values), min(values) * 1.01)), None
     for axes, search in zip(every.ravel(), shown, strict=False):
-        low, high, variance = _grid(search)
-        mesh = axes.pcolormesh(low, high, variance, norm=norm, cmap="viridis", shading="nearest")
-        ends = search["interval"]
-        axes.plot(*(round(end, 2) for end in ends), marker="*", markersize=13, color="white", markeredgecolor="black")
+        low, width, variance = _grid(search)
+        mesh = axes.pcolormesh(low, width, variance, norm=norm, cmap="viridis", shading="nearest")
+        axes.plot(*_place(search["interval"]), marker="*", markersize=13, color="white", markeredgecolor="black")
         kept = "" if search.get("adopted", True) else ", not adopted"
         axes.set_title(f"step {search['step']:,}{kept}", fontsize=9, color=_INK)
     for axes in every.ravel():
@@ -170,7 +171,7 @@ def variances(run: Run, number: int) -> Figure | None:
     for axes in every.ravel()[count:]:
         axes.set_visible(False)
     drawing.supxlabel("lower end of the interval (mask rate)", fontsize=10, color=_INK)
-    drawing.supylabel("upper end (mask rate)", fontsize=10, color=_INK)
+    drawing.supylabel("width of the interval", fontsize=10, color=_INK)
     bar = drawing.colorbar(mesh, ax=every, shrink=0.9)
     bar.set_label("variance of a block's loss (nats²)", color=_INK)
     bar.ax.tick_params(which="both", colors=_SOFT, labelsize=8)
@@ -182,14 +183,16 @@ def variances(run: Run, number: int) -> Figure | None:
 
 
 def _grid(search: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lower ends, upper ends, and variances `(upper, lower)` with NaN where no interval was tried."""
-    tried = {
-        (round(candidate["interval"][0], 2), round(candidate["interval"][1], 2)): finite(candidate, "variance")
-        for candidate in search["candidates"]
-    }
-    low, high = (np.array(sorted({ends[side] for ends in tried})) for side in (0, 1))
-    table = [[tried.get((left, right)) for left in low.tolist()] for right in high.tolist()]
-    return low, high, np.array(table, dtype=float)
+    """Lower ends, widths, and variances `(widths, lower ends)` with NaN where no interval was tried."""
+    tried = {_place(each["interval"]): finite(each, "variance") for each in search["candidates"]}
+    low, width = (np.array(sorted({place[side] for place in tried})) for side in (0, 1))
+    table = [[tried.get((left, across)) for left in low.tolist()] for across in width.tolist()]
+    return low, width, np.array(table, dtype=float)
+
+
+def _place(interval: Sequence[float]) -> tuple[float, float]:
+    """Lower end and width of an interval, without the errors of its floats."""
+    return round(interval[0], 2), round(interval[1] - interval[0], 2)
 
 
 def quality(named: Named, number: int) -> Figure | None:
@@ -228,7 +231,7 @@ def _points(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _style(index: int) -> dict[str, Any]:
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": _LINES[index // len(COLOURS) % len(_LINES)]}
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": _LINES[index % len(_LINES)]}
 
 
 def _label(name: str) -> str:

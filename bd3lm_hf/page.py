@@ -79,8 +79,8 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], groups: Seq
             mark = ' <span role="img" aria-label="best" title="best">&#9733;</span>' if is_best else ""
             cells.append(f"<td{_kind(cell.is_number, is_best)}>{mark}{' ' if mark else ''}{cell.text}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    body = "\n".join(lines)
-    return f'<div class="table" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    body = f"<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>"
+    return f'<div class="table" tabindex="0"><table>\n{body}</table></div>'
 
 
 def _kind(is_number: bool, is_best: bool = False) -> str:
@@ -127,14 +127,14 @@ def _lede(material: Material) -> str:
     parts = [_count(n, noun) if n == 1 or noun not in plural else f"{n} {plural[noun]}" for n, noun in told if n]
     sentences = ["This page shows " + ", ".join(parts) + "."]
     scored = [(value, run) for run in material.runs if (value := finite(_after(run), "perplexity")) is not None]
-    if scored:
+    if scored and len({str(run.recipe.get("dataset")) for _, run in scored}) == 1:
         value, best = min(scored, key=lambda pair: pair[0])
-        name = f"<b>{html.escape(best.name)}</b>"
         gain = finite(best.results, "unigram_perplexity")
         beside = f", {gain / value:.1f} times below that of word frequencies alone ({gain:,.0f})" if gain else ""
-        bound = "a perplexity of" if best.is_exact else "a perplexity of at most"
-        who = f"{name} reached" if len(scored) == 1 else f"The lowest is that of {name}:"
-        sentences.append(f"{who} {bound} {value:,.1f} on its held-out text{beside}.")
+        bound = "" if best.is_exact else "at most "
+        who = "Its" if len(scored) == len(material.runs) == 1 else "The lowest"
+        name = html.escape(best.name)
+        sentences.append(f"{who} perplexity on held-out text is {bound}{value:,.1f} (<b>{name}</b>){beside}.")
     return " ".join(sentences)
 
 
@@ -158,7 +158,7 @@ def _perplexity(material: Material) -> str:
         Column("bits per byte", None, True),
         Column("scored tokens", None, True),
         Column("unigram", None, True),
-        Column("gain over unigram", None, True),
+        Column("below unigram", None, True),
     ]
     rows, groups = [], []
     for run in material.runs:
@@ -182,8 +182,8 @@ def _perplexity(material: Material) -> str:
         columns, rows = columns[:7], [row[:7] for row in rows]
     note = (
         "Lower is better. &le; marks an upper bound: the model's true perplexity is lower. After &plusmn; stands one "
-        "standard error. Unigram is the perplexity of word frequencies on the same tokens, and the gain how many times "
-        "the model is below it. Perplexities compare within one data set and vocabulary only, bits per byte across "
+        "standard error. Unigram is the perplexity of word frequencies on the same tokens; beside it stands how many "
+        "times lower the model is. Perplexities compare within one data set and vocabulary only, bits per byte across "
         "vocabularies. The star marks the lowest of a data set; between overlapping standard errors it is no proof."
     )
     return f'<p class="note">{note}</p>\n{table(columns, rows, groups)}'
@@ -224,8 +224,8 @@ def _quoted(text: str) -> str:
 def _noise(figures: Sequence[Figure]) -> str:
     note = (
         "A block-diffusion model is trained on text of which a random share is masked. How much that share varies "
-        "decides how noisy the training loss is. The search measures this noise for several intervals and goes on with "
-        "the one where it is lowest."
+        "decides how noisy the training loss is. The search measures this noise for several intervals and goes on "
+        "with the one where it is lowest."
     )
     return f"<p>{note}</p>\n{_figures(figures)}" if figures else ""
 
@@ -343,7 +343,8 @@ def _texts(samples: Sequence[Sample]) -> str:
     more = f'<p class="note">{left} more are not shown.</p>' if left else ""
     earlier = ""
     if len(blocks) > 1:
-        earlier = f"<details><summary>{_count(len(blocks) - 1, 'earlier text')}</summary>{''.join(blocks[:-1])}{more}</details>"
+        title = _count(len(blocks) - 1, "earlier text")
+        earlier = f"<details><summary>{title}</summary>{''.join(blocks[:-1])}{more}</details>"
     return blocks[-1] + earlier
 
 

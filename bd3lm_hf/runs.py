@@ -61,6 +61,8 @@ class Run:
     @property
     def estimator(self) -> str | None:
         """Of the likelihood after training, as the recipe has it; None: it does not say."""
+        if self.is_exact:
+            return "exact"
         name = self.recipe.get("final_estimator") or self.recipe.get("eval_estimator")
         draws = self.recipe.get("eval_num_samples", 1)
         return f"{name}, {draws} draws" if name and draws != 1 else name
@@ -153,7 +155,7 @@ def _read_into(material: Material, path: Path) -> None:
 def _kind(content: Any) -> Callable[[Material, Named], None] | None:
     """How to take in a result file, told by its fields; None: it is none."""
     if isinstance(content, list):
-        is_comparison = bool(content) and all(isinstance(row, dict) and _COMPARED <= row.keys() for row in content)
+        is_comparison = bool(content) and all(isinstance(row, dict) and row.keys() >= _COMPARED for row in content)
         return (lambda material, named: material.comparisons.append(named)) if is_comparison else None
     fields = content.keys() if isinstance(content, dict) else set()
     return next((add for known, add in _KINDS if known <= fields), None)
