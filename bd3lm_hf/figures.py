@@ -294,6 +294,7 @@ def _saved(figure: Figure, kind: str) -> bytes:
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name in a script that the font lacks
         figure.drawn.savefig(file, format=kind, **how)
+        figure.drawn.set_layout_engine("none")  # the places are found; the other format shares them
     return file.getvalue()
 
 

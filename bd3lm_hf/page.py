@@ -76,8 +76,8 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], groups: Seq
             values = [rival[place].value for rival in rivals]
             known = [value for value in values if value is not None]
             is_best = column.best is not None and len(known) > 1 and cell.value == column.best(known)
-            mark = ' <span role="img" aria-label="best" title="best">&#9733;</span>' if is_best else ""
-            cells.append(f"<td{_kind(cell.is_number, is_best)}>{mark}{' ' if mark else ''}{cell.text}</td>")
+            mark = '<span role="img" aria-label="best" title="best">&#9733;</span> ' if is_best else ""
+            cells.append(f"<td{_kind(cell.is_number, is_best)}>{mark}{cell.text}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     body = f"<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>"
     return f'<div class="table" tabindex="0"><table>\n{body}</table></div>'
@@ -178,13 +178,18 @@ def _perplexity(material: Material) -> str:
         groups.append((row["dataset"], row.get("split")))
     if not rows:
         return ""
-    if not any(row[7].value is not None for row in rows):
+    has_unigram = any(row[7].value is not None for row in rows)
+    if not has_unigram:
         columns, rows = columns[:7], [row[:7] for row in rows]
+    unigram = (
+        " Unigram is the perplexity of word frequencies on the same tokens; beside it stands how many times lower the "
+        "model is."
+    )
     note = (
         "Lower is better. &le; marks an upper bound: the model's true perplexity is lower. After &plusmn; stands one "
-        "standard error. Unigram is the perplexity of word frequencies on the same tokens; beside it stands how many "
-        "times lower the model is. Perplexities compare within one data set and vocabulary only, bits per byte across "
-        "vocabularies. The star marks the lowest of a data set; between overlapping standard errors it is no proof."
+        f"standard error.{unigram if has_unigram else ''} Perplexities compare within one data set and vocabulary "
+        "only, bits per byte across vocabularies. The star marks the lowest of a data set; between overlapping "
+        "standard errors it is no proof."
     )
     return f'<p class="note">{note}</p>\n{table(columns, rows, groups)}'
 
@@ -199,7 +204,7 @@ def _scored(
         _text(name),
         _text(dataset),
         _text(estimator),
-        _number(perplexity, ",.2f", "&le;&nbsp;" if is_bound else "", spread),
+        _number(perplexity, ",.1f" if (perplexity or 0) >= 100 else ",.2f", "&le;&nbsp;" if is_bound else "", spread),
         _number(finite(score, "nll"), ".4f", error=error),
         _number(finite(score, "bits_per_byte"), ".4f"),
         _number(finite(score, "num_tokens"), ",.0f"),
@@ -385,7 +390,7 @@ def _versions(material: Material) -> str:
         name = str(result.get("model", "?")).rstrip("/").rsplit("/", 1)[-1]
         of = result.get("dataset") or "written texts"
         rows.append(
-            (f"{name} on {of}", {key: str(result[key])[:19] for key in _ORIGIN if result.get(key) is not None})
+            (f"{name} on {of}", {key: str(result[key])[:12] for key in _ORIGIN if result.get(key) is not None})
         )
     names = list(dict.fromkeys(name for _, facts in rows for name, value in facts.items() if value is not None))
     if not names:

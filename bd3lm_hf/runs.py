@@ -195,25 +195,22 @@ def _read_series(folder: Path, run: Run) -> Series:
     """The log of a finished run, else that of its last checkpoint."""
     if "losses" in run.results:
         return series_of(run.results["losses"])
-    why = "half-written" if (folder / RESULTS).is_file() else "not there"
+    if not (folder / RESULTS).is_file():
+        run.missing.append(f"{RESULTS} is not there: the run is still training, or was stopped")
     states = sorted(folder.glob(_STATES), key=lambda path: (len(path.parent.name), path.parent.name))
     if states:
-        state = _whole(states[-1], run)
-        run.missing.append(
-            f"{RESULTS} is {why} (the run is still training or was stopped): curves reach to {states[-1].parent.name}"
-        )
-        return series_of(state.get("log_history", []))
+        run.missing.append(f"the curves reach to {states[-1].parent.name}")
+        return series_of(_whole(states[-1], run).get("log_history", []))
     curve = _whole(folder / CURVE, run)
-    if curve:
-        run.missing.append(f"{RESULTS} is {why}: curves come from {CURVE}")
-        log = [
-            {"step": step, name: value}
-            for name, points in curve.items()
-            for step, value in zip(points["steps"], points["values"], strict=True)
-        ]
-        return series_of(log)
-    run.missing.append(f"{RESULTS} is {why}, and there is no checkpoint: no curves and no perplexity yet")
-    return {}
+    if not curve:
+        run.missing.append("there are no curves yet: it has saved no checkpoint")
+        return {}
+    log = [
+        {"step": step, name: value}
+        for name, points in curve.items()
+        for step, value in zip(points["steps"], points["values"], strict=True)
+    ]
+    return series_of(log)
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
