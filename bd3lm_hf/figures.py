@@ -157,8 +157,9 @@ def variances(run: Run, number: int) -> Figure | None:
     columns = min(3, count)
     rows = -(-count // columns)
     drawing = Drawing(figsize=(2.35 * columns + 1.1, 2.3 * rows + 0.5), layout="constrained")
-    every = drawing.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    norm, mesh = LogNorm(min(values), max(max(values), min(values) * 1.01)), None
+    every: Any = drawing.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    norm = LogNorm(min(values), max(max(values), min(values) * 1.01))
+    mesh: Any = None
     for axes, search in zip(every.ravel(), shown, strict=False):
         low, width, variance = _grid(search)
         mesh = axes.pcolormesh(low, width, variance, norm=norm, cmap="viridis", shading="nearest")
@@ -289,7 +290,7 @@ def _saved(figure: Figure, kind: str) -> bytes:
 
     file = io.BytesIO()
     # Two calls give the same bytes: no date, and names that depend on the figure alone.
-    settings = {"svg.hashsalt": figure.name, "svg.fonttype": "none", "font.family": "DejaVu Sans"}
+    settings: Any = {"svg.hashsalt": figure.name, "svg.fonttype": "none", "font.family": "DejaVu Sans"}
     how: dict[str, Any] = {"metadata": {"Date": None}, "transparent": True} if kind == "svg" else {"dpi": 144}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name in a script that the font lacks
