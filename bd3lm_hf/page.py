@@ -75,7 +75,7 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], groups: Seq
         for place, (column, cell) in enumerate(zip(columns[1:], row[1:], strict=True), start=1):
             values = [rival[place].value for rival in rivals]
             known = [value for value in values if value is not None]
-            is_best = column.best is not None and len(known) > 1 and cell.value == column.best(known)
+            is_best = column.best is not None and len(set(known)) > 1 and cell.value == column.best(known)
             mark = '<span role="img" aria-label="best" title="best">&#9733;</span> ' if is_best else ""
             cells.append(f"<td{_kind(cell.is_number, is_best)}>{mark}{cell.text}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
@@ -139,7 +139,11 @@ def _lede(material: Material) -> str:
 
 
 def _missing(runs: Sequence[Run]) -> str:
-    items = [f"<li><b>{html.escape(run.name)}</b>: {html.escape(text)}</li>" for run in runs for text in run.missing]
+    items = [
+        f"<li><b>{html.escape(run.name)}</b>: {html.escape('; '.join(run.missing))}</li>"
+        for run in runs
+        if run.missing
+    ]
     return f'<div class="missing" role="note">Not everything is there:<ul>{"".join(items)}</ul></div>' if items else ""
 
 

@@ -200,11 +200,13 @@ def test_quality_comparison_written_texts_and_samples_have_sections(tmp_path):
     (tmp_path / "samples.jsonl").write_text(lines, encoding="utf-8")
     shown = page_of(
         write_json(tmp_path / "quality.json", QUALITY),
-        write_json(tmp_path / "comparison.json", [{"model": "a", **compared}, {"model": "b", **compared}]),
+        write_json(
+            tmp_path / "comparison.json", [{"model": "a", **compared}, {**dict.fromkeys(compared, 50.0), "model": "b"}]
+        ),
         write_json(tmp_path / "generative.json", judged),
         tmp_path / "samples.jsonl",
     )
-    row = ["confidence", "confidence_threshold 0.5", "★ 2.50", "36.00 ± 0.72", "★ 3.000"]
+    row = ["confidence", "confidence_threshold 0.5", "★ 2.50", "36.00 ± 0.72", "3.000"]
     assert shown.row("confidence") == row
     assert shown.row("a")[2:7] == ["★ 30.00", "★ 20.00", "–", "–", "★ 10.00"]
     assert shown.row("writer")[:4] == ["writer", "gpt2", "–", "40.00 ± 2.00"]
@@ -218,8 +220,10 @@ def test_what_a_run_lacks_is_said_on_the_page(tmp_path):
     run = write_run(tmp_path / "killed")
     (run / "results.json").unlink()
     shown = page_of(run)
-    assert "killed: results.json is not there: the run is still training, or was stopped" in shown.text
-    assert "there are no curves yet: it has saved no checkpoint" in shown.text
+    assert (
+        "killed: results.json is not there: the run is still training, or was stopped; there are no curves yet"
+        in shown.text
+    )
     assert "The interval of mask rates" in shown.text  # what is there is shown
 
 
