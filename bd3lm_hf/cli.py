@@ -26,6 +26,7 @@ _OWN_COMMAND_LINE = {
     "train": ("bd3lm_hf.training.train", "train a model: a recipe plus overrides"),
     "bench": ("bd3lm_hf.benchmark", "speed and memory beside a named rival"),
     "compare": ("bd3lm_hf.training.compare", "train several models on the same text, in one table"),
+    "report": ("bd3lm_hf.report", "a page of the curves, tables and samples of runs"),
     "convert": ("bd3lm_hf.hub_upload.convert", "a published or Lightning checkpoint into a folder, and back"),
     "push": ("bd3lm_hf.hub_upload.push", "a model to a repository on the hub that anyone can load"),
     "verify": ("bd3lm_hf.hub_upload.verify", "whether the files of a shared model are what was pushed"),

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from bd3lm_hf.training.curves import _smoothed, series_of, write_training_curve
+from bd3lm_hf.training.curves import write_training_curve
 
 
 PNG = b"\x89PNG"
@@ -31,11 +31,6 @@ def test_a_curve_holds_every_logged_number_and_a_picture(tmp_path):
         curve
     )
     assert (tmp_path / "training_curve.png").read_bytes().startswith(PNG)
-
-
-def test_a_step_that_was_logged_twice_counts_once():
-    steps, values = series_of([{"loss": 4.0, "step": 2}, {"loss": 3.0, "step": 1}, {"loss": 5.0, "step": 2}])["loss"]
-    assert (steps.tolist(), values.tolist()) == ([1, 2], [3.0, 5.0])
 
 
 @pytest.mark.parametrize(
@@ -71,10 +66,3 @@ def test_without_matplotlib_there_is_a_line_and_no_picture(tmp_path, monkeypatch
     write_training_curve(log_of(100), tmp_path)
     assert "training_curve.png is not drawn without matplotlib: pip install 'bd3lm-hf[plots]'" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["training_curve.json"]
-
-
-def test_the_smoothed_loss_does_not_lag():
-    line = np.arange(200.0)
-    np.testing.assert_allclose(_smoothed(line)[:-5], line[:-5])
-    assert _smoothed(line)[-1] == np.mean(line[-6:])
-    assert np.std(_smoothed(np.tile([0.0, 1.0], 200))) < 0.1

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from bd3lm_hf.series import Series, series_of, smoothed
 from bd3lm_hf.training.output import write_atomically
 
 
 logger = logging.get_logger("bd3lm_hf.train")
 
-Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> steps, values
 Panel = Callable[[Any, Series], None]  # draws into matplotlib axes
 
 CURVE_NAME = "training_curve"
@@ -56,19 +56,6 @@ def write_training_curve(log_history: Sequence[Mapping[str, Any]], folder: str |
     figure.savefig(Path(folder) / f"{CURVE_NAME}.png", dpi=144)
 
 
-def series_of(log_history: Sequence[Mapping[str, Any]]) -> Series:
-    """Every logged number over the steps; where a step was logged twice, the later entry counts."""
-    found: dict[str, dict[int, float]] = {}
-    for entry in log_history:
-        for name, value in entry.items():
-            if name not in ("step", "epoch") and isinstance(value, (int, float)):
-                found.setdefault(name, {})[int(entry.get("step", 0))] = float(value)
-    return {
-        name: (np.array(sorted(points)), np.array([points[step] for step in sorted(points)]))
-        for name, points in found.items()
-    }
-
-
 def _panels(series: Series) -> list[Panel]:
     """What there are numbers for."""
     wanted: list[tuple[Panel, bool]] = [
@@ -83,7 +70,7 @@ def _panels(series: Series) -> list[Panel]:
 def _draw_loss(axes: Any, series: Series) -> None:
     steps, values = series["loss"]
     axes.plot(steps, values, color=_LOSS, alpha=0.35, linewidth=1, marker="o" if len(steps) == 1 else None)
-    axes.plot(steps, _smoothed(values), color=_LOSS, linewidth=1.8)
+    axes.plot(steps, smoothed(values), color=_LOSS, linewidth=1.8)
     axes.set_title("training loss", loc="left")
     axes.set_ylabel("nats per token")
     if len(values) >= 20:
@@ -147,13 +134,4 @@ def _held_out(series: Series) -> list[str]:
     return [name for name in series if name.startswith("eval_") and name.endswith("nll")]
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Mean over a twentieth of the values around each, fewer at the start; at the end over those that there are."""
-    count, sums = len(values), np.concatenate([[0.0], np.cumsum(values)])
-    place = np.arange(count)
-    half = np.minimum(place, count // 40)
-    stop = np.minimum(count, place + half + 1)
-    return (sums[stop] - sums[place - half]) / (stop - place + half)
-
-
-__all__ = ["CURVE_NAME", "series_of", "write_training_curve"]
+__all__ = ["CURVE_NAME", "write_training_curve"]
