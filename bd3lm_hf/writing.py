@@ -278,7 +278,7 @@ def _write_batch(
     return [
         _Written(
             prompt_ids,
-            _new_tokens(output.sequences[row, width:].tolist(), model.generation_config),
+            new_tokens(output.sequences[row, width:].tolist(), model.generation_config),
             getattr(output, "num_forward_passes", None),
             seconds,
             list(row_steps(output.trace, row, width - len(prompt_ids))) if job.traces else [],
@@ -316,7 +316,7 @@ def _traced(sample: Sample, written: _Written, model: Any, tokenizer: PreTrained
     )
 
 
-def _new_tokens(row: list[int], config: Any) -> list[int]:
+def new_tokens(row: list[int], config: Any) -> list[int]:
     """A row's new tokens without the padding behind its end."""
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     padding = ends[0] if config.pad_token_id is None else config.pad_token_id
@@ -353,4 +353,4 @@ def _write_traces(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase, trac
         write_trace(document, path)
 
 
-__all__ = ["FIELDS", "Job", "add_arguments", "plan", "write"]
+__all__ = ["FIELDS", "Job", "add_arguments", "new_tokens", "number", "plan", "whole_number", "write"]
