@@ -92,4 +92,13 @@ def _ngrams(text: Sequence[Hashable], n: int) -> Iterator[tuple[Hashable, ...]]:
     return (tuple(text[start : start + n]) for start in range(len(text) - n + 1))
 
 
-__all__ = ["Lengths", "check_some", "distinct", "lengths", "mean_entropy", "mean_repetition", "repetition", "token_entropy"]
+__all__ = [
+    "Lengths",
+    "check_some",
+    "distinct",
+    "lengths",
+    "mean_entropy",
+    "mean_repetition",
+    "repetition",
+    "token_entropy",
+]

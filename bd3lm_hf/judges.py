@@ -4,6 +4,8 @@ As published (arXiv 2503.09573, App. C.5): a window of 1024 tokens moves by 512,
 scored by the one window that has it in its last 512. The first token is never scored, and an end token nowhere.
 """
 
+import math
+import statistics
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from bd3lm_hf.checkpoints import load_model
-from bd3lm_hf.evaluation import SequenceScore, score_sequences, seed_of
+from bd3lm_hf.evaluation import SequenceScore, score_sequences, seed_of, summarize
 from bd3lm_hf.modeling.likelihood_bd3lm import MAX_EXACT_TOKENS
 from bd3lm_hf.texts import Text
 from bd3lm_hf.tokenization import load_tokenizer
@@ -103,18 +105,25 @@ class Judge:
             return text
         writer, own = self.retokenize
         foreign = {i for i in writer.all_special_ids if writer.convert_ids_to_tokens(i) not in own.all_special_tokens}
-        parts = [
-            own(
-                str(writer.decode([token for token in ids if token not in foreign], skip_special_tokens=False)),
-                add_special_tokens=False,
-                verbose=False,
-            )["input_ids"]
+        given, written = (
+            own_ids(str(writer.decode([token for token in ids if token not in foreign])), own)
             for ids in (text.ids[: text.given], text.written)
-        ]
-        begin = own.bos_token_id if own.bos_token_id is not None else own.eos_token_id
-        marked = begin is None or (parts[0] or parts[1])[:1] == [begin]
-        given = parts[0] if marked else [begin, *parts[0]]
-        return text._replace(ids=[*given, *parts[1]], given=len(given))
+        )
+        read = begun(given, written, own)
+        return text._replace(ids=read.ids, given=read.given)
+
+
+def own_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a text of any length, without any that it does not name itself."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def begun(given: list[int], written: list[int], tokenizer: PreTrainedTokenizerBase) -> Text:
+    """A text that begins with the token that begins (or else ends) a text, which is then given."""
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if begin is not None and (given or written)[:1] != [begin]:
+        given = [begin, *given]
+    return Text([*given, *written], len(given))
 
 
 def sliding_windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:
@@ -212,4 +221,72 @@ def load_judge(
         raise ValueError(f"--judge {name}: {error}") from error
 
 
-__all__ = ["WINDOW", "CausalScore", "Judge", "judge_of", "load_judge", "sliding_windows"]
+def judge_texts(
+    texts: Sequence[str | Sequence[int]],
+    judge: Any,
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    *,
+    writer: PreTrainedTokenizerBase | str | None = None,
+    window: int | None = None,
+    score_end: bool = False,
+    batch_size: int = 8,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """What a judge, given as a model or by name, says of texts or token ids; see the metric for the arguments.
+
+    Returns:
+        `generative_perplexity` over all scored tokens, `mean_perplexity` of the perplexities of texts (the figure in
+        the paper's tables), the `perplexities` themselves (None where a text has no scored token), `num_tokens` scored
+        and the `standard_error` of the log of the first.
+
+    Raises:
+        ValueError: no scored token, a judge that can not be loaded or can not judge, or a missing tokenizer.
+    """
+    if isinstance(judge, str):
+        tokenizer = judge if tokenizer is None else tokenizer
+        judge = load_model(judge, argument="judge").eval()
+    judge = judge if device is None else judge.to(device)
+    own = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    writer = load_tokenizer(writer) if isinstance(writer, str) else writer
+    if own is None and (writer is not None or any(isinstance(text, str) for text in texts)):
+        raise ValueError("texts are read by the judge's tokenizer: give it as tokenizer=, or give token ids.")
+    end = judge.config.eos_token_id if own is None else own.eos_token_id
+    ends = () if score_end or end is None else end if isinstance(end, list) else (end,)
+    retokenize = None if writer is None or own is None else (writer, own)
+    scorer = judge_of(judge, window=window, unscored=ends, retokenize=retokenize)
+    read = [begun([], own_ids(x, own), own) if isinstance(x, str) else Text(list(x), 0) for x in texts]  # type: ignore
+    scores = scorer.score(read, seed=seed, batch_size=batch_size)
+    result = summarize(scores)
+    return {
+        "generative_perplexity": result.perplexity,
+        "mean_perplexity": mean_perplexity(scores),
+        "perplexities": [perplexity_of(score) for score in scores],
+        "num_tokens": result.num_tokens,
+        "standard_error": result.standard_error,
+    }
+
+
+def perplexity_of(score: SequenceScore) -> float | None:
+    """The perplexity of one text; None where it has no scored token."""
+    return math.exp(min(score.nll / score.num_tokens, 700)) if score.num_tokens else None
+
+
+def mean_perplexity(scores: Sequence[SequenceScore]) -> float:
+    """The mean over texts of their perplexities: the figure in the paper's tables, where long texts count no more."""
+    return statistics.fmean(value for value in map(perplexity_of, scores) if value is not None)
+
+
+__all__ = [
+    "WINDOW",
+    "CausalScore",
+    "Judge",
+    "begun",
+    "judge_of",
+    "judge_texts",
+    "load_judge",
+    "mean_perplexity",
+    "own_ids",
+    "perplexity_of",
+    "sliding_windows",
+]

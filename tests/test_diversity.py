@@ -17,7 +17,7 @@ def test_repetition_lowers_the_entropy_of_a_text():
     assert token_entropy([5] * 9) == token_entropy([]) == 0
     assert token_entropy([1, 2, 3, 4]) == pytest.approx(math.log(4))
     assert token_entropy([1, 1, 1, 2]) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
-    assert token_entropy("a a b".split()) == token_entropy([7, 7, 9])
+    assert token_entropy(["a", "a", "b"]) == token_entropy([7, 7, 9])
     assert mean_entropy([[1, 2], [3, 3]]) == pytest.approx(math.log(2) / 2)
 
 

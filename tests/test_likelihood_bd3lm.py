@@ -434,9 +434,7 @@ def test_texts_of_any_length_share_the_draws_of_their_common_blocks(tiny_model):
 def test_the_exact_sum_over_large_blocks_is_refused_with_its_cost(tiny_config):
     tiny_config.block_size = 16
     model = BD3LMForMaskedLM(tiny_config)
-    message = (
-        r"estimator='exact' at block_size=16 needs 2\^15 - 1 passes; .*8 tokens .*, 255 passes. Use .*stratified"
-    )
+    message = r"estimator='exact' at block_size=16 needs 2\^15 - 1 passes; .*8 tokens .*, 255 passes. Use .*stratified"
     with pytest.raises(ValueError, match=message):
         model.token_nll(random_ids(1, 16), estimator="exact")
 
