@@ -56,6 +56,11 @@ class Judge:
         self.model, self.estimator, self.num_samples = model, estimator, num_samples
         self.unscored, self.retokenize = frozenset(unscored), retokenize
 
+    @property
+    def weights(self) -> torch.nn.Module:
+        """The module that holds the weights."""
+        return self.model.model if isinstance(self.model, CausalScore) else self.model
+
     def score(
         self, texts: Sequence[Text], *, seed: int = 0, batch_size: int = 8, numbers: Sequence[int] | None = None
     ) -> list[SequenceScore]:
