@@ -1,4 +1,4 @@
-"""`bd3lm train | compare | eval | generate | quality | bench | convert`: thin, one function per verb.
+"""`bd3lm train | compare | eval | generate | quality | harness | bench | convert`: thin, one function per verb.
 
 Exit code 0 means that the work was done, 2 that the input was wrong, 1 that something else failed. An error is one
 line on stderr; `--traceback` shows where it came from.
@@ -26,6 +26,7 @@ _OWN_COMMAND_LINE = {
     "train": ("bd3lm_hf.training.train", "train a model: a recipe plus overrides"),
     "bench": ("bd3lm_hf.benchmark", "speed and memory beside a named rival"),
     "compare": ("bd3lm_hf.training.compare", "train several models on the same text, in one table"),
+    "harness": ("bd3lm_hf.harness", "lm-evaluation-harness with the models of this package"),
     "convert": ("bd3lm_hf.hub_upload.convert", "a published or Lightning checkpoint into a folder, and back"),
 }
 

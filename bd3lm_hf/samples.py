@@ -159,7 +159,8 @@ class SamplesFile:
         if differences:
             raise ValueError(
                 f"{self.argument} {self.path}: line {number} was written with other settings "
-                f"({'; '.join(differences)}): repeat them to continue, name another file, or replace it with --overwrite."
+                f"({'; '.join(differences)}): repeat them to continue, name another file, or replace it with "
+                f"--overwrite."
             )
 
     def rows(self) -> list[dict[str, Any]]:

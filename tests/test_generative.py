@@ -92,7 +92,7 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(judged, tmp_path, mon
         return write(*arguments, **options)
 
     monkeypatch.setattr(generative, "write_batch", killed)
-    assert judged("--batch-size", 2)[0] == 160
+    assert judged("--batch-size", 2)[0] == 130
     path = tmp_path / "samples.jsonl"
     path.write_bytes(path.read_bytes()[:-20])  # as if the kill had come while the second line was written
     code, report, out, _ = judged("--batch-size", 3)
