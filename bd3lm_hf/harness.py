@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.evaluation import batch_of, batches_of, seed_of
@@ -43,6 +44,8 @@ except ImportError as error:
         f"the lm-evaluation-harness is needed: pip install 'bd3lm-hf[harness]' ({error})."
     ) from error
 
+
+logger = logging.get_logger("bd3lm_hf.harness")
 
 _ESTIMATORS = ("auto", "exact", "stratified", "sampled")
 # Verbs of `lm_eval` that take no model.
@@ -126,7 +129,7 @@ class BD3LMHarness(TemplateLM):
             )
         elif tokenizer is None:
             raise ValueError("a model comes without a tokenizer: give it as tokenizer=.")
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = _device(device)
         self.model = pretrained.to(self._device).eval()
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         if hasattr(self.model.config, "mask_token_id"):
@@ -281,8 +284,8 @@ class BD3LMHarness(TemplateLM):
     def _check_likelihood(self) -> None:
         if not getattr(self.model, "has_likelihood", True) or not hasattr(self.model, "token_nll"):
             raise ValueError(
-                f"pretrained={self.name} is a {type(self.model).__name__}, which has no likelihood: choose tasks whose "
-                f"output_type is generate_until."
+                f"pretrained={self.name} is a {type(self.model).__name__}, which has no likelihood: choose tasks "
+                f"whose output_type is generate_until."
             )
 
     def _are_greedy(self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool) -> list[bool]:
@@ -415,6 +418,15 @@ def writing_of(asked: dict[str, Any], new_tokens: int) -> Writing:
         fields = {name: value for name, value in fields.items() if name not in ("top_p", "top_k", "nucleus_p")}
     ends = tuple(text for text in until if text)
     return Writing(_whole_number("max_gen_toks", count), ends, {"do_sample": sample, **fields})
+
+
+def _device(name: str | None) -> torch.device:
+    """By default a GPU where there is one. The harness's command asks for the first one even where there is none."""
+    if torch.cuda.is_available():
+        return torch.device(name or "cuda")
+    if name is not None and name.startswith("cuda"):
+        logger.warning("there is no CUDA device: computing on the CPU")
+    return torch.device("cpu" if name is None or name.startswith("cuda") else name)
 
 
 def _labelled(window: Window) -> dict[str, list[int]]:

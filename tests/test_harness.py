@@ -1,6 +1,7 @@
-"""The adapter to the lm-evaluation-harness: its numbers are those of token_nll, from Python and from the command line."""
+"""The adapter to the lm-evaluation-harness: its numbers are those of token_nll, from Python and the command line."""
 
 import builtins
+import functools
 import importlib
 import json
 import math
@@ -134,16 +135,38 @@ def test_tasks_run_through_the_harness_with_the_numbers_of_token_nll(model_folde
     assert results["config"]["model_class"] == "BD3LMForMaskedLM"
 
 
+@pytest.fixture
+def quick_start(monkeypatch):
+    """The harness without the ten thousand tasks that it brings, whose index takes it half a minute."""
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
+
+
+def command_line(model_folder, task_folder, output) -> list[str]:
+    arguments = ["harness", "--model_args", f"pretrained={model_folder},num_samples=4", "--tasks", "tiny_choice"]
+    return [*arguments, "--device", "cpu", "--include_path", str(task_folder), "--output_path", str(output)]
+
+
+def assert_evaluated(out, output):
+    assert "bd3lm ({'pretrained'" in out and "|tiny_choice|" in out.replace(" ", "")
+    (written,) = output.parent.glob("results*.json")
+    results = json.loads(written.read_text())
+    assert results["results"]["tiny_choice"]["acc,none"] in (0.0, 0.5, 1.0)
+    assert results["config"]["num_samples"] == 4 and results["config"]["estimator"] == "auto"
+
+
+def test_the_command_evaluates(bd3lm, quick_start, model_folder, task_folder, tmp_path):
+    code, out, err = bd3lm(*command_line(model_folder, task_folder, tmp_path / "results.json"))
+    assert code == 0, err
+    assert_evaluated(out, tmp_path / "results.json")
+
+
+@pytest.mark.slow
 def test_the_command_runs_in_a_process_of_its_own(model_folder, task_folder, tmp_path):
-    arguments = ["--model_args", f"pretrained={model_folder},device=cpu", "--tasks", "tiny_choice"]
-    arguments += ["--include_path", str(task_folder), "--output_path", str(tmp_path / "results.json")]
-    command = [sys.executable, "-m", "bd3lm_hf.cli", "harness", *arguments]
+    command = [sys.executable, "-m", "bd3lm_hf.cli", *command_line(model_folder, task_folder, tmp_path / "r.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(bd3lm_hf.__file__).parents[1])}
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
-    assert "bd3lm ({'pretrained'" in result.stdout and "|tiny_choice|" in result.stdout.replace(" ", "")
-    (written,) = tmp_path.glob("results*.json")
-    assert json.loads(written.read_text())["results"]["tiny_choice"]["acc,none"] in (0.0, 0.5, 1.0)
+    assert "|tiny_choice|" in result.stdout.replace(" ", "") and list(tmp_path.glob("r*.json"))
 
 
 def test_the_command_names_our_model_where_none_is_named(monkeypatch):
@@ -165,7 +188,7 @@ def test_the_harness_keeps_its_own_models():
     assert get_model("bd3lm") is BD3LMHarness and get_model("dummy").__name__ == "DummyLM"
 
 
-def test_bad_input_of_the_command_is_one_line(bd3lm, task_folder):
+def test_bad_input_of_the_command_is_one_line(bd3lm, quick_start, task_folder):
     place = ("--tasks", "tiny_choice", "--include_path", task_folder)
     code, _, err = bd3lm("harness", "--model_args", "pretrained=./nowhere", *place)
     assert code == 2 and err.rstrip().splitlines()[-1].startswith("error: pretrained ./nowhere: there is no such")
@@ -217,21 +240,19 @@ def test_results_do_not_depend_on_the_batch(adapter, arguments):
 
 
 def test_the_choices_of_a_question_share_their_draws(adapter):
-    lm = adapter(estimator="stratified", num_samples=2)
+    lm = adapter(estimator="stratified", num_samples=2, check_greedy=False, batch_size=200)
     same, again = (score(lm, ("A block is", " written"), doc=3)[0][0] for _ in range(2))
-    other = score(lm, ("A block is", " written"), doc=4)[0][0]
-    assert same == again != other
-    # Differences of choices that share their draws vary less over questions than those that do not.
-    pairs = [("The dog", " sleeps on and on"), ("The dog", " sleeps on and, and")]
-    shared, free = [], []
-    for doc in range(40):
-        (one, _), (two, _) = score(lm, *pairs, doc=doc)
-        shared.append(one - two)
-        free.append(one - score(lm, pairs[1], doc=1000 + doc)[0][0])
-    assert torch.tensor(shared).std() < 0.7 * torch.tensor(free).std()
-    exact = adapter()
-    difference = score(exact, pairs[0])[0][0] - score(exact, pairs[1])[0][0]
-    assert abs(sum(shared) / 40 - difference) < 5 * torch.tensor(shared).std().item() / math.sqrt(40)
+    assert same == again != score(lm, ("A block is", " written"), doc=4)[0][0]
+    # Differences of choices that share their draws vary less over questions than of those that do not.
+    first, second = ("The dog", " sleeps on and on"), ("The dog", " sleeps on and, and")
+    numbers = range(60)
+    wanted = [(first, doc) for doc in numbers] + [(second, doc) for doc in numbers]
+    wanted += [(second, 1000 + doc) for doc in numbers]
+    found = lm.loglikelihood([asked("loglikelihood", *pair, doc=doc) for pair, doc in wanted], disable_tqdm=True)
+    ones, twos, others = torch.tensor([value for value, _ in found]).view(3, -1)
+    assert (ones - twos).std() < 0.7 * (ones - others).std()
+    (one, _), (two, _) = score(adapter(check_greedy=False), first, second)
+    assert abs((ones - twos).mean().item() - (one - two)) < 5 * (ones - twos).std().item() / math.sqrt(60)
 
 
 def test_the_sum_is_exact_where_it_takes_few_passes(tiny_tokenizer, randomize):
@@ -346,6 +367,12 @@ def test_the_words_of_a_task_are_put_into_those_of_generate():
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_a_machine_without_a_gpu_computes_on_its_cpu(model_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in (None, "cuda:0", "cpu"):
+        assert BD3LMHarness(str(model_folder), device=name).device == torch.device("cpu")
 
 
 @pytest.mark.parametrize(
