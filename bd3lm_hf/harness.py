@@ -9,13 +9,12 @@ exact value for an autoregressive model). It is summed over all masks where no b
 otherwise `num_samples` stratified draws estimate it, the same ones for all choices of a question.
 """
 
-import hashlib
 import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -24,6 +23,7 @@ from transformers.utils import logging
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.evaluation import batch_of, batches_of, seed_of
 from bd3lm_hf.fingerprint import weights_digest
+from bd3lm_hf.harness_requests import Window, Writing, question_seed, whole_number, windows, writing_of
 from bd3lm_hf.judges import own_ids
 from bd3lm_hf.modeling.likelihood_bd3lm import MAX_EXACT_TOKENS
 from bd3lm_hf.texts import write_batch
@@ -50,27 +50,6 @@ logger = logging.get_logger("bd3lm_hf.harness")
 _ESTIMATORS = ("auto", "exact", "stratified", "sampled")
 # Verbs of `lm_eval` that take no model.
 _OTHER_VERBS = {"ls", "validate"}
-_LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-
-
-class Window(NamedTuple):
-    """What the model reads at once: tokens, of which the first are given."""
-
-    ids: list[int]
-    given: int
-
-    @property
-    def scored(self) -> range:
-        """The places of the tokens that are not given."""
-        return range(self.given, len(self.ids))
-
-
-class Writing(NamedTuple):
-    """What a request asks to write."""
-
-    new_tokens: int
-    until: tuple[str, ...]
-    fields: dict[str, Any]  # of `generate`
 
 
 @register_model("bd3lm")
@@ -114,9 +93,9 @@ class BD3LMHarness(TemplateLM):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        self.batch_size = _whole_number("batch_size", batch_size)
-        self.num_samples = _whole_number("num_samples", num_samples)
-        self.max_gen_toks = _whole_number("max_gen_toks", max_gen_toks)
+        self.batch_size = whole_number("batch_size", batch_size)
+        self.num_samples = whole_number("num_samples", num_samples)
+        self.max_gen_toks = whole_number("max_gen_toks", max_gen_toks)
         if estimator not in _ESTIMATORS:
             raise ValueError(f"estimator={estimator!r} is unknown: choose one of {', '.join(_ESTIMATORS)}.")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -135,7 +114,7 @@ class BD3LMHarness(TemplateLM):
         if hasattr(self.model.config, "mask_token_id"):
             check_tokenizer_fits(self.tokenizer, self.model.config)
         window = self.model.config.max_position_embeddings
-        self.max_length = window if max_length is None else _whole_number("max_length", max_length)
+        self.max_length = window if max_length is None else whole_number("max_length", max_length)
         if not 2 <= self.max_length <= window:
             raise ValueError(f"max_length={max_length}: the model reads from 2 to {window} tokens at once.")
         self.estimator, self.seed = estimator, seed
@@ -244,7 +223,7 @@ class BD3LMHarness(TemplateLM):
         """The log-likelihood of each row of windows."""
         self._check_likelihood()
         flat = [(row, turn) for row, found in enumerate(rows) for turn, one in enumerate(found) if one.scored]
-        texts = [_labelled(rows[row][turn]) for row, turn in flat]
+        texts = [rows[row][turn].labelled for row, turn in flat]
         noise = [seed_of(seeds[row], turn) if turn else seeds[row] for row, turn in flat]
         kinds: dict[str, list[int]] = {}
         for number, (row, turn) in enumerate(flat):
@@ -365,61 +344,6 @@ class BD3LMHarness(TemplateLM):
             results[number] = written[: min((written.find(s) for s in plan.until if s in written), default=None)]
 
 
-def windows(context: Sequence[int], continuation: Sequence[int], length: int) -> list[Window]:
-    """Windows of at most `length` tokens in which each token of a continuation is scored once.
-
-    One window, whose context loses its beginning where there is no room for it. A continuation that has no room
-    itself is cut: its first part has the last token of the context before it, the others what precedes them; the last
-    one, which is shorter, has a context as long as possible.
-
-    Args:
-        context: not empty.
-    """
-    room = length - 1
-    if len(continuation) <= room:
-        kept = list(context[-(length - len(continuation)) :])
-        return [Window([*kept, *continuation], len(kept))]
-    text = [context[-1], *continuation]
-    found = []
-    for begin in range(1, len(text), room):
-        end = min(begin + room, len(text))
-        first = max(0, end - length)
-        found.append(Window(text[first:end], begin - first))
-    return found
-
-
-def question_seed(seed: int, request: Any) -> int:
-    """The seed of the question that a request belongs to: all choices of a question have the same."""
-    asked = [request.task_name, request.doc_id] if request.doc_id is not None else [request.args[0]]
-    digest = hashlib.sha256(json.dumps(asked).encode()).digest()
-    return seed_of(seed, int.from_bytes(digest[:8], "big"))
-
-
-def writing_of(asked: dict[str, Any], new_tokens: int) -> Writing:
-    """The harness's words for what to write, in those of `generate`.
-
-    Text is sampled with `do_sample`, or with a temperature above 0 where that is left open.
-
-    Raises:
-        ValueError: ends that are no strings, or no whole number of tokens.
-    """
-    fields = dict(asked)
-    until = fields.pop("until", None) or []
-    until = [until] if isinstance(until, str) else until
-    if not isinstance(until, (list, tuple)) or not all(isinstance(text, str) for text in until):
-        raise ValueError(f"until={until!r}: give a string or a list of strings.")
-    lengths = [fields.pop(name, None) for name in _LENGTH_NAMES]
-    count = next((length for length in lengths if length is not None), new_tokens)
-    temperature, sample = fields.pop("temperature", None), fields.pop("do_sample", None)
-    sample = bool(temperature) if sample is None else bool(sample) and temperature != 0
-    if sample and temperature is not None:
-        fields["temperature"] = float(temperature)
-    if not sample:
-        fields = {name: value for name, value in fields.items() if name not in ("top_p", "top_k", "nucleus_p")}
-    ends = tuple(text for text in until if text)
-    return Writing(_whole_number("max_gen_toks", count), ends, {"do_sample": sample, **fields})
-
-
 def _device(name: str | None) -> torch.device:
     """By default a GPU where there is one. The harness's command asks for the first one even where there is none."""
     if torch.cuda.is_available():
@@ -429,22 +353,8 @@ def _device(name: str | None) -> torch.device:
     return torch.device("cpu" if name is None or name.startswith("cuda") else name)
 
 
-def _labelled(window: Window) -> dict[str, list[int]]:
-    return {"input_ids": window.ids, "labels": [-100] * window.given + window.ids[window.given :]}
-
-
 def _portions(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[begin : begin + size] for begin in range(0, len(items), size))
-
-
-def _whole_number(name: str, value: Any) -> int:
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = 0
-    if number < 1 or number != float(value):
-        raise ValueError(f"{name}={value!r}: give a whole number of at least 1.")
-    return number
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -465,4 +375,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.argv = before
 
 
-__all__ = ["BD3LMHarness", "HarnessMissingError", "Window", "main", "question_seed", "windows", "writing_of"]
+__all__ = ["BD3LMHarness", "HarnessMissingError", "main"]

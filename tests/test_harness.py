@@ -20,7 +20,8 @@ from lm_eval.tasks import TaskManager
 import bd3lm_hf
 from bd3lm_hf import harness
 from bd3lm_hf.checkpoints import load_model
-from bd3lm_hf.harness import BD3LMHarness, Window, windows, writing_of
+from bd3lm_hf.harness import BD3LMHarness
+from bd3lm_hf.harness_requests import Window, windows
 from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, BD3LMConfig, SEDDConfig
 from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
@@ -304,19 +305,6 @@ def test_an_empty_context_is_the_beginning_of_a_text(adapter, tiny_tokenizer):
     assert begun._encoded("<bos>A", " block")[0] == [0, *tiny_tokenizer("A")["input_ids"]]
 
 
-@pytest.mark.parametrize("given", [1, 5, 40])
-@pytest.mark.parametrize("written", [0, 1, 7, 8, 15, 16, 40])
-def test_each_token_is_scored_once_in_windows_that_the_model_has(given, written):
-    text = list(range(given + written))
-    found = windows(text[:given], text[given:], 8)
-    assert [token for window in found for token in window.ids[window.given :]] == text[given:]
-    for window in found:
-        assert 1 <= window.given <= len(window.ids) <= 8
-        assert window.ids == text[window.ids[0] : window.ids[-1] + 1]
-    if written and len(found[-1].scored) < 7:
-        assert len(found[-1].ids) == min(8, len(text))
-
-
 def test_a_text_longer_than_the_window_is_the_sum_of_its_windows(adapter, tiny_tokenizer):
     lm = adapter(max_length=12)
     text = "The quick brown fox jumps over the lazy dog, and the lazy dog sleeps on."
@@ -357,13 +345,6 @@ def test_a_repeated_request_gets_texts_of_its_own(make_model, tiny_tokenizer):
     request = asked("generate_until", "A block is", {"max_gen_toks": 8, "do_sample": True}, doc=0)
     first = lm.generate_until([request] * 3, True)
     assert len(set(first)) == 3 and lm.generate_until([request] * 3, True) == first
-
-
-def test_the_words_of_a_task_are_put_into_those_of_generate():
-    assert writing_of({"until": "x", "temperature": 0.0, "top_p": 0.5}, 7) == (7, ("x",), {"do_sample": False})
-    assert writing_of({"max_new_tokens": 3, "temperature": 0.5}, 7) == (3, (), {"temperature": 0.5, "do_sample": True})
-    assert writing_of({"do_sample": True, "top_p": 0.5}, 7) == (7, (), {"do_sample": True, "top_p": 0.5})
-    assert writing_of({"do_sample": False, "temperature": 1.0, "until": ["", "y"]}, 7).until == ("y",)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
