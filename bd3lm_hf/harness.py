@@ -91,8 +91,11 @@ class BD3LMHarness(TemplateLM):
         device: str | None = None,
         dtype: str = "auto",
         trust_remote_code: bool = False,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: the model has no such argument; see {type(self).__name__}.")
         self.batch_size = whole_number("batch_size", batch_size)
         self.num_samples = whole_number("num_samples", num_samples)
         self.max_gen_toks = whole_number("max_gen_toks", max_gen_toks)
@@ -271,21 +274,21 @@ class BD3LMHarness(TemplateLM):
         """Whether each continuation is the greedy one; contexts that are the same are continued once."""
         if not self.check_greedy:
             return [False] * len(pairs)
-        most: dict[tuple[int, ...], int] = {}
+        most: Counter[tuple[int, ...]] = Counter()
         for context, continuation in pairs:
-            most[tuple(context)] = max(most.get(tuple(context), 0), len(continuation))
+            most[tuple(context)] = max(most[tuple(context)], len(continuation))
         groups: dict[tuple[int, int], list[tuple[int, ...]]] = {}
-        for context, count in most.items():
+        for prompt, count in most.items():
             if count:
-                groups.setdefault((len(context), count), []).append(context)
+                groups.setdefault((len(prompt), count), []).append(prompt)
         written: dict[tuple[int, ...], list[int]] = dict.fromkeys(most, [])
         with tqdm(total=len(most), desc="greedy texts", disable=disable_tqdm) as bar:
-            for (_, count), contexts in groups.items():
-                for batch in _portions(contexts, self.batch_size):
+            for (_, count), prompts in groups.items():
+                for batch in _portions(prompts, self.batch_size):
                     texts = write_batch(
-                        self.model, [list(c) for c in batch], count, seeds=[self.seed] * len(batch), do_sample=False
+                        self.model, [list(p) for p in batch], count, seeds=[self.seed] * len(batch), do_sample=False
                     )
-                    written |= {context: text.written for context, text in zip(batch, texts, strict=True)}
+                    written |= {prompt: text.written for prompt, text in zip(batch, texts, strict=True)}
                     bar.update(len(batch))
         return [written[tuple(context)][: len(continuation)] == continuation for context, continuation in pairs]
 

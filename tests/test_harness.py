@@ -363,6 +363,7 @@ def test_a_machine_without_a_gpu_computes_on_its_cpu(model_folder, monkeypatch):
         ({"num_samples": 0}, "num_samples=0: give a whole number"),
         ({"max_gen_toks": 1.5}, "max_gen_toks=1.5: give a whole number"),
         ({"estimator": "best"}, "estimator='best' is unknown: choose one of auto, exact, stratified, sampled"),
+        ({"parallelize": True}, "parallelize: the model has no such argument; see BD3LMHarness"),
         ({"max_length": 33}, "max_length=33: the model reads from 2 to 32 tokens at once"),
     ],
 )
