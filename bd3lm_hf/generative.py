@@ -22,16 +22,13 @@ from bd3lm_hf.diversity import distinct, lengths, mean_repetition, token_entropy
 from bd3lm_hf.evaluation import SequenceScore, seed_of, summarize
 from bd3lm_hf.fingerprint import library_versions, weights_digest
 from bd3lm_hf.judges import Judge, load_judge, mean_perplexity
-from bd3lm_hf.modeling.draws_bd3lm import SAMPLING_DTYPES
-from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS
 from bd3lm_hf.samples import Sample, SamplesFile, check_output
 from bd3lm_hf.texts import Text, write_batch
-from bd3lm_hf.writing import FIELDS, whole_number
+from bd3lm_hf.writing import CHOICES, FIELDS, add_sampling, whole_number
 
 
 # Of the fields that `bd3lm generate` knows, those that end a text otherwise than by an end token are left out.
-_FIELDS = {name: FIELDS[name] for name in FIELDS if name not in ("entropy_stop", "entropy_stop_window", "max_time")}
-_CHOICES = ("sampler", "sampling_dtype")
+_FIELDS = [name for name in FIELDS if name not in ("entropy_stop", "entropy_stop_window", "max_time")]
 _DISTINCT = (1, 2, 3)
 _REPETITION = 4
 
@@ -56,10 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--variable-length", action="store_true", help="an end token ends a text")
     what.add_argument("--batch-size", type=whole_number(1), default=8, help="texts at once; changes rounding at most")
     how = parser.add_argument_group("how it is written")
-    how.add_argument("--sampler", choices=tuple(SAMPLERS), help="which masked positions to reveal when")
-    how.add_argument("--sampling-dtype", choices=tuple(SAMPLING_DTYPES), help="precision that tokens are drawn with")
-    for name, (kind, text) in _FIELDS.items():
-        how.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    add_sampling(how, _FIELDS)
     judged = parser.add_argument_group("how it is judged")
     judged.add_argument("--judge", help="folder or hub name of a language model; the paper has gpt2-large")
     judged.add_argument(
@@ -128,7 +122,7 @@ def _begin(model: Any, name: str) -> list[int]:
 
 def _settings(arguments: argparse.Namespace, model: Any, judge: Judge, length: int) -> dict[str, Any]:
     """What decides the texts and their scores; the number of texts and the size of a batch do not."""
-    fields = {name: getattr(arguments, name) for name in (*_CHOICES, *_FIELDS)}
+    fields = {name: getattr(arguments, name) for name in (*CHOICES, *_FIELDS)}
     return {
         "model": arguments.model,
         "model_weights": weights_digest(model),
@@ -160,7 +154,7 @@ def _judged(
         seeds=[seed_of(seed, index) for index in batch],
         to_end=settings["variable_length"],
         do_sample=True,
-        **{name: settings[name] for name in (*_CHOICES, *_FIELDS) if name in settings},
+        **{name: settings[name] for name in (*CHOICES, *_FIELDS) if name in settings},
     )
     scores = judge.score(texts, seed=seed, batch_size=len(batch), numbers=batch)
     for index, text, score in zip(batch, texts, scores, strict=True):

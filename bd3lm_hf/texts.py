@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from transformers import GenerationMixin
 
-from bd3lm_hf.modeling.generation_bd3lm import BD3LMGenerationMixin
+from bd3lm_hf.modeling.continuing_bd3lm import ContinuingMixin
 from bd3lm_hf.writing import new_tokens
 
 
@@ -56,7 +57,8 @@ def write_batch(
     given = torch.tensor(list(prompts), device=model.device)
     if by_row:
         sources = [torch.Generator().manual_seed(seed) for seed in seeds]
-        generation = {**generation, "generator": sources, "output_trace": True}
+        traced = {"output_trace": True} if hasattr(model.generation_config, "output_trace") else {}
+        generation = {**generation, "generator": sources, **traced}
     else:
         torch.manual_seed(seeds[0])
     started = time.perf_counter()
@@ -77,12 +79,12 @@ def write_batch(
 
 
 def draws_by_row(model: Any) -> bool:
-    """Whether `generate` takes a source of randomness for each row: that of block diffusion does."""
-    return getattr(type(model), "_sample", None) is BD3LMGenerationMixin._sample
+    """Whether `generate` takes a source of randomness for each row: ours does, transformers' own loop does not."""
+    return isinstance(model, ContinuingMixin) and type(model)._sample is not GenerationMixin._sample
 
 
 def _forwards(output: Any, row: int, written: int) -> int:
-    """The passes that a row takes; an autoregressive model, which counts none, takes one for each token."""
+    """The passes that a row takes, or its batch did; an autoregressive model, which counts none, takes one a token."""
     if getattr(output, "trace", None) is None:
         return getattr(output, "num_forward_passes", None) or written
     # A row takes part in the steps that reveal something of it; in the others it waits for the batch.

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, SEDDConfig
+from bd3lm_hf.modeling.configuration_ssdlm import SSDLMConfig
 from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.modeling_sedd import SEDDForMaskedLM
+from bd3lm_hf.modeling.modeling_ssdlm import SSDLMForMaskedLM
 from bd3lm_hf.texts import draws_by_row, write_batch
 
 
@@ -65,6 +67,17 @@ def test_baselines_that_denoise_draw_by_row_too(randomize):
     together = write_batch(model, [[0]] * 3, 15, seeds=SEEDS[:3], do_sample=True)
     alone = [write_batch(model, [[0]], 15, seeds=[seed], do_sample=True)[0] for seed in SEEDS[:3]]
     assert [text.ids for text in together] == [text.ids for text in alone]
+
+
+def test_simplex_diffusion_draws_by_row_too(randomize):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = SSDLMConfig(vocab_size=48, model_length=20, block_size=5, bos_token_id=0, **sizes)
+    model = randomize(SSDLMForMaskedLM(config)).eval()
+    how = {"do_sample": True, "num_denoising_steps": 3}
+    together = write_batch(model, [[0]] * 3, 10, seeds=SEEDS[:3], **how)
+    alone = [write_batch(model, [[0]], 10, seeds=[seed], **how)[0] for seed in SEEDS[:3]]
+    assert [(text.ids, text.forwards) for text in together] == [(text.ids, text.forwards) for text in alone]
+    assert together[0].forwards == 2 * 3
 
 
 def test_sources_that_do_not_fit_the_rows_are_refused(tiny_model):
