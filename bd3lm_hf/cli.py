@@ -1,4 +1,4 @@
-"""`bd3lm train | compare | eval | generate | quality | bench | convert`: thin, one function per verb.
+"""`bd3lm train | compare | eval | generate | quality | harness | bench | convert`: thin, one function per verb.
 
 Exit code 0 means that the work was done, 2 that the input was wrong, 1 that something else failed. An error is one
 line on stderr; `--traceback` shows where it came from.
@@ -27,6 +27,7 @@ _OWN_COMMAND_LINE = {
     "bench": ("bd3lm_hf.benchmark", "speed and memory beside a named rival"),
     "compare": ("bd3lm_hf.training.compare", "train several models on the same text, in one table"),
     "report": ("bd3lm_hf.report", "a page of the curves, tables and samples of runs"),
+    "harness": ("bd3lm_hf.harness", "lm-evaluation-harness with the models of this package"),
     "convert": ("bd3lm_hf.hub_upload.convert", "a published or Lightning checkpoint into a folder, and back"),
     "push": ("bd3lm_hf.hub_upload.push", "a model to a repository on the hub that anyone can load"),
     "verify": ("bd3lm_hf.hub_upload.verify", "whether the files of a shared model are what was pushed"),

@@ -223,7 +223,7 @@ def _shuffled(count: int, seed: int) -> torch.Tensor:
 
 
 def check_estimator(model: Any, estimator: str, num_samples: int = 1) -> None:
-    """Refuse an estimator that the model does not have, by scoring a text of two tokens.
+    """Refuse an estimator that the model does not have, by scoring a text of two blocks.
 
     Raises:
         ValueError: the model's own reason, such as an exact sum that takes too many passes.
@@ -234,7 +234,8 @@ def check_estimator(model: Any, estimator: str, num_samples: int = 1) -> None:
             f"none: choose another estimator."
         )
     token = 1 if getattr(model.config, "mask_token_id", None) == 0 else 0
-    score_sequences(model, [[token, token]], estimator=estimator, num_samples=num_samples)
+    blocks = min(2 * getattr(model.config, "block_size", 1), getattr(model.config, "max_position_embeddings", 2))
+    score_sequences(model, [[token] * max(2, blocks)], estimator=estimator, num_samples=num_samples)
 
 
 def summarize(

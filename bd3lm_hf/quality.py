@@ -9,21 +9,19 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.data import load_text, pack
-from bd3lm_hf.evaluation import SequenceScore, score_sequences, seed_of, summarize
+from bd3lm_hf.diversity import mean_entropy
+from bd3lm_hf.evaluation import SequenceScore, seed_of, summarize
+from bd3lm_hf.judges import Judge, judge_of, load_judge
 from bd3lm_hf.samples import check_output
-from bd3lm_hf.tokenization import load_tokenizer
+from bd3lm_hf.texts import Text, write_batch
 from bd3lm_hf.writing import FIELDS, whole_number
 
 
@@ -34,8 +32,6 @@ CURVES: dict[str, tuple[str, tuple[float | None, ...]]] = {
     "entropy_bound": ("entropy_bound", (0.0, 1.0, 2.0, 4.0, 8.0)),
 }
 
-#: The exact bound sums over all masks of a block: 2^size - 1 passes.
-_LARGEST_EXACT_BLOCK = 8
 _PICTURES = (".png", ".svg", ".pdf")
 #: Fields that are the same for all settings.
 _SHARED = ("temperature", "nucleus_p")
@@ -54,94 +50,11 @@ class Point(NamedTuple):
     scores: list[SequenceScore]
 
 
-class Text(NamedTuple):
-    """A text of which the first tokens were given; those are not scored."""
-
-    ids: list[int]
-    given: int
-
-
 class Ratio(NamedTuple):
     """A perplexity over another one."""
 
     value: float
     standard_error: float  # of the value
-
-
-class Judge:
-    """Scores texts with a model that has `token_nll`.
-
-    Args:
-        estimator: of the model's bound, see its `token_nll`; an autoregressive model is exact with any.
-        retokenize: texts are decoded by the writer's tokenizer and encoded by the judge's own: (writer's, judge's).
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        *,
-        estimator: str = "exact",
-        num_samples: int = 1,
-        retokenize: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
-    ) -> None:
-        self.model, self.estimator, self.num_samples, self.retokenize = model, estimator, num_samples, retokenize
-
-    def score(self, texts: Sequence[Text], *, seed: int, batch_size: int) -> list[SequenceScore]:
-        """The nll of what was written of each text."""
-        if self.retokenize is not None:
-            texts = [self._retokenized(text) for text in texts]
-        rows = [{"input_ids": ids, "labels": [-100] * given + ids[given:]} for ids, given in texts]
-        return score_sequences(
-            self.model,
-            rows,
-            estimator=self.estimator,
-            num_samples=self.num_samples,
-            batch_size=batch_size,
-            seed=seed,
-        )
-
-    def _retokenized(self, text: Text) -> Text:
-        assert self.retokenize is not None
-        writer, own = self.retokenize
-        parts = [
-            own(str(writer.decode(ids, skip_special_tokens=True)), add_special_tokens=False)["input_ids"]
-            for ids in (text.ids[: text.given], text.ids[text.given :])
-        ]
-        return Text([own.bos_token_id, *parts[0], *parts[1]], 1 + len(parts[0]))
-
-
-class CausalScore:
-    """`token_nll` of any causal language model of transformers, from its logits: exact."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Of the model, as its device is read from them."""
-        return iter(self.model.parameters())
-
-    def token_nll(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None, **unused: Any
-    ) -> Any:
-        """The nll `(batch, length)` of each token behind the first, nats, and which were scored: no label of -100."""
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1].float()
-        nll = F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
-        scored = attention_mask if labels is None else attention_mask * (labels != -100)
-        return _Scored(F.pad(nll, (1, 0)), F.pad(scored[:, 1:], (1, 0)))
-
-
-class _Scored(NamedTuple):
-    nll: torch.Tensor
-    mask: torch.Tensor
-
-
-def own_judge(model: Any) -> Judge:
-    """The model's own likelihood bound: exact up to blocks of 8, else with 8 draws, stratified where they can be."""
-    if getattr(model.config, "time_conditioning", False):
-        return Judge(model, estimator="sampled", num_samples=8)
-    if getattr(model.config, "block_size", 1) > _LARGEST_EXACT_BLOCK:
-        return Judge(model, estimator="stratified", num_samples=8)
-    return Judge(model, estimator="exact")
 
 
 def quality_curve(
@@ -189,12 +102,12 @@ def quality_curve(
     for sampler, setting in tqdm(wanted, desc="settings", disable=not progress, leave=False):
         fields = {**generation, **{name: value for name, value in setting.items() if value is not None}}
         started = time.perf_counter()
-        texts, forwards = _texts(model, prompts, new_tokens, batch_size, seed, sampler=sampler, **fields)
+        texts = _texts(model, prompts, new_tokens, batch_size, seed, sampler=sampler, **fields)
         seconds = time.perf_counter() - started
         scores = judge.score(texts, seed=seed, batch_size=batch_size)
         result = summarize(scores)
-        entropy = math.fsum(token_entropy(text.ids[text.given :]) for text in texts) / len(texts)
-        speed = len(texts) * new_tokens / forwards
+        entropy = mean_entropy([text.written for text in texts])
+        speed = len(texts) * new_tokens / sum(text.forwards for text in texts)
         points.append(
             Point(sampler, setting, speed, result.perplexity, result.standard_error, entropy, seconds, scores)
         )
@@ -203,42 +116,14 @@ def quality_curve(
 
 def _texts(
     model: Any, prompts: Sequence[list[int]], new_tokens: int, batch_size: int, seed: int, **fields: Any
-) -> tuple[list[Text], int]:
-    """Texts and the forwards that they would take one by one."""
+) -> list[Text]:
+    """A text for each prompt, which the seed and its number decide."""
     texts: list[Text] = []
-    forwards = 0
-    with _without_end(model.generation_config):
-        for first in range(0, len(prompts), batch_size):
-            given = torch.tensor(prompts[first : first + batch_size], device=model.device)
-            torch.manual_seed(seed_of(seed, first))
-            output = model.generate(
-                input_ids=given,
-                attention_mask=torch.ones_like(given),
-                max_new_tokens=new_tokens,
-                return_dict_in_generate=True,
-                output_trace=True,
-                **fields,
-            )
-            texts += [Text(ids, given.shape[1]) for ids in output.sequences.tolist()]
-            # A row takes part in the steps that reveal something of it; in the others it waits for the batch.
-            forwards += int(sum(step.revealed.any(dim=1).sum() for step in output.trace))
-    return texts, forwards
-
-
-@contextmanager
-def _without_end(config: Any) -> Iterator[None]:
-    end, config.eos_token_id = config.eos_token_id, None
-    try:
-        yield
-    finally:
-        config.eos_token_id = end
-
-
-def token_entropy(ids: Sequence[int]) -> float:
-    """Entropy in nats of the token frequencies of a text: it falls when a text repeats itself."""
-    counts = torch.tensor(ids).unique(return_counts=True)[1].double()
-    frequency = counts / counts.sum()
-    return float(-(frequency * frequency.log()).sum())
+    for first in range(0, len(prompts), batch_size):
+        given = prompts[first : first + batch_size]
+        seeds = [seed_of(seed, first + number) for number in range(len(given))]
+        texts += write_batch(model, given, new_tokens, seeds=seeds, **fields)
+    return texts
 
 
 def compare(point: Point, baseline: Point) -> Ratio:
@@ -411,27 +296,11 @@ def _prompts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) 
 
 def _judge(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[Judge, str]:
     if arguments.judge is None:
-        judge = own_judge(model)
+        judge = judge_of(model)
         return judge, f"the model itself ({judge.estimator} bound)"
-    other = load_model(arguments.judge, argument="--judge", trust_remote_code=arguments.trust_remote_code)
-    other = other.to(model.device).eval()
-    own = load_tokenizer(arguments.judge)
-    judge = own_judge(other) if hasattr(other, "token_nll") else Judge(CausalScore(other))
-    if own.get_vocab() != tokenizer.get_vocab():
-        judge.retokenize = (tokenizer, own)
+    how = {"device": model.device, "trust_remote_code": arguments.trust_remote_code}
+    judge = load_judge(arguments.judge, tokenizer, **how, as_text=False, score_end=True)
     return judge, Path(arguments.judge).name
 
 
-__all__ = [
-    "CURVES",
-    "CausalScore",
-    "Judge",
-    "Point",
-    "Ratio",
-    "compare",
-    "own_judge",
-    "plot",
-    "quality_curve",
-    "table",
-    "token_entropy",
-]
+__all__ = ["CURVES", "Point", "Ratio", "compare", "plot", "quality_curve", "table"]

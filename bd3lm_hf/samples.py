@@ -108,18 +108,25 @@ class SamplesFile:
         prompts: that of each sample.
         settings: what decides the texts; a file that was written with others is refused.
         overwrite: start anew.
+        argument: what the user calls the file, for messages.
 
     Raises:
         ValueError: a folder that does not exist, a file with something else in it, or samples of other settings.
     """
 
     def __init__(
-        self, path: Path, prompts: Sequence[str | None], settings: dict[str, Any], *, overwrite: bool = False
+        self,
+        path: Path,
+        prompts: Sequence[str | None],
+        settings: dict[str, Any],
+        *,
+        overwrite: bool = False,
+        argument: str = "--output",
     ) -> None:
-        self.path, self.prompts, self.settings = path, prompts, settings
+        self.path, self.prompts, self.settings, self.argument = path, prompts, settings, argument
         self.finished: set[int] = set()
         self._size = 0  # bytes of complete lines
-        check_output(path, "--output")
+        check_output(path, argument)
         if path.exists() and not overwrite:
             self._read()
 
@@ -134,7 +141,7 @@ class SamplesFile:
                 row = None
             if not isinstance(row, dict) or not isinstance(row.get("index"), int) or "settings" not in row:
                 raise ValueError(
-                    f"--output {self.path}: line {number} is no sample of this command; name another file, or "
+                    f"{self.argument} {self.path}: line {number} is no sample of this command; name another file, or "
                     f"replace it with --overwrite."
                 )
             self._check(number, row)
@@ -151,9 +158,18 @@ class SamplesFile:
         ]
         if differences:
             raise ValueError(
-                f"--output {self.path}: line {number} was written with other settings ({'; '.join(differences)}): "
-                f"repeat them to continue, name another file, or replace it with --overwrite."
+                f"{self.argument} {self.path}: line {number} was written with other settings "
+                f"({'; '.join(differences)}): repeat them to continue, name another file, or replace it with "
+                f"--overwrite."
             )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The finished samples that were asked for, in the order of their numbers."""
+        if not self.finished:
+            return []
+        lines = self.path.read_bytes()[: self._size].splitlines()
+        rows = {row["index"]: row for row in map(json.loads, lines)}
+        return [rows[index] for index in range(len(self.prompts)) if index in rows]
 
     def append(self, samples: Iterable[Sample]) -> None:
         """Write samples that are not there yet, each with a flush of its own."""

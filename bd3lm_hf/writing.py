@@ -4,7 +4,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -70,8 +70,9 @@ FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "entropy_stop_window": (whole_number(1), "how many tokens that looks at"),
     "max_time": (number(), "seconds after which a batch ends with the block it is in"),
 }
-#: Fields with a flag of another kind.
-_CHOICES = ("max_new_tokens", "do_sample", "sampler", "sampling_dtype", "stop_at_second_eos", "context", "projection")
+#: Fields with a flag that names a choice.
+CHOICES = ("sampler", "sampling_dtype", "context", "projection")
+_OWN_CHOICES = ("max_new_tokens", "do_sample", "stop_at_second_eos")
 _BATCH_SIZE = 8
 # Not in every version of transformers; without it a terminal shows finished tokens only.
 _DRAFTS: type[TextStreamer] = getattr(transformers, "TextDiffusionStreamer", TextStreamer)
@@ -124,18 +125,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice = how.add_mutually_exclusive_group()
     choice.add_argument("--do-sample", action="store_true", default=True, help="draw tokens (default)")
     choice.add_argument("--greedy", dest="do_sample", action="store_false", help="take the most likely token")
-    how.add_argument("--sampler", choices=tuple(SAMPLERS), help="which masked positions to reveal when")
-    how.add_argument("--sampling-dtype", choices=tuple(SAMPLING_DTYPES), help="precision that tokens are drawn with")
-    how.add_argument("--context", choices=tuple(CONTEXTS), help="simplex diffusion: what a block is written behind")
-    how.add_argument("--projection", choices=tuple(PROJECTIONS), help="simplex diffusion: what a step makes of logits")
+    add_sampling(how, FIELDS)
     how.add_argument(
         "--stop-at-second-eos",
         action="store_true",
         default=None,
         help="the paper's rule: end with the second end token",
     )
-    for name, (kind, text) in FIELDS.items():
-        how.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     where = parser.add_argument_group("where it goes")
     where.add_argument("--stream", action="store_true", help="show each text while it is written")
     where.add_argument(
@@ -145,6 +141,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--trace", type=Path, action="append", help="page (.html) or data (.json) that replays every denoising step"
     )
+
+
+def add_sampling(how: Any, fields: Iterable[str]) -> None:
+    """The flags of a parser or group that decide how a text is written: choices by name, and these of `FIELDS`."""
+    how.add_argument("--sampler", choices=tuple(SAMPLERS), help="which masked positions to reveal when")
+    how.add_argument("--sampling-dtype", choices=tuple(SAMPLING_DTYPES), help="precision that tokens are drawn with")
+    how.add_argument("--context", choices=tuple(CONTEXTS), help="simplex diffusion: what a block is written behind")
+    how.add_argument("--projection", choices=tuple(PROJECTIONS), help="simplex diffusion: what a step makes of logits")
+    for name in fields:
+        kind, text = FIELDS[name]
+        how.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
 
 
 def plan(arguments: argparse.Namespace) -> Job:
@@ -162,7 +169,7 @@ def plan(arguments: argparse.Namespace) -> Job:
         check_output(path, "--trace")
     if arguments.output is not None:
         check_output(arguments.output, "--output")
-    chosen = {name: getattr(arguments, name) for name in (*_CHOICES, *FIELDS)}
+    chosen = {name: getattr(arguments, name) for name in (*_OWN_CHOICES, *CHOICES, *FIELDS)}
     return Job(
         model=arguments.model,
         prompts=read_prompts(arguments.prompt, arguments.prompt_file),
@@ -278,7 +285,7 @@ def _write_batch(
     return [
         _Written(
             prompt_ids,
-            _new_tokens(output.sequences[row, width:].tolist(), model.generation_config),
+            new_tokens(output.sequences[row, width:].tolist(), model.generation_config),
             getattr(output, "num_forward_passes", None),
             seconds,
             list(row_steps(output.trace, row, width - len(prompt_ids))) if job.traces else [],
@@ -316,7 +323,7 @@ def _traced(sample: Sample, written: _Written, model: Any, tokenizer: PreTrained
     )
 
 
-def _new_tokens(row: list[int], config: Any) -> list[int]:
+def new_tokens(row: list[int], config: Any) -> list[int]:
     """A row's new tokens without the padding behind its end."""
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     padding = ends[0] if config.pad_token_id is None else config.pad_token_id
@@ -353,4 +360,15 @@ def _write_traces(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase, trac
         write_trace(document, path)
 
 
-__all__ = ["FIELDS", "Job", "add_arguments", "plan", "write"]
+__all__ = [
+    "CHOICES",
+    "FIELDS",
+    "Job",
+    "add_arguments",
+    "add_sampling",
+    "new_tokens",
+    "number",
+    "plan",
+    "whole_number",
+    "write",
+]

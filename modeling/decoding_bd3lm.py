@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.logits_process import LogitsProcessorList
 
 from .canvas_bd3lm import Canvas
-from .draws_bd3lm import SAMPLING_DTYPES, draw_tokens, random_uniform, token_probability, wide_float
+from .draws_bd3lm import SAMPLING_DTYPES, Generators, draw_tokens, random_uniform, token_probability, wide_float
 from .passes_bd3lm import BlockPasses
 from .processors_bd3lm import PlaceProcessors, never_written
 from .samplers_bd3lm import SAMPLERS, Round, Sampler, Step
@@ -90,7 +90,7 @@ class BlockWriter:
         processors: LogitsProcessorList,
         generation_config: Any,
         cache: Cache | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         trace: Trace | None = None,
     ) -> None:
         self.canvas, self.config = canvas, model.config

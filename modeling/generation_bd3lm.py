@@ -18,6 +18,7 @@ from .cache_bd3lm import cache_maker
 from .canvas_bd3lm import Canvas, StopRules, lay_out
 from .continuing_bd3lm import ContinuingMixin, pad_left
 from .decoding_bd3lm import BlockWriter
+from .draws_bd3lm import check_sources
 from .generation_config_bd3lm import BD3LMGenerationConfig, check_generation_fields
 from .infilling_bd3lm import NOT_FOR_GAPS, fill_gaps
 from .processors_bd3lm import NucleusLogitsProcessor
@@ -126,6 +127,7 @@ class BD3LMGenerationMixin(ContinuingMixin):
         attention_mask = model_kwargs.get("attention_mask")
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         self._check_continuable(input_ids, attention_mask, synced_gpus)
+        check_sources(model_kwargs.get("generator"), len(input_ids))
         size, mask_id = self.config.block_size, self.config.mask_token_id
         canvas = lay_out(input_ids, attention_mask, generation_config.max_length - input_ids.shape[1], size, mask_id)
         prompt, padding = pad_left(input_ids, attention_mask)

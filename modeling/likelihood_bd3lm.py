@@ -11,6 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .attention_bd3lm import Layout, token_layout
 from .configuration_bd3lm import SAMPLING_EPS
+from .draws_bd3lm import Generators, check_sources
 from .head_bd3lm import cross_entropy
 from .loss_bd3lm import Scored, check_text, scored_tokens, sigma_of
 from .noise_bd3lm import Noise, draw_noise, given_noise, mask_positions, per_token, rank_in_block, times
@@ -21,10 +22,10 @@ from .streams_bd3lm import clean_cache, noisy_hidden
 if TYPE_CHECKING:
     from .modeling_bd3lm import BD3LMForMaskedLM
 
-Generators = torch.Generator | list[torch.Generator] | None  # a source of randomness, or one per row
 Source = Noise | Generators  # the draws themselves, or where they come from
 
-_MAX_EXACT_BLOCK = 8
+#: The exact bound sums over all masks of a block: 2^tokens - 1 passes.
+MAX_EXACT_TOKENS = 8
 _TOKEN_BUDGET = 2**14  # noisy tokens of one pass when scoring
 
 
@@ -61,7 +62,7 @@ def token_nll(
     - `"stratified"`: k uniform on 1..n, a uniform mask of that size, weight n/k. Unbiased because k has probability
       1/n instead of weight 1/k. No draw is wasted on an empty mask and no weight exceeds n, so the variance is lower.
       The draws of one block spread k over 1..n.
-    - `"exact"`: the sum over all 2^n - 1 masks of each block; no randomness.
+    - `"exact"`: the sum over all 2^n - 1 masks of each block; no randomness. n is at most 8.
 
     The clean stream is computed once for all draws. A model of block size 1 has a single mask per block, so every
     estimator gives its exact autoregressive likelihood.
@@ -75,8 +76,8 @@ def token_nll(
         noise: the draws of one `"sampled"` estimate, see [`Noise`], in place of a source.
 
     Raises:
-        ValueError: unknown estimator, `num_samples` below 1, a block too large for the exact sum, ids outside the
-            vocabulary, mask tokens in the text, noise for another estimate or another batch.
+        ValueError: unknown estimator, `num_samples` below 1, a block with too many tokens for the exact sum, ids
+            outside the vocabulary, mask tokens in the text, noise for another estimate or another batch.
     """
     _check_estimator(model, estimator, num_samples, generator, input_ids.shape[0])
     source = source_of(noise, generator, estimator, num_samples, input_ids.shape, model.config)
@@ -97,12 +98,6 @@ def _check_estimator(
     if estimator not in _ESTIMATORS:
         raise ValueError(f"estimator={estimator!r} is unknown: choose one of {', '.join(_ESTIMATORS)}.")
     check_sampling(num_samples, generator, batch)
-    size = model.config.block_size
-    if estimator == "exact" and size > _MAX_EXACT_BLOCK:
-        raise ValueError(
-            f"estimator='exact' at block_size={size} needs 2^{size} - 1 passes; the limit is block size "
-            f"{_MAX_EXACT_BLOCK}, {2**_MAX_EXACT_BLOCK - 1} passes. Use estimator='stratified' with num_samples."
-        )
     if estimator != "sampled" and model.config.time_conditioning:
         raise ValueError(
             f"estimator={estimator!r} sums over masks of all noise levels at once, but this model has "
@@ -114,8 +109,7 @@ def check_sampling(num_samples: int, generator: Generators, batch: int) -> None:
     """Refuse fewer than one draw, or a list of generators that does not have one for each row."""
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}: give at least 1.")
-    if isinstance(generator, list) and len(generator) != batch:
-        raise ValueError(f"{len(generator)} generators for {batch} rows: give one for each row, or a single one.")
+    check_sources(generator, batch)
 
 
 def source_of(
@@ -189,28 +183,37 @@ def stratified_masks(
 def _exact(
     model: "BD3LMForMaskedLM", layout: Layout, scored: Scored, num_samples: int, source: Source
 ) -> Iterator[Mask]:
-    """Every mask of a block once, with the weight 1 / (k C(n, k))."""
-    size, (batch, length) = model.config.block_size, scored.counted.shape
-    blocks = model.config.num_blocks(length)
+    """Every mask of a block once, with the weight 1 / (k C(n, k)).
+
+    What may be masked in a block is numbered, so that a few tokens behind a context cost few passes at any block size.
+    """
+    batch, length = scored.counted.shape
     block_ids = layout.block_ids.expand(batch, -1)
-    place = (layout.position_ids % size).expand(batch, -1)
+    sizes = torch.zeros(batch, model.config.num_blocks(length), device=block_ids.device, dtype=torch.float64)
+    n = sizes.scatter_add(1, block_ids, scored.maskable.double())
+    most = int(n.max())
+    if most > MAX_EXACT_TOKENS:
+        raise ValueError(
+            f"estimator='exact' at block_size={model.config.block_size} needs 2^{most} - 1 passes; the limit is "
+            f"{MAX_EXACT_TOKENS} tokens to score in a block, {2**MAX_EXACT_TOKENS - 1} passes. Use "
+            f"estimator='stratified' with num_samples."
+        )
+    place = rank_in_block((layout.position_ids / length).expand(batch, -1), block_ids, scored.maskable)
 
-    def count(tokens: torch.Tensor) -> torch.Tensor:
-        zeros = torch.zeros(batch, blocks, device=tokens.device, dtype=torch.float64)
-        return zeros.scatter_add_(1, block_ids, tokens.double())
+    def masks() -> Iterator[Mask]:
+        for pattern in range(1, 2**most):
+            picked = (torch.tensor(pattern, device=place.device) >> place) & 1 > 0
+            masked = picked & scored.maskable
+            k = sizes.scatter_add(1, block_ids, masked.double())
+            log_binomial = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+            weights = torch.where(k > 0, (-log_binomial).exp() / k.clamp(min=1), 0.0)
+            # A pattern with more tokens than a block has equals one without these: count it once.
+            wanted = torch.full_like(k, bin(pattern).count("1"))
+            weights = torch.where(k == wanted, weights, 0.0)
+            masked = masked & (per_token(weights, block_ids) > 0)
+            yield Mask(masked, per_token(weights, block_ids).float(), None)
 
-    n = count(scored.maskable)
-    for pattern in range(1, 2**size):
-        picked = (torch.tensor(pattern, device=place.device) >> place) & 1 > 0
-        masked = picked & scored.maskable
-        k = count(masked)
-        log_binomial = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
-        weights = torch.where(k > 0, (-log_binomial).exp() / k.clamp(min=1), 0.0)
-        # A pattern that picks a token which may not be masked equals one that does not pick it: count it once.
-        wanted = torch.full_like(k, bin(pattern).count("1"))
-        weights = torch.where(k == wanted, weights, 0.0)
-        masked = masked & (per_token(weights, block_ids) > 0)
-        yield Mask(masked, per_token(weights, block_ids).float(), None)
+    return masks()
 
 
 _ESTIMATORS = {"sampled": _sampled, "stratified": stratified_masks, "exact": _exact}
@@ -227,10 +230,14 @@ def rows_of_noise(model: "BD3LMForMaskedLM", scored: Scored, order: str, source:
     noise = Noise(*(torch.zeros(batch, size, device=device) for size in (blocks, length, blocks)))
     for row, generator in enumerate(source):
         tokens = int(scored.valid[row].sum())
-        own = draw_noise(1, model.config.num_blocks(tokens), tokens, order=order, device=device, generator=generator)
-        noise.token_noise[row, scored.valid[row]] = own.token_noise[0]
-        noise.block_noise[row, : own.block_noise.shape[1]] = own.block_noise[0]
-        noise.count_noise[row, : own.count_noise.shape[1]] = own.count_noise[0]
+        # As for a whole window, so that texts which begin alike are compared with the same draws, whatever their
+        # length. Strata that are dealt in order must be those of the text's own blocks.
+        drawn = tokens if order == "published" else max(tokens, model.config.model_length)
+        own = draw_noise(1, model.config.num_blocks(drawn), drawn, order=order, device=device, generator=generator)
+        own_blocks = model.config.num_blocks(tokens)
+        noise.token_noise[row, scored.valid[row]] = own.token_noise[0, :tokens]
+        noise.block_noise[row, :own_blocks] = own.block_noise[0, :own_blocks]
+        noise.count_noise[row, :own_blocks] = own.count_noise[0, :own_blocks]
     return noise
 
 
@@ -283,6 +290,7 @@ def _grouped(draws: Iterator[Mask], size: int) -> Iterator[list[Mask]]:
 
 
 __all__ = [
+    "MAX_EXACT_TOKENS",
     "Generators",
     "Mask",
     "Source",

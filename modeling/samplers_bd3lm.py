@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .draws_bd3lm import random_uniform, token_probability
+from .draws_bd3lm import Generators, random_uniform, token_probability
 from .schedules_bd3lm import noise_schedule
 
 
@@ -24,7 +24,7 @@ class Round:
     wanted: torch.Tensor  # bool (batch, block_size): a row is done when these are revealed
     random: bool = True  # without chance places come from left to right, so that a text repeats itself
     in_order: bool = False  # reveal from left to right only, as processors that read the text need it
-    generator: torch.Generator | None = None
+    generator: Generators = None
     start: float = 1.0  # probability of being masked at the beginning of the round
 
     def asked_for(self) -> torch.Tensor:

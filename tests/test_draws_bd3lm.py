@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from bd3lm_hf.modeling import draws_bd3lm
 from bd3lm_hf.modeling.draws_bd3lm import (
     SAMPLING_DTYPES,
+    check_sources,
     draw_published,
     draw_tokens,
     random_uniform,
@@ -104,3 +105,16 @@ def test_the_published_update_draws_the_published_ids():
     block, expected = golden["ddpm.x"][:, 8:], golden["ddpm.step0.x_next"][:, 8:]
     drawn = draw_published(golden["ddpm.step0.q_xs"].double(), golden["ddpm.step0.u"])
     assert torch.equal(torch.where(block == 96, drawn, block), expected)
+
+
+def test_a_row_with_a_source_of_its_own_gets_the_numbers_that_it_would_get_alone():
+    together = random_uniform((2, 5), CPU, [seed(3), seed(4)])
+    alone = [random_uniform((1, 5), CPU, source)[0] for source in (seed(3), seed(4))]
+    assert torch.equal(together, torch.stack(alone)) and not torch.equal(*alone)
+
+
+def test_a_list_of_sources_has_one_for_each_row():
+    check_sources([torch.Generator()] * 2, 2)
+    check_sources(torch.Generator(), 2)
+    with pytest.raises(ValueError, match="3 generators for 2 rows: give one for each row, or a single one"):
+        check_sources([torch.Generator()] * 3, 2)

@@ -194,7 +194,9 @@ def test_an_estimator_is_refused_before_a_text_is_scored(model):
     with pytest.raises(ValueError, match="estimator='published' is one draw|num_samples=3"):
         check_estimator(model, "published", num_samples=3)
     model.config.block_size = 16
-    with pytest.raises(ValueError, match=r"2\^16 - 1 passes; the limit is block size 8.*Use estimator='stratified'"):
+    with pytest.raises(
+        ValueError, match=r"2\^16 - 1 passes; the limit is 8 tokens to score in a block.*Use estimator='stratified'"
+    ):
         check_estimator(model, "exact")
 
 

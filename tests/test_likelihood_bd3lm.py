@@ -420,14 +420,40 @@ def test_generators_that_do_not_match_the_rows_are_refused(tiny_model, count):
         tiny_model.token_nll(random_ids(2, 4), generator=[torch.Generator() for _ in range(count)])
 
 
+def test_texts_of_any_length_share_the_draws_of_their_common_blocks(tiny_model):
+    ids = random_ids(1, 31)
+    scores = []
+    for length in (12, 31):
+        source = [torch.Generator().manual_seed(3)]
+        text = ids[:, :length]
+        scores.append(tiny_model.token_nll(text, estimator="stratified", num_samples=3, generator=source).nll[0, :12])
+    torch.testing.assert_close(*scores)
+    assert (scores[0] > 0).sum() > 6
+
+
 def test_the_exact_sum_over_large_blocks_is_refused_with_its_cost(tiny_config):
     tiny_config.block_size = 16
     model = BD3LMForMaskedLM(tiny_config)
-    message = (
-        r"estimator='exact' at block_size=16 needs 2\^16 - 1 passes; .*block size 8, 255 passes. Use .*stratified"
-    )
+    message = r"estimator='exact' at block_size=16 needs 2\^15 - 1 passes; .*8 tokens .*, 255 passes. Use .*stratified"
     with pytest.raises(ValueError, match=message):
         model.token_nll(random_ids(1, 16), estimator="exact")
+
+
+def test_a_few_tokens_behind_a_context_are_scored_exactly_at_any_block_size(randomize):
+    model = toy_model(randomize, 12)
+    ids = torch.tensor([[2, 0, 1, 2, 1, 0, 0, 2, 1, 1, 2]]).repeat(2, 1)
+    labels = ids.clone()
+    labels[:, :7] = -100
+    labels[0, 9] = -100
+    score = model.token_nll(ids, labels=labels, estimator="exact")
+    assert torch.equal(score.mask, (labels != -100).float())
+    # Three tokens of a block: what stands for an integral over t is a sum over seven masks.
+    expected = sum(
+        subset_nll(model, ids[:1], subset)[list(subset)].sum() / (size * math.comb(3, size))
+        for size in (1, 2, 3)
+        for subset in itertools.combinations((7, 8, 10), size)
+    )
+    assert score.nll[0].sum().item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_exact_sum_over_blocks_of_eight_is_still_made(tiny_config):

@@ -9,20 +9,14 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bd3lm_hf.evaluation import SequenceScore, summarize
-from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.judges import CausalScore, Judge, judge_of
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.quality import (
-    CausalScore,
-    Judge,
-    Point,
-    Text,
-    compare,
-    own_judge,
-    plot,
-    quality_curve,
-    table,
-    token_entropy,
-)
+from bd3lm_hf.quality import Point, compare, plot, quality_curve, table
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=64, n_embd=8, n_layer=1, n_head=1)).eval()
 
 
 CURVES = {
@@ -42,7 +36,7 @@ def point(nll: list[float], counts: list[int], sampler: str = "first_hitting", *
 
 def test_bolder_settings_write_more_tokens_per_forward(tiny_model):
     points = quality_curve(
-        tiny_model, CURVES, own_judge(tiny_model), num_samples=3, new_tokens=15, batch_size=2, do_sample=True
+        tiny_model, CURVES, judge_of(tiny_model), num_samples=3, new_tokens=15, batch_size=2, do_sample=True
     )
     assert [(one.sampler, one.setting) for one in points] == [(s, c) for s, cs in CURVES.items() for c in cs]
     # 15 tokens behind the first one: four blocks, the first one with 3 of them.
@@ -57,7 +51,7 @@ def test_tokens_per_forward_do_not_depend_on_the_batch(tiny_model):
     curves = {"confidence": [{"confidence_threshold": 0.04}]}
     options = {"num_samples": 4, "new_tokens": 31, "do_sample": False}
     ones, fours = (
-        quality_curve(tiny_model, curves, own_judge(tiny_model), batch_size=size, **options)[0] for size in (1, 4)
+        quality_curve(tiny_model, curves, judge_of(tiny_model), batch_size=size, **options)[0] for size in (1, 4)
     )
     assert ones.tokens_per_forward == fours.tokens_per_forward > 1
     assert ones.perplexity == pytest.approx(fours.perplexity, rel=1e-5)
@@ -81,7 +75,7 @@ def test_texts_are_written_to_full_length_and_the_model_ends_texts_again_afterwa
     model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
     with torch.no_grad():
         model.backbone.output_layer.linear.bias[tiny_config.eos_token_id] += 10  # hardly anything but end tokens
-    (one,) = quality_curve(model, {"first_hitting": [{}]}, own_judge(model), num_samples=2, new_tokens=12)
+    (one,) = quality_curve(model, {"first_hitting": [{}]}, judge_of(model), num_samples=2, new_tokens=12)
     assert {score.num_tokens for score in one.scores} == {12}
     assert model.generation_config.eos_token_id == tiny_config.eos_token_id
     assert model.generate(max_new_tokens=12).shape[1] < 13
@@ -89,60 +83,14 @@ def test_texts_are_written_to_full_length_and_the_model_ends_texts_again_afterwa
 
 def test_texts_that_can_not_be_scored_are_refused(tiny_model):
     with pytest.raises(ValueError, match="new_tokens=32: behind 1 tokens the model's window has room for 31"):
-        quality_curve(tiny_model, CURVES, own_judge(tiny_model), new_tokens=32)
+        quality_curve(tiny_model, CURVES, judge_of(tiny_model), new_tokens=32)
     with pytest.raises(ValueError, match="1 texts give no standard error: ask for at least 2"):
-        quality_curve(tiny_model, CURVES, own_judge(tiny_model), num_samples=1)
+        quality_curve(tiny_model, CURVES, judge_of(tiny_model), num_samples=1)
 
 
 def test_a_model_without_samplers_is_refused():
     with pytest.raises(ValueError, match="a GPT2LMHeadModel has no samplers to compare: name a block-diffusion model"):
         quality_curve(gpt2(), CURVES, Judge(CausalScore(gpt2())))
-
-
-def test_repetition_lowers_the_entropy_of_a_text():
-    assert token_entropy([5] * 9) == 0
-    assert token_entropy([1, 2, 3, 4]) == pytest.approx(math.log(4))
-    assert token_entropy([1, 1, 1, 2]) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
-
-
-# --- judges ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_model_judges_itself_exactly_up_to_blocks_of_8(tiny_model, tiny_config):
-    assert own_judge(tiny_model).estimator == "exact"
-    large = BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), "block_size": 16}))
-    assert (own_judge(large).estimator, own_judge(large).num_samples) == ("stratified", 8)
-    timed = BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), "time_conditioning": True}))
-    assert (own_judge(timed).estimator, own_judge(timed).num_samples) == ("sampled", 8)
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=64, n_embd=8, n_layer=1, n_head=1)).eval()
-
-
-def test_any_causal_model_can_judge():
-    model = gpt2()
-    texts = [Text([0, 5, 6, 7], 1), Text([0, 300, 12, 9, 10], 3)]
-    scores = Judge(CausalScore(model)).score(texts, seed=0, batch_size=2)
-    assert [score.num_tokens for score in scores] == [3, 2]
-    for text, score in zip(texts, scores, strict=True):
-        ids = torch.tensor([text.ids])
-        labels = torch.tensor([[-100] * text.given + text.ids[text.given :]])
-        expected = model(input_ids=ids, labels=labels).loss.item() * score.num_tokens
-        assert score.nll == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_judge_of_another_vocabulary_reads_the_text(tiny_tokenizer):
-    judge = Judge(CausalScore(gpt2()), retokenize=(tiny_tokenizer, tiny_tokenizer))
-    ids = tiny_tokenizer("The lazy dog sleeps on.")["input_ids"]
-    letters = [token for letter in "The lazy dog sleeps on." for token in tiny_tokenizer(letter)["input_ids"]]
-    assert len(letters) > len(ids)
-    given = tiny_tokenizer("A block")["input_ids"]
-    texts = [Text([0, *given, *written], 1 + len(given)) for written in (ids, letters)]
-    scores = judge.score(texts, seed=0, batch_size=2)
-    assert scores[0].num_tokens == scores[1].num_tokens == len(ids)
-    assert scores[0].nll == pytest.approx(scores[1].nll)
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------

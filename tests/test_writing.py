@@ -355,4 +355,4 @@ def test_an_autoregressive_model_writes_as_well(bd3lm, gpt2_folder, tmp_path):
 )
 def test_padding_behind_the_end_is_no_new_token(row, pad, eos, count):
     config = types.SimpleNamespace(pad_token_id=pad, eos_token_id=eos)
-    assert writing._new_tokens(row, config) == row[:count]
+    assert writing.new_tokens(row, config) == row[:count]

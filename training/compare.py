@@ -20,6 +20,10 @@ import yaml
 from transformers.utils import logging
 
 from bd3lm_hf.checkpoints import load_model
+from bd3lm_hf.diversity import mean_entropy
+from bd3lm_hf.evaluation import summarize
+from bd3lm_hf.judges import Judge, judge_of
+from bd3lm_hf.texts import Text
 from bd3lm_hf.training.arguments import ModelArguments, field_names
 from bd3lm_hf.training.train import RESULTS_NAME, model_class, run
 
@@ -122,6 +126,7 @@ def compare(plan: Plan) -> list[Row]:
         judge = _judge(plan, seed)
         model = load_model(str(_folder(plan, name, seed))).eval()
         written = write_texts(model, plan.num_texts, plan.text_length, seed=seed)
+        texts = written.ids.tolist()
         tokens = result["steps"] * result["global_batch_size"] * model.config.max_position_embeddings
         rows.append(
             Row(
@@ -131,8 +136,8 @@ def compare(plan: Plan) -> list[Row]:
                 exact=getattr(model, "exact_likelihood", False),
                 training_tokens=tokens,
                 training_tokens_per_second=_speed(result),
-                generative_perplexity=judged_perplexity(judge, written.ids),
-                entropy=mean_entropy(written.ids),
+                generative_perplexity=summarize(judge.score([Text(ids, 1) for ids in texts])).perplexity,
+                entropy=mean_entropy(texts),
                 forwards_per_token=written.forwards_per_token,
                 seconds_per_token=written.seconds_per_token,
             )
@@ -163,11 +168,11 @@ def _trained(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     return json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
 
 
-def _judge(plan: Plan, seed: int) -> Any:
+def _judge(plan: Plan, seed: int) -> Judge:
     name = str(_folder(plan, plan.judge, seed)) if plan.judge in plan.models else plan.judge
     model = load_model(name, argument="--judge").eval()
     _check_judge(plan.judge, model)
-    return model
+    return judge_of(model)
 
 
 def _check_judge(name: str, model: Any) -> None:
@@ -212,21 +217,6 @@ def write_texts(model: Any, count: int, length: int, *, seed: int) -> Texts:
     seconds = time.perf_counter() - started
     batches = len(ids)
     return Texts(torch.cat(ids), forwards / batches / (length - 1), seconds / count / (length - 1))
-
-
-def judged_perplexity(judge: Any, ids: torch.Tensor) -> float:
-    """Perplexity of texts `(texts, length)` under a judge with the same vocabulary, over all their tokens."""
-    score = judge.token_nll(ids.to(judge.device), estimator="stratified", num_samples=8)
-    return float((score.nll.sum() / score.mask.sum()).exp())
-
-
-def mean_entropy(ids: torch.Tensor) -> float:
-    """Entropy of each text's token frequencies in nats, averaged over texts `(texts, length)`."""
-    entropies = []
-    for row in ids:
-        share = row.unique(return_counts=True)[1] / row.numel()
-        entropies.append(-(share * share.log()).sum())
-    return float(torch.stack(entropies).mean())
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -284,4 +274,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(text)
 
 
-__all__ = ["Plan", "Row", "compare", "judged_perplexity", "main", "mean_entropy", "read_plan", "table", "write_texts"]
+__all__ = ["Plan", "Row", "compare", "main", "read_plan", "table", "write_texts"]
