@@ -16,7 +16,8 @@ import bd3lm_hf
 _DIGITS = 16
 # Of a configuration, what says where a model comes from and how it runs, not what it computes.
 _FREE_CONFIG = {"_name_or_path", "architectures", "attn_backend", "auto_map", "dtype", "torch_dtype", "return_dict"}
-_FREE_CONFIG |= {"output_attentions", "output_hidden_states", "transformers_version", "use_cache"}
+_FREE_CONFIG |= {"output_attentions", "output_hidden_states", "use_cache"}
+_FREE_CONFIG |= {"requires_transformers", "transformers_version"}
 _FREE_CONFIG |= {"sampling_eps_min", "sampling_eps_max"}
 
 

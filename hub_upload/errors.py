@@ -18,10 +18,12 @@ _REMEDIES = {
     413: "the hub does not take files of this size: lower --max-shard-size",
     429: "the hub asks for patience: push again later",
 }
+# Where only the answer was lost, the commit may stand.
+_LATER = "try again later: a commit is made whole or not at all, and what has arrived is not sent again"
 
 
 class HubError(OSError):
-    """The hub, or the way to it, failed. The repository is as it was."""
+    """The hub, or the way to it, failed. Unless only the answer got lost, the repository is as it was."""
 
 
 class CheckError(RuntimeError):
@@ -45,7 +47,7 @@ def hub_errors(what: str) -> Iterator[None]:
         status = getattr(getattr(reason, "response", None), "status_code", 0)
         if isinstance(reason, LocalTokenNotFoundError):
             status = 401
-        remedy = _REMEDIES.get(status, "nothing was changed; try again later, and what has arrived is not sent again")
+        remedy = _REMEDIES.get(status, _LATER)
         raise HubError(f"{what}: {remedy}. ({type(reason).__name__}: {without_token(str(reason))})") from reason
 
 

@@ -1,5 +1,10 @@
 """The configuration of a block-diffusion language model (BD3-LM, arXiv 2503.09573), validated when it is made."""
 
+# Before all else: every way to load a model begins here, and other versions may lack what is imported below.
+from .versions_bd3lm import check_transformers  # noqa: F401
+
+
+# isort: split
 from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig

@@ -1,5 +1,10 @@
 """The configuration of SSD-LM (arXiv 2210.17432), validated when it is made."""
 
+# Before all else: every way to load a model begins here, and other versions may lack what is imported below.
+from .versions_bd3lm import check_transformers  # noqa: F401
+
+
+# isort: split
 from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING

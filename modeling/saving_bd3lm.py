@@ -1,10 +1,12 @@
-"""Saving a model whose folder needs nothing but transformers: `config.json` names its code for every Auto class."""
+"""Saving a model whose folder needs nothing but transformers: `config.json` names its code and who can run it."""
 
 import os
 from collections.abc import Callable
 from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
+
+from .versions_bd3lm import TRANSFORMERS_VERSIONS
 
 
 class SelfContainedModel(PreTrainedModel):
@@ -14,12 +16,13 @@ class SelfContainedModel(PreTrainedModel):
     share_folder: Callable[..., Any] | None = None  # uploads a saved folder, where bd3lm_hf is installed
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; `config.json` names the saved code for every Auto class.
+        """As in transformers; `config.json` names the saved code for every Auto class, and states who can run it.
 
         transformers itself records one of them, and keeps what an earlier, perhaps foreign, `auto_map` said.
         """
         names = ((auto, cls.__module__.rpartition(".")[2], cls.__name__) for auto, cls in self.auto_classes.items())
         self.config.auto_map = {auto: f"{module}.{name}" for auto, module, name in names}
+        self.config.requires_transformers = TRANSFORMERS_VERSIONS
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _upload_modified_files(  # type: ignore[override]  # transformers names all of them

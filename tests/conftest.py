@@ -215,6 +215,7 @@ def hub(monkeypatch, tmp_path):
         clock = SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
         monkeypatch.setattr(huggingface_hub.utils._http, "time", clock)
         monkeypatch.setattr(huggingface_hub.file_download, "time", clock)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers another hub
         huggingface_hub.close_session()
         yield server
         huggingface_hub.close_session()

@@ -21,6 +21,13 @@ def rows(count: int = 5, change: int | None = None) -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
+def test_a_saved_and_loaded_model_has_the_same_configuration(tiny_model, tmp_path):
+    before = config_identity(tiny_model.config)
+    tiny_model.save_pretrained(tmp_path)
+    assert config_identity(tiny_model.config) == before
+    assert config_identity(BD3LMForMaskedLM.from_pretrained(tmp_path).config) == before
+
+
 def test_the_weights_have_one_digest_wherever_they_are_kept(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     assert weights_digest(BD3LMForMaskedLM.from_pretrained(tmp_path)) == weights_digest(tiny_model)

@@ -91,8 +91,7 @@ def test_a_failed_push_leaves_the_repository_as_it_was_and_the_next_completes_it
     assert len([put for put in hub.asked("PUT", "/lfs/") if put.status == 200]) == 1 >= sent
 
 
-def test_save_pretrained_and_push_to_hub_bring_the_same_tree(hub, model_folder, tree, monkeypatch):
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers another hub
+def test_save_pretrained_and_push_to_hub_bring_the_same_tree(hub, model_folder, tree):
     model = BD3LMForMaskedLM.from_pretrained(model_folder)
     model.save_pretrained(model_folder, push_to_hub=True, repo_id=REPO)
     assert held(hub) == tree

@@ -111,7 +111,7 @@ def test_a_file_of_another_kind_stops_the_upload_before_it_begins(hub, tree):
         (412, "the repository was changed meanwhile: push again"),
         (413, "lower --max-shard-size"),
         (429, "push again later"),
-        (503, "nothing was changed; try again later"),
+        (503, "try again later: a commit is made whole or not at all"),
     ],
 )
 def test_a_failure_of_the_hub_is_one_line_and_changes_nothing(hub, tree, monkeypatch, status, part):
