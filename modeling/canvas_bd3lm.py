@@ -26,6 +26,7 @@ class Canvas:
     block_size: int
     key_valid: torch.Tensor | None  # bool (batch, columns), None when all rows start at column 0
     holes: torch.Tensor | None = None  # bool (batch, columns) on the host, what is written where it is not the rest
+    stride: int | None = None  # columns from block to block, where blocks overlap; None: block_size
 
     host_prompt_end: torch.Tensor = field(init=False)  # `prompt_end` on the host
     last_start: int = field(init=False)  # column from which on every row has begun
@@ -45,13 +46,15 @@ class Canvas:
 
     def blocks(self) -> range:
         """First columns of the blocks that hold new tokens."""
-        return range(self.first_block, self.text.shape[1], self.block_size)
+        return range(self.first_block, self.text.shape[1] - self.block_size + 1, self.stride or self.block_size)
 
     def gaps(self, begin: int) -> torch.Tensor:
         """What is to be written in the block that begins at this column, bool `(batch, block_size)` on the host."""
         if self.holes is not None:
             return self.holes[:, begin : begin + self.block_size]
-        return begin + torch.arange(self.block_size) >= self.host_prompt_end.unsqueeze(1)
+        column = begin + torch.arange(self.block_size)
+        overlap = 0 if self.stride is None or begin == self.first_block else self.block_size - self.stride
+        return (column >= self.host_prompt_end.unsqueeze(1)) & (column >= begin + overlap)
 
     def written(self, stop: int, start: int = 0) -> torch.Tensor:
         """New tokens `start` to `stop` of each row, `(batch, stop - start)`; behind its end a row repeats its last."""
@@ -60,22 +63,34 @@ class Canvas:
 
 
 def lay_out(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, new_tokens: int, block_size: int, mask_token_id: int
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    new_tokens: int,
+    block_size: int,
+    mask_token_id: int,
+    stride: int | None = None,
 ) -> Canvas:
-    """Put prompts `(batch, length)`, padded on either side, on a [`Canvas`] with room for `new_tokens` each."""
+    """Put prompts `(batch, length)`, padded on either side, on a [`Canvas`] with room for `new_tokens` each.
+
+    Args:
+        stride: columns from block to block, at most `block_size`; below it a block also holds the end of the text
+            before it.
+    """
     batch, width = input_ids.shape
+    step = stride or block_size
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     lengths = real.sum(1)
-    first_block = int(lengths.max()) // block_size * block_size
-    start = first_block - lengths // block_size * block_size
+    full = (((lengths - block_size) // step + 1) * step).clamp(min=0)  # column of each row's first block with gaps
+    first_block = int(full.max())
+    start = first_block - full
     end = int((start + lengths).max()) + new_tokens
-    columns = -(-end // block_size) * block_size
+    columns = block_size + max(0, -(-(end - block_size) // step) * step)
     text = input_ids.new_full((batch, columns), mask_token_id)
     column = torch.arange(columns, device=input_ids.device)
     prompt = (column >= start.unsqueeze(1)) & (column < (start + lengths).unsqueeze(1))
     text[prompt] = input_ids[real]  # both in reading order
     valid = column >= start.unsqueeze(1) if start.any() else None
-    return Canvas(text, start, lengths, first_block, new_tokens, block_size, valid)
+    return Canvas(text, start, lengths, first_block, new_tokens, block_size, valid, stride=stride)
 
 
 class StopRules:

@@ -15,6 +15,7 @@ from .schedules_bd3lm import noise_schedule
 
 # Where the authors' unclipped interval of noise levels begins.
 SAMPLING_EPS = 1e-3
+_OF_BLOCKS = ("block_size", "sampling_eps_min", "sampling_eps_max", "resample", "antithetic_sampling", "noise_draws")
 
 
 class BD3LMConfig(PreTrainedConfig):
@@ -69,6 +70,9 @@ class BD3LMConfig(PreTrainedConfig):
         "num_attention_heads": "n_heads",
         "max_position_embeddings": "model_length",
     }
+
+    # Fields that a recipe made for another model type chose for reasons that this type does not share.
+    unshared_fields: ClassVar[tuple[str, ...]] = ()
 
     vocab_size: int = 50258
     block_size: int = 4
@@ -210,6 +214,7 @@ class ARConfig(BD3LMConfig):
     """
 
     model_type = "ar"
+    unshared_fields: ClassVar[tuple[str, ...]] = (*_OF_BLOCKS, "adaln", "time_conditioning", "noise")
 
     block_size: int = 1
     adaln: bool = False
@@ -243,6 +248,7 @@ class MDLMConfig(BD3LMConfig):
     """
 
     model_type = "mdlm"
+    unshared_fields: ClassVar[tuple[str, ...]] = _OF_BLOCKS
 
     block_size: int | None = None  # type: ignore[assignment]  # until __post_init__
     cross_attn: bool = False
@@ -273,6 +279,8 @@ class SEDDConfig(MDLMConfig):
     """
 
     model_type = "sedd"
+
+    unshared_fields: ClassVar[tuple[str, ...]] = (*_OF_BLOCKS, "adaln", "time_conditioning")
 
     time_conditioning: bool = True
 

@@ -14,7 +14,7 @@ from .canvas_bd3lm import Canvas
 from .draws_bd3lm import SAMPLING_DTYPES, Generators, draw_tokens, random_uniform, token_probability, wide_float
 from .passes_bd3lm import BlockPasses
 from .processors_bd3lm import PlaceProcessors, never_written
-from .samplers_bd3lm import SAMPLERS, Round, Sampler, Step
+from .samplers_bd3lm import Round, Sampler, Step
 from .trace_bd3lm import Trace
 
 
@@ -60,6 +60,7 @@ class Page:
         origin = canvas.host_prompt_end.unsqueeze(1)
         self.index = begin + torch.arange(size) - origin  # (batch, block_size), which new token of its row
         self.wanted = self.index < canvas.new_tokens
+        self.gaps = canvas.gaps(begin)  # what this block adds to the text
         self.confidence = torch.zeros(self.block.shape, device=text.device)  # of revealed tokens
         self.uniform = self.confidence  # of each place, what its token is drawn with
         self.dead = torch.zeros((), dtype=torch.bool, device=text.device)  # some place could not get any token
@@ -79,7 +80,8 @@ class BlockWriter:
         trace: gets every step, where one is wanted.
 
     Raises:
-        ValueError: remasking together with processors that read the text; a precision that the device lacks.
+        ValueError: remasking together with processors that read the text; a precision that the device lacks; a sampler
+            that does not fit what the model predicts.
     """
 
     def __init__(
@@ -112,7 +114,7 @@ class BlockWriter:
                 f" Leave it at 'float32', or move the model to another device."
             )
         self.passes = BlockPasses(model, canvas, cache, generation_config)
-        self.sampler: Sampler = SAMPLERS[generation_config.sampler](generation_config, model.config)
+        self.sampler: Sampler = _fitting_sampler(generation_config.sampler, model)(generation_config, model.config)
         self.do_sample: bool = generation_config.do_sample
         recorded = bool(generation_config.return_dict_in_generate)
         self.scores = Record(recorded and bool(generation_config.output_scores))
@@ -131,7 +133,7 @@ class BlockWriter:
             streamer: gets drafts of the first row, if it takes them.
         """
         page = Page(self.canvas, begin)
-        masked = self.canvas.gaps(begin) & ~finished.unsqueeze(1)
+        masked = page.gaps & ~finished.unsqueeze(1)
         drafts = streamer if hasattr(streamer, "put_draft") and not finished[0] else None
         # 1. Reveal
         work = Round(masked.clone(), page.wanted, self.do_sample, self.in_order, self.generator)
@@ -159,7 +161,8 @@ class BlockWriter:
         for step in self.sampler.steps(work):
             places = step.places.to(device, non_blocking=True)
             chance = step.chance.to(device, non_blocking=True)
-            drawn = self._predict(page, step, self.passes.logits(page.begin, places, chance))
+            logits = self.sampler.shape(step, self.passes.logits(page.begin, places, chance))
+            drawn = self._predict(page, step, logits)
             revealed = torch.ones_like(step.places, dtype=torch.bool)
             if not self.sampler.weighs:
                 page.put(places, drawn.tokens)
@@ -203,7 +206,7 @@ class BlockWriter:
     def _draft(self, page: Page) -> torch.Tensor:
         """The first row's new tokens of this block, as far as they are revealed."""
         draft = page.block[0].cpu()
-        return draft[(page.index[0] >= 0) & page.wanted[0] & (draft != self.config.mask_token_id)]
+        return draft[page.gaps[0] & page.wanted[0] & (draft != self.config.mask_token_id)]
 
     # --- The choice of tokens ----------------------------------------------------------------------------------------
 
@@ -243,6 +246,16 @@ class BlockWriter:
             return Drawn(scores.argmax(dim=-1), scores, logits)
         uniform = page.uniform.view(-1)[places.to(scores.device, non_blocking=True)]
         return Drawn(draw_tokens(scores, uniform, dtype=self.sampling_dtype), scores, logits)
+
+
+def _fitting_sampler(name: str, model: Any) -> type[Sampler]:
+    """The model's sampler of this name."""
+    if name not in model.samplers:
+        fits = ", ".join(map(repr, model.samplers))
+        raise ValueError(
+            f"sampler={name!r} does not fit what a {type(model).__name__} predicts: choose {fits}, or leave it out."
+        )
+    return model.samplers[name]
 
 
 __all__ = ["BlockWriter", "Drawn", "Page", "Record"]

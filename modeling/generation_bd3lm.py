@@ -22,6 +22,7 @@ from .draws_bd3lm import check_sources
 from .generation_config_bd3lm import BD3LMGenerationConfig, check_generation_fields
 from .infilling_bd3lm import NOT_FOR_GAPS, fill_gaps
 from .processors_bd3lm import NucleusLogitsProcessor
+from .samplers_bd3lm import SAMPLERS, Sampler
 from .stopping_bd3lm import EntropyStopCriteria, SecondEosCriteria
 from .trace_bd3lm import Trace, TraceStep, sequence_columns
 
@@ -53,7 +54,8 @@ class BD3LMGenerateOutput(ModelOutput):
 class BD3LMGenerationMixin(ContinuingMixin):
     """`generate` for block diffusion."""
 
-    generation_config_class = BD3LMGenerationConfig
+    generation_config_class: type[BD3LMGenerationConfig] = BD3LMGenerationConfig
+    samplers: dict[str, type[Sampler]] = SAMPLERS  # those that fit what the network predicts
 
     # --- Preparation, where transformers' own does not fit -----------------------------------------------------------
 
@@ -79,6 +81,14 @@ class BD3LMGenerationMixin(ContinuingMixin):
                 raise ValueError(
                     "past_key_values does not fit this model: with time_conditioning=True the keys of a text change "
                     "with the noise level. Leave the cache out."
+                )
+        elif _fills_window(self.config):
+            # A window is one block, denoised together: nothing in it is finished before the rest. A cache stays empty.
+            cache = model_kwargs.pop("past_key_values", None)
+            if cache is not None and cache.get_seq_length() > 0:
+                raise ValueError(
+                    f"past_key_values does not fit this model: its block of {self.config.block_size} tokens fills the "
+                    f"window, so there are no finished blocks to keep. Leave the cache out."
                 )
         elif generation_config.use_cache and not given:
             model_kwargs["past_key_values"] = make(self.config)
@@ -129,7 +139,9 @@ class BD3LMGenerationMixin(ContinuingMixin):
         self._check_continuable(input_ids, attention_mask, synced_gpus)
         check_sources(model_kwargs.get("generator"), len(input_ids))
         size, mask_id = self.config.block_size, self.config.mask_token_id
-        canvas = lay_out(input_ids, attention_mask, generation_config.max_length - input_ids.shape[1], size, mask_id)
+        new_tokens = generation_config.max_length - input_ids.shape[1]
+        stride = window_stride(self.config, generation_config.window_stride)
+        canvas = lay_out(input_ids, attention_mask, new_tokens, size, mask_id, stride)
         prompt, padding = pad_left(input_ids, attention_mask)
         stop = StopRules(stopping_criteria, prompt, canvas, generation_config, padding)
         writer = BlockWriter(
@@ -237,6 +249,29 @@ class BD3LMGenerationMixin(ContinuingMixin):
             tokens_per_forward=filled.num_gaps / max(1, filled.num_forward_passes) / len(input_ids),
             trace=None if filled.trace is None else filled.trace.steps,
         )
+
+
+def _fills_window(config: Any) -> bool:
+    return bool(config.block_size == config.model_length)
+
+
+def window_stride(config: Any, stride: int | None) -> int | None:
+    """Tokens from window to window of a model whose block fills it, by default half of it; None for other models.
+
+    Raises:
+        ValueError: a stride beyond the window, or for a model whose window moves by blocks.
+    """
+    window = config.model_length
+    if not _fills_window(config):
+        if stride is not None:
+            raise ValueError(
+                f"window_stride={stride} is for models whose block fills the window of {window} tokens: this one "
+                f"moves its window by blocks of {config.block_size}. Leave it out."
+            )
+        return None
+    if stride is not None and stride > window:
+        raise ValueError(f"window_stride={stride} would skip tokens: give at most the window, model_length={window}.")
+    return stride or max(1, window // 2)
 
 
 def trace_of(canvas: Canvas, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Trace:

@@ -5,7 +5,7 @@ from typing import Any
 from transformers.generation import GenerationConfig
 
 from .draws_bd3lm import SAMPLING_DTYPES
-from .samplers_bd3lm import SAMPLERS
+from .samplers_bd3lm import SAMPLERS, SCORE_SAMPLERS
 from .stopping_bd3lm import check_entropy_stop
 from .windows_bd3lm import WINDOWS
 
@@ -16,7 +16,8 @@ class BD3LMGenerationConfig(GenerationConfig):
     Args:
         sampler (`str`, defaults to `"first_hitting"`): which masked positions are revealed when. `"first_hitting"` and
             `"ancestral"` sample the model's distribution; `"confidence"` and `"entropy_bound"` reveal several tokens
-            per pass where the model is certain.
+            per pass where the model is certain. `"analytic"` is for models that predict scores (SEDD): there it is the
+            default and the only one.
         num_denoising_steps (`int`, *optional*): denoising steps of a block. `"ancestral"` spaces its grid by it (by
             default one step per token of a block) and skips steps that reveal nothing; the others take at most so
             many, and without it as many as their rule needs.
@@ -30,6 +31,9 @@ class BD3LMGenerationConfig(GenerationConfig):
             token always stays. The paper samples with 0.9.
         sampling_dtype (`str`, defaults to `"float32"`): precision of the probabilities that tokens are drawn from,
             `"float32"` or, as published, `"float64"`.
+        window_stride (`int`, *optional*): tokens by which the window moves on when a text outgrows it, of a model
+            whose block fills its window; the last `model_length - window_stride` tokens are the context of the next
+            ones. By default half of the window, the published 512 of 1024.
         window (`str`, defaults to `"cached"`): what a text longer than `model_length` attends to. `"cached"`, as
             published, keeps the keys and values of the blocks in the window: constant time per block, but those of
             deeper layers still know of blocks that have left. `"exact"` computes a window that has moved anew, once
@@ -46,14 +50,17 @@ class BD3LMGenerationConfig(GenerationConfig):
         ValueError: a field that has no meaning; the message names the value and the remedy.
     """
 
+    default_sampler = "first_hitting"
+
     def __init__(self, **kwargs: Any) -> None:
-        self.sampler = kwargs.pop("sampler", "first_hitting")
+        self.sampler = kwargs.pop("sampler", self.default_sampler)
         self.num_denoising_steps = kwargs.pop("num_denoising_steps", None)
         self.confidence_threshold = kwargs.pop("confidence_threshold", 0.9)
         self.entropy_bound = kwargs.pop("entropy_bound", 0.1)
         self.remask_fraction = kwargs.pop("remask_fraction", 0.0)
         self.nucleus_p = kwargs.pop("nucleus_p", 1.0)
         self.sampling_dtype = kwargs.pop("sampling_dtype", "float32")
+        self.window_stride = kwargs.pop("window_stride", None)
         self.window = kwargs.pop("window", "cached")
         self.entropy_stop = kwargs.pop("entropy_stop", None)
         self.entropy_stop_window = kwargs.pop("entropy_stop_window", 256)
@@ -71,11 +78,23 @@ class BD3LMGenerationConfig(GenerationConfig):
         raise NotImplementedError("a BD3LMGenerationConfig is made by its constructor, not from a model config.")
 
 
+class SEDDGenerationConfig(BD3LMGenerationConfig):
+    """That of a model that predicts scores: its `sampler` defaults to `"analytic"`."""
+
+    default_sampler = "analytic"
+
+
 def check_generation_fields(config: Any) -> None:
     """Validate the fields that [`BD3LMGenerationConfig`] adds."""
-    _check_choice("sampler", config.sampler, SAMPLERS)
+    _check_choice("sampler", config.sampler, {**SAMPLERS, **SCORE_SAMPLERS})
     _check_choice("sampling_dtype", config.sampling_dtype, SAMPLING_DTYPES)
     _check_choice("window", config.window, WINDOWS)
+    stride = config.window_stride
+    if stride is not None and (isinstance(stride, bool) or not isinstance(stride, int) or stride < 1):
+        raise ValueError(
+            f"window_stride={stride!r}: give a whole number of tokens from 1 to model_length, or None for half of the "
+            f"window."
+        )
     steps = config.num_denoising_steps
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(
@@ -110,4 +129,4 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
-__all__ = ["BD3LMGenerationConfig", "check_generation_fields"]
+__all__ = ["BD3LMGenerationConfig", "SEDDGenerationConfig", "check_generation_fields"]

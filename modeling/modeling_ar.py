@@ -4,17 +4,23 @@ log p(x) = sum over i of log p(x_i | x_<i); the first token of a text is given. 
 mask token, which has probability zero.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.logits_process import LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.utils import can_return_tuple
 
 from .attention_bd3lm import block_causal_plan, token_layout
+from .cache_bd3lm import clear, drop_oldest
 from .configuration_bd3lm import ARConfig
-from .generation_bd3lm import BD3LMGenerationMixin
+from .continuing_bd3lm import pad_left
+from .draws_bd3lm import Generators
+from .generation_bd3lm import BD3LMGenerateOutput, BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
 from .head_bd3lm import cross_entropy, weighted_cross_entropy
 from .likelihood_bd3lm import TokenNLL
@@ -22,6 +28,7 @@ from .loss_bd3lm import check_text
 from .modeling_bd3lm import BD3LMLanguageModel, BD3LMModel
 from .noise_bd3lm import Noise
 from .pretrained_bd3lm import BD3LMOutput, register_auto_classes
+from .windows_bd3lm import WINDOWS
 
 
 class ARModel(BD3LMModel):
@@ -31,20 +38,116 @@ class ARModel(BD3LMModel):
 
 
 class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
-    """Autoregressive language model: exact likelihoods by `token_nll`, text by `generate` with an exact cache."""
+    """Autoregressive language model: exact likelihoods by `token_nll`, text by `generate` with an exact cache.
+
+    A text longer than `model_length` goes on in a window that slides by one token. With `window="cached"` the keys and
+    values of its tokens are kept: one token per pass, though those of deeper layers still know of tokens that have
+    left. With `window="exact"`, as published, or without a cache, each pass reads the whole window anew.
+    """
 
     config_class = ARConfig
     backbone_class = ARModel
     generation_config_class = BD3LMGenerationConfig
     accepts_loss_kwargs = True
     exact_likelihood = True
-    # One token after the other: transformers' own loop. The paper's nucleus and stop rules are those of the mixin.
-    _sample = GenerationMixin._sample  # type: ignore[assignment]
 
     def __init__(self, config: ARConfig) -> None:
         super().__init__(config)
         self._adopt_special_tokens()
         self.post_init()
+
+    # --- Generation --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> BD3LMGenerateOutput | torch.Tensor:
+        """One token after the other, by transformers' own loop; rows padded on either side."""
+        _refuse_denoising(generation_config)
+        attention_mask = model_kwargs.get("attention_mask")
+        self._check_continuable(input_ids, attention_mask, synced_gpus)
+        prompt, padding = pad_left(input_ids, attention_mask)
+        if padding is not None:
+            model_kwargs["attention_mask"] = (~padding).long()
+        model_kwargs.pop("position_ids", None)  # made for padding where it stood before
+        exact = WINDOWS[generation_config.window]
+        with _seeded(model_kwargs.pop("generator", None), self.device):
+            result = GenerationMixin._sample(
+                self,
+                prompt,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                streamer=streamer,
+                exact_window=exact,
+                **model_kwargs,
+            )
+        width = input_ids.shape[1]
+        written = result if isinstance(result, torch.Tensor) else result.sequences
+        sequences = torch.cat([input_ids, written[:, width:]], dim=1)
+        if isinstance(result, torch.Tensor):
+            return sequences
+        cache = result.past_key_values
+        if cache is not None and written.shape[1] > self.config.model_length:
+            clear(cache)
+        return BD3LMGenerateOutput(
+            sequences=sequences,
+            scores=result.scores,
+            logits=result.logits,
+            past_key_values=cache,
+            num_forward_passes=written.shape[1] - width,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        exact_window: bool = False,
+        generator: Generators = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in transformers; of a text longer than the window, its last `model_length` tokens are seen."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        window = self.config.model_length
+        if input_ids.shape[1] <= window:
+            return inputs
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask[:, -window:]
+        if past_key_values is None or exact_window:
+            if past_key_values is not None:
+                clear(past_key_values)
+            changes = {"input_ids": input_ids[:, -window:], "past_key_values": None, "use_cache": False}
+            return {**inputs, **changes, "position_ids": None}
+        length = inputs["input_ids"].shape[1]
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        drop_oldest(past_key_values, max(0, int(past_key_values.get_seq_length()) + length - window))
+        # The keys that stay were rotated at the positions that their tokens have in the whole text.
+        return {**inputs, "position_ids": (real.long().cumsum(1) - 1).clamp(min=0)[:, -length:]}
+
+    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> None:
+        for name in ("cache_implementation", "compile_config"):
+            value = getattr(generation_config, name)
+            if value is not None and value != "dynamic":
+                raise ValueError(
+                    f"{name}={value!r} does not fit an autoregressive model of this library: its cache grows with the "
+                    f"text until the window is full. Leave it out."
+                )
+        super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
@@ -61,6 +164,7 @@ class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
@@ -72,6 +176,7 @@ class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
             attention_mask: `(batch, cached + length)`, zeros for padding on either side.
             labels: `(batch, length)`, the text itself, not shifted; -100 marks what is given. The loss is the mean
                 negative log-likelihood in nats of the labelled tokens that have a token before them.
+            position_ids: `(batch or 1, length)`, rotary positions; counted from each row's first token by default.
             logits_to_keep: give the logits of the last so many positions, or of the positions in a tensor; 0: of all.
             num_items_in_batch: tokens to divide the summed loss by, when a step spans several batches or processes.
 
@@ -88,6 +193,7 @@ class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
             past_key_values=past_key_values,
             use_cache=use_cache,
             inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
             return_dict=True,
             **{k: kwargs[k] for k in ("output_hidden_states", "output_attentions") if k in kwargs},
         )
@@ -175,6 +281,36 @@ class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
         modulations = self.backbone.modulations(None, device)
         outputs = self.backbone.run(embeds, layout.position_ids, plan, modulations, rows=rows)
         return cast(torch.Tensor, outputs.last_hidden_state), labels[predicted]
+
+
+def _refuse_denoising(generation_config: Any) -> None:
+    """Refuse what only a model that denoises can do."""
+    plain = BD3LMGenerationConfig()
+    for name in ("sampler", "num_denoising_steps", "remask_fraction", "window_stride", "output_trace"):
+        value = getattr(generation_config, name)
+        if value != getattr(plain, name):
+            raise ValueError(
+                f"{name}={value!r} is for models that denoise: an autoregressive model writes one token after the "
+                f"other. Leave it out."
+            )
+
+
+@contextlib.contextmanager
+def _seeded(generator: Generators, device: torch.device) -> Iterator[None]:
+    """Have torch's global generators, which transformers' loop draws from, follow `generator` for a while."""
+    if generator is None:
+        yield
+        return
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(
+            "a generator per row does not fit an autoregressive model, whose rows are drawn together: give a single "
+            "torch.Generator."
+        )
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    forked = device.type if device.type != "cpu" else "cuda"  # beside the CPU's, which is always kept
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=forked):
+        torch.manual_seed(seed)
+        yield
 
 
 register_auto_classes(ARForCausalLM, "AutoModelForCausalLM")

@@ -151,6 +151,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Normed hidden states `(batch, length, hidden_dim)`; arguments as in [`BD3LMForMaskedLM.forward`]."""
@@ -162,7 +163,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         length, device = embeds.shape[1], embeds.device
         past_key_values, commit, past = self._open_cache(past_key_values, use_cache, length, attention_mask)
         layout = token_layout(attention_mask, length, self.config.block_size, past=past, device=device)
-        position_ids = layout.position_ids[:, past:]
+        position_ids = layout.position_ids[:, past:] if position_ids is None else position_ids
         options = {"implementation": self.config._attn_implementation, "dtype": embeds.dtype}
         if clean_input_ids is not None and (past_key_values is not None or clean_input_ids.shape != embeds.shape[:2]):
             raise ValueError(

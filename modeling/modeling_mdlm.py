@@ -28,7 +28,12 @@ class MDLMModel(BD3LMModel):
 
 
 class MDLMForMaskedLM(BD3LMForMaskedLM):
-    """Masked diffusion language model. `model(x_t).logits` are raw (no SUBS), with attention over the whole text."""
+    """Masked diffusion language model. `model(x_t).logits` are raw (no SUBS), with attention over the whole text.
+
+    `generate` denoises one window of `model_length` tokens, of which the prompt is the clean beginning; what is asked
+    for beyond it follows semi-autoregressively. The window moves on by `window_stride` tokens, half of it by default
+    (as published), keeps the tokens it still holds, and denoises the new ones.
+    """
 
     config_class = MDLMConfig
     backbone_class = MDLMModel

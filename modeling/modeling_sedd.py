@@ -11,18 +11,23 @@ Score entropy (Eq. 5): at a masked place whose clean token is x_0, with the true
 """
 
 import math
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers.generation.logits_process import LogitsProcessorList
 
 from .attention_bd3lm import Layout, token_layout
 from .configuration_bd3lm import SAMPLING_EPS, SEDDConfig
+from .generation_config_bd3lm import SEDDGenerationConfig
 from .likelihood_bd3lm import TokenNLL, check_sampling, rows_of_noise, source_of
 from .loss_bd3lm import Scored, check_text, corrupt, scored_tokens
 from .modeling_bd3lm import BD3LMForMaskedLM
 from .modeling_mdlm import MDLMModel
 from .noise_bd3lm import Noise
 from .pretrained_bd3lm import register_auto_classes
+from .processors_bd3lm import NucleusLogitsProcessor
+from .samplers_bd3lm import SCORE_SAMPLERS
 from .schedules_bd3lm import LogLinearNoise
 from .streams_bd3lm import noisy_hidden
 
@@ -104,10 +109,22 @@ class SEDDModel(MDLMModel):
 
 
 class SEDDForMaskedLM(BD3LMForMaskedLM):
-    """Score entropy language model. `model(x_t, timesteps=sigma).logits` are raw; they attend to the whole text."""
+    """Score entropy language model. `model(x_t, timesteps=sigma).logits` are raw; they attend to the whole text.
+
+    `generate` samples by the scores, see [`AnalyticSampler`]: one pass per step, and one that reveals what is left.
+    Logits processors see the logits of the tokens, which are log-scores up to a constant: they shape which token a
+    place gets and not when. Prompts, windows and stop rules are as for masked diffusion.
+    """
 
     config_class = SEDDConfig
     backbone_class = SEDDModel
+    generation_config_class = SEDDGenerationConfig
+    samplers = SCORE_SAMPLERS
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        # The nucleus of scores is a matter of their sampler, which knows the noise level.
+        processors = super()._get_logits_processor(*args, **kwargs)
+        return LogitsProcessorList(p for p in processors if not isinstance(p, NucleusLogitsProcessor))
 
     def objective(
         self,

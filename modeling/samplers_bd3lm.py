@@ -6,14 +6,19 @@ parallel samplers predict all masked places and accept some. What a sampler coun
 that a step waits for is which predictions were accepted.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from .draws_bd3lm import Generators, random_uniform, token_probability
-from .schedules_bd3lm import noise_schedule
+from .draws_bd3lm import Generators, random_uniform, token_probability, wide_float
+from .processors_bd3lm import NucleusLogitsProcessor
+from .schedules_bd3lm import LogLinearNoise, noise_schedule
+
+
+LAST_TIME = 1e-5  # where the published grid of the analytic sampler ends, before what is left is revealed
 
 
 @dataclass
@@ -74,6 +79,10 @@ class Sampler:
     def steps(self, work: Round) -> Iterator[Step]:
         """The steps of a round, each yielded when the one before has been taken."""
         raise NotImplementedError
+
+    def shape(self, step: Step, logits: torch.Tensor) -> torch.Tensor:
+        """What the rule makes of the network's logits `(places, vocab_size)`, before any processor sees them."""
+        return logits
 
     def accept(self, work: Round, step: Step, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Which predictions of a step are revealed, where the rule weighs them.
@@ -262,6 +271,71 @@ class EntropyBoundSampler(ParallelSampler):
         return doubts.cumsum(dim=1) - doubts.cummax(dim=1).values <= self.bound
 
 
+class AnalyticSampler(Sampler):
+    """The analytic sampler of score entropy (Lou et al., arXiv 2310.16834, Alg. 2), the one sampler of a score.
+
+    `num_denoising_steps` steps of equal size from t = 1 to 1e-5, by default as many as the window has tokens, then a
+    last one that reveals what is left. With S the sum of a masked place's scores, a step from sigma_t to sigma_s
+    reveals it with probability (e^(sigma_t - sigma_s) - 1) S, at most 1; its token is drawn in proportion to the
+    scores. These are the staggered score and transposed transition of [`analytic_weights`], of which the entry of the
+    mask is what remains. Whether a place is revealed is decided by one number per place: it is when its probability of
+    still being masked, the product over the steps, falls to that number.
+
+    As published, `nucleus_p` looks at scores and mask together, normalised: it slows the first steps, in which the
+    mask is nearly certain. Other processors see the logits of the tokens alone; they decide which token a place gets,
+    and not when.
+    """
+
+    weighs = True
+
+    def __init__(self, generation_config: Any, config: Any) -> None:
+        super().__init__(generation_config, config)
+        self.nucleus_p: float = generation_config.nucleus_p
+        self.mask_token_id: int = config.mask_token_id
+
+    def steps(self, work: Round) -> Iterator[Step]:
+        self._key = work.hitting_keys()
+        self._masked = torch.ones_like(self._key)  # probability of each place of being masked still
+        self._leaves = torch.zeros(0)  # of each place of a step, probability of being revealed in it
+        count = self.num_steps or self._key.shape[1]
+        times = work.start * torch.linspace(1, LAST_TIME, count + 1, dtype=self._key.dtype)
+        sigma = LogLinearNoise().sigma(times)
+        self._rise = 0.0
+        for number in range(count + 1):
+            live = work.asked_for() & (work.masked & work.wanted).any(1, keepdim=True)
+            places = live.flatten().nonzero().squeeze(1)
+            if not places.numel():
+                return
+            # The last step, from 1e-5 to 0, leaves no mask.
+            self._rise = float(torch.expm1(sigma[number] - sigma[number + 1])) if number < count else torch.inf
+            yield Step(places, times[number].float().expand(work.masked.shape[0]))
+
+    def shape(self, step: Step, logits: torch.Tensor) -> torch.Tensor:
+        sigma = LogLinearNoise().sigma(step.chance[0].double()).to(logits.device, wide_float(logits.device))
+        log_ratio = -torch.expm1(sigma).log() - math.log(logits.shape[1] - 1)
+        log_score = logits.to(sigma.dtype) + log_ratio
+        log_score[:, self.mask_token_id] = 0.0
+        if self.nucleus_p < 1.0:
+            log_score = NucleusLogitsProcessor(self.nucleus_p)(None, log_score)
+        log_mask = log_score[:, self.mask_token_id].clone()
+        log_score[:, self.mask_token_id] = -torch.inf
+        total = log_score.logsumexp(dim=1)
+        # Relative to the mask: a mask outside the nucleus leaves for certain, and beside no token it stays.
+        odds = torch.where(total.isneginf(), 0.0, (total - log_mask).exp())
+        self._leaves = torch.where(odds > 0, self._rise * odds, 0.0).clamp(max=1.0)
+        kept = ~log_score.isneginf() | total.isneginf().unsqueeze(1)
+        return logits.masked_fill(~kept, -torch.inf)
+
+    def accept(self, work: Round, step: Step, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self._rise == torch.inf:
+            return torch.ones_like(tokens, dtype=torch.bool)
+        self._masked.view(-1)[step.places] *= 1 - self._leaves.to(self._masked)
+        taken = (self._masked <= self._key) & work.masked
+        if work.in_order:  # a run from the left
+            taken &= (taken | ~work.masked).cumprod(dim=1).bool()
+        return taken.view(-1)[step.places].to(tokens.device)
+
+
 def _dense_rank(values: torch.Tensor) -> torch.Tensor:
     """For each entry how many smaller values its row has, each counted once."""
     ordered, order = values.sort(dim=1)
@@ -276,9 +350,13 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "confidence": ConfidenceSampler,
     "entropy_bound": EntropyBoundSampler,
 }
+# Of a network that predicts scores, ratios of probabilities, instead of tokens.
+SCORE_SAMPLERS: dict[str, type[Sampler]] = {"analytic": AnalyticSampler}
 
 __all__ = [
     "SAMPLERS",
+    "SCORE_SAMPLERS",
+    "AnalyticSampler",
     "AncestralSampler",
     "ConfidenceSampler",
     "EntropyBoundSampler",

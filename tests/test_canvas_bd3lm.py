@@ -115,3 +115,18 @@ def test_rows_of_one_length_need_no_padding_token():
     stop = stop_rules([[5, 6, 7], [6, 7, 8]], [MaxLengthCriteria(9)], new_tokens=2, pad_token_id=None)
     stop.update(0)
     assert stop.new_tokens().tolist() == [[5, 6], [6, 7]]
+
+
+@pytest.mark.parametrize("new_tokens", [1, 3, 4, 5, 9])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+def test_overlapping_blocks_write_every_column_once(stride, new_tokens):
+    prompts = torch.tensor([[9, 9, 9, 9], [2, 9, 9, 9]])
+    canvas = lay_out(prompts, (prompts != 2).long(), new_tokens, 4, MASK, stride)
+    times = torch.zeros(canvas.text.shape, dtype=torch.long)
+    for begin in canvas.blocks():
+        times[:, begin : begin + 4] += canvas.gaps(begin)
+    for row in range(2):
+        end = int(canvas.host_prompt_end[row])
+        assert not times[row, :end].any() and (times[row, end : end + new_tokens] == 1).all()
+        alone = lay_out(prompts[row : row + 1, row:], None, new_tokens, 4, MASK, stride)
+        assert canvas.first_block - int(canvas.start[row]) == alone.first_block

@@ -9,8 +9,11 @@ import math
 import pytest
 import torch
 
+from bd3lm_hf import ARConfig, ARForCausalLM, MDLMConfig, MDLMForMaskedLM, SEDDConfig, SEDDForMaskedLM
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.modeling_sedd import analytic_weights, denoising_weights, log_score
+from bd3lm_hf.modeling.processors_bd3lm import NucleusLogitsProcessor
 
 
 SAMPLES = 12_000
@@ -162,3 +165,90 @@ def test_a_place_that_is_predicted_again_is_not_drawn_again(model):
     samples = sample(flat, ids, 3, sampler="confidence", confidence_threshold=0.5)
     counts = samples.flatten().bincount(minlength=3) / (3 * SAMPLES)
     torch.testing.assert_close(counts, torch.tensor([0.96, 0.03, 0.01]), atol=5 * 0.001, rtol=0)
+
+
+# The baselines, of the same three tokens
+
+SIZES = {"vocab_size": 4, "hidden_dim": 32, "cond_dim": 16, "n_blocks": 2, "n_heads": 2, "model_length": 4}
+
+
+def baseline(model_class, config_class, **fields):
+    """A baseline of three tokens and the mask (3) whose distributions depend on what is revealed."""
+    model, generator = model_class(config_class(**{**SIZES, **fields})).eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + ("norm" in name))
+        for layer in model.backbone.blocks:
+            layer.attn_qkv.weight.mul_(4)
+        model.get_output_embeddings().weight.mul_(0.4)
+    return model
+
+
+def test_autoregressive_samples_have_the_distribution_of_the_model():
+    model = baseline(ARForCausalLM, ARConfig)
+    texts = torch.tensor([[1, *rest] for rest in itertools.product(range(3), repeat=3)])
+    probability = (-model.token_nll(texts).nll.double().sum(1)).exp()
+    exact = {tuple(text[1:]): float(p) for text, p in zip(texts.tolist(), probability, strict=True)}
+    assert math.isclose(sum(exact.values()), 1.0, abs_tol=1e-5)
+    assert_distributed(sample(model, torch.ones(SAMPLES, 1, dtype=torch.long), 3), exact)
+
+
+@pytest.mark.parametrize("sampler", EXACT, ids=lambda fields: fields["sampler"])
+def test_masked_diffusion_samples_have_the_joint_distribution_of_the_model(sampler):
+    model = baseline(MDLMForMaskedLM, MDLMConfig)
+    samples = sample(model, torch.ones(SAMPLES, 1, dtype=torch.long), 3, **sampler)
+    assert_distributed(samples, exact_block(model, [1], hitting_plans(3)))
+
+
+@torch.no_grad()
+def score_chain(model, steps: int, nucleus_p: float = 1.0) -> dict[tuple[int, ...], float]:
+    """The distribution of three tokens behind a 1 under the published weights of the analytic sampler."""
+    states = list(itertools.product(range(4), repeat=3))
+    texts = torch.tensor([[1, *state] for state in states])
+    times = torch.linspace(1, 1e-5, steps + 1, dtype=torch.float64)
+    sigmas = (-torch.log1p(-times)).clamp(max=-math.log(1e-3))
+    occupied = torch.zeros(64, dtype=torch.float64)
+    occupied[-1] = 1.0
+    for number, sigma in enumerate(sigmas):
+        level = sigma.expand(64)
+        score = log_score(model(texts, timesteps=level.float()).logits.double(), texts, level)
+        if nucleus_p < 1:
+            score = NucleusLogitsProcessor(nucleus_p)(None, score).log_softmax(-1)
+        if number < steps:
+            weights = analytic_weights(score.exp(), texts, level, sigmas[number + 1].expand(64), 3)
+        else:
+            weights = denoising_weights(score.exp(), texts, level, 3)
+        move = weights[:, 1:].clamp(min=0)
+        known = torch.nn.functional.one_hot(texts[:, 1:], 4).double()
+        move = torch.where((texts[:, 1:] == 3).unsqueeze(-1), move, known)
+        move = move / move.sum(-1, keepdim=True)
+        occupied = occupied @ torch.einsum("sa,sb,sc->sabc", *move.unbind(1)).reshape(64, 64)
+    return {state: float(p) for state, p in zip(states, occupied, strict=True) if 3 not in state}
+
+
+@pytest.mark.parametrize(("steps", "nucleus_p"), [(1, 1.0), (3, 1.0), (4, 0.97)])
+def test_score_samples_have_the_distribution_of_the_published_weights(steps, nucleus_p):
+    model = baseline(SEDDForMaskedLM, SEDDConfig)
+    exact = score_chain(model, steps, nucleus_p)
+    assert math.isclose(sum(exact.values()), 1.0, abs_tol=1e-6)
+    prompts = torch.ones(SAMPLES, 1, dtype=torch.long)
+    samples = sample(model, prompts, 3, num_denoising_steps=steps, nucleus_p=nucleus_p)
+    reachable = torch.tensor([p > 3 / SAMPLES for p in exact.values()])
+    code = samples @ torch.tensor([9, 3, 1])
+    assert reachable.sum() > 4 and (~reachable)[code].sum() < 60
+    counts = code.bincount(minlength=27)[reachable]
+    expected = SAMPLES * torch.tensor(list(exact.values()), dtype=torch.float64)[reachable]
+    freedom = int(reachable.sum()) - 1
+    assert ((counts - expected) ** 2 / expected).sum() < freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_score_samples_of_many_steps_have_the_joint_distribution_of_the_model():
+    # The limit of many steps; a single one is far from it.
+    model = baseline(SEDDForMaskedLM, SEDDConfig)
+    limit = torch.tensor(list(score_chain(model, 150).values()))
+    near = torch.tensor(list(score_chain(model, 30).values()))
+    far = torch.tensor(list(score_chain(model, 1).values()))
+    samples = sample(model, torch.ones(SAMPLES // 3, 1, dtype=torch.long), 3, num_denoising_steps=30)
+    found = (samples @ torch.tensor([9, 3, 1])).bincount(minlength=27) / len(samples)
+    assert (near - limit).abs().sum() / 2 < 0.02
+    assert (found - limit).abs().sum() / 2 < 0.05 < (far - limit).abs().sum() / 2

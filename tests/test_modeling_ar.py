@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from published import load_recorded, published
+from transformers.generation import CompileConfig
 
 from bd3lm_hf import ARConfig, ARForCausalLM
 from bd3lm_hf.modeling.cache_bd3lm import BlockCache
@@ -17,6 +18,27 @@ def make_model(randomize):
         return randomize(ARForCausalLM(ARConfig(**{**sizes, **fields}))).eval()
 
     return make
+
+
+@pytest.fixture
+def loud_model(make_model):
+    """A function `(**fields) -> model` whose greedy text varies."""
+
+    def make(**fields) -> ARForCausalLM:
+        model = make_model(**fields)
+        with torch.no_grad():
+            model.backbone.vocab_embed.embedding.mul_(4)
+            for layer in model.backbone.blocks:
+                layer.attn_qkv.weight.mul_(6)
+                layer.attn_out.weight.mul_(6)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def loud(loud_model) -> ARForCausalLM:
+    return loud_model()
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +127,84 @@ def test_labels_without_a_text_are_refused(make_model):
 def test_mask_tokens_in_a_text_are_refused(make_model):
     with pytest.raises(ValueError, match="labels hold mask_token_id=11"):
         make_model().token_nll(torch.tensor([[1, 11, 2]]))
+
+
+# Writing
+
+PROMPTS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
+
+
+@torch.no_grad()
+def continued(model, prompt: list[int], count: int) -> list[int]:
+    """Greedy text by the plainest means: the last `model_length` tokens are read anew for each one."""
+    text = list(prompt)
+    for _ in range(count):
+        logits = model(torch.tensor([text[-model.config.model_length :]])).logits[0, -1]
+        logits[model.config.mask_token_id] = -torch.inf
+        text.append(int(logits.argmax()))
+    return text
+
+
+@pytest.mark.parametrize("fields", [{"window": "exact"}, {"use_cache": False}], ids=lambda fields: next(iter(fields)))
+def test_a_text_beyond_the_window_equals_recomputation(loud, fields):
+    written = loud.generate(PROMPTS, max_new_tokens=30, **fields)
+    assert written.tolist() == [continued(loud, row, 30) for row in PROMPTS.tolist()]
+
+
+def test_a_cached_window_slides_and_is_exact_until_it_does(loud):
+    output = loud.generate(PROMPTS, max_new_tokens=30, return_dict_in_generate=True)
+    assert output.sequences.shape == (2, 35) and output.num_forward_passes == 30
+    assert output.past_key_values.get_seq_length() == 0  # its keys stand at positions that no later prompt has
+    assert output.sequences[:, :17].tolist() == [continued(loud, row, 12) for row in PROMPTS.tolist()]
+
+
+def test_a_cached_window_of_one_layer_equals_recomputation(loud_model):
+    # Keys of the first layer know of their own token alone, so here a kept key is an exact one at any position.
+    model = loud_model(n_blocks=1)
+    written = model.generate(PROMPTS, max_new_tokens=40)
+    assert written.tolist() == [continued(model, row, 40) for row in PROMPTS.tolist()]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("window", ["cached", "exact"])
+def test_a_padded_row_is_continued_as_if_it_stood_alone(loud, side, window):
+    short = torch.tensor([[6, 7, 8]])
+    padding = torch.zeros(1, 2, dtype=torch.long)
+    row = torch.cat([padding, short] if side == "left" else [short, padding], 1)
+    mask = torch.ones_like(PROMPTS)
+    mask[1] = torch.cat([padding, short * 0 + 1] if side == "left" else [short * 0 + 1, padding], 1)[0]
+    both = loud.generate(torch.cat([PROMPTS[:1], row]), attention_mask=mask, max_new_tokens=25, window=window)
+    assert both[1, :5].equal(row[0])
+    assert both[1, 5:].equal(loud.generate(short, max_new_tokens=25, window=window)[0, 3:])
+    assert both[0].equal(loud.generate(PROMPTS[:1], max_new_tokens=25, window=window)[0])
+
+
+def test_sampling_follows_the_generator_and_leaves_the_global_one(loud):
+    def draw(seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return loud.generate(PROMPTS, max_new_tokens=9, do_sample=True, temperature=3.0, generator=generator)
+
+    before = torch.get_rng_state()
+    assert draw(1).equal(draw(1)) and not draw(1).equal(draw(2))
+    assert torch.get_rng_state().equal(before)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sampler": "confidence"}, "sampler='confidence' is for models that denoise"),
+        ({"num_denoising_steps": 2}, "num_denoising_steps=2 is for models that denoise"),
+        ({"window_stride": 2}, "window_stride=2 is for models that denoise"),
+        ({"do_sample": True, "generator": [torch.Generator()] * 2}, "a generator per row does not fit"),
+        ({"cache_implementation": "static"}, "cache_implementation='static' does not fit an autoregressive model"),
+        ({"compile_config": CompileConfig()}, "compile_config=.* does not fit an autoregressive model"),
+    ],
+)
+def test_what_it_can_not_do_is_refused(loud, fields, message):
+    with pytest.raises(ValueError, match=message):
+        loud.generate(PROMPTS, max_new_tokens=2, **fields)
+
+
+def test_a_prompt_beyond_the_window_is_refused(loud):
+    with pytest.raises(ValueError, match="the prompt has 17 tokens, more than the model's window"):
+        loud.generate(torch.ones(1, 17, dtype=torch.long), max_new_tokens=2)

@@ -17,6 +17,7 @@ from transformers.trainer_utils import HubStrategy
 
 from bd3lm_hf.training.data_arguments import DataArguments
 from bd3lm_hf.training.interval import METHODS, PUBLISHED_STEP, Interval, candidate_intervals, parse_interval
+from bd3lm_hf.training.model_types import fit_to_type
 from bd3lm_hf.training.output import write_atomically
 
 
@@ -349,7 +350,8 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments:
 
     Args:
         argv: arguments without the program's name. The recipe is a file or the name of one that ships (`demo`);
-            without one the `demo` recipe is the base.
+            without one the `demo` recipe is the base. Of a recipe for another model type than the command line's,
+            fields that this type does not share are left out, with a note.
 
     Raises:
         ValueError: unreadable recipe, unknown field (the nearest one is named), or a value that a field cannot take.
@@ -361,6 +363,7 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments:
         # The demo's network would contradict the one that is loaded.
         shapes = {item.name for item in fields(ModelArguments)}
         recipe = {name: value for name, value in recipe.items() if name not in shapes}
+    recipe = fit_to_type(recipe, argv, model_fields=[item.name for item in fields(ModelArguments)])
     parser = _Parser(list(_GROUPS), allow_abbrev=False)
     words = [word for name, value in recipe.items() for word in _as_words(name, value)] + argv
     *groups, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)

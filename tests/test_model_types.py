@@ -1,0 +1,163 @@
+"""A recipe for one model type, run with another; and every baseline trained, resumed, saved and loaded elsewhere."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+import bd3lm_hf
+from bd3lm_hf import ARConfig, ARForCausalLM, MDLMConfig, MDLMForMaskedLM, SEDDConfig, SEDDForMaskedLM
+from bd3lm_hf.training.arguments import parse_arguments
+from bd3lm_hf.training.train import main, new_config
+
+
+DIFFUSION = [(MDLMForMaskedLM, MDLMConfig), (SEDDForMaskedLM, SEDDConfig)]
+ALL = [(ARForCausalLM, ARConfig), *DIFFUSION]
+SIZES = {"vocab_size": 12, "model_length": 8, "hidden_dim": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2}
+
+
+@pytest.mark.parametrize("model_type", ["ar", "mdlm", "sedd"])
+@pytest.mark.parametrize("recipe", [[], ["demo"], ["owt"]], ids=str)
+def test_a_recipe_of_blocks_serves_the_baselines(model_type, recipe):
+    arguments = parse_arguments([*recipe, "--model_type", model_type, "--bf16", "false", "--use_cpu"])
+    config = new_config(model_type, vocab_size=100, **arguments.model.config_fields())
+    assert config.block_size == (1 if model_type == "ar" else config.model_length)
+    assert (config.sampling_eps_min, config.sampling_eps_max) == (1e-3, 1.0)
+    assert config.hidden_dim == (768 if recipe == ["owt"] else 128)
+    assert not arguments.training.interval_search and arguments.training.final_estimator is None
+
+
+def test_what_is_left_out_is_said(monkeypatch):
+    notes = []
+    monkeypatch.setattr("bd3lm_hf.training.model_types.logger.warning", notes.append)
+    parse_arguments(["--model_type=ar"])
+    left_out = "block_size, sampling_eps_min, sampling_eps_max, final_estimator"
+    assert notes == [f"--model_type ar leaves out what the recipe sets for another model type: {left_out}."]
+
+
+def test_nothing_is_left_out_of_a_recipe_for_its_own_type(tmp_path):
+    assert parse_arguments(["--model_type", "bd3lm"]).model.block_size == 4
+    (tmp_path / "own.yaml").write_text("model_type: mdlm\nsampling_eps_min: 0.2\n")
+    arguments = parse_arguments([str(tmp_path / "own.yaml"), "--model_type", "mdlm"])
+    assert arguments.model.sampling_eps_min == 0.2
+
+
+@pytest.mark.parametrize("model_type", ["ar", "mdlm"])
+def test_a_block_size_of_the_command_line_is_an_error(model_type):
+    arguments = parse_arguments(["--model_type", model_type, "--block_size", "4"])
+    with pytest.raises(ValueError, match=rf"block_size.*4.*{model_type}|cross_attn=False with block_size=4"):
+        new_config(model_type, vocab_size=100, **arguments.model.config_fields())
+
+
+@pytest.mark.parametrize("model_type", ["ar", "mdlm", "sedd", "bd3lm"])
+def test_every_model_type_trains_evaluates_and_resumes(model_type, text_file, tmp_path):
+    fields = {
+        "model_type": model_type,
+        "dataset": text_file,
+        "tokenizer": "train",
+        "vocab_size": 300,
+        "model_length": 16,
+        "hidden_dim": 16,
+        "cond_dim": 8,
+        "n_blocks": 1,
+        "n_heads": 2,
+        "max_steps": 2,
+        "max_eval_samples": 4,
+        "eval_steps": 2,
+        "warmup_steps": 0,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "sample_tokens": 20,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "output_dir": tmp_path / "run",
+    }
+
+    def run(**changes) -> dict:
+        main([word for name, value in {**fields, **changes}.items() for word in (f"--{name}", str(value))])
+        return json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+
+    assert run()["after"]["perplexity"] > 1
+    resumed = run(max_steps=4, resume_from_checkpoint=True)
+    assert resumed["after"]["perplexity"] > 1 and resumed["steps"] == 4
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.model_type == model_type
+
+
+ELSEWHERE = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "bd3lm_hf":
+            raise ImportError(f"{name} is not installed here")
+
+sys.meta_path.insert(0, Blocker())
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+torch.set_num_threads(1)
+for folder in sys.argv[1:]:
+    expected = torch.load(folder + "/expected.pt")
+    classes = [AutoModelForCausalLM] if folder.endswith("ar") else [AutoModelForCausalLM, AutoModelForMaskedLM]
+    for auto_class in classes:
+        model, info = auto_class.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+        assert not any(info.values()), info
+        assert torch.equal(model.eval().generate(torch.tensor([[1, 2, 3]]), max_new_tokens=9), expected)
+print("all is well")
+"""
+
+
+def test_folders_of_the_baselines_need_nothing_but_transformers(randomize, tmp_path):
+    folders = []
+    for model_class, config_class in ALL:
+        model = randomize(model_class(config_class(**SIZES))).eval()
+        folder = tmp_path / config_class.model_type
+        model.save_pretrained(folder)
+        torch.save(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=9), folder / "expected.pt")
+        folders.append(str(folder))
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE, *folders], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("all is well")
+
+
+@pytest.mark.parametrize(("model_class", "config_class"), ALL)
+def test_the_wrong_class_names_the_right_ones(model_class, config_class, tmp_path):
+    model_class(config_class(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"model_type='{config_class.model_type}'.*AutoModelForCausalLM"):
+        bd3lm_hf.BD3LMForMaskedLM.from_pretrained(tmp_path)
+    if (model_class, config_class) in DIFFUSION:
+        assert type(AutoModelForMaskedLM.from_pretrained(tmp_path)) is model_class
+
+
+@pytest.mark.parametrize(
+    ("config_class", "fields", "message"),
+    [
+        (SEDDConfig, {"time_conditioning": False}, "time_conditioning=False does not fit model_type='sedd'"),
+        (ARConfig, {"cross_attn": True}, "causal=True contradicts cross_attn=True"),
+        (ARConfig, {"causal": False, "block_size": 1024}, "causal=False does not fit model_type='ar'"),
+        (MDLMConfig, {"cross_attn": True}, "cross_attn=True does not fit model_type='mdlm'"),
+    ],
+)
+def test_contradictory_flags_are_refused(config_class, fields, message):
+    with pytest.raises(ValueError, match=message):
+        config_class(**fields)
+
+
+def test_block_diffusion_of_single_tokens_has_the_likelihood_form_of_an_autoregressive_model(randomize):
+    # Everything masked: each token's logits see the mask in its place and the clean tokens before it.
+    config = bd3lm_hf.BD3LMConfig(**SIZES, block_size=1, ignore_bos=False, dropout=0.0)
+    model = randomize(bd3lm_hf.BD3LMForMaskedLM(config)).eval()
+    ids = torch.randint(0, 11, (3, 8), generator=torch.Generator().manual_seed(0))
+    chain = torch.zeros(3, 8)
+    with torch.no_grad():
+        for place in range(8):
+            text = torch.cat([ids[:, :place], torch.full((3, 1), 11)], dim=1)
+            logits = model(text).logits[:, -1, :11]
+            chain[:, place] = -logits.log_softmax(-1).gather(1, ids[:, place : place + 1]).squeeze(1)
+    torch.testing.assert_close(model.token_nll(ids, estimator="exact").nll, chain, atol=1e-5, rtol=0)
+    model.set_interval(1.0, 1.0)
+    torch.testing.assert_close(model.train()(ids, labels=ids).loss, chain.mean(), atol=1e-5, rtol=0)
