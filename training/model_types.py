@@ -48,10 +48,10 @@ def fit_to_type(recipe: dict[str, Any], argv: Sequence[str], *, model_fields: Se
 def _given_type(argv: Sequence[str]) -> str | None:
     """The last `--model_type` of a command line."""
     found = None
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for number, word in enumerate(argv):
         name, equals, value = word.partition("=")
         if name.replace("-", "_") == "__model_type":
-            found = value if equals else following
+            found = value if equals else "".join(argv[number + 1 : number + 2])
     return found
 
 
