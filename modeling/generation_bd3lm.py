@@ -25,6 +25,7 @@ from .processors_bd3lm import NucleusLogitsProcessor
 from .samplers_bd3lm import SAMPLERS, Sampler
 from .stopping_bd3lm import EntropyStopCriteria, SecondEosCriteria
 from .trace_bd3lm import Trace, TraceStep, sequence_columns
+from .windows_bd3lm import fills_window
 
 
 @dataclass
@@ -82,7 +83,7 @@ class BD3LMGenerationMixin(ContinuingMixin):
                     "past_key_values does not fit this model: with time_conditioning=True the keys of a text change "
                     "with the noise level. Leave the cache out."
                 )
-        elif _fills_window(self.config):
+        elif fills_window(self.config):
             # A window is one block, denoised together: nothing in it is finished before the rest. A cache stays empty.
             cache = model_kwargs.pop("past_key_values", None)
             if cache is not None and cache.get_seq_length() > 0:
@@ -251,10 +252,6 @@ class BD3LMGenerationMixin(ContinuingMixin):
         )
 
 
-def _fills_window(config: Any) -> bool:
-    return bool(config.block_size == config.model_length)
-
-
 def window_stride(config: Any, stride: int | None) -> int | None:
     """Tokens from window to window of a model whose block fills it, by default half of it; None for other models.
 
@@ -262,7 +259,7 @@ def window_stride(config: Any, stride: int | None) -> int | None:
         ValueError: a stride beyond the window, or for a model whose window moves by blocks.
     """
     window = config.model_length
-    if not _fills_window(config):
+    if not fills_window(config):
         if stride is not None:
             raise ValueError(
                 f"window_stride={stride} is for models whose block fills the window of {window} tokens: this one "

@@ -13,6 +13,7 @@ from .cache_bd3lm import cache_maker
 from .canvas_bd3lm import Canvas, lay_out
 from .decoding_bd3lm import BlockWriter
 from .trace_bd3lm import Trace, sequence_columns
+from .windows_bd3lm import fills_window
 
 
 # Fields of a generation config on how long a text becomes, how many there are and what else is returned.
@@ -59,7 +60,7 @@ def fill_gaps(
     trace = None
     if generation_config.output_trace:
         trace = Trace(sequence_columns(canvas.text.shape[1], canvas.start, real, continued=False))
-    cached = generation_config.use_cache and not model.config.time_conditioning
+    cached = generation_config.use_cache and not model.config.time_conditioning and not fills_window(model.config)
     # Contexts for processors are counted from each row's first token: nothing stands before the canvas.
     make = cache_maker(generation_config.cache_implementation)
     before, cache = input_ids[:, :0], make(model.config) if cached else None

@@ -290,4 +290,9 @@ def _compile_step(config: CompileConfig) -> Callable:
     return torch.compile(static_step, **options)
 
 
-__all__ = ["WINDOWS", "CachedWindow", "StaticWindow", "Window", "open_window", "static_step"]
+def fills_window(config: Any) -> bool:
+    """Whether a block is as long as the window: nothing in it is finished before the rest, so there is no cache."""
+    return bool(config.block_size == config.model_length)
+
+
+__all__ = ["WINDOWS", "CachedWindow", "StaticWindow", "Window", "open_window", "static_step", "fills_window"]
