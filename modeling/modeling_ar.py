@@ -77,13 +77,13 @@ class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
         if padding is not None:
             model_kwargs["attention_mask"] = (~padding).long()
         model_kwargs.pop("position_ids", None)  # made for padding where it stood before
-        exact = WINDOWS[generation_config.window]
+        exact, criteria = WINDOWS[generation_config.window], _CountingCriteria(stopping_criteria)
         with _seeded(model_kwargs.pop("generator", None), self.device):
             result = GenerationMixin._sample(
                 self,
                 prompt,
                 logits_processor,
-                stopping_criteria,
+                criteria,
                 generation_config,
                 streamer=streamer,
                 exact_window=exact,
@@ -103,6 +103,7 @@ class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
             logits=result.logits,
             past_key_values=cache,
             num_forward_passes=written.shape[1] - width,
+            tokens_per_forward=criteria.tokens_per_row / max(1, written.shape[1] - width),
         )
 
     def prepare_inputs_for_generation(
@@ -281,6 +282,28 @@ class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
         modulations = self.backbone.modulations(None, device)
         outputs = self.backbone.run(embeds, layout.position_ids, plan, modulations, rows=rows)
         return cast(torch.Tensor, outputs.last_hidden_state), labels[predicted]
+
+
+class _CountingCriteria(StoppingCriteriaList):
+    """The criteria of a call, which also count the tokens of rows that have not ended."""
+
+    def __init__(self, criteria: StoppingCriteriaList) -> None:
+        super().__init__(criteria)
+        self._running: torch.Tensor | None = None  # bool (batch,)
+        self._tokens: torch.Tensor | None = None  # scalar
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        done = cast(torch.Tensor, super().__call__(input_ids, scores, **kwargs))
+        running = torch.ones_like(done) if self._running is None else self._running
+        self._tokens = running.sum() + (0 if self._tokens is None else self._tokens)
+        self._running = running & ~done
+        return done
+
+    @property
+    def tokens_per_row(self) -> float:
+        """New tokens, finished rows' padding left out, mean over rows."""
+        assert self._tokens is not None and self._running is not None
+        return float(self._tokens) / len(self._running)
 
 
 def _refuse_denoising(generation_config: Any) -> None:

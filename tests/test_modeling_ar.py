@@ -145,6 +145,20 @@ def continued(model, prompt: list[int], count: int) -> list[int]:
     return text
 
 
+def test_tokens_are_counted_until_their_row_ends(loud):
+    def write(**arguments):
+        draws = {"do_sample": True, "temperature": 2.0, "generator": torch.Generator().manual_seed(0)}
+        return loud.generate(PROMPTS, max_new_tokens=12, return_dict_in_generate=True, **draws, **arguments)
+
+    free = write(eos_token_id=None)
+    assert free.tokens_per_forward == 1.0
+    first, second = free.sequences[:, 5:].tolist()
+    end = next(token for token in first if token not in second)
+    output = write(eos_token_id=end, pad_token_id=2)
+    assert output.num_forward_passes == 12
+    assert output.tokens_per_forward == pytest.approx((first.index(end) + 1 + 12) / 2 / 12)
+
+
 @pytest.mark.parametrize("fields", [{"window": "exact"}, {"use_cache": False}], ids=lambda fields: next(iter(fields)))
 def test_a_text_beyond_the_window_equals_recomputation(loud, fields):
     written = loud.generate(PROMPTS, max_new_tokens=30, **fields)
