@@ -24,7 +24,7 @@ from transformers import (
 from bd3lm_hf.adapters import TARGET_MODULES, register_targets
 from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, BD3LMConfig, MDLMConfig, SEDDConfig
 from bd3lm_hf.modeling.configuration_ssdlm import SSDLMConfig
-from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
+from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig, SEDDGenerationConfig
 from bd3lm_hf.modeling.generation_config_ssdlm import SSDLMGenerationConfig
 from bd3lm_hf.modeling.likelihood_bd3lm import TokenNLL
 from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
@@ -65,6 +65,7 @@ __all__ = [
     "MDLMForMaskedLM",
     "SEDDConfig",
     "SEDDForMaskedLM",
+    "SEDDGenerationConfig",
     "SSDLMConfig",
     "SSDLMForMaskedLM",
     "SSDLMGenerationConfig",

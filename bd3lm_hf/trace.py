@@ -119,9 +119,11 @@ def traced_sample(
     ids = [*prompt_ids, *new_ids]
     first, holds = len(prompt_ids), dict.fromkeys(range(len(prompt_ids), len(ids)), mask_token_id)
     blocks: dict[int, list[int]] = {}  # new positions of each block
+    owner: dict[int, int] = {}  # the block that wrote each position; windows that overlap hold some again
     told: list[dict[str, Any]] = []
     for step in steps:
-        inside = [entry for entry in zip(*step[1:], strict=True) if entry[0] in holds]
+        entries = (entry for entry in zip(*step[1:], strict=True) if entry[0] in holds)
+        inside = [entry for entry in entries if owner.setdefault(entry[0], step.block) == step.block]
         if not inside:
             continue  # the row has ended, others of the batch go on
         blocks.setdefault(step.block, [position for position, _, _ in inside])

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from bd3lm_hf.evaluation import seed_of
 from bd3lm_hf.modeling.decoding_ssdlm import CONTEXTS
 from bd3lm_hf.modeling.draws_bd3lm import SAMPLING_DTYPES
-from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS
+from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS, SCORE_SAMPLERS
 from bd3lm_hf.modeling.simplex_ssdlm import PROJECTIONS
 from bd3lm_hf.samples import Sample, SamplesFile, check_output, read_prompts
 from bd3lm_hf.trace import RowStep, check_ending, row_steps, trace_document, traced_sample, write_trace
@@ -61,6 +61,7 @@ FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "confidence_threshold": (number(1, least_included=True), "confidence: reveals what is more probable; 1: singly"),
     "entropy_bound": (number(least_included=True), "entropy_bound: nats of doubt that a step may reveal"),
     "remask_fraction": (number(1, least_included=True), "share of a block that is masked and written once more"),
+    "window_stride": (whole_number(1), "MDLM, SEDD: tokens by which a full window moves on; by default half of it"),
     "temperature": (number(), "divides the logits; below 1 sharpens the choice"),
     "top_k": (whole_number(0), "choose among so many of the likeliest tokens; 0: all"),
     "top_p": (number(1), "choose among the likeliest tokens that together reach this probability"),
@@ -145,7 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling(how: Any, fields: Iterable[str]) -> None:
     """The flags of a parser or group that decide how a text is written: choices by name, and these of `FIELDS`."""
-    how.add_argument("--sampler", choices=tuple(SAMPLERS), help="which masked positions to reveal when")
+    how.add_argument("--sampler", choices=(*SAMPLERS, *SCORE_SAMPLERS), help="which masked positions to reveal when")
     how.add_argument("--sampling-dtype", choices=tuple(SAMPLING_DTYPES), help="precision that tokens are drawn with")
     how.add_argument("--context", choices=tuple(CONTEXTS), help="simplex diffusion: what a block is written behind")
     how.add_argument("--projection", choices=tuple(PROJECTIONS), help="simplex diffusion: what a step makes of logits")

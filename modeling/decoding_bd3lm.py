@@ -159,9 +159,12 @@ class BlockWriter:
         if self.do_sample:
             page.uniform = random_uniform(page.block.shape, device, self.generator)
         for step in self.sampler.steps(work):
-            places = step.places.to(device, non_blocking=True)
             chance = step.chance.to(device, non_blocking=True)
-            logits = self.sampler.shape(step, self.passes.logits(page.begin, places, chance))
+            logits = self.passes.logits(page.begin, step.places.to(device, non_blocking=True), chance)
+            step, logits = self.sampler.narrow(work, step, logits)
+            if not step.places.numel():
+                continue
+            places = step.places.to(device, non_blocking=True)
             drawn = self._predict(page, step, logits)
             revealed = torch.ones_like(step.places, dtype=torch.bool)
             if not self.sampler.weighs:

@@ -40,7 +40,7 @@ class BD3LMGenerateOutput(ModelOutput):
             that ended early were left out of the network: the next call then reads its prompt anew.
         num_forward_passes: denoising passes of the network; the pass over the prompt is not counted.
         tokens_per_forward: new tokens, finished rows' padding left out, per row and denoising pass.
-        trace: with `output_trace`, every denoising step.
+        trace: with `output_trace`, every denoising step that draws tokens.
     """
 
     sequences: torch.Tensor | None = None

@@ -19,6 +19,7 @@ from .schedules_bd3lm import LogLinearNoise, noise_schedule
 
 
 LAST_TIME = 1e-5  # where the published grid of the analytic sampler ends, before what is left is revealed
+_FAR = 1e4  # nats by which a token outside the nucleus is less likely: never drawn, unless all others are forbidden
 
 
 @dataclass
@@ -80,9 +81,13 @@ class Sampler:
         """The steps of a round, each yielded when the one before has been taken."""
         raise NotImplementedError
 
-    def shape(self, step: Step, logits: torch.Tensor) -> torch.Tensor:
-        """What the rule makes of the network's logits `(places, vocab_size)`, before any processor sees them."""
-        return logits
+    def narrow(self, work: Round, step: Step, logits: torch.Tensor) -> tuple[Step, torch.Tensor]:
+        """The places of a step for which tokens are drawn, with their logits; by default all of them.
+
+        Args:
+            logits: `(places, vocab_size)`, what the network says.
+        """
+        return step, logits
 
     def accept(self, work: Round, step: Step, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Which predictions of a step are revealed, where the rule weighs them.
@@ -283,10 +288,8 @@ class AnalyticSampler(Sampler):
 
     As published, `nucleus_p` looks at scores and mask together, normalised: it slows the first steps, in which the
     mask is nearly certain. Other processors see the logits of the tokens alone; they decide which token a place gets,
-    and not when.
+    and not when. Where they read the text, places wait for those to their left.
     """
-
-    weighs = True
 
     def __init__(self, generation_config: Any, config: Any) -> None:
         super().__init__(generation_config, config)
@@ -296,44 +299,44 @@ class AnalyticSampler(Sampler):
     def steps(self, work: Round) -> Iterator[Step]:
         self._key = work.hitting_keys()
         self._masked = torch.ones_like(self._key)  # probability of each place of being masked still
-        self._leaves = torch.zeros(0)  # of each place of a step, probability of being revealed in it
         count = self.num_steps or self._key.shape[1]
         times = work.start * torch.linspace(1, LAST_TIME, count + 1, dtype=self._key.dtype)
-        sigma = LogLinearNoise().sigma(times)
-        self._rise = 0.0
-        for number in range(count + 1):
+        levels = LogLinearNoise().sigma(times).tolist()
+        rises = [math.expm1(now - then) for now, then in zip(levels, levels[1:], strict=False)]
+        for number, time in enumerate(times.float()):
             live = work.asked_for() & (work.masked & work.wanted).any(1, keepdim=True)
             places = live.flatten().nonzero().squeeze(1)
             if not places.numel():
                 return
             # The last step, from 1e-5 to 0, leaves no mask.
-            self._rise = float(torch.expm1(sigma[number] - sigma[number + 1])) if number < count else torch.inf
-            yield Step(places, times[number].float().expand(work.masked.shape[0]))
+            self._sigma, self._rise = levels[number], rises[number] if number < count else math.inf
+            yield Step(places, time.expand(work.masked.shape[0]))
 
-    def shape(self, step: Step, logits: torch.Tensor) -> torch.Tensor:
-        sigma = LogLinearNoise().sigma(step.chance[0].double()).to(logits.device, wide_float(logits.device))
-        log_ratio = -torch.expm1(sigma).log() - math.log(logits.shape[1] - 1)
-        log_score = logits.to(sigma.dtype) + log_ratio
-        log_score[:, self.mask_token_id] = 0.0
-        if self.nucleus_p < 1.0:
-            log_score = NucleusLogitsProcessor(self.nucleus_p)(None, log_score)
-        log_mask = log_score[:, self.mask_token_id].clone()
-        log_score[:, self.mask_token_id] = -torch.inf
-        total = log_score.logsumexp(dim=1)
-        # Relative to the mask: a mask outside the nucleus leaves for certain, and beside no token it stays.
-        odds = torch.where(total.isneginf(), 0.0, (total - log_mask).exp())
-        self._leaves = torch.where(odds > 0, self._rise * odds, 0.0).clamp(max=1.0)
-        kept = ~log_score.isneginf() | total.isneginf().unsqueeze(1)
-        return logits.masked_fill(~kept, -torch.inf)
-
-    def accept(self, work: Round, step: Step, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self._rise == torch.inf:
-            return torch.ones_like(tokens, dtype=torch.bool)
-        self._masked.view(-1)[step.places] *= 1 - self._leaves.to(self._masked)
-        taken = (self._masked <= self._key) & work.masked
+    def narrow(self, work: Round, step: Step, logits: torch.Tensor) -> tuple[Step, torch.Tensor]:
+        scores, leaves = self._cut(logits)
+        self._masked.view(-1)[step.places] *= 1 - leaves.cpu()
+        taken = self._masked <= self._key
         if work.in_order:  # a run from the left
-            taken &= (taken | ~work.masked).cumprod(dim=1).bool()
-        return taken.view(-1)[step.places].to(tokens.device)
+            taken &= (taken | ~work.asked_for()).cumprod(dim=1).bool()
+        kept = taken.view(-1)[step.places].nonzero().squeeze(1)
+        return step._replace(places=step.places[kept]), scores[kept.to(scores.device, non_blocking=True)]
+
+    def _cut(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the tokens, cut off at the nucleus, and the probability `(places,)` that a place is revealed."""
+        mask = torch.tensor([self.mask_token_id], device=logits.device)
+        scores = logits.index_fill(1, mask, -torch.inf)
+        shift = math.log(math.expm1(self._sigma)) + math.log(logits.shape[1] - 1)
+        log_odds = scores.logsumexp(dim=1) - shift  # against the mask, whose score is 1
+        if self.nucleus_p < 1.0:
+            ranked = (scores - shift).index_fill(1, mask, 0.0)
+            outside = NucleusLogitsProcessor(self.nucleus_p)(None, ranked).isneginf()
+            log_odds = scores.masked_fill(outside, -torch.inf).logsumexp(dim=1) - shift
+            # A mask outside the nucleus leaves for certain.
+            log_odds = log_odds.masked_fill(outside[:, self.mask_token_id], torch.inf)
+            scores = torch.where(outside, scores - _FAR, scores)
+        if self._rise == math.inf:
+            return scores, torch.ones_like(log_odds)
+        return scores, (log_odds.to(wide_float(logits.device)).exp() * self._rise).clamp(max=1.0)
 
 
 def _dense_rank(values: torch.Tensor) -> torch.Tensor:

@@ -124,6 +124,18 @@ def test_bytes_that_form_no_character_are_shown_one_by_one(tiny_tokenizer):
     assert pieces(tiny_tokenizer, []).texts == []
 
 
+def test_a_position_belongs_to_the_first_of_the_windows_that_hold_it(tiny_tokenizer):
+    mask = tiny_tokenizer.mask_token_id
+    steps = [
+        RowStep(0, range(4), [10, 11, 12, 13], [None, 0.5, 0.5, 0.5]),
+        RowStep(2, range(2, 6), [12, 13, 14, 15], [None, None, 0.5, 0.5]),
+    ]
+    arguments = {"index": 0, "prompt": "", "prompt_ids": [10], "new_ids": [11, 12, 13, 14, 15], "steps": steps}
+    sample = traced_sample(tiny_tokenizer, mask_token_id=mask, **arguments)
+    assert sample["blocks"] == [[1, 4], [4, 6]]
+    assert replay(sample)[-1] == [10, 11, 12, 13, 14, 15]
+
+
 # --- the data --------------------------------------------------------------------------------------------------------
 
 
