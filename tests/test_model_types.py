@@ -8,8 +8,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-import bd3lm_hf
-from bd3lm_hf import ARConfig, ARForCausalLM, MDLMConfig, MDLMForMaskedLM, SEDDConfig, SEDDForMaskedLM
+from bd3lm_hf import (
+    ARConfig,
+    ARForCausalLM,
+    BD3LMConfig,
+    BD3LMForMaskedLM,
+    MDLMConfig,
+    MDLMForMaskedLM,
+    SEDDConfig,
+    SEDDForMaskedLM,
+)
 from bd3lm_hf.training.arguments import parse_arguments
 from bd3lm_hf.training.train import main, new_config
 
@@ -45,11 +53,15 @@ def test_nothing_is_left_out_of_a_recipe_for_its_own_type(tmp_path):
     assert arguments.model.sampling_eps_min == 0.2
 
 
-@pytest.mark.parametrize("model_type", ["ar", "mdlm"])
-def test_a_block_size_of_the_command_line_is_an_error(model_type):
-    arguments = parse_arguments(["--model_type", model_type, "--block_size", "4"])
-    with pytest.raises(ValueError, match=rf"block_size.*4.*{model_type}|cross_attn=False with block_size=4"):
-        new_config(model_type, vocab_size=100, **arguments.model.config_fields())
+@pytest.mark.parametrize("model_type", ["ar", "mdlm", "sedd"])
+@pytest.mark.parametrize("block_size", ["3", "4"])
+def test_a_block_size_of_the_command_line_is_an_error(model_type, block_size, text_file, tmp_path, capsys):
+    words = ["--model_type", model_type, "--block_size", block_size, "--dataset", str(text_file)]
+    with pytest.raises(SystemExit):
+        main([*words, "--use_cpu", "--output_dir", str(tmp_path / "run")])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: block_size={block_size} does not fit model_type='{model_type}'")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("model_type", ["ar", "mdlm", "sedd", "bd3lm"])
@@ -128,9 +140,12 @@ def test_folders_of_the_baselines_need_nothing_but_transformers(randomize, tmp_p
 def test_the_wrong_class_names_the_right_ones(model_class, config_class, tmp_path):
     model_class(config_class(**SIZES)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"model_type='{config_class.model_type}'.*AutoModelForCausalLM"):
-        bd3lm_hf.BD3LMForMaskedLM.from_pretrained(tmp_path)
-    if (model_class, config_class) in DIFFUSION:
-        assert type(AutoModelForMaskedLM.from_pretrained(tmp_path)) is model_class
+        BD3LMForMaskedLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"a BD3LMForMaskedLM can not be made from a .*='{config_class.model_type}'"):
+        BD3LMForMaskedLM(config_class(**SIZES))
+    BD3LMForMaskedLM(BD3LMConfig(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model_type='bd3lm', not of a .*AutoModelForCausalLM"):
+        model_class.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +153,13 @@ def test_the_wrong_class_names_the_right_ones(model_class, config_class, tmp_pat
     [
         (SEDDConfig, {"time_conditioning": False}, "time_conditioning=False does not fit model_type='sedd'"),
         (ARConfig, {"cross_attn": True}, "causal=True contradicts cross_attn=True"),
-        (ARConfig, {"causal": False, "block_size": 1024}, "causal=False does not fit model_type='ar'"),
+        (ARConfig, {"causal": False}, "causal=False does not fit model_type='ar'"),
+        (ARConfig, {"time_conditioning": True}, "time_conditioning=True does not fit model_type='ar'"),
+        (ARConfig, {"block_size": 3}, r"block_size=3 does not fit model_type='ar': .*leave it out \(it is 1\)"),
         (MDLMConfig, {"cross_attn": True}, "cross_attn=True does not fit model_type='mdlm'"),
+        (MDLMConfig, {"causal": True}, "causal=True does not fit model_type='mdlm'"),
+        (MDLMConfig, {"block_size": 4}, r"block_size=4 does not fit model_type='mdlm': .*leave it out \(it is 1024\)"),
+        (BD3LMConfig, {"causal": True}, "causal=True contradicts cross_attn=True"),
     ],
 )
 def test_contradictory_flags_are_refused(config_class, fields, message):
@@ -149,8 +169,8 @@ def test_contradictory_flags_are_refused(config_class, fields, message):
 
 def test_block_diffusion_of_single_tokens_has_the_likelihood_form_of_an_autoregressive_model(randomize):
     # Everything masked: each token's logits see the mask in its place and the clean tokens before it.
-    config = bd3lm_hf.BD3LMConfig(**SIZES, block_size=1, ignore_bos=False, dropout=0.0)
-    model = randomize(bd3lm_hf.BD3LMForMaskedLM(config)).eval()
+    config = BD3LMConfig(**SIZES, block_size=1, ignore_bos=False, dropout=0.0)
+    model = randomize(BD3LMForMaskedLM(config)).eval()
     ids = torch.randint(0, 11, (3, 8), generator=torch.Generator().manual_seed(0))
     chain = torch.zeros(3, 8)
     with torch.no_grad():
