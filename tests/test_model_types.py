@@ -1,6 +1,7 @@
 """A recipe for one model type, run with another; and every baseline trained, resumed, saved and loaded elsewhere."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -76,7 +77,7 @@ def test_every_model_type_trains_evaluates_and_resumes(model_type, text_file, tm
         "cond_dim": 8,
         "n_blocks": 1,
         "n_heads": 2,
-        "max_steps": 2,
+        "max_steps": 4,
         "max_eval_samples": 4,
         "eval_steps": 2,
         "warmup_steps": 0,
@@ -93,9 +94,12 @@ def test_every_model_type_trains_evaluates_and_resumes(model_type, text_file, tm
         main([word for name, value in {**fields, **changes}.items() for word in (f"--{name}", str(value))])
         return json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
 
-    assert run()["after"]["perplexity"] > 1
-    resumed = run(max_steps=4, resume_from_checkpoint=True)
-    assert resumed["after"]["perplexity"] > 1 and resumed["steps"] == 4
+    whole = run()
+    assert 1 < whole["after"]["perplexity"] < whole["before"]["perplexity"]
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    resumed = run(resume_from_checkpoint=True)
+    assert resumed["steps"] == 4 and resumed["before"] is None
+    assert resumed["after"]["nll"] == pytest.approx(whole["after"]["nll"], abs=1e-6)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.model_type == model_type
 
 
