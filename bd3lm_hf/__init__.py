@@ -35,6 +35,7 @@ from bd3lm_hf.modeling.modeling_ssdlm import SSDLMForMaskedLM
 from bd3lm_hf.modeling.saving_bd3lm import SelfContainedModel
 from bd3lm_hf.modeling.schedules_bd3lm import noise_schedule
 from bd3lm_hf.modeling.stopping_bd3lm import EntropyStopCriteria, SecondEosCriteria
+from bd3lm_hf.refusals import refusal
 from bd3lm_hf.sharing import share_folder
 
 
@@ -49,9 +50,11 @@ for _head in (BD3LMForMaskedLM, ARForCausalLM, MDLMForMaskedLM, SEDDForMaskedLM,
     _config = _head.config_class
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     register_targets(_config.model_type, getattr(_head, "lora_targets", TARGET_MODULES))
-    for _name, _model in _head.auto_classes.items():
-        if _name in _AUTO_CLASSES:
-            _AUTO_CLASSES[_name].register(_config, _model, exist_ok=True)
+    for _name, _auto_class in _AUTO_CLASSES.items():
+        if _name in _head.auto_classes:
+            _auto_class.register(_config, _head.auto_classes[_name], exist_ok=True)
+        elif _auto_class is AutoModelForMaskedLM:
+            _auto_class.register(_config, refusal(_head, _name), exist_ok=True)
 
 __all__ = [
     "ARConfig",

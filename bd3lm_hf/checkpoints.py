@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from bd3lm_hf.adapters import adapter_base, merge_adapter
 from bd3lm_hf.files import exists, looks_like_path
+from bd3lm_hf.refusals import is_refusal
 
 
 logger = logging.get_logger("bd3lm_hf.checkpoints")
@@ -62,7 +63,8 @@ def load_model(
         options |= {"trust_remote_code": trust_remote_code, "config": config}
         return merge_adapter(load_model(base, argument=f"{argument} {name} on", **options), name)
     auto_map = getattr(config, "auto_map", None) or {}
-    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING or "AutoModelForMaskedLM" in auto_map
+    known = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_refusal(MODEL_FOR_MASKED_LM_MAPPING[type(config)])
+    masked = known or "AutoModelForMaskedLM" in auto_map
     auto_class: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     # Weights of another shape are reported below, with their names.
     options |= {"trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True, "output_loading_info": True}

@@ -227,10 +227,14 @@ class ARConfig(BD3LMConfig):
         """Noise levels of a sequence: none."""
         return 0
 
+    def _check_sizes(self) -> None:
+        _check_wanted(self, {"block_size": 1}, "an autoregressive model has no blocks")
+        super()._check_sizes()
+
     def _check_flags(self) -> None:
-        super()._check_flags()
-        wanted = {"causal": True, "cross_attn": False, "time_conditioning": False, "block_size": 1}
+        wanted = {"causal": True, "time_conditioning": False}
         _check_wanted(self, wanted, "an autoregressive model has a causal attention and no noise level")
+        super()._check_flags()
 
 
 class MDLMConfig(BD3LMConfig):
@@ -262,9 +266,15 @@ class MDLMConfig(BD3LMConfig):
             self.noise = "total_noise"
         super().__post_init__(**kwargs)
 
+    def _check_sizes(self) -> None:
+        self._check_whole({"block_size": self.model_length})
+        super()._check_sizes()
+
     def _check_flags(self) -> None:
+        self._check_whole({"causal": False, "cross_attn": False})
         super()._check_flags()
-        wanted = {"causal": False, "cross_attn": False, "block_size": self.model_length}
+
+    def _check_whole(self, wanted: dict[str, Any]) -> None:
         _check_wanted(self, wanted, f"{self.model_type} attends to the whole sequence at once")
 
 

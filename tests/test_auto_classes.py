@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import bd3lm_hf
+from bd3lm_hf import ARConfig, ARForCausalLM, MDLMConfig, MDLMForMaskedLM, SEDDConfig, SEDDForMaskedLM
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel
 
@@ -136,9 +137,16 @@ def test_the_folder_needs_nothing_but_transformers(folder, tmp_path):
     assert result.stdout.strip().endswith("all is well")
 
 
-def test_the_code_that_is_needed_is_saved_and_nothing_else(folder):
+BASELINES = [(ARForCausalLM, ARConfig), (MDLMForMaskedLM, MDLMConfig), (SEDDForMaskedLM, SEDDConfig)]
+SIZES = {"vocab_size": 12, "model_length": 8, "hidden_dim": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2}
+
+
+@pytest.mark.parametrize(("model_class", "config_class"), [(BD3LMForMaskedLM, BD3LMConfig), *BASELINES])
+def test_the_code_that_is_needed_is_saved_and_nothing_else(model_class, config_class, tmp_path):
+    folder = tmp_path / "model"
+    model_class(config_class(**SIZES)).save_pretrained(folder)
     saved = {path.name for path in folder.glob("*.py")}
-    needed, waiting = set(), {"modeling_bd3lm.py"}
+    needed, waiting = set(), {model_class.__module__.rpartition(".")[2] + ".py"}
     while waiting:
         name = waiting.pop()
         needed.add(name)
@@ -177,6 +185,23 @@ def test_with_the_package_imported_no_remote_code_is_needed(folder, auto_class, 
     assert type(model) is expected
     assert not info["missing_keys"] and not info["mismatched_keys"]
     assert type(AutoConfig.from_pretrained(folder)) is BD3LMConfig
+
+
+@pytest.mark.parametrize(("model_class", "config_class"), BASELINES)
+def test_every_baseline_is_its_own_class_with_the_package_imported(model_class, config_class, randomize, tmp_path):
+    saved = randomize(model_class(config_class(**SIZES))).eval()
+    saved.save_pretrained(tmp_path)
+    names = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    known = {"AutoModelForCausalLM": AutoModelForCausalLM, "AutoModelForMaskedLM": AutoModelForMaskedLM}
+    assert set(names) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} | (
+        set() if config_class is ARConfig else {"AutoModelForMaskedLM"}
+    )
+    for name in names.keys() & known.keys():
+        model, info = known[name].from_pretrained(tmp_path, output_loading_info=True)
+        assert type(model) is model_class and not any(info.values())
+        assert all(map(torch.equal, model.state_dict().values(), saved.state_dict().values()))
+    assert type(AutoModel.from_pretrained(tmp_path)) is model_class.backbone_class
+    assert type(AutoConfig.from_pretrained(tmp_path)) is config_class
 
 
 def test_the_text_generation_pipeline_trims_to_what_was_asked(folder):

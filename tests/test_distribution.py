@@ -193,6 +193,39 @@ def test_autoregressive_samples_have_the_distribution_of_the_model():
     assert_distributed(sample(model, torch.ones(SAMPLES, 1, dtype=torch.long), 3), exact)
 
 
+@torch.no_grad()
+def chain_rule(model, prompt: list[int], count: int) -> dict[tuple[int, ...], float]:
+    """The distribution of `count` tokens behind a prompt, each from a pass of its own over the window before it."""
+    result = dict.fromkeys(itertools.product(range(3), repeat=count), 1.0)
+    for outcome in result:
+        text = list(prompt)
+        for token in outcome:
+            logits = model(torch.tensor([text[-model.config.model_length :]])).logits[0, -1].double()
+            logits[3] = -torch.inf
+            result[outcome] *= float(logits.softmax(-1)[token])
+            text.append(token)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("count", "fields"),
+    [(2, {}), (3, {"window": "exact"}), (3, {"use_cache": False})],
+    ids=["cache", "exact", "none"],
+)
+def test_autoregressive_rows_with_unequal_prompts_have_it_too(count, fields):
+    # Three tokens behind the longer prompt outgrow the window. No token is like padding, which is no part of a text.
+    model = baseline(ARForCausalLM, ARConfig, vocab_size=5, mask_token_id=3, pad_token_id=PAD)
+    model.get_output_embeddings().bias.data[PAD] = -torch.inf
+    prompts = [[1], [0, 2, 1]]
+    ids = torch.tensor([[PAD] * (3 - len(prompt)) + prompt for prompt in prompts]).repeat(SAMPLES, 1)
+    samples = sample(model, ids, count, **fields)
+    exact = [chain_rule(model, prompt, count) for prompt in prompts]
+    for row in range(2):
+        assert math.isclose(sum(exact[row].values()), 1.0, abs_tol=1e-9)
+        assert_distributed(samples[row::2], exact[row])
+    assert chi_square(samples[::2], exact[1]) > 1000  # it could tell them apart
+
+
 @pytest.mark.parametrize("sampler", EXACT, ids=lambda fields: fields["sampler"])
 def test_masked_diffusion_samples_have_the_joint_distribution_of_the_model(sampler):
     model = baseline(MDLMForMaskedLM, MDLMConfig)

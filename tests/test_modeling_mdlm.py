@@ -51,6 +51,11 @@ def test_block_diffusion_with_one_block_is_masked_diffusion(randomize):
     for training in (False, True):
         losses = [model.train(training)(ids, labels=ids, **noise).loss for model in (mdlm, bd3lm)]
         torch.testing.assert_close(*losses, atol=1e-6, rtol=0)
+    for loss in losses:
+        loss.backward()
+    gradients = [{name: p.grad for name, p in model.named_parameters()} for model in (mdlm, bd3lm)]
+    assert gradients[0]["backbone.vocab_embed.embedding"].any()
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=0)
     for estimator in ("exact", "stratified", "sampled"):
         scores = [
             model.eval().token_nll(ids, estimator=estimator, generator=torch.Generator().manual_seed(1)).nll
