@@ -326,17 +326,18 @@ class AnalyticSampler(Sampler):
         mask = torch.tensor([self.mask_token_id], device=logits.device)
         scores = logits.index_fill(1, mask, -torch.inf)
         shift = math.log(math.expm1(self._sigma)) + math.log(logits.shape[1] - 1)
-        log_odds = scores.logsumexp(dim=1) - shift  # against the mask, whose score is 1
+        certain = torch.zeros(len(scores), dtype=torch.bool, device=logits.device)
+        odds = scores  # against the mask, whose score is 1
         if self.nucleus_p < 1.0:
             ranked = (scores - shift).index_fill(1, mask, 0.0)
             outside = NucleusLogitsProcessor(self.nucleus_p)(None, ranked).isneginf()
-            log_odds = scores.masked_fill(outside, -torch.inf).logsumexp(dim=1) - shift
-            # A mask outside the nucleus leaves for certain.
-            log_odds = log_odds.masked_fill(outside[:, self.mask_token_id], torch.inf)
+            certain = outside[:, self.mask_token_id]
+            odds = scores.masked_fill(outside, -torch.inf)
             scores = torch.where(outside, scores - _FAR, scores)
         if self._rise == math.inf:
-            return scores, torch.ones_like(log_odds)
-        return scores, (log_odds.to(wide_float(logits.device)).exp() * self._rise).clamp(max=1.0)
+            return scores, torch.ones_like(certain, dtype=wide_float(logits.device))
+        leaves = (odds.logsumexp(dim=1) - shift).to(wide_float(logits.device)).exp() * self._rise
+        return scores, leaves.masked_fill(certain, 1.0).clamp(max=1.0)
 
 
 def _dense_rank(values: torch.Tensor) -> torch.Tensor:

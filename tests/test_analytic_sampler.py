@@ -97,6 +97,12 @@ def test_a_token_outside_the_nucleus_is_never_drawn_and_still_there_when_the_oth
     torch.testing.assert_close(scores[:, 1:3].softmax(1), logits[:, 1:3].softmax(1), atol=1e-3, rtol=0)
 
 
+def test_a_step_within_the_capped_noise_level_reveals_only_what_the_nucleus_leaves_no_mask_for():
+    sampler = make(mask_token_id=3, nucleus_p=0.5)
+    sampler._sigma, sampler._rise = 3.0, 0.0
+    assert sampler._cut(torch.tensor([[9.0, 2.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))[1].tolist() == [1.0, 0.0]
+
+
 def test_the_grid_is_the_published_one_and_ends_with_a_denoising():
     sampler, work = make(num_denoising_steps=4), round_of(torch.tensor([[True, True, False]]))
     times, sigmas, growths = [], [], []
