@@ -6,9 +6,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationMixin
 
-from bd3lm_hf.modeling.continuing_bd3lm import ContinuingMixin
 from bd3lm_hf.writing import new_tokens
 
 
@@ -79,8 +77,8 @@ def write_batch(
 
 
 def draws_by_row(model: Any) -> bool:
-    """Whether `generate` takes a source of randomness for each row: ours does, transformers' own loop does not."""
-    return isinstance(model, ContinuingMixin) and type(model)._sample is not GenerationMixin._sample
+    """Whether `generate` takes a source of randomness for each row; models of other families take one in all."""
+    return bool(getattr(model, "draws_by_row", False))
 
 
 def _forwards(output: Any, row: int, written: int) -> int:

@@ -39,6 +39,8 @@ class ContinuingMixin(_Generative):
     A class names its `generation_config_class`, whose constructor has a default for every field of its own.
     """
 
+    draws_by_row = True  # whether `generate` takes a source of randomness for each row
+
     generation_config: Any
     generation_config_class: Any
     _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]

@@ -50,6 +50,7 @@ class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
     generation_config_class = BD3LMGenerationConfig
     accepts_loss_kwargs = True
     exact_likelihood = True
+    draws_by_row = False
 
     def __init__(self, config: ARConfig) -> None:
         super().__init__(config)
@@ -81,7 +82,7 @@ class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
         with _seeded(model_kwargs.pop("generator", None), self.device):
             result = GenerationMixin._sample(
                 self,
-                prompt,
+                prompt,  # type: ignore[arg-type]
                 logits_processor,
                 criteria,
                 generation_config,
@@ -106,7 +107,7 @@ class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
             tokens_per_forward=criteria.tokens_per_row / max(1, written.shape[1] - width),
         )
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
@@ -292,7 +293,7 @@ class _CountingCriteria(StoppingCriteriaList):
         self._running: torch.Tensor | None = None  # bool (batch,)
         self._tokens: torch.Tensor | None = None  # scalar
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         done = cast(torch.Tensor, super().__call__(input_ids, scores, **kwargs))
         running = torch.ones_like(done) if self._running is None else self._running
         self._tokens = running.sum() + (0 if self._tokens is None else self._tokens)
@@ -308,10 +309,10 @@ class _CountingCriteria(StoppingCriteriaList):
 
 def _refuse_denoising(generation_config: Any) -> None:
     """Refuse what only a model that denoises can do."""
-    plain = BD3LMGenerationConfig()
+    given, plain = vars(generation_config), vars(BD3LMGenerationConfig())
     for name in ("sampler", "num_denoising_steps", "remask_fraction", "window_stride", "output_trace"):
-        value = getattr(generation_config, name)
-        if value != getattr(plain, name):
+        value = given[name]
+        if value != plain[name]:
             raise ValueError(
                 f"{name}={value!r} is for models that denoise: an autoregressive model writes one token after the "
                 f"other. Leave it out."

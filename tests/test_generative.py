@@ -45,7 +45,7 @@ def judged(bd3lm, model_folder, judge_folder, tmp_path, monkeypatch):
 
 
 def lines(tmp_path, name="samples.jsonl"):
-    return [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def test_texts_are_written_judged_counted_and_kept(judged, judge_folder, tiny_tokenizer, tmp_path):

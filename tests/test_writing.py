@@ -25,7 +25,8 @@ def generate(bd3lm, model_folder):
 
 
 def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # By newline alone: a text may hold other characters that end a line.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
