@@ -156,7 +156,9 @@ def test_an_interrupted_run_keeps_its_finished_samples_and_goes_on_later(generat
     arguments = ["--num-samples", "400", "--batch-size", "1", "--max-new-tokens", "24", "--output", str(output)]
     command = [sys.executable, "-m", "bd3lm_hf.cli", "generate", "--model", str(model_folder), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    # A test run in the background of a shell ignores Ctrl-C, and its children would too.
+    run = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes)
     try:
         give_up = time.monotonic() + 120
         while not output.is_file() or output.read_bytes().count(b"\n") < 3:

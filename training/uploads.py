@@ -89,7 +89,9 @@ class SharingTrainer(Trainer):
             RuntimeError: what was saved does not load by itself.
         """
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            if private is not None:
+                self.args.hub_private_repo = private  # earlier transformers take it from here only
+            self.init_hf_repo(token=token)
         self.write_model(self.args.output_dir)
         options: dict[str, Any] = {name: kwargs[name] for name in ("language", "license") if name in kwargs}
         options |= {"tags": _as_list(kwargs.get("tags")), "background": not blocking, "token": token}
