@@ -81,6 +81,13 @@ def test_models_are_trained_once_and_compared_in_one_table(recipe, tmp_path, cap
     assert "holds a run with another max_steps" in capsys.readouterr().err
 
 
+def test_a_run_too_short_to_log_its_speed_is_compared_without_it(recipe, tmp_path, capsys):
+    words = ["compare", str(recipe), "--models", "ar", "--output_dir", str(tmp_path), "--logging_steps", "10"]
+    assert bd3lm(words) == 0
+    assert json.loads((tmp_path / "comparison.json").read_text())[0]["training_tokens_per_second"] is None
+    assert "| unknown |" in capsys.readouterr().out
+
+
 def test_the_shipped_recipe_names_the_papers_models():
     plan = read_plan([])
     assert list(plan.models) == ["ar", "bd3lm-4", "bd3lm-8", "bd3lm-16", "mdlm", "sedd", "ssdlm"]

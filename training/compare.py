@@ -57,7 +57,7 @@ class Row(NamedTuple):
     perplexity: float | None  # held-out text; None without a likelihood
     exact: bool  # else an upper bound
     training_tokens: int
-    training_tokens_per_second: float
+    training_tokens_per_second: float | None  # None of a run too short to log it
     generative_perplexity: float  # of its texts, under the judge
     entropy: float  # of the tokens of a text, mean over texts, nats
     forwards_per_token: float
@@ -181,9 +181,10 @@ def _check_judge(name: str, model: Any) -> None:
         raise ValueError(f"--judge {name} has no likelihood to score texts by: name another model of the comparison.")
 
 
-def _speed(result: Mapping[str, Any]) -> float:
+def _speed(result: Mapping[str, Any]) -> float | None:
     """Median training speed of the log, tokens per second."""
-    return statistics.median(entry["tokens_per_second"] for entry in result["losses"] if "tokens_per_second" in entry)
+    speeds = [entry["tokens_per_second"] for entry in result["losses"] if "tokens_per_second" in entry]
+    return statistics.median(speeds) if speeds else None
 
 
 class Texts(NamedTuple):
@@ -230,13 +231,14 @@ def table(rows: Sequence[Row]) -> str:
         mine = [row for row in rows if row.model == name]
         sign = "" if all(row.exact for row in mine) else "<= "
         perplexities = [row.perplexity for row in mine if row.perplexity is not None]
+        speeds = [row.training_tokens_per_second for row in mine if row.training_tokens_per_second is not None]
         cells = [
             sign + _spread(perplexities, 1) if perplexities else "none",
             _spread([row.generative_perplexity for row in mine], 1),
             _spread([row.entropy for row in mine], 2),
             _spread([row.forwards_per_token for row in mine], 2),
             _spread([1000 * row.seconds_per_token for row in mine], 2),
-            _spread([row.training_tokens_per_second for row in mine], 0),
+            _spread(speeds, 0) if speeds else "unknown",
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     seeds = len({row.seed for row in rows})
