@@ -216,8 +216,11 @@ def test_a_download_that_is_cut_goes_on_where_it_was(hub, uploaded, monkeypatch)
 
 def test_a_hub_that_hangs_is_asked_again(hub, uploaded, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
-    hub.faults.append(Fault("GET", WEIGHTS, times=1, delay=1.0))
+    hang = Fault("GET", WEIGHTS, times=1, delay=1.0)
+    hub.faults.append(hang)
     load_and_compare(uploaded)
+    # One request still hangs; another was answered.
+    assert hang.times == 0 and len(hub.asked("GET", WEIGHTS)) == 1
 
 
 @pytest.mark.parametrize(
@@ -268,8 +271,10 @@ def test_a_full_disk_is_told_and_leaves_no_half_file_that_would_be_loaded(hub, u
 
 def test_without_a_hub_the_cache_still_loads(hub, uploaded):
     load_and_compare(uploaded)
+    fetched = len(hub.asked("GET", WEIGHTS))
     hub.faults.extend([Fault("HEAD", ".", status=503), Fault("GET", ".", status=503)])
     load_and_compare(uploaded)
+    assert len(hub.asked("GET", WEIGHTS)) == fetched == 1
 
 
 def test_what_a_stranger_may_not_see_is_told_in_one_line(hub, uploaded, bd3lm, monkeypatch):
