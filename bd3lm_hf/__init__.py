@@ -21,21 +21,22 @@ from transformers import (
     AutoModelForMaskedLM,
 )
 
-from bd3lm_hf.adapters import TARGET_MODULES, register_targets
+from bd3lm_hf.auto_classes import unsupported_auto_class
+from bd3lm_hf.checkpoints import TARGET_MODULES, register_targets
+from bd3lm_hf.modeling.backbone_bd3lm import BD3LMModel
 from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, BD3LMConfig, MDLMConfig, SEDDConfig
 from bd3lm_hf.modeling.configuration_ssdlm import SSDLMConfig
+from bd3lm_hf.modeling.decoding_state_bd3lm import EntropyStopCriteria, SecondEosCriteria
 from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig, SEDDGenerationConfig
-from bd3lm_hf.modeling.generation_config_ssdlm import SSDLMGenerationConfig
+from bd3lm_hf.modeling.generation_ssdlm import SSDLMGenerationConfig
 from bd3lm_hf.modeling.likelihood_bd3lm import TokenNLL
 from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
-from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.modeling_mdlm import MDLMForMaskedLM
 from bd3lm_hf.modeling.modeling_sedd import SEDDForMaskedLM
 from bd3lm_hf.modeling.modeling_ssdlm import SSDLMForMaskedLM
+from bd3lm_hf.modeling.noise_bd3lm import noise_schedule
 from bd3lm_hf.modeling.saving_bd3lm import SelfContainedModel
-from bd3lm_hf.modeling.schedules_bd3lm import noise_schedule
-from bd3lm_hf.modeling.stopping_bd3lm import EntropyStopCriteria, SecondEosCriteria
-from bd3lm_hf.refusals import refusal
 from bd3lm_hf.sharing import share_folder
 
 
@@ -54,7 +55,7 @@ for _head in (BD3LMForMaskedLM, ARForCausalLM, MDLMForMaskedLM, SEDDForMaskedLM,
         if _name in _head.auto_classes:
             _auto_class.register(_config, _head.auto_classes[_name], exist_ok=True)
         elif _auto_class is AutoModelForMaskedLM:
-            _auto_class.register(_config, refusal(_head, _name), exist_ok=True)
+            _auto_class.register(_config, unsupported_auto_class(_head, _name), exist_ok=True)
 
 __all__ = [
     "ARConfig",

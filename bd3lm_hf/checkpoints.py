@@ -1,26 +1,106 @@
-"""Load a checkpoint and refuse what would score or train as garbage: weights missing, foreign or not finite."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on our models, by the `peft` library.
 
-from collections.abc import Iterator
+Adapted layers are no plain linear layers any more, so the network computes them one by one and exactly as peft does;
+merged into the weights they are plain again, and the model as fast as its base.
+
+Load a checkpoint and refuse what would score or train as garbage: weights missing, foreign or not finite.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
-from transformers import (
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-)
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.utils import logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from bd3lm_hf.adapters import adapter_base, merge_adapter
-from bd3lm_hf.files import exists, looks_like_path
-from bd3lm_hf.refusals import is_refusal
+from bd3lm_hf.auto_classes import is_unsupported_auto_class
+from bd3lm_hf.data.files import exists, looks_like_path
+
+
+#: Attention and MLP of every layer. The ending `mlp.0` is also that of the small network of the noise level.
+TARGET_MODULES = ("attn_qkv", "attn_out", "mlp.0", "mlp.2")
+
+
+def register_targets(model_type: str, targets: Sequence[str] = TARGET_MODULES) -> None:
+    """Let `LoraConfig` without `target_modules` adapt attention and MLP of models of this type."""
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(model_type, list(targets))
+
+
+def add_adapters(
+    model: Any, *, rank: int, alpha: int = 16, dropout: float = 0.0, targets: list[str] | None = None
+) -> PeftModel:
+    """The model with adapters, which alone have gradients.
+
+    Args:
+        rank: of the update of each adapted matrix.
+        alpha: the update is scaled by `alpha / rank`.
+        dropout: in front of the adapters.
+        targets: endings of the names of the adapted layers, or `["all-linear"]`, which is all but the head.
+
+    Raises:
+        ValueError: no layer has such a name.
+    """
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        linears = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+        names = sorted({re.sub(r"^.*?(\w+(\.\d+)?)$", r"\1", name) for name in linears})
+        raise ValueError(f"{error} Linear layers of this model are called: {', '.join(names)}.") from error
+
+
+def adapter_base(name: str) -> str | None:
+    """The folder or hub name of the model that an adapter was trained on; None if `name` is no adapter.
+
+    Raises:
+        ValueError: an adapter that does not say.
+    """
+    try:
+        found = find_adapter_config_file(name)
+    except OSError:  # neither a folder nor to be had from the hub, which whoever loads it will say
+        return None
+    if found is None:
+        return None
+    base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"The adapter {name!r} does not name the model that it was trained on: write it into its "
+            "adapter_config.json as base_model_name_or_path."
+        )
+    return base
+
+
+def merge_adapter(base: Any, name: str) -> Any:
+    """The base model with an adapter merged into its weights: a plain model again, all of whose weights may train.
+
+    Raises:
+        ValueError: the adapter can not be read, or is one of another model.
+    """
+    try:
+        return PeftModel.from_pretrained(base, name).merge_and_unload().requires_grad_(True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"The adapter {name!r} can not be put on its base model: {type(error).__name__}: {error}"
+        ) from error
 
 
 logger = logging.get_logger("bd3lm_hf.checkpoints")
+
 
 # The buffers of the learned interval, which checkpoints of full diffusion come without; the configuration has it too.
 _MAY_LACK = {"sampling_eps_min", "sampling_eps_max"}
@@ -63,7 +143,9 @@ def load_model(
         options |= {"trust_remote_code": trust_remote_code, "config": config}
         return merge_adapter(load_model(base, argument=f"{argument} {name} on", **options), name)
     auto_map = getattr(config, "auto_map", None) or {}
-    known = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_refusal(MODEL_FOR_MASKED_LM_MAPPING[type(config)])
+    known = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_unsupported_auto_class(
+        MODEL_FOR_MASKED_LM_MAPPING[type(config)]
+    )
     masked = known or "AutoModelForMaskedLM" in auto_map
     auto_class: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     # Weights of another shape are reported below, with their names.
@@ -121,4 +203,14 @@ def check_finite_weights(model: torch.nn.Module, origin: str) -> None:
             )
 
 
-__all__ = ["NotFiniteError", "check_finite_weights", "load_model", "read_config"]
+__all__ = [
+    "NotFiniteError",
+    "TARGET_MODULES",
+    "adapter_base",
+    "add_adapters",
+    "check_finite_weights",
+    "load_model",
+    "merge_adapter",
+    "read_config",
+    "register_targets",
+]

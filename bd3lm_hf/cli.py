@@ -15,8 +15,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from bd3lm_hf import quality, scoring, writing
 from bd3lm_hf.checkpoints import load_model
+from bd3lm_hf.evaluation import eval_cli
+from bd3lm_hf.generation import generate_cli
+from bd3lm_hf.reports import speed_quality
 from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
 
 
@@ -24,10 +26,10 @@ from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
 # and when asked for, as training is a later room, which this one does not depend on.
 _OWN_COMMAND_LINE = {
     "train": ("bd3lm_hf.training.train", "train a model: a recipe plus overrides"),
-    "bench": ("bd3lm_hf.benchmark", "speed and memory beside a named rival"),
+    "bench": ("bd3lm_hf.reports.benchmark", "speed and memory beside a named rival"),
     "compare": ("bd3lm_hf.training.compare", "train several models on the same text, in one table"),
-    "report": ("bd3lm_hf.report", "a page of the curves, tables and samples of runs"),
-    "harness": ("bd3lm_hf.harness", "lm-evaluation-harness with the models of this package"),
+    "report": ("bd3lm_hf.reports.report", "a page of the curves, tables and samples of runs"),
+    "harness": ("bd3lm_hf.evaluation.harness", "lm-evaluation-harness with the models of this package"),
     "convert": ("bd3lm_hf.hub_upload.convert", "a published or Lightning checkpoint into a folder, and back"),
     "push": ("bd3lm_hf.hub_upload.push", "a model to a repository on the hub that anyone can load"),
     "verify": ("bd3lm_hf.hub_upload.verify", "whether the files of a shared model are what was pushed"),
@@ -41,7 +43,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
-def make_parser(evaluation: Any = scoring) -> argparse.ArgumentParser:
+def make_parser(evaluation: Any = eval_cli) -> argparse.ArgumentParser:
     """The command line, verb by verb; `evaluation` is the module that does the work of `eval`."""
     parser = _Parser(prog="bd3lm", description="Block diffusion language models: train, score, write.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
@@ -85,13 +87,13 @@ def _add_eval(parser: argparse.ArgumentParser, evaluation: Any) -> None:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=generate)
     _add_model(parser)
-    writing.add_arguments(parser)
+    generate_cli.add_arguments(parser)
 
 
 def _add_quality(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=compare_samplers)
     _add_model(parser)
-    quality.add_arguments(parser)
+    speed_quality.add_arguments(parser)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -102,14 +104,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     """Continue prompts, or write from nothing."""
-    job = writing.plan(arguments)
-    writing.write(job, *load(arguments))
+    job = generate_cli.plan(arguments)
+    generate_cli.write(job, *load(arguments))
 
 
 def compare_samplers(arguments: argparse.Namespace) -> None:
     """Generative perplexity by tokens per forward pass, for each sampler."""
-    quality.check(arguments)
-    quality.run(arguments, *load(arguments))
+    speed_quality.check(arguments)
+    speed_quality.run(arguments, *load(arguments))
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -139,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     # Another set of flags, in a module that is imported when asked for.
     generative = argv[:1] == ["eval"] and "--generative" in argv
-    evaluation = importlib.import_module("bd3lm_hf.generative") if generative else scoring
+    evaluation = importlib.import_module("bd3lm_hf.evaluation.generative") if generative else eval_cli
     arguments = make_parser(evaluation).parse_args(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

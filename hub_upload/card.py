@@ -6,19 +6,15 @@ The metadata are huggingface_hub's `ModelCardData`, with the held-out perplexity
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from bd3lm_hf.files import exists, looks_like_path
-from bd3lm_hf.sources import find_spec
-from bd3lm_hf.training.data_arguments import DataArguments
-from bd3lm_hf.training.ema import WEIGHTS_NAME
-from bd3lm_hf.training.output import RECIPE_NAME
-from bd3lm_hf.training.train import RESULTS_NAME
+from bd3lm_hf.data.files import exists, looks_like_path
+from bd3lm_hf.data.sources import DEFAULT_DATASET, find_spec
+from bd3lm_hf.run_folder import RECIPE_NAME, RESULTS_NAME, WEIGHTS_NAME
 
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
@@ -87,7 +83,7 @@ def make_card(
     recipe = found or {}
     averaged = {"weights": "average", "ema_decay": decay}
     weights = _read_json(source / WEIGHTS_NAME) if decay is None else averaged
-    dataset = None if found is None else str(recipe.get("dataset") or _default_dataset())
+    dataset = None if found is None else str(recipe.get("dataset") or DEFAULT_DATASET)
     hub_dataset = _hub_dataset(dataset) if dataset else None
     whole = model.get_base_model() if base else model
     likelihood = getattr(whole, "has_likelihood", True)
@@ -150,10 +146,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is no JSON, so the model card can not be filled: {error}") from error
     return content if isinstance(content, dict) else {}
-
-
-def _default_dataset() -> str:
-    return next(str(field.default) for field in fields(DataArguments) if field.name == "dataset")
 
 
 def _is_local(name: str) -> bool:

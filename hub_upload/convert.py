@@ -22,12 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 import bd3lm_hf  # noqa: F401  (registers the model types)
 from bd3lm_hf.checkpoints import check_finite_weights, load_model
-from bd3lm_hf.files import exists, looks_like_path
-from bd3lm_hf.hub_upload.architecture import Architecture, architecture_of
-from bd3lm_hf.hub_upload.pickles import plain, read_checkpoint
-from bd3lm_hf.hub_upload.simplex import is_simplex_layout, read_simplex
+from bd3lm_hf.data.files import exists, looks_like_path
+from bd3lm_hf.hub_upload.layouts import Architecture, architecture_of, is_simplex_layout, read_simplex
+from bd3lm_hf.hub_upload.safe_pickle import plain, read_checkpoint
+from bd3lm_hf.run_folder import publish_folder, staging_folder
 from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
-from bd3lm_hf.training.output import publish_folder, staging_folder
 
 
 # The fields of a published config.json, with the authors' names (their export script's order).

@@ -10,15 +10,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import bd3lm_hf
-from bd3lm_hf.hub_upload.tree import CARD_NAME, CODE, MANIFEST_NAME, files_of
-from bd3lm_hf.training.output import write_atomically
+from bd3lm_hf.hub_upload.repo_files import CARD_NAME, CODE, MANIFEST_NAME, files_of
+from bd3lm_hf.run_folder import write_atomically
 
 
 # Beside the card, what the hub and its users keep in a repository; no loader reads them.
 _FREE = {CARD_NAME, MANIFEST_NAME, ".gitattributes", "LICENSE", "LICENSE.md", "LICENSE.txt"}
 
 
-class Comparison(NamedTuple):
+class ManifestDifference(NamedTuple):
     """A folder beside its manifest; names in order."""
 
     missing: list[str]
@@ -75,7 +75,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def compare(folder: Path) -> Comparison:
+def compare_with_manifest(folder: Path) -> ManifestDifference:
     """Hash the files of a folder again.
 
     Raises:
@@ -92,7 +92,7 @@ def compare(folder: Path) -> Comparison:
     ]
     code = [name for name in here if name.endswith(".py")]
     other = [n for n in code if not (CODE / n).is_file() or (CODE / n).read_bytes() != here[n].read_bytes()]
-    return Comparison(
+    return ManifestDifference(
         missing=sorted(listed.keys() - here.keys()),
         changed=sorted(changed),
         extra=sorted(here.keys() - listed.keys() - _FREE),
@@ -102,4 +102,4 @@ def compare(folder: Path) -> Comparison:
     )
 
 
-__all__ = ["Comparison", "compare", "describe", "read_manifest", "write_manifest"]
+__all__ = ["ManifestDifference", "compare_with_manifest", "describe", "read_manifest", "write_manifest"]

@@ -22,10 +22,10 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from bd3lm_hf.hub_upload.card import make_card
-from bd3lm_hf.hub_upload.check import check_alone
 from bd3lm_hf.hub_upload.errors import CheckError, HubError
+from bd3lm_hf.hub_upload.load_check import check_alone
 from bd3lm_hf.hub_upload.manifest import write_manifest
-from bd3lm_hf.hub_upload.tree import (
+from bd3lm_hf.hub_upload.repo_files import (
     CARD_NAME,
     MAX_SHARD_SIZE,
     WEIGHTS,
@@ -37,7 +37,7 @@ from bd3lm_hf.hub_upload.tree import (
     write_contents,
 )
 from bd3lm_hf.hub_upload.upload import Upload, upload
-from bd3lm_hf.training.output import as_size, free_bytes, publish_folder, staging_folder
+from bd3lm_hf.run_folder import as_size, free_bytes, publish_folder, staging_folder
 
 
 _SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]I?B", re.IGNORECASE)

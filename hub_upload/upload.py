@@ -14,7 +14,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 
 from bd3lm_hf.hub_upload.errors import hub_errors
 from bd3lm_hf.hub_upload.manifest import describe
-from bd3lm_hf.hub_upload.tree import MANIFEST_NAME, files_of, kind_of
+from bd3lm_hf.hub_upload.repo_files import MANIFEST_NAME, files_of, kind_of
 
 
 # Weights of another layout: transformers would load them in place of the new ones, or keep them for nothing.

@@ -9,9 +9,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 import bd3lm_hf
-from bd3lm_hf.files import exists, looks_like_path
+from bd3lm_hf.data.files import exists, looks_like_path
 from bd3lm_hf.hub_upload.errors import HubError, hub_errors
-from bd3lm_hf.hub_upload.manifest import Comparison, compare
+from bd3lm_hf.hub_upload.manifest import ManifestDifference, compare_with_manifest
 
 
 def folder_of(name: str, revision: str | None = None) -> Path:
@@ -34,7 +34,7 @@ def folder_of(name: str, revision: str | None = None) -> Path:
         raise ValueError(f"DIR {place} is no folder here, and no repository that you may read.") from error
 
 
-def report(comparison: Comparison) -> str:
+def report(comparison: ManifestDifference) -> str:
     """What a reader wants to know, a line for every file that is not as it should be."""
     lines = [f"{kind}: {name}" for kind in ("missing", "changed", "extra") for name in getattr(comparison, kind)]
     state = "intact" if comparison.intact else "NOT INTACT"
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except HubError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    comparison = compare(folder)
+    comparison = compare_with_manifest(folder)
     print(report(comparison))
     if not comparison.intact:
         raise SystemExit(1)

@@ -14,7 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 
 if TYPE_CHECKING:
-    from .canvas_bd3lm import Canvas
+    from .decoding_state_bd3lm import SequenceBuffer
 
 
 class BlockCacheLayer(DynamicLayer):
@@ -223,7 +223,7 @@ def set_length(cache: StaticCache, tokens: int) -> None:
         layer.cumulative_length.fill_(tokens)  # in place: compiled code knows it by its address
 
 
-def check_cache(cache: Cache, canvas: "Canvas", config: Any) -> None:
+def check_cache(cache: Cache, canvas: "SequenceBuffer", config: Any) -> None:
     """Refuse a cache that a canvas can not continue.
 
     Raises:
@@ -262,7 +262,7 @@ def check_cache(cache: Cache, canvas: "Canvas", config: Any) -> None:
         )
 
 
-def _check_slots(cache: StaticCache, canvas: "Canvas", config: Any) -> None:
+def _check_slots(cache: StaticCache, canvas: "SequenceBuffer", config: Any) -> None:
     layers: list[Any] = cache.layers
     most = config.model_length + config.block_size
     needed = min(canvas.text.shape[1], most)

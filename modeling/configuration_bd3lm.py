@@ -1,20 +1,48 @@
-"""The configuration of a block-diffusion language model (BD3-LM, arXiv 2503.09573), validated when it is made."""
+"""The versions of transformers that can run this code; under any other it says so in one line, when it is imported.
 
-# Before all else: every way to load a model begins here, and other versions may lack what is imported below.
-from .versions_bd3lm import check_transformers  # noqa: F401
+The configuration of a block-diffusion language model (BD3-LM, arXiv 2503.09573), validated when it is made.
+"""
 
-
-# isort: split
+import re
 from typing import Any, ClassVar
 
+import transformers
 from transformers.configuration_utils import PreTrainedConfig
 
-from .noise_bd3lm import check_draws, check_interval
-from .schedules_bd3lm import noise_schedule
+from .noise_bd3lm import check_draws, check_interval, noise_schedule
+
+
+_FIRST, _END = (5, 12), (6,)
+
+
+TRANSFORMERS_VERSIONS = f">={'.'.join(map(str, _FIRST))},<{'.'.join(map(str, _END))}"
+
+
+def check_transformers(found: str) -> None:
+    """Refuse a version of transformers that this code was not written for.
+
+    Args:
+        found: such as "5.23.0"; a development version counts as the one that it becomes.
+
+    Raises:
+        ImportError: names the versions found and needed.
+    """
+    number = re.match(r"\d+(\.\d+)*", found)
+    release = tuple(map(int, number[0].split("."))) if number else ()
+    if not _FIRST <= release < _END:
+        raise ImportError(
+            f"the code of this model needs transformers {TRANSFORMERS_VERSIONS}, but {found} is installed here: run "
+            f'`pip install "transformers{TRANSFORMERS_VERSIONS}"`.'
+        )
+
+
+check_transformers(transformers.__version__)
 
 
 # Where the authors' unclipped interval of noise levels begins.
 SAMPLING_EPS = 1e-3
+
+
 _OF_BLOCKS = ("block_size", "sampling_eps_min", "sampling_eps_max", "resample", "antithetic_sampling", "noise_draws")
 
 
@@ -311,4 +339,12 @@ def _check_wanted(config: BD3LMConfig, wanted: dict[str, Any], reason: str) -> N
 for _config in (BD3LMConfig, ARConfig, MDLMConfig, SEDDConfig):
     _config.register_for_auto_class()
 
-__all__ = ["SAMPLING_EPS", "ARConfig", "BD3LMConfig", "MDLMConfig", "SEDDConfig"]
+__all__ = [
+    "ARConfig",
+    "BD3LMConfig",
+    "MDLMConfig",
+    "SAMPLING_EPS",
+    "SEDDConfig",
+    "TRANSFORMERS_VERSIONS",
+    "check_transformers",
+]

@@ -4,9 +4,8 @@ from typing import Any
 
 from transformers.generation import GenerationConfig
 
-from .draws_bd3lm import SAMPLING_DTYPES
-from .samplers_bd3lm import SAMPLERS, SCORE_SAMPLERS
-from .stopping_bd3lm import check_entropy_stop
+from .decoding_state_bd3lm import check_entropy_stop
+from .samplers_bd3lm import SAMPLERS, SAMPLING_DTYPES, SCORE_SAMPLERS
 from .windows_bd3lm import WINDOWS
 
 

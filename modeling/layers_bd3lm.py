@@ -15,8 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_bd3lm import AttentionPlan, BD3LMAttention
 from .configuration_bd3lm import BD3LMConfig
-from .head_bd3lm import is_plain_linear
-from .packed_bd3lm import UNPACKED, PackedLinears
+from .linear_bd3lm import NOT_PREPACKED, PrepackedLinears, is_plain_linear
 
 
 _FREQUENCY_DIM = 256  # sinusoidal features of the noise level
@@ -125,7 +124,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 @dataclass
-class Pass:
+class ForwardContext:
     """What all layers of one forward pass share."""
 
     plan: AttentionPlan
@@ -134,7 +133,7 @@ class Pass:
     past_key_values: Cache | None = None
     commit: int = 0  # leading positions to write to the cache
     rows: torch.Tensor | None = None  # flat indices of the positions that the head will read
-    linears: PackedLinears = UNPACKED  # calls the layers' products
+    linears: PrepackedLinears = NOT_PREPACKED  # calls the layers' products
 
 
 class Modulation(NamedTuple):
@@ -187,7 +186,7 @@ class BD3LMBlock(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         modulation: torch.Tensor | Modulation | None,
-        shared: Pass,
+        shared: ForwardContext,
         last: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(batch, length, hidden_dim)` in and out; `modulation` is what [`fold`] takes, or what it gave.
@@ -208,7 +207,7 @@ class BD3LMBlock(GradientCheckpointingLayer):
         widened = shared.linears(self.mlp[0], self.norm2(hidden_states, *folded.norm2))
         return hidden_states + self._branch(shared, self.mlp[2], widened, folded.gate2, self.mlp[1]), weights
 
-    def _project(self, normed: torch.Tensor, skip: int, shared: Pass) -> tuple[torch.Tensor, ...]:
+    def _project(self, normed: torch.Tensor, skip: int, shared: ForwardContext) -> tuple[torch.Tensor, ...]:
         """Queries (after the first `skip` positions), keys and values, rotated, `(batch, heads, length, head_dim)`."""
         layer = self.attn_qkv
         if is_plain_linear(layer) and layer not in shared.linears and (skip or torch.is_grad_enabled()):
@@ -229,7 +228,7 @@ class BD3LMBlock(GradientCheckpointingLayer):
 
     def _branch(
         self,
-        shared: Pass,
+        shared: ForwardContext,
         linear: nn.Module,
         x: torch.Tensor,
         gate: torch.Tensor | None,
@@ -349,7 +348,7 @@ __all__ = [
     "BD3LMRotaryEmbedding",
     "BD3LMZeroLinear",
     "Modulation",
-    "Pass",
+    "ForwardContext",
     "TimestepEmbedder",
     "apply_rotary",
 ]

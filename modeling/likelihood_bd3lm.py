@@ -4,23 +4,27 @@ Three estimators, sampled, stratified and exact, differ in which masks of a bloc
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
 from .attention_bd3lm import Layout, token_layout
+from .backbone_bd3lm import BD3LMLanguageModel, clean_cache, noisy_hidden
 from .configuration_bd3lm import SAMPLING_EPS
-from .draws_bd3lm import Generators, check_sources
-from .head_bd3lm import cross_entropy
-from .loss_bd3lm import Scored, check_text, scored_tokens, sigma_of
-from .noise_bd3lm import Noise, draw_noise, given_noise, mask_positions, per_token, rank_in_block, times
-from .schedules_bd3lm import noise_schedule
-from .streams_bd3lm import clean_cache, noisy_hidden
+from .loss_bd3lm import LossMask, check_text, cross_entropy, loss_mask, sigma_of
+from .noise_bd3lm import (
+    Noise,
+    draw_noise,
+    given_noise,
+    mask_positions,
+    noise_schedule,
+    per_token,
+    rank_in_block,
+    times,
+)
+from .samplers_bd3lm import Generators, check_generators
 
-
-if TYPE_CHECKING:
-    from .modeling_bd3lm import BD3LMForMaskedLM
 
 Source = Noise | Generators  # the draws themselves, or where they come from
 
@@ -37,7 +41,7 @@ class TokenNLL(NamedTuple):
 
 
 def token_nll(
-    model: "BD3LMForMaskedLM",
+    model: BD3LMLanguageModel,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     *,
@@ -85,7 +89,7 @@ def token_nll(
     check_text(model, input_ids, labels)
     config = model.config
     layout = token_layout(attention_mask, input_ids.shape[1], config.block_size, device=input_ids.device)
-    scored = scored_tokens(layout, labels, ignore_bos=config.ignore_bos, training=False)
+    scored = loss_mask(layout, labels, ignore_bos=config.ignore_bos, training=False)
     draws = _ESTIMATORS[estimator](model, layout, scored, num_samples, source)
     with torch.no_grad():
         nll = _sum_over_masks(model, input_ids, layout, draws)
@@ -93,7 +97,7 @@ def token_nll(
 
 
 def _check_estimator(
-    model: "BD3LMForMaskedLM", estimator: str, num_samples: int, generator: Generators, batch: int
+    model: BD3LMLanguageModel, estimator: str, num_samples: int, generator: Generators, batch: int
 ) -> None:
     if estimator not in _ESTIMATORS:
         raise ValueError(f"estimator={estimator!r} is unknown: choose one of {', '.join(_ESTIMATORS)}.")
@@ -109,7 +113,7 @@ def check_sampling(num_samples: int, generator: Generators, batch: int) -> None:
     """Refuse fewer than one draw, or a list of generators that does not have one for each row."""
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}: give at least 1.")
-    check_sources(generator, batch)
+    check_generators(generator, batch)
 
 
 def source_of(
@@ -144,7 +148,7 @@ class Mask(NamedTuple):
 
 
 def _sampled(
-    model: "BD3LMForMaskedLM", layout: Layout, scored: Scored, num_samples: int, source: Source
+    model: BD3LMLanguageModel, layout: Layout, scored: LossMask, num_samples: int, source: Source
 ) -> Iterator[Mask]:
     """Draws of t on [1e-3, 1] as published; a single full mask at block size 1."""
     config = model.config
@@ -161,7 +165,7 @@ def _sampled(
 
 
 def stratified_masks(
-    model: "BD3LMForMaskedLM", layout: Layout, scored: Scored, num_samples: int, source: Source
+    model: BD3LMLanguageModel, layout: Layout, scored: LossMask, num_samples: int, source: Source
 ) -> Iterator[Mask]:
     """Draws of the number k of masked tokens, spread over 1..n; weight n/k."""
     batch, length = scored.counted.shape
@@ -181,7 +185,7 @@ def stratified_masks(
 
 
 def _exact(
-    model: "BD3LMForMaskedLM", layout: Layout, scored: Scored, num_samples: int, source: Source
+    model: BD3LMLanguageModel, layout: Layout, scored: LossMask, num_samples: int, source: Source
 ) -> Iterator[Mask]:
     """Every mask of a block once, with the weight 1 / (k C(n, k)).
 
@@ -219,7 +223,7 @@ def _exact(
 _ESTIMATORS = {"sampled": _sampled, "stratified": stratified_masks, "exact": _exact}
 
 
-def rows_of_noise(model: "BD3LMForMaskedLM", scored: Scored, order: str, source: Source) -> Noise:
+def rows_of_noise(model: BD3LMLanguageModel, scored: LossMask, order: str, source: Source) -> Noise:
     """Noise of a batch; with a generator per row, a row's draws are those it would get alone and without padding."""
     batch, length = scored.valid.shape
     device, blocks = scored.valid.device, model.config.num_blocks(length)
@@ -242,7 +246,7 @@ def rows_of_noise(model: "BD3LMForMaskedLM", scored: Scored, order: str, source:
 
 
 def _sum_over_masks(
-    model: "BD3LMForMaskedLM", input_ids: torch.Tensor, layout: Layout, draws: Iterator[Mask]
+    model: BD3LMLanguageModel, input_ids: torch.Tensor, layout: Layout, draws: Iterator[Mask]
 ) -> torch.Tensor:
     """Sum of weighted losses over draws, `(batch, length)`."""
     nll = torch.zeros(input_ids.shape, device=input_ids.device)
@@ -252,7 +256,7 @@ def _sum_over_masks(
 
 
 def mask_losses(
-    model: "BD3LMForMaskedLM", input_ids: torch.Tensor, layout: Layout, draws: Iterator[Mask]
+    model: BD3LMLanguageModel, input_ids: torch.Tensor, layout: Layout, draws: Iterator[Mask]
 ) -> Iterator[tuple[Mask, torch.Tensor]]:
     """-log p(x_0 | x_t) of the tokens that each draw masks, `(batch, length)`, zero elsewhere; without weights.
 

@@ -6,26 +6,40 @@ For a block x_0^b given the clean blocks before it,
 
 with w(t) = alpha'_t / (1 - alpha_t), which is 1/t for the log-linear schedule. SUBS parameterisation: the mask token
 has probability zero, and unmasked tokens are carried over, so they add nothing.
+
+The cross-entropy of the output head on the rows that need it, without a (batch, length, vocabulary) tensor.
+
+Only masked positions carry a loss (SUBS: unmasked tokens are carried over), and their logits live in chunks. The mask
+token has probability zero.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.configuration_utils import PreTrainedConfig
 
 from .attention_bd3lm import Layout, token_layout
+from .backbone_bd3lm import BD3LMLanguageModel, check_token_ids, noisy_hidden
 from .configuration_bd3lm import SAMPLING_EPS
-from .head_bd3lm import weighted_cross_entropy
-from .noise_bd3lm import Noise, check_draws, clips, draw_noise, mask_positions, mask_positions_within, per_token, times
-from .schedules_bd3lm import LogLinearNoise, noise_schedule
-from .streams_bd3lm import noisy_hidden
+from .linear_bd3lm import call_as, is_plain_linear, is_sharded
+from .noise_bd3lm import (
+    LogLinearNoise,
+    Noise,
+    check_draws,
+    clips,
+    draw_noise,
+    mask_positions,
+    mask_positions_within,
+    noise_schedule,
+    per_token,
+    times,
+)
 
 
-if TYPE_CHECKING:
-    from .modeling_bd3lm import BD3LMForMaskedLM
-
-
-class Scored(NamedTuple):
+class LossMask(NamedTuple):
     """Which tokens of a batch take part in the loss; all bool `(batch, length)`."""
 
     counted: torch.Tensor  # in the denominator of the mean
@@ -34,12 +48,14 @@ class Scored(NamedTuple):
 
 
 def denoising_loss(
-    model: "BD3LMForMaskedLM",
+    model: BD3LMLanguageModel,
     input_ids: torch.Tensor,
     labels: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     noise: Noise | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
+    *,
+    interval: tuple[float, float] = (SAMPLING_EPS, 1.0),
 ) -> torch.Tensor:
     """The objective of Algorithm 1 in nats per token: a scalar with a gradient, the mean over all draws of noise.
 
@@ -62,9 +78,9 @@ def denoising_loss(
     check_text(model, input_ids, labels)
     # 1. Which tokens count
     layout = token_layout(attention_mask, input_ids.shape[1], config.block_size, device=input_ids.device)
-    scored = scored_tokens(layout, labels, ignore_bos=config.ignore_bos, training=model.training)
+    scored = loss_mask(layout, labels, ignore_bos=config.ignore_bos, training=model.training)
     # 2. and 3. Noise, logits of the masked positions
-    low, high = _interval(model)
+    low, high = interval if model.training else evaluation_interval(config)
     masked, weights, move_chance = corrupt(model, layout, scored, noise, low, high)
     draws = masked.shape[1] // input_ids.shape[1]
     check_draws(draws, config.time_conditioning)
@@ -73,25 +89,25 @@ def denoising_loss(
     hidden = noisy_hidden(model, x_t, input_ids, layout, rows, sigma_of(config, move_chance), draws=draws)
     # 4. Weighted cross-entropy
     targets, coefficients = labels.repeat(1, draws).flatten()[rows], weights.flatten()[rows] / draws
-    total = weighted_cross_entropy(hidden, model.get_output_embeddings(), targets, coefficients, config.mask_token_id)
+    total = chunked_cross_entropy(hidden, model.get_output_embeddings(), targets, coefficients, config.mask_token_id)
     count = scored.counted.sum() if num_items_in_batch is None else num_items_in_batch
     return total / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
 
 
-def scored_tokens(layout: Layout, labels: torch.Tensor, *, ignore_bos: bool, training: bool) -> Scored:
+def loss_mask(layout: Layout, labels: torch.Tensor, *, ignore_bos: bool, training: bool) -> LossMask:
     """Which tokens count and which may be masked, from labels `(batch, length)` and padding."""
     valid = torch.ones_like(labels, dtype=torch.bool) if layout.valid is None else layout.valid
     counted = (labels != -100) & valid
     if not ignore_bos:
-        return Scored(counted, counted, valid)
+        return LossMask(counted, counted, valid)
     later = counted & (layout.position_ids > 0)
-    return Scored(counted if training else later, later, valid)
+    return LossMask(counted if training else later, later, valid)
 
 
 def corrupt(
-    model: "BD3LMForMaskedLM",
+    model: BD3LMLanguageModel,
     layout: Layout,
-    scored: Scored,
+    scored: LossMask,
     noise: Noise | None,
     low: float,
     high: float,
@@ -127,11 +143,10 @@ def corrupt(
     return masked & scored.maskable.repeat(1, draws), per_token(weights, block_ids), level.move_chance
 
 
-def _interval(model: "BD3LMForMaskedLM") -> tuple[float, float]:
-    if model.training:
-        return model.interval()
+def evaluation_interval(config: PreTrainedConfig) -> tuple[float, float]:
+    """Return the noise levels over which the bound is taken: all of them."""
     # At block size 1 a full mask is the whole bound: the exact autoregressive likelihood.
-    return (1.0, 1.0) if model.config.block_size == 1 else (SAMPLING_EPS, 1.0)
+    return (1.0, 1.0) if config.block_size == 1 else (SAMPLING_EPS, 1.0)
 
 
 def sigma_of(config: PreTrainedConfig, move_chance: torch.Tensor | None) -> torch.Tensor | None:
@@ -141,25 +156,7 @@ def sigma_of(config: PreTrainedConfig, move_chance: torch.Tensor | None) -> torc
     return LogLinearNoise().sigma(move_chance[:, 0])
 
 
-def check_token_ids(input_ids: torch.Tensor | None, vocab_size: int, name: str) -> None:
-    """Refuse ids outside the vocabulary while the error can still be understood.
-
-    On an accelerator the look would cost a synchronisation per step, and the device's own assertion catches it.
-
-    Raises:
-        ValueError: an id below 0 or not below `vocab_size`.
-    """
-    if input_ids is None or torch.compiler.is_compiling() or input_ids.device.type != "cpu" or not input_ids.numel():
-        return
-    low, high = int(input_ids.min()), int(input_ids.max())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"{name} holds the id {low if low < 0 else high}, outside the vocabulary of {vocab_size} ids (0 to "
-            f"{vocab_size - 1}): use the tokenizer that the model was trained with."
-        )
-
-
-def check_text(model: "BD3LMForMaskedLM", input_ids: torch.Tensor, labels: torch.Tensor) -> None:
+def check_text(model: BD3LMLanguageModel, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
     """Refuse what cannot be scored. Skipped on accelerators and under compilation, where a look would synchronise.
 
     Raises:
@@ -181,4 +178,127 @@ def check_text(model: "BD3LMForMaskedLM", input_ids: torch.Tensor, labels: torch
         )
 
 
-__all__ = ["Scored", "check_text", "check_token_ids", "corrupt", "denoising_loss", "scored_tokens", "sigma_of"]
+_LOGIT_BUDGET = 2**23  # logits alive at a time, 32 MiB in float32
+
+
+def cross_entropy(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """-log p(target) of each row in float32, the mask token having probability zero; `(rows,)`.
+
+    Runs in chunks and without a gradient for the head's logits to live on; see [`weighted_cross_entropy`] for
+    training.
+    """
+    step = _chunk(head)
+    losses = [
+        _chunk_losses(hidden[i : i + step], head, targets[i : i + step], mask_token_id)
+        for i in range(0, hidden.shape[0], step)
+    ]
+    return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, weights: torch.Tensor, mask_token_id: int
+) -> torch.Tensor:
+    """sum_i weights_i * -log p(target_i), differentiable, never holding more than a chunk of logits.
+
+    Args:
+        hidden: `(rows, hidden_dim)`.
+        head: the output layer. A plain `nn.Linear` gets its gradient while its logits are alive; anything else, such
+            as a head wrapped by PEFT, is recomputed chunk by chunk in the backward pass.
+        targets, weights: `(rows,)`; the weights are constants.
+    """
+
+    def fused(rows: torch.Tensor) -> torch.Tensor:
+        return _FusedHeadLoss.apply(rows, head.weight, head.bias, targets, weights, mask_token_id, _chunk(head))
+
+    if is_plain_linear(head):
+        return fused(hidden)
+    if is_sharded(head) and type(head).forward is nn.Linear.forward:
+        # One call for all chunks: processes with more masked tokens than others would gather the weights more often
+        # than these, and wait for ever.
+        return call_as(head, fused, hidden)
+    step, total = _chunk(head), hidden.sum() * 0.0
+    for i in range(0, hidden.shape[0], step):
+        arguments = (hidden[i : i + step], head, targets[i : i + step], mask_token_id)
+        total = total + (checkpoint(_chunk_losses, *arguments, use_reentrant=False) * weights[i : i + step]).sum()
+    return total
+
+
+def _chunk(head: nn.Module) -> int:
+    return max(1, _LOGIT_BUDGET // cast(int, head.out_features))
+
+
+def _chunk_losses(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    logits = head(hidden).float()
+    logits = logits.index_fill(1, torch.tensor([mask_token_id], device=logits.device), -torch.inf)
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+class _FusedHeadLoss(torch.autograd.Function):
+    """Weighted cross-entropy of a linear head whose gradients are taken chunk by chunk in the forward pass.
+
+    The loss is a scalar and the weights are constants, so the gradient with respect to the logits is known as soon as
+    they are: weight * (softmax - onehot). Taking it there costs no recomputation and no memory beyond one chunk.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        mask_token_id: int,
+        step: int,
+    ) -> torch.Tensor:
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight) if need_weight else None
+        grad_bias = torch.zeros_like(bias) if need_bias and bias is not None else None
+        total = torch.zeros((), device=hidden.device, dtype=torch.float32)
+        for i in range(0, hidden.shape[0], step):
+            rows, target = hidden[i : i + step], targets[i : i + step, None]
+            coefficient = weights[i : i + step, None].float()
+            logits = F.linear(rows, weight, bias).float()
+            logits[:, mask_token_id] = -torch.inf
+            log_sum = logits.logsumexp(dim=1, keepdim=True)
+            total += ((log_sum - logits.gather(1, target)) * coefficient).sum()
+            if not any(ctx.needs_input_grad[:3]):
+                continue
+            grad = logits.sub_(log_sum).exp_()
+            grad.scatter_add_(1, target, -torch.ones_like(coefficient))
+            grad *= coefficient
+            if grad_bias is not None:
+                grad_bias += grad.sum(0).to(grad_bias.dtype)
+            grad = grad.to(rows.dtype)
+            if grad_hidden is not None:
+                grad_hidden[i : i + step] = grad @ weight.to(grad.dtype)
+            if grad_weight is not None:
+                if grad.dtype == grad_weight.dtype:
+                    grad_weight.addmm_(grad.T, rows)
+                else:
+                    grad_weight += (grad.T @ rows).to(grad_weight.dtype)
+        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradient of the head's loss can be taken once; run the forward pass again.")
+        # In place, since the head's gradient is as large as the head.
+        grads = [None if g is None else g.mul_(grad_output.to(g.dtype)) for g in ctx.gradients]
+        ctx.gradients = None
+        return (*grads, None, None, None, None)
+
+
+__all__ = [
+    "LossMask",
+    "check_text",
+    "chunked_cross_entropy",
+    "corrupt",
+    "cross_entropy",
+    "denoising_loss",
+    "evaluation_interval",
+    "loss_mask",
+    "sigma_of",
+]

@@ -16,18 +16,15 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.utils import can_return_tuple
 
 from .attention_bd3lm import block_causal_plan, token_layout
+from .backbone_bd3lm import BD3LMLanguageModel, BD3LMModel, BD3LMOutput, register_auto_classes
 from .cache_bd3lm import clear, drop_oldest
 from .configuration_bd3lm import ARConfig
-from .continuing_bd3lm import pad_left
-from .draws_bd3lm import Generators
-from .generation_bd3lm import BD3LMGenerateOutput, BD3LMGenerationMixin
+from .generation_bd3lm import BD3LMGenerateOutput, BD3LMGenerationMixin, pad_left
 from .generation_config_bd3lm import BD3LMGenerationConfig
-from .head_bd3lm import cross_entropy, weighted_cross_entropy
 from .likelihood_bd3lm import TokenNLL
-from .loss_bd3lm import check_text
-from .modeling_bd3lm import BD3LMLanguageModel, BD3LMModel
+from .loss_bd3lm import check_text, chunked_cross_entropy, cross_entropy
 from .noise_bd3lm import Noise
-from .pretrained_bd3lm import BD3LMOutput, register_auto_classes
+from .samplers_bd3lm import Generators
 from .windows_bd3lm import WINDOWS
 
 
@@ -218,7 +215,7 @@ class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
         hidden, targets = self._before(predicted, input_ids, labels, attention_mask)
         weights = torch.ones_like(targets, dtype=torch.float32)
         head, mask = self.get_output_embeddings(), self.config.mask_token_id
-        total = weighted_cross_entropy(hidden, head, targets, weights, mask)
+        total = chunked_cross_entropy(hidden, head, targets, weights, mask)
         count = max(1, targets.numel()) if num_items_in_batch is None else num_items_in_batch
         return total / count
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from .backbone_bd3lm import BD3LMModel, register_auto_classes
 from .configuration_bd3lm import MDLMConfig
-from .modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel
-from .pretrained_bd3lm import register_auto_classes
+from .modeling_bd3lm import BD3LMForMaskedLM
 
 
 class MDLMModel(BD3LMModel):

@@ -18,18 +18,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers.generation.logits_process import LogitsProcessorList
 
 from .attention_bd3lm import Layout, token_layout
+from .backbone_bd3lm import noisy_hidden, register_auto_classes
 from .configuration_bd3lm import SAMPLING_EPS, SEDDConfig
 from .generation_config_bd3lm import SEDDGenerationConfig
 from .likelihood_bd3lm import TokenNLL, check_sampling, rows_of_noise, source_of
-from .loss_bd3lm import Scored, check_text, corrupt, scored_tokens
+from .logits_process_bd3lm import NucleusLogitsProcessor
+from .loss_bd3lm import LossMask, check_text, corrupt, loss_mask
 from .modeling_bd3lm import BD3LMForMaskedLM
 from .modeling_mdlm import MDLMModel
-from .noise_bd3lm import Noise
-from .pretrained_bd3lm import register_auto_classes
-from .processors_bd3lm import NucleusLogitsProcessor
+from .noise_bd3lm import LogLinearNoise, Noise
 from .samplers_bd3lm import SCORE_SAMPLERS
-from .schedules_bd3lm import LogLinearNoise
-from .streams_bd3lm import noisy_hidden
 
 
 _LOGIT_BUDGET = 2**23  # logits alive at a time
@@ -137,7 +135,7 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
         """Score entropy in nats per token, weighted by d sigma / dt (Eq. 7): a scalar with a gradient."""
         check_text(self, input_ids, labels)
         layout = token_layout(attention_mask, input_ids.shape[1], self.config.block_size, device=input_ids.device)
-        scored = scored_tokens(layout, labels, ignore_bos=self.config.ignore_bos, training=self.training)
+        scored = loss_mask(layout, labels, ignore_bos=self.config.ignore_bos, training=self.training)
         if noise is None:
             noise = rows_of_noise(self, scored, self.config.antithetic_sampling, None)
         losses, _ = self._losses(input_ids, layout, scored, noise)
@@ -176,7 +174,7 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
         labels = input_ids if labels is None else labels
         check_text(self, input_ids, labels)
         layout = token_layout(attention_mask, input_ids.shape[1], self.config.block_size, device=input_ids.device)
-        scored = scored_tokens(layout, labels, ignore_bos=self.config.ignore_bos, training=False)
+        scored = loss_mask(layout, labels, ignore_bos=self.config.ignore_bos, training=False)
         nll = torch.zeros(input_ids.numel(), device=input_ids.device)
         shift = None
         for sample in range(num_samples):
@@ -190,7 +188,7 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
         return TokenNLL(nll.view_as(input_ids), scored.counted.float())
 
     def _losses(
-        self, input_ids: torch.Tensor, layout: Layout, scored: Scored, noise: Noise
+        self, input_ids: torch.Tensor, layout: Layout, scored: LossMask, noise: Noise
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted losses of the masked places `(rows,)`, and where these are in the flattened batch."""
         low, high = self.interval() if self.training else (SAMPLING_EPS, 1.0)

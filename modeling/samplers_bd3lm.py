@@ -1,4 +1,6 @@
-"""Which masked positions of a block are revealed in which step: one small class per published rule.
+"""How a token is drawn: the distribution function, inverted, and the published categorical draw beside it.
+
+Which masked positions of a block are revealed in which step: one small class per published rule.
 
 A sampler yields the places that a step predicts. First hitting and the ancestral sampler know them before any
 probability is seen, so the whole block is planned at once and the network's head runs at these places only; the
@@ -7,23 +9,92 @@ that a step waits for is which predictions were accepted.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from .draws_bd3lm import Generators, random_uniform, token_probability, wide_float
-from .processors_bd3lm import NucleusLogitsProcessor
-from .schedules_bd3lm import LogLinearNoise, noise_schedule
+from .logits_process_bd3lm import NucleusLogitsProcessor, wide_float
+from .noise_bd3lm import LogLinearNoise, noise_schedule
+
+
+# Precision of the probabilities that tokens are drawn from, by the name that a generation config gives it.
+SAMPLING_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+Generators = torch.Generator | list[torch.Generator] | None  # a source of randomness, or one per row
+
+
+def random_uniform(shape: Sequence[int], device: torch.device, generator: Generators = None) -> torch.Tensor:
+    """Uniform numbers on [0, 1), as wide as possible, drawn where the generator lives and needed on `device`.
+
+    With a generator for each row of `shape`, a row gets the numbers that it would get alone.
+    """
+    if isinstance(generator, list):
+        return torch.stack([random_uniform(shape[1:], device, source) for source in generator])
+    home = device if generator is None else generator.device
+    drawn = torch.rand(tuple(shape), generator=generator, device=home, dtype=wide_float(home))
+    return drawn.to(device, wide_float(device), non_blocking=device.type != "cpu")
+
+
+def check_generators(generator: Generators, batch: int) -> None:
+    """Refuse a list of generators that does not have one for each row.
+
+    Raises:
+        ValueError: tells both numbers.
+    """
+    if isinstance(generator, list) and len(generator) != batch:
+        raise ValueError(f"{len(generator)} generators for {batch} rows: give one for each row, or a single one.")
+
+
+def sample_categorical(
+    scores: torch.Tensor, uniform: torch.Tensor, *, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """One token per row of unnormalised log-probabilities `(rows, vocab_size)`: the distribution function, inverted.
+
+    One uniform number a row instead of one for each token of the vocabulary, which on a CPU is an order of magnitude
+    faster than `torch.multinomial` or a Gumbel race. It also lacks their weakness in float32: the smallest number that
+    a race can draw bounds its tail, which sharpens the distribution (Zheng et al., arXiv 2409.02908).
+
+    Args:
+        uniform: `(rows,)` on [0, 1).
+        dtype: of the probabilities; they are summed up in float64 where the device has it. A token of probability
+            zero is never drawn.
+    """
+    probability = scores.to(dtype).softmax(dim=-1)
+    wide = wide_float(scores.device)
+    cumulative = probability.cumsum(dim=-1, dtype=wide)
+    if wide != torch.float64:
+        # Sums in parallel may fall or rise by a rounding error where nothing is added: such steps have no height here.
+        cumulative = cumulative.masked_fill(probability == 0, 0).cummax(dim=-1).values
+    # Below the total even after rounding; from the right, so that the step found has a positive height.
+    below = uniform.to(wide).unsqueeze(1) * cumulative[:, -1:] * (1 - 4 * torch.finfo(wide).eps)
+    return torch.searchsorted(cumulative, below, right=True).squeeze(1)
+
+
+def draw_published(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The published categorical draw: the index `(...)` of the largest weight / (1e-10 - log(u + 1e-10)).
+
+    An exponential race with one uniform number per entry, both `(..., vocab_size)`; `draw_tokens` draws from the same
+    distribution with one number in all.
+    """
+    return (weights / (1e-10 - (uniform + 1e-10).log())).argmax(dim=-1)
+
+
+def token_probability(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The probability `(rows,)` of one token per row under unnormalised log-probabilities `(rows, vocab_size)`."""
+    return (scores.gather(1, tokens.unsqueeze(1)).squeeze(1) - scores.logsumexp(dim=-1)).exp()
 
 
 LAST_TIME = 1e-5  # where the published grid of the analytic sampler ends, before what is left is revealed
+
+
 _FAR = 1e4  # nats by which a token outside the nucleus is less likely: never drawn, unless all others are forbidden
 
 
 @dataclass
-class Round:
+class RevealState:
     """The places of one block that are to be revealed, for all rows of a batch; tensors on the host."""
 
     masked: torch.Tensor  # bool (batch, block_size), still to be revealed; kept up to date by the writer
@@ -77,11 +148,11 @@ class Sampler:
         self.num_steps: int | None = generation_config.num_denoising_steps
         self.noise, self.timed = noise_schedule(config.noise), bool(config.time_conditioning)
 
-    def steps(self, work: Round) -> Iterator[Step]:
+    def steps(self, work: RevealState) -> Iterator[Step]:
         """The steps of a round, each yielded when the one before has been taken."""
         raise NotImplementedError
 
-    def narrow(self, work: Round, step: Step, logits: torch.Tensor) -> tuple[Step, torch.Tensor]:
+    def narrow(self, work: RevealState, step: Step, logits: torch.Tensor) -> tuple[Step, torch.Tensor]:
         """The places of a step for which tokens are drawn, with their logits; by default all of them.
 
         Args:
@@ -89,7 +160,7 @@ class Sampler:
         """
         return step, logits
 
-    def accept(self, work: Round, step: Step, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def accept(self, work: RevealState, step: Step, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Which predictions of a step are revealed, where the rule weighs them.
 
         Args:
@@ -104,14 +175,14 @@ class Sampler:
 class HittingSampler(Sampler):
     """A sampler that knows when each place is revealed before it sees any probability."""
 
-    def hits(self, work: Round) -> tuple[torch.Tensor, torch.Tensor]:
+    def hits(self, work: RevealState) -> tuple[torch.Tensor, torch.Tensor]:
         """For each masked place the number of the step that reveals it, and the masking probability at that step.
 
         Both `(batch, block_size)`; step numbers may have gaps, and only their order within a row matters.
         """
         raise NotImplementedError
 
-    def steps(self, work: Round) -> Iterator[Step]:
+    def steps(self, work: RevealState) -> Iterator[Step]:
         """Each row takes its own steps one after the other; a step in which nothing of a row is hit is left out."""
         when, chance = self.hits(work)
         number = _dense_rank(when.masked_fill(~work.masked, torch.iinfo(when.dtype).max))
@@ -133,7 +204,7 @@ class FirstHittingSampler(HittingSampler):
     be next. With `num_denoising_steps` below the number of masked tokens, the steps share them evenly.
     """
 
-    def hits(self, work: Round) -> tuple[torch.Tensor, torch.Tensor]:
+    def hits(self, work: RevealState) -> tuple[torch.Tensor, torch.Tensor]:
         keys = torch.where(work.masked, work.hitting_keys(), -1.0)
         rank = keys.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         count = work.masked.sum(1, keepdim=True)
@@ -171,7 +242,7 @@ class AncestralSampler(HittingSampler):
     step that reveals a place, which is therefore drawn first: steps that reveal nothing cost no pass of the network.
     """
 
-    def hits(self, work: Round) -> tuple[torch.Tensor, torch.Tensor]:
+    def hits(self, work: RevealState) -> tuple[torch.Tensor, torch.Tensor]:
         keys = work.hitting_keys()
         steps = self.num_steps or keys.shape[1]
         chance = self.noise.move_chance(torch.linspace(1, 0, steps + 1, dtype=keys.dtype))
@@ -203,7 +274,7 @@ class ParallelSampler(Sampler):
 
     weighs = True
 
-    def steps(self, work: Round) -> Iterator[Step]:
+    def steps(self, work: RevealState) -> Iterator[Step]:
         number = 0
         while True:
             live = work.asked_for() & (work.masked & work.wanted).any(1, keepdim=True)
@@ -227,7 +298,7 @@ class ParallelSampler(Sampler):
         """
         raise NotImplementedError
 
-    def accept(self, work: Round, step: Step, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def accept(self, work: RevealState, step: Step, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         doubt = self.doubt(tokens, scores)
         places = step.places.to(doubt.device, non_blocking=True)
         assert step.least is not None
@@ -296,7 +367,7 @@ class AnalyticSampler(Sampler):
         self.nucleus_p: float = generation_config.nucleus_p
         self.mask_token_id: int = config.mask_token_id
 
-    def steps(self, work: Round) -> Iterator[Step]:
+    def steps(self, work: RevealState) -> Iterator[Step]:
         self._key = work.hitting_keys()
         self._masked = torch.ones_like(self._key)  # probability of each place of being masked still
         count = self.num_steps or self._key.shape[1]
@@ -312,7 +383,7 @@ class AnalyticSampler(Sampler):
             self._sigma, self._rise = levels[number], rises[number] if number < count else math.inf
             yield Step(places, time.expand(work.masked.shape[0]))
 
-    def narrow(self, work: Round, step: Step, logits: torch.Tensor) -> tuple[Step, torch.Tensor]:
+    def narrow(self, work: RevealState, step: Step, logits: torch.Tensor) -> tuple[Step, torch.Tensor]:
         scores, leaves = self._cut(logits)
         self._masked.view(-1)[step.places] *= 1 - leaves.cpu()
         taken = self._masked <= self._key
@@ -354,22 +425,31 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "confidence": ConfidenceSampler,
     "entropy_bound": EntropyBoundSampler,
 }
+
+
 # Of a network that predicts scores, ratios of probabilities, instead of tokens.
 SCORE_SAMPLERS: dict[str, type[Sampler]] = {"analytic": AnalyticSampler}
 
 __all__ = [
-    "SAMPLERS",
-    "SCORE_SAMPLERS",
     "AnalyticSampler",
     "AncestralSampler",
     "ConfidenceSampler",
     "EntropyBoundSampler",
     "FirstHittingSampler",
+    "Generators",
     "HittingSampler",
     "ParallelSampler",
-    "Round",
+    "RevealState",
+    "SAMPLERS",
+    "SAMPLING_DTYPES",
+    "SCORE_SAMPLERS",
     "Sampler",
     "Step",
     "ancestral_weights",
+    "check_generators",
+    "draw_published",
     "hitting_times",
+    "random_uniform",
+    "sample_categorical",
+    "token_probability",
 ]

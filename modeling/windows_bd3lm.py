@@ -13,16 +13,10 @@ import torch
 from transformers.cache_utils import Cache, StaticCache
 from transformers.generation import CompileConfig
 
-from .attention_bd3lm import (
-    AttentionPlan,
-    block_causal_plan,
-    decoding_plan,
-    slots_plan,
-    token_layout,
-)
+from .attention_bd3lm import AttentionPlan, block_causal_plan, decoding_plan, slots_plan, token_layout
 from .cache_bd3lm import StaticSlots, check_cache, clear, drop_oldest, set_length
-from .canvas_bd3lm import Canvas
-from .packed_bd3lm import UNPACKED, PackedLinears
+from .decoding_state_bd3lm import SequenceBuffer
+from .linear_bd3lm import NOT_PREPACKED, PrepackedLinears
 
 
 class Window:
@@ -36,7 +30,7 @@ class Window:
 
     cache: Cache | None = None
 
-    def __init__(self, model: Any, canvas: Canvas, linears: PackedLinears = UNPACKED) -> None:
+    def __init__(self, model: Any, canvas: SequenceBuffer, linears: PrepackedLinears = NOT_PREPACKED) -> None:
         self.model, self.canvas, self.config, self.linears = model, canvas, model.config, linears
         self.size: int = model.config.block_size
         self.rows: torch.Tensor | None = None  # of the canvas, those that are still written; None: all
@@ -101,7 +95,9 @@ class CachedWindow(Window):
 
     cache: Cache
 
-    def __init__(self, model: Any, canvas: Canvas, linears: PackedLinears, cache: Cache, exact: bool) -> None:
+    def __init__(
+        self, model: Any, canvas: SequenceBuffer, linears: PrepackedLinears, cache: Cache, exact: bool
+    ) -> None:
         super().__init__(model, canvas, linears)
         self.cache, self.exact = cache, exact
         self.first, self.held = 0, int(cache.get_seq_length())  # oldest column, and tokens, in the cache
@@ -167,7 +163,13 @@ class StaticWindow(CachedWindow):
     cache: StaticCache
 
     def __init__(
-        self, model: Any, canvas: Canvas, linears: PackedLinears, cache: StaticCache, exact: bool, step: Callable
+        self,
+        model: Any,
+        canvas: SequenceBuffer,
+        linears: PrepackedLinears,
+        cache: StaticCache,
+        exact: bool,
+        step: Callable,
     ) -> None:
         super().__init__(model, canvas, linears, cache, exact)
         self.step, self.slots = step, cache.layers[0].max_cache_len  # type: ignore[union-attr]
@@ -242,7 +244,7 @@ def static_step(
     slots: torch.Tensor,
     cache: StaticCache,
     modulations: list,
-    linears: PackedLinears,
+    linears: PrepackedLinears,
 ) -> torch.Tensor:
     """A denoising pass whose shapes are the same for all blocks: normed hidden states `(batch, block_size, dim)`.
 
@@ -259,7 +261,7 @@ WINDOWS = {"cached": False, "exact": True}  # name in the generation config: whe
 
 
 def open_window(
-    model: Any, canvas: Canvas, cache: Cache | None, generation_config: Any, linears: PackedLinears
+    model: Any, canvas: SequenceBuffer, cache: Cache | None, generation_config: Any, linears: PrepackedLinears
 ) -> Window:
     """The window that a cache makes possible.
 
@@ -274,7 +276,7 @@ def open_window(
         return CachedWindow(model, canvas, linears, cache, exact)
     compiled = _is_compiled(model, generation_config)
     step = _compile_step(generation_config.compile_config or CompileConfig()) if compiled else static_step
-    return StaticWindow(model, canvas, UNPACKED if compiled else linears, cache, exact, step)
+    return StaticWindow(model, canvas, NOT_PREPACKED if compiled else linears, cache, exact, step)
 
 
 def _is_compiled(model: Any, generation_config: Any) -> bool:

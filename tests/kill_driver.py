@@ -28,8 +28,8 @@ from transformers import TrainerCallback, set_seed
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.run_folder import SaveError, last_complete_checkpoint, recover_output_dir
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
-from bd3lm_hf.training.output import SaveError, last_complete_checkpoint, recover_output_dir
 from bd3lm_hf.training.trainer import BD3LMTrainer, TrainingDivergedError
 
 

@@ -17,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionN
 from huggingface_hub.hf_api import BlobLfsInfo, RepoSibling
 
 from bd3lm_hf import BD3LMForMaskedLM
-from bd3lm_hf.adapters import add_adapters
+from bd3lm_hf.checkpoints import add_adapters
 
 
 SCORE = {

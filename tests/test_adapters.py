@@ -8,9 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from bd3lm_hf.adapters import TARGET_MODULES, adapter_base, add_adapters, merge_adapter
-from bd3lm_hf.checkpoints import load_model
-from bd3lm_hf.modeling.head_bd3lm import is_plain_linear
+from bd3lm_hf.checkpoints import TARGET_MODULES, adapter_base, add_adapters, load_model, merge_adapter
+from bd3lm_hf.modeling.linear_bd3lm import is_plain_linear
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.trainer import BD3LMTrainer

@@ -19,8 +19,9 @@ from transformers import (
 
 import bd3lm_hf
 from bd3lm_hf import ARConfig, ARForCausalLM, MDLMConfig, MDLMForMaskedLM, SEDDConfig, SEDDForMaskedLM
+from bd3lm_hf.modeling.backbone_bd3lm import BD3LMModel
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
-from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 
 
 MODELING = Path(bd3lm_hf.modeling.__file__).parent

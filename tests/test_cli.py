@@ -127,7 +127,7 @@ def test_eval_of_texts_is_another_module_with_its_own_flags(bd3lm, monkeypatch, 
         check=lambda arguments: seen.append(arguments.judge),
         run=lambda arguments, model, tokenizer: seen.append(type(model).__name__),
     )
-    monkeypatch.setitem(sys.modules, "bd3lm_hf.generative", generative)
+    monkeypatch.setitem(sys.modules, "bd3lm_hf.evaluation.generative", generative)
     assert bd3lm("eval", "--model", model_folder, "--generative", "--judge", "gpt2")[0] == 0
     assert seen == ["gpt2", "BD3LMForMaskedLM"]
     assert_refused(bd3lm("eval", "--model", model_folder, "--judge", "gpt2"), "unrecognized arguments: --judge")

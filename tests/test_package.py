@@ -21,7 +21,7 @@ import bd3lm_hf
 
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("modeling", "bd3lm_hf", "training", "hub_upload")  # each may import itself and those before it
+ROOMS = ("modeling", "bd3lm_hf", "hub_upload", "training")  # each may import itself and those before it
 PACKAGES = {room: room if room == "bd3lm_hf" else f"bd3lm_hf.{room}" for room in ROOMS}
 TRAVELS_WITH = {"torch", "transformers"}  # all that the code on the Hub may ask of its user's machine
 

@@ -19,16 +19,15 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from bd3lm_hf import cli
 from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights
-from bd3lm_hf.evaluation import SequenceScore
+from bd3lm_hf.evaluation.perplexity import SequenceScore
+from bd3lm_hf.evaluation.results import ScoresFile
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.modeling.noise_bd3lm import noise_of_examples
-from bd3lm_hf.scores import ScoresFile
 from bd3lm_hf.tokenization import train_tokenizer
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.callbacks import SampleCallback
 from bd3lm_hf.training.ema import WeightAverage
-from bd3lm_hf.training.examples import NOISE
+from bd3lm_hf.training.examples import NOISE, noise_of_examples
 from bd3lm_hf.training.sharding import has_shards, local_part, prepare_fsdp, whole, whole_model
 from bd3lm_hf.training.trainer import BD3LMTrainer
 

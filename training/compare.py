@@ -20,12 +20,13 @@ import yaml
 from transformers.utils import logging
 
 from bd3lm_hf.checkpoints import load_model
-from bd3lm_hf.diversity import mean_entropy
-from bd3lm_hf.evaluation import summarize
-from bd3lm_hf.judges import Judge, judge_of
-from bd3lm_hf.texts import Text
+from bd3lm_hf.evaluation.perplexity import summarize
+from bd3lm_hf.evaluation.reference_model import ReferenceModel, reference_model_of
+from bd3lm_hf.evaluation.text_metrics import mean_entropy
+from bd3lm_hf.generation.text_generation import GeneratedText
+from bd3lm_hf.run_folder import RESULTS_NAME
 from bd3lm_hf.training.arguments import ModelArguments, field_names
-from bd3lm_hf.training.train import RESULTS_NAME, model_class, run
+from bd3lm_hf.training.train import model_class, run
 
 
 logger = logging.get_logger("bd3lm_hf.compare")
@@ -49,7 +50,7 @@ class Plan(NamedTuple):
     folder: Path
 
 
-class Row(NamedTuple):
+class ComparedModel(NamedTuple):
     """One model with one seed."""
 
     model: str
@@ -118,7 +119,7 @@ def _overrides(words: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def compare(plan: Plan) -> list[Row]:
+def compare_models(plan: Plan) -> list[ComparedModel]:
     """Train what has not been trained, let all write, and score."""
     results = {(name, seed): _trained(plan, name, seed) for seed in plan.seeds for name in plan.models}
     rows = []
@@ -129,14 +130,14 @@ def compare(plan: Plan) -> list[Row]:
         texts = written.ids.tolist()
         tokens = result["steps"] * result["global_batch_size"] * model.config.max_position_embeddings
         rows.append(
-            Row(
+            ComparedModel(
                 model=name,
                 seed=seed,
                 perplexity=result["after"].get("perplexity"),
                 exact=getattr(model, "exact_likelihood", False),
                 training_tokens=tokens,
                 training_tokens_per_second=_speed(result),
-                generative_perplexity=summarize(judge.score([Text(ids, 1) for ids in texts])).perplexity,
+                generative_perplexity=summarize(judge.score([GeneratedText(ids, 1) for ids in texts])).perplexity,
                 entropy=mean_entropy(texts),
                 forwards_per_token=written.forwards_per_token,
                 seconds_per_token=written.seconds_per_token,
@@ -168,11 +169,11 @@ def _trained(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     return json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
 
 
-def _judge(plan: Plan, seed: int) -> Judge:
+def _judge(plan: Plan, seed: int) -> ReferenceModel:
     name = str(_folder(plan, plan.judge, seed)) if plan.judge in plan.models else plan.judge
     model = load_model(name, argument="--judge").eval()
     _check_judge(plan.judge, model)
-    return judge_of(model)
+    return reference_model_of(model)
 
 
 def _check_judge(name: str, model: Any) -> None:
@@ -220,7 +221,7 @@ def write_texts(model: Any, count: int, length: int, *, seed: int) -> Texts:
     return Texts(torch.cat(ids), forwards / batches / (length - 1), seconds / count / (length - 1))
 
 
-def table(rows: Sequence[Row]) -> str:
+def comparison_table(rows: Sequence[ComparedModel]) -> str:
     """The comparison in markdown: means over seeds, with the range where there are several."""
     lines = [
         "| model | held-out perplexity | generative perplexity | entropy | forwards per token | ms per token | "
@@ -265,15 +266,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     try:
         plan = read_plan(words)
-        rows = compare(plan)
+        rows = compare_models(plan)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    text = table(rows)
+    text = comparison_table(rows)
     (plan.folder / TABLE_NAME).write_text(
         json.dumps([row._asdict() for row in rows], indent=2) + "\n", encoding="utf-8"
     )
     print(text)
 
 
-__all__ = ["Plan", "Row", "compare", "main", "read_plan", "table", "write_texts"]
+__all__ = ["Plan", "ComparedModel", "compare_models", "main", "read_plan", "comparison_table", "write_texts"]

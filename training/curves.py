@@ -8,15 +8,19 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from bd3lm_hf.series import Series, series_of, smoothed
-from bd3lm_hf.training.output import write_atomically
+from bd3lm_hf.reports.run_reader import Series, series_of, smoothed
+from bd3lm_hf.run_folder import write_atomically
 
 
 logger = logging.get_logger("bd3lm_hf.train")
 
+
 Panel = Callable[[Any, Series], None]  # draws into matplotlib axes
 
+
 CURVE_NAME = "training_curve"
+
+
 _LOSS, _HELD_OUT, _RATE, _SPEED = "#4878a8", "#c1553b", "#6a8f4f", "#7a6a9a"
 
 

@@ -4,17 +4,21 @@ The global index of an example is `epoch * examples_per_epoch + place in the epo
 two with batch 4, and four accumulated batches of 2 therefore take the same optimizer steps.
 """
 
+import functools
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
-from bd3lm_hf.modeling.noise_bd3lm import noise_of_examples
-from bd3lm_hf.streaming import PackedStream
+from bd3lm_hf.data.streaming import PackedStream
+from bd3lm_hf.modeling.noise_bd3lm import Noise, stack_draws
 
 
 EXAMPLE_INDEX = "example_index"
+
+
 NOISE = ("block_noise", "token_noise", "count_noise")  # what a batch carries of its noise, float32
 
 
@@ -226,4 +230,55 @@ class NoiseCollator:
         return batch
 
 
-__all__ = ["EXAMPLE_INDEX", "EndlessStream", "EpochOrder", "EpochSampler", "NoiseCollator", "PaddingCollator"]
+def noise_of_examples(
+    indices: Sequence[int], *, seed: int, group_size: int, num_blocks: int, length: int, draws: int = 1
+) -> Noise:
+    """The noise of training examples, a function of `seed` and each example's global index alone.
+
+    It does not depend on how examples are dealt to batches, processes or accumulation steps, so runs of every layout,
+    and resumed runs, see the same masks. Stratification spans `group_size` consecutive indices.
+
+    Args:
+        indices: global index of each example, `epoch * examples_per_epoch + place in the epoch's order`.
+        group_size: examples of one optimizer step, over all processes.
+        draws: draws for each example, stratified as well, see [`stack_draws`]. The first draw takes its random numbers
+            from where a single one does.
+
+    Returns:
+        [`Noise`] on the CPU with `len(indices)` rows.
+    """
+    generators = [torch.Generator().manual_seed(_derived_seed(seed, "example", int(index))) for index in indices]
+    noises = []
+    for draw in range(draws):
+        rows = []
+        for index, generator in zip(indices, generators, strict=True):
+            group, slot = divmod(int(index), group_size)
+            strata = _strata_of_group(seed, group, draw, group_size * num_blocks)
+            uniform = torch.rand(2 * num_blocks + length, generator=generator)
+            block, count, token = uniform.split([num_blocks, num_blocks, length])
+            place = block + strata[slot * num_blocks : (slot + 1) * num_blocks]
+            rows.append(Noise(place / (group_size * num_blocks), token, count))
+        noises.append(Noise(*(torch.stack(field) for field in zip(*rows, strict=True))))
+    return stack_draws(noises)
+
+
+@functools.lru_cache(maxsize=16)
+def _strata_of_group(seed: int, group: int, draw: int, count: int) -> torch.Tensor:
+    kind = f"group, draw {draw}" if draw else "group"
+    return torch.randperm(count, generator=torch.Generator().manual_seed(_derived_seed(seed, kind, group)))
+
+
+def _derived_seed(seed: int, kind: str, index: int) -> int:
+    # Neighbouring seeds of a Mersenne twister give correlated first draws; a hash does not.
+    return int.from_bytes(hashlib.sha256(f"{kind}:{seed}:{index}".encode()).digest()[:8], "big") >> 1
+
+
+__all__ = [
+    "EXAMPLE_INDEX",
+    "EndlessStream",
+    "EpochOrder",
+    "EpochSampler",
+    "NoiseCollator",
+    "PaddingCollator",
+    "noise_of_examples",
+]

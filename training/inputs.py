@@ -9,13 +9,12 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from bd3lm_hf.data import PackedStream, bytes_per_token, find_schema, load_rows, load_text, pack
-from bd3lm_hf.instructions import encode_rows, texts_of
-from bd3lm_hf.schemas import SCHEMAS, Schema, Text
-from bd3lm_hf.sources import DatasetSpec
+from bd3lm_hf.data.documents import PackedStream, bytes_per_token, find_schema, load_rows, load_text, pack
+from bd3lm_hf.data.files import SCHEMAS, Schema, TextRow
+from bd3lm_hf.data.instructions import encode_rows, texts_of
+from bd3lm_hf.data.sources import DatasetSpec
 from bd3lm_hf.tokenization import load_tokenizer
-from bd3lm_hf.training.arguments import RunArguments
-from bd3lm_hf.training.data_arguments import DataArguments
+from bd3lm_hf.training.arguments import DataArguments, RunArguments
 
 
 _TOKENIZER_DOCUMENTS = 100_000  # of a stream, to train a tokenizer on: more would not change it much
@@ -30,7 +29,7 @@ class Documents(NamedTuple):
     schema: Schema  # documents of text, or what a fine-tuning reads
 
 
-class Sequences(NamedTuple):
+class TrainingSequences(NamedTuple):
     """Both splits as token sequences."""
 
     train: Dataset | PackedStream
@@ -50,7 +49,7 @@ def load_documents(data: DataArguments) -> Documents:
     place = {"train": {"config_name": data.dataset_config, "source": data.dataset_source}}
     place["validation"] = place["train"] if data.validation_dataset is None else {}
     schema = _schema(data)
-    if data.streaming and not isinstance(schema, Text):
+    if data.streaming and not isinstance(schema, TextRow):
         raise ValueError(
             f"--dataset {data.dataset} holds {' and '.join(schema.names)}, which are read all at once: leave out "
             "--streaming."
@@ -63,7 +62,7 @@ def load_documents(data: DataArguments) -> Documents:
     for split, source in sources.items():
         options: dict[str, Any] = {"split": split, "skip_bad_rows": data.skip_bad_rows, **place[split]}
         options["streaming"] = data.streaming and (split == "train" or data.validation_dataset is None)
-        if isinstance(schema, Text):
+        if isinstance(schema, TextRow):
             loaded[split] = load_text(source, text_column=data.text_column, num_proc=data.num_proc, **options)
         else:
             loaded[split] = load_rows(source, schema, **options)
@@ -74,7 +73,7 @@ def _schema(data: DataArguments) -> Schema:
     if data.data_format is not None:
         return SCHEMAS[data.data_format]()
     if data.text_column is not None:
-        return Text(data.text_column)
+        return TextRow(data.text_column)
     return find_schema(data.dataset, config_name=data.dataset_config, source=data.dataset_source)
 
 
@@ -91,7 +90,7 @@ def make_tokenizer(arguments: RunArguments, documents: Documents) -> Any:
 
 
 def _training_texts(documents: Documents) -> Iterator[str]:
-    if not isinstance(documents.schema, Text):
+    if not isinstance(documents.schema, TextRow):
         return texts_of(documents.train, documents.schema)
     streamed = isinstance(documents.train, IterableDataset)
     rows = itertools.islice(documents.train, _TOKENIZER_DOCUMENTS) if streamed else documents.train
@@ -100,10 +99,10 @@ def _training_texts(documents: Documents) -> Iterator[str]:
 
 def make_sequences(
     arguments: RunArguments, documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Any
-) -> Sequences:
-    """Sequences of the model's length of both splits, or one for each row of a fine-tuning."""
+) -> TrainingSequences:
+    """TrainingSequences of the model's length of both splits, or one for each row of a fine-tuning."""
     data, training = arguments.data, arguments.training
-    if not isinstance(documents.schema, Text):
+    if not isinstance(documents.schema, TextRow):
         return _make_instructions(arguments, documents, tokenizer, config)
     length = config.max_position_embeddings
     flags: dict[str, dict[str, Any]] = {
@@ -126,12 +125,12 @@ def make_sequences(
     with training.main_process_first(desc="packing the held-out text"):
         validation = _spread(pack(held_out, tokenizer, **how, **flags["validation"]), data.max_eval_samples)
     size = bytes_per_token(held_out, tokenizer, insert_eos=data.insert_valid_eos)
-    return Sequences(train, validation, size.bytes_per_token)
+    return TrainingSequences(train, validation, size.bytes_per_token)
 
 
 def _make_instructions(
     arguments: RunArguments, documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Any
-) -> Sequences:
+) -> TrainingSequences:
     data = arguments.data
     encoded = {}
     for split, most in (("train", data.max_train_samples), ("validation", data.max_eval_samples)):
@@ -146,7 +145,7 @@ def _make_instructions(
                 num_proc=data.num_proc,
             )
         encoded[split] = _spread(rows, most)
-    return Sequences(encoded["train"], encoded["validation"], None)
+    return TrainingSequences(encoded["train"], encoded["validation"], None)
 
 
 def _spread(rows: Dataset, most: int | None) -> Dataset:
@@ -168,4 +167,4 @@ def _first_documents(stream: IterableDataset, tokenizer: PreTrainedTokenizerBase
     return Dataset.from_dict({"text": texts})
 
 
-__all__ = ["Documents", "Sequences", "load_documents", "make_sequences", "make_tokenizer"]
+__all__ = ["Documents", "TrainingSequences", "load_documents", "make_sequences", "make_tokenizer"]

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from bd3lm_hf.modeling.sharding_bd3lm import is_sharded
+from bd3lm_hf.modeling.linear_bd3lm import is_sharded
 
 
 def has_shards(model: nn.Module) -> bool:

@@ -14,44 +14,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-
-_CHECKOUT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__" and (_CHECKOUT / "setup.cfg").is_file():
-    # Run as a script: use the package this script lies in, whether or not it, or another copy, is installed.
-    sys.path.insert(0, str(_CHECKOUT))
-
-import accelerate  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from transformers import (  # noqa: E402
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    pipeline,
-    set_seed,
-)
+import accelerate
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, pipeline, set_seed
 from transformers.utils import logging  # noqa: E402
 
-import bd3lm_hf  # noqa: E402
-from bd3lm_hf.adapters import adapter_base, add_adapters  # noqa: E402
-from bd3lm_hf.checkpoints import read_config  # noqa: E402
-from bd3lm_hf.evaluation import Perplexity, scored_tokens, unigram_perplexity  # noqa: E402
-from bd3lm_hf.heldout_loss import HeldOutLoss  # noqa: E402
-from bd3lm_hf.streaming import PackedStream  # noqa: E402
-from bd3lm_hf.tokenization import check_tokenizer_fits  # noqa: E402
-from bd3lm_hf.training.arguments import (  # noqa: E402
-    BD3LMTrainingArguments,
-    ModelArguments,
-    RunArguments,
-    parse_arguments,
-    write_recipe,
-)
-from bd3lm_hf.training.callbacks import SampleCallback, write_text  # noqa: E402
-from bd3lm_hf.training.curves import write_training_curve  # noqa: E402
-from bd3lm_hf.training.inputs import Sequences, load_documents, make_sequences, make_tokenizer  # noqa: E402
-from bd3lm_hf.training.interval_report import PLOT_NAME, SEARCH_NAME  # noqa: E402
-from bd3lm_hf.training.output import (  # noqa: E402
+import bd3lm_hf
+from bd3lm_hf.checkpoints import adapter_base, add_adapters, read_config
+from bd3lm_hf.data.streaming import PackedStream
+from bd3lm_hf.evaluation.perplexity import HeldOutLoss, Perplexity, count_scored_tokens, unigram_perplexity
+from bd3lm_hf.run_folder import (  # noqa: E402
     RECIPE_NAME,
+    RESULTS_NAME,
+    SAMPLES_NAME,
     SaveError,
     check_output_dir,
     checkpoint_to_resume,
@@ -59,14 +35,33 @@ from bd3lm_hf.training.output import (  # noqa: E402
     recover_output_dir,
     write_atomically,
 )
-from bd3lm_hf.training.start import check_shape, start_around, start_from  # noqa: E402
-from bd3lm_hf.training.trainer import BD3LMTrainer  # noqa: E402
+from bd3lm_hf.tokenization import check_tokenizer_fits
+from bd3lm_hf.training.arguments import (
+    BD3LMTrainingArguments,
+    ModelArguments,
+    RunArguments,
+    parse_arguments,
+    write_recipe,
+)
+from bd3lm_hf.training.callbacks import SampleCallback, write_text
+from bd3lm_hf.training.curves import write_training_curve
+from bd3lm_hf.training.initial_model import check_shape, start_around, start_from
+from bd3lm_hf.training.inputs import TrainingSequences, load_documents, make_sequences, make_tokenizer
+from bd3lm_hf.training.interval import PLOT_NAME, SEARCH_NAME
+from bd3lm_hf.training.trainer import BD3LMTrainer
+
+
+_CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+if __name__ == "__main__" and (_CHECKOUT / "setup.cfg").is_file():
+    # Run as a script: use the package this script lies in, whether or not it, or another copy, is installed.
+    sys.path.insert(0, str(_CHECKOUT))
 
 
 logger = logging.get_logger("bd3lm_hf.train")
 
-RESULTS_NAME = "results.json"
-SAMPLES_NAME = "samples.txt"
+
 _UNIGRAM_SEQUENCES = 100_000  # enough for word frequencies; a corpus may have millions
 
 
@@ -166,7 +161,7 @@ def end(trainer: BD3LMTrainer) -> None:
 
 
 def make_trainer(
-    arguments: RunArguments, model: Any, tokenizer: Any, sequences: Sequences, *, fresh: bool
+    arguments: RunArguments, model: Any, tokenizer: Any, sequences: TrainingSequences, *, fresh: bool
 ) -> BD3LMTrainer:
     """The trainer, and the folder it writes to, marked as ours by the run's recipe.
 
@@ -303,14 +298,14 @@ def model_class(model_type: str) -> Any:
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class(model_type), None)
 
 
-def unigram_of(model: Any, sequences: Sequences, batch_size: int) -> float:
+def unigram_of(model: Any, sequences: TrainingSequences, batch_size: int) -> float:
     """Perplexity of word frequencies on the same held-out tokens that the model is scored on."""
     if isinstance(sequences.train, PackedStream):
         rows = itertools.islice(sequences.train, _UNIGRAM_SEQUENCES // 100)  # to be read once more
     else:
         rows = sequences.train.select(range(min(len(sequences.train), _UNIGRAM_SEQUENCES)))
     train_ids = [label for row in rows for label in row["labels"] if label != -100]
-    eval_ids = scored_tokens(model, sequences.validation, batch_size=batch_size)
+    eval_ids = count_scored_tokens(model, sequences.validation, batch_size=batch_size)
     return unigram_perplexity(train_ids, eval_ids, model.config.vocab_size)
 
 

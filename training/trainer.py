@@ -18,31 +18,41 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, seed_worker
 
 from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights
-from bd3lm_hf.evaluation import Perplexity, SequenceScore, score_sequences, summarize
-from bd3lm_hf.heldout_loss import HeldOutLoss, sequence_losses, summarize_losses
-from bd3lm_hf.streaming import PackedStream, read_position, write_position
-from bd3lm_hf.training.arguments import BD3LMTrainingArguments
-from bd3lm_hf.training.averaging import AveragingTrainer
-from bd3lm_hf.training.callbacks import SpeedMeter
-from bd3lm_hf.training.examples import NOISE, EndlessStream, EpochOrder, EpochSampler, NoiseCollator, PaddingCollator
-from bd3lm_hf.training.flops import peak_flops, training_flops
-from bd3lm_hf.training.identity import check_same_run, run_identity
-from bd3lm_hf.training.interval import IntervalSearch, check_searchable, search_intervals
-from bd3lm_hf.training.interval_report import interval_metrics, record_search
-from bd3lm_hf.training.losses import ResumableFlow, RunningLoss
-from bd3lm_hf.training.output import (
+from bd3lm_hf.data.streaming import PackedStream, read_position, write_position
+from bd3lm_hf.evaluation.perplexity import (
+    HeldOutLoss,
+    Perplexity,
+    SequenceScore,
+    score_sequences,
+    sequence_losses,
+    summarize,
+    summarize_losses,
+)
+from bd3lm_hf.run_folder import (
     checkpoint_to_resume,
     clear_staging,
     last_complete_checkpoint,
+    mark_complete,
     publish_files,
     publish_folder,
-    read_seal,
+    read_completion_mark,
     remove_old_checkpoints,
     saving,
-    seal_checkpoint,
     staging_folder,
     warn_if_disk_is_full,
 )
+from bd3lm_hf.training.arguments import BD3LMTrainingArguments
+from bd3lm_hf.training.callbacks import SpeedMeter, peak_flops, training_flops
+from bd3lm_hf.training.ema import AveragingTrainer
+from bd3lm_hf.training.examples import NOISE, EndlessStream, EpochOrder, EpochSampler, NoiseCollator, PaddingCollator
+from bd3lm_hf.training.interval import (
+    IntervalSearch,
+    check_searchable,
+    interval_metrics,
+    record_search,
+    search_intervals,
+)
+from bd3lm_hf.training.trainer_state import ResumableFlow, RunningLoss, check_same_run, run_fingerprint
 from bd3lm_hf.training.uploads import SharingTrainer
 
 
@@ -223,7 +233,7 @@ class BD3LMTrainer(SharingTrainer, AveragingTrainer):
             ValueError: there is no complete checkpoint, or it belongs to another run; the message names what differs.
         """
         self.losses = RunningLoss(self.args.device, self.accelerator.gather)
-        self._identity = run_identity(
+        self._identity = run_fingerprint(
             self.model,
             self.args,
             self.train_dataset,
@@ -234,7 +244,7 @@ class BD3LMTrainer(SharingTrainer, AveragingTrainer):
         checkpoint = None
         if resume_from_checkpoint:
             checkpoint = str(checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir))
-            seal = read_seal(checkpoint)
+            seal = read_completion_mark(checkpoint)
             check_same_run(checkpoint, seal, self._identity)
             self.losses.load_state_dict(seal["losses"], self.args.process_index, self.args.world_size)
             self.args.eval_on_start = False  # that was before the checkpoint
@@ -423,7 +433,7 @@ class BD3LMTrainer(SharingTrainer, AveragingTrainer):
             if self.args.should_save:
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
                 resumable = not self.args.save_only_model
-                seal_checkpoint(staged, {**self._identity, "losses": losses, "resumable": resumable})
+                mark_complete(staged, {**self._identity, "losses": losses, "resumable": resumable})
                 publish_folder(staged, target)
                 keep = {str(target), str(self.state.best_model_checkpoint)}
                 remove_old_checkpoints(folder, limit=self.args.save_total_limit, keep=keep)

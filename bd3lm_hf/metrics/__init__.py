@@ -13,8 +13,8 @@ import datasets
 import evaluate
 from transformers import PreTrainedTokenizerBase
 
-from bd3lm_hf.diversity import check_some
-from bd3lm_hf.judges import own_ids
+from bd3lm_hf.evaluation.reference_model import own_ids
+from bd3lm_hf.evaluation.text_metrics import check_some
 from bd3lm_hf.tokenization import load_tokenizer
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import evaluate
 
-from bd3lm_hf.diversity import distinct
+from bd3lm_hf.evaluation.text_metrics import distinct
 from bd3lm_hf.metrics import FEATURES, INPUTS, counted
 
 

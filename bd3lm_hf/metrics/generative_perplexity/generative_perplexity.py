@@ -4,7 +4,7 @@ from typing import Any
 
 import evaluate
 
-from bd3lm_hf.judges import judge_texts
+from bd3lm_hf.evaluation.reference_model import score_texts
 from bd3lm_hf.metrics import FEATURES
 
 
@@ -29,4 +29,4 @@ class GenerativePerplexity(evaluate.Measurement):
         )
 
     def _compute(self, predictions: list[Any], **options: Any) -> dict[str, Any]:
-        return judge_texts(predictions, **options)
+        return score_texts(predictions, **options)

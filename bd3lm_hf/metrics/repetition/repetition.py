@@ -4,7 +4,7 @@ from typing import Any
 
 import evaluate
 
-from bd3lm_hf.diversity import mean_repetition, repetition
+from bd3lm_hf.evaluation.text_metrics import mean_repetition, repetition
 from bd3lm_hf.metrics import FEATURES, INPUTS, counted
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import evaluate
 
-from bd3lm_hf.diversity import token_entropy
+from bd3lm_hf.evaluation.text_metrics import text_entropy
 from bd3lm_hf.metrics import FEATURES, INPUTS, counted
 
 
@@ -17,5 +17,5 @@ class TokenEntropy(evaluate.Measurement):
         )
 
     def _compute(self, predictions: list[Any], tokenizer: Any = None) -> dict[str, Any]:
-        entropies = [token_entropy(text) for text in counted(predictions, tokenizer)]
+        entropies = [text_entropy(text) for text in counted(predictions, tokenizer)]
         return {"mean_entropy": sum(entropies) / len(entropies), "entropies": entropies}

@@ -1,0 +1,1 @@
+"""Datasets and corpora: read, split, packed and streamed."""

@@ -1,0 +1,135 @@
+"""The embedded corpora: real text that every Python interpreter carries, so that training needs no download.
+
+`python_docs` is English (the language reference and the documentation strings of the standard library), about 2 MB;
+`python_source` is code (the source files of the standard library), about 30 MB. The source files are read, never
+imported or run. The documents depend on the Python version only, not on the machine.
+"""
+
+import ast
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+
+#: Folders inside the standard library's folder that hold something else: what users installed, byte code, or
+#: settings of the machine on which Python was built.
+_FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "lib-dynload"})
+
+
+_FOREIGN_PREFIXES = ("config-", "_sysconfigdata", "_sysconfig_vars")
+
+
+_TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
+
+
+class Document(NamedTuple):
+    """One document. `name` is the same on every machine and decides to which split the document belongs."""
+
+    name: str
+    text: str
+
+
+def python_docs() -> list[Document]:
+    """The language reference (one document a topic), then the documentation strings (one document a module).
+
+    Returns:
+        Documents with distinct names and non-empty texts, in an order that depends on the Python version only.
+
+    Raises:
+        ValueError: this Python was installed without its documentation topics or its source files.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise ValueError(
+            "This Python has no module pydoc_data.topics, which holds the data set 'python-docs'; install Python's "
+            "full standard library (on Debian: libpython3-stdlib), or name a text file as the data set."
+        ) from error
+    documents = [Document(f"topic/{name}", text.strip()) for name, text in sorted(topics.items())]
+    for path in _source_files(skip_tests=True):
+        text = _documentation(_module_name(path), _read_source(path))
+        if text:
+            documents.append(Document(f"module/{_module_name(path)}", text))
+    return [document for document in documents if document.text]
+
+
+def python_source() -> list[Document]:
+    """The source files of the standard library, its tests included, one document a file.
+
+    A few test files are broken on purpose (bytes that are no text in the encoding that they declare); they are left
+    out.
+
+    Raises:
+        ValueError: this Python was installed without its source files.
+    """
+    root = _standard_library()
+    documents = (Document(_relative(path, root), _read_source(path)) for path in _source_files(skip_tests=False))
+    return [document for document in documents if document.text.strip()]
+
+
+def _standard_library() -> Path:
+    root = Path(sysconfig.get_path("stdlib"))
+    if not (root / "ast.py").is_file():
+        raise ValueError(
+            f"The standard library's source files are not in {str(root)!r} (Python was installed without them); "
+            "use a Python that has them, or name a text file as the data set."
+        )
+    return root
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+def _source_files(*, skip_tests: bool) -> list[Path]:
+    """The standard library's `.py` files, sorted by relative path in POSIX form."""
+    root = _standard_library()
+    skipped = _FOREIGN_FOLDERS | _TEST_FOLDERS if skip_tests else _FOREIGN_FOLDERS
+
+    def wanted(path: Path) -> bool:
+        parts = path.relative_to(root).parts
+        return skipped.isdisjoint(parts) and not any(part.startswith(_FOREIGN_PREFIXES) for part in parts)
+
+    return sorted(filter(wanted, root.rglob("*.py")), key=lambda path: _relative(path, root))
+
+
+def _module_name(path: Path) -> str:
+    parts = path.relative_to(_standard_library()).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def _read_source(path: Path) -> str:
+    """The file's text in the encoding it declares; empty if the file is broken on purpose."""
+    try:
+        with tokenize.open(path) as file:
+            return file.read()
+    except (SyntaxError, UnicodeDecodeError):
+        return ""
+
+
+def _documentation(module: str, source: str) -> str:
+    """All documentation strings of a module, each below its qualified name; empty if there is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in old source files
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # a file that is broken on purpose, or holds templates
+        return ""
+    return "\n\n".join(f"{heading}\n\n{docstring}" for heading, docstring in _docstrings(tree, module))
+
+
+def _docstrings(node: ast.Module | ast.ClassDef, name: str) -> Iterator[tuple[str, str]]:
+    """(heading, docstring) of a module or class and of all that it defines, in the order of the source."""
+    docstring = ast.get_docstring(node)
+    if docstring:
+        yield name, docstring
+    for child in node.body:
+        if isinstance(child, ast.ClassDef):
+            yield from _docstrings(child, f"{name}.{child.name}")
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(child)
+            if docstring:
+                yield f"{name}.{child.name}({ast.unparse(child.args)})", docstring

@@ -1,0 +1,347 @@
+"""Packing: documents of text become sequences of exactly `length` tokens (paper, App. C.1).
+
+Contiguous packing, the default, cuts the one stream of all documents' tokens: no token is lost between documents, and
+the result does not depend on the number of workers or on batch sizes. Published packing is that of the reference
+implementation, whose remainders depend on both.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, Features, List, Value
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+
+
+#: Part of every cache key: raise it when the meaning of a packed data set changes.
+_VERSION = 1
+
+
+#: Label of a position that is not scored.
+_IGNORED = -100
+
+
+_DOCUMENTS_PER_BATCH = 1000
+
+
+_SEQUENCES_PER_BATCH = 1000
+
+
+_PACKED_FEATURES = Features(
+    input_ids=List(Value("int32")), labels=List(Value("int32")), attention_mask=List(Value("int8"))
+)
+
+
+class TextSize(NamedTuple):
+    """What a data set holds, in four units; `tokens` includes the end tokens between documents."""
+
+    documents: int
+    characters: int
+    utf8_bytes: int
+    tokens: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text for each token."""
+        return self.utf8_bytes / self.tokens
+
+    def bits_per_byte(self, nats_per_token: float) -> float:
+        """The mean loss in a unit that does not depend on the tokenizer."""
+        return nats_per_token / math.log(2) / self.bytes_per_token
+
+
+class PackingLayout(NamedTuple):
+    """How a sequence is built: `[begin] tokens [end]`, or tokens alone, then padding."""
+
+    length: int
+    begin: tuple[int, ...]
+    end: tuple[int, ...]
+    padding: int
+
+    @property
+    def body(self) -> int:
+        """Tokens of text in a full sequence."""
+        return self.length - len(self.begin) - len(self.end)
+
+    def example(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """The packed example of at most `body` tokens, padded on the right."""
+        ids = np.full(self.length, self.padding, dtype=np.int32)
+        used = len(self.begin) + len(tokens) + len(self.end)
+        ids[:used] = np.concatenate([np.array(self.begin, np.int32), tokens, np.array(self.end, np.int32)])
+        labels = ids.copy()
+        labels[used:] = _IGNORED
+        mask = np.zeros(self.length, dtype=np.int8)
+        mask[:used] = 1
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def pack(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    packing: str = "contiguous",
+    insert_eos: bool = True,
+    insert_special: bool = False,
+    drop_last: bool = False,
+    num_proc: int | None = None,
+) -> Dataset:
+    """Sequences of `length` tokens, with columns `input_ids`, `labels` and `attention_mask`, each `(length,)`.
+
+    Args:
+        dataset: documents in the column `text`, as `load_text` gives them.
+        length: tokens of a sequence.
+        packing: "contiguous" or "published" (see `pack_published`; `drop_last` is then always in force).
+        insert_eos: end every document with the end token (contiguous: every document that is not empty).
+        insert_special: put a begin token before and an end token behind the tokens of every sequence.
+        drop_last: drop the last, incomplete sequence; else it is padded on the right, where the attention mask is 0
+            and the label -100.
+        num_proc: worker processes. Changes the result of published packing only.
+
+    Raises:
+        ValueError: an unknown packing, no column `text`, a tokenizer without a token that is needed, a length that
+            holds nothing, or fewer tokens than one sequence.
+    """
+    if packing not in PACKINGS:
+        raise ValueError(f"packing is {packing!r}; it must be one of: {', '.join(PACKINGS)}.")
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            "pack needs a data set that was loaded without streaming; pack a stream with streaming.PackedStream."
+        )
+    first_id = _published_id if packing == "published" else token_id
+    eos = first_id(tokenizer, "eos") if insert_eos else None
+    layout = layout_of(tokenizer, length, insert_special, first_id)
+    tokenized = tokenize(dataset, tokenizer, eos=eos, end_empty=packing == "published", num_proc=num_proc)
+    tokens = _count_tokens(tokenized)
+    if tokens < layout.body:
+        raise ValueError(
+            f"The data set has {tokens} tokens in {len(dataset)} documents, fewer than one sequence of {layout.body} "
+            f"(length {length}): name a larger data set or a smaller length."
+        )
+    packed = PACKINGS[packing](tokenized, layout, drop_last=drop_last, num_proc=num_proc)
+    if len(packed) == 0:
+        raise ValueError(
+            f"Published packing drops the remainder of every {_DOCUMENTS_PER_BATCH} documents and worker, and of the "
+            f"data set's {tokens} tokens nothing was left for sequences of length {length}: use "
+            "packing='contiguous', or fewer workers."
+        )
+    return packed
+
+
+def tokenize(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    eos: int | None,
+    end_empty: bool = False,
+    num_proc: int | None = None,
+) -> Dataset:
+    """The token ids of every document, in the column `input_ids`.
+
+    The names of special tokens that occur in a document are text: data never hold control tokens.
+
+    Args:
+        eos: id to append to every document, or None.
+        end_empty: append it to documents without text too.
+
+    Raises:
+        ValueError: there is no column `text`.
+    """
+    if "text" not in dataset.column_names:
+        raise ValueError(
+            f"The data set has no column 'text', only: {', '.join(dataset.column_names)}; load it with load_text, or "
+            "rename the column."
+        )
+    key = (_VERSION, dataset._fingerprint, tokenizer_key(tokenizer), eos, end_empty)
+    return dataset.map(
+        tokenize_batch,
+        batched=True,
+        batch_size=_DOCUMENTS_PER_BATCH,
+        remove_columns=dataset.column_names,
+        features=Features(input_ids=List(Value("int32"))),
+        fn_kwargs={"tokenizer": tokenizer, "eos": eos, "end_empty": end_empty},
+        num_proc=num_proc,
+        new_fingerprint=Hasher.hash(key),
+        desc="Tokenizing",
+    )
+
+
+def pack_published(
+    documents: Sequence[Sequence[int]], *, length: int, begin: int, end: int, insert_special: bool
+) -> list[list[int]]:
+    """One batch of documents packed as in the reference implementation.
+
+    The documents are joined and cut; with `insert_special` each piece has `length - 2` tokens and gets `begin` before
+    it and `end` behind it. The batch's incomplete remainder is dropped.
+    """
+    body = length - 2 if insert_special else length
+    joined = [token for document in documents for token in document]
+    pieces = [joined[start : start + body] for start in range(0, len(joined) - body + 1, body)]
+    return [[begin, *piece, end] for piece in pieces] if insert_special else pieces
+
+
+def bytes_per_token(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, insert_eos: bool = True, num_proc: int | None = None
+) -> TextSize:
+    """Count the documents, characters, UTF-8 bytes and tokens, from which nats a token become bits a byte.
+
+    Args:
+        insert_eos: count one end token for every document that is not empty, as contiguous packing inserts them.
+
+    Raises:
+        ValueError: there is no column `text`, or there is no text.
+    """
+    eos = token_id(tokenizer, "eos") if insert_eos else None
+    tokens = _count_tokens(tokenize(dataset, tokenizer, eos=eos, num_proc=num_proc))
+    if tokens == 0:
+        raise ValueError(f"The data set's {len(dataset)} documents hold no text; name another data set.")
+    characters = utf8_bytes = 0
+    for table in dataset.with_format("arrow").iter(_DOCUMENTS_PER_BATCH):
+        characters += pc.sum(pc.utf8_length(table["text"])).as_py()
+        utf8_bytes += pc.sum(pc.binary_length(table["text"])).as_py()
+    return TextSize(len(dataset), characters, utf8_bytes, tokens)
+
+
+def tokenize_batch(
+    batch: dict[str, list[str]], *, tokenizer: PreTrainedTokenizerBase, eos: int | None, end_empty: bool
+) -> dict[str, list[list[int]]]:
+    """The token ids of every text of a batch, for `Dataset.map`; the arguments are those of `tokenize`."""
+    documents = tokenizer(
+        batch["text"],
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # documents longer than the model are no fault: they will be cut
+    )["input_ids"]
+    if eos is not None:
+        for ids in documents:
+            if ids or end_empty:
+                ids.append(eos)
+    return {"input_ids": documents}
+
+
+def _pack_contiguous(tokenized: Dataset, layout: PackingLayout, *, drop_last: bool, num_proc: int | None) -> Dataset:
+    """Cut the one stream of all tokens. Row i is tokens i * body onward, whoever computes it, in whatever batch."""
+    lengths = [
+        pc.list_value_length(table["input_ids"]).to_numpy()
+        for table in tokenized.with_format("arrow").iter(_DOCUMENTS_PER_BATCH)
+    ]
+    ends = np.cumsum(np.concatenate(lengths), dtype=np.int64)
+    rows = int(ends[-1]) // layout.body if drop_last else -(-int(ends[-1]) // layout.body)
+    fingerprint = Hasher.hash((_VERSION, "contiguous", tokenized._fingerprint, layout, drop_last))
+    # Documents that are kept on disk are packed there, beside their tokens; those in memory, in memory.
+    on_disk = [Path(file["filename"]).parent for file in tokenized.cache_files]
+    return Dataset.from_dict({"row": range(rows)}).map(
+        _contiguous_batch,
+        batched=True,
+        batch_size=_SEQUENCES_PER_BATCH,
+        remove_columns=["row"],
+        features=_PACKED_FEATURES,
+        fn_kwargs={"tokenized": tokenized.with_format("arrow"), "ends": ends, "layout": layout},
+        num_proc=num_proc,
+        cache_file_name=str(on_disk[0] / f"cache-{fingerprint}.arrow") if on_disk else None,
+        new_fingerprint=fingerprint,
+        desc="Packing",
+    )
+
+
+def _contiguous_batch(
+    batch: dict[str, list[int]], *, tokenized: Dataset, ends: np.ndarray, layout: PackingLayout
+) -> dict[str, np.ndarray]:
+    """The sequences of consecutive row numbers; `ends` are the positions in the stream where the documents end."""
+    start = batch["row"][0] * layout.body
+    stop = min((batch["row"][-1] + 1) * layout.body, int(ends[-1]))
+    first = int(np.searchsorted(ends, start, side="right"))
+    last = int(np.searchsorted(ends, stop, side="left"))
+    tokens = pc.list_flatten(tokenized[first : last + 1]["input_ids"]).to_numpy()
+    before = int(ends[first - 1]) if first else 0
+    tokens = tokens[start - before : stop - before]
+    examples = [layout.example(tokens[i : i + layout.body]) for i in range(0, len(tokens), layout.body)]
+    return {key: np.stack([example[key] for example in examples]) for key in _PACKED_FEATURES}
+
+
+def _pack_published(tokenized: Dataset, layout: PackingLayout, *, drop_last: bool, num_proc: int | None) -> Dataset:
+    """Pack every batch of a worker on its own; the incomplete remainders are dropped, whatever `drop_last` says."""
+    key = (_VERSION, "published", tokenized._fingerprint, layout, num_proc)
+    return tokenized.map(
+        _published_batch,
+        batched=True,
+        batch_size=_DOCUMENTS_PER_BATCH,
+        remove_columns=tokenized.column_names,
+        features=_PACKED_FEATURES,
+        fn_kwargs={"layout": layout},
+        num_proc=num_proc,
+        new_fingerprint=Hasher.hash(key),
+        desc="Packing",
+    )
+
+
+def _published_batch(batch: dict[str, list[list[int]]], *, layout: PackingLayout) -> dict[str, list[Any]]:
+    special = bool(layout.begin)
+    begin, end = (layout.begin[0], layout.end[0]) if special else (0, 0)
+    rows = pack_published(batch["input_ids"], length=layout.length, begin=begin, end=end, insert_special=special)
+    return {"input_ids": rows, "labels": rows, "attention_mask": [[1] * layout.length for _ in rows]}
+
+
+#: Every packing by name.
+PACKINGS = {"contiguous": _pack_contiguous, "published": _pack_published}
+
+
+def layout_of(
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    insert_special: bool,
+    first_id: Callable[[PreTrainedTokenizerBase, str], int] | None = None,
+) -> PackingLayout:
+    """The layout of sequences of `length` tokens; `first_id` finds the ids of "bos" and "eos" (`token_id`)."""
+    first_id = first_id or token_id
+    smallest = 3 if insert_special else 1
+    if length < smallest:
+        raise ValueError(
+            f"length is {length}; a sequence {'with special tokens ' if insert_special else ''}needs {smallest} "
+            "tokens or more."
+        )
+    begin = (first_id(tokenizer, "bos"),) if insert_special else ()
+    end = (first_id(tokenizer, "eos"),) if insert_special else ()
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else token_id(tokenizer, "eos")
+    return PackingLayout(length, begin, end, padding)
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, kind: str) -> int:
+    """Id of the begin ("bos") or end ("eos") token."""
+    found = getattr(tokenizer, f"{kind}_token_id")
+    if found is None:
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path!r} has no {kind}_token, which packing inserts: load it with "
+            f"load_tokenizer, which completes it, or set tokenizer.{kind}_token."
+        )
+    return found
+
+
+def _published_id(tokenizer: PreTrainedTokenizerBase, kind: str) -> int:
+    """The first id of the encoded token: for BERT this is the classifier's token for both begin and end."""
+    token_id(tokenizer, kind)
+    return tokenizer.encode(getattr(tokenizer, f"{kind}_token"))[0]
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tokenization depends on. Truncation and padding, which calls leave behind in a tokenizer, are no part."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return Hasher.hash((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs))
+    state = json.loads(backend.to_str())
+    state.update(truncation=None, padding=None)
+    return Hasher.hash(json.dumps(state, sort_keys=True))
+
+
+def _count_tokens(tokenized: Dataset) -> int:
+    return sum(
+        pc.sum(pc.list_value_length(table["input_ids"])).as_py() or 0
+        for table in tokenized.with_format("arrow").iter(_DOCUMENTS_PER_BATCH)
+    )

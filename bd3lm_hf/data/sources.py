@@ -1,0 +1,378 @@
+"""Detokenizers: undo the tokenization that some evaluation corpora were published with (paper, App. C.2).
+
+Each detokenizer is one ordered table of replacements, applied from top to bottom. A plain string replaces every
+non-overlapping occurrence, a compiled pattern substitutes. The order matters: a rule sees what earlier rules left.
+
+The table of data sets (paper, App. C.1): where each one is, which column is its text, what its splits are.
+
+The paper's evaluations: which data sets, and how their texts become sequences (arXiv 2503.09573, Sec. 6, App. C).
+
+How a document ends and whether a sequence begins and ends with special tokens changes a perplexity by several per
+cent, so the flags belong to a published number like its data set.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from bd3lm_hf.data.files import looks_like_path
+
+
+Rule = tuple[str | re.Pattern[str], str]
+
+
+def _spaced_marks(marks: str) -> tuple[Rule, ...]:
+    """`a , b` -> `a, b` for every mark."""
+    return tuple((f" {mark} ", f"{mark} ") for mark in marks)
+
+
+def _trimmed_pairs(*pairs: tuple[str, str]) -> tuple[Rule, ...]:
+    """`( a )` -> `(a)`: no white space inside a pair of delimiters, whatever its amount."""
+    return tuple(
+        (re.compile(rf"{re.escape(left)}\s*([^{re.escape(right)}]*?)\s*{re.escape(right)}"), rf"{left}\1{right}")
+        for left, right in pairs
+    )
+
+
+def _single_spaced_pairs(*pairs: tuple[str, str]) -> tuple[Rule, ...]:
+    """`( a )` -> `(a)`: exactly one space on each side, and no delimiter of the pair in between."""
+    return tuple(
+        (
+            re.compile(rf"{re.escape(left)} ([^{re.escape(left)}{re.escape(right)}]+) {re.escape(right)}"),
+            rf"{left}\1{right}",
+        )
+        for left, right in pairs
+    )
+
+
+WIKITEXT: tuple[Rule, ...] = (
+    ("s '", "s'"),
+    # numbers and hyphens
+    (" @-@ ", "-"),
+    (" @,@ ", ","),
+    (" @.@ ", "."),
+    *_spaced_marks(":;.!?,"),
+    *_trimmed_pairs(("(", ")"), ("[", "]"), ("{", "}"), ('"', '"'), ("'", "'")),
+    # headings
+    ("= = = =", "===="),
+    ("= = =", "==="),
+    ("= =", "=="),
+    (" ° ", "°"),
+    (" \n", "\n"),
+    ("\n ", "\n"),
+    (" N ", " 1 "),
+    (" 's", "'s"),
+)
+
+
+PENN_TREEBANK: tuple[Rule, ...] = (
+    (" 's", "'s"),
+    ("s ' ", "s' "),
+    (" n't", "n't"),
+    (" \n ", "\n"),
+    ("\\/", "/"),
+    # Neighbours share a space, so that one pass leaves every second N; ten passes are the published number.
+    *((" N ", " 1 "),) * 10,
+    ("$ 1", "$1"),
+    ("# 1", "#1"),
+    ("<unk>", "?"),
+)
+
+
+LM1B: tuple[Rule, ...] = (
+    ("http : / / ", "http://"),
+    ("https : / / ", "https://"),
+    (re.compile(r" '(\w+)"), r"'\1"),
+    (re.compile(r" (\w+) \. "), r" \1. "),
+    (re.compile(r" (\w+) \.$"), r" \1."),
+    (" ? ", "? "),
+    (re.compile(r" \?$"), "?"),
+    (" ! ", "! "),
+    (re.compile(r" !$"), "!"),
+    *_spaced_marks(",:;"),
+    (" / ", "/"),
+    *_single_spaced_pairs(('"', '"'), ("'", "'"), ("(", ")"), ("[", "]")),
+    ("$ ", "$"),
+    ("£ ", "£"),
+)
+
+
+LAMBADA: tuple[Rule, ...] = (
+    ("“", '"'),
+    ("”", '"'),
+    (re.compile(r"\s+\Z"), ""),
+    (re.compile(r"\A\s*"), "\n"),
+)
+
+
+#: Every detokenizer by name. Scientific papers pass through two tables, one after the other.
+DETOKENIZERS: dict[str, tuple[Rule, ...]] = {
+    "wikitext": WIKITEXT,
+    "ptb": PENN_TREEBANK,
+    "lm1b": LM1B,
+    "lambada": LAMBADA,
+    "scientific_papers": WIKITEXT + LM1B,
+}
+
+
+def detokenizer(name: str) -> Callable[[str], str]:
+    """The function that detokenizes one text of the corpus `name`.
+
+    Args:
+        name: a key of `DETOKENIZERS`.
+
+    Raises:
+        ValueError: there is no detokenizer of that name.
+    """
+    if name not in DETOKENIZERS:
+        raise ValueError(f"No detokenizer is called {name!r}; there are: {', '.join(DETOKENIZERS)}.")
+    rules = DETOKENIZERS[name]
+
+    def detokenize(text: str) -> str:
+        for old, new in rules:
+            text = text.replace(old, new) if isinstance(old, str) else old.sub(new, text)
+        return text
+
+    return detokenize
+
+
+DEFAULT_DATASET = "python-docs"  # of a training run; embedded, so nothing is downloaded
+SPLITS = ("train", "validation", "test")
+
+
+#: The branch that the hub keeps, in parquet, of data sets that were made by a script.
+_CONVERTED = "refs/convert/parquet"
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One source of text.
+
+    Attributes:
+        name: what users call it, besides the `aliases`.
+        path: hub repository; None for the embedded corpora.
+        config: configuration of the repository.
+        data_dir: folder of the repository that is read.
+        revision: branch or commit of the repository.
+        text_column: where the text is; None looks for "text", then for the only column of strings.
+        splits: our split -> the source's split; empty means that the source's own names are looked for, and that what
+            is missing is held out of its training split.
+        tail: documents at the end of the training split that are the validation split instead.
+        documents: documents of the training split, which a stream with a `tail` must know beforehand.
+        chunk: characters of the pieces into which documents are cut; 0 leaves them whole.
+        detokenizer: name of a table in `bd3lm_hf.data.sources`.
+        note: what to do when the source can not be read; part of the error message.
+    """
+
+    name: str
+    path: str | None = None
+    config: str | None = None
+    data_dir: str | None = None
+    revision: str | None = None
+    text_column: str | None = None
+    splits: Mapping[str, str] = field(default_factory=dict)
+    tail: int = 0
+    documents: int | None = None
+    chunk: int = 0
+    detokenizer: str | None = None
+    aliases: tuple[str, ...] = ()
+    note: str = ""
+
+
+_OWN_SPLITS = {split: split for split in SPLITS}
+
+
+_TRAIN_TEST = {"train": "train", "validation": "test", "test": "test"}
+
+
+_SCRIPT_NOTE = (
+    "This data set was made by a script, which the datasets library no longer runs; the hub's parquet conversion of "
+    "it is read. If that is gone, download a parquet copy with the same columns and pass its folder as the source."
+)
+
+
+_ROWS = (
+    DatasetSpec("python-docs", aliases=("demo",)),
+    DatasetSpec("python-source"),
+    DatasetSpec(
+        "openwebtext",
+        path="Skylion007/openwebtext",
+        data_dir="plain_text",
+        revision=_CONVERTED,
+        text_column="text",
+        splits={"train": "train", "validation": "train"},
+        tail=100_000,
+        documents=8_013_769,
+        aliases=("owt", "openwebtext-split", "openwebtext-streaming"),
+        note=_SCRIPT_NOTE + " The conversion must hold all 8,013,769 documents: the last 100,000 are held out.",
+    ),
+    DatasetSpec(
+        "lm1b",
+        path="billion-word-benchmark/lm1b",
+        data_dir="plain_text",
+        revision=_CONVERTED,
+        text_column="text",
+        splits=_TRAIN_TEST,
+        detokenizer="lm1b",
+        aliases=("lm1b-wrap", "lm1b-gpt2"),
+        note=_SCRIPT_NOTE,
+    ),
+    DatasetSpec(
+        "text8",
+        path="afmck/text8",
+        text_column="text",
+        chunk=256,
+        note=(
+            "The one text is cut into 90 M, 5 M and 5 M characters unless the source is cut already, and these into "
+            "pieces of 256. Any copy of the file text8 serves: pass it, named text8.txt, as the source."
+        ),
+    ),
+    DatasetSpec(
+        "wikitext2",
+        path="Salesforce/wikitext",
+        config="wikitext-2-raw-v1",
+        text_column="text",
+        splits=_OWN_SPLITS,
+        detokenizer="wikitext",
+        aliases=("wikitext-2",),
+    ),
+    DatasetSpec(
+        "wikitext103",
+        path="Salesforce/wikitext",
+        config="wikitext-103-raw-v1",
+        text_column="text",
+        splits=_OWN_SPLITS,
+        detokenizer="wikitext",
+        aliases=("wikitext-103",),
+    ),
+    DatasetSpec(
+        "ptb",
+        path="ptb-text-only/ptb_text_only",
+        data_dir="penn_treebank",
+        revision=_CONVERTED,
+        text_column="sentence",
+        splits=_OWN_SPLITS,
+        detokenizer="ptb",
+        aliases=("penn-treebank",),
+        note=_SCRIPT_NOTE,
+    ),
+    DatasetSpec(
+        "lambada",
+        path="EleutherAI/lambada_openai",
+        config="default",
+        text_column="text",
+        splits={"validation": "test", "test": "test"},
+        detokenizer="lambada",
+        aliases=("lambada-openai",),
+        note="OpenAI's file lambada_test.jsonl has the same texts: download it and pass it as the source.",
+    ),
+    DatasetSpec(
+        "ag_news",
+        path="fancyzhx/ag_news",
+        text_column="text",
+        splits=_TRAIN_TEST,
+    ),
+    *(
+        DatasetSpec(
+            f"scientific_papers_{part}",
+            path="armanc/scientific_papers",
+            data_dir=part,
+            revision=_CONVERTED,
+            text_column="article",
+            splits=_OWN_SPLITS,
+            detokenizer="scientific_papers",
+            aliases=(part,),
+            note=_SCRIPT_NOTE + f" Its articles are also in the column 'article' of ccdv/{part}-summarization.",
+        )
+        for part in ("arxiv", "pubmed")
+    ),
+)
+
+
+def normal(name: str) -> str:
+    """The form in which names of data sets are compared."""
+    return name.lower().replace("_", "-")
+
+
+#: Every data set by each of its names, in lower case with hyphens.
+DATASETS: dict[str, DatasetSpec] = {normal(name): row for row in _ROWS for name in (row.name, *row.aliases)}
+
+
+def find_spec(name_or_path: str) -> DatasetSpec:
+    """The table's row of that name, else the hub repository `owner/name`.
+
+    Raises:
+        ValueError: neither; the message gives the nearest name.
+    """
+    row = DATASETS.get(normal(name_or_path))
+    if row is not None:
+        return row
+    if looks_like_path(name_or_path):
+        raise ValueError(f"There is no file or folder {name_or_path!r}; check the path.")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path):
+        return DatasetSpec(name_or_path, path=name_or_path)
+    near = difflib.get_close_matches(normal(name_or_path), DATASETS, n=1, cutoff=0.5)
+    guess = f" Did you mean {DATASETS[near[0]].name!r}?" if near else ""
+    raise ValueError(
+        f"No data set, file or folder is called {name_or_path!r}.{guess} There are: "
+        f"{', '.join(row.name for row in _ROWS)}. A data set of the hub is written owner/name and needs network."
+    )
+
+
+class Flags(NamedTuple):
+    """How a data set is cut into sequences."""
+
+    split: str = "validation"
+    packing: str = "published"
+    insert_eos: bool = True  # behind every document
+    insert_special: bool = True  # begin and end token around every sequence
+
+
+class Suite(NamedTuple):
+    """Data sets that are scored together."""
+
+    about: str
+    length: int  # tokens of a sequence in the paper
+    sets: Mapping[str, Flags]
+
+
+#: In-domain evaluations by data set; any other one has the published defaults, those of `Flags`.
+PUBLISHED: Mapping[str, Flags] = {
+    "openwebtext": Flags(insert_special=False),
+    "lm1b": Flags(split="test"),
+}
+
+
+_ZERO_SHOT = Flags(insert_eos=False)
+
+
+_ZERO_SHOT_TEST = Flags(split="test", insert_eos=False)
+
+
+#: By name. Zero-shot is Table 5, in the order of its columns.
+SUITES: Mapping[str, Suite] = {
+    "zero-shot": Suite(
+        "the paper's Table 5: models of OpenWebText on eight other data sets",
+        1024,
+        {
+            "ptb": _ZERO_SHOT,
+            "wikitext2": _ZERO_SHOT,
+            "wikitext103": _ZERO_SHOT,
+            "lm1b": _ZERO_SHOT_TEST,
+            "lambada": _ZERO_SHOT_TEST,
+            "ag_news": _ZERO_SHOT_TEST,
+            "scientific_papers_pubmed": _ZERO_SHOT,
+            "scientific_papers_arxiv": _ZERO_SHOT,
+        },
+    ),
+}
+
+
+def published_flags(name: str) -> Flags:
+    """The flags of an in-domain evaluation on the data set of that name."""
+    return PUBLISHED.get(name, Flags())
+
+
+__all__ = ["DEFAULT_DATASET", "Flags", "PUBLISHED", "SUITES", "Suite", "published_flags"]

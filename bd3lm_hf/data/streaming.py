@@ -1,0 +1,213 @@
+"""Streaming: contiguous packing of corpora larger than the disk, shuffled, and resumed to the very sequence."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import IterableDataset
+from pyarrow import ArrowException
+from transformers import PreTrainedTokenizerBase
+
+from bd3lm_hf.data.packing import layout_of, token_id, tokenize_batch
+
+
+_DOCUMENTS_PER_READ = 64
+
+
+class PackedStream(torch.utils.data.IterableDataset):
+    """Contiguous packing of a stream of documents, shuffled in a buffer, resumable to the very sequence.
+
+    The buffer holds packed sequences and belongs to the state, because a stream of the `datasets` library forgets its
+    own buffer when it resumes. Every process reads the whole stream: let accelerate hand each process its share of
+    every batch (its default for iterable data sets), so that the data do not depend on the number of processes.
+
+    Args:
+        dataset: documents in the column `text`, as `load_text(..., streaming=True)` gives them.
+        length, insert_eos, insert_special, drop_last: as for `pack`.
+        shuffle_buffer: sequences to shuffle among; 0 keeps the order.
+        seed: of the shuffle, together with the epoch (`set_epoch`).
+
+    Raises:
+        ValueError: as `pack`; too few tokens show when the stream ends. Also with several data loader workers.
+    """
+
+    def __init__(
+        self,
+        dataset: IterableDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        length: int,
+        insert_eos: bool = True,
+        insert_special: bool = False,
+        drop_last: bool = False,
+        shuffle_buffer: int = 0,
+        seed: int = 0,
+    ) -> None:
+        if shuffle_buffer < 0:
+            raise ValueError(f"shuffle_buffer is {shuffle_buffer}; it counts sequences and must be 0 or more.")
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.eos = token_id(tokenizer, "eos") if insert_eos else None
+        self.layout = layout_of(tokenizer, length, insert_special)
+        self.drop_last = drop_last
+        self.shuffle_buffer = shuffle_buffer
+        self.seed = seed
+        self.epoch = 0
+        self._resumed = False
+        self._restart(None)
+
+    def _restart(self, source: dict[str, Any] | None) -> None:
+        self._source = source  # where the documents start; None is the beginning
+        self._tokens = np.empty(0, np.int32)  # read, but not yet cut
+        self._buffer: list[np.ndarray] = []  # cut, but not yet given out
+        self._documents: Iterator[dict[str, str]] | None = None
+        self._ended = False  # the documents are all read
+        self._cut = 0  # sequences cut in this epoch
+        self._random = np.random.default_rng((self.seed, self.epoch))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin a new pass, shuffled differently. A pass that is about to resume keeps its own epoch."""
+        if not self._resumed and epoch != self.epoch:
+            self.epoch = epoch
+            self._restart(None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position behind the latest sequence that was given out.
+
+        Cheap enough for every step: its arrays are those of the stream, which never changes one. `write_position` puts
+        it into a file.
+        """
+        return {
+            "settings": self._settings,
+            "epoch": self.epoch,
+            "source": self._source if self._documents is None else self.dataset.state_dict(),
+            "tokens": self._tokens,
+            "buffer": list(self._buffer),
+            "ended": self._ended,
+            "cut": self._cut,
+            "random": self._random.bit_generator.state,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next pass go on at a recorded position.
+
+        Raises:
+            ValueError: the position is that of a stream with other settings.
+        """
+        for name, value in self._settings.items():
+            if state["settings"][name] != value:
+                raise ValueError(
+                    f"The position of the stream was recorded with {name}={state['settings'][name]}, but it is now "
+                    f"{value}: go on with the same setting, or start anew."
+                )
+        self.epoch = state["epoch"]
+        self._restart(state["source"])
+        self._tokens = state["tokens"]
+        self._buffer = list(state["buffer"])
+        self._ended = state["ended"]
+        self._cut = state["cut"]
+        self._random.bit_generator.state = state["random"]
+        self._resumed = True
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What a recorded position must agree about."""
+        return {
+            "length": self.layout.length,
+            "insert_eos": self.eos is not None,
+            "insert_special": bool(self.layout.begin),
+            "shuffle_buffer": self.shuffle_buffer,
+            "seed": self.seed,
+        }
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the sequences depend on besides the tokenizer, as far as it is known before they are read."""
+        return {**self._settings, "files": self.dataset.num_shards}
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise ValueError(
+                f"{worker.num_workers} data loader workers would each read the whole stream; set "
+                "dataloader_num_workers to 0 or 1."
+            )
+        if not self._resumed:
+            self._restart(None)
+        self._resumed = False
+        while (row := self._next_row()) is not None:
+            yield self.layout.example(row)
+
+    def _next_row(self) -> np.ndarray | None:
+        """The next sequence out of the buffer, which is filled first while there are documents."""
+        while len(self._buffer) <= self.shuffle_buffer:
+            row = self._next_cut()
+            if row is None:
+                break
+            self._buffer.append(row)
+        if not self._buffer:
+            return None
+        place = int(self._random.integers(len(self._buffer))) if self.shuffle_buffer else 0
+        self._buffer[place], self._buffer[-1] = self._buffer[-1], self._buffer[place]
+        return self._buffer.pop()
+
+    def _next_cut(self) -> np.ndarray | None:
+        """The next sequence in the order of the text."""
+        while len(self._tokens) < self.layout.body and not self._ended:
+            self._read()
+        body = min(self.layout.body, len(self._tokens))
+        if body < self.layout.body and not self._cut:
+            raise ValueError(
+                f"The stream ended after {body} tokens, fewer than one sequence of {self.layout.body} (length "
+                f"{self.layout.length}): name a larger data set or a smaller length."
+            )
+        if body == 0 or (body < self.layout.body and self.drop_last):
+            return None
+        row, self._tokens = self._tokens[:body], self._tokens[body:]
+        self._cut += 1
+        return row
+
+    def _read(self) -> None:
+        """Append the tokens of the next documents."""
+        if self._documents is None:
+            # Without a shuffle the order of the files is kept, too.
+            self.dataset.set_epoch(self.epoch if self.shuffle_buffer else 0)
+            self.dataset.load_state_dict(self._source)
+            self._documents = iter(self.dataset)
+        try:
+            texts = [row["text"] for row in itertools.islice(self._documents, _DOCUMENTS_PER_READ)]
+        except (OSError, ArrowException) as error:
+            raise ValueError(
+                f"The stream of documents broke off at {self.dataset.state_dict()}: {type(error).__name__}: {error}. "
+                "Repair or replace that file; training goes on from the last checkpoint."
+            ) from error
+        self._ended = len(texts) < _DOCUMENTS_PER_READ
+        if texts:
+            batch = tokenize_batch({"text": texts}, tokenizer=self.tokenizer, eos=self.eos, end_empty=False)
+            self._tokens = np.concatenate([self._tokens, *(np.array(ids, np.int32) for ids in batch["input_ids"])])
+
+
+def write_position(state: dict[str, Any], path: str | Path) -> None:
+    """Write what `PackedStream.state_dict` gave, some bytes for each buffered token."""
+    arrays = {"tokens": state["tokens"], "buffer": np.concatenate([np.empty(0, np.int32), *state["buffer"]])}
+    rest = {name: value for name, value in state.items() if name not in arrays}
+    rest["lengths"] = [len(row) for row in state["buffer"]]
+    with Path(path).open("wb") as file:
+        np.savez(file, **arrays, rest=np.array(json.dumps(rest)))
+
+
+def read_position(path: str | Path) -> dict[str, Any]:
+    """Read what `write_position` wrote."""
+    with np.load(path, allow_pickle=False) as file:
+        state = json.loads(file["rest"].item())
+        ends = np.cumsum(state.pop("lengths"), dtype=np.int64)
+        state["tokens"] = file["tokens"]
+        state["buffer"] = np.split(file["buffer"], ends[:-1]) if len(ends) else []
+    return state
+
+
+__all__ = ["PackedStream", "read_position", "write_position"]

@@ -1,0 +1,1 @@
+"""Likelihood, generative quality and the lm-evaluation-harness."""

@@ -1,0 +1,409 @@
+"""What decides the numbers of a run, as hashes and named values: the model, its weights, its vocabulary, the text.
+
+Scores of sequences, shared among processes and kept on disk: an interrupted evaluation goes on where it stopped.
+
+Results of evaluations as files: JSON (the last run), CSV and markdown (a row for each).
+"""
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm.auto import tqdm
+
+import bd3lm_hf
+from bd3lm_hf.evaluation.perplexity import Batch, Protocol, SequenceScore, batches_of, score_batch
+from bd3lm_hf.generation.samples import check_output
+
+
+_DIGITS = 16
+
+
+# Of a configuration, what says where a model comes from and how it runs, not what it computes.
+_FREE_CONFIG = {"_name_or_path", "architectures", "attn_backend", "auto_map", "dtype", "torch_dtype", "return_dict"}
+
+
+_FREE_CONFIG |= {"output_attentions", "output_hidden_states", "use_cache"}
+
+
+_FREE_CONFIG |= {"requires_transformers", "transformers_version"}
+
+
+_FREE_CONFIG |= {"sampling_eps_min", "sampling_eps_max"}
+
+
+def config_identity(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that say what the model computes.
+
+    The interval of noise levels is none of them: a search moves it, and the weights carry it.
+    """
+    return {name: value for name, value in config.to_dict().items() if name not in _FREE_CONFIG}
+
+
+def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
+    """Size and hash of the vocabulary; empty without a tokenizer."""
+    if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
+        return {}
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return {
+        "tokens": len(vocabulary),
+        "sha256 of the vocabulary": digest([vocabulary, sorted(tokenizer.all_special_ids)]),
+    }
+
+
+def data_identity(rows: Any, *, sample: int | None = None) -> dict[str, Any]:
+    """Number and hash of sequences; a stream says itself what it depends on.
+
+    Args:
+        sample: hash so many of them, spread evenly; all by default.
+    """
+    if not isinstance(rows, Sized):
+        return {"kind": "a stream", **getattr(rows, "identity", {})}
+    hashed = hashlib.sha256()
+    step = 1 if sample is None else max(1, -(-len(rows) // sample))
+    for index in range(0, len(rows), step):
+        row = rows[index]  # type: ignore[index]
+        for name in ("input_ids", "labels"):
+            hashed.update(np.asarray(row.get(name, ()), dtype=np.int64).tobytes())
+    return {"kind": "sequences", "sequences": len(rows), "sha256 of the sequences": hashed.hexdigest()[:_DIGITS]}
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Hash of names, types, shapes and numbers of all weights, in the order of their names."""
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()[:_DIGITS]
+
+
+def digest(value: Any) -> str:
+    """Hash of a value as JSON, whose keys are sorted."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+
+
+def library_versions() -> dict[str, str]:
+    """What a number may depend on beside model and text."""
+    others = {name: version(name) for name in ("torch", "transformers", "datasets")}
+    return {"bd3lm_hf": bd3lm_hf.__version__, **others, "python": platform.python_version()}
+
+
+_T = TypeVar("_T")
+
+
+class Processes(NamedTuple):
+    """This process among those that share the work."""
+
+    rank: int = 0
+    size: int = 1
+
+    def gather(self, items: list[_T]) -> list[_T]:
+        """Everybody's items, in each process."""
+        return gather_object(items) if self.size > 1 else items
+
+    def broadcast(self, value: _T) -> _T:
+        """The first process's value, in each process."""
+        return broadcast_object_list([value])[0] if self.size > 1 else value
+
+
+_ALONE = Processes()
+
+
+class Progress(NamedTuple):
+    """How far an evaluation has come."""
+
+    scores: dict[int, SequenceScore]  # by row
+    seconds: float  # spent on them
+
+
+class ScoresFile:
+    """A line of JSON for each round of batches, behind a line that says which run they belong to.
+
+    A file holds the scores of any number of finished runs, as a table holds their results, and of at most one that was
+    interrupted.
+
+    Args:
+        restart: drop what the file holds.
+
+    Raises:
+        ValueError: a file with something else in it.
+    """
+
+    def __init__(self, path: Path, *, restart: bool = False) -> None:
+        self.path = path
+        self._runs: dict[str, dict[str, Any]] = {}  # identities
+        self._progress: dict[str, Progress] = {}
+        self._finished: set[str] = set()
+        self._size = 0  # bytes of complete lines
+        if path.exists() and not restart:
+            self._read()
+
+    def _read(self) -> None:
+        content = self.path.read_bytes()
+        # A run that was killed while it wrote leaves a part of a line, which is not counted and later cut off.
+        self._size = content.rfind(b"\n") + 1
+        for number, line in enumerate(content[: self._size].splitlines(), start=1):
+            try:
+                self._take(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self.path}: line {number} is no score of this command; move the file away, or name another "
+                    f"output."
+                ) from error
+
+    def _take(self, entry: Mapping[str, Any]) -> None:
+        run = entry["run"]
+        if "identity" in entry:
+            self._runs[run], self._progress[run] = entry["identity"], Progress({}, 0.0)
+        elif "finished" in entry:
+            self._finished.add(run)
+        else:
+            progress = self._progress[run]
+            scores = {int(row): SequenceScore(int(row), float(nll), int(m)) for row, nll, m in entry["scores"]}
+            self._progress[run] = Progress({**scores, **progress.scores}, progress.seconds + entry["seconds"])
+
+    def _unfinished(self) -> list[str]:
+        return [run for run in self._runs if run not in self._finished and self._progress[run].scores]
+
+    def begin(self, identity: Mapping[str, Any]) -> Progress:
+        """What is there of the run with this identity.
+
+        Raises:
+            ValueError: the file holds another run that was interrupted; the message says what differs.
+        """
+        identity = json.loads(json.dumps(identity))  # as it comes back from the file
+        run = digest(identity)
+        for other in self._unfinished():
+            if other != run:
+                old = self._runs[other]
+                differences = [
+                    f"{name} was {old.get(name)} and is {identity.get(name)}"
+                    for name in {**old, **identity}
+                    if old.get(name) != identity.get(name)
+                ]
+                raise ValueError(
+                    f"{self.path} holds {len(self._progress[other].scores)} scores of another run that was "
+                    f"interrupted: {'; '.join(differences)}. Repeat that run to finish it, name another output, or "
+                    f"drop its scores with --restart."
+                )
+        if run not in self._runs:
+            self._write({"run": run, "identity": identity})
+        return self._progress[run]
+
+    def append(self, identity: Mapping[str, Any], scores: Sequence[SequenceScore], seconds: float) -> None:
+        """Keep the scores of one more round of the run with this identity."""
+        self._write({"run": digest(identity), "scores": [list(score) for score in scores], "seconds": seconds})
+
+    def finish(self, identity: Mapping[str, Any]) -> None:
+        """Every sequence of the run with this identity is scored."""
+        if digest(identity) not in self._finished:
+            self._write({"run": digest(identity), "finished": True})
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        """One line, whole or not at all: what a kill leaves of it is cut off by the next one."""
+        with self.path.open("ab") as file:
+            file.truncate(self._size)
+            self._size += file.write(json.dumps(entry).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._take(entry)
+
+
+def score_shared(
+    model: Any,
+    sequences: Sequence[Any],
+    protocol: Protocol,
+    *,
+    batch_size: int,
+    identity: Mapping[str, Any],
+    file: ScoresFile | None = None,
+    processes: Processes = _ALONE,
+    progress: bool = False,
+) -> Progress:
+    """The scores of all sequences, in every process.
+
+    Batches are those of a single process, each given whole to one of them, so that the number of processes does not
+    even change rounding. A batch of which a score is missing in the file is scored again.
+
+    Args:
+        identity: what decides the scores, for the file.
+        file: of the first process, None in the others; None keeps nothing.
+
+    Raises:
+        ValueError: the file holds another run that was interrupted.
+    """
+    begun = processes.broadcast(_begin(file, identity))
+    if isinstance(begun, ValueError):
+        raise begun
+    scores, seconds = dict(begun.scores), begun.seconds
+    missing = _missing(batches_of(sequences, range(len(sequences)), batch_size), frozenset(scores))
+    with tqdm(total=len(sequences), initial=len(scores), desc="scoring", leave=False, disable=not progress) as bar:
+        # A round is a batch for each process; in the last one some may have none.
+        while batches := list(itertools.islice(missing, processes.size)):
+            started = time.perf_counter()
+            own = batches[processes.rank : processes.rank + 1]
+            found = processes.gather([score for batch in own for score in score_batch(model, batch, protocol)])
+            new = [SequenceScore(*score) for score in found if score[0] not in scores]
+            spent = time.perf_counter() - started
+            if file is not None:
+                file.append(identity, new, spent)
+            scores.update({score.row: score for score in new})
+            seconds += spent
+            bar.update(len(new))
+    if file is not None:
+        file.finish(identity)
+    return Progress(scores, seconds)
+
+
+def _begin(file: ScoresFile | None, identity: Mapping[str, Any]) -> Progress | ValueError:
+    try:
+        return Progress({}, 0.0) if file is None else file.begin(identity)
+    except ValueError as error:
+        return error  # for every process to raise
+
+
+def _missing(batches: Iterable[Batch], done: frozenset[int]) -> Iterator[Batch]:
+    return (batch for batch in batches if not done.issuperset(batch.indices))
+
+
+#: What is known of every result, in the order of the columns of a CSV file.
+FIELDS = (
+    *("model", "dataset", "split", "suite", "estimator", "num_samples", "bound", "nll", "standard_error"),
+    *("bits_per_token", "bits_per_byte", "perplexity", "num_tokens", "num_sequences", "seconds", "seed"),
+    *("length", "packing", "insert_eos", "insert_special", "max_sequences", "batch_size", "processes", "device"),
+    *("dtype", "model_class", "config_sha256", "weights_sha256", "tokenizer_sha256", "data_sha256"),
+    *("bd3lm_hf", "torch", "transformers", "datasets", "python"),
+)
+
+
+#: Of a markdown table: title, and how a result says it.
+_COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "model": lambda row: Path(row["model"]).name,
+    "data set": lambda row: f"{row['dataset']} ({row['split']})",
+    "estimator": lambda row: _estimator(row),
+    "perplexity": lambda row: f"{'&le; ' if row['bound'] else ''}{_number(row['perplexity'], 2)}",
+    "nats per token": lambda row: f"{_number(row['nll'], 4)} &plusmn; {_number(row['standard_error'], 4)}",
+    "bits per token": lambda row: _number(row["bits_per_token"], 4),
+    "bits per byte": lambda row: _number(row["bits_per_byte"], 4),
+    "tokens": lambda row: str(row["num_tokens"]),
+    "seed": lambda row: str(row["seed"]),
+    "seconds": lambda row: _number(row["seconds"], 1),
+}
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table; a perplexity that is an upper bound has a sign."""
+    return "\n".join([*_head(), *map(_row, rows)])
+
+
+def check_outputs(paths: Sequence[Path]) -> None:
+    """Refuse files that could not be written, before any work.
+
+    Raises:
+        ValueError: names the file and the remedy.
+    """
+    for path in paths:
+        if path.suffix.lower() not in _WRITERS:
+            raise ValueError(f"--output {path}: the name of a result ends in one of {', '.join(_WRITERS)}.")
+        check_output(path, "--output")
+        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            raise ValueError(f"--output {path} can not be written: you lack the permission.")
+        if path.suffix.lower() == ".csv" and path.exists() and path.stat().st_size:
+            with path.open(encoding="utf-8", newline="") as file:
+                head = next(csv.reader(file), [])
+            if tuple(head) != FIELDS:
+                raise ValueError(f"--output {path} is a table with other columns: name another file.")
+
+
+def write_results(path: Path, rows: Sequence[Mapping[str, Any]], suite: str | None = None) -> None:
+    """Write results into a file, whose kind its name tells.
+
+    Args:
+        suite: the rows belong to this suite, and a JSON file holds them as a list.
+    """
+    _WRITERS[path.suffix.lower()](path, rows, suite)
+
+
+def _write_json(path: Path, rows: Sequence[Mapping[str, Any]], suite: str | None) -> None:
+    cleaned = [{name: _finite(value) for name, value in row.items()} for row in rows]
+    report: Any = {"suite": suite, "results": cleaned} if suite is not None else cleaned[0]
+    text = json.dumps(report, indent=2, allow_nan=False)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(path)  # an interrupt leaves the old file or the new one
+
+
+def _append_csv(path: Path, rows: Sequence[Mapping[str, Any]], suite: str | None) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    if not path.exists() or not path.stat().st_size:
+        writer.writeheader()
+    writer.writerows({name: _finite(row.get(name)) for name in FIELDS} for row in rows)
+    with path.open("a", encoding="utf-8", newline="") as file:
+        file.write(text.getvalue())
+
+
+def _append_markdown(path: Path, rows: Sequence[Mapping[str, Any]], suite: str | None) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    # Rows join the table that ends the file; behind anything else a table begins.
+    last = next((place for place in reversed(range(len(lines))) if not lines[place].startswith("|")), -1)
+    joins = lines[last + 1 : last + 3] == _head()
+    added = [*([] if joins else [*([""] if lines else []), *_head()]), *map(_row, rows)]
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n".join(added) + "\n")
+
+
+_WRITERS = {".json": _write_json, ".csv": _append_csv, ".md": _append_markdown}
+
+
+def _head() -> list[str]:
+    return ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+
+
+def _row(result: Mapping[str, Any]) -> str:
+    return "| " + " | ".join(say(result).replace("|", "/") for say in _COLUMNS.values()) + " |"
+
+
+def _estimator(row: Mapping[str, Any]) -> str:
+    draws = row["num_samples"]
+    return str(row["estimator"]) if draws is None or draws == 1 else f"{row['estimator']}, {draws} draws"
+
+
+def _number(value: float | None, places: int) -> str:
+    return "unknown" if value is None or math.isnan(value) else f"{value:.{places}f}"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+__all__ = [
+    "FIELDS",
+    "Processes",
+    "Progress",
+    "ScoresFile",
+    "check_outputs",
+    "config_identity",
+    "data_identity",
+    "digest",
+    "library_versions",
+    "markdown",
+    "score_shared",
+    "tokenizer_identity",
+    "weights_digest",
+    "write_results",
+]

@@ -1,0 +1,1 @@
+"""Plots, report pages, speed and quality measurements."""

@@ -1,0 +1,79 @@
+"""`bd3lm report`: one page and pictures of what runs and evaluations left behind, for a reader who did not see them.
+
+bd3lm report RUN... [--output report.html]
+
+RUN is the folder of a training run, finished or not; a folder that holds runs or results; or a result file: of eval,
+quality or compare (.json), or samples (.jsonl). The page needs nothing else, and lies beside its figures as PNG.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from bd3lm_hf.generation.samples import check_output
+from bd3lm_hf.reports.plotting import (
+    Figure,
+    as_png,
+    check_matplotlib,
+    curves,
+    intervals,
+    speed_quality_figure,
+    variances,
+)
+from bd3lm_hf.reports.report_html import page
+from bd3lm_hf.reports.run_reader import Material, read_material
+
+
+def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
+    """Read, draw, and write the page and its pictures, `<name of the page>-<figure>.png`.
+
+    Equal files give equal bytes: nothing in the page comes from a clock.
+
+    Returns:
+        The files, the page first.
+
+    Raises:
+        ValueError: an output that can not be written, no matplotlib, or files that can not be read: see
+            `read_material`.
+    """
+    check_output(output, "--output")
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--output {output}: a report is a page, so its name ends in .html.")
+    check_matplotlib()
+    material = read_material(paths)
+    figures = draw(material)
+    output.write_text(page(material, figures), encoding="utf-8")
+    written = [output]
+    for figure in (figure for group in figures.values() for figure in group):
+        written.append(output.with_name(f"{output.stem}-{figure.name}.png"))
+        written[-1].write_bytes(as_png(figure))
+    return written
+
+
+def draw(material: Material) -> dict[str, list[Figure]]:
+    """Every figure that there are numbers for, by section of the page."""
+    noise = [intervals(material.runs), *(variances(run, n) for n, run in enumerate(material.runs, start=1))]
+    samplers = [speed_quality_figure(named, number) for number, named in enumerate(material.qualities, start=1)]
+    return {
+        "curves": curves(material.runs),
+        "noise": [figure for figure in noise if figure is not None],
+        "quality": [figure for figure in samplers if figure is not None],
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read the command line and write the report.
+
+    Raises:
+        ValueError: anything wrong with the arguments or the files.
+    """
+    parser = argparse.ArgumentParser(prog="bd3lm report", description=__doc__.split("\n\n")[2].replace("\n", " "))
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run, or a result file")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page (report.html)")
+    arguments = parser.parse_args(argv)
+    written = write_report(arguments.runs, arguments.output)
+    count = len(written) - 1
+    print(f"{written[0]}, and {count} figure{'' if count == 1 else 's'} as {written[0].stem}-*.png beside it")
+
+
+__all__ = ["draw", "main", "write_report"]

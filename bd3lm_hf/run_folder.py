@@ -1,0 +1,371 @@
+"""The folder of a run: which folders may be written to, and files that appear in them only when they are complete.
+
+A checkpoint is written in a staging folder, sealed with a list of its files, and renamed. Whatever kills the run, a
+folder `checkpoint-N` is then either whole or lacks something that its list names, and is not resumed from.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.utils import logging
+
+
+logger = logging.get_logger("bd3lm_hf.train")
+
+
+RECIPE_NAME = "recipe.yaml"  # also the sign that a folder belongs to a run of ours
+
+
+STAGING_NAME = ".incomplete"
+
+
+COMPLETE_NAME = "run.json"  # in every complete checkpoint: what the run needs to know to go on, and the list of files
+
+
+_REPLACED = ".replaced"
+
+
+_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model*")  # weights, shards, their indices
+
+
+class SaveError(OSError):
+    """A checkpoint or model could not be written. What was saved before is intact."""
+
+
+# Which folders may be written to
+
+
+def check_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume: bool = False) -> None:
+    """Refuse a folder that holds something a run would damage. Changes nothing.
+
+    A folder is free when it does not exist, is empty, or holds an earlier run of ours without checkpoints (its model
+    is replaced once the new one is complete).
+
+    Raises:
+        ValueError: the path is a file, holds foreign files, or checkpoints of an earlier run.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file: name a folder.")
+    if overwrite or not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / RECIPE_NAME).is_file():
+        raise ValueError(
+            f"--output_dir {folder} is not empty and is no folder of an earlier run ({RECIPE_NAME} is missing): name "
+            f"another folder, or pass --overwrite_output_dir to train into it."
+        )
+    held = [path.name for path in _replaced(folder) + checkpoints(folder)]
+    if held and not resume:
+        raise ValueError(
+            f"--output_dir {folder} holds checkpoints of an earlier run, the last one {held[-1]}: continue it "
+            f"with --resume_from_checkpoint true, name another folder, or drop it with --overwrite_output_dir."
+        )
+
+
+def clear_output_dir(output_dir: str | Path) -> None:
+    """Remove checkpoints and unfinished files of an earlier run of ours; foreign files stay."""
+    folder = Path(output_dir)
+    clear_staging(folder)
+    if (folder / RECIPE_NAME).is_file():
+        for checkpoint in checkpoints(folder):
+            shutil.rmtree(checkpoint)
+
+
+# Staging
+
+
+def staging_folder(output_dir: str | Path) -> Path:
+    """Where files are written until they are complete; on the same file system as `output_dir`."""
+    return Path(output_dir) / STAGING_NAME
+
+
+def clear_staging(output_dir: str | Path) -> None:
+    """Remove what a run left unfinished, so that none of it gets into a later checkpoint."""
+    recover_output_dir(output_dir)
+    shutil.rmtree(staging_folder(output_dir), ignore_errors=True)
+
+
+def recover_output_dir(output_dir: str | Path) -> None:
+    """Put back a checkpoint that was about to be replaced when its run was killed."""
+    for replaced in _replaced(output_dir):
+        target = Path(output_dir) / replaced.name.removesuffix(_REPLACED)
+        if not target.exists():
+            os.rename(replaced, target)
+            _sync_folder(target.parent)
+
+
+def publish_folder(source: Path, target: Path) -> None:
+    """Make a complete folder appear under its final name in one step.
+
+    A folder of that name waits beside `source` while it is replaced; after a kill between the two renames,
+    [`recover_output_dir`] puts it back.
+    """
+    _flush(source)
+    replaced = source.with_name(f"{target.name}{_REPLACED}")
+    if target.exists():
+        os.rename(target, replaced)
+    os.rename(source, target)
+    _sync_folder(target.parent)
+    _sync_folder(source.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def publish_files(source: Path, target: Path) -> None:
+    """Move complete files into a folder, each in one step; files of `target` with other names stay.
+
+    Old weights go first and new ones come last: a kill in between leaves a folder without weights, which nobody can
+    load, instead of one with the weights of one model and the configuration of another.
+    """
+    _flush(source)
+    target.mkdir(parents=True, exist_ok=True)
+    new = [path for path in sorted(source.rglob("*")) if path.is_file()]
+    weights = [path for path in new if any(path.match(pattern) for pattern in _WEIGHTS)]
+    if weights:
+        for pattern in _WEIGHTS:
+            for old in target.glob(pattern):
+                old.unlink()
+    for path in [path for path in new if path not in weights] + weights:
+        destination = target / path.relative_to(source)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, destination)
+    for folder in {target, *(target / path.relative_to(source).parent for path in new)}:
+        _sync_folder(folder)
+    shutil.rmtree(source)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text file that is either the old one or the new one, whatever happens."""
+    unfinished = path.with_name(f".{path.name}.incomplete")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+# Complete checkpoints
+
+
+def mark_complete(folder: Path, content: dict[str, Any]) -> None:
+    """Write the seal of a checkpoint whose other files are all written: `content`, and every file with its size."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / COMPLETE_NAME]
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+    text = json.dumps({**content, "files": files}, indent=2, ensure_ascii=False)
+    (folder / COMPLETE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def checkpoint_to_resume(wanted: str | Path | bool, output_dir: str | Path) -> Path:
+    """The checkpoint that a run goes on from.
+
+    Args:
+        wanted: a checkpoint folder, or True for the last complete one of `output_dir`.
+
+    Raises:
+        ValueError: there is none that is complete and can be resumed.
+    """
+    found = last_complete_checkpoint(output_dir) if wanted is True else Path(str(wanted))
+    if found is None:
+        raise ValueError(f"there is no complete checkpoint in {output_dir}.")
+    read_completion_mark(found)
+    return found
+
+
+def read_completion_mark(folder: str | Path) -> dict[str, Any]:
+    """What [`seal_checkpoint`] wrote into a checkpoint that a run can go on from.
+
+    Raises:
+        ValueError: the checkpoint is not complete, and what is missing, or it holds the model only.
+    """
+    if reason := incomplete_because(folder):
+        raise ValueError(f"there is no complete checkpoint in {folder}: {reason}.")
+    seal: dict[str, Any] = json.loads(Path(folder, COMPLETE_NAME).read_text(encoding="utf-8"))
+    if not seal["resumable"]:
+        raise ValueError(
+            f"{folder} was saved with --save_only_model, without the optimizer's state: start a new run from its "
+            f"weights with --init_from {folder}."
+        )
+    return seal
+
+
+def incomplete_because(folder: str | Path) -> str | None:
+    """What a checkpoint lacks, in words; None when it is complete."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return "there is no such folder"
+    try:
+        files = json.loads((folder / COMPLETE_NAME).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"it has no {COMPLETE_NAME}, which is written last"
+    except (ValueError, KeyError):
+        return f"its {COMPLETE_NAME} is damaged"
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+    return None
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoint folders of a run by step, complete or not."""
+    found = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    return sorted((path for path in found if _step(path) is not None), key=lambda path: _step(path) or 0)
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The complete checkpoint with the highest step; others are named in a warning and left alone."""
+    for path in reversed(checkpoints(output_dir)):
+        reason = incomplete_because(path)
+        if reason is None:
+            return path
+        logger.warning(f"{path} is not complete and is passed over: {reason}.")
+    return None
+
+
+def remove_old_checkpoints(output_dir: str | Path, *, limit: int | None, keep: set[str]) -> None:
+    """Remove the oldest checkpoints beyond `limit`, but none of `keep`.
+
+    A folder leaves its name before its files are deleted: a kill leaves no half-deleted checkpoint.
+    """
+    if not limit or limit < 0:
+        return
+    ordered = sort_checkpoints(str(output_dir), use_mtime=True)
+    spare = [path for path in ordered if str(Path(path)) not in keep]
+    for path in spare[: max(0, len(ordered) - limit)]:
+        discarded = staging_folder(output_dir) / f"{Path(path).name}.deleted"
+        discarded.parent.mkdir(exist_ok=True)
+        os.rename(path, discarded)
+        shutil.rmtree(discarded, ignore_errors=True)
+
+
+def _replaced(output_dir: str | Path) -> list[Path]:
+    return sorted(staging_folder(output_dir).glob(f"*{_REPLACED}"))
+
+
+def _step(path: Path) -> int | None:
+    number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(number) if number.isdecimal() else None
+
+
+# Disk
+
+
+@contextlib.contextmanager
+def saving(what: str, output_dir: str | Path, *, needed: int) -> Iterator[None]:
+    """Turn a failure to write into one clear error, with the staging folder emptied.
+
+    Args:
+        what: what is being saved, for the message.
+        needed: about how many bytes it takes.
+
+    Raises:
+        SaveError: writing failed. torch reports a full disk as RuntimeError, safetensors as an error of its own.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        clear_staging(output_dir)
+        last = last_complete_checkpoint(output_dir)
+        kept = f"The last complete checkpoint is {last}" if last else "No checkpoint had been saved yet"
+        raise SaveError(
+            f"{what} can not be saved in {output_dir} ({type(error).__name__}: {error}): it takes about "
+            f"{as_size(needed)}, and {as_size(free_bytes(output_dir))} are free. {kept}; make room, and go on with "
+            f"--resume_from_checkpoint true."
+        ) from error
+
+
+def warn_if_disk_is_full(output_dir: str | Path, *, needed: int) -> None:
+    """Say before training starts that a checkpoint of `needed` bytes will not fit."""
+    free = free_bytes(output_dir)
+    if free < needed:
+        logger.warning(
+            f"a checkpoint takes about {as_size(needed)}, but only {as_size(free)} are free for {output_dir}: make "
+            f"room before the first is saved."
+        )
+
+
+def free_bytes(folder: str | Path) -> int:
+    """Free space of the file system that a folder, which need not exist yet, lies on."""
+    path = Path(folder).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def as_size(size: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _flush(folder: Path) -> None:
+    """Have contents and names on disk before the final name is: after a power cut it must not lead to half a file."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _sync_folder(path)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt" or not folder.is_dir():  # Windows opens no folders; its renames are in its journal
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such thing
+            raise
+    finally:
+        os.close(descriptor)
+
+
+EMA_NAME = "ema.safetensors"  # in a checkpoint, beside the weights that training goes on from
+
+
+WEIGHTS_NAME = "weights.json"  # in every saved folder: which weights these are
+
+
+RESULTS_NAME = "results.json"
+
+
+SAMPLES_NAME = "samples.txt"
+
+__all__ = [
+    "COMPLETE_NAME",
+    "EMA_NAME",
+    "RECIPE_NAME",
+    "STAGING_NAME",
+    "SaveError",
+    "WEIGHTS_NAME",
+    "as_size",
+    "check_output_dir",
+    "checkpoint_to_resume",
+    "checkpoints",
+    "clear_output_dir",
+    "clear_staging",
+    "free_bytes",
+    "incomplete_because",
+    "last_complete_checkpoint",
+    "mark_complete",
+    "publish_files",
+    "publish_folder",
+    "read_completion_mark",
+    "recover_output_dir",
+    "remove_old_checkpoints",
+    "saving",
+    "staging_folder",
+    "warn_if_disk_is_full",
+    "write_atomically",
+]

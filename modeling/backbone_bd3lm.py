@@ -1,0 +1,442 @@
+"""What the models of this family share with transformers: loading, saving, initialisation, outputs, Auto classes.
+
+The two streams of block diffusion (arXiv 2503.09573, Sec. 3): the clean x_0, and noisy x_t that attend to it.
+
+The clean stream needs only itself, so it can be computed once, as a cache or in the same pass, and serve any number of
+noisy streams. A text of one block has no earlier block to read: its noisy streams go alone.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+from transformers.utils import can_return_tuple
+
+from .attention_bd3lm import AttentionPlan, Layout, block_causal_plan, token_layout, two_stream_plan
+from .cache_bd3lm import BlockCache
+from .configuration_bd3lm import BD3LMConfig
+from .layers_bd3lm import (
+    BD3LMBlock,
+    BD3LMEmbedding,
+    BD3LMFinalLayer,
+    BD3LMLayerNorm,
+    BD3LMRotaryEmbedding,
+    BD3LMZeroLinear,
+    ForwardContext,
+    Modulation,
+    TimestepEmbedder,
+)
+from .linear_bd3lm import NOT_PREPACKED, PrepackedLinears, is_sharded
+from .saving_bd3lm import SelfContainedModel
+
+
+@dataclass
+class BD3LMOutput(ModelOutput):
+    """Output of [`BD3LMForMaskedLM`].
+
+    Args:
+        loss: scalar, nats per scored token, when `labels` are given.
+        logits: `(batch, length, vocab_size)`, raw: no SUBS parameterisation; absent when `labels` are given, so that
+            no `(batch, length, vocab_size)` tensor is ever built in training or gathered in evaluation.
+        past_key_values: the cache, when one was used.
+        hidden_states: embeddings and the output of each layer, when asked for.
+        attentions: attention weights of each layer, when asked for (eager attention only).
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class BD3LMPreTrainedModel(SelfContainedModel):
+    """Loading, saving and initialisation shared by the models on this backbone."""
+
+    config_class = BD3LMConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BD3LMBlock"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = False
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _supports_context_parallel = False
+    _keep_in_fp32_modules_strict = ["inv_freq"]
+
+    @property
+    def dummy_inputs(self) -> dict[str, torch.Tensor]:
+        """Seeded inputs of a forward pass without a loss, on the CPU."""
+        config, generator = self.config, torch.Generator().manual_seed(0)
+        length = min(config.model_length, 4 * config.block_size)
+        inputs = {"input_ids": torch.randint(0, config.vocab_size, (2, length), generator=generator)}
+        return {**inputs, "timesteps": torch.tensor([0.1, 1.0])} if config.time_conditioning else inputs
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The published initialisation: PyTorch's defaults, with adaLN and the head at zero.
+
+        A fresh model has gates of zero, so every layer is the identity and the logits are uniform.
+        """
+        if isinstance(module, BD3LMEmbedding):
+            init.kaiming_uniform_(module.embedding, a=math.sqrt(5))
+        elif isinstance(module, BD3LMZeroLinear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = 1 / math.sqrt(module.in_features)
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, BD3LMLayerNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, BD3LMRotaryEmbedding):
+            init.copy_(module.inv_freq, module.frequencies(torch.float32))
+        if "sampling_eps_min" in module._buffers:
+            init.constant_(module.get_buffer("sampling_eps_min"), float(self.config.sampling_eps_min))
+            init.constant_(module.get_buffer("sampling_eps_max"), float(self.config.sampling_eps_max))
+
+
+# Of every layer and the final norm: what adaLN makes it from, or folded into norms and gates.
+Modulations = list[torch.Tensor | Modulation | tuple[torch.Tensor, torch.Tensor | None] | None]
+
+
+class BD3LMModel(BD3LMPreTrainedModel):
+    """The backbone: token ids to normed hidden states, ready for the head. It knows nothing of noise or losses."""
+
+    def __init__(self, config: BD3LMConfig) -> None:
+        super().__init__(config)
+        self.vocab_embed: nn.Module = BD3LMEmbedding(config.vocab_size, config.hidden_dim)
+        if config.adaln:
+            self.sigma_map = TimestepEmbedder(config.cond_dim)
+        self.rotary_emb = BD3LMRotaryEmbedding(config)
+        self.blocks = nn.ModuleList(BD3LMBlock(config, i) for i in range(config.n_blocks))
+        self.output_layer = BD3LMFinalLayer(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vocab_embed
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.vocab_embed = value
+
+    def linears(self) -> list[nn.Module]:
+        """The layers whose products make up the cost of a pass."""
+        return [layer for block in self.blocks for layer in cast(BD3LMBlock, block).linears()]
+
+    def modulations(self, timesteps: torch.Tensor | None, device: torch.device) -> Modulations:
+        """What gives every layer and the final norm their shifts, scales and gates.
+
+        In training the conditioning vector itself, of which each layer makes its own modulation when it is called:
+        checkpointing recomputes it, and weights that are spread over processes are whole then. Otherwise each layer's
+        modulation, folded once for a whole decode.
+
+        Args:
+            timesteps: noise levels sigma `(batch,)`, read only by time-conditioned models; the others, as published,
+                feed a zero to the same weights, which gives one learned modulation for all inputs.
+        """
+        conditioning = None
+        if self.config.adaln:
+            if self.config.time_conditioning:
+                if timesteps is None:
+                    raise ValueError(
+                        "this model has time_conditioning=True: pass timesteps, the noise levels sigma, one per "
+                        "sequence."
+                    )
+                sigma = timesteps.reshape(-1)
+            else:
+                sigma = torch.zeros(1, device=device)
+            conditioning = F.silu(self.sigma_map(sigma))
+        layers = [*self.blocks, self.output_layer]
+        if torch.is_grad_enabled() or any(map(is_sharded, layers)):
+            return [conditioning] * len(layers)
+        return [layer.fold(conditioning) for layer in layers]
+
+    def run(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        plan: AttentionPlan,
+        modulations: Modulations,
+        *,
+        past_key_values: Cache | None = None,
+        commit: int = 0,
+        rows: torch.Tensor | None = None,
+        linears: PrepackedLinears = NOT_PREPACKED,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> BaseModelOutputWithPast:
+        """One pass over the streams `[x_0 ; x_t]`, or over either alone, as `plan` says.
+
+        Args:
+            inputs_embeds: `(batch, length, hidden_dim)` of all streams.
+            position_ids: `(batch or 1, length)`.
+            rows: flat indices into the positions that have an output, `(batch * (length - plan.skip),)` at most. Only
+                these pass the last layer's MLP and come out.
+            linears: calls the layers' products; by default each layer itself.
+
+        Returns:
+            `last_hidden_state` of `(batch, length - plan.skip, hidden_dim)`, or `(rows, hidden_dim)`. Recorded hidden
+            states and attentions are those of the positions after `plan.skip`.
+        """
+        cos, sin = self.rotary_emb(position_ids, torch.float32)
+        shared = ForwardContext(plan, cos, sin, past_key_values, commit, rows, linears)
+        hidden_states = inputs_embeds
+        recorded: tuple[torch.Tensor, ...] = ()
+        attentions: tuple[torch.Tensor, ...] = ()
+        for index, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=False)):
+            if output_hidden_states:
+                # Without a stream to leave out, the tensor itself: a gradient reaches it, not a view of it.
+                recorded += (hidden_states[:, plan.skip :] if plan.skip else hidden_states,)
+            hidden_states, weights = block(hidden_states, modulation, shared, index == len(self.blocks) - 1)
+            if output_attentions:
+                attentions += (weights,)
+        if output_hidden_states:
+            recorded += (hidden_states,)
+        row = None if rows is None else rows // (inputs_embeds.shape[1] - plan.skip)
+        final = cast("torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] | None", modulations[-1])
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.output_layer.norm(hidden_states, final, row),
+            past_key_values=past_key_values,
+            hidden_states=recorded or None,
+            attentions=attentions or None,
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        clean_input_ids: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Normed hidden states `(batch, length, hidden_dim)`; arguments as in [`BD3LMForMaskedLM.forward`]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds.")
+        check_token_ids(input_ids, self.config.vocab_size, "input_ids")
+        check_token_ids(clean_input_ids, self.config.vocab_size, "clean_input_ids")
+        embeds = self.vocab_embed(input_ids) if inputs_embeds is None else inputs_embeds
+        length, device = embeds.shape[1], embeds.device
+        past_key_values, commit, past = self._open_cache(past_key_values, use_cache, length, attention_mask)
+        layout = token_layout(attention_mask, length, self.config.block_size, past=past, device=device)
+        position_ids = layout.position_ids[:, past:] if position_ids is None else position_ids
+        options = {"implementation": self.config._attn_implementation, "dtype": embeds.dtype}
+        if clean_input_ids is not None and (past_key_values is not None or clean_input_ids.shape != embeds.shape[:2]):
+            raise ValueError(
+                f"clean_input_ids of shape {tuple(clean_input_ids.shape)} must have the shape of the noisy input, "
+                f"{tuple(embeds.shape[:2])}, and no cache beside it: x_0 itself is the context."
+            )
+        if clean_input_ids is None or length <= self.config.block_size:
+            plan = block_causal_plan(layout, length, self.config.block_size, **options)
+        else:
+            plan = two_stream_plan(layout, self.config.block_size, **options)
+            embeds = torch.cat([self.vocab_embed(clean_input_ids), embeds], dim=1)
+            position_ids = torch.cat([position_ids, position_ids], dim=1)
+        return self.run(
+            embeds,
+            position_ids,
+            plan,
+            self.modulations(timesteps, device),
+            past_key_values=past_key_values,
+            commit=commit,
+            output_hidden_states=bool(
+                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            ),
+            output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
+        )
+
+    def _open_cache(
+        self, cache: Cache | None, use_cache: bool | None, length: int, attention_mask: torch.Tensor | None
+    ) -> tuple[Cache | None, int, int]:
+        """The cache of this pass, how many positions to write to it, and how many it holds."""
+        write = cache is not None if use_cache is None else use_cache
+        if cache is None:
+            cache = BlockCache() if write and not self.training else None
+            write = cache is not None
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if write:
+            self._check_whole_blocks(past + length, attention_mask)
+        return cache, length if write else 0, past
+
+    def _check_whole_blocks(self, width: int, attention_mask: torch.Tensor | None) -> None:
+        """Refuse to store a block that is not finished: its keys would never have seen the rest of it."""
+        tokens = [width]
+        if attention_mask is not None:
+            if torch.compiler.is_compiling() or attention_mask.device.type != "cpu":
+                return
+            tokens = attention_mask.sum(1).tolist()
+        size = self.config.block_size
+        if any(count % size for count in tokens):
+            raise ValueError(
+                f"use_cache=True would store {tokens} tokens in all, no whole number of blocks of {size}: a block is "
+                f"stored when it is finished, so pass whole blocks, or use_cache=False to read the cache only."
+            )
+
+
+class BD3LMLanguageModel(BD3LMPreTrainedModel):
+    """A backbone with its head, which the models of this family share: BD3-LM and the baselines."""
+
+    backbone_class: type[BD3LMModel] = BD3LMModel
+
+    def __init__(self, config: BD3LMConfig) -> None:
+        super().__init__(config)
+        if config.model_type != self.config_class.model_type:
+            raise ValueError(
+                f"a {type(self).__name__} can not be made from a {type(config).__name__} "
+                f"(model_type={config.model_type!r}): pass a {self.config_class.__name__}, or let "
+                f"AutoModelForCausalLM.from_config choose the class."
+            )
+        self.backbone = self.backbone_class(config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.vocab_embed
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.vocab_embed = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.backbone.output_layer.linear
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.backbone.output_layer.linear = value
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; the mask token keeps its id.
+
+        Raises:
+            ValueError: the new vocabulary would not hold the mask token.
+        """
+        if new_num_tokens is not None and new_num_tokens <= self.config.mask_token_id:
+            raise ValueError(
+                f"resize_token_embeddings({new_num_tokens}) would drop mask_token_id={self.config.mask_token_id}: "
+                f"keep at least {self.config.mask_token_id + 1} tokens."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+
+def register_auto_classes(head: type[BD3LMLanguageModel], *names: str) -> None:
+    """Have the Auto classes called `names` load a language model, `AutoModel` its backbone, in any saved folder."""
+    backbone = head.backbone_class
+    classes: dict[str, type] = {"AutoConfig": head.config_class, "AutoModel": backbone, **dict.fromkeys(names, head)}
+    head.auto_classes = backbone.auto_classes = classes
+    backbone.register_for_auto_class("AutoModel")
+    head.register_for_auto_class(names[0])
+
+
+def clean_cache(model: BD3LMLanguageModel, input_ids: torch.Tensor, layout: Layout) -> BlockCache:
+    """Keys and values of the clean stream; its last layer needs nothing else."""
+    backbone, config, length = model.backbone, model.config, input_ids.shape[1]
+    embeds, cache = backbone.vocab_embed(input_ids), BlockCache()
+    plan = block_causal_plan(
+        layout, length, config.block_size, implementation=config._attn_implementation, dtype=embeds.dtype
+    )
+    plan = AttentionPlan(plan.tiles, (), length)
+    modulations = backbone.modulations(None, input_ids.device)
+    backbone.run(embeds, layout.position_ids, plan, modulations, past_key_values=cache, commit=length)
+    return cache
+
+
+def noisy_hidden(
+    model: BD3LMLanguageModel,
+    x_t: torch.Tensor,
+    x_0: torch.Tensor,
+    layout: Layout,
+    rows: torch.Tensor,
+    sigma: torch.Tensor | None,
+    *,
+    cache: BlockCache | None = None,
+    draws: int = 1,
+) -> torch.Tensor:
+    """Normed hidden states of some positions of the noisy streams, `(rows, hidden_dim)`.
+
+    Args:
+        x_t: `(batch, draws * length)`, the noisy streams of each row side by side.
+        x_0: `(batch, length)`, the clean stream that all of them attend to.
+        rows: flat indices into x_t.
+        sigma: noise level `(batch,)` of each row, for time-conditioned models, which take one draw.
+        cache: what [`clean_cache`] gave; without it the clean stream is computed in this pass, with a gradient.
+    """
+    backbone, config = model.backbone, model.config
+    if config.num_blocks(x_0.shape[1]) == 1:
+        return _lone_hidden(model, x_t.view(-1, x_0.shape[1]), layout, rows, sigma, draws)
+    ids = x_t if cache is not None else torch.cat([x_0, x_t], dim=1)
+    embeds = backbone.vocab_embed(ids)
+    plan = two_stream_plan(
+        layout,
+        config.block_size,
+        draws=draws,
+        clean_cached=cache is not None,
+        implementation=config._attn_implementation,
+        dtype=embeds.dtype,
+    )
+    positions = layout.position_ids.repeat(1, draws + (cache is None))
+    modulations = backbone.modulations(sigma, x_t.device)
+    outputs = backbone.run(embeds, positions, plan, modulations, past_key_values=cache, rows=rows)
+    return cast(torch.Tensor, outputs.last_hidden_state)
+
+
+def _lone_hidden(
+    model: BD3LMLanguageModel,
+    x_t: torch.Tensor,
+    layout: Layout,
+    rows: torch.Tensor,
+    sigma: torch.Tensor | None,
+    draws: int,
+) -> torch.Tensor:
+    """[`noisy_hidden`] of texts of one block, `x_t` of `(batch * draws, length)`: full attention, half the work."""
+    backbone, config = model.backbone, model.config
+    if layout.valid is not None:
+        fields = (layout.position_ids, layout.block_ids, layout.valid)
+        layout = Layout(*(field.repeat_interleave(draws, dim=0) for field in fields))
+    embeds = backbone.vocab_embed(x_t)
+    options = {"implementation": config._attn_implementation, "dtype": embeds.dtype}
+    plan = block_causal_plan(layout, x_t.shape[1], config.block_size, **options)
+    modulations = backbone.modulations(sigma, x_t.device)
+    outputs = backbone.run(embeds, layout.position_ids, plan, modulations, rows=rows)
+    return cast(torch.Tensor, outputs.last_hidden_state)
+
+
+def check_token_ids(input_ids: torch.Tensor | None, vocab_size: int, name: str) -> None:
+    """Refuse ids outside the vocabulary while the error can still be understood.
+
+    On an accelerator the look would cost a synchronisation per step, and the device's own assertion catches it.
+
+    Raises:
+        ValueError: an id below 0 or not below `vocab_size`.
+    """
+    if input_ids is None or torch.compiler.is_compiling() or input_ids.device.type != "cpu" or not input_ids.numel():
+        return
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"{name} holds the id {low if low < 0 else high}, outside the vocabulary of {vocab_size} ids (0 to "
+            f"{vocab_size - 1}): use the tokenizer that the model was trained with."
+        )
+
+
+__all__ = [
+    "BD3LMLanguageModel",
+    "BD3LMModel",
+    "BD3LMOutput",
+    "BD3LMPreTrainedModel",
+    "check_token_ids",
+    "clean_cache",
+    "noisy_hidden",
+    "register_auto_classes",
+]

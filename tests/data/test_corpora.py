@@ -1,0 +1,83 @@
+import hashlib
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from bd3lm_hf.data import corpora
+from bd3lm_hf.data.corpora import Document, python_docs, python_source
+
+
+@pytest.fixture(scope="module")
+def docs() -> list[Document]:
+    return python_docs()
+
+
+@pytest.fixture(scope="module")
+def sources() -> list[Document]:
+    return python_source()
+
+
+def test_the_documentation_is_two_megabytes_of_english_in_hundreds_of_documents(docs: list[Document]) -> None:
+    assert len(docs) >= 500
+    assert 1_500_000 < sum(len(document.text) for document in docs) < 5_000_000
+    text = " ".join(document.text for document in docs).lower()
+    assert text.count(" the ") > 10_000
+
+
+def test_names_are_distinct_and_texts_are_not_empty(docs: list[Document], sources: list[Document]) -> None:
+    for documents in (docs, sources):
+        assert len({document.name for document in documents}) == len(documents)
+        assert all(document.text.strip() for document in documents)
+
+
+def test_the_documentation_holds_topics_modules_and_signatures(docs: list[Document]) -> None:
+    texts = {document.name: document.text for document in docs}
+    assert "assert" in texts["topic/assert"]
+    assert texts["module/textwrap"].startswith("textwrap\n\nText wrapping and filling.")
+    assert "textwrap.dedent(text)\n\nRemove any common leading whitespace" in texts["module/textwrap"]
+    assert "textwrap.TextWrapper.wrap(self, text)" in texts["module/textwrap"]
+
+
+def test_tests_and_installed_packages_are_no_documentation(docs: list[Document]) -> None:
+    parts = {part for document in docs for part in document.name.replace("/", ".").split(".")}
+    assert parts.isdisjoint({"test", "tests", "idle_test", "site-packages"})
+
+
+def test_no_document_depends_on_where_python_is_installed(docs: list[Document], sources: list[Document]) -> None:
+    root = sysconfig.get_path("stdlib")
+    assert not any(root in document.name for document in docs + sources)
+    assert not any("_sysconfigdata" in document.name for document in sources)
+
+
+def test_the_sources_are_python_files_and_larger_than_the_documentation(
+    docs: list[Document], sources: list[Document]
+) -> None:
+    texts = {document.name: document.text for document in sources}
+    assert "def dedent(text):" in texts["textwrap.py"]
+    assert all(name.endswith(".py") for name in texts)
+    assert sum(map(len, texts.values())) > 3 * sum(len(document.text) for document in docs)
+
+
+def test_another_process_finds_the_same_documents_and_imports_none_of_the_modules(docs: list[Document]) -> None:
+    code = (
+        "import hashlib, sys; from bd3lm_hf.data.corpora import python_docs;"
+        "print(hashlib.sha256(repr(python_docs()).encode()).hexdigest(), {'turtle', 'this'} & set(sys.modules))"
+    )
+    root = Path(__file__).parents[2]
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout
+    assert printed.split() == [hashlib.sha256(repr(docs).encode()).hexdigest(), "set()"]
+
+
+def test_a_python_without_source_files_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(ValueError, match="source files are not in .*; use a Python that has them"):
+        python_source()
+
+
+def test_a_python_without_topics_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(ValueError, match="no module pydoc_data.topics.*install Python's full standard library"):
+        python_docs()

@@ -1,0 +1,338 @@
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, IterableDataset, load_dataset
+
+from bd3lm_hf.data import documents
+from bd3lm_hf.data.documents import DATASETS, DatasetSpec, held_out_score, load_text, pack
+from bd3lm_hf.data.sources import detokenizer
+from bd3lm_hf.tokenization import load_tokenizer
+
+
+HUB = sorted({row.name for row in DATASETS.values() if row.path})
+RAW = 'The team \'s captain , who was 21 , said : " we won ! " It rained .'
+
+
+def local_copy(folder: Path, spec: DatasetSpec, rows: int = 6) -> str:
+    """A tiny sample in the schema of the row: every split of the source as a parquet file."""
+    for name in set(spec.splits.values()) or {"train", "validation", "test"}:
+        texts = [f"{RAW} {name} {i}" for i in range(rows)]
+        table = Dataset.from_dict({"label": range(rows), spec.text_column or "text": texts})
+        table.to_parquet(folder / f"{name}-00000-of-00001.parquet")
+    return str(folder)
+
+
+@pytest.fixture
+def small_tail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenWebText with 2 documents of validation instead of 100,000."""
+    monkeypatch.setitem(documents.DATASETS, "openwebtext", replace(DATASETS["openwebtext"], tail=2))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", [name for name in HUB if name != "openwebtext"])
+def test_every_row_reads_a_local_copy_in_the_hubs_schema(tmp_path: Path, name: str, streaming: bool) -> None:
+    spec = DATASETS[name.replace("_", "-")]
+    source = local_copy(tmp_path, spec)
+    clean = detokenizer(spec.detokenizer) if spec.detokenizer else str
+    for split in spec.splits or ("train", "validation", "test"):
+        dataset = load_text(name, split=split, source=source, streaming=streaming)
+        assert dataset.column_names in (["text"], None)
+        of = spec.splits.get(split, split)
+        assert [row["text"] for row in dataset] == [clean(f"{RAW} {of} {i}") for i in range(6)]
+
+
+def test_openwebtext_validates_on_its_last_documents(tmp_path: Path, small_tail: None) -> None:
+    source = local_copy(tmp_path, DATASETS["openwebtext"])
+    assert [text[-1] for text in load_text("openwebtext", source=source)["text"]] == list("0123")
+    assert [text[-1] for text in load_text("openwebtext", split="validation", source=source)["text"]] == list("45")
+
+
+def test_a_stream_with_a_tail_needs_the_number_of_documents(tmp_path: Path, small_tail: None) -> None:
+    source = local_copy(tmp_path, DATASETS["openwebtext"])
+    with pytest.raises(ValueError, match=r"all but the last 2 documents .* to stream it their number must be known"):
+        load_text("openwebtext", source=source, streaming=True)
+    known = replace(DATASETS["openwebtext"], path=source, data_dir=None, revision=None, documents=6)
+    ends = {s: [r["text"][-1] for r in load_text(known, split=s, streaming=True)] for s in ("train", "validation")}
+    assert ends == {"train": list("0123"), "validation": list("45")}
+
+
+@pytest.mark.parametrize("tail", [1, 3, 4, 5, 9])
+def test_the_tail_of_a_stream_reads_the_last_files_alone(tmp_path: Path, tail: int) -> None:
+    for i in range(5):  # two documents a file
+        lines = [json.dumps({"text": f"{i}{j}"}) for j in "ab"]
+        (tmp_path / f"train-{i}.jsonl").write_text("\n".join(lines))
+    spec = replace(DATASETS["openwebtext"], path=str(tmp_path), tail=tail, documents=10)
+    for unread in range(5 - -(-tail // 2)):
+        (tmp_path / f"train-{unread}.jsonl").write_text("broken on purpose")
+    found = [row["text"] for row in load_text(spec, split="validation", streaming=True)]
+    assert found == [f"{i}{j}" for i in range(5) for j in "ab"][-tail:]
+    with pytest.raises(ValueError, match="has 10 documents, but the last 10 are its validation split"):
+        load_text(replace(spec, tail=10), streaming=True)
+
+
+def test_a_sample_smaller_than_the_tail_is_refused(tmp_path: Path) -> None:
+    source = local_copy(tmp_path, DATASETS["openwebtext"])
+    with pytest.raises(ValueError, match="has 6 documents, but the last 100000 are its validation split"):
+        load_text("openwebtext", source=source)
+
+
+def test_a_single_file_serves_a_data_set_of_one_split(tmp_path: Path) -> None:
+    path = tmp_path / "lambada_test.jsonl"
+    path.write_text('{"text": "“Go,” he said "}\n')
+    assert load_text("lambada", split="test", source=str(path))["text"][:] == ['\n"Go," he said']
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_text8_is_cut_into_90_5_and_5_per_cent(tmp_path: Path, end: str) -> None:
+    (tmp_path / "text8.txt").write_text(" a" * 450 + " b" * 25 + " c" * 25 + end)
+    source = str(tmp_path / "text8.txt")
+    # The published pieces of 256 characters.
+    assert load_text("text8", source=source)["text"][:] == [" a" * 128] * 3 + [" a" * 66]
+    assert load_text("text8", split="validation", source=source)["text"][:] == [" b" * 25]
+    assert load_text("text8", split="test", source=source)["text"][:] == [" c" * 25 + end]
+
+
+@pytest.fixture(scope="module")
+def docs() -> dict[str, Dataset]:
+    return {split: load_text("python-docs", split=split) for split in ("train", "validation", "test")}
+
+
+def test_the_embedded_corpus_is_split_by_the_names_of_its_documents(docs: dict[str, Dataset]) -> None:
+    by_name = documents.python_docs()
+    by_text = {document.text: document.name for document in by_name}
+    for split, low, high in (("train", 0.1, 1.0), ("validation", 0.0, 0.05), ("test", 0.05, 0.1)):
+        scores = [held_out_score(by_text[text]) for text in docs[split]["text"]]
+        assert len(scores) >= 20
+        assert all(low <= score < high for score in scores)
+    assert sum(map(len, docs.values())) == len(by_name)
+
+
+def test_the_embedded_corpus_streams_too(docs: dict[str, Dataset]) -> None:
+    stream = load_text("python-docs", split="validation", streaming=True)
+    assert isinstance(stream, IterableDataset)
+    assert [row["text"] for row in stream] == docs["validation"]["text"][:]
+
+
+def test_the_embedded_corpus_goes_the_whole_way_to_sequences(docs: dict[str, Dataset]) -> None:
+    tokenizer = load_tokenizer(texts=docs["validation"]["text"], vocab_size=512)
+    packed = pack(docs["validation"], tokenizer, length=64)
+    ids = [t for row in packed for t, m in zip(row["input_ids"], row["attention_mask"], strict=True) if m]
+    texts = tokenizer.decode(ids).split(tokenizer.eos_token)
+    assert texts[:-1] == docs["validation"]["text"][:]
+    assert texts[-1] == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("someone/something", "Data sets that need no network: python-docs"), ("ptb", "download a parquet copy")],
+)
+def test_a_hub_data_set_that_can_not_be_had_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, name: str, advice: str
+) -> None:
+    def offline(*args, **kwargs):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(documents, "load_dataset", offline)
+    with pytest.raises(ValueError, match=rf"network is needed.*no route to the hub.*{advice}"):
+        load_text(name)
+
+
+#: Columns of the hub's repositories beside the text, and one example of each.
+OTHER_COLUMNS = {
+    "ag_news": {"label": 2},
+    "scientific_papers_arxiv": {"abstract": "An abstract.", "section_names": "introduction\nmethod"},
+    "scientific_papers_pubmed": {"abstract": "An abstract.", "section_names": "introduction\nmethod"},
+}
+
+
+def repository(folder: Path, spec: DatasetSpec) -> None:
+    """A tiny copy of a hub repository in its own layout: a folder of each configuration, a folder of each split."""
+    configuration = spec.data_dir or spec.config or "."
+    metadata = []
+    for split in sorted(set(spec.splits.values()) or {"train"}):
+        file = folder / configuration / split / "0000.parquet"
+        texts = [f"{RAW} {split} {i}" for i in range(6)] if spec.splits else [" text8" * 1000]
+        other = OTHER_COLUMNS.get(spec.name, {})
+        columns = {spec.text_column: texts} | {name: [value] * len(texts) for name, value in other.items()}
+        file.parent.mkdir(parents=True)
+        Dataset.from_dict(columns).to_parquet(file)
+        metadata.append(f"  - split: {split}\n    path: {configuration}/{split}/*.parquet\n")
+    if spec.config:
+        card = f"---\nconfigs:\n- config_name: {spec.config}\n  data_files:\n{''.join(metadata)}---\n"
+        (folder / "README.md").write_text(card)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """The hub is the test's folder; what it is asked for."""
+    asked: dict = {}
+
+    def load(path: str, **settings):
+        asked.update(settings, path=path)
+        return load_dataset(str(tmp_path), **{**settings, "revision": None})
+
+    monkeypatch.setattr(documents, "load_dataset", load)
+    return asked
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", [name for name in HUB if DATASETS[name.replace("_", "-")].splits])
+def test_every_row_reads_its_hub_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: dict, name: str, streaming: bool
+) -> None:
+    spec = DATASETS[name.replace("_", "-")]
+    if spec.tail:
+        spec = replace(spec, tail=2, documents=6)
+        monkeypatch.setitem(documents.DATASETS, name.replace("_", "-"), spec)
+    repository(tmp_path, spec)
+    clean = detokenizer(spec.detokenizer) if spec.detokenizer else str
+    for split, origin in spec.splits.items():
+        texts = [row["text"] for row in load_text(name, split=split, streaming=streaming)]
+        expected = [clean(f"{RAW} {origin} {i}") for i in range(6)]
+        if spec.tail:
+            expected = expected[:-2] if split == "train" else expected[-2:]
+        assert texts == expected
+    wanted = {"path": spec.path, "name": spec.config, "data_dir": spec.data_dir, "revision": spec.revision}
+    assert {key: hub[key] for key in wanted} == wanted
+
+
+def test_text8_of_the_hub_is_cut_here_unless_it_is_cut_already(tmp_path: Path, hub: dict) -> None:
+    repository(tmp_path, DATASETS["text8"])
+    assert [sum(map(len, load_text("text8", split=split)["text"])) for split in documents.SPLITS] == [5400, 300, 300]
+    for split, text in (("validation", "v" * 300), ("test", "t" * 10)):
+        (tmp_path / split).mkdir()
+        Dataset.from_dict({"text": [text]}).to_parquet(tmp_path / split / "0000.parquet")
+    for streaming in (False, True):
+        lengths = {
+            s: [len(r["text"]) for r in load_text("text8", split=s, streaming=streaming)] for s in documents.SPLITS
+        }
+        assert lengths == {"train": [256] * 23 + [112], "validation": [256, 44], "test": [10]}
+
+
+def test_any_hub_name_and_configuration_is_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Dataset.from_dict({"body": [f"text {i}" for i in range(50)]}).to_parquet(tmp_path / "train.parquet")
+    asked = {}
+    monkeypatch.setattr(
+        documents,
+        "load_dataset",
+        lambda path, **settings: asked.update(settings, path=path) or load_dataset(str(tmp_path)),
+    )
+    train, held_out = (load_text("owner/set", split=s, config_name="small") for s in ("train", "validation"))
+    assert (asked["path"], asked["name"]) == ("owner/set", "small")
+    assert set(train["text"]).isdisjoint(held_out["text"])
+    with pytest.raises(ValueError, match="config_name is 'small', but 'python-docs' has no configurations"):
+        load_text("python-docs", config_name="small")
+
+
+def rows(folder: Path, columns: dict) -> str:
+    Dataset.from_dict(columns).to_parquet(folder / "train.parquet")
+    Dataset.from_dict(columns).to_parquet(folder / "validation.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_unknown_column_lists_the_columns(tmp_path: Path, streaming: bool) -> None:
+    path = rows(tmp_path, {"title": ["a"], "body": ["b"], "year": [1]})
+    with pytest.raises(ValueError, match="no column 'text2'; its columns are: title, body, year"):
+        load_text(path, text_column="text2", streaming=streaming)
+    with pytest.raises(ValueError, match="Which column .* holds the text.*its columns are: title, body, year"):
+        load_text(path, streaming=streaming)
+    with pytest.raises(ValueError, match="column 'year' .* holds int64, not text"):
+        load_text(path, text_column="year", streaming=streaming)
+    assert [row["text"] for row in load_text(path, text_column="body", streaming=streaming)] == ["b"]
+
+
+def test_the_only_column_of_strings_is_the_text(tmp_path: Path) -> None:
+    assert load_text(rows(tmp_path, {"year": [1], "body": ["b"]}))["text"][:] == ["b"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_without_text_is_named_and_skipped_on_request(tmp_path: Path, streaming: bool) -> None:
+    path = rows(tmp_path, {"text": ["a", "b", None, "d"]})
+    with pytest.raises(ValueError, match=r"Row 2 of '.*train\.parquet' has no text \(null\): .*skip_bad_rows=True"):
+        list(load_text(path, streaming=streaming))
+    kept = load_text(path, streaming=streaming, skip_bad_rows=True)
+    assert [row["text"] for row in kept] == ["a", "b", "d"]
+
+
+def test_many_rows_without_text_are_counted(tmp_path: Path) -> None:
+    path = rows(tmp_path, {"text": ["a", *[None] * 8]})
+    with pytest.raises(
+        ValueError, match=r"Row 1 of .*; Row 5 of .*train\.parquet' has no text \(null\); and 3 more: repair"
+    ):
+        load_text(path)
+
+
+def test_a_data_set_without_documents_is_refused(tmp_path: Path) -> None:
+    path = rows(tmp_path, {"text": ["a"]})
+    Dataset.from_dict({"text": ["a"]}).filter(lambda row: False).to_parquet(tmp_path / "validation.parquet")
+    with pytest.raises(ValueError, match=r"validation\.parquet is empty: it has no row"):
+        load_text(path, split="validation")
+
+
+def test_two_documents_are_too_few_for_a_test_split(tmp_path: Path) -> None:
+    Dataset.from_dict({"text": ["a", "b"]}).to_parquet(tmp_path / "two.parquet")
+    with pytest.raises(ValueError, match="The split 'test' of .* is empty"):
+        load_text(str(tmp_path), split="test")
+
+
+def test_what_is_held_out_depends_on_what_the_source_has(tmp_path: Path) -> None:
+    texts = [f"document {i}" for i in range(100)]
+    Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "train.parquet")
+    assert 85 <= len(load_text(str(tmp_path))) <= 94
+    assert len(load_text(str(tmp_path), split="test")) >= 1
+    Dataset.from_dict({"text": ["t"]}).to_parquet(tmp_path / "test.parquet")
+    assert len(load_text(str(tmp_path))) + len(load_text(str(tmp_path), split="validation")) == 100
+    assert load_text(str(tmp_path), split="test")["text"][:] == ["t"]
+    Dataset.from_dict({"text": ["v"]}).to_parquet(tmp_path / "validation.parquet")
+    assert load_text(str(tmp_path))["text"][:] == texts
+    (tmp_path / "test.parquet").unlink()
+    assert load_text(str(tmp_path))["text"][:] == texts
+
+
+def test_a_split_that_the_source_has_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no split 'test'; its source has: train, validation"):
+        load_text(rows(tmp_path, {"text": ["a"]}), split="test")
+    with pytest.raises(ValueError, match="split is 'dev'; it must be one of: train, validation, test"):
+        load_text("python-docs", split="dev")
+    with pytest.raises(ValueError, match="'lambada' has no split 'train'.*there are: validation, test"):
+        load_text("lambada", source=local_copy(tmp_path / "copy", DATASETS["lambada"]))
+
+
+def test_detokenized_text_is_found_again_in_the_cache(tmp_path: Path) -> None:
+    source = local_copy(tmp_path, DATASETS["ptb"])
+    files = [load_text("ptb", source=source).cache_files[0]["filename"] for _ in range(2)]
+    assert files[0] == files[1]
+    assert load_text("ptb", source=source)["text"][0].startswith("The team's captain")
+
+
+@pytest.mark.parametrize("skip_bad_rows", [False, True])
+def test_a_file_that_changed_is_read_anew(tmp_path: Path, skip_bad_rows: bool) -> None:
+    (tmp_path / "validation.jsonl").write_text('{"text": "x"}\n')
+    for word in ("old", "new"):  # of the same size
+        (tmp_path / "train.jsonl").write_text(f'{{"text": "{word}"}}\n')
+        os.utime(tmp_path / "train.jsonl", (0, 1_000 * len(word) + (word == "new")))
+        assert load_text(str(tmp_path), skip_bad_rows=skip_bad_rows)["text"][:] == [word]
+
+
+def test_rows_of_the_hub_without_text_are_named_by_split_and_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows(tmp_path, {"text": ["a", None, "b"]})
+    monkeypatch.setattr(documents, "load_dataset", lambda path, **settings: load_dataset(str(tmp_path), **settings))
+    for streaming in (False, True):
+        with pytest.raises(
+            ValueError, match=r"Row 1 of the split 'train' of 'owner/set' has no text \(null\): .*skip"
+        ):
+            list(load_text("owner/set", streaming=streaming))
+        kept = load_text("owner/set", streaming=streaming, skip_bad_rows=True)
+        assert [row["text"] for row in kept] == ["a", "b"]
+
+
+def test_a_stream_of_one_text_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("one document")
+    with pytest.raises(ValueError, match="book.txt' is one document, which a stream can not cut"):
+        load_text(str(tmp_path / "book.txt"), streaming=True)

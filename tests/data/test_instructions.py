@@ -1,0 +1,229 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from bd3lm_hf.data.documents import find_schema, load_rows
+from bd3lm_hf.data.files import Messages, PromptCompletion, TextRow
+from bd3lm_hf.data.instructions import encode_rows, texts_of
+from bd3lm_hf.evaluation.perplexity import perplexity
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+
+
+TURN = "{{ '<bos>' + m.role + ':' }}"
+PLAIN = "{% for m in messages %}" + TURN + "{{ m.content + '<eos>\n' }}{% endfor %}"
+PLAIN += "{% if add_generation_prompt %}{{ '<bos>assistant:' }}{% endif %}"
+MARKED = "{% for m in messages %}" + TURN + "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<eos>' }}"
+MARKED += "{% endgeneration %}{{ '\n' }}{% else %}{{ m.content + '<eos>\n' }}{% endif %}{% endfor %}"
+CHAT = [
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "two."},
+    {"role": "user", "content": "three?"},
+    {"role": "assistant", "content": "four."},
+]
+
+
+@pytest.fixture
+def encode(tiny_tokenizer):
+    """A function that encodes prompt/completion pairs or conversations of one row each."""
+
+    def of(*rows, **options):
+        if isinstance(rows[0], tuple):
+            table = {"prompt": [row[0] for row in rows], "completion": [row[1] for row in rows]}
+            schema = PromptCompletion()
+        else:
+            table, schema = {"messages": [json.dumps(row) for row in rows]}, Messages()
+        defaults = {"length": 256, "block_size": 4}
+        return encode_rows(Dataset.from_dict(table), schema, tiny_tokenizer, **{**defaults, **options})
+
+    return of
+
+
+def learned(tokenizer, row) -> str:
+    return tokenizer.decode([label for label in row["labels"] if label != -100])
+
+
+def given(tokenizer, row) -> str:
+    return tokenizer.decode([i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100])
+
+
+def test_the_prompt_is_given_and_the_completion_is_learned(encode, tiny_tokenizer) -> None:
+    (row,) = encode(("A prompt", " and its end"))
+    assert given(tiny_tokenizer, row) == "A prompt"
+    assert learned(tiny_tokenizer, row).replace("<eos>", "") == " and its end"
+    assert row["attention_mask"] == [1] * len(row["input_ids"])
+    prompt = tiny_tokenizer("A prompt")["input_ids"]
+    assert row["input_ids"][: len(prompt)] == prompt  # the sequence starts with it
+    assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 8])
+def test_end_tokens_fill_the_last_block_and_are_learned_there(encode, tiny_tokenizer, block_size) -> None:
+    completions = [" x" * count for count in range(9)]
+    for completion, row in zip(
+        completions, encode(*(("ab", text) for text in completions), block_size=block_size), strict=True
+    ):
+        used = len(tiny_tokenizer("ab")["input_ids"]) + len(tiny_tokenizer(completion)["input_ids"])
+        ends = len(row["input_ids"]) - used
+        assert 1 <= ends <= block_size
+        assert len(row["input_ids"]) % block_size == 0
+        assert row["input_ids"][used:] == row["labels"][used:] == [tiny_tokenizer.eos_token_id] * ends
+
+
+def test_an_empty_prompt_is_the_begin_token_from_which_text_is_written(encode, tiny_tokenizer) -> None:
+    (row,) = encode(("", "text"))
+    assert row["input_ids"][0] == tiny_tokenizer.bos_token_id
+    assert given(tiny_tokenizer, row) == "<bos>"
+
+
+def test_names_of_control_tokens_in_data_are_text(encode, tiny_tokenizer) -> None:
+    (row,) = encode(("say <mask>", " <eos> no"))
+    assert tiny_tokenizer.mask_token_id not in row["input_ids"]
+    assert row["labels"].index(tiny_tokenizer.eos_token_id) >= len(row["labels"]) - 4
+
+
+def test_a_marked_template_teaches_every_turn_of_the_assistant(encode, tiny_tokenizer) -> None:
+    tiny_tokenizer.chat_template = MARKED
+    (row,) = encode(CHAT)
+    text = learned(tiny_tokenizer, row)
+    assert text.startswith("two.<eos>four.<eos>")
+    assert text.removeprefix("two.<eos>four.<eos>").replace("<eos>", "") == ""
+    assert given(tiny_tokenizer, row) == "<bos>user:one?<eos>\n<bos>assistant:\n<bos>user:three?<eos>\n<bos>assistant:"
+    assert row["input_ids"][-1] == tiny_tokenizer.eos_token_id
+
+
+def test_what_follows_the_last_answer_is_left_out(encode, tiny_tokenizer) -> None:
+    tiny_tokenizer.chat_template = MARKED
+    one, two = encode(CHAT[:2], CHAT[:3])
+    assert one == two
+
+
+def test_without_marks_the_last_turn_is_learned_and_ends_with_its_end_token(encode, tiny_tokenizer) -> None:
+    tiny_tokenizer.chat_template = PLAIN
+    (row,) = encode(CHAT)
+    assert learned(tiny_tokenizer, row).replace("<eos>", "") == "four."
+    asked = tiny_tokenizer.apply_chat_template(CHAT[:3], add_generation_prompt=True, return_dict=False)
+    assert row["input_ids"][: len(asked)] == asked  # as the model is asked later
+    assert row["labels"][: len(asked)] == [-100] * len(asked)
+
+
+def test_without_marks_a_conversation_must_end_with_an_answer(encode, tiny_tokenizer) -> None:
+    tiny_tokenizer.chat_template = PLAIN
+    with pytest.raises(ValueError, match=r"end with the role 'user': .*mark.*\{% generation %\}"):
+        encode(CHAT[:3])
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused(encode, tiny_tokenizer) -> None:
+    tiny_tokenizer.chat_template = "{{ messages | length }}" + PLAIN
+    with pytest.raises(ValueError, match="differently with and without their last turn"):
+        encode(CHAT)
+
+
+def test_a_template_that_writes_no_answer_is_refused(encode, tiny_tokenizer) -> None:
+    tiny_tokenizer.chat_template = "{% if false %}{% generation %}{% endgeneration %}{% endif %}nothing"
+    with pytest.raises(ValueError, match="writes no token of the assistant"):
+        encode(CHAT)
+
+
+def test_messages_need_a_chat_template(encode) -> None:
+    with pytest.raises(ValueError, match=r"has no chat template.*columns prompt and completion"):
+        encode(CHAT)
+
+
+def test_long_rows_are_never_cut(encode, caplog) -> None:
+    rows = [("short", " row"), ("This is a long", " row" * 40), ("short", " too")]
+    with pytest.raises(
+        ValueError, match=r"1 of 3 rows have more than 32 tokens, up to \d+; .*'This is .*No row is cut"
+    ):
+        encode(*rows, length=32)
+    assert len(encode(*rows, length=32, long_rows="drop")) == 2
+    assert "Dropped rows: 1 of 3 rows have more than 32 tokens" in caplog.text
+    with pytest.raises(ValueError, match="1 of 1 rows .*: none is left. Raise model_length"):
+        encode(rows[1], length=32, long_rows="drop")
+    with pytest.raises(ValueError, match="long_rows is 'cut'; it must be one of: error, drop"):
+        encode(*rows, long_rows="cut")
+
+
+def test_the_end_tokens_count_for_the_length(encode, tiny_tokenizer) -> None:
+    text = " x" * 8
+    used = len(tiny_tokenizer(text)["input_ids"]) + 1
+    assert used % 4
+    assert len(encode(("", text), length=-(-used // 4) * 4)) == 1
+    with pytest.raises(ValueError, match="rows have more than"):
+        encode(("", text), length=used)
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_the_result_does_not_depend_on_workers(encode, num_proc) -> None:
+    rows = [(f"prompt {i}", f" completion {i}" * (i % 5)) for i in range(20)]
+    assert encode(*rows, num_proc=num_proc)[:] == encode(*rows)[:]
+
+
+def test_texts_to_train_a_tokenizer_on_are_all_parts() -> None:
+    assert list(texts_of(Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}), PromptCompletion())) == ["a", "b"]
+    rows = Dataset.from_dict({"messages": [json.dumps(CHAT)]})
+    assert list(texts_of(rows, Messages())) == ["one?", "two.", "three?", "four."]
+
+
+# From files
+
+
+def test_formats_are_found_by_columns_and_rows_are_held_out(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"prompt": f"p{i}", "completion": f"c{i}", "n": i}) + "\n" for i in range(60)))
+    assert isinstance(find_schema(str(pairs)), PromptCompletion)
+    parts = {split: load_rows(str(pairs), PromptCompletion(), split=split) for split in ("train", "validation")}
+    assert parts["train"].column_names == ["prompt", "completion"]
+    assert set(parts["train"]["prompt"]).isdisjoint(parts["validation"]["prompt"])
+    assert len(parts["validation"]) >= 1
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"messages": CHAT[: 2 + i % 3]}) + "\n" for i in range(30)))
+    assert isinstance(find_schema(str(chats)), Messages)
+    assert json.loads(load_rows(str(chats), Messages())["messages"][0])[:2] == CHAT[:2]
+    assert isinstance(find_schema("python-docs"), TextRow)
+
+
+def test_a_faulty_row_of_a_fine_tuning_is_named_and_skipped_on_request(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": 1}\n')
+    (tmp_path / "validation.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(ValueError, match=r"Line 2 of .*train\.jsonl' holds int in the column 'completion', not text"):
+        load_rows(str(tmp_path), PromptCompletion())
+    assert len(load_rows(str(tmp_path), PromptCompletion(), skip_bad_rows=True)) == 1
+
+
+# To the loss
+
+
+@pytest.fixture
+def model(tiny_config, randomize, tiny_tokenizer):
+    tiny_config.vocab_size = len(tiny_tokenizer)
+    tiny_config.mask_token_id = tiny_tokenizer.mask_token_id
+    return randomize(BD3LMForMaskedLM(tiny_config)).eval()
+
+
+def test_perplexity_is_that_of_the_completion_given_the_prompt(encode, model, tiny_tokenizer) -> None:
+    rows = encode(("A block is", " written"), ("The quick", " brown fox"))
+    result = perplexity(model, rows, estimator="exact")
+    assert result.num_tokens == sum(label != -100 for row in rows for label in row["labels"])
+    by_hand = 0.0
+    for row in rows:
+        ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+        nll, mask = model.token_nll(ids, labels=labels, estimator="exact")
+        assert mask.bool().equal(labels != -100)
+        by_hand += nll.sum().item()
+    assert result.nll * result.num_tokens == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_another_prompt_changes_the_loss_and_padding_does_not(encode, model) -> None:
+    one, other = encode(("A block is", " written"), ("Every dog", " written"))
+    losses = [perplexity(model, [row], estimator="exact").nll for row in (one, other)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    padded = {
+        "input_ids": one["input_ids"] + [2] * 8,
+        "labels": one["labels"] + [-100] * 8,
+        "attention_mask": one["attention_mask"] + [0] * 8,
+    }
+    assert perplexity(model, [padded], estimator="exact").nll == pytest.approx(losses[0], rel=1e-5)

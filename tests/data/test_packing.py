@@ -1,0 +1,225 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from bd3lm_hf.data import packing
+from bd3lm_hf.data.packing import bytes_per_token, pack, pack_published, tokenize
+from bd3lm_hf.tokenization import train_tokenizer
+
+
+GOLDEN = Path(__file__).parents[1] / "golden/10_data"
+WORDS = ["block", "diffusion", "writes", "text,", "naïve", "and", "in", "any", "order;", ""]
+TEXTS = [" ".join(WORDS[i % 9 :] * (i % 7)) for i in range(57)]  # some are empty
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, vocab_size=300)
+
+
+@pytest.fixture
+def documents() -> Dataset:
+    return Dataset.from_dict({"text": TEXTS})
+
+
+def on_disk(folder: Path) -> Dataset:
+    Dataset.from_dict({"text": TEXTS}).save_to_disk(str(folder))
+    return Dataset.load_from_disk(str(folder))
+
+
+def stream_of(texts: list[str], tokenizer) -> list[int]:
+    """The one stream of tokens: every document that is not empty, with an end behind it."""
+    return [token for text in texts if text for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+
+
+def unpacked(packed: Dataset) -> list[int]:
+    return [
+        token for row in packed for token, mask in zip(row["input_ids"], row["attention_mask"], strict=True) if mask
+    ]
+
+
+@pytest.mark.parametrize("case", json.loads((GOLDEN / "packing.json").read_text()))
+def test_published_packing_gives_the_golden_sequences(case: dict) -> None:
+    settings = json.loads((GOLDEN / "config.json").read_text())
+    rows = pack_published(
+        case["input_ids"],
+        length=settings["block_size"],
+        begin=settings["bos"],
+        end=settings["eos"],
+        insert_special=case["insert_special_tokens"],
+    )
+    assert rows == case["output_input_ids"]
+    assert all(len(row) == case["attention_mask_length"] for row in rows)
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 1000])
+def test_packing_loses_no_token(documents: Dataset, tokenizer, length: int) -> None:
+    assert unpacked(pack(documents, tokenizer, length=length)) == stream_of(TEXTS, tokenizer)
+
+
+def test_text_comes_back_from_the_packed_sequences(documents: Dataset, tokenizer) -> None:
+    packed = pack(documents, tokenizer, length=16, insert_eos=False)
+    assert tokenizer.decode(unpacked(packed)) == "".join(TEXTS)
+
+
+def test_the_last_sequence_is_padded_on_the_right_and_not_scored(documents: Dataset, tokenizer) -> None:
+    packed = pack(documents, tokenizer, length=16)
+    used = len(stream_of(TEXTS, tokenizer)) % 16
+    assert 0 < used < 16
+    last = packed[-1]
+    assert last["attention_mask"] == [1] * used + [0] * (16 - used)
+    assert last["labels"] == last["input_ids"][:used] + [-100] * (16 - used)
+    assert last["input_ids"][used:] == [tokenizer.pad_token_id] * (16 - used)
+    full = packed.select(range(len(packed) - 1))
+    assert all(row["labels"] == row["input_ids"] and row["attention_mask"] == [1] * 16 for row in full)
+
+
+def test_the_last_incomplete_sequence_is_dropped_on_request(documents: Dataset, tokenizer) -> None:
+    kept = pack(documents, tokenizer, length=16)
+    dropped = pack(documents, tokenizer, length=16, drop_last=True)
+    assert dropped.to_dict() == kept.select(range(len(kept) - 1)).to_dict()
+
+
+def test_special_tokens_enclose_every_sequence(documents: Dataset, tokenizer) -> None:
+    packed = pack(documents, tokenizer, length=16, insert_special=True)
+    rows = [[t for t, mask in zip(r["input_ids"], r["attention_mask"], strict=True) if mask] for r in packed]
+    assert all(row[0] == tokenizer.bos_token_id and row[-1] == tokenizer.eos_token_id for row in rows)
+    assert [token for row in rows for token in row[1:-1]] == stream_of(TEXTS, tokenizer)
+
+
+def test_packing_does_not_depend_on_workers_or_batch_sizes(
+    tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = on_disk(tmp_path)
+    once = pack(documents, tokenizer, length=16).to_dict()
+    assert pack(documents, tokenizer, length=16, num_proc=2).to_dict() == once
+    monkeypatch.setattr(packing, "_SEQUENCES_PER_BATCH", 3)
+    monkeypatch.setattr(packing, "_DOCUMENTS_PER_BATCH", 5)
+    monkeypatch.setattr(packing, "_VERSION", -1)  # past the cache
+    assert pack(documents, tokenizer, length=16).to_dict() == once
+
+
+def test_published_packing_ends_empty_documents_too_and_drops_the_remainder(documents: Dataset, tokenizer) -> None:
+    rows = pack(documents, tokenizer, length=16, packing="published")["input_ids"]
+    tokens = [t for text in TEXTS for t in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    assert [token for row in rows for token in row] == tokens[: len(tokens) // 16 * 16]
+
+
+def test_published_packing_takes_the_first_id_of_the_encoded_token(documents: Dataset) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    bert_like = train_tokenizer(TEXTS, vocab_size=300)
+    bert_like.add_tokens(["[CLS]", "[SEP]"])
+    first = bert_like.convert_tokens_to_ids("[CLS]")
+    bert_like.eos_token = "[SEP]"
+    bert_like.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", first), ("[SEP]", first + 1)]
+    )
+    rows = pack(documents, bert_like, length=16, packing="published", insert_special=True)["input_ids"]
+    assert all(row[0] == first and row[-1] == first for row in rows)
+    assert first + 1 not in {token for row in rows for token in row}
+
+
+def test_names_of_special_tokens_in_a_document_are_text(tokenizer) -> None:
+    text = f"{tokenizer.mask_token} {tokenizer.eos_token}"
+    ids = tokenize(Dataset.from_dict({"text": [text]}), tokenizer, eos=None)[0]["input_ids"]
+    assert not {tokenizer.mask_token_id, tokenizer.eos_token_id} & set(ids)
+    assert tokenizer.decode(ids) == text
+
+
+def test_packed_sequences_are_found_again_and_every_setting_counts(tmp_path: Path, tokenizer) -> None:
+    documents = on_disk(tmp_path)
+    settings = [
+        {"length": 16},
+        {"length": 17},
+        {"length": 16, "insert_eos": False},
+        {"length": 16, "insert_special": True},
+        {"length": 16, "drop_last": True},
+        {"length": 16, "packing": "published"},
+    ]
+    files = [pack(documents, tokenizer, **setting).cache_files[0]["filename"] for setting in settings]
+    assert len(set(files)) == len(settings)
+    written = [Path(file).stat().st_mtime_ns for file in files]
+    tokenizer("a call that leaves truncation behind in it", truncation=True, max_length=4)
+    assert [pack(documents, tokenizer, **setting).cache_files[0]["filename"] for setting in settings] == files
+    assert [Path(file).stat().st_mtime_ns for file in files] == written
+    other = train_tokenizer(TEXTS, vocab_size=280)
+    assert pack(documents, other, length=16).cache_files[0]["filename"] not in files
+
+
+def test_packed_examples_collate_into_long_tensors(documents: Dataset, tokenizer) -> None:
+    from transformers import default_data_collator
+
+    packed = pack(documents, tokenizer, length=16)
+    batch = default_data_collator([packed[0], packed[1]])
+    assert {key: value.shape for key, value in batch.items()} == dict.fromkeys(packed.column_names, (2, 16))
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+
+
+def test_bytes_a_token_turn_nats_into_bits_a_byte(documents: Dataset, tokenizer) -> None:
+    size = bytes_per_token(documents, tokenizer)
+    assert size.documents == len(TEXTS)
+    assert size.characters == sum(map(len, TEXTS))
+    assert size.utf8_bytes == sum(len(text.encode()) for text in TEXTS) > size.characters
+    assert size.tokens == len(stream_of(TEXTS, tokenizer))
+    nats = 2.0
+    assert size.bits_per_byte(nats) == pytest.approx(nats * size.tokens / math.log(2) / size.utf8_bytes)
+    without = bytes_per_token(documents, tokenizer, insert_eos=False)
+    assert size.tokens - without.tokens == sum(1 for text in TEXTS if text)
+
+
+def test_fewer_tokens_than_a_sequence_are_refused(tokenizer) -> None:
+    short = Dataset.from_dict({"text": ["a", "b", "c"]})
+    for name in ("contiguous", "published"):
+        with pytest.raises(ValueError, match="has 6 tokens in 3 documents, fewer than one sequence of 16"):
+            pack(short, tokenizer, length=16, packing=name)
+
+
+def test_an_empty_data_set_is_refused(tokenizer) -> None:
+    for texts in ([], ["", ""]):
+        empty = Dataset.from_dict({"text": np.array(texts, dtype=str)})
+        with pytest.raises(ValueError, match=rf"has 0 tokens in {len(texts)} documents"):
+            pack(empty, tokenizer, length=16)
+    with pytest.raises(ValueError, match="2 documents hold no text"):
+        bytes_per_token(empty, tokenizer)
+
+
+def test_published_packing_that_leaves_nothing_says_why(tmp_path: Path, tokenizer) -> None:
+    documents = Dataset.from_dict({"text": ["abcdefgh", "ijklmnop"]})
+    with pytest.raises(ValueError, match="nothing was left.*packing='contiguous', or fewer workers"):
+        pack(documents, tokenizer, length=12, packing="published", num_proc=2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"length": 16, "packing": "random"}, "packing is 'random'; it must be one of: contiguous, published"),
+        ({"length": 0}, "length is 0; a sequence needs 1 tokens or more"),
+        ({"length": 2, "insert_special": True}, "length is 2; a sequence with special tokens needs 3"),
+    ],
+)
+def test_settings_that_can_not_be_met_are_refused(documents: Dataset, tokenizer, setting: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack(documents, tokenizer, **setting)
+
+
+def test_a_missing_text_column_lists_the_columns(tokenizer) -> None:
+    with pytest.raises(ValueError, match="no column 'text', only: body, label"):
+        pack(Dataset.from_dict({"body": ["a"], "label": [1]}), tokenizer, length=4)
+
+
+def test_a_tokenizer_without_end_is_refused(documents: Dataset) -> None:
+    endless = train_tokenizer(TEXTS, vocab_size=300)
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="has no eos_token, which packing inserts"):
+        pack(documents, endless, length=16)
+
+
+def test_a_stream_is_not_packed_at_once(documents: Dataset, tokenizer) -> None:
+    with pytest.raises(ValueError, match="without streaming; pack a stream with streaming.PackedStream"):
+        pack(documents.to_iterable_dataset(), tokenizer, length=16)

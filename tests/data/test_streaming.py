@@ -1,0 +1,162 @@
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+
+from bd3lm_hf.data.packing import pack
+from bd3lm_hf.data.streaming import PackedStream, read_position, write_position
+from bd3lm_hf.tokenization import train_tokenizer
+
+
+TEXTS = [f"document {i} says: " + "so it goes, " * (i % 11) for i in range(300)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, vocab_size=300)
+
+
+def source(texts: list[str] = TEXTS) -> IterableDataset:
+    return Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=3)
+
+
+def rows(stream, count: int | None = None) -> list[tuple[int, ...]]:
+    """The next `count` sequences, or all that remain; a stream that was broken off stays where it is."""
+    found = []
+    for example in stream:
+        found.append(tuple(example["input_ids"].tolist()))
+        if len(found) == count:
+            break
+    return found
+
+
+@pytest.mark.parametrize("insert_special", [False, True])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_stream_gives_what_packing_at_once_gives(tokenizer, insert_special: bool, drop_last: bool) -> None:
+    settings = {"length": 32, "insert_special": insert_special, "drop_last": drop_last}
+    at_once = pack(Dataset.from_dict({"text": TEXTS}), tokenizer, **settings)
+    streamed = list(PackedStream(source(), tokenizer, **settings))
+    assert len(streamed) == len(at_once)
+    for got, expected in zip(streamed, at_once, strict=True):
+        assert {key: value.tolist() for key, value in got.items()} == expected
+
+
+def test_the_shuffle_keeps_every_sequence_and_changes_their_order(tokenizer) -> None:
+    ordered = rows(PackedStream(source(), tokenizer, length=32))
+    shuffled = rows(PackedStream(source(), tokenizer, length=32, shuffle_buffer=40, seed=1))
+    assert shuffled != ordered
+    assert sorted(shuffled) == sorted(ordered)
+
+
+def test_the_shuffle_depends_on_seed_and_epoch_alone(tokenizer) -> None:
+    def shuffled(seed: int, epoch: int) -> list[tuple[int, ...]]:
+        stream = PackedStream(source(), tokenizer, length=32, shuffle_buffer=40, seed=seed)
+        stream.set_epoch(epoch)
+        first = rows(stream)
+        assert rows(stream) == first  # a second pass of the same epoch
+        return first
+
+    assert shuffled(1, 0) == shuffled(1, 0)
+    assert len({tuple(shuffled(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
+
+
+@pytest.mark.parametrize("shuffle_buffer", [0, 40])
+@pytest.mark.parametrize("taken", [0, 1, 57, "all but 3", "all"])
+def test_a_stream_resumes_at_the_very_sequence(tokenizer, tmp_path, shuffle_buffer: int, taken: int | str) -> None:
+    def fresh() -> PackedStream:
+        stream = PackedStream(source(), tokenizer, length=32, shuffle_buffer=shuffle_buffer, seed=3)
+        stream.set_epoch(1)
+        return stream
+
+    expected = rows(fresh())
+    count = {"all but 3": len(expected) - 3, "all": len(expected)}.get(taken, taken)
+    broken_off = fresh()
+    before = rows(broken_off, count) if count else []
+    write_position(broken_off.state_dict(), tmp_path / "stream.npz")
+    rows(broken_off)  # what it goes on with does not change what was written
+    state = read_position(tmp_path / "stream.npz")
+    resumed = PackedStream(source(), tokenizer, length=32, shuffle_buffer=shuffle_buffer, seed=3)
+    resumed.load_state_dict(state)
+    resumed.set_epoch(0)  # what a trainer does before a pass does not disturb it
+    assert before + rows(resumed) == expected
+    resumed.set_epoch(1)
+    assert rows(resumed) == expected  # the pass after the resumed one is a whole one
+
+
+def test_a_stream_resumes_more_than_once(tokenizer) -> None:
+    def fresh() -> PackedStream:
+        return PackedStream(source(), tokenizer, length=32, shuffle_buffer=10, seed=3)
+
+    expected, got, state = rows(fresh()), [], None
+    while len(got) < len(expected):
+        stream = fresh()
+        if state is not None:
+            stream.load_state_dict(state)
+        got += rows(stream, 25)
+        state = stream.state_dict()
+    assert got == expected
+
+
+def test_a_data_loader_batches_the_stream(tokenizer) -> None:
+    loader = torch.utils.data.DataLoader(PackedStream(source(), tokenizer, length=32), batch_size=4)
+    batch = next(iter(loader))
+    assert {key: tuple(value.shape) for key, value in batch.items()} == dict.fromkeys(
+        ("input_ids", "labels", "attention_mask"), (4, 32)
+    )
+
+
+def test_several_loader_workers_are_refused(tokenizer) -> None:
+    stream = PackedStream(source(), tokenizer, length=32)
+    with pytest.raises(ValueError, match="2 data loader workers would each read.*dataloader_num_workers"):
+        list(torch.utils.data.DataLoader(stream, batch_size=4, num_workers=2))
+
+
+@pytest.mark.parametrize("texts", [["a"], [""]])
+def test_a_stream_shorter_than_a_sequence_is_refused(tokenizer, texts: list[str]) -> None:
+    stream = PackedStream(Dataset.from_dict({"text": texts}).to_iterable_dataset(), tokenizer, length=32)
+    with pytest.raises(ValueError, match=r"ended after \d tokens, fewer than one sequence of 32"):
+        list(stream)
+
+
+def test_a_negative_buffer_is_refused(tokenizer) -> None:
+    with pytest.raises(ValueError, match="shuffle_buffer is -1"):
+        PackedStream(source(), tokenizer, length=32, shuffle_buffer=-1)
+
+
+def test_recorded_positions_stay_what_they_were_while_the_stream_goes_on(tokenizer) -> None:
+    stream = PackedStream(source(), tokenizer, length=32, shuffle_buffer=10, seed=3)
+    expected, states = [], []
+    for example in stream:
+        expected.append(tuple(example["input_ids"].tolist()))
+        states.append(stream.state_dict())
+    for taken in (1, 30, len(expected) - 2):
+        resumed = PackedStream(source(), tokenizer, length=32, shuffle_buffer=10, seed=3)
+        resumed.load_state_dict(states[taken - 1])
+        assert rows(resumed) == expected[taken:]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"length": 16}, "recorded with length=32, but it is now 16"),
+        ({"seed": 4}, "recorded with seed=3, but it is now 4"),
+        ({"shuffle_buffer": 5}, "recorded with shuffle_buffer=10, but it is now 5"),
+        ({"insert_eos": False}, "recorded with insert_eos=True, but it is now False"),
+    ],
+)
+def test_the_position_of_another_stream_is_refused(tokenizer, change: dict, message: str) -> None:
+    settings = {"length": 32, "shuffle_buffer": 10, "seed": 3}
+    state = PackedStream(source(), tokenizer, **settings).state_dict()
+    other = PackedStream(source(), tokenizer, **{**settings, **change})
+    assert other.identity != PackedStream(source(), tokenizer, **settings).identity
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(state)
+
+
+def test_a_stream_that_breaks_off_says_where(tokenizer) -> None:
+    def broken():
+        yield {"text": "one " * 100}
+        raise OSError("connection reset")
+
+    stream = PackedStream(IterableDataset.from_generator(broken), tokenizer, length=32)
+    with pytest.raises(ValueError, match=r"broke off at \{.*OSError: connection reset.*last checkpoint"):
+        list(stream)

@@ -1,0 +1,273 @@
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from bd3lm_hf import ARConfig, ARForCausalLM, MDLMConfig, MDLMForMaskedLM, SEDDConfig, SEDDForMaskedLM
+from bd3lm_hf.evaluation.perplexity import (
+    PUBLISHED_BATCH,
+    SequenceScore,
+    batch_of,
+    check_estimator,
+    count_scored_tokens,
+    perplexity,
+    published_noise,
+    score_sequences,
+    summarize,
+    unigram_perplexity,
+)
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.noise_bd3lm import stratify
+
+
+class _TokenNLL(NamedTuple):
+    nll: torch.Tensor
+    mask: torch.Tensor
+
+
+class ConstantModel:
+    """Gives every token but padding the same loss; has nothing but the verb `token_nll`."""
+
+    def __init__(self, nll: float) -> None:
+        self.nll = nll
+
+    def token_nll(self, input_ids, attention_mask, *, estimator, num_samples, generator=None, labels=None):
+        mask = attention_mask.float() if labels is None else (labels != -100).float()
+        return _TokenNLL(self.nll * mask, mask)
+
+
+@pytest.fixture
+def model(tiny_config, randomize) -> BD3LMForMaskedLM:
+    return randomize(BD3LMForMaskedLM(tiny_config)).eval()
+
+
+@pytest.fixture
+def sequences() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 47, (length,), generator=generator).tolist() for length in (32, 32, 21, 32, 9, 32, 30)]
+
+
+def test_a_uniform_model_has_the_perplexity_of_its_vocabulary():
+    result = perplexity(ConstantModel(math.log(50)), [[1, 2, 3], [4]])
+    assert result.perplexity == pytest.approx(50)
+    assert result.bits_per_token == pytest.approx(math.log2(50))
+    assert result.bits_per_byte is None
+    assert (result.num_tokens, result.num_sequences) == (4, 2)
+    assert result.standard_error == pytest.approx(0)
+
+
+def test_a_fresh_model_is_uniform_over_all_but_the_mask(tiny_config, sequences):
+    result = perplexity(BD3LMForMaskedLM(tiny_config), sequences, estimator="exact")
+    assert result.perplexity == pytest.approx(47, rel=1e-5)
+
+
+def test_bits_per_byte_do_not_depend_on_the_tokenizer():
+    coarse = perplexity(ConstantModel(2.0), [[1] * 10], bytes_per_token=4.0)
+    fine = perplexity(ConstantModel(1.0), [[1] * 20], bytes_per_token=2.0)
+    assert coarse.bits_per_byte == pytest.approx(fine.bits_per_byte)
+    assert coarse.bits_per_byte == pytest.approx(2.0 / math.log(2) / 4)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "stratified", "exact", "published"])
+def test_the_batch_size_changes_rounding_only(model, sequences, estimator):
+    results = [score_sequences(model, sequences, estimator=estimator, batch_size=size, seed=3) for size in (1, 3, 7)]
+    for result in results[1:]:
+        assert [score.row for score in result] == [score.row for score in results[0]]
+        assert [score.num_tokens for score in result] == [score.num_tokens for score in results[0]]
+        torch.testing.assert_close(
+            torch.tensor([score.nll for score in result]),
+            torch.tensor([score.nll for score in results[0]]),
+            rtol=1e-5,
+            atol=1e-4,
+        )
+
+
+def test_two_halves_give_the_same_as_the_whole(model, sequences):
+    whole = perplexity(model, sequences, seed=1)
+    halves = [score_sequences(model, sequences, indices=range(part, 7, 2), seed=1, batch_size=2) for part in (0, 1)]
+    joined = summarize(halves[1] + halves[0])
+    assert joined.nll == pytest.approx(whole.nll, rel=1e-6)
+    assert joined.standard_error == pytest.approx(whole.standard_error, rel=1e-5)
+
+
+def test_a_sequence_that_two_processes_scored_counts_once():
+    scores = [SequenceScore(0, 2.0, 2), SequenceScore(1, 5.0, 2), SequenceScore(0, 2.0, 2)]
+    assert summarize(scores).nll == pytest.approx(7 / 4)
+
+
+def test_the_seed_decides_the_noise(model, sequences):
+    first, again, other = (perplexity(model, sequences, seed=seed).nll for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_estimates_agree_with_the_exact_bound_within_their_noise(model, sequences):
+    exact = perplexity(model, sequences, estimator="exact")
+    draws = torch.tensor([perplexity(model, sequences, num_samples=2, seed=seed).nll for seed in range(8)])
+    error = draws.std().item() / math.sqrt(len(draws))
+    assert abs(draws.mean().item() - exact.nll) < 4 * error + 1e-6
+
+
+# --- The published protocol ------------------------------------------------------------------------------------------
+
+
+def test_published_times_are_dealt_to_a_batch_in_order():
+    noise = published_noise(range(40), 40, num_blocks=3, length=12, seed=5)
+    places = torch.randperm(40, generator=torch.Generator().manual_seed(5))
+    for first, size in ((0, 16), (16, 16), (32, 8)):
+        times = noise.block_noise[places[first : first + size]]
+        stratum = (times * size * 3).floor()
+        assert stratum.tolist() == torch.arange(size * 3).view(size, 3).tolist()
+        # The same as the published deal of the same draws.
+        uniform = times * size * 3 - stratum
+        torch.testing.assert_close(stratify(uniform, order="published"), times, rtol=0, atol=1e-6)
+    assert noise.token_noise.shape == (40, 12) and noise.token_noise.min() >= 0 and noise.token_noise.max() < 1
+
+
+def test_the_published_noise_of_a_sequence_does_not_depend_on_who_scores_it():
+    whole = published_noise(range(20), 20, num_blocks=3, length=12)
+    part = published_noise([13, 2], 20, num_blocks=3, length=12)
+    for ours, theirs in zip(part, whole, strict=True):
+        assert torch.equal(ours, theirs[[13, 2]])
+    assert not torch.equal(
+        published_noise([13], 20, num_blocks=3, length=12, seed=1).block_noise, part.block_noise[:1]
+    )
+
+
+def test_the_published_estimate_is_the_evaluation_loss_at_its_noise(model, sequences):
+    rows = [sequence for sequence in sequences if len(sequence) == 32] * 5
+    assert len(rows) > PUBLISHED_BATCH
+    result = perplexity(model, rows, estimator="published", seed=2)
+    noise = published_noise(range(len(rows)), len(rows), num_blocks=8, length=32, seed=2)
+    ids = torch.tensor(rows)
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids, **noise._asdict()).loss
+    assert result.nll == pytest.approx(loss.item(), rel=1e-5)
+    assert result.num_tokens == 31 * len(rows)
+
+
+def test_the_first_token_is_never_scored_by_the_published_protocol(model, sequences):
+    expected = perplexity(model, sequences, estimator="published")
+    model.config.ignore_bos = False
+    assert perplexity(model, sequences, estimator="published")[:6] == expected[:6]
+    assert perplexity(model, sequences, estimator="stratified").num_tokens == expected.num_tokens + len(sequences)
+
+
+def test_the_published_protocol_agrees_with_the_exact_bound_within_its_noise(model, sequences):
+    exact = perplexity(model, sequences, estimator="exact")
+    draws = torch.tensor([perplexity(model, sequences, estimator="published", seed=seed).nll for seed in range(40)])
+    assert abs(draws.mean().item() - exact.nll) < 4 * draws.std().item() / math.sqrt(40) + 0.01
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "estimators"),
+    [
+        (MDLMForMaskedLM, MDLMConfig, "published stratified sampled"),
+        (SEDDForMaskedLM, SEDDConfig, "published stratified sampled"),
+        (ARForCausalLM, ARConfig, "published stratified sampled exact"),
+    ],
+)
+def test_every_baseline_has_the_published_estimate_and_says_what_it_has_not(
+    tiny_config, randomize, sequences, model_class, config_class, estimators
+):
+    names = ("vocab_size", "model_length", "hidden_dim", "cond_dim", "n_blocks", "n_heads", "dropout")
+    config = config_class(**{name: getattr(tiny_config, name) for name in names})
+    model = randomize(model_class(config), std=0.02).eval()
+    for estimator in ("published", "stratified", "sampled", "exact"):
+        if estimator in estimators:
+            check_estimator(model, estimator)
+            found = perplexity(model, sequences * 4, estimator=estimator)
+            assert abs(found.nll - math.log(47)) < 4 * found.standard_error + 0.05
+        else:
+            with pytest.raises(ValueError, match="estimator='exact'"):
+                check_estimator(model, estimator)
+
+
+def test_the_published_protocol_needs_a_model_that_takes_noise():
+    with pytest.raises(
+        ValueError, match="estimator='published' gives a model its noise, and the token_nll of Constant"
+    ):
+        check_estimator(ConstantModel(1.0), "published")
+
+
+def test_an_estimator_is_refused_before_a_text_is_scored(model):
+    with pytest.raises(ValueError, match="estimator='published' is one draw|num_samples=3"):
+        check_estimator(model, "published", num_samples=3)
+    model.config.block_size = 16
+    with pytest.raises(
+        ValueError, match=r"2\^16 - 1 passes; the limit is 8 tokens to score in a block.*Use estimator='stratified'"
+    ):
+        check_estimator(model, "exact")
+
+
+# --- What scoring leaves alone ---------------------------------------------------------------------------------------
+
+
+def test_evaluation_leaves_the_mode_and_the_random_state_alone(model, sequences):
+    model.train()
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    perplexity(model, sequences[:2])
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_padding_and_given_tokens_are_not_scored():
+    rows = [
+        {"input_ids": [5, 6, 7, 0], "attention_mask": [1, 1, 1, 0], "labels": [-100, 6, 7, -100]},
+        {"input_ids": [5, 6], "attention_mask": [1, 1], "labels": [5, 6]},
+    ]
+    assert perplexity(ConstantModel(1.0), rows).num_tokens == 4
+    plain = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in rows]
+    assert perplexity(ConstantModel(1.0), plain).num_tokens == 5
+
+
+def test_sequences_are_padded_on_the_right():
+    batch = batch_of([[5, 6, 7], {"input_ids": [8]}])
+    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.context == {}
+
+
+def test_standard_error_is_that_of_a_ratio():
+    scores = [SequenceScore(0, 2.0, 2), SequenceScore(1, 6.0, 2)]
+    result = summarize(scores)
+    assert result.nll == 2.0
+    assert result.standard_error == pytest.approx(math.sqrt(2 * (2.0**2 + 2.0**2)) / 4)
+    assert math.isnan(summarize(scores[:1]).standard_error)
+
+
+def test_the_unigram_baseline_adds_one_to_every_count():
+    # Counts 2, 1, 0 become 3/6, 2/6, 1/6.
+    expected = math.exp(-(math.log(3 / 6) + math.log(1 / 6)) / 2)
+    assert unigram_perplexity([0, 0, 1], torch.tensor([0, 2]), 3) == pytest.approx(expected)
+
+
+def test_the_unigram_baseline_of_uniform_text_is_the_vocabulary():
+    assert unigram_perplexity(range(64), [3, 4, 5], 64) == pytest.approx(64)
+
+
+def test_scored_tokens_are_those_that_the_model_counts(model, sequences):
+    tokens = count_scored_tokens(model, sequences, batch_size=3)
+    assert len(tokens) == perplexity(model, sequences).num_tokens
+    # The first token of each sequence is given.
+    assert tokens.tolist() == [token for sequence in sequences for token in sequence[1:]]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: perplexity(ConstantModel(1.0), []), "0 sequences hold no scored token"),
+        (lambda: perplexity(ConstantModel(1.0), [[1]], batch_size=0), "batch_size=0: give at least 1"),
+        (lambda: unigram_perplexity([0], [], 3), "eval_ids is empty"),
+        (lambda: unigram_perplexity([0], [3], 3), "token id 3 is outside the vocabulary of 3 ids"),
+    ],
+)
+def test_bad_input_is_refused_with_its_value(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_sequence_of_one_given_token_has_no_perplexity(model):
+    with pytest.raises(ValueError, match="1 sequences hold no scored token"):
+        perplexity(model, [[5]])

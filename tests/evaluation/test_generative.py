@@ -1,0 +1,186 @@
+"""Texts that are judged: resumed after a kill, the same for any size of a batch, and never mixed with others."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from bd3lm_hf.checkpoints import load_model
+from bd3lm_hf.evaluation import generative
+from bd3lm_hf.evaluation.generative import summary
+from bd3lm_hf.evaluation.perplexity import summarize
+from bd3lm_hf.evaluation.reference_model import load_reference_model
+from bd3lm_hf.evaluation.text_metrics import distinct, mean_repetition, text_entropy
+from bd3lm_hf.generation.text_generation import GeneratedText
+
+
+NUMBERS = ("generative_perplexity", "standard_error", "mean_perplexity", "scored_tokens", "entropy", "distinct_1")
+NUMBERS += ("distinct_2", "distinct_3", "repetition_4", "lengths", "forwards_per_token")
+
+
+@pytest.fixture
+def judge_folder(tiny_tokenizer, tmp_path):
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=16, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
+        tmp_path / "judge"
+    )
+    tiny_tokenizer.save_pretrained(tmp_path / "judge")
+    return tmp_path / "judge"
+
+
+@pytest.fixture
+def judged(bd3lm, model_folder, judge_folder, tmp_path, monkeypatch):
+    """A function `(*arguments) -> (exit code, report or None, stdout, stderr)`, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        given = ("--model", model_folder, "--judge", judge_folder, "--num-samples", 5, "--length", 16)
+        code, out, err = bd3lm("eval", "--generative", *given, "--output", "result.json", *arguments)
+        path = tmp_path / "result.json"
+        return code, json.loads(path.read_text()) if path.exists() else None, out, err
+
+    return run
+
+
+def lines(tmp_path, name="samples.jsonl"):
+    return [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def test_texts_are_written_judged_counted_and_kept(judged, judge_folder, tiny_tokenizer, tmp_path):
+    code, report, out, err = judged("--batch-size", 2)
+    assert code == 0, err
+    rows = lines(tmp_path)
+    assert [row["index"] for row in rows] == list(range(5)) and "5 samples in samples.jsonl" in out
+    texts = [GeneratedText(row["ids"], 1) for row in rows]
+    assert all(len(text.ids) == 16 and text.ids[0] == 0 for text in texts)
+    judge = load_reference_model(str(judge_folder), tiny_tokenizer, as_text=True, score_end=False)
+    result = summarize(judge.score(texts))
+    assert report["generative_perplexity"] == pytest.approx(result.perplexity, rel=1e-5)
+    assert report["standard_error"] == pytest.approx(result.standard_error, rel=1e-3)
+    assert report["scored_tokens"] == result.num_tokens == sum(row["scored_tokens"] for row in rows)
+    each = [math.exp(row["nll"] / row["scored_tokens"]) for row in rows]
+    assert report["mean_perplexity"] == pytest.approx(sum(each) / 5)
+    assert report["entropy"] == pytest.approx(sum(text_entropy(text.ids) for text in texts) / 5)
+    written = [text.written for text in texts]
+    assert report["distinct_2"] == distinct(written, 2) and report["repetition_4"] == mean_repetition(written)
+    assert report["lengths"] == {"mean": 15, "median": 15, "shortest": 15, "longest": 15}
+    assert report["forwards_per_token"] == 1.0
+    assert report["seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
+    assert (report["seed"], report["length"], report["judge_estimator"]) == (0, 16, "exact")
+    assert f"generative perplexity   {result.perplexity:.2f} +- " in out and "torch" in report
+
+
+def test_numbers_do_not_depend_on_the_size_of_a_batch(judged, tmp_path):
+    one, all_at_once = (
+        judged("--batch-size", size, "--samples", f"{size}.jsonl", "--nucleus-p", 0.9)[1] for size in (1, 5)
+    )
+    assert [row["ids"] for row in lines(tmp_path, "1.jsonl")] == [row["ids"] for row in lines(tmp_path, "5.jsonl")]
+    for name in NUMBERS:
+        assert one[name] == pytest.approx(all_at_once[name], rel=1e-5), name
+
+
+def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(judged, tmp_path, monkeypatch):
+    expected = judged("--samples", "whole.jsonl")[1]
+    write, calls = generative.write_batch, []
+
+    def killed(*arguments, **options):
+        calls.append(len(arguments[1]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(generative, "write_batch", killed)
+    assert judged("--batch-size", 2)[0] == 130
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])  # as if the kill had come while the second line was written
+    code, report, out, _ = judged("--batch-size", 3)
+    assert code == 0 and calls == [2, 2, 3, 1] and "5 samples in samples.jsonl, 1 of an earlier run" in out
+    for name in NUMBERS:
+        assert report[name] == pytest.approx(expected[name], rel=1e-5), name
+    more = judged("--num-samples", 7)[1]
+    assert more["num_samples"] == 7 and len(lines(tmp_path)) == 7 and calls == [2, 2, 3, 1, 2]
+    assert judged("--num-samples", 5)[1]["generative_perplexity"] == report["generative_perplexity"]
+
+
+def test_texts_of_a_changed_run_are_refused(judged, model_folder, tmp_path):
+    assert judged()[0] == 0
+    before = (tmp_path / "samples.jsonl").read_bytes()
+    for change, part in (
+        (("--seed", 1), "seed is 0 there and 1 now"),
+        (("--length", 9), "length is 16 there and 9 now"),
+        (("--nucleus-p", 0.9), "nucleus_p is None there and 0.9 now"),
+        (("--judge", model_folder), "judge is "),
+    ):
+        code, _, _, err = judged(*change)
+        assert code == 2 and part in err and err.startswith("error: --samples samples.jsonl: line 1 was written with")
+    model = load_model(str(model_folder))
+    with torch.no_grad():
+        model.get_output_embeddings().bias.add_(torch.arange(320) / 100)
+    model.save_pretrained(model_folder)
+    code, _, _, err = judged()
+    assert code == 2 and "model_weights is " in err
+    assert (tmp_path / "samples.jsonl").read_bytes() == before
+    assert judged("--overwrite")[0] == 0
+
+
+def test_an_end_token_ends_a_text_only_where_it_may(judged, model_folder, tmp_path):
+    model = load_model(str(model_folder))
+    with torch.no_grad():
+        model.get_output_embeddings().bias[1] += 6
+    model.save_pretrained(model_folder)
+    fixed = judged("--samples", "fixed.jsonl")[1]
+    ended = judged("--variable-length")[1]
+    assert fixed["lengths"]["shortest"] == 15 > ended["lengths"]["shortest"]
+    for whole, text in zip(lines(tmp_path, "fixed.jsonl"), lines(tmp_path), strict=True):
+        assert text["ids"] == whole["ids"][: len(text["ids"])]
+        assert text["ids"][-1] == 1 or len(text["ids"]) == 16
+
+
+def test_a_diffusion_model_can_judge(judged, model_folder):
+    code, report, _, _ = judged("--judge", model_folder)
+    assert code == 0 and report["judge_estimator"] == "exact" and report["generative_perplexity"] > 1
+
+
+def test_a_single_text_has_no_standard_error():
+    row = {"index": 0, "nll": 2.0, "scored_tokens": 2, "ids": [0, 5, 5], "num_prompt_tokens": 1, "seconds": 1.0}
+    found = summary([{**row, "forwards": 2, "entropy": 0.5}])
+    assert found["standard_error"] is None and found["generative_perplexity"] == pytest.approx(math.e)
+    assert found["distinct_3"] is None and found["repetition_4"] is None and found["seconds_per_token"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--judge", "./nowhere"), "--judge ./nowhere: there is no such folder"),
+        (("--samples", "no/folder/s.jsonl"), "--samples no/folder/s.jsonl: the folder"),
+        (("--output", "no/folder/r.json"), "--output no/folder/r.json: the folder"),
+        (("--num-samples", 0), "--num-samples: '0' does not do: give a whole number of at least 1"),
+        (("--length", 1), "--length: '1' does not do"),
+        (("--dataset", "python-docs"), "unrecognized arguments: --dataset"),
+    ],
+)
+def test_bad_input_is_refused_before_a_text_is_written(judged, monkeypatch, arguments, part):
+    monkeypatch.setattr(generative, "write_batch", None)
+    code, report, out, err = judged(*arguments)
+    assert code == 2 and not out and report is None
+    assert err.startswith("error: ") and err.count("\n") == 1 and part in err
+
+
+def test_a_judge_is_asked_for_and_has_to_be_complete(bd3lm, model_folder, judge_folder, monkeypatch):
+    monkeypatch.setattr(generative, "write_batch", None)
+    code, _, err = bd3lm("eval", "--generative", "--model", model_folder)
+    assert code == 2 and "--generative needs a --judge: the folder or hub name of a language model" in err
+    (judge_folder / "model.safetensors").write_bytes(b"nothing")
+    code, _, err = bd3lm("eval", "--generative", "--model", model_folder, "--judge", judge_folder)
+    assert code == 2 and f"--judge {judge_folder} can not be loaded" in err
+
+
+def test_a_model_that_can_not_start_a_text_is_refused(judged, model_folder, monkeypatch):
+    monkeypatch.setattr(generative, "write_batch", None)
+    for name in ("generation_config.json", "config.json"):
+        path = model_folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), "bos_token_id": None}))
+    code, _, _, err = judged()
+    assert code == 2 and "has no bos_token_id to start a text from: set it in its generation config" in err

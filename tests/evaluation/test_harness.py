@@ -1,0 +1,389 @@
+"""The adapter to the lm-evaluation-harness: its numbers are those of token_nll, from Python and the command line."""
+
+import builtins
+import functools
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
+
+import bd3lm_hf
+from bd3lm_hf.checkpoints import load_model
+from bd3lm_hf.evaluation import harness
+from bd3lm_hf.evaluation.harness import BD3LMHarness, RequestWindow, windows
+from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, BD3LMConfig, SEDDConfig
+from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.modeling_sedd import SEDDForMaskedLM
+
+
+DOCUMENTS = [
+    {"question": "The quick brown fox", "choices": [" jumps over", " sleeps on"], "answer": 0},
+    {"question": "A block is", "choices": [" written", " a lazy dog", " never touched again"], "answer": 2},
+]
+TASKS = {
+    "tiny_choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "answer",
+        "doc_to_choice": "choices",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    },
+    "tiny_rolling": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{question}}{{choices[0]}}, and the lazy dog sleeps on and on, token by token.",
+        "metric_list": [
+            {"metric": "byte_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}
+        ],
+    },
+    "tiny_writing": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["q"], "max_gen_toks": 6, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    },
+}
+
+
+@pytest.fixture
+def task_folder(tmp_path) -> Path:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    data = folder / "documents.jsonl"
+    data.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
+    for name, task in TASKS.items():
+        source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **source, **task}))  # JSON is YAML
+    return folder
+
+
+@pytest.fixture
+def adapter(model_folder):
+    """A function `(**arguments) -> BD3LMHarness` of the tiny checkpoint."""
+    return lambda **arguments: BD3LMHarness(str(model_folder), device="cpu", **arguments)
+
+
+def of_class(model_class, config_class, tiny_tokenizer, randomize, **fields):
+    sizes = {"model_length": 32, "hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "dropout": 0.0}
+    ids = {name: getattr(tiny_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    mask = tiny_tokenizer.mask_token_id
+    config = config_class(vocab_size=len(tiny_tokenizer), mask_token_id=mask, **ids, **sizes, **fields)
+    return randomize(model_class(config)).eval()
+
+
+def asked(kind, *arguments, doc=None, index=0):
+    return Instance(kind, {}, arguments, index, (None if doc is None else "task", doc, 1))
+
+
+def score(lm, *pairs, doc=None):
+    return lm.loglikelihood([asked("loglikelihood", *pair, doc=doc) for pair in pairs], disable_tqdm=True)
+
+
+# --- through the harness ---------------------------------------------------------------------------------------------
+
+
+def test_tasks_run_through_the_harness_with_the_numbers_of_token_nll(model_folder, task_folder, tiny_tokenizer):
+    results = lm_eval.simple_evaluate(
+        model="bd3lm",
+        model_args={"pretrained": str(model_folder), "device": "cpu"},
+        tasks=list(TASKS),
+        task_manager=TaskManager(include_path=str(task_folder), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    model = load_model(str(model_folder)).eval()
+    correct = 0
+    for row, document in zip(results["samples"]["tiny_choice"], DOCUMENTS, strict=True):
+        expected = []
+        for choice in document["choices"]:
+            ids = tiny_tokenizer(document["question"] + choice)["input_ids"]
+            labels = [-100] * len(tiny_tokenizer(document["question"])["input_ids"])
+            labels += ids[len(labels) :]
+            nll = model.token_nll(torch.tensor([ids]), labels=torch.tensor([labels]), estimator="exact").nll
+            expected.append(-nll.sum().item())
+        assert [float(pair[0]) for (pair,) in row["resps"]] == pytest.approx(expected, rel=1e-5)
+        correct += max(range(len(expected)), key=expected.__getitem__) == document["answer"]
+    assert results["results"]["tiny_choice"]["acc,none"] == correct / len(DOCUMENTS)
+    total = bytes_in_all = 0.0
+    for document in DOCUMENTS:
+        text = f"{document['question']}{document['choices'][0]}, and the lazy dog sleeps on and on, token by token."
+        for window in windows([0], tiny_tokenizer(text)["input_ids"], 32):
+            labels = [-100] * window.given + window.ids[window.given :]
+            total += model.token_nll(
+                torch.tensor([window.ids]), labels=torch.tensor([labels]), estimator="exact"
+            ).nll.sum()
+        bytes_in_all += len(text.encode())
+    found = results["results"]["tiny_rolling"]["byte_perplexity,none"]
+    assert found == pytest.approx(math.exp(total / bytes_in_all), rel=1e-5)
+    for row, document in zip(results["samples"]["tiny_writing"], DOCUMENTS, strict=True):
+        ids = torch.tensor([tiny_tokenizer(document["question"])["input_ids"]])
+        written = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+        assert row["resps"] == [[tiny_tokenizer.decode(written, skip_special_tokens=True).partition("q")[0]]]
+    assert results["config"]["estimator"] == "auto" and results["config"]["num_samples"] == 8
+    assert results["config"]["model_class"] == "BD3LMForMaskedLM"
+
+
+@pytest.fixture
+def quick_start(monkeypatch):
+    """The harness without the ten thousand tasks that it brings, whose index takes it half a minute."""
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
+
+
+def command_line(model_folder, task_folder, output) -> list[str]:
+    arguments = ["harness", "--model_args", f"pretrained={model_folder},num_samples=4", "--tasks", "tiny_choice"]
+    return [*arguments, "--device", "cpu", "--include_path", str(task_folder), "--output_path", str(output)]
+
+
+def assert_evaluated(out, output):
+    assert "bd3lm ({'pretrained'" in out and "|tiny_choice|" in out.replace(" ", "")
+    (written,) = output.parent.glob("results*.json")
+    results = json.loads(written.read_text())
+    assert results["results"]["tiny_choice"]["acc,none"] in (0.0, 0.5, 1.0)
+    assert results["config"]["num_samples"] == 4 and results["config"]["estimator"] == "auto"
+
+
+def test_the_command_evaluates(bd3lm, quick_start, model_folder, task_folder, tmp_path):
+    code, out, err = bd3lm(*command_line(model_folder, task_folder, tmp_path / "results.json"))
+    assert code == 0, err
+    assert_evaluated(out, tmp_path / "results.json")
+
+
+@pytest.mark.slow
+def test_the_command_runs_in_a_process_of_its_own(model_folder, task_folder, tmp_path):
+    command = [sys.executable, "-m", "bd3lm_hf.cli", *command_line(model_folder, task_folder, tmp_path / "r.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(bd3lm_hf.__file__).parents[1])}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "|tiny_choice|" in result.stdout.replace(" ", "") and list(tmp_path.glob("r*.json"))
+
+
+def test_the_command_names_our_model_where_none_is_named(monkeypatch):
+    found = []
+    monkeypatch.setattr(harness, "cli_evaluate", lambda: found.append(sys.argv))
+    before = list(sys.argv)
+    for words in (["--tasks", "a"], ["run", "--tasks", "a"], ["--model", "hf"], ["ls", "tasks"], ["-h"], []):
+        harness.main(words)
+    model = ["--model", "bd3lm"]
+    assert found == [
+        ["lm_eval", "--tasks", "a", *model],
+        ["lm_eval", "run", "--tasks", "a", *model],
+        *(["lm_eval", *words] for words in (["--model", "hf"], ["ls", "tasks"], ["-h"], [])),
+    ]
+    assert sys.argv == before
+
+
+def test_the_harness_keeps_its_own_models():
+    assert get_model("bd3lm") is BD3LMHarness and get_model("dummy").__name__ == "DummyLM"
+
+
+def test_bad_input_of_the_command_is_one_line(bd3lm, quick_start, task_folder):
+    place = ("--tasks", "tiny_choice", "--include_path", task_folder)
+    code, _, err = bd3lm("harness", "--model_args", "pretrained=./nowhere", *place)
+    assert code == 2 and err.rstrip().splitlines()[-1].startswith("error: pretrained ./nowhere: there is no such")
+
+
+def test_without_the_harness_the_package_works_and_the_adapter_names_the_remedy(monkeypatch, bd3lm):
+    real = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.startswith("lm_eval"):
+            raise ModuleNotFoundError(name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.delitem(sys.modules, "bd3lm_hf.evaluation.harness")
+    monkeypatch.delattr(bd3lm_hf, "harness")
+    with pytest.raises(ImportError, match=r"the lm-evaluation-harness is needed: pip install 'bd3lm-hf\[harness\]'"):
+        importlib.import_module("bd3lm_hf.evaluation.harness")
+    code, _, err = bd3lm("harness", "--tasks", "a")
+    assert code == 2 and err.startswith("error: the lm-evaluation-harness is needed: pip install 'bd3lm-hf[harness]'")
+
+
+# --- likelihoods -----------------------------------------------------------------------------------------------------
+
+
+def test_a_continuation_is_noised_behind_a_clean_context(adapter, tiny_tokenizer):
+    lm = adapter()
+    ((found, _),) = score(lm, ("The lazy dog ", "sleeps on."))
+    before, behind = (tiny_tokenizer(text)["input_ids"] for text in ("The lazy dog", " sleeps on."))
+    ids, labels = torch.tensor([before + behind]), torch.tensor([[-100] * len(before) + behind])
+    exact = lm.model.token_nll(ids, labels=labels, estimator="exact")
+    assert exact.mask.sum() == len(behind)
+    assert found == pytest.approx(-exact.nll.sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"estimator": "stratified", "num_samples": 3}])
+def test_results_do_not_depend_on_the_batch(adapter, arguments):
+    pairs = [(d["question"], choice) for d in DOCUMENTS for choice in d["choices"]] + [("", "A block"), ("  ", "x")]
+    texts = [(d["question"] + " and the lazy dog sleeps on " * 3,) for d in DOCUMENTS]
+    rolling, results = [], []
+    for size in (1, 3, 64):
+        lm = adapter(batch_size=size, **arguments)
+        results.append(score(lm, *pairs))
+        rolling.append(lm.loglikelihood_rolling([asked("loglikelihood_rolling", *text) for text in texts], True))
+    for other in range(1, 3):
+        assert [x for x, _ in results[other]] == pytest.approx([x for x, _ in results[0]], rel=1e-5)
+        assert [greedy for _, greedy in results[other]] == [greedy for _, greedy in results[0]]
+        assert rolling[other] == pytest.approx(rolling[0], rel=1e-5)
+
+
+def test_the_choices_of_a_question_share_their_draws(adapter):
+    lm = adapter(estimator="stratified", num_samples=2, check_greedy=False, batch_size=200)
+    same, again = (score(lm, ("A block is", " written"), doc=3)[0][0] for _ in range(2))
+    assert same == again != score(lm, ("A block is", " written"), doc=4)[0][0]
+    # Differences of choices that share their draws vary less over questions than of those that do not.
+    first, second = ("The dog", " sleeps on and on"), ("The dog", " sleeps on and, and")
+    numbers = range(60)
+    wanted = [(first, doc) for doc in numbers] + [(second, doc) for doc in numbers]
+    wanted += [(second, 1000 + doc) for doc in numbers]
+    found = lm.loglikelihood([asked("loglikelihood", *pair, doc=doc) for pair, doc in wanted], disable_tqdm=True)
+    ones, twos, others = torch.tensor([value for value, _ in found]).view(3, -1)
+    assert (ones - twos).std() < 0.7 * (ones - others).std()
+    (one, _), (two, _) = score(adapter(check_greedy=False), first, second)
+    assert abs((ones - twos).mean().item() - (one - two)) < 5 * (ones - twos).std().item() / math.sqrt(60)
+
+
+def test_the_sum_is_exact_where_it_takes_few_passes(tiny_tokenizer, randomize):
+    model = of_class(BD3LMForMaskedLM, BD3LMConfig, tiny_tokenizer, randomize, block_size=16, cond_dim=8)
+    lm = BD3LMHarness(model, tokenizer=tiny_tokenizer, device="cpu")
+    assert lm.estimator_of(RequestWindow(list(range(20)), 4)) == "stratified"
+    assert lm.estimator_of(RequestWindow(list(range(24)), 8)) == "exact"  # eight in each of two blocks
+    assert lm.estimator_of(RequestWindow(list(range(12)), 4)) == "exact"
+    ((few, _),) = score(lm, ("A block is written from noise", " and"))
+    estimate = BD3LMHarness(model, tokenizer=tiny_tokenizer, device="cpu", estimator="stratified", num_samples=500)
+    assert few == pytest.approx(score(estimate, ("A block is written from noise", " and"))[0][0], rel=0.02)
+
+
+def test_an_autoregressive_model_is_exact_and_one_told_the_noise_level_is_sampled(tiny_tokenizer, randomize):
+    model = of_class(ARForCausalLM, ARConfig, tiny_tokenizer, randomize)
+    lm = BD3LMHarness(model, tokenizer=tiny_tokenizer, device="cpu")
+    window = RequestWindow(list(range(30)), 1)
+    assert lm.estimator_of(window) == "exact"
+    ((found, _),) = score(lm, ("The lazy", " dog"))
+    before, behind = (tiny_tokenizer(text)["input_ids"] for text in ("The lazy", " dog"))
+    nll = model.token_nll(torch.tensor([before + behind])).nll[0, len(before) :]
+    assert found == pytest.approx(-nll.sum().item(), rel=1e-5)
+    sedd = of_class(SEDDForMaskedLM, SEDDConfig, tiny_tokenizer, randomize, cond_dim=8)
+    lm = BD3LMHarness(sedd, tokenizer=tiny_tokenizer, device="cpu", check_greedy=False)
+    assert lm.estimator_of(window) == "sampled" and math.isfinite(score(lm, ("The lazy", " dog"))[0][0])
+
+
+def test_what_generate_writes_greedily_is_greedy(make_model, tiny_tokenizer):
+    model = make_model(vocab_size=len(tiny_tokenizer), mask_token_id=3, block_size=4)
+    lm = BD3LMHarness(model, tokenizer=tiny_tokenizer, device="cpu")
+    context = tiny_tokenizer("A block is")["input_ids"]
+    written = model.generate(torch.tensor([context]), max_new_tokens=9, do_sample=False)[0, len(context) :].tolist()
+    requests = [(("", ""), context, written[:count]) for count in (0, 1, 5, 9)]
+    requests += [(("", ""), context, [*written[:2], (written[2] + 1) % 300]), (("", ""), context[:1], written[:9])]
+    found = [greedy for _, greedy in lm._loglikelihood_tokens(requests, disable_tqdm=True)]
+    assert found == [True] * 4 + [False] * 2
+    plain = BD3LMHarness(model, tokenizer=tiny_tokenizer, device="cpu", check_greedy=False)
+    assert not any(greedy for _, greedy in plain._loglikelihood_tokens(requests, disable_tqdm=True))
+
+
+def test_an_empty_context_is_the_beginning_of_a_text(adapter, tiny_tokenizer):
+    lm = adapter()
+    found = score(lm, ("", "A block"), ("", "<bos>A block"), ("<bos>", "A block"), ("A block", ""))
+    ids = [0, *tiny_tokenizer("A block")["input_ids"]]
+    expected = -lm.model.token_nll(torch.tensor([ids]), estimator="exact").nll[0, 1:].sum().item()
+    assert [value for value, _ in found] == pytest.approx([expected] * 3 + [0.0], rel=1e-5)
+    begun = adapter(add_bos_token=True)
+    assert begun._encoded("A", " block")[0] == [0, *tiny_tokenizer("A")["input_ids"]]
+    assert begun._encoded("<bos>A", " block")[0] == [0, *tiny_tokenizer("A")["input_ids"]]
+
+
+def test_a_text_longer_than_the_window_is_the_sum_of_its_windows(adapter, tiny_tokenizer):
+    lm = adapter(max_length=12)
+    text = "The quick brown fox jumps over the lazy dog, and the lazy dog sleeps on."
+    (rolled,) = lm.loglikelihood_rolling([asked("loglikelihood_rolling", text)], disable_tqdm=True)
+    found = windows([0], tiny_tokenizer(text)["input_ids"], 12)
+    assert len(found) > 2
+    parts = lm._loglikelihood_tokens(
+        [(("", ""), w.ids[: w.given], w.ids[w.given :]) for w in found], disable_tqdm=True
+    )
+    assert rolled == pytest.approx(sum(value for value, _ in parts), rel=1e-5)
+    assert score(lm, ("", text))[0][0] == pytest.approx(rolled, rel=1e-5)
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_texts_end_with_the_first_string_that_ends_them(make_model, tiny_tokenizer):
+    model = make_model(vocab_size=len(tiny_tokenizer), mask_token_id=3, block_size=4)
+    prompts = ["A block is", "The quick brown", "", "The lazy dog sleeps on. " * 9]
+    texts = {}
+    for size in (1, 4):
+        lm = BD3LMHarness(model, tokenizer=tiny_tokenizer, device="cpu", batch_size=size)
+        wanted = {"max_gen_toks": 12, "temperature": 0.8, "until": []}
+        texts[size] = lm.generate_until(
+            [asked("generate_until", p, wanted, doc=n) for n, p in enumerate(prompts)], True
+        )
+    assert texts[1] == texts[4] and len(set(texts[1])) == 4
+    whole = texts[1][0]
+    stops = [letter for letter in whole[2:] if letter.isascii() and letter.isalnum()][:2]
+    wanted = {**wanted, "until": stops}
+    (cut,) = lm.generate_until([asked("generate_until", prompts[0], wanted, doc=0)], True)
+    assert cut == whole[: min(whole.find(stop) for stop in stops)]
+
+
+def test_a_repeated_request_gets_texts_of_its_own(make_model, tiny_tokenizer):
+    model = make_model(vocab_size=len(tiny_tokenizer), mask_token_id=3, block_size=4)
+    lm = BD3LMHarness(model, tokenizer=tiny_tokenizer, device="cpu")
+    request = asked("generate_until", "A block is", {"max_gen_toks": 8, "do_sample": True}, doc=0)
+    first = lm.generate_until([request] * 3, True)
+    assert len(set(first)) == 3 and lm.generate_until([request] * 3, True) == first
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_a_machine_without_a_gpu_computes_on_its_cpu(model_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in (None, "cuda:0", "cpu"):
+        assert BD3LMHarness(str(model_folder), device=name).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": "auto"}, "batch_size='auto': give a whole number of at least 1"),
+        ({"num_samples": 0}, "num_samples=0: give a whole number"),
+        ({"max_gen_toks": 1.5}, "max_gen_toks=1.5: give a whole number"),
+        ({"estimator": "best"}, "estimator='best' is unknown: choose one of auto, exact, stratified, sampled"),
+        ({"parallelize": True}, "parallelize: the model has no such argument; see BD3LMHarness"),
+        ({"max_length": 33}, "max_length=33: the model reads from 2 to 32 tokens at once"),
+    ],
+)
+def test_arguments_without_meaning_are_refused(adapter, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        adapter(**arguments)
+
+
+def test_what_a_model_has_not_is_refused(adapter, tiny_tokenizer, monkeypatch):
+    lm = adapter()
+    lm.model.has_likelihood = False
+    message = "a BD3LMForMaskedLM, which has no likelihood: choose tasks whose output_type is generate_until"
+    with pytest.raises(ValueError, match=message):
+        score(lm, ("A", " block"))
+    with pytest.raises(ValueError, match=message):
+        lm.loglikelihood_rolling([asked("loglikelihood_rolling", "A block")], disable_tqdm=True)
+    assert isinstance(lm.generate_until([asked("generate_until", "A", {"max_gen_toks": 3})], True)[0], str)
+    with pytest.raises(ValueError, match="a model comes without a tokenizer: give it as tokenizer="):
+        BD3LMHarness(lm.model)
+    with pytest.raises(ValueError, match="until=3: give a string or a list of strings"):
+        lm.generate_until([asked("generate_until", "A", {"until": 3})], True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="the adapter runs in one process: start it without accelerate launch"):
+        adapter()

@@ -1,0 +1,187 @@
+"""Judges of generated text: the published windows and rules, any causal model, and what they refuse."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+from bd3lm_hf.evaluation.perplexity import summarize
+from bd3lm_hf.evaluation.reference_model import (
+    CausalScore,
+    ReferenceModel,
+    load_reference_model,
+    reference_model_of,
+    sliding_windows,
+)
+from bd3lm_hf.generation.text_generation import GeneratedText
+from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, BD3LMConfig
+from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "08_gen_ppl"
+SETTINGS = json.loads((GOLDEN / "config.json").read_text())
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=64, n_embd=8, n_layer=1, n_head=1)).eval()
+
+
+@pytest.fixture(scope="module")
+def golden_judge() -> ReferenceModel:
+    model = GPT2LMHeadModel(GPT2Config(**SETTINGS["constructor"])).eval()
+    model.load_state_dict(load_file(GOLDEN / "weights.safetensors"), strict=False)
+    return reference_model_of(model, unscored=[SETTINGS["eos_token_id"]])
+
+
+# --- as published ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", SETTINGS["cases"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_published_perplexity_is_reproduced(golden_judge, case, batch_size):
+    tensors = load_file(GOLDEN / "tensors.safetensors")
+    rows = tensors[f"{case}.ids"].tolist()
+    scores = golden_judge.score([GeneratedText(ids, 0) for ids in rows], batch_size=batch_size)
+    result = summarize(scores)
+    assert result.perplexity == pytest.approx(tensors[f"{case}.ppl"].item(), rel=1e-4)
+    assert result.num_tokens == int(tensors[f"{case}.length"].item())
+    for score, nlls, valid in zip(scores, tensors[f"{case}.nlls"], tensors[f"{case}.valid"], strict=True):
+        assert score.num_tokens == int(valid.sum())
+        assert score.nll == pytest.approx(float((nlls.double() * valid).sum()), rel=1e-4)
+
+
+def test_texts_that_come_in_batches_have_the_perplexity_of_all(golden_judge):
+    tensors = load_file(GOLDEN / "tensors.safetensors")
+    texts = [GeneratedText(ids, 0) for case in SETTINGS["cases"] for ids in tensors[f"{case}.ids"].tolist()]
+    together = golden_judge.score(texts, batch_size=3)
+    apart = [golden_judge.score([text], numbers=[number])[0] for number, text in enumerate(texts)]
+    assert [score.row for score in together] == [score.row for score in apart] == list(range(len(texts)))
+    for one, other in zip(together, apart, strict=True):
+        assert one.nll == pytest.approx(other.nll, rel=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 3, 8, 9, 11, 12, 13, 30])
+@pytest.mark.parametrize("window", [8, 7])
+def test_each_token_is_scored_by_one_window(length, window):
+    scored = [
+        place for begin, end, first in sliding_windows(length, window) for place in range(max(first, begin), end)
+    ]
+    assert scored == list(range(length))
+    for begin, end, first in sliding_windows(length, window):
+        assert end - begin <= window and (first == 0 or first - begin >= window // 2)
+
+
+# --- who judges ------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_judges_itself_exactly_up_to_blocks_of_8(tiny_model, tiny_config):
+    assert reference_model_of(tiny_model).estimator == "exact"
+    large = BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), "block_size": 16}))
+    assert (reference_model_of(large).estimator, reference_model_of(large).num_samples) == ("stratified", 8)
+    timed = BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), "time_conditioning": True}))
+    assert (reference_model_of(timed).estimator, reference_model_of(timed).num_samples) == ("sampled", 8)
+
+
+def test_any_causal_model_can_judge():
+    model = gpt2()
+    texts = [GeneratedText([0, 5, 6, 7], 1), GeneratedText([0, 300, 12, 9, 10], 3)]
+    scores = ReferenceModel(CausalScore(model)).score(texts, seed=0, batch_size=2)
+    assert [score.num_tokens for score in scores] == [3, 2]
+    for text, score in zip(texts, scores, strict=True):
+        ids = torch.tensor([text.ids])
+        labels = torch.tensor([[-100] * text.given + text.ids[text.given :]])
+        expected = model(input_ids=ids, labels=labels).loss.item() * score.num_tokens
+        assert score.nll == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_judge_of_another_vocabulary_reads_the_text(tiny_tokenizer):
+    judge = ReferenceModel(CausalScore(gpt2()), retokenize=(tiny_tokenizer, tiny_tokenizer))
+    ids = tiny_tokenizer("The lazy dog sleeps on.")["input_ids"]
+    letters = [token for letter in "The lazy dog sleeps on." for token in tiny_tokenizer(letter)["input_ids"]]
+    assert len(letters) > len(ids)
+    given = tiny_tokenizer("A block")["input_ids"]
+    texts = [GeneratedText([0, *given, *written], 1 + len(given)) for written in (ids, letters)]
+    scores = judge.score(texts, seed=0, batch_size=2)
+    assert scores[0].num_tokens == scores[1].num_tokens == len(ids)
+    assert scores[0].nll == pytest.approx(scores[1].nll)
+
+
+def test_special_tokens_that_both_have_stay_and_others_are_left_out(tiny_tokenizer):
+    other = type(tiny_tokenizer)(
+        tokenizer_object=tiny_tokenizer.backend_tokenizer, bos_token="<bos>", eos_token="<eos>"
+    )
+    judge = ReferenceModel(CausalScore(gpt2()), retokenize=(tiny_tokenizer, other))
+    read = judge._read(GeneratedText([0, *tiny_tokenizer("The dog")["input_ids"], 1, 2, 0], 1))
+    assert read == GeneratedText([0, *tiny_tokenizer("The dog")["input_ids"], 1, 0], 1)
+    # A text that does not begin as the judge's texts do is given their beginning.
+    assert (
+        judge._read(GeneratedText(tiny_tokenizer("The dog")["input_ids"], 0))[:2]
+        == read._replace(ids=read.ids[:-2])[:2]
+    )
+
+
+def test_an_autoregressive_model_of_ours_judges_by_its_exact_likelihood(randomize):
+    model = randomize(
+        ARForCausalLM(ARConfig(vocab_size=48, model_length=32, hidden_dim=32, n_blocks=2, n_heads=2))
+    ).eval()
+    judge = reference_model_of(model)
+    ids = torch.randint(3, 47, (50,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert judge.estimator == "exact" and judge.window == 32
+    first, second = torch.tensor([ids[:32]]), torch.tensor([ids[16:48]])
+    third = torch.tensor([ids[32:]])
+    expected = model.token_nll(first).nll.sum() + model.token_nll(second).nll[0, 16:].sum()
+    expected += model.token_nll(third).nll[0, 16:].sum()
+    (score,) = judge.score([GeneratedText(ids, 0)])
+    assert score.num_tokens == 49 and score.nll == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_an_estimated_bound_has_the_noise_of_the_texts_number(tiny_config, randomize):
+    model = randomize(BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), "block_size": 16}))).eval()
+    judge = reference_model_of(model)
+    texts = [GeneratedText([0, *range(5 + shift, 25 + shift)], 1) for shift in range(3)]
+    scores = judge.score(texts, seed=1, batch_size=3)
+    (alone,) = judge.score(texts[2:], seed=1, numbers=[2])
+    assert alone.nll == pytest.approx(scores[2].nll, rel=1e-5)
+    assert judge.score(texts[2:], seed=2, numbers=[2])[0].nll != pytest.approx(scores[2].nll, rel=1e-5)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_can_not_judge_is_refused(tiny_tokenizer, tmp_path):
+    class NoLikelihood:
+        has_likelihood, config = False, None
+
+        def token_nll(self):
+            raise AssertionError
+
+    with pytest.raises(ValueError, match="a NoLikelihood has no likelihood to judge by: name a causal language model"):
+        reference_model_of(NoLikelihood())
+    bert = BertForMaskedLM(BertConfig(vocab_size=320, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    bert.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"--judge .*: a BertForMaskedLM predicts no next tokens: name a causal"):
+        load_reference_model(str(tmp_path), tiny_tokenizer, as_text=True, score_end=False)
+
+
+def test_ids_and_windows_that_a_judge_does_not_know_are_refused():
+    with pytest.raises(ValueError, match="the text holds the id 320, but the judge knows 320 ids"):
+        reference_model_of(gpt2()).score([GeneratedText([0, 320], 1)])
+    for window in (1, 65):
+        with pytest.raises(ValueError, match=f"window={window}: the judge reads from 2 to 64 tokens at once"):
+            reference_model_of(gpt2(), window=window)
+
+
+def test_a_text_without_a_token_to_score_has_none():
+    assert reference_model_of(gpt2(), unscored=[5]).score(
+        [GeneratedText([0, 5, 5], 1), GeneratedText([4], 0), GeneratedText([], 0)]
+    ) == [
+        (0, 0.0, 0),
+        (1, 0.0, 0),
+        (2, 0.0, 0),
+    ]

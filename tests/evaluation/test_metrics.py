@@ -1,0 +1,112 @@
+"""The modules of the `evaluate` library: loaded by path, without network, with the numbers of the package."""
+
+import json
+import math
+from pathlib import Path
+
+import evaluate
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import bd3lm_hf
+from bd3lm_hf.evaluation.reference_model import reference_model_of
+from bd3lm_hf.generation.text_generation import GeneratedText
+from bd3lm_hf.metrics import METRICS, load_metric
+
+
+FOLDER = Path(bd3lm_hf.__file__).parent / "metrics"
+GOLDEN = Path(__file__).parents[1] / "golden" / "08_gen_ppl"
+TENSORS = load_file(GOLDEN / "tensors.safetensors")
+
+
+@pytest.fixture(scope="module")
+def golden_model() -> GPT2LMHeadModel:
+    settings = json.loads((GOLDEN / "config.json").read_text())
+    model = GPT2LMHeadModel(GPT2Config(**settings["constructor"])).eval()
+    model.load_state_dict(load_file(GOLDEN / "weights.safetensors"), strict=False)
+    return model
+
+
+@pytest.mark.parametrize("name", ["distinct_n", "generative_perplexity", "repetition", "text_length", "token_entropy"])
+def test_a_module_is_loaded_by_the_path_of_its_folder_or_by_name(name):
+    assert name in METRICS
+    for module in (evaluate.load(str(FOLDER / name)), load_metric(name)):
+        assert isinstance(module, evaluate.Measurement)
+        assert "predictions: texts, or their token ids" in module.inputs_description
+
+
+@pytest.mark.parametrize("case", ["long", "padded", "longer"])
+def test_the_published_figures_are_reproduced(golden_model, case):
+    rows = TENSORS[f"{case}.ids"].tolist()
+    result = load_metric("generative_perplexity").compute(predictions=rows, judge=golden_model)
+    assert result["generative_perplexity"] == pytest.approx(TENSORS[f"{case}.ppl"].item(), rel=1e-4)
+    assert result["num_tokens"] == int(TENSORS[f"{case}.length"])
+    entropies = load_metric("token_entropy").compute(predictions=rows)["entropies"]
+    assert sum(entropies) == pytest.approx(TENSORS[f"{case}.entropy"].item(), abs=1e-4)
+
+
+def test_batches_that_are_added_are_scored_together(golden_model):
+    rows = [row for case in ("long", "padded") for row in TENSORS[f"{case}.ids"].tolist()]
+    metric = load_metric("generative_perplexity")
+    for row in rows:
+        metric.add_batch(predictions=[row])
+    result = metric.compute(judge=golden_model, batch_size=2)
+    scores = reference_model_of(golden_model, unscored=[52]).score([GeneratedText(row, 0) for row in rows])
+    total, count = math.fsum(score.nll for score in scores), sum(score.num_tokens for score in scores)
+    each = [math.exp(score.nll / score.num_tokens) for score in scores]
+    assert result["generative_perplexity"] == pytest.approx(math.exp(total / count))
+    assert result["perplexities"] == pytest.approx(each)
+    assert result["mean_perplexity"] == pytest.approx(sum(each) / len(each))
+
+
+@pytest.fixture
+def judge_folder(tiny_tokenizer, tmp_path) -> Path:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=64, n_embd=8, n_layer=1, n_head=1))
+    model.save_pretrained(tmp_path / "judge")
+    tiny_tokenizer.save_pretrained(tmp_path / "judge")
+    return tmp_path / "judge"
+
+
+def test_texts_are_read_by_the_judges_tokenizer(judge_folder, tiny_tokenizer):
+    texts = ["The lazy dog sleeps on.", "A block is written<eos><bos>from noise."]
+    ids = [[0, *tiny_tokenizer(text)["input_ids"]] for text in texts]
+    metric = load_metric("generative_perplexity")
+    by_text = metric.compute(predictions=texts, judge=str(judge_folder))
+    model = GPT2LMHeadModel.from_pretrained(judge_folder).eval()
+    by_ids = metric.compute(predictions=ids, judge=model, tokenizer=tiny_tokenizer)
+    assert by_text["perplexities"] == pytest.approx(by_ids["perplexities"])
+    assert by_text["num_tokens"] == sum(len(row) - 1 for row in ids) - 1  # without the end token
+    letters = [[0, *(i for letter in text for i in tiny_tokenizer(letter)["input_ids"])] for text in texts[:1]]
+    again = metric.compute(predictions=letters, judge=model, tokenizer=tiny_tokenizer, writer=str(judge_folder))
+    assert again["perplexities"] == pytest.approx(by_ids["perplexities"][:1])
+    ends = metric.compute(predictions=texts, judge=str(judge_folder), score_end=True)
+    assert ends["num_tokens"] == by_text["num_tokens"] + 1
+
+
+def test_what_a_judge_needs_is_asked_for(golden_model, tmp_path):
+    metric = load_metric("generative_perplexity")
+    with pytest.raises(ValueError, match="read by the judge's tokenizer: give it as tokenizer=, or give token ids"):
+        metric.compute(predictions=["a text"], judge=golden_model)
+    with pytest.raises(ValueError, match="judge .*nowhere: there is no such folder"):
+        load_metric("generative_perplexity").compute(predictions=["a text"], judge=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="there is no metric 'bleu': choose one of distinct_n, generative_perplexity"):
+        load_metric("bleu")
+
+
+def test_diversity_is_that_of_ids_of_tokens_or_of_words(tiny_tokenizer):
+    texts = ["the dog the dog the dog", "the fox"]
+    ids = [tiny_tokenizer(text)["input_ids"] for text in texts]
+    assert load_metric("distinct_n").compute(predictions=texts, n=(1, 2)) == {"distinct_1": 3 / 8, "distinct_2": 3 / 6}
+    assert load_metric("repetition").compute(predictions=texts, n=2) == {
+        "mean_repetition": 0.3,
+        "repetitions": [0.6, 0.0],
+    }
+    assert load_metric("text_length").compute(predictions=texts)["longest"] == 6
+    entropy = load_metric("token_entropy").compute(predictions=texts)
+    assert entropy["mean_entropy"] == pytest.approx(math.log(2)) and len(entropy["entropies"]) == 2
+    for name in ("distinct_n", "repetition", "text_length", "token_entropy"):
+        by_ids = load_metric(name).compute(predictions=ids)
+        assert load_metric(name).compute(predictions=texts, tokenizer=tiny_tokenizer) == by_ids

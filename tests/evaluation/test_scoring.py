@@ -1,0 +1,414 @@
+"""`bd3lm eval`: what it says is what the library computes, and what can not be done is refused before work begins."""
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from test_cli import assert_refused
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from two_processes import evaluation_of
+
+from bd3lm_hf import (
+    ARConfig,
+    ARForCausalLM,
+    BD3LMConfig,
+    MDLMConfig,
+    MDLMForMaskedLM,
+    SEDDConfig,
+    SEDDForMaskedLM,
+    cli,
+)
+from bd3lm_hf.data.documents import load_text, pack
+from bd3lm_hf.data.sources import SUITES
+from bd3lm_hf.evaluation import eval_cli
+from bd3lm_hf.evaluation.perplexity import perplexity
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+
+
+@pytest.fixture
+def run(bd3lm, model_folder, text_file, tmp_path):
+    """A function `(*arguments) -> result` that scores the text file with the model."""
+
+    def score(*arguments, model=model_folder, data=text_file, name="result") -> dict:
+        output = tmp_path / f"{name}.json"
+        given = ["--model", model, "--dataset", data, "--output", output, *arguments]
+        code, out, err = bd3lm("eval", *given)
+        assert code == 0, err
+        return {**json.loads(output.read_text()), "out": out}
+
+    return score
+
+
+def save(model, tokenizer, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def config_of(tokenizer, config_class=BD3LMConfig, **fields):
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
+    sizes = {"model_length": 32, "hidden_dim": 32, "n_blocks": 2, "n_heads": 2, "cond_dim": 16, "dropout": 0.0}
+    ids = {name: getattr(tokenizer, name) for name in names}
+    return config_class(vocab_size=len(tokenizer), **ids, **{**sizes, **fields})
+
+
+# --- What it says ----------------------------------------------------------------------------------------------------
+
+
+def test_eval_prints_and_writes_what_the_library_computes(run, model_folder, text_file):
+    result = run("--estimator", "exact")
+    assert f"{result['perplexity']:.4f}" in result["out"] and "an upper bound, exact" in result["out"]
+    assert result["estimator"] == "exact" and result["split"] == "validation" and result["length"] == 32
+    model, tokenizer = loaded(model_folder)
+    rows = pack(load_text(str(text_file), split="validation"), tokenizer, length=32)
+    expected = perplexity(model, rows, estimator="exact")
+    assert result["nll"] == expected.nll
+    assert result["standard_error"] == expected.standard_error
+    assert result["num_tokens"] == expected.num_tokens and result["bits_per_byte"] > 0
+    assert result["bits_per_token"] == pytest.approx(result["nll"] / math.log(2))
+
+
+def loaded(folder: Path):
+    return cli.load(cli.make_parser().parse_args(["eval", "--model", str(folder)]))
+
+
+def test_eval_scores_at_most_so_many_sequences(run):
+    assert run("--split", "train", "--max-sequences", 3, "--num-samples", 2)["num_sequences"] <= 3
+    assert run("--split", "train", "--max-sequences", 1)["standard_error"] is None  # not a NaN, which is no JSON
+
+
+def test_two_runs_give_equal_numbers_and_say_what_they_depend_on(run):
+    results = [run("--seed", seed, name=name) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    differences = {key for key in results[0] if results[0][key] != results[1][key]}
+    assert differences <= {"seconds", "out"}
+    assert results[2]["nll"] != results[0]["nll"] and results[2]["weights_sha256"] == results[0]["weights_sha256"]
+    for name in ("config", "weights", "tokenizer", "data"):
+        assert len(results[0][f"{name}_sha256"]) == 16
+    assert results[0]["torch"] == torch.__version__ and results[0]["dtype"] == "float32"
+    assert results[0]["seed"] == 1 and results[0]["device"] == "cpu"
+
+
+def test_the_batch_size_changes_rounding_only(run):
+    first, second = (run("--batch-size", size, name=str(size)) for size in (1, 5))
+    assert first["nll"] == pytest.approx(second["nll"], rel=1e-6)
+    assert first["data_sha256"] == second["data_sha256"]
+
+
+def test_every_kind_of_file_is_written_in_one_run(bd3lm, model_folder, text_file, tmp_path):
+    outputs = [tmp_path / f"x.{kind}" for kind in ("json", "csv", "md")]
+    for _ in range(2):
+        given = ["--model", model_folder, "--dataset", text_file, "--output", *outputs]
+        assert bd3lm("eval", *given)[0] == 0
+    result = json.loads(outputs[0].read_text())
+    rows = list(csv.DictReader(outputs[1].read_text().splitlines()))
+    assert [float(row["nll"]) for row in rows] == [result["nll"]] * 2
+    assert len(outputs[2].read_text().splitlines()) == 4
+
+
+def test_an_interrupted_run_goes_on_and_another_one_is_refused(
+    bd3lm, model_folder, text_file, tmp_path, monkeypatch, run
+):
+    expected = run("--split", "train", "--batch-size", 2, name="whole")
+    output = tmp_path / "x.json"
+    given = ["eval", "--model", model_folder, "--dataset", text_file, "--split", "train", "--batch-size", 2]
+    lengths, score = [], BD3LMForMaskedLM.token_nll
+
+    def recording(self, ids, *arguments, **named):
+        lengths.append(len(ids))
+        if len(lengths) == 4 and not done:
+            raise KeyboardInterrupt
+        return score(self, ids, *arguments, **named)
+
+    done = False
+    monkeypatch.setattr(BD3LMForMaskedLM, "token_nll", recording)
+    assert bd3lm(*given, "--output", output)[0] == 130
+    assert lengths == [1, 2, 2, 2]  # a look at the estimator, two batches, and one that was lost
+    done = True
+    refused = bd3lm(*given, "--output", output, "--seed", 1)
+    assert_refused(refused, "x.scores.jsonl holds 4 scores of another run", "seed was 0 and is 1", "--restart")
+    assert not output.exists()
+    lengths.clear()
+    assert bd3lm(*given, "--output", output)[0] == 0
+    assert json.loads(output.read_text())["nll"] == expected["nll"]
+    assert sum(lengths[1:]) == expected["num_sequences"] - 4
+    assert bd3lm(*given, "--output", output, "--seed", 1, "--restart")[0] == 0
+    assert json.loads(output.read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize("estimator", ["published", "stratified"])
+def test_two_processes_give_the_number_of_one(bd3lm, two_processes, tmp_path, estimator):
+    folder, results = two_processes
+    assert [result["eval"] for result in results] == [[0, 0], [0, 0]]
+    shared = json.loads((folder / f"eval-{estimator}.json").read_text())
+    assert bd3lm(*evaluation_of(folder, tmp_path / "alone.json", "--estimator", estimator))[0] == 0
+    alone = json.loads((tmp_path / "alone.json").read_text())
+    assert shared["processes"] == 2 and shared["num_sequences"] > 12
+    assert {name for name in alone if alone[name] != shared[name]} == {"processes", "seconds"}
+    scores = (folder / f"eval-{estimator}.scores.jsonl").read_text().splitlines()
+    assert len(scores) == 2 + -(-shared["num_sequences"] // 6)  # a line for each round
+
+
+def test_a_refusal_reaches_every_process(two_processes):
+    assert [result["refused"] for result in two_processes[1]] == [2, 2]
+
+
+# --- Sanity ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(run, tiny_tokenizer, tmp_path):
+    fresh = save(BD3LMForMaskedLM(config_of(tiny_tokenizer)), tiny_tokenizer, tmp_path / "fresh")
+    # All tokens but the mask are equally likely.
+    assert run("--estimator", "exact", model=fresh)["perplexity"] == pytest.approx(319, rel=1e-5)
+    autoregressive = save(ARForCausalLM(config_of(tiny_tokenizer, ARConfig)), tiny_tokenizer, tmp_path / "ar")
+    result = run(model=autoregressive, name="ar")
+    assert result["perplexity"] == pytest.approx(319, rel=1e-5)
+    assert result["estimator"] == "exact" and not result["bound"] and result["num_samples"] is None
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class"), [(MDLMForMaskedLM, MDLMConfig), (SEDDForMaskedLM, SEDDConfig)]
+)
+def test_the_baselines_are_scored_by_the_same_command(run, tiny_tokenizer, tmp_path, model_class, config_class):
+    folder = save(model_class(config_of(tiny_tokenizer, config_class)), tiny_tokenizer, tmp_path / "baseline")
+    result = run("--split", "train", "--num-samples", 8, model=folder)
+    assert result["perplexity"] == pytest.approx(319, rel=0.1)
+    assert result["model_class"] == model_class.__name__ and result["bound"] and result["num_samples"] == 8
+    assert run("--split", "train", "--estimator", "published", model=folder, name="published")["nll"] > 0
+
+
+def test_a_model_that_knows_the_data_has_a_perplexity_near_one(run, tiny_tokenizer, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "validation.txt").write_text("z" * 300)
+    (known,) = set(tiny_tokenizer("z" * 300, add_special_tokens=False)["input_ids"])
+    for model_class, config_class in ((BD3LMForMaskedLM, BD3LMConfig), (ARForCausalLM, ARConfig)):
+        model = model_class(config_of(tiny_tokenizer, config_class))
+        with torch.no_grad():
+            model.get_output_embeddings().bias[known] = 12.0  # a fresh head is zero elsewhere
+        folder = save(model, tiny_tokenizer, tmp_path / model.config.model_type)
+        for estimator in ("exact", "stratified"):
+            given = ["--no-insert-eos", "--estimator", estimator]
+            result = run(*given, model=folder, data=tmp_path / "data", name=f"{model.config.model_type}-{estimator}")
+            assert 1 <= result["perplexity"] < 1.01
+
+
+def test_the_perplexity_of_an_autoregressive_model_is_that_of_transformers_loss(
+    run, tiny_tokenizer, text_file, randomize, tmp_path
+):
+    model = randomize(ARForCausalLM(config_of(tiny_tokenizer, ARConfig))).eval()
+    result = run("--split", "train", model=save(model, tiny_tokenizer, tmp_path / "ar"))
+    rows = pack(load_text(str(text_file), split="train"), tiny_tokenizer, length=32)
+    ids, labels = (torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels"))
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    # As published, the mask has a column of its own and no probability.
+    logits[..., tiny_tokenizer.mask_token_id] = -torch.inf
+    loss = ForCausalLMLoss(logits, labels, vocab_size=len(tiny_tokenizer))
+    assert result["nll"] == pytest.approx(loss.item(), rel=1e-5)
+    assert result["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-4)
+
+
+def test_a_given_prompt_is_not_scored(run, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "The quick brown fox", "completion": " jumps."}] * 6
+    path.write_text("\n".join(map(json.dumps, rows)))
+    result = run("--split", "train", data=path)
+    assert 0 < result["num_tokens"] < 6 * 10 and result["packing"] is None and result["bits_per_byte"] is None
+
+
+# --- The published protocol and the suite ----------------------------------------------------------------------------
+
+
+def test_the_published_protocol_cuts_texts_as_published_unless_told_otherwise(run):
+    result = run("--estimator", "published")
+    found = {name: result[name] for name in ("packing", "insert_eos", "insert_special", "num_samples")}
+    assert found == {"packing": "published", "insert_eos": True, "insert_special": True, "num_samples": None}
+    said = run("--estimator", "published", "--packing", "contiguous", "--no-insert-special", name="said")
+    assert (said["packing"], said["insert_special"], said["insert_eos"]) == ("contiguous", False, True)
+    ours = run(name="ours")
+    assert (ours["packing"], ours["insert_special"], ours["estimator"]) == ("contiguous", False, "stratified")
+    assert run("--estimator", "published", name="again")["nll"] == result["nll"] != said["nll"]
+
+
+def test_the_published_protocol_agrees_with_the_exact_bound(run):
+    same = ["--split", "train", "--packing", "published", "--insert-special"]
+    exact = run(*same, "--estimator", "exact", name="exact")
+    published = [run(*same, "--estimator", "published", "--seed", seed, name=f"{seed}")["nll"] for seed in range(5)]
+    mean, error = torch.tensor(published).mean().item(), torch.tensor(published).std().item() / math.sqrt(5)
+    assert abs(mean - exact["nll"]) < 5 * error + 0.02
+
+
+WORDS = "The quick brown fox jumps over the lazy dog, and the lazy dog sleeps on. " * 3
+
+
+@pytest.fixture
+def copies(tmp_path) -> Path:
+    """Tiny copies of the suite's sets in the columns, files and splits of their sources."""
+    folder = tmp_path / "copies"
+    columns = {"ptb": "sentence", "scientific_papers_pubmed": "article", "scientific_papers_arxiv": "article"}
+    others = {"scientific_papers_pubmed": {"abstract": "no"}, "scientific_papers_arxiv": {"abstract": "no"}}
+    for number, name in enumerate(SUITES["zero-shot"].sets):
+        split = SUITES["zero-shot"].sets[name].split
+        rows = [{columns.get(name, "text"): f"{number} {WORDS}", **others.get(name, {})} for _ in range(4)]
+        if name == "ag_news":
+            rows = [{**row, "label": 1} for row in rows]
+        (folder / name).mkdir(parents=True)
+        text = "\n".join(map(json.dumps, rows))
+        (folder / name / f"{split}.jsonl").write_text(text)
+        (folder / name / "train.jsonl").write_text(text.replace("quick", "slow"))
+    # A set may be a file as well.
+    shutil.move(folder / "lambada" / "test.jsonl", folder / "lambada.jsonl")
+    shutil.rmtree(folder / "lambada")
+    return folder
+
+
+def test_the_suite_is_one_table_with_the_published_flags(bd3lm, model_folder, copies, tmp_path):
+    outputs = [tmp_path / f"x.{kind}" for kind in ("json", "csv", "md")]
+    given = ["eval", "--model", model_folder, "--suite", "zero-shot", "--suite-source", copies, "--output", *outputs]
+    code, out, err = bd3lm(*given)
+    assert code == 0, err
+    report = json.loads(outputs[0].read_text())
+    assert report["suite"] == "zero-shot"
+    names = list(SUITES["zero-shot"].sets)
+    assert [row["dataset"] for row in report["results"]] == names
+    for row in report["results"]:
+        assert (row["packing"], row["insert_eos"], row["insert_special"]) == ("published", False, True)
+        assert row["estimator"] == "published" and row["suite"] == "zero-shot" and row["num_sequences"] > 2
+    assert {row["dataset"] for row in report["results"] if row["split"] == "test"} == {"lm1b", "lambada", "ag_news"}
+    assert len({row["data_sha256"] for row in report["results"]}) == 8
+    table = outputs[2].read_text()
+    assert "sequences of 32 tokens; the paper's have 1024" in out and table.strip() in out
+    assert len(table.splitlines()) == 10 and "| ptb (validation) | published | &le; " in table
+    rows = list(csv.DictReader(outputs[1].read_text().splitlines()))
+    assert [row["nll"] for row in rows] == [str(row["nll"]) for row in report["results"]]
+    # A set alone with the same flags gives the same number.
+    flags = ["--packing", "published", "--no-insert-eos", "--insert-special", "--estimator", "published"]
+    alone = ["--dataset", "ptb", "--dataset-source", copies / "ptb", "--output", tmp_path / "ptb.json"]
+    assert bd3lm("eval", "--model", model_folder, *alone, *flags)[0] == 0
+    assert json.loads((tmp_path / "ptb.json").read_text())["nll"] == report["results"][0]["nll"]
+
+
+def test_sets_of_the_suite_can_be_named_and_estimated_otherwise(bd3lm, model_folder, copies, tmp_path):
+    given = ["--suite", "zero-shot", "--suite-source", copies, "--sets", "lambada", "ptb", "--estimator", "exact"]
+    assert bd3lm("eval", "--model", model_folder, *given, "--output", tmp_path / "x.json")[0] == 0
+    rows = json.loads((tmp_path / "x.json").read_text())["results"]
+    assert [(row["dataset"], row["estimator"], row["packing"]) for row in rows] == [
+        ("lambada", "exact", "published"),
+        ("ptb", "exact", "published"),
+    ]
+
+
+def test_sets_that_can_not_be_had_are_named_before_any_is_scored(bd3lm, model_folder, copies, monkeypatch):
+    (copies / "wikitext2" / "validation.jsonl").write_text(json.dumps({"body": "x"}))
+    (copies / "ag_news" / "test.jsonl").write_text(json.dumps({"text": ""}))
+    monkeypatch.setattr(eval_cli, "score_shared", lambda *a, **b: pytest.fail("something was scored"))
+    result = bd3lm("eval", "--model", model_folder, "--suite", "zero-shot", "--suite-source", copies)
+    assert_refused(result, "2 of 8 sets of the suite zero-shot can not be had", "wikitext2 (", "ag_news (", "--sets")
+
+
+def test_copies_that_are_missing_are_named_before_the_model_is_loaded(bd3lm, copies):
+    for name in ("lm1b", "ptb"):
+        shutil.rmtree(copies / name)
+    result = bd3lm("eval", "--model", "nowhere", "--suite", "zero-shot", "--suite-source", copies)
+    assert_refused(result, "has no copy of ptb, lm1b: a copy is a folder of that name")
+
+
+def test_without_copies_and_network_every_set_is_named(bd3lm, model_folder):
+    result = bd3lm("eval", "--model", model_folder, "--suite", "zero-shot", "--sets", "ptb", "lambada")
+    assert_refused(result, "2 of 2 sets of the suite zero-shot can not be had", "ptb (", "lambada (")
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--dataset", "nowhere.txt"), "There is no file or folder 'nowhere.txt'"),
+        (("--dataset", "python-doc"), "Did you mean 'python-docs'?"),
+        (("--dataset", "TEXT", "--batch-size", 0), "'0' does not do: give a whole number of at least 1"),
+        (("--dataset", "TEXT", "--num-samples", 0), "'0' does not do: give a whole number of at least 1"),
+        (("--dataset", "TEXT", "--num-samples", "many"), "'many' does not do"),
+        (("--dataset", "TEXT", "--max-sequences", 0), "--max-sequences: '0' does not do"),
+        (("--dataset", "TEXT", "--length", -1), "--length: '-1' does not do"),
+        (("--dataset", "TEXT", "--output", "no/folder/f.json"), "does not exist; make it first"),
+        (("--dataset", "TEXT", "--output", "f.yaml"), "ends in one of .json, .csv, .md"),
+        (("--dataset", "TEXT", "--estimator", "magic"), "invalid choice: 'magic'"),
+        (("--dataset", "TEXT", "--estimator", "exact", "--num-samples", 2), "exact draws no noise; leave the number"),
+        (("--dataset", "TEXT", "--estimator", "published", "--num-samples", 2), "published is one draw of noise"),
+        (("--dataset", "TEXT", "--device", "abacus"), "'abacus' is no device of this machine"),
+        (("--dataset", "TEXT", "--suite", "zero-shot"), "either a --dataset or a --suite"),
+        (("--dataset", "TEXT", "--sets", "ptb"), "--sets goes with --suite"),
+        (("--dataset", "TEXT", "--restart"), "--restart drops the scores beside a result: name it with --output"),
+        (("--suite", "zero-shot", "--split", "test"), "--split goes with --dataset"),
+        (("--suite", "zero-shot", "--sets", "ptb", "lambda"), "Did you mean 'lambada'?"),
+        (("--suite", "zero-shot", "--sets", "python-docs"), "--sets python-docs: the suite zero-shot has ptb, "),
+        (("--suite", "one-shot"), "invalid choice: 'one-shot'"),
+        ((), "either a --dataset or a --suite"),
+    ],
+)
+def test_eval_refuses_bad_arguments_before_it_looks_at_the_model(bd3lm, text_file, arguments, part):
+    arguments = [text_file if argument == "TEXT" else argument for argument in arguments]
+    assert_refused(bd3lm("eval", "--model", "nowhere", *arguments), part)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--split", "night"), "split is 'night'"),
+        (("--text-column", "body"), "body"),
+        (("--length", 4000), "fewer than one sequence of 4000"),
+        (("--length", 600, "--estimator", "published"), "fewer than one sequence of 598"),
+    ],
+)
+def test_eval_refuses_text_that_it_can_not_score(bd3lm, model_folder, text_file, arguments, part):
+    assert_refused(bd3lm("eval", "--model", model_folder, "--dataset", text_file, *arguments), part)
+
+
+def test_an_empty_split_is_refused(bd3lm, model_folder, tmp_path):
+    Dataset.from_dict({"text": []}).to_parquet(tmp_path / "data" / "validation.parquet")
+    Dataset.from_dict({"text": ["x"]}).to_parquet(tmp_path / "data" / "train.parquet")
+    result = bd3lm("eval", "--model", model_folder, "--dataset", tmp_path / "data")
+    assert_refused(result, "validation.parquet is empty: it has no row. Name another file")
+
+
+def test_a_file_beside_the_output_that_holds_no_scores_is_refused(bd3lm, model_folder, text_file, tmp_path):
+    (tmp_path / "x.scores.jsonl").write_text("notes\n")
+    result = bd3lm("eval", "--model", "nowhere", "--dataset", text_file, "--output", tmp_path / "x.json")
+    assert_refused(result, "x.scores.jsonl: line 1 is no score of this command")
+
+
+def test_eval_refuses_a_model_that_it_can_not_score(bd3lm, tiny_tokenizer, text_file, tmp_path):
+    config = GPT2Config(vocab_size=320, n_positions=32, n_embd=8, n_layer=1, n_head=1)
+    folder = save(GPT2LMHeadModel(config), tiny_tokenizer, tmp_path / "gpt2")
+    result = bd3lm("eval", "--model", folder, "--dataset", text_file)
+    assert_refused(result, "is a GPT2LMHeadModel, which this package can not score")
+
+
+def test_a_model_without_a_likelihood_is_pointed_to_what_can_be_measured(bd3lm, model_folder, text_file, monkeypatch):
+    monkeypatch.setattr(BD3LMForMaskedLM, "has_likelihood", False, raising=False)
+    result = bd3lm("eval", "--model", model_folder, "--dataset", text_file)
+    assert_refused(result, "is a BD3LMForMaskedLM, which has no likelihood", "bd3lm eval --generative")
+
+
+def test_an_exact_sum_of_too_many_passes_is_refused_with_its_cost(
+    bd3lm, tiny_tokenizer, text_file, tmp_path, monkeypatch
+):
+    folder = save(BD3LMForMaskedLM(config_of(tiny_tokenizer, block_size=16)), tiny_tokenizer, tmp_path / "b16")
+    monkeypatch.setattr(eval_cli, "_load", lambda *a: pytest.fail("the text was read"))
+    result = bd3lm("eval", "--model", folder, "--dataset", text_file, "--estimator", "exact")
+    assert_refused(result, "2^16 - 1 passes", "the limit is 8 tokens to score in a block, 255 passes", "stratified")
+
+
+def test_a_tokenizer_that_does_not_fit_the_vocabulary_is_refused(bd3lm, tiny_tokenizer, text_file, tmp_path):
+    config = config_of(tiny_tokenizer)
+    folder = save(BD3LMForMaskedLM(config), tiny_tokenizer, tmp_path / "model")
+    tiny_tokenizer.add_tokens(["<more>"])
+    tiny_tokenizer.save_pretrained(tmp_path / "larger")
+    result = bd3lm(*("eval", "--model", folder, "--dataset", text_file), *("--tokenizer", tmp_path / "larger"))
+    assert_refused(result, "token ids up to 320, but the model's vocab_size is 320")

@@ -1,0 +1,330 @@
+"""A trace replays to the text it is of, and its page is complete, harmless and shows what happened."""
+
+import html.parser
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from bd3lm_hf.generation.denoising_trace import (
+    FORMAT,
+    VERSION,
+    RowStep,
+    pieces,
+    trace_document,
+    trace_page,
+    traced_sample,
+    write_trace,
+)
+
+
+BLOCK = 4
+TEXT = "The lazy dog, naïve café prose: 日本 🙂 \n\n</script><b>&amp;</b><!-- x"
+
+
+@pytest.fixture
+def document(tiny_tokenizer) -> dict:
+    """Two samples; in the first a wrong token is written and taken back, and a character spans several tokens."""
+    mask = tiny_tokenizer.mask_token_id
+    samples = []
+    for index, (prompt, text) in enumerate([("The quick", TEXT), ("A block", " is written.")]):
+        prompt_ids, new_ids = tiny_tokenizer(prompt)["input_ids"], tiny_tokenizer(text)["input_ids"]
+        samples.append(
+            traced_sample(
+                tiny_tokenizer,
+                index=index,
+                prompt=prompt,
+                prompt_ids=prompt_ids,
+                new_ids=new_ids,
+                steps=backwards(prompt_ids, new_ids, mask),
+                mask_token_id=mask,
+            )
+        )
+    return document_of(tiny_tokenizer, samples)
+
+
+def document_of(tokenizer, samples) -> dict:
+    return trace_document(
+        tokenizer,
+        samples,
+        model="tiny",
+        sampler="confidence",
+        settings={"seed": 0},
+        mask_token_id=tokenizer.mask_token_id,
+        block_size=BLOCK,
+    )
+
+
+def backwards(prompt_ids, new_ids, mask):
+    """Steps that reveal each block from its end, two tokens at once; the very first token is wrong before."""
+    ids, first = [*prompt_ids, *new_ids], len(prompt_ids)
+    steps = []
+    for begin in range(first // BLOCK * BLOCK, len(ids), BLOCK):
+        places = range(begin, begin + BLOCK)
+        now = [ids[at] if at < first else mask if at < len(ids) else 5 for at in places]  # 5 stands behind the end
+        todo = [at for at, token in enumerate(now) if token == mask]
+        if not steps:
+            wrong = list(now)
+            wrong[todo[0]] = 40
+            steps.append(RowStep(begin, places, wrong, [0.25 if at == todo[0] else None for at in range(BLOCK)]))
+        while todo:
+            fresh = [todo.pop() for _ in range(min(2, len(todo)))]
+            for at in fresh:
+                now[at] = ids[begin + at]
+            steps.append(RowStep(begin, places, list(now), [0.75 if at in fresh else None for at in range(BLOCK)]))
+    return steps + [RowStep(begin + BLOCK, [-1] * BLOCK, [mask] * BLOCK, [None] * BLOCK)]
+
+
+def replay(sample) -> list[list[int | None]]:
+    """What all positions hold, step by step."""
+    first = sample["num_prompt_tokens"]
+    state = sample["ids"][:first] + [None] * sample["num_tokens"]
+    states = [list(state)]
+    for step in sample["steps"]:
+        start, stop = sample["blocks"][step["block"]]
+        for position, token, confidence in step["changes"]:
+            assert start <= position < stop
+            assert (state[position] is None) == step["forward"]  # only masks are revealed, only tokens masked
+            assert 0 <= confidence <= 1 if step["forward"] else token is confidence is None
+            state[position] = token
+        states.append(list(state))
+    return states
+
+
+# --- texts of tokens -------------------------------------------------------------------------------------------------
+
+
+def joined(split) -> str:
+    texts = dict(enumerate(split.texts))
+    texts.update({start: text for start, _, text in split.characters})
+    return "".join(texts[number] or "" for number in range(len(split.texts)))
+
+
+def test_the_pieces_of_a_text_join_to_the_text(tiny_tokenizer):
+    ids = tiny_tokenizer(TEXT)["input_ids"]
+    split = pieces(tiny_tokenizer, ids)
+    assert len(split.texts) == len(ids)
+    assert joined(split) == TEXT == tiny_tokenizer.decode(ids)
+
+
+def test_bytes_of_one_character_stay_together(tiny_tokenizer):
+    ids = tiny_tokenizer("a🙂日b")["input_ids"]
+    split = pieces(tiny_tokenizer, ids)
+    assert [text for _, _, text in split.characters] == ["🙂", "日"]
+    assert [stop - start for start, stop, _ in split.characters] == [4, 3]
+    assert split.texts == ["a", *[None] * 7, "b"]
+
+
+def test_bytes_that_form_no_character_are_shown_one_by_one(tiny_tokenizer):
+    smiley, b = tiny_tokenizer("🙂")["input_ids"], tiny_tokenizer("b")["input_ids"]
+    assert pieces(tiny_tokenizer, [*smiley[:2], *b]).texts == ["�", "�", "b"]
+    assert pieces(tiny_tokenizer, smiley[:3]).texts == ["�"] * 3
+    assert pieces(tiny_tokenizer, smiley[1:2] * 6).texts == ["�"] * 6
+    assert pieces(tiny_tokenizer, []).texts == []
+
+
+def test_a_position_belongs_to_the_first_of_the_windows_that_hold_it(tiny_tokenizer):
+    mask = tiny_tokenizer.mask_token_id
+    steps = [
+        RowStep(0, range(4), [10, 11, 12, 13], [None, 0.5, 0.5, 0.5]),
+        RowStep(2, range(2, 6), [12, 13, 14, 15], [None, None, 0.5, 0.5]),
+    ]
+    arguments = {"index": 0, "prompt": "", "prompt_ids": [10], "new_ids": [11, 12, 13, 14, 15], "steps": steps}
+    sample = traced_sample(tiny_tokenizer, mask_token_id=mask, **arguments)
+    assert sample["blocks"] == [[1, 4], [4, 6]]
+    assert replay(sample)[-1] == [10, 11, 12, 13, 14, 15]
+
+
+# --- the data --------------------------------------------------------------------------------------------------------
+
+
+def test_a_trace_replays_from_all_masks_to_the_text(document):
+    assert document["format"] == FORMAT and document["version"] == VERSION
+    for sample in document["samples"]:
+        states = replay(sample)
+        assert states[0][sample["num_prompt_tokens"] :] == [None] * sample["num_tokens"]
+        assert states[-1] == sample["ids"]
+        assert sample["forwards"] == sum(step["forward"] for step in sample["steps"])
+        assert sample["tokens_per_forward"] == sample["num_tokens"] / sample["forwards"]
+        covered = [position for start, stop in sample["blocks"] for position in range(start, stop)]
+        assert covered == list(range(sample["num_prompt_tokens"], len(sample["ids"])))
+
+
+def test_a_token_that_returned_to_mask_is_told_between_two_passes(document, tiny_tokenizer):
+    sample = document["samples"][0]
+    first = sample["num_prompt_tokens"]
+    assert sample["steps"][0] == {"block": 0, "forward": True, "changes": [[first, 40, 0.25]]}
+    assert sample["steps"][1] == {"block": 0, "forward": False, "changes": [[first, None, None]]}
+    assert sample["forwards"] == len(sample["steps"]) - 1
+    assert document["vocabulary"] == {"40": tiny_tokenizer.decode([40])}
+
+
+def test_a_token_that_was_masked_and_written_again_is_told_even_if_it_came_out_the_same(tiny_tokenizer):
+    steps = [RowStep(0, [0, 1], [0, 50], [None, 0.5]), RowStep(0, [0, 1], [0, 50], [None, 0.75])]
+    sample = sample_of(tiny_tokenizer, [50], steps)
+    assert [step["changes"] for step in sample["steps"]] == [[[1, 50, 0.5]], [[1, None, None]], [[1, 50, 0.75]]]
+    assert sample["forwards"] == 2
+
+
+def sample_of(tokenizer, new_ids, steps) -> dict:
+    """Sample 7, a text from nothing."""
+    return traced_sample(
+        tokenizer,
+        index=7,
+        prompt=None,
+        prompt_ids=[tokenizer.bos_token_id],
+        new_ids=new_ids,
+        steps=steps,
+        mask_token_id=tokenizer.mask_token_id,
+    )
+
+
+def test_special_tokens_are_marked_and_what_stands_behind_the_end_is_left_out(tiny_tokenizer):
+    eos = tiny_tokenizer.eos_token_id
+    sample = sample_of(tiny_tokenizer, [50, eos], [RowStep(8, range(4), [0, 50, eos, 60], [None, 0.5, 0.5, 0.5])])
+    assert sample["special"] == [0, 2] and sample["texts"][2] == "<eos>"
+    assert sample["steps"] == [{"block": 0, "forward": True, "changes": [[1, 50, 0.5], [2, eos, 0.5]]}]
+
+
+def test_steps_of_another_text_are_refused(tiny_tokenizer):
+    with pytest.raises(ValueError, match="trace of sample 7 holds the token 50 at position 1 where the text has 51"):
+        sample_of(tiny_tokenizer, [51], [RowStep(0, range(4), [0, 50, 52, 53], [0.5] * 4)])
+
+
+def test_a_trace_of_nothing_is_refused(tiny_tokenizer):
+    with pytest.raises(ValueError, match="needs at least one sample"):
+        document_of(tiny_tokenizer, [])
+
+
+def test_a_file_name_says_whether_it_is_page_or_data(document, tmp_path):
+    write_trace(document, tmp_path / "trace.json")
+    assert json.loads((tmp_path / "trace.json").read_text()) == document
+    write_trace(document, tmp_path / "trace.HTML")
+    assert (tmp_path / "trace.HTML").read_text().startswith("<!doctype html>")
+    with pytest.raises(ValueError, match=r"page \(.html\) or data \(.json\), which the name 'trace.txt' does not say"):
+        write_trace(document, tmp_path / "trace.txt")
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+class Page(html.parser.HTMLParser):
+    """The elements of a page and the contents of its scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.scripts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data):
+        if self.elements and self.elements[-1][0] == "script":
+            self.scripts[-1] += data
+
+
+def test_the_page_holds_the_whole_trace_whatever_the_tokens_say(document):
+    page = Page(trace_page(document))
+    data, script = page.scripts
+    assert json.loads(data) == document
+    assert "</script><b>" in "".join(text or "" for text in json.loads(data)["samples"][0]["texts"])
+    assert not set("<>&") & set(data) and data.isascii()
+    assert "JSON.parse" in script and "innerHTML" not in script and "eval" not in script
+
+
+def test_the_page_needs_no_other_file_and_forbids_the_network(document):
+    page = Page(trace_page(document))
+    assert not [attrs for _, attrs in page.elements if {"src", "href", "srcset", "action"} & set(attrs)]
+    assert "@import" not in trace_page(document) and "url(" not in trace_page(document)
+    policy = [attrs["content"] for tag, attrs in page.elements if attrs.get("http-equiv")]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"]
+
+
+def test_every_control_of_the_page_has_a_name(document):
+    page = Page(trace_page(document))
+    labelled = {attrs["for"] for tag, attrs in page.elements if tag == "label"}
+    controls = [attrs for tag, attrs in page.elements if tag in ("button", "input", "select")]
+    assert len(controls) == 9
+    for attrs in controls:
+        assert attrs.get("aria-label") or attrs["id"] in labelled or attrs["id"] == "play"  # its text says it
+
+
+@pytest.fixture
+def browse(tmp_path, document):
+    """A function `(fragment) -> Page` of what a browser has made of the page at this address."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("there is no Chromium on this machine")
+    write_trace(document, tmp_path / "trace.html")
+
+    def run(fragment: str) -> str:
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+        address = f"{(tmp_path / 'trace.html').as_uri()}#{fragment}"
+        done = subprocess.run([browser, *options, "--dump-dom", address], capture_output=True, timeout=120, check=True)
+        return done.stdout.decode()
+
+    return run
+
+
+class Tokens(html.parser.HTMLParser):
+    """Class and text of each token, and the texts of elements with an id."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tokens: list[tuple[set[str], str]] = []
+        self.texts: dict[str, str] = {}
+        self._open: list[str | None] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if "data-position" in attrs:
+            self.tokens.append((set(attrs["class"].split()), ""))
+        if tag not in ("meta", "input", "option"):
+            self._open.append("token" if "data-position" in attrs else attrs.get("id"))
+
+    def handle_endtag(self, tag):
+        if tag not in ("meta", "input", "option"):
+            self._open.pop()
+
+    def handle_data(self, data):
+        if self._open and self._open[-1] == "token":
+            classes, text = self.tokens.pop()
+            self.tokens.append((classes, text + data))
+        for name in filter(None, self._open):
+            self.texts[name] = self.texts.get(name, "") + data
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_steps_of_a_sample(browse, document):
+    sample = document["samples"][0]
+    first, wrong = sample["num_prompt_tokens"], document["vocabulary"]["40"]
+
+    start = Tokens(browse(""))
+    assert "".join(text for _, text in start.tokens[:first]) == "The quick"
+    assert all("masked" in classes for classes, _ in start.tokens[first:])
+    assert start.texts["where"] == f"step 0 of {len(sample['steps'])}"
+
+    written = Tokens(browse("sample=0&step=1"))
+    assert written.tokens[first] == ({"token", "revealed"}, wrong)
+    assert written.texts["happened"] == f"Block 1 of {len(sample['blocks'])}: “{wrong}” at 25 %"
+
+    taken = Tokens(browse("sample=0&step=2"))
+    assert taken.tokens[first][0] == {"token", "masked", "taken"}
+    assert taken.texts["happened"].endswith(f"back to mask “{wrong}”")
+
+    end = Tokens(browse("sample=0&step=last"))
+    assert "".join(text for _, text in end.tokens).replace("↵", "") == "The quick" + TEXT
+    assert end.texts["where"] == "step {0} of {0}".format(len(sample["steps"]))
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_sample_that_the_address_names(browse, document):
+    shown = Tokens(browse("sample=1&step=last"))
+    assert "".join(text for _, text in shown.tokens) == "A block is written."
+    assert f"tokens per forward{document['samples'][1]['tokens_per_forward']:.2f}" in shown.texts["facts"]

@@ -1,0 +1,362 @@
+"""`bd3lm generate`: every sample comes out once, on disk as soon as it is finished, and says how it was made."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from bd3lm_hf import cli
+from bd3lm_hf.evaluation.perplexity import seed_of
+from bd3lm_hf.generation import generate_cli
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+
+
+@pytest.fixture
+def generate(bd3lm, model_folder):
+    """A function that calls `bd3lm generate` with the tiny model."""
+    return lambda *arguments: bd3lm("generate", "--model", model_folder, *arguments)
+
+
+def rows_of(path: Path) -> list[dict]:
+    # By newline alone: a text may hold other characters that end a line.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_each_prompt_is_continued(generate):
+    code, out, _ = generate("--prompt", "A block is", "--prompt", "The", "--max-new-tokens", 5)
+    assert code == 0
+    assert out.startswith("A block is") and "\nThe" in out
+
+
+def test_texts_repeat_themselves_with_their_seed(generate):
+    arguments = ["--prompt", "A block is", "--max-new-tokens", 12]
+    texts = [generate(*arguments, "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert len({generate(*arguments, "--greedy", "--seed", seed)[1] for seed in (1, 2)}) == 1
+
+
+def test_a_text_can_start_from_nothing(generate, tmp_path):
+    output = tmp_path / "samples.jsonl"
+    assert generate("--max-new-tokens", 8, "--nucleus-p", 0.9, "--num-samples", 3, "--output", output)[0] == 0
+    rows = rows_of(output)
+    assert [row["prompt"] for row in rows] == [None] * 3 and len({row["text"] for row in rows}) == 3
+    assert {row["num_prompt_tokens"] for row in rows} == {1}  # the token that begins a text
+
+
+def test_prompts_come_from_a_file(generate, tmp_path):
+    (tmp_path / "prompts.txt").write_text("The fox\nA block\n")
+    _, out, _ = generate("--prompt-file", tmp_path / "prompts.txt", "--max-new-tokens", 4)
+    assert out == generate("--prompt", "The fox", "--prompt", "A block", "--max-new-tokens", 4)[1]
+
+
+def test_the_text_is_what_the_library_writes(generate, model_folder, tmp_path):
+    output = tmp_path / "samples.jsonl"
+    arguments = ["--prompt", "The lazy dog", "--prompt", "A", "--max-new-tokens", 10, "--seed", 5, "--top-k", 9]
+    assert generate(*arguments, "--temperature", 0.8, "--output", output)[0] == 0
+    model, tokenizer = BD3LMForMaskedLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+    inputs = tokenizer(["The lazy dog", "A"], padding=True, padding_side="left", return_tensors="pt")
+    torch.manual_seed(seed_of(5, 0))
+    options = {"do_sample": True, "max_new_tokens": 10, "temperature": 0.8, "top_k": 9}
+    written = model.generate(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], return_dict_in_generate=True, **options
+    )
+    rows = rows_of(output)
+    assert [row["text"] for row in rows] == tokenizer.batch_decode(written.sequences, skip_special_tokens=True)
+    assert {row["forwards"] for row in rows} == {written.num_forward_passes}
+
+
+# --- the samples file ------------------------------------------------------------------------------------------------
+
+
+def test_a_line_says_what_was_written_and_how(generate, model_folder, tmp_path):
+    output = tmp_path / "samples.jsonl"
+    arguments = ["--prompt", "The fox", "--max-new-tokens", 6, "--seed", 7, "--temperature", 0.5, "--batch-size", 2]
+    code, out, _ = generate(*arguments, "--output", output)
+    assert code == 0 and out == f"1 samples in {output}\n"
+    (row,) = rows_of(output)
+    assert row["prompt"] == "The fox" and row["text"].startswith("The fox")
+    assert row["index"] == 0 and row["seed"] == 7 and row["model"] == str(model_folder)
+    assert row["num_prompt_tokens"] > 0 and 0 < row["num_tokens"] <= 6 and row["seconds"] > 0
+    assert row["tokens_per_forward"] == row["num_tokens"] / row["forwards"]
+    assert row["settings"] == {
+        "model": str(model_folder),
+        "seed": 7,
+        "num_prompts": 1,
+        "num_samples": 1,
+        "batch_size": 2,
+        "max_new_tokens": 6,
+        "do_sample": True,
+        "temperature": 0.5,
+    }
+
+
+def test_the_samples_of_a_prompt_stand_together_and_differ(generate, tmp_path):
+    output = tmp_path / "samples.jsonl"
+    arguments = ["--prompt", "The fox", "--prompt", "A", "--num-samples", 3, "--batch-size", 2]
+    assert generate(*arguments, "--max-new-tokens", 8, "--output", output)[0] == 0
+    rows = rows_of(output)
+    assert [row["index"] for row in rows] == list(range(6))
+    assert [row["prompt"] for row in rows] == ["The fox"] * 3 + ["A"] * 3
+    assert len({row["text"] for row in rows}) == 6
+
+
+def test_one_at_a_time_a_sample_depends_on_seed_and_number_only(generate, tmp_path):
+    texts = []
+    for number in (2, 4):
+        output = tmp_path / f"{number}.jsonl"
+        arguments = ["--num-samples", number, "--batch-size", 1, "--max-new-tokens", 8]
+        assert generate(*arguments, "--output", output)[0] == 0
+        texts.append([row["text"] for row in rows_of(output)])
+    assert texts[0] == texts[1][:2]
+
+
+def without_time(path: Path) -> list[dict]:
+    return [{**row, "seconds": None} for row in rows_of(path)]
+
+
+def test_a_rerun_continues_behind_what_is_there(generate, tmp_path):
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    arguments = ["--num-samples", 7, "--batch-size", 3, "--max-new-tokens", 8]
+    assert generate(*arguments, "--output", whole)[0] == 0
+    # Killed in the middle of the second batch, in the middle of a line.
+    part.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[:4]) + b'{"index": 4, "pro')
+    code, out, _ = generate(*arguments, "--output", part)
+    assert code == 0 and out == f"7 samples in {part}, 4 of an earlier run\n"
+    assert without_time(part) == without_time(whole)
+    before = part.read_bytes()
+    assert generate(*arguments, "--output", part)[0] == 0 and part.read_bytes() == before
+
+
+def test_other_settings_need_another_file_or_overwriting(generate, tmp_path):
+    output = tmp_path / "samples.jsonl"
+    arguments = ["--max-new-tokens", 4, "--output", output]
+    assert generate(*arguments, "--seed", 1)[0] == 0
+    before = output.read_bytes()
+    code, _, err = generate(*arguments, "--seed", 2)
+    assert code == 2 and "(seed is 1 there and 2 now)" in err and output.read_bytes() == before
+    # What the model refuses does not cost the old file.
+    assert generate(*arguments, "--seed", 2, "--overwrite", "--prompt", "a" * 200)[0] == 2
+    assert output.read_bytes() == before
+    assert generate(*arguments, "--seed", 2, "--overwrite")[0] == 0
+    assert [row["seed"] for row in rows_of(output)] == [2]
+
+
+def test_an_interrupted_run_keeps_its_finished_samples_and_goes_on_later(generate, model_folder, tmp_path):
+    output = tmp_path / "samples.jsonl"
+    arguments = ["--num-samples", "400", "--batch-size", "1", "--max-new-tokens", "24", "--output", str(output)]
+    command = [sys.executable, "-m", "bd3lm_hf.cli", "generate", "--model", str(model_folder), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    # A test run in the background of a shell ignores Ctrl-C, and its children would too.
+    run = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes)
+    try:
+        give_up = time.monotonic() + 120
+        while not output.is_file() or output.read_bytes().count(b"\n") < 3:
+            assert run.poll() is None and time.monotonic() < give_up, run.communicate()
+            time.sleep(0.01)
+        run.send_signal(signal.SIGINT)
+        out, err = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    rows = rows_of(output)
+    assert run.returncode == 130 and out == ""
+    assert err == f"interrupted: {len(rows)} of 400 samples are in {output}\n"
+    assert 3 <= len(rows) < 400
+    # The rerun begins with the first sample that is missing.
+    output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = generate_cli.plan(cli.make_parser().parse_args(["generate", "--model", str(model_folder), *arguments]))
+    assert generate_cli.SamplesFile(output, job.sample_prompts, job.settings).finished == set(range(len(rows)))
+
+
+# --- samplers and traces ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings", "forwards"),
+    [
+        (["--sampler", "first_hitting"], {"sampler": "first_hitting"}, 12),
+        (["--sampler", "first_hitting", "--num-denoising-steps", 1], {"num_denoising_steps": 1}, 3),
+        (["--sampler", "ancestral", "--num-denoising-steps", 1], {"sampler": "ancestral"}, 3),
+        (["--sampler", "confidence", "--confidence-threshold", 0], {"confidence_threshold": 0.0}, 3),
+        (["--sampler", "confidence", "--confidence-threshold", 1], {"confidence_threshold": 1.0}, 12),
+        (["--sampler", "entropy_bound", "--entropy-bound", 99], {"entropy_bound": 99.0}, 3),
+        (["--remask-fraction", 0.5, "--sampling-dtype", "float64"], {"remask_fraction": 0.5}, 12 + 3 * 2),
+        (["--stop-at-second-eos"], {"stop_at_second_eos": True}, 12),
+        (["--entropy-stop", 4, "--entropy-stop-window", 200], {"entropy_stop": 4.0, "entropy_stop_window": 200}, 12),
+    ],
+)
+def test_every_sampler_and_its_fields_can_be_chosen(generate, tmp_path, flags, settings, forwards):
+    output = tmp_path / "samples.jsonl"
+    # Two blocks of prompt, three blocks to write.
+    assert generate("--prompt", "AAAAAAAA", "--max-new-tokens", 12, *flags, "--output", output)[0] == 0
+    (row,) = rows_of(output)
+    assert row["num_prompt_tokens"] == 8 and row["num_tokens"] == 12
+    assert settings.items() <= row["settings"].items()
+    assert row["forwards"] == forwards
+
+
+def test_a_trace_replays_every_sample_of_a_batch(generate, tmp_path):
+    page, data, output = tmp_path / "trace.html", tmp_path / "trace.json", tmp_path / "samples.jsonl"
+    arguments = ["--prompt", "The lazy dog", "--prompt", "A", "--num-samples", 2, "--max-new-tokens", 13]
+    flags = ["--sampler", "confidence", "--confidence-threshold", 0.01, "--remask-fraction", 0.5, "--temperature", 2]
+    code, _, _ = generate(*arguments, *flags, "--trace", page, "--trace", data, "--output", output)
+    assert code == 0
+    document, rows = json.loads(data.read_text()), rows_of(output)
+    assert document["model"] == "model" and document["sampler"] == "confidence" and document["block_size"] == 4
+    assert document["settings"]["remask_fraction"] == 0.5 and document["settings"]["seed"] == 0
+    assert len(document["samples"]) == 4
+    for sample, row in zip(document["samples"], rows, strict=True):
+        assert (sample["index"], sample["prompt"]) == (row["index"], row["prompt"])
+        assert sample["num_prompt_tokens"] == row["num_prompt_tokens"] and sample["num_tokens"] == row["num_tokens"]
+        assert sample["forwards"] <= row["forwards"]
+        assert any(not step["forward"] for step in sample["steps"])
+        places = [position for start, stop in sample["blocks"] for position in range(start, stop)]
+        assert places == list(range(sample["num_prompt_tokens"], len(sample["ids"])))
+        assert all((start % 4 == 0 or start == places[0]) and stop - start <= 4 for start, stop in sample["blocks"])
+        state = {}
+        for step in sample["steps"]:
+            state.update({position: token for position, token, _ in step["changes"]})
+        assert [state[place] for place in places] == sample["ids"][sample["num_prompt_tokens"] :]
+    assert json.dumps(document["samples"][3]["ids"]) in page.read_text()
+
+
+def test_a_trace_needs_a_model_that_denoises_and_something_to_write(generate, gpt2_folder, bd3lm, tmp_path):
+    code, _, err = bd3lm("generate", "--model", gpt2_folder, "--prompt", "A", "--trace", tmp_path / "trace.html")
+    assert code == 2 and "--trace shows denoising steps, which a GPT2LMHeadModel does not take: leave it out" in err
+    arguments = ["--max-new-tokens", 4, "--output", tmp_path / "samples.jsonl"]
+    assert generate(*arguments)[0] == 0
+    code, _, err = generate(*arguments, "--trace", tmp_path / "trace.html")
+    assert code == 2 and "all samples are in" in err and "nothing to trace" in err
+    assert not (tmp_path / "trace.html").exists()
+
+
+# --- what a person sees ----------------------------------------------------------------------------------------------
+
+
+def test_a_stream_shows_the_same_text(generate):
+    arguments = ["--prompt", "A block is", "--temperature", 0.7]
+    assert generate(*arguments, "--stream")[1] == generate(*arguments)[1]
+
+
+def test_a_stream_shows_several_texts_one_after_the_other(generate):
+    arguments = ["--prompt", "A block is", "--prompt", "The", "--num-samples", 2, "--max-new-tokens", 6]
+    assert generate(*arguments, "--stream")[1] == generate(*arguments, "--batch-size", 1)[1]
+
+
+def test_drafts_are_shown_in_a_terminal_only(generate, monkeypatch):
+    arguments = ["--prompt", "A block is", "--max-new-tokens", 6, "--stream"]
+    plain = generate(*arguments)[1]
+    monkeypatch.setattr(generate_cli, "_is_terminal", lambda stream: True)
+    drafts = generate(*arguments)[1]
+    assert "\033" not in plain
+    yellow, clear = "\033[33m", "\0338\033[J"
+    assert drafts.count(yellow) >= 6 and drafts.count(clear) == drafts.count(yellow)
+    assert drafts.split(clear)[-1].strip() in plain  # what stays is the text
+
+
+def test_a_long_run_shows_its_progress_in_a_terminal_only(generate, monkeypatch, tmp_path):
+    arguments = ["--num-samples", 3, "--batch-size", 1, "--max-new-tokens", 4, "--output", tmp_path / "s.jsonl"]
+    assert generate(*arguments)[2] == ""
+    monkeypatch.setattr(generate_cli, "_is_terminal", lambda stream: True)
+    err = generate(*arguments, "--overwrite")[2]
+    assert "writing" in err and "0/3" in err
+    assert "writing" not in generate("--max-new-tokens", 4)[2]  # one batch is no long run
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--prompt", ""), "--prompt 1 is an empty prompt"),
+        (("--prompt", "a" * 200), "more than the model's window of 32 tokens: shorten it"),
+        (("--prompt-file", "nowhere.txt"), "--prompt-file nowhere.txt: there is no such file"),
+        (("--prompt-file", "a.txt", "--prompt", "a"), "not allowed with argument"),
+        (("--max-new-tokens", 0), "--max-new-tokens: '0' does not do: give a whole number of at least 1"),
+        (("--num-samples", 0), "--num-samples: '0' does not do: give a whole number of at least 1"),
+        (("--batch-size", "few"), "--batch-size: 'few' does not do"),
+        (("--temperature", 0.0), "--temperature: '0.0' does not do: give a number above 0"),
+        (("--temperature", "nan"), "--temperature: 'nan' does not do"),
+        (("--nucleus-p", 2), "--nucleus-p: '2' does not do: give a number above 0 and at most 1"),
+        (("--top-p", 2), "--top-p: '2' does not do: give a number above 0 and at most 1"),
+        (("--top-k", -1), "--top-k: '-1' does not do: give a whole number of at least 0"),
+        (("--repetition-penalty", 0), "--repetition-penalty: '0' does not do"),
+        (("--max-time", -3), "--max-time: '-3' does not do"),
+        (("--sampler", "magic"), "invalid choice: 'magic'"),
+        (("--stream", "--batch-size", 2), "--stream shows one text at a time: leave --batch-size 2 out"),
+        (("--greedy", "--do-sample"), "not allowed with argument"),
+        (("--prompts", "a b c"), "unrecognized arguments"),
+        (("--output", "no/folder/s.jsonl"), "does not exist; make it first"),
+        (("--output", "."), "--output . is a folder: name a file"),
+        (("--overwrite",), "--overwrite replaces a samples file: name it with --output"),
+        (("--trace", "trace.txt"), "is a page (.html) or data (.json), which the name 'trace.txt' does not say"),
+        (("--trace", "no/folder/trace.html"), "does not exist; make it first"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(generate, arguments, part):
+    code, out, err = generate(*arguments)
+    assert code == 2 and not out
+    assert err.startswith("error: ") and err.count("\n") == 1 and part in err
+
+
+def test_what_is_wrong_with_the_line_is_said_before_a_model_is_loaded(bd3lm):
+    code, _, err = bd3lm("generate", "--model", "nowhere/at/all", "--overwrite")
+    assert code == 2 and "name it with --output" in err
+
+
+def test_a_model_without_a_begin_token_needs_a_prompt(generate, model_folder):
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((model_folder / name).read_text())
+        (model_folder / name).write_text(json.dumps({**fields, "bos_token_id": None}))
+    code, _, err = generate()
+    assert code == 2 and "no bos_token_id to start a text from: give a --prompt" in err
+    assert generate("--prompt", "A", "--max-new-tokens", 3)[0] == 0
+
+
+# --- other models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpt2_folder(tiny_tokenizer, tmp_path) -> Path:
+    """A model of transformers' own with the tiny tokenizer."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=32, n_embd=8, n_layer=1, n_head=1))
+    model.save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer.save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def test_an_autoregressive_model_writes_as_well(bd3lm, gpt2_folder, tmp_path):
+    output = tmp_path / "samples.jsonl"
+    arguments = ["generate", "--model", gpt2_folder, "--prompt", "The", "--num-samples", 2]
+    assert bd3lm(*arguments, "--max-new-tokens", 5, "--output", output)[0] == 0
+    assert [(row["forwards"], row["num_tokens"] <= 5) for row in rows_of(output)] == [(None, True)] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "pad", "eos", "count"),
+    [
+        ([5, 6, 7], 2, 1, 3),
+        ([5, 1, 2, 2], 2, 1, 2),
+        ([5, 1, 6, 1, 2], 2, 1, 4),  # the second end token ended this one
+        ([5, 6, 2, 2], 2, 1, 2),  # a stop string did
+        ([5, 1, 1, 1], 1, 1, 2),
+        ([5, 1, 1, 1], None, [1, 3], 2),
+        ([5, 6, 1], 1, 1, 3),
+        ([5, 6], None, None, 2),
+    ],
+)
+def test_padding_behind_the_end_is_no_new_token(row, pad, eos, count):
+    config = types.SimpleNamespace(pad_token_id=pad, eos_token_id=eos)
+    assert generate_cli.new_tokens(row, config) == row[:count]

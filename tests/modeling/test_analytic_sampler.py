@@ -1,0 +1,174 @@
+"""The analytic sampler of scores: the published law of each step, with one number per place."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from published import load_recorded, published
+
+from bd3lm_hf import SEDDConfig, SEDDForMaskedLM
+from bd3lm_hf.modeling.generation_config_bd3lm import SEDDGenerationConfig
+from bd3lm_hf.modeling.modeling_sedd import analytic_weights, denoising_weights, log_score
+from bd3lm_hf.modeling.noise_bd3lm import LogLinearNoise
+from bd3lm_hf.modeling.samplers_bd3lm import LAST_TIME, AnalyticSampler, RevealState, Step
+
+
+MASK = 40
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, torch.Tensor]:
+    return load_recorded("06_mdlm_sedd")
+
+
+@pytest.fixture(scope="module")
+def model() -> SEDDForMaskedLM:
+    return published("06_mdlm_sedd", SEDDForMaskedLM, SEDDConfig)
+
+
+def make(mask_token_id: int = MASK, **fields) -> AnalyticSampler:
+    config = SimpleNamespace(mask_token_id=mask_token_id, noise="loglinear", time_conditioning=True)
+    return AnalyticSampler(SEDDGenerationConfig(**fields), config)
+
+
+def round_of(masked: torch.Tensor, seed: int = 0, **fields) -> RevealState:
+    wanted = torch.ones_like(masked)
+    return RevealState(masked.clone(), wanted, **{"generator": torch.Generator().manual_seed(seed), **fields})
+
+
+def published_nucleus(log_scores: torch.Tensor, p: float) -> torch.Tensor:
+    """The score that the published sampler goes on with: normalised and cut off at p, the mask included."""
+    probabilities = log_scores.double().softmax(-1)
+    ranked, order = probabilities.sort(dim=-1, descending=True)
+    kept = ranked.cumsum(-1) <= p
+    kept[..., 0] = True
+    cut = torch.zeros_like(probabilities).scatter(-1, order, ranked * kept)
+    return cut / cut.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("nucleus_p", [1.0, 0.99, 0.9, 0.5])
+@pytest.mark.parametrize("step", [0, 1, 2, None])
+@pytest.mark.parametrize("loudness", [0.0, 4.0, -4.0])
+def test_a_step_has_the_published_law(model, recorded, step, nucleus_p, loudness):
+    # Scores louder than true ratios reveal a place more than surely: the mask has a negative weight, which is none.
+    x_t, final = recorded["xt"], step is None
+    sigma_t, sigma_s = recorded[f"sedd.step{step or 0}.sigma"][0].double()
+    sigmas = sigma_t.expand(len(x_t))
+    logits = model(x_t, timesteps=sigmas.float()).logits + loudness
+    score = log_score(logits, x_t, sigmas.float())
+    score = score.double().exp() if nucleus_p == 1.0 else published_nucleus(score, nucleus_p)
+    if final:
+        weights = denoising_weights(score, x_t, sigmas, MASK)
+    else:
+        weights = analytic_weights(score, x_t, sigmas, sigma_s.expand(len(x_t)), MASK)
+    law = weights[x_t == MASK].clamp(min=0)
+    known = law.sum(1) > 0  # in the last step nothing may be left beside the mask: there the published law is none
+    assert known.all() or final
+    law = law[known] / law[known].sum(1, keepdim=True)
+
+    sampler = make(nucleus_p=nucleus_p)
+    sampler._sigma, sampler._rise = float(sigma_t), math.inf if final else math.expm1(float(sigma_t - sigma_s))
+    scores, chance = sampler._cut(logits[x_t == MASK])
+    ours = chance.double().unsqueeze(1) * scores.double().softmax(1)
+    ours[:, MASK] = 1 - chance.double()
+    torch.testing.assert_close(ours[known], law, atol=1e-5, rtol=0)
+    assert (scores.softmax(1)[:, MASK] == 0).all()
+
+
+def test_where_no_token_is_in_the_nucleus_a_place_stays_masked_until_the_last_step():
+    sampler = make(mask_token_id=3, nucleus_p=0.5)
+    logits = torch.tensor([[-20.0, -19.0, -21.0, 0.0]])
+    sampler._sigma, sampler._rise = 0.01, 0.5
+    assert sampler._cut(logits)[1].tolist() == [0.0]
+    sampler._rise = math.inf
+    scores, chance = sampler._cut(logits)
+    assert chance.tolist() == [1.0]
+    torch.testing.assert_close(scores[:, :3].softmax(1), logits[:, :3].softmax(1), atol=1e-3, rtol=0)
+    assert scores[0, 3] == -torch.inf
+
+
+def test_a_token_outside_the_nucleus_is_never_drawn_and_still_there_when_the_others_are_forbidden():
+    sampler = make(mask_token_id=3, nucleus_p=0.5)
+    sampler._sigma, sampler._rise = 3.0, 0.5
+    logits = torch.tensor([[9.0, 2.0, 1.0, 0.0]])
+    scores, _ = sampler._cut(logits)
+    assert scores.softmax(1).tolist() == [[1.0, 0.0, 0.0, 0.0]]
+    torch.testing.assert_close(scores[:, 1:3].softmax(1), logits[:, 1:3].softmax(1), atol=1e-3, rtol=0)
+
+
+def test_a_step_within_the_capped_noise_level_reveals_only_what_the_nucleus_leaves_no_mask_for():
+    sampler = make(mask_token_id=3, nucleus_p=0.5)
+    sampler._sigma, sampler._rise = 3.0, 0.0
+    assert sampler._cut(torch.tensor([[9.0, 2.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))[1].tolist() == [1.0, 0.0]
+
+
+def test_the_grid_is_the_published_one_and_ends_with_a_denoising():
+    sampler, work = make(num_denoising_steps=4), round_of(torch.tensor([[True, True, False]]))
+    times, sigmas, growths = [], [], []
+    for step in sampler.steps(work):
+        assert step.places.tolist() == [0, 1] and step.chance.shape == (1,)
+        times.append(float(step.chance))
+        sigmas.append(sampler._sigma)
+        growths.append(sampler._rise)
+    expected = torch.linspace(1, LAST_TIME, 5, dtype=torch.float64)
+    torch.testing.assert_close(torch.tensor(times), expected.float())
+    torch.testing.assert_close(torch.tensor(sigmas).double(), LogLinearNoise().sigma(expected), atol=1e-6, rtol=1e-6)
+    assert growths == [math.expm1(a - b) for a, b in zip(sigmas, sigmas[1:], strict=False)] + [math.inf]
+
+
+def test_by_default_there_are_as_many_steps_as_tokens_in_a_window():
+    assert len(list(make().steps(round_of(torch.ones(1, 7, dtype=torch.bool))))) == 7 + 1
+
+
+def test_rows_that_are_done_are_not_predicted_and_steps_end_with_the_last_mask():
+    sampler, work = make(num_denoising_steps=9), round_of(torch.tensor([[True, False], [True, True]]))
+    work.wanted[1, 1] = False
+    steps = sampler.steps(work)
+    assert next(steps).places.tolist() == [0, 2, 3]
+    work.masked[0, 0] = False
+    assert next(steps).places.tolist() == [2, 3]
+    work.masked[1, 0] = False
+    assert next(steps, None) is None
+
+
+def revealed(sampler: AnalyticSampler, work: RevealState, logits: torch.Tensor) -> torch.Tensor:
+    """The number of the step that reveals each place, where all logits `(vocab_size,)` are the same."""
+    when = torch.full(work.masked.shape, -1)
+    for number, step in enumerate(sampler.steps(work)):
+        narrowed, kept = sampler.narrow(work, step, logits.expand(len(step.places), -1))
+        assert isinstance(narrowed, Step) and len(kept) == len(narrowed.places)
+        when.view(-1)[narrowed.places] = number
+        work.masked.view(-1)[narrowed.places] = False
+    return when
+
+
+# Scores of true ratios: log s_v = log p_v - log(e^sigma - 1).
+TRUE = torch.tensor([0.5, 0.3, 0.2, 1.0]).log() + math.log(3)
+
+
+def test_true_scores_reveal_a_place_in_each_step_of_time_equally_often():
+    # As the ancestral sampler: the probability of a hit is that of the time that passes.
+    when = revealed(
+        make(mask_token_id=3, num_denoising_steps=5), round_of(torch.ones(4000, 5, dtype=torch.bool)), TRUE
+    )
+    counts = when.flatten().bincount(minlength=6)
+    # The capped noise level at t = 1 takes a thousandth of the first step; a binomial of mean 4000 has deviation 57.
+    assert ((counts[:5] - 4000).abs() < 5 * 57).all() and counts[5] < 5
+
+
+def test_without_chance_places_are_revealed_evenly_from_left_to_right():
+    work = round_of(torch.ones(1, 8, dtype=torch.bool), random=False)
+    assert revealed(make(mask_token_id=3, num_denoising_steps=4), work, TRUE).tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]]
+
+
+def test_a_reader_gets_places_from_left_to_right():
+    work = round_of(torch.ones(50, 8, dtype=torch.bool), in_order=True)
+    logits = TRUE.expand(50 * 8, -1) + 2 * torch.randn(50 * 8, 1, generator=torch.Generator().manual_seed(1))
+    sampler, done = make(mask_token_id=3, num_denoising_steps=6), torch.zeros(50, 8, dtype=torch.bool)
+    for step in sampler.steps(work):
+        narrowed, _ = sampler.narrow(work, step, logits[step.places])
+        work.masked.view(-1)[narrowed.places] = False
+        done.view(-1)[narrowed.places] = True
+        assert (done == done.cumprod(1).bool()).all()  # a run from the left
+    assert done.all()

@@ -1,0 +1,123 @@
+"""transformers' own common model tests, run on our model: saving, loading, casting, training, attention, embeddings.
+
+They are no part of the installed library. `make test-slow` unpacks them from its source distribution and names the
+folder in BD3LM_TRANSFORMERS_SOURCE.
+"""
+
+import importlib
+import os
+import sys
+import types
+import unittest
+import unittest.mock
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import initialization
+
+from bd3lm_hf.modeling.backbone_bd3lm import BD3LMModel, BD3LMPreTrainedModel
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+
+
+pytestmark = pytest.mark.slow
+PUBLISHED_INITIALISATION = BD3LMPreTrainedModel._init_weights
+
+TESTS = Path(os.environ.get("BD3LM_TRANSFORMERS_SOURCE", "")) / "tests"
+FOUND = "BD3LM_TRANSFORMERS_SOURCE" in os.environ and (TESTS / "test_modeling_common.py").is_file()
+
+
+def load_common_tests() -> types.ModuleType:
+    """transformers' `tests/test_modeling_common.py`, in a package of its own that cannot meet another `tests`."""
+
+    def module(name: str, **contents: object) -> None:
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(contents)
+
+    module("transformers_tests", __path__=[str(TESTS)])
+    # The distribution leaves out the subfolders. Two of their mixins are asked for by name: these add no test.
+    module("transformers_tests.exporters")
+    module("transformers_tests.exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
+    module("transformers_tests.generation")
+    module("transformers_tests.generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {}))
+    return importlib.import_module("transformers_tests.test_modeling_common")
+
+
+def test_the_common_tests_of_transformers_are_at_hand():
+    assert FOUND, (
+        "transformers' common model tests are missing: run `make test-slow`, which unpacks the source distribution of "
+        f"the installed version (BD3LM_TRANSFORMERS_SOURCE={os.environ.get('BD3LM_TRANSFORMERS_SOURCE', '')!r})."
+    )
+
+
+class ModelTester:
+    """What the common tests ask of a model: its sizes, a configuration and inputs."""
+
+    batch_size, seq_length, is_training = 3, 8, True
+    vocab_size, hidden_size, num_hidden_layers, num_attention_heads = 99, 32, 2, 4
+
+    def get_config(self) -> BD3LMConfig:
+        return BD3LMConfig(
+            vocab_size=self.vocab_size,
+            block_size=4,
+            model_length=16,
+            hidden_dim=self.hidden_size,
+            cond_dim=16,
+            n_blocks=self.num_hidden_layers,
+            n_heads=self.num_attention_heads,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+            # Not the last id, the default: the tests drop the last ids, which we refuse where the mask is among them.
+            mask_token_id=3,
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[BD3LMConfig, dict[str, torch.Tensor]]:
+        input_ids = torch.randint(4, self.vocab_size, (self.batch_size, self.seq_length))
+        return self.get_config(), {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
+def initialise_informatively(model: BD3LMPreTrainedModel, module: torch.nn.Module) -> None:
+    """The published initialisation, but what it sets to zero, adaLN and the head, is drawn at random.
+
+    A fresh model gives the same output for every input, and no comparison of outputs could fail on it.
+    """
+    PUBLISHED_INITIALISATION(model, module)
+    if isinstance(module, torch.nn.Linear) and not module.weight.any():
+        initialization.normal_(module.weight, std=0.2)
+        initialization.normal_(module.bias, std=0.2)
+
+
+if FOUND:
+    common = load_common_tests()
+    # The tests look a class up by name to know that it has no loss; ours is not in transformers' own table.
+    common.MODEL_MAPPING_NAMES = {**common.MODEL_MAPPING_NAMES, "bd3lm": "BD3LMModel"}
+
+    class TestBD3LM(common.ModelTesterMixin, unittest.TestCase):
+        all_model_classes = (BD3LMModel, BD3LMForMaskedLM)
+        # Asks that `_init_weights` reaches every weight, which the tests demand of recent models only.
+        test_can_init_all_missing_weights_before_2023 = True
+
+        def setUp(self) -> None:
+            self.model_tester = ModelTester()
+            patch = unittest.mock.patch.object(BD3LMPreTrainedModel, "_init_weights", initialise_informatively)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+        def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+            # The common version gives labels to the class names of transformers' own masked language models only.
+            inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
+            if not return_labels or model_class is BD3LMModel:
+                return inputs
+            # The noise is given too: the tests expect two passes over the same inputs to give the same loss.
+            batch, length = inputs["input_ids"].shape
+            blocks = self.model_tester.get_config().num_blocks(length)
+            generator = torch.Generator().manual_seed(0)
+            shapes = {"block_noise": (batch, blocks), "token_noise": (batch, length), "count_noise": (batch, blocks)}
+            noise = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+            return inputs | noise | {"labels": inputs["input_ids"].clone()}
+
+        @unittest.skip("GenerationTesterMixin, which it asks for, is not in the source distribution")
+        def test_generation_tester_mixin_inheritance(self):
+            pass

@@ -1,0 +1,120 @@
+"""Tokens are drawn with their probability, in either precision, and impossible ones never."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bd3lm_hf.modeling import samplers_bd3lm
+from bd3lm_hf.modeling.logits_process_bd3lm import wide_float
+from bd3lm_hf.modeling.samplers_bd3lm import (
+    SAMPLING_DTYPES,
+    check_generators,
+    draw_published,
+    random_uniform,
+    sample_categorical,
+    token_probability,
+)
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "07_samplers"
+CPU = torch.device("cpu")
+
+
+def seed(value: int) -> torch.Generator:
+    return torch.Generator().manual_seed(value)
+
+
+@pytest.mark.parametrize("dtype", SAMPLING_DTYPES.values(), ids=SAMPLING_DTYPES)
+def test_tokens_are_drawn_with_their_probability(dtype):
+    probability = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    scores = (probability.log() + 7.0).expand(40_000, 6)
+    counts = sample_categorical(scores, random_uniform((40_000,), CPU, seed(0)), dtype=dtype).bincount(minlength=6)
+    # Binomial, with standard deviations of at most 100.
+    assert ((counts - 40_000 * probability).abs() < 500).all()
+    assert not counts[probability == 0].any()
+
+
+def test_both_precisions_draw_from_the_same_distribution_of_a_large_vocabulary():
+    # The probability with which a token is drawn is the length of its piece of [0, 1), which is known exactly: no
+    # sample of any size could tell the two apart.
+    scores = 3 * torch.randn(1, 50_258, generator=seed(0))
+    exact = scores.double().softmax(-1).cumsum(-1)[0]
+    narrow = scores.softmax(-1).cumsum(-1, dtype=torch.float64)[0]
+    narrow = narrow / narrow[-1]
+    lengths, expected = narrow.diff(), exact.diff()
+    assert (lengths - expected).abs().sum() / 2 < 1e-7  # total variation
+    assert ((lengths - expected) / expected).abs().max() < 1e-4  # of the rarest token, too
+    uniform = random_uniform((4000,), CPU, seed(1))
+    drawn = [sample_categorical(scores.expand(4000, -1), uniform, dtype=dtype) for dtype in SAMPLING_DTYPES.values()]
+    assert torch.equal(*drawn)
+
+
+def test_a_draw_in_float32_where_float64_is_missing_spares_impossible_tokens(monkeypatch):
+    monkeypatch.setattr(samplers_bd3lm, "wide_float", lambda device: torch.float32)
+    cumsum = torch.Tensor.cumsum
+
+    def in_parallel(self, *args, **kwargs):
+        """A sum whose rounding differs from place to place, as on a GPU."""
+        total = cumsum(self, *args, **kwargs)
+        return total + 1e-3 * (torch.arange(total.shape[-1]) % 2)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", in_parallel)
+    scores = torch.full((2000, 50), -torch.inf)
+    scores[:, [20, 21, 40]] = 0.0
+    drawn = sample_categorical(scores, torch.arange(2000) / 2000)
+    assert set(drawn.tolist()) == {20, 21, 40}
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53])
+def test_the_extreme_draws_give_tokens_that_can_be(uniform):
+    scores = torch.randn(64, 1000, generator=seed(0))
+    scores[:, [0, 1, 998, 999]] = -torch.inf
+    drawn = sample_categorical(scores, torch.full((64,), uniform, dtype=torch.float64))
+    assert ((drawn >= 2) & (drawn <= 997)).all()
+
+
+def test_the_published_draw_has_the_same_distribution():
+    probability = torch.tensor([0.5, 0.0, 0.3, 0.2], dtype=torch.float64)
+    uniform = torch.rand(40_000, 4, generator=seed(0), dtype=torch.float64)
+    counts = draw_published(probability, uniform).bincount(minlength=4)
+    assert ((counts - 40_000 * probability).abs() < 500).all() and counts[1] == 0
+
+
+def test_uniform_numbers_follow_their_generator():
+    first, second = (random_uniform((2, 3), CPU, seed(5)) for _ in range(2))
+    assert torch.equal(first, second) and first.shape == (2, 3) and first.dtype == torch.float64
+    torch.manual_seed(5)
+    assert torch.equal(random_uniform((2, 3), CPU), first)
+
+
+def test_a_device_without_float64_gets_float32():
+    assert wide_float(torch.device("cpu")) == torch.float64
+    assert wide_float(torch.device("mps")) == torch.float32
+
+
+def test_the_probability_of_a_token_ignores_the_scale_of_its_scores():
+    scores = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.0, 0.9]]).log() + 5.0
+    expected = torch.tensor([0.3, 0.9])
+    torch.testing.assert_close(token_probability(scores, torch.tensor([1, 2])), expected)
+
+
+def test_the_published_update_draws_the_published_ids():
+    golden = load_file(GOLDEN / "tensors.safetensors")
+    block, expected = golden["ddpm.x"][:, 8:], golden["ddpm.step0.x_next"][:, 8:]
+    drawn = draw_published(golden["ddpm.step0.q_xs"].double(), golden["ddpm.step0.u"])
+    assert torch.equal(torch.where(block == 96, drawn, block), expected)
+
+
+def test_a_row_with_a_source_of_its_own_gets_the_numbers_that_it_would_get_alone():
+    together = random_uniform((2, 5), CPU, [seed(3), seed(4)])
+    alone = [random_uniform((1, 5), CPU, source)[0] for source in (seed(3), seed(4))]
+    assert torch.equal(together, torch.stack(alone)) and not torch.equal(*alone)
+
+
+def test_a_list_of_sources_has_one_for_each_row():
+    check_generators([torch.Generator()] * 2, 2)
+    check_generators(torch.Generator(), 2)
+    with pytest.raises(ValueError, match="3 generators for 2 rows: give one for each row, or a single one"):
+        check_generators([torch.Generator()] * 3, 2)

@@ -1,0 +1,417 @@
+"""SSD-LM's `generate`: the published trajectory, contexts and projections, batches, processors, ends, and refusals."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from published import GOLDEN, load_recorded
+from safetensors.torch import load_file
+from transformers import GenerationConfig
+from transformers.generation.logits_process import LogitsProcessor
+from transformers.generation.streamers import BaseStreamer
+from writing import batch_of, prompts_of
+
+from bd3lm_hf import SSDLMConfig, SSDLMForMaskedLM, SSDLMGenerationConfig
+from bd3lm_hf.modeling.generation_ssdlm import SimplexDraws
+
+
+FOLDER = GOLDEN / "11_ssdlm"
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A tiny model whose texts vary: bos 0, eos 1, pad 2, mask 47, blocks of 4 in a window of 24."""
+    sizes = {"vocab_size": 48, "hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "dropout": 0.0}
+    special = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 2}
+    model = SSDLMForMaskedLM(SSDLMConfig(**sizes, **special, block_size=4, model_length=24)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.6 if "bias" not in name else 0.1
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + ("LayerNorm.weight" in name))
+    return model
+
+
+def write(model, prompt, *, seed=0, **arguments):
+    """Greedy about nothing: three steps a block, seeded."""
+    arguments = {"max_new_tokens": 10, "num_denoising_steps": 3, "return_dict_in_generate": True, **arguments}
+    if "generator" not in arguments:
+        arguments["generator"] = torch.Generator().manual_seed(seed)
+    return model.generate(prompt, **arguments)
+
+
+@pytest.fixture
+def seen(model, monkeypatch):
+    """What the network is called with: contexts, masks, noisy logits and times, in order."""
+    calls, denoise = [], model.denoise
+
+    def watched(context, mask, noisy, timesteps):
+        calls.append((context.clone(), mask, noisy.clone(), timesteps.clone()))
+        return denoise(context, mask, noisy, timesteps)
+
+    monkeypatch.setattr(model, "denoise", watched)
+    return calls
+
+
+# --- The published trajectory ----------------------------------------------------------------------------------------
+
+
+def test_the_whole_trajectory_is_the_published_one(monkeypatch):
+    recorded = load_recorded("11_ssdlm")
+    settings = json.loads((FOLDER / "config.json").read_text())
+    encoder = {"model_type": "roberta", **settings["constructor"]}
+    model = SSDLMForMaskedLM(SSDLMConfig(encoder_config=encoder, block_size=5, model_length=20)).eval()
+    model.load_state_dict(load_file(FOLDER / "weights.safetensors"))
+
+    class Recorded(SimplexDraws):
+        """The published draws: a block's first noise, then each step's noise and tokens."""
+
+        def __init__(self, generator, *, greedy):
+            assert not greedy
+            steps = [(block, step) for block in range(4) for step in range(6)]
+            noise = [recorded["decode.init_normal"][block] if step < 0 else recorded["decode.step_normal"][block, step]
+                     for block in range(4) for step in range(-1, 5)]  # fmt: skip
+            self.noise = iter(noise)
+            self.drawn = iter([recorded["decode.sampled_ids"][at] for at in steps if at[1] < 5])
+
+        def normal(self, rows, shape, device):
+            return next(self.noise).view(1, *shape)
+
+        def tokens(self, rows, scores):
+            return next(self.drawn)
+
+    model.draws_class = Recorded
+    logits, denoise = [], model.denoise
+    monkeypatch.setattr(model, "denoise", lambda *a: logits.append(denoise(*a).clone()) or logits[-1].clone())
+    output = model.generate(
+        recorded["decode.context"],
+        max_new_tokens=20,
+        num_denoising_steps=6,
+        context="previous_block",
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    trajectory = torch.cat(logits).view(4, 6, 5, 41)
+    torch.testing.assert_close(trajectory, recorded["decode.logits"], atol=1e-4, rtol=0)
+    assert torch.equal(output.sequences[:, 4:], recorded["decode.ids"])
+    assert output.num_forward_passes == 24 and output.tokens_per_forward == pytest.approx(20 / 24)
+    last = torch.stack(output.logits, dim=1)[0].view(4, 5, 41)
+    shown = last.isfinite()
+    torch.testing.assert_close(last[shown], recorded["decode.logits"][:, 5][shown], atol=1e-4, rtol=0)
+    assert not shown[..., [1, 40]].any() and shown.sum() == 4 * 5 * 39  # padding and mask are never written
+
+
+def test_the_slow_way_gives_the_same_text(model):
+    """Algorithm 2 of SSD-LM by hand: no canvas, no cache of anything, one row."""
+    scale, steps, prompt = 5.0, 3, prompts_of([5])[0][None]
+    generator = torch.Generator().manual_seed(3)
+    text = prompt
+    for _ in range(2):
+        x = scale * torch.randn((1, 4, 48), generator=generator)
+        for t in range(steps, 0, -1):
+            z = torch.randn((1, 4, 48), generator=generator) if t > 1 else None
+            with torch.no_grad():
+                logits = model(text, noisy_logits=x, timesteps=torch.tensor([t / steps])).logits
+            logits[..., [2, 47]] = -torch.inf
+            if z is not None:
+                probability, order = logits.softmax(-1).sort(descending=True)
+                kept = torch.zeros_like(logits, dtype=torch.bool).scatter(
+                    -1, order, probability.cumsum(-1) - probability < 0.95
+                )
+                a = [torch.cos(torch.tensor((s / steps + 1e-4) / (1 + 1e-4) * torch.pi / 2)) ** 2 for s in (t - 1, 0)]
+                clean = torch.where(kept, scale, -scale)
+                x = (a[0] / a[1]).sqrt() * clean + (1 - a[0] / a[1]).sqrt() * scale * z
+        text = torch.cat([text, logits.argmax(-1)], dim=1)
+    output = write(model, prompt, seed=3, projection="even", max_new_tokens=8)
+    assert torch.equal(output.sequences, text)
+
+
+# --- Contexts and projections ----------------------------------------------------------------------------------------
+
+
+def test_a_block_sees_all_text_before_it_or_the_block_before_it(model, seen):
+    prompt = prompts_of([6])[0][None]
+    text = write(model, prompt, max_new_tokens=11).sequences[0]
+    assert [call[0].shape[1] for call in seen] == [6] * 3 + [10] * 3 + [14] * 3
+    assert torch.equal(seen[-1][0][0], text[:14])
+    seen.clear()
+    text = write(model, prompt, max_new_tokens=11, context="previous_block").sequences[0]
+    assert [call[0].shape[1] for call in seen] == [6] * 3 + [4] * 6
+    assert torch.equal(seen[-1][0][0], text[10:14])
+
+
+def test_the_context_is_as_long_as_the_window_leaves_room(model, seen):
+    text = write(model, prompts_of([18])[0][None], max_new_tokens=8).sequences[0]
+    assert [call[0].shape[1] for call in seen] == [18] * 3 + [20] * 3
+    assert torch.equal(seen[-1][0][0], text[2:22])
+
+
+def test_time_runs_from_one_to_its_last_step(model, seen):
+    write(model, prompts_of([6])[0][None], max_new_tokens=4, num_denoising_steps=4)
+    assert [call[3].item() for call in seen] == [1.0, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("projection", ["sampling", "even", "uneven"])
+def test_every_projection_writes_a_text_of_its_own_and_the_seed_decides_it(model, projection):
+    prompt = prompts_of([5])[0][None]
+    first, again, other = (write(model, prompt, seed=seed, projection=projection).sequences for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.shape == (1, 15)
+
+
+def test_a_small_nucleus_is_the_likeliest_token(model):
+    prompt = prompts_of([5])[0][None]
+    texts = [
+        write(model, prompt, projection=projection, top_p=1e-6, do_sample=False).sequences
+        for projection in ("sampling", "even", "uneven")
+    ]
+    assert all(torch.equal(one, other) for one, other in pairwise(texts))
+
+
+def test_the_nucleus_is_chosen_once(model, seen):
+    """`top_p` is the projection's: as a logits processor too, the rest would be cut a second time."""
+    prompt = prompts_of([5])[0][None]
+    processors = model._get_logits_processor(SSDLMGenerationConfig(top_k=0), 5, encoder_input_ids=prompt, device="cpu")
+    assert len(processors) == 0
+    write(model, prompt, max_new_tokens=4, projection="even", top_p=0.6)
+    kept = [noisy.isfinite().all() for _, _, noisy, _ in seen]
+    assert all(kept)
+    whole = write(model, prompt, max_new_tokens=4, projection="even", top_p=1.0)
+    assert whole.sequences.shape == (1, 9)
+
+
+def test_torchs_global_generator_serves_without_one(model):
+    prompt = prompts_of([5])[0][None]
+    texts = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        texts.append(write(model, prompt, generator=None).sequences)
+    assert torch.equal(*texts)
+
+
+# --- Batches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("context", ["all", "previous_block"])
+def test_with_a_generator_for_each_row_a_batch_writes_what_each_prompt_would_alone(model, side, context):
+    prompts = prompts_of([3, 9, 6])
+    batch = batch_of(prompts, side)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    many = write(
+        model, batch["input_ids"], attention_mask=batch["attention_mask"], generator=generators, context=context
+    )
+    assert many.num_forward_passes == 9
+    for row, prompt in enumerate(prompts):
+        alone = write(model, prompt[None], seed=row, context=context).sequences[0]
+        assert torch.equal(many.sequences[row, 9:], alone[len(prompt) :])
+
+
+def test_a_batch_with_one_generator_is_seeded(model):
+    batch = batch_of(prompts_of([3, 9]), "left")
+    first, again = (write(model, **_named(batch), seed=5).sequences for _ in range(2))
+    assert torch.equal(first, again) and not torch.equal(first[0, 9:], first[1, 9:])
+
+
+def _named(batch):
+    return {"prompt": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+
+
+def test_texts_without_a_prompt_begin_with_the_first_token(model):
+    output = model.generate(max_new_tokens=5, num_denoising_steps=2)
+    assert output.shape == (1, 6) and output[0, 0] == 0
+
+
+def test_passes_are_counted(model):
+    output = write(model, prompts_of([5, 5]) and torch.stack(prompts_of([5, 5])), max_new_tokens=10)
+    assert output.num_forward_passes == 3 * 3  # three blocks of three steps
+    assert output.tokens_per_forward == pytest.approx(10 / 9)
+
+
+# --- Processors, ends, streams ---------------------------------------------------------------------------------------
+
+
+class Only(LogitsProcessor):
+    """Allows a few ids."""
+
+    reads_text = False
+
+    def __init__(self, *ids):
+        self.ids = ids
+
+    def __call__(self, input_ids, scores):
+        kept = torch.full_like(scores, -torch.inf)
+        kept[:, list(self.ids)] = scores[:, list(self.ids)]
+        return kept
+
+
+class Counting(LogitsProcessor):
+    """The next token is the last one plus one: it must see every token to the left of its place."""
+
+    def __call__(self, input_ids, scores):
+        return torch.full_like(scores, -torch.inf).scatter(1, input_ids[:, -1:] + 1, 0.0)
+
+
+@pytest.mark.parametrize("projection", ["sampling", "even", "uneven"])
+def test_logits_processors_decide_what_may_be_written(model, projection):
+    output = write(model, prompts_of([5])[0][None], projection=projection, logits_processor=[Only(11, 12)])
+    assert set(output.sequences[0, 5:].tolist()) <= {11, 12}
+
+
+@pytest.mark.parametrize("projection", ["sampling", "even", "uneven"])
+def test_processors_that_read_the_text_see_what_stands_to_the_left(model, projection):
+    output = write(model, torch.tensor([[9, 5], [2, 20]]), attention_mask=torch.tensor([[1, 1], [0, 1]]),
+                   projection=projection, logits_processor=[Counting()])  # fmt: skip
+    assert output.sequences[0, 2:].tolist() == list(range(6, 16))
+    assert output.sequences[1, 2:].tolist() == list(range(21, 31))
+
+
+def test_transformers_own_constraints_hold(model):
+    prompt = prompts_of([5])[0][None]
+    free = write(model, prompt).sequences[0, 5:]
+    banned = write(model, prompt, bad_words_ids=[[int(free[0])]]).sequences[0, 5:]
+    assert int(free[0]) not in banned.tolist()
+    text = write(model, prompt, no_repeat_ngram_size=1, max_new_tokens=14).sequences[0].tolist()
+    assert len(set(text[5:])) == 14
+    allowed = write(model, prompt, prefix_allowed_tokens_fn=lambda row, prefix: [int(prefix[-1]) % 40 + 3])
+    assert allowed.sequences[0, 5:].tolist() == [(x % 40 + 3) for x in allowed.sequences[0, 4:-1].tolist()]
+
+
+def test_processors_that_leave_nothing_are_refused(model):
+    with pytest.raises(ValueError, match="the logits processors leave no token to choose from"):
+        write(model, prompts_of([5])[0][None], logits_processor=[Only(47)])
+
+
+def test_mask_and_padding_are_never_written(model):
+    with torch.no_grad():
+        bias = model.model.lm_head.bias
+        kept = bias.clone()
+        bias[[2, 47]] = 50.0
+    try:
+        text = write(model, prompts_of([5])[0][None], max_new_tokens=12).sequences[0, 5:].tolist()
+    finally:
+        with torch.no_grad():
+            bias.copy_(kept)
+    assert not {2, 47} & set(text)
+
+
+def test_an_end_token_ends_its_row_and_the_others_go_on(model, seen):
+    batch = torch.stack(prompts_of([5, 5]))
+    generators = lambda: [torch.Generator().manual_seed(seed) for seed in (0, 1)]  # noqa: E731
+    free = write(model, batch, generator=generators(), max_new_tokens=12).sequences[:, 5:]
+    end = next(int(token) for token in free[0, :4] if token not in free[1])
+    first = free[0].tolist().index(end)
+    seen.clear()
+    output = write(model, batch, generator=generators(), max_new_tokens=12, eos_token_id=end)
+    assert output.sequences[0, 5:].tolist() == free[0, : first + 1].tolist() + [2] * (11 - first)
+    assert torch.equal(output.sequences[1, 5:], free[1])
+    assert [len(context) for context, *_ in seen] == [2] * 3 + [1] * 6  # an ended row costs nothing more
+    assert output.tokens_per_forward == pytest.approx((first + 1 + 12) / 9 / 2)
+
+
+def test_all_ended_rows_end_the_call(model):
+    prompt = prompts_of([5])[0][None]
+    end = int(write(model, prompt, max_new_tokens=4).sequences[0, 6])
+    output = write(model, prompt, max_new_tokens=40, eos_token_id=end)
+    assert output.num_forward_passes == 3 and output.sequences[0, -1] == end
+
+
+class Shown(BaseStreamer):
+    def __init__(self):
+        self.pieces, self.ended = [], False
+
+    def put(self, value):
+        self.pieces.append(value.flatten().tolist())
+
+    def end(self):
+        self.ended = True
+
+
+def test_text_is_streamed_block_by_block(model):
+    streamer, prompt = Shown(), prompts_of([5])[0][None]
+    text = write(model, prompt, streamer=streamer).sequences[0].tolist()
+    assert [len(piece) for piece in streamer.pieces] == [5, 4, 4, 2] and streamer.ended
+    assert sum(streamer.pieces, []) == text
+
+
+def test_scores_of_the_last_step_are_returned(model):
+    output = write(model, prompts_of([5])[0][None], output_scores=True, output_logits=True, temperature=0.5)
+    assert len(output.scores) == len(output.logits) == 10
+    scores, logits = (torch.stack(kept, dim=1) for kept in (output.scores, output.logits))
+    assert torch.equal(scores.argmax(-1), output.sequences[:, 5:])
+    finite = logits.isfinite()
+    torch.testing.assert_close(scores[finite], logits[finite] / 0.5)
+
+
+# --- The generation config -------------------------------------------------------------------------------------------
+
+
+def test_the_fields_survive_saving_and_loading(model, tmp_path):
+    model.generation_config.projection, kept = "uneven", model.generation_config.projection
+    try:
+        model.save_pretrained(tmp_path)
+    finally:
+        model.generation_config.projection = kept
+    loaded = SSDLMForMaskedLM.from_pretrained(tmp_path).generation_config
+    assert type(loaded) is SSDLMGenerationConfig
+    assert (loaded.projection, loaded.context, loaded.top_p, loaded.num_denoising_steps) == (
+        "uneven",
+        "all",
+        0.95,
+        1000,
+    )
+    assert loaded.do_sample is True and loaded.bos_token_id == 0
+
+
+def test_a_plain_generation_config_takes_the_models_fields(model):
+    prompt = prompts_of([5])[0][None]
+    plain = GenerationConfig(max_new_tokens=4, num_denoising_steps=2)
+    assert model.generate(prompt, generation_config=plain).shape == (1, 9)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_denoising_steps": 0}, "num_denoising_steps=0: give a whole number of steps per block, 1 at least"),
+        ({"num_denoising_steps": 2.5}, "num_denoising_steps=2.5"),
+        ({"top_p": 0.0}, "top_p=0.0: give a probability above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p=1.5: give a probability above 0 and at most 1"),
+        ({"projection": "odd"}, "projection='odd' is unknown: choose one of sampling, even, uneven"),
+        ({"context": "none"}, "context='none' is unknown: choose one of all, previous_block"),
+    ],
+)
+def test_fields_without_a_meaning_are_refused(model, fields, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(torch.tensor([[3, 4]]), max_new_tokens=4, **fields)
+    with pytest.raises(ValueError, match=message):
+        SSDLMGenerationConfig(**fields).validate()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"generator": [torch.Generator()]}, "1 generators for 2 rows: give one for each row"),
+        ({"cache_implementation": "static"}, "generate does not take cache_implementation"),
+        ({"noisy_logits": torch.zeros(2, 4, 48)}, "generate does not take noisy_logits"),
+        ({"num_beams": 2}, "SSDLMForMaskedLM only supports"),
+        ({"guidance_scale": 2.0}, "guidance_scale=2.0"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(torch.tensor([[3, 4], [5, 6]]), max_new_tokens=4, num_denoising_steps=1, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([[3, 47]], r"mask_token_id=47: generate continues a text and does not fill gaps in it\.$"),
+        ([[3, 48]], "the prompt holds the id 48, outside the vocabulary of 48"),
+        ([[3] * 25], "the prompt has 25 tokens, more than the model's window model_length=24"),
+    ],
+)
+def test_prompts_that_can_not_be_continued_are_refused(model, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(torch.tensor(prompt), max_new_tokens=4, num_denoising_steps=1)

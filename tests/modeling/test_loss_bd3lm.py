@@ -1,0 +1,504 @@
+"""The loss: parity with the published one, what counts, what is masked, accumulation, precision."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
+from bd3lm_hf.modeling import loss_bd3lm
+from bd3lm_hf.modeling.attention_bd3lm import token_layout
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.loss_bd3lm import corrupt, denoising_loss, loss_mask
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.noise_bd3lm import LogLinearNoise, Noise, draw_noise, noise_schedule, stratify
+
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+PUBLISHED = json.loads((GOLDEN / "02_bd3lm_loss" / "config.json").read_text())
+DRAWN = [name for name, case in PUBLISHED["cases"].items() if not case.get("resample") and "batches" not in case]
+RESAMPLED = [name for name, case in PUBLISHED["cases"].items() if case.get("resample")]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 47, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def given_noise(rows: int, blocks: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    return draw_noise(rows, blocks, length, generator=torch.Generator().manual_seed(seed))._asdict()
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def masked_of(model: BD3LMForMaskedLM, labels: torch.Tensor, attention_mask=None, noise=None, interval=(1e-3, 1.0)):
+    """Masked positions, weights and masking probabilities that the loss would use."""
+    layout = token_layout(attention_mask, labels.shape[1], model.config.block_size, device=CPU)
+    scored = loss_mask(layout, labels, ignore_bos=model.config.ignore_bos, training=model.training)
+    return corrupt(model, layout, scored, noise, *interval)
+
+
+def nll_of(model: BD3LMForMaskedLM, x_t: torch.Tensor, x_0: torch.Tensor, **arguments) -> torch.Tensor:
+    """-log p(x_0 | x_t) of every token under SUBS, from the whole logits; zero where x_t is not masked."""
+    logits = model(input_ids=x_t, clean_input_ids=x_0, **arguments).logits.double()
+    logits[..., model.config.mask_token_id] = -torch.inf
+    nll = -logits.log_softmax(-1).gather(-1, x_0.unsqueeze(-1)).squeeze(-1)
+    return torch.where(x_t == model.config.mask_token_id, nll, 0.0)
+
+
+# --- Parity with the published loss ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "02_bd3lm_loss" / "tensors.safetensors")
+
+
+def golden_model(name: str) -> BD3LMForMaskedLM:
+    case = PUBLISHED["cases"][name]
+    config = BD3LMConfig(
+        **{**PUBLISHED["constructor"], "block_size": case["block_size"]}, ignore_bos=case["ignore_bos"]
+    )
+    model = BD3LMForMaskedLM(config)
+    model.load_state_dict(load_file(GOLDEN / "01_bd3lm" / "weights.safetensors"))
+    model.sampling_eps_min.fill_(case["eps_min"])
+    model.sampling_eps_max.fill_(case["eps_max"])
+    return model.train(case["mode"] == "train")
+
+
+def golden_noise(golden: dict[str, torch.Tensor], name: str) -> Noise:
+    uniform = golden[f"{name}.u_t"]
+    return Noise(stratify(uniform, order="published"), golden[f"{name}.u_move"], torch.zeros_like(uniform))
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_masks_and_probabilities_from_the_published_draws_equal_the_published_ones(golden, name):
+    case, model = PUBLISHED["cases"][name], golden_model(name)
+    labels = golden["x0"]
+    masked, _, chance = masked_of(
+        model, labels, noise=golden_noise(golden, name), interval=(case["eps_min"], case["eps_max"])
+    )
+    per_token = chance.repeat_interleave(case["block_size"], dim=1)
+    torch.testing.assert_close(per_token, golden[f"{name}.p"], rtol=0, atol=1e-7)
+    assert torch.equal(torch.where(masked, 96, labels), golden[f"{name}.model_input"][:, :32])
+
+
+@pytest.mark.parametrize("name", DRAWN + RESAMPLED)
+def test_losses_of_each_token_equal_the_published_ones(golden, name):
+    case, model = PUBLISHED["cases"][name], golden_model(name)
+    x_t, x_0 = golden[f"{name}.model_input"].split(32, dim=1)
+    if name in RESAMPLED:
+        weights = 1 / golden[f"{name}.t"]
+        rate = (golden[f"{name}.xt_raw"] == 96).view(2, -1, case["block_size"]).double().mean(-1)
+        assert rate.min() >= case["eps_min"] and rate.max() <= case["eps_max"]
+    else:
+        interval = (case["eps_min"], case["eps_max"])
+        _, weights, _ = masked_of(model, x_0, noise=golden_noise(golden, name), interval=interval)
+    with torch.no_grad():
+        nll = nll_of(model, x_t, x_0) * weights * golden[f"{name}.token_mask"]
+    torch.testing.assert_close(nll.float(), golden[f"{name}.nlls"], rtol=2e-5, atol=2e-5)
+    loss = nll.sum() / golden[f"{name}.token_mask"].sum()
+    torch.testing.assert_close(loss.float(), golden[f"{name}.loss"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in DRAWN if name != "bs4.pad"])
+def test_the_loss_of_the_model_equals_the_published_one(golden, name):
+    # An interval other than [1e-3, 1] belongs to training, whose mean counts the first token too.
+    model, x_0 = golden_model(name), golden["x0"]
+    whole = (PUBLISHED["cases"][name]["eps_min"], PUBLISHED["cases"][name]["eps_max"]) in ((1e-3, 1), (1, 1))
+    model.train(model.training or not whole or name == "bs1.full")
+    noise = golden_noise(golden, name)._asdict()
+    with torch.no_grad():
+        total = model(input_ids=x_0, labels=x_0, num_items_in_batch=1, **noise).loss
+        loss = model(input_ids=x_0, labels=x_0, **noise).loss
+    torch.testing.assert_close(total, golden[f"{name}.nlls"].sum(), rtol=1e-5, atol=0)
+    counted = 64 if model.training else golden[f"{name}.token_mask"].sum()
+    torch.testing.assert_close(loss, total / counted, rtol=1e-6, atol=0)
+    if whole and name != "bs1.full":
+        torch.testing.assert_close(loss, golden[f"{name}.loss"], rtol=1e-5, atol=0)
+
+
+def test_log_probabilities_equal_the_published_ones(golden):
+    x_t, x_0 = golden["bs4.full.model_input"].split(32, dim=1)
+    with torch.no_grad():
+        logits = golden_model("bs4.full")(input_ids=x_t, clean_input_ids=x_0).logits
+    masked = x_t == 96
+    logits[..., 96] = -torch.inf
+    found, published = logits.log_softmax(-1)[masked], golden["bs4.full.output"][masked]
+    torch.testing.assert_close(found[:, :96], published[:, :96], rtol=0, atol=2e-5)
+    assert (published[:, 96] < -1e5).all()
+
+
+def test_the_noise_level_given_to_the_network_equals_the_published_one(golden):
+    found = LogLinearNoise().sigma(golden["bs4.full.p"][:, :1])
+    torch.testing.assert_close(found, golden["bs4.full.sigma"], rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_equal_the_published_ones(golden):
+    model, x_0 = golden_model("bs4.train"), golden["x0"]
+    loss = model(input_ids=x_0, labels=x_0, **golden_noise(golden, "bs4.train")._asdict()).loss
+    torch.testing.assert_close(loss, golden["bs4.train.loss"], rtol=1e-5, atol=0)
+    found = gradients(model, loss)
+    assert list(found) == PUBLISHED["gradient_order"]
+    norms = torch.stack([g.double().norm() for g in found.values()])
+    probes = torch.stack(
+        [g.double().flatten() @ torch.linspace(-1, 1, g.numel(), dtype=torch.float64) for g in found.values()]
+    )
+    torch.testing.assert_close(norms, golden["bs4.train.grad_norm"], rtol=2e-5, atol=1e-7)
+    scale = golden["bs4.train.grad_norm"] * torch.tensor([math.sqrt(g.numel() / 3) for g in found.values()])
+    torch.testing.assert_close(probes / scale, golden["bs4.train.grad_probe"] / scale, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["bs4.val", "bs1.val"])
+def test_published_validation_losses_are_ours_at_one_time_per_block(golden, name):
+    # The draws of these cases were not recorded. What was masked can be read off, and with it each block's time,
+    # which must lie in its stratum: the published order deals strata to the blocks row by row.
+    model, size, compared = golden_model(name), PUBLISHED["cases"][name]["block_size"], 0
+    for batch, (ids, mask) in enumerate(((golden["x0"], "mask_ones"), (golden["x0"].flip(0), "mask_pad"))):
+        published = golden[f"{name}.nlls"][batch].view(-1, size)
+        with torch.no_grad():
+            ours = nll_of(model, torch.where(published.view(2, 32) > 0, 96, ids), ids).view(-1, size)
+        full = golden[mask].view(-1, size).bool().all(-1)  # padding is part of a published block, not of ours
+        for stratum in (full & (published > 0).any(-1)).nonzero().flatten().tolist():
+            place = ours[stratum] > 0
+            times = ours[stratum][place] / published[stratum][place]
+            torch.testing.assert_close(times, times[:1].expand_as(times), rtol=5e-5, atol=0)
+            assert math.floor((times[0].item() - 1e-3) / (1 - 1e-3) * len(published)) == stratum
+            compared += 1
+    assert compared >= 20
+
+
+@pytest.mark.parametrize("name", ["bs4.val", "bs1.val"])
+def test_validation_losses_are_combined_as_published(golden, name):
+    nll, mask = golden[f"{name}.nlls"], golden[f"{name}.token_mask"]
+    for batch in range(2):
+        mean = nll[batch].sum() / mask[batch].sum()
+        torch.testing.assert_close(mean, golden[f"{name}.batch_loss"][batch], rtol=1e-6, atol=0)
+    rows = zip(nll.flatten(0, 1).double().sum(1).tolist(), mask.flatten(0, 1).sum(1).long().tolist(), strict=True)
+    summary = summarize(SequenceScore(row, *score) for row, score in enumerate(rows))
+    assert summary.num_tokens == int(mask.sum())
+    assert summary.nll == pytest.approx(golden[f"{name}.nll"].item(), rel=1e-6)
+    assert summary.bits_per_token == pytest.approx(golden[f"{name}.bpd"].item(), rel=1e-6)
+    assert summary.perplexity == pytest.approx(golden[f"{name}.ppl"].item(), rel=1e-5)
+
+
+# --- The loss --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_loss_is_the_weighted_cross_entropy_of_the_masked_tokens(tiny_model, implementation, training):
+    tiny_model.set_attn_implementation(implementation)
+    tiny_model.train(training)
+    ids, noise = random_ids(3, 18), given_noise(3, 5, 18)
+    mask = torch.ones(3, 18, dtype=torch.long)
+    mask[0, :3] = 0
+    masked, weights, _ = masked_of(tiny_model, ids, mask, Noise(**noise))
+    with torch.no_grad():
+        nll = nll_of(tiny_model, torch.where(masked, 47, ids), ids, attention_mask=mask)
+        loss = tiny_model(input_ids=ids, labels=ids, attention_mask=mask, **noise).loss
+    counted = int(mask.sum()) - (0 if training else 3)
+    torch.testing.assert_close(loss, ((nll * weights).sum() / counted).float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("schedule", ["square", "square_root", "log", "cosine"])
+def test_the_loss_takes_chance_and_weight_from_the_schedule(tiny_config, randomize, schedule):
+    tiny_config.noise = schedule
+    model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
+    ids, noise = random_ids(2, 16), given_noise(2, 4, 16)
+    level = noise_schedule(schedule)(noise["block_noise"] * (1 - 1e-3) + 1e-3)
+    chance, weight = (x.repeat_interleave(4, dim=1) for x in (level.move_chance, -level.loss_scaling))
+    masked = noise["token_noise"] <= chance
+    masked[:, 0] = False
+    with torch.no_grad():
+        nll = nll_of(model, torch.where(masked, 47, ids), ids)
+        loss = model(input_ids=ids, labels=ids, **noise).loss
+    torch.testing.assert_close(loss, ((nll * weight).sum() / 30).float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("interval", [(1e-3, 1.0), (0.3, 0.8), (0.55, 0.95)])
+@pytest.mark.parametrize("schedule", ["loglinear", "square", "square_root", "log", "cosine"])
+def test_every_schedule_trains_inside_an_interval(tiny_config, randomize, schedule, interval):
+    config = BD3LMConfig(**{**tiny_config.to_dict(), "noise": schedule, "resample": True, "block_size": 8})
+    model = randomize(BD3LMForMaskedLM(config)).train()
+    model.set_interval(*interval)
+    optimizer, ids, losses = torch.optim.Adam(model.parameters(), lr=1e-2), random_ids(8, 32), []
+    for _ in range(12):
+        loss = model(input_ids=ids, labels=ids, **given_noise(8, 4, 32)).loss
+        found = gradients(model, loss)
+        assert all(torch.isfinite(gradient).all() for gradient in found.values())
+        assert found["backbone.vocab_embed.embedding"].abs().max() > 0
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    masked, _, _ = masked_of(model, ids, noise=Noise(**given_noise(8, 4, 32)), interval=interval)
+    if interval[0] > 0.01:
+        rates = masked.view(8, 4, 8).float().mean(-1)[:, 1:]  # of the blocks in which every token may be masked
+        assert rates.min() >= interval[0]
+        assert rates.max() <= interval[1]
+
+
+def test_a_time_conditioned_loss_feeds_the_noise_level_of_the_first_block(tiny_config, randomize):
+    tiny_config.time_conditioning = True
+    model = randomize(BD3LMForMaskedLM(tiny_config), std=0.3).eval()  # so that the noise level matters
+    ids, noise = random_ids(3, 16), given_noise(3, 4, 16)
+    masked, weights, chance = masked_of(model, ids, noise=Noise(**noise))
+    sigma = LogLinearNoise().sigma(chance[:, 0])
+    with torch.no_grad():
+        nll = nll_of(model, torch.where(masked, 47, ids), ids, timesteps=sigma)
+        loss = model(input_ids=ids, labels=ids, **noise).loss
+        last = LogLinearNoise().sigma(chance[:, -1])
+        other = nll_of(model, torch.where(masked, 47, ids), ids, timesteps=last)
+    torch.testing.assert_close(loss, ((nll * weights).sum() / 45).float(), rtol=1e-5, atol=0)
+    assert abs((other * weights).sum() / (nll * weights).sum() - 1) > 1e-3
+
+
+def test_a_uniform_model_loses_the_log_of_the_vocabulary_without_the_mask(tiny_config):
+    model = BD3LMForMaskedLM(tiny_config)
+    model.sampling_eps_min.fill_(1.0)  # everything masked, weight 1
+    loss = model.train()(input_ids=random_ids(4, 32), labels=random_ids(4, 32)).loss
+    assert loss.item() == pytest.approx(math.log(47) * 31 / 32, rel=1e-6)
+
+
+def test_training_counts_the_first_token_and_evaluation_does_not(tiny_model):
+    ids, noise = random_ids(2, 16), given_noise(2, 4, 16)
+    with torch.no_grad():
+        training = tiny_model.train()(input_ids=ids, labels=ids, **noise).loss
+        evaluation = tiny_model.eval()(input_ids=ids, labels=ids, **noise).loss
+    torch.testing.assert_close(training * 32, evaluation * 30, rtol=1e-6, atol=0)
+
+
+def test_the_first_token_is_never_masked_unless_the_config_says_so(tiny_model):
+    ids, all_masked = random_ids(2, 8), Noise(torch.ones(2, 2), torch.zeros(2, 8), torch.zeros(2, 2))
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[1, :3] = 0
+    masked, _, _ = masked_of(tiny_model, ids, mask, all_masked)
+    assert masked[0].tolist() == [False] + [True] * 7
+    assert masked[1].tolist() == [False] * 4 + [True] * 4
+    tiny_model.config.ignore_bos = False
+    masked, _, _ = masked_of(tiny_model, ids, mask, all_masked)
+    assert masked.tolist() == mask.bool().tolist()
+
+
+def test_an_interval_that_starts_above_one_half_has_weight_one(tiny_model):
+    noise = Noise(**given_noise(2, 4, 16))
+    for low, high, weighted in ((0.3, 0.8, True), (0.5, 1.0, True), (0.55, 0.95, False)):
+        _, weights, chance = masked_of(tiny_model, random_ids(2, 16), noise=noise, interval=(low, high))
+        expected = 1 / chance if weighted else torch.ones_like(chance)
+        torch.testing.assert_close(weights, expected.repeat_interleave(4, dim=1))
+
+
+def test_training_draws_from_the_models_interval_and_evaluation_from_all_of_it(tiny_model):
+    tiny_model.sampling_eps_min.fill_(0.3)
+    tiny_model.sampling_eps_max.fill_(0.4)
+    ids, found = random_ids(4, 32), []
+
+    def record(*arguments):
+        found.append(corrupt(*arguments)[2])
+        return corrupt(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_bd3lm, "corrupt", record)
+        for training in (True, False):
+            with torch.no_grad():
+                tiny_model.train(training)(input_ids=ids, labels=ids)
+    assert found[0].min() >= 0.3 and found[0].max() <= 0.4
+    assert found[1].min() < 0.1 and found[1].max() > 0.9
+
+
+def test_resampling_confines_the_mask_rates_of_training_and_of_nothing_else(tiny_config):
+    tiny_config.resample, tiny_config.block_size = True, 16
+    model = BD3LMForMaskedLM(tiny_config)
+    ids = random_ids(64, 32)
+    tiny_config.ignore_bos = False
+
+    def rates(training: bool) -> torch.Tensor:
+        masked, _, _ = masked_of(model.train(training), ids, interval=(0.5, 0.6))
+        return masked.view(64, 2, 16).double().mean(-1)
+
+    torch.manual_seed(0)
+    assert rates(True).min() >= 0.5 and rates(True).max() <= 0.6
+    assert rates(False).min() < 0.45 and rates(False).max() > 0.65
+
+
+def test_the_loss_draws_its_noise_from_the_global_generator(tiny_model):
+    ids, found = random_ids(2, 16), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        found.append(tiny_model(input_ids=ids, labels=ids).loss.item())
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_equals_its_rows_accumulated(tiny_model, training):
+    tiny_model.train(training)
+    ids, noise = random_ids(8, 16), given_noise(8, 4, 16)
+    labels = ids.clone()
+    for row in range(8):
+        labels[row, : 2 * row] = -100  # rows of different weight, which a mean of means would get wrong
+    count = (labels != -100).sum()
+    whole = tiny_model(input_ids=ids, labels=labels, num_items_in_batch=count, **noise).loss
+    expected = gradients(tiny_model, whole)
+    tiny_model.zero_grad()
+    total = 0.0
+    for row in range(8):
+        one = slice(row, row + 1)
+        own = {name: value[one] for name, value in noise.items()}
+        loss = tiny_model(input_ids=ids[one], labels=labels[one], num_items_in_batch=int(count), **own).loss
+        loss.backward()
+        total += loss.item()
+    assert total == pytest.approx(whole.item(), rel=1e-6)
+    for name, parameter in tiny_model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_count_the_loss_is_divided_by_its_own_tokens(tiny_model):
+    tiny_model.train()
+    ids, noise = random_ids(2, 16), given_noise(2, 4, 16)
+    labels = ids.clone()
+    labels[0, :7] = -100
+    with torch.no_grad():
+        mean = tiny_model(input_ids=ids, labels=labels, **noise).loss
+        total = tiny_model(input_ids=ids, labels=labels, num_items_in_batch=1, **noise).loss
+    torch.testing.assert_close(mean, total / 25)
+
+
+def test_context_is_never_masked_and_never_scored_but_read(tiny_model):
+    ids = random_ids(2, 16)
+    labels = ids.clone()
+    labels[:, :6] = -100  # ends inside the second block
+    labels[1, 10] = -100
+    noise = Noise(torch.ones(2, 4), torch.zeros(2, 16), torch.zeros(2, 4))  # masks all it may
+    for training in (True, False):
+        masked, _, _ = masked_of(tiny_model.train(training), labels, noise=noise)
+        assert torch.equal(masked, labels != -100)
+    changed = ids.clone()
+    changed[:, 2] = (ids[:, 2] + 5) % 47
+    with torch.no_grad():
+        losses = [tiny_model(input_ids=x, labels=labels, **noise._asdict()).loss for x in (ids, changed)]
+        score = tiny_model.token_nll(ids, labels=labels, estimator="exact")
+    assert abs(losses[0] - losses[1]) > 1e-6
+    assert torch.equal(score.mask, (labels != -100).float())
+    assert not score.nll[labels == -100].any() and (score.nll[labels != -100] > 0).all()
+
+
+def test_labels_that_differ_from_the_input_are_the_targets(tiny_model):
+    ids, noise = random_ids(2, 8), given_noise(2, 2, 8)
+    other = (ids + 7) % 47
+    masked, weights, _ = masked_of(tiny_model, other, noise=Noise(**noise))
+    with torch.no_grad():
+        x_t = torch.where(masked, 47, ids)
+        logits = tiny_model(input_ids=x_t, clean_input_ids=ids).logits
+        logits[..., 47] = -torch.inf
+        nll = F.cross_entropy(logits.transpose(1, 2), other, reduction="none")
+        loss = tiny_model(input_ids=ids, labels=other, **noise).loss
+    torch.testing.assert_close(loss, (nll * weights)[masked].sum() / 14, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("noise", [None, {"block_noise": torch.zeros(2, 2), "token_noise": torch.ones(2, 8)}])
+def test_a_batch_with_nothing_to_score_has_a_loss_of_zero_and_a_gradient(tiny_model, noise):
+    ids = random_ids(2, 8)
+    labels = ids if noise else torch.full_like(ids, -100)
+    loss = tiny_model.train()(input_ids=ids, labels=labels, **(noise or {})).loss
+    assert loss.item() == 0
+    loss.backward()
+    assert all(not p.grad.any() for p in tiny_model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
+def test_the_loss_under_autocast_is_finite_and_close(tiny_model, dtype, tolerance):
+    tiny_model.train()
+    ids, noise = random_ids(4, 16), given_noise(4, 4, 16)
+    exact = tiny_model(input_ids=ids, labels=ids, **noise).loss
+    expected = gradients(tiny_model, exact)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = tiny_model(input_ids=ids, labels=ids, **noise).loss
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=tolerance, atol=0)
+    for name, gradient in gradients(tiny_model, loss).items():
+        assert gradient.dtype == torch.float32
+        error = (gradient - expected[name]).norm() / expected[name].norm()
+        assert error < 5 * tolerance, name
+
+
+def test_a_bfloat16_model_trains_with_a_finite_loss_even_at_large_logits(tiny_model):
+    ids, noise = random_ids(4, 16), given_noise(4, 4, 16)
+    with torch.no_grad():
+        tiny_model.get_output_embeddings().weight.mul_(300)
+        exact = tiny_model(input_ids=ids, labels=ids, **noise).loss
+    model = tiny_model.to(torch.bfloat16).train()
+    model.sampling_eps_min.fill_(1e-3)
+    loss = model(input_ids=ids, labels=ids, **noise).loss
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss * 64 / 60, exact, rtol=0.05, atol=0)
+    assert all(g.isfinite().all() and g.dtype == torch.bfloat16 for g in gradients(model, loss).values())
+
+
+def test_denoising_loss_is_what_the_model_returns(tiny_model):
+    ids, noise = random_ids(2, 8), given_noise(2, 2, 8)
+    output = tiny_model(input_ids=ids, labels=ids, **noise)
+    assert torch.equal(
+        denoising_loss(tiny_model, ids, ids, noise=Noise(**noise), interval=tiny_model.interval()), output.loss
+    )
+    assert output.logits is None
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_labels_of_another_shape_are_refused(tiny_model):
+    message = r"labels of shape \(2, 7\) do not match input_ids of shape \(2, 8\)"
+    with pytest.raises(ValueError, match=message):
+        tiny_model(input_ids=random_ids(2, 8), labels=random_ids(2, 7))
+    with pytest.raises(ValueError, match=message):
+        tiny_model.token_nll(random_ids(2, 8), labels=random_ids(2, 7))
+
+
+def test_a_mask_token_to_be_predicted_is_refused(tiny_model):
+    ids = random_ids(2, 8)
+    ids[1, 3] = 47
+    message = "labels hold mask_token_id=47: .*cannot be scored. Set such labels to -100"
+    with pytest.raises(ValueError, match=message):
+        tiny_model(input_ids=ids, labels=ids)
+    with pytest.raises(ValueError, match=message):
+        tiny_model.token_nll(ids)
+    labels = ids.masked_fill(ids == 47, -100)
+    assert tiny_model(input_ids=ids, labels=labels).loss.isfinite()
+
+
+def test_labels_without_ids_are_refused(tiny_model):
+    embeds = torch.zeros(1, 8, 32)
+    with pytest.raises(ValueError, match="labels.*input_ids"):
+        tiny_model(inputs_embeds=embeds, labels=random_ids(1, 8))
+
+
+@pytest.mark.parametrize("missing", ["block_noise", "token_noise", "count_noise"])
+def test_noise_that_is_given_in_part_is_refused(tiny_config, missing):
+    tiny_config.resample, tiny_config.sampling_eps_min = True, 0.5
+    model, ids = BD3LMForMaskedLM(tiny_config).train(), random_ids(2, 8)
+    noise = given_noise(2, 2, 8)
+    del noise[missing]
+    with pytest.raises(ValueError, match=missing):
+        model(input_ids=ids, labels=ids, **noise)
+
+
+@pytest.mark.parametrize("name, shape", [("block_noise", (2, 3)), ("token_noise", (2, 9)), ("count_noise", (1, 2))])
+def test_noise_of_another_shape_is_refused(tiny_config, name, shape):
+    tiny_config.resample, tiny_config.sampling_eps_min = True, 0.5
+    model, ids = BD3LMForMaskedLM(tiny_config).train(), random_ids(2, 8)
+    noise = given_noise(2, 2, 8) | {name: torch.rand(shape)}
+    with pytest.raises(ValueError, match=rf"{name} of shape \({shape[0]}, {shape[1]}\)"):
+        model(input_ids=ids, labels=ids, **noise)

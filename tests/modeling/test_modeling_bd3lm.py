@@ -1,0 +1,668 @@
+"""The model: parity with the published one, initialisation, saving and loading, precision, compilation, bad input."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
+
+import bd3lm_hf  # noqa: F401  (registers the Auto classes)
+from bd3lm_hf.modeling.attention_bd3lm import decoding_plan
+from bd3lm_hf.modeling.backbone_bd3lm import BD3LMModel
+from bd3lm_hf.modeling.cache_bd3lm import BlockCache
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.noise_bd3lm import draw_noise
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "01_bd3lm"
+VARIANTS = json.loads((GOLDEN / "config.json").read_text())["variants"]
+TOLERANCE = {"rtol": 0, "atol": 2e-5}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "tensors.safetensors")
+
+
+def golden_model(variant: str, block_size: int) -> BD3LMForMaskedLM:
+    config = BD3LMConfig(**{**VARIANTS[variant]["constructor"], "block_size": block_size})
+    weights = load_file(GOLDEN / "weights.safetensors")
+    if not config.adaln:
+        weights = {k: v for k, v in weights.items() if "sigma_map" not in k and "adaLN_modulation" not in k}
+    model = BD3LMForMaskedLM(config)
+    model.load_state_dict(weights, strict=True)
+    return model.eval()
+
+
+def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 47, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def some_masked(ids: torch.Tensor) -> torch.Tensor:
+    drawn = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1))
+    return torch.where(drawn < 0.5, 47, ids)
+
+
+# --- Parity with the published model ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "variant, block_size", [(name, size) for name, v in VARIANTS.items() for size in v["block_sizes"]]
+)
+def test_noisy_logits_equal_the_published_ones(golden, variant, block_size, implementation):
+    model = golden_model(variant, block_size)
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        logits = model(input_ids=golden["xt"], clean_input_ids=golden["x0"], timesteps=golden["sigma"]).logits
+    torch.testing.assert_close(logits, golden[f"{variant}.bs{block_size}.logits"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("variant", ["adaln", "noadaln"])
+@pytest.mark.parametrize("block_size", [1, 4, 8, 16])
+def test_block_causal_logits_equal_the_published_ones(golden, variant, block_size):
+    with torch.no_grad():
+        logits = golden_model(variant, block_size)(golden[f"bs{block_size}.sample_ids"]).logits
+    torch.testing.assert_close(logits, golden[f"{variant}.bs{block_size}.sample_logits_nocache"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("cache_class", [BlockCache, DynamicCache])
+@pytest.mark.parametrize("variant", ["adaln", "noadaln"])
+@pytest.mark.parametrize("block_size", [1, 4, 8, 16])
+def test_cached_logits_equal_the_published_ones(golden, variant, block_size, cache_class):
+    model, cache, found = golden_model(variant, block_size), cache_class(), []
+    with torch.no_grad():
+        for block in golden[f"bs{block_size}.sample_ids"].split(block_size, dim=1):
+            model(torch.full_like(block, 96), past_key_values=cache, use_cache=False)
+            found.append(model(block, past_key_values=cache, use_cache=True).logits)
+    expected = golden[f"{variant}.bs{block_size}.sample_logits_cache"]
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("variant", ["adaln", "noadaln"])
+def test_hidden_states_equal_the_published_ones(golden, variant):
+    with torch.no_grad():
+        output = golden_model(variant, 4)(
+            input_ids=golden["xt"], clean_input_ids=golden["x0"], output_hidden_states=True
+        )
+    compared = [name for name in golden if name.startswith(f"{variant}.bs4.hidden.")]
+    assert len(compared) >= 2 and len(output.hidden_states) == 3
+    for name in compared:
+        found = output.hidden_states[int(name.rpartition(".")[2])]
+        torch.testing.assert_close(found[:1], golden[name], **TOLERANCE)
+
+
+def test_a_window_that_slides_without_a_cache_equals_the_published_one(golden):
+    with torch.no_grad():
+        logits = golden_model("adaln", 16)(golden["adaln.bs16.slide_ids"][:, -32:]).logits[:, -16:]
+    torch.testing.assert_close(logits, golden["adaln.bs16.slide_logits_window"], **TOLERANCE)
+
+
+def test_a_window_that_slides_over_a_cache_equals_the_published_one(golden):
+    # Published positions restart when the cache slides; rotary positions are relative, so going on is the same.
+    model, ids = golden_model("adaln", 16), golden["adaln.bs16.slide_ids"]
+    with torch.no_grad():
+        cache = model(ids[:, :32], use_cache=True).past_key_values
+        plan = decoding_plan(32, 0, 16, None, torch.float32, hidden=16)
+        hidden = model.backbone.run(
+            model.get_input_embeddings()(ids[:, 32:]),
+            torch.arange(32, 48).unsqueeze(0),
+            plan,
+            model.backbone.modulations(None, ids.device),
+            past_key_values=cache,
+        ).last_hidden_state
+        logits = model.backbone.output_layer(hidden)
+    torch.testing.assert_close(logits, golden["adaln.bs16.slide_logits_cache"], **TOLERANCE)
+
+
+def test_the_state_dict_has_the_published_keys_and_shapes():
+    published = load_file(GOLDEN / "weights.safetensors")
+    ours = BD3LMForMaskedLM(BD3LMConfig(**{**VARIANTS["adaln"]["constructor"], "block_size": 4})).state_dict()
+    assert {k: tuple(v.shape) for k, v in ours.items()} == {k: tuple(v.shape) for k, v in published.items()}
+
+
+def test_a_model_without_adaln_has_no_key_of_it():
+    model = BD3LMForMaskedLM(BD3LMConfig(**{**VARIANTS["noadaln"]["constructor"], "block_size": 4}))
+    published = load_file(GOLDEN / "weights.safetensors")
+    expected = {k for k in published if "sigma_map" not in k and "adaLN_modulation" not in k}
+    assert set(model.state_dict()) == expected
+
+
+def test_a_published_folder_loads_with_no_missing_and_no_unexpected_key(golden, tmp_path):
+    constructor = {**VARIANTS["adaln"]["constructor"], "block_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps({**constructor, "model_type": "bd3lm", "return_dict": False}))
+    save_file(load_file(GOLDEN / "weights.safetensors"), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, report = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert model.interval() == pytest.approx((0.45, 0.95))
+    with torch.no_grad():
+        logits = model(input_ids=golden["xt"], clean_input_ids=golden["x0"]).logits
+    torch.testing.assert_close(logits, golden["adaln.bs8.logits"], **TOLERANCE)
+
+
+def test_the_published_size_has_the_published_number_of_parameters():
+    with torch.device("meta"):
+        model = BD3LMForMaskedLM(BD3LMConfig())
+    assert sum(p.numel() for p in model.parameters()) == 169_627_218
+    assert len(model.state_dict()) == 133
+
+
+# --- Initialisation --------------------------------------------------------------------------------------------------
+
+
+def zero_layers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if "adaLN_modulation" in name or "output_layer.linear" in name
+    }
+
+
+def assert_published_initialisation(model: torch.nn.Module) -> None:
+    assert len(zero_layers(model)) == 2 * (model.config.n_blocks + 2)
+    for name, parameter in model.named_parameters():
+        if name in zero_layers(model):
+            assert not parameter.any(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        elif parameter.dim() == 2:
+            # kaiming_uniform(a=sqrt(5)): uniform within 1 / sqrt(fan_in); the fan-in of the embedding is its width.
+            bound = 1 / math.sqrt(parameter.shape[1])
+            assert 0.95 * bound < parameter.abs().max() <= bound * 1.0001, name
+            assert parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.15), name
+        else:
+            assert 0 < parameter.abs().max() <= 1 / math.sqrt(_fan_in(model, name)) * 1.0001, name
+
+
+def _fan_in(model: torch.nn.Module, bias: str) -> int:
+    return model.get_parameter(bias.removesuffix("bias") + "weight").shape[1]
+
+
+def assert_uniform_logits(model: BD3LMForMaskedLM) -> None:
+    ids = random_ids(2, 12)
+    with torch.no_grad():
+        for logits in (model(ids).logits, model(input_ids=some_masked(ids), clean_input_ids=ids).logits):
+            assert logits.shape == (2, 12, 48)
+            assert not logits.any()
+
+
+def test_a_new_model_is_initialised_as_published_and_gives_uniform_logits(tiny_config):
+    model = BD3LMForMaskedLM(tiny_config).eval()
+    assert_published_initialisation(model)
+    assert_uniform_logits(model)
+
+
+@pytest.mark.parametrize("auto_class", [AutoModelForMaskedLM, AutoModelForCausalLM])
+def test_a_model_made_by_an_auto_class_is_initialised_as_published(tiny_config, auto_class):
+    model = auto_class.from_config(tiny_config).eval()
+    assert type(model) is BD3LMForMaskedLM
+    assert_published_initialisation(model)
+    assert_uniform_logits(model)
+
+
+def test_a_backbone_made_by_an_auto_class_is_initialised_as_published(tiny_config):
+    model = AutoModel.from_config(tiny_config).eval()
+    assert type(model) is BD3LMModel
+    assert_published_initialisation(model)
+    with torch.no_grad():
+        hidden = model(random_ids(1, 8)).last_hidden_state
+    assert hidden.shape == (1, 8, 32)
+    torch.testing.assert_close(hidden.std(-1, correction=0), torch.ones(1, 8), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("dropped", ["adaLN_modulation", "output_layer.linear", "mlp", "vocab_embed", "norm"])
+def test_what_a_checkpoint_lacks_is_initialised_as_published(tiny_model, tmp_path, dropped):
+    tiny_model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if dropped not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, report = BD3LMForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(report["missing_keys"]) == set(weights) - set(kept)
+    for name, value in kept.items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    for name, parameter in loaded.named_parameters():
+        if dropped not in name:
+            continue
+        if name in zero_layers(loaded):
+            assert not parameter.any(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            bound = 1 / math.sqrt(parameter.shape[1] if parameter.dim() == 2 else _fan_in(loaded, name))
+            assert 0.5 * bound < parameter.abs().max() <= bound * 1.0001, name
+
+
+def test_the_interval_of_a_checkpoint_without_buffers_comes_from_its_config(tiny_config, tmp_path):
+    tiny_config.sampling_eps_min, tiny_config.sampling_eps_max = 0.3, 0.8
+    model = BD3LMForMaskedLM(tiny_config)
+    assert model.interval() == pytest.approx((0.3, 0.8))
+    model.save_pretrained(tmp_path)
+    weights = {k: v for k, v in load_file(tmp_path / "model.safetensors").items() if "sampling_eps" not in k}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert BD3LMForMaskedLM.from_pretrained(tmp_path).interval() == pytest.approx((0.3, 0.8))
+
+
+def test_without_var_min_the_interval_is_the_config_and_no_buffer(tiny_config):
+    tiny_config.var_min, tiny_config.sampling_eps_max = False, 0.75
+    model = BD3LMForMaskedLM(tiny_config)
+    assert not any("sampling_eps" in name for name in model.state_dict())
+    assert model.interval() == (1e-3, 0.75)
+
+
+# --- Saving and loading ----------------------------------------------------------------------------------------------
+
+
+def test_a_saved_model_comes_back_with_every_number(tiny_model, tmp_path):
+    tiny_model.sampling_eps_min.fill_(0.25)
+    tiny_model.save_pretrained(tmp_path)
+    loaded, report = BD3LMForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert not loaded.training
+    for name, value in tiny_model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    ids = random_ids(2, 16)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, tiny_model(ids).logits)
+    assert loaded.interval() == (0.25, 1.0)
+
+
+def test_the_backbone_of_a_saved_model_loads_alone(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    backbone = AutoModel.from_pretrained(tmp_path)
+    ids = random_ids(2, 8)
+    with torch.no_grad():
+        assert torch.equal(backbone(ids).last_hidden_state, tiny_model.backbone(ids).last_hidden_state)
+
+
+def test_a_model_made_on_the_meta_device_is_complete_once_its_weights_are_loaded(tiny_model):
+    with torch.device("meta"):
+        model = BD3LMForMaskedLM(tiny_model.config)
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    model.load_state_dict(tiny_model.state_dict(), assign=True)
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    ids = random_ids(1, 9)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, tiny_model(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_loaded_in_half_precision_keeps_what_must_be_exact(tiny_model, tmp_path, dtype):
+    tiny_model.sampling_eps_min.fill_(0.45)
+    tiny_model.save_pretrained(tmp_path)
+    loaded = BD3LMForMaskedLM.from_pretrained(tmp_path, dtype=dtype)
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    assert torch.equal(loaded.sampling_eps_min, torch.tensor(0.45))
+    assert torch.equal(loaded.backbone.rotary_emb.inv_freq, tiny_model.backbone.rotary_emb.inv_freq)
+
+
+# --- Precision -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rotary_angles_stay_exact_at_large_positions_after_a_cast(tiny_model, dtype):
+    rotary = tiny_model.to(dtype).backbone.rotary_emb
+    positions = torch.tensor([[0, 1, 1000, 1023, 100_003]])
+    cos, sin = rotary(positions, torch.float32)
+    pairs = tiny_model.config.head_dim // 2
+    for place, position in enumerate(positions[0].tolist()):
+        angles = [position * 10000.0 ** (-i / pairs) for i in range(pairs)]
+        for found, function in ((cos, math.cos), (sin, math.sin)):
+            expected = torch.tensor([function(angle) for angle in angles])
+            torch.testing.assert_close(found[0, place, 0], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.006)])
+def test_a_cast_model_is_as_close_at_position_1000_as_at_the_start(tiny_model, dtype, tolerance):
+    ids = random_ids(1, 1008)
+    with torch.no_grad():
+        exact = tiny_model(ids).logits
+        cast = tiny_model.to(dtype)(ids).logits
+    assert cast.dtype == dtype
+    error = (cast.float() - exact).abs() / exact.std()
+    assert error[:, :8].mean() < tolerance
+    assert error[:, -8:].mean() < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_noisy_stream_and_the_cache_work_in_half_precision(tiny_model, dtype):
+    ids = random_ids(2, 12)
+    with torch.no_grad():
+        exact = tiny_model(input_ids=some_masked(ids), clean_input_ids=ids).logits
+        exact_nll = tiny_model.token_nll(ids, estimator="exact").nll
+        model = tiny_model.to(dtype)
+        cast = model(input_ids=some_masked(ids), clean_input_ids=ids).logits
+        cache = model(ids[:, :8], use_cache=True).past_key_values
+        step = model(ids[:, 8:], past_key_values=cache, use_cache=False).logits
+        nll = model.token_nll(ids, estimator="exact").nll
+    assert ((cast.float() - exact).abs().mean() / exact.std()).item() < 0.05
+    torch.testing.assert_close(step.float(), model(ids).logits[:, 8:].float(), rtol=0, atol=0.05)
+    assert nll.dtype == torch.float32
+    torch.testing.assert_close(nll, exact_nll, rtol=0, atol=0.1)
+
+
+def test_the_norm_is_computed_in_float32(tiny_model):
+    norm = tiny_model.backbone.blocks[0].norm1.to(torch.bfloat16)
+    x = (torch.randn(4, 32) * 3 + 100).to(torch.bfloat16)
+    expected = torch.nn.functional.layer_norm(x.float(), (32,)) * norm.weight.float()
+    assert torch.equal(norm(x, *norm.fold(None, None)), expected.to(torch.bfloat16))
+
+
+def test_an_unmodulated_norm_and_the_two_ways_to_modulate_it_agree(tiny_model):
+    norm = tiny_model.backbone.blocks[0].norm1
+    x, shift, scale = torch.randn(3, 5, 32), torch.randn(1, 1, 32), torch.randn(1, 1, 32)
+    with torch.no_grad():
+        expected = norm(x, *norm.fold(None, None)) * (1 + scale) + shift
+        torch.testing.assert_close(norm(x, *norm.fold(shift, scale)), expected, rtol=1e-5, atol=1e-5)
+        rows = norm(x, *norm.fold(shift.repeat(3, 1, 1), scale.repeat(3, 1, 1)))
+        torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
+
+
+# --- Compilation and checkpointing -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_the_denoising_forward_compiles_as_one_graph(tiny_model, fresh_compiler):
+    compiled = torch.compile(tiny_model, fullgraph=True, backend="eager")
+    ids = random_ids(2, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids).logits, tiny_model(ids).logits, rtol=0, atol=1e-6)
+
+
+def test_the_two_stream_forward_compiles_as_one_graph(tiny_model, fresh_compiler):
+    compiled = torch.compile(tiny_model, fullgraph=True, backend="aot_eager")
+    ids, mask = random_ids(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    arguments = {"input_ids": some_masked(ids), "clean_input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        found, expected = compiled(**arguments).logits, tiny_model(**arguments).logits
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
+
+
+def test_a_cached_denoising_step_compiles_as_one_graph(tiny_model, fresh_compiler):
+    compiled = torch.compile(tiny_model, fullgraph=True, backend="eager")
+    ids = random_ids(2, 12)
+    with torch.no_grad():
+        cache = tiny_model(ids[:, :8], use_cache=True).past_key_values
+        found = compiled(ids[:, 8:], past_key_values=cache, use_cache=False).logits
+        torch.testing.assert_close(found, tiny_model(ids).logits[:, 8:], rtol=0, atol=1e-5)
+    assert cache.get_seq_length() == 8
+
+
+def test_gradients_of_a_compiled_forward_equal_the_plain_ones(tiny_model, fresh_compiler):
+    ids = random_ids(2, 12)
+    found = []
+    for model in (tiny_model, torch.compile(tiny_model, fullgraph=True, backend="aot_eager")):
+        tiny_model.zero_grad()
+        model(input_ids=some_masked(ids), clean_input_ids=ids).logits.square().mean().backward()
+        found.append({name: p.grad.clone() for name, p in tiny_model.named_parameters()})
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_equal_gradients(tiny_model, use_reentrant):
+    tiny_model.train()
+    ids, noise = random_ids(2, 12), draw_noise(2, 3, 12)._asdict()
+    found, calls = [], []
+    tiny_model.backbone.blocks[0].norm2.register_forward_hook(lambda *arguments: calls.append(1))
+    for checkpointing in (False, True):
+        if checkpointing:
+            tiny_model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        tiny_model.zero_grad()
+        calls.clear()
+        loss = tiny_model(input_ids=ids, labels=ids, **noise).loss
+        loss.backward()
+        assert len(calls) == (2 if checkpointing else 1)  # the layer is computed again in the backward pass
+        found.append((loss.detach(), {name: p.grad.clone() for name, p in tiny_model.named_parameters()}))
+    assert torch.equal(found[0][0], found[1][0])
+    for name, gradient in found[0][1].items():
+        assert gradient.any(), name
+        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-5, atol=1e-8)
+
+
+# --- Embeddings ------------------------------------------------------------------------------------------------------
+
+
+def test_a_larger_vocabulary_keeps_the_mask_and_the_old_logits(tiny_model, tmp_path):
+    ids = random_ids(2, 12)
+    with torch.no_grad():
+        before = tiny_model(input_ids=some_masked(ids), clean_input_ids=ids).logits
+        tiny_model.resize_token_embeddings(61)
+        after = tiny_model(input_ids=some_masked(ids), clean_input_ids=ids).logits
+    assert after.shape == (2, 12, 61)
+    torch.testing.assert_close(after[..., :48], before, rtol=0, atol=1e-6)
+    assert (tiny_model.config.vocab_size, tiny_model.config.mask_token_id) == (61, 47)
+    tiny_model.save_pretrained(tmp_path)
+    loaded, report = BD3LMForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert loaded.config.mask_token_id == 47
+    loss = loaded.train()(input_ids=ids, labels=torch.full_like(ids, 60)).loss
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("tokens", [47, 10])
+def test_a_vocabulary_without_the_mask_is_refused(tiny_model, tokens):
+    message = rf"resize_token_embeddings\({tokens}\) would drop mask_token_id=47: keep at least 48"
+    with pytest.raises(ValueError, match=message):
+        tiny_model.resize_token_embeddings(tokens)
+    assert tiny_model.get_input_embeddings().weight.shape[0] == 48
+
+
+def test_a_vocabulary_may_shrink_behind_the_mask(tiny_config, randomize):
+    tiny_config.mask_token_id = 3
+    model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
+    ids = torch.randint(4, 30, (1, 8))
+    with torch.no_grad():
+        before = model(ids).logits
+        model.resize_token_embeddings(30)
+        torch.testing.assert_close(model(ids).logits, before[..., :30], rtol=0, atol=1e-6)
+
+
+def test_input_and_output_embeddings_are_the_models_own_and_untied(tiny_model):
+    assert tiny_model.get_input_embeddings() is tiny_model.backbone.vocab_embed
+    assert tiny_model.get_output_embeddings() is tiny_model.backbone.output_layer.linear
+    head, table = tiny_model.get_output_embeddings(), torch.nn.Embedding(48, 32)
+    tiny_model.set_input_embeddings(table)
+    assert tiny_model.backbone.get_input_embeddings() is table
+    assert tiny_model.get_output_embeddings() is head
+    other = torch.nn.Linear(32, 48)
+    tiny_model.set_output_embeddings(other)
+    assert tiny_model.backbone.output_layer.linear is other
+
+
+# --- The forward pass's arguments ------------------------------------------------------------------------------------
+
+
+def test_embeddings_may_be_given_instead_of_ids(tiny_model):
+    ids = random_ids(2, 8)
+    with torch.no_grad():
+        embeds = tiny_model.get_input_embeddings()(ids)
+        assert torch.equal(tiny_model(inputs_embeds=embeds).logits, tiny_model(ids).logits)
+
+
+def test_outputs_may_be_asked_for_as_a_tuple(tiny_model):
+    ids = random_ids(2, 8)
+    with torch.no_grad():
+        found = tiny_model(ids, return_dict=False)
+        assert isinstance(found, tuple)
+        assert torch.equal(found[0], tiny_model(ids).logits)
+
+
+def test_hidden_states_are_the_embeddings_and_each_layers_output(tiny_model):
+    ids = random_ids(2, 8)
+    with torch.no_grad():
+        output = tiny_model(ids, output_hidden_states=True)
+        assert [tuple(h.shape) for h in output.hidden_states] == [(2, 8, 32)] * 3
+        assert torch.equal(output.hidden_states[0], tiny_model.get_input_embeddings()(ids))
+        assert tiny_model(ids).hidden_states is None
+
+
+def test_a_time_conditioned_model_reads_the_noise_level_of_each_row(tiny_config, randomize):
+    tiny_config.time_conditioning = True
+    model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
+    ids = random_ids(2, 8)
+    x_t = some_masked(ids)
+    with torch.no_grad():
+        both = model(input_ids=x_t, clean_input_ids=ids, timesteps=torch.tensor([0.1, 3.0])).logits
+        for row, sigma in enumerate((0.1, 3.0)):
+            one = slice(row, row + 1)
+            alone = model(input_ids=x_t[one], clean_input_ids=ids[one], timesteps=torch.tensor([sigma])).logits
+            torch.testing.assert_close(both[one], alone, rtol=0, atol=1e-5)
+        other = model(input_ids=x_t, clean_input_ids=ids, timesteps=torch.tensor([3.0, 0.1])).logits
+    assert (both - other).abs().max() > 1e-3
+
+
+def test_a_model_without_time_conditioning_ignores_the_noise_level(tiny_model):
+    ids = random_ids(2, 8)
+    with torch.no_grad():
+        assert torch.equal(tiny_model(ids, timesteps=torch.tensor([0.1, 3.0])).logits, tiny_model(ids).logits)
+
+
+def test_dropout_is_active_in_training_only(tiny_config, randomize):
+    tiny_config.dropout = 0.5
+    model = randomize(BD3LMForMaskedLM(tiny_config))
+    ids = random_ids(2, 8)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, model(ids).logits)
+        model.train()
+        assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["neither", "both"])
+def test_exactly_one_of_ids_and_embeddings_must_be_given(tiny_model, given):
+    ids = random_ids(1, 4)
+    arguments = {} if given == "neither" else {"input_ids": ids, "inputs_embeds": torch.zeros(1, 4, 32)}
+    with pytest.raises(ValueError, match="pass exactly one of input_ids and inputs_embeds"):
+        tiny_model(**arguments)
+
+
+@pytest.mark.parametrize("bad", [48, -1])
+def test_ids_outside_the_vocabulary_are_refused_by_name(tiny_model, bad):
+    ids, wrong = random_ids(1, 8), random_ids(1, 8)
+    wrong[0, 5] = bad
+    remedy = rf"the id {bad}, outside the vocabulary of 48 ids \(0 to 47\): use the tokenizer that"
+    with pytest.raises(ValueError, match=f"^input_ids holds {remedy}"):
+        tiny_model(wrong)
+    with pytest.raises(ValueError, match=f"^clean_input_ids holds {remedy}"):
+        tiny_model(input_ids=ids, clean_input_ids=wrong)
+    with pytest.raises(ValueError, match=f"^input_ids holds {remedy}"):
+        tiny_model(input_ids=wrong, labels=ids)
+    with pytest.raises(ValueError, match=f"^labels holds {remedy}"):
+        tiny_model(input_ids=ids, labels=wrong)
+    with pytest.raises(ValueError, match=f"^input_ids holds {remedy}"):
+        tiny_model.token_nll(wrong)
+
+
+def test_a_clean_stream_of_another_shape_is_refused(tiny_model):
+    message = r"clean_input_ids of shape \(1, 8\) must have the shape of the noisy input, \(1, 4\)"
+    with pytest.raises(ValueError, match=message):
+        tiny_model(input_ids=random_ids(1, 4), clean_input_ids=random_ids(1, 8))
+
+
+def test_a_clean_stream_beside_a_cache_is_refused(tiny_model):
+    ids = random_ids(1, 4)
+    with pytest.raises(ValueError, match="no cache beside it: x_0 itself is the context"):
+        tiny_model(input_ids=ids, clean_input_ids=ids, past_key_values=BlockCache())
+
+
+@pytest.mark.parametrize("past, length", [(0, 6), (4, 3), (4, 5)])
+def test_storing_part_of_a_block_is_refused(tiny_model, past, length):
+    cache = BlockCache()
+    if past:
+        tiny_model(random_ids(1, past), past_key_values=cache, use_cache=True)
+    message = rf"would store \[{past + length}\] tokens in all, no whole number of blocks of 4: .*use_cache=False"
+    with pytest.raises(ValueError, match=message):
+        tiny_model(random_ids(1, length), past_key_values=cache, use_cache=True)
+    # Reading is fine.
+    assert tiny_model(random_ids(1, length), past_key_values=cache, use_cache=False).logits.shape == (1, length, 48)
+
+
+def test_storing_rows_that_end_inside_a_block_is_refused(tiny_model):
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[0, :3] = 0
+    with pytest.raises(ValueError, match=r"no whole number of blocks of 4: .*use_cache=False"):
+        tiny_model(random_ids(2, 8), attention_mask=mask, use_cache=True)
+    mask[0, 3] = 0
+    assert tiny_model(random_ids(2, 8), attention_mask=mask, use_cache=True).past_key_values.get_seq_length() == 8
+
+
+def test_a_time_conditioned_model_asks_for_its_noise_levels(tiny_config):
+    tiny_config.time_conditioning = True
+    model = BD3LMForMaskedLM(tiny_config)
+    with pytest.raises(ValueError, match="time_conditioning=True: pass timesteps, the noise levels sigma"):
+        model(random_ids(1, 4))
+
+
+def test_an_unknown_attention_implementation_is_refused(tiny_model):
+    with pytest.raises((ValueError, ImportError), match="made_up"):
+        tiny_model.set_attn_implementation("made_up")
+
+
+# --- The interval of noise levels ------------------------------------------------------------------------------------
+
+
+def test_an_interval_that_is_set_is_saved_with_weights_and_config(tiny_model, tmp_path):
+    tiny_model.set_interval(0.3, 0.8)
+    assert tiny_model.interval() == (pytest.approx(0.3), pytest.approx(0.8))
+    tiny_model.save_pretrained(tmp_path)
+    loaded = BD3LMForMaskedLM.from_pretrained(tmp_path)
+    assert loaded.interval() == tiny_model.interval()
+    assert (loaded.config.sampling_eps_min, loaded.config.sampling_eps_max) == (0.3, 0.8)
+    assert BD3LMForMaskedLM(loaded.config).interval() == tiny_model.interval()
+
+
+def test_a_model_without_buffers_keeps_its_interval_in_the_config(tiny_config):
+    tiny_config.var_min = False
+    model = BD3LMForMaskedLM(tiny_config)
+    model.set_interval(0.3, 0.8)
+    assert model.interval() == (0.3, 0.8)
+
+
+def test_a_saved_config_says_the_interval_that_the_weights_carry(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "whole")
+    assert BD3LMConfig.from_pretrained(tmp_path / "whole").sampling_eps_min == 1e-3  # not the nearest float32
+    tiny_model.sampling_eps_max.fill_(0.75)
+    tiny_model.save_pretrained(tmp_path / "clipped")
+    assert BD3LMConfig.from_pretrained(tmp_path / "clipped").sampling_eps_max == 0.75
+
+
+@pytest.mark.parametrize("interval", [(0.8, 0.3), (-0.1, 0.5), (0.5, 1.1), (0.0, 0.0)])
+def test_what_is_no_interval_cannot_be_set(tiny_model, interval):
+    before = tiny_model.interval()
+    with pytest.raises(ValueError, match="is no interval of noise levels"):
+        tiny_model.set_interval(*interval)
+    tiny_model.config.resample = True
+    with pytest.raises(ValueError, match="holds no mask rate k / 4"):
+        tiny_model.set_interval(0.55, 0.7)
+    assert tiny_model.interval() == before
+    assert tiny_model.config.sampling_eps_max == 1.0
+
+
+@pytest.mark.parametrize("cast", [lambda model: model.to(torch.bfloat16), lambda model: model.half()])
+def test_a_cast_of_the_model_does_not_round_its_interval(tiny_model, cast):
+    tiny_model.sampling_eps_min.fill_(0.45)
+    tiny_model.sampling_eps_max.fill_(0.95)
+    expected = tiny_model.interval()
+    assert cast(tiny_model) is tiny_model
+    assert tiny_model.get_output_embeddings().weight.dtype != torch.float32
+    assert tiny_model.interval() == expected
+    assert tiny_model.to("meta").sampling_eps_min.device.type == "meta"

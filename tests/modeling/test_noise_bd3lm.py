@@ -1,0 +1,449 @@
+"""The forward process: schedules, stratified times, masks, and masks whose rate is confined to an interval."""
+
+import json
+import math
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bd3lm_hf.modeling.noise_bd3lm import (
+    LogLinearNoise,
+    Noise,
+    check_interval,
+    check_reachable,
+    count_probabilities,
+    draw_noise,
+    mask_positions,
+    mask_positions_within,
+    noise_schedule,
+    per_token,
+    rank_in_block,
+    stack_draws,
+    stratify,
+    times,
+)
+from bd3lm_hf.training.examples import noise_of_examples
+
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SCHEDULES = ["loglinear", "square", "square_root", "log", "cosine"]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def golden_schedules():
+    return load_file(GOLDEN / "03_noise" / "tensors.safetensors")
+
+
+@pytest.fixture(scope="module")
+def golden_times():
+    config = json.loads((GOLDEN / "04_sample_t" / "config.json").read_text())
+    return config, load_file(GOLDEN / "04_sample_t" / "tensors.safetensors")
+
+
+def blocks_of(length: int, size: int) -> torch.Tensor:
+    return (torch.arange(length) // size).unsqueeze(0)
+
+
+# --- Schedules -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_equals_the_published_one(golden_schedules, name):
+    level = noise_schedule(name)(golden_schedules["t"])
+    torch.testing.assert_close(level.move_chance, golden_schedules[f"{name}.move_chance"], rtol=2e-6, atol=2e-7)
+    torch.testing.assert_close(level.loss_scaling, golden_schedules[f"{name}.loss_scaling"], rtol=2e-5, atol=2e-6)
+
+
+def test_the_noise_level_sigma_equals_the_published_one(golden_schedules):
+    noise, t = LogLinearNoise(), golden_schedules["t"]
+    torch.testing.assert_close(noise.total_noise(t), golden_schedules["loglinear.total_noise"], rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(noise.rate_noise(t), golden_schedules["loglinear.rate_noise"], rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(noise.sigma(t), golden_schedules["sigma_from_p"], rtol=2e-5, atol=2e-6)
+    # The published cap is computed in float32, hence 6.907768 instead of 6.907755.
+    assert noise.sigma_max == pytest.approx(golden_schedules["loglinear.sigma_max"].item(), abs=2e-5)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_move_rate_is_the_derivative_of_the_move_chance(name):
+    # Away from t = 0, where two schedules hold the chance at 1e-3.
+    t = torch.linspace(0.05, 1.0, 200, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(noise_schedule(name).move_chance(t).sum(), t)
+    torch.testing.assert_close(noise_schedule(name).move_rate(t), slope, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_loss_weight_is_the_rate_over_the_chance(name):
+    t = torch.linspace(0.05, 1.0, 200, dtype=torch.float64)
+    level = noise_schedule(name)(t)
+    extra = 1e-3 if name == "cosine" else 0.0  # as published
+    torch.testing.assert_close(level.loss_scaling, -level.move_rate / (level.move_chance + extra), rtol=1e-12, atol=0)
+    assert (level.loss_scaling < 0).all()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_masks_more_as_time_passes_and_everything_at_the_end(name):
+    chance = noise_schedule(name).move_chance(torch.linspace(0, 1, 1001, dtype=torch.float64))
+    assert (chance.diff() >= 0).all()
+    assert chance[0] <= 1e-3 + 1e-12
+    assert chance[-1] == pytest.approx(1.0, abs=1e-12)
+
+
+def test_an_unknown_schedule_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="noise='linear' is no noise schedule: choose one of loglinear, square"):
+        noise_schedule("linear")
+
+
+def test_sigma_inverts_the_masking_probability_up_to_its_cap():
+    p = torch.tensor([0.0, 0.25, 0.5, 0.9], dtype=torch.float64)
+    torch.testing.assert_close(1 - torch.exp(-LogLinearNoise().sigma(p)), p)
+    assert LogLinearNoise().sigma(torch.tensor(1.0)).item() == pytest.approx(-math.log(1e-3))
+
+
+# --- Times -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order, label", [("published", "anti"), ("none", "iid")])
+def test_times_equal_the_published_ones_from_the_same_draws(golden_times, order, label):
+    config, tensors = golden_times
+    compared = 0
+    for length, size in config["cases"]:
+        name = f"L{length}.bs{size}"
+        uniform = stratify(tensors[f"{name}.u"], order=order)
+        for low, high in config["clips"]:
+            key = f"{name}.{label}_{low}_{high}"
+            if key not in tensors:
+                continue
+            expected = tensors[key][:, :: size if size < length else 1]
+            torch.testing.assert_close(times(uniform, low, high), expected, rtol=0, atol=1e-7)
+            compared += 1
+    assert compared >= 5
+
+
+def test_an_interval_given_as_tensors_gives_the_published_times(golden_times):
+    config, tensors = golden_times
+    for length, size in config["cases"]:
+        uniform = stratify(tensors[f"L{length}.bs{size}.u"], order="published")
+        expected = tensors[f"L{length}.bs{size}.anti_buf_0.3_0.8"][:, :: size if size < length else 1]
+        torch.testing.assert_close(times(uniform, torch.tensor(0.3), torch.tensor(0.8)), expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("order", ["shuffled", "published"])
+def test_every_stratum_is_hit_once(order):
+    uniform = torch.rand(16, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    strata = (stratify(uniform, order=order) * uniform.numel()).floor().long().flatten()
+    assert sorted(strata.tolist()) == list(range(uniform.numel()))
+
+
+def test_independent_draws_are_left_as_they_are():
+    uniform = torch.rand(3, 5)
+    assert stratify(uniform, order="none") is uniform
+
+
+def test_shuffled_strata_do_not_tie_the_noise_level_to_the_position():
+    def within_sequence_std(order: str) -> float:
+        generator = torch.Generator().manual_seed(0)
+        draws = [draw_noise(16, 256, 1, order=order, generator=generator).block_noise for _ in range(8)]
+        return torch.stack(draws).std(dim=2).mean().item()
+
+    assert within_sequence_std("shuffled") == pytest.approx(math.sqrt(1 / 12), abs=0.004)
+    assert within_sequence_std("published") == pytest.approx(0.018, abs=0.001)
+
+
+def test_stratification_lowers_the_variance_of_the_mean_time():
+    generator = torch.Generator().manual_seed(0)
+
+    def variance(order: str) -> float:
+        means = [draw_noise(4, 8, 1, order=order, generator=generator).block_noise.mean() for _ in range(200)]
+        return torch.stack(means).var().item()
+
+    assert variance("shuffled") < variance("none") / 100
+
+
+def test_the_interval_that_is_one_point_gives_that_point():
+    assert torch.equal(times(torch.rand(2, 3), 1.0, 1.0), torch.ones(2, 3))
+
+
+def test_the_same_generator_gives_the_same_noise():
+    first, second = (draw_noise(2, 3, 12, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    other = draw_noise(2, 3, 12, generator=torch.Generator().manual_seed(6))
+    for a, b, c in zip(first, second, other, strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+        assert ((a >= 0) & (a < 1)).all()
+    assert [tuple(field.shape) for field in first] == [(2, 3), (2, 12), (2, 3)]
+
+
+# --- Several draws ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["shuffled", "published"])
+@pytest.mark.parametrize("draws", [2, 3, 4])
+def test_several_draws_hit_every_stratum_once_and_every_block_has_one_time_in_each_part(order, draws):
+    generator = torch.Generator().manual_seed(0)
+    noise = draw_noise(4, 6, 24, draws=draws, order=order, generator=generator)
+    assert [tuple(field.shape) for field in noise] == [(4, draws, 6), (4, draws, 24), (4, draws, 6)]
+    strata = (noise.block_noise.double() * 24 * draws).floor().long()
+    assert sorted(strata.flatten().tolist()) == list(range(24 * draws))
+    parts = (noise.block_noise * draws).floor().long()
+    assert torch.equal(parts, torch.arange(draws).view(1, -1, 1).expand_as(parts))
+
+
+def test_independent_draws_are_not_spread():
+    noise = draw_noise(50, 4, 4, draws=2, order="none", generator=torch.Generator().manual_seed(0))
+    parts = (noise.block_noise * 2).floor()
+    assert 0.4 < parts[:, 0].mean() < 0.6 and 0.4 < parts[:, 1].mean() < 0.6
+
+
+def test_a_single_draw_has_no_axis_of_its_own():
+    noise = draw_noise(2, 3, 12, generator=torch.Generator().manual_seed(5))
+    assert noise.draws == 1
+    assert stack_draws([noise]) is noise
+    for field, flat in zip(noise, noise.side_by_side(), strict=True):
+        assert torch.equal(field, flat)
+
+
+def test_draws_stand_side_by_side_in_the_order_of_their_axis():
+    noise = draw_noise(2, 3, 12, draws=2, generator=torch.Generator().manual_seed(5))
+    flat = noise.side_by_side()
+    assert noise.draws == 2
+    for field, joined in zip(noise, flat, strict=True):
+        assert torch.equal(joined, torch.cat([field[:, 0], field[:, 1]], dim=1))
+
+
+def test_the_mean_of_spread_draws_varies_less_than_that_of_independent_ones():
+    # What one block contributes is a function of its own times, here 1/t on the clipped interval.
+    def variance(order: str) -> float:
+        generator = torch.Generator().manual_seed(0)
+        noise = draw_noise(2000, 1, 1, draws=4, order=order, generator=generator).block_noise
+        return (1 / times(noise, 0.3, 1.0)).mean(dim=1).var().item()
+
+    assert variance("shuffled") < variance("none") / 8
+
+
+# --- Noise of training examples --------------------------------------------------------------------------------------
+
+LAYOUT = {"group_size": 8, "num_blocks": 4, "length": 16}
+
+
+def test_the_noise_of_an_example_does_not_depend_on_its_batch():
+    together = noise_of_examples(range(16), seed=3, **LAYOUT)
+    one_by_one = [noise_of_examples([index], seed=3, **LAYOUT) for index in range(16)]
+    backwards = noise_of_examples(range(15, -1, -1), seed=3, **LAYOUT)
+    for field in range(3):
+        assert torch.equal(together[field], torch.cat([noise[field] for noise in one_by_one]))
+        assert torch.equal(together[field], backwards[field].flip(0))
+
+
+def test_the_noise_of_examples_has_one_row_each():
+    noise = noise_of_examples([4, 9, 2], seed=0, **LAYOUT)
+    assert [tuple(field.shape) for field in noise] == [(3, 4), (3, 16), (3, 4)]
+    assert all(field.dtype == torch.float32 and field.device.type == "cpu" for field in noise)
+    assert all(((field >= 0) & (field <= 1)).all() for field in noise)
+
+
+@pytest.mark.parametrize("group", [0, 1, 1000])
+def test_the_times_of_a_group_hit_every_stratum_once(group):
+    noise = noise_of_examples(range(8 * group, 8 * group + 8), seed=0, **LAYOUT)
+    strata = (noise.block_noise.double() * 32).floor().long().flatten()
+    assert sorted(strata.tolist()) == list(range(32))
+
+
+def test_several_draws_of_a_group_hit_every_stratum_once_and_do_not_depend_on_the_batch():
+    noise = noise_of_examples(range(8), seed=0, draws=3, **LAYOUT)
+    assert [tuple(field.shape) for field in noise] == [(8, 3, 4), (8, 3, 16), (8, 3, 4)]
+    strata = (noise.block_noise.double() * 96).floor().long().flatten()
+    assert sorted(strata.tolist()) == list(range(96))
+    backwards = noise_of_examples(range(7, -1, -1), seed=0, draws=3, **LAYOUT)
+    for field, other in zip(noise, backwards, strict=True):
+        assert torch.equal(field, other.flip(0))
+        assert len({tuple(row) for row in field.flatten(0, 1).tolist()}) == 24
+
+
+def test_the_first_of_several_draws_takes_the_random_numbers_of_a_single_one():
+    single = noise_of_examples(range(8), seed=0, **LAYOUT)
+    several = noise_of_examples(range(8), seed=0, draws=2, **LAYOUT)
+    assert torch.equal(several.token_noise[:, 0], single.token_noise)
+    assert torch.equal(several.count_noise[:, 0], single.count_noise)
+    assert torch.equal(several.block_noise[:, 0], single.block_noise / 2)
+
+
+def test_groups_examples_and_seeds_have_noise_of_their_own():
+    noise = noise_of_examples(range(64), seed=0, **LAYOUT)
+    for field in noise:
+        assert len({tuple(row) for row in field.tolist()}) == 64
+    first, second = ((noise.block_noise[rows] * 32).floor() for rows in (slice(0, 8), slice(8, 16)))
+    assert not torch.equal(first, second)
+    other = noise_of_examples(range(64), seed=1, **LAYOUT)
+    assert not any(torch.equal(a, b) for a, b in zip(noise, other, strict=True))
+
+
+def test_the_noise_of_neighbouring_examples_is_not_correlated():
+    noise = noise_of_examples(range(400), seed=0, group_size=1, num_blocks=1, length=64)
+    for field in noise:
+        values = field.double() - 0.5
+        product = (values[1:] * values[:-1]).mean() * 12
+        assert abs(product) < 4 / math.sqrt(399 * field.shape[1])
+        assert abs(values.mean()) < 4 / math.sqrt(12 * values.numel())
+
+
+# --- Masks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_token_is_masked_where_its_draw_is_at_most_the_chance_of_its_block():
+    noise = Noise(torch.zeros(1, 2), torch.tensor([[0.0, 0.5, 0.51, 0.2, 0.21]]), torch.zeros(1, 2))
+    masked = mask_positions(noise, torch.tensor([[0.5, 0.2]]), torch.tensor([[0, 0, 0, 1, 1]]))
+    assert masked.tolist() == [[True, True, False, True, False]]
+
+
+def test_values_of_blocks_are_spread_over_the_tokens_of_each_row():
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert per_token(values, torch.tensor([[0, 0, 1]])).tolist() == [[1, 1, 2], [3, 3, 4]]
+    assert per_token(values, torch.tensor([[0, 1, 1], [0, 0, 1]])).tolist() == [[1, 2, 2], [3, 3, 4]]
+
+
+def test_ranks_are_counted_within_a_block_among_the_given_tokens():
+    noise = torch.tensor([[0.9, 0.1, 0.5, 0.3, 0.2, 0.4]])
+    among = torch.tensor([[True, True, True, False, True, True]])
+    ranks = rank_in_block(noise, torch.tensor([[0, 0, 0, 1, 1, 1]]), among)
+    assert ranks.tolist() == [[2, 0, 1, 2, 0, 1]]
+
+
+INTERVALS = [(0.3, 0.8), (0.45, 0.95), (0.5, 1.0), (0.001, 0.5), (0.25, 0.25), (0.0, 0.75)]
+
+
+@pytest.mark.parametrize("low, high", INTERVALS)
+@pytest.mark.parametrize("size", [4, 16])
+def test_the_mask_rate_of_every_block_lies_in_the_interval(low, high, size):
+    length, batch = 64, 64
+    noise = draw_noise(batch, length // size, length, generator=torch.Generator().manual_seed(0))
+    chance = times(noise.block_noise, low, high)
+    valid = torch.ones(batch, length, dtype=torch.bool)
+    masked = mask_positions_within(noise, chance, blocks_of(length, size), valid, low, high)
+    rate = masked.view(batch, -1, size).double().mean(-1)
+    least = low if low > 1e-3 else 0.0
+    assert rate.min() >= least - 1e-9
+    assert rate.max() <= high + 1e-9
+    assert rate.unique().numel() > 1 or low == high
+
+
+@pytest.mark.parametrize("draw", [0.0, 1 - 2**-24])
+def test_the_extreme_draws_of_the_count_stay_in_the_interval(draw):
+    noise = Noise(torch.zeros(1, 1), torch.rand(1, 16), torch.full((1, 1), draw))
+    valid = torch.ones(1, 16, dtype=torch.bool)
+    masked = mask_positions_within(noise, torch.tensor([[0.5]]), blocks_of(16, 16), valid, 0.3, 0.8)
+    assert 0.3 <= masked.double().mean().item() <= 0.8
+
+
+@pytest.mark.parametrize("low, high, chance", [(0.3, 0.8, 0.4), (0.5, 1.0, 0.55), (0.001, 0.5, 0.45)])
+def test_confined_masks_have_the_distribution_of_redrawing_until_the_rate_fits(low, high, chance):
+    size, draws = 4, 40_000
+    generator = torch.Generator().manual_seed(0)
+    noise = draw_noise(draws, 1, size, generator=generator)
+    full = torch.ones(draws, size, dtype=torch.bool)
+    masked = mask_positions_within(noise, torch.full((draws, 1), chance), blocks_of(size, size), full, low, high)
+    patterns = (masked.long() * 2 ** torch.arange(size)).sum(1)
+    observed = torch.bincount(patterns, minlength=2**size).double()
+    # The law of rejection sampling: independent coins, given that the number of heads fits.
+    law = torch.zeros(2**size, dtype=torch.float64)
+    for k in range(size + 1):
+        fits = (low <= 1e-3 or k >= low * size - 1e-9) and k <= high * size + 1e-9
+        for places in combinations(range(size), k):
+            law[sum(2**place for place in places)] = fits * chance**k * (1 - chance) ** (size - k)
+    expected = draws * law / law.sum()
+    assert observed[expected == 0].sum() == 0
+    possible = expected > 0
+    chi_square = ((observed - expected)[possible] ** 2 / expected[possible]).sum().item()
+    freedom = int(possible.sum()) - 1
+    assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_confined_masks_equal_literal_redrawing_in_frequency():
+    # The published loop itself, on one block of 5 with an interval that is no multiple of 1/5.
+    size, draws, low, high, chance = 5, 20_000, 0.35, 0.75, 0.5
+    generator = torch.Generator().manual_seed(1)
+    redrawn = torch.rand(draws, size, generator=generator) <= chance
+    for _ in range(100):
+        rate = redrawn.double().mean(1)
+        wrong = (rate < low) | (rate > high)
+        if not wrong.any():
+            break
+        redrawn[wrong] = torch.rand(int(wrong.sum()), size, generator=generator) <= chance
+    noise = draw_noise(draws, 1, size, generator=generator)
+    full = torch.ones(draws, size, dtype=torch.bool)
+    masked = mask_positions_within(noise, torch.full((draws, 1), chance), blocks_of(size, size), full, low, high)
+    counts = [torch.bincount(m.sum(1), minlength=size + 1).double() / draws for m in (masked, redrawn)]
+    assert torch.equal(counts[0] > 0, counts[1] > 0)
+    torch.testing.assert_close(counts[0], counts[1], rtol=0, atol=4 * math.sqrt(0.5 / draws))
+    torch.testing.assert_close(
+        masked.double().mean(0), redrawn.double().mean(0), rtol=0, atol=4 * math.sqrt(0.5 / draws)
+    )
+
+
+def test_a_shorter_last_block_is_confined_to_its_own_length():
+    noise = draw_noise(200, 2, 6, generator=torch.Generator().manual_seed(0))
+    full = torch.ones(200, 6, dtype=torch.bool)
+    masked = mask_positions_within(noise, torch.full((200, 2), 0.5), blocks_of(6, 4), full, 0.5, 0.75)
+    first, last = masked[:, :4].sum(1), masked[:, 4:].sum(1)
+    assert set(first.tolist()) == {2, 3}
+    assert set(last.tolist()) == {1}
+
+
+def test_a_last_block_that_no_rate_fits_is_masked_by_the_nearest_counts():
+    noise = draw_noise(200, 2, 5, generator=torch.Generator().manual_seed(0))
+    full = torch.ones(200, 5, dtype=torch.bool)
+    masked = mask_positions_within(noise, torch.full((200, 2), 0.5), blocks_of(5, 4), full, 0.5, 0.75)
+    assert set(masked[:, 4].tolist()) == {False, True}
+
+
+def test_padding_is_never_masked_and_does_not_count_in_the_rate():
+    batch, length, size = 300, 12, 4
+    valid = torch.ones(batch, length, dtype=torch.bool)
+    valid[:, 10:] = False
+    noise = draw_noise(batch, 3, length, generator=torch.Generator().manual_seed(0))
+    masked = mask_positions_within(noise, torch.full((batch, 3), 0.5), blocks_of(length, size), valid, 0.5, 0.5)
+    assert not masked[:, 10:].any()
+    assert masked[:, :8].view(batch, 2, size).sum(-1).eq(2).all()
+    assert masked[:, 8:10].sum(-1).eq(1).all()
+
+
+@pytest.mark.parametrize("low, high, size", [(0.3, 0.4, 4), (0.55, 0.7, 4), (0.1, 0.9, 1)])
+def test_an_interval_that_no_count_meets_is_refused(low, high, size):
+    message = rf"the interval \[{low}, {high}\] holds no mask rate k / {size}: widen it, or set resample=False"
+    with pytest.raises(ValueError, match=message):
+        check_reachable(low, high, size)
+
+
+@pytest.mark.parametrize("low, high, size", [(1e-3, 1.0, 1), (0.5, 1.0, 1), (0.3, 0.3, 10), (0.25, 0.3, 4)])
+def test_an_interval_that_some_count_meets_is_accepted(low, high, size):
+    check_reachable(low, high, size)
+    check_reachable(torch.tensor(low).item(), torch.tensor(high).item(), size)
+
+
+def test_the_number_of_masked_tokens_is_binomial_unless_confined():
+    chance, sizes = torch.tensor([[0.3, 0.3]]), torch.tensor([[4.0, 2.0]])
+    found = count_probabilities(chance, sizes, 0.0, 1.0)
+    expected = [[math.comb(n, k) * 0.3**k * 0.7 ** (n - k) if k <= n else 0.0 for k in range(5)] for n in (4, 2)]
+    torch.testing.assert_close(found[0], torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-12)
+    confined = count_probabilities(chance, sizes, 0.4, 0.8)
+    allowed = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 0, 0, 0]])
+    torch.testing.assert_close(confined[0], found[0] * allowed / (found[0] * allowed).sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("interval", [(0.8, 0.3), (-0.1, 0.5), (0.5, 1.1), (0.0, 0.0)])
+def test_what_is_no_interval_is_refused(interval):
+    with pytest.raises(ValueError, match="is no interval of noise levels"):
+        check_interval(*interval, 4, confined=False)
+
+
+def test_an_interval_must_be_met_only_where_rates_are_confined():
+    check_interval(0.55, 0.7, 4, confined=False)
+    with pytest.raises(ValueError, match="holds no mask rate k / 4"):
+        check_interval(0.55, 0.7, 4, confined=True)

@@ -1,0 +1,199 @@
+"""Packed weights give the plain products, follow every change of the weights, and stand aside where they must."""
+
+import copy
+import gc
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from writing import batch_of, prompts_of, write
+
+from bd3lm_hf.modeling import linear_bd3lm
+from bd3lm_hf.modeling.decoding_bd3lm import BlockForward
+from bd3lm_hf.modeling.linear_bd3lm import PrepackedLinears, release_prepacked
+
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX"),
+    reason="weights are packed for oneDNN on x86",
+)
+
+
+@pytest.fixture(autouse=True)
+def pack_small_layers(monkeypatch):
+    monkeypatch.setattr(linear_bd3lm, "_LEAST_WEIGHTS", 1)
+
+
+def layer_of(inputs: int = 96, outputs: int = 80, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(inputs, outputs, bias=bias).eval()
+
+
+def packed(*layers: nn.Module) -> PrepackedLinears:
+    with torch.no_grad():
+        return PrepackedLinears(layers)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 96), (4, 96), (2, 8, 96), (8, 4, 96), (300, 96)])
+def test_a_packed_product_is_the_product(shape, bias):
+    layer = layer_of(bias=bias)
+    linears, x = packed(layer), torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    assert layer in linears
+    with torch.no_grad():
+        torch.testing.assert_close(linears(layer, x), layer(x), atol=1e-5, rtol=0)
+        torch.testing.assert_close(linears(layer, x[..., :1, :]), layer(x[..., :1, :]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("batch", [[13], [1, 6, 12]])
+def test_a_text_written_with_packed_weights_is_the_plain_one(make_model, monkeypatch, batch):
+    model, used = make_model(), []
+    close = BlockForward.close
+    monkeypatch.setattr(BlockForward, "close", lambda self: [used.append(len(self.linears)), close(self)][1])
+    batch = batch_of(prompts_of(batch), "left")
+    fast = write(model, **batch, max_new_tokens=40)
+    with torch.backends.mkldnn.flags(enabled=False):
+        plain = write(model, **batch, max_new_tokens=40)
+    assert used == [4 * model.config.n_blocks + 1, 0]
+    assert torch.equal(fast.sequences, plain.sequences)
+    for ours, theirs in zip(fast.logits, plain.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_layers_that_a_core_can_keep_are_left_as_they_are(monkeypatch):
+    monkeypatch.undo()
+    small, large = layer_of(), layer_of(1024, 256)
+    linears = packed(small, large)
+    assert small not in linears and large in linears
+
+
+class Negative(nn.Parameter):
+    """A weight of a class of its own, as quantized and sharded ones are."""
+
+
+def _hooked(layer: nn.Linear) -> nn.Linear:
+    layer.register_forward_hook(lambda module, inputs, output: -output)
+    return layer
+
+
+def _wrapped(layer: nn.Linear) -> nn.Module:
+    config = peft.LoraConfig(target_modules=["0"], r=2, init_lora_weights=False)
+    return peft.get_peft_model(nn.Sequential(layer), config).base_model.model[0].eval()
+
+
+def _replaced(layer: nn.Linear) -> nn.Linear:
+    layer.forward = lambda x: -F.linear(x, layer.weight)
+    return layer
+
+
+def _reclassed(layer: nn.Linear) -> nn.Linear:
+    layer.weight = Negative(layer.weight.data)
+    return layer
+
+
+def _inferred(layer: nn.Linear) -> nn.Linear:
+    with torch.inference_mode():
+        return layer_of()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_hooked, _wrapped, _replaced, _reclassed, _inferred, nn.Module.train, nn.Module.double, nn.Module.bfloat16],
+    ids=lambda change: change.__name__,
+)
+def test_a_layer_that_is_more_than_a_float32_product_is_called_itself(change):
+    layer = change(layer_of())
+    linears = packed(layer)
+    assert layer not in linears
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(1)).to(next(layer.parameters()).dtype)
+    with torch.no_grad():
+        assert torch.equal(linears(layer, x), layer(x))
+
+
+def test_nothing_is_packed_for_another_device():
+    assert layer_of().to("meta") not in packed(layer_of().to("meta"))
+
+
+def test_nothing_is_packed_where_a_gradient_another_precision_or_no_onednn_is_asked_for():
+    layer = layer_of()
+    assert len(PrepackedLinears([layer])) == 0  # with a gradient
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(packed(layer)) == 0
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert len(packed(layer)) == 0
+    assert len(packed(layer)) == 1
+
+
+def _in_place(layer: nn.Linear) -> None:
+    with torch.no_grad():
+        layer.weight[7, 3] += 1.0
+
+
+def _through_data(layer: nn.Linear) -> None:
+    layer.weight.data[7, 3] += 1.0  # which no version counter sees
+
+
+def _permuted(layer: nn.Linear) -> None:
+    layer.weight.data.copy_(layer.weight.data.flip(0))
+
+
+def _exchanged(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(layer.weight.detach() + 1.0)
+
+
+def _loaded(layer: nn.Linear) -> None:
+    layer.load_state_dict({name: value + 1.0 for name, value in layer.state_dict().items()})
+
+
+def _bias(layer: nn.Linear) -> None:
+    layer.bias.data += 1.0
+
+
+@pytest.mark.parametrize(
+    "change", [_in_place, _through_data, _permuted, _exchanged, _loaded, _bias], ids=lambda change: change.__name__
+)
+def test_packed_weights_follow_every_change(change):
+    layer, x = layer_of(), torch.randn(4, 96, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = packed(layer)(layer, x)
+        change(layer)
+        after = packed(layer)(layer, x)
+        assert not torch.allclose(before, after, atol=1e-3)
+        torch.testing.assert_close(after, layer(x), atol=1e-5, rtol=0)
+
+
+def test_weights_are_packed_once_and_freed_with_their_layer():
+    layer, known = layer_of(), len(linear_bd3lm._PACKED)
+    first, second = packed(layer), packed(layer)
+    assert first._weights[layer] is second._weights[layer]
+    assert len(linear_bd3lm._PACKED) == known + 1
+    del layer, first, second
+    gc.collect()
+    assert len(linear_bd3lm._PACKED) <= known
+
+
+def test_training_frees_packed_weights(make_model):
+    model = make_model()
+    write(model, input_ids=prompts_of([5])[0][None])
+    assert model.get_output_embeddings() in linear_bd3lm._PACKED
+    model.train()
+    assert not any(module in linear_bd3lm._PACKED for module in model.modules())
+    write(model, input_ids=prompts_of([5])[0][None])  # a model in training mode is not packed either
+    assert not any(module in linear_bd3lm._PACKED for module in model.modules())
+    write(model.eval(), input_ids=prompts_of([5])[0][None])
+    release_prepacked(model)
+    assert not any(module in linear_bd3lm._PACKED for module in model.modules())
+
+
+def test_packed_weights_are_no_part_of_the_model(make_model, tmp_path):
+    model = make_model()
+    names, prompt = list(model.state_dict()), prompts_of([5])[0][None]
+    expected = write(model, input_ids=prompt).sequences
+    assert list(model.state_dict()) == names
+    twin = copy.deepcopy(model)
+    torch.save(twin, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for other in (twin, loaded):
+        assert torch.equal(write(other, input_ids=prompt).sequences, expected)

@@ -1,0 +1,127 @@
+"""Logits processors over many places: the nucleus, and contexts that fit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from bd3lm_hf.modeling.decoding_state_bd3lm import lay_out
+from bd3lm_hf.modeling.logits_process_bd3lm import NucleusLogitsProcessor, PositionProcessors
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "07_samplers"
+EXAMPLE = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "tensors.safetensors")
+
+
+def kept(scores: torch.Tensor) -> set[int]:
+    return set((scores[0] > -torch.inf).nonzero().flatten().tolist())
+
+
+@pytest.mark.parametrize("p", [0.9, 0.5])
+def test_the_nucleus_is_the_published_one(golden, p):
+    logits, ids, expected = golden["nucleus.logits"], golden["nucleus.x"], golden[f"nucleus.filtered_{p}"]
+    scores = logits.flatten(0, 1).clone()
+    scores[:, 96] = -torch.inf  # the mask token has probability zero
+    probabilities = NucleusLogitsProcessor(p)(None, scores).softmax(-1).view_as(logits)
+    for row, column in (ids == 96).nonzero().tolist():
+        if (row, column) == (1, 1):
+            # A flat position: which of the equal values are kept depends on how they are sorted.
+            assert (probabilities[row, column] > 0).sum() == (expected[row, column] > 0).sum()
+        else:
+            torch.testing.assert_close(probabilities[row, column], expected[row, column], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("p", "ours", "theirs"), [(0.9, {0, 1}, {0, 1, 2}), (0.7, {0}, {0, 1}), (0.99, {0, 1, 2}, {0, 1, 2, 3})]
+)
+def test_the_nucleus_drops_the_token_that_crosses_p_and_top_p_keeps_it(p, ours, theirs):
+    assert kept(NucleusLogitsProcessor(p)(None, EXAMPLE.log())) == ours
+    assert kept(TopPLogitsWarper(p)(None, EXAMPLE.log())) == theirs
+
+
+def test_the_most_likely_token_always_stays():
+    assert kept(NucleusLogitsProcessor(0.01)(None, EXAMPLE.log())) == {0}
+
+
+def test_a_flat_distribution_keeps_as_many_tokens_as_p_allows():
+    scores = torch.zeros(1, 8)
+    assert [len(kept(NucleusLogitsProcessor(p)(None, scores))) for p in (0.1, 0.126, 0.5, 0.99)] == [1, 1, 4, 7]
+    assert kept(NucleusLogitsProcessor(0.5)(None, torch.tensor([[1.0] + [-torch.inf] * 7]))) == {0}
+
+
+# --- Many places at once ---------------------------------------------------------------------------------------------
+
+
+class Recorder(LogitsProcessor):
+    """Remembers what it was shown, and adds the width of the context to all scores."""
+
+    def __init__(self, reads_text: bool = True) -> None:
+        self.reads_text = reads_text
+        self.seen: list[tuple[list[list[int]], torch.Size]] = []
+
+    def __call__(self, input_ids, scores):
+        self.seen.append((input_ids.tolist(), scores.shape))
+        return scores + input_ids.shape[1]
+
+
+def processors_of(*processors) -> PositionProcessors:
+    """For two rows: one with a prompt of 2 and new tokens 10, 11, ..., one with a prompt of 5 and 20, 21, ..."""
+    prompt = torch.tensor([[2, 2, 2, 8, 9], [3, 4, 5, 6, 7]])
+    canvas = lay_out(prompt, (prompt != 2).long(), 4, 4, 47)
+    canvas.text[0, 6:], canvas.text[1, 5:] = torch.arange(10, 16), torch.arange(20, 27)
+    return PositionProcessors(LogitsProcessorList(processors), canvas, prompt)
+
+
+def test_a_reader_is_called_once_per_column_with_whole_rows():
+    recorder = Recorder()
+    scores = processors_of(recorder)(torch.zeros(3, 6), torch.tensor([0, 1, 1]), torch.tensor([2, 0, 2]))
+    assert recorder.seen == [
+        ([[2, 2, 2, 8, 9], [3, 4, 5, 6, 7]], (2, 6)),
+        ([[2, 2, 2, 8, 9, 10, 11], [3, 4, 5, 6, 7, 20, 21]], (2, 6)),
+    ]
+    assert scores.tolist() == [[7.0] * 6, [5.0] * 6, [7.0] * 6]
+
+
+def test_a_processor_that_reads_scores_only_is_called_once_for_all_places():
+    recorder = Recorder(reads_text=False)
+    processors_of(recorder)(torch.zeros(3, 6), torch.tensor([0, 1, 1]), torch.tensor([2, 0, 2]))
+    assert [shape for _, shape in recorder.seen] == [(3, 6)]
+
+
+def test_a_processor_that_reads_the_length_gets_that_of_each_place():
+    process = processors_of(MinLengthLogitsProcessor(7, 1, device="cpu"))
+    scores = process(torch.zeros(3, 6), torch.tensor([0, 1, 1]), torch.tensor([1, 0, 2]))
+    assert scores[:, 1].isneginf().tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("processor", "reading", "forbidding"),
+    [
+        (TemperatureLogitsWarper(0.7), False, False),
+        (NucleusLogitsProcessor(0.9), False, False),
+        (SuppressTokensLogitsProcessor([5], device="cpu"), False, True),
+        (MinLengthLogitsProcessor(7, 1, device="cpu"), False, True),
+        (RepetitionPenaltyLogitsProcessor(1.2), True, True),
+        (Recorder(), True, True),
+        (Recorder(reads_text=False), False, True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_processor_reads_is_known_or_taken_to_be_all(processor, reading, forbidding):
+    processors = processors_of(processor)
+    assert (bool(processors.reading), processors.forbidding) == (reading, forbidding)

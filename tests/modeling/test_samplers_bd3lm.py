@@ -1,0 +1,327 @@
+"""Which masked position is revealed when: orders, hitting times, grids, thresholds, bounds."""
+
+import collections
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
+from bd3lm_hf.modeling.noise_bd3lm import noise_schedule
+from bd3lm_hf.modeling.samplers_bd3lm import (
+    SAMPLERS,
+    AncestralSampler,
+    ConfidenceSampler,
+    EntropyBoundSampler,
+    FirstHittingSampler,
+    ParallelSampler,
+    RevealState,
+    Sampler,
+    ancestral_weights,
+    draw_published,
+    hitting_times,
+)
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "07_samplers"
+MASKED = torch.tensor([[True, False, True, True], [False, False, False, False], [True, True, True, True]])
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "tensors.safetensors")
+
+
+def make(name: str, noise: str = "loglinear", timed: bool = False, **fields) -> Sampler:
+    model_config = SimpleNamespace(noise=noise, time_conditioning=timed)
+    return SAMPLERS[name](BD3LMGenerationConfig(**fields), model_config)
+
+
+def round_of(masked: torch.Tensor, **fields) -> RevealState:
+    generator = torch.Generator().manual_seed(fields.pop("seed", 0))
+    wanted = fields.pop("wanted", torch.ones_like(masked))
+    return RevealState(masked.clone(), wanted, **{"generator": generator, **fields})
+
+
+def places_of(sampler: Sampler, work: RevealState) -> list[list[int]]:
+    """The places of each step, where all predictions are accepted."""
+    places = []
+    for step in sampler.steps(work):
+        work.masked.view(-1)[step.places] = False
+        places.append(step.places.tolist())
+    return places
+
+
+# --- All samplers ----------------------------------------------------------------------------------------------------
+
+
+def test_the_samplers_have_the_public_names():
+    assert list(SAMPLERS) == ["first_hitting", "ancestral", "confidence", "entropy_bound"]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("fields", [{}, {"random": False}, {"in_order": True}], ids=str)
+def test_every_masked_place_is_revealed_once_and_no_other(name, fields):
+    places = sum(places_of(make(name, num_denoising_steps=3), round_of(MASKED, **fields)), [])
+    assert sorted(places) == MASKED.flatten().nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_nothing_masked_takes_no_step(name):
+    assert not places_of(make(name), round_of(torch.zeros(2, 4, dtype=torch.bool)))
+    assert not places_of(make(name), round_of(MASKED, wanted=torch.zeros_like(MASKED)))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_round_repeats_itself_with_its_generator(name):
+    masked = torch.ones(3, 16, dtype=torch.bool)
+    first, second, other = (places_of(make(name), round_of(masked, seed=value)) for value in (7, 7, 8))
+    assert first == second
+    assert (first == other) == issubclass(SAMPLERS[name], ParallelSampler)
+
+
+@pytest.mark.parametrize("name", ["first_hitting", "ancestral"])
+def test_a_row_is_planned_alone(name):
+    # Without chance, what a row does depends on no other row.
+    whole = places_of(make(name), round_of(MASKED, random=False))
+    for row in range(3):
+        alone = places_of(make(name), round_of(MASKED[row : row + 1], random=False))
+        mine = [[place - 4 * row for place in step if place // 4 == row] for step in whole]
+        assert [step for step in mine if step] == alone
+
+
+# --- First hitting ---------------------------------------------------------------------------------------------------
+
+
+def test_first_hitting_reveals_one_place_per_row_and_step():
+    places = places_of(make("first_hitting"), round_of(MASKED))
+    assert len(places) == 4
+    assert [sorted(place // 4 for place in step) for step in places] == [[0, 2], [0, 2], [0, 2], [2]]
+
+
+@pytest.mark.parametrize("fields", [{"random": False}, {"in_order": True}], ids=str)
+def test_without_chance_or_for_a_reader_places_are_revealed_from_left_to_right(fields):
+    masked = torch.tensor([[False, True, True, False, True]])
+    assert places_of(make("first_hitting"), round_of(masked, **fields)) == [[1], [2], [4]]
+
+
+def test_every_order_is_equally_likely():
+    masked = torch.tensor([True, True, False, True]).expand(12_000, 4)
+    steps = list(make("first_hitting").steps(round_of(masked)))
+    order = torch.stack([step.places % 4 for step in steps], 1)
+    counts = collections.Counter(tuple(row) for row in order.tolist())
+    assert len(counts) == 6
+    # A count is binomial with mean 2000 and standard deviation 41.
+    assert all(abs(count - 2000) < 5 * 41 for count in counts.values())
+
+
+def test_no_step_is_taken_for_places_that_nobody_asked_for():
+    wanted = torch.tensor([[True, True, False, False]])
+    lengths = collections.Counter()
+    for value in range(200):
+        masked = torch.ones(1, 4, dtype=torch.bool)
+        places = sum(places_of(make("first_hitting"), round_of(masked, wanted=wanted, seed=value)), [])
+        assert places[-1] in (0, 1) and {0, 1} <= set(places)
+        lengths[len(places)] += 1
+    assert set(lengths) == {2, 3, 4}
+
+
+@pytest.mark.parametrize(("steps", "sizes"), [(1, [4]), (2, [2, 2]), (3, [2, 1, 1]), (4, [1] * 4), (9, [1] * 4)])
+def test_fewer_steps_than_places_share_them_evenly(steps, sizes):
+    masked = torch.ones(1, 4, dtype=torch.bool)
+    places = places_of(make("first_hitting", num_denoising_steps=steps), round_of(masked))
+    assert [len(step) for step in places] == sizes
+
+
+def test_the_hitting_time_reproduces_the_published_one(golden):
+    for block, count in ((0, 3), (1, 4)):  # the first block begins with the bos token
+        uniform, expected = (golden[name][golden["fh.block_index"] == block] for name in ("fh.u_time", "fh.t"))
+        times = hitting_times(torch.tensor([[count]]), count, uniform[None])
+        torch.testing.assert_close(times[0].float(), expected, atol=1e-6, rtol=0)
+
+
+def test_without_chance_the_hitting_time_is_its_mean():
+    count = torch.full((100_000, 1), 5)
+    uniform = torch.rand(100_000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = hitting_times(count, 5, uniform).mean(0)
+    torch.testing.assert_close(drawn, hitting_times(count[:1], 5)[0], atol=3e-3, rtol=0)
+
+
+def test_a_time_conditioned_model_is_told_the_hitting_times():
+    work = round_of(MASKED, random=False)
+    chances = torch.stack([step.chance for step in make("first_hitting", timed=True).steps(work)])
+    expected = torch.tensor([[3 / 4, 0, 4 / 5], [2 / 4, 0, 3 / 5], [1 / 4, 0, 2 / 5], [0, 0, 1 / 5]])
+    torch.testing.assert_close(chances, expected)
+
+
+# --- Ancestral -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", ["loglinear", "square", "square_root", "log", "cosine"])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_a_place_is_revealed_with_the_chance_of_its_step(noise, steps):
+    sampler, masked = make("ancestral", noise, num_denoising_steps=steps), torch.ones(20_000, 2, dtype=torch.bool)
+    when, chance = sampler.hits(round_of(masked))
+    left, schedule = 40_000.0, noise_schedule(noise)
+    for step in range(steps):
+        t, s = (torch.tensor(1 - k / steps, dtype=torch.float64) for k in (step, step + 1))
+        stays = float(schedule.move_chance(s) / schedule.move_chance(t)) if step < steps - 1 else 0.0
+        here = when == step
+        assert abs(int(here.sum()) - left * (1 - stays)) <= 5 * math.sqrt(left * stays * (1 - stays) + 1e-9)
+        torch.testing.assert_close(chance[here], torch.full_like(chance[here], float(schedule.move_chance(t))))
+        left -= int(here.sum())
+    assert left == 0  # nothing is masked in the end
+
+
+def test_planning_ahead_has_the_distribution_of_the_published_updates():
+    # Two places of three tokens, in three steps: how many steps each place waits, and its token.
+    probabilities = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64)
+    generator, rows, steps = torch.Generator().manual_seed(0), 30_000, 3
+    ids, waited = torch.full((rows, 2), 3), torch.zeros(rows, 2, dtype=torch.long)
+    for step in range(steps):
+        weights = ancestral_weights(probabilities.expand(rows, 2, 4).clone(), (steps - step - 1) / (steps - step), 3)
+        drawn = draw_published(weights, torch.rand(rows, 2, 4, generator=generator, dtype=torch.float64))
+        ids = torch.where(ids == 3, drawn, ids)
+        waited += ids == 3
+    assert not (ids == 3).any()
+    planned, _ = make("ancestral", num_denoising_steps=steps).hits(round_of(torch.ones(rows, 2, dtype=torch.bool)))
+    # The difference of two binomials of mean 20000, whose standard deviations are 115.
+    assert ((waited.flatten().bincount() - planned.flatten().bincount()).abs() < 5 * 163).all()
+
+
+def test_a_step_in_which_nothing_of_a_row_is_hit_is_left_out():
+    for value in range(20):
+        masked = torch.ones(2, 4, dtype=torch.bool)
+        work = round_of(masked, seed=value)
+        when, _ = make("ancestral", num_denoising_steps=1000).hits(round_of(masked, seed=value))
+        places = places_of(make("ancestral", num_denoising_steps=1000), work)
+        assert len(places) == max(len(set(row)) for row in when.tolist())
+        for row, of_row in enumerate(when.tolist()):
+            mine = [step for step in ([p - 4 * row for p in step if p // 4 == row] for step in places) if step]
+            assert [{of_row[place] for place in step} for step in mine] == [{value} for value in sorted(set(of_row))]
+
+
+def test_without_chance_the_steps_share_a_block_evenly():
+    masked = torch.ones(1, 8, dtype=torch.bool)
+    places = places_of(make("ancestral", num_denoising_steps=4), round_of(masked, random=False))
+    assert places == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_a_reader_gets_the_drawn_steps_from_left_to_right():
+    masked = torch.ones(1, 32, dtype=torch.bool)
+    when, _ = make("ancestral", num_denoising_steps=5).hits(round_of(masked, in_order=True))
+    chance, _ = make("ancestral", num_denoising_steps=5).hits(round_of(masked))
+    assert when[0].tolist() == sorted(chance[0].tolist()) != chance[0].tolist()
+
+
+def test_by_default_there_are_as_many_steps_as_tokens_in_a_block():
+    masked = torch.ones(1, 4, dtype=torch.bool)
+    assert places_of(make("ancestral"), round_of(masked, random=False)) == [[0], [1], [2], [3]]
+
+
+# --- Parallel samplers -----------------------------------------------------------------------------------------------
+
+
+def scores_of(certainty: list[float], vocab: int = 11) -> torch.Tensor:
+    """A row of scores for each place, whose first token has the given probability and whose others share the rest."""
+    first = torch.tensor(certainty).unsqueeze(1)
+    return torch.cat([first, ((1 - first) / (vocab - 1)).expand(-1, vocab - 1)], dim=1).log()
+
+
+def accepted(sampler: Sampler, masked: list[list[bool]], certainty: list[float], **fields) -> list[bool]:
+    """What the first step accepts, for the masked places in reading order."""
+    work = round_of(torch.tensor(masked), **fields)
+    scores = scores_of(certainty)
+    return sampler.accept(
+        work, next(iter(sampler.steps(work))), torch.zeros(len(scores), dtype=torch.long), scores
+    ).tolist()
+
+
+def test_confidence_reveals_what_is_more_probable_than_its_threshold():
+    sampler = make("confidence", confidence_threshold=0.8)
+    assert isinstance(sampler, ConfidenceSampler)
+    certainty = [0.9, 0.7, 0.85, 0.79]
+    assert accepted(sampler, [[True] * 4], certainty) == [True, False, True, False]
+
+
+def test_confidence_reveals_the_most_confident_place_at_least():
+    sampler = make("confidence", confidence_threshold=0.8)
+    rows = [[True, False, True, True], [True, True, True, False]]
+    certainty = [0.3, 0.5, 0.4, 0.9, 0.2, 0.95]
+    assert accepted(sampler, rows, certainty) == [False, True, False, True, False, True]
+
+
+@pytest.mark.parametrize(("threshold", "expected"), [(0.0, [True] * 3), (1.0, [False, True, False])])
+def test_the_extreme_thresholds_reveal_all_or_one(threshold, expected):
+    assert accepted(make("confidence", confidence_threshold=threshold), [[True] * 3], [0.3, 0.5, 0.4]) == expected
+
+
+@pytest.mark.parametrize("name", ["confidence", "entropy_bound"])
+def test_a_reader_gets_a_run_from_the_left(name):
+    sampler = make(name, confidence_threshold=0.8, entropy_bound=0.025)
+    certain = 0.999
+    masked = [[True, True, True, True], [False, True, True, True]]
+    certainty = [certain, certain, 0.1, certain, 0.1, 0.1, certain]
+    assert accepted(sampler, masked, certainty, in_order=True)[4:] == [True, False, False]
+    run = accepted(sampler, masked, certainty, in_order=True)[:4]
+    # Two certain tokens and any third one tell little about one another; a fourth would be too much.
+    assert run == ([True, True, False, False] if name == "confidence" else [True, True, True, False])
+
+
+def entropies(certainty: list[float]) -> list[float]:
+    return [-(p * math.log(p) + (1 - p) * math.log((1 - p) / 10)) for p in certainty]
+
+
+@pytest.mark.parametrize("bound", [0.0, 0.1, 0.3, 1.0, 2.5, 100.0])
+@pytest.mark.parametrize("in_order", [False, True])
+def test_entropy_bound_takes_places_while_their_mutual_information_is_bounded(bound, in_order):
+    certainty = [0.9, 0.5, 0.99, 0.7, 0.999]
+    entropy = entropies(certainty)
+    order = list(range(5)) if in_order else sorted(range(5), key=lambda place: entropy[place])
+    taken, expected = [], [False] * 5
+    for place in order:
+        taken.append(entropy[place])
+        if sum(taken) - max(taken) > bound:
+            break
+        expected[place] = True
+    sampler = make("entropy_bound", entropy_bound=bound)
+    assert isinstance(sampler, EntropyBoundSampler)
+    assert accepted(sampler, [[True] * 5], certainty, in_order=in_order) == expected
+    assert expected[order[0]]  # one at least
+
+
+@pytest.mark.parametrize("name", ["confidence", "entropy_bound"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 9])
+def test_with_a_number_of_steps_enough_are_accepted_to_finish_in_time(name, steps):
+    # Nothing is certain, so that a step accepts no more than it must.
+    sampler = make(name, num_denoising_steps=steps, confidence_threshold=1.0, entropy_bound=0.0)
+    work = round_of(torch.tensor([[True] * 5, [False, True, True, False, False]]))
+    sizes = []
+    for step in sampler.steps(work):
+        scores = scores_of([0.5 - 0.01 * i for i in range(len(step.places))])
+        taken = sampler.accept(work, step, torch.zeros(len(scores), dtype=torch.long), scores)
+        work.masked.view(-1)[step.places] = ~taken
+        rows = step.places[taken] // 5
+        sizes.append((int((rows == 0).sum()), int((rows == 1).sum())))
+    assert len(sizes) == min(steps, 5)
+    for row, count in ((0, 5), (1, 2)):
+        left = count
+        for step, size in enumerate(sizes):
+            assert size[row] == min(left, max(1, -(-left // (steps - step))))
+            left -= size[row]
+        assert left == 0
+
+
+def test_a_time_conditioned_model_is_told_the_masked_share_of_a_block():
+    step = next(iter(make("confidence", timed=True).steps(round_of(MASKED))))
+    assert step.chance.tolist() == [0.75, 0.0, 1.0]
+
+
+def test_every_rule_is_a_sampler_of_its_own():
+    assert isinstance(make("first_hitting"), FirstHittingSampler)
+    assert isinstance(make("ancestral"), AncestralSampler)
+    with pytest.raises(NotImplementedError):
+        Sampler.steps(make("confidence"), round_of(MASKED))

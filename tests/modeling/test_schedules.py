@@ -1,0 +1,171 @@
+"""All five noise schedules train, score and write."""
+
+import itertools
+
+import pytest
+import torch
+from datasets import Dataset
+
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.noise_bd3lm import LogLinearNoise, draw_noise, noise_schedule
+from bd3lm_hf.training.arguments import BD3LMTrainingArguments
+from bd3lm_hf.training.trainer import BD3LMTrainer
+
+
+SCHEDULES = ["loglinear", "square", "square_root", "log", "cosine"]
+
+
+def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 47, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("conditioned", "resample"), [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_loss_and_its_gradient_are_finite_on_every_interval(tiny_config, randomize, name, conditioned, resample):
+    tiny_config.noise, tiny_config.time_conditioning, tiny_config.resample = name, conditioned, resample
+    model = randomize(BD3LMForMaskedLM(tiny_config)).train()
+    ids = random_ids(4, 18)
+    noise = draw_noise(4, 5, 18, generator=torch.Generator().manual_seed(0))
+    # Both ends of the interval are times too.
+    noise.block_noise[0, 0], noise.block_noise[0, 1] = 0.0, 1.0
+    for low, high in [(1e-3, 1.0), (0.3, 0.8), (0.55, 0.95), (1.0, 1.0)]:
+        model.set_interval(low, high)
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids, **noise._asdict()).loss
+        loss.backward()
+        assert 0 < loss.item() < 1000
+        for parameter in model.backbone.blocks.parameters():
+            assert parameter.grad.isfinite().all() and parameter.grad.any()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_model_learns_under_every_schedule(tiny_config, randomize, tmp_path, name):
+    tiny_config.noise, tiny_config.noise_draws = name, 2
+    ids = random_ids(8, 16).tolist()
+    trainer = BD3LMTrainer(
+        model=randomize(BD3LMForMaskedLM(tiny_config)),
+        args=BD3LMTrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=30,
+            per_device_train_batch_size=8,
+            learning_rate=1e-2,
+            warmup_steps=0,
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        ),
+        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        eval_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+    )
+    before = trainer.evaluate()["eval_nll"]
+    trainer.train()
+    assert trainer.evaluate()["eval_nll"] < before - 0.5
+
+
+# --- Scoring ---------------------------------------------------------------------------------------------------------
+
+TEXT = [[2, 0, 1, 2, 1, 0]]
+# Expectation of the published estimator over the bound, minus 1, for the toy below. It averages t over [1e-3, 1].
+BIAS = {"loglinear": (-1e-3, 1e-3), "square": (0, 2e-3), "square_root": (-0.035, -0.01)}
+BIAS |= {"log": (-2e-3, 1e-3), "cosine": (-8e-3, -1e-3)}
+
+
+@pytest.fixture(scope="module")
+def toy() -> BD3LMConfig:
+    sizes = {"vocab_size": 4, "block_size": 3, "model_length": 12, "hidden_dim": 8, "cond_dim": 8}
+    return BD3LMConfig(**sizes, n_blocks=2, n_heads=2, dropout=0.0)
+
+
+def losses_by_count(model: BD3LMForMaskedLM) -> list[list[float]]:
+    """For each block and each k, the summed -log p of all masks with k tokens; the first token is never masked."""
+    ids, found = torch.tensor(TEXT), []
+    for block in ([1, 2], [3, 4, 5]):
+        sums = [0.0]
+        for k in range(1, len(block) + 1):
+            total = 0.0
+            for masked in itertools.combinations(block, k):
+                x_t = ids.clone()
+                x_t[0, list(masked)] = 3
+                with torch.no_grad():
+                    logits = model(input_ids=x_t, clean_input_ids=ids).logits.double()
+                logits[..., 3] = -torch.inf
+                total -= sum(logits[0, place].log_softmax(-1)[ids[0, place]].item() for place in masked)
+            sums.append(total)
+        found.append(sums)
+    return found
+
+
+def expectation(name: str, sums: list[list[float]]) -> float:
+    """Of the published estimator: the mean over t in [1e-3, 1] of w(t) times the expected loss at move_chance(t)."""
+    edges = torch.logspace(-3, 0, 20_001, dtype=torch.float64)
+    t, width = (edges[1:] + edges[:-1]) / 2, edges.diff()
+    level = noise_schedule(name)(t)
+    p, weight = level.move_chance, -level.loss_scaling
+    loss = sum(p**k * (1 - p) ** (len(block) - 1 - k) * total for block in sums for k, total in enumerate(block))
+    return ((weight * loss * width).sum() / width.sum()).item()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_sampled_likelihood_has_the_expectation_of_its_schedule(toy, randomize, name):
+    toy.noise = name
+    model = randomize(BD3LMForMaskedLM(toy), seed=2, std=0.2).eval()
+    sums = losses_by_count(model)
+    expected, bound = expectation(name, sums), model.token_nll(torch.tensor(TEXT), estimator="exact").nll.sum().item()
+    least, most = BIAS[name]
+    assert least < expected / bound - 1 < most
+    ids = torch.tensor(TEXT).repeat(10_000, 1)
+    rows = model.token_nll(ids, generator=torch.Generator().manual_seed(0)).nll.double().sum(1)
+    error = rows.std().item() / len(rows) ** 0.5
+    assert error < 0.03 * bound
+    assert rows.mean().item() == pytest.approx(expected, abs=4 * error)
+
+
+@pytest.mark.parametrize("estimator", ["stratified", "exact"])
+def test_the_other_likelihoods_do_not_depend_on_the_schedule(toy, randomize, estimator):
+    ids, scores = torch.tensor(TEXT).repeat(3, 1), []
+    for name in SCHEDULES:
+        toy.noise = name
+        model = randomize(BD3LMForMaskedLM(toy), seed=2, std=0.2).eval()
+        scores.append(model.token_nll(ids, estimator=estimator, generator=torch.Generator().manual_seed(0)).nll)
+    assert all(torch.equal(score, scores[0]) for score in scores)
+
+
+# --- Writing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_text_of_the_same_seed_is_the_same_under_every_schedule(tiny_config, randomize, monkeypatch, conditioned):
+    # A token is hit when its uniform time comes; measured in the masking probability no schedule changes that.
+    tiny_config.time_conditioning, texts, levels = conditioned, [], []
+    for name in SCHEDULES:
+        tiny_config.noise = name
+        model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
+        seen, modulations = [], model.backbone.modulations
+
+        def record(sigma, device, seen=seen, modulations=modulations):
+            seen.append(sigma)
+            return modulations(sigma, device)
+
+        monkeypatch.setattr(model.backbone, "modulations", record)
+        torch.manual_seed(0)
+        texts.append(
+            model.generate(torch.tensor([[5, 6], [7, 8]]), max_new_tokens=10, do_sample=True, eos_token_id=None)
+        )
+        levels.append(seen)
+    assert texts[0].shape == (2, 12)
+    assert not (texts[0] == 47).any()
+    assert all(torch.equal(text, texts[0]) for text in texts)
+    if not conditioned:
+        assert levels == [[None]] * 5
+        return
+    for seen in levels:
+        assert torch.equal(torch.stack(seen), torch.stack(levels[0]))
+    chance = 1 - torch.exp(-torch.stack(levels[0]))
+    assert ((chance > 0) & (chance < 1)).all()
+    # Within a block fewer and fewer tokens are masked; the next block starts anew.
+    assert (chance[1:2] < chance[:1]).all()
+    assert levels[0][0].max() <= LogLinearNoise().sigma_max

@@ -1,0 +1,192 @@
+"""The published stop rules, row by row, in generate and by hand."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.generation import StoppingCriteriaList
+
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.decoding_state_bd3lm import (
+    EntropyStopCriteria,
+    SecondEosCriteria,
+    TextCriteria,
+    published_length,
+    token_entropy,
+)
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "07_samplers"
+CASES = json.loads((GOLDEN / "config.json").read_text())["stop_cases"]
+GOLDEN_EOS = 95
+EOS, PAD, MASK = 1, 2, 47
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "tensors.safetensors")
+
+
+# --- The published cases ---------------------------------------------------------------------------------------------
+
+SINGLE = [case for case in CASES if "batch" not in case["what"]]
+LONG = [case for case in SINGLE if "shorter" not in case["what"]]
+
+
+@pytest.mark.parametrize("case", LONG, ids=lambda case: case["what"])
+def test_a_single_text_stops_where_the_published_one_does(golden, case):
+    name, var_length = f"stop.{case['case']}", case["var_length"]
+    ids = golden[f"{name}.in"].long()
+    criteria = [EntropyStopCriteria(4.0)] + [SecondEosCriteria(GOLDEN_EOS)] * var_length
+    assert StoppingCriteriaList(criteria)(ids, None).tolist() == [bool(golden[f"{name}.stop"])]
+    torch.testing.assert_close(token_entropy(ids[:, -256:])[0].float(), golden[f"{name}.entropy"], atol=1e-5, rtol=0)
+    if var_length:  # else the published sampler does not cut, but throws the text away
+        kept = published_length(ids, eos_token_id=GOLDEN_EOS)
+        assert kept.tolist() == [int(golden[f"{name}.out_len"])]
+
+
+def test_a_text_shorter_than_the_window_is_not_judged(golden):
+    # Published, its negative length counts from the end; and the sampler never asks so early.
+    ids = golden["stop.10.in"].long()
+    assert EntropyStopCriteria(4.0)(ids, None).tolist() == [False]
+    assert published_length(ids).tolist() == [200]
+    assert EntropyStopCriteria(4.0)(ids.repeat(1, 2)[:, :256], None).tolist() == [False]
+    assert EntropyStopCriteria(4.0)(ids.repeat(1, 2)[:, :257], None).tolist() == [True]
+
+
+def test_rows_of_a_batch_are_judged_one_by_one(golden):
+    # Published, the end tokens of all rows count together, and so do the frequencies.
+    ends = golden["stop.11.in"].long()
+    assert bool(golden["stop.11.stop"])
+    assert SecondEosCriteria(GOLDEN_EOS)(ends, None).tolist() == [False, False]
+    repetitive = golden["stop.12.in"].long()
+    assert EntropyStopCriteria(4.0)(repetitive, None).tolist() == [True, False]
+
+
+# --- Each rule -------------------------------------------------------------------------------------------------------
+
+
+def test_the_entropy_of_a_text_is_that_of_its_frequencies():
+    ids = torch.tensor([[3, 3, 3, 3], [3, 4, 3, 4], [3, 4, 5, 6], [9, 3, 9, 9]])
+    quarter = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    expected = torch.tensor([0.0, math.log(2), math.log(4), quarter], dtype=torch.float64)
+    torch.testing.assert_close(token_entropy(ids), expected)
+
+
+def test_padding_is_no_text():
+    ids = torch.tensor([[PAD, PAD, 5, 5, 5], [PAD, 5, 5, 5, 5]])
+    padding = ids == PAD
+    assert EntropyStopCriteria(0.5, window=3)(ids, None, padding=padding).tolist() == [False, True]
+    ends = torch.tensor([[EOS, EOS, 5, EOS, 6], [5, EOS, 5, 5, EOS]])
+    assert SecondEosCriteria(EOS)(ends, None).tolist() == [True, True]
+    assert SecondEosCriteria(EOS)(ends, None, padding=torch.tensor([[1, 1, 0, 0, 0], [0] * 5]).bool()).tolist() == [
+        False,
+        True,
+    ]
+
+
+def test_any_of_several_end_tokens_counts():
+    criteria = SecondEosCriteria([EOS, 7])
+    assert criteria(torch.tensor([[EOS, 5, 7], [7, 5, 6]]), None).tolist() == [True, False]
+    assert published_length(torch.tensor([[EOS, 7, 9], [7, 5, 6]]), eos_token_id=[EOS, 7]).tolist() == [2, 3]
+
+
+def test_the_base_of_the_criteria_judges_nothing():
+    with pytest.raises(NotImplementedError):
+        TextCriteria()(torch.ones(1, 1), None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0.0, 256), "entropy_stop=0.0: give a positive number of nats.*or None for no such stop"),
+        ((-1.0, 256), "entropy_stop=-1.0"),
+        ((4.0, 1), "entropy_stop_window=1: give at least 2 tokens"),
+    ],
+)
+def test_an_entropy_stop_that_can_not_work_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        EntropyStopCriteria(*arguments)
+
+
+# --- In generate -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_model(tiny_config, randomize):
+    """A function `(loud tokens: weight, ...) -> model` that writes these tokens most of the time."""
+
+    def make(eos_token_id: int | None = None, **loud: float) -> BD3LMForMaskedLM:
+        fields = {**tiny_config.to_diff_dict(), "eos_token_id": eos_token_id, "mask_token_id": None}
+        model = randomize(BD3LMForMaskedLM(BD3LMConfig(**fields))).eval()
+        with torch.no_grad():
+            for token, weight in loud.items():
+                model.get_output_embeddings().bias[int(token[1:])] = weight
+        return model
+
+    return make
+
+
+def texts(model, ids, **arguments) -> list[list[int]]:
+    """The new tokens of each row, without padding."""
+    arguments = {"do_sample": True, "generator": torch.Generator().manual_seed(0), "max_new_tokens": 24, **arguments}
+    output = model.generate(ids, attention_mask=(ids != PAD).long(), **arguments)[:, ids.shape[1] :]
+    return [[token for token in row if token != PAD] for row in output.tolist()]
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_degenerate_row_ends_and_the_others_go_on(make_model, by_hand):
+    model = make_model(t5=30.0)
+    diverse = [9, 10, 11, 12, 13, 14, 15, 16]
+    ids = torch.tensor([[PAD] * 7 + [9], [PAD] * 3 + [5] * 5, diverse])
+    stop = {"entropy_stop": 0.6, "entropy_stop_window": 8}
+    if by_hand:
+        stop = {"stopping_criteria": [EntropyStopCriteria(0.6, window=8)]}
+    # Of eight tokens one is another: 0.38 nats; two: 0.97. A row is judged when it has nine.
+    assert [len(row) for row in texts(model, ids, **stop)] == [8, 4, 7]
+    assert [len(row) for row in texts(model, ids)] == [24] * 3
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_row_ends_with_its_second_end_token(make_model, by_hand):
+    model = make_model(eos_token_id=None if by_hand else EOS, t1=3.0)
+    ids = torch.tensor([[PAD, PAD, 9, 10], [5, EOS, 7, 8], [5, 6, 7, 8]])
+    stop = {"stopping_criteria": [SecondEosCriteria(EOS)]} if by_hand else {"stop_at_second_eos": True}
+    plain = texts(model, ids, eos_token_id=None)
+    for row, (new, whole) in enumerate(zip(texts(model, ids, **stop), plain, strict=True)):
+        needed = 1 if row == 1 else 2
+        ends = [place + 1 for place, token in enumerate(whole) if token == EOS]
+        assert len(ends) > needed
+        assert new == whole[: ends[needed - 1]]
+
+
+def test_without_the_rule_a_row_ends_with_its_first_new_end_token(make_model):
+    model = make_model(eos_token_id=EOS, t1=3.0)
+    (new,) = texts(model, torch.tensor([[5, EOS, 7, 8]]))
+    assert new.count(EOS) == 1 and new[-1] == EOS
+
+
+def test_padding_that_is_also_the_end_token_is_not_counted(make_model):
+    model = make_model(eos_token_id=EOS, t1=3.0)
+    ids = torch.tensor([[EOS, EOS, EOS, 9], [5, 6, 7, 8]])
+    real = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]])
+    output = model.generate(
+        ids,
+        attention_mask=real,
+        do_sample=True,
+        generator=torch.Generator().manual_seed(0),
+        max_new_tokens=24,
+        stop_at_second_eos=True,
+        pad_token_id=EOS,
+    )
+    assert (output[:, 4:] == EOS).sum(1).min() >= 2
+    assert (output[0, 4:] != EOS).any()
+
+
+def test_the_second_end_token_needs_one(make_model):
+    with pytest.raises(ValueError, match="stop_at_second_eos=True needs an end token: set eos_token_id"):
+        make_model().generate(torch.tensor([[5]]), max_new_tokens=4, stop_at_second_eos=True)

@@ -1,0 +1,408 @@
+"""The window slides as published, or exactly, in a cache that grows or has a fixed size, at a cost that stays."""
+
+import math
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import CompileConfig, DynamicCache, LogitsProcessorList, StaticCache
+from writing import MASK, batch_of, new_tokens, prompts_of, write
+
+from bd3lm_hf.modeling.cache_bd3lm import BlockCache
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.decoding_bd3lm import BlockWriter
+from bd3lm_hf.modeling.decoding_state_bd3lm import lay_out
+from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
+from bd3lm_hf.modeling.layers_bd3lm import apply_rotary
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "01_bd3lm"
+CACHES = [BlockCache, DynamicCache, StaticCache]
+
+
+def new_cache(kind: type, model):
+    if kind is StaticCache:
+        return StaticCache(model.config, max_cache_len=model.config.model_length + model.config.block_size)
+    return kind()
+
+
+def assert_same(ours, theirs) -> None:
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for mine, other in zip(ours.logits, theirs.logits, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=0)
+
+
+# --- Beyond the window -----------------------------------------------------------------------------------------------
+
+
+def modulated(x: torch.Tensor, norm: torch.nn.Module, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-5) * norm.weight * (1 + scale) + shift
+
+
+class Twin:
+    """The published cached decoding in plain torch: keys before rotation, positions counted inside the window."""
+
+    def __init__(self, model: BD3LMForMaskedLM) -> None:
+        self.model, self.config = model, model.config
+        self.cache = [None] * model.config.n_blocks
+
+    def __call__(self, block: torch.Tensor, store: bool) -> torch.Tensor:
+        """Logits `(block, vocab)`."""
+        net, config = self.model.backbone, self.config
+        conditioning = F.silu(net.sigma_map(torch.zeros(1)))
+        x = net.vocab_embed.embedding[block][None]
+        for index, layer in enumerate(net.blocks):
+            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = layer.adaLN_modulation(conditioning).chunk(6, dim=-1)
+            new = F.linear(modulated(x, layer.norm1, shift_1, scale_1), layer.attn_qkv.weight)
+            new = new.unflatten(-1, (3, config.n_heads, config.head_dim))
+            old = self.cache[index]
+            if old is not None and old.shape[1] + len(block) > config.model_length:
+                old = old[:, len(block) :]
+            qkv = new if old is None else torch.cat([old, new], dim=1)
+            cos, sin = net.rotary_emb(torch.arange(qkv.shape[1])[None], torch.float32)
+            query, key = (apply_rotary(qkv[:, :, i], cos, sin).transpose(1, 2) for i in (0, 1))
+            weights = (query[:, :, -len(block) :] @ key.transpose(2, 3) / math.sqrt(config.head_dim)).softmax(-1)
+            attended = (weights @ qkv[:, :, 2].transpose(1, 2)).transpose(1, 2).flatten(2)
+            x = x + gate_1 * F.linear(attended, layer.attn_out.weight)
+            x = x + gate_2 * layer.mlp(modulated(x, layer.norm2, shift_2, scale_2))
+            if store:
+                self.cache[index] = qkv
+        final = net.output_layer
+        shift, scale = final.adaLN_modulation(conditioning).chunk(2, dim=-1)
+        return final.linear(modulated(x, final.norm_final, shift, scale))[0]
+
+    @torch.no_grad()
+    def write(self, prompt: torch.Tensor, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The greedy text from left to right, and the logits of each new token."""
+        size = self.config.block_size
+        columns = -(-(len(prompt) + count) // size) * size
+        text = F.pad(prompt, (0, columns - len(prompt)), value=self.config.mask_token_id)
+        logits = []
+        for begin in range(0, columns, size):
+            block = text[begin : begin + size]
+            for place in (block == self.config.mask_token_id).nonzero().flatten().tolist():
+                row = self(block, store=False)[place].clone()
+                row[[self.config.mask_token_id, self.config.pad_token_id]] = -torch.inf
+                block[place] = row.argmax()
+                logits.append(row)
+            self(block, store=True)
+        return text[len(prompt) : len(prompt) + count], logits[:count]
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 8])
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_text_beyond_the_window_follows_the_published_cache(make_model, block_size, kind):
+    model = make_model(block_size=block_size)
+    prompt = prompts_of([13])[0]
+    output = write(model, input_ids=prompt[None], max_new_tokens=61, past_key_values=new_cache(kind, model))
+    text, logits = Twin(model).write(prompt, 61)
+    assert torch.equal(new_tokens(output)[0], text)
+    for ours, theirs in zip(output.logits, logits, strict=True):
+        torch.testing.assert_close(ours[0], theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["dynamic", "static"])
+def test_rows_of_a_batch_slide_over_the_window_as_if_they_stood_alone(make_model, name):
+    model = make_model()
+    prompts = prompts_of([1, 6, 13, 32])
+    output = write(model, **batch_of(prompts, "left"), max_new_tokens=50, cache_implementation=name)
+    for row, prompt in enumerate(prompts):
+        text, logits = Twin(model).write(prompt, 50)
+        assert torch.equal(new_tokens(output)[row], text)
+        torch.testing.assert_close(output.logits[-1][row], logits[-1], atol=1e-5, rtol=0)
+
+
+def test_without_a_cache_each_step_recomputes_the_last_window(make_model):
+    model = make_model()
+    prompts = prompts_of([6, 13])
+    output = write(model, **batch_of(prompts, "left"), max_new_tokens=43, use_cache=False)
+    for row, prompt in enumerate(prompts):
+        text = torch.cat([prompt, new_tokens(output)[row]])
+        last = len(text) - 1
+        stop = last // 4 * 4 + 4
+        window = F.pad(text[:last], (0, stop - last), value=MASK)[stop - 32 :]
+        expected = model(window[None]).logits[0, last - stop]
+        expected[[2, MASK]] = -torch.inf
+        torch.testing.assert_close(output.logits[-1][row], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "window", "name"),
+    [
+        (BlockCache, "cached", "slide_logits_cache"),
+        (StaticCache, "cached", "slide_logits_cache"),
+        (BlockCache, "exact", "slide_logits_window"),
+        (StaticCache, "exact", "slide_logits_window"),
+        (None, "cached", "slide_logits_window"),
+    ],
+)
+def test_the_moving_window_reproduces_the_published_logits(kind, window, name):
+    golden = load_file(GOLDEN / "tensors.safetensors")
+    config = BD3LMConfig(
+        vocab_size=97, model_length=32, block_size=16, hidden_dim=64, cond_dim=16, n_blocks=2, n_heads=4
+    )
+    model = BD3LMForMaskedLM(config).eval()
+    model.load_state_dict(load_file(GOLDEN / "weights.safetensors"))
+    ids = golden["adaln.bs16.slide_ids"]
+    canvas = lay_out(ids[:, :32], None, 16, 16, 96)
+    canvas.text[:] = ids
+    cache, options = None if kind is None else new_cache(kind, model), BD3LMGenerationConfig(window=window)
+    writer = BlockWriter(model, canvas, ids[:, :32], LogitsProcessorList(), options, cache)
+    with torch.no_grad():
+        rows = [writer.passes.logits(32, torch.tensor([place]), torch.ones(1)) for place in range(16)]
+    torch.testing.assert_close(torch.stack(rows, 1), golden[f"adaln.bs16.{name}"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("block_size", [1, 4, 8, 32])
+def test_an_exact_window_gives_what_recomputing_it_in_every_step_gives(make_model, block_size, kind):
+    model = make_model(block_size=block_size)
+    batch = batch_of(prompts_of([1, 13, 32]), "left")
+    exact = write(model, **batch, max_new_tokens=61, window="exact", past_key_values=new_cache(kind, model))
+    assert_same(exact, write(model, **batch, max_new_tokens=61, use_cache=False))
+    cached = write(model, **batch, max_new_tokens=61)
+    if block_size < 32:  # with one block in the window nothing is left that could know of earlier ones
+        assert not torch.equal(cached.sequences, exact.sequences)
+
+
+def test_an_exact_window_is_computed_once_per_block(make_model, monkeypatch):
+    model, lengths = make_model(), []
+    run = model.backbone.run
+    monkeypatch.setattr(
+        model.backbone, "run", lambda embeds, *a, **k: [lengths.append(embeds.shape[1]), run(embeds, *a, **k)][1]
+    )
+    output = write(model, input_ids=prompts_of([28])[0][None], max_new_tokens=12, window="exact")
+    assert output.num_forward_passes == 12
+    assert lengths == [28, 4, 4, 4, 4, 28, 4, 4, 4, 4, 28, 4, 4, 4, 4]
+
+
+# --- Any length ------------------------------------------------------------------------------------------------------
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        pytest.skip("needs /proc")
+    return int(next(x for x in status.read_text().splitlines() if x.startswith("VmRSS")).split()[1]) * 1024
+
+
+class Clock:
+    """A streamer that notes when each block came, and now and then how much memory there is."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.memory: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.process_time())  # which other work on the machine leaves alone
+        if len(self.times) % 100 == 0:
+            self.memory.append(resident())
+
+    def end(self) -> None:
+        pass
+
+
+def write_long(model, tokens: int, **options) -> Clock:
+    """A text that takes one pass per block."""
+    clock = Clock()
+    text = model.generate(
+        torch.full((1, 5), 7),
+        max_new_tokens=tokens,
+        do_sample=True,
+        sampler="confidence",
+        confidence_threshold=0.0,
+        generator=torch.Generator().manual_seed(0),
+        streamer=clock,
+        **options,
+    )
+    assert text.shape == (1, 5 + tokens)
+    assert len(text[0, -1000:].unique()) > 20 and not (text == MASK).any()
+    return clock
+
+
+def step_time(times: list[float]) -> float:
+    """Seconds of a step that little else disturbed: one in ten takes less."""
+    return statistics.quantiles((later - earlier for earlier, later in zip(times, times[1:], strict=False)), n=10)[0]
+
+
+@pytest.mark.parametrize("name", ["dynamic", "static"])
+def test_a_long_text_takes_the_same_time_and_memory_for_every_block(make_model, name):
+    clock = write_long(make_model(block_size=8), 4000, cache_implementation=name)
+    quarter = len(clock.times) // 4
+    assert step_time(clock.times[-quarter:]) < 2 * step_time(clock.times[quarter : 2 * quarter])
+    assert clock.memory[-1] - clock.memory[1] < 4_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dynamic", "static"])
+def test_a_hundred_thousand_tokens_take_the_same_time_and_memory_for_every_block(make_model, name):
+    model = make_model(block_size=8)
+    clock = write_long(model, 100_000, cache_implementation=name)
+    tenth = len(clock.times) // 10
+    assert step_time(clock.times[-tenth:]) < 1.5 * step_time(clock.times[tenth : 2 * tenth])
+    # Ten passes' worth of keys and values, or one mask of all columns per block, would be more.
+    assert clock.memory[-1] - clock.memory[len(clock.memory) // 10] < 4_000_000
+
+
+def test_the_sliding_cache_keeps_its_place_and_size(make_model):
+    model, cache = make_model(), BlockCache()
+    places = []
+
+    class Watch:
+        def put(self, value):
+            if cache.get_seq_length() == 28:
+                layer = cache.layers[0]
+                places.append((layer._buffers[0].data_ptr(), layer._buffers[1].data_ptr(), layer._begin))
+
+        def end(self):
+            pass
+
+    model.generate(torch.full((1, 5), 7), max_new_tokens=1500, streamer=Watch(), past_key_values=cache)
+    assert len(places) > 300
+    kept = places[len(places) // 3 :]
+    assert len({place[:2] for place in kept}) == 1
+    # A move to the front is rare: keys lie where they lie while the window slides over them.
+    moves = sum(later[2] < earlier[2] for earlier, later in zip(kept, kept[1:], strict=False))
+    assert 1 <= moves <= 4
+
+
+# --- Caches of fixed size --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [3, 11, 61])
+@pytest.mark.parametrize("lengths", [[3], [13, 13], [1, 6, 13, 32]])
+def test_a_static_cache_writes_what_a_growing_one_does(make_model, lengths, tokens):
+    model = make_model()
+    batch = batch_of(prompts_of(lengths), "left")
+    static = write(model, **batch, max_new_tokens=tokens, cache_implementation="static")
+    assert isinstance(static.past_key_values, StaticCache)
+    assert static.past_key_values.layers[0].keys.shape == (len(lengths), 2, 36, 16)
+    assert_same(static, write(model, **batch, max_new_tokens=tokens))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+def test_a_static_cache_serves_every_attention_implementation(make_model, implementation):
+    model = make_model()
+    batch = batch_of(prompts_of([1, 6, 13]), "left")
+    expected = write(model, **batch, max_new_tokens=40)
+    model.set_attn_implementation(implementation)
+    assert_same(write(model, **batch, max_new_tokens=40, cache_implementation="static"), expected)
+
+
+def test_a_static_cache_larger_than_needed_or_uneven_is_a_ring_of_whole_blocks(make_model):
+    model = make_model()
+    prompt = prompts_of([13])[0][None]
+    expected = write(model, input_ids=prompt, max_new_tokens=61)
+    for slots in (37, 39, 50, 200):
+        cache = StaticCache(model.config, max_cache_len=slots)
+        assert_same(write(model, input_ids=prompt, max_new_tokens=61, past_key_values=cache), expected)
+    just = StaticCache(model.config, max_cache_len=24)
+    assert_same(
+        write(model, input_ids=prompt, max_new_tokens=11, past_key_values=just),
+        write(model, input_ids=prompt, max_new_tokens=11),
+    )
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("lengths", [[13], [1, 6, 13, 32]])
+def test_a_compiled_step_is_compiled_twice_and_never_again(make_model, fresh_compiler, lengths):
+    model, graphs = make_model(), []
+    batch = batch_of(prompts_of(lengths), "left")
+
+    def backend(graph, inputs, **kwargs):
+        graphs.append(graph)
+        return graph
+
+    options = {"cache_implementation": "static", "compile_config": CompileConfig(backend=backend, fullgraph=True)}
+    for tokens in (9, 61):
+        compiled = write(model, **batch, max_new_tokens=tokens, **options)
+        assert len(graphs) == 2  # with and without a block to write
+        assert_same(compiled, write(model, **batch, max_new_tokens=tokens))
+
+
+def test_a_compiled_step_is_asked_for_and_can_be_refused(make_model, monkeypatch):
+    model, asked = make_model(), []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: [asked.append(options), function][1])
+    prompt = prompts_of([5])[0][None]
+    write(model, input_ids=prompt, cache_implementation="static")
+    write(model, input_ids=prompt, compile_config=CompileConfig())  # a cache that grows has no fixed shapes
+    write(model, input_ids=prompt, cache_implementation="static", compile_config=CompileConfig(), disable_compile=True)
+    assert not asked  # on a CPU, as in transformers, only when it is asked for
+    write(model, input_ids=prompt, cache_implementation="static", compile_config=CompileConfig(mode="default"))
+    assert [options["mode"] for options in asked] == ["default"] and asked[0]["dynamic"] is False
+
+
+def test_a_traced_step_writes_the_same_text(make_model, fresh_compiler):
+    model, prompt = make_model(), prompts_of([13])[0][None]
+    options = {"cache_implementation": "static", "compile_config": CompileConfig(backend="aot_eager", fullgraph=True)}
+    assert_same(
+        write(model, input_ids=prompt, max_new_tokens=61, **options),
+        write(model, input_ids=prompt, max_new_tokens=61),
+    )
+
+
+@pytest.mark.slow
+def test_a_step_compiled_by_inductor_writes_the_same_text(make_model, fresh_compiler):
+    model, prompt = make_model(), prompts_of([13])[0][None]
+    options = {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=True)}
+    assert_same(
+        write(model, input_ids=prompt, max_new_tokens=61, **options),
+        write(model, input_ids=prompt, max_new_tokens=61),
+    )
+
+
+# --- The next turn ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_returned_cache_is_continued(make_model, kind):
+    model = make_model()
+    prompt = torch.stack(prompts_of([9, 9]))
+    whole = write(model, input_ids=prompt, max_new_tokens=16)
+    first = write(model, input_ids=prompt, max_new_tokens=10, past_key_values=new_cache(kind, model))
+    assert isinstance(first.past_key_values, kind)
+    assert first.past_key_values.get_seq_length() == 16  # the last block, 16 to 18, is not finished
+    second = write(model, input_ids=first.sequences, max_new_tokens=6, past_key_values=first.past_key_values)
+    assert torch.equal(second.sequences, whole.sequences)
+    for ours, theirs in zip(second.logits, whole.logits[10:], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("window", ["cached", "exact"])
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_cache_whose_window_has_moved_comes_back_empty(make_model, kind, window):
+    # Its keys stand at positions that no later prompt has.
+    model = make_model()
+    given = {"past_key_values": new_cache(kind, model), "window": window}
+    first = write(model, input_ids=prompts_of([9])[0][None], max_new_tokens=40, **given)
+    assert first.past_key_values.get_seq_length() == 0
+    tail = first.sequences[:, -24:]
+    again = write(model, input_ids=tail, max_new_tokens=4, past_key_values=first.past_key_values)
+    assert torch.equal(again.sequences, write(model, input_ids=tail, max_new_tokens=4).sequences)
+
+
+def test_a_cache_holds_what_the_output_shows(make_model):
+    # The last row ends inside a block; what it holds behind its end is padding, in the text and in the cache.
+    model = make_model(eos_token_id=1)
+    prompt = torch.stack(prompts_of([4, 4, 4]))
+    plain = new_tokens(write(model, input_ids=prompt, max_new_tokens=12))
+    stop = next(t for t in plain[2, :9].tolist() if t not in plain[:2].flatten().tolist())
+    output = write(model, input_ids=prompt, max_new_tokens=12, eos_token_id=stop)
+    assert (output.sequences[2] == 2).any()
+    fresh = BlockCache()
+    with torch.no_grad():
+        model(output.sequences[:, :12], past_key_values=fresh, use_cache=True)
+    for ours, theirs in zip(output.past_key_values.layers, fresh.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-5, rtol=0)

@@ -1,0 +1,78 @@
+"""The benchmark measures what it says."""
+
+import time
+
+import pytest
+import torch
+
+from bd3lm_hf.reports import benchmark
+
+
+def test_the_ratio_is_our_time_over_the_rivals():
+    result = benchmark.compare_times(lambda: time.sleep(0.04), lambda: time.sleep(0.01), repeats=3)
+    assert 1.5 < result.ratio < 5.0
+    assert result.spread[0] <= result.ratio <= result.spread[1]
+    assert result.ours > result.rival
+
+
+def test_both_tasks_run_and_leave_no_gradient(tiny_model):
+    benchmark_vocab = benchmark.VOCAB_SIZE
+    try:
+        benchmark.VOCAB_SIZE = tiny_model.config.vocab_size
+        benchmark.training_step(tiny_model, 8)
+    finally:
+        benchmark.VOCAB_SIZE = benchmark_vocab
+    assert all(parameter.grad is None for parameter in tiny_model.parameters())
+    tiny_model.generation_config.eos_token_id = None
+    benchmark.generation(tiny_model, 5)
+    benchmark.generation(tiny_model, 5, batch_size=3)
+
+
+def test_the_gain_of_a_batch_is_in_tokens_per_second(monkeypatch):
+    # A batch of 8 that takes as long as 2 texts writes 4 times as many tokens per second.
+    monkeypatch.setattr(benchmark, "generation", lambda model, count, size=1: time.sleep(0.02 if size == 1 else 0.04))
+    assert 3.0 < benchmark.batch_gain(None, 64, 8, repeats=3) < 5.0
+
+
+def test_all_figures_stand_in_one_table(monkeypatch, tiny_model, capsys):
+    tiny_model.generation_config.eos_token_id = None
+    monkeypatch.setattr(benchmark, "build", lambda name: tiny_model)
+    monkeypatch.setattr(benchmark, "VOCAB_SIZE", tiny_model.config.vocab_size)
+    monkeypatch.setattr(benchmark, "peak_memory", lambda name, length: 1.0)
+    options = ["--lengths", "8", "--new-tokens", "5", "9", "--batch-sizes", "2", "3", "--repeats", "1"]
+    threads = torch.get_num_threads()
+    benchmark.main([*options, "--threads", str(threads)])
+    lines = capsys.readouterr().out.strip().split("\n")
+    assert [line.split(" | ")[0].strip("| ") for line in lines[3:]] == [
+        "training step, 2 x 8, s",
+        "writing 5 tokens, s",
+        "writing 9 tokens, s",
+        "writing 2 x 5 tokens, s",
+        "writing 3 x 5 tokens, s",
+        "tokens per second, batch 2 over batch 1",
+        "tokens per second, batch 3 over batch 1",
+        "peak memory of training, 2 x 8, GB",
+    ]
+    assert {line.count("|") for line in lines[1:]} == {6}
+
+
+def test_peak_memory_counts_bytes():
+    before = benchmark.peak_of_process()
+    block = torch.ones(100_000_000 // 4)
+    assert benchmark.peak_of_process() - before < 0.2
+    assert benchmark.peak_of_process() >= block.numel() * 4 / 1e9
+
+
+def test_an_unknown_model_is_refused():
+    with pytest.raises(ValueError, match="no model called 'bert'"):
+        benchmark.build("bert")
+
+
+def test_a_batch_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="--batch-sizes: give whole numbers of at least 1"):
+        benchmark.main(["--batch-sizes", "0"])
+
+
+def test_no_repeats_are_refused():
+    with pytest.raises(ValueError, match="--repeats 0 --threads 2: give at least 1"):
+        benchmark.main(["--repeats", "0"])

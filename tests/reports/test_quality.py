@@ -1,0 +1,201 @@
+"""Quality over forwards: what is counted, who judges, and how far two settings lie apart."""
+
+import builtins
+import json
+import math
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
+from bd3lm_hf.evaluation.reference_model import CausalScore, ReferenceModel, reference_model_of
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.reports.speed_quality import (
+    Point,
+    compare_curves,
+    plot_speed_quality,
+    quality_curve,
+    speed_quality_table,
+)
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=64, n_embd=8, n_layer=1, n_head=1)).eval()
+
+
+CURVES = {
+    "first_hitting": [{"num_denoising_steps": None}, {"num_denoising_steps": 1}],
+    "confidence": [{"confidence_threshold": 1.0}, {"confidence_threshold": 0.0}],
+}
+
+
+def point(nll: list[float], counts: list[int], sampler: str = "first_hitting", **setting) -> Point:
+    scores = [SequenceScore(row, *pair) for row, pair in enumerate(zip(nll, counts, strict=True))]
+    result = summarize(scores)
+    return Point(sampler, setting, 1.0, result.perplexity, result.standard_error, 2.0, 1.0, scores)
+
+
+# --- writing and counting --------------------------------------------------------------------------------------------
+
+
+def test_bolder_settings_write_more_tokens_per_forward(tiny_model):
+    points = quality_curve(
+        tiny_model, CURVES, reference_model_of(tiny_model), num_samples=3, new_tokens=15, batch_size=2, do_sample=True
+    )
+    assert [(one.sampler, one.setting) for one in points] == [(s, c) for s, cs in CURVES.items() for c in cs]
+    # 15 tokens behind the first one: four blocks, the first one with 3 of them.
+    assert [one.tokens_per_forward for one in points] == [1.0, 15 / 4, 1.0, 15 / 4]
+    for one in points:
+        assert len(one.scores) == 3 and {score.num_tokens for score in one.scores} == {15}
+        assert one.perplexity == pytest.approx(summarize(one.scores).perplexity)
+        assert 0 < one.entropy <= math.log(16)
+
+
+def test_tokens_per_forward_do_not_depend_on_the_batch(tiny_model):
+    curves = {"confidence": [{"confidence_threshold": 0.04}]}
+    options = {"num_samples": 4, "new_tokens": 31, "do_sample": False}
+    ones, fours = (
+        quality_curve(tiny_model, curves, reference_model_of(tiny_model), batch_size=size, **options)[0]
+        for size in (1, 4)
+    )
+    assert ones.tokens_per_forward == fours.tokens_per_forward > 1
+    assert ones.perplexity == pytest.approx(fours.perplexity, rel=1e-5)
+
+
+def test_given_tokens_are_continued_and_not_scored(tiny_model):
+    prompts = [[0, 5, 6, 7, 8], [0, 9, 10, 11, 12]]
+    texts = []
+
+    class Listening(ReferenceModel):
+        def score(self, given, **options):
+            texts.extend(given)
+            return super().score(given, **options)
+
+    (one,) = quality_curve(tiny_model, {"first_hitting": [{}]}, Listening(tiny_model), prompts=prompts, new_tokens=6)
+    assert [text.ids[: text.given] for text in texts] == prompts
+    assert [score.num_tokens for score in one.scores] == [6, 6]
+
+
+def test_texts_are_written_to_full_length_and_the_model_ends_texts_again_afterwards(tiny_config, randomize):
+    model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
+    with torch.no_grad():
+        model.backbone.output_layer.linear.bias[tiny_config.eos_token_id] += 10  # hardly anything but end tokens
+    (one,) = quality_curve(model, {"first_hitting": [{}]}, reference_model_of(model), num_samples=2, new_tokens=12)
+    assert {score.num_tokens for score in one.scores} == {12}
+    assert model.generation_config.eos_token_id == tiny_config.eos_token_id
+    assert model.generate(max_new_tokens=12).shape[1] < 13
+
+
+def test_texts_that_can_not_be_scored_are_refused(tiny_model):
+    with pytest.raises(ValueError, match="new_tokens=32: behind 1 tokens the model's window has room for 31"):
+        quality_curve(tiny_model, CURVES, reference_model_of(tiny_model), new_tokens=32)
+    with pytest.raises(ValueError, match="1 texts give no standard error: ask for at least 2"):
+        quality_curve(tiny_model, CURVES, reference_model_of(tiny_model), num_samples=1)
+
+
+def test_a_model_without_samplers_is_refused():
+    with pytest.raises(ValueError, match="a GPT2LMHeadModel has no samplers to compare: name a block-diffusion model"):
+        quality_curve(gpt2(), CURVES, ReferenceModel(CausalScore(gpt2())))
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_setting_compared_with_itself_has_no_error():
+    one = point([10.0, 14.0, 9.0], [5, 5, 5])
+    assert compare_curves(one, one) == (1.0, 0.0)
+
+
+def test_the_error_of_a_ratio_is_that_of_pairs_of_texts():
+    generator = torch.Generator().manual_seed(0)
+    base = 20 + 3 * torch.randn(400, generator=generator)
+    shift = 1 + 0.5 * torch.randn(400, generator=generator)
+    counts = [10] * 400
+    ratio = compare_curves(point((base + shift).tolist(), counts), point(base.tolist(), counts))
+    assert ratio.value == pytest.approx(math.exp(shift.mean().item() / 10), rel=1e-6)
+    # What both share does not count: the error is that of the shift alone.
+    assert ratio.standard_error == pytest.approx(ratio.value * shift.std().item() / 10 / 20, rel=1e-3)
+
+
+def test_the_table_compares_with_the_first_row_and_with_each_samplers_first():
+    points = [
+        point([10.0, 12.0], [5, 5]),
+        point([20.0, 22.0], [5, 5], "confidence", confidence_threshold=1.0),
+        point([15.0, 17.0], [5, 5], "confidence", confidence_threshold=0.5),
+    ]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in speed_quality_table(points).splitlines()]
+    assert cells[0][:4] == ["sampler", "setting", "tokens per forward", "perplexity"]
+    assert cells[2][1] == "default" and cells[2][4] == cells[2][5] == "1.000 +- 0.000"
+    assert cells[4][1] == "confidence_threshold 0.5"
+    assert cells[4][4].startswith(f"{math.exp(1):.3f}") and cells[4][5].startswith(f"{math.exp(-1):.3f}")
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+FEW = ("--num-samples", 2, "--new-tokens", 7, "--num-denoising-steps", 4, 1, "--entropy-bound")
+TWO = (*FEW, "--confidence-threshold", 1, 0)
+
+
+def test_the_command_prints_a_table_and_draws_a_curve(bd3lm, model_folder, tmp_path):
+    picture, data = tmp_path / "quality.png", tmp_path / "quality.json"
+    code, out, _ = bd3lm("quality", "--model", model_folder, *TWO, "--plot", picture, "--output", data)
+    assert code == 0
+    assert out.startswith(
+        "judge: the model itself (exact bound); 2 texts per setting, temperature 1, nucleus_p 1\n| sampler |"
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    report = json.loads(data.read_text())
+    assert [one["sampler"] for one in report["points"]] == ["first_hitting"] * 2 + ["confidence"] * 2
+    assert f"{report['points'][0]['perplexity']:.2f} +- " in out
+
+
+def test_the_command_takes_another_judge(bd3lm, model_folder, tiny_tokenizer, tmp_path):
+    gpt2().save_pretrained(tmp_path / "judge")
+    tiny_tokenizer.save_pretrained(tmp_path / "judge")
+    code, out, _ = bd3lm("quality", "--model", model_folder, *TWO, "--judge", tmp_path / "judge")
+    assert code == 0 and out.startswith("judge: judge;")
+
+
+def test_the_command_continues_held_out_text(bd3lm, model_folder, text_file):
+    arguments = ["--dataset", text_file, "--prompt-tokens", 6, "--greedy", "--confidence-threshold"]
+    code, out, _ = bd3lm("quality", "--model", model_folder, *FEW, *arguments)
+    assert code == 0 and "2 texts per setting, greedy" in out
+    assert out.count("| first_hitting |") == 2 and "confidence" not in out
+
+
+def test_without_matplotlib_a_plot_is_refused_before_any_work(monkeypatch, bd3lm, tmp_path):
+    real = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    code, _, err = bd3lm("quality", "--model", "nowhere/at/all", "--plot", tmp_path / "q.png")
+    assert code == 2 and "a plot needs matplotlib: pip install 'bd3lm-hf[plots]'" in err
+    with pytest.raises(ValueError, match="needs matplotlib"):
+        plot_speed_quality([point([1.0, 2.0], [1, 1])], tmp_path / "q.png", judge="a judge")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--num-samples", 1), "--num-samples: '1' does not do: give a whole number of at least 2"),
+        (("--new-tokens", 40), "new_tokens=40: behind 1 tokens"),
+        (("--confidence-threshold", 2), "--confidence-threshold: '2' does not do"),
+        (("--plot", "no/folder/q.png"), "--plot no/folder/q.png: the folder"),
+        (("--plot", "q.txt"), "--plot q.txt: a picture's name ends in one of .png, .svg, .pdf"),
+        (("--output", "no/folder/q.json"), "--output no/folder/q.json: the folder"),
+        (("--greedy",), "--greedy writes the same text again and again from nothing: name a --dataset"),
+        (("--dataset", "TEXT", "--num-samples", 5000), "the data set has"),
+        (("--judge", "./nowhere"), "--judge ./nowhere: there is no such folder"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(bd3lm, model_folder, text_file, arguments, part):
+    arguments = [text_file if argument == "TEXT" else argument for argument in arguments]
+    code, out, err = bd3lm("quality", "--model", model_folder, *arguments)
+    assert code == 2 and not out
+    assert err.startswith("error: ") and err.count("\n") == 1 and part in err

@@ -1,0 +1,167 @@
+"""What runs leave behind is read as far as it is there, and what is broken is named with its place."""
+
+import json
+import math
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from bd3lm_hf import run_folder
+from bd3lm_hf.reports import run_reader
+from bd3lm_hf.reports.run_reader import RunSample, finite, read_material, read_run
+from bd3lm_hf.training import callbacks, curves, interval, train
+
+
+SEARCH = {
+    "step": 10,
+    "adopted": True,
+    "interval": [0.5, 1.0],
+    "candidates": [
+        {"interval": [0.001, 1], "variance": 4.0, "standard_error": 0.1},
+        {"interval": [0.5, 1.0], "variance": 2.0, "standard_error": None},
+    ],
+}
+
+
+def test_the_files_are_those_that_training_writes():
+    assert (run_reader.RECIPE, run_reader.RESULTS, run_reader.SAMPLES) == (
+        run_folder.RECIPE_NAME,
+        train.RESULTS_NAME,
+        train.SAMPLES_NAME,
+    )
+    assert (f"{curves.CURVE_NAME}.json", interval.SEARCH_NAME) == (run_reader.CURVE, run_reader.SEARCH)
+
+
+def test_a_finished_run_is_read_from_its_results(tmp_path):
+    log = [{"loss": 3.0, "step": 5}, {"eval_nll": 2.5, "step": 10}]
+    results = {"losses": log, "after": {"perplexity": 12.0}, "text": "the end", "steps": 10}
+    (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text("final_estimator: stratified\neval_num_samples: 4\n", encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"model_type": "bd3lm", "block_size": 4}', encoding="utf-8")
+    (tmp_path / "interval_search.jsonl").write_text(json.dumps(SEARCH) + "\n", encoding="utf-8")
+    run = read_run(tmp_path)
+    assert run.series["loss"][1].tolist() == [3.0]
+    assert (run.estimator, run.is_exact, run.missing) == ("stratified, 4 draws", False, [])
+    assert run.searches == [SEARCH]
+    assert [sample.text for sample in run.samples] == ["the end"]
+
+
+def test_the_samples_of_a_run_are_those_that_its_callback_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(callbacks, "write_text", lambda *_, prompt, **__: f"{prompt} text\n\nof lines")
+    sampler = callbacks.SampleCallback(None, prompt="The", max_new_tokens=4, path=tmp_path / "samples.txt")
+    for step in (5, 10):
+        sampler.on_evaluate(TrainingArguments(tmp_path), TrainerState(global_step=step), TrainerControl(), model=None)
+    (tmp_path / "recipe.yaml").write_text("seed: 0\n", encoding="utf-8")
+    text = "The text\n\nof lines"
+    assert read_run(tmp_path).samples == [RunSample("at step 5", text), RunSample("at step 10", text)]
+
+
+@pytest.mark.parametrize(
+    ("config", "is_exact"),
+    [
+        ({"model_type": "ar"}, True),
+        ({"model_type": "bd3lm", "block_size": 1}, True),
+        ({"model_type": "bd3lm", "block_size": 4}, False),
+        ({"model_type": "mdlm"}, False),
+        ({"model_type": "of another library"}, False),
+        ({}, False),
+    ],
+)
+def test_a_likelihood_is_exact_where_the_class_of_the_model_says_so(tmp_path, config, is_exact):
+    assert run_reader.Run("a run", tmp_path, config=config).is_exact is is_exact
+
+
+def test_a_run_that_still_trains_shows_its_last_checkpoint(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("seed: 1\n", encoding="utf-8")
+    for step in (5, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        state = {"log_history": [{"loss": 4.0, "step": 5}, {"loss": 3.0, "step": 10}][: step // 5]}
+        (folder / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+    run = read_run(tmp_path)
+    assert run.series["loss"][0].tolist() == [5, 10]
+    absent = "results.json is not there: the run is still training, or was stopped"
+    assert run.missing == [absent, "the curves reach to checkpoint-10"]
+
+
+def test_a_run_without_results_and_checkpoints_shows_its_curve_file(tmp_path):
+    content = {"loss": {"steps": [5, 10], "values": [4.0, 3.0]}}
+    (tmp_path / "training_curve.json").write_text(json.dumps(content), encoding="utf-8")
+    run = read_run(tmp_path)
+    assert run.series["loss"][1].tolist() == [4.0, 3.0]
+    assert run.missing == ["results.json is not there: the run is still training, or was stopped"]
+
+
+def test_what_is_half_written_is_left_out_and_named(tmp_path):
+    (tmp_path / "results.json").write_text('{"losses": [{"loss": 3.0', encoding="utf-8")
+    (tmp_path / "interval_search.jsonl").write_text(json.dumps(SEARCH) + '\n{"step": 20, "int', encoding="utf-8")
+    run = read_run(tmp_path)
+    assert run.searches == [SEARCH]
+    assert run.missing == [
+        "results.json is half-written",
+        "there are no curves yet: it has saved no checkpoint",
+        "the last line of interval_search.jsonl is half-written",
+    ]
+
+
+def test_a_folder_of_runs_and_results_is_all_of_them(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text("seed: 1\n", encoding="utf-8")
+    row = {"model": "a", "seed": 1, "perplexity": 9.0, "generative_perplexity": 8.0}
+    (tmp_path / "comparison.json").write_text(json.dumps([row]), encoding="utf-8")
+    (tmp_path / "other.json").write_text("{}", encoding="utf-8")
+    material = read_material([tmp_path, tmp_path / "a"])
+    assert [run.name for run in material.runs] == ["a", "b"]
+    assert [named.name for named in material.comparisons] == ["comparison"]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    for parent in ("x", "y"):
+        folder = tmp_path / parent / "run"
+        folder.mkdir(parents=True)
+        (folder / "recipe.yaml").write_text("seed: 1\n", encoding="utf-8")
+    material = read_material([tmp_path / "x" / "run", tmp_path / "y" / "run"])
+    assert [run.name for run in material.runs] == ["x/run", "y/run"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("results.json", '{"steps": 3,\n "losses": oops}', r"results.json, line 2: this is no JSON"),
+        ("results.json", '{"steps": {}\n "seed": 3}', r"results.json, line 2: this is no JSON"),
+        ("interval_search.jsonl", '{"step": 1}\n{"step"\n{}\n', r"interval_search.jsonl, line 2: this is no JSON"),
+        ("interval_search.jsonl", '{"step": 1}\n3\n', r"interval_search.jsonl, line 2: a JSON object is expected"),
+        ("recipe.yaml", "seed: 1\nmodel: [3\n", r"recipe.yaml, line 3: this is no YAML"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_material([tmp_path])
+
+
+def test_bytes_that_are_no_text_are_named_with_their_line(tmp_path):
+    (tmp_path / "samples.jsonl").write_bytes(b'{"text": "a"}\n\xff\n')
+    with pytest.raises(ValueError, match=r"samples.jsonl, line 2: this is not UTF-8"):
+        read_material([tmp_path / "samples.jsonl"])
+
+
+def test_nothing_to_report_on_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="name at least one run"):
+        read_material([])
+    with pytest.raises(ValueError, match="nowhere: there is no such file or folder"):
+        read_material([tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match=r"is no run: it has none of recipe\.yaml, results\.json, training_curve"):
+        read_material([tmp_path])
+    (tmp_path / "config.json").write_text('{"model_type": "bd3lm"}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config\.json is no result that a report knows"):
+        read_material([tmp_path / "config.json"])
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"prompts\.jsonl holds no samples"):
+        read_material([tmp_path / "prompts.jsonl"])
+
+
+def test_a_number_that_is_none_is_not_shown_as_one():
+    row = {"a": 1, "b": math.nan, "c": None, "d": "3"}
+    assert [finite(row, name) for name in "abcde"] == [1.0, None, None, None, None]

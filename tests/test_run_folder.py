@@ -1,0 +1,271 @@
+import os
+import shutil
+
+import pytest
+from safetensors import SafetensorError
+
+from bd3lm_hf.run_folder import (
+    COMPLETE_NAME,
+    RECIPE_NAME,
+    STAGING_NAME,
+    SaveError,
+    as_size,
+    check_output_dir,
+    checkpoints,
+    clear_output_dir,
+    incomplete_because,
+    last_complete_checkpoint,
+    mark_complete,
+    publish_files,
+    publish_folder,
+    read_completion_mark,
+    recover_output_dir,
+    remove_old_checkpoints,
+    saving,
+    warn_if_disk_is_full,
+    write_atomically,
+)
+
+
+def test_a_folder_is_replaced_in_one_step(tmp_path):
+    for name, text in (("staged/checkpoint-1", "new"), ("checkpoint-1", "old")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file").write_text(text)
+    publish_folder(tmp_path / "staged" / "checkpoint-1", tmp_path / "checkpoint-1")
+    assert (tmp_path / "checkpoint-1" / "file").read_text() == "new"
+    assert list((tmp_path / "staged").iterdir()) == []
+
+
+def test_published_files_leave_the_others(tmp_path):
+    (tmp_path / "staged" / "sub").mkdir(parents=True)
+    (tmp_path / "staged" / "sub" / "a").write_text("new")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "b").write_text("other")
+    publish_files(tmp_path / "staged", tmp_path / "target")
+    assert (tmp_path / "target" / "sub" / "a").read_text() == "new"
+    assert (tmp_path / "target" / "b").read_text() == "other"
+    assert not (tmp_path / "staged").exists()
+
+
+def test_a_new_or_empty_folder_is_free(tmp_path):
+    check_output_dir(tmp_path / "new")
+    check_output_dir(tmp_path)
+
+
+def test_a_foreign_folder_is_refused_unless_asked_for(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"is not empty and is no folder of an earlier run.*--overwrite_output_dir"):
+        check_output_dir(tmp_path)
+    check_output_dir(tmp_path, overwrite=True)
+    clear_output_dir(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "x"
+
+
+def test_a_file_is_no_output_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is a file: name a folder"):
+        check_output_dir(tmp_path / "file")
+
+
+def test_checkpoints_of_an_earlier_run_are_not_lost_by_accident(tmp_path):
+    (tmp_path / RECIPE_NAME).write_text("")
+    check_output_dir(tmp_path)
+    (tmp_path / "checkpoint-7").mkdir()
+    with pytest.raises(ValueError, match=r"checkpoint-7: continue it with --resume_from_checkpoint true"):
+        check_output_dir(tmp_path)
+    check_output_dir(tmp_path, resume=True)
+    check_output_dir(tmp_path, overwrite=True)
+
+
+def test_clearing_removes_checkpoints_of_our_runs_only(tmp_path):
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / STAGING_NAME).mkdir()
+    clear_output_dir(tmp_path)
+    assert (tmp_path / "checkpoint-7").is_dir()  # no recipe: not ours
+    assert not (tmp_path / STAGING_NAME).exists()
+    (tmp_path / RECIPE_NAME).write_text("")
+    clear_output_dir(tmp_path)
+    assert not (tmp_path / "checkpoint-7").exists()
+
+
+# Complete checkpoints
+
+
+def make_checkpoint(folder, step, **content):
+    checkpoint = folder / f"checkpoint-{step}"
+    (checkpoint / "sub").mkdir(parents=True)
+    (checkpoint / "weights").write_text("weights")
+    (checkpoint / "sub" / "state").write_text("state")
+    mark_complete(checkpoint, {"resumable": True, **content})
+    return checkpoint
+
+
+def test_a_sealed_checkpoint_is_complete_and_keeps_its_content(tmp_path):
+    checkpoint = make_checkpoint(tmp_path, 3, seed=5)
+    assert incomplete_because(checkpoint) is None
+    assert read_completion_mark(checkpoint)["seed"] == 5
+    assert read_completion_mark(checkpoint)["files"] == {"weights": 7, "sub/state": 5}
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: shutil.rmtree(folder), "there is no such folder"),
+        (lambda folder: (folder / COMPLETE_NAME).unlink(), "it has no run.json, which is written last"),
+        (lambda folder: (folder / COMPLETE_NAME).write_text('{"files'), "its run.json is damaged"),
+        (lambda folder: (folder / "sub" / "state").unlink(), "sub/state is missing"),
+        (lambda folder: (folder / "weights").write_text("w" * 1234), "weights has 1,234 bytes instead of 7"),
+    ],
+)
+def test_a_checkpoint_that_lost_something_is_not_complete(tmp_path, damage, reason):
+    earlier, checkpoint = make_checkpoint(tmp_path, 3), make_checkpoint(tmp_path, 12)
+    damage(checkpoint)
+    assert incomplete_because(checkpoint) == reason
+    with pytest.raises(ValueError, match=f"there is no complete checkpoint in .*checkpoint-12: {reason}"):
+        read_completion_mark(checkpoint)
+    assert last_complete_checkpoint(tmp_path) == earlier
+
+
+def test_checkpoints_are_ordered_by_step(tmp_path):
+    for step in (9, 12, 3):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-9", "checkpoint-12"]
+    assert last_complete_checkpoint(tmp_path).name == "checkpoint-12"
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_checkpoint_with_the_model_only_is_not_resumed(tmp_path):
+    checkpoint = make_checkpoint(tmp_path, 3, resumable=False)
+    with pytest.raises(ValueError, match="saved with --save_only_model.*--init_from"):
+        read_completion_mark(checkpoint)
+
+
+class Killed(BaseException):
+    """What stands for a SIGKILL."""
+
+
+def test_a_checkpoint_is_put_back_when_the_kill_falls_between_two_renames(tmp_path, monkeypatch):
+    old = make_checkpoint(tmp_path, 3, version="old")
+    new = make_checkpoint(tmp_path / STAGING_NAME, 3, version="new")
+    rename, calls = os.rename, []
+
+    def rename_once(source, target):
+        if calls:
+            raise Killed
+        calls.append(source)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_once)
+    with pytest.raises(Killed):
+        publish_folder(new, old)
+    monkeypatch.undo()
+    assert last_complete_checkpoint(tmp_path) is None
+    (tmp_path / RECIPE_NAME).write_text("")
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        check_output_dir(tmp_path)
+    recover_output_dir(tmp_path)
+    assert read_completion_mark(old)["version"] == "old"
+
+
+def test_a_failure_between_two_renames_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    old = make_checkpoint(tmp_path, 3, version="old")
+    new = make_checkpoint(tmp_path / STAGING_NAME, 3, version="new")
+    rename = os.rename
+
+    def fail_for_the_new(source, target):
+        if source == new:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_for_the_new)
+    with pytest.raises(SaveError, match="Input/output error.*checkpoint-3"), saving("it", tmp_path, needed=1):
+        publish_folder(new, old)
+    assert read_completion_mark(old)["version"] == "old"
+    assert not (tmp_path / STAGING_NAME).exists()
+
+
+def test_a_replaced_checkpoint_does_not_come_back(tmp_path, monkeypatch):
+    old = make_checkpoint(tmp_path, 3, version="old")
+    new = make_checkpoint(tmp_path / STAGING_NAME, 3, version="new")
+    monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **keywords: None)  # killed before the old one is removed
+    publish_folder(new, old)
+    recover_output_dir(tmp_path)
+    assert read_completion_mark(old)["version"] == "new"
+
+
+def test_a_model_killed_while_it_is_published_has_no_weights_rather_than_foreign_ones(tmp_path, monkeypatch):
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder, text in ((source, "new"), (target, "old")):
+        folder.mkdir()
+        for name in ("config.json", "model.safetensors", "training_args.bin", "vocab.json"):
+            (folder / name).write_text(text)
+    (target / "model-00001-of-00002.safetensors").write_text("old")
+    (target / "notes.bin").write_text("foreign")
+    replace, states = os.replace, []
+
+    def replace_and_look(source, destination):
+        replace(source, destination)
+        states.append({path.name: path.read_text() for path in target.iterdir() if path.name.startswith("model")})
+
+    monkeypatch.setattr(os, "replace", replace_and_look)
+    publish_files(source, target)
+    assert states == [{}, {}, {}, {"model.safetensors": "new"}]
+    assert (target / "config.json").read_text() == "new"
+    assert (target / "notes.bin").read_text() == "foreign"
+
+
+def test_old_checkpoints_leave_their_name_before_they_are_deleted(tmp_path, monkeypatch):
+    for step in (3, 6, 9, 12):
+        make_checkpoint(tmp_path, step)
+    rmtree, names = shutil.rmtree, []
+
+    def look_and_remove(path, **keywords):
+        names.append(sorted(other.name for other in tmp_path.glob("checkpoint-*")))
+        rmtree(path, **keywords)
+
+    monkeypatch.setattr(shutil, "rmtree", look_and_remove)
+    keep = {str(tmp_path / "checkpoint-3"), str(tmp_path / "checkpoint-12")}
+    remove_old_checkpoints(tmp_path, limit=2, keep=keep)
+    assert names == [["checkpoint-12", "checkpoint-3", "checkpoint-9"], ["checkpoint-12", "checkpoint-3"]]
+    remove_old_checkpoints(tmp_path, limit=None, keep=set())
+    assert len(checkpoints(tmp_path)) == 2
+
+
+def test_a_text_file_is_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    write_atomically(path, "old")
+    monkeypatch.setattr(os, "replace", lambda *arguments: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+# Disk
+
+
+@pytest.mark.parametrize("error", [OSError(28, "full"), RuntimeError("writer"), SafetensorError("I/O")])
+def test_a_failure_to_save_is_one_clear_error_and_leaves_no_debris(tmp_path, error):
+    make_checkpoint(tmp_path, 3)
+    (tmp_path / STAGING_NAME / "checkpoint-6").mkdir(parents=True)
+    message = rf"checkpoint-6 can not be saved in .*{type(error).__name__}.*takes about 12.3 MB, and .* are free\. "
+    message += r"The last complete checkpoint is .*checkpoint-3; make room, and go on with --resume_from_checkpoint"
+    with pytest.raises(SaveError, match=message), saving("checkpoint-6", tmp_path, needed=12_345_678):
+        raise error
+    assert not (tmp_path / STAGING_NAME).exists()
+
+
+def test_other_errors_pass_through_saving(tmp_path):
+    with pytest.raises(KeyError), saving("checkpoint-6", tmp_path, needed=1):
+        raise KeyError
+
+
+def test_a_disk_that_is_too_small_is_told_before_training(tmp_path, caplog):
+    warn_if_disk_is_full(tmp_path / "not" / "yet", needed=1)
+    assert not caplog.records
+    warn_if_disk_is_full(tmp_path, needed=10**18)
+    assert "a checkpoint takes about 1000000.0 TB, but only" in caplog.text
+
+
+def test_sizes_are_written_for_people():
+    assert [as_size(size) for size in (12, 1234, 5e6, 7.25e9)] == ["12 bytes", "1.2 kB", "5.0 MB", "7.2 GB"]

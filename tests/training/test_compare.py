@@ -1,0 +1,143 @@
+"""The comparison: every model by the same code, complete runs kept, one table."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from bd3lm_hf.cli import main as bd3lm
+from bd3lm_hf.training.compare import ComparedModel, comparison_table, read_plan, write_texts
+
+
+FIELDS = {
+    "vocab_size": 300,
+    "model_length": 16,
+    "hidden_dim": 16,
+    "n_blocks": 1,
+    "n_heads": 2,
+    "cond_dim": 8,
+    "dropout": 0.0,
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "warmup_steps": 0,
+    "logging_steps": 1,
+    "eval_strategy": "no",
+    "max_eval_samples": 4,
+    "save_strategy": "no",
+    "sample_tokens": 0,
+    "disable_tqdm": True,
+}
+MODELS = {
+    "ar": {"model_type": "ar"},
+    "bd3lm-4": {"model_type": "bd3lm", "block_size": 4},
+    "mdlm": {"model_type": "mdlm"},
+    "sedd": {"model_type": "sedd"},
+    "ssdlm": {"model_type": "ssdlm", "block_size": 4, "cond_dim": None, "num_denoising_steps": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("comparison")
+    rows = [{"text": f"Sentence {i} says that every masked token is revealed once. " * 3} for i in range(30)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {
+        "models": MODELS,
+        "seeds": [3],
+        "num_texts": 3,
+        "text_length": 12,
+        "dataset": str(folder / "text.jsonl"),
+        **FIELDS,
+    }
+    (folder / "compare.yaml").write_text(yaml.safe_dump(content))
+    return folder / "compare.yaml"
+
+
+def test_models_are_trained_once_and_compared_in_one_table(recipe, tmp_path, capsys):
+    words = ["compare", str(recipe), "--output_dir", str(tmp_path / "runs")]
+    assert bd3lm(words) == 0
+    printed = capsys.readouterr().out
+    rows = json.loads((tmp_path / "runs" / "comparison.json").read_text())
+    assert [row["model"] for row in rows] == list(MODELS)
+    assert [row["exact"] for row in rows] == [True, False, False, False, False]
+    assert {row["training_tokens"] for row in rows} == {2 * 4 * 16}
+    for row in rows:
+        # After two steps nobody is far from the uniform distribution over 300 ids.
+        assert 100 < row["generative_perplexity"] < 1000 and row["seconds_per_token"] > 0
+        assert 0 < row["entropy"] <= torch.tensor(12.0).log() + 1e-6
+    for row in rows[:4]:
+        assert 100 < row["perplexity"] < 1000 and row["forwards_per_token"] >= 1
+        assert f"| {row['model']} | {'' if row['exact'] else '<= '}{row['perplexity']:.1f} |" in printed
+    # It has no likelihood, and three steps for each of three blocks that hold eleven tokens.
+    assert rows[4]["perplexity"] is None and rows[4]["forwards_per_token"] == pytest.approx(9 / 11)
+    assert "| ssdlm | none |" in printed and "`none` a model without a likelihood" in printed
+    trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/model.safetensors")}
+    assert len(trained) == 5
+    assert bd3lm([*words, "--models", "ar", "mdlm"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in trained} == trained
+    with pytest.raises(SystemExit):
+        bd3lm([*words, "--max_steps", "3"])
+    assert "holds a run with another max_steps" in capsys.readouterr().err
+
+
+def test_a_run_too_short_to_log_its_speed_is_compared_without_it(recipe, tmp_path, capsys):
+    words = ["compare", str(recipe), "--models", "ar", "--output_dir", str(tmp_path), "--logging_steps", "10"]
+    assert bd3lm(words) == 0
+    assert json.loads((tmp_path / "comparison.json").read_text())[0]["training_tokens_per_second"] is None
+    assert "| unknown |" in capsys.readouterr().out
+
+
+def test_the_shipped_recipe_names_the_papers_models():
+    plan = read_plan([])
+    assert list(plan.models) == ["ar", "bd3lm-4", "bd3lm-8", "bd3lm-16", "mdlm", "sedd", "ssdlm"]
+    assert plan.judge == "ar" and len(plan.seeds) > 1
+
+
+def test_the_command_line_overrides_the_recipe(recipe):
+    plan = read_plan([str(recipe), "--models", "mdlm", "--seeds", "1", "2", "--max_steps=7", "--output_dir", "there"])
+    assert list(plan.models) == ["mdlm"] and plan.seeds == [1, 2]
+    assert plan.common["max_steps"] == 7 and str(plan.folder) == "there"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere.yaml"], "there is no recipe 'nowhere.yaml'"),
+        (["--models", "gpt"], "--models gpt: the recipe .* has ar, bd3lm-4"),
+        (["--num_texts", "0"], "num_texts=0: give a whole number of at least 1"),
+        (["--text_length", "x"], "text_length='x'"),
+        (["--max_stepps", "3"], "'max_stepps' is no field of a run"),
+        (["--max_steps"], "--max_steps has no value"),
+        (["--judge", "ssdlm"], "--judge ssdlm has no likelihood to score texts by"),
+    ],
+)
+def test_bad_input_is_refused_before_any_training(words, message):
+    with pytest.raises(ValueError, match=message):
+        read_plan(words)
+
+
+def test_a_recipe_without_models_is_refused(tmp_path):
+    (tmp_path / "plain.yaml").write_text("max_steps: 3\n")
+    with pytest.raises(ValueError, match="names no models"):
+        read_plan([str(tmp_path / "plain.yaml")])
+
+
+def test_means_and_ranges_are_printed_and_bounds_are_marked():
+    def row(model: str, seed: int, perplexity: float | None, exact: bool) -> ComparedModel:
+        return ComparedModel(model, seed, perplexity, exact, 1000, 10.0, 50.0, 2.0, 1.0, 0.001)
+
+    text = comparison_table(
+        [row("a", 1, 10.0, True), row("a", 2, 12.0, True), row("b", 1, 20.0, False), row("c", 1, None, False)]
+    )
+    assert "| a | 11.0 (10.0 - 12.0) | 50.0 | 2.00 | 1.00 | 1.00 | 10 |" in text
+    assert "| b | <= 20.0 |" in text and "| c | none | 50.0 |" in text
+
+
+def test_texts_have_one_length_even_where_they_could_end(tiny_model):
+    with torch.no_grad():
+        tiny_model.get_output_embeddings().bias[1] = 5.0  # the end of a text is likely
+    written = write_texts(tiny_model, 3, 12, seed=0)
+    assert written.ids.shape == (3, 12) and (written.ids[:, 1:] == 1).any()
+    assert torch.equal(written.ids, write_texts(tiny_model, 3, 12, seed=0).ids)
+    assert written.forwards_per_token == 1.0

@@ -1,0 +1,207 @@
+import itertools
+
+import pytest
+import torch
+from datasets import Dataset
+from two_processes import STEPS, train
+
+from bd3lm_hf.data.streaming import PackedStream
+from bd3lm_hf.tokenization import train_tokenizer
+from bd3lm_hf.training.examples import (
+    EXAMPLE_INDEX,
+    EndlessStream,
+    EpochOrder,
+    EpochSampler,
+    NoiseCollator,
+    PaddingCollator,
+)
+
+
+def rows_of(count: int, length: int = 32) -> list[dict]:
+    ids = torch.randint(3, 47, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def test_an_epoch_visits_every_row_and_fills_the_last_step():
+    order = EpochOrder([{"row": row} for row in range(10)], seed=0, group_size=4)
+    items = [order[item] for item in EpochSampler(order)]
+    assert len(items) == len(order) == len(EpochSampler(order)) == 12
+    assert {item["row"] for item in items} == set(range(10))
+    assert [item[EXAMPLE_INDEX] for item in items] == list(range(12))
+
+
+def test_every_epoch_has_its_own_order_and_indices():
+    order = EpochOrder([{"row": row} for row in range(8)], seed=0, group_size=4)
+    first = [order[item] for item in EpochSampler(order)]
+    order.set_epoch(1)
+    second = [order[item] for item in EpochSampler(order)]
+    assert [item["row"] for item in first] != [item["row"] for item in second]
+    assert [item[EXAMPLE_INDEX] for item in second] == list(range(8, 16))
+
+
+def test_a_data_set_smaller_than_a_step_is_repeated():
+    order = EpochOrder([{"row": 0}, {"row": 1}], seed=0, group_size=5)
+    assert len(order) == 5
+    assert set(order.permutation(0)) == {0, 1}
+
+
+def test_the_rows_of_a_batch_can_be_named():
+    order = EpochOrder([{"row": row} for row in range(8)], seed=3, group_size=4)
+    assert order.rows_at(10, 3) == order.permutation(1)[2:5]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [([], "holds no sequence"), (iter([{}]), "list_iterator without a length")]
+)
+def test_training_data_must_have_sequences(rows, message):
+    with pytest.raises(ValueError, match=message):
+        EpochOrder(rows, seed=0, group_size=4)
+
+
+@pytest.fixture
+def collate(tiny_config):
+    return NoiseCollator(PaddingCollator(2), seed=0, group_size=8, num_blocks=tiny_config.num_blocks, length=32)
+
+
+def test_noise_belongs_to_the_example_not_to_the_batch(collate):
+    examples = [{**row, EXAMPLE_INDEX: 100 + place} for place, row in enumerate(rows_of(8))]
+    whole = collate(examples)
+    parts = [collate(examples[start : start + 2]) for start in range(0, 8, 2)]
+    for name in ("block_noise", "token_noise", "count_noise"):
+        assert torch.equal(whole[name], torch.cat([part[name] for part in parts]))
+    assert whole["block_noise"].shape == (8, 8)
+
+
+def test_noise_does_not_change_with_a_longer_neighbour(collate):
+    short = {"input_ids": [5] * 9, EXAMPLE_INDEX: 3}
+    long = {"input_ids": [6] * 30, EXAMPLE_INDEX: 4}
+    alone, together = collate([short]), collate([short, long])
+    assert torch.equal(alone["token_noise"][0], together["token_noise"][0, :9])
+    assert torch.equal(alone["block_noise"][0], together["block_noise"][0, :3])
+
+
+def test_several_draws_of_an_example_belong_to_it_too(tiny_config):
+    options = {"seed": 0, "group_size": 8, "num_blocks": tiny_config.num_blocks, "length": 32, "draws": 3}
+    collate = NoiseCollator(PaddingCollator(2), **options)
+    short = {"input_ids": [5] * 9, EXAMPLE_INDEX: 3}
+    long = {"input_ids": [6] * 30, EXAMPLE_INDEX: 4}
+    alone, together = collate([short]), collate([short, long])
+    shapes = {name: tuple(together[name].shape) for name in ("block_noise", "token_noise", "count_noise")}
+    assert shapes == {"block_noise": (2, 3, 8), "token_noise": (2, 3, 30), "count_noise": (2, 3, 8)}
+    assert torch.equal(alone["token_noise"][0], together["token_noise"][0, :, :9])
+    assert torch.equal(alone["block_noise"][0], together["block_noise"][0, :, :3])
+
+
+def test_padding_has_no_label_and_no_attention():
+    batch = PaddingCollator(2)([{"input_ids": [5, 6, 7]}, {"input_ids": [8], "labels": [-100]}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 2, 2]]
+    assert batch["labels"].tolist() == [[5, 6, 7], [-100, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_a_model_without_blocks_gets_no_noise():
+    collate = NoiseCollator(PaddingCollator(), seed=0, group_size=2, num_blocks=lambda length: 0, length=32)
+    assert set(collate([{"input_ids": [5, 6], EXAMPLE_INDEX: 0}])) == {"input_ids", "labels", "attention_mask"}
+
+
+def test_a_sequence_beyond_the_models_length_is_refused(collate):
+    with pytest.raises(ValueError, match="33 tokens is longer than model_length=32"):
+        collate([{"input_ids": [5] * 33, EXAMPLE_INDEX: 0}])
+
+
+# Streams
+
+
+@pytest.fixture
+def stream():
+    """A function that makes a stream of some thirty short sequences, always the same."""
+    texts = [f"document {i} says: " + "so it goes, " * (i % 5) for i in range(40)]
+    tokenizer = train_tokenizer(texts, vocab_size=300)
+
+    def make(group_size: int = 8) -> EndlessStream:
+        source = Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=2)
+        packed = PackedStream(source, tokenizer, length=32, shuffle_buffer=6, seed=3)
+        return EndlessStream(packed, group_size=group_size)
+
+    return make
+
+
+def taken(examples, count: int) -> list[tuple[int, tuple[int, ...]]]:
+    return [(e[EXAMPLE_INDEX], tuple(e["input_ids"].tolist())) for e in itertools.islice(examples, count)]
+
+
+def test_a_stream_counts_its_examples_over_all_passes(stream):
+    endless = stream()
+    length = len(list(endless.stream))
+    rows = taken(iter(endless), 2 * length + 5)
+    assert [index for index, _ in rows] == list(range(2 * length + 5))
+    first, second = ([row for _, row in rows[i * length : (i + 1) * length]] for i in range(2))
+    assert sorted(first) == sorted(second)
+    assert first != second  # shuffled anew
+    assert endless.rows_at(10, 3) == [10, 11, 12]
+
+
+@pytest.mark.parametrize("step", [0, 1, 5, 13])
+def test_a_stream_goes_on_behind_any_step_with_the_same_examples(stream, step):
+    whole = stream()
+    rows = iter(whole)
+    taken(rows, step * 8 + 9)  # the loader is up to a step ahead of what was trained on
+    expected = taken(iter(stream()), step * 8 + 60)[step * 8 :]
+    rest = stream()
+    rest.go_on(whole.position(step))
+    assert taken(iter(rest), 60) == expected
+
+
+def test_a_position_of_steps_of_another_size_is_refused(stream):
+    whole = stream()
+    taken(iter(whole), 20)
+    with pytest.raises(ValueError, match="recorded with 8 sequences a step, but it is now 4"):
+        stream(group_size=4).go_on(whole.position(1))
+
+
+def test_old_positions_are_forgotten(stream):
+    endless = stream()
+    taken(iter(endless), 200)
+    assert len(endless._positions) <= 5
+
+
+# The same run in several layouts, see also two_processes.py
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory, two_processes):
+    """The same run in one process with one batch of 8, with four of 2, and in two processes with batches of 4."""
+    folder = tmp_path_factory.mktemp("layouts")
+    one, parts = (train(folder / str(size), per_device_train_batch_size=size) for size in (8, 2))
+    return one, parts, *(result["ddp"] for result in two_processes[1])
+
+
+def test_all_layouts_see_the_same_noise(layouts):
+    one, parts, *two = layouts
+    assert [layout["world_size"] for layout in layouts] == [1, 1, 2, 2]
+    assert [layout["accumulation"] for layout in layouts] == [1, 4, 1, 1]
+    shared = two[0]["seen"] | two[1]["seen"]
+    assert len(two[0]["seen"]) == len(two[1]["seen"]) == STEPS * 4
+    for seen in (parts["seen"], shared):
+        assert seen.keys() == one["seen"].keys()  # the same sequences in the same optimizer steps
+        for key, noise in one["seen"].items():
+            assert all(torch.equal(seen[key][name], drawn) for name, drawn in noise.items())
+
+
+def test_noise_levels_are_stratified_over_the_global_batch(layouts):
+    for seen in (layouts[0]["seen"], layouts[1]["seen"], layouts[2]["seen"] | layouts[3]["seen"]):
+        for step in range(STEPS):
+            levels = torch.cat([noise["block_noise"] for key, noise in seen.items() if key[0] == step])
+            assert (levels.sort().values * len(levels)).floor().tolist() == list(range(64))
+
+
+def test_all_layouts_take_the_same_steps(layouts):
+    one = layouts[0]
+    for other in layouts[1:]:
+        for key in ("loss", "eval_nll", "grad_norm"):
+            assert other[key] == pytest.approx(one[key], abs=1e-5), key
+        assert other["interval"] == one["interval"]
+        for name, average in one["average"].items():
+            torch.testing.assert_close(other["average"][name], average, rtol=0, atol=1e-6, msg=name)
+    for name, average in layouts[2]["average"].items():
+        assert torch.equal(average, layouts[3]["average"][name]), name

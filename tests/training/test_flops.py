@@ -1,0 +1,168 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from bd3lm_hf.modeling.attention_bd3lm import token_layout
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.loss_bd3lm import corrupt, loss_mask
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.noise_bd3lm import draw_noise
+from bd3lm_hf.training.callbacks import (
+    attended_pairs,
+    expected_mask_rate,
+    forward_flops,
+    peak_flops,
+    peak_tflops_of,
+    training_flops,
+)
+
+
+class FlopCounter(TorchDispatchMode):
+    """torch's `FlopCounterMode` without its hooks on modules, which a backward pass inside a backward pass upsets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = self.attention = 0  # batched products are those of attention
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func._overloadpacket
+        if name in flop_registry:
+            flops = flop_registry[name](*args, **(kwargs or {}), out_val=result)
+            if name in (torch.ops.aten.mm, torch.ops.aten.addmm):
+                self.weights += flops
+            else:
+                self.attention += flops
+        return result
+
+
+@pytest.fixture
+def config() -> BD3LMConfig:
+    """Wide enough for its matrices to outweigh what the count leaves out."""
+    return BD3LMConfig(
+        vocab_size=512,
+        block_size=8,
+        model_length=64,
+        hidden_dim=128,
+        cond_dim=16,
+        n_blocks=3,
+        n_heads=4,
+        dropout=0.0,
+        attn_implementation="eager",
+    )
+
+
+def counted(model: torch.nn.Module, ids: torch.Tensor, masked_rate: float) -> tuple[float, float, float]:
+    """What torch counts in a training step, in weights and in attention, and the tokens masked per sequence."""
+    noise = draw_noise(*ids.shape[:1], model.config.num_blocks(ids.shape[1]), ids.shape[1], order="none")
+    noise.block_noise.fill_(masked_rate)
+    layout = token_layout(None, ids.shape[1], model.config.block_size, device=ids.device)
+    scored = loss_mask(layout, ids, ignore_bos=model.config.ignore_bos, training=True)
+    masked = corrupt(model, layout, scored, noise, *model.interval())[0].sum().item() / len(ids)
+    names = ("block_noise", "token_noise", "count_noise")
+    with FlopCounter() as counter:
+        model(input_ids=ids, labels=ids, **{name: getattr(noise, name) for name in names}).loss.backward()
+    return counter.weights, counter.attention, masked
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.9])
+def test_the_count_is_what_torch_counts(config, rate):
+    model = BD3LMForMaskedLM(config).train()
+    ids = torch.randint(1, 500, (3, 64))
+    weights, attention, masked = counted(model, ids, rate)
+    expected_weights, expected_attention = forward_flops(config, 64, masked)
+    assert weights == pytest.approx(3 * 3 * expected_weights, rel=0.02)
+    # Eager attention multiplies every pair; the masks allow this share of them.
+    clean, noisy = 2 * 64 * 64, 64 * 2 * 64
+    dense = (2 * (clean + noisy) + noisy) / ((2 * 2 + 1) * attended_pairs(64, 8))
+    assert attention == pytest.approx(3 * 3 * expected_attention * dense, rel=0.02)
+
+
+@pytest.mark.parametrize(("length", "block_size"), [(32, 4), (30, 4), (8, 8), (5, 1), (3, 8)])
+def test_attended_pairs_are_those_of_the_mask(length, block_size):
+    blocks = torch.arange(length) // block_size
+    assert attended_pairs(length, block_size) == (blocks[:, None] >= blocks[None, :]).sum().item()
+    noisy_to_clean, own = blocks[:, None] > blocks[None, :], blocks[:, None] == blocks[None, :]
+    assert attended_pairs(length, block_size) == (noisy_to_clean.sum() + own.sum()).item()
+
+
+def test_several_noisy_streams_share_one_clean_stream(config):
+    (one, one_attention), (two, two_attention), (three, three_attention) = (
+        forward_flops(config, 64, 32, draws=draws) for draws in (1, 2, 3)
+    )
+    assert three - two == pytest.approx(two - one)
+    assert two < 2 * one
+    assert three_attention - two_attention == pytest.approx(two_attention - one_attention)
+
+
+@pytest.mark.parametrize(
+    ("noise", "low", "high", "rate"), [("loglinear", 0.001, 1.0, 0.5005), ("square", 0, 1, 1 / 3)]
+)
+def test_the_expected_mask_rate_is_the_mean_of_the_schedule(noise, low, high, rate):
+    assert expected_mask_rate(noise, low, high) == pytest.approx(rate, abs=1e-3)
+
+
+def test_a_training_step_counts_backward_twice_and_follows_the_interval(config):
+    model = BD3LMForMaskedLM(config)
+    weights, attention = forward_flops(config, 64, 64 * 0.5005)
+    whole = training_flops(model, 2, 64)
+    assert whole == pytest.approx(6 * (weights + attention), rel=1e-3)
+    model.sampling_eps_min.fill_(0.8)
+    model.sampling_eps_max.fill_(1.0)
+    assert training_flops(model, 2, 64) > 1.05 * whole
+
+
+def test_frozen_weights_need_no_gradient(config):
+    whole = training_flops(BD3LMForMaskedLM(config), 1, 64)
+    adapted = get_peft_model(BD3LMForMaskedLM(config), LoraConfig(r=2, target_modules=["attn_qkv"]))
+    assert training_flops(adapted, 1, 64) == pytest.approx(whole * 2 / 3, rel=0.05)
+
+
+def test_models_without_a_count_of_their_own_have_none(config):
+    class OtherConfig(BD3LMConfig):
+        pass
+
+    assert training_flops(torch.nn.Linear(2, 2), 1, 64) is None
+    assert training_flops(BD3LMForMaskedLM(OtherConfig(**config.to_dict())), 1, 64) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA RTX A5000", 111.1),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40S", 362.0),
+        ("", 0.0),
+        ("Some other device", 0.0),
+    ],
+)
+def test_the_peak_is_known_by_the_name_of_the_device(name, peak):
+    assert peak_tflops_of(name) == peak
+
+
+def test_a_given_peak_counts_and_a_cpu_has_none():
+    cpu = torch.device("cpu")
+    assert peak_flops(SimpleNamespace(peak_tflops=2.5, device=cpu)) == 2.5e12
+    assert peak_flops(SimpleNamespace(peak_tflops=None, device=cpu)) == 0
+
+
+@pytest.mark.parametrize("draws", [1, 2, 3])
+def test_the_expected_count_is_what_torch_counts_with_several_draws(config, draws):
+    config.noise_draws = draws
+    model = BD3LMForMaskedLM(config).train()
+    ids = torch.randint(1, 500, (24, 64), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    with FlopCounter() as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    expected, attention = forward_flops(config, 64, 64 * 0.5005, draws=draws)
+    assert counter.weights == pytest.approx(24 * 3 * expected, rel=0.03)
+    assert training_flops(model, 24, 64) == pytest.approx(24 * 3 * (expected + attention), rel=1e-3)

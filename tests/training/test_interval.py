@@ -1,0 +1,484 @@
+"""The search for the clipped interval: parity, candidates, both ways of measuring, processes, the trainer's hook."""
+
+import json
+import math
+import os
+import socket
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from bd3lm_hf.checkpoints import NotFiniteError
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.noise_bd3lm import count_probabilities, noise_schedule
+from bd3lm_hf.training import interval as interval_module
+from bd3lm_hf.training.arguments import BD3LMTrainingArguments
+from bd3lm_hf.training.interval import (
+    WHOLE,
+    batch_variances,
+    candidate_intervals,
+    check_searchable,
+    choose_method,
+    first_smallest,
+    parse_interval,
+    published_intervals,
+    search_intervals,
+    sum_moments,
+    variance_of_sums,
+)
+from bd3lm_hf.training.loss_moments import BlockMoments, PassPerInterval, SharedDraws
+from bd3lm_hf.training.trainer import BD3LMTrainer
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "05_clip_search"
+PUBLISHED = json.loads((GOLDEN / "config.json").read_text())
+SCHEDULES = ("loglinear", "square", "square_root", "log", "cosine")
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "tensors.safetensors")
+
+
+def rows_of(count: int, length: int = 32, seed: int = 0) -> list[list[int]]:
+    return torch.randint(3, 47, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def model_of(config: BD3LMConfig, randomize, **changes) -> BD3LMForMaskedLM:
+    return randomize(BD3LMForMaskedLM(BD3LMConfig(**{**config.to_dict(), **changes})), std=0.3).eval()
+
+
+# --- Parity with the published search --------------------------------------------------------------------------------
+
+
+def test_candidates_equal_the_published_ones(golden):
+    found = published_intervals(PUBLISHED["clip_search_widths"], PUBLISHED["clip_search_delta"])
+    assert torch.equal(torch.tensor(found, dtype=torch.float64), golden["intervals"])
+    assert found == [tuple(pair) for pair in PUBLISHED["candidates_block_size_gt_1"]] == candidate_intervals(4)
+    assert candidate_intervals(1) == [tuple(pair) for pair in PUBLISHED["candidates_block_size_1"]]
+
+
+@pytest.mark.parametrize("prefix", ["", "syn."])
+def test_variances_and_the_chosen_interval_equal_the_published_ones(golden, prefix):
+    block_nll = golden[f"{prefix}block_nll"]
+    variances = batch_variances(block_nll)
+    torch.testing.assert_close(variances.sum(1), golden[f"{prefix}var_sum"], rtol=1e-6, atol=0)
+    chosen = candidate_intervals(4)[first_smallest(variances.sum(1))]
+    assert torch.equal(torch.tensor(chosen), golden[f"{prefix}selected"])
+
+
+def test_logged_variances_and_the_bound_equal_the_published_ones(golden):
+    torch.testing.assert_close(batch_variances(golden["block_nll"]).mean(1), golden["var_logged"], rtol=1e-6, atol=0)
+
+
+def test_the_search_gives_the_published_variances_for_the_published_losses(golden):
+    block_nll = golden["block_nll"].double().flatten(2)
+    for batch in block_nll.unbind(1):
+        sums = sum_moments(BlockMoments(torch.ones_like(batch), batch, batch.square()))
+        torch.testing.assert_close(variance_of_sums(sums), batch.var(1))
+
+
+# --- Candidates ------------------------------------------------------------------------------------------------------
+
+
+def test_widths_are_searched_only_when_asked_for_beside_own_intervals():
+    own = [(0.3, 0.8)]
+    assert candidate_intervals(4, own=own) == [WHOLE, (0.30000001192092896, 0.800000011920929)]
+    assert len(candidate_intervals(4, own=own, widths=[0.9])) == 1 + 3 + 1
+    assert len(candidate_intervals(4, own=own, widths=[0.5])) == 1 + 11  # it is one of them
+
+
+def test_candidates_are_what_a_model_would_hold(tiny_model):
+    for low, high in candidate_intervals(4, own=[(0.0, 0.7), (0.123, 0.456)])[1:]:
+        tiny_model.set_interval(low, high)
+        assert tiny_model.interval() == (low, high)
+
+
+def test_ends_below_the_least_level_are_raised_to_it():
+    assert candidate_intervals(4, own=[(0, 0.5)])[1] == (0.0010000000474974513, 0.5)
+
+
+def test_published_intervals_that_reach_beyond_one_are_not_searched():
+    assert max(high for _, high in published_intervals([0.33])) > 1
+    found = candidate_intervals(4, widths=[0.33])
+    assert max(high for _, high in found) <= 1
+    assert len(found) == len(published_intervals([0.33])) - 1
+
+
+def test_at_block_size_one_the_full_mask_is_the_other_candidate():
+    assert candidate_intervals(1, widths=[0.5]) == [WHOLE, (1, 1)]
+    assert candidate_intervals(1, own=[(0.5, 1.0)]) == [WHOLE, (0.5, 1.0)]
+
+
+@pytest.mark.parametrize(("text", "expected"), [("0.3-0.8", (0.3, 0.8)), ("1e-3 - 1", (1e-3, 1.0)), (".5-1.", None)])
+def test_an_interval_is_read_from_text(text, expected):
+    if expected is None:
+        with pytest.raises(ValueError, match="write two numbers, as in 0.3-0.8"):
+            parse_interval(text)
+    else:
+        assert parse_interval(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"widths": [0.5, 0.0]}, "interval_search_widths 0.0: give widths above 0 and up to 1"),
+        ({"widths": [1.5]}, "interval_search_widths 1.5"),
+        ({"step": 0.0}, "interval_search_step 0.0: give a step above 0"),
+        ({"step": math.nan}, "interval_search_step nan"),
+        ({"own": [(0.8, 0.3)]}, "interval_candidates 0.8-0.3: write the lower end first"),
+        ({"own": [(0.3, 1.2)]}, "interval_candidates 0.3-1.2: .*inside \\[0, 1\\]"),
+        ({"own": [(0.0, 0.0)]}, "interval_candidates 0.0-0.0"),
+    ],
+)
+def test_candidates_that_are_no_intervals_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        candidate_intervals(4, **arguments)
+
+
+def test_a_candidate_that_no_mask_rate_meets_is_refused_by_name(tiny_config, randomize):
+    candidates = candidate_intervals(4, own=[(0.3, 0.8), (0.55, 0.7)])
+    check_searchable(model_of(tiny_config, randomize), candidates)
+    with pytest.raises(ValueError, match=r"the interval \[0.55\d*, 0.69\d*\] holds no mask rate k / 4"):
+        check_searchable(model_of(tiny_config, randomize, resample=True), candidates)
+
+
+def test_published_candidates_are_met_at_every_block_size(tiny_config, randomize):
+    for size in (1, 2, 4, 8, 16, 32):
+        model = model_of(tiny_config, randomize, resample=True, block_size=size)
+        check_searchable(model, candidate_intervals(size))
+
+
+def test_a_model_without_an_interval_is_refused(tiny_config, randomize):
+    for model in (model_of(tiny_config, randomize, var_min=False), torch.nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match=f"this {type(model).__name__} has none: use .* with var_min=True"):
+            check_searchable(model, [WHOLE])
+
+
+# --- The statistic ---------------------------------------------------------------------------------------------------
+
+
+def test_the_earlier_of_equals_is_chosen():
+    assert first_smallest(torch.tensor([3.0, 1.0, 2.0, 1.0])) == 1
+
+
+def test_no_interval_is_chosen_from_variances_that_are_not_numbers():
+    with pytest.raises(NotFiniteError, match="of 1 of 3 intervals are NaN or infinite"):
+        first_smallest(torch.tensor([1.0, math.nan, 2.0]))
+
+
+def test_the_expected_variance_of_independent_losses_is_that_of_draws():
+    generator = torch.Generator().manual_seed(0)
+    mean, spread = torch.rand(6, generator=generator).double() * 3, torch.rand(6, generator=generator).double() + 0.5
+    draws = mean + spread * torch.randn(200_000, 6, generator=generator, dtype=torch.float64)
+    expected = variance_of_sums(
+        sum_moments(BlockMoments(torch.ones(1, 6), mean.unsqueeze(0), (mean**2 + spread**2).unsqueeze(0)))
+    )
+    assert draws.var(1).mean().item() == pytest.approx(expected.item(), rel=5e-3)
+
+
+def test_moments_that_all_miss_alike_do_not_change_the_variance_of_a_constant():
+    for missed in (0.9, 1.0, 1.1):
+        loss = torch.full((1, 50), 3.0, dtype=torch.float64)
+        sums = sum_moments(BlockMoments(torch.full_like(loss, missed), loss * missed, loss**2 * missed))
+        assert variance_of_sums(sums).item() == pytest.approx(0, abs=0.2 if missed != 1 else 1e-9)
+
+
+# --- Both ways of measuring ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fourth_moment_bounds(model: BD3LMForMaskedLM, rows: list[list[int]], candidates) -> torch.Tensor:
+    """What the mean of X^4 is at most: the loss of k tokens is at most k^3 times their summed fourth powers."""
+    config, ids = model.config, torch.tensor(rows)
+    logits = model(input_ids=torch.full_like(ids, config.mask_token_id), clean_input_ids=ids).logits.double()
+    logits[..., config.mask_token_id] = -torch.inf
+    token = -logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1))
+    k = torch.arange(config.block_size + 1, dtype=torch.float64) / config.block_size
+    found = []
+    for low, high in candidates:
+        ends = torch.linspace(math.log(low), math.log(high), 20_001, dtype=torch.float64).exp()
+        t, share = (ends[1:] + ends[:-1]) / 2, (ends[1:] - ends[:-1]) / (high - low)
+        level, bounds = noise_schedule(config.noise)(t.unsqueeze(0)), (low, high) if config.resample else (0.0, 1.0)
+        counts = count_probabilities(level.move_chance, torch.full(t.shape, config.block_size).unsqueeze(0), *bounds)
+        found.append((share * level.loss_scaling[0] ** 4) @ counts[0] @ k**4 * token.pow(4).mean())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"resample": True}, {"block_size": 16, "resample": True, "noise": "square_root"}], ids=str
+)
+def test_shared_draws_and_a_pass_per_interval_agree_within_their_standard_error(tiny_config, randomize, changes):
+    model, rows = model_of(tiny_config, randomize, n_blocks=1, hidden_dim=16, **changes), rows_of(96)
+    ways = {}
+    for method, seeds in (("shared", 2), ("published", 6)):
+        found = [search_intervals(model, rows, method=method, batch_size=24, seed=seed) for seed in range(seeds)]
+        ways[method] = torch.cat([search.batch_variances for search in found], dim=1)
+    shared, published = ways["shared"], ways["published"]
+    assert shared.shape == (36, 8)
+    assert published.shape == (36, 24)
+    difference = shared.mean(1) - published.mean(1)
+    error = (shared.var(1) / shared.shape[1] + published.var(1) / published.shape[1]).sqrt()
+    # Losses near the level 1e-3 are rare and weigh up to 1000: some thousand draws do not tell their own spread.
+    losses = 96 * model.config.num_blocks(32) * 6
+    rare = torch.tensor([low < 0.01 for low, _ in candidate_intervals(4)])
+    error[rare] = (fourth_moment_bounds(model, rows, candidate_intervals(4))[rare] / losses).sqrt()
+    assert (difference / error).abs().max() < 4
+    # The choice: what one way prefers is no worse by the other's numbers than its own standard error.
+    best = {method: first_smallest(variances.sum(1)) for method, variances in ways.items()}
+    gap = published[best["shared"]] - published[best["published"]]
+    assert best["shared"] == best["published"] or gap.mean() < 2 * gap.std() / gap.numel() ** 0.5
+    # One search by shared draws tells more than one of the published kind, in a third of the passes.
+    assert (shared.std(1) / published.std(1)).median() < 0.5
+
+
+@pytest.mark.parametrize("method", ["shared", "published"])
+@pytest.mark.parametrize("noise", SCHEDULES)
+@pytest.mark.parametrize("resample", [False, True])
+def test_every_schedule_can_be_searched(tiny_config, randomize, method, noise, resample):
+    model = model_of(tiny_config, randomize, n_blocks=1, noise=noise, resample=resample)
+    found = search_intervals(model, rows_of(8), method=method, batch_size=4)
+    assert (found.batch_variances > 0).all()
+    assert found.batch_variances.shape == (36, 2)
+    assert found.num_blocks == 64
+
+
+def test_the_exact_likelihood_is_chosen_at_block_size_one(tiny_config, randomize):
+    found = search_intervals(model_of(tiny_config, randomize, block_size=1, resample=True), rows_of(8))
+    assert found.interval == (1, 1)
+    assert found.noisy_passes == 1
+    assert found.variances[1] < 0.1 * found.variances[0]
+
+
+def test_a_search_is_repeated_by_its_seed_and_changes_nothing(tiny_config, randomize):
+    model, rows = model_of(tiny_config, randomize, dropout=0.5).train(), rows_of(6)
+    before, state = model.interval(), torch.get_rng_state()
+    first, second, other = (search_intervals(model, rows, batch_size=4, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.batch_variances, second.batch_variances)
+    assert not torch.equal(first.batch_variances, other.batch_variances)
+    assert model.training
+    assert model.interval() == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_batch_is_a_run_of_sequences_and_only_so_many_are_looked_at(tiny_model):
+    rows = rows_of(10)
+    whole = search_intervals(tiny_model, rows, batch_size=4)
+    some = search_intervals(tiny_model, rows, batch_size=4, max_batches=2)
+    assert whole.batch_variances.shape == (36, 3)
+    assert torch.equal(whole.batch_variances[:, :2], some.batch_variances)
+
+
+def test_own_candidates_are_compared(tiny_model):
+    found = search_intervals(tiny_model, rows_of(4), candidates=[(0.3, 0.8), (0.4, 0.6)])
+    assert found.candidates == [(0.3, 0.8), (0.4, 0.6)]
+    assert found.interval in found.candidates
+    assert found.standard_errors.isnan().all()  # a single batch
+
+
+def test_a_time_conditioned_model_is_measured_interval_by_interval_and_told(tiny_config, randomize, monkeypatch):
+    said = []
+    monkeypatch.setattr(interval_module.logger, "warning_once", said.append)
+    model = model_of(tiny_config, randomize, time_conditioning=True)
+    found = search_intervals(model, rows_of(4))
+    assert found.noisy_passes == 36
+    assert len(said) == 1
+    assert "time_conditioning=True" in said[0]
+    plain = search_intervals(model, rows_of(4), method="published")
+    assert torch.equal(found.batch_variances, plain.batch_variances)
+    assert len(said) == 1  # who asks for it needs no warning
+
+
+def test_methods_are_found_by_name(tiny_config):
+    assert isinstance(choose_method("shared", tiny_config, [WHOLE]), SharedDraws)
+    assert isinstance(choose_method("published", tiny_config, [WHOLE]), PassPerInterval)
+    with pytest.raises(ValueError, match="interval_search_method 'both': choose one of shared, published"):
+        choose_method("both", tiny_config, [WHOLE])
+
+
+@pytest.mark.parametrize("count", ["batch_size", "max_batches"])
+def test_counts_below_one_are_refused(tiny_model, count):
+    with pytest.raises(ValueError, match=f"{count}=0: give a whole number"):
+        search_intervals(tiny_model, rows_of(4), **{count: 0})
+
+
+def test_a_search_without_text_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="needs held-out sequences, and there is none"):
+        search_intervals(tiny_model, [])
+    with pytest.raises(ValueError, match="at least two blocks with something to score"):
+        search_intervals(tiny_model, [[3, 4, 5]])
+
+
+def test_a_broken_model_chooses_nothing(tiny_model):
+    tiny_model.get_output_embeddings().bias.data[3] = math.nan
+    with pytest.raises(NotFiniteError, match="no interval can be chosen by this model"):
+        _ = search_intervals(tiny_model, rows_of(4)).interval
+
+
+# --- Several processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["shared", "published"])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_shared_search_equals_one_process(tiny_config, randomize, monkeypatch, processes, method):
+    model, rows = model_of(tiny_config, randomize, n_blocks=1), rows_of(7)  # the last batch is uneven
+    alone = search_intervals(model, rows, method=method, batch_size=4)
+    parts: list[torch.Tensor] = []
+    monkeypatch.setattr(interval_module, "gather_object", lambda part: (parts.extend(part), list(parts))[1])
+    for process in range(processes):
+        found = search_intervals(model, rows, method=method, batch_size=4, share=(process, processes))
+    assert len(parts) == processes
+    torch.testing.assert_close(found.batch_variances, alone.batch_variances, rtol=1e-4, atol=1e-6)
+    assert (found.interval, found.num_blocks) == (alone.interval, alone.num_blocks)
+
+
+def _search_in_process(rank: int, port: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
+    os.environ.update(MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    torch.set_num_threads(1)
+    trainer = _trainer(Path(folder), per_device_eval_batch_size=2)
+    found = trainer.search_interval(trainer.eval_dataset)
+    result = {
+        "interval": trainer.model.interval(),
+        "variances": found.variances.tolist(),
+        "batches": found[1].shape[1],
+    }
+    Path(folder, f"{rank}.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()
+
+
+def _trainer(folder: Path, **arguments) -> BD3LMTrainer:
+    config = BD3LMConfig(
+        vocab_size=48, block_size=4, model_length=32, hidden_dim=16, cond_dim=8, n_blocks=1, n_heads=2, dropout=0.0
+    )
+    model = BD3LMForMaskedLM(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + ("norm" in name))
+    defaults = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "report_to": [],
+    }
+    defaults |= {"interval_search": True, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "warmup_steps": 0}
+    return BD3LMTrainer(
+        model=model,
+        args=BD3LMTrainingArguments(**{**defaults, **arguments}),
+        train_dataset=Dataset.from_dict({"input_ids": rows_of(16)}),
+        eval_dataset=Dataset.from_dict({"input_ids": rows_of(10, seed=1)}),
+    )
+
+
+def test_two_processes_choose_the_interval_that_one_chooses(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_search_in_process, args=(port, str(tmp_path)), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    trainer = _trainer(tmp_path / "alone", per_device_eval_batch_size=4)
+    found = trainer.search_interval(trainer.eval_dataset)
+    assert first["batches"] == 3
+    assert first["interval"] == list(trainer.model.interval()) == list(found.interval)
+    assert first["variances"] == pytest.approx(found.variances.tolist(), rel=1e-4)
+
+
+# --- The trainer's hook ----------------------------------------------------------------------------------------------
+
+
+def searches_of(trainer: BD3LMTrainer) -> list[dict]:
+    return [entry for entry in trainer.state.log_history if "interval_min" in entry]
+
+
+def test_training_adopts_the_interval_at_each_evaluation(tmp_path):
+    trainer = _trainer(tmp_path)
+    trainer.train()
+    entries = searches_of(trainer)
+    assert [entry["step"] for entry in entries] == [2, 4]
+    assert trainer.model.interval() == (entries[-1]["interval_min"], entries[-1]["interval_max"])
+    assert trainer.model.interval() in candidate_intervals(4)[1:]
+    for entry in entries:
+        assert 0 < entry["interval_variance"] < entry["interval_variance_full"]
+
+
+def test_a_training_step_draws_from_the_adopted_interval(tmp_path, monkeypatch):
+    trainer = _trainer(tmp_path, interval_candidates=["0.45-0.95"], eval_steps=1, max_steps=2)
+    seen, inner = [], BD3LMForMaskedLM.interval
+    monkeypatch.setattr(BD3LMForMaskedLM, "interval", lambda self: (seen.append(inner(self)), seen[-1])[1])
+    trainer.train()
+    assert seen[0][0] == pytest.approx(1e-3)
+    assert seen[-1] == (pytest.approx(0.45), pytest.approx(0.95))
+
+
+def test_the_interval_travels_with_weights_and_config_and_into_a_resumed_run(tmp_path):
+    whole = _trainer(tmp_path / "whole", save_strategy="steps", save_steps=2)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    loaded = BD3LMForMaskedLM.from_pretrained(checkpoint)
+    first = searches_of(whole)[0]
+    assert loaded.interval() == (first["interval_min"], first["interval_max"])
+    assert (loaded.config.sampling_eps_min, loaded.config.sampling_eps_max) == loaded.interval()
+    rest = _trainer(tmp_path / "rest")
+    rest.train(resume_from_checkpoint=str(checkpoint))
+    losses = [[e["train_loss"] for e in t.state.log_history if "train_loss" in e] for t in (whole, rest)]
+    assert len(losses[1]) == 1
+    for name in ("interval_min", "interval_max", "interval_variance"):
+        assert searches_of(rest)[-1][name] == searches_of(whole)[-1][name]
+    for one, other in zip(whole.model.parameters(), rest.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_fixed_interval_is_searched_and_kept(tmp_path):
+    trainer = _trainer(tmp_path, interval_search_fixed=True)
+    before = trainer.model.interval()
+    trainer.train()
+    assert len(searches_of(trainer)) == 2
+    assert trainer.model.interval() == before
+
+
+def test_an_evaluation_outside_training_changes_no_interval(tmp_path):
+    trainer = _trainer(tmp_path)
+    before = trainer.model.interval()
+    trainer.evaluate()
+    assert not searches_of(trainer)
+    assert trainer.model.interval() == before
+
+
+def test_of_several_held_out_sets_the_first_is_searched(tmp_path):
+    trainer = _trainer(tmp_path, eval_steps=4)
+    several = {
+        name: Dataset.from_dict({"input_ids": rows_of(6, seed=seed)}) for name, seed in (("one", 1), ("two", 2))
+    }
+    trainer.eval_dataset = several
+    searched, inner = [], trainer.search_interval
+    trainer.search_interval = lambda sequences: (searched.append(sequences), inner(sequences))[1]
+    trainer.train()
+    assert [sequences is several["one"] for sequences in searched] == [True]
+
+
+def test_bfloat16_training_searches_too(tmp_path):
+    trainer = _trainer(tmp_path, bf16=True, max_steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train()
+    assert math.isfinite(searches_of(trainer)[0]["interval_variance"])
+
+
+def test_a_search_that_cannot_be_is_refused_before_training(tiny_config, randomize, tmp_path):
+    arguments = BD3LMTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, eval_strategy="steps", eval_steps=1, interval_search=True
+    )
+    with pytest.raises(ValueError, match="this BD3LMForMaskedLM has none"):
+        BD3LMTrainer(model=model_of(tiny_config, randomize, var_min=False), args=arguments)
+    arguments.interval_candidates = ["0.55-0.7"]
+    with pytest.raises(ValueError, match="holds no mask rate k / 4"):
+        BD3LMTrainer(model=model_of(tiny_config, randomize, resample=True), args=arguments)

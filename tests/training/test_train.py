@@ -1,0 +1,571 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from bd3lm_hf.cli import main as cli
+from bd3lm_hf.data.documents import load_text, pack
+from bd3lm_hf.evaluation.perplexity import perplexity
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.training.train import main, new_config, run
+
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+SCRIPT = CHECKOUT / "training" / "train.py"
+SENTENCES = (
+    "A block is written from noise, token by token, and then it is never touched again. ",
+    "The quick brown fox jumps over the lazy dog, and the lazy dog sleeps on. ",
+    "Every masked token is revealed once; every revealed token stays as it is. ",
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Forty small documents."""
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    rows = [{"text": SENTENCES[i % 3] * 3 + f"Number {i}."} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe(corpus) -> Path:
+    """A run of a second."""
+    path = corpus.with_name("tiny.yaml")
+    fields = {
+        "dataset": str(corpus),
+        "vocab_size": 300,
+        "block_size": 4,
+        "model_length": 32,
+        "hidden_dim": 16,
+        "n_blocks": 1,
+        "n_heads": 2,
+        "cond_dim": 8,
+        "dropout": 0.0,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "eval_strategy": "no",
+        "final_estimator": "exact",
+        "max_eval_samples": 4,
+        "save_strategy": "no",
+        "sample_prompt": "A block",
+        "sample_tokens": 6,
+        "disable_tqdm": True,
+    }
+    path.write_text(json.dumps(fields), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(recipe, tmp_path_factory):
+    """The result of a tiny run, and its folder."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    result = run([str(recipe), "--output_dir", str(folder), "--eval_strategy", "steps", "--eval_steps", "2"])
+    return result, folder
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment without anything that would put the checkout on the path."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**kept, "OMP_NUM_THREADS": "1", **changes}
+
+
+def call(*words: object, cwd: Path | None = None, **changes: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, words)], cwd=cwd, env=environment(**changes), capture_output=True, text=True
+    )
+
+
+# A run from end to end
+
+
+def test_a_run_reports_what_it_did(trained):
+    result, folder = trained
+    assert result.world_size == 1
+    assert (result.steps, result.global_batch_size) == (3, 4)
+    assert len([entry for entry in result.losses if "loss" in entry]) == 3
+    assert result.before.perplexity == pytest.approx(result.before.perplexity)
+    assert result.after.perplexity < result.before.perplexity
+    assert result.unigram_perplexity > 1
+    assert result.text.startswith("A block")
+    written = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert written["after"]["nll"] == result.after.nll
+    assert written["world_size"] == 1
+    assert set(written["versions"]) == {"bd3lm_hf", "torch", "transformers", "accelerate"}
+
+
+def test_a_run_leaves_its_curve(trained):
+    curve = json.loads((trained[1] / "training_curve.json").read_text(encoding="utf-8"))
+    assert curve["loss"] == {"steps": [1, 2, 3], "values": [e["loss"] for e in trained[0].losses if "loss" in e]}
+    assert {"eval_nll", "eval_ppl", "eval_bits_per_byte", "tokens_per_second", "tflops_per_second"} <= set(curve)
+    assert (trained[1] / "training_curve.png").stat().st_size > 1000
+
+
+def test_a_sample_is_written_at_each_evaluation(trained):
+    text = (trained[1] / "samples.txt").read_text(encoding="utf-8")
+    assert "--- sample at step 2 ---\nA block" in text
+
+
+def test_the_written_recipe_repeats_the_run(trained, tmp_path):
+    result, folder = trained
+    again = run([str(folder / "recipe.yaml"), "--output_dir", str(tmp_path / "again")])
+    assert [entry.get("loss") for entry in again.losses] == [entry.get("loss") for entry in result.losses]
+
+
+def test_the_tables_three_rows_are_printed(recipe, tmp_path, capsys):
+    main([str(recipe), "--output_dir", str(tmp_path / "run")])
+    printed = capsys.readouterr().out
+    for row in ("before training", "after training", "unigram baseline", "Text from the saved folder"):
+        assert row in printed
+
+
+def test_the_folder_loads_by_itself_in_a_process_without_the_package(trained, tmp_path):
+    folder = trained[1]
+    code = f"""
+import importlib.abc, sys
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] == 'bd3lm_hf':
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hide())
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, pipeline
+generator = pipeline('text-generation', model={str(folder)!r}, trust_remote_code=True)
+print(generator('A block', max_new_tokens=5, do_sample=True)[0]['generated_text'])
+for kind in (AutoModelForCausalLM, AutoModelForMaskedLM):
+    model = kind.from_pretrained({str(folder)!r}, trust_remote_code=True)
+    assert type(model).__name__ == 'BD3LMForMaskedLM'
+assert 'bd3lm_hf' not in sys.modules
+"""
+    done = call("-c", code, cwd=tmp_path, HF_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("A block")
+
+
+def test_a_checkpoint_can_be_trained_further(trained, recipe, corpus, tmp_path):
+    before, folder = trained
+    result = run(
+        ["--init_from", str(folder), "--dataset", str(corpus), "--output_dir", str(tmp_path / "run")]
+        + ["--max_steps", "1", "--max_eval_samples", "4", "--sample_tokens", "0", "--warmup_steps", "0"]
+        + ["--use_cpu", "--eval_strategy", "no"]
+    )
+    assert result.before.nll == pytest.approx(before.after.nll, abs=1e-5)
+    assert result.text is None
+
+
+def test_full_diffusion_goes_on_in_small_blocks_as_the_paper_trains(recipe, corpus, tmp_path):
+    words = ["--block_size", "32", "--final_estimator", "stratified", "--sample_tokens", "0"]
+    run([str(recipe), *words, "--output_dir", str(tmp_path / "full")])
+    words = ["--init_from", str(tmp_path / "full"), "--block_size", "4", "--dataset", str(corpus), "--use_cpu"]
+    words += ["--max_steps", "3", "--warmup_steps", "2", "--learning_rate", "0.01", "--noise_draws", "2"]
+    words += ["--per_device_train_batch_size", "4", "--max_eval_samples", "4", "--logging_steps", "1"]
+    words += ["--final_estimator", "exact", "--eval_strategy", "no", "--sample_tokens", "0"]
+    result = run([*words, "--output_dir", str(tmp_path / "blocks")])
+    # It starts where the old weights stand when they read the text in blocks of 4.
+    old = BD3LMForMaskedLM.from_pretrained(tmp_path / "full", block_size=4)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "full")
+    rows = pack(load_text(str(corpus), split="validation"), tokenizer, length=32)
+    rows = rows.select(range(0, len(rows), -(-len(rows) // 4)))
+    assert result.before.nll == pytest.approx(perplexity(old, rows, estimator="exact").nll, abs=1e-5)
+    assert result.after.nll < result.before.nll
+    # Optimizer, schedule and step count start anew.
+    logs = [entry for entry in result.losses if "loss" in entry]
+    assert [entry["step"] for entry in logs] == [1, 2, 3]
+    assert [entry["learning_rate"] for entry in logs] == pytest.approx([0.0, 0.005, 0.01])
+    config = BD3LMConfig.from_pretrained(tmp_path / "blocks")
+    assert (config.block_size, config.noise_draws, config.cross_attn) == (4, 2, True)
+
+
+def test_a_run_that_searches_its_interval_writes_numbers_and_a_plot(recipe, tmp_path):
+    words = [str(recipe), "--output_dir", str(tmp_path / "run"), "--eval_strategy", "steps", "--eval_steps", "1"]
+    words += ["--interval_search", "true", "--interval_candidates", "0.3-0.8", "0.45-0.95", "--max_steps", "2"]
+    for _ in range(2):  # a second run starts the files anew
+        result = run(words)
+    lines = (tmp_path / "run" / "interval_search.jsonl").read_text(encoding="utf-8").splitlines()
+    searches = [json.loads(line) for line in lines]
+    assert [search["step"] for search in searches] == [1, 2]
+    assert [len(search["candidates"]) for search in searches] == [3, 3]
+    assert (tmp_path / "run" / "interval_search.png").read_bytes().startswith(b"\x89PNG")
+    (logged,) = [entry for entry in result.losses if entry.get("step") == 2 and "interval_min" in entry]
+    assert [logged["interval_min"], logged["interval_max"]] == searches[-1]["interval"]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [config["sampling_eps_min"], config["sampling_eps_max"]] == searches[-1]["interval"]
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert [weights["sampling_eps_min"].item(), weights["sampling_eps_max"].item()] == searches[-1]["interval"]
+
+
+def test_a_run_resumes_from_its_last_checkpoint(recipe, tmp_path):
+    folder = str(tmp_path / "run")
+    words = [str(recipe), "--output_dir", folder, "--save_strategy", "steps", "--save_steps", "1"]
+    words += ["--lr_scheduler_type", "constant"]
+    whole = run(words)
+    for name in ("checkpoint-3", "model.safetensors"):
+        subprocess.run(["rm", "-r", str(Path(folder, name))], check=True)
+    resumed = run([*words, "--resume_from_checkpoint", "true"])
+    assert resumed.steps == 3
+    assert resumed.before is None
+    assert resumed.after.nll == pytest.approx(whole.after.nll, abs=1e-6)
+
+
+def test_a_run_is_resumed_from_the_last_checkpoint_that_is_complete(recipe, tmp_path, caplog):
+    folder = tmp_path / "run"
+    words = [str(recipe), "--output_dir", str(folder), "--save_strategy", "steps", "--save_steps", "1"]
+    whole = run(words)
+    (folder / "checkpoint-3" / "optimizer.pt").write_bytes(b"cut")
+    shutil.rmtree(folder / "checkpoint-1")
+    resumed = run([*words, "--resume_from_checkpoint", "true"])
+    assert "checkpoint-3 is not complete and is passed over: optimizer.pt has 3 bytes instead of" in caplog.text
+    assert [entry.get("loss") for entry in resumed.losses] == [entry.get("loss") for entry in whole.losses]
+    assert resumed.after.nll == whole.after.nll
+    (folder / "checkpoint-2" / "config.json").unlink()
+    with pytest.raises(ValueError, match="there is no complete checkpoint in .*checkpoint-2: config.json is missing"):
+        run([*words, "--resume_from_checkpoint", str(folder / "checkpoint-2")])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--hidden_dim", "32"], "model: hidden_dim was 16 and is 32"),
+        (["--block_size", "8"], "model: block_size was 4 and is 8"),
+        (["--vocab_size", "290"], "tokenizer: tokens was 300 and is 290"),
+        (["--dataset", "DATA"], "data: sequences was"),
+        (["--per_device_train_batch_size", "2"], "training: global batch size was 4 and is 2"),
+        (["--learning_rate", "0.5"], "training: learning_rate was 0.01 and is 0.5"),
+    ],
+)
+def test_the_checkpoint_of_another_run_is_refused(saved, recipe, tmp_path, capsys, changes, message):
+    other = tmp_path / "other.txt"
+    other.write_text(SENTENCES[0] * 40, encoding="utf-8")
+    words = [str(recipe), "--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint", str(saved)]
+    with pytest.raises(SystemExit) as error:
+        main([*words, *(str(other) if word == "DATA" else word for word in changes)])
+    assert error.value.code == 2
+    complaint = capsys.readouterr().err.splitlines()[-1]
+    assert complaint.startswith(f"error: {saved} belongs to another run: ")
+    assert message in complaint
+    assert f"start a new run from its weights with --init_from {saved}" in complaint
+
+
+@pytest.fixture(scope="module")
+def saved(recipe, tmp_path_factory) -> Path:
+    """A checkpoint after one step."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    run([str(recipe), "--output_dir", str(folder), "--max_steps", "1", "--save_strategy", "steps"])
+    return folder / "checkpoint-1"
+
+
+def test_a_run_that_goes_on_elsewhere_leaves_the_checkpoints_of_others(saved, recipe, tmp_path, capsys):
+    words = [str(recipe), "--resume_from_checkpoint", str(saved), "--save_strategy", "steps", "--save_steps", "1"]
+    elsewhere = tmp_path / "elsewhere"
+    resumed = run([*words, "--output_dir", str(elsewhere), "--sample_tokens", "0"])
+    assert sorted(path.name for path in elsewhere.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert [entry["step"] for entry in resumed.losses if "loss" in entry] == [1, 2, 3]
+    with pytest.raises(SystemExit):
+        main([*words, "--output_dir", str(elsewhere)])
+    assert "holds checkpoints of an earlier run, the last one checkpoint-3" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_clear_line_and_exit_code_2(recipe, tmp_path, capsys, monkeypatch):
+    def fail_at_two(self, folder):
+        if self.state.global_step == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.trainer.Trainer._save_rng_state", fail_at_two)
+    words = ["--output_dir", str(tmp_path / "run"), "--save_strategy", "steps", "--save_steps", "1"]
+    with pytest.raises(SystemExit) as error:
+        main([str(recipe), *words])
+    assert error.value.code == 2
+    complaint = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(complaint) == 1
+    assert "checkpoint-2 can not be saved" in complaint[0]
+    assert f"The last complete checkpoint is {tmp_path / 'run' / 'checkpoint-1'}; make room" in complaint[0]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-1", "recipe.yaml"]
+
+
+# Ways of starting
+
+
+@pytest.mark.parametrize("cwd", [CHECKOUT, CHECKOUT / "training"])
+def test_the_script_runs_from_the_checkout_and_from_its_own_folder(recipe, tmp_path, cwd):
+    # -S hides site-packages' .pth files, an editable install among them; the libraries come by PYTHONPATH.
+    libraries = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
+    script = SCRIPT.relative_to(cwd)
+    done = call("-S", script, recipe, "--output_dir", tmp_path / "run", cwd=cwd, PYTHONPATH=libraries)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def launch(config: str, *words: object, cwd: Path = CHECKOUT) -> subprocess.CompletedProcess:
+    command = ["-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", str(CHECKOUT / "training" / "launch" / config), "--main_process_port", "0"]
+    return call(*command, SCRIPT.relative_to(cwd), *words, cwd=cwd)
+
+
+def test_accelerate_launches_one_process(recipe, tmp_path):
+    done = launch("single.yaml", recipe, "--output_dir", tmp_path / "run", cwd=CHECKOUT / "training")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["world_size"] == 1
+
+
+def test_two_processes_take_the_same_steps_as_one(recipe, tmp_path):
+    results, weights = {}, {}
+    for processes, config in ((1, "single.yaml"), (2, "cpu2.yaml")):
+        folder = tmp_path / str(processes)
+        words = ["--output_dir", folder, "--global_batch_size", 8, "--optim", "sgd", "--ema_decay", "0.9"]
+        words += ["--max_steps", "4", "--learning_rate", "0.1", "--eval_strategy", "steps", "--eval_steps", "2"]
+        words += ["--interval_search", "true", "--per_device_eval_batch_size", 4 // processes]
+        done = launch(config, recipe, *words)
+        assert done.returncode == 0, done.stderr
+        results[processes] = json.loads((folder / "results.json").read_text())
+        weights[processes] = load_file(folder / "model.safetensors")
+        assert done.stdout.count("before training") == 1
+    one, two = results[1], results[2]
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert one["global_batch_size"] == two["global_batch_size"] == 8
+    for key in ("loss", "eval_nll", "interval_min", "interval_max"):
+        values = [[entry[key] for entry in result["losses"] if key in entry] for result in (one, two)]
+        assert len(values[0]) >= 2
+        assert values[0] == pytest.approx(values[1], abs=1e-6)
+    for kind in ("before", "after"):
+        assert one[kind]["nll"] == pytest.approx(two[kind]["nll"], abs=1e-6)
+        assert one[kind]["num_tokens"] == two[kind]["num_tokens"]
+    for name in weights[1]:
+        torch.testing.assert_close(weights[1][name], weights[2][name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_two_processes_read_a_stream_as_one_does_and_go_on_where_it_was(recipe, corpus, tmp_path):
+    results = {}
+    words = ["--streaming", "true", "--shuffle_buffer", 5, "--optim", "sgd", "--learning_rate", "0.1"]
+    words += ["--max_steps", "5", "--save_strategy", "steps", "--save_steps", "2", "--lr_scheduler_type", "constant"]
+    for processes, config in ((1, "single.yaml"), (2, "cpu2.yaml")):
+        place = ["--output_dir", tmp_path / str(processes), "--per_device_train_batch_size", 8 // processes]
+        done = launch(config, recipe, *words, *place)
+        assert done.returncode == 0, done.stderr
+        results[processes] = json.loads((tmp_path / str(processes) / "results.json").read_text())
+    losses = {key: [entry["loss"] for entry in result["losses"] if "loss" in entry] for key, result in results.items()}
+    assert (results[1]["world_size"], results[2]["world_size"]) == (1, 2)
+    assert len(losses[1]) == 5
+    assert losses[1] == pytest.approx(losses[2], abs=1e-6)
+    for name in ("checkpoint-4", "checkpoint-5"):
+        subprocess.run(["rm", "-r", str(tmp_path / "2" / name)], check=True)
+    place += ["--resume_from_checkpoint", "true"]
+    done = launch("cpu2.yaml", recipe, *words, *place)
+    assert done.returncode == 0, done.stderr
+    resumed = json.loads((tmp_path / "2" / "results.json").read_text())
+    assert [entry["loss"] for entry in resumed["losses"] if "loss" in entry] == losses[2]
+
+
+# Fine-tuning
+
+
+@pytest.fixture(scope="module")
+def pairs(corpus) -> Path:
+    path = corpus.with_name("pairs.jsonl")
+    rows = [{"prompt": f"Count {i % 5}:", "completion": "zzzzzzzz"} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_adapters_learn_completions_and_write_them(trained, pairs, tmp_path, capsys):
+    folder = tmp_path / "adapter"
+    words = ["--init_from", str(trained[1]), "--dataset", str(pairs), "--output_dir", str(folder), "--lora_r", "8"]
+    words += ["--max_steps", "60", "--warmup_steps", "0", "--learning_rate", "0.02", "--eval_strategy", "no"]
+    words += ["--final_estimator", "exact", "--sample_prompt", "Count 1:", "--sample_tokens", "16", "--use_cpu"]
+    words += ["--lora_target_modules", "attn_qkv", "attn_out", "mlp.0", "mlp.2", "adaLN_modulation", "linear"]
+    result = run(words)
+    assert result.after.perplexity < 0.1 * result.before.perplexity
+    assert result.text.startswith("Count 1:z")
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert not (folder / "model.safetensors").exists()
+    assert cli(["generate", "--model", str(folder), "--prompt", "Count 1:", "--max-new-tokens", "8", "--greedy"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Count 1:z")
+    report = tmp_path / "eval.json"
+    assert (
+        cli(["eval", "--model", str(folder), "--dataset", str(pairs), "--estimator", "exact", "--output", str(report)])
+        == 0
+    )
+    scored = json.loads(report.read_text())
+    assert scored["nll"] == pytest.approx(result.after.nll, rel=1e-4)
+    assert scored["bits_per_byte"] is None
+
+
+def test_adapters_need_a_model_to_adapt_that_is_no_adapter_itself(recipe, trained, pairs, tmp_path):
+    with pytest.raises(ValueError, match="--lora_r 4 adapts a trained model: name one with --init_from"):
+        run([str(recipe), "--lora_r", "4", "--output_dir", str(tmp_path / "run")])
+    words = ["--init_from", str(trained[1]), "--dataset", str(pairs), "--lora_r", "2", "--max_steps", "1"]
+    words += ["--output_dir", str(tmp_path / "adapter"), "--sample_tokens", "0", "--use_cpu", "--eval_strategy", "no"]
+    words += ["--final_estimator", "stratified"]
+    run(words)
+    with pytest.raises(ValueError, match=r"--block_size 8 with --lora_r: .* whose block_size is 4"):
+        run([*words, "--block_size", "8"])
+    words[1] = str(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"--lora_r 2 would adapt the adapter .*merge"):
+        run([*words, "--output_dir", str(tmp_path / "again")])
+    assert run([*words[:4], *words[6:], "--output_dir", str(tmp_path / "again")]).steps == 1  # all weights of both
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--block_size", "5"], "block_size=5 does not divide model_length=32"),
+        (["--n_heads", "3"], "hidden_dim=16 is not divisible by n_heads=3"),
+        (["--noise", "linear"], "noise='linear' is no noise schedule"),
+        (["--model_type", "bd3ln"], "--model_type bd3ln is unknown"),
+        (["--dataset", "nowhere.txt"], "nowhere.txt"),
+        (["--text_column", "body"], "has no column 'body'"),
+        (["--vocab_size", "20"], "vocab_size is 20"),
+        (["--tokenizer", "no/such/folder"], "no/such/folder"),
+        (["--init_from", "no/such/folder"], "no/such/folder"),
+        (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint true: there is no complete checkpoint in"),
+        (["--interval_search", "true"], "set --eval_strategy to steps or epoch"),
+        (["--interval_candidates", "0.8-0.3"], "write the lower end first"),
+        (
+            ["--resume_from_checkpoint", "no/such"],
+            "there is no complete checkpoint in no/such: there is no such folder",
+        ),
+        (["--peak_tflops", "0"], "--peak_tflops 0.0: give a number above 0, or leave it out"),
+        (["--hidden_dims", "16"], "did you mean '--hidden_dim'?"),
+        (["--hidden_dim", "wide"], "hidden_dim"),
+        (["--eval_estimator", "guess", "--eval_strategy", "steps", "--eval_steps", "1"], "estimator='guess'"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(recipe, tmp_path, capsys, words, message):
+    with pytest.raises(SystemExit) as error:
+        main([str(recipe), "--output_dir", str(tmp_path / "run"), *words])
+    assert error.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    complaint = [line for line in lines if line.startswith("error: ")]
+    assert len(complaint) == 1
+    assert complaint[0] == lines[-1]
+    assert message in complaint[0]
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_the_script_itself_ends_without_a_traceback(recipe, tmp_path):
+    done = call(SCRIPT, recipe, "--output_dir", tmp_path / "run", "--block_size", "5")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: block_size=5 does not divide")
+
+
+def test_an_empty_data_set_is_refused(recipe, tmp_path, capsys):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    with pytest.raises(SystemExit):
+        main([str(recipe), "--dataset", str(empty), "--output_dir", str(tmp_path / "run")])
+    assert "error: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_foreign_output_folder_is_refused_and_left_alone(recipe, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(SystemExit):
+        main([str(recipe), "--output_dir", str(tmp_path)])
+    assert "--overwrite_output_dir" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_earlier_run_without_checkpoints_is_replaced(recipe, tmp_path):
+    words = [str(recipe), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    first = run(words)
+    second = run([*words, "--seed", "7"])
+    assert second.after.nll != first.after.nll
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["seed"] == 7
+
+
+@pytest.fixture
+def broken(trained, tmp_path):
+    """A function that copies the trained folder and damages the copy."""
+
+    def make(damage) -> str:
+        folder = tmp_path / "checkpoint"
+        subprocess.run(["cp", "-r", str(trained[1]), str(folder)], check=True)
+        damage(folder)
+        return str(folder)
+
+    return make
+
+
+def change_weights(change):
+    def damage(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def truncate(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def forget_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def move_mask(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["mask_token_id"] = 40
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+HEAD = "backbone.output_layer.linear.bias"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "--init_from .*checkpoint can not be loaded; name a complete checkpoint: SafetensorError"),
+        (forget_tokenizer, "holds no tokenizer"),
+        (move_mask, "mask_token_id is 40"),
+        (change_weights(lambda w: w[HEAD].fill_(float("nan"))), f"numbers of {HEAD} in .* are NaN"),
+        (change_weights(lambda w: w.pop(HEAD)), f"1 missing weights \\({HEAD}\\)"),
+        (change_weights(lambda w: w.update(extra=torch.zeros(2))), r"1 unexpected weights \(extra\)"),
+    ],
+    ids=["truncated", "no tokenizer", "mask clash", "nan", "missing", "unexpected"],
+)
+def test_a_broken_checkpoint_is_refused_before_training(broken, corpus, tmp_path, damage, message):
+    with pytest.raises(ValueError, match=message):
+        run(["--init_from", broken(damage), "--dataset", str(corpus), "--output_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_shape_of_a_checkpoint_cannot_be_overridden(trained, tmp_path):
+    with pytest.raises(ValueError, match="--hidden_dim 64 contradicts --init_from .*, whose hidden_dim is 16"):
+        run(["--init_from", str(trained[1]), "--hidden_dim", "64", "--output_dir", str(tmp_path / "run")])
+
+
+def test_an_unknown_model_type_names_one_that_exists():
+    with pytest.raises(ValueError, match="--model_type nothing is unknown: try --model_type bd3lm"):
+        new_config("nothing")
+
+
+# The demo
+
+
+@pytest.mark.slow
+def test_the_demo_beats_the_unigram_baseline_within_its_time(tmp_path):
+    done = call(SCRIPT, "--output_dir", tmp_path / "demo", cwd=tmp_path, OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "demo" / "results.json").read_text(encoding="utf-8"))
+    assert result["before"]["perplexity"] > result["unigram_perplexity"]
+    assert result["after"]["perplexity"] < 0.6 * result["unigram_perplexity"]
+    assert result["seconds"] < 600  # five minutes on two free cores; test machines are shared
+    assert result["text"].startswith("The method returns")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "demo")
+    assert tokenizer.mask_token_id is not None

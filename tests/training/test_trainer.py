@@ -1,0 +1,611 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights
+from bd3lm_hf.data.streaming import PackedStream
+from bd3lm_hf.evaluation.perplexity import perplexity
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.run_folder import SaveError
+from bd3lm_hf.tokenization import train_tokenizer
+from bd3lm_hf.training.arguments import BD3LMTrainingArguments
+from bd3lm_hf.training.callbacks import SpeedMeter, training_flops, write_text
+from bd3lm_hf.training.examples import NOISE
+from bd3lm_hf.training.trainer import BD3LMTrainer, TrainingDivergedError
+
+
+def rows_of(count: int, length: int = 32, seed: int = 0) -> Dataset:
+    ids = torch.randint(3, 47, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": [[1] * length] * count})
+
+
+@pytest.fixture
+def make_trainer(tiny_config, randomize, tmp_path):
+    """A function that makes a trainer of the same tiny random model on the same 16 sequences."""
+
+    def make(model=None, rows=None, **arguments) -> BD3LMTrainer:
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-2,
+            "warmup_steps": 0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "seed": 5,
+        }
+        return BD3LMTrainer(
+            model=model or randomize(BD3LMForMaskedLM(tiny_config)),
+            args=BD3LMTrainingArguments(**{**defaults, **arguments}),
+            train_dataset=rows_of(16) if rows is None else rows,
+            eval_dataset=rows_of(6, seed=1),
+        )
+
+    return make
+
+
+def losses_of(trainer: BD3LMTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+# Training
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("draws", [1, 2])
+def test_accumulated_batches_equal_one_batch(tiny_config, make_trainer, batch, draws):
+    tiny_config.noise_draws = draws
+    # Plain gradient descent: Adam's division by the gradient's size would blow rounding up.
+    whole, parts = (
+        make_trainer(per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, optim="sgd")
+        for size in (8, batch)
+    )
+    whole.train()
+    parts.train()
+    assert losses_of(parts) == pytest.approx(losses_of(whole), abs=1e-6)
+    for (name, one), other in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6, msg=name)
+
+
+def test_accumulation_counts_tokens_not_batches(make_trainer):
+    rows = rows_of(8).to_list()
+    for row in rows[::3]:  # sequences with a long given part weigh less
+        row["labels"] = [-100] * 24 + row["labels"][24:]
+    rows = Dataset.from_list(rows)
+    whole, parts = (
+        make_trainer(rows=rows, max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size)
+        for size in (8, 1)
+    )
+    whole.train()
+    parts.train()
+    assert losses_of(whole) == pytest.approx(losses_of(parts), abs=1e-6)
+
+
+def test_the_seed_repeats_a_run_and_changes_it(make_trainer):
+    runs = [make_trainer(seed=seed) for seed in (5, 5, 6)]
+    for run in runs:
+        run.train()
+    assert losses_of(runs[0]) == losses_of(runs[1])
+    assert losses_of(runs[0]) != losses_of(runs[2])
+
+
+def test_training_lowers_the_loss(make_trainer):
+    trainer = make_trainer(max_steps=24, rows=rows_of(8, length=16))
+    trainer.train()
+    losses = losses_of(trainer)
+    assert sum(losses[-6:]) < sum(losses[:6]) - 1
+
+
+def test_a_second_epoch_has_new_noise(make_trainer):
+    trainer = make_trainer(learning_rate=0.0, max_steps=2, rows=rows_of(8))
+    trainer.train()
+    first, second = losses_of(trainer)
+    assert first != second
+
+
+def test_logs_carry_the_speed(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    assert all(entry["tokens_per_second"] > 0 for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_the_speed_counts_tokens_within_steps():
+    meter = SpeedMeter()
+    assert meter.since_last_log() == {}
+    meter.tokens, meter.seconds = 300, 2.0
+    assert meter.since_last_log() == {"tokens_per_second": 150.0}
+    assert meter.since_last_log() == {}
+
+
+def test_the_speed_counts_operations_and_their_share_of_a_known_peak():
+    meter = SpeedMeter(peak_flops=4e12)
+    meter.tokens, meter.flops, meter.seconds = 300, 6e12, 2.0
+    assert meter.since_last_log() == {"tokens_per_second": 150.0, "tflops_per_second": 3.0, "mfu": 0.75}
+    meter.tokens, meter.seconds = 300, 2.0
+    assert meter.since_last_log() == {"tokens_per_second": 150.0}
+
+
+def test_the_utilisation_is_logged_where_the_peak_is_given(make_trainer):
+    known, unknown = make_trainer(peak_tflops=0.5), make_trainer()
+    known.train()
+    unknown.train()
+    for entry in known.state.log_history[:-1]:
+        assert entry["mfu"] == pytest.approx(entry["tflops_per_second"] / 0.5, rel=1e-2)
+    assert "mfu" not in unknown.state.log_history[0]
+    assert known.state.total_flos == 2 * training_flops(known.model, 8, 32)
+
+
+def test_tensorboard_gets_what_is_logged(make_trainer, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = make_trainer(report_to="tensorboard", eval_strategy="steps", eval_steps=1, peak_tflops=0.5)
+    trainer.train()
+    (events,) = (tmp_path / "run" / "runs").rglob("events.*")
+    board = EventAccumulator(str(events)).Reload()
+    wanted = {"train/loss", "train/tokens_per_second", "train/tflops_per_second", "train/mfu"}
+    assert wanted | {"eval/nll", "eval/ppl"} <= set(board.Tags()["scalars"])
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(losses_of(trainer))
+
+
+# Streams
+
+
+@pytest.fixture
+def make_stream_trainer(make_trainer, tiny_config, randomize):
+    """A function that makes a trainer, with dropout, of a stream of some thirty sequences."""
+    texts = [f"document {i} says: " + "so it goes, " * (i % 5) for i in range(40)]
+    tokenizer = train_tokenizer(texts, vocab_size=300)
+    tiny_config.vocab_size, tiny_config.mask_token_id = len(tokenizer), tokenizer.mask_token_id
+    tiny_config.dropout = 0.2
+
+    def make(dropout: float = 0.2, length: int = 32, **arguments) -> BD3LMTrainer:
+        tiny_config.dropout = dropout
+        source = Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=2)
+        stream = PackedStream(source, tokenizer, length=length, shuffle_buffer=6, seed=3)
+        model = randomize(BD3LMForMaskedLM(tiny_config))
+        return make_trainer(model=model, rows=stream, **{"max_steps": 12, **arguments})
+
+    return make
+
+
+@pytest.mark.parametrize("step", [3, 7, 11])
+def test_a_stream_resumes_bit_for_bit(make_stream_trainer, tmp_path, step):
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    whole = make_stream_trainer(save_strategy="steps", save_steps=1, **settings)
+    whole.train()
+    rest = make_stream_trainer(**settings)
+    rest.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
+    assert losses_of(rest) == losses_of(whole)
+    assert rest.state.log_history[-2]["epoch"] == 1.0
+    for one, other in zip(rest.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_noise_of_a_stream_does_not_depend_on_the_layout(make_stream_trainer):
+    whole = make_stream_trainer(dropout=0.0, optim="sgd", learning_rate=0.1)
+    parts = make_stream_trainer(
+        dropout=0.0, optim="sgd", learning_rate=0.1, per_device_train_batch_size=2, gradient_accumulation_steps=4
+    )
+    whole.train()
+    parts.train()
+    assert losses_of(parts) == pytest.approx(losses_of(whole), abs=1e-5)
+    assert len(set(losses_of(whole))) == 12
+
+
+def test_the_last_checkpoint_of_a_stream_is_found(make_stream_trainer):
+    start = make_stream_trainer(max_steps=4, save_strategy="steps", save_steps=2)
+    start.train()
+    rest = make_stream_trainer(max_steps=6)
+    rest.train(resume_from_checkpoint=True)
+    assert losses_of(rest)[:4] == losses_of(start)
+    assert len(losses_of(rest)) == 6
+
+
+def test_a_stream_needs_the_position_that_a_checkpoint_holds(make_stream_trainer, tmp_path):
+    make_stream_trainer(max_steps=2, save_strategy="steps", save_steps=1).train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    with pytest.raises(ValueError, match="belongs to another run: data: length was 32 and is 16"):
+        make_stream_trainer(length=16).train(resume_from_checkpoint=str(checkpoint))
+    with pytest.raises(ValueError, match="belongs to another run: training: global batch size was 8 and is 4"):
+        make_stream_trainer(per_device_train_batch_size=4).train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / "stream.npz").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-1: stream\.npz is missing"):
+        make_stream_trainer().train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_stream_does_not_go_on_from_sequences_nor_they_from_a_stream(make_stream_trainer, make_trainer, tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    for first, second, message in (
+        (make_stream_trainer(**settings), make_trainer(), "data: kind was a stream and is sequences"),
+        (make_trainer(**settings), make_stream_trainer(), "data: kind was sequences and is a stream"),
+    ):
+        first.train()
+        with pytest.raises(ValueError, match=message):
+            second.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+
+
+def test_a_stream_is_read_by_the_main_process_alone(make_stream_trainer):
+    with pytest.raises(ValueError, match="--dataloader_num_workers 1: a stream is read by the main process"):
+        make_stream_trainer(dataloader_num_workers=1).train()
+
+
+def test_another_kind_of_stream_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="without a length: load it as a map-style data set, or give a PackedStream"):
+        make_trainer(rows=rows_of(8).to_iterable_dataset()).train()
+
+
+def test_a_loss_that_is_not_finite_names_places_in_the_stream(make_stream_trainer):
+    trainer = make_stream_trainer()
+    trainer.add_callback(_Poison(step=2))
+    with pytest.raises(TrainingDivergedError, match="at step 3, in the batch of training sequences 16, 17, 18"):
+        trainer.train()
+
+
+# Evaluation
+
+
+def test_evaluation_is_the_perplexity_of_the_held_out_sequences(make_trainer):
+    trainer = make_trainer(per_device_eval_batch_size=4)
+    trainer.bytes_per_token = 4.0
+    metrics = trainer.evaluate()
+    expected = perplexity(trainer.model, rows_of(6, seed=1), batch_size=3, seed=5, bytes_per_token=4.0)
+    assert metrics["eval_loss"] == metrics["eval_nll"] == pytest.approx(expected.nll, rel=1e-6)
+    assert metrics["eval_ppl"] == pytest.approx(expected.perplexity, rel=1e-5)
+    assert metrics["eval_bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-5)
+    assert trainer.state.log_history[-1]["eval_ppl"] == metrics["eval_ppl"]
+
+
+def test_several_held_out_sets_are_evaluated_by_name(make_trainer):
+    trainer = make_trainer()
+    trainer.eval_dataset = {"one": rows_of(2, seed=1), "two": rows_of(2, seed=2)}
+    metrics = trainer.evaluate()
+    assert metrics["eval_one_ppl"] != metrics["eval_two_ppl"]
+    assert trainer.evaluate("one", metric_key_prefix="again")["again_ppl"] == metrics["eval_one_ppl"]
+
+
+def test_evaluation_does_not_change_the_training(make_trainer):
+    plain, watched = make_trainer(max_steps=3), make_trainer(max_steps=3, eval_strategy="steps", eval_steps=1)
+    plain.train()
+    watched.train()
+    assert losses_of(plain) == losses_of(watched)
+
+
+def test_evaluation_without_sequences_is_refused(make_trainer):
+    trainer = make_trainer()
+    trainer.eval_dataset = None
+    with pytest.raises(ValueError, match="needs held-out sequences"):
+        trainer.evaluate()
+
+
+# Numbers that are not finite
+
+
+class _Poison(TrainerCallback):
+    """Puts NaN into a weight before a step."""
+
+    def __init__(self, step: int, value: float = float("nan")) -> None:
+        self.step, self.value = step, value
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            next(model.parameters()).data.view(-1)[:] = self.value
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=1)
+    trainer.add_callback(_Poison(step=2))
+    message = r"the loss is NaN or infinite at step 3, in the batch of training sequences [\d, ]+: .*"
+    message += r"last good checkpoint is .*checkpoint-2\. Lower --learning_rate \(now 0.01\)"
+    with pytest.raises(TrainingDivergedError, match=message):
+        trainer.train()
+    last = get_last_checkpoint(str(tmp_path / "run"))
+    assert Path(last).name == "checkpoint-2"
+    check_finite_weights(BD3LMForMaskedLM.from_pretrained(last), last)
+
+
+def test_the_named_sequences_are_those_of_the_failing_batch(make_trainer):
+    rows = rows_of(16).to_list()
+    trainer = make_trainer(
+        rows=Dataset.from_list(rows), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4
+    )
+    seen = []
+    inner = trainer.compute_loss
+
+    def loss_of(model, inputs, *arguments, **keywords):
+        seen.append([rows.index(next(r for r in rows if r["input_ids"] == x)) for x in inputs["input_ids"].tolist()])
+        loss = inner(model, inputs, *arguments, **keywords)
+        return loss * float("inf") if len(seen) == 3 else loss
+
+    trainer.compute_loss = loss_of
+    with pytest.raises(TrainingDivergedError, match="training sequences") as error:
+        trainer.train()
+    assert f"training sequences {', '.join(map(str, seen[2]))}:" in str(error.value)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(make_trainer):
+    trainer = make_trainer()
+    parameter = next(trainer.model.parameters())
+    parameter.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingDivergedError, match="the gradient is NaN or infinite at step 1.*No checkpoint had"):
+        trainer.train()
+
+
+def test_weights_that_are_not_finite_are_refused_before_training(tiny_config, make_trainer):
+    model = BD3LMForMaskedLM(tiny_config)
+    model.get_output_embeddings().bias.data[3] = float("inf")
+    with pytest.raises(NotFiniteError, match=r"1 of 48 numbers of .*bias in the model to train are NaN"):
+        make_trainer(model=model)
+
+
+def test_weights_that_are_not_finite_are_never_saved(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.save_model()
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    next(trainer.model.parameters()).data.view(-1)[0] = float("nan")
+    with pytest.raises(NotFiniteError, match="the model after step 0"):
+        trainer.save_model()
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_a_model_without_the_two_verbs_is_refused():
+    with pytest.raises(ValueError, match="a Linear has no `token_nll`"):
+        BD3LMTrainer(model=torch.nn.Linear(2, 2))
+
+
+# Saving
+
+
+def test_a_checkpoint_loads_by_itself_and_nothing_unfinished_stays(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2)
+    trainer.train()
+    folder = tmp_path / "run"
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-3", "checkpoint-4"]
+    state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    loaded = BD3LMForMaskedLM.from_pretrained(folder / "checkpoint-4")
+    for (name, one), other in zip(trainer.model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert (folder / "checkpoint-4" / "modeling_bd3lm.py").is_file()
+    assert (folder / "checkpoint-4" / "generation_config.json").is_file()
+
+
+def test_the_best_checkpoint_is_kept_and_found(make_trainer, tmp_path):
+    trainer = make_trainer(
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        learning_rate=1.0,  # gets worse from the first step on
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(
+        tmp_path / "run" / f"checkpoint-{trainer.state.best_global_step}"
+    )
+    assert Path(trainer.state.best_model_checkpoint).is_dir()
+
+
+def test_a_run_that_fails_while_saving_leaves_the_last_complete_checkpoint(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(max_steps=3, save_strategy="steps", save_steps=1)
+    save = BD3LMTrainer._save_rng_state
+
+    def fail_at_two(self, folder):
+        if self.state.global_step == 2:
+            raise OSError(28, "No space left on device")
+        save(self, folder)
+
+    monkeypatch.setattr(BD3LMTrainer, "_save_rng_state", fail_at_two)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    last = get_last_checkpoint(str(tmp_path / "run"))
+    assert Path(last).name == "checkpoint-1"
+    check_finite_weights(BD3LMForMaskedLM.from_pretrained(last), last)
+
+
+FAILING = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "transformers.modeling_utils.PreTrainedModel.save_pretrained",
+        "transformers.trainer.Trainer._save_optimizer_and_scheduler",
+        "transformers.trainer.Trainer._save_rng_state",
+        "transformers.TrainerState.save_to_json",
+        "bd3lm_hf.training.trainer.seal_checkpoint",
+        "bd3lm_hf.training.trainer.publish_folder",
+    ],
+)
+def test_a_full_disk_at_any_stage_leaves_the_last_checkpoint_and_no_debris(make_trainer, tmp_path, monkeypatch, stage):
+    make_trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoint-1").iterdir()}
+
+    def fail(*arguments, **keywords):
+        raise FAILING
+
+    trainer = make_trainer(max_steps=3, save_strategy="steps", save_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, fail)
+        with pytest.raises(SaveError, match=r"checkpoint-2 can not be saved.*No space left.*checkpoint-1; make room"):
+            trainer.train(resume_from_checkpoint=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoint-1").iterdir()} == before
+
+
+def test_a_model_that_can_not_be_saved_leaves_the_old_one(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer()
+    trainer.save_model()
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+
+    def fail(*arguments, **keywords):
+        raise FAILING
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
+    with pytest.raises(SaveError, match="the model can not be saved in .*No checkpoint had been saved yet"):
+        trainer.save_model()
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_what_a_killed_run_left_behind_gets_into_no_checkpoint(make_trainer, tmp_path):
+    left = tmp_path / "run" / ".incomplete"
+    for name in ("checkpoint-1", "checkpoint-9", "model"):
+        (left / name).mkdir(parents=True)
+        (left / name / "rng_state_1.pth").write_text("foreign")
+    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    assert not left.exists()
+    assert not list((tmp_path / "run").rglob("rng_state_1.pth"))
+
+
+def test_training_continues_from_a_checkpoint(make_trainer, tmp_path):
+    whole = make_trainer(max_steps=4, save_strategy="steps", save_steps=2)
+    whole.train()
+    rest = make_trainer(max_steps=4)
+    rest.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert losses_of(rest) == losses_of(whole)
+
+
+def test_a_finished_run_takes_no_further_step(make_trainer):
+    # Three steps end in the middle of an epoch of two.
+    whole = make_trainer(max_steps=3, save_strategy="steps", save_steps=2)
+    whole.train()
+    again = make_trainer(max_steps=3, save_strategy="no")
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    assert losses_of(again) == losses_of(whole)
+    for (name, one), other in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_a_resumed_run_does_not_repeat_its_first_evaluation(make_trainer):
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
+    whole = make_trainer(max_steps=2, eval_on_start=True, **options)
+    whole.train()
+    rest = make_trainer(max_steps=2, eval_on_start=True, save_strategy="no", eval_strategy="steps", eval_steps=2)
+    rest.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-1"))
+    steps = [[entry["step"] for entry in run.state.log_history if "eval_nll" in entry] for run in (whole, rest)]
+    assert steps == [[0, 2], [0, 2]]
+
+
+def test_a_run_without_checkpoints_can_not_be_resumed(make_trainer, tmp_path):
+    with pytest.raises(ValueError, match=r"there is no complete checkpoint in .*run\."):
+        make_trainer().train(resume_from_checkpoint=True)
+
+
+def test_a_small_disk_is_told_before_the_first_step(make_trainer, monkeypatch, caplog):
+    monkeypatch.setattr("bd3lm_hf.run_folder.free_bytes", lambda folder: 1000)
+    make_trainer(max_steps=1, save_strategy="no").train()
+    assert not caplog.records
+    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=5)
+    trainer.train()
+    assert "but only 1.0 kB are free" in caplog.text
+    saved = sum(path.stat().st_size for path in (Path(trainer.args.output_dir) / "checkpoint-1").rglob("*"))
+    assert 0.3 * saved < trainer._checkpoint_bytes < saved
+
+
+def test_a_checkpoint_is_uploaded_from_its_final_folder(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
+    uploads = []
+    push = "bd3lm_hf.training.uploads.SharingTrainer._push_from_checkpoint"
+    monkeypatch.setattr(push, lambda self, folder: uploads.append(folder))
+    trainer.args.push_to_hub = True
+    trainer.train()
+    assert uploads == [str(tmp_path / "run" / "checkpoint-1")]
+
+
+# Precision, checkpointing, compilation
+
+
+def test_bfloat16_spares_the_noise_and_stays_close(make_trainer):
+    plain, low = make_trainer(), make_trainer(bf16=True)
+    dtypes = {}
+
+    def record(module, positional, named):
+        dtypes.update({name: named[name].dtype for name in NOISE})
+
+    low.model.register_forward_pre_hook(record, with_kwargs=True)
+    gradients = []
+    low.model.get_output_embeddings().weight.register_hook(gradients.append)
+    plain.train()
+    low.train()
+    assert dtypes == dict.fromkeys(NOISE, torch.float32)
+    assert losses_of(low) == pytest.approx(losses_of(plain), rel=1e-2)
+    assert losses_of(low) != losses_of(plain)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert next(low.model.parameters()).dtype == torch.float32
+
+
+def test_deepspeeds_precision_spares_the_noise(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.is_deepspeed_enabled = True
+    configuration = SimpleNamespace(dtype=lambda: torch.bfloat16)
+    plugin = SimpleNamespace(hf_ds_config=configuration)
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin, raising=False)
+    prepared = trainer._prepare_inputs({**batch, "other": torch.ones(2)})
+    assert prepared["other"].dtype == torch.bfloat16
+    for name in NOISE:
+        assert prepared[name].dtype == torch.float32
+        assert torch.equal(prepared[name], batch[name])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_takes_the_same_steps(make_trainer, reentrant):
+    plain = make_trainer(optim="sgd")
+    saving = make_trainer(
+        optim="sgd", gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+    )
+    plain.train()
+    saving.train()
+    assert saving.model.backbone.blocks[0].gradient_checkpointing
+    for key in ("loss", "grad_norm"):
+        values = [[entry[key] for entry in t.state.log_history if key in entry] for t in (plain, saving)]
+        assert values[0] == pytest.approx(values[1], abs=1e-6)
+    for (name, one), other in zip(plain.model.named_parameters(), saving.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+def test_compiled_runs_take_the_same_steps(make_trainer, tmp_path):
+    common = {"optim": "sgd", "ema_decay": 0.5, "eval_strategy": "steps", "eval_steps": 2}
+    plain = make_trainer(**common)
+    compiled = make_trainer(**common, torch_compile=True)
+    plain.train()
+    compiled.train()
+    for key in ("loss", "eval_nll"):
+        values = [[entry[key] for entry in t.state.log_history if key in entry] for t in (plain, compiled)]
+        assert values[0] == pytest.approx(values[1], abs=1e-5)
+    compiled.save_model()
+    saved = BD3LMForMaskedLM.from_pretrained(tmp_path / "run").state_dict()
+    for name, average in plain.average.shadows.items():
+        torch.testing.assert_close(saved[name], average, rtol=0, atol=1e-5, msg=name)
+
+
+# Samples
+
+
+def test_a_sample_leaves_the_random_state_and_the_mode_alone(tiny_config, randomize):
+    class Tokenizer:
+        def decode(self, ids, skip_special_tokens):
+            return " ".join(map(str, ids.tolist()))
+
+    model = randomize(BD3LMForMaskedLM(tiny_config)).train()
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first, second = (write_text(model, Tokenizer(), max_new_tokens=5, seed=1) for _ in range(2))
+    assert first == second
+    assert len(first.split()) <= 6
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)

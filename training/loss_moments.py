@@ -1,0 +1,241 @@
+"""Mean and second moment of a block's training loss for every interval of noise levels (arXiv 2503.09573, Sec. 5.2).
+
+For a block of B' tokens and a time t, the loss is X = w(t) S / B', S the summed cross-entropy of the masked tokens. A
+network that does not read t gives an S that depends on the mask alone, so the moments of X under an interval are
+
+    E[X^j] = sum_k  E_t[w(t)^j; k masked]  E[S^j | k masked] / B'^j.
+
+The first factor is a one-dimensional integral that needs no network; the second is the same for all intervals. Hence
+one set of masks, spread over k, serves any number of intervals.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+
+from bd3lm_hf.modeling.attention_bd3lm import Layout, token_layout
+from bd3lm_hf.modeling.likelihood_bd3lm import Mask, mask_losses, rows_of_noise, stratified_masks
+from bd3lm_hf.modeling.loss_bd3lm import LossMask, check_text, corrupt, loss_mask
+from bd3lm_hf.modeling.noise_bd3lm import NoiseSchedule, clips, count_probabilities, noise_schedule
+
+
+Interval = tuple[float, float]
+
+
+MAX_PASSES = 12  # noisy passes over a batch, whatever the number of intervals
+
+
+_NODES = 512  # of the quadrature over t; resolves the binomial of a block of a few thousand tokens
+
+
+class BlockMoments(NamedTuple):
+    """Estimated moments of the loss of each block, all float64 `(intervals, blocks)`; unbiased for each block."""
+
+    zeroth: torch.Tensor  # estimates 1; where it misses, the other two miss alike
+    first: torch.Tensor  # E[X]
+    second: torch.Tensor  # E[X^2]
+
+
+class HeldOut(NamedTuple):
+    """A batch of held-out text, with a source of noise for each row."""
+
+    input_ids: torch.Tensor  # (batch, length)
+    layout: Layout
+    scored: LossMask
+    generators: list[torch.Generator]
+
+
+def held_out(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    generators: list[torch.Generator],
+) -> HeldOut:
+    """A batch as [`SharedDraws`] and [`PassPerInterval`] take it; all tensors `(batch, length)`."""
+    config = model.config
+    labels = input_ids if labels is None else labels
+    check_text(model, input_ids, labels)
+    layout = token_layout(attention_mask, input_ids.shape[1], config.block_size, device=input_ids.device)
+    scored = loss_mask(layout, labels, ignore_bos=config.ignore_bos, training=False)
+    return HeldOut(input_ids, layout, scored, generators)
+
+
+class PassPerInterval:
+    """The published way: for each interval a noisy pass with masks of its own. The clean stream is computed once.
+
+    With `config.resample` the mask rates are confined as in training: an interval from 1e-3 has no lower bound. (The
+    published search rounds 1e-3 to float32 and then does bound it, so that it sees no empty mask there.)
+
+    Args:
+        config: the model's configuration.
+        intervals: what to compare.
+    """
+
+    reads_no_time: ClassVar[bool] = False
+
+    def __init__(self, config: Any, intervals: Sequence[Interval]) -> None:
+        self.config, self.intervals, self.passes = config, list(intervals), len(intervals)
+
+    def __call__(self, model: Any, batch: HeldOut) -> BlockMoments:
+        """Moments of the blocks in which something can be masked, row by row."""
+        kept = _per_block(batch, batch.scored.maskable, self.config) > 0
+        losses = [
+            _per_block(batch, loss * draw.weights, self.config)[kept] / self.config.block_size
+            for draw, loss in mask_losses(model, batch.input_ids, batch.layout, self._masks(model, batch))
+        ]
+        first = torch.stack(losses)
+        return BlockMoments(torch.ones_like(first), first, first.square())
+
+    def _masks(self, model: Any, batch: HeldOut) -> Iterator[Mask]:
+        for low, high in self.intervals:
+            noise = rows_of_noise(model, batch.scored, self.config.antithetic_sampling, batch.generators)
+            yield Mask(*corrupt(model, batch.layout, batch.scored, noise, low, high, training=True))
+
+
+class SharedDraws:
+    """At most `MAX_PASSES` noisy passes for all intervals together, from draws of the number k of masked tokens.
+
+    A pass per k where the block has no more than `passes` tokens; else one k from each of `passes` strata of 1..n. No
+    pass is spent on k = 0, whose loss is zero.
+
+    Args:
+        config: the model's configuration.
+        intervals: what to compare.
+        passes: noisy passes over a batch.
+
+    Raises:
+        ValueError: the model reads the noise level, so one pass cannot stand for all levels.
+    """
+
+    reads_no_time: ClassVar[bool] = True
+
+    def __init__(self, config: Any, intervals: Sequence[Interval], passes: int = MAX_PASSES) -> None:
+        if config.time_conditioning:
+            raise ValueError(
+                "a model with time_conditioning=True gives other losses at each noise level: use PassPerInterval."
+            )
+        self.config, self.intervals = config, list(intervals)
+        self.passes = min(passes, config.block_size)
+        self._tables: dict[tuple[int, int], torch.Tensor] = {}
+
+    def __call__(self, model: Any, batch: HeldOut) -> BlockMoments:
+        """Moments of the blocks in which something can be masked, row by row."""
+        maskable = _per_block(batch, batch.scored.maskable, self.config)
+        kept = maskable > 0
+        sizes = _per_block(batch, batch.scored.valid, self.config)[kept].long()
+        maskable = maskable[kept].long()
+        moments = torch.zeros(3, len(maskable), len(self.intervals), dtype=torch.float64)
+        if not len(maskable):
+            return BlockMoments(*moments.mT)
+        table, rows = self._table_of_blocks(sizes, maskable)
+        moments[0] = table[rows, 0, :, 0]  # an empty mask has loss zero
+        draws = stratified_masks(model, batch.layout, batch.scored, self.passes, batch.generators)
+        for draw, losses in mask_losses(model, batch.input_ids, batch.layout, draws):
+            k = _per_block(batch, draw.masked, self.config)[kept].long()
+            share = maskable / self.passes  # one over the chance that a draw has this k
+            loss = _per_block(batch, losses, self.config)[kept] / self.config.block_size
+            for power, moment in enumerate(moments):
+                moment += (share * loss**power).unsqueeze(1) * table[rows, power, :, k]
+        return BlockMoments(*moments.mT)
+
+    def _table_of_blocks(self, sizes: torch.Tensor, maskable: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(kinds, 3, intervals, k)` for the kinds of blocks in a batch, and the kind of each block."""
+        kinds, rows = torch.stack([sizes, maskable], dim=1).unique(dim=0, return_inverse=True)
+        tables = [self._table(*kind).permute(2, 0, 1) for kind in kinds.tolist()]
+        return torch.nn.utils.rnn.pad_sequence(tables, batch_first=True).permute(0, 2, 3, 1), rows
+
+    def _table(self, size: int, maskable: int) -> torch.Tensor:
+        """`(3, intervals, maskable + 1)`, kept for the next batch."""
+        if (size, maskable) not in self._tables:
+            schedule, confined = noise_schedule(self.config.noise), self.config.resample
+            levels = [
+                level_moments(schedule, interval, size=size, maskable=maskable, confined=confined)
+                for interval in self.intervals
+            ]
+            self._tables[size, maskable] = torch.stack(levels, dim=1)
+        return self._tables[size, maskable]
+
+
+def level_moments(
+    schedule: NoiseSchedule, interval: Interval, *, size: int, maskable: int, confined: bool
+) -> torch.Tensor:
+    """E_t[w(t)^j; k of the block's tokens are masked] for j = 0, 1, 2 and t uniform on the interval.
+
+    As published, the weight is 1 throughout when the interval starts above 0.5.
+
+    Args:
+        size: tokens of the block.
+        maskable: tokens of the block that may stay masked; the others (a given first token, a prompt) are masked and
+            then shown again, as in the loss.
+        confined: the masked fraction of the block lies in the interval (`config.resample`).
+
+    Returns:
+        float64 `(3, maskable + 1)`; row 0 sums to 1.
+    """
+    low, high = interval
+    confined = confined and clips(low, high)
+    drawn = size if confined else maskable  # unconfined, tokens are independent: leave out those shown again
+    t, share = _quadrature(low, high)
+    level = schedule(t)
+    weight = torch.ones_like(t) if low > 0.5 else -level.loss_scaling
+    bounds = (low, high) if confined else (0.0, 1.0)
+    chances = count_probabilities(level.move_chance.unsqueeze(0), torch.full((1, len(t)), drawn), *bounds)[0]
+    weights = torch.stack([share, share * weight, share * weight.square()])
+    return weights @ chances @ _shown_again(drawn, maskable)
+
+
+def _quadrature(low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nodes and weights of the mean over t in [low, high], dense at the ends of [0, 1]."""
+    if low == high:
+        return torch.tensor([low], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    # In the angle a with t = sin^2 a a binomial has the same width everywhere, and 1/t^2 near 0 is tame.
+    nodes, weights = _legendre()
+    first, last = np.arcsin(np.sqrt(low)), np.arcsin(np.sqrt(high))
+    angle = first + (last - first) * (nodes + 1) / 2
+    weights = weights * torch.sin(2 * angle)
+    return torch.sin(angle).square(), weights / weights.sum()
+
+
+@functools.cache
+def _legendre() -> tuple[torch.Tensor, torch.Tensor]:
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+    return torch.from_numpy(nodes), torch.from_numpy(weights)
+
+
+def _shown_again(size: int, maskable: int) -> torch.Tensor:
+    """Chance that k' maskable tokens are among k masked ones of a block, `(size + 1, maskable + 1)` over k and k'."""
+    k = torch.arange(size + 1, dtype=torch.float64).unsqueeze(1)
+    among = torch.arange(maskable + 1, dtype=torch.float64)
+
+    def log_choose(n: torch.Tensor | float, m: torch.Tensor) -> torch.Tensor:
+        n = torch.as_tensor(n, dtype=torch.float64)
+        possible = (m >= 0) & (m <= n)
+        value = torch.lgamma(n + 1) - torch.lgamma(m.clamp(min=0) + 1) - torch.lgamma((n - m).clamp(min=0) + 1)
+        return torch.where(possible, value, -torch.inf)
+
+    others = log_choose(float(size - maskable), k - among)
+    return (log_choose(float(maskable), among) + others - log_choose(float(size), k)).exp()
+
+
+def _per_block(batch: HeldOut, values: torch.Tensor, config: Any) -> torch.Tensor:
+    """Sums over the blocks of each row of values `(batch, length)`; float64 `(batch * blocks,)` on the CPU."""
+    rows, length = values.shape
+    block_ids = batch.layout.block_ids.expand(rows, -1).cpu()
+    sums = torch.zeros(rows, config.num_blocks(length), dtype=torch.float64)
+    return sums.scatter_add_(1, block_ids, values.double().cpu()).flatten()
+
+
+__all__ = [
+    "BlockMoments",
+    "HeldOut",
+    "Interval",
+    "MAX_PASSES",
+    "PassPerInterval",
+    "SharedDraws",
+    "held_out",
+    "level_moments",
+]

@@ -1,0 +1,179 @@
+"""Which run a checkpoint belongs to: what a run may not change when it is resumed, and the check that it did not.
+
+Everything that decides the numbers of a run is part of its identity: the model, its vocabulary, the sequences, the
+global batch, the seed and the optimisation. (The optimizer's state holds the old learning rate, so a new one would be
+ignored without a word.) Free to change are how long the run is, how it is laid out on processes, and what it logs,
+evaluates and saves. The interval of noise levels is no part of it: a search moves it, and the weights carry it.
+
+The training loss since the last log, and the flow of a run, in a form that a resumed run continues.
+
+transformers forgets what it has summed since the last log when a run is resumed, so that the first loss of the log
+would differ from the uninterrupted run's wherever a save does not coincide with a log.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from bd3lm_hf.evaluation.results import config_identity, data_identity, tokenizer_identity
+from bd3lm_hf.training.arguments import BD3LMTrainingArguments
+
+
+logger = logging.get_logger("bd3lm_hf.train")
+
+
+_HASHED_SEQUENCES = 1024
+
+
+_TRAINING = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
+    "neftune_noise_alpha",
+)
+
+
+# Schedules that take the number of all steps. A run may be prolonged, but their learning rates then change.
+_LENGTH = ("max_steps", "num_train_epochs")
+
+
+def run_fingerprint(
+    model: Any, args: BD3LMTrainingArguments, rows: Any, tokenizer: Any, *, global_batch_size: int, data_seed: int
+) -> dict[str, Any]:
+    """The identity of a run as JSON: sections of named values.
+
+    Args:
+        rows: the training sequences, sized or a stream.
+        tokenizer: None when there is none.
+        global_batch_size: sequences of one optimizer step.
+    """
+    parameters = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    config = config_identity(model.config) | {"parameters": sum(size for size, _ in parameters)}
+    config |= {"trained parameters": sum(size for size, trained in parameters if trained)}
+    training = {name: getattr(args, name, None) for name in _TRAINING}
+    training |= {"global batch size": global_batch_size, "seed": args.seed, "data_seed": data_seed}
+    if args.ema_decay:  # whether there is an average at all, its own file says
+        training |= {"ema_decay": args.ema_decay, "ema_warmup": args.ema_warmup}
+    identity = {
+        "model": config,
+        "tokenizer": tokenizer_identity(tokenizer),
+        "data": data_identity(rows, sample=_HASHED_SEQUENCES),
+        "training": training,
+        "length": {name: getattr(args, name) for name in _LENGTH},
+    }
+    return json.loads(json.dumps(identity, default=str))  # as it comes back from a file
+
+
+def check_same_run(checkpoint: str | Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Refuse to resume from the checkpoint of another run. A run of another length is told so.
+
+    Args:
+        old: identity in the checkpoint.
+        new: identity of the run that wants to resume from it.
+
+    Raises:
+        ValueError: names what differs, with both values.
+    """
+    sections = ("model", "tokenizer", "data", "training")
+    differences = [text for section in sections for text in _compare(section, old, new)]
+    if differences:
+        more = f", and {len(differences) - 6} more" if len(differences) > 6 else ""
+        raise ValueError(
+            f"{checkpoint} belongs to another run: {'; '.join(differences[:6])}{more}. Go on with the old values, or "
+            f"start a new run from its weights with --init_from {checkpoint} and another --output_dir."
+        )
+    for text in _compare("length", old, new):
+        logger.warning(f"the run is resumed with another {text}. Schedules that depend on it change.")
+
+
+def _compare(section: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    # A field that only one of two versions of a library knows says nothing.
+    before, now = old.get(section, {}), new.get(section, {})
+    return [
+        f"{section}: {name} was {before[name]} and is {now[name]}"
+        for name in before
+        if name in now and before[name] != now[name]
+    ]
+
+
+class RunningLoss:
+    """Sums of the losses of optimizer steps: since the last log, and since the start of the run.
+
+    Args:
+        device: where the losses live.
+        gather: gives every process the numbers of all of them, `(1,)` -> `(processes,)`.
+    """
+
+    def __init__(self, device: torch.device, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.gather = gather
+        self.sum = torch.zeros(1, device=device)  # of this process
+        self.logged_step = 0
+        self.logged_total = 0.0  # mean over the processes, summed over the steps up to logged_step
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Add the share of one micro-batch in the loss of its optimizer step; a scalar."""
+        self.sum += loss
+
+    def mean_since_last_log(self, step: int) -> float:
+        """Mean loss of the steps since the last call, over all processes; `step` is the number of steps so far."""
+        total = self.gather(self.sum).mean().item()
+        mean = total / max(1, step - self.logged_step)
+        self.logged_total += total
+        self.logged_step = step
+        self.sum.zero_()
+        return mean
+
+    def mean_of_run(self, step: int) -> float:
+        """Mean loss of all steps of the run so far, over all processes."""
+        return (self.logged_total + self.gather(self.sum).mean().item()) / max(1, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON; the same on every process."""
+        sums = self.gather(self.sum).tolist()
+        return {"sums": sums, "logged_step": self.logged_step, "logged_total": self.logged_total}
+
+    def load_state_dict(self, state: dict[str, Any], process: int, processes: int) -> None:
+        """Go on where a checkpoint was saved. With another number of processes each takes the mean of the sums."""
+        sums = state["sums"]
+        self.sum.fill_(sums[process] if len(sums) == processes else sum(sums) / len(sums))
+        self.logged_step, self.logged_total = state["logged_step"], state["logged_total"]
+
+
+class ResumableFlow(TrainerCallback):
+    """What has to happen at other moments than transformers has it for a resumed run to be the uninterrupted one.
+
+    A save that falls on the last step of an epoch, or of the run, waits for what is logged and evaluated there: a run
+    that resumes from it starts with the next epoch and would never catch up.
+    """
+
+    def __init__(self) -> None:
+        self.waiting = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log, evaluate and save as often as the arguments say; a resumed state says what they were before."""
+        state.compute_steps(args, state.max_steps)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Put the save off."""
+        if control.should_save and (float(state.epoch).is_integer() or state.global_step >= state.max_steps):
+            control.should_save, self.waiting = False, True
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Save."""
+        if self.waiting:
+            control.should_save, self.waiting = True, False
+        return control
+
+
+__all__ = ["ResumableFlow", "RunningLoss", "check_same_run", "run_fingerprint"]
