@@ -10,7 +10,7 @@ import torch
 from transformers.configuration_utils import PreTrainedConfig
 
 from .attention_bd3lm import Layout, token_layout
-from .backbone_bd3lm import BD3LMLanguageModel, clean_cache, noisy_hidden
+from .backbone_bd3lm import BD3LMLanguageModel
 from .configuration_bd3lm import SAMPLING_EPS
 from .loss_bd3lm import LossMask, check_text, cross_entropy, loss_mask, sigma_of
 from .noise_bd3lm import (
@@ -265,14 +265,14 @@ def mask_losses(
     """
     batch, length = input_ids.shape
     conditioned, lone = model.config.time_conditioning, model.config.num_blocks(length) == 1
-    cache = None if conditioned or lone else clean_cache(model, input_ids, layout)
+    cache = None if conditioned or lone else model.clean_cache(input_ids, layout)
     group_size = 1 if conditioned else max(1, _TOKEN_BUDGET // (batch * length))
     for group in _grouped(draws, group_size):
         masked = torch.stack([draw.masked for draw in group], dim=1)
         rows = masked.flatten().nonzero().squeeze(1)
         x_t = torch.where(masked, model.config.mask_token_id, input_ids.unsqueeze(1)).flatten(1)
         sigma = sigma_of(model.config, group[0].move_chance)
-        hidden = noisy_hidden(model, x_t, input_ids, layout, rows, sigma, cache=cache, draws=len(group))
+        hidden = model.noisy_hidden(x_t, input_ids, layout, rows, sigma, cache=cache, draws=len(group))
         # Rows of (batch, draw, position) belong to the token (batch, position).
         token = rows // (len(group) * length) * length + rows % length
         losses = torch.zeros(masked.numel(), device=input_ids.device)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.configuration_utils import PreTrainedConfig
 
 from .attention_bd3lm import Layout, token_layout
-from .backbone_bd3lm import BD3LMLanguageModel, check_token_ids, noisy_hidden
+from .backbone_bd3lm import BD3LMLanguageModel, check_token_ids
 from .configuration_bd3lm import SAMPLING_EPS
 from .linear_bd3lm import call_as, is_plain_linear, is_sharded
 from .noise_bd3lm import (
@@ -86,7 +86,7 @@ def denoising_loss(
     check_draws(draws, config.time_conditioning)
     rows = masked.flatten().nonzero().squeeze(1)
     x_t = torch.where(masked, config.mask_token_id, input_ids.repeat(1, draws))
-    hidden = noisy_hidden(model, x_t, input_ids, layout, rows, sigma_of(config, move_chance), draws=draws)
+    hidden = model.noisy_hidden(x_t, input_ids, layout, rows, sigma_of(config, move_chance), draws=draws)
     # 4. Weighted cross-entropy
     targets, coefficients = labels.repeat(1, draws).flatten()[rows], weights.flatten()[rows] / draws
     total = chunked_cross_entropy(hidden, model.get_output_embeddings(), targets, coefficients, config.mask_token_id)

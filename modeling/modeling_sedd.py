@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.generation.logits_process import LogitsProcessorList
 
 from .attention_bd3lm import Layout, token_layout
-from .backbone_bd3lm import noisy_hidden, register_auto_classes
+from .backbone_bd3lm import register_auto_classes
 from .configuration_bd3lm import SAMPLING_EPS, SEDDConfig
 from .generation_config_bd3lm import SEDDGenerationConfig
 from .likelihood_bd3lm import TokenNLL, check_sampling, rows_of_noise, source_of
@@ -196,7 +196,7 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
         rows = masked.flatten().nonzero().squeeze(1)
         x_t = torch.where(masked, self.config.mask_token_id, input_ids)
         sigma = LogLinearNoise().sigma(move_chance[:, 0])
-        hidden = noisy_hidden(self, x_t, input_ids, layout, rows, sigma)
+        hidden = self.noisy_hidden(x_t, input_ids, layout, rows, sigma)
         of_row = sigma[rows // input_ids.shape[1]]
         losses = self._score_entropies(hidden, input_ids.flatten()[rows], of_row)
         # -loss_scaling is alpha'_t / (1 - alpha_t); times 1 / ratio it is d sigma / dt.

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from bd3lm_hf.modeling import likelihood_bd3lm
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.likelihood_bd3lm import Mask, mask_losses, rows_of_noise
 from bd3lm_hf.modeling.loss_bd3lm import corrupt
@@ -197,14 +196,14 @@ def test_a_batch_with_nothing_to_score_gives_no_block(make_model, method):
 def passes_of(model, monkeypatch, measure, batch) -> tuple[int, int]:
     """Clean and noisy passes that a method takes over a batch."""
     clean, noisy = [], []
-    inner_clean, inner_noisy = likelihood_bd3lm.clean_cache, likelihood_bd3lm.noisy_hidden
-    monkeypatch.setattr(likelihood_bd3lm, "clean_cache", lambda *a: (clean.append(1), inner_clean(*a))[1])
+    inner_clean, inner_noisy = model.clean_cache, model.noisy_hidden
+    monkeypatch.setattr(model, "clean_cache", lambda *a: (clean.append(1), inner_clean(*a))[1])
 
     def count_noisy(*arguments, draws=1, **keywords):
         noisy.append(draws)
         return inner_noisy(*arguments, draws=draws, **keywords)
 
-    monkeypatch.setattr(likelihood_bd3lm, "noisy_hidden", count_noisy)
+    monkeypatch.setattr(model, "noisy_hidden", count_noisy)
     with torch.no_grad():
         measure(model, batch)
     return len(clean), sum(noisy)
