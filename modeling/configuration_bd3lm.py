@@ -1,42 +1,15 @@
-"""The versions of transformers that can run this code; under any other it says so in one line, when it is imported.
+"""The configuration of a block-diffusion language model (BD3-LM, arXiv 2503.09573), validated when it is made."""
 
-The configuration of a block-diffusion language model (BD3-LM, arXiv 2503.09573), validated when it is made.
-"""
+# First, so that a version of transformers that cannot run this code is named before any other import fails.
+from .versions_bd3lm import check_transformers  # noqa: F401
 
-import re
+
+# isort: split
 from typing import Any, ClassVar
 
-import transformers
 from transformers.configuration_utils import PreTrainedConfig
 
 from .noise_bd3lm import check_draws, check_interval, noise_schedule
-
-
-_FIRST, _END = (5, 12), (6,)
-
-
-TRANSFORMERS_VERSIONS = f">={'.'.join(map(str, _FIRST))},<{'.'.join(map(str, _END))}"
-
-
-def check_transformers(found: str) -> None:
-    """Refuse a version of transformers that this code was not written for.
-
-    Args:
-        found: such as "5.23.0"; a development version counts as the one that it becomes.
-
-    Raises:
-        ImportError: names the versions found and needed.
-    """
-    number = re.match(r"\d+(\.\d+)*", found)
-    release = tuple(map(int, number[0].split("."))) if number else ()
-    if not _FIRST <= release < _END:
-        raise ImportError(
-            f"the code of this model needs transformers {TRANSFORMERS_VERSIONS}, but {found} is installed here: run "
-            f'`pip install "transformers{TRANSFORMERS_VERSIONS}"`.'
-        )
-
-
-check_transformers(transformers.__version__)
 
 
 # Where the authors' unclipped interval of noise levels begins.
@@ -345,6 +318,4 @@ __all__ = [
     "MDLMConfig",
     "SAMPLING_EPS",
     "SEDDConfig",
-    "TRANSFORMERS_VERSIONS",
-    "check_transformers",
 ]

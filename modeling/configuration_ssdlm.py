@@ -1,7 +1,7 @@
 """The configuration of SSD-LM (arXiv 2210.17432), validated when it is made."""
 
 # Before all else: every way to load a model begins here, and other versions may lack what is imported below.
-from .configuration_bd3lm import check_transformers  # noqa: F401
+from .versions_bd3lm import check_transformers  # noqa: F401
 
 
 # isort: split

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
 
-from .configuration_bd3lm import TRANSFORMERS_VERSIONS
+from .versions_bd3lm import TRANSFORMERS_VERSIONS
 
 
 class SelfContainedModel(PreTrainedModel):

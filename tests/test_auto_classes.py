@@ -27,7 +27,7 @@ from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 MODELING = Path(bd3lm_hf.modeling.__file__).parent
 AUTO_MAP = {
     "AutoConfig": "configuration_bd3lm.BD3LMConfig",
-    "AutoModel": "modeling_bd3lm.BD3LMModel",
+    "AutoModel": "backbone_bd3lm.BD3LMModel",
     "AutoModelForMaskedLM": "modeling_bd3lm.BD3LMForMaskedLM",
     "AutoModelForCausalLM": "modeling_bd3lm.BD3LMForMaskedLM",
 }

@@ -12,8 +12,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import bd3lm_hf
-from bd3lm_hf.modeling import configuration_bd3lm
-from bd3lm_hf.modeling.configuration_bd3lm import TRANSFORMERS_VERSIONS, check_transformers
+from bd3lm_hf.modeling import versions_bd3lm
+from bd3lm_hf.modeling.versions_bd3lm import TRANSFORMERS_VERSIONS, check_transformers
 
 
 LINE = "the code of this model needs transformers >=5.12,<6, but {} is installed here: run `pip install"
@@ -42,7 +42,7 @@ def test_the_package_asks_for_the_same_versions():
 def test_a_saved_folder_states_the_versions(model_folder):
     assert json.loads((model_folder / "config.json").read_text())["requires_transformers"] == TRANSFORMERS_VERSIONS
     saved = (model_folder / "versions_bd3lm.py").read_bytes()
-    assert saved == Path(configuration_bd3lm.__file__).read_bytes()
+    assert saved == Path(versions_bd3lm.__file__).read_bytes()
 
 
 # Another transformers than the one that runs, also one that lacks what the code imports.
@@ -81,6 +81,6 @@ def test_every_way_to_load_says_it_before_anything_else_fails(model_folder, tmp_
 
 @pytest.mark.parametrize("name", ["configuration_bd3lm", "configuration_ssdlm"])
 def test_the_check_is_the_first_thing_that_a_configuration_imports(name):
-    source = (Path(configuration_bd3lm.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    source = (Path(versions_bd3lm.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
     imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
     assert imports[0].startswith("from .versions_bd3lm import ")
