@@ -2,7 +2,7 @@
 
 The clean stream x_0 is block-causal: a token sees its own and earlier blocks. The noisy stream x_t sees the clean
 tokens of earlier blocks and the noisy tokens of its own block. A forward pass concatenates the streams as
-`[x_0 ; x_t]`, several noisy draws one after the other, behind whatever a cache already holds.
+`[x_0 ; x_t]`, several noise samples one after the other, after whatever a cache already holds.
 
 Attention is computed in tiles: a range of queries against the few key ranges that any of them may see. The eager
 implementation uses one tile, the plain twin of the others; sdpa skips what no query of a tile sees; flex attention
@@ -84,9 +84,9 @@ def block_causal_plan(
         return _plan((_flex_tile(layout, length, total, lambda b, q, k: see(b, q + past, k)),))
     tiles = []
     for start, stop in _ranges(length, implementation, block_size):
-        reach = min(total, past + stop + _margin(layout, block_size, past))
-        mask = _additive(_allowed(layout, see, past + start, past + stop, (0, reach)), dtype)
-        tiles.append(Tile((start, stop), ((0, reach),), mask))
+        num_visible_keys = min(total, past + stop + _padding_slack(layout, block_size, past))
+        mask = _additive(_allowed(layout, see, past + start, past + stop, (0, num_visible_keys)), dtype)
+        tiles.append(Tile((start, stop), ((0, num_visible_keys),), mask))
     return _plan(tuple(tiles))
 
 
@@ -94,46 +94,59 @@ def two_stream_plan(
     layout: Layout,
     block_size: int,
     *,
-    draws: int = 1,
+    num_noise_samples: int = 1,
     clean_cached: bool = False,
     implementation: str,
     dtype: torch.dtype,
 ) -> AttentionPlan:
-    """Attention of `[x_0 ; x_t]`, or of `x_t` alone when the cache holds x_0; `draws` noisy streams share one x_0.
+    """Plan the attention of `[x_0 ; x_t]`, or of `x_t` alone when the cache holds x_0.
 
-    The plan of the published mask [[M_BD, M_OBC], [0, M_BC]]: noisy queries see the clean keys of earlier blocks and
-    the noisy keys of their own block and draw; clean queries see clean keys of their own and earlier blocks.
+    All `num_noise_samples` noisy streams share one x_0. This is the published mask [[M_BD, M_OBC], [0, M_BC]]: noisy
+    queries see the clean keys of earlier blocks and the noisy keys of their own block and noise sample; clean queries
+    see the clean keys of their own and earlier blocks.
     """
     length = layout.block_ids.shape[1]
     if implementation == "flex_attention":
-        return _flex_two_stream_plan(layout, block_size, draws, clean_cached)
-    margin = _margin(layout, block_size, 0)
+        return _flex_two_stream_plan(layout, block_size, num_noise_samples, clean_cached)
+    padding_slack = _padding_slack(layout, block_size, 0)
     earlier = functools.partial(_sees_clean, layout, strict=True)
     own_block = functools.partial(_sees_own_block, layout)
     noisy: list[Tile] = []
-    for draw in range(draws):
+    for sample in range(num_noise_samples):
         for start, stop in _ranges(length, implementation, block_size):
             # Clean keys up to the block before the tile's last one; noisy keys of the tile's own blocks.
-            reach = min(length, stop + margin) if margin else stop - block_size + (-stop) % block_size
-            own = (max(0, start - margin), min(length, stop + margin))
-            if draw == 0 and own[0] == 0 and length - reach <= block_size:
-                reach = length  # adjoining ranges are one view of the keys, others a copy
-            clean_mask = _allowed(layout, earlier, start, stop, (0, reach), padding_sees_itself=False)
+            num_visible_keys = (
+                min(length, stop + padding_slack) if padding_slack else stop - block_size + (-stop) % block_size
+            )
+            own = (max(0, start - padding_slack), min(length, stop + padding_slack))
+            if sample == 0 and own[0] == 0 and length - num_visible_keys <= block_size:
+                num_visible_keys = length  # adjoining ranges are one view of the keys, others a copy
+            clean_mask = _allowed(layout, earlier, start, stop, (0, num_visible_keys), padding_sees_itself=False)
             own_mask = _allowed(layout, own_block, start, stop, own)
             mask = _additive(torch.cat([clean_mask, own_mask], -1), dtype)
-            offset = (1 + draw) * length
-            keys = _joined((0, reach), (offset + own[0], offset + own[1]))
-            noisy.append(Tile((draw * length + start, draw * length + stop), keys, mask))
+            offset = (1 + sample) * length
+            keys = _joined((0, num_visible_keys), (offset + own[0], offset + own[1]))
+            noisy.append(Tile((sample * length + start, sample * length + stop), keys, mask))
     if clean_cached:
         return AttentionPlan(tuple(noisy), tuple(noisy), 0)
     clean = block_causal_plan(layout, length, block_size, implementation=implementation, dtype=dtype).tiles
     shifted = tuple(t._replace(queries=(t.queries[0] + length, t.queries[1] + length)) for t in noisy)
     plan = AttentionPlan(clean + shifted, tuple(noisy), length)
-    return _merge(plan, draws * length + length, dtype, layout.block_ids.device) if implementation == "eager" else plan
+    return (
+        _merge(plan, (1 + num_noise_samples) * length, dtype, layout.block_ids.device)
+        if implementation == "eager"
+        else plan
+    )
 
 
 def decoding_plan(
-    past: int, finished: int, block: int, key_valid: torch.Tensor | None, dtype: torch.dtype, *, hidden: int = 0
+    past: int,
+    finished: int,
+    block: int,
+    key_valid: torch.Tensor | None,
+    dtype: torch.dtype,
+    *,
+    num_out_of_window: int = 0,
 ) -> AttentionPlan:
     """Attention of a denoising step `[finished block ; noisy block]` behind a cache of `past` tokens.
 
@@ -142,7 +155,7 @@ def decoding_plan(
     Args:
         finished: tokens of the finished block, 0 when it is already in the cache.
         key_valid: bool `(batch, past + finished + block)`, False where a row has no token; None: all rows are full.
-        hidden: oldest tokens of the cache that have left the noisy block's window.
+        num_out_of_window: oldest tokens of the cache that have left the noisy block's window.
     """
     mask = None if key_valid is None else _additive(key_valid[:, None, None, :], dtype)
     tiles, total = [], past + finished + block
@@ -154,7 +167,11 @@ def decoding_plan(
             itself = own == torch.arange(past + finished, device=key_valid.device)
             clean_mask = _additive(key_valid[:, None, None, : past + finished] | itself, dtype)
         tiles.append(Tile((0, finished), ((0, past + finished),), clean_mask))
-    noisy = Tile((finished, finished + block), ((hidden, total),), None if mask is None else mask[..., hidden:])
+    noisy = Tile(
+        (finished, finished + block),
+        ((num_out_of_window, total),),
+        None if mask is None else mask[..., num_out_of_window:],
+    )
     return AttentionPlan((*tiles, noisy), (noisy._replace(queries=(0, block)),), finished)
 
 
@@ -282,7 +299,7 @@ def _ranges(length: int, implementation: str, block_size: int) -> list[tuple[int
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def _margin(layout: Layout, block_size: int, past: int) -> int:
+def _padding_slack(layout: Layout, block_size: int, past: int) -> int:
     # Left padding shifts a row's blocks against the tile borders, by at most block_size - 1.
     return 0 if layout.valid is None and past % block_size == 0 else block_size - 1
 
@@ -368,21 +385,25 @@ def _flex_tile(layout: Layout, queries: int, keys: int, see: Callable) -> Tile:
     return Tile((0, queries), ((0, keys),), mask)
 
 
-def _flex_two_stream_plan(layout: Layout, block_size: int, draws: int, clean_cached: bool) -> AttentionPlan:
+def _flex_two_stream_plan(
+    layout: Layout, block_size: int, num_noise_samples: int, clean_cached: bool
+) -> AttentionPlan:
     """The two-stream mask as one sparse mask over `[x_0 ; x_t]`; kept between steps when nothing is padded."""
     if layout.valid is None:
-        return _unpadded_flex_plan(layout.block_ids.shape[1], block_size, draws, clean_cached, layout.block_ids.device)
-    return _build_flex_plan(layout, draws, clean_cached)
+        return _unpadded_flex_plan(
+            layout.block_ids.shape[1], block_size, num_noise_samples, clean_cached, layout.block_ids.device
+        )
+    return _build_flex_plan(layout, num_noise_samples, clean_cached)
 
 
 @functools.lru_cache(maxsize=16)
 def _unpadded_flex_plan(
-    length: int, block_size: int, draws: int, clean_cached: bool, device: torch.device
+    length: int, block_size: int, num_noise_samples: int, clean_cached: bool, device: torch.device
 ) -> AttentionPlan:
-    return _build_flex_plan(token_layout(None, length, block_size, device=device), draws, clean_cached)
+    return _build_flex_plan(token_layout(None, length, block_size, device=device), num_noise_samples, clean_cached)
 
 
-def _build_flex_plan(layout: Layout, draws: int, clean_cached: bool) -> AttentionPlan:
+def _build_flex_plan(layout: Layout, num_noise_samples: int, clean_cached: bool) -> AttentionPlan:
     length = layout.block_ids.shape[1]
     clean = functools.partial(_sees_clean, layout, strict=False)
     earlier = functools.partial(_sees_clean, layout, strict=True)
@@ -396,8 +417,8 @@ def _build_flex_plan(layout: Layout, draws: int, clean_cached: bool) -> Attentio
         diagonal = (stream_q > 0) & (stream_q == stream_k) & own(batch, q, k)
         return causal | offset | diagonal | (query == key)
 
-    total = (1 + draws) * length
-    last = _flex_tile(layout, draws * length, total, lambda b, q, k: see(b, q + length, k))
+    total = (1 + num_noise_samples) * length
+    last = _flex_tile(layout, num_noise_samples * length, total, lambda b, q, k: see(b, q + length, k))
     if clean_cached:
         return AttentionPlan((last,), (last,), 0)
     return AttentionPlan((_flex_tile(layout, total, total, see),), (last,), length)

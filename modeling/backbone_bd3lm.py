@@ -170,7 +170,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         *,
         past_key_values: Cache | None = None,
         commit: int = 0,
-        rows: torch.Tensor | None = None,
+        output_indices: torch.Tensor | None = None,
         linears: PrepackedLinears = NOT_PREPACKED,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -180,16 +180,16 @@ class BD3LMModel(BD3LMPreTrainedModel):
         Args:
             inputs_embeds: `(batch, length, hidden_dim)` of all streams.
             position_ids: `(batch or 1, length)`.
-            rows: flat indices into the positions that have an output, `(batch * (length - plan.skip),)` at most. Only
-                these pass the last layer's MLP and come out.
+            output_indices: flat indices into the `(batch, length - plan.skip)` positions after `plan.skip`. Only these
+                pass through the last layer's MLP and are returned.
             linears: calls the layers' products; by default each layer itself.
 
         Returns:
-            `last_hidden_state` of `(batch, length - plan.skip, hidden_dim)`, or `(rows, hidden_dim)`. Recorded hidden
-            states and attentions are those of the positions after `plan.skip`.
+            `last_hidden_state` of `(batch, length - plan.skip, hidden_dim)`, or `(output_indices, hidden_dim)`.
+            Recorded hidden states and attentions are those of the positions after `plan.skip`.
         """
         cos, sin = self.rotary_emb(position_ids, torch.float32)
-        shared = ForwardContext(plan, cos, sin, past_key_values, commit, rows, linears)
+        shared = ForwardContext(plan, cos, sin, past_key_values, commit, output_indices, linears)
         hidden_states = inputs_embeds
         recorded: tuple[torch.Tensor, ...] = ()
         attentions: tuple[torch.Tensor, ...] = ()
@@ -202,7 +202,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
                 attentions += (weights,)
         if output_hidden_states:
             recorded += (hidden_states,)
-        row = None if rows is None else rows // (inputs_embeds.shape[1] - plan.skip)
+        row = None if output_indices is None else output_indices // (inputs_embeds.shape[1] - plan.skip)
         final = cast("torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] | None", modulations[-1])
         return BaseModelOutputWithPast(
             last_hidden_state=self.output_layer.norm(hidden_states, final, row),
@@ -346,57 +346,61 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
         x_t: torch.Tensor,
         x_0: torch.Tensor,
         layout: Layout,
-        rows: torch.Tensor,
+        masked_indices: torch.Tensor,
         sigma: torch.Tensor | None,
         *,
         cache: BlockCache | None = None,
-        draws: int = 1,
+        num_noise_samples: int = 1,
     ) -> torch.Tensor:
-        """Normed hidden states of some positions of the noisy streams, `(rows, hidden_dim)`.
+        """Return normed hidden states at the masked positions of the noisy streams, `(masked_indices, hidden_dim)`.
 
         Args:
-            x_t: `(batch, draws * length)`, the noisy streams of each row side by side.
+            x_t: `(batch, num_noise_samples * length)`, the noisy streams of each row side by side.
             x_0: `(batch, length)`, the clean stream that all of them attend to.
-            rows: flat indices into x_t.
-            sigma: noise level `(batch,)` of each row, for time-conditioned models, which take one draw.
+            masked_indices: flat indices into x_t.
+            sigma: noise level `(batch,)` of each row, for time-conditioned models, which take one noise sample.
             cache: what [`clean_cache`] gave; without it the clean stream is computed in this pass, with a gradient.
         """
         backbone, config = self.backbone, self.config
         if config.num_blocks(x_0.shape[1]) == 1:
-            return self._single_block_hidden(x_t.view(-1, x_0.shape[1]), layout, rows, sigma, draws)
+            return self._single_block_hidden(
+                x_t.view(-1, x_0.shape[1]), layout, masked_indices, sigma, num_noise_samples
+            )
         ids = x_t if cache is not None else torch.cat([x_0, x_t], dim=1)
         embeds = backbone.vocab_embed(ids)
         plan = two_stream_plan(
             layout,
             config.block_size,
-            draws=draws,
+            num_noise_samples=num_noise_samples,
             clean_cached=cache is not None,
             implementation=config._attn_implementation,
             dtype=embeds.dtype,
         )
-        positions = layout.position_ids.repeat(1, draws + (cache is None))
+        positions = layout.position_ids.repeat(1, num_noise_samples + (cache is None))
         modulations = backbone.modulations(sigma, x_t.device)
-        outputs = backbone.run(embeds, positions, plan, modulations, past_key_values=cache, rows=rows)
+        outputs = backbone.run(
+            embeds, positions, plan, modulations, past_key_values=cache, output_indices=masked_indices
+        )
         return cast(torch.Tensor, outputs.last_hidden_state)
 
     def _single_block_hidden(
         self,
         x_t: torch.Tensor,
         layout: Layout,
-        rows: torch.Tensor,
+        masked_indices: torch.Tensor,
         sigma: torch.Tensor | None,
-        draws: int,
+        num_noise_samples: int,
     ) -> torch.Tensor:
-        """Return [`noisy_hidden`] for sequences of one block, `x_t` `(batch * draws, length)`: full attention."""
+        """Return [`noisy_hidden`] for sequences of one block: `x_t` is `(batch * num_noise_samples, length)`."""
         backbone, config = self.backbone, self.config
         if layout.valid is not None:
             fields = (layout.position_ids, layout.block_ids, layout.valid)
-            layout = Layout(*(field.repeat_interleave(draws, dim=0) for field in fields))
+            layout = Layout(*(field.repeat_interleave(num_noise_samples, dim=0) for field in fields))
         embeds = backbone.vocab_embed(x_t)
         options = {"implementation": config._attn_implementation, "dtype": embeds.dtype}
         plan = block_causal_plan(layout, x_t.shape[1], config.block_size, **options)
         modulations = backbone.modulations(sigma, x_t.device)
-        outputs = backbone.run(embeds, layout.position_ids, plan, modulations, rows=rows)
+        outputs = backbone.run(embeds, layout.position_ids, plan, modulations, output_indices=masked_indices)
         return cast(torch.Tensor, outputs.last_hidden_state)
 
 

@@ -132,7 +132,7 @@ class ForwardContext:
     sin: torch.Tensor
     past_key_values: Cache | None = None
     commit: int = 0  # leading positions to write to the cache
-    rows: torch.Tensor | None = None  # flat indices of the positions that the head will read
+    output_indices: torch.Tensor | None = None  # flat indices of the positions that the head will read
     linears: PrepackedLinears = NOT_PREPACKED  # calls the layers' products
 
 
@@ -191,8 +191,8 @@ class BD3LMBlock(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(batch, length, hidden_dim)` in and out; `modulation` is what [`fold`] takes, or what it gave.
 
-        In the last layer only the positions after `plan.skip` are queried, and with `shared.rows` only those rows go
-        on: the output is then `(rows, hidden_dim)`.
+        In the last layer only the positions after `plan.skip` are queried, and with `shared.output_indices` only those
+        positions go on: the output is then `(output_indices, hidden_dim)`.
         """
         folded = modulation if isinstance(modulation, Modulation) else self.fold(modulation)
         skip = shared.plan.skip if last else 0
@@ -200,9 +200,9 @@ class BD3LMBlock(GradientCheckpointingLayer):
         query, key, value = self._project(self.norm1(hidden_states, *folded.norm1), skip, shared)
         attended, weights = self.attention(query, key, value, tiles, shared.past_key_values, shared.commit)
         hidden_states = hidden_states[:, skip:] if skip else hidden_states
-        if last and shared.rows is not None:
-            folded = folded.of_rows(shared.rows // hidden_states.shape[1])
-            hidden_states, attended = (x.flatten(0, 1)[shared.rows] for x in (hidden_states, attended))
+        if last and shared.output_indices is not None:
+            folded = folded.of_rows(shared.output_indices // hidden_states.shape[1])
+            hidden_states, attended = (x.flatten(0, 1)[shared.output_indices] for x in (hidden_states, attended))
         hidden_states = hidden_states + self._branch(shared, self.attn_out, attended, folded.gate1)
         widened = shared.linears(self.mlp[0], self.norm2(hidden_states, *folded.norm2))
         return hidden_states + self._branch(shared, self.mlp[2], widened, folded.gate2, self.mlp[1]), weights

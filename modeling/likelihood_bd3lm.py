@@ -272,7 +272,7 @@ def mask_losses(
         rows = masked.flatten().nonzero().squeeze(1)
         x_t = torch.where(masked, model.config.mask_token_id, input_ids.unsqueeze(1)).flatten(1)
         sigma = sigma_of(model.config, group[0].move_chance)
-        hidden = model.noisy_hidden(x_t, input_ids, layout, rows, sigma, cache=cache, draws=len(group))
+        hidden = model.noisy_hidden(x_t, input_ids, layout, rows, sigma, cache=cache, num_noise_samples=len(group))
         # Rows of (batch, draw, position) belong to the token (batch, position).
         token = rows // (len(group) * length) * length + rows % length
         losses = torch.zeros(masked.numel(), device=input_ids.device)

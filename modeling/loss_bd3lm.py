@@ -86,7 +86,7 @@ def denoising_loss(
     check_draws(draws, config.time_conditioning)
     rows = masked.flatten().nonzero().squeeze(1)
     x_t = torch.where(masked, config.mask_token_id, input_ids.repeat(1, draws))
-    hidden = model.noisy_hidden(x_t, input_ids, layout, rows, sigma_of(config, move_chance), draws=draws)
+    hidden = model.noisy_hidden(x_t, input_ids, layout, rows, sigma_of(config, move_chance), num_noise_samples=draws)
     # 4. Weighted cross-entropy
     targets, coefficients = labels.repeat(1, draws).flatten()[rows], weights.flatten()[rows] / draws
     total = chunked_cross_entropy(hidden, model.get_output_embeddings(), targets, coefficients, config.mask_token_id)

@@ -278,7 +278,7 @@ class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
         )
         rows = predicted.flatten().nonzero().squeeze(1) - 1
         modulations = self.backbone.modulations(None, device)
-        outputs = self.backbone.run(embeds, layout.position_ids, plan, modulations, rows=rows)
+        outputs = self.backbone.run(embeds, layout.position_ids, plan, modulations, output_indices=rows)
         return cast(torch.Tensor, outputs.last_hidden_state), labels[predicted]
 
 

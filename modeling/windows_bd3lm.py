@@ -46,7 +46,9 @@ class Window:
         length, valid = stop - first, self._valid(first, stop)
         plan = self._causal_plan(valid, length, 0)
         last = decoding_plan(length - self.size, 0, self.size, valid, self.model.dtype).last_tiles
-        return self._run(first, stop, AttentionPlan(plan.tiles, last, length - self.size), modulations, rows=rows)
+        return self._run(
+            first, stop, AttentionPlan(plan.tiles, last, length - self.size), modulations, output_indices=rows
+        )
 
     def keep_rows(self, kept: torch.Tensor) -> bool:
         """Go on with some of the rows, given their indices; False where the cache can not part with the others."""
@@ -139,9 +141,11 @@ class CachedWindow(Window):
         """A denoising pass that writes the `commit` tokens before the block to the cache."""
         stop = begin + self.size
         valid = self._valid(self.first, stop)
-        hidden = max(0, stop - self.first - self.config.model_length)
-        plan = decoding_plan(self.held, commit, self.size, valid, self.model.dtype, hidden=hidden)
-        options = {"past_key_values": self.cache, "commit": commit, "rows": rows}
+        num_out_of_window = max(0, stop - self.first - self.config.model_length)
+        plan = decoding_plan(
+            self.held, commit, self.size, valid, self.model.dtype, num_out_of_window=num_out_of_window
+        )
+        options = {"past_key_values": self.cache, "commit": commit, "output_indices": rows}
         return self._run(begin - commit, stop, plan, modulations, **options)
 
     def _forget(self, tokens: int) -> None:

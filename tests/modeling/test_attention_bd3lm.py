@@ -73,15 +73,15 @@ def dense(tiles: tuple[Tile, ...], rows: int, queries: int, keys: int) -> torch.
     return allowed
 
 
-def rule(attention_mask: torch.Tensor, block_size: int, draws: int) -> torch.Tensor:
+def rule(attention_mask: torch.Tensor, block_size: int, num_noise_samples: int) -> torch.Tensor:
     """The published rule, one pair of tokens at a time, over `[x_0 ; x_t ; x_t ; ...]`; padding sees nothing."""
     rows, length = attention_mask.shape
-    allowed = torch.zeros(rows, (1 + draws) * length, (1 + draws) * length, dtype=torch.bool)
+    allowed = torch.zeros(rows, (1 + num_noise_samples) * length, (1 + num_noise_samples) * length, dtype=torch.bool)
     for row in range(rows):
         real = attention_mask[row].nonzero().flatten().tolist()
         block = {place: number // block_size for number, place in enumerate(real)}
-        for stream_q in range(1 + draws):
-            for stream_k in range(1 + draws):
+        for stream_q in range(1 + num_noise_samples):
+            for stream_k in range(1 + num_noise_samples):
                 for q in real:
                     for k in real:
                         if stream_q == stream_k == 0:
@@ -103,20 +103,24 @@ def rule(attention_mask: torch.Tensor, block_size: int, draws: int) -> torch.Ten
 def test_the_two_stream_plan_equals_the_rule(implementation, block_size, padded, small_tiles):
     # Reading a flex mask pair by pair is slow.
     for length in LENGTHS if implementation != "flex_attention" else [11]:
-        for draws in (1, 2) if length < 45 else (1,):
+        for num_noise_samples in (1, 2) if length < 45 else (1,):
             given = padded_mask(length) if padded else torch.ones(1, length)
             layout = token_layout(given if padded else None, length, block_size, device=CPU)
-            options = {"draws": draws, "implementation": implementation, "dtype": torch.float32}
+            options = {
+                "num_noise_samples": num_noise_samples,
+                "implementation": implementation,
+                "dtype": torch.float32,
+            }
             plan = two_stream_plan(layout, block_size, **options)
             cached = two_stream_plan(layout, block_size, clean_cached=True, **options)
-            expected, total = rule(given, block_size, draws), (1 + draws) * length
-            real = given.bool().repeat(1, 1 + draws)
+            expected, total = rule(given, block_size, num_noise_samples), (1 + num_noise_samples) * length
+            real = given.bool().repeat(1, 1 + num_noise_samples)
             rows = len(given)
             assert plan.skip == length and cached.skip == 0
             assert torch.equal(dense(plan.tiles, rows, total, total)[real], expected[real])
             noisy = expected[:, length:][real[:, length:]]
             for tiles in (plan.last_tiles, cached.tiles, cached.last_tiles):
-                assert torch.equal(dense(tiles, rows, draws * length, total)[real[:, length:]], noisy)
+                assert torch.equal(dense(tiles, rows, num_noise_samples * length, total)[real[:, length:]], noisy)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -503,7 +507,7 @@ def test_a_denoising_step_does_not_see_what_left_its_window(tiny_model):
     ids = random_ids(1, 16)
     changed = ids.clone()
     changed[:, :4] = (ids[:, :4] + 11) % 47
-    plan = decoding_plan(4, 0, 4, None, torch.float32, hidden=4)
+    plan = decoding_plan(4, 0, 4, None, torch.float32, num_out_of_window=4)
     with torch.no_grad():
         found = []
         for prompt in (ids, changed):

@@ -112,7 +112,7 @@ def test_a_window_that_slides_over_a_cache_equals_the_published_one(golden):
     model, ids = golden_model("adaln", 16), golden["adaln.bs16.slide_ids"]
     with torch.no_grad():
         cache = model(ids[:, :32], use_cache=True).past_key_values
-        plan = decoding_plan(32, 0, 16, None, torch.float32, hidden=16)
+        plan = decoding_plan(32, 0, 16, None, torch.float32, num_out_of_window=16)
         hidden = model.backbone.run(
             model.get_input_embeddings()(ids[:, 32:]),
             torch.arange(32, 48).unsqueeze(0),

@@ -199,9 +199,9 @@ def passes_of(model, monkeypatch, measure, batch) -> tuple[int, int]:
     inner_clean, inner_noisy = model.clean_cache, model.noisy_hidden
     monkeypatch.setattr(model, "clean_cache", lambda *a: (clean.append(1), inner_clean(*a))[1])
 
-    def count_noisy(*arguments, draws=1, **keywords):
-        noisy.append(draws)
-        return inner_noisy(*arguments, draws=draws, **keywords)
+    def count_noisy(*arguments, num_noise_samples=1, **keywords):
+        noisy.append(num_noise_samples)
+        return inner_noisy(*arguments, num_noise_samples=num_noise_samples, **keywords)
 
     monkeypatch.setattr(model, "noisy_hidden", count_noisy)
     with torch.no_grad():
