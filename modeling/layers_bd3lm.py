@@ -249,7 +249,8 @@ def _spares_memory(linear: nn.Module, x: torch.Tensor, gate: torch.Tensor | None
         torch.is_grad_enabled()
         and is_plain_linear(linear)
         and x.dtype == linear.weight.dtype
-        and (gate is None or gate.numel() == linear.out_features and gate.dtype == x.dtype)
+        # A gate per row is two-dimensional even where the batch has a single masked token, and its gradient is too.
+        and (gate is None or gate.dim() == 1 and gate.dtype == x.dtype)
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()
     )

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from bd3lm_hf.modeling import layers_bd3lm
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import draw_noise
 
 
@@ -37,6 +38,15 @@ def test_the_lean_linear_layer_equals_the_plain_one_with_all_gradients(tiny_mode
     for name, gradient in found[1][1].items():
         assert gradient.any(), name
         torch.testing.assert_close(found[0][1][name], gradient, rtol=2e-5, atol=1e-7)
+
+
+def test_a_time_conditioned_model_learns_from_a_batch_with_one_masked_token(tiny_config, randomize):
+    tiny_config.time_conditioning = True
+    model, ids = randomize(BD3LMForMaskedLM(tiny_config)).train(), random_ids(2, 16)
+    noise = {**given_noise(2, 4, 16), "token_noise": torch.full((2, 16), 2.0)}
+    noise["token_noise"][1, 5] = 0.0
+    model(input_ids=ids, labels=ids, **noise).loss.backward()
+    assert model.backbone.blocks[-1].adaLN_modulation.weight.grad.any()
 
 
 @pytest.mark.parametrize("frozen", [["weight"], ["bias"], ["gate"], ["weight", "gate"], ["x"], []])
