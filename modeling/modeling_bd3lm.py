@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
 from transformers.utils import can_return_tuple
 
 from .backbone_bd3lm import (
@@ -22,38 +23,19 @@ from .loss_bd3lm import denoising_loss
 from .noise_bd3lm import Noise, check_interval, given_noise
 
 
-class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMLanguageModel):
-    """Block-diffusion language model: scores with `token_nll`, writes with `generate`, carries the paper's loss.
+class BlockDiffusionMixin(BD3LMGenerationMixin):
+    """The objective, the likelihood and `generate` of block diffusion, over any network.
 
-    ```python
-    >>> logits = model(input_ids).logits                                # block-causal denoising logits
-    >>> logits = model(input_ids=x_t, clean_input_ids=x_0).logits       # noisy stream given the clean one
-    >>> loss = model(input_ids=x_0, labels=x_0).loss                    # training objective; NELBO in eval mode
-    ```
+    A class adds the network: `backbone`, which is called and run as a [`BD3LMModel`] is, `noisy_hidden` and
+    `clean_cache` for the two streams, and a `config` with the fields of the process.
     """
 
     generation_config_class = BD3LMGenerationConfig
     accepts_loss_kwargs = True
-    _keep_in_fp32_modules_strict = ["sampling_eps_min", "sampling_eps_max", "inv_freq"]
     sampling_eps_min: torch.Tensor
     sampling_eps_max: torch.Tensor
 
-    def __init__(self, config: BD3LMConfig) -> None:
-        super().__init__(config)
-        if config.causal:
-            raise ValueError(
-                "causal=True is an autoregressive model: its class is ARForCausalLM with an ARConfig, which `bd3lm "
-                "convert` makes of a published checkpoint. For block diffusion set causal=False."
-            )
-        if config.var_min:
-            self.register_buffer("sampling_eps_min", torch.tensor(float(config.sampling_eps_min)))
-            self.register_buffer("sampling_eps_max", torch.tensor(float(config.sampling_eps_max)))
-        self._adopt_special_tokens()
-        # The loss is not shifted, so Trainer must count all labels, not labels[1:].
-        self.loss_type = None  # type: ignore[assignment]
-        self.post_init()
-
-    def train(self, mode: bool = True) -> "BD3LMForMaskedLM":
+    def train(self, mode: bool = True) -> Any:
         if mode:
             release_prepacked(self)  # copies of weights that are about to change
         return super().train(mode)
@@ -145,7 +127,7 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMLanguageModel):
             noise=noise,
         )
 
-    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> "BD3LMForMaskedLM":
+    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> Any:
         # A cast of the whole model moves the interval but does not round it: 1e-3 in bfloat16 is another number, and
         # the whole interval would count as a clipped one.
         interval = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
@@ -191,6 +173,34 @@ class BD3LMForMaskedLM(BD3LMGenerationMixin, BD3LMLanguageModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
+class BD3LMForMaskedLM(BlockDiffusionMixin, BD3LMLanguageModel, GenerationMixin):
+    """Block-diffusion language model: scores with `token_nll`, writes with `generate`, carries the paper's loss.
+
+    ```python
+    >>> logits = model(input_ids).logits                                # block-causal denoising logits
+    >>> logits = model(input_ids=x_t, clean_input_ids=x_0).logits       # noisy stream given the clean one
+    >>> loss = model(input_ids=x_0, labels=x_0).loss                    # training objective; NELBO in eval mode
+    ```
+    """
+
+    _keep_in_fp32_modules_strict = ["sampling_eps_min", "sampling_eps_max", "inv_freq"]
+
+    def __init__(self, config: BD3LMConfig) -> None:
+        super().__init__(config)
+        if config.causal:
+            raise ValueError(
+                "causal=True is an autoregressive model: its class is ARForCausalLM with an ARConfig, which `bd3lm "
+                "convert` makes of a published checkpoint. For block diffusion set causal=False."
+            )
+        if config.var_min:
+            self.register_buffer("sampling_eps_min", torch.tensor(float(config.sampling_eps_min)))
+            self.register_buffer("sampling_eps_max", torch.tensor(float(config.sampling_eps_max)))
+        self._adopt_special_tokens()
+        # The loss is not shifted, so Trainer must count all labels, not labels[1:].
+        self.loss_type = None  # type: ignore[assignment]
+        self.post_init()
+
+
 register_auto_classes(BD3LMForMaskedLM, "AutoModelForMaskedLM", "AutoModelForCausalLM")
 
-__all__ = ["BD3LMForMaskedLM"]
+__all__ = ["BD3LMForMaskedLM", "BlockDiffusionMixin"]
