@@ -18,10 +18,10 @@ SOURCE := $(CACHE)/transformers-source
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow check clean
+.PHONY: help venv demo test test-slow gpu-check check clean
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 venv: $(READY) ## make or refresh the environment
 
@@ -41,6 +41,10 @@ test: $(READY) ## the quick tests
 test-slow: $(READY) ## the slow tests: three ways of installing, transformers' common model tests, ...
 	@$(MAKE) --no-print-directory $(SOURCE)/.ready || echo "transformers' tests could not be had; theirs will fail below"
 	BD3LM_TRANSFORMERS_SOURCE=$(abspath $(SOURCE)) $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# Without an environment of its own, so that it runs on a borrowed machine: PYTHON=.venv/bin/python takes ours.
+gpu-check: ## on a CUDA machine: the tests marked gpu and all measurements, in nine minutes, into gpu-check/
+	$(PYTHON) tests/gpu/check.py
 
 $(SOURCE)/.ready: constraints.txt | $(READY)
 	rm -rf $(SOURCE)

@@ -1,0 +1,206 @@
+"""Check and measure everything on a GPU in nine minutes: `make gpu-check`.
+
+python tests/gpu/check.py [--device cuda] [--tiny] [--output DIR] [--only PART ...]
+
+Needs torch 2.11 and transformers 5.17 or newer, no installed copy of this package. Each part runs in a process of its
+own with its own time limit, so a failure or a hang never hides the rest. Results appear as soon as they are known in
+`gpu-check.json`, `gpu-check.md` (tables for BENCHMARKS.md) and, with matplotlib, `gpu-check.png`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+ROOT = Path(__file__).resolve().parents[2]
+for _path in (str(ROOT), str(Path(__file__).parent)):
+    if _path not in sys.path:
+        sys.path.insert(0, _path)
+
+import measurements  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from measurements import Row, Settings  # noqa: E402
+
+
+BUDGET = 540.0  # seconds of the whole check
+
+
+def run_tests(settings: Settings) -> Iterator[Row]:
+    """Run the tests marked `gpu`."""
+    environment = {**os.environ, "BD3LM_TEST_DEVICE": settings.device}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=short", str(ROOT / "tests" / "gpu")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    (settings.output / "tests.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
+    lines = done.stdout.splitlines()
+    for line in lines:
+        if line.startswith(("FAILED", "ERROR")):
+            yield Row(line[:200], None, met=False)
+    yield Row("tests marked gpu", None, goal="all pass", met=done.returncode == 0, note=lines[-1] if lines else "")
+
+
+# name -> (work, seconds at most on a GPU); the most telling first, since the budget may end early.
+PARTS: dict[str, tuple[Callable[[Settings], Iterator[Row]], float]] = {
+    "tests": (run_tests, 120),
+    "training": (measurements.measure_training, 150),
+    "generation": (measurements.measure_generation, 150),
+    "attention": (measurements.measure_attention, 120),
+    "likelihood": (measurements.measure_likelihood, 60),
+    "launchers": (measurements.measure_launchers, 90),
+    "runs": (measurements.measure_runs, 180),
+}
+
+
+def run_part(name: str, settings: Settings) -> list[dict[str, Any]]:
+    """Run one part in this process and append each row to `parts/NAME.jsonl` at once."""
+    path = settings.output / "parts" / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    rows = []
+    with path.open("w", encoding="utf-8") as file:
+        try:
+            for row in PARTS[name][0](settings):
+                rows.append({"part": name, **row._asdict()})
+                print(json.dumps(rows[-1]), file=file, flush=True)
+        except Exception as error:  # whatever it is, the other parts go on
+            failed = Row(f"{name} failed", None, met=False, note=f"{type(error).__name__}: {error}"[-1500:])
+            rows.append({"part": name, **failed._asdict()})
+            print(json.dumps(rows[-1]), file=file, flush=True)
+    print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    return rows
+
+
+def run_limited(name: str, settings: Settings, seconds: float) -> list[dict[str, Any]]:
+    """Run one part in a process that is ended after `seconds`, and return the rows that it wrote."""
+    path = settings.output / "parts" / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--part", name, "--device", settings.device, "--output", str(settings.output)]
+    note = ""
+    try:
+        done = subprocess.run([*command, *(["--tiny"] if settings.tiny else [])], timeout=seconds, cwd=ROOT)
+        if done.returncode:
+            note = f"exit code {done.returncode}"
+    except subprocess.TimeoutExpired:
+        note = f"ended after its limit of {seconds:.0f} s"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    if note:
+        rows.append({"part": name, **Row(f"{name} did not finish", None, met=False, note=note)._asdict()})
+    return rows
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    cuda = settings.device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "tiny": settings.tiny,
+    }
+
+
+def write_results(settings: Settings, rows: Sequence[dict[str, Any]]) -> None:
+    """Write what is known so far, whole."""
+    about = describe(settings)
+    files = {
+        "gpu-check.json": json.dumps({"about": about, "rows": list(rows)}, indent=2),
+        "gpu-check.md": markdown(about, rows),
+    }
+    for name, text in files.items():
+        part = settings.output / f"{name}.part"
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(settings.output / name)
+
+
+def markdown(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """Return the tables, one for each part."""
+    lines = [f"Measured on: {about['device']}, torch {about['torch']}, transformers {about['transformers']}."]
+    for part in dict.fromkeys(row["part"] for row in rows):
+        lines += [
+            "",
+            f"### {part}",
+            "",
+            "| what | ours | rival | ratio | goal | met | note |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            if row["part"] == part:
+                rival = f"{_number(row['rival'], row['unit'])} ({row['rival_name']})" if row["rival_name"] else ""
+                met = {True: "yes", False: "NO", None: ""}[row["met"]]
+                note = " ".join(row["note"].split()).replace("|", "\\|")[-300:]
+                cells = (row["what"], _number(row["ours"], row["unit"]), rival, _number(row["ratio"], ""), row["goal"])
+                lines.append(f"| {' | '.join((*cells, met, note))} |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None, unit: str) -> str:
+    return "" if value is None else f"{value:.3g} {unit}".strip()
+
+
+def plot(settings: Settings, rows: Sequence[dict[str, Any]]) -> None:
+    """Draw the ratios to the rivals as bars, where matplotlib is installed."""
+    ratios = [row for row in rows if row["ratio"] is not None]
+    if measurements.has("matplotlib") or not ratios:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.3 * len(ratios)), layout="constrained")
+    axes.barh([row["what"] for row in ratios], [row["ratio"] for row in ratios])
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("ratio to the rival")
+    axes.set_title(str(describe(settings)["device"]))
+    figure.savefig(settings.output / "gpu-check.png", dpi=120)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the parts and return 0 if all of them ran and every goal was met, else 1."""
+    parser = argparse.ArgumentParser(prog="check.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu with --tiny")
+    parser.add_argument(
+        "--tiny", action="store_true", help="the same code at a size for a CPU; its times mean nothing"
+    )
+    parser.add_argument("--output", type=Path, default=Path("gpu-check"), help="folder of the results")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), help="run these parts only")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of the whole check")
+    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no GPU; --device cpu --tiny checks the script itself")
+    if not arguments.device.startswith("cuda") and not arguments.tiny:
+        parser.error(f"--device {arguments.device}: only --tiny is meant for it")
+    settings = Settings(arguments.device, arguments.tiny, arguments.output.resolve())
+    settings.output.mkdir(parents=True, exist_ok=True)
+    if arguments.part:
+        run_part(arguments.part, settings)
+        return 0
+    started, rows = time.monotonic(), []
+    for name in arguments.only or PARTS:
+        left = arguments.budget - (time.monotonic() - started)
+        if left < 5:
+            rows.append({"part": name, **Row(f"{name} not run", None, note="the budget was spent")._asdict()})
+        elif arguments.tiny:  # one process: starting seven would take most of the time
+            rows += run_part(name, settings)
+        else:
+            rows += run_limited(name, settings, min(PARTS[name][1], left))
+        write_results(settings, rows)
+    plot(settings, rows)
+    print(settings.output / "gpu-check.md")
+    return int(any(row["met"] is False for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,435 @@
+"""The measurements of the GPU check: each part times a piece of work beside a named rival in the same process.
+
+A part is a function `(settings) -> iterator of rows`. It yields each row as soon as it is known, so that nothing is lost
+to a later failure.
+"""
+
+import gc
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
+from bd3lm_hf.training.callbacks import peak_tflops_of, training_flops
+
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCAB_SIZE = 50_304  # a multiple of 64, as the head's products want it on tensor cores
+
+
+class Settings(NamedTuple):
+    """Where and at which size the check runs; `tiny` keeps every line of it alive on a CPU."""
+
+    device: str = "cuda"
+    tiny: bool = False
+    output: Path = Path("gpu-check")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Width, layers and heads of both models; the first is the paper's and GPT-2's."""
+        return {"width": 32, "layers": 2, "heads": 2} if self.tiny else {"width": 768, "layers": 12, "heads": 12}
+
+    @property
+    def vocab_size(self) -> int:
+        return 128 if self.tiny else VOCAB_SIZE
+
+    @property
+    def repeats(self) -> int:
+        return 1 if self.tiny else 7
+
+
+class Row(NamedTuple):
+    """One line of the tables."""
+
+    what: str
+    ours: float | None
+    rival: float | None = None
+    rival_name: str = ""
+    unit: str = "s"
+    ratio: float | None = None
+    goal: str = ""
+    met: bool | None = None
+    note: str = ""
+
+
+def bd3lm(settings: Settings, block_size: int = 4, length: int = 1024, **fields: Any) -> BD3LMForMaskedLM:
+    """Return our network with random weights and no dropout, in float32, on the device."""
+    size = settings.sizes
+    torch.manual_seed(0)
+    model = BD3LMForMaskedLM(
+        BD3LMConfig(
+            vocab_size=settings.vocab_size,
+            block_size=block_size,
+            model_length=length,
+            hidden_dim=size["width"],
+            n_blocks=size["layers"],
+            n_heads=size["heads"],
+            dropout=0.0,
+            eos_token_id=None,
+            **fields,
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.02)  # the zeros of a fresh model would make some products cheaper
+    return model.to(settings.device)
+
+
+def gpt2(settings: Settings, length: int = 1024) -> GPT2LMHeadModel:
+    """Return transformers' GPT-2 of the same width and depth, without dropout, with sdpa attention."""
+    size = settings.sizes
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=settings.vocab_size,
+        n_positions=2 * length,
+        n_embd=size["width"],
+        n_layer=size["layers"],
+        n_head=size["heads"],
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return GPT2LMHeadModel._from_config(config, attn_implementation="sdpa").to(settings.device)
+
+
+class Textbook(nn.Module):
+    """Block diffusion as a textbook writes it: both streams in one sequence, a dense mask, all logits."""
+
+    def __init__(self, settings: Settings, block_size: int, length: int) -> None:
+        super().__init__()
+        size = settings.sizes
+        self.heads, width = size["heads"], size["width"]
+        self.embed = nn.Embedding(settings.vocab_size, width)
+        self.positions = nn.Embedding(length, width)
+        layer = {"norm1": nn.LayerNorm, "norm2": nn.LayerNorm}
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    **{name: make(width) for name, make in layer.items()},
+                    "qkv": nn.Linear(width, 3 * width),
+                    "out": nn.Linear(width, width),
+                    "up": nn.Linear(width, 4 * width),
+                    "down": nn.Linear(4 * width, width),
+                }
+            )
+            for _ in range(size["layers"])
+        )
+        self.head = nn.Linear(width, settings.vocab_size)
+        block = torch.arange(length) // block_size
+        clean, own, earlier = block[:, None] >= block, block[:, None] == block, block[:, None] > block
+        mask = torch.cat([torch.cat([clean, torch.zeros_like(own)], 1), torch.cat([earlier, own], 1)])
+        self.register_buffer("mask", mask)
+
+    def forward(self, x_0: torch.Tensor, x_t: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return the weighted cross-entropy of the noisy stream, `weights` `(batch, length)`."""
+        batch, length = x_0.shape
+        position = torch.arange(length, device=x_0.device).repeat(2)
+        hidden = self.embed(torch.cat([x_0, x_t], 1)) + self.positions(position)
+        for layer in self.layers:
+            qkv = layer["qkv"](layer["norm1"](hidden)).view(batch, 2 * length, 3, self.heads, -1)
+            query, key, value = qkv.permute(2, 0, 3, 1, 4)
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask)
+            hidden = hidden + layer["out"](mixed.transpose(1, 2).flatten(2))
+            hidden = hidden + layer["down"](F.gelu(layer["up"](layer["norm2"](hidden))))
+        logits = self.head(hidden[:, length:]).float()
+        losses = F.cross_entropy(logits.flatten(0, 1), x_0.flatten(), reduction="none")
+        return (losses * weights.flatten()).sum() / x_0.numel()
+
+
+def synchronize(settings: Settings) -> None:
+    """Wait for the device, so that a clock sees its work."""
+    if settings.device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def timed(settings: Settings, work: Callable[[], Any]) -> float:
+    """Return the seconds of one call of `work`."""
+    synchronize(settings)
+    started = time.perf_counter()
+    work()
+    synchronize(settings)
+    return time.perf_counter() - started
+
+
+def in_turn(settings: Settings, *works: Callable[[], Any], warm_up: int = 3) -> list[float]:
+    """Return the median seconds of each work, timed in turn after a warm-up that compiles."""
+    for work in works:
+        for _ in range(1 if settings.tiny else warm_up):
+            work()
+    turns = [[timed(settings, work) for work in works] for _ in range(settings.repeats)]
+    return [statistics.median(times) for times in zip(*turns, strict=True)]
+
+
+def compiled(settings: Settings, module: nn.Module) -> Any:
+    """Return `module` compiled; the tiny check traces it without generating code, which would take minutes."""
+    return torch.compile(module, backend="eager" if settings.tiny else "inductor")
+
+
+def training_step(settings: Settings, module: nn.Module, inputs: Callable[[], dict[str, Any]]) -> Callable[[], None]:
+    """Return a function that takes one bfloat16 optimizer step with fused AdamW."""
+    fused = settings.device.startswith("cuda")
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=fused)
+    run = compiled(settings, module.train())
+
+    def step() -> None:
+        with torch.autocast(torch.device(settings.device).type, torch.bfloat16):
+            output = run(**inputs())
+        loss = output if isinstance(output, torch.Tensor) else output.loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def peak_memory(settings: Settings, step: Callable[[], None]) -> float | None:
+    """Return the peak device memory of a step in GB (10^9 bytes); None on a CPU."""
+    if not settings.device.startswith("cuda"):
+        step()
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 1e9
+
+
+def release(settings: Settings) -> None:
+    """Free what the last models held."""
+    gc.collect()
+    torch._dynamo.reset()
+    if settings.device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+def graphs() -> int:
+    """Return how many graphs torch.compile has made in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def measure_training(settings: Settings) -> Iterator[Row]:
+    """Time the training step beside GPT-2's, with its memory, MFU and recompilations."""
+    batch, length = (2, 16) if settings.tiny else (16, 1024)
+    ids = torch.randint(0, settings.vocab_size - 1, (batch, length), device=settings.device)
+    peak = peak_tflops_of(torch.cuda.get_device_name()) if settings.device.startswith("cuda") else 0.0
+    for block_size in (4,) if settings.tiny else (4, 16):
+        ours, rival = bd3lm(settings, block_size, length), gpt2(settings, length)
+        flops = training_flops(ours, batch, length)
+        steps = [training_step(settings, model, lambda: {"input_ids": ids, "labels": ids}) for model in (ours, rival)]
+        seconds = in_turn(settings, *steps)
+        before = graphs()
+        memory = [peak_memory(settings, step) for step in steps]
+        what = f"training step, {batch} x {length}, bf16, compiled, block {block_size}"
+        ratio = seconds[0] / seconds[1]
+        yield Row(what, seconds[0], seconds[1], "GPT-2", "s", ratio, "<= 1.6", ratio <= 1.6)
+        if peak and flops:
+            mfu = flops / seconds[0] / (peak * 1e12)
+            yield Row(f"MFU of it, block {block_size}", mfu, unit="", goal=">= 0.40", met=mfu >= 0.4)
+        if memory[0] is not None and memory[1] is not None:
+            ratio = memory[0] / memory[1]
+            yield Row(f"peak memory, block {block_size}", *memory, "GPT-2", "GB", ratio, "<= 1.3", ratio <= 1.3)
+        made = graphs() - before
+        yield Row(f"graphs compiled after warm-up, block {block_size}", made, unit="", goal="0", met=made == 0)
+        del ours, rival, steps
+        release(settings)
+
+
+def measure_attention(settings: Settings) -> Iterator[Row]:
+    """Time the training step beside the doubled sequence with a dense mask, by length."""
+    block_size, last = 4, 0.0
+    for length in (8,) if settings.tiny else (1024, 2048, 4096):
+        batch = 2 if settings.tiny else 16384 // length
+        ids = torch.randint(0, settings.vocab_size - 1, (batch, length), device=settings.device)
+        ours, textbook = bd3lm(settings, block_size, length), Textbook(settings, block_size, length)
+        textbook = textbook.to(settings.device)
+        masked = torch.rand(batch, length, device=settings.device) < 0.5
+        noisy = {"x_0": ids, "x_t": ids.masked_fill(masked, settings.vocab_size - 1), "weights": 2.0 * masked}
+        steps = (
+            training_step(settings, ours, lambda ids=ids: {"input_ids": ids, "labels": ids}),
+            training_step(settings, textbook, lambda noisy=noisy: noisy),
+        )
+        seconds = in_turn(settings, *steps)
+        gain = seconds[1] / seconds[0]
+        goal, met = (">= 3", gain >= 3) if not last else (f"> {last:.2f}", gain > last)
+        yield Row(
+            f"training step, {batch} x {length}, block {block_size}: dense mask / ours",
+            seconds[0],
+            seconds[1],
+            "doubled sequence, dense sdpa mask",
+            "s",
+            gain,
+            goal,
+            met,
+        )
+        last = gain
+        del ours, textbook, steps
+        release(settings)
+
+
+def measure_generation(settings: Settings) -> Iterator[Row]:
+    """Time sampled text beside GPT-2's with a static, compiled cache; batch 1, 8 and 64; compiled beside eager."""
+    new_tokens = 8 if settings.tiny else 1024
+    dtype = torch.float32 if settings.tiny else torch.bfloat16
+    ours = bd3lm(settings, 4, 2 * new_tokens).to(dtype).eval()
+    rival = gpt2(settings, new_tokens).to(dtype).eval()
+    cuda = settings.device.startswith("cuda")
+    cache = {"cache_implementation": "static"} if cuda else {}  # which transformers compiles on a GPU only
+
+    def write(model: Any, batch: int, count: int, **options: Any) -> None:
+        prompt = torch.arange(1, 5, device=settings.device).expand(batch, -1)
+        text = model.generate(prompt, max_new_tokens=count, do_sample=True, top_k=0, **options)
+        assert text.shape == (batch, 4 + count)
+
+    alone: dict[str, float] = {}
+    for sampler in ("first_hitting", "confidence"):
+        for batch in (1, 2, 64) if settings.tiny else (1, 8, 64):
+            works = (
+                lambda batch=batch, sampler=sampler: write(ours, batch, new_tokens, sampler=sampler, **cache),
+                lambda batch=batch: write(rival, batch, new_tokens, **cache),
+            )
+            for work in works:
+                work()  # compiles
+            seconds = [timed(settings, work) for work in works]
+            ratio = seconds[0] / seconds[1]
+            goal, met = ("<= 1", ratio <= 1) if batch == 1 else ("", None)
+            what = f"{batch} x {new_tokens} tokens, {sampler}"
+            yield Row(what, seconds[0], seconds[1], "GPT-2, static cache", "s", ratio, goal, met)
+            alone.setdefault(sampler, seconds[0])
+            if batch == 64:
+                gain = batch * alone[sampler] / seconds[0]
+                yield Row(
+                    f"tokens/s, batch 64 over batch 1, {sampler}",
+                    gain,
+                    unit="x",
+                    goal=">= 30",
+                    met=gain >= 30,
+                )
+    count = new_tokens if settings.tiny else 128
+    fast, slow = in_turn(
+        settings,
+        lambda: write(ours, 1, count, **cache),
+        lambda: write(ours, 1, count, cache_implementation="dynamic"),
+        warm_up=1,
+    )
+    yield Row(
+        f"{count} tokens, eager / compiled", fast, slow, "ours, eager", "s", slow / fast, ">= 4", slow / fast >= 4
+    )
+
+
+def measure_likelihood(settings: Settings) -> Iterator[Row]:
+    """Time the exact and the stratified bound beside one draw."""
+    batch, length = (2, 16) if settings.tiny else (64, 1024)
+    model = bd3lm(settings, 4, length).to(torch.float32 if settings.tiny else torch.bfloat16).eval()
+    ids = torch.randint(0, settings.vocab_size - 1, (batch, length), device=settings.device)
+
+    def score(estimator: str, num_samples: int = 1) -> None:
+        generator = torch.Generator().manual_seed(0)
+        # 8 sequences at a time, as `bd3lm eval` does
+        for part in ids.split(8):
+            model.token_nll(part, estimator=estimator, num_samples=num_samples, generator=generator)
+
+    one, exact, single, double = in_turn(
+        settings,
+        lambda: score("sampled"),
+        lambda: score("exact"),
+        lambda: score("stratified"),
+        lambda: score("stratified", 2),
+        warm_up=1,
+    )
+    what = f"exact bound, block 4, {batch} x {length}"
+    yield Row(what, exact, one, "one draw", "s", exact / one, "<= 9", exact / one <= 9)
+    extra = (double - single) / one
+    yield Row("one more stratified draw", double - single, one, "one draw", "s", extra, "<= 0.6", extra <= 0.6)
+
+
+def has(*libraries: str) -> str | None:
+    """Return why a part that needs `libraries` cannot run here; None if it can."""
+    missing = [name for name in libraries if importlib.util.find_spec(name) is None]
+    return f"not run: {', '.join(missing)} not installed" if missing else None
+
+
+def run_training(
+    settings: Settings, name: str, fields: list[str], launcher: list[str] | None = None
+) -> dict[str, Any]:
+    """Run `training/train.py` in a process of its own and return its `results.json`.
+
+    Raises:
+        RuntimeError: if it fails; the message is the end of what it printed.
+    """
+    folder = settings.output / name
+    script = str(ROOT / "training" / "train.py")
+    command = [sys.executable, *(launcher or []), script, *fields, "--output_dir", str(folder)]
+    done = subprocess.run([*command, "--overwrite_output_dir", "true"], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def small_run(settings: Settings, steps: int) -> list[str]:
+    """Return the fields of a run that takes seconds, on text made here."""
+    text = settings.output / "text.txt"
+    text.parent.mkdir(parents=True, exist_ok=True)
+    text.write_text("The quick brown fox jumps over the lazy dog, line by line.\n" * 400, encoding="utf-8")
+    sizes = "--vocab_size 300 --hidden_dim 64 --n_blocks 2 --n_heads 2 --cond_dim 16 --model_length 32 --block_size 4"
+    return ["--dataset", str(text), *sizes.split(), "--max_steps", str(steps), "--eval_strategy", "no"]
+
+
+def measure_runs(settings: Settings) -> Iterator[Row]:
+    """Train BD3-LM and AR on the same text and compare their held-out perplexities."""
+    missing = has("datasets")
+    if missing:
+        yield Row("BD3-LM and AR on python-source", None, note=missing)
+        return
+    perplexity = {}
+    for model_type in ("bd3lm",) if settings.tiny else ("bd3lm", "ar"):
+        if settings.tiny:
+            fields = small_run(settings, 2)
+        else:
+            steps = [
+                "--max_steps",
+                "1500",
+                "--eval_steps",
+                "500",
+                "--logging_steps",
+                "50",
+                "--save_steps",
+                "1500",
+                "--bf16",
+                "true",
+            ]
+            fields = [str(ROOT / "training/recipes/python-source.yaml"), *steps, "--model_type", model_type]
+        started = time.perf_counter()
+        results = run_training(settings, f"run-{model_type}", fields)
+        perplexity[model_type] = results["after"]["perplexity"]
+        note = f"{time.perf_counter() - started:.0f} s"
+        yield Row(f"held-out perplexity, {model_type}", perplexity[model_type], unit="", note=note)
+
+
+def measure_launchers(settings: Settings) -> Iterator[Row]:
+    """Run 20 steps under each launch configuration, in one process."""
+    for name in ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"):
+        missing = has("datasets", *(["deepspeed"] if "deepspeed" in name else []))
+        if not settings.device.startswith("cuda"):
+            missing = "not run: needs a CUDA device"
+        if missing:
+            yield Row(f"20 steps, {name}", None, note=missing)
+            continue
+        config = str(ROOT / "training" / "launch" / f"{name}.yaml")
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "1"]
+        started = time.perf_counter()
+        results = run_training(settings, name, small_run(settings, 20), launcher)
+        yield Row(f"20 steps, {name}", time.perf_counter() - started, goal="20 steps", met=results["steps"] == 20)
