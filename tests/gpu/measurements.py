@@ -1,7 +1,7 @@
 """The measurements of the GPU check: each part times a piece of work beside a named rival in the same process.
 
-A part is a function `(settings) -> iterator of rows`. It yields each row as soon as it is known, so that nothing is lost
-to a later failure.
+A part is a function `(settings) -> iterator of rows`. It yields each row as soon as it is known, so that a later
+failure loses nothing.
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""What must hold on a CUDA device. With `BD3LM_TEST_DEVICE=cpu` those tests run that need no CUDA, to keep them alive."""
+"""What must hold on a CUDA device. `BD3LM_TEST_DEVICE=cpu` runs those that need no CUDA, to keep them alive."""
 
 import os
 
