@@ -1,13 +1,14 @@
-"""The folder of a run: which folders may be written to, and files that appear in them only when they are complete.
+"""The folder of a run: whether a run may write to it, and files that appear in it only when they are complete.
 
-A checkpoint is written in a staging folder, sealed with a list of its files, and renamed. Whatever kills the run, a
-folder `checkpoint-N` is then either whole or lacks something that its list names, and is not resumed from.
+A checkpoint is written in a staging folder, marked complete with a list of its files, and renamed. If the run is
+killed, a folder `checkpoint-N` is then either whole or lacks something that its list names, and is not resumed from.
 """
 
 import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,22 +18,22 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
+from bd3lm_hf.output_files import LOCK_NAME, lock_output
+
 
 logger = logging.get_logger("bd3lm_hf.train")
 
 
-RECIPE_NAME = "recipe.yaml"  # also the sign that a folder belongs to a run of ours
-
-
+RECIPE_NAME = "recipe.yaml"  # of every run folder
+RECIPE_HEADER = "# Written by bd3lm train: the fields of this run."  # tells our recipe from a user's file of that name
 STAGING_NAME = ".incomplete"
-
-
-COMPLETE_NAME = "run.json"  # in every complete checkpoint: what the run needs to know to go on, and the list of files
-
+COMPLETE_NAME = "run.json"  # in every complete checkpoint: what a resumed run needs, and the list of files
+EMA_NAME = "ema.safetensors"  # in a checkpoint, next to the weights that training continues from
+WEIGHTS_NAME = "weights.json"  # in every saved folder: which weights these are
+RESULTS_NAME = "results.json"
+SAMPLES_NAME = "samples.txt"
 
 _REPLACED = ".replaced"
-
-
 _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model*")  # weights, shards, their indices
 
 
@@ -46,44 +47,88 @@ class SaveError(OSError):
 def check_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume: bool = False) -> None:
     """Refuse a folder that holds something a run would damage. Changes nothing.
 
-    A folder is free when it does not exist, is empty, or holds an earlier run of ours without checkpoints (its model
-    is replaced once the new one is complete).
+    A folder is free when it does not exist, is empty, or holds a run of ours that saved nothing.
 
     Raises:
-        ValueError: the path is a file, holds foreign files, or checkpoints of an earlier run.
+        ValueError: if the path is a file, or the folder holds foreign files, or the model or checkpoints of a run.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file: name a folder.")
-    if overwrite or not folder.exists() or not any(folder.iterdir()):
+    if overwrite or not folder.exists() or all(path.name == LOCK_NAME for path in folder.iterdir()):
         return
-    if not (folder / RECIPE_NAME).is_file():
+    if not is_run_folder(folder):
         raise ValueError(
-            f"--output_dir {folder} is not empty and is no folder of an earlier run ({RECIPE_NAME} is missing): name "
-            f"another folder, or pass --overwrite_output_dir to train into it."
+            f"--output_dir {folder} is not empty and is not the folder of an earlier run (its {RECIPE_NAME} is "
+            f"missing): name another folder, or pass --overwrite_output_dir to train into it."
         )
-    held = [path.name for path in _replaced(folder) + checkpoints(folder)]
-    if held and not resume:
+    saved = [path.name for path in _replaced(folder) + checkpoints(folder)]
+    if saved and not resume:
         raise ValueError(
-            f"--output_dir {folder} holds checkpoints of an earlier run, the last one {held[-1]}: continue it "
+            f"--output_dir {folder} holds checkpoints of an earlier run, the last one {saved[-1]}: continue it "
             f"with --resume_from_checkpoint true, name another folder, or drop it with --overwrite_output_dir."
         )
+    if not resume and _has_model(folder):
+        raise ValueError(
+            f"--output_dir {folder} holds the model of an earlier run: name another folder, or replace it with "
+            f"--overwrite_output_dir."
+        )
+
+
+@contextlib.contextmanager
+def lock_output_dir(output_dir: str | Path) -> Iterator[None]:
+    """Keep every other process from training into a folder, which is made; if it stays empty it goes again.
+
+    Raises:
+        ValueError: if another process trains into it.
+    """
+    folder = Path(output_dir).absolute()
+    if folder.exists() and not folder.is_dir():
+        check_output_dir(output_dir)
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock_output(output_dir, "--output_dir"):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for path in created:
+                path.rmdir()
+
+
+def is_run_folder(folder: str | Path) -> bool:
+    """Return whether a folder belongs to a run of ours: its recipe has our header, or is next to what we saved."""
+    recipe = Path(folder, RECIPE_NAME)
+    try:
+        with recipe.open("rb") as file:
+            if file.read(len(RECIPE_HEADER)) == RECIPE_HEADER.encode():
+                return True
+    except OSError:
+        return False
+    # Recipes of earlier versions have no header.
+    if Path(folder, WEIGHTS_NAME).is_file():
+        return True
+    return any((path / COMPLETE_NAME).is_file() for path in checkpoints(folder))
 
 
 def clear_output_dir(output_dir: str | Path) -> None:
     """Remove checkpoints and unfinished files of an earlier run of ours; foreign files stay."""
     folder = Path(output_dir)
     clear_staging(folder)
-    if (folder / RECIPE_NAME).is_file():
+    if is_run_folder(folder):
         for checkpoint in checkpoints(folder):
             shutil.rmtree(checkpoint)
+
+
+def _has_model(folder: Path) -> bool:
+    return any(path for pattern in _WEIGHTS for path in folder.glob(pattern))
 
 
 # Staging
 
 
 def staging_folder(output_dir: str | Path) -> Path:
-    """Where files are written until they are complete; on the same file system as `output_dir`."""
+    """Return where files are written until they are complete, on the same file system as `output_dir`."""
     return Path(output_dir) / STAGING_NAME
 
 
@@ -105,7 +150,7 @@ def recover_output_dir(output_dir: str | Path) -> None:
 def publish_folder(source: Path, target: Path) -> None:
     """Make a complete folder appear under its final name in one step.
 
-    A folder of that name waits beside `source` while it is replaced; after a kill between the two renames,
+    An old folder of that name is kept next to `source` meanwhile; after a kill between the two renames,
     [`recover_output_dir`] puts it back.
     """
     _flush(source)
@@ -121,8 +166,8 @@ def publish_folder(source: Path, target: Path) -> None:
 def publish_files(source: Path, target: Path) -> None:
     """Move complete files into a folder, each in one step; files of `target` with other names stay.
 
-    Old weights go first and new ones come last: a kill in between leaves a folder without weights, which nobody can
-    load, instead of one with the weights of one model and the configuration of another.
+    Old weights are removed first and new ones come last: a kill in between leaves a folder without weights, which
+    cannot be loaded, instead of one with the weights of one model and the configuration of another.
     """
     _flush(source)
     target.mkdir(parents=True, exist_ok=True)
@@ -141,59 +186,52 @@ def publish_files(source: Path, target: Path) -> None:
     shutil.rmtree(source)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file that is either the old one or the new one, whatever happens."""
-    unfinished = path.with_name(f".{path.name}.incomplete")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
 # Complete checkpoints
 
 
 def mark_complete(folder: Path, content: dict[str, Any]) -> None:
-    """Write the seal of a checkpoint whose other files are all written: `content`, and every file with its size."""
+    """Mark a checkpoint whose other files are all written: write `content`, and every file with its size."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / COMPLETE_NAME]
     files = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
     text = json.dumps({**content, "files": files}, indent=2, ensure_ascii=False)
     (folder / COMPLETE_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def checkpoint_to_resume(wanted: str | Path | bool, output_dir: str | Path) -> Path:
-    """The checkpoint that a run goes on from.
+def checkpoint_to_resume(requested: str | Path | bool, output_dir: str | Path) -> Path:
+    """Return the checkpoint that a run continues from.
 
     Args:
-        wanted: a checkpoint folder, or True for the last complete one of `output_dir`.
+        requested: a checkpoint folder, or True for the last complete one of `output_dir`.
 
     Raises:
-        ValueError: there is none that is complete and can be resumed.
+        ValueError: if there is none that is complete and can be resumed.
     """
-    found = last_complete_checkpoint(output_dir) if wanted is True else Path(str(wanted))
+    found = last_complete_checkpoint(output_dir) if requested is True else Path(str(requested))
     if found is None:
-        raise ValueError(f"there is no complete checkpoint in {output_dir}.")
+        raise ValueError(f"{output_dir} has no complete checkpoint.")
     read_completion_mark(found)
     return found
 
 
 def read_completion_mark(folder: str | Path) -> dict[str, Any]:
-    """What [`seal_checkpoint`] wrote into a checkpoint that a run can go on from.
+    """Return what [`mark_complete`] wrote into a checkpoint that a run can continue from.
 
     Raises:
-        ValueError: the checkpoint is not complete, and what is missing, or it holds the model only.
+        ValueError: if the checkpoint is not complete (the message names what is missing), or holds the model only.
     """
     if reason := incomplete_because(folder):
-        raise ValueError(f"there is no complete checkpoint in {folder}: {reason}.")
-    seal: dict[str, Any] = json.loads(Path(folder, COMPLETE_NAME).read_text(encoding="utf-8"))
-    if not seal["resumable"]:
+        raise ValueError(f"{folder} is not a complete checkpoint: {reason}.")
+    mark: dict[str, Any] = json.loads(Path(folder, COMPLETE_NAME).read_text(encoding="utf-8"))
+    if not mark["resumable"]:
         raise ValueError(
             f"{folder} was saved with --save_only_model, without the optimizer's state: start a new run from its "
             f"weights with --init_from {folder}."
         )
-    return seal
+    return mark
 
 
 def incomplete_because(folder: str | Path) -> str | None:
-    """What a checkpoint lacks, in words; None when it is complete."""
+    """Return what a checkpoint lacks, in words, or None if it is complete."""
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
@@ -213,18 +251,18 @@ def incomplete_because(folder: str | Path) -> str | None:
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoint folders of a run by step, complete or not."""
+    """Return the checkpoint folders of a run by step, complete or not."""
     found = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
     return sorted((path for path in found if _step(path) is not None), key=lambda path: _step(path) or 0)
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The complete checkpoint with the highest step; others are named in a warning and left alone."""
+    """Return the complete checkpoint with the highest step; later ones are named in a warning and skipped."""
     for path in reversed(checkpoints(output_dir)):
         reason = incomplete_because(path)
         if reason is None:
             return path
-        logger.warning(f"{path} is not complete and is passed over: {reason}.")
+        logger.warning(f"{path} is not complete and is skipped: {reason}.")
     return None
 
 
@@ -265,23 +303,43 @@ def saving(what: str, output_dir: str | Path, *, needed: int) -> Iterator[None]:
         needed: about how many bytes it takes.
 
     Raises:
-        SaveError: writing failed. torch reports a full disk as RuntimeError, safetensors as an error of its own.
+        SaveError: if writing failed. torch reports a full disk as RuntimeError, safetensors as an error of its own.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        advice = _advice(error, output_dir, needed)  # before the staging folder frees what it takes
         clear_staging(output_dir)
         last = last_complete_checkpoint(output_dir)
         kept = f"The last complete checkpoint is {last}" if last else "No checkpoint had been saved yet"
+        resume = "continue with --resume_from_checkpoint true" if last else "start again"
         raise SaveError(
-            f"{what} can not be saved in {output_dir} ({type(error).__name__}: {error}): it takes about "
-            f"{as_size(needed)}, and {as_size(free_bytes(output_dir))} are free. {kept}; make room, and go on with "
-            f"--resume_from_checkpoint true."
+            f"cannot save {what} in {output_dir} ({type(error).__name__}: {error}). {kept}; {advice}, and {resume}."
         ) from error
 
 
+def _advice(error: Exception, output_dir: str | Path, needed: int) -> str:
+    """Return what to do about a failure to write, by its errno."""
+    found = re.search(r"os error (\d+)", str(error))  # how safetensors words it
+    number = getattr(error, "errno", None) or (int(found[1]) if found else None)
+    free = free_bytes(output_dir)
+    if number == errno.ENOSPC and free >= needed and _free_inodes(output_dir) == 0:
+        return "the disk has space but no free inodes: delete files that are not needed"
+    if number == errno.EDQUOT:
+        return "the disk quota of this user is used up: delete files that are not needed"
+    if number == errno.EFBIG:
+        return f"files may not be as large as about {as_size(needed)} here: raise the limit (`ulimit -f`)"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"writing is not permitted: change the permissions of {output_dir}"
+    if number == errno.ENOENT:
+        return "a file or folder was removed while it was written: leave the folder to this run"
+    if number == errno.ENOSPC or free < needed:
+        return f"it takes about {as_size(needed)}, and {as_size(free)} are free: make room"
+    return "remove the cause"
+
+
 def warn_if_disk_is_full(output_dir: str | Path, *, needed: int) -> None:
-    """Say before training starts that a checkpoint of `needed` bytes will not fit."""
+    """Warn before training starts that a checkpoint of `needed` bytes will not fit."""
     free = free_bytes(output_dir)
     if free < needed:
         logger.warning(
@@ -291,15 +349,22 @@ def warn_if_disk_is_full(output_dir: str | Path, *, needed: int) -> None:
 
 
 def free_bytes(folder: str | Path) -> int:
-    """Free space of the file system that a folder, which need not exist yet, lies on."""
+    """Return the free space of the file system of a folder, which need not exist yet."""
     path = Path(folder).absolute()
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
 
 
+def _free_inodes(folder: str | Path) -> int | None:
+    try:
+        return os.statvfs(folder).f_favail
+    except (AttributeError, OSError):  # Windows, or no such folder
+        return None
+
+
 def as_size(size: float) -> str:
-    """A number of bytes for people."""
+    """Format a number of bytes for people."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
@@ -308,9 +373,15 @@ def as_size(size: float) -> str:
 
 
 def _flush(folder: Path) -> None:
-    """Have contents and names on disk before the final name is: after a power cut it must not lead to half a file."""
+    """Have contents and names on disk before the final name is: after a power cut it must not lead to half a file.
+
+    Some libraries create files that only the owner may read; all get the rights that the umask gives to new files.
+    """
+    umask = os.umask(0o077)
+    os.umask(umask)
     for path in folder.rglob("*"):
         if path.is_file():
+            path.chmod(0o666 & ~umask)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         else:
@@ -319,33 +390,25 @@ def _flush(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "nt" or not folder.is_dir():  # Windows opens no folders; its renames are in its journal
+    if os.name == "nt" or not folder.is_dir():  # Windows cannot open folders; it journals renames
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
             raise
     finally:
         os.close(descriptor)
 
 
-EMA_NAME = "ema.safetensors"  # in a checkpoint, beside the weights that training goes on from
-
-
-WEIGHTS_NAME = "weights.json"  # in every saved folder: which weights these are
-
-
-RESULTS_NAME = "results.json"
-
-
-SAMPLES_NAME = "samples.txt"
-
 __all__ = [
     "COMPLETE_NAME",
     "EMA_NAME",
+    "RECIPE_HEADER",
     "RECIPE_NAME",
+    "RESULTS_NAME",
+    "SAMPLES_NAME",
     "STAGING_NAME",
     "SaveError",
     "WEIGHTS_NAME",
@@ -357,7 +420,9 @@ __all__ = [
     "clear_staging",
     "free_bytes",
     "incomplete_because",
+    "is_run_folder",
     "last_complete_checkpoint",
+    "lock_output_dir",
     "mark_complete",
     "publish_files",
     "publish_folder",
@@ -367,5 +432,4 @@ __all__ = [
     "saving",
     "staging_folder",
     "warn_if_disk_is_full",
-    "write_atomically",
 ]

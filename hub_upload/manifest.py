@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import bd3lm_hf
 from bd3lm_hf.hub_upload.repo_files import CARD_NAME, CODE, MANIFEST_NAME, files_of
-from bd3lm_hf.run_folder import write_atomically
+from bd3lm_hf.output_files import write_atomically
 
 
 # Beside the card, what the hub and its users keep in a repository; no loader reads them.

@@ -1,3 +1,4 @@
+import errno
 import os
 import shutil
 
@@ -6,6 +7,7 @@ from safetensors import SafetensorError
 
 from bd3lm_hf.run_folder import (
     COMPLETE_NAME,
+    RECIPE_HEADER,
     RECIPE_NAME,
     STAGING_NAME,
     SaveError,
@@ -15,6 +17,7 @@ from bd3lm_hf.run_folder import (
     clear_output_dir,
     incomplete_because,
     last_complete_checkpoint,
+    lock_output_dir,
     mark_complete,
     publish_files,
     publish_folder,
@@ -23,7 +26,6 @@ from bd3lm_hf.run_folder import (
     remove_old_checkpoints,
     saving,
     warn_if_disk_is_full,
-    write_atomically,
 )
 
 
@@ -54,7 +56,7 @@ def test_a_new_or_empty_folder_is_free(tmp_path):
 
 def test_a_foreign_folder_is_refused_unless_asked_for(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match=r"is not empty and is no folder of an earlier run.*--overwrite_output_dir"):
+    with pytest.raises(ValueError, match=r"recipe\.yaml is missing.*--overwrite_output_dir"):
         check_output_dir(tmp_path)
     check_output_dir(tmp_path, overwrite=True)
     clear_output_dir(tmp_path)
@@ -67,8 +69,49 @@ def test_a_file_is_no_output_folder(tmp_path):
         check_output_dir(tmp_path / "file")
 
 
+def test_a_recipe_of_the_user_does_not_make_a_folder_ours(tmp_path):
+    (tmp_path / RECIPE_NAME).write_text("dataset: python-docs\n")
+    (tmp_path / "checkpoint-7").mkdir()
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+        check_output_dir(tmp_path)
+    clear_output_dir(tmp_path)
+    assert (tmp_path / "checkpoint-7").is_dir()
+    mark_complete(tmp_path / "checkpoint-7", {"resumable": True})  # as earlier versions left their folders
+    check_output_dir(tmp_path, resume=True)
+
+
+def test_the_model_of_an_earlier_run_is_not_lost_by_accident(tmp_path):
+    (tmp_path / RECIPE_NAME).write_text(RECIPE_HEADER)
+    check_output_dir(tmp_path)
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+        check_output_dir(tmp_path)
+    check_output_dir(tmp_path, overwrite=True)
+    check_output_dir(tmp_path, resume=True)
+
+
+def test_only_one_process_trains_into_a_folder(tmp_path):
+    folder = tmp_path / "a" / "run"
+    with lock_output_dir(folder):
+        check_output_dir(folder)  # the lock is not a foreign file
+        with pytest.raises(ValueError, match="--output_dir .*run"), lock_output_dir(folder):
+            pass
+    assert not (tmp_path / "a").exists()
+    with lock_output_dir(folder):
+        (folder / "file").write_text("")
+    assert [path.name for path in folder.iterdir()] == ["file"]
+
+
+def test_published_files_have_the_rights_of_new_files(tmp_path):
+    (tmp_path / "staged").mkdir()
+    (tmp_path / "staged" / "model.safetensors").touch(mode=0o600)
+    (tmp_path / "plain").touch()
+    publish_files(tmp_path / "staged", tmp_path / "target")
+    assert (tmp_path / "target" / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_checkpoints_of_an_earlier_run_are_not_lost_by_accident(tmp_path):
-    (tmp_path / RECIPE_NAME).write_text("")
+    (tmp_path / RECIPE_NAME).write_text(RECIPE_HEADER)
     check_output_dir(tmp_path)
     (tmp_path / "checkpoint-7").mkdir()
     with pytest.raises(ValueError, match=r"checkpoint-7: continue it with --resume_from_checkpoint true"):
@@ -83,7 +126,7 @@ def test_clearing_removes_checkpoints_of_our_runs_only(tmp_path):
     clear_output_dir(tmp_path)
     assert (tmp_path / "checkpoint-7").is_dir()  # no recipe: not ours
     assert not (tmp_path / STAGING_NAME).exists()
-    (tmp_path / RECIPE_NAME).write_text("")
+    (tmp_path / RECIPE_NAME).write_text(RECIPE_HEADER)
     clear_output_dir(tmp_path)
     assert not (tmp_path / "checkpoint-7").exists()
 
@@ -121,7 +164,7 @@ def test_a_checkpoint_that_lost_something_is_not_complete(tmp_path, damage, reas
     earlier, checkpoint = make_checkpoint(tmp_path, 3), make_checkpoint(tmp_path, 12)
     damage(checkpoint)
     assert incomplete_because(checkpoint) == reason
-    with pytest.raises(ValueError, match=f"there is no complete checkpoint in .*checkpoint-12: {reason}"):
+    with pytest.raises(ValueError, match=f"checkpoint-12.*: {reason}"):
         read_completion_mark(checkpoint)
     assert last_complete_checkpoint(tmp_path) == earlier
 
@@ -161,7 +204,7 @@ def test_a_checkpoint_is_put_back_when_the_kill_falls_between_two_renames(tmp_pa
         publish_folder(new, old)
     monkeypatch.undo()
     assert last_complete_checkpoint(tmp_path) is None
-    (tmp_path / RECIPE_NAME).write_text("")
+    (tmp_path / RECIPE_NAME).write_text(RECIPE_HEADER)
     with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
         check_output_dir(tmp_path)
     recover_output_dir(tmp_path)
@@ -232,27 +275,34 @@ def test_old_checkpoints_leave_their_name_before_they_are_deleted(tmp_path, monk
     assert len(checkpoints(tmp_path)) == 2
 
 
-def test_a_text_file_is_replaced_whole(tmp_path, monkeypatch):
-    path = tmp_path / "results.json"
-    write_atomically(path, "old")
-    monkeypatch.setattr(os, "replace", lambda *arguments: (_ for _ in ()).throw(Killed))
-    with pytest.raises(Killed):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
-
-
 # Disk
 
 
-@pytest.mark.parametrize("error", [OSError(28, "full"), RuntimeError("writer"), SafetensorError("I/O")])
-def test_a_failure_to_save_is_one_clear_error_and_leaves_no_debris(tmp_path, error):
+@pytest.mark.parametrize(
+    ("error", "needed", "advice"),
+    [
+        (OSError(errno.ENOSPC, "full"), 10**18, "1000000.0 TB.*make room"),
+        (OSError(errno.ENOSPC, "full"), 1, "make room"),
+        (OSError(errno.EFBIG, "too large"), 1, "ulimit -f"),
+        (OSError(errno.EACCES, "denied"), 1, "permissions"),
+        (RuntimeError("writer"), 10**18, "make room"),
+        (SafetensorError("File too large (os error 27)"), 1, "ulimit -f"),
+    ],
+)
+def test_a_failure_to_save_is_one_clear_error_and_leaves_no_debris(tmp_path, error, needed, advice):
     make_checkpoint(tmp_path, 3)
     (tmp_path / STAGING_NAME / "checkpoint-6").mkdir(parents=True)
-    message = rf"checkpoint-6 can not be saved in .*{type(error).__name__}.*takes about 12.3 MB, and .* are free\. "
-    message += r"The last complete checkpoint is .*checkpoint-3; make room, and go on with --resume_from_checkpoint"
-    with pytest.raises(SaveError, match=message), saving("checkpoint-6", tmp_path, needed=12_345_678):
+    message = f"checkpoint-6.*{type(error).__name__}.*checkpoint-3.*{advice}.*--resume_from_checkpoint true"
+    with pytest.raises(SaveError, match=message), saving("checkpoint-6", tmp_path, needed=needed):
         raise error
     assert not (tmp_path / STAGING_NAME).exists()
+
+
+def test_a_disk_without_inodes_is_not_called_full(tmp_path, monkeypatch):
+    used_up = os.statvfs_result((4096, 4096, 10**9, 10**9, 10**9, 10**6, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: used_up)
+    with pytest.raises(SaveError, match="inodes"), saving("it", tmp_path, needed=1):
+        raise OSError(errno.ENOSPC, "full")
 
 
 def test_other_errors_pass_through_saving(tmp_path):

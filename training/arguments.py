@@ -22,7 +22,8 @@ from bd3lm_hf.data.files import SCHEMAS
 from bd3lm_hf.data.instructions import LONG_ROWS
 from bd3lm_hf.data.packing import PACKINGS
 from bd3lm_hf.data.sources import DEFAULT_DATASET
-from bd3lm_hf.run_folder import write_atomically
+from bd3lm_hf.output_files import write_atomically
+from bd3lm_hf.run_folder import RECIPE_HEADER
 from bd3lm_hf.training.initial_model import fit_to_type
 from bd3lm_hf.training.interval import METHODS, PUBLISHED_STEP, Interval, candidate_intervals, parse_interval
 
@@ -513,7 +514,8 @@ def write_recipe(arguments: RunArguments, path: str | Path) -> None:
     """Write the fields that were given as a recipe that repeats the run in another folder."""
     place = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
     given = {name: value for name, value in arguments.given.items() if name not in place}
-    write_atomically(Path(path), yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
+    text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
+    write_atomically(path, f"{RECIPE_HEADER}\n{text}")
 
 
 def _as_words(name: str, value: Any) -> list[str]:

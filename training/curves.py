@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from bd3lm_hf.output_files import write_atomically
 from bd3lm_hf.reports.run_reader import Series, series_of, smoothed
-from bd3lm_hf.run_folder import write_atomically
 
 
 logger = logging.get_logger("bd3lm_hf.train")

@@ -5,26 +5,35 @@ python training/train.py recipe.yaml --max_steps 1000       a recipe, one field 
 accelerate launch training/train.py --dataset my.txt        on every GPU of this machine
 """
 
+import contextlib
 import itertools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+
+_CHECKOUT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__" and (_CHECKOUT / "setup.cfg").is_file():
+    # Run as a script: use the package this script belongs to, whether or not it, or another copy, is installed.
+    sys.path.insert(0, str(_CHECKOUT))
+
 import accelerate
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, pipeline, set_seed
-from transformers.utils import logging  # noqa: E402
+from transformers.utils import logging
 
 import bd3lm_hf
 from bd3lm_hf.checkpoints import adapter_base, add_adapters, read_config
 from bd3lm_hf.data.streaming import PackedStream
 from bd3lm_hf.evaluation.perplexity import HeldOutLoss, Perplexity, count_scored_tokens, unigram_perplexity
-from bd3lm_hf.run_folder import (  # noqa: E402
+from bd3lm_hf.output_files import write_atomically
+from bd3lm_hf.run_folder import (
     RECIPE_NAME,
     RESULTS_NAME,
     SAMPLES_NAME,
@@ -32,8 +41,8 @@ from bd3lm_hf.run_folder import (  # noqa: E402
     check_output_dir,
     checkpoint_to_resume,
     clear_output_dir,
+    lock_output_dir,
     recover_output_dir,
-    write_atomically,
 )
 from bd3lm_hf.tokenization import check_tokenizer_fits
 from bd3lm_hf.training.arguments import (
@@ -49,14 +58,6 @@ from bd3lm_hf.training.initial_model import check_shape, start_around, start_fro
 from bd3lm_hf.training.inputs import TrainingSequences, load_documents, make_sequences, make_tokenizer
 from bd3lm_hf.training.interval import PLOT_NAME, SEARCH_NAME
 from bd3lm_hf.training.trainer import BD3LMTrainer
-
-
-_CHECKOUT = Path(__file__).resolve().parent.parent
-
-
-if __name__ == "__main__" and (_CHECKOUT / "setup.cfg").is_file():
-    # Run as a script: use the package this script lies in, whether or not it, or another copy, is installed.
-    sys.path.insert(0, str(_CHECKOUT))
 
 
 logger = logging.get_logger("bd3lm_hf.train")
@@ -90,9 +91,14 @@ def run(argv: Sequence[str]) -> TrainResult:
         ValueError: anything wrong with the arguments, the data, the tokenizer or the checkpoint, or numbers that are
             no longer finite; the message names the value and the remedy.
     """
-    started = time.perf_counter()
     # 1. Arguments: a recipe plus overrides
     arguments = parse_arguments(argv)
+    with locked_output_dir(arguments.training):
+        return _run(arguments)
+
+
+def _run(arguments: RunArguments) -> TrainResult:
+    started = time.perf_counter()
     training = arguments.training
     with training.main_process_first(desc="looking for a checkpoint"):
         resume = wanted_checkpoint(training)
@@ -151,6 +157,22 @@ def run(argv: Sequence[str]) -> TrainResult:
     return result
 
 
+@contextlib.contextmanager
+def locked_output_dir(training: BD3LMTrainingArguments) -> Iterator[None]:
+    """Keep other runs out of the output folder. The main process holds the lock; all of them fail if it cannot."""
+    with contextlib.ExitStack() as stack:
+        failure: list[str | None] = [None]
+        if training.process_index == 0:
+            try:
+                stack.enter_context(lock_output_dir(training.output_dir))
+            except (ValueError, OSError) as error:
+                failure = [str(error)]
+        broadcast_object_list(failure)
+        if failure[0] is not None:
+            raise ValueError(failure[0])
+        yield
+
+
 def end(trainer: BD3LMTrainer) -> None:
     """Leave the process group together, after what still holds it: a wrapped model that outlives it may never exit."""
     accelerator = trainer.accelerator
@@ -173,7 +195,7 @@ def make_trainer(
     if training.process_index == 0:
         if fresh:
             clear_output_dir(folder)
-            for name in (SAMPLES_NAME, SEARCH_NAME, PLOT_NAME):
+            for name in (RESULTS_NAME, SAMPLES_NAME, SEARCH_NAME, PLOT_NAME):
                 (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_recipe(arguments, folder / RECIPE_NAME)

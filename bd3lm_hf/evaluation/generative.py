@@ -23,8 +23,9 @@ from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_m
 from bd3lm_hf.evaluation.results import library_versions, weights_digest
 from bd3lm_hf.evaluation.text_metrics import distinct, lengths, mean_repetition, text_entropy
 from bd3lm_hf.generation.generate_cli import CHOICES, FIELDS, add_sampling, whole_number
-from bd3lm_hf.generation.samples import Sample, SamplesFile, check_output
+from bd3lm_hf.generation.samples import Sample, SamplesFile
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
+from bd3lm_hf.output_files import check_output_file
 
 
 # Of the fields that `bd3lm generate` knows, those that end a text otherwise than by an end token are left out.
@@ -81,9 +82,9 @@ def check(arguments: argparse.Namespace) -> None:
             "--generative needs a --judge: the folder or hub name of a language model that scores the texts, such as "
             "gpt2-large."
         )
-    check_output(arguments.samples, "--samples")
+    check_output_file(arguments.samples, "--samples")
     if arguments.output is not None:
-        check_output(arguments.output, "--output")
+        check_output_file(arguments.output, "--output")
     read_config(arguments.judge, argument="--judge", trust_remote_code=arguments.trust_remote_code)
 
 

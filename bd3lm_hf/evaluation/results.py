@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 import bd3lm_hf
 from bd3lm_hf.evaluation.perplexity import Batch, Protocol, SequenceScore, batches_of, score_batch
-from bd3lm_hf.generation.samples import check_output
+from bd3lm_hf.output_files import check_output_file
 
 
 _DIGITS = 16
@@ -319,7 +319,7 @@ def check_outputs(paths: Sequence[Path]) -> None:
     for path in paths:
         if path.suffix.lower() not in _WRITERS:
             raise ValueError(f"--output {path}: the name of a result ends in one of {', '.join(_WRITERS)}.")
-        check_output(path, "--output")
+        check_output_file(path, "--output")
         if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
             raise ValueError(f"--output {path} can not be written: you lack the permission.")
         if path.suffix.lower() == ".csv" and path.exists() and path.stat().st_size:

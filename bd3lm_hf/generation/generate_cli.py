@@ -23,10 +23,11 @@ from bd3lm_hf.generation.denoising_trace import (
     traced_sample,
     write_trace,
 )
-from bd3lm_hf.generation.samples import Sample, SamplesFile, check_output, read_prompts
+from bd3lm_hf.generation.samples import Sample, SamplesFile, read_prompts
 from bd3lm_hf.modeling.generation_ssdlm import CONTEXTS
 from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS, SAMPLING_DTYPES, SCORE_SAMPLERS
 from bd3lm_hf.modeling.simplex_ssdlm import PROJECTIONS
+from bd3lm_hf.output_files import check_output_file
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -181,9 +182,9 @@ def plan(arguments: argparse.Namespace) -> Job:
         raise ValueError("--overwrite replaces a samples file: name it with --output.")
     for path in arguments.trace or ():
         check_ending(path)
-        check_output(path, "--trace")
+        check_output_file(path, "--trace")
     if arguments.output is not None:
-        check_output(arguments.output, "--output")
+        check_output_file(arguments.output, "--output")
     chosen = {name: getattr(arguments, name) for name in (*_OWN_CHOICES, *CHOICES, *FIELDS)}
     return Job(
         model=arguments.model,

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from bd3lm_hf.output_files import check_output_file
+
 
 #: The name that means standard input.
 STDIN = "-"
@@ -126,7 +128,7 @@ class SamplesFile:
         self.path, self.prompts, self.settings, self.argument = path, prompts, settings, argument
         self.finished: set[int] = set()
         self._size = 0  # bytes of complete lines
-        check_output(path, argument)
+        check_output_file(path, argument)
         if path.exists() and not overwrite:
             self._read()
 
@@ -182,16 +184,4 @@ class SamplesFile:
                     self.finished.add(sample.index)
 
 
-def check_output(path: Path, argument: str) -> None:
-    """Refuse a file that could not be written, before any work.
-
-    Raises:
-        ValueError: its folder does not exist, or it is a folder itself.
-    """
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"{argument} {path}: the folder {path.absolute().parent} does not exist; make it first.")
-    if path.is_dir():
-        raise ValueError(f"{argument} {path} is a folder: name a file.")
-
-
-__all__ = ["STDIN", "Sample", "SamplesFile", "check_output", "read_prompts"]
+__all__ = ["STDIN", "Sample", "SamplesFile", "read_prompts"]

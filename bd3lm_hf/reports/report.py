@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bd3lm_hf.generation.samples import check_output
+from bd3lm_hf.output_files import check_output_file
 from bd3lm_hf.reports.plotting import (
     Figure,
     as_png,
@@ -36,7 +36,7 @@ def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
         ValueError: an output that can not be written, no matplotlib, or files that can not be read: see
             `read_material`.
     """
-    check_output(output, "--output")
+    check_output_file(output, "--output")
     if output.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--output {output}: a report is a page, so its name ends in .html.")
     check_matplotlib()

@@ -21,8 +21,8 @@ from bd3lm_hf.evaluation.perplexity import SequenceScore, seed_of, summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_model, reference_model_of
 from bd3lm_hf.evaluation.text_metrics import mean_entropy
 from bd3lm_hf.generation.generate_cli import FIELDS, whole_number
-from bd3lm_hf.generation.samples import check_output
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
+from bd3lm_hf.output_files import check_output_file
 
 
 #: The field that makes a sampler bolder, and its values by default: one token per forward first.
@@ -244,7 +244,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError("--greedy writes the same text again and again from nothing: name a --dataset to continue.")
     for name in ("plot", "output"):
         if getattr(arguments, name) is not None:
-            check_output(getattr(arguments, name), f"--{name}")
+            check_output_file(getattr(arguments, name), f"--{name}")
     if arguments.plot is not None:
         check_plot()
         if arguments.plot.suffix.lower() not in _PICTURES:

@@ -82,7 +82,7 @@ def test_a_full_disk_stops_a_run_that_then_goes_on_from_where_it_was(run_plan):
         assert outcome["resumed_from"] == "checkpoint-3"
         check_is_the_whole_run(outcome, whole)
     for kind in ("SafetensorError", "RuntimeError"):
-        assert f"checkpoint-6 can not be saved in {run_plan.folder}" in run_plan.errors
+        assert f"cannot save checkpoint-6 in {run_plan.folder}" in run_plan.errors
         assert f"({kind}" in run_plan.errors
 
 

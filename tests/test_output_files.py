@@ -1,0 +1,132 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bd3lm_hf.output_files import (
+    LOCK_NAME,
+    begins_with,
+    check_output_file,
+    is_json_with,
+    lock_output,
+    write_atomically,
+)
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL."""
+
+
+def test_a_foreign_file_is_refused_unless_overwrite_is_given(tmp_path):
+    path = tmp_path / "out.json"
+    ours = is_json_with("model", "scores")
+    for content, free in (
+        (None, True),
+        ("", True),
+        ('{"model": 1, "scores": []}', True),
+        ('{"model": 1}', False),
+        ("notes", False),
+        ("[1]", False),
+    ):
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_text(content)
+        if free:
+            check_output_file(path, "--output", is_ours=ours)
+        else:
+            with pytest.raises(ValueError, match=r"--output .*out\.json.*--overwrite"):
+                check_output_file(path, "--output", is_ours=ours)
+            assert path.read_text() == content
+        check_output_file(path, "--output", is_ours=ours, overwrite=True)
+
+
+def test_a_mark_in_the_head_of_a_file_tells_that_it_is_ours(tmp_path):
+    page, picture = tmp_path / "a.html", tmp_path / "b.png"
+    page.write_text('<html><meta name="generator" content="bd3lm_hf">')
+    picture.write_bytes(b"\x89PNG" + bytes(100))
+    ours = begins_with(b'content="bd3lm_hf"')
+    assert ours(page)
+    assert not ours(picture)
+
+
+@pytest.mark.parametrize("name", ["no/such/file", "folder"])
+def test_a_file_that_cannot_be_written_is_refused(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=f"--output .*{name}"):
+        check_output_file(tmp_path / name, "--output")
+
+
+def test_a_device_is_written_to_and_never_replaced():
+    check_output_file("/dev/null", "--output", is_ours=lambda path: False)
+    write_atomically("/dev/null", "text")
+    with lock_output("/dev/null", "--output"), lock_output("/dev/null", "--output"):
+        pass
+
+
+def test_a_text_file_is_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    write_atomically(path, "old")
+    monkeypatch.setattr(os, "replace", lambda *arguments: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_links_are_not_followed_when_writing(tmp_path):
+    victim, path = tmp_path / "victim", tmp_path / "results.json"
+    victim.write_text("mine")
+    path.symlink_to(victim)
+    (tmp_path / ".results.json.incomplete").symlink_to(victim)
+    write_atomically(path, "new")
+    assert victim.read_text() == "mine"
+    assert path.read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["results.json", "victim"]
+
+
+SOURCE = str(Path(check_output_file.__code__.co_filename).parent)
+HOLD = """
+import sys
+sys.path.insert(0, sys.argv[2])  # without the package, whose import takes seconds
+from output_files import lock_output
+with lock_output(sys.argv[1], "--output"):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("name", ["", "samples.jsonl"])
+@pytest.mark.parametrize("end", ["release", "kill"])
+def test_one_process_at_a_time_writes_to_an_output(tmp_path, name, end):
+    path = tmp_path / name
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(path), SOURCE], **pipes) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match=f"--output .*process {holder.pid} on "), lock_output(path, "--output"):
+            pass
+        if end == "kill":
+            holder.kill()
+        holder.stdin.close()
+        holder.wait()
+    with lock_output(path, "--output"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_where_locks_are_missing_a_dead_process_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr("bd3lm_hf.output_files.fcntl", None)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    lock = tmp_path / LOCK_NAME
+    with lock_output(tmp_path, "--output"):
+        holder = json.loads(lock.read_text())
+        with pytest.raises(ValueError, match=f"process {os.getpid()} "), lock_output(tmp_path, "--output"):
+            pass
+    lock.write_text(json.dumps({**holder, "pid": ended.pid}))
+    with lock_output(tmp_path, "--output"):
+        pass
+    lock.write_text(json.dumps({**holder, "host": "elsewhere"}))
+    with pytest.raises(ValueError, match="elsewhere"), lock_output(tmp_path, "--output"):
+        pass
