@@ -3,59 +3,100 @@
 Importing this package makes its model types known to the Auto classes of transformers.
 """
 
+import configparser
+import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from bd3lm_hf.import_hooks import after_import
 
 
 __version__ = "0.1.0"
 
-# A bare checkout keeps the rooms beside this folder, not inside it; installed copies carry no setup.cfg.
-_CHECKOUT = Path(__file__).resolve().parent.parent
-if (_CHECKOUT / "setup.cfg").is_file():
-    __path__.append(str(_CHECKOUT))
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-)
-
-from bd3lm_hf.auto_classes import unsupported_auto_class
-from bd3lm_hf.checkpoints import TARGET_MODULES, register_targets
-from bd3lm_hf.modeling.backbone_bd3lm import BD3LMModel
-from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, BD3LMConfig, MDLMConfig, SEDDConfig
-from bd3lm_hf.modeling.configuration_ssdlm import SSDLMConfig
-from bd3lm_hf.modeling.decoding_state_bd3lm import EntropyStopCriteria, SecondEosCriteria
-from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig, SEDDGenerationConfig
-from bd3lm_hf.modeling.generation_ssdlm import SSDLMGenerationConfig
-from bd3lm_hf.modeling.likelihood_bd3lm import TokenNLL
-from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
-from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.modeling.modeling_mdlm import MDLMForMaskedLM
-from bd3lm_hf.modeling.modeling_sedd import SEDDForMaskedLM
-from bd3lm_hf.modeling.modeling_ssdlm import SSDLMForMaskedLM
-from bd3lm_hf.modeling.noise_bd3lm import noise_schedule
-from bd3lm_hf.modeling.saving_bd3lm import SelfContainedModel
-from bd3lm_hf.sharing import share_folder
+def _is_our_checkout(folder: Path) -> bool:
+    parser = configparser.ConfigParser()
+    try:
+        parser.read(folder / "setup.cfg", encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError):
+        return False
+    return parser.get("metadata", "name", fallback=None) == "bd3lm-hf"
 
 
-_AUTO_CLASSES: dict[str, Any] = {
-    auto_class.__name__: auto_class for auto_class in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM)
+# A bare checkout keeps the rooms next to this folder, not inside it. Another project's setup.cfg there means that this
+# folder was copied into it.
+_PARENT = Path(__file__).resolve().parent.parent
+if _is_our_checkout(_PARENT):
+    __path__.append(str(_PARENT))
+
+
+def _register_auto_classes() -> None:
+    from bd3lm_hf.auto_classes import register_auto_classes
+
+    register_auto_classes()
+
+
+def _register_lora_targets() -> None:
+    from bd3lm_hf.checkpoints import register_lora_targets
+
+    register_lora_targets()
+
+
+# The `bd3lm` command answers wrong arguments before it imports anything slow. So the model types are registered as
+# soon as transformers is there, which for most programs is already the case or follows in the next line.
+after_import("transformers", _register_auto_classes)
+after_import("peft", _register_lora_targets)
+
+
+if TYPE_CHECKING:
+    from bd3lm_hf.modeling.backbone_bd3lm import BD3LMModel
+    from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, BD3LMConfig, MDLMConfig, SEDDConfig
+    from bd3lm_hf.modeling.configuration_ssdlm import SSDLMConfig
+    from bd3lm_hf.modeling.decoding_state_bd3lm import EntropyStopCriteria, SecondEosCriteria
+    from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig, SEDDGenerationConfig
+    from bd3lm_hf.modeling.generation_ssdlm import SSDLMGenerationConfig
+    from bd3lm_hf.modeling.likelihood_bd3lm import TokenNLL
+    from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
+    from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+    from bd3lm_hf.modeling.modeling_mdlm import MDLMForMaskedLM
+    from bd3lm_hf.modeling.modeling_sedd import SEDDForMaskedLM
+    from bd3lm_hf.modeling.modeling_ssdlm import SSDLMForMaskedLM
+    from bd3lm_hf.modeling.noise_bd3lm import noise_schedule
+
+# The module of each public name, imported when the name is first used.
+_MODULES = {
+    "ARConfig": "configuration_bd3lm",
+    "ARForCausalLM": "modeling_ar",
+    "BD3LMConfig": "configuration_bd3lm",
+    "BD3LMForMaskedLM": "modeling_bd3lm",
+    "BD3LMGenerationConfig": "generation_config_bd3lm",
+    "BD3LMModel": "backbone_bd3lm",
+    "EntropyStopCriteria": "decoding_state_bd3lm",
+    "MDLMConfig": "configuration_bd3lm",
+    "MDLMForMaskedLM": "modeling_mdlm",
+    "SEDDConfig": "configuration_bd3lm",
+    "SEDDForMaskedLM": "modeling_sedd",
+    "SEDDGenerationConfig": "generation_config_bd3lm",
+    "SSDLMConfig": "configuration_ssdlm",
+    "SSDLMForMaskedLM": "modeling_ssdlm",
+    "SSDLMGenerationConfig": "generation_ssdlm",
+    "SecondEosCriteria": "decoding_state_bd3lm",
+    "TokenNLL": "likelihood_bd3lm",
+    "noise_schedule": "noise_bd3lm",
 }
 
-SelfContainedModel.share_folder = staticmethod(share_folder)
 
-# A class says itself what each Auto class makes of its model type.
-for _head in (BD3LMForMaskedLM, ARForCausalLM, MDLMForMaskedLM, SEDDForMaskedLM, SSDLMForMaskedLM):
-    _config = _head.config_class
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    register_targets(_config.model_type, getattr(_head, "lora_targets", TARGET_MODULES))
-    for _name, _auto_class in _AUTO_CLASSES.items():
-        if _name in _head.auto_classes:
-            _auto_class.register(_config, _head.auto_classes[_name], exist_ok=True)
-        elif _auto_class is AutoModelForMaskedLM:
-            _auto_class.register(_config, unsupported_auto_class(_head, _name), exist_ok=True)
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"bd3lm_hf.modeling.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
+
 
 __all__ = [
     "ARConfig",

@@ -1,17 +1,20 @@
-"""What an Auto class says of a checkpoint whose model is of another kind: which Auto class loads it."""
+"""What the Auto classes of transformers know of this package: a class for each model type, or which one to use."""
 
 from typing import Any, NoReturn
 
 
+# Nothing is imported at the top: `register_auto_classes` may run inside the first import of any module of ours.
+
+
 class UnsupportedAutoClass:
-    """Stands where an Auto class looks for a model class; asked for a model, it names the one that has it."""
+    """Takes the place of a model class in an Auto class that has none, and names the Auto class to use."""
 
     config_class: Any
     message: str
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """There is nothing to load.
+        """Refuse to load.
 
         Raises:
             ValueError: always; the message names the right classes.
@@ -21,18 +24,56 @@ class UnsupportedAutoClass:
     _from_config = from_pretrained
 
 
-def unsupported_auto_class(head: Any, auto_class: str) -> type[UnsupportedAutoClass]:
-    """The class that has `auto_class` refuse checkpoints of the model class `head`."""
+def unsupported_auto_class(model_class: Any, auto_class: str) -> type[UnsupportedAutoClass]:
+    """Return the class with which `auto_class` refuses checkpoints of `model_class`."""
+    config_class, name = model_class.config_class, model_class.__name__
     message = (
-        f"{auto_class} has no class for model_type={head.config_class.model_type!r}: load it with "
-        f"AutoModelForCausalLM, which gives a {head.__name__}."
+        f"{auto_class} has no class for model_type={config_class.model_type!r}: load it with AutoModelForCausalLM, "
+        f"which gives a {name}."
     )
-    return type(f"No{head.__name__}", (UnsupportedAutoClass,), {"config_class": head.config_class, "message": message})
+    return type(f"No{name}", (UnsupportedAutoClass,), {"config_class": config_class, "message": message})
 
 
 def is_unsupported_auto_class(found: Any) -> bool:
-    """Whether what an Auto class found is no model."""
+    """Whether the class found by an Auto class only refuses to load."""
     return isinstance(found, type) and issubclass(found, UnsupportedAutoClass)
 
 
-__all__ = ["UnsupportedAutoClass", "is_unsupported_auto_class", "unsupported_auto_class"]
+def model_classes() -> tuple[Any, ...]:
+    """Return the main class of every model type."""
+    from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
+    from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+    from bd3lm_hf.modeling.modeling_mdlm import MDLMForMaskedLM
+    from bd3lm_hf.modeling.modeling_sedd import SEDDForMaskedLM
+    from bd3lm_hf.modeling.modeling_ssdlm import SSDLMForMaskedLM
+
+    return (BD3LMForMaskedLM, ARForCausalLM, MDLMForMaskedLM, SEDDForMaskedLM, SSDLMForMaskedLM)
+
+
+def register_auto_classes() -> None:
+    """Register every model type; a class names itself what each Auto class makes of its checkpoints."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    from bd3lm_hf.modeling.saving_bd3lm import SelfContainedModel
+    from bd3lm_hf.sharing import share_folder
+
+    SelfContainedModel.share_folder = staticmethod(share_folder)
+    auto_classes: tuple[Any, ...] = (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM)
+    for model_class in model_classes():
+        config_class = model_class.config_class
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        for auto_class in auto_classes:
+            name = auto_class.__name__
+            if name in model_class.auto_classes:
+                auto_class.register(config_class, model_class.auto_classes[name], exist_ok=True)
+            elif auto_class is AutoModelForMaskedLM:
+                auto_class.register(config_class, unsupported_auto_class(model_class, name), exist_ok=True)
+
+
+__all__ = [
+    "UnsupportedAutoClass",
+    "is_unsupported_auto_class",
+    "model_classes",
+    "register_auto_classes",
+    "unsupported_auto_class",
+]

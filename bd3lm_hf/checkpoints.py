@@ -1,54 +1,62 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) on our models, by the `peft` library.
+"""Load a checkpoint, and refuse weights that would score or train as garbage: missing, foreign or not finite.
 
-Adapted layers are no plain linear layers any more, so the network computes them one by one and exactly as peft does;
-merged into the weights they are plain again, and the model as fast as its base.
-
-Load a checkpoint and refuse what would score or train as garbage: weights missing, foreign or not finite.
+Low-rank adapters (LoRA, arXiv 2106.09685) come from the `peft` library. Adapted layers are no longer plain linear
+layers, so the network computes them one by one, exactly as peft does. Merged into the weights they are plain again,
+and the model is as fast as its base.
 """
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from bd3lm_hf.auto_classes import is_unsupported_auto_class
+from bd3lm_hf.auto_classes import is_unsupported_auto_class, model_classes
 from bd3lm_hf.data.files import exists, looks_like_path
 
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# peft is imported where it is used: it takes seconds, and most commands need none of it.
 
 #: Attention and MLP of every layer. The ending `mlp.0` is also that of the small network of the noise level.
 TARGET_MODULES = ("attn_qkv", "attn_out", "mlp.0", "mlp.2")
 
 
-def register_targets(model_type: str, targets: Sequence[str] = TARGET_MODULES) -> None:
-    """Let `LoraConfig` without `target_modules` adapt attention and MLP of models of this type."""
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(model_type, list(targets))
+def register_lora_targets() -> None:
+    """Let `LoraConfig` without `target_modules` adapt attention and MLP of our models."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as targets_by_type
+
+    for model_class in model_classes():
+        targets = getattr(model_class, "lora_targets", TARGET_MODULES)
+        targets_by_type.setdefault(model_class.config_class.model_type, list(targets))
 
 
 def add_adapters(
     model: Any, *, rank: int, alpha: int = 16, dropout: float = 0.0, targets: list[str] | None = None
-) -> PeftModel:
-    """The model with adapters, which alone have gradients.
+) -> "PeftModel":
+    """Return the model with adapters, the only weights that have gradients.
 
     Args:
         rank: of the update of each adapted matrix.
         alpha: the update is scaled by `alpha / rank`.
-        dropout: in front of the adapters.
+        dropout: on the input of the adapters.
         targets: endings of the names of the adapted layers, or `["all-linear"]`, which is all but the head.
 
     Raises:
-        ValueError: no layer has such a name.
+        ValueError: if no layer has such a name.
     """
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
@@ -65,14 +73,14 @@ def add_adapters(
 
 
 def adapter_base(name: str) -> str | None:
-    """The folder or hub name of the model that an adapter was trained on; None if `name` is no adapter.
+    """Return the folder or hub name of the model that an adapter was trained on; None if `name` is not an adapter.
 
     Raises:
-        ValueError: an adapter that does not say.
+        ValueError: if the adapter does not name it.
     """
     try:
         found = find_adapter_config_file(name)
-    except OSError:  # neither a folder nor to be had from the hub, which whoever loads it will say
+    except OSError:  # neither a folder nor available from the Hub; loading it will say so
         return None
     if found is None:
         return None
@@ -86,16 +94,18 @@ def adapter_base(name: str) -> str | None:
 
 
 def merge_adapter(base: Any, name: str) -> Any:
-    """The base model with an adapter merged into its weights: a plain model again, all of whose weights may train.
+    """Return the base model with an adapter merged into its weights: a plain model again, all of it trainable.
 
     Raises:
-        ValueError: the adapter can not be read, or is one of another model.
+        ValueError: if the adapter cannot be read, or belongs to another model.
     """
+    from peft import PeftModel
+
     try:
         return PeftModel.from_pretrained(base, name).merge_and_unload().requires_grad_(True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"The adapter {name!r} can not be put on its base model: {type(error).__name__}: {error}"
+            f"The adapter {name!r} cannot be applied to its base model: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -212,5 +222,5 @@ __all__ = [
     "load_model",
     "merge_adapter",
     "read_config",
-    "register_targets",
+    "register_lora_targets",
 ]
