@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from bd3lm_hf.data.files import exists, looks_like_path
 from bd3lm_hf.data.sources import DEFAULT_DATASET, find_spec
 from bd3lm_hf.run_folder import RECIPE_NAME, RESULTS_NAME, WEIGHTS_NAME
+from bd3lm_hf.yaml_files import read_yaml
 
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
@@ -132,8 +132,8 @@ def _read_run(source: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        recipe = read_yaml(path)
+    except ValueError as error:
         raise ValueError(f"{path} is no YAML, so the model card can not be filled: {error}") from error
     return recipe if isinstance(recipe, dict) else {}
 

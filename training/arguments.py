@@ -1,20 +1,14 @@
-"""The fields of a run that choose its text and how sequences are made of it.
-
-A run is a recipe plus overrides: the fields of a training run, read from one YAML file and the command line.
-"""
+"""The fields of a run, in four groups (model, data, adapters, training), and which values contradict one another."""
 
 import difflib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import torch
-import yaml
-from accelerate.utils import parse_flag_from_env
-from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
+from accelerate.utils import is_deepspeed_available, parse_flag_from_env
+from transformers import IntervalStrategy, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy
 
@@ -22,9 +16,6 @@ from bd3lm_hf.data.files import SCHEMAS
 from bd3lm_hf.data.instructions import LONG_ROWS
 from bd3lm_hf.data.packing import PACKINGS
 from bd3lm_hf.data.sources import DEFAULT_DATASET
-from bd3lm_hf.output_files import write_atomically
-from bd3lm_hf.run_folder import RECIPE_HEADER
-from bd3lm_hf.training.initial_model import fit_to_type
 from bd3lm_hf.training.interval import METHODS, PUBLISHED_STEP, Interval, candidate_intervals, parse_interval
 
 
@@ -34,12 +25,12 @@ class DataArguments:
 
     dataset: str = field(
         default=DEFAULT_DATASET,
-        metadata={"help": "A name of the table (python-docs, openwebtext, ...), a file, a folder, or a hub name."},
+        metadata={"help": "Dataset name (python-docs, openwebtext, ...), file, folder, or hub name."},
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_source: str | None = field(
         default=None,
-        metadata={"help": "File, folder or hub name to read in place of the table's source, in the same schema."},
+        metadata={"help": "File, folder or hub name to read instead of the dataset's own source, in the same schema."},
     )
     text_column: str | None = field(
         default=None, metadata={"help": "Column of the text; by default `text`, or the only column of strings."}
@@ -51,12 +42,12 @@ class DataArguments:
     validation_dataset: str | None = field(
         default=None, metadata={"help": "Held-out text; by default the validation split of `dataset`."}
     )
-    skip_bad_rows: bool = field(default=False, metadata={"help": "Skip rows that can not be read, with a warning."})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Skip records that cannot be read, with a warning."})
     streaming: bool = field(
         default=False, metadata={"help": "Read the training text while training, for corpora larger than the disk."}
     )
     shuffle_buffer: int = field(
-        default=10_000, metadata={"help": "Sequences of a stream that are shuffled among one another; 0: no shuffle."}
+        default=10_000, metadata={"help": "Size of the shuffle buffer of a stream, in sequences; 0: no shuffle."}
     )
     num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
     tokenizer: str | None = field(
@@ -84,7 +75,7 @@ class DataArguments:
         for name in ("vocab_size", "max_train_samples", "max_eval_samples", "num_proc"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"--{name} {value}: give a whole number of at least 1.")
+                raise ValueError(f"--{name} {value}: expected an integer >= 1.")
         if self.shuffle_buffer < 0:
             raise ValueError(f"--shuffle_buffer {self.shuffle_buffer}: give 0 (no shuffle) or more.")
         for name, names in (("packing", PACKINGS), ("long_rows", LONG_ROWS), ("data_format", (None, *SCHEMAS))):
@@ -98,25 +89,19 @@ class DataArguments:
 
     def _check_streaming(self) -> None:
         if self.packing != "contiguous":
-            raise ValueError(f"--packing {self.packing} needs the whole data set: leave out --streaming.")
+            raise ValueError(f"--packing {self.packing} needs the whole dataset: leave out --streaming.")
         if self.data_format not in (None, "text"):
             raise ValueError(f"--data_format {self.data_format} reads all rows at once: leave out --streaming.")
         if self.max_train_samples is not None:
             raise ValueError(
-                f"--max_train_samples {self.max_train_samples} counts sequences, which a stream does not know: set "
+                f"--max_train_samples {self.max_train_samples} counts sequences, and a stream has no count: set "
                 "--max_steps, and leave it out."
             )
         if self.max_eval_samples is None and self.validation_dataset is None:
             raise ValueError(
-                "--streaming keeps the held-out sequences in memory: say how many with --max_eval_samples, or name "
+                "--streaming keeps the held-out sequences in memory: limit them with --max_eval_samples, or name "
                 "them with --validation_dataset."
             )
-
-
-RECIPES = Path(__file__).resolve().parent / "recipes"
-
-
-DEFAULT_RECIPE = "demo"
 
 
 @dataclass
@@ -157,22 +142,23 @@ class ModelArguments:
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel: eager, sdpa or flex."})
     num_denoising_steps: int | None = field(
-        default=None, metadata={"help": "Steps of a block when samples are written; saved in the generation config."}
+        default=None,
+        metadata={"help": "Denoising steps of a block when samples are generated; saved in the generation config."},
     )
 
     def __post_init__(self) -> None:
         if self.num_denoising_steps is not None and self.num_denoising_steps < 1:
-            raise ValueError(f"--num_denoising_steps {self.num_denoising_steps}: give a whole number of at least 1.")
+            raise ValueError(f"--num_denoising_steps {self.num_denoising_steps}: expected an integer >= 1.")
 
     def config_fields(self) -> dict[str, Any]:
-        """The configuration fields that were given, by name."""
+        """Return the configuration fields that were given, by name."""
         own = ("model_type", "init_from", "attn_implementation", "num_denoising_steps")
         return {name: value for name, value in asdict(self).items() if name not in own and value is not None}
 
 
 @dataclass
 class LoraArguments:
-    """Low-rank adapters (LoRA): small matrices beside frozen weights are all that trains."""
+    """Low-rank adapters (LoRA): only small matrices next to frozen weights are trained."""
 
     lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapters; without it all weights train."})
     lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
@@ -184,9 +170,9 @@ class LoraArguments:
 
     def __post_init__(self) -> None:
         if self.lora_r is not None and self.lora_r < 1:
-            raise ValueError(f"--lora_r {self.lora_r}: give a whole number of at least 1.")
+            raise ValueError(f"--lora_r {self.lora_r}: expected an integer >= 1.")
         if self.lora_alpha < 1:
-            raise ValueError(f"--lora_alpha {self.lora_alpha}: give a whole number of at least 1.")
+            raise ValueError(f"--lora_alpha {self.lora_alpha}: expected an integer >= 1.")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"--lora_dropout {self.lora_dropout}: give a probability of at least 0 and below 1.")
         given = [item.name for item in fields(self)[1:] if getattr(self, item.name) != item.default]
@@ -226,7 +212,7 @@ class IntervalSearchArguments:
     )
 
     def interval_list(self, block_size: int) -> list[Interval]:
-        """The candidates of a model with blocks of this size, the whole interval first."""
+        """Return the candidates of a model with blocks of this size, the whole interval first."""
         return candidate_intervals(
             block_size,
             widths=self.interval_search_widths,
@@ -237,9 +223,7 @@ class IntervalSearchArguments:
     def _check_interval_search(self, *, evaluates: bool) -> None:
         self.interval_list(block_size=4)
         if self.interval_search_batches < 1:
-            raise ValueError(
-                f"--interval_search_batches {self.interval_search_batches}: give a whole number of at least 1."
-            )
+            raise ValueError(f"--interval_search_batches {self.interval_search_batches}: expected an integer >= 1.")
         if self.interval_search_method not in METHODS:
             raise ValueError(
                 f"--interval_search_method {self.interval_search_method}: choose one of {', '.join(METHODS)}."
@@ -251,6 +235,43 @@ class IntervalSearchArguments:
         for item in fields(IntervalSearchArguments):
             if not self.interval_search and getattr(self, item.name) != item.default:
                 raise ValueError(f"--{item.name} asks for a search of the interval: add --interval_search true.")
+
+
+_OWN_LOSS = "the loss is the model's own, and no other trains it to denoise"
+_OWN_EVALUATION = "evaluation scores tokens by their likelihood and keeps no logits"
+_OWN_ORDER = "every example has its place and its noise by the seed"
+
+# Fields of TrainingArguments that would replace the loss, or have no effect in our trainer: the values that change
+# nothing, and the reason to refuse any other. The first values are the defaults.
+REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "label_smoothing_factor": ((0.0,), _OWN_LOSS),
+    "use_liger_kernel": ((False,), _OWN_LOSS),
+    "liger_kernel_config": ((None,), _OWN_LOSS),
+    "average_tokens_across_devices": ((True,), "a step divides its loss by the tokens of all processes"),
+    "neftune_noise_alpha": ((None, 0.0), "the noise of a diffusion model is that of its schedule"),
+    "prediction_loss_only": ((False,), _OWN_EVALUATION),
+    "eval_do_concat_batches": ((True,), _OWN_EVALUATION),
+    "eval_use_gather_object": ((False,), _OWN_EVALUATION),
+    "eval_accumulation_steps": ((None,), _OWN_EVALUATION),
+    "include_for_metrics": (([], None), _OWN_EVALUATION),
+    "batch_eval_metrics": ((False,), _OWN_EVALUATION),
+    "bf16_full_eval": ((False,), "evaluation runs in the precision of training (--bf16)"),
+    "fp16_full_eval": ((False,), "evaluation runs in the precision of training (--fp16)"),
+    "label_names": ((None, [], ["labels"]), "the labels are the column `labels`"),
+    "group_by_length": ((False,), _OWN_ORDER),
+    "train_sampling_strategy": (("random",), _OWN_ORDER),
+    "length_column_name": (("length",), _OWN_ORDER),
+    "dataloader_drop_last": ((False,), "the last step of an epoch is filled, so that no sequence is left out"),
+    "dataloader_in_order": ((True,), _OWN_ORDER),
+    "dataloader_multiprocessing_context": ((None,), "workers start as torch starts them by default"),
+    "auto_find_batch_size": (
+        (False,),
+        "another batch size is another run; set --per_device_train_batch_size",
+    ),
+    "logging_nan_inf_filter": ((False,), "a loss that is not finite stops the run"),
+    "enable_jit_checkpoint": ((False,), "--save_on_signal saves a checkpoint when the run is stopped"),
+    "do_predict": ((False,), "score a saved model by `bd3lm eval`"),
+}
 
 
 @dataclass
@@ -303,8 +324,16 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
         metadata={"help": "Estimator of the likelihood before and after training; eval_estimator by default."},
     )
     eval_num_samples: int = field(default=1, metadata={"help": "Noise draws per held-out sequence."})
-    sample_prompt: str = field(default="", metadata={"help": "Prompt of the text sample written at each evaluation."})
-    sample_tokens: int = field(default=64, metadata={"help": "Tokens of that sample; 0 writes none."})
+    sample_prompt: str = field(
+        default="", metadata={"help": "Prompt of the sample that is generated at each evaluation."}
+    )
+    sample_tokens: int = field(default=64, metadata={"help": "Tokens of that sample; 0 generates none."})
+    save_on_signal: bool = field(
+        default=True,
+        metadata={
+            "help": "On Ctrl-C or SIGTERM finish the step, save a checkpoint and end; the exit code is 130 or 143."
+        },
+    )
     peak_tflops: float | None = field(
         default=None,
         metadata={
@@ -313,9 +342,16 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._check_refused()
+        if self.deepspeed is not None and not is_deepspeed_available():
+            raise ValueError("--deepspeed: the package deepspeed is not installed. Run `pip install deepspeed`.")
+        if self.ddp_backend is not None and not torch.distributed.is_backend_available(self.ddp_backend):
+            raise ValueError(
+                f"--ddp_backend {self.ddp_backend}: this torch has no such backend. Leave it out for nccl or gloo."
+            )
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched > 1 and (parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()):
-            # Several processes without a GPU talk through gloo, which transformers chooses only when told so.
+            # Several processes without a GPU talk through gloo, which transformers chooses only with use_cpu.
             self.use_cpu = True
         self.bf16 = self.bf16 or _deepspeed_takes_bf16()
         if self.global_batch_size is not None:
@@ -327,7 +363,7 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
                 f"alone: pass --use_cpu if the processes are meant to run on the CPU."
             )
         if self.eval_num_samples < 1:
-            raise ValueError(f"--eval_num_samples {self.eval_num_samples}: give a whole number of at least 1.")
+            raise ValueError(f"--eval_num_samples {self.eval_num_samples}: expected an integer >= 1.")
         if self.sample_tokens < 0:
             raise ValueError(f"--sample_tokens {self.sample_tokens}: give 0 (no sample) or more.")
         self._check_hub()
@@ -343,11 +379,18 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
                 "accelerator_config split_batches=True would give each process a part of per_device_train_batch_size: "
                 "leave it out and set --global_batch_size."
             )
-        if self.global_batch_size is not None and (self.n_gpu > 1 or self.auto_find_batch_size):
+        if self.n_gpu > 1:
             raise ValueError(
-                f"--global_batch_size {self.global_batch_size} needs a batch size per device that stays: start one "
-                f"process per GPU with accelerate launch, and leave out --auto_find_batch_size."
+                f"this process sees {self.n_gpu} GPUs, which needs one process for each: start them with `accelerate "
+                f"launch training/train.py`, or choose one GPU with CUDA_VISIBLE_DEVICES=0."
             )
+
+    def _check_refused(self) -> None:
+        for name, (accepted, reason) in REFUSED_FIELDS.items():
+            # A version of transformers may not have the field.
+            value = getattr(self, name, accepted[0])
+            if value not in accepted:
+                raise ValueError(f"--{name} {value} has no place in this trainer: {reason}. Leave it out.")
 
     def _check_hub(self) -> None:
         if self.hub_token is not None:
@@ -361,17 +404,17 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
             )
 
     def _accumulation(self, processes: int) -> int:
-        """The accumulated batches that make up `global_batch_size`.
+        """Return the number of accumulated batches that make up `global_batch_size`.
 
         Raises:
-            ValueError: there is no such number, or another one was given.
+            ValueError: if there is no such number, or another one was given.
         """
         wanted, device = self.global_batch_size or 0, self.per_device_train_batch_size
         batch = processes * device
         if wanted < 1 or wanted % batch:
             nearest = max(1, round(wanted / batch)) * batch
             raise ValueError(
-                f"--global_batch_size {wanted} is no multiple of {processes} processes x "
+                f"--global_batch_size {wanted} is not a multiple of {processes} processes x "
                 f"--per_device_train_batch_size {device}: the nearest that works is {nearest}."
             )
         steps = wanted // batch
@@ -384,167 +427,41 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
 
 
 def _deepspeed_takes_bf16() -> bool:
-    """Whether the launcher's DeepSpeed configuration has bfloat16, with which the run's fields must agree."""
+    """Return whether the launcher's DeepSpeed configuration has bfloat16; the run's fields must agree with it."""
     return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
 
 
-def _check_reporters(names: Sequence[str]) -> None:
-    """Refuse what can not be reported to. transformers finds out after the data are made, and ends with a traceback.
-
-    Raises:
-        ValueError: an unknown name, or one whose package is not installed.
-    """
-    installed = get_available_reporting_integrations()
-    for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise ValueError(f"--report_to has {_unknown(name, [*INTEGRATION_TO_CALLBACK], 'place')}")
-        if name not in installed and name != "flyte":  # which transformers does not look for
-            raise ValueError(
-                f"--report_to {name}: the package {name} is not installed. Run `pip install {name}`, or report to "
-                f"{' or '.join([*installed, 'none'])}."
-            )
-
-
-class RunArguments(NamedTuple):
-    """Everything that defines a run."""
-
-    model: ModelArguments
-    data: DataArguments
-    lora: LoraArguments
-    training: BD3LMTrainingArguments
-    given: dict[str, Any]  # the fields that differ from the defaults, as they were written
-
-
-class _Parser(HfArgumentParser):
-    """`HfArgumentParser` whose errors are one `ValueError` instead of a page of usage and an exit."""
-
-    given: dict[str, Any]
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        # The dataclasses derive further values from these, which a recipe must not repeat.
-        namespace, rest = super().parse_known_args(args, namespace)
-        defaults = vars(super().parse_known_args([])[0])
-        self.given = {name: value for name, value in vars(namespace).items() if value != defaults[name]}
-        return namespace, rest
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-_GROUPS: tuple[Any, ...] = (ModelArguments, DataArguments, LoraArguments, BD3LMTrainingArguments)
-
-
-def field_names() -> list[str]:
-    """Names of all fields that a recipe or the command line may set."""
-    return [item.name for group in _GROUPS for item in fields(group) if item.init]
-
-
-def parse_arguments(argv: Sequence[str]) -> RunArguments:
-    """Read `[recipe.yaml] [--field value ...]`; the command line overrides the recipe, the recipe the defaults.
-
-    Args:
-        argv: arguments without the program's name. The recipe is a file or the name of one that ships (`demo`);
-            without one the `demo` recipe is the base. Of a recipe for another model type than the command line's,
-            fields that this type does not share are left out, with a note.
-
-    Raises:
-        ValueError: unreadable recipe, unknown field (the nearest one is named), or a value that a field cannot take.
-    """
-    argv = list(argv)
-    named = bool(argv) and not argv[0].startswith("-")
-    recipe = read_recipe(argv.pop(0) if named else DEFAULT_RECIPE)
-    if not named and any(word.split("=")[0].replace("-", "_") in _INIT_FLAGS for word in argv):
-        # The demo's network would contradict the one that is loaded.
-        shapes = {item.name for item in fields(ModelArguments)}
-        recipe = {name: value for name, value in recipe.items() if name not in shapes}
-    recipe = fit_to_type(recipe, argv, model_fields=[item.name for item in fields(ModelArguments)])
-    parser = _Parser(list(_GROUPS), allow_abbrev=False)
-    words = [word for name, value in recipe.items() for word in _as_words(name, value)] + argv
-    *groups, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
-    if rest:
-        raise ValueError(_unknown(rest[0], [f"--{name}" for name in field_names()], "argument"))
-    model, data, lora, training = groups
-    arguments = RunArguments(model, data, lora, training, parser.given)
-    if arguments.data.streaming and arguments.training.max_steps < 1:
-        raise ValueError("--streaming reads text without an end to count epochs by: set --max_steps.")
-    if arguments.lora.lora_r is not None and arguments.training.interval_search:
-        raise ValueError(
-            f"--interval_search with --lora_r {arguments.lora.lora_r}: an adapter does not keep the interval. Choose "
-            f"it with --sampling_eps_min and --sampling_eps_max, or train all weights."
-        )
-    return arguments
-
-
-_INIT_FLAGS = ("__init_from", "__model_name_or_path")
-
-
-def read_recipe(name_or_path: str) -> dict[str, Any]:
-    """The fields that a recipe sets.
-
-    Args:
-        name_or_path: a YAML file, or the name of a recipe that ships with the package.
-
-    Raises:
-        ValueError: no such recipe, not a YAML mapping, or a field that does not exist.
-    """
-    path = Path(name_or_path)
-    shipped = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
-    if not path.is_file() and name_or_path in shipped:
-        path = RECIPES / f"{name_or_path}.yaml"
-    if not path.is_file():
-        raise ValueError(
-            f"there is no recipe {name_or_path!r}: give a YAML file or one of {', '.join(shipped)}. Fields are set "
-            f"with --field value."
-        )
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the recipe {path} is no readable YAML: {reason}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"the recipe {path} holds a {type(recipe).__name__}: write one `field: value` per line.")
-    known = field_names()
-    for name in recipe:
-        if name not in known:
-            raise ValueError(f"the recipe {path} has {_unknown(str(name), known, 'field')}")
-    return recipe
-
-
-def write_recipe(arguments: RunArguments, path: str | Path) -> None:
-    """Write the fields that were given as a recipe that repeats the run in another folder."""
-    place = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
-    given = {name: value for name, value in arguments.given.items() if name not in place}
-    text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
-    write_atomically(path, f"{RECIPE_HEADER}\n{text}")
-
-
-def _as_words(name: str, value: Any) -> list[str]:
-    """A recipe's field as command-line words, so that both are checked by one parser; `null` is the default."""
-    if value is None:
-        return []
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    if isinstance(value, (dict, bool)):
-        return [f"--{name}={json.dumps(value)}"]
-    return [f"--{name}={value}"]
-
-
-def _unknown(name: str, known: list[str], kind: str) -> str:
+def unknown(name: str, known: Sequence[str], kind: str) -> str:
+    """Return the end of a message about an unknown name, with the nearest known one."""
     name = name.split("=")[0]
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else "see --help for the fields."
     return f"an unknown {kind} {name!r}: {hint}"
 
 
+def _check_reporters(names: Sequence[str]) -> None:
+    """Refuse a reporter that cannot work; transformers finds out after the data are made, and ends with a traceback.
+
+    Raises:
+        ValueError: if a name is unknown, or its package is not installed.
+    """
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"--report_to has {unknown(name, [*INTEGRATION_TO_CALLBACK], 'reporter')}")
+        if name not in installed and name != "flyte":  # transformers does not look for it
+            raise ValueError(
+                f"--report_to {name}: the package {name} is not installed. Run `pip install {name}`, or report to "
+                f"{' or '.join([*installed, 'none'])}."
+            )
+
+
 __all__ = [
+    "REFUSED_FIELDS",
     "BD3LMTrainingArguments",
     "DataArguments",
     "IntervalSearchArguments",
     "LoraArguments",
     "ModelArguments",
-    "RunArguments",
-    "field_names",
-    "parse_arguments",
-    "read_recipe",
-    "write_recipe",
+    "unknown",
 ]

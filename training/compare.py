@@ -25,8 +25,10 @@ from bd3lm_hf.evaluation.reference_model import ReferenceModel, reference_model_
 from bd3lm_hf.evaluation.text_metrics import mean_entropy
 from bd3lm_hf.generation.text_generation import GeneratedText
 from bd3lm_hf.run_folder import RESULTS_NAME
-from bd3lm_hf.training.arguments import ModelArguments, field_names
+from bd3lm_hf.training.arguments import ModelArguments
+from bd3lm_hf.training.command_line import field_names
 from bd3lm_hf.training.train import model_class, run
+from bd3lm_hf.yaml_files import read_yaml
 
 
 logger = logging.get_logger("bd3lm_hf.compare")
@@ -75,7 +77,7 @@ def read_plan(argv: Sequence[str]) -> Plan:
     path = Path(words.pop(0)) if words and not words[0].startswith("-") else PAPER
     if not path.is_file():
         raise ValueError(f"there is no recipe {str(path)!r}: give a YAML file that names the models, or none.")
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe = read_yaml(path)
     if not isinstance(recipe, dict) or not isinstance(recipe.get("models"), dict) or not recipe["models"]:
         raise ValueError(f"the recipe {path} names no models: write `models:` with one `name: {{field: value}}` each.")
     given = _overrides(words)
@@ -156,7 +158,7 @@ def _trained(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     recipe = folder.with_suffix(".yaml")
     fields = {**plan.common, **plan.models[name], "seed": seed}
     if (folder / RESULTS_NAME).is_file() and recipe.is_file():
-        before = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        before = read_yaml(recipe)
         if changed := sorted(k for k in before.keys() | fields.keys() if before.get(k) != fields.get(k)):
             raise ValueError(
                 f"{folder} holds a run with another {', '.join(changed)}: name another --output_dir, or remove it."

@@ -14,7 +14,8 @@ from bd3lm_hf.data.files import SCHEMAS, Schema, TextRow
 from bd3lm_hf.data.instructions import encode_rows, texts_of
 from bd3lm_hf.data.sources import DatasetSpec
 from bd3lm_hf.tokenization import load_tokenizer
-from bd3lm_hf.training.arguments import DataArguments, RunArguments
+from bd3lm_hf.training.arguments import DataArguments
+from bd3lm_hf.training.command_line import RunArguments
 
 
 _TOKENIZER_DOCUMENTS = 100_000  # of a stream, to train a tokenizer on: more would not change it much

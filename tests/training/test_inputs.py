@@ -8,7 +8,7 @@ from bd3lm_hf.data import documents
 from bd3lm_hf.data.files import Messages, PromptCompletion, TextRow
 from bd3lm_hf.data.streaming import PackedStream
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
-from bd3lm_hf.training.arguments import parse_arguments
+from bd3lm_hf.training.command_line import parse_arguments
 from bd3lm_hf.training.inputs import load_documents, make_sequences, make_tokenizer
 
 

@@ -19,7 +19,7 @@ from bd3lm_hf import (
     SEDDConfig,
     SEDDForMaskedLM,
 )
-from bd3lm_hf.training.arguments import parse_arguments
+from bd3lm_hf.training.command_line import parse_arguments
 from bd3lm_hf.training.train import main, new_config
 
 

@@ -423,7 +423,7 @@ FAILING = OSError(28, "No space left on device")
         "transformers.trainer.Trainer._save_optimizer_and_scheduler",
         "transformers.trainer.Trainer._save_rng_state",
         "transformers.TrainerState.save_to_json",
-        "bd3lm_hf.training.trainer.seal_checkpoint",
+        "bd3lm_hf.training.trainer.mark_complete",
         "bd3lm_hf.training.trainer.publish_folder",
     ],
 )

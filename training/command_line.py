@@ -1,0 +1,320 @@
+"""The command line of a run: a recipe plus overrides, read from one YAML file and from `--field value` words."""
+
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, get_type_hints
+
+import yaml
+from transformers import CONFIG_MAPPING, HfArgumentParser, IntervalStrategy, TrainingArguments
+from transformers.utils import logging
+
+from bd3lm_hf.output_files import write_atomically
+from bd3lm_hf.run_folder import RECIPE_HEADER
+from bd3lm_hf.training.arguments import (
+    REFUSED_FIELDS,
+    BD3LMTrainingArguments,
+    DataArguments,
+    IntervalSearchArguments,
+    LoraArguments,
+    ModelArguments,
+    unknown,
+)
+from bd3lm_hf.yaml_files import read_yaml
+
+
+logger = logging.get_logger("bd3lm_hf.train")
+
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+DEFAULT_RECIPE = "demo"
+DEFAULT_TYPE = "bd3lm"
+
+_GROUPS: dict[str, Any] = {
+    "model": ModelArguments,
+    "data": DataArguments,
+    "adapters": LoraArguments,
+    "training": BD3LMTrainingArguments,
+}
+
+# How the likelihood of blocks is searched and estimated, next to the fields of a model's configuration.
+_OF_BLOCKS = ("interval_", "final_estimator", "eval_estimator")
+_INIT_FLAGS = ("--init_from", "--model_name_or_path")
+# Fields without effect while their strategy is `no`.
+_OF_STRATEGY = {
+    "save_strategy": ("save_steps", "save_total_limit", "save_only_model"),
+    "eval_strategy": ("eval_steps",),
+}
+
+
+class RunArguments(NamedTuple):
+    """Everything that defines a run."""
+
+    model: ModelArguments
+    data: DataArguments
+    lora: LoraArguments
+    training: BD3LMTrainingArguments
+    given: dict[str, Any]  # the fields that differ from the defaults, as they were written
+
+
+class _Parser(HfArgumentParser):
+    """`HfArgumentParser` whose errors are one `ValueError` instead of a page of usage and an exit."""
+
+    given: dict[str, Any]
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # The dataclasses derive further values from these, which a recipe must not repeat.
+        namespace, rest = super().parse_known_args(args, namespace)
+        defaults = vars(super().parse_known_args([])[0])
+        self.given = {name: value for name, value in vars(namespace).items() if value != defaults[name]}
+        return namespace, rest
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def field_names() -> list[str]:
+    """Return the names of all fields that a recipe or the command line may set."""
+    return [item.name for group in _GROUPS.values() for item in fields(group) if item.init]
+
+
+def parse_arguments(argv: Sequence[str]) -> RunArguments:
+    """Read `[recipe.yaml] [--field value ...]`; the command line overrides the recipe, the recipe the defaults.
+
+    Args:
+        argv: arguments without the program's name. The recipe is a file or the name of one that ships (`demo`);
+            without one the `demo` recipe is the base. Of a recipe for another model type than the command line's,
+            fields that this type does not share are left out, with a note.
+
+    Raises:
+        ValueError: if the recipe is unreadable, a field is unknown (the nearest one is named), a field cannot take
+            its value, or fields contradict one another.
+    """
+    argv = [_with_underscores(word) for word in argv]
+    if {"-h", "--help"} & set(argv):
+        print(format_help())
+        raise SystemExit(0)
+    named = bool(argv) and not argv[0].startswith("-")
+    name = argv.pop(0) if named else DEFAULT_RECIPE
+    recipe = read_recipe(name)
+    flags = {word.partition("=")[0] for word in argv if word.startswith("--")}
+    if not named and flags & set(_INIT_FLAGS):
+        # The demo's network would contradict the one that is loaded.
+        shapes = {item.name for item in fields(ModelArguments)}
+        recipe = {name: value for name, value in recipe.items() if name not in shapes}
+    if "--dataset" in flags and not Path(name).is_file():
+        recipe.pop("sample_prompt", None)  # of a shipped recipe: it begins a text of the recipe's own dataset
+    recipe = fit_to_type(recipe, argv, model_fields=[item.name for item in fields(ModelArguments)])
+    words = [word for name, value in recipe.items() for word in _as_words(name, value)] + argv
+    *groups, given = _parse(words)
+    arguments = RunArguments(*groups, given)
+    _check(arguments, set(recipe), {flag.removeprefix("--") for flag in flags})
+    return arguments
+
+
+def _with_underscores(word: str) -> str:
+    """Return a word with the underscores of the field names: `--max-steps=3` as `--max_steps=3`."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name.removeprefix("--").replace("-", "_") + equals + value
+
+
+def _parse(words: list[str]) -> list[Any]:
+    """Return the four groups of fields, and the fields that differ from the defaults as they were written."""
+    parser = _Parser(list(_GROUPS.values()), allow_abbrev=False, add_help=False)
+    try:
+        *groups, rest = parser.parse_args_into_dataclasses(
+            words, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (TypeError, AttributeError, ImportError) as error:  # transformers checks some values only by using them
+        raise ValueError(f"a field has a value that it cannot take: {error}") from error
+    if rest:
+        raise ValueError(unknown(rest[0], [f"--{name}" for name in field_names()], "argument"))
+    return [*groups, parser.given]
+
+
+def _check(arguments: RunArguments, recipe: Iterable[str], flags: Iterable[str]) -> None:
+    """Refuse fields that contradict one another across groups, or have no effect where they were given."""
+    training = arguments.training
+    if arguments.data.streaming and training.max_steps < 1:
+        raise ValueError("--streaming reads text without an end to count epochs by: set --max_steps.")
+    if arguments.lora.lora_r is not None and training.interval_search:
+        raise ValueError(
+            f"--interval_search with --lora_r {arguments.lora.lora_r}: an adapter does not keep the interval. Choose "
+            f"it with --sampling_eps_min and --sampling_eps_max, or train all weights."
+        )
+    for strategy, dependent in _OF_STRATEGY.items():
+        # The command line may switch off what a recipe sets, but one of them alone must not contradict itself.
+        given = set(flags) | (set() if strategy in flags else set(recipe))
+        idle = [name for name in dependent if name in given]
+        if getattr(training, strategy) == IntervalStrategy.NO and idle:
+            raise ValueError(
+                f"--{idle[0]} {getattr(training, idle[0])} has no effect with --{strategy} no: leave it out, or set "
+                f"--{strategy} steps."
+            )
+
+
+def format_help() -> str:
+    """Return the help: our fields by group, then those inherited from transformers."""
+    program = "python training/train.py" if Path(sys.argv[0]).name == "train.py" else "bd3lm train"
+    shipped = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    lines = [
+        f"usage: {program} [RECIPE] [--FIELD VALUE ...]",
+        "",
+        f"  RECIPE  a YAML file of fields, or the name of one that ships: {shipped}. Default: {DEFAULT_RECIPE}.",
+        "  A field on the command line overrides the recipe. Dashes and underscores are both accepted.",
+    ]
+    inherited = {item.name for item in fields(TrainingArguments)}
+    ours = {item.name for item in fields(IntervalSearchArguments)} | set(BD3LMTrainingArguments.__annotations__)
+    for title, group in _GROUPS.items():
+        lines += ["", f"{title}:"]
+        for item in fields(group):
+            if item.init and (item.name not in inherited or item.name in ours):
+                lines += _help_of(item)
+    lines += ["", "-" * 79, "inherited from transformers' TrainingArguments (see its documentation):"]
+    for item in fields(TrainingArguments):
+        if item.init and item.name not in ours and item.name not in REFUSED_FIELDS:
+            lines += _help_of(item)
+    return "\n".join(lines)
+
+
+def _help_of(item: Any) -> list[str]:
+    default = (
+        "" if item.default in (None, MISSING, "") else f" Default: {getattr(item.default, 'value', item.default)}."
+    )
+    text = " ".join(str(item.metadata.get("help", "")).split()) + default
+    return [f"  --{item.name}", *textwrap.wrap(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+
+
+def fit_to_type(recipe: dict[str, Any], argv: Sequence[str], *, model_fields: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of a recipe that fit the model type of the command line, if it differs from the recipe's.
+
+    Left out, with a note, are fields of the network that the type does not have or does not share
+    (`unshared_fields` of its configuration), and with them what concerns the likelihood of blocks. Fields of the
+    command line itself are not touched.
+
+    Args:
+        argv: the command line after the recipe.
+        model_fields: names of the fields that describe the network.
+    """
+    requested = _requested_type(argv)
+    if requested in (None, recipe.get("model_type", DEFAULT_TYPE)) or requested not in CONFIG_MAPPING:
+        return recipe
+    config_class: Any = CONFIG_MAPPING[requested]
+    unshared = getattr(config_class, "unshared_fields", ())
+    own = ("model_type", "init_from", "attn_implementation")
+    dropped = [
+        name
+        for name in recipe
+        if name in unshared
+        or (name in model_fields and name not in own and not hasattr(config_class, name))
+        or ("block_size" in unshared and name.startswith(_OF_BLOCKS))
+    ]
+    if dropped:
+        logger.warning(
+            f"--model_type {requested} leaves out what the recipe sets for another model type: {', '.join(dropped)}."
+        )
+    return {name: value for name, value in recipe.items() if name not in dropped}
+
+
+def _requested_type(argv: Sequence[str]) -> str | None:
+    """Return the last `--model_type` of a command line."""
+    found = None
+    for number, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name == "--model_type":
+            found = value if equals else "".join(argv[number + 1 : number + 2])
+    return found
+
+
+def read_recipe(name_or_path: str) -> dict[str, Any]:
+    """Return the fields that a recipe sets.
+
+    Args:
+        name_or_path: a YAML file, or the name of a recipe that ships with the package.
+
+    Raises:
+        ValueError: if there is no such recipe, it is not a YAML mapping, a field does not exist, or its value is of
+            another kind.
+    """
+    path = Path(name_or_path)
+    shipped = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
+    if not path.is_file() and name_or_path in shipped:
+        path = RECIPES / f"{name_or_path}.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"there is no recipe {name_or_path!r}: give a YAML file or one of {', '.join(shipped)}. Fields are set "
+            f"with --field value."
+        )
+    recipe = read_yaml(path) or {}
+    if not isinstance(recipe, dict):
+        raise ValueError(f"the recipe {path} holds a {type(recipe).__name__}: write one `field: value` per line.")
+    kinds = {name: kind for group in _GROUPS.values() for name, kind in get_type_hints(group).items()}
+    known = field_names()
+    for name, value in recipe.items():
+        if name not in known:
+            raise ValueError(f"the recipe {path} has {unknown(str(name), known, 'field')}")
+        _check_kind(path, name, value, kinds[name])
+    return recipe
+
+
+def _check_kind(path: Path, name: str, value: Any, kind: Any) -> None:
+    """Refuse a value that the command line could not express for this field.
+
+    Raises:
+        ValueError: if a field of one value has a list or a mapping, or a field of text has `yes` or `no`, which YAML
+            reads as true and false.
+    """
+    accepted = str(kind)
+    if isinstance(value, list) and not re.search(r"\b(list|dict)\b", accepted):
+        raise ValueError(f"the recipe {path}: {name} takes one value, and has the list {_short(value)}.")
+    if isinstance(value, dict) and "dict" not in accepted:
+        raise ValueError(f"the recipe {path}: {name} takes one value, and has the mapping {_short(value)}.")
+    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        raise ValueError(f"the recipe {path}: {name} takes a list of plain values, and has {_short(value)}.")
+    # `--resume_from_checkpoint true` is the last checkpoint.
+    if isinstance(value, bool) and not re.search(r"\bbool\b", accepted) and name != "resume_from_checkpoint":
+        raise ValueError(
+            f"the recipe {path}: {name} is {value}, which is neither text nor a number: write it in quotes."
+        )
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(repr(value), 60)
+
+
+def write_recipe(arguments: RunArguments, path: str | Path) -> None:
+    """Write the fields that were given as a recipe that repeats the run in another folder."""
+    left_out = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+    given = {name: value for name, value in arguments.given.items() if name not in left_out}
+    text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
+    write_atomically(path, f"{RECIPE_HEADER}\n{text}")
+
+
+def _as_words(name: str, value: Any) -> list[str]:
+    """Return a recipe's field as command-line words, so that one parser checks both; `null` is the default."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    if isinstance(value, (dict, bool)):
+        return [f"--{name}={json.dumps(value)}"]
+    return [f"--{name}={value}"]
+
+
+__all__ = [
+    "DEFAULT_RECIPE",
+    "RECIPES",
+    "RunArguments",
+    "field_names",
+    "fit_to_type",
+    "format_help",
+    "parse_arguments",
+    "read_recipe",
+    "write_recipe",
+]
