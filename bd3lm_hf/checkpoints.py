@@ -28,17 +28,13 @@ if TYPE_CHECKING:
 
 # peft is imported where it is used: it takes seconds, and most commands need none of it.
 
-#: Attention and MLP of every layer. The ending `mlp.0` is also that of the small network of the noise level.
-TARGET_MODULES = ("attn_qkv", "attn_out", "mlp.0", "mlp.2")
-
 
 def register_lora_targets() -> None:
     """Let `LoraConfig` without `target_modules` adapt attention and MLP of our models."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as targets_by_type
 
     for model_class in model_classes():
-        targets = getattr(model_class, "lora_targets", TARGET_MODULES)
-        targets_by_type.setdefault(model_class.config_class.model_type, list(targets))
+        targets_by_type.setdefault(model_class.config_class.model_type, list(model_class.lora_targets))
 
 
 def add_adapters(
@@ -215,7 +211,6 @@ def check_finite_weights(model: torch.nn.Module, origin: str) -> None:
 
 __all__ = [
     "NotFiniteError",
-    "TARGET_MODULES",
     "adapter_base",
     "add_adapters",
     "check_finite_weights",

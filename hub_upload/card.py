@@ -86,7 +86,7 @@ def make_card(
     dataset = None if found is None else str(recipe.get("dataset") or DEFAULT_DATASET)
     hub_dataset = _hub_dataset(dataset) if dataset else None
     whole = model.get_base_model() if base else model
-    likelihood = getattr(whole, "has_likelihood", True)
+    likelihood = whole.has_likelihood
     scores = _eval_results(recipe, results, dataset, hub_dataset) or None
     data = ModelCardData(
         license=license,
@@ -109,7 +109,7 @@ def make_card(
         base=base,
         tokenizer=tokenizer,
         likelihood=likelihood,
-        bound=likelihood and getattr(whole.config, "block_size", 1) > 1,
+        bound=likelihood and not whole.exact_likelihood,
         training=_training(recipe, results, weights),
         data=_data(dataset, hub_dataset),
         evaluation=_evaluation(results),

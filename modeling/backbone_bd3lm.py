@@ -7,6 +7,7 @@ noisy streams. A text of one block has no earlier block to read: its noisy strea
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -293,6 +294,8 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
     """A backbone with its head, which the models of this family share: BD3-LM and the baselines."""
 
     backbone_class: type[BD3LMModel] = BD3LMModel
+    # LoRA: attention and MLP of every layer. `mlp.0` also ends the name of a layer of the noise-level embedding.
+    lora_targets: tuple[str, ...] = ("attn_qkv", "attn_out", "mlp.0", "mlp.2")
 
     def __init__(self, config: BD3LMConfig) -> None:
         super().__init__(config)
@@ -315,6 +318,10 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.backbone.output_layer.linear = value
+
+    def logits_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return what makes logits of normed hidden states; a network that scales or caps its logits overrides it."""
+        return self.get_output_embeddings()
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers; the mask token keeps its id.

@@ -55,7 +55,7 @@ class BlockGenerationMixin(_Generative):
     A class names its `generation_config_class`, whose constructor has a default for every field of its own.
     """
 
-    draws_by_row = True  # whether `generate` takes a source of randomness for each row
+    generator_per_row = True  # `generate` also takes a list of generators, one for each row of the batch
 
     generation_config: Any
     generation_config_class: Any

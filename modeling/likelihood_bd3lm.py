@@ -4,15 +4,14 @@ Three estimators, sampled, stratified and exact, differ in which masks of a bloc
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
 from .attention_bd3lm import Layout, token_layout
-from .backbone_bd3lm import BD3LMLanguageModel
 from .configuration_bd3lm import SAMPLING_EPS
-from .loss_bd3lm import LossMask, check_text, cross_entropy, loss_mask, sigma_of
+from .loss_bd3lm import DenoisingNetwork, LossMask, check_text, cross_entropy, loss_mask, sigma_of
 from .noise_bd3lm import (
     Noise,
     draw_noise,
@@ -40,18 +39,124 @@ class TokenNLL(NamedTuple):
     mask: torch.Tensor  # float32 (batch, length), 1 where a token is scored
 
 
-def token_nll(
-    model: BD3LMLanguageModel,
+class LanguageModel(Protocol):
+    """A language model as training, evaluation, generation and upload see it; a new family implements this.
+
+    [`LikelihoodMixin`] and [`BlockGenerationMixin`] implement all of it on top of a few hooks.
+    """
+
+    config: Any
+    generation_config: Any
+    has_likelihood: bool  # False: `token_nll` raises, and held-out text is scored by the training loss
+    generator_per_row: bool  # `generate` also takes a list of generators, one for each row of the batch
+
+    @property
+    def exact_likelihood(self) -> bool:
+        """Whether `token_nll` is the likelihood itself and not a bound."""
+
+    @property
+    def carries_interval(self) -> bool:
+        """Whether the model saves an interval of noise levels, which `set_interval` changes."""
+
+    @property
+    def num_noise_samples(self) -> int:
+        """Noise samples of each training sequence."""
+
+    def token_nll(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        labels: torch.Tensor | None = None,
+        estimator: str = "sampled",
+        num_samples: int = 1,
+        generator: Generators = None,
+        noise: Noise | None = None,
+    ) -> TokenNLL:
+        """Score every token, see [`LikelihoodMixin.token_nll`]."""
+
+    def generate(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """Continue prompts, as in transformers."""
+
+
+class LikelihoodMixin:
+    """The verb `token_nll`, with one signature for all language models; a subclass implements `_token_nll`."""
+
+    config: Any
+    training: bool
+    has_likelihood = True
+    estimators: ClassVar[tuple[str, ...]] = ("sampled", "stratified", "exact")
+
+    @property
+    def exact_likelihood(self) -> bool:
+        """Whether `token_nll` is the likelihood itself and not a bound: blocks of one token are autoregressive."""
+        return bool(self.config.block_size == 1)
+
+    def token_nll(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        labels: torch.Tensor | None = None,
+        estimator: str = "sampled",
+        num_samples: int = 1,
+        generator: Generators = None,
+        noise: Noise | None = None,
+    ) -> TokenNLL:
+        r"""Return the negative log-likelihood of every token in nats: exact, or a bound for models that denoise.
+
+        Args:
+            input_ids: `(batch, length)`, the text.
+            attention_mask: `(batch, length)`, zeros for padding on either side.
+            labels: `(batch, length)`, the text again, with -100 for context, which is neither masked nor scored. By
+                default every token is scored except padding.
+            estimator: `"sampled"`, `"stratified"` or `"exact"`, see [`nelbo`]. An autoregressive model is exact with
+                any of them; a score-entropy model has no exact sum.
+            num_samples: noise samples of each block, for the two random estimators.
+            generator: source of randomness, or a list with one for each row, which makes the score of a row
+                independent of its batch.
+            noise: the noise of one `"sampled"` estimate, see [`Noise`], instead of a generator.
+
+        Raises:
+            ValueError: if the estimator is unknown or not available for this model, if `num_samples` is below 1, if
+                a block has too many tokens for the exact sum, if ids are outside the vocabulary, if the text contains
+                mask tokens, or if the noise does not fit the estimate or the batch.
+        """
+        if estimator not in self.estimators:
+            raise ValueError(
+                f"estimator={estimator!r} is not available for a {type(self).__name__}: choose one of "
+                f"{', '.join(self.estimators)}."
+            )
+        check_sampling(num_samples, generator, input_ids.shape[0])
+        source = source_of(noise, generator, estimator, num_samples, input_ids.shape, self.config)
+        labels = input_ids if labels is None else labels
+        check_text(self, input_ids, labels)
+        with torch.no_grad():
+            return self._token_nll(input_ids, attention_mask, labels, estimator, num_samples, source)
+
+    def _token_nll(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor,
+        estimator: str,
+        num_samples: int,
+        source: Source,
+    ) -> TokenNLL:
+        """Score checked input; see [`token_nll`]."""
+        raise NotImplementedError
+
+
+def nelbo(
+    model: DenoisingNetwork,
     input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    *,
-    labels: torch.Tensor | None = None,
-    estimator: str = "sampled",
-    num_samples: int = 1,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    noise: Noise | None = None,
+    attention_mask: torch.Tensor | None,
+    labels: torch.Tensor,
+    estimator: str,
+    num_samples: int,
+    source: Source,
 ) -> TokenNLL:
-    r"""Bound on the negative log-likelihood of every token of a text.
+    r"""Bound the negative log-likelihood of every token of a text from above (Eq. 8).
 
     All estimators have the expectation of Eq. 8 with t over (0, 1], which does not depend on the noise schedule: given
     that k of the n maskable tokens of a block are masked, all \\(\binom{n}{k}\\) masks are equally likely, and
@@ -61,52 +166,26 @@ def token_nll(
     - `"sampled"`, the paper's: t stratified over the blocks of the batch on [1e-3, 1], the weight of the model's noise
       schedule (1/t), `num_samples` draws. It leaves out the times below 1e-3, and with them the masks below
       move_chance(1e-3): 0.1 % masked for `loglinear`, `square` and `log`, where the bias is of that order, but 3 %
-      for `square_root`, whose expectation lies up to 3 % too low. `cosine` lies up to 1 % too low, since its published
+      for `square_root`, whose expectation is up to 3 % too low. `cosine` is up to 1 % too low, since its published
       weight adds eps to the denominator.
     - `"stratified"`: k uniform on 1..n, a uniform mask of that size, weight n/k. Unbiased because k has probability
-      1/n instead of weight 1/k. No draw is wasted on an empty mask and no weight exceeds n, so the variance is lower.
-      The draws of one block spread k over 1..n.
+      1/n instead of weight 1/k. No sample is wasted on an empty mask and no weight exceeds n, so the variance is
+      lower. The samples of one block spread k over 1..n.
     - `"exact"`: the sum over all 2^n - 1 masks of each block; no randomness. n is at most 8.
 
-    The clean stream is computed once for all draws. A model of block size 1 has a single mask per block, so every
-    estimator gives its exact autoregressive likelihood.
-
-    Args:
-        input_ids: `(batch, length)`, of any length.
-        attention_mask: `(batch, length)`, zeros for padding on either side.
-        labels: `(batch, length)`; -100 marks context, which is neither masked nor scored. Default: score everything.
-        num_samples: draws per block, for the two random estimators.
-        generator: source of randomness, or one per row, which makes a row's draws independent of its batch.
-        noise: the draws of one `"sampled"` estimate, see [`Noise`], in place of a source.
-
-    Raises:
-        ValueError: unknown estimator, `num_samples` below 1, a block with too many tokens for the exact sum, ids
-            outside the vocabulary, mask tokens in the text, noise for another estimate or another batch.
+    The clean stream is computed once for all samples. A model of block size 1 has a single mask per block, so every
+    estimator gives its exact autoregressive likelihood. Call it without gradients.
     """
-    _check_estimator(model, estimator, num_samples, generator, input_ids.shape[0])
-    source = source_of(noise, generator, estimator, num_samples, input_ids.shape, model.config)
-    labels = input_ids if labels is None else labels
-    check_text(model, input_ids, labels)
     config = model.config
-    layout = token_layout(attention_mask, input_ids.shape[1], config.block_size, device=input_ids.device)
-    scored = loss_mask(layout, labels, ignore_bos=config.ignore_bos, training=False)
-    draws = _ESTIMATORS[estimator](model, layout, scored, num_samples, source)
-    with torch.no_grad():
-        nll = _sum_over_masks(model, input_ids, layout, draws)
-    return TokenNLL(nll, scored.counted.float())
-
-
-def _check_estimator(
-    model: BD3LMLanguageModel, estimator: str, num_samples: int, generator: Generators, batch: int
-) -> None:
-    if estimator not in _ESTIMATORS:
-        raise ValueError(f"estimator={estimator!r} is unknown: choose one of {', '.join(_ESTIMATORS)}.")
-    check_sampling(num_samples, generator, batch)
-    if estimator != "sampled" and model.config.time_conditioning:
+    if estimator != "sampled" and config.time_conditioning:
         raise ValueError(
             f"estimator={estimator!r} sums over masks of all noise levels at once, but this model has "
             f"time_conditioning=True: use estimator='sampled'."
         )
+    layout = token_layout(attention_mask, input_ids.shape[1], config.block_size, device=input_ids.device)
+    scored = loss_mask(layout, labels, ignore_bos=config.ignore_bos, training=False)
+    draws = _ESTIMATORS[estimator](model, layout, scored, num_samples, source)
+    return TokenNLL(_sum_over_masks(model, input_ids, layout, draws), scored.counted.float())
 
 
 def check_sampling(num_samples: int, generator: Generators, batch: int) -> None:
@@ -148,7 +227,7 @@ class Mask(NamedTuple):
 
 
 def _sampled(
-    model: BD3LMLanguageModel, layout: Layout, scored: LossMask, num_samples: int, source: Source
+    model: DenoisingNetwork, layout: Layout, scored: LossMask, num_samples: int, source: Source
 ) -> Iterator[Mask]:
     """Draws of t on [1e-3, 1] as published; a single full mask at block size 1."""
     config = model.config
@@ -165,7 +244,7 @@ def _sampled(
 
 
 def stratified_masks(
-    model: BD3LMLanguageModel, layout: Layout, scored: LossMask, num_samples: int, source: Source
+    model: DenoisingNetwork, layout: Layout, scored: LossMask, num_samples: int, source: Source
 ) -> Iterator[Mask]:
     """Draws of the number k of masked tokens, spread over 1..n; weight n/k."""
     batch, length = scored.counted.shape
@@ -185,7 +264,7 @@ def stratified_masks(
 
 
 def _exact(
-    model: BD3LMLanguageModel, layout: Layout, scored: LossMask, num_samples: int, source: Source
+    model: DenoisingNetwork, layout: Layout, scored: LossMask, num_samples: int, source: Source
 ) -> Iterator[Mask]:
     """Every mask of a block once, with the weight 1 / (k C(n, k)).
 
@@ -223,7 +302,7 @@ def _exact(
 _ESTIMATORS = {"sampled": _sampled, "stratified": stratified_masks, "exact": _exact}
 
 
-def rows_of_noise(model: BD3LMLanguageModel, scored: LossMask, order: str, source: Source) -> Noise:
+def rows_of_noise(model: DenoisingNetwork, scored: LossMask, order: str, source: Source) -> Noise:
     """Noise of a batch; with a generator per row, a row's draws are those it would get alone and without padding."""
     batch, length = scored.valid.shape
     device, blocks = scored.valid.device, model.config.num_blocks(length)
@@ -246,7 +325,7 @@ def rows_of_noise(model: BD3LMLanguageModel, scored: LossMask, order: str, sourc
 
 
 def _sum_over_masks(
-    model: BD3LMLanguageModel, input_ids: torch.Tensor, layout: Layout, draws: Iterator[Mask]
+    model: DenoisingNetwork, input_ids: torch.Tensor, layout: Layout, draws: Iterator[Mask]
 ) -> torch.Tensor:
     """Sum of weighted losses over draws, `(batch, length)`."""
     nll = torch.zeros(input_ids.shape, device=input_ids.device)
@@ -256,7 +335,7 @@ def _sum_over_masks(
 
 
 def mask_losses(
-    model: BD3LMLanguageModel, input_ids: torch.Tensor, layout: Layout, draws: Iterator[Mask]
+    model: DenoisingNetwork, input_ids: torch.Tensor, layout: Layout, draws: Iterator[Mask]
 ) -> Iterator[tuple[Mask, torch.Tensor]]:
     """-log p(x_0 | x_t) of the tokens that each draw masks, `(batch, length)`, zero elsewhere; without weights.
 
@@ -276,9 +355,7 @@ def mask_losses(
         # Rows of (batch, draw, position) belong to the token (batch, position).
         token = rows // (len(group) * length) * length + rows % length
         losses = torch.zeros(masked.numel(), device=input_ids.device)
-        losses[rows] = cross_entropy(
-            hidden, model.get_output_embeddings(), input_ids.flatten()[token], model.config.mask_token_id
-        )
+        losses[rows] = cross_entropy(hidden, model.logits_head(), input_ids.flatten()[token], model.config)
         yield from zip(group, losses.view(masked.shape).unbind(1), strict=True)
 
 
@@ -296,13 +373,15 @@ def _grouped(draws: Iterator[Mask], size: int) -> Iterator[list[Mask]]:
 __all__ = [
     "MAX_EXACT_TOKENS",
     "Generators",
+    "LanguageModel",
+    "LikelihoodMixin",
     "Mask",
     "Source",
     "TokenNLL",
     "check_sampling",
     "mask_losses",
+    "nelbo",
     "rows_of_noise",
     "source_of",
     "stratified_masks",
-    "token_nll",
 ]

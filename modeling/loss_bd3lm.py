@@ -13,7 +13,8 @@ Only masked positions carry a loss (SUBS: unmasked tokens are carried over), and
 token has probability zero.
 """
 
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.configuration_utils import PreTrainedConfig
 
 from .attention_bd3lm import Layout, token_layout
-from .backbone_bd3lm import BD3LMLanguageModel, check_token_ids
+from .backbone_bd3lm import check_token_ids
 from .configuration_bd3lm import SAMPLING_EPS
 from .linear_bd3lm import call_as, is_plain_linear, is_sharded
 from .noise_bd3lm import (
@@ -39,6 +40,36 @@ from .noise_bd3lm import (
 )
 
 
+#: Makes logits `(rows, vocab_size)` of normed hidden states `(rows, hidden_dim)`.
+LogitsHead = Callable[[torch.Tensor], torch.Tensor]
+
+
+class DenoisingNetwork(Protocol):
+    """What loss and likelihood read of a model; [`BD3LMLanguageModel`] implements it."""
+
+    config: Any
+    training: bool
+
+    def noisy_hidden(
+        self,
+        x_t: torch.Tensor,
+        x_0: torch.Tensor,
+        layout: Layout,
+        masked_indices: torch.Tensor,
+        sigma: torch.Tensor | None,
+        *,
+        cache: Any = None,
+        num_noise_samples: int = 1,
+    ) -> torch.Tensor:
+        """Return hidden states at the masked positions of the noisy streams."""
+
+    def clean_cache(self, input_ids: torch.Tensor, layout: Layout) -> Any:
+        """Return the cache of the clean stream."""
+
+    def logits_head(self) -> LogitsHead:
+        """Return the head, which the loss calls on chunks of hidden states."""
+
+
 class LossMask(NamedTuple):
     """Which tokens of a batch take part in the loss; all bool `(batch, length)`."""
 
@@ -48,7 +79,7 @@ class LossMask(NamedTuple):
 
 
 def denoising_loss(
-    model: BD3LMLanguageModel,
+    model: DenoisingNetwork,
     input_ids: torch.Tensor,
     labels: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
@@ -89,7 +120,7 @@ def denoising_loss(
     hidden = model.noisy_hidden(x_t, input_ids, layout, rows, sigma_of(config, move_chance), num_noise_samples=draws)
     # 4. Weighted cross-entropy
     targets, coefficients = labels.repeat(1, draws).flatten()[rows], weights.flatten()[rows] / draws
-    total = chunked_cross_entropy(hidden, model.get_output_embeddings(), targets, coefficients, config.mask_token_id)
+    total = chunked_cross_entropy(hidden, model.logits_head(), targets, coefficients, config)
     count = scored.counted.sum() if num_items_in_batch is None else num_items_in_batch
     return total / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
 
@@ -105,7 +136,7 @@ def loss_mask(layout: Layout, labels: torch.Tensor, *, ignore_bos: bool, trainin
 
 
 def corrupt(
-    model: BD3LMLanguageModel,
+    model: DenoisingNetwork,
     layout: Layout,
     scored: LossMask,
     noise: Noise | None,
@@ -156,7 +187,7 @@ def sigma_of(config: PreTrainedConfig, move_chance: torch.Tensor | None) -> torc
     return LogLinearNoise().sigma(move_chance[:, 0])
 
 
-def check_text(model: BD3LMLanguageModel, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
+def check_text(model: DenoisingNetwork, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
     """Refuse what cannot be scored. Skipped on accelerators and under compilation, where a look would synchronise.
 
     Raises:
@@ -181,53 +212,58 @@ def check_text(model: BD3LMLanguageModel, input_ids: torch.Tensor, labels: torch
 _LOGIT_BUDGET = 2**23  # logits alive at a time, 32 MiB in float32
 
 
-def cross_entropy(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, mask_token_id: int) -> torch.Tensor:
-    """-log p(target) of each row in float32, the mask token having probability zero; `(rows,)`.
+def cross_entropy(
+    hidden: torch.Tensor, head: LogitsHead, targets: torch.Tensor, config: PreTrainedConfig
+) -> torch.Tensor:
+    """Return -log p(target) of each row in float32, the mask token having probability zero; `(rows,)`.
 
-    Runs in chunks and without a gradient for the head's logits to live on; see [`weighted_cross_entropy`] for
-    training.
+    Runs in chunks of logits, for evaluation; see [`chunked_cross_entropy`] for training.
     """
-    step = _chunk(head)
+    step = _rows_per_chunk(config)
     losses = [
-        _chunk_losses(hidden[i : i + step], head, targets[i : i + step], mask_token_id)
+        _chunk_losses(hidden[i : i + step], head, targets[i : i + step], config.mask_token_id)
         for i in range(0, hidden.shape[0], step)
     ]
     return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
 
 
 def chunked_cross_entropy(
-    hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, weights: torch.Tensor, mask_token_id: int
+    hidden: torch.Tensor, head: LogitsHead, targets: torch.Tensor, weights: torch.Tensor, config: PreTrainedConfig
 ) -> torch.Tensor:
-    """sum_i weights_i * -log p(target_i), differentiable, never holding more than a chunk of logits.
+    """Return sum_i weights_i * -log p(target_i), differentiable, never holding more than a chunk of logits.
 
     Args:
         hidden: `(rows, hidden_dim)`.
-        head: the output layer. A plain `nn.Linear` gets its gradient while its logits are alive; anything else, such
-            as a head wrapped by PEFT, is recomputed chunk by chunk in the backward pass.
+        head: makes logits of hidden states. A plain `nn.Linear` gets its gradient while its logits are alive; any
+            other callable, such as a head wrapped by PEFT or one that scales or caps its logits, is recomputed chunk
+            by chunk in the backward pass.
         targets, weights: `(rows,)`; the weights are constants.
+        config: read for `vocab_size` and `mask_token_id`.
     """
+    step, mask = _rows_per_chunk(config), config.mask_token_id
+    if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
 
-    def fused(rows: torch.Tensor) -> torch.Tensor:
-        return _FusedHeadLoss.apply(rows, head.weight, head.bias, targets, weights, mask_token_id, _chunk(head))
+        def fused(rows: torch.Tensor) -> torch.Tensor:
+            return _FusedHeadLoss.apply(rows, head.weight, head.bias, targets, weights, mask, step)
 
-    if is_plain_linear(head):
-        return fused(hidden)
-    if is_sharded(head) and type(head).forward is nn.Linear.forward:
-        # One call for all chunks: processes with more masked tokens than others would gather the weights more often
-        # than these, and wait for ever.
-        return call_as(head, fused, hidden)
-    step, total = _chunk(head), hidden.sum() * 0.0
+        if is_plain_linear(head):
+            return fused(hidden)
+        if is_sharded(head):
+            # One call for all chunks: processes with more masked tokens than others would gather the weights more
+            # often than these, and wait for ever.
+            return call_as(head, fused, hidden)
+    total = hidden.sum() * 0.0
     for i in range(0, hidden.shape[0], step):
-        arguments = (hidden[i : i + step], head, targets[i : i + step], mask_token_id)
+        arguments = (hidden[i : i + step], head, targets[i : i + step], mask)
         total = total + (checkpoint(_chunk_losses, *arguments, use_reentrant=False) * weights[i : i + step]).sum()
     return total
 
 
-def _chunk(head: nn.Module) -> int:
-    return max(1, _LOGIT_BUDGET // cast(int, head.out_features))
+def _rows_per_chunk(config: PreTrainedConfig) -> int:
+    return max(1, _LOGIT_BUDGET // int(config.vocab_size))
 
 
-def _chunk_losses(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+def _chunk_losses(hidden: torch.Tensor, head: LogitsHead, targets: torch.Tensor, mask_token_id: int) -> torch.Tensor:
     logits = head(hidden).float()
     logits = logits.index_fill(1, torch.tensor([mask_token_id], device=logits.device), -torch.inf)
     return F.cross_entropy(logits, targets, reduction="none")
@@ -292,6 +328,8 @@ class _FusedHeadLoss(torch.autograd.Function):
 
 
 __all__ = [
+    "DenoisingNetwork",
+    "LogitsHead",
     "LossMask",
     "check_text",
     "chunked_cross_entropy",

@@ -21,9 +21,8 @@ from .cache_bd3lm import clear, drop_oldest
 from .configuration_bd3lm import ARConfig
 from .generation_bd3lm import BD3LMGenerateOutput, BD3LMGenerationMixin, pad_left
 from .generation_config_bd3lm import BD3LMGenerationConfig
-from .likelihood_bd3lm import TokenNLL
+from .likelihood_bd3lm import LikelihoodMixin, TokenNLL
 from .loss_bd3lm import check_text, chunked_cross_entropy, cross_entropy
-from .noise_bd3lm import Noise
 from .samplers_bd3lm import Generators
 from .windows_bd3lm import WINDOWS
 
@@ -34,7 +33,7 @@ class ARModel(BD3LMModel):
     config_class = ARConfig
 
 
-class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
+class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
     """Autoregressive language model: exact likelihoods by `token_nll`, text by `generate` with an exact cache.
 
     A text longer than `model_length` goes on in a window that slides by one token. With `window="cached"` the keys and
@@ -46,8 +45,9 @@ class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
     backbone_class = ARModel
     generation_config_class = BD3LMGenerationConfig
     accepts_loss_kwargs = True
-    exact_likelihood = True
-    draws_by_row = False
+    carries_interval = False
+    num_noise_samples = 1
+    generator_per_row = False  # transformers' own loop samples all rows together
 
     def __init__(self, config: ARConfig) -> None:
         super().__init__(config)
@@ -211,49 +211,27 @@ class ARForCausalLM(BD3LMGenerationMixin, BD3LMLanguageModel):
         attention_mask: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
+        check_text(self, input_ids, labels)
         predicted = self._predicted(input_ids, labels, attention_mask)
         hidden, targets = self._before(predicted, input_ids, labels, attention_mask)
         weights = torch.ones_like(targets, dtype=torch.float32)
-        head, mask = self.get_output_embeddings(), self.config.mask_token_id
-        total = chunked_cross_entropy(hidden, head, targets, weights, mask)
+        total = chunked_cross_entropy(hidden, self.logits_head(), targets, weights, self.config)
         count = max(1, targets.numel()) if num_items_in_batch is None else num_items_in_batch
         return total / count
 
-    def token_nll(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        labels: torch.Tensor | None = None,
-        estimator: str = "sampled",
-        num_samples: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        noise: Noise | None = None,
+    def _token_nll(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor, *unused: Any
     ) -> TokenNLL:
-        """The negative log-likelihood of every token in nats, exact; the first token of a text is not scored.
-
-        Args:
-            input_ids: `(batch, length)`.
-            attention_mask: `(batch, length)`, zeros for padding on either side.
-            labels: `(batch, length)`; -100 marks context, which is not scored. Default: score everything.
-            estimator, num_samples, generator, noise: of the diffusion models; an autoregressive one needs no estimate.
-
-        Raises:
-            ValueError: ids outside the vocabulary, mask tokens in the text.
-        """
-        labels = input_ids if labels is None else labels
         predicted = self._predicted(input_ids, labels, attention_mask)
         nll = torch.zeros(input_ids.shape, device=input_ids.device)
-        with torch.no_grad():
-            hidden, targets = self._before(predicted, input_ids, labels, attention_mask)
-            nll[predicted] = cross_entropy(hidden, self.get_output_embeddings(), targets, self.config.mask_token_id)
+        hidden, targets = self._before(predicted, input_ids, labels, attention_mask)
+        nll[predicted] = cross_entropy(hidden, self.logits_head(), targets, self.config)
         return TokenNLL(nll, predicted.float())
 
     def _predicted(
         self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
         """The labelled tokens that have a token before them, bool `(batch, length)`."""
-        check_text(self, input_ids, labels)
         predicted = labels != -100
         predicted[:, 0] = False
         if attention_mask is not None:

@@ -17,17 +17,18 @@ from .backbone_bd3lm import (
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
-from .likelihood_bd3lm import TokenNLL, token_nll
+from .likelihood_bd3lm import LikelihoodMixin, TokenNLL, nelbo
 from .linear_bd3lm import release_prepacked
 from .loss_bd3lm import denoising_loss
-from .noise_bd3lm import Noise, check_interval, given_noise
+from .noise_bd3lm import check_interval, given_noise
 
 
-class BlockDiffusionMixin(BD3LMGenerationMixin):
+class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
     """The objective, the likelihood and `generate` of block diffusion, over any network.
 
     A class adds the network: `backbone`, which is called and run as a [`BD3LMModel`] is, `noisy_hidden` and
-    `clean_cache` for the two streams, and a `config` with the fields of the process.
+    `clean_cache` for the two streams, a `config` with the fields of the process, and `logits_head` where the head is
+    more than its linear layer.
     """
 
     generation_config_class = BD3LMGenerationConfig
@@ -104,28 +105,8 @@ class BlockDiffusionMixin(BD3LMGenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def token_nll(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        labels: torch.Tensor | None = None,
-        estimator: str = "sampled",
-        num_samples: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        noise: Noise | None = None,
-    ) -> TokenNLL:
-        """Bound on the negative log-likelihood of every token; see [`token_nll`] in `likelihood_bd3lm.py`."""
-        return token_nll(
-            self,
-            input_ids,
-            attention_mask,
-            labels=labels,
-            estimator=estimator,
-            num_samples=num_samples,
-            generator=generator,
-            noise=noise,
-        )
+    def _token_nll(self, *checked: Any) -> TokenNLL:
+        return nelbo(self, *checked)
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> Any:
         # A cast of the whole model moves the interval but does not round it: 1e-3 in bfloat16 is another number, and
@@ -143,9 +124,14 @@ class BlockDiffusionMixin(BD3LMGenerationMixin):
         return denoising_loss(self, *batch, interval=self.interval())
 
     @property
-    def exact_likelihood(self) -> bool:
-        """Whether `token_nll` is the likelihood itself and not a bound."""
-        return self.config.block_size == 1
+    def carries_interval(self) -> bool:
+        """Whether the weights carry an interval of noise levels."""
+        return self.config.var_min
+
+    @property
+    def num_noise_samples(self) -> int:
+        """Noise samples of each training sequence."""
+        return self.config.noise_draws
 
     def interval(self) -> tuple[float, float]:
         """The interval of noise levels that training draws from."""

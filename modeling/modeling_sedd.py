@@ -21,7 +21,7 @@ from .attention_bd3lm import Layout, token_layout
 from .backbone_bd3lm import register_auto_classes
 from .configuration_bd3lm import SAMPLING_EPS, SEDDConfig
 from .generation_config_bd3lm import SEDDGenerationConfig
-from .likelihood_bd3lm import TokenNLL, check_sampling, rows_of_noise, source_of
+from .likelihood_bd3lm import Source, TokenNLL, rows_of_noise
 from .logits_process_bd3lm import NucleusLogitsProcessor
 from .loss_bd3lm import LossMask, check_text, corrupt, loss_mask
 from .modeling_bd3lm import BD3LMForMaskedLM
@@ -118,6 +118,7 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
     backbone_class = SEDDModel
     generation_config_class = SEDDGenerationConfig
     samplers = SCORE_SAMPLERS
+    estimators = ("sampled", "stratified")  # no sum over masks: a score depends on a continuous noise level
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         # The nucleus of scores is a matter of their sampler, which knows the noise level.
@@ -142,37 +143,20 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
         count = scored.counted.sum() if num_items_in_batch is None else num_items_in_batch
         return losses.sum() / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
 
-    def token_nll(
+    def _token_nll(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        labels: torch.Tensor | None = None,
-        estimator: str = "sampled",
-        num_samples: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        noise: Noise | None = None,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor,
+        estimator: str,
+        num_samples: int,
+        source: Source,
     ) -> TokenNLL:
-        """Bound on the negative log-likelihood of every token in nats, by noise levels t drawn on [1e-3, 1].
+        """Bound the negative log-likelihood by noise levels t drawn on [1e-3, 1].
 
-        Args:
-            input_ids, attention_mask, labels, generator, noise: as in [`BD3LMForMaskedLM.token_nll`].
-            estimator: `"sampled"`, each draw's t stratified over the batch; `"stratified"`, the draws of a text spread
-                evenly over the interval.
-            num_samples: draws of t.
-
-        Raises:
-            ValueError: `"exact"`, as a score depends on a continuous noise level; and as for BD3-LM.
+        `"sampled"` stratifies the t of each sample over the batch, `"stratified"` spreads those of a text evenly over
+        the interval.
         """
-        if estimator not in ("sampled", "stratified"):
-            raise ValueError(
-                f"estimator={estimator!r} is none of a score, which depends on a continuous noise level: choose "
-                f"'stratified' or 'sampled', with num_samples."
-            )
-        check_sampling(num_samples, generator, input_ids.shape[0])
-        source = source_of(noise, generator, estimator, num_samples, input_ids.shape, self.config)
-        labels = input_ids if labels is None else labels
-        check_text(self, input_ids, labels)
         layout = token_layout(attention_mask, input_ids.shape[1], self.config.block_size, device=input_ids.device)
         scored = loss_mask(layout, labels, ignore_bos=self.config.ignore_bos, training=False)
         nll = torch.zeros(input_ids.numel(), device=input_ids.device)
@@ -182,8 +166,7 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
             if estimator == "stratified" and num_samples > 1:
                 shift = noise.block_noise if shift is None else shift
                 noise = noise._replace(block_noise=(sample + shift) / num_samples)
-            with torch.no_grad():
-                losses, rows = self._losses(input_ids, layout, scored, noise)
+            losses, rows = self._losses(input_ids, layout, scored, noise)
             nll.index_add_(0, rows, losses / num_samples)
         return TokenNLL(nll.view_as(input_ids), scored.counted.float())
 
@@ -204,7 +187,7 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
 
     def _score_entropies(self, hidden: torch.Tensor, targets: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """Score entropy of each row in chunks, whose logits the backward pass computes again."""
-        head = self.get_output_embeddings()
+        head = self.logits_head()
 
         def of_chunk(hidden: torch.Tensor, targets: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             return score_entropy(head(hidden).float(), targets, sigma, self.config.mask_token_id)

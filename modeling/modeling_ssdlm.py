@@ -52,7 +52,10 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
     main_input_name = "input_ids"
     generation_config_class = SSDLMGenerationConfig
     accepts_loss_kwargs = True
-    has_likelihood = False  # `token_nll` has nothing to give; the loss is no bound
+    has_likelihood = False  # the loss is not a bound on it
+    exact_likelihood = False
+    carries_interval = False
+    num_noise_samples = 1
     # Low-rank adapters: attention and MLP of every layer of a RoBERTa or BERT encoder.
     lora_targets = ("query", "key", "value", "intermediate.dense", "output.dense")
     supports_gradient_checkpointing = True

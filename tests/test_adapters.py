@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from bd3lm_hf.checkpoints import TARGET_MODULES, adapter_base, add_adapters, load_model, merge_adapter
+from bd3lm_hf.checkpoints import adapter_base, add_adapters, load_model, merge_adapter
 from bd3lm_hf.modeling.linear_bd3lm import is_plain_linear
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
@@ -59,7 +59,7 @@ def loss_of(model: torch.nn.Module) -> torch.Tensor:
 def test_a_plain_configuration_adapts_attention_and_mlp_of_every_layer(model) -> None:
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
     names = set(adapted.targeted_module_names)
-    layers = {f"backbone.blocks.{i}.{name}" for i in range(2) for name in TARGET_MODULES}
+    layers = {f"backbone.blocks.{i}.{name}" for i in range(2) for name in BD3LMForMaskedLM.lora_targets}
     assert layers | {"backbone.sigma_map.mlp.0", "backbone.sigma_map.mlp.2"} == names
     assert {name for name, p in adapted.named_parameters() if p.requires_grad} == {
         name for name, _ in adapted.named_parameters() if "lora_" in name
@@ -79,7 +79,7 @@ def test_a_name_that_no_layer_has_is_refused_with_the_names(model) -> None:
 
 
 EVERY_KIND = [
-    list(TARGET_MODULES),
+    list(BD3LMForMaskedLM.lora_targets),
     ["attn_qkv"],
     ["mlp.2"],
     ["adaLN_modulation"],

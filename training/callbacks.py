@@ -74,11 +74,11 @@ def training_flops(model: Any, batch: int, length: int) -> int | None:
     weights, of which frozen weights need none. The masked tokens are counted in expectation, over the model's current
     interval of noise levels.
     """
-    config = getattr(model, "config", None)
+    config = model.config
     if type(config) is not BD3LMConfig:  # which wrappers of the model pass on, and other architectures extend
         return None
     masked = expected_mask_rate(config.noise, *model.interval()) * length
-    weights, attention = forward_flops(config, length, masked, draws=getattr(config, "noise_draws", 1))
+    weights, attention = forward_flops(config, length, masked, draws=config.noise_draws)
     return round(batch * ((2 + _trained_share(model)) * weights + 3 * attention))
 
 

@@ -136,7 +136,7 @@ def compare_models(plan: Plan) -> list[ComparedModel]:
                 model=name,
                 seed=seed,
                 perplexity=result["after"].get("perplexity"),
-                exact=getattr(model, "exact_likelihood", False),
+                exact=model.exact_likelihood,
                 training_tokens=tokens,
                 training_tokens_per_second=_speed(result),
                 generative_perplexity=summarize(judge.score([GeneratedText(ids, 1) for ids in texts])).perplexity,
@@ -180,7 +180,7 @@ def _judge(plan: Plan, seed: int) -> ReferenceModel:
 
 def _check_judge(name: str, model: Any) -> None:
     """Refuse a judge, a model or its class, that can not score texts."""
-    if not getattr(model, "has_likelihood", True):
+    if not model.has_likelihood:
         raise ValueError(f"--judge {name} has no likelihood to score texts by: name another model of the comparison.")
 
 
@@ -215,7 +215,7 @@ def write_texts(model: Any, count: int, length: int, *, seed: int) -> Texts:
                 start.expand(rows, -1), max_new_tokens=length - 1, do_sample=True, return_dict_in_generate=True
             )
             ids.append(output.sequences)
-            forwards += getattr(output, "num_forward_passes", None) or length - 1  # autoregressive: one a token
+            forwards += output.get("num_forward_passes") or length - 1  # autoregressive: one a token
     finally:
         model.generation_config = own
     seconds = time.perf_counter() - started

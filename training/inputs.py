@@ -141,7 +141,7 @@ def _make_instructions(
                 documents.schema,
                 tokenizer,
                 length=config.max_position_embeddings,
-                block_size=getattr(config, "block_size", 1),
+                block_size=config.block_size,
                 long_rows=data.long_rows,
                 num_proc=data.num_proc,
             )

@@ -124,7 +124,7 @@ def check_searchable(model: Any, candidates: Sequence[Interval]) -> None:
         ValueError: the model carries no interval, or one that is not saved with it, or a candidate that none of its
             mask rates meets.
     """
-    if not hasattr(model, "set_interval") or not getattr(model.config, "var_min", False):
+    if not model.carries_interval:
         raise ValueError(
             f"interval_search needs a model that carries its interval of noise levels, and this "
             f"{type(model).__name__} has none: use a block-diffusion model with var_min=True, or leave the search out."

@@ -121,7 +121,7 @@ def _run(arguments: RunArguments) -> TrainResult:
     before = trainer.score(sequences.validation, estimator=estimator) if resume is None else None
     # Now that every process has the whole model; training may spread its weights over them.
     unigram = None
-    if trainer.is_world_process_zero() and getattr(model, "has_likelihood", True):
+    if trainer.is_world_process_zero() and model.has_likelihood:
         unigram = unigram_of(model, sequences, training.eval_batch_size)
     trainer.train(resume_from_checkpoint=resume)
     trainer.write_model(training.output_dir)
@@ -279,8 +279,8 @@ def adapt(model: Any, arguments: RunArguments) -> Any:
             f"--lora_r {lora.lora_r} would adapt the adapter {start}, and an adapter names one base model: save the "
             f"merged model first (PeftModel.merge_and_unload), or leave out --lora_r to train all its weights."
         )
-    block_size = getattr(read_config(start), "block_size", None)
-    if block_size != getattr(model.config, "block_size", None):
+    block_size = read_config(start).block_size
+    if block_size != model.config.block_size:
         raise ValueError(
             f"--block_size {model.config.block_size} with --lora_r: an adapter is used with the configuration of "
             f"{start}, whose block_size is {block_size}. Train all weights at the new size first, or leave it out."

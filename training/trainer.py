@@ -98,7 +98,7 @@ class BD3LMTrainer(SharingTrainer, AveragingTrainer):
         check_finite_weights(model, "the model to train")
         if args is not None and args.interval_search:
             check_searchable(model, args.interval_list(model.config.block_size))
-        pad_token_id = getattr(model.config, "pad_token_id", None)
+        pad_token_id = model.config.pad_token_id
         collator = data_collator or PaddingCollator(0 if pad_token_id is None else pad_token_id)
         super().__init__(model, args, collator, *arguments, **keywords)
         self.bytes_per_token = bytes_per_token
@@ -128,9 +128,9 @@ class BD3LMTrainer(SharingTrainer, AveragingTrainer):
             self.data_collator,
             seed=self._data_seed,
             group_size=group_size,
-            num_blocks=getattr(config, "num_blocks", lambda length: 0),
+            num_blocks=config.num_blocks,
             length=config.max_position_embeddings,
-            draws=getattr(config, "noise_draws", 1),
+            draws=self.model.num_noise_samples,
         )
         workers = self.args.dataloader_num_workers
         loader = DataLoader(
@@ -325,7 +325,7 @@ class BD3LMTrainer(SharingTrainer, AveragingTrainer):
             "progress": self.is_world_process_zero() and not args.disable_tqdm,
         }
         with self.averaged_weights() as model, self.accelerator.autocast():
-            likely = getattr(model, "has_likelihood", True)
+            likely = model.has_likelihood
             if likely:
                 scores = score_sequences(model, sequences, estimator=estimator or args.eval_estimator, **shared)
             else:

@@ -186,13 +186,13 @@ def check_likelihood(model: Any, name: str) -> None:
     Raises:
         ValueError: says what can be measured instead.
     """
-    if not getattr(model, "has_likelihood", True):
+    if not hasattr(model, "token_nll"):
+        raise ValueError(f"--model {name} is a {type(model).__name__}, which this package can not score.")
+    if not model.has_likelihood:
         raise ValueError(
             f"--model {name} is a {type(model).__name__}, which has no likelihood: judge what it writes with "
             f"bd3lm eval --generative."
         )
-    if not hasattr(model, "token_nll"):
-        raise ValueError(f"--model {name} is a {type(model).__name__}, which this package can not score.")
 
 
 def _processes() -> Processes:
@@ -277,9 +277,8 @@ def _sequences(
     how = {"split": flags.split, "skip_bad_rows": arguments.skip_bad_rows, **place}
     schema = TextRow() if arguments.text_column else find_schema(target.name, **place)
     if not isinstance(schema, TextRow):
-        block_size = getattr(model.config, "block_size", 1)
         rows = encode_rows(
-            load_rows(target.name, schema, **how), schema, tokenizer, length=length, block_size=block_size
+            load_rows(target.name, schema, **how), schema, tokenizer, length=length, block_size=model.config.block_size
         )
         return ScoringSequences(_spread(rows, arguments.max_sequences), None, {"split": flags.split})
     documents = load_text(target.name, text_column=arguments.text_column, **how)
@@ -298,7 +297,7 @@ def _spread(sequences: Dataset, most: int | None) -> Dataset:
 def _about_model(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Of a result, what is the same for all data sets."""
     names = ("model", "suite", "seed", "batch_size", "max_sequences")
-    exact = getattr(model, "exact_likelihood", False)
+    exact = model.exact_likelihood
     # An autoregressive model needs no estimate; the published protocol decides more than that.
     estimator = "exact" if exact and arguments.estimator not in _FLAGS else arguments.estimator
     return {

@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenize
 
 def _begin(model: Any, name: str) -> list[int]:
     """What a text begins with."""
-    if not getattr(model, "can_generate", lambda: False)():
+    if not model.can_generate():
         raise ValueError(f"--model {name} is a {type(model).__name__}, which can not write: name a model that can.")
     token = model.generation_config.bos_token_id
     if token is None:

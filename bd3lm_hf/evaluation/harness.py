@@ -358,16 +358,15 @@ class BD3LMHarness(TemplateLM):
         config = self.model.config
         if self.estimator != "auto":
             return self.estimator
-        if getattr(self.model, "exact_likelihood", False):
+        if self.model.exact_likelihood:
             return "exact"
-        if getattr(config, "time_conditioning", False):
+        if config.time_conditioning:
             return "sampled"
-        size = getattr(config, "block_size", 1)
-        in_block = Counter(place // size for place in window.scored)
+        in_block = Counter(place // config.block_size for place in window.scored)
         return "exact" if max(in_block.values(), default=0) <= MAX_EXACT_TOKENS else "stratified"
 
     def _check_likelihood(self) -> None:
-        if not getattr(self.model, "has_likelihood", True) or not hasattr(self.model, "token_nll"):
+        if not hasattr(self.model, "token_nll") or not self.model.has_likelihood:
             raise ValueError(
                 f"pretrained={self.name} is a {type(self.model).__name__}, which has no likelihood: choose tasks "
                 f"whose output_type is generate_until."

@@ -111,7 +111,7 @@ def score_sequences(
     indices = range(len(sequences)) if indices is None else indices
     protocol = Protocol(estimator, num_samples, seed, len(sequences))
     scores: list[SequenceScore] = []
-    was_training = getattr(model, "training", False)
+    was_training = isinstance(model, torch.nn.Module) and model.training
     if was_training:
         model.eval()
     try:
@@ -238,9 +238,9 @@ def check_estimator(model: Any, estimator: str, num_samples: int = 1) -> None:
             f"estimator={estimator!r} gives a model its noise, and the token_nll of {type(model).__name__} takes "
             f"none: choose another estimator."
         )
-    token = 1 if getattr(model.config, "mask_token_id", None) == 0 else 0
-    blocks = min(2 * getattr(model.config, "block_size", 1), getattr(model.config, "max_position_embeddings", 2))
-    score_sequences(model, [[token] * max(2, blocks)], estimator=estimator, num_samples=num_samples)
+    token = 1 if model.config.mask_token_id == 0 else 0
+    length = max(2, min(2 * model.config.block_size, model.config.max_position_embeddings))
+    score_sequences(model, [[token] * length], estimator=estimator, num_samples=num_samples)
 
 
 def summarize(
@@ -351,7 +351,7 @@ def _counts(ids: Iterable[int], vocab_size: int) -> torch.Tensor:
 
 
 def _device_of(model: Any) -> torch.device:
-    parameter = next(iter(model.parameters()), None) if hasattr(model, "parameters") else None
+    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
     return torch.device("cpu") if parameter is None else parameter.device
 
 

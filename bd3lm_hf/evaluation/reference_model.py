@@ -47,9 +47,9 @@ class ReferenceModel:
         unscored: Collection[int] = (),
         retokenize: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
     ) -> None:
-        if not getattr(model, "has_likelihood", True):
+        if not model.has_likelihood:
             raise ValueError(f"a {type(model).__name__} has no likelihood to judge by: name a causal language model.")
-        known = getattr(getattr(model, "config", None), "max_position_embeddings", None) or WINDOW
+        known = model.context_length if isinstance(model, CausalScore) else model.config.max_position_embeddings
         self.window = min(WINDOW, known) if window is None else window
         if not 2 <= self.window <= known:
             raise ValueError(f"window={self.window}: the judge reads from 2 to {known} tokens at once.")
@@ -144,15 +144,20 @@ def sliding_windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:
         yield begin, min(begin + window, length), begin + window - stride
 
 
-class CausalScore:
+class CausalScore(torch.nn.Module):
     """`token_nll` of any causal language model of transformers, from its logits: exact."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.config = model, model.config
+    has_likelihood = exact_likelihood = True
 
-    def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Of the model, as its device is read from them."""
-        return iter(self.model.parameters())
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.training = model.training
+
+    @property
+    def context_length(self) -> int:
+        """The tokens that the model can read at once, where its configuration limits them."""
+        return getattr(self.config, "max_position_embeddings", None) or WINDOW
 
     def token_nll(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None, **unused: Any
@@ -191,12 +196,14 @@ def reference_model_of(model: Any, **options: Any) -> ReferenceModel:
         ValueError: a model that predicts no next tokens, or has no likelihood.
     """
     if not hasattr(model, "token_nll"):
-        if not getattr(model, "can_generate", lambda: False)():
+        if not model.can_generate():
             raise ValueError(f"a {type(model).__name__} predicts no next tokens: name a causal language model.")
         return ReferenceModel(CausalScore(model), **options)
-    if getattr(model.config, "time_conditioning", False):
+    if not model.has_likelihood:
+        raise ValueError(f"a {type(model).__name__} has no likelihood to judge by: name a causal language model.")
+    if model.config.time_conditioning:
         return ReferenceModel(model, estimator="sampled", num_samples=8, **options)
-    if not getattr(model, "exact_likelihood", False) and getattr(model.config, "block_size", 1) > MAX_EXACT_TOKENS:
+    if model.config.block_size > MAX_EXACT_TOKENS:
         return ReferenceModel(model, estimator="stratified", num_samples=8, **options)
     return ReferenceModel(model, estimator="exact", **options)
 

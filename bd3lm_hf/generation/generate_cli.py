@@ -302,7 +302,7 @@ def _write_batch(
         _Written(
             prompt_ids,
             new_tokens(output.sequences[row, width:].tolist(), model.generation_config),
-            getattr(output, "num_forward_passes", None),
+            output.get("num_forward_passes"),
             seconds,
             list(row_steps(output.trace, row, width - len(prompt_ids))) if job.traces else [],
         )

@@ -45,7 +45,7 @@ def generate_batch(
             training text.
         generation: fields of `generate`.
     """
-    by_row = draws_by_row(model)
+    by_row = model.generator_per_row
     if len(prompts) > 1 and not by_row and generation.get("do_sample"):
         return [
             text
@@ -76,15 +76,10 @@ def generate_batch(
     return texts
 
 
-def draws_by_row(model: Any) -> bool:
-    """Whether `generate` takes a source of randomness for each row; models of other families take one in all."""
-    return bool(getattr(model, "draws_by_row", False))
-
-
 def _forwards(output: Any, row: int, written: int) -> int:
     """The passes that a row takes, or its batch did; an autoregressive model, which counts none, takes one a token."""
-    if getattr(output, "trace", None) is None:
-        return getattr(output, "num_forward_passes", None) or written
+    if output.get("trace") is None:
+        return output.get("num_forward_passes") or written
     # A row takes part in the steps that reveal something of it; in the others it waits for the batch.
     return sum(bool(step.revealed[row].any()) for step in output.trace)
 
@@ -101,4 +96,4 @@ def _ending(config: Any, to_end: bool) -> Iterator[None]:
         config.eos_token_id = end
 
 
-__all__ = ["GeneratedText", "draws_by_row", "generate_batch"]
+__all__ = ["GeneratedText", "generate_batch"]

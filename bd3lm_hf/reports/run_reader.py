@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
+from bd3lm_hf.modeling.likelihood_bd3lm import LikelihoodMixin
 from bd3lm_hf.yaml_files import read_yaml
 
 
@@ -87,9 +88,9 @@ class Run:
             kind = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[self.config["model_type"]]]
         except KeyError:
             return False
-        exact = getattr(kind, "exact_likelihood", False)
-        # Of a model with blocks it is a property of its configuration: blocks of one token are autoregressive.
-        return self.config.get("block_size") == 1 if isinstance(exact, property) else bool(exact)
+        if not issubclass(kind, LikelihoodMixin):
+            return False
+        return self.config.get("block_size", kind.config_class.block_size) == 1  # blocks of one token
 
     @property
     def estimator(self) -> str | None:

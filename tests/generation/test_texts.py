@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bd3lm_hf.generation.text_generation import draws_by_row, generate_batch
+from bd3lm_hf.generation.text_generation import generate_batch
 from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, SEDDConfig
 from bd3lm_hf.modeling.configuration_ssdlm import SSDLMConfig
 from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
@@ -57,7 +57,7 @@ def test_texts_are_written_to_full_length_and_the_model_ends_texts_again_afterwa
 
 def test_a_model_with_one_source_of_randomness_writes_texts_one_by_one(randomize):
     model = randomize(ARForCausalLM(ARConfig(**SIZES))).eval()
-    assert not draws_by_row(model)
+    assert not model.generator_per_row
     together = generate_batch(model, [[0, 7]] * 3, 6, seeds=SEEDS[:3], do_sample=True)
     alone = generate_batch(model, [[0, 7]], 6, seeds=SEEDS[2:3], do_sample=True)
     assert together[2].ids == alone[0].ids and together[0].ids != together[1].ids

@@ -1,5 +1,7 @@
 """The head in chunks, and that it sees masked positions only."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from bd3lm_hf.modeling.noise_bd3lm import Noise, draw_noise
 
 
 CPU = torch.device("cpu")
+CONFIG = SimpleNamespace(vocab_size=48, mask_token_id=47)
 
 
 def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -53,14 +56,14 @@ def test_the_chunked_head_equals_plain_cross_entropy_over_full_logits(monkeypatc
     head = head_class(16, 48, bias=bias)
     assert is_plain_linear(head) == (head_class is torch.nn.Linear)
     hidden, targets, weights = head_inputs(head)
-    found = chunked_cross_entropy(hidden, head, targets, weights, 47)
+    found = chunked_cross_entropy(hidden, head, targets, weights, CONFIG)
     logits = head(hidden).clone()
     logits[:, 47] = -torch.inf
     each = F.cross_entropy(logits, targets, reduction="none")
     expected = (each * weights).sum()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     with torch.no_grad():
-        torch.testing.assert_close(cross_entropy(hidden, head, targets, 47), each)
+        torch.testing.assert_close(cross_entropy(hidden, head, targets, CONFIG), each)
     parameters = [hidden, *head.parameters()]
     # A factor behind the loss, as gradient accumulation and loss scaling have it.
     for a, b in zip(
@@ -75,7 +78,7 @@ def test_what_needs_no_gradient_gets_none(frozen):
     hidden, targets, weights = head_inputs(head)
     tensors = {"hidden": hidden, "weight": head.weight, "bias": head.bias}
     tensors[frozen].requires_grad_(False)
-    chunked_cross_entropy(hidden, head, targets, weights, 47).backward()
+    chunked_cross_entropy(hidden, head, targets, weights, CONFIG).backward()
     assert {name for name, tensor in tensors.items() if tensor.grad is None} == {frozen}
 
 
@@ -92,7 +95,7 @@ def test_a_hook_on_the_head_is_called(tiny_model):
 
 def test_a_second_backward_through_the_fused_head_is_refused():
     head = torch.nn.Linear(16, 48)
-    loss = chunked_cross_entropy(*_with_head(head), 47)
+    loss = chunked_cross_entropy(*_with_head(head), CONFIG)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="can be taken once; run the forward pass again"):
         loss.backward()
@@ -106,10 +109,10 @@ def _with_head(head: torch.nn.Linear):
 def test_no_rows_give_a_loss_of_zero_with_a_gradient():
     for head in (torch.nn.Linear(16, 48), ScaledHead(16, 48)):
         hidden = torch.zeros(0, 16, requires_grad=True)
-        loss = chunked_cross_entropy(hidden, head, torch.zeros(0, dtype=torch.long), torch.zeros(0), 47)
+        loss = chunked_cross_entropy(hidden, head, torch.zeros(0, dtype=torch.long), torch.zeros(0), CONFIG)
         loss.backward()
         assert loss.item() == 0 and hidden.grad.shape == (0, 16)
-        assert cross_entropy(hidden, head, torch.zeros(0, dtype=torch.long), 47).shape == (0,)
+        assert cross_entropy(hidden, head, torch.zeros(0, dtype=torch.long), CONFIG).shape == (0,)
 
 
 class LargestLogits(TorchDispatchMode):

@@ -1,5 +1,6 @@
 """The likelihood bounds of token_nll, on a toy whose bound is computed by brute force, and their agreement."""
 
+import inspect
 import itertools
 import json
 import math
@@ -13,7 +14,12 @@ from safetensors.torch import load_file
 
 from bd3lm_hf.modeling import likelihood_bd3lm
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.likelihood_bd3lm import LanguageModel
+from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.modeling_mdlm import MDLMForMaskedLM
+from bd3lm_hf.modeling.modeling_sedd import SEDDForMaskedLM
+from bd3lm_hf.modeling.modeling_ssdlm import SSDLMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import Noise, draw_noise
 
 
@@ -404,7 +410,7 @@ def test_draws_that_do_not_fit_are_refused(tiny_model, arguments, message):
 
 
 def test_an_unknown_estimator_is_refused(tiny_model):
-    with pytest.raises(ValueError, match="estimator='best' is unknown: choose one of sampled, stratified, exact"):
+    with pytest.raises(ValueError, match="estimator='best'.* sampled, stratified, exact"):
         tiny_model.token_nll(random_ids(1, 4), estimator="best")
 
 
@@ -470,3 +476,14 @@ def test_sums_over_masks_of_all_levels_are_refused_under_time_conditioning(tiny_
     message = f"estimator='{estimator}' sums over masks of all noise levels .*use estimator='sampled'"
     with pytest.raises(ValueError, match=message):
         model.token_nll(random_ids(1, 4), estimator=estimator)
+
+
+@pytest.mark.parametrize(
+    "family", [BD3LMForMaskedLM, ARForCausalLM, MDLMForMaskedLM, SEDDForMaskedLM, SSDLMForMaskedLM]
+)
+def test_every_model_family_implements_the_protocol_explicitly(family):
+    members = {name for name in (*vars(LanguageModel), *LanguageModel.__annotations__) if not name.startswith("_")}
+    assert members >= {"token_nll", "generate", "has_likelihood", "exact_likelihood", "generator_per_row"}
+    assert not [name for name in members - {"config", "generation_config"} if not hasattr(family, name)]
+    if family.has_likelihood:
+        assert inspect.signature(family.token_nll) == inspect.signature(LanguageModel.token_nll)

@@ -14,7 +14,8 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from bd3lm_hf.checkpoints import NotFiniteError
-from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, BD3LMConfig
+from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import count_probabilities, noise_schedule
 from bd3lm_hf.training import interval as interval_module
@@ -156,7 +157,10 @@ def test_published_candidates_are_met_at_every_block_size(tiny_config, randomize
 
 
 def test_a_model_without_an_interval_is_refused(tiny_config, randomize):
-    for model in (model_of(tiny_config, randomize, var_min=False), torch.nn.Linear(2, 2)):
+    for model in (
+        model_of(tiny_config, randomize, var_min=False),
+        ARForCausalLM(ARConfig(vocab_size=8, hidden_dim=8, n_heads=2, n_blocks=1)),
+    ):
         with pytest.raises(ValueError, match=f"this {type(model).__name__} has none: use .* with var_min=True"):
             check_searchable(model, [WHOLE])
 

@@ -224,7 +224,7 @@ def test_a_sharded_head_is_called_once_for_all_chunks(monkeypatch, rows):
         if sharded:
             head.weight.ds_id = 0
             head.register_forward_pre_hook(lambda *arguments: calls.append(1))
-        loss = chunked_cross_entropy(hidden, head, targets, weights, 9)
+        loss = chunked_cross_entropy(hidden, head, targets, weights, SimpleNamespace(vocab_size=10, mask_token_id=9))
         loss.backward()
         losses.append((loss.detach(), head.weight.grad))
     assert len(calls) == 1
