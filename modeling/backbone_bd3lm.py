@@ -30,10 +30,9 @@ from .layers_bd3lm import (
     BD3LMRotaryEmbedding,
     BD3LMZeroLinear,
     ForwardContext,
-    Modulation,
     TimestepEmbedder,
 )
-from .linear_bd3lm import NOT_PREPACKED, PrepackedLinears, is_sharded
+from .linear_bd3lm import is_sharded
 from .saving_bd3lm import SelfContainedModel
 
 
@@ -106,8 +105,8 @@ class BD3LMPreTrainedModel(SelfContainedModel):
             init.constant_(module.get_buffer("sampling_eps_max"), float(self.config.sampling_eps_max))
 
 
-# Of every layer and the final norm: what adaLN makes it from, or folded into norms and gates.
-Modulations = list[torch.Tensor | Modulation | tuple[torch.Tensor, torch.Tensor | None] | None]
+# Of every layer and the final norm: the conditioning vector, or what adaLN computes from it.
+Modulations = list[torch.Tensor | tuple[torch.Tensor | None, ...] | None]
 
 
 class BD3LMModel(BD3LMPreTrainedModel):
@@ -130,16 +129,12 @@ class BD3LMModel(BD3LMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.vocab_embed = value
 
-    def linears(self) -> list[nn.Module]:
-        """The layers whose products make up the cost of a pass."""
-        return [layer for block in self.blocks for layer in cast(BD3LMBlock, block).linears()]
-
     def modulations(self, timesteps: torch.Tensor | None, device: torch.device) -> Modulations:
-        """What gives every layer and the final norm their shifts, scales and gates.
+        """Return what gives each layer and the final norm its shifts, scales and gates.
 
-        In training the conditioning vector itself, of which each layer makes its own modulation when it is called:
-        checkpointing recomputes it, and weights that are spread over processes are whole then. Otherwise each layer's
-        modulation, folded once for a whole decode.
+        In training it is the conditioning vector, from which each layer computes its modulation when it is called.
+        Checkpointing recomputes it, and sharded weights are whole then. Otherwise it is the modulation itself,
+        computed once for a whole decode.
 
         Args:
             timesteps: noise levels sigma `(batch,)`, read only by time-conditioned models; the others, as published,
@@ -156,11 +151,11 @@ class BD3LMModel(BD3LMPreTrainedModel):
                 sigma = timesteps.reshape(-1)
             else:
                 sigma = torch.zeros(1, device=device)
-            conditioning = F.silu(self.sigma_map(sigma))
+            conditioning = F.silu(self.sigma_map(sigma, self.dtype))
         layers = [*self.blocks, self.output_layer]
         if torch.is_grad_enabled() or any(map(is_sharded, layers)):
             return [conditioning] * len(layers)
-        return [layer.fold(conditioning) for layer in layers]
+        return [layer.modulate(conditioning) for layer in layers]
 
     def run(
         self,
@@ -172,7 +167,6 @@ class BD3LMModel(BD3LMPreTrainedModel):
         past_key_values: Cache | None = None,
         commit: int = 0,
         output_indices: torch.Tensor | None = None,
-        linears: PrepackedLinears = NOT_PREPACKED,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> BaseModelOutputWithPast:
@@ -183,14 +177,16 @@ class BD3LMModel(BD3LMPreTrainedModel):
             position_ids: `(batch or 1, length)`.
             output_indices: flat indices into the `(batch, length - plan.skip)` positions after `plan.skip`. Only these
                 pass through the last layer's MLP and are returned.
-            linears: calls the layers' products; by default each layer itself.
 
         Returns:
             `last_hidden_state` of `(batch, length - plan.skip, hidden_dim)`, or `(output_indices, hidden_dim)`.
             Recorded hidden states and attentions are those of the positions after `plan.skip`.
         """
+        no_output = output_indices is not None and not output_indices.numel()
+        if no_output:
+            output_indices = output_indices.new_zeros(1)  # kernels of quantized layers crash on a product of no rows
         cos, sin = self.rotary_emb(position_ids, torch.float32)
-        shared = ForwardContext(plan, cos, sin, past_key_values, commit, output_indices, linears)
+        shared = ForwardContext(plan, cos, sin, past_key_values, commit, output_indices)
         hidden_states = inputs_embeds
         recorded: tuple[torch.Tensor, ...] = ()
         attentions: tuple[torch.Tensor, ...] = ()
@@ -204,9 +200,10 @@ class BD3LMModel(BD3LMPreTrainedModel):
         if output_hidden_states:
             recorded += (hidden_states,)
         row = None if output_indices is None else output_indices // (inputs_embeds.shape[1] - plan.skip)
-        final = cast("torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] | None", modulations[-1])
+        hidden_states = self.output_layer.norm(hidden_states, modulations[-1], row)
         return BaseModelOutputWithPast(
-            last_hidden_state=self.output_layer.norm(hidden_states, final, row),
+            # The graph of an empty result is kept: every process has a gradient to average.
+            last_hidden_state=hidden_states[:0] if no_output else hidden_states,
             past_key_values=past_key_values,
             hidden_states=recorded or None,
             attentions=attentions or None,

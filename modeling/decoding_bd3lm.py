@@ -97,8 +97,8 @@ class BlockForward:
         self.modulations = None
         if not model.config.time_conditioning:
             self.modulations = model.backbone.modulations(None, canvas.text.device)
-        self.linears = PrepackedLinears([*model.backbone.linears(), model.get_output_embeddings()])
-        self.window = open_window(model, canvas, cache, generation_config, self.linears)
+        self.window = open_window(model, canvas, cache, generation_config)
+        self.prepacked = PrepackedLinears(model, enabled=not self.window.compiled)
         self._running = list(range(len(canvas.text)))  # rows of the canvas that the network still runs on
         self._place: torch.Tensor | None = None  # of each row among those
 
@@ -120,8 +120,9 @@ class BlockForward:
         if modulations is None:
             t = t if self.window.rows is None else t[self.window.rows]
             modulations = self.model.backbone.modulations(LogLinearNoise().sigma(t), rows.device)
-        hidden = self.window.hidden(begin, rows, modulations)
-        return self.linears(self.model.get_output_embeddings(), hidden).float()
+        with self.prepacked:
+            hidden = self.window.hidden(begin, rows, modulations)
+            return self.model.get_output_embeddings()(hidden).float()
 
     def leave_out(self, finished: torch.Tensor) -> None:
         """Run the network without the texts that are finished, once they are at least half of those it runs on.

@@ -4,18 +4,19 @@ Names and structure are those of the published checkpoints.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, cast
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_bd3lm import AttentionPlan, BD3LMAttention
+from .attention_bd3lm import AttentionPlan, BD3LMAttention, Tile
 from .configuration_bd3lm import BD3LMConfig
-from .linear_bd3lm import NOT_PREPACKED, PrepackedLinears, is_plain_linear
+from .linear_bd3lm import is_plain_linear
 
 
 _FREQUENCY_DIM = 256  # sinusoidal features of the noise level
@@ -51,21 +52,20 @@ class BD3LMLayerNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def fold(self, shift: torch.Tensor | None, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias of the modulated norm: `(dim,)`, or `(batch, 1, dim)` if the modulation differs by row."""
+    def forward(
+        self, x: torch.Tensor, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Normalise `(..., dim)`; `shift` and `scale` are `(dim,)`, or broadcast over x where rows differ."""
+        # The weight is read here and nowhere else: offloaded weights exist only while their module is called.
         weight = self.weight.float()
-        if shift is None or scale is None:
-            return weight, None
-        weight, bias = weight * (1 + scale.float()), shift.float()
-        return (weight.view(-1), bias.view(-1)) if weight.numel() == self.weight.numel() else (weight, bias)
-
-    def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Normalise `(..., dim)` with what [`fold`] gave."""
+        if scale is not None:
+            weight = weight * (1 + scale.float())
+        bias = None if shift is None else shift.float()
         if weight.dim() == 1:
-            # One modulation for all rows is an affine layer norm: one kernel instead of three.
+            # The same modulation for all rows is an affine layer norm: one kernel instead of three.
             return F.layer_norm(x.float(), weight.shape, weight, bias, eps=1e-5).to(x.dtype)
-        assert bias is not None  # modulation by row gives both
-        return (F.layer_norm(x.float(), x.shape[-1:], eps=1e-5) * weight + bias).to(x.dtype)
+        normed = F.layer_norm(x.float(), x.shape[-1:], eps=1e-5) * weight
+        return (normed if bias is None else normed + bias).to(x.dtype)
 
 
 class BD3LMZeroLinear(nn.Linear):
@@ -83,12 +83,15 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(_FREQUENCY_DIM, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
 
-    def forward(self, sigma: torch.Tensor) -> torch.Tensor:
+    def forward(self, sigma: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Embed noise levels `(batch,)`; `dtype` is the precision that the layers compute in.
+
+        A layer's weight would not give it: a quantized one has an integer type, or none.
+        """
         half = _FREQUENCY_DIM // 2
         frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=sigma.device, dtype=torch.float32))
         angles = sigma.float()[:, None] * frequencies
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(cast(nn.Linear, self.mlp[0]).weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 
 
 class BD3LMRotaryEmbedding(nn.Module):
@@ -133,21 +136,32 @@ class ForwardContext:
     past_key_values: Cache | None = None
     commit: int = 0  # leading positions to write to the cache
     output_indices: torch.Tensor | None = None  # flat indices of the positions that the head will read
-    linears: PrepackedLinears = NOT_PREPACKED  # calls the layers' products
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ForwardContext":
+        """Move the tensors, for layers that accelerate has put on several devices."""
+
+        def move(x: Any) -> Any:
+            return x.to(device, non_blocking=non_blocking) if isinstance(x, torch.Tensor) else x
+
+        def moved(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
+            return tuple(
+                t._replace(mask=t.mask.to(device) if isinstance(t.mask, BlockMask) else move(t.mask)) for t in tiles
+            )
+
+        plan = self.plan._replace(tiles=moved(self.plan.tiles), last_tiles=moved(self.plan.last_tiles))
+        tensors = {name: move(getattr(self, name)) for name in ("cos", "sin", "output_indices")}
+        return replace(self, plan=plan, **tensors)
 
 
 class Modulation(NamedTuple):
-    """What adaLN makes of one layer: two norms and two gates, `(hidden_dim,)` or, by row, `(batch, 1, hidden_dim)`."""
+    """The output of adaLN for one layer, each `(hidden_dim,)` or, if rows differ, `(batch, 1, hidden_dim)`."""
 
-    norm1: tuple[torch.Tensor, torch.Tensor | None]  # weight and bias
+    shift1: torch.Tensor | None
+    scale1: torch.Tensor | None
     gate1: torch.Tensor | None
-    norm2: tuple[torch.Tensor, torch.Tensor | None]
+    shift2: torch.Tensor | None
+    scale2: torch.Tensor | None
     gate2: torch.Tensor | None
-
-    def of_rows(self, row: torch.Tensor) -> "Modulation":
-        """The modulation of flattened positions, given the batch row of each."""
-        norm2 = (_of_rows(self.norm2[0], row), _of_rows(self.norm2[1], row))
-        return Modulation(self.norm1, _of_rows(self.gate1, row), norm2, _of_rows(self.gate2, row))
 
 
 class BD3LMBlock(GradientCheckpointingLayer):
@@ -167,20 +181,12 @@ class BD3LMBlock(GradientCheckpointingLayer):
         if config.adaln:
             self.adaLN_modulation = BD3LMZeroLinear(config.cond_dim, 6 * dim)
 
-    def linears(self) -> tuple[nn.Module, ...]:
-        """The layers whose products make up its cost."""
-        return self.attn_qkv, self.attn_out, self.mlp[0], self.mlp[2]
-
-    def fold(self, conditioning: torch.Tensor | None) -> Modulation:
-        """The norms and gates of this layer, by the vector `(batch or 1, cond_dim)` that adaLN makes them from.
+    def modulate(self, conditioning: torch.Tensor | None) -> Modulation:
+        """Compute shifts, scales and gates from the conditioning vector `(batch or 1, cond_dim)`.
 
         Decoding computes them once for all steps.
         """
-        modulation = None if conditioning is None else self.adaLN_modulation(conditioning).unsqueeze(1)
-        shift1, scale1, gate1, shift2, scale2, gate2 = split_modulation(modulation, 6)
-        if gate1 is not None and gate2 is not None and gate1.shape[0] == 1:
-            gate1, gate2 = gate1.reshape(-1), gate2.reshape(-1)
-        return Modulation(self.norm1.fold(shift1, scale1), gate1, self.norm2.fold(shift2, scale2), gate2)
+        return Modulation(*split_modulation(None if conditioning is None else self.adaLN_modulation(conditioning), 6))
 
     def forward(
         self,
@@ -189,34 +195,40 @@ class BD3LMBlock(GradientCheckpointingLayer):
         shared: ForwardContext,
         last: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`(batch, length, hidden_dim)` in and out; `modulation` is what [`fold`] takes, or what it gave.
+        """Run the layer on `(batch, length, hidden_dim)`; `modulation` is the argument of [`modulate`], or its result.
 
         In the last layer only the positions after `plan.skip` are queried, and with `shared.output_indices` only those
         positions go on: the output is then `(output_indices, hidden_dim)`.
         """
-        folded = modulation if isinstance(modulation, Modulation) else self.fold(modulation)
+        mod = modulation if isinstance(modulation, Modulation) else self.modulate(modulation)
         skip = shared.plan.skip if last else 0
         tiles = shared.plan.last_tiles if last else shared.plan.tiles
-        query, key, value = self._project(self.norm1(hidden_states, *folded.norm1), skip, shared)
+        query, key, value = self._project(self.norm1(hidden_states, mod.shift1, mod.scale1), skip, shared)
         attended, weights = self.attention(query, key, value, tiles, shared.past_key_values, shared.commit)
         hidden_states = hidden_states[:, skip:] if skip else hidden_states
         if last and shared.output_indices is not None:
-            folded = folded.of_rows(shared.output_indices // hidden_states.shape[1])
+            row = shared.output_indices // hidden_states.shape[1]
+            mod = Modulation(*(of_rows(x, row) for x in mod))
             hidden_states, attended = (x.flatten(0, 1)[shared.output_indices] for x in (hidden_states, attended))
-        hidden_states = hidden_states + self._branch(shared, self.attn_out, attended, folded.gate1)
-        widened = shared.linears(self.mlp[0], self.norm2(hidden_states, *folded.norm2))
-        return hidden_states + self._branch(shared, self.mlp[2], widened, folded.gate2, self.mlp[1]), weights
+        hidden_states = hidden_states + self._gated(self.attn_out(attended), mod.gate1)
+        mlp = self.mlp(self.norm2(hidden_states, mod.shift2, mod.scale2))
+        return hidden_states + self._gated(mlp, mod.gate2), weights
+
+    def _gated(self, branch: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        """Apply gate and dropout to a residual branch."""
+        branch = branch if gate is None else branch * gate
+        return F.dropout(branch, self.dropout) if self.training and self.dropout else branch
 
     def _project(self, normed: torch.Tensor, skip: int, shared: ForwardContext) -> tuple[torch.Tensor, ...]:
         """Queries (after the first `skip` positions), keys and values, rotated, `(batch, heads, length, head_dim)`."""
         layer = self.attn_qkv
-        if is_plain_linear(layer) and layer not in shared.linears and (skip or torch.is_grad_enabled()):
+        if is_plain_linear(layer) and (skip or torch.is_grad_enabled()):
             # Skipped positions need no query. With a gradient, three results instead of one let queries and keys be
             # freed once they are rotated; a common one would live on as long as the values.
             inputs = (normed[:, skip:], normed, normed)
             query, key, value = (F.linear(x, w) for x, w in zip(inputs, layer.weight.chunk(3), strict=True))
         else:
-            states = shared.linears(layer, normed).unflatten(-1, (3, *self.heads))
+            states = layer(normed).unflatten(-1, (3, *self.heads))
             cos, sin = (x.to(states.dtype).unsqueeze(2) for x in (shared.cos, shared.sin))
             query, key = apply_rotary(states[:, :, :2], cos, sin).unbind(2)
             return query[:, skip:].transpose(1, 2), key.transpose(1, 2), states[:, :, 2].transpose(1, 2)
@@ -226,87 +238,16 @@ class BD3LMBlock(GradientCheckpointingLayer):
         key = apply_rotary(key, cos, sin)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
-    def _branch(
-        self,
-        shared: ForwardContext,
-        linear: nn.Module,
-        x: torch.Tensor,
-        gate: torch.Tensor | None,
-        activation: nn.Module | None = None,
-    ) -> torch.Tensor:
-        """gate * linear(activation(x)) with dropout, what a residual connection adds."""
-        if _spares_memory(linear, x, gate):
-            branch = _LeanLinear.apply(x, linear.weight, linear.bias, gate, activation)
-        else:
-            branch = shared.linears(linear, x if activation is None else activation(x))
-            branch = branch if gate is None else branch * gate
-        return F.dropout(branch, self.dropout) if self.training and self.dropout else branch
-
-
-def _spares_memory(linear: nn.Module, x: torch.Tensor, gate: torch.Tensor | None) -> bool:
-    """Whether [`_LeanLinear`] can stand in: plain layers in one precision, in eager training."""
-    return (
-        torch.is_grad_enabled()
-        and is_plain_linear(linear)
-        and x.dtype == linear.weight.dtype
-        # A gate per row is two-dimensional even where the batch has a single masked token, and its gradient is too.
-        and (gate is None or gate.dim() == 1 and gate.dtype == x.dtype)
-        and not torch.is_autocast_enabled(x.device.type)
-        and not torch.compiler.is_compiling()
-    )
-
-
-class _LeanLinear(torch.autograd.Function):
-    """gate * linear(activation(x)) that keeps x alone for its backward pass.
-
-    The activation is recomputed. The gate's gradient needs no ungated result y = W a + b either: with G = sum of g a^T
-    over tokens, the weight's gradient before the gate, sum of g y is the row sum of W * G plus b * sum of g.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        gate: torch.Tensor | None,
-        activation: nn.Module | None,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, bias, gate)
-        ctx.activation = activation
-        branch = F.linear(x if activation is None else activation(x), weight, bias)
-        return branch if gate is None else branch.mul_(gate)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, bias, gate = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            activated = x if ctx.activation is None else ctx.activation(x)
-        flat = grad_output.flatten(0, -2)
-        grad_weight = flat.T @ activated.detach().flatten(0, -2) if needs[1] or needs[3] else None
-        grad_bias = flat.sum(0) if bias is not None else None
-        grad_gate = None
-        if gate is not None:
-            if needs[3]:
-                grad_gate = (weight * grad_weight).sum(1)
-                grad_gate = grad_gate if bias is None else grad_gate + bias * grad_bias
-            grad_weight = grad_weight.mul_(gate.unsqueeze(1)) if needs[1] and grad_weight is not None else None
-            grad_bias = None if grad_bias is None else grad_bias * gate
-            grad_output = grad_output * gate
-        grad_x = grad_output @ weight
-        if ctx.activation is not None:
-            (grad_x,) = torch.autograd.grad(activated, x, grad_x)
-        return grad_x, grad_weight, grad_bias, grad_gate, None
-
 
 def split_modulation(modulation: torch.Tensor | None, parts: int) -> tuple[torch.Tensor | None, ...]:
-    """Shifts, scales and gates that stand side by side on the last axis; None for each without adaLN."""
-    return (None,) * parts if modulation is None else modulation.chunk(parts, dim=-1)
+    """Split the output of adaLN, `(batch or 1, parts * hidden_dim)`; None for each part without adaLN."""
+    if modulation is None:
+        return (None,) * parts
+    return (modulation[0] if modulation.shape[0] == 1 else modulation.unsqueeze(1)).chunk(parts, dim=-1)
 
 
-def _of_rows(modulation: _Tensor, row: torch.Tensor) -> _Tensor:
+def of_rows(modulation: _Tensor, row: torch.Tensor) -> _Tensor:
+    """Spread a modulation over flattened positions, given the batch row of each."""
     return modulation if modulation is None or modulation.dim() == 1 else modulation[row, 0]
 
 
@@ -320,22 +261,21 @@ class BD3LMFinalLayer(nn.Module):
         if config.adaln:
             self.adaLN_modulation = BD3LMZeroLinear(config.cond_dim, 2 * config.hidden_dim)
 
-    def fold(self, conditioning: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias of the final norm."""
-        modulation = None if conditioning is None else self.adaLN_modulation(conditioning).unsqueeze(1)
-        return self.norm_final.fold(*split_modulation(modulation, 2))
+    def modulate(self, conditioning: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """Compute the shift and scale of the final norm."""
+        return split_modulation(None if conditioning is None else self.adaLN_modulation(conditioning), 2)
 
     def norm(
         self,
         hidden_states: torch.Tensor,
-        modulation: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] | None,
+        modulation: torch.Tensor | tuple[torch.Tensor | None, ...] | None,
         row: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Final norm of `(batch, length, hidden_dim)`, or of flattened positions whose batch rows are given."""
-        folded = modulation if isinstance(modulation, tuple) else self.fold(modulation)
+        """Normalise `(batch, length, hidden_dim)`, or flattened positions whose batch rows are given."""
+        shift_scale = modulation if isinstance(modulation, tuple) else self.modulate(modulation)
         if row is not None:
-            folded = (_of_rows(folded[0], row), _of_rows(folded[1], row))
-        return self.norm_final(hidden_states, *folded)
+            shift_scale = tuple(of_rows(x, row) for x in shift_scale)
+        return self.norm_final(hidden_states, *shift_scale)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.linear(hidden_states)

@@ -1,15 +1,16 @@
-"""Weights that are spread over processes (FSDP2, DeepSpeed ZeRO-3): a module's are whole only while it is called.
+"""Special cases of the linear layer: sharded weights, prepacked weights, and which layers may be taken apart.
 
-Both gather a module's weights in hooks around its `forward`, and count on every process making the same calls.
+Sharded weights (FSDP2, DeepSpeed ZeRO-3) are whole only while their module is called: both libraries gather them in
+hooks around `forward`, and count on every process making the same calls.
 
-Products of a few rows with large weights on a CPU: weights packed once, so that only reading them costs time.
-
-A denoising step multiplies the rows of a block with every weight. With weights as PyTorch stores them 4 rows cost
-twice and 8 rows three times what 1 row costs; packed in the order in which oneDNN reads them, they cost the same.
+Prepacked weights make products of a few rows on a CPU cheap. A denoising step multiplies the rows of a block with
+every weight. With weights as PyTorch stores them, 4 rows cost twice and 8 rows three times what 1 row costs. Packed
+once in the order in which oneDNN reads them, they all cost the same.
 """
 
+import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +19,13 @@ from torch import nn
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether a module has weights of its own that only a call of it makes whole."""
+    """Whether a module has weights of its own that are whole only while it is called."""
     # FSDP2 gives the modules that it manages this method; ZeRO-3 gives the weights an id.
     return hasattr(module, "unshard") or any(hasattr(p, "ds_id") for p in module.parameters(recurse=False))
 
 
 def call_as(module: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `function` in the place of `module.forward`, with the module's hooks around it: its weights are whole."""
+    """Call `function` instead of `module.forward`, with the module's hooks around it: its weights are whole."""
     module.forward = function
     try:
         return module(*arguments)
@@ -32,10 +33,8 @@ def call_as(module: nn.Module, function: Callable[..., Any], *arguments: Any) ->
         del module.forward
 
 
-_LEAST_WEIGHTS = 2**18  # of a layer; with fewer, which a core's cache holds, the call costs more than it spares
-
-
-_ROWS = 32  # the number of rows that the packing is chosen for; it serves 1 to some 100 rows well
+_MIN_WEIGHTS = 2**18  # with fewer, which fit a core's cache, the call costs more than it saves
+_ROWS = 32  # number of rows that the packing is chosen for; measured to serve 1 to about 100 rows well
 
 
 class _Packed(NamedTuple):
@@ -44,49 +43,48 @@ class _Packed(NamedTuple):
     weight: torch.Tensor
 
 
-# Beside the modules, not in them: packed weights can be neither copied nor pickled.
+# Not in the modules themselves: packed weights can be neither copied nor pickled.
 _PACKED: "weakref.WeakKeyDictionary[nn.Module, _Packed]" = weakref.WeakKeyDictionary()
 
 
 class PrepackedLinears:
-    """Calls linear layers, by packed weights where there are some: `linears(layer, x)` for `layer(x)`.
+    """Context manager in which a model's large linear layers compute with prepacked weights.
 
-    Packed are float32 weights of plain layers on an x86 CPU, whose products need no gradient. They take as much memory
-    as the weights themselves, are kept for the next decode, and are packed again when the weights have changed. Within
+    Packed are float32 weights of plain layers on an x86 CPU, outside of autograd. They take as much memory as the
+    weights, are kept for the next decode, and are packed again when the weights have changed. Within
     `torch.backends.mkldnn.flags(enabled=False)` nothing is packed.
 
     Args:
-        layers: modules that will be called; all others are called as they are.
+        model: its layers in evaluation mode are packed.
+        enabled: False packs nothing.
     """
 
-    def __init__(self, layers: Sequence[nn.Module] = ()) -> None:
-        packable = [layer for layer in layers if _is_packable(layer)] if layers and _has_packed_products() else []
-        self._weights = {layer: _pack(layer) for layer in packable}
+    def __init__(self, model: nn.Module, enabled: bool = True) -> None:
+        packable = filter(_is_packable, model.modules()) if enabled and _has_packed_products() else ()
+        self.products = {layer: functools.partial(_packed_product, layer, _pack(layer)) for layer in packable}
 
-    def __len__(self) -> int:
-        return len(self._weights)
+    def __enter__(self) -> "PrepackedLinears":
+        for layer, product in self.products.items():
+            vars(layer)["forward"] = product
+        return self
 
-    def __contains__(self, layer: nn.Module) -> bool:
-        return layer in self._weights
-
-    def __call__(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        weight = self._weights.get(layer)
-        if weight is None:
-            return layer(x)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")
+    def __exit__(self, *exception: object) -> None:
+        for layer in self.products:
+            vars(layer).pop("forward", None)  # another thread may have left first
 
 
-NOT_PREPACKED = PrepackedLinears()  # calls every layer as it is
+def _packed_product(layer: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")
 
 
 def release_prepacked(model: nn.Module) -> None:
-    """Free the packed weights of a model's layers."""
+    """Free the prepacked weights of a model's layers."""
     for module in model.modules():
         _PACKED.pop(module, None)
 
 
 def _has_packed_products() -> bool:
-    """oneDNN with the instructions that this was measured with, in full precision and outside of autograd."""
+    """Whether oneDNN has the instructions that this was measured with, in full precision and outside of autograd."""
     return (
         torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
@@ -98,15 +96,16 @@ def _has_packed_products() -> bool:
 
 
 def _is_packable(layer: nn.Module) -> bool:
-    weight = layer._parameters.get("weight")
+    if not is_plain_linear(layer):
+        return False
+    weight = layer.weight
     return (
-        is_plain_linear(layer)
+        isinstance(weight, torch.Tensor)
         and not layer.training
-        and type(weight) is nn.Parameter  # no subclass, such as those of quantized or sharded weights
         and weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and weight.layout == torch.strided
-        and weight.numel() >= _LEAST_WEIGHTS
+        and weight.numel() >= _MIN_WEIGHTS
         and not weight.is_inference()
     )
 
@@ -116,12 +115,12 @@ def _pack(layer: nn.Module) -> torch.Tensor:
     # A write through `weight.data` leaves address and version as they are, so the weight itself is asked too: one
     # product, what a token costs, where packing costs as much as several.
     state, probe = (weight.data_ptr(), weight._version), F.linear(_probe(weight.shape[1]), weight)
-    known = _PACKED.get(layer)
-    if known is None or known.state != state or not torch.equal(known.probe, probe):
+    packed = _PACKED.get(layer)
+    if packed is None or packed.state != state or not torch.equal(packed.probe, probe):
         _PACKED.pop(layer, None)  # frees its memory before the new one is made
-        known = _Packed(state, probe, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS))
-        _PACKED[layer] = known
-    return known.weight
+        packed = _Packed(state, probe, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS))
+        _PACKED[layer] = packed
+    return packed.weight
 
 
 def _probe(width: int) -> torch.Tensor:
@@ -129,11 +128,20 @@ def _probe(width: int) -> torch.Tensor:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module computes x W^T + b and nothing else: not one that PEFT or a hook has extended."""
+    """Whether a module computes x W^T + b from a weight that may be read, and nothing else.
+
+    Layers that are quantized, offloaded, sharded, pruned, hooked or wrapped by PEFT are not plain: call them.
+    """
     extended = (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module)
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)  # replaced on the instance, as accelerate's offloading does
     )
-    return type(module).forward is nn.Linear.forward and not extended
+    # Quantized and sharded weights have a class of their own, pruned ones are not among the parameters.
+    weight = module._parameters.get("weight")
+    return type(module).forward is nn.Linear.forward and type(weight) is nn.Parameter and not extended
 
 
-__all__ = ["NOT_PREPACKED", "PrepackedLinears", "call_as", "is_plain_linear", "is_sharded", "release_prepacked"]
+__all__ = ["PrepackedLinears", "call_as", "is_plain_linear", "is_sharded", "release_prepacked"]

@@ -16,22 +16,19 @@ from transformers.generation import CompileConfig
 from .attention_bd3lm import AttentionPlan, block_causal_plan, decoding_plan, slots_plan, token_layout
 from .cache_bd3lm import StaticSlots, check_cache, clear, drop_oldest, set_length
 from .decoding_state_bd3lm import SequenceBuffer
-from .linear_bd3lm import NOT_PREPACKED, PrepackedLinears
 
 
 class Window:
     """Without a cache: the last `model_length` tokens are computed in every step.
 
     Columns are those of the canvas; `first` is the oldest one that is seen.
-
-    Args:
-        linears: calls the products of the layers.
     """
 
     cache: Cache | None = None
+    compiled = False
 
-    def __init__(self, model: Any, canvas: SequenceBuffer, linears: PrepackedLinears = NOT_PREPACKED) -> None:
-        self.model, self.canvas, self.config, self.linears = model, canvas, model.config, linears
+    def __init__(self, model: Any, canvas: SequenceBuffer) -> None:
+        self.model, self.canvas, self.config = model, canvas, model.config
         self.size: int = model.config.block_size
         self.rows: torch.Tensor | None = None  # of the canvas, those that are still written; None: all
 
@@ -63,7 +60,7 @@ class Window:
         embeds = self.model.backbone.vocab_embed(self._ids(first, stop))
         positions = self._positions(first, stop)
         run = self.model.backbone.run
-        return run(embeds, positions, plan, modulations, linears=self.linears, **options).last_hidden_state
+        return run(embeds, positions, plan, modulations, **options).last_hidden_state
 
     def _of_rows(self, states: torch.Tensor) -> torch.Tensor:
         return states if self.rows is None else states[self.rows]
@@ -97,10 +94,8 @@ class CachedWindow(Window):
 
     cache: Cache
 
-    def __init__(
-        self, model: Any, canvas: SequenceBuffer, linears: PrepackedLinears, cache: Cache, exact: bool
-    ) -> None:
-        super().__init__(model, canvas, linears)
+    def __init__(self, model: Any, canvas: SequenceBuffer, cache: Cache, exact: bool) -> None:
+        super().__init__(model, canvas)
         self.cache, self.exact = cache, exact
         self.first, self.held = 0, int(cache.get_seq_length())  # oldest column, and tokens, in the cache
 
@@ -170,13 +165,13 @@ class StaticWindow(CachedWindow):
         self,
         model: Any,
         canvas: SequenceBuffer,
-        linears: PrepackedLinears,
         cache: StaticCache,
         exact: bool,
         step: Callable,
     ) -> None:
-        super().__init__(model, canvas, linears, cache, exact)
-        self.step, self.slots = step, cache.layers[0].max_cache_len  # type: ignore[union-attr]
+        super().__init__(model, canvas, cache, exact)
+        self.step, self.compiled = step, step is not static_step
+        self.slots = cache.layers[0].max_cache_len  # type: ignore[union-attr]
         self.ring = self.slots // self.size * self.size
         self.origin = 0
         self._masks: tuple[tuple[int, int, int], torch.Tensor] | None = None
@@ -206,7 +201,6 @@ class StaticWindow(CachedWindow):
             (columns - self.origin) % self.ring,
             self.cache,
             modulations,
-            self.linears,
         )
         if commit:
             set_length(self.cache, begin - self.first)
@@ -248,7 +242,6 @@ def static_step(
     slots: torch.Tensor,
     cache: StaticCache,
     modulations: list,
-    linears: PrepackedLinears,
 ) -> torch.Tensor:
     """A denoising pass whose shapes are the same for all blocks: normed hidden states `(batch, block_size, dim)`.
 
@@ -258,29 +251,27 @@ def static_step(
     """
     plan = slots_plan(mask, ids.shape[1] - backbone.config.block_size)
     embeds, seen = backbone.vocab_embed(ids), StaticSlots(cache, slots)
-    return backbone.run(embeds, position_ids, plan, modulations, past_key_values=seen, linears=linears)[0]
+    return backbone.run(embeds, position_ids, plan, modulations, past_key_values=seen)[0]
 
 
 WINDOWS = {"cached": False, "exact": True}  # name in the generation config: whether a moved window is computed anew
 
 
-def open_window(
-    model: Any, canvas: SequenceBuffer, cache: Cache | None, generation_config: Any, linears: PrepackedLinears
-) -> Window:
+def open_window(model: Any, canvas: SequenceBuffer, cache: Cache | None, generation_config: Any) -> Window:
     """The window that a cache makes possible.
 
     Raises:
         ValueError: the cache can not continue this canvas.
     """
     if cache is None:
-        return Window(model, canvas, linears)
+        return Window(model, canvas)
     check_cache(cache, canvas, model.config)
     exact = WINDOWS[generation_config.window]
     if not isinstance(cache, StaticCache):
-        return CachedWindow(model, canvas, linears, cache, exact)
+        return CachedWindow(model, canvas, cache, exact)
     compiled = _is_compiled(model, generation_config)
     step = _compile_step(generation_config.compile_config or CompileConfig()) if compiled else static_step
-    return StaticWindow(model, canvas, NOT_PREPACKED if compiled else linears, cache, exact, step)
+    return StaticWindow(model, canvas, cache, exact, step)
 
 
 def _is_compiled(model: Any, generation_config: Any) -> bool:
