@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_bd3lm import AttentionPlan, BD3LMAttention, Tile
 from .configuration_bd3lm import BD3LMConfig
-from .linear_bd3lm import is_plain_linear
+from .linear_bd3lm import compute_dtype, is_plain_linear
 
 
 _FREQUENCY_DIM = 256  # sinusoidal features of the noise level
@@ -84,14 +84,12 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(_FREQUENCY_DIM, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
 
     def forward(self, sigma: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Embed noise levels `(batch,)`; `dtype` is the precision that the layers compute in.
-
-        A layer's weight would not give it: a quantized one has an integer type, or none.
-        """
+        """Embed noise levels `(batch,)`; `dtype` is the precision of the model, for a quantized layer."""
         half = _FREQUENCY_DIM // 2
         frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=sigma.device, dtype=torch.float32))
         angles = sigma.float()[:, None] * frequencies
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(features.to(compute_dtype(self.mlp[0], dtype)))
 
 
 class BD3LMRotaryEmbedding(nn.Module):
