@@ -49,6 +49,7 @@ after_import("peft", _register_lora_targets)
 
 
 if TYPE_CHECKING:
+    from bd3lm_hf.adapt import adapt_decoder
     from bd3lm_hf.modeling.backbone_bd3lm import BD3LMModel
     from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, BD3LMConfig, MDLMConfig, SEDDConfig
     from bd3lm_hf.modeling.configuration_ssdlm import SSDLMConfig
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
 
 # The module of each public name, imported when the name is first used.
 _MODULES = {
+    "adapt_decoder": "bd3lm_hf.adapt",
     "ARConfig": "configuration_bd3lm",
     "ARForCausalLM": "modeling_ar",
     "BD3LMConfig": "configuration_bd3lm",
@@ -89,7 +91,8 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"bd3lm_hf.modeling.{_MODULES[name]}"), name)
+    module = _MODULES[name]
+    value = getattr(importlib.import_module(module if "." in module else f"bd3lm_hf.modeling.{module}"), name)
     globals()[name] = value
     return value
 
@@ -116,5 +119,6 @@ __all__ = [
     "SSDLMGenerationConfig",
     "SecondEosCriteria",
     "TokenNLL",
+    "adapt_decoder",
     "noise_schedule",
 ]

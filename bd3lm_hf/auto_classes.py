@@ -43,21 +43,22 @@ def model_classes() -> tuple[Any, ...]:
     """Return the main class of every model type."""
     from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
     from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+    from bd3lm_hf.modeling.modeling_bd3lm_decoders import DECODERS
     from bd3lm_hf.modeling.modeling_mdlm import MDLMForMaskedLM
     from bd3lm_hf.modeling.modeling_sedd import SEDDForMaskedLM
     from bd3lm_hf.modeling.modeling_ssdlm import SSDLMForMaskedLM
 
-    return (BD3LMForMaskedLM, ARForCausalLM, MDLMForMaskedLM, SEDDForMaskedLM, SSDLMForMaskedLM)
+    return (BD3LMForMaskedLM, ARForCausalLM, MDLMForMaskedLM, SEDDForMaskedLM, SSDLMForMaskedLM, *DECODERS.values())
 
 
 def register_auto_classes() -> None:
     """Register every model type; a class names itself what each Auto class makes of its checkpoints."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    from bd3lm_hf.modeling.saving_bd3lm import SelfContainedModel
+    from bd3lm_hf.modeling.saving_bd3lm import SelfContainedMixin
     from bd3lm_hf.sharing import share_folder
 
-    SelfContainedModel.share_folder = staticmethod(share_folder)
+    SelfContainedMixin.share_folder = staticmethod(share_folder)
     auto_classes: tuple[Any, ...] = (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM)
     for model_class in model_classes():
         config_class = model_class.config_class

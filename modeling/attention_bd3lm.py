@@ -33,6 +33,19 @@ class Layout(NamedTuple):
     position_ids: torch.Tensor  # (batch or 1, length), rotary positions
     block_ids: torch.Tensor  # (batch or 1, length), position_ids // block_size
     valid: torch.Tensor | None  # bool (batch, length), False for padding; None when nothing is padded
+    document_ids: torch.Tensor | None = (
+        None  # (batch or 1, length) where documents are packed, which see only themselves
+    )
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the blocks of all rows begin at the same columns, multiples of the block size."""
+        return self.valid is None and self.document_ids is None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a mask: 1 where all rows of the batch share it."""
+        return self.block_ids.shape[0] if self.valid is None else self.valid.shape[0]
 
 
 class Tile(NamedTuple):
@@ -52,20 +65,53 @@ class AttentionPlan(NamedTuple):
 
 
 def token_layout(
-    attention_mask: torch.Tensor | None, length: int, block_size: int, *, past: int = 0, device: torch.device
+    attention_mask: torch.Tensor | None,
+    length: int,
+    block_size: int,
+    *,
+    past: int = 0,
+    device: torch.device,
+    position_ids: torch.Tensor | None = None,
 ) -> Layout:
-    """Layout of `past + length` tokens from a mask `(batch, past + length)` of ones (tokens) and zeros (padding).
+    """Return the layout of `past + length` tokens.
 
-    Padding may stand on either side; a row then has its positions and blocks as if it stood alone.
+    Args:
+        attention_mask: `(batch, past + length)`, ones for tokens and zeros for padding on either side. A row has its
+            positions and blocks as if it stood alone.
+        position_ids: `(batch or 1, length)`. Where they do not count on by one, another document begins, which has
+            blocks of its own and sees nothing of the others.
+
+    Raises:
+        ValueError: if documents are packed after a cache, whose documents are not known.
     """
     if attention_mask is not None and not torch.compiler.is_compiling() and bool(attention_mask.all()):
         attention_mask = None  # no padding: aligned tiles, masks shared by all rows
-    if attention_mask is None:
-        position_ids = torch.arange(past + length, device=device).unsqueeze(0)
-        return Layout(position_ids, position_ids // block_size, None)
-    valid = attention_mask.bool()
-    position_ids = (valid.cumsum(1) - 1).clamp(min=0)
-    return Layout(position_ids, position_ids // block_size, valid)
+    valid = None if attention_mask is None else attention_mask.bool()
+    if valid is None:
+        own = torch.arange(past + length, device=device).unsqueeze(0)
+    else:
+        own = (valid.cumsum(1) - 1).clamp(min=0)
+    if position_ids is not None and not _counts_on(position_ids, own[:, past:], valid):
+        if past:
+            raise ValueError("position_ids of several documents do not go with a cache: pass the documents apart.")
+        return _packed_layout(position_ids, block_size, valid)
+    return Layout(own, own // block_size, valid)
+
+
+def _counts_on(position_ids: torch.Tensor, own: torch.Tensor, valid: torch.Tensor | None) -> bool:
+    """Return whether given positions are those that each row has anyway."""
+    same = position_ids == own
+    return bool((same if valid is None else same | ~valid[:, -same.shape[1] :]).all())
+
+
+def _packed_layout(position_ids: torch.Tensor, block_size: int, valid: torch.Tensor | None) -> Layout:
+    """Return the layout of documents side by side, each with positions of its own."""
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    begins_block = begins | (position_ids % block_size == 0)
+    if valid is not None:
+        begins_block = begins_block & valid  # padding begins nothing
+    return Layout(position_ids, (begins_block.cumsum(1) - 1).clamp(min=0), valid, begins.cumsum(1))
 
 
 def block_causal_plan(
@@ -77,7 +123,7 @@ def block_causal_plan(
     """
     total = layout.block_ids.shape[1]
     past = total - length
-    if layout.valid is None and past % block_size == 0 and length <= block_size:
+    if layout.aligned and past % block_size == 0 and length <= block_size:
         return _plan((Tile((0, length), ((0, total),), None),))
     see = functools.partial(_sees_clean, layout, strict=False)
     if implementation == "flex_attention":
@@ -301,7 +347,7 @@ def _ranges(length: int, implementation: str, block_size: int) -> list[tuple[int
 
 def _padding_slack(layout: Layout, block_size: int, past: int) -> int:
     # Left padding shifts a row's blocks against the tile borders, by at most block_size - 1.
-    return 0 if layout.valid is None and past % block_size == 0 else block_size - 1
+    return 0 if layout.aligned and past % block_size == 0 else block_size - 1
 
 
 def _sees_clean(
@@ -310,6 +356,8 @@ def _sees_clean(
     row = batch if layout.block_ids.shape[0] > 1 else 0
     own, other = layout.block_ids[row, query], layout.block_ids[row, key]
     seen = own > other if strict else own >= other
+    if layout.document_ids is not None:
+        seen = seen & (layout.document_ids[row, query] == layout.document_ids[row, key])
     return seen if layout.valid is None else seen & layout.valid[batch, key]
 
 
@@ -324,8 +372,7 @@ def _allowed(
 ) -> torch.Tensor:
     """bool (batch or 1, 1, queries, keys) from a mask function of indices into the layout."""
     device = layout.block_ids.device
-    rows = 1 if layout.valid is None else layout.valid.shape[0]
-    batch = torch.arange(rows, device=device)[:, None, None]
+    batch = torch.arange(layout.num_rows, device=device)[:, None, None]
     query = torch.arange(start, stop, device=device)[None, :, None]
     key = torch.arange(*keys, device=device)[None, None, :]
     seen = see(batch, query, key)
@@ -376,7 +423,7 @@ def _select(states: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> torch.
 
 
 def _flex_tile(layout: Layout, queries: int, keys: int, see: Callable) -> Tile:
-    rows = None if layout.valid is None else layout.valid.shape[0]
+    rows = None if layout.num_rows == 1 else layout.num_rows
 
     def mask_mod(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return see(batch, query, key)
@@ -389,7 +436,7 @@ def _flex_two_stream_plan(
     layout: Layout, block_size: int, num_noise_samples: int, clean_cached: bool
 ) -> AttentionPlan:
     """The two-stream mask as one sparse mask over `[x_0 ; x_t]`; kept between steps when nothing is padded."""
-    if layout.valid is None:
+    if layout.aligned:
         return _unpadded_flex_plan(
             layout.block_ids.shape[1], block_size, num_noise_samples, clean_cached, layout.block_ids.device
         )
@@ -404,6 +451,20 @@ def _unpadded_flex_plan(
 
 
 def _build_flex_plan(layout: Layout, num_noise_samples: int, clean_cached: bool) -> AttentionPlan:
+    length, total = layout.block_ids.shape[1], (1 + num_noise_samples) * layout.block_ids.shape[1]
+    see = stream_visibility(layout)
+    last = _flex_tile(layout, num_noise_samples * length, total, lambda b, q, k: see(b, q + length, k))
+    if clean_cached:
+        return AttentionPlan((last,), (last,), 0)
+    return AttentionPlan((_flex_tile(layout, total, total, see),), (last,), length)
+
+
+def stream_visibility(layout: Layout, *, causal_columns: int = 0) -> Callable:
+    """Return the mask function (row, query, key) of `[x_0 ; x_t ; x_t ...]`, each as long as `layout`.
+
+    Args:
+        causal_columns: leading tokens of x_0 that see nothing to their right, as in an autoregressive model.
+    """
     length = layout.block_ids.shape[1]
     clean = functools.partial(_sees_clean, layout, strict=False)
     earlier = functools.partial(_sees_clean, layout, strict=True)
@@ -413,15 +474,13 @@ def _build_flex_plan(layout: Layout, num_noise_samples: int, clean_cached: bool)
         q, k = query % length, key % length
         stream_q, stream_k = query // length, key // length
         causal = (stream_q == 0) & (stream_k == 0) & clean(batch, q, k)
+        if causal_columns:
+            causal = causal & ((query >= causal_columns) | (k <= q))
         offset = (stream_q > 0) & (stream_k == 0) & earlier(batch, q, k)
         diagonal = (stream_q > 0) & (stream_q == stream_k) & own(batch, q, k)
         return causal | offset | diagonal | (query == key)
 
-    total = (1 + num_noise_samples) * length
-    last = _flex_tile(layout, num_noise_samples * length, total, lambda b, q, k: see(b, q + length, k))
-    if clean_cached:
-        return AttentionPlan((last,), (last,), 0)
-    return AttentionPlan((_flex_tile(layout, total, total, see),), (last,), length)
+    return see
 
 
 __all__ = [
@@ -433,6 +492,7 @@ __all__ = [
     "decoding_plan",
     "eager_attention_forward",
     "slots_plan",
+    "stream_visibility",
     "token_layout",
     "two_stream_plan",
 ]

@@ -231,7 +231,9 @@ class BD3LMModel(BD3LMPreTrainedModel):
         check_token_ids(clean_input_ids, self.config.vocab_size, "clean_input_ids")
         embeds = self.vocab_embed(input_ids) if inputs_embeds is None else inputs_embeds
         length, device = embeds.shape[1], embeds.device
-        past_key_values, commit, past = self._open_cache(past_key_values, use_cache, length, attention_mask)
+        past_key_values, commit, past = open_cache(
+            past_key_values, use_cache, length, attention_mask, self.config.block_size, training=self.training
+        )
         layout = token_layout(attention_mask, length, self.config.block_size, past=past, device=device)
         position_ids = layout.position_ids[:, past:] if position_ids is None else position_ids
         options = {"implementation": self.config._attn_implementation, "dtype": embeds.dtype}
@@ -258,33 +260,6 @@ class BD3LMModel(BD3LMPreTrainedModel):
             ),
             output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
         )
-
-    def _open_cache(
-        self, cache: Cache | None, use_cache: bool | None, length: int, attention_mask: torch.Tensor | None
-    ) -> tuple[Cache | None, int, int]:
-        """The cache of this pass, how many positions to write to it, and how many it holds."""
-        write = cache is not None if use_cache is None else use_cache
-        if cache is None:
-            cache = BlockCache() if write and not self.training else None
-            write = cache is not None
-        past = 0 if cache is None else int(cache.get_seq_length())
-        if write:
-            self._check_whole_blocks(past + length, attention_mask)
-        return cache, length if write else 0, past
-
-    def _check_whole_blocks(self, width: int, attention_mask: torch.Tensor | None) -> None:
-        """Refuse to store a block that is not finished: its keys would never have seen the rest of it."""
-        tokens = [width]
-        if attention_mask is not None:
-            if torch.compiler.is_compiling() or attention_mask.device.type != "cpu":
-                return
-            tokens = attention_mask.sum(1).tolist()
-        size = self.config.block_size
-        if any(count % size for count in tokens):
-            raise ValueError(
-                f"use_cache=True would store {tokens} tokens in all, no whole number of blocks of {size}: a block is "
-                f"stored when it is finished, so pass whole blocks, or use_cache=False to read the cache only."
-            )
 
 
 class BD3LMLanguageModel(BD3LMPreTrainedModel):
@@ -326,11 +301,7 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
         Raises:
             ValueError: the new vocabulary would not hold the mask token.
         """
-        if new_num_tokens is not None and new_num_tokens <= self.config.mask_token_id:
-            raise ValueError(
-                f"resize_token_embeddings({new_num_tokens}) would drop mask_token_id={self.config.mask_token_id}: "
-                f"keep at least {self.config.mask_token_id + 1} tokens."
-            )
+        check_resize(new_num_tokens, self.config.mask_token_id)
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def clean_cache(self, input_ids: torch.Tensor, layout: Layout) -> BlockCache:
@@ -417,6 +388,54 @@ def register_auto_classes(head: type[BD3LMLanguageModel], *names: str) -> None:
     head.register_for_auto_class(names[0])
 
 
+def open_cache(
+    cache: Cache | None,
+    use_cache: bool | None,
+    length: int,
+    attention_mask: torch.Tensor | None,
+    block_size: int,
+    *,
+    training: bool,
+) -> tuple[Cache | None, int, int]:
+    """Return the cache of a forward pass, how many positions to write to it, and how many it holds."""
+    write = cache is not None if use_cache is None else use_cache
+    if cache is None:
+        cache = BlockCache() if write and not training else None
+        write = cache is not None
+    past = 0 if cache is None else int(cache.get_seq_length())
+    if write:
+        _check_whole_blocks(past + length, attention_mask, block_size)
+    return cache, length if write else 0, past
+
+
+def _check_whole_blocks(width: int, attention_mask: torch.Tensor | None, block_size: int) -> None:
+    """Refuse to store a block that is not finished: its keys would never have seen the rest of it."""
+    tokens = [width]
+    if attention_mask is not None:
+        if torch.compiler.is_compiling() or attention_mask.device.type != "cpu":
+            return
+        tokens = attention_mask.sum(1).tolist()
+    if any(count % block_size for count in tokens):
+        raise ValueError(
+            f"use_cache=True would store {tokens} tokens in all, which is not a whole number of blocks of "
+            f"{block_size}: a block is stored when it is finished, so pass whole blocks, or use_cache=False to read "
+            f"the cache only."
+        )
+
+
+def check_resize(new_num_tokens: int | None, mask_token_id: int) -> None:
+    """Refuse a vocabulary that would not hold the mask token.
+
+    Raises:
+        ValueError: if there are not more tokens than `mask_token_id`.
+    """
+    if new_num_tokens is not None and new_num_tokens <= mask_token_id:
+        raise ValueError(
+            f"resize_token_embeddings({new_num_tokens}) would drop mask_token_id={mask_token_id}: keep at least "
+            f"{mask_token_id + 1} tokens."
+        )
+
+
 def check_token_ids(input_ids: torch.Tensor | None, vocab_size: int, name: str) -> None:
     """Refuse ids outside the vocabulary while the error can still be understood.
 
@@ -440,6 +459,8 @@ __all__ = [
     "BD3LMModel",
     "BD3LMOutput",
     "BD3LMPreTrainedModel",
+    "check_resize",
     "check_token_ids",
+    "open_cache",
     "register_auto_classes",
 ]

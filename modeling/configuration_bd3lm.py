@@ -119,12 +119,7 @@ class BD3LMConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers, but the configuration of another model type is an error, not a warning."""
-        found = config_dict.get("model_type") or cls.model_type
-        if found != cls.model_type:
-            raise ValueError(
-                f"this is a configuration of model_type={found!r}, not of a {cls.__name__}: load it, and the model, "
-                f"with AutoConfig and AutoModelForCausalLM, which know the class of each model type."
-            )
+        check_model_type(cls, config_dict)
         return super().from_dict(config_dict, **kwargs)
 
     @property
@@ -298,6 +293,20 @@ class SEDDConfig(MDLMConfig):
     def _check_flags(self) -> None:
         super()._check_flags()
         _check_wanted(self, {"time_conditioning": True}, "a score depends on the noise level")
+
+
+def check_model_type(config_class: type[PreTrainedConfig], config_dict: dict[str, Any]) -> None:
+    """Refuse the configuration of another model type.
+
+    Raises:
+        ValueError: if it names another type; the message names both.
+    """
+    found = config_dict.get("model_type") or config_class.model_type
+    if found != config_class.model_type:
+        raise ValueError(
+            f"this is a configuration of model_type={found!r}, not of a {config_class.__name__}: load it, and the "
+            f"model, with AutoConfig and AutoModelForCausalLM, which know the class of each model type."
+        )
 
 
 def _check_wanted(config: BD3LMConfig, wanted: dict[str, Any], reason: str) -> None:

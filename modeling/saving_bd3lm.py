@@ -9,8 +9,12 @@ from transformers.modeling_utils import PreTrainedModel
 from .versions_bd3lm import TRANSFORMERS_VERSIONS
 
 
-class SelfContainedModel(PreTrainedModel):
-    """A model whose code travels with its weights."""
+# To a type checker the base of a mixin is not a whole model: it is Any.
+_Saveable: Any = object
+
+
+class SelfContainedMixin(_Saveable):
+    """Saves the code of a model with its weights; goes before the model class in the list of bases."""
 
     auto_classes: dict[str, type] = {}  # what each Auto class makes of a checkpoint
     share_folder: Callable[..., Any] | None = None  # uploads a saved folder, where bd3lm_hf is installed
@@ -34,4 +38,8 @@ class SelfContainedModel(PreTrainedModel):
         return self.share_folder(working_dir, repo_id, tags=self.model_tags or (), **options)
 
 
-__all__ = ["SelfContainedModel"]
+class SelfContainedModel(SelfContainedMixin, PreTrainedModel):
+    """A model whose code travels with its weights."""
+
+
+__all__ = ["SelfContainedMixin", "SelfContainedModel"]

@@ -1,0 +1,309 @@
+"""Make a block-diffusion model of an autoregressive decoder: its class, its mask token, its weights.
+
+The mask token is chosen in this order, and the choice is logged:
+
+1. the tokenizer's own mask token;
+2. the first row of the embedding that no token uses, which many decoders have (Qwen3, Qwen2.5);
+3. a reserved token of the tokenizer (Llama 3, Gemma);
+4. a new row.
+"""
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from bd3lm_hf.checkpoints import load_model, read_config
+from bd3lm_hf.modeling.configuration_bd3lm_decoders import unsupported_reason
+from bd3lm_hf.modeling.modeling_bd3lm_decoders import DECODERS
+from bd3lm_hf.tokenization import MASK
+
+
+logger = logging.get_logger("bd3lm_hf.adapt")
+
+# `<|reserved_special_token_0|>`, `<unused7>`, `<SPECIAL_10>`, `[control_8]`, `<|dummy_3|>`, `<|extra_0|>`
+_RESERVED = re.compile(r"[<\[]\|?(reserved|unused|special|control|dummy|extra)\w*?_?\d+\|?[>\]]", re.IGNORECASE)
+
+#: A row whose norm is below this share of the mean norm has decayed in training, and gradients through it explode.
+_DECAYED = 0.1
+
+#: Options that go to `from_pretrained`; everything else is a field of the process.
+_LOADING = (
+    "attn_implementation",
+    "cache_dir",
+    "device_map",
+    "dtype",
+    "local_files_only",
+    "max_memory",
+    "offload_folder",
+    "quantization_config",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+
+
+class MaskToken(NamedTuple):
+    """The mask token of a decoder."""
+
+    id: int
+    text: str | None  # None: unknown, there is no tokenizer
+    origin: str  # where it comes from, for the log
+    trained: bool  # the row was a mask token before, and is kept unless it has decayed
+
+
+def is_adaptable(config: Any) -> bool:
+    """Return whether [`adapt_decoder`] takes a decoder with this configuration."""
+    return getattr(config, "model_type", None) in DECODERS and not unsupported_reason(config)
+
+
+def adapt_decoder(
+    model_or_name: Any,
+    block_size: int = 4,
+    *,
+    mask_token_id: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    alignment: str = "same",
+    context: str = "block",
+    **process_fields: Any,
+) -> Any:
+    """Return a block-diffusion model over a transformers decoder, with its weights and their names.
+
+    Dtype, tied weights, rotary settings and the generation config, lists of end tokens included, are kept. The model
+    has yet to be trained: what it writes at first is what an autoregressive model makes of masked text.
+
+    ```python
+    >>> tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen3-0.6B")
+    >>> model = adapt_decoder("Qwen/Qwen3-0.6B", block_size=4, tokenizer=tokenizer)
+    >>> loss = model(input_ids=ids, labels=ids).loss
+    ```
+
+    Args:
+        model_or_name: a decoder, a folder or a hub name. A model is used up: its modules go on in the new one.
+        block_size: tokens of a block.
+        mask_token_id: overrides the choice of the mask token.
+        tokenizer: gets the mask token, in place. By default the one that comes with a name, for the choice only.
+        alignment, context: see [`BD3LMDecoderConfigMixin`].
+        process_fields: further fields of the configuration (`model_length`, `noise`, `sampling_eps_min`, ...), and
+            for a name options of `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
+
+    Raises:
+        ValueError: if the family is not supported (with the reason), a field does not exist or does not fit, or the
+            mask token is another special token.
+    """
+    loading = {name: process_fields.pop(name) for name in _LOADING if name in process_fields}
+    named = isinstance(model_or_name, str)
+    argument = f"adapt_decoder({model_or_name!r})" if named else f"adapt_decoder of a {type(model_or_name).__name__}"
+    stock = _stock_config(model_or_name, loading, argument)
+    model_class = decoder_class(stock, argument)
+    if named and tokenizer is None:
+        tokenizer = _tokenizer_of(model_or_name, loading)
+    mask = _given_mask(mask_token_id, tokenizer, stock) if mask_token_id is not None else choose_mask(tokenizer, stock)
+    fields = {"block_size": block_size, "alignment": alignment, "context": context, **process_fields}
+    config = decoder_config(stock, mask, fields, argument)
+    if named:
+        model = load_model(model_or_name, argument=argument, config=config, **loading)
+    elif loading:
+        raise ValueError(f"{', '.join(loading)} is for a model that is loaded by name: leave it out for a model.")
+    else:
+        model = _take_over(model_or_name, model_class, config, argument)
+    _make_mask_row(model, mask, tokenizer)
+    if tokenizer is not None:
+        set_mask_token(tokenizer, mask)
+    logger.warning("mask token: id %d, %s.", mask.id, mask.origin)
+    return model
+
+
+def decoder_class(config: Any, argument: str) -> Any:
+    """Return the block-diffusion class for a stock configuration.
+
+    Raises:
+        ValueError: if there is none; the message has the reason and the supported families.
+    """
+    found = getattr(config, "model_type", None)
+    if isinstance(found, str) and found.startswith("bd3lm"):
+        raise ValueError(f"{argument}: this is a block-diffusion model already (model_type={found!r}); load it.")
+    reason = unsupported_reason(config) or (None if found in DECODERS else "no family of this type is supported yet")
+    if reason:
+        raise ValueError(
+            f"{argument}: a decoder of model_type={found!r} cannot be adapted: {reason}. Supported are "
+            f"{', '.join(DECODERS)}."
+        )
+    return DECODERS[found]
+
+
+def decoder_config(stock: Any, mask: MaskToken, fields: dict[str, Any], argument: str) -> Any:
+    """Return the configuration of a decoder with the fields of the process.
+
+    Raises:
+        ValueError: if a field does not exist or has a value that does not fit.
+    """
+    config_class = DECODERS[stock.model_type].config_class
+    unknown = [name for name in fields if name not in config_class.__dataclass_fields__]
+    if unknown:
+        raise ValueError(f"{argument}: {', '.join(unknown)} is not a field of a {config_class.__name__}.")
+    kept = {k: v for k, v in stock.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
+    # A mask token in a new row is one that the vocabulary has yet to get.
+    config = config_class.from_dict(
+        {**kept, "vocab_size": max(stock.vocab_size, mask.id + 1), **fields, "mask_token_id": mask.id}
+    )
+    config.vocab_size = stock.vocab_size
+    config._name_or_path = stock._name_or_path
+    return config
+
+
+def choose_mask(tokenizer: PreTrainedTokenizerBase | None, config: Any) -> MaskToken:
+    """Choose the mask token of a decoder, by the order at the head of this file.
+
+    Raises:
+        ValueError: if the tokenizer's mask token is also its padding, begin or end.
+    """
+    if tokenizer is None:
+        return MaskToken(config.vocab_size, None, "a new row, since no tokenizer is known", trained=False)
+    if tokenizer.mask_token_id is not None:
+        mask = MaskToken(tokenizer.mask_token_id, tokenizer.mask_token, "the tokenizer's own", trained=True)
+        _check_mask(mask.id, tokenizer, config)
+        return mask
+    free = _first_free_id(tokenizer)
+    if free < config.vocab_size:
+        return MaskToken(free, MASK, "the first row of the embedding that no token uses", trained=False)
+    for token, number in _reserved_tokens(tokenizer):
+        if number < config.vocab_size and number not in _special_ids(tokenizer, config).values():
+            return MaskToken(number, token, f"the tokenizer's reserved token {token}", trained=False)
+    return MaskToken(free, MASK, "a new row", trained=False)
+
+
+def set_mask_token(tokenizer: PreTrainedTokenizerBase, mask: MaskToken) -> None:
+    """Give a tokenizer the mask token, in place.
+
+    Raises:
+        ValueError: if the token gets another id.
+    """
+    if tokenizer.mask_token_id == mask.id or mask.text is None:
+        return
+    tokenizer.add_special_tokens({"mask_token": mask.text})
+    if tokenizer.mask_token_id != mask.id:
+        raise ValueError(
+            f"the tokenizer gives its mask token the id {tokenizer.mask_token_id}, not mask_token_id={mask.id}: leave "
+            f"mask_token_id out, or name the id of a token that it has."
+        )
+
+
+def _given_mask(mask_token_id: int, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> MaskToken:
+    """Return the mask token that a caller asked for."""
+    if isinstance(mask_token_id, bool) or not isinstance(mask_token_id, int) or mask_token_id < 0:
+        raise ValueError(f"mask_token_id={mask_token_id!r}: give the id of a token.")
+    if mask_token_id >= config.vocab_size:
+        raise ValueError(
+            f"mask_token_id={mask_token_id} is outside the vocabulary of {config.vocab_size} ids: give an id from 0 to "
+            f"{config.vocab_size - 1}, or leave it out, which adds a row where none is free."
+        )
+    _check_mask(mask_token_id, tokenizer, config)
+    text = None
+    if tokenizer is not None:
+        known = tokenizer.convert_ids_to_tokens(mask_token_id) if mask_token_id < _first_free_id(tokenizer) else None
+        text = MASK if known is None else str(known)
+    return MaskToken(mask_token_id, text, "as given", trained=False)
+
+
+def _check_mask(mask_token_id: int, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> None:
+    for name, number in _special_ids(tokenizer, config).items():
+        if number == mask_token_id:
+            raise ValueError(
+                f"mask_token_id={mask_token_id} is also {name}: the mask must be a token of its own, or the model "
+                f"forgets what that token means. Leave mask_token_id out, or name another."
+            )
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase | None, config: Any) -> dict[str, int]:
+    found = {}
+    for owner in (config, tokenizer):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(owner, name, None)
+            for number, single in enumerate(value if isinstance(value, list) else [value]):
+                if single is not None:
+                    found[name if number == 0 else f"{name}[{number}]"] = single
+    return found
+
+
+def _first_free_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _reserved_tokens(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, int]]:
+    """Yield reserved tokens by their ids."""
+    found = [(token, number) for token, number in tokenizer.get_vocab().items() if _RESERVED.fullmatch(token)]
+    yield from sorted(found, key=lambda entry: entry[1])
+
+
+def _stock_config(model_or_name: Any, loading: dict[str, Any], argument: str) -> Any:
+    if not isinstance(model_or_name, str):
+        config = getattr(model_or_name, "config", None)
+        if config is None or not hasattr(model_or_name, "get_input_embeddings"):
+            raise ValueError(f"{argument}: give a transformers decoder, the folder of one, or its hub name.")
+        return config
+    return read_config(model_or_name, argument=argument, trust_remote_code=loading.get("trust_remote_code", False))
+
+
+def _tokenizer_of(name: str, loading: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    options = {k: loading[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in loading}
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError):  # a folder of weights alone
+        return None
+
+
+def _take_over(model: Any, model_class: Any, config: Any, argument: str) -> Any:
+    """Return a model of another class around the modules of a decoder."""
+    stock_class = model_class.__bases__[-1]
+    if not isinstance(model, stock_class):
+        raise ValueError(f"{argument}: give the whole language model, a {stock_class.__name__}.")
+    config._attn_implementation = model.config._attn_implementation
+    with torch.device("meta"):
+        adapted = model_class(config)
+    stock_config = model.config
+    for name, module in model.named_children():
+        setattr(adapted, name, module)
+    for module in adapted.modules():
+        # Stock layers read their attention from a configuration of their own.
+        if getattr(module, "config", None) is stock_config:
+            module.config = config
+    adapted.generation_config = copy.deepcopy(model.generation_config)
+    return adapted.train(model.training)
+
+
+@torch.no_grad()
+def _make_mask_row(model: Any, mask: MaskToken, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Make sure that the mask token has an embedding that training can start from: the mean of the used rows.
+
+    The new row is the only one: further rows would be tokens that nobody has and the head could predict.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if mask.id >= rows:
+        model.resize_token_embeddings(mask.id + 1, mean_resizing=False)
+    used = rows if tokenizer is None else min(rows, _first_free_id(tokenizer))
+    for layer in {id(layer): layer for layer in (model.get_input_embeddings(), model.get_output_embeddings())}.values():
+        weight = layer.weight
+        if weight.is_meta or not weight.is_floating_point():  # offloaded or quantized
+            continue
+        known = torch.arange(used, device=weight.device)
+        known = known[known != mask.id]
+        norms = weight[known].float().norm(dim=1)
+        if not mask.trained or weight[mask.id].float().norm() < _DECAYED * norms.mean():
+            weight[mask.id] = weight[known].float().mean(0).to(weight.dtype)
+
+
+__all__ = [
+    "MaskToken",
+    "adapt_decoder",
+    "choose_mask",
+    "decoder_class",
+    "decoder_config",
+    "is_adaptable",
+    "set_mask_token",
+]

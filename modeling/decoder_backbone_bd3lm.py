@@ -1,0 +1,269 @@
+"""The network of block diffusion, played by a stock decoder of transformers.
+
+A stock decoder attends as a mask says and rotates as positions say. Both are given, so that the sequence `[x_0 ; x_t]`
+of two streams, or a block after a cache of finished blocks, goes through the stock layers in one call.
+"""
+
+import functools
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .attention_bd3lm import Layout, stream_visibility, token_layout
+from .backbone_bd3lm import check_token_ids, open_cache
+from .cache_bd3lm import StaticSlots, append_to_cache
+
+
+class StepCache:
+    """A cache as the stock layers see it in one forward pass: they read all of it, and it keeps the first `commit`
+    tokens of the pass. They call nothing but `update`, since masks and positions are given."""
+
+    def __init__(self, cache: Cache | StaticSlots, commit: int) -> None:
+        self.cache, self.commit = cache, commit
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values `[cache ; given]` of a layer."""
+        return append_to_cache(self.cache, key_states, value_states, layer_idx, self.commit)
+
+
+class TwoStreamHidden(NamedTuple):
+    """Hidden states of a pass over `[x_0 ; x_t]`."""
+
+    noisy: torch.Tensor  # (batch, num_noise_samples * length, hidden_size), aligned: that at i predicts token i
+    clean: torch.Tensor  # (batch, length, hidden_size), as they are; empty where a cache holds the clean stream
+
+
+class DecoderBackbone:
+    """A stock decoder called like a [`BD3LMModel`]: token ids to hidden states that the head makes logits of."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.config = model, model.config
+        self.shifted: bool = model.config.alignment != "same"
+
+    def vocab_embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of tokens, without positions."""
+        return self.model.get_input_embeddings()(input_ids)
+
+    def output_layer(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the logits."""
+        return self.model.get_output_embeddings()(hidden_states)
+
+    def run(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        mask: torch.Tensor | BlockMask,
+        cache: Cache | StaticSlots | None = None,
+        commit: int = 0,
+        **outputs: bool,
+    ) -> BaseModelOutputWithPast:
+        """Run the stock decoder once; `last_hidden_state` is `(batch, length, hidden_size)`.
+
+        Args:
+            mask: additive `(batch or 1, 1, length, keys)`, or that of flex attention.
+            commit: leading positions to write to the cache; the others leave no trace in it.
+
+        Raises:
+            ValueError: if a cache is used in train mode with gradient checkpointing, where stock layers ignore it.
+        """
+        decoder = self.model.base_model
+        if cache is not None and decoder.training and decoder.is_gradient_checkpointing:
+            raise ValueError(
+                "a cache does not go with gradient checkpointing in train mode, where the layers would ignore it: "
+                "call model.eval() before scoring or generating."
+            )
+        found = decoder(
+            inputs_embeds=inputs_embeds,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=None if cache is None else StepCache(cache, commit),
+            use_cache=False,
+            return_dict=True,
+            **outputs,
+        )
+        divisor = getattr(self.config, "logits_scaling", None)
+        if divisor:
+            # Granite divides its logits. Its head has no bias, so the hidden states can be divided instead.
+            found.last_hidden_state = found.last_hidden_state / divisor
+        if commit and self.shifted and cache is not None:
+            holder: Any = cache.cache if isinstance(cache, StaticSlots) else cache
+            holder.clean_hidden = found.last_hidden_state[:, :commit]
+        return found
+
+    def two_streams(
+        self,
+        embeds: torch.Tensor,
+        layout: Layout,
+        *,
+        num_noise_samples: int = 1,
+        cache: Any = None,
+        **outputs: bool,
+    ) -> tuple[TwoStreamHidden, BaseModelOutputWithPast]:
+        """Run `[x_0 ; x_t]`, or x_t alone after a cache of x_0, whose embeddings are given."""
+        length = layout.block_ids.shape[1]
+        streams = num_noise_samples + 1
+        mask = stream_mask(
+            layout, self.config, embeds.dtype, num_streams=streams, first_query=0 if cache is None else length
+        )
+        positions = layout.position_ids.repeat(1, streams if cache is None else num_noise_samples)
+        found = self.run(embeds, positions, mask, cache, **outputs)
+        hidden = cast(torch.Tensor, found.last_hidden_state)
+        split = 0 if cache is not None else length
+        clean, noisy = hidden[:, :split], hidden[:, split:]
+        before = clean if cache is None else cache.clean_hidden if self.shifted else None
+        return TwoStreamHidden(self._aligned(noisy, before, layout, num_noise_samples), clean), found
+
+    def _aligned(
+        self, noisy: torch.Tensor, clean: torch.Tensor | None, layout: Layout, num_noise_samples: int
+    ) -> torch.Tensor:
+        """Move hidden states of noisy streams side by side to the tokens that they predict.
+
+        Args:
+            clean: hidden states of the clean stream, from which the first token of a block is predicted; None: there
+                is only one block.
+        """
+        if not self.shifted:
+            return noisy
+        batch, _, width = noisy.shape
+        streams = noisy.view(batch, num_noise_samples, -1, width)
+        moved = previous(streams, streams[:, :, :1])
+        if clean is not None and self.config.alignment == "shifted":
+            begins = (layout.position_ids % self.config.block_size == 0)[:, None, :, None]
+            moved = torch.where(begins, previous(clean, clean[:, :1]).unsqueeze(1), moved)
+        # Nothing comes before the first token of a text: its logits are those of its own position, never scored.
+        return torch.where((layout.position_ids == 0)[:, None, :, None], streams, moved).flatten(1, 2)
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        clean_input_ids: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Return hidden states `(batch, length, hidden_size)`; arguments as in [`BlockDiffusionMixin.forward`].
+
+        Without `clean_input_ids` and cache, every block is denoised given the ones before it as they stand.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds.")
+        check_token_ids(input_ids, self.config.vocab_size, "input_ids")
+        check_token_ids(clean_input_ids, self.config.vocab_size, "clean_input_ids")
+        embeds = self.vocab_embed(input_ids) if inputs_embeds is None else inputs_embeds
+        length, size = embeds.shape[1], self.config.block_size
+        cache, commit, past = open_cache(
+            past_key_values, use_cache, length, attention_mask, size, training=self.model.training
+        )
+        if clean_input_ids is not None and (cache is not None or clean_input_ids.shape != embeds.shape[:2]):
+            raise ValueError(
+                f"clean_input_ids of shape {tuple(clean_input_ids.shape)} must have the shape of the noisy input, "
+                f"{tuple(embeds.shape[:2])}, and no cache: x_0 itself is the context."
+            )
+        layout = token_layout(attention_mask, length, size, past=past, device=embeds.device, position_ids=position_ids)
+        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        outputs = {name: value for name, value in asked.items() if value is not None}
+        # A causal clean stream and the blocks that are denoised need two streams, though they hold the same tokens.
+        apart = self.config.context == "token" and cache is None and length > 1
+        if clean_input_ids is not None or apart:
+            clean = embeds if clean_input_ids is None else self.vocab_embed(clean_input_ids)
+            hidden, found = self.two_streams(torch.cat([clean, embeds], dim=1), layout, **outputs)
+            return BaseModelOutputWithPast(
+                last_hidden_state=hidden.noisy,
+                hidden_states=_noisy_part(found.hidden_states, 1, length),
+                attentions=_noisy_part(found.attentions, 2, length),
+            )
+        mask = stream_mask(layout, self.config, embeds.dtype, first_query=past, causal_columns=past + commit)
+        before = _last_clean(cache) if self.shifted and past else None
+        found = self.run(embeds, layout.position_ids[:, past:], mask, cache, commit, **outputs)
+        if self.shifted:
+            own = cast(torch.Tensor, found.last_hidden_state)
+            found.last_hidden_state = previous(own, own[:, :1] if before is None else before)
+        found.past_key_values = cache
+        return found
+
+
+def previous(hidden: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """Return hidden states `(..., length, width)` one column to the right, `first` `(..., 1, width)` before them."""
+    return torch.cat([first, hidden[..., :-1, :]], dim=-2)
+
+
+def _last_clean(cache: Any) -> torch.Tensor:
+    """Return the hidden state of the last cached token, `(batch, 1, hidden_size)`."""
+    kept = getattr(cache, "clean_hidden", None)
+    if kept is None:
+        raise ValueError(
+            "past_key_values holds no hidden state of its last token, from which alignment='shifted' predicts the "
+            "next one: pass a cache that this model has written, or leave it out."
+        )
+    return kept[:, -1:]
+
+
+def _noisy_part(recorded: tuple[torch.Tensor, ...] | None, dim: int, length: int) -> tuple[torch.Tensor, ...] | None:
+    return None if recorded is None else tuple(states.narrow(dim, length, length) for states in recorded)
+
+
+def stream_mask(
+    layout: Layout,
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    num_streams: int = 1,
+    first_query: int = 0,
+    causal_columns: int | None = None,
+) -> torch.Tensor | BlockMask:
+    """Return one mask for all queries from `first_query` on.
+
+    Masks of unpadded rows are kept between steps.
+
+    Args:
+        num_streams: x_0 and the noisy streams; 1 for x_0 alone.
+        causal_columns: leading tokens of x_0 that are causal in `context="token"`, by default all.
+
+    Returns:
+        a sparse mask for flex attention, else an additive one `(batch or 1, 1, queries, keys)`.
+    """
+    length = layout.block_ids.shape[1]
+    causal = 0 if config.context == "block" else length if causal_columns is None else causal_columns
+    options = (num_streams, first_query, causal, config._attn_implementation == "flex_attention", dtype)
+    if layout.aligned:
+        return _aligned_stream_mask(length, config.block_size, layout.block_ids.device, *options)
+    return _make_stream_mask(layout, *options)
+
+
+@functools.lru_cache(maxsize=16)
+def _aligned_stream_mask(length: int, block_size: int, device: torch.device, *options: Any) -> Any:
+    # Kept masks serve training too, which a tensor of inference mode cannot.
+    with torch.inference_mode(False):
+        return _make_stream_mask(token_layout(None, length, block_size, device=device), *options)
+
+
+def _make_stream_mask(
+    layout: Layout, num_streams: int, first_query: int, causal: int, sparse: bool, dtype: torch.dtype
+) -> torch.Tensor | BlockMask:
+    visible, device = stream_visibility(layout, causal_columns=causal), layout.block_ids.device
+    keys, rows = num_streams * layout.block_ids.shape[1], layout.num_rows
+    if sparse:
+
+        def mask_mod(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return visible(row, query + first_query, key)
+
+        batch = None if rows == 1 else rows
+        return create_block_mask(mask_mod, batch, None, keys - first_query, keys, device=device)
+    row = torch.arange(rows, device=device)[:, None, None]
+    query = torch.arange(first_query, keys, device=device)[None, :, None]
+    seen = visible(row, query, torch.arange(keys, device=device)[None, None, :]).unsqueeze(1)
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -torch.inf)
+
+
+__all__ = ["DecoderBackbone", "StepCache", "TwoStreamHidden", "previous", "stream_mask"]

@@ -1,0 +1,214 @@
+"""Block diffusion on transformers' own decoders: Llama, Qwen, Mistral, GPT-2 and others, with their weight names.
+
+No modelling code is copied. A stock decoder attends as a mask says and rotates as positions say; both are given, so
+that the sequence `[x_0 ; x_t]` of two streams, or a block after a cache of finished blocks, goes through the stock
+layers in one call. Objective, likelihood, samplers and the loop over blocks are those of [`BD3LMForMaskedLM`].
+
+    visible(query, key) =   the key is a token, not padding, and of the query's document, and
+        clean  -> clean     its block is not later (context="block"), or it is not later itself (context="token")
+        noisy  -> clean     its block is earlier
+        noisy  -> noisy     it is of the query's block and noise sample
+"""
+
+from typing import Any
+
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    GPT2LMHeadModel,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Olmo2ForCausalLM,
+    Phi3ForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+    SmolLM3ForCausalLM,
+)
+
+from .attention_bd3lm import Layout
+from .backbone_bd3lm import check_resize
+from .cache_bd3lm import BlockCache
+from .configuration_bd3lm_decoders import (
+    BD3LMGemma3TextConfig,
+    BD3LMGPT2Config,
+    BD3LMGraniteConfig,
+    BD3LMLlamaConfig,
+    BD3LMMistralConfig,
+    BD3LMOlmo2Config,
+    BD3LMPhi3Config,
+    BD3LMQwen2Config,
+    BD3LMQwen3Config,
+    BD3LMSmolLM3Config,
+)
+from .decoder_backbone_bd3lm import DecoderBackbone, TwoStreamHidden, stream_mask
+from .modeling_bd3lm import BlockDiffusionMixin
+from .saving_bd3lm import SelfContainedMixin
+
+
+class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
+    """Block diffusion for a stock class of transformers; goes before it in the list of bases."""
+
+    _supports_flash_attn = False
+    _can_compile_fullgraph = True
+    lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    def __init__(self, config: Any) -> None:
+        if config.model_type != self.config_class.model_type:
+            raise ValueError(
+                f"a {type(self).__name__} cannot be made from a {type(config).__name__} "
+                f"(model_type={config.model_type!r}): pass a {self.config_class.__name__}, or adapt a decoder with "
+                f"bd3lm_hf.adapt_decoder."
+            )
+        super().__init__(config)
+        self._adopt_special_tokens()
+        # The loss is not shifted, so Trainer must count all labels, not labels[1:].
+        self.loss_type = None  # type: ignore[assignment]
+
+    @property
+    def backbone(self) -> DecoderBackbone:
+        """The stock decoder, called like the backbone of BD3-LM."""
+        return DecoderBackbone(self)
+
+    @property
+    def dummy_inputs(self) -> dict[str, torch.Tensor]:
+        """Seeded inputs of a forward pass without a loss, on the CPU."""
+        generator = torch.Generator().manual_seed(0)
+        length = min(self.config.model_length, 4 * self.config.block_size)
+        return {"input_ids": torch.randint(0, self.config.vocab_size, (2, length), generator=generator)}
+
+    def clean_cache(self, input_ids: torch.Tensor, layout: Layout) -> BlockCache:
+        """Return keys and values of the clean stream, and its hidden states where the alignment needs them."""
+        backbone, cache, length = self.backbone, BlockCache(), input_ids.shape[1]
+        embeds = backbone.vocab_embed(input_ids)
+        mask = stream_mask(layout, self.config, embeds.dtype)
+        backbone.run(embeds, layout.position_ids, mask, cache, length)
+        return cache
+
+    def noisy_hidden(
+        self,
+        x_t: torch.Tensor,
+        x_0: torch.Tensor,
+        layout: Layout,
+        masked_indices: torch.Tensor,
+        sigma: torch.Tensor | None = None,
+        *,
+        cache: BlockCache | None = None,
+        num_noise_samples: int = 1,
+    ) -> torch.Tensor:
+        """Return the hidden states that predict the masked tokens; see [`BD3LMLanguageModel.noisy_hidden`]."""
+        hidden = self.stream_hidden(x_t, x_0, layout, cache=cache, num_noise_samples=num_noise_samples)
+        return hidden.noisy.flatten(0, 1)[masked_indices]
+
+    def stream_hidden(
+        self,
+        x_t: torch.Tensor,
+        x_0: torch.Tensor,
+        layout: Layout,
+        *,
+        cache: BlockCache | None = None,
+        num_noise_samples: int = 1,
+    ) -> TwoStreamHidden:
+        """Return all hidden states of both streams."""
+        ids = x_t if cache is not None else torch.cat([x_0, x_t], dim=1)
+        embeds = self.backbone.vocab_embed(ids)
+        return self.backbone.two_streams(embeds, layout, num_noise_samples=num_noise_samples, cache=cache)[0]
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Resize as transformers does; the mask token keeps its id.
+
+        Raises:
+            ValueError: if the new vocabulary would not hold the mask token.
+        """
+        check_resize(new_num_tokens, self.config.mask_token_id)
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+
+class BD3LMLlamaForMaskedLM(BD3LMDecoderMixin, LlamaForCausalLM):
+    """Block diffusion on a [`LlamaForCausalLM`]."""
+
+    config_class = BD3LMLlamaConfig
+
+
+class BD3LMQwen2ForMaskedLM(BD3LMDecoderMixin, Qwen2ForCausalLM):
+    """Block diffusion on a [`Qwen2ForCausalLM`]."""
+
+    config_class = BD3LMQwen2Config
+
+
+class BD3LMQwen3ForMaskedLM(BD3LMDecoderMixin, Qwen3ForCausalLM):
+    """Block diffusion on a [`Qwen3ForCausalLM`]."""
+
+    config_class = BD3LMQwen3Config
+
+
+class BD3LMMistralForMaskedLM(BD3LMDecoderMixin, MistralForCausalLM):
+    """Block diffusion on a [`MistralForCausalLM`]."""
+
+    config_class = BD3LMMistralConfig
+
+
+class BD3LMSmolLM3ForMaskedLM(BD3LMDecoderMixin, SmolLM3ForCausalLM):
+    """Block diffusion on a [`SmolLM3ForCausalLM`]."""
+
+    config_class = BD3LMSmolLM3Config
+
+
+class BD3LMGPT2ForMaskedLM(BD3LMDecoderMixin, GPT2LMHeadModel):
+    """Block diffusion on a [`GPT2LMHeadModel`]."""
+
+    config_class = BD3LMGPT2Config
+    lora_targets = ("c_attn", "c_proj", "c_fc")
+
+
+class BD3LMPhi3ForMaskedLM(BD3LMDecoderMixin, Phi3ForCausalLM):
+    """Block diffusion on a [`Phi3ForCausalLM`]."""
+
+    config_class = BD3LMPhi3Config
+    lora_targets = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
+class BD3LMOlmo2ForMaskedLM(BD3LMDecoderMixin, Olmo2ForCausalLM):
+    """Block diffusion on a [`Olmo2ForCausalLM`]."""
+
+    config_class = BD3LMOlmo2Config
+
+
+class BD3LMGraniteForMaskedLM(BD3LMDecoderMixin, GraniteForCausalLM):
+    """Block diffusion on a [`GraniteForCausalLM`]."""
+
+    config_class = BD3LMGraniteConfig
+
+
+class BD3LMGemma3ForMaskedLM(BD3LMDecoderMixin, Gemma3ForCausalLM):
+    """Block diffusion on a [`Gemma3ForCausalLM`]."""
+
+    config_class = BD3LMGemma3TextConfig
+
+
+#: Model type of a stock decoder -> its class for block diffusion.
+DECODERS: dict[str, Any] = {
+    kind.config_class.model_type.removeprefix("bd3lm_"): kind for kind in BD3LMDecoderMixin.__subclasses__()
+}
+
+for _kind in DECODERS.values():
+    _kind.auto_classes = {
+        "AutoConfig": _kind.config_class,
+        **dict.fromkeys(("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"), _kind),
+    }
+    _kind.register_for_auto_class("AutoModelForMaskedLM")
+
+__all__ = [
+    "BD3LMGPT2ForMaskedLM",
+    "BD3LMGemma3ForMaskedLM",
+    "BD3LMGraniteForMaskedLM",
+    "BD3LMLlamaForMaskedLM",
+    "BD3LMMistralForMaskedLM",
+    "BD3LMOlmo2ForMaskedLM",
+    "BD3LMPhi3ForMaskedLM",
+    "BD3LMQwen2ForMaskedLM",
+    "BD3LMQwen3ForMaskedLM",
+    "BD3LMSmolLM3ForMaskedLM",
+    "BD3LMDecoderMixin",
+    "DECODERS",
+]
