@@ -11,6 +11,7 @@ The mask token is chosen in this order, and the choice is logged:
 import copy
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,8 @@ _LOADING = (
     "token",
     "trust_remote_code",
 )
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 
 class MaskToken(NamedTuple):
@@ -200,7 +203,7 @@ def _given_mask(mask_token_id: int, tokenizer: PreTrainedTokenizerBase | None, c
         raise ValueError(f"mask_token_id={mask_token_id!r}: give the id of a token.")
     if mask_token_id >= config.vocab_size:
         raise ValueError(
-            f"mask_token_id={mask_token_id} is outside the vocabulary of {config.vocab_size} ids: give an id from 0 to "
+            f"mask_token_id={mask_token_id} is outside the vocabulary of {config.vocab_size} ids: give one from 0 to "
             f"{config.vocab_size - 1}, or leave it out, which adds a row where none is free."
         )
     _check_mask(mask_token_id, tokenizer, config)
@@ -252,9 +255,12 @@ def _stock_config(model_or_name: Any, loading: dict[str, Any], argument: str) ->
 
 def _tokenizer_of(name: str, loading: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     options = {k: loading[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in loading}
+    # Of a folder without a tokenizer transformers makes an empty one.
+    if Path(name).is_dir() and not any(any(Path(name).glob(files)) for files in _TOKENIZER_FILES):
+        return None
     try:
         return AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError):  # a folder of weights alone
+    except (OSError, ValueError, KeyError):
         return None
 
 
@@ -287,7 +293,9 @@ def _make_mask_row(model: Any, mask: MaskToken, tokenizer: PreTrainedTokenizerBa
     if mask.id >= rows:
         model.resize_token_embeddings(mask.id + 1, mean_resizing=False)
     used = rows if tokenizer is None else min(rows, _first_free_id(tokenizer))
-    for layer in {id(layer): layer for layer in (model.get_input_embeddings(), model.get_output_embeddings())}.values():
+    for layer in {
+        id(layer): layer for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+    }.values():
         weight = layer.weight
         if weight.is_meta or not weight.is_floating_point():  # offloaded or quantized
             continue

@@ -65,6 +65,14 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
         # The loss is not shifted, so Trainer must count all labels, not labels[1:].
         self.loss_type = None  # type: ignore[assignment]
 
+    def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
+        if "flash" in str(attn_implementation):
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r}: FlashAttention takes no mask of two streams. Use "
+                f"'sdpa', or 'flex_attention' on a GPU."
+            )
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
     @property
     def backbone(self) -> DecoderBackbone:
         """The stock decoder, called like the backbone of BD3-LM."""

@@ -1,0 +1,184 @@
+"""Block diffusion on stock decoders: masks, streams, caches and losses against brute force and the stock model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from decoders import BLOCK, FAMILIES, LENGTH, MASK, masked, random_ids, tiny_decoder, tiny_stock
+from safetensors.torch import load_file
+
+from bd3lm_hf.modeling.attention_bd3lm import token_layout
+from bd3lm_hf.modeling.decoder_backbone_bd3lm import stream_mask
+from bd3lm_hf.modeling.noise_bd3lm import Noise
+
+
+CONTEXTS, ALIGNMENTS = ("block", "token"), ("same", "shifted", "shifted_noisy")
+every_decoder = pytest.mark.parametrize("family", FAMILIES)
+every_attention = pytest.mark.parametrize("attention", ["eager", "sdpa"])
+
+
+def visible(query, key, positions, documents, valid, context, block):
+    """Return whether a query sees a key, both (stream, column), by the table of the method."""
+    (stream_q, i), (stream_k, j) = query, key
+    if query == key:
+        return True
+    if not valid[j] or documents[i] != documents[j]:
+        return False
+    block_q, block_k = positions[i] // block, positions[j] // block
+    if stream_q == 0:
+        return stream_k == 0 and (block_k <= block_q if context == "block" else positions[j] <= positions[i])
+    return block_k < block_q if stream_k == 0 else stream_k == stream_q and block_k == block_q
+
+
+LAYOUTS = {
+    "plain": ([1] * 7, None),
+    "left": ([0, 0, 1, 1, 1, 1, 1], None),
+    "right": ([1, 1, 1, 1, 1, 0, 0], None),
+    "documents": ([1] * 7, [0, 1, 2, 3, 0, 1, 2]),
+    "documents, padded": ([1] * 5 + [0] * 2, [0, 1, 2, 0, 1, 0, 1]),
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_mask_is_the_table_of_the_method(name, attention, context):
+    mask, positions = LAYOUTS[name]
+    config = tiny_decoder("llama", attention, context=context, block_size=2).config
+    given = None if positions is None else torch.tensor([positions])
+    layout = token_layout(torch.tensor([mask]), 7, 2, device=torch.device("cpu"), position_ids=given)
+    made = stream_mask(layout, config, torch.float32, num_streams=3)
+    own = positions or (torch.tensor(mask).cumsum(0) - 1).clamp(min=0).tolist()
+    documents = [sum(own[k] != own[k - 1] + 1 for k in range(1, i + 1)) if positions else 0 for i in range(7)]
+    tokens = [(stream, column) for stream in range(3) for column in range(7)]
+    for i, query in enumerate(tokens):
+        if not mask[query[1]]:
+            continue  # nothing reads what padding sees
+        for j, key in enumerate(tokens):
+            if attention == "sdpa":
+                seen = bool(made[0, 0, i, j] == 0)
+            else:
+                seen = bool(made.mask_mod(torch.tensor(0), torch.tensor(0), torch.tensor(i), torch.tensor(j)))
+            assert seen == visible(query, key, own, documents, mask, context, 2), (query, key)
+
+
+@every_attention
+@every_decoder
+def test_cached_blocks_have_the_logits_of_the_two_streams(family, attention):
+    ids = random_ids()
+    x_t = masked(ids)
+    for context in CONTEXTS:
+        for alignment in ALIGNMENTS[:2]:
+            model = tiny_decoder(family, attention, context=context, alignment=alignment)
+            with torch.no_grad():
+                logits = model(input_ids=x_t, clean_input_ids=ids).logits
+                cache = model(ids[:, :BLOCK], use_cache=True).past_key_values
+                for begin in range(BLOCK, LENGTH, BLOCK):
+                    block = slice(begin, begin + BLOCK)
+                    read = model(x_t[:, block], past_key_values=cache, use_cache=False).logits
+                    torch.testing.assert_close(read, logits[:, block], atol=1e-5, rtol=1e-4)
+                    model(ids[:, block], past_key_values=cache, use_cache=True)
+
+
+@every_attention
+@every_decoder
+def test_a_causal_context_is_the_stock_model(family, attention):
+    stock = tiny_stock(family)
+    ids = random_ids()
+    for alignment in ("shifted", "shifted_noisy"):
+        fields = {"context": "token", "alignment": alignment, "block_size": 1}
+        model = tiny_decoder(family, attention, **fields)
+        assert model.state_dict().keys() == stock.state_dict().keys()
+        model.load_state_dict(stock.state_dict())
+        with torch.no_grad():
+            logits = stock(ids).logits[:, :-1]
+            # The mask token has no probability in block diffusion.
+            logits[..., MASK] = -torch.inf
+            expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            if alignment == "shifted":
+                torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected, atol=1e-5, rtol=1e-5)
+                nll = model.token_nll(ids)
+                torch.testing.assert_close(nll.nll.sum() / nll.mask.sum(), expected, atol=1e-5, rtol=1e-5)
+            clean = model.stream_hidden(ids, ids, token_layout(None, LENGTH, 1, device=ids.device)).clean
+            torch.testing.assert_close(model.backbone.output_layer(clean), stock(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+@every_attention
+@every_decoder
+def test_a_single_block_sees_all_of_itself(family, attention):
+    model, ids = tiny_decoder(family, attention, block_size=16), masked(random_ids())
+    mask = torch.zeros(1, 1, LENGTH, LENGTH)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        expected = model.get_output_embeddings()(hidden) / getattr(model.config, "logits_scaling", 1.0)
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@every_decoder
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_change_the_loss(family, side):
+    model, ids, lengths = tiny_decoder(family, alignment="shifted"), random_ids(2, 8), (8, 5)
+    noise = Noise(torch.rand(2, 2), torch.rand(2, 8), torch.rand(2, 2))
+    rows, mask, tokens = torch.zeros_like(ids), torch.zeros_like(ids), torch.zeros(2, 8)
+    apart = 0.0
+    with torch.no_grad():
+        for row, length in enumerate(lengths):
+            own = {"block_noise": noise.block_noise[row, None], "token_noise": noise.token_noise[row, None, :length]}
+            text = ids[row, None, :length]
+            apart += model(input_ids=text, labels=text, num_items_in_batch=10, **own).loss
+            where = slice(0, length) if side == "right" else slice(8 - length, 8)
+            rows[row, where], mask[row, where], tokens[row, where] = text[0], 1, own["token_noise"][0]
+        together = model(
+            input_ids=rows,
+            attention_mask=mask,
+            labels=rows.masked_fill(mask == 0, -100),
+            num_items_in_batch=10,
+            block_noise=noise.block_noise,
+            token_noise=tokens,
+        ).loss
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+
+
+@every_decoder
+def test_a_saved_folder_has_the_weights_of_the_stock_class(family, tmp_path):
+    model, stock = tiny_decoder(family), tiny_stock(family)
+    model.save_pretrained(tmp_path / "ours")
+    stock.save_pretrained(tmp_path / "stock")
+    names = [load_file(tmp_path / kind / "model.safetensors").keys() for kind in ("ours", "stock")]
+    assert names[0] == names[1]
+    again = type(model).from_pretrained(tmp_path / "ours")
+    ids = random_ids()
+    with torch.no_grad():
+        assert torch.equal(again.eval()(ids).logits, model(ids).logits)
+
+
+@every_attention
+@every_decoder
+def test_training_reaches_every_weight(family, attention):
+    model = tiny_decoder(family, attention).train()
+    model.gradient_checkpointing_enable()
+    ids = random_ids()
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_flash_attention_is_refused_by_name():
+    with pytest.raises(ValueError, match="flash_attention_2.*sdpa"):
+        tiny_decoder("qwen3", "flash_attention_2")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"block_size": 128}, "block_size=128"),
+        ({"block_size": 3}, "block_size=3"),
+        ({"model_length": 128}, "model_length=128"),
+        ({"alignment": "left"}, "alignment='left'"),
+        ({"context": "all"}, "context='all'"),
+        ({"alignment": "shifted", "ignore_bos": False}, "ignore_bos=False"),
+        ({"ar_loss_weight": 0.2}, "ar_loss_weight=0.2"),
+        ({"mask_token_id": 2}, "mask_token_id=2"),
+    ],
+)
+def test_contradictory_fields_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_decoder("qwen3", **fields)
