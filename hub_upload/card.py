@@ -11,8 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from bd3lm_hf.data.files import exists, looks_like_path
-from bd3lm_hf.data.sources import DEFAULT_DATASET, find_spec
+from bd3lm_hf.data.sources import DEFAULT_DATASET, exists, find_spec, looks_like_path
 from bd3lm_hf.run_folder import RECIPE_NAME, RESULTS_NAME, WEIGHTS_NAME
 from bd3lm_hf.yaml_files import read_yaml
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 import bd3lm_hf  # noqa: F401  (registers the model types)
 from bd3lm_hf.checkpoints import check_finite_weights, load_model
-from bd3lm_hf.data.files import exists, looks_like_path
+from bd3lm_hf.data.sources import exists, looks_like_path
 from bd3lm_hf.hub_upload.layouts import Architecture, architecture_of, is_simplex_layout, read_simplex
 from bd3lm_hf.hub_upload.safe_pickle import plain, read_checkpoint
 from bd3lm_hf.run_folder import publish_folder, staging_folder

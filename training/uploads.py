@@ -13,7 +13,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from bd3lm_hf.checkpoints import adapter_base
-from bd3lm_hf.data.files import exists, looks_like_path
+from bd3lm_hf.data.sources import exists, looks_like_path
 from bd3lm_hf.sharing import share_folder, write_card
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 
