@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from bd3lm_hf.auto_classes import is_unsupported_auto_class, model_classes
-from bd3lm_hf.data.sources import exists, looks_like_path
+from bd3lm_hf.data.files import exists, looks_like_path
 
 
 if TYPE_CHECKING:
@@ -154,6 +155,8 @@ def load_model(
     )
     masked = known or "AutoModelForMaskedLM" in auto_map
     auto_class: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    for index in Path(name).glob("*.index.json"):
+        read_shard_index(index)
     # Weights of another shape are reported below, with their names.
     options |= {"trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with _reading(name, argument):
@@ -173,11 +176,35 @@ def load_model(
     return model
 
 
+def read_shard_index(path: Path) -> dict[str, str]:
+    """Return the shard of every weight from the index of a sharded checkpoint.
+
+    Raises:
+        ValueError: if the index is damaged, or names a file outside of its folder, which would be read from there.
+    """
+    try:
+        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        unsafe = [str(name) for name in shards.values() if name in ("", ".", "..") or re.search(r"[/\\:\0]", name)]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not an index of weights ({type(error).__name__}: {error}).") from error
+    if unsafe:
+        raise ValueError(
+            f"{path} names {unsafe[0]!r}, which is not a file of its folder: do not trust this checkpoint."
+        )
+    return shards
+
+
 @contextmanager
 def _reading(name: str, argument: str) -> Iterator[None]:
-    """Any failure to read the files of a checkpoint is one kind of error."""
+    """Turn every failure to read the files of a checkpoint into one kind of error."""
     try:
         yield
+    except UnpicklingError as error:
+        # Without the reason: torch's is a page of advice on how to run the code in the file.
+        raise ValueError(
+            f"{argument} {name} holds pickled weights with objects that are not tensors. They were not run: convert "
+            f"the checkpoint with `bd3lm convert`, which names them."
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{argument} {name} can not be loaded; name a complete checkpoint: {type(error).__name__}: {error}"
@@ -217,5 +244,6 @@ __all__ = [
     "load_model",
     "merge_adapter",
     "read_config",
+    "read_shard_index",
     "register_lora_targets",
 ]
