@@ -1,5 +1,6 @@
 """What the Auto classes of transformers know of this package: a class for each model type, or which one to use."""
 
+import importlib
 from typing import Any, NoReturn
 
 
@@ -51,14 +52,19 @@ def model_classes() -> tuple[Any, ...]:
     return (BD3LMForMaskedLM, ARForCausalLM, MDLMForMaskedLM, SEDDForMaskedLM, SSDLMForMaskedLM, *DECODERS.values())
 
 
+def _push_saved_folder(folder: Any, repo_id: str, **options: Any) -> Any:
+    # `model.push_to_hub`. The upload is a later room, so it is imported by name, and only when a model is pushed.
+    push = importlib.import_module("bd3lm_hf.hub_upload.push")
+    return push.push_saved_folder(folder, repo_id, **options)
+
+
 def register_auto_classes() -> None:
     """Register every model type; a class names itself what each Auto class makes of its checkpoints."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
     from bd3lm_hf.modeling.saving_bd3lm import SelfContainedMixin
-    from bd3lm_hf.sharing import share_folder
 
-    SelfContainedMixin.share_folder = staticmethod(share_folder)
+    SelfContainedMixin.push_saved_folder = staticmethod(_push_saved_folder)
     auto_classes: tuple[Any, ...] = (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM)
     for model_class in model_classes():
         config_class = model_class.config_class

@@ -1,1 +1,1 @@
-"""What ships: converting a checkpoint into a folder that loads by itself, and sending that folder to the Hub."""
+"""Conversion of checkpoints to and from other layouts, and uploads to the Hub."""

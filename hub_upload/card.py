@@ -1,17 +1,22 @@
-"""The model card: what a model is, what it was trained on and how well it does, from the files that its run left.
+"""The model card: architecture, training data and scores of a model, from the files of its run.
 
-The metadata are huggingface_hub's `ModelCardData`, with the held-out perplexity in the form of a model index.
+The metadata are huggingface_hub's `ModelCardData`; the held-out perplexity is a model index. Text from files of the
+run is escaped: a card is shown on a web page.
 """
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from bd3lm_hf.data.sources import DEFAULT_DATASET, exists, find_spec, looks_like_path
+from bd3lm_hf.command_line import printable
+from bd3lm_hf.data.files import exists, looks_like_path
+from bd3lm_hf.data.sources import DEFAULT_DATASET, find_spec
 from bd3lm_hf.run_folder import RECIPE_NAME, RESULTS_NAME, WEIGHTS_NAME
 from bd3lm_hf.yaml_files import read_yaml
 
@@ -26,16 +31,16 @@ _CITATION = """\
   year      = {2025},
   url       = {https://arxiv.org/abs/2503.09573}
 }"""
-# What a recipe may tell the world. All else may hold folders, names of machines and logins.
+# The recipe fields that are published. Others may hold folders, names of machines and logins.
 _TRAINING = {
-    "max_steps": "optimizer steps asked for",
-    "num_train_epochs": "epochs asked for",
+    "max_steps": "requested optimizer steps",
+    "num_train_epochs": "requested epochs",
     "optim": "optimizer",
     "learning_rate": "learning rate",
-    "lr_scheduler_type": "schedule of the learning rate",
+    "lr_scheduler_type": "learning rate schedule",
     "warmup_steps": "warm-up steps",
     "weight_decay": "weight decay",
-    "max_grad_norm": "largest gradient norm",
+    "max_grad_norm": "maximum gradient norm",
     "bf16": "bfloat16",
     "fp16": "float16",
     "packing": "packing",
@@ -52,6 +57,8 @@ _FACTS = {
     "vocab_size": "vocabulary",
     "noise": "noise schedule",
 }
+_MAX_BYTES = 10_000_000  # of a recipe or results file; ours have some kilobytes
+_MARKUP = re.compile(r"([\\`*_\[\]<>|~#&!{}])")
 _METRICS = {"perplexity": "Perplexity", "nll": "Nats per token", "bits_per_byte": "Bits per byte", "loss": "Loss"}
 
 
@@ -67,22 +74,25 @@ def make_card(
     language: str | Sequence[str] | None = None,
     tags: Sequence[str] = (),
 ) -> ModelCard:
-    """The card of a model.
+    """Return the card of a model.
 
     Args:
-        source: the folder that it comes from: its `recipe.yaml`, `results.json` and `weights.json` are read where they
-            are there. A checkpoint takes the recipe of its run.
-        repo_id: what the snippets load.
-        tokenizer: whether one lies beside the model.
+        source: folder of the model; its `recipe.yaml`, `results.json` and `weights.json` are read if they exist. A
+            checkpoint takes the recipe of its run.
+        repo_id: repository that the snippets load.
+        tokenizer: whether the model has one.
         base: repository of the base model of an adapter.
-        decay: of the average that stands for a checkpoint's weights, as which `weights.json` does not know it.
-        license: as the hub calls it, such as "apache-2.0".
+        decay: of the average that was loaded instead of a checkpoint's weights; `weights.json` describes the latter.
+        license: in the Hub's spelling, such as "apache-2.0".
+
+    Raises:
+        ValueError: if a file of the run cannot be read.
     """
-    found, results = _read_run(source)
-    recipe = found or {}
+    run_recipe, results = _read_run(source)
+    recipe = run_recipe or {}
     averaged = {"weights": "average", "ema_decay": decay}
     weights = _read_json(source / WEIGHTS_NAME) if decay is None else averaged
-    dataset = None if found is None else str(recipe.get("dataset") or DEFAULT_DATASET)
+    dataset = None if run_recipe is None else str(recipe.get("dataset") or DEFAULT_DATASET)
     hub_dataset = _hub_dataset(dataset) if dataset else None
     whole = model.get_base_model() if base else model
     likelihood = whole.has_likelihood
@@ -111,17 +121,17 @@ def make_card(
         bound=likelihood and not whole.exact_likelihood,
         training=_training(recipe, results, weights),
         data=_data(dataset, hub_dataset),
-        evaluation=_evaluation(results),
+        evaluation=_evaluation(recipe, results, dataset),
         window=_window(whole.config),
         citation=_CITATION,
     )
 
 
-# Reading what a run left
+# Read the files of a run
 
 
 def _read_run(source: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Recipe (None without a run) and results of the run of a folder; a checkpoint has no results of its own."""
+    """Return recipe (None without a run) and results of a folder's run; a checkpoint has no results of its own."""
     if (source / RECIPE_NAME).is_file():
         return _read_recipe(source / RECIPE_NAME), _read_json(source / RESULTS_NAME)
     if (source.parent / RECIPE_NAME).is_file():
@@ -130,10 +140,7 @@ def _read_run(source: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    try:
-        recipe = read_yaml(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is no YAML, so the model card can not be filled: {error}") from error
+    recipe = read_yaml(path)
     return recipe if isinstance(recipe, dict) else {}
 
 
@@ -141,10 +148,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON, so the model card can not be filled: {error}") from error
+        content = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON, so the model card cannot be written: {error}") from error
     return content if isinstance(content, dict) else {}
+
+
+def _read_text(path: Path) -> str:
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{path} has more than {_MAX_BYTES:,} bytes, which no file of a run has.")
+    return path.read_text(encoding="utf-8")
 
 
 def _is_local(name: str) -> bool:
@@ -152,7 +165,7 @@ def _is_local(name: str) -> bool:
 
 
 def _hub_dataset(name: str) -> str | None:
-    """The repository of a data set; None for embedded text and files."""
+    """Return the repository of a dataset; None for embedded text and files."""
     if _is_local(name):
         return None
     try:
@@ -167,7 +180,6 @@ def _hub_dataset(name: str) -> str | None:
 def _facts(model: Any, whole: Any) -> list[tuple[str, Any]]:
     config = whole.config
     rows = [(label, getattr(config, name, None)) for name, label in _FACTS.items()]
-    # Of an adapter, what it has beside the parameters of its base.
     adapter = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
     count = sum(parameter.numel() for parameter in model.parameters()) - adapter
     rows.append(("parameters", f"{count:,}"))
@@ -184,18 +196,18 @@ def _training(recipe: dict[str, Any], results: dict[str, Any], weights: dict[str
     rows = [(label, recipe[name]) for name, label in _TRAINING.items() if recipe.get(name) is not None]
     start = recipe.get("init_from")
     if start is not None:
-        rows.append(("started from", "a model of its own" if _is_local(str(start)) else start))
+        rows.append(("started from", "a local model" if _is_local(str(start)) else start))
     if recipe.get("interval_search"):
         rows.append(("interval of noise levels", "learned: searched at each evaluation (paper, section 5.3)"))
     if weights.get("weights") == "average":
         rows.append(("weights", f"exponential moving average, decay {weights.get('ema_decay')}"))
     elif weights:
-        rows.append(("weights", "as they were trained, not averaged"))
-    for name, label in (("steps", "optimizer steps"), ("global_batch_size", "sequences of a step"), ("seed", "seed")):
+        rows.append(("weights", "last step of training, not averaged"))
+    for name, label in (("steps", "optimizer steps"), ("global_batch_size", "sequences per step"), ("seed", "seed")):
         if results.get(name) is not None:
             rows.append((label, results[name]))
-    versions = results.get("versions") or {}
-    if versions:
+    versions = results.get("versions")
+    if isinstance(versions, dict) and versions:
         rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
     return _table(rows) if rows else ""
 
@@ -204,41 +216,57 @@ def _data(dataset: str | None, hub_dataset: str | None) -> str:
     if dataset is None:
         return "Not recorded in the folder that this model was pushed from."
     if hub_dataset is not None:
-        return f"`{dataset}`: [{hub_dataset}](https://huggingface.co/datasets/{hub_dataset})."
+        return f"{_escape(dataset)}: [{_escape(hub_dataset)}](https://huggingface.co/datasets/{quote(hub_dataset)})."
     if _is_local(dataset):
-        return f"A file or folder of its trainer, `{Path(dataset).name}`, which is not published here."
-    return f"`{dataset}`, the text that bd3lm_hf finds in every Python interpreter."
+        return f"A file or folder of its trainer, {_escape(Path(dataset).name)}, which is not published here."
+    return f"`{dataset}`, the text that bd3lm_hf finds in every Python installation."
 
 
-def _evaluation(results: dict[str, Any]) -> str:
+def _evaluation(recipe: dict[str, Any], results: dict[str, Any], dataset: str | None) -> str:
     rows = []
     for name, label in (("before", "before training"), ("after", "after training")):
-        score = results.get(name)
+        score = _score(results, name)
         if score:
-            # A model without a likelihood has a loss in its place.
-            nats = f"{score.get('nll', score.get('loss')):.4f} ± {score['standard_error']:.4f}"
+            # A model without a likelihood has a loss instead.
+            nats = f"{_number(score.get('nll', score.get('loss')), 4)} ± {_number(score.get('standard_error'), 4)}"
             rows.append((label, _number(score.get("perplexity"), 2), nats, _number(score.get("bits_per_byte"), 4)))
     if not rows:
         return ""
     if results.get("unigram_perplexity") is not None:
-        rows.append(("word frequencies alone", _number(results["unigram_perplexity"], 2), "", ""))
-    scored = results["after" if results.get("after") else "before"]
-    count = f"{scored['num_tokens']:,} tokens in {scored['num_sequences']:,} sequences of held-out text."
-    return _table(rows, head=("", "perplexity", "nats per token ± s.e.", "bits per byte")) + f"\n\nOn {count}"
+        rows.append(("unigram model", _number(results["unigram_perplexity"], 2), "", ""))
+    scored = _score(results, "after") or _score(results, "before")
+    count = f"{_number(scored.get('num_tokens'), 0)} tokens in {_number(scored.get('num_sequences'), 0)} sequences"
+    origin = "held-out text" if dataset is None else f"the held-out split of {_escape(_short(dataset))}"
+    text = f"On {count} of {origin}, with the estimator `{_estimator(recipe)}`."
+    return _table(rows, head=("", "perplexity", "nats per token ± s.e.", "bits per byte")) + f"\n\n{text}"
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def _score(results: dict[str, Any], name: str) -> dict[str, Any]:
+    score = results.get(name)
+    return score if isinstance(score, dict) else {}
+
+
+def _estimator(recipe: dict[str, Any]) -> str:
+    return _escape(recipe.get("final_estimator") or recipe.get("eval_estimator") or "stratified")
+
+
+def _short(dataset: str) -> str:
+    return Path(dataset).name if _is_local(dataset) else dataset
+
+
+def _number(value: Any, digits: int) -> str:
+    """Format a number of a results file; empty for anything else."""
+    return f"{value:,.{digits}f}" if isinstance(value, int | float) else ""
 
 
 def _eval_results(
     recipe: dict[str, Any], results: dict[str, Any], dataset: str | None, hub_dataset: str | None
 ) -> list[EvalResult]:
-    score = results.get("after") or {}
+    score = _score(results, "after")
     if dataset is None:
         return []
-    name = Path(dataset).name if _is_local(dataset) else dataset
-    arguments = {"estimator": recipe.get("final_estimator") or recipe.get("eval_estimator") or "stratified"}
+    name = _short(dataset)
+    arguments = {"estimator": _estimator(recipe)}
     return [
         EvalResult(
             task_type="text-generation",
@@ -264,8 +292,16 @@ def _window(config: Any) -> str:
 
 def _table(rows: Sequence[tuple[Any, ...]], head: Sequence[str] | None = None) -> str:
     width = len(rows[0])
-    lines = [tuple(head or ("",) * width), ("---",) * width, *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    lines = [tuple(head or ("",) * width), ("---",) * width, *(tuple(map(_escape, row)) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _escape(value: Any) -> str:
+    """Return a value as one line of Markdown without markup; a long one is cut."""
+    text = " ".join(str(value).split())
+    text = printable(text if len(text) <= 200 else f"{text[:200]}...")
+    # Numbers and plain words stay readable in the source of the card.
+    return text if re.fullmatch(r"[\w .,:/+()±%-]*", text) and "__" not in text else _MARKUP.sub(r"\\\1", text)
 
 
 __all__ = ["TEMPLATE", "make_card"]

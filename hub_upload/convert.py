@@ -1,31 +1,30 @@
-"""`bd3lm convert SRC DST`: a published or Lightning checkpoint becomes a folder that loads by itself, and back.
+"""`bd3lm convert SRC DST`: convert a published or Lightning checkpoint to a self-contained folder, and back.
 
-1. Read weights, configuration and tokenizer of the source; nothing that it holds is run.
-2. Choose the weights: the exponential moving average where there is one, as the published checkpoints are.
-3. Say what the configuration is; what it lacks is inferred from the weights, and printed.
+1. Read weights, configuration and tokenizer of the source, without running any of its code.
+2. Choose the weights: the exponential moving average if there is one, as in the published checkpoints.
+3. Make the configuration; what it lacks is inferred from the weights, and printed.
 4. Load the weights into a model of that type: a missing or unexpected one is an error.
 5. Save, load what was saved, and compare the logits.
 """
 
-import argparse
 import json
-import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import bd3lm_hf  # noqa: F401  (registers the model types)
-from bd3lm_hf.checkpoints import check_finite_weights, load_model
-from bd3lm_hf.data.sources import exists, looks_like_path
+from bd3lm_hf.checkpoints import check_finite_weights, load_model, read_shard_index
+from bd3lm_hf.command_line import ArgumentParser, one_line, printable
+from bd3lm_hf.data.files import exists, looks_like_path
 from bd3lm_hf.hub_upload.layouts import Architecture, architecture_of, is_simplex_layout, read_simplex
+from bd3lm_hf.hub_upload.repo_files import check_links, new_folder
 from bd3lm_hf.hub_upload.safe_pickle import plain, read_checkpoint
-from bd3lm_hf.run_folder import publish_folder, staging_folder
 from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
 
 
@@ -47,22 +46,27 @@ _PUBLISHED_FIELDS = (
     "sampling_eps_min",
     "sampling_eps_max",
 )
+_INDEX_FILE = "model.safetensors.index.json"
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _BUFFERS = ("rotary_emb.inv_freq", "sampling_eps_min", "sampling_eps_max")
+_MAX_JSON_BYTES = 100_000_000  # of a configuration or an index
+# The tokenizers of the published checkpoints, by the size of the vocabulary with the mask token.
+_KNOWN_TOKENIZERS = {50258: "gpt2", 30522: "bert-base-uncased"}
 
 
 class Source(NamedTuple):
-    """What a checkpoint holds."""
+    """The contents of a checkpoint."""
 
     weights: dict[str, torch.Tensor]  # named as published: `backbone.`...
     average: list[torch.Tensor] | None  # moving averages of the parameters, in their order
-    config: dict[str, Any]  # a config.json, or what stands for it in the hyper-parameters
-    folder: Path | None  # where a tokenizer may lie
-    architecture: Architecture | None = None  # where the layout alone tells what it is
+    config: dict[str, Any]  # a config.json, or the hyper-parameters
+    folder: Path | None  # that may hold a tokenizer
+    architecture: Architecture | None = None  # if the layout alone determines it
 
 
 class Conversion(NamedTuple):
-    """What a conversion did."""
+    """The result of a conversion."""
 
     model_type: str
     num_parameters: int
@@ -77,41 +81,43 @@ def convert(
     tokenizer: str | None = None,
     model_type: str | None = None,
 ) -> Conversion:
-    """Convert a checkpoint into a folder for `from_pretrained`, with its code.
+    """Convert a checkpoint to a folder for `from_pretrained`, with its code.
 
     Args:
-        source: a folder with `config.json` and weights, the name of one on the hub, or a Lightning `.ckpt` file. A
-            masked language model with the layers of SSD-LM beside it becomes one model.
+        source: a folder with `config.json` and weights, the name of one on the Hub, or a Lightning `.ckpt` file. A
+            masked language model with the layers of SSD-LM next to it becomes one model.
         target: folder to write; it must not exist or be empty.
-        weights: `"ema"` or `"raw"` of a `.ckpt` file; `"auto"` takes the average where there is one.
-        tokenizer: folder or name, where the source has none.
-        model_type: `bd3lm`, `ar`, `mdlm` or `sedd`, where the source does not tell.
+        weights: `"ema"` or `"raw"` of a `.ckpt` file; `"auto"` takes the average if there is one.
+        tokenizer: folder or name, if the source has none.
+        model_type: `bd3lm`, `ar`, `mdlm` or `sedd`, if the source does not determine it.
 
     Raises:
-        ValueError: a source that can not be read, weights that are missing, unexpected or not finite, a model type
-            that contradicts the weights, or a target that is in use.
+        ValueError: if the source cannot be read, weights are missing, unexpected or not finite, the model type
+            contradicts the weights, or the target is in use.
     """
-    _check_target(Path(target))
-    # 1. Read
-    found = read_source(source)
-    # 2. Weights
-    tensors, notes = _choose_weights(found, weights)
-    # 3. Configuration
-    architecture = found.architecture or architecture_of(tensors, found.config, model_type)
-    if model_type not in (None, architecture.model_type):
-        raise ValueError(
-            f"--model-type {model_type}: the files of {source} are those of a {architecture.model_type}; leave it out."
-        )
-    words = _tokenizer_of(found.folder, tokenizer)
-    config = _make_config(architecture, words)
-    # 4. Load
-    model = AutoModelForCausalLM.from_config(config).eval()
-    _load_weights(model, tensors, source)
-    check_finite_weights(model, source)
-    # 5. Save and check
-    _save_checked(model, words, Path(target))
-    if words is None:
-        notes.append("no tokenizer was found: name one with --tokenizer, or save one into the folder")
+    with new_folder(Path(target), "DST") as folder:
+        # 1. Read
+        found = read_source(source)
+        # 2. Weights
+        tensors, notes = _choose_weights(found, weights)
+        # 3. Configuration
+        architecture = found.architecture or architecture_of(tensors, found.config, model_type)
+        if model_type not in (None, architecture.model_type):
+            raise ValueError(
+                f"--model-type {model_type}: {source} is in the layout of {architecture.model_type}. Leave it out."
+            )
+        loaded_tokenizer = _load_tokenizer(found.folder, tokenizer)
+        config = _make_config(architecture, loaded_tokenizer)
+        # 4. Load
+        model = AutoModelForCausalLM.from_config(config).eval()
+        _load_weights(model, tensors, source)
+        check_finite_weights(model, source)
+        # 5. Save and check
+        _save_checked(model, loaded_tokenizer, folder)
+    if loaded_tokenizer is None:
+        name = _KNOWN_TOKENIZERS.get(config.vocab_size)
+        hint = f"--tokenizer {name} is the one of the published checkpoints" if name else "name it with --tokenizer"
+        notes.append(f"SRC has no tokenizer, and DST cannot read text without the one it was trained with: {hint}")
     count = sum(parameter.numel() for parameter in model.parameters())
     return Conversion(config.model_type, count, [*notes, *architecture.notes])
 
@@ -119,24 +125,41 @@ def convert(
 def to_published(source: str, target: str | Path) -> Conversion:
     """Write a BD3-LM of ours in the published layout, for the authors' code.
 
-    Weights have the same names. Their code files are theirs: copy `configuration_bd3lm.py` and `modeling_bd3lm.py`
-    from one of their repositories into the folder.
+    The weights have the same names. The authors' code is not included: copy `configuration_bd3lm.py` and
+    `modeling_bd3lm.py` from one of their repositories into the folder.
 
     Raises:
-        ValueError: the model is no BD3-LM, or the target is in use.
+        ValueError: if the model is not a BD3-LM, or the target is in use.
     """
-    target = Path(target)
-    _check_target(target)
-    model = load_model(source, argument="SRC")
-    if model.config.model_type != "bd3lm":
-        raise ValueError(
-            f"{source} is a model of type {model.config.model_type!r}: the published layout that --to published "
-            f"writes is that of BD3-LM."
+    with new_folder(Path(target), "DST") as folder:
+        model = load_model(source, argument="SRC")
+        if model.config.model_type != "bd3lm":
+            raise ValueError(
+                f"--to published: SRC {source} has model_type={model.config.model_type!r}, but the published layout "
+                f"is that of bd3lm."
+            )
+        config = json.dumps(_published_config(model), indent=2, sort_keys=True)
+        (folder / "config.json").write_text(f"{config}\n", encoding="utf-8")
+        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        save_file(state, folder / _WEIGHT_FILES[0], metadata={"format": "pt"})
+        tokenizer = _load_tokenizer(Path(source) if exists(source) else None, None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    notes = ["copy the authors' configuration_bd3lm.py and modeling_bd3lm.py into it"]
+    if model.config.noise != "loglinear":
+        notes.append(f"noise={model.config.noise!r} has no field there; their code trains with loglinear noise")
+    if model.config.mask_token_id != model.config.vocab_size - 1:
+        notes.append(
+            f"mask_token_id={model.config.mask_token_id} has no field there; their code takes the tokenizer's"
         )
+    return Conversion("bd3lm", sum(p.numel() for p in model.parameters()), notes)
+
+
+def _published_config(model: Any) -> dict[str, Any]:
     config = {name: getattr(model.config, name) for name in _PUBLISHED_FIELDS}
-    # Their masks need a tensor of the interval's ends, and ours are in the weights.
+    # The interval in the weights is the one that training ended with.
     config |= dict(zip(("sampling_eps_min", "sampling_eps_max"), model.interval(), strict=True))
-    config |= {
+    return config | {
         "architectures": ["BD3LM"],
         "attn_backend": model.config.attn_backend or "sdpa",
         "auto_map": {
@@ -147,33 +170,16 @@ def to_published(source: str, target: str | Path) -> Conversion:
         "return_dict": False,
         "torch_dtype": "float32",
     }
-    staged = staging_folder(target.parent) / f"{target.name}.published"
-    staged.mkdir(parents=True)
-    (staged / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, staged / "model.safetensors", metadata={"format": "pt"})
-    words = _tokenizer_of(Path(source) if exists(source) else None, None)
-    if words is not None:
-        words.save_pretrained(staged)
-    notes = ["the authors' configuration_bd3lm.py and modeling_bd3lm.py belong beside it"]
-    if model.config.noise != "loglinear":
-        notes.append(f"noise={model.config.noise!r} has no field there; their code trains with loglinear noise")
-    if model.config.mask_token_id != model.config.vocab_size - 1:
-        notes.append(
-            f"mask_token_id={model.config.mask_token_id} has no field there; their code takes the tokenizer's"
-        )
-    _publish(staged, target)
-    return Conversion("bd3lm", sum(p.numel() for p in model.parameters()), notes)
 
 
-# --- Reading -----------------------------------------------------------------------------------------------------
+# Read
 
 
 def read_source(source: str) -> Source:
-    """Weights and configuration of a checkpoint, by the kind of place that it is.
+    """Return weights and configuration of a file, a folder or a repository.
 
     Raises:
-        ValueError: nothing there, or nothing that can be read.
+        ValueError: if there is nothing of that name, or it cannot be read.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -186,40 +192,61 @@ def read_source(source: str) -> Source:
         return _read_folder(Path(snapshot_download(source)))
     except OSError as error:
         raise ValueError(
-            f"SRC {source} is no file or folder here, and can not be had from the hub: {type(error).__name__}: {error}"
+            f"SRC {source} is neither a local file or folder nor can it be downloaded from the Hub: "
+            f"{type(error).__name__}: {one_line(str(error))}"
         ) from error
 
 
 def _read_folder(folder: Path) -> Source:
     if not (folder / "config.json").is_file():
         raise ValueError(f"SRC {folder} holds no config.json: name the folder of a checkpoint, or a .ckpt file.")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"SRC {folder}: config.json is no JSON: {error}") from error
-    weights = _weights_of(folder)
+    check_links(folder, "SRC")
+    config = _read_json(folder / "config.json")
+    weights = _read_weights(folder)
     if is_simplex_layout(folder):
         simplex = read_simplex(folder, weights, config)
         return Source(simplex.weights, None, config, folder, simplex.architecture)
     return Source(_published_names(weights), None, config, folder)
 
 
-def _weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    index = folder / "model.safetensors.index.json"
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"it has more than {_MAX_JSON_BYTES:,} bytes")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} instead of an object.")
+    return content
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    index, single, pickled = (folder / name for name in (_INDEX_FILE, *_WEIGHT_FILES))
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return {name: tensor for shard in shards for name, tensor in load_file(folder / shard).items()}
-    if (folder / _WEIGHT_FILES[0]).is_file():
-        return load_file(folder / _WEIGHT_FILES[0])
-    if (folder / _WEIGHT_FILES[1]).is_file():
-        return read_checkpoint(folder / _WEIGHT_FILES[1])
-    raise ValueError(f"SRC {folder} holds no weights: one of {', '.join(_WEIGHT_FILES)} must be there.")
+        shards = [folder / name for name in sorted(set(read_shard_index(index).values()))]
+    elif single.is_file():
+        shards = [single]
+    elif pickled.is_file():
+        return read_checkpoint(pickled)
+    else:
+        raise ValueError(f"SRC {folder} holds no weights: one of {', '.join(_WEIGHT_FILES)} is needed.")
+    weights: dict[str, torch.Tensor] = {}
+    for shard in shards:
+        try:
+            weights |= load_file(shard)
+        except FileNotFoundError as error:
+            raise ValueError(f"{index} lists {shard.name}, which does not exist.") from error
+        except SafetensorError as error:
+            raise ValueError(f"{shard} is damaged ({error}): get it again from its source.") from error
+    return weights
 
 
 def _read_lightning(path: Path) -> Source:
     contents = read_checkpoint(path)
     if not isinstance(contents.get("state_dict"), dict):
-        raise ValueError(f"SRC {path} holds no state_dict but {', '.join(map(str, contents)) or 'nothing'}.")
+        names = ", ".join(map(str, contents))[:200] or "nothing"
+        raise ValueError(f"SRC {path} holds no state_dict, only {names}: name a Lightning checkpoint.")
     weights = _published_names(contents["state_dict"])
     for name in ("sampling_eps_min", "sampling_eps_max"):
         if name not in weights and isinstance(contents.get(name), torch.Tensor):
@@ -232,7 +259,7 @@ def _read_lightning(path: Path) -> Source:
 
 
 def _published_names(weights: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Names without what compiling and wrapping put into them."""
+    """Return tensors under their names without the parts that compiling and wrapping add."""
     named = {}
     for name, tensor in weights.items():
         if isinstance(tensor, torch.Tensor):
@@ -240,39 +267,39 @@ def _published_names(weights: dict[str, Any]) -> dict[str, torch.Tensor]:
                 name = name.replace(part, "")
             named[name] = tensor
     if named and not any(name.startswith("backbone.") for name in named):
-        # A backbone saved by itself.
+        # The backbone was saved alone.
         named = {n if n in _BUFFERS[1:] else f"backbone.{n}": t for n, t in named.items()}
     return named
 
 
-# --- Weights -----------------------------------------------------------------------------------------------------
+# Weights
 
 
-def _choose_weights(source: Source, wanted: str) -> tuple[dict[str, torch.Tensor], list[str]]:
-    if wanted not in ("auto", "ema", "raw"):
-        raise ValueError(f"weights={wanted!r}: choose 'ema', 'raw' or 'auto'.")
+def _choose_weights(source: Source, requested: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    if requested not in ("auto", "ema", "raw"):
+        raise ValueError(f"weights={requested!r}: choose 'ema', 'raw' or 'auto'.")
     if source.average is None:
-        if wanted == "ema":
-            raise ValueError("--weights ema: this checkpoint holds no moving average; leave --weights out.")
+        if requested == "ema":
+            raise ValueError("--weights ema: this checkpoint holds no moving average. Leave --weights out.")
         return source.weights, []
-    if wanted == "raw":
-        return source.weights, ["raw weights were taken, not their moving average"]
-    # The average has no names: it lists the backbone's parameters in their order, which is that of the weights.
+    if requested == "raw":
+        return source.weights, ["the raw weights were taken, not their moving average"]
+    # The average is a list without names, in the order of the backbone's parameters, which is that of the weights.
     names = [name for name in source.weights if name.startswith("backbone.") and not name.endswith(_BUFFERS)]
-    if len(names) != len(source.average):
+    if len(names) != len(source.average) or not all(isinstance(t, torch.Tensor) for t in source.average):
         raise ValueError(
-            f"the moving average holds {len(source.average)} tensors for {len(names)} parameters: take the raw "
+            f"The moving average holds {len(source.average)} tensors for {len(names)} parameters: take the raw "
             f"weights with --weights raw."
         )
     averaged = dict(source.weights)
     for name, shadow in zip(names, source.average, strict=True):
         if shadow.shape != averaged[name].shape:
             raise ValueError(
-                f"the moving average of {name} has the shape {tuple(shadow.shape)} instead of "
+                f"The moving average of {name} has the shape {tuple(shadow.shape)} instead of "
                 f"{tuple(averaged[name].shape)}: take the raw weights with --weights raw."
             )
         averaged[name] = shadow
-    return averaged, ["the exponential moving average of the weights was taken (--weights raw takes the others)"]
+    return averaged, ["the exponential moving average of the weights was taken (--weights raw takes the raw ones)"]
 
 
 def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
@@ -287,14 +314,14 @@ def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], sour
         problems.append(f"{len(wrong)} of another shape ({', '.join(sorted(wrong)[:8])})")
     if problems:
         raise ValueError(
-            f"the weights of {source} are not those of a {type(model).__name__}: {'; '.join(problems)}. Name the type "
-            f"with --model-type if it was taken for another."
+            f"The weights of {source} do not fit {type(model).__name__}: {'; '.join(problems)}. If that is the wrong "
+            f"type, name the right one with --model-type."
         )
     model.load_state_dict(weights)
 
 
 def _under_every_name(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A tied tensor has several names, of which a checkpoint may hold one."""
+    """Return weights with all names of each tied tensor; a checkpoint may hold only one of them."""
     names: dict[int, list[str]] = {}
     for name, tensor in own.items():
         names.setdefault(tensor.data_ptr(), []).append(name)
@@ -302,12 +329,12 @@ def _under_every_name(own: dict[str, torch.Tensor], weights: dict[str, torch.Ten
     for same in names.values():
         held = [name for name in same if name in weights]
         if any(not torch.equal(weights[held[0]], weights[name]) for name in held[1:]):
-            raise ValueError(f"the weights {' and '.join(held)} differ, but are one in the model: it ties them.")
+            raise ValueError(f"The weights {' and '.join(held)} differ, but the model ties them.")
         tied |= {name: weights[held[0]] for name in same if held}
     return tied
 
 
-# --- Configuration and tokenizer ---------------------------------------------------------------------------------
+# Configuration and tokenizer
 
 
 def _make_config(architecture: Architecture, tokenizer: PreTrainedTokenizerBase | None) -> Any:
@@ -323,79 +350,50 @@ def _make_config(architecture: Architecture, tokenizer: PreTrainedTokenizerBase 
     return config
 
 
-def _tokenizer_of(folder: Path | None, name: str | None) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(folder: Path | None, name: str | None) -> PreTrainedTokenizerBase | None:
     if name is not None:
         return load_tokenizer(name)
-    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
-    if folder is not None and any((folder / file).is_file() for file in files):
+    if folder is not None and any((folder / file).is_file() for file in _TOKENIZER_FILES):
         return load_tokenizer(str(folder))
     return None
 
 
-# --- Writing -----------------------------------------------------------------------------------------------------
-
-
-def _check_target(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"DST {target} is in use: name a folder that does not exist, or an empty one.")
+# Write
 
 
 @torch.no_grad()
-def _save_checked(model: Any, tokenizer: PreTrainedTokenizerBase | None, target: Path) -> None:
-    """Save; the folder appears under its name once its logits are those of the model in memory."""
-    staged = staging_folder(target.parent) / f"{target.name}.converted"
-    shutil.rmtree(staged, ignore_errors=True)
-    model.save_pretrained(staged)
+def _save_checked(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Save, load again, and compare with the model in memory."""
+    model.save_pretrained(folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(staged)
+        tokenizer.save_pretrained(folder)
     inputs = model.dummy_inputs
     logits = model(**inputs).logits
-    again = load_model(str(staged), argument="the converted folder").eval()
-    same = all(torch.equal(mine, theirs) for mine, theirs in zip(*map(_tensors, (model, again)), strict=True))
-    # Kernels may round differently for weights at another place in memory.
-    if not same or not torch.allclose(logits, again(**inputs).logits, atol=1e-4):
-        shutil.rmtree(staged)
-        raise ValueError(f"what was saved does not load as the model that was converted: {target} is not written.")
-    _publish(staged, target)
-
-
-def _tensors(model: torch.nn.Module) -> list[torch.Tensor]:
-    return list(model.state_dict().values())
-
-
-def _publish(staged: Path, target: Path) -> None:
-    if target.exists():
-        target.rmdir()  # empty, as was checked
-    publish_folder(staged, target)
-    staged.parent.rmdir()
+    loaded = load_model(str(folder), argument="the converted folder").eval()
+    states = (list(each.state_dict().values()) for each in (model, loaded))
+    same = all(torch.equal(mine, theirs) for mine, theirs in zip(*states, strict=True))
+    # Kernels may round differently for weights at another address in memory.
+    if not same or not torch.allclose(logits, loaded(**inputs).logits, atol=1e-4):
+        raise ValueError("The saved folder does not load as the model that was converted, so DST was not written.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run with the command line's arguments; bad input ends in one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(prog="bd3lm convert", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("source", metavar="SRC", help="folder, hub name or .ckpt file")
+    """Run with the arguments of the command line."""
+    parser = ArgumentParser(prog="bd3lm convert", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("source", metavar="SRC", help="folder, Hub name or .ckpt file")
     parser.add_argument("target", metavar="DST", help="folder to write")
     parser.add_argument("--to", default="bd3lm_hf", choices=("bd3lm_hf", "published"), help="layout to write")
     parser.add_argument("--weights", default="auto", choices=("auto", "ema", "raw"), help="of a .ckpt file")
-    parser.add_argument("--tokenizer", help="folder or name, where the source has none")
-    parser.add_argument("--model-type", help="bd3lm, ar, mdlm or sedd, where the source does not tell")
+    parser.add_argument("--tokenizer", help="folder or name, if the source has none")
+    parser.add_argument("--model-type", help="bd3lm, ar, mdlm or sedd, if the source does not determine it")
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.to == "published":
-            done = to_published(arguments.source, arguments.target)
-        else:
-            done = convert(
-                arguments.source,
-                arguments.target,
-                weights=arguments.weights,
-                tokenizer=arguments.tokenizer,
-                model_type=arguments.model_type,
-            )
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+    if arguments.to == "published":
+        done = to_published(arguments.source, arguments.target)
+    else:
+        options = {name: getattr(arguments, name) for name in ("weights", "tokenizer", "model_type")}
+        done = convert(arguments.source, arguments.target, **options)
     for note in done.notes:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
     print(f"{arguments.target}: {done.model_type}, {done.num_parameters:,} parameters; logits checked after loading")
 
 

@@ -1,61 +1,56 @@
-"""What can go wrong between here and the hub, each in one line that tells what to do and holds no token."""
+"""Errors between this machine and the Hub: one line each, with the remedy and without the token."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub import get_token
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+from bd3lm_hf.command_line import one_line
 
 
 # The HTTP library's own base class; which library that is depends on the version of huggingface_hub.
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+_CHANGED = "the repository was changed in the meantime: push again"
 _REMEDIES = {
-    401: "the hub does not know your token: log in with `hf auth login`, or set HF_TOKEN",
-    403: "your token may not do that: log in with one that may write to this repository",
-    404: "there is no such repository or revision, or you may not see it: look at its name, and log in",
-    409: "the repository was changed meanwhile: push again",
-    412: "the repository was changed meanwhile: push again",
-    413: "the hub does not take files of this size: lower --max-shard-size",
-    429: "the hub asks for patience: push again later",
+    401: "the Hub rejected your token: log in with `hf auth login`, or set HF_TOKEN",
+    403: "your token lacks this permission: log in with one that may write to this repository",
+    404: "the repository or revision does not exist, or you may not see it: check its name, and log in",
+    409: _CHANGED,
+    412: _CHANGED,
+    413: "the Hub does not accept files of this size: lower --max-shard-size",
+    429: "too many requests: push again later",
 }
-# Where only the answer was lost, the commit may stand.
-_LATER = "try again later: a commit is made whole or not at all, and what has arrived is not sent again"
+# If only the answer was lost, the commit exists.
+_LATER = "try again later: a commit is all or nothing, and files that have arrived are not sent again"
 
 
 class HubError(OSError):
-    """The hub, or the way to it, failed. Unless only the answer got lost, the repository is as it was."""
+    """The Hub or the network failed. Unless only the answer was lost, the repository is unchanged."""
 
 
 class CheckError(RuntimeError):
-    """A folder does not load by itself as the model that it was made of."""
+    """A folder does not load without bd3lm_hf as the model that it was saved from."""
 
 
 @contextmanager
-def hub_errors(what: str) -> Iterator[None]:
-    """Turn every failure of the hub or the network into a [`HubError`].
+def hub_errors(failure: str) -> Iterator[None]:
+    """Turn every failure of the Hub or the network into a [`HubError`].
 
     Args:
-        what: what does not work then, for the message.
+        failure: the operation that failed, for the message.
     """
     try:
         yield
     except HubError:
         raise
     except (_HTTP_ERROR, OSError, RuntimeError) as error:
-        # The client tells that a file could not be sent; why, the error before says.
+        # The client raises RuntimeError for a file that could not be sent; its cause has the reason.
         reason = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         status = getattr(getattr(reason, "response", None), "status_code", 0)
         if isinstance(reason, LocalTokenNotFoundError):
             status = 401
         remedy = _REMEDIES.get(status, _LATER)
-        raise HubError(f"{what}: {remedy}. ({type(reason).__name__}: {without_token(str(reason))})") from reason
+        raise HubError(f"{failure}: {remedy}. ({type(reason).__name__}: {one_line(str(reason))})") from reason
 
 
-def without_token(text: str) -> str:
-    """A text in one line, in which the token of this machine, should it be there, is covered."""
-    token = get_token()
-    covered = text.replace(token, "***") if token else text
-    return " ".join(covered.split())
-
-
-__all__ = ["CheckError", "HubError", "hub_errors", "without_token"]
+__all__ = ["CheckError", "HubError", "hub_errors"]

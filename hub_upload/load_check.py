@@ -1,4 +1,4 @@
-"""Does a folder load by itself? Asked of a process that knows nothing of bd3lm_hf, before anything is uploaded."""
+"""Check that a folder loads without bd3lm_hf, in a process that cannot import the package, before it is uploaded."""
 
 import os
 import subprocess
@@ -12,25 +12,26 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from peft import PeftModel
 from safetensors.torch import save_file
 
+from bd3lm_hf.command_line import one_line
 from bd3lm_hf.hub_upload import standalone
-from bd3lm_hf.hub_upload.errors import CheckError, without_token
-from bd3lm_hf.hub_upload.standalone import outputs
+from bd3lm_hf.hub_upload.errors import CheckError
+from bd3lm_hf.hub_upload.standalone import model_outputs
 
 
-def check_alone(folder: Path, model: Any) -> None:
-    """Load a folder in an isolated process, by each Auto class, and compare with the model that it was made of.
+def check_loads_alone(folder: Path, model: Any) -> None:
+    """Load a folder in an isolated process with each Auto class, and compare with the model that was saved.
 
-    Outputs and greedy text must be equal bit for bit; then the text-generation pipeline writes. The process finds no
-    module of this checkout or environment variable, no login, no cache of code, and no network.
+    Outputs and greedy text must be equal bit for bit; then the text-generation pipeline runs. The process has no
+    module of this checkout, no Python variables of the environment, no login, no cached code and no network.
 
     Args:
         model: in memory; a `PeftModel` for the folder of an adapter.
 
     Raises:
-        CheckError: it does not load, or computes something else.
+        CheckError: if the folder does not load, or computes something else.
     """
-    with tempfile.TemporaryDirectory(prefix="bd3lm-check-", ignore_cleanup_errors=True) as place:
-        probe = Path(place) / "probe.safetensors"
+    with tempfile.TemporaryDirectory(prefix="bd3lm-check-", ignore_cleanup_errors=True) as home:
+        probe = Path(home) / "probe.safetensors"
         save_file(make_probe(model), probe)
         command = [sys.executable, "-I", standalone.__file__, str(folder.resolve()), str(probe)]
         result = subprocess.run(
@@ -39,42 +40,44 @@ def check_alone(folder: Path, model: Any) -> None:
             text=True,
             encoding="utf-8",
             errors="replace",
-            cwd=place,
-            env=_environment(place),
+            cwd=home,
+            env=isolated_environment(home),
         )
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
-        reason = without_token(lines[-1]) if lines else f"exit code {result.returncode}"
-        raise CheckError(f"the folder does not load by itself, so nothing is uploaded: {reason}")
+        reason = one_line(lines[-1]) if lines else f"exit code {result.returncode}"
+        raise CheckError(f"The folder does not load without bd3lm_hf, so nothing was uploaded: {reason}")
 
 
-def _environment(place: str) -> dict[str, str]:
+def isolated_environment(home: str) -> dict[str, str]:
+    """Return the environment of the check: no token, no settings of the Hub's client, caches in `home`."""
     kept = {name: value for name, value in os.environ.items() if "TOKEN" not in name and not name.startswith("HF_")}
-    own = {"HF_HOME": place, "HF_MODULES_CACHE": str(Path(place) / "modules"), "HF_HUB_OFFLINE": "1"}
-    # The base of an adapter was downloaded a moment ago.
+    own = {"HF_HOME": home, "HF_MODULES_CACHE": str(Path(home) / "modules"), "HF_HUB_OFFLINE": "1"}
+    # The base of an adapter was downloaded to this cache just before.
     return kept | own | {"HF_HUB_CACHE": HF_HUB_CACHE, "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUTF8": "1"}
 
 
 def make_probe(model: Any) -> dict[str, torch.Tensor]:
-    """Inputs, and what each Auto class's part of a model makes of them, by names that `alone.check` reads."""
-    adapted = isinstance(model, PeftModel)
-    whole = model.get_base_model() if adapted else model
+    """Return inputs, and the expected outputs for each Auto class, under the names that `standalone.check` reads."""
+    is_adapter = isinstance(model, PeftModel)
+    whole = model.get_base_model() if is_adapter else model
     inputs, prompt = whole.dummy_inputs, make_prompt(whole.config)
     probe = {f"inputs.{name}": tensor for name, tensor in inputs.items()} | {"prompt": prompt}
     for name, cls in whole.auto_classes.items():
-        # An adapter is loaded as it was trained: with a head.
-        part = model if type(whole) is cls else None if adapted else whole.base_model
+        # An adapter was trained with a head, so it is only loaded by classes that have one.
+        part = model if type(whole) is cls else None if is_adapter else whole.base_model
         if isinstance(part, (cls, PeftModel)):
-            probe |= {f"expected.{name}.{key}": t.contiguous() for key, t in outputs(part, inputs, prompt).items()}
+            outputs = model_outputs(part, inputs, prompt)
+            probe |= {f"expected.{name}.{key}": tensor.contiguous() for key, tensor in outputs.items()}
     return probe
 
 
 def make_prompt(config: Any) -> torch.Tensor:
-    """Two seeded rows of ids, a block long, without special tokens: what a model may continue."""
+    """Return two seeded rows of ordinary token ids, at most a block long."""
     special = {getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "mask")}
-    text = torch.tensor([token for token in range(config.vocab_size) if token not in special])
+    ordinary = torch.tensor([token for token in range(config.vocab_size) if token not in special])
     length = max(1, min(config.block_size, config.max_position_embeddings // 2))
-    return text[torch.randint(0, len(text), (2, length), generator=torch.Generator().manual_seed(0))]
+    return ordinary[torch.randint(0, len(ordinary), (2, length), generator=torch.Generator().manual_seed(0))]
 
 
-__all__ = ["check_alone", "make_probe", "make_prompt"]
+__all__ = ["check_loads_alone", "isolated_environment", "make_probe", "make_prompt"]

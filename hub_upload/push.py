@@ -1,59 +1,76 @@
-"""`bd3lm push DIR REPO`: a trained model becomes a repository on the hub that anyone can load.
+"""`bd3lm push DIR REPO`: upload a trained model to a Hub repository from which anyone can load it.
 
-1. Check everything that needs no network: the folder, the name, the login.
-2. Write the tree: weights, code, configurations, tokenizer, and nothing else.
-3. Have a process that knows nothing of bd3lm_hf load it, and compare.
+1. Check what needs no network: the folder, the repository name, the login.
+2. Write the repository's files: weights, code, configurations, tokenizer, and nothing else.
+3. Load them in a process that cannot import bd3lm_hf, and compare outputs.
 4. Add the model card and the manifest.
-5. Upload in one commit, or write the tree to a folder (`--dry-run`).
+5. Upload in one commit, or write to a folder (`--dry-run`).
 """
 
 import argparse
+import json
 import re
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
+from bd3lm_hf.command_line import ArgumentParser, one_line, printable
 from bd3lm_hf.hub_upload.card import make_card
-from bd3lm_hf.hub_upload.errors import CheckError, HubError
-from bd3lm_hf.hub_upload.load_check import check_alone
-from bd3lm_hf.hub_upload.manifest import write_manifest
+from bd3lm_hf.hub_upload.errors import CheckError, HubError, hub_errors
+from bd3lm_hf.hub_upload.load_check import check_loads_alone
 from bd3lm_hf.hub_upload.repo_files import (
     CARD_NAME,
+    MANIFEST_NAME,
     MAX_SHARD_SIZE,
     WEIGHTS,
     check_source,
     files_of,
+    kind_of,
     left_out,
     name_base,
+    new_folder,
     read_contents,
     write_contents,
 )
-from bd3lm_hf.hub_upload.upload import Upload, upload
-from bd3lm_hf.run_folder import as_size, free_bytes, publish_folder, staging_folder
+from bd3lm_hf.hub_upload.verify import write_manifest
+from bd3lm_hf.run_folder import as_size, free_bytes
 
 
 _SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]I?B", re.IGNORECASE)
 _MESSAGE = "Upload model"
+# Weights in another layout: transformers would load them instead of the new ones, or keep them for nothing.
+_OTHER_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*")
 
 
-class Tree(NamedTuple):
-    """What is, or would be, in the repository."""
+class RepoContents(NamedTuple):
+    """The files of a repository, as uploaded or as a dry run writes them."""
 
     card: str  # text of the model card
     sizes: dict[str, int]  # file -> bytes
-    left_out: list[str]  # what else lies in the source
-    notes: list[str]  # what was chosen
+    left_out: list[str]  # files of the source that are not uploaded
+    notes: list[str]  # choices that were made
 
 
-def write_tree(
+class Upload(NamedTuple):
+    """The result of an upload."""
+
+    url: str  # of the repository, the commit or the pull request
+    changed: bool  # False if the repository already held these files
+    removed: list[str]  # files of an earlier push that the model no longer has
+
+
+# Write the repository's files
+
+
+def write_repository(
     source: Path,
     target: Path,
     repo_id: str,
@@ -62,32 +79,32 @@ def write_tree(
     tokenizer: bool = True,
     weights: str = "auto",
     base_model: str | None = None,
-    check: Callable[[Path, Any], None] = check_alone,
+    check: Callable[[Path, Any], None] = check_loads_alone,
     **card: Any,
-) -> Tree:
-    """Write the tree of a repository into a new folder.
+) -> RepoContents:
+    """Write the files of a repository into a new folder.
 
     Args:
         source: folder of a run, a checkpoint, a converted model or an adapter.
         repo_id: `owner/name`, for the model card.
-        max_shard_size: larger weights are split into files of at most this, such as "5GB".
-        tokenizer: whether there has to be one.
+        max_shard_size: larger weights are split into files of at most this size, such as "5GB".
+        tokenizer: whether a tokenizer is required.
         weights: see [`read_contents`].
-        base_model: repository of an adapter's base, where the adapter names a folder.
-        check: is called with the folder and the model in memory before the card and the manifest are written.
+        base_model: repository of an adapter's base, if the adapter names a folder.
+        check: called with the folder and the model in memory before the card and the manifest are written.
         card: see [`make_card`].
 
     Raises:
-        ValueError: the folder can not be shared, see [`check_source`] and [`read_contents`].
-        CheckError: what was written does not load by itself.
+        ValueError: if the folder cannot be shared, see [`check_source`] and [`read_contents`].
+        CheckError: if the written files do not load without bd3lm_hf.
     """
     check_source(source, tokenizer=tokenizer, base_model=base_model)
     contents = read_contents(source, tokenizer=tokenizer, weights=weights)
     needed = sum(tensor.numel() * tensor.element_size() for tensor in contents.model.state_dict().values())
     if (free := free_bytes(target)) < needed:
         raise ValueError(
-            f"the tree takes about {as_size(needed)}, but only {as_size(free)} are free for {target}: make room, or "
-            f"set TMPDIR to a folder on another disk."
+            f"The upload needs about {as_size(needed)} on disk, but only {as_size(free)} are free for {target}: free "
+            f"some space, or set TMPDIR to a folder on another disk."
         )
     write_contents(contents, source, target, max_shard_size=max_shard_size)
     check(target, contents.model)
@@ -95,12 +112,27 @@ def write_tree(
     if base_model is not None:
         name_base(target, base_model)
         base = base_model
-    words = contents.tokenizer is not None
-    made = make_card(contents.model, source, repo_id, tokenizer=words, base=base, decay=contents.decay, **card)
+    has_tokenizer = contents.tokenizer is not None
+    made = make_card(contents.model, source, repo_id, tokenizer=has_tokenizer, base=base, decay=contents.decay, **card)
     made.save(target / CARD_NAME)
     write_manifest(target)
     sizes = {name: path.stat().st_size for name, path in files_of(target).items()}
-    return Tree(str(made), sizes, left_out(source, target), contents.notes)
+    return RepoContents(str(made), sizes, left_out(source, target), contents.notes)
+
+
+def dry_run(source: str | Path, repo_id: str, target: Path, **options: Any) -> RepoContents:
+    """Write the exact files that [`push`] would upload to `target`; they appear when all are complete.
+
+    Raises:
+        ValueError: if an argument is wrong, or the target is not empty.
+        CheckError: if the written files do not load without bd3lm_hf.
+    """
+    check_repo_id(repo_id)
+    with new_folder(target, "--dry-run") as folder:
+        return write_repository(Path(source).expanduser(), folder, repo_id, **options)
+
+
+# Upload
 
 
 def push(
@@ -115,152 +147,202 @@ def push(
     api: HfApi | None = None,
     background: bool = False,
     **options: Any,
-) -> tuple[Any, Tree]:
-    """Upload a model in one commit; what the repository holds already is not sent again.
+) -> tuple[Any, RepoContents]:
+    """Upload a model in one commit; files that the repository already holds are not sent again.
 
     Args:
-        source: as in [`write_tree`].
-        repo_id: `owner/name`; created if it is not there.
-        private: of a new repository.
-        revision: branch, created if it is not there; by default "main".
+        source: as in [`write_repository`].
+        repo_id: `owner/name`; created if it does not exist.
+        private: visibility of a new repository.
+        revision: branch, created if it does not exist; "main" by default.
         create_pr: open a pull request instead.
         message: of the commit.
         description: of the commit.
-        api: client of the hub; by default with the token of the environment or the login.
-        background: return as soon as the tree is written and checked.
-        options: of [`write_tree`].
+        api: client of the Hub; by default with the token of the environment or the login.
+        background: return as soon as the files are written and checked.
+        options: of [`write_repository`].
 
     Returns:
-        The [`Upload`], with `background` a future of it, and the tree.
+        The [`Upload`], or with `background` a future of it, and the files.
 
     Raises:
-        ValueError: bad input, or nobody is logged in; found before any network access.
-        CheckError: the tree does not load by itself.
-        HubError: the hub or the network failed; the repository is as it was.
+        ValueError: if an argument is wrong or nobody is logged in; found before any network access.
+        CheckError: if the written files do not load without bd3lm_hf.
+        HubError: if the Hub or the network failed; the repository is unchanged.
     """
-    source = Path(source).expanduser()
+    # 1. Check
     check_repo_id(repo_id)
     if message is not None and not message.strip():
-        raise ValueError("--message is empty: say what changed, or leave it out.")
+        raise ValueError("--message is empty: describe the change, or leave it out.")
     api = api or HfApi()
     if not (api.token or get_token()):
-        raise ValueError("nobody is logged in here: run `hf auth login`, or set HF_TOKEN.")
+        raise ValueError("You are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN.")
     with ExitStack() as stack:
         temporary = TemporaryDirectory(prefix="bd3lm-push-", ignore_cleanup_errors=True)
         stack.callback(temporary.cleanup)
-        folder = Path(temporary.name) / "tree"
-        tree = write_tree(source, folder, repo_id, **options)
-        cleanup = stack.pop_all()  # by whoever uploads
+        folder = Path(temporary.name) / "repository"
+        # 2.-4. Write and check
+        contents = write_repository(Path(source).expanduser(), folder, repo_id, **options)
+        cleanup = stack.pop_all()  # the upload may outlive this call
 
+    # 5. Upload
     def send() -> Upload:
         with cleanup:
-            place = {"private": private, "revision": revision, "create_pr": create_pr}
-            how: dict[str, Any] = {**place, "message": message or _MESSAGE, "description": description}
-            return upload(api, folder, repo_id, **how)
+            target = {"private": private, "revision": revision, "create_pr": create_pr}
+            return upload(api, folder, repo_id, message=message or _MESSAGE, description=description, **target)
 
-    return api.run_as_future(send) if background else send(), tree
+    return api.run_as_future(send) if background else send(), contents
 
 
-def share(
+def upload(
+    api: HfApi,
     folder: Path,
     repo_id: str,
     *,
+    message: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    description: str | None = None,
+) -> Upload:
+    """Bring a repository to the state of a folder in one commit; create it, and the branch, if they do not exist.
+
+    Other files in the repository stay, except for weights that the folder does not hold and code of an earlier push.
+
+    Raises:
+        HubError: if the Hub or the network failed, or the repository was changed meanwhile. It is unchanged.
+        ValueError: if the folder holds a file that is never uploaded.
+    """
+    files = files_of(folder)
+    if unknown := [name for name in files if kind_of(name) is None]:
+        raise ValueError(f"{', '.join(unknown)} in {folder}: files of this kind are never uploaded.")
+    with hub_errors(f"Cannot write to {repo_id}"):
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        state = _state(api, repo_id, revision, create=not create_pr)
+        present = {entry.rfilename for entry in state.siblings or ()}
+        removed = sorted(_outdated(api, repo_id, str(state.sha), present) - files.keys())
+        operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        operations += [CommitOperationDelete(name) for name in removed]
+        # Not `upload_folder`: with hf_xet it makes several commits. This one drops unchanged files by itself, and
+        # makes no commit if nothing is left.
+        commit = api.create_commit(
+            repo_id,
+            operations,
+            commit_message=message,
+            commit_description=description,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=state.sha,
+        )
+    changed = commit.oid != state.sha
+    return Upload(str(commit.pr_url or commit.commit_url) if changed else str(url), changed, removed)
+
+
+def _state(api: HfApi, repo_id: str, revision: str | None, *, create: bool) -> Any:
+    """Return what the Hub knows of a branch, which is created if it does not exist."""
+    try:
+        return api.repo_info(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        if revision is None or revision.startswith("refs/") or not create:
+            raise
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.repo_info(repo_id, revision=revision)
+
+
+def _outdated(api: HfApi, repo_id: str, commit: str, present: set[str]) -> set[str]:
+    """Return the files of a repository that a push replaces: weights in any layout, and code of an earlier push."""
+    weights = {name for name in present if any(Path(name).match(pattern) for pattern in _OTHER_WEIGHTS)}
+    weights = {name for name in weights if "/" not in name}
+    if MANIFEST_NAME not in present:
+        return weights
+    path = api.hf_hub_download(repo_id, MANIFEST_NAME, revision=commit)
+    try:
+        listed = set(json.loads(Path(path).read_text(encoding="utf-8"))["files"])
+    except (ValueError, KeyError, TypeError, RecursionError):  # a file of that name that is not ours
+        return weights
+    return weights | {name for name in listed & present if name.endswith(".py")}
+
+
+def push_saved_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
     commit_message: str | None = None,
     commit_description: str | None = None,
     message: str | None = None,
     background: bool = False,
     **options: Any,
 ) -> Any:
-    """[`push`] under the names of transformers, with the model card left in the folder.
+    """[`push`] with the argument names of transformers; the model card is left in the folder.
+
+    Args:
+        folder: a saved model; its tokenizer is uploaded if there is one.
+        token: by default that of the environment or the login.
+        background: return a future as soon as the files are written and checked.
 
     Returns:
-        The address of what was uploaded; with `background` a future of the [`Upload`].
+        The address of the repository, the commit or the pull request; with `background` a future of the [`Upload`],
+        which has it as `url`.
     """
     options |= {"message": message or commit_message, "description": commit_description, "tokenizer": False}
-    done, tree = push(folder, repo_id, background=background, **options)
-    (folder / CARD_NAME).write_text(tree.card, encoding="utf-8")
+    done, contents = push(folder, repo_id, api=HfApi(token=token), background=background, **options)
+    Path(folder, CARD_NAME).write_text(contents.card, encoding="utf-8")
     return done if background else done.url
 
 
-def dry_run(source: str | Path, repo_id: str, target: Path, **options: Any) -> Tree:
-    """Write the exact tree that [`push`] would upload into `target`; it appears there when it is complete.
-
-    Raises:
-        ValueError: bad input, or a target that is in use.
-        CheckError: the tree does not load by itself.
-    """
-    check_repo_id(repo_id)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"--dry-run {target} is in use: name a folder that does not exist, or an empty one.")
-    with _staged(target) as staged:
-        return write_tree(Path(source).expanduser(), staged, repo_id, **options)
-
-
-@contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that takes its name at the end, or is removed after an error."""
-    staged = staging_folder(target.absolute().parent) / f"{target.name}.tree"
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
-        yield staged
-        if target.exists():
-            target.rmdir()  # empty, as was checked
-        publish_folder(staged, target)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-        if staged.parent.is_dir() and not any(staged.parent.iterdir()):
-            staged.parent.rmdir()
+# Command line
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuse what is no name of a repository with its owner.
+    """Refuse a repository name without an owner, or one that the Hub does not allow.
 
     Raises:
-        ValueError: says what is wrong with it.
+        ValueError: if the name is not `owner/name`.
     """
     try:
         validate_repo_id(repo_id)
     except ValueError as error:
-        raise ValueError(f"REPO {repo_id!r} is no name of a repository: {error}") from error
-    if repo_id.count("/") != 1:
-        raise ValueError(f"REPO {repo_id!r} has no owner: write owner/{repo_id}, with your name or an organization's.")
+        raise ValueError(f"REPO {repo_id!r} is not a repository name: {error}") from error
+    if "/" not in repo_id:
+        raise ValueError(f"REPO {repo_id!r} has no owner: write owner/{repo_id}.")
 
 
 def _shard_size(text: str) -> str:
     if not _SIZE.fullmatch(text.strip()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 5GB or 500MB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write 5GB or 500MB")
     return text.strip()
 
 
 def _no_token(text: str) -> str:
-    # Were it unknown, argparse would show it.
-    raise argparse.ArgumentTypeError("a token is not for the command line: set HF_TOKEN, or run `hf auth login`")
+    raise argparse.ArgumentTypeError("a token does not belong on the command line: set HF_TOKEN, or `hf auth login`")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
+    """Return the parser of `bd3lm push`."""
+    parser = ArgumentParser(
         prog="bd3lm push",
         description="Upload a model so that anyone can load it. The token comes from HF_TOKEN or `hf auth login`.",
+        allow_abbrev=False,
     )
     parser.add_argument("source", metavar="DIR", help="folder of a run, a checkpoint, a converted model or an adapter")
-    parser.add_argument("repo", metavar="REPO", help="owner/name on the hub")
-    parser.add_argument("--private", action="store_true", default=None, help="create the repository as a private one")
-    parser.add_argument("--revision", help="branch to write to, created if it is not there")
+    parser.add_argument("repo", metavar="REPO", help="owner/name on the Hub")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--revision", help="branch to write to, created if it does not exist")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request")
-    parser.add_argument("--message", help="of the commit")
-    parser.add_argument("--dry-run", type=Path, metavar="OUT", help="write the tree to this folder and upload nothing")
+    parser.add_argument("--message", help="message of the commit")
+    parser.add_argument("--dry-run", type=Path, metavar="OUT", help="write the files to this folder, upload nothing")
     parser.add_argument("--max-shard-size", type=_shard_size, default=MAX_SHARD_SIZE, help="split larger weights")
     parser.add_argument("--weights", default="auto", choices=WEIGHTS, help="of a checkpoint that has an average")
     parser.add_argument("--base-model", help="repository of an adapter's base model")
-    parser.add_argument("--license", help="of the model, as the hub calls it, such as apache-2.0")
+    parser.add_argument("--license", help="license of the model, in the Hub's spelling, such as apache-2.0")
     parser.add_argument("--token", type=_no_token, help=argparse.SUPPRESS)
     parser.add_argument("--no-tokenizer", action="store_true", help="the model has no tokenizer")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run with the command line's arguments; exit code 2 for bad input, 1 where the check or the hub fails."""
+    """Run with the arguments of the command line; exit with code 1 if the check or the Hub fails."""
     arguments = make_parser().parse_args(argv)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -268,35 +350,48 @@ def main(argv: Sequence[str] | None = None) -> None:
     options["tokenizer"] = not arguments.no_tokenizer
     try:
         if arguments.dry_run is not None:
-            tree = dry_run(arguments.source, arguments.repo, arguments.dry_run, **options)
-            print(listing(tree))
-            print(f"nothing was uploaded; the tree of {arguments.repo} is in {arguments.dry_run}")
-            return
-        place = {name: getattr(arguments, name) for name in ("private", "revision", "create_pr", "message")}
-        done, tree = push(arguments.source, arguments.repo, **place, **options)
+            contents = dry_run(arguments.source, arguments.repo, arguments.dry_run, **options)
+            outcome = f"nothing was uploaded; the files of {arguments.repo} are in {arguments.dry_run}"
+        else:
+            target = {name: getattr(arguments, name) for name in ("private", "revision", "create_pr", "message")}
+            done, contents = push(arguments.source, arguments.repo, **target, **options)
+            outcome = summary(done, arguments.repo)
     except (CheckError, HubError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Input was fine: exit code 1, where the caller's handler would say 2.
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         raise SystemExit(1) from None
-    print(listing(tree))
-    print(summary(done, arguments.repo))
+    print(listing(contents), outcome, sep="\n")
 
 
-def listing(tree: Tree) -> str:
-    """The files with their sizes, then what was left out and chosen."""
-    width = max(map(len, tree.sizes))
-    lines = [f"{name:<{width}}  {as_size(size):>12}" for name, size in tree.sizes.items()]
-    lines.append(f"{f'{len(tree.sizes)} files':<{width}}  {as_size(sum(tree.sizes.values())):>12}")
-    if tree.left_out:
-        lines.append(f"left out: {', '.join(tree.left_out)}")
-    return "\n".join([*lines, *(f"note: {note}" for note in tree.notes)])
+def listing(contents: RepoContents) -> str:
+    """Format the files with their sizes, then what was left out and chosen."""
+    width = max(map(len, contents.sizes))
+    lines = [f"{name:<{width}}  {as_size(size):>12}" for name, size in contents.sizes.items()]
+    lines.append(f"{f'{len(contents.sizes)} files':<{width}}  {as_size(sum(contents.sizes.values())):>12}")
+    if contents.left_out:
+        lines.append(printable(f"left out: {', '.join(contents.left_out)}"))
+    return "\n".join([*lines, *(f"note: {printable(note)}" for note in contents.notes)])
 
 
 def summary(done: Upload, repo_id: str) -> str:
-    """What an upload did, in a line."""
-    if not done.added and not done.removed:
-        return f"nothing to do: {repo_id} holds these files already"
+    """Describe the result of an upload in one line."""
+    if not done.changed:
+        return f"nothing to do: {repo_id} already holds these files"
     removed = f", removed {', '.join(done.removed)}" if done.removed else ""
-    return f"uploaded {len(done.added)} files{removed}: {done.url}"
+    return f"uploaded{removed}: {printable(done.url)}"
 
 
-__all__ = ["Tree", "check_repo_id", "dry_run", "listing", "main", "make_parser", "push", "summary", "write_tree"]
+__all__ = [
+    "RepoContents",
+    "Upload",
+    "check_repo_id",
+    "dry_run",
+    "listing",
+    "main",
+    "make_parser",
+    "push",
+    "push_saved_folder",
+    "summary",
+    "upload",
+    "write_repository",
+]

@@ -1,45 +1,39 @@
-"""The tree of a repository: exactly the files that a model needs, written from a folder of any kind.
+"""The files of a Hub repository: only what a model needs, from a run folder, a checkpoint or an adapter.
 
-The folder of a run, a checkpoint or a converted model holds much that is nobody's business: optimizer states, logs,
-pickles, notes. So nothing is copied as it lies there. The model is loaded and saved again, which gives its weights,
-this version's code and its configurations; whatever else is in the folder is left out, and listed.
+A run folder also contains optimizer states, logs and pickles, which must not be uploaded. So no file is copied: the
+model is loaded and saved again, which writes its weights, this version's code and its configurations. Everything else
+in the folder is left out and listed.
 """
 
 import fnmatch
 import json
+import os
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
 from bd3lm_hf.checkpoints import adapter_base, check_finite_weights, load_model
-from bd3lm_hf.data.sources import exists, looks_like_path
+from bd3lm_hf.data.files import exists, looks_like_path
 from bd3lm_hf.modeling import __file__ as _MODELING
-from bd3lm_hf.run_folder import COMPLETE_NAME, EMA_NAME, incomplete_because, last_complete_checkpoint
+from bd3lm_hf.run_folder import COMPLETE_NAME, EMA_NAME, incomplete_because, last_complete_checkpoint, publish_folder
 from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
 
 
-CODE = Path(_MODELING).resolve().parent
-
-
+CODE = Path(_MODELING).resolve().parent  # the code that travels with a model
 CARD_NAME = "README.md"
-
-
 MANIFEST_NAME = "manifest.json"
-
-
 MAX_SHARD_SIZE = "5GB"
-
-
 WEIGHTS = ("auto", "ema", "raw")
 
-
-#: All that is ever uploaded, by kind; of code, the files of `modeling/` only.
+#: All files that are ever uploaded, by kind; of code, only the files of `modeling/`.
 ALLOWED = {
     "weights": (
         "model.safetensors",
@@ -65,26 +59,22 @@ ALLOWED = {
     "model card": (CARD_NAME,),
     "manifest": (MANIFEST_NAME,),
 }
-
-
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-
-
 _PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "model.pt", "*.ckpt")
 
 
-class Contents(NamedTuple):
-    """What a folder has to share."""
+class ModelContents(NamedTuple):
+    """The model, tokenizer and origin that a folder holds."""
 
     model: Any  # a model, or the `PeftModel` of an adapter on its base
     tokenizer: PreTrainedTokenizerBase | None
-    base: str | None  # what an adapter says that its base is
-    decay: float | None  # of the average that was taken in place of a checkpoint's weights
-    notes: list[str]  # what was chosen or left out
+    base: str | None  # base model that an adapter names
+    decay: float | None  # of the weight average that was loaded instead of a checkpoint's weights
+    notes: list[str]  # choices that were made
 
 
 def kind_of(name: str) -> str | None:
-    """What an allowed file is, such as "weights" or "code"; None for a file that is never uploaded."""
+    """Return the kind of an allowed file, such as "weights" or "code"; None for a file that is never uploaded."""
     if name.endswith(".py"):
         return "code" if "/" not in name and name != "__init__.py" and (CODE / name).is_file() else None
     kinds = (kind for kind, patterns in ALLOWED.items() for p in patterns if fnmatch.fnmatchcase(name, p))
@@ -92,28 +82,32 @@ def kind_of(name: str) -> str | None:
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """Every file of a folder by its name in a repository."""
+    """Return every file of a folder by its name in a repository."""
     found = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {path.relative_to(folder).as_posix(): path for path in found}
 
 
+# Check a folder
+
+
 def check_source(folder: Path, *, tokenizer: bool = True, base_model: str | None = None) -> None:
-    """Refuse a folder that can not be shared, by a look at its names.
+    """Refuse a folder that cannot be shared, by the names of its files.
 
     Raises:
-        ValueError: there is no such folder, it holds no model, only pickled weights, or no tokenizer, it is a
-            checkpoint that is not complete, or an adapter whose base nobody else has.
+        ValueError: if the folder does not exist, holds no model, only pickled weights, no tokenizer, or a link that
+            leaves it; if it is an incomplete checkpoint, or an adapter whose base nobody else has.
     """
     if not folder.is_dir():
-        raise ValueError(f"DIR {folder}: there is no such folder; name one that holds a model.")
+        raise ValueError(f"DIR {folder}: there is no such folder. Name one that holds a model.")
     adapter = (folder / _ADAPTER_FILES[0]).is_file()
     if not adapter and not (folder / "config.json").is_file():
         last = last_complete_checkpoint(folder)
         hint = f"its last checkpoint is {last}" if last else "name the folder of a run or a checkpoint"
         raise ValueError(f"DIR {folder} holds no config.json and no adapter_config.json: {hint}.")
     if (folder / COMPLETE_NAME).is_file() and (reason := incomplete_because(folder)):
-        raise ValueError(f"DIR {folder} is a checkpoint that is not complete: {reason}. Name another one.")
+        raise ValueError(f"DIR {folder} is an incomplete checkpoint: {reason}. Name another one.")
     _check_weights(folder, _ADAPTER_FILES[1:] if adapter else ALLOWED["weights"][:2])
+    check_links(folder, "DIR")
     if tokenizer and not any(kind_of(name) == "tokenizer" for name in files_of(folder)):
         raise ValueError(
             f"DIR {folder} holds no tokenizer: save the one that the model was trained with there "
@@ -122,7 +116,29 @@ def check_source(folder: Path, *, tokenizer: bool = True, base_model: str | None
     if adapter:
         _check_base(folder, base_model)
     elif base_model is not None:
-        raise ValueError(f"--base-model {base_model}: {folder} is no adapter, which alone has a base; leave it out.")
+        raise ValueError(f"--base-model {base_model}: {folder} is not an adapter, and only adapters have a base.")
+
+
+def check_links(folder: Path, argument: str) -> None:
+    """Refuse a model folder in which a link leads to a file elsewhere, whose content would be copied or uploaded.
+
+    The Hub's own cache is made of links from `snapshots/REVISION` to `blobs`, which are allowed.
+
+    Raises:
+        ValueError: if a file that a model is read from is a link out of the folder.
+    """
+    root = folder.resolve()
+    allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    for path in sorted(folder.rglob("*")):
+        if not path.is_symlink() or any(path.resolve().is_relative_to(place) for place in allowed):
+            continue
+        name = path.relative_to(folder).as_posix()
+        read = kind_of(name) or kind_of(f"{name}/a.jinja") or any(fnmatch.fnmatch(name, p) for p in _PICKLES)
+        if read or name.endswith(".pt"):
+            raise ValueError(
+                f"{argument} {folder}: {name} is a symbolic link to a file outside of the folder. Replace it by a "
+                f"copy if you know what it holds."
+            )
 
 
 def _check_weights(folder: Path, patterns: Iterable[str]) -> None:
@@ -131,38 +147,41 @@ def _check_weights(folder: Path, patterns: Iterable[str]) -> None:
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ValueError(
-            f"DIR {folder} holds pickled weights only ({', '.join(pickles)}), which run code when they are loaded: "
-            f"make safetensors of them first, by `bd3lm convert {folder} DST`, and push DST."
+            f"DIR {folder} holds only pickled weights ({', '.join(pickles)}), which run code when they are loaded: "
+            f"convert them to safetensors with `bd3lm convert {folder} DST`, and push DST."
         )
-    raise ValueError(f"DIR {folder} holds no weights: none of {', '.join(patterns)} is there.")
+    raise ValueError(f"DIR {folder} holds no weights: none of {', '.join(patterns)} exists.")
 
 
 def _check_base(folder: Path, base_model: str | None) -> None:
     base = str(adapter_base(str(folder)))
     if base_model is not None and (exists(base_model) or looks_like_path(base_model)):
-        raise ValueError(f"--base-model {base_model} is a folder here: name the repository that others will load.")
+        raise ValueError(f"--base-model {base_model} is a local folder: name the repository that others will load.")
     if base_model is None and (exists(base) or looks_like_path(base)):
         raise ValueError(
-            f"DIR {folder} is an adapter on {base}, which is a folder here and nowhere else: push that first, and "
-            f"name its repository with --base-model."
+            f"DIR {folder} is an adapter on {base}, a folder that nobody else has: push that first, and name its "
+            f"repository with --base-model."
         )
 
 
-def read_contents(folder: Path, *, tokenizer: bool = True, weights: str = "auto") -> Contents:
-    """Load what a folder has to share, in evaluation mode on the CPU.
+# Read and write a model
+
+
+def read_contents(folder: Path, *, tokenizer: bool = True, weights: str = "auto") -> ModelContents:
+    """Load the model and tokenizer of a folder, in evaluation mode on the CPU.
 
     Args:
-        tokenizer: whether there has to be one; otherwise it is loaded where it is there.
+        tokenizer: whether a tokenizer is required; otherwise it is loaded if there is one.
         weights: of a checkpoint that holds both, `"ema"` takes the average of the weights, `"raw"` those that training
-            goes on from, and `"auto"` the average where there is one, as in the published checkpoints.
+            continues from, and `"auto"` the average if there is one, as in the published checkpoints.
 
     Raises:
-        ValueError: as [`check_source`]; weights that are missing, unexpected or not finite; a tokenizer that can not
-            be read or is another model's; no average where one is asked for.
+        ValueError: if weights are missing, unexpected or not finite, the tokenizer cannot be read or does not fit the
+            model, or it holds no average.
     """
-    words = None
+    loaded_tokenizer = None
     if tokenizer or any(kind_of(name) == "tokenizer" for name in files_of(folder)):
-        words = load_tokenizer(str(folder))
+        loaded_tokenizer = load_tokenizer(str(folder))
     base = adapter_base(str(folder))
     model = load_model(base or str(folder), argument="DIR" if base is None else f"DIR {folder} on")
     notes, decay = [], None
@@ -171,42 +190,45 @@ def read_contents(folder: Path, *, tokenizer: bool = True, weights: str = "auto"
         check_finite_weights(model, str(folder))
     average = folder / EMA_NAME
     if weights == "ema" and (base is not None or not average.is_file()):
-        raise ValueError(f"--weights ema: {folder} holds no {EMA_NAME} of a whole model; leave --weights out.")
+        raise ValueError(f"--weights ema: {folder} holds no {EMA_NAME} of a whole model. Leave --weights out.")
     if average.is_file() and (base is not None or weights == "raw"):
-        notes.append(f"raw weights were taken, not the average in {EMA_NAME}")
+        notes.append(f"the raw weights were taken, not the average in {EMA_NAME}")
     elif average.is_file():
-        decay = _take_average(model, average)
+        decay = _load_average(model, average)
         check_finite_weights(model, str(average))
-        notes.append(f"the average of the weights in {EMA_NAME} was taken (--weights raw takes the others)")
-    if words is not None and hasattr(model.config, "mask_token_id"):
-        check_tokenizer_fits(words, model.config)
-    return Contents(model.eval(), words, base, decay, notes)
+        notes.append(f"the average of the weights in {EMA_NAME} was taken (--weights raw takes the raw ones)")
+    if loaded_tokenizer is not None and hasattr(model.config, "mask_token_id"):
+        check_tokenizer_fits(loaded_tokenizer, model.config)
+    return ModelContents(model.eval(), loaded_tokenizer, base, decay, notes)
 
 
 @torch.no_grad()
-def _take_average(model: Any, path: Path) -> float:
-    """Fill the parameters with their averages; returns the decay."""
+def _load_average(model: Any, path: Path) -> float:
+    """Fill the parameters with their averages, and return the decay."""
     parameters = dict(model.named_parameters())
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118  (the file is no mapping)
-            average = file.get_tensor(name)
-            if name not in parameters or parameters[name].shape != average.shape:
-                raise ValueError(
-                    f"{path} holds an average of {name} {tuple(average.shape)}, which is no weight of this model: "
-                    f"take the raw weights with --weights raw."
-                )
-            parameters[name].copy_(average)
-        return float((file.metadata() or {}).get("decay", "nan"))
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (the file is not a mapping)
+                average = file.get_tensor(name)
+                if name not in parameters or parameters[name].shape != average.shape:
+                    raise ValueError(
+                        f"{path} holds an average of {name} {tuple(average.shape)}, which this model does not have: "
+                        f"take the raw weights with --weights raw."
+                    )
+                parameters[name].copy_(average)
+            return float((file.metadata() or {}).get("decay", "nan"))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}. Take the raw weights with --weights raw.") from error
 
 
 def write_contents(
-    contents: Contents, source: Path, target: Path, *, max_shard_size: int | str = MAX_SHARD_SIZE
+    contents: ModelContents, source: Path, target: Path, *, max_shard_size: int | str = MAX_SHARD_SIZE
 ) -> None:
-    """Write weights, code, configurations and tokenizer into an empty folder; the same contents give equal bytes.
+    """Write weights, code, configurations and tokenizer to an empty folder; equal contents give equal bytes.
 
     Args:
-        source: where an adapter lies, whose two files are copied.
-        max_shard_size: weights of more than this are split, for example "5GB".
+        source: folder of the adapter, whose two files are copied.
+        max_shard_size: larger weights are split, for example "5GB".
     """
     target.mkdir(parents=True, exist_ok=True)
     if contents.base is None:
@@ -216,22 +238,22 @@ def write_contents(
             shutil.copyfile(source / name, target / name)
     if contents.tokenizer is not None:
         contents.tokenizer.save_pretrained(target)
-    if strange := [name for name in files_of(target) if kind_of(name) is None]:
-        raise ValueError(f"DIR {source} is no model of ours: with it come {', '.join(strange)}, never uploaded.")
-    # Safetensors come with the rights of a private file; what is shared is for everyone.
+    if unknown := [name for name in files_of(target) if kind_of(name) is None]:
+        raise ValueError(f"DIR {source} is not a model of bd3lm_hf: saving it wrote {', '.join(unknown)}.")
+    # safetensors gives its files the mode 0600, but what is shared is for everyone.
     for path in files_of(target).values():
         path.chmod(0o644)
 
 
 def name_base(folder: Path, base_model: str) -> None:
-    """Have the adapter in a folder name another repository as its base."""
+    """Set the repository of the base model in an adapter's configuration."""
     path = folder / _ADAPTER_FILES[0]
     content = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_model}
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def left_out(source: Path, target: Path) -> list[str]:
-    """The files and folders of `source` that are not in its tree, a folder as one name that ends in a slash."""
+    """Return the files and folders of `source` that are not uploaded; a folder is one name that ends in a slash."""
     kept = files_of(target)
     return sorted(
         f"{path.name}/" if path.is_dir() else path.name
@@ -240,19 +262,57 @@ def left_out(source: Path, target: Path) -> list[str]:
     )
 
 
+@contextmanager
+def new_folder(target: Path, argument: str) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` if the block ends without an error, and is removed otherwise.
+
+    It is made next to the target under a random name, so that nobody can prepare a link there in a shared folder.
+
+    Raises:
+        ValueError: if the target is a file, a symbolic link, or a folder that is not empty.
+    """
+    target = Path(os.path.abspath(target))  # "." and ".." have no name that could be staged
+    if target.is_symlink():
+        raise ValueError(f"{argument} {target} is a symbolic link: name the folder itself.")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{argument} {target} is in use: name a folder that does not exist, or an empty one.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        folder = staging / target.name
+        folder.mkdir()
+        yield folder
+        _apply_umask(folder)
+        if target.exists():
+            target.rmdir()  # still empty, or this fails
+        publish_folder(folder, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _apply_umask(folder: Path) -> None:
+    """Give files the mode that the user's umask asks for; safetensors makes them private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in files_of(folder).values():
+        path.chmod(0o666 & ~umask)
+
+
 __all__ = [
     "ALLOWED",
     "CARD_NAME",
     "CODE",
-    "Contents",
     "MANIFEST_NAME",
     "MAX_SHARD_SIZE",
+    "ModelContents",
     "WEIGHTS",
+    "check_links",
     "check_source",
     "files_of",
     "kind_of",
     "left_out",
     "name_base",
+    "new_folder",
     "read_contents",
     "write_contents",
 ]

@@ -1,68 +1,176 @@
-"""`bd3lm verify DIR`: hash the files of a folder again, and say which are not what its manifest lists."""
+"""`bd3lm verify DIR`: hash the files of a folder again, and name those that differ from its manifest.
 
-import argparse
+The manifest lists size and SHA-256 of every file that decides what a model computes, and the version that wrote them.
+It excludes the model card, which people edit. Nothing in it depends on time or place: the same model has the same
+manifest. It finds damage and changes, but does not prove who wrote the files.
+"""
+
+import hashlib
+import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 import bd3lm_hf
-from bd3lm_hf.data.sources import exists, looks_like_path
+from bd3lm_hf.command_line import ArgumentParser, one_line, printable
+from bd3lm_hf.data.files import exists, looks_like_path
 from bd3lm_hf.hub_upload.errors import HubError, hub_errors
-from bd3lm_hf.hub_upload.manifest import ManifestDifference, compare_with_manifest
+from bd3lm_hf.hub_upload.repo_files import CARD_NAME, CODE, MANIFEST_NAME, files_of
 
 
-def folder_of(name: str, revision: str | None = None) -> Path:
-    """A folder here, or what a repository of that name holds, downloaded.
+# Apart from the card: files that the Hub and its users keep in a repository, and no loader reads.
+_NOT_LISTED = {CARD_NAME, MANIFEST_NAME, ".gitattributes", "LICENSE", "LICENSE.md", "LICENSE.txt"}
+_CLIENT_FOLDERS = (".cache", ".git")  # written by the Hub's client and by git
+_MAX_BYTES = 10_000_000  # of a manifest; ours have some kilobytes
+
+
+class ManifestDifference(NamedTuple):
+    """The difference between a folder and its manifest; names in order."""
+
+    missing: list[str]
+    changed: list[str]
+    extra: list[str]
+    num_files: int  # that the manifest lists
+    version: str  # of the bd3lm_hf that wrote it, as the file says
+    other_code: list[str]  # code files that differ from those of this version
+
+    @property
+    def intact(self) -> bool:
+        """Whether the folder holds exactly the listed files."""
+        return not (self.missing or self.changed or self.extra)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return size in bytes and SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return {"size": file.tell(), "sha256": digest.hexdigest()}
+
+
+def write_manifest(folder: Path) -> dict[str, Any]:
+    """Write `manifest.json` for the files of a folder, and return its content."""
+    files = {name: describe(path) for name, path in files_of(folder).items() if name not in _NOT_LISTED}
+    content = {"bd3lm_hf": bd3lm_hf.__version__, "files": files}
+    (folder / MANIFEST_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return content
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a folder.
 
     Raises:
-        ValueError: there is no such folder or repository.
-        OSError, httpx.HTTPError: the download failed.
+        ValueError: if there is none, or it is damaged.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise ValueError(f"DIR {folder} holds no {MANIFEST_NAME}: only folders that `bd3lm push` wrote have one.")
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"it has more than {_MAX_BYTES:,} bytes")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for name, entry in content["files"].items():
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+                raise ValueError(f"it lists {name!r}, which is outside of the folder")
+            if not isinstance(entry["size"], int) or not isinstance(entry["sha256"], str):
+                raise ValueError(f"its entry {name!r} has no size and hash")
+        str(content["bd3lm_hf"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is damaged ({reason}): get the folder again from its source.") from error
+    return content
+
+
+def compare_with_manifest(folder: Path) -> ManifestDifference:
+    """Hash the files of a folder again.
+
+    Raises:
+        ValueError: if the manifest is missing or damaged.
+    """
+    content = read_manifest(folder)
+    present = {name: path for name, path in files_of(folder).items() if name.split("/")[0] not in _CLIENT_FOLDERS}
+    listed = content["files"]
+    changed = [
+        name
+        for name, entry in listed.items()
+        if name in present and (present[name].stat().st_size != entry["size"] or describe(present[name]) != entry)
+    ]
+    code = [name for name in present if name.endswith(".py")]
+    other = [n for n in code if not (CODE / n).is_file() or (CODE / n).read_bytes() != present[n].read_bytes()]
+    return ManifestDifference(
+        missing=sorted(listed.keys() - present.keys()),
+        changed=sorted(changed),
+        extra=sorted(present.keys() - listed.keys() - _NOT_LISTED),
+        num_files=len(listed),
+        version=str(content["bd3lm_hf"]),
+        other_code=sorted(other),
+    )
+
+
+def model_folder(name: str, revision: str | None = None) -> Path:
+    """Return a local folder, or download a repository and return its folder.
+
+    Raises:
+        ValueError: if there is no such folder or repository.
+        OSError, httpx.HTTPError: if the download failed.
     """
     if Path(name).expanduser().is_dir():
         if revision is not None:
-            raise ValueError(f"--revision {revision}: {name} is a folder here, which has no revisions; leave it out.")
+            raise ValueError(f"--revision {revision}: {name} is a local folder, which has no revisions.")
         return Path(name).expanduser()
     if exists(name) or looks_like_path(name):
         raise ValueError(f"DIR {name}: there is no such folder.")
     try:
         return Path(snapshot_download(name, revision=revision))
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        place = name if revision is None else f"{name} at {revision}"
-        raise ValueError(f"DIR {place} is no folder here, and no repository that you may read.") from error
+        repository = name if revision is None else f"{name} at {revision}"
+        raise ValueError(f"DIR {repository} is neither a local folder nor a repository that you may read.") from error
 
 
-def report(comparison: ManifestDifference) -> str:
-    """What a reader wants to know, a line for every file that is not as it should be."""
-    lines = [f"{kind}: {name}" for kind in ("missing", "changed", "extra") for name in getattr(comparison, kind)]
-    state = "intact" if comparison.intact else "NOT INTACT"
-    lines.append(f"{state}: {comparison.num_files} files, written by bd3lm_hf {comparison.version}")
-    if comparison.other_code:
-        files = ", ".join(comparison.other_code)
-        lines.append(f"code: not that of bd3lm_hf {bd3lm_hf.__version__}, in {files}")
+def report(difference: ManifestDifference) -> str:
+    """Format a difference, a line for every file; names from the folder are printed escaped."""
+    lines = [f"{kind}: {name}" for kind in ("missing", "changed", "extra") for name in getattr(difference, kind)]
+    state = "intact" if difference.intact else "NOT INTACT"
+    lines.append(f"{state}: {difference.num_files} files, written by bd3lm_hf {difference.version}")
+    if difference.other_code:
+        files = ", ".join(difference.other_code)
+        lines.append(f"code: differs from bd3lm_hf {bd3lm_hf.__version__} in {files}; read it before you run it")
     else:
         lines.append(f"code: that of bd3lm_hf {bd3lm_hf.__version__}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run with the command line's arguments; exit code 1 for a folder that is not intact, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="bd3lm verify", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", metavar="DIR", help="folder, or name of a repository on the hub")
+    """Run with the arguments of the command line; exit with code 1 if the folder differs or the download failed."""
+    parser = ArgumentParser(prog="bd3lm verify", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("folder", metavar="DIR", help="folder, or name of a repository on the Hub")
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
+    parser.add_argument("--strict", action="store_true", help="exit with code 1 for code of another version too")
     arguments = parser.parse_args(argv)
     try:
-        with hub_errors(f"{arguments.folder} can not be downloaded"):
-            folder = folder_of(arguments.folder, arguments.revision)
+        with hub_errors(f"Cannot download {arguments.folder}"):
+            folder = model_folder(arguments.folder, arguments.revision)
     except HubError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         raise SystemExit(1) from None
-    comparison = compare_with_manifest(folder)
-    print(report(comparison))
-    if not comparison.intact:
+    difference = compare_with_manifest(folder)
+    print(report(difference))
+    if not difference.intact or (arguments.strict and difference.other_code):
         raise SystemExit(1)
 
 
-__all__ = ["folder_of", "main", "report"]
+__all__ = [
+    "ManifestDifference",
+    "compare_with_manifest",
+    "describe",
+    "main",
+    "model_folder",
+    "read_manifest",
+    "report",
+    "write_manifest",
+]

@@ -15,11 +15,6 @@ from typing import Any, NamedTuple
 import torch
 
 
-def wide_float(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 on a device without float64 (MPS)."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 class NoiseLevel(NamedTuple):
     """What a schedule says about the times t; each field has the shape of t."""
 
@@ -430,5 +425,4 @@ __all__ = [
     "stack_draws",
     "stratify",
     "times",
-    "wide_float",
 ]

@@ -1,4 +1,4 @@
-"""Saving a model whose folder needs nothing but transformers: `config.json` names its code and who can run it."""
+"""Save a model so that its folder needs only transformers: `config.json` names its code and versions."""
 
 import os
 from collections.abc import Callable
@@ -16,13 +16,14 @@ _Saveable: Any = object
 class SelfContainedMixin(_Saveable):
     """Saves the code of a model with its weights; goes before the model class in the list of bases."""
 
-    auto_classes: dict[str, type] = {}  # what each Auto class makes of a checkpoint
-    share_folder: Callable[..., Any] | None = None  # uploads a saved folder, where bd3lm_hf is installed
+    auto_classes: dict[str, type] = {}  # Auto class -> the class that it loads a checkpoint with
+    # Uploads a saved folder; set by bd3lm_hf, which need not be installed where this code runs.
+    push_saved_folder: Callable[..., Any] | None = None
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; `config.json` names the saved code for every Auto class, and states who can run it.
+        """Save as transformers does, with the code of every Auto class and the supported versions in `config.json`.
 
-        transformers itself records one of them, and keeps what an earlier, perhaps foreign, `auto_map` said.
+        transformers records only one Auto class, and keeps the entries of an earlier, perhaps foreign, `auto_map`.
         """
         names = ((auto, cls.__module__.rpartition(".")[2], cls.__name__) for auto, cls in self.auto_classes.items())
         self.config.auto_map = {auto: f"{module}.{name}" for auto, module, name in names}
@@ -32,10 +33,10 @@ class SelfContainedMixin(_Saveable):
     def _upload_modified_files(  # type: ignore[override]  # transformers names all of them
         self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict[str, float], **options: Any
     ) -> Any:
-        """`push_to_hub` as in transformers; with bd3lm_hf, what `bd3lm push` uploads: no file of another kind."""
-        if self.share_folder is None:
+        """Upload as `bd3lm push` does where bd3lm_hf is installed, else as transformers does."""
+        if self.push_saved_folder is None:
             return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **options)
-        return self.share_folder(working_dir, repo_id, tags=self.model_tags or (), **options)
+        return self.push_saved_folder(working_dir, repo_id, tags=self.model_tags or (), **options)
 
 
 class SelfContainedModel(SelfContainedMixin, PreTrainedModel):

@@ -193,10 +193,15 @@ def two_processes(tmp_path_factory):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub on this machine, see `hub_server.py`, with which the client in this process speaks; it never waits."""
+    """A Hub on this machine, see `hub_server.py`, that the client in this process uses without ever waiting.
+
+    The check in a process of its own is left out of pushes: it takes seconds, and has its own tests.
+    """
     import huggingface_hub.utils._http
     from hub_server import HubServer
     from huggingface_hub import constants
+
+    from bd3lm_hf.hub_upload.push import write_repository
 
     home = tmp_path / "hub-home"
     with HubServer() as server:
@@ -216,6 +221,7 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(huggingface_hub.utils._http, "time", clock)
         monkeypatch.setattr(huggingface_hub.file_download, "time", clock)
         monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers another hub
+        monkeypatch.setitem(write_repository.__kwdefaults__, "check", lambda folder, model: None)
         huggingface_hub.close_session()
         yield server
         huggingface_hub.close_session()

@@ -1,92 +1,112 @@
-"""A hub on 127.0.0.1: the part of the protocol that `huggingface_hub` uses to create, commit, list and download.
+"""A Hub on 127.0.0.1: the part of the protocol that `huggingface_hub` uses to create, commit, list and download.
 
-State lies in memory, bytes are exact, every request is recorded, and any of them can be made to fail ([`Fault`]).
-Large files go by the LFS protocol; Xet storage is not announced and has to be switched off in the client.
+State is in memory, every request is recorded, and any of them can be made to fail ([`Fault`]). Large files use the LFS
+protocol; Xet storage is not announced and has to be switched off in the client.
 """
 
+import base64
+import hashlib
+import json
 import re
-import socket
 import threading
-import time
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from hub_pages import ROUTES, USER, Answer, Call, as_json
-from hub_repository import HubRefusal, Repository
+import yaml
 
 
 TOKEN = "hf_" + "nobodyShouldEverSeeThisToken"
+USER = "somebody"
+LARGE = ("*.safetensors", "*.bin")
 
 
-@dataclass
-class Fault:
-    """What goes wrong with the requests of a method whose path holds a match of a pattern.
-
-    Args:
-        path: regular expression.
-        times: how many requests; after them all is well again.
-        skip: how many go well before that.
-        status: answer with this, and do nothing.
-        message: of that answer.
-        cut: the connection ends after that many bytes of the body that is sent up, or down.
-        lose: do what was asked for, and end the connection without an answer.
-        delay: seconds before anything happens.
-    """
+class Fault(NamedTuple):
+    """Requests of a method whose path matches a pattern are answered with a status; 0 does the work and hangs up."""
 
     method: str
     path: str
-    times: int = 10**9
-    skip: int = 0
-    status: int | None = None
-    message: str = "made to fail"
-    cut: int | None = None
-    lose: bool = False
-    delay: float = 0.0
-
-    def strikes(self, method: str, path: str) -> bool:
-        if self.times < 1 or method != self.method or not re.search(self.path, path):
-            return False
-        if self.skip > 0:
-            self.skip -= 1
-            return False
-        self.times -= 1
-        return True
+    status: int
 
 
 class Request(NamedTuple):
-    """What a client asked; headers have lower names, and say `***` where the token was."""
+    """A recorded request; its headers have `***` in place of the token."""
 
     method: str
     path: str
     headers: dict[str, str]
-    authorized: bool
-    status: int  # of the answer, 0 where the connection was cut
-    received: int  # bytes of the body
+    status: int
 
 
-class Cut(Exception):
-    """The connection ends here."""
+class Refusal(Exception):
+    """An error that the Hub answers."""
+
+    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+class Blob(NamedTuple):
+    """A file of a commit."""
+
+    content: bytes
+    large: bool
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def git_oid(self) -> str:
+        return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content, usedforsecurity=False).hexdigest()
+
+
+@dataclass
+class Repository:
+    """Trees by commit id, with the messages, and the branches and pull requests that point at them."""
+
+    private: bool
+    commits: dict[str, tuple[dict[str, Blob], dict[str, Any]]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+
+    def add(self, branch: str, files: dict[str, Blob], header: dict[str, Any]) -> str:
+        oid = hashlib.sha1(f"{len(self.commits)}".encode(), usedforsecurity=False).hexdigest()
+        self.commits[oid] = (files, header)
+        self.branches[branch] = oid
+        return oid
+
+    def at(self, revision: str) -> tuple[str, dict[str, Blob]]:
+        oid = self.branches.get(revision, revision)
+        if oid not in self.commits:
+            raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return oid, self.commits[oid][0]
+
+    def files(self, revision: str = "main") -> dict[str, bytes]:
+        """Return path -> bytes, without the file that every repository is created with."""
+        return {path: blob.content for path, blob in self.at(revision)[1].items() if path != ".gitattributes"}
+
+    def put(self, name: str, content: bytes) -> None:
+        """Commit a file as somebody else would."""
+        self.add("main", {**self.at("main")[1], name: Blob(content, False)}, {"summary": "Theirs"})
+
+
+Answer = tuple[int, bytes, dict[str, str]]
+
+
+def as_json(value: Any, status: int = 200) -> Answer:
+    return status, json.dumps(value).encode(), {"Content-Type": "application/json"}
 
 
 @dataclass
 class HubServer:
-    """The hub. As a context it serves on a free port until its end.
+    """The Hub. As a context it serves on a free port until its end."""
 
-    Args:
-        token: the one that may write, and read what is private.
-        part_size: send large files in parts of at most this many bytes; by default in one piece.
-    """
-
-    token: str = TOKEN
-    part_size: int | None = None
     repos: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)  # SHA-256 -> large file that has arrived
-    parts: dict[tuple[str, int], bytes] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     lock: Any = field(default_factory=threading.RLock)
@@ -98,7 +118,7 @@ class HubServer:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._server.shutdown()
         self._server.server_close()
 
@@ -106,122 +126,205 @@ class HubServer:
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self._server.server_port}"
 
-    @property
-    def cdn(self) -> str:
-        """Where large files lie: another host, to which no client may send its token."""
-        return f"http://localhost:{self._server.server_port}"
-
     def environment(self, home: Path) -> dict[str, str]:
-        """The variables with which a fresh process speaks to this hub, with caches in `home`."""
-        names = {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": self.token, "HF_HOME": str(home)}
+        """Return the variables with which a fresh process uses this Hub, with caches in `home`."""
+        names = {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(home)}
         switches = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
         return {**names, **switches, "NO_PROXY": "127.0.0.1,localhost"}
 
     def asked(self, method: str, path: str) -> list[Request]:
-        """The requests of a method whose path holds a match of a regular expression."""
+        """Return the requests of a method whose path has a match of a regular expression."""
         return [request for request in self.requests if request.method == method and re.search(path, request.path)]
 
+    def commits(self, repo: str) -> list[dict[str, Any]]:
+        """Return the headers of a repository's commits, without the first."""
+        return [header for _, header in list(self.repos[repo].commits.values())[1:]]
+
     def holds(self, text: str) -> bool:
-        """Whether a text occurs in any file, commit message or recorded request."""
-        commits = [commit for repo in self.repos.values() for commit in repo.commits.values()]
-        contents = [blob.content for commit in commits for blob in commit.files.values()]
-        words = [repr((commit.title, commit.description)) for commit in commits] + [repr(self.requests)]
-        return any(text.encode() in content for content in [*contents, *self.objects.values()]) or text in str(words)
+        """Return whether a text occurs in any file, commit message or recorded request."""
+        trees = [commit for repo in self.repos.values() for commit in repo.commits.values()]
+        contents = [*self.objects.values(), *(blob.content for files, _ in trees for blob in files.values())]
+        headers = repr([header for _, header in trees]) + repr(self.requests)
+        return text in headers or any(text.encode() in content for content in contents)
+
+    # The pages; `repo` and the other arguments come from the address
+
+    def create(self, query: dict, body: bytes, authorized: bool) -> Answer:
+        _login(authorized)
+        sent = json.loads(body)
+        name = f"{sent.get('organization') or USER}/{sent['name']}"
+        if name in self.repos:
+            return as_json({"url": f"{self.endpoint}/{name}", "error": "exists"}, 409)
+        self.repos[name] = Repository(sent.get("visibility") == "private" or bool(sent.get("private")))
+        self.repos[name].add("main", {".gitattributes": Blob(b"*.safetensors filter=lfs", False)}, {"summary": ""})
+        return as_json({"url": f"{self.endpoint}/{name}", "name": name, "id": name})
+
+    def validate_yaml(self, query: dict, body: bytes, authorized: bool) -> Answer:
+        found = re.match(r"---\s*\n(.*?\n)?---\s*(\n|$)", json.loads(body)["content"], re.DOTALL)
+        valid = isinstance(yaml.safe_load(found[1] or "") if found else None, dict)
+        errors = [] if valid else [{"message": "no metadata"}]
+        return as_json({"errors": errors, "warnings": []}, 200 if valid else 400)
+
+    def info(self, query: dict, body: bytes, authorized: bool, repo: str, revision: str = "main") -> Answer:
+        oid, files = self._repository(repo, authorized).at(revision)
+        siblings = [{"rfilename": path} for path in sorted(files)]
+        return as_json({"id": repo, "modelId": repo, "sha": oid, "private": False, "tags": [], "siblings": siblings})
+
+    def tree(self, query: dict, body: bytes, authorized: bool, repo: str, revision: str, folder: str = "") -> Answer:
+        files = self._repository(repo, authorized).at(revision)[1]
+        inside = [path for path in sorted(files) if path.startswith(f"{folder}/" if folder else "")]
+        if not inside:
+            raise Refusal(404, "no such folder", "EntryNotFound")
+        entries = [{"type": "file", "path": p, "size": len(files[p].content), "oid": files[p].git_oid} for p in inside]
+        return as_json(entries)
+
+    def branch(self, query: dict, body: bytes, authorized: bool, repo: str, branch: str) -> Answer:
+        _login(authorized)
+        found = self._repository(repo, authorized)
+        found.branches[branch] = found.branches["main"]
+        return as_json({})
+
+    def preupload(self, query: dict, body: bytes, authorized: bool, repo: str, revision: str) -> Answer:
+        _login(authorized)
+        files = self._repository(repo, authorized).at(revision)[1]
+        modes = []
+        for sent in json.loads(body)["files"]:
+            known, large = files.get(sent["path"]), any(fnmatch(sent["path"], pattern) for pattern in LARGE)
+            oid = known and (known.sha256 if large else known.git_oid)
+            mode = "lfs" if large else "regular"
+            modes.append({"path": sent["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        return as_json({"files": modes})
+
+    def commit(self, query: dict, body: bytes, authorized: bool, repo: str, revision: str) -> Answer:
+        _login(authorized)
+        found = self._repository(repo, authorized)
+        header, *lines = (json.loads(line) for line in body.splitlines())
+        parent, files = found.at(revision)
+        if header["value"].get("parentCommit", parent) != parent:
+            raise Refusal(412, "A commit has happened since. Please refresh and try again.")
+        files = dict(files)
+        for line in lines:
+            sent = line["value"]
+            if line["key"] == "file":
+                files[sent["path"]] = Blob(base64.b64decode(sent["content"]), False)
+            elif line["key"] == "lfsFile":
+                files[sent["path"]] = Blob(self.objects[sent["oid"]], True)
+            else:
+                del files[sent["path"]]
+        pull = query.get("create_pr") == ["1"]
+        oid = found.add("refs/pr/1" if pull else revision, files, header["value"])
+        done = {"success": True, "commitOid": oid, "commitUrl": f"{self.endpoint}/{repo}/commit/{oid}"}
+        return as_json({**done, "pullRequestUrl": f"{self.endpoint}/{repo}/discussions/1" if pull else None})
+
+    def batch(self, query: dict, body: bytes, authorized: bool, repo: str) -> Answer:
+        _login(authorized)
+        answers = []
+        for sent in json.loads(body)["objects"]:
+            actions = {"upload": {"href": f"{self.endpoint}/lfs/{sent['oid']}"}}
+            known = sent["oid"] in self.objects
+            answers.append({"oid": sent["oid"], "size": sent["size"], **({} if known else {"actions": actions})})
+        return as_json({"transfer": "basic", "objects": answers})
+
+    def store(self, query: dict, body: bytes, authorized: bool, oid: str) -> Answer:
+        assert hashlib.sha256(body).hexdigest() == oid
+        self.objects[oid] = body
+        return as_json({})
+
+    def resolve(self, query: dict, body: bytes, authorized: bool, repo: str, revision: str, path: str) -> Answer:
+        oid, files = self._repository(repo, authorized).at(revision)
+        if path not in files:
+            raise Refusal(404, "Entry not found", "EntryNotFound")
+        blob = files[path]
+        etag = blob.sha256 if blob.large else blob.git_oid
+        return 200, blob.content, {"X-Repo-Commit": oid, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
+
+    def _repository(self, repo: str, authorized: bool) -> Repository:
+        found = self.repos.get(repo)
+        if found is None or (found.private and not authorized):
+            raise Refusal(404 if authorized else 401, "Repository not found", "RepoNotFound")
+        return found
 
     def answer(self, method: str, url: str, body: bytes, authorized: bool) -> Answer:
-        """Do what a request says, see `ROUTES`."""
+        """Answer a request by the page of its address."""
         parts = urlsplit(url)
-        query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-        for methods, pattern, action in ROUTES:
+        for methods, pattern, page in PAGES:
             if method in methods and (found := re.fullmatch(pattern, parts.path)):
-                groups = {name: unquote(value) for name, value in found.groupdict(default="").items()}
-                with self.lock:
-                    return action(self, Call(method, query, body, authorized, self), **groups)
-        raise HubRefusal(404, f"no such page: {method} {parts.path}")
+                groups = {name: unquote(value) for name, value in found.groupdict().items() if value is not None}
+                return page(self, parse_qs(parts.query), body, authorized, **groups)
+        raise Refusal(404, f"no such page: {method} {parts.path}")
+
+
+def _login(authorized: bool) -> None:
+    if not authorized:
+        raise Refusal(401, "Invalid credentials in Authorization header")
+
+
+_REPO, _REVISION = r"(?P<repo>[^/]+/[^/]+?)", r"(?P<revision>[^/]+)"
+_API = f"/api/models/{_REPO}"
+PAGES: list[tuple[tuple[str, ...], str, Callable[..., Answer]]] = [
+    (("POST",), "/api/repos/create", HubServer.create),
+    (("POST",), "/api/validate-yaml", HubServer.validate_yaml),
+    (("GET",), f"{_API}(/revision/{_REVISION})?", HubServer.info),
+    (("GET",), f"{_API}/tree/{_REVISION}(/(?P<folder>.*))?", HubServer.tree),
+    (("POST",), f"{_API}/branch/(?P<branch>[^/]+)", HubServer.branch),
+    (("POST",), f"{_API}/preupload/{_REVISION}", HubServer.preupload),
+    (("POST",), f"{_API}/commit/{_REVISION}", HubServer.commit),
+    (("POST",), rf"/{_REPO}\.git/info/lfs/objects/batch", HubServer.batch),
+    (("PUT",), "/lfs/(?P<oid>[0-9a-f]+)", HubServer.store),
+    (("GET", "HEAD"), f"/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", HubServer.resolve),
+]
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Reads a request, lets a fault strike, answers, and records."""
-
     protocol_version = "HTTP/1.1"
     hub: HubServer
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Be silent: the requests are recorded."""
+        """Stay silent: the requests are recorded."""
 
     def do_GET(self) -> None:
-        hub, received = self.hub, 0
-        bearer = self.headers.get("Authorization", "")
-        authorized = bearer == f"Bearer {hub.token}"
-        with hub.lock:
-            fault = next((fault for fault in hub.faults if fault.strikes(self.command, self.path)), None)
-        status = 0
-        try:
-            time.sleep(fault.delay if fault else 0)
-            upload = self.command in ("POST", "PUT")
-            body = self._read(fault.cut if fault and upload else None)
-            received = len(body)
-            answer = self._answer(fault, body, authorized, bool(bearer))
-            if fault and fault.lose:
-                raise Cut
-            status = answer.status
-            self._send(answer, fault.cut if fault and not upload else None)
-        except (Cut, ConnectionError):
+        body = self._body()
+        bearer = self.headers.get("Authorization")
+        with self.hub.lock:
+            status, content, headers = self._answer(body, bearer)
+            shown = {name.lower(): value.replace(TOKEN, "***") for name, value in self.headers.items()}
+            self.hub.requests.append(Request(self.command, self.path, shown, status))
+        if status == 0:
             self.close_connection = True
-            self._hang_up()
-        finally:
-            headers = {name.lower(): value.replace(hub.token, "***") for name, value in self.headers.items()}
-            with hub.lock:
-                hub.requests.append(Request(self.command, self.path, headers, authorized, status, received))
-
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
-
-    def _answer(self, fault: Fault | None, body: bytes, authorized: bool, named: bool) -> Answer:
-        try:
-            if fault and fault.status is not None:
-                raise HubRefusal(fault.status, fault.message)
-            if named and not authorized:
-                raise HubRefusal(401, "Invalid credentials in Authorization header")
-            return self.hub.answer(self.command, self.path, body, authorized)
-        except HubRefusal as refusal:
-            headers = {"X-Error-Code": refusal.code} if refusal.code else {}
-            answer = as_json({"error": str(refusal)}, refusal.status)
-            return answer._replace(headers={**answer.headers, **headers, "X-Error-Message": str(refusal)})
-
-    def _read(self, cut: int | None) -> bytes:
-        """The body; with `cut`, no more than that of it before the connection ends."""
-        pieces = []
-        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
-            while size := int(self.rfile.readline(), 16):
-                pieces.append(self.rfile.read(size))
-                self.rfile.readline()
-            self.rfile.readline()
-        else:
-            length = int(self.headers.get("Content-Length", 0))
-            pieces.append(self.rfile.read(length if cut is None else min(cut, length)))
-        if cut is not None:
-            raise Cut
-        return b"".join(pieces)
-
-    def _send(self, answer: Answer, cut: int | None) -> None:
-        status, body, headers = answer.status, answer.body, dict(answer.headers)
-        found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if found and status == 200:
-            first, last = int(found[1]), min(int(found[2] or len(body)), len(body) - 1)
-            headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
-            status, body = 206, body[first : last + 1]
+            return
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body[:cut])
-            if cut is not None:
-                raise Cut
+            self.wfile.write(content)
 
-    def _hang_up(self) -> None:
-        with suppress(OSError):  # the other side was faster
-            self.connection.shutdown(socket.SHUT_RDWR)
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def _answer(self, body: bytes, bearer: str | None) -> Answer:
+        faults = (f.status for f in self.hub.faults if f.method == self.command and re.search(f.path, self.path))
+        status = next(faults, None)
+        try:
+            if status:
+                raise Refusal(status, "made to fail")
+            if bearer not in (None, f"Bearer {TOKEN}"):
+                raise Refusal(401, "Invalid credentials in Authorization header")
+            answer = self.hub.answer(self.command, self.path, body, bearer is not None)
+            return answer if status is None else (0, b"", {})
+        except Refusal as refusal:
+            headers = {"X-Error-Code": refusal.code} if refusal.code else {}
+            status, content, kind = as_json({"error": str(refusal)}, refusal.status)
+            return status, content, {**kind, **headers, "X-Error-Message": str(refusal)}
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        pieces = []
+        while size := int(self.rfile.readline(), 16):
+            pieces.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(pieces)
 
 
 __all__ = ["TOKEN", "USER", "Fault", "HubServer", "Request"]

@@ -53,7 +53,7 @@ from bd3lm_hf.training.interval import (
     search_intervals,
 )
 from bd3lm_hf.training.trainer_state import ResumableFlow, RunningLoss, check_same_run, run_fingerprint
-from bd3lm_hf.training.uploads import SharingTrainer
+from bd3lm_hf.training.uploads import UploadingTrainer
 
 
 POSITION_NAME = "stream.npz"  # in a checkpoint: where the stream of training text goes on
@@ -63,7 +63,7 @@ class TrainingDivergedError(NotFiniteError):
     """A loss or a gradient is no longer a finite number."""
 
 
-class BD3LMTrainer(SharingTrainer, AveragingTrainer):
+class BD3LMTrainer(UploadingTrainer, AveragingTrainer):
     """Trainer of language models whose loss is a sum over noisy tokens divided by `num_items_in_batch`.
 
     Training examples come in a seeded order and carry their noise (see `training/examples.py`), so a run depends on

@@ -1,6 +1,6 @@
-"""`SharingTrainer`: a Trainer with `push_to_hub` sends what `bd3lm push` does, and nothing else of its folder.
+"""Uploads of a Trainer with `push_to_hub`: the same files as `bd3lm push`, and nothing else of the output folder.
 
-transformers would send the whole output folder with pickled arguments and a model card of its own.
+transformers would send the whole folder with pickled arguments and a model card of its own.
 """
 
 from concurrent.futures import Future
@@ -13,19 +13,21 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from bd3lm_hf.checkpoints import adapter_base
-from bd3lm_hf.data.sources import exists, looks_like_path
-from bd3lm_hf.sharing import share_folder, write_card
+from bd3lm_hf.data.files import exists, looks_like_path
+from bd3lm_hf.hub_upload.card import make_card
+from bd3lm_hf.hub_upload.push import push_saved_folder
+from bd3lm_hf.hub_upload.repo_files import CARD_NAME
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 
 
 logger = logging.get_logger("bd3lm_hf.train")
 
 
-class SharingTrainer(Trainer):
-    """transformers' Trainer, with uploads that hold exactly the files of the model.
+class UploadingTrainer(Trainer):
+    """Upload exactly the files of the model, where transformers' Trainer uploads its output folder.
 
     Raises:
-        ValueError: `args.push_to_hub` with an adapter on a model that is not on the hub.
+        ValueError: if `args.push_to_hub` is set for an adapter on a model that is not on the Hub.
     """
 
     args: BD3LMTrainingArguments
@@ -39,7 +41,7 @@ class SharingTrainer(Trainer):
         super().__init__(model, args, *arguments, **keywords)
 
     def write_model(self, folder: str | Path) -> None:
-        """Write the model to share into a folder; all processes take part."""
+        """Write the model to upload into a folder; all processes take part."""
         raise NotImplementedError
 
     def create_model_card(  # type: ignore[override]
@@ -50,11 +52,11 @@ class SharingTrainer(Trainer):
         model_name: str | None = None,
         **others: Any,
     ) -> None:
-        """Write the model card into the output folder; what it tells of the run comes from the files there.
+        """Write the model card into the output folder, from the files of the run.
 
         Args:
             language, license, tags: metadata.
-            model_name: unused, as are the others: the card is called as the repository is.
+            model_name: unused, as are the others: the card has the name of the repository.
         """
         if not self.is_world_process_zero():
             return
@@ -64,7 +66,8 @@ class SharingTrainer(Trainer):
         metadata = {"language": language, "license": license, "tags": _as_list(tags)}
         tokenizer = self.processing_class is not None
         base = adapter_base(folder)
-        write_card(folder, model, name, tokenizer=tokenizer, base=base, **metadata)
+        card = make_card(model, Path(folder), name, tokenizer=tokenizer, base=base, **metadata)
+        card.save(Path(folder, CARD_NAME))
 
     def push_to_hub(
         self,
@@ -81,16 +84,16 @@ class SharingTrainer(Trainer):
             kwargs: `language`, `license` and `tags` of the model card.
 
         Returns:
-            The address of the commit, or a future whose result has it as `url` if not `blocking`; None but in the main
-            process.
+            The address of the commit, or a future whose result has it as `url` if not `blocking`; None in all but the
+            main process.
 
         Raises:
-            OSError: the hub or the network failed.
-            RuntimeError: what was saved does not load by itself.
+            OSError: if the Hub or the network failed.
+            RuntimeError: if the saved folder does not load without bd3lm_hf.
         """
         if self.hub_model_id is None:
             if private is not None:
-                self.args.hub_private_repo = private  # earlier transformers take it from here only
+                self.args.hub_private_repo = private  # earlier versions of transformers take it only from here
             self.init_hf_repo(token=token)
         self.write_model(self.args.output_dir)
         options: dict[str, Any] = {name: kwargs[name] for name in ("language", "license") if name in kwargs}
@@ -98,7 +101,7 @@ class SharingTrainer(Trainer):
         return self.upload_model(commit_message, revision=revision or self.args.hub_revision, **options)
 
     def upload_model(self, message: str | None, **options: Any) -> Any:
-        """Upload what lies in the output folder, in the main process; arguments and errors as `share_folder`."""
+        """Upload the output folder in the main process; arguments and errors as in `push_saved_folder`."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if not self.is_world_process_zero():
             return None
@@ -106,7 +109,7 @@ class SharingTrainer(Trainer):
         return self._share(self.args.output_dir, message, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # A run is worth more than a copy of it in the middle: a failure is told, and training goes on.
+        # A failed upload of a checkpoint must not end the run: it is logged, and training goes on.
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
@@ -117,28 +120,28 @@ class SharingTrainer(Trainer):
         try:
             job = self._share(checkpoint_folder, message, background=True)
         except (OSError, ValueError, RuntimeError) as error:
-            logger.warning(f"{checkpoint_folder} is not uploaded: {error}")
+            logger.warning(f"{checkpoint_folder} was not uploaded: {error}")
             return
-        job.add_done_callback(_tell_failure)
+        job.add_done_callback(_log_failure)
         if busy:
             self.push_in_progress.jobs.append(job)
         else:
-            self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]  # transformers gives it lists too
+            self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]  # transformers passes lists too
 
     def _share(self, folder: str, message: str | None, **options: Any) -> Any:
         assert self.hub_model_id is not None
         options.setdefault("revision", self.args.hub_revision)
-        return share_folder(folder, self.hub_model_id, message=message, **options)
+        return push_saved_folder(folder, self.hub_model_id, message=message, **options)
 
 
 def _check_base(model: Any) -> None:
-    """Refuse to train what could not be uploaded in the end: an adapter on a model that nobody else has."""
+    """Refuse to train an adapter that could not be uploaded in the end, because nobody else has its base model."""
     for config in getattr(model, "peft_config", {}).values():
         base = str(config.base_model_name_or_path)
         if exists(base) or looks_like_path(base):
             raise ValueError(
-                f"--push_to_hub: the base of this adapter is the folder {base}, which others do not have. Leave the "
-                f"argument out, push the base, and then the adapter by `bd3lm push --base-model`."
+                f"--push_to_hub: the base of this adapter is the local folder {base}, which nobody else has. Leave "
+                f"the argument out, push the base, and then the adapter with `bd3lm push --base-model`."
             )
 
 
@@ -146,9 +149,9 @@ def _as_list(tags: str | list[str] | None) -> list[str]:
     return [tags] if isinstance(tags, str) else list(tags or ())
 
 
-def _tell_failure(job: Future) -> None:
+def _log_failure(job: Future) -> None:
     if not job.cancelled() and (error := job.exception()) is not None:
         logger.warning(f"an upload in the background failed: {error}")
 
 
-__all__ = ["SharingTrainer"]
+__all__ = ["UploadingTrainer"]

@@ -518,7 +518,7 @@ def test_a_small_disk_is_told_before_the_first_step(make_trainer, monkeypatch, c
 def test_a_checkpoint_is_uploaded_from_its_final_folder(make_trainer, tmp_path, monkeypatch):
     trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
     uploads = []
-    push = "bd3lm_hf.training.uploads.SharingTrainer._push_from_checkpoint"
+    push = "bd3lm_hf.training.uploads.UploadingTrainer._push_from_checkpoint"
     monkeypatch.setattr(push, lambda self, folder: uploads.append(folder))
     trainer.args.push_to_hub = True
     trainer.train()

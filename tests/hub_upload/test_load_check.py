@@ -1,0 +1,119 @@
+"""A folder that loads without bd3lm_hf passes the check in a process of its own; others do not, for a named reason."""
+
+import sys
+
+import pytest
+import torch
+from shared_models import make_adapter
+
+from bd3lm_hf import ARConfig, ARForCausalLM, SEDDConfig, SEDDForMaskedLM, SSDLMConfig, SSDLMForMaskedLM
+from bd3lm_hf.hub_upload import standalone
+from bd3lm_hf.hub_upload.errors import CheckError
+from bd3lm_hf.hub_upload.load_check import check_loads_alone, isolated_environment, make_probe
+from bd3lm_hf.hub_upload.repo_files import read_contents
+
+
+@pytest.fixture
+def contents(model_folder):
+    return read_contents(model_folder)
+
+
+def check_here(folder, probe):
+    """Run the check in this process, with the registered classes instead of the folder's."""
+    standalone.check(str(folder), probe, code="bd3lm_hf")
+
+
+def test_a_saved_folder_loads_alone_and_computes_the_same_to_the_last_bit(model_folder, contents, monkeypatch):
+    # A process that is not isolated would find the package here.
+    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
+    check_loads_alone(model_folder, contents.model)
+
+
+@pytest.mark.slow
+def test_a_folder_that_lacks_code_does_not_pass(model_folder, contents):
+    (model_folder / "noise_bd3lm.py").unlink()
+    with pytest.raises(CheckError, match="nothing was uploaded: .*noise_bd3lm"):
+        check_loads_alone(model_folder, contents.model)
+
+
+def test_a_process_that_dies_in_silence_is_reported_by_its_exit_code(model_folder, contents, monkeypatch, tmp_path):
+    dies = tmp_path / "dies.py"
+    dies.write_text("import sys; sys.exit(9)")
+    monkeypatch.setattr(standalone, "__file__", str(dies))
+    with pytest.raises(CheckError, match="exit code 9"):
+        check_loads_alone(model_folder, contents.model)
+
+
+def test_the_process_inherits_no_token(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_secret")
+    environment = isolated_environment(str(tmp_path))
+    assert "hf_secret" not in environment.values()
+    assert environment["HF_HUB_OFFLINE"] == "1" and environment["HF_HOME"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["first", "text"])
+def test_a_model_that_computes_something_else_is_found(model_folder, contents, part):
+    probe = make_probe(contents.model)
+    names = {name.split(".")[1] for name in probe if name.startswith("expected.")}
+    assert names == {"AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"}
+    check_here(model_folder, probe)
+    probe[f"expected.AutoModelForCausalLM.{part}"].view(-1)[-1] += 1
+    with pytest.raises(RuntimeError, match=rf"AutoModelForCausalLM .* \({part}\)"):
+        check_here(model_folder, probe)
+
+
+def test_code_from_elsewhere_missing_weights_and_a_mute_pipeline_are_found(model_folder, contents, monkeypatch):
+    probe = make_probe(contents.model)
+    with pytest.raises(RuntimeError, match="AutoModel loads BD3LMModel from code that is not in the folder"):
+        standalone.check(str(model_folder), probe)
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.pipeline", lambda *a, **k: lambda *b, **d: [{"generated_text": None}])
+        with pytest.raises(RuntimeError, match="pipeline returns None"):
+            check_here(model_folder, probe)
+    answer = (contents.model, {"missing_keys": {"head"}, "mismatched_keys": set()})
+    monkeypatch.setattr("transformers.AutoModel.from_pretrained", lambda *a, **k: answer)
+    with pytest.raises(RuntimeError, match=r"AutoModel .*\['head'\]"):
+        check_here(model_folder, probe)
+
+
+def test_an_adapter_is_checked_on_its_base(model_folder, tmp_path):
+    folder = make_adapter(model_folder, tmp_path / "adapter")
+    adapted = read_contents(folder).model
+    probe = make_probe(adapted)
+    names = {name.split(".")[1] for name in probe if name.startswith("expected")}
+    assert names == {"AutoModelForMaskedLM", "AutoModelForCausalLM"}
+    check_here(folder, probe)
+    with adapted.disable_adapter():
+        plain = adapted(**adapted.get_base_model().dummy_inputs).logits
+    assert not torch.equal(plain, probe["expected.AutoModelForCausalLM.first"])
+
+
+BASELINE = {"model_length": 16, "hidden_dim": 32, "n_blocks": 1, "n_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (ARForCausalLM, ARConfig(vocab_size=48, **BASELINE)),
+        (SEDDForMaskedLM, SEDDConfig(vocab_size=48, cond_dim=16, **BASELINE)),
+        (SSDLMForMaskedLM, SSDLMConfig(vocab_size=48, block_size=4, **BASELINE)),
+    ],
+    ids=["ar", "sedd", "ssdlm"],
+)
+def test_baselines_are_checked_too(model_class, config, randomize, tmp_path):
+    model = model_class(config).eval()
+    if model_class is SSDLMForMaskedLM:
+        model.generation_config.num_denoising_steps = 2
+    else:
+        randomize(model)
+    model.save_pretrained(tmp_path)
+    check_here(tmp_path, make_probe(model))
+
+
+def test_where_bd3lm_hf_was_imported_the_check_proves_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    with pytest.raises(RuntimeError, match="bd3lm_hf was imported"):
+        standalone.block_bd3lm_hf()
+    monkeypatch.delitem(sys.modules, "bd3lm_hf")
+    standalone.block_bd3lm_hf()
