@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from bd3lm_hf.command_line import one_line
+from bd3lm_hf.argument_parser import one_line
 
 
 # The HTTP library's own base class; which library that is depends on the version of huggingface_hub.

@@ -12,7 +12,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from bd3lm_hf.command_line import one_line
+from bd3lm_hf.argument_parser import one_line
 from bd3lm_hf.hub_upload import standalone
 from bd3lm_hf.hub_upload.errors import CheckError
 from bd3lm_hf.hub_upload.standalone import model_outputs

@@ -22,7 +22,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-from bd3lm_hf.command_line import ArgumentParser, one_line, printable
+from bd3lm_hf.argument_parser import ArgumentParser, one_line, printable
 from bd3lm_hf.hub_upload.card import make_card
 from bd3lm_hf.hub_upload.errors import CheckError, HubError, hub_errors
 from bd3lm_hf.hub_upload.load_check import check_loads_alone

@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 import bd3lm_hf
-from bd3lm_hf.command_line import ArgumentParser, one_line, printable
+from bd3lm_hf.argument_parser import ArgumentParser, one_line, printable
 from bd3lm_hf.data.files import exists, looks_like_path
 from bd3lm_hf.hub_upload.errors import HubError, hub_errors
 from bd3lm_hf.hub_upload.repo_files import CARD_NAME, CODE, MANIFEST_NAME, files_of

@@ -1,4 +1,4 @@
-"""Shared by the command lines of all verbs: one-line errors without secrets and control characters.
+"""The argument parser of every verb, with one-line errors without secrets and control characters.
 
 Imports nothing that is slow: `bd3lm VERB --help` must answer before torch is loaded.
 """

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from bd3lm_hf.command_line import ArgumentParser, mask_secrets, one_line
+from bd3lm_hf.argument_parser import ArgumentParser, mask_secrets, one_line
 
 
 SECRET = "hf_" + "abcDEF123456"
@@ -53,5 +53,5 @@ def test_a_parser_error_is_one_masked_line_with_exit_code_2(capsys):
 def test_the_module_needs_no_torch():
     code = "import importlib.util, sys; s = importlib.util.spec_from_file_location('c', sys.argv[1]);"
     code += "m = importlib.util.module_from_spec(s); s.loader.exec_module(m); assert 'torch' not in sys.modules"
-    file = sys.modules["bd3lm_hf.command_line"].__file__
+    file = sys.modules["bd3lm_hf.argument_parser"].__file__
     subprocess.run([sys.executable, "-I", "-c", code, file], check=True)
