@@ -234,7 +234,14 @@ class BD3LMModel(BD3LMPreTrainedModel):
         past_key_values, commit, past = open_cache(
             past_key_values, use_cache, length, attention_mask, self.config.block_size, training=self.training
         )
-        layout = token_layout(attention_mask, length, self.config.block_size, past=past, device=device)
+        layout = token_layout(
+            attention_mask,
+            length,
+            self.config.block_size,
+            past=past,
+            device=device,
+            position_ids=None if past else position_ids,
+        )
         position_ids = layout.position_ids[:, past:] if position_ids is None else position_ids
         options = {"implementation": self.config._attn_implementation, "dtype": embeds.dtype}
         if clean_input_ids is not None and (past_key_values is not None or clean_input_ids.shape != embeds.shape[:2]):

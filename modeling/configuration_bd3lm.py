@@ -16,7 +16,16 @@ from .noise_bd3lm import check_draws, check_interval, noise_schedule
 SAMPLING_EPS = 1e-3
 
 
-_OF_BLOCKS = ("block_size", "sampling_eps_min", "sampling_eps_max", "resample", "antithetic_sampling", "noise_draws")
+_OF_BLOCKS = (
+    "block_size",
+    "sampling_eps_min",
+    "sampling_eps_max",
+    "resample",
+    "antithetic_sampling",
+    "noise_draws",
+    "masking",
+    "complementary",
+)
 
 
 class BD3LMConfig(PreTrainedConfig):
@@ -52,6 +61,10 @@ class BD3LMConfig(PreTrainedConfig):
             batch: `"shuffled"`, `"published"` (row-major strata, ties the level to the position) or `"none"`.
         noise_draws (`int`, defaults to 1): noisy streams that share one clean stream in a training step; the loss is
             the mean over them. They share the clean stream's dropout too. Excludes `time_conditioning`.
+        masking (`str`, defaults to `"independent"`): `"exact_k"` masks exactly k of the n tokens of a block, k uniform
+            on 1..n, with the weight n/k: the same bound with less variance.
+        complementary (`bool`, defaults to `False`): in training, give each noisy stream a partner that masks the
+            tokens which it shows, so that a pair scores every token.
         ignore_bos (`bool`, defaults to `True`): the first token of a sequence is never masked and, outside training,
             never scored.
         attn_backend (`str`, *optional*): attention kernel named by published checkpoints. Kept so that their
@@ -95,6 +108,8 @@ class BD3LMConfig(PreTrainedConfig):
     resample: bool = False
     antithetic_sampling: str = "shuffled"
     noise_draws: int = 1
+    masking: str = "independent"
+    complementary: bool = False
     ignore_bos: bool = True
     attn_backend: str | None = None
     bos_token_id: int | None = None
@@ -180,6 +195,7 @@ class BD3LMConfig(PreTrainedConfig):
             raise ValueError(
                 f"antithetic_sampling={self.antithetic_sampling!r}: choose 'shuffled', 'published' or 'none'."
             )
+        check_masking(self)
 
     def _check_flags(self) -> None:
         if self.causal and self.cross_attn:
@@ -293,6 +309,25 @@ class SEDDConfig(MDLMConfig):
     def _check_flags(self) -> None:
         super()._check_flags()
         _check_wanted(self, {"time_conditioning": True}, "a score depends on the noise level")
+
+
+def check_masking(config: Any) -> None:
+    """Refuse ways of masking that contradict one another.
+
+    Raises:
+        ValueError: if the way is unknown or does not go with other fields.
+    """
+    if config.masking not in ("independent", "exact_k"):
+        raise ValueError(f"masking={config.masking!r} is unknown: choose 'independent' or 'exact_k'.")
+    if config.masking == "exact_k":
+        for name in ("resample", "time_conditioning", "complementary"):
+            if getattr(config, name):
+                raise ValueError(
+                    f"masking='exact_k' does not go with {name}=True: it draws the number of masked tokens and no "
+                    f"noise level. Set {name}=False or masking='independent'."
+                )
+    if config.complementary and config.time_conditioning:
+        raise ValueError("complementary=True needs time_conditioning=False: the two streams have two noise levels.")
 
 
 def check_model_type(config_class: type[PreTrainedConfig], config_dict: dict[str, Any]) -> None:

@@ -50,8 +50,8 @@ class BD3LMDecoderConfigMixin:
             stays the autoregressive model.
         ar_loss_weight (`float`, defaults to 0.0): with `context="token"`, weight of the next-token loss of the clean
             stream that is added to the loss.
-        noise, sampling_eps_min, sampling_eps_max, resample, antithetic_sampling, noise_draws, ignore_bos: as in
-            [`BD3LMConfig`].
+        noise, sampling_eps_min, sampling_eps_max, resample, antithetic_sampling, noise_draws, masking, complementary,
+            ignore_bos: as in [`BD3LMConfig`].
 
     Raises:
         ValueError: if a field has a value, or a combination of values, that no model can have.
@@ -79,6 +79,8 @@ class BD3LMDecoderConfigMixin:
     resample: bool = False
     antithetic_sampling: str = "shuffled"
     noise_draws: int = 1
+    masking: str = "independent"
+    complementary: bool = False
     ignore_bos: bool = True
 
     num_blocks = BD3LMConfig.num_blocks

@@ -51,7 +51,7 @@ class DecoderBackbone:
 
     def output_layer(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the logits."""
-        return self.model.get_output_embeddings()(hidden_states)
+        return self.model.logits_head()(hidden_states)
 
     def run(
         self,

@@ -29,9 +29,11 @@ from .linear_bd3lm import call_as, is_plain_linear, is_sharded
 from .noise_bd3lm import (
     LogLinearNoise,
     Noise,
+    NoiseLevel,
     check_draws,
     clips,
     draw_noise,
+    mask_exact_numbers,
     mask_positions,
     mask_positions_within,
     noise_schedule,
@@ -87,6 +89,7 @@ def denoising_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     *,
     interval: tuple[float, float] = (SAMPLING_EPS, 1.0),
+    position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The objective of Algorithm 1 in nats per token: a scalar with a gradient, the mean over all draws of noise.
 
@@ -108,12 +111,13 @@ def denoising_loss(
     config = model.config
     check_text(model, input_ids, labels)
     # 1. Which tokens count
-    layout = token_layout(attention_mask, input_ids.shape[1], config.block_size, device=input_ids.device)
+    length, device = input_ids.shape[1], input_ids.device
+    layout = token_layout(attention_mask, length, config.block_size, device=device, position_ids=position_ids)
     scored = loss_mask(layout, labels, ignore_bos=config.ignore_bos, training=model.training)
     # 2. and 3. Noise, logits of the masked positions
     low, high = interval if model.training else evaluation_interval(config)
     masked, weights, move_chance = corrupt(model, layout, scored, noise, low, high)
-    draws = masked.shape[1] // input_ids.shape[1]
+    draws = masked.shape[1] // length
     check_draws(draws, config.time_conditioning)
     rows = masked.flatten().nonzero().squeeze(1)
     x_t = torch.where(masked, config.mask_token_id, input_ids.repeat(1, draws))
@@ -155,23 +159,63 @@ def corrupt(
         bool `(batch, draws * length)`, masked positions of the draws side by side; as many weights, of each position's
         loss; `(batch, draws * num_blocks)`, masking probabilities.
     """
-    config = model.config
+    config, training = model.config, model.training if training is None else training
     batch, length = scored.counted.shape
-    device, blocks = scored.counted.device, config.num_blocks(length)
+    device, blocks = scored.counted.device, _num_blocks(layout, config)
     if noise is None:
         draws = config.noise_draws if model.training else 1
         noise = draw_noise(batch, blocks, length, draws=draws, order=config.antithetic_sampling, device=device)
+    elif noise.block_noise.shape[-1] < blocks:
+        raise ValueError(
+            f"block_noise of shape {tuple(noise.block_noise.shape)} does not fit {blocks} blocks of packed documents: "
+            f"give one column for each, or leave the noise out."
+        )
     # Side by side, the draws of a sequence are one long row of draws * blocks blocks.
     draws, noise = noise.draws, noise.side_by_side()
+    blocks = noise.block_noise.shape[1] // draws
     block_ids = torch.cat([layout.block_ids + draw * blocks for draw in range(draws)], dim=1)
+    maskable = scored.maskable.repeat(1, draws)
+    if config.masking == "exact_k":
+        masked, weights = mask_exact_numbers(noise, block_ids, maskable, low, high)
+        return masked, per_token(weights, block_ids), torch.zeros_like(weights)
     level = noise_schedule(config.noise)(times(noise.block_noise.to(device), low, high))
-    confined = config.resample and (model.training if training is None else training) and clips(low, high)
-    if confined:
+    if config.resample and training and clips(low, high):
         masked = mask_positions_within(noise, level.move_chance, block_ids, scored.valid.repeat(1, draws), low, high)
     else:
         masked = mask_positions(noise, level.move_chance, block_ids)
     weights = torch.ones_like(level.move_chance) if low > 0.5 else -level.loss_scaling
-    return masked & scored.maskable.repeat(1, draws), per_token(weights, block_ids), level.move_chance
+    found = (masked & maskable, per_token(weights, block_ids), level.move_chance)
+    return (
+        _with_complements(found, level, block_ids, maskable, low) if config.complementary and model.training else found
+    )
+
+
+def _num_blocks(layout: Layout, config: PreTrainedConfig) -> int:
+    """Blocks of a row; packed documents may have more of them, as each ends with a shorter one."""
+    usual = config.num_blocks(layout.block_ids.shape[1])
+    return usual if layout.document_ids is None else max(usual, int(layout.block_ids.max()) + 1)
+
+
+def _with_complements(
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    level: NoiseLevel,
+    block_ids: torch.Tensor,
+    maskable: torch.Tensor,
+    low: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Add to each noisy stream the one that masks what it shows, so that a pair scores every token.
+
+    The partner's tokens are masked with probability p' = 1 - p. The bound is an integral over dp / p, whatever the
+    schedule, so the partner has the weight (dp / dt) / (1 - p), held finite where p approaches 1.
+    """
+    masked, weights, move_chance = found
+    shown = (1 - move_chance).clamp(min=SAMPLING_EPS)
+    partner = torch.ones_like(shown) if low > 0.5 else level.move_rate / shown
+    return (
+        torch.cat([masked, maskable & ~masked], dim=1),
+        torch.cat([weights, per_token(partner, block_ids)], dim=1),
+        torch.cat([move_chance, 1 - move_chance], dim=1),
+    )
 
 
 def evaluation_interval(config: PreTrainedConfig) -> tuple[float, float]:

@@ -52,6 +52,7 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         block_noise: torch.Tensor | None = None,
         token_noise: torch.Tensor | None = None,
         count_noise: torch.Tensor | None = None,
@@ -72,6 +73,8 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
             timesteps: noise levels sigma `(batch,)`; read only if `config.time_conditioning`.
             past_key_values: cache of finished blocks. `use_cache=True` writes the given blocks to it,
                 `use_cache=False` only reads it.
+            position_ids: `(batch or 1, length)`, for documents that are packed into one row: where they do not count
+                on by one, another document begins. It has blocks of its own and sees nothing of the others.
             block_noise, token_noise, count_noise: the uniform draws that decide the noise of the loss, see
                 [`Noise`]; with `(batch, draws, ...)` the loss is the mean over the draws. Without them they are drawn
                 from torch's global generator, `config.noise_draws` of them in train mode.
@@ -86,7 +89,8 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
                     "labels need input_ids: the loss masks tokens, so it cannot start from inputs_embeds."
                 )
             noise = given_noise(block_noise, token_noise, count_noise, input_ids.shape, self.config)
-            return BD3LMOutput(loss=self.objective(input_ids, labels, attention_mask, noise, num_items_in_batch))
+            batch = (input_ids, labels, attention_mask, noise, num_items_in_batch)
+            return BD3LMOutput(loss=self.objective(*batch, position_ids=position_ids))
         outputs = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -95,6 +99,7 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
             inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
             return_dict=True,
             **{k: kwargs[k] for k in ("output_hidden_states", "output_attentions") if k in kwargs},
         )
@@ -119,9 +124,9 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
                 self._buffers[name] = buffer.to(moved.device)
         return self
 
-    def objective(self, *batch: Any) -> torch.Tensor:
-        """The loss of a batch; see [`denoising_loss`] in `loss_bd3lm.py`."""
-        return denoising_loss(self, *batch, interval=self.interval())
+    def objective(self, *batch: Any, **layout: Any) -> torch.Tensor:
+        """Return the loss of a batch; see [`denoising_loss`] in `loss_bd3lm.py`."""
+        return denoising_loss(self, *batch, interval=self.interval(), **layout)
 
     @property
     def carries_interval(self) -> bool:

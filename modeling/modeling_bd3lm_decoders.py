@@ -10,6 +10,7 @@ layers in one call. Objective, likelihood, samplers and the loop over blocks are
         noisy  -> noisy     it is of the query's block and noise sample
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from .configuration_bd3lm_decoders import (
     BD3LMSmolLM3Config,
 )
 from .decoder_backbone_bd3lm import DecoderBackbone, TwoStreamHidden, stream_mask
+from .loss_bd3lm import chunked_cross_entropy, denoising_loss, loss_mask
 from .modeling_bd3lm import BlockDiffusionMixin
 from .saving_bd3lm import SelfContainedMixin
 
@@ -84,6 +86,24 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
         generator = torch.Generator().manual_seed(0)
         length = min(self.config.model_length, 4 * self.config.block_size)
         return {"input_ids": torch.randint(0, self.config.vocab_size, (2, length), generator=generator)}
+
+    def logits_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return what makes logits of hidden states, with the family's soft cap."""
+        head, cap = self.get_output_embeddings(), getattr(self.config, "final_logit_softcapping", None)
+        return head if cap is None else lambda hidden: cap * torch.tanh(head(hidden) / cap)
+
+    def objective(self, *batch: Any, **layout: Any) -> torch.Tensor:
+        """Return the loss of a batch, in training with the next-token loss of the clean stream where it has a weight.
+
+        Both are sums divided by the same number of tokens; see [`denoising_loss`].
+        """
+        weight = self.config.ar_loss_weight
+        if not weight or not self.training:
+            return super().objective(*batch, **layout)
+        network = _TwoLossNetwork(self)
+        return denoising_loss(network, *batch, interval=self.interval(), **layout) + weight * network.next_token_loss(
+            *batch
+        )
 
     def clean_cache(self, input_ids: torch.Tensor, layout: Layout) -> BlockCache:
         """Return keys and values of the clean stream, and its hidden states where the alignment needs them."""
@@ -130,6 +150,47 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
         """
         check_resize(new_num_tokens, self.config.mask_token_id)
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+
+class _TwoLossNetwork:
+    """A model for one call of the loss, which keeps the clean hidden states for the next-token loss."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.config, self.training = model, model.config, model.training
+        self.clean_cache, self.logits_head = model.clean_cache, model.logits_head
+
+    def noisy_hidden(
+        self,
+        x_t: torch.Tensor,
+        x_0: torch.Tensor,
+        layout: Layout,
+        masked_indices: torch.Tensor,
+        sigma: torch.Tensor | None,
+        *,
+        cache: Any = None,
+        num_noise_samples: int = 1,
+    ) -> torch.Tensor:
+        """Return the hidden states that predict the masked tokens."""
+        hidden = self.model.stream_hidden(x_t, x_0, layout, cache=cache, num_noise_samples=num_noise_samples)
+        self.clean_hidden, self.layout = hidden.clean, layout
+        return hidden.noisy.flatten(0, 1)[masked_indices]
+
+    def next_token_loss(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        noise: Any = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Return the loss of each scored token given those before it, over the denominator of [`denoising_loss`]."""
+        own = {"ignore_bos": self.config.ignore_bos, "training": self.training}
+        predicted = loss_mask(self.layout, labels, ignore_bos=True, training=False).counted[:, 1:]
+        targets = labels[:, 1:][predicted]
+        hidden, weights = self.clean_hidden[:, :-1][predicted], torch.ones(targets.shape, device=targets.device)
+        total = chunked_cross_entropy(hidden, self.logits_head(), targets, weights, self.config)
+        counted = loss_mask(self.layout, labels, **own).counted.sum().clamp(min=1)
+        return total / (counted if num_items_in_batch is None else num_items_in_batch)
 
 
 class BD3LMLlamaForMaskedLM(BD3LMDecoderMixin, LlamaForCausalLM):

@@ -321,6 +321,33 @@ def mask_positions_within(
     return (rank < per_token(chosen, block_ids)) & valid
 
 
+def mask_exact_numbers(
+    noise: Noise, block_ids: torch.Tensor, maskable: torch.Tensor, low: float, high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask exactly k of the n maskable tokens of a block, k uniform on 1..n, with the weight n / k.
+
+    The expectation is that of independent masks with the weight 1/t, since the integral of
+    1/t C(n, k) t^k (1 - t)^(n - k) over t is 1/k. No block is left without a masked token, no weight exceeds n, and
+    k is stratified as the times are. On a clipped interval k is the rounded-up share t of n, and above 0.5 the weight
+    is 1, as for independent masks.
+
+    Args:
+        maskable: bool `(batch, length)`.
+
+    Returns:
+        bool `(batch, length)`, and the weights of the blocks `(batch, num_blocks)`.
+    """
+    batch, blocks = noise.block_noise.shape
+    block_ids = block_ids.expand(batch, -1)
+    sizes = torch.zeros(batch, blocks, device=maskable.device).scatter_add_(1, block_ids, maskable.float())
+    uniform = noise.block_noise.to(maskable.device)
+    shares = times(uniform, low, high) if clips(low, high) else uniform
+    chosen = torch.minimum((shares * sizes).floor() + 1, sizes)
+    rank = rank_in_block(noise.token_noise.to(maskable.device), block_ids, maskable)
+    weights = torch.ones_like(sizes) if low > 0.5 else sizes / chosen.clamp(min=1)
+    return (rank < per_token(chosen, block_ids)) & maskable, weights
+
+
 def rank_in_block(noise: torch.Tensor, block_ids: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
     """Rank of each token's draw among the tokens `among` of its block, the smallest first; all `(batch, length)`."""
     # Blocks are intervals of the key, so one sort ranks within all of them; tokens left out come last in theirs.
@@ -417,6 +444,7 @@ __all__ = [
     "count_probabilities",
     "draw_noise",
     "given_noise",
+    "mask_exact_numbers",
     "mask_positions",
     "mask_positions_within",
     "noise_schedule",

@@ -529,3 +529,17 @@ def test_attentions_are_whole_matrices_whose_rows_sum_to_one(tiny_model):
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 10))
         assert not weights[:, :, :4, 4:].any()
     assert [tuple(weights.shape[2:]) for weights in two.attentions] == [(20, 20), (10, 20)]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_packed_documents_have_the_logits_of_each_alone(tiny_model, attention):
+    tiny_model.set_attn_implementation(attention)
+    ids, clean = torch.randint(3, 47, (2, 13)), torch.randint(3, 47, (2, 13))
+    packed = torch.tensor([[*range(6), *range(7)]])
+    with torch.no_grad():
+        for extra in ({}, {"clean_input_ids": clean}):
+            together = tiny_model(ids, position_ids=packed, **extra).logits
+            for part in (slice(0, 6), slice(6, 13)):
+                own = {name: value[:, part] for name, value in extra.items()}
+                alone = tiny_model(ids[:, part], **own).logits
+                torch.testing.assert_close(together[:, part], alone, atol=1e-5, rtol=1e-4)

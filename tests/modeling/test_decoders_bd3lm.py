@@ -182,3 +182,37 @@ def test_flash_attention_is_refused_by_name():
 def test_contradictory_fields_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         tiny_decoder("qwen3", **fields)
+
+
+@every_decoder
+def test_packed_documents_have_the_loss_of_each_alone(family):
+    model, lengths = tiny_decoder(family, context="token", ar_loss_weight=0.5, alignment="shifted").train(), (6, 5)
+    ids = random_ids(1, sum(lengths))
+    texts, starts = ids.split(lengths, dim=1), (0, 6)
+    tokens, blocks = torch.rand(1, 11), torch.rand(1, 4)
+    packed = torch.tensor([[*range(6), *range(5)]])
+    with torch.no_grad():
+        apart = sum(
+            model(
+                input_ids=text,
+                labels=text,
+                num_items_in_batch=11,
+                block_noise=blocks[:, 2 * n : 2 * n + 2],
+                token_noise=tokens[:, start : start + text.shape[1]],
+            ).loss
+            for n, (text, start) in enumerate(zip(texts, starts, strict=True))
+        )
+        model.config.noise_draws = 1
+        together = model.objective(ids, ids, None, Noise(blocks, tokens, blocks), 11, position_ids=packed)
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+
+
+def test_the_next_token_loss_is_that_of_the_stock_model():
+    """With every token masked and one token a block, both losses are the autoregressive one."""
+    model = tiny_decoder("qwen3", context="token", ar_loss_weight=0.5, alignment="shifted", block_size=1).train()
+    model.set_interval(1.0, 1.0)
+    ids = random_ids()
+    loss = model(input_ids=ids, labels=ids, num_items_in_batch=2 * (LENGTH - 1)).loss
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids, labels=ids, num_items_in_batch=2 * (LENGTH - 1)).loss
+    torch.testing.assert_close(loss, 1.5 * expected, atol=1e-5, rtol=1e-5)
