@@ -21,7 +21,7 @@ from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from bd3lm_hf.auto_classes import is_unsupported_auto_class, model_classes
-from bd3lm_hf.data.files import exists, looks_like_path
+from bd3lm_hf.data.sources import exists, looks_like_path
 
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from bd3lm_hf.argument_parser import printable
-from bd3lm_hf.data.files import exists, looks_like_path
-from bd3lm_hf.data.sources import DEFAULT_DATASET, find_spec
+from bd3lm_hf.data.sources import DEFAULT_DATASET, exists, find_spec, looks_like_path
 from bd3lm_hf.run_folder import RECIPE_NAME, RESULTS_NAME, WEIGHTS_NAME
 from bd3lm_hf.yaml_files import read_yaml
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 import bd3lm_hf  # noqa: F401  (registers the model types)
 from bd3lm_hf.argument_parser import ArgumentParser, one_line, printable
 from bd3lm_hf.checkpoints import check_finite_weights, load_model, read_shard_index
-from bd3lm_hf.data.files import exists, looks_like_path
+from bd3lm_hf.data.sources import exists, looks_like_path
 from bd3lm_hf.hub_upload.layouts import Architecture, architecture_of, is_simplex_layout, read_simplex
 from bd3lm_hf.hub_upload.repo_files import check_links, new_folder
 from bd3lm_hf.hub_upload.safe_pickle import plain, read_checkpoint

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
 from bd3lm_hf.checkpoints import adapter_base, check_finite_weights, load_model
-from bd3lm_hf.data.files import exists, looks_like_path
+from bd3lm_hf.data.sources import exists, looks_like_path
 from bd3lm_hf.modeling import __file__ as _MODELING
 from bd3lm_hf.run_folder import COMPLETE_NAME, EMA_NAME, incomplete_because, last_complete_checkpoint, publish_folder
 from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 
 import bd3lm_hf
 from bd3lm_hf.argument_parser import ArgumentParser, one_line, printable
-from bd3lm_hf.data.files import exists, looks_like_path
+from bd3lm_hf.data.sources import exists, looks_like_path
 from bd3lm_hf.hub_upload.errors import HubError, hub_errors
 from bd3lm_hf.hub_upload.repo_files import CARD_NAME, CODE, MANIFEST_NAME, files_of
 

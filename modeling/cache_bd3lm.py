@@ -1,11 +1,12 @@
 """The key-value cache of block-wise decoding: finished blocks are written once, denoising steps only read.
 
 A denoising step attends to the cache and to its own block, whose keys are stale as soon as a token is revealed. A
-`DynamicCache` would copy the whole cache for every such read. [`BlockCache`] keeps room behind its last token, where a
-step puts its keys without counting them, and reads everything as one view.
+`DynamicCache` would copy the whole cache for every such read. [`BlockCache`] has spare room after its last token,
+where a step puts its keys without counting them, and reads everything as one view.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
 
 
 class BlockCacheLayer(DynamicLayer):
-    """One layer's keys and values `(batch, heads, tokens, head_dim)` in buffers with room behind and, later, before.
+    """One layer's keys and values `(batch, heads, tokens, head_dim)`, in buffers with room at both ends.
 
-    The oldest tokens are forgotten by moving the beginning. Only when the room behind is used up, and there is as much
-    before, the others are moved to the front: a copied token per token written, and memory for two windows.
+    Dropping the oldest tokens only moves the beginning. When the room at the end is used up and the room at the front
+    is as large, the tokens move to the front. This copies one token per token written and takes memory for two
+    windows.
     """
 
-    _spare = 256  # tokens of room added when the buffers are full, on top of doubling them
+    _spare = 256  # tokens of room to add when the buffers are full, in addition to doubling them
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -34,18 +36,18 @@ class BlockCacheLayer(DynamicLayer):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """The finished tokens' keys, a view."""
+        """Keys of the finished tokens, a view."""
         return self._view(0) if self.is_initialized else None
 
     @keys.setter
     def keys(self, states: torch.Tensor | None) -> None:
-        # transformers' crop, reorder_cache and batch selection assign keys and values one after the other.
+        # transformers' crop, reorder_cache and batch selection assign first the keys and then the values.
         if states is not None:
             self._begin, self._buffers = 0, (states, self._view(1))
 
     @property
     def values(self) -> torch.Tensor | None:
-        """The finished tokens' values, a view."""
+        """Values of the finished tokens, a view."""
         return self._view(1) if self.is_initialized else None
 
     @values.setter
@@ -53,11 +55,11 @@ class BlockCacheLayer(DynamicLayer):
         if states is not None:
             self._buffers, self._length = (self._buffers[0], states), states.shape[2]
 
-    def _view(self, place: int) -> torch.Tensor:
-        return self._buffers[place][:, :, self._begin : self._begin + self._length]
+    def _view(self, index: int) -> torch.Tensor:
+        return self._buffers[index][:, :, self._begin : self._begin + self._length]
 
     def reserve(self, tokens: int, like: torch.Tensor) -> None:
-        """Make room for `tokens` tokens behind the finished ones."""
+        """Make room for `tokens` tokens after the finished ones."""
         needed = self._length + tokens
         capacity = min(buffer.shape[2] for buffer in self._buffers)
         if self._begin + needed <= capacity:
@@ -68,14 +70,14 @@ class BlockCacheLayer(DynamicLayer):
             shape = (batch, heads, max(2 * self._length, needed) + self._spare, dim)
             fresh = [torch.empty(shape, dtype=buffer.dtype, device=buffer.device) for buffer in self._buffers]
             buffers = (fresh[0], fresh[1])
-        for place, buffer in enumerate(buffers):
-            buffer[:, :, : self._length] = self._view(place)
+        for index, buffer in enumerate(buffers):
+            buffer[:, :, : self._length] = self._view(index)
         self._begin, self._buffers = 0, buffers
 
     def append(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, commit: int
+        self, key_states: torch.Tensor, value_states: torch.Tensor, num_committed: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of the finished tokens followed by the given ones, of which the first `commit` become finished."""
+        """Return views of finished and given tokens, of which the first `num_committed` become finished."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.reserve(key_states.shape[2], key_states)
@@ -83,7 +85,7 @@ class BlockCacheLayer(DynamicLayer):
         stop = end + key_states.shape[2]
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, end:stop] = states
-        self._length += commit
+        self._length += num_committed
         return self._buffers[0][:, :, begin:stop], self._buffers[1][:, :, begin:stop]
 
     def update(
@@ -100,23 +102,42 @@ class BlockCacheLayer(DynamicLayer):
         self.is_initialized = False
 
     def drop_first(self, tokens: int) -> None:
-        """Forget the oldest `tokens` tokens; nothing is moved."""
+        """Drop the oldest `tokens` tokens without moving the others."""
         self._begin += tokens
         self._length -= tokens
 
 
 class BlockCache(DynamicCache):
-    """A `DynamicCache` whose layers are [`BlockCacheLayer`]s."""
+    """A `DynamicCache` whose layers are [`BlockCacheLayer`]s.
+
+    A network that knows nothing of blocks calls `update`, which commits all tokens, or those that `committing` allows.
+    """
 
     def __init__(self, config: PreTrainedConfig | None = None) -> None:
         super().__init__()
         self.layer_class_to_replicate = BlockCacheLayer
+        self._num_committed: int | None = None
+
+    @contextlib.contextmanager
+    def committing(self, tokens: int) -> Iterator[None]:
+        """Within this context, keep only the first `tokens` tokens of an `update`; the others are read once."""
+        self._num_committed = tokens
+        try:
+            yield
+        finally:
+            self._num_committed = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = key_states.shape[2] if self._num_committed is None else self._num_committed
+        return append_to_cache(self, key_states, value_states, layer_idx, tokens)
 
 
 class StaticSlots:
-    """A `StaticCache` in a step that writes all its tokens to given slots and sees every slot; its mask tells which.
+    """A `StaticCache` during a step that writes its tokens to given slots and reads every slot, masked by the caller.
 
-    Nothing here depends on how much the cache holds, so that a compiled step serves all steps.
+    Nothing here depends on the number of cached tokens, so one compiled step serves all steps.
 
     Args:
         slots: `(length,)`, where the tokens of the step go.
@@ -125,10 +146,10 @@ class StaticSlots:
     def __init__(self, cache: StaticCache, slots: torch.Tensor) -> None:
         self.cache, self.slots = cache, slots
 
-    def append(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all slots `(batch, heads, slots, head_dim)`, the given ones among them."""
+        """Write to the slots. Return keys and values of all slots, `(batch, heads, slots, head_dim)`."""
         layer: Any = self.cache.layers[layer_idx]
         layer.keys.index_copy_(2, self.slots, key_states)
         layer.values.index_copy_(2, self.slots, value_states)
@@ -136,36 +157,40 @@ class StaticSlots:
 
 
 def append_to_cache(
-    cache: Cache | StaticSlots, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, commit: int
+    cache: Cache | StaticSlots,
+    key_states: torch.Tensor,
+    value_states: torch.Tensor,
+    layer_idx: int,
+    num_committed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values `[cache ; given]` of one layer; the first `commit` given tokens are written to the cache.
+    """Return keys and values `[cache ; given]` of one layer, and write the first `num_committed` given tokens to it.
 
-    Any transformers cache works; only [`BlockCache`] spares a copy of the cache per call.
+    Any transformers cache works; only [`BlockCache`] avoids a copy of the cache per call.
     """
     if isinstance(cache, StaticSlots):
-        return cache.append(key_states, value_states, layer_idx)
+        return cache.update(key_states, value_states, layer_idx)
     layers: list[Any] = cache.layers  # transformers' type also names layers that hold no keys
     if isinstance(cache, BlockCache):
         while len(layers) <= layer_idx:
             layers.append(BlockCacheLayer())
-        return layers[layer_idx].append(key_states, value_states, commit)
-    if commit:
-        cache.update(key_states[:, :, :commit], value_states[:, :, :commit], layer_idx)
+        return layers[layer_idx].append(key_states, value_states, num_committed)
+    if num_committed:
+        cache.update(key_states[:, :, :num_committed], value_states[:, :, :num_committed], layer_idx)
     held = int(layers[layer_idx].get_seq_length()) if layer_idx < len(layers) else 0
     if not held:
         return key_states, value_states
-    # A cache of fixed size has room behind its tokens.
+    # A cache of fixed size has unused room after its tokens.
     past = (layers[layer_idx].keys[:, :, :held], layers[layer_idx].values[:, :, :held])
-    if commit == key_states.shape[2]:
+    if num_committed == key_states.shape[2]:
         return past
     return (
-        torch.cat([past[0], key_states[:, :, commit:]], dim=2),
-        torch.cat([past[1], value_states[:, :, commit:]], dim=2),
+        torch.cat([past[0], key_states[:, :, num_committed:]], dim=2),
+        torch.cat([past[1], value_states[:, :, num_committed:]], dim=2),
     )
 
 
 def static_cache(config: PreTrainedConfig) -> StaticCache:
-    """A `StaticCache` for texts of any length: the model's window, and a block that is being written."""
+    """Return a `StaticCache` for texts of any length: the model's window and the block being denoised."""
     return StaticCache(config, max_cache_len=config.model_length + config.block_size)
 
 
@@ -178,27 +203,27 @@ _MAKERS: dict[str | None, Callable[[PreTrainedConfig], Cache]] = {
 _REFUSED = {
     "offloaded": "every denoising step reads the keys of all layers, which would cross the bus once per step",
     "offloaded_static": "every denoising step reads the keys of all layers, which would cross the bus once per step",
-    "quantized": "every denoising step would dequantize the whole cache, and text would no longer be the model's own",
+    "quantized": "every denoising step would dequantize the whole cache, and the rounding would change the text",
 }
 
 
 def cache_maker(name: str | None) -> Callable[[PreTrainedConfig], Cache]:
-    """What makes the cache that `cache_implementation` names, from a model's configuration.
+    """Return a function that makes the cache named by `cache_implementation` from a model's configuration.
 
     Raises:
-        ValueError: a cache that block diffusion can not use, or not at a profit.
+        ValueError: if block diffusion cannot use this cache, or would be slower with it.
     """
     if name not in _MAKERS:
-        reason = _REFUSED.get(name or "", "it holds no finished blocks of a text")
+        reason = _REFUSED.get(name or "", "it cannot hold finished blocks")
         raise ValueError(
-            f"cache_implementation={name!r} does not fit block diffusion: {reason}. Leave it out for the exact cache "
-            f"of finished blocks, whose size the window bounds, or choose 'static'; use_cache=False needs no memory."
+            f"cache_implementation={name!r} does not fit block diffusion: {reason}. Choose 'dynamic' (exact, bounded "
+            f"by the window) or 'static', or pass use_cache=False, which needs no memory."
         )
     return _MAKERS[name]
 
 
 def drop_oldest(cache: Cache, tokens: int) -> None:
-    """Forget the oldest tokens of a cache that grows."""
+    """Drop the oldest tokens of a cache that grows."""
     for layer in cache.layers:
         if isinstance(layer, BlockCacheLayer):
             layer.drop_first(tokens)
@@ -207,7 +232,7 @@ def drop_oldest(cache: Cache, tokens: int) -> None:
 
 
 def clear(cache: Cache) -> None:
-    """Empty a cache, for batches of any size."""
+    """Empty a cache, so that it fits a batch of any size."""
     for layer in cache.layers:
         if isinstance(layer, BlockCacheLayer) or not isinstance(layer, DynamicLayer):
             layer.reset()
@@ -217,62 +242,62 @@ def clear(cache: Cache) -> None:
 
 
 def set_length(cache: StaticCache, tokens: int) -> None:
-    """Tell a cache of fixed size how many of its leading slots hold finished tokens."""
+    """Set how many leading slots of a cache of fixed size hold finished tokens."""
     layer: Any
     for layer in cache.layers:
-        layer.cumulative_length.fill_(tokens)  # in place: compiled code knows it by its address
+        layer.cumulative_length.fill_(tokens)  # in place: compiled code refers to it by its address
 
 
-def check_cache(cache: Cache, canvas: "SequenceBuffer", config: Any) -> None:
-    """Refuse a cache that a canvas can not continue.
+def check_cache(cache: Cache, buffer: "SequenceBuffer", config: Any) -> None:
+    """Refuse a cache that this text cannot continue.
 
     Raises:
-        ValueError: a cache of another kind or too small, of another batch, with padding or part of a block, or longer
-            than the prompt.
+        ValueError: if the cache is of another kind, too small, of another batch, longer than the prompt, or has
+            padding or part of a block.
     """
     kinds = {DynamicCache: (DynamicLayer, BlockCacheLayer), StaticCache: (StaticLayer,)}
     kind = next((kind for kind in kinds if isinstance(cache, kind)), None)
     if kind is None or cache.offloading or any(type(layer) not in kinds[kind] for layer in cache.layers):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__}{' with offloading' if cache.offloading else ''}, which can "
-            f"not keep finished blocks: pass the cache that an earlier call returned, a plain DynamicCache or a "
+            f"past_key_values is a {type(cache).__name__}{' with offloading' if cache.offloading else ''}, which "
+            f"cannot hold finished blocks: pass the cache that an earlier call returned, a plain DynamicCache or a "
             f"StaticCache, or leave it out."
         )
     if isinstance(cache, StaticCache):
-        _check_slots(cache, canvas, config)
-    held = int(cache.get_seq_length())
+        _check_static_size(cache, buffer, config)
+    held, shortest = int(cache.get_seq_length()), int(buffer.prompt_lengths.min())
     if not held:
         return
     layer: Any = cache.layers[0]
     rows = layer.keys.shape[0]
-    if rows != canvas.text.shape[0]:
+    if rows != buffer.token_ids.shape[0]:
         raise ValueError(
-            f"past_key_values holds {rows} rows but the batch has {canvas.text.shape[0]} (num_return_sequences "
+            f"past_key_values holds {rows} rows but the batch has {buffer.token_ids.shape[0]} (num_return_sequences "
             f"counts): repeat it with past_key_values.batch_repeat_interleave, or leave it out."
         )
-    if canvas.key_valid is not None or held % canvas.block_size:
+    if buffer.key_valid is not None or held % buffer.block_size:
         raise ValueError(
-            f"past_key_values holds {held} tokens: a cache can be continued when it holds whole blocks and no row of "
-            f"the batch is padded. Leave it out to start afresh."
+            f"past_key_values holds {held} tokens: a cache can be continued only if it holds whole blocks and no row "
+            f"of the batch is padded. Leave it out to start without one."
         )
-    if held > int(canvas.lengths.min()):
+    if held > shortest:
         raise ValueError(
-            f"past_key_values holds {held} tokens but the prompt has {int(canvas.lengths.min())}: pass the whole text "
-            f"so far as input_ids, the cached part included."
+            f"past_key_values holds {held} tokens but the prompt has {shortest}: pass the whole text so "
+            f"far as input_ids, the cached part included."
         )
 
 
-def _check_slots(cache: StaticCache, canvas: "SequenceBuffer", config: Any) -> None:
+def _check_static_size(cache: StaticCache, buffer: "SequenceBuffer", config: Any) -> None:
     layers: list[Any] = cache.layers
-    most = config.model_length + config.block_size
-    needed = min(canvas.text.shape[1], most)
-    made = (len(layers), layers[0].keys.shape[0] if layers[0].is_initialized else canvas.text.shape[0])
-    if made != (config.n_blocks, canvas.text.shape[0]) or layers[0].max_cache_len < needed:
+    batch, columns = buffer.token_ids.shape
+    largest = config.model_length + config.block_size
+    needed = min(columns, largest)
+    rows = layers[0].keys.shape[0] if layers[0].is_initialized else batch
+    if (len(layers), rows) != (config.num_hidden_layers, batch) or layers[0].max_cache_len < needed:
         raise ValueError(
-            f"past_key_values is a StaticCache of {made[0]} layers for {made[1]} rows of {layers[0].max_cache_len} "
-            f"tokens, and this text needs {config.n_blocks} layers for {canvas.text.shape[0]} rows of {needed}: make "
-            f"it anew with StaticCache(model.config, max_cache_len={most}), the window and a block, which serves "
-            f"texts of any length."
+            f"past_key_values is a StaticCache of {len(layers)} layers for {rows} rows of {layers[0].max_cache_len} "
+            f"tokens, but this text needs {config.num_hidden_layers} layers for {batch} rows of {needed}: make "
+            f"one with StaticCache(model.config, max_cache_len={largest}), which serves texts of any length."
         )
 
 

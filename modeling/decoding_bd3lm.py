@@ -1,15 +1,6 @@
-"""A record of the denoising, step by step, for pictures and for the curious.
+"""Denoise one block: forward pass, logits processors, sampler, remasking, trace (arXiv 2503.09573, Algorithm 2).
 
-The network passes that write text block by block (arXiv 2503.09573, Algorithm 2): one per denoising step.
-
-Writing text block after block (arXiv 2503.09573, Algorithm 2): which token goes where, by sampler and processors.
-
-A step predicts the places that the sampler names; `passes_bd3lm.py` has the network's side of it.
-
-Completing texts in place: mask tokens anywhere, block by block, with the samplers of `generate`.
-
-A block is denoised jointly, so a gap sees what stands to its right in its own block, and everything to its left; the
-blocks behind it are not seen, as the model is block-causal.
+A step predicts the positions that the sampler names. `windows_bd3lm.py` has the network's side of it.
 """
 
 from dataclasses import dataclass, field
@@ -19,11 +10,10 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.generation.logits_process import LogitsProcessorList
 
-from .cache_bd3lm import cache_maker
-from .decoding_state_bd3lm import SequenceBuffer, lay_out
+from .decoding_state_bd3lm import SequenceBuffer
 from .linear_bd3lm import PrepackedLinears
-from .logits_process_bd3lm import PositionProcessors, never_written, wide_float
-from .noise_bd3lm import LogLinearNoise
+from .logits_process_bd3lm import PositionProcessors, check_any_token_left, never_generated
+from .noise_bd3lm import LogLinearNoise, wide_float
 from .samplers_bd3lm import (
     SAMPLING_DTYPES,
     Generators,
@@ -34,187 +24,189 @@ from .samplers_bd3lm import (
     sample_categorical,
     token_probability,
 )
-from .windows_bd3lm import fills_window, open_window
+from .windows_bd3lm import DecodingNetwork, open_window
 
 
 class TraceStep(NamedTuple):
     """One denoising step of a block; tensors on the CPU, `(batch, block_size)`."""
 
-    block: int  # a number that the steps of one block share, and that grows from block to block
+    block: int  # the same for all steps of a block; grows from block to block
     tokens: torch.Tensor  # after the step; the mask token where nothing is revealed
-    revealed: torch.Tensor  # bool, revealed in this step; what was known before and is masked now, was remasked
-    confidence: torch.Tensor  # float, probability of a revealed token under the scores it was drawn from; 0 elsewhere
-    columns: torch.Tensor  # column of `sequences` where each place stands, -1 for none; cut rows end before some
+    revealed: torch.Tensor  # bool, revealed in this step; tokens known before that are masked now were remasked
+    confidence: torch.Tensor  # float, probability of a revealed token under the scores it was drawn from; else 0
+    columns: torch.Tensor  # column of `sequences`, -1 for none; of a row that stopped early some are past the end
 
 
 class Trace:
-    """The steps of one call.
+    """The denoising steps of one call.
 
     Args:
-        columns: `(batch, columns of the canvas)`, what becomes [`TraceStep.columns`].
+        buffer: decoded by this call.
+        input_ids, attention_mask: `(batch, length)`, the prompts as given.
     """
 
-    def __init__(self, columns: torch.Tensor) -> None:
-        self.columns = columns.cpu()
+    def __init__(
+        self, buffer: SequenceBuffer, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> None:
+        self.columns = _output_columns(buffer, input_ids, attention_mask).cpu()
         self.steps: list[TraceStep] = []
 
     def add(self, begin: int, block: torch.Tensor, revealed: torch.Tensor, confidence: torch.Tensor) -> None:
-        """Keep a step of the block `(batch, block_size)` that begins at this column of the canvas."""
+        """Record a step of the block `(batch, block_size)` at column `begin` of the buffer."""
         columns = self.columns[:, begin : begin + block.shape[1]]
         confidence = confidence.cpu().masked_fill(~revealed, 0.0)
         self.steps.append(TraceStep(begin, block.cpu().clone(), revealed, confidence, columns))
 
 
-def sequence_columns(columns: int, start: torch.Tensor, real: torch.Tensor, *, continued: bool = True) -> torch.Tensor:
-    """Where each column of a canvas stands in the result, -1 for nowhere; `(batch, columns)`.
-
-    Args:
-        columns: of the canvas.
-        start: `(batch,)`, column of the canvas where each row's first token stands.
-        real: bool `(batch, width)`, where the prompt has tokens.
-        continued: the row goes on behind the prompt's last column, as in `generate`.
-    """
-    width = real.shape[1]
-    number = torch.arange(columns, device=real.device) - start.unsqueeze(1)
-    where = (~real).long().argsort(dim=1, stable=True)  # columns that hold tokens come first, in their order
-    inside = where.gather(1, number.clamp(0, width - 1))
-    lengths = real.sum(1, keepdim=True)
-    behind = width + number - lengths if continued else torch.full_like(number, -1)
-    return torch.where(number < lengths, inside, behind).masked_fill(number < 0, -1)
+def _output_columns(
+    buffer: SequenceBuffer, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the column of the output for each column of the buffer, `(batch, columns)`, -1 for none."""
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    width, lengths = real.shape[1], real.sum(1, keepdim=True)
+    number = torch.arange(buffer.token_ids.shape[1], device=real.device) - buffer.row_start.unsqueeze(1)
+    prompt_columns = (~real).long().argsort(dim=1, stable=True)  # columns that hold tokens come first, in order
+    inside = prompt_columns.gather(1, number.clamp(0, width - 1))
+    # New tokens follow the last column of the prompt, padded or not. Texts with blanks do not grow.
+    after = width + number - lengths if buffer.blanks is None else torch.full_like(number, -1)
+    return torch.where(number < lengths, inside, after).masked_fill(number < 0, -1)
 
 
 class BlockForward:
-    """Runs a model over the blocks of a canvas.
+    """Run a network over the blocks of a buffer, one forward pass per denoising step.
 
     Args:
-        cache: written to and read from; None computes the whole window in every pass.
-        generation_config: says how the window moves, and whether a step is compiled.
+        cache: written and read; None recomputes the whole window in every pass.
+        generation_config: read for how the window slides, and whether a step is compiled.
     """
 
-    def __init__(self, model: Any, canvas: SequenceBuffer, cache: Cache | None, generation_config: Any) -> None:
-        self.model, self.block_size = model, canvas.block_size
-        self.count = 0  # denoising passes so far
-        self.modulations = None
-        if not model.config.time_conditioning:
-            self.modulations = model.backbone.modulations(None, canvas.text.device)
-        self.window = open_window(model, canvas, cache, generation_config)
-        self.prepacked = PrepackedLinears(model, enabled=not self.window.compiled)
-        self._running = list(range(len(canvas.text)))  # rows of the canvas that the network still runs on
-        self._place: torch.Tensor | None = None  # of each row among those
+    def __init__(
+        self, network: DecodingNetwork, buffer: SequenceBuffer, cache: Cache | None, generation_config: Any
+    ) -> None:
+        self.network, self.block_size = network, buffer.block_size
+        self.window = open_window(network, buffer, cache, generation_config)
+        self.prepacked = PrepackedLinears(network.model, enabled=not self.window.compiled)
+        self.count = 0  # denoising forward passes so far
+        self._running = list(range(len(buffer.token_ids)))  # rows of the buffer that the network still runs on
+        self._row_index: torch.Tensor | None = None  # index of each row of the buffer among those
 
-    def logits(self, begin: int, rows: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """One denoising pass over the block that begins at this column.
+    def logits(self, begin: int, positions: torch.Tensor, mask_prob: torch.Tensor) -> torch.Tensor:
+        """Run one forward pass over the block at column `begin`.
 
         Args:
-            rows: places that are predicted, flat indices into `(batch, block_size)`; none of a finished text.
-            t: `(batch,)`, how much of each row's block is still masked: the probability 1 - alpha_t, which is the time
-                of the log-linear schedule. Read only by time-conditioned models.
+            positions: what to predict, flat indices into `(batch, block_size)`; none of a finished row.
+            mask_prob: `(batch,)`, the probability 1 - alpha_t of being masked. Read by time-conditioned models only.
 
         Returns:
-            `(rows, vocab_size)` in float32.
+            `(positions, vocab_size)` in float32.
         """
         self.count += 1
-        modulations = self.modulations
-        if self._place is not None:
-            rows = self._place[rows // self.block_size] * self.block_size + rows % self.block_size
-        if modulations is None:
-            t = t if self.window.rows is None else t[self.window.rows]
-            modulations = self.model.backbone.modulations(LogLinearNoise().sigma(t), rows.device)
+        if self._row_index is not None:
+            row = self._row_index[positions // self.block_size]
+            positions = row * self.block_size + positions % self.block_size
+        sigma = None
+        if self.network.config.time_conditioning:
+            sigma = LogLinearNoise().sigma(mask_prob if self.window.rows is None else mask_prob[self.window.rows])
         with self.prepacked:
-            hidden = self.window.hidden(begin, rows, modulations)
-            return self.model.get_output_embeddings()(hidden).float()
+            return self.network.logits(self.window.hidden(begin, positions, sigma))
 
-    def leave_out(self, finished: torch.Tensor) -> None:
-        """Run the network without the texts that are finished, once they are at least half of those it runs on.
+    def drop_finished(self, finished: torch.Tensor) -> None:
+        """Continue without the finished rows, once they are at least half of those that the network runs on.
 
         Args:
-            finished: bool `(batch,)` on the host.
+            finished: bool `(batch,)` on the CPU.
         """
-        ended = finished.tolist()
-        kept = [number for number, row in enumerate(self._running) if not ended[row]]
-        device = self.window.canvas.text.device
+        is_finished = finished.tolist()
+        kept = [index for index, row in enumerate(self._running) if not is_finished[row]]
+        device = self.network.device
         if not 0 < 2 * len(kept) <= len(self._running) or not self.window.keep_rows(torch.tensor(kept, device=device)):
             return
-        self._running = [self._running[number] for number in kept]
-        place = torch.zeros(len(ended), dtype=torch.long)
-        place[self._running] = torch.arange(len(kept))
-        self._place = place.to(device)
+        self._running = [self._running[index] for index in kept]
+        row_index = torch.zeros(len(is_finished), dtype=torch.long)
+        row_index[self._running] = torch.arange(len(kept))
+        self._row_index = row_index.to(device)
 
     def close(self) -> Cache | None:
-        """The cache, to be continued by a later call; empty if the window has moved or texts have been left out."""
+        """Return the cache for a later call; empty if the window has moved or rows have been dropped."""
         return self.window.close()
 
 
 @dataclass
-class StepRecord:
-    """Scores or logits of each new token, kept when asked for."""
+class ScoreRecord:
+    """Scores or logits of each new token, recorded if requested."""
 
-    wanted: bool
+    requested: bool
     steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
-    def put(self, row: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
-        """Keep the values `(places, vocab_size)` of each row's new token number `index`, both `(places,)`."""
-        if self.wanted:
+    def add(self, row: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
+        """Record values `(positions, vocab_size)` of new token number `index` of each `row`, both `(positions,)`."""
+        if self.requested:
             self.steps.append((row, index, values))
 
     def result(self, batch: int, count: int) -> tuple[torch.Tensor, ...] | None:
-        """Of the first `count` new tokens, each `(batch, vocab_size)`; a row that ended before has zeros."""
-        if not self.wanted:
+        """Return `(batch, vocab_size)` for each of the first `count` new tokens; zeros where a row had ended."""
+        if not self.requested:
             return None
         if not self.steps:
             return ()
-        kept = self.steps[0][2].new_zeros(count, batch, self.steps[0][2].shape[1])
+        recorded = self.steps[0][2].new_zeros(count, batch, self.steps[0][2].shape[1])
         for row, index, values in self.steps:
-            shown = (index < count).nonzero().squeeze(1)
-            kept[index[shown].to(kept.device), row[shown].to(kept.device)] = values[shown.to(kept.device)]
-        return tuple(kept)
+            inside = (index < count).nonzero().squeeze(1)
+            at = (index[inside].to(recorded.device), row[inside].to(recorded.device))
+            recorded[at] = values[inside.to(recorded.device)]
+        return tuple(recorded)
 
 
-class Drawn(NamedTuple):
-    """What a step predicts for its places."""
+class Prediction(NamedTuple):
+    """What a step predicts for its positions."""
 
-    tokens: torch.Tensor  # (places,)
-    scores: torch.Tensor  # (places, vocab_size), processed: what the tokens were drawn from
-    logits: torch.Tensor  # (places, vocab_size)
+    tokens: torch.Tensor  # (positions,)
+    scores: torch.Tensor  # (positions, vocab_size), processed: the tokens are drawn from these
+    logits: torch.Tensor  # (positions, vocab_size), before processing
 
 
 class BlockState:
-    """The block that is being written; what is counted lies on the host."""
+    """The block being denoised. Counters live on the CPU to avoid device synchronisation."""
 
-    def __init__(self, canvas: SequenceBuffer, begin: int) -> None:
-        size, text = canvas.block_size, canvas.text
-        self.begin, self.block = begin, text[:, begin : begin + size]  # a view of the canvas
-        origin = canvas.host_prompt_end.unsqueeze(1)
-        self.index = begin + torch.arange(size) - origin  # (batch, block_size), which new token of its row
-        self.wanted = self.index < canvas.new_tokens
-        self.gaps = canvas.gaps(begin)  # what this block adds to the text
-        self.confidence = torch.zeros(self.block.shape, device=text.device)  # of revealed tokens
-        self.uniform = self.confidence  # of each place, what its token is drawn with
-        self.dead = torch.zeros((), dtype=torch.bool, device=text.device)  # some place could not get any token
+    def __init__(self, buffer: SequenceBuffer, begin: int) -> None:
+        size, token_ids = buffer.block_size, buffer.token_ids
+        self.begin, self.token_ids = begin, token_ids[:, begin : begin + size]  # a view of the buffer
+        # (batch, block_size): which new token of its row each position is, and whether the output shows it.
+        self.index = begin + torch.arange(size) - buffer.prompt_end_cpu.unsqueeze(1)
+        self.requested = self.index < buffer.max_new_tokens
+        self.is_new = buffer.new_positions(begin)
+        self.confidence = torch.zeros(self.token_ids.shape, device=token_ids.device)  # of revealed tokens
+        self.uniform = self.confidence  # the random number that each token is drawn with
+        self.no_token_left = torch.zeros((), dtype=torch.bool, device=token_ids.device)  # at some position
 
-    def put(self, places: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Write tokens at flat indices into `(batch, block_size)`, both `(places,)` on the device."""
-        size = self.block.shape[1]
-        self.block[places // size, places % size] = tokens
+    def put(self, positions: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Set tokens `(positions,)` at flat indices into `(batch, block_size)`."""
+        size = self.token_ids.shape[1]
+        self.token_ids[positions // size, positions % size] = tokens
+
+    def locate(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the row of each flat index and which new token of its row it is, on the CPU."""
+        return positions // self.token_ids.shape[1], self.index.view(-1)[positions]
 
 
 class BlockWriter:
-    """Denoises the blocks of a canvas with a model.
+    """Denoise the blocks of a buffer with a network.
 
     Args:
-        prompt: `(batch, length)`, the text before what is written, as logits processors see it.
-        cache: written to and read from; None computes the whole window in every step.
-        trace: gets every step, where one is wanted.
+        model: its `samplers` fit what it predicts; its `decoding_network()` runs the forward passes.
+        prompt: `(batch, length)`, the text before the new tokens as logits processors see it.
+        cache: written and read; None recomputes the whole window in every step.
+        trace: records every step; None: no trace is requested.
 
     Raises:
-        ValueError: remasking together with processors that read the text; a precision that the device lacks; a sampler
-            that does not fit what the model predicts.
+        ValueError: if remasking is combined with processors that read the text, the device lacks the sampling dtype,
+            or the sampler does not fit what the model predicts.
     """
 
     def __init__(
         self,
         model: Any,
-        canvas: SequenceBuffer,
+        buffer: SequenceBuffer,
         prompt: torch.Tensor,
         processors: LogitsProcessorList,
         generation_config: Any,
@@ -222,264 +214,178 @@ class BlockWriter:
         generator: Generators = None,
         trace: Trace | None = None,
     ) -> None:
-        self.canvas, self.config = canvas, model.config
+        self.buffer, self.config = buffer, model.config
         self.generator, self.trace = generator, trace
-        self.processors = PositionProcessors(processors, canvas, prompt)
-        self.in_order = bool(self.processors.reading)
+        device = buffer.token_ids.device
+        self.processors = PositionProcessors(processors, buffer, prompt)
+        self.left_to_right = bool(self.processors.text_readers)
         self.remask_fraction: float = generation_config.remask_fraction
-        if self.in_order and self.remask_fraction:
-            names = ", ".join(sorted({type(p).__name__ for p in self.processors.reading}))
+        if self.left_to_right and self.remask_fraction:
+            names = ", ".join(sorted({type(p).__name__ for p in self.processors.text_readers}))
             raise ValueError(
-                f"remask_fraction={self.remask_fraction} does not go with {names}: a processor that reads the text "
-                f"judges a token by all to its left, which remasking would change afterwards. Leave one of them out, "
-                f"or give a processor that does not read its input_ids an attribute reads_text = False."
+                f"remask_fraction={self.remask_fraction} does not combine with {names}: a processor that reads the "
+                f"text scores a token given all tokens to its left, which remasking would change afterwards. Leave "
+                f"one of them out, or set reads_text = False on a processor that ignores its input_ids."
             )
         self.sampling_dtype = SAMPLING_DTYPES[generation_config.sampling_dtype]
-        if self.sampling_dtype.itemsize > wide_float(canvas.text.device).itemsize:
+        if self.sampling_dtype.itemsize > wide_float(device).itemsize:
             raise ValueError(
-                f"sampling_dtype={generation_config.sampling_dtype!r}: {canvas.text.device} has no such numbers."
-                f" Leave it at 'float32', or move the model to another device."
+                f"sampling_dtype={generation_config.sampling_dtype!r} is not available on {device}: use 'float32', or "
+                f"move the model to another device."
             )
-        self.passes = BlockForward(model, canvas, cache, generation_config)
-        self.sampler: Sampler = _fitting_sampler(generation_config.sampler, model)(generation_config, model.config)
+        self.forward = BlockForward(model.decoding_network(), buffer, cache, generation_config)
+        self.row_forward_passes = torch.zeros(len(buffer.token_ids), dtype=torch.long)  # that each row took part in
+        self.sampler: Sampler = _sampler_class(generation_config.sampler, model)(generation_config, model.config)
         self.do_sample: bool = generation_config.do_sample
         recorded = bool(generation_config.return_dict_in_generate)
-        self.scores = StepRecord(recorded and bool(generation_config.output_scores))
-        self.logits = StepRecord(recorded and bool(generation_config.output_logits))
-        forbidden = never_written(self.config.mask_token_id, generation_config)
-        self.forbidden = torch.tensor(forbidden, device=canvas.text.device)
+        self.scores = ScoreRecord(recorded and bool(generation_config.output_scores))
+        self.logits = ScoreRecord(recorded and bool(generation_config.output_logits))
+        self.forbidden = torch.tensor(never_generated(self.config.mask_token_id, generation_config), device=device)
+
+    def statistics(self, new_tokens: int) -> dict[str, Any]:
+        """Return the fields of a generate output that say what `new_tokens` tokens of all rows have cost."""
+        batch, count = len(self.row_forward_passes), self.forward.count
+        return {
+            "num_forward_passes": count,
+            "row_forward_passes": self.row_forward_passes,
+            "tokens_per_forward": new_tokens / max(1, count) / batch,
+            "trace": None if self.trace is None else self.trace.steps,
+        }
 
     def denoise(self, begin: int, finished: torch.Tensor, streamer: Any = None) -> None:
-        """Reveal the masked tokens of the block that begins at this column.
+        """Reveal the masked tokens of the block at column `begin`.
 
-        1. Of what is masked, reveal what the result shows, as the sampler says.
-        2. With `remask_fraction`, mask the least certain tokens of the block once more and reveal them again.
+        1. Reveal the positions that the output shows, in the order of the sampler.
+        2. With `remask_fraction`, mask the least certain tokens of the block and reveal them once more.
 
         Args:
-            finished: bool `(batch,)` on the host, rows that are not touched.
-            streamer: gets drafts of the first row, if it takes them.
+            finished: bool `(batch,)` on the CPU, rows to skip.
+            streamer: gets drafts of the first row, if it has a method `put_draft`.
         """
-        page = BlockState(self.canvas, begin)
-        masked = page.gaps & ~finished.unsqueeze(1)
-        drafts = streamer if hasattr(streamer, "put_draft") and not finished[0] else None
+        block = BlockState(self.buffer, begin)
+        masked = block.is_new & ~finished.unsqueeze(1)
+        draft_streamer = streamer if hasattr(streamer, "put_draft") and not finished[0] else None
         # 1. Reveal
-        work = RevealState(masked.clone(), page.wanted, self.do_sample, self.in_order, self.generator)
-        self._reveal(page, work, drafts)
-        # 2. Reveal again
+        state = RevealState(masked.clone(), block.requested, self.do_sample, self.left_to_right, self.generator)
+        self._reveal(block, state, draft_streamer)
+        # 2. Remask and reveal
         if self.remask_fraction:
-            again = self._remask(page, masked & ~work.masked)
-            work = RevealState(again, again.clone(), self.do_sample, False, self.generator, self.remask_fraction)
-            self._reveal(page, work, drafts)
-        if self.processors.forbidding and page.dead:
-            raise ValueError(
-                "the logits processors leave no token to choose from at some place (the mask token, and padding "
-                "unless it is also the end token, are never written): loosen the constraints."
+            remasked = self._remask(block, masked & ~state.masked)
+            state = RevealState(
+                remasked, remasked.clone(), self.do_sample, False, self.generator, self.remask_fraction
             )
+            self._reveal(block, state, draft_streamer)
+        if self.processors.can_forbid_all:
+            check_any_token_left(block.no_token_left)
 
-    def _reveal(self, page: BlockState, work: RevealState, drafts: Any) -> None:
-        """Take the steps of a round.
+    def _reveal(self, block: BlockState, state: RevealState, draft_streamer: Any) -> None:
+        """Take denoising steps until nothing requested is masked.
 
-        A place draws its uniform number once: a token that was predicted and not accepted has no second chance to
-        become a likelier one, and what a row gets does not depend on the steps that other rows take.
+        A position keeps one uniform number for all steps. A token that was predicted and not accepted then gets no
+        second chance to turn into a likelier one, and a row does not depend on how many steps other rows take.
         """
-        device = page.block.device
+        device = block.token_ids.device
         if self.do_sample:
-            page.uniform = random_uniform(page.block.shape, device, self.generator)
-        for step in self.sampler.steps(work):
-            chance = step.chance.to(device, non_blocking=True)
-            logits = self.passes.logits(page.begin, step.places.to(device, non_blocking=True), chance)
-            step, logits = self.sampler.narrow(work, step, logits)
-            if not step.places.numel():
+            block.uniform = random_uniform(block.token_ids.shape, device, self.generator)
+        for step in self.sampler.steps(state):
+            mask_prob = step.mask_prob.to(device, non_blocking=True)
+            logits = self.forward.logits(block.begin, step.positions.to(device, non_blocking=True), mask_prob)
+            self.row_forward_passes[step.positions // block.token_ids.shape[1]] += 1  # once for each row of the step
+            step, logits = self.sampler.select(state, step, logits)
+            if not step.positions.numel():
                 continue
-            places = step.places.to(device, non_blocking=True)
-            drawn = self._predict(page, step, logits)
-            revealed = torch.ones_like(step.places, dtype=torch.bool)
-            if not self.sampler.weighs:
-                page.put(places, drawn.tokens)
+            positions = step.positions.to(device, non_blocking=True)
+            predicted = self._predict(block, step.positions, logits)
+            revealed = torch.ones_like(step.positions, dtype=torch.bool)
+            if not self.sampler.is_parallel:
+                block.put(positions, predicted.tokens)
             else:
-                accepted = self.sampler.accept(work, step, drawn.tokens, drawn.scores)
-                page.put(places, drawn.tokens.masked_fill(~accepted, self.config.mask_token_id))
-                revealed = accepted.cpu()
-            work.masked.view(-1)[step.places] = ~revealed
+                accepted = self.sampler.accept(state, step, predicted.tokens, predicted.scores)
+                block.put(positions, predicted.tokens.masked_fill(~accepted, self.config.mask_token_id))
+                revealed = accepted.cpu()  # the one device synchronisation of a step
+            state.masked.view(-1)[step.positions] = ~revealed
             if self.remask_fraction or self.trace is not None:
-                page.confidence.view(-1)[places] = token_probability(drawn.scores, drawn.tokens)
-            self._record(page, step, drawn, revealed)
-            if drafts is not None and revealed[step.places < page.block.shape[1]].any():
-                drafts.put_draft(self._draft(page))
+                block.confidence.view(-1)[positions] = token_probability(predicted.scores, predicted.tokens)
+            self._record(block, step, predicted, revealed)
+            if draft_streamer is not None and revealed[step.positions < block.token_ids.shape[1]].any():
+                draft_streamer.put_draft(self._draft(block))
 
-    def _record(self, page: BlockState, step: Step, drawn: Drawn, revealed: torch.Tensor) -> None:
-        """Keep what was asked for of a step, for the places `(places,)` that it revealed."""
-        if self.scores.wanted or self.logits.wanted:
-            shown = revealed.nonzero().squeeze(1)
-            places, kept = step.places[shown], shown.to(drawn.scores.device)
-            row, index = places // page.block.shape[1], page.index.view(-1)[places]
-            self.scores.put(row, index, drawn.scores[kept])
-            self.logits.put(row, index, drawn.logits[kept])
+    def _record(self, block: BlockState, step: Step, predicted: Prediction, revealed: torch.Tensor) -> None:
+        """Record what was requested of a step, for the positions that it revealed."""
+        if self.scores.requested or self.logits.requested:
+            kept = revealed.nonzero().squeeze(1)
+            row, index = block.locate(step.positions[kept])
+            kept = kept.to(predicted.scores.device, non_blocking=True)
+            self.scores.add(row, index, predicted.scores[kept])
+            self.logits.add(row, index, predicted.logits[kept])
         if self.trace is not None:
-            grid = torch.zeros(page.block.shape, dtype=torch.bool)
-            grid.view(-1)[step.places] = revealed
-            self.trace.add(page.begin, page.block, grid, page.confidence)
+            grid = torch.zeros(block.token_ids.shape, dtype=torch.bool)
+            grid.view(-1)[step.positions] = revealed
+            self.trace.add(block.begin, block.token_ids, grid, block.confidence)
 
-    def _remask(self, page: BlockState, revealed: torch.Tensor) -> torch.Tensor:
-        """Mask the share of the revealed places that is least certain, rounded down; bool `(batch, block_size)`.
+    def _remask(self, block: BlockState, revealed: torch.Tensor) -> torch.Tensor:
+        """Mask the least certain fraction of the revealed positions, rounded down; bool `(batch, block_size)`.
 
         A corrector in the manner of ReMDM (Wang et al., arXiv 2503.00307), once per block, so that it ends.
         """
         count = (self.remask_fraction * revealed.sum(1, keepdim=True) + 1e-6).long()
-        device = page.block.device
-        doubt = page.confidence.masked_fill(~revealed.to(device), torch.inf)
-        rank = doubt.argsort(dim=1, stable=True).argsort(dim=1)
-        again = rank < count.to(device)
-        page.block.masked_fill_(again, self.config.mask_token_id)
-        return again.cpu()
+        device = block.token_ids.device
+        confidence = block.confidence.masked_fill(~revealed.to(device, non_blocking=True), torch.inf)
+        rank = confidence.argsort(dim=1, stable=True).argsort(dim=1)
+        remasked = rank < count.to(device, non_blocking=True)
+        block.token_ids.masked_fill_(remasked, self.config.mask_token_id)
+        return remasked.cpu()
 
-    def _draft(self, page: BlockState) -> torch.Tensor:
-        """The first row's new tokens of this block, as far as they are revealed."""
-        draft = page.block[0].cpu()
-        return draft[page.gaps[0] & page.wanted[0] & (draft != self.config.mask_token_id)]
+    def _draft(self, block: BlockState) -> torch.Tensor:
+        """Return the new tokens of this block that are revealed in the first row."""
+        draft = block.token_ids[0].cpu()
+        return draft[block.is_new[0] & block.requested[0] & (draft != self.config.mask_token_id)]
 
-    # --- The choice of tokens ----------------------------------------------------------------------------------------
+    def _predict(self, block: BlockState, positions: torch.Tensor, logits: torch.Tensor) -> Prediction:
+        """Choose a token for each of the `positions` `(positions,)` of a step.
 
-    def _predict(self, page: BlockState, step: Step, logits: torch.Tensor) -> Drawn:
-        """A token for each place of a step.
-
-        Processors that read the text judge the places of a row one after the other, each with the tokens just chosen
-        to its left; where the sampler then accepts, it is a run from the left.
+        Processors that read the text score the positions of a row one after the other, each given the tokens just
+        chosen to its left. A parallel sampler then accepts from the left only.
         """
-        if not self.in_order:
-            return self._choose(page, step.places, logits)
-        row = step.places // page.block.shape[1]
-        turn = torch.arange(len(row)) - torch.searchsorted(row, row)  # of each place within its row
-        tokens = torch.zeros_like(step.places, device=logits.device)
-        scores = torch.empty_like(logits)
-        raw = torch.empty_like(logits)
+        if not self.left_to_right:
+            return self._choose(block, positions, logits)
+        row = positions // block.token_ids.shape[1]
+        turn = torch.arange(len(row)) - torch.searchsorted(row, row)  # of each position within its row
+        tokens = torch.zeros_like(positions, device=logits.device)
+        scores, raw = torch.empty_like(logits), torch.empty_like(logits)
         for number in range(int(turn.max()) + 1):
-            now = (turn == number).nonzero().squeeze(1)
-            here = now.to(logits.device, non_blocking=True)
-            drawn = self._choose(page, step.places[now], logits[here])
-            page.put(step.places[now].to(logits.device, non_blocking=True), drawn.tokens)
-            tokens[here], scores[here], raw[here] = drawn
-        return Drawn(tokens, scores, raw)
+            current = (turn == number).nonzero().squeeze(1)
+            at = current.to(logits.device, non_blocking=True)
+            chosen = self._choose(block, positions[current], logits[at])
+            block.put(positions[current].to(logits.device, non_blocking=True), chosen.tokens)
+            tokens[at], scores[at], raw[at] = chosen
+        return Prediction(tokens, scores, raw)
 
-    def _choose(self, page: BlockState, places: torch.Tensor, logits: torch.Tensor) -> Drawn:
-        """A token for each place on the host `(places,)`, at most one of a row where processors read the text."""
+    def _choose(self, block: BlockState, positions: torch.Tensor, logits: torch.Tensor) -> Prediction:
+        """Choose a token for each position, at most one of a row if processors read the text."""
         logits.index_fill_(1, self.forbidden, -torch.inf)
         scores = logits
         if self.processors.processors:
-            row, index = places // page.block.shape[1], page.index.view(-1)[places]
-            scores = self.processors(logits.clone(), row, index).index_fill(1, self.forbidden, -torch.inf)
-            if self.processors.forbidding:
-                dead = scores.isneginf().all(dim=-1)
-                page.dead |= dead.any()
-                scores = scores.masked_fill(dead.unsqueeze(1), 0.0)
+            scores = self.processors(logits.clone(), *block.locate(positions)).index_fill(
+                1, self.forbidden, -torch.inf
+            )
+            if self.processors.can_forbid_all:
+                no_token_left = scores.isneginf().all(dim=-1)
+                block.no_token_left |= no_token_left.any()
+                scores = scores.masked_fill(no_token_left.unsqueeze(1), 0.0)
         if not self.do_sample:
-            return Drawn(scores.argmax(dim=-1), scores, logits)
-        uniform = page.uniform.view(-1)[places.to(scores.device, non_blocking=True)]
-        return Drawn(sample_categorical(scores, uniform, dtype=self.sampling_dtype), scores, logits)
+            return Prediction(scores.argmax(dim=-1), scores, logits)
+        uniform = block.uniform.view(-1)[positions.to(scores.device, non_blocking=True)]
+        return Prediction(sample_categorical(scores, uniform, dtype=self.sampling_dtype), scores, logits)
 
 
-def _fitting_sampler(name: str, model: Any) -> type[Sampler]:
-    """The model's sampler of this name."""
+def _sampler_class(name: str, model: Any) -> type[Sampler]:
     if name not in model.samplers:
-        fits = ", ".join(map(repr, model.samplers))
+        choices = ", ".join(map(repr, model.samplers))
         raise ValueError(
-            f"sampler={name!r} does not fit what a {type(model).__name__} predicts: choose {fits}, or leave it out."
+            f"sampler={name!r} does not fit what a {type(model).__name__} predicts: choose {choices}, or leave it out."
         )
     return model.samplers[name]
 
 
-# Fields of a generation config on how long a text becomes, how many there are and what else is returned.
-NOT_FOR_GAPS = (
-    "max_new_tokens",
-    "max_length",
-    "min_new_tokens",
-    "min_length",
-    "max_time",
-    "stop_strings",
-    "stopping_criteria",
-    "stop_at_second_eos",
-    "entropy_stop",
-    "num_beams",
-    "num_return_sequences",
-    "streamer",
-    "past_key_values",
-    "output_scores",
-    "output_logits",
-)
-
-
-class Filled(NamedTuple):
-    """Completed texts and what they cost."""
-
-    sequences: torch.Tensor  # (batch, length)
-    num_gaps: int  # tokens that were filled in, in all rows
-    num_forward_passes: int
-    trace: Trace | None
-
-
-def fill_gaps(
-    model: Any,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    processors: LogitsProcessorList,
-    generation_config: Any,
-    generator: torch.Generator | None = None,
-) -> Filled:
-    """Replace every mask token of `input_ids` `(batch, length)`; blocks without one only serve as context."""
-    canvas, shown = lay_out_gaps(input_ids, attention_mask, model.config.block_size, model.config.mask_token_id)
-    assert canvas.holes is not None
-    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    trace = None
-    if generation_config.output_trace:
-        trace = Trace(sequence_columns(canvas.text.shape[1], canvas.start, real, continued=False))
-    cached = generation_config.use_cache and not model.config.time_conditioning and not fills_window(model.config)
-    # Contexts for processors are counted from each row's first token: nothing stands before the canvas.
-    make = cache_maker(generation_config.cache_implementation)
-    before, cache = input_ids[:, :0], make(model.config) if cached else None
-    writer = BlockWriter(model, canvas, before, processors, generation_config, cache, generator, trace)
-    unfinished = torch.zeros(len(input_ids), dtype=torch.bool)
-    for begin in canvas.blocks():
-        if canvas.gaps(begin).any():
-            writer.denoise(begin, unfinished)
-    sequences = input_ids.clone()
-    sequences[real] = canvas.text[shown]  # both in reading order
-    return Filled(sequences, int(canvas.holes.sum()), writer.passes.count, trace)
-
-
-def lay_out_gaps(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, block_size: int, mask_token_id: int
-) -> tuple[SequenceBuffer, torch.Tensor]:
-    """Put texts with gaps on a [`Canvas`], and say which of its places hold their tokens, bool `(batch, columns)`.
-
-    A text may end inside a block: the rest of the block is no part of it, and is not seen.
-    """
-    canvas = lay_out(input_ids, attention_mask, 0, block_size, mask_token_id)
-    column = torch.arange(canvas.text.shape[1], device=input_ids.device)
-    shown = (column >= canvas.start.unsqueeze(1)) & (column < canvas.prompt_end.unsqueeze(1))
-    canvas = SequenceBuffer(
-        text=canvas.text,
-        start=canvas.start,
-        lengths=torch.zeros_like(canvas.lengths),
-        first_block=0,
-        new_tokens=canvas.text.shape[1],
-        block_size=block_size,
-        key_valid=None if bool(shown.all()) else shown,
-        holes=((canvas.text == mask_token_id) & shown).cpu(),
-    )
-    return canvas, shown
-
-
-__all__ = [
-    "BlockForward",
-    "BlockState",
-    "BlockWriter",
-    "Drawn",
-    "Filled",
-    "NOT_FOR_GAPS",
-    "StepRecord",
-    "Trace",
-    "TraceStep",
-    "fill_gaps",
-    "lay_out_gaps",
-    "sequence_columns",
-]
+__all__ = ["BlockForward", "BlockState", "BlockWriter", "Prediction", "ScoreRecord", "Trace", "TraceStep"]

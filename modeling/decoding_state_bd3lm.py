@@ -1,9 +1,8 @@
-"""The published stop rules as stopping criteria, judged row by row (arXiv 2503.09573, Sec. 6.2 and App. C.5).
+"""The state of a batch that is decoded block by block: its token buffer, and which rows are finished.
 
-The published sampler looks once per block, pools the rows of a batch, and also shortens the text: to its second end
-token, or by the whole degenerate window. The criteria only end a row; [`published_length`] has the rest.
-
-Where a batch of texts is written block by block: rows whose blocks end together, and the rules that end a row.
+The published stop rules (arXiv 2503.09573, Sec. 6.2 and App. C.5) are stopping criteria here, applied to each row. The
+published sampler looks once per block, pools the rows of a batch, and also shortens the text. The criteria only end a
+row.
 """
 
 from dataclasses import dataclass, field
@@ -19,9 +18,11 @@ from transformers.generation.stopping_criteria import (
     StoppingCriteriaList,
 )
 
+from .noise_bd3lm import wide_float
+
 
 class TextCriteria(StoppingCriteria):
-    """A stopping criterion that reads the text and should not take padding for text."""
+    """A stopping criterion that reads the text and must not take padding for text."""
 
     def __call__(
         self,
@@ -30,17 +31,17 @@ class TextCriteria(StoppingCriteria):
         padding: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Whether each row ends here, bool `(batch,)`.
+        """Return which rows end here, bool `(batch,)`.
 
         Args:
             input_ids: `(batch, length)`, the text so far.
-            padding: bool `(batch, length)`, True where a row has no token, at its beginning only; None: nowhere.
+            padding: bool `(batch, length)`, True at the leading positions that hold no token; None: nowhere.
         """
         raise NotImplementedError
 
 
 class EntropyStopCriteria(TextCriteria):
-    """Ends a row whose last `window` tokens are degenerate: the entropy of their frequencies is below `entropy`.
+    """End a row whose last `window` tokens are degenerate: the entropy of their frequencies is below `entropy`.
 
     ```python
     >>> model.generate(ids, stopping_criteria=[EntropyStopCriteria(4.0)], max_new_tokens=5000)
@@ -48,10 +49,10 @@ class EntropyStopCriteria(TextCriteria):
 
     Args:
         entropy: bound in nats; the published one is 4.0.
-        window: tokens that are looked at; a row of at most so many is not judged.
+        window: number of tokens to look at. A row of at most this many tokens goes on.
 
     Raises:
-        ValueError: a bound that no text or every text falls below, or a window of no tokens.
+        ValueError: if no text or every text would fall below the bound, or the window is shorter than 2 tokens.
     """
 
     def __init__(self, entropy: float, window: int = 256) -> None:
@@ -68,14 +69,14 @@ class EntropyStopCriteria(TextCriteria):
         if input_ids.shape[1] <= self.window:
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         degenerate = token_entropy(input_ids[:, -self.window :]) < self.entropy
-        # Padding comes first, so a row is longer than the window when the token before the window is one.
+        # Padding comes first, so a row is longer than the window if there is a token right before the window.
         return degenerate if padding is None else degenerate & ~padding[:, -self.window - 1]
 
 
 class SecondEosCriteria(TextCriteria):
-    """Ends a row that holds two end tokens, the published rule for texts of any length.
+    """End a row that holds two end tokens, the published rule for texts of any length.
 
-    The beginning counts where, as in GPT-2, the same token begins and ends a text.
+    The first token counts if, as in GPT-2, the same token begins and ends a text.
 
     Args:
         eos_token_id: one id or several.
@@ -91,142 +92,148 @@ class SecondEosCriteria(TextCriteria):
         padding: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        return self.ends(input_ids, padding).sum(dim=1) >= 2
-
-    def ends(self, input_ids: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
-        """Where end tokens stand, bool `(batch, length)`."""
         ends = torch.isin(input_ids, self.eos_token_id.to(input_ids.device))
-        return ends if padding is None else ends & ~padding
+        return (ends if padding is None else ends & ~padding).sum(dim=1) >= 2
 
 
 def token_entropy(input_ids: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of the token frequencies in each row of `(batch, length)`; `(batch,)` in float64."""
+    """Return the entropy in nats of the token frequencies in each row of `(batch, length)`, as `(batch,)`."""
     ordered = input_ids.sort(dim=1).values
-    fresh = torch.ones_like(ordered, dtype=torch.bool)
-    fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    # Counts of each distinct token, at its number within the row.
-    counts = torch.zeros(ordered.shape, dtype=torch.float64, device=ordered.device)
-    counts.scatter_add_(1, fresh.long().cumsum(dim=1) - 1, torch.ones_like(counts))
+    is_new = torch.ones_like(ordered, dtype=torch.bool)
+    is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    # The count of each distinct token, stored at its rank among the distinct tokens of the row.
+    counts = torch.zeros(ordered.shape, dtype=wide_float(ordered.device), device=ordered.device)
+    counts.scatter_add_(1, is_new.long().cumsum(dim=1) - 1, torch.ones_like(counts))
     return torch.special.entr(counts / ordered.shape[1]).sum(dim=1)
 
 
-def published_length(
-    input_ids: torch.Tensor,
-    *,
-    entropy: float = 4.0,
-    window: int = 256,
-    eos_token_id: int | list[int] | None = None,
-) -> torch.Tensor:
-    """Tokens `(batch,)` that the published sampler keeps of each row `(batch, length)`, without padding.
-
-    A degenerate row loses its last `window` tokens; else, with `eos_token_id`, a row ends with its second end token.
-    Published, rows are pooled and texts shorter than the window are cut at a negative index; here each row is judged
-    for itself, and texts that short stay whole.
-    """
-    batch, length = input_ids.shape
-    kept = torch.full((batch,), length, device=input_ids.device)
-    if eos_token_id is not None:
-        second = SecondEosCriteria(eos_token_id).ends(input_ids).cumsum(dim=1) >= 2
-        kept -= (second.sum(dim=1) - 1).clamp(min=0)
-    return torch.where(EntropyStopCriteria(entropy, window)(input_ids, None), length - window, kept)
-
-
 def check_entropy_stop(entropy: Any, window: Any) -> None:
-    """Refuse an entropy stop that can not work."""
-    if not isinstance(entropy, (int, float)) or not entropy > 0:
+    """Refuse an entropy stop that cannot work."""
+    if isinstance(entropy, bool) or not isinstance(entropy, (int, float)) or not entropy > 0:
         raise ValueError(
-            f"entropy_stop={entropy!r}: give a positive number of nats (the published rule has 4.0; no text has less "
-            f"than 0), or None for no such stop."
+            f"entropy_stop={entropy!r}: give a positive number of nats (the published rule uses 4.0), or None to turn "
+            f"this stop off."
         )
-    if not isinstance(window, int) or window < 2:
-        raise ValueError(f"entropy_stop_window={window!r}: give at least 2 tokens (the published rule looks at 256).")
+    if isinstance(window, bool) or not isinstance(window, int) or window < 2:
+        raise ValueError(f"entropy_stop_window={window!r}: give at least 2 tokens (the published rule uses 256).")
 
 
 @dataclass
 class SequenceBuffer:
-    """A batch of texts laid out so that the blocks of all rows end at the same columns.
+    """The token ids of a batch, shifted so that the blocks of all rows end at the same columns.
 
-    Row r's first token stands at column `start[r]`, a multiple of the block size; rows with fewer full prompt blocks
-    start later. What is still to be written holds the mask token.
+    Row r starts at column `row_start[r]`, a multiple of the block size; rows with fewer full prompt blocks start
+    later. Positions to be generated hold the mask token, but which positions these are is known by their place, never
+    by
+    their id: a prompt or its padding may hold the mask token too.
     """
 
-    text: torch.Tensor  # (batch, columns)
-    start: torch.Tensor  # (batch,), column of each row's first token
-    lengths: torch.Tensor  # (batch,), tokens of each row's prompt; 0 where new ones stand among given ones
-    first_block: int  # column where the first block that holds new tokens begins, the same for all rows
-    new_tokens: int  # tokens that each row may get
+    token_ids: torch.Tensor  # (batch, columns)
+    row_start: torch.Tensor  # (batch,), column of the first token of each row
+    prompt_lengths: torch.Tensor  # (batch,), tokens of each prompt; 0 where blanks are filled
+    first_block: int  # column of the first block that holds new tokens, the same for all rows
+    max_new_tokens: int  # of each row
     block_size: int
-    key_valid: torch.Tensor | None  # bool (batch, columns), None when all rows start at column 0
-    holes: torch.Tensor | None = None  # bool (batch, columns) on the host, what is written where it is not the rest
-    stride: int | None = None  # columns from block to block, where blocks overlap; None: block_size
+    key_valid: torch.Tensor | None  # bool (batch, columns); None if all rows start at column 0
+    blanks: torch.Tensor | None = None  # bool (batch, columns) on the CPU, to be filled; None: all after prompts
+    stride: int | None = None  # columns from block to block if blocks overlap; None: block_size
 
-    host_prompt_end: torch.Tensor = field(init=False)  # `prompt_end` on the host
-    last_start: int = field(init=False)  # column from which on every row has begun
+    # Kept on the CPU: loops over blocks must not wait for the device.
+    prompt_end_cpu: torch.Tensor = field(init=False)
+    last_start: int = field(init=False)  # column from which on every row has tokens
 
     def __post_init__(self) -> None:
-        self.host_prompt_end, self.last_start = self.prompt_end.cpu(), int(self.start.max())
+        self.prompt_end_cpu, self.last_start = self.prompt_end.cpu(), int(self.row_start.max())
 
-    def positions(self, first: int, stop: int) -> torch.Tensor:
-        """Rotary positions `(batch or 1, stop - first)` of some columns, counted from each row's first token."""
-        columns = torch.arange(first, stop, device=self.text.device).unsqueeze(0)
-        return columns if self.last_start == 0 else (columns - self.start.unsqueeze(1)).clamp(min=0)
+    @classmethod
+    def from_prompts(
+        cls,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        max_new_tokens: int,
+        block_size: int,
+        mask_token_id: int,
+        stride: int | None = None,
+    ) -> "SequenceBuffer":
+        """Align prompts `(batch, length)`, padded on either side, with room for `max_new_tokens` each.
+
+        Args:
+            stride: columns from block to block, at most `block_size`. If it is smaller, a block also holds the end of
+                the text before it.
+        """
+        batch = input_ids.shape[0]
+        step = stride or block_size
+        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        lengths = real.sum(1)
+        # Columns before the first block of each row that has room for new tokens.
+        full = (((lengths - block_size) // step + 1) * step).clamp(min=0)
+        first_block = int(full.max())
+        row_start = first_block - full
+        end = int((row_start + lengths).max()) + max_new_tokens
+        columns = block_size + max(0, -(-(end - block_size) // step) * step)
+        token_ids = input_ids.new_full((batch, columns), mask_token_id)
+        column = torch.arange(columns, device=input_ids.device)
+        prompt = (column >= row_start.unsqueeze(1)) & (column < (row_start + lengths).unsqueeze(1))
+        token_ids[prompt] = input_ids[real]  # both in reading order
+        valid = column >= row_start.unsqueeze(1) if row_start.any() else None
+        return cls(token_ids, row_start, lengths, first_block, max_new_tokens, block_size, valid, stride=stride)
+
+    @classmethod
+    def from_blanks(
+        cls, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, block_size: int, mask_token_id: int
+    ) -> tuple["SequenceBuffer", torch.Tensor]:
+        """Align texts whose mask tokens are to be filled in. Also return which columns hold them, as a bool mask.
+
+        A text may end inside a block; the rest of that block is not part of the text and is not attended to.
+        """
+        laid_out = cls.from_prompts(input_ids, attention_mask, 0, block_size, mask_token_id)
+        token_ids, row_start = laid_out.token_ids, laid_out.row_start
+        column = torch.arange(token_ids.shape[1], device=input_ids.device)
+        is_text = (column >= row_start.unsqueeze(1)) & (column < laid_out.prompt_end.unsqueeze(1))
+        buffer = cls(
+            token_ids,
+            row_start,
+            prompt_lengths=torch.zeros_like(row_start),
+            first_block=0,
+            max_new_tokens=token_ids.shape[1],
+            block_size=block_size,
+            key_valid=None if bool(is_text.all()) else is_text,
+            blanks=((token_ids == mask_token_id) & is_text).cpu(),
+        )
+        return buffer, is_text
 
     @property
     def prompt_end(self) -> torch.Tensor:
-        """Column `(batch,)` of each row's first new token."""
-        return self.start + self.lengths
+        """Column `(batch,)` of the first new token of each row."""
+        return self.row_start + self.prompt_lengths
+
+    def position_ids(self, start: int, stop: int) -> torch.Tensor:
+        """Return positions `(batch or 1, stop - start)` of columns, counted from the first token of each row."""
+        columns = torch.arange(start, stop, device=self.token_ids.device).unsqueeze(0)
+        return columns if self.last_start == 0 else (columns - self.row_start.unsqueeze(1)).clamp(min=0)
 
     def blocks(self) -> range:
-        """First columns of the blocks that hold new tokens."""
-        return range(self.first_block, self.text.shape[1] - self.block_size + 1, self.stride or self.block_size)
+        """Return the first columns of the blocks that hold new tokens."""
+        return range(self.first_block, self.token_ids.shape[1] - self.block_size + 1, self.stride or self.block_size)
 
-    def gaps(self, begin: int) -> torch.Tensor:
-        """What is to be written in the block that begins at this column, bool `(batch, block_size)` on the host."""
-        if self.holes is not None:
-            return self.holes[:, begin : begin + self.block_size]
+    def new_positions(self, begin: int) -> torch.Tensor:
+        """Return which positions of a block are generated, bool `(batch, block_size)` on the CPU."""
+        if self.blanks is not None:
+            return self.blanks[:, begin : begin + self.block_size]
         column = begin + torch.arange(self.block_size)
         overlap = 0 if self.stride is None or begin == self.first_block else self.block_size - self.stride
-        return (column >= self.host_prompt_end.unsqueeze(1)) & (column >= begin + overlap)
+        return (column >= self.prompt_end_cpu.unsqueeze(1)) & (column >= begin + overlap)
 
-    def written(self, stop: int, start: int = 0) -> torch.Tensor:
-        """New tokens `start` to `stop` of each row, `(batch, stop - start)`; behind its end a row repeats its last."""
-        columns = self.prompt_end.unsqueeze(1) + torch.arange(start, stop, device=self.text.device)
-        return self.text.gather(1, columns.clamp(max=self.text.shape[1] - 1))
-
-
-def lay_out(
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    new_tokens: int,
-    block_size: int,
-    mask_token_id: int,
-    stride: int | None = None,
-) -> SequenceBuffer:
-    """Put prompts `(batch, length)`, padded on either side, on a [`Canvas`] with room for `new_tokens` each.
-
-    Args:
-        stride: columns from block to block, at most `block_size`; below it a block also holds the end of the text
-            before it.
-    """
-    batch, width = input_ids.shape
-    step = stride or block_size
-    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    lengths = real.sum(1)
-    full = (((lengths - block_size) // step + 1) * step).clamp(min=0)  # column of each row's first block with gaps
-    first_block = int(full.max())
-    start = first_block - full
-    end = int((start + lengths).max()) + new_tokens
-    columns = block_size + max(0, -(-(end - block_size) // step) * step)
-    text = input_ids.new_full((batch, columns), mask_token_id)
-    column = torch.arange(columns, device=input_ids.device)
-    prompt = (column >= start.unsqueeze(1)) & (column < (start + lengths).unsqueeze(1))
-    text[prompt] = input_ids[real]  # both in reading order
-    valid = column >= start.unsqueeze(1) if start.any() else None
-    return SequenceBuffer(text, start, lengths, first_block, new_tokens, block_size, valid, stride=stride)
+    def new_token_ids(self, stop: int, start: int = 0) -> torch.Tensor:
+        """Return new tokens [start, stop) of each row, `(batch, stop - start)`. Shorter rows repeat their last one."""
+        columns = self.prompt_end.unsqueeze(1) + torch.arange(start, stop, device=self.token_ids.device)
+        return self.token_ids.gather(1, columns.clamp(max=self.token_ids.shape[1] - 1))
 
 
 class StopRules:
-    """Where each row ends. What is counted lies on the host; a block costs one wait for the judgement of the criteria.
+    """Track where each row ends.
+
+    Counters live on the CPU. A block costs one device synchronisation, for the result of the stopping criteria.
 
     Args:
         criteria: transformers' stopping criteria.
@@ -234,93 +241,94 @@ class StopRules:
         padding: bool `(batch, length)`, True where the prompt has no token; None: nowhere.
 
     Raises:
-        ValueError: rows may end at different lengths, and no token is known to pad them with.
+        ValueError: if rows may end at different lengths and there is no token to pad them with.
     """
 
     def __init__(
         self,
         criteria: StoppingCriteriaList,
         prompt: torch.Tensor,
-        canvas: SequenceBuffer,
+        buffer: SequenceBuffer,
         config: GenerationConfig,
         padding: torch.Tensor | None = None,
     ) -> None:
-        # Length is counted here, for rows whose blocks end at different lengths. Time is up for a whole block.
-        self.clocks = StoppingCriteriaList(c for c in criteria if isinstance(c, MaxTimeCriteria))
+        # Lengths are counted here, as blocks of unequal prompts end at unequal lengths. Time runs out once per block.
+        self.time_criteria = StoppingCriteriaList(c for c in criteria if isinstance(c, MaxTimeCriteria))
         self.criteria = StoppingCriteriaList(
             c for c in criteria if not isinstance(c, (MaxLengthCriteria, MaxTimeCriteria))
         )
-        self.prompt, self.canvas = prompt, canvas
+        self.prompt, self.buffer = prompt, buffer
         batch, self._width = prompt.shape
         self.finished = torch.zeros(batch, dtype=torch.bool)
         self.lengths = torch.zeros(batch, dtype=torch.long)  # new tokens of each row
         pad, eos = config.pad_token_id, config.eos_token_id
         self.pad_token_id = pad if pad is not None else eos[0] if isinstance(eos, list) else eos
-        if self.pad_token_id is None and batch > 1 and (self.criteria or self.clocks):
+        if self.pad_token_id is None and batch > 1 and (self.criteria or self.time_criteria):
             raise ValueError(
                 "rows of a batch may stop at different lengths, and there is no token to pad them with: set "
                 "pad_token_id (or eos_token_id) in the generation config."
             )
         if self.criteria:
-            # What the criteria read, filled block by block.
-            self._text = F.pad(prompt, (0, canvas.new_tokens))
-            self._padding = None if padding is None else F.pad(padding, (0, canvas.new_tokens))
+            # The text that the criteria read, filled block by block.
+            self._text = F.pad(prompt, (0, buffer.max_new_tokens))
+            self._padding = None if padding is None else F.pad(padding, (0, buffer.max_new_tokens))
 
     @property
     def all_finished(self) -> bool:
         return all(self.finished.tolist())
 
     def update(self, begin: int) -> torch.Tensor:
-        """Take in the block at column `begin`: judge each of its tokens as if they came one by one.
+        """Commit the block at column `begin` and apply the criteria token by token, as if generated one at a time.
 
         Returns:
-            the first row's new tokens, up to its end, for the streamer.
+            the new tokens of the first row, up to its end, for the streamer.
         """
-        canvas, shown, ended_before = self.canvas, self.lengths.tolist()[0], self.finished
-        known = (begin + canvas.block_size - canvas.host_prompt_end).clamp(max=canvas.new_tokens)
-        goal = torch.where(self.finished, self.lengths, known)
+        buffer, num_streamed, ended_before = self.buffer, self.lengths.tolist()[0], self.finished
+        available = (begin + buffer.block_size - buffer.prompt_end_cpu).clamp(max=buffer.max_new_tokens)
+        lengths = torch.where(self.finished, self.lengths, available)
         if self.criteria:
-            ends = self._judge(known)
-            goal = torch.minimum(goal, ends)
-            self.finished = self.finished | (ends <= known)
-        self.lengths = goal
-        self.finished = self.finished | (goal >= canvas.new_tokens)
-        if self.clocks:
-            self.finished = self.finished | self.clocks(self.prompt, None).cpu()
+            ends = self._first_ends(available)
+            lengths = torch.minimum(lengths, ends)
+            self.finished = self.finished | (ends <= available)
+        self.lengths = lengths
+        self.finished = self.finished | (lengths >= buffer.max_new_tokens)
+        if self.time_criteria:
+            self.finished = self.finished | self.time_criteria(self.prompt, None).cpu()
         self._pad(self.finished & ~ended_before)
-        return canvas.written(self.lengths.tolist()[0], shown)[0]
+        return buffer.new_token_ids(self.lengths.tolist()[0], num_streamed)[0]
 
-    def _judge(self, known: torch.Tensor) -> torch.Tensor:
-        """How many new tokens each row has when a criterion first holds, on the host; more than `known` for never."""
+    def _first_ends(self, available: torch.Tensor) -> torch.Tensor:
+        """Return the number of new tokens at which a criterion first holds, `(batch,)`; larger than any if never."""
         device, width = self._text.device, self._width
-        first = min(self.lengths.masked_fill(self.finished, self.canvas.new_tokens).tolist())
-        last = max(known.tolist())
-        self._text[:, width + first : width + last] = self.canvas.written(last, first)
+        first = min(self.lengths.masked_fill(self.finished, self.buffer.max_new_tokens).tolist())
+        last = max(available.tolist())
+        self._text[:, width + first : width + last] = self.buffer.new_token_ids(last, first)
         never = last + 1
-        ends = torch.full((len(known),), never, device=device)
+        ends = torch.full((len(available),), never, device=device)
         for count in range(first + 1, last + 1):
-            judged = (~self.finished & (count > self.lengths) & (count <= known)).to(device, non_blocking=True)
+            is_new = (~self.finished & (count > self.lengths) & (count <= available)).to(device, non_blocking=True)
             text = self._text[:, : width + count]
             padding = None if self._padding is None else self._padding[:, : width + count]
             for criterion in self.criteria:
                 known_padding = {"padding": padding} if isinstance(criterion, TextCriteria) else {}
-                ends = torch.where(judged & criterion(text, None, **known_padding), ends.clamp(max=count), ends)
+                ends = torch.where(is_new & criterion(text, None, **known_padding), ends.clamp(max=count), ends)
         return ends.cpu()
 
     def _pad(self, rows: torch.Tensor) -> None:
-        """What a finished row holds behind its end becomes padding, so that the cache holds what the output shows."""
+        """Pad finished rows after their end, so that the cache holds the same tokens as the output."""
         if self.pad_token_id is not None and any(rows.tolist()):
-            text = self.canvas.text
-            end = (self.canvas.host_prompt_end + self.lengths).masked_fill(~rows, text.shape[1])
-            behind = torch.arange(text.shape[1], device=text.device) >= end.to(text.device).unsqueeze(1)
-            text.masked_fill_(behind, self.pad_token_id)
+            token_ids = self.buffer.token_ids
+            end = (self.buffer.prompt_end_cpu + self.lengths).masked_fill(~rows, token_ids.shape[1])
+            end = end.to(token_ids.device, non_blocking=True).unsqueeze(1)
+            ended = torch.arange(token_ids.shape[1], device=token_ids.device) >= end
+            token_ids.masked_fill_(ended, self.pad_token_id)
 
     def new_tokens(self) -> torch.Tensor:
-        """New tokens of all rows `(batch, longest)`, padded behind each row's end."""
+        """Return the new tokens of all rows `(batch, longest)`, padded after the end of each."""
         longest = int(self.lengths.max())
-        tokens = self.canvas.written(longest)
-        behind = torch.arange(longest, device=tokens.device) >= self.lengths.to(tokens.device).unsqueeze(1)
-        return tokens if self.pad_token_id is None else tokens.masked_fill(behind, self.pad_token_id)
+        tokens = self.buffer.new_token_ids(longest)
+        ended = torch.arange(longest, device=tokens.device) >= self.lengths.to(tokens.device).unsqueeze(1)
+        return tokens if self.pad_token_id is None else tokens.masked_fill(ended, self.pad_token_id)
 
 
 __all__ = [
@@ -329,7 +337,6 @@ __all__ = [
     "SequenceBuffer",
     "StopRules",
     "TextCriteria",
-    "lay_out",
-    "published_length",
+    "check_entropy_stop",
     "token_entropy",
 ]

@@ -1,14 +1,10 @@
-"""What `generate` is to every model that writes in blocks: a kept generation config, prompts, and what is refused.
+"""`generate` and `infill`: hooks into transformers' GenerationMixin, and the loop over blocks.
 
-Only `_sample` is left to the models, where greedy decoding and sampling both arrive; preparation, logits processors,
-stopping criteria, streamers and the pipeline are transformers'.
-
-Text from a block-diffusion model, block by block (arXiv 2503.09573, Algorithm 2), as transformers' own `generate`.
-
-Only `_sample` is replaced, where greedy decoding and sampling both arrive; preparation, logits processors, stopping
-criteria, streamers and the pipeline are transformers'.
+Only `_sample` is replaced, which greedy decoding and sampling share (arXiv 2503.09573, Algorithm 2). Preparation,
+logits processors, stopping criteria, streamers and the pipeline stay those of transformers.
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,20 +18,24 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, Stopping
 from transformers.modeling_outputs import ModelOutput
 
 from .cache_bd3lm import cache_maker
-from .decoding_bd3lm import NOT_FOR_GAPS, BlockWriter, Trace, TraceStep, fill_gaps, sequence_columns
-from .decoding_state_bd3lm import EntropyStopCriteria, SecondEosCriteria, SequenceBuffer, StopRules, lay_out
-from .generation_config_bd3lm import BD3LMGenerationConfig, check_generation_fields
+from .decoding_bd3lm import BlockWriter, Trace, TraceStep
+from .decoding_state_bd3lm import EntropyStopCriteria, SecondEosCriteria, SequenceBuffer, StopRules
+from .generation_config_bd3lm import (
+    BD3LMGenerationConfig,
+    check_generation_fields,
+    check_known_fields,
+    complete_generation_config,
+)
 from .logits_process_bd3lm import NucleusLogitsProcessor
 from .samplers_bd3lm import SAMPLERS, Generators, Sampler, check_generators
-from .windows_bd3lm import fills_window
+from .windows_bd3lm import DecodingNetwork, fills_window
 
 
-# transformers types the `self` of its mixin as a whole model, which another mixin is not: to a type checker it is Any.
+# transformers types the `self` of its mixin as a whole model, which another mixin is not: Any, for a type checker.
 _Generative: Any = GenerationMixin
 
-
-# Arguments of the forward pass that `generate` decides itself: given by a caller, they would be ignored.
-_DECIDED_HERE = (
+# Arguments of the forward pass that `generate` sets itself. It would ignore those of a caller.
+_SET_BY_GENERATE = (
     "labels",
     "clean_input_ids",
     "noisy_logits",
@@ -48,29 +48,57 @@ _DECIDED_HERE = (
     "output_hidden_states",
 )
 
+# Arguments of `generate` about how long a text gets, how many there are and what else is returned.
+_NOT_FOR_INFILL = (
+    "max_new_tokens",
+    "max_length",
+    "min_new_tokens",
+    "min_length",
+    "max_time",
+    "stop_strings",
+    "stopping_criteria",
+    "stop_at_second_eos",
+    "entropy_stop",
+    "num_beams",
+    "num_return_sequences",
+    "streamer",
+    "past_key_values",
+    "output_scores",
+    "output_logits",
+)
+
+_LARGEST_STATIC_BATCH = 64  # on CUDA; larger batches keep the device busy without compilation
+
 
 class BlockGenerationMixin(_Generative):
-    """Preparation of `generate`, where transformers' own does not fit models that write in blocks.
+    """Preparation of `generate`, where transformers' own does not fit models that generate block by block.
 
-    A class names its `generation_config_class`, whose constructor has a default for every field of its own.
+    A class names its `generation_config_class`, whose constructor has a default for every field that it adds.
     """
 
     generator_per_row = True  # `generate` also takes a list of generators, one for each row of the batch
 
-    generation_config: Any
     generation_config_class: Any
     _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]
 
+    @property
+    def generation_config(self) -> Any:
+        """Defaults of `generate`. A plain `GenerationConfig` may be assigned; missing fields take their defaults."""
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig | None) -> None:
+        # transformers assigns plain configs while it loads a model, and so do notebooks and trainers.
+        if value is not None and not isinstance(value, self.generation_config_class):
+            value = complete_generation_config(value, self.generation_config_class)
+        self._generation_config = value
+
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         super().adjust_generation_fn(*args, **kwargs)
-        # transformers reloads a plain GenerationConfig; one made from config.json forgets its own fields on saving.
-        fields = self.generation_config.to_dict()
-        fields.pop("_from_model_config", None)
-        kind = self.generation_config_class
-        self.generation_config = kind(**{**kind().to_dict(), **{k: v for k, v in fields.items() if v is not None}})
         self._adopt_special_tokens()
 
     def _adopt_special_tokens(self) -> None:
+        """Take special tokens that the generation config does not name from the model's config."""
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(self.generation_config, name) is None:
                 setattr(self.generation_config, name, getattr(self.config, name, None))
@@ -78,23 +106,34 @@ class BlockGenerationMixin(_Generative):
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[Any, dict]:
+        if generation_config is not None:
+            check_known_fields(generation_config, self.generation_config_class)
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        asked = (kwargs.get("top_k"), getattr(generation_config, "top_k", None), self.generation_config.top_k)
-        if all(top_k is None for top_k in asked):
-            prepared.top_k = 0
+        requested = (kwargs.get("top_k"), getattr(generation_config, "top_k", None), self.generation_config.top_k)
+        if all(top_k is None for top_k in requested):
+            prepared.top_k = 0  # transformers would cut the distribution at its 50 most likely tokens
         return prepared, model_kwargs
+
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: torch.Tensor, generation_config: Any, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        # Tokenizers without a padding token may be given the mask token as one. A mask token in a text is a blank:
+        # without an attention_mask it must not be taken for padding.
+        if generation_config.pad_token_id == self.config.mask_token_id:
+            return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
+        return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids: Any, generator: Generators = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Declares `generator` as an argument of `generate`: the source of all randomness of the call, or one per row,
-        which makes what a row draws independent of its batch."""
+        """Declare `generator` as an argument of `generate`: one `torch.Generator` for the call, or one per row, so
+        that a row does not depend on its batch."""
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        # Some tokenizers send the type of each token, which is nothing to a model of plain text.
+        # Some tokenizers return token types, which mean nothing to these models.
         super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k != "token_type_ids"})
-        unfit = [name for name in _DECIDED_HERE if model_kwargs.get(name) is not None]
+        unfit = [name for name in _SET_BY_GENERATE if model_kwargs.get(name) is not None]
         if unfit:
             raise ValueError(
                 f"generate does not take {', '.join(unfit)}: call the model itself for losses, attentions and hidden "
@@ -111,13 +150,11 @@ class BlockGenerationMixin(_Generative):
     ) -> LogitsProcessorList:
         if generation_config.guidance_scale not in (None, 1):
             raise ValueError(
-                f"guidance_scale={generation_config.guidance_scale}: transformers' classifier-free guidance runs the "
-                f"model autoregressively, which a block-diffusion model is not. Leave it out."
+                f"guidance_scale={generation_config.guidance_scale} is not supported: transformers' classifier-free "
+                f"guidance runs the model autoregressively. Leave it out."
             )
         if prefix_allowed_tokens_fn is not None:
-            prefix_allowed_tokens_fn = self._only_finished_prefixes(
-                prefix_allowed_tokens_fn, input_ids_seq_length or 0
-            )
+            prefix_allowed_tokens_fn = self._for_revealed_prefixes(prefix_allowed_tokens_fn, input_ids_seq_length or 0)
         return super()._get_logits_processor(
             generation_config,
             input_ids_seq_length,
@@ -125,21 +162,21 @@ class BlockGenerationMixin(_Generative):
             **kwargs,
         )
 
-    def _only_finished_prefixes(
+    def _for_revealed_prefixes(
         self, allowed: Callable[[int, torch.Tensor], list[int]], prompt_width: int
     ) -> Callable[[int, torch.Tensor], list[int]]:
-        """Spares a caller's function the rows that are judged elsewhere, whose prefix is not all revealed here."""
+        """Call a caller's function only for rows whose prefix is revealed; other rows are scored in another call."""
         mask = self.config.mask_token_id
 
-        def of_revealed(row: int, prefix: torch.Tensor) -> list[int]:
+        def allowed_after(row: int, prefix: torch.Tensor) -> list[int]:
             return [mask] if (prefix[prompt_width:] == mask).any() else allowed(row, prefix)
 
-        return of_revealed
+        return allowed_after
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
-            "continuous batching (generate_batch, cache_implementation='paged') decodes autoregressively, which a "
-            "block-diffusion model does not: call generate with a padded batch and its attention_mask."
+            "continuous batching (generate_batch, cache_implementation='paged') decodes autoregressively and does not "
+            "fit a block-diffusion model: call generate with a padded batch and its attention_mask."
         )
 
     @property
@@ -147,7 +184,7 @@ class BlockGenerationMixin(_Generative):
         raise AttributeError(f"{type(self).__name__} has no continuous batching: call generate.")
 
     def _check_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-        """Refuse what the model can not read, before any work."""
+        """Refuse a prompt that the model cannot read, before any work."""
         config = self.config
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(
@@ -164,7 +201,8 @@ class BlockGenerationMixin(_Generative):
             raise ValueError(
                 f"the prompt has {max(lengths)} tokens, more than the model's window "
                 f"model_length={config.model_length}: shorten it, for instance by tokenizer(..., truncation=True, "
-                f"max_length={config.model_length})."
+                f"max_length={config.model_length}); a pipeline takes tokenizer_encode_kwargs={{'truncation': True, "
+                f"'max_length': {config.model_length}}}. tokenizer.truncation_side='left' keeps the end."
             )
         real = input_ids if attention_mask is None else input_ids[attention_mask.bool()]
         outside = (real < 0) | (real >= config.vocab_size)
@@ -177,7 +215,7 @@ class BlockGenerationMixin(_Generative):
     def _check_continuable(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, synced_gpus: bool
     ) -> None:
-        """Refuse what `generate` can not continue, before any work."""
+        """Refuse a prompt that `generate` cannot continue, before any work."""
         if synced_gpus:
             raise ValueError(
                 "synced_gpus=True: generating from sharded weights (ZeRO-3, FSDP) is not supported; gather the model "
@@ -189,14 +227,14 @@ class BlockGenerationMixin(_Generative):
             instead = "; model.infill(input_ids) does" if hasattr(self, "infill") else ""
             raise ValueError(
                 f"the prompt holds mask_token_id={self.config.mask_token_id}: generate continues a text and does not "
-                f"fill gaps in it{instead}."
+                f"fill blanks in it{instead}. If the mask tokens are padding, pass an attention_mask."
             )
 
 
 def pad_left(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Prompts `(batch, length)` with their padding moved to the left, and where it is then; None: nowhere.
+    """Move the padding of prompts `(batch, length)` to the left. Also return where it is, or None for no padding.
 
-    Processors and criteria that read the text find the new tokens right behind it.
+    Processors and criteria that read the text then find the new tokens right after it.
     """
     if attention_mask is None or bool(attention_mask.all()):
         return input_ids, None
@@ -206,17 +244,19 @@ def pad_left(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tu
 
 @dataclass
 class BD3LMGenerateOutput(ModelOutput):
-    """What `generate(return_dict_in_generate=True)` returns.
+    """Output of `generate(return_dict_in_generate=True)`.
 
     Args:
-        sequences: `(batch, prompt + new)`, the prompt as given and what was written.
+        sequences: `(batch, prompt + new)`, the prompts as given and the new tokens.
         scores: with `output_scores`, for each new token the processed scores `(batch, vocab_size)` it was drawn from.
         logits: with `output_logits`, the same before processing.
-        past_key_values: the cache of finished blocks, for the next call. Empty when the window has moved, or texts
-            that ended early were left out of the network: the next call then reads its prompt anew.
-        num_forward_passes: denoising passes of the network; the pass over the prompt is not counted.
-        tokens_per_forward: new tokens, finished rows' padding left out, per row and denoising pass.
-        trace: with `output_trace`, every denoising step that draws tokens.
+        past_key_values: the cache of finished blocks, for the next call. Empty if the window has moved, or if rows
+            that ended early were dropped: the next call then recomputes its prompt.
+        num_forward_passes: denoising forward passes of the whole batch, without the one over the prompts.
+        row_forward_passes: `(batch,)`, denoising forward passes that each row took part in, which is what the row
+            would need alone.
+        tokens_per_forward: new tokens, without padding of finished rows, per row and forward pass of the batch.
+        trace: with `output_trace`, every denoising step that reveals tokens.
     """
 
     sequences: torch.Tensor | None = None
@@ -224,15 +264,20 @@ class BD3LMGenerateOutput(ModelOutput):
     logits: tuple[torch.Tensor, ...] | None = None
     past_key_values: Cache | None = None
     num_forward_passes: int | None = None
+    row_forward_passes: torch.Tensor | None = None
     tokens_per_forward: float | None = None
     trace: list[TraceStep] | None = None
 
 
 class BD3LMGenerationMixin(BlockGenerationMixin):
-    """`generate` for block diffusion."""
+    """`generate` and `infill` for block diffusion."""
 
     generation_config_class: type[BD3LMGenerationConfig] = BD3LMGenerationConfig
     samplers: dict[str, type[Sampler]] = SAMPLERS  # those that fit what the network predicts
+
+    def decoding_network(self) -> DecodingNetwork:
+        """Return the forward passes that decoding runs; models over other networks override this."""
+        return DecodingNetwork(self)
 
     # --- Preparation, where transformers' own does not fit -----------------------------------------------------------
 
@@ -242,25 +287,31 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         check_generation_fields(prepared)
         if prepared.output_trace and not prepared.return_dict_in_generate:
-            raise ValueError(
-                "output_trace=True has no place in a plain tensor of tokens: set return_dict_in_generate=True too."
-            )
+            raise ValueError("output_trace=True needs return_dict_in_generate=True: a plain tensor has no trace.")
         return prepared, model_kwargs
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode | None = None,
+        batch_size: int = 1,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        make = cache_maker(generation_config.cache_implementation)
+        name = generation_config.cache_implementation
+        make_cache = cache_maker(name)
         given = model_kwargs.get("past_key_values") is not None
         if self.config.time_conditioning:
-            # The keys of finished blocks depend on the noise level of the step that reads them: nothing can be kept.
+            # The keys of finished blocks depend on the noise level of the step that reads them.
             if given:
                 raise ValueError(
                     "past_key_values does not fit this model: with time_conditioning=True the keys of a text change "
                     "with the noise level. Leave the cache out."
                 )
         elif fills_window(self.config):
-            # A window is one block, denoised together: nothing in it is finished before the rest. A cache stays empty.
+            # A window is one block, denoised jointly: nothing in it is finished before the rest. The cache stays
+            # empty.
             cache = model_kwargs.pop("past_key_values", None)
             if cache is not None and cache.get_seq_length() > 0:
                 raise ValueError(
@@ -268,7 +319,24 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
                     f"window, so there are no finished blocks to keep. Leave the cache out."
                 )
         elif generation_config.use_cache and not given:
-            model_kwargs["past_key_values"] = make(self.config)
+            if name is None and self._decodes_compiled(generation_config, batch_size):
+                make_cache = cache_maker("static")
+            model_kwargs["past_key_values"] = make_cache(self.config)
+
+    def _decodes_compiled(self, generation_config: GenerationConfig, batch_size: int) -> bool:
+        """Whether a static cache and a compiled denoising step are the default.
+
+        They are on one CUDA device, where small batches are bound by kernel launches. `cache_implementation="dynamic"`
+        and `disable_compile=True` turn them off.
+        """
+        return (
+            self.device.type == "cuda"
+            and batch_size <= _LARGEST_STATIC_BATCH
+            and not generation_config.disable_compile
+            and len(set(getattr(self, "hf_device_map", {}).values())) <= 1
+            and getattr(self, "hf_quantizer", None) is None
+            and importlib.util.find_spec("triton") is not None
+        )
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
@@ -301,50 +369,54 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> BD3LMGenerateOutput | torch.Tensor:
-        """Write block after block (Algorithm 2).
+        """Generate block by block (Algorithm 2).
 
-        1. Lay the prompts out so that the blocks of all rows end together.
-        2. For each block: reveal its masked positions as the sampler says. The first step also writes the block before
-           it to the cache.
-        3. Cut rows where a stopping criterion holds; show the block to the streamer.
+        1. Align the prompts so that the blocks of all rows end at the same columns.
+        2. For each block, reveal its masked positions in the order of the sampler. The first step also writes the
+           block before it to the cache.
+        3. End rows where a stopping criterion holds, and stream the block.
         4. Put prompts and new tokens together.
         """
-        # 1. Lay out
+        # 1. Align
         home, input_ids = input_ids.device, input_ids.to(self.device)
         attention_mask = model_kwargs.get("attention_mask")
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         self._check_continuable(input_ids, attention_mask, synced_gpus)
         check_generators(model_kwargs.get("generator"), len(input_ids))
-        size, mask_id = self.config.block_size, self.config.mask_token_id
-        new_tokens = generation_config.max_length - input_ids.shape[1]
-        stride = window_stride(self.config, generation_config.window_stride)
-        canvas = lay_out(input_ids, attention_mask, new_tokens, size, mask_id, stride)
+        buffer = SequenceBuffer.from_prompts(
+            input_ids,
+            attention_mask,
+            generation_config.max_length - input_ids.shape[1],
+            self.config.block_size,
+            self.config.mask_token_id,
+            window_stride(self.config, generation_config.window_stride),
+        )
         prompt, padding = pad_left(input_ids, attention_mask)
-        stop = StopRules(stopping_criteria, prompt, canvas, generation_config, padding)
+        stop = StopRules(stopping_criteria, prompt, buffer, generation_config, padding)
         writer = BlockWriter(
             self,
-            canvas,
+            buffer,
             prompt,
             logits_processor,
             generation_config,
             model_kwargs.get("past_key_values"),
             model_kwargs.get("generator"),
-            trace_of(canvas, input_ids, attention_mask) if generation_config.output_trace else None,
+            Trace(buffer, input_ids, attention_mask) if generation_config.output_trace else None,
         )
-        for begin in canvas.blocks():
+        for begin in buffer.blocks():
             # 2. Denoise
             writer.denoise(begin, stop.finished, streamer)
             # 3. Stop and stream
-            shown = stop.update(begin)
-            if streamer is not None and shown.numel():
-                streamer.put(shown.cpu())
+            streamed = stop.update(begin)
+            if streamer is not None and streamed.numel():
+                streamer.put(streamed.cpu())
             if stop.all_finished:
                 break
-            writer.passes.leave_out(stop.finished)
+            writer.forward.drop_finished(stop.finished)
         if streamer is not None:
             streamer.end()
         # 4. Assemble
-        cache = writer.passes.close()
+        cache = writer.forward.close()
         sequences = torch.cat([input_ids, stop.new_tokens()], dim=1).to(home)
         if not generation_config.return_dict_in_generate:
             return sequences
@@ -354,9 +426,7 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
             scores=writer.scores.result(len(input_ids), count),
             logits=writer.logits.result(len(input_ids), count),
             past_key_values=cache,
-            num_forward_passes=writer.passes.count,
-            tokens_per_forward=float(stop.lengths.sum()) / max(1, writer.passes.count) / input_ids.shape[0],
-            trace=None if writer.trace is None else writer.trace.steps,
+            **writer.statistics(int(stop.lengths.sum())),
         )
 
     @torch.no_grad()
@@ -370,11 +440,11 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> BD3LMGenerateOutput | torch.Tensor:
-        """Complete texts in place: every mask token becomes a token of the text, wherever it stands.
+        """Replace every mask token of a text, at any position.
 
-        Blocks are filled from left to right, each jointly: a gap sees all that stands to its left, and to its right
-        what its own block holds; later blocks are not seen by earlier ones. Where one token is missing, the greedy
-        choice is that of `pipeline("fill-mask")`. An end token inside a gap is a token like any other.
+        Blocks are filled from left to right, each jointly: a blank sees everything to its left, and to its right the
+        rest of its own block. If one token is missing, the greedy choice is that of `pipeline("fill-mask")`. An end
+        token in a blank is a token like any other.
 
         ```python
         >>> ids = tokenizer("The <mask> jumps over the <mask> dog", return_tensors="pt").input_ids
@@ -382,25 +452,26 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         ```
 
         Args:
-            input_ids: `(batch, length)`, of at most `model_length` tokens. Rows without a mask token stay as they are.
-            attention_mask: `(batch, length)`, zeros where a row is padded; inferred from padding where left out.
-            generation_config: as for `generate`; what it says about lengths and ends has no meaning here.
+            input_ids: `(batch, length)`, of at most `model_length` tokens. Rows without a mask token are unchanged.
+            attention_mask: `(batch, length)`, zeros for padding. Without it `pad_token_id` marks padding, unless that
+                is the mask token: a mask token is then always a blank.
+            generation_config: as for `generate`; its fields on lengths and ends have no effect.
             kwargs: its fields: `do_sample`, `sampler`, `temperature`, `nucleus_p`, `bad_words_ids`, ...
 
         Returns:
             the completed `input_ids`, or with `return_dict_in_generate` a [`BD3LMGenerateOutput`].
 
         Raises:
-            ValueError: arguments on lengths and ends; ids or lengths that the model does not know.
+            ValueError: if an argument concerns lengths or ends, or ids or lengths do not fit the model.
         """
-        unfit = [name for name in NOT_FOR_GAPS if kwargs.get(name) is not None]
+        unfit = [name for name in _NOT_FOR_INFILL if kwargs.get(name) is not None]
         if unfit:
             raise ValueError(
-                f"infill does not take {', '.join(unfit)}: it replaces the mask tokens of its input, and adds, ends "
-                f"and returns nothing else. Leave it out, or call generate to continue a text."
+                f"infill does not take {', '.join(unfit)}: it replaces mask tokens and does not change the length of "
+                f"a text. Leave it out, or call generate to continue a text."
             )
         if input_ids.dim() != 2:
-            raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}: give texts of shape (batch, length).")
+            raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}: pass texts of shape (batch, length).")
         config, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
         self._validate_model_kwargs(model_kwargs)
         self._prepare_special_tokens(config, attention_mask is not None, device=self.device)
@@ -409,6 +480,7 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
             attention_mask = self._prepare_attention_mask_for_generation(input_ids, config, {})
         attention_mask = attention_mask.to(self.device)
         self._check_prompt(input_ids, attention_mask)
+        check_generators(generator, len(input_ids))
         processors = self._get_logits_processor(
             config,
             0,
@@ -417,22 +489,31 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
             device=self.device,
             model_kwargs=model_kwargs,
         )
-        filled = fill_gaps(self, input_ids, attention_mask, processors, config, generator)
-        if not config.return_dict_in_generate:
-            return filled.sequences.to(home)
-        return BD3LMGenerateOutput(
-            sequences=filled.sequences.to(home),
-            num_forward_passes=filled.num_forward_passes,
-            tokens_per_forward=filled.num_gaps / max(1, filled.num_forward_passes) / len(input_ids),
-            trace=None if filled.trace is None else filled.trace.steps,
+        buffer, is_text = SequenceBuffer.from_blanks(
+            input_ids, attention_mask, self.config.block_size, self.config.mask_token_id
         )
+        trace = Trace(buffer, input_ids, attention_mask) if config.output_trace else None
+        cached = config.use_cache and not self.config.time_conditioning and not fills_window(self.config)
+        cache = cache_maker(config.cache_implementation)(self.config) if cached else None
+        # Processors count the context from the first token of each row: nothing comes before the buffer.
+        empty = input_ids[:, :0]
+        writer = BlockWriter(self, buffer, empty, processors, config, cache, generator, trace)
+        for begin in buffer.blocks():
+            if buffer.new_positions(begin).any():
+                writer.denoise(begin, torch.zeros(len(input_ids), dtype=torch.bool))
+        sequences = input_ids.clone()
+        sequences[attention_mask.bool()] = buffer.token_ids[is_text]  # both in reading order
+        if not config.return_dict_in_generate:
+            return sequences.to(home)
+        assert buffer.blanks is not None
+        return BD3LMGenerateOutput(sequences=sequences.to(home), **writer.statistics(int(buffer.blanks.sum())))
 
 
 def window_stride(config: Any, stride: int | None) -> int | None:
-    """Tokens from window to window of a model whose block fills it, by default half of it; None for other models.
+    """Return how many tokens a window moves of a model whose block fills it, by default half; None for other models.
 
     Raises:
-        ValueError: a stride beyond the window, or for a model whose window moves by blocks.
+        ValueError: if the stride exceeds the window, or the model's window moves by blocks.
     """
     window = config.model_length
     if not fills_window(config):
@@ -447,12 +528,6 @@ def window_stride(config: Any, stride: int | None) -> int | None:
     return stride or max(1, window // 2)
 
 
-def trace_of(canvas: SequenceBuffer, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Trace:
-    """An empty trace whose columns are those of the result."""
-    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    return Trace(sequence_columns(canvas.text.shape[1], canvas.start, real))
-
-
 __all__ = [
     "BD3LMGenerateOutput",
     "BD3LMGenerationConfig",
@@ -460,4 +535,5 @@ __all__ = [
     "BlockGenerationMixin",
     "NucleusLogitsProcessor",
     "pad_left",
+    "window_stride",
 ]

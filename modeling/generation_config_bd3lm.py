@@ -1,5 +1,7 @@
-"""What `generate` can be told beside transformers' own fields: sampler, its numbers, the published stop rules."""
+"""The generation config: the fields of `generate` that transformers does not have, and their validation."""
 
+import difflib
+import math
 from typing import Any
 
 from transformers.generation import GenerationConfig
@@ -13,40 +15,43 @@ class BD3LMGenerationConfig(GenerationConfig):
     """transformers' `GenerationConfig` with the fields of block diffusion.
 
     Args:
-        sampler (`str`, defaults to `"first_hitting"`): which masked positions are revealed when. `"first_hitting"` and
-            `"ancestral"` sample the model's distribution; `"confidence"` and `"entropy_bound"` reveal several tokens
-            per pass where the model is certain. `"analytic"` is for models that predict scores (SEDD): there it is the
-            default and the only one.
+        sampler (`str`, defaults to `"first_hitting"`): the order in which masked positions are revealed.
+            `"first_hitting"` and `"ancestral"` sample the model's distribution; `"confidence"` and `"entropy_bound"`
+            reveal several tokens per forward pass where the model is certain. `"analytic"` is for models that predict
+            scores (SEDD): their default and only sampler.
         num_denoising_steps (`int`, *optional*): denoising steps of a block. `"ancestral"` spaces its grid by it (by
-            default one step per token of a block) and skips steps that reveal nothing; the others take at most so
-            many, and without it as many as their rule needs.
-        confidence_threshold (`float`, defaults to 0.9): `"confidence"` reveals the tokens that are more probable.
+            default one step per token of a block) and skips steps that reveal nothing. The others take at most this
+            many, by default as many as their rule needs.
+        confidence_threshold (`float`, defaults to 0.9): `"confidence"` reveals tokens that are more probable.
         entropy_bound (`float`, defaults to 0.1): `"entropy_bound"` reveals the tokens of lowest entropy while the sum
             of their entropies without the largest one, in nats, stays within it.
-        remask_fraction (`float`, defaults to 0.0): share of the tokens of a block, the least probable ones, that
-            return to mask when the block is full and are revealed again, once, by the same sampler. Never the prompt.
-        nucleus_p (`float`, defaults to 1.0): the paper's nucleus: a token stays while the cumulative probability
+        remask_fraction (`float`, defaults to 0.0): fraction of the tokens of a full block, the least probable ones,
+            that is masked and revealed again, once, by the same sampler. The prompt is never masked.
+        nucleus_p (`float`, defaults to 1.0): the paper's nucleus: a token stays if the cumulative probability
             *including itself* is at most p, so the token that crosses p is dropped (`top_p` keeps it). The most likely
             token always stays. The paper samples with 0.9.
         sampling_dtype (`str`, defaults to `"float32"`): precision of the probabilities that tokens are drawn from,
             `"float32"` or, as published, `"float64"`.
-        window_stride (`int`, *optional*): tokens by which the window moves on when a text outgrows it, of a model
-            whose block fills its window; the last `model_length - window_stride` tokens are the context of the next
-            ones. By default half of the window, the published 512 of 1024.
+        window_stride (`int`, *optional*): for models whose block fills the window: how many tokens the window moves
+            when a text outgrows it. The last `model_length - window_stride` tokens are the context of the next ones.
+            By default half of the window, the published 512 of 1024.
         window (`str`, defaults to `"cached"`): what a text longer than `model_length` attends to. `"cached"`, as
-            published, keeps the keys and values of the blocks in the window: constant time per block, but those of
-            deeper layers still know of blocks that have left. `"exact"` computes a window that has moved anew, once
-            per block: nothing to the left of the window has any influence.
-        entropy_stop (`float`, *optional*): a row ends when the entropy of its last tokens is lower, in nats. The paper
-            has 4.0.
+            published, keeps the keys and values of the blocks in the window: constant time per block, but deeper
+            layers' keys still contain information from blocks outside the window. `"exact"` recomputes a window that
+            has moved, once per block, so nothing outside it has any influence.
+        entropy_stop (`float`, *optional*): end a row when the entropy of its last tokens falls below this, in nats.
+            The paper uses 4.0.
         entropy_stop_window (`int`, defaults to 256): how many tokens that stop looks at; shorter texts go on.
-        stop_at_second_eos (`bool`, defaults to `False`): a row ends when it holds two end tokens, the prompt included,
-            instead of with the first new one.
+        stop_at_second_eos (`bool`, defaults to `False`): end a row when it holds two end tokens, the prompt included,
+            instead of at the first new one.
         output_trace (`bool`, defaults to `False`): with `return_dict_in_generate`, also return every denoising step.
-        kwargs: fields of `GenerationConfig`. `top_k` defaults to 0 here: sampling draws from the whole distribution.
+        kwargs: fields of `GenerationConfig`. `top_k` defaults to 0 here: sampling uses the whole distribution.
+
+    On one CUDA device, batches of up to 64 rows use a static cache and a compiled denoising step by default.
+    `cache_implementation="dynamic"` or `disable_compile=True` turn this off.
 
     Raises:
-        ValueError: a field that has no meaning; the message names the value and the remedy.
+        ValueError: if a field has an invalid value; the message names the value and the remedy.
     """
 
     default_sampler = "first_hitting"
@@ -73,14 +78,44 @@ class BD3LMGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> "BD3LMGenerationConfig":
-        # transformers then calls the constructor. A config made from a model config forgets its own fields on reload.
-        raise NotImplementedError("a BD3LMGenerationConfig is made by its constructor, not from a model config.")
+        # transformers then calls the constructor. A config made from a model config forgets its own fields on saving.
+        raise NotImplementedError("call the constructor of BD3LMGenerationConfig instead.")
 
 
 class SEDDGenerationConfig(BD3LMGenerationConfig):
-    """That of a model that predicts scores: its `sampler` defaults to `"analytic"`."""
+    """The generation config of models that predict scores, whose `sampler` defaults to `"analytic"`."""
 
     default_sampler = "analytic"
+
+
+def complete_generation_config(config: GenerationConfig, kind: type[GenerationConfig]) -> GenerationConfig:
+    """Return a config of class `kind` with the fields of a plain config, and defaults for those that it lacks.
+
+    Raises:
+        ValueError: if the config has fields that `kind` does not know.
+    """
+    check_known_fields(config, kind)
+    # A config made from a model config forgets its own fields on saving, so that mark must go.
+    fields = {k: v for k, v in config.to_dict().items() if v is not None and k != "_from_model_config"}
+    return kind(**{**kind().to_dict(), **fields})
+
+
+def check_known_fields(config: GenerationConfig, kind: type[GenerationConfig]) -> None:
+    """Refuse fields that no code would read, such as misspelt ones.
+
+    Raises:
+        ValueError: if the config has a field that `kind` does not have.
+    """
+    known = vars(kind())
+    # A newer transformers may have written fields that this one drops, and its own classes know theirs.
+    unknown = [name for name in vars(config) if name not in known and not name.startswith("_")]
+    if unknown:
+        close = {name: difflib.get_close_matches(name, known, n=1) for name in unknown}
+        hints = [f"{name} (did you mean {match[0]}?)" if match else name for name, match in close.items()]
+        raise ValueError(f"generation_config has unknown fields: {', '.join(hints)}. Remove or rename them.")
+
+
+_LARGEST_STEPS = 2**20  # denoising steps of a block; grids of so many fit into memory
 
 
 def check_generation_fields(config: Any) -> None:
@@ -88,22 +123,12 @@ def check_generation_fields(config: Any) -> None:
     _check_choice("sampler", config.sampler, {**SAMPLERS, **SCORE_SAMPLERS})
     _check_choice("sampling_dtype", config.sampling_dtype, SAMPLING_DTYPES)
     _check_choice("window", config.window, WINDOWS)
-    stride = config.window_stride
-    if stride is not None and (isinstance(stride, bool) or not isinstance(stride, int) or stride < 1):
-        raise ValueError(
-            f"window_stride={stride!r}: give a whole number of tokens from 1 to model_length, or None for half of the "
-            f"window."
-        )
-    steps = config.num_denoising_steps
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise ValueError(
-            f"num_denoising_steps={steps!r}: give a whole number of steps per block, 1 at least, or None for as many "
-            f"as the sampler needs."
-        )
+    check_optional_count("window_stride", config.window_stride, "the number of tokens the window moves")
+    check_optional_count("num_denoising_steps", config.num_denoising_steps, "the denoising steps of a block")
     for name, low, high, meaning in (
         ("confidence_threshold", 0.0, 1.0, "a probability from 0 (reveal all at once) to 1 (one token per step)"),
         ("entropy_bound", 0.0, None, "a number of nats, 0 (one token per step) or more"),
-        ("remask_fraction", 0.0, 1.0, "a share of the tokens of a block, from 0 (none) to 1"),
+        ("remask_fraction", 0.0, 1.0, "a fraction of the tokens of a block, from 0 (none) to 1"),
     ):
         value = getattr(config, name)
         if not _is_number(value) or value < low or (high is not None and value > high):
@@ -119,13 +144,30 @@ def check_generation_fields(config: Any) -> None:
         check_entropy_stop(config.entropy_stop, config.entropy_stop_window)
 
 
+def check_optional_count(name: str, value: Any, meaning: str) -> None:
+    """Refuse a field that is neither None nor an integer from 1 to a bound that memory allows."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST_STEPS:
+        raise ValueError(
+            f"{name}={value!r}: give {meaning}, an integer from 1 to {_LARGEST_STEPS}, or None for the default."
+        )
+
+
 def _check_choice(name: str, value: Any, table: dict[str, Any]) -> None:
-    if value not in table:
+    if not isinstance(value, str) or value not in table:
         raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(table)}.")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-__all__ = ["BD3LMGenerationConfig", "SEDDGenerationConfig", "check_generation_fields"]
+__all__ = [
+    "BD3LMGenerationConfig",
+    "SEDDGenerationConfig",
+    "check_generation_fields",
+    "check_known_fields",
+    "check_optional_count",
+    "complete_generation_config",
+]

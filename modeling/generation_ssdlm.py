@@ -25,7 +25,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .decoding_state_bd3lm import SequenceBuffer, StopRules
 from .generation_bd3lm import BlockGenerationMixin, pad_left
-from .logits_process_bd3lm import PositionProcessors, never_written
+from .logits_process_bd3lm import PositionProcessors, check_any_token_left, never_generated
 from .samplers_bd3lm import Generators, check_generators, random_uniform, sample_categorical
 from .simplex_ssdlm import PROJECTIONS, noisy_logits, simplex_schedule
 
@@ -62,14 +62,14 @@ class SimplexDraws:
         return [self.generator[row] for row in rows] if isinstance(self.generator, list) else self.generator
 
 
-def all_before(canvas: SequenceBuffer, begin: int) -> int:
+def all_before(buffer: SequenceBuffer, begin: int) -> int:
     """All text before the block."""
     return 0
 
 
-def block_before(canvas: SequenceBuffer, begin: int) -> int:
+def block_before(buffer: SequenceBuffer, begin: int) -> int:
     """The block before the block, or the prompt."""
-    return 0 if begin == canvas.first_block else begin - canvas.block_size
+    return 0 if begin == buffer.first_block else begin - buffer.block_size
 
 
 # Where the context of the block that begins at a column begins, but for the window.
@@ -77,7 +77,7 @@ CONTEXTS: dict[str, Callable[[SequenceBuffer, int], int]] = {"all": all_before, 
 
 
 def lay_out_behind(prompt: torch.Tensor, padding: torch.Tensor | None, new_tokens: int, config: Any) -> SequenceBuffer:
-    """A canvas whose blocks follow the prompts `(batch, width)`, which are padded on the left."""
+    """A buffer whose blocks follow the prompts `(batch, width)`, which are padded on the left."""
     batch, width = prompt.shape
     size = config.block_size
     columns = -(-new_tokens // size) * size
@@ -88,7 +88,7 @@ def lay_out_behind(prompt: torch.Tensor, padding: torch.Tensor | None, new_token
 
 
 class SimplexWriter:
-    """Writes the blocks of a canvas with a model.
+    """Writes the blocks of a buffer with a model.
 
     Args:
         prompt: `(batch, width)`, padded on the left.
@@ -100,28 +100,28 @@ class SimplexWriter:
     def __init__(
         self,
         model: Any,
-        canvas: SequenceBuffer,
+        buffer: SequenceBuffer,
         prompt: torch.Tensor,
         processors: LogitsProcessorList,
         generation_config: Any,
         draws: SimplexDraws,
     ) -> None:
-        self.model, self.canvas, self.draws = model, canvas, draws
-        self.processors = PositionProcessors(processors, canvas, prompt)
+        self.model, self.buffer, self.draws = model, buffer, draws
+        self.processors = PositionProcessors(processors, buffer, prompt)
         self.scale: float = model.config.one_hot_value
         self.steps: int = generation_config.num_denoising_steps
         self.top_p: float = generation_config.top_p
         self.project = PROJECTIONS[generation_config.projection]
         self.context_begin = CONTEXTS[generation_config.context]
-        forbidden = never_written(model.config.mask_token_id, generation_config)
-        self.forbidden = torch.tensor(forbidden, device=canvas.text.device)
+        forbidden = never_generated(model.config.mask_token_id, generation_config)
+        self.forbidden = torch.tensor(forbidden, device=buffer.token_ids.device)
         recorded = bool(generation_config.return_dict_in_generate)
         # Of the last step of each block, (batch, block_size, vocab_size).
         self.scores: list[torch.Tensor] | None = [] if recorded and generation_config.output_scores else None
         self.logits: list[torch.Tensor] | None = [] if recorded and generation_config.output_logits else None
         self.count = 0  # passes of the network
         # Some place could not get any token.
-        self.dead = torch.zeros((), dtype=torch.bool, device=canvas.text.device)
+        self.dead = torch.zeros((), dtype=torch.bool, device=buffer.token_ids.device)
 
     def denoise(self, begin: int, finished: torch.Tensor) -> None:
         """Write the block that begins at this column, in the rows that are not finished (bool `(batch,)`, host).
@@ -130,11 +130,11 @@ class SimplexWriter:
         2. In each step the noise of the next level is drawn, the network gives logits, and processors judge them.
         3. The projection of the logits gets the noise; behind the last step, the most likely tokens stay.
         """
-        device = self.canvas.text.device
+        device = self.buffer.token_ids.device
         rows = (~finished).nonzero().squeeze(1)
         numbers, live = rows.tolist(), rows.to(device)
         context, mask = self._context(begin, live)
-        shape = (self.canvas.block_size, self.model.config.vocab_size)
+        shape = (self.buffer.block_size, self.model.config.vocab_size)
         self.dead.zero_()
         # 1. Noise
         noisy = self.scale * self.draws.normal(numbers, shape, device)
@@ -153,18 +153,15 @@ class SimplexWriter:
                 noisy = noisy_logits(projected, alpha_bar, normal, self.scale)
             else:
                 self._keep(live, logits, scores)
-        if self.processors.forbidding and self.dead:
-            raise ValueError(
-                "the logits processors leave no token to choose from at some place (the mask token, and padding "
-                "unless it is also the end token, are never written): loosen the constraints."
-            )
+        if self.processors.can_forbid_all:
+            check_any_token_left(self.dead)
 
     def _context(self, begin: int, live: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Text before a block that the network sees, `(rows, width)`, and where it is no padding; None: everywhere."""
-        room = self.model.config.model_length - self.canvas.block_size
-        columns = slice(max(self.context_begin(self.canvas, begin), begin - room), begin)
-        context, valid = self.canvas.text[live, columns], self.canvas.key_valid
-        if valid is None or self.canvas.last_start <= columns.start:
+        room = self.model.config.model_length - self.buffer.block_size
+        columns = slice(max(self.context_begin(self.buffer, begin), begin - room), begin)
+        context, valid = self.buffer.token_ids[live, columns], self.buffer.key_valid
+        if valid is None or self.buffer.last_start <= columns.start:
             return context, None
         return context, valid[live, columns].long()
 
@@ -178,8 +175,8 @@ class SimplexWriter:
         Args:
             projected: filled with the projection. Without it the tokens are the most likely ones.
         """
-        size = self.canvas.block_size
-        in_order = bool(self.processors.reading)
+        size = self.buffer.block_size
+        in_order = bool(self.processors.text_readers)
         scores = torch.empty_like(logits)
         for first in range(size) if in_order else [0]:
             columns = slice(first, first + 1 if in_order else size)
@@ -189,7 +186,7 @@ class SimplexWriter:
             else:
                 draw = lambda inside: self.draws.tokens(numbers, inside)  # noqa: E731
                 projected[:, columns], tokens = self.project(part, self.scale, self.top_p, draw)
-            self.canvas.text[live, begin + columns.start : begin + columns.stop] = tokens
+            self.buffer.token_ids[live, begin + columns.start : begin + columns.stop] = tokens
         return scores
 
     def _process(self, begin: int, live: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -197,8 +194,8 @@ class SimplexWriter:
 
         Behind the last token that was asked for nothing is judged: that part of a block is written and not shown.
         """
-        index = begin - self.canvas.first_block + torch.arange(logits.shape[1])
-        shown = int((index < self.canvas.new_tokens).sum())
+        index = begin - self.buffer.first_block + torch.arange(logits.shape[1])
+        shown = int((index < self.buffer.max_new_tokens).sum())
         if not self.processors.processors or not shown:
             return logits
         rows = live.cpu().repeat_interleave(shown)
@@ -206,7 +203,7 @@ class SimplexWriter:
         judged = self.processors(flat, rows, index[:shown].repeat(len(live))).index_fill(
             -1, self.forbidden, -torch.inf
         )
-        if self.processors.forbidding:
+        if self.processors.can_forbid_all:
             dead = judged.isneginf().all(dim=-1)
             self.dead |= dead.any()
             judged = judged.masked_fill(dead.unsqueeze(1), 0.0)
@@ -215,7 +212,7 @@ class SimplexWriter:
     def _keep(self, live: torch.Tensor, logits: torch.Tensor, scores: torch.Tensor) -> None:
         for kept, values in ((self.logits, logits), (self.scores, scores)):
             if kept is not None:
-                whole = values.new_zeros(self.canvas.text.shape[0], *values.shape[1:])
+                whole = values.new_zeros(self.buffer.token_ids.shape[0], *values.shape[1:])
                 kept.append(whole.index_copy_(0, live, values))
 
 
@@ -356,11 +353,11 @@ class SSDLMGenerationMixin(BlockGenerationMixin):
         self._check_continuable(input_ids, attention_mask, synced_gpus)
         check_generators(model_kwargs.get("generator"), len(input_ids))
         prompt, padding = pad_left(input_ids, attention_mask)
-        canvas = lay_out_behind(prompt, padding, generation_config.max_length - input_ids.shape[1], self.config)
-        stop = StopRules(stopping_criteria, prompt, canvas, generation_config, padding)
+        buffer = lay_out_behind(prompt, padding, generation_config.max_length - input_ids.shape[1], self.config)
+        stop = StopRules(stopping_criteria, prompt, buffer, generation_config, padding)
         draws = self.draws_class(model_kwargs.get("generator"), greedy=not generation_config.do_sample)
-        writer = SimplexWriter(self, canvas, prompt, logits_processor, generation_config, draws)
-        for begin in canvas.blocks():
+        writer = SimplexWriter(self, buffer, prompt, logits_processor, generation_config, draws)
+        for begin in buffer.blocks():
             # 2. Denoise
             writer.denoise(begin, stop.finished)
             # 3. Stop and stream

@@ -15,6 +15,11 @@ from typing import Any, NamedTuple
 import torch
 
 
+def wide_float(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on a device without float64 (MPS)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class NoiseLevel(NamedTuple):
     """What a schedule says about the times t; each field has the shape of t."""
 
@@ -453,4 +458,5 @@ __all__ = [
     "stack_draws",
     "stratify",
     "times",
+    "wide_float",
 ]

@@ -1,11 +1,9 @@
-"""How a token is drawn: the distribution function, inverted, and the published categorical draw beside it.
+"""The order in which the masked positions of a block are revealed, one class per published rule, and token sampling.
 
-Which masked positions of a block are revealed in which step: one small class per published rule.
-
-A sampler yields the places that a step predicts. First hitting and the ancestral sampler know them before any
-probability is seen, so the whole block is planned at once and the network's head runs at these places only; the
-parallel samplers predict all masked places and accept some. What a sampler counts lies on the host: the only thing
-that a step waits for is which predictions were accepted.
+A sampler yields the positions that a denoising step predicts. First-hitting and ancestral sampling know them before
+any probability, so they plan the whole block at once and the network's head runs at these positions only. The parallel
+samplers predict all masked positions and accept some. The state of a sampler lives on the CPU: a step waits for the
+device only to learn which predictions were accepted.
 """
 
 import math
@@ -15,123 +13,122 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .logits_process_bd3lm import NucleusLogitsProcessor, wide_float
-from .noise_bd3lm import LogLinearNoise, noise_schedule
+from .logits_process_bd3lm import NucleusLogitsProcessor
+from .noise_bd3lm import LogLinearNoise, noise_schedule, wide_float
 
 
-# Precision of the probabilities that tokens are drawn from, by the name that a generation config gives it.
+# Precision of the probabilities that tokens are drawn from, by its name in the generation config.
 SAMPLING_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
+Generators = torch.Generator | list[torch.Generator] | None  # one for the batch, or one per row
 
-Generators = torch.Generator | list[torch.Generator] | None  # a source of randomness, or one per row
+LAST_TIME = 1e-5  # where the published grid of the analytic sampler ends, before the rest is revealed
+
+_FAR = 1e4  # nats by which a token outside the nucleus is less likely: drawn only if all others are forbidden
 
 
 def random_uniform(shape: Sequence[int], device: torch.device, generator: Generators = None) -> torch.Tensor:
-    """Uniform numbers on [0, 1), as wide as possible, drawn where the generator lives and needed on `device`.
+    """Return uniform numbers on [0, 1) on `device`, in float64 where the device has it.
 
-    With a generator for each row of `shape`, a row gets the numbers that it would get alone.
+    They are drawn where the generator lives, by default on the CPU, so that a seed gives the same numbers on every
+    device. With a generator for each row of `shape`, a row gets the numbers that it would get alone.
     """
     if isinstance(generator, list):
-        return torch.stack([random_uniform(shape[1:], device, source) for source in generator])
-    home = device if generator is None else generator.device
-    drawn = torch.rand(tuple(shape), generator=generator, device=home, dtype=wide_float(home))
-    return drawn.to(device, wide_float(device), non_blocking=device.type != "cpu")
+        return torch.stack([random_uniform(shape[1:], device, row_generator) for row_generator in generator])
+    home = torch.device("cpu") if generator is None else generator.device
+    uniform = torch.rand(tuple(shape), generator=generator, device=home, dtype=wide_float(home))
+    return uniform.to(device, wide_float(device), non_blocking=device.type != "cpu")
 
 
 def check_generators(generator: Generators, batch: int) -> None:
-    """Refuse a list of generators that does not have one for each row.
+    """Refuse a list of generators that does not have one per row.
 
     Raises:
-        ValueError: tells both numbers.
+        ValueError: if the number of generators is not `batch`.
     """
     if isinstance(generator, list) and len(generator) != batch:
-        raise ValueError(f"{len(generator)} generators for {batch} rows: give one for each row, or a single one.")
+        raise ValueError(f"{len(generator)} generators for {batch} rows: pass one per row, or a single one.")
 
 
 def sample_categorical(
     scores: torch.Tensor, uniform: torch.Tensor, *, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """One token per row of unnormalised log-probabilities `(rows, vocab_size)`: the distribution function, inverted.
+    """Draw one token per row of unnormalised log-probabilities `(rows, vocab_size)` by inverting the CDF.
 
-    One uniform number a row instead of one for each token of the vocabulary, which on a CPU is an order of magnitude
-    faster than `torch.multinomial` or a Gumbel race. It also lacks their weakness in float32: the smallest number that
-    a race can draw bounds its tail, which sharpens the distribution (Zheng et al., arXiv 2409.02908).
+    This takes one uniform number per row instead of one per token of the vocabulary, and on a CPU a tenth of the time
+    of `torch.multinomial` or a Gumbel race. It also lacks their weakness in float32: the smallest number that a race
+    can draw bounds its tail, which sharpens the distribution (Zheng et al., arXiv 2409.02908).
 
     Args:
         uniform: `(rows,)` on [0, 1).
-        dtype: of the probabilities; they are summed up in float64 where the device has it. A token of probability
-            zero is never drawn.
+        dtype: of the probabilities; they are summed in float64 where the device has it. A token of probability zero is
+            never drawn.
     """
     probability = scores.to(dtype).softmax(dim=-1)
     wide = wide_float(scores.device)
     cumulative = probability.cumsum(dim=-1, dtype=wide)
-    if wide != torch.float64:
-        # Sums in parallel may fall or rise by a rounding error where nothing is added: such steps have no height here.
+    if wide != torch.float64 or scores.device.type != "cpu":
+        # A parallel sum may rise or fall by a rounding error where nothing is added, which would make a step of the
+        # CDF at a token of probability zero.
         cumulative = cumulative.masked_fill(probability == 0, 0).cummax(dim=-1).values
     # Below the total even after rounding; from the right, so that the step found has a positive height.
-    below = uniform.to(wide).unsqueeze(1) * cumulative[:, -1:] * (1 - 4 * torch.finfo(wide).eps)
-    return torch.searchsorted(cumulative, below, right=True).squeeze(1)
-
-
-def draw_published(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The published categorical draw: the index `(...)` of the largest weight / (1e-10 - log(u + 1e-10)).
-
-    An exponential race with one uniform number per entry, both `(..., vocab_size)`; `draw_tokens` draws from the same
-    distribution with one number in all.
-    """
-    return (weights / (1e-10 - (uniform + 1e-10).log())).argmax(dim=-1)
+    target = uniform.to(wide).unsqueeze(1) * cumulative[:, -1:] * (1 - 4 * torch.finfo(wide).eps)
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
 
 
 def token_probability(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """The probability `(rows,)` of one token per row under unnormalised log-probabilities `(rows, vocab_size)`."""
+    """Return the probability `(rows,)` of one token per row under unnormalised log-probabilities."""
     return (scores.gather(1, tokens.unsqueeze(1)).squeeze(1) - scores.logsumexp(dim=-1)).exp()
-
-
-LAST_TIME = 1e-5  # where the published grid of the analytic sampler ends, before what is left is revealed
-
-
-_FAR = 1e4  # nats by which a token outside the nucleus is less likely: never drawn, unless all others are forbidden
 
 
 @dataclass
 class RevealState:
-    """The places of one block that are to be revealed, for all rows of a batch; tensors on the host."""
+    """The positions of a block that are to be revealed, for all rows of a batch; tensors on the CPU."""
 
     masked: torch.Tensor  # bool (batch, block_size), still to be revealed; kept up to date by the writer
-    wanted: torch.Tensor  # bool (batch, block_size): a row is done when these are revealed
-    random: bool = True  # without chance places come from left to right, so that a text repeats itself
-    in_order: bool = False  # reveal from left to right only, as processors that read the text need it
+    requested: torch.Tensor  # bool (batch, block_size): a row is done when these are revealed
+    do_sample: bool = True  # without it positions are revealed from left to right, so that a text is reproducible
+    left_to_right: bool = False  # always, as processors that read the text need it
     generator: Generators = None
-    start: float = 1.0  # probability of being masked at the beginning of the round
+    mask_prob: float = 1.0  # probability of being masked before the first step
 
-    def asked_for(self) -> torch.Tensor:
-        """What may be predicted, bool `(batch, block_size)`: places that nobody wants, too, as they decide others.
+    def candidates(self) -> torch.Tensor:
+        """Return which positions may be predicted, bool `(batch, block_size)`.
 
-        From left to right they can not, as they stand behind the wanted ones.
+        These include positions after the requested ones, as their tokens influence the others. From left to right they
+        would come last and cannot.
         """
-        return self.masked & self.wanted if self.in_order else self.masked
+        return self.masked & self.requested if self.left_to_right else self.masked
+
+    def unfinished(self) -> torch.Tensor:
+        """Return which rows have requested positions left, bool `(batch, 1)`."""
+        return (self.masked & self.requested).any(1, keepdim=True)
+
+    def live_positions(self) -> torch.Tensor:
+        """Return the candidates of unfinished rows, as flat indices into `(batch, block_size)`."""
+        return (self.candidates() & self.unfinished()).flatten().nonzero().squeeze(1)
 
     def hitting_keys(self) -> torch.Tensor:
-        """Numbers on [0, 1), `(batch, block_size)`: of any two places the one with the larger number is hit first.
+        """Return numbers on [0, 1), `(batch, block_size)`: positions with larger numbers are revealed first.
 
-        Independent and uniform, or, without chance, evenly spaced from left to right.
+        They are independent and uniform, or evenly spaced from left to right without `do_sample`.
         """
         rank = self.masked.cumsum(1) - 1
-        if not self.random:
+        if not self.do_sample:
             return 1 - (rank.double() + 0.5) / self.masked.sum(1, keepdim=True).clamp(min=1)
         keys = random_uniform(self.masked.shape, self.masked.device, self.generator)
-        if self.in_order:
+        if self.left_to_right:
             keys = torch.where(self.masked, keys, -1.0).sort(dim=1, descending=True).values
             keys = keys.gather(1, rank.clamp(min=0))
         return keys
 
 
 class Step(NamedTuple):
-    """One pass of the network."""
+    """One forward pass of the network; tensors on the CPU."""
 
-    places: torch.Tensor  # on the host, flat indices into (batch, block_size), in reading order: these are predicted
-    chance: torch.Tensor  # (batch,), probability of being masked that a time-conditioned model is told
-    least: torch.Tensor | None = None  # (batch,), how many predictions must be accepted; None: all are
+    positions: torch.Tensor  # flat indices into (batch, block_size), in reading order: these are predicted
+    mask_prob: torch.Tensor  # (batch,), probability of being masked; time-conditioned models read it
+    min_accepted: torch.Tensor | None = None  # (batch,), how many predictions must be accepted; None: all
 
 
 class Sampler:
@@ -142,89 +139,86 @@ class Sampler:
         config: of the model.
     """
 
-    weighs = False  # whether `accept` chooses among the predictions
+    is_parallel = False  # whether `accept` chooses among the predictions
 
     def __init__(self, generation_config: Any, config: Any) -> None:
         self.num_steps: int | None = generation_config.num_denoising_steps
-        self.noise, self.timed = noise_schedule(config.noise), bool(config.time_conditioning)
+        self.noise, self.time_conditioning = noise_schedule(config.noise), bool(config.time_conditioning)
 
-    def steps(self, work: RevealState) -> Iterator[Step]:
-        """The steps of a round, each yielded when the one before has been taken."""
+    def steps(self, state: RevealState) -> Iterator[Step]:
+        """Yield each step of a block after the one before has been taken."""
         raise NotImplementedError
 
-    def narrow(self, work: RevealState, step: Step, logits: torch.Tensor) -> tuple[Step, torch.Tensor]:
-        """The places of a step for which tokens are drawn, with their logits; by default all of them.
+    def select(self, state: RevealState, step: Step, logits: torch.Tensor) -> tuple[Step, torch.Tensor]:
+        """Return the positions of a step for which tokens are drawn, and their logits; by default all of them.
 
         Args:
-            logits: `(places, vocab_size)`, what the network says.
+            logits: `(positions, vocab_size)`, raw.
         """
         return step, logits
 
-    def accept(self, work: RevealState, step: Step, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Which predictions of a step are revealed, where the rule weighs them.
+    def accept(self, state: RevealState, step: Step, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return which predictions of a step are revealed, bool `(positions,)`, for a parallel sampler.
 
         Args:
-            tokens: `(places,)`, drawn from `scores` `(places, vocab_size)`, both on the model's device.
-
-        Returns:
-            bool `(places,)`.
+            tokens: `(positions,)`, drawn from `scores` `(positions, vocab_size)`, both on the model's device.
         """
         raise NotImplementedError
 
 
 class HittingSampler(Sampler):
-    """A sampler that knows when each place is revealed before it sees any probability."""
+    """A sampler that decides when each position is revealed before it sees any probability."""
 
-    def hits(self, work: RevealState) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each masked place the number of the step that reveals it, and the masking probability at that step.
+    def hits(self, state: RevealState) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the step that reveals each masked position, and the masking probability at that step.
 
-        Both `(batch, block_size)`; step numbers may have gaps, and only their order within a row matters.
+        Both are `(batch, block_size)`. Step numbers may have gaps; only their order within a row matters.
         """
         raise NotImplementedError
 
-    def steps(self, work: RevealState) -> Iterator[Step]:
-        """Each row takes its own steps one after the other; a step in which nothing of a row is hit is left out."""
-        when, chance = self.hits(work)
-        number = _dense_rank(when.masked_fill(~work.masked, torch.iinfo(when.dtype).max))
-        last = number.masked_fill(~(work.masked & work.wanted), -1).amax(1, keepdim=True)
-        due = work.asked_for() & (number <= last)
-        places = due.flatten().nonzero().squeeze(1)
-        if not places.numel():
+    def steps(self, state: RevealState) -> Iterator[Step]:
+        """Yield the steps of all rows side by side. A step that reveals nothing of a row is left out."""
+        hit_step, mask_prob = self.hits(state)
+        number = _dense_rank(hit_step.masked_fill(~state.masked, torch.iinfo(hit_step.dtype).max))
+        last = number.masked_fill(~(state.masked & state.requested), -1).amax(1, keepdim=True)
+        due = state.candidates() & (number <= last)
+        positions = due.flatten().nonzero().squeeze(1)
+        if not positions.numel():
             return
-        of_place = number.flatten()[places]
-        in_turn = places[of_place.argsort(stable=True)]
-        for count, now in enumerate(in_turn.split(of_place.bincount().tolist())):
-            yield Step(now, chance.masked_fill(~due | (number != count), 0.0).amax(1).float())
+        step_of_position = number.flatten()[positions]
+        ordered = positions[step_of_position.argsort(stable=True)]
+        for count, current in enumerate(ordered.split(step_of_position.bincount().tolist())):
+            yield Step(current, mask_prob.masked_fill(~due | (number != count), 0.0).amax(1).float())
 
 
 class FirstHittingSampler(HittingSampler):
-    """One uniformly chosen masked place per row and step (Zheng et al., arXiv 2409.02908; BD3-LM's default).
+    """Reveal one uniformly chosen masked position per row and step (Zheng et al., arXiv 2409.02908; BD3-LM's default).
 
-    Simulates the reverse process exactly: masked tokens are hit one at a time, each remaining one equally likely to
-    be next. With `num_denoising_steps` below the number of masked tokens, the steps share them evenly.
+    This simulates the reverse process exactly: masked tokens are hit one at a time, each remaining one equally likely
+    to be next. With `num_denoising_steps` below the number of masked tokens, the steps share them evenly.
     """
 
-    def hits(self, work: RevealState) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = torch.where(work.masked, work.hitting_keys(), -1.0)
+    def hits(self, state: RevealState) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = torch.where(state.masked, state.hitting_keys(), -1.0)
         rank = keys.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        count = work.masked.sum(1, keepdim=True)
-        chance = torch.full(rank.shape, work.start, dtype=torch.float64)
-        if self.timed:
-            uniform = random_uniform(rank.shape, rank.device, work.generator) if work.random else None
-            chance = work.start * hitting_times(count, rank.shape[1], uniform).gather(1, rank)
+        count = state.masked.sum(1, keepdim=True)
+        mask_prob = torch.full(rank.shape, state.mask_prob, dtype=torch.float64)
+        if self.time_conditioning:
+            uniform = random_uniform(rank.shape, rank.device, state.generator) if state.do_sample else None
+            mask_prob = state.mask_prob * hitting_times(count, rank.shape[1], uniform).gather(1, rank)
         if self.num_steps is None:
-            return rank, chance
-        return rank * count.clamp(max=self.num_steps) // count.clamp(min=1), chance
+            return rank, mask_prob
+        return rank * count.clamp(max=self.num_steps) // count.clamp(min=1), mask_prob
 
 
 def hitting_times(count: torch.Tensor, length: int, uniform: torch.Tensor | None = None) -> torch.Tensor:
-    """Times of the hits of `count` masked tokens `(batch, 1)`, from t = 1: t <- t * u^(1 / n) with n still masked.
+    """Return when `count` masked tokens `(batch, 1)` are hit, from t = 1: t <- t * u^(1 / n) with n still masked.
 
-    Time is the probability that a token is masked. Measured in it, a masked token is hit at a uniform time under every
+    Time is the probability that a token is masked. In this time a masked token is hit at a uniform time under every
     noise schedule, so the hitting times are those of the log-linear one.
 
     Args:
-        uniform: the draws `(batch, length)`; without them each time has its expectation, t * n / (n + 1).
+        uniform: random numbers `(batch, length)`; without them each time has its expectation, t * n / (n + 1).
 
     Returns:
         `(batch, length)`.
@@ -235,85 +229,70 @@ def hitting_times(count: torch.Tensor, length: int, uniform: torch.Tensor | None
 
 
 class AncestralSampler(HittingSampler):
-    """`num_denoising_steps` steps from t = 1 to 0; by default as many as a block has tokens.
+    """Take `num_denoising_steps` steps from t = 1 to 0; by default as many as a block has tokens.
 
     From t to s = t - 1 / steps a masked token stays masked with probability move_chance(s) / move_chance(t) (Sahoo et
     al., arXiv 2406.07524, Eq. 6), in the last step never. The products of these factors are the distribution of the
-    step that reveals a place, which is therefore drawn first: steps that reveal nothing cost no pass of the network.
+    step that reveals a position, so that step is drawn first. Steps that reveal nothing cost no forward pass.
     """
 
-    def hits(self, work: RevealState) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = work.hitting_keys()
+    def hits(self, state: RevealState) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = state.hitting_keys()
         steps = self.num_steps or keys.shape[1]
-        chance = self.noise.move_chance(torch.linspace(1, 0, steps + 1, dtype=keys.dtype))
-        masked_after = chance[1:-1] / chance[0]
-        # The first step after which a place is masked with a probability of at most its key.
-        when = torch.searchsorted(-masked_after, -keys.contiguous())
-        return when, work.start * chance[when]
-
-
-def ancestral_weights(probabilities: torch.Tensor, stay: torch.Tensor | float, mask_token_id: int) -> torch.Tensor:
-    """The published weights of one ancestral update, `(..., vocab_size)`, for masked positions.
-
-    Drawing from them with [`draw_published`] until nothing is masked has the distribution of [`AncestralSampler`].
-
-    Args:
-        probabilities: of the clean token, zero for the mask.
-        stay: probability of staying masked, move_chance(s) / move_chance(t).
-    """
-    weights = probabilities * (1 - stay)
-    weights[..., mask_token_id] = stay
-    return weights
+        mask_prob = self.noise.move_chance(torch.linspace(1, 0, steps + 1, dtype=keys.dtype))
+        still_masked = mask_prob[1:-1] / mask_prob[0]
+        # The first step after which a position is masked with a probability of at most its key.
+        hit_step = torch.searchsorted(-still_masked, -keys.contiguous())
+        return hit_step, state.mask_prob * mask_prob[hit_step]
 
 
 class ParallelSampler(Sampler):
-    """A sampler that predicts all masked places and accepts the most certain ones, one in each row at least.
+    """Predict all masked positions and accept the most certain ones, at least one in each row.
 
-    With `num_denoising_steps`, it accepts at least as many per step as it takes to finish in time.
+    With `num_denoising_steps`, accept at least as many per step as are needed to finish in time.
     """
 
-    weighs = True
+    is_parallel = True
 
-    def steps(self, work: RevealState) -> Iterator[Step]:
+    def steps(self, state: RevealState) -> Iterator[Step]:
         number = 0
-        while True:
-            live = work.asked_for() & (work.masked & work.wanted).any(1, keepdim=True)
-            places = live.flatten().nonzero().squeeze(1)
-            if not places.numel():
-                return
-            remaining = (work.masked & live.any(1, keepdim=True)).sum(1)
-            # Rounded up. Steps beyond the last one do not come: it accepts all that is left.
-            least = remaining.clamp(max=1) if self.num_steps is None else -(-remaining // (self.num_steps - number))
-            yield Step(places, work.masked.float().mean(1), least)
+        while (positions := state.live_positions()).numel():
+            remaining = (state.masked & state.unfinished()).sum(1)
+            minimum = remaining.clamp(max=1)
+            if self.num_steps is not None:
+                # Rounded up. There is no step beyond the last one, which accepts everything that is left.
+                minimum = -(-remaining // (self.num_steps - number))
+            yield Step(positions, state.masked.float().mean(1), minimum)
             number += 1
 
-    def doubt(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """How uncertain each prediction is, `(places,)`; the smaller the sooner it is accepted."""
+    def uncertainty(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return how uncertain each prediction is, `(positions,)`. Less uncertain ones are accepted first."""
         raise NotImplementedError
 
-    def enough(self, doubts: torch.Tensor) -> torch.Tensor:
-        """Which of the doubts `(batch, block_size)` are small enough, given that all before them are accepted.
+    def is_within_bound(self, uncertainty: torch.Tensor) -> torch.Tensor:
+        """Return which predictions may be accepted, given that all before them are.
 
-        They come in the order of acceptance; infinity stands where there is no prediction.
+        Args:
+            uncertainty: `(batch, block_size)` in the order of acceptance; infinity where there is no prediction.
         """
         raise NotImplementedError
 
-    def accept(self, work: RevealState, step: Step, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        doubt = self.doubt(tokens, scores)
-        places = step.places.to(doubt.device, non_blocking=True)
-        assert step.least is not None
-        least = step.least.to(doubt.device, non_blocking=True).unsqueeze(1)
-        grid = doubt.new_full(work.masked.shape, torch.inf)
-        grid.view(-1)[places] = doubt
-        # The most certain ones first, or, where the round says so, a run from the left.
-        order = (grid.isinf().byte() if work.in_order else grid).argsort(dim=1, stable=True)
-        number = torch.arange(grid.shape[1], device=grid.device)
-        taken = self.enough(grid.gather(1, order)).cumprod(dim=1).bool() | (number < least)
-        return torch.zeros_like(taken).scatter(1, order, taken).view(-1)[places]
+    def accept(self, state: RevealState, step: Step, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        uncertainty = self.uncertainty(tokens, scores)
+        positions = step.positions.to(uncertainty.device, non_blocking=True)
+        assert step.min_accepted is not None
+        minimum = step.min_accepted.to(uncertainty.device, non_blocking=True).unsqueeze(1)
+        grid = uncertainty.new_full(state.masked.shape, torch.inf)
+        grid.view(-1)[positions] = uncertainty
+        # The most certain predictions first, or a run from the left.
+        order = (grid.isinf().byte() if state.left_to_right else grid).argsort(dim=1, stable=True)
+        rank = torch.arange(grid.shape[1], device=grid.device)
+        accepted = self.is_within_bound(grid.gather(1, order)).cumprod(dim=1).bool() | (rank < minimum)
+        return torch.zeros_like(accepted).scatter(1, order, accepted).view(-1)[positions]
 
 
 class ConfidenceSampler(ParallelSampler):
-    """Reveals the places whose drawn token is more probable than `confidence_threshold` (Wu et al., arXiv 2505.22618).
+    """Reveal the tokens that are more probable than `confidence_threshold` (Wu et al., arXiv 2505.22618).
 
     The probability is that under the processed scores, which the token was drawn from.
     """
@@ -322,44 +301,43 @@ class ConfidenceSampler(ParallelSampler):
         super().__init__(generation_config, config)
         self.threshold: float = generation_config.confidence_threshold
 
-    def doubt(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def uncertainty(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return -token_probability(scores, tokens)
 
-    def enough(self, doubts: torch.Tensor) -> torch.Tensor:
-        return -doubts > self.threshold
+    def is_within_bound(self, uncertainty: torch.Tensor) -> torch.Tensor:
+        return -uncertainty > self.threshold
 
 
 class EntropyBoundSampler(ParallelSampler):
-    """Reveals the places of lowest entropy while they are nearly independent (Ben-Hamu et al., arXiv 2505.24857).
+    """Reveal positions of low entropy while they are nearly independent (Ben-Hamu et al., arXiv 2505.24857).
 
-    What k tokens tell about one another is at most the sum of their entropies without the largest one; places are
-    taken while that stays within `entropy_bound`, in nats. Entropies are those of the processed scores.
+    The mutual information of k tokens is at most the sum of their entropies without the largest one. Positions are
+    revealed while that sum is within `entropy_bound`, in nats. Entropies are those of the processed scores.
     """
 
     def __init__(self, generation_config: Any, config: Any) -> None:
         super().__init__(generation_config, config)
         self.bound: float = generation_config.entropy_bound
 
-    def doubt(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def uncertainty(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return torch.special.entr(scores.softmax(dim=-1)).sum(dim=-1)
 
-    def enough(self, doubts: torch.Tensor) -> torch.Tensor:
-        return doubts.cumsum(dim=1) - doubts.cummax(dim=1).values <= self.bound
+    def is_within_bound(self, uncertainty: torch.Tensor) -> torch.Tensor:
+        return uncertainty.cumsum(dim=1) - uncertainty.cummax(dim=1).values <= self.bound
 
 
 class AnalyticSampler(Sampler):
-    """The analytic sampler of score entropy (Lou et al., arXiv 2310.16834, Alg. 2), the one sampler of a score.
+    """The analytic sampler of score entropy (Lou et al., arXiv 2310.16834, Alg. 2), the only sampler for scores.
 
-    `num_denoising_steps` steps of equal size from t = 1 to 1e-5, by default as many as the window has tokens, then a
-    last one that reveals what is left. With S the sum of a masked place's scores, a step from sigma_t to sigma_s
-    reveals it with probability (e^(sigma_t - sigma_s) - 1) S, at most 1; its token is drawn in proportion to the
-    scores. These are the staggered score and transposed transition of [`analytic_weights`], of which the entry of the
-    mask is what remains. Whether a place is revealed is decided by one number per place: it is when its probability of
-    still being masked, the product over the steps, falls to that number.
+    Take `num_denoising_steps` steps of equal size from t = 1 to 1e-5, by default as many as the window has tokens,
+    then a last one that reveals the rest. With S the sum of the scores at a masked position, a step from sigma_t to
+    sigma_s reveals it with probability (e^(sigma_t - sigma_s) - 1) S, at most 1. Its token is drawn in proportion to
+    the scores. One random number per position decides: the position is revealed when its probability of still being
+    masked, the product over the steps, falls to that number.
 
-    As published, `nucleus_p` looks at scores and mask together, normalised: it slows the first steps, in which the
-    mask is nearly certain. Other processors see the logits of the tokens alone; they decide which token a place gets,
-    and not when. Where they read the text, places wait for those to their left.
+    As published, `nucleus_p` applies to scores and mask together, normalised: it slows the first steps, in which the
+    mask is nearly certain. Other processors see the logits of the tokens only. They decide which token a position
+    gets, and not when. If they read the text, positions wait for those to their left.
     """
 
     def __init__(self, generation_config: Any, config: Any) -> None:
@@ -367,52 +345,52 @@ class AnalyticSampler(Sampler):
         self.nucleus_p: float = generation_config.nucleus_p
         self.mask_token_id: int = config.mask_token_id
 
-    def steps(self, work: RevealState) -> Iterator[Step]:
-        self._key = work.hitting_keys()
-        self._masked = torch.ones_like(self._key)  # probability of each place of being masked still
+    def steps(self, state: RevealState) -> Iterator[Step]:
+        self._key = state.hitting_keys()
+        self._masked_prob = torch.ones_like(self._key)  # of each position, of still being masked
         count = self.num_steps or self._key.shape[1]
-        times = work.start * torch.linspace(1, LAST_TIME, count + 1, dtype=self._key.dtype)
+        times = state.mask_prob * torch.linspace(1, LAST_TIME, count + 1, dtype=self._key.dtype)
         levels = LogLinearNoise().sigma(times).tolist()
         rises = [math.expm1(now - then) for now, then in zip(levels, levels[1:], strict=False)]
         for number, time in enumerate(times.float()):
-            live = work.asked_for() & (work.masked & work.wanted).any(1, keepdim=True)
-            places = live.flatten().nonzero().squeeze(1)
-            if not places.numel():
+            positions = state.live_positions()
+            if not positions.numel():
                 return
             # The last step, from 1e-5 to 0, leaves no mask.
             self._sigma, self._rise = levels[number], rises[number] if number < count else math.inf
-            yield Step(places, time.expand(work.masked.shape[0]))
+            yield Step(positions, time.expand(state.masked.shape[0]))
 
-    def narrow(self, work: RevealState, step: Step, logits: torch.Tensor) -> tuple[Step, torch.Tensor]:
-        scores, leaves = self._cut(logits)
-        self._masked.view(-1)[step.places] *= 1 - leaves.cpu()
-        taken = self._masked <= self._key
-        if work.in_order:  # a run from the left
-            taken &= (taken | ~work.asked_for()).cumprod(dim=1).bool()
-        kept = taken.view(-1)[step.places].nonzero().squeeze(1)
-        return step._replace(places=step.places[kept]), scores[kept.to(scores.device, non_blocking=True)]
+    def select(self, state: RevealState, step: Step, logits: torch.Tensor) -> tuple[Step, torch.Tensor]:
+        scores, reveal_prob = self._apply_nucleus(logits)
+        self._masked_prob.view(-1)[step.positions] *= 1 - reveal_prob.cpu()
+        revealed = self._masked_prob <= self._key
+        if state.left_to_right:  # a run from the left
+            revealed &= (revealed | ~state.candidates()).cumprod(dim=1).bool()
+        kept = revealed.view(-1)[step.positions].nonzero().squeeze(1)
+        return step._replace(positions=step.positions[kept]), scores[kept.to(scores.device, non_blocking=True)]
 
-    def _cut(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of the tokens, cut off at the nucleus, and the probability `(places,)` that a place is revealed."""
-        mask = torch.tensor([self.mask_token_id], device=logits.device)
-        scores = logits.index_fill(1, mask, -torch.inf)
+    def _apply_nucleus(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return token logits cut off at the nucleus, and the probability `(positions,)` that each is revealed."""
+        scores = logits.clone()
+        scores[:, self.mask_token_id] = -torch.inf
         shift = math.log(math.expm1(self._sigma)) + math.log(logits.shape[1] - 1)
         certain = torch.zeros(len(scores), dtype=torch.bool, device=logits.device)
         odds = scores  # against the mask, whose score is 1
         if self.nucleus_p < 1.0:
-            ranked = (scores - shift).index_fill(1, mask, 0.0)
+            ranked = scores - shift
+            ranked[:, self.mask_token_id] = 0.0
             outside = NucleusLogitsProcessor(self.nucleus_p)(None, ranked).isneginf()
             certain = outside[:, self.mask_token_id]
             odds = scores.masked_fill(outside, -torch.inf)
             scores = torch.where(outside, scores - _FAR, scores)
         if self._rise == math.inf:
             return scores, torch.ones_like(certain, dtype=wide_float(logits.device))
-        leaves = (odds.logsumexp(dim=1) - shift).to(wide_float(logits.device)).exp() * self._rise
-        return scores, leaves.masked_fill(certain, 1.0).clamp(max=1.0)
+        reveal_prob = (odds.logsumexp(dim=1) - shift).to(wide_float(logits.device)).exp() * self._rise
+        return scores, reveal_prob.masked_fill(certain, 1.0).clamp(max=1.0)
 
 
 def _dense_rank(values: torch.Tensor) -> torch.Tensor:
-    """For each entry how many smaller values its row has, each counted once."""
+    """For each entry count the distinct smaller values of its row."""
     ordered, order = values.sort(dim=1)
     rank = torch.zeros_like(values)
     rank[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).cumsum(1)
@@ -426,11 +404,14 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "entropy_bound": EntropyBoundSampler,
 }
 
-
-# Of a network that predicts scores, ratios of probabilities, instead of tokens.
+# For networks that predict scores, ratios of probabilities, instead of tokens.
 SCORE_SAMPLERS: dict[str, type[Sampler]] = {"analytic": AnalyticSampler}
 
 __all__ = [
+    "LAST_TIME",
+    "SAMPLERS",
+    "SAMPLING_DTYPES",
+    "SCORE_SAMPLERS",
     "AnalyticSampler",
     "AncestralSampler",
     "ConfidenceSampler",
@@ -440,14 +421,9 @@ __all__ = [
     "HittingSampler",
     "ParallelSampler",
     "RevealState",
-    "SAMPLERS",
-    "SAMPLING_DTYPES",
-    "SCORE_SAMPLERS",
     "Sampler",
     "Step",
-    "ancestral_weights",
     "check_generators",
-    "draw_published",
     "hitting_times",
     "random_uniform",
     "sample_categorical",

@@ -1,9 +1,10 @@
-"""The window of finished blocks that a denoising step attends to: computed anew, or kept in a cache that slides.
+"""The sliding window that a denoising step attends to, recomputed in every step or kept in a key-value cache.
 
-Finished blocks are written to the cache by the pass that takes the first step of the next block, so a block costs as
-many passes as it has steps. The window holds `model_length` tokens, the noisy block included. When the text grows
-beyond it the oldest block is forgotten; rotary attention depends on distances only, so keys that were rotated at their
-absolute position serve a moving window.
+The window holds `model_length` tokens, the noisy block included. When a text outgrows it, the oldest block leaves.
+Rotary attention depends on distances only, so keys that were rotated at their absolute position stay valid.
+
+A finished block is written to the cache by the first denoising step of the next block, so a block costs as many
+forward passes as it has denoising steps.
 """
 
 from collections.abc import Callable
@@ -18,104 +19,216 @@ from .cache_bd3lm import StaticSlots, check_cache, clear, drop_oldest, set_lengt
 from .decoding_state_bd3lm import SequenceBuffer
 
 
-class Window:
-    """Without a cache: the last `model_length` tokens are computed in every step.
+class DecodingNetwork:
+    """The forward passes that decoding asks of a model. Windows, samplers, stop rules and traces use nothing else.
 
-    Columns are those of the canvas; `first` is the oldest one that is seen.
+    A model over another network returns a subclass of this from `decoding_network()`. It overrides `hidden`,
+    `static_hidden`, `logits` and `key_value_shape`; its config has `block_size`, `model_length`, `mask_token_id`,
+    `vocab_size`, `num_hidden_layers` and `time_conditioning`.
+
+    Args:
+        model: in evaluation mode or not; it is not changed.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.config = model, model.config
+        self.dtype, self.device = model.dtype, model.device
+        # Without time conditioning adaLN sees the same input in every step: fold it once.
+        timed = model.config.time_conditioning
+        self.modulations = None if timed else model.backbone.modulations(None, self.device)
+
+    @property
+    def key_value_shape(self) -> tuple[int, int]:
+        """Heads of the cached keys and values, and the width of each."""
+        return self.config.n_heads, self.config.head_dim
+
+    def hidden(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        key_valid: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        *,
+        cache: Cache | None = None,
+        num_cached: int = 0,
+        num_committed: int = 0,
+        num_out_of_window: int = 0,
+        sigma: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """Return hidden states `(positions, hidden_dim)` of the last block, ready for the head.
+
+        Attention is block-causal over `[cache ; input_ids]`: a token sees its own and all earlier blocks.
+
+        Args:
+            input_ids: `(batch, length)`, finished blocks followed by the noisy block.
+            position_ids: `(batch or 1, length)`, counted from the first token of each row.
+            key_valid: bool `(batch, num_cached + length)`, False where a row has no token; None: there is no padding.
+            positions: flat indices into `(batch, block_size)`, the noisy block. None: `input_ids` has finished blocks
+                only, which are to be written to the cache.
+            num_cached: tokens in the cache.
+            num_committed: leading tokens of `input_ids` to write to the cache; the others must leave no trace in it.
+            num_out_of_window: oldest tokens of the cache that the noisy block does not see.
+            sigma: noise levels `(batch,)`, for time-conditioned models only.
+        """
+        plan = self._plan(input_ids.shape[1], num_cached, key_valid, positions is not None, num_out_of_window)
+        outputs = self.model.backbone.run(
+            self.model.backbone.vocab_embed(input_ids),
+            position_ids,
+            plan,
+            self.modulations if sigma is None else self.model.backbone.modulations(sigma, self.device),
+            past_key_values=cache,
+            commit=num_committed,
+            output_indices=positions,
+        )
+        return None if positions is None else outputs.last_hidden_state
+
+    def static_hidden(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        mask: torch.Tensor,
+        slots: torch.Tensor,
+        cache: StaticCache,
+    ) -> torch.Tensor:
+        """Return hidden states `(batch, block_size, hidden_dim)` of the last block, by a cache of fixed size.
+
+        Shapes do not depend on how many tokens are cached, so the step can be compiled.
+
+        Args:
+            input_ids: `(batch, length)`, the noisy block, in its first step preceded by the block to be cached.
+            mask: additive, `(batch or 1, 1, length, cache slots)`.
+            slots: `(length,)`, the cache slots that the keys and values of `input_ids` are written to.
+        """
+        backbone = self.model.backbone
+        return backbone.run(
+            backbone.vocab_embed(input_ids),
+            position_ids,
+            slots_plan(mask, input_ids.shape[1] - self.config.block_size),
+            self.modulations,
+            past_key_values=StaticSlots(cache, slots),
+        ).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return raw logits `(positions, vocab_size)` in float32."""
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
+        return logits.float()
+
+    def _plan(
+        self, length: int, num_cached: int, key_valid: torch.Tensor | None, noisy: bool, num_out_of_window: int
+    ) -> AttentionPlan:
+        size = self.config.block_size
+        finished = length - size if noisy else length
+        if noisy and finished <= size:
+            return decoding_plan(
+                num_cached, finished, size, key_valid, self.dtype, num_out_of_window=num_out_of_window
+            )
+        layout = token_layout(key_valid, length, size, past=num_cached, device=self.device)
+        options = {"implementation": self.config._attn_implementation, "dtype": self.dtype}
+        tiles = block_causal_plan(layout, length, size, **options).tiles
+        # Of finished blocks the last layer only has to give keys and values.
+        last = decoding_plan(num_cached + finished, 0, size, key_valid, self.dtype).last_tiles if noisy else ()
+        return AttentionPlan(tiles, last, finished)
+
+
+class Window:
+    """Recompute the last `model_length` tokens in every step, without a cache.
+
+    Columns are those of the sequence buffer.
     """
 
     cache: Cache | None = None
-    compiled = False
+    compiled = False  # whether the network is compiled
 
-    def __init__(self, model: Any, canvas: SequenceBuffer) -> None:
-        self.model, self.canvas, self.config = model, canvas, model.config
-        self.size: int = model.config.block_size
-        self.rows: torch.Tensor | None = None  # of the canvas, those that are still written; None: all
+    def __init__(self, network: DecodingNetwork, buffer: SequenceBuffer) -> None:
+        self.network, self.buffer, self.config = network, buffer, network.config
+        self.size: int = network.config.block_size
+        self.held = 0  # tokens in the cache
+        self.rows: torch.Tensor | None = None  # rows of the buffer that are still decoded; None: all
 
-    def hidden(self, begin: int, rows: torch.Tensor, modulations: list) -> torch.Tensor:
-        """Normed hidden states `(rows, hidden_dim)` of one pass over the block that begins at this column.
+    def hidden(self, begin: int, positions: torch.Tensor, sigma: torch.Tensor | None) -> torch.Tensor:
+        """Return hidden states `(positions, hidden_dim)` of one forward pass over the block at column `begin`.
 
         Args:
-            rows: flat indices into `(batch, block_size)`, the batch being `self.rows`.
+            positions: flat indices into `(batch, block_size)`; the batch is the rows that are still decoded.
+            sigma: noise levels `(batch,)` of time-conditioned models.
         """
         stop = begin + self.size
-        first = max(0, stop - self.config.model_length)
-        length, valid = stop - first, self._valid(first, stop)
-        plan = self._causal_plan(valid, length, 0)
-        last = decoding_plan(length - self.size, 0, self.size, valid, self.model.dtype).last_tiles
-        return self._run(
-            first, stop, AttentionPlan(plan.tiles, last, length - self.size), modulations, output_indices=rows
-        )
+        return self._forward(max(0, stop - self.config.model_length), stop, 0, positions, sigma)
 
     def keep_rows(self, kept: torch.Tensor) -> bool:
-        """Go on with some of the rows, given their indices; False where the cache can not part with the others."""
+        """Continue with some of the rows only, given their indices. False if the cache cannot drop the others."""
         self.rows = kept if self.rows is None else self.rows[kept]
         return True
 
     def close(self) -> Cache | None:
-        """The cache, to be continued by a later call."""
+        """Return the cache for a later call."""
         return self.cache
 
-    def _run(self, first: int, stop: int, plan: AttentionPlan, modulations: list, **options: Any) -> torch.Tensor:
-        embeds = self.model.backbone.vocab_embed(self._ids(first, stop))
-        positions = self._positions(first, stop)
-        run = self.model.backbone.run
-        return run(embeds, positions, plan, modulations, **options).last_hidden_state
+    def _forward(
+        self,
+        start: int,
+        stop: int,
+        first: int,
+        positions: torch.Tensor | None,
+        sigma: torch.Tensor | None,
+        **options: Any,
+    ) -> Any:
+        """Run columns [start, stop) behind the cached ones, which begin at column `first`."""
+        first = first if self.cache is not None else start
+        ids, position_ids = self._ids(start, stop), self._position_ids(start, stop)
+        options = {"cache": self.cache, "num_cached": self.held, "sigma": sigma, **options}
+        return self.network.hidden(ids, position_ids, self._key_valid(first, stop), positions, **options)
 
-    def _of_rows(self, states: torch.Tensor) -> torch.Tensor:
+    def _select_rows(self, states: torch.Tensor) -> torch.Tensor:
         return states if self.rows is None else states[self.rows]
 
-    def _ids(self, first: int, stop: int) -> torch.Tensor:
-        return self._of_rows(self.canvas.text[:, first:stop])
+    def _ids(self, start: int, stop: int) -> torch.Tensor:
+        return self._select_rows(self.buffer.token_ids[:, start:stop])
 
-    def _positions(self, first: int, stop: int) -> torch.Tensor:
-        positions = self.canvas.positions(first, stop)
-        return positions if len(positions) == 1 else self._of_rows(positions)
+    def _position_ids(self, start: int, stop: int) -> torch.Tensor:
+        position_ids = self.buffer.position_ids(start, stop)
+        return position_ids if len(position_ids) == 1 else self._select_rows(position_ids)
 
-    def _valid(self, first: int, stop: int) -> torch.Tensor | None:
-        """Where the rows have tokens, bool `(batch, stop - first)`; None: everywhere."""
-        valid = self.canvas.key_valid
-        begun = self.canvas.holes is None and first >= self.canvas.last_start
-        return None if valid is None or begun else self._of_rows(valid[:, first:stop])
-
-    def _causal_plan(self, valid: torch.Tensor | None, length: int, past: int) -> AttentionPlan:
-        layout = token_layout(valid, length, self.size, past=past, device=self.canvas.text.device)
-        options = {"implementation": self.config._attn_implementation, "dtype": self.model.dtype}
-        return block_causal_plan(layout, length, self.size, **options)
+    def _key_valid(self, start: int, stop: int) -> torch.Tensor | None:
+        """Return the valid-token mask, bool `(batch, stop - start)`, or None if there is no padding."""
+        valid = self.buffer.key_valid
+        # To the right of the last row's start there is no padding, except behind texts that are infilled.
+        if valid is None or (self.buffer.blanks is None and start >= self.buffer.last_start):
+            return None
+        return self._select_rows(valid[:, start:stop])
 
 
 class CachedWindow(Window):
-    """Finished blocks lie in a cache that grows.
+    """Keep finished blocks in a cache that grows.
 
     Args:
-        exact: a window that moves is computed anew for each block. Otherwise, as published, its keys and values are
-            kept; those of deeper layers then still know of the blocks that have been forgotten.
+        exact: recompute a window that has moved, once per block. Otherwise, as published, keep its keys and values;
+            those of deeper layers still contain information from blocks that have left the window.
     """
 
     cache: Cache
 
-    def __init__(self, model: Any, canvas: SequenceBuffer, cache: Cache, exact: bool) -> None:
-        super().__init__(model, canvas)
+    def __init__(self, network: DecodingNetwork, buffer: SequenceBuffer, cache: Cache, exact: bool) -> None:
+        super().__init__(network, buffer)
         self.cache, self.exact = cache, exact
-        self.first, self.held = 0, int(cache.get_seq_length())  # oldest column, and tokens, in the cache
+        self.first, self.held = 0, int(cache.get_seq_length())  # first column, and number of tokens, in the cache
 
-    def hidden(self, begin: int, rows: torch.Tensor, modulations: list) -> torch.Tensor:
+    def hidden(self, begin: int, positions: torch.Tensor, sigma: torch.Tensor | None) -> torch.Tensor:
         oldest = begin + self.size - self.config.model_length
         if self.exact and oldest > self.first:
             clear(self.cache)
             self.first, self.held = oldest, 0
-        written = self.first + self.held
-        if begin - written > self.size:
-            self._prefill(written, begin, modulations)
-            written = begin
-        hidden = self._step(begin, begin - written, rows, modulations)
+        # Only the block before the noisy one can share its forward pass; older ones are the prompt, in one pass.
+        if begin - (self.first + self.held) > self.size:
+            self._prefill(self.first + self.held, begin)
+        hidden = self._step(begin, begin - (self.first + self.held), positions, sigma)
         self.held = begin - self.first
         if not self.exact and oldest > self.first:
             self._forget(oldest - self.first)
         return hidden
 
     def close(self) -> Cache:
-        """The cache; emptied when it lacks rows, or when its keys stand at positions that no later prompt has."""
+        """Return the cache, emptied if it lacks rows or if its keys stand at positions that no later prompt has."""
         if self.first or self.rows is not None:
             clear(self.cache)
         return self.cache
@@ -124,36 +237,38 @@ class CachedWindow(Window):
         self.cache.batch_select_indices(kept)
         return super().keep_rows(kept)
 
-    def _prefill(self, first: int, stop: int, modulations: list) -> None:
-        """Write finished blocks to the cache; nothing of their last layer but keys and values is needed."""
-        length = stop - first
-        plan = self._causal_plan(self._valid(self.first, stop), length, first - self.first)
-        plan = AttentionPlan(plan.tiles, (), length)
-        self._run(first, stop, plan, modulations, past_key_values=self.cache, commit=length)
-        self.held += length
+    def _prefill(self, start: int, stop: int) -> None:
+        """Write the finished blocks of columns [start, stop) to the cache."""
+        self._forward(start, stop, self.first, None, None, num_committed=stop - start)
+        self.held = stop - self.first
 
-    def _step(self, begin: int, commit: int, rows: torch.Tensor, modulations: list) -> torch.Tensor:
-        """A denoising pass that writes the `commit` tokens before the block to the cache."""
+    def _step(
+        self, begin: int, num_committed: int, positions: torch.Tensor, sigma: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Denoise, and write the `num_committed` tokens before the block to the cache."""
         stop = begin + self.size
-        valid = self._valid(self.first, stop)
-        num_out_of_window = max(0, stop - self.first - self.config.model_length)
-        plan = decoding_plan(
-            self.held, commit, self.size, valid, self.model.dtype, num_out_of_window=num_out_of_window
+        hidden: torch.Tensor = self._forward(
+            begin - num_committed,
+            stop,
+            self.first,
+            positions,
+            sigma,
+            num_committed=num_committed,
+            num_out_of_window=max(0, stop - self.first - self.config.model_length),
         )
-        options = {"past_key_values": self.cache, "commit": commit, "output_indices": rows}
-        return self._run(begin - commit, stop, plan, modulations, **options)
+        return hidden
 
     def _forget(self, tokens: int) -> None:
-        """Let the window slide over its oldest tokens, so that the next step fits into it."""
+        """Drop the oldest tokens, so that the next step fits into the window."""
         drop_oldest(self.cache, tokens)
         self.first += tokens
         self.held -= tokens
 
 
 class StaticWindow(CachedWindow):
-    """Finished blocks and the noisy one lie in a ring of fixed size, and every step has the same shapes.
+    """Keep finished blocks and the noisy one in a ring of fixed size, so that every step has the same shapes.
 
-    The column c lies in slot (c - origin) modulo the size of the ring; a mask says which slots a query sees.
+    Column c is in slot (c - origin) modulo the size of the ring. A mask says which slots a query sees.
 
     Args:
         step: [`static_step`], or the same compiled.
@@ -162,123 +277,109 @@ class StaticWindow(CachedWindow):
     cache: StaticCache
 
     def __init__(
-        self,
-        model: Any,
-        canvas: SequenceBuffer,
-        cache: StaticCache,
-        exact: bool,
-        step: Callable,
+        self, network: DecodingNetwork, buffer: SequenceBuffer, cache: StaticCache, exact: bool, step: Callable
     ) -> None:
-        super().__init__(model, canvas, cache, exact)
+        super().__init__(network, buffer, cache, exact)
         self.step, self.compiled = step, step is not static_step
         self.slots = cache.layers[0].max_cache_len  # type: ignore[union-attr]
         self.ring = self.slots // self.size * self.size
         self.origin = 0
         self._masks: tuple[tuple[int, int, int], torch.Tensor] | None = None
-        rows, heads, dim = canvas.text.shape[0], self.config.n_heads, self.config.head_dim
-        empty = torch.empty((rows, heads, 0, dim), dtype=model.dtype, device=canvas.text.device)
+        heads, width = network.key_value_shape
+        shape = (buffer.token_ids.shape[0], heads, 0, width)
+        empty = torch.empty(shape, dtype=network.dtype, device=buffer.token_ids.device)
         layer: Any
         for layer in cache.layers:
             if not layer.is_initialized:
                 layer.lazy_initialization(empty, empty)
 
     def keep_rows(self, kept: torch.Tensor) -> bool:
-        return False
+        return False  # another batch size would be another shape to compile
 
-    def _prefill(self, first: int, stop: int, modulations: list) -> None:
+    def _prefill(self, start: int, stop: int) -> None:
         if self.held == 0:
             self.origin = self.first
-        super()._prefill(first, stop, modulations)
+        super()._prefill(start, stop)
 
-    def _step(self, begin: int, commit: int, rows: torch.Tensor, modulations: list) -> torch.Tensor:
-        first, stop = begin - commit, begin + self.size
-        columns = torch.arange(first, stop, device=self.canvas.text.device)
+    def _step(
+        self, begin: int, num_committed: int, positions: torch.Tensor, sigma: torch.Tensor | None
+    ) -> torch.Tensor:
+        start, stop = begin - num_committed, begin + self.size
+        columns = torch.arange(start, stop, device=self.buffer.token_ids.device)
         hidden = self.step(
-            self.model.backbone,
-            self._ids(first, stop).clone(memory_format=torch.contiguous_format),  # strides without the text's length
-            self._positions(first, stop),
-            self._mask(begin, commit),
+            self.network,
+            # A copy: the strides of a view contain the length of the text, for which the step would be compiled again.
+            self._ids(start, stop).clone(memory_format=torch.contiguous_format),
+            self._position_ids(start, stop),
+            self._mask(begin, num_committed),
             (columns - self.origin) % self.ring,
             self.cache,
-            modulations,
         )
-        if commit:
+        if num_committed:
             set_length(self.cache, begin - self.first)
-        return hidden.flatten(0, 1)[rows]
+        return hidden.flatten(0, 1)[positions]
 
-    def _mask(self, begin: int, commit: int) -> torch.Tensor:
-        """Additive mask of a step, the same for all steps of a block but the first."""
-        key = (begin, commit, self.first)
+    def _mask(self, begin: int, num_committed: int) -> torch.Tensor:
+        """Return the additive mask of a step, which all steps of a block but the first share."""
+        key = (begin, num_committed, self.first)
         if self._masks is None or self._masks[0] != key:
-            self._masks = (key, self._make_mask(begin, commit))
+            self._masks = (key, self._make_mask(begin, num_committed))
         return self._masks[1]
 
-    def _make_mask(self, begin: int, commit: int) -> torch.Tensor:
-        """Additive mask `(batch or 1, 1, commit + block_size, slots)`."""
-        stop, device, valid = begin + self.size, self.canvas.text.device, self.canvas.key_valid
+    def _make_mask(self, begin: int, num_committed: int) -> torch.Tensor:
+        """Return an additive mask `(batch or 1, 1, num_committed + block_size, slots)`."""
+        stop, device, valid = begin + self.size, self.buffer.token_ids.device, self.buffer.key_valid
         slot = torch.arange(self.slots, device=device)
-        column = stop - 1 - (stop - 1 - self.origin - slot) % self.ring  # the latest one that lies there
+        column = stop - 1 - (stop - 1 - self.origin - slot) % self.ring  # the latest column that this slot holds
         column = column.masked_fill(slot >= self.ring, -1)
         known = (column >= self.first).view(1, 1, 1, -1)
         if valid is not None:
             known = known & valid[:, None, None, column.clamp(min=0)]
         noisy = known & (column >= stop - self.config.model_length)
-        own = torch.arange(begin - commit, begin, device=device).unsqueeze(1)
-        finished = known & (column < begin) | (column == own)  # a place without a token sees itself
+        own = torch.arange(begin - num_committed, begin, device=device).unsqueeze(1)
+        # A position without a token sees itself: no softmax may run over an empty set.
+        finished = known & (column < begin) | (column == own)
         seen = torch.cat([finished, noisy.expand(-1, -1, self.size, -1)], dim=2)
-        return torch.zeros(seen.shape, dtype=self.model.dtype, device=device).masked_fill(~seen, -torch.inf)
+        return torch.zeros(seen.shape, dtype=self.network.dtype, device=device).masked_fill(~seen, -torch.inf)
 
     def _forget(self, tokens: int) -> None:
-        # The ring writes over them.
+        # The ring overwrites them.
         self.first += tokens
         self.held -= tokens
 
 
-def static_step(
-    backbone: Any,
-    ids: torch.Tensor,
-    position_ids: torch.Tensor,
-    mask: torch.Tensor,
-    slots: torch.Tensor,
-    cache: StaticCache,
-    modulations: list,
-) -> torch.Tensor:
-    """A denoising pass whose shapes are the same for all blocks: normed hidden states `(batch, block_size, dim)`.
-
-    Args:
-        ids: `(batch, length)`, the noisy block, in its first step behind the block before it.
-        slots: `(length,)`, where in the cache their keys and values go.
-    """
-    plan = slots_plan(mask, ids.shape[1] - backbone.config.block_size)
-    embeds, seen = backbone.vocab_embed(ids), StaticSlots(cache, slots)
-    return backbone.run(embeds, position_ids, plan, modulations, past_key_values=seen)[0]
+def static_step(network: DecodingNetwork, *inputs: Any) -> torch.Tensor:
+    """Run [`DecodingNetwork.static_hidden`]. A function of the module, so that later calls find it compiled."""
+    return network.static_hidden(*inputs)
 
 
-WINDOWS = {"cached": False, "exact": True}  # name in the generation config: whether a moved window is computed anew
+WINDOWS = {"cached": False, "exact": True}  # by its name in the generation config: is a moved window recomputed?
 
 
-def open_window(model: Any, canvas: SequenceBuffer, cache: Cache | None, generation_config: Any) -> Window:
-    """The window that a cache makes possible.
+def open_window(
+    network: DecodingNetwork, buffer: SequenceBuffer, cache: Cache | None, generation_config: Any
+) -> Window:
+    """Return the window that fits a cache.
 
     Raises:
-        ValueError: the cache can not continue this canvas.
+        ValueError: if the cache cannot continue this text.
     """
     if cache is None:
-        return Window(model, canvas)
-    check_cache(cache, canvas, model.config)
+        return Window(network, buffer)
+    check_cache(cache, buffer, network.config)
     exact = WINDOWS[generation_config.window]
     if not isinstance(cache, StaticCache):
-        return CachedWindow(model, canvas, cache, exact)
-    compiled = _is_compiled(model, generation_config)
+        return CachedWindow(network, buffer, cache, exact)
+    compiled = _is_compiled(network.device, generation_config)
     step = _compile_step(generation_config.compile_config or CompileConfig()) if compiled else static_step
-    return StaticWindow(model, canvas, cache, exact, step)
+    return StaticWindow(network, buffer, cache, exact, step)
 
 
-def _is_compiled(model: Any, generation_config: Any) -> bool:
-    """As in transformers where it compiles by itself; elsewhere when `compile_config` is given."""
+def _is_compiled(device: torch.device, generation_config: Any) -> bool:
+    """Compile where transformers compiles without being asked, elsewhere only with a `compile_config`."""
     if generation_config.disable_compile:
         return False
-    return generation_config.compile_config is not None or model.device.type in ("cuda", "xpu")
+    return generation_config.compile_config is not None or device.type in ("cuda", "xpu")
 
 
 def _compile_step(config: CompileConfig) -> Callable:
@@ -288,8 +389,8 @@ def _compile_step(config: CompileConfig) -> Callable:
 
 
 def fills_window(config: Any) -> bool:
-    """Whether a block is as long as the window: nothing in it is finished before the rest, so there is no cache."""
+    """Whether a block is as long as the window: no part of it is finished before the rest, so there is no cache."""
     return bool(config.block_size == config.model_length)
 
 
-__all__ = ["WINDOWS", "CachedWindow", "StaticWindow", "Window", "open_window", "static_step", "fills_window"]
+__all__ = ["WINDOWS", "CachedWindow", "DecodingNetwork", "StaticWindow", "Window", "fills_window", "open_window"]

@@ -12,9 +12,9 @@ from transformers import IntervalStrategy, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy
 
-from bd3lm_hf.data.files import SCHEMAS
 from bd3lm_hf.data.instructions import LONG_ROWS
 from bd3lm_hf.data.packing import PACKINGS
+from bd3lm_hf.data.schemas import SCHEMAS
 from bd3lm_hf.data.sources import DEFAULT_DATASET
 from bd3lm_hf.training.interval import METHODS, PUBLISHED_STEP, Interval, candidate_intervals, parse_interval
 

@@ -9,10 +9,12 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from bd3lm_hf.data.documents import PackedStream, bytes_per_token, find_schema, load_rows, load_text, pack
-from bd3lm_hf.data.files import SCHEMAS, Schema, TextRow
+from bd3lm_hf.data.documents import find_schema, load_rows, load_text
 from bd3lm_hf.data.instructions import encode_rows, texts_of
+from bd3lm_hf.data.packing import bytes_per_token, pack
+from bd3lm_hf.data.schemas import SCHEMAS, Schema, TextRow
 from bd3lm_hf.data.sources import DatasetSpec
+from bd3lm_hf.data.streaming import PackedStream
 from bd3lm_hf.tokenization import load_tokenizer
 from bd3lm_hf.training.arguments import DataArguments
 from bd3lm_hf.training.command_line import RunArguments

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from bd3lm_hf.checkpoints import adapter_base
-from bd3lm_hf.data.files import exists, looks_like_path
+from bd3lm_hf.data.sources import exists, looks_like_path
 from bd3lm_hf.hub_upload.card import make_card
 from bd3lm_hf.hub_upload.push import push_saved_folder
 from bd3lm_hf.hub_upload.repo_files import CARD_NAME

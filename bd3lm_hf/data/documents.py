@@ -12,32 +12,41 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets, load_dataset
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from bd3lm_hf.data.corpora import python_docs, python_source
-from bd3lm_hf.data.files import (
-    Schema,
-    TextRow,
-    columns_of,
-    detect_schema,
+from bd3lm_hf.data.files import SplitFiles, files_by_split, row_error
+from bd3lm_hf.data.records import kinds_of
+from bd3lm_hf.data.schemas import Schema, TextRow, detect_schema
+from bd3lm_hf.data.sources import (
+    DATASETS,
+    DETOKENIZERS,
+    SPLITS,
+    DatasetSpec,
+    detokenizer,
     exists,
-    faulty_rows,
-    files_by_split,
-    load_files,
-    load_usable_rows,
+    find_spec,
     looks_like_path,
-    row_error,
-    stream_rows,
+    normal,
 )
-from bd3lm_hf.data.packing import TextSize, bytes_per_token, pack
-from bd3lm_hf.data.sources import DATASETS, DETOKENIZERS, SPLITS, DatasetSpec, detokenizer, find_spec, normal
-from bd3lm_hf.data.streaming import PackedStream
 
 
 #: Fraction of the documents that is held out for validation, and as much again for the test, where a source has none.
@@ -117,7 +126,11 @@ logger = logging.getLogger(__name__)
 
 
 #: What sources call the three splits.
-_SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 
 
 _EMBEDDED = {"python-docs": python_docs, "python-source": python_source}
@@ -186,7 +199,7 @@ def load_rows(
     skip_bad_rows: bool = False,
     cache_dir: str | None = None,
 ) -> Dataset | IterableDataset:
-    """The rows of one split in the columns of a schema, as the source holds them; the arguments of `load_text`.
+    """Load the rows of one split in the columns of a schema; the arguments are those of `load_text`.
 
     Raises:
         ValueError: as `load_text`.
@@ -195,27 +208,27 @@ def load_rows(
         raise ValueError(f"split is {split!r}; it must be one of: {', '.join(SPLITS)}.")
     spec = _spec_of(name_or_path, source, config_name)
     if spec.path is None:
-        dataset = _embedded(spec.name, split, cache_dir)
-        resolved = schema.resolved(_kinds(dataset), spec.name)
+        dataset = _load_embedded(spec.name, split, cache_dir)
+        resolved = schema.resolved(kinds_of(dataset.features.arrow_schema), spec.name)
         assert isinstance(resolved, TextRow)  # the corpora have no columns of another schema
         dataset = _only_text(dataset, resolved)
         return dataset.to_iterable_dataset() if streaming else dataset
-    reader = _Files(spec, cache_dir) if exists(spec.path) else _Hub(spec, cache_dir)
-    origin = _origin(reader.splits(streaming), spec, split)
-    dataset = reader.read(origin, schema, streaming=streaming, skip_bad_rows=skip_bad_rows)
+    reader = _reader_of(spec, cache_dir, streaming=streaming)
+    origin = _origin(reader.splits, spec, split)
+    dataset = reader.read(origin, schema, skip_bad_rows=skip_bad_rows)
     if spec.tail:
         dataset = _head_or_tail(dataset, spec, split)
     elif not spec.splits:
-        dataset = hold_out(dataset, split, missing=_held_out_splits(reader.splits(streaming)))
+        dataset = hold_out(dataset, split, missing=_held_out_splits(reader.splits))
     if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise ValueError(f"The split {split!r} of {spec.name!r} is empty: it has no document. Name another data set.")
+        raise ValueError(f"The split {split!r} of {spec.name!r} is empty: it has no document. Name another dataset.")
     return dataset
 
 
 def find_schema(
     name_or_path: str | DatasetSpec, *, config_name: str | None = None, source: str | None = None
 ) -> Schema:
-    """What the rows of a source hold, by the columns of its first split: text, or what a fine-tuning needs.
+    """Return the schema that the columns of a source have: text, or one of fine-tuning.
 
     Raises:
         ValueError: as `load_text`; also if the columns fit several schemas.
@@ -223,12 +236,16 @@ def find_schema(
     spec = _spec_of(name_or_path, source, config_name)
     if spec.path is None or spec.text_column is not None:
         return TextRow(spec.text_column)
-    reader = _Files(spec, None) if exists(spec.path) else _Hub(spec, None)
-    return detect_schema(reader.columns(), spec.name)
+    reader = _reader_of(spec, None, streaming=True)
+    # A split may be empty, but the one to train on is asked first.
+    for split in sorted(reader.splits, key=lambda name: name not in _SPLIT_NAMES["train"]):
+        if columns := reader.columns(split):
+            return detect_schema(columns, spec.name)
+    raise ValueError(f"The dataset {spec.name!r} is empty: none of its files has a row. Name another one.")
 
 
 def _spec_of(name_or_path: str | DatasetSpec, source: str | None, config_name: str | None) -> DatasetSpec:
-    """The source to read, with what the caller puts in place of the table's entries."""
+    """Return the source to read, with the caller's arguments in place of the table's entries."""
     if isinstance(name_or_path, DatasetSpec):
         spec = name_or_path
     elif normal(name_or_path) not in DATASETS and exists(name_or_path):
@@ -240,14 +257,14 @@ def _spec_of(name_or_path: str | DatasetSpec, source: str | None, config_name: s
             raise ValueError(f"There is no file or folder {source!r} to read {spec.name!r} from; check the path.")
         spec = replace(spec, path=source, config=None, data_dir=None, revision=None, documents=None)
     if config_name is not None:
-        if spec.path is None or exists(spec.path):
+        if spec.path is None:
             raise ValueError(f"config_name is {config_name!r}, but {spec.name!r} has no configurations; leave it out.")
         spec = replace(spec, config=config_name)
     return spec
 
 
-def _embedded(name: str, split: str, cache_dir: str | None) -> Dataset:
-    """The split of an embedded corpus; its documents are collected once for each Python and kept in the cache."""
+def _load_embedded(name: str, split: str, cache_dir: str | None) -> Dataset:
+    """Load the split of an embedded corpus, whose documents are collected once for each Python and cached."""
     documents = Dataset.from_generator(
         _embedded_rows,
         gen_kwargs={"corpus": name},
@@ -263,87 +280,64 @@ def _embedded_rows(corpus: str) -> Iterator[dict[str, str]]:
         yield document._asdict()
 
 
-class _Files:
-    """A file or folder, by the splits that its files are named after."""
-
-    def __init__(self, spec: DatasetSpec, cache_dir: str | None) -> None:
-        assert spec.path is not None
-        # A file in place of a hub repository with a single split, such as LAMBADA, is that split.
-        sources = set(spec.splits.values())
-        default = sources.pop() if len(sources) == 1 else "train"
-        self.spec, self.cache_dir = spec, cache_dir
-        self.files = files_by_split(spec.path, default)
-
-    def splits(self, streaming: bool) -> list[str]:
-        return list(self.files)
-
-    def columns(self) -> dict[str, str]:
-        return columns_of(next(iter(self.files.values())))
-
-    def read(self, origin: str, schema: Schema, *, streaming: bool, skip_bad_rows: bool) -> Dataset | IterableDataset:
-        files, name = self.files[origin], self.spec.name
-        if streaming or skip_bad_rows or not isinstance(schema, TextRow):
-            if streaming and not self.spec.splits and files == [name] and name.endswith(".txt"):
-                raise ValueError(
-                    f"The file {name!r} is one document, which a stream can not cut into training and held-out text: "
-                    "load it without streaming, or put files into a folder."
-                )
-            schema = schema.resolved(columns_of(files), name)
-            if streaming:
-                return stream_rows(files, schema, skip_bad_rows=skip_bad_rows)
-            return load_usable_rows(files, schema, skip_bad_rows=skip_bad_rows, cache_dir=self.cache_dir)
-        dataset = load_files(files, schema, cache_dir=self.cache_dir)
-        try:
-            schema = schema.resolved(_kinds(dataset), name)
-        except ValueError:
-            # A column that begins with text is one of text, in which a row holds something else.
-            schema = schema.resolved(columns_of(files), name)
-            raise row_error(faulty_rows(files, schema)) from None
-        dataset = _only_text(dataset, schema)
-        if len(_rows_without_text(dataset)):
-            raise row_error(faulty_rows(files, schema))
-        return dataset
+def _reader_of(spec: DatasetSpec, cache_dir: str | None, *, streaming: bool) -> "SplitFiles | _Splits":
+    assert spec.path is not None
+    if not exists(spec.path):
+        return _Splits(spec, _load_hub(spec, streaming, cache_dir))
+    # A file in place of a hub repository with a single split, such as LAMBADA, is that split.
+    sources = set(spec.splits.values())
+    default = sources.pop() if len(sources) == 1 else "train"
+    if any((Path(spec.path).expanduser() / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return _Splits(spec, _load_saved(spec, streaming, default))
+    files = files_by_split(spec.path, default, spec.config)
+    return SplitFiles(spec.name, files, streaming=streaming, cut_single=not spec.splits, cache_dir=cache_dir)
 
 
-class _Hub:
-    """A repository of the hub."""
+class _Splits:
+    """The splits of a hub repository or of a saved dataset, under their own names."""
 
-    def __init__(self, spec: DatasetSpec, cache_dir: str | None) -> None:
-        self.spec, self.cache_dir = spec, cache_dir
-        self.parts: dict[bool, Mapping[str, Any]] = {}
+    def __init__(self, spec: DatasetSpec, parts: Mapping[str, Any]) -> None:
+        self.name, self.parts = spec.name, parts
+        self.splits = list(parts)
 
-    def splits(self, streaming: bool) -> list[str]:
-        return list(self._parts(streaming))
+    def columns(self, split: str) -> dict[str, str]:
+        """Return the columns of a split and the kind of each."""
+        dataset = self.parts[split]
+        features = dataset.features if dataset.features is not None else dataset._resolve_features().features
+        return kinds_of((features or Features()).arrow_schema)
 
-    def columns(self) -> dict[str, str]:
-        return _kinds(next(iter(self._parts(streaming=True).values())))
-
-    def read(self, origin: str, schema: Schema, *, streaming: bool, skip_bad_rows: bool) -> Dataset | IterableDataset:
-        dataset, name = self._parts(streaming)[origin], self.spec.name
-        schema = schema.resolved(_kinds(dataset), name)
+    def read(self, split: str, schema: Schema, *, skip_bad_rows: bool) -> Dataset | IterableDataset:
+        dataset, columns = self.parts[split], self.columns(split)
+        schema, origin = schema.resolved(columns, self.name), f"the split {split!r} of {self.name!r}"
         if isinstance(dataset, Dataset) and isinstance(schema, TextRow):
-            dataset = _only_text(dataset, schema)
+            dataset = _only_text(dataset, schema)  # the text stays where it is, in its files
             bad = _rows_without_text(dataset)
             if len(bad) and not skip_bad_rows:
-                raise row_error([f"Row {row} of the split {origin!r} of {name!r} has no text (null)" for row in bad])
+                raise row_error(
+                    [f"Row {row} of the split {split!r} of {self.name!r} has no text (null)" for row in bad]
+                )
             if len(bad):
-                logger.warning("Skipped %d rows without text of the split %r of %r.", len(bad), origin, name)
+                logger.warning("Skipped %d rows without text of %s.", len(bad), origin)
                 dataset = dataset.select(np.setdiff1d(np.arange(len(dataset)), bad))
             return dataset
-        place = f"the split {origin!r} of {name!r}"
         return dataset.map(
-            partial(_usable, schema=schema, place=place, skip_bad_rows=skip_bad_rows),
+            partial(_usable, schema=schema, origin=origin, skip_bad_rows=skip_bad_rows),
             batched=True,
             with_indices=True,
-            remove_columns=list(_kinds(dataset)),
-            features=schema.features,
+            remove_columns=list(columns),
+            features=Features({name: Value("string") for name in schema.names}),
         )
 
-    def _parts(self, streaming: bool) -> Mapping[str, Any]:
-        """All splits of the source under the source's own names."""
-        if streaming not in self.parts:
-            self.parts[streaming] = _load_hub(self.spec, streaming, self.cache_dir)
-        return self.parts[streaming]
+
+def _load_saved(spec: DatasetSpec, streaming: bool, default_split: str) -> Mapping[str, Any]:
+    """Load what `save_to_disk` wrote, a dataset or a dictionary of splits."""
+    path = Path(spec.path or "").expanduser()
+    try:
+        saved = load_from_disk(str(path))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(f"The dataset {str(path)!r}, written by save_to_disk, cannot be read: {error}") from error
+    parts = saved if isinstance(saved, DatasetDict) else {default_split: saved}
+    return {name: part.to_iterable_dataset() if streaming else part for name, part in parts.items()}
 
 
 def _load_hub(spec: DatasetSpec, streaming: bool, cache_dir: str | None) -> Mapping[str, Any]:
@@ -358,10 +352,15 @@ def _load_hub(spec: DatasetSpec, streaming: bool, cache_dir: str | None) -> Mapp
             cache_dir=cache_dir,
         )
     except (DatasetGenerationError, OSError, ValueError, RuntimeError) as error:
+        if "Config name is missing" in str(error):
+            raise ValueError(
+                f"The dataset {spec.name!r} has several configurations: choose one with config_name "
+                f"(--dataset_config). {error}"
+            ) from error
         note = f" {spec.note}" if spec.note else ""
         raise ValueError(
-            f"The data set {spec.name!r} can not be had from the hub repository {spec.path!r} (network is needed the "
-            f"first time): {type(error).__name__}: {error}.{note} Data sets that need no network: "
+            f"Cannot load dataset {spec.name!r} from the hub repository {spec.path!r} (the first load needs a network "
+            f"connection): {type(error).__name__}: {error}.{note} Datasets that need no network: "
             f"{', '.join(_EMBEDDED)}, files and folders."
         ) from error
     assert isinstance(parts, DatasetDict | IterableDatasetDict)
@@ -369,60 +368,52 @@ def _load_hub(spec: DatasetSpec, streaming: bool, cache_dir: str | None) -> Mapp
 
 
 def _usable(
-    batch: dict[str, list[Any]], indices: list[int], *, schema: Schema, place: str, skip_bad_rows: bool
+    batch: dict[str, list[Any]], indices: list[int], *, schema: Schema, origin: str, skip_bad_rows: bool
 ) -> dict[str, list[str]]:
-    """The rows of a batch that the schema can read."""
+    """Return the rows of a batch that the schema can read."""
     columns: dict[str, list[str]] = {name: [] for name in schema.names}
-    for row, index in enumerate(indices):
+    for offset, index in enumerate(indices):
         try:
-            content = schema.read({name: values[row] for name, values in batch.items()})
+            row = schema.read({name: values[offset] for name, values in batch.items()})
         except ValueError as error:
-            fault = f"Row {index} of {place} {error}"
+            fault = f"Row {index} of {origin} {error}"
             if not skip_bad_rows:
                 raise row_error([fault]) from None
             logger.warning("Skipped: %s.", fault)
         else:
-            for name, value in content.items():
+            for name, value in row.items():
                 columns[name].append(value)
     return columns
 
 
-def _present(parts: Sequence[str], split: str) -> str | None:
-    """What the source calls the split, or None where it has none."""
-    return next((name for name in _SPLIT_NAMES[split] if name in parts), None)
+def _present(splits: Sequence[str], split: str) -> str | None:
+    """Return the source's name of a split, or None if it has none."""
+    return next((name for name in _SPLIT_NAMES[split] if name in splits), None)
 
 
-def _held_out_splits(parts: Sequence[str]) -> list[str]:
-    """The splits to hold out of the training split: validation, where there is none, and then a missing test, too."""
-    if _present(parts, "validation") is not None:
+def _held_out_splits(splits: Sequence[str]) -> list[str]:
+    """Return the splits to hold out of the training split: a missing validation, and then also a missing test."""
+    if _present(splits, "validation") is not None:
         return []
-    return [split for split in ("validation", "test") if _present(parts, split) is None]
+    return [split for split in ("validation", "test") if _present(splits, split) is None]
 
 
-def _origin(parts: Sequence[str], spec: DatasetSpec, split: str) -> str:
-    """The source's split to read: its own of that name, or the one out of which it is held."""
+def _origin(splits: Sequence[str], spec: DatasetSpec, split: str) -> str:
+    """Return the source's split to read: its own of that name, or the one out of which it is held."""
     if spec.splits:
         origin = spec.splits.get(split)
     else:
-        origin = _present(parts, "train" if split in _held_out_splits(parts) else split)
-    if origin is None or origin not in parts:
+        origin = _present(splits, "train" if split in _held_out_splits(splits) else split)
+    if origin is None or origin not in splits:
         raise ValueError(
-            f"The data set {spec.name!r} has no split {split!r}; its source has: {', '.join(parts)}"
+            f"The dataset {spec.name!r} has no split {split!r}; its source has: {', '.join(splits)}"
             + (f"; there are: {', '.join(spec.splits)}." if spec.splits else ".")
         )
     return origin
 
 
-def _kinds(dataset: Dataset | IterableDataset) -> dict[str, str]:
-    """The columns of a data set, and what each holds."""
-    if dataset.features is None:
-        dataset = dataset._resolve_features()
-    features = dataset.features or {}
-    return {name: getattr(feature, "dtype", type(feature).__name__) for name, feature in features.items()}
-
-
 def _only_text(dataset: Dataset, schema: TextRow) -> Dataset:
-    """The column of the text alone, under the name `text`."""
+    """Return the column of the text alone, under the name `text`."""
     column = schema.column
     assert column is not None
     dataset = dataset.select_columns([column])
@@ -501,16 +492,4 @@ def _chunk_batch(batch: dict[str, list[str]], *, size: int) -> dict[str, list[st
     return {"text": [text[i : i + size] for text in batch["text"] for i in range(0, len(text), size)]}
 
 
-__all__ = [
-    "DATASETS",
-    "DatasetSpec",
-    "PackedStream",
-    "TextSize",
-    "bytes_per_token",
-    "find_schema",
-    "find_spec",
-    "held_out_score",
-    "load_rows",
-    "load_text",
-    "pack",
-]
+__all__ = ["find_schema", "held_out_score", "hold_out", "load_rows", "load_text", "members"]

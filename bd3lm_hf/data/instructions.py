@@ -17,8 +17,8 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from bd3lm_hf.data.files import Messages, PromptCompletion, Schema
 from bd3lm_hf.data.packing import token_id, tokenizer_key
+from bd3lm_hf.data.schemas import Messages, PromptCompletion, Schema
 
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,8 @@ import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
-
-from bd3lm_hf.data.files import looks_like_path
 
 
 Rule = tuple[str | re.Pattern[str], str]
@@ -289,6 +288,36 @@ _ROWS = (
         for part in ("arxiv", "pubmed")
     ),
 )
+
+
+#: Ending of a data file -> its kind. The ending of a compression may follow.
+ENDINGS = {
+    ".txt": "text",
+    ".md": "text",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "lzma"}
+
+
+def exists(path: str) -> bool:
+    """Return whether the path is a file or folder of this machine."""
+    return Path(path).expanduser().exists()
+
+
+def data_ending(path: str | Path) -> str:
+    """Return the ending that names the format of a file, in lower case and without that of a compression."""
+    path = Path(path)
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
+
+
+def looks_like_path(name: str) -> bool:
+    """Return whether the name can only mean a local file or folder."""
+    return name.startswith((".", "/", "~", "\\")) or data_ending(name) in ENDINGS or name.count("/") > 1
 
 
 def normal(name: str) -> str:

@@ -12,11 +12,11 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from bd3lm_hf.data.documents import bytes_per_token, find_schema, find_spec, load_rows, load_text, pack
-from bd3lm_hf.data.files import BUILDERS, TextRow, exists
+from bd3lm_hf.data.documents import find_schema, load_rows, load_text
 from bd3lm_hf.data.instructions import encode_rows
-from bd3lm_hf.data.packing import PACKINGS
-from bd3lm_hf.data.sources import SUITES, Flags, published_flags
+from bd3lm_hf.data.packing import PACKINGS, bytes_per_token, pack
+from bd3lm_hf.data.schemas import TextRow
+from bd3lm_hf.data.sources import ENDINGS, SUITES, Flags, exists, find_spec, published_flags
 from bd3lm_hf.evaluation.perplexity import Perplexity, Protocol, check_estimator, summarize
 from bd3lm_hf.evaluation.results import (
     FIELDS,
@@ -228,13 +228,13 @@ def _targets(arguments: argparse.Namespace) -> list[Target]:
     if missing:
         raise ValueError(
             f"--suite-source {folder} has no copy of {', '.join(missing)}: a copy is a folder of that name, or a file "
-            f"of that name and one of {', '.join(BUILDERS)}. Or name the others with --sets."
+            f"of that name and one of {', '.join(ENDINGS)}. Or name the others with --sets."
         )
     return [Target(name, copies[name], _flags(arguments, sets[name])) for name in names]
 
 
 def _copy(folder: Path, name: str) -> str | None:
-    places = [folder / name, *(folder / f"{name}{ending}" for ending in BUILDERS)]
+    places = [folder / name, *(folder / f"{name}{ending}" for ending in ENDINGS)]
     return next((str(place) for place in places if place.exists()), None)
 
 

@@ -34,7 +34,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from bd3lm_hf.checkpoints import load_model
-from bd3lm_hf.data.documents import load_text, pack
+from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.evaluation.perplexity import check_estimator, perplexity
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM

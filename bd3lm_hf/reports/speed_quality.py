@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from bd3lm_hf.data.documents import load_text, pack
+from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.evaluation.perplexity import SequenceScore, seed_of, summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_model, reference_model_of
 from bd3lm_hf.evaluation.text_metrics import mean_entropy

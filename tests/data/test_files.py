@@ -1,29 +1,32 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
-from bd3lm_hf.data.documents import load_text
+from bd3lm_hf.data.documents import find_schema, load_text
+from bd3lm_hf.data.files import files_by_split
 
 
 TEXTS = [f"document {i}: naïve" for i in range(40)]
+CARD = """---
+configs:
+- config_name: {0}
+  data_files:
+  - {{split: train, path: a/*.jsonl}}
+  - {{split: test, path: b/x.jsonl}}
+- config_name: de
+  data_files: b/*.jsonl
+---
+"""
 
 
-def write(path: Path, texts: list[str] = TEXTS) -> Path:
-    """The texts in the file's own format, one row each, in the column `text`."""
+def put(path: Path, *texts: str) -> Path:
+    """Write texts as the rows of a file of JSON lines, or as a file of text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = Dataset.from_dict({"id": range(len(texts)), "text": texts})
-    if path.suffix == ".parquet":
-        table.to_parquet(path)
-    elif path.suffix == ".csv":
-        table.to_csv(path)
-    elif path.suffix == ".txt":
-        path.write_text("\n".join(texts), encoding="utf-8")
-    else:
-        rows = [{"id": i, "text": text} for i, text in enumerate(texts)]
-        lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-        path.write_text(lines if path.suffix == ".jsonl" else json.dumps(rows), encoding="utf-8")
+    lines = texts if path.suffix in (".txt", ".md") else [json.dumps({"text": text}) for text in texts]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
 
 
@@ -31,128 +34,167 @@ def texts_of(path: Path, split: str = "train", **settings) -> list[str]:
     return [row["text"] for row in load_text(str(path), split=split, **settings)]
 
 
+def splits_of(root: Path) -> dict[str, list[str]]:
+    found = files_by_split(str(root), "train")
+    return {split: sorted(Path(file).relative_to(root).as_posix() for file in files) for split, files in found.items()}
+
+
+# Which files are data, and of which split
+
+
+@pytest.mark.parametrize(
+    ("split", "word"),
+    [
+        *[("train", word) for word in ("train", "training")],
+        *[("validation", word) for word in ("validation", "valid", "val", "dev", "heldout", "held-out", "held_out")],
+        *[("test", word) for word in ("test", "testing", "eval", "evaluation")],
+    ],
+)
+@pytest.mark.parametrize("mark", [".", "-", "_", " ", "3", "("])
+def test_words_between_marks_name_a_split(tmp_path: Path, split: str, word: str, mark: str) -> None:
+    names = [
+        f"{word}{mark}x.txt",
+        f"my{mark}{word}.txt",
+        f"c4{mark}{word.upper()}.00000-of-00001.txt",
+        f"{word}/nested/x.txt",
+        f"of{mark}{word}/x.txt",
+    ]
+    for name in names:
+        put(tmp_path / name, "x")
+    assert splits_of(tmp_path) == {split: sorted(names)}
+
+
+@pytest.mark.parametrize("name", ["contest.txt", "latest-strain.txt", "devel.txt", "mytests/evaluate.txt"])
+def test_words_inside_words_name_no_split(tmp_path: Path, name: str) -> None:
+    put(tmp_path / name, "x")
+    put(tmp_path / "test.txt", "x")
+    assert splits_of(tmp_path) == {"train": [name], "test": ["test.txt"]}
+
+
+def test_a_folder_of_the_exact_name_counts_before_the_file_and_the_file_before_other_folders(tmp_path: Path) -> None:
+    for name in ("train/eval-methods.txt", "test/train of thought.txt", "my-test/train.txt", "train-data/valid.txt"):
+        put(tmp_path / name, "x")
+    assert splits_of(tmp_path) == {
+        "train": ["my-test/train.txt", "train/eval-methods.txt"],
+        "test": ["test/train of thought.txt"],
+        "validation": ["train-data/valid.txt"],
+    }
+    put(tmp_path / "train-dev.txt", "x")
+    with pytest.raises(ValueError, match=r"'train-dev\.txt'.*\(train, validation\): rename"):
+        splits_of(tmp_path)
+
+
+def test_hidden_files_and_descriptions_are_not_data(tmp_path: Path) -> None:
+    ignored = [".hidden.jsonl", "._train.jsonl", ".cache/old.jsonl", "__MACOSX/train.jsonl", "dataset_infos.json"]
+    ignored += ["state.json", "dataset_dict.json", "config.json", "sub/metadata.json", "README.md", "license.txt"]
+    for name in ignored:
+        put(tmp_path / name, "no data")
+    put(tmp_path / "data/train-00000-of-00001.jsonl", "a")
+    for name in ("state.json", "dataset_dict.json"):
+        (tmp_path / name).unlink()  # they mark a saved dataset
+    assert splits_of(tmp_path) == {"train": ["data/train-00000-of-00001.jsonl"]}
+
+
+def test_a_card_decides_on_files_and_configurations(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(CARD.format("en"))
+    put(tmp_path / "a/validation.jsonl", "a")
+    put(tmp_path / "b/x.jsonl", "b")
+    with pytest.raises(ValueError, match=r"\(en, de\).*--dataset_config"):
+        load_text(str(tmp_path))
+    with pytest.raises(ValueError, match="'fr'.* en, de"):
+        load_text(str(tmp_path), config_name="fr")
+    assert files_by_split(str(tmp_path), "train", "en").keys() == {"train", "test"}
+    assert texts_of(tmp_path, "test", config_name="en") == ["b"]
+    (tmp_path / "README.md").write_text(CARD.format("default"))
+    assert texts_of(tmp_path, "test") == ["b"]
+    (tmp_path / "README.md").write_text("# Without configurations\n")
+    assert splits_of(tmp_path) == {"validation": ["a/validation.jsonl"], "train": ["b/x.jsonl"]}
+    with pytest.raises(ValueError, match="config_name is 'en'"):
+        load_text(str(tmp_path), config_name="en")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_saved_dataset_is_read(tmp_path: Path, streaming: bool) -> None:
+    from datasets import DatasetDict
+
+    parts = {"train": Dataset.from_dict({"text": ["a", "b"]}), "valid": Dataset.from_dict({"text": ["c"]})}
+    DatasetDict(parts).save_to_disk(str(tmp_path / "both"))
+    assert texts_of(tmp_path / "both", streaming=streaming) == ["a", "b"]
+    assert texts_of(tmp_path / "both", "validation", streaming=streaming) == ["c"]
+    parts["train"].save_to_disk(str(tmp_path / "parts/one"))
+    assert len(texts_of(tmp_path / "parts/one")) == 1  # the other is held out
+    with pytest.raises(ValueError, match="one were written by save_to_disk"):
+        load_text(str(tmp_path / "parts"))
+    (tmp_path / "parts/one/data-00000-of-00001.arrow").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="one'.* save_to_disk, cannot be read"):
+        load_text(str(tmp_path / "parts/one"))
+
+
+def test_what_holds_no_data_is_refused_with_the_known_endings(tmp_path: Path) -> None:
+    (tmp_path / "data.xml").write_text("<a/>")
+    for path in (tmp_path / "data.xml", tmp_path):
+        with pytest.raises(ValueError, match=r"\.txt, .*\.parquet .*\.gz"):
+            load_text(str(path))
+    put(tmp_path / "a.txt", "x")
+    put(tmp_path / "b.csv", "x")
+    with pytest.raises(ValueError, match=r"\(\.csv, \.txt\)"):
+        load_text(str(tmp_path))
+
+
+@pytest.mark.parametrize("ending", ["txt", "json", "jsonl", "csv"])
+def test_an_empty_file_is_an_empty_dataset(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"nothing.{ending}").touch()
+    with pytest.raises(ValueError, match=rf"nothing\.{ending}' is empty"):
+        texts_of(tmp_path / f"nothing.{ending}")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_split_is_named_with_the_others_and_leaves_them_usable(
+    tmp_path: Path, streaming: bool, content: str
+) -> None:
+    put(tmp_path / "train.jsonl", *TEXTS)
+    (tmp_path / "test.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"'test' .*test\.jsonl.*\(train\)"):
+        load_text(str(tmp_path), split="test", streaming=streaming)
+    assert find_schema(str(tmp_path)).names == ("text",)
+    assert set(texts_of(tmp_path, streaming=streaming)) < set(TEXTS)
+
+
+# Their rows
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("ending", ["json", "jsonl", "parquet", "csv"])
-def test_files_of_rows_are_read_and_split_by_document(tmp_path: Path, ending: str, streaming: bool) -> None:
-    path = write(tmp_path / f"data.{ending}")
+def test_files_of_rows_are_split_by_document(tmp_path: Path, ending: str, streaming: bool) -> None:
+    path = tmp_path / f"data.{ending}"
+    table = Dataset.from_dict({"id": range(len(TEXTS)), "text": TEXTS})
+    getattr(table, {"jsonl": "to_json"}.get(ending, f"to_{ending}"))(path)
     found = [texts_of(path, split, streaming=streaming) for split in ("train", "validation", "test")]
     assert sorted(text for part in found for text in part) == sorted(TEXTS)
     assert len(found[0]) > 30
 
 
 def test_a_text_file_is_one_document_cut_into_three(tmp_path: Path) -> None:
-    path = write(tmp_path / "book.txt")
+    path = put(tmp_path / "book.txt", *TEXTS)
     pieces = [texts_of(path, split) for split in ("train", "validation", "test")]
     assert [len(piece) for piece in pieces] == [1, 1, 1]
     assert "".join(piece[0] for piece in pieces) == path.read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=r"book\.txt' is one document"):
+        load_text(str(path), streaming=True)
 
 
 def test_a_folder_of_text_files_is_one_document_a_file(tmp_path: Path) -> None:
     for i, text in enumerate(TEXTS):
-        write(tmp_path / f"part {i}.txt", [text, "second line"])
+        put(tmp_path / f"part {i}.{'md' if i % 2 else 'txt'}", text, "second line")
     found = [text for split in ("train", "validation", "test") for text in texts_of(tmp_path, split)]
-    assert sorted(found) == sorted(f"{text}\nsecond line" for text in TEXTS)
+    assert sorted(found) == sorted(f"{text}\nsecond line\n" for text in TEXTS)
 
 
-def test_files_named_after_a_split_hold_it(tmp_path: Path) -> None:
-    write(tmp_path / "rows" / "train-00000-of-00002.jsonl", ["a"])
-    write(tmp_path / "rows" / "train-00001-of-00002.jsonl", ["b"])
-    write(tmp_path / "rows" / "validation.jsonl", ["c"])
-    write(tmp_path / "rows" / "test" / "anything.jsonl", ["d"])
-    write(tmp_path / "rows" / "my tests and trains.jsonl", ["e"])
-    assert sorted(texts_of(tmp_path / "rows")) == ["a", "b", "e"]
-    assert texts_of(tmp_path / "rows", "validation") == ["c"]
-    assert texts_of(tmp_path / "rows", "test") == ["d"]
-
-
-def test_the_words_null_and_na_in_a_csv_file_are_text(tmp_path: Path) -> None:
-    path = write(tmp_path / "train.csv", ["null", "NA", "word"])
-    write(tmp_path / "dev.csv", ["x"])
-    assert texts_of(path.parent) == ["null", "NA", "word"]
-
-
-@pytest.mark.parametrize("ending", ["txt", "json", "csv"])
-@pytest.mark.parametrize("offset", [30, (1 << 20) + 4321])
-def test_a_file_that_is_not_utf8_is_named_with_the_byte(tmp_path: Path, ending: str, offset: int) -> None:
-    path = write(tmp_path / f"latin.{ending}", ["text, " * 30_000] * 8)
-    data = bytearray(path.read_bytes())
-    data[offset] = 0xE9
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=rf"Byte {offset} of '.*latin\.{ending}' .* is not UTF-8, .*iconv"):
-        texts_of(path)
-
-
-def test_a_character_cut_by_the_reading_buffer_does_not_shift_the_byte(tmp_path: Path) -> None:
-    path = tmp_path / "cut.txt"
-    path.write_bytes(b"a" * ((1 << 20) - 1) + "é".encode() + b"bc\xff")
-    with pytest.raises(ValueError, match=rf"Byte {(1 << 20) + 3} of .* can not be decoded"):
-        texts_of(path)
-    path.write_bytes(b"abc\xe9")
-    with pytest.raises(ValueError, match="Byte 3 of .* can not be decoded"):
-        texts_of(path)
-
-
-def test_a_malformed_line_is_named_and_skipped_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = write(tmp_path / "train.jsonl")
-    write(tmp_path / "dev.jsonl", ["x"])
-    lines = path.read_text(encoding="utf-8").split("\n")
-    lines[4] = '{"id": 4, "text": "broken'
-    path.write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"Line 5 of .*train\.jsonl' is no row of JSON: .*skip_bad_rows=True"):
-        texts_of(tmp_path)
-    assert texts_of(tmp_path, skip_bad_rows=True) == TEXTS[:4] + TEXTS[5:]
-    assert "Skipped: Line 5 of" in caplog.text
-
-
-def test_a_line_that_is_no_object_is_named_and_skipped_on_request(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n\n[1, 2]\n{"text": "b"}\n')
-    write(tmp_path / "dev.jsonl", ["x"])
-    with pytest.raises(ValueError, match=r"Line 3 of .* is no row of JSON: it holds no object"):
-        texts_of(tmp_path)
-    assert texts_of(tmp_path, skip_bad_rows=True) == ["a", "b"]
-
-
-def test_a_file_that_is_no_parquet_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and then nothing of the kind")
-    with pytest.raises(ValueError, match=r"broken\.parquet' can not be read: .*magic bytes.*repair the data"):
-        texts_of(tmp_path / "broken.parquet")
-
-
-def test_a_file_that_is_no_json_is_named(tmp_path: Path) -> None:
-    (tmp_path / "broken.json").write_text('[{"text": "a"}, {"text": ')
-    with pytest.raises(ValueError, match=r"broken\.json' is no JSON: .*repair the data"):
-        texts_of(tmp_path / "broken.json")
-
-
-@pytest.mark.parametrize("ending", ["txt", "json", "jsonl", "csv"])
-def test_an_empty_file_is_an_empty_data_set(tmp_path: Path, ending: str) -> None:
-    (tmp_path / f"nothing.{ending}").touch()
-    with pytest.raises(ValueError, match=rf"nothing\.{ending}' is empty: its files hold no byte"):
-        texts_of(tmp_path / f"nothing.{ending}")
-
-
-def test_a_file_of_unknown_kind_lists_the_kinds(tmp_path: Path) -> None:
-    (tmp_path / "data.xml").write_text("<a/>")
-    with pytest.raises(
-        ValueError, match=r"data\.xml' is of no known kind; its name must end in one of: \.txt, \.json"
-    ):
-        texts_of(tmp_path / "data.xml")
-    with pytest.raises(ValueError, match=r"holds no file that ends in one of: \.txt"):
-        texts_of(tmp_path)
-
-
-def test_a_folder_of_several_kinds_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "a.txt")
-    write(tmp_path / "b.csv")
-    with pytest.raises(ValueError, match=r"files of several kinds \(\.csv, \.txt\)"):
-        texts_of(tmp_path)
-
-
-def test_a_parquet_file_whose_text_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    bad = pa.StringArray.from_buffers(1, pa.array([0, 3], pa.int32()).buffers()[1], pa.py_buffer(b"a\xe9b"))
-    pq.write_table(pa.table({"text": bad}), tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match=r"Row 0 of '.*train\.parquet' can not be read: .*[Uu][Tt][Ff]-?8"):
-        texts_of(tmp_path)
+@pytest.mark.parametrize("skip_bad_rows", [False, True])
+def test_a_file_that_changed_is_read_again(tmp_path: Path, skip_bad_rows: bool) -> None:
+    put(tmp_path / "validation.jsonl", "x")
+    for word in ("old", "new"):  # of the same size
+        put(tmp_path / "train.jsonl", word)
+        os.utime(tmp_path / "train.jsonl", (0, 1_000 * len(word) + (word == "new")))
+        assert texts_of(tmp_path, skip_bad_rows=skip_bad_rows) == [word]

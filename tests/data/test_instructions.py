@@ -6,8 +6,8 @@ import torch
 from datasets import Dataset
 
 from bd3lm_hf.data.documents import find_schema, load_rows
-from bd3lm_hf.data.files import Messages, PromptCompletion, TextRow
 from bd3lm_hf.data.instructions import encode_rows, texts_of
+from bd3lm_hf.data.schemas import Messages, PromptCompletion, TextRow
 from bd3lm_hf.evaluation.perplexity import perplexity
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 

@@ -1,7 +1,20 @@
+import json
+from pathlib import Path
+
 import pytest
 
 from bd3lm_hf.data.documents import load_text
-from bd3lm_hf.data.sources import DATASETS, DETOKENIZERS, find_spec
+from bd3lm_hf.data.packing import PACKINGS
+from bd3lm_hf.data.sources import (
+    DATASETS,
+    DETOKENIZERS,
+    PUBLISHED,
+    SUITES,
+    Flags,
+    detokenizer,
+    find_spec,
+    published_flags,
+)
 
 
 NAMES = sorted({row.name for row in DATASETS.values()})
@@ -30,3 +43,55 @@ def test_a_missing_file_is_called_a_missing_file(path: str) -> None:
         load_text(path)
     with pytest.raises(ValueError, match="to read 'lm1b' from; check the path"):
         load_text("lm1b", source=path)
+
+
+# Detokenizers
+
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden/10_data/detokenize.json").read_text(encoding="utf-8"))
+CASES = [(corpus, case["input"], case["output"]) for corpus, cases in GOLDEN.items() for case in cases]
+
+
+@pytest.mark.parametrize(("corpus", "text", "expected"), CASES)
+def test_every_detokenizer_gives_the_published_text(corpus: str, text: str, expected: str) -> None:
+    assert detokenizer(corpus)(text) == expected
+
+
+def test_every_detokenizer_has_golden_cases() -> None:
+    assert set(GOLDEN) == set(DETOKENIZERS)
+
+
+@pytest.mark.parametrize("corpus", sorted(DETOKENIZERS))
+def test_plain_text_is_left_alone(corpus: str) -> None:
+    text = "Plain text, with marks: none; of them spaced (at all)."
+    assert detokenizer(corpus)(text).lstrip("\n") == text
+
+
+def test_an_unknown_detokenizer_lists_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"'nltk'; there are: wikitext, ptb, lm1b"):
+        detokenizer("nltk")
+
+
+# The published evaluations
+
+
+def test_the_zero_shot_suite_has_the_eight_sets_of_the_paper():
+    suite = SUITES["zero-shot"]
+    assert len(suite.sets) == 8 and suite.length == 1024
+    tests = {name for name, flags in suite.sets.items() if flags.split == "test"}
+    assert tests == {"lm1b", "lambada", "ag_news"}
+    for flags in suite.sets.values():
+        assert flags._replace(split="") == Flags("", "published", insert_eos=False, insert_special=True)
+
+
+def test_every_published_evaluation_is_one_of_a_known_data_set():
+    for name, flags in [*PUBLISHED.items(), *SUITES["zero-shot"].sets.items()]:
+        spec = find_spec(name)
+        assert spec.name == name
+        assert flags.split in spec.splits and flags.packing in PACKINGS
+
+
+def test_in_domain_flags_are_those_of_the_data_set_or_the_published_defaults():
+    assert published_flags("openwebtext") == Flags("validation", "published", True, False)
+    assert published_flags("lm1b") == Flags("test", "published", True, True)
+    assert published_flags("my.txt") == Flags("validation", "published", True, True)

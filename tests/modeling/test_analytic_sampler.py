@@ -69,7 +69,7 @@ def test_a_step_has_the_published_law(model, recorded, step, nucleus_p, loudness
 
     sampler = make(nucleus_p=nucleus_p)
     sampler._sigma, sampler._rise = float(sigma_t), math.inf if final else math.expm1(float(sigma_t - sigma_s))
-    scores, chance = sampler._cut(logits[x_t == MASK])
+    scores, chance = sampler._apply_nucleus(logits[x_t == MASK])
     ours = chance.double().unsqueeze(1) * scores.double().softmax(1)
     ours[:, MASK] = 1 - chance.double()
     torch.testing.assert_close(ours[known], law, atol=1e-5, rtol=0)
@@ -80,9 +80,9 @@ def test_where_no_token_is_in_the_nucleus_a_place_stays_masked_until_the_last_st
     sampler = make(mask_token_id=3, nucleus_p=0.5)
     logits = torch.tensor([[-20.0, -19.0, -21.0, 0.0]])
     sampler._sigma, sampler._rise = 0.01, 0.5
-    assert sampler._cut(logits)[1].tolist() == [0.0]
+    assert sampler._apply_nucleus(logits)[1].tolist() == [0.0]
     sampler._rise = math.inf
-    scores, chance = sampler._cut(logits)
+    scores, chance = sampler._apply_nucleus(logits)
     assert chance.tolist() == [1.0]
     torch.testing.assert_close(scores[:, :3].softmax(1), logits[:, :3].softmax(1), atol=1e-3, rtol=0)
     assert scores[0, 3] == -torch.inf
@@ -92,7 +92,7 @@ def test_a_token_outside_the_nucleus_is_never_drawn_and_still_there_when_the_oth
     sampler = make(mask_token_id=3, nucleus_p=0.5)
     sampler._sigma, sampler._rise = 3.0, 0.5
     logits = torch.tensor([[9.0, 2.0, 1.0, 0.0]])
-    scores, _ = sampler._cut(logits)
+    scores, _ = sampler._apply_nucleus(logits)
     assert scores.softmax(1).tolist() == [[1.0, 0.0, 0.0, 0.0]]
     torch.testing.assert_close(scores[:, 1:3].softmax(1), logits[:, 1:3].softmax(1), atol=1e-3, rtol=0)
 
@@ -100,15 +100,15 @@ def test_a_token_outside_the_nucleus_is_never_drawn_and_still_there_when_the_oth
 def test_a_step_within_the_capped_noise_level_reveals_only_what_the_nucleus_leaves_no_mask_for():
     sampler = make(mask_token_id=3, nucleus_p=0.5)
     sampler._sigma, sampler._rise = 3.0, 0.0
-    assert sampler._cut(torch.tensor([[9.0, 2.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))[1].tolist() == [1.0, 0.0]
+    assert sampler._apply_nucleus(torch.tensor([[9.0, 2.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))[1].tolist() == [1.0, 0.0]
 
 
 def test_the_grid_is_the_published_one_and_ends_with_a_denoising():
     sampler, work = make(num_denoising_steps=4), round_of(torch.tensor([[True, True, False]]))
     times, sigmas, growths = [], [], []
     for step in sampler.steps(work):
-        assert step.places.tolist() == [0, 1] and step.chance.shape == (1,)
-        times.append(float(step.chance))
+        assert step.positions.tolist() == [0, 1] and step.mask_prob.shape == (1,)
+        times.append(float(step.mask_prob))
         sigmas.append(sampler._sigma)
         growths.append(sampler._rise)
     expected = torch.linspace(1, LAST_TIME, 5, dtype=torch.float64)
@@ -123,11 +123,11 @@ def test_by_default_there_are_as_many_steps_as_tokens_in_a_window():
 
 def test_rows_that_are_done_are_not_predicted_and_steps_end_with_the_last_mask():
     sampler, work = make(num_denoising_steps=9), round_of(torch.tensor([[True, False], [True, True]]))
-    work.wanted[1, 1] = False
+    work.requested[1, 1] = False
     steps = sampler.steps(work)
-    assert next(steps).places.tolist() == [0, 2, 3]
+    assert next(steps).positions.tolist() == [0, 2, 3]
     work.masked[0, 0] = False
-    assert next(steps).places.tolist() == [2, 3]
+    assert next(steps).positions.tolist() == [2, 3]
     work.masked[1, 0] = False
     assert next(steps, None) is None
 
@@ -136,10 +136,10 @@ def revealed(sampler: AnalyticSampler, work: RevealState, logits: torch.Tensor) 
     """The number of the step that reveals each place, where all logits `(vocab_size,)` are the same."""
     when = torch.full(work.masked.shape, -1)
     for number, step in enumerate(sampler.steps(work)):
-        narrowed, kept = sampler.narrow(work, step, logits.expand(len(step.places), -1))
-        assert isinstance(narrowed, Step) and len(kept) == len(narrowed.places)
-        when.view(-1)[narrowed.places] = number
-        work.masked.view(-1)[narrowed.places] = False
+        narrowed, kept = sampler.select(work, step, logits.expand(len(step.positions), -1))
+        assert isinstance(narrowed, Step) and len(kept) == len(narrowed.positions)
+        when.view(-1)[narrowed.positions] = number
+        work.masked.view(-1)[narrowed.positions] = False
     return when
 
 
@@ -158,17 +158,17 @@ def test_true_scores_reveal_a_place_in_each_step_of_time_equally_often():
 
 
 def test_without_chance_places_are_revealed_evenly_from_left_to_right():
-    work = round_of(torch.ones(1, 8, dtype=torch.bool), random=False)
+    work = round_of(torch.ones(1, 8, dtype=torch.bool), do_sample=False)
     assert revealed(make(mask_token_id=3, num_denoising_steps=4), work, TRUE).tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]]
 
 
 def test_a_reader_gets_places_from_left_to_right():
-    work = round_of(torch.ones(50, 8, dtype=torch.bool), in_order=True)
+    work = round_of(torch.ones(50, 8, dtype=torch.bool), left_to_right=True)
     logits = TRUE.expand(50 * 8, -1) + 2 * torch.randn(50 * 8, 1, generator=torch.Generator().manual_seed(1))
     sampler, done = make(mask_token_id=3, num_denoising_steps=6), torch.zeros(50, 8, dtype=torch.bool)
     for step in sampler.steps(work):
-        narrowed, _ = sampler.narrow(work, step, logits[step.places])
-        work.masked.view(-1)[narrowed.places] = False
-        done.view(-1)[narrowed.places] = True
+        narrowed, _ = sampler.select(work, step, logits[step.positions])
+        work.masked.view(-1)[narrowed.positions] = False
+        done.view(-1)[narrowed.positions] = True
         assert (done == done.cumprod(1).bool()).all()  # a run from the left
     assert done.all()

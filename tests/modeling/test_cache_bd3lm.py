@@ -36,13 +36,13 @@ def test_a_new_cache_holds_nothing(cache):
 
 def test_only_committed_tokens_are_kept(cache):
     first, step, block = states(4, 1), states(6, 2), states(4, 3)
-    append_to_cache(cache, *first, layer_idx=0, commit=4)
+    append_to_cache(cache, *first, layer_idx=0, num_committed=4)
     # Two of six tokens are finished, the others are read once and leave no trace.
-    seen = append_to_cache(cache, *step, layer_idx=0, commit=2)
+    seen = append_to_cache(cache, *step, layer_idx=0, num_committed=2)
     for got, a, b in zip(seen, first, step, strict=True):
         assert torch.equal(got, torch.cat([a, b], dim=2))
     assert cache.get_seq_length() == 6
-    seen = append_to_cache(cache, *block, layer_idx=0, commit=0)
+    seen = append_to_cache(cache, *block, layer_idx=0, num_committed=0)
     for got, a, b, c in zip(seen, first, step, block, strict=True):
         assert torch.equal(got, torch.cat([a, b[:, :, :2], c], dim=2))
     assert cache.get_seq_length() == 6
@@ -50,15 +50,15 @@ def test_only_committed_tokens_are_kept(cache):
 
 def test_reading_an_empty_cache_gives_the_given_states(cache):
     key, value = states(4)
-    seen = append_to_cache(cache, key, value, layer_idx=0, commit=0)
+    seen = append_to_cache(cache, key, value, layer_idx=0, num_committed=0)
     assert torch.equal(seen[0], key) and torch.equal(seen[1], value)
     assert cache.get_seq_length() == 0
 
 
 def test_layers_are_kept_apart(cache):
     first, second = states(4, 1), states(4, 2)
-    append_to_cache(cache, *first, layer_idx=0, commit=4)
-    append_to_cache(cache, *second, layer_idx=1, commit=4)
+    append_to_cache(cache, *first, layer_idx=0, num_committed=4)
+    append_to_cache(cache, *second, layer_idx=1, num_committed=4)
     assert torch.equal(cache.layers[0].keys, first[0])
     assert torch.equal(cache.layers[1].values, second[1])
 
@@ -67,8 +67,8 @@ def test_a_cache_that_grows_many_times_keeps_every_token():
     cache, reference = BlockCache(), DynamicCache()
     for step in range(150):
         new = states(4, step, batch=1)
-        seen = append_to_cache(cache, *new, layer_idx=0, commit=4)
-        expected = append_to_cache(reference, *new, layer_idx=0, commit=4)
+        seen = append_to_cache(cache, *new, layer_idx=0, num_committed=4)
+        expected = append_to_cache(reference, *new, layer_idx=0, num_committed=4)
         if step % 37 == 0:
             assert torch.equal(seen[0], expected[0]) and torch.equal(seen[1], expected[1])
     assert cache.get_seq_length() == 600
@@ -78,11 +78,11 @@ def test_a_cache_that_grows_many_times_keeps_every_token():
 
 def test_reading_copies_no_finished_token():
     cache = BlockCache()
-    append_to_cache(cache, *states(8), layer_idx=0, commit=8)
-    append_to_cache(cache, *states(4, 1), layer_idx=0, commit=0)
+    append_to_cache(cache, *states(8), layer_idx=0, num_committed=8)
+    append_to_cache(cache, *states(4, 1), layer_idx=0, num_committed=0)
     address = cache.layers[0].keys.data_ptr()
     for step in range(20):
-        keys, values = append_to_cache(cache, *states(4, step), layer_idx=0, commit=0)
+        keys, values = append_to_cache(cache, *states(4, step), layer_idx=0, num_committed=0)
         assert keys.data_ptr() == cache.layers[0].keys.data_ptr() == address
         assert values.data_ptr() == cache.layers[0].values.data_ptr()
 
@@ -111,39 +111,39 @@ def test_what_transformers_does_to_a_cache_gives_the_same_as_on_a_dynamic_cache(
     for layer in range(2):
         for step in range(2):
             new = states(5, 10 * layer + step)
-            append_to_cache(cache, *new, layer_idx=layer, commit=5)
-            append_to_cache(reference, *new, layer_idx=layer, commit=5)
+            append_to_cache(cache, *new, layer_idx=layer, num_committed=5)
+            append_to_cache(reference, *new, layer_idx=layer, num_committed=5)
     change(cache)
     change(reference)
     assert cache.get_seq_length() == reference.get_seq_length()
     batch = reference.layers[0].keys.shape[0]
     for layer in range(2):
         new = states(4, 99, batch=batch)
-        got = append_to_cache(cache, *new, layer_idx=layer, commit=4)
-        expected = append_to_cache(reference, *new, layer_idx=layer, commit=4)
+        got = append_to_cache(cache, *new, layer_idx=layer, num_committed=4)
+        expected = append_to_cache(reference, *new, layer_idx=layer, num_committed=4)
         assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
 def test_a_reset_cache_holds_nothing_and_can_be_used_again():
     cache = BlockCache()
-    append_to_cache(cache, *states(5), layer_idx=0, commit=5)
+    append_to_cache(cache, *states(5), layer_idx=0, num_committed=5)
     cache.reset()
     assert cache.get_seq_length() == 0
     key, value = states(3, 1, batch=4)
-    seen = append_to_cache(cache, key, value, layer_idx=0, commit=3)
+    seen = append_to_cache(cache, key, value, layer_idx=0, num_committed=3)
     assert torch.equal(seen[0], key) and torch.equal(seen[1], value)
 
 
 def test_the_oldest_tokens_can_be_dropped():
     cache = BlockCache()
     key, value = states(12)
-    append_to_cache(cache, key, value, layer_idx=0, commit=12)
+    append_to_cache(cache, key, value, layer_idx=0, num_committed=12)
     layer = cache.layers[0]
     layer.drop_first(4)
     assert cache.get_seq_length() == 8
     assert torch.equal(layer.keys, key[:, :, 4:]) and torch.equal(layer.values, value[:, :, 4:])
     new = states(4, 1)
-    seen = append_to_cache(cache, *new, layer_idx=0, commit=4)
+    seen = append_to_cache(cache, *new, layer_idx=0, num_committed=4)
     assert torch.equal(seen[0], torch.cat([key[:, :, 4:], new[0]], dim=2))
 
 
@@ -224,7 +224,7 @@ def sliding_cache() -> DynamicCache:
 @pytest.mark.parametrize(
     ("cache", "lengths", "message"),
     [
-        (cache_with(6), [9], "holds 6 tokens: a cache can be continued when it holds whole blocks"),
+        (cache_with(6), [9], "holds 6 tokens: a cache can be continued only if it holds whole blocks"),
         (cache_with(4, rows=2), [9, 5], "no row of the batch is padded"),
         (cache_with(12), [9], "holds 12 tokens but the prompt has 9: pass the whole text"),
         (cache_with(4), [9, 9], "holds 1 rows but the batch has 2.*batch_repeat_interleave"),
@@ -240,8 +240,8 @@ def sliding_cache() -> DynamicCache:
             [9, 9],
             "for 1 rows .* needs 2 layers for 2 rows",
         ),
-        (sliding_cache(), [9], "is a DynamicCache, which can not keep finished blocks: pass the cache"),
-        (DynamicCache(offloading=True), [9], "is a DynamicCache with offloading, which can not keep finished blocks"),
+        (sliding_cache(), [9], "is a DynamicCache, which cannot hold finished blocks: pass the cache"),
+        (DynamicCache(offloading=True), [9], "is a DynamicCache with offloading, which cannot hold finished blocks"),
     ],
 )
 def test_a_cache_that_does_not_fit_is_refused(make_model, cache, lengths, message):
@@ -253,7 +253,7 @@ def test_a_quantized_cache_is_refused():
     # Made without its constructor: the quantizing backend is another library.
     cache = QuantizedCache.__new__(QuantizedCache)
     cache.offloading, cache.layers = False, []
-    with pytest.raises(ValueError, match="is a QuantizedCache, which can not keep finished blocks"):
+    with pytest.raises(ValueError, match="is a QuantizedCache, which cannot hold finished blocks"):
         check_cache(cache, None, None)
 
 
@@ -263,11 +263,11 @@ def test_a_quantized_cache_is_refused():
         ("offloaded", "would cross the bus once per step"),
         ("offloaded_static", "would cross the bus once per step"),
         ("quantized", "would dequantize the whole cache"),
-        ("sliding_window", "holds no finished blocks"),
+        ("sliding_window", "cannot hold finished blocks"),
     ],
 )
 def test_a_cache_that_block_diffusion_can_not_use_is_refused_by_name(name, reason):
-    with pytest.raises(ValueError, match=f"cache_implementation='{name}' does not fit.*{reason}.*Leave it out"):
+    with pytest.raises(ValueError, match=f"cache_implementation='{name}' does not fit.*{reason}.*use_cache=False"):
         cache_maker(name)
 
 
@@ -289,7 +289,7 @@ def test_a_cache_that_forgets_as_it_grows_stays_where_it_is():
     for step in range(2000):
         key, value = states(4, step, batch=1)
         begin = cache.layers[0]._begin if step else 0
-        append_to_cache(cache, key, value, layer_idx=0, commit=4)
+        append_to_cache(cache, key, value, layer_idx=0, num_committed=4)
         layer = cache.layers[0]
         moved += layer.get_seq_length() if layer._begin < begin else 0
         reference = key if reference is None else torch.cat([reference, key], dim=2)[:, :, -64:]
@@ -306,14 +306,14 @@ def test_a_cache_that_forgets_as_it_grows_stays_where_it_is():
 
 def test_forgetting_and_selecting_rows_go_together():
     cache, (key, value) = BlockCache(), states(16, batch=3)
-    append_to_cache(cache, key, value, layer_idx=0, commit=16)
+    append_to_cache(cache, key, value, layer_idx=0, num_committed=16)
     layer = cache.layers[0]
     layer.drop_first(4)
     cache.batch_select_indices(torch.tensor([2, 0]))
     assert torch.equal(layer.keys, key[[2, 0], :, 4:]) and torch.equal(layer.values, value[[2, 0], :, 4:])
     layer.drop_first(4)
     new = states(4, 1, batch=2)
-    seen = append_to_cache(cache, *new, layer_idx=0, commit=4)
+    seen = append_to_cache(cache, *new, layer_idx=0, num_committed=4)
     assert torch.equal(seen[1], torch.cat([value[[2, 0], :, 8:], new[1]], dim=2))
 
 
@@ -321,13 +321,13 @@ def test_forgetting_and_selecting_rows_go_together():
 def test_an_emptied_cache_takes_tokens_again(kind):
     cache = StaticCache(CONFIG, max_cache_len=36) if kind is StaticCache else kind()
     for layer in range(2):
-        append_to_cache(cache, *states(8, batch=2), layer_idx=layer, commit=8)
+        append_to_cache(cache, *states(8, batch=2), layer_idx=layer, num_committed=8)
     clear(cache)
     assert cache.get_seq_length() == 0
     batch = 2 if kind is StaticCache else 5  # a cache that grows is free for a batch of any size
     key, value = states(4, 1, batch=batch)
     for layer in range(2):
-        seen = append_to_cache(cache, key, value, layer_idx=layer, commit=4)
+        seen = append_to_cache(cache, key, value, layer_idx=layer, num_committed=4)
         assert torch.equal(seen[0], key) and torch.equal(seen[1], value)
 
 
@@ -335,8 +335,8 @@ def test_a_static_cache_shows_its_tokens_and_not_its_room():
     cache = StaticCache(CONFIG, max_cache_len=36)
     first, step = states(8, 1), states(8, 2)
     for layer in range(2):
-        append_to_cache(cache, *first, layer_idx=layer, commit=8)
-        seen = append_to_cache(cache, *step, layer_idx=layer, commit=4)
+        append_to_cache(cache, *first, layer_idx=layer, num_committed=8)
+        seen = append_to_cache(cache, *step, layer_idx=layer, num_committed=4)
         for got, a, b in zip(seen, first, step, strict=True):
             assert torch.equal(got, torch.cat([a, b], dim=2))
     assert int(cache.get_seq_length()) == 12
@@ -346,10 +346,10 @@ def test_a_static_cache_shows_its_tokens_and_not_its_room():
 
 def test_slots_are_written_where_they_are_said_to_be():
     cache = StaticCache(CONFIG, max_cache_len=36)
-    append_to_cache(cache, *states(8, 1), layer_idx=0, commit=8)
+    append_to_cache(cache, *states(8, 1), layer_idx=0, num_committed=8)
     key, value = states(4, 2)
     slots = torch.tensor([35, 0, 8, 3])
-    keys, values = append_to_cache(StaticSlots(cache, slots), key, value, layer_idx=0, commit=0)
+    keys, values = append_to_cache(StaticSlots(cache, slots), key, value, layer_idx=0, num_committed=0)
     assert keys.data_ptr() == cache.layers[0].keys.data_ptr()
     assert torch.equal(keys[:, :, slots], key) and torch.equal(values[:, :, slots], value)
     assert torch.equal(keys[:, :, 1:3], states(8, 1)[0][:, :, 1:3])

@@ -7,7 +7,7 @@ import torch
 from transformers.generation import MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from bd3lm_hf.modeling.decoding_state_bd3lm import StopRules, lay_out
+from bd3lm_hf.modeling.decoding_state_bd3lm import SequenceBuffer, StopRules
 from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
 
 
@@ -17,49 +17,50 @@ REAL = torch.tensor([[0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1]])
 
 
 def test_blocks_of_all_rows_end_at_the_same_columns():
-    canvas = lay_out(IDS, REAL, 4, 4, MASK)
-    assert canvas.text.tolist() == [
+    canvas = SequenceBuffer.from_prompts(IDS, REAL, 4, 4, MASK)
+    assert canvas.token_ids.tolist() == [
         [MASK] * 4 + [9] + [MASK] * 7,
         [3, 4, 5, 6, 7, 8] + [MASK] * 6,
     ]
-    assert canvas.start.tolist() == [4, 0]
-    assert canvas.positions(0, 12).tolist() == [[0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7], list(range(12))]
-    assert canvas.positions(5, 7).tolist() == [[1, 2], [5, 6]]
+    assert canvas.row_start.tolist() == [4, 0]
+    assert canvas.position_ids(0, 12).tolist() == [[0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7], list(range(12))]
+    assert canvas.position_ids(5, 7).tolist() == [[1, 2], [5, 6]]
     assert canvas.key_valid.tolist() == [[False] * 4 + [True] * 8, [True] * 12]
     assert list(canvas.blocks()) == [4, 8]
 
 
 def test_either_side_of_padding_gives_the_same_canvas():
-    left = lay_out(IDS, REAL, 4, 4, MASK)
-    right = lay_out(torch.tensor([[9, 2, 2, 2, 2, 2], [3, 4, 5, 6, 7, 8]]), REAL.flip(1), 4, 4, MASK)
-    assert torch.equal(left.text, right.text) and torch.equal(left.start, right.start)
+    left = SequenceBuffer.from_prompts(IDS, REAL, 4, 4, MASK)
+    ids = torch.tensor([[9, 2, 2, 2, 2, 2], [3, 4, 5, 6, 7, 8]])
+    right = SequenceBuffer.from_prompts(ids, REAL.flip(1), 4, 4, MASK)
+    assert torch.equal(left.token_ids, right.token_ids) and torch.equal(left.row_start, right.row_start)
 
 
 def test_rows_with_equally_many_whole_blocks_need_no_mask():
-    canvas = lay_out(IDS[:, 1:], torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]), 3, 4, MASK)
+    canvas = SequenceBuffer.from_prompts(IDS[:, 1:], torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]), 3, 4, MASK)
     assert canvas.key_valid is None
-    assert canvas.positions(0, 8).tolist() == [list(range(8))]
+    assert canvas.position_ids(0, 8).tolist() == [list(range(8))]
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 3, 4, 5])
 def test_the_canvas_ends_with_the_block_of_the_last_token(new_tokens):
-    canvas = lay_out(IDS[1:], None, new_tokens, 4, MASK)
-    assert canvas.text.shape[1] == (8 if new_tokens <= 2 else 12)
+    canvas = SequenceBuffer.from_prompts(IDS[1:], None, new_tokens, 4, MASK)
+    assert canvas.token_ids.shape[1] == (8 if new_tokens <= 2 else 12)
 
 
 def test_new_tokens_are_read_from_behind_each_prompt():
-    canvas = lay_out(IDS, REAL, 4, 4, MASK)
-    canvas.text = torch.arange(24).view(2, 12)
-    assert canvas.written(4).tolist() == [[5, 6, 7, 8], [18, 19, 20, 21]]
+    canvas = SequenceBuffer.from_prompts(IDS, REAL, 4, 4, MASK)
+    canvas.token_ids = torch.arange(24).view(2, 12)
+    assert canvas.new_token_ids(4).tolist() == [[5, 6, 7, 8], [18, 19, 20, 21]]
 
 
 def stop_rules(text: list[list[int]], criteria: list, new_tokens: int = 8, **config) -> StopRules:
     """Rules for rows whose prompt is one token, in blocks of 4 that are all written."""
     rows = torch.tensor(text)
-    canvas = lay_out(torch.full((len(rows), 1), 9), None, new_tokens, 4, MASK)
-    canvas.text[:, 1 : 1 + rows.shape[1]] = rows
+    canvas = SequenceBuffer.from_prompts(torch.full((len(rows), 1), 9), None, new_tokens, 4, MASK)
+    canvas.token_ids[:, 1 : 1 + rows.shape[1]] = rows
     config = BD3LMGenerationConfig(**{"pad_token_id": PAD, **config})
-    return StopRules(StoppingCriteriaList(criteria), canvas.text[:, :1], canvas, config)
+    return StopRules(StoppingCriteriaList(criteria), canvas.token_ids[:, :1], canvas, config)
 
 
 def test_each_row_ends_at_its_own_end_token_and_is_padded_behind_it():
@@ -69,7 +70,7 @@ def test_each_row_ends_at_its_own_end_token_and_is_padded_behind_it():
     assert stop.update(4).tolist() == []
     assert stop.all_finished
     assert stop.new_tokens().tolist() == [[5, EOS, PAD, PAD, PAD], [5, 6, 7, 8, EOS]]
-    assert stop.canvas.text[0, 3:].eq(PAD).all()
+    assert stop.buffer.token_ids[0, 3:].eq(PAD).all()
 
 
 def test_a_row_ends_at_its_length_whatever_the_length_criterion_says():
@@ -121,12 +122,12 @@ def test_rows_of_one_length_need_no_padding_token():
 @pytest.mark.parametrize("stride", [1, 2, 3, 4])
 def test_overlapping_blocks_write_every_column_once(stride, new_tokens):
     prompts = torch.tensor([[9, 9, 9, 9], [2, 9, 9, 9]])
-    canvas = lay_out(prompts, (prompts != 2).long(), new_tokens, 4, MASK, stride)
-    times = torch.zeros(canvas.text.shape, dtype=torch.long)
+    canvas = SequenceBuffer.from_prompts(prompts, (prompts != 2).long(), new_tokens, 4, MASK, stride)
+    times = torch.zeros(canvas.token_ids.shape, dtype=torch.long)
     for begin in canvas.blocks():
-        times[:, begin : begin + 4] += canvas.gaps(begin)
+        times[:, begin : begin + 4] += canvas.new_positions(begin)
     for row in range(2):
-        end = int(canvas.host_prompt_end[row])
+        end = int(canvas.prompt_end_cpu[row])
         assert not times[row, :end].any() and (times[row, end : end + new_tokens] == 1).all()
-        alone = lay_out(prompts[row : row + 1, row:], None, new_tokens, 4, MASK, stride)
-        assert canvas.first_block - int(canvas.start[row]) == alone.first_block
+        alone = SequenceBuffer.from_prompts(prompts[row : row + 1, row:], None, new_tokens, 4, MASK, stride)
+        assert canvas.first_block - int(canvas.row_start[row]) == alone.first_block

@@ -7,7 +7,7 @@ from transformers.generation import RepetitionPenaltyLogitsProcessor, Temperatur
 from writing import MASK, batch_of, new_tokens, prompts_of, write
 
 from bd3lm_hf.modeling.decoding_bd3lm import BlockWriter
-from bd3lm_hf.modeling.decoding_state_bd3lm import lay_out
+from bd3lm_hf.modeling.decoding_state_bd3lm import SequenceBuffer
 from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
 
 
@@ -34,10 +34,10 @@ def test_a_processor_that_reads_the_text_sees_all_of_it(make_model):
     ("processor", "in_order"), [(TemperatureLogitsWarper(0.7), False), (RepetitionPenaltyLogitsProcessor(1.1), True)]
 )
 def test_only_processors_that_read_the_text_fix_the_order(make_model, processor, in_order):
-    model, canvas = make_model(), lay_out(torch.ones(1, 4, dtype=torch.long), None, 4, 4, MASK)
+    model, canvas = make_model(), SequenceBuffer.from_prompts(torch.ones(1, 4, dtype=torch.long), None, 4, 4, MASK)
     config = BD3LMGenerationConfig(do_sample=True)
-    writer = BlockWriter(model, canvas, canvas.text[:, :4], LogitsProcessorList([processor]), config)
-    assert writer.in_order is in_order
+    writer = BlockWriter(model, canvas, canvas.token_ids[:, :4], LogitsProcessorList([processor]), config)
+    assert writer.left_to_right is in_order
 
 
 def test_rows_at_different_places_are_processed_at_their_own(make_model):
@@ -52,5 +52,5 @@ def test_rows_at_different_places_are_processed_at_their_own(make_model):
 
 
 def test_constraints_that_leave_no_token_are_an_error(make_model):
-    with pytest.raises(ValueError, match="leave no token to choose from.*loosen the constraints"):
+    with pytest.raises(ValueError, match="forbid every token.*loosen the constraints"):
         write(make_model(), input_ids=prompts_of([4])[0][None], prefix_allowed_tokens_fn=lambda row, ids: [MASK])

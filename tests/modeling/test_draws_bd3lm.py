@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from published_samplers import draw_published
 from safetensors.torch import load_file
 
 from bd3lm_hf.modeling import samplers_bd3lm
-from bd3lm_hf.modeling.logits_process_bd3lm import wide_float
+from bd3lm_hf.modeling.noise_bd3lm import wide_float
 from bd3lm_hf.modeling.samplers_bd3lm import (
     SAMPLING_DTYPES,
     check_generators,
-    draw_published,
     random_uniform,
     sample_categorical,
     token_probability,
@@ -116,5 +116,5 @@ def test_a_row_with_a_source_of_its_own_gets_the_numbers_that_it_would_get_alone
 def test_a_list_of_sources_has_one_for_each_row():
     check_generators([torch.Generator()] * 2, 2)
     check_generators(torch.Generator(), 2)
-    with pytest.raises(ValueError, match="3 generators for 2 rows: give one for each row, or a single one"):
+    with pytest.raises(ValueError, match="3 generators for 2 rows: pass one per row, or a single one"):
         check_generators([torch.Generator()] * 3, 2)

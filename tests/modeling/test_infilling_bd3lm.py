@@ -197,7 +197,7 @@ def test_the_fill_mask_pipeline_agrees(make_model, tiny_tokenizer):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_new_tokens": 3}, "infill does not take max_new_tokens: it replaces the mask tokens"),
+        ({"max_new_tokens": 3}, "infill does not take max_new_tokens: it replaces mask tokens"),
         ({"num_beams": 2, "stop_strings": ["a"]}, "infill does not take stop_strings, num_beams"),
         ({"output_scores": True}, "does not take output_scores"),
         ({"labels": torch.ones(1, 3)}, "does not take labels"),
@@ -205,7 +205,7 @@ def test_the_fill_mask_pipeline_agrees(make_model, tiny_tokenizer):
         ({"sampler": "magic"}, "sampler='magic' is unknown"),
         ({"attention_mask": torch.ones(1, 2)}, r"attention_mask of shape \(1, 2\) does not fit"),
         ({"attention_mask": torch.zeros(1, 3)}, "empty prompt"),
-        ({"input_ids": torch.tensor([5, M])}, r"input_ids of shape \(2,\): give texts of shape \(batch, length\)"),
+        ({"input_ids": torch.tensor([5, M])}, r"input_ids of shape \(2,\): pass texts of shape \(batch, length\)"),
         ({"input_ids": torch.tensor([[5, 48, M]])}, "holds the id 48, outside the vocabulary"),
         ({"input_ids": torch.full((1, 33), M)}, "the prompt has 33 tokens, more than the model's window"),
     ],
@@ -217,5 +217,5 @@ def test_what_can_not_be_filled_is_refused(model, arguments, message):
 
 
 def test_generate_points_to_infill(model):
-    with pytest.raises(ValueError, match=r"does not fill gaps in it; model.infill\(input_ids\) does"):
+    with pytest.raises(ValueError, match=r"model.infill\(input_ids\) does"):
         model.generate(torch.tensor([[5, M, 7]]), max_new_tokens=3)

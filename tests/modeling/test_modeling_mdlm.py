@@ -212,7 +212,7 @@ def test_what_a_window_adds_is_streamed_once(randomize):
     ("fields", "message"),
     [
         ({"window_stride": 9}, "window_stride=9 would skip tokens: give at most the window, model_length=8"),
-        ({"window_stride": 0}, "window_stride=0: give a whole number of tokens"),
+        ({"window_stride": 0}, "window_stride=0"),
         (
             {"sampler": "analytic"},
             "sampler='analytic' does not fit what a MDLMForMaskedLM predicts: choose 'first_hit",

@@ -131,7 +131,7 @@ def test_finished_rows_leave_the_network_and_change_nothing(make_model, monkeypa
     monkeypatch.setattr(model.backbone, "run", counted)
     compact, saved = generate(), sizes.copy()
     sizes.clear()
-    monkeypatch.setattr(BlockForward, "leave_out", lambda self, finished: None)
+    monkeypatch.setattr(BlockForward, "drop_finished", lambda self, finished: None)
     assert torch.equal(compact, generate())
     assert len(saved) == len(sizes) and set(sizes) == {8}
     # Half of the rows or more go at a time, and none comes back.

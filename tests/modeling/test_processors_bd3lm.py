@@ -15,7 +15,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from bd3lm_hf.modeling.decoding_state_bd3lm import lay_out
+from bd3lm_hf.modeling.decoding_state_bd3lm import SequenceBuffer
 from bd3lm_hf.modeling.logits_process_bd3lm import NucleusLogitsProcessor, PositionProcessors
 
 
@@ -82,8 +82,8 @@ class Recorder(LogitsProcessor):
 def processors_of(*processors) -> PositionProcessors:
     """For two rows: one with a prompt of 2 and new tokens 10, 11, ..., one with a prompt of 5 and 20, 21, ..."""
     prompt = torch.tensor([[2, 2, 2, 8, 9], [3, 4, 5, 6, 7]])
-    canvas = lay_out(prompt, (prompt != 2).long(), 4, 4, 47)
-    canvas.text[0, 6:], canvas.text[1, 5:] = torch.arange(10, 16), torch.arange(20, 27)
+    canvas = SequenceBuffer.from_prompts(prompt, (prompt != 2).long(), 4, 4, 47)
+    canvas.token_ids[0, 6:], canvas.token_ids[1, 5:] = torch.arange(10, 16), torch.arange(20, 27)
     return PositionProcessors(LogitsProcessorList(processors), canvas, prompt)
 
 
@@ -124,4 +124,4 @@ def test_a_processor_that_reads_the_length_gets_that_of_each_place():
 )
 def test_what_a_processor_reads_is_known_or_taken_to_be_all(processor, reading, forbidding):
     processors = processors_of(processor)
-    assert (bool(processors.reading), processors.forbidding) == (reading, forbidding)
+    assert (bool(processors.text_readers), processors.can_forbid_all) == (reading, forbidding)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from published_samplers import ancestral_weights, draw_published
 from safetensors.torch import load_file
 
 from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
@@ -20,8 +21,6 @@ from bd3lm_hf.modeling.samplers_bd3lm import (
     ParallelSampler,
     RevealState,
     Sampler,
-    ancestral_weights,
-    draw_published,
     hitting_times,
 )
 
@@ -42,7 +41,7 @@ def make(name: str, noise: str = "loglinear", timed: bool = False, **fields) -> 
 
 def round_of(masked: torch.Tensor, **fields) -> RevealState:
     generator = torch.Generator().manual_seed(fields.pop("seed", 0))
-    wanted = fields.pop("wanted", torch.ones_like(masked))
+    wanted = fields.pop("requested", torch.ones_like(masked))
     return RevealState(masked.clone(), wanted, **{"generator": generator, **fields})
 
 
@@ -50,8 +49,8 @@ def places_of(sampler: Sampler, work: RevealState) -> list[list[int]]:
     """The places of each step, where all predictions are accepted."""
     places = []
     for step in sampler.steps(work):
-        work.masked.view(-1)[step.places] = False
-        places.append(step.places.tolist())
+        work.masked.view(-1)[step.positions] = False
+        places.append(step.positions.tolist())
     return places
 
 
@@ -63,7 +62,7 @@ def test_the_samplers_have_the_public_names():
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("fields", [{}, {"random": False}, {"in_order": True}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"do_sample": False}, {"left_to_right": True}], ids=str)
 def test_every_masked_place_is_revealed_once_and_no_other(name, fields):
     places = sum(places_of(make(name, num_denoising_steps=3), round_of(MASKED, **fields)), [])
     assert sorted(places) == MASKED.flatten().nonzero().flatten().tolist()
@@ -72,7 +71,7 @@ def test_every_masked_place_is_revealed_once_and_no_other(name, fields):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_nothing_masked_takes_no_step(name):
     assert not places_of(make(name), round_of(torch.zeros(2, 4, dtype=torch.bool)))
-    assert not places_of(make(name), round_of(MASKED, wanted=torch.zeros_like(MASKED)))
+    assert not places_of(make(name), round_of(MASKED, requested=torch.zeros_like(MASKED)))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -86,9 +85,9 @@ def test_a_round_repeats_itself_with_its_generator(name):
 @pytest.mark.parametrize("name", ["first_hitting", "ancestral"])
 def test_a_row_is_planned_alone(name):
     # Without chance, what a row does depends on no other row.
-    whole = places_of(make(name), round_of(MASKED, random=False))
+    whole = places_of(make(name), round_of(MASKED, do_sample=False))
     for row in range(3):
-        alone = places_of(make(name), round_of(MASKED[row : row + 1], random=False))
+        alone = places_of(make(name), round_of(MASKED[row : row + 1], do_sample=False))
         mine = [[place - 4 * row for place in step if place // 4 == row] for step in whole]
         assert [step for step in mine if step] == alone
 
@@ -102,7 +101,7 @@ def test_first_hitting_reveals_one_place_per_row_and_step():
     assert [sorted(place // 4 for place in step) for step in places] == [[0, 2], [0, 2], [0, 2], [2]]
 
 
-@pytest.mark.parametrize("fields", [{"random": False}, {"in_order": True}], ids=str)
+@pytest.mark.parametrize("fields", [{"do_sample": False}, {"left_to_right": True}], ids=str)
 def test_without_chance_or_for_a_reader_places_are_revealed_from_left_to_right(fields):
     masked = torch.tensor([[False, True, True, False, True]])
     assert places_of(make("first_hitting"), round_of(masked, **fields)) == [[1], [2], [4]]
@@ -111,7 +110,7 @@ def test_without_chance_or_for_a_reader_places_are_revealed_from_left_to_right(f
 def test_every_order_is_equally_likely():
     masked = torch.tensor([True, True, False, True]).expand(12_000, 4)
     steps = list(make("first_hitting").steps(round_of(masked)))
-    order = torch.stack([step.places % 4 for step in steps], 1)
+    order = torch.stack([step.positions % 4 for step in steps], 1)
     counts = collections.Counter(tuple(row) for row in order.tolist())
     assert len(counts) == 6
     # A count is binomial with mean 2000 and standard deviation 41.
@@ -123,7 +122,7 @@ def test_no_step_is_taken_for_places_that_nobody_asked_for():
     lengths = collections.Counter()
     for value in range(200):
         masked = torch.ones(1, 4, dtype=torch.bool)
-        places = sum(places_of(make("first_hitting"), round_of(masked, wanted=wanted, seed=value)), [])
+        places = sum(places_of(make("first_hitting"), round_of(masked, requested=wanted, seed=value)), [])
         assert places[-1] in (0, 1) and {0, 1} <= set(places)
         lengths[len(places)] += 1
     assert set(lengths) == {2, 3, 4}
@@ -151,8 +150,8 @@ def test_without_chance_the_hitting_time_is_its_mean():
 
 
 def test_a_time_conditioned_model_is_told_the_hitting_times():
-    work = round_of(MASKED, random=False)
-    chances = torch.stack([step.chance for step in make("first_hitting", timed=True).steps(work)])
+    work = round_of(MASKED, do_sample=False)
+    chances = torch.stack([step.mask_prob for step in make("first_hitting", timed=True).steps(work)])
     expected = torch.tensor([[3 / 4, 0, 4 / 5], [2 / 4, 0, 3 / 5], [1 / 4, 0, 2 / 5], [0, 0, 1 / 5]])
     torch.testing.assert_close(chances, expected)
 
@@ -206,20 +205,20 @@ def test_a_step_in_which_nothing_of_a_row_is_hit_is_left_out():
 
 def test_without_chance_the_steps_share_a_block_evenly():
     masked = torch.ones(1, 8, dtype=torch.bool)
-    places = places_of(make("ancestral", num_denoising_steps=4), round_of(masked, random=False))
+    places = places_of(make("ancestral", num_denoising_steps=4), round_of(masked, do_sample=False))
     assert places == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 def test_a_reader_gets_the_drawn_steps_from_left_to_right():
     masked = torch.ones(1, 32, dtype=torch.bool)
-    when, _ = make("ancestral", num_denoising_steps=5).hits(round_of(masked, in_order=True))
+    when, _ = make("ancestral", num_denoising_steps=5).hits(round_of(masked, left_to_right=True))
     chance, _ = make("ancestral", num_denoising_steps=5).hits(round_of(masked))
     assert when[0].tolist() == sorted(chance[0].tolist()) != chance[0].tolist()
 
 
 def test_by_default_there_are_as_many_steps_as_tokens_in_a_block():
     masked = torch.ones(1, 4, dtype=torch.bool)
-    assert places_of(make("ancestral"), round_of(masked, random=False)) == [[0], [1], [2], [3]]
+    assert places_of(make("ancestral"), round_of(masked, do_sample=False)) == [[0], [1], [2], [3]]
 
 
 # --- Parallel samplers -----------------------------------------------------------------------------------------------
@@ -265,8 +264,8 @@ def test_a_reader_gets_a_run_from_the_left(name):
     certain = 0.999
     masked = [[True, True, True, True], [False, True, True, True]]
     certainty = [certain, certain, 0.1, certain, 0.1, 0.1, certain]
-    assert accepted(sampler, masked, certainty, in_order=True)[4:] == [True, False, False]
-    run = accepted(sampler, masked, certainty, in_order=True)[:4]
+    assert accepted(sampler, masked, certainty, left_to_right=True)[4:] == [True, False, False]
+    run = accepted(sampler, masked, certainty, left_to_right=True)[:4]
     # Two certain tokens and any third one tell little about one another; a fourth would be too much.
     assert run == ([True, True, False, False] if name == "confidence" else [True, True, True, False])
 
@@ -289,7 +288,7 @@ def test_entropy_bound_takes_places_while_their_mutual_information_is_bounded(bo
         expected[place] = True
     sampler = make("entropy_bound", entropy_bound=bound)
     assert isinstance(sampler, EntropyBoundSampler)
-    assert accepted(sampler, [[True] * 5], certainty, in_order=in_order) == expected
+    assert accepted(sampler, [[True] * 5], certainty, left_to_right=in_order) == expected
     assert expected[order[0]]  # one at least
 
 
@@ -301,10 +300,10 @@ def test_with_a_number_of_steps_enough_are_accepted_to_finish_in_time(name, step
     work = round_of(torch.tensor([[True] * 5, [False, True, True, False, False]]))
     sizes = []
     for step in sampler.steps(work):
-        scores = scores_of([0.5 - 0.01 * i for i in range(len(step.places))])
+        scores = scores_of([0.5 - 0.01 * i for i in range(len(step.positions))])
         taken = sampler.accept(work, step, torch.zeros(len(scores), dtype=torch.long), scores)
-        work.masked.view(-1)[step.places] = ~taken
-        rows = step.places[taken] // 5
+        work.masked.view(-1)[step.positions] = ~taken
+        rows = step.positions[taken] // 5
         sizes.append((int((rows == 0).sum()), int((rows == 1).sum())))
     assert len(sizes) == min(steps, 5)
     for row, count in ((0, 5), (1, 2)):
@@ -317,7 +316,7 @@ def test_with_a_number_of_steps_enough_are_accepted_to_finish_in_time(name, step
 
 def test_a_time_conditioned_model_is_told_the_masked_share_of_a_block():
     step = next(iter(make("confidence", timed=True).steps(round_of(MASKED))))
-    assert step.chance.tolist() == [0.75, 0.0, 1.0]
+    assert step.mask_prob.tolist() == [0.75, 0.0, 1.0]
 
 
 def test_every_rule_is_a_sampler_of_its_own():

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
-from bd3lm_hf.modeling.decoding_bd3lm import sequence_columns
+from bd3lm_hf.modeling.decoding_bd3lm import Trace
+from bd3lm_hf.modeling.decoding_state_bd3lm import SequenceBuffer
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS
 
@@ -78,7 +79,7 @@ def test_what_is_masked_once_more_is_seen_to_be(model):
 def test_a_trace_is_made_only_when_it_is_asked_for(model):
     output = model.generate(RAGGED, max_new_tokens=4, return_dict_in_generate=True)
     assert output.trace is None
-    with pytest.raises(ValueError, match="output_trace=True has no place.*set return_dict_in_generate=True too"):
+    with pytest.raises(ValueError, match="output_trace=True needs return_dict_in_generate=True"):
         model.generate(RAGGED, max_new_tokens=4, output_trace=True)
 
 
@@ -92,5 +93,7 @@ def test_a_trace_is_made_only_when_it_is_asked_for(model):
 )
 def test_columns_of_the_canvas_are_found_in_the_result(real, continued, expected):
     real = torch.tensor(real).bool()
-    columns = sequence_columns(7, torch.tensor([2, 0]), real, continued=continued)
-    assert columns.tolist() == expected
+    token_ids = torch.zeros(2, 7, dtype=torch.long)
+    blanks = None if continued else token_ids.bool()
+    buffer = SequenceBuffer(token_ids, torch.tensor([2, 0]), real.sum(1), 0, 7, 1, None, blanks)
+    assert Trace(buffer, real.long(), real).columns.tolist() == expected

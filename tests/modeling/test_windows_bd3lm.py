@@ -15,7 +15,7 @@ from writing import MASK, batch_of, new_tokens, prompts_of, write
 from bd3lm_hf.modeling.cache_bd3lm import BlockCache
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.decoding_bd3lm import BlockWriter
-from bd3lm_hf.modeling.decoding_state_bd3lm import lay_out
+from bd3lm_hf.modeling.decoding_state_bd3lm import SequenceBuffer
 from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
 from bd3lm_hf.modeling.layers_bd3lm import apply_rotary
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
@@ -149,12 +149,12 @@ def test_the_moving_window_reproduces_the_published_logits(kind, window, name):
     model = BD3LMForMaskedLM(config).eval()
     model.load_state_dict(load_file(GOLDEN / "weights.safetensors"))
     ids = golden["adaln.bs16.slide_ids"]
-    canvas = lay_out(ids[:, :32], None, 16, 16, 96)
-    canvas.text[:] = ids
+    canvas = SequenceBuffer.from_prompts(ids[:, :32], None, 16, 16, 96)
+    canvas.token_ids[:] = ids
     cache, options = None if kind is None else new_cache(kind, model), BD3LMGenerationConfig(window=window)
     writer = BlockWriter(model, canvas, ids[:, :32], LogitsProcessorList(), options, cache)
     with torch.no_grad():
-        rows = [writer.passes.logits(32, torch.tensor([place]), torch.ones(1)) for place in range(16)]
+        rows = [writer.forward.logits(32, torch.tensor([place]), torch.ones(1)) for place in range(16)]
     torch.testing.assert_close(torch.stack(rows, 1), golden[f"adaln.bs16.{name}"], atol=1e-5, rtol=0)
 
 

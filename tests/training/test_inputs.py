@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from bd3lm_hf.data import documents
-from bd3lm_hf.data.files import Messages, PromptCompletion, TextRow
+from bd3lm_hf.data.schemas import Messages, PromptCompletion, TextRow
 from bd3lm_hf.data.streaming import PackedStream
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.training.command_line import parse_arguments

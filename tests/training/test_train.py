@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from bd3lm_hf.cli import main as cli
-from bd3lm_hf.data.documents import load_text, pack
+from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.evaluation.perplexity import perplexity
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM

@@ -1,0 +1,235 @@
+"""Records of data files (text, JSON, CSV, parquet), each with its line, and with a fault where it cannot be read.
+
+One reader serves loading, streaming, error messages and `skip_bad_rows`, so that they cannot disagree. It parses JSON
+and CSV itself, because the readers of `datasets` re-spell strings that look like times, fill short CSV rows, and lose
+a whole file to one bad line.
+"""
+
+import codecs
+import csv
+import io
+import itertools
+import json
+import lzma
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bd3lm_hf.data.schemas import OBJECTS, RECORD_COLUMNS
+from bd3lm_hf.data.sources import COMPRESSIONS, ENDINGS, data_ending
+
+
+_MAX_PROBED = 100  # records that are looked at to find the columns of a file
+
+_NOT_UTF8 = "cannot be decoded: the file is not UTF-8, convert it (for instance with iconv -t UTF-8)"
+
+
+class Record(NamedTuple):
+    """One record of a file, or a fault that may cover several."""
+
+    position: str  # "line 5" of text, counted from 1; "row 4", counted from 0
+    content: dict[str, Any] | None  # None if it cannot be read
+    fault: str = ""  # a predicate, such as "is not JSON: ..."
+
+
+def read_records(path: str | Path, columns: Sequence[str] | None = None) -> Iterator[Record]:
+    """Yield all records of a data file, faults in their positions.
+
+    Args:
+        columns: columns that are needed, or None for all. Only parquet files leave out the others.
+    """
+    ending = data_ending(path)
+    try:
+        if ending == ".parquet":
+            yield from _parquet(path, columns)
+            return
+        with _open(Path(path)) as file:
+            yield from _READERS[ENDINGS[ending]](file, ending)
+    except (OSError, EOFError, lzma.LZMAError, pa.ArrowException, csv.Error) as error:
+        yield Record("the rest", None, f"cannot be read: {error}")
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open a file whose last ending may name a compression; Arrow knows all but one without further packages."""
+    ending = path.suffix.lower()
+    if ending == ".xz":
+        return cast(BinaryIO, lzma.open(path))
+    return cast(BinaryIO, io.BufferedReader(pa.input_stream(path, compression=COMPRESSIONS.get(ending))))
+
+
+def columns_of(path: str | Path) -> dict[str, str]:
+    """Return the columns of a data file and the kind of each; empty if no record can be read."""
+    if data_ending(path) == ".parquet":
+        try:
+            return kinds_of(pq.read_schema(path))
+        except (OSError, pa.ArrowException):
+            return {}
+    found: dict[str, str] = {}
+    for record in itertools.islice(read_records(path), _MAX_PROBED):
+        for name, value in (record.content or {}).items():
+            # The first value that is not null decides, unless there is text: then the others are faults.
+            kind = _kind(value)
+            if kind == "string" or found.get(name, "null") == "null":
+                found[name] = kind
+    return found
+
+
+def kinds_of(schema: pa.Schema) -> dict[str, str]:
+    """Return the columns of an Arrow schema and the kind of each."""
+    return {field.name: _arrow_kind(field.type) for field in schema}
+
+
+def _arrow_kind(kind: pa.DataType) -> str:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return "string"
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return OBJECTS if is_list and pa.types.is_struct(kind.value_type) else str(kind)
+
+
+def _kind(value: Any) -> str:
+    if value is None or value == []:
+        return "null"
+    if isinstance(value, list) and isinstance(value[0], dict):
+        return OBJECTS
+    return "string" if isinstance(value, str) else type(value).__name__
+
+
+def _text(file: BinaryIO, _: str) -> Iterator[Record]:
+    content = file.read()
+    try:
+        text = content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        yield Record(f"byte {error.start}", None, _NOT_UTF8)
+    else:
+        yield Record("the text", {"text": text.replace("\r\n", "\n").replace("\r", "\n")})
+
+
+def _json(file: BinaryIO, ending: str) -> Iterator[Record]:
+    """Yield records line by line, or those of one document (a list of records, or an object that holds the list)."""
+    head: list[bytes] = []
+    filled = 0  # lines that are not blank, of which two show the layout
+    while filled < 2 and (line := file.readline()):
+        line = line if head else line.removeprefix(codecs.BOM_UTF8)
+        head.append(line)
+        filled += bool(line.strip())
+    lines = itertools.chain(head, file)
+    begins_list = b"".join(head).lstrip().startswith(b"[")
+    if filled == 2 and not begins_list and any(_json_line("", line).content for line in head):
+        yield from _json_lines(lines)
+        return
+    content = list(lines)  # a document must be parsed as a whole
+    if not any(line.strip() for line in content):
+        return
+    try:
+        document = json.loads(b"".join(content).decode("utf-8"))
+    except ValueError as error:
+        records = list(_json_lines(content))
+        if any(record.content is not None for record in records):
+            yield from records
+        elif isinstance(error, UnicodeDecodeError):
+            yield Record(f"byte {error.start}", None, _NOT_UTF8)
+        else:
+            yield Record("the text", None, f"is not JSON: {error}")
+    else:
+        yield from _document(document, expand=ending == ".json")
+
+
+def _document(document: Any, *, expand: bool) -> Iterator[Record]:
+    if isinstance(document, dict) and expand and not RECORD_COLUMNS & set(document):
+        lists = [name for name, value in document.items() if _kind(value) == OBJECTS]
+        if len(lists) > 1:
+            yield Record("the text", None, f"holds several lists of records ({', '.join(lists)}): keep one of them")
+            return
+        document = document[lists[0]] if lists else document
+    for index, value in enumerate(document if isinstance(document, list) else [document]):
+        yield _object(f"row {index}", value)
+
+
+def _json_lines(lines: Iterable[bytes]) -> Iterator[Record]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield _json_line(f"line {number}", line)
+
+
+def _json_line(position: str, line: bytes) -> Record:
+    try:
+        return _object(position, json.loads(line.decode("utf-8")))
+    except ValueError as error:  # not JSON, or not UTF-8
+        return Record(position, None, f"is not JSON: {error}")
+
+
+def _object(position: str, value: Any) -> Record:
+    if isinstance(value, dict):
+        return Record(position, value)
+    return Record(position, None, f"is not a JSON object, but {type(value).__name__}")
+
+
+def _csv(file: BinaryIO, ending: str) -> Iterator[Record]:
+    """Yield the rows below the header, which decides among the delimiters: the one that makes most columns."""
+    csv.field_size_limit(sys.maxsize)
+    marks = "\t,;|" if ending == ".tsv" else ",;\t|"
+    # A byte that is not UTF-8 becomes a lone surrogate, so that it is a fault of its own row alone.
+    with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        header = lines.readline()
+        delimiter = max(marks, key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
+        # Not strict, a quotation mark that nothing closes would swallow all later rows.
+        reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+        yield from _csv_rows(reader)
+
+
+def _csv_rows(reader: csv.DictReader) -> Iterator[Record]:
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Record(f"line {reader.reader.line_num}", None, f"is not CSV: {error}")
+            continue
+        position, width = f"line {reader.line_num}", len(reader.fieldnames or ())
+        if None in row or None in row.values():
+            num_fields = width + len(row.get(None) or ()) - sum(value is None for value in row.values())
+            yield Record(position, None, f"has {num_fields} fields, not {width}")
+        else:
+            yield Record(position, dict(row))
+
+
+def _parquet(path: str | Path, columns: Sequence[str] | None) -> Iterator[Record]:
+    """Yield rows by row group; a damaged page takes the rest of its group with it."""
+    file = pq.ParquetFile(path, page_checksum_verification=True)
+    index = 0
+    for group in range(file.num_row_groups):
+        end = index + file.metadata.row_group(group).num_rows
+        try:
+            for batch in file.iter_batches(batch_size=1000, row_groups=[group], columns=columns):
+                yield from _records_of(batch, index)
+                index += len(batch)
+        except (OSError, pa.ArrowException) as error:
+            position = f"rows {index} to {end - 1}" if index < end - 1 else f"row {index}"
+            yield Record(position, None, f"cannot be read: {error}")
+            index = end
+
+
+def _records_of(batch: pa.RecordBatch, index: int) -> Iterator[Record]:
+    """Yield the rows of a batch whose first one has this index in its file."""
+    try:
+        batch.validate(full=True)  # parquet is read without decoding its text
+    except pa.ArrowException as error:
+        if len(batch) == 1:
+            yield Record(f"row {index}", None, f"cannot be read: {error}")
+            return
+        for offset in range(len(batch)):
+            yield from _records_of(batch.slice(offset, 1), index + offset)
+        return
+    yield from (Record(f"row {index + offset}", row) for offset, row in enumerate(batch.to_pylist()))
+
+
+_READERS: dict[str, Callable[[BinaryIO, str], Iterator[Record]]] = {"text": _text, "json": _json, "csv": _csv}
+
+__all__ = ["Record", "columns_of", "kinds_of", "read_records"]

@@ -1,0 +1,321 @@
+"""Schemas: how a record of a source becomes columns of strings (text, prompt and completion, or messages).
+
+A record is a mapping of column names to values, whichever file or repository it comes from.
+"""
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+#: Speakers of ShareGPT conversations (`from` and `value`) -> roles of chat templates.
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+_MESSAGE_COLUMNS = ("messages", "conversations")
+
+#: Kind of a column that holds lists of objects, such as messages.
+OBJECTS = "list of objects"
+
+#: Columns that mark a JSON object as a record, not as a document with records inside.
+RECORD_COLUMNS = frozenset({"text", "prompt", "completion", *_MESSAGE_COLUMNS})
+
+
+class Schema:
+    """Convert records to columns of strings.
+
+    `resolved` chooses the source's columns once for a dataset, `read` converts one record.
+
+    Attributes:
+        names: columns that `read` returns.
+        columns: columns of the source that `read` looks at.
+    """
+
+    names: tuple[str, ...]
+    columns: tuple[str, ...]
+
+    @classmethod
+    def fits(cls, found: Mapping[str, str]) -> bool:
+        """Return whether a dataset with these columns has this schema."""
+        return all(found.get(name) in ("string", "null") for name in cls.names)
+
+    def resolved(self, found: Mapping[str, str], origin: str) -> "Schema":
+        """Return this schema with its columns chosen among those of a dataset.
+
+        Args:
+            found: the source's columns and the kind of each ("string", `OBJECTS`, "int64", ...).
+            origin: name of the dataset, for messages.
+
+        Raises:
+            ValueError: if a column is missing or holds something else.
+        """
+        raise NotImplementedError
+
+    def read(self, record: Mapping[str, Any]) -> dict[str, str]:
+        """Return the record's strings.
+
+        Raises:
+            ValueError: if the record does not follow the schema; the message is a predicate ("has no text (null)").
+        """
+        raise NotImplementedError
+
+
+class TextRow(Schema):
+    """Documents.
+
+    Args:
+        column: column of the text; None looks for "text", then for the only column of strings.
+    """
+
+    names = ("text",)
+
+    def __init__(self, column: str | None = None) -> None:
+        self.column = column
+        self.columns = (column or "text",)
+
+    def resolved(self, found: Mapping[str, str], origin: str) -> "TextRow":
+        strings = [name for name, kind in found.items() if kind == "string"]
+        column = self.column
+        if column is None and "text" in found:
+            column = "text"
+        # Next to lists of messages a lone string is rarely the text: conversations often have an id.
+        if column is None and len(strings) == 1 and OBJECTS not in found.values():
+            column = strings[0]
+        if column is None:
+            raise ValueError(
+                f"Which column of {origin!r} holds the text? Set text_column. To fine-tune, name the columns 'prompt' "
+                f"and 'completion', or 'messages'. Its columns are: {_listed(found)}."
+            )
+        if column not in found:
+            raise ValueError(
+                f"The dataset {origin!r} has no column {column!r}; its columns are: {_listed(found)}. Set text_column."
+            )
+        if column not in strings and found[column] != "null":
+            raise ValueError(
+                f"The column {column!r} of {origin!r} holds {found[column]}, not text; its columns are: "
+                f"{_listed(found)}."
+            )
+        return TextRow(column)
+
+    def read(self, record: Mapping[str, Any]) -> dict[str, str]:
+        return {"text": _string(record, self.columns[0])}
+
+
+class PromptCompletion(Schema):
+    """A prompt, which is given, and its completion, which is learned."""
+
+    names = columns = ("prompt", "completion")
+
+    def resolved(self, found: Mapping[str, str], origin: str) -> "PromptCompletion":
+        for name in self.names:
+            if name not in found:
+                raise ValueError(
+                    f"The dataset {origin!r} has no column {name!r}; its columns are: {_listed(found)}. Wanted are "
+                    "'prompt' and 'completion'."
+                )
+            if found[name] == OBJECTS:
+                raise ValueError(
+                    f"The column {name!r} of {origin!r} holds messages, not text: read it with data_format='messages'."
+                )
+        return self
+
+    def read(self, record: Mapping[str, Any]) -> dict[str, str]:
+        return {name: _string(record, name) for name in self.names}
+
+
+class Messages(Schema):
+    """Conversations: lists of objects with `role` and `content`, kept as JSON in the column `messages`.
+
+    They are read from `messages`, from `conversations` (also with ShareGPT's `from` and `value`), or from `prompt` and
+    `completion` as TRL writes them; the assistant's turns of such a prompt get `weight` 0, which is OpenAI's mark of a
+    turn that is not learned. The tools of a dataset that has a column `tools` are kept in that column.
+    """
+
+    names = ("messages",)
+
+    def __init__(self, columns: Sequence[str] = ("messages",), *, with_tools: bool = False) -> None:
+        tools = ("tools",) * with_tools
+        self.source = tuple(columns)
+        self.names = ("messages", *tools)
+        self.columns = (*columns, *tools)
+
+    @classmethod
+    def fits(cls, found: Mapping[str, str]) -> bool:
+        return _message_source(found) is not None
+
+    def resolved(self, found: Mapping[str, str], origin: str) -> "Messages":
+        source = _message_source(found)
+        if source is None:
+            raise ValueError(
+                f"The dataset {origin!r} has no column 'messages'; its columns are: {_listed(found)}. Wanted is "
+                "'messages' with role and content, 'conversations' with from and value, or lists of messages in "
+                "'prompt' and 'completion'."
+            )
+        return Messages(source, with_tools="tools" in found)
+
+    def read(self, record: Mapping[str, Any]) -> dict[str, str]:
+        messages = []
+        for column in self.source:
+            turns = _messages(record.get(column), column)
+            messages += [{**turn, "weight": 0} if column == "prompt" and is_learned(turn) else turn for turn in turns]
+        if not any(map(is_learned, messages)):
+            raise ValueError("has no message of the role 'assistant' to learn")
+        strings = {"messages": json.dumps(messages, ensure_ascii=False, default=str)}
+        if "tools" in self.columns:
+            strings["tools"] = _tools(record.get("tools"))
+        return {name: _encodable(value, name) for name, value in strings.items()}
+
+
+#: Every schema by the name that users choose it by.
+SCHEMAS: dict[str, type[Schema]] = {"text": TextRow, "prompt_completion": PromptCompletion, "messages": Messages}
+
+
+def detect_schema(found: Mapping[str, str], origin: str) -> Schema:
+    """Return the schema of a dataset with these columns: text, unless the columns are those of another one.
+
+    Raises:
+        ValueError: if several schemas fit.
+    """
+    fitting = [name for name, schema in SCHEMAS.items() if schema.fits(found)]
+    if len(fitting) > 1:
+        raise ValueError(
+            f"The columns of {origin!r} fit several formats ({', '.join(fitting)}); choose one with data_format. Its "
+            f"columns are: {_listed(found)}."
+        )
+    return SCHEMAS[fitting[0]]() if fitting else TextRow()
+
+
+def is_learned(message: Mapping[str, Any]) -> bool:
+    """Return whether a message is a turn of the assistant that is learned."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def _message_source(found: Mapping[str, str]) -> tuple[str, ...] | None:
+    """Return the columns that hold the messages, or None if there are none."""
+    for column in _MESSAGE_COLUMNS:
+        if column in found:
+            return (column,)
+    if all(found.get(column) == OBJECTS for column in ("prompt", "completion")):
+        return ("prompt", "completion")
+    return None
+
+
+def _messages(value: Any, column: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        raise ValueError(f"has no list of messages with role and content in the column {column!r}")
+    return [_message(_without_nulls(message), column) for message in value]
+
+
+def _message(message: dict[str, Any], column: str) -> dict[str, Any]:
+    """Return one message in the form that chat templates read."""
+    if "from" in message:
+        speaker = message.pop("from")
+        if speaker not in _SHAREGPT_ROLES:
+            raise ValueError(
+                f"has a message from {speaker!r} in the column {column!r}; known are: {', '.join(_SHAREGPT_ROLES)}"
+            )
+        message = {"role": _SHAREGPT_ROLES[speaker], "content": message.pop("value", None), **message}
+    if not isinstance(message.get("role"), str):
+        raise ValueError(f"has a message without role in the column {column!r}")
+    for call in message.get("tool_calls", ()):
+        _parse_arguments(call)
+    content = message.get("content")
+    if isinstance(content, list):
+        content = _joined_parts(content, column)
+    # A message that calls a tool has no content. Templates print an empty string as nothing, but null as "None".
+    if content is None and "tool_calls" in message:
+        content = ""
+    if not isinstance(content, str):
+        raise ValueError(
+            f"has a message of the role {message['role']!r} without text in content, nor tool_calls, in the column "
+            f"{column!r}"
+        )
+    return {**message, "content": content}
+
+
+def _joined_parts(parts: list[Any], column: str) -> str:
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ValueError(f"has a message with a part of type {kind!r}, not text, in the column {column!r}")
+    return "".join(part["text"] for part in parts)
+
+
+def _parse_arguments(call: Any) -> None:
+    """Turn the arguments of a tool call, which OpenAI writes as a string of JSON, into the object templates expect."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise ValueError(f"has a tool call that is not an object: {call!r}")
+    if isinstance(function.get("arguments"), str):
+        # What is not JSON is learned as it is written.
+        with contextlib.suppress(ValueError):
+            function["arguments"] = json.loads(function["arguments"])
+
+
+def _tools(value: Any) -> str:
+    """Return the tools of a conversation as JSON, or an empty string if there are none."""
+    try:
+        tools = json.loads(value) if isinstance(value, str) and value else value
+    except ValueError as error:
+        raise ValueError(f"has a column 'tools' that is not JSON: {error}") from None
+    if not tools:
+        return ""
+    if not isinstance(tools, list):
+        raise ValueError(f"holds {type(tools).__name__} in the column 'tools', not a list")
+    return json.dumps(_without_nulls(tools), ensure_ascii=False, default=str)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drop the nulls with which a column of structs fills the fields that an object lacks."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _string(record: Mapping[str, Any], column: str) -> str:
+    value = record.get(column)
+    if isinstance(value, str):
+        return _encodable(value, column)
+    if value is None:
+        raise ValueError("has no text (null)" if column == "text" else f"has no text (null) in the column {column!r}")
+    raise ValueError(f"holds {type(value).__name__} in the column {column!r}, not text")
+
+
+def _encodable(value: str, column: str) -> str:
+    """Return the text, which JSON may spell with lone surrogates and a file with bytes that are not UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        found = value[error.start]
+        reason = "a byte that is not UTF-8" if "\udc80" <= found <= "\udcff" else f"the lone surrogate {found!a}"
+        raise ValueError(f"holds {reason} in the column {column!r}, at character {error.start}") from None
+    return value
+
+
+def _listed(found: Mapping[str, str]) -> str:
+    return ", ".join(found) or "none at all"
+
+
+__all__ = [
+    "Messages",
+    "OBJECTS",
+    "PromptCompletion",
+    "RECORD_COLUMNS",
+    "SCHEMAS",
+    "Schema",
+    "TextRow",
+    "detect_schema",
+    "is_learned",
+]

@@ -1,0 +1,299 @@
+import bz2
+import csv
+import datetime
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bd3lm_hf.data.documents import load_text
+from bd3lm_hf.data.files import find_faults, row_error, usable_rows
+from bd3lm_hf.data.records import columns_of, read_records
+from bd3lm_hf.data.schemas import OBJECTS, PromptCompletion, TextRow
+
+
+TEXTS = [f"text {i}" for i in range(40)]
+ROWS = [{"id": str(i), "text": text} for i, text in enumerate(TEXTS)]
+COMPRESS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "ZST": lambda content: pa.Codec("zstd").compress(content, asbytes=True),
+}
+
+
+def json_lines(path: Path, rows: list) -> Path:
+    """Write rows, of which strings are written as they are."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def contents(path: Path) -> list:
+    return [record.content for record in read_records(path)]
+
+
+def loaded(folder: Path, **settings) -> list[str]:
+    """Texts of the training split, equal whether streamed or not."""
+    whole, streamed = (
+        [row["text"] for row in load_text(str(folder), streaming=streaming, **settings)] for streaming in (False, True)
+    )
+    assert whole == streamed
+    return whole
+
+
+def refused(folder: Path, message: str) -> None:
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=message):
+            list(load_text(str(folder), streaming=streaming))
+
+
+def damaged_parquet(path: Path, group: int = 1, *, hidden: bool = False) -> Path:
+    """Four groups of ten rows; a page of one of them is overwritten, with text if the damage is to be hidden."""
+    options = {"row_group_size": 10, "use_dictionary": False, "write_page_checksum": True, "compression": "none"}
+    pq.write_table(pa.table({"text": TEXTS}), path, **options)
+    column = pq.ParquetFile(path).metadata.row_group(group).column(0)
+    content = bytearray(path.read_bytes())
+    end = column.data_page_offset + column.total_compressed_size
+    content[end - 8 : end] = bytes(8) if hidden else b"\xff" * 8
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl", "ndjson", "csv", "tsv", "parquet"])
+@pytest.mark.parametrize("compression", [None, "gz", "bz2", "xz", "ZST"])
+def test_every_format_yields_its_rows_with_their_positions(tmp_path: Path, ending: str, compression) -> None:
+    path = tmp_path / f"rows.{ending}"
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=7)
+    elif ending in ("csv", "tsv"):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["id", "text"], delimiter=",\t"[ending == "tsv"])
+            writer.writeheader()
+            writer.writerows(ROWS)
+    else:
+        path.write_text(json.dumps(ROWS) if ending == "json" else "\n".join(map(json.dumps, ROWS)))
+    if compression is not None:
+        if ending == "parquet":
+            pytest.skip("parquet compresses its own pages")
+        path = path.with_name(f"{path.name}.{compression}")
+        path.write_bytes(COMPRESS[compression](path.with_suffix("").read_bytes()))
+    found = list(read_records(path))
+    assert [record.content for record in found] == ROWS
+    position = {"json": "row 3", "parquet": "row 3", "csv": "line 5", "tsv": "line 5"}.get(ending, "line 4")
+    assert found[3].position == position
+
+
+@pytest.mark.parametrize("ending", ["txt", "md"])
+def test_a_text_file_is_one_record_without_mark_or_windows_line_ends(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"a.{ending}").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
+    assert contents(tmp_path / f"a.{ending}") == [{"text": "one\ntwo\nthree\n"}]
+
+
+DOCUMENTS = [
+    '{"text": "a"}\n{"text": "b"}\n',
+    '\ufeff{"text": "a"}\r\n\r\n   \n{"text": "b"}',
+    '[{"text": "a"}, {"text": "b"}]',
+    '[\n{"text": "a"},\n{"text": "b"}\n]',
+    '\ufeff\n{"version": 1, "data": [{"text": "a"}, {"text": "b"}]}',
+    '{\n "version": {"major": 1},\n "rows": [\n  {"text": "a"},\n  {"text": "b"}\n ]\n}\n',
+]
+
+
+@pytest.mark.parametrize("content", DOCUMENTS)
+def test_json_holds_records_by_line_in_a_list_or_inside_a_field(tmp_path: Path, content: str) -> None:
+    (tmp_path / "b.json").write_text(content, "utf-8")
+    assert contents(tmp_path / "b.json") == [{"text": "a"}, {"text": "b"}]
+
+
+def test_a_record_that_holds_a_list_is_one_record(tmp_path: Path) -> None:
+    record = {"messages": [{"role": "user", "content": "a"}], "id": 1}
+    (tmp_path / "one.json").write_text(json.dumps(record, indent=1))
+    assert contents(tmp_path / "one.json") == [record]
+    line = {"id": 1, "tags": [{"name": "a"}]}
+    assert contents(json_lines(tmp_path / "one.jsonl", [line])) == [line]
+    (tmp_path / "two.json").write_text(json.dumps({"a": [{"x": 1}], "b": [{"x": 1}]}))
+    (fault,) = read_records(tmp_path / "two.json")
+    assert "(a, b)" in fault.fault
+
+
+@pytest.mark.parametrize(
+    "content", ["id;text\n1;a, b\n", "id\ttext\n1\ta, b\n", "id|text\r\n1|a, b\r\n", '\ufeffid,text\n\n1,"a, b"\n']
+)
+def test_the_separator_of_a_csv_file_is_found(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.csv").write_bytes(content.encode())
+    assert contents(tmp_path / "a.csv") == [{"id": "1", "text": "a, b"}]
+
+
+def test_a_csv_file_of_one_column_and_words_for_null_are_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\nnull\nNA\n12\n2020-01-01\n")
+    assert [row["text"] for row in contents(tmp_path / "a.csv")] == ["null", "NA", "12", "2020-01-01"]
+
+
+def test_text_that_looks_like_a_time_and_other_columns_of_any_type_change_nothing(tmp_path: Path) -> None:
+    texts = ["2020-01-01T00:00:00", "2021-02-03 04:05:06"]
+    others = [1, {"a": [None, "x"]}]
+    rows = [{"text": text, "other": other} for text, other in zip(texts, others, strict=True)]
+    json_lines(tmp_path / "train.jsonl", rows)
+    json_lines(tmp_path / "dev.jsonl", [{"text": "x"}])
+    assert loaded(tmp_path) == texts
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
+)
+def test_every_column_of_strings_is_text_and_times_next_to_it_are_left_alone(tmp_path: Path, kind) -> None:
+    times = pa.array([1, 2], pa.timestamp("ns"))  # not representable as Python's times
+    pq.write_table(pa.table({"text": pa.array(["a", "b"]).cast(kind), "time": times}), tmp_path / "train.parquet")
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "dev.parquet")
+    assert loaded(tmp_path) == ["a", "b"]
+    pq.write_table(pa.table({"text": [datetime.datetime(2020, 1, 1)]}), tmp_path / "train.parquet")
+    refused(tmp_path, r"'text' .* timestamp\[us\]")
+
+
+def test_columns_are_those_of_the_first_records_and_of_text_if_any_is(tmp_path: Path) -> None:
+    rows = [{"text": 1}, {"text": "a", "n": 1}, {"text": "b", "m": [{"role": "user"}], "tags": ["x"]}]
+    found = columns_of(json_lines(tmp_path / "a.jsonl", rows))
+    assert found == {"text": "string", "n": "int", "m": OBJECTS, "tags": "list"}
+    pq.write_table(pa.Table.from_pylist(rows[1:]), tmp_path / "a.parquet")
+    assert columns_of(tmp_path / "a.parquet") == {"text": "string", "n": "int64"}
+
+
+# Faults
+
+
+FAULTS = {
+    2: ('{"text": "broken', "JSON: Invalid control character"),
+    3: ({"text": None}, "null"),
+    5: ({"text": 7}, "int in the column 'text'"),
+    6: ({"other": "x"}, "null"),
+    7: ("[1]", "list"),
+    8: ('{"text": "\\ud800"}', "surrogate '\\ud800'"),
+}
+LINES = [
+    {"text": "first"},
+    FAULTS[2][0],
+    FAULTS[3][0],
+    "",
+    *(FAULTS[line][0] for line in (5, 6, 7, 8)),
+    {"text": "good"},
+]
+
+
+def test_every_fault_of_a_line_is_named_with_file_and_line_and_skipped_on_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = json_lines(tmp_path / "train.jsonl", LINES)
+    content = path.read_bytes().replace(b"first", b"first\xe9", 1)
+    path.write_bytes(content)
+    json_lines(tmp_path / "validation.jsonl", [{"text": "x"}])
+    found = find_faults([str(path)], TextRow())
+    assert [fault.position for fault in found] == [f"line {line}" for line in (1, *FAULTS)]
+    for fault, (_, reason) in zip(found[1:], FAULTS.values(), strict=True):
+        assert str(fault).startswith(f"Line {fault.position[5:]} of {str(path)!r} ") and reason in str(fault)
+    refused(tmp_path, r"Line 1 of .*train\.jsonl'.*skip_bad_rows=True")
+    assert loaded(tmp_path, skip_bad_rows=True) == ["good"]
+    assert f"Skipped: Line 5 of {str(path)!r} " in caplog.text
+
+
+@pytest.mark.parametrize("ending", ["txt", "json"])
+@pytest.mark.parametrize("offset", [30, (1 << 20) + 4321])
+def test_a_document_that_is_not_utf8_is_named_with_the_byte(tmp_path: Path, ending: str, offset: int) -> None:
+    content = bytearray(json.dumps([{"text": "text, " * 30_000}] * 8).encode())
+    content[offset] = 0xE9
+    (tmp_path / f"latin.{ending}").write_bytes(content)
+    refused_with = rf"Byte {offset} of '.*latin\.{ending}' .*UTF-8.*iconv"
+    with pytest.raises(ValueError, match=refused_with):
+        load_text(str(tmp_path / f"latin.{ending}"))
+
+
+def test_a_byte_that_is_not_utf8_is_a_fault_of_its_own_row(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_bytes(b"id,text\n1,good\n2,b\xe9d\n\xe9,fine\n")
+    (tmp_path / "dev.csv").write_text("text,\nx,\n")
+    refused(tmp_path, r"Line 3 of .*'text'")
+    assert loaded(tmp_path, skip_bad_rows=True) == ["good", "fine"]  # the other column is not read
+    data = b"good" + b"b\xe9d" + b"fine"
+    column = pa.StringArray.from_buffers(3, pa.array([0, 4, 7, 11], pa.int32()).buffers()[1], pa.py_buffer(data))
+    pq.write_table(pa.table({"text": column}), tmp_path / "rows.parquet")
+    records = list(read_records(tmp_path / "rows.parquet"))
+    assert [record.content and record.content["text"] for record in records] == ["good", None, "fine"]
+    assert records[1].position == "row 1"
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"), [("1,2,3", "3 fields, not 2"), ("1", "1 fields, not 2"), ('1,"b" c', "CSV")]
+)
+def test_a_malformed_csv_line_is_named_and_takes_no_other_along(tmp_path: Path, line: str, fault: str) -> None:
+    (tmp_path / "rows.csv").write_text(f"id,text\n1,a\n{line}\n2,b\n")
+    records = list(read_records(tmp_path / "rows.csv"))
+    assert records[1].position == "line 3" and fault in records[1].fault
+    assert records[2].content == {"id": "2", "text": "b"}
+
+
+def test_a_quotation_mark_without_end_is_a_fault(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('id,text\n1,a\n2,"b\n3,c\n')
+    records = list(read_records(tmp_path / "rows.csv"))
+    assert [bool(record.content) for record in records] == [True, False]
+
+
+def test_a_damaged_page_is_named_with_its_rows_and_skipped_on_request(tmp_path: Path) -> None:
+    damaged_parquet(tmp_path / "train.parquet")
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "validation.parquet")
+    refused(tmp_path, r"Rows 10 to 19 of '.*train\.parquet'.*skip_bad_rows")
+    assert loaded(tmp_path, skip_bad_rows=True) == TEXTS[:10] + TEXTS[20:]
+
+
+def test_damage_that_reads_as_text_is_found_by_the_checksum(tmp_path: Path) -> None:
+    path = damaged_parquet(tmp_path / "rows.parquet", group=3, hidden=True)
+    assert pq.read_table(path)["text"][39].as_py() != TEXTS[39]  # nobody else notices
+    refused(path, "Rows 30 to 39 of")
+
+
+@pytest.mark.parametrize("ending", ["parquet", "json", "txt", "jsonl.gz"])
+def test_an_unreadable_file_is_skipped_with_the_others_left(tmp_path: Path, ending: str) -> None:
+    for name, target in (("a", "train-1"), ("b", "train-2"), ("x", "validation")):
+        path = tmp_path / f"{target}.{ending}"
+        row = json.dumps({"text": name})
+        if ending == "parquet":
+            pq.write_table(pa.table({"text": [name]}), path)
+        elif ending == "jsonl.gz":
+            path.write_bytes(gzip.compress(row.encode()))
+        else:
+            path.write_text(name if ending == "txt" else f"[{row}]")
+    (tmp_path / f"train-0.{ending}").write_bytes(b"[\xff\xfe{")
+    refused(tmp_path, "(Byte 1|The rest) of '.*train-0")
+    assert loaded(tmp_path, skip_bad_rows=True) == ["a", "b"]
+
+
+def test_a_compressed_file_that_breaks_off_keeps_its_first_rows(tmp_path: Path) -> None:
+    content = gzip.compress(b"".join(json.dumps({"text": f"{i} {i * i}" * 50}).encode() + b"\n" for i in range(2000)))
+    (tmp_path / "train.jsonl.gz").write_bytes(content[: len(content) * 3 // 4])
+    (tmp_path / "dev.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}'))
+    refused(tmp_path, "The rest of|Line")
+    assert 500 < len(loaded(tmp_path, skip_bad_rows=True)) < 2000
+
+
+def test_a_file_whose_rows_are_all_faulty_is_empty_when_they_are_skipped(tmp_path: Path) -> None:
+    json_lines(tmp_path / "train.jsonl", [{"text": None}])
+    json_lines(tmp_path / "dev.jsonl", [{"text": "x"}])
+    refused(tmp_path, "null")
+    with pytest.raises(ValueError, match=r"'train' .*train\.jsonl.*\(validation\)"):
+        load_text(str(tmp_path), skip_bad_rows=True)
+
+
+def test_many_faults_are_counted_and_few_are_named() -> None:
+    message = str(row_error([f"Row {i} is bad" for i in range(9)]))
+    assert "Row 4 is bad; and 4 more: " in message
+    assert "Row 5" not in message
+    assert "more" not in str(row_error(["Row 0 is bad"]))
+
+
+def test_rows_of_another_schema_are_checked_by_it(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": None}, {"prompt": "b", "completion": "c"}]
+    path = str(json_lines(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(ValueError, match=r"Line 1 of .*null.* 'completion'"):
+        list(usable_rows([path], PromptCompletion(), False))
+    assert list(usable_rows([path], PromptCompletion(), True)) == [{"prompt": "b", "completion": "c"}]
