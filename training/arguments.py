@@ -328,6 +328,9 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
         default="", metadata={"help": "Prompt of the sample that is generated at each evaluation."}
     )
     sample_tokens: int = field(default=64, metadata={"help": "Tokens of that sample; 0 generates none."})
+    sample_nucleus_p: float = field(
+        default=0.9, metadata={"help": "Nucleus that the tokens of samples come from; 1: the whole distribution."}
+    )
     save_on_signal: bool = field(
         default=True,
         metadata={
@@ -364,6 +367,8 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
             )
         if self.eval_num_samples < 1:
             raise ValueError(f"--eval_num_samples {self.eval_num_samples}: expected an integer >= 1.")
+        if not 0 < self.sample_nucleus_p <= 1:
+            raise ValueError(f"--sample_nucleus_p {self.sample_nucleus_p}: expected a probability above 0, up to 1.")
         if self.sample_tokens < 0:
             raise ValueError(f"--sample_tokens {self.sample_tokens}: give 0 (no sample) or more.")
         self._check_hub()

@@ -7,6 +7,10 @@ What a run shows while it trains: its speed, and a text sample at each evaluatio
 """
 
 import functools
+import os
+import signal
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -156,8 +160,19 @@ class SpeedMeter(TrainerCallback):
         return speed
 
 
-def write_text(model: Any, tokenizer: Any, *, prompt: str = "", max_new_tokens: int = 64, seed: int = 0) -> str:
+def sample_options(model: Any, nucleus_p: float) -> dict[str, Any]:
+    """Return the nucleus by the name that the model's generate has for it."""
+    config = model.generation_config
+    return {"nucleus_p": nucleus_p} if hasattr(config, "nucleus_p") else {"top_p": nucleus_p}
+
+
+def sample_text(
+    model: Any, tokenizer: Any, *, prompt: str = "", max_new_tokens: int = 64, seed: int = 0, **options: Any
+) -> str:
     """Continue `prompt` (or start from nothing) by `model.generate`; torch's random state is left as it was.
+
+    Args:
+        options: for `generate`.
 
     Returns:
         Prompt and continuation, without special tokens.
@@ -170,40 +185,116 @@ def write_text(model: Any, tokenizer: Any, *, prompt: str = "", max_new_tokens: 
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            # One process writes alone: its weights are whole, also where training spreads them over processes.
+            # One process generates alone: its weights are whole, also where training spreads them over processes.
             keywords["synced_gpus"] = False
-            ids = model.generate(**keywords, do_sample=True, max_new_tokens=max_new_tokens)
+            ids = model.generate(**keywords, do_sample=True, max_new_tokens=max_new_tokens, **options)
     finally:
         model.train(was_training)
     return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
+class TrainingStopped(KeyboardInterrupt):
+    """A signal stopped the run, after a checkpoint was saved.
+
+    Args:
+        signum: the signal; the exit code of the program is 128 + signum.
+    """
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = int(signum)
+
+    @property
+    def exit_code(self) -> int:
+        """130 after Ctrl-C, 143 after SIGTERM."""
+        return 128 + self.signum
+
+
+class SignalCallback(TrainerCallback):
+    """Ends training on SIGINT or SIGTERM after the current step, with a checkpoint; a second signal ends it at once.
+
+    Signals reach processes at different moments, so the trainer sets `agreed` for all of them at the same step.
+    """
+
+    # Launchers pass on a signal that the terminal has sent already: this is not the user's second one.
+    _COPY_SECONDS = 3.0
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.agreed = False
+        self._received_at = 0.0
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take over the signals, where Python allows it: in the main thread."""
+        self.received, self.agreed, pid = None, False, os.getpid()
+
+        def receive(signum: int, frame: Any) -> None:
+            if os.getpid() != pid:
+                return  # a worker of the data loader, which the step still needs
+            if self.received is None:
+                self.received, self._received_at = signum, time.monotonic()
+                if state.is_world_process_zero:
+                    name = signal.Signals(signum).name
+                    tqdm.write(
+                        f"{name}: a checkpoint is saved after this step; repeat it to stop at once.", sys.stderr
+                    )
+            elif time.monotonic() - self._received_at > self._COPY_SECONDS:
+                self.restore()
+                signal.raise_signal(signum)
+
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[signum] = signal.signal(signum, receive)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Save and stop, if a process received a signal."""
+        if self.agreed:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def restore(self) -> None:
+        """Give the signals back."""
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+        self._handlers = {}
+
+
 class SampleCallback(TrainerCallback):
-    """Writes a text sample at each evaluation, to the terminal and to a file.
+    """Generates a sample at each evaluation, to the terminal and to a file.
 
     Args:
         tokenizer: decodes the sample.
         prompt: start of the text; empty for an unprompted sample.
         max_new_tokens: length of the sample.
         path: file that the samples are appended to.
+        nucleus_p: the nucleus that tokens are sampled from.
     """
 
-    def __init__(self, tokenizer: Any, *, prompt: str, max_new_tokens: int, path: str | Path) -> None:
+    def __init__(
+        self, tokenizer: Any, *, prompt: str, max_new_tokens: int, path: str | Path, nucleus_p: float = 0.9
+    ) -> None:
         self.tokenizer, self.prompt, self.max_new_tokens = tokenizer, prompt, max_new_tokens
+        self.nucleus_p = nucleus_p
         self.path = Path(path)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write one sample; the same seed each time, so that samples of different steps compare."""
+        """Generate one sample; the same seed each time, so that samples of different steps compare."""
         if not state.is_world_process_zero:
             return
-        text = write_text(
+        text = sample_text(
             kwargs["model"],
             self.tokenizer,
             prompt=self.prompt,
             max_new_tokens=self.max_new_tokens,
             seed=args.seed,
+            **sample_options(kwargs["model"], self.nucleus_p),
         )
         entry = f"--- sample at step {state.global_step} ---\n{text}\n"
         tqdm.write(entry)
@@ -214,12 +305,15 @@ class SampleCallback(TrainerCallback):
 
 __all__ = [
     "SampleCallback",
+    "SignalCallback",
     "SpeedMeter",
+    "TrainingStopped",
     "attended_pairs",
     "expected_mask_rate",
     "forward_flops",
     "peak_flops",
     "peak_tflops_of",
     "training_flops",
-    "write_text",
+    "sample_options",
+    "sample_text",
 ]

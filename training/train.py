@@ -7,11 +7,10 @@ accelerate launch training/train.py --dataset my.txt        on every GPU of this
 
 import contextlib
 import itertools
-import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +20,19 @@ if __name__ == "__main__" and (_CHECKOUT / "setup.cfg").is_file():
     # Run as a script: use the package this script belongs to, whether or not it, or another copy, is installed.
     sys.path.insert(0, str(_CHECKOUT))
 
-import accelerate
-import torch
-import transformers
 from accelerate.utils import broadcast_object_list
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, pipeline, set_seed
 from transformers.utils import logging
 
-import bd3lm_hf
 from bd3lm_hf.checkpoints import adapter_base, add_adapters, read_config
 from bd3lm_hf.data.streaming import PackedStream
-from bd3lm_hf.evaluation.perplexity import HeldOutLoss, Perplexity, count_scored_tokens, unigram_perplexity
-from bd3lm_hf.output_files import write_atomically
+from bd3lm_hf.evaluation.perplexity import count_scored_tokens, unigram_perplexity
 from bd3lm_hf.run_folder import (
     RECIPE_NAME,
     RESULTS_NAME,
     SAMPLES_NAME,
     SaveError,
+    as_size,
     check_output_dir,
     checkpoint_to_resume,
     clear_output_dir,
@@ -46,45 +41,28 @@ from bd3lm_hf.run_folder import (
 )
 from bd3lm_hf.tokenization import check_tokenizer_fits
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments, ModelArguments
-from bd3lm_hf.training.callbacks import SampleCallback, write_text
+from bd3lm_hf.training.callbacks import SampleCallback, TrainingStopped, sample_options, sample_text
 from bd3lm_hf.training.command_line import RunArguments, parse_arguments, write_recipe
-from bd3lm_hf.training.curves import write_training_curve
 from bd3lm_hf.training.initial_model import check_shape, start_around, start_from
 from bd3lm_hf.training.inputs import TrainingSequences, load_documents, make_sequences, make_tokenizer
 from bd3lm_hf.training.interval import PLOT_NAME, SEARCH_NAME
+from bd3lm_hf.training.run_summary import TrainResult, report, score_before, summary_at_start
 from bd3lm_hf.training.trainer import BD3LMTrainer
 
 
 logger = logging.get_logger("bd3lm_hf.train")
 
 
-_UNIGRAM_SEQUENCES = 100_000  # enough for word frequencies; a corpus may have millions
-
-
-@dataclass
-class TrainResult:
-    """What a run did; written to `results.json` in the output folder by the main process."""
-
-    output_dir: str
-    world_size: int
-    global_batch_size: int
-    steps: int
-    seed: int
-    losses: list[dict[str, float]] = field(default_factory=list)  # the trainer's log
-    before: Perplexity | HeldOutLoss | None = None
-    after: Perplexity | HeldOutLoss | None = None
-    unigram_perplexity: float | None = None
-    text: str | None = None
-    seconds: float = 0.0
-    versions: dict[str, str] = field(default_factory=dict)
+_UNIGRAM_SEQUENCES = 100_000  # enough for token frequencies; a corpus may have millions
 
 
 def run(argv: Sequence[str]) -> TrainResult:
     """Parse, load, train, evaluate, report.
 
     Raises:
-        ValueError: anything wrong with the arguments, the data, the tokenizer or the checkpoint, or numbers that are
-            no longer finite; the message names the value and the remedy.
+        ValueError: if the arguments, the data, the tokenizer or the checkpoint are wrong, or numbers are no longer
+            finite; the message names the value and the remedy.
+        TrainingStopped: if a signal stopped the run.
     """
     # 1. Arguments: a recipe plus overrides
     arguments = parse_arguments(argv)
@@ -96,12 +74,12 @@ def _run(arguments: RunArguments) -> TrainResult:
     started = time.perf_counter()
     training = arguments.training
     with training.main_process_first(desc="looking for a checkpoint"):
-        resume = wanted_checkpoint(training)
+        resume = requested_checkpoint(training)
     if arguments.model.init_from is not None:
         check_shape(arguments.model.init_from, arguments.model.config_fields())
-    # A checkpoint of another folder is gone on with here as in any new folder.
-    goes_on = resume is not None and Path(resume).resolve().parent == Path(training.output_dir).resolve()
-    check_output_dir(training.output_dir, overwrite=training.overwrite_output_dir, resume=goes_on)
+    # A checkpoint of another folder continues here as in any new folder.
+    continues = resume is not None and Path(resume).resolve().parent == Path(training.output_dir).resolve()
+    check_output_dir(training.output_dir, overwrite=training.overwrite_output_dir, resume=continues)
     set_seed(training.seed)
 
     # 2. Text and tokenizer
@@ -116,14 +94,21 @@ def _run(arguments: RunArguments) -> TrainResult:
     sequences = make_sequences(arguments, documents, tokenizer, model.config)
 
     # 4. Train. Nothing is written before this line
-    trainer = make_trainer(arguments, model, tokenizer, sequences, fresh=not goes_on)
+    trainer = make_trainer(arguments, model, tokenizer, sequences, fresh=not continues)
     estimator = training.final_estimator or training.eval_estimator
-    before = trainer.score(sequences.validation, estimator=estimator) if resume is None else None
+    if trainer.is_world_process_zero():
+        print(summary_at_start(arguments, trainer, sequences, resume))
+    before = score_before(trainer, sequences, estimator) if resume is None else None
     # Now that every process has the whole model; training may spread its weights over them.
     unigram = None
     if trainer.is_world_process_zero() and model.has_likelihood:
         unigram = unigram_of(model, sequences, training.eval_batch_size)
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except TrainingStopped:
+        if trainer.state.global_step >= trainer.state.max_steps:  # the signal came too late to stop anything
+            trainer.write_model(training.output_dir)
+        raise
     trainer.write_model(training.output_dir)
 
     # 5. Evaluate
@@ -143,9 +128,9 @@ def _run(arguments: RunArguments) -> TrainResult:
     )
     if trainer.is_world_process_zero():
         if training.sample_tokens:
-            result.text = text_from_folder(training.output_dir, training.sample_prompt, training.sample_tokens)
+            result.text = text_from_folder(training)
         result.seconds = time.perf_counter() - started
-        report(result)
+        report(result, estimator, arguments.data)
     if training.push_to_hub:
         trainer.push_to_hub()  # with the results in its card
     end(trainer)
@@ -169,7 +154,7 @@ def locked_output_dir(training: BD3LMTrainingArguments) -> Iterator[None]:
 
 
 def end(trainer: BD3LMTrainer) -> None:
-    """Leave the process group together, after what still holds it: a wrapped model that outlives it may never exit."""
+    """Leave the process group together, and drop the wrapped model first: with it, a process may never exit."""
     accelerator = trainer.accelerator
     accelerator.wait_for_everyone()
     trainer.model_wrapped = trainer.model
@@ -180,10 +165,10 @@ def end(trainer: BD3LMTrainer) -> None:
 def make_trainer(
     arguments: RunArguments, model: Any, tokenizer: Any, sequences: TrainingSequences, *, fresh: bool
 ) -> BD3LMTrainer:
-    """The trainer, and the folder it writes to, marked as ours by the run's recipe.
+    """Return the trainer, and make the folder it writes to, marked as ours by the run's recipe.
 
     Args:
-        fresh: start anew; checkpoints of an earlier run of ours are removed.
+        fresh: start again; checkpoints of an earlier run of ours are removed.
     """
     training = arguments.training
     folder = Path(training.output_dir)
@@ -204,38 +189,39 @@ def make_trainer(
     )
     if training.sample_tokens:
         prompt, tokens = training.sample_prompt, training.sample_tokens
-        sampler = SampleCallback(tokenizer, prompt=prompt, max_new_tokens=tokens, path=folder / SAMPLES_NAME)
+        options = {"max_new_tokens": tokens, "nucleus_p": training.sample_nucleus_p}
+        sampler = SampleCallback(tokenizer, prompt=prompt, path=folder / SAMPLES_NAME, **options)
         trainer.add_callback(sampler)
     return trainer
 
 
-def wanted_checkpoint(training: BD3LMTrainingArguments) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint` means: a folder, or the last one of the output folder for `true`.
+def requested_checkpoint(training: BD3LMTrainingArguments) -> str | None:
+    """Return the checkpoint of `--resume_from_checkpoint`: a folder, or the last one of the output folder for `true`.
 
     Raises:
-        ValueError: there is none that is complete.
+        ValueError: if there is none that is complete.
     """
-    wanted = training.resume_from_checkpoint
-    if wanted is None or wanted.lower() == "false":
+    requested = training.resume_from_checkpoint
+    if requested is None or requested.lower() == "false":
         return None
-    last = wanted.lower() == "true"
+    last = requested.lower() == "true"
     if last and training.process_index == 0:
         recover_output_dir(training.output_dir)
     try:
-        return str(checkpoint_to_resume(last or wanted, training.output_dir))
+        return str(checkpoint_to_resume(last or requested, training.output_dir))
     except ValueError as error:
         raise ValueError(
-            f"--resume_from_checkpoint {wanted}: {error} Name a checkpoint folder, or leave the argument out to start "
-            f"anew."
+            f"--resume_from_checkpoint {requested}: {error} Name a checkpoint folder, or leave the argument out "
+            f"to start from the beginning."
         ) from None
 
 
 def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
-    """A new model of the wanted type, or a checkpoint's with its fields overridden.
+    """Return a new model of the requested type, or that of a checkpoint with its fields overridden.
 
     Raises:
-        ValueError: unknown model type, weights that are missing, unexpected or not finite, or special tokens that
-            contradict the tokenizer's.
+        ValueError: if the model type is unknown or cannot be trained here, the model does not fit into memory,
+            weights are missing, unexpected or not finite, or special tokens contradict the tokenizer's.
     """
     keywords: dict[str, Any] = {}
     if arguments.attn_implementation is not None:
@@ -247,7 +233,13 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
             f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "mask")
         }
         vocab_size = max(tokenizer.get_vocab().values()) + 1
+        if not hasattr(model_class(arguments.model_type), "token_nll"):
+            raise ValueError(
+                f"--model_type {arguments.model_type} is not a model type of this package: a model of another type is "
+                f"trained from its weights, with --init_from."
+            )
         config = new_config(arguments.model_type, vocab_size=vocab_size, **special, **arguments.config_fields())
+        check_memory(config)
         model = AutoModelForCausalLM.from_config(config, **keywords)
     check_tokenizer_fits(tokenizer, model.config)
     if arguments.num_denoising_steps is not None:
@@ -255,8 +247,25 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
     return model
 
 
+def check_memory(config: Any) -> None:
+    """Refuse a network whose layers alone do not fit into the memory of this machine.
+
+    Raises:
+        ValueError: if their float32 weights take more than all of it.
+    """
+    if not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = 4 * 12 * config.num_hidden_layers * config.hidden_size**2
+    if needed > memory:
+        raise ValueError(
+            f"--hidden_dim {config.hidden_size} and --n_blocks {config.num_hidden_layers} make a network of "
+            f"{as_size(needed)}, and this machine has {as_size(memory)} of memory: choose smaller ones."
+        )
+
+
 def start(model_type: str, name: str, tokenizer: Any, fields: dict[str, Any], **keywords: Any) -> Any:
-    """The model of a checkpoint, or a new one around it, where `--model_type` is built on a foreign encoder."""
+    """Return the model of a checkpoint, or a new one around it if `--model_type` is built on a foreign encoder."""
     head = model_class(model_type)
     if hasattr(head, "from_encoder") and not isinstance(read_config(name, argument="--init_from"), head.config_class):
         return start_around(head, name, tokenizer, fields, **keywords)
@@ -264,11 +273,11 @@ def start(model_type: str, name: str, tokenizer: Any, fields: dict[str, Any], **
 
 
 def adapt(model: Any, arguments: RunArguments) -> Any:
-    """The loaded model with adapters.
+    """Return the loaded model with adapters.
 
     Raises:
-        ValueError: a new model, whose weights would stay as they were drawn; one that is made of an adapter, whose
-            name would stand for its base alone; or another block size, which an adapter can not tell its readers.
+        ValueError: if the model is new (its weights would stay random), is an adapter itself (its name would mean its
+            base alone), or has another block size than the checkpoint (an adapter does not store it).
     """
     lora, start = arguments.lora, arguments.model.init_from
     assert lora.lora_r is not None
@@ -295,15 +304,15 @@ def adapt(model: Any, arguments: RunArguments) -> Any:
 
 
 def new_config(model_type: str, **fields: Any) -> Any:
-    """The configuration of a new model."""
+    """Return the configuration of a new model."""
     return config_class(model_type)(**fields)
 
 
 def config_class(model_type: str) -> Any:
-    """The class of the configurations of a type.
+    """Return the configuration class of a model type.
 
     Raises:
-        ValueError: there is no such type.
+        ValueError: if there is no such type.
     """
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"--model_type {model_type} is unknown: try --model_type bd3lm.")
@@ -311,14 +320,14 @@ def config_class(model_type: str) -> Any:
 
 
 def model_class(model_type: str) -> Any:
-    """The class of the models of a type; None where no text can be generated with it."""
+    """Return the model class of a model type, or None if it cannot generate text."""
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class(model_type), None)
 
 
 def unigram_of(model: Any, sequences: TrainingSequences, batch_size: int) -> float:
-    """Perplexity of word frequencies on the same held-out tokens that the model is scored on."""
+    """Return the perplexity of token frequencies on the held-out tokens that the model is scored on."""
     if isinstance(sequences.train, PackedStream):
-        rows = itertools.islice(sequences.train, _UNIGRAM_SEQUENCES // 100)  # to be read once more
+        rows = itertools.islice(sequences.train, _UNIGRAM_SEQUENCES // 100)  # they are read twice
     else:
         rows = sequences.train.select(range(min(len(sequences.train), _UNIGRAM_SEQUENCES)))
     train_ids = [label for row in rows for label in row["labels"] if label != -100]
@@ -326,55 +335,15 @@ def unigram_of(model: Any, sequences: TrainingSequences, batch_size: int) -> flo
     return unigram_perplexity(train_ids, eval_ids, model.config.vocab_size)
 
 
-def text_from_folder(folder: str, prompt: str, max_new_tokens: int) -> str:
-    """Write text as a user of the folder would: through the pipeline, with the code that was saved beside it."""
+def text_from_folder(training: BD3LMTrainingArguments) -> str:
+    """Generate text as a user of the folder would: through the pipeline, with the code that was saved there."""
     set_seed(0)
-    generator = pipeline("text-generation", model=folder, trust_remote_code=True)
-    if not prompt:
-        return write_text(generator.model, generator.tokenizer, max_new_tokens=max_new_tokens)
-    return generator(prompt, max_new_tokens=max_new_tokens, do_sample=True)[0]["generated_text"]
-
-
-def report(result: TrainResult) -> None:
-    """Write `results.json` and print what a reader wants to know."""
-    result.versions = {module.__name__: module.__version__ for module in (bd3lm_hf, torch, transformers, accelerate)}
-    content = asdict(result)
-    for name in ("before", "after"):
-        score = getattr(result, name)
-        content[name] = None if score is None else score._asdict()
-    folder = Path(result.output_dir)
-    write_atomically(folder / RESULTS_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    write_training_curve(result.losses, folder, title=folder.name)
-    print(table(result))
-    if result.text is not None:
-        print(f"\nText from the saved folder:\n{result.text}")
-    print(f"\n{result.steps} steps in {result.seconds:.0f} s. Model, code and tokenizer are in {result.output_dir}")
-
-
-def table(result: TrainResult) -> str:
-    """Held-out perplexity before and after training, beside the unigram baseline; or the loss, where there is none."""
-    if isinstance(result.after, HeldOutLoss):
-        return _table_of_losses(result)
-    rows = [("held-out text", "perplexity", "bits/byte", "nll +- s.e.")]
-    for name, score in (("before training", result.before), ("after training", result.after)):
-        if isinstance(score, Perplexity):
-            bits = "" if score.bits_per_byte is None else f"{score.bits_per_byte:.3f}"
-            rows.append((name, f"{score.perplexity:.1f}", bits, f"{score.nll:.3f} +- {score.standard_error:.3f}"))
-    if result.unigram_perplexity is not None:
-        rows.append(("unigram baseline", f"{result.unigram_perplexity:.1f}", "", ""))
-    return "\n".join(f"{name:<18}{ppl:>12}{bits:>12}{error:>18}".rstrip() for name, ppl, bits, error in rows)
-
-
-def _table_of_losses(result: TrainResult) -> str:
-    lines = [f"{'held-out text':<18}{'loss +- s.e.':>18}"]
-    for name, score in (("before training", result.before), ("after training", result.after)):
-        if isinstance(score, HeldOutLoss):
-            lines.append(f"{name:<18}{f'{score.loss:.3f} +- {score.standard_error:.3f}':>18}")
-    lines.append(
-        "There is no perplexity: this kind of model has no likelihood, and its loss compares with no other model's. "
-        "Judge its texts."
-    )
-    return "\n".join(lines)
+    generator = pipeline("text-generation", model=training.output_dir, trust_remote_code=True)
+    options = sample_options(generator.model, training.sample_nucleus_p)
+    if not training.sample_prompt:
+        return sample_text(generator.model, generator.tokenizer, max_new_tokens=training.sample_tokens, **options)
+    output = generator(training.sample_prompt, max_new_tokens=training.sample_tokens, do_sample=True, **options)
+    return output[0]["generated_text"]
 
 
 def main(argv: Sequence[str] | None = None) -> TrainResult:
@@ -384,10 +353,14 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
     """
     try:
         return run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(str(error) or "interrupted before the first step: nothing is saved.", file=sys.stderr)
+        raise SystemExit(getattr(error, "exit_code", 130)) from None
     except (ValueError, OSError) as error:
         logger.debug("traceback", exc_info=True)
         # A process may be alone with its failure to save; everything else happens to all of them.
-        if accelerate.PartialState().is_main_process or isinstance(error, SaveError):
+        if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, SaveError):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 

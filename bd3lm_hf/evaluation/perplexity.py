@@ -108,16 +108,47 @@ def score_sequences(
 
     See [`perplexity`] for the arguments. The model's train or eval mode is restored.
     """
+    options = {"indices": indices, "estimator": estimator, "num_samples": num_samples, "batch_size": batch_size}
+    return _score(model, sequences, score_batch, seed=seed, device=device, progress=progress, **options)
+
+
+class TokenScores(NamedTuple):
+    """The tokens of one sequence."""
+
+    index: int
+    nll: list[float]  # nats; 0 where nothing is scored
+    labels: list[int]  # -100 where nothing is scored
+
+
+def score_tokens(model: Any, sequences: Sequence[Any], **options: Any) -> list[TokenScores]:
+    """Score the tokens of sequences; the arguments and the noise are those of [`score_sequences`]."""
+    return _score(model, sequences, _score_tokens_of_batch, **options)
+
+
+def _score(
+    model: Any,
+    sequences: Sequence[Any],
+    score: Any,
+    *,
+    indices: Sequence[int] | None = None,
+    estimator: str = "stratified",
+    num_samples: int = 1,
+    batch_size: int = 8,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> list[Any]:
+    """Score batches of sequences with `score`, and return the scores by index."""
     indices = range(len(sequences)) if indices is None else indices
     protocol = Protocol(estimator, num_samples, seed, len(sequences))
-    scores: list[SequenceScore] = []
+    scores: list[Any] = []
     was_training = isinstance(model, torch.nn.Module) and model.training
     if was_training:
         model.eval()
     try:
         with tqdm(total=len(indices), desc="scoring", leave=False, disable=not progress) as bar:
             for batch in batches_of(sequences, indices, batch_size):
-                scores += score_batch(model, batch, protocol, device=device)
+                scores += score(model, batch, protocol, device=device)
                 bar.update(len(batch.indices))
     finally:
         if was_training:
@@ -157,17 +188,32 @@ def batches_of(sequences: Sequence[Any], indices: Sequence[int], batch_size: int
     yield from waiting.values()
 
 
-@torch.no_grad()
 def score_batch(
     model: Any, batch: Batch, protocol: Protocol, *, device: torch.device | str | None = None
 ) -> list[SequenceScore]:
-    """Score some sequences of a data set; each one's noise depends on its place and the protocol only."""
+    """Score some sequences of a dataset; each one's noise depends on its index and the protocol only."""
+    nll, mask, _ = _score_batch(model, batch, protocol, device)
+    sums = (nll.double() * mask).sum(1).tolist()
+    return list(map(SequenceScore, batch.indices, sums, mask.long().sum(1).tolist()))
+
+
+def _score_tokens_of_batch(
+    model: Any, batch: Batch, protocol: Protocol, *, device: torch.device | str | None = None
+) -> list[TokenScores]:
+    nll, mask, ids = _score_batch(model, batch, protocol, device)
+    nll, labels = nll.double().masked_fill(~mask.bool(), 0.0), ids.masked_fill(~mask.bool(), -100)
+    return list(map(TokenScores, batch.indices, nll.tolist(), labels.tolist()))
+
+
+@torch.no_grad()
+def _score_batch(
+    model: Any, batch: Batch, protocol: Protocol, device: torch.device | str | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """NLL, mask of scored tokens, and token ids, each `(batch, length)`."""
     device = _device_of(model) if device is None else torch.device(device)
     inputs = batch_of(batch.rows, device)
     arguments = _DRAWS.get(protocol.estimator, _own_draws)(model, batch.indices, inputs, protocol)
-    nll, mask = model.token_nll(inputs.input_ids, inputs.attention_mask, **arguments)
-    sums = (nll.double() * mask).sum(1).tolist()
-    return list(map(SequenceScore, batch.indices, sums, mask.long().sum(1).tolist()))
+    return *model.token_nll(inputs.input_ids, inputs.attention_mask, **arguments), inputs.input_ids
 
 
 def _own_draws(model: Any, indices: list[int], inputs: "ScoringBatch", protocol: Protocol) -> dict[str, Any]:

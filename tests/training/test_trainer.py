@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.run_folder import SaveError
 from bd3lm_hf.tokenization import train_tokenizer
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
-from bd3lm_hf.training.callbacks import SpeedMeter, training_flops, write_text
+from bd3lm_hf.training.callbacks import SpeedMeter, TrainingStopped, sample_text, training_flops
 from bd3lm_hf.training.examples import NOISE
 from bd3lm_hf.training.trainer import BD3LMTrainer, TrainingDivergedError
 
@@ -29,7 +31,7 @@ def rows_of(count: int, length: int = 32, seed: int = 0) -> Dataset:
 def make_trainer(tiny_config, randomize, tmp_path):
     """A function that makes a trainer of the same tiny random model on the same 16 sequences."""
 
-    def make(model=None, rows=None, **arguments) -> BD3LMTrainer:
+    def make(model=None, rows=None, keywords=None, **arguments) -> BD3LMTrainer:
         defaults = {
             "output_dir": str(tmp_path / "run"),
             "max_steps": 2,
@@ -47,6 +49,7 @@ def make_trainer(tiny_config, randomize, tmp_path):
             args=BD3LMTrainingArguments(**{**defaults, **arguments}),
             train_dataset=rows_of(16) if rows is None else rows,
             eval_dataset=rows_of(6, seed=1),
+            **(keywords or {}),
         )
 
     return make
@@ -218,7 +221,7 @@ def test_a_stream_needs_the_position_that_a_checkpoint_holds(make_stream_trainer
     with pytest.raises(ValueError, match="belongs to another run: training: global batch size was 8 and is 4"):
         make_stream_trainer(per_device_train_batch_size=4).train(resume_from_checkpoint=str(checkpoint))
     (checkpoint / "stream.npz").unlink()
-    with pytest.raises(ValueError, match=r"checkpoint-1: stream\.npz is missing"):
+    with pytest.raises(ValueError, match=r"checkpoint-1 .*stream\.npz"):
         make_stream_trainer().train(resume_from_checkpoint=str(checkpoint))
 
 
@@ -284,6 +287,85 @@ def test_evaluation_without_sequences_is_refused(make_trainer):
     trainer.eval_dataset = None
     with pytest.raises(ValueError, match="needs held-out sequences"):
         trainer.evaluate()
+
+
+def test_predictions_are_the_nll_of_tokens_and_the_mask(make_trainer):
+    rows = rows_of(6, seed=1).to_list()
+    rows[1] = {name: values[:20] for name, values in rows[1].items()}
+    rows[2]["labels"] = [-100] * 8 + rows[2]["labels"][8:]
+    rows = Dataset.from_list(rows)
+    seen = []
+
+    def metrics(prediction):
+        seen.append(prediction)
+        nll, mask = prediction.predictions
+        return {"mean": float(nll[mask].mean())}
+
+    trainer = make_trainer(per_device_eval_batch_size=4, keywords={"compute_metrics": metrics})
+    output = trainer.predict(rows)
+    (nll, mask), labels = output.predictions, output.label_ids
+    assert nll.shape == mask.shape == labels.shape == (6, 32)
+    assert mask.tolist() == [[label != -100 for label in row] for row in labels.tolist()]
+    assert not mask[1][20:].any()
+    assert not mask[2][:8].any()
+    assert labels[0][mask[0]].tolist() == [id for id, used in zip(rows[0]["input_ids"], mask[0], strict=True) if used]
+    plain = make_trainer(per_device_eval_batch_size=3).evaluate(rows)
+    assert output.metrics["test_nll"] == pytest.approx(plain["eval_nll"], rel=1e-6)
+    assert output.metrics["test_mean"] == pytest.approx(plain["eval_nll"], rel=1e-5)
+    assert trainer.evaluate(rows)["eval_mean"] == output.metrics["test_mean"]
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("keywords", "value"),
+    [
+        ({"compute_loss_func": lambda *arguments: None}, "compute_loss_func"),
+        ({"preprocess_logits_for_metrics": lambda *arguments: None}, "preprocess_logits_for_metrics"),
+        ({"data_collator": SimpleNamespace(mlm=True)}, "mlm=False"),
+    ],
+)
+def test_a_loss_of_another_or_masked_text_is_refused(make_trainer, keywords, value):
+    with pytest.raises(ValueError, match=value):
+        make_trainer(keywords=keywords)
+
+
+# Signals
+
+
+class _Signal(TrainerCallback):
+    """Sends this process a signal during a step."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        self.signum, self.step = signum, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.signum)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("step", [1, 2])  # in an epoch of two steps, and in its last
+def test_a_signal_ends_a_run_with_a_checkpoint_to_resume_from(make_trainer, tmp_path, signum, code, step):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    whole = make_trainer(max_steps=5, output_dir=str(tmp_path / "whole"))
+    whole.train()
+    stopped = make_trainer(max_steps=5)
+    stopped.add_callback(_Signal(signum, step))
+    with pytest.raises(TrainingStopped, match=f"checkpoint-{step + 1}.*--resume_from_checkpoint true") as error:
+        stopped.train()
+    assert error.value.exit_code == code
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    rest = make_trainer(max_steps=5)
+    rest.train(resume_from_checkpoint=True)
+    assert losses_of(rest) == losses_of(whole)
+
+
+def test_signals_are_left_alone_on_request(make_trainer):
+    trainer = make_trainer(save_on_signal=False)
+    trainer.add_callback(_Signal(signal.SIGINT, 1))
+    with pytest.raises(KeyboardInterrupt) as error:
+        trainer.train()
+    assert not isinstance(error.value, TrainingStopped)
 
 
 # Numbers that are not finite
@@ -604,7 +686,7 @@ def test_a_sample_leaves_the_random_state_and_the_mode_alone(tiny_config, random
     model = randomize(BD3LMForMaskedLM(tiny_config)).train()
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    first, second = (write_text(model, Tokenizer(), max_new_tokens=5, seed=1) for _ in range(2))
+    first, second = (sample_text(model, Tokenizer(), max_new_tokens=5, seed=1, nucleus_p=0.9) for _ in range(2))
     assert first == second
     assert len(first.split()) <= 6
     assert model.training

@@ -1,0 +1,210 @@
+"""`EvaluatingTrainer`: evaluation by likelihood in place of logits, with noise that depends on the sequence alone.
+
+Held-out sequences are scored with `model.token_nll`, so that one evaluation compares with the next, and the best
+checkpoint is the best. `compute_metrics` and `predict` receive the NLL of every token and the mask of scored tokens.
+"""
+
+from typing import Any
+
+import numpy
+from accelerate.utils import gather_object
+from transformers.trainer_utils import EvalPrediction, PredictionOutput
+
+from bd3lm_hf.evaluation.perplexity import (
+    HeldOutLoss,
+    Perplexity,
+    SequenceScore,
+    TokenScores,
+    score_sequences,
+    score_tokens,
+    sequence_losses,
+    summarize,
+    summarize_losses,
+)
+from bd3lm_hf.training.callbacks import SpeedMeter
+from bd3lm_hf.training.ema import AveragingTrainer
+from bd3lm_hf.training.interval import IntervalSearch, interval_metrics, record_search, search_intervals
+
+
+class EvaluatingTrainer(AveragingTrainer):
+    """A Trainer that evaluates by likelihood; of a model that has none (`has_likelihood = False`), by its loss.
+
+    Args:
+        bytes_per_token: mean UTF-8 bytes of a token of the held-out text, for bits per byte.
+
+    Raises:
+        ValueError: if `compute_metrics` is given for a model without a likelihood, or the logits are asked for.
+    """
+
+    data_seed: int
+    eval_dataset: Any
+
+    def __init__(
+        self, model: Any = None, *arguments: Any, bytes_per_token: float | None = None, **keywords: Any
+    ) -> None:
+        if keywords.get("preprocess_logits_for_metrics") is not None:
+            raise ValueError(
+                "preprocess_logits_for_metrics gets no logits here: compute_metrics receives the NLL of every token "
+                "and the mask of scored tokens. Leave it out."
+            )
+        if keywords.get("compute_metrics") is not None and not model.has_likelihood:
+            raise ValueError(f"compute_metrics needs the NLL of tokens, which a {type(model).__name__} does not have.")
+        super().__init__(model, *arguments, **keywords)
+        self.bytes_per_token = bytes_per_token
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Score held-out sequences with the averaged weights, on all processes; log nll, perplexity and bits.
+
+        Of a model without a likelihood only the loss is logged. With `compute_metrics`, its metrics are logged too.
+
+        In training, with `args.interval_search`, the interval of noise levels is then searched on the (first) held-out
+        set of the run.
+
+        Args:
+            eval_dataset: sequences, a mapping of names to sequences, or one such name; `self.eval_dataset` by default.
+            ignore_keys: unused, as the model returns no outputs here.
+
+        Raises:
+            ValueError: if there is nothing to evaluate on.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if dataset is None:
+            raise ValueError("evaluation needs held-out sequences: pass eval_dataset.")
+        if isinstance(dataset, dict):
+            metrics: dict[str, float] = {}
+            for name, part in dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        with self.averaged_weights():
+            return self._evaluate_on(dataset, metric_key_prefix)
+
+    def _evaluate_on(self, dataset: Any, prefix: str) -> dict[str, float]:
+        metrics = self._measure(dataset, prefix, with_tokens=self.compute_metrics is not None).metrics
+        if self.args.interval_search and self.is_in_train and dataset is self._interval_dataset():
+            self.search_interval(dataset)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Score sequences token by token with the averaged weights, on all processes.
+
+        Returns:
+            `predictions` is the pair (NLL in nats, mask of scored tokens), both `(sequences, length)` and padded on
+            the right; `label_ids` has the labels, -100 where nothing is scored; `metrics` as in [`evaluate`].
+        """
+        with self.averaged_weights():
+            output = self._measure(test_dataset, metric_key_prefix, with_tokens=True)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
+        return output
+
+    def _measure(self, dataset: Any, prefix: str, *, with_tokens: bool) -> PredictionOutput:
+        started = SpeedMeter.now()
+        predictions, labels = None, None
+        if with_tokens:
+            tokens = self._shared(score_tokens, dataset, estimator=self.args.eval_estimator)
+            scores = [SequenceScore(t.index, sum(t.nll), len(t.nll) - t.labels.count(-100)) for t in tokens]
+            result: Any = self._summarize(scores, SpeedMeter.now() - started)
+            predictions, labels = _stack(tokens)
+        else:
+            result = self.score(dataset)
+        metrics = _metrics(result)
+        if self.compute_metrics is not None and predictions is not None:
+            metrics |= self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+        named = {
+            name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": value for name, value in metrics.items()
+        }
+        return PredictionOutput(predictions, labels, named)  # type: ignore[arg-type]
+
+    def score(self, sequences: Any, *, estimator: str | None = None, indices: Any = None) -> Perplexity | HeldOutLoss:
+        """Return the perplexity of `sequences` under the averaged weights; processes share the work and the result.
+
+        Of a model without a likelihood it is the loss.
+
+        Args:
+            estimator: as in `token_nll`; `args.eval_estimator` by default. A loss has none.
+            indices: score these sequences only. The noise of a sequence depends on its index, not on the others.
+        """
+        started = SpeedMeter.now()
+        if self.model.has_likelihood:
+            estimator = estimator or self.args.eval_estimator
+            scores = self._shared(score_sequences, sequences, indices=indices, estimator=estimator)
+        else:
+            scores = self._shared(sequence_losses, sequences, indices=indices)
+        return self._summarize([SequenceScore(*score) for score in scores], SpeedMeter.now() - started)
+
+    def _shared(self, measure: Any, sequences: Any, *, indices: Any = None, **options: Any) -> list[Any]:
+        """Measure some sequences (all by default) by all processes together; every process gets all scores."""
+        args = self.args
+        indices = range(len(sequences)) if indices is None else indices
+        options |= {
+            "indices": indices[args.process_index :: args.world_size],
+            "num_samples": args.eval_num_samples,
+            "batch_size": args.eval_batch_size,
+            "seed": self.data_seed,
+            "progress": self.is_world_process_zero() and not args.disable_tqdm,
+        }
+        with self.averaged_weights() as model, self.accelerator.autocast():
+            scores = measure(model, sequences, **options)
+        return sorted(gather_object(scores)) if args.world_size > 1 else scores
+
+    def _summarize(self, scores: list[SequenceScore], seconds: float) -> Perplexity | HeldOutLoss:
+        if not self.model.has_likelihood:
+            return summarize_losses(scores, seconds=seconds)
+        return summarize(scores, bytes_per_token=self.bytes_per_token, seconds=seconds)
+
+    def _interval_dataset(self) -> Any:
+        several = isinstance(self.eval_dataset, dict)
+        return next(iter(self.eval_dataset.values())) if several else self.eval_dataset
+
+    def search_interval(self, sequences: Any) -> IntervalSearch:
+        """Choose the interval of noise levels by the losses of `sequences`; every process adopts and returns the same.
+
+        The losses are those of the averaged weights, as published; the trained model adopts the interval.
+        Logs the winner and its variance, and writes every candidate's to the output folder. A batch of the statistic
+        is one evaluation batch of all processes together. With `args.interval_search_fixed` the model keeps its own.
+        """
+        args = self.args
+        with self.averaged_weights() as model, self.accelerator.autocast():
+            found = search_intervals(
+                model,
+                sequences,
+                candidates=args.interval_list(model.config.block_size),
+                method=args.interval_search_method,
+                batch_size=args.eval_batch_size * args.world_size,
+                max_batches=args.interval_search_batches,
+                seed=self.data_seed,
+                share=(args.process_index, args.world_size),
+            )
+        if not args.interval_search_fixed:
+            self.accelerator.unwrap_model(self.model, keep_torch_compile=False).set_interval(*found.interval)
+        self.log(interval_metrics(found))
+        if self.is_world_process_zero():
+            record_search(found, args.output_dir, step=self.state.global_step, adopted=not args.interval_search_fixed)
+        return found
+
+
+def _stack(tokens: list[TokenScores]) -> tuple[tuple[Any, Any], Any]:
+    """Return NLL and mask, and the labels, as arrays `(sequences, longest)`, padded on the right."""
+    width = max((len(t.nll) for t in tokens), default=0)
+    nll = numpy.array([t.nll + [0.0] * (width - len(t.nll)) for t in tokens], dtype=numpy.float32)
+    labels = numpy.array([t.labels + [-100] * (width - len(t.nll)) for t in tokens], dtype=numpy.int64)
+    return (nll, labels != -100), labels
+
+
+def _metrics(result: Perplexity | HeldOutLoss) -> dict[str, float]:
+    """Return what is logged of an evaluation."""
+    measured = {"standard_error": result.standard_error, "runtime": result.seconds}
+    if isinstance(result, HeldOutLoss):
+        return {"loss": result.loss, **measured}
+    bits = {} if result.bits_per_byte is None else {"bits_per_byte": result.bits_per_byte}
+    return {"loss": result.nll, "nll": result.nll, "ppl": result.perplexity, **measured, **bits}
+
+
+__all__ = ["EvaluatingTrainer"]
