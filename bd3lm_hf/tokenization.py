@@ -1,7 +1,7 @@
-"""The tokenizer: by name, from a folder, or a byte-level BPE trained on the corpus; always with a mask token.
+"""Load or train the tokenizer, which always has a mask token.
 
-The mask id M (paper, section 3) must be no text token. A tokenizer that has a mask token keeps it; any other gets one
-behind its last id, so that GPT-2's becomes M = 50257 in a vocabulary of 50258, as in the published checkpoints.
+The mask id M (paper, section 3) must not be a token of text. A tokenizer that has a mask token keeps it; any other
+gets one after its last id: GPT-2's becomes M = 50257 in a vocabulary of 50258, as in the published checkpoints.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 _Tokenizer = TypeVar("_Tokenizer", bound=PreTrainedTokenizerBase)
 
-#: Asked for by this name, or by None, a tokenizer is trained on the corpus.
+#: Name (like None) for a tokenizer that is trained on the corpus.
 TRAIN = "train"
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 MASK = "<|mask|>"
 
-#: The 256 bytes, end of text, padding and mask: what a byte-level tokenizer holds at the very least.
+#: The 256 bytes, end of text, padding and mask, which every byte-level tokenizer has.
 SMALLEST_VOCABULARY = 256 + 3
 
 _TOKENIZER_FILES = (
@@ -41,7 +41,7 @@ _TOKENIZER_FILES = (
 def load_tokenizer(
     name_or_path: str | None = None, *, texts: Iterable[str] | None = None, vocab_size: int = 4096
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer that has begin, end, padding and mask tokens and pads on the left.
+    """Load or train a tokenizer that has begin, end, padding and mask tokens and pads on the left.
 
     Args:
         name_or_path: a folder, a hub name, or None or "train": train one on `texts`.
@@ -49,14 +49,15 @@ def load_tokenizer(
         vocab_size: tokens of a trained tokenizer, the special ones included (a small corpus may yield fewer).
 
     Returns:
-        The tokenizer. What a loaded one lacks is completed by `complete_special_tokens`.
+        The tokenizer. If it is loaded, `complete_special_tokens` adds what it lacks.
 
     Raises:
-        ValueError: no texts to train on, a vocabulary too small, a folder without tokenizer, or an unknown name.
+        ValueError: if there are no texts to train on, the vocabulary is too small, the folder has no tokenizer, or the
+            name is unknown.
     """
     if name_or_path is None or name_or_path == TRAIN:
         if texts is None:
-            raise ValueError("To train a tokenizer, its corpus is needed: pass texts=..., or name a tokenizer.")
+            raise ValueError("A tokenizer cannot be trained without a corpus: pass texts=..., or name a tokenizer.")
         return train_tokenizer(texts, vocab_size=vocab_size)
     if Path(name_or_path).is_dir() and not any((Path(name_or_path) / file).is_file() for file in _TOKENIZER_FILES):
         raise ValueError(
@@ -67,25 +68,24 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"The tokenizer {name_or_path!r} can not be loaded: it is neither a folder with a readable tokenizer, nor "
-            f"could it be had from the hub, which needs network. Name a folder, or {TRAIN!r} to train one on the "
-            f"corpus. The reason was: {error}"
+            f"Cannot load the tokenizer {name_or_path!r}, neither from a folder nor from the hub (which needs a "
+            f"network connection). Name a folder, or {TRAIN!r} to train one on the corpus. The reason was: {error}"
         ) from error
     return complete_special_tokens(tokenizer)
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the texts: any text survives a round trip, and the same texts give the same tokenizer.
+    """Train a byte-level BPE: any text survives a round trip, and the same texts give the same tokenizer.
 
-    Begin and end of text are one token, as in GPT-2: packed text holds an end between documents, so that to the model
-    an end is also what comes before a document, and text without a prompt can start from it. The mask is the last id.
+    Begin and end of text are one token, as in GPT-2. Packed text has an end between documents, so the model also sees
+    it before each document, and text without a prompt can start from it. The mask is the last id.
 
     Args:
         texts: the corpus, read once.
-        vocab_size: tokens wanted, the special ones included.
+        vocab_size: number of tokens, the special ones included.
 
     Raises:
-        ValueError: `vocab_size` is too small for the bytes and the special tokens, or there is no text.
+        ValueError: if `vocab_size` is too small for the bytes and the special tokens, or there is no text.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(
@@ -105,7 +105,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> PreTrain
     )
     backend.train_from_iterator(counted, trainer)
     if not counted.characters:
-        raise ValueError("There is no text to train a tokenizer on; name a data set that is not empty.")
+        raise ValueError("There is no text to train a tokenizer on; name a dataset that is not empty.")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=END_OF_TEXT,
@@ -119,15 +119,15 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> PreTrain
 
 
 def complete_special_tokens(tokenizer: _Tokenizer) -> _Tokenizer:
-    """Give the tokenizer what it lacks, in place; it then pads on the left, as `generate` needs it.
+    """Add the special tokens that the tokenizer lacks, in place, and let it pad on the left, as `generate` needs it.
 
-    - begin and end: the classifier's begin and separator where it has them (BERT), else the one of the two it has;
-    - mask: a new token behind the last id;
-    - padding: the mask token. Neither is ever written or scored, so that one id serves both and the vocabulary has the
-      published size.
+    - begin and end: the classifier's begin and separator if it has them (BERT), else the one of the two that exists;
+    - mask: a new token after the last id;
+    - padding: the end token, which keeps the vocabulary at its published size. Padding is never the mask token, not
+      even if the tokenizer says so: code that infers padding from ids would take every masked position for padding.
 
     Raises:
-        ValueError: the tokenizer has nothing that could end a text.
+        ValueError: if the tokenizer has no token that could end a text.
     """
     begin = tokenizer.bos_token or tokenizer.cls_token or tokenizer.eos_token
     end = tokenizer.eos_token or tokenizer.sep_token or tokenizer.bos_token
@@ -142,17 +142,22 @@ def complete_special_tokens(tokenizer: _Tokenizer) -> _Tokenizer:
         tokenizer.eos_token = end
     if tokenizer.mask_token is None:
         tokenizer.add_special_tokens({"mask_token": MASK})
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.mask_token
+    if tokenizer.pad_token in (None, tokenizer.mask_token):
+        tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
 
 
+def limit_to_window(tokenizer: PreTrainedTokenizerBase, config: "BD3LMConfig") -> None:
+    """Set `model_max_length` to the model's window, to which `truncation=True` then cuts (in pipelines, too)."""
+    tokenizer.model_max_length = config.max_position_embeddings
+
+
 def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, config: "BD3LMConfig") -> None:
-    """Refuse a tokenizer whose ids mean something else to the model.
+    """Check that the tokenizer's ids mean the same to the model.
 
     Raises:
-        ValueError: the model has fewer token ids than the tokenizer, or the two differ about the mask id.
+        ValueError: if the model has fewer token ids than the tokenizer, or another mask id.
     """
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
@@ -171,13 +176,13 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, config: "BD3LMConfi
     if token is not None and token not in (tokenizer.mask_token, tokenizer.pad_token):
         raise ValueError(
             f"The model's mask_token_id {mask_id} is the ordinary token {token!r} of the tokenizer: give the model a "
-            f"mask id behind the tokenizer's last id ({largest}), or load the tokenizer with load_tokenizer, which "
+            f"mask id after the tokenizer's last id ({largest}), or load the tokenizer with load_tokenizer, which "
             "adds a mask token."
         )
 
 
 class _Counted:
-    """The texts, counting the characters that pass."""
+    """Iterate over texts and count their characters."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.texts = texts

@@ -25,7 +25,7 @@ from bd3lm_hf.data.sources import exists, looks_like_path
 from bd3lm_hf.hub_upload.layouts import Architecture, architecture_of, is_simplex_layout, read_simplex
 from bd3lm_hf.hub_upload.repo_files import check_links, new_folder
 from bd3lm_hf.hub_upload.safe_pickle import plain, read_checkpoint
-from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
+from bd3lm_hf.tokenization import check_tokenizer_fits, limit_to_window, load_tokenizer
 
 
 # The fields of a published config.json, with the authors' names (their export script's order).
@@ -144,7 +144,8 @@ def to_published(source: str, target: str | Path) -> Conversion:
         save_file(state, folder / _WEIGHT_FILES[0], metadata={"format": "pt"})
         tokenizer = _load_tokenizer(Path(source) if exists(source) else None, None)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            limit_to_window(tokenizer, model.config)
+        tokenizer.save_pretrained(folder)
     notes = ["copy the authors' configuration_bd3lm.py and modeling_bd3lm.py into it"]
     if model.config.noise != "loglinear":
         notes.append(f"noise={model.config.noise!r} has no field there; their code trains with loglinear noise")
@@ -366,6 +367,7 @@ def _save_checked(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder:
     """Save, load again, and compare with the model in memory."""
     model.save_pretrained(folder)
     if tokenizer is not None:
+        limit_to_window(tokenizer, model.config)
         tokenizer.save_pretrained(folder)
     inputs = model.dummy_inputs
     logits = model(**inputs).logits

@@ -24,7 +24,7 @@ from bd3lm_hf.checkpoints import adapter_base, check_finite_weights, load_model
 from bd3lm_hf.data.sources import exists, looks_like_path
 from bd3lm_hf.modeling import __file__ as _MODELING
 from bd3lm_hf.run_folder import COMPLETE_NAME, EMA_NAME, incomplete_because, last_complete_checkpoint, publish_folder
-from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
+from bd3lm_hf.tokenization import check_tokenizer_fits, limit_to_window, load_tokenizer
 
 
 CODE = Path(_MODELING).resolve().parent  # the code that travels with a model
@@ -237,6 +237,7 @@ def write_contents(
         for name in _ADAPTER_FILES:
             shutil.copyfile(source / name, target / name)
     if contents.tokenizer is not None:
+        limit_to_window(contents.tokenizer, contents.model.config)
         contents.tokenizer.save_pretrained(target)
     if unknown := [name for name in files_of(target) if kind_of(name) is None]:
         raise ValueError(f"DIR {source} is not a model of bd3lm_hf: saving it wrote {', '.join(unknown)}.")

@@ -9,6 +9,7 @@ from bd3lm_hf.tokenization import (
     SMALLEST_VOCABULARY,
     check_tokenizer_fits,
     complete_special_tokens,
+    limit_to_window,
     load_tokenizer,
     train_tokenizer,
 )
@@ -63,11 +64,11 @@ def test_a_saved_tokenizer_comes_back_the_same(trained: PreTrainedTokenizerFast,
         assert loaded.decode(loaded(STRANGE)["input_ids"]) == STRANGE
 
 
-def test_a_tokenizer_without_mask_gets_one_behind_its_last_id() -> None:
-    tokenizer = complete_special_tokens(gpt2_like(eos_token="<|endoftext|>"))
+@pytest.mark.parametrize("special", [{}, {"pad_token": "<|mask|>", "mask_token": "<|mask|>"}])
+def test_a_tokenizer_without_mask_gets_one_after_its_last_id_and_never_pads_with_it(special: dict) -> None:
+    tokenizer = complete_special_tokens(gpt2_like(eos_token="<|endoftext|>", **special))
     assert tokenizer.mask_token_id == 10
-    assert tokenizer.pad_token_id == 10
-    assert tokenizer.bos_token_id == tokenizer.eos_token_id == 9
+    assert tokenizer.pad_token_id == tokenizer.bos_token_id == tokenizer.eos_token_id == 9
     assert len(tokenizer) == 11
     assert tokenizer.padding_side == "left"
 
@@ -79,39 +80,42 @@ def test_a_tokenizer_keeps_the_special_tokens_that_it_has() -> None:
     assert len(tokenizer) == 10
 
 
-def test_a_completed_tokenizer_survives_saving(tmp_path: Path) -> None:
+def test_a_completed_tokenizer_survives_saving_and_knows_the_window(tmp_path: Path) -> None:
     tokenizer = complete_special_tokens(gpt2_like(eos_token="<|endoftext|>"))
+    limit_to_window(tokenizer, SimpleNamespace(max_position_embeddings=4))
     tokenizer.save_pretrained(tmp_path)
-    assert load_tokenizer(str(tmp_path)).mask_token_id == 10
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert (loaded.mask_token_id, loaded.pad_token_id) == (10, 9)
+    assert len(loaded("a b c d e f", truncation=True)["input_ids"]) == 4
 
 
-def test_a_tokenizer_that_can_not_end_a_text_is_refused() -> None:
-    with pytest.raises(ValueError, match="no token that ends a text; set tokenizer.eos_token"):
+def test_a_tokenizer_that_cannot_end_a_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="tokenizer.eos_token"):
         complete_special_tokens(gpt2_like())
 
 
 def test_training_needs_texts() -> None:
-    with pytest.raises(ValueError, match="its corpus is needed"):
+    with pytest.raises(ValueError, match="texts="):
         load_tokenizer(None)
-    with pytest.raises(ValueError, match="no text to train a tokenizer on"):
+    with pytest.raises(ValueError, match="no text"):
         load_tokenizer(None, texts=["", ""])
 
 
 def test_a_vocabulary_smaller_than_the_bytes_is_refused() -> None:
-    with pytest.raises(ValueError, match=rf"vocab_size is 100.* needs {SMALLEST_VOCABULARY} tokens"):
+    with pytest.raises(ValueError, match=rf"vocab_size is 100.* {SMALLEST_VOCABULARY} "):
         train_tokenizer(TEXTS, vocab_size=100)
     assert len(train_tokenizer(TEXTS, vocab_size=SMALLEST_VOCABULARY)) == SMALLEST_VOCABULARY
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=rf"{tmp_path}.* holds no tokenizer.*save_pretrained"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*save_pretrained"):
         load_tokenizer(str(tmp_path))
 
 
 def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=rf"{tmp_path}.* can not be loaded.*Name a folder, or 'train'"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*'train'"):
         load_tokenizer(str(tmp_path))
 
 
@@ -122,17 +126,15 @@ def test_a_fitting_tokenizer_passes(trained: PreTrainedTokenizerFast) -> None:
 
 
 def test_a_model_with_fewer_ids_than_the_tokenizer_is_refused(trained: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match=r"ids up to 299, but the model's vocab_size is 256: set vocab_size to 300"):
+    with pytest.raises(ValueError, match=r"299, .*vocab_size is 256.* 300"):
         check_tokenizer_fits(trained, config(256, 255))
 
 
 def test_a_mask_id_other_than_the_tokenizers_is_refused(trained: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(
-        ValueError, match=r"mask_token_id is 511, but .*'<\|mask\|>' has id 299: set mask_token_id=299"
-    ):
+    with pytest.raises(ValueError, match=r"511.*'<\|mask\|>'.*mask_token_id=299"):
         check_tokenizer_fits(trained, config(512, 511))
 
 
 def test_a_mask_id_that_is_an_ordinary_token_is_refused() -> None:
-    with pytest.raises(ValueError, match="mask_token_id 3 is the ordinary token 'c'"):
+    with pytest.raises(ValueError, match="mask_token_id 3 .*'c'"):
         check_tokenizer_fits(gpt2_like(eos_token="<|endoftext|>"), config(11, 3))

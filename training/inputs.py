@@ -1,4 +1,4 @@
-"""What a run reads: documents or rows, a tokenizer, and sequences of the model's length."""
+"""Load the inputs of a run: documents or rows of fine-tuning, a tokenizer, and sequences of the model's length."""
 
 import itertools
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bd3lm_hf.data.documents import find_schema, load_rows, load_text
 from bd3lm_hf.data.instructions import encode_rows, texts_of
-from bd3lm_hf.data.packing import bytes_per_token, pack
+from bd3lm_hf.data.packing import bytes_per_token, evenly_spaced, pack
 from bd3lm_hf.data.schemas import SCHEMAS, Schema, TextRow
 from bd3lm_hf.data.sources import DatasetSpec
 from bd3lm_hf.data.streaming import PackedStream
@@ -25,32 +25,32 @@ _DOCUMENTS_AT_ONCE = 100
 
 
 class Documents(NamedTuple):
-    """Both splits as they were loaded."""
+    """Documents or rows of both splits, before tokenization."""
 
     train: Dataset | IterableDataset
     validation: Dataset | IterableDataset
-    schema: Schema  # documents of text, or what a fine-tuning reads
+    schema: Schema  # `TextRow`, or one of fine-tuning
 
 
 class TrainingSequences(NamedTuple):
-    """Both splits as token sequences."""
+    """Token sequences of both splits."""
 
     train: Dataset | PackedStream
     validation: Dataset
-    bytes_per_token: float | None  # None where sequences are no running text
+    bytes_per_token: float | None  # None if the sequences are not running text
 
 
 def load_documents(data: DataArguments) -> Documents:
-    """The documents or rows of both splits.
+    """Load the documents or rows of both splits.
 
     With `validation_dataset`, files are used whole: nothing is held out.
 
     Raises:
-        ValueError: as `load_text`, or a stream of something else than documents.
+        ValueError: as `load_text`; also if a stream is to hold something else than documents.
     """
-    sources: dict[str, Any] = {"train": data.dataset, "validation": data.validation_dataset or data.dataset}
-    place = {"train": {"config_name": data.dataset_config, "source": data.dataset_source}}
-    place["validation"] = place["train"] if data.validation_dataset is None else {}
+    names: dict[str, Any] = {"train": data.dataset, "validation": data.validation_dataset or data.dataset}
+    origins = {"train": {"config_name": data.dataset_config, "source": data.dataset_source}}
+    origins["validation"] = origins["train"] if data.validation_dataset is None else {}
     schema = _schema(data)
     if data.streaming and not isinstance(schema, TextRow):
         raise ValueError(
@@ -58,17 +58,17 @@ def load_documents(data: DataArguments) -> Documents:
             "--streaming."
         )
     if data.validation_dataset is not None:
-        for split, source in sources.items():
-            if Path(source).is_file():
-                sources[split] = DatasetSpec(source, path=source, splits={split: "train"})
+        for split, name in names.items():
+            if Path(name).expanduser().is_file():
+                names[split] = DatasetSpec(name, path=name, splits={split: "train"})
     loaded = {}
-    for split, source in sources.items():
-        options: dict[str, Any] = {"split": split, "skip_bad_rows": data.skip_bad_rows, **place[split]}
+    for split, name in names.items():
+        options: dict[str, Any] = {"split": split, "skip_bad_rows": data.skip_bad_rows, **origins[split]}
         options["streaming"] = data.streaming and (split == "train" or data.validation_dataset is None)
         if isinstance(schema, TextRow):
-            loaded[split] = load_text(source, text_column=data.text_column, num_proc=data.num_proc, **options)
+            loaded[split] = load_text(name, text_column=data.text_column, num_proc=data.num_proc, **options)
         else:
-            loaded[split] = load_rows(source, schema, **options)
+            loaded[split] = load_rows(name, schema, **options)
     return Documents(loaded["train"], loaded["validation"], schema)
 
 
@@ -81,7 +81,7 @@ def _schema(data: DataArguments) -> Schema:
 
 
 def make_tokenizer(arguments: RunArguments, documents: Documents) -> Any:
-    """The tokenizer of a name, of the checkpoint, or trained here; the main process's one on every process."""
+    """Load or train the tokenizer on the main process and send it to the others."""
     data, model = arguments.data, arguments.model
     tokenizer: list[Any] = [None]
     if arguments.training.process_index == 0:
@@ -103,7 +103,7 @@ def _training_texts(documents: Documents) -> Iterator[str]:
 def make_sequences(
     arguments: RunArguments, documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Any
 ) -> TrainingSequences:
-    """TrainingSequences of the model's length of both splits, or one for each row of a fine-tuning."""
+    """Return the sequences of both splits: of the model's length, or one for each row of fine-tuning."""
     data, training = arguments.data, arguments.training
     if not isinstance(documents.schema, TextRow):
         return _make_instructions(arguments, documents, tokenizer, config)
@@ -112,7 +112,7 @@ def make_sequences(
         "train": {"insert_eos": data.insert_train_eos, "insert_special": data.insert_train_special},
         "validation": {"insert_eos": data.insert_valid_eos, "insert_special": data.insert_valid_special},
     }
-    how: dict[str, Any] = {"length": length, "packing": data.packing, "num_proc": data.num_proc}
+    options: dict[str, Any] = {"length": length, "packing": data.packing, "num_proc": data.num_proc}
     train: Dataset | PackedStream
     if isinstance(documents.train, IterableDataset):
         seed = training.seed if training.data_seed is None else training.data_seed
@@ -120,13 +120,15 @@ def make_sequences(
         train = PackedStream(documents.train, tokenizer, length=length, **flags["train"], **shuffle)
     else:
         with training.main_process_first(desc="packing the training text"):
-            train = _spread(pack(documents.train, tokenizer, **how, **flags["train"]), data.max_train_samples)
+            train = evenly_spaced(
+                pack(documents.train, tokenizer, **options, **flags["train"]), data.max_train_samples
+            )
     held_out = documents.validation
     if isinstance(held_out, IterableDataset):
-        assert data.max_eval_samples is not None  # DataArguments asks for it
+        assert data.max_eval_samples is not None  # DataArguments requires it
         held_out = _first_documents(held_out, tokenizer, data.max_eval_samples * length)
     with training.main_process_first(desc="packing the held-out text"):
-        validation = _spread(pack(held_out, tokenizer, **how, **flags["validation"]), data.max_eval_samples)
+        validation = evenly_spaced(pack(held_out, tokenizer, **options, **flags["validation"]), data.max_eval_samples)
     size = bytes_per_token(held_out, tokenizer, insert_eos=data.insert_valid_eos)
     return TrainingSequences(train, validation, size.bytes_per_token)
 
@@ -136,7 +138,7 @@ def _make_instructions(
 ) -> TrainingSequences:
     data = arguments.data
     encoded = {}
-    for split, most in (("train", data.max_train_samples), ("validation", data.max_eval_samples)):
+    for split, max_rows in (("train", data.max_train_samples), ("validation", data.max_eval_samples)):
         with arguments.training.main_process_first(desc=f"tokenizing {split}"):
             rows = encode_rows(
                 getattr(documents, split),
@@ -147,26 +149,21 @@ def _make_instructions(
                 long_rows=data.long_rows,
                 num_proc=data.num_proc,
             )
-        encoded[split] = _spread(rows, most)
+        encoded[split] = evenly_spaced(rows, max_rows)
     return TrainingSequences(encoded["train"], encoded["validation"], None)
 
 
-def _spread(rows: Dataset, most: int | None) -> Dataset:
-    """Every k-th sequence, so that a part is as varied as the whole."""
-    return rows if most is None else rows.select(range(0, len(rows), -(-len(rows) // most)))
-
-
 def _first_documents(stream: IterableDataset, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Dataset:
-    """The first documents of a stream that hold so many tokens, or all."""
+    """Return the first documents of a stream, as many as have that number of tokens together."""
     texts: list[str] = []
-    documents, found = iter(stream), 0
-    while found < tokens:
+    documents, num_tokens = iter(stream), 0
+    while num_tokens < tokens:
         batch = [row["text"] for row in itertools.islice(documents, _DOCUMENTS_AT_ONCE)]
         if not batch:
             break
         texts += batch
         ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        found += sum(map(len, ids))
+        num_tokens += sum(map(len, ids))
     return Dataset.from_dict({"text": texts})
 
 

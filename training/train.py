@@ -39,7 +39,7 @@ from bd3lm_hf.run_folder import (
     lock_output_dir,
     recover_output_dir,
 )
-from bd3lm_hf.tokenization import check_tokenizer_fits
+from bd3lm_hf.tokenization import check_tokenizer_fits, limit_to_window
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments, ModelArguments
 from bd3lm_hf.training.callbacks import SampleCallback, TrainingStopped, sample_options, sample_text
 from bd3lm_hf.training.command_line import RunArguments, parse_arguments, write_recipe
@@ -242,6 +242,7 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
         check_memory(config)
         model = AutoModelForCausalLM.from_config(config, **keywords)
     check_tokenizer_fits(tokenizer, model.config)
+    limit_to_window(tokenizer, model.config)
     if arguments.num_denoising_steps is not None:
         model.generation_config.num_denoising_steps = arguments.num_denoising_steps
     return model

@@ -1,14 +1,17 @@
-"""Fine-tuning rows as sequences: a prompt that is given, then what is learned, then end tokens to the block's end.
+"""Fine-tuning rows as sequences: what is given, what is learned, and end tokens to the end of its block.
 
-One row is one sequence, and begins with its prompt: blocks are counted from there, as `generate` counts them. Given
-tokens carry the label -100, so they are neither masked nor scored. Behind the last learned token stands the end token,
-once at least and until the block is full, and it is scored in all these places: the model must learn how a block ends.
+One row is one sequence and begins with its prompt: blocks are counted from there, as `generate` counts them. Given
+tokens have the label -100, so they are neither masked nor scored. After the last learned token follow end tokens, at
+least one and as many as fill the block. All of them are scored, because the model must learn how a block ends; nothing
+follows that block.
 """
 
+import itertools
 import json
 import logging
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,14 +21,14 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from bd3lm_hf.data.packing import token_id, tokenizer_key
-from bd3lm_hf.data.schemas import Messages, PromptCompletion, Schema
+from bd3lm_hf.data.schemas import Messages, PromptCompletion, Schema, is_learned
 
 
 logger = logging.getLogger(__name__)
 
 
 #: Part of every cache key: raise it when the encoding changes.
-_VERSION = 1
+_VERSION = 2
 
 
 #: Label of a position that is not scored.
@@ -35,7 +38,7 @@ _IGNORED = -100
 _FEATURES = Features(input_ids=List(Value("int32")), labels=List(Value("int32")), attention_mask=List(Value("int8")))
 
 
-#: What happens to rows that are longer than the model: nothing is ever cut.
+#: Names of what to do with rows that are longer than the model; nothing is ever cut.
 LONG_ROWS = ("error", "drop")
 
 
@@ -43,7 +46,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Encoded(NamedTuple):
-    """The tokens of a row, and which of them are learned."""
+    """The tokens of a row, and whether each is learned."""
 
     ids: list[int]
     learned: list[bool]
@@ -56,28 +59,34 @@ def encode_rows(
     *,
     length: int,
     block_size: int,
+    fill_turns: bool = False,
     long_rows: str = "error",
     num_proc: int | None = None,
 ) -> Dataset:
-    """Sequences of whole blocks, with columns `input_ids`, `labels` and `attention_mask`; their lengths differ.
+    """Encode rows as sequences of whole blocks, with columns `input_ids`, `labels` and `attention_mask`.
 
-    A prompt and its completion are tokenized apart, as they are when the model is asked, and without special tokens;
-    an empty prompt becomes the begin token. Messages are written by the tokenizer's chat template. Where it marks
-    `{% generation %}` all turns of the assistant are learned, else the last turn, which must be the assistant's; what
-    follows the last learned token is left out. A user's turn that begins in the block in which an answer ends is seen
-    while that block is denoised.
+    A prompt and its completion are tokenized separately, as they are at generation, and without special tokens; an
+    empty prompt becomes the begin token. Messages, their tool calls and the row's tools are rendered by the chat
+    template of the tokenizer. Every turn of the assistant is learned, except those of `weight` 0; what follows the
+    last learned token is left out. The turns are found by the template's `{% generation %}` marks if it has them,
+    otherwise by the difference between the conversation rendered up to a turn and through it.
 
     Args:
-        rows: as `load_rows` gives them in that schema.
+        rows: rows in that schema, as `load_rows` returns them.
         schema: `PromptCompletion` or `Messages`.
-        length: most tokens of a sequence, the end tokens included.
+        length: maximum number of tokens of a sequence, the end tokens included.
         block_size: tokens of a block of the model.
+        fill_turns: also fill the block in which an earlier turn ends, so that the next turn begins with a block.
+            Otherwise a user's turn may begin in the block in which an answer ends, and is seen while that is denoised.
         long_rows: "error", or "drop" rows that do not fit, with a warning that counts them.
         num_proc: worker processes; they do not change the result.
 
+    Returns:
+        The sequences, whose lengths differ.
+
     Raises:
-        ValueError: rows that do not fit, a row with nothing to learn, a tokenizer without end token or chat template,
-            or no row left.
+        ValueError: if rows do not fit, a row has nothing to learn, the tokenizer has no end token or chat template, or
+            no row is left.
     """
     if long_rows not in LONG_ROWS:
         raise ValueError(f"long_rows is {long_rows!r}; it must be one of: {', '.join(LONG_ROWS)}.")
@@ -85,12 +94,13 @@ def encode_rows(
     if isinstance(schema, Messages):
         _check_template(tokenizer)
     end = token_id(tokenizer, "eos")
-    key = (_VERSION, rows._fingerprint, tokenizer_key(tokenizer), tokenizer.chat_template, end, block_size)
+    options = {"end": end, "block_size": block_size, "fill_turns": fill_turns}
+    key = (_VERSION, rows._fingerprint, tokenizer_key(tokenizer), tokenizer.chat_template, options)
     encoded = rows.map(
         _encode_row,
         remove_columns=rows.column_names,
         features=_FEATURES,
-        fn_kwargs={"encode": encode, "tokenizer": tokenizer, "end": end, "block_size": block_size},
+        fn_kwargs={"encode": encode, "tokenizer": tokenizer, **options},
         num_proc=num_proc,
         new_fingerprint=Hasher.hash(key),
         desc="Tokenizing",
@@ -99,7 +109,7 @@ def encode_rows(
 
 
 def texts_of(rows: Dataset, schema: Schema) -> Iterator[str]:
-    """The text of the rows, to train a tokenizer on."""
+    """Yield the texts of the rows, to train a tokenizer on."""
     for row in rows:
         if isinstance(schema, Messages):
             yield from (str(message["content"]) for message in json.loads(row["messages"]))
@@ -114,13 +124,23 @@ def _encode_row(
     tokenizer: PreTrainedTokenizerBase,
     end: int,
     block_size: int,
+    fill_turns: bool,
 ) -> dict[str, Any]:
-    ids, learned = encode(row, tokenizer)
-    if ids[-1] != end or not learned[-1]:
-        ids, learned = [*ids, end], [*learned, True]
-    fill = -len(ids) % block_size
-    ids, learned = ids + [end] * fill, learned + [True] * fill
-    labels = [token if scored else _IGNORED for token, scored in zip(ids, learned, strict=True)]
+    ids: list[int] = []
+    labels: list[int] = []
+    encoded = encode(row, tokenizer)
+    last = len(encoded.ids) - 1
+    for position, (token, learned) in enumerate(zip(*encoded, strict=True)):
+        ids.append(token)
+        labels.append(token if learned else _IGNORED)
+        is_last = position == last
+        if not is_last and not (fill_turns and learned and not encoded.learned[position + 1]):
+            continue
+        # A turn ends here: one end token at least after the last turn, then as many as fill the block.
+        missing = is_last and not (learned and token == end)
+        count = missing + -(len(ids) + missing) % block_size
+        ids += [end] * count
+        labels += [end] * count
     return {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}
 
 
@@ -131,45 +151,86 @@ def _prompt_and_completion(row: dict[str, str], tokenizer: PreTrainedTokenizerBa
 
 
 def _conversation(row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """Render a conversation and mark its learned tokens; what follows the last of them is left out."""
     messages = json.loads(row["messages"])
-    ids, learned = (
-        _marked_turns(messages, tokenizer)
-        if _GENERATION.search(tokenizer.get_chat_template())
-        else _last_turn(messages, tokenizer)
-    )
+    learned_turns = {index: is_learned(m) for index, m in enumerate(messages) if m["role"] == "assistant"}
+    for message in messages:
+        message.pop("weight", None)  # a mark for the loss, not for the template
+    tools = json.loads(row["tools"]) if row.get("tools") else None
+    if _GENERATION.search(tokenizer.get_chat_template()):
+        ids, learned = _marked_turns(messages, list(learned_turns.values()), tools, tokenizer)
+    else:
+        ids, learned = _rendered_turns(messages, learned_turns, tools, tokenizer)
     if not any(learned):
         raise ValueError(f"The chat template writes no token of the assistant for the messages {_shown(messages)}.")
     last = len(learned) - 1 - learned[::-1].index(True)
     return Encoded(ids[: last + 1], learned[: last + 1])
 
 
-def _marked_turns(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """All turns of the assistant, by the marks of the template."""
-    written: Any = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+def _marked_turns(
+    messages: list[dict[str, Any]], is_turn_learned: list[bool], tools: list[Any] | None, tokenizer: Any
+) -> Encoded:
+    """Find the turns of the assistant by the marks of the template."""
+    rendered = tokenizer.apply_chat_template(
+        messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    return Encoded(list(written["input_ids"]), [mask == 1 for mask in written["assistant_masks"]])
+    learned = np.array(rendered["assistant_masks"]) == 1
+    if not all(is_turn_learned):
+        edges = np.flatnonzero(np.diff([0, *learned, 0]))
+        turns = list(zip(edges[::2], edges[1::2], strict=True))
+        if len(turns) != len(is_turn_learned):
+            raise ValueError(
+                f"The chat template marks {len(turns)} of the assistant's {len(is_turn_learned)} turns, so that those "
+                f"of weight 0 cannot be found, in the messages {_shown(messages)}."
+            )
+        for (start, stop), keep in zip(turns, is_turn_learned, strict=True):
+            learned[start:stop] = keep
+    return Encoded(list(rendered["input_ids"]), learned.tolist())
 
 
-def _last_turn(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """The last turn, by what the template adds to the prompt before it; it ends with the first end token."""
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(
-            f"The messages {_shown(messages)} end with the role {messages[-1]['role']!r}: the chat template does not "
-            "mark the assistant's turns with {% generation %}, so the last message must be the assistant's."
-        )
-    prompt: Any = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    whole: Any = tokenizer.apply_chat_template(messages, tokenize=False)
-    if not whole.startswith(prompt):
-        raise ValueError(
-            f"The chat template writes the messages {_shown(messages)} differently with and without their last turn: "
-            "mark the assistant's turns in it with {% generation %}."
-        )
-    given = _tokens(tokenizer, prompt, control=True)
-    answer = _tokens(tokenizer, whole[len(prompt) :], control=True)
+def _rendered_turns(
+    messages: list[dict[str, Any]], is_turn_learned: dict[int, bool], tools: list[Any] | None, tokenizer: Any
+) -> Encoded:
+    """Find the turns of the assistant by what the template adds for each of them.
+
+    The text is tokenized turn by turn, because a token of the whole may cross the border of a turn. A turn ends with
+    its first end token, as generation does; a line end that the template puts after it is given.
+    """
+    render = partial(tokenizer.apply_chat_template, tools=tools, tokenize=False)
+    whole, done = render(messages), 0
+    ids: list[int] = []
+    learned: list[bool] = []
     end = token_id(tokenizer, "eos")
-    answer = answer[: answer.index(end) + 1] if end in answer else answer
-    return Encoded(given + answer, [False] * len(given) + [True] * len(answer))
+    for index, keep in is_turn_learned.items():
+        prompt = render(messages[:index], add_generation_prompt=True)
+        stop = _end_of_turn(messages, index, whole, render)
+        if not (done <= len(prompt) <= (stop or 0) and whole.startswith(prompt)):
+            raise ValueError(
+                f"The chat template writes the messages {_shown(messages)} differently with and without their turn "
+                f"{index}: mark the assistant's turns in it with {{% generation %}}."
+            )
+        given = _tokens(tokenizer, whole[done : len(prompt)], control=True)
+        answer = _tokens(tokenizer, whole[len(prompt) : stop], control=True)
+        num_learned = answer.index(end) + 1 if end in answer else len(answer)
+        ids += given + answer
+        learned += [False] * len(given) + [keep] * num_learned + [False] * (len(answer) - num_learned)
+        done = stop
+    return Encoded(ids, learned)
+
+
+def _end_of_turn(messages: list[dict[str, Any]], index: int, whole: str, render: Callable[..., str]) -> int | None:
+    """Return the character of the rendered conversation at which a turn ends, or None if it cannot be found."""
+    through = render(messages[: index + 1])
+    if whole.startswith(through):
+        return len(through)
+    # Some templates write the last turn differently (Qwen3 puts an empty thought before it). Then the turn ends where
+    # the messages after it begin, whose length shows without the turn.
+    following = list(itertools.takewhile(lambda message: message["role"] != "assistant", messages[index + 1 :]))
+    before = render(messages[:index])
+    added = render([*messages[:index], *following])[len(before) :]
+    through = render(messages[: index + 1 + len(following)])
+    found = following and whole.startswith(through) and through.endswith(added)
+    return len(through) - len(added) if found else None
 
 
 _ENCODERS: dict[type[Schema], Callable[[dict[str, str], PreTrainedTokenizerBase], Encoded]] = {
@@ -179,7 +240,7 @@ _ENCODERS: dict[type[Schema], Callable[[dict[str, str], PreTrainedTokenizerBase]
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, control: bool) -> list[int]:
-    """The ids of a text. Only a template writes control tokens; their names in data are text."""
+    """Return the ids of a text. Only a template writes control tokens; their names in data are text."""
     encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=not control, verbose=False)
     return list(encoded["input_ids"])
 
@@ -187,8 +248,8 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, control: bool) -> 
 def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
         raise ValueError(
-            f"The tokenizer {tokenizer.name_or_path!r} has no chat template, which writes messages as text: set "
-            "tokenizer.chat_template and save it, or give rows with the columns prompt and completion."
+            f"The tokenizer {tokenizer.name_or_path!r} has no chat template to render messages with: set "
+            "tokenizer.chat_template and save it, or use the columns prompt and completion."
         )
 
 

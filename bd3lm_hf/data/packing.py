@@ -120,7 +120,7 @@ def pack(
     tokens = _count_tokens(tokenized)
     if tokens < layout.body:
         raise ValueError(
-            f"The data set has {tokens} tokens in {len(dataset)} documents, fewer than one sequence of {layout.body} "
+            f"The dataset has {tokens} tokens in {len(dataset)} documents, fewer than one sequence of {layout.body} "
             f"(length {length}): name a larger data set or a smaller length."
         )
     packed = PACKINGS[packing](tokenized, layout, drop_last=drop_last, num_proc=num_proc)
@@ -154,7 +154,7 @@ def tokenize(
     """
     if "text" not in dataset.column_names:
         raise ValueError(
-            f"The data set has no column 'text', only: {', '.join(dataset.column_names)}; load it with load_text, or "
+            f"The dataset has no column 'text', only: {', '.join(dataset.column_names)}; load it with load_text, or "
             "rename the column."
         )
     key = (_VERSION, dataset._fingerprint, tokenizer_key(tokenizer), eos, end_empty)
@@ -199,12 +199,19 @@ def bytes_per_token(
     eos = token_id(tokenizer, "eos") if insert_eos else None
     tokens = _count_tokens(tokenize(dataset, tokenizer, eos=eos, num_proc=num_proc))
     if tokens == 0:
-        raise ValueError(f"The data set's {len(dataset)} documents hold no text; name another data set.")
+        raise ValueError(f"The dataset's {len(dataset)} documents hold no text; name another data set.")
     characters = utf8_bytes = 0
     for table in dataset.with_format("arrow").iter(_DOCUMENTS_PER_BATCH):
         characters += pc.sum(pc.utf8_length(table["text"])).as_py()
         utf8_bytes += pc.sum(pc.binary_length(table["text"])).as_py()
     return TextSize(len(dataset), characters, utf8_bytes, tokens)
+
+
+def evenly_spaced(rows: Dataset, max_rows: int | None) -> Dataset:
+    """Return at most `max_rows` rows at even distances, so that a part is as varied as the whole; None returns all."""
+    if max_rows is None or max_rows >= len(rows):
+        return rows
+    return rows.select([index * len(rows) // max_rows for index in range(max_rows)])
 
 
 def tokenize_batch(

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bd3lm_hf.data.documents import find_schema, load_rows, load_text
 from bd3lm_hf.data.instructions import encode_rows
-from bd3lm_hf.data.packing import PACKINGS, bytes_per_token, pack
+from bd3lm_hf.data.packing import PACKINGS, bytes_per_token, evenly_spaced, pack
 from bd3lm_hf.data.schemas import TextRow
 from bd3lm_hf.data.sources import ENDINGS, SUITES, Flags, exists, find_spec, published_flags
 from bd3lm_hf.evaluation.perplexity import Perplexity, Protocol, check_estimator, summarize
@@ -280,18 +280,13 @@ def _sequences(
         rows = encode_rows(
             load_rows(target.name, schema, **how), schema, tokenizer, length=length, block_size=model.config.block_size
         )
-        return ScoringSequences(_spread(rows, arguments.max_sequences), None, {"split": flags.split})
+        return ScoringSequences(evenly_spaced(rows, arguments.max_sequences), None, {"split": flags.split})
     documents = load_text(target.name, text_column=arguments.text_column, **how)
     packed = pack(documents, tokenizer, length=length, **{k: v for k, v in flags._asdict().items() if k != "split"})
     size = bytes_per_token(documents, tokenizer, insert_eos=flags.insert_eos).bytes_per_token
     # Of the tokens of a sequence all but the first are scored, and an end token that packing put there has no bytes.
     text = (length - 2) / (length - 1) if flags.insert_special else 1.0
-    return ScoringSequences(_spread(packed, arguments.max_sequences), size * text, flags._asdict())
-
-
-def _spread(sequences: Dataset, most: int | None) -> Dataset:
-    """At most `most` sequences, evenly apart."""
-    return sequences if most is None else sequences.select(range(0, len(sequences), -(-len(sequences) // most)))
+    return ScoringSequences(evenly_spaced(packed, arguments.max_sequences), size * text, flags._asdict())
 
 
 def _about_model(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

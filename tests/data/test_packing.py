@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from bd3lm_hf.data import packing
-from bd3lm_hf.data.packing import bytes_per_token, pack, pack_published, tokenize
+from bd3lm_hf.data.packing import bytes_per_token, evenly_spaced, pack, pack_published, tokenize
 from bd3lm_hf.tokenization import train_tokenizer
 
 
@@ -159,6 +159,14 @@ def test_packed_examples_collate_into_long_tensors(documents: Dataset, tokenizer
     batch = default_data_collator([packed[0], packed[1]])
     assert {key: value.shape for key, value in batch.items()} == dict.fromkeys(packed.column_names, (2, 16))
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(("count", "kept"), [(10, 9), (10, 10), (1000, 999), (7, 3), (5, None), (5, 8)])
+def test_a_part_has_the_exact_size_and_even_distances(count: int, kept: int | None) -> None:
+    rows = evenly_spaced(Dataset.from_dict({"row": range(count)}), kept)["row"][:]
+    assert len(rows) == min(count, kept or count)
+    gaps = np.diff([*rows, count])
+    assert rows[0] == 0 and set(gaps) <= {count // len(rows), -(-count // len(rows))}
 
 
 def test_bytes_a_token_turn_nats_into_bits_a_byte(documents: Dataset, tokenizer) -> None:

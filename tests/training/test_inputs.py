@@ -49,7 +49,7 @@ def test_without_a_validation_file_some_documents_are_held_out(corpus):
     assert set(documents.train["text"]).isdisjoint(documents.validation["text"])
 
 
-def test_a_source_takes_the_place_of_the_tables(tmp_path):
+def test_a_source_replaces_the_one_of_the_table(tmp_path):
     for split in ("train", "test"):
         Dataset.from_dict({"text": [f"The {split} 's text ."]}).to_parquet(tmp_path / f"{split}.parquet")
     words = ["demo", "--dataset", "lm1b", "--dataset_source", str(tmp_path)]
@@ -58,7 +58,7 @@ def test_a_source_takes_the_place_of_the_tables(tmp_path):
     assert documents.validation["text"][:] == ["The test's text."]
 
 
-def test_the_configuration_of_a_hub_data_set_is_asked_for(monkeypatch):
+def test_the_configuration_of_a_hub_dataset_is_asked_for(monkeypatch):
     asked = []
 
     def hub(path, **settings):
@@ -111,7 +111,7 @@ def test_a_stream_trains_on_its_documents_and_holds_the_others_in_memory(corpus)
     )
     assert isinstance(documents.train, IterableDataset)
     assert isinstance(sequences.train, PackedStream)
-    assert len(sequences.validation) <= 6
+    assert len(sequences.validation) == 6
     whole = inputs("--dataset", corpus, "--tokenizer", "train", "--max_eval_samples", 1000)
     # Held out by the hash of a document, as without a stream, but the smallest hashes of all are not known.
     assert set(whole[0].validation["text"]).issubset(row["text"] for row in documents.validation)
@@ -133,7 +133,7 @@ def test_a_stream_may_be_validated_on_a_set_of_its_own(corpus, tmp_path):
 def test_a_stream_of_prompts_is_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     words = ["demo", "--dataset", str(tmp_path / "rows.jsonl"), "--streaming", "true"]
-    with pytest.raises(ValueError, match="holds prompt and completion, which are read all at once: leave out"):
+    with pytest.raises(ValueError, match="prompt and completion.*--streaming"):
         load_documents(parse_arguments(words).data)
 
 
@@ -149,9 +149,9 @@ def pairs(tmp_path) -> Path:
 
 
 def test_prompts_and_completions_are_found_by_their_columns(pairs):
-    documents, tokenizer, sequences = inputs("--dataset", pairs, "--max_train_samples", 10, length=128)
+    documents, tokenizer, sequences = inputs("--dataset", pairs, "--max_train_samples", 50, length=128)
     assert isinstance(documents.schema, PromptCompletion)
-    assert len(sequences.train) <= 10
+    assert len(sequences.train) == 50  # of some more
     assert sequences.bytes_per_token is None
     for row in sequences.validation:
         first = row["labels"].index(next(label for label in row["labels"] if label != -100))
@@ -164,7 +164,7 @@ def test_messages_and_text_are_chosen_by_name(tmp_path, pairs):
     both = tmp_path / "both.jsonl"
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     both.write_text("".join(json.dumps({"text": f"t{i}", "messages": chat}) + "\n" for i in range(40)))
-    with pytest.raises(ValueError, match="choose one with data_format"):
+    with pytest.raises(ValueError, match="data_format"):
         load_documents(parse_arguments(["demo", "--dataset", str(both)]).data)
     for name, schema in (("text", TextRow), ("messages", Messages)):
         words = ["demo", "--dataset", str(both), "--data_format", name]
@@ -178,7 +178,7 @@ def test_messages_and_text_are_chosen_by_name(tmp_path, pairs):
 def test_long_rows_are_refused_or_dropped(pairs):
     rows = pairs.read_text() + json.dumps({"prompt": "Say", "completion": " word" * 200}) + "\n"
     pairs.write_text(rows)
-    with pytest.raises(ValueError, match=r"1 of \d+ rows have more than 128 tokens"):
+    with pytest.raises(ValueError, match=r"1 of \d+ rows .* 128 "):
         inputs("--dataset", pairs, "--validation_dataset", pairs, length=128)
     sequences = inputs("--dataset", pairs, "--validation_dataset", pairs, "--long_rows", "drop", length=128)[2]
     assert len(sequences.train) == len(sequences.validation) == 60
@@ -187,7 +187,7 @@ def test_long_rows_are_refused_or_dropped(pairs):
 def test_faulty_rows_are_skipped_on_request(corpus, tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text(corpus.read_text() + '{"text": 7}\n')
-    with pytest.raises(ValueError, match=r"Line 201 of .*text\.jsonl' holds int"):
+    with pytest.raises(ValueError, match=r"Line 201 of .*text\.jsonl' .*int"):
         load_documents(parse_arguments(["demo", "--dataset", str(path)]).data)
     words = ["demo", "--dataset", str(path), "--skip_bad_rows", "true"]
     documents = load_documents(parse_arguments(words).data)
