@@ -191,7 +191,11 @@ def append_to_cache(
 
 def static_cache(config: PreTrainedConfig) -> StaticCache:
     """Return a `StaticCache` for texts of any length: the model's window and the block being denoised."""
-    return StaticCache(config, max_cache_len=config.model_length + config.block_size)
+    size = config.model_length + config.block_size
+    cache = StaticCache(config, max_cache_len=size)
+    # Also for layers with a sliding window, which is never shorter than ours: the ring of slots moves by itself.
+    cache.layers = [StaticLayer(max_cache_len=size) for _ in cache.layers]
+    return cache
 
 
 # Values of `cache_implementation`.

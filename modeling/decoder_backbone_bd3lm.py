@@ -9,12 +9,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention_bd3lm import Layout, stream_visibility, token_layout
 from .backbone_bd3lm import check_token_ids, open_cache
 from .cache_bd3lm import StaticSlots, append_to_cache
+from .windows_bd3lm import DecodingNetwork
 
 
 class StepCache:
@@ -193,6 +194,90 @@ class DecoderBackbone:
         return found
 
 
+class DecoderDecodingNetwork(DecodingNetwork):
+    """The forward passes of `generate` and `infill`, by a stock decoder."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.config = model, model.config
+        self.dtype, self.device = model.dtype, model.device
+        self.backbone: DecoderBackbone = model.backbone
+
+    @property
+    def key_value_shape(self) -> tuple[int, int]:
+        """Heads of the cached keys and values, and the width of each."""
+        heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        return heads, width
+
+    def hidden(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        key_valid: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        *,
+        cache: Cache | None = None,
+        num_cached: int = 0,
+        num_committed: int = 0,
+        num_out_of_window: int = 0,
+        sigma: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """Return the hidden states that predict the given positions of the block; see [`DecodingNetwork.hidden`]."""
+        length, size = input_ids.shape[1], self.config.block_size
+        finished = length if positions is None else length - size
+        layout = token_layout(key_valid, length, size, past=num_cached, device=input_ids.device)
+        mask = stream_mask(
+            layout,
+            self.config,
+            self.dtype,
+            first_query=num_cached,
+            causal_columns=num_cached + finished,
+            dense=True,
+        )
+        if num_out_of_window:
+            mask = cast(torch.Tensor, mask).clone()
+            mask[:, :, finished:, :num_out_of_window] = -torch.inf
+        embeds = self.backbone.vocab_embed(input_ids)
+        states = self.backbone.run(embeds, position_ids, mask, cache, num_committed).last_hidden_state
+        if positions is None:
+            return None
+        before = cache if num_cached else None
+        return self._predicting(cast(torch.Tensor, states), finished, before).flatten(0, 1)[positions]
+
+    def static_hidden(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        mask: torch.Tensor,
+        slots: torch.Tensor,
+        cache: StaticCache,
+    ) -> torch.Tensor:
+        """Return the hidden states that predict the block; see [`DecodingNetwork.static_hidden`]."""
+        finished = input_ids.shape[1] - self.config.block_size
+        if self.config.context == "token" and finished > 1:
+            # The mask is block-causal; a clean token of this context sees nothing to its right.
+            later = torch.ones(finished, finished, dtype=torch.bool, device=mask.device).triu(1)
+            rows = torch.arange(finished, device=mask.device).unsqueeze(1)
+            hidden = torch.zeros(mask.shape[2:], dtype=torch.bool, device=mask.device)
+            mask = mask.masked_fill(hidden.index_put((rows, slots[:finished]), later), -torch.inf)
+        embeds = self.backbone.vocab_embed(input_ids)
+        states = self.backbone.run(embeds, position_ids, mask, StaticSlots(cache, slots), finished).last_hidden_state
+        return self._predicting(cast(torch.Tensor, states), finished, cache)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return raw logits `(positions, vocab_size)` in float32."""
+        return self.model.logits_head()(hidden).float()
+
+    def _predicting(self, states: torch.Tensor, finished: int, cache: Cache | None) -> torch.Tensor:
+        """Return the states that predict the tokens of the block, `(batch, block_size, hidden_size)`."""
+        noisy = states[:, finished:]
+        if not self.backbone.shifted:
+            return noisy
+        if finished:
+            return previous(noisy, states[:, finished - 1 : finished])
+        return previous(noisy, noisy[:, :1] if cache is None else _last_clean(cache))
+
+
 def previous(hidden: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
     """Return hidden states `(..., length, width)` one column to the right, `first` `(..., 1, width)` before them."""
     return torch.cat([first, hidden[..., :-1, :]], dim=-2)
@@ -221,6 +306,7 @@ def stream_mask(
     num_streams: int = 1,
     first_query: int = 0,
     causal_columns: int | None = None,
+    dense: bool = False,
 ) -> torch.Tensor | BlockMask:
     """Return one mask for all queries from `first_query` on.
 
@@ -229,13 +315,15 @@ def stream_mask(
     Args:
         num_streams: x_0 and the noisy streams; 1 for x_0 alone.
         causal_columns: leading tokens of x_0 that are causal in `context="token"`, by default all.
+        dense: give flex attention a dense mask too, for short passes that would wait for a sparse one.
 
     Returns:
         a sparse mask for flex attention, else an additive one `(batch or 1, 1, queries, keys)`.
     """
     length = layout.block_ids.shape[1]
     causal = 0 if config.context == "block" else length if causal_columns is None else causal_columns
-    options = (num_streams, first_query, causal, config._attn_implementation == "flex_attention", dtype)
+    sparse = config._attn_implementation == "flex_attention" and not dense
+    options = (num_streams, first_query, causal, sparse, dtype)
     if layout.aligned:
         return _aligned_stream_mask(length, config.block_size, layout.block_ids.device, *options)
     return _make_stream_mask(layout, *options)
@@ -266,4 +354,4 @@ def _make_stream_mask(
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -torch.inf)
 
 
-__all__ = ["DecoderBackbone", "StepCache", "TwoStreamHidden", "previous", "stream_mask"]
+__all__ = ["DecoderBackbone", "DecoderDecodingNetwork", "StepCache", "TwoStreamHidden", "previous", "stream_mask"]

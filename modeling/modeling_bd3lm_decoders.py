@@ -42,7 +42,7 @@ from .configuration_bd3lm_decoders import (
     BD3LMQwen3Config,
     BD3LMSmolLM3Config,
 )
-from .decoder_backbone_bd3lm import DecoderBackbone, TwoStreamHidden, stream_mask
+from .decoder_backbone_bd3lm import DecoderBackbone, DecoderDecodingNetwork, TwoStreamHidden, stream_mask
 from .loss_bd3lm import chunked_cross_entropy, denoising_loss, loss_mask
 from .modeling_bd3lm import BlockDiffusionMixin
 from .saving_bd3lm import SelfContainedMixin
@@ -86,6 +86,20 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
         generator = torch.Generator().manual_seed(0)
         length = min(self.config.model_length, 4 * self.config.block_size)
         return {"input_ids": torch.randint(0, self.config.vocab_size, (2, length), generator=generator)}
+
+    def decoding_network(self) -> DecoderDecodingNetwork:
+        """Return the forward passes of `generate`."""
+        return DecoderDecodingNetwork(self)
+
+    def _sample(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        generation_config = kwargs["generation_config"]
+        positions = self.config.max_position_embeddings // self.config.block_size * self.config.block_size
+        if self.config.has_learned_positions and generation_config.max_length > positions:
+            raise ValueError(
+                f"max_length={generation_config.max_length} exceeds the {positions} positions that this "
+                f"{self.config.model_type} has learned: ask for fewer new tokens, or shorten the prompt."
+            )
+        return super()._sample(input_ids, *args, **kwargs)
 
     def logits_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return what makes logits of hidden states, with the family's soft cap."""

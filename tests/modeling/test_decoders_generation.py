@@ -1,0 +1,118 @@
+"""Text from stock decoders: every sampler, cache and alignment writes what recomputing everything would."""
+
+import pytest
+import torch
+from decoders import BLOCK, FAMILIES, MASK, random_ids, tiny_decoder
+from transformers import CompileConfig, DynamicCache
+
+from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS
+
+
+OBJECTIVES = [("block", "same"), ("block", "shifted"), ("token", "same"), ("token", "shifted")]
+every_decoder = pytest.mark.parametrize("family", FAMILIES)
+
+
+def write(model, ids, **options):
+    defaults = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    return model.generate(ids, **{**defaults, **options})
+
+
+def by_hand(model, ids, tokens):
+    """Write greedily from left to right with whole two-stream passes."""
+    stop = ids.shape[1] + tokens
+    text = torch.cat([ids, ids.new_full((len(ids), -(-stop // BLOCK) * BLOCK - ids.shape[1]), MASK)], dim=1)
+    for column in range(ids.shape[1], stop):
+        block = column // BLOCK * BLOCK
+        clean = text.masked_fill(torch.arange(text.shape[1]) >= block, 5)
+        with torch.no_grad():
+            logits = model(input_ids=text, clean_input_ids=clean).logits[:, column]
+        logits[:, [MASK, 0]] = -torch.inf
+        text[:, column] = logits.argmax(-1)
+    return text[:, :stop]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@every_decoder
+def test_greedy_text_is_that_of_whole_two_stream_passes(family, attention):
+    for context, alignment in OBJECTIVES if attention == "sdpa" else OBJECTIVES[-1:]:
+        model, ids = tiny_decoder(family, attention, context=context, alignment=alignment), random_ids(2, 6)
+        # A processor that reads the text makes the sampler go from left to right.
+        options = {"repetition_penalty": 1.0 + 1e-9}
+        expected = by_hand(model, ids, 9)
+        for cache in (
+            {},
+            {"use_cache": False},
+            {"cache_implementation": "static"},
+            {"past_key_values": DynamicCache()},
+        ):
+            assert torch.equal(write(model, ids, **options, **cache), expected), (context, alignment, cache)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("context", "alignment"), OBJECTIVES)
+def test_a_batch_of_unequal_prompts_is_each_prompt_alone(sampler, context, alignment):
+    model = tiny_decoder("qwen3", context=context, alignment=alignment)
+    ids, lengths = random_ids(3, 9), (9, 4, 6)
+    mask = torch.tensor([[0] * (9 - n) + [1] * n for n in lengths])
+    rows = torch.stack([torch.cat([ids.new_zeros(9 - n), row[:n]]) for row, n in zip(ids, lengths, strict=True)])
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    together = write(model, rows, attention_mask=mask, sampler=sampler, do_sample=True, generator=generators)
+    for number, length in enumerate(lengths):
+        alone = write(
+            model,
+            ids[number : number + 1, :length],
+            sampler=sampler,
+            do_sample=True,
+            generator=[torch.Generator().manual_seed(number)],
+        )
+        assert torch.equal(together[number, 9:], alone[0, length:])
+
+
+@pytest.mark.parametrize("window", ["cached", "exact"])
+@pytest.mark.parametrize(("context", "alignment"), OBJECTIVES)
+def test_text_beyond_the_window_does_not_depend_on_the_kind_of_cache(context, alignment, window):
+    model, ids = tiny_decoder("llama", context=context, alignment=alignment, model_length=16), random_ids(2, 6)
+    dynamic, static = (
+        write(model, ids, max_new_tokens=30, window=window, cache_implementation=kind)
+        for kind in ("dynamic", "static")
+    )
+    assert torch.equal(dynamic, static)
+    if window == "exact":
+        assert torch.equal(write(model, ids, max_new_tokens=30, use_cache=False), dynamic)
+
+
+@pytest.mark.parametrize("alignment", ["same", "shifted"])
+def test_a_cache_goes_on_where_it_ended(alignment):
+    model, ids = tiny_decoder("qwen3", alignment=alignment), random_ids(2, 6)
+    first = write(model, ids, max_new_tokens=10, return_dict_in_generate=True)
+    assert first.past_key_values.get_seq_length() == 12
+    more = write(model, first.sequences, max_new_tokens=8, past_key_values=first.past_key_values)
+    assert torch.equal(more, write(model, first.sequences, max_new_tokens=8))
+
+
+@pytest.mark.parametrize("alignment", ["same", "shifted"])
+def test_infill_completes_gaps_in_place(alignment):
+    model, ids = tiny_decoder("gpt2", alignment=alignment), random_ids(2, 10)
+    gaps = ids.clone()
+    gaps[0, 3:6], gaps[1, 8] = MASK, MASK
+    filled = model.infill(gaps)
+    assert not (filled == MASK).any() and torch.equal(filled[gaps != MASK], ids[gaps != MASK])
+
+
+def test_a_compiled_step_writes_the_same_text():
+    model, ids = tiny_decoder("qwen3", context="token", alignment="shifted"), random_ids(2, 6)
+    options = {"cache_implementation": "static", "max_new_tokens": 12}
+    compiled = write(model, ids, compile_config=CompileConfig(backend="eager", fullgraph=True), **options)
+    assert torch.equal(compiled, write(model, ids, **options))
+
+
+def test_learned_positions_end():
+    with pytest.raises(ValueError, match="max_length=70"):
+        write(tiny_decoder("gpt2"), random_ids(1, 6), max_new_tokens=64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions_score_and_write(dtype):
+    model, ids = tiny_decoder("llama").to(dtype), random_ids()
+    assert torch.isfinite(model.token_nll(ids, estimator="stratified").nll).all()
+    assert write(model, ids).shape == (2, 21)
