@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from .noise_bd3lm import check_draws, check_interval, noise_schedule
+from .noise_bd3lm import check_interval, check_noise_samples, noise_schedule
 
 
 # Where the authors' unclipped interval of noise levels begins.
@@ -190,7 +190,7 @@ class BD3LMConfig(PreTrainedConfig):
         noise_schedule(self.noise)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout}: give a probability of at least 0 and below 1.")
-        check_interval(self.sampling_eps_min, self.sampling_eps_max, self.block_size, confined=self.resample)
+        check_interval(self.sampling_eps_min, self.sampling_eps_max, self.block_size, truncated=self.resample)
         if self.antithetic_sampling not in ("shuffled", "published", "none"):
             raise ValueError(
                 f"antithetic_sampling={self.antithetic_sampling!r}: choose 'shuffled', 'published' or 'none'."
@@ -212,7 +212,7 @@ class BD3LMConfig(PreTrainedConfig):
             raise ValueError(
                 "time_conditioning=True needs adaln=True: the noise level enters through adaptive layer norm only."
             )
-        check_draws(self.noise_draws, self.time_conditioning)
+        check_noise_samples(self.noise_draws, self.time_conditioning)
 
 
 class ARConfig(BD3LMConfig):

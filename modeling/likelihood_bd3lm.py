@@ -1,8 +1,10 @@
-"""Bounds on the negative log-likelihood of every token of a text (arXiv 2503.09573, Eq. 8).
+"""The likelihood of every token of a text, or a bound on it (arXiv 2503.09573, Eq. 8), and the protocol of models.
 
-Three estimators, sampled, stratified and exact, differ in which masks of a block they look at and how they weigh them.
+The three estimators of the bound, sampled, stratified and exact, differ in the masks of a block that they look at and
+in how they weight them.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -11,25 +13,28 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .attention_bd3lm import Layout, token_layout
 from .configuration_bd3lm import SAMPLING_EPS
-from .loss_bd3lm import DenoisingNetwork, LossMask, check_text, cross_entropy, loss_mask, sigma_of
+from .loss_bd3lm import DenoisingNetwork, LossMask, check_text, cross_entropy, default_labels, loss_mask, sigma_of
 from .noise_bd3lm import (
     Noise,
     draw_noise,
-    given_noise,
     mask_positions,
+    noise_from_arguments,
     noise_schedule,
     per_token,
+    random_subset,
     rank_in_block,
     times,
+    tokens_per_block,
+    wide_float,
 )
 from .samplers_bd3lm import Generators, check_generators
 
 
-Source = Noise | Generators  # the draws themselves, or where they come from
+NoiseSource = Noise | Generators  # the noise itself, or what draws it
 
-#: The exact bound sums over all masks of a block: 2^tokens - 1 passes.
+#: The exact bound sums over all masks of a block: 2^tokens - 1 forward passes.
 MAX_EXACT_TOKENS = 8
-_TOKEN_BUDGET = 2**14  # noisy tokens of one pass when scoring
+_TOKEN_BUDGET = 2**14  # noisy tokens of one forward pass when scoring
 
 
 class TokenNLL(NamedTuple):
@@ -128,9 +133,9 @@ class LikelihoodMixin:
                 f"{', '.join(self.estimators)}."
             )
         check_sampling(num_samples, generator, input_ids.shape[0])
-        source = source_of(noise, generator, estimator, num_samples, input_ids.shape, self.config)
-        labels = input_ids if labels is None else labels
-        check_text(self, input_ids, labels)
+        source = noise_or_generator(noise, generator, estimator, num_samples, input_ids.shape, self.config)
+        labels = default_labels(input_ids, attention_mask) if labels is None else labels
+        check_text(self.config, input_ids, labels, attention_mask, may_synchronize=True)
         with torch.no_grad():
             return self._token_nll(input_ids, attention_mask, labels, estimator, num_samples, source)
 
@@ -141,7 +146,7 @@ class LikelihoodMixin:
         labels: torch.Tensor,
         estimator: str,
         num_samples: int,
-        source: Source,
+        source: NoiseSource,
     ) -> TokenNLL:
         """Score checked input; see [`token_nll`]."""
         raise NotImplementedError
@@ -154,7 +159,7 @@ def nelbo(
     labels: torch.Tensor,
     estimator: str,
     num_samples: int,
-    source: Source,
+    source: NoiseSource,
 ) -> TokenNLL:
     r"""Bound the negative log-likelihood of every token of a text from above (Eq. 8).
 
@@ -184,117 +189,111 @@ def nelbo(
         )
     layout = token_layout(attention_mask, input_ids.shape[1], config.block_size, device=input_ids.device)
     scored = loss_mask(layout, labels, ignore_bos=config.ignore_bos, training=False)
-    draws = _ESTIMATORS[estimator](model, layout, scored, num_samples, source)
-    return TokenNLL(_sum_over_masks(model, input_ids, layout, draws), scored.counted.float())
+    samples = iter(_ESTIMATORS[estimator](model, layout, scored, num_samples, source))
+    return TokenNLL(_sum_over_masks(model, input_ids, layout, samples), scored.counted.float())
 
 
 def check_sampling(num_samples: int, generator: Generators, batch: int) -> None:
-    """Refuse fewer than one draw, or a list of generators that does not have one for each row."""
+    """Refuse fewer than one sample, or a list of generators that does not have one for each row."""
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}: give at least 1.")
     check_generators(generator, batch)
 
 
-def source_of(
+def noise_or_generator(
     noise: Noise | None,
     generator: Generators,
     estimator: str,
     num_samples: int,
     shape: torch.Size,
     config: PreTrainedConfig,
-) -> Source:
-    """The draws that a caller gave for a batch of `shape`, or where they come from.
+) -> NoiseSource:
+    """Return the noise that a caller passed for a batch of `shape`, or else the generator.
 
     Raises:
-        ValueError: the draws are not those of one sampled estimate, or do not fit the batch.
+        ValueError: if the noise is not that of one sampled estimate, or does not fit the batch.
     """
     if noise is None:
         return generator
-    if estimator != "sampled" or num_samples != 1 or noise.draws != 1:
+    if estimator != "sampled" or num_samples != 1 or noise.num_noise_samples != 1:
         raise ValueError(
-            f"noise holds the draws of one sampled estimate, but estimator={estimator!r}, num_samples={num_samples} "
-            f"and draws={noise.draws}: use estimator='sampled' with one draw, or leave noise out."
+            f"noise with num_noise_samples={noise.num_noise_samples}, estimator={estimator!r} and "
+            f"num_samples={num_samples} do not fit: noise is that of one sampled estimate. Use estimator='sampled' "
+            f"with one sample, or leave noise out."
         )
-    return given_noise(*noise, shape, config)
+    return noise_from_arguments(*noise, shape, config)
 
 
-class Mask(NamedTuple):
-    """One draw for every block of a batch."""
+class MaskSample(NamedTuple):
+    """One mask for every block of a batch."""
 
     masked: torch.Tensor  # bool (batch, length)
-    weights: torch.Tensor  # (batch, length), weight of each position's loss, the share of this draw included
+    weights: torch.Tensor  # (batch, length), weight of each position's loss, the share of this sample included
     move_chance: torch.Tensor | None  # (batch, num_blocks), for time conditioning
 
 
 def _sampled(
-    model: DenoisingNetwork, layout: Layout, scored: LossMask, num_samples: int, source: Source
-) -> Iterator[Mask]:
-    """Draws of t on [1e-3, 1] as published; a single full mask at block size 1."""
+    model: DenoisingNetwork, layout: Layout, scored: LossMask, num_samples: int, source: NoiseSource
+) -> Iterator[MaskSample]:
+    """Draw t on [1e-3, 1] as published; a single full mask at block size 1."""
     config = model.config
     if config.block_size == 1:
-        yield Mask(scored.maskable, scored.maskable.float(), None)
+        yield MaskSample(scored.maskable, scored.maskable.float(), None)
         return
-    order = config.antithetic_sampling
     for _ in range(num_samples):
-        noise = rows_of_noise(model, scored, order, source)
+        noise = noise_of_batch(model, scored, config.antithetic_sampling, source)
         level = noise_schedule(config.noise)(times(noise.block_noise, SAMPLING_EPS, 1.0))
         masked = mask_positions(noise, level.move_chance, layout.block_ids) & scored.maskable
         weights = per_token(-level.loss_scaling, layout.block_ids) / num_samples
-        yield Mask(masked, weights, level.move_chance)
+        yield MaskSample(masked, weights, level.move_chance)
 
 
 def stratified_masks(
-    model: DenoisingNetwork, layout: Layout, scored: LossMask, num_samples: int, source: Source
-) -> Iterator[Mask]:
-    """Draws of the number k of masked tokens, spread over 1..n; weight n/k."""
-    batch, length = scored.counted.shape
-    blocks = model.config.num_blocks(length)
-    device = scored.counted.device
-    block_ids = layout.block_ids.expand(batch, -1)
-    sizes = torch.zeros(batch, blocks, device=device).scatter_add_(1, block_ids, scored.maskable.float())
-    shift = rows_of_noise(model, scored, "none", source).block_noise
+    model: DenoisingNetwork, layout: Layout, scored: LossMask, num_samples: int, source: NoiseSource
+) -> Iterator[MaskSample]:
+    """Draw the number k of masked tokens, spread over 1..n; weight n/k."""
+    block_ids = layout.block_ids
+    sizes = tokens_per_block(scored.maskable, block_ids, model.config.num_blocks(scored.counted.shape[1]))
+    shift = noise_of_batch(model, scored, "none", source).block_noise
     for sample in range(num_samples):
-        noise = rows_of_noise(model, scored, "shuffled", source)
-        # A single draw is stratified over the blocks of the batch; several are spread evenly over each block's 1..n.
-        place = noise.block_noise if num_samples == 1 else (sample + shift) / num_samples
-        chosen = torch.minimum((place * sizes).floor() + 1, sizes)
-        masked = rank_in_block(noise.token_noise, block_ids, scored.maskable) < per_token(chosen, block_ids)
-        weights = sizes / chosen.clamp(min=1) / num_samples
-        yield Mask(masked & scored.maskable, per_token(weights, block_ids), None)
+        noise = noise_of_batch(model, scored, "shuffled", source)
+        # A single sample is stratified over the blocks of the batch; several are spread over each block's own 1..n.
+        quantile = noise.block_noise if num_samples == 1 else (sample + shift) / num_samples
+        count = torch.minimum((quantile * sizes).floor() + 1, sizes)
+        weights = per_token(sizes / count.clamp(min=1), block_ids) / num_samples
+        yield MaskSample(random_subset(noise, count, block_ids, scored.maskable), weights, None)
 
 
 def _exact(
-    model: DenoisingNetwork, layout: Layout, scored: LossMask, num_samples: int, source: Source
-) -> Iterator[Mask]:
-    """Every mask of a block once, with the weight 1 / (k C(n, k)).
+    model: DenoisingNetwork, layout: Layout, scored: LossMask, num_samples: int, source: NoiseSource
+) -> Iterator[MaskSample]:
+    """Yield every mask of a block once, with the weight 1 / (k C(n, k)).
 
-    What may be masked in a block is numbered, so that a few tokens behind a context cost few passes at any block size.
+    The maskable tokens of a block are numbered, so that a few tokens after a context cost few forward passes at any
+    block size.
     """
     batch, length = scored.counted.shape
-    block_ids = layout.block_ids.expand(batch, -1)
-    sizes = torch.zeros(batch, model.config.num_blocks(length), device=block_ids.device, dtype=torch.float64)
-    n = sizes.scatter_add(1, block_ids, scored.maskable.double())
+    block_ids, num_blocks = layout.block_ids.expand(batch, -1), model.config.num_blocks(length)
+    wide = wide_float(block_ids.device)
+    n = tokens_per_block(scored.maskable, block_ids, num_blocks).to(wide)
     most = int(n.max())
     if most > MAX_EXACT_TOKENS:
         raise ValueError(
-            f"estimator='exact' at block_size={model.config.block_size} needs 2^{most} - 1 passes; the limit is "
-            f"{MAX_EXACT_TOKENS} tokens to score in a block, {2**MAX_EXACT_TOKENS - 1} passes. Use "
+            f"estimator='exact' at block_size={model.config.block_size} needs 2^{most} - 1 forward passes; the limit "
+            f"is {MAX_EXACT_TOKENS} tokens to score in a block, {2**MAX_EXACT_TOKENS - 1} passes. Use "
             f"estimator='stratified' with num_samples."
         )
-    place = rank_in_block((layout.position_ids / length).expand(batch, -1), block_ids, scored.maskable)
+    number = rank_in_block((layout.position_ids / length).expand(batch, -1), block_ids, scored.maskable, num_blocks)
 
-    def masks() -> Iterator[Mask]:
+    def masks() -> Iterator[MaskSample]:
         for pattern in range(1, 2**most):
-            picked = (torch.tensor(pattern, device=place.device) >> place) & 1 > 0
-            masked = picked & scored.maskable
-            k = sizes.scatter_add(1, block_ids, masked.double())
+            masked = ((torch.tensor(pattern, device=number.device) >> number) & 1 > 0) & scored.maskable
+            k = tokens_per_block(masked, block_ids, num_blocks).to(wide)
             log_binomial = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
-            weights = torch.where(k > 0, (-log_binomial).exp() / k.clamp(min=1), 0.0)
             # A pattern with more tokens than a block has equals one without these: count it once.
-            wanted = torch.full_like(k, bin(pattern).count("1"))
-            weights = torch.where(k == wanted, weights, 0.0)
+            weights = torch.where(k == pattern.bit_count(), (-log_binomial).exp() / k.clamp(min=1), 0.0)
             masked = masked & (per_token(weights, block_ids) > 0)
-            yield Mask(masked, per_token(weights, block_ids).float(), None)
+            yield MaskSample(masked, per_token(weights, block_ids).float(), None)
 
     return masks()
 
@@ -302,86 +301,79 @@ def _exact(
 _ESTIMATORS = {"sampled": _sampled, "stratified": stratified_masks, "exact": _exact}
 
 
-def rows_of_noise(model: DenoisingNetwork, scored: LossMask, order: str, source: Source) -> Noise:
-    """Noise of a batch; with a generator per row, a row's draws are those it would get alone and without padding."""
+def noise_of_batch(model: DenoisingNetwork, scored: LossMask, order: str, source: NoiseSource) -> Noise:
+    """Return the noise of a batch; with a generator per row, a row's noise is that of the row alone, unpadded."""
     batch, length = scored.valid.shape
     device, blocks = scored.valid.device, model.config.num_blocks(length)
     if isinstance(source, Noise):
         return Noise(*(field.to(device) for field in source))
     if not isinstance(source, list):
         return draw_noise(batch, blocks, length, order=order, device=device, generator=source)
-    noise = Noise(*(torch.zeros(batch, size, device=device) for size in (blocks, length, blocks)))
+    noise = Noise(*(torch.zeros(batch, size) for size in (blocks, length, blocks)))
+    valid = scored.valid.cpu()
     for row, generator in enumerate(source):
-        tokens = int(scored.valid[row].sum())
-        # As for a whole window, so that texts which begin alike are compared with the same draws, whatever their
-        # length. Strata that are dealt in order must be those of the text's own blocks.
+        tokens = int(valid[row].sum())
+        # As for a whole window, so that texts with the same beginning are compared with the same noise, whatever their
+        # length. Strata in published order must be those of the text's own blocks.
         drawn = tokens if order == "published" else max(tokens, model.config.model_length)
-        own = draw_noise(1, model.config.num_blocks(drawn), drawn, order=order, device=device, generator=generator)
+        own = draw_noise(1, model.config.num_blocks(drawn), drawn, order=order, generator=generator)
         own_blocks = model.config.num_blocks(tokens)
-        noise.token_noise[row, scored.valid[row]] = own.token_noise[0, :tokens]
-        noise.block_noise[row, :own_blocks] = own.block_noise[0, :own_blocks]
-        noise.count_noise[row, :own_blocks] = own.count_noise[0, :own_blocks]
-    return noise
+        noise.token_noise[row, valid[row]] = own.token_noise[0, :tokens].cpu()
+        noise.block_noise[row, :own_blocks] = own.block_noise[0, :own_blocks].cpu()
+        noise.count_noise[row, :own_blocks] = own.count_noise[0, :own_blocks].cpu()
+    return Noise(*(field.to(device) for field in noise))
 
 
 def _sum_over_masks(
-    model: DenoisingNetwork, input_ids: torch.Tensor, layout: Layout, draws: Iterator[Mask]
+    model: DenoisingNetwork, input_ids: torch.Tensor, layout: Layout, samples: Iterator[MaskSample]
 ) -> torch.Tensor:
-    """Sum of weighted losses over draws, `(batch, length)`."""
+    """Sum the weighted losses over samples, `(batch, length)`."""
     nll = torch.zeros(input_ids.shape, device=input_ids.device)
-    for draw, losses in mask_losses(model, input_ids, layout, draws):
-        nll += losses * draw.weights
+    for sample, losses in mask_losses(model, input_ids, layout, samples):
+        nll += losses * sample.weights
     return nll
 
 
 def mask_losses(
-    model: DenoisingNetwork, input_ids: torch.Tensor, layout: Layout, draws: Iterator[Mask]
-) -> Iterator[tuple[Mask, torch.Tensor]]:
-    """-log p(x_0 | x_t) of the tokens that each draw masks, `(batch, length)`, zero elsewhere; without weights.
+    model: DenoisingNetwork, input_ids: torch.Tensor, layout: Layout, samples: Iterator[MaskSample]
+) -> Iterator[tuple[MaskSample, torch.Tensor]]:
+    """Yield -log p(x_0 | x_t) of the tokens that each sample masks, `(batch, length)`, zero elsewhere; unweighted.
 
-    The clean stream is computed once for all draws, unless the model is time-conditioned. To be iterated without
-    gradients.
+    The clean stream is computed once for all samples, unless the model is time-conditioned. Iterate without gradients.
     """
     batch, length = input_ids.shape
-    conditioned, lone = model.config.time_conditioning, model.config.num_blocks(length) == 1
-    cache = None if conditioned or lone else model.clean_cache(input_ids, layout)
+    conditioned, single_block = model.config.time_conditioning, model.config.num_blocks(length) == 1
+    cache = None if conditioned or single_block else model.clean_cache(input_ids, layout)
     group_size = 1 if conditioned else max(1, _TOKEN_BUDGET // (batch * length))
-    for group in _grouped(draws, group_size):
-        masked = torch.stack([draw.masked for draw in group], dim=1)
-        rows = masked.flatten().nonzero().squeeze(1)
+    for group in _grouped(samples, group_size):
+        masked = torch.stack([sample.masked for sample in group], dim=1)
+        indices = masked.flatten().nonzero().squeeze(1)
         x_t = torch.where(masked, model.config.mask_token_id, input_ids.unsqueeze(1)).flatten(1)
         sigma = sigma_of(model.config, group[0].move_chance)
-        hidden = model.noisy_hidden(x_t, input_ids, layout, rows, sigma, cache=cache, num_noise_samples=len(group))
-        # Rows of (batch, draw, position) belong to the token (batch, position).
-        token = rows // (len(group) * length) * length + rows % length
+        hidden = model.noisy_hidden(x_t, input_ids, layout, indices, sigma, cache=cache, num_noise_samples=len(group))
+        # An index into (batch, sample, position) belongs to the token (batch, position).
+        token = indices // (len(group) * length) * length + indices % length
         losses = torch.zeros(masked.numel(), device=input_ids.device)
-        losses[rows] = cross_entropy(hidden, model.logits_head(), input_ids.flatten()[token], model.config)
+        losses[indices] = cross_entropy(hidden, model.logits_head(), input_ids.flatten()[token], model.config)
         yield from zip(group, losses.view(masked.shape).unbind(1), strict=True)
 
 
-def _grouped(draws: Iterator[Mask], size: int) -> Iterator[list[Mask]]:
-    group: list[Mask] = []
-    for draw in draws:
-        group.append(draw)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
+def _grouped(samples: Iterator[MaskSample], size: int) -> Iterator[list[MaskSample]]:
+    while group := list(itertools.islice(samples, size)):
         yield group
 
 
 __all__ = [
     "MAX_EXACT_TOKENS",
-    "Generators",
     "LanguageModel",
     "LikelihoodMixin",
-    "Mask",
-    "Source",
+    "MaskSample",
+    "NoiseSource",
     "TokenNLL",
     "check_sampling",
     "mask_losses",
     "nelbo",
-    "rows_of_noise",
-    "source_of",
+    "noise_of_batch",
+    "noise_or_generator",
     "stratified_masks",
 ]

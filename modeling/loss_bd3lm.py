@@ -1,18 +1,21 @@
-"""The negative evidence lower bound of block diffusion, per token (arXiv 2503.09573, Eq. 8 and Algorithm 1).
+"""The training loss: the negative evidence lower bound of block diffusion (arXiv 2503.09573, Eq. 8 and Algorithm 1).
+
+Noise belongs to the example. In training it is not drawn here: the collator draws it with each example, from the seed
+and the example's index (`training/examples.py`), and the batch carries it as `block_noise`, `token_noise` and
+`count_noise`. So it depends neither on the layout of batches and processes nor on a resume. Only a batch without noise
+gets its noise here, from torch's global generator.
 
 For a block x_0^b given the clean blocks before it,
 
     -log p(x_0^b | x_0^<b)  <=  E_t E_{x_t}  w(t) * sum over masked positions of -log p(x_0 | x_t^b, x_0^<b),
 
 with w(t) = alpha'_t / (1 - alpha_t), which is 1/t for the log-linear schedule. SUBS parameterisation: the mask token
-has probability zero, and unmasked tokens are carried over, so they add nothing.
-
-The cross-entropy of the output head on the rows that need it, without a (batch, length, vocabulary) tensor.
-
-Only masked positions carry a loss (SUBS: unmasked tokens are carried over), and their logits live in chunks. The mask
-token has probability zero.
+has probability zero, and unmasked tokens are carried over, so they add nothing. The head therefore computes logits of
+masked positions only, in chunks, and a (batch, length, vocabulary) tensor never exists.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -30,7 +33,7 @@ from .noise_bd3lm import (
     LogLinearNoise,
     Noise,
     NoiseLevel,
-    check_draws,
+    check_noise_samples,
     clips,
     draw_noise,
     mask_exact_numbers,
@@ -77,7 +80,7 @@ class LossMask(NamedTuple):
 
     counted: torch.Tensor  # in the denominator of the mean
     maskable: torch.Tensor  # may be masked
-    valid: torch.Tensor  # no padding
+    valid: torch.Tensor  # not padding
 
 
 def denoising_loss(
@@ -90,53 +93,125 @@ def denoising_loss(
     *,
     interval: tuple[float, float] = (SAMPLING_EPS, 1.0),
     position_ids: torch.Tensor | None = None,
+    may_synchronize: bool | None = None,
 ) -> torch.Tensor:
-    """The objective of Algorithm 1 in nats per token: a scalar with a gradient, the mean over all draws of noise.
+    """Return the objective of Algorithm 1 in nats per token: a scalar with a gradient, the mean over noise samples.
 
     1. Which tokens count: labels other than -100. The first token of a sequence is never masked under
-       `config.ignore_bos`; as published it still counts in the mean of training, not in that of evaluation.
-    2. A time t for each block, from the model's interval in train mode, from [1e-3, 1] in eval mode. The draws of a
-       sequence are those of `noise`, or `config.noise_draws` in train mode and one in eval mode.
-    3. x_t of each draw, beside one clean stream for all of them, and the logits of masked positions only.
+       `config.ignore_bos`; as published it still counts in the mean of training, but not in that of evaluation.
+    2. A time t for each block, from the model's interval in train mode, from [1e-3, 1] in eval mode, and the masked
+       positions of each noise sample: those of `noise`, or `config.noise_draws` in train mode and one in eval mode.
+    3. x_t of each noise sample, next to one clean stream for all of them, and hidden states of masked positions only.
     4. The weighted cross-entropy, divided by the number of counted tokens or by `num_items_in_batch`.
 
-    With an interval [beta, omega] other than [1e-3, 1] the value is no bound: it covers only a part of the noise
+    With an interval [beta, omega] other than [1e-3, 1] the value is not a bound: it covers only a part of the noise
     levels, and its weight is as published, not as in the paper. There a clipped schedule has mask rates
     beta + (omega - beta) t for t over [0, 1], so alpha' is a constant of the interval (Sec. 5.2 states it as
     1/(beta - omega)) and scales all weights alike. The published code leaves this constant out: the weight stays w(t),
     and is 1 throughout when the interval starts above 0.5. One constant for all tokens changes no minimum, and Adam
     divides it out again; it does change the size of the loss, and of the gradient that `max_grad_norm` is compared
     with.
+
+    Args:
+        may_synchronize: whether to wait for the device to learn how many positions are masked. By default on a CPU
+            only; elsewhere an index of fixed size is padded, see [`masked_indices`].
     """
     config = model.config
-    check_text(model, input_ids, labels)
+    check_text(config, input_ids, labels, attention_mask)
     # 1. Which tokens count
     length, device = input_ids.shape[1], input_ids.device
     layout = token_layout(attention_mask, length, config.block_size, device=device, position_ids=position_ids)
     scored = loss_mask(layout, labels, ignore_bos=config.ignore_bos, training=model.training)
-    # 2. and 3. Noise, logits of the masked positions
+    # 2. Noise
     low, high = interval if model.training else evaluation_interval(config)
     masked, weights, move_chance = corrupt(model, layout, scored, noise, low, high)
-    draws = masked.shape[1] // length
-    check_draws(draws, config.time_conditioning)
-    rows = masked.flatten().nonzero().squeeze(1)
-    x_t = torch.where(masked, config.mask_token_id, input_ids.repeat(1, draws))
-    hidden = model.noisy_hidden(x_t, input_ids, layout, rows, sigma_of(config, move_chance), num_noise_samples=draws)
+    num_noise_samples = masked.shape[1] // length
+    check_noise_samples(num_noise_samples, config.time_conditioning)
+    # 3. Hidden states of the masked positions
+    indices, is_masked = masked_indices(
+        masked, move_chance_bound(config, low, high, model.training), config, may_synchronize
+    )
+    x_t = torch.where(masked, config.mask_token_id, input_ids.repeat(1, num_noise_samples))
+    sigma = sigma_of(config, move_chance)
+    hidden = model.noisy_hidden(x_t, input_ids, layout, indices, sigma, num_noise_samples=num_noise_samples)
     # 4. Weighted cross-entropy
-    targets, coefficients = labels.repeat(1, draws).flatten()[rows], weights.flatten()[rows] / draws
+    targets = labels.repeat(1, num_noise_samples).flatten()[indices]
+    coefficients = weights.flatten()[indices] / num_noise_samples
+    if is_masked is not None:
+        targets = targets.clamp(min=0)
+        coefficients = torch.where(is_masked == 0, 0.0, coefficients * is_masked)  # a weight of 1/0 stays out
     total = chunked_cross_entropy(hidden, model.logits_head(), targets, coefficients, config)
-    count = scored.counted.sum() if num_items_in_batch is None else num_items_in_batch
+    return divide_by_count(total, scored.counted, num_items_in_batch)
+
+
+def divide_by_count(
+    total: torch.Tensor, counted: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """Return the mean of a summed loss over the tokens `counted`, or over the items of all batches of a step."""
+    count = counted.sum() if num_items_in_batch is None else num_items_in_batch
     return total / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
 
 
+def masked_indices(
+    masked: torch.Tensor, bound: float, config: PreTrainedConfig, may_synchronize: bool | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return flat indices of the masked positions, and which of the indices are masked ones (None: all).
+
+    `nonzero` waits for the device, since the size of its result is data. Without it the index has a size that follows
+    from the shape alone: the expected number of masked positions and a margin that independent blocks of n tokens
+    exceed with a probability below 1e-12 (Hoeffding). Should noise made by hand exceed it, the loss is nan.
+
+    Args:
+        masked: bool `(batch, length)`.
+        bound: the largest mean of the masking probability over the batch.
+    """
+    if masked.device.type == "cpu" if may_synchronize is None else may_synchronize:
+        return masked.flatten().nonzero().squeeze(1), None
+    total = masked.numel()
+    margin = math.sqrt(0.5 * math.log(1e12) * total * config.block_size)
+    capacity = min(total, math.ceil(bound * total + margin))
+    flat = masked.flatten()
+    slot = flat.long().cumsum(0) - 1
+    # What is not masked, or has no slot left, is written to one spare slot at the end.
+    slot = torch.where(flat & (slot < capacity), slot, capacity)
+    indices = torch.zeros(capacity + 1, dtype=torch.long, device=flat.device)
+    indices = indices.scatter_(0, slot, torch.arange(total, device=flat.device))[:capacity]
+    count = flat.sum()
+    is_masked = (torch.arange(capacity, device=flat.device) < count).float()
+    return indices, torch.where(count > capacity, torch.nan, is_masked)
+
+
+def move_chance_bound(config: PreTrainedConfig, low: float, high: float, training: bool) -> float:
+    """Return the mean masking probability over times in [low, high]; an upper bound where rates are truncated."""
+    if config.complementary and training:
+        return 0.5  # a pair of streams masks each token once
+    if config.masking == "exact_k":
+        return min(1.0, ((low + high) / 2 if clips(low, high) else 0.5) + 1 / config.block_size)
+    return high if config.resample and clips(low, high) else mean_move_chance(config.noise, low, high)
+
+
+@functools.lru_cache(maxsize=64)
+def mean_move_chance(noise: str, low: float, high: float) -> float:
+    """Return the mean masking probability of a schedule over times t uniform on [low, high]."""
+    return noise_schedule(noise)(torch.linspace(low, high, 1001, dtype=torch.float64)).move_chance.mean().item()
+
+
 def loss_mask(layout: Layout, labels: torch.Tensor, *, ignore_bos: bool, training: bool) -> LossMask:
-    """Which tokens count and which may be masked, from labels `(batch, length)` and padding."""
+    """Return which tokens count and which may be masked, from labels `(batch, length)` and padding."""
     valid = torch.ones_like(labels, dtype=torch.bool) if layout.valid is None else layout.valid
     counted = (labels != -100) & valid
     if not ignore_bos:
         return LossMask(counted, counted, valid)
     later = counted & (layout.position_ids > 0)
     return LossMask(counted if training else later, later, valid)
+
+
+class Corruption(NamedTuple):
+    """The noisy streams of a batch, side by side in each row."""
+
+    masked: torch.Tensor  # bool (batch, num_noise_samples * length)
+    weights: torch.Tensor  # (batch, num_noise_samples * length), weight of each position's loss
+    move_chance: torch.Tensor  # (batch, num_noise_samples * num_blocks), masking probability
 
 
 def corrupt(
@@ -148,61 +223,55 @@ def corrupt(
     high: float,
     *,
     training: bool | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draw the masked positions of a batch.
+) -> Corruption:
+    """Draw the masked positions of a batch at times in [low, high].
 
     Args:
-        training: whether `config.resample` confines the mask rates, as it does in training; the model's mode by
+        training: whether `config.resample` truncates the mask rates, as it does in training; the model's mode by
             default.
-
-    Returns:
-        bool `(batch, draws * length)`, masked positions of the draws side by side; as many weights, of each position's
-        loss; `(batch, draws * num_blocks)`, masking probabilities.
     """
     config, training = model.config, model.training if training is None else training
     batch, length = scored.counted.shape
-    device, blocks = scored.counted.device, _num_blocks(layout, config)
+    device = scored.counted.device
     if noise is None:
-        draws = config.noise_draws if model.training else 1
-        noise = draw_noise(batch, blocks, length, draws=draws, order=config.antithetic_sampling, device=device)
-    elif noise.block_noise.shape[-1] < blocks:
+        blocks, count = _num_blocks(layout, config), config.noise_draws if model.training else 1
+        order = config.antithetic_sampling
+        noise = draw_noise(batch, blocks, length, num_noise_samples=count, order=order, device=device)
+    elif device.type == "cpu" and noise.block_noise.shape[-1] < _num_blocks(layout, config):
         raise ValueError(
-            f"block_noise of shape {tuple(noise.block_noise.shape)} does not fit {blocks} blocks of packed documents: "
-            f"give one column for each, or leave the noise out."
+            f"block_noise of shape {tuple(noise.block_noise.shape)} does not fit {_num_blocks(layout, config)} blocks "
+            f"of packed documents: give one column for each, or leave the noise out."
         )
-    # Side by side, the draws of a sequence are one long row of draws * blocks blocks.
-    draws, noise = noise.draws, noise.side_by_side()
-    blocks = noise.block_noise.shape[1] // draws
-    block_ids = torch.cat([layout.block_ids + draw * blocks for draw in range(draws)], dim=1)
-    maskable = scored.maskable.repeat(1, draws)
+    # The noise samples of a sequence are one long row of num_noise_samples * blocks blocks.
+    num_noise_samples, noise = noise.num_noise_samples, Noise(*(x.to(device) for x in noise.side_by_side()))
+    blocks = noise.block_noise.shape[1] // num_noise_samples
+    block_ids = torch.cat([layout.block_ids + sample * blocks for sample in range(num_noise_samples)], dim=1)
+    maskable = scored.maskable.repeat(1, num_noise_samples)
     if config.masking == "exact_k":
         masked, weights = mask_exact_numbers(noise, block_ids, maskable, low, high)
-        return masked, per_token(weights, block_ids), torch.zeros_like(weights)
-    level = noise_schedule(config.noise)(times(noise.block_noise.to(device), low, high))
+        return Corruption(masked, per_token(weights, block_ids), torch.zeros_like(weights))
+    level = noise_schedule(config.noise)(times(noise.block_noise, low, high))
     if config.resample and training and clips(low, high):
-        masked = mask_positions_within(noise, level.move_chance, block_ids, scored.valid.repeat(1, draws), low, high)
+        valid, size = scored.valid.repeat(1, num_noise_samples), config.block_size
+        masked = mask_positions_within(noise, level.move_chance, block_ids, valid, low, high, block_size=size)
     else:
         masked = mask_positions(noise, level.move_chance, block_ids)
     weights = torch.ones_like(level.move_chance) if low > 0.5 else -level.loss_scaling
-    found = (masked & maskable, per_token(weights, block_ids), level.move_chance)
-    return (
-        _with_complements(found, level, block_ids, maskable, low) if config.complementary and model.training else found
-    )
+    found = Corruption(masked & maskable, per_token(weights, block_ids), level.move_chance)
+    if config.complementary and model.training:
+        return _with_complements(found, level, block_ids, maskable, low)
+    return found
 
 
 def _num_blocks(layout: Layout, config: PreTrainedConfig) -> int:
-    """Blocks of a row; packed documents may have more of them, as each ends with a shorter one."""
+    """Return the blocks of a row; packed documents may have more of them, as each ends with a shorter one."""
     usual = config.num_blocks(layout.block_ids.shape[1])
     return usual if layout.document_ids is None else max(usual, int(layout.block_ids.max()) + 1)
 
 
 def _with_complements(
-    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    level: NoiseLevel,
-    block_ids: torch.Tensor,
-    maskable: torch.Tensor,
-    low: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    found: Corruption, level: NoiseLevel, block_ids: torch.Tensor, maskable: torch.Tensor, low: float
+) -> Corruption:
     """Add to each noisy stream the one that masks what it shows, so that a pair scores every token.
 
     The partner's tokens are masked with probability p' = 1 - p. The bound is an integral over dp / p, whatever the
@@ -211,7 +280,7 @@ def _with_complements(
     masked, weights, move_chance = found
     shown = (1 - move_chance).clamp(min=SAMPLING_EPS)
     partner = torch.ones_like(shown) if low > 0.5 else level.move_rate / shown
-    return (
+    return Corruption(
         torch.cat([masked, maskable & ~masked], dim=1),
         torch.cat([weights, per_token(partner, block_ids)], dim=1),
         torch.cat([move_chance, 1 - move_chance], dim=1),
@@ -225,35 +294,110 @@ def evaluation_interval(config: PreTrainedConfig) -> tuple[float, float]:
 
 
 def sigma_of(config: PreTrainedConfig, move_chance: torch.Tensor | None) -> torch.Tensor | None:
-    """The noise level of a sequence, as published that of its first block."""
+    """Return the noise level of a sequence, as published that of its first block."""
     if not config.time_conditioning or move_chance is None:
         return None
     return LogLinearNoise().sigma(move_chance[:, 0])
 
 
-def check_text(model: DenoisingNetwork, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
-    """Refuse what cannot be scored. Skipped on accelerators and under compilation, where a look would synchronise.
+def default_labels(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Return labels that score every token of a text except padding."""
+    return input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
+
+
+def check_text(
+    config: PreTrainedConfig,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    may_synchronize: bool = False,
+) -> None:
+    """Refuse text that cannot be learned from or scored.
+
+    Padding is not looked at: tokenizers without a padding token are often given the mask token for it.
+
+    Args:
+        may_synchronize: look at ids on accelerators too, where it waits for the device. Training cannot afford that:
+            its collator checks the batch on the CPU.
 
     Raises:
-        ValueError: ids outside the vocabulary, labels of another shape, mask tokens to be predicted.
+        ValueError: if ids are outside the vocabulary, if the text contains mask tokens, or if the labels do not fit,
+            see [`check_labels`].
     """
-    if labels.shape != input_ids.shape:
-        raise ValueError(
-            f"labels of shape {tuple(labels.shape)} do not match input_ids of shape {tuple(input_ids.shape)}."
-        )
-    if torch.compiler.is_compiling() or input_ids.device.type != "cpu":
+    check_labels(config, input_ids, labels, attention_mask, may_synchronize=may_synchronize)
+    if not _is_readable(input_ids, may_synchronize):
         return
-    mask = model.config.mask_token_id
-    check_token_ids(input_ids, model.config.vocab_size, "input_ids")
-    check_token_ids(labels[labels != -100], model.config.vocab_size, "labels")
-    if (labels == mask).any():
+    valid = _valid_tokens(labels, attention_mask)
+    scored = (labels != -100) & valid
+    check_token_ids(input_ids, config.vocab_size, "input_ids")
+    check_token_ids(labels[scored], config.vocab_size, "labels")
+    for name, ids in (("input_ids", input_ids[valid]), ("labels", labels[scored])):
+        if count := int((ids == config.mask_token_id).sum()):
+            raise ValueError(
+                f"{name} hold mask_token_id={config.mask_token_id} in {count} positions that are not padding: the "
+                f"model draws its own masks over the clean text and gives the mask no probability. Pass the text "
+                f"itself (DataCollatorForLanguageModeling(..., mlm=False)), and mark padding in attention_mask."
+            )
+
+
+def check_labels(
+    config: PreTrainedConfig,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    may_synchronize: bool = False,
+) -> None:
+    """Refuse labels that are not those of the text; see [`check_text`].
+
+    Raises:
+        ValueError: if labels or attention mask have another shape, or if the labels are the text shifted by one.
+    """
+    for name, tensor in (("labels", labels), ("attention_mask", attention_mask)):
+        if tensor is not None and tensor.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)} does not match input_ids of shape {tuple(input_ids.shape)}."
+            )
+    if not _is_readable(input_ids, may_synchronize):
+        return
+    scored = (labels != -100) & _valid_tokens(labels, attention_mask)
+    if torch.equal(labels[scored], input_ids[scored]) or not bool(scored[:, :-1].any()):
+        return
+    if torch.equal(labels[:, :-1][scored[:, :-1]], input_ids[:, 1:][scored[:, :-1]]):
         raise ValueError(
-            f"labels hold mask_token_id={mask}: the model gives the mask no probability, so it cannot be scored. Set "
-            f"such labels to -100, or use a tokenizer whose text never contains the mask."
+            "labels are input_ids shifted by one, as for next-token prediction: this model compares labels with the "
+            "token in the same position. Pass labels=input_ids, with -100 for context."
         )
 
 
-_LOGIT_BUDGET = 2**23  # logits alive at a time, 32 MiB in float32
+def _is_readable(input_ids: torch.Tensor, may_synchronize: bool) -> bool:
+    return not torch.compiler.is_compiling() and (input_ids.device.type == "cpu" or may_synchronize)
+
+
+def _valid_tokens(like: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    return torch.ones_like(like, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+
+
+def check_labels_reach_the_loss(labels: torch.Tensor | None, num_items_in_batch: Any) -> None:
+    """Refuse a training step whose loss is computed outside the model, from logits that are not its objective.
+
+    transformers' `Trainer` then takes the labels out of the batch, but still passes the number of items.
+
+    Raises:
+        ValueError: if there is a number of items without labels.
+    """
+    if labels is None and num_items_in_batch is not None:
+        raise ValueError(
+            "num_items_in_batch was passed without labels, as by a Trainer with label_smoothing_factor or "
+            "compute_loss_func: this model computes its own loss. Leave these out, so that the labels reach the model."
+        )
+
+
+# Logits alive at a time: 32 MiB in float32, near a CPU's cache; on accelerators 512 MiB, for large products and few
+# sums of head-sized gradients.
+_LOGIT_BUDGET = 2**23
+_ACCELERATOR_LOGIT_BUDGET = 2**27
 
 
 def cross_entropy(
@@ -263,7 +407,7 @@ def cross_entropy(
 
     Runs in chunks of logits, for evaluation; see [`chunked_cross_entropy`] for training.
     """
-    step = _rows_per_chunk(config)
+    step = _rows_per_chunk(config, hidden.device)
     losses = [
         _chunk_losses(hidden[i : i + step], head, targets[i : i + step], config.mask_token_id)
         for i in range(0, hidden.shape[0], step)
@@ -284,7 +428,7 @@ def chunked_cross_entropy(
         targets, weights: `(rows,)`; the weights are constants.
         config: read for `vocab_size` and `mask_token_id`.
     """
-    step, mask = _rows_per_chunk(config), config.mask_token_id
+    step, mask = _rows_per_chunk(config, hidden.device), config.mask_token_id
     if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
 
         def fused(rows: torch.Tensor) -> torch.Tensor:
@@ -303,13 +447,15 @@ def chunked_cross_entropy(
     return total
 
 
-def _rows_per_chunk(config: PreTrainedConfig) -> int:
-    return max(1, _LOGIT_BUDGET // int(config.vocab_size))
+def _rows_per_chunk(config: PreTrainedConfig, device: torch.device) -> int:
+    budget = _LOGIT_BUDGET if device.type == "cpu" else _ACCELERATOR_LOGIT_BUDGET
+    return max(1, budget // int(config.vocab_size))
 
 
 def _chunk_losses(hidden: torch.Tensor, head: LogitsHead, targets: torch.Tensor, mask_token_id: int) -> torch.Tensor:
     logits = head(hidden).float()
-    logits = logits.index_fill(1, torch.tensor([mask_token_id], device=logits.device), -torch.inf)
+    is_mask = torch.arange(logits.shape[1], device=logits.device) == mask_token_id  # no copy from the host
+    logits = logits.masked_fill(is_mask, -torch.inf)
     return F.cross_entropy(logits, targets, reduction="none")
 
 
@@ -332,14 +478,18 @@ class _FusedHeadLoss(torch.autograd.Function):
         step: int,
     ) -> torch.Tensor:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        # Under autocast all three products run in its precision, also the in-place one, which autocast leaves alone.
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        head = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight) if need_weight else None
+        grad_weight = torch.zeros_like(weight) if need_weight else None  # summed in the precision of the weight
         grad_bias = torch.zeros_like(bias) if need_bias and bias is not None else None
         total = torch.zeros((), device=hidden.device, dtype=torch.float32)
         for i in range(0, hidden.shape[0], step):
-            rows, target = hidden[i : i + step], targets[i : i + step, None]
+            rows, target = hidden[i : i + step].to(dtype), targets[i : i + step, None]
             coefficient = weights[i : i + step, None].float()
-            logits = F.linear(rows, weight, bias).float()
+            logits = F.linear(rows, head, None if bias is None else bias.to(dtype)).float()
             logits[:, mask_token_id] = -torch.inf
             log_sum = logits.logsumexp(dim=1, keepdim=True)
             total += ((log_sum - logits.gather(1, target)) * coefficient).sum()
@@ -350,14 +500,14 @@ class _FusedHeadLoss(torch.autograd.Function):
             grad *= coefficient
             if grad_bias is not None:
                 grad_bias += grad.sum(0).to(grad_bias.dtype)
-            grad = grad.to(rows.dtype)
+            grad = grad.to(dtype)
             if grad_hidden is not None:
-                grad_hidden[i : i + step] = grad @ weight.to(grad.dtype)
+                grad_hidden[i : i + step] = grad @ head
             if grad_weight is not None:
-                if grad.dtype == grad_weight.dtype:
+                if grad_weight.dtype == dtype:
                     grad_weight.addmm_(grad.T, rows)
                 else:
-                    grad_weight += (grad.T @ rows).to(grad_weight.dtype)
+                    grad_weight += grad.T @ rows
         ctx.gradients = (grad_hidden, grad_weight, grad_bias)
         return total
 
@@ -372,15 +522,23 @@ class _FusedHeadLoss(torch.autograd.Function):
 
 
 __all__ = [
+    "Corruption",
     "DenoisingNetwork",
     "LogitsHead",
     "LossMask",
+    "check_labels",
+    "check_labels_reach_the_loss",
     "check_text",
     "chunked_cross_entropy",
     "corrupt",
     "cross_entropy",
+    "default_labels",
     "denoising_loss",
+    "divide_by_count",
     "evaluation_interval",
     "loss_mask",
+    "masked_indices",
+    "mean_move_chance",
+    "move_chance_bound",
     "sigma_of",
 ]

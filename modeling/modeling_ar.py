@@ -22,7 +22,7 @@ from .configuration_bd3lm import ARConfig
 from .generation_bd3lm import BD3LMGenerateOutput, BD3LMGenerationMixin, pad_left
 from .generation_config_bd3lm import BD3LMGenerationConfig
 from .likelihood_bd3lm import LikelihoodMixin, TokenNLL
-from .loss_bd3lm import check_text, chunked_cross_entropy, cross_entropy
+from .loss_bd3lm import check_labels_reach_the_loss, check_text, chunked_cross_entropy, cross_entropy, divide_by_count
 from .samplers_bd3lm import Generators
 from .windows_bd3lm import WINDOWS
 
@@ -182,6 +182,7 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
         Raises:
             ValueError: ids outside the vocabulary, or labels without input_ids.
         """
+        check_labels_reach_the_loss(labels, num_items_in_batch)
         if labels is not None:
             if input_ids is None:
                 raise ValueError("labels need input_ids: the loss compares the text with itself, one token on.")
@@ -211,27 +212,28 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
         attention_mask: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
-        check_text(self, input_ids, labels)
+        check_text(self.config, input_ids, labels, attention_mask)
         predicted = self._predicted(input_ids, labels, attention_mask)
-        hidden, targets = self._before(predicted, input_ids, labels, attention_mask)
-        weights = torch.ones_like(targets, dtype=torch.float32)
+        indices = self._indices(predicted)
+        hidden = self._hidden_before(indices, input_ids, attention_mask)
+        weights, targets = predicted.flatten()[indices].float(), labels.flatten()[indices].clamp(min=0)
         total = chunked_cross_entropy(hidden, self.logits_head(), targets, weights, self.config)
-        count = max(1, targets.numel()) if num_items_in_batch is None else num_items_in_batch
-        return total / count
+        return divide_by_count(total, predicted, num_items_in_batch)
 
     def _token_nll(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor, *unused: Any
     ) -> TokenNLL:
         predicted = self._predicted(input_ids, labels, attention_mask)
         nll = torch.zeros(input_ids.shape, device=input_ids.device)
-        hidden, targets = self._before(predicted, input_ids, labels, attention_mask)
-        nll[predicted] = cross_entropy(hidden, self.logits_head(), targets, self.config)
+        indices = predicted.flatten().nonzero().squeeze(1)
+        hidden = self._hidden_before(indices, input_ids, attention_mask)
+        nll[predicted] = cross_entropy(hidden, self.logits_head(), input_ids[predicted], self.config)
         return TokenNLL(nll, predicted.float())
 
     def _predicted(
         self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """The labelled tokens that have a token before them, bool `(batch, length)`."""
+        """Return which labelled tokens have a token before them, bool `(batch, length)`."""
         predicted = labels != -100
         predicted[:, 0] = False
         if attention_mask is not None:
@@ -240,24 +242,25 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
             predicted[:, 1:] &= real[:, :-1]
         return predicted
 
-    def _before(
-        self,
-        predicted: torch.Tensor,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states of the positions before the predicted tokens, `(rows, hidden_dim)`, and these tokens."""
+    def _indices(self, predicted: torch.Tensor) -> torch.Tensor:
+        """Return flat indices of all predicted tokens; on accelerators of all but first tokens, without a wait."""
+        if predicted.device.type == "cpu":
+            return predicted.flatten().nonzero().squeeze(1)
+        return torch.arange(predicted.numel(), device=predicted.device).view_as(predicted)[:, 1:].flatten()
+
+    def _hidden_before(
+        self, indices: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the hidden states of the positions before those of flat indices, `(rows, hidden_dim)`."""
         length, device = input_ids.shape[1], input_ids.device
         layout = token_layout(attention_mask, length, 1, device=device)
         embeds = self.backbone.vocab_embed(input_ids)
         plan = block_causal_plan(
             layout, length, 1, implementation=self.config._attn_implementation, dtype=embeds.dtype
         )
-        rows = predicted.flatten().nonzero().squeeze(1) - 1
         modulations = self.backbone.modulations(None, device)
-        outputs = self.backbone.run(embeds, layout.position_ids, plan, modulations, output_indices=rows)
-        return cast(torch.Tensor, outputs.last_hidden_state), labels[predicted]
+        outputs = self.backbone.run(embeds, layout.position_ids, plan, modulations, output_indices=indices - 1)
+        return cast(torch.Tensor, outputs.last_hidden_state)
 
 
 class _CountingCriteria(StoppingCriteriaList):

@@ -19,8 +19,8 @@ from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
 from .likelihood_bd3lm import LikelihoodMixin, TokenNLL, nelbo
 from .linear_bd3lm import release_prepacked
-from .loss_bd3lm import denoising_loss
-from .noise_bd3lm import check_interval, given_noise
+from .loss_bd3lm import check_labels_reach_the_loss, denoising_loss
+from .noise_bd3lm import check_interval, noise_from_arguments
 
 
 class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
@@ -83,12 +83,13 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
         Raises:
             ValueError: ids outside the vocabulary, or arguments that exclude one another.
         """
+        check_labels_reach_the_loss(labels, num_items_in_batch)
         if labels is not None:
             if input_ids is None:
                 raise ValueError(
                     "labels need input_ids: the loss masks tokens, so it cannot start from inputs_embeds."
                 )
-            noise = given_noise(block_noise, token_noise, count_noise, input_ids.shape, self.config)
+            noise = noise_from_arguments(block_noise, token_noise, count_noise, input_ids.shape, self.config)
             batch = (input_ids, labels, attention_mask, noise, num_items_in_batch)
             return BD3LMOutput(loss=self.objective(*batch, position_ids=position_ids))
         outputs = self.backbone(
@@ -150,7 +151,7 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
         Raises:
             ValueError: no interval inside [0, 1], or, with `config.resample`, one that no mask rate of a block meets.
         """
-        check_interval(low, high, self.config.block_size, confined=self.config.resample)
+        check_interval(low, high, self.config.block_size, truncated=self.config.resample)
         self.config.sampling_eps_min, self.config.sampling_eps_max = low, high
         if self.config.var_min:
             self.sampling_eps_min.fill_(low)

@@ -1,11 +1,11 @@
 """Score entropy discrete diffusion (SEDD, arXiv 2310.16834) with an absorbing state, a baseline of BD3-LM.
 
-The network gives the score s(x_t, sigma)_v, an estimate of the ratio p_t(x_t with v at a place) / p_t(x_t). With the
-mask absorbing, only masked places have ratios to learn. Log-scores are, as published,
+The network gives the score s(x_t, sigma)_v, an estimate of the ratio p_t(x_t with v at a position) / p_t(x_t). With
+the mask absorbing, only masked positions have ratios to learn. Log-scores are, as published,
 
     log s_v = logits_v - log(e^sigma - 1) - log(V - 1),     and 0 for the token that x_t holds.
 
-Score entropy (Eq. 5): at a masked place whose clean token is x_0, with the true ratio r = 1 / (e^sigma - 1),
+Score entropy (Eq. 5): at a masked position whose clean token is x_0, with the true ratio r = 1 / (e^sigma - 1),
 
     SE = sum over v != M of s_v  -  r log s_{x_0}  +  r (log r - 1)  >=  0.
 """
@@ -21,9 +21,17 @@ from .attention_bd3lm import Layout, token_layout
 from .backbone_bd3lm import register_auto_classes
 from .configuration_bd3lm import SAMPLING_EPS, SEDDConfig
 from .generation_config_bd3lm import SEDDGenerationConfig
-from .likelihood_bd3lm import Source, TokenNLL, rows_of_noise
+from .likelihood_bd3lm import NoiseSource, TokenNLL, noise_of_batch
 from .logits_process_bd3lm import NucleusLogitsProcessor
-from .loss_bd3lm import LossMask, check_text, corrupt, loss_mask
+from .loss_bd3lm import (
+    LossMask,
+    check_text,
+    corrupt,
+    divide_by_count,
+    loss_mask,
+    masked_indices,
+    move_chance_bound,
+)
 from .modeling_bd3lm import BD3LMForMaskedLM
 from .modeling_mdlm import MDLMModel
 from .noise_bd3lm import LogLinearNoise, Noise
@@ -33,21 +41,10 @@ from .samplers_bd3lm import SCORE_SAMPLERS
 _LOGIT_BUDGET = 2**23  # logits alive at a time
 
 
-def log_score(logits: torch.Tensor, x_t: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Log-scores `(batch, length, vocab_size)` from raw logits of that shape.
-
-    Args:
-        x_t: `(batch, length)`, what the logits were computed from.
-        sigma: noise level `(batch,)`.
-    """
-    shift = _log_expm1(sigma).view(-1, 1, 1) + math.log(logits.shape[-1] - 1)
-    return (logits - shift).scatter(-1, x_t.unsqueeze(-1), 0.0)
-
-
 def score_entropy(
     logits: torch.Tensor, targets: torch.Tensor, sigma: torch.Tensor, mask_token_id: int
 ) -> torch.Tensor:
-    """Score entropy of masked places, `(rows,)`, from their raw logits `(rows, vocab_size)`, all in float32.
+    """Return the score entropy of masked positions, `(rows,)`, from their raw float32 logits `(rows, vocab_size)`.
 
     Args:
         targets: the clean tokens `(rows,)`.
@@ -55,45 +52,12 @@ def score_entropy(
     """
     log_expm1 = _log_expm1(sigma)
     shift = log_expm1 + math.log(logits.shape[-1] - 1)
-    others = logits.index_fill(1, torch.tensor([mask_token_id], device=logits.device), -torch.inf)
+    is_mask = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id
+    others = logits.masked_fill(is_mask, -torch.inf)
     positive = (others.logsumexp(dim=1) - shift).exp()
     ratio = (-log_expm1).exp()
     target = logits.gather(1, targets.unsqueeze(1)).squeeze(1) - shift
     return positive - ratio * target + ratio * (-log_expm1 - 1)
-
-
-def analytic_weights(
-    score: torch.Tensor, x_t: torch.Tensor, sigma_t: torch.Tensor, sigma_s: torch.Tensor, mask_token_id: int
-) -> torch.Tensor:
-    """Sampling weights of x_s given x_t, s < t, `(batch, length, vocab_size)`, not normalised: the analytic sampler.
-
-    Tweedie tau-leaping (Alg. 2 of the paper): the staggered score, times the transposed transition over
-    sigma_t - sigma_s.
-
-    Args:
-        score: `(batch, length, vocab_size)`, not its logarithm.
-        sigma_t, sigma_s: noise levels `(batch,)`.
-    """
-    step = (sigma_t - sigma_s).view(-1, 1, 1)
-    weights = score * step.exp()
-    weights[..., mask_token_id] += ((1 - step.exp()) * score.sum(-1, keepdim=True)).squeeze(-1)
-    return weights * _transposed_transition(x_t, step, score, mask_token_id)
-
-
-def denoising_weights(score: torch.Tensor, x_t: torch.Tensor, sigma: torch.Tensor, mask_token_id: int) -> torch.Tensor:
-    """Sampling weights of the last step, from noise level `sigma` to none: no mask stays. See [`analytic_weights`]."""
-    weights = analytic_weights(score, x_t, sigma, torch.zeros_like(sigma), mask_token_id)
-    weights[..., mask_token_id] = 0.0
-    return weights
-
-
-def _transposed_transition(
-    x_t: torch.Tensor, step: torch.Tensor, like: torch.Tensor, mask_token_id: int
-) -> torch.Tensor:
-    """Probability that each token v becomes what x_t holds within `step` of noise, `(batch, length, vocab_size)`."""
-    stays = (-step).exp()
-    transition = torch.zeros_like(like).scatter_(-1, x_t.unsqueeze(-1), 1.0) * stays
-    return transition + torch.where((x_t == mask_token_id).unsqueeze(-1), 1 - stays, torch.zeros_like(stays))
 
 
 def _log_expm1(sigma: torch.Tensor) -> torch.Tensor:
@@ -109,9 +73,9 @@ class SEDDModel(MDLMModel):
 class SEDDForMaskedLM(BD3LMForMaskedLM):
     """Score entropy language model. `model(x_t, timesteps=sigma).logits` are raw; they attend to the whole text.
 
-    `generate` samples by the scores, see [`AnalyticSampler`]: one pass per step, and one that reveals what is left.
-    Logits processors see the logits of the tokens, which are log-scores up to a constant: they shape which token a
-    place gets and not when. Prompts, windows and stop rules are as for masked diffusion.
+    `generate` samples by the scores, see [`AnalyticSampler`]: one forward pass per step, and one that reveals what is
+    left. Logits processors see the logits of the tokens, which are log-scores up to a constant: they shape which token
+    a position gets, but not when. Prompts, windows and stop rules are as for masked diffusion.
     """
 
     config_class = SEDDConfig
@@ -121,7 +85,7 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
     estimators = ("sampled", "stratified")  # no sum over masks: a score depends on a continuous noise level
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        # The nucleus of scores is a matter of their sampler, which knows the noise level.
+        # The sampler of scores applies the nucleus itself: it depends on the noise level.
         processors = super()._get_logits_processor(*args, **kwargs)
         return LogitsProcessorList(p for p in processors if not isinstance(p, NucleusLogitsProcessor))
 
@@ -132,16 +96,22 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
         attention_mask: torch.Tensor | None = None,
         noise: Noise | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        *,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Score entropy in nats per token, weighted by d sigma / dt (Eq. 7): a scalar with a gradient."""
-        check_text(self, input_ids, labels)
+        """Return the score entropy in nats per token, weighted by d sigma / dt (Eq. 7): a scalar with a gradient."""
+        check_text(self.config, input_ids, labels, attention_mask)
+        if position_ids is not None:
+            raise ValueError(
+                "position_ids pack several documents into a row, but a SEDD reads one noise level per row: pass each "
+                "document as a row of its own, padded."
+            )
         layout = token_layout(attention_mask, input_ids.shape[1], self.config.block_size, device=input_ids.device)
         scored = loss_mask(layout, labels, ignore_bos=self.config.ignore_bos, training=self.training)
         if noise is None:
-            noise = rows_of_noise(self, scored, self.config.antithetic_sampling, None)
+            noise = noise_of_batch(self, scored, self.config.antithetic_sampling, None)
         losses, _ = self._losses(input_ids, layout, scored, noise)
-        count = scored.counted.sum() if num_items_in_batch is None else num_items_in_batch
-        return losses.sum() / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
+        return divide_by_count(losses.sum(), scored.counted, num_items_in_batch)
 
     def _token_nll(
         self,
@@ -150,7 +120,7 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
         labels: torch.Tensor,
         estimator: str,
         num_samples: int,
-        source: Source,
+        source: NoiseSource,
     ) -> TokenNLL:
         """Bound the negative log-likelihood by noise levels t drawn on [1e-3, 1].
 
@@ -162,7 +132,7 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
         nll = torch.zeros(input_ids.numel(), device=input_ids.device)
         shift = None
         for sample in range(num_samples):
-            noise = rows_of_noise(self, scored, self.config.antithetic_sampling, source)
+            noise = noise_of_batch(self, scored, self.config.antithetic_sampling, source)
             if estimator == "stratified" and num_samples > 1:
                 shift = noise.block_noise if shift is None else shift
                 noise = noise._replace(block_noise=(sample + shift) / num_samples)
@@ -173,20 +143,21 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
     def _losses(
         self, input_ids: torch.Tensor, layout: Layout, scored: LossMask, noise: Noise
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weighted losses of the masked places `(rows,)`, and where these are in the flattened batch."""
+        """Return the weighted losses of the masked positions `(rows,)`, and their flat indices."""
         low, high = self.interval() if self.training else (SAMPLING_EPS, 1.0)
         masked, weights, move_chance = corrupt(self, layout, scored, noise, low, high)
-        rows = masked.flatten().nonzero().squeeze(1)
+        rows, is_masked = masked_indices(masked, move_chance_bound(self.config, low, high, self.training), self.config)
         x_t = torch.where(masked, self.config.mask_token_id, input_ids)
         sigma = LogLinearNoise().sigma(move_chance[:, 0])
         hidden = self.noisy_hidden(x_t, input_ids, layout, rows, sigma)
         of_row = sigma[rows // input_ids.shape[1]]
         losses = self._score_entropies(hidden, input_ids.flatten()[rows], of_row)
         # -loss_scaling is alpha'_t / (1 - alpha_t); times 1 / ratio it is d sigma / dt.
-        return losses * weights.flatten()[rows] * torch.expm1(of_row), rows
+        losses = losses * weights.flatten()[rows] * torch.expm1(of_row)
+        return losses if is_masked is None else torch.where(is_masked == 0, 0.0, losses * is_masked), rows
 
     def _score_entropies(self, hidden: torch.Tensor, targets: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """Score entropy of each row in chunks, whose logits the backward pass computes again."""
+        """Return the score entropy of each row in chunks, whose logits the backward pass recomputes."""
         head = self.logits_head()
 
         def of_chunk(hidden: torch.Tensor, targets: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -197,10 +168,10 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
             (hidden[i : i + step], targets[i : i + step], sigma[i : i + step]) for i in range(0, hidden.shape[0], step)
         ]
         losses = [checkpoint(of_chunk, *part, use_reentrant=False) for part in parts]
-        # Without a masked place there is no loss, but still a gradient (of zero) for every process to average.
+        # Without a masked position there is no loss, but still a gradient (of zero) for every process to average.
         return torch.cat(losses) if losses else hidden.sum(-1) * 0.0
 
 
 register_auto_classes(SEDDForMaskedLM, "AutoModelForMaskedLM", "AutoModelForCausalLM")
 
-__all__ = ["SEDDForMaskedLM", "SEDDModel", "analytic_weights", "denoising_weights", "log_score", "score_entropy"]
+__all__ = ["SEDDForMaskedLM", "SEDDModel", "score_entropy"]

@@ -21,6 +21,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_ssdlm import SSDLMConfig
 from .generation_ssdlm import SSDLMGenerationConfig, SSDLMGenerationMixin
+from .loss_bd3lm import check_labels, check_labels_reach_the_loss
 from .saving_bd3lm import SelfContainedModel
 from .simplex_ssdlm import almost_one_hot, noisy_logits, simplex_schedule
 
@@ -182,7 +183,9 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
         Raises:
             ValueError: neither a block nor labels, or texts too short to hold a context and a block.
         """
+        check_labels_reach_the_loss(labels, num_items_in_batch)
         if labels is not None:
+            check_labels(self.config, input_ids, labels, attention_mask)
             noise = (block_noise, count_noise)
             return SSDLMOutput(loss=self._loss(input_ids, attention_mask, labels, noise, num_items_in_batch))
         if noisy_logits is None or timesteps is None:

@@ -1,11 +1,8 @@
-"""Noise schedules: how likely a token is masked at time t, and its weight in the loss (arXiv 2503.09573, Table 8).
+"""Noise schedules and the forward process q(x_t | x_0): a noise level per block, masking (arXiv 2503.09573).
 
-A schedule maps a time t in [0, 1] to the probability `move_chance` that a token is masked.
-
-The forward process q(x_t | x_0): a noise level per block, masking (arXiv 2503.09573, Sec. 3 and 5).
-
-A training step draws one time t per block, stratified over the batch (Algorithm 1), from a possibly clipped interval
-(Sec. 5.2); a schedule turns it into the probability that a token is masked.
+A schedule (Table 8) maps a time t in [0, 1] to `move_chance`, the probability 1 - alpha_t that a token is masked, and
+to the weight of the token's loss. A training step draws one time t per block, stratified over the batch (Algorithm 1),
+from a possibly clipped interval (Sec. 5.2).
 """
 
 import math
@@ -21,7 +18,7 @@ def wide_float(device: torch.device) -> torch.dtype:
 
 
 class NoiseLevel(NamedTuple):
-    """What a schedule says about the times t; each field has the shape of t."""
+    """Masking probability and loss weight at times t; each field has the shape of t."""
 
     move_chance: torch.Tensor  # probability that a token is masked, 1 - alpha_t
     loss_scaling: torch.Tensor  # factor of log p(x_0 | x_t) in the NELBO, alpha'_t / (1 - alpha_t); negative
@@ -29,18 +26,18 @@ class NoiseLevel(NamedTuple):
 
 
 class NoiseSchedule:
-    """A schedule; calling it with times t of any shape gives a [`NoiseLevel`]."""
+    """A schedule; calling it with times t of any shape returns a [`NoiseLevel`]."""
 
     def move_chance(self, t: torch.Tensor) -> torch.Tensor:
-        """Probability that a token is masked at time t."""
+        """Return the probability that a token is masked at time t."""
         return t
 
     def move_rate(self, t: torch.Tensor) -> torch.Tensor:
-        """Derivative of `move_chance` with respect to t."""
+        """Return the derivative of `move_chance` with respect to t."""
         return torch.ones_like(t)
 
     def loss_scaling(self, t: torch.Tensor) -> torch.Tensor:
-        """Weight of log p(x_0 | x_t) in the continuous-time NELBO."""
+        """Return the weight of log p(x_0 | x_t) in the continuous-time NELBO."""
         return -self.move_rate(t) / self.move_chance(t)
 
     def __call__(self, t: torch.Tensor) -> NoiseLevel:
@@ -55,19 +52,19 @@ class LogLinearNoise(NoiseSchedule):
 
     @property
     def sigma_max(self) -> float:
-        """Total noise at t = 1, the cap of `sigma`; 6.9078 for the published eps."""
+        """The total noise at t = 1, the cap of `sigma`; 6.9078 for the published eps."""
         return -math.log(self.eps)
 
     def total_noise(self, t: torch.Tensor) -> torch.Tensor:
-        """sigma(t) = -log(1 - (1 - eps) t), finite at t = 1."""
+        """Return sigma(t) = -log(1 - (1 - eps) t), finite at t = 1."""
         return -torch.log1p(-(1 - self.eps) * t)
 
     def rate_noise(self, t: torch.Tensor) -> torch.Tensor:
-        """d sigma / dt."""
+        """Return d sigma / dt."""
         return (1 - self.eps) / (1 - (1 - self.eps) * t)
 
     def sigma(self, move_chance: torch.Tensor) -> torch.Tensor:
-        """The noise level that a model is conditioned on, for a masking probability: -log(1 - p), capped."""
+        """Return the noise level that a model is conditioned on, for a masking probability p: -log(1 - p), capped."""
         return (-torch.log1p(-move_chance)).clamp(max=self.sigma_max)
 
 
@@ -139,54 +136,56 @@ _SCHEDULES: dict[str, NoiseSchedule] = {
 
 
 def noise_schedule(name: str) -> NoiseSchedule:
-    """The schedule called `name`: `loglinear`, `square`, `square_root`, `log` or `cosine` (paper, Table 8).
+    """Return the schedule called `name`: `loglinear`, `square`, `square_root`, `log` or `cosine` (paper, Table 8).
 
     `total_noise` is the log-linear one as `mdlm_loss_scale` writes it.
 
     Raises:
-        ValueError: no schedule has this name.
+        ValueError: if no schedule has this name.
     """
     if name not in _SCHEDULES:
-        raise ValueError(f"noise={name!r} is no noise schedule: choose one of {', '.join(_SCHEDULES)}.")
+        raise ValueError(f"noise={name!r} is not a noise schedule: choose one of {', '.join(_SCHEDULES)}.")
     return _SCHEDULES[name]
 
 
-_UNCLIPPED = 1.01e-3  # a lower bound up to here is the unclipped 1e-3, also after a cast to bfloat16
+# A lower bound up to here counts as the unclipped 1e-3, which is 1.0014e-3 after a cast to bfloat16.
+_UNCLIPPED = 1.01e-3
 
 
 class Noise(NamedTuple):
-    """The uniform draws on [0, 1) that decide the noise of a batch.
+    """The uniform numbers on [0, 1) that decide the noise of a batch.
 
-    Several draws for each sequence are one more axis behind the batch: `(batch, draws, num_blocks)` and so on.
+    Several noise samples of each sequence are one more axis after the batch: `(batch, num_noise_samples, num_blocks)`
+    and so on.
     """
 
     block_noise: torch.Tensor  # (batch, num_blocks), becomes the time t of each block
     token_noise: torch.Tensor  # (batch, length), a token is masked where it is at most move_chance
-    count_noise: torch.Tensor  # (batch, num_blocks), number of masked tokens where the mask rate is confined
+    count_noise: torch.Tensor  # (batch, num_blocks), number of masked tokens where the mask rate is truncated
 
     @property
-    def draws(self) -> int:
-        """Draws for each sequence."""
+    def num_noise_samples(self) -> int:
+        """Noise samples of each sequence."""
         return self.block_noise.shape[1] if self.block_noise.dim() == 3 else 1
 
     def side_by_side(self) -> "Noise":
-        """The draws of a sequence one behind the other, as noisy streams stand: `(batch, draws * num_blocks)`."""
+        """Return the noise samples of a sequence as one long row, `(batch, num_noise_samples * num_blocks)`."""
         return Noise(*(field.flatten(1) for field in self))
 
 
-def given_noise(
+def noise_from_arguments(
     block_noise: torch.Tensor | None,
     token_noise: torch.Tensor | None,
     count_noise: torch.Tensor | None,
     shape: torch.Size,
     config: Any,
 ) -> Noise | None:
-    """The noise that a caller gave for a batch of `shape` (batch, length), or None where none was given.
+    """Return the noise that a caller passed for a batch of `shape` (batch, length), or None without any.
 
-    Its shape says how many draws each sequence has, whatever `config.noise_draws` says.
+    Its shape decides how many noise samples each sequence has, whatever `config.noise_draws` is.
 
     Raises:
-        ValueError: only some of it, or a wrong shape. `count_noise` may be left out unless `config.resample`.
+        ValueError: if only a part is passed, or a wrong shape. `count_noise` may be left out unless `config.resample`.
     """
     if block_noise is None and token_noise is None and count_noise is None:
         return None
@@ -195,26 +194,26 @@ def given_noise(
         lead = (shape[0], block_noise.shape[1])
     blocks, tokens = (*lead, config.num_blocks(shape[1])), (*lead, shape[1])
     if block_noise is not None and count_noise is None and not config.resample:
-        count_noise = torch.zeros_like(block_noise)  # read only when the mask rate is confined
+        count_noise = torch.zeros_like(block_noise)  # read only when the mask rate is truncated
     noise = Noise(block_noise, token_noise, count_noise)  # type: ignore[arg-type]
-    for name, draw, expected in zip(Noise._fields, noise, (blocks, tokens, blocks), strict=True):
-        if draw is None:
-            raise ValueError(f"{name} is missing: the noise of a loss is given whole (see draw_noise) or not at all.")
-        if tuple(draw.shape) != expected:
-            raise ValueError(f"{name} of shape {tuple(draw.shape)} does not fit this batch: give {expected}.")
+    for name, field, expected in zip(Noise._fields, noise, (blocks, tokens, blocks), strict=True):
+        if field is None:
+            raise ValueError(f"{name} is missing: pass all noise of a loss (see draw_noise), or none.")
+        if tuple(field.shape) != expected:
+            raise ValueError(f"{name} of shape {tuple(field.shape)} does not fit this batch: pass {expected}.")
     return noise
 
 
-def check_draws(draws: int, time_conditioning: bool) -> None:
-    """Refuse several noisy streams that can not share a clean one.
+def check_noise_samples(num_noise_samples: int, time_conditioning: bool) -> None:
+    """Refuse several noisy streams that cannot share a clean one.
 
     Raises:
-        ValueError: several draws for a model whose clean stream depends on the noise level.
+        ValueError: if a model whose clean stream depends on the noise level has several.
     """
-    if draws > 1 and time_conditioning:
+    if num_noise_samples > 1 and time_conditioning:
         raise ValueError(
-            f"noise_draws={draws} needs time_conditioning=False: here the noise level of a draw changes the clean "
-            f"stream too, so that draws can not share one. Set noise_draws=1 and use larger batches."
+            f"noise_draws={num_noise_samples} needs time_conditioning=False: here the noise level also changes the "
+            f"clean stream, so noise samples cannot share it. Set noise_draws=1 and use larger batches."
         )
 
 
@@ -223,42 +222,47 @@ def draw_noise(
     num_blocks: int,
     length: int,
     *,
-    draws: int = 1,
+    num_noise_samples: int = 1,
     order: str = "shuffled",
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
 ) -> Noise:
     """Draw the noise of one batch, its block noise stratified over all blocks of the batch (Algorithm 1).
 
+    The numbers are drawn on the device of the generator, the CPU by default, and then moved: a seed gives the same
+    noise on every device.
+
     Args:
-        draws: draws for each sequence. Unless `order` is `"none"` they are stratified too, see [`stack_draws`].
-        order: `"shuffled"` gives each block a random stratum; `"published"` deals the strata in row-major order, so
+        num_noise_samples: of each sequence. Unless `order` is `"none"` they are stratified too, see [`stack_noise`].
+        order: `"shuffled"` gives each block a random stratum; `"published"` assigns the strata in row-major order, so
             that row k has all its levels in [k / batch, (k + 1) / batch); `"none"` draws independently.
-        generator: source of randomness, on `device`; torch's global one by default.
+        generator: source of randomness; torch's global one on the CPU by default.
     """
+    home = torch.device("cpu") if generator is None else generator.device
 
     def uniform(size: int) -> torch.Tensor:
-        return torch.rand((batch_size, size), generator=generator, device=device)
+        return torch.rand((batch_size, size), generator=generator, device=home)
 
-    noises = []
-    for _ in range(draws):
+    samples = []
+    for _ in range(num_noise_samples):
         block_noise = stratify(uniform(num_blocks), order=order, generator=generator)
-        noises.append(Noise(block_noise, uniform(length), uniform(num_blocks)))
-    return stack_draws(noises, spread=order != "none")
+        samples.append(Noise(block_noise, uniform(length), uniform(num_blocks)))
+    noise = stack_noise(samples, spread=order != "none")
+    return Noise(*(field.to(device, non_blocking=True) for field in noise))
 
 
-def stack_draws(noises: Sequence[Noise], *, spread: bool = True) -> Noise:
-    """Several draws for each sequence of a batch, from one draw each; a single one is returned as it is.
+def stack_noise(samples: Sequence[Noise], *, spread: bool = True) -> Noise:
+    """Stack several noise samples of a batch along a new axis; a single one is returned as it is.
 
     Args:
-        spread: move the block noise of the d-th of n draws into [d / n, (d + 1) / n). Every block then has one time in
-            each n-th of the interval, and the strata of n batches of N blocks become n * N strata, each hit once: the
-            mean over draws varies less than that of independent ones.
+        spread: move the block noise of the d-th of n samples into [d / n, (d + 1) / n). Every block then has one time
+            in each n-th of the interval, and the strata of n batches of N blocks become n * N strata, each hit once:
+            the mean over samples varies less than that of independent ones.
     """
-    count = len(noises)
+    count = len(samples)
     if count == 1:
-        return noises[0]
-    noise = Noise(*(torch.stack(field, dim=1) for field in zip(*noises, strict=True)))
+        return samples[0]
+    noise = Noise(*(torch.stack(field, dim=1) for field in zip(*samples, strict=True)))
     if not spread:
         return noise
     first = torch.arange(count, device=noise.block_noise.device).unsqueeze(1)
@@ -268,9 +272,9 @@ def stack_draws(noises: Sequence[Noise], *, spread: bool = True) -> Noise:
 def stratify(
     uniform: torch.Tensor, *, order: str = "shuffled", generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Spread independent draws on [0, 1) over N = numel strata of width 1/N, one draw in each stratum.
+    """Spread independent numbers on [0, 1) over N = numel strata of width 1/N, one number in each stratum.
 
-    Every draw stays uniform on [0, 1); their mean has a much lower variance. See [`draw_noise`] for `order`.
+    Every number stays uniform on [0, 1); their mean has a much lower variance. See [`draw_noise`] for `order`.
     """
     count = uniform.numel()
     if order == "none":
@@ -284,7 +288,7 @@ def stratify(
 
 
 def times(uniform: torch.Tensor, low: float | torch.Tensor, high: float | torch.Tensor) -> torch.Tensor:
-    """Times t in [low, high] from uniform draws on [0, 1), of the same shape; the interval [1, 1] gives ones."""
+    """Return times t in [low, high] for numbers on [0, 1), of the same shape; the interval [1, 1] gives ones."""
     return uniform * (high - low) + low
 
 
@@ -293,8 +297,14 @@ def per_token(per_block: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
     return per_block.gather(1, block_ids.expand(per_block.shape[0], -1))
 
 
+def tokens_per_block(tokens: torch.Tensor, block_ids: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """Count the tokens, bool `(batch, length)`, in each block; float32 `(batch, num_blocks)`."""
+    sizes = torch.zeros(tokens.shape[0], num_blocks, device=tokens.device)
+    return sizes.scatter_add_(1, block_ids.expand(tokens.shape[0], -1), tokens.float())
+
+
 def mask_positions(noise: Noise, move_chance: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
-    """Which tokens q(x_t | x_0) masks, bool `(batch, length)`: each one independently with its block's probability.
+    """Return the positions that q(x_t | x_0) masks, bool `(batch, length)`, each with its block's probability.
 
     Args:
         move_chance: masking probability of each block, `(batch, num_blocks)`.
@@ -304,26 +314,37 @@ def mask_positions(noise: Noise, move_chance: torch.Tensor, block_ids: torch.Ten
 
 
 def mask_positions_within(
-    noise: Noise, move_chance: torch.Tensor, block_ids: torch.Tensor, valid: torch.Tensor, low: float, high: float
+    noise: Noise,
+    move_chance: torch.Tensor,
+    block_ids: torch.Tensor,
+    valid: torch.Tensor,
+    low: float,
+    high: float,
+    *,
+    block_size: int,
 ) -> torch.Tensor:
-    """Like [`mask_positions`], given that the masked fraction of every block lies in [low, high].
+    """Like [`mask_positions`], given that the masked fraction of every block is in [low, high].
 
     The published code redraws a block until it fits. The number of masked tokens of a block is binomial, and given the
-    number every subset is equally likely; so drawing the number from the binomial confined to the interval, then a
-    uniform subset of that size, gives the same distribution in one try. A bound at the end of the unclipped interval
-    (low <= 1e-3, high = 1) is not enforced, as published. A shorter last block may exceed the bounds by rounding.
+    number every subset is equally likely; so drawing the number from the truncated binomial, then a uniform subset of
+    that size, gives the same distribution in one try. A bound at the end of the unclipped interval (low <= 1e-3,
+    high = 1) is not enforced, as published. A shorter last block may exceed the bounds by rounding.
 
     Args:
         valid: bool `(batch, length)`, tokens that exist; padding belongs to no block.
         low, high: bounds of the masked fraction. See [`check_reachable`].
+        block_size: the largest number of tokens in a block.
     """
-    batch = noise.token_noise.shape[0]
-    block_ids = block_ids.expand(batch, -1)
-    blocks = move_chance.shape[1]
-    sizes = torch.zeros(batch, blocks, device=move_chance.device).scatter_add_(1, block_ids, valid.float())
-    chosen = _confined_binomial(noise.count_noise, move_chance, sizes, low, high)
-    rank = rank_in_block(noise.token_noise, block_ids, valid)
-    return (rank < per_token(chosen, block_ids)) & valid
+    sizes = tokens_per_block(valid, block_ids, move_chance.shape[1])
+    cdf = count_probabilities(move_chance, sizes, low, high, max_size=block_size).cumsum(-1)
+    count = (cdf <= noise.count_noise.to(cdf).unsqueeze(-1)).sum(-1).clamp(max=cdf.shape[-1] - 1)
+    return random_subset(noise, count, block_ids, valid)
+
+
+def random_subset(noise: Noise, count: torch.Tensor, block_ids: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """Return a uniform subset of `count` `(batch, num_blocks)` tokens of each block, bool `(batch, length)`."""
+    rank = rank_in_block(noise.token_noise, block_ids, among, count.shape[1])
+    return (rank < per_token(count, block_ids)) & among
 
 
 def mask_exact_numbers(
@@ -342,80 +363,76 @@ def mask_exact_numbers(
     Returns:
         bool `(batch, length)`, and the weights of the blocks `(batch, num_blocks)`.
     """
-    batch, blocks = noise.block_noise.shape
+    sizes = tokens_per_block(maskable, block_ids, noise.block_noise.shape[1])
+    share = times(noise.block_noise, low, high) if clips(low, high) else noise.block_noise
+    count = torch.minimum((share * sizes).floor() + 1, sizes)
+    weights = torch.ones_like(sizes) if low > 0.5 else sizes / count.clamp(min=1)
+    return random_subset(noise, count, block_ids, maskable), weights
+
+
+def rank_in_block(noise: torch.Tensor, block_ids: torch.Tensor, among: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """Rank the numbers of the tokens `among` of each block, the smallest first; all `(batch, length)`."""
+    batch, length = noise.shape
     block_ids = block_ids.expand(batch, -1)
-    sizes = torch.zeros(batch, blocks, device=maskable.device).scatter_add_(1, block_ids, maskable.float())
-    uniform = noise.block_noise.to(maskable.device)
-    shares = times(uniform, low, high) if clips(low, high) else uniform
-    chosen = torch.minimum((shares * sizes).floor() + 1, sizes)
-    rank = rank_in_block(noise.token_noise.to(maskable.device), block_ids, maskable)
-    weights = torch.ones_like(sizes) if low > 0.5 else sizes / chosen.clamp(min=1)
-    return (rank < per_token(chosen, block_ids)) & maskable, weights
-
-
-def rank_in_block(noise: torch.Tensor, block_ids: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
-    """Rank of each token's draw among the tokens `among` of its block, the smallest first; all `(batch, length)`."""
-    # Blocks are intervals of the key, so one sort ranks within all of them; tokens left out come last in theirs.
-    order = (torch.where(among, noise, 2.0).double() + 4.0 * block_ids).argsort(dim=1)
-    sizes = torch.zeros(noise.shape[0], int(block_ids.max()) + 1, dtype=torch.long, device=noise.device)
+    # Sorted by number, then stably by block: tokens that are left out come last in their block.
+    order = torch.where(among, noise, 2.0).argsort(dim=1, stable=True)
+    order = order.gather(1, block_ids.gather(1, order).argsort(dim=1, stable=True))
+    sizes = torch.zeros(batch, num_blocks, dtype=torch.long, device=noise.device)
     sizes.scatter_add_(1, block_ids, torch.ones_like(block_ids))
     first = sizes.cumsum(1) - sizes
-    place = torch.arange(noise.shape[1], device=noise.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, place - per_token(first, block_ids.gather(1, order)))
+    position = torch.arange(length, device=noise.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, position - per_token(first, block_ids.gather(1, order)))
 
 
-def _confined_binomial(
-    uniform: torch.Tensor, chance: torch.Tensor, sizes: torch.Tensor, low: float, high: float
+def count_probabilities(
+    move_chance: torch.Tensor, sizes: torch.Tensor, low: float, high: float, *, max_size: int
 ) -> torch.Tensor:
-    """Inverse-CDF draw from Binomial(sizes, chance) given low <= k / sizes <= high; all `(batch, blocks)`."""
-    cdf = count_probabilities(chance, sizes, low, high).cumsum(-1)
-    return (cdf <= uniform.double().unsqueeze(-1)).sum(-1).clamp(max=cdf.shape[-1] - 1)
-
-
-def count_probabilities(chance: torch.Tensor, sizes: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """Probability that k of a block's tokens are masked, given that the masked fraction lies in [low, high].
+    """Return the probability that k of a block's tokens are masked, given a masked fraction in [low, high].
 
     Args:
-        chance: masking probability of each block, `(batch, blocks)`.
-        sizes: tokens of each block, `(batch, blocks)`.
+        move_chance: masking probability of each block, `(batch, num_blocks)`.
+        sizes: tokens of each block, `(batch, num_blocks)`.
         low, high: bounds as in [`mask_positions_within`]; 0 and 1 leave the plain binomial.
+        max_size: the largest size; passed so that no size is read back from a device.
 
     Returns:
-        float64 `(batch, blocks, sizes.max() + 1)` over k = 0, 1, ...
+        `(batch, num_blocks, max_size + 1)` over k = 0, 1, ..., float64 where the device has it.
     """
-    n = sizes.double().unsqueeze(-1)
-    k = torch.arange(int(sizes.max().item()) + 1, device=sizes.device, dtype=torch.float64)
-    p = chance.double().clamp(1e-12, 1 - 1e-12).unsqueeze(-1)
+    wide = wide_float(sizes.device)
+    n = sizes.to(wide).unsqueeze(-1)
+    k = torch.arange(max_size + 1, device=sizes.device, dtype=wide)
+    tiny = 1e-12 if wide == torch.float64 else 1e-7
+    p = move_chance.to(wide).clamp(tiny, 1 - tiny).unsqueeze(-1)
     log_pmf = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma((n - k).clamp(min=0) + 1)
     log_pmf = log_pmf + k * p.log() + (n - k) * torch.log1p(-p)
     # Float32 end points such as 0.3 must not lose the k that equals them exactly.
-    least = torch.ceil(low * n - 1e-6) if low > _UNCLIPPED else torch.zeros_like(n)
-    most = torch.floor(high * n + 1e-6) if high < 1 else n
-    empty = least > most
-    least, most = torch.where(empty, most, least), torch.where(empty, least, most)
-    return log_pmf.masked_fill((k < least) | (k > most) | (k > n), -torch.inf).softmax(-1)
+    minimum = torch.ceil(low * n - 1e-6) if low > _UNCLIPPED else torch.zeros_like(n)
+    maximum = torch.floor(high * n + 1e-6) if high < 1 else n
+    empty = minimum > maximum
+    minimum, maximum = torch.where(empty, maximum, minimum), torch.where(empty, minimum, maximum)
+    return log_pmf.masked_fill((k < minimum) | (k > maximum) | (k > n), -torch.inf).softmax(-1)
 
 
 def clips(low: float, high: float) -> bool:
-    """Whether an interval of noise levels leaves out anything of the whole one, [1e-3, 1]."""
+    """Whether an interval of noise levels leaves out a part of the whole one, [1e-3, 1]."""
     return low > _UNCLIPPED or high < 1
 
 
-def check_interval(low: float, high: float, block_size: int, *, confined: bool) -> None:
-    """Refuse what training can draw no noise level from.
+def check_interval(low: float, high: float, block_size: int, *, truncated: bool) -> None:
+    """Refuse an interval from which training cannot draw noise levels.
 
     Args:
-        confined: the mask rate of every block shall lie in the interval (`config.resample`).
+        truncated: the mask rate of every block must be in the interval (`config.resample`).
 
     Raises:
-        ValueError: reversed, not inside [0, 1], or, if confined, met by no mask rate of a block.
+        ValueError: if the interval is reversed, not inside [0, 1], or, if truncated, met by no mask rate of a block.
     """
     if not 0.0 <= low <= high <= 1.0 or high == 0.0:
         raise ValueError(
-            f"sampling_eps_min={low}, sampling_eps_max={high} is no interval of noise levels: give "
+            f"sampling_eps_min={low}, sampling_eps_max={high} is not an interval of noise levels: give "
             f"0 <= sampling_eps_min <= sampling_eps_max <= 1 with sampling_eps_max > 0."
         )
-    if confined:
+    if truncated:
         check_reachable(low, high, block_size)
 
 
@@ -423,11 +440,11 @@ def check_reachable(low: float, high: float, block_size: int) -> None:
     """Refuse an interval of mask rates that no number of masked tokens of a block can meet.
 
     Raises:
-        ValueError: no k / block_size lies in [low, high].
+        ValueError: if no k / block_size is in [low, high].
     """
-    least = math.ceil(low * block_size - 1e-6) if low > _UNCLIPPED else 0
-    most = math.floor(high * block_size + 1e-6) if high < 1 else block_size
-    if least > most:
+    minimum = math.ceil(low * block_size - 1e-6) if low > _UNCLIPPED else 0
+    maximum = math.floor(high * block_size + 1e-6) if high < 1 else block_size
+    if minimum > maximum:
         raise ValueError(
             f"the interval [{low}, {high}] holds no mask rate k / {block_size}: widen it, or set resample=False."
         )
@@ -442,21 +459,23 @@ __all__ = [
     "NoiseSchedule",
     "PowerNoise",
     "TotalNoise",
-    "check_draws",
     "check_interval",
+    "check_noise_samples",
     "check_reachable",
     "clips",
     "count_probabilities",
     "draw_noise",
-    "given_noise",
     "mask_exact_numbers",
     "mask_positions",
     "mask_positions_within",
+    "noise_from_arguments",
     "noise_schedule",
     "per_token",
+    "random_subset",
     "rank_in_block",
-    "stack_draws",
+    "stack_noise",
     "stratify",
     "times",
+    "tokens_per_block",
     "wide_float",
 ]

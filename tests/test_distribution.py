@@ -8,12 +8,12 @@ import math
 
 import pytest
 import torch
+from published_scores import analytic_weights, denoising_weights, log_score
 
 from bd3lm_hf import ARConfig, ARForCausalLM, MDLMConfig, MDLMForMaskedLM, SEDDConfig, SEDDForMaskedLM
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.logits_process_bd3lm import NucleusLogitsProcessor
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.modeling.modeling_sedd import analytic_weights, denoising_weights, log_score
 
 
 SAMPLES = 12_000

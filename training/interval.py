@@ -21,9 +21,10 @@ from peft import PeftModel
 from transformers.utils import logging
 
 from bd3lm_hf.checkpoints import NotFiniteError
-from bd3lm_hf.evaluation.perplexity import batch_of, seed_of
+from bd3lm_hf.evaluation.perplexity import batch_of
 from bd3lm_hf.modeling.configuration_bd3lm import SAMPLING_EPS
 from bd3lm_hf.modeling.noise_bd3lm import check_interval
+from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.training.loss_moments import BlockMoments, HeldOut, Interval, PassPerInterval, SharedDraws, held_out
 
 
@@ -135,7 +136,7 @@ def check_searchable(model: Any, candidates: Sequence[Interval]) -> None:
             "model (set_interval), or leave the search out."
         )
     for low, high in candidates:
-        check_interval(low, high, model.config.block_size, confined=model.config.resample)
+        check_interval(low, high, model.config.block_size, truncated=model.config.resample)
 
 
 # The statistic
@@ -328,7 +329,7 @@ def _measure_batch(
     rows = own if len(own) == -(-len(batch) // processes) else [*own, batch[0]]
     device = next(model.parameters()).device
     input_ids, attention_mask, context = batch_of([sequences[row] for row in rows], device)
-    generators = [torch.Generator(device).manual_seed(seed_of(seed, row)) for row in rows]
+    generators = [torch.Generator(device).manual_seed(derived_seed(seed, row)) for row in rows]
     text = held_out(model, input_ids, attention_mask, context.get("labels"), generators)
     if len(own) < len(rows):
         text.scored.counted[-1], text.scored.maskable[-1] = False, False

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from bd3lm_hf.modeling.attention_bd3lm import Layout, token_layout
-from bd3lm_hf.modeling.likelihood_bd3lm import Mask, mask_losses, rows_of_noise, stratified_masks
-from bd3lm_hf.modeling.loss_bd3lm import LossMask, check_text, corrupt, loss_mask
+from bd3lm_hf.modeling.likelihood_bd3lm import MaskSample, mask_losses, noise_of_batch, stratified_masks
+from bd3lm_hf.modeling.loss_bd3lm import LossMask, check_text, corrupt, default_labels, loss_mask
 from bd3lm_hf.modeling.noise_bd3lm import NoiseSchedule, clips, count_probabilities, noise_schedule
 
 
@@ -57,8 +57,8 @@ def held_out(
 ) -> HeldOut:
     """A batch as [`SharedDraws`] and [`PassPerInterval`] take it; all tensors `(batch, length)`."""
     config = model.config
-    labels = input_ids if labels is None else labels
-    check_text(model, input_ids, labels)
+    labels = default_labels(input_ids, attention_mask) if labels is None else labels
+    check_text(config, input_ids, labels, attention_mask, may_synchronize=True)
     layout = token_layout(attention_mask, input_ids.shape[1], config.block_size, device=input_ids.device)
     scored = loss_mask(layout, labels, ignore_bos=config.ignore_bos, training=False)
     return HeldOut(input_ids, layout, scored, generators)
@@ -67,7 +67,7 @@ def held_out(
 class PassPerInterval:
     """The published way: for each interval a noisy pass with masks of its own. The clean stream is computed once.
 
-    With `config.resample` the mask rates are confined as in training: an interval from 1e-3 has no lower bound. (The
+    With `config.resample` the mask rates are truncated as in training: an interval from 1e-3 has no lower bound. (The
     published search rounds 1e-3 to float32 and then does bound it, so that it sees no empty mask there.)
 
     Args:
@@ -90,10 +90,10 @@ class PassPerInterval:
         first = torch.stack(losses)
         return BlockMoments(torch.ones_like(first), first, first.square())
 
-    def _masks(self, model: Any, batch: HeldOut) -> Iterator[Mask]:
+    def _masks(self, model: Any, batch: HeldOut) -> Iterator[MaskSample]:
         for low, high in self.intervals:
-            noise = rows_of_noise(model, batch.scored, self.config.antithetic_sampling, batch.generators)
-            yield Mask(*corrupt(model, batch.layout, batch.scored, noise, low, high, training=True))
+            noise = noise_of_batch(model, batch.scored, self.config.antithetic_sampling, batch.generators)
+            yield MaskSample(*corrupt(model, batch.layout, batch.scored, noise, low, high, training=True))
 
 
 class SharedDraws:
@@ -151,9 +151,9 @@ class SharedDraws:
     def _table(self, size: int, maskable: int) -> torch.Tensor:
         """`(3, intervals, maskable + 1)`, kept for the next batch."""
         if (size, maskable) not in self._tables:
-            schedule, confined = noise_schedule(self.config.noise), self.config.resample
+            schedule, truncated = noise_schedule(self.config.noise), self.config.resample
             levels = [
-                level_moments(schedule, interval, size=size, maskable=maskable, confined=confined)
+                level_moments(schedule, interval, size=size, maskable=maskable, truncated=truncated)
                 for interval in self.intervals
             ]
             self._tables[size, maskable] = torch.stack(levels, dim=1)
@@ -161,7 +161,7 @@ class SharedDraws:
 
 
 def level_moments(
-    schedule: NoiseSchedule, interval: Interval, *, size: int, maskable: int, confined: bool
+    schedule: NoiseSchedule, interval: Interval, *, size: int, maskable: int, truncated: bool
 ) -> torch.Tensor:
     """E_t[w(t)^j; k of the block's tokens are masked] for j = 0, 1, 2 and t uniform on the interval.
 
@@ -171,19 +171,21 @@ def level_moments(
         size: tokens of the block.
         maskable: tokens of the block that may stay masked; the others (a given first token, a prompt) are masked and
             then shown again, as in the loss.
-        confined: the masked fraction of the block lies in the interval (`config.resample`).
+        truncated: the masked fraction of the block lies in the interval (`config.resample`).
 
     Returns:
         float64 `(3, maskable + 1)`; row 0 sums to 1.
     """
     low, high = interval
-    confined = confined and clips(low, high)
-    drawn = size if confined else maskable  # unconfined, tokens are independent: leave out those shown again
+    truncated = truncated and clips(low, high)
+    drawn = size if truncated else maskable  # untruncated, tokens are independent: leave out those shown again
     t, share = _quadrature(low, high)
     level = schedule(t)
     weight = torch.ones_like(t) if low > 0.5 else -level.loss_scaling
-    bounds = (low, high) if confined else (0.0, 1.0)
-    chances = count_probabilities(level.move_chance.unsqueeze(0), torch.full((1, len(t)), drawn), *bounds)[0]
+    bounds = (low, high) if truncated else (0.0, 1.0)
+    chances = count_probabilities(
+        level.move_chance.unsqueeze(0), torch.full((1, len(t)), drawn), *bounds, max_size=drawn
+    )[0]
     weights = torch.stack([share, share * weight, share * weight.square()])
     return weights @ chances @ _shown_again(drawn, maskable)
 

@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, Trai
 
 from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights
 from bd3lm_hf.data.streaming import PackedStream, read_position, write_position
+from bd3lm_hf.modeling.loss_bd3lm import check_labels, check_text
 from bd3lm_hf.run_folder import (
     checkpoint_to_resume,
     clear_staging,
@@ -116,11 +117,11 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
         config = self.model.config
         collate = NoiseCollator(
             self.data_collator,
+            config,
             seed=self.data_seed,
             group_size=group_size,
-            num_blocks=config.num_blocks,
-            length=config.max_position_embeddings,
-            draws=self.model.num_noise_samples,
+            num_noise_samples=self.model.num_noise_samples,
+            check=check_text if self.model.has_likelihood else check_labels,
         )
         workers = self.args.dataloader_num_workers
         loader = DataLoader(
@@ -149,7 +150,7 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
             )
         stream = EndlessStream(sequences, group_size=group_size)
         if self._stream_folder is not None and self.args.process_index == 0:
-            stream.go_on(read_position(Path(self._stream_folder, POSITION_NAME)))
+            stream.resume(read_position(Path(self._stream_folder, POSITION_NAME)))
         return stream
 
     @property
@@ -203,7 +204,7 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
         assert self.order is not None
         step = self.state.global_step
         first = step * self.order.group_size + first_batch * self._train_batch_size
-        rows = self.order.rows_at(first, batches * self._train_batch_size)
+        rows = self.order.dataset_indices(first, batches * self._train_batch_size)
         listed = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
         raise TrainingDivergedError(
             f"{what} is NaN or infinite at step {step + 1}, in the batch of training sequences {listed}: training "

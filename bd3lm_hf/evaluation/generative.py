@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from bd3lm_hf.checkpoints import read_config
-from bd3lm_hf.evaluation.perplexity import SequenceScore, seed_of, summarize
+from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_model, mean_perplexity
 from bd3lm_hf.evaluation.results import library_versions, weights_digest
 from bd3lm_hf.evaluation.text_metrics import distinct, lengths, mean_repetition, text_entropy
@@ -26,6 +26,7 @@ from bd3lm_hf.generation.generate_cli import CHOICES, FIELDS, add_sampling, whol
 from bd3lm_hf.generation.samples import Sample, SamplesFile
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
 from bd3lm_hf.output_files import check_output_file
+from bd3lm_hf.seeds import derived_seed
 
 
 # Of the fields that `bd3lm generate` knows, those that end a text otherwise than by an end token are left out.
@@ -156,7 +157,7 @@ def _judged(
         model,
         prompts,
         new_tokens,
-        seeds=[seed_of(seed, index) for index in batch],
+        seeds=[derived_seed(seed, index) for index in batch],
         to_end=settings["variable_length"],
         do_sample=True,
         **{name: settings[name] for name in (*CHOICES, *_FIELDS) if name in settings},

@@ -11,7 +11,6 @@ exact value for an autoregressive model). It is summed over all masks where no b
 otherwise `num_samples` stratified draws estimate it, the same ones for all choices of a question.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -24,11 +23,12 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from bd3lm_hf.checkpoints import load_model
-from bd3lm_hf.evaluation.perplexity import batch_of, batches_of, seed_of
+from bd3lm_hf.evaluation.perplexity import batch_of, batches_of
 from bd3lm_hf.evaluation.reference_model import own_ids
 from bd3lm_hf.evaluation.results import weights_digest
 from bd3lm_hf.generation.text_generation import generate_batch
 from bd3lm_hf.modeling.likelihood_bd3lm import MAX_EXACT_TOKENS
+from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
 
 
@@ -86,8 +86,7 @@ def windows(context: Sequence[int], continuation: Sequence[int], length: int) ->
 def question_seed(seed: int, request: Any) -> int:
     """The seed of the question that a request belongs to: all choices of a question have the same."""
     asked = [request.task_name, request.doc_id] if request.doc_id is not None else [request.args[0]]
-    digest = hashlib.sha256(json.dumps(asked).encode()).digest()
-    return seed_of(seed, int.from_bytes(digest[:8], "big"))
+    return derived_seed(seed, json.dumps(asked))
 
 
 def writing_of(asked: dict[str, Any], new_tokens: int) -> GenerationRequest:
@@ -330,7 +329,7 @@ class BD3LMHarness(TemplateLM):
         self._check_likelihood()
         flat = [(row, turn) for row, found in enumerate(rows) for turn, one in enumerate(found) if one.scored]
         texts = [rows[row][turn].labelled for row, turn in flat]
-        noise = [seed_of(seeds[row], turn) if turn else seeds[row] for row, turn in flat]
+        noise = [derived_seed(seeds[row], turn) if turn else seeds[row] for row, turn in flat]
         kinds: dict[str, list[int]] = {}
         for number, (row, turn) in enumerate(flat):
             kinds.setdefault(self.estimator_of(rows[row][turn]), []).append(number)
@@ -411,7 +410,7 @@ class BD3LMHarness(TemplateLM):
             prompt = self._begun(self.tok_encode(context))[-room:]
             # A request that is repeated gets texts of its own.
             place = (request.task_name, request.doc_id, request.idx, context)
-            seeds.append(seed_of(question_seed(self.seed, request), seen[place]))
+            seeds.append(derived_seed(question_seed(self.seed, request), seen[place]))
             seen[place] += 1
             plans.append(plan)
             prompts.append(prompt)

@@ -21,6 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from bd3lm_hf.modeling.noise_bd3lm import Noise
+from bd3lm_hf.seeds import derived_seed
 
 
 #: Sequences over whose blocks the published protocol spreads its times.
@@ -222,7 +223,7 @@ def _own_draws(model: Any, indices: list[int], inputs: "ScoringBatch", protocol:
     return {
         "estimator": protocol.estimator,
         "num_samples": protocol.num_samples,
-        "generator": [torch.Generator(device).manual_seed(seed_of(protocol.seed, index)) for index in indices],
+        "generator": [torch.Generator(device).manual_seed(derived_seed(protocol.seed, index)) for index in indices],
         **inputs.context,
     }
 
@@ -259,7 +260,7 @@ def published_noise(
     for index in indices:
         first = int(places[index]) // PUBLISHED_BATCH * PUBLISHED_BATCH
         size = min(PUBLISHED_BATCH, num_sequences - first)
-        uniform = torch.rand(num_blocks + length, generator=torch.Generator().manual_seed(seed_of(seed, index)))
+        uniform = torch.rand(num_blocks + length, generator=torch.Generator().manual_seed(derived_seed(seed, index)))
         stratum = (int(places[index]) - first) * num_blocks + torch.arange(num_blocks)
         blocks.append((uniform[:num_blocks] + stratum) / (size * num_blocks))
         tokens.append(uniform[num_blocks:])
@@ -401,14 +402,6 @@ def _device_of(model: Any) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def seed_of(seed: int, index: int) -> int:
-    """The seed of sequence `index` in a run with `seed`."""
-    # Any injection of (seed, index) will do; splitmix64's constants spread neighbours far apart.
-    value = (seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
-    value = ((value ^ (value >> 31)) * 0xD6E8FEB86659FD93) & (2**64 - 1)
-    return (value ^ (value >> 32)) >> 1
-
-
 class HeldOutLoss(NamedTuple):
     """The training objective on text that was not trained on."""
 
@@ -457,7 +450,7 @@ def sequence_losses(
             input_ids, attention_mask, context = batch_of([sequences[index]], device)
             labels = context.get("labels", input_ids).masked_fill(attention_mask == 0, -100)
             count = int((labels != -100).sum())
-            noise = _noise(model, input_ids.shape[1], num_samples, seed_of(seed, int(index)))
+            noise = _noise(model, input_ids.shape[1], num_samples, derived_seed(seed, int(index)))
             total = 0.0
             for first in range(0, num_samples, batch_size):
                 part = [field[first : first + batch_size] for field in noise]
@@ -507,7 +500,6 @@ __all__ = [
     "published_noise",
     "score_batch",
     "score_sequences",
-    "seed_of",
     "sequence_losses",
     "summarize",
     "summarize_losses",

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from bd3lm_hf.checkpoints import load_model
-from bd3lm_hf.evaluation.perplexity import SequenceScore, score_sequences, seed_of, summarize
+from bd3lm_hf.evaluation.perplexity import SequenceScore, score_sequences, summarize
 from bd3lm_hf.generation.text_generation import GeneratedText
 from bd3lm_hf.modeling.likelihood_bd3lm import MAX_EXACT_TOKENS
+from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.tokenization import load_tokenizer
 
 
@@ -89,7 +90,7 @@ class ReferenceModel:
                 estimator=self.estimator,
                 num_samples=self.num_samples,
                 batch_size=batch_size,
-                seed=seed_of(seed, turn) if turn else seed,
+                seed=derived_seed(seed, turn) if turn else seed,
             )
             for number, nll, count in scores:
                 sums[number] = SequenceScore(number, sums[number].nll + nll, sums[number].num_tokens + count)

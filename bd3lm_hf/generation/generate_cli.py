@@ -14,7 +14,6 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from bd3lm_hf.evaluation.perplexity import seed_of
 from bd3lm_hf.generation.denoising_trace import (
     RowStep,
     check_ending,
@@ -28,6 +27,7 @@ from bd3lm_hf.modeling.generation_ssdlm import CONTEXTS
 from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS, SAMPLING_DTYPES, SCORE_SAMPLERS
 from bd3lm_hf.modeling.simplex_ssdlm import PROJECTIONS
 from bd3lm_hf.output_files import check_output_file
+from bd3lm_hf.seeds import derived_seed
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -286,7 +286,7 @@ def _write_batch(
     """Write the samples from number `first` on, whose prompts are `ids`."""
     padded = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
     # All draws of the batch come from the seed and the number of its first sample.
-    torch.manual_seed(seed_of(job.seed, first))
+    torch.manual_seed(derived_seed(job.seed, first))
     started = time.perf_counter()
     output = model.generate(
         input_ids=padded["input_ids"],

@@ -299,7 +299,7 @@ def _analyse(draws: Sequence[int], sums: list[_Sums], batches: int, repeats: int
 def _gradient(model: Any, ids: torch.Tensor, draws: int, generator: torch.Generator) -> torch.Tensor:
     """The gradient of one training step, all parameters in one vector."""
     batch, length = ids.shape
-    noise = draw_noise(batch, model.config.num_blocks(length), length, draws=draws, generator=generator)
+    noise = draw_noise(batch, model.config.num_blocks(length), length, num_noise_samples=draws, generator=generator)
     model.zero_grad(set_to_none=True)
     model(input_ids=ids, labels=ids, **noise._asdict()).loss.backward()
     gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])

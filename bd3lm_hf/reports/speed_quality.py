@@ -17,12 +17,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from bd3lm_hf.data import load_text, pack
-from bd3lm_hf.evaluation.perplexity import SequenceScore, seed_of, summarize
+from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_model, reference_model_of
 from bd3lm_hf.evaluation.text_metrics import mean_entropy
 from bd3lm_hf.generation.generate_cli import FIELDS, whole_number
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
 from bd3lm_hf.output_files import check_output_file
+from bd3lm_hf.seeds import derived_seed
 
 
 #: The field that makes a sampler bolder, and its values by default: one token per forward first.
@@ -124,7 +125,7 @@ def _texts(
     texts: list[GeneratedText] = []
     for first in range(0, len(prompts), batch_size):
         given = prompts[first : first + batch_size]
-        seeds = [seed_of(seed, first + number) for number in range(len(given))]
+        seeds = [derived_seed(seed, first + number) for number in range(len(given))]
         texts += generate_batch(model, given, new_tokens, seeds=seeds, **fields)
     return texts
 

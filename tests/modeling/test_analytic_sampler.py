@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from published import load_recorded, published
+from published_scores import analytic_weights, denoising_weights, log_score
 
 from bd3lm_hf import SEDDConfig, SEDDForMaskedLM
 from bd3lm_hf.modeling.generation_config_bd3lm import SEDDGenerationConfig
-from bd3lm_hf.modeling.modeling_sedd import analytic_weights, denoising_weights, log_score
 from bd3lm_hf.modeling.noise_bd3lm import LogLinearNoise
 from bd3lm_hf.modeling.samplers_bd3lm import LAST_TIME, AnalyticSampler, RevealState, Step
 

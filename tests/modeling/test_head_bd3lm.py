@@ -24,7 +24,9 @@ def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def given_noise(rows: int, blocks: int, length: int, draws: int = 1) -> dict[str, torch.Tensor]:
-    return draw_noise(rows, blocks, length, draws=draws, generator=torch.Generator().manual_seed(0))._asdict()
+    return draw_noise(
+        rows, blocks, length, num_noise_samples=draws, generator=torch.Generator().manual_seed(0)
+    )._asdict()
 
 
 def masked_of(model: BD3LMForMaskedLM, labels: torch.Tensor, attention_mask=None, noise=None, interval=(1e-3, 1.0)):

@@ -395,10 +395,10 @@ def test_given_draws_are_those_of_a_source(tiny_model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"estimator": "exact"}, "noise holds the draws of one sampled estimate, but estimator='exact'"),
-        ({"num_samples": 2}, "num_samples=2 .*use estimator='sampled' with one draw, or leave noise out"),
-        ({"noise": draw_noise(2, 4, 16, draws=2)}, "draws=2"),
-        ({"noise": draw_noise(2, 3, 12)}, r"block_noise of shape \(2, 3\) does not fit this batch: give \(2, 4\)"),
+        ({"estimator": "exact"}, "estimator='exact'"),
+        ({"num_samples": 2}, "num_samples=2"),
+        ({"noise": draw_noise(2, 4, 16, num_noise_samples=2)}, "num_noise_samples=2"),
+        ({"noise": draw_noise(2, 3, 12)}, r"block_noise of shape \(2, 3\) .*\(2, 4\)"),
     ],
 )
 def test_draws_that_do_not_fit_are_refused(tiny_model, arguments, message):
@@ -422,7 +422,7 @@ def test_fewer_than_one_sample_is_refused(tiny_model, num_samples):
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_generators_that_do_not_match_the_rows_are_refused(tiny_model, count):
-    with pytest.raises(ValueError, match=f"{count} generators for 2 rows: give one for each row"):
+    with pytest.raises(ValueError, match=f"{count} generators for 2 rows"):
         tiny_model.token_nll(random_ids(2, 4), generator=[torch.Generator() for _ in range(count)])
 
 
@@ -440,7 +440,7 @@ def test_texts_of_any_length_share_the_draws_of_their_common_blocks(tiny_model):
 def test_the_exact_sum_over_large_blocks_is_refused_with_its_cost(tiny_config):
     tiny_config.block_size = 16
     model = BD3LMForMaskedLM(tiny_config)
-    message = r"estimator='exact' at block_size=16 needs 2\^15 - 1 passes; .*8 tokens .*, 255 passes. Use .*stratified"
+    message = r"estimator='exact' at block_size=16 .*2\^15.* 8 .*stratified"
     with pytest.raises(ValueError, match=message):
         model.token_nll(random_ids(1, 16), estimator="exact")
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.modeling import loss_bd3lm
@@ -459,24 +460,62 @@ def test_denoising_loss_is_what_the_model_returns(tiny_model):
 # --- Bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_labels_of_another_shape_are_refused(tiny_model):
-    message = r"labels of shape \(2, 7\) do not match input_ids of shape \(2, 8\)"
-    with pytest.raises(ValueError, match=message):
-        tiny_model(input_ids=random_ids(2, 8), labels=random_ids(2, 7))
-    with pytest.raises(ValueError, match=message):
-        tiny_model.token_nll(random_ids(2, 8), labels=random_ids(2, 7))
+@pytest.fixture(params=["bd3lm", "mdlm", "sedd", "ar"])
+def family(request, randomize):
+    """A tiny model of each family with a likelihood; 48 ids, mask 47."""
+    fields = {"vocab_size": 48, "model_length": 16, "hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "dropout": 0.0}
+    config = CONFIG_MAPPING[request.param](**fields, cond_dim=8)
+    return randomize(AutoModelForCausalLM.from_config(config)).eval()
 
 
-def test_a_mask_token_to_be_predicted_is_refused(tiny_model):
+def losses_of(model, **batch):
+    """Both ways to a number: the loss, in training, and `token_nll`."""
+    yield lambda: model.train()(**batch)
+    yield lambda: model.eval().token_nll(**batch)
+
+
+def test_tensors_of_another_shape_are_refused(family):
+    for name, tensor in (("labels", random_ids(2, 7)), ("attention_mask", torch.ones(2, 7))):
+        for call in losses_of(family, **{"input_ids": random_ids(2, 8), "labels": random_ids(2, 8), name: tensor}):
+            with pytest.raises(ValueError, match=rf"{name} of shape \(2, 7\).*\(2, 8\)"):
+                call()
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_mask_tokens_in_the_clean_text_are_refused(family, scored):
     ids = random_ids(2, 8)
     ids[1, 3] = 47
-    message = "labels hold mask_token_id=47: .*cannot be scored. Set such labels to -100"
-    with pytest.raises(ValueError, match=message):
-        tiny_model(input_ids=ids, labels=ids)
-    with pytest.raises(ValueError, match=message):
-        tiny_model.token_nll(ids)
-    labels = ids.masked_fill(ids == 47, -100)
-    assert tiny_model(input_ids=ids, labels=labels).loss.isfinite()
+    for call in losses_of(family, input_ids=ids, labels=ids if scored else ids.masked_fill(ids == 47, -100)):
+        with pytest.raises(ValueError, match="input_ids hold mask_token_id=47 in 1 .*mlm=False"):
+            call()
+
+
+def test_labels_shifted_for_next_token_prediction_are_refused(family):
+    text = random_ids(2, 9)
+    for labels in (text[:, 1:], F.pad(text[:, 1:-1], (0, 1), value=-100)):
+        for call in losses_of(family, input_ids=text[:, :-1], labels=labels):
+            with pytest.raises(ValueError, match="shifted by one.*labels=input_ids"):
+                call()
+
+
+def test_a_loss_outside_the_model_is_refused(family):
+    with pytest.raises(ValueError, match="label_smoothing_factor or compute_loss_func"):
+        family.train()(input_ids=random_ids(2, 8), num_items_in_batch=torch.tensor(16))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_that_is_the_mask_token_is_neither_checked_nor_scored(family, side):
+    text = random_ids(1, 8)
+    padding = (3, 0) if side == "left" else (0, 3)
+    ids, mask = F.pad(text, padding, value=47), F.pad(torch.ones_like(text), padding)
+    for estimator in family.estimators:
+        alone, padded = (
+            family.token_nll(*inputs, estimator=estimator, generator=[torch.Generator().manual_seed(3)])
+            for inputs in ((text,), (ids, mask))
+        )
+        assert not padded.mask[mask == 0].any() and not padded.nll[mask == 0].any()
+        torch.testing.assert_close(padded.nll[mask == 1], alone.nll[0], rtol=1e-4, atol=1e-5)
+    family.train()(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
 
 
 def test_labels_without_ids_are_refused(tiny_model):

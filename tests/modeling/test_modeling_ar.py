@@ -124,11 +124,6 @@ def test_labels_without_a_text_are_refused(make_model):
         model(inputs_embeds=torch.zeros(1, 4, 16), labels=torch.zeros(1, 4, dtype=torch.long))
 
 
-def test_mask_tokens_in_a_text_are_refused(make_model):
-    with pytest.raises(ValueError, match="labels hold mask_token_id=11"):
-        make_model().token_nll(torch.tensor([[1, 11, 2]]))
-
-
 # Writing
 
 PROMPTS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])

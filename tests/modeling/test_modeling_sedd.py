@@ -3,10 +3,11 @@
 import pytest
 import torch
 from published import load_recorded, published, recorded_noise
+from published_scores import analytic_weights, denoising_weights, log_score
 
 from bd3lm_hf import SEDDConfig, SEDDForMaskedLM
 from bd3lm_hf.modeling import modeling_sedd
-from bd3lm_hf.modeling.modeling_sedd import analytic_weights, denoising_weights, log_score, score_entropy
+from bd3lm_hf.modeling.modeling_sedd import score_entropy
 
 
 MASK = 40

@@ -17,7 +17,7 @@ def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 def noise_of(model: BD3LMForMaskedLM, ids: torch.Tensor, draws: int) -> Noise:
     generator = torch.Generator().manual_seed(0)
     return draw_noise(
-        ids.shape[0], model.config.num_blocks(ids.shape[1]), ids.shape[1], draws=draws, generator=generator
+        ids.shape[0], model.config.num_blocks(ids.shape[1]), ids.shape[1], num_noise_samples=draws, generator=generator
     )
 
 

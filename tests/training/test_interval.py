@@ -210,7 +210,9 @@ def fourth_moment_bounds(model: BD3LMForMaskedLM, rows: list[list[int]], candida
         ends = torch.linspace(math.log(low), math.log(high), 20_001, dtype=torch.float64).exp()
         t, share = (ends[1:] + ends[:-1]) / 2, (ends[1:] - ends[:-1]) / (high - low)
         level, bounds = noise_schedule(config.noise)(t.unsqueeze(0)), (low, high) if config.resample else (0.0, 1.0)
-        counts = count_probabilities(level.move_chance, torch.full(t.shape, config.block_size).unsqueeze(0), *bounds)
+        counts = count_probabilities(
+            level.move_chance, torch.full(t.shape, config.block_size).unsqueeze(0), *bounds, max_size=config.block_size
+        )
         found.append((share * level.loss_scaling[0] ** 4) @ counts[0] @ k**4 * token.pow(4).mean())
     return torch.stack(found)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
-from bd3lm_hf.modeling.likelihood_bd3lm import Mask, mask_losses, rows_of_noise
+from bd3lm_hf.modeling.likelihood_bd3lm import MaskSample, mask_losses, noise_of_batch
 from bd3lm_hf.modeling.loss_bd3lm import corrupt
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import count_probabilities, draw_noise, noise_schedule
@@ -40,7 +40,7 @@ def exact_moments(model, batch: HeldOut, intervals, powers=(1, 2)) -> torch.Tens
     size, blocks = config.block_size, config.num_blocks(length)
     place = torch.arange(length) % size
     masks = [((torch.tensor(p) >> place) & 1 > 0).expand(rows, -1) for p in range(1, 2**size)]
-    draws = (Mask(mask & batch.scored.maskable, torch.ones(rows, length), None) for mask in masks)
+    draws = (MaskSample(mask & batch.scored.maskable, torch.ones(rows, length), None) for mask in masks)
     found = torch.zeros(len(powers), len(intervals), rows, blocks, dtype=torch.float64)
     maskable = batch.scored.maskable.double().view(rows, blocks, size)
     for mask, (draw, losses) in zip(masks, mask_losses(model, batch.input_ids, batch.layout, draws), strict=True):
@@ -69,13 +69,13 @@ def test_the_moments_of_the_weight_are_their_integrals(name, confined):
     schedule = noise_schedule(name)
     for low, high in [(1e-3, 1.0), (0.3, 0.8), (0.55, 0.95)]:
         for size in (1, 4, 16):
-            found = level_moments(schedule, (low, high), size=size, maskable=size, confined=confined)
+            found = level_moments(schedule, (low, high), size=size, maskable=size, truncated=confined)
             ends = torch.linspace(low**0.25, high**0.25, 20_001, dtype=torch.float64) ** 4
             t, share = (ends[1:] + ends[:-1]) / 2, (ends[1:] - ends[:-1]) / (high - low)
             weight = torch.ones_like(t) if low > 0.5 else -schedule(t).loss_scaling
             bounds = (low, high) if confined else (0.0, 1.0)
             chance = schedule(t).move_chance.unsqueeze(0)
-            counts = count_probabilities(chance, torch.full(chance.shape, size), *bounds)[0]
+            counts = count_probabilities(chance, torch.full(chance.shape, size), *bounds, max_size=size)[0]
             expected = torch.stack([share * weight**power for power in range(3)]) @ counts
             error = (found - expected).abs().amax(1) / expected.abs().amax(1)
             assert error.max() < 1e-4, (low, high, size)
@@ -83,7 +83,7 @@ def test_the_moments_of_the_weight_are_their_integrals(name, confined):
 
 
 def test_a_block_of_a_thousand_tokens_is_resolved():
-    found = level_moments(noise_schedule("loglinear"), (1e-3, 1.0), size=1024, maskable=1024, confined=False)
+    found = level_moments(noise_schedule("loglinear"), (1e-3, 1.0), size=1024, maskable=1024, truncated=False)
     k = torch.arange(100, 1024, dtype=torch.float64)
     # The integral of t^(k - j) (1 - t)^(n - k) C(n, k) is a Beta function where its ends at 1e-3 and 1 do not matter.
     torch.testing.assert_close(found[0, 100:-1], torch.full_like(k, 1 / 1025 / 0.999), rtol=1e-5, atol=0)
@@ -92,10 +92,10 @@ def test_a_block_of_a_thousand_tokens_is_resolved():
 
 
 def test_an_interval_of_one_point_is_that_point():
-    found = level_moments(noise_schedule("loglinear"), (0.5, 0.5), size=2, maskable=2, confined=False)
+    found = level_moments(noise_schedule("loglinear"), (0.5, 0.5), size=2, maskable=2, truncated=False)
     chances = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64)
     torch.testing.assert_close(found, torch.stack([chances, 2 * chances, 4 * chances]))
-    whole = level_moments(noise_schedule("loglinear"), (1, 1), size=1, maskable=1, confined=True)
+    whole = level_moments(noise_schedule("loglinear"), (1, 1), size=1, maskable=1, truncated=True)
     torch.testing.assert_close(whole[:, 1], torch.ones(3, dtype=torch.float64))
 
 
@@ -115,7 +115,7 @@ def test_the_moments_of_the_weight_are_the_frequencies_of_the_losses_own_draws(m
     masked, weights, _ = corrupt(model, batch.layout, scored, noise, *interval, training=True)
     for block, (start, stop, maskable) in enumerate([(0, 4, 3), (4, 8, 3), (8, 10, 2)]):
         expected = level_moments(
-            noise_schedule("loglinear"), interval, size=stop - start, maskable=maskable, confined=resample
+            noise_schedule("loglinear"), interval, size=stop - start, maskable=maskable, truncated=resample
         )
         k, weight = masked[:, start:stop].sum(1), weights[:, start].double()
         for power in range(1 if interval[0] < 0.01 else 3):  # 1/t near 0 has too heavy a tail to be estimated
@@ -156,7 +156,7 @@ def test_a_uniform_model_has_the_moments_of_its_masks(tiny_config):
         found = SharedDraws(model.config, INTERVALS)(model, text_of(model, random_ids(2, 16)))
     loss = torch.tensor(47.0).double().log() * torch.arange(5) / 4
     for i, interval in enumerate(INTERVALS):
-        table = level_moments(noise_schedule("loglinear"), interval, size=4, maskable=4, confined=False)
+        table = level_moments(noise_schedule("loglinear"), interval, size=4, maskable=4, truncated=False)
         assert found.first[i, 1].item() == pytest.approx((table[1] @ loss).item(), rel=1e-5)
         assert found.second[i, 1].item() == pytest.approx((table[2] @ loss**2).item(), rel=1e-5)
 
@@ -240,7 +240,7 @@ def test_the_published_way_sums_up_to_the_training_loss(make_model, changes):
         model.train()
         sources = text_of(model, ids).generators
         for i, interval in enumerate(INTERVALS):
-            noise = rows_of_noise(model, batch.scored, model.config.antithetic_sampling, sources)
+            noise = noise_of_batch(model, batch.scored, model.config.antithetic_sampling, sources)
             model.set_interval(*interval)
             loss = model(input_ids=ids, labels=ids, **noise._asdict(), num_items_in_batch=1).loss
             assert found.first[i].sum().item() * 4 == pytest.approx(loss.item(), rel=1e-5)

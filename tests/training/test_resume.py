@@ -133,7 +133,7 @@ def test_a_loss_that_is_not_finite_on_one_of_two_processes_stops_both(two_proces
     done = two_processes("diverged", {"process": 1, "nan_after": 4})
     assert done.returncode != 0
     # The second process reads every second batch: with one sequence each, its first of step 5 has place 4 * 4 + 1.
-    row = EpochOrder(rows_of(22, 0), seed=5, group_size=4).permutation(0)[17]
+    row = EpochOrder(rows_of(22, 0), seed=5, group_size=4).permutation(0)[17].item()
     message = f"the loss is NaN or infinite at step 5, in the batch of training sequences {row}: training stopped"
     assert done.stderr.count(message) == 2
     assert f"The last good checkpoint is {two_processes.folder / 'diverged' / 'checkpoint-3'}." in done.stderr
