@@ -1,4 +1,4 @@
-"""The embedded corpora: real text that every Python interpreter carries, so that training needs no download.
+"""Embedded corpora: text that every Python interpreter carries, so that training needs no download.
 
 `python_docs` is English (the language reference and the documentation strings of the standard library), about 2 MB;
 `python_source` is code (the source files of the standard library), about 30 MB. The source files are read, never
@@ -33,20 +33,20 @@ class Document(NamedTuple):
 
 
 def python_docs() -> list[Document]:
-    """The language reference (one document a topic), then the documentation strings (one document a module).
+    """Return the language reference (one document a topic), then the documentation strings (one document a module).
 
     Returns:
         Documents with distinct names and non-empty texts, in an order that depends on the Python version only.
 
     Raises:
-        ValueError: this Python was installed without its documentation topics or its source files.
+        ValueError: if this Python was installed without its documentation topics or its source files.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise ValueError(
-            "This Python has no module pydoc_data.topics, which holds the data set 'python-docs'; install Python's "
-            "full standard library (on Debian: libpython3-stdlib), or name a text file as the data set."
+            "This Python has no module pydoc_data.topics, which holds the dataset 'python-docs'; install Python's "
+            "full standard library (on Debian: libpython3-stdlib), or name a text file as the dataset."
         ) from error
     documents = [Document(f"topic/{name}", text.strip()) for name, text in sorted(topics.items())]
     for path in _source_files(skip_tests=True):
@@ -57,13 +57,13 @@ def python_docs() -> list[Document]:
 
 
 def python_source() -> list[Document]:
-    """The source files of the standard library, its tests included, one document a file.
+    """Return the source files of the standard library with its tests, one document a file.
 
-    A few test files are broken on purpose (bytes that are no text in the encoding that they declare); they are left
+    A few test files are broken on purpose (bytes that are not text in the declared encoding); they are left
     out.
 
     Raises:
-        ValueError: this Python was installed without its source files.
+        ValueError: if this Python was installed without its source files.
     """
     root = _standard_library()
     documents = (Document(_relative(path, root), _read_source(path)) for path in _source_files(skip_tests=False))
@@ -75,7 +75,7 @@ def _standard_library() -> Path:
     if not (root / "ast.py").is_file():
         raise ValueError(
             f"The standard library's source files are not in {str(root)!r} (Python was installed without them); "
-            "use a Python that has them, or name a text file as the data set."
+            "use a Python that has them, or name a text file as the dataset."
         )
     return root
 
@@ -85,7 +85,7 @@ def _relative(path: Path, root: Path) -> str:
 
 
 def _source_files(*, skip_tests: bool) -> list[Path]:
-    """The standard library's `.py` files, sorted by relative path in POSIX form."""
+    """Return the standard library's `.py` files, sorted by relative path in POSIX form."""
     root = _standard_library()
     skipped = _FOREIGN_FOLDERS | _TEST_FOLDERS if skip_tests else _FOREIGN_FOLDERS
 
@@ -102,7 +102,7 @@ def _module_name(path: Path) -> str:
 
 
 def _read_source(path: Path) -> str:
-    """The file's text in the encoding it declares; empty if the file is broken on purpose."""
+    """Return the file's text in its declared encoding; empty if the file is broken on purpose."""
     try:
         with tokenize.open(path) as file:
             return file.read()
@@ -111,7 +111,7 @@ def _read_source(path: Path) -> str:
 
 
 def _documentation(module: str, source: str) -> str:
-    """All documentation strings of a module, each below its qualified name; empty if there is none."""
+    """Return all docstrings of a module, each below its qualified name; empty if there are none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in old source files
@@ -122,7 +122,7 @@ def _documentation(module: str, source: str) -> str:
 
 
 def _docstrings(node: ast.Module | ast.ClassDef, name: str) -> Iterator[tuple[str, str]]:
-    """(heading, docstring) of a module or class and of all that it defines, in the order of the source."""
+    """Yield (heading, docstring) of a module or class and of all that it defines, in the order of the source."""
     docstring = ast.get_docstring(node)
     if docstring:
         yield name, docstring

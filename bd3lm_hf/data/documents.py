@@ -1,9 +1,8 @@
-"""Documents held out of a training split: by a hash, so that the choice is the same on every machine.
-
-The data sets (paper, App. C.1): `load_text` reads a row of the table of sources, a file or the hub.
+"""Load datasets (paper, App. C.1): from the table of sources, from files, or from the hub.
 
 Every source becomes documents in one column, `text`, in up to three splits; `load_rows` reads rows of another schema
-in the same way. `bd3lm_hf.data.packing` makes sequences of documents.
+in the same way. Missing splits are held out of the training split by a hash, so that the choice is the same on every
+machine. `bd3lm_hf.data.packing` makes sequences of documents.
 """
 
 import hashlib
@@ -49,29 +48,42 @@ from bd3lm_hf.data.sources import (
 )
 
 
+logger = logging.getLogger(__name__)
+
+#: Our split -> the names that sources have for it.
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+_EMBEDDED = {"python-docs": python_docs, "python-source": python_source}
+
+#: Part of every cache key: raise it when the embedded documents, the hold-out or the chunks change.
+_VERSION = 1
+
 #: Fraction of the documents that is held out for validation, and as much again for the test, where a source has none.
 HELD_OUT = 0.05
-
 
 _SEPARATOR = "\x1e"  # between the columns of a row
 
 
 def held_out_score(key: str) -> float:
-    """A number in [0, 1) that depends on the key alone; the smallest scores are held out."""
+    """Return a number in [0, 1) that depends on the key alone; the smallest scores are held out."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
 
 
 def hold_out(dataset: Any, split: str, missing: list[str]) -> Any:
-    """The documents of one split of a source that has only training documents.
+    """Return the documents of one split of a source that has only training documents.
 
     Args:
         dataset: the training documents, a `Dataset` or `IterableDataset` whose columns are all strings.
-        split: the split wanted.
+        split: the requested split.
         missing: the splits that the source lacks, in the order in which they are held out.
 
     Returns:
-        The data set's documents of that split. A single document is cut; of two or more, training and the splits
-        each get one at least, as far as they suffice. A stream is filtered document by document.
+        The dataset's documents of that split. A single document is cut; of two or more, training and the splits
+        each get at least one, as far as they suffice. A stream is filtered document by document.
 
     The hash is that of a document's text, or of all columns of a row.
     """
@@ -92,12 +104,12 @@ def _in_part(row: dict[str, str], *, split: str, missing: list[str]) -> bool:
 
 
 def members(scores: np.ndarray, split: str, missing: list[str]) -> np.ndarray:
-    """Indices, in the source's order, of the split's documents by `held_out_score`; no split is left empty."""
+    """Return the indices, in the source's order, of the split's documents; no split is left empty if enough exist."""
     order = np.argsort(scores, kind="stable")
     start, bounds = 0, {}
     for part, name in enumerate(missing):
         spare = len(scores) - 1 - start  # training keeps a document
-        spare = max(spare - (len(missing) - 1 - part), min(spare, 1), 0)  # and so does each part behind this one
+        spare = max(spare - (len(missing) - 1 - part), min(spare, 1), 0)  # and so does each later part
         count = min(max(int((scores < HELD_OUT * (part + 1)).sum()) - start, 1), spare)
         bounds[name] = (start, start + count)
         start += count
@@ -112,32 +124,14 @@ def _cut(dataset: Dataset, split: str, missing: list[str]) -> Dataset:
     """
     text = dataset[0]["text"]
     length = len(text.rstrip("\n"))
-    places = [0]
+    cuts = [0]
     for part in range(len(missing), 0, -1):
-        place = round(length * (1 - HELD_OUT * part))
-        line_end = text.find("\n", max(place - 1, 0), place + round(length * HELD_OUT / 2))
-        places.append(line_end + 1 if line_end >= 0 else place)
-    places.append(len(text))
+        cut = round(length * (1 - HELD_OUT * part))
+        line_end = text.find("\n", max(cut - 1, 0), cut + round(length * HELD_OUT / 2))
+        cuts.append(line_end + 1 if line_end >= 0 else cut)
+    cuts.append(len(text))
     part = ["train", *missing].index(split)
-    return Dataset.from_dict({"text": [piece] if (piece := text[places[part] : places[part + 1]]) else []})
-
-
-logger = logging.getLogger(__name__)
-
-
-#: What sources call the three splits.
-_SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-
-
-_EMBEDDED = {"python-docs": python_docs, "python-source": python_source}
-
-
-#: Part of every cache key: raise it when the embedded documents, the hold-out or the chunks change.
-_VERSION = 1
+    return Dataset.from_dict({"text": [piece] if (piece := text[cuts[part] : cuts[part + 1]]) else []})
 
 
 def load_text(
@@ -152,31 +146,30 @@ def load_text(
     cache_dir: str | None = None,
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
-    """The documents of one split, detokenized, in the one column `text`.
+    """Load the documents of one split, detokenized, in the one column `text`.
 
     Where a source has only a training split, documents are held out of it by the hash of their name (embedded
-    corpora) or text: 5 % for validation and 5 % for the test, each at least one; validation alone where there is a
+    corpora) or text: 5 % for validation and 5 % for the test, each at least one; only validation if there is a
     test split. A source of a single document is cut instead, into 90, 5 and 5 % of its characters at line ends. A
     plain text file is one document.
 
     Args:
-        name_or_path: a name of the table `DATASETS` (or a row of one's own), a file (.txt, .json, .jsonl, .parquet,
-            .csv), a folder of such files, or a hub repository `owner/name`. In a folder, files and subfolders named
-            after a split ("validation.jsonl", "test-00000.parquet", "train/a.txt") hold it, all others are training.
+        name_or_path: a name of the table `DATASETS` (or your own `DatasetSpec`), a data file (an ending of `ENDINGS`,
+            possibly compressed), a folder of such files, a folder written by `save_to_disk`, or a hub repository
+            `owner/name`. See `files_by_split` for the files of each split.
         split: "train", "validation" or "test".
         text_column: column of the text, where the table does not say or its copy differs.
-        config_name: configuration of a hub repository.
-        source: a file, folder or hub repository to read in place of the one in the table, in the same schema.
-        streaming: read while iterating instead of beforehand; packing such a stream is `PackedStream`'s work. Nothing
-            then ensures that a held-out split has a document.
-        skip_bad_rows: skip rows that hold no text or can not be read, with a warning; else they are an error, which
-            names file and place. A damaged page of a parquet file takes the rest of its row group with it.
+        config_name: configuration of a hub repository, or of its downloaded copy.
+        source: a file, folder or hub repository to read instead of the one in the table, in the same schema.
+        streaming: read while iterating instead of in advance; pack such a stream with `PackedStream`. A held-out split
+            may then be empty.
+        skip_bad_rows: skip rows that hold no text or cannot be read, with a warning; otherwise they are an error that
+            names file and line. A damaged page of a parquet file takes the rest of its row group with it.
         cache_dir: where the datasets library keeps its files.
         num_proc: processes for detokenizing.
 
     Raises:
-        ValueError: an unknown data set, split or column, an unreadable file, a bad row, an empty data set; the
-            message says what to do.
+        ValueError: if the dataset, split or column is unknown, a file or row cannot be read, or the dataset is empty.
     """
     spec = _spec_of(name_or_path, source, config_name)
     schema = TextRow(text_column or spec.text_column)
@@ -426,7 +419,7 @@ def _rows_without_text(dataset: Dataset) -> list[int]:
 
 
 def _head_or_tail(dataset: Any, spec: DatasetSpec, split: str) -> Any:
-    """All documents but the last `spec.tail`, or those."""
+    """Return all documents but the last `spec.tail` for training, otherwise those last ones."""
     streamed = isinstance(dataset, IterableDataset)
     if streamed and split != "train":
         return _tail_of_stream(dataset, spec)
@@ -442,7 +435,7 @@ def _head_or_tail(dataset: Any, spec: DatasetSpec, split: str) -> Any:
 
 
 def _tail_of_stream(dataset: IterableDataset, spec: DatasetSpec) -> IterableDataset:
-    """The last documents, for which the last files alone are read."""
+    """Return the last documents of a stream; only the last files are read."""
     first, count = dataset.num_shards, 0
     while count < spec.tail and first > 0:
         first -= 1
@@ -457,7 +450,7 @@ def _check_whole(count: int, spec: DatasetSpec) -> None:
     if count <= spec.tail:
         raise ValueError(
             f"The source of {spec.name!r} has {count} documents, but the last {spec.tail} are its validation split: "
-            "it is not the whole data set. Pass a DatasetSpec with a smaller tail."
+            "it is not the whole dataset. Pass a DatasetSpec with a smaller tail."
         )
 
 
@@ -481,7 +474,7 @@ def _detokenize_batch(batch: dict[str, list[str]], *, name: str) -> dict[str, li
 
 
 def _chunked(dataset: Any, size: int) -> Any:
-    """Documents cut into pieces of `size` characters; the last piece of a document may be shorter."""
+    """Cut documents into pieces of `size` characters; the last piece of a document may be shorter."""
     keywords: dict[str, Any] = {"batched": True, "batch_size": 1, "fn_kwargs": {"size": size}}
     if isinstance(dataset, Dataset):
         keywords |= {"new_fingerprint": Hasher.hash((_VERSION, dataset._fingerprint, size)), "desc": "Cutting"}

@@ -18,7 +18,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 
-#: Part of every cache key: raise it when the meaning of a packed data set changes.
+#: Part of every cache key: raise it when the meaning of a packed dataset changes.
 _VERSION = 1
 
 
@@ -38,7 +38,7 @@ _PACKED_FEATURES = Features(
 
 
 class TextSize(NamedTuple):
-    """What a data set holds, in four units; `tokens` includes the end tokens between documents."""
+    """Size of a dataset in four units; `tokens` includes the end tokens between documents."""
 
     documents: int
     characters: int
@@ -51,12 +51,12 @@ class TextSize(NamedTuple):
         return self.utf8_bytes / self.tokens
 
     def bits_per_byte(self, nats_per_token: float) -> float:
-        """The mean loss in a unit that does not depend on the tokenizer."""
+        """Convert the mean loss to a unit that does not depend on the tokenizer."""
         return nats_per_token / math.log(2) / self.bytes_per_token
 
 
 class PackingLayout(NamedTuple):
-    """How a sequence is built: `[begin] tokens [end]`, or tokens alone, then padding."""
+    """Layout of a sequence: `[begin] tokens [end]`, or only tokens, then padding."""
 
     length: int
     begin: tuple[int, ...]
@@ -69,7 +69,7 @@ class PackingLayout(NamedTuple):
         return self.length - len(self.begin) - len(self.end)
 
     def example(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        """The packed example of at most `body` tokens, padded on the right."""
+        """Return the packed example of at most `body` tokens, padded on the right."""
         ids = np.full(self.length, self.padding, dtype=np.int32)
         used = len(self.begin) + len(tokens) + len(self.end)
         ids[:used] = np.concatenate([np.array(self.begin, np.int32), tokens, np.array(self.end, np.int32)])
@@ -91,27 +91,27 @@ def pack(
     drop_last: bool = False,
     num_proc: int | None = None,
 ) -> Dataset:
-    """Sequences of `length` tokens, with columns `input_ids`, `labels` and `attention_mask`, each `(length,)`.
+    """Pack documents into sequences, with columns `input_ids`, `labels` and `attention_mask`, each `(length,)`.
 
     Args:
-        dataset: documents in the column `text`, as `load_text` gives them.
+        dataset: documents in the column `text`, as `load_text` returns them.
         length: tokens of a sequence.
         packing: "contiguous" or "published" (see `pack_published`; `drop_last` is then always in force).
         insert_eos: end every document with the end token (contiguous: every document that is not empty).
-        insert_special: put a begin token before and an end token behind the tokens of every sequence.
-        drop_last: drop the last, incomplete sequence; else it is padded on the right, where the attention mask is 0
-            and the label -100.
+        insert_special: put a begin token before and an end token after the tokens of every sequence.
+        drop_last: drop the last, incomplete sequence. Otherwise it is padded on the right, where the attention mask
+            is 0 and the label -100.
         num_proc: worker processes. Changes the result of published packing only.
 
     Raises:
-        ValueError: an unknown packing, no column `text`, a tokenizer without a token that is needed, a length that
-            holds nothing, or fewer tokens than one sequence.
+        ValueError: if the packing is unknown, there is no column `text`, the tokenizer lacks a special token, the
+            length holds no text, or there are fewer tokens than one sequence.
     """
     if packing not in PACKINGS:
         raise ValueError(f"packing is {packing!r}; it must be one of: {', '.join(PACKINGS)}.")
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            "pack needs a data set that was loaded without streaming; pack a stream with streaming.PackedStream."
+            "pack needs a dataset that was loaded without streaming; pack a stream with streaming.PackedStream."
         )
     first_id = _published_id if packing == "published" else token_id
     eos = first_id(tokenizer, "eos") if insert_eos else None
@@ -121,13 +121,13 @@ def pack(
     if tokens < layout.body:
         raise ValueError(
             f"The dataset has {tokens} tokens in {len(dataset)} documents, fewer than one sequence of {layout.body} "
-            f"(length {length}): name a larger data set or a smaller length."
+            f"(length {length}): name a larger dataset or a smaller length."
         )
     packed = PACKINGS[packing](tokenized, layout, drop_last=drop_last, num_proc=num_proc)
     if len(packed) == 0:
         raise ValueError(
             f"Published packing drops the remainder of every {_DOCUMENTS_PER_BATCH} documents and worker, and of the "
-            f"data set's {tokens} tokens nothing was left for sequences of length {length}: use "
+            f"dataset's {tokens} tokens nothing is left for sequences of length {length}: use "
             "packing='contiguous', or fewer workers."
         )
     return packed
@@ -141,16 +141,16 @@ def tokenize(
     end_empty: bool = False,
     num_proc: int | None = None,
 ) -> Dataset:
-    """The token ids of every document, in the column `input_ids`.
+    """Tokenize every document into the column `input_ids`.
 
-    The names of special tokens that occur in a document are text: data never hold control tokens.
+    Names of special tokens that occur in a document are text: data never contain control tokens.
 
     Args:
         eos: id to append to every document, or None.
         end_empty: append it to documents without text too.
 
     Raises:
-        ValueError: there is no column `text`.
+        ValueError: if there is no column `text`.
     """
     if "text" not in dataset.column_names:
         raise ValueError(
@@ -174,10 +174,10 @@ def tokenize(
 def pack_published(
     documents: Sequence[Sequence[int]], *, length: int, begin: int, end: int, insert_special: bool
 ) -> list[list[int]]:
-    """One batch of documents packed as in the reference implementation.
+    """Pack one batch of documents as the reference implementation does.
 
     The documents are joined and cut; with `insert_special` each piece has `length - 2` tokens and gets `begin` before
-    it and `end` behind it. The batch's incomplete remainder is dropped.
+    it and `end` after it. The batch's incomplete remainder is dropped.
     """
     body = length - 2 if insert_special else length
     joined = [token for document in documents for token in document]
@@ -188,18 +188,18 @@ def pack_published(
 def bytes_per_token(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, insert_eos: bool = True, num_proc: int | None = None
 ) -> TextSize:
-    """Count the documents, characters, UTF-8 bytes and tokens, from which nats a token become bits a byte.
+    """Count documents, characters, UTF-8 bytes and tokens, which convert nats per token to bits per byte.
 
     Args:
         insert_eos: count one end token for every document that is not empty, as contiguous packing inserts them.
 
     Raises:
-        ValueError: there is no column `text`, or there is no text.
+        ValueError: if there is no column `text`, or no text.
     """
     eos = token_id(tokenizer, "eos") if insert_eos else None
     tokens = _count_tokens(tokenize(dataset, tokenizer, eos=eos, num_proc=num_proc))
     if tokens == 0:
-        raise ValueError(f"The dataset's {len(dataset)} documents hold no text; name another data set.")
+        raise ValueError(f"The dataset's {len(dataset)} documents hold no text; name another dataset.")
     characters = utf8_bytes = 0
     for table in dataset.with_format("arrow").iter(_DOCUMENTS_PER_BATCH):
         characters += pc.sum(pc.utf8_length(table["text"])).as_py()
@@ -217,14 +217,14 @@ def evenly_spaced(rows: Dataset, max_rows: int | None) -> Dataset:
 def tokenize_batch(
     batch: dict[str, list[str]], *, tokenizer: PreTrainedTokenizerBase, eos: int | None, end_empty: bool
 ) -> dict[str, list[list[int]]]:
-    """The token ids of every text of a batch, for `Dataset.map`; the arguments are those of `tokenize`."""
+    """Tokenize a batch of texts, for `Dataset.map`; the arguments are those of `tokenize`."""
     documents = tokenizer(
         batch["text"],
         add_special_tokens=False,
         split_special_tokens=True,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # documents longer than the model are no fault: they will be cut
+        verbose=False,  # documents longer than the model are not a fault: they will be cut
     )["input_ids"]
     if eos is not None:
         for ids in documents:
@@ -234,7 +234,7 @@ def tokenize_batch(
 
 
 def _pack_contiguous(tokenized: Dataset, layout: PackingLayout, *, drop_last: bool, num_proc: int | None) -> Dataset:
-    """Cut the one stream of all tokens. Row i is tokens i * body onward, whoever computes it, in whatever batch."""
+    """Cut the one stream of all tokens. Row i begins at token i * body, whichever worker or batch computes it."""
     lengths = [
         pc.list_value_length(table["input_ids"]).to_numpy()
         for table in tokenized.with_format("arrow").iter(_DOCUMENTS_PER_BATCH)
@@ -242,7 +242,7 @@ def _pack_contiguous(tokenized: Dataset, layout: PackingLayout, *, drop_last: bo
     ends = np.cumsum(np.concatenate(lengths), dtype=np.int64)
     rows = int(ends[-1]) // layout.body if drop_last else -(-int(ends[-1]) // layout.body)
     fingerprint = Hasher.hash((_VERSION, "contiguous", tokenized._fingerprint, layout, drop_last))
-    # Documents that are kept on disk are packed there, beside their tokens; those in memory, in memory.
+    # Documents on disk are packed there, next to their tokens; those in memory, in memory.
     on_disk = [Path(file["filename"]).parent for file in tokenized.cache_files]
     return Dataset.from_dict({"row": range(rows)}).map(
         _contiguous_batch,
@@ -261,7 +261,7 @@ def _pack_contiguous(tokenized: Dataset, layout: PackingLayout, *, drop_last: bo
 def _contiguous_batch(
     batch: dict[str, list[int]], *, tokenized: Dataset, ends: np.ndarray, layout: PackingLayout
 ) -> dict[str, np.ndarray]:
-    """The sequences of consecutive row numbers; `ends` are the positions in the stream where the documents end."""
+    """Return the sequences of consecutive rows; `ends` are the positions in the stream where the documents end."""
     start = batch["row"][0] * layout.body
     stop = min((batch["row"][-1] + 1) * layout.body, int(ends[-1]))
     first = int(np.searchsorted(ends, start, side="right"))
@@ -274,7 +274,7 @@ def _contiguous_batch(
 
 
 def _pack_published(tokenized: Dataset, layout: PackingLayout, *, drop_last: bool, num_proc: int | None) -> Dataset:
-    """Pack every batch of a worker on its own; the incomplete remainders are dropped, whatever `drop_last` says."""
+    """Pack every batch of a worker by itself; the incomplete remainders are dropped, whatever `drop_last` says."""
     key = (_VERSION, "published", tokenized._fingerprint, layout, num_proc)
     return tokenized.map(
         _published_batch,
@@ -306,7 +306,7 @@ def layout_of(
     insert_special: bool,
     first_id: Callable[[PreTrainedTokenizerBase, str], int] | None = None,
 ) -> PackingLayout:
-    """The layout of sequences of `length` tokens; `first_id` finds the ids of "bos" and "eos" (`token_id`)."""
+    """Return the layout of sequences of `length` tokens; `first_id` finds the ids of "bos" and "eos" (`token_id`)."""
     first_id = first_id or token_id
     smallest = 3 if insert_special else 1
     if length < smallest:
@@ -321,7 +321,11 @@ def layout_of(
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, kind: str) -> int:
-    """Id of the begin ("bos") or end ("eos") token."""
+    """Return the id of the begin ("bos") or end ("eos") token.
+
+    Raises:
+        ValueError: if the tokenizer has none.
+    """
     found = getattr(tokenizer, f"{kind}_token_id")
     if found is None:
         raise ValueError(
@@ -332,13 +336,13 @@ def token_id(tokenizer: PreTrainedTokenizerBase, kind: str) -> int:
 
 
 def _published_id(tokenizer: PreTrainedTokenizerBase, kind: str) -> int:
-    """The first id of the encoded token: for BERT this is the classifier's token for both begin and end."""
+    """Return the first id of the encoded token: for BERT this is the classifier's token for both begin and end."""
     token_id(tokenizer, kind)
     return tokenizer.encode(getattr(tokenizer, f"{kind}_token"))[0]
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What tokenization depends on. Truncation and padding, which calls leave behind in a tokenizer, are no part."""
+    """Return a key of all that tokenization depends on, without the truncation and padding of earlier calls."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return Hasher.hash((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs))

@@ -1,14 +1,11 @@
-"""Detokenizers: undo the tokenization that some evaluation corpora were published with (paper, App. C.2).
+"""Tables of the paper's datasets: detokenizers, sources and evaluation suites (arXiv 2503.09573, Sec. 6, App. C).
 
-Each detokenizer is one ordered table of replacements, applied from top to bottom. A plain string replaces every
-non-overlapping occurrence, a compiled pattern substitutes. The order matters: a rule sees what earlier rules left.
-
-The table of data sets (paper, App. C.1): where each one is, which column is its text, what its splits are.
-
-The paper's evaluations: which data sets, and how their texts become sequences (arXiv 2503.09573, Sec. 6, App. C).
+Detokenizers undo the tokenization that some evaluation corpora were published with (App. C.2). Each is one ordered
+table of replacements, applied from top to bottom. A plain string replaces every non-overlapping occurrence, a compiled
+pattern substitutes. The order matters: a rule sees the result of earlier rules.
 
 How a document ends and whether a sequence begins and ends with special tokens changes a perplexity by several per
-cent, so the flags belong to a published number like its data set.
+cent, so these flags are part of a published number, as its dataset is.
 """
 
 import difflib
@@ -28,7 +25,7 @@ def _spaced_marks(marks: str) -> tuple[Rule, ...]:
 
 
 def _trimmed_pairs(*pairs: tuple[str, str]) -> tuple[Rule, ...]:
-    """`( a )` -> `(a)`: no white space inside a pair of delimiters, whatever its amount."""
+    """`( a )` -> `(a)`: no white space inside a pair of delimiters."""
     return tuple(
         (re.compile(rf"{re.escape(left)}\s*([^{re.escape(right)}]*?)\s*{re.escape(right)}"), rf"{left}\1{right}")
         for left, right in pairs
@@ -117,13 +114,13 @@ DETOKENIZERS: dict[str, tuple[Rule, ...]] = {
 
 
 def detokenizer(name: str) -> Callable[[str], str]:
-    """The function that detokenizes one text of the corpus `name`.
+    """Return the function that detokenizes one text of the corpus `name`.
 
     Args:
         name: a key of `DETOKENIZERS`.
 
     Raises:
-        ValueError: there is no detokenizer of that name.
+        ValueError: if there is no detokenizer of that name.
     """
     if name not in DETOKENIZERS:
         raise ValueError(f"No detokenizer is called {name!r}; there are: {', '.join(DETOKENIZERS)}.")
@@ -141,7 +138,7 @@ DEFAULT_DATASET = "python-docs"  # of a training run; embedded, so nothing is do
 SPLITS = ("train", "validation", "test")
 
 
-#: The branch that the hub keeps, in parquet, of data sets that were made by a script.
+#: The branch in which the hub keeps the parquet version of datasets that were made by a script.
 _CONVERTED = "refs/convert/parquet"
 
 
@@ -150,19 +147,19 @@ class DatasetSpec:
     """One source of text.
 
     Attributes:
-        name: what users call it, besides the `aliases`.
+        name: name that users type, as well as the `aliases`.
         path: hub repository; None for the embedded corpora.
         config: configuration of the repository.
         data_dir: folder of the repository that is read.
         revision: branch or commit of the repository.
-        text_column: where the text is; None looks for "text", then for the only column of strings.
-        splits: our split -> the source's split; empty means that the source's own names are looked for, and that what
-            is missing is held out of its training split.
+        text_column: column of the text; None looks for "text", then for the only column of strings.
+        splits: our split -> the source's split; if empty, the source's own names are looked for, and a missing split
+            is held out of the training split.
         tail: documents at the end of the training split that are the validation split instead.
-        documents: documents of the training split, which a stream with a `tail` must know beforehand.
+        documents: documents of the training split, which a stream with a `tail` must know in advance.
         chunk: characters of the pieces into which documents are cut; 0 leaves them whole.
         detokenizer: name of a table in `bd3lm_hf.data.sources`.
-        note: what to do when the source can not be read; part of the error message.
+        note: what to do when the source cannot be read; part of the error message.
     """
 
     name: str
@@ -187,7 +184,7 @@ _TRAIN_TEST = {"train": "train", "validation": "test", "test": "test"}
 
 
 _SCRIPT_NOTE = (
-    "This data set was made by a script, which the datasets library no longer runs; the hub's parquet conversion of "
+    "This dataset was made by a script, which the datasets library no longer runs; the hub's parquet conversion of "
     "it is read. If that is gone, download a parquet copy with the same columns and pass its folder as the source."
 )
 
@@ -224,8 +221,8 @@ _ROWS = (
         text_column="text",
         chunk=256,
         note=(
-            "The one text is cut into 90 M, 5 M and 5 M characters unless the source is cut already, and these into "
-            "pieces of 256. Any copy of the file text8 serves: pass it, named text8.txt, as the source."
+            "The one text is cut into 90 M, 5 M and 5 M characters unless the source has splits, and these into "
+            "pieces of 256. Any copy of the file text8 will do: pass it, named text8.txt, as the source."
         ),
     ),
     DatasetSpec(
@@ -321,19 +318,19 @@ def looks_like_path(name: str) -> bool:
 
 
 def normal(name: str) -> str:
-    """The form in which names of data sets are compared."""
+    """Return the form in which names of datasets are compared."""
     return name.lower().replace("_", "-")
 
 
-#: Every data set by each of its names, in lower case with hyphens.
+#: Every dataset by each of its names, in lower case with hyphens.
 DATASETS: dict[str, DatasetSpec] = {normal(name): row for row in _ROWS for name in (row.name, *row.aliases)}
 
 
 def find_spec(name_or_path: str) -> DatasetSpec:
-    """The table's row of that name, else the hub repository `owner/name`.
+    """Return the table's row of that name, or else that of the hub repository `owner/name`.
 
     Raises:
-        ValueError: neither; the message gives the nearest name.
+        ValueError: if the name is neither.
     """
     row = DATASETS.get(normal(name_or_path))
     if row is not None:
@@ -345,29 +342,30 @@ def find_spec(name_or_path: str) -> DatasetSpec:
     near = difflib.get_close_matches(normal(name_or_path), DATASETS, n=1, cutoff=0.5)
     guess = f" Did you mean {DATASETS[near[0]].name!r}?" if near else ""
     raise ValueError(
-        f"No data set, file or folder is called {name_or_path!r}.{guess} There are: "
-        f"{', '.join(row.name for row in _ROWS)}. A data set of the hub is written owner/name and needs network."
+        f"No dataset, file or folder is called {name_or_path!r}.{guess} Known names: "
+        f"{', '.join(row.name for row in _ROWS)}. A dataset of the hub is written owner/name and needs a "
+        "network connection."
     )
 
 
 class Flags(NamedTuple):
-    """How a data set is cut into sequences."""
+    """Flags of an evaluation: the split, and how its text becomes sequences."""
 
     split: str = "validation"
     packing: str = "published"
-    insert_eos: bool = True  # behind every document
+    insert_eos: bool = True  # after every document
     insert_special: bool = True  # begin and end token around every sequence
 
 
 class Suite(NamedTuple):
-    """Data sets that are scored together."""
+    """Datasets that are scored together."""
 
     about: str
     length: int  # tokens of a sequence in the paper
     sets: Mapping[str, Flags]
 
 
-#: In-domain evaluations by data set; any other one has the published defaults, those of `Flags`.
+#: In-domain evaluations by dataset; any other one has the published defaults, those of `Flags`.
 PUBLISHED: Mapping[str, Flags] = {
     "openwebtext": Flags(insert_special=False),
     "lm1b": Flags(split="test"),
@@ -383,7 +381,7 @@ _ZERO_SHOT_TEST = Flags(split="test", insert_eos=False)
 #: By name. Zero-shot is Table 5, in the order of its columns.
 SUITES: Mapping[str, Suite] = {
     "zero-shot": Suite(
-        "the paper's Table 5: models of OpenWebText on eight other data sets",
+        "the paper's Table 5: models of OpenWebText on eight other datasets",
         1024,
         {
             "ptb": _ZERO_SHOT,
@@ -400,7 +398,7 @@ SUITES: Mapping[str, Suite] = {
 
 
 def published_flags(name: str) -> Flags:
-    """The flags of an in-domain evaluation on the data set of that name."""
+    """Return the flags of an in-domain evaluation on the dataset of that name."""
     return PUBLISHED.get(name, Flags())
 
 

@@ -1,4 +1,4 @@
-"""Streaming: contiguous packing of corpora larger than the disk, shuffled, and resumed to the very sequence."""
+"""Pack streams: corpora larger than the disk, shuffled, and resumed at the exact sequence."""
 
 import itertools
 import json
@@ -19,20 +19,20 @@ _DOCUMENTS_PER_READ = 64
 
 
 class PackedStream(torch.utils.data.IterableDataset):
-    """Contiguous packing of a stream of documents, shuffled in a buffer, resumable to the very sequence.
+    """Pack a stream of documents contiguously, shuffle it in a buffer, and resume at the exact sequence.
 
-    The buffer holds packed sequences and belongs to the state, because a stream of the `datasets` library forgets its
-    own buffer when it resumes. Every process reads the whole stream: let accelerate hand each process its share of
-    every batch (its default for iterable data sets), so that the data do not depend on the number of processes.
+    The buffer holds packed sequences and is part of the state, because a stream of the `datasets` library forgets its
+    own buffer when it resumes. Every process reads the whole stream: let accelerate give each process its part of
+    every batch (its default for iterable datasets), so that the data do not depend on the number of processes.
 
     Args:
-        dataset: documents in the column `text`, as `load_text(..., streaming=True)` gives them.
+        dataset: documents in the column `text`, as `load_text(..., streaming=True)` returns them.
         length, insert_eos, insert_special, drop_last: as for `pack`.
         shuffle_buffer: sequences to shuffle among; 0 keeps the order.
-        seed: of the shuffle, together with the epoch (`set_epoch`).
+        seed: seed of the shuffle, together with the epoch (`set_epoch`).
 
     Raises:
-        ValueError: as `pack`; too few tokens show when the stream ends. Also with several data loader workers.
+        ValueError: as `pack` (too few tokens are found when the stream ends); also with several data loader workers.
     """
 
     def __init__(
@@ -61,25 +61,25 @@ class PackedStream(torch.utils.data.IterableDataset):
         self._restart(None)
 
     def _restart(self, source: dict[str, Any] | None) -> None:
-        self._source = source  # where the documents start; None is the beginning
-        self._tokens = np.empty(0, np.int32)  # read, but not yet cut
-        self._buffer: list[np.ndarray] = []  # cut, but not yet given out
+        self._source = source  # position of the next document; None is the beginning
+        self._tokens = np.empty(0, np.int32)  # read, not yet cut
+        self._buffer: list[np.ndarray] = []  # cut, not yet returned
         self._documents: Iterator[dict[str, str]] | None = None
         self._ended = False  # the documents are all read
         self._cut = 0  # sequences cut in this epoch
         self._random = np.random.default_rng((self.seed, self.epoch))
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin a new pass, shuffled differently. A pass that is about to resume keeps its own epoch."""
+        """Begin a new epoch with another shuffle. A stream that is about to resume keeps its own epoch."""
         if not self._resumed and epoch != self.epoch:
             self.epoch = epoch
             self._restart(None)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position behind the latest sequence that was given out.
+        """Return the position after the latest sequence.
 
-        Cheap enough for every step: its arrays are those of the stream, which never changes one. `write_position` puts
-        it into a file.
+        This is cheap enough for every step: it shares the stream's arrays, which are never changed. `write_position`
+        saves it to a file.
         """
         return {
             "settings": self._settings,
@@ -93,16 +93,16 @@ class PackedStream(torch.utils.data.IterableDataset):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next pass go on at a recorded position.
+        """Resume at a recorded position.
 
         Raises:
-            ValueError: the position is that of a stream with other settings.
+            ValueError: if the position was recorded with other settings.
         """
         for name, value in self._settings.items():
             if state["settings"][name] != value:
                 raise ValueError(
                     f"The position of the stream was recorded with {name}={state['settings'][name]}, but it is now "
-                    f"{value}: go on with the same setting, or start anew."
+                    f"{value}: continue with the same setting, or start again."
                 )
         self.epoch = state["epoch"]
         self._restart(state["source"])
@@ -115,7 +115,7 @@ class PackedStream(torch.utils.data.IterableDataset):
 
     @property
     def _settings(self) -> dict[str, Any]:
-        """What a recorded position must agree about."""
+        """Settings that must equal those of a recorded position."""
         return {
             "length": self.layout.length,
             "insert_eos": self.eos is not None,
@@ -126,7 +126,7 @@ class PackedStream(torch.utils.data.IterableDataset):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the sequences depend on besides the tokenizer, as far as it is known before they are read."""
+        """All that the sequences depend on besides the tokenizer, as far as it is known before reading."""
         return {**self._settings, "files": self.dataset.num_shards}
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -143,7 +143,7 @@ class PackedStream(torch.utils.data.IterableDataset):
             yield self.layout.example(row)
 
     def _next_row(self) -> np.ndarray | None:
-        """The next sequence out of the buffer, which is filled first while there are documents."""
+        """Return the next sequence of the buffer, after filling it while there are documents."""
         while len(self._buffer) <= self.shuffle_buffer:
             row = self._next_cut()
             if row is None:
@@ -151,19 +151,19 @@ class PackedStream(torch.utils.data.IterableDataset):
             self._buffer.append(row)
         if not self._buffer:
             return None
-        place = int(self._random.integers(len(self._buffer))) if self.shuffle_buffer else 0
-        self._buffer[place], self._buffer[-1] = self._buffer[-1], self._buffer[place]
+        index = int(self._random.integers(len(self._buffer))) if self.shuffle_buffer else 0
+        self._buffer[index], self._buffer[-1] = self._buffer[-1], self._buffer[index]
         return self._buffer.pop()
 
     def _next_cut(self) -> np.ndarray | None:
-        """The next sequence in the order of the text."""
+        """Return the next sequence in the order of the text."""
         while len(self._tokens) < self.layout.body and not self._ended:
             self._read()
         body = min(self.layout.body, len(self._tokens))
         if body < self.layout.body and not self._cut:
             raise ValueError(
                 f"The stream ended after {body} tokens, fewer than one sequence of {self.layout.body} (length "
-                f"{self.layout.length}): name a larger data set or a smaller length."
+                f"{self.layout.length}): name a larger dataset or a smaller length."
             )
         if body == 0 or (body < self.layout.body and self.drop_last):
             return None
@@ -174,7 +174,7 @@ class PackedStream(torch.utils.data.IterableDataset):
     def _read(self) -> None:
         """Append the tokens of the next documents."""
         if self._documents is None:
-            # Without a shuffle the order of the files is kept, too.
+            # Without a shuffle, the order of the files also stays.
             self.dataset.set_epoch(self.epoch if self.shuffle_buffer else 0)
             self.dataset.load_state_dict(self._source)
             self._documents = iter(self.dataset)
@@ -183,7 +183,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         except (OSError, ArrowException) as error:
             raise ValueError(
                 f"The stream of documents broke off at {self.dataset.state_dict()}: {type(error).__name__}: {error}. "
-                "Repair or replace that file; training goes on from the last checkpoint."
+                "Repair or replace that file; training resumes from the last checkpoint."
             ) from error
         self._ended = len(texts) < _DOCUMENTS_PER_READ
         if texts:
@@ -192,7 +192,7 @@ class PackedStream(torch.utils.data.IterableDataset):
 
 
 def write_position(state: dict[str, Any], path: str | Path) -> None:
-    """Write what `PackedStream.state_dict` gave, some bytes for each buffered token."""
+    """Write a state of `PackedStream` to a file, some bytes for each buffered token."""
     arrays = {"tokens": state["tokens"], "buffer": np.concatenate([np.empty(0, np.int32), *state["buffer"]])}
     rest = {name: value for name, value in state.items() if name not in arrays}
     rest["lengths"] = [len(row) for row in state["buffer"]]
@@ -201,7 +201,7 @@ def write_position(state: dict[str, Any], path: str | Path) -> None:
 
 
 def read_position(path: str | Path) -> dict[str, Any]:
-    """Read what `write_position` wrote."""
+    """Read a state that `write_position` wrote."""
     with np.load(path, allow_pickle=False) as file:
         state = json.loads(file["rest"].item())
         ends = np.cumsum(state.pop("lengths"), dtype=np.int64)

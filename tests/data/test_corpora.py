@@ -73,11 +73,11 @@ def test_another_process_finds_the_same_documents_and_imports_none_of_the_module
 
 def test_a_python_without_source_files_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(ValueError, match="source files are not in .*; use a Python that has them"):
+    with pytest.raises(ValueError, match="source files"):
         python_source()
 
 
 def test_a_python_without_topics_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(ValueError, match="no module pydoc_data.topics.*install Python's full standard library"):
+    with pytest.raises(ValueError, match="pydoc_data.topics.*python-docs"):
         python_docs()

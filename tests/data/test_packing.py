@@ -33,7 +33,7 @@ def on_disk(folder: Path) -> Dataset:
 
 
 def stream_of(texts: list[str], tokenizer) -> list[int]:
-    """The one stream of tokens: every document that is not empty, with an end behind it."""
+    """The one stream of tokens: every document that is not empty, with an end after it."""
     return [token for text in texts if text for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
 
 
@@ -145,7 +145,7 @@ def test_packed_sequences_are_found_again_and_every_setting_counts(tmp_path: Pat
     files = [pack(documents, tokenizer, **setting).cache_files[0]["filename"] for setting in settings]
     assert len(set(files)) == len(settings)
     written = [Path(file).stat().st_mtime_ns for file in files]
-    tokenizer("a call that leaves truncation behind in it", truncation=True, max_length=4)
+    tokenizer("a call that leaves its truncation in the tokenizer", truncation=True, max_length=4)
     assert [pack(documents, tokenizer, **setting).cache_files[0]["filename"] for setting in settings] == files
     assert [Path(file).stat().st_mtime_ns for file in files] == written
     other = train_tokenizer(TEXTS, vocab_size=280)
@@ -184,31 +184,31 @@ def test_bytes_a_token_turn_nats_into_bits_a_byte(documents: Dataset, tokenizer)
 def test_fewer_tokens_than_a_sequence_are_refused(tokenizer) -> None:
     short = Dataset.from_dict({"text": ["a", "b", "c"]})
     for name in ("contiguous", "published"):
-        with pytest.raises(ValueError, match="has 6 tokens in 3 documents, fewer than one sequence of 16"):
+        with pytest.raises(ValueError, match="6 tokens in 3 documents.* 16"):
             pack(short, tokenizer, length=16, packing=name)
 
 
 def test_an_empty_data_set_is_refused(tokenizer) -> None:
     for texts in ([], ["", ""]):
         empty = Dataset.from_dict({"text": np.array(texts, dtype=str)})
-        with pytest.raises(ValueError, match=rf"has 0 tokens in {len(texts)} documents"):
+        with pytest.raises(ValueError, match=rf"0 tokens in {len(texts)} documents"):
             pack(empty, tokenizer, length=16)
-    with pytest.raises(ValueError, match="2 documents hold no text"):
+    with pytest.raises(ValueError, match="2 documents"):
         bytes_per_token(empty, tokenizer)
 
 
 def test_published_packing_that_leaves_nothing_says_why(tmp_path: Path, tokenizer) -> None:
     documents = Dataset.from_dict({"text": ["abcdefgh", "ijklmnop"]})
-    with pytest.raises(ValueError, match="nothing was left.*packing='contiguous', or fewer workers"):
+    with pytest.raises(ValueError, match="packing='contiguous'"):
         pack(documents, tokenizer, length=12, packing="published", num_proc=2)
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"length": 16, "packing": "random"}, "packing is 'random'; it must be one of: contiguous, published"),
-        ({"length": 0}, "length is 0; a sequence needs 1 tokens or more"),
-        ({"length": 2, "insert_special": True}, "length is 2; a sequence with special tokens needs 3"),
+        ({"length": 16, "packing": "random"}, "'random'.*: contiguous, published"),
+        ({"length": 0}, "length is 0.* 1 tokens"),
+        ({"length": 2, "insert_special": True}, "length is 2.* 3"),
     ],
 )
 def test_settings_that_can_not_be_met_are_refused(documents: Dataset, tokenizer, setting: dict, message: str) -> None:
@@ -217,17 +217,17 @@ def test_settings_that_can_not_be_met_are_refused(documents: Dataset, tokenizer,
 
 
 def test_a_missing_text_column_lists_the_columns(tokenizer) -> None:
-    with pytest.raises(ValueError, match="no column 'text', only: body, label"):
+    with pytest.raises(ValueError, match="'text', .*body, label"):
         pack(Dataset.from_dict({"body": ["a"], "label": [1]}), tokenizer, length=4)
 
 
 def test_a_tokenizer_without_end_is_refused(documents: Dataset) -> None:
     endless = train_tokenizer(TEXTS, vocab_size=300)
     endless.eos_token = None
-    with pytest.raises(ValueError, match="has no eos_token, which packing inserts"):
+    with pytest.raises(ValueError, match="no eos_token"):
         pack(documents, endless, length=16)
 
 
 def test_a_stream_is_not_packed_at_once(documents: Dataset, tokenizer) -> None:
-    with pytest.raises(ValueError, match="without streaming; pack a stream with streaming.PackedStream"):
+    with pytest.raises(ValueError, match="streaming.PackedStream"):
         pack(documents.to_iterable_dataset(), tokenizer, length=16)

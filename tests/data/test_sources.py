@@ -20,7 +20,7 @@ from bd3lm_hf.data.sources import (
 NAMES = sorted({row.name for row in DATASETS.values()})
 
 
-def test_the_table_has_every_published_data_set() -> None:
+def test_the_table_has_every_published_dataset() -> None:
     assert {
         "python-docs", "python-source", "openwebtext", "lm1b", "text8", "wikitext2", "wikitext103", "ptb", "lambada",
         "ag_news", "scientific_papers_arxiv", "scientific_papers_pubmed",
@@ -30,18 +30,18 @@ def test_the_table_has_every_published_data_set() -> None:
     assert find_spec("scientific-papers_arxiv").name == find_spec("arxiv").name == "scientific_papers_arxiv"
 
 
-def test_an_unknown_name_suggests_the_nearest_and_says_how_the_hub_is_named() -> None:
-    with pytest.raises(ValueError, match=r"'wikitex2'\. Did you mean 'wikitext2'\?.*owner/name and needs network"):
+def test_an_unknown_name_suggests_the_nearest_one() -> None:
+    with pytest.raises(ValueError, match=r"'wikitex2'.*'wikitext2'.*owner/name"):
         load_text("wikitex2")
-    with pytest.raises(ValueError, match=r"'qqq'\. There are: python-docs, python-source, openwebtext"):
+    with pytest.raises(ValueError, match=r"'qqq'.*python-docs, python-source, openwebtext"):
         load_text("qqq")
 
 
 @pytest.mark.parametrize("path", ["./missing", "missing.txt", "/no/such/folder", "~/missing.jsonl"])
 def test_a_missing_file_is_called_a_missing_file(path: str) -> None:
-    with pytest.raises(ValueError, match="There is no file or folder '.*missing.*|There is no file or folder '/no/"):
+    with pytest.raises(ValueError, match="no file or folder '(.*missing.*|/no/)"):
         load_text(path)
-    with pytest.raises(ValueError, match="to read 'lm1b' from; check the path"):
+    with pytest.raises(ValueError, match="'lm1b'"):
         load_text("lm1b", source=path)
 
 
@@ -67,8 +67,8 @@ def test_plain_text_is_left_alone(corpus: str) -> None:
     assert detokenizer(corpus)(text).lstrip("\n") == text
 
 
-def test_an_unknown_detokenizer_lists_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"'nltk'; there are: wikitext, ptb, lm1b"):
+def test_an_unknown_detokenizer_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"'nltk'.* wikitext, ptb, lm1b"):
         detokenizer("nltk")
 
 
@@ -84,14 +84,14 @@ def test_the_zero_shot_suite_has_the_eight_sets_of_the_paper():
         assert flags._replace(split="") == Flags("", "published", insert_eos=False, insert_special=True)
 
 
-def test_every_published_evaluation_is_one_of_a_known_data_set():
+def test_every_published_evaluation_is_one_of_a_known_dataset():
     for name, flags in [*PUBLISHED.items(), *SUITES["zero-shot"].sets.items()]:
         spec = find_spec(name)
         assert spec.name == name
         assert flags.split in spec.splits and flags.packing in PACKINGS
 
 
-def test_in_domain_flags_are_those_of_the_data_set_or_the_published_defaults():
+def test_in_domain_flags_are_those_of_the_dataset_or_the_published_defaults():
     assert published_flags("openwebtext") == Flags("validation", "published", True, False)
     assert published_flags("lm1b") == Flags("test", "published", True, True)
     assert published_flags("my.txt") == Flags("validation", "published", True, True)
