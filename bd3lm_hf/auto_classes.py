@@ -62,9 +62,12 @@ def register_auto_classes() -> None:
     """Register every model type; a class names itself what each Auto class makes of its checkpoints."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+    from bd3lm_hf.foreign_layouts import contract_config_classes
     from bd3lm_hf.modeling.saving_bd3lm import SelfContainedMixin
 
     SelfContainedMixin.push_saved_folder = staticmethod(_push_saved_folder)
+    for model_type, config_class in contract_config_classes().items():
+        AutoConfig.register(model_type, config_class, exist_ok=True)
     auto_classes: tuple[Any, ...] = (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM)
     for model_class in model_classes():
         config_class = model_class.config_class

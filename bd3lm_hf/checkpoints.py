@@ -22,6 +22,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from bd3lm_hf.auto_classes import is_unsupported_auto_class, model_classes
 from bd3lm_hf.data.sources import exists, looks_like_path
+from bd3lm_hf.foreign_layouts import read_contract, read_contract_config, set_contract_generation
 
 
 if TYPE_CHECKING:
@@ -121,7 +122,9 @@ def read_config(name: str, *, argument: str = "--model", trust_remote_code: bool
     if base is not None:
         return read_config(base, argument=f"{argument} {name} on", trust_remote_code=trust_remote_code)
     with _reading(name, argument):
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        # A published decoder of others first: Stable-DiffCoder looks like a Llama to AutoConfig.
+        contract_config = read_contract_config(name, allow_unknown=trust_remote_code)
+        return contract_config or AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -173,6 +176,8 @@ def load_model(
                 f"{', ...' if len(keys) > 8 else ''}): it is a checkpoint of another model."
             )
     check_finite_weights(model, name)
+    if (contract := read_contract(name)) is not None:
+        set_contract_generation(model, contract)
     return model
 
 
@@ -205,7 +210,7 @@ def _reading(name: str, argument: str) -> Iterator[None]:
             f"{argument} {name} holds pickled weights with objects that are not tensors. They were not run: convert "
             f"the checkpoint with `bd3lm convert`, which names them."
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{argument} {name} can not be loaded; name a complete checkpoint: {type(error).__name__}: {error}"
         ) from error

@@ -71,7 +71,16 @@ def load_tokenizer(
             f"Cannot load the tokenizer {name_or_path!r}, neither from a folder nor from the hub (which needs a "
             f"network connection). Name a folder, or {TRAIN!r} to train one on the corpus. The reason was: {error}"
         ) from error
+    _set_contract_mask(tokenizer, name_or_path)
     return complete_special_tokens(tokenizer)
+
+
+def _set_contract_mask(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Give the tokenizer of a published decoder of others the mask token of its model."""
+    from bd3lm_hf.foreign_layouts import read_contract_config, set_contract_mask  # imports all decoders
+
+    if tokenizer.mask_token is None and (config := read_contract_config(name, allow_unknown=True)) is not None:
+        set_contract_mask(tokenizer, config)
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> PreTrainedTokenizerFast:

@@ -8,6 +8,7 @@
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +17,14 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 import bd3lm_hf  # noqa: F401  (registers the model types)
 from bd3lm_hf.argument_parser import ArgumentParser, one_line, printable
 from bd3lm_hf.checkpoints import check_finite_weights, load_model, read_shard_index
 from bd3lm_hf.data.sources import exists, looks_like_path
+from bd3lm_hf.foreign_layouts import CONTRACTS, decoder_layout_config, read_contract, read_contract_config
 from bd3lm_hf.hub_upload.layouts import Architecture, architecture_of, is_simplex_layout, read_simplex
 from bd3lm_hf.hub_upload.repo_files import check_links, new_folder
 from bd3lm_hf.hub_upload.safe_pickle import plain, read_checkpoint
@@ -80,21 +83,31 @@ def convert(
     weights: str = "auto",
     tokenizer: str | None = None,
     model_type: str | None = None,
+    **process_fields: Any,
 ) -> Conversion:
     """Convert a checkpoint to a folder for `from_pretrained`, with its code.
 
     Args:
         source: a folder with `config.json` and weights, the name of one on the Hub, or a Lightning `.ckpt` file. A
-            masked language model with the layers of SSD-LM next to it becomes one model.
+            masked language model with the layers of SSD-LM next to it becomes one model. Decoders of
+            [`bd3lm_hf.foreign_layouts`] become ours under the weight names of their stock class.
         target: folder to write; it must not exist or be empty.
         weights: `"ema"` or `"raw"` of a `.ckpt` file; `"auto"` takes the average if there is one.
         tokenizer: folder or name, if the source has none.
         model_type: `bd3lm`, `ar`, `mdlm` or `sedd`, if the source does not determine it.
+        process_fields: `block_size` and `mask_token_id` of a decoder, if its files do not have them.
 
     Raises:
         ValueError: if the source cannot be read, weights are missing, unexpected or not finite, the model type
             contradicts the weights, or the target is in use.
     """
+    if not Path(source).expanduser().is_file():
+        # An unknown type is refused here, unless the caller knows better.
+        if read_contract_config(source, allow_unknown=model_type is not None, **process_fields) is not None:
+            return _convert_decoder(source, Path(target), tokenizer, process_fields)
+    if process_fields:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in process_fields)
+        raise ValueError(f"{names}: only the decoders of {', '.join(CONTRACTS)} take it. Leave it out.")
     with new_folder(Path(target), "DST") as folder:
         # 1. Read
         found = read_source(source)
@@ -120,6 +133,56 @@ def convert(
         notes.append(f"SRC has no tokenizer, and DST cannot read text without the one it was trained with: {hint}")
     count = sum(parameter.numel() for parameter in model.parameters())
     return Conversion(config.model_type, count, [*notes, *architecture.notes])
+
+
+def _convert_decoder(source: str, target: Path, tokenizer: str | None, fields: dict[str, Any]) -> Conversion:
+    """Convert a published block-diffusion decoder: a stock decoder with a contract, see [`foreign_layouts`]."""
+    contract = read_contract(source)
+    assert contract is not None
+    with new_folder(target, "DST") as folder:
+        if Path(source).is_dir():
+            check_links(Path(source), "SRC")
+        config = read_contract_config(source, **fields)
+        # Missing, unexpected and misshapen weights are errors of `load_model`: the names are those of the stock class.
+        model = load_model(source, argument="SRC", config=config).eval()
+        loaded_tokenizer = _load_tokenizer(Path(source) if Path(source).is_dir() else None, tokenizer)
+        if loaded_tokenizer is not None:
+            check_tokenizer_fits(loaded_tokenizer, config)
+        _save_checked(model, loaded_tokenizer, folder)
+    notes = [
+        f"{contract.name} on {contract.family}: block_size={config.block_size}, mask_token_id={config.mask_token_id}, "
+        f"alignment={config.alignment!r}, sampler='confidence' with a threshold of {contract.confidence_threshold}"
+    ]
+    notes += [note for note in (contract.note,) if note]
+    if loaded_tokenizer is None:
+        notes.append("SRC has no tokenizer: name the one that it was trained with by --tokenizer")
+    return Conversion(config.model_type, sum(p.numel() for p in model.parameters()), notes)
+
+
+def to_decoder(source: str, target: str | Path, layout: str) -> Conversion:
+    """Write a decoder of ours in the layout of SDAR, or as the plain autoregressive decoder.
+
+    The weights are those of the folder, bit for bit; only `config.json` and `generation_config.json` differ.
+
+    Args:
+        layout: `"sdar"`, which SGLang and LMDeploy serve, or `"stock"`.
+
+    Raises:
+        ValueError: if the model does not meet the conditions of the layout; the message names them.
+    """
+    with new_folder(Path(target), "DST") as folder:
+        model = load_model(source, argument="SRC")
+        config = decoder_layout_config(model, layout)
+        model.save_pretrained(folder)
+        for path in folder.glob("*.py"):
+            path.unlink()
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        special = {name: getattr(model.generation_config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        GenerationConfig(**{f"{name}_token_id": value for name, value in special.items()}).save_pretrained(folder)
+        tokenizer = _load_tokenizer(Path(source) if exists(source) else None, None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    return Conversion(config["model_type"], sum(p.numel() for p in model.parameters()), [])
 
 
 def to_published(source: str, target: str | Path) -> Conversion:
@@ -384,19 +447,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="bd3lm convert", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("source", metavar="SRC", help="folder, Hub name or .ckpt file")
     parser.add_argument("target", metavar="DST", help="folder to write")
-    parser.add_argument("--to", default="bd3lm_hf", choices=("bd3lm_hf", "published"), help="layout to write")
+    layouts = ("bd3lm_hf", "published", "sdar", "stock")
+    parser.add_argument("--to", default="bd3lm_hf", choices=layouts, help="layout to write")
     parser.add_argument("--weights", default="auto", choices=("auto", "ema", "raw"), help="of a .ckpt file")
     parser.add_argument("--tokenizer", help="folder or name, if the source has none")
     parser.add_argument("--model-type", help="bd3lm, ar, mdlm or sedd, if the source does not determine it")
+    parser.add_argument("--block-size", type=int, help="of a published decoder, if its files do not have it")
+    parser.add_argument("--mask-token-id", type=int, help="of a published decoder, if its files do not have it")
     arguments = parser.parse_args(argv)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     if arguments.to == "published":
         done = to_published(arguments.source, arguments.target)
+    elif arguments.to != "bd3lm_hf":
+        done = to_decoder(arguments.source, arguments.target, arguments.to)
     else:
         options = {name: getattr(arguments, name) for name in ("weights", "tokenizer", "model_type")}
+        process = {name: getattr(arguments, name) for name in ("block_size", "mask_token_id")}
+        options |= {name: value for name, value in process.items() if value is not None}
         done = convert(arguments.source, arguments.target, **options)
     for note in done.notes:
         print(f"note: {printable(note)}")
-    print(f"{arguments.target}: {done.model_type}, {done.num_parameters:,} parameters; logits checked after loading")
+    checked = "; logits checked after loading" if arguments.to == "bd3lm_hf" else ""
+    print(f"{arguments.target}: {done.model_type}, {done.num_parameters:,} parameters{checked}")
 
 
-__all__ = ["Conversion", "Source", "convert", "main", "read_source", "to_published"]
+__all__ = ["Conversion", "Source", "convert", "main", "read_source", "to_decoder", "to_published"]

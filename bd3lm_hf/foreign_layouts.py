@@ -1,0 +1,267 @@
+"""Block-diffusion decoders that others published: which stock decoder their weights are, and how they were trained.
+
+All of them are stock transformers decoders with remote code that no longer runs on transformers 5. Only their
+`config.json` is read here: the weights have the names of the stock class, so a configuration of ours with the
+contract of the checkpoint is all that it takes. None of their code is run.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from bd3lm_hf.modeling.configuration_bd3lm_decoders import BD3LMDecoderConfigMixin
+from bd3lm_hf.modeling.modeling_bd3lm_decoders import DECODERS
+
+
+class Contract(NamedTuple):
+    """What a published checkpoint was trained to do. A field of its `config.json` wins over the value here."""
+
+    name: str
+    family: str  # the stock decoder whose weight names it has
+    block_size: int | None
+    block_size_field: str = "block_size"  # in its config.json
+    mask_token_id: int | None = None  # None: the tokenizer's mask token
+    alignment: str = "same"
+    confidence_threshold: float = 0.9
+    note: str = ""
+
+
+_SDAR = Contract("SDAR", "qwen3", 4, mask_token_id=151669)
+_OPDLM = Contract("OPDLM", "qwen3", 4)
+_STABLE_DIFFCODER = Contract("Stable-DiffCoder", "llama", 4, mask_token_id=5, confidence_threshold=0.95)
+
+#: Model type -> contract. The grid of blocks begins at the first token of a row in all of them, as in training.
+CONTRACTS = {
+    "sdar": _SDAR,
+    **{
+        f"a2d-{family}": Contract(
+            "dllm A2D",
+            family,
+            32,
+            note="their sampler counts blocks from the padded prompt; here, as in their training, they are counted "
+            "from the first token",
+        )
+        for family in ("qwen3", "qwen2", "llama")
+    },
+    "Fast_dLLM_Qwen": Contract(
+        "Fast-dLLM v2",
+        "qwen2",
+        32,
+        "bd_size",
+        mask_token_id=151665,
+        alignment="shifted_noisy",
+        note="their sampler takes the first token of a block from the clean stream; it comes from the noisy stream "
+        "here, as in their training",
+    ),
+}
+
+#: Model type -> why a published block-diffusion checkpoint of this type cannot be read.
+UNREADABLE = {
+    "sdar_moe": "it has experts, which transformers 5 stores differently from its files",
+    "llada2_moe": "its mixture of experts is not in transformers",
+    "llada": "its architecture is not in transformers",
+    "Dream": "it denoises whole sequences with an architecture that is not in transformers",
+    "nemotron_labs_diffusion": "its architecture is not in transformers",
+    "diffusion_gemma": "transformers has its own class for it: DiffusionGemmaForBlockDiffusion",
+}
+
+
+def find_contract(config: dict[str, Any], source: str = "") -> Contract | None:
+    """Return the contract of a `config.json`; None if it is not a published block-diffusion decoder.
+
+    Args:
+        source: folder or Hub name, which alone tells OPDLM from other checkpoints of its type.
+
+    Raises:
+        ValueError: if the type is known, but cannot be read.
+    """
+    kind = config.get("model_type")
+    if any("StableDiffcoder" in str(name) for name in config.get("architectures") or ()):  # a "llama" by its type
+        return _STABLE_DIFFCODER
+    if kind == "a2d-qwen3" and "opdlm" in source.lower():
+        return _OPDLM
+    if kind in UNREADABLE:
+        raise ValueError(
+            f"model_type={kind!r} cannot be read: {UNREADABLE[kind]}. Readable are {', '.join(CONTRACTS)}."
+        )
+    return CONTRACTS.get(kind) if isinstance(kind, str) else None
+
+
+def contract_config(config: dict[str, Any], source: str = "", **changes: Any) -> Any:
+    """Return our configuration of a published block-diffusion decoder, or None if it is none.
+
+    Args:
+        config: its `config.json`.
+        source: folder or Hub name, for the tokenizer if the mask token is neither in the file nor in the contract.
+        changes: fields that override both, such as `block_size`.
+
+    Raises:
+        ValueError: if the mask token is unknown, or a field does not fit.
+    """
+    contract = find_contract(config, source)
+    if contract is None:
+        return None
+    config_class = DECODERS[contract.family].config_class
+    ignored = ("model_type", "architectures", "auto_map", contract.block_size_field, "return_dict")
+    fields = {name: value for name, value in config.items() if name not in ignored}
+    if fields.get("mask_token_id") is None:
+        fields["mask_token_id"] = contract.mask_token_id
+    if fields["mask_token_id"] is None:
+        fields["mask_token_id"] = changes.get("mask_token_id") or _mask_of_tokenizer(source)
+    fields |= {
+        "block_size": config.get(contract.block_size_field) or contract.block_size,
+        "alignment": contract.alignment,
+        "context": "block",
+    }
+    rows = config.get("vocab_size")
+    mask = {**fields, **changes}["mask_token_id"]
+    if isinstance(rows, int) and isinstance(mask, int) and not 0 <= mask < rows:
+        raise ValueError(
+            f"mask_token_id={mask} is outside of the embedding of {rows} rows: it is a damaged {contract.name} "
+            f"checkpoint, or one with another mask token."
+        )
+    return config_class.from_dict({**fields, **changes})
+
+
+def read_contract(name: str) -> Contract | None:
+    """Return the contract of a folder or Hub name; None if it is not a published block-diffusion decoder."""
+    return find_contract(_read_config_dict(name), name)
+
+
+def read_contract_config(name: str, *, allow_unknown: bool = False, **changes: Any) -> Any:
+    """Return our configuration of a folder or Hub name; None if it is not a published block-diffusion decoder.
+
+    Raises:
+        ValueError: as in [`contract_config`]; unless `allow_unknown`, if the model type is unknown, with the nearest
+            known one.
+    """
+    config = _read_config_dict(name)
+    found = contract_config(config, name, **changes)
+    kind = config.get("model_type")
+    if found is None and isinstance(kind, str) and kind not in CONFIG_MAPPING and not allow_unknown:
+        near = difflib.get_close_matches(kind, [*CONTRACTS, *CONFIG_MAPPING.keys()], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f". Of other layouts, {', '.join(CONTRACTS)} are known."
+        raise ValueError(f"model_type={kind!r} is unknown{hint}")
+    return found
+
+
+def _read_config_dict(name: str) -> dict[str, Any]:
+    try:
+        config = PreTrainedConfig.get_config_dict(name)[0]
+    except OSError:  # a missing file is reported by the caller's own loading
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _mask_of_tokenizer(source: str) -> int:
+    """Return the id of the mask token from a tokenizer's files; the tokenizer itself would need the configuration."""
+    try:
+        settings = json.loads(Path(str(cached_file(source, "tokenizer_config.json"))).read_text(encoding="utf-8"))
+        token = settings["mask_token"]
+        text = token["content"] if isinstance(token, dict) else token
+        for number, entry in (settings.get("added_tokens_decoder") or {}).items():
+            if entry["content"] == text:
+                return int(number)
+        content = json.loads(Path(str(cached_file(source, "tokenizer.json"))).read_text(encoding="utf-8"))
+        return next(entry["id"] for entry in content["added_tokens"] if entry["content"] == text)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+        raise ValueError(
+            f"The mask token of {source} is unknown: mask_token_id is not in its config.json, and its tokenizer has "
+            f"no mask token. Name it with --mask-token-id."
+        ) from error
+
+
+def set_contract_mask(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+    """Give the tokenizer of a published decoder its mask token, in place: the token of that id, or a new one.
+
+    Raises:
+        ValueError: if the next free id of the tokenizer is not that of the mask.
+    """
+    if tokenizer.mask_token_id == config.mask_token_id:
+        return
+    known = tokenizer.get_vocab()
+    free = max(known.values()) + 1
+    names = {number: text for text, number in known.items()}
+    tokenizer.add_special_tokens({"mask_token": names.get(config.mask_token_id, "<|mask|>")})
+    if tokenizer.mask_token_id != config.mask_token_id:
+        raise ValueError(
+            f"mask_token_id={config.mask_token_id} is neither a token of the tokenizer nor its next free id, {free}: "
+            f"use the tokenizer that the model came with."
+        )
+
+
+def set_contract_generation(model: Any, contract: Contract) -> None:
+    """Make the decoding that a checkpoint was published with the default of `generate`, in place."""
+    own = model.generation_config.to_diff_dict()
+    own |= {"sampler": "confidence", "confidence_threshold": contract.confidence_threshold}
+    own.pop("transformers_version", None)
+    model.generation_config = model.generation_config_class(**own)
+
+
+def decoder_layout_config(model: Any, layout: str) -> dict[str, Any]:
+    """Return the `config.json` of a decoder of ours in the layout `"sdar"` or `"stock"`.
+
+    Raises:
+        ValueError: if the model does not meet a condition of the layout; the message names the conditions.
+    """
+    config = model.config
+    if not isinstance(config, BD3LMDecoderConfigMixin):
+        raise ValueError(f"--to {layout}: model_type={config.model_type!r} is not a block-diffusion decoder.")
+    own = set(BD3LMDecoderConfigMixin.__dataclass_fields__) | {"auto_map", "requires_transformers"}
+    fields = {name: value for name, value in config.to_dict().items() if name not in own}
+    if layout == "sdar":
+        # SGLang has the mask token in its code, and aligns blocks with the start of the prompt, as we do.
+        _check_conditions(config, layout, {"model_type": "bd3lm_qwen3", "alignment": "same", "context": "block"})
+        _check_conditions(config, layout, {"mask_token_id": _SDAR.mask_token_id})
+        kind = {"model_type": "sdar", "architectures": ["SDARForCausalLM"]}
+        return fields | kind | {"block_size": config.block_size, "mask_token_id": config.mask_token_id}
+    _check_conditions(config, layout, {"context": "token"})
+    if config.alignment == "same" and not config.ar_loss_weight:
+        raise ValueError(
+            "--to stock: alignment='same' without ar_loss_weight trains the head to predict a token at its own "
+            "position, so the weights are not autoregressive. Train with an ar_loss_weight, or alignment='shifted'."
+        )
+    stock_class = type(model).__bases__[-1]
+    return fields | {"model_type": stock_class.config_class.model_type, "architectures": [stock_class.__name__]}
+
+
+def _check_conditions(config: Any, layout: str, conditions: dict[str, Any]) -> None:
+    for name, required in conditions.items():
+        if getattr(config, name) != required:
+            raise ValueError(
+                f"--to {layout} needs {name}={required!r}, but SRC has {getattr(config, name)!r}: adapt and train a "
+                f"model with that value."
+            )
+
+
+def contract_config_classes() -> dict[str, Any]:
+    """Return a class for `AutoConfig` by model type, whose `from_dict` gives our configuration of such a decoder."""
+
+    def make(kind: str) -> Any:
+        def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            ours = contract_config({**config_dict, "model_type": kind}, str(kwargs.get("name_or_path") or ""))
+            return type(ours).from_dict(ours.to_dict(), **kwargs)
+
+        fields = {"model_type": kind, "from_dict": classmethod(from_dict), "__module__": __name__}
+        return type(f"{CONTRACTS[kind].family.title()}ContractConfig", (PreTrainedConfig,), fields)
+
+    return {kind: make(kind) for kind in CONTRACTS}
+
+
+__all__ = [
+    "CONTRACTS",
+    "Contract",
+    "UNREADABLE",
+    "contract_config",
+    "contract_config_classes",
+    "decoder_layout_config",
+    "find_contract",
+    "read_contract",
+    "read_contract_config",
+    "set_contract_generation",
+    "set_contract_mask",
+]

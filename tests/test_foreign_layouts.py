@@ -1,0 +1,267 @@
+"""Published block-diffusion decoders load as the stock class under the mask they were trained with, and go back."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from bd3lm_hf.checkpoints import load_model
+from bd3lm_hf.foreign_layouts import CONTRACTS, UNREADABLE
+from bd3lm_hf.hub_upload.convert import convert, to_decoder
+from bd3lm_hf.tokenization import load_tokenizer
+
+
+MASK, BLOCK = 300, 4
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+STOCK = {
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=False)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
+}
+# What each project writes into config.json next to the fields of the stock decoder, and the stock decoder itself.
+LAYOUTS = {
+    "sdar": ("qwen3", {"model_type": "sdar", "architectures": ["SDARForCausalLM"], "block_size": BLOCK}),
+    "a2d-qwen3": ("qwen3", {"model_type": "a2d-qwen3", "architectures": ["A2DQwen3LMHeadModel"], "block_size": BLOCK}),
+    "a2d-qwen2": ("qwen2", {"model_type": "a2d-qwen2", "architectures": ["A2DQwen2LMHeadModel"], "block_size": BLOCK}),
+    "a2d-llama": ("llama", {"model_type": "a2d-llama", "architectures": ["A2DLlamaLMHeadModel"], "block_size": BLOCK}),
+    "opdlm": ("qwen3", {"model_type": "a2d-qwen3", "architectures": ["A2DQwen3LMHeadModel"]}),
+    "fast-dllm": (
+        "qwen2",
+        {"model_type": "Fast_dLLM_Qwen", "architectures": ["Fast_dLLM_QwenForCausalLM"], "bd_size": BLOCK},
+    ),
+    "stable-diffcoder": ("llama", {"model_type": "llama", "architectures": ["StableDiffcoderForCausalLM"]}),
+}
+
+
+@pytest.fixture
+def write(randomize, tmp_path):
+    """A function `(layout, **fields of config.json) -> (folder, stock model)` that writes a published checkpoint."""
+
+    def make(layout, **fields):
+        family, own = LAYOUTS[layout]
+        stock_class, config = STOCK[family]
+        stock = randomize(stock_class(config), std=0.3).eval()
+        folder = tmp_path / layout
+        stock.save_pretrained(folder)
+        content = json.loads((folder / "config.json").read_text())
+        content |= {"auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}, "mask_token_id": MASK}
+        content |= {**own, **fields}
+        (folder / "evil.py").write_text("raise RuntimeError('their code was run')")
+        (folder / "config.json").write_text(json.dumps(content))
+        return folder, stock
+
+    return make
+
+
+def stock_logits(stock, ids, masks):
+    """Logits of a stock decoder in which query i sees key j iff `masks[i, j]`."""
+    bias = torch.zeros(masks.shape).masked_fill(~masks, torch.finfo(torch.float32).min)[None, None]
+    kinds = getattr(stock.config, "layer_types", None)
+    positions = torch.arange(len(masks))[None]
+    attention = dict.fromkeys(kinds, bias) if kinds else bias
+    with torch.no_grad():
+        return stock(ids, attention_mask=attention, position_ids=positions, use_cache=False).logits
+
+
+def block_causal(length):
+    block = torch.arange(length) // BLOCK
+    return block[:, None] >= block[None]
+
+
+IDS = torch.randint(3, 299, (1, 14), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_logits_are_those_of_the_stock_class_under_a_block_causal_mask(write, layout, tmp_path):
+    folder, stock = write(layout)
+    convert(str(folder), tmp_path / "ours")
+    expected = stock_logits(stock, IDS, block_causal(IDS.shape[1]))
+    if layout == "fast-dllm":  # the hidden state before a position predicts it
+        expected = torch.cat([expected[:, :1], expected[:, :-1]], dim=1)
+    for model in (load_model(str(folder)), load_model(str(tmp_path / "ours"))):
+        config = model.config
+        assert config.model_type == f"bd3lm_{LAYOUTS[layout][0]}"
+        assert (config.block_size, config.mask_token_id, config.context) == (BLOCK, MASK, "block")
+        assert config.alignment == ("shifted_noisy" if layout == "fast-dllm" else "same")
+        assert model.generation_config.sampler == "confidence" and model.generation_config.confidence_threshold >= 0.9
+        assert model.state_dict().keys() == stock.state_dict().keys()
+        with torch.no_grad():
+            logits = model(IDS).logits
+        torch.testing.assert_close(logits[:, 1:], expected[:, 1:], atol=1e-4, rtol=1e-4)
+    assert not (tmp_path / "ours" / "evil.py").exists()
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "stable-diffcoder"])
+def test_the_auto_classes_load_them_without_running_their_code(write, layout):
+    folder, stock = write(layout)
+    for auto_class in (AutoModelForMaskedLM, AutoModelForCausalLM):
+        model = auto_class.from_pretrained(folder)
+        assert type(model).__name__.startswith("BD3LM") and model.config.mask_token_id == MASK
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in stock.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", ["sdar", "a2d-llama", "fast-dllm"])
+def test_greedy_decoding_is_an_independent_loop_over_the_stock_class(write, layout):
+    folder, stock = write(layout)
+    model, prompt, new = load_model(str(folder)).eval(), IDS[:, :6], 10
+    model.generation_config.eos_token_id = None
+    shifted = layout == "fast-dllm"
+    ids = torch.cat([prompt, torch.full((1, new), MASK)], dim=1)
+    while (ids == MASK).any():
+        first = int((ids[0] == MASK).nonzero()[0])
+        end = first // BLOCK * BLOCK + BLOCK
+        scores = stock_logits(stock, ids[:, :end], block_causal(end))[0]
+        if shifted:
+            # The state before a block is that of the noisy stream, which equals the clean one after a finished block.
+            scores = torch.cat([scores[:1], scores[:-1]])
+        scores[:, MASK] = -torch.inf
+        confidence, tokens = scores.softmax(-1).max(-1)
+        masked = ids[0, :end] == MASK
+        confidence = confidence.masked_fill(~masked, -1.0)
+        reveal = (confidence > 0.9) & masked
+        reveal[confidence.argmax()] = True
+        ids[0, :end][reveal] = tokens[reveal]
+    found = model.generate(prompt, max_new_tokens=new, do_sample=False)
+    assert torch.equal(found, ids)
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"mask_token_id": 320}, "mask_token_id=320"),
+        ({"block_size": 0, "mask_token_id": 1}, "mask_token_id"),
+        ({"block_size": "many"}, "block_size='many'"),
+        ({"num_hidden_layers": 3}, "layers.2"),
+        ({"hidden_size": 64}, "embed_tokens"),
+        *(({"model_type": kind}, kind) for kind in UNREADABLE),
+        ({"model_type": "sdarr", "auto_map": {}}, "sdar"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(bd3lm, write, tmp_path, fields, part):
+    folder, _ = write("sdar", **fields)
+    for command in (("generate", "--model", folder, "--prompt", "A"), ("convert", folder, tmp_path / "ours")):
+        code, _, err = bd3lm(*command)
+        assert code == 2 and part in err and err.count("\n") == 1, err
+    assert not (tmp_path / "ours").exists()
+
+
+def test_damaged_and_hostile_weights_are_refused(bd3lm, write, tmp_path):
+    folder, _ = write("sdar")
+    weights = load_file(folder / "model.safetensors")
+    for damage, part in (("extra", "extra"), ("lm_head.weight", "lm_head")):
+        changed = {name: tensor for name, tensor in weights.items() if name != damage}
+        changed |= {"extra": torch.zeros(1)} if damage == "extra" else {}
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        code, _, err = bd3lm("convert", folder, tmp_path / "ours")
+        assert code == 2 and part in err and err.count("\n") == 1
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../x.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    code, _, err = bd3lm("convert", folder, tmp_path / "ours")
+    assert code == 2 and "../x.safetensors" in err
+
+
+def test_the_mask_token_comes_from_the_tokenizer_if_the_configuration_has_none(write, tiny_tokenizer, tmp_path):
+    folder, _ = write("a2d-qwen3", mask_token_id=None)
+    with pytest.raises(ValueError, match="--mask-token-id"):
+        convert(str(folder), tmp_path / "ours")
+    assert convert(str(folder), tmp_path / "named", mask_token_id=310, block_size=8).model_type == "bd3lm_qwen3"
+    config = load_model(str(tmp_path / "named")).config
+    assert (config.mask_token_id, config.block_size) == (310, 8)
+    tiny_tokenizer.save_pretrained(folder)
+    convert(str(folder), tmp_path / "ours")
+    assert load_model(str(tmp_path / "ours")).config.mask_token_id == tiny_tokenizer.mask_token_id
+
+
+def test_a_tokenizer_without_a_mask_token_gets_that_of_the_contract(write, tiny_tokenizer, bd3lm):
+    tiny_tokenizer.mask_token = None
+    folder, _ = write("fast-dllm", mask_token_id=310)
+    tiny_tokenizer.save_pretrained(folder)
+    assert load_tokenizer(str(folder)).mask_token_id == 310
+    code, out, err = bd3lm("generate", "--model", folder, "--prompt", "A", "--max-new-tokens", "4")
+    assert code == 0, err
+
+
+def test_every_contract_has_a_family_and_a_threshold():
+    assert set(CONTRACTS) == {"sdar", "a2d-qwen3", "a2d-qwen2", "a2d-llama", "Fast_dLLM_Qwen"}
+    assert all(contract.family in STOCK for contract in CONTRACTS.values())
+
+
+def test_a_round_trip_to_sdar_gives_the_same_bits(write, tmp_path):
+    folder, stock = write("sdar", vocab_size=151700, mask_token_id=151669, hidden_size=4, intermediate_size=4)
+    config = Qwen3Config(**{**SIZES, "vocab_size": 151700, "hidden_size": 4, "intermediate_size": 4}, head_dim=8)
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "stock")
+    (tmp_path / "stock" / "model.safetensors").replace(folder / "model.safetensors")
+    convert(str(folder), tmp_path / "ours")
+    assert to_decoder(str(tmp_path / "ours"), tmp_path / "theirs", "sdar").model_type == "sdar"
+    written = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert written["architectures"] == ["SDARForCausalLM"] and written["block_size"] == BLOCK
+    assert "auto_map" not in written and not list((tmp_path / "theirs").glob("*.py"))
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "theirs"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    convert(str(tmp_path / "theirs"), tmp_path / "back")
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "back")]
+    assert configs[0] == configs[1]
+
+
+def test_an_autoregressive_decoder_comes_out_as_it_went_in(randomize, tmp_path):
+    from bd3lm_hf.adapt import adapt_decoder
+
+    stock = randomize(LlamaForCausalLM(LlamaConfig(**SIZES))).eval()
+    with torch.no_grad():
+        expected = stock(IDS).logits
+    model = adapt_decoder(stock, BLOCK, mask_token_id=MASK, alignment="shifted", context="token")
+    model.save_pretrained(tmp_path / "ours")
+    to_decoder(str(tmp_path / "ours"), tmp_path / "stock", "stock")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
+    assert type(loaded) is LlamaForCausalLM
+    with torch.no_grad():
+        logits = loaded(IDS).logits
+    # Only the row of the mask token is new.
+    torch.testing.assert_close(logits[..., :MASK], expected[..., :MASK], atol=1e-5, rtol=1e-5)
+    weights, ours = loaded.state_dict(), model.state_dict()
+    assert all(torch.equal(weights[name], ours[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("layout", "target", "part"),
+    [
+        ("a2d-llama", "sdar", "model_type='bd3lm_qwen3'"),
+        ("sdar", "sdar", "mask_token_id=151669"),
+        ("sdar", "stock", "context='token'"),
+    ],
+)
+def test_a_model_that_does_not_meet_a_layout_is_refused(bd3lm, write, tmp_path, layout, target, part):
+    folder, _ = write(layout)
+    code, _, err = bd3lm("convert", folder, tmp_path / "out", "--to", target)
+    assert code == 2 and part in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_fields_of_decoders_are_refused_for_other_checkpoints(bd3lm, model_folder, tmp_path):
+    code, _, err = bd3lm("convert", model_folder, tmp_path / "out", "--block-size", "8")
+    assert code == 2 and "--block-size" in err
+    code, _, err = bd3lm("convert", model_folder, tmp_path / "out", "--to", "sdar")
+    assert code == 2 and "--to sdar" in err and "'bd3lm'" in err
