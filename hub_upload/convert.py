@@ -101,10 +101,10 @@ def convert(
         ValueError: if the source cannot be read, weights are missing, unexpected or not finite, the model type
             contradicts the weights, or the target is in use.
     """
-    if not Path(source).expanduser().is_file():
-        # An unknown type is refused here, unless the caller knows better.
-        if read_contract_config(source, allow_unknown=model_type is not None, **process_fields) is not None:
-            return _convert_decoder(source, Path(target), tokenizer, process_fields)
+    # An unknown type is refused here, unless the caller names it.
+    reading = {"allow_unknown": model_type is not None, **process_fields}
+    if not Path(source).expanduser().is_file() and read_contract_config(source, **reading) is not None:
+        return _convert_decoder(source, Path(target), tokenizer, process_fields)
     if process_fields:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in process_fields)
         raise ValueError(f"{names}: only the decoders of {', '.join(CONTRACTS)} take it. Leave it out.")

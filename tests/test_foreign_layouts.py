@@ -153,7 +153,7 @@ def test_greedy_decoding_is_an_independent_loop_over_the_stock_class(write, layo
         ({"mask_token_id": 320}, "mask_token_id=320"),
         ({"block_size": 0, "mask_token_id": 1}, "mask_token_id"),
         ({"block_size": "many"}, "block_size='many'"),
-        ({"num_hidden_layers": 3}, "layers.2"),
+        ({"num_hidden_layers": 1, "layer_types": ["full_attention"]}, "layers.1"),
         ({"hidden_size": 64}, "embed_tokens"),
         *(({"model_type": kind}, kind) for kind in UNREADABLE),
         ({"model_type": "sdarr", "auto_map": {}}, "sdar"),
