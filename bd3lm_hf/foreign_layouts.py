@@ -154,6 +154,8 @@ def _read_config_dict(name: str) -> dict[str, Any]:
         config = PreTrainedConfig.get_config_dict(name)[0]
     except OSError:  # a missing file is reported by the caller's own loading
         return {}
+    except RecursionError as error:
+        raise ValueError(f"The config.json of {name} is nested too deeply.") from error
     return config if isinstance(config, dict) else {}
 
 
