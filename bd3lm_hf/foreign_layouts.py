@@ -18,7 +18,7 @@ from bd3lm_hf.modeling.modeling_bd3lm_decoders import DECODERS
 
 
 class Contract(NamedTuple):
-    """What a published checkpoint was trained to do. A field of its `config.json` wins over the value here."""
+    """The terms that a published checkpoint was trained under. Fields of its `config.json` win over these values."""
 
     name: str
     family: str  # the stock decoder whose weight names it has
