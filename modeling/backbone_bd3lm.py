@@ -44,6 +44,8 @@ class BD3LMOutput(ModelOutput):
         loss: scalar, nats per scored token, when `labels` are given.
         logits: `(batch, length, vocab_size)`, raw: no SUBS parameterisation; absent when `labels` are given, so that
             no `(batch, length, vocab_size)` tensor is ever built in training or gathered in evaluation.
+        nll, mask: `(batch, length)`, nats of each token and ones where it is scored; when a Trainer evaluates, in
+            place of the logits.
         past_key_values: the cache, when one was used.
         hidden_states: embeddings and the output of each layer, when asked for.
         attentions: attention weights of each layer, when asked for (eager attention only).
@@ -51,6 +53,8 @@ class BD3LMOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    nll: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
@@ -210,6 +214,21 @@ class BD3LMModel(BD3LMPreTrainedModel):
         )
 
     @can_return_tuple
+    def _refuse_next_token_training(self, input_ids: torch.Tensor | None) -> None:
+        """Refuse the call of trainers that take a next-token loss of the states of clean text.
+
+        TRL's SFTTrainer and DPOTrainer never ask the model for its loss. A block is bidirectional, so these states see
+        the very token that they would be trained to predict.
+        """
+        if not (self.training and torch.is_grad_enabled()) or self.config.causal or input_ids is None:
+            return
+        if not bool((input_ids == self.config.mask_token_id).any()):
+            raise ValueError(
+                "use_cache=False with text that has no mask token, in training: a next-token loss does not train a "
+                "block-diffusion model. Use transformers' Trainer or `bd3lm train`, which take the loss of the model; "
+                "TRL's SFTTrainer works with a compute_loss that returns model(**inputs).loss."
+            )
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -229,6 +248,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
         check_token_ids(input_ids, self.config.vocab_size, "input_ids")
         check_token_ids(clean_input_ids, self.config.vocab_size, "clean_input_ids")
+        if use_cache is False and clean_input_ids is None and past_key_values is None:
+            self._refuse_next_token_training(input_ids)
         embeds = self.vocab_embed(input_ids) if inputs_embeds is None else inputs_embeds
         length, device = embeds.shape[1], embeds.device
         past_key_values, commit, past = open_cache(

@@ -61,6 +61,7 @@ class BD3LMConfig(PreTrainedConfig):
             batch: `"shuffled"`, `"published"` (row-major strata, ties the level to the position) or `"none"`.
         noise_draws (`int`, defaults to 1): noisy streams that share one clean stream in a training step; the loss is
             the mean over them. They share the clean stream's dropout too. Excludes `time_conditioning`.
+        eval_noise_draws (`int`, defaults to 1): noise samples of each sequence when a Trainer evaluates.
         masking (`str`, defaults to `"independent"`): `"exact_k"` masks exactly k of the n tokens of a block, k uniform
             on 1..n, with the weight n/k: the same bound with less variance.
         complementary (`bool`, defaults to `False`): in training, give each noisy stream a partner that masks the
@@ -108,6 +109,7 @@ class BD3LMConfig(PreTrainedConfig):
     resample: bool = False
     antithetic_sampling: str = "shuffled"
     noise_draws: int = 1
+    eval_noise_draws: int = 1
     masking: str = "independent"
     complementary: bool = False
     ignore_bos: bool = True
@@ -148,7 +150,7 @@ class BD3LMConfig(PreTrainedConfig):
 
     def _check_sizes(self) -> None:
         sizes = ("vocab_size", "block_size", "model_length", "hidden_dim", "n_blocks", "n_heads", "cond_dim")
-        for name in (*sizes, "noise_draws"):
+        for name in (*sizes, "noise_draws", "eval_noise_draws"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: give a whole number of at least 1.")

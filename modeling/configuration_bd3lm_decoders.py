@@ -79,6 +79,7 @@ class BD3LMDecoderConfigMixin:
     resample: bool = False
     antithetic_sampling: str = "shuffled"
     noise_draws: int = 1
+    eval_noise_draws: int = 1
     masking: str = "independent"
     complementary: bool = False
     ignore_bos: bool = True
@@ -90,7 +91,7 @@ class BD3LMDecoderConfigMixin:
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]  # of the family's configuration
         self.return_dict = True
-        for name in ("block_size", "noise_draws"):
+        for name in ("block_size", "noise_draws", "eval_noise_draws"):
             _check_positive(name, getattr(self, name))
         self._choose_length()
         if self.mask_token_id is None:

@@ -79,6 +79,8 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
                 [`Noise`]; with `(batch, draws, ...)` the loss is the mean over the draws. Without them they are drawn
                 from torch's global generator, `config.noise_draws` of them in train mode.
             num_items_in_batch: tokens to divide the summed loss by, when a step spans several batches or processes.
+                In eval mode without gradients, as a Trainer evaluates, the output then has the `nll` and `mask` of
+                every token, with noise that depends on the text alone, `config.eval_noise_draws` samples of it.
 
         Raises:
             ValueError: ids outside the vocabulary, or arguments that exclude one another.
@@ -89,6 +91,9 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
                 raise ValueError(
                     "labels need input_ids: the loss masks tokens, so it cannot start from inputs_embeds."
                 )
+            evaluates = not (self.training or torch.is_grad_enabled()) and num_items_in_batch is not None
+            if evaluates and block_noise is None and token_noise is None and position_ids is None:
+                return self._evaluate(input_ids, labels, attention_mask, num_items_in_batch)
             noise = noise_from_arguments(block_noise, token_noise, count_noise, input_ids.shape, self.config)
             batch = (input_ids, labels, attention_mask, noise, num_items_in_batch)
             return BD3LMOutput(loss=self.objective(*batch, position_ids=position_ids))
@@ -110,6 +115,30 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _evaluate(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None, count: Any
+    ) -> BD3LMOutput:
+        """Score a batch as a Trainer evaluates it: the same text has the same noise, wherever it is in the dataset."""
+        if attention_mask is not None:
+            labels = labels.masked_fill(attention_mask == 0, -100)
+        # A polynomial of the ids modulo 2^62: neither the batch nor padding, whose labels are -100, changes it.
+        seeds = []
+        for row, scored in zip(input_ids.tolist(), (labels != -100).tolist(), strict=True):
+            seed = 0
+            for token, is_scored in zip(row, scored, strict=True):
+                seed = (seed * 1_000_003 + token + 1) % 2**62 if is_scored else seed
+            seeds.append(seed)
+        generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+        samples = self.config.eval_noise_draws
+        nll, mask = self.token_nll(
+            input_ids, attention_mask, labels=labels, estimator="stratified", num_samples=samples, generator=generator
+        )
+        nll = nll.masked_fill(~mask.bool(), 0.0)
+        # The Trainer counts labels; a first token that is only given (`ignore_bos`) has one, but is not scored.
+        labelled, scored = (labels != -100).sum(), mask.sum()
+        loss = nll.sum() / count * labelled / scored.clamp(min=1)
+        return BD3LMOutput(loss=loss, nll=nll, mask=mask.long())
 
     def _token_nll(self, *checked: Any) -> TokenNLL:
         return nelbo(self, *checked)
@@ -159,9 +188,10 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers; `config.json` says the interval that the weights carry, which loading may have set."""
-        ends = torch.tensor([self.config.sampling_eps_min, self.config.sampling_eps_max])
-        if not torch.equal(ends, torch.tensor(self.interval())):
-            self.config.sampling_eps_min, self.config.sampling_eps_max = self.interval()
+        if self.carries_interval:
+            # The shortest decimal of a float32, so that 0.95 is not also spelled 0.949999988.
+            low, high = (float(f"{end:.7g}") for end in self.interval())
+            self.config.sampling_eps_min, self.config.sampling_eps_max = low, high
         super().save_pretrained(save_directory, *args, **kwargs)
 
 

@@ -92,6 +92,7 @@ class WeightAverage:
         if write:
             metadata = {"updates": str(self.updates), "decay": repr(self.decay), "warmup": json.dumps(self.warmup)}
             save_file(tensors, Path(folder, EMA_NAME), metadata=metadata)
+            _sort_metadata(Path(folder, EMA_NAME))
 
     def load(self, folder: str | Path) -> None:
         """Go on from what [`save`] wrote; the decay stays that of this run.
@@ -123,6 +124,18 @@ class WeightAverage:
                     )
                 shadow.copy_(part_like(tensor.to(shadow.device), parameter))
             self.updates = int((file.metadata() or {})["updates"])
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file, whose order changes from one process to the next."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # else another version writes it more densely: leave it
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 class AverageCallback(TrainerCallback):

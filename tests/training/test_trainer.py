@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights
@@ -691,3 +691,40 @@ def test_a_sample_leaves_the_random_state_and_the_mode_alone(tiny_config, random
     assert len(first.split()) <= 6
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# transformers' own Trainer
+
+
+def test_the_stock_trainer_evaluates_alike_and_predicts_the_nll_of_tokens(tiny_config, randomize, tmp_path):
+    model = randomize(BD3LMForMaskedLM(tiny_config))
+    rows = rows_of(6, seed=1)
+
+    def evaluate(batch):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, per_device_eval_batch_size=batch
+        )
+        metrics = []
+        trainer = Trainer(model, arguments, eval_dataset=rows, compute_metrics=lambda p: metrics.append(p) or {})
+        return trainer.evaluate()["eval_loss"], metrics[0]
+
+    (first, prediction), (second, _) = evaluate(3), evaluate(2)
+    assert first == pytest.approx(second, rel=1e-5)  # the same noise whenever and however it evaluates
+    nll, mask = prediction.predictions
+    assert nll.shape == mask.shape == prediction.label_ids.shape
+    assert nll[mask == 1].mean() == pytest.approx(first, rel=1e-4)
+    model.config.eval_noise_draws = 64
+    exact = perplexity(model, rows, estimator="exact").nll
+    assert evaluate(3)[0] == pytest.approx(exact, rel=0.02)
+
+
+def test_a_next_token_loss_of_clean_text_is_refused(tiny_config):
+    # What TRL's SFTTrainer and DPOTrainer call in training.
+    model = BD3LMForMaskedLM(tiny_config).train()
+    ids = torch.tensor(rows_of(2)["input_ids"])
+    with pytest.raises(ValueError, match="block-diffusion.*bd3lm train"):
+        model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    with torch.no_grad():
+        model.base_model(input_ids=ids, use_cache=False)
+    ids[:, 5] = tiny_config.mask_token_id
+    model.base_model(input_ids=ids, use_cache=False)

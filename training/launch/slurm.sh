@@ -7,6 +7,8 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
+# Two minutes before the time is up (or at a preemption) a run finishes its step, saves a checkpoint and ends.
+#SBATCH --signal=TERM@120
 #SBATCH --output=slurm-%j.log
 set -euo pipefail
 
