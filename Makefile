@@ -11,6 +11,7 @@ CACHE := .cache
 ROOMS := bd3lm_hf modeling training hub_upload
 TORCH = $(shell grep '^torch==' constraints.txt)
 TRANSFORMERS = $(shell grep '^transformers==' constraints.txt)
+OLDEST := .venv-oldest
 # transformers' own model tests are in its source distribution only.
 SOURCE := $(CACHE)/transformers-source
 
@@ -18,7 +19,7 @@ SOURCE := $(CACHE)/transformers-source
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow gpu-check check clean
+.PHONY: help venv demo test test-slow test-oldest gpu-check check clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,6 +42,16 @@ test: $(READY) ## the quick tests
 test-slow: $(READY) ## the slow tests: three ways of installing, transformers' common model tests, ...
 	@$(MAKE) --no-print-directory $(SOURCE)/.ready || echo "transformers' tests could not be had; theirs will fail below"
 	BD3LM_TRANSFORMERS_SOURCE=$(abspath $(SOURCE)) $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-oldest: $(OLDEST)/.ready ## the core suite with the oldest supported transformers, in an environment of its own
+	$(OLDEST)/bin/python -m pytest tests/modeling tests/training/test_trainer.py tests/test_auto_classes.py \
+		tests/test_private_api.py $(PYTEST_ARGS)
+
+$(OLDEST)/.ready: constraints.txt setup.cfg
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet $(TORCH)
+	$(OLDEST)/bin/python -m pip install --quiet 'transformers==5.12.*' --editable '.[test]'
+	touch $@
 
 # Without an environment of its own, so that it runs on a borrowed machine: PYTHON=.venv/bin/python takes ours.
 gpu-check: ## on a CUDA machine: the tests marked gpu and all measurements, in nine minutes, into gpu-check/

@@ -93,7 +93,7 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
                 )
             evaluates = not (self.training or torch.is_grad_enabled()) and num_items_in_batch is not None
             if evaluates and block_noise is None and token_noise is None and position_ids is None:
-                return self._evaluate(input_ids, labels, attention_mask, num_items_in_batch)
+                return self._scored_output(input_ids, labels, attention_mask, num_items_in_batch)
             noise = noise_from_arguments(block_noise, token_noise, count_noise, input_ids.shape, self.config)
             batch = (input_ids, labels, attention_mask, noise, num_items_in_batch)
             return BD3LMOutput(loss=self.objective(*batch, position_ids=position_ids))
@@ -116,7 +116,7 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
             attentions=outputs.attentions,
         )
 
-    def _evaluate(
+    def _scored_output(
         self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None, count: Any
     ) -> BD3LMOutput:
         """Score a batch as a Trainer evaluates it: the same text has the same noise, wherever it is in the dataset."""
