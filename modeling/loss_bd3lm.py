@@ -117,7 +117,7 @@ def denoising_loss(
             only; elsewhere an index of fixed size is padded, see [`masked_indices`].
     """
     config = model.config
-    check_text(config, input_ids, labels, attention_mask)
+    check_text(config, input_ids, labels, attention_mask, may_synchronize=may_synchronize)
     # 1. Which tokens count
     length, device = input_ids.shape[1], input_ids.device
     layout = token_layout(attention_mask, length, config.block_size, device=device, position_ids=position_ids)
@@ -165,7 +165,7 @@ def masked_indices(
         masked: bool `(batch, length)`.
         bound: the largest mean of the masking probability over the batch.
     """
-    if masked.device.type == "cpu" if may_synchronize is None else may_synchronize:
+    if _may_read(masked.device, may_synchronize):
         return masked.flatten().nonzero().squeeze(1), None
     total = masked.numel()
     margin = math.sqrt(0.5 * math.log(1e12) * total * config.block_size)
@@ -311,22 +311,22 @@ def check_text(
     labels: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    may_synchronize: bool = False,
+    may_synchronize: bool | None = None,
 ) -> None:
     """Refuse text that cannot be learned from or scored.
 
     Padding is not looked at: tokenizers without a padding token are often given the mask token for it.
 
     Args:
-        may_synchronize: look at ids on accelerators too, where it waits for the device. Training cannot afford that:
-            its collator checks the batch on the CPU.
+        may_synchronize: whether to wait for the device to look at ids; by default on a CPU only. Training cannot
+            afford to wait: its collator checks the batch on the CPU.
 
     Raises:
         ValueError: if ids are outside the vocabulary, if the text contains mask tokens, or if the labels do not fit,
             see [`check_labels`].
     """
     check_labels(config, input_ids, labels, attention_mask, may_synchronize=may_synchronize)
-    if not _is_readable(input_ids, may_synchronize):
+    if not _may_read(input_ids.device, may_synchronize):
         return
     valid = _valid_tokens(labels, attention_mask)
     scored = (labels != -100) & valid
@@ -347,7 +347,7 @@ def check_labels(
     labels: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    may_synchronize: bool = False,
+    may_synchronize: bool | None = None,
 ) -> None:
     """Refuse labels that are not those of the text; see [`check_text`].
 
@@ -359,7 +359,7 @@ def check_labels(
             raise ValueError(
                 f"{name} of shape {tuple(tensor.shape)} does not match input_ids of shape {tuple(input_ids.shape)}."
             )
-    if not _is_readable(input_ids, may_synchronize):
+    if not _may_read(input_ids.device, may_synchronize):
         return
     scored = (labels != -100) & _valid_tokens(labels, attention_mask)
     if torch.equal(labels[scored], input_ids[scored]) or not bool(scored[:, :-1].any()):
@@ -371,8 +371,9 @@ def check_labels(
         )
 
 
-def _is_readable(input_ids: torch.Tensor, may_synchronize: bool) -> bool:
-    return not torch.compiler.is_compiling() and (input_ids.device.type == "cpu" or may_synchronize)
+def _may_read(device: torch.device, may_synchronize: bool | None) -> bool:
+    """Whether values may be read back: where that waits for the device only if the caller says so."""
+    return not torch.compiler.is_compiling() and (device.type == "cpu" if may_synchronize is None else may_synchronize)
 
 
 def _valid_tokens(like: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

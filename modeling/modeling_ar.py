@@ -22,6 +22,7 @@ from .configuration_bd3lm import ARConfig
 from .generation_bd3lm import BD3LMGenerateOutput, BD3LMGenerationMixin, pad_left
 from .generation_config_bd3lm import BD3LMGenerationConfig
 from .likelihood_bd3lm import LikelihoodMixin, TokenNLL
+from .logits_process_bd3lm import never_generated
 from .loss_bd3lm import check_labels_reach_the_loss, check_text, chunked_cross_entropy, cross_entropy, divide_by_count
 from .samplers_bd3lm import Generators
 from .windows_bd3lm import WINDOWS
@@ -150,8 +151,9 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
-        # The mask token has probability zero, before anything else looks at the scores.
-        processors.insert(0, SuppressTokensLogitsProcessor([self.config.mask_token_id], device=str(self.device)))
+        # Before anything else looks at the scores: the mask token has probability zero, and padding is no text.
+        forbidden = never_generated(self.config.mask_token_id, generation_config)
+        processors.insert(0, SuppressTokensLogitsProcessor(forbidden, device=str(self.device)))
         return processors
 
     @can_return_tuple
@@ -309,9 +311,16 @@ def _seeded(generator: Generators, device: torch.device) -> Iterator[None]:
             "torch.Generator."
         )
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    forked = device.type if device.type != "cpu" else "cuda"  # beside the CPU's, which is always kept
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=forked):
-        torch.manual_seed(seed)
+    if device.type == "cpu":
+        with torch.random.fork_rng([], device_type="cuda"):
+            torch.default_generator.manual_seed(seed)
+            yield
+        return
+    # `torch.manual_seed` would seed every device of the machine, and only this one is restored.
+    module = torch.get_device_module(device)
+    with torch.random.fork_rng([device], device_type=device.type), module.device(device):
+        torch.default_generator.manual_seed(seed)
+        module.manual_seed(seed)
         yield
 
 

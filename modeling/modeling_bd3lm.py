@@ -35,6 +35,7 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
     accepts_loss_kwargs = True
     sampling_eps_min: torch.Tensor
     sampling_eps_max: torch.Tensor
+    _known_interval: tuple[tuple[torch.Tensor, torch.Tensor], list[int], tuple[float, float]] | None = None
 
     def train(self, mode: bool = True) -> Any:
         if mode:
@@ -171,8 +172,19 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
     def interval(self) -> tuple[float, float]:
         """The interval of noise levels that training draws from."""
         if self.config.var_min:
-            return float(self.sampling_eps_min), float(self.sampling_eps_max)
+            return self._interval_of_buffers()
         return float(self.config.sampling_eps_min), float(self.config.sampling_eps_max)
+
+    def _interval_of_buffers(self) -> tuple[float, float]:
+        """Return the interval that the weights carry, read from the device only after it has changed."""
+        ends = (self.sampling_eps_min, self.sampling_eps_max)
+        if any(end.is_inference() for end in ends):  # such tensors count no changes
+            return float(ends[0]), float(ends[1])
+        versions = [end._version for end in ends]
+        known = self._known_interval
+        if known is None or known[0][0] is not ends[0] or known[0][1] is not ends[1] or known[1] != versions:
+            known = self._known_interval = (ends, versions, (float(ends[0]), float(ends[1])))
+        return known[2]
 
     def set_interval(self, low: float, high: float) -> None:
         """Draw the noise levels of training from [low, high] from now on; saved with the weights and the config.

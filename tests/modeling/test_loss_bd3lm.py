@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
@@ -455,6 +456,94 @@ def test_denoising_loss_is_what_the_model_returns(tiny_model):
         denoising_loss(tiny_model, ids, ids, noise=Noise(**noise), interval=tiny_model.interval()), output.loss
     )
     assert output.logits is None
+
+
+# --- Accelerators ----------------------------------------------------------------------------------------------------
+
+
+class HostReads(TorchDispatchMode):
+    """Operations that would make the host wait for a device."""
+
+    WAITS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        indices = args[1] if name.startswith("index") and isinstance(args[1], (list, tuple)) else []
+        if name in self.WAITS or any(index is not None and index.dtype == torch.bool for index in indices):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "interval"),
+    [
+        ({}, (1e-3, 1.0)),
+        ({"noise_draws": 2}, (0.3, 0.8)),
+        ({"resample": True}, (0.25, 0.75)),
+        ({"masking": "exact_k"}, (1e-3, 1.0)),
+        ({"complementary": True}, (1e-3, 1.0)),
+        ({"block_size": 1}, (1.0, 1.0)),
+    ],
+    ids=str,
+)
+def test_a_step_that_does_not_wait_for_the_device_has_the_same_loss_and_gradients(
+    tiny_config, randomize, fields, interval
+):
+    model = randomize(BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), **fields}))).train()
+    ids, found = random_ids(16, 32), []
+    labels = ids.clone()
+    labels[:4, :9] = -100
+    for waits in (True, False):
+        torch.manual_seed(3)
+        with HostReads() as reads:
+            loss = denoising_loss(model, ids, labels, interval=interval, may_synchronize=waits)
+            found.append((loss.detach(), gradients(model, loss)))
+        assert bool(reads.found) == waits, reads.found
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=0)
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_noise_that_masks_more_than_its_law_allows_gives_no_number_without_a_wait(tiny_model):
+    ids = random_ids(32, 32)
+    noise = Noise(torch.full((32, 8), 0.01), torch.zeros(32, 32), torch.zeros(32, 8))
+    loss = denoising_loss(tiny_model, ids, ids, noise=noise, interval=(1e-3, 0.1), may_synchronize=False)
+    assert loss.isnan() or loss.isfinite()
+    assert denoising_loss(
+        tiny_model.train(), ids, ids, noise=noise, interval=(1e-3, 0.1), may_synchronize=False
+    ).isnan()
+
+
+def test_the_interval_is_read_from_the_device_only_after_a_change(tiny_model):
+    tiny_model.set_interval(0.25, 0.75)
+    assert tiny_model.interval() == (0.25, 0.75)
+    with HostReads() as reads:
+        assert tiny_model.interval() == (0.25, 0.75)
+    assert not reads.found
+    tiny_model.load_state_dict({**tiny_model.state_dict(), "sampling_eps_min": torch.tensor(0.5)})
+    assert tiny_model.interval() == (0.5, 0.75)
+
+
+def test_the_head_multiplies_in_the_precision_of_autocast(tiny_model):
+    dtypes = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function._schema.name
+            if name in ("aten::mm", "aten::addmm", "aten::addmm_") and any(
+                48 in x.shape for x in args[:3] if torch.is_tensor(x)
+            ):
+                dtypes.append(args[-1].dtype)
+            return function(*args, **(kwargs or {}))
+
+    ids = random_ids(4, 16)
+    with Products(), torch.autocast("cpu", torch.bfloat16):
+        tiny_model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert len(dtypes) >= 3 and set(dtypes) == {torch.bfloat16}
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------

@@ -145,13 +145,21 @@ def test_tokens_are_counted_until_their_row_ends(loud):
         draws = {"do_sample": True, "temperature": 2.0, "generator": torch.Generator().manual_seed(0)}
         return loud.generate(PROMPTS, max_new_tokens=12, return_dict_in_generate=True, **draws, **arguments)
 
-    free = write(eos_token_id=None)
+    free = write(eos_token_id=None, pad_token_id=2)
     assert free.tokens_per_forward == 1.0
     first, second = free.sequences[:, 5:].tolist()
     end = next(token for token in first if token not in second)
     output = write(eos_token_id=end, pad_token_id=2)
     assert output.num_forward_passes == 12
     assert output.tokens_per_forward == pytest.approx((first.index(end) + 1 + 12) / 2 / 12)
+
+
+def test_padding_is_never_written_unless_it_ends_a_text(loud):
+    with torch.no_grad():
+        loud.get_output_embeddings().bias[2] = 50.0
+    for end in (None, 5):
+        assert not (loud.generate(PROMPTS, max_new_tokens=8, pad_token_id=2, eos_token_id=end)[:, 5:] == 2).any()
+    assert (loud.generate(PROMPTS, max_new_tokens=8, pad_token_id=2, eos_token_id=2)[:, 5:] == 2).all()
 
 
 @pytest.mark.parametrize("fields", [{"window": "exact"}, {"use_cache": False}], ids=lambda fields: next(iter(fields)))
