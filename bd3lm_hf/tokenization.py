@@ -4,6 +4,7 @@ The mask id M (paper, section 3) must not be a token of text. A tokenizer that h
 gets one after its last id: GPT-2's becomes M = 50257 in a vocabulary of 50258, as in the published checkpoints.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -26,6 +27,10 @@ MASK = "<|mask|>"
 
 #: The 256 bytes, end of text, padding and mask, which every byte-level tokenizer has.
 SMALLEST_VOCABULARY = 256 + 3
+
+_MAX_TEMPLATE = 1_000_000
+_TEMPLATE_CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
+_HUGE = re.compile(r"\d{7,}|\*\*")
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -71,8 +76,19 @@ def load_tokenizer(
             f"Cannot load the tokenizer {name_or_path!r}, neither from a folder nor from the hub (which needs a "
             f"network connection). Name a folder, or {TRAIN!r} to train one on the corpus. The reason was: {error}"
         ) from error
+    _check_chat_templates(tokenizer, name_or_path)
     _set_contract_mask(tokenizer, name_or_path)
     return complete_special_tokens(tokenizer)
+
+
+def _check_chat_templates(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a chat template with a number or power that only serves to fill the memory, as '%1000000000d' does."""
+    templates = tokenizer.chat_template or ""
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        code = " ".join(_TEMPLATE_CODE.findall(template))
+        if len(template) > _MAX_TEMPLATE or (found := _HUGE.search(code)):
+            reason = f"{len(template):,} characters" if len(template) > _MAX_TEMPLATE else repr(found[0])
+            raise ValueError(f"The chat template of {name!r} has {reason}, which no conversation needs: replace it.")
 
 
 def _set_contract_mask(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -138,3 +138,18 @@ def test_a_mask_id_other_than_the_tokenizers_is_refused(trained: PreTrainedToken
 def test_a_mask_id_that_is_an_ordinary_token_is_refused() -> None:
     with pytest.raises(ValueError, match="mask_token_id 3 .*'c'"):
         check_tokenizer_fits(gpt2_like(eos_token="<|endoftext|>"), config(11, 3))
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ '%1000000000d' % 1 }}", "{{ 'a' * 1000000000 }}", "{% set x = 10 ** 9 %}", "x" * 1_000_001],
+    ids=["format", "repeat", "power", "length"],
+)
+def test_a_chat_template_that_fills_the_memory_is_refused(tiny_tokenizer, tmp_path, template):
+    tiny_tokenizer.chat_template = "**Bold** 1234567 {{ messages[0]['content'] }} {% if loop %}{{ 1 % 2 }}{% endif %}"
+    tiny_tokenizer.save_pretrained(tmp_path)
+    load_tokenizer(str(tmp_path))
+    tiny_tokenizer.chat_template = template
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="chat template"):
+        load_tokenizer(str(tmp_path))
