@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bd3lm_hf.output_files import check_output_file
+from bd3lm_hf.output_files import check_output_file, write_atomically
 from bd3lm_hf.reports.plotting import (
     Figure,
     as_png,
@@ -40,14 +40,38 @@ def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
     if output.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--output {output}: a report is a page, so its name ends in .html.")
     check_matplotlib()
-    material = read_material(paths)
-    figures = draw(material)
-    output.write_text(page(material, figures), encoding="utf-8")
+    text, figures = _render_named(paths)
+    write_atomically(output, text)
     written = [output]
     for figure in (figure for group in figures.values() for figure in group):
         written.append(output.with_name(f"{output.stem}-{figure.name}.png"))
-        written[-1].write_bytes(as_png(figure))
+        write_atomically(written[-1], as_png(figure))
     return written
+
+
+def _render(paths: Sequence[Path]) -> tuple[str, dict[str, list[Figure]]]:
+    material = read_material(paths)
+    figures = draw(material)
+    return page(material, figures), figures
+
+
+def _render_named(paths: Sequence[Path]) -> tuple[str, dict[str, list[Figure]]]:
+    """Render the page, and name the file whose fields are missing or of another type if that fails."""
+    try:
+        return _render(paths)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        if isinstance(error, ValueError) and any(str(path) in str(error) for path in paths):
+            raise
+        # Fields are only used while drawing, long after their file was read: try one at a time.
+        for path in paths:
+            try:
+                _render([path])
+            except Exception as reason:
+                raise ValueError(
+                    f"{path}: its results are damaged or not ours, with a field that is missing or of another type "
+                    f"({type(reason).__name__}: {reason})."
+                ) from error
+        raise
 
 
 def draw(material: Material) -> dict[str, list[Figure]]:

@@ -296,3 +296,27 @@ def test_a_browser_shows_the_page_without_complaint(reported, tmp_path):
     done = subprocess.run(command, capture_output=True, timeout=120, check=True)
     assert "CONSOLE" not in done.stderr.decode()
     assert "Training loss" in done.stdout.decode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"judge": "gpt2", "points": 3},
+        {"judge": "gpt2", "points": [1, "x"]},
+        {"suite": "zero-shot", "results": [{"dataset": 1}]},
+        {"suite": "zero-shot", "results": None},
+        {"dataset": "x", "perplexity": "high", "nll": None},
+        {"generative_perplexity": []},
+    ],
+)
+def test_results_with_fields_of_another_type_are_refused_by_their_file_and_the_old_page_stays(
+    bd3lm, tmp_path, content
+):
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    (tmp_path / "page.html").write_text("<!doctype html>")
+    before = (tmp_path / "page.html").read_text()
+    code, _, err = bd3lm("report", tmp_path / "bad.json", "--output", tmp_path / "page.html")
+    if code == 2:
+        assert "bad.json" in err and err.count("\n") == 1 and (tmp_path / "page.html").read_text() == before
+    else:
+        assert (code, err) == (0, "")
