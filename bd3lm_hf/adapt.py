@@ -21,7 +21,7 @@ from transformers.utils import logging
 from bd3lm_hf.checkpoints import load_model, read_config
 from bd3lm_hf.modeling.configuration_bd3lm_decoders import unsupported_reason
 from bd3lm_hf.modeling.modeling_bd3lm_decoders import DECODERS
-from bd3lm_hf.tokenization import MASK
+from bd3lm_hf.tokenization import MASK, complete_special_tokens
 
 
 logger = logging.get_logger("bd3lm_hf.adapt")
@@ -172,6 +172,9 @@ def choose_mask(tokenizer: PreTrainedTokenizerBase | None, config: Any) -> MaskT
         mask = MaskToken(tokenizer.mask_token_id, tokenizer.mask_token, "the tokenizer's own", trained=True)
         _check_mask(mask.id, tokenizer, config)
         return mask
+    known = tokenizer.get_vocab().get(MASK)
+    if known is not None and known < config.vocab_size:
+        return MaskToken(known, MASK, f"the tokenizer's token {MASK}", trained=False)
     free = _first_free_id(tokenizer)
     if free < config.vocab_size:
         return MaskToken(free, MASK, "the first row of the embedding that no token uses", trained=False)
@@ -179,6 +182,19 @@ def choose_mask(tokenizer: PreTrainedTokenizerBase | None, config: Any) -> MaskT
         if number < config.vocab_size and number not in _special_ids(tokenizer, config).values():
             return MaskToken(number, token, f"the tokenizer's reserved token {token}", trained=False)
     return MaskToken(free, MASK, "a new row", trained=False)
+
+
+def load_decoder_tokenizer(name: str, config: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a decoder with all the special tokens that a block-diffusion model of it needs.
+
+    Raises:
+        ValueError: if there is no tokenizer, or its mask token is another special token.
+    """
+    tokenizer = _tokenizer_of(name, {})
+    if tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer: name one with --tokenizer.")
+    set_mask_token(tokenizer, choose_mask(tokenizer, config))
+    return complete_special_tokens(tokenizer)
 
 
 def set_mask_token(tokenizer: PreTrainedTokenizerBase, mask: MaskToken) -> None:
@@ -313,5 +329,6 @@ __all__ = [
     "decoder_class",
     "decoder_config",
     "is_adaptable",
+    "load_decoder_tokenizer",
     "set_mask_token",
 ]

@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from bd3lm_hf.checkpoints import load_model
+from bd3lm_hf.adapt import is_adaptable
+from bd3lm_hf.checkpoints import load_model, read_config
 from bd3lm_hf.evaluation import eval_cli
 from bd3lm_hf.generation import generate_cli
 from bd3lm_hf.reports import speed_quality
@@ -121,6 +122,12 @@ def load(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase]:
         ValueError: a checkpoint that can not be read, lacks weights, has others or holds NaN; a tokenizer that is
             missing or of another model.
     """
+    config = read_config(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    if is_adaptable(config):
+        raise ValueError(
+            f"--model {arguments.model} is a {config.model_type}, which writes one token after the other: make a "
+            f"block-diffusion model of it with `bd3lm train adapt --init_from {arguments.model}`."
+        )
     model = load_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
     if hasattr(model.config, "mask_token_id"):

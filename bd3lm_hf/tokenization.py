@@ -175,7 +175,7 @@ def complete_special_tokens(tokenizer: _Tokenizer) -> _Tokenizer:
 
 def limit_to_window(tokenizer: PreTrainedTokenizerBase, config: "BD3LMConfig") -> None:
     """Set `model_max_length` to the model's window, to which `truncation=True` then cuts (in pipelines, too)."""
-    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.model_max_length = config.model_length
 
 
 def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, config: "BD3LMConfig") -> None:

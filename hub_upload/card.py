@@ -49,7 +49,7 @@ _TRAINING = {
 _FACTS = {
     "model_type": "model type",
     "block_size": "block size",
-    "max_position_embeddings": "tokens of a training sequence",
+    "model_length": "tokens of a training sequence",
     "num_hidden_layers": "layers",
     "hidden_size": "width",
     "num_attention_heads": "attention heads",
@@ -285,7 +285,7 @@ def _eval_results(
 
 
 def _window(config: Any) -> str:
-    length = getattr(config, "max_position_embeddings", None)
+    length = getattr(config, "model_length", None)
     return f"It was trained on sequences of {length:,} tokens." if length else "Its training length is not recorded."
 
 

@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging
 
 import bd3lm_hf  # noqa: F401  (registers the model types)
+from bd3lm_hf.adapt import adapt_decoder, is_adaptable, load_decoder_tokenizer
 from bd3lm_hf.argument_parser import ArgumentParser, one_line, printable
-from bd3lm_hf.checkpoints import check_finite_weights, load_model, read_shard_index
+from bd3lm_hf.checkpoints import check_finite_weights, load_model, read_config, read_shard_index
 from bd3lm_hf.data.sources import exists, looks_like_path
 from bd3lm_hf.foreign_layouts import CONTRACTS, decoder_layout_config, read_contract, read_contract_config
 from bd3lm_hf.hub_upload.layouts import Architecture, architecture_of, is_simplex_layout, read_simplex
@@ -95,7 +96,8 @@ def convert(
         weights: `"ema"` or `"raw"` of a `.ckpt` file; `"auto"` takes the average if there is one.
         tokenizer: folder or name, if the source has none.
         model_type: `bd3lm`, `ar`, `mdlm` or `sedd`, if the source does not determine it.
-        process_fields: `block_size` and `mask_token_id` of a decoder, if its files do not have them.
+        process_fields: `block_size` and `mask_token_id` of a decoder. A published block-diffusion decoder has them in its
+            files, as a rule; an autoregressive one, which is adapted, gets blocks of 4 and a mask token by default.
 
     Raises:
         ValueError: if the source cannot be read, weights are missing, unexpected or not finite, the model type
@@ -105,6 +107,8 @@ def convert(
     reading = {"allow_unknown": model_type is not None, **process_fields}
     if not Path(source).expanduser().is_file() and read_contract_config(source, **reading) is not None:
         return _convert_decoder(source, Path(target), tokenizer, process_fields)
+    if _is_decoder(source):
+        return _adapt(source, Path(target), tokenizer, process_fields)
     if process_fields:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in process_fields)
         raise ValueError(f"{names}: only the decoders of {', '.join(CONTRACTS)} take it. Leave it out.")
@@ -183,6 +187,28 @@ def to_decoder(source: str, target: str | Path, layout: str) -> Conversion:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return Conversion(config["model_type"], sum(p.numel() for p in model.parameters()), [])
+
+
+def _is_decoder(source: str) -> bool:
+    """Return whether a folder or hub name is that of a transformers decoder that can be adapted."""
+    if Path(source).expanduser().is_file():
+        return False
+    try:
+        return is_adaptable(AutoConfig.from_pretrained(source))
+    except (OSError, ValueError, KeyError):  # of another layout, which the reader of the source names
+        return False
+
+
+def _adapt(source: str, target: Path, tokenizer: str | None, fields: dict[str, Any]) -> Conversion:
+    """Convert an autoregressive decoder of transformers; it has yet to be trained."""
+    config = read_config(source, argument="SRC")
+    with new_folder(target, "DST") as folder:
+        loaded = load_decoder_tokenizer(tokenizer or source, config)
+        model = adapt_decoder(source, tokenizer=loaded, **fields).eval()
+        _save_checked(model, loaded, folder)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    notes = [f"mask token: {loaded.mask_token}, id {model.config.mask_token_id}", "train it before use: --init_from"]
+    return Conversion(model.config.model_type, count, notes)
 
 
 def to_published(source: str, target: str | Path) -> Conversion:
@@ -452,7 +478,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", default="auto", choices=("auto", "ema", "raw"), help="of a .ckpt file")
     parser.add_argument("--tokenizer", help="folder or name, if the source has none")
     parser.add_argument("--model-type", help="bd3lm, ar, mdlm or sedd, if the source does not determine it")
-    parser.add_argument("--block-size", type=int, help="of a published decoder, if its files do not have it")
+    parser.add_argument("--block-size", type=int, help="of a decoder, if its files do not have it")
     parser.add_argument("--mask-token-id", type=int, help="of a published decoder, if its files do not have it")
     arguments = parser.parse_args(argv)
     if not sys.stderr.isatty():

@@ -74,9 +74,10 @@ def make_probe(model: Any) -> dict[str, torch.Tensor]:
 
 def make_prompt(config: Any) -> torch.Tensor:
     """Return two seeded rows of ordinary token ids, at most a block long."""
-    special = {getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "mask")}
+    ids = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "mask")]
+    special = {token for given in ids for token in (given if isinstance(given, list) else [given])}
     ordinary = torch.tensor([token for token in range(config.vocab_size) if token not in special])
-    length = max(1, min(config.block_size, config.max_position_embeddings // 2))
+    length = max(1, min(config.block_size, config.model_length // 2))
     return ordinary[torch.randint(0, len(ordinary), (2, length), generator=torch.Generator().manual_seed(0))]
 
 

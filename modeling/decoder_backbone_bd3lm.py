@@ -73,7 +73,7 @@ class DecoderBackbone:
             ValueError: if a cache is used in train mode with gradient checkpointing, where stock layers ignore it.
         """
         decoder = self.model.base_model
-        if cache is not None and decoder.training and decoder.is_gradient_checkpointing:
+        if cache is not None and decoder.training and _checkpoints_gradients(decoder):
             raise ValueError(
                 "a cache does not go with gradient checkpointing in train mode, where the layers would ignore it: "
                 "call model.eval() before scoring or generating."
@@ -276,6 +276,10 @@ class DecoderDecodingNetwork(DecodingNetwork):
         if finished:
             return previous(noisy, states[:, finished - 1 : finished])
         return previous(noisy, noisy[:, :1] if cache is None else _last_clean(cache))
+
+
+def _checkpoints_gradients(decoder: Any) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
 
 
 def previous(hidden: torch.Tensor, first: torch.Tensor) -> torch.Tensor:

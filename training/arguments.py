@@ -140,6 +140,22 @@ class ModelArguments:
     noise_draws: int | None = field(
         default=None, metadata={"help": "Noisy streams that share one clean stream in a step; the loss is their mean."}
     )
+    masking: str | None = field(
+        default=None, metadata={"help": "Masks of a block: independent, or exact_k, which masks k of its n tokens."}
+    )
+    complementary: bool | None = field(
+        default=None, metadata={"help": "Pair each noisy stream with one that masks the tokens which it shows."}
+    )
+    alignment: str | None = field(
+        default=None,
+        metadata={"help": "Decoders: what predicts a token: same, shifted or shifted_noisy."},
+    )
+    context: str | None = field(
+        default=None, metadata={"help": "Decoders: the clean stream is causal by block or by token."}
+    )
+    ar_loss_weight: float | None = field(
+        default=None, metadata={"help": "Decoders with context=token: weight of the next-token loss."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel: eager, sdpa or flex."})
     num_denoising_steps: int | None = field(
         default=None,

@@ -130,7 +130,7 @@ def compare_models(plan: Plan) -> list[ComparedModel]:
         model = load_model(str(_folder(plan, name, seed))).eval()
         written = write_texts(model, plan.num_texts, plan.text_length, seed=seed)
         texts = written.ids.tolist()
-        tokens = result["steps"] * result["global_batch_size"] * model.config.max_position_embeddings
+        tokens = result["steps"] * result["global_batch_size"] * model.config.model_length
         rows.append(
             ComparedModel(
                 model=name,
@@ -205,7 +205,11 @@ def write_texts(model: Any, count: int, length: int, *, seed: int) -> Texts:
     # All texts have the same length, so an end of text may stand within. (What a call leaves out is taken from the
     # model's own configuration.)
     config.eos_token_id = None
-    start = torch.full((1, 1), model.config.bos_token_id, device=model.device)
+    ends = model.config.eos_token_id
+    # Many decoders have no token that begins a text; between documents stands the one that ends them.
+    first = model.config.bos_token_id
+    first = first if first is not None else ends[0] if isinstance(ends, list) else ends
+    start = torch.full((1, 1), first, device=model.device)
     ids, forwards, started = [], 0, time.perf_counter()
     model.generation_config = config
     try:

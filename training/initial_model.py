@@ -8,15 +8,21 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
+from bd3lm_hf.adapt import adapt_decoder, decoder_class
 from bd3lm_hf.checkpoints import load_model, read_config
 from bd3lm_hf.modeling.configuration_bd3lm import SAMPLING_EPS, BD3LMConfig
+from bd3lm_hf.modeling.configuration_bd3lm_decoders import BD3LMDecoderConfigMixin
 from bd3lm_hf.tokenization import check_tokenizer_fits
 
 
 logger = logging.get_logger("bd3lm_hf.train")
 
+
+# Of a decoder that is adapted without a word on them.
+_DECODER_BLOCK, _DECODER_LENGTH = 4, 1024
 
 _INTERVAL = ("sampling_eps_min", "sampling_eps_max")
 
@@ -76,6 +82,8 @@ def start_from(
     """
     check_shape(name, fields, argument=argument)
     old = read_config(name, argument=argument)
+    if not hasattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(old), None), "token_nll"):
+        return _start_from_decoder(name, old, tokenizer, fields, argument=argument, **options)
     changes = dict(fields)
     for token in ("bos", "eos", "pad"):
         if getattr(old, f"{token}_token_id", None) is None:
@@ -83,6 +91,8 @@ def start_from(
     check_tokenizer_fits(tokenizer, old)
     if isinstance(old, BD3LMConfig):
         changes = _of_new_blocks(old, changes)
+    elif isinstance(old, BD3LMDecoderConfigMixin) and changes.get("block_size", old.block_size) != old.block_size:
+        changes = {"sampling_eps_min": SAMPLING_EPS, "sampling_eps_max": 1.0, **changes}
     config = type(old).from_dict({**old.to_dict(), **changes})
     # Of a checkpoint in half precision too: optimizers need all digits, and mixed precision is an option of training.
     model = load_model(name, argument=argument, config=config, dtype=torch.float32, **options)
@@ -97,6 +107,29 @@ def start_from(
                 f"--sampling_eps_min and --sampling_eps_max."
             )
     return model
+
+
+def _start_from_decoder(
+    name: str, stock: Any, tokenizer: Any, fields: dict[str, Any], *, argument: str, **options: Any
+) -> Any:
+    """Return a stock decoder as a block-diffusion model.
+
+    Raises:
+        ValueError: if its family is not supported, or a field does not fit.
+    """
+    decoder_class(stock, f"{argument} {name}")
+    process = {field: value for field, value in fields.items() if field not in (*_SHAPE, "dropout")}
+    if "model_length" not in process:
+        # Decoders have positions for far longer texts than fit into memory twice.
+        size = process.get("block_size", _DECODER_BLOCK)
+        process["model_length"] = min(_DECODER_LENGTH, stock.max_position_embeddings) // size * size
+        logger.warning(
+            f"{argument} {name}: sequences of {process['model_length']} tokens; choose others with --model_length."
+        )
+    for token in ("bos", "eos", "pad"):
+        if getattr(stock, f"{token}_token_id", None) is None:
+            process[f"{token}_token_id"] = getattr(tokenizer, f"{token}_token_id")
+    return adapt_decoder(name, tokenizer=tokenizer, dtype=torch.float32, **process, **options)
 
 
 def _of_new_blocks(old: BD3LMConfig, changes: dict[str, Any]) -> dict[str, Any]:

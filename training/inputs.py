@@ -9,6 +9,8 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from bd3lm_hf.adapt import is_adaptable, load_decoder_tokenizer
+from bd3lm_hf.checkpoints import read_config
 from bd3lm_hf.data.documents import find_schema, load_rows, load_text
 from bd3lm_hf.data.instructions import encode_rows, texts_of
 from bd3lm_hf.data.packing import bytes_per_token, evenly_spaced, pack
@@ -86,7 +88,11 @@ def make_tokenizer(arguments: RunArguments, documents: Documents) -> Any:
     tokenizer: list[Any] = [None]
     if arguments.training.process_index == 0:
         name = data.tokenizer or model.init_from
-        tokenizer = [load_tokenizer(name, texts=_training_texts(documents), vocab_size=data.vocab_size)]
+        stock = None if model.init_from is None else read_config(model.init_from, argument="--init_from")
+        if is_adaptable(stock):
+            tokenizer = [load_decoder_tokenizer(name, stock)]
+        else:
+            tokenizer = [load_tokenizer(name, texts=_training_texts(documents), vocab_size=data.vocab_size)]
     if arguments.training.world_size > 1:
         broadcast_object_list(tokenizer)
     return tokenizer[0]
@@ -107,7 +113,7 @@ def make_sequences(
     data, training = arguments.data, arguments.training
     if not isinstance(documents.schema, TextRow):
         return _make_instructions(arguments, documents, tokenizer, config)
-    length = config.max_position_embeddings
+    length = config.model_length
     flags: dict[str, dict[str, Any]] = {
         "train": {"insert_eos": data.insert_train_eos, "insert_special": data.insert_train_special},
         "validation": {"insert_eos": data.insert_valid_eos, "insert_special": data.insert_valid_special},
@@ -144,7 +150,7 @@ def _make_instructions(
                 getattr(documents, split),
                 documents.schema,
                 tokenizer,
-                length=config.max_position_embeddings,
+                length=config.model_length,
                 block_size=config.block_size,
                 long_rows=data.long_rows,
                 num_proc=data.num_proc,

@@ -63,7 +63,7 @@ def summary_at_start(
     training, data, model = arguments.training, arguments.data, trainer.model
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    length = model.config.max_position_embeddings
+    length = model.config.model_length
     batch = trainer.get_total_train_batch_size(training)
     held_out = data.validation_dataset or f"{data.dataset} (validation split)"
     precision = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"

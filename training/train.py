@@ -24,6 +24,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, pipeline, set_seed
 from transformers.utils import logging
 
+from bd3lm_hf.adapt import is_adaptable
 from bd3lm_hf.checkpoints import adapter_base, add_adapters, read_config
 from bd3lm_hf.data.streaming import PackedStream
 from bd3lm_hf.evaluation.perplexity import count_scored_tokens, unigram_perplexity
@@ -289,7 +290,14 @@ def adapt(model: Any, arguments: RunArguments) -> Any:
             f"--lora_r {lora.lora_r} would adapt the adapter {start}, and an adapter names one base model: save the "
             f"merged model first (PeftModel.merge_and_unload), or leave out --lora_r to train all its weights."
         )
-    block_size = read_config(start).block_size
+    config = read_config(start)
+    if is_adaptable(config):
+        raise ValueError(
+            f"--lora_r {lora.lora_r} on the decoder {start}: an adapter names one base model, which must be a "
+            f"block-diffusion model. Make one with `bd3lm convert {start} FOLDER --block-size "
+            f"{model.config.block_size}`, and name that folder with --init_from."
+        )
+    block_size = config.block_size
     if block_size != model.config.block_size:
         raise ValueError(
             f"--block_size {model.config.block_size} with --lora_r: an adapter is used with the configuration of "
@@ -305,8 +313,16 @@ def adapt(model: Any, arguments: RunArguments) -> Any:
 
 
 def new_config(model_type: str, **fields: Any) -> Any:
-    """Return the configuration of a new model."""
-    return config_class(model_type)(**fields)
+    """Return the configuration of a new model.
+
+    Raises:
+        ValueError: if the model type has no such field.
+    """
+    found = config_class(model_type)
+    for name, value in fields.items():
+        if not hasattr(found, name) and name not in getattr(found, "attribute_map", {}):
+            raise ValueError(f"--{name} {value}: a {found.__name__} has no such field; leave it out.")
+    return found(**fields)
 
 
 def config_class(model_type: str) -> Any:

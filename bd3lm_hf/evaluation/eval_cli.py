@@ -158,7 +158,7 @@ def run(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenize
     check_likelihood(model, arguments.model)
     check_estimator(model, arguments.estimator, arguments.num_samples or 1)
     processes = _processes()
-    targets, length = _targets(arguments), arguments.length or model.config.max_position_embeddings
+    targets, length = _targets(arguments), arguments.length or model.config.model_length
     with PartialState().local_main_process_first() if processes.size > 1 else nullcontext():
         texts = _load(targets, arguments, model, tokenizer, length)
     first = processes.rank == 0

@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenize
     begin = _begin(model, arguments.model)
     how = {"device": model.device, "trust_remote_code": arguments.trust_remote_code}
     judge = load_reference_model(arguments.judge, tokenizer, **how, as_text=True, score_end=False)
-    length = arguments.length or model.config.max_position_embeddings
+    length = arguments.length or model.config.model_length
     settings = _settings(arguments, model, judge, length)
     prompts = [None] * arguments.num_samples
     file = SamplesFile(arguments.samples, prompts, settings, overwrite=arguments.overwrite, argument="--samples")

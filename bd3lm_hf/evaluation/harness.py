@@ -218,7 +218,7 @@ class BD3LMHarness(TemplateLM):
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         if hasattr(self.model.config, "mask_token_id"):
             check_tokenizer_fits(self.tokenizer, self.model.config)
-        window = self.model.config.max_position_embeddings
+        window = self.model.config.model_length
         self.max_length = window if max_length is None else integer_field("max_length", max_length)
         if not 2 <= self.max_length <= window:
             raise ValueError(f"max_length={max_length}: the model reads from 2 to {window} tokens at once.")

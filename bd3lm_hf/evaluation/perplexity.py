@@ -286,7 +286,7 @@ def check_estimator(model: Any, estimator: str, num_samples: int = 1) -> None:
             f"none: choose another estimator."
         )
     token = 1 if model.config.mask_token_id == 0 else 0
-    length = max(2, min(2 * model.config.block_size, model.config.max_position_embeddings))
+    length = max(2, min(2 * model.config.block_size, model.config.model_length))
     score_sequences(model, [[token] * length], estimator=estimator, num_samples=num_samples)
 
 

@@ -251,7 +251,7 @@ def write(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _encode(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The prompt of each sample as token ids; without a prompt the token that begins a text."""
-    limit = model.config.max_position_embeddings
+    limit = model.config.model_length
     encoded: list[list[int]] = []
     for prompt in job.prompts:
         if prompt is None:

@@ -90,7 +90,7 @@ def quality_curve(
     """
     if not hasattr(model.generation_config, "output_trace"):
         raise ValueError(f"a {type(model).__name__} has no samplers to compare: name a block-diffusion model.")
-    window = model.config.max_position_embeddings
+    window = model.config.model_length
     if prompts is None:
         prompts = [[model.generation_config.bos_token_id]] * num_samples
     room = window - len(prompts[0]) if prompts else 0

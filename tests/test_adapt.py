@@ -1,0 +1,140 @@
+"""adapt_decoder: the choice of the mask token, what is kept of the decoder, and what is refused."""
+
+import pytest
+import torch
+from decoders import random_ids, tiny_stock
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, PreTrainedTokenizerFast, T5Config
+
+from bd3lm_hf import adapt_decoder
+from bd3lm_hf.adapt import load_decoder_tokenizer
+from bd3lm_hf.checkpoints import add_adapters
+from bd3lm_hf.cli import main
+from bd3lm_hf.hub_upload.convert import convert
+from bd3lm_hf.hub_upload.load_check import check_loads_alone
+from bd3lm_hf.tokenization import MASK
+
+
+@pytest.fixture
+def tokenizer():
+    """A tokenizer of 63 words, of which id 0 begins and ends a text; it has no mask token."""
+    words = {"<|endoftext|>": 0, **{f"w{number}": number for number in range(1, 63)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+
+
+def stock(tokenizer, rows=0, **fields):
+    """Return a decoder with some rows more than the tokenizer has tokens."""
+    eos = tokenizer.eos_token_id
+    sizes = {"vocab_size": len(tokenizer) + rows, "bos_token_id": eos, "eos_token_id": [eos, 1], "pad_token_id": None}
+    return tiny_stock("qwen3", **sizes, **fields)
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_the_mask_is_a_free_row_or_else_a_new_one(tokenizer, rows):
+    decoder = stock(tokenizer, rows)
+    before = decoder.get_input_embeddings().weight.detach().clone()
+    model = adapt_decoder(decoder, tokenizer=tokenizer)
+    assert (model.config.mask_token_id, tokenizer.mask_token) == (63, MASK) and tokenizer.mask_token_id == 63
+    assert model.config.vocab_size == (63 + rows if rows else 64)
+    embedding = model.get_input_embeddings().weight
+    assert embedding is model.get_output_embeddings().weight
+    assert torch.equal(embedding[:63], before[:63])
+    torch.testing.assert_close(embedding[63], before[:63].mean(0))
+
+
+def test_a_reserved_token_comes_before_a_new_row(tokenizer):
+    tokenizer.add_tokens(["<|reserved_special_token_0|>", "<|reserved_special_token_1|>"], special_tokens=True)
+    model = adapt_decoder(stock(tokenizer), tokenizer=tokenizer)
+    assert tokenizer.mask_token == "<|reserved_special_token_0|>"
+    assert (model.config.mask_token_id, model.config.vocab_size) == (63, 65)
+
+
+def test_a_mask_token_that_exists_is_kept_unless_it_has_decayed(tokenizer):
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    for scale in (1.0, 1e-4):
+        decoder = stock(tokenizer)
+        embedding = decoder.get_input_embeddings().weight
+        with torch.no_grad():
+            embedding[tokenizer.mask_token_id] *= scale
+        row = embedding[tokenizer.mask_token_id].clone()
+        model = adapt_decoder(decoder, tokenizer=tokenizer)
+        assert model.config.mask_token_id == tokenizer.mask_token_id
+        assert torch.equal(model.get_input_embeddings().weight[tokenizer.mask_token_id], row) == (scale == 1.0)
+
+
+def test_a_name_keeps_dtype_rope_and_generation_config(tmp_path, tokenizer):
+    decoder = stock(tokenizer, 3, rope_parameters={"rope_type": "default", "rope_theta": 5e5}).to(torch.bfloat16)
+    decoder.generation_config.update(do_sample=True, temperature=0.7)
+    decoder.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = adapt_decoder(str(tmp_path), block_size=8, model_length=32, alignment="shifted")
+    assert (model.dtype, model.config.block_size, model.config.alignment) == (torch.bfloat16, 8, "shifted")
+    assert model.config.rope_parameters["rope_theta"] == 5e5
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, 1]
+    assert model.generation_config.temperature == 0.7
+
+
+def test_a_converted_folder_loads_by_itself_in_another_process(tmp_path, tokenizer):
+    stock(tokenizer, 3).save_pretrained(tmp_path / "stock")
+    tokenizer.save_pretrained(tmp_path / "stock")
+    convert(str(tmp_path / "stock"), tmp_path / "blocks", block_size=4)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "blocks").eval()
+    assert load_decoder_tokenizer(str(tmp_path / "blocks"), model.config).mask_token_id == model.config.mask_token_id
+    check_loads_alone(tmp_path / "blocks", model)
+
+
+def test_adapters_merge_into_the_model(tokenizer):
+    model = adapt_decoder(stock(tokenizer, 3), tokenizer=tokenizer)
+    adapted = add_adapters(model, rank=2)
+    ids = random_ids()
+    adapted.train()(input_ids=ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora" in name:
+                assert parameter.grad is not None
+                parameter.add_(0.1)
+        adapted.eval()
+        text = adapted.generate(ids, max_new_tokens=8, do_sample=False)
+        expected = adapted(ids).logits
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        assert torch.equal(merged.generate(ids, max_new_tokens=8, do_sample=False), text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mask_token_id": 1}, "mask_token_id=1"),
+        ({"mask_token_id": 5000}, "mask_token_id=5000"),
+        ({"block_size": 128}, "block_size=128"),
+        ({"colour": "red"}, "colour"),
+        ({"dtype": torch.float16}, "dtype"),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused(tokenizer, fields, message):
+    with pytest.raises(ValueError, match=message):
+        adapt_decoder(stock(tokenizer), tokenizer=tokenizer, **fields)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MambaConfig(num_hidden_layers=1), "mamba.*recurrent.*llama"),
+        (BloomConfig(n_layer=1), "bloom.*ALiBi"),
+        (T5Config(), "t5.*encoder-decoder"),
+    ],
+)
+def test_other_architectures_are_refused_with_the_reason(tmp_path, config, message):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        adapt_decoder(str(tmp_path))
+
+
+def test_a_plain_decoder_is_told_how_to_become_one(tmp_path, tokenizer, capsys):
+    stock(tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for words in (["generate"], ["eval", "--dataset", "python-docs"]):
+        assert main([*words, "--model", str(tmp_path)]) == 2
+        assert "bd3lm train adapt --init_from" in capsys.readouterr().err
