@@ -96,8 +96,8 @@ def convert(
         weights: `"ema"` or `"raw"` of a `.ckpt` file; `"auto"` takes the average if there is one.
         tokenizer: folder or name, if the source has none.
         model_type: `bd3lm`, `ar`, `mdlm` or `sedd`, if the source does not determine it.
-        process_fields: `block_size` and `mask_token_id` of a decoder. A published block-diffusion decoder has them in its
-            files, as a rule; an autoregressive one, which is adapted, gets blocks of 4 and a mask token by default.
+        process_fields: `block_size` and `mask_token_id` of a decoder. Published block-diffusion decoders have them
+            in their files; an autoregressive one, which is adapted, gets blocks of 4 and a mask token by default.
 
     Raises:
         ValueError: if the source cannot be read, weights are missing, unexpected or not finite, the model type

@@ -215,7 +215,7 @@ class NoiseCollator:
         batch = self.collate([{k: v for k, v in example.items() if k != EXAMPLE_INDEX} for example in examples])
         input_ids = batch["input_ids"]
         self.check(self.config, input_ids, batch.get("labels", input_ids), batch.get("attention_mask"))
-        length, longest = input_ids.shape[1], self.config.max_position_embeddings
+        length, longest = input_ids.shape[1], self.config.model_length
         blocks = self.config.num_blocks(length)
         if not blocks:
             return batch

@@ -145,7 +145,7 @@ def test_special_tokens_that_the_checkpoint_leaves_open_are_the_tokenizers(check
         ({"block_size": 3}, "block_size=3 does not divide model_length=32"),
         ({"model_length": 30}, "block_size=4 does not divide model_length=30"),
         ({"sampling_eps_min": 0.8, "sampling_eps_max": 0.3}, "sampling_eps_min=0.8, sampling_eps_max=0.3 is no"),
-        ({"sampling_eps_max": 0.2}, "sampling_eps_min=0.4.*, sampling_eps_max=0.2 is no interval"),
+        ({"sampling_eps_max": 0.2}, "sampling_eps_min=0.4.*, sampling_eps_max=0.2"),
         (
             {"resample": True, "sampling_eps_min": 0.55, "sampling_eps_max": 0.7},
             r"the interval \[0.55, 0.7\] holds no mask rate k / 4",
