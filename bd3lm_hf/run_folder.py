@@ -32,6 +32,8 @@ EMA_NAME = "ema.safetensors"  # in a checkpoint, next to the weights that traini
 WEIGHTS_NAME = "weights.json"  # in every saved folder: which weights these are
 RESULTS_NAME = "results.json"
 SAMPLES_NAME = "samples.txt"
+CURVE_NAME = "training_curve.json"
+SEARCH_NAME = "interval_search.jsonl"
 
 _REPLACED = ".replaced"
 _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model*")  # weights, shards, their indices
@@ -404,11 +406,13 @@ def _sync_folder(folder: Path) -> None:
 
 __all__ = [
     "COMPLETE_NAME",
+    "CURVE_NAME",
     "EMA_NAME",
     "RECIPE_HEADER",
     "RECIPE_NAME",
     "RESULTS_NAME",
     "SAMPLES_NAME",
+    "SEARCH_NAME",
     "STAGING_NAME",
     "SaveError",
     "WEIGHTS_NAME",

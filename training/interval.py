@@ -24,6 +24,8 @@ from bd3lm_hf.checkpoints import NotFiniteError
 from bd3lm_hf.evaluation.perplexity import batch_of
 from bd3lm_hf.modeling.configuration_bd3lm import SAMPLING_EPS
 from bd3lm_hf.modeling.noise_bd3lm import check_interval
+from bd3lm_hf.reports.plotting import draw_interval_search
+from bd3lm_hf.run_folder import SEARCH_NAME
 from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.training.loss_moments import BlockMoments, HeldOut, Interval, PassPerInterval, SharedDraws, held_out
 
@@ -339,9 +341,6 @@ def _measure_batch(
 logger = logging.get_logger("bd3lm_hf.interval")
 
 
-SEARCH_NAME = "interval_search.jsonl"
-
-
 PLOT_NAME = "interval_search.png"
 
 
@@ -398,47 +397,11 @@ def plot_search(found: IntervalSearch, path: str | Path, *, title: str = "Interv
     """Draw the variance over the lower end of the interval, a line for each width; bars are standard errors.
 
     Raises:
-        ImportError: matplotlib, of the extra `plots`, is not installed.
+        ImportError: if matplotlib, of the extra `plots`, is not installed.
     """
-    from matplotlib.figure import Figure
-
-    variances, errors = found.variances.tolist(), found.standard_errors.nan_to_num().tolist()
-    widths: dict[float, list[int]] = {}
-    for index, (low, high) in enumerate(found.candidates[1:], start=1):
-        widths.setdefault(round(float(high) - float(low), 2), []).append(index)
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(variances[0], color="0.4", linestyle="--", label=f"{_name(found.candidates[0])}, the whole interval")
-    for width, members in sorted(widths.items()):
-        members.sort(key=lambda index: found.candidates[index])
-        axes.errorbar(
-            [found.candidates[index][0] for index in members],
-            [variances[index] for index in members],
-            [errors[index] for index in members],
-            marker="o",
-            markersize=4,
-            linewidth=1.2,
-            capsize=2,
-            label=f"width {width:g}",
-        )
-    low, lowest = float(found.interval[0]), variances[found.best]
-    chosen = f"chosen: {_name(found.interval)}, variance {lowest:.3g}"
-    axes.plot([low], [lowest], marker="*", markersize=16, color="black", linestyle="none", zorder=3, label=chosen)
-    if min(variances) > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set_xlabel("lower end of the interval of noise levels")
-    axes.set_ylabel("variance of the loss of a block (nats$^2$)")
-    axes.set_title(title)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
-def _name(interval: Interval) -> str:
-    low, high = (f"{end:.3g}" for end in interval)
-    return f"[{low}, {high}]"
+    errors = found.standard_errors.nan_to_num().tolist()
+    drawing = draw_interval_search(found.candidates, found.variances.tolist(), errors, found.best, title)
+    drawing.savefig(path)
 
 
 __all__ = [

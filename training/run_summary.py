@@ -18,10 +18,10 @@ import bd3lm_hf
 from bd3lm_hf.data.streaming import PackedStream
 from bd3lm_hf.evaluation.perplexity import HeldOutLoss, Perplexity
 from bd3lm_hf.output_files import write_atomically
+from bd3lm_hf.reports.plotting import write_training_curve
 from bd3lm_hf.run_folder import RESULTS_NAME
 from bd3lm_hf.training.arguments import DataArguments
 from bd3lm_hf.training.command_line import RunArguments
-from bd3lm_hf.training.curves import write_training_curve
 from bd3lm_hf.training.inputs import TrainingSequences
 from bd3lm_hf.training.trainer import BD3LMTrainer
 

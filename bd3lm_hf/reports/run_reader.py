@@ -1,8 +1,6 @@
-"""What a trainer logged, as numbers over the optimizer steps.
+"""Read the files of training runs, evaluations, comparisons and quality curves; no model is loaded.
 
-What training runs, evaluations, comparisons and quality curves leave behind, read from their files; never a model.
-
-A run may still be training, or have been killed: what is there is read, and what is not is named.
+A run may still be training, or have been killed: what exists is read, and what is missing is named.
 """
 
 import json
@@ -14,8 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import CONFIG_NAME
 
 from bd3lm_hf.modeling.likelihood_bd3lm import LikelihoodMixin
+from bd3lm_hf.run_folder import CURVE_NAME, RECIPE_NAME, RESULTS_NAME, SAMPLES_NAME, SEARCH_NAME
 from bd3lm_hf.yaml_files import read_yaml
 
 
@@ -44,17 +44,11 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     return (sums[stop] - sums[place - half]) / (stop - place + half)
 
 
-# Files of a run's folder, which the training room writes
-RECIPE, RESULTS, CURVE, SEARCH, SAMPLES, CONFIG = (
-    *("recipe.yaml", "results.json", "training_curve.json", "interval_search.jsonl", "samples.txt", "config.json"),
-)
-
-
 _STATES = "checkpoint-*/trainer_state.json"
 
 
 #: Any of them tells that a folder is a run.
-_SIGNS = (RECIPE, RESULTS, CURVE, SEARCH, _STATES)
+_SIGNS = (RECIPE_NAME, RESULTS_NAME, CURVE_NAME, SEARCH_NAME, _STATES)
 
 
 _SAMPLE_HEAD, _SAMPLE_TAIL = "--- sample at step ", " ---"
@@ -151,8 +145,10 @@ def is_run(folder: Path) -> bool:
 def _expanded(path: Path) -> list[Path]:
     """Runs and result files that a path stands for."""
     if path.is_file():
-        # The results of a run, named themselves, stand for the run.
-        return [path.parent] if path.name in (RESULTS, CURVE, SEARCH) and is_run(path.parent) else [path]
+        # A result file inside a run folder means the run.
+        return (
+            [path.parent] if path.name in (RESULTS_NAME, CURVE_NAME, SEARCH_NAME) and is_run(path.parent) else [path]
+        )
     if is_run(path):
         return [path]
     inside = sorted(path.iterdir())
@@ -213,15 +209,15 @@ def read_run(folder: Path) -> Run:
         ValueError: a file that is broken, other than by having been cut off.
     """
     run = Run(name=folder.resolve().name, folder=folder)
-    run.recipe = _read_recipe(folder / RECIPE)
-    run.config = _whole(folder / CONFIG, run)
-    run.results = _whole(folder / RESULTS, run)
+    run.recipe = _read_recipe(folder / RECIPE_NAME)
+    run.config = _whole(folder / CONFIG_NAME, run)
+    run.results = _whole(folder / RESULTS_NAME, run)
     run.series = _read_series(folder, run)
-    if (folder / SEARCH).is_file():
-        run.searches, cut_off = _read_lines(folder / SEARCH)
+    if (folder / SEARCH_NAME).is_file():
+        run.searches, cut_off = _read_lines(folder / SEARCH_NAME)
         if cut_off:
-            run.missing.append(f"the last line of {SEARCH} is half-written")
-    run.samples = _read_samples(folder / SAMPLES)
+            run.missing.append(f"the last line of {SEARCH_NAME} is half-written")
+    run.samples = _read_samples(folder / SAMPLES_NAME)
     if run.results.get("text"):
         run.samples.append(RunSample("from the saved folder, after training", run.results["text"]))
     return run
@@ -231,13 +227,13 @@ def _read_series(folder: Path, run: Run) -> Series:
     """The log of a finished run, else that of its last checkpoint."""
     if "losses" in run.results:
         return series_of(run.results["losses"])
-    if not (folder / RESULTS).is_file():
-        run.missing.append(f"{RESULTS} is not there: the run is still training, or was stopped")
+    if not (folder / RESULTS_NAME).is_file():
+        run.missing.append(f"{RESULTS_NAME} is not there: the run is still training, or was stopped")
     states = sorted(folder.glob(_STATES), key=lambda path: (len(path.parent.name), path.parent.name))
     if states:
         run.missing.append(f"the curves reach to {states[-1].parent.name}")
         return series_of(_whole(states[-1], run).get("log_history", []))
-    curve = _whole(folder / CURVE, run)
+    curve = _whole(folder / CURVE_NAME, run)
     if not curve:
         run.missing.append("there are no curves yet: it has saved no checkpoint")
         return {}

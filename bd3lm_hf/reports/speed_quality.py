@@ -23,6 +23,7 @@ from bd3lm_hf.evaluation.text_metrics import mean_entropy
 from bd3lm_hf.generation.generate_cli import FIELDS, whole_number
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
 from bd3lm_hf.output_files import check_output_file
+from bd3lm_hf.reports.plotting import check_matplotlib, draw_speed_quality
 from bd3lm_hf.seeds import derived_seed
 
 
@@ -171,47 +172,14 @@ def label(point: Point) -> str:
 
 
 def plot_speed_quality(points: Sequence[Point], path: Path, *, judge: str) -> None:
-    """A curve per sampler, tokens per forward against generative perplexity.
+    """Draw generative perplexity and entropy over the tokens of a forward pass, a curve per sampler.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        ValueError: if matplotlib is not installed.
     """
-    check_plot()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    base = points[0].perplexity
-    axes.axhspan(base, 1.05 * base, color="0.92", zorder=0, label="within 5 % of the first point")
-    for which, sampler in enumerate(dict.fromkeys(point.sampler for point in points)):
-        mine = [point for point in points if point.sampler == sampler]
-        axes.errorbar(
-            [point.tokens_per_forward for point in mine],
-            [point.perplexity for point in mine],
-            yerr=[point.perplexity * point.standard_error for point in mine],
-            marker="os^Dv"[which % 5],
-            capsize=3,
-            label=sampler,
-        )
-        for point in mine[1:]:
-            values, place = ", ".join(map(str, point.setting.values())), (point.tokens_per_forward, point.perplexity)
-            axes.annotate(values, place, xytext=(5, 5), textcoords="offset points", fontsize=8, color="0.35")
-    axes.margins(x=0.08)
-    axes.set_xlabel("tokens per forward pass")
-    axes.set_ylabel(f"generative perplexity under {judge}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path)
-
-
-def check_plot() -> None:
-    """Refuse to plot without matplotlib, before any work."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ValueError("a plot needs matplotlib: pip install 'bd3lm-hf[plots]', or leave --plot out.") from error
+    check_matplotlib()
+    drawing = draw_speed_quality([point._asdict() for point in points], judge, "speed and quality of the samplers")
+    drawing.savefig(path, dpi=144)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -247,7 +215,7 @@ def check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None:
             check_output_file(getattr(arguments, name), f"--{name}")
     if arguments.plot is not None:
-        check_plot()
+        check_matplotlib()
         if arguments.plot.suffix.lower() not in _PICTURES:
             raise ValueError(f"--plot {arguments.plot}: a picture's name ends in one of {', '.join(_PICTURES)}.")
 

@@ -32,7 +32,7 @@ def write_run(folder, *, perplexity=20.0, text=HARMFUL, dataset="python-docs", m
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     recipe = f"dataset: {dataset}\nlearning_rate: {perplexity}\nfinal_estimator: exact\n"
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
-    config = {"model_type": model_type, "block_size": 4}
+    config = {"model_type": model_type} | ({"block_size": 4} if model_type == "bd3lm" else {})
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     candidates = [
         {"interval": [low, low + width], "variance": 3.0 - low + step / 30 - width, "standard_error": None}
@@ -255,9 +255,7 @@ def test_the_colours_of_figures_have_a_twin_for_dark_pages(reported):
 
 
 def test_bad_output_is_refused_before_anything_is_read(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"--output .*nowhere.report\.html: the folder .* does not exist; make it first"
-    ):
+    with pytest.raises(ValueError, match=r"--output .*nowhere.report\.html: .*nowhere"):
         write_report([tmp_path / "missing"], tmp_path / "nowhere" / "report.html")
     with pytest.raises(ValueError, match=r"--output .*report\.pdf: a report is a page, so its name ends in \.html"):
         write_report([tmp_path / "missing"], tmp_path / "report.pdf")
@@ -265,7 +263,7 @@ def test_bad_output_is_refused_before_anything_is_read(tmp_path):
 
 def test_without_matplotlib_one_error_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match=r"a report needs matplotlib: pip install 'bd3lm-hf\[plots\]'"):
+    with pytest.raises(ValueError, match=r"matplotlib: pip install 'bd3lm-hf\[plots\]'"):
         write_report([tmp_path / "missing"], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 

@@ -6,10 +6,9 @@ import math
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from bd3lm_hf import run_folder
 from bd3lm_hf.reports import run_reader
 from bd3lm_hf.reports.run_reader import RunSample, finite, read_material, read_run
-from bd3lm_hf.training import callbacks, curves, interval, train
+from bd3lm_hf.training import callbacks
 
 
 SEARCH = {
@@ -21,15 +20,6 @@ SEARCH = {
         {"interval": [0.5, 1.0], "variance": 2.0, "standard_error": None},
     ],
 }
-
-
-def test_the_files_are_those_that_training_writes():
-    assert (run_reader.RECIPE, run_reader.RESULTS, run_reader.SAMPLES) == (
-        run_folder.RECIPE_NAME,
-        train.RESULTS_NAME,
-        train.SAMPLES_NAME,
-    )
-    assert (f"{curves.CURVE_NAME}.json", interval.SEARCH_NAME) == (run_reader.CURVE, run_reader.SEARCH)
 
 
 def test_a_finished_run_is_read_from_its_results(tmp_path):
@@ -47,7 +37,8 @@ def test_a_finished_run_is_read_from_its_results(tmp_path):
 
 
 def test_the_samples_of_a_run_are_those_that_its_callback_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(callbacks, "write_text", lambda *_, prompt, **__: f"{prompt} text\n\nof lines")
+    monkeypatch.setattr(callbacks, "sample_text", lambda *_, prompt, **__: f"{prompt} text\n\nof lines")
+    monkeypatch.setattr(callbacks, "sample_options", lambda *_: {})
     sampler = callbacks.SampleCallback(None, prompt="The", max_new_tokens=4, path=tmp_path / "samples.txt")
     for step in (5, 10):
         sampler.on_evaluate(TrainingArguments(tmp_path), TrainerState(global_step=step), TrainerControl(), model=None)

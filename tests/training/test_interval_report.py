@@ -73,7 +73,7 @@ def test_the_plot_shows_a_line_for_each_width_and_the_winner(tmp_path, monkeypat
     plot_search(found, tmp_path / "plot.png", title="A title")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     (axes,) = seen[0].axes
-    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    texts = [text.get_text() for text in seen[0].legends[0].get_texts()]
     widths = {round(high - low, 2) for low, high in found.candidates[1:]}
     assert sum(text.startswith("width") for text in texts) == len(widths)
     assert sum(text.startswith("chosen: [") for text in texts) == 1

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from bd3lm_hf.training.curves import write_training_curve
+from bd3lm_hf.reports.plotting import Line, draw_lines, draw_speed_quality, write_training_curve
 
 
 PNG = b"\x89PNG"
@@ -49,6 +49,28 @@ def test_a_picture_is_drawn_of_whatever_there_is(tmp_path, log):
     assert (tmp_path / "training_curve.png").read_bytes().startswith(PNG)
 
 
+def test_lines_begin_at_step_0_and_end_with_their_values_outside_of_the_axes():
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    lines = [Line(name, np.array([0, 50]), np.array([5.0, last])) for name, last in (("a", 2.0), ("b", 2.001))]
+    draw_lines(axes, lines, final="{:.3f}")
+    assert axes.get_xlim()[0] == 0
+    assert sorted(text.get_text() for text in axes.texts) == ["2.000", "2.001"]
+    heights = sorted(text.xy[1] for text in axes.texts)
+    assert heights[1] - heights[0] >= 0.05 and all(text.xy[0] > 1 for text in axes.texts)
+
+
+def test_quality_is_drawn_on_a_log_axis_with_a_title_and_entropy():
+    points = [
+        {"sampler": "confidence", "tokens_per_forward": n, "perplexity": 10.0 * n, "standard_error": 0.1, "entropy": 4}
+        for n in (1, 2, 4)
+    ]
+    above, below = draw_speed_quality(points, "a judge", "a title").axes
+    assert above.get_yscale() == "log" and "a judge" in above.get_ylabel()
+    assert above.get_title(loc="left") == "a title" and "entropy" in below.get_ylabel()
+
+
 def test_an_empty_log_gives_no_picture(tmp_path):
     write_training_curve([], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["training_curve.json"]
@@ -64,5 +86,5 @@ def test_without_matplotlib_there_is_a_line_and_no_picture(tmp_path, monkeypatch
 
     monkeypatch.setattr(builtins, "__import__", import_without)
     write_training_curve(log_of(100), tmp_path)
-    assert "training_curve.png is not drawn without matplotlib: pip install 'bd3lm-hf[plots]'" in caplog.text
+    assert "training_curve.png" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["training_curve.json"]
