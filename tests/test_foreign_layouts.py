@@ -122,6 +122,31 @@ def test_the_auto_classes_load_them_without_running_their_code(write, layout):
         assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in stock.state_dict().items())
 
 
+@pytest.mark.parametrize("layout", ["sdar", "a2d-llama", "fast-dllm"])
+def test_greedy_decoding_is_an_independent_loop_over_the_stock_class(write, layout):
+    folder, stock = write(layout)
+    model, prompt, new = load_model(str(folder)).eval(), IDS[:, :6], 10
+    model.generation_config.eos_token_id = None
+    shifted = layout == "fast-dllm"
+    ids = torch.cat([prompt, torch.full((1, new), MASK)], dim=1)
+    while (ids == MASK).any():
+        first = int((ids[0] == MASK).nonzero()[0])
+        end = first // BLOCK * BLOCK + BLOCK
+        scores = stock_logits(stock, ids[:, :end], block_causal(end))[0]
+        if shifted:
+            # The state before a block is that of the noisy stream, which equals the clean one after a finished block.
+            scores = torch.cat([scores[:1], scores[:-1]])
+        scores[:, [MASK, stock.config.pad_token_id]] = -torch.inf  # neither is ever written
+        confidence, tokens = scores.softmax(-1).max(-1)
+        masked = ids[0, :end] == MASK
+        confidence = confidence.masked_fill(~masked, -1.0)
+        reveal = (confidence > 0.9) & masked
+        reveal[confidence.argmax()] = True
+        ids[0, :end][reveal] = tokens[reveal]
+    found = model.generate(prompt, max_new_tokens=new, do_sample=False)
+    assert torch.equal(found, ids)
+
+
 @pytest.mark.parametrize(
     ("fields", "part"),
     [
