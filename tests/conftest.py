@@ -123,6 +123,15 @@ def _tiny_tokenizer_json() -> str:
     return tokenizer.to_str()
 
 
+def make_tiny_tokenizer(tokenizer_json: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer_json),
+        clean_up_tokenization_spaces=False,
+        model_max_length=32,
+        **SPECIAL_TOKENS,
+    )
+
+
 @pytest.fixture
 def tiny_tokenizer(_tiny_tokenizer_json) -> PreTrainedTokenizerFast:
     """A byte-level BPE of 320 ids, so any text survives encode and decode; bos 0, eos 1, pad 2, mask 3.
@@ -130,12 +139,7 @@ def tiny_tokenizer(_tiny_tokenizer_json) -> PreTrainedTokenizerFast:
     Its vocabulary is larger than that of `tiny_config`: a model that reads its text needs `vocab_size=len(tokenizer)`
     and `mask_token_id=tokenizer.mask_token_id`.
     """
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_tiny_tokenizer_json),
-        clean_up_tokenization_spaces=False,
-        model_max_length=32,
-        **SPECIAL_TOKENS,
-    )
+    return make_tiny_tokenizer(_tiny_tokenizer_json)
 
 
 @pytest.fixture

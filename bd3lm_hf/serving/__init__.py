@@ -1,0 +1,1 @@
+"""`bd3lm serve`: transformers' OpenAI-compatible server, with requests batched block by block."""

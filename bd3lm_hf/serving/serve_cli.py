@@ -1,0 +1,172 @@
+"""`bd3lm serve MODEL`: an OpenAI-compatible server for one model, on this machine.
+
+bd3lm serve bd3lm-demo
+curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "The method returns"}'
+
+Endpoints: /v1/completions, /v1/chat/completions (models with a chat template), /v1/models, /health, /metrics.
+"""
+
+import argparse
+import importlib.util
+import ipaddress
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+
+_LIBRARIES = ("fastapi", "uvicorn", "openai")  # what transformers' server needs
+_KEY_VARIABLE = "BD3LM_API_KEY"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser; it imports nothing slow."""
+    parser = argparse.ArgumentParser(
+        prog="bd3lm serve", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("model", help="checkpoint folder or Hub name")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; a public one needs an API key")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
+    parser.add_argument(
+        "--api-key",
+        help=f"what every request must carry; better in the variable {_KEY_VARIABLE}, which no process list shows",
+    )
+    parser.add_argument("--name", help="what requests call the model; the given MODEL by default")
+    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda:1, ...")
+    parser.add_argument("--dtype", default="auto", help="auto (as saved), bfloat16, float16 or float32")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code of the folder; ours needs none")
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--max-batch-size", type=int, default=8, help="requests that are written together")
+    limits.add_argument(
+        "--max-waiting", type=int, default=64, help="requests that wait; one more is answered with 429"
+    )
+    limits.add_argument("--max-tokens", type=int, default=256, help="new tokens of a request that names no number")
+    fields = parser.add_argument_group("generation", "defaults of all requests; without a flag, those of the folder")
+    fields.add_argument("--sampler", help="first_hitting, ancestral, confidence or entropy_bound")
+    fields.add_argument("--num-denoising-steps", type=int)
+    fields.add_argument("--confidence-threshold", type=float)
+    fields.add_argument("--entropy-bound", type=float)
+    fields.add_argument("--nucleus-p", type=float)
+    fields.add_argument("--temperature", type=float)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check the arguments, load the model and serve it until the process is stopped.
+
+    Raises:
+        ValueError: if an argument, the model or a library does not allow it.
+        OSError: if the port is in use.
+    """
+    arguments = make_parser().parse_args(argv)
+    api_key = check(arguments)
+    listener = listen(arguments.host, arguments.port)
+    try:
+        app, settings = load_app(arguments, api_key)
+        import uvicorn
+
+        logging.getLogger("uvicorn.error").addFilter(
+            lambda record: api_key is None or api_key not in record.getMessage()
+        )
+        host, port = listener.getsockname()[:2]
+        print(f"Serving {settings.model} at http://{host}:{port}/v1 (Ctrl-C stops)", flush=True)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        server.run(sockets=[listener])
+    finally:
+        listener.close()
+
+
+def check(arguments: argparse.Namespace) -> str | None:
+    """Refuse what cannot be served before anything is loaded, and return the API key.
+
+    Raises:
+        ValueError: if a library is missing, a number is out of range, or a public address has no API key.
+    """
+    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"bd3lm serve needs {', '.join(missing)}: run `pip install 'bd3lm-hf[serve]'`.")
+    if importlib.util.find_spec("transformers.cli.serving") is None:
+        raise ValueError(
+            "bd3lm serve needs the package transformers.cli.serving: upgrade transformers to 5.20 or newer."
+        )
+    for name in ("max_batch_size", "max_waiting", "max_tokens"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected an integer >= 1.")
+    if not 0 <= arguments.port < 2**16:
+        raise ValueError(f"--port {arguments.port}: expected a number from 0 to 65535.")
+    api_key = arguments.api_key or os.environ.get(_KEY_VARIABLE)
+    if not _is_local(arguments.host) and not api_key:
+        raise ValueError(
+            f"--host {arguments.host} can be reached from other machines: set --api-key or {_KEY_VARIABLE}, or use "
+            f"--host 127.0.0.1."
+        )
+    return api_key
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket bound to the address, so that a port in use is named before a model is loaded.
+
+    Raises:
+        OSError: if the port is in use or the address is not one of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise OSError(f"--host {host} --port {port}: {error.strerror}. Choose another --port.") from error
+    return listener
+
+
+def load_app(arguments: argparse.Namespace, api_key: str | None) -> tuple[Any, Any]:
+    """Load the model and return the application and its settings.
+
+    Raises:
+        ValueError: if the folder cannot be loaded, or a generation field does not fit the model.
+    """
+    import torch
+
+    from bd3lm_hf.checkpoints import load_model
+    from bd3lm_hf.serving.server import ServeSettings, make_app
+    from bd3lm_hf.tokenization import load_tokenizer
+
+    names = ("sampler", "num_denoising_steps", "confidence_threshold", "entropy_bound", "nucleus_p", "temperature")
+    defaults = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    model = load_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    if arguments.dtype != "auto":
+        if arguments.dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"--dtype {arguments.dtype}: choose auto, bfloat16, float16 or float32.")
+        model = model.to(getattr(torch, arguments.dtype))
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    unknown = sorted(set(defaults) - set(model.generation_config.to_dict()))
+    if unknown:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
+        raise ValueError(f"{flags}: a {type(model).__name__} has no such field; leave it out.")
+    settings = ServeSettings(
+        arguments.name or arguments.model,
+        defaults,
+        arguments.max_tokens,
+        api_key,
+        arguments.max_batch_size,
+        arguments.max_waiting,
+    )
+    model = model.to(device).eval()
+    # One token, so that a model or a field that does not work is named now and not by the first request.
+    start = torch.full((1, 1), model.config.bos_token_id or 0, device=device)
+    model.generate(start, max_new_tokens=1, **{"do_sample": True, **defaults})
+    return make_app(model, load_tokenizer(arguments.model), settings), settings
+
+
+__all__ = ["check", "listen", "load_app", "main", "make_parser"]

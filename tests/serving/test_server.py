@@ -1,0 +1,256 @@
+"""The server as its clients see it: the real `openai` package against 127.0.0.1."""
+
+import http.client
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+
+openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("transformers.cli.serving.server")
+
+from bd3lm_hf import (  # noqa: E402  # noqa: E402
+    ARConfig,
+    ARForCausalLM,
+    BD3LMConfig,
+    BD3LMForMaskedLM,
+    MDLMConfig,
+    MDLMForMaskedLM,
+    SEDDConfig,
+    SEDDForMaskedLM,
+)
+from bd3lm_hf.serving import serve_cli  # noqa: E402
+
+
+KEY = "secret-key-of-a-test"
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}assistant:"
+FAMILIES = {
+    "bd3lm": (BD3LMConfig, BD3LMForMaskedLM, {"block_size": 4}),
+    "ar": (ARConfig, ARForCausalLM, {}),
+    "mdlm": (MDLMConfig, MDLMForMaskedLM, {}),
+    "sedd": (SEDDConfig, SEDDForMaskedLM, {}),
+}
+
+
+class Server:
+    """`bd3lm serve` in a thread."""
+
+    def __init__(self, folder, *flags):
+        arguments = serve_cli.make_parser().parse_args([str(folder), "--port", "0", "--name", "tiny", *flags])
+        key = serve_cli.check(arguments)
+        self.listener = serve_cli.listen(arguments.host, arguments.port)
+        self.app, _ = serve_cli.load_app(arguments, key)
+        self.port = self.listener.getsockname()[1]
+        self.server = uvicorn.Server(uvicorn.Config(self.app, log_level="error"))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+
+    def client(self, key="none"):
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def post(self, body, path="/v1/completions", **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        data = body if isinstance(body, str) else json.dumps(body)
+        connection.request("POST", path, data, {"Content-Type": "application/json", **headers})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+    def close(self):
+        self.server.should_exit = True
+        self.thread.join(timeout=20)
+        self.app.state.batcher.close()
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory, _tiny_tokenizer_json):
+    from conftest import make_tiny_tokenizer
+
+    def make(family="bd3lm", chat=True):
+        folder = tmp_path_factory.mktemp(family)
+        tokenizer = make_tiny_tokenizer(_tiny_tokenizer_json)
+        if chat:
+            tokenizer.chat_template = TEMPLATE
+        config, head, fields = FAMILIES[family]
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id", "mask_token_id")}
+        sizes = {"hidden_dim": 32, "n_blocks": 2, "n_heads": 2, "cond_dim": 8, "model_length": 32}
+        model = head(config(vocab_size=len(tokenizer), eos_token_id=None, **sizes, **ids, **fields))
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def server(folder_of):
+    server = Server(folder_of())
+    yield server
+    server.close()
+
+
+def test_a_completion_is_reproducible_counted_and_the_same_when_streamed(server):
+    client = server.client()
+    options = {"model": "tiny", "prompt": "The dog", "max_tokens": 40, "seed": 7}
+    answer, again = client.completions.create(**options), client.completions.create(**options)
+    assert answer.choices[0].text == again.choices[0].text != ""
+    assert answer.choices[0].finish_reason == "length" and answer.usage.completion_tokens == 40
+    chunks = list(client.completions.create(**options, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == answer.choices[0].text
+    assert len(chunks) > 2  # a window of 32 tokens has several rounds
+    assert chunks[-1].choices[0].finish_reason == "length"
+    other = client.completions.create(**{**options, "seed": 8})
+    assert other.choices[0].text != answer.choices[0].text
+
+
+def test_a_chat_and_its_stream(server):
+    client = server.client()
+    options = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 12, "seed": 1}
+    answer = client.chat.completions.create(**options)
+    chunks = client.chat.completions.create(**options, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer.choices[0].message.content
+
+
+def test_fields_of_generate_come_from_extra_body_and_from_generation_config(server):
+    client = server.client()
+    options = {"model": "tiny", "prompt": "The", "max_tokens": 8, "seed": 1}
+    fields = {"sampler": "confidence", "confidence_threshold": 0.5}
+    one = client.completions.create(**options, extra_body=fields)
+    two = client.completions.create(**options, extra_body={"generation_config": json.dumps(fields)})
+    assert one.choices[0].text == two.choices[0].text
+    greedy = [client.completions.create(**{**options, "seed": seed}, temperature=0) for seed in (1, 2)]
+    assert greedy[0].choices[0].text == greedy[1].choices[0].text
+
+
+def test_a_stop_string_is_left_out(server):
+    client = server.client()
+    options = {"model": "tiny", "prompt": "The dog", "max_tokens": 30, "seed": 7}
+    text = client.completions.create(**options).choices[0].text
+    stop = text[len(text) // 2]
+    answer = client.completions.create(**options, stop=[stop])
+    assert answer.choices[0].text == text[: text.index(stop)] and answer.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "named"),
+    [
+        ({"prompt": "a", "colour": 1}, 422, "colour"),
+        ({"prompt": "a", "n": 2}, 400, "n=2"),
+        ({"prompt": "a", "logprobs": 3}, 400, "logprobs=3"),
+        ({"prompt": "a", "temperature": "hot"}, 400, "temperature='hot'"),
+        ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens=0"),
+        ({"prompt": "a", "seed": "x"}, 400, "seed='x'"),
+        ({"prompt": "a", "stop": [1]}, 400, "stop=[1]"),
+        ({"prompt": "a", "sampler": "dice"}, 400, "dice"),
+        ({"prompt": "a", "generation_config": "{"}, 400, "generation_config"),
+        ({"prompt": "a", "generation_config": {"colour": 1}}, 400, "colour"),
+        ({"prompt": ["a", "b"]}, 400, "prompt"),
+        ({"prompt": "a", "model": "other"}, 400, "other"),
+        ("{", 400, "JSON"),
+        ("[]", 400, "object"),
+    ],
+)
+def test_bad_requests_are_refused_by_name(server, body, status, named):
+    found, answer = server.post(body)
+    assert found == status and named in answer["error"]["message"]
+
+
+def test_messages_that_are_none_and_a_model_without_a_template(server, folder_of):
+    for messages in (None, [], ["hi"], [{"content": "hi"}]):
+        assert server.post({"messages": messages}, "/v1/chat/completions")[0] == 400
+    plain = Server(folder_of(chat=False))
+    status, answer = plain.post({"messages": [{"role": "user", "content": "hi"}]}, "/v1/chat/completions")
+    plain.close()
+    assert status == 400 and "chat template" in answer["error"]["message"]
+
+
+def test_a_prompt_beyond_the_window_and_one_with_the_mask_token(server):
+    status, answer = server.post({"prompt": "The dog sleeps. " * 40, "max_tokens": 8, "seed": 0})
+    assert status == 200 and answer["usage"]["prompt_tokens"] > 32 and answer["usage"]["completion_tokens"] == 8
+    status, answer = server.post({"prompt": "A <mask> b", "max_tokens": 8, "seed": 0})
+    assert status == 200 and answer["usage"]["completion_tokens"] == 8 and "<mask>" not in answer["choices"][0]["text"]
+
+
+def test_sixteen_clients_at_once_get_what_each_gets_alone(server):
+    def ask(number):
+        body = {"prompt": "The " * (number + 1), "max_tokens": 10 + number, "seed": number}
+        return server.post(body)[1]["choices"][0]["text"]
+
+    alone = [ask(number) for number in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(ask, range(16))) == alone
+
+
+def test_a_client_that_leaves_cancels_its_request(server):
+    stream = server.client().completions.create(model="tiny", prompt="a", max_tokens=100_000, stream=True)
+    next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + 30
+    while server.app.state.batcher.statistics()["requests_running"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert server.app.state.batcher.statistics()["requests_running"] == 0
+
+
+def test_what_can_be_looked_at(server):
+    assert [model.id for model in server.client().models.list()] == ["tiny"]
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    for path, text in (("/health", "ok"), ("/metrics", "bd3lm_tokens_generated ")):
+        connection.request("GET", path)
+        assert text in connection.getresponse().read().decode()
+    connection.request("GET", "/reset")
+    assert connection.getresponse().status == 404
+
+
+@pytest.mark.parametrize("family", ["ar", "mdlm", "sedd"])
+def test_every_family_is_served(folder_of, family):
+    server = Server(folder_of(family))
+    body = {"prompt": "The dog", "max_tokens": 9, "seed": 2}
+    answers = [server.post(body) for _ in range(2)]
+    server.close()
+    assert answers[0][0] == 200 and answers[0][1]["usage"]["completion_tokens"] == 9
+    assert answers[0][1]["choices"] == answers[1][1]["choices"]
+
+
+def test_a_server_with_a_key_and_a_full_queue(folder_of, monkeypatch):
+    monkeypatch.setenv("BD3LM_API_KEY", KEY)
+    server = Server(folder_of(), "--max-batch-size", "1", "--max-waiting", "1")
+    with pytest.raises(openai.AuthenticationError):
+        server.client("wrong").completions.create(model="tiny", prompt="a")
+    client = server.client(KEY)
+    assert client.completions.create(model="tiny", prompt="a", max_tokens=2).usage.completion_tokens == 2
+    streams = [client.completions.create(model="tiny", prompt="a", max_tokens=100_000, stream=True)]
+    next(iter(streams[0]))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.completions.create, model="tiny", prompt="a", max_tokens=2)
+        while not server.app.state.batcher.statistics()["requests_waiting"]:
+            time.sleep(0.01)
+        with pytest.raises(openai.RateLimitError):
+            client.completions.create(model="tiny", prompt="a", max_tokens=2)
+        streams[0].close()
+        assert waiting.result().usage.completion_tokens == 2
+    server.close()
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0"),
+        (["--max-waiting", "0"], "--max-waiting 0"),
+        (["--port", "70000"], "--port 70000"),
+    ],
+)
+def test_bad_flags_are_refused_before_a_model_is_loaded(flags, named):
+    with pytest.raises(ValueError, match=named):
+        serve_cli.main(["no-such-model", *flags])
+
+
+def test_a_port_in_use_and_a_field_that_the_model_lacks(server, folder_of):
+    with pytest.raises(OSError, match=f"--port {server.port}"):
+        serve_cli.main(["no-such-model", "--port", str(server.port)])
+    with pytest.raises(ValueError, match="entropy_bound"):
+        serve_cli.main([str(folder_of("ar")), "--port", "0", "--sampler", "entropy_bound"])
