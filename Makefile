@@ -30,7 +30,7 @@ venv: $(READY) ## make or refresh the environment
 $(READY): constraints.txt setup.cfg
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev,plots,harness]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev,plots,harness,serve]'
 	touch $@
 
 demo: $(READY) ## train, score and write text on this machine, in minutes, without a download

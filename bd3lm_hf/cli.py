@@ -31,6 +31,7 @@ _OWN_COMMAND_LINE = {
     "compare": ("bd3lm_hf.training.compare", "train several models on the same text, in one table"),
     "report": ("bd3lm_hf.reports.report", "a page of the curves, tables and samples of runs"),
     "harness": ("bd3lm_hf.evaluation.harness", "lm-evaluation-harness with the models of this package"),
+    "serve": ("bd3lm_hf.serving.serve_cli", "an OpenAI-compatible server for one model"),
     "convert": ("bd3lm_hf.hub_upload.convert", "a published or Lightning checkpoint into a folder, and back"),
     "push": ("bd3lm_hf.hub_upload.push", "a model to a repository on the hub that anyone can load"),
     "verify": ("bd3lm_hf.hub_upload.verify", "whether the files of a shared model are what was pushed"),

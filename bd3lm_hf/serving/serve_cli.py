@@ -15,16 +15,16 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
+from bd3lm_hf.argument_parser import ArgumentParser
+
 
 _LIBRARIES = ("fastapi", "uvicorn", "openai")  # what transformers' server needs
 _KEY_VARIABLE = "BD3LM_API_KEY"
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> ArgumentParser:
     """Return the parser; it imports nothing slow."""
-    parser = argparse.ArgumentParser(
-        prog="bd3lm serve", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = ArgumentParser(prog="bd3lm serve", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", help="checkpoint folder or Hub name")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; a public one needs an API key")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")

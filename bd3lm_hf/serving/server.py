@@ -17,7 +17,6 @@ from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from jinja2 import TemplateError
-from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers import BatchEncoding, GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -362,8 +361,10 @@ def _add_errors(app: FastAPI) -> None:
         kind = "invalid_request_error" if status < 500 else "server_error"
         return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status_code=status)
 
-    @app.exception_handler(StarletteHTTPException)
-    async def refused(_request: HTTPRequest, error: StarletteHTTPException) -> JSONResponse:
+    @app.exception_handler(404)
+    @app.exception_handler(405)
+    @app.exception_handler(HTTPException)
+    async def refused(_request: HTTPRequest, error: HTTPException) -> JSONResponse:
         return answer(error.status_code, str(error.detail))
 
     @app.exception_handler(RequestValidationError)
