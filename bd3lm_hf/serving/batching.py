@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from bd3lm_hf.evaluation.perplexity import seed_of
+from bd3lm_hf.seeds import derived_seed
 
 
 ROUND_TOKENS = 32  # with fewer, reading texts again costs too much; with more, new requests wait too long
@@ -60,7 +60,7 @@ class Request:
 
     def generator(self) -> torch.Generator:
         """Return the source of randomness of the next round."""
-        return torch.Generator().manual_seed(seed_of(self.seed, len(self.written)))
+        return torch.Generator().manual_seed(derived_seed("serve", self.seed, len(self.written)))
 
     @property
     def remaining(self) -> int:
@@ -176,6 +176,19 @@ class Batcher:
         self._thread.join(timeout=30)
 
     def _work(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:
+            # A fault of this class: nobody may wait for an answer that never comes.
+            with self._changed:
+                self._closed = True
+                stranded, self._running, self._waiting = [*self._running, *self._waiting], [], deque()
+            for request in stranded:
+                self._end(request, error)
+            raise
+
+    def _serve(self) -> None:
+        """Alternate between taking requests and writing a round, until the server closes."""
         while True:
             with self._changed:
                 while not (self._waiting or self._running or self._closed):
@@ -209,7 +222,7 @@ class Batcher:
             self._running.append(self._waiting.popleft())
 
     def _share_a_round(self, one: Request, other: Request) -> bool:
-        if one.key != other.key or (one.config.do_sample and not self.model.draws_by_row):
+        if one.key != other.key or (one.config.do_sample and not self.model.generator_per_row):
             return False
         return self.block_size is not None or one.remaining == other.remaining
 
@@ -256,7 +269,7 @@ class Batcher:
             ids.to(self.model.device),
             attention_mask=mask.to(self.model.device),
             generation_config=self._config(rows[0].config, count),
-            generator=generators if self.model.draws_by_row else generators[0],
+            generator=generators if self.model.generator_per_row else generators[0],
             **({} if kept is None else {"past_key_values": kept}),
         )
         cache = getattr(output, "past_key_values", None)
