@@ -105,7 +105,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    """Continue prompts, or write from nothing."""
+    """Continue prompts, write from nothing, or hold a conversation."""
+    if arguments.chat:
+        generate_cli.check_chat_arguments(arguments)
+        generate_cli.hold_conversation(arguments, *load(arguments))
+        return
     job = generate_cli.plan(arguments)
     generate_cli.write(job, *load(arguments))
 

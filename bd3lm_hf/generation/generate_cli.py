@@ -14,6 +14,7 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from bd3lm_hf.generation.chat import converse
 from bd3lm_hf.generation.denoising_trace import (
     RowStep,
     check_ending,
@@ -128,6 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--prompt", action="append", help="text to continue; may be repeated; - reads lines of standard input"
     )
+    source.add_argument("--chat", action="store_true", help="answer messages typed in a terminal, until Ctrl-D")
     source.add_argument("--prompt-file", help="a prompt per line, or a .jsonl file with `prompt` in every object")
     what.add_argument("--num-samples", type=whole_number(1), default=1, help="texts per prompt, or from nothing")
     what.add_argument("--max-new-tokens", type=whole_number(1), default=64)
@@ -185,19 +187,48 @@ def plan(arguments: argparse.Namespace) -> Job:
         check_output_file(path, "--trace")
     if arguments.output is not None:
         check_output_file(arguments.output, "--output")
-    chosen = {name: getattr(arguments, name) for name in (*_OWN_CHOICES, *CHOICES, *FIELDS)}
     return Job(
         model=arguments.model,
         prompts=read_prompts(arguments.prompt, arguments.prompt_file),
         num_samples=arguments.num_samples,
         batch_size=arguments.batch_size or (1 if arguments.stream else _BATCH_SIZE),
         seed=arguments.seed,
-        generation={name: value for name, value in chosen.items() if value is not None},
+        generation=_generation_fields(arguments),
         stream=arguments.stream,
         output=arguments.output,
         overwrite=arguments.overwrite,
         traces=arguments.trace or [],
     )
+
+
+def _generation_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `generate` that were given."""
+    chosen = {name: getattr(arguments, name) for name in (*_OWN_CHOICES, *CHOICES, *FIELDS)}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def check_chat_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse flags that mean nothing in a conversation.
+
+    Raises:
+        ValueError: if such a flag is given; the message names it.
+    """
+    given = {
+        "--num-samples": arguments.num_samples != 1,
+        "--batch-size": arguments.batch_size is not None,
+        "--output": arguments.output is not None,
+        "--overwrite": arguments.overwrite,
+        "--trace": bool(arguments.trace),
+    }
+    if unfit := [name for name, is_given in given.items() if is_given]:
+        raise ValueError(f"--chat shows one answer after the other: leave out {', '.join(unfit)}.")
+
+
+def hold_conversation(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Answer the messages of standard input, see [`converse`]."""
+    kind = _DRAFTS if _is_terminal(sys.stdout) else TextStreamer
+    streamer = kind(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    converse(model, tokenizer, _generation_fields(arguments), seed=arguments.seed, streamer=streamer)
 
 
 def write(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
