@@ -110,7 +110,7 @@ class BlockCacheLayer(DynamicLayer):
 class BlockCache(DynamicCache):
     """A `DynamicCache` whose layers are [`BlockCacheLayer`]s.
 
-    A network that knows nothing of blocks calls `update`, which commits all tokens, or those that `committing` allows.
+    A network that is not aware of blocks calls `update`, which commits all tokens, or those that `committing` allows.
     """
 
     def __init__(self, config: PreTrainedConfig | None = None) -> None:

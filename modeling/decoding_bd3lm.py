@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache
 from transformers.generation.logits_process import LogitsProcessorList
+from transformers.modeling_outputs import ModelOutput
 
 from .decoding_state_bd3lm import SequenceBuffer
 from .linear_bd3lm import PrepackedLinears
@@ -72,6 +73,33 @@ def _output_columns(
     return torch.where(number < lengths, inside, after).masked_fill(number < 0, -1)
 
 
+@dataclass
+class BD3LMGenerateOutput(ModelOutput):
+    """Output of `generate(return_dict_in_generate=True)`.
+
+    Args:
+        sequences: `(batch, prompt + new)`, the prompts as given and the new tokens.
+        scores: with `output_scores`, for each new token the processed scores `(batch, vocab_size)` it was drawn from.
+        logits: with `output_logits`, the same before processing.
+        past_key_values: the cache of finished blocks, for the next call. Empty if the window has moved, or if rows
+            that ended early were dropped: the next call then recomputes its prompt.
+        num_forward_passes: denoising forward passes of the whole batch, without the one over the prompts.
+        row_forward_passes: `(batch,)`, denoising forward passes that each row took part in, which is what the row
+            would need alone.
+        tokens_per_forward: new tokens, without padding of finished rows, per row and forward pass of the batch.
+        trace: with `output_trace`, every denoising step that reveals tokens.
+    """
+
+    sequences: torch.Tensor | None = None
+    scores: tuple[torch.Tensor, ...] | None = None
+    logits: tuple[torch.Tensor, ...] | None = None
+    past_key_values: Cache | None = None
+    num_forward_passes: int | None = None
+    row_forward_passes: torch.Tensor | None = None
+    tokens_per_forward: float | None = None
+    trace: list[TraceStep] | None = None
+
+
 class BlockForward:
     """Run a network over the blocks of a buffer, one forward pass per denoising step.
 
@@ -94,7 +122,7 @@ class BlockForward:
         """Run one forward pass over the block at column `begin`.
 
         Args:
-            positions: what to predict, flat indices into `(batch, block_size)`; none of a finished row.
+            positions: flat indices into `(batch, block_size)`, to be predicted; finished rows have none.
             mask_prob: `(batch,)`, the probability 1 - alpha_t of being masked. Read by time-conditioned models only.
 
         Returns:
@@ -158,7 +186,7 @@ class ScoreRecord:
 
 
 class Prediction(NamedTuple):
-    """What a step predicts for its positions."""
+    """The predictions of a step, one per position."""
 
     tokens: torch.Tensor  # (positions,)
     scores: torch.Tensor  # (positions, vocab_size), processed: the tokens are drawn from these
@@ -388,4 +416,13 @@ def _sampler_class(name: str, model: Any) -> type[Sampler]:
     return model.samplers[name]
 
 
-__all__ = ["BlockForward", "BlockState", "BlockWriter", "Prediction", "ScoreRecord", "Trace", "TraceStep"]
+__all__ = [
+    "BD3LMGenerateOutput",
+    "BlockForward",
+    "BlockState",
+    "BlockWriter",
+    "Prediction",
+    "ScoreRecord",
+    "Trace",
+    "TraceStep",
+]

@@ -118,6 +118,9 @@ def check_entropy_stop(entropy: Any, window: Any) -> None:
         raise ValueError(f"entropy_stop_window={window!r}: give at least 2 tokens (the published rule uses 256).")
 
 
+_LARGEST_BUFFER = 2**31  # tokens
+
+
 @dataclass
 class SequenceBuffer:
     """The token ids of a batch, shifted so that the blocks of all rows end at the same columns.
@@ -171,6 +174,11 @@ class SequenceBuffer:
         row_start = first_block - full
         end = int((row_start + lengths).max()) + max_new_tokens
         columns = block_size + max(0, -(-(end - block_size) // step) * step)
+        if batch * columns > _LARGEST_BUFFER:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} for {batch} rows is more than memory can hold: generate at most "
+                f"{_LARGEST_BUFFER // batch} tokens per row."
+            )
         token_ids = input_ids.new_full((batch, columns), mask_token_id)
         column = torch.arange(columns, device=input_ids.device)
         prompt = (column >= row_start.unsqueeze(1)) & (column < (row_start + lengths).unsqueeze(1))
@@ -228,6 +236,17 @@ class SequenceBuffer:
         """Return new tokens [start, stop) of each row, `(batch, stop - start)`. Shorter rows repeat their last one."""
         columns = self.prompt_end.unsqueeze(1) + torch.arange(start, stop, device=self.token_ids.device)
         return self.token_ids.gather(1, columns.clamp(max=self.token_ids.shape[1] - 1))
+
+
+def pad_left(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Move the padding of prompts `(batch, length)` to the left. Also return where it is, or None for no padding.
+
+    Processors and criteria that read the text then find the new tokens right after it.
+    """
+    if attention_mask is None or bool(attention_mask.all()):
+        return input_ids, None
+    order = attention_mask.bool().long().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), ~attention_mask.bool().gather(1, order)
 
 
 class StopRules:
@@ -338,5 +357,6 @@ __all__ = [
     "StopRules",
     "TextCriteria",
     "check_entropy_stop",
+    "pad_left",
     "token_entropy",
 ]

@@ -4,22 +4,18 @@ Only `_sample` is replaced, which greedy decoding and sampling share (arXiv 2503
 logits processors, stopping criteria, streamers and the pipeline stay those of transformers.
 """
 
-import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import LogitNormalization, LogitsProcessorList
 from transformers.generation.stopping_criteria import EosTokenCriteria, StoppingCriteriaList
-from transformers.modeling_outputs import ModelOutput
 
 from .cache_bd3lm import cache_maker
-from .decoding_bd3lm import BlockWriter, Trace, TraceStep
-from .decoding_state_bd3lm import EntropyStopCriteria, SecondEosCriteria, SequenceBuffer, StopRules
+from .decoding_bd3lm import BD3LMGenerateOutput, BlockWriter, Trace
+from .decoding_state_bd3lm import EntropyStopCriteria, SecondEosCriteria, SequenceBuffer, StopRules, pad_left
 from .generation_config_bd3lm import (
     BD3LMGenerationConfig,
     check_generation_fields,
@@ -28,7 +24,7 @@ from .generation_config_bd3lm import (
 )
 from .logits_process_bd3lm import NucleusLogitsProcessor
 from .samplers_bd3lm import SAMPLERS, Generators, Sampler, check_generators
-from .windows_bd3lm import DecodingNetwork, fills_window
+from .windows_bd3lm import DecodingNetwork, compiles_by_default, fills_window, window_stride
 
 
 # transformers types the `self` of its mixin as a whole model, which another mixin is not: Any, for a type checker.
@@ -66,8 +62,6 @@ _NOT_FOR_INFILL = (
     "output_scores",
     "output_logits",
 )
-
-_LARGEST_STATIC_BATCH = 64  # on CUDA; larger batches keep the device busy without compilation
 
 
 class BlockGenerationMixin(_Generative):
@@ -231,44 +225,6 @@ class BlockGenerationMixin(_Generative):
             )
 
 
-def pad_left(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Move the padding of prompts `(batch, length)` to the left. Also return where it is, or None for no padding.
-
-    Processors and criteria that read the text then find the new tokens right after it.
-    """
-    if attention_mask is None or bool(attention_mask.all()):
-        return input_ids, None
-    order = attention_mask.bool().long().argsort(dim=1, stable=True)
-    return input_ids.gather(1, order), ~attention_mask.bool().gather(1, order)
-
-
-@dataclass
-class BD3LMGenerateOutput(ModelOutput):
-    """Output of `generate(return_dict_in_generate=True)`.
-
-    Args:
-        sequences: `(batch, prompt + new)`, the prompts as given and the new tokens.
-        scores: with `output_scores`, for each new token the processed scores `(batch, vocab_size)` it was drawn from.
-        logits: with `output_logits`, the same before processing.
-        past_key_values: the cache of finished blocks, for the next call. Empty if the window has moved, or if rows
-            that ended early were dropped: the next call then recomputes its prompt.
-        num_forward_passes: denoising forward passes of the whole batch, without the one over the prompts.
-        row_forward_passes: `(batch,)`, denoising forward passes that each row took part in, which is what the row
-            would need alone.
-        tokens_per_forward: new tokens, without padding of finished rows, per row and forward pass of the batch.
-        trace: with `output_trace`, every denoising step that reveals tokens.
-    """
-
-    sequences: torch.Tensor | None = None
-    scores: tuple[torch.Tensor, ...] | None = None
-    logits: tuple[torch.Tensor, ...] | None = None
-    past_key_values: Cache | None = None
-    num_forward_passes: int | None = None
-    row_forward_passes: torch.Tensor | None = None
-    tokens_per_forward: float | None = None
-    trace: list[TraceStep] | None = None
-
-
 class BD3LMGenerationMixin(BlockGenerationMixin):
     """`generate` and `infill` for block diffusion."""
 
@@ -319,24 +275,9 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
                     f"window, so there are no finished blocks to keep. Leave the cache out."
                 )
         elif generation_config.use_cache and not given:
-            if name is None and self._decodes_compiled(generation_config, batch_size):
+            if name is None and compiles_by_default(self, generation_config, batch_size):
                 make_cache = cache_maker("static")
             model_kwargs["past_key_values"] = make_cache(self.config)
-
-    def _decodes_compiled(self, generation_config: GenerationConfig, batch_size: int) -> bool:
-        """Whether a static cache and a compiled denoising step are the default.
-
-        They are on one CUDA device, where small batches are bound by kernel launches. `cache_implementation="dynamic"`
-        and `disable_compile=True` turn them off.
-        """
-        return (
-            self.device.type == "cuda"
-            and batch_size <= _LARGEST_STATIC_BATCH
-            and not generation_config.disable_compile
-            and len(set(getattr(self, "hf_device_map", {}).values())) <= 1
-            and getattr(self, "hf_quantizer", None) is None
-            and importlib.util.find_spec("triton") is not None
-        )
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
@@ -509,25 +450,6 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         return BD3LMGenerateOutput(sequences=sequences.to(home), **writer.statistics(int(buffer.blanks.sum())))
 
 
-def window_stride(config: Any, stride: int | None) -> int | None:
-    """Return how many tokens a window moves of a model whose block fills it, by default half; None for other models.
-
-    Raises:
-        ValueError: if the stride exceeds the window, or the model's window moves by blocks.
-    """
-    window = config.model_length
-    if not fills_window(config):
-        if stride is not None:
-            raise ValueError(
-                f"window_stride={stride} is for models whose block fills the window of {window} tokens: this one "
-                f"moves its window by blocks of {config.block_size}. Leave it out."
-            )
-        return None
-    if stride is not None and stride > window:
-        raise ValueError(f"window_stride={stride} would skip tokens: give at most the window, model_length={window}.")
-    return stride or max(1, window // 2)
-
-
 __all__ = [
     "BD3LMGenerateOutput",
     "BD3LMGenerationConfig",
@@ -535,5 +457,4 @@ __all__ = [
     "BlockGenerationMixin",
     "NucleusLogitsProcessor",
     "pad_left",
-    "window_stride",
 ]

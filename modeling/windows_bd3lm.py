@@ -7,6 +7,7 @@ A finished block is written to the cache by the first denoising step of the next
 forward passes as it has denoising steps.
 """
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -173,7 +174,7 @@ class Window:
         sigma: torch.Tensor | None,
         **options: Any,
     ) -> Any:
-        """Run columns [start, stop) behind the cached ones, which begin at column `first`."""
+        """Run columns [start, stop) after the cached ones, which begin at column `first`."""
         first = first if self.cache is not None else start
         ids, position_ids = self._ids(start, stop), self._position_ids(start, stop)
         options = {"cache": self.cache, "num_cached": self.held, "sigma": sigma, **options}
@@ -192,7 +193,7 @@ class Window:
     def _key_valid(self, start: int, stop: int) -> torch.Tensor | None:
         """Return the valid-token mask, bool `(batch, stop - start)`, or None if there is no padding."""
         valid = self.buffer.key_valid
-        # To the right of the last row's start there is no padding, except behind texts that are infilled.
+        # To the right of the last row's start there is no padding, except after texts that are infilled.
         if valid is None or (self.buffer.blanks is None and start >= self.buffer.last_start):
             return None
         return self._select_rows(valid[:, start:stop])
@@ -310,7 +311,8 @@ class StaticWindow(CachedWindow):
             self.network,
             # A copy: the strides of a view contain the length of the text, for which the step would be compiled again.
             self._ids(start, stop).clone(memory_format=torch.contiguous_format),
-            self._position_ids(start, stop),
+            # Unpadded batches have one row of positions. A row for each keeps the shapes of padded ones.
+            self._position_ids(start, stop).expand(len(self.buffer.token_ids), -1).contiguous(),
             self._mask(begin, num_committed),
             (columns - self.origin) % self.ring,
             self.cache,
@@ -327,12 +329,12 @@ class StaticWindow(CachedWindow):
         return self._masks[1]
 
     def _make_mask(self, begin: int, num_committed: int) -> torch.Tensor:
-        """Return an additive mask `(batch or 1, 1, num_committed + block_size, slots)`."""
+        """Return an additive mask `(batch, 1, num_committed + block_size, slots)`."""
         stop, device, valid = begin + self.size, self.buffer.token_ids.device, self.buffer.key_valid
         slot = torch.arange(self.slots, device=device)
         column = stop - 1 - (stop - 1 - self.origin - slot) % self.ring  # the latest column that this slot holds
         column = column.masked_fill(slot >= self.ring, -1)
-        known = (column >= self.first).view(1, 1, 1, -1)
+        known = (column >= self.first).expand(len(self.buffer.token_ids), 1, 1, -1)
         if valid is not None:
             known = known & valid[:, None, None, column.clamp(min=0)]
         noisy = known & (column >= stop - self.config.model_length)
@@ -375,6 +377,24 @@ def open_window(
     return StaticWindow(network, buffer, cache, exact, step)
 
 
+_LARGEST_STATIC_BATCH = 64  # larger batches keep a GPU busy without compilation
+
+
+def compiles_by_default(model: Any, generation_config: Any, batch_size: int) -> bool:
+    """Whether a static cache and a compiled denoising step are the default: on one CUDA device, for small batches.
+
+    Such batches are bound by kernel launches. `cache_implementation="dynamic"` and `disable_compile=True` opt out.
+    """
+    return (
+        model.device.type == "cuda"
+        and batch_size <= _LARGEST_STATIC_BATCH
+        and not generation_config.disable_compile
+        and len(set(getattr(model, "hf_device_map", {}).values())) <= 1
+        and getattr(model, "hf_quantizer", None) is None
+        and importlib.util.find_spec("triton") is not None
+    )
+
+
 def _is_compiled(device: torch.device, generation_config: Any) -> bool:
     """Compile where transformers compiles without being asked, elsewhere only with a `compile_config`."""
     if generation_config.disable_compile:
@@ -393,4 +413,33 @@ def fills_window(config: Any) -> bool:
     return bool(config.block_size == config.model_length)
 
 
-__all__ = ["WINDOWS", "CachedWindow", "DecodingNetwork", "StaticWindow", "Window", "fills_window", "open_window"]
+def window_stride(config: Any, stride: int | None) -> int | None:
+    """Return how many tokens a window moves of a model whose block fills it, by default half; None for other models.
+
+    Raises:
+        ValueError: if the stride exceeds the window, or the model's window moves by blocks.
+    """
+    window = config.model_length
+    if not fills_window(config):
+        if stride is not None:
+            raise ValueError(
+                f"window_stride={stride} is for models whose block fills the window of {window} tokens: this one "
+                f"moves its window by blocks of {config.block_size}. Leave it out."
+            )
+        return None
+    if stride is not None and stride > window:
+        raise ValueError(f"window_stride={stride} would skip tokens: give at most the window, model_length={window}.")
+    return stride or max(1, window // 2)
+
+
+__all__ = [
+    "WINDOWS",
+    "CachedWindow",
+    "DecodingNetwork",
+    "StaticWindow",
+    "Window",
+    "compiles_by_default",
+    "fills_window",
+    "open_window",
+    "window_stride",
+]

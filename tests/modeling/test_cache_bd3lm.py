@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from generating import batch_of, prompts_of
 from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
-from writing import batch_of, prompts_of
 
 from bd3lm_hf.modeling.cache_bd3lm import (
     BlockCache,

@@ -5,12 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from generating import batch_of, prompts_of
 from published import GOLDEN, load_recorded
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
-from writing import batch_of, prompts_of
 
 from bd3lm_hf import SSDLMConfig, SSDLMForMaskedLM, SSDLMGenerationConfig
 from bd3lm_hf.modeling.generation_ssdlm import SimplexDraws
@@ -33,7 +33,7 @@ def model():
     return model
 
 
-def write(model, prompt, *, seed=0, **arguments):
+def generate(model, prompt, *, seed=0, **arguments):
     """Greedy about nothing: three steps a block, seeded."""
     arguments = {"max_new_tokens": 10, "num_denoising_steps": 3, "return_dict_in_generate": True, **arguments}
     if "generator" not in arguments:
@@ -124,7 +124,7 @@ def test_the_slow_way_gives_the_same_text(model):
                 clean = torch.where(kept, scale, -scale)
                 x = (a[0] / a[1]).sqrt() * clean + (1 - a[0] / a[1]).sqrt() * scale * z
         text = torch.cat([text, logits.argmax(-1)], dim=1)
-    output = write(model, prompt, seed=3, projection="even", max_new_tokens=8)
+    output = generate(model, prompt, seed=3, projection="even", max_new_tokens=8)
     assert torch.equal(output.sequences, text)
 
 
@@ -133,30 +133,30 @@ def test_the_slow_way_gives_the_same_text(model):
 
 def test_a_block_sees_all_text_before_it_or_the_block_before_it(model, seen):
     prompt = prompts_of([6])[0][None]
-    text = write(model, prompt, max_new_tokens=11).sequences[0]
+    text = generate(model, prompt, max_new_tokens=11).sequences[0]
     assert [call[0].shape[1] for call in seen] == [6] * 3 + [10] * 3 + [14] * 3
     assert torch.equal(seen[-1][0][0], text[:14])
     seen.clear()
-    text = write(model, prompt, max_new_tokens=11, context="previous_block").sequences[0]
+    text = generate(model, prompt, max_new_tokens=11, context="previous_block").sequences[0]
     assert [call[0].shape[1] for call in seen] == [6] * 3 + [4] * 6
     assert torch.equal(seen[-1][0][0], text[10:14])
 
 
 def test_the_context_is_as_long_as_the_window_leaves_room(model, seen):
-    text = write(model, prompts_of([18])[0][None], max_new_tokens=8).sequences[0]
+    text = generate(model, prompts_of([18])[0][None], max_new_tokens=8).sequences[0]
     assert [call[0].shape[1] for call in seen] == [18] * 3 + [20] * 3
     assert torch.equal(seen[-1][0][0], text[2:22])
 
 
 def test_time_runs_from_one_to_its_last_step(model, seen):
-    write(model, prompts_of([6])[0][None], max_new_tokens=4, num_denoising_steps=4)
+    generate(model, prompts_of([6])[0][None], max_new_tokens=4, num_denoising_steps=4)
     assert [call[3].item() for call in seen] == [1.0, 0.75, 0.5, 0.25]
 
 
 @pytest.mark.parametrize("projection", ["sampling", "even", "uneven"])
 def test_every_projection_writes_a_text_of_its_own_and_the_seed_decides_it(model, projection):
     prompt = prompts_of([5])[0][None]
-    first, again, other = (write(model, prompt, seed=seed, projection=projection).sequences for seed in (1, 1, 2))
+    first, again, other = (generate(model, prompt, seed=seed, projection=projection).sequences for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.shape == (1, 15)
 
@@ -164,7 +164,7 @@ def test_every_projection_writes_a_text_of_its_own_and_the_seed_decides_it(model
 def test_a_small_nucleus_is_the_likeliest_token(model):
     prompt = prompts_of([5])[0][None]
     texts = [
-        write(model, prompt, projection=projection, top_p=1e-6, do_sample=False).sequences
+        generate(model, prompt, projection=projection, top_p=1e-6, do_sample=False).sequences
         for projection in ("sampling", "even", "uneven")
     ]
     assert all(torch.equal(one, other) for one, other in pairwise(texts))
@@ -175,10 +175,10 @@ def test_the_nucleus_is_chosen_once(model, seen):
     prompt = prompts_of([5])[0][None]
     processors = model._get_logits_processor(SSDLMGenerationConfig(top_k=0), 5, encoder_input_ids=prompt, device="cpu")
     assert len(processors) == 0
-    write(model, prompt, max_new_tokens=4, projection="even", top_p=0.6)
+    generate(model, prompt, max_new_tokens=4, projection="even", top_p=0.6)
     kept = [noisy.isfinite().all() for _, _, noisy, _ in seen]
     assert all(kept)
-    whole = write(model, prompt, max_new_tokens=4, projection="even", top_p=1.0)
+    whole = generate(model, prompt, max_new_tokens=4, projection="even", top_p=1.0)
     assert whole.sequences.shape == (1, 9)
 
 
@@ -187,7 +187,7 @@ def test_torchs_global_generator_serves_without_one(model):
     texts = []
     for _ in range(2):
         torch.manual_seed(7)
-        texts.append(write(model, prompt, generator=None).sequences)
+        texts.append(generate(model, prompt, generator=None).sequences)
     assert torch.equal(*texts)
 
 
@@ -200,18 +200,18 @@ def test_with_a_generator_for_each_row_a_batch_writes_what_each_prompt_would_alo
     prompts = prompts_of([3, 9, 6])
     batch = batch_of(prompts, side)
     generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
-    many = write(
+    many = generate(
         model, batch["input_ids"], attention_mask=batch["attention_mask"], generator=generators, context=context
     )
     assert many.num_forward_passes == 9
     for row, prompt in enumerate(prompts):
-        alone = write(model, prompt[None], seed=row, context=context).sequences[0]
+        alone = generate(model, prompt[None], seed=row, context=context).sequences[0]
         assert torch.equal(many.sequences[row, 9:], alone[len(prompt) :])
 
 
 def test_a_batch_with_one_generator_is_seeded(model):
     batch = batch_of(prompts_of([3, 9]), "left")
-    first, again = (write(model, **_named(batch), seed=5).sequences for _ in range(2))
+    first, again = (generate(model, **_named(batch), seed=5).sequences for _ in range(2))
     assert torch.equal(first, again) and not torch.equal(first[0, 9:], first[1, 9:])
 
 
@@ -225,7 +225,7 @@ def test_texts_without_a_prompt_begin_with_the_first_token(model):
 
 
 def test_passes_are_counted(model):
-    output = write(model, prompts_of([5, 5]) and torch.stack(prompts_of([5, 5])), max_new_tokens=10)
+    output = generate(model, prompts_of([5, 5]) and torch.stack(prompts_of([5, 5])), max_new_tokens=10)
     assert output.num_forward_passes == 3 * 3  # three blocks of three steps
     assert output.tokens_per_forward == pytest.approx(10 / 9)
 
@@ -256,13 +256,13 @@ class Counting(LogitsProcessor):
 
 @pytest.mark.parametrize("projection", ["sampling", "even", "uneven"])
 def test_logits_processors_decide_what_may_be_written(model, projection):
-    output = write(model, prompts_of([5])[0][None], projection=projection, logits_processor=[Only(11, 12)])
+    output = generate(model, prompts_of([5])[0][None], projection=projection, logits_processor=[Only(11, 12)])
     assert set(output.sequences[0, 5:].tolist()) <= {11, 12}
 
 
 @pytest.mark.parametrize("projection", ["sampling", "even", "uneven"])
 def test_processors_that_read_the_text_see_what_stands_to_the_left(model, projection):
-    output = write(model, torch.tensor([[9, 5], [2, 20]]), attention_mask=torch.tensor([[1, 1], [0, 1]]),
+    output = generate(model, torch.tensor([[9, 5], [2, 20]]), attention_mask=torch.tensor([[1, 1], [0, 1]]),
                    projection=projection, logits_processor=[Counting()])  # fmt: skip
     assert output.sequences[0, 2:].tolist() == list(range(6, 16))
     assert output.sequences[1, 2:].tolist() == list(range(21, 31))
@@ -270,18 +270,18 @@ def test_processors_that_read_the_text_see_what_stands_to_the_left(model, projec
 
 def test_transformers_own_constraints_hold(model):
     prompt = prompts_of([5])[0][None]
-    free = write(model, prompt).sequences[0, 5:]
-    banned = write(model, prompt, bad_words_ids=[[int(free[0])]]).sequences[0, 5:]
+    free = generate(model, prompt).sequences[0, 5:]
+    banned = generate(model, prompt, bad_words_ids=[[int(free[0])]]).sequences[0, 5:]
     assert int(free[0]) not in banned.tolist()
-    text = write(model, prompt, no_repeat_ngram_size=1, max_new_tokens=14).sequences[0].tolist()
+    text = generate(model, prompt, no_repeat_ngram_size=1, max_new_tokens=14).sequences[0].tolist()
     assert len(set(text[5:])) == 14
-    allowed = write(model, prompt, prefix_allowed_tokens_fn=lambda row, prefix: [int(prefix[-1]) % 40 + 3])
+    allowed = generate(model, prompt, prefix_allowed_tokens_fn=lambda row, prefix: [int(prefix[-1]) % 40 + 3])
     assert allowed.sequences[0, 5:].tolist() == [(x % 40 + 3) for x in allowed.sequences[0, 4:-1].tolist()]
 
 
 def test_processors_that_leave_nothing_are_refused(model):
     with pytest.raises(ValueError, match="the logits processors forbid every token"):
-        write(model, prompts_of([5])[0][None], logits_processor=[Only(47)])
+        generate(model, prompts_of([5])[0][None], logits_processor=[Only(47)])
 
 
 def test_mask_and_padding_are_never_written(model):
@@ -290,7 +290,7 @@ def test_mask_and_padding_are_never_written(model):
         kept = bias.clone()
         bias[[2, 47]] = 50.0
     try:
-        text = write(model, prompts_of([5])[0][None], max_new_tokens=12).sequences[0, 5:].tolist()
+        text = generate(model, prompts_of([5])[0][None], max_new_tokens=12).sequences[0, 5:].tolist()
     finally:
         with torch.no_grad():
             bias.copy_(kept)
@@ -300,11 +300,11 @@ def test_mask_and_padding_are_never_written(model):
 def test_an_end_token_ends_its_row_and_the_others_go_on(model, seen):
     batch = torch.stack(prompts_of([5, 5]))
     generators = lambda: [torch.Generator().manual_seed(seed) for seed in (0, 1)]  # noqa: E731
-    free = write(model, batch, generator=generators(), max_new_tokens=12).sequences[:, 5:]
+    free = generate(model, batch, generator=generators(), max_new_tokens=12).sequences[:, 5:]
     end = next(int(token) for token in free[0, :4] if token not in free[1])
     first = free[0].tolist().index(end)
     seen.clear()
-    output = write(model, batch, generator=generators(), max_new_tokens=12, eos_token_id=end)
+    output = generate(model, batch, generator=generators(), max_new_tokens=12, eos_token_id=end)
     assert output.sequences[0, 5:].tolist() == free[0, : first + 1].tolist() + [2] * (11 - first)
     assert torch.equal(output.sequences[1, 5:], free[1])
     assert [len(context) for context, *_ in seen] == [2] * 3 + [1] * 6  # an ended row costs nothing more
@@ -313,8 +313,8 @@ def test_an_end_token_ends_its_row_and_the_others_go_on(model, seen):
 
 def test_all_ended_rows_end_the_call(model):
     prompt = prompts_of([5])[0][None]
-    end = int(write(model, prompt, max_new_tokens=4).sequences[0, 6])
-    output = write(model, prompt, max_new_tokens=40, eos_token_id=end)
+    end = int(generate(model, prompt, max_new_tokens=4).sequences[0, 6])
+    output = generate(model, prompt, max_new_tokens=40, eos_token_id=end)
     assert output.num_forward_passes == 3 and output.sequences[0, -1] == end
 
 
@@ -331,13 +331,13 @@ class Shown(BaseStreamer):
 
 def test_text_is_streamed_block_by_block(model):
     streamer, prompt = Shown(), prompts_of([5])[0][None]
-    text = write(model, prompt, streamer=streamer).sequences[0].tolist()
+    text = generate(model, prompt, streamer=streamer).sequences[0].tolist()
     assert [len(piece) for piece in streamer.pieces] == [5, 4, 4, 2] and streamer.ended
     assert sum(streamer.pieces, []) == text
 
 
 def test_scores_of_the_last_step_are_returned(model):
-    output = write(model, prompts_of([5])[0][None], output_scores=True, output_logits=True, temperature=0.5)
+    output = generate(model, prompts_of([5])[0][None], output_scores=True, output_logits=True, temperature=0.5)
     assert len(output.scores) == len(output.logits) == 10
     scores, logits = (torch.stack(kept, dim=1) for kept in (output.scores, output.logits))
     assert torch.equal(scores.argmax(-1), output.sequences[:, 5:])

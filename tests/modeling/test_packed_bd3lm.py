@@ -7,8 +7,8 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from generating import batch_of, generate, prompts_of
 from torch import nn
-from writing import batch_of, prompts_of, write
 
 from bd3lm_hf.modeling import linear_bd3lm
 from bd3lm_hf.modeling.decoding_bd3lm import BlockForward
@@ -58,9 +58,9 @@ def test_a_text_written_with_packed_weights_is_the_plain_one(make_model, monkeyp
     close = BlockForward.close
     monkeypatch.setattr(BlockForward, "close", lambda self: [used.append(self.prepacked.products), close(self)][1])
     batch = batch_of(prompts_of(batch), "left")
-    fast = write(model, **batch, max_new_tokens=40)
+    fast = generate(model, **batch, max_new_tokens=40)
     with torch.backends.mkldnn.flags(enabled=False):
-        plain = write(model, **batch, max_new_tokens=40)
+        plain = generate(model, **batch, max_new_tokens=40)
     heavy = [module for name, module in model.named_modules() if name.endswith(("attn_qkv", "mlp.0", "linear"))]
     assert used[0].keys() >= set(heavy) and not used[1]
     assert torch.equal(fast.sequences, plain.sequences)
@@ -179,13 +179,13 @@ def test_weights_are_packed_once_and_freed_with_their_layer():
 
 def test_training_frees_packed_weights(make_model):
     model = make_model()
-    write(model, input_ids=prompts_of([5])[0][None])
+    generate(model, input_ids=prompts_of([5])[0][None])
     assert model.get_output_embeddings() in linear_bd3lm._PACKED
     model.train()
     assert not any(module in linear_bd3lm._PACKED for module in model.modules())
-    write(model, input_ids=prompts_of([5])[0][None])  # a model in training mode is not packed either
+    generate(model, input_ids=prompts_of([5])[0][None])  # a model in training mode is not packed either
     assert not any(module in linear_bd3lm._PACKED for module in model.modules())
-    write(model.eval(), input_ids=prompts_of([5])[0][None])
+    generate(model.eval(), input_ids=prompts_of([5])[0][None])
     release_prepacked(model)
     assert not any(module in linear_bd3lm._PACKED for module in model.modules())
 
@@ -193,10 +193,10 @@ def test_training_frees_packed_weights(make_model):
 def test_packed_weights_are_no_part_of_the_model(make_model, tmp_path):
     model = make_model()
     names, prompt = list(model.state_dict()), prompts_of([5])[0][None]
-    expected = write(model, input_ids=prompt).sequences
+    expected = generate(model, input_ids=prompt).sequences
     assert list(model.state_dict()) == names
     twin = copy.deepcopy(model)
     torch.save(twin, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
     for other in (twin, loaded):
-        assert torch.equal(write(other, input_ids=prompt).sequences, expected)
+        assert torch.equal(generate(other, input_ids=prompt).sequences, expected)

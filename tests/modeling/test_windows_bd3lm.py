@@ -1,16 +1,18 @@
-"""The window slides as published, or exactly, in a cache that grows or has a fixed size, at a cost that stays."""
+"""The window slides as published, or exactly, in a cache that grows or has a fixed size, at a constant cost."""
 
+import importlib.util
 import math
 import statistics
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from generating import MASK, assert_same, batch_of, generate, make_family, new_tokens, prompts_of
 from safetensors.torch import load_file
 from transformers import CompileConfig, DynamicCache, LogitsProcessorList, StaticCache
-from writing import MASK, batch_of, new_tokens, prompts_of, write
 
 from bd3lm_hf.modeling.cache_bd3lm import BlockCache
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
@@ -19,6 +21,7 @@ from bd3lm_hf.modeling.decoding_state_bd3lm import SequenceBuffer
 from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
 from bd3lm_hf.modeling.layers_bd3lm import apply_rotary
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.windows_bd3lm import compiles_by_default
 
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "01_bd3lm"
@@ -29,12 +32,6 @@ def new_cache(kind: type, model):
     if kind is StaticCache:
         return StaticCache(model.config, max_cache_len=model.config.model_length + model.config.block_size)
     return kind()
-
-
-def assert_same(ours, theirs) -> None:
-    assert torch.equal(ours.sequences, theirs.sequences)
-    for mine, other in zip(ours.logits, theirs.logits, strict=True):
-        torch.testing.assert_close(mine, other, atol=1e-5, rtol=0)
 
 
 # --- Beyond the window -----------------------------------------------------------------------------------------------
@@ -77,7 +74,7 @@ class Twin:
         return final.linear(modulated(x, final.norm_final, shift, scale))[0]
 
     @torch.no_grad()
-    def write(self, prompt: torch.Tensor, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def generate(self, prompt: torch.Tensor, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The greedy text from left to right, and the logits of each new token."""
         size = self.config.block_size
         columns = -(-(len(prompt) + count) // size) * size
@@ -85,10 +82,10 @@ class Twin:
         logits = []
         for begin in range(0, columns, size):
             block = text[begin : begin + size]
-            for place in (block == self.config.mask_token_id).nonzero().flatten().tolist():
-                row = self(block, store=False)[place].clone()
+            for position in (block == self.config.mask_token_id).nonzero().flatten().tolist():
+                row = self(block, store=False)[position].clone()
                 row[[self.config.mask_token_id, self.config.pad_token_id]] = -torch.inf
-                block[place] = row.argmax()
+                block[position] = row.argmax()
                 logits.append(row)
             self(block, store=True)
         return text[len(prompt) : len(prompt) + count], logits[:count]
@@ -99,36 +96,11 @@ class Twin:
 def test_a_text_beyond_the_window_follows_the_published_cache(make_model, block_size, kind):
     model = make_model(block_size=block_size)
     prompt = prompts_of([13])[0]
-    output = write(model, input_ids=prompt[None], max_new_tokens=61, past_key_values=new_cache(kind, model))
-    text, logits = Twin(model).write(prompt, 61)
+    output = generate(model, input_ids=prompt[None], max_new_tokens=61, past_key_values=new_cache(kind, model))
+    text, logits = Twin(model).generate(prompt, 61)
     assert torch.equal(new_tokens(output)[0], text)
     for ours, theirs in zip(output.logits, logits, strict=True):
         torch.testing.assert_close(ours[0], theirs, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("name", ["dynamic", "static"])
-def test_rows_of_a_batch_slide_over_the_window_as_if_they_stood_alone(make_model, name):
-    model = make_model()
-    prompts = prompts_of([1, 6, 13, 32])
-    output = write(model, **batch_of(prompts, "left"), max_new_tokens=50, cache_implementation=name)
-    for row, prompt in enumerate(prompts):
-        text, logits = Twin(model).write(prompt, 50)
-        assert torch.equal(new_tokens(output)[row], text)
-        torch.testing.assert_close(output.logits[-1][row], logits[-1], atol=1e-5, rtol=0)
-
-
-def test_without_a_cache_each_step_recomputes_the_last_window(make_model):
-    model = make_model()
-    prompts = prompts_of([6, 13])
-    output = write(model, **batch_of(prompts, "left"), max_new_tokens=43, use_cache=False)
-    for row, prompt in enumerate(prompts):
-        text = torch.cat([prompt, new_tokens(output)[row]])
-        last = len(text) - 1
-        stop = last // 4 * 4 + 4
-        window = F.pad(text[:last], (0, stop - last), value=MASK)[stop - 32 :]
-        expected = model(window[None]).logits[0, last - stop]
-        expected[[2, MASK]] = -torch.inf
-        torch.testing.assert_close(output.logits[-1][row], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -149,36 +121,25 @@ def test_the_moving_window_reproduces_the_published_logits(kind, window, name):
     model = BD3LMForMaskedLM(config).eval()
     model.load_state_dict(load_file(GOLDEN / "weights.safetensors"))
     ids = golden["adaln.bs16.slide_ids"]
-    canvas = SequenceBuffer.from_prompts(ids[:, :32], None, 16, 16, 96)
-    canvas.token_ids[:] = ids
+    buffer = SequenceBuffer.from_prompts(ids[:, :32], None, 16, 16, 96)
+    buffer.token_ids[:] = ids
     cache, options = None if kind is None else new_cache(kind, model), BD3LMGenerationConfig(window=window)
-    writer = BlockWriter(model, canvas, ids[:, :32], LogitsProcessorList(), options, cache)
+    writer = BlockWriter(model, buffer, ids[:, :32], LogitsProcessorList(), options, cache)
     with torch.no_grad():
         rows = [writer.forward.logits(32, torch.tensor([place]), torch.ones(1)) for place in range(16)]
     torch.testing.assert_close(torch.stack(rows, 1), golden[f"adaln.bs16.{name}"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", CACHES)
-@pytest.mark.parametrize("block_size", [1, 4, 8, 32])
+@pytest.mark.parametrize("block_size", [1, 32])
 def test_an_exact_window_gives_what_recomputing_it_in_every_step_gives(make_model, block_size, kind):
     model = make_model(block_size=block_size)
     batch = batch_of(prompts_of([1, 13, 32]), "left")
-    exact = write(model, **batch, max_new_tokens=61, window="exact", past_key_values=new_cache(kind, model))
-    assert_same(exact, write(model, **batch, max_new_tokens=61, use_cache=False))
-    cached = write(model, **batch, max_new_tokens=61)
+    exact = generate(model, **batch, max_new_tokens=61, window="exact", past_key_values=new_cache(kind, model))
+    assert_same(exact, generate(model, **batch, max_new_tokens=61, use_cache=False))
+    cached = generate(model, **batch, max_new_tokens=61)
     if block_size < 32:  # with one block in the window nothing is left that could know of earlier ones
         assert not torch.equal(cached.sequences, exact.sequences)
-
-
-def test_an_exact_window_is_computed_once_per_block(make_model, monkeypatch):
-    model, lengths = make_model(), []
-    run = model.backbone.run
-    monkeypatch.setattr(
-        model.backbone, "run", lambda embeds, *a, **k: [lengths.append(embeds.shape[1]), run(embeds, *a, **k)][1]
-    )
-    output = write(model, input_ids=prompts_of([28])[0][None], max_new_tokens=12, window="exact")
-    assert output.num_forward_passes == 12
-    assert lengths == [28, 4, 4, 4, 4, 28, 4, 4, 4, 4, 28, 4, 4, 4, 4]
 
 
 # --- Any length ------------------------------------------------------------------------------------------------------
@@ -208,7 +169,7 @@ class Clock:
         pass
 
 
-def write_long(model, tokens: int, **options) -> Clock:
+def generate_long(model, tokens: int, **options) -> Clock:
     """A text that takes one pass per block."""
     clock = Clock()
     text = model.generate(
@@ -233,7 +194,7 @@ def step_time(times: list[float]) -> float:
 
 @pytest.mark.parametrize("name", ["dynamic", "static"])
 def test_a_long_text_takes_the_same_time_and_memory_for_every_block(make_model, name):
-    clock = write_long(make_model(block_size=8), 4000, cache_implementation=name)
+    clock = generate_long(make_model(block_size=8), 4000, cache_implementation=name)
     quarter = len(clock.times) // 4
     assert step_time(clock.times[-quarter:]) < 2 * step_time(clock.times[quarter : 2 * quarter])
     assert clock.memory[-1] - clock.memory[1] < 4_000_000
@@ -243,7 +204,7 @@ def test_a_long_text_takes_the_same_time_and_memory_for_every_block(make_model, 
 @pytest.mark.parametrize("name", ["dynamic", "static"])
 def test_a_hundred_thousand_tokens_take_the_same_time_and_memory_for_every_block(make_model, name):
     model = make_model(block_size=8)
-    clock = write_long(model, 100_000, cache_implementation=name)
+    clock = generate_long(model, 100_000, cache_implementation=name)
     tenth = len(clock.times) // 10
     assert step_time(clock.times[-tenth:]) < 1.5 * step_time(clock.times[tenth : 2 * tenth])
     # Ten passes' worth of keys and values, or one mask of all columns per block, would be more.
@@ -275,37 +236,28 @@ def test_the_sliding_cache_keeps_its_place_and_size(make_model):
 # --- Caches of fixed size --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokens", [3, 11, 61])
-@pytest.mark.parametrize("lengths", [[3], [13, 13], [1, 6, 13, 32]])
+@pytest.mark.parametrize("tokens", [3, 61])
+@pytest.mark.parametrize("lengths", [[13, 13], [1, 6, 13, 32]])
 def test_a_static_cache_writes_what_a_growing_one_does(make_model, lengths, tokens):
     model = make_model()
     batch = batch_of(prompts_of(lengths), "left")
-    static = write(model, **batch, max_new_tokens=tokens, cache_implementation="static")
+    static = generate(model, **batch, max_new_tokens=tokens, cache_implementation="static")
     assert isinstance(static.past_key_values, StaticCache)
     assert static.past_key_values.layers[0].keys.shape == (len(lengths), 2, 36, 16)
-    assert_same(static, write(model, **batch, max_new_tokens=tokens))
-
-
-@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
-def test_a_static_cache_serves_every_attention_implementation(make_model, implementation):
-    model = make_model()
-    batch = batch_of(prompts_of([1, 6, 13]), "left")
-    expected = write(model, **batch, max_new_tokens=40)
-    model.set_attn_implementation(implementation)
-    assert_same(write(model, **batch, max_new_tokens=40, cache_implementation="static"), expected)
+    assert_same(static, generate(model, **batch, max_new_tokens=tokens))
 
 
 def test_a_static_cache_larger_than_needed_or_uneven_is_a_ring_of_whole_blocks(make_model):
     model = make_model()
     prompt = prompts_of([13])[0][None]
-    expected = write(model, input_ids=prompt, max_new_tokens=61)
+    expected = generate(model, input_ids=prompt, max_new_tokens=61)
     for slots in (37, 39, 50, 200):
         cache = StaticCache(model.config, max_cache_len=slots)
-        assert_same(write(model, input_ids=prompt, max_new_tokens=61, past_key_values=cache), expected)
+        assert_same(generate(model, input_ids=prompt, max_new_tokens=61, past_key_values=cache), expected)
     just = StaticCache(model.config, max_cache_len=24)
     assert_same(
-        write(model, input_ids=prompt, max_new_tokens=11, past_key_values=just),
-        write(model, input_ids=prompt, max_new_tokens=11),
+        generate(model, input_ids=prompt, max_new_tokens=11, past_key_values=just),
+        generate(model, input_ids=prompt, max_new_tokens=11),
     )
 
 
@@ -316,31 +268,51 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("lengths", [[13], [1, 6, 13, 32]])
-def test_a_compiled_step_is_compiled_twice_and_never_again(make_model, fresh_compiler, lengths):
+def test_a_step_is_compiled_twice_for_batches_of_all_lengths(make_model, fresh_compiler):
     model, graphs = make_model(), []
-    batch = batch_of(prompts_of(lengths), "left")
 
     def backend(graph, inputs, **kwargs):
         graphs.append(graph)
         return graph
 
     options = {"cache_implementation": "static", "compile_config": CompileConfig(backend=backend, fullgraph=True)}
-    for tokens in (9, 61):
-        compiled = write(model, **batch, max_new_tokens=tokens, **options)
+    for lengths, tokens in (([13] * 4, 9), ([1, 6, 13, 32], 61), ([5, 5, 9, 9], 30)):
+        batch = batch_of(prompts_of(lengths))
+        compiled = generate(model, **batch, max_new_tokens=tokens, **options)
         assert len(graphs) == 2  # with and without a block to write
-        assert_same(compiled, write(model, **batch, max_new_tokens=tokens))
+        assert_same(compiled, generate(model, **batch, max_new_tokens=tokens))
+
+
+@pytest.mark.parametrize(
+    ("device", "batch_size", "fields", "expected"),
+    [
+        ("cuda", 1, {}, True),
+        ("cuda", 64, {}, True),
+        ("cuda", 65, {}, False),
+        ("cuda", 1, {"disable_compile": True}, False),
+        ("cpu", 1, {}, False),
+    ],
+)
+def test_small_batches_on_cuda_are_compiled_by_default(monkeypatch, device, batch_size, fields, expected):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    model = SimpleNamespace(device=torch.device(device))
+    assert compiles_by_default(model, BD3LMGenerationConfig(**fields), batch_size) is expected
+    for unfit in ({"hf_quantizer": 1}, {"hf_device_map": {"a": 0, "b": 1}}):
+        model = SimpleNamespace(device=torch.device(device), **unfit)
+        assert not compiles_by_default(model, BD3LMGenerationConfig(**fields), batch_size)
 
 
 def test_a_compiled_step_is_asked_for_and_can_be_refused(make_model, monkeypatch):
     model, asked = make_model(), []
     monkeypatch.setattr(torch, "compile", lambda function, **options: [asked.append(options), function][1])
     prompt = prompts_of([5])[0][None]
-    write(model, input_ids=prompt, cache_implementation="static")
-    write(model, input_ids=prompt, compile_config=CompileConfig())  # a cache that grows has no fixed shapes
-    write(model, input_ids=prompt, cache_implementation="static", compile_config=CompileConfig(), disable_compile=True)
+    generate(model, input_ids=prompt, cache_implementation="static")
+    generate(model, input_ids=prompt, compile_config=CompileConfig())  # a cache that grows has no fixed shapes
+    generate(
+        model, input_ids=prompt, cache_implementation="static", compile_config=CompileConfig(), disable_compile=True
+    )
     assert not asked  # on a CPU, as in transformers, only when it is asked for
-    write(model, input_ids=prompt, cache_implementation="static", compile_config=CompileConfig(mode="default"))
+    generate(model, input_ids=prompt, cache_implementation="static", compile_config=CompileConfig(mode="default"))
     assert [options["mode"] for options in asked] == ["default"] and asked[0]["dynamic"] is False
 
 
@@ -348,8 +320,8 @@ def test_a_traced_step_writes_the_same_text(make_model, fresh_compiler):
     model, prompt = make_model(), prompts_of([13])[0][None]
     options = {"cache_implementation": "static", "compile_config": CompileConfig(backend="aot_eager", fullgraph=True)}
     assert_same(
-        write(model, input_ids=prompt, max_new_tokens=61, **options),
-        write(model, input_ids=prompt, max_new_tokens=61),
+        generate(model, input_ids=prompt, max_new_tokens=61, **options),
+        generate(model, input_ids=prompt, max_new_tokens=61),
     )
 
 
@@ -358,8 +330,8 @@ def test_a_step_compiled_by_inductor_writes_the_same_text(make_model, fresh_comp
     model, prompt = make_model(), prompts_of([13])[0][None]
     options = {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=True)}
     assert_same(
-        write(model, input_ids=prompt, max_new_tokens=61, **options),
-        write(model, input_ids=prompt, max_new_tokens=61),
+        generate(model, input_ids=prompt, max_new_tokens=61, **options),
+        generate(model, input_ids=prompt, max_new_tokens=61),
     )
 
 
@@ -370,11 +342,11 @@ def test_a_step_compiled_by_inductor_writes_the_same_text(make_model, fresh_comp
 def test_a_returned_cache_is_continued(make_model, kind):
     model = make_model()
     prompt = torch.stack(prompts_of([9, 9]))
-    whole = write(model, input_ids=prompt, max_new_tokens=16)
-    first = write(model, input_ids=prompt, max_new_tokens=10, past_key_values=new_cache(kind, model))
+    whole = generate(model, input_ids=prompt, max_new_tokens=16)
+    first = generate(model, input_ids=prompt, max_new_tokens=10, past_key_values=new_cache(kind, model))
     assert isinstance(first.past_key_values, kind)
     assert first.past_key_values.get_seq_length() == 16  # the last block, 16 to 18, is not finished
-    second = write(model, input_ids=first.sequences, max_new_tokens=6, past_key_values=first.past_key_values)
+    second = generate(model, input_ids=first.sequences, max_new_tokens=6, past_key_values=first.past_key_values)
     assert torch.equal(second.sequences, whole.sequences)
     for ours, theirs in zip(second.logits, whole.logits[10:], strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
@@ -386,23 +358,41 @@ def test_a_cache_whose_window_has_moved_comes_back_empty(make_model, kind, windo
     # Its keys stand at positions that no later prompt has.
     model = make_model()
     given = {"past_key_values": new_cache(kind, model), "window": window}
-    first = write(model, input_ids=prompts_of([9])[0][None], max_new_tokens=40, **given)
+    first = generate(model, input_ids=prompts_of([9])[0][None], max_new_tokens=40, **given)
     assert first.past_key_values.get_seq_length() == 0
     tail = first.sequences[:, -24:]
-    again = write(model, input_ids=tail, max_new_tokens=4, past_key_values=first.past_key_values)
-    assert torch.equal(again.sequences, write(model, input_ids=tail, max_new_tokens=4).sequences)
+    again = generate(model, input_ids=tail, max_new_tokens=4, past_key_values=first.past_key_values)
+    assert torch.equal(again.sequences, generate(model, input_ids=tail, max_new_tokens=4).sequences)
 
 
 def test_a_cache_holds_what_the_output_shows(make_model):
     # The last row ends inside a block; what it holds behind its end is padding, in the text and in the cache.
     model = make_model(eos_token_id=1)
     prompt = torch.stack(prompts_of([4, 4, 4]))
-    plain = new_tokens(write(model, input_ids=prompt, max_new_tokens=12))
+    plain = new_tokens(generate(model, input_ids=prompt, max_new_tokens=12))
     stop = next(t for t in plain[2, :9].tolist() if t not in plain[:2].flatten().tolist())
-    output = write(model, input_ids=prompt, max_new_tokens=12, eos_token_id=stop)
+    output = generate(model, input_ids=prompt, max_new_tokens=12, eos_token_id=stop)
     assert (output.sequences[2] == 2).any()
     fresh = BlockCache()
     with torch.no_grad():
         model(output.sequences[:, :12], past_key_values=fresh, use_cache=True)
     for ours, theirs in zip(output.past_key_values.layers, fresh.layers, strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-5, rtol=0)
+
+
+# --- A window that is one block --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["mdlm", "sedd"])
+@pytest.mark.parametrize("stride", [None, 1, 3, 7])
+def test_beyond_a_single_window_a_text_goes_on_as_from_its_last_tokens(family, stride):
+    # The reference: every window on its own, with what it holds of the text as its prompt.
+    model, window, text = make_family(family), 8, torch.tensor([[5, 6, 7]])
+    output, step = generate(model, text, max_new_tokens=17, window_stride=stride), stride or window // 2
+    num_forward_passes, end = 0, text.shape[1] + 17
+    while text.shape[1] < end:
+        context = text[:, -(window - step) :] if text.shape[1] >= window else text
+        one = generate(model, context, max_new_tokens=min(window - context.shape[1], end - text.shape[1]))
+        text = torch.cat([text, new_tokens(one)], dim=1)
+        num_forward_passes += one.num_forward_passes
+    assert torch.equal(output.sequences, text) and output.num_forward_passes == num_forward_passes
