@@ -78,21 +78,21 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
 
     @classmethod
     def from_encoder(cls, encoder: PreTrainedModel, **fields: Any) -> "SSDLMForMaskedLM":
-        """A new model around the weights of a trained masked language model, such as RoBERTa.
+        """Make a model around the weights of a trained masked language model, such as RoBERTa.
 
         The simplex layer begins as the encoder's word embeddings, the timestep layer fresh.
 
         Args:
             encoder: a masked language model of transformers; its weights are copied.
-            fields: of the configuration, beside `encoder_config`.
+            fields: of the configuration, other than `encoder_config`.
 
         Raises:
-            ValueError: the encoder is no masked language model, or the fields do not fit it.
+            ValueError: if the encoder is not a masked language model, or if the fields do not fit it.
         """
         model = cls(cls.config_class(encoder_config=copy.deepcopy(encoder.config), **fields))
         if type(model.model) is not type(encoder):
             raise ValueError(
-                f"a {type(encoder).__name__} is no encoder to diffuse with: give a {type(model.model).__name__}, "
+                f"a {type(encoder).__name__} is not a masked language model: give a {type(model.model).__name__}, "
                 f"which predicts tokens."
             )
         model.model.load_state_dict(encoder.state_dict())
@@ -135,7 +135,7 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
         """As in transformers; in the simplex layer, too, new tokens begin as their word embeddings.
 
         Raises:
-            ValueError: the mask token would be cut off.
+            ValueError: if the mask token would be cut off.
         """
         config = self.config
         if new_num_tokens is not None and new_num_tokens <= config.mask_token_id:
@@ -167,21 +167,22 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> SSDLMOutput:
-        """Logits of a noisy block behind its context, or the training loss.
+        """Return the logits of a noisy block after its context, or the training loss.
 
         Args:
             input_ids: `(batch, length)`: the context, or with `labels` the whole training text.
-            attention_mask: `(batch, length)`, zeros for padding behind (or before) each row's tokens.
-            labels: `(batch, length)`; gives the loss: a block of each text is denoised behind the tokens before it.
+            attention_mask: `(batch, length)`, zeros for padding after (or before) each row's tokens.
+            labels: `(batch, length)`; gives the loss: a block of each text is denoised after the tokens before it.
                 Where labels are -100 a token is context only.
             noisy_logits: `(batch, block, vocab_size)`, the block's x_t.
             timesteps: `(batch,)`, its progress t / T.
-            block_noise: `(batch, 2)` uniform draws that decide the step t and the length of the context, `count_noise`
-                the seed of the Gaussian noise; without them torch's global generator does. `token_noise` is unused.
+            block_noise: `(batch, 2)` uniform numbers that decide the step t and the length of the context,
+                `count_noise` the seed of the Gaussian noise; without them torch's global generator draws both.
+                `token_noise` is unused.
             num_items_in_batch: labelled tokens of all batches of a step.
 
         Raises:
-            ValueError: neither a block nor labels, or texts too short to hold a context and a block.
+            ValueError: if neither a block nor labels are given, or if a text is too short for a context and a block.
         """
         check_labels_reach_the_loss(labels, num_items_in_batch)
         if labels is not None:
@@ -190,7 +191,7 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
             return SSDLMOutput(loss=self._loss(input_ids, attention_mask, labels, noise, num_items_in_batch))
         if noisy_logits is None or timesteps is None:
             raise ValueError(
-                "a context alone has no logits: pass noisy_logits and timesteps of the block behind it, or labels for "
+                "a context alone has no logits: pass noisy_logits and timesteps of the block after it, or labels for "
                 "the loss."
             )
         return SSDLMOutput(logits=self.denoise(input_ids, attention_mask, noisy_logits, timesteps))
@@ -202,7 +203,7 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
         noisy: torch.Tensor,
         timesteps: torch.Tensor,
     ) -> torch.Tensor:
-        """Logits `(batch, block, vocab_size)`; arguments as in [`forward`]."""
+        """Return logits `(batch, block, vocab_size)`; arguments as in [`forward`]."""
         batch, width = context_ids.shape
         block = noisy.shape[1]
         words = self.get_input_embeddings()(context_ids)
@@ -211,16 +212,16 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
         if attention_mask is None or bool(attention_mask.all()):
             logits = self.model(inputs_embeds=torch.cat([words, mixed], dim=1)).logits
             return logits[:, width:].float()
-        # Each row's block follows its own context, so that positions are those of the row alone; padding is behind.
+        # Each row's block follows its own context, so that positions are those of the row alone; padding comes last.
         real = attention_mask.bool()
         lengths = real.sum(1, keepdim=True)
         order = (~real).long().argsort(dim=1, stable=True)
         column = torch.arange(width + block, device=words.device).expand(batch, -1)
-        place = column - lengths  # of a column within the block
-        in_block = (place >= 0) & (place < block)
+        in_block_position = column - lengths
+        in_block = (in_block_position >= 0) & (in_block_position < block)
         words = words.gather(1, order.unsqueeze(-1).expand_as(words))
         embeds = torch.cat([words, mixed], dim=1)
-        source = torch.where(in_block, width + place, column.clamp(max=width - 1)).unsqueeze(-1)
+        source = torch.where(in_block, width + in_block_position, column.clamp(max=width - 1)).unsqueeze(-1)
         embeds = embeds.gather(1, source.expand(-1, -1, embeds.shape[-1]))
         logits = self.model(inputs_embeds=embeds, attention_mask=(column < lengths + block).long()).logits
         columns = lengths + torch.arange(block, device=words.device)
@@ -234,13 +235,13 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
         noise: tuple[torch.Tensor | None, torch.Tensor | None],
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
-        """Mean cross-entropy of a block of each text, weighted by the labelled tokens for which the text stands."""
+        """Return the cross-entropy of one random block per text, weighted by the labelled tokens of that text."""
         config, (batch, width) = self.config, input_ids.shape
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        order = (~real).long().argsort(dim=1, stable=True)  # padding goes behind
+        order = (~real).long().argsort(dim=1, stable=True)  # padding comes last
         ids, labels, lengths = input_ids.gather(1, order), labels.gather(1, order), real.sum(1)
-        most = lengths - config.block_size  # longest context
-        if (most < 1).any():
+        longest = lengths - config.block_size  # of the contexts
+        if (longest < 1).any():
             raise ValueError(
                 f"a text of {int(lengths.min())} tokens holds no context and block of {config.block_size}: pack "
                 f"longer texts, or choose a smaller block_size."
@@ -248,7 +249,7 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
         # 1. The step, and where the block begins
         uniform, seeds = self._draws(noise, batch, input_ids.device)
         t = (uniform[:, 0] * config.num_train_timesteps).floor().clamp(max=config.num_train_timesteps - 1) + 1
-        begin = torch.minimum((uniform[:, 1] * most).floor().long() + 1, most)
+        begin = torch.minimum((uniform[:, 1] * longest).floor().long() + 1, longest)
         # 2. The noisy block
         columns = begin.unsqueeze(1) + torch.arange(config.block_size, device=ids.device)
         targets = labels.gather(1, columns)
@@ -256,7 +257,7 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
         normal = self._normal(seeds, clean)
         alpha_bar = simplex_schedule(t, config.num_train_timesteps).alpha_bar
         noisy = noisy_logits(clean, alpha_bar, normal, config.one_hot_value)
-        # 3. Its cross-entropy behind the context
+        # 3. Its cross-entropy after the context
         context = torch.arange(width, device=ids.device) < begin.unsqueeze(1)
         context = context[:, : int(begin.max())]
         logits = self.denoise(ids[:, : context.shape[1]], context.long(), noisy, t / config.num_train_timesteps)
@@ -269,7 +270,7 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
     def _draws(
         self, noise: tuple[torch.Tensor | None, torch.Tensor | None], batch: int, device: torch.device
     ) -> tuple[torch.Tensor, list[int]]:
-        """Uniform numbers `(batch, 2)`, and a seed of the Gaussian noise for each row."""
+        """Return uniform numbers `(batch, 2)`, and a seed of the Gaussian noise for each row."""
         block_noise, count_noise = noise
         if block_noise is None or count_noise is None:
             block_noise = torch.rand((batch, 2), device=device)
@@ -279,23 +280,26 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
                 f"block_noise of shape {tuple(block_noise.shape)} and count_noise of shape "
                 f"{tuple(count_noise.shape)} do not fit this batch: give {(batch, 2)} for each."
             )
-        high, low = (count_noise.double() * 2**24).long().unbind(1)
+        # Uniform float32 numbers have 24 random bits each, which are exact in int64.
+        high, low = (count_noise.cpu() * 2**24).long().unbind(1)
         return block_noise.to(device), (high * 2**24 + low).tolist()
 
     def _normal(self, seeds: list[int], like: torch.Tensor) -> torch.Tensor:
-        """Standard normal numbers; a row's depend on its seed only, not on its batch."""
-        rows = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(rows).to(like)
+        """Draw standard normal numbers; those of a row depend on its seed only, not on its batch or the device."""
+        normal = torch.empty(like.shape, pin_memory=like.device.type == "cuda")
+        for row, seed in zip(normal, seeds, strict=True):
+            torch.randn(row.shape, generator=torch.Generator().manual_seed(seed), out=row)
+        return normal.to(like.device, like.dtype, non_blocking=True)
 
     def token_nll(self, *args: Any, **kwargs: Any) -> Any:
-        """There is none.
+        """Refuse: there is no likelihood.
 
         Raises:
             ValueError: always.
         """
         raise ValueError(
-            "SSD-LM has no tractable likelihood: its loss is a cross-entropy of denoising, and no bound on log p(x). "
-            "Judge its texts by generative perplexity."
+            "SSD-LM has no tractable likelihood: its loss is a cross-entropy of denoising, not a bound on log p(x). "
+            "Use generative perplexity to score its samples."
         )
 
 

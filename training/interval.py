@@ -137,6 +137,12 @@ def check_searchable(model: Any, candidates: Sequence[Interval]) -> None:
             "interval_search would find an interval that a checkpoint of adapters does not keep: set one on the base "
             "model (set_interval), or leave the search out."
         )
+    constant = [f"{low:g}-{high:g}" for low, high in candidates if 0.5 < low < high]
+    if constant:
+        logger.warning(
+            f"interval_candidates {', '.join(constant)} start above 0.5, where the published loss has the weight 1 "
+            f"instead of 1/t: their variance is lower for that reason alone. Start them at 0.5 or below."
+        )
     for low, high in candidates:
         check_interval(low, high, model.config.block_size, truncated=model.config.resample)
 

@@ -511,11 +511,9 @@ def test_a_step_that_does_not_wait_for_the_device_has_the_same_loss_and_gradient
 def test_noise_that_masks_more_than_its_law_allows_gives_no_number_without_a_wait(tiny_model):
     ids = random_ids(32, 32)
     noise = Noise(torch.full((32, 8), 0.01), torch.zeros(32, 32), torch.zeros(32, 8))
-    loss = denoising_loss(tiny_model, ids, ids, noise=noise, interval=(1e-3, 0.1), may_synchronize=False)
-    assert loss.isnan() or loss.isfinite()
-    assert denoising_loss(
-        tiny_model.train(), ids, ids, noise=noise, interval=(1e-3, 0.1), may_synchronize=False
-    ).isnan()
+    for waits in (True, False):
+        options = {"noise": noise, "interval": (1e-3, 0.1), "may_synchronize": waits}
+        assert denoising_loss(tiny_model.train(), ids, ids, **options).isfinite() == waits
 
 
 def test_the_interval_is_read_from_the_device_only_after_a_change(tiny_model):

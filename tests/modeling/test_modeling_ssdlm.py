@@ -173,7 +173,7 @@ def test_the_mask_token_is_not_cut_off(tiny):
 def test_an_encoder_without_a_head_is_no_encoder_to_diffuse_with():
     encoder = AutoModel.from_config(AutoConfig.for_model("roberta", vocab_size=20, hidden_size=16, num_hidden_layers=1,
                                                          num_attention_heads=2, intermediate_size=32))  # fmt: skip
-    with pytest.raises(ValueError, match="a RobertaModel is no encoder to diffuse with: give a RobertaForMaskedLM"):
+    with pytest.raises(ValueError, match="a RobertaModel .*RobertaForMaskedLM"):
         SSDLMForMaskedLM.from_encoder(encoder, block_size=4, model_length=16)
 
 

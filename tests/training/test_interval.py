@@ -12,6 +12,7 @@ import torch
 import torch.multiprocessing
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers.utils import logging
 
 from bd3lm_hf.checkpoints import NotFiniteError
 from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, BD3LMConfig
@@ -163,6 +164,13 @@ def test_a_model_without_an_interval_is_refused(tiny_config, randomize):
     ):
         with pytest.raises(ValueError, match=f"this {type(model).__name__} has none: use .* with var_min=True"):
             check_searchable(model, [WHOLE])
+
+
+def test_a_candidate_with_a_constant_weight_is_warned_about(tiny_config, randomize, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logging.get_logger("bd3lm_hf.interval"), "warning", warnings.append)
+    check_searchable(model_of(tiny_config, randomize), [WHOLE, (0.6, 0.9), (1.0, 1.0)])
+    assert len(warnings) == 1 and "interval_candidates 0.6-0.9 start above 0.5" in warnings[0]
 
 
 # --- The statistic ---------------------------------------------------------------------------------------------------
