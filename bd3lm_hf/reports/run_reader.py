@@ -23,7 +23,7 @@ Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> steps, values
 
 
 def series_of(log_history: Sequence[Mapping[str, Any]]) -> Series:
-    """Every logged number over the steps; where a step was logged twice, the later entry counts."""
+    """Return every logged number over the steps; where a step was logged twice, the later entry counts."""
     found: dict[str, dict[int, float]] = {}
     for entry in log_history:
         for name, value in entry.items():
@@ -36,7 +36,7 @@ def series_of(log_history: Sequence[Mapping[str, Any]]) -> Series:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Mean over a twentieth of the values around each, fewer at the start; at the end over those that there are."""
+    """Return the mean over a twentieth of the values around each, fewer at the start; at the end over those that there are."""
     count, sums = len(values), np.concatenate([[0.0], np.cumsum(values)])
     place = np.arange(count)
     half = np.minimum(place, count // 40)
@@ -88,7 +88,7 @@ class Run:
 
     @property
     def estimator(self) -> str | None:
-        """Of the likelihood after training, as the recipe has it; None: it does not say."""
+        """Likelihood estimator used after training, from the recipe; None if it is not set."""
         if self.is_exact:
             return "exact"
         name = self.recipe.get("final_estimator") or self.recipe.get("eval_estimator")
@@ -143,7 +143,7 @@ def is_run(folder: Path) -> bool:
 
 
 def _expanded(path: Path) -> list[Path]:
-    """Runs and result files that a path stands for."""
+    """Return the runs and result files that a path means."""
     if path.is_file():
         # A result file inside a run folder means the run.
         return (
@@ -183,7 +183,7 @@ def _read_into(material: Material, path: Path) -> None:
 
 
 def _kind(content: Any) -> Callable[[Material, Named], None] | None:
-    """How to take in a result file, told by its fields; None: it is none."""
+    """Return how to add a result file, by its fields, or None if it is not one."""
     if isinstance(content, list):
         is_comparison = bool(content) and all(isinstance(row, dict) and row.keys() >= _COMPARED for row in content)
         return (lambda material, named: material.comparisons.append(named)) if is_comparison else None
@@ -203,10 +203,10 @@ _KINDS: tuple[tuple[set[str], Callable[[Material, Named], None]], ...] = (
 
 
 def read_run(folder: Path) -> Run:
-    """What is in a run's folder.
+    """Read the folder of a run.
 
     Raises:
-        ValueError: a file that is broken, other than by having been cut off.
+        ValueError: if a file is broken, other than by having been cut off.
     """
     run = Run(name=folder.resolve().name, folder=folder)
     run.recipe = _read_recipe(folder / RECIPE_NAME)
@@ -224,7 +224,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_series(folder: Path, run: Run) -> Series:
-    """The log of a finished run, else that of its last checkpoint."""
+    """Return the log of a finished run, otherwise that of its last checkpoint."""
     if "losses" in run.results:
         return series_of(run.results["losses"])
     if not (folder / RESULTS_NAME).is_file():
@@ -251,7 +251,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _read_samples(path: Path) -> list[RunSample]:
-    """The texts that a run wrote at its evaluations."""
+    """Return the samples that a run wrote at its evaluations."""
     samples: list[RunSample] = []
     lines: list[str] = []
     for line in _text_of(path).splitlines() if path.is_file() else []:
@@ -266,7 +266,7 @@ def _read_samples(path: Path) -> list[RunSample]:
 
 
 def _whole(path: Path, run: Run) -> dict[str, Any]:
-    """The object in a file of a run; empty where the file is missing or cut off, which is noted."""
+    """Return the object in a file of a run; empty if the file is missing or cut off, which is noted."""
     if not path.is_file():
         return {}
     text = _text_of(path)
@@ -284,9 +284,9 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The objects of a file of lines, and whether its last line is cut off, which is then left out."""
+    """Return the objects of a file of JSON lines, and whether its last line is cut off and left out."""
     lines = _text_of(path).split("\n")
-    cut_off = bool(lines.pop())  # behind the last line's end there is nothing
+    cut_off = bool(lines.pop())  # empty if the last line is complete
     rows = [_parse(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
@@ -323,7 +323,7 @@ def _make_names_unique(runs: Sequence[Run]) -> None:
 
 
 def finite(row: Mapping[str, Any], name: str) -> float | None:
-    """A number of a row; None where it is missing, null or not finite."""
+    """Return a number of a row, or None if it is missing, null or not finite."""
     value = row.get(name)
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
