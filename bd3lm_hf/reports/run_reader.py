@@ -36,12 +36,12 @@ def series_of(log_history: Sequence[Mapping[str, Any]]) -> Series:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Return the mean over a twentieth of the values around each, fewer at the start; at the end over those that there are."""
+    """Return the running mean over a twentieth of the values, over fewer at the start and the end."""
     count, sums = len(values), np.concatenate([[0.0], np.cumsum(values)])
-    place = np.arange(count)
-    half = np.minimum(place, count // 40)
-    stop = np.minimum(count, place + half + 1)
-    return (sums[stop] - sums[place - half]) / (stop - place + half)
+    index = np.arange(count)
+    half = np.minimum(index, count // 40)
+    stop = np.minimum(count, index + half + 1)
+    return (sums[stop] - sums[index - half]) / (stop - index + half)
 
 
 _STATES = "checkpoint-*/trainer_state.json"
