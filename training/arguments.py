@@ -16,6 +16,7 @@ from bd3lm_hf.data.instructions import LONG_ROWS
 from bd3lm_hf.data.packing import PACKINGS
 from bd3lm_hf.data.schemas import SCHEMAS
 from bd3lm_hf.data.sources import DEFAULT_DATASET
+from bd3lm_hf.training.block_schedule import BlockSizeSchedule
 from bd3lm_hf.training.interval import METHODS, PUBLISHED_STEP, Interval, candidate_intervals, parse_interval
 
 
@@ -318,6 +319,10 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Have DistributedDataParallel look for weights without a gradient."}
     )
+    block_size_schedule: str | None = field(
+        default=None,
+        metadata={"help": "Block sizes with their steps, 1:500,4:500,16:0; the last one lasts until the end."},
+    )
     global_batch_size: int | None = field(
         default=None,
         metadata={
@@ -362,6 +367,8 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_refused()
+        if self.block_size_schedule is not None:
+            BlockSizeSchedule.parse(self.block_size_schedule)
         if self.deepspeed is not None and not is_deepspeed_available():
             raise ValueError("--deepspeed: the package deepspeed is not installed. Run `pip install deepspeed`.")
         if self.ddp_backend is not None and not torch.distributed.is_backend_available(self.ddp_backend):

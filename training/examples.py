@@ -16,6 +16,7 @@ from bd3lm_hf.data.streaming import PackedStream
 from bd3lm_hf.modeling.loss_bd3lm import check_text
 from bd3lm_hf.modeling.noise_bd3lm import Noise, stack_noise
 from bd3lm_hf.seeds import derived_seed
+from bd3lm_hf.training.block_schedule import BlockSizeSchedule
 
 
 EXAMPLE_INDEX = "example_index"
@@ -195,6 +196,7 @@ class NoiseCollator:
         group_size: examples of one optimizer step; noise levels are stratified over them.
         num_noise_samples: noise samples of each example; more than one are an axis of their own after the batch.
         check: refuses a faulty batch, see [`check_text`].
+        schedule: block sizes by optimizer step; batches are made before their step begins.
     """
 
     def __init__(
@@ -206,8 +208,9 @@ class NoiseCollator:
         group_size: int,
         num_noise_samples: int = 1,
         check: Callable[..., None] = check_text,
+        schedule: BlockSizeSchedule | None = None,
     ) -> None:
-        self.collate, self.config, self.check = collate, config, check
+        self.collate, self.config, self.check, self.schedule = collate, config, check, schedule
         self.seed, self.group_size, self.num_noise_samples = seed, group_size, num_noise_samples
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -216,7 +219,7 @@ class NoiseCollator:
         input_ids = batch["input_ids"]
         self.check(self.config, input_ids, batch.get("labels", input_ids), batch.get("attention_mask"))
         length, longest = input_ids.shape[1], self.config.model_length
-        blocks = self.config.num_blocks(length)
+        blocks, most_blocks = (self._num_blocks(tokens, indices[0] // self.group_size) for tokens in (length, longest))
         if not blocks:
             return batch
         if length > longest:
@@ -228,7 +231,7 @@ class NoiseCollator:
             indices,
             seed=self.seed,
             group_size=self.group_size,
-            num_blocks=self.config.num_blocks(longest),
+            num_blocks=most_blocks,
             length=longest,
             num_noise_samples=self.num_noise_samples,
         )
@@ -236,6 +239,9 @@ class NoiseCollator:
         batch["token_noise"] = noise.token_noise[..., :length]
         batch["count_noise"] = noise.count_noise[..., :blocks]
         return batch
+
+    def _num_blocks(self, length: int, step: int) -> int:
+        return self.config.num_blocks(length) if self.schedule is None else -(-length // self.schedule.size_at(step))
 
 
 def noise_of_examples(

@@ -35,6 +35,7 @@ from bd3lm_hf.run_folder import (
     warn_if_disk_is_full,
 )
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
+from bd3lm_hf.training.block_schedule import BlockSizeCallback, BlockSizeSchedule
 from bd3lm_hf.training.callbacks import SignalCallback, SpeedMeter, TrainingStopped, peak_flops, training_flops
 from bd3lm_hf.training.evaluating_trainer import EvaluatingTrainer
 from bd3lm_hf.training.examples import NOISE, EndlessStream, EpochOrder, EpochSampler, NoiseCollator, PaddingCollator
@@ -97,6 +98,11 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
         self.signals = SignalCallback()
         if self.args.save_on_signal:
             self.add_callback(self.signals)  # before the callback that delays saving
+        schedule = self.args.block_size_schedule
+        self.schedule = None if schedule is None else BlockSizeSchedule.parse(schedule)
+        if self.schedule is not None:
+            self.schedule.check(self.model.config)
+            self.add_callback(BlockSizeCallback(self.schedule))
         self.add_callback(ResumableFlow())
         self.losses = RunningLoss(self.args.device, self.accelerator.gather)
         self._fingerprint: dict[str, Any] = {}
@@ -122,6 +128,7 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
             group_size=group_size,
             num_noise_samples=self.model.num_noise_samples,
             check=check_text if self.model.has_likelihood else check_labels,
+            schedule=self.schedule,
         )
         workers = self.args.dataloader_num_workers
         loader = DataLoader(
