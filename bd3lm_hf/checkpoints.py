@@ -14,7 +14,6 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.utils import logging
@@ -82,8 +81,9 @@ def adapter_base(name: str) -> str | None:
         return None
     if found is None:
         return None
-    base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
+    with _reading(name, "the adapter"):
+        base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
         raise ValueError(
             f"The adapter {name!r} does not name the model that it was trained on: write it into its "
             "adapter_config.json as base_model_name_or_path."
@@ -101,7 +101,7 @@ def merge_adapter(base: Any, name: str) -> Any:
 
     try:
         return PeftModel.from_pretrained(base, name).merge_and_unload().requires_grad_(True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a damaged file makes the libraries raise nearly anything
         raise ValueError(
             f"The adapter {name!r} cannot be applied to its base model: {type(error).__name__}: {error}"
         ) from error
@@ -109,13 +109,12 @@ def merge_adapter(base: Any, name: str) -> Any:
 
 logger = logging.get_logger("bd3lm_hf.checkpoints")
 
-
-# The buffers of the learned interval, which checkpoints of full diffusion come without; the configuration has it too.
+# The buffers of the learned interval, which checkpoints of full diffusion lack; the configuration has it too.
 _MAY_LACK = {"sampling_eps_min", "sampling_eps_max"}
 
 
 def read_config(name: str, *, argument: str = "--model", trust_remote_code: bool = False) -> Any:
-    """The configuration of a folder or hub name; arguments and errors as in [`load_model`]."""
+    """Return the configuration of a folder or hub name; arguments and errors as in [`load_model`]."""
     if looks_like_path(name) and not exists(name):
         raise ValueError(f"{argument} {name}: there is no such folder; name a checkpoint folder or a hub model.")
     base = adapter_base(name)
@@ -136,45 +135,30 @@ def load_model(
     spare: bool = False,
     **options: Any,
 ) -> Any:
-    """The model of a folder or hub name, with every one of its weights; an adapter is merged into its base model.
+    """Load the model of a folder or hub name with every one of its weights; an adapter is merged into its base model.
 
     Args:
         argument: what the user calls `name`, for messages.
         config: instead of the checkpoint's own.
-        spare: leave weights out that the model has no place for, such as the pooler of many encoders, with a warning.
+        spare: leave out weights that the model does not have, such as the pooler of many encoders, with a warning.
         options: for `from_pretrained`, such as `attn_implementation`.
 
     Raises:
-        ValueError: a checkpoint that can not be read, lacks weights, has others, or holds NaN.
+        ValueError: if the checkpoint cannot be read, lacks weights, has others, or holds NaN.
     """
     config = config or read_config(name, argument=argument, trust_remote_code=trust_remote_code)
     base = adapter_base(name)
     if base is not None:
         options |= {"trust_remote_code": trust_remote_code, "config": config}
         return merge_adapter(load_model(base, argument=f"{argument} {name} on", **options), name)
-    auto_map = getattr(config, "auto_map", None) or {}
-    known = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_unsupported_auto_class(
-        MODEL_FOR_MASKED_LM_MAPPING[type(config)]
-    )
-    masked = known or "AutoModelForMaskedLM" in auto_map
-    auto_class: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    auto_class = _auto_class_of(config)
     for index in Path(name).glob("*.index.json"):
         read_shard_index(index)
     # Weights of another shape are reported below, with their names.
     options |= {"trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with _reading(name, argument):
         model, info = auto_class.from_pretrained(name, config=config, **options)
-    if set(info["missing_keys"]) >= _MAY_LACK:
-        info["missing_keys"] = set(info["missing_keys"]) - _MAY_LACK
-    if spare and info["unexpected_keys"]:
-        logger.warning(f"{argument} {name}: {', '.join(sorted(info['unexpected_keys']))} are left out.")
-        info["unexpected_keys"] = set()
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(key if isinstance(key, str) else str(key[0]) for key in info.get(kind, ())):
-            raise ValueError(
-                f"{argument} {name} has {len(keys)} {kind.removesuffix('_keys')} weights ({', '.join(keys[:8])}"
-                f"{', ...' if len(keys) > 8 else ''}): it is a checkpoint of another model."
-            )
+    _check_loading_info(info, f"{argument} {name}", spare=spare)
     check_finite_weights(model, name)
     if (contract := read_contract(name)) is not None:
         set_contract_generation(model, contract)
@@ -199,9 +183,31 @@ def read_shard_index(path: Path) -> dict[str, str]:
     return shards
 
 
+def _auto_class_of(config: Any) -> Any:
+    found = MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None)
+    is_masked = found is not None and not is_unsupported_auto_class(found)
+    if is_masked or "AutoModelForMaskedLM" in (getattr(config, "auto_map", None) or {}):
+        return AutoModelForMaskedLM
+    return AutoModelForCausalLM
+
+
+def _check_loading_info(info: dict[str, Any], origin: str, *, spare: bool) -> None:
+    if set(info["missing_keys"]) >= _MAY_LACK:
+        info["missing_keys"] = set(info["missing_keys"]) - _MAY_LACK
+    if spare and info["unexpected_keys"]:
+        logger.warning(f"{origin}: {', '.join(sorted(info['unexpected_keys']))} are left out.")
+        info["unexpected_keys"] = set()
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(key if isinstance(key, str) else str(key[0]) for key in info.get(kind, ())):
+            raise ValueError(
+                f"{origin} has {len(keys)} {kind.removesuffix('_keys')} weights ({', '.join(keys[:8])}"
+                f"{', ...' if len(keys) > 8 else ''}): it is a checkpoint of another model."
+            )
+
+
 @contextmanager
 def _reading(name: str, argument: str) -> Iterator[None]:
-    """Turn every failure to read the files of a checkpoint into one kind of error."""
+    """Turn any failure to read the files of a checkpoint into one kind of error."""
     try:
         yield
     except UnpicklingError as error:
@@ -210,10 +216,43 @@ def _reading(name: str, argument: str) -> Iterator[None]:
             f"{argument} {name} holds pickled weights with objects that are not tensors. They were not run: convert "
             f"the checkpoint with `bd3lm convert`, which names them."
         ) from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a damaged file makes the libraries raise nearly anything
+        reason = " ".join(str(error).split())[:500]
         raise ValueError(
-            f"{argument} {name} can not be loaded; name a complete checkpoint: {type(error).__name__}: {error}"
+            f"{argument} {name} cannot be loaded; name a complete checkpoint: {type(error).__name__}: {reason}"
         ) from error
+
+
+def find_device(name: str | None) -> torch.device:
+    """Return the device of a name; without one a GPU, or the CPU where there is none.
+
+    Raises:
+        ValueError: if this machine has no such device.
+    """
+    try:
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: this machine has no such device; try --device cpu.") from error
+
+
+def check_generates(model: Any, name: str) -> None:
+    """Refuse a model that cannot generate, and tell that a plain decoder generates one token after the other.
+
+    Raises:
+        ValueError: if the model cannot generate.
+    """
+    if not getattr(model, "can_generate", lambda: False)():
+        raise ValueError(f"--model {name} is a {type(model).__name__}, which cannot generate: name a model that can.")
+    if not hasattr(model, "token_nll"):
+        logger.warning(f"--model {name} is a {type(model).__name__}, so text is autoregressive. {how_to_adapt(name)}")
+
+
+def how_to_adapt(name: str) -> str:
+    """Return the advice that makes a block-diffusion model of a plain decoder."""
+    return (
+        f"To make it a block-diffusion model, train it with `bd3lm train --init_from {name}`, or call adapt_decoder "
+        f"in Python."
+    )
 
 
 class NotFiniteError(ValueError):
@@ -223,13 +262,13 @@ class NotFiniteError(ValueError):
 def check_finite_weights(model: torch.nn.Module, origin: str) -> None:
     """Refuse a model whose weights or buffers hold NaN or infinity.
 
-    With sharded weights all processes call this together, and find the same.
+    With sharded weights all processes must call this together, and all find the same.
 
     Args:
         origin: where the weights come from, for the message.
 
     Raises:
-        NotFiniteError: names the first such tensor.
+        NotFiniteError: if there are any; the message names the first such tensor.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -246,6 +285,9 @@ __all__ = [
     "adapter_base",
     "add_adapters",
     "check_finite_weights",
+    "check_generates",
+    "find_device",
+    "how_to_adapt",
     "load_model",
     "merge_adapter",
     "read_config",

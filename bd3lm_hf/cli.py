@@ -1,176 +1,146 @@
-"""`bd3lm train | compare | eval | generate | quality | harness | bench | convert`: thin, one function per verb.
+"""The `bd3lm` command: a verb for each thing that the package does.
 
-Exit code 0 means that the work was done, 2 that the input was wrong, 1 that something else failed. An error is one
-line on stderr; `--traceback` shows where it came from.
+Exit code 0 means that the work was done, 2 that the input was wrong, 1 that something else failed, 130 that Ctrl-C
+ended it. An error is one line on standard error; `--traceback` shows where it came from. The module of a verb is
+imported when the verb is used, and what is slow only once its arguments are in order.
 """
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
-import datasets
-import torch
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
-
-from bd3lm_hf.adapt import is_adaptable
-from bd3lm_hf.checkpoints import load_model, read_config
-from bd3lm_hf.evaluation import eval_cli
-from bd3lm_hf.generation import generate_cli
-from bd3lm_hf.reports import speed_quality
-from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
+import bd3lm_hf
+from bd3lm_hf.command_line import ArgumentParser, one_line
 
 
-# Verbs with a command line of their own: the module, whose `main(argv)` is called, and what it does. Imported by name
-# and when asked for, as training is a later room, which this one does not depend on.
-_OWN_COMMAND_LINE = {
-    "train": ("bd3lm_hf.training.train", "train a model: a recipe plus overrides"),
-    "bench": ("bd3lm_hf.reports.benchmark", "speed and memory beside a named rival"),
-    "compare": ("bd3lm_hf.training.compare", "train several models on the same text, in one table"),
-    "report": ("bd3lm_hf.reports.report", "a page of the curves, tables and samples of runs"),
-    "harness": ("bd3lm_hf.evaluation.harness", "lm-evaluation-harness with the models of this package"),
-    "serve": ("bd3lm_hf.serving.serve_cli", "an OpenAI-compatible server for one model"),
-    "convert": ("bd3lm_hf.hub_upload.convert", "a published or Lightning checkpoint into a folder, and back"),
-    "push": ("bd3lm_hf.hub_upload.push", "a model to a repository on the hub that anyone can load"),
-    "verify": ("bd3lm_hf.hub_upload.verify", "whether the files of a shared model are what was pushed"),
+class Verb(NamedTuple):
+    """What a verb does, and the module that does it."""
+
+    # With `add_arguments(parser, words)` and `run(arguments)`, or with `main(words)` if it parses them itself. Named
+    # by strings, as `training` and `hub_upload` are later rooms, on which this one does not depend.
+    module: str
+    help: str
+
+
+VERBS = {
+    "train": Verb("bd3lm_hf.training.train", "train a model: a recipe plus overrides"),
+    "compare": Verb("bd3lm_hf.training.compare", "train several models on the same text, in one table"),
+    "eval": Verb("bd3lm_hf.evaluation.eval_cli", "perplexity of a model on a dataset or a suite of them"),
+    "generate": Verb("bd3lm_hf.generation.generate_cli", "generate text"),
+    "infill": Verb("bd3lm_hf.generation.infill_cli", "fill gaps in text"),
+    "quality": Verb("bd3lm_hf.reports.quality_cli", "quality over speed of a model's samplers"),
+    "report": Verb("bd3lm_hf.reports.report", "a page of the curves, tables and samples of runs"),
+    "harness": Verb("bd3lm_hf.evaluation.harness_cli", "lm-evaluation-harness with the models of this package"),
+    "bench": Verb("bd3lm_hf.reports.benchmark", "speed and memory next to a named rival"),
+    "convert": Verb("bd3lm_hf.hub_upload.convert", "a published or Lightning checkpoint into a folder, and back"),
+    "push": Verb("bd3lm_hf.hub_upload.push", "a model to a repository on the Hub that anyone can load"),
+    "verify": Verb("bd3lm_hf.hub_upload.verify", "whether the files of a shared model are what was pushed"),
 }
 
+# Fields of these are also the names of Python arguments, and spelled with underscores.
+_KEEP_UNDERSCORES = {"train", "compare", "harness"}
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong argument in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
-
-
-def make_parser(evaluation: Any = eval_cli) -> argparse.ArgumentParser:
-    """The command line, verb by verb; `evaluation` is the module that does the work of `eval`."""
-    parser = _Parser(prog="bd3lm", description="Block diffusion language models: train, score, write.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
-    for verb, (_, text) in _OWN_COMMAND_LINE.items():
-        verbs.add_parser(verb, help=text, add_help=False)
-    measure = "perplexity of a model on a data set or a suite of them"
-    _add_eval(verbs.add_parser("eval", help=measure, description=evaluate.__doc__, allow_abbrev=False), evaluation)
-    _add_generate(verbs.add_parser("generate", help="text of a model", description=generate.__doc__))
-    measure = "quality over forwards of a model's samplers"
-    _add_quality(verbs.add_parser("quality", help=measure, description=compare_samplers.__doc__))
-    return parser
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
-    parser.add_argument("--tokenizer", help="folder or hub name of the tokenizer, where the model comes without")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the model; ours needs none"
-    )
-    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{name!r} is no device of this machine") from error
-
-
-def _add_eval(parser: argparse.ArgumentParser, evaluation: Any) -> None:
-    parser.set_defaults(run=evaluate, evaluation=evaluation)
-    _add_model(parser)
-    parser.add_argument(
-        "--generative", action="store_true", help="judge what the model writes instead (its flags: with --help)"
-    )
-    evaluation.add_arguments(parser)
-
-
-def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=generate)
-    _add_model(parser)
-    generate_cli.add_arguments(parser)
-
-
-def _add_quality(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=compare_samplers)
-    _add_model(parser)
-    speed_quality.add_arguments(parser)
-
-
-def evaluate(arguments: argparse.Namespace) -> None:
-    """Score data sets: perplexity, an upper bound unless the model is autoregressive; or, with --generative, texts."""
-    arguments.evaluation.check(arguments)
-    arguments.evaluation.run(arguments, *load(arguments))
-
-
-def generate(arguments: argparse.Namespace) -> None:
-    """Continue prompts, write from nothing, or hold a conversation."""
-    if arguments.chat:
-        generate_cli.check_chat_arguments(arguments)
-        generate_cli.hold_conversation(arguments, *load(arguments))
-        return
-    job = generate_cli.plan(arguments)
-    generate_cli.write(job, *load(arguments))
-
-
-def compare_samplers(arguments: argparse.Namespace) -> None:
-    """Generative perplexity by tokens per forward pass, for each sampler."""
-    speed_quality.check(arguments)
-    speed_quality.run(arguments, *load(arguments))
-
-
-def load(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The model, with every one of its weights and in evaluation mode, and its tokenizer.
-
-    Raises:
-        ValueError: a checkpoint that can not be read, lacks weights, has others or holds NaN; a tokenizer that is
-            missing or of another model.
-    """
-    config = read_config(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    if is_adaptable(config):
-        raise ValueError(
-            f"--model {arguments.model} is a {config.model_type}, which writes one token after the other: make a "
-            f"block-diffusion model of it with `bd3lm train adapt --init_from {arguments.model}`."
-        )
-    model = load_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
-    if hasattr(model.config, "mask_token_id"):
-        check_tokenizer_fits(tokenizer, model.config)
-    return model.to(arguments.device).eval(), tokenizer
+# Errors that mean wrong input or too small a machine, not a defect. Those of libraries are known by name, as they must
+# not be imported for it.
+_INPUT_ERRORS = (ValueError, OSError, OverflowError, MemoryError, RecursionError, ImportError)
+_INPUT_ERROR_NAMES = {"YAMLError", "SafetensorError", "OutOfMemoryError"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and argv[0] in _OWN_COMMAND_LINE:
-        # Its own parser reads the rest, and reports its own errors.
-        try:
-            importlib.import_module(_OWN_COMMAND_LINE[argv[0]][0]).main(argv[1:])
-        except (ValueError, OSError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
-        return 0
-    # Another set of flags, in a module that is imported when asked for.
-    generative = argv[:1] == ["eval"] and "--generative" in argv
-    evaluation = importlib.import_module("bd3lm_hf.evaluation.generative") if generative else eval_cli
-    arguments = make_parser(evaluation).parse_args(argv)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    """Run a verb, and return the exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    show_traceback = "--traceback" in words
     try:
-        arguments.run(arguments)
+        code = _run([word for word in words if word != "--traceback"])
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(f"error: {one_line(stop.code)}", file=sys.stderr)
+            return 2
+        return stop.code or 0
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # The reader, such as `head`, has what it wanted. Python would complain once more when it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE, as other commands end
     except Exception as error:
-        if arguments.traceback:
+        if show_traceback:
             raise
-        expected = isinstance(error, (ValueError, OSError))
-        kind = "" if expected else f"{type(error).__name__}: "
-        print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if expected else 1
+        is_input = is_input_error(error)
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        advice = "" if is_input else " (--traceback shows where)"
+        print(f"error: {one_line(f'{kind}{error}')}{advice}", file=sys.stderr)
+        return 2 if is_input else 1
+
+
+def is_input_error(error: Exception) -> bool:
+    """Whether an error means wrong input, or more than this machine has."""
+    if isinstance(error, _INPUT_ERRORS):
+        return True
+    if {kind.__name__ for kind in type(error).__mro__} & _INPUT_ERROR_NAMES:
+        return True
+    # What torch says on a CPU.
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+
+
+def _run(words: list[str]) -> int:
+    if not words:
+        make_parser().print_help()
+        return 0
+    verb = words[0]
+    if verb not in VERBS:
+        make_parser().parse_args(words)
+        return 0
+    module = importlib.import_module(VERBS[verb].module)
+    rest = words[1:] if verb in _KEEP_UNDERSCORES else with_dashes(words[1:])
+    if hasattr(module, "add_arguments"):
+        module.run(make_verb_parser(verb, rest, module).parse_args(rest))
+    else:
+        module.main(rest)
     return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of a command line without a known verb."""
+    parser = ArgumentParser(prog="bd3lm", description="Block diffusion language models: train, evaluate, generate.")
+    parser.add_argument("--version", action="version", version=f"bd3lm {bd3lm_hf.__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for name, verb in VERBS.items():
+        verbs.add_parser(name, help=verb.help, add_help=False)
+    return parser
+
+
+def make_verb_parser(verb: str, words: Sequence[str] = (), module: Any = None) -> argparse.ArgumentParser:
+    """Return the parser of a verb; some flags of `words` bring others with them."""
+    module = importlib.import_module(VERBS[verb].module) if module is None else module
+    parser = ArgumentParser(prog=f"bd3lm {verb}", description=module.run.__doc__, allow_abbrev=False)
+    module.add_arguments(parser, words)
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    return parser
+
+
+def with_dashes(words: Sequence[str]) -> list[str]:
+    """Return words whose flags are spelled with dashes: `--max_new_tokens` is `--max-new-tokens`.
+
+    Raises:
+        ValueError: if the value of a flag is `--`, on which argparse fails.
+    """
+    spelled = []
+    for number, word in enumerate(words):
+        if word == "--":
+            return [*spelled, *words[number:]]
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            if equals and value == "--":
+                raise ValueError(f"{flag}: expected a value, got '--'.")
+            word = flag.replace("_", "-") + equals + value
+        spelled.append(word)
+    return spelled
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ otherwise `num_samples` stratified draws estimate it, the same ones for all choi
 
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -135,7 +134,6 @@ class HarnessMissingError(ImportError, ValueError):
 
 try:
     import lm_eval.models  # noqa: F401  enters the harness's own models, which it else does for an empty registry only
-    from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
 except ImportError as error:
@@ -148,10 +146,6 @@ logger = logging.get_logger("bd3lm_hf.evaluation.harness")
 
 
 _ESTIMATORS = ("auto", "exact", "stratified", "sampled")
-
-
-# Verbs of `lm_eval` that take no model.
-_OTHER_VERBS = {"ls", "validate"}
 
 
 @register_model("bd3lm")
@@ -389,7 +383,7 @@ class BD3LMHarness(TemplateLM):
                     texts = generate_batch(
                         self.model, [list(p) for p in batch], count, seeds=[self.seed] * len(batch), do_sample=False
                     )
-                    written |= {prompt: text.written for prompt, text in zip(batch, texts, strict=True)}
+                    written |= {prompt: text.new_ids for prompt, text in zip(batch, texts, strict=True)}
                     bar.update(len(batch))
         return [written[tuple(context)][: len(continuation)] == continuation for context, continuation in pairs]
 
@@ -439,12 +433,12 @@ class BD3LMHarness(TemplateLM):
             [prompts[number] for number in batch],
             plan.new_tokens,
             seeds=[seeds[number] for number in batch],
-            to_end=True,
+            stop_at_eos=True,
             **stops,
             **plan.fields,
         )
         for number, text in zip(batch, texts, strict=True):
-            written = str(self.tokenizer.decode(text.written, skip_special_tokens=True))
+            written = str(self.tokenizer.decode(text.new_ids, skip_special_tokens=True))
             results[number] = written[: min((written.find(s) for s in plan.until if s in written), default=None)]
 
 
@@ -461,31 +455,12 @@ def _portions(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[begin : begin + size] for begin in range(0, len(items), size))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command `lm_eval` with these arguments, and `--model bd3lm` where they name no model.
-
-    Raises:
-        ValueError: bad input that this package finds; the harness reports its own.
-    """
-    words = sys.argv[1:] if argv is None else list(argv)
-    names_model = any(word.split("=")[0] in ("--model", "-M", "--config", "-C", "-h", "--help") for word in words)
-    if words and words[0] not in _OTHER_VERBS and not names_model:
-        words = [*words, "--model", "bd3lm"]
-    before = sys.argv
-    sys.argv = ["lm_eval", *words]  # the harness reads its arguments from there
-    try:
-        cli_evaluate()
-    finally:
-        sys.argv = before
-
-
 __all__ = [
     "BD3LMHarness",
     "GenerationRequest",
     "HarnessMissingError",
     "RequestWindow",
     "integer_field",
-    "main",
     "question_seed",
     "windows",
     "writing_of",

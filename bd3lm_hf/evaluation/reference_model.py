@@ -77,7 +77,7 @@ class ReferenceModel:
             numbers: of the texts; by default their places.
         """
         numbers = range(len(texts)) if numbers is None else numbers
-        read = [self._read(text) for text in texts]
+        read = [self.read(text) for text in texts]
         sums = {number: SequenceScore(number, 0.0, 0) for number in numbers}
         windows = {number: list(self._windows(text)) for number, text in zip(numbers, read, strict=True)}
         for turn in range(max(map(len, windows.values()), default=0)):
@@ -99,7 +99,7 @@ class ReferenceModel:
     def _windows(self, text: GeneratedText) -> Iterator[dict[str, list[int]]]:
         """The windows of a text that have something to score."""
         for begin, end, first in sliding_windows(len(text.ids), self.window):
-            first = max(first, text.given, 1)
+            first = max(first, text.num_given, 1)
             labels = [
                 token if place >= first and token not in self.unscored else -100
                 for place, token in enumerate(text.ids[begin:end], start=begin)
@@ -107,7 +107,7 @@ class ReferenceModel:
             if any(label != -100 for label in labels):
                 yield {"input_ids": text.ids[begin:end], "labels": labels}
 
-    def _read(self, text: GeneratedText) -> GeneratedText:
+    def read(self, text: GeneratedText) -> GeneratedText:
         """The text in the judge's tokens, its beginning marked as the judge does.
 
         Special tokens that the judge has by the same name stay, others are left out.
@@ -118,10 +118,10 @@ class ReferenceModel:
         foreign = {i for i in writer.all_special_ids if writer.convert_ids_to_tokens(i) not in own.all_special_tokens}
         given, written = (
             own_ids(str(writer.decode([token for token in ids if token not in foreign])), own)
-            for ids in (text.ids[: text.given], text.written)
+            for ids in (text.ids[: text.num_given], text.new_ids)
         )
         read = begun(given, written, own)
-        return text._replace(ids=read.ids, given=read.given)
+        return text._replace(ids=read.ids, num_given=read.num_given)
 
 
 def own_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

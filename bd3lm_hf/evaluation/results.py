@@ -1,8 +1,8 @@
-"""What decides the numbers of a run, as hashes and named values: the model, its weights, its vocabulary, the text.
+"""Results of evaluations: what identifies a run, its scores on disk, and the tables.
 
-Scores of sequences, shared among processes and kept on disk: an interrupted evaluation goes on where it stopped.
-
-Results of evaluations as files: JSON (the last run), CSV and markdown (a row for each).
+The identity of a run is what its numbers depend on, as hashes and named values: the model, its weights, its
+vocabulary, the text. Scores of sequences are shared among processes and kept on disk, so that an interrupted
+evaluation continues where it stopped. Results are written as JSON (the last run), CSV and markdown (a row for each).
 """
 
 import csv
@@ -22,39 +22,31 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from tqdm.auto import tqdm
 
 import bd3lm_hf
 from bd3lm_hf.evaluation.perplexity import Batch, Protocol, SequenceScore, batches_of, score_batch
-from bd3lm_hf.output_files import check_output_file
+from bd3lm_hf.output_files import check_output_file, is_json_with, write_atomically
+from bd3lm_hf.progress import ProgressReport
 
 
 _DIGITS = 16
 
-
-# Of a configuration, what says where a model comes from and how it runs, not what it computes.
-_FREE_CONFIG = {"_name_or_path", "architectures", "attn_backend", "auto_map", "dtype", "torch_dtype", "return_dict"}
-
-
-_FREE_CONFIG |= {"output_attentions", "output_hidden_states", "use_cache"}
-
-
-_FREE_CONFIG |= {"requires_transformers", "transformers_version"}
-
-
-_FREE_CONFIG |= {"sampling_eps_min", "sampling_eps_max"}
+# Fields of a configuration that say where a model comes from and how it runs, not what it computes. The interval of
+# noise levels is one of them: the search moves it during training, and it is stored with the weights.
+_IGNORED_CONFIG = {
+    *("_name_or_path", "architectures", "attn_backend", "auto_map", "dtype", "torch_dtype", "return_dict"),
+    *("output_attentions", "output_hidden_states", "use_cache", "requires_transformers", "transformers_version"),
+    *("sampling_eps_min", "sampling_eps_max"),
+}
 
 
 def config_identity(config: Any) -> dict[str, Any]:
-    """The fields of a configuration that say what the model computes.
-
-    The interval of noise levels is none of them: a search moves it, and the weights carry it.
-    """
-    return {name: value for name, value in config.to_dict().items() if name not in _FREE_CONFIG}
+    """Return the fields of a configuration that decide what the model computes."""
+    return {name: value for name, value in config.to_dict().items() if name not in _IGNORED_CONFIG}
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
-    """Size and hash of the vocabulary; empty without a tokenizer."""
+    """Return size and hash of the vocabulary; empty without a tokenizer."""
     if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
         return {}
     vocabulary = sorted(tokenizer.get_vocab().items())
@@ -65,10 +57,10 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
 
 
 def data_identity(rows: Any, *, sample: int | None = None) -> dict[str, Any]:
-    """Number and hash of sequences; a stream says itself what it depends on.
+    """Return number and hash of sequences; a stream has an `identity` of its own.
 
     Args:
-        sample: hash so many of them, spread evenly; all by default.
+        sample: hash so many of them, evenly spaced; all by default.
     """
     if not isinstance(rows, Sized):
         return {"kind": "a stream", **getattr(rows, "identity", {})}
@@ -82,7 +74,7 @@ def data_identity(rows: Any, *, sample: int | None = None) -> dict[str, Any]:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """Hash of names, types, shapes and numbers of all weights, in the order of their names."""
+    """Return a hash of names, types, shapes and numbers of all weights, in the order of their names."""
     hashed = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -91,13 +83,13 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 def digest(value: Any) -> str:
-    """Hash of a value as JSON, whose keys are sorted."""
+    """Return a hash of a value as JSON with sorted keys."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
 
 def library_versions() -> dict[str, str]:
-    """What a number may depend on beside model and text."""
+    """Return the versions that a number may depend on, apart from model and text."""
     others = {name: version(name) for name in ("torch", "transformers", "datasets")}
     return {"bd3lm_hf": bd3lm_hf.__version__, **others, "python": platform.python_version()}
 
@@ -106,84 +98,105 @@ _T = TypeVar("_T")
 
 
 class Processes(NamedTuple):
-    """This process among those that share the work."""
+    """The rank of this process among those that share the work."""
 
     rank: int = 0
     size: int = 1
 
     def gather(self, items: list[_T]) -> list[_T]:
-        """Everybody's items, in each process."""
+        """Return the items of all processes, in each of them."""
         return gather_object(items) if self.size > 1 else items
 
     def broadcast(self, value: _T) -> _T:
-        """The first process's value, in each process."""
+        """Return the first process's value, in each of them."""
         return broadcast_object_list([value])[0] if self.size > 1 else value
 
 
-_ALONE = Processes()
+_SINGLE_PROCESS = Processes()
 
 
 class Progress(NamedTuple):
-    """How far an evaluation has come."""
+    """How far an evaluation is."""
 
-    scores: dict[int, SequenceScore]  # by row
+    scores: dict[int, SequenceScore]  # by index of the sequence
     seconds: float  # spent on them
 
 
+# A line of ours begins so.
+_LINE_START = b'{"run": '
+
+# Scores are written at most so often: every write waits for the disk, and with it all processes.
+_SECONDS_BETWEEN_WRITES = 1.0
+
+
 class ScoresFile:
-    """A line of JSON for each round of batches, behind a line that says which run they belong to.
+    """The scores of runs, a line of JSON per write, after a line with the identity of the run.
 
     A file holds the scores of any number of finished runs, as a table holds their results, and of at most one that was
-    interrupted.
+    interrupted. Another process must not write to it at the same time, see `lock_output`.
 
     Args:
         restart: drop what the file holds.
 
     Raises:
-        ValueError: a file with something else in it.
+        ValueError: if the file holds something else.
     """
 
     def __init__(self, path: Path, *, restart: bool = False) -> None:
         self.path = path
         self._runs: dict[str, dict[str, Any]] = {}  # identities
-        self._progress: dict[str, Progress] = {}
+        self._scores: dict[str, dict[int, SequenceScore]] = {}
+        self._seconds: dict[str, float] = {}
         self._finished: set[str] = set()
+        self._waiting: dict[str, Any] = {}  # an entry that is not written yet
+        self._last_write = 0.0
         self._size = 0  # bytes of complete lines
-        if path.exists() and not restart:
-            self._read()
+        if path.exists():
+            self._read(drop=restart)
 
-    def _read(self) -> None:
+    def _read(self, *, drop: bool) -> None:
         content = self.path.read_bytes()
-        # A run that was killed while it wrote leaves a part of a line, which is not counted and later cut off.
-        self._size = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[: self._size].splitlines(), start=1):
-            try:
+        # A run that was killed while it wrote leaves a part of a line, which does not count and is cut off later.
+        size = content.rfind(b"\n") + 1
+        number = 1
+        try:
+            for line in content[:size].splitlines():
                 self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{self.path}: line {number} is no score of this command; move the file away, or name another "
-                    f"output."
-                ) from error
+                number += 1
+            rest = content[size:]
+            if rest[: len(_LINE_START)] != _LINE_START[: len(rest)]:
+                raise ValueError("an incomplete line of another kind")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{self.path}: line {number} is not a score of this command; move the file away, or name "
+                f"another output."
+            ) from error
+        if drop:
+            for kept in (self._runs, self._scores, self._seconds, self._finished):
+                kept.clear()  # type: ignore[attr-defined]
+        else:
+            self._size = size
 
     def _take(self, entry: Mapping[str, Any]) -> None:
         run = entry["run"]
         if "identity" in entry:
-            self._runs[run], self._progress[run] = entry["identity"], Progress({}, 0.0)
+            self._runs[run], self._scores[run], self._seconds[run] = dict(entry["identity"]), {}, 0.0
         elif "finished" in entry:
             self._finished.add(run)
         else:
-            progress = self._progress[run]
-            scores = {int(row): SequenceScore(int(row), float(nll), int(m)) for row, nll, m in entry["scores"]}
-            self._progress[run] = Progress({**scores, **progress.scores}, progress.seconds + entry["seconds"])
+            scores = self._scores[run]
+            for row, nll, count in entry["scores"]:
+                scores.setdefault(int(row), SequenceScore(int(row), float(nll), int(count)))
+            self._seconds[run] += entry["seconds"]
 
     def _unfinished(self) -> list[str]:
-        return [run for run in self._runs if run not in self._finished and self._progress[run].scores]
+        return [run for run in self._runs if run not in self._finished and self._scores[run]]
 
     def begin(self, identity: Mapping[str, Any]) -> Progress:
-        """What is there of the run with this identity.
+        """Return what the file holds of the run with this identity.
 
         Raises:
-            ValueError: the file holds another run that was interrupted; the message says what differs.
+            ValueError: if the file holds another run that was interrupted; the message names the differences.
         """
         identity = json.loads(json.dumps(identity))  # as it comes back from the file
         run = digest(identity)
@@ -196,25 +209,37 @@ class ScoresFile:
                     if old.get(name) != identity.get(name)
                 ]
                 raise ValueError(
-                    f"{self.path} holds {len(self._progress[other].scores)} scores of another run that was "
-                    f"interrupted: {'; '.join(differences)}. Repeat that run to finish it, name another output, or "
-                    f"drop its scores with --restart."
+                    f"{self.path} holds {len(self._scores[other])} scores of another run that was interrupted: "
+                    f"{'; '.join(differences)}. Repeat that run to finish it, name another output, or drop its scores "
+                    f"with --restart."
                 )
         if run not in self._runs:
             self._write({"run": run, "identity": identity})
-        return self._progress[run]
+        return Progress(dict(self._scores[run]), self._seconds[run])
 
     def append(self, identity: Mapping[str, Any], scores: Sequence[SequenceScore], seconds: float) -> None:
-        """Keep the scores of one more round of the run with this identity."""
-        self._write({"run": digest(identity), "scores": [list(score) for score in scores], "seconds": seconds})
+        """Keep the scores of one more round of the run with this identity; they are on disk within a second."""
+        waiting = self._waiting or {"run": digest(identity), "scores": [], "seconds": 0.0}
+        waiting["scores"] += [list(score) for score in scores]
+        waiting["seconds"] += seconds
+        self._waiting = waiting
+        if time.monotonic() - self._last_write >= _SECONDS_BETWEEN_WRITES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the scores that wait."""
+        if self._waiting:
+            self._write(self._waiting)
+            self._waiting, self._last_write = {}, time.monotonic()
 
     def finish(self, identity: Mapping[str, Any]) -> None:
-        """Every sequence of the run with this identity is scored."""
+        """Mark the run with this identity as complete."""
+        self.flush()
         if digest(identity) not in self._finished:
             self._write({"run": digest(identity), "finished": True})
 
     def _write(self, entry: dict[str, Any]) -> None:
-        """One line, whole or not at all: what a kill leaves of it is cut off by the next one."""
+        """Write one line, whole or not at all: what a kill leaves of it is cut off by the next write."""
         with self.path.open("ab") as file:
             file.truncate(self._size)
             self._size += file.write(json.dumps(entry).encode() + b"\n")
@@ -231,10 +256,10 @@ def score_shared(
     batch_size: int,
     identity: Mapping[str, Any],
     file: ScoresFile | None = None,
-    processes: Processes = _ALONE,
+    processes: Processes = _SINGLE_PROCESS,
     progress: bool = False,
 ) -> Progress:
-    """The scores of all sequences, in every process.
+    """Score all sequences, and return the scores in every process.
 
     Batches are those of a single process, each given whole to one of them, so that the number of processes does not
     even change rounding. A batch of which a score is missing in the file is scored again.
@@ -244,26 +269,31 @@ def score_shared(
         file: of the first process, None in the others; None keeps nothing.
 
     Raises:
-        ValueError: the file holds another run that was interrupted.
+        ValueError: if the file holds another run that was interrupted.
     """
     begun = processes.broadcast(_begin(file, identity))
     if isinstance(begun, ValueError):
         raise begun
     scores, seconds = dict(begun.scores), begun.seconds
     missing = _missing(batches_of(sequences, range(len(sequences)), batch_size), frozenset(scores))
-    with tqdm(total=len(sequences), initial=len(scores), desc="scoring", leave=False, disable=not progress) as bar:
-        # A round is a batch for each process; in the last one some may have none.
-        while batches := list(itertools.islice(missing, processes.size)):
-            started = time.perf_counter()
-            own = batches[processes.rank : processes.rank + 1]
-            found = processes.gather([score for batch in own for score in score_batch(model, batch, protocol)])
-            new = [SequenceScore(*score) for score in found if score[0] not in scores]
-            spent = time.perf_counter() - started
-            if file is not None:
-                file.append(identity, new, spent)
-            scores.update({score.row: score for score in new})
-            seconds += spent
-            bar.update(len(new))
+    report = ProgressReport("scoring", len(sequences), initial=len(scores), unit="sequence", disable=not progress)
+    try:
+        with report:
+            # A round is a batch for each process; in the last one some may have none.
+            while batches := list(itertools.islice(missing, processes.size)):
+                started = time.perf_counter()
+                own = batches[processes.rank : processes.rank + 1]
+                found = processes.gather([score for batch in own for score in score_batch(model, batch, protocol)])
+                new = [SequenceScore(*score) for score in found if score[0] not in scores]
+                spent = time.perf_counter() - started
+                if file is not None:
+                    file.append(identity, new, spent)
+                scores.update({score.row: score for score in new})
+                seconds += spent
+                report.update(len(new))
+    finally:
+        if file is not None:
+            file.flush()
     if file is not None:
         file.finish(identity)
     return Progress(scores, seconds)
@@ -280,7 +310,7 @@ def _missing(batches: Iterable[Batch], done: frozenset[int]) -> Iterator[Batch]:
     return (batch for batch in batches if not done.issuperset(batch.indices))
 
 
-#: What is known of every result, in the order of the columns of a CSV file.
+#: The fields of every result, in the order of the columns of a CSV file.
 FIELDS = (
     *("model", "dataset", "split", "suite", "estimator", "num_samples", "bound", "nll", "standard_error"),
     *("bits_per_token", "bits_per_byte", "perplexity", "num_tokens", "num_sequences", "seconds", "seed"),
@@ -290,10 +320,10 @@ FIELDS = (
 )
 
 
-#: Of a markdown table: title, and how a result says it.
+#: Columns of a markdown table: the title, and the cell of a result.
 _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "model": lambda row: Path(row["model"]).name,
-    "data set": lambda row: f"{row['dataset']} ({row['split']})",
+    "dataset": lambda row: f"{row['dataset']} ({row['split']})",
     "estimator": lambda row: _estimator(row),
     "perplexity": lambda row: f"{'&le; ' if row['bound'] else ''}{_number(row['perplexity'], 2)}",
     "nats per token": lambda row: f"{_number(row['nll'], 4)} &plusmn; {_number(row['standard_error'], 4)}",
@@ -306,31 +336,42 @@ _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table; a perplexity that is an upper bound has a sign."""
+    """Return a table in which a perplexity that is an upper bound is marked so."""
     return "\n".join([*_head(), *map(_row, rows)])
 
 
-def check_outputs(paths: Sequence[Path]) -> None:
-    """Refuse files that could not be written, before any work.
+def check_outputs(paths: Sequence[Path], *, overwrite: bool = False) -> None:
+    """Refuse files that cannot or must not be written, before any work.
+
+    Args:
+        overwrite: replace a JSON file that this command did not write.
 
     Raises:
-        ValueError: names the file and the remedy.
+        ValueError: if there is one; the message names the file and the remedy.
     """
     for path in paths:
-        if path.suffix.lower() not in _WRITERS:
+        kind = path.suffix.lower()
+        if kind not in _WRITERS:
             raise ValueError(f"--output {path}: the name of a result ends in one of {', '.join(_WRITERS)}.")
-        check_output_file(path, "--output")
-        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-            raise ValueError(f"--output {path} can not be written: you lack the permission.")
-        if path.suffix.lower() == ".csv" and path.exists() and path.stat().st_size:
-            with path.open(encoding="utf-8", newline="") as file:
+        check_output_file(path, "--output", is_ours=_is_result if kind == ".json" else None, overwrite=overwrite)
+        if path.exists() and not os.access(path, os.W_OK):
+            raise ValueError(f"--output {path} cannot be written: no permission.")
+        if kind == ".csv" and path.exists() and path.stat().st_size:
+            with path.open(encoding="utf-8", errors="replace", newline="") as file:
                 head = next(csv.reader(file), [])
             if tuple(head) != FIELDS:
                 raise ValueError(f"--output {path} is a table with other columns: name another file.")
 
 
+_is_single, _is_suite = is_json_with("estimator", "nll", "bd3lm_hf"), is_json_with("suite", "results")
+
+
+def _is_result(path: Path) -> bool:
+    return _is_single(path) or _is_suite(path)
+
+
 def write_results(path: Path, rows: Sequence[Mapping[str, Any]], suite: str | None = None) -> None:
-    """Write results into a file, whose kind its name tells.
+    """Write results into a file of the kind that its name ends in.
 
     Args:
         suite: the rows belong to this suite, and a JSON file holds them as a list.
@@ -341,10 +382,7 @@ def write_results(path: Path, rows: Sequence[Mapping[str, Any]], suite: str | No
 def _write_json(path: Path, rows: Sequence[Mapping[str, Any]], suite: str | None) -> None:
     cleaned = [{name: _finite(value) for name, value in row.items()} for row in rows]
     report: Any = {"suite": suite, "results": cleaned} if suite is not None else cleaned[0]
-    text = json.dumps(report, indent=2, allow_nan=False)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(path)  # an interrupt leaves the old file or the new one
+    write_atomically(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
 def _append_csv(path: Path, rows: Sequence[Mapping[str, Any]], suite: str | None) -> None:
@@ -359,8 +397,8 @@ def _append_csv(path: Path, rows: Sequence[Mapping[str, Any]], suite: str | None
 
 def _append_markdown(path: Path, rows: Sequence[Mapping[str, Any]], suite: str | None) -> None:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    # Rows join the table that ends the file; behind anything else a table begins.
-    last = next((place for place in reversed(range(len(lines))) if not lines[place].startswith("|")), -1)
+    # Rows join the table that ends the file; after anything else a table begins.
+    last = next((number for number in reversed(range(len(lines))) if not lines[number].startswith("|")), -1)
     joins = lines[last + 1 : last + 3] == _head()
     added = [*([] if joins else [*([""] if lines else []), *_head()]), *map(_row, rows)]
     with path.open("a", encoding="utf-8") as file:
@@ -375,16 +413,16 @@ def _head() -> list[str]:
 
 
 def _row(result: Mapping[str, Any]) -> str:
-    return "| " + " | ".join(say(result).replace("|", "/") for say in _COLUMNS.values()) + " |"
+    return "| " + " | ".join(cell(result).replace("|", "/") for cell in _COLUMNS.values()) + " |"
 
 
 def _estimator(row: Mapping[str, Any]) -> str:
-    draws = row["num_samples"]
-    return str(row["estimator"]) if draws is None or draws == 1 else f"{row['estimator']}, {draws} draws"
+    count = row["num_samples"]
+    return str(row["estimator"]) if count is None or count == 1 else f"{row['estimator']}, {count} samples"
 
 
-def _number(value: float | None, places: int) -> str:
-    return "unknown" if value is None or math.isnan(value) else f"{value:.{places}f}"
+def _number(value: float | None, digits: int) -> str:
+    return "unknown" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _finite(value: Any) -> Any:

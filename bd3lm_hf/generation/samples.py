@@ -1,16 +1,17 @@
-"""Prompts that come in and samples that go out of `bd3lm generate`, as files of lines."""
+"""Prompts that `bd3lm generate` reads, and samples that it writes: files of lines."""
 
+import contextlib
 import json
 import os
 import select
 import stat
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from bd3lm_hf.output_files import check_output_file
+from bd3lm_hf.output_files import check_output_file, is_device, lock_output, write_atomically
 
 
 #: The name that means standard input.
@@ -21,67 +22,77 @@ STDIN = "-"
 class Sample:
     """One text and how it came about: a line of the samples file."""
 
-    index: int  # prompts * num_samples in all, the samples of a prompt behind one another
-    prompt: str | None  # None: written from nothing
+    index: int  # prompts * num_samples in all, the samples of a prompt one after the other
+    prompt: str | None  # None: generated from nothing
     text: str  # the prompt included
     num_prompt_tokens: int
     num_tokens: int  # new ones, an end token included
     seed: int
-    forwards: int | None  # passes of the network for the batch this sample was in; None where a model does not count
-    tokens_per_forward: float | None
+    forwards: int  # forward passes that this text takes when it is generated alone
+    batch_forwards: int  # forward passes of its batch
+    tokens_per_forward: float  # num_tokens / forwards
     seconds: float  # its share of its batch's time
     model: str
-    settings: dict[str, Any]  # what decides the text, beside the model and the prompt
+    settings: dict[str, Any]  # what decides the text, apart from the prompt
 
 
-def read_prompts(given: Sequence[str] | None, file: str | None, stdin: TextIO | None = None) -> list[str | None]:
-    """The prompts of `--prompt` (texts), `--prompt-file` (a name) or standard input; `[None]` if there is none.
+def read_prompts(
+    given: Sequence[str] | None, file: str | None, stdin: TextIO | None = None, *, flag: str = "--prompt"
+) -> list[str | None]:
+    """Return the prompts of `--prompt` (texts), `--prompt-file` (a name) or standard input; `[None]` without any.
 
-    A file holds one prompt per line; a line of a `.jsonl` file is an object with a `prompt`. `"-"` is standard input,
-    which is also read when nothing is named and something is piped in.
+    A file holds one prompt per line; a line of a `.jsonl` file is an object with a `prompt`. Blank lines are skipped.
+    `"-"` is standard input, which is also read when nothing is named and something is piped in.
 
     Raises:
-        ValueError: a file that is missing, empty or not UTF-8; an empty prompt; a line that holds no prompt.
+        ValueError: if a file is missing, without prompts or not UTF-8, a prompt is empty, or a line holds none.
     """
     stdin = sys.stdin if stdin is None else stdin
     if given and list(given) != [STDIN]:
-        return list(_checked((f"--prompt {number}", text) for number, text in enumerate(given, start=1)))
+        return list(_checked((f"{flag} {number}", text) for number, text in enumerate(given, start=1)))
     if given or file == STDIN:
-        return _lines(STDIN, stdin.read())
+        return _lines(STDIN, _read_stdin(stdin))
     if file is not None:
-        return _lines(file, _text_of(file))
+        return _lines(file, _text_of(file, f"{flag}-file"))
     if _is_piped(stdin):
-        text = stdin.read()
-        if text:
+        text = _read_stdin(stdin)
+        if text.strip():
             return _lines(STDIN, text)
     return [None]
 
 
-def _text_of(file: str) -> str:
+def _read_stdin(stdin: TextIO) -> str:
+    try:
+        return stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8: byte {error.start} cannot be decoded.") from error
+
+
+def _text_of(file: str, flag: str) -> str:
     path = Path(file).expanduser()
     if not path.is_file():
-        raise ValueError(f"--prompt-file {file}: there is no such file.")
+        raise ValueError(f"{flag} {file}: there is no such file.")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt-file {file} is not UTF-8: byte {error.start} can not be decoded.") from error
+        raise ValueError(f"{flag} {file} is not UTF-8: byte {error.start} cannot be decoded.") from error
 
 
 def _lines(file: str, text: str) -> list[str | None]:
     name = "standard input" if file == STDIN else file
-    lines = text.removesuffix("\n").split("\n") if text else []
+    numbered = enumerate((line.removesuffix("\r") for line in text.split("\n")), start=1)
+    lines = [(f"line {number} of {name}", line) for number, line in numbered if line.strip()]
     if not lines:
         raise ValueError(f"{name} holds no prompt: write one prompt per line.")
     is_json = file.lower().endswith(".jsonl")
-    places = ((f"line {number} of {name}", line.removesuffix("\r")) for number, line in enumerate(lines, start=1))
-    return list(_checked((place, _prompt_of(line, place) if is_json else line) for place, line in places))
+    return list(_checked((place, _prompt_of(line, place) if is_json else line) for place, line in lines))
 
 
 def _prompt_of(line: str, place: str) -> str:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{place} is no JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON: {error}.") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ValueError(f'{place} has no prompt: write objects such as {{"prompt": "Once"}}.')
     return str(row["prompt"])
@@ -91,6 +102,10 @@ def _checked(prompts: Iterable[tuple[str, str]]) -> Iterable[str]:
     for place, text in prompts:
         if not text.strip():
             raise ValueError(f"{place} is an empty prompt: remove it; without any prompt a text starts from nothing.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{place} is not UTF-8: character {error.start} cannot be encoded.") from error
         yield text
 
 
@@ -103,17 +118,26 @@ def _is_piped(stdin: TextIO) -> bool:
         return False  # closed, or not a real file
 
 
+# What a line of ours begins with.
+_LINE_START = b'{"index": '
+
+# Settings of earlier versions that do not decide a text.
+_IGNORED_SETTINGS = {"num_prompts", "num_samples", "batch_size"}
+
+
 class SamplesFile:
-    """Samples, one JSON object per line, each on disk as soon as it is finished; a rerun continues behind them.
+    """Samples, one JSON object per line, each on disk as soon as it is finished; a rerun continues after them.
+
+    Use [`open_samples`], which keeps other processes away from the file.
 
     Args:
         prompts: that of each sample.
-        settings: what decides the texts; a file that was written with others is refused.
-        overwrite: start anew.
-        argument: what the user calls the file, for messages.
+        settings: what decides the texts; a file with other settings is refused.
+        overwrite: start anew. The old file stays until the first samples are finished.
+        flag: what the user calls the file, for messages.
 
     Raises:
-        ValueError: a folder that does not exist, a file with something else in it, or samples of other settings.
+        ValueError: if the folder does not exist, or the file holds something else, or samples of other settings.
     """
 
     def __init__(
@@ -123,50 +147,63 @@ class SamplesFile:
         settings: dict[str, Any],
         *,
         overwrite: bool = False,
-        argument: str = "--output",
+        flag: str = "--output",
     ) -> None:
-        self.path, self.prompts, self.settings, self.argument = path, prompts, settings, argument
+        self.path, self.prompts, self.settings, self.flag = path, prompts, settings, flag
         self.finished: set[int] = set()
         self._size = 0  # bytes of complete lines
-        check_output_file(path, argument)
-        if path.exists() and not overwrite:
+        self._size_on_disk = 0  # with the incomplete line that a killed run left
+        self._is_new = overwrite
+        check_output_file(path, flag)
+        if path.exists() and not overwrite and not is_device(path):
             self._read()
 
     def _read(self) -> None:
         content = self.path.read_bytes()
-        # A run that was killed while it wrote leaves a part of a line, which is not counted and later cut off.
+        self._size_on_disk = len(content)
+        # A run that was killed while it wrote leaves a part of a line, which does not count and is cut off later.
         self._size = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[: self._size].splitlines(), start=1):
+        lines = content[: self._size].splitlines()
+        for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict) or not isinstance(row.get("index"), int) or "settings" not in row:
-                raise ValueError(
-                    f"{self.argument} {self.path}: line {number} is no sample of this command; name another file, or "
-                    f"replace it with --overwrite."
-                )
+                self._refuse(number)
             self._check(number, row)
             self.finished.add(row["index"])
+        rest = content[self._size :]
+        if rest[: len(_LINE_START)] != _LINE_START[: len(rest)]:
+            self._refuse(len(lines) + 1)
+
+    def _refuse(self, number: int) -> None:
+        raise ValueError(
+            f"{self.flag} {self.path}: line {number} was not written by this command; name another file, or replace "
+            f"it with --overwrite."
+        )
 
     def _check(self, number: int, row: dict[str, Any]) -> None:
-        settings, wanted = dict(row["settings"]), dict(self.settings)
+        if not isinstance(row["settings"], dict):
+            self._refuse(number)
+        old = {name: value for name, value in row["settings"].items() if name not in _IGNORED_SETTINGS}
+        new = dict(self.settings)
         if row["index"] < len(self.prompts):
-            settings["prompt"], wanted["prompt"] = row["prompt"], self.prompts[row["index"]]
+            old["prompt"], new["prompt"] = row.get("prompt"), self.prompts[row["index"]]
         differences = [
-            f"{name} is {settings.get(name)!r} there and {wanted.get(name)!r} now"
-            for name in {**wanted, **settings}
-            if settings.get(name) != wanted.get(name)
+            f"{name} is {old.get(name)!r} there and {new.get(name)!r} now"
+            for name in {**new, **old}
+            if old.get(name) != new.get(name)
         ]
         if differences:
             raise ValueError(
-                f"{self.argument} {self.path}: line {number} was written with other settings "
+                f"{self.flag} {self.path}: line {number} was written with other settings "
                 f"({'; '.join(differences)}): repeat them to continue, name another file, or replace it with "
                 f"--overwrite."
             )
 
     def rows(self) -> list[dict[str, Any]]:
-        """The finished samples that were asked for, in the order of their numbers."""
+        """Return the requested samples that are finished, in the order of their numbers."""
         if not self.finished:
             return []
         lines = self.path.read_bytes()[: self._size].splitlines()
@@ -174,14 +211,52 @@ class SamplesFile:
         return [rows[index] for index in range(len(self.prompts)) if index in rows]
 
     def append(self, samples: Iterable[Sample]) -> None:
-        """Write samples that are not there yet, each with a flush of its own."""
-        with self.path.open("ab") as file:
-            file.truncate(self._size)
-            for sample in samples:
-                if sample.index not in self.finished:
-                    self._size += file.write(json.dumps(asdict(sample), ensure_ascii=False).encode() + b"\n")
-                    file.flush()
-                    self.finished.add(sample.index)
+        """Write samples that are not there yet, each on disk before the next is taken.
+
+        Raises:
+            ValueError: if another process changed the file.
+        """
+        for sample in samples:
+            if sample.index not in self.finished:
+                self._write(json.dumps(asdict(sample), ensure_ascii=False).encode() + b"\n")
+                self.finished.add(sample.index)
+
+    def _write(self, line: bytes) -> None:
+        if self._is_new and not is_device(self.path):
+            write_atomically(self.path, line)  # the old file stays until now
+            self._is_new = False
+        else:
+            with self.path.open("ab") as file:
+                size = os.fstat(file.fileno()).st_size
+                if not is_device(self.path):
+                    if size != self._size_on_disk:
+                        raise ValueError(
+                            f"{self.flag} {self.path} has {size} bytes instead of {self._size_on_disk}: another "
+                            f"process changed it. Run again to continue after what is there."
+                        )
+                    file.truncate(self._size)
+                file.write(line)
+        self._size += len(line)
+        self._size_on_disk = self._size
 
 
-__all__ = ["STDIN", "Sample", "SamplesFile", "read_prompts"]
+@contextlib.contextmanager
+def open_samples(
+    path: Path,
+    prompts: Sequence[str | None],
+    settings: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    flag: str = "--output",
+) -> Iterator[SamplesFile]:
+    """Open a [`SamplesFile`] that no other process writes to at the same time.
+
+    Raises:
+        ValueError: if another process does, or the file is refused.
+    """
+    check_output_file(path, flag)
+    with lock_output(path, flag):
+        yield SamplesFile(path, prompts, settings, overwrite=overwrite, flag=flag)
+
+
+__all__ = ["STDIN", "Sample", "SamplesFile", "open_samples", "read_prompts"]

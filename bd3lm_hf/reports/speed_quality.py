@@ -1,45 +1,28 @@
-"""Quality over forwards: generative perplexity of texts by how many tokens a sampler writes per pass of the network.
+"""Quality over speed: generative perplexity by how many tokens a sampler reveals per forward pass.
 
-A sampler that reveals several tokens in one pass draws them as if they were independent. What that costs is measured
-by a judge, a language model that scores the texts; how varied they stay, by the entropy of their tokens.
+A sampler that reveals several tokens in one forward pass samples them as if they were independent. A reference model
+that scores the texts measures what that costs; the entropy of their tokens, how varied they stay.
 """
 
 import argparse
+import io
 import json
 import math
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_model, reference_model_of
 from bd3lm_hf.evaluation.text_metrics import mean_entropy
-from bd3lm_hf.generation.generate_cli import FIELDS, whole_number
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
-from bd3lm_hf.output_files import check_output_file
-from bd3lm_hf.reports.plotting import check_matplotlib, draw_speed_quality
-from bd3lm_hf.seeds import derived_seed
-
-
-#: The field that makes a sampler bolder, and its values by default: one token per forward first.
-CURVES: dict[str, tuple[str, tuple[float | None, ...]]] = {
-    "first_hitting": ("num_denoising_steps", (None, 2, 1)),
-    "confidence": ("confidence_threshold", (1.0, 0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.003, 0.0)),
-    "entropy_bound": ("entropy_bound", (0.0, 1.0, 2.0, 4.0, 8.0)),
-}
-
-
-_PICTURES = (".png", ".svg", ".pdf")
-
-
-#: Fields that are the same for all settings.
-_SHARED = ("temperature", "nucleus_p")
+from bd3lm_hf.output_files import write_atomically
+from bd3lm_hf.progress import ProgressReport
+from bd3lm_hf.reports.quality_cli import CURVES, SHARED_FIELDS
 
 
 class Point(NamedTuple):
@@ -47,7 +30,8 @@ class Point(NamedTuple):
 
     sampler: str
     setting: dict[str, Any]  # fields of the generation config
-    tokens_per_forward: float  # of a text that is written alone
+    tokens_per_forward: float  # of a text that is generated alone
+    tokens_per_batch_forward: float  # of the batches: every row waits for the slowest
     perplexity: float  # generative: exp of the mean nll under the judge
     standard_error: float  # of the log of the perplexity
     entropy: float  # of the token frequencies within a text, nats, mean over texts
@@ -62,7 +46,12 @@ class Ratio(NamedTuple):
     standard_error: float  # of the value
 
 
-def quality_curve(
+def quality_curve(model: Any, curves: Mapping[str, Any], judge: ReferenceModel, **options: Any) -> list[Point]:
+    """Return the points of [`quality_points`], which has the arguments."""
+    return list(quality_points(model, curves, judge, **options))
+
+
+def quality_points(
     model: Any,
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     judge: ReferenceModel,
@@ -74,65 +63,74 @@ def quality_curve(
     seed: int = 0,
     progress: bool = False,
     **generation: Any,
-) -> list[Point]:
-    """Write texts with each setting of each sampler, and score them.
+) -> Iterator[Point]:
+    """Generate texts with each setting of each sampler, and score them.
 
     All texts have the same length: an end token does not end them, as in packed training text.
 
     Args:
-        curves: sampler -> fields of `generate`, from the most cautious setting on.
+        curves: sampler -> fields of `generate`, the most cautious setting first.
         prompts: token ids to continue, all of one length, a text for each; by default `num_samples` texts from
             nothing.
         new_tokens: of a text; by default as many as fit into the model's window.
         generation: further fields of `generate`, the same for all.
 
     Raises:
-        ValueError: a model without samplers, a text longer than its window, or too few texts for a standard error.
+        ValueError: if the model has no samplers, a text is longer than its window, or there are too few texts for a
+            standard error.
     """
     if not hasattr(model.generation_config, "output_trace"):
         raise ValueError(f"a {type(model).__name__} has no samplers to compare: name a block-diffusion model.")
-    window = model.config.model_length
     if prompts is None:
         prompts = [[model.generation_config.bos_token_id]] * num_samples
-    room = window - len(prompts[0]) if prompts else 0
-    new_tokens = room if new_tokens is None else new_tokens
-    if not 0 < new_tokens <= room:
-        raise ValueError(
-            f"new_tokens={new_tokens}: behind {window - room} tokens the model's window has room for {room}."
-        )
     if len(prompts) < 2:
         raise ValueError(f"{len(prompts)} texts give no standard error: ask for at least 2.")
-    wanted = [(sampler, dict(setting)) for sampler, settings in curves.items() for setting in settings]
-    points = []
-    for sampler, setting in tqdm(wanted, desc="settings", disable=not progress, leave=False):
-        fields = {**generation, **{name: value for name, value in setting.items() if value is not None}}
-        started = time.perf_counter()
-        texts = _texts(model, prompts, new_tokens, batch_size, seed, sampler=sampler, **fields)
-        seconds = time.perf_counter() - started
-        scores = judge.score(texts, seed=seed, batch_size=batch_size)
-        result = summarize(scores)
-        entropy = mean_entropy([text.written for text in texts])
-        speed = len(texts) * new_tokens / sum(text.forwards for text in texts)
-        points.append(
-            Point(sampler, setting, speed, result.perplexity, result.standard_error, entropy, seconds, scores)
-        )
-    return points
+    new_tokens = _check_new_tokens(new_tokens, len(prompts[0]), model.config.max_position_embeddings)
+    settings = [(sampler, dict(setting)) for sampler, settings in curves.items() for setting in settings]
+    with ProgressReport("quality", len(settings), unit="setting", disable=not progress) as report:
+        for sampler, setting in settings:
+            fields = {**generation, **{name: value for name, value in setting.items() if value is not None}}
+            started = time.perf_counter()
+            texts = _texts(model, prompts, new_tokens, batch_size, seed, sampler=sampler, **fields)
+            seconds = time.perf_counter() - started
+            scores = judge.score(texts, seed=seed, batch_size=batch_size)
+            result = summarize(scores)
+            yield Point(
+                sampler=sampler,
+                setting=setting,
+                tokens_per_forward=len(texts) * new_tokens / sum(text.forwards for text in texts),
+                tokens_per_batch_forward=len(texts) * new_tokens / sum(text.batch_forwards for text in texts),
+                perplexity=result.perplexity,
+                standard_error=result.standard_error,
+                entropy=mean_entropy([text.new_ids for text in texts]),
+                seconds=seconds,
+                scores=scores,
+            )
+            report.update()
+
+
+def _check_new_tokens(new_tokens: int | None, num_given: int, window: int) -> int:
+    room = window - num_given
+    new_tokens = room if new_tokens is None else new_tokens
+    if not 0 < new_tokens <= room:
+        raise ValueError(f"new_tokens={new_tokens}: after {num_given} tokens the model's window has room for {room}.")
+    return new_tokens
 
 
 def _texts(
     model: Any, prompts: Sequence[list[int]], new_tokens: int, batch_size: int, seed: int, **fields: Any
 ) -> list[GeneratedText]:
-    """A text for each prompt, which the seed and its number decide."""
+    """Generate a text for each prompt; it depends on the seed and its number only."""
     texts: list[GeneratedText] = []
     for first in range(0, len(prompts), batch_size):
-        given = prompts[first : first + batch_size]
-        seeds = [derived_seed(seed, first + number) for number in range(len(given))]
-        texts += generate_batch(model, given, new_tokens, seeds=seeds, **fields)
+        batch = prompts[first : first + batch_size]
+        seeds = [seed_of(seed, first + number) for number in range(len(batch))]
+        texts += generate_batch(model, batch, new_tokens, seeds=seeds, **fields)
     return texts
 
 
 def compare_curves(point: Point, baseline: Point) -> Ratio:
-    """The perplexity of a point over that of a baseline with as many texts.
+    """Return the perplexity of a point over that of a baseline with as many texts.
 
     The error is that of the difference of two ratio estimates over pairs of texts, sqrt(n / (n - 1) sum_i d_i^2) with
     d_i = (nll_i - nll m_i) / sum m - (the same of the baseline), to first order.
@@ -142,123 +140,140 @@ def compare_curves(point: Point, baseline: Point) -> Ratio:
         total, mean = sum(score.num_tokens for score in one.scores), math.log(one.perplexity)
         residuals.append([(score.nll - mean * score.num_tokens) / total for score in one.scores])
     count, value = len(point.scores), point.perplexity / baseline.perplexity
-    spread = math.fsum((mine - theirs) ** 2 for mine, theirs in zip(*residuals, strict=True))
+    spread = math.fsum((ours - base) ** 2 for ours, base in zip(*residuals, strict=True))
     return Ratio(value, value * math.sqrt(count / (count - 1) * spread))
 
 
 def speed_quality_table(points: Sequence[Point]) -> str:
-    """Markdown; the first point of all, and the first of each sampler, are what the others are compared with."""
+    """Return a markdown table; the others are compared with the first point of all, and of each sampler."""
     lines = [
-        "| sampler | setting | tokens per forward | perplexity | over the first row | over its sampler's first "
-        "| entropy |",
-        "|---|---|---|---|---|---|---|",
+        "| sampler | setting | tokens per forward | in a batch | perplexity | over the first row "
+        "| over its sampler's first | entropy |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     firsts: dict[str, Point] = {}
     for point in points:
         first = firsts.setdefault(point.sampler, point)
         ratios = [compare_curves(point, points[0]), compare_curves(point, first)]
-        told = [f"{ratio.value:.3f} +- {ratio.standard_error:.3f}" for ratio in ratios]
-        error = point.perplexity * point.standard_error
-        lines.append(
-            f"| {point.sampler} | {label(point)} | {point.tokens_per_forward:.2f} | {point.perplexity:.2f} +- "
-            f"{error:.2f} | {told[0]} | {told[1]} | {point.entropy:.2f} |"
-        )
+        cells = [
+            point.sampler,
+            label(point),
+            f"{point.tokens_per_forward:.2f}",
+            f"{point.tokens_per_batch_forward:.2f}",
+            f"{point.perplexity:.2f} +- {point.perplexity * point.standard_error:.2f}",
+            *(f"{ratio.value:.3f} +- {ratio.standard_error:.3f}" for ratio in ratios),
+            f"{point.entropy:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def label(point: Point) -> str:
-    """The setting in words."""
+    """Return the setting in words."""
     return ", ".join(f"{name} {value}" for name, value in point.setting.items() if value is not None) or "default"
 
 
 def plot_speed_quality(points: Sequence[Point], path: Path, *, judge: str) -> None:
-    """Draw generative perplexity and entropy over the tokens of a forward pass, a curve per sampler.
+    """Plot a curve per sampler, tokens per forward pass against generative perplexity.
 
     Raises:
         ValueError: if matplotlib is not installed.
     """
-    check_matplotlib()
-    drawing = draw_speed_quality([point._asdict() for point in points], judge, "speed and quality of the samplers")
-    drawing.savefig(path, dpi=144)
+    check_plot()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `bd3lm quality`, without those that every verb has."""
-    parser.add_argument("--judge", help="folder or hub name of the model that scores the texts; by default the writer")
-    parser.add_argument("--num-samples", type=whole_number(2), default=64, help="texts per setting")
-    parser.add_argument("--dataset", help="held-out text whose beginnings are continued; by default from nothing")
-    parser.add_argument("--prompt-tokens", type=whole_number(1), default=32, help="length of such a beginning")
-    parser.add_argument("--new-tokens", type=whole_number(1), help="of a text; by default the model's window")
-    parser.add_argument("--batch-size", type=whole_number(1), default=16)
-    parser.add_argument("--greedy", action="store_true", help="take the most likely tokens; needs --dataset")
-    for name in _SHARED:
-        kind, text = FIELDS[name]
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=1.0, help=text)
-    for sampler, (name, values) in CURVES.items():
-        text = f"for {sampler}, the most cautious first ({' '.join(str(v) for v in values if v is not None)})"
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=FIELDS[name][0], nargs="*", default=list(values), help=text
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    base = points[0].perplexity
+    axes.axhspan(base, 1.05 * base, color="0.92", zorder=0, label="within 5 % of the first point")
+    for number, sampler in enumerate(dict.fromkeys(point.sampler for point in points)):
+        own = [point for point in points if point.sampler == sampler]
+        axes.errorbar(
+            [point.tokens_per_forward for point in own],
+            [point.perplexity for point in own],
+            yerr=[point.perplexity * point.standard_error for point in own],
+            marker="os^Dv"[number % 5],
+            capsize=3,
+            label=sampler,
         )
-    parser.add_argument("--plot", type=Path, help="picture of the curves (.png, .svg or .pdf)")
-    parser.add_argument("--output", type=Path, help="JSON file for the points")
+        for point in own[1:]:
+            values, position = (
+                ", ".join(map(str, point.setting.values())),
+                (point.tokens_per_forward, point.perplexity),
+            )
+            axes.annotate(values, position, xytext=(5, 5), textcoords="offset points", fontsize=8, color="0.35")
+    axes.margins(x=0.08)
+    axes.set_title("Quality over speed, by sampler")
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens per forward pass")
+    axes.set_ylabel(f"generative perplexity under {judge}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    kind = path.suffix.lower().removeprefix(".")
+    content = io.BytesIO()
+    # The author, by which the command recognises its own file.
+    figure.savefig(content, format=kind, metadata={"Software" if kind == "png" else "Creator": "bd3lm_hf"})
+    write_atomically(path, content.getvalue())
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Refuse what can not be done, before a model is loaded.
-
-    Raises:
-        ValueError: names the argument and the remedy.
-    """
-    if arguments.greedy and arguments.dataset is None:
-        raise ValueError("--greedy writes the same text again and again from nothing: name a --dataset to continue.")
-    for name in ("plot", "output"):
-        if getattr(arguments, name) is not None:
-            check_output_file(getattr(arguments, name), f"--{name}")
-    if arguments.plot is not None:
-        check_matplotlib()
-        if arguments.plot.suffix.lower() not in _PICTURES:
-            raise ValueError(f"--plot {arguments.plot}: a picture's name ends in one of {', '.join(_PICTURES)}.")
+def check_plot() -> None:
+    """Refuse to plot without matplotlib, before any work."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ValueError("a plot needs matplotlib: pip install 'bd3lm-hf[plots]', or leave --plot out.") from error
 
 
-def run(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Measure, print the table, write picture and data."""
-    judge, name = _judge(arguments, model, tokenizer)
+def compare_samplers(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Measure every setting, print the table, write picture and data."""
+    reference, name = _reference_model(arguments, model, tokenizer)
     curves = {
         sampler: [{field: value} for value in getattr(arguments, field)] for sampler, (field, _) in CURVES.items()
     }
-    how = {"do_sample": False} if arguments.greedy else {name: getattr(arguments, name) for name in _SHARED}
-    points = quality_curve(
+    fields = {"do_sample": not arguments.greedy}
+    if not arguments.greedy:
+        fields |= {field: getattr(arguments, field) for field in SHARED_FIELDS}
+    points = []
+    for point in quality_points(
         model,
         curves,
-        judge,
+        reference,
         prompts=_prompts(arguments, tokenizer),
         num_samples=arguments.num_samples,
         new_tokens=arguments.new_tokens,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
-        progress=sys.stderr.isatty(),
-        **{"do_sample": True, **how},
-    )
-    told = ["greedy"] if arguments.greedy else [f"{name} {value:g}" for name, value in how.items()]
-    print(f"judge: {name}; {len(points[0].scores)} texts per setting, {', '.join(told)}")
+        progress=True,
+        **fields,
+    ):
+        points.append(point)
+        _write_points(arguments, points, name)  # what is finished stays if the command is stopped
+    shown = ["greedy"] if arguments.greedy else [f"{field} {fields[field]:g}" for field in SHARED_FIELDS]
+    print(f"judge: {name}; {len(points[0].scores)} texts per setting, {', '.join(shown)}")
     print(speed_quality_table(points))
     if arguments.plot is not None:
         plot_speed_quality(points, arguments.plot, judge=name)
-    if arguments.output is not None:
-        rows = [{key: value for key, value in point._asdict().items() if key != "scores"} for point in points]
-        names = ("model", "seed", "dataset", "prompt_tokens", "greedy", *_SHARED)
-        report = {"judge": name, **{key: getattr(arguments, key) for key in names}, "points": rows}
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_points(arguments: argparse.Namespace, points: Sequence[Point], judge: str) -> None:
+    if arguments.output is None:
+        return
+    rows = [{key: value for key, value in point._asdict().items() if key != "scores"} for point in points]
+    names = ("model", "seed", "dataset", "prompt_tokens", "greedy", *SHARED_FIELDS)
+    report = {"judge": judge, **{key: getattr(arguments, key) for key in names}, "points": rows}
+    write_atomically(arguments.output, json.dumps(report, indent=2) + "\n")
 
 
 def _prompts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[list[int]] | None:
-    """Beginnings of held-out sequences, spread over the data set."""
+    """Return beginnings of held-out sequences, spread over the dataset."""
     if arguments.dataset is None:
         return None
     rows = pack(load_text(arguments.dataset, split="validation"), tokenizer, length=arguments.prompt_tokens)
     if len(rows) < arguments.num_samples:
         raise ValueError(
-            f"--num-samples {arguments.num_samples}: the data set has {len(rows)} sequences of "
+            f"--num-samples {arguments.num_samples}: the dataset has {len(rows)} sequences of "
             f"{arguments.prompt_tokens} tokens; ask for fewer."
         )
     return [
@@ -266,15 +281,24 @@ def _prompts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) 
     ]
 
 
-def _judge(
+def _reference_model(
     arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[ReferenceModel, str]:
     if arguments.judge is None:
-        judge = reference_model_of(model)
-        return judge, f"the model itself ({judge.estimator} bound)"
-    how = {"device": model.device, "trust_remote_code": arguments.trust_remote_code}
-    judge = load_reference_model(arguments.judge, tokenizer, **how, as_text=False, score_end=True)
-    return judge, Path(arguments.judge).name
+        reference = reference_model_of(model)
+        return reference, f"the model itself ({reference.estimator} bound)"
+    options = {"device": model.device, "trust_remote_code": arguments.trust_remote_code}
+    reference = load_reference_model(arguments.judge, tokenizer, **options, as_text=False, score_end=True)
+    return reference, Path(arguments.judge).name
 
 
-__all__ = ["CURVES", "Point", "Ratio", "compare_curves", "plot_speed_quality", "quality_curve", "speed_quality_table"]
+__all__ = [
+    "Point",
+    "Ratio",
+    "compare_curves",
+    "compare_samplers",
+    "plot_speed_quality",
+    "quality_curve",
+    "quality_points",
+    "speed_quality_table",
+]

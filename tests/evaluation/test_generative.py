@@ -63,7 +63,7 @@ def test_texts_are_written_judged_counted_and_kept(judged, judge_folder, tiny_to
     each = [math.exp(row["nll"] / row["scored_tokens"]) for row in rows]
     assert report["mean_perplexity"] == pytest.approx(sum(each) / 5)
     assert report["entropy"] == pytest.approx(sum(text_entropy(text.ids) for text in texts) / 5)
-    written = [text.written for text in texts]
+    written = [text.new_ids for text in texts]
     assert report["distinct_2"] == distinct(written, 2) and report["repetition_4"] == mean_repetition(written)
     assert report["lengths"] == {"mean": 15, "median": 15, "shortest": 15, "longest": 15}
     assert report["forwards_per_token"] == 1.0

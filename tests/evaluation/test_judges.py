@@ -94,7 +94,7 @@ def test_any_causal_model_can_judge():
     assert [score.num_tokens for score in scores] == [3, 2]
     for text, score in zip(texts, scores, strict=True):
         ids = torch.tensor([text.ids])
-        labels = torch.tensor([[-100] * text.given + text.ids[text.given :]])
+        labels = torch.tensor([[-100] * text.num_given + text.ids[text.num_given :]])
         expected = model(input_ids=ids, labels=labels).loss.item() * score.num_tokens
         assert score.nll == pytest.approx(expected, rel=1e-5)
 
@@ -116,11 +116,11 @@ def test_special_tokens_that_both_have_stay_and_others_are_left_out(tiny_tokeniz
         tokenizer_object=tiny_tokenizer.backend_tokenizer, bos_token="<bos>", eos_token="<eos>"
     )
     judge = ReferenceModel(CausalScore(gpt2()), retokenize=(tiny_tokenizer, other))
-    read = judge._read(GeneratedText([0, *tiny_tokenizer("The dog")["input_ids"], 1, 2, 0], 1))
+    read = judge.read(GeneratedText([0, *tiny_tokenizer("The dog")["input_ids"], 1, 2, 0], 1))
     assert read == GeneratedText([0, *tiny_tokenizer("The dog")["input_ids"], 1, 0], 1)
     # A text that does not begin as the judge's texts do is given their beginning.
     assert (
-        judge._read(GeneratedText(tiny_tokenizer("The dog")["input_ids"], 0))[:2]
+        judge.read(GeneratedText(tiny_tokenizer("The dog")["input_ids"], 0))[:2]
         == read._replace(ids=read.ids[:-2])[:2]
     )
 

@@ -39,7 +39,7 @@ def test_a_sampled_text_does_not_depend_on_its_batch(make_model, fields):
     assert [(text.ids, text.forwards) for text in together] == expected
     assert [(text.ids, text.forwards) for pair in pairs for text in pair] == expected
     assert len({tuple(text.ids) for text in together}) == 4
-    assert all(text.ids[:3] == [0, 5, 6] and len(text.written) == 13 for text in together)
+    assert all(text.ids[:3] == [0, 5, 6] and len(text.new_ids) == 13 for text in together)
 
 
 def test_texts_are_written_to_full_length_and_the_model_ends_texts_again_afterwards(tiny_config, randomize):
@@ -47,12 +47,12 @@ def test_texts_are_written_to_full_length_and_the_model_ends_texts_again_afterwa
     with torch.no_grad():
         model.backbone.output_layer.linear.bias[tiny_config.eos_token_id] += 5
     whole = generate_batch(model, [[0]] * 4, 12, seeds=SEEDS, do_sample=True)
-    ended = generate_batch(model, [[0]] * 4, 12, seeds=SEEDS, do_sample=True, to_end=True)
+    ended = generate_batch(model, [[0]] * 4, 12, seeds=SEEDS, do_sample=True, stop_at_eos=True)
     assert model.generation_config.eos_token_id == tiny_config.eos_token_id
-    assert {len(text.written) for text in whole} == {12}
+    assert {len(text.new_ids) for text in whole} == {12}
     for text, full in zip(ended, whole, strict=True):
-        end = full.written.index(tiny_config.eos_token_id) + 1
-        assert text.written == full.written[:end]
+        end = full.new_ids.index(tiny_config.eos_token_id) + 1
+        assert text.new_ids == full.new_ids[:end]
 
 
 def test_a_model_with_one_source_of_randomness_writes_texts_one_by_one(randomize):

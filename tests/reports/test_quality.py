@@ -74,7 +74,7 @@ def test_given_tokens_are_continued_and_not_scored(tiny_model):
             return super().score(given, **options)
 
     (one,) = quality_curve(tiny_model, {"first_hitting": [{}]}, Listening(tiny_model), prompts=prompts, new_tokens=6)
-    assert [text.ids[: text.given] for text in texts] == prompts
+    assert [text.ids[: text.num_given] for text in texts] == prompts
     assert [score.num_tokens for score in one.scores] == [6, 6]
 
 

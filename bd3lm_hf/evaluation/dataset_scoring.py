@@ -1,0 +1,338 @@
+"""Score a dataset, or each set of a suite: load the sequences, estimate the likelihood, write the results."""
+
+import argparse
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from bd3lm_hf.checkpoints import find_device, how_to_adapt
+from bd3lm_hf.data.documents import bytes_per_token, find_schema, find_spec, load_rows, load_text, pack
+from bd3lm_hf.data.files import BUILDERS, TextRow, exists
+from bd3lm_hf.data.instructions import encode_rows
+from bd3lm_hf.data.sources import SUITES, Flags, published_flags
+from bd3lm_hf.evaluation.eval_cli import FIXED_SAMPLES
+from bd3lm_hf.evaluation.perplexity import Perplexity, Protocol, check_estimator, summarize
+from bd3lm_hf.evaluation.reference_model import sliding_windows
+from bd3lm_hf.evaluation.results import (
+    FIELDS,
+    Processes,
+    ScoresFile,
+    check_outputs,
+    config_identity,
+    data_identity,
+    digest,
+    library_versions,
+    markdown,
+    score_shared,
+    tokenizer_identity,
+    weights_digest,
+    write_results,
+)
+from bd3lm_hf.output_files import lock_output
+
+
+logger = logging.get_logger("bd3lm_hf.evaluation")
+
+_OUR_FLAGS = Flags(packing="contiguous", insert_special=False)
+
+# How sequences are cut for the estimators that decide it.
+_FLAGS_OF_ESTIMATOR = {"published": published_flags}
+
+
+class Target(NamedTuple):
+    """A dataset to score."""
+
+    name: str
+    source: str | None  # to read in place of the table's
+    flags: Flags
+
+
+class ScoringSequences(NamedTuple):
+    """What is scored of a dataset."""
+
+    rows: Any  # a sequence of mappings with `input_ids` and perhaps `labels`
+    bytes_per_token: float | None  # None if they are not running text
+    about: dict[str, Any]  # the split and how it was cut
+
+
+def check_datasets(arguments: argparse.Namespace) -> None:
+    """Refuse unknown datasets and outputs that cannot be written, before a model is loaded.
+
+    Raises:
+        ValueError: if there are any.
+    """
+    _targets(arguments)
+    check_outputs(arguments.output, overwrite=arguments.overwrite)
+    if arguments.output:
+        ScoresFile(_scores_path(arguments), restart=arguments.restart)
+
+
+def join_processes(arguments: argparse.Namespace) -> None:
+    """Let each of several processes compute on a device of its own."""
+    if _process_count() > 1:
+        device = find_device(arguments.device)
+        state = PartialState(cpu=device.type == "cpu")
+        # A move from cpu to cpu:0 copies the weights to other addresses, and products then round differently.
+        arguments.device = device if state.device.type == "cpu" else state.device
+
+
+def score_datasets(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Score, print the results and write them; with several processes the first one does.
+
+    1. Check that the model has the estimator.
+    2. Load the sequences of every dataset, so that a missing one is known before any is scored.
+    3. Score, and print each result.
+    4. Write the results.
+    """
+    # 1. The model
+    check_likelihood(model, arguments.model)
+    check_estimator(model, arguments.estimator, arguments.num_samples or 1)
+    processes = _processes()
+    is_first = processes.rank == 0
+    # 2. The sequences
+    targets, length = _targets(arguments), arguments.length or model.config.max_position_embeddings
+    if is_first and arguments.window is None and length > model.config.max_position_embeddings:
+        logger.warning(
+            f"--length {length} is longer than the model's window of {model.config.max_position_embeddings} tokens: "
+            f"tokens attend to the whole sequence. --window {model.config.max_position_embeddings} scores windows."
+        )
+    with PartialState().local_main_process_first() if processes.size > 1 else nullcontext():
+        loaded = _load(targets, arguments, model, tokenizer, length)
+    # 3. The scores
+    about = _about_model(arguments, model, tokenizer) | {"length": length, "processes": processes.size}
+    results = []
+    with ExitStack() as stack:
+        file = None
+        if arguments.output and is_first:
+            stack.enter_context(lock_output(_scores_path(arguments), "--output"))
+            file = ScoresFile(_scores_path(arguments), restart=arguments.restart)
+        for target, sequences in zip(targets, loaded, strict=True):
+            score, of_data = _score(arguments, model, sequences, about, file, processes)
+            result = {"dataset": target.name, **sequences.about, **about, **of_data, **score._asdict()}
+            results.append({name: result.get(name) for name in FIELDS})
+            if is_first and arguments.suite is None:
+                print(_table(score, result))
+        if not is_first:
+            return
+        # 4. The results
+        if arguments.suite is not None:
+            print(f"sequences of {length} tokens; the paper's have {SUITES[arguments.suite].length}")
+            print(markdown(results))
+        for path in arguments.output:
+            write_results(path, results, arguments.suite)
+
+
+def check_likelihood(model: Any, name: str) -> None:
+    """Refuse a model without a likelihood.
+
+    Raises:
+        ValueError: if it has none; the message names what can be measured instead.
+    """
+    if not hasattr(model, "token_nll"):
+        raise ValueError(
+            f"--model {name} is a {type(model).__name__}, and bd3lm eval scores models with token_nll. "
+            f"{how_to_adapt(name)}"
+        )
+    if not model.has_likelihood:
+        raise ValueError(
+            f"--model {name} is a {type(model).__name__}, which has no likelihood: score the text that it generates "
+            f"with bd3lm eval --generative."
+        )
+
+
+def _process_count() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _processes() -> Processes:
+    if _process_count() == 1:
+        return Processes()
+    state = PartialState()
+    return Processes(state.process_index, state.num_processes)
+
+
+def _scores_path(arguments: argparse.Namespace) -> Path:
+    first: Path = arguments.output[0]
+    return first.with_suffix(".scores.jsonl")
+
+
+def _targets(arguments: argparse.Namespace) -> list[Target]:
+    """Return the datasets to score.
+
+    Raises:
+        ValueError: if a name is unknown (with the nearest), or copies are missing, all at once.
+    """
+    if arguments.suite is None:
+        name = arguments.dataset if exists(arguments.dataset) else find_spec(arguments.dataset).name
+        base = _FLAGS_OF_ESTIMATOR.get(arguments.estimator, lambda name: _OUR_FLAGS)(name)
+        return [Target(arguments.dataset, arguments.dataset_source, _flags(arguments, base))]
+    sets = SUITES[arguments.suite].sets
+    names = [find_spec(name).name for name in arguments.sets or sets]
+    foreign = [name for name in names if name not in sets]
+    if foreign:
+        raise ValueError(f"--sets {' '.join(foreign)}: the suite {arguments.suite} has {', '.join(sets)}.")
+    folder = arguments.suite_source
+    copies = {name: None if folder is None else _copy(folder, name) for name in names}
+    missing = [name for name, path in copies.items() if path is None and folder is not None]
+    if missing:
+        raise ValueError(
+            f"--suite-source {folder} has no copy of {', '.join(missing)}: a copy is a folder of that name, or a file "
+            f"of that name and one of {', '.join(BUILDERS)}. Or name the others with --sets."
+        )
+    return [Target(name, copies[name], _flags(arguments, sets[name])) for name in names]
+
+
+def _copy(folder: Path, name: str) -> str | None:
+    candidates = [folder / name, *(folder / f"{name}{ending}" for ending in BUILDERS)]
+    return next((str(path) for path in candidates if path.exists()), None)
+
+
+def _flags(arguments: argparse.Namespace, base: Flags) -> Flags:
+    """Return `base` with what the user set."""
+    chosen = {name: getattr(arguments, name, None) for name in Flags._fields}
+    return base._replace(**{name: value for name, value in chosen.items() if value is not None})
+
+
+def _load(
+    targets: list[Target], arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase, length: int
+) -> list[ScoringSequences]:
+    """Load the sequences of all datasets.
+
+    Raises:
+        ValueError: if any cannot be loaded; the message names every one of a suite, with its reason.
+    """
+    loaded, reasons = [], []
+    for target in targets:
+        try:
+            loaded.append(_sequences(target, arguments, model, tokenizer, length))
+        except ValueError as error:
+            if len(targets) == 1:
+                raise
+            reasons.append(f"{target.name} ({error})")
+    if reasons:
+        raise ValueError(
+            f"Cannot load {len(reasons)} of the {len(targets)} datasets in suite {arguments.suite}; nothing was "
+            f"scored. Use --sets to score the others. {'; '.join(reasons)}"
+        )
+    return loaded
+
+
+def _sequences(
+    target: Target, arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase, length: int
+) -> ScoringSequences:
+    """Load one dataset. Of a prompt and its completion, or of messages, only what the model would write is scored."""
+    flags = target.flags
+    source = {"config_name": arguments.dataset_config, "source": target.source}
+    options = {"split": flags.split, "skip_bad_rows": arguments.skip_bad_rows, **source}
+    schema = TextRow() if arguments.text_column else find_schema(target.name, **source)
+    if not isinstance(schema, TextRow):
+        block_size = model.config.block_size
+        examples = load_rows(target.name, schema, **options)
+        rows = encode_rows(examples, schema, tokenizer, length=length, block_size=block_size)
+        return ScoringSequences(_select(rows, arguments), None, {"split": flags.split})
+    documents = load_text(target.name, text_column=arguments.text_column, **options)
+    packed = pack(documents, tokenizer, length=length, **{k: v for k, v in flags._asdict().items() if k != "split"})
+    size = bytes_per_token(documents, tokenizer, insert_eos=flags.insert_eos).bytes_per_token
+    # All tokens of a sequence but the first are scored, and an end token that packing put there has no bytes.
+    text_share = (length - 2) / (length - 1) if flags.insert_special else 1.0
+    return ScoringSequences(_select(packed, arguments), size * text_share, flags._asdict())
+
+
+def _select(rows: Dataset, arguments: argparse.Namespace) -> Any:
+    """Return at most `--max-sequences` rows, evenly spaced, cut into windows if `--window` asks for it."""
+    maximum = arguments.max_sequences
+    if maximum is not None and maximum < len(rows):
+        rows = rows.select([index * len(rows) // maximum for index in range(maximum)])
+    if arguments.window is None:
+        return rows
+    return [window for row in rows for window in split_into_windows(row, arguments.window)]
+
+
+def split_into_windows(row: Mapping[str, Sequence[int]], size: int) -> Iterator[dict[str, list[int]]]:
+    """Yield windows of at most `size` tokens that move by half of it; each token is scored in one of them."""
+    ids, labels = list(row["input_ids"]), list(row.get("labels", row["input_ids"]))
+    for begin, end, first in sliding_windows(len(ids), size):
+        yield {"input_ids": ids[begin:end], "labels": [-100] * (first - begin) + labels[first:end]}
+
+
+def _about_model(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the part of a result that is the same for all datasets."""
+    names = ("model", "suite", "seed", "batch_size", "max_sequences")
+    is_exact = model.exact_likelihood
+    # An autoregressive model needs no estimate; the published protocol decides more than that.
+    estimator = "exact" if is_exact and arguments.estimator not in _FLAGS_OF_ESTIMATOR else arguments.estimator
+    return {
+        **{name: getattr(arguments, name) for name in names},
+        "estimator": estimator,
+        "num_samples": None if estimator in FIXED_SAMPLES else arguments.num_samples or 1,
+        "bound": not is_exact,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "model_class": type(model).__name__,
+        "config_sha256": digest(config_identity(model.config)),
+        "weights_sha256": weights_digest(model),
+        "tokenizer_sha256": digest(tokenizer_identity(tokenizer)),
+        **library_versions(),
+    }
+
+
+# The fields of a result that decide the scores.
+_SCORE_FIELDS = (
+    *("model_class", "config_sha256", "weights_sha256", "dtype", "tokenizer_sha256", "length"),
+    *("estimator", "num_samples", "seed"),
+)
+
+
+def _score(
+    arguments: argparse.Namespace,
+    model: Any,
+    sequences: ScoringSequences,
+    about: Mapping[str, Any],
+    file: ScoresFile | None,
+    processes: Processes,
+) -> tuple[Perplexity, dict[str, Any]]:
+    """Return the result of one dataset, and the hash of its sequences."""
+    of_data = {"data_sha256": digest(data_identity(sequences.rows))}
+    count = len(sequences.rows)
+    progress = score_shared(
+        model,
+        sequences.rows,
+        Protocol(arguments.estimator, arguments.num_samples or 1, arguments.seed, count),
+        batch_size=arguments.batch_size,
+        identity={**{name: about[name] for name in _SCORE_FIELDS}, **of_data, "sequences": count},
+        file=file,
+        processes=processes,
+        progress=processes.rank == 0,
+    )
+    scores = progress.scores.values()
+    return summarize(scores, bytes_per_token=sequences.bytes_per_token, seconds=progress.seconds), of_data
+
+
+def _table(score: Perplexity, about: Mapping[str, Any]) -> str:
+    """Return the lines that describe one result: each number with what it is a number of."""
+    kind = "upper bound" if about["bound"] else "exact likelihood"
+    if about["bound"] and about["estimator"] != "exact":
+        count = about["num_samples"] or 1
+        kind += f", {about['estimator']} estimate with {count} noise sample{'s' if count > 1 else ''}"
+    elif about["bound"]:
+        kind += ", exact"
+    rows = [
+        ("perplexity", f"{score.perplexity:.4f} ({kind})"),
+        ("nats per token", f"{score.nll:.5f} +- {score.standard_error:.5f}"),
+        ("bits per token", f"{score.bits_per_token:.5f}"),
+        ("bits per byte", "unknown" if score.bits_per_byte is None else f"{score.bits_per_byte:.5f}"),
+        ("scored tokens", f"{score.num_tokens} in {score.num_sequences} sequences"),
+        ("dataset", f"{about['dataset']}, split {about['split']}"),
+        ("seconds", f"{score.seconds:.1f}"),
+    ]
+    return "\n".join(f"{name:<16}{value}" for name, value in rows)
+
+
+__all__ = ["Target", "check_datasets", "check_likelihood", "join_processes", "score_datasets", "split_into_windows"]

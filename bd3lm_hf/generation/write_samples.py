@@ -1,0 +1,185 @@
+"""Generate the samples of a job, and write each as soon as it is finished: to the terminal, a file, a trace."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import transformers
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from bd3lm_hf.checkpoints import check_generates
+from bd3lm_hf.evaluation.perplexity import seed_of
+from bd3lm_hf.generation.denoising_trace import trace_document, traced_sample, write_trace
+from bd3lm_hf.generation.generate_cli import FIELDS, Job
+from bd3lm_hf.generation.samples import Sample, SamplesFile, open_samples
+from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
+
+
+# Not in every version of transformers; without it a terminal shows finished tokens only.
+_DRAFT_STREAMER: type[TextStreamer] = getattr(transformers, "TextDiffusionStreamer", TextStreamer)
+
+#: Printed between texts on standard output, as a text may hold line ends.
+SEPARATOR = "-" * 8
+
+
+def write_samples(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Generate all samples of a job that are not finished yet; an interrupt keeps those that are.
+
+    Raises:
+        ValueError: if a prompt is too long for the model, a trace is asked of a model that does not denoise, or the
+            samples file does not belong to this job.
+    """
+    check_generates(model, job.model)
+    if job.traces and not hasattr(model.generation_config, "output_trace"):
+        raise ValueError(f"--trace shows denoising steps, and a {type(model).__name__} takes none: leave it out.")
+    encoded = _encode(job, model, tokenizer)
+    with contextlib.ExitStack() as stack:
+        file = None
+        if job.output is not None:
+            opened = open_samples(job.output, job.sample_prompts, job.settings, overwrite=job.overwrite)
+            file = stack.enter_context(opened)
+        if file and job.traces and len(file.finished) >= len(encoded):
+            raise ValueError(f"--trace: all samples are in {job.output} already, so there is nothing to trace.")
+        traced: list[dict[str, Any]] = []
+        try:
+            _generate_all(job, encoded, file, traced, model, tokenizer)
+        except KeyboardInterrupt:
+            if file is not None:
+                print(
+                    f"interrupted: {len(file.finished)} of {len(encoded)} samples are in {job.output}", file=sys.stderr
+                )
+            raise
+        finally:
+            if traced:
+                _write_traces(job, model, tokenizer, traced)
+
+
+def _generate_all(
+    job: Job,
+    encoded: list[list[int]],
+    file: SamplesFile | None,
+    traced: list[dict[str, Any]],
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    prompts, count = job.sample_prompts, len(encoded)
+    missing = [index for index in range(count) if file is None or index not in file.finished]
+    kept = count - len(missing)
+    is_shown = sys.stderr.isatty() and not job.stream and len(missing) > job.batch_size
+    with tqdm(total=count, initial=kept, desc="generating", unit="text", disable=not is_shown, leave=False) as bar:
+        for begin in range(0, len(missing), job.batch_size):
+            batch = missing[begin : begin + job.batch_size]
+            texts = _generate(job, batch, encoded, model, tokenizer)
+            samples = [
+                _sample(job, index, prompts[index], text, tokenizer) for index, text in zip(batch, texts, strict=True)
+            ]
+            if job.traces:
+                traced += [_traced(*pair, model, tokenizer) for pair in zip(samples, texts, strict=True)]
+            if file is not None:
+                file.append(samples)
+            elif not job.stream:
+                for sample in samples:
+                    tqdm.write(_printed(sample.text, is_first=sample.index == 0), file=sys.stdout)
+            bar.update(len(batch))
+    if file is not None:
+        print(f"{count} samples in {job.output}" + (f", {kept} of an earlier run" if kept else ""))
+
+
+def _generate(
+    job: Job, batch: list[int], encoded: list[list[int]], model: Any, tokenizer: PreTrainedTokenizerBase
+) -> list[GeneratedText]:
+    if job.stream and batch[0] > 0:
+        print(SEPARATOR)
+    options = dict(job.generation)
+    return generate_batch(
+        model,
+        [encoded[index] for index in batch],
+        options.pop("max_new_tokens"),
+        seeds=[seed_of(job.seed, index) for index in batch],
+        stop_at_eos=True,
+        keep_steps=bool(job.traces),
+        streamer=_streamer(tokenizer) if job.stream else None,
+        **options,
+    )
+
+
+def _printed(text: str, *, is_first: bool) -> str:
+    return text if is_first else f"{SEPARATOR}\n{text}"
+
+
+def _encode(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the prompt of each sample as token ids; without a prompt, the token that begins a text."""
+    window = model.config.max_position_embeddings
+    encoded: list[list[int]] = []
+    for prompt in job.prompts:
+        if prompt is None:
+            begin = model.generation_config.bos_token_id
+            if begin is None:
+                raise ValueError("the model has no bos_token_id to start a text from: give a --prompt.")
+            ids = [begin]
+        else:
+            ids = list(tokenizer(prompt)["input_ids"])
+        if len(ids) > window:
+            raise ValueError(
+                f"a prompt has {len(ids)} tokens, more than the model's window of {window} tokens: shorten it "
+                f"({str(prompt)[:40]!r} ...)."
+            )
+        encoded += [ids] * job.num_samples
+    return encoded
+
+
+def _sample(
+    job: Job, index: int, prompt: str | None, text: GeneratedText, tokenizer: PreTrainedTokenizerBase
+) -> Sample:
+    return Sample(
+        index=index,
+        prompt=prompt,
+        text=str(tokenizer.decode(text.ids, skip_special_tokens=True)),
+        num_prompt_tokens=text.num_given,
+        num_tokens=len(text.new_ids),
+        seed=job.seed,
+        forwards=text.forwards,
+        batch_forwards=text.batch_forwards,
+        tokens_per_forward=len(text.new_ids) / max(1, text.forwards),
+        seconds=text.seconds,
+        model=job.model,
+        settings=job.settings,
+    )
+
+
+def _traced(sample: Sample, text: GeneratedText, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    return traced_sample(
+        tokenizer,
+        index=sample.index,
+        prompt=sample.prompt,
+        prompt_ids=text.ids[: text.num_given],
+        new_ids=text.new_ids,
+        steps=text.steps,
+        mask_token_id=model.config.mask_token_id,
+    )
+
+
+def _streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
+    # Drafts are overwritten in place, which only a terminal can do.
+    kind = _DRAFT_STREAMER if sys.stdout.isatty() else TextStreamer
+    return kind(tokenizer, skip_special_tokens=True)
+
+
+def _write_traces(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase, traced: list[dict[str, Any]]) -> None:
+    shown = {name: value for name, value in job.generation.items() if name in FIELDS}
+    document = trace_document(
+        tokenizer,
+        traced,
+        model=Path(job.model).name,
+        sampler=job.generation.get("sampler") or model.generation_config.sampler,
+        settings={**shown, "do_sample": job.generation["do_sample"], "seed": job.seed},
+        mask_token_id=model.config.mask_token_id,
+        block_size=model.config.block_size,
+    )
+    for path in job.traces:
+        write_trace(document, path)
+
+
+__all__ = ["SEPARATOR", "write_samples"]
