@@ -19,6 +19,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from bd3lm_hf.generation.text_generation import generate_batch
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.noise_bd3lm import noise_schedule
 
@@ -169,7 +170,7 @@ def sample_options(model: Any, nucleus_p: float) -> dict[str, Any]:
 def sample_text(
     model: Any, tokenizer: Any, *, prompt: str = "", max_new_tokens: int = 64, seed: int = 0, **options: Any
 ) -> str:
-    """Continue `prompt` (or start from nothing) by `model.generate`; torch's random state is left as it was.
+    """Continue `prompt` (or start from nothing); torch's random state stays as it was.
 
     Args:
         options: for `generate`.
@@ -177,20 +178,24 @@ def sample_text(
     Returns:
         Prompt and continuation, without special tokens.
     """
-    device = model.device
-    inputs = tokenizer(prompt, return_tensors="pt").to(device) if prompt else {}
-    keywords = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+    ids = list(tokenizer(prompt)["input_ids"]) if prompt else [model.generation_config.bos_token_id]
     was_training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            # One process generates alone: its weights are whole, also where training spreads them over processes.
-            keywords["synced_gpus"] = False
-            ids = model.generate(**keywords, do_sample=True, max_new_tokens=max_new_tokens, **options)
+        (text,) = generate_batch(
+            model,
+            [ids],
+            max_new_tokens,
+            seeds=[seed],
+            stop_at_eos=True,
+            do_sample=True,
+            # One process generates alone: its weights are whole, even if training shards them over processes.
+            synced_gpus=False,
+            **options,
+        )
     finally:
         model.train(was_training)
-    return tokenizer.decode(ids[0], skip_special_tokens=True)
+    return tokenizer.decode(text.ids, skip_special_tokens=True)
 
 
 class TrainingStopped(KeyboardInterrupt):

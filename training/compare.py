@@ -6,11 +6,9 @@
 4. Print the table and write it beside the runs.
 """
 
-import copy
 import json
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +18,10 @@ import yaml
 from transformers.utils import logging
 
 from bd3lm_hf.checkpoints import load_model
-from bd3lm_hf.evaluation.perplexity import summarize
+from bd3lm_hf.evaluation.perplexity import seed_of, summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, reference_model_of
 from bd3lm_hf.evaluation.text_metrics import mean_entropy
-from bd3lm_hf.generation.text_generation import GeneratedText
+from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
 from bd3lm_hf.run_folder import RESULTS_NAME
 from bd3lm_hf.training.arguments import ModelArguments
 from bd3lm_hf.training.command_line import field_names
@@ -63,8 +61,9 @@ class ComparedModel(NamedTuple):
     training_tokens_per_second: float | None  # None of a run too short to log it
     generative_perplexity: float  # of its texts, under the judge
     entropy: float  # of the tokens of a text, mean over texts, nats
-    forwards_per_token: float
-    seconds_per_token: float  # when it writes, in batches
+    forwards_per_token: float  # of a text that is generated alone
+    batch_forwards_per_token: float  # of its batch, which ends with its slowest row
+    seconds_per_token: float  # in batches
 
 
 def read_plan(argv: Sequence[str]) -> Plan:
@@ -142,6 +141,7 @@ def compare_models(plan: Plan) -> list[ComparedModel]:
                 generative_perplexity=summarize(judge.score([GeneratedText(ids, 1) for ids in texts])).perplexity,
                 entropy=mean_entropy(texts),
                 forwards_per_token=written.forwards_per_token,
+                batch_forwards_per_token=written.batch_forwards_per_token,
                 seconds_per_token=written.seconds_per_token,
             )
         )
@@ -191,48 +191,45 @@ def _speed(result: Mapping[str, Any]) -> float | None:
 
 
 class Texts(NamedTuple):
-    """What a model wrote from nothing."""
+    """What a model generated from nothing."""
 
     ids: torch.Tensor  # (texts, length)
-    forwards_per_token: float
+    forwards_per_token: float  # of a text that is generated alone
+    batch_forwards_per_token: float
     seconds_per_token: float
 
 
 def write_texts(model: Any, count: int, length: int, *, seed: int) -> Texts:
-    """`count` texts of `length` tokens from the beginning-of-text token, sampled from the whole distribution."""
-    torch.manual_seed(seed)
-    own, config = model.generation_config, copy.deepcopy(model.generation_config)
-    # All texts have the same length, so an end of text may stand within. (What a call leaves out is taken from the
-    # model's own configuration.)
-    config.eos_token_id = None
-    ends = model.config.eos_token_id
-    # Many decoders have no token that begins a text; between documents stands the one that ends them.
-    first = model.config.bos_token_id
-    first = first if first is not None else ends[0] if isinstance(ends, list) else ends
-    start = torch.full((1, 1), first, device=model.device)
-    ids, forwards, started = [], 0, time.perf_counter()
-    model.generation_config = config
-    try:
-        for first in range(0, count, _TEXTS_PER_BATCH):
-            rows = min(_TEXTS_PER_BATCH, count - first)
-            output = model.generate(
-                start.expand(rows, -1), max_new_tokens=length - 1, do_sample=True, return_dict_in_generate=True
-            )
-            ids.append(output.sequences)
-            forwards += output.get("num_forward_passes") or length - 1  # autoregressive: one a token
-    finally:
-        model.generation_config = own
-    seconds = time.perf_counter() - started
-    batches = len(ids)
-    return Texts(torch.cat(ids), forwards / batches / (length - 1), seconds / count / (length - 1))
+    """Generate `count` texts of `length` tokens from the BOS token, sampled from the whole distribution."""
+    texts: list[GeneratedText] = []
+    batch_forwards = batches = 0
+    for first in range(0, count, _TEXTS_PER_BATCH):
+        numbers = range(first, min(first + _TEXTS_PER_BATCH, count))
+        batch = generate_batch(
+            model,
+            [[model.config.bos_token_id]] * len(numbers),
+            length - 1,
+            seeds=[seed_of(seed, number) for number in numbers],
+            one_by_one=False,  # the speed of a batch is compared
+            do_sample=True,
+        )
+        texts += batch
+        batch_forwards, batches = batch_forwards + batch[0].batch_forwards, batches + 1
+    new_tokens = length - 1
+    return Texts(
+        torch.tensor([text.ids for text in texts]),
+        sum(text.forwards for text in texts) / (count * new_tokens),
+        batch_forwards / (batches * new_tokens),
+        sum(text.seconds for text in texts) / (count * new_tokens),
+    )
 
 
 def comparison_table(rows: Sequence[ComparedModel]) -> str:
     """The comparison in markdown: means over seeds, with the range where there are several."""
     lines = [
-        "| model | held-out perplexity | generative perplexity | entropy | forwards per token | ms per token | "
-        "training tokens/s |",
-        "|---|---|---|---|---|---|---|",
+        "| model | held-out perplexity | generative perplexity | entropy | forwards per token | in a batch "
+        "| ms per token | training tokens/s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(row.model for row in rows):
         mine = [row for row in rows if row.model == name]
@@ -244,6 +241,7 @@ def comparison_table(rows: Sequence[ComparedModel]) -> str:
             _spread([row.generative_perplexity for row in mine], 1),
             _spread([row.entropy for row in mine], 2),
             _spread([row.forwards_per_token for row in mine], 2),
+            _spread([row.batch_forwards_per_token for row in mine], 2),
             _spread([1000 * row.seconds_per_token for row in mine], 2),
             _spread(speeds, 0) if speeds else "unknown",
         ]

@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from bd3lm_hf.checkpoints import find_device, how_to_adapt
-from bd3lm_hf.data.documents import bytes_per_token, find_schema, find_spec, load_rows, load_text, pack
-from bd3lm_hf.data.files import BUILDERS, TextRow, exists
+from bd3lm_hf.data.documents import find_schema, load_rows, load_text
 from bd3lm_hf.data.instructions import encode_rows
-from bd3lm_hf.data.sources import SUITES, Flags, published_flags
+from bd3lm_hf.data.packing import bytes_per_token, evenly_spaced, pack
+from bd3lm_hf.data.schemas import TextRow
+from bd3lm_hf.data.sources import ENDINGS, SUITES, Flags, exists, find_spec, published_flags
 from bd3lm_hf.evaluation.eval_cli import FIXED_SAMPLES
 from bd3lm_hf.evaluation.perplexity import Perplexity, Protocol, check_estimator, summarize
 from bd3lm_hf.evaluation.reference_model import sliding_windows
@@ -184,13 +185,13 @@ def _targets(arguments: argparse.Namespace) -> list[Target]:
     if missing:
         raise ValueError(
             f"--suite-source {folder} has no copy of {', '.join(missing)}: a copy is a folder of that name, or a file "
-            f"of that name and one of {', '.join(BUILDERS)}. Or name the others with --sets."
+            f"of that name and one of {', '.join(ENDINGS)}. Or name the others with --sets."
         )
     return [Target(name, copies[name], _flags(arguments, sets[name])) for name in names]
 
 
 def _copy(folder: Path, name: str) -> str | None:
-    candidates = [folder / name, *(folder / f"{name}{ending}" for ending in BUILDERS)]
+    candidates = [folder / name, *(folder / f"{name}{ending}" for ending in ENDINGS)]
     return next((str(path) for path in candidates if path.exists()), None)
 
 
@@ -247,9 +248,7 @@ def _sequences(
 
 def _select(rows: Dataset, arguments: argparse.Namespace) -> Any:
     """Return at most `--max-sequences` rows, evenly spaced, cut into windows if `--window` asks for it."""
-    maximum = arguments.max_sequences
-    if maximum is not None and maximum < len(rows):
-        rows = rows.select([index * len(rows) // maximum for index in range(maximum)])
+    rows = evenly_spaced(rows, arguments.max_sequences)
     if arguments.window is None:
         return rows
     return [window for row in rows for window in split_into_windows(row, arguments.window)]

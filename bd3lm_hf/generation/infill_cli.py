@@ -39,7 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_model_and_tokenizer(arguments)
     if not hasattr(model, "infill"):
         raise ValueError(
-            f"--model {arguments.model} is a {type(model).__name__}, which fills no gaps: name a block-diffusion model."
+            f"--model {arguments.model} is a {type(model).__name__}, which fills no gaps: name a block-diffusion "
+            f"model."
         )
     encoded = [_encode(str(text), arguments, model, tokenizer) for text in texts]
     fields = {name: getattr(arguments, name) for name in ("do_sample", *_CHOICES, *_FIELDS)}

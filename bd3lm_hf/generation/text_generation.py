@@ -38,6 +38,7 @@ def generate_batch(
     seeds: Sequence[int],
     stop_at_eos: bool = False,
     keep_steps: bool = False,
+    one_by_one: bool = True,
     **generation: Any,
 ) -> list[GeneratedText]:
     """Continue each prompt by `max_new_tokens` tokens; a row depends on its seed, and on its batch by rounding only.
@@ -51,10 +52,12 @@ def generate_batch(
         stop_at_eos: an end token ends a text, which is then shorter; otherwise it is a token like any other, as in
             packed training text.
         keep_steps: return every denoising step.
+        one_by_one: False lets a model with a single generator sample the batch together, from the first seed: faster,
+            but what a row gets depends on its batch.
         generation: arguments of `generate`.
     """
-    has_row_generators = getattr(model, "generator_per_row", False)  # a plain decoder does not know of it
-    if len(prompts) > 1 and not has_row_generators and generation.get("do_sample"):
+    has_row_generators = getattr(model, "generator_per_row", False)  # a plain decoder has no such flag
+    if one_by_one and len(prompts) > 1 and not has_row_generators and generation.get("do_sample"):
         return [
             generate_batch(
                 model,

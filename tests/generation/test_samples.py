@@ -1,196 +1,200 @@
-"""Prompts are read as they are meant, and a samples file never mixes what does not belong together."""
+"""Prompt files are read line by line; a samples file keeps every finished sample, and no other file is touched."""
 
 import io
 import json
 import os
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
-from bd3lm_hf.generation.samples import Sample, SamplesFile, read_prompts
+from bd3lm_hf.generation.samples import Sample, SamplesFile, open_samples, read_prompts
+
+
+PROMPTS = [None, "one", "two"]
+SETTINGS = {"seed": 3, "temperature": 0.5}
+
+
+def sample(index: int, settings: dict = SETTINGS) -> Sample:
+    return Sample(
+        index=index,
+        prompt=PROMPTS[index],
+        text=f"text {index}\u2028ä",
+        num_prompt_tokens=1,
+        num_tokens=2,
+        seed=3,
+        forwards=2,
+        batch_forwards=2,
+        tokens_per_forward=1.0,
+        seconds=0.1,
+        model="m",
+        settings=settings,
+    )
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def test_prompts_come_as_they_are_given():
-    assert read_prompts(["one", " two\nlines "], None) == ["one", " two\nlines "]
-
-
-def test_a_file_holds_a_prompt_per_line(tmp_path):
-    file = tmp_path / "prompts.txt"
-    file.write_bytes("\ufeffnaïve café\r\n  indented\r\nlast".encode())
-    assert read_prompts(None, str(file)) == ["naïve café", "  indented", "last"]
-
-
-def test_a_json_lines_file_holds_prompts_of_several_lines(tmp_path):
-    file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "a\\nb", "other": 1}\n{"prompt": "c"}\n')
-    assert read_prompts(None, str(file)) == ["a\nb", "c"]
-
-
-@pytest.mark.parametrize("arguments", [(["-"], None), (None, "-")])
-def test_a_dash_is_standard_input(arguments):
-    assert read_prompts(*arguments, io.StringIO("one\ntwo\n")) == ["one", "two"]
-
-
-def piped(content: bytes | None) -> io.TextIOWrapper:
-    """The reading end of a pipe; None: the other end stays open and silent."""
-    reading, writing = os.pipe()
-    if content is None:
-        stream = os.fdopen(reading, encoding="utf-8")
-        stream.writer = os.fdopen(writing, "w")  # lives as long
-        return stream
-    os.write(writing, content)
-    os.close(writing)
-    return os.fdopen(reading, encoding="utf-8")
-
-
-def test_what_is_piped_in_is_read_without_a_flag():
-    with piped(b"one\ntwo\n") as stream:
-        assert read_prompts(None, None, stream) == ["one", "two"]
-
-
-def test_named_prompts_leave_a_pipe_alone():
-    with piped(b"one\n") as stream:
-        assert read_prompts(["two"], None, stream) == ["two"]
-        assert stream.read() == "one\n"
-
-
-def test_without_a_prompt_a_text_starts_from_nothing():
-    with piped(b"") as empty, piped(None) as silent, open(os.devnull) as nothing:
-        for stream in (empty, silent, nothing, io.StringIO("not a real file")):
-            assert read_prompts(None, None, stream) == [None]
-        silent.writer.close()
+@pytest.mark.parametrize(
+    ("name", "content", "prompts"),
+    [
+        ("p.txt", "one\ntwo", ["one", "two"]),
+        ("p.txt", "\n one\r\n\n  \ntwo \n\n", [" one", "two "]),
+        ("p.txt", "\ufeffone\n", ["one"]),
+        ("p.txt", "a\u2028b\nc\n", ["a\u2028b", "c"]),
+        ("p.jsonl", '{"prompt": "a\\nb", "other": 1}\n\n{"prompt": "c"}\n', ["a\nb", "c"]),
+    ],
+)
+def test_a_file_holds_a_prompt_per_line(tmp_path, name, content, prompts):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_prompts(None, str(tmp_path / name)) == prompts
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "match"),
     [
-        ("p.txt", None, "p.txt: there is no such file"),
-        ("p.txt", b"", "p.txt holds no prompt: write one prompt per line"),
-        ("p.txt", b"\n", "line 1 of .*p.txt is an empty prompt: remove it"),
-        ("p.txt", b"one\n \nthree\n", "line 2 of .*p.txt is an empty prompt"),
-        ("p.txt", b"ab\xff", "p.txt is not UTF-8: byte 2 can not be decoded"),
-        ("p.jsonl", b'{"prompt": "a"}\n{"prompt', "line 2 of .*p.jsonl is no JSON"),
-        ("p.jsonl", b'{"text": "a"}\n', 'line 1 of .*p.jsonl has no prompt: write objects such as {"prompt": "Once"}'),
-        ("p.jsonl", b'["a"]\n', "line 1 of .*p.jsonl has no prompt"),
-        ("p.jsonl", b'{"prompt": 3}\n', "line 1 of .*p.jsonl has no prompt"),
-        ("p.jsonl", b'{"prompt": ""}\n', "line 1 of .*p.jsonl is an empty prompt"),
+        ("p.txt", b"", "p.txt"),
+        ("p.txt", b"\n \n", "p.txt"),
+        ("p.txt", b"ab\xff", "byte 2"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt', "line 2 of"),
+        ("p.jsonl", b'{"text": "a"}\n', "line 1 of"),
+        ("p.jsonl", b'[1]\n{"prompt": 2}\n', "line 1 of"),
+        ("p.jsonl", b'{"prompt": " "}\n', "line 1 of"),
+        ("p.jsonl", b'{"prompt": "\\ud800"}\n', "line 1 of"),
     ],
 )
-def test_a_bad_prompt_file_is_refused_by_place(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+def test_a_bad_prompt_file_is_refused_with_the_line(tmp_path, name, content, match):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=match):
         read_prompts(None, str(tmp_path / name))
 
 
-def test_empty_prompts_and_an_empty_standard_input_are_refused():
-    with pytest.raises(ValueError, match="--prompt 2 is an empty prompt"):
-        read_prompts(["a", ""], None)
-    with pytest.raises(ValueError, match="standard input holds no prompt"):
-        read_prompts(["-"], None, io.StringIO(""))
+def test_prompts_come_from_the_command_line_or_standard_input(tmp_path):
+    assert read_prompts(["a", "b\nc"], None) == ["a", "b\nc"]
+    assert read_prompts(["-"], None, io.StringIO("a\nb\n")) == ["a", "b"]
+    assert read_prompts(None, "-", io.StringIO("a\nb\n")) == ["a", "b"]
+    assert read_prompts(None, None, io.StringIO("not a real file")) == [None]
+    with (tmp_path / "piped").open("w+") as piped:
+        assert read_prompts(None, None, piped) == [None]
+        piped.write("a\n")
+        piped.seek(0)
+        assert read_prompts(None, None, piped) == ["a"]
+    for wrong in ("", " ", "\udcff"):
+        with pytest.raises(ValueError, match="--prompt 2"):
+            read_prompts(["a", wrong], None)
+    with pytest.raises(ValueError, match="nowhere.txt"):
+        read_prompts(None, "nowhere.txt")
 
 
-# --- the samples file ------------------------------------------------------------------------------------------------
-
-SETTINGS = {"seed": 3, "temperature": 0.5}
-PROMPTS = ["one", "one", None]
-
-
-def sample(index: int, **changes) -> Sample:
-    fields = {
-        "index": index,
-        "prompt": PROMPTS[index],
-        "text": "naïve\n",
-        "num_prompt_tokens": 1,
-        "num_tokens": 4,
-        "seed": 3,
-        "forwards": 4,
-        "tokens_per_forward": 1.0,
-        "seconds": 0.5,
-        "model": "m",
-        "settings": SETTINGS,
-    }
-    return Sample(**{**fields, **changes})
+def test_a_silent_pipe_is_not_waited_for():
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as stdin:
+        assert read_prompts(None, None, stdin) == [None]
+    os.close(writer)
 
 
-def test_samples_are_lines_of_json_that_a_second_run_finds(tmp_path):
-    path = tmp_path / "samples.jsonl"
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "samples.jsonl"
+
+
+def test_samples_are_lines_of_json_that_a_second_run_finds(path):
     first = SamplesFile(path, PROMPTS, SETTINGS)
-    assert not path.exists()  # nothing is written before there is something to write
-    first.append([sample(0)])
-    first.append([sample(1)])
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    assert [row["index"] for row in rows] == [0, 1] and rows[0]["text"] == "naïve\n"
+    assert first.finished == set() and first.rows() == []
+    first.append([sample(2), sample(0)])
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line) for line in lines[:-1]] == [asdict(sample(2)), asdict(sample(0))]
     second = SamplesFile(path, PROMPTS, SETTINGS)
-    assert second.finished == {0, 1}
-    second.append([sample(1, text="again"), sample(2)])
-    assert path.read_text().count("\n") == 3 and "again" not in path.read_text()
+    assert second.finished == {0, 2} and [row["index"] for row in second.rows()] == [0, 2]
+    second.append([sample(0), sample(1)])
+    assert [row["index"] for row in SamplesFile(path, PROMPTS, SETTINGS).rows()] == [0, 1, 2]
 
 
-def test_half_a_line_of_a_killed_run_is_cut_off(tmp_path):
-    path = tmp_path / "samples.jsonl"
+def test_half_a_line_of_a_killed_run_is_cut_off(path):
     SamplesFile(path, PROMPTS, SETTINGS).append([sample(0), sample(1)])
     whole = path.read_bytes()
-    path.write_bytes(whole[:-9])
-    file = SamplesFile(path, PROMPTS, SETTINGS)
-    assert file.finished == {0}
-    file.append([sample(1)])
-    assert path.read_bytes() == whole
+    for cut in range(1, 40):
+        path.write_bytes(whole[: -len(whole.splitlines(keepends=True)[1])] + whole.splitlines()[1][:cut])
+        file = SamplesFile(path, PROMPTS, SETTINGS)
+        assert file.finished == {0}
+        file.append([sample(1)])
+        assert path.read_bytes() == whole
 
 
-def test_each_sample_is_on_disk_before_the_next_is_asked_for(tmp_path):
-    path = tmp_path / "samples.jsonl"
-    counts = []
-
+def test_each_sample_is_on_disk_before_the_next_is_taken(path):
     def samples():
         for index in range(3):
+            assert (path.read_bytes().count(b"\n") if path.exists() else 0) == index
             yield sample(index)
-            counts.append(path.read_text().count("\n"))
 
     SamplesFile(path, PROMPTS, SETTINGS).append(samples())
-    assert counts == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
-    ("prompts", "settings", "message"),
+    ("prompts", "settings", "match"),
     [
-        (PROMPTS, {**SETTINGS, "temperature": 0.9}, r"other settings \(temperature is 0.5 there and 0.9 now\)"),
+        (PROMPTS, {"seed": 3, "temperature": 0.9}, "temperature is 0.5 there and 0.9 now"),
         (PROMPTS, {"seed": 3}, "temperature is 0.5 there and None now"),
         (PROMPTS, {**SETTINGS, "top_k": 5}, "top_k is None there and 5 now"),
-        (["two", "one"], SETTINGS, "prompt is 'one' there and 'two' now"),
+        (["new"], SETTINGS, "prompt is None there and 'new' now"),
     ],
 )
-def test_samples_of_other_settings_are_refused_by_name(tmp_path, prompts, settings, message):
-    path = tmp_path / "samples.jsonl"
+def test_samples_of_other_settings_are_refused_by_name(path, prompts, settings, match):
     SamplesFile(path, PROMPTS, SETTINGS).append([sample(0)])
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match=f"line 1 .*{message}.*--overwrite"):
+    with pytest.raises(ValueError, match=match):
         SamplesFile(path, prompts, settings)
-    assert path.read_bytes() == before
 
 
-def test_overwriting_starts_anew_with_the_first_sample(tmp_path):
-    path = tmp_path / "samples.jsonl"
+def test_the_old_file_stays_until_the_first_new_sample(path):
     SamplesFile(path, PROMPTS, SETTINGS).append([sample(0), sample(1)])
+    before = path.read_bytes()
     file = SamplesFile(path, PROMPTS, {"seed": 4}, overwrite=True)
-    assert file.finished == set() and path.read_text().count("\n") == 2
-    file.append([sample(2)])
-    assert path.read_text().count("\n") == 1
+    assert file.finished == set() and path.read_bytes() == before
+    file.append([])
+    assert path.read_bytes() == before
+    file.append([sample(2, {"seed": 4}), sample(0, {"seed": 4})])
+    assert [row["index"] for row in map(json.loads, path.read_text().split("\n")[:-1])] == [2, 0]
 
 
-@pytest.mark.parametrize("content", ["a text\n", '{"index": "0", "settings": {}}\n', '{"index": 0}\n', "[]\n"])
-def test_a_file_of_something_else_is_left_alone(tmp_path, content):
-    path = tmp_path / "samples.jsonl"
-    path.write_text(content)
-    with pytest.raises(ValueError, match="line 1 is no sample of this command; name another file, or replace it"):
-        SamplesFile(path, PROMPTS, SETTINGS)
-    assert path.read_text() == content
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            b"a text\n",
+            b"a text",
+            b'{"index": "0", "settings": {}}\n',
+            b'{"index": 0}\n',
+            b"[]\n",
+            b"\x89PNG\r\n\x1a\n",
+        ),
+        *(b'{"index": 0, "settings": 3}\n', b'{"results": 1}', b"\n", b"\x00\x00", b"[" * 100_000 + b"\n"),
+    ],
+)
+def test_a_file_of_something_else_stays_as_it_is(path, content):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="--samples .*--overwrite"):
+        SamplesFile(path, PROMPTS, SETTINGS, flag="--samples")
+    assert path.read_bytes() == content
 
 
-def test_a_place_that_can_not_be_written_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="the folder .*nowhere does not exist; make it first"):
-        SamplesFile(tmp_path / "nowhere" / "samples.jsonl", PROMPTS, SETTINGS)
-    with pytest.raises(ValueError, match="is a folder: name a file"):
-        SamplesFile(tmp_path, PROMPTS, SETTINGS)
+@pytest.mark.parametrize("change", [b"", b'{"index": 9}\n'])
+def test_a_file_that_somebody_else_changes_is_not_written_to(path, change):
+    file = SamplesFile(path, PROMPTS, SETTINGS)
+    file.append([sample(0)])
+    path.write_bytes(change)
+    with pytest.raises(ValueError, match=f"{len(change)} bytes"):
+        file.append([sample(1)])
+    assert path.read_bytes() == change
+
+
+def test_a_second_run_on_the_same_file_is_refused(path):
+    with open_samples(path, PROMPTS, SETTINGS) as file:
+        file.append([sample(0)])
+        with pytest.raises(ValueError, match=f"--output .*{os.getpid()}"), open_samples(path, PROMPTS, SETTINGS):
+            pass
+    with open_samples(path, PROMPTS, SETTINGS) as file:
+        assert file.finished == {0}
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]

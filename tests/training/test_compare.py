@@ -125,7 +125,7 @@ def test_a_recipe_without_models_is_refused(tmp_path):
 
 def test_means_and_ranges_are_printed_and_bounds_are_marked():
     def row(model: str, seed: int, perplexity: float | None, exact: bool) -> ComparedModel:
-        return ComparedModel(model, seed, perplexity, exact, 1000, 10.0, 50.0, 2.0, 1.0, 0.001)
+        return ComparedModel(model, seed, perplexity, exact, 1000, 10.0, 50.0, 2.0, 1.0, 1.0, 0.001)
 
     text = comparison_table(
         [row("a", 1, 10.0, True), row("a", 2, 12.0, True), row("b", 1, 20.0, False), row("c", 1, None, False)]

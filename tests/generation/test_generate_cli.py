@@ -15,8 +15,13 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from bd3lm_hf import cli
 from bd3lm_hf.generation import generate_cli
+from bd3lm_hf.generation.samples import SamplesFile
+from bd3lm_hf.generation.text_generation import without_padding
+from bd3lm_hf.generation.write_samples import SEPARATOR
+from bd3lm_hf.modeling.generation_ssdlm import CONTEXTS
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.seeds import derived_seed
+from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS, SAMPLING_DTYPES, SCORE_SAMPLERS
+from bd3lm_hf.modeling.simplex_ssdlm import PROJECTIONS
 
 
 @pytest.fixture
@@ -66,14 +71,26 @@ def test_the_text_is_what_the_library_writes(generate, model_folder, tmp_path):
     assert generate(*arguments, "--temperature", 0.8, "--output", output)[0] == 0
     model, tokenizer = BD3LMForMaskedLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     inputs = tokenizer(["The lazy dog", "A"], padding=True, padding_side="left", return_tensors="pt")
-    torch.manual_seed(derived_seed(5, 0))
     options = {"do_sample": True, "max_new_tokens": 10, "temperature": 0.8, "top_k": 9}
-    written = model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], return_dict_in_generate=True, **options
-    )
+    generators = [torch.Generator().manual_seed(seed_of(5, index)) for index in range(2)]
+    written = model.generate(**inputs, return_dict_in_generate=True, generator=generators, **options)
     rows = rows_of(output)
     assert [row["text"] for row in rows] == tokenizer.batch_decode(written.sequences, skip_special_tokens=True)
-    assert {row["forwards"] for row in rows} == {written.num_forward_passes}
+    assert {row["batch_forwards"] for row in rows} == {written.num_forward_passes}
+    assert all(0 < row["forwards"] <= row["batch_forwards"] for row in rows)
+
+
+def test_the_choices_are_those_of_the_library():
+    tables = {"sampler": {**SAMPLERS, **SCORE_SAMPLERS}, "sampling_dtype": SAMPLING_DTYPES}
+    tables |= {"context": CONTEXTS, "projection": PROJECTIONS}
+    assert {name: values for name, (values, _) in generate_cli.CHOICES.items()} == {
+        name: tuple(table) for name, table in tables.items()
+    }
+
+
+def test_several_texts_are_separated(generate):
+    out = generate("--prompt", "A block is", "--num-samples", 3, "--max-new-tokens", 5)[1]
+    assert out.count(f"\n{SEPARATOR}\n") == 2 and not out.startswith(SEPARATOR)
 
 
 # --- the samples file ------------------------------------------------------------------------------------------------
@@ -92,9 +109,6 @@ def test_a_line_says_what_was_written_and_how(generate, model_folder, tmp_path):
     assert row["settings"] == {
         "model": str(model_folder),
         "seed": 7,
-        "num_prompts": 1,
-        "num_samples": 1,
-        "batch_size": 2,
         "max_new_tokens": 6,
         "do_sample": True,
         "temperature": 0.5,
@@ -111,18 +125,18 @@ def test_the_samples_of_a_prompt_stand_together_and_differ(generate, tmp_path):
     assert len({row["text"] for row in rows}) == 6
 
 
-def test_one_at_a_time_a_sample_depends_on_seed_and_number_only(generate, tmp_path):
-    texts = []
-    for number in (2, 4):
-        output = tmp_path / f"{number}.jsonl"
-        arguments = ["--num-samples", number, "--batch-size", 1, "--max-new-tokens", 8]
-        assert generate(*arguments, "--output", output)[0] == 0
-        texts.append([row["text"] for row in rows_of(output)])
-    assert texts[0] == texts[1][:2]
+def test_more_samples_extend_a_file_and_a_sample_depends_on_seed_and_number_only(generate, tmp_path):
+    whole, grown = tmp_path / "whole.jsonl", tmp_path / "grown.jsonl"
+    arguments = ["--prompt", "The fox", "--max-new-tokens", 8]
+    assert generate(*arguments, "--num-samples", 4, "--batch-size", 1, "--output", whole)[0] == 0
+    assert generate(*arguments, "--num-samples", 2, "--output", grown)[0] == 0
+    code, out, _ = generate(*arguments, "--num-samples", 4, "--batch-size", 3, "--output", grown)
+    assert code == 0 and out == f"4 samples in {grown}, 2 of an earlier run\n"
+    assert [row["text"] for row in rows_of(grown)] == [row["text"] for row in rows_of(whole)]
 
 
 def without_time(path: Path) -> list[dict]:
-    return [{**row, "seconds": None} for row in rows_of(path)]
+    return [{**row, "seconds": None, "batch_forwards": None} for row in rows_of(path)]
 
 
 def test_a_rerun_continues_behind_what_is_there(generate, tmp_path):
@@ -145,9 +159,10 @@ def test_other_settings_need_another_file_or_overwriting(generate, tmp_path):
     before = output.read_bytes()
     code, _, err = generate(*arguments, "--seed", 2)
     assert code == 2 and "(seed is 1 there and 2 now)" in err and output.read_bytes() == before
-    # What the model refuses does not cost the old file.
-    assert generate(*arguments, "--seed", 2, "--overwrite", "--prompt", "a" * 200)[0] == 2
-    assert output.read_bytes() == before
+    # The old file stays when the model refuses, before or while it generates.
+    for refused in (["--prompt", "a" * 200], ["--sampler", "analytic"]):
+        assert generate(*arguments, "--seed", 2, "--overwrite", *refused)[0] == 2
+        assert output.read_bytes() == before
     assert generate(*arguments, "--seed", 2, "--overwrite")[0] == 0
     assert [row["seed"] for row in rows_of(output)] == [2]
 
@@ -175,8 +190,8 @@ def test_an_interrupted_run_keeps_its_finished_samples_and_goes_on_later(generat
     assert 3 <= len(rows) < 400
     # The rerun begins with the first sample that is missing.
     output.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    job = generate_cli.plan(cli.make_parser().parse_args(["generate", "--model", str(model_folder), *arguments]))
-    assert generate_cli.SamplesFile(output, job.sample_prompts, job.settings).finished == set(range(len(rows)))
+    job = generate_cli.plan(cli.make_verb_parser("generate").parse_args(["--model", str(model_folder), *arguments]))
+    assert SamplesFile(output, job.sample_prompts, job.settings).finished == set(range(len(rows)))
 
 
 # --- samplers and traces ---------------------------------------------------------------------------------------------
@@ -219,7 +234,7 @@ def test_a_trace_replays_every_sample_of_a_batch(generate, tmp_path):
     for sample, row in zip(document["samples"], rows, strict=True):
         assert (sample["index"], sample["prompt"]) == (row["index"], row["prompt"])
         assert sample["num_prompt_tokens"] == row["num_prompt_tokens"] and sample["num_tokens"] == row["num_tokens"]
-        assert sample["forwards"] <= row["forwards"]
+        assert sample["forwards"] <= row["forwards"] <= row["batch_forwards"]
         assert any(not step["forward"] for step in sample["steps"])
         places = [position for start, stop in sample["blocks"] for position in range(start, stop)]
         assert places == list(range(sample["num_prompt_tokens"], len(sample["ids"])))
@@ -233,7 +248,7 @@ def test_a_trace_replays_every_sample_of_a_batch(generate, tmp_path):
 
 def test_a_trace_needs_a_model_that_denoises_and_something_to_write(generate, gpt2_folder, bd3lm, tmp_path):
     code, _, err = bd3lm("generate", "--model", gpt2_folder, "--prompt", "A", "--trace", tmp_path / "trace.html")
-    assert code == 2 and "--trace shows denoising steps, which a GPT2LMHeadModel does not take: leave it out" in err
+    assert code == 2 and "--trace shows denoising steps, and a GPT2LMHeadModel takes none" in err
     arguments = ["--max-new-tokens", 4, "--output", tmp_path / "samples.jsonl"]
     assert generate(*arguments)[0] == 0
     code, _, err = generate(*arguments, "--trace", tmp_path / "trace.html")
@@ -257,7 +272,7 @@ def test_a_stream_shows_several_texts_one_after_the_other(generate):
 def test_drafts_are_shown_in_a_terminal_only(generate, monkeypatch):
     arguments = ["--prompt", "A block is", "--max-new-tokens", 6, "--stream"]
     plain = generate(*arguments)[1]
-    monkeypatch.setattr(generate_cli, "_is_terminal", lambda stream: True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     drafts = generate(*arguments)[1]
     assert "\033" not in plain
     yellow, clear = "\033[33m", "\0338\033[J"
@@ -268,10 +283,10 @@ def test_drafts_are_shown_in_a_terminal_only(generate, monkeypatch):
 def test_a_long_run_shows_its_progress_in_a_terminal_only(generate, monkeypatch, tmp_path):
     arguments = ["--num-samples", 3, "--batch-size", 1, "--max-new-tokens", 4, "--output", tmp_path / "s.jsonl"]
     assert generate(*arguments)[2] == ""
-    monkeypatch.setattr(generate_cli, "_is_terminal", lambda stream: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     err = generate(*arguments, "--overwrite")[2]
-    assert "writing" in err and "0/3" in err
-    assert "writing" not in generate("--max-new-tokens", 4)[2]  # one batch is no long run
+    assert "generating" in err and "0/3" in err
+    assert "generating" not in generate("--max-new-tokens", 4)[2]  # one batch is no long run
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -284,25 +299,28 @@ def test_a_long_run_shows_its_progress_in_a_terminal_only(generate, monkeypatch,
         (("--prompt", "a" * 200), "more than the model's window of 32 tokens: shorten it"),
         (("--prompt-file", "nowhere.txt"), "--prompt-file nowhere.txt: there is no such file"),
         (("--prompt-file", "a.txt", "--prompt", "a"), "not allowed with argument"),
-        (("--max-new-tokens", 0), "--max-new-tokens: '0' does not do: give a whole number of at least 1"),
-        (("--num-samples", 0), "--num-samples: '0' does not do: give a whole number of at least 1"),
-        (("--batch-size", "few"), "--batch-size: 'few' does not do"),
-        (("--temperature", 0.0), "--temperature: '0.0' does not do: give a number above 0"),
-        (("--temperature", "nan"), "--temperature: 'nan' does not do"),
-        (("--nucleus-p", 2), "--nucleus-p: '2' does not do: give a number above 0 and at most 1"),
-        (("--top-p", 2), "--top-p: '2' does not do: give a number above 0 and at most 1"),
-        (("--top-k", -1), "--top-k: '-1' does not do: give a whole number of at least 0"),
-        (("--repetition-penalty", 0), "--repetition-penalty: '0' does not do"),
-        (("--max-time", -3), "--max-time: '-3' does not do"),
+        (("--max-new-tokens", 0), "--max-new-tokens: expected an integer >= 1, got '0'"),
+        (("--max_new_tokens", 10**24), f"--max-new-tokens: expected an integer <= {2**31 - 1}"),
+        (("--num-samples", 0), "--num-samples: expected an integer >= 1, got '0'"),
+        (("--batch-size", "few"), "--batch-size: expected an integer >= 1, got 'few'"),
+        (("--temperature", 0.0), "--temperature: expected a number > 0, got '0.0'"),
+        (("--temperature", "nan"), "--temperature: expected a number > 0, got 'nan'"),
+        (("--nucleus-p", 2), "--nucleus-p: expected a number > 0 and <= 1, got '2'"),
+        (("--top-p", 2), "--top-p: expected a number > 0 and <= 1, got '2'"),
+        (("--top-k", -1), "--top-k: expected an integer >= 0, got '-1'"),
+        (("--repetition-penalty", 0), "--repetition-penalty: expected a number > 0"),
+        (("--max-time", -3), "--max-time: expected a number > 0"),
         (("--sampler", "magic"), "invalid choice: 'magic'"),
-        (("--stream", "--batch-size", 2), "--stream shows one text at a time: leave --batch-size 2 out"),
+        (("--stream", "--batch-size", 2), "--batch-size 2"),
         (("--greedy", "--do-sample"), "not allowed with argument"),
         (("--prompts", "a b c"), "unrecognized arguments"),
-        (("--output", "no/folder/s.jsonl"), "does not exist; make it first"),
-        (("--output", "."), "--output . is a folder: name a file"),
-        (("--overwrite",), "--overwrite replaces a samples file: name it with --output"),
-        (("--trace", "trace.txt"), "is a page (.html) or data (.json), which the name 'trace.txt' does not say"),
-        (("--trace", "no/folder/trace.html"), "does not exist; make it first"),
+        (("--output", "no/folder/s.jsonl"), "--output no/folder/s.jsonl"),
+        (("--output", "."), "--output ."),
+        (("--overwrite",), "--overwrite"),
+        (("--trace", "trace.txt"), "--trace trace.txt"),
+        (("--trace=--",), "--trace"),
+        (("--trace", "no/folder/trace.html"), "--trace no/folder/trace.html"),
+        (("--device", "tpu9"), "--device tpu9"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(generate, arguments, part):
@@ -313,7 +331,7 @@ def test_bad_input_is_refused_in_one_line(generate, arguments, part):
 
 def test_what_is_wrong_with_the_line_is_said_before_a_model_is_loaded(bd3lm):
     code, _, err = bd3lm("generate", "--model", "nowhere/at/all", "--overwrite")
-    assert code == 2 and "name it with --output" in err
+    assert code == 2 and "--overwrite" in err
 
 
 def test_a_model_without_a_begin_token_needs_a_prompt(generate, model_folder):
@@ -341,7 +359,9 @@ def test_an_autoregressive_model_writes_as_well(bd3lm, gpt2_folder, tmp_path):
     output = tmp_path / "samples.jsonl"
     arguments = ["generate", "--model", gpt2_folder, "--prompt", "The", "--num-samples", 2]
     assert bd3lm(*arguments, "--max-new-tokens", 5, "--output", output)[0] == 0
-    assert [(row["forwards"], row["num_tokens"] <= 5) for row in rows_of(output)] == [(None, True)] * 2
+    assert [(row["forwards"], row["num_tokens"] <= 5) for row in rows_of(output)] == [
+        (row["num_tokens"], True) for row in rows_of(output)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -359,4 +379,4 @@ def test_an_autoregressive_model_writes_as_well(bd3lm, gpt2_folder, tmp_path):
 )
 def test_padding_behind_the_end_is_no_new_token(row, pad, eos, count):
     config = types.SimpleNamespace(pad_token_id=pad, eos_token_id=eos)
-    assert generate_cli.new_tokens(row, config) == row[:count]
+    assert without_padding(row, config) == row[:count]
