@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import bd3lm_hf
-from bd3lm_hf.command_line import ArgumentParser, one_line
+from bd3lm_hf.argument_parser import ArgumentParser, one_line
 
 
 class Verb(NamedTuple):

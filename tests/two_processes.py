@@ -66,7 +66,7 @@ class Words:
     """A tokenizer for text samples that start from nothing."""
 
     def decode(self, ids, skip_special_tokens):
-        return " ".join(map(str, ids.tolist()))
+        return " ".join(map(str, list(ids)))
 
 
 class ShardedTrainer(BD3LMTrainer):

@@ -2,13 +2,14 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -95,6 +96,8 @@ def score_datasets(arguments: argparse.Namespace, model: Any, tokenizer: PreTrai
     # 1. The model
     check_likelihood(model, arguments.model)
     check_estimator(model, arguments.estimator, arguments.num_samples or 1)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     processes = _processes()
     is_first = processes.rank == 0
     # 2. The sequences

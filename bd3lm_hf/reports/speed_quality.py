@@ -8,11 +8,13 @@ import argparse
 import io
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datasets import disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
 from bd3lm_hf.data import load_text, pack
@@ -270,6 +272,8 @@ def _prompts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) 
     """Return beginnings of held-out sequences, spread over the dataset."""
     if arguments.dataset is None:
         return None
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     rows = pack(load_text(arguments.dataset, split="validation"), tokenizer, length=arguments.prompt_tokens)
     if len(rows) < arguments.num_samples:
         raise ValueError(
