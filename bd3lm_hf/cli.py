@@ -23,7 +23,11 @@ class Verb(NamedTuple):
     # by strings, as `training` and `hub_upload` are later rooms, on which this one does not depend.
     module: str
     help: str
+    # A function, `module:name`, that returns the parser, so that wrong words are refused before `module` is imported.
+    parser: str | None = None
 
+
+_HUB, _REPORTS = "bd3lm_hf.hub_upload.hub_cli", "bd3lm_hf.reports.reports_cli"
 
 VERBS = {
     "train": Verb("bd3lm_hf.training.train", "train a model: a recipe plus overrides"),
@@ -32,12 +36,12 @@ VERBS = {
     "generate": Verb("bd3lm_hf.generation.generate_cli", "generate text"),
     "infill": Verb("bd3lm_hf.generation.infill_cli", "fill gaps in text"),
     "quality": Verb("bd3lm_hf.reports.quality_cli", "quality over speed of a model's samplers"),
-    "report": Verb("bd3lm_hf.reports.report", "a page of the curves, tables and samples of runs"),
+    "report": Verb("bd3lm_hf.reports.report", "a page of curves, tables and samples", f"{_REPORTS}:report_parser"),
     "harness": Verb("bd3lm_hf.evaluation.harness_cli", "lm-evaluation-harness with the models of this package"),
-    "bench": Verb("bd3lm_hf.reports.benchmark", "speed and memory next to a named rival"),
-    "convert": Verb("bd3lm_hf.hub_upload.convert", "a published or Lightning checkpoint into a folder, and back"),
-    "push": Verb("bd3lm_hf.hub_upload.push", "a model to a repository on the Hub that anyone can load"),
-    "verify": Verb("bd3lm_hf.hub_upload.verify", "whether the files of a shared model are what was pushed"),
+    "bench": Verb("bd3lm_hf.reports.benchmark", "speed and memory next to a named rival", f"{_REPORTS}:bench_parser"),
+    "convert": Verb("bd3lm_hf.hub_upload.convert", "a published checkpoint into a folder", f"{_HUB}:convert_parser"),
+    "push": Verb("bd3lm_hf.hub_upload.push", "a model to a repository that anyone can load", f"{_HUB}:push_parser"),
+    "verify": Verb("bd3lm_hf.hub_upload.verify", "whether a shared model is what was pushed", f"{_HUB}:verify_parser"),
 }
 
 # Fields of these are also the names of Python arguments, and spelled with underscores.
@@ -96,8 +100,11 @@ def _run(words: list[str]) -> int:
     if verb not in VERBS:
         make_parser().parse_args(words)
         return 0
-    module = importlib.import_module(VERBS[verb].module)
     rest = words[1:] if verb in _KEEP_UNDERSCORES else with_dashes(words[1:])
+    if VERBS[verb].parser is not None:
+        parser_module, _, name = VERBS[verb].parser.partition(":")
+        getattr(importlib.import_module(parser_module), name)().parse_args(rest)
+    module = importlib.import_module(VERBS[verb].module)
     if hasattr(module, "add_arguments"):
         module.run(make_verb_parser(verb, rest, module).parse_args(rest))
     else:

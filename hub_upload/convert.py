@@ -21,11 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging
 
 import bd3lm_hf  # noqa: F401  (registers the model types)
-from bd3lm_hf.adapt import adapt_decoder, is_adaptable, load_decoder_tokenizer
-from bd3lm_hf.argument_parser import ArgumentParser, one_line, printable
-from bd3lm_hf.checkpoints import check_finite_weights, load_model, read_config, read_shard_index
+from bd3lm_hf.argument_parser import one_line, printable
+from bd3lm_hf.checkpoints import check_finite_weights, load_model, read_shard_index
 from bd3lm_hf.data.sources import exists, looks_like_path
-from bd3lm_hf.foreign_layouts import CONTRACTS, decoder_layout_config, read_contract, read_contract_config
+from bd3lm_hf.hub_upload.hub_cli import convert_parser
 from bd3lm_hf.hub_upload.layouts import Architecture, architecture_of, is_simplex_layout, read_simplex
 from bd3lm_hf.hub_upload.repo_files import check_links, new_folder
 from bd3lm_hf.hub_upload.safe_pickle import plain, read_checkpoint
@@ -470,19 +469,7 @@ def _save_checked(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with the arguments of the command line."""
-    parser = ArgumentParser(prog="bd3lm convert", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("source", metavar="SRC", help="folder, Hub name or .ckpt file")
-    parser.add_argument("target", metavar="DST", help="folder to write")
-    layouts = ("bd3lm_hf", "published", "sdar", "stock")
-    parser.add_argument("--to", default="bd3lm_hf", choices=layouts, help="layout to write")
-    parser.add_argument("--weights", default="auto", choices=("auto", "ema", "raw"), help="of a .ckpt file")
-    parser.add_argument("--tokenizer", help="folder or name, if the source has none")
-    parser.add_argument("--model-type", help="bd3lm, ar, mdlm or sedd, if the source does not determine it")
-    parser.add_argument("--block-size", type=int, help="of a decoder, if its files do not have it")
-    parser.add_argument("--mask-token-id", type=int, help="of a published decoder, if its files do not have it")
-    arguments = parser.parse_args(argv)
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    arguments = convert_parser().parse_args(argv)
     if arguments.to == "published":
         done = to_published(arguments.source, arguments.target)
     elif arguments.to != "bd3lm_hf":

@@ -7,9 +7,7 @@
 5. Upload in one commit, or write to a folder (`--dry-run`).
 """
 
-import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,15 +20,14 @@ from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-from bd3lm_hf.argument_parser import ArgumentParser, one_line, printable
+from bd3lm_hf.argument_parser import one_line, printable
 from bd3lm_hf.hub_upload.card import make_card
 from bd3lm_hf.hub_upload.errors import CheckError, HubError, hub_errors
+from bd3lm_hf.hub_upload.hub_cli import MAX_SHARD_SIZE, push_parser
 from bd3lm_hf.hub_upload.load_check import check_loads_alone
 from bd3lm_hf.hub_upload.repo_files import (
     CARD_NAME,
     MANIFEST_NAME,
-    MAX_SHARD_SIZE,
-    WEIGHTS,
     check_source,
     files_of,
     kind_of,
@@ -44,7 +41,6 @@ from bd3lm_hf.hub_upload.verify import write_manifest
 from bd3lm_hf.run_folder import as_size, free_bytes
 
 
-_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]I?B", re.IGNORECASE)
 _MESSAGE = "Upload model"
 # Weights in another layout: transformers would load them instead of the new ones, or keep them for nothing.
 _OTHER_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*")
@@ -308,42 +304,9 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"REPO {repo_id!r} has no owner: write owner/{repo_id}.")
 
 
-def _shard_size(text: str) -> str:
-    if not _SIZE.fullmatch(text.strip()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write 5GB or 500MB")
-    return text.strip()
-
-
-def _no_token(text: str) -> str:
-    raise argparse.ArgumentTypeError("a token does not belong on the command line: set HF_TOKEN, or `hf auth login`")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of `bd3lm push`."""
-    parser = ArgumentParser(
-        prog="bd3lm push",
-        description="Upload a model so that anyone can load it. The token comes from HF_TOKEN or `hf auth login`.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("source", metavar="DIR", help="folder of a run, a checkpoint, a converted model or an adapter")
-    parser.add_argument("repo", metavar="REPO", help="owner/name on the Hub")
-    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    parser.add_argument("--revision", help="branch to write to, created if it does not exist")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request")
-    parser.add_argument("--message", help="message of the commit")
-    parser.add_argument("--dry-run", type=Path, metavar="OUT", help="write the files to this folder, upload nothing")
-    parser.add_argument("--max-shard-size", type=_shard_size, default=MAX_SHARD_SIZE, help="split larger weights")
-    parser.add_argument("--weights", default="auto", choices=WEIGHTS, help="of a checkpoint that has an average")
-    parser.add_argument("--base-model", help="repository of an adapter's base model")
-    parser.add_argument("--license", help="license of the model, in the Hub's spelling, such as apache-2.0")
-    parser.add_argument("--token", type=_no_token, help=argparse.SUPPRESS)
-    parser.add_argument("--no-tokenizer", action="store_true", help="the model has no tokenizer")
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with the arguments of the command line; exit with code 1 if the check or the Hub fails."""
-    arguments = make_parser().parse_args(argv)
+    arguments = push_parser().parse_args(argv)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     options = {name: getattr(arguments, name) for name in ("max_shard_size", "weights", "base_model", "license")}
@@ -388,7 +351,6 @@ __all__ = [
     "dry_run",
     "listing",
     "main",
-    "make_parser",
     "push",
     "push_saved_folder",
     "summary",

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bd3lm_hf.checkpoints import adapter_base, check_finite_weights, load_model
 from bd3lm_hf.data.sources import exists, looks_like_path
+from bd3lm_hf.hub_upload.hub_cli import MAX_SHARD_SIZE
 from bd3lm_hf.modeling import __file__ as _MODELING
 from bd3lm_hf.run_folder import COMPLETE_NAME, EMA_NAME, incomplete_because, last_complete_checkpoint, publish_folder
 from bd3lm_hf.tokenization import check_tokenizer_fits, limit_to_window, load_tokenizer
@@ -30,8 +31,6 @@ from bd3lm_hf.tokenization import check_tokenizer_fits, limit_to_window, load_to
 CODE = Path(_MODELING).resolve().parent  # the code that travels with a model
 CARD_NAME = "README.md"
 MANIFEST_NAME = "manifest.json"
-MAX_SHARD_SIZE = "5GB"
-WEIGHTS = ("auto", "ema", "raw")
 
 #: All files that are ever uploaded, by kind; of code, only the files of `modeling/`.
 ALLOWED = {
@@ -304,9 +303,7 @@ __all__ = [
     "CARD_NAME",
     "CODE",
     "MANIFEST_NAME",
-    "MAX_SHARD_SIZE",
     "ModelContents",
-    "WEIGHTS",
     "check_links",
     "check_source",
     "files_of",

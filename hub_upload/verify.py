@@ -16,9 +16,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 import bd3lm_hf
-from bd3lm_hf.argument_parser import ArgumentParser, one_line, printable
+from bd3lm_hf.argument_parser import one_line, printable
 from bd3lm_hf.data.sources import exists, looks_like_path
 from bd3lm_hf.hub_upload.errors import HubError, hub_errors
+from bd3lm_hf.hub_upload.hub_cli import verify_parser
 from bd3lm_hf.hub_upload.repo_files import CARD_NAME, CODE, MANIFEST_NAME, files_of
 
 
@@ -147,11 +148,7 @@ def report(difference: ManifestDifference) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with the arguments of the command line; exit with code 1 if the folder differs or the download failed."""
-    parser = ArgumentParser(prog="bd3lm verify", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("folder", metavar="DIR", help="folder, or name of a repository on the Hub")
-    parser.add_argument("--revision", help="branch, tag or commit of the repository")
-    parser.add_argument("--strict", action="store_true", help="exit with code 1 for code of another version too")
-    arguments = parser.parse_args(argv)
+    arguments = verify_parser().parse_args(argv)
     try:
         with hub_errors(f"Cannot download {arguments.folder}"):
             folder = model_folder(arguments.folder, arguments.revision)

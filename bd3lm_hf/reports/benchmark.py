@@ -40,6 +40,7 @@ from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import draw_noise
 from bd3lm_hf.reports import benchmark
+from bd3lm_hf.reports.reports_cli import bench_parser
 from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
 
 
@@ -141,27 +142,7 @@ def peak_of_process() -> float:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure what the arguments ask for and print it."""
-    parser = argparse.ArgumentParser(
-        prog="bd3lm bench",
-        description="Compare with transformers' GPT-2, several noise draws with one, or estimators of likelihood.",
-    )
-    parser.add_argument("--lengths", type=int, nargs="*", default=[256, 1024], help="training lengths, batch 2")
-    parser.add_argument("--new-tokens", type=int, nargs="*", default=[64, 1024], help="lengths to write, batch 1")
-    parser.add_argument(
-        "--batch-sizes", type=int, nargs="*", default=[8], help="texts at once, of the first of these lengths"
-    )
-    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each pair; about half at length 1,024")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--noise-draws", type=int, nargs="+", help="measure the gradient's variance at these numbers")
-    parser.add_argument(
-        "--estimators", nargs="+", help="measure standard errors for their time, such as: published stratified:4 exact"
-    )
-    of_both = "with --noise-draws or --estimators"
-    parser.add_argument("--model", help=f"{of_both}: a trained checkpoint")
-    parser.add_argument("--dataset", default="python-docs", help=f"{of_both}: name, file, folder or hub name")
-    parser.add_argument("--batch-size", type=int, default=8, help=f"{of_both}: sequences at once")
-    parser.add_argument("--batches", type=int, default=16, help=f"{of_both}: different batches")
-    arguments = parser.parse_args(argv)
+    arguments = bench_parser().parse_args(argv)
     if arguments.repeats < 1 or arguments.threads < 1:
         raise ValueError(f"--repeats {arguments.repeats} --threads {arguments.threads}: give at least 1 of each.")
     if min([*arguments.lengths, *arguments.new_tokens, *arguments.batch_sizes], default=1) < 1:

@@ -6,11 +6,10 @@ RUN is the folder of a training run, finished or not; a folder that holds runs o
 quality or compare (.json), or samples (.jsonl). The page needs nothing else, and lies beside its figures as PNG.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bd3lm_hf.output_files import check_output_file, write_atomically
+from bd3lm_hf.output_files import begins_with, check_output_file, write_atomically
 from bd3lm_hf.reports.plotting import (
     Figure,
     as_png,
@@ -21,10 +20,11 @@ from bd3lm_hf.reports.plotting import (
     variances,
 )
 from bd3lm_hf.reports.report_html import page
+from bd3lm_hf.reports.reports_cli import report_parser
 from bd3lm_hf.reports.run_reader import Material, read_material
 
 
-def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
+def write_report(paths: Sequence[Path], output: Path, *, overwrite: bool = False) -> list[Path]:
     """Read, draw, and write the page and its pictures, `<name of the page>-<figure>.png`.
 
     Equal files give equal bytes: nothing in the page comes from a clock.
@@ -36,12 +36,14 @@ def write_report(paths: Sequence[Path], output: Path) -> list[Path]:
         ValueError: an output that can not be written, no matplotlib, or files that can not be read: see
             `read_material`.
     """
-    check_output_file(output, "--output")
+    is_ours = begins_with(b'<meta name="generator" content="bd3lm_hf')
+    check_output_file(output, "--output", is_ours=is_ours, overwrite=overwrite)
     if output.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--output {output}: a report is a page, so its name ends in .html.")
     check_matplotlib()
-    text, figures = _render_named(paths)
-    write_atomically(output, text)
+    material = read_material(paths)
+    figures = draw(material)
+    write_atomically(output, page(material, figures))
     written = [output]
     for figure in (figure for group in figures.values() for figure in group):
         written.append(output.with_name(f"{output.stem}-{figure.name}.png"))
@@ -91,11 +93,8 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ValueError: anything wrong with the arguments or the files.
     """
-    parser = argparse.ArgumentParser(prog="bd3lm report", description=__doc__.split("\n\n")[2].replace("\n", " "))
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run, or a result file")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page (report.html)")
-    arguments = parser.parse_args(argv)
-    written = write_report(arguments.runs, arguments.output)
+    arguments = report_parser().parse_args(argv)
+    written = write_report(arguments.runs, arguments.output, overwrite=arguments.overwrite)
     count = len(written) - 1
     print(f"{written[0]}, and {count} figure{'' if count == 1 else 's'} as {written[0].stem}-*.png beside it")
 

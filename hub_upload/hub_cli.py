@@ -1,0 +1,81 @@
+"""The flags of `bd3lm convert`, `push` and `verify`; modules of these names do the work. Imports nothing slow."""
+
+import argparse
+import re
+from pathlib import Path
+
+from bd3lm_hf.argument_parser import ArgumentParser
+
+
+#: Larger weights are split into files of this size.
+MAX_SHARD_SIZE = "5GB"
+
+#: Which weights of a checkpoint to take, if it has an average.
+WEIGHTS = ("auto", "ema", "raw")
+
+_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]I?B", re.IGNORECASE)
+
+
+def convert_parser() -> argparse.ArgumentParser:
+    """Return the parser of `bd3lm convert`."""
+    parser = ArgumentParser(
+        prog="bd3lm convert",
+        description="Convert a published or Lightning checkpoint into a folder that loads by itself, and back.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="SRC", help="folder, Hub name or .ckpt file")
+    parser.add_argument("target", metavar="DST", help="folder to write")
+    parser.add_argument("--to", default="bd3lm_hf", choices=("bd3lm_hf", "published"), help="layout to write")
+    parser.add_argument("--weights", default="auto", choices=WEIGHTS, help="of a .ckpt file")
+    parser.add_argument("--tokenizer", help="folder or name, if the source has none")
+    parser.add_argument("--model-type", help="bd3lm, ar, mdlm or sedd, if the source does not determine it")
+    return parser
+
+
+def push_parser() -> argparse.ArgumentParser:
+    """Return the parser of `bd3lm push`."""
+    parser = ArgumentParser(
+        prog="bd3lm push",
+        description="Upload a model so that anyone can load it. The token comes from HF_TOKEN or `hf auth login`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="DIR", help="folder of a run, a checkpoint, a converted model or an adapter")
+    parser.add_argument("repo", metavar="REPO", help="owner/name on the Hub")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--revision", help="branch to write to, created if it does not exist")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request")
+    parser.add_argument("--message", help="message of the commit")
+    parser.add_argument("--dry-run", type=Path, metavar="OUT", help="write the files to this folder, upload nothing")
+    parser.add_argument("--max-shard-size", type=_shard_size, default=MAX_SHARD_SIZE, help="split larger weights")
+    parser.add_argument("--weights", default="auto", choices=WEIGHTS, help="of a checkpoint that has an average")
+    parser.add_argument("--base-model", help="repository of an adapter's base model")
+    parser.add_argument("--license", help="license of the model, in the Hub's spelling, such as apache-2.0")
+    parser.add_argument("--token", type=_no_token, help=argparse.SUPPRESS)
+    parser.add_argument("--no-tokenizer", action="store_true", help="the model has no tokenizer")
+    return parser
+
+
+def verify_parser() -> argparse.ArgumentParser:
+    """Return the parser of `bd3lm verify`."""
+    parser = ArgumentParser(
+        prog="bd3lm verify",
+        description="Verify that the files of a shared model are those that were pushed.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", metavar="DIR", help="folder, or name of a repository on the Hub")
+    parser.add_argument("--revision", help="branch, tag or commit of the repository")
+    parser.add_argument("--strict", action="store_true", help="exit with code 1 for code of another version too")
+    return parser
+
+
+def _shard_size(text: str) -> str:
+    if not _SIZE.fullmatch(text.strip()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write 5GB or 500MB")
+    return text.strip()
+
+
+def _no_token(text: str) -> str:
+    raise argparse.ArgumentTypeError("a token does not belong on the command line: set HF_TOKEN, or `hf auth login`")
+
+
+__all__ = ["MAX_SHARD_SIZE", "WEIGHTS", "convert_parser", "push_parser", "verify_parser"]
