@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {one_line(stop.code)}", file=sys.stderr)
             return 2
         return stop.code or 0
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        return getattr(stop, "exit_code", 130)  # 143 if a SIGTERM stopped a training
     except BrokenPipeError:
         # The reader, such as `head`, has what it wanted. Python would complain once more when it closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
