@@ -18,11 +18,12 @@ import yaml
 from transformers.utils import logging
 
 from bd3lm_hf.checkpoints import load_model
-from bd3lm_hf.evaluation.perplexity import seed_of, summarize
+from bd3lm_hf.evaluation.perplexity import summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, reference_model_of
 from bd3lm_hf.evaluation.text_metrics import mean_entropy
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
 from bd3lm_hf.run_folder import RESULTS_NAME
+from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.training.arguments import ModelArguments
 from bd3lm_hf.training.command_line import field_names
 from bd3lm_hf.training.train import model_class, run
@@ -209,7 +210,7 @@ def write_texts(model: Any, count: int, length: int, *, seed: int) -> Texts:
             model,
             [[model.config.bos_token_id]] * len(numbers),
             length - 1,
-            seeds=[seed_of(seed, number) for number in numbers],
+            seeds=[derived_seed(seed, number) for number in numbers],
             one_by_one=False,  # the speed of a batch is compared
             do_sample=True,
         )

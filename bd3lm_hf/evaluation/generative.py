@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bd3lm_hf.checkpoints import check_generates, read_config
 from bd3lm_hf.evaluation.eval_cli import GENERATIVE_FIELDS
-from bd3lm_hf.evaluation.perplexity import SequenceScore, seed_of, summarize
+from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_model, mean_perplexity
 from bd3lm_hf.evaluation.results import library_versions, weights_digest
 from bd3lm_hf.evaluation.text_metrics import distinct, lengths, mean_repetition, text_entropy
@@ -26,6 +26,7 @@ from bd3lm_hf.generation.samples import Sample, open_samples
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
 from bd3lm_hf.output_files import check_output_file, is_json_with, write_atomically
 from bd3lm_hf.progress import ProgressReport
+from bd3lm_hf.seeds import derived_seed
 
 
 #: How often a text of low entropy is generated again.
@@ -127,12 +128,12 @@ def _generate(
     redraws = dict.fromkeys(batch, 0)
     missing = list(batch)
     for attempt in range(MAX_REDRAWS + 1):
-        seeds = [seed_of(settings["seed"], index) for index in missing]
+        seeds = [derived_seed(settings["seed"], index) for index in missing]
         new = generate_batch(
             model,
             [prompt] * len(missing),
             new_tokens,
-            seeds=[seed_of(seed, attempt) if attempt else seed for seed in seeds],
+            seeds=[derived_seed(seed, attempt) if attempt else seed for seed in seeds],
             stop_at_eos=settings["variable_length"],
             do_sample=True,
             **{name: settings[name] for name in (*CHOICES, *GENERATIVE_FIELDS) if name in settings},

@@ -7,6 +7,7 @@ from typing import Any
 from bd3lm_hf.generation.generate_cli import FIELDS, add_sampling
 from bd3lm_hf.generation.samples import read_prompts
 from bd3lm_hf.model_arguments import add_model_arguments, integer, load_model_and_tokenizer
+from bd3lm_hf.seeds import derived_seed
 
 
 #: Fields without a meaning for gaps, whose lengths and ends are given.
@@ -67,9 +68,7 @@ def _encode(text: str, arguments: argparse.Namespace, model: Any, tokenizer: Any
 def _infill(model: Any, ids: list[int], number: int, seed: int, fields: dict[str, Any]) -> list[int]:
     import torch
 
-    from bd3lm_hf.evaluation.perplexity import seed_of
-
-    generator = torch.Generator().manual_seed(seed_of(seed, number))
+    generator = torch.Generator().manual_seed(derived_seed(seed, number))
     input_ids = torch.tensor([ids], device=model.device)
     filled = model.infill(input_ids, torch.ones_like(input_ids), generator=generator, **fields)
     return filled[0].tolist()

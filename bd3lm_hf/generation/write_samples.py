@@ -10,11 +10,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from bd3lm_hf.checkpoints import check_generates
-from bd3lm_hf.evaluation.perplexity import seed_of
 from bd3lm_hf.generation.denoising_trace import trace_document, traced_sample, write_trace
 from bd3lm_hf.generation.generate_cli import FIELDS, Job
 from bd3lm_hf.generation.samples import Sample, SamplesFile, open_samples
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
+from bd3lm_hf.seeds import derived_seed
 
 
 # Not in every version of transformers; without it a terminal shows finished tokens only.
@@ -97,7 +97,7 @@ def _generate(
         model,
         [encoded[index] for index in batch],
         options.pop("max_new_tokens"),
-        seeds=[seed_of(job.seed, index) for index in batch],
+        seeds=[derived_seed(job.seed, index) for index in batch],
         stop_at_eos=True,
         keep_steps=bool(job.traces),
         streamer=_streamer(tokenizer) if job.stream else None,

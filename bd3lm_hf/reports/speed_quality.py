@@ -25,6 +25,7 @@ from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
 from bd3lm_hf.output_files import write_atomically
 from bd3lm_hf.progress import ProgressReport
 from bd3lm_hf.reports.quality_cli import CURVES, SHARED_FIELDS
+from bd3lm_hf.seeds import derived_seed
 
 
 class Point(NamedTuple):
@@ -126,7 +127,7 @@ def _texts(
     texts: list[GeneratedText] = []
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
-        seeds = [seed_of(seed, first + number) for number in range(len(batch))]
+        seeds = [derived_seed(seed, first + number) for number in range(len(batch))]
         texts += generate_batch(model, batch, new_tokens, seeds=seeds, **fields)
     return texts
 

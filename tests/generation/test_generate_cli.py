@@ -22,6 +22,7 @@ from bd3lm_hf.modeling.generation_ssdlm import CONTEXTS
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS, SAMPLING_DTYPES, SCORE_SAMPLERS
 from bd3lm_hf.modeling.simplex_ssdlm import PROJECTIONS
+from bd3lm_hf.seeds import derived_seed
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_the_text_is_what_the_library_writes(generate, model_folder, tmp_path):
     model, tokenizer = BD3LMForMaskedLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     inputs = tokenizer(["The lazy dog", "A"], padding=True, padding_side="left", return_tensors="pt")
     options = {"do_sample": True, "max_new_tokens": 10, "temperature": 0.8, "top_k": 9}
-    generators = [torch.Generator().manual_seed(seed_of(5, index)) for index in range(2)]
+    generators = [torch.Generator().manual_seed(derived_seed(5, index)) for index in range(2)]
     written = model.generate(**inputs, return_dict_in_generate=True, generator=generators, **options)
     rows = rows_of(output)
     assert [row["text"] for row in rows] == tokenizer.batch_decode(written.sequences, skip_special_tokens=True)
