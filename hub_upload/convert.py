@@ -21,9 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging
 
 import bd3lm_hf  # noqa: F401  (registers the model types)
+from bd3lm_hf.adapt import adapt_decoder, is_adaptable, load_decoder_tokenizer
 from bd3lm_hf.argument_parser import one_line, printable
-from bd3lm_hf.checkpoints import check_finite_weights, load_model, read_shard_index
+from bd3lm_hf.checkpoints import check_finite_weights, load_model, read_config, read_shard_index
 from bd3lm_hf.data.sources import exists, looks_like_path
+from bd3lm_hf.foreign_layouts import CONTRACTS, decoder_layout_config, read_contract, read_contract_config
 from bd3lm_hf.hub_upload.hub_cli import convert_parser
 from bd3lm_hf.hub_upload.layouts import Architecture, architecture_of, is_simplex_layout, read_simplex
 from bd3lm_hf.hub_upload.repo_files import check_links, new_folder
@@ -470,6 +472,8 @@ def _save_checked(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with the arguments of the command line."""
     arguments = convert_parser().parse_args(argv)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     if arguments.to == "published":
         done = to_published(arguments.source, arguments.target)
     elif arguments.to != "bd3lm_hf":

@@ -25,10 +25,13 @@ def convert_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", metavar="SRC", help="folder, Hub name or .ckpt file")
     parser.add_argument("target", metavar="DST", help="folder to write")
-    parser.add_argument("--to", default="bd3lm_hf", choices=("bd3lm_hf", "published"), help="layout to write")
+    layouts = ("bd3lm_hf", "published", "sdar", "stock")
+    parser.add_argument("--to", default="bd3lm_hf", choices=layouts, help="layout to write")
     parser.add_argument("--weights", default="auto", choices=WEIGHTS, help="of a .ckpt file")
     parser.add_argument("--tokenizer", help="folder or name, if the source has none")
     parser.add_argument("--model-type", help="bd3lm, ar, mdlm or sedd, if the source does not determine it")
+    parser.add_argument("--block-size", type=int, help="of a decoder, if its files do not have it")
+    parser.add_argument("--mask-token-id", type=int, help="of a published decoder, if its files do not have it")
     return parser
 
 
