@@ -25,6 +25,8 @@ class Verb(NamedTuple):
     help: str
     # A function, `module:name`, that returns the parser, so that wrong words are refused before `module` is imported.
     parser: str | None = None
+    # The module with `run`, if it is not that of the flags, which imports nothing slow.
+    work: str | None = None
 
 
 _HUB, _REPORTS = "bd3lm_hf.hub_upload.hub_cli", "bd3lm_hf.reports.reports_cli"
@@ -32,10 +34,14 @@ _HUB, _REPORTS = "bd3lm_hf.hub_upload.hub_cli", "bd3lm_hf.reports.reports_cli"
 VERBS = {
     "train": Verb("bd3lm_hf.training.train", "train a model: a recipe plus overrides"),
     "compare": Verb("bd3lm_hf.training.compare", "train several models on the same text, in one table"),
-    "eval": Verb("bd3lm_hf.evaluation.eval_cli", "perplexity of a model on a dataset or a suite of them"),
-    "generate": Verb("bd3lm_hf.generation.generate_cli", "generate text"),
+    "eval": Verb(
+        "bd3lm_hf.evaluation.eval_cli", "perplexity of a model on datasets", work="bd3lm_hf.evaluation.dataset_scoring"
+    ),
+    "generate": Verb("bd3lm_hf.generation.generate_cli", "generate text", work="bd3lm_hf.generation.write_samples"),
     "infill": Verb("bd3lm_hf.generation.infill_cli", "fill gaps in text"),
-    "quality": Verb("bd3lm_hf.reports.quality_cli", "quality over speed of a model's samplers"),
+    "quality": Verb(
+        "bd3lm_hf.reports.quality_cli", "quality over speed of samplers", work="bd3lm_hf.reports.speed_quality"
+    ),
     "report": Verb("bd3lm_hf.reports.report", "a page of curves, tables and samples", f"{_REPORTS}:report_parser"),
     "harness": Verb("bd3lm_hf.evaluation.harness_cli", "lm-evaluation-harness with the models of this package"),
     "bench": Verb("bd3lm_hf.reports.benchmark", "speed and memory next to a named rival", f"{_REPORTS}:bench_parser"),
@@ -106,7 +112,8 @@ def _run(words: list[str]) -> int:
         getattr(importlib.import_module(parser_module), name)().parse_args(rest)
     module = importlib.import_module(VERBS[verb].module)
     if hasattr(module, "add_arguments"):
-        module.run(make_verb_parser(verb, rest, module).parse_args(rest))
+        arguments = make_verb_parser(verb, rest, module).parse_args(rest)
+        importlib.import_module(VERBS[verb].work or VERBS[verb].module).run(arguments)
     else:
         module.main(rest)
     return 0
@@ -125,7 +132,9 @@ def make_parser() -> argparse.ArgumentParser:
 def make_verb_parser(verb: str, words: Sequence[str] = (), module: Any = None) -> argparse.ArgumentParser:
     """Return the parser of a verb; some flags of `words` bring others with them."""
     module = importlib.import_module(VERBS[verb].module) if module is None else module
-    parser = ArgumentParser(prog=f"bd3lm {verb}", description=module.run.__doc__, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog=f"bd3lm {verb}", description=(module.__doc__ or "").split("\n")[0].partition("; ")[0], allow_abbrev=False
+    )
     module.add_arguments(parser, words)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser

@@ -19,7 +19,8 @@ from bd3lm_hf.data.instructions import encode_rows
 from bd3lm_hf.data.packing import bytes_per_token, evenly_spaced, pack
 from bd3lm_hf.data.schemas import TextRow
 from bd3lm_hf.data.sources import ENDINGS, SUITES, Flags, exists, find_spec, published_flags
-from bd3lm_hf.evaluation.eval_cli import FIXED_SAMPLES
+from bd3lm_hf.evaluation.eval_cli import FIXED_SAMPLES, check
+from bd3lm_hf.evaluation.generative import check_files, evaluate_samples
 from bd3lm_hf.evaluation.perplexity import Perplexity, Protocol, check_estimator, summarize
 from bd3lm_hf.evaluation.reference_model import sliding_windows
 from bd3lm_hf.evaluation.results import (
@@ -37,6 +38,7 @@ from bd3lm_hf.evaluation.results import (
     weights_digest,
     write_results,
 )
+from bd3lm_hf.model_arguments import load_model_and_tokenizer
 from bd3lm_hf.output_files import lock_output
 
 
@@ -62,6 +64,18 @@ class ScoringSequences(NamedTuple):
     rows: Any  # a sequence of mappings with `input_ids` and perhaps `labels`
     bytes_per_token: float | None  # None if they are not running text
     about: dict[str, Any]  # the split and how it was cut
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Score datasets: perplexity, an upper bound unless the model is autoregressive; or generated text."""
+    check(arguments)
+    if arguments.generative:
+        check_files(arguments)
+        evaluate_samples(arguments, *load_model_and_tokenizer(arguments))
+    else:
+        check_datasets(arguments)
+        join_processes(arguments)
+        score_datasets(arguments, *load_model_and_tokenizer(arguments))
 
 
 def check_datasets(arguments: argparse.Namespace) -> None:
@@ -337,4 +351,12 @@ def _table(score: Perplexity, about: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:<16}{value}" for name, value in rows)
 
 
-__all__ = ["Target", "check_datasets", "check_likelihood", "join_processes", "score_datasets", "split_into_windows"]
+__all__ = [
+    "Target",
+    "check_datasets",
+    "check_likelihood",
+    "join_processes",
+    "run",
+    "score_datasets",
+    "split_into_windows",
+]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bd3lm_hf.generation.generate_cli import FIELDS, add_sampling
-from bd3lm_hf.model_arguments import add_model_arguments, integer, load_model_and_tokenizer, number
+from bd3lm_hf.model_arguments import add_model_arguments, integer, number
 
 
 #: Estimators of the likelihood.
@@ -164,20 +164,4 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError("--restart drops the scores next to a result: name it with --output.")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Score datasets: perplexity, an upper bound unless the model is autoregressive; or generated text."""
-    check(arguments)
-    if arguments.generative:
-        from bd3lm_hf.evaluation.generative import check_files, evaluate_samples
-
-        check_files(arguments)
-        evaluate_samples(arguments, *load_model_and_tokenizer(arguments))
-    else:
-        from bd3lm_hf.evaluation.dataset_scoring import check_datasets, join_processes, score_datasets
-
-        check_datasets(arguments)
-        join_processes(arguments)
-        score_datasets(arguments, *load_model_and_tokenizer(arguments))
-
-
-__all__ = ["ESTIMATORS", "FIXED_SAMPLES", "GENERATIVE_FIELDS", "add_arguments", "check", "run"]
+__all__ = ["ESTIMATORS", "FIXED_SAMPLES", "GENERATIVE_FIELDS", "add_arguments", "check"]

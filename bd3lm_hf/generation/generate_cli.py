@@ -8,7 +8,7 @@ from typing import Any
 
 from bd3lm_hf.generation.denoising_trace import check_ending
 from bd3lm_hf.generation.samples import read_prompts
-from bd3lm_hf.model_arguments import add_model_arguments, integer, load_model_and_tokenizer, number
+from bd3lm_hf.model_arguments import add_model_arguments, integer, number
 from bd3lm_hf.output_files import begins_with, check_output_file
 
 
@@ -153,12 +153,4 @@ def plan(arguments: argparse.Namespace) -> Job:
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Continue prompts, or generate text from nothing."""
-    job = plan(arguments)
-    from bd3lm_hf.generation.write_samples import write_samples
-
-    write_samples(job, *load_model_and_tokenizer(arguments))
-
-
-__all__ = ["CHOICES", "FIELDS", "Job", "add_arguments", "add_sampling", "plan", "run"]
+__all__ = ["CHOICES", "FIELDS", "Job", "add_arguments", "add_sampling", "plan"]

@@ -1,5 +1,6 @@
 """Generate the samples of a job, and write each as soon as it is finished: to the terminal, a file, a trace."""
 
+import argparse
 import contextlib
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from bd3lm_hf.checkpoints import check_generates
 from bd3lm_hf.generation.denoising_trace import trace_document, traced_sample, write_trace
-from bd3lm_hf.generation.generate_cli import FIELDS, Job
+from bd3lm_hf.generation.generate_cli import FIELDS, Job, plan
 from bd3lm_hf.generation.samples import Sample, SamplesFile, open_samples
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
+from bd3lm_hf.model_arguments import load_model_and_tokenizer
 from bd3lm_hf.seeds import derived_seed
 
 
@@ -22,6 +24,12 @@ _DRAFT_STREAMER: type[TextStreamer] = getattr(transformers, "TextDiffusionStream
 
 #: Printed between texts on standard output, as a text may hold line ends.
 SEPARATOR = "-" * 8
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run `bd3lm generate`."""
+    job = plan(arguments)
+    write_samples(job, *load_model_and_tokenizer(arguments))
 
 
 def write_samples(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -182,4 +190,4 @@ def _write_traces(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase, trac
         write_trace(document, path)
 
 
-__all__ = ["SEPARATOR", "write_samples"]
+__all__ = ["SEPARATOR", "run", "write_samples"]

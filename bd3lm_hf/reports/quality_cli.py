@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bd3lm_hf.generation.generate_cli import FIELDS
-from bd3lm_hf.model_arguments import add_model_arguments, integer, load_model_and_tokenizer
+from bd3lm_hf.model_arguments import add_model_arguments, integer
 from bd3lm_hf.output_files import check_output_file, is_json_with
 
 
@@ -69,14 +69,4 @@ def _is_our_picture(path: Path) -> bool:
     return b"bd3lm_hf" in path.read_bytes()  # the author, which every kind names in its own way
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Generative perplexity by tokens per forward pass, for each sampler."""
-    check(arguments)
-    from bd3lm_hf.reports.speed_quality import check_plot, compare_samplers
-
-    if arguments.plot is not None:
-        check_plot()
-    compare_samplers(arguments, *load_model_and_tokenizer(arguments))
-
-
-__all__ = ["CURVES", "PICTURES", "SHARED_FIELDS", "add_arguments", "check", "run"]
+__all__ = ["CURVES", "PICTURES", "SHARED_FIELDS", "add_arguments", "check"]

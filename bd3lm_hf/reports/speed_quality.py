@@ -22,9 +22,10 @@ from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_model, reference_model_of
 from bd3lm_hf.evaluation.text_metrics import mean_entropy
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
+from bd3lm_hf.model_arguments import load_model_and_tokenizer
 from bd3lm_hf.output_files import write_atomically
 from bd3lm_hf.progress import ProgressReport
-from bd3lm_hf.reports.quality_cli import CURVES, SHARED_FIELDS
+from bd3lm_hf.reports.quality_cli import CURVES, SHARED_FIELDS, check
 from bd3lm_hf.seeds import derived_seed
 
 
@@ -229,6 +230,14 @@ def check_plot() -> None:
         raise ValueError("a plot needs matplotlib: pip install 'bd3lm-hf[plots]', or leave --plot out.") from error
 
 
+def run(arguments: argparse.Namespace) -> None:
+    """Generative perplexity by tokens per forward pass, for each sampler."""
+    check(arguments)
+    if arguments.plot is not None:
+        check_plot()
+    compare_samplers(arguments, *load_model_and_tokenizer(arguments))
+
+
 def compare_samplers(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Measure every setting, print the table, write picture and data."""
     reference, name = _reference_model(arguments, model, tokenizer)
@@ -305,5 +314,6 @@ __all__ = [
     "plot_speed_quality",
     "quality_curve",
     "quality_points",
+    "run",
     "speed_quality_table",
 ]
