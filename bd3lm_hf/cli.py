@@ -29,19 +29,16 @@ class Verb(NamedTuple):
     work: str | None = None
 
 
+_EVALUATION = "bd3lm_hf.evaluation"
 _HUB, _REPORTS = "bd3lm_hf.hub_upload.hub_cli", "bd3lm_hf.reports.reports_cli"
 
 VERBS = {
     "train": Verb("bd3lm_hf.training.train", "train a model: a recipe plus overrides"),
     "compare": Verb("bd3lm_hf.training.compare", "train several models on the same text, in one table"),
-    "eval": Verb(
-        "bd3lm_hf.evaluation.eval_cli", "perplexity of a model on datasets", work="bd3lm_hf.evaluation.dataset_scoring"
-    ),
+    "eval": Verb(f"{_EVALUATION}.eval_cli", "perplexity on datasets", work=f"{_EVALUATION}.dataset_scoring"),
     "generate": Verb("bd3lm_hf.generation.generate_cli", "generate text", work="bd3lm_hf.generation.write_samples"),
     "infill": Verb("bd3lm_hf.generation.infill_cli", "fill gaps in text"),
-    "quality": Verb(
-        "bd3lm_hf.reports.quality_cli", "quality over speed of samplers", work="bd3lm_hf.reports.speed_quality"
-    ),
+    "quality": Verb("bd3lm_hf.reports.quality_cli", "quality over speed", work="bd3lm_hf.reports.speed_quality"),
     "report": Verb("bd3lm_hf.reports.report", "a page of curves, tables and samples", f"{_REPORTS}:report_parser"),
     "harness": Verb("bd3lm_hf.evaluation.harness_cli", "lm-evaluation-harness with the models of this package"),
     "bench": Verb("bd3lm_hf.reports.benchmark", "speed and memory next to a named rival", f"{_REPORTS}:bench_parser"),

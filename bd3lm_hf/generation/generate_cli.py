@@ -138,14 +138,13 @@ def plan(arguments: argparse.Namespace) -> Job:
         check_output_file(path, "--trace", is_ours=is_ours, overwrite=arguments.overwrite)
     if arguments.output is not None:
         check_output_file(arguments.output, "--output")
-    chosen = {name: getattr(arguments, name) for name in (*_OTHER_FIELDS, *CHOICES, *FIELDS)}
     return Job(
         model=arguments.model,
         prompts=read_prompts(arguments.prompt, arguments.prompt_file),
         num_samples=arguments.num_samples,
         batch_size=arguments.batch_size or (1 if arguments.stream else _BATCH_SIZE),
         seed=arguments.seed,
-        generation=_generation_fields(arguments),
+        generation=generation_fields(arguments),
         stream=arguments.stream,
         output=arguments.output,
         overwrite=arguments.overwrite,
@@ -153,4 +152,36 @@ def plan(arguments: argparse.Namespace) -> Job:
     )
 
 
-__all__ = ["CHOICES", "FIELDS", "Job", "add_arguments", "add_sampling", "plan"]
+def generation_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `generate` that were given."""
+    chosen = {name: getattr(arguments, name) for name in (*_OTHER_FIELDS, *CHOICES, *FIELDS)}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def check_chat_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse flags that mean nothing in a conversation.
+
+    Raises:
+        ValueError: if such a flag is given; the message names it.
+    """
+    given = {
+        "--num-samples": arguments.num_samples != 1,
+        "--batch-size": arguments.batch_size is not None,
+        "--output": arguments.output is not None,
+        "--overwrite": arguments.overwrite,
+        "--trace": bool(arguments.trace),
+    }
+    if unfit := [name for name, is_given in given.items() if is_given]:
+        raise ValueError(f"--chat shows one answer after the other: leave out {', '.join(unfit)}.")
+
+
+__all__ = [
+    "CHOICES",
+    "FIELDS",
+    "Job",
+    "add_arguments",
+    "add_sampling",
+    "check_chat_arguments",
+    "generation_fields",
+    "plan",
+]

@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from bd3lm_hf.checkpoints import check_generates
+from bd3lm_hf.generation.chat import converse
 from bd3lm_hf.generation.denoising_trace import trace_document, traced_sample, write_trace
-from bd3lm_hf.generation.generate_cli import FIELDS, Job, plan
+from bd3lm_hf.generation.generate_cli import FIELDS, Job, check_chat_arguments, generation_fields, plan
 from bd3lm_hf.generation.samples import Sample, SamplesFile, open_samples
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
 from bd3lm_hf.model_arguments import load_model_and_tokenizer
@@ -28,6 +29,13 @@ SEPARATOR = "-" * 8
 
 def run(arguments: argparse.Namespace) -> None:
     """Run `bd3lm generate`."""
+    if arguments.chat:
+        check_chat_arguments(arguments)
+        model, tokenizer = load_model_and_tokenizer(arguments)
+        kind = _DRAFT_STREAMER if sys.stdout.isatty() else TextStreamer
+        streamer = kind(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        converse(model, tokenizer, generation_fields(arguments), seed=arguments.seed, streamer=streamer)
+        return
     job = plan(arguments)
     write_samples(job, *load_model_and_tokenizer(arguments))
 
