@@ -57,7 +57,7 @@ def test_truncated_weights_are_refused(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="can not be loaded; name a complete checkpoint: SafetensorError"):
+    with pytest.raises(ValueError, match="cannot be loaded; name a complete checkpoint: SafetensorError"):
         load_model(str(tmp_path))
 
 

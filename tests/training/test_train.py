@@ -532,7 +532,7 @@ HEAD = "backbone.output_layer.linear.bias"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, "--init_from .*checkpoint can not be loaded; name a complete checkpoint: SafetensorError"),
+        (truncate, "--init_from .*checkpoint cannot be loaded; name a complete checkpoint: SafetensorError"),
         (forget_tokenizer, "holds no tokenizer"),
         (move_mask, "mask_token_id is 40"),
         (change_weights(lambda w: w[HEAD].fill_(float("nan"))), f"numbers of {HEAD} in .* are NaN"),
