@@ -204,6 +204,8 @@ class BD3LMBlock(GradientCheckpointingLayer):
         query, key, value = self._project(self.norm1(hidden_states, mod.shift1, mod.scale1), skip, shared)
         attended, weights = self.attention(query, key, value, tiles, shared.past_key_values, shared.commit)
         hidden_states = hidden_states[:, skip:] if skip else hidden_states
+        if not tiles:  # only keys and values are needed, and kernels of quantized layers crash on a product of no rows
+            return hidden_states, weights
         if last and shared.output_indices is not None:
             row = shared.output_indices // hidden_states.shape[1]
             mod = Modulation(*(of_rows(x, row) for x in mod))
