@@ -84,14 +84,16 @@ def token_layout(
     Raises:
         ValueError: if documents are packed after a cache, whose documents are not known.
     """
-    if attention_mask is not None and not torch.compiler.is_compiling() and bool(attention_mask.all()):
+    look = not torch.compiler.is_compiling() and attention_mask is not None and attention_mask.device.type == "cpu"
+    if look and bool(attention_mask.all()):  # elsewhere a look would wait for the device
         attention_mask = None  # no padding: aligned tiles, masks shared by all rows
     valid = None if attention_mask is None else attention_mask.bool()
     if valid is None:
         own = torch.arange(past + length, device=device).unsqueeze(0)
     else:
         own = (valid.cumsum(1) - 1).clamp(min=0)
-    if position_ids is not None and not _counts_on(position_ids, own[:, past:], valid):
+    compiling = torch.compiler.is_compiling()
+    if position_ids is not None and (compiling or not _counts_on(position_ids, own[:, past:], valid)):
         if past:
             raise ValueError("position_ids of several documents do not go with a cache: pass the documents apart.")
         return _packed_layout(position_ids, block_size, valid)

@@ -22,6 +22,7 @@ from transformers.utils import can_return_tuple
 from .attention_bd3lm import AttentionPlan, Layout, block_causal_plan, token_layout, two_stream_plan
 from .cache_bd3lm import BlockCache
 from .configuration_bd3lm import BD3LMConfig
+from .inputs_bd3lm import check_arguments, check_attention_mask, check_token_ids, warn_of_visible_tokens
 from .layers_bd3lm import (
     BD3LMBlock,
     BD3LMEmbedding,
@@ -83,6 +84,19 @@ class BD3LMPreTrainedModel(SelfContainedModel):
         length = min(config.model_length, 4 * config.block_size)
         inputs = {"input_ids": torch.randint(0, config.vocab_size, (2, length), generator=generator)}
         return {**inputs, "timesteps": torch.tensor([0.1, 1.0])} if config.time_conditioning else inputs
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Return a submodule as torch does; peft's prompt methods look here for the word embeddings, and are refused.
+
+        Raises:
+            ValueError: if the table of the embeddings is looked up as a module.
+        """
+        if target.endswith("vocab_embed.embedding"):
+            raise ValueError(
+                "prompt tuning, prefix tuning and P-tuning put vectors without a token before a text, but the loss of "
+                "this model masks and scores tokens: use LoRA instead (peft.LoraConfig)."
+            )
+        return super().get_submodule(target)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -246,6 +260,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         """Normed hidden states `(batch, length, hidden_dim)`; arguments as in [`BD3LMForMaskedLM.forward`]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
+        check_arguments(self, kwargs, position_ids)
         check_token_ids(input_ids, self.config.vocab_size, "input_ids")
         check_token_ids(clean_input_ids, self.config.vocab_size, "clean_input_ids")
         if use_cache is False and clean_input_ids is None and past_key_values is None:
@@ -255,13 +270,13 @@ class BD3LMModel(BD3LMPreTrainedModel):
         past_key_values, commit, past = open_cache(
             past_key_values, use_cache, length, attention_mask, self.config.block_size, training=self.training
         )
+        check_attention_mask(attention_mask, (embeds.shape[0], past + length))
+        if input_ids is not None and clean_input_ids is None and past_key_values is None and not self.config.causal:
+            warn_of_visible_tokens(self, input_ids, attention_mask, self.config.mask_token_id)
+        # A causal model takes any positions after a cache: those of a window that has moved are not counted from 0.
+        packed = None if self.config.causal and past else position_ids
         layout = token_layout(
-            attention_mask,
-            length,
-            self.config.block_size,
-            past=past,
-            device=device,
-            position_ids=None if past else position_ids,
+            attention_mask, length, self.config.block_size, past=past, device=device, position_ids=packed
         )
         position_ids = layout.position_ids[:, past:] if position_ids is None else position_ids
         options = {"implementation": self.config._attn_implementation, "dtype": embeds.dtype}
@@ -397,8 +412,8 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
         """Return [`noisy_hidden`] for sequences of one block: `x_t` is `(batch * num_noise_samples, length)`."""
         backbone, config = self.backbone, self.config
         if layout.valid is not None:
-            fields = (layout.position_ids, layout.block_ids, layout.valid)
-            layout = Layout(*(field.repeat_interleave(num_noise_samples, dim=0) for field in fields))
+            fields = (None if field is None else field.repeat_interleave(num_noise_samples, dim=0) for field in layout)
+            layout = Layout(*fields)
         embeds = backbone.vocab_embed(x_t)
         options = {"implementation": config._attn_implementation, "dtype": embeds.dtype}
         plan = block_causal_plan(layout, x_t.shape[1], config.block_size, **options)
@@ -464,31 +479,12 @@ def check_resize(new_num_tokens: int | None, mask_token_id: int) -> None:
         )
 
 
-def check_token_ids(input_ids: torch.Tensor | None, vocab_size: int, name: str) -> None:
-    """Refuse ids outside the vocabulary while the error can still be understood.
-
-    On an accelerator the look would cost a synchronisation per step, and the device's own assertion catches it.
-
-    Raises:
-        ValueError: an id below 0 or not below `vocab_size`.
-    """
-    if input_ids is None or torch.compiler.is_compiling() or input_ids.device.type != "cpu" or not input_ids.numel():
-        return
-    low, high = int(input_ids.min()), int(input_ids.max())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"{name} holds the id {low if low < 0 else high}, outside the vocabulary of {vocab_size} ids (0 to "
-            f"{vocab_size - 1}): use the tokenizer that the model was trained with."
-        )
-
-
 __all__ = [
     "BD3LMLanguageModel",
     "BD3LMModel",
     "BD3LMOutput",
     "BD3LMPreTrainedModel",
     "check_resize",
-    "check_token_ids",
     "open_cache",
     "register_auto_classes",
 ]

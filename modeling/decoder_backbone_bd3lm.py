@@ -13,8 +13,9 @@ from transformers.cache_utils import Cache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention_bd3lm import Layout, stream_visibility, token_layout
-from .backbone_bd3lm import check_token_ids, open_cache
+from .backbone_bd3lm import open_cache
 from .cache_bd3lm import StaticSlots, append_to_cache
+from .inputs_bd3lm import check_arguments, check_attention_mask, check_token_ids, warn_of_visible_tokens
 from .windows_bd3lm import DecodingNetwork
 
 
@@ -159,6 +160,7 @@ class DecoderBackbone:
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
+        check_arguments(self.model, kwargs, position_ids)
         check_token_ids(input_ids, self.config.vocab_size, "input_ids")
         check_token_ids(clean_input_ids, self.config.vocab_size, "clean_input_ids")
         embeds = self.vocab_embed(input_ids) if inputs_embeds is None else inputs_embeds
@@ -171,6 +173,9 @@ class DecoderBackbone:
                 f"clean_input_ids of shape {tuple(clean_input_ids.shape)} must have the shape of the noisy input, "
                 f"{tuple(embeds.shape[:2])}, and no cache: x_0 itself is the context."
             )
+        check_attention_mask(attention_mask, (embeds.shape[0], past + length))
+        if input_ids is not None and clean_input_ids is None and cache is None:
+            warn_of_visible_tokens(self.model, input_ids, attention_mask, self.config.mask_token_id)
         layout = token_layout(attention_mask, length, size, past=past, device=embeds.device, position_ids=position_ids)
         asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         outputs = {name: value for name, value in asked.items() if value is not None}

@@ -13,6 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .attention_bd3lm import Layout, token_layout
 from .configuration_bd3lm import SAMPLING_EPS
+from .inputs_bd3lm import check_attention_mask, find_documents
 from .loss_bd3lm import DenoisingNetwork, LossMask, check_text, cross_entropy, default_labels, loss_mask, sigma_of
 from .noise_bd3lm import (
     Noise,
@@ -107,6 +108,7 @@ class LikelihoodMixin:
         num_samples: int = 1,
         generator: Generators = None,
         noise: Noise | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> TokenNLL:
         r"""Return the negative log-likelihood of every token in nats: exact, or a bound for models that denoise.
 
@@ -121,6 +123,7 @@ class LikelihoodMixin:
             generator: source of randomness, or a list with one for each row, which makes the score of a row
                 independent of its batch.
             noise: the noise of one `"sampled"` estimate, see [`Noise`], instead of a generator.
+            position_ids: `(batch, length)`; where they start again at 0, another document begins, scored by itself.
 
         Raises:
             ValueError: if the estimator is unknown or not available for this model, if `num_samples` is below 1, if
@@ -132,6 +135,14 @@ class LikelihoodMixin:
                 f"estimator={estimator!r} is not available for a {type(self).__name__}: choose one of "
                 f"{', '.join(self.estimators)}."
             )
+        check_attention_mask(attention_mask, input_ids.shape)
+        documents = find_documents(position_ids, attention_mask, input_ids.shape)
+        if documents is not None:
+            labels = default_labels(input_ids, attention_mask) if labels is None else labels
+            ids, labels = documents.split(input_ids, 0), documents.split(labels, -100)
+            options = {"estimator": estimator, "num_samples": num_samples, "generator": generator, "noise": noise}
+            scores = self.token_nll(ids, documents.mask, labels=labels, **options)
+            return TokenNLL(*(documents.join(values, input_ids.shape) for values in scores))
         check_sampling(num_samples, generator, input_ids.shape[0])
         source = noise_or_generator(noise, generator, estimator, num_samples, input_ids.shape, self.config)
         labels = default_labels(input_ids, attention_mask) if labels is None else labels

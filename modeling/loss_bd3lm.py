@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.configuration_utils import PreTrainedConfig
 
 from .attention_bd3lm import Layout, token_layout
-from .backbone_bd3lm import check_token_ids
 from .configuration_bd3lm import SAMPLING_EPS
+from .inputs_bd3lm import check_attention_mask, check_token_ids
 from .linear_bd3lm import call_as, is_plain_linear, is_sharded
 from .noise_bd3lm import (
     LogLinearNoise,
@@ -354,11 +354,11 @@ def check_labels(
     Raises:
         ValueError: if labels or attention mask have another shape, or if the labels are the text shifted by one.
     """
-    for name, tensor in (("labels", labels), ("attention_mask", attention_mask)):
-        if tensor is not None and tensor.shape != input_ids.shape:
-            raise ValueError(
-                f"{name} of shape {tuple(tensor.shape)} does not match input_ids of shape {tuple(input_ids.shape)}."
-            )
+    if labels.shape != input_ids.shape:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} do not match input_ids of shape {tuple(input_ids.shape)}."
+        )
+    check_attention_mask(attention_mask, input_ids.shape)
     if not _may_read(input_ids.device, may_synchronize):
         return
     scored = (labels != -100) & _valid_tokens(labels, attention_mask)

@@ -21,6 +21,7 @@ from .cache_bd3lm import clear, drop_oldest
 from .configuration_bd3lm import ARConfig
 from .generation_bd3lm import BD3LMGenerateOutput, BD3LMGenerationMixin, pad_left
 from .generation_config_bd3lm import BD3LMGenerationConfig
+from .inputs_bd3lm import check_arguments, check_with_labels, find_documents
 from .likelihood_bd3lm import LikelihoodMixin, TokenNLL
 from .logits_process_bd3lm import never_generated
 from .loss_bd3lm import check_labels_reach_the_loss, check_text, chunked_cross_entropy, cross_entropy, divide_by_count
@@ -177,7 +178,8 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
             attention_mask: `(batch, cached + length)`, zeros for padding on either side.
             labels: `(batch, length)`, the text itself, not shifted; -100 marks what is given. The loss is the mean
                 negative log-likelihood in nats of the labelled tokens that have a token before them.
-            position_ids: `(batch or 1, length)`, rotary positions; counted from each row's first token by default.
+            position_ids: `(batch or 1, length)`; where they start again at 0, another document begins, which sees
+                nothing of the others. By default counted from each row's first token.
             logits_to_keep: give the logits of the last so many positions, or of the positions in a tensor; 0: of all.
             num_items_in_batch: tokens to divide the summed loss by, when a step spans several batches or processes.
 
@@ -185,9 +187,13 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
             ValueError: ids outside the vocabulary, or labels without input_ids.
         """
         check_labels_reach_the_loss(labels, num_items_in_batch)
+        check_arguments(self, kwargs, position_ids)
         if labels is not None:
-            if input_ids is None:
-                raise ValueError("labels need input_ids: the loss compares the text with itself, one token on.")
+            check_with_labels(input_ids, inputs_embeds=inputs_embeds, past_key_values=past_key_values)
+            documents = find_documents(position_ids, attention_mask, input_ids.shape)
+            if documents is not None:
+                input_ids, labels = documents.split(input_ids, 0), documents.split(labels, -100)
+                attention_mask = documents.mask
             return BD3LMOutput(loss=self._loss(input_ids, labels, attention_mask, num_items_in_batch))
         outputs = self.backbone(
             input_ids=input_ids,

@@ -17,6 +17,7 @@ from .backbone_bd3lm import (
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
+from .inputs_bd3lm import check_arguments, check_with_labels, find_documents
 from .likelihood_bd3lm import LikelihoodMixin, TokenNLL, nelbo
 from .linear_bd3lm import release_prepacked
 from .loss_bd3lm import check_labels_reach_the_loss, denoising_loss
@@ -74,8 +75,9 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
             timesteps: noise levels sigma `(batch,)`; read only if `config.time_conditioning`.
             past_key_values: cache of finished blocks. `use_cache=True` writes the given blocks to it,
                 `use_cache=False` only reads it.
-            position_ids: `(batch or 1, length)`, for documents that are packed into one row: where they do not count
-                on by one, another document begins. It has blocks of its own and sees nothing of the others.
+            position_ids: `(batch or 1, length)`, for documents that are packed into one row, as
+                `DataCollatorWithFlattening` does: where they do not count on by one, another document begins. It has
+                blocks of its own and sees nothing of the others.
             block_noise, token_noise, count_noise: the uniform draws that decide the noise of the loss, see
                 [`Noise`]; with `(batch, draws, ...)` the loss is the mean over the draws. Without them they are drawn
                 from torch's global generator, `config.noise_draws` of them in train mode.
@@ -84,20 +86,31 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
                 every token, with noise that depends on the text alone, `config.eval_noise_draws` samples of it.
 
         Raises:
-            ValueError: ids outside the vocabulary, or arguments that exclude one another.
+            ValueError: if ids are outside the vocabulary, if arguments exclude one another or are unknown.
         """
         check_labels_reach_the_loss(labels, num_items_in_batch)
+        check_arguments(self, kwargs, position_ids)
         if labels is not None:
-            if input_ids is None:
-                raise ValueError(
-                    "labels need input_ids: the loss masks tokens, so it cannot start from inputs_embeds."
-                )
+            check_with_labels(
+                input_ids,
+                inputs_embeds=inputs_embeds,
+                clean_input_ids=clean_input_ids,
+                timesteps=timesteps,
+                past_key_values=past_key_values,
+            )
             evaluates = not (self.training or torch.is_grad_enabled()) and num_items_in_batch is not None
             if evaluates and block_noise is None and token_noise is None and position_ids is None:
                 return self._scored_output(input_ids, labels, attention_mask, num_items_in_batch)
+            layout = {"position_ids": position_ids}
+            if self.config.time_conditioning and position_ids is not None:
+                # A row has one noise level, so documents with several become rows of their own.
+                documents, layout = find_documents(position_ids, attention_mask, input_ids.shape), {}
+                if documents is not None:
+                    input_ids, labels = documents.split(input_ids, 0), documents.split(labels, -100)
+                    attention_mask = documents.mask
             noise = noise_from_arguments(block_noise, token_noise, count_noise, input_ids.shape, self.config)
             batch = (input_ids, labels, attention_mask, noise, num_items_in_batch)
-            return BD3LMOutput(loss=self.objective(*batch, position_ids=position_ids))
+            return BD3LMOutput(loss=self.objective(*batch, **layout))
         outputs = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,

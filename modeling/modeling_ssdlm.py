@@ -21,6 +21,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_ssdlm import SSDLMConfig
 from .generation_ssdlm import SSDLMGenerationConfig, SSDLMGenerationMixin
+from .inputs_bd3lm import check_arguments, check_attention_mask, check_with_labels
 from .loss_bd3lm import check_labels, check_labels_reach_the_loss
 from .saving_bd3lm import SelfContainedModel
 from .simplex_ssdlm import almost_one_hot, noisy_logits, simplex_schedule
@@ -156,7 +157,7 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         noisy_logits: torch.Tensor | None = None,
@@ -185,6 +186,10 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
             ValueError: if neither a block nor labels are given, or if a text is too short for a context and a block.
         """
         check_labels_reach_the_loss(labels, num_items_in_batch)
+        check_arguments(self, kwargs)
+        if labels is not None or input_ids is None:
+            check_with_labels(input_ids, noisy_logits=noisy_logits, timesteps=timesteps)
+        check_attention_mask(attention_mask, input_ids.shape)
         if labels is not None:
             check_labels(self.config, input_ids, labels, attention_mask)
             noise = (block_noise, count_noise)

@@ -1,10 +1,14 @@
 """Save a model so that its folder needs only transformers: `config.json` names its code and versions."""
 
 import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from .versions_bd3lm import TRANSFORMERS_VERSIONS
 
@@ -29,6 +33,20 @@ class SelfContainedMixin(_Saveable):
         self.config.auto_map = {auto: f"{module}.{name}" for auto, module, name in names}
         self.config.requires_transformers = TRANSFORMERS_VERSIONS
         super().save_pretrained(save_directory, *args, **kwargs)
+        # safetensors creates private files (0600): a colleague in a shared folder could not read the weights.
+        config = Path(save_directory, CONFIG_NAME)
+        for weights in Path(save_directory).glob("model*.safetensors") if config.is_file() else ():
+            shutil.copymode(config, weights)
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device as transformers does; of offloaded weights, the one that computes with them."""
+        device = super().device
+        if device.type != "meta":
+            return device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+        executing = (getattr(hook, "execution_device", None) for hook in hooks)
+        return next((torch.device(found) for found in executing if found is not None), device)
 
     def _upload_modified_files(  # type: ignore[override]  # transformers names all of them
         self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict[str, float], **options: Any

@@ -1,0 +1,205 @@
+"""What forward, loss and token_nll do with the arguments that callers and collators pass."""
+
+import logging
+
+import pytest
+import torch
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from transformers import DataCollatorWithFlattening
+from transformers.utils import logging as transformers_logging
+
+from bd3lm_hf import (
+    ARConfig,
+    ARForCausalLM,
+    BD3LMConfig,
+    BD3LMForMaskedLM,
+    MDLMConfig,
+    MDLMForMaskedLM,
+    SEDDConfig,
+    SEDDForMaskedLM,
+    SSDLMConfig,
+    SSDLMForMaskedLM,
+)
+from bd3lm_hf.modeling import inputs_bd3lm
+
+
+SIZES = {"vocab_size": 48, "model_length": 32, "hidden_dim": 32, "cond_dim": 16, "n_blocks": 2, "n_heads": 2}
+IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+FAMILIES = {
+    "bd3lm": (BD3LMConfig, BD3LMForMaskedLM, {"block_size": 4}),
+    "ar": (ARConfig, ARForCausalLM, {}),
+    "mdlm": (MDLMConfig, MDLMForMaskedLM, {}),
+    "sedd": (SEDDConfig, SEDDForMaskedLM, {}),
+}
+DOCUMENTS = [[0, 5, 6, 7, 8], [0, 9, 10], [0, 11, 12, 13, 14, 15, 16]]
+
+
+def model_of(family: str):
+    config, kind, fields = FAMILIES[family]
+    torch.manual_seed(0)
+    model = kind(config(**SIZES, **IDS, **fields, dropout=0.0))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.2 + ("norm" in name))
+    return model.eval()
+
+
+def apart() -> tuple[torch.Tensor, torch.Tensor]:
+    """The documents as rows of their own, and their mask."""
+    width = max(map(len, DOCUMENTS))
+    ids = torch.tensor([document + [2] * (width - len(document)) for document in DOCUMENTS])
+    return ids, torch.tensor([[1] * len(d) + [0] * (width - len(d)) for d in DOCUMENTS])
+
+
+@pytest.fixture
+def packed():
+    return DataCollatorWithFlattening()([{"input_ids": document} for document in DOCUMENTS])
+
+
+def options_of(family: str, rows: int) -> dict:
+    return {"timesteps": torch.full((rows,), 0.5)} if family == "sedd" else {}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_documents_of_a_padding_free_batch_do_not_see_each_other(family, packed):
+    model, (ids, mask) = model_of(family), apart()
+    inputs = {"input_ids": packed["input_ids"], "position_ids": packed["position_ids"]}
+    with torch.no_grad():
+        together = model(**inputs, **options_of(family, 1)).logits[0]
+        rows = model(ids, mask, **options_of(family, 3)).logits[mask.bool()]
+    torch.testing.assert_close(together, rows, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_of_a_padding_free_batch_is_that_of_its_documents(family, mode, packed):
+    model, (ids, mask) = getattr(model_of(family), mode)(), apart()
+    if family in ("bd3lm", "mdlm"):
+        model.train().set_interval(1.0, 1.0)  # every token is masked, whatever the noise
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, 0] = -100  # as the collator separates documents
+    losses = []
+    for batch in (packed, {"input_ids": ids, "attention_mask": mask, "labels": labels}):
+        torch.manual_seed(0)
+        losses.append(model(**batch).loss)
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_documents_are_scored_as_if_alone(family, packed):
+    model, (ids, mask) = model_of(family), apart()
+    ids_and_positions = {"input_ids": packed["input_ids"], "position_ids": packed["position_ids"]}
+    together = model.token_nll(**ids_and_positions, generator=torch.Generator().manual_seed(0))
+    rows = model.token_nll(
+        ids, mask, generator=torch.Generator().manual_seed(0), labels=ids.masked_fill(mask == 0, -100)
+    )
+    torch.testing.assert_close(together.nll[0], rows.nll[mask.bool()])
+    assert torch.equal(together.mask[0], rows.mask[mask.bool()])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_that_a_row_has_anyway_change_nothing(family):
+    model, (ids, mask) = model_of(family), apart()
+    given = {**options_of(family, 3), "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    with torch.no_grad():
+        assert torch.equal(model(ids, mask, **given).logits, model(ids, mask, **options_of(family, 3)).logits)
+
+
+def test_positions_that_begin_elsewhere_are_not_scored():
+    model, ids = model_of("bd3lm"), torch.arange(8).unsqueeze(0)
+    with pytest.raises(ValueError, match="position 5"):
+        model.token_nll(ids, position_ids=torch.arange(5, 13).unsqueeze(0))
+
+
+# --- Arguments that nobody reads -------------------------------------------------------------------------------------
+
+
+def ssdlm():
+    return SSDLMForMaskedLM(
+        SSDLMConfig(vocab_size=32, hidden_dim=16, n_blocks=1, n_heads=2, block_size=4, model_length=16)
+    )
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "ssdlm"])
+@pytest.mark.parametrize("part", ["head", "backbone"])
+def test_an_unknown_argument_is_refused_with_the_nearest_name(family, part):
+    model, ids = (ssdlm() if family == "ssdlm" else model_of(family)), torch.arange(3, 11).unsqueeze(0)
+    called = model if part == "head" or family == "ssdlm" else model.backbone
+    with pytest.raises(ValueError, match=r"'attn_mask'.*'attention_mask'"):
+        called(ids, attn_mask=torch.ones_like(ids))
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 7), (2, 9), (2, 1, 8), (2, 1, 8, 8), (8,)])
+@pytest.mark.parametrize("family", [*FAMILIES, "ssdlm"])
+def test_a_mask_of_another_shape_is_refused(family, shape):
+    model, ids = (ssdlm() if family == "ssdlm" else model_of(family)), torch.arange(3, 19).view(2, 8)
+    mask = torch.ones(shape, dtype=torch.long)
+    calls = [lambda: model(ids, mask, labels=ids)]
+    if family != "ssdlm":
+        calls += [lambda: model(ids, mask, **options_of(family, 2)), lambda: model.token_nll(ids, mask)]
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"attention_mask of shape \({shape[0]},"):
+            call()
+
+
+def test_an_additive_mask_is_refused():
+    ids = torch.arange(3, 11).unsqueeze(0)
+    with pytest.raises(ValueError, match="additive"):
+        model_of("bd3lm")(ids, torch.zeros(1, 8).index_fill(1, torch.tensor([0]), -1e4))
+
+
+@pytest.mark.parametrize("name", ["clean_input_ids", "timesteps", "inputs_embeds", "past_key_values"])
+def test_the_loss_refuses_what_it_would_ignore(name):
+    ids = torch.arange(3, 11).unsqueeze(0)
+    with pytest.raises(ValueError, match=name):
+        model_of("bd3lm")(ids, labels=ids, **{name: ids})
+
+
+@pytest.mark.parametrize(
+    "method",
+    [PromptTuningConfig, PrefixTuningConfig, lambda **common: PromptEncoderConfig(encoder_hidden_size=8, **common)],
+)
+@pytest.mark.parametrize("family", ["bd3lm", "ar"])
+def test_prompt_methods_are_refused_by_name(family, method):
+    sizes = {"token_dim": 32, "num_transformer_submodules": 1, "num_layers": 2, "num_attention_heads": 2}
+    with pytest.raises(ValueError, match="LoRA"):
+        get_peft_model(model_of(family), method(task_type="CAUSAL_LM", num_virtual_tokens=4, **sizes))
+
+
+# --- Next-token predictions ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def warnings_logged(caplog):
+    transformers_logging.get_logger("transformers")  # sets up the library's root logger
+    inputs_bd3lm.logger.warning_once.__func__.cache_clear()
+    with caplog.at_level(logging.WARNING, logger=inputs_bd3lm.logger.name):
+        yield lambda: [record.getMessage() for record in caplog.records if "next-token" in record.getMessage()]
+
+
+@pytest.mark.parametrize("family", ["bd3lm", "mdlm", "sedd"])
+def test_logits_of_a_text_without_masks_warn_once(family, warnings_logged):
+    model, ids = model_of(family), torch.arange(3, 11).unsqueeze(0)
+    for _ in range(2):
+        model(ids, **options_of(family, 1))
+        model.backbone(ids, **options_of(family, 1))
+    (message,) = warnings_logged()
+    assert "token_nll" in message and "generate" in message
+
+
+def test_denoising_caching_scoring_and_writing_do_not_warn(warnings_logged):
+    model, ids = model_of("bd3lm"), torch.arange(3, 11).unsqueeze(0)
+    masked = ids.index_fill(1, torch.tensor([5]), 47)
+    model(masked)
+    model(ids, clean_input_ids=ids)
+    cache = model(ids, use_cache=True).past_key_values
+    model(ids[:, :4], past_key_values=cache, use_cache=False)
+    model(ids, labels=ids)
+    model.token_nll(ids)
+    model.generate(ids, max_new_tokens=4)
+    model.infill(masked)
+    model_of("ar")(ids)
+    assert not warnings_logged()
+    # The masks of padding are nothing to denoise.
+    model(masked, torch.ones_like(ids).index_fill(1, torch.tensor([5]), 0))
+    assert warnings_logged()
