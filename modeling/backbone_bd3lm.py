@@ -411,9 +411,10 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
     ) -> torch.Tensor:
         """Return [`noisy_hidden`] for sequences of one block: `x_t` is `(batch * num_noise_samples, length)`."""
         backbone, config = self.backbone, self.config
-        if layout.valid is not None:
-            fields = (None if field is None else field.repeat_interleave(num_noise_samples, dim=0) for field in layout)
-            layout = Layout(*fields)
+        if layout.num_rows > 1:  # a layout of one row serves all rows
+            many = (field is not None and field.shape[0] > 1 for field in layout)
+            fields = zip(layout, many, strict=True)
+            layout = Layout(*(f.repeat_interleave(num_noise_samples, dim=0) if m else f for f, m in fields))
         embeds = backbone.vocab_embed(x_t)
         options = {"implementation": config._attn_implementation, "dtype": embeds.dtype}
         plan = block_causal_plan(layout, x_t.shape[1], config.block_size, **options)

@@ -101,8 +101,8 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
             evaluates = not (self.training or torch.is_grad_enabled()) and num_items_in_batch is not None
             if evaluates and block_noise is None and token_noise is None and position_ids is None:
                 return self._scored_output(input_ids, labels, attention_mask, num_items_in_batch)
-            layout = {"position_ids": position_ids}
-            if self.config.time_conditioning and position_ids is not None:
+            layout = {} if position_ids is None else {"position_ids": position_ids}
+            if self.config.time_conditioning:
                 # A row has one noise level, so documents with several become rows of their own.
                 documents, layout = find_documents(position_ids, attention_mask, input_ids.shape), {}
                 if documents is not None:

@@ -96,16 +96,9 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
         attention_mask: torch.Tensor | None = None,
         noise: Noise | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        *,
-        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the score entropy in nats per token, weighted by d sigma / dt (Eq. 7): a scalar with a gradient."""
         check_text(self.config, input_ids, labels, attention_mask)
-        if position_ids is not None:
-            raise ValueError(
-                "position_ids pack several documents into a row, but a SEDD reads one noise level per row: pass each "
-                "document as a row of its own, padded."
-            )
         layout = token_layout(attention_mask, input_ids.shape[1], self.config.block_size, device=input_ids.device)
         scored = loss_mask(layout, labels, ignore_bos=self.config.ignore_bos, training=self.training)
         if noise is None:
