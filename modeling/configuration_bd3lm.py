@@ -28,6 +28,32 @@ _OF_BLOCKS = (
 )
 
 
+# Fields that every configuration saved by this code has, and none of the published ones.
+_NEVER_PUBLISHED = ("antithetic_sampling", "resample", "requires_transformers")
+
+# Beyond any model: such a size is a mistake, which building the model would answer after minutes or not at all.
+_LIMITS = {"vocab_size": 2**24, "model_length": 2**30, "hidden_dim": 2**16, "n_blocks": 1000, "cond_dim": 2**16}
+
+# Types of the fields, by the name that a message gives them; sizes are checked on their own.
+_TYPES: dict[str, tuple[str, ...]] = {
+    "a number": ("dropout", "sampling_eps_min", "sampling_eps_max", "one_hot_value"),
+    "a whole number or None": ("mask_token_id", "bos_token_id", "pad_token_id"),
+    "True or False": (
+        "adaln",
+        "time_conditioning",
+        "cross_attn",
+        "causal",
+        "var_min",
+        "resample",
+        "complementary",
+        "ignore_bos",
+        "use_cache",
+        "mdlm_loss_scale",
+    ),
+    "a name": ("noise",),
+}
+
+
 class BD3LMConfig(PreTrainedConfig):
     r"""
     Configuration of a [`BD3LMForMaskedLM`]. Accepts the `config.json` of the published checkpoints unchanged.
@@ -126,6 +152,7 @@ class BD3LMConfig(PreTrainedConfig):
         # output into a tuple, the second was never acted on: their head is a separate matrix.
         self.return_dict = True
         self.tie_word_embeddings = False
+        check_types(self)
         self._check_sizes()
         if self.mask_token_id is None:
             self.mask_token_id = self.vocab_size - 1
@@ -135,8 +162,20 @@ class BD3LMConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, but the configuration of another model type is an error, not a warning."""
+        """Return the configuration as transformers does, with the defaults of the code that wrote it.
+
+        Raises:
+            ValueError: if it is the configuration of another model.
+        """
         check_model_type(cls, config_dict)
+        if cls is BD3LMConfig and not any(name in config_dict for name in _NEVER_PUBLISHED):
+            if config_dict.get("time_conditioning") and not config_dict.get("cross_attn", True):
+                raise ValueError(
+                    "this is a configuration of SEDD in the layout of BD3-LM (time_conditioning=True, "
+                    "cross_attn=False): its outputs are scores, not logits. Convert it with `bd3lm convert SOURCE "
+                    "TARGET --model-type sedd`."
+                )
+            config_dict = {"block_size": 1, **config_dict}  # the default of the published class
         return super().from_dict(config_dict, **kwargs)
 
     @property
@@ -150,10 +189,7 @@ class BD3LMConfig(PreTrainedConfig):
 
     def _check_sizes(self) -> None:
         sizes = ("vocab_size", "block_size", "model_length", "hidden_dim", "n_blocks", "n_heads", "cond_dim")
-        for name in (*sizes, "noise_draws", "eval_noise_draws"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: give a whole number of at least 1.")
+        check_sizes(self, *sizes, "noise_draws", "eval_noise_draws")
         if self.vocab_size < 2:
             raise ValueError(f"vocab_size={self.vocab_size}: give at least 2, one token and the mask.")
         if self.hidden_dim % self.n_heads:
@@ -330,6 +366,46 @@ def check_masking(config: Any) -> None:
                 )
     if config.complementary and config.time_conditioning:
         raise ValueError("complementary=True needs time_conditioning=False: the two streams have two noise levels.")
+
+
+def check_sizes(config: Any, *names: str) -> None:
+    """Refuse sizes that no model has.
+
+    Raises:
+        ValueError: if a size is not a whole number, is below 1, or is beyond any model.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: give a whole number of at least 1.")
+        if value > _LIMITS.get(name, value):
+            raise ValueError(f"{name}={value}: give at most {_LIMITS[name]}.")
+
+
+def check_types(config: Any) -> None:
+    """Refuse fields of another type, which would fail much later and without their name.
+
+    Raises:
+        ValueError: if a field has another type than its documentation says.
+    """
+    for expected, names in _TYPES.items():
+        for name in names:
+            value = getattr(config, name, None)
+            unset = value is None and getattr(type(config), name, None) is None
+            if not unset and not _has_type(value, expected):
+                raise ValueError(f"{name}={value!r} is of type {type(value).__name__}: give {expected}.")
+    eos = config.eos_token_id
+    if not all(_has_type(token, "a whole number or None") for token in (eos if isinstance(eos, list) else [eos])):
+        raise ValueError(f"eos_token_id={eos!r}: give a whole number, a list of them, or None.")
+
+
+def _has_type(value: Any, expected: str) -> bool:
+    if expected == "True or False":
+        return isinstance(value, bool)
+    if expected == "a name":
+        return isinstance(value, str)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole or (isinstance(value, float) if expected == "a number" else value is None)
 
 
 def check_model_type(config_class: type[PreTrainedConfig], config_dict: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-from .configuration_bd3lm import SAMPLING_EPS, BD3LMConfig, check_model_type
+from .configuration_bd3lm import SAMPLING_EPS, BD3LMConfig, check_model_type, check_types
 
 
 #: Which hidden state predicts the token at position i: that at i, or that at i - 1, as in an autoregressive model.
@@ -93,6 +93,7 @@ class BD3LMDecoderConfigMixin:
         self.return_dict = True
         for name in ("block_size", "noise_draws", "eval_noise_draws"):
             _check_positive(name, getattr(self, name))
+        check_types(self)
         self._choose_length()
         if self.mask_token_id is None:
             self.mask_token_id = self._last_ordinary_id()

@@ -12,6 +12,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto import AutoConfig
 from transformers.models.roberta.configuration_roberta import RobertaConfig
 
+from .configuration_bd3lm import check_sizes, check_types
+
 
 class SSDLMConfig(PreTrainedConfig):
     r"""
@@ -92,10 +94,9 @@ class SSDLMConfig(PreTrainedConfig):
         return 2
 
     def _check(self) -> None:
-        for name in ("block_size", "model_length", "num_train_timesteps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: give a whole number of at least 1.")
+        check_types(self)
+        own = () if self.encoder_config is not None else ("vocab_size", "hidden_dim", "n_blocks", "n_heads")
+        check_sizes(self, "block_size", "model_length", "num_train_timesteps", *own)
         if self.block_size >= self.model_length:
             raise ValueError(
                 f"block_size={self.block_size} leaves no room for context in a window of "

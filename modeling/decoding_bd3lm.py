@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.modeling_outputs import ModelOutput
 
+from .configuration_bd3lm import SAMPLING_EPS
 from .decoding_state_bd3lm import SequenceBuffer
 from .linear_bd3lm import PrepackedLinears
 from .logits_process_bd3lm import PositionProcessors, check_any_token_left, never_generated
@@ -25,7 +26,7 @@ from .samplers_bd3lm import (
     sample_categorical,
     token_probability,
 )
-from .windows_bd3lm import DecodingNetwork, open_window
+from .windows_bd3lm import DecodingNetwork, fills_window, open_window
 
 
 class TraceStep(NamedTuple):
@@ -111,7 +112,7 @@ class BlockForward:
     def __init__(
         self, network: DecodingNetwork, buffer: SequenceBuffer, cache: Cache | None, generation_config: Any
     ) -> None:
-        self.network, self.block_size = network, buffer.block_size
+        self.network, self.block_size, self.row_start = network, buffer.block_size, buffer.row_start
         self.window = open_window(network, buffer, cache, generation_config)
         self.prepacked = PrepackedLinears(network.model, enabled=not self.window.compiled)
         self.count = 0  # denoising forward passes so far
@@ -134,6 +135,9 @@ class BlockForward:
             positions = row * self.block_size + positions % self.block_size
         sigma = None
         if self.network.config.time_conditioning:
+            if not fills_window(self.network.config):
+                # As in training, a sequence has the noise level of its first block: the least, once it is finished.
+                mask_prob = mask_prob.masked_fill(self.row_start < begin, SAMPLING_EPS)
             sigma = LogLinearNoise().sigma(mask_prob if self.window.rows is None else mask_prob[self.window.rows])
         with self.prepacked:
             return self.network.logits(self.window.hidden(begin, positions, sigma))

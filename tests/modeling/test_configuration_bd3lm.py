@@ -1,11 +1,13 @@
 """The configuration: every field that no model can have is refused with its remedy; published files load unchanged."""
 
+import dataclasses
 import json
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForMaskedLM
 
-from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, BD3LMConfig, MDLMConfig, SEDDConfig
+from bd3lm_hf.modeling.configuration_ssdlm import SSDLMConfig
 
 
 # The config.json of the published checkpoints, as their remote code writes it.
@@ -105,6 +107,37 @@ REFUSED = {
 }
 
 
+WRONG_TYPES = {
+    "bos_token_id": ["0", 1.5, True, [0]],
+    "eos_token_id": ["0", [0, "1"], [1.5], {}],
+    "pad_token_id": ["0", 1.5],
+    "mask_token_id": ["0", 1.5, True],
+    "dropout": ["0.1", None, True],
+    "sampling_eps_min": ["0", None],
+    "sampling_eps_max": ["1", [1.0]],
+    "noise": [[1], None, 3],
+    "antithetic_sampling": [["none"], None],
+    "adaln": ["yes", 1, None],
+    "time_conditioning": ["no"],
+    "causal": [0],
+    "use_cache": ["True"],
+    "n_blocks": ["2", 10**6],
+    "hidden_dim": [768.0, 10**9],
+    "vocab_size": [10**12],
+    "model_length": [10**12],
+}
+
+
+@pytest.mark.parametrize("config", [BD3LMConfig, ARConfig, MDLMConfig, SEDDConfig, SSDLMConfig])
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in WRONG_TYPES.items() for value in values])
+def test_a_field_of_another_type_or_size_is_refused_by_name(config, name, value):
+    known = {field.name: field.default for field in dataclasses.fields(config)}
+    if name not in known or (value is None and known[name] is None):
+        pytest.skip(f"{config.__name__} takes {name}={value!r}")
+    with pytest.raises(ValueError, match=name):
+        config(**{name: value})
+
+
 @pytest.mark.parametrize("fields, message", REFUSED.values(), ids=REFUSED.keys())
 def test_a_field_that_no_model_can_have_is_refused_with_its_remedy(fields, message):
     with pytest.raises(ValueError, match=message):
@@ -126,6 +159,26 @@ def test_the_published_config_loads_unchanged(tmp_path):
     assert {name: getattr(config, name) for name in same} == {name: PUBLISHED[name] for name in same}
     assert config.mask_token_id == 50257
     assert config.num_blocks(1024) == 256
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_config_without_a_block_size_has_the_default_of_its_code(tmp_path, ours):
+    fields = BD3LMConfig().to_dict() if ours else dict(PUBLISHED)
+    del fields["block_size"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    for loader in (BD3LMConfig, AutoConfig):
+        assert loader.from_pretrained(tmp_path).block_size == (4 if ours else 1)
+
+
+def test_sedd_in_the_published_layout_is_not_a_bd3lm(tmp_path):
+    fields = {**PUBLISHED, "time_conditioning": True, "cross_attn": False, "block_size": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    for loader in (AutoConfig, AutoModelForMaskedLM):
+        with pytest.raises(ValueError, match="SEDD.*--model-type sedd"):
+            loader.from_pretrained(tmp_path)
+    config = BD3LMConfig(**{name: value for name, value in fields.items() if name != "auto_map"})
+    config.save_pretrained(tmp_path)  # by this code: a BD3-LM of one block that says so
+    assert BD3LMConfig.from_pretrained(tmp_path).time_conditioning
 
 
 def test_a_published_config_gives_outputs_with_names_and_an_untied_head():

@@ -579,7 +579,7 @@ def test_a_clean_stream_of_another_shape_is_refused(tiny_model):
 
 def test_a_clean_stream_beside_a_cache_is_refused(tiny_model):
     ids = random_ids(1, 4)
-    with pytest.raises(ValueError, match="no cache beside it: x_0 itself is the context"):
+    with pytest.raises(ValueError, match="clean_input_ids.*cache"):
         tiny_model(input_ids=ids, clean_input_ids=ids, past_key_values=BlockCache())
 
 
@@ -588,7 +588,7 @@ def test_storing_part_of_a_block_is_refused(tiny_model, past, length):
     cache = BlockCache()
     if past:
         tiny_model(random_ids(1, past), past_key_values=cache, use_cache=True)
-    message = rf"would store \[{past + length}\] tokens in all, no whole number of blocks of 4: .*use_cache=False"
+    message = rf"would store \[{past + length}\] tokens.*blocks of 4: .*use_cache=False"
     with pytest.raises(ValueError, match=message):
         tiny_model(random_ids(1, length), past_key_values=cache, use_cache=True)
     # Reading is fine.
@@ -598,7 +598,7 @@ def test_storing_part_of_a_block_is_refused(tiny_model, past, length):
 def test_storing_rows_that_end_inside_a_block_is_refused(tiny_model):
     mask = torch.ones(2, 8, dtype=torch.long)
     mask[0, :3] = 0
-    with pytest.raises(ValueError, match=r"no whole number of blocks of 4: .*use_cache=False"):
+    with pytest.raises(ValueError, match="blocks of 4: .*use_cache=False"):
         tiny_model(random_ids(2, 8), attention_mask=mask, use_cache=True)
     mask[0, 3] = 0
     assert tiny_model(random_ids(2, 8), attention_mask=mask, use_cache=True).past_key_values.get_seq_length() == 8

@@ -7,7 +7,7 @@ from transformers import Trainer, TrainingArguments
 from bd3lm_hf.modeling import loss_bd3lm
 from bd3lm_hf.modeling.loss_bd3lm import corrupt
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.modeling.noise_bd3lm import Noise, draw_noise
+from bd3lm_hf.modeling.noise_bd3lm import LogLinearNoise, Noise, draw_noise
 
 
 def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -235,3 +235,19 @@ def test_a_time_conditioned_text_of_one_block_feeds_the_noise_level_of_each_row(
         for row in range(3)
     ]
     torch.testing.assert_close(whole, sum(rows), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("prompts", [[1], [2, 6]])
+def test_generation_has_the_noise_level_of_training_that_of_the_first_block(make_model, prompts):
+    model, levels = make_model(time_conditioning=True), []
+    model.backbone.sigma_map.register_forward_pre_hook(lambda module, inputs: levels.append(inputs[0].clone()))
+    width = max(prompts)
+    ids = torch.full((len(prompts), width), 5)
+    mask = torch.tensor([[0] * (width - n) + [1] * n for n in prompts])
+    model.generate(ids, attention_mask=mask, max_new_tokens=10, eos_token_id=None, do_sample=False)
+    least = LogLinearNoise().sigma(torch.tensor(1e-3))
+    seen = torch.stack(levels)
+    first = [4 - n if n < 4 else 0 for n in prompts]  # masked tokens of the first block, revealed one in each step
+    for row, steps in enumerate(first):
+        others = seen[:, row].isclose(least)
+        assert int((~others).sum()) == steps and bool(others[steps:].all())
