@@ -181,7 +181,7 @@ def test_draws_of_another_shape_are_refused(tiny_model, name, shape, expected):
     noise = noise_of(tiny_model, ids, 3)._asdict() | {name: torch.rand(shape)}
     with pytest.raises(ValueError) as caught:
         tiny_model(input_ids=ids, labels=ids, **noise)
-    assert f"{name} of shape {shape} does not fit this batch: give {expected}" in str(caught.value)
+    assert f"{name} of shape {shape} does not fit this batch: pass {expected}" in str(caught.value)
 
 
 # --- Texts of one block ----------------------------------------------------------------------------------------------
