@@ -55,7 +55,7 @@ class MaskToken(NamedTuple):
     """The mask token of a decoder."""
 
     id: int
-    text: str | None  # None: unknown, there is no tokenizer
+    text: str | None  # None without a tokenizer
     origin: str  # where it comes from, for the log
     trained: bool  # the row was a mask token before, and is kept unless it has decayed
 
@@ -188,7 +188,7 @@ def load_decoder_tokenizer(name: str, config: Any) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a decoder with all the special tokens that a block-diffusion model of it needs.
 
     Raises:
-        ValueError: if there is no tokenizer, or its mask token is another special token.
+        ValueError: if there is no tokenizer, or its mask token has another role too.
     """
     tokenizer = _tokenizer_of(name, {})
     if tokenizer is None:

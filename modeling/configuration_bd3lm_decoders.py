@@ -1,7 +1,7 @@
 """Configurations of block diffusion on transformers' own decoders: the family's fields, and those of the process.
 
 Each family has a class of its own, whose `model_type` is not the stock one: a folder of a stock type would be loaded
-as an autoregressive model by whoever does not trust its code, and would write garbage.
+as an autoregressive model where its code is not trusted, and would write garbage.
 """
 
 from dataclasses import dataclass

@@ -73,7 +73,7 @@ def _lines(stdin: TextIO) -> Iterator[str]:
     """Yield the messages of a user, asking for each one in a terminal."""
     asks = stdin.isatty()
     if asks:
-        print(f"Type a message; {RESET} begins anew, {END} or Ctrl-D ends.", file=sys.stderr)
+        print(f"Type a message; {RESET} starts over, {END} or Ctrl-D ends.", file=sys.stderr)
     while True:
         if asks:
             print("> ", end="", file=sys.stderr, flush=True)
