@@ -9,6 +9,7 @@
 import json
 import statistics
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ from bd3lm_hf.evaluation.perplexity import summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, reference_model_of
 from bd3lm_hf.evaluation.text_metrics import mean_entropy
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
-from bd3lm_hf.run_folder import RESULTS_NAME
+from bd3lm_hf.output_files import write_atomically
+from bd3lm_hf.run_folder import RESULTS_NAME, is_run_folder
 from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.training.arguments import ModelArguments
 from bd3lm_hf.training.command_line import field_names
@@ -123,8 +125,14 @@ def _overrides(words: Sequence[str]) -> dict[str, list[str]]:
 
 def compare_models(plan: Plan) -> list[ComparedModel]:
     """Train what has not been trained, let all write, and score."""
-    results = {(name, seed): _trained(plan, name, seed) for seed in plan.seeds for name in plan.models}
-    rows = []
+    results: dict[tuple[str, int], dict[str, Any]] = {}
+    started, runs = time.monotonic(), len(plan.seeds) * len(plan.models)
+    for seed in plan.seeds:
+        for name in plan.models:
+            results[name, seed] = _trained(plan, name, seed)
+            left = (time.monotonic() - started) / len(results) * (runs - len(results))
+            logger.warning("run %d of %d is complete; about %.0f min left to train", len(results), runs, left / 60)
+    rows: list[ComparedModel] = []
     for (name, seed), result in results.items():
         judge = _judge(plan, seed)
         model = load_model(str(_folder(plan, name, seed))).eval()
@@ -146,6 +154,8 @@ def compare_models(plan: Plan) -> list[ComparedModel]:
                 seconds_per_token=written.seconds_per_token,
             )
         )
+        # After every model, so that a comparison that is stopped keeps what it has.
+        write_atomically(plan.folder / TABLE_NAME, json.dumps([row._asdict() for row in rows], indent=2) + "\n")
     return rows
 
 
@@ -168,7 +178,8 @@ def _trained(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     else:
         recipe.parent.mkdir(parents=True, exist_ok=True)
         recipe.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
-        run([str(recipe), "--output_dir", str(folder), "--overwrite_output_dir", "true"])
+        overwrite = is_run_folder(folder)  # an incomplete run of ours starts again; a foreign folder is refused
+        run([str(recipe), "--output_dir", str(folder), "--overwrite_output_dir", str(overwrite)])
     return json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
 
 
@@ -272,14 +283,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         plan = read_plan(words)
         rows = compare_models(plan)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted: complete runs are kept.", file=sys.stderr)
+        raise SystemExit(getattr(error, "exit_code", 130)) from None
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    text = comparison_table(rows)
-    (plan.folder / TABLE_NAME).write_text(
-        json.dumps([row._asdict() for row in rows], indent=2) + "\n", encoding="utf-8"
-    )
-    print(text)
+    print(comparison_table(rows))
 
 
 __all__ = ["Plan", "ComparedModel", "compare_models", "main", "read_plan", "comparison_table", "write_texts"]
