@@ -1,0 +1,86 @@
+"""Layers are called, never read: quantized, pruned, offloaded and exported models compute what the plain one does."""
+
+import copy
+import os
+import stat
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from torch import nn
+from torch.nn.utils import prune
+from transformers import AutoModelForMaskedLM
+
+
+IDS = torch.tensor([[0, 5, 6, 7, 8, 9, 47, 11]])
+TEXT = torch.tensor([[0, 5, 6, 7, 8, 9, 10, 11]])
+
+
+def quantized(model, folder):
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+def pruned(model, folder):
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            prune.identity(module, "weight")
+    return model
+
+
+def on_disk(model, folder):
+    return disk_offload(model, str(folder / "weights"), execution_device=torch.device("cpu"))
+
+
+def on_cpu(model, folder):
+    return cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "change, tolerance", [(quantized, 0.1), (pruned, 0), (on_disk, 0), (on_cpu, 0)], ids=lambda x: str(x)[:20]
+)
+@pytest.mark.parametrize("time_conditioning", [False, True])
+def test_a_model_with_other_layers_computes_the_same(make_model, tmp_path, change, tolerance, time_conditioning):
+    plain = make_model(time_conditioning=time_conditioning)
+    model = change(copy.deepcopy(plain), tmp_path)
+    levels = {"timesteps": torch.tensor([0.5])}
+    with torch.no_grad():
+        expected = plain(IDS, **levels).logits
+        error = (model(IDS, **levels).logits - expected).norm() / expected.norm()
+    assert error <= tolerance
+    assert model.generate(TEXT, max_new_tokens=5).shape[1] <= 13
+    assert torch.isfinite(model.token_nll(TEXT).nll).all()
+    assert torch.isfinite(model.train()(TEXT, labels=TEXT).loss)
+
+
+def test_layers_get_no_product_of_no_rows(make_model):
+    model, sizes = make_model(), []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
+    nothing = torch.full_like(TEXT, -100)
+    model(TEXT, labels=nothing)
+    model.generate(TEXT.repeat(1, 2), max_new_tokens=5)
+    model.token_nll(TEXT, estimator="exact")
+    assert sizes and all(sizes)
+
+
+def test_a_model_can_be_exported(make_model):
+    model = make_model()
+    exported = torch.export.export(model, (), kwargs={"input_ids": IDS}).module()
+    torch.testing.assert_close(exported(input_ids=IDS).logits, model(IDS).logits)
+
+
+def test_saved_weights_have_the_rights_that_the_umask_says(make_model, tmp_path):
+    old = os.umask(0o022)
+    try:
+        make_model().save_pretrained(tmp_path)
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o644
+
+
+def test_a_saved_folder_carries_at_most_twenty_code_files_and_loads(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.py"))) <= 20
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path)(IDS).logits.shape == (1, 8, 48)
