@@ -311,7 +311,7 @@ def test_results_with_fields_of_another_type_are_refused_by_their_file_and_the_o
     bd3lm, tmp_path, content
 ):
     (tmp_path / "bad.json").write_text(json.dumps(content))
-    (tmp_path / "page.html").write_text("<!doctype html>")
+    (tmp_path / "page.html").write_text('<!doctype html><meta name="generator" content="bd3lm_hf">')
     before = (tmp_path / "page.html").read_text()
     code, _, err = bd3lm("report", tmp_path / "bad.json", "--output", tmp_path / "page.html")
     if code == 2:
