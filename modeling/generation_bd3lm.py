@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import LogitNormalization, LogitsProcessorList
 from transformers.generation.stopping_criteria import EosTokenCriteria, StoppingCriteriaList
+from transformers.utils import logging
 
 from .cache_bd3lm import cache_maker
 from .decoding_bd3lm import BD3LMGenerateOutput, BlockWriter, Trace
@@ -25,6 +27,9 @@ from .generation_config_bd3lm import (
 from .logits_process_bd3lm import NucleusLogitsProcessor
 from .samplers_bd3lm import SAMPLERS, Generators, Sampler, check_generators
 from .windows_bd3lm import DecodingNetwork, compiles_by_default, fills_window, window_stride
+
+
+logger = logging.get_logger(__name__)
 
 
 # transformers types the `self` of its mixin as a whole model, which another mixin is not: Any, for a type checker.
@@ -191,13 +196,6 @@ class BlockGenerationMixin(_Generative):
                 "empty prompt: give every row at least one token, or call generate without input_ids to start from "
                 "bos_token_id."
             )
-        if max(lengths) > config.model_length:
-            raise ValueError(
-                f"the prompt has {max(lengths)} tokens, more than the model's window "
-                f"model_length={config.model_length}: shorten it, for instance by tokenizer(..., truncation=True, "
-                f"max_length={config.model_length}); a pipeline takes tokenizer_encode_kwargs={{'truncation': True, "
-                f"'max_length': {config.model_length}}}. tokenizer.truncation_side='left' keeps the end."
-            )
         real = input_ids if attention_mask is None else input_ids[attention_mask.bool()]
         outside = (real < 0) | (real >= config.vocab_size)
         if outside.any():
@@ -205,6 +203,43 @@ class BlockGenerationMixin(_Generative):
                 f"the prompt holds the id {int(real[outside][0])}, outside the vocabulary of {config.vocab_size} ids: "
                 f"use the tokenizer that the model was trained with."
             )
+
+    def _check_fits_window(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Refuse a text longer than the window, where no part of it may be left out."""
+        longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.bool().sum(1).max())
+        if longest > self.config.model_length:
+            raise ValueError(
+                f"the prompt has {longest} tokens, more than the model's window "
+                f"model_length={self.config.model_length}: shorten it, for instance by tokenizer(..., "
+                f"truncation=True, max_length={self.config.model_length})."
+            )
+
+    def _last_window(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, size: int, cache: Cache | None
+    ) -> torch.Tensor | None:
+        """Return the mask `(batch, length)` of the tokens that are read: of a long prompt its end.
+
+        Args:
+            size: tokens are left out in multiples of it, so that blocks begin where they began.
+            cache: of an earlier call, which must not hold anything then.
+        """
+        window = self.config.model_length
+        if input_ids.shape[1] <= window:
+            return attention_mask
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        lengths = mask.sum(1, keepdim=True)
+        left_out = ((lengths - window + size - 1) // size * size).clamp(min=0)
+        if left_out.any():
+            if cache is not None and cache.get_seq_length() > 0:
+                raise ValueError(
+                    f"past_key_values holds {cache.get_seq_length()} tokens of a prompt of {int(lengths.max())}, more "
+                    f"than the model's window model_length={window}: leave it out, as the window has moved."
+                )
+            logger.warning_once(
+                f"A prompt has {int(lengths.max())} tokens, more than the model's window "
+                f"model_length={window}: only its end is read, as when the window slides over generated text."
+            )
+        return mask * (mask.cumsum(1) > left_out)
 
     def _check_continuable(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, synced_gpus: bool
@@ -324,13 +359,16 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         self._check_continuable(input_ids, attention_mask, synced_gpus)
         check_generators(model_kwargs.get("generator"), len(input_ids))
+        stride = window_stride(self.config, generation_config.window_stride)
+        cache = model_kwargs.get("past_key_values")
+        read = self._last_window(input_ids, attention_mask, stride or self.config.block_size, cache)
         buffer = SequenceBuffer.from_prompts(
             input_ids,
-            attention_mask,
+            read,
             generation_config.max_length - input_ids.shape[1],
             self.config.block_size,
             self.config.mask_token_id,
-            window_stride(self.config, generation_config.window_stride),
+            stride,
         )
         prompt, padding = pad_left(input_ids, attention_mask)
         stop = StopRules(stopping_criteria, prompt, buffer, generation_config, padding)
@@ -340,9 +378,9 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
             prompt,
             logits_processor,
             generation_config,
-            model_kwargs.get("past_key_values"),
+            cache,
             model_kwargs.get("generator"),
-            Trace(buffer, input_ids, attention_mask) if generation_config.output_trace else None,
+            Trace(buffer, input_ids, read) if generation_config.output_trace else None,
         )
         for begin in buffer.blocks():
             # 2. Denoise
@@ -421,6 +459,7 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
             attention_mask = self._prepare_attention_mask_for_generation(input_ids, config, {})
         attention_mask = attention_mask.to(self.device)
         self._check_prompt(input_ids, attention_mask)
+        self._check_fits_window(input_ids, attention_mask)
         check_generators(generator, len(input_ids))
         processors = self._get_logits_processor(
             config,

@@ -351,6 +351,7 @@ class SSDLMGenerationMixin(BlockGenerationMixin):
         attention_mask = model_kwargs.get("attention_mask")
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         self._check_continuable(input_ids, attention_mask, synced_gpus)
+        self._check_fits_window(input_ids, attention_mask)
         check_generators(model_kwargs.get("generator"), len(input_ids))
         prompt, padding = pad_left(input_ids, attention_mask)
         buffer = lay_out_behind(prompt, padding, generation_config.max_length - input_ids.shape[1], self.config)

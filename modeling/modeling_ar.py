@@ -77,7 +77,9 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
         if padding is not None:
             model_kwargs["attention_mask"] = (~padding).long()
         model_kwargs.pop("position_ids", None)  # made for padding where it stood before
-        exact, criteria = WINDOWS[generation_config.window], _CountingCriteria(stopping_criteria)
+        # A prompt longer than the window is read anew for each token, as no cache has slid over it.
+        exact = WINDOWS[generation_config.window] or prompt.shape[1] > self.config.model_length
+        criteria = _CountingCriteria(stopping_criteria)
         with _seeded(model_kwargs.pop("generator", None), self.device):
             result = GenerationMixin._sample(
                 self,

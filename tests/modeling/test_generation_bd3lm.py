@@ -552,10 +552,6 @@ def test_unknown_fields_of_a_config_are_refused_by_name(model):
         ({"output_trace": True}, "output_trace=True.*return_dict_in_generate=True"),
         ({"generator": [torch.Generator()] * 2}, "2 generators for 1 rows"),
         ({"input_ids": torch.ones(1, 0, dtype=torch.long)}, "empty prompt"),
-        (
-            {"input_ids": torch.full((1, 17), 5)},
-            "17 tokens.*model_length=16.*truncation=True",
-        ),
         ({"input_ids": torch.tensor([[5, 48]])}, "id 48.*48 ids"),
         ({"input_ids": torch.tensor([[5, -1]])}, "id -1"),
         ({"input_ids": torch.tensor([[5, MASK]])}, f"mask_token_id={MASK}.*infill"),
@@ -571,8 +567,6 @@ def test_arguments_that_cannot_work_are_refused(model, arguments, message):
 def test_what_does_not_fit_a_single_window_is_refused(models, family):
     with pytest.raises(ValueError, match="window_stride=9.*model_length=8"):
         generate(models[family], PROMPT, window_stride=9)
-    with pytest.raises(ValueError, match="9 tokens.*model_length=8"):
-        generate(models[family], torch.full((9,), 5))
     other = "analytic" if family == "mdlm" else "first_hitting"
     with pytest.raises(ValueError, match=f"sampler='{other}'.*{type(models[family]).__name__}"):
         generate(models[family], PROMPT, sampler=other)
@@ -596,3 +590,24 @@ def test_continuous_batching_is_hidden_and_refused(model):
 
 def test_every_rule_has_a_plain_loop():
     assert set(RULES) == set(SAMPLERS) and SEDDForMaskedLM.samplers.keys() == {"analytic"}
+
+
+@pytest.mark.parametrize(("family", "left_out"), [("bd3lm", 16), ("mdlm", 16), ("sedd", 16), ("ar", 15)])
+def test_of_a_prompt_beyond_the_window_the_end_is_read(models, family, left_out):
+    model = models[family]
+    window = model.config.model_length
+    long = torch.randint(3, 40, (1, window + 15), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 6, "do_sample": False, "window": "exact"}
+    if family in ("mdlm", "sedd"):
+        left_out, options = -(-15 // (window // 2)) * (window // 2), {"max_new_tokens": 6, "do_sample": False}
+    text = model.generate(long, **options)
+    assert torch.equal(text[:, : long.shape[1]], long)
+    assert torch.equal(text[:, -6:], model.generate(long[:, left_out:], **options)[:, -6:])
+    # Next to a short prompt each row is what it is alone.
+    padded = torch.zeros(2, long.shape[1], dtype=torch.long)
+    padded[0], padded[1, -3:] = long, 7
+    mask = torch.ones_like(padded)
+    mask[1, :-3] = 0
+    both = model.generate(padded, attention_mask=mask, pad_token_id=0, **options)
+    assert torch.equal(both[0], text[0])
+    assert torch.equal(both[1, -6:], model.generate(torch.full((1, 3), 7), pad_token_id=0, **options)[0, -6:])

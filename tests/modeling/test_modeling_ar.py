@@ -220,8 +220,3 @@ def test_sampling_follows_the_generator_and_leaves_the_global_one(loud):
 def test_what_it_can_not_do_is_refused(loud, fields, message):
     with pytest.raises(ValueError, match=message):
         loud.generate(PROMPTS, max_new_tokens=2, **fields)
-
-
-def test_a_prompt_beyond_the_window_is_refused(loud):
-    with pytest.raises(ValueError, match="the prompt has 17 tokens, more than the model's window"):
-        loud.generate(torch.ones(1, 17, dtype=torch.long), max_new_tokens=2)
