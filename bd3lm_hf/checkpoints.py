@@ -247,6 +247,11 @@ def check_generates(model: Any, name: str) -> None:
         logger.warning(f"--model {name} is a {type(model).__name__}, so text is autoregressive. {how_to_adapt(name)}")
 
 
+def window_of(model: Any) -> int:
+    """Return how many tokens a model reads at once; a plain decoder has another name for it than our models."""
+    return getattr(model.config, "model_length", None) or model.config.max_position_embeddings
+
+
 def how_to_adapt(name: str) -> str:
     """Return the advice that makes a block-diffusion model of a plain decoder."""
     return (
@@ -293,4 +298,5 @@ __all__ = [
     "read_config",
     "read_shard_index",
     "register_lora_targets",
+    "window_of",
 ]

@@ -213,13 +213,18 @@ class Texts(NamedTuple):
 
 def write_texts(model: Any, count: int, length: int, *, seed: int) -> Texts:
     """Generate `count` texts of `length` tokens from the BOS token, sampled from the whole distribution."""
+    ends = model.config.eos_token_id
+    # Many decoders have no BOS token; documents are separated by the one that ends them.
+    begin = model.config.bos_token_id
+    if begin is None:
+        begin = ends[0] if isinstance(ends, list) else ends
     texts: list[GeneratedText] = []
     batch_forwards = batches = 0
     for first in range(0, count, _TEXTS_PER_BATCH):
         numbers = range(first, min(first + _TEXTS_PER_BATCH, count))
         batch = generate_batch(
             model,
-            [[model.config.bos_token_id]] * len(numbers),
+            [[begin]] * len(numbers),
             length - 1,
             seeds=[derived_seed(seed, number) for number in numbers],
             one_by_one=False,  # the speed of a batch is compared

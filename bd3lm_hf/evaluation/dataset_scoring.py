@@ -115,11 +115,11 @@ def score_datasets(arguments: argparse.Namespace, model: Any, tokenizer: PreTrai
     processes = _processes()
     is_first = processes.rank == 0
     # 2. The sequences
-    targets, length = _targets(arguments), arguments.length or model.config.max_position_embeddings
-    if is_first and arguments.window is None and length > model.config.max_position_embeddings:
+    targets, length = _targets(arguments), arguments.length or model.config.model_length
+    if is_first and arguments.window is None and length > model.config.model_length:
         logger.warning(
-            f"--length {length} is longer than the model's window of {model.config.max_position_embeddings} tokens: "
-            f"tokens attend to the whole sequence. --window {model.config.max_position_embeddings} scores windows."
+            f"--length {length} is longer than the model's window of {model.config.model_length} tokens: "
+            f"tokens attend to the whole sequence. --window {model.config.model_length} scores windows."
         )
     with PartialState().local_main_process_first() if processes.size > 1 else nullcontext():
         loaded = _load(targets, arguments, model, tokenizer, length)

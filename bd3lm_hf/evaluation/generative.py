@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from bd3lm_hf.checkpoints import check_generates, read_config
+from bd3lm_hf.checkpoints import check_generates, read_config, window_of
 from bd3lm_hf.evaluation.eval_cli import GENERATIVE_FIELDS
 from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_model, mean_perplexity
@@ -71,7 +71,7 @@ def evaluate_samples(arguments: argparse.Namespace, model: Any, tokenizer: PreTr
     prompt = _first_ids(model, arguments.model)
     options = {"device": model.device, "trust_remote_code": arguments.trust_remote_code}
     reference = load_reference_model(arguments.judge, tokenizer, **options, as_text=True, score_end=False)
-    length = arguments.length or model.config.max_position_embeddings
+    length = arguments.length or window_of(model)
     settings = _settings(arguments, model, reference, length)
     count = arguments.num_samples
     with open_samples(

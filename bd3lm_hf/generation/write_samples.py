@@ -10,7 +10,7 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from bd3lm_hf.checkpoints import check_generates
+from bd3lm_hf.checkpoints import check_generates, window_of
 from bd3lm_hf.generation.chat import converse
 from bd3lm_hf.generation.denoising_trace import trace_document, traced_sample, write_trace
 from bd3lm_hf.generation.generate_cli import FIELDS, Job, check_chat_arguments, generation_fields, plan
@@ -127,7 +127,7 @@ def _printed(text: str, *, is_first: bool) -> str:
 
 def _encode(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Return the prompt of each sample as token ids; without a prompt, the token that begins a text."""
-    window = model.config.max_position_embeddings
+    window = window_of(model)
     encoded: list[list[int]] = []
     for prompt in job.prompts:
         if prompt is None:

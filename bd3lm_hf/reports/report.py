@@ -41,9 +41,8 @@ def write_report(paths: Sequence[Path], output: Path, *, overwrite: bool = False
     if output.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--output {output}: a report is a page, so its name ends in .html.")
     check_matplotlib()
-    material = read_material(paths)
-    figures = draw(material)
-    write_atomically(output, page(material, figures))
+    text, figures = _render_named(paths)
+    write_atomically(output, text)
     written = [output]
     for figure in (figure for group in figures.values() for figure in group):
         written.append(output.with_name(f"{output.stem}-{figure.name}.png"))

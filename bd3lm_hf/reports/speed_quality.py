@@ -25,6 +25,7 @@ from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
 from bd3lm_hf.model_arguments import load_model_and_tokenizer
 from bd3lm_hf.output_files import write_atomically
 from bd3lm_hf.progress import ProgressReport
+from bd3lm_hf.reports.plotting import check_matplotlib, draw_speed_quality
 from bd3lm_hf.reports.quality_cli import CURVES, SHARED_FIELDS, check
 from bd3lm_hf.seeds import derived_seed
 
@@ -89,7 +90,7 @@ def quality_points(
         prompts = [[model.generation_config.bos_token_id]] * num_samples
     if len(prompts) < 2:
         raise ValueError(f"{len(prompts)} texts give no standard error: ask for at least 2.")
-    new_tokens = _check_new_tokens(new_tokens, len(prompts[0]), model.config.max_position_embeddings)
+    new_tokens = _check_new_tokens(new_tokens, len(prompts[0]), model.config.model_length)
     settings = [(sampler, dict(setting)) for sampler, settings in curves.items() for setting in settings]
     with ProgressReport("quality", len(settings), unit="setting", disable=not progress) as report:
         for sampler, setting in settings:
@@ -178,63 +179,26 @@ def label(point: Point) -> str:
 
 
 def plot_speed_quality(points: Sequence[Point], path: Path, *, judge: str) -> None:
-    """Plot a curve per sampler, tokens per forward pass against generative perplexity.
+    """Draw generative perplexity and entropy over the tokens of a forward pass, a curve per sampler.
 
     Raises:
         ValueError: if matplotlib is not installed.
     """
-    check_plot()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    base = points[0].perplexity
-    axes.axhspan(base, 1.05 * base, color="0.92", zorder=0, label="within 5 % of the first point")
-    for number, sampler in enumerate(dict.fromkeys(point.sampler for point in points)):
-        own = [point for point in points if point.sampler == sampler]
-        axes.errorbar(
-            [point.tokens_per_forward for point in own],
-            [point.perplexity for point in own],
-            yerr=[point.perplexity * point.standard_error for point in own],
-            marker="os^Dv"[number % 5],
-            capsize=3,
-            label=sampler,
-        )
-        for point in own[1:]:
-            values, position = (
-                ", ".join(map(str, point.setting.values())),
-                (point.tokens_per_forward, point.perplexity),
-            )
-            axes.annotate(values, position, xytext=(5, 5), textcoords="offset points", fontsize=8, color="0.35")
-    axes.margins(x=0.08)
-    axes.set_title("Quality over speed, by sampler")
-    axes.set_yscale("log")
-    axes.set_xlabel("tokens per forward pass")
-    axes.set_ylabel(f"generative perplexity under {judge}")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    check_matplotlib()
+    drawing = draw_speed_quality([point._asdict() for point in points], judge, "speed and quality of the samplers")
     kind = path.suffix.lower().removeprefix(".")
     content = io.BytesIO()
     # The author, by which the command recognises its own file.
-    figure.savefig(content, format=kind, metadata={"Software" if kind == "png" else "Creator": "bd3lm_hf"})
+    metadata = {"Software" if kind == "png" else "Creator": "bd3lm_hf"}
+    drawing.savefig(content, format=kind, dpi=144, metadata=metadata)
     write_atomically(path, content.getvalue())
-
-
-def check_plot() -> None:
-    """Refuse to plot without matplotlib, before any work."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ValueError("a plot needs matplotlib: pip install 'bd3lm-hf[plots]', or leave --plot out.") from error
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Generative perplexity by tokens per forward pass, for each sampler."""
     check(arguments)
     if arguments.plot is not None:
-        check_plot()
+        check_matplotlib()
     compare_samplers(arguments, *load_model_and_tokenizer(arguments))
 
 
