@@ -1,4 +1,4 @@
-"""What the Auto classes of transformers know of this package: a class for each model type, or which one to use."""
+"""Registration with transformers' Auto classes: a class for each model type, or a refusal that names the right one."""
 
 import importlib
 from typing import Any, NoReturn

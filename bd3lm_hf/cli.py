@@ -17,7 +17,7 @@ from bd3lm_hf.argument_parser import ArgumentParser, one_line
 
 
 class Verb(NamedTuple):
-    """What a verb does, and the module that does it."""
+    """A verb: its help text and the module that runs it."""
 
     # With `add_arguments(parser, words)` and `run(arguments)`, or with `main(words)` if it parses them itself. Named
     # by strings, as `training` and `hub_upload` are later rooms, on which this one does not depend.

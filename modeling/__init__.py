@@ -1,4 +1,4 @@
-"""What travels to the Hub: flat files that import torch and transformers only."""
+"""The code that travels to the Hub: flat files that import torch and transformers only."""
 
 # First, as its import registers the model types, which imports the files of this folder.
 import transformers  # noqa: F401

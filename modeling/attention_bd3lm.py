@@ -1,4 +1,4 @@
-"""Who may attend to whom in block diffusion, and the fast way to compute it (arXiv 2503.09573, Sec. 3.1).
+"""Attention of block diffusion: block-causal and two-stream masks, computed fast (arXiv 2503.09573, Sec. 3.1).
 
 The clean stream x_0 is block-causal: a token sees its own and earlier blocks. The noisy stream x_t sees the clean
 tokens of earlier blocks and the noisy tokens of its own block. A forward pass concatenates the streams as
@@ -28,7 +28,7 @@ _TILE = 256  # queries of a tile, rounded up to whole blocks; measured on CPU: 1
 
 
 class Layout(NamedTuple):
-    """Where the tokens of a stream stand. Blocks are counted from each row's first real token."""
+    """Positions, blocks and padding of a stream. Blocks are counted from each row's first real token."""
 
     position_ids: torch.Tensor  # (batch or 1, length), rotary positions
     block_ids: torch.Tensor  # (batch or 1, length), position_ids // block_size

@@ -1,4 +1,4 @@
-"""What the models of this family share with transformers: loading, saving, initialisation, outputs, Auto classes.
+"""The network of BD3-LM and the baselines: loading, initialisation, backbone, head, clean and noisy streams.
 
 The two streams of block diffusion (arXiv 2503.09573, Sec. 3): the clean x_0, and noisy x_t that attend to it.
 
@@ -316,7 +316,7 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
         super().__init__(config)
         if config.model_type != self.config_class.model_type:
             raise ValueError(
-                f"a {type(self).__name__} can not be made from a {type(config).__name__} "
+                f"a {type(self).__name__} cannot be made from a {type(config).__name__} "
                 f"(model_type={config.model_type!r}): pass a {self.config_class.__name__}, or let "
                 f"AutoModelForCausalLM.from_config choose the class."
             )

@@ -190,7 +190,7 @@ class SimplexWriter:
         return scores
 
     def _process(self, begin: int, live: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """What the logits processors make of `(rows, columns, vocab_size)` logits of the columns from `begin` on.
+        """Return the processed `(rows, columns, vocab_size)` logits of the columns from `begin` on.
 
         Behind the last token that was asked for nothing is judged: that part of a block is written and not shown.
         """
@@ -217,7 +217,7 @@ class SimplexWriter:
 
 
 def of_tokens(kept: list[torch.Tensor] | None, count: int) -> tuple[torch.Tensor, ...] | None:
-    """What was kept of each of the first `count` new tokens, `(batch, vocab_size)`; zeros where a row had ended."""
+    """Return the scores of the first `count` new tokens, each `(batch, vocab_size)`; zeros where a row had ended."""
     return None if kept is None else tuple(torch.cat(kept, dim=1).unbind(1)[:count])
 
 
@@ -275,7 +275,7 @@ def check_simplex_fields(config: Any) -> None:
 
 @dataclass
 class SSDLMGenerateOutput(ModelOutput):
-    """What `generate(return_dict_in_generate=True)` returns.
+    """Output of `generate(return_dict_in_generate=True)`.
 
     Args:
         sequences: `(batch, prompt + new)`, the prompt as given and what was written.

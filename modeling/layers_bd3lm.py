@@ -126,7 +126,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 @dataclass
 class ForwardContext:
-    """What all layers of one forward pass share."""
+    """Inputs that all layers of one forward pass share."""
 
     plan: AttentionPlan
     cos: torch.Tensor

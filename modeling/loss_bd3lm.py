@@ -50,7 +50,7 @@ LogitsHead = Callable[[torch.Tensor], torch.Tensor]
 
 
 class DenoisingNetwork(Protocol):
-    """What loss and likelihood read of a model; [`BD3LMLanguageModel`] implements it."""
+    """The part of a model that loss and likelihood use; [`BD3LMLanguageModel`] implements it."""
 
     config: Any
     training: bool

@@ -40,7 +40,7 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
 
     A text longer than `model_length` goes on in a window that slides by one token. With `window="cached"` the keys and
     values of its tokens are kept: one token per pass, though those of deeper layers still know of tokens that have
-    left. With `window="exact"`, as published, or without a cache, each pass reads the whole window anew.
+    left. With `window="exact"`, as published, or without a cache, each pass reads the whole window again.
     """
 
     config_class = ARConfig
@@ -77,7 +77,7 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
         if padding is not None:
             model_kwargs["attention_mask"] = (~padding).long()
         model_kwargs.pop("position_ids", None)  # made for padding where it stood before
-        # A prompt longer than the window is read anew for each token, as no cache has slid over it.
+        # A prompt longer than the window is read again for each token, as no cache has slid over it.
         exact = WINDOWS[generation_config.window] or prompt.shape[1] > self.config.model_length
         criteria = _CountingCriteria(stopping_criteria)
         with _seeded(model_kwargs.pop("generator", None), self.device):

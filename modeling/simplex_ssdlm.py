@@ -20,7 +20,7 @@ _OFFSET = 1e-4
 
 
 class SimplexNoise(NamedTuple):
-    """What the cosine schedule says about steps t of T; each field has the shape of t."""
+    """Quantities of the cosine schedule at steps t of T; each field has the shape of t."""
 
     alpha_bar: torch.Tensor  # share of the signal's variance that is left at t
     alpha_bar_before: torch.Tensor  # the same at t - 1

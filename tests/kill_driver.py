@@ -65,7 +65,7 @@ class MoveInterval(TrainerCallback):
 
 
 class FullDisk(TrainerCallback):
-    """Stands in for a full disk, with the system's own errors: files can not grow beyond some bytes after step 4."""
+    """Stands in for a full disk, with the system's own errors: files cannot grow beyond some bytes after step 4."""
 
     def __init__(self, file_bytes: int) -> None:
         self.file_bytes = file_bytes

@@ -61,7 +61,7 @@ def folder(speaker, tiny_tokenizer, tmp_path) -> Path:
     return tmp_path / "model"
 
 
-# What a foreign process runs: bd3lm_hf can not be imported there. Reads the folder's name from the command line.
+# What a foreign process runs: bd3lm_hf cannot be imported there. Reads the folder's name from the command line.
 ELSEWHERE = """
 import sys
 from pathlib import Path

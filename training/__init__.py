@@ -1,1 +1,1 @@
-"""What optimises: arguments, trainer, callbacks and the training script."""
+"""Training: arguments, trainer, callbacks and the training script."""

@@ -42,7 +42,7 @@ _OWN_FIELDS = ("models", "seeds", "num_texts", "text_length", "judge")
 
 
 class Plan(NamedTuple):
-    """What to compare."""
+    """The models and settings of a comparison."""
 
     models: Mapping[str, Mapping[str, Any]]  # name -> the fields in which it differs
     seeds: Sequence[int]
@@ -191,7 +191,7 @@ def _judge(plan: Plan, seed: int) -> ReferenceModel:
 
 
 def _check_judge(name: str, model: Any) -> None:
-    """Refuse a judge, a model or its class, that can not score texts."""
+    """Refuse a judge, a model or its class, that cannot score texts."""
     if not model.has_likelihood:
         raise ValueError(f"--judge {name} has no likelihood to score texts by: name another model of the comparison.")
 
@@ -203,7 +203,7 @@ def _speed(result: Mapping[str, Any]) -> float | None:
 
 
 class Texts(NamedTuple):
-    """What a model generated from nothing."""
+    """Texts that a model generated without a prompt."""
 
     ids: torch.Tensor  # (texts, length)
     forwards_per_token: float  # of a text that is generated alone

@@ -4,7 +4,7 @@ With warm-up the decay of update n, counted from 1, is d = min(decay, (1 + n) / 
 the exported model use the average; training goes on from the weights themselves.
 
 torch's `AveragedModel` keeps a second model in the precision of the weights, frozen ones included, copies the weights
-in its first update, and can not be made of sharded weights.
+in its first update, and cannot be made of sharded weights.
 
 `AveragingTrainer`: which weights a run evaluates and saves. The average or the raw ones, whole if they are sharded.
 
@@ -104,7 +104,7 @@ class WeightAverage:
         if not path.is_file():
             raise ValueError(
                 f"the checkpoint {folder} holds no {EMA_NAME}: its run kept no average, so --ema_decay {self.decay} "
-                f"can not go on from it. Resume with --ema_decay 0, or start a new run with --init_from {folder}."
+                f"cannot go on from it. Resume with --ema_decay 0, or start a new run with --init_from {folder}."
             )
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())

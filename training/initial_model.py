@@ -45,7 +45,7 @@ def check_shape(name: str, fields: dict[str, Any], *, argument: str = "--init_fr
     Only the configuration is read, so a run can ask before it loads any text.
 
     Raises:
-        ValueError: such a field, or a checkpoint that can not be read.
+        ValueError: such a field, or a checkpoint that cannot be read.
     """
     config = read_config(name, argument=argument)
     own = {field: getattr(config, field, getattr(config, other or field, None)) for field, other in _SHAPE.items()}

@@ -76,7 +76,7 @@ def candidate_intervals(
     step: float = PUBLISHED_STEP,
     own: Sequence[Interval] = (),
 ) -> list[Interval]:
-    """What a search compares: the whole interval, then those of each width inside [0, 1], then `own` ones.
+    """Return the candidates of a search: the whole interval, those of each width inside [0, 1], and `own` ones.
 
     At block size 1, as published, the only other candidate is [1, 1], at which the loss is the exact likelihood.
 
@@ -210,7 +210,7 @@ def variance_of_sums(sums: MomentSums) -> torch.Tensor:
 
 
 class IntervalSearch(NamedTuple):
-    """What a search found."""
+    """Result of a search."""
 
     candidates: list[Interval]  # the whole interval first
     batch_variances: torch.Tensor  # float64 (candidates, batches), of the mean loss of a block, nats^2
@@ -225,7 +225,7 @@ class IntervalSearch(NamedTuple):
 
     @property
     def standard_errors(self) -> torch.Tensor:
-        """Of `variances`, from the spread over batches; NaN for a single batch."""
+        """Standard errors of `variances`, from the spread over batches; NaN for a single batch."""
         spread, batches = self.batch_variances, self.batch_variances.shape[1]
         return spread.std(1) / math.sqrt(batches) if batches > 1 else torch.full_like(spread[:, 0], math.nan)
 

@@ -1,4 +1,4 @@
-"""What a run prints: a summary before the first step, and the table and `results.json` at its end."""
+"""Output of a run: a summary before the first step, and the table and `results.json` at its end."""
 
 import itertools
 import json

@@ -79,7 +79,7 @@ def whole_model(model: Any) -> Any:
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"a {type(model).__name__} can not be evaluated while its weights are spread over processes: train it "
+            f"a {type(model).__name__} cannot be evaluated while its weights are spread over processes: train it "
             f"with DDP (training/launch/ddp.yaml)."
         )
     reshard(model)
@@ -104,7 +104,7 @@ def _gathered(parameter: nn.Parameter) -> Any:
     """A context in which a weight that ZeRO-3 spreads is whole."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
-    # No requirement of ours: whoever has such a weight has the library.
+    # Not a requirement of ours: such a weight exists only where the library is installed.
     return import_module("deepspeed").zero.GatheredParameters([parameter])
 
 

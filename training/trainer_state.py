@@ -132,7 +132,7 @@ class RunningLoss:
         return (self.logged_total + self.gather(self.sum).mean().item()) / max(1, step)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as JSON; the same on every process."""
+        """Return the state that a resumed run needs, as JSON; the same on every process."""
         sums = self.gather(self.sum).tolist()
         return {"sums": sums, "logged_step": self.logged_step, "logged_total": self.logged_total}
 
@@ -144,7 +144,7 @@ class RunningLoss:
 
 
 class ResumableFlow(TrainerCallback):
-    """What has to happen at other moments than transformers has it for a resumed run to be the uninterrupted one.
+    """Delay saving until a step is logged and evaluated, so that a resumed run repeats an uninterrupted one.
 
     A save that falls on the last step of an epoch, or of the run, waits for what is logged and evaluated there: a run
     that resumes from it starts with the next epoch and would never catch up.

@@ -59,7 +59,7 @@ class Target(NamedTuple):
 
 
 class ScoringSequences(NamedTuple):
-    """What is scored of a dataset."""
+    """The sequences of a dataset that are scored."""
 
     rows: Any  # a sequence of mappings with `input_ids` and perhaps `labels`
     bytes_per_token: float | None  # None if they are not running text

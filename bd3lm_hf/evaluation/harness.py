@@ -1,4 +1,4 @@
-"""What the lm-evaluation-harness asks of a model, in our words: windows, seeds, and arguments of `generate`.
+"""Models of this package for the lm-evaluation-harness: windows, seeds, and arguments of `generate`.
 
 The models of this package in the lm-evaluation-harness: `bd3lm harness --model_args pretrained=DIR --tasks ...`.
 
@@ -35,7 +35,7 @@ _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion
 
 
 class RequestWindow(NamedTuple):
-    """What the model reads at once: tokens, of which the first are given."""
+    """Tokens that the model reads at once, of which the first are given."""
 
     ids: list[int]
     given: int
@@ -52,7 +52,7 @@ class RequestWindow(NamedTuple):
 
 
 class GenerationRequest(NamedTuple):
-    """What a request asks to write."""
+    """The limits and stop strings of a generation request."""
 
     new_tokens: int
     until: tuple[str, ...]
@@ -167,7 +167,7 @@ class BD3LMHarness(TemplateLM):
         dtype, trust_remote_code: for loading.
 
     Raises:
-        ValueError: an argument without meaning, or a checkpoint that can not be loaded.
+        ValueError: an argument without meaning, or a checkpoint that cannot be loaded.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class BD3LMHarness(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands for an empty context: the token that begins a text, or else that ends one."""
+        """Return the token used as an empty context: BOS, or EOS if the tokenizer has no BOS."""
         return self.eot_token_id if self.tokenizer.bos_token_id is None else int(self.tokenizer.bos_token_id)
 
     @property
@@ -252,7 +252,7 @@ class BD3LMHarness(TemplateLM):
         )
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results say of the model, and of how its likelihoods were found."""
+        """Return the description of the model and its estimator for the results."""
         return {
             "model_class": type(self.model).__name__,
             "model_num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
@@ -268,7 +268,7 @@ class BD3LMHarness(TemplateLM):
     # --- Likelihoods -------------------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Of each continuation behind its context, in nats, a lower bound unless the model is autoregressive.
+        """Return the log-likelihood of each continuation in nats; a lower bound unless the model is AR.
 
         The second value tells whether the continuation is what `generate(do_sample=False)` writes behind the context.
 
@@ -283,7 +283,7 @@ class BD3LMHarness(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of each whole text, whose beginning is given; each token is scored once, in windows of `max_length`."""
+        """Return the log-likelihood of each whole text; each token is scored once, in windows of `max_length`."""
         rows = [self._encoded("", *request.args) for request in requests]
         seeds = [question_seed(self.seed, request) for request in requests]
         results = self._sums([windows(*row, self.max_length) for row in rows], seeds, disable_tqdm)
@@ -390,7 +390,7 @@ class BD3LMHarness(TemplateLM):
     # --- Texts -------------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """What `generate` writes behind each context, up to the first of the strings that end it or an end token.
+        """Return the text generated after each context, up to the first stop string or end token.
 
         A context keeps its last tokens, so that what is written has room in the window, or half of the window.
         """

@@ -29,7 +29,7 @@ PUBLISHED_BATCH = 16
 
 
 class Perplexity(NamedTuple):
-    """How well a model predicts text; for a diffusion model an upper bound (NELBO) unless its block size is 1."""
+    """Perplexity of a model on text; for a diffusion model an upper bound (NELBO) unless its block size is 1."""
 
     nll: float  # mean per scored token, nats
     perplexity: float  # exp(nll)
@@ -42,9 +42,9 @@ class Perplexity(NamedTuple):
 
 
 class SequenceScore(NamedTuple):
-    """What one sequence contributes."""
+    """The score of one sequence."""
 
-    row: int  # its place in the data set
+    row: int  # its place in the dataset
     nll: float  # summed over its scored tokens, nats
     num_tokens: int
 
@@ -68,7 +68,7 @@ def perplexity(
 
     Args:
         model: anything with `token_nll`.
-        sequences: a data set with `input_ids` (and `attention_mask`, `labels`), or sequences of token ids; rows may
+        sequences: a dataset with `input_ids` (and `attention_mask`, `labels`), or sequences of token ids; rows may
             differ in length.
         estimator: `"published"`, or `"sampled"`, `"stratified"` or `"exact"`, see the model's `token_nll`.
         num_samples: noise draws per sequence; unused by `"exact"`, and 1 for `"published"`.
@@ -158,19 +158,19 @@ def _score(
 
 
 class Batch(NamedTuple):
-    """Sequences of one length, and their places in the data set."""
+    """Sequences of one length, and their places in the dataset."""
 
     indices: list[int]
     rows: list[Any]
 
 
 class Protocol(NamedTuple):
-    """How the sequences of a data set are scored."""
+    """The protocol by which the sequences of a dataset are scored."""
 
     estimator: str
     num_samples: int
     seed: int
-    num_sequences: int  # of the data set
+    num_sequences: int  # of the dataset
 
 
 def batches_of(sequences: Sequence[Any], indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
@@ -245,14 +245,14 @@ _DRAWS = {"published": _published_draws}
 def published_noise(
     indices: Sequence[int], num_sequences: int, *, num_blocks: int, length: int, seed: int = 0
 ) -> Noise:
-    """The noise of the sequences at `indices` of a data set, as the published evaluation draws it.
+    """The noise of the sequences at `indices` of a dataset, as the published evaluation draws it.
 
-    The data set is shuffled and cut into batches of 16. The N blocks of a batch get one time from each N-th of the
+    The dataset is shuffled and cut into batches of 16. The N blocks of a batch get one time from each N-th of the
     interval, in order: the k-th sequence has all its times in [k / 16, (k + 1) / 16). A sequence's own numbers depend
     on the seed and its index only.
 
     Args:
-        num_sequences: of the data set; its last batch may be smaller.
+        num_sequences: of the dataset; its last batch may be smaller.
         num_blocks, length: of each sequence.
     """
     places = _shuffled(num_sequences, seed)
@@ -270,7 +270,7 @@ def published_noise(
 
 @functools.lru_cache(maxsize=4)
 def _shuffled(count: int, seed: int) -> torch.Tensor:
-    """The place of each sequence in the shuffled data set."""
+    """The place of each sequence in the shuffled dataset."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).argsort()
 
 
@@ -431,12 +431,12 @@ def sequence_losses(
     Args:
         model: its `forward` gives a mean loss per labelled token, and takes the noise of each row; `config.num_blocks`
             tells how many uniform numbers that is.
-        sequences: a data set with `input_ids` (and `attention_mask`, `labels`), or sequences of token ids.
+        sequences: a dataset with `input_ids` (and `attention_mask`, `labels`), or sequences of token ids.
         num_samples: noise draws per sequence.
         batch_size: draws that are computed at once.
 
     Raises:
-        ValueError: a batch size below 1, or sequences that the model can not learn from.
+        ValueError: a batch size below 1, or sequences that the model cannot learn from.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: give at least 1.")

@@ -227,7 +227,7 @@ def load_reference_model(
         score_end: score the judge's end token, too.
 
     Raises:
-        ValueError: a checkpoint that can not be loaded or can not judge, or comes without a tokenizer.
+        ValueError: a checkpoint that cannot be loaded or cannot judge, or comes without a tokenizer.
     """
     model = load_model(name, argument="--judge", trust_remote_code=trust_remote_code).to(device).eval()
     own = load_tokenizer(name)
@@ -251,7 +251,7 @@ def score_texts(
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
-    """What a judge, given as a model or by name, says of texts or token ids; see the metric for the arguments.
+    """Return the perplexity of texts or token ids under a reference model; see the metric for the arguments.
 
     Returns:
         `generative_perplexity` over all scored tokens, `mean_perplexity` of the perplexities of texts (the figure in
@@ -259,7 +259,7 @@ def score_texts(
         and the `standard_error` of the log of the first.
 
     Raises:
-        ValueError: no scored token, a judge that can not be loaded or can not judge, or a missing tokenizer.
+        ValueError: no scored token, a judge that cannot be loaded or cannot judge, or a missing tokenizer.
     """
     if isinstance(judge, str):
         tokenizer = judge if tokenizer is None else tokenizer

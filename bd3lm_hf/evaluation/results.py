@@ -116,7 +116,7 @@ _SINGLE_PROCESS = Processes()
 
 
 class Progress(NamedTuple):
-    """How far an evaluation is."""
+    """Progress of an evaluation."""
 
     scores: dict[int, SequenceScore]  # by index of the sequence
     seconds: float  # spent on them

@@ -1,4 +1,4 @@
-"""How varied texts are, counted: entropy of their tokens, distinct n-grams, repetition, lengths.
+"""Text metrics: entropy of tokens, distinct n-grams, repetition, lengths.
 
 A text is a sequence of token ids, or of words: anything that can be counted. A low generative perplexity alone means
 little, as a judge finds a text that repeats itself easy to predict.
@@ -70,7 +70,7 @@ def mean_entropy(texts: Sequence[Sequence[Hashable]]) -> float:
 
 
 def lengths(texts: Sequence[Sequence[Hashable]]) -> Lengths:
-    """How long texts are.
+    """Lengths of texts.
 
     Raises:
         ValueError: no texts.

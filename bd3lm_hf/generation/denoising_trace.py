@@ -1,4 +1,4 @@
-"""How a text was generated, as data and as a page: the reverse process of block diffusion, one step per forward pass.
+"""The trace of a generated text, as data and as a page: the reverse process, one step per forward pass.
 
 A trace (`trace.json`, and embedded in `trace.html`) is one JSON object:
 
@@ -76,7 +76,7 @@ def row_steps(trace: Iterable[Any], row: int, offset: int) -> Iterator[RowStep]:
 
 
 class Pieces(NamedTuple):
-    """What each token adds to a text."""
+    """The characters that each token adds to a text."""
 
     texts: list[str | None]  # None: a part of a character
     characters: list[tuple[int, int, str]]  # start, stop and text of the characters that several tokens form

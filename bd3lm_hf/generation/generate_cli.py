@@ -47,7 +47,7 @@ _BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Job:
-    """What `bd3lm generate` was asked for."""
+    """The checked arguments of `bd3lm generate`."""
 
     model: str
     prompts: list[str | None]  # None: from nothing
@@ -67,7 +67,7 @@ class Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the texts, apart from the prompts themselves."""
+        """Return the settings that decide the texts, apart from the prompts."""
         # The number of a text, and with it its seed, depends on the samples per prompt if there are several prompts.
         own = {"samples_per_prompt": self.num_samples} if len(self.prompts) > 1 else {}
         return {"model": self.model, "seed": self.seed, **own, **self.generation}

@@ -133,7 +133,7 @@ class SamplesFile:
     Args:
         prompts: that of each sample.
         settings: what decides the texts; a file with other settings is refused.
-        overwrite: start anew. The old file stays until the first samples are finished.
+        overwrite: start again. The old file stays until the first samples are finished.
         flag: what the user calls the file, for messages.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How generated text is measured, as modules of the `evaluate` library, one folder each.
+"""Metrics of generated text as modules of the `evaluate` library, one folder each.
 
 metric = load_metric("generative_perplexity")        # or evaluate.load with the path of the folder; no network
 metric.add_batch(predictions=texts)                  # token ids or texts, batch by batch

@@ -212,7 +212,7 @@ class GradientVariance(NamedTuple):
 
 
 class _Sums:
-    """Of the gradients of one number of draws."""
+    """Running sums of the gradients at one number of noise samples."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -293,7 +293,7 @@ def _square(vector: torch.Tensor | float) -> float:
 
 
 def gradient_batches(dataset: str, tokenizer: Any, *, length: int, size: int, count: int) -> list[torch.Tensor]:
-    """`count` batches `(size, length)` of training text, spread over the data set.
+    """`count` batches `(size, length)` of training text, spread over the dataset.
 
     Raises:
         ValueError: the text is too short.
@@ -332,10 +332,10 @@ def gradient_table(results: Sequence[GradientVariance]) -> str:
 def measure_gradients(
     folder: str, dataset: str, draws: Sequence[int], *, batch_size: int, batches: int, repeats: int
 ) -> list[GradientVariance]:
-    """[`gradient_variance`] of a checkpoint on a data set.
+    """[`gradient_variance`] of a checkpoint on a dataset.
 
     Raises:
-        ValueError: a checkpoint, tokenizer or data set that can not be used, or numbers below 1.
+        ValueError: a checkpoint, tokenizer or dataset that cannot be used, or numbers below 1.
     """
     if min(*draws, batch_size) < 1:
         raise ValueError(f"--noise-draws {' '.join(map(str, draws))} --batch-size {batch_size}: give at least 1.")
@@ -357,7 +357,7 @@ class Setting(NamedTuple):
 
 
 class EstimatorVariance(NamedTuple):
-    """Of the mean nll of some text under one setting."""
+    """Spread of the mean NLL of a text under one setting."""
 
     setting: Setting
     nll: float  # mean over seeds, nats per token
@@ -433,10 +433,10 @@ def read_estimator(text: str) -> Setting:
 def measure_variance(
     folder: str, dataset: str, settings: Sequence[str], *, batch_size: int, batches: int, repeats: int
 ) -> list[EstimatorVariance]:
-    """[`measure_precision`] of a checkpoint on held-out sequences, spread over a data set.
+    """[`measure_precision`] of a checkpoint on held-out sequences, spread over a dataset.
 
     Raises:
-        ValueError: a checkpoint, tokenizer, data set or estimator that can not be used, or numbers below 1.
+        ValueError: a checkpoint, tokenizer, dataset or estimator that cannot be used, or numbers below 1.
     """
     if min(batch_size, batches) < 1:
         raise ValueError(f"--batch-size {batch_size} --batches {batches}: give at least 1 of each.")

@@ -33,7 +33,7 @@ def write_report(paths: Sequence[Path], output: Path, *, overwrite: bool = False
         The files, the page first.
 
     Raises:
-        ValueError: an output that can not be written, no matplotlib, or files that can not be read: see
+        ValueError: an output that cannot be written, no matplotlib, or files that cannot be read: see
             `read_material`.
     """
     is_ours = begins_with(b'<meta name="generator" content="bd3lm_hf')

@@ -118,7 +118,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _lede(material: Material) -> str:
-    """What there is, and the best of it, in words."""
+    """Return a summary sentence: how many runs there are, and the best."""
     told = [
         (len(material.runs), "training run"),
         (len(material.evaluations), "evaluation"),
@@ -159,7 +159,7 @@ def _perplexity(material: Material) -> str:
     """Runs' own held-out text and evaluations in one table."""
     columns = [
         Column("model"),
-        Column("data set"),
+        Column("dataset"),
         Column("estimator"),
         Column("perplexity", min, True),
         Column("nats per token", None, True),
@@ -195,8 +195,8 @@ def _perplexity(material: Material) -> str:
     )
     note = (
         "Lower is better. &le; marks an upper bound: the model's true perplexity is lower. After &plusmn; stands one "
-        f"standard error.{unigram if has_unigram else ''} Perplexities compare within one data set and vocabulary "
-        "only, bits per byte across vocabularies. The star marks the lowest of a data set; between overlapping "
+        f"standard error.{unigram if has_unigram else ''} Perplexities compare within one dataset and vocabulary "
+        "only, bits per byte across vocabularies. The star marks the lowest of a dataset; between overlapping "
         "standard errors it is no proof."
     )
     return f'<p class="note">{note}</p>\n{table(columns, rows, groups)}'
@@ -387,7 +387,7 @@ def _configuration(runs: Sequence[Run]) -> str:
 
 
 def _versions(material: Material) -> str:
-    """What made the numbers, for those who want to make them again."""
+    """Return the versions and seeds that produced the numbers."""
     rows: list[tuple[str, dict[str, Any]]] = []
     for run in material.runs:
         facts = {name: run.results.get(name) for name in ("seed", "steps", "global_batch_size", "world_size")}

@@ -31,7 +31,7 @@ from bd3lm_hf.seeds import derived_seed
 
 
 class Point(NamedTuple):
-    """How good and how fast the texts of one setting are."""
+    """Quality and speed of the texts of one setting."""
 
     sampler: str
     setting: dict[str, Any]  # fields of the generation config

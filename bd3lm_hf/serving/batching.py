@@ -69,7 +69,7 @@ class Request:
 
     @property
     def stop_strings(self) -> list[str]:
-        """What ends the text; it is not part of it."""
+        """Strings that end the text and are not part of it."""
         stop = self.config.stop_strings
         return [stop] if isinstance(stop, str) else [text for text in stop or [] if text]
 

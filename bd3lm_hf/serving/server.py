@@ -65,7 +65,7 @@ GENERATION_FIELDS = (
 
 @dataclass
 class ServeSettings:
-    """What the command line of `bd3lm serve` says.
+    """Settings of `bd3lm serve`.
 
     Args:
         defaults: fields of `generate` that replace those of the folder.

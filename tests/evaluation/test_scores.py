@@ -117,9 +117,9 @@ def test_a_restart_drops_what_was_kept(path):
     file = ScoresFile(path)
     file.begin(RUN)
     file.append(RUN, [SequenceScore(0, 1.5, 3)], 0.5)
-    anew = ScoresFile(path, restart=True)
+    again = ScoresFile(path, restart=True)
     assert path.exists()  # nothing is lost before there is something in its place
-    assert anew.begin(OTHER).scores == {}
+    assert again.begin(OTHER).scores == {}
     assert [json.loads(line)["identity"] for line in path.read_text().splitlines()] == [OTHER]
 
 

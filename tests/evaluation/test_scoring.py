@@ -1,4 +1,4 @@
-"""`bd3lm eval`: what it says is what the library computes, and what can not be done is refused before work begins."""
+"""`bd3lm eval`: what it says is what the library computes, and what cannot be done is refused before work begins."""
 
 import csv
 import json

@@ -131,7 +131,7 @@ PROMPTS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
 
 @torch.no_grad()
 def continued(model, prompt: list[int], count: int) -> list[int]:
-    """Greedy text by the plainest means: the last `model_length` tokens are read anew for each one."""
+    """Greedy text by the plainest means: the last `model_length` tokens are read again for each one."""
     text = list(prompt)
     for _ in range(count):
         logits = model(torch.tensor([text[-model.config.model_length :]])).logits[0, -1]

@@ -166,6 +166,6 @@ def test_text_of_the_same_seed_is_the_same_under_every_schedule(tiny_config, ran
         assert torch.equal(torch.stack(seen), torch.stack(levels[0]))
     chance = 1 - torch.exp(-torch.stack(levels[0]))
     assert ((chance > 0) & (chance < 1)).all()
-    # Within a block fewer and fewer tokens are masked; the next block starts anew.
+    # Within a block fewer and fewer tokens are masked; the next block starts again.
     assert (chance[1:2] < chance[:1]).all()
     assert levels[0][0].max() <= LogLinearNoise().sigma_max

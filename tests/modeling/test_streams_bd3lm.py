@@ -214,7 +214,7 @@ def test_the_likelihood_of_one_block_needs_no_clean_stream(tiny_config, randomiz
     seen = lengths_of_first_layer(model)
     alone = model.token_nll(ids, estimator="exact")
     assert sum(seen) == 2 * 8 * 127  # the first token is given
-    # The same block before another one, which it can not see, has a clean stream beside it.
+    # The same block before another one, which it cannot see, has a clean stream beside it.
     both = model.token_nll(torch.cat([ids, ids], dim=1), estimator="exact")
     torch.testing.assert_close(both.nll[:, :8], alone.nll, rtol=1e-5, atol=1e-5)
 

@@ -130,7 +130,7 @@ def test_only_the_process_that_should_writes(tmp_path):
 
 def test_a_checkpoint_without_an_average_is_refused(tmp_path):
     message = (
-        r"holds no ema\.safetensors: .* --ema_decay 0\.9 can not go on.* Resume with --ema_decay 0, or start a new"
+        r"holds no ema\.safetensors: .* --ema_decay 0\.9 cannot go on.* Resume with --ema_decay 0, or start a new"
     )
     with pytest.raises(ValueError, match=message):
         WeightAverage(layer_of(), decay=0.9).load(tmp_path)

@@ -135,7 +135,7 @@ def test_a_stream_counts_its_examples_over_all_passes(stream):
     assert [index for index, _ in rows] == list(range(2 * length + 5))
     first, second = ([row for _, row in rows[i * length : (i + 1) * length]] for i in range(2))
     assert sorted(first) == sorted(second)
-    assert first != second  # shuffled anew
+    assert first != second  # shuffled again
     assert endless.dataset_indices(10, 3) == [10, 11, 12]
 
 

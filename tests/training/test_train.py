@@ -178,7 +178,7 @@ def test_full_diffusion_goes_on_in_small_blocks_as_the_paper_trains(recipe, corp
     rows = rows.select(range(0, len(rows), -(-len(rows) // 4)))
     assert result.before.nll == pytest.approx(perplexity(old, rows, estimator="exact").nll, abs=1e-5)
     assert result.after.nll < result.before.nll
-    # Optimizer, schedule and step count start anew.
+    # Optimizer, schedule and step count start again.
     logs = [entry for entry in result.losses if "loss" in entry]
     assert [entry["step"] for entry in logs] == [1, 2, 3]
     assert [entry["learning_rate"] for entry in logs] == pytest.approx([0.0, 0.005, 0.01])
