@@ -137,7 +137,7 @@ def decoder_class(config: Any, argument: str) -> Any:
             f"{argument}: a decoder of model_type={found!r} cannot be adapted: {reason}. Supported are "
             f"{', '.join(DECODERS)}."
         )
-    return DECODERS[found]
+    return DECODERS[str(found)]
 
 
 def decoder_config(stock: Any, mask: MaskToken, fields: dict[str, Any], argument: str) -> Any:

@@ -104,8 +104,9 @@ def _run(words: list[str]) -> int:
         make_parser().parse_args(words)
         return 0
     rest = words[1:] if verb in _KEEP_UNDERSCORES else with_dashes(words[1:])
-    if VERBS[verb].parser is not None:
-        parser_module, _, name = VERBS[verb].parser.partition(":")
+    parser = VERBS[verb].parser
+    if parser is not None:
+        parser_module, _, name = parser.partition(":")
         getattr(importlib.import_module(parser_module), name)().parse_args(rest)
     module = importlib.import_module(VERBS[verb].module)
     if hasattr(module, "add_arguments"):
@@ -143,7 +144,7 @@ def with_dashes(words: Sequence[str]) -> list[str]:
     Raises:
         ValueError: if the value of a flag is `--`, on which argparse fails.
     """
-    spelled = []
+    spelled: list[str] = []
     for number, word in enumerate(words):
         if word == "--":
             return [*spelled, *words[number:]]

@@ -227,7 +227,7 @@ def decoder_layout_config(model: Any, layout: str) -> dict[str, Any]:
             "--to stock: alignment='same' without ar_loss_weight trains the head to predict a token at its own "
             "position, so the weights are not autoregressive. Train with an ar_loss_weight, or alignment='shifted'."
         )
-    stock_class = type(model).__bases__[-1]
+    stock_class: Any = type(model).__bases__[-1]
     return fields | {"model_type": stock_class.config_class.model_type, "architectures": [stock_class.__name__]}
 
 

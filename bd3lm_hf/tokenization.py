@@ -86,8 +86,9 @@ def _check_chat_templates(tokenizer: PreTrainedTokenizerBase, name: str) -> None
     templates = tokenizer.chat_template or ""
     for template in templates.values() if isinstance(templates, dict) else [templates]:
         code = " ".join(_TEMPLATE_CODE.findall(template))
-        if len(template) > _MAX_TEMPLATE or (found := _HUGE.search(code)):
-            reason = f"{len(template):,} characters" if len(template) > _MAX_TEMPLATE else repr(found[0])
+        found = None if len(template) > _MAX_TEMPLATE else _HUGE.search(code)
+        if len(template) > _MAX_TEMPLATE or found:
+            reason = repr(found[0]) if found else f"{len(template):,} characters"
             raise ValueError(f"The chat template of {name!r} has {reason}, which no conversation needs: replace it.")
 
 

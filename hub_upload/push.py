@@ -184,7 +184,7 @@ def push(
     # 5. Upload
     def send() -> Upload:
         with cleanup:
-            target = {"private": private, "revision": revision, "create_pr": create_pr}
+            target: dict[str, Any] = {"private": private, "revision": revision, "create_pr": create_pr}
             return upload(api, folder, repo_id, message=message or _MESSAGE, description=description, **target)
 
     return api.run_as_future(send) if background else send(), contents

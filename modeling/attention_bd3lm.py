@@ -85,7 +85,9 @@ def token_layout(
         ValueError: if documents are packed after a cache, whose documents are not known.
     """
     look = not torch.compiler.is_compiling() and attention_mask is not None and attention_mask.device.type == "cpu"
-    if look and bool(attention_mask.all()):  # elsewhere a look would wait for the device
+    if (
+        look and attention_mask is not None and bool(attention_mask.all())
+    ):  # elsewhere a look would wait for the device
         attention_mask = None  # no padding: aligned tiles, masks shared by all rows
     valid = None if attention_mask is None else attention_mask.bool()
     if valid is None:

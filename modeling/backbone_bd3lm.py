@@ -201,7 +201,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
             Recorded hidden states and attentions are those of the positions after `plan.skip`.
         """
         no_output = output_indices is not None and not output_indices.numel()
-        if no_output:
+        if no_output and output_indices is not None:
             output_indices = output_indices.new_zeros(1)  # kernels of quantized layers crash on a product of no rows
         cos, sin = self.rotary_emb(position_ids, torch.float32)
         shared = ForwardContext(plan, cos, sin, past_key_values, commit, output_indices)
@@ -413,7 +413,7 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
         backbone, config = self.backbone, self.config
         if layout.num_rows > 1:  # a layout of one row serves all rows
             many = (field is not None and field.shape[0] > 1 for field in layout)
-            fields = zip(layout, many, strict=True)
+            fields: Any = zip(layout, many, strict=True)
             layout = Layout(*(f.repeat_interleave(num_noise_samples, dim=0) if m else f for f, m in fields))
         embeds = backbone.vocab_embed(x_t)
         options = {"implementation": config._attn_implementation, "dtype": embeds.dtype}

@@ -32,8 +32,12 @@ CONTEXTS = ("block", "token")
 _RECURRENT = {"linear_attention", "conv", "mamba", "recurrent", "attention_mamba", "hybrid"}
 
 
+# To a type checker the base of the mixin is Any: each family brings its own fields.
+_Configuration: Any = object
+
+
 @dataclass(kw_only=True, repr=False)
-class BD3LMDecoderConfigMixin:
+class BD3LMDecoderConfigMixin(_Configuration):
     r"""
     The fields of block diffusion, for the configuration of a decoder.
 
@@ -89,7 +93,7 @@ class BD3LMDecoderConfigMixin:
     _check_noise = BD3LMConfig._check_noise
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)  # type: ignore[misc]  # of the family's configuration
+        super().__post_init__(**kwargs)  # of the family's configuration
         self.return_dict = True
         for name in ("block_size", "noise_draws", "eval_noise_draws"):
             _check_positive(name, getattr(self, name))
@@ -104,8 +108,8 @@ class BD3LMDecoderConfigMixin:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Return the configuration, as in transformers; one of another model type is an error, not a warning."""
-        check_model_type(cls, config_dict)  # type: ignore[arg-type]
-        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        check_model_type(cls, config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def longest(self) -> int:

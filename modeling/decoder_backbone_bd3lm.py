@@ -163,7 +163,8 @@ class DecoderBackbone:
         check_arguments(self.model, kwargs, position_ids)
         check_token_ids(input_ids, self.config.vocab_size, "input_ids")
         check_token_ids(clean_input_ids, self.config.vocab_size, "clean_input_ids")
-        embeds = self.vocab_embed(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds = inputs_embeds if input_ids is None else self.vocab_embed(input_ids)
+        assert embeds is not None  # one of them is given
         length, size = embeds.shape[1], self.config.block_size
         cache, commit, past = open_cache(
             past_key_values, use_cache, length, attention_mask, size, training=self.model.training

@@ -68,7 +68,7 @@ def check_token_ids(input_ids: torch.Tensor | None, vocab_size: int, name: str) 
         )
 
 
-def check_attention_mask(attention_mask: torch.Tensor | None, shape: tuple[int, int]) -> None:
+def check_attention_mask(attention_mask: torch.Tensor | None, shape: tuple[int, ...]) -> None:
     """Refuse a mask of another shape or kind; `shape` is (batch, cached + given tokens).
 
     Raises:
@@ -118,7 +118,7 @@ def warn_of_visible_tokens(
 class Documents(NamedTuple):
     """Documents that were packed side by side, as rows of their own, padded on the right."""
 
-    index: torch.Tensor  # (documents, longest), flat index of each token in the packed batch
+    index: torch.Tensor  # type: ignore[assignment]  # (documents, longest), flat index of each token in the packed batch
     mask: torch.Tensor  # bool (documents, longest), False for padding
 
     def split(self, packed: torch.Tensor, padding: int) -> torch.Tensor:

@@ -140,7 +140,8 @@ class LikelihoodMixin:
         if documents is not None:
             labels = default_labels(input_ids, attention_mask) if labels is None else labels
             ids, labels = documents.split(input_ids, 0), documents.split(labels, -100)
-            options = {"estimator": estimator, "num_samples": num_samples, "generator": generator, "noise": noise}
+            options: dict[str, Any] = {"estimator": estimator, "num_samples": num_samples}
+            options |= {"generator": generator, "noise": noise}
             scores = self.token_nll(ids, documents.mask, labels=labels, **options)
             return TokenNLL(*(documents.join(values, input_ids.shape) for values in scores))
         check_sampling(num_samples, generator, input_ids.shape[0])

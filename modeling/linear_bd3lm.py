@@ -148,8 +148,9 @@ def compute_dtype(layer: nn.Module, default: torch.dtype) -> torch.dtype:
     """Return the precision that a linear layer takes its inputs in; `default` where its weight does not show it."""
     weight = getattr(layer, "weight", None)
     # The weight of a quantized layer is a method, has an integer type, or one of 8 bits, in which nothing is computed.
-    shown = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.element_size() > 1
-    return weight.dtype if shown else default
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.element_size() > 1:
+        return weight.dtype
+    return default
 
 
 __all__ = ["PrepackedLinears", "call_as", "compute_dtype", "is_plain_linear", "is_sharded", "release_prepacked"]

@@ -192,6 +192,7 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
         check_arguments(self, kwargs, position_ids)
         if labels is not None:
             check_with_labels(input_ids, inputs_embeds=inputs_embeds, past_key_values=past_key_values)
+            assert input_ids is not None  # checked
             documents = find_documents(position_ids, attention_mask, input_ids.shape)
             if documents is not None:
                 input_ids, labels = documents.split(input_ids, 0), documents.split(labels, -100)

@@ -98,6 +98,7 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
                 timesteps=timesteps,
                 past_key_values=past_key_values,
             )
+            assert input_ids is not None  # checked
             evaluates = not (self.training or torch.is_grad_enabled()) and num_items_in_batch is not None
             if evaluates and block_noise is None and token_noise is None and position_ids is None:
                 return self._scored_output(input_ids, labels, attention_mask, num_items_in_batch)

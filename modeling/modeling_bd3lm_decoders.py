@@ -53,7 +53,7 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
 
     _supports_flash_attn = False
     _can_compile_fullgraph = True
-    lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     def __init__(self, config: Any) -> None:
         if config.model_type != self.config_class.model_type:
@@ -65,7 +65,7 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
         super().__init__(config)
         self._adopt_special_tokens()
         # The loss is not shifted, so Trainer must count all labels, not labels[1:].
-        self.loss_type = None  # type: ignore[assignment]
+        self.loss_type = None
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
         if "flash" in str(attn_implementation):

@@ -189,6 +189,7 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
         check_arguments(self, kwargs)
         if labels is not None or input_ids is None:
             check_with_labels(input_ids, noisy_logits=noisy_logits, timesteps=timesteps)
+        assert input_ids is not None  # checked
         check_attention_mask(attention_mask, input_ids.shape)
         if labels is not None:
             check_labels(self.config, input_ids, labels, attention_mask)

@@ -48,7 +48,7 @@ class SelfContainedMixin(_Saveable):
         executing = (getattr(hook, "execution_device", None) for hook in hooks)
         return next((torch.device(found) for found in executing if found is not None), device)
 
-    def _upload_modified_files(  # type: ignore[override]  # transformers names all of them
+    def _upload_modified_files(
         self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict[str, float], **options: Any
     ) -> Any:
         """Upload as `bd3lm push` does where bd3lm_hf is installed, else as transformers does."""

@@ -83,7 +83,7 @@ class EvaluatingTrainer(AveragingTrainer):
             return self._evaluate_on(dataset, metric_key_prefix)
 
     def _evaluate_on(self, dataset: Any, prefix: str) -> dict[str, float]:
-        metrics = self._measure(dataset, prefix, with_tokens=self.compute_metrics is not None).metrics
+        metrics = self._measure(dataset, prefix, with_tokens=self.compute_metrics is not None).metrics or {}
         if self.args.interval_search and self.is_in_train and dataset is self._interval_dataset():
             self.search_interval(dataset)
         self.log(metrics)
@@ -106,7 +106,8 @@ class EvaluatingTrainer(AveragingTrainer):
 
     def _measure(self, dataset: Any, prefix: str, *, with_tokens: bool) -> PredictionOutput:
         started = SpeedMeter.now()
-        predictions, labels = None, None
+        predictions: Any = None
+        labels: Any = None
         if with_tokens:
             tokens = self._shared(score_tokens, dataset, estimator=self.args.eval_estimator)
             scores = [SequenceScore(t.index, sum(t.nll), len(t.nll) - t.labels.count(-100)) for t in tokens]
@@ -120,7 +121,7 @@ class EvaluatingTrainer(AveragingTrainer):
         named = {
             name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": value for name, value in metrics.items()
         }
-        return PredictionOutput(predictions, labels, named)  # type: ignore[arg-type]
+        return PredictionOutput(predictions, labels, named)
 
     def score(self, sequences: Any, *, estimator: str | None = None, indices: Any = None) -> Perplexity | HeldOutLoss:
         """Return the perplexity of `sequences` under the averaged weights; processes share the work and the result.

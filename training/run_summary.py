@@ -139,7 +139,7 @@ def _training_seconds(trainer: BD3LMTrainer, sequences: TrainingSequences) -> fl
     started = time.perf_counter()
     trainer.score(sequences.train, estimator="sampled", indices=list(range(batch)))
     forward = time.perf_counter() - started
-    steps = args.max_steps
+    steps: float = args.max_steps
     if steps < 1:
         steps = args.num_train_epochs * len(sequences.train) / trainer.get_total_train_batch_size(args)
     return 3 * forward * steps * args.gradient_accumulation_steps

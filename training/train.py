@@ -190,7 +190,7 @@ def make_trainer(
     )
     if training.sample_tokens:
         prompt, tokens = training.sample_prompt, training.sample_tokens
-        options = {"max_new_tokens": tokens, "nucleus_p": training.sample_nucleus_p}
+        options: dict[str, Any] = {"max_new_tokens": tokens, "nucleus_p": training.sample_nucleus_p}
         sampler = SampleCallback(tokenizer, prompt=prompt, path=folder / SAMPLES_NAME, **options)
         trainer.add_callback(sampler)
     return trainer

@@ -63,7 +63,7 @@ class UploadingTrainer(Trainer):
         folder = self.args.output_dir
         name = self.hub_model_id or self.args.hub_model_id or Path(folder).absolute().name
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        metadata = {"language": language, "license": license, "tags": _as_list(tags)}
+        metadata: dict[str, Any] = {"language": language, "license": license, "tags": _as_list(tags)}
         tokenizer = self.processing_class is not None
         base = adapter_base(folder)
         card = make_card(model, Path(folder), name, tokenizer=tokenizer, base=base, **metadata)

@@ -214,7 +214,7 @@ def _rendered_turns(
         num_learned = answer.index(end) + 1 if end in answer else len(answer)
         ids += given + answer
         learned += [False] * len(given) + [keep] * num_learned + [False] * (len(answer) - num_learned)
-        done = stop
+        done = len(whole) if stop is None else stop
     return Encoded(ids, learned)
 
 

@@ -141,7 +141,7 @@ class Messages(Schema):
     turn that is not learned. The tools of a dataset that has a column `tools` are kept in that column.
     """
 
-    names = ("messages",)
+    names: tuple[str, ...] = ("messages",)
 
     def __init__(self, columns: Sequence[str] = ("messages",), *, with_tools: bool = False) -> None:
         tools = ("tools",) * with_tools

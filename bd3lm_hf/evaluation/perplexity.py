@@ -109,14 +109,19 @@ def score_sequences(
 
     See [`perplexity`] for the arguments. The model's train or eval mode is restored.
     """
-    options = {"indices": indices, "estimator": estimator, "num_samples": num_samples, "batch_size": batch_size}
+    options: dict[str, Any] = {
+        "indices": indices,
+        "estimator": estimator,
+        "num_samples": num_samples,
+        "batch_size": batch_size,
+    }
     return _score(model, sequences, score_batch, seed=seed, device=device, progress=progress, **options)
 
 
 class TokenScores(NamedTuple):
     """The tokens of one sequence."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # in place of `tuple.index`
     nll: list[float]  # nats; 0 where nothing is scored
     labels: list[int]  # -100 where nothing is scored
 

@@ -173,7 +173,7 @@ class ScoresFile:
             ) from error
         if drop:
             for kept in (self._runs, self._scores, self._seconds, self._finished):
-                kept.clear()  # type: ignore[attr-defined]
+                kept.clear()
         else:
             self._size = size
 

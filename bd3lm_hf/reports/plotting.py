@@ -302,7 +302,7 @@ def draw_interval_search(
         style = {**_style(number), "marker": "o", "markersize": 4, "linewidth": 1.2, "capsize": 2}
         axes.errorbar(low, variance, error, label=f"width {width:g}", **style)
     chosen = f"chosen: {names[best]}, variance {variances[best]:.3g}"
-    star = {"marker": "*", "markersize": 16, "color": _INK, "linestyle": "none", "zorder": 3}
+    star: dict[str, Any] = {"marker": "*", "markersize": 16, "color": _INK, "linestyle": "none", "zorder": 3}
     axes.plot([candidates[best][0]], [variances[best]], label=chosen, **star)
     if min(variances) > 0:
         axes.set_yscale("log")

@@ -79,7 +79,7 @@ class Run:
     def is_exact(self) -> bool:
         """Whether the model's likelihood is exact and no bound, as its class says."""
         try:
-            kind = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[self.config["model_type"]]]
+            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[self.config["model_type"]]]
         except KeyError:
             return False
         if not issubclass(kind, LikelihoodMixin):

@@ -140,7 +140,8 @@ class _QueueStreamer:
     """Puts final text into the queue that transformers' handlers read."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop, self.queue = loop, asyncio.Queue()
+        self.loop = loop
+        self.queue: asyncio.Queue[Any] = asyncio.Queue()
         self.request: Request | None = None
 
     @property
