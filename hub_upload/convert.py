@@ -235,7 +235,7 @@ def to_published(source: str, target: str | Path) -> Conversion:
         tokenizer = _load_tokenizer(Path(source) if exists(source) else None, None)
         if tokenizer is not None:
             limit_to_window(tokenizer, model.config)
-        tokenizer.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     notes = ["copy the authors' configuration_bd3lm.py and modeling_bd3lm.py into it"]
     if model.config.noise != "loglinear":
         notes.append(f"noise={model.config.noise!r} has no field there; their code trains with loglinear noise")

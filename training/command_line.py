@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, get_type_hints
+from typing import Any, NamedTuple, NoReturn, cast, get_type_hints
 
 import yaml
 from transformers import CONFIG_MAPPING, HfArgumentParser, IntervalStrategy, TrainingArguments
@@ -111,7 +111,7 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments:
     recipe = fit_to_type(recipe, argv, model_fields=[item.name for item in fields(ModelArguments)])
     words = [word for name, value in recipe.items() for word in _as_words(name, value)] + argv
     *groups, given = _parse(words)
-    arguments = RunArguments(*groups, given)
+    arguments = RunArguments(*cast("tuple[Any, Any, Any, Any]", tuple(groups)), given)
     _check(arguments, set(recipe), {flag.removeprefix("--") for flag in flags})
     return arguments
 

@@ -90,7 +90,7 @@ def make_tokenizer(arguments: RunArguments, documents: Documents) -> Any:
         name = data.tokenizer or model.init_from
         stock = None if model.init_from is None else read_config(model.init_from, argument="--init_from")
         if is_adaptable(stock):
-            tokenizer = [load_decoder_tokenizer(name, stock)]
+            tokenizer = [load_decoder_tokenizer(str(name), stock)]
         else:
             tokenizer = [load_tokenizer(name, texts=_training_texts(documents), vocab_size=data.vocab_size)]
     if arguments.training.world_size > 1:

@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import accelerate
 import torch
@@ -70,7 +70,7 @@ def summary_at_start(
     if training.max_steps > 0:
         steps = training.max_steps
     else:
-        steps = round(training.num_train_epochs * -(-len(sequences.train) // batch))
+        steps = round(training.num_train_epochs * -(-len(cast(Any, sequences.train)) // batch))
     start = resume or (
         f"the weights of {arguments.model.init_from}" if arguments.model.init_from else "random weights"
     )

@@ -427,7 +427,7 @@ class BD3LMHarness(TemplateLM):
         seeds: Sequence[int],
         results: list[str],
     ) -> None:
-        stops = {"stop_strings": list(plan.until), "tokenizer": self.tokenizer} if plan.until else {}
+        stops: dict[str, Any] = {"stop_strings": list(plan.until), "tokenizer": self.tokenizer} if plan.until else {}
         texts = generate_batch(
             self.model,
             [prompts[number] for number in batch],

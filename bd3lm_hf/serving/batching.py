@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig
@@ -60,7 +60,7 @@ class Request:
 
     def generator(self) -> torch.Generator:
         """Return the source of randomness of the next round."""
-        return torch.Generator().manual_seed(derived_seed("serve", self.seed, len(self.written)))
+        return torch.Generator().manual_seed(derived_seed("serve", cast(int, self.seed), len(self.written)))
 
     @property
     def remaining(self) -> int:
