@@ -93,6 +93,9 @@ class BlockGenerationMixin(_Generative):
         self._generation_config = value
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        # `from_pretrained(folder, block_size=4)` also passes fields of the model's config to the generation config.
+        known = vars(self.generation_config)
+        kwargs = {k: v for k, v in kwargs.items() if k in known or not hasattr(self.config, k)}
         super().adjust_generation_fn(*args, **kwargs)
         self._adopt_special_tokens()
 

@@ -60,10 +60,18 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path, name):
 
 
 def test_a_device_is_written_to_and_never_replaced():
-    check_output_file("/dev/null", "--output", is_ours=lambda path: False)
-    write_atomically("/dev/null", "text")
-    with lock_output("/dev/null", "--output"), lock_output("/dev/null", "--output"):
-        pass
+    reader, writer = os.openpty()  # a device of this test alone: replacing a shared one would break the machine
+    try:
+        device = os.ttyname(writer)
+        check_output_file(device, "--output", is_ours=lambda path: False)
+        write_atomically(device, "text")
+        assert os.read(reader, 4) == b"text"
+        with lock_output(device, "--output"), lock_output(device, "--output"):
+            pass
+        assert Path(device).is_char_device()
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 def test_a_text_file_is_replaced_whole(tmp_path, monkeypatch):

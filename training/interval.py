@@ -132,6 +132,11 @@ def check_searchable(model: Any, candidates: Sequence[Interval]) -> None:
             f"interval_search needs a model that carries its interval of noise levels, and this "
             f"{type(model).__name__} has none: use a block-diffusion model with var_min=True, or leave the search out."
         )
+    if model.config.masking == "exact_k":
+        raise ValueError(
+            "interval_search compares losses under independent masks, and this model has masking='exact_k': train "
+            "with --masking independent, or leave --interval_search out."
+        )
     if isinstance(model, PeftModel):
         raise ValueError(
             "interval_search would find an interval that a checkpoint of adapters does not keep: set one on the base "

@@ -207,6 +207,21 @@ def test_packed_documents_have_the_loss_of_each_alone(family):
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
 
 
+def test_two_losses_are_the_same_with_an_index_of_fixed_size():
+    model = tiny_decoder("qwen3", context="token", ar_loss_weight=0.5, alignment="shifted").train()
+    ids, losses, found = random_ids(16, LENGTH), [], []
+    mask = torch.ones_like(ids)
+    mask[::2, :3] = 0  # index 0, which fills the index up, is padding
+    for waits in (True, False):
+        torch.manual_seed(3)
+        loss = model.objective(ids, ids.masked_fill(mask == 0, -100), mask, may_synchronize=waits)
+        losses.append(loss.detach())
+        found.append(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True))
+    torch.testing.assert_close(*losses)
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-6)
+
+
 def test_the_next_token_loss_is_that_of_the_stock_model():
     """With every token masked and one token a block, both losses are the autoregressive one."""
     model = tiny_decoder("qwen3", context="token", ar_loss_weight=0.5, alignment="shifted", block_size=1).train()

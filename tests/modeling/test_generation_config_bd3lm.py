@@ -1,5 +1,7 @@
 """The fields of block diffusion: defaults, refusals, and a long life in files and pipelines."""
 
+import inspect
+
 import pytest
 import torch
 from transformers import AutoModelForMaskedLM, GenerationConfig, pipeline
@@ -73,6 +75,18 @@ def test_all_fields_survive_the_checkpoint(model, tmp_path):
     again = BD3LMForMaskedLM.from_pretrained(tmp_path)
     again.save_pretrained(tmp_path / "again")
     assert fields_of(BD3LMForMaskedLM.from_pretrained(tmp_path / "again").generation_config) == OTHERS
+
+
+@pytest.mark.parametrize("loader", [BD3LMForMaskedLM, AutoModelForMaskedLM])
+def test_all_config_fields_are_arguments_of_from_pretrained(model, tmp_path, loader):
+    model.save_pretrained(tmp_path)
+    config = model.config.to_dict()
+    fields = {name: config[name] for name in inspect.signature(BD3LMConfig).parameters if name in config}
+    loaded = loader.from_pretrained(tmp_path, **{**fields, "block_size": 2, "noise_draws": 3})
+    assert (loaded.config.block_size, loaded.config.noise_draws) == (2, 3)
+    assert not hasattr(loaded.generation_config, "block_size")
+    with pytest.raises(TypeError, match="samplr"):
+        BD3LMForMaskedLM.from_pretrained(tmp_path, samplr="confidence")
 
 
 def test_a_pipeline_takes_the_fields_from_the_checkpoint_and_from_its_call(tiny_tokenizer, tiny_config, randomize):

@@ -74,6 +74,7 @@ def test_a_text_is_filled_as_by_hand(make_model, block_size, options):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_row_of_a_batch_is_filled_as_if_it_stood_alone(model, side, sampler):
+    model = model.double()  # in float32 a batch and a single text round differently, and near ties fall apart
     batch = batch_of(TEXTS, side)
     filled = model.infill(**batch, sampler=sampler)
     assert filled.shape == batch["input_ids"].shape

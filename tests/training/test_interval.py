@@ -166,6 +166,11 @@ def test_a_model_without_an_interval_is_refused(tiny_config, randomize):
             check_searchable(model, [WHOLE])
 
 
+def test_masks_of_an_exact_number_are_refused(tiny_config, randomize):
+    with pytest.raises(ValueError, match="masking='exact_k'.*--masking independent"):
+        check_searchable(model_of(tiny_config, randomize, masking="exact_k"), [WHOLE])
+
+
 def test_a_candidate_with_a_constant_weight_is_warned_about(tiny_config, randomize, monkeypatch):
     warnings = []
     monkeypatch.setattr(logging.get_logger("bd3lm_hf.interval"), "warning", warnings.append)
