@@ -1,1 +1,1 @@
-"""Training: arguments, trainer, callbacks and the training script."""
+"""Train models: arguments, trainer, callbacks and the training script."""

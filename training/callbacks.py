@@ -55,7 +55,7 @@ def forward_flops(config: BD3LMConfig, length: int, masked: float, *, draws: int
     Args:
         length: tokens of the sequence.
         masked: masked tokens of a noisy stream, or their expectation.
-        draws: noisy streams beside the one clean stream.
+        draws: noisy streams per clean stream.
     """
     width, layers = config.hidden_dim, config.n_blocks
     both, noisy, rows = (1 + draws) * length, draws * length, draws * masked

@@ -248,7 +248,7 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
         path = RECIPES / f"{name_or_path}.yaml"
     if not path.is_file():
         raise ValueError(
-            f"there is no recipe {name_or_path!r}: give a YAML file or one of {', '.join(shipped)}. Fields are set "
+            f"no recipe {name_or_path!r}: give a YAML file or one of {', '.join(shipped)}. Fields are set "
             f"with --field value."
         )
     recipe = read_yaml(path) or {}

@@ -3,7 +3,7 @@
 1. Read the recipe: what is compared, with which seeds, and the fields that are common to all.
 2. Train each model with each seed; a run that is complete is not repeated.
 3. Let each write texts, and a judge score them.
-4. Print the table and write it beside the runs.
+4. Print the table and write it next to the runs.
 """
 
 import json
@@ -42,7 +42,7 @@ _OWN_FIELDS = ("models", "seeds", "num_texts", "text_length", "judge")
 
 
 class Plan(NamedTuple):
-    """The models and settings of a comparison."""
+    """The runs to compare, and how."""
 
     models: Mapping[str, Mapping[str, Any]]  # name -> the fields in which it differs
     seeds: Sequence[int]
@@ -78,7 +78,7 @@ def read_plan(argv: Sequence[str]) -> Plan:
     words = list(argv)
     path = Path(words.pop(0)) if words and not words[0].startswith("-") else PAPER
     if not path.is_file():
-        raise ValueError(f"there is no recipe {str(path)!r}: give a YAML file that names the models, or none.")
+        raise ValueError(f"no recipe {str(path)!r}: give a YAML file that names the models, or none.")
     recipe = read_yaml(path)
     if not isinstance(recipe, dict) or not isinstance(recipe.get("models"), dict) or not recipe["models"]:
         raise ValueError(f"the recipe {path} names no models: write `models:` with one `name: {{field: value}}` each.")
@@ -97,7 +97,7 @@ def read_plan(argv: Sequence[str]) -> Plan:
     common = {name: value for name, value in fields.items() if name not in (*_OWN_FIELDS, "output_dir")}
     for name in (*common, *(field for model in recipe["models"].values() for field in model)):
         if name not in field_names():
-            raise ValueError(f"{name!r} is no field of a run, and none of {', '.join(_OWN_FIELDS)}: see --help.")
+            raise ValueError(f"{name!r} is not a field of a run or one of {', '.join(_OWN_FIELDS)}: see --help.")
     models = {name: recipe["models"][name] for name in chosen}
     judge = str(fields.get("judge") or next(iter(models)))
     if judge in models:
@@ -203,7 +203,7 @@ def _speed(result: Mapping[str, Any]) -> float | None:
 
 
 class Texts(NamedTuple):
-    """Texts that a model generated without a prompt."""
+    """The texts that a model generated from nothing."""
 
     ids: torch.Tensor  # (texts, length)
     forwards_per_token: float  # of a text that is generated alone

@@ -8,8 +8,8 @@ in its first update, and cannot be made of sharded weights.
 
 `AveragingTrainer`: which weights a run evaluates and saves. The average or the raw ones, whole if they are sharded.
 
-Evaluation, text samples and the saved model use the average; a checkpoint holds the raw weights and the average beside
-them, so that training goes on exactly. `weights.json` in every saved folder says which weights lie there.
+Evaluation, text samples and the saved model use the average; a checkpoint holds the raw weights and the average with
+them, so that training goes on exactly. `weights.json` in every saved folder says which weights it holds.
 """
 
 import json
@@ -43,7 +43,7 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, *, decay: float, warmup: bool = True) -> None:
         if not 0 < decay < 1:
-            raise ValueError(f"ema_decay={decay} is no decay: give a number between 0 and 1, for example 0.9999.")
+            raise ValueError(f"ema_decay={decay} is not a decay: give a number between 0 and 1, for example 0.9999.")
         self.model, self.decay, self.warmup, self.updates = model, decay, warmup, 0
         reshard(model)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -254,7 +254,7 @@ class AveragingTrainer(Trainer):
             self.average.load(self.state.best_model_checkpoint)
 
     def save_raw_weights(self, folder: str) -> None:
-        """Write the model with the weights that training goes on from, and the average beside it."""
+        """Write the model with the weights that training goes on from, and the average next to it."""
         self._save_weights(folder, None)
         if self.average is not None:
             self.average.save(folder, write=self.args.should_save)

@@ -27,7 +27,7 @@ _DECODER_BLOCK, _DECODER_LENGTH = 4, 1024
 _INTERVAL = ("sampling_eps_min", "sampling_eps_max")
 
 
-# These shape the weights, or what they have learned to read; any other field may change. Beside them what
+# These shape the weights, or what they have learned to read; any other field may change. The values are what
 # transformers' own models call them.
 _SHAPE = {
     "hidden_dim": "hidden_size",

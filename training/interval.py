@@ -4,7 +4,7 @@ For each candidate, the unbiased variance of the losses of all blocks of a batch
 candidate with the smallest sum wins. A loss here is what training sees, with the published weight w(t) and without the
 paper's factor for the width of the interval (see `denoising_loss`): that factor would favour narrow intervals.
 
-What an interval search leaves behind: numbers for the log, a line of JSON and a plot in the run's folder.
+An interval search writes numbers to the log, a line of JSON and a plot into the run's folder.
 """
 
 import json
@@ -57,7 +57,7 @@ _INTERVAL = re.compile(r"\s*(\d*\.?\d+(?:[eE]-?\d+)?)\s*-\s*(\d*\.?\d+(?:[eE]-?\
 def published_intervals(widths: Sequence[float], step: float = PUBLISHED_STEP) -> list[Interval]:
     """The published candidates: [1e-3, 1], then for each width every interval that starts at a multiple of `step`.
 
-    End points are those of the published float32 arithmetic, raised to 1e-3. With a width that is no multiple of
+    End points are those of the published float32 arithmetic, raised to 1e-3. With a width that is not a multiple of
     `step` the last interval of that width reaches beyond 1, as published.
     """
     least = torch.tensor(SAMPLING_EPS)
@@ -76,7 +76,7 @@ def candidate_intervals(
     step: float = PUBLISHED_STEP,
     own: Sequence[Interval] = (),
 ) -> list[Interval]:
-    """Return the candidates of a search: the whole interval, those of each width inside [0, 1], and `own` ones.
+    """List the intervals to compare: the whole one, then those of each width inside [0, 1], then `own` ones.
 
     At block size 1, as published, the only other candidate is [1, 1], at which the loss is the exact likelihood.
 
@@ -215,12 +215,12 @@ def variance_of_sums(sums: MomentSums) -> torch.Tensor:
 
 
 class IntervalSearch(NamedTuple):
-    """Result of a search."""
+    """The result of a search."""
 
     candidates: list[Interval]  # the whole interval first
     batch_variances: torch.Tensor  # float64 (candidates, batches), of the mean loss of a block, nats^2
     num_blocks: int
-    noisy_passes: int  # over each batch, beside one pass of the clean stream
+    noisy_passes: int  # over each batch, in addition to one pass of the clean stream
     seconds: float
 
     @property
@@ -372,7 +372,7 @@ def record_search(found: IntervalSearch, folder: str | Path, *, step: int, adopt
     """Append the search to `interval_search.jsonl` and draw `interval_search.png`.
 
     Lines of this step or a later one, which a run wrote before it was cut off and resumed, are replaced. Without
-    matplotlib there is no plot, and one warning says so.
+    matplotlib no plot is drawn, and one warning says so.
 
     Args:
         adopted: whether the model draws from the winner from now on.

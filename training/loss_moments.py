@@ -171,7 +171,7 @@ def level_moments(
         size: tokens of the block.
         maskable: tokens of the block that may stay masked; the others (a given first token, a prompt) are masked and
             then shown again, as in the loss.
-        truncated: the masked fraction of the block lies in the interval (`config.resample`).
+        truncated: the masked fraction of the block is inside the interval (`config.resample`).
 
     Returns:
         float64 `(3, maskable + 1)`; row 0 sums to 1.

@@ -1,4 +1,4 @@
-"""Output of a run: a summary before the first step, and the table and `results.json` at its end."""
+"""Print a run: a summary before the first step, and the table and `results.json` at its end."""
 
 import itertools
 import json
@@ -194,7 +194,7 @@ def _table_of_losses(result: TrainResult) -> str:
         if isinstance(score, HeldOutLoss):
             lines.append(f"{name:<18}{_with_error(score.loss, score.standard_error):>18}")
     lines.append(
-        "There is no perplexity: this kind of model has no likelihood, and its loss does not compare with that of "
+        "No perplexity: this kind of model has no likelihood, and its loss does not compare with that of "
         "another. Score its samples with `bd3lm eval --generative`."
     )
     return "\n".join(lines)

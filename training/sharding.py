@@ -18,7 +18,7 @@ from bd3lm_hf.modeling.linear_bd3lm import is_sharded
 
 
 def has_shards(model: nn.Module) -> bool:
-    """Whether any weight of a model lies in parts on several processes."""
+    """Whether any weight of a model is split over several processes."""
     return any(map(is_sharded, model.modules()))
 
 
@@ -104,7 +104,7 @@ def _gathered(parameter: nn.Parameter) -> Any:
     """A context in which a weight that ZeRO-3 spreads is whole."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
-    # Not a requirement of ours: such a weight exists only where the library is installed.
+    # Not one of our requirements: a model with such a weight comes with the library.
     return import_module("deepspeed").zero.GatheredParameters([parameter])
 
 

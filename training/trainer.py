@@ -232,7 +232,7 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
             resume_from_checkpoint: a checkpoint folder, or True for the last complete one of `args.output_dir`.
 
         Raises:
-            ValueError: if there is no complete checkpoint, or it belongs to another run (with the differences
+            ValueError: if no checkpoint is complete, or it belongs to another run (with the differences
                 in the message).
             TrainingStopped: if SIGINT or SIGTERM stopped the run (`args.save_on_signal`); a checkpoint is saved.
         """

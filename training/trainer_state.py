@@ -3,7 +3,7 @@
 Everything that decides the numbers of a run is part of its identity: the model, its vocabulary, the sequences, the
 global batch, the seed and the optimisation. (The optimizer's state holds the old learning rate, so a new one would be
 ignored without a word.) Free to change are how long the run is, how it is laid out on processes, and what it logs,
-evaluates and saves. The interval of noise levels is no part of it: a search moves it, and the weights carry it.
+evaluates and saves. The interval of noise levels is not part of it: a search moves it, and the weights carry it.
 
 The training loss since the last log, and the flow of a run, in a form that a resumed run continues.
 
@@ -69,7 +69,7 @@ def run_fingerprint(
 
 
 def check_same_run(checkpoint: str | Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Refuse to resume from the checkpoint of another run. A run of another length is told so.
+    """Refuse to resume from the checkpoint of another run. A run of another length gets its own message.
 
     Args:
         old: identity in the checkpoint.
@@ -132,7 +132,7 @@ class RunningLoss:
         return (self.logged_total + self.gather(self.sum).mean().item()) / max(1, step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a resumed run needs, as JSON; the same on every process."""
+        """Return what a resumed run needs, as JSON; the same on every process."""
         sums = self.gather(self.sum).tolist()
         return {"sums": sums, "logged_step": self.logged_step, "logged_total": self.logged_total}
 
@@ -144,7 +144,7 @@ class RunningLoss:
 
 
 class ResumableFlow(TrainerCallback):
-    """Delay saving until a step is logged and evaluated, so that a resumed run repeats an uninterrupted one.
+    """Delay saving until the same step is logged and evaluated, so that a resumed run repeats an uninterrupted one.
 
     A save that falls on the last step of an epoch, or of the run, waits for what is logged and evaluated there: a run
     that resumes from it starts with the next epoch and would never catch up.

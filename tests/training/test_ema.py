@@ -97,7 +97,7 @@ def test_an_exception_restores_the_weights_bit_for_bit():
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, 0.0, 2])
 def test_a_decay_outside_of_zero_to_one_is_refused(decay):
-    with pytest.raises(ValueError, match=f"ema_decay={decay} is no decay: give a number between 0 and 1"):
+    with pytest.raises(ValueError, match=f"ema_decay={decay}.* between 0 and 1"):
         WeightAverage(layer_of(), decay=decay)
 
 
@@ -129,9 +129,7 @@ def test_only_the_process_that_should_writes(tmp_path):
 
 
 def test_a_checkpoint_without_an_average_is_refused(tmp_path):
-    message = (
-        r"holds no ema\.safetensors: .* --ema_decay 0\.9 cannot go on.* Resume with --ema_decay 0, or start a new"
-    )
+    message = r"holds no ema\.safetensors: .* --ema_decay 0\.9 .*--ema_decay 0,"
     with pytest.raises(ValueError, match=message):
         WeightAverage(layer_of(), decay=0.9).load(tmp_path)
 

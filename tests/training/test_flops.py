@@ -57,7 +57,7 @@ def config() -> BD3LMConfig:
 
 
 def counted(model: torch.nn.Module, ids: torch.Tensor, masked_rate: float) -> tuple[float, float, float]:
-    """What torch counts in a training step, in weights and in attention, and the tokens masked per sequence."""
+    """Return what torch counts in a training step, in weights and in attention, and the tokens masked per sequence."""
     noise = draw_noise(*ids.shape[:1], model.config.num_blocks(ids.shape[1]), ids.shape[1], order="none")
     noise.block_noise.fill_(masked_rate)
     layout = token_layout(None, ids.shape[1], model.config.block_size, device=ids.device)

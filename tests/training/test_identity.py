@@ -105,7 +105,7 @@ def test_another_vocabulary_is_another_run(tmp_path, tiny_tokenizer):
     old = identity_of(trainer)
     check_same_run("here", old, identity_of(trainer))
     tiny_tokenizer(["a", "a longer text"], padding=True, truncation=True, max_length=3)
-    check_same_run("here", old, identity_of(trainer))  # what a call leaves behind is no part of it
+    check_same_run("here", old, identity_of(trainer))  # what a call stores is not part of it
     tiny_tokenizer.add_tokens(["<new>"])
     with pytest.raises(ValueError, match="tokenizer: tokens was 320 and is 321; tokenizer: sha256 of the vocabulary"):
         check_same_run("here", old, identity_of(trainer))

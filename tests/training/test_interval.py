@@ -212,7 +212,7 @@ def test_moments_that_all_miss_alike_do_not_change_the_variance_of_a_constant():
 
 @torch.no_grad()
 def fourth_moment_bounds(model: BD3LMForMaskedLM, rows: list[list[int]], candidates) -> torch.Tensor:
-    """What the mean of X^4 is at most: the loss of k tokens is at most k^3 times their summed fourth powers."""
+    """Bound the mean of X^4: the loss of k tokens is at most k^3 times their summed fourth powers."""
     config, ids = model.config, torch.tensor(rows)
     logits = model(input_ids=torch.full_like(ids, config.mask_token_id), clean_input_ids=ids).logits.double()
     logits[..., config.mask_token_id] = -torch.inf
@@ -249,7 +249,7 @@ def test_shared_draws_and_a_pass_per_interval_agree_within_their_standard_error(
     rare = torch.tensor([low < 0.01 for low, _ in candidate_intervals(4)])
     error[rare] = (fourth_moment_bounds(model, rows, candidate_intervals(4))[rare] / losses).sqrt()
     assert (difference / error).abs().max() < 4
-    # The choice: what one way prefers is no worse by the other's numbers than its own standard error.
+    # The choice: what one way prefers is not worse by the other's numbers than its own standard error.
     best = {method: first_smallest(variances.sum(1)) for method, variances in ways.items()}
     gap = published[best["shared"]] - published[best["published"]]
     assert best["shared"] == best["published"] or gap.mean() < 2 * gap.std() / gap.numel() ** 0.5
@@ -302,16 +302,16 @@ def test_own_candidates_are_compared(tiny_model):
 
 
 def test_a_time_conditioned_model_is_measured_interval_by_interval_and_told(tiny_config, randomize, monkeypatch):
-    said = []
-    monkeypatch.setattr(interval_module.logger, "warning_once", said.append)
+    messages = []
+    monkeypatch.setattr(interval_module.logger, "warning_once", messages.append)
     model = model_of(tiny_config, randomize, time_conditioning=True)
     found = search_intervals(model, rows_of(4))
     assert found.noisy_passes == 36
-    assert len(said) == 1
-    assert "time_conditioning=True" in said[0]
+    assert len(messages) == 1
+    assert "time_conditioning=True" in messages[0]
     plain = search_intervals(model, rows_of(4), method="published")
     assert torch.equal(found.batch_variances, plain.batch_variances)
-    assert len(said) == 1  # who asks for it needs no warning
+    assert len(messages) == 1  # the user who sets it needs no warning
 
 
 def test_methods_are_found_by_name(tiny_config):

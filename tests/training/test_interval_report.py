@@ -81,13 +81,13 @@ def test_the_plot_shows_a_line_for_each_width_and_the_winner(tmp_path, monkeypat
 
 
 def test_without_matplotlib_the_numbers_stay_and_a_warning_says_so(tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr(interval.logger, "warning_once", said.append)
+    messages = []
+    monkeypatch.setattr(interval.logger, "warning_once", messages.append)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     record_search(search_of(), tmp_path, step=10, adopted=True)
     assert not (tmp_path / PLOT_NAME).exists()
     assert len(lines_of(tmp_path)) == 1
-    assert "matplotlib is not installed" in said[0]
+    assert "matplotlib is not installed" in messages[0]
 
 
 def test_variances_of_zero_can_be_plotted(tmp_path):

@@ -30,7 +30,7 @@ TYPES = {
 
 
 def read(name: str):
-    """What `accelerate launch` makes of a configuration: its arguments and the file's own fields."""
+    """Return what `accelerate launch` makes of a configuration: its arguments and the file's own fields."""
     words = ["--config_file", str(LAUNCH / f"{name}.yaml"), "--main_process_port", "0", "train.py"]
     arguments, configuration, _ = _validate_launch_command(launch_command_parser().parse_args(words))
     return arguments, configuration

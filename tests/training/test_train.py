@@ -424,7 +424,7 @@ def test_adapters_need_a_model_to_adapt_that_is_no_adapter_itself(recipe, traine
     [
         (["--block_size", "5"], "block_size=5 does not divide model_length=32"),
         (["--n_heads", "3"], "hidden_dim=16 is not divisible by n_heads=3"),
-        (["--noise", "linear"], "noise='linear' is no noise schedule"),
+        (["--noise", "linear"], "noise='linear'"),
         (["--model_type", "bd3ln"], "--model_type bd3ln is unknown"),
         (["--dataset", "nowhere.txt"], "nowhere.txt"),
         (["--text_column", "body"], "has no column 'body'"),

@@ -94,7 +94,7 @@ def test_a_run_reports_losses_and_says_that_there_is_no_perplexity(trained):
     assert written["after"]["loss"] == result.after.loss and "perplexity" not in written["after"]
     printed = table(result, "caption")
     assert f"{result.after.loss:.3f} +- {result.after.standard_error:.3f}" in printed
-    assert "There is no perplexity" in printed
+    assert "No perplexity" in printed
     assert "--- sample at step 30 ---\nEvery" in (folder / "samples.txt").read_text(encoding="utf-8")
 
 
