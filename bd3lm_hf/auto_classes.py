@@ -1,10 +1,13 @@
 """Registration with transformers' Auto classes: a class for each model type, or a refusal that names the right one."""
 
 import importlib
+import shutil
+from pathlib import Path
 from typing import Any, NoReturn
 
 
-# Nothing is imported at the top: `register_auto_classes` may run inside the first import of any module of ours.
+# Only the standard library is imported at the top: `register_auto_classes` may run inside the first import of any
+# module of ours.
 
 
 class UnsupportedAutoClass:
@@ -58,6 +61,13 @@ def _push_saved_folder(folder: Any, repo_id: str, **options: Any) -> Any:
     return push.push_saved_folder(folder, repo_id, **options)
 
 
+def _share_saved_weights(folder: Any) -> None:
+    # safetensors creates private files (0600): a colleague in a shared folder could not read the weights.
+    config = Path(folder, "config.json")
+    for weights in Path(folder).glob("model*.safetensors") if config.is_file() else ():
+        shutil.copymode(config, weights)
+
+
 def register_auto_classes() -> None:
     """Register every model type; a class names itself what each Auto class makes of its checkpoints."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
@@ -66,6 +76,7 @@ def register_auto_classes() -> None:
     from bd3lm_hf.modeling.saving_bd3lm import SelfContainedMixin
 
     SelfContainedMixin.push_saved_folder = staticmethod(_push_saved_folder)
+    SelfContainedMixin.share_saved_weights = staticmethod(_share_saved_weights)
     for model_type, config_class in contract_config_classes().items():
         AutoConfig.register(model_type, config_class, exist_ok=True)
     auto_classes: tuple[Any, ...] = (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM)

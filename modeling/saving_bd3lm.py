@@ -1,14 +1,11 @@
 """Save a model so that its folder needs only transformers: `config.json` names its code and versions."""
 
 import os
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import CONFIG_NAME
 
 from .versions_bd3lm import TRANSFORMERS_VERSIONS
 
@@ -23,6 +20,8 @@ class SelfContainedMixin(_Saveable):
     auto_classes: dict[str, type] = {}  # Auto class -> the class that it loads a checkpoint with
     # Uploads a saved folder; set by bd3lm_hf, which need not be installed where this code runs.
     push_saved_folder: Callable[..., Any] | None = None
+    # Makes saved weights as readable as `config.json`; also set by bd3lm_hf, as code that travels touches no file.
+    share_saved_weights: Callable[..., Any] | None = None
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as transformers does, with the code of every Auto class and the supported versions in `config.json`.
@@ -33,10 +32,8 @@ class SelfContainedMixin(_Saveable):
         self.config.auto_map = {auto: f"{module}.{name}" for auto, module, name in names}
         self.config.requires_transformers = TRANSFORMERS_VERSIONS
         super().save_pretrained(save_directory, *args, **kwargs)
-        # safetensors creates private files (0600): a colleague in a shared folder could not read the weights.
-        config = Path(save_directory, CONFIG_NAME)
-        for weights in Path(save_directory).glob("model*.safetensors") if config.is_file() else ():
-            shutil.copymode(config, weights)
+        if self.share_saved_weights is not None:
+            self.share_saved_weights(save_directory)
 
     @property
     def device(self) -> torch.device:

@@ -7,13 +7,13 @@ A finished block is written to the cache by the first denoising step of the next
 forward passes as it has denoising steps.
 """
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, StaticCache
 from transformers.generation import CompileConfig
+from transformers.utils import is_triton_available
 
 from .attention_bd3lm import AttentionPlan, block_causal_plan, decoding_plan, slots_plan, token_layout
 from .cache_bd3lm import StaticSlots, check_cache, clear, drop_oldest, set_length
@@ -391,7 +391,7 @@ def compiles_by_default(model: Any, generation_config: Any, batch_size: int) -> 
         and not generation_config.disable_compile
         and len(set(getattr(model, "hf_device_map", {}).values())) <= 1
         and getattr(model, "hf_quantizer", None) is None
-        and importlib.util.find_spec("triton") is not None
+        and is_triton_available()
     )
 
 

@@ -15,8 +15,9 @@ ROOMS = [path for room in ("modeling", "bd3lm_hf", "training", "hub_upload") for
 
 # Modules of the standard library that only compute, and those from which a few harmless names are taken.
 COMPUTE = {
-    "collections", "collections.abc", "contextlib", "copy", "dataclasses", "enum", "functools", "hashlib", "inspect",
-    "itertools", "math", "numbers", "operator", "random", "re", "string", "types", "typing", "warnings", "weakref",
+    "collections", "collections.abc", "contextlib", "copy", "dataclasses", "difflib", "enum", "functools", "hashlib",
+    "inspect", "itertools", "math", "numbers", "operator", "random", "re", "string", "types", "typing", "warnings",
+    "weakref",
 }  # fmt: skip
 NAMES_OF = {"os": {"PathLike"}}
 # What reaches outside by way of torch, which itself may be imported.
@@ -88,7 +89,11 @@ def forbidden(source: str) -> list[str]:
                 found.append(name or node.attr)
         elif isinstance(node, ast.Call) and dotted(node.func) in ("getattr", "setattr", "delattr"):
             # A name that is put together could be any of the above, but not on an object that has none of them.
-            fields = dotted(node.args[0]).rpartition(".")[2] in HAVE_FIELDS
+            # A class has no more than its instances have.
+            target = node.args[0]
+            if isinstance(target, ast.Call) and dotted(target.func) == "type":
+                target = target.args[0]
+            fields = dotted(target).rpartition(".")[2] in HAVE_FIELDS
             names = {name.value for name in [node.args[1]] if isinstance(name, ast.Constant)}
             if names & (METHODS | BUILTINS) or not (names or fields):
                 found.append(ast.unparse(node))

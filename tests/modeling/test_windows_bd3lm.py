@@ -1,6 +1,5 @@
 """The window slides as published, or exactly, in a cache that grows or has a fixed size, at a constant cost."""
 
-import importlib.util
 import math
 import statistics
 import time
@@ -294,7 +293,7 @@ def test_a_step_is_compiled_twice_for_batches_of_all_lengths(make_model, fresh_c
     ],
 )
 def test_small_batches_on_cuda_are_compiled_by_default(monkeypatch, device, batch_size, fields, expected):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr("bd3lm_hf.modeling.windows_bd3lm.is_triton_available", lambda: True)
     model = SimpleNamespace(device=torch.device(device))
     assert compiles_by_default(model, BD3LMGenerationConfig(**fields), batch_size) is expected
     for unfit in ({"hf_quantizer": 1}, {"hf_device_map": {"a": 0, "b": 1}}):
