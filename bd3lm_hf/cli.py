@@ -41,6 +41,7 @@ VERBS = {
     "quality": Verb("bd3lm_hf.reports.quality_cli", "quality over speed", work="bd3lm_hf.reports.speed_quality"),
     "report": Verb("bd3lm_hf.reports.report", "a page of curves, tables and samples", f"{_REPORTS}:report_parser"),
     "harness": Verb("bd3lm_hf.evaluation.harness_cli", "lm-evaluation-harness with the models of this package"),
+    "serve": Verb("bd3lm_hf.serving.serve_cli", "an OpenAI-compatible server for one model"),
     "bench": Verb("bd3lm_hf.reports.benchmark", "speed and memory next to a named rival", f"{_REPORTS}:bench_parser"),
     "convert": Verb("bd3lm_hf.hub_upload.convert", "a published checkpoint into a folder", f"{_HUB}:convert_parser"),
     "push": Verb("bd3lm_hf.hub_upload.push", "a model to a repository that anyone can load", f"{_HUB}:push_parser"),

@@ -267,8 +267,8 @@ def test_an_adapter_without_its_base_says_so(base, saved) -> None:
 
 def test_an_adapter_of_another_model_or_a_broken_one_is_refused(tiny_config, saved, base) -> None:
     tiny_config.hidden_dim = 16
-    with pytest.raises(ValueError, match="adapter .* cannot be put on its base model: RuntimeError"):
+    with pytest.raises(ValueError, match="adapter .* cannot be applied to its base model: RuntimeError"):
         merge_adapter(BD3LMForMaskedLM(tiny_config), str(saved))
     (saved / "adapter_model.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="adapter .* cannot be put on its base model"):
+    with pytest.raises(ValueError, match="adapter .* cannot be applied to its base model"):
         load_model(str(saved))
