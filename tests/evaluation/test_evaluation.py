@@ -195,7 +195,8 @@ def test_an_estimator_is_refused_before_a_text_is_scored(model):
         check_estimator(model, "published", num_samples=3)
     model.config.block_size = 16
     with pytest.raises(
-        ValueError, match=r"2\^16 - 1 forward passes; the limit is 8 tokens to score in a block.*Use estimator='stratified'"
+        ValueError,
+        match=r"2\^16 - 1 forward passes; the limit is 8 tokens to score in a block.*Use estimator='stratified'",
     ):
         check_estimator(model, "exact")
 
