@@ -78,6 +78,7 @@ class LanguageModel(Protocol):
         num_samples: int = 1,
         generator: Generators = None,
         noise: Noise | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> TokenNLL:
         """Score every token, see [`LikelihoodMixin.token_nll`]."""
 
