@@ -297,7 +297,7 @@ def adapt(model: Any, arguments: RunArguments) -> Any:
             f"block-diffusion model. Make one with `bd3lm convert {start} FOLDER --block-size "
             f"{model.config.block_size}`, and name that folder with --init_from."
         )
-    block_size = config.block_size
+    block_size = getattr(config, "block_size", None)  # None: an encoder, from which SSD-LM starts
     if block_size != model.config.block_size:
         raise ValueError(
             f"--block_size {model.config.block_size} with --lora_r: an adapter is used with the configuration of "

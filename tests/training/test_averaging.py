@@ -85,7 +85,7 @@ def test_evaluation_scores_and_shows_the_averaged_weights(make_trainer):
 def test_the_interval_is_searched_with_the_averaged_weights_for_the_trained_model(make_trainer, monkeypatch):
     trainer = make_trainer(ema_decay=0.5, interval_search=True, eval_strategy="steps", eval_steps=2)
     seen, inner = [], BD3LMForMaskedLM.set_interval
-    search = "bd3lm_hf.training.trainer.search_intervals"
+    search = "bd3lm_hf.training.evaluating_trainer.search_intervals"
 
     def look(model, sequences, **options):
         seen.append(weights_of(model))
@@ -195,12 +195,13 @@ def test_the_best_checkpoints_average_is_saved(make_trainer, tmp_path):
         eval_strategy="steps",
         eval_steps=1,
         load_best_model_at_end=True,
-        learning_rate=0.3,  # gets worse from the first step on
+        metric_for_best_model="loss",
+        greater_is_better=True,  # so that the last checkpoint is not the best
         ema_decay=0.5,
     )
     trainer.train()
-    best = load_file(Path(trainer.state.best_model_checkpoint) / "ema.safetensors")
     assert Path(trainer.state.best_model_checkpoint).name != "checkpoint-3"
+    best = load_file(Path(trainer.state.best_model_checkpoint) / "ema.safetensors")
     trainer.save_model()
     assert equal(weights_of(BD3LMForMaskedLM.from_pretrained(tmp_path / "run")), best)
 

@@ -83,6 +83,7 @@ def test_every_model_type_trains_evaluates_and_resumes(model_type, text_file, tm
         "warmup_steps": 0,
         "save_strategy": "steps",
         "save_steps": 2,
+        "save_total_limit": 2,
         "sample_tokens": 20,
         "use_cpu": True,
         "report_to": "none",

@@ -199,11 +199,12 @@ def test_a_run_that_searches_its_interval_writes_numbers_and_a_plot(recipe, tmp_
     assert [len(search["candidates"]) for search in searches] == [3, 3]
     assert (tmp_path / "run" / "interval_search.png").read_bytes().startswith(b"\x89PNG")
     (logged,) = [entry for entry in result.losses if entry.get("step") == 2 and "interval_min" in entry]
-    assert [logged["interval_min"], logged["interval_max"]] == searches[-1]["interval"]
+    assert [logged["interval_min"], logged["interval_max"]] == pytest.approx(searches[-1]["interval"])
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert [config["sampling_eps_min"], config["sampling_eps_max"]] == searches[-1]["interval"]
+    assert [config["sampling_eps_min"], config["sampling_eps_max"]] == pytest.approx(searches[-1]["interval"])
     weights = load_file(tmp_path / "run" / "model.safetensors")
-    assert [weights["sampling_eps_min"].item(), weights["sampling_eps_max"].item()] == searches[-1]["interval"]
+    ends = [weights["sampling_eps_min"].item(), weights["sampling_eps_max"].item()]
+    assert ends == pytest.approx(searches[-1]["interval"])
 
 
 def test_a_run_resumes_from_its_last_checkpoint(recipe, tmp_path):
@@ -409,7 +410,7 @@ def test_adapters_need_a_model_to_adapt_that_is_no_adapter_itself(recipe, traine
     words += ["--final_estimator", "stratified"]
     run(words)
     with pytest.raises(ValueError, match=r"--block_size 8 with --lora_r: .* whose block_size is 4"):
-        run([*words, "--block_size", "8"])
+        run([*words, "--block_size", "8", "--overwrite_output_dir"])
     words[1] = str(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"--lora_r 2 would adapt the adapter .*merge"):
         run([*words, "--output_dir", str(tmp_path / "again")])
@@ -480,10 +481,12 @@ def test_a_foreign_output_folder_is_refused_and_left_alone(recipe, tmp_path, cap
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_an_earlier_run_without_checkpoints_is_replaced(recipe, tmp_path):
+def test_an_earlier_run_is_replaced_only_when_asked_for(recipe, tmp_path):
     words = [str(recipe), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
     first = run(words)
-    second = run([*words, "--seed", "7"])
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+        run([*words, "--seed", "7"])
+    second = run([*words, "--seed", "7", "--overwrite_output_dir"])
     assert second.after.nll != first.after.nll
     assert json.loads((tmp_path / "run" / "results.json").read_text())["seed"] == 7
 

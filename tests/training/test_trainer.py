@@ -681,7 +681,7 @@ def test_compiled_runs_take_the_same_steps(make_trainer, tmp_path):
 def test_a_sample_leaves_the_random_state_and_the_mode_alone(tiny_config, randomize):
     class Tokenizer:
         def decode(self, ids, skip_special_tokens):
-            return " ".join(map(str, ids.tolist()))
+            return " ".join(map(str, torch.as_tensor(ids).tolist()))
 
     model = randomize(BD3LMForMaskedLM(tiny_config)).train()
     torch.manual_seed(0)
