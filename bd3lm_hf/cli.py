@@ -27,14 +27,17 @@ class Verb(NamedTuple):
     parser: str | None = None
     # The module with `run`, if it is not that of the flags, which imports nothing slow.
     work: str | None = None
+    # A function, `module:name`, that returns the help page of a verb whose own parser imports something slow.
+    page: str | None = None
 
 
 _EVALUATION = "bd3lm_hf.evaluation"
+_HELP = "bd3lm_hf.training.command_help"
 _HUB, _REPORTS = "bd3lm_hf.hub_upload.hub_cli", "bd3lm_hf.reports.reports_cli"
 
 VERBS = {
-    "train": Verb("bd3lm_hf.training.train", "train a model: a recipe plus overrides"),
-    "compare": Verb("bd3lm_hf.training.compare", "train several models on the same text, in one table"),
+    "train": Verb("bd3lm_hf.training.train", "train a model: a recipe plus overrides", page=f"{_HELP}:train_help"),
+    "compare": Verb("bd3lm_hf.training.compare", "train several models on one text", page=f"{_HELP}:compare_help"),
     "eval": Verb(f"{_EVALUATION}.eval_cli", "perplexity on datasets", work=f"{_EVALUATION}.dataset_scoring"),
     "generate": Verb("bd3lm_hf.generation.generate_cli", "generate text", work="bd3lm_hf.generation.write_samples"),
     "infill": Verb("bd3lm_hf.generation.infill_cli", "fill gaps in text"),
@@ -105,10 +108,12 @@ def _run(words: list[str]) -> int:
         make_parser().parse_args(words)
         return 0
     rest = words[1:] if verb in _KEEP_UNDERSCORES else with_dashes(words[1:])
-    parser = VERBS[verb].parser
+    page, parser = VERBS[verb].page, VERBS[verb].parser
+    if page is not None and {"-h", "--help"} & set(rest):
+        print(_function(page)())
+        return 0
     if parser is not None:
-        parser_module, _, name = parser.partition(":")
-        getattr(importlib.import_module(parser_module), name)().parse_args(rest)
+        _function(parser)().parse_args(rest)
     module = importlib.import_module(VERBS[verb].module)
     if hasattr(module, "add_arguments"):
         arguments = make_verb_parser(verb, rest, module).parse_args(rest)
@@ -116,6 +121,12 @@ def _run(words: list[str]) -> int:
     else:
         module.main(rest)
     return 0
+
+
+def _function(name: str) -> Any:
+    """Return the function that `module:name` means."""
+    module, _, name = name.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def make_parser() -> argparse.ArgumentParser:

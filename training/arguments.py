@@ -26,7 +26,7 @@ class DataArguments:
 
     dataset: str = field(
         default=DEFAULT_DATASET,
-        metadata={"help": "Dataset name (python-docs, openwebtext, ...), file, folder, or hub name."},
+        metadata={"help": "Dataset name (python-docs, the default, or openwebtext, ...), file, folder, or hub name."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_source: str | None = field(
@@ -212,7 +212,8 @@ class IntervalSearchArguments:
         },
     )
     interval_search_step: float = field(
-        default=PUBLISHED_STEP, metadata={"help": "Distance of the lower ends of intervals of one width."}
+        default=PUBLISHED_STEP,
+        metadata={"help": "Distance of the lower ends of intervals of one width; the paper's 0.05 by default."},
     )
     interval_candidates: list[str] | None = field(
         default=None, metadata={"help": "Own intervals to compare with the whole one, such as 0.3-0.8 0.45-0.95."}

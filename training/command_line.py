@@ -2,36 +2,32 @@
 
 import json
 import re
-import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast, get_type_hints
 
 import yaml
-from transformers import CONFIG_MAPPING, HfArgumentParser, IntervalStrategy, TrainingArguments
+from transformers import CONFIG_MAPPING, HfArgumentParser, IntervalStrategy
 from transformers.utils import logging
 
 from bd3lm_hf.output_files import write_atomically
 from bd3lm_hf.run_folder import RECIPE_HEADER
 from bd3lm_hf.training.arguments import (
-    REFUSED_FIELDS,
     BD3LMTrainingArguments,
     DataArguments,
-    IntervalSearchArguments,
     LoraArguments,
     ModelArguments,
     unknown,
 )
+from bd3lm_hf.training.command_help import DEFAULT_RECIPE, RECIPES, train_help
 from bd3lm_hf.yaml_files import read_yaml
 
 
 logger = logging.get_logger("bd3lm_hf.train")
 
 
-RECIPES = Path(__file__).resolve().parent / "recipes"
-DEFAULT_RECIPE = "demo"
 DEFAULT_TYPE = "bd3lm"
 
 _GROUPS: dict[str, Any] = {
@@ -96,7 +92,7 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments:
     """
     argv = [_with_underscores(word) for word in argv]
     if {"-h", "--help"} & set(argv):
-        print(format_help())
+        print(train_help())
         raise SystemExit(0)
     named = bool(argv) and not argv[0].startswith("-")
     name = argv.pop(0) if named else DEFAULT_RECIPE
@@ -157,38 +153,6 @@ def _check(arguments: RunArguments, recipe: Iterable[str], flags: Iterable[str])
                 f"--{idle[0]} {getattr(training, idle[0])} has no effect with --{strategy} no: leave it out, or set "
                 f"--{strategy} steps."
             )
-
-
-def format_help() -> str:
-    """Return the help: our fields by group, then those inherited from transformers."""
-    program = "python training/train.py" if Path(sys.argv[0]).name == "train.py" else "bd3lm train"
-    shipped = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-    lines = [
-        f"usage: {program} [RECIPE] [--FIELD VALUE ...]",
-        "",
-        f"  RECIPE  a YAML file of fields, or the name of one that ships: {shipped}. Default: {DEFAULT_RECIPE}.",
-        "  A field on the command line overrides the recipe. Dashes and underscores are both accepted.",
-    ]
-    inherited = {item.name for item in fields(TrainingArguments)}
-    ours = {item.name for item in fields(IntervalSearchArguments)} | set(BD3LMTrainingArguments.__annotations__)
-    for title, group in _GROUPS.items():
-        lines += ["", f"{title}:"]
-        for item in fields(group):
-            if item.init and (item.name not in inherited or item.name in ours):
-                lines += _help_of(item)
-    lines += ["", "-" * 79, "inherited from transformers' TrainingArguments (see its documentation):"]
-    for item in fields(TrainingArguments):
-        if item.init and item.name not in ours and item.name not in REFUSED_FIELDS:
-            lines += _help_of(item)
-    return "\n".join(lines)
-
-
-def _help_of(item: Any) -> list[str]:
-    default = (
-        "" if item.default in (None, MISSING, "") else f" Default: {getattr(item.default, 'value', item.default)}."
-    )
-    text = " ".join(str(item.metadata.get("help", "")).split()) + default
-    return [f"  --{item.name}", *textwrap.wrap(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 8)]
 
 
 def fit_to_type(recipe: dict[str, Any], argv: Sequence[str], *, model_fields: Sequence[str]) -> dict[str, Any]:
@@ -308,12 +272,9 @@ def _as_words(name: str, value: Any) -> list[str]:
 
 
 __all__ = [
-    "DEFAULT_RECIPE",
-    "RECIPES",
     "RunArguments",
     "field_names",
     "fit_to_type",
-    "format_help",
     "parse_arguments",
     "read_recipe",
     "write_recipe",

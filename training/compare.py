@@ -27,6 +27,7 @@ from bd3lm_hf.output_files import write_atomically
 from bd3lm_hf.run_folder import RESULTS_NAME, is_run_folder
 from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.training.arguments import ModelArguments
+from bd3lm_hf.training.command_help import compare_help
 from bd3lm_hf.training.command_line import field_names
 from bd3lm_hf.training.train import model_class, run
 from bd3lm_hf.yaml_files import read_yaml
@@ -283,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run with the command line's arguments; bad input ends in one line on stderr and exit code 2."""
     words = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(words):
-        print(f"{__doc__}\nusage: bd3lm compare [recipe.yaml] [--models M ...] [--seeds S ...] [--field value ...]")
+        print(compare_help())
         return
     try:
         plan = read_plan(words)

@@ -19,6 +19,11 @@ _CHECKOUT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__" and (_CHECKOUT / "setup.cfg").is_file():
     # Run as a script: use the package this script belongs to, whether or not it, or another copy, is installed.
     sys.path.insert(0, str(_CHECKOUT))
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    from bd3lm_hf.training.command_help import train_help  # answers before torch is imported
+
+    print(train_help())
+    sys.exit()
 
 from accelerate.utils import broadcast_object_list
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, pipeline, set_seed

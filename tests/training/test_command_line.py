@@ -1,8 +1,13 @@
 import re
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
-from bd3lm_hf.training.command_line import RECIPES, format_help, parse_arguments, read_recipe, write_recipe
+from bd3lm_hf.training import arguments
+from bd3lm_hf.training.arguments import REFUSED_FIELDS, BD3LMTrainingArguments
+from bd3lm_hf.training.command_help import RECIPES, fields_in_source, refused_names, train_help
+from bd3lm_hf.training.command_line import parse_arguments, read_recipe, write_recipe
 
 
 @pytest.fixture
@@ -111,7 +116,19 @@ def test_help_lists_our_fields_first_and_names_recipe_and_program(capsys):
 
 def test_help_names_the_script_when_it_is_one(monkeypatch):
     monkeypatch.setattr("sys.argv", ["training/train.py"])
-    assert format_help().startswith("usage: python training/train.py [RECIPE]")
+    assert train_help().startswith("usage: python training/train.py [RECIPE]")
+
+
+def test_the_fields_of_the_help_are_those_of_the_classes():
+    page = train_help()
+    for item in fields(BD3LMTrainingArguments):
+        assert (f"  --{item.name}\n" in page) == (item.init and item.name not in REFUSED_FIELDS), item.name
+    assert refused_names() == set(REFUSED_FIELDS)
+    described = {item.name: item for item in fields_in_source(Path(arguments.__file__))["BD3LMTrainingArguments"]}
+    for item in fields(BD3LMTrainingArguments):
+        if item.name in described and item.default is not None:
+            assert described[item.name].default == str(item.default)
+            assert described[item.name].text == item.metadata["help"]
 
 
 # Refusals
@@ -226,6 +243,6 @@ def test_adapters_are_given_by_their_rank(recipe):
 
 
 def test_help_and_refusals_name_flags_as_typed():
-    flags = re.findall(r"^  (--\S+)$", format_help(), re.MULTILINE)
+    flags = re.findall(r"^  (--\S+)$", train_help(), re.MULTILINE)
     assert len(flags) == len(set(flags))
     assert all("-" not in flag.removeprefix("--") for flag in flags)
