@@ -22,30 +22,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_bd3lm import append_to_cache
 from .configuration_bd3lm import BD3LMConfig
+from .inputs_bd3lm import Layout, token_layout
 
 
 _TILE = 256  # queries of a tile, rounded up to whole blocks; measured on CPU: 128 spends more on copies and slices
-
-
-class Layout(NamedTuple):
-    """Positions, blocks and padding of a stream. Blocks are counted from each row's first real token."""
-
-    position_ids: torch.Tensor  # (batch or 1, length), rotary positions
-    block_ids: torch.Tensor  # (batch or 1, length), position_ids // block_size
-    valid: torch.Tensor | None  # bool (batch, length), False for padding; None when nothing is padded
-    document_ids: torch.Tensor | None = (
-        None  # (batch or 1, length) where documents are packed, which see only themselves
-    )
-
-    @property
-    def aligned(self) -> bool:
-        """Whether the blocks of all rows begin at the same columns, multiples of the block size."""
-        return self.valid is None and self.document_ids is None
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of a mask: 1 where all rows of the batch share it."""
-        return self.block_ids.shape[0] if self.valid is None else self.valid.shape[0]
 
 
 class Tile(NamedTuple):
@@ -62,60 +42,6 @@ class AttentionPlan(NamedTuple):
     tiles: tuple[Tile, ...]  # for queries at all positions
     last_tiles: tuple[Tile, ...]  # for the last layer, where the first `skip` positions need no output
     skip: int
-
-
-def token_layout(
-    attention_mask: torch.Tensor | None,
-    length: int,
-    block_size: int,
-    *,
-    past: int = 0,
-    device: torch.device,
-    position_ids: torch.Tensor | None = None,
-) -> Layout:
-    """Return the layout of `past + length` tokens.
-
-    Args:
-        attention_mask: `(batch, past + length)`, ones for tokens and zeros for padding on either side. A row has its
-            positions and blocks as if it stood alone.
-        position_ids: `(batch or 1, length)`. Where they do not count on by one, another document begins, which has
-            blocks of its own and sees nothing of the others.
-
-    Raises:
-        ValueError: if documents are packed after a cache, whose documents are not known.
-    """
-    look = not torch.compiler.is_compiling() and attention_mask is not None and attention_mask.device.type == "cpu"
-    if (
-        look and attention_mask is not None and bool(attention_mask.all())
-    ):  # elsewhere a look would wait for the device
-        attention_mask = None  # no padding: aligned tiles, masks shared by all rows
-    valid = None if attention_mask is None else attention_mask.bool()
-    if valid is None:
-        own = torch.arange(past + length, device=device).unsqueeze(0)
-    else:
-        own = (valid.cumsum(1) - 1).clamp(min=0)
-    compiling = torch.compiler.is_compiling()
-    if position_ids is not None and (compiling or not _counts_on(position_ids, own[:, past:], valid)):
-        if past:
-            raise ValueError("position_ids of several documents do not go with a cache: pass the documents apart.")
-        return _packed_layout(position_ids, block_size, valid)
-    return Layout(own, own // block_size, valid)
-
-
-def _counts_on(position_ids: torch.Tensor, own: torch.Tensor, valid: torch.Tensor | None) -> bool:
-    """Return whether given positions are those that each row has anyway."""
-    same = position_ids == own
-    return bool((same if valid is None else same | ~valid[:, -same.shape[1] :]).all())
-
-
-def _packed_layout(position_ids: torch.Tensor, block_size: int, valid: torch.Tensor | None) -> Layout:
-    """Return the layout of documents side by side, each with positions of its own."""
-    begins = torch.ones_like(position_ids, dtype=torch.bool)
-    begins[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    begins_block = begins | (position_ids % block_size == 0)
-    if valid is not None:
-        begins_block = begins_block & valid  # padding begins nothing
-    return Layout(position_ids, (begins_block.cumsum(1) - 1).clamp(min=0), valid, begins.cumsum(1))
 
 
 def block_causal_plan(
@@ -490,13 +416,11 @@ def stream_visibility(layout: Layout, *, causal_columns: int = 0) -> Callable:
 __all__ = [
     "AttentionPlan",
     "BD3LMAttention",
-    "Layout",
     "Tile",
     "block_causal_plan",
     "decoding_plan",
     "eager_attention_forward",
     "slots_plan",
     "stream_visibility",
-    "token_layout",
     "two_stream_plan",
 ]

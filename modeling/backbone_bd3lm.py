@@ -19,10 +19,17 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 from transformers.utils import can_return_tuple
 
-from .attention_bd3lm import AttentionPlan, Layout, block_causal_plan, token_layout, two_stream_plan
+from .attention_bd3lm import AttentionPlan, block_causal_plan, two_stream_plan
 from .cache_bd3lm import BlockCache
 from .configuration_bd3lm import BD3LMConfig
-from .inputs_bd3lm import check_arguments, check_attention_mask, check_token_ids, warn_of_visible_tokens
+from .inputs_bd3lm import (
+    Layout,
+    check_arguments,
+    check_attention_mask,
+    check_token_ids,
+    token_layout,
+    warn_of_visible_tokens,
+)
 from .layers_bd3lm import (
     BD3LMBlock,
     BD3LMEmbedding,

@@ -12,10 +12,17 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.cache_utils import Cache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .attention_bd3lm import Layout, stream_visibility, token_layout
+from .attention_bd3lm import stream_visibility
 from .backbone_bd3lm import open_cache
 from .cache_bd3lm import StaticSlots, append_to_cache
-from .inputs_bd3lm import check_arguments, check_attention_mask, check_token_ids, warn_of_visible_tokens
+from .inputs_bd3lm import (
+    Layout,
+    check_arguments,
+    check_attention_mask,
+    check_token_ids,
+    token_layout,
+    warn_of_visible_tokens,
+)
 from .windows_bd3lm import DecodingNetwork
 
 

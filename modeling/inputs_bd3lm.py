@@ -1,10 +1,11 @@
-"""Check the inputs of a forward pass, and take packed documents apart."""
+"""Check the inputs of a forward pass; positions, blocks and documents of its tokens."""
 
 import difflib
 import inspect
 from typing import Any, NamedTuple
 
 import torch
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 
@@ -115,6 +116,176 @@ def warn_of_visible_tokens(
         )
 
 
+def default_labels(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Return labels that score every token of a text except padding."""
+    return input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
+
+
+def check_text(
+    config: PreTrainedConfig,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    may_synchronize: bool | None = None,
+) -> None:
+    """Refuse text that cannot be learned from or scored.
+
+    Padding is not looked at: tokenizers without a padding token are often given the mask token for it.
+
+    Args:
+        may_synchronize: whether to wait for the device to look at ids; by default on a CPU only. Training cannot
+            afford to wait: its collator checks the batch on the CPU.
+
+    Raises:
+        ValueError: if ids are outside the vocabulary, if the text contains mask tokens, or if the labels do not fit,
+            see [`check_labels`].
+    """
+    check_labels(config, input_ids, labels, attention_mask, may_synchronize=may_synchronize)
+    if not may_read(input_ids.device, may_synchronize):
+        return
+    valid = _valid_tokens(labels, attention_mask)
+    scored = (labels != -100) & valid
+    check_token_ids(input_ids, config.vocab_size, "input_ids")
+    check_token_ids(labels[scored], config.vocab_size, "labels")
+    for name, ids in (("input_ids", input_ids[valid]), ("labels", labels[scored])):
+        if count := int((ids == config.mask_token_id).sum()):
+            raise ValueError(
+                f"{name} hold mask_token_id={config.mask_token_id} in {count} positions that are not padding: the "
+                f"model draws its own masks over the clean text and gives the mask no probability. Pass the text "
+                f"itself (DataCollatorForLanguageModeling(..., mlm=False)), and mark padding in attention_mask."
+            )
+
+
+def check_labels(
+    config: PreTrainedConfig,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    may_synchronize: bool | None = None,
+) -> None:
+    """Refuse labels that are not those of the text; see [`check_text`].
+
+    Raises:
+        ValueError: if labels or attention mask have another shape, or if the labels are the text shifted by one.
+    """
+    if labels.shape != input_ids.shape:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} do not match input_ids of shape {tuple(input_ids.shape)}."
+        )
+    check_attention_mask(attention_mask, input_ids.shape)
+    if not may_read(input_ids.device, may_synchronize):
+        return
+    scored = (labels != -100) & _valid_tokens(labels, attention_mask)
+    if torch.equal(labels[scored], input_ids[scored]) or not bool(scored[:, :-1].any()):
+        return
+    if torch.equal(labels[:, :-1][scored[:, :-1]], input_ids[:, 1:][scored[:, :-1]]):
+        raise ValueError(
+            "labels are input_ids shifted by one, as for next-token prediction: this model compares labels with the "
+            "token in the same position. Pass labels=input_ids, with -100 for context."
+        )
+
+
+def may_read(device: torch.device, may_synchronize: bool | None) -> bool:
+    """Whether values may be read back: where that waits for the device only if the caller says so."""
+    return not torch.compiler.is_compiling() and (device.type == "cpu" if may_synchronize is None else may_synchronize)
+
+
+def _valid_tokens(like: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    return torch.ones_like(like, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+
+
+def check_labels_reach_the_loss(labels: torch.Tensor | None, num_items_in_batch: Any) -> None:
+    """Refuse a training step whose loss is computed outside the model, from logits that are not its objective.
+
+    transformers' `Trainer` then takes the labels out of the batch, but still passes the number of items.
+
+    Raises:
+        ValueError: if there is a number of items without labels.
+    """
+    if labels is None and num_items_in_batch is not None:
+        raise ValueError(
+            "num_items_in_batch was passed without labels, as by a Trainer with label_smoothing_factor or "
+            "compute_loss_func: this model computes its own loss. Leave these out, so that the labels reach the model."
+        )
+
+
+class Layout(NamedTuple):
+    """Positions, blocks and padding of a stream. Blocks are counted from each row's first real token."""
+
+    position_ids: torch.Tensor  # (batch or 1, length), rotary positions
+    block_ids: torch.Tensor  # (batch or 1, length), position_ids // block_size
+    valid: torch.Tensor | None  # bool (batch, length), False for padding; None when nothing is padded
+    document_ids: torch.Tensor | None = (
+        None  # (batch or 1, length) where documents are packed, which see only themselves
+    )
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the blocks of all rows begin at the same columns, multiples of the block size."""
+        return self.valid is None and self.document_ids is None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a mask: 1 where all rows of the batch share it."""
+        return self.block_ids.shape[0] if self.valid is None else self.valid.shape[0]
+
+
+def token_layout(
+    attention_mask: torch.Tensor | None,
+    length: int,
+    block_size: int,
+    *,
+    past: int = 0,
+    device: torch.device,
+    position_ids: torch.Tensor | None = None,
+) -> Layout:
+    """Return the layout of `past + length` tokens.
+
+    Args:
+        attention_mask: `(batch, past + length)`, ones for tokens and zeros for padding on either side. A row has its
+            positions and blocks as if it stood alone.
+        position_ids: `(batch or 1, length)`. Where they do not count on by one, another document begins, which has
+            blocks of its own and sees nothing of the others.
+
+    Raises:
+        ValueError: if documents are packed after a cache, whose documents are not known.
+    """
+    look = not torch.compiler.is_compiling() and attention_mask is not None and attention_mask.device.type == "cpu"
+    if (
+        look and attention_mask is not None and bool(attention_mask.all())
+    ):  # elsewhere a look would wait for the device
+        attention_mask = None  # no padding: aligned tiles, masks shared by all rows
+    valid = None if attention_mask is None else attention_mask.bool()
+    if valid is None:
+        own = torch.arange(past + length, device=device).unsqueeze(0)
+    else:
+        own = (valid.cumsum(1) - 1).clamp(min=0)
+    compiling = torch.compiler.is_compiling()
+    if position_ids is not None and (compiling or not _counts_on(position_ids, own[:, past:], valid)):
+        if past:
+            raise ValueError("position_ids of several documents do not go with a cache: pass the documents apart.")
+        return _packed_layout(position_ids, block_size, valid)
+    return Layout(own, own // block_size, valid)
+
+
+def _counts_on(position_ids: torch.Tensor, own: torch.Tensor, valid: torch.Tensor | None) -> bool:
+    """Return whether given positions are those that each row has anyway."""
+    same = position_ids == own
+    return bool((same if valid is None else same | ~valid[:, -same.shape[1] :]).all())
+
+
+def _packed_layout(position_ids: torch.Tensor, block_size: int, valid: torch.Tensor | None) -> Layout:
+    """Return the layout of documents side by side, each with positions of its own."""
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    begins_block = begins | (position_ids % block_size == 0)
+    if valid is not None:
+        begins_block = begins_block & valid  # padding begins nothing
+    return Layout(position_ids, (begins_block.cumsum(1) - 1).clamp(min=0), valid, begins.cumsum(1))
+
+
 class Documents(NamedTuple):
     """Documents that were packed side by side, as rows of their own, padded on the right."""
 
@@ -177,10 +348,17 @@ def find_documents(
 
 __all__ = [
     "Documents",
+    "Layout",
     "check_arguments",
     "check_attention_mask",
+    "check_labels",
+    "check_labels_reach_the_loss",
+    "check_text",
     "check_token_ids",
     "check_with_labels",
+    "default_labels",
     "find_documents",
+    "may_read",
+    "token_layout",
     "warn_of_visible_tokens",
 ]

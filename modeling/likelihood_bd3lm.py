@@ -11,10 +11,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
-from .attention_bd3lm import Layout, token_layout
 from .configuration_bd3lm import SAMPLING_EPS
-from .inputs_bd3lm import check_attention_mask, find_documents
-from .loss_bd3lm import DenoisingNetwork, LossMask, check_text, cross_entropy, default_labels, loss_mask, sigma_of
+from .inputs_bd3lm import Layout, check_attention_mask, check_text, default_labels, find_documents, token_layout
+from .loss_bd3lm import DenoisingNetwork, LossMask, cross_entropy, loss_mask, sigma_of
 from .noise_bd3lm import (
     Noise,
     draw_noise,

@@ -25,9 +25,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.configuration_utils import PreTrainedConfig
 
-from .attention_bd3lm import Layout, token_layout
 from .configuration_bd3lm import SAMPLING_EPS
-from .inputs_bd3lm import check_attention_mask, check_token_ids
+from .inputs_bd3lm import Layout, check_text, may_read, token_layout
 from .linear_bd3lm import call_as, is_plain_linear, is_sharded
 from .noise_bd3lm import (
     LogLinearNoise,
@@ -165,7 +164,7 @@ def masked_indices(
         masked: bool `(batch, length)`.
         bound: the largest mean of the masking probability over the batch.
     """
-    if _may_read(masked.device, may_synchronize):
+    if may_read(masked.device, may_synchronize):
         return masked.flatten().nonzero().squeeze(1), None
     total = masked.numel()
     margin = math.sqrt(0.5 * math.log(1e12) * total * config.block_size)
@@ -300,101 +299,6 @@ def sigma_of(config: PreTrainedConfig, move_chance: torch.Tensor | None) -> torc
     return LogLinearNoise().sigma(move_chance[:, 0])
 
 
-def default_labels(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Return labels that score every token of a text except padding."""
-    return input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
-
-
-def check_text(
-    config: PreTrainedConfig,
-    input_ids: torch.Tensor,
-    labels: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    may_synchronize: bool | None = None,
-) -> None:
-    """Refuse text that cannot be learned from or scored.
-
-    Padding is not looked at: tokenizers without a padding token are often given the mask token for it.
-
-    Args:
-        may_synchronize: whether to wait for the device to look at ids; by default on a CPU only. Training cannot
-            afford to wait: its collator checks the batch on the CPU.
-
-    Raises:
-        ValueError: if ids are outside the vocabulary, if the text contains mask tokens, or if the labels do not fit,
-            see [`check_labels`].
-    """
-    check_labels(config, input_ids, labels, attention_mask, may_synchronize=may_synchronize)
-    if not _may_read(input_ids.device, may_synchronize):
-        return
-    valid = _valid_tokens(labels, attention_mask)
-    scored = (labels != -100) & valid
-    check_token_ids(input_ids, config.vocab_size, "input_ids")
-    check_token_ids(labels[scored], config.vocab_size, "labels")
-    for name, ids in (("input_ids", input_ids[valid]), ("labels", labels[scored])):
-        if count := int((ids == config.mask_token_id).sum()):
-            raise ValueError(
-                f"{name} hold mask_token_id={config.mask_token_id} in {count} positions that are not padding: the "
-                f"model draws its own masks over the clean text and gives the mask no probability. Pass the text "
-                f"itself (DataCollatorForLanguageModeling(..., mlm=False)), and mark padding in attention_mask."
-            )
-
-
-def check_labels(
-    config: PreTrainedConfig,
-    input_ids: torch.Tensor,
-    labels: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    may_synchronize: bool | None = None,
-) -> None:
-    """Refuse labels that are not those of the text; see [`check_text`].
-
-    Raises:
-        ValueError: if labels or attention mask have another shape, or if the labels are the text shifted by one.
-    """
-    if labels.shape != input_ids.shape:
-        raise ValueError(
-            f"labels of shape {tuple(labels.shape)} do not match input_ids of shape {tuple(input_ids.shape)}."
-        )
-    check_attention_mask(attention_mask, input_ids.shape)
-    if not _may_read(input_ids.device, may_synchronize):
-        return
-    scored = (labels != -100) & _valid_tokens(labels, attention_mask)
-    if torch.equal(labels[scored], input_ids[scored]) or not bool(scored[:, :-1].any()):
-        return
-    if torch.equal(labels[:, :-1][scored[:, :-1]], input_ids[:, 1:][scored[:, :-1]]):
-        raise ValueError(
-            "labels are input_ids shifted by one, as for next-token prediction: this model compares labels with the "
-            "token in the same position. Pass labels=input_ids, with -100 for context."
-        )
-
-
-def _may_read(device: torch.device, may_synchronize: bool | None) -> bool:
-    """Whether values may be read back: where that waits for the device only if the caller says so."""
-    return not torch.compiler.is_compiling() and (device.type == "cpu" if may_synchronize is None else may_synchronize)
-
-
-def _valid_tokens(like: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    return torch.ones_like(like, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-
-
-def check_labels_reach_the_loss(labels: torch.Tensor | None, num_items_in_batch: Any) -> None:
-    """Refuse a training step whose loss is computed outside the model, from logits that are not its objective.
-
-    transformers' `Trainer` then takes the labels out of the batch, but still passes the number of items.
-
-    Raises:
-        ValueError: if there is a number of items without labels.
-    """
-    if labels is None and num_items_in_batch is not None:
-        raise ValueError(
-            "num_items_in_batch was passed without labels, as by a Trainer with label_smoothing_factor or "
-            "compute_loss_func: this model computes its own loss. Leave these out, so that the labels reach the model."
-        )
-
-
 # Logits alive at a time: 32 MiB in float32, near a CPU's cache; on accelerators 512 MiB, for large products and few
 # sums of head-sized gradients.
 _LOGIT_BUDGET = 2**23
@@ -527,13 +431,9 @@ __all__ = [
     "DenoisingNetwork",
     "LogitsHead",
     "LossMask",
-    "check_labels",
-    "check_labels_reach_the_loss",
-    "check_text",
     "chunked_cross_entropy",
     "corrupt",
     "cross_entropy",
-    "default_labels",
     "denoising_loss",
     "divide_by_count",
     "evaluation_interval",

@@ -15,16 +15,23 @@ from transformers.generation.logits_process import LogitsProcessorList, Suppress
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.utils import can_return_tuple
 
-from .attention_bd3lm import block_causal_plan, token_layout
+from .attention_bd3lm import block_causal_plan
 from .backbone_bd3lm import BD3LMLanguageModel, BD3LMModel, BD3LMOutput, register_auto_classes
 from .cache_bd3lm import clear, drop_oldest
 from .configuration_bd3lm import ARConfig
 from .generation_bd3lm import BD3LMGenerateOutput, BD3LMGenerationMixin, pad_left
 from .generation_config_bd3lm import BD3LMGenerationConfig
-from .inputs_bd3lm import check_arguments, check_with_labels, find_documents
+from .inputs_bd3lm import (
+    check_arguments,
+    check_labels_reach_the_loss,
+    check_text,
+    check_with_labels,
+    find_documents,
+    token_layout,
+)
 from .likelihood_bd3lm import LikelihoodMixin, TokenNLL
 from .logits_process_bd3lm import never_generated
-from .loss_bd3lm import check_labels_reach_the_loss, check_text, chunked_cross_entropy, cross_entropy, divide_by_count
+from .loss_bd3lm import chunked_cross_entropy, cross_entropy, divide_by_count
 from .samplers_bd3lm import Generators
 from .windows_bd3lm import WINDOWS
 

@@ -17,10 +17,10 @@ from .backbone_bd3lm import (
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
-from .inputs_bd3lm import check_arguments, check_with_labels, find_documents
+from .inputs_bd3lm import check_arguments, check_labels_reach_the_loss, check_with_labels, find_documents
 from .likelihood_bd3lm import LikelihoodMixin, TokenNLL, nelbo
 from .linear_bd3lm import release_prepacked
-from .loss_bd3lm import check_labels_reach_the_loss, denoising_loss
+from .loss_bd3lm import denoising_loss
 from .noise_bd3lm import check_interval, noise_from_arguments
 
 

@@ -27,7 +27,6 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from .attention_bd3lm import Layout
 from .backbone_bd3lm import check_resize
 from .cache_bd3lm import BlockCache
 from .configuration_bd3lm_decoders import (
@@ -43,6 +42,7 @@ from .configuration_bd3lm_decoders import (
     BD3LMSmolLM3Config,
 )
 from .decoder_backbone_bd3lm import DecoderBackbone, DecoderDecodingNetwork, TwoStreamHidden, stream_mask
+from .inputs_bd3lm import Layout
 from .loss_bd3lm import chunked_cross_entropy, denoising_loss, loss_mask
 from .modeling_bd3lm import BlockDiffusionMixin
 from .saving_bd3lm import SelfContainedMixin

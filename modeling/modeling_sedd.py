@@ -17,21 +17,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.generation.logits_process import LogitsProcessorList
 
-from .attention_bd3lm import Layout, token_layout
 from .backbone_bd3lm import register_auto_classes
 from .configuration_bd3lm import SAMPLING_EPS, SEDDConfig
 from .generation_config_bd3lm import SEDDGenerationConfig
+from .inputs_bd3lm import Layout, check_text, token_layout
 from .likelihood_bd3lm import NoiseSource, TokenNLL, noise_of_batch
 from .logits_process_bd3lm import NucleusLogitsProcessor
-from .loss_bd3lm import (
-    LossMask,
-    check_text,
-    corrupt,
-    divide_by_count,
-    loss_mask,
-    masked_indices,
-    move_chance_bound,
-)
+from .loss_bd3lm import LossMask, corrupt, divide_by_count, loss_mask, masked_indices, move_chance_bound
 from .modeling_bd3lm import BD3LMForMaskedLM
 from .modeling_mdlm import MDLMModel
 from .noise_bd3lm import LogLinearNoise, Noise

@@ -21,8 +21,13 @@ from transformers.utils import can_return_tuple
 
 from .configuration_ssdlm import SSDLMConfig
 from .generation_ssdlm import SSDLMGenerationConfig, SSDLMGenerationMixin
-from .inputs_bd3lm import check_arguments, check_attention_mask, check_with_labels
-from .loss_bd3lm import check_labels, check_labels_reach_the_loss
+from .inputs_bd3lm import (
+    check_arguments,
+    check_attention_mask,
+    check_labels,
+    check_labels_reach_the_loss,
+    check_with_labels,
+)
 from .saving_bd3lm import SelfContainedModel
 from .simplex_ssdlm import almost_one_hot, noisy_logits, simplex_schedule
 

@@ -15,9 +15,10 @@ from transformers.cache_utils import Cache, StaticCache
 from transformers.generation import CompileConfig
 from transformers.utils import is_triton_available
 
-from .attention_bd3lm import AttentionPlan, block_causal_plan, decoding_plan, slots_plan, token_layout
+from .attention_bd3lm import AttentionPlan, block_causal_plan, decoding_plan, slots_plan
 from .cache_bd3lm import StaticSlots, check_cache, clear, drop_oldest, set_length
 from .decoding_state_bd3lm import SequenceBuffer
+from .inputs_bd3lm import token_layout
 
 
 class DecodingNetwork:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from bd3lm_hf.data.streaming import PackedStream
-from bd3lm_hf.modeling.loss_bd3lm import check_text
+from bd3lm_hf.modeling.inputs_bd3lm import check_text
 from bd3lm_hf.modeling.noise_bd3lm import Noise, stack_noise
 from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.training.block_schedule import BlockSizeSchedule

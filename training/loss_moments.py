@@ -16,9 +16,9 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from bd3lm_hf.modeling.attention_bd3lm import Layout, token_layout
+from bd3lm_hf.modeling.inputs_bd3lm import Layout, check_text, default_labels, token_layout
 from bd3lm_hf.modeling.likelihood_bd3lm import MaskSample, mask_losses, noise_of_batch, stratified_masks
-from bd3lm_hf.modeling.loss_bd3lm import LossMask, check_text, corrupt, default_labels, loss_mask
+from bd3lm_hf.modeling.loss_bd3lm import LossMask, corrupt, loss_mask
 from bd3lm_hf.modeling.noise_bd3lm import NoiseSchedule, clips, count_probabilities, noise_schedule
 
 

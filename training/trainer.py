@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, Trai
 
 from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights
 from bd3lm_hf.data.streaming import PackedStream, read_position, write_position
-from bd3lm_hf.modeling.loss_bd3lm import check_labels, check_text
+from bd3lm_hf.modeling.inputs_bd3lm import check_labels, check_text
 from bd3lm_hf.run_folder import (
     checkpoint_to_resume,
     clear_staging,

@@ -12,10 +12,10 @@ from bd3lm_hf.modeling.attention_bd3lm import (
     block_causal_plan,
     decoding_plan,
     eager_attention_forward,
-    token_layout,
     two_stream_plan,
 )
 from bd3lm_hf.modeling.cache_bd3lm import BlockCache
+from bd3lm_hf.modeling.inputs_bd3lm import token_layout
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import draw_noise
 

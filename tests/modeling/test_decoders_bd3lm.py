@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from decoders import BLOCK, FAMILIES, LENGTH, MASK, masked, random_ids, tiny_decoder, tiny_stock
 from safetensors.torch import load_file
 
-from bd3lm_hf.modeling.attention_bd3lm import token_layout
 from bd3lm_hf.modeling.decoder_backbone_bd3lm import stream_mask
+from bd3lm_hf.modeling.inputs_bd3lm import token_layout
 from bd3lm_hf.modeling.noise_bd3lm import Noise
 
 

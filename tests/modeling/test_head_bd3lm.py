@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bd3lm_hf.modeling import loss_bd3lm
-from bd3lm_hf.modeling.attention_bd3lm import token_layout
+from bd3lm_hf.modeling.inputs_bd3lm import token_layout
 from bd3lm_hf.modeling.linear_bd3lm import is_plain_linear
 from bd3lm_hf.modeling.loss_bd3lm import chunked_cross_entropy, corrupt, cross_entropy, loss_mask
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM

@@ -13,8 +13,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.modeling import loss_bd3lm
-from bd3lm_hf.modeling.attention_bd3lm import token_layout
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.inputs_bd3lm import token_layout
 from bd3lm_hf.modeling.loss_bd3lm import corrupt, denoising_loss, loss_mask
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import LogLinearNoise, Noise, draw_noise, noise_schedule, stratify

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bd3lm_hf import BD3LMConfig
-from bd3lm_hf.modeling.attention_bd3lm import token_layout
+from bd3lm_hf.modeling.inputs_bd3lm import token_layout
 from bd3lm_hf.modeling.loss_bd3lm import corrupt, loss_mask
 
 

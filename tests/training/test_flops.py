@@ -6,8 +6,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bd3lm_hf.modeling.attention_bd3lm import token_layout
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.inputs_bd3lm import token_layout
 from bd3lm_hf.modeling.loss_bd3lm import corrupt, loss_mask
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import draw_noise
