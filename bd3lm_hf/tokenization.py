@@ -174,6 +174,11 @@ def complete_special_tokens(tokenizer: _Tokenizer) -> _Tokenizer:
     return tokenizer
 
 
+def encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids of a text of any length; special tokens are only those that it names itself."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 def limit_to_window(tokenizer: PreTrainedTokenizerBase, config: "BD3LMConfig") -> None:
     """Set `model_max_length` to the model's window, to which `truncation=True` then cuts (in pipelines, too)."""
     tokenizer.model_max_length = config.model_length

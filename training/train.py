@@ -32,7 +32,7 @@ from transformers.utils import logging
 from bd3lm_hf.adapt import is_adaptable
 from bd3lm_hf.checkpoints import adapter_base, add_adapters, read_config
 from bd3lm_hf.data.streaming import PackedStream
-from bd3lm_hf.evaluation.perplexity import count_scored_tokens, unigram_perplexity
+from bd3lm_hf.evaluation.perplexity import scored_token_ids, unigram_perplexity
 from bd3lm_hf.run_folder import (
     RECIPE_NAME,
     RESULTS_NAME,
@@ -353,7 +353,7 @@ def unigram_of(model: Any, sequences: TrainingSequences, batch_size: int) -> flo
     else:
         rows = sequences.train.select(range(min(len(sequences.train), _UNIGRAM_SEQUENCES)))
     train_ids = [label for row in rows for label in row["labels"] if label != -100]
-    eval_ids = count_scored_tokens(model, sequences.validation, batch_size=batch_size)
+    eval_ids = scored_token_ids(model, sequences.validation, batch_size=batch_size)
     return unigram_perplexity(train_ids, eval_ids, model.config.vocab_size)
 
 

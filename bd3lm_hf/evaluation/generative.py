@@ -160,7 +160,7 @@ def _scored(
     tokenizer: PreTrainedTokenizerBase,
     settings: Mapping[str, Any],
 ) -> Iterator[ScoredSample]:
-    scores = reference.score(texts, seed=settings["seed"], batch_size=len(batch), numbers=batch)
+    scores = reference.score(texts, seed=settings["seed"], batch_size=len(batch), indices=batch)
     for index, text, score, count in zip(batch, texts, scores, redraws, strict=True):
         yield ScoredSample(
             index=index,

@@ -1,20 +1,18 @@
-"""Models of this package for the lm-evaluation-harness: windows, seeds, and arguments of `generate`.
+"""BD3-LM models in the lm-evaluation-harness: `bd3lm harness --model_args pretrained=DIR --tasks ...`.
 
-The models of this package in the lm-evaluation-harness: `bd3lm harness --model_args pretrained=DIR --tasks ...`.
-
-The harness finds models in a registry of its own and loads no other package by itself. Importing this module enters
-`bd3lm` there, for `lm_eval.simple_evaluate(model="bd3lm", ...)`; `bd3lm harness` is the `lm_eval` command behind such
-an import, with `--model bd3lm` where no model is named.
+The harness finds models in a registry of its own and imports no other package. Importing this module registers
+`bd3lm` there, for `lm_eval.simple_evaluate(model="bd3lm", ...)`. `bd3lm harness` is the `lm_eval` command after that
+import, with `--model bd3lm` if no model is named.
 
 The log-likelihood of a continuation is the bound of `token_nll` with a clean context and a noised continuation (the
-exact value for an autoregressive model). It is summed over all masks where no block holds more than 8 scored tokens;
-otherwise `num_samples` stratified draws estimate it, the same ones for all choices of a question.
+exact value for an autoregressive model). It is summed over all masks if no block holds more than 8 scored tokens.
+Otherwise `num_samples` stratified noise samples estimate it, the same ones for all choices of a question.
 """
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,32 +21,51 @@ from transformers.utils import logging
 
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.evaluation.perplexity import batch_of, batches_of
-from bd3lm_hf.evaluation.reference_model import own_ids
 from bd3lm_hf.evaluation.results import weights_digest
 from bd3lm_hf.generation.text_generation import generate_batch
 from bd3lm_hf.modeling.likelihood_bd3lm import MAX_EXACT_TOKENS
 from bd3lm_hf.seeds import derived_seed
-from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
+from bd3lm_hf.tokenization import check_tokenizer_fits, encode_plain, load_tokenizer
 
 
+class HarnessMissingError(ImportError, ValueError):
+    """The lm-evaluation-harness is not installed."""
+
+
+try:
+    # Registers the harness's own models, which it does by itself only while the registry is empty.
+    import lm_eval.models  # noqa: F401
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import chunks
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise HarnessMissingError(
+        f"the lm-evaluation-harness is needed: pip install 'bd3lm-hf[harness]' ({error})."
+    ) from error
+
+
+logger = logging.get_logger("bd3lm_hf.evaluation.harness")
+
+_ESTIMATORS = ("auto", "exact", "stratified", "sampled")
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 class RequestWindow(NamedTuple):
-    """Tokens that the model reads at once, of which the first are given."""
+    """Tokens that the model reads at once, of which the first are context."""
 
     ids: list[int]
-    given: int
+    num_context: int
 
     @property
     def scored(self) -> range:
-        """The places of the tokens that are not given."""
-        return range(self.given, len(self.ids))
+        """The positions of the tokens that are scored."""
+        return range(self.num_context, len(self.ids))
 
     @property
-    def labelled(self) -> dict[str, list[int]]:
-        """As arguments of `token_nll`: what is given has no label."""
-        return {"input_ids": self.ids, "labels": [-100] * self.given + self.ids[self.given :]}
+    def example(self) -> dict[str, list[int]]:
+        """The window as arguments of `token_nll`: context has no label."""
+        return {"input_ids": self.ids, "labels": [-100] * self.num_context + self.ids[self.num_context :]}
 
 
 class GenerationRequest(NamedTuple):
@@ -59,115 +76,95 @@ class GenerationRequest(NamedTuple):
     fields: dict[str, Any]  # of `generate`
 
 
-def windows(context: Sequence[int], continuation: Sequence[int], length: int) -> list[RequestWindow]:
-    """Windows of at most `length` tokens in which each token of a continuation is scored once.
+def request_windows(context: Sequence[int], continuation: Sequence[int], length: int) -> list[RequestWindow]:
+    """Return windows of at most `length` tokens in which each token of a continuation is scored once.
 
-    One window, whose context loses its beginning where there is no room for it. A continuation that has no room
-    itself is cut: its first part has the last token of the context before it, the others what precedes them; the last
-    one, which is shorter, has a context as long as possible.
+    A continuation that fits is one window, whose context loses its beginning if there is no room for it. A longer one
+    is cut as the harness does: the first part has the last token of the context before it, the others the tokens
+    before them; the last one, which is shorter, has a context as long as possible.
 
     Args:
         context: not empty.
     """
     room = length - 1
     if len(continuation) <= room:
-        kept = list(context[-(length - len(continuation)) :])
-        return [RequestWindow([*kept, *continuation], len(kept))]
-    text = [context[-1], *continuation]
-    found = []
-    for begin in range(1, len(text), room):
-        end = min(begin + room, len(text))
-        first = max(0, end - length)
-        found.append(RequestWindow(text[first:end], begin - first))
-    return found
+        pairs = [(list(context[-(length - len(continuation)) :]), list(continuation))]
+    else:
+        rolling = get_rolling_token_windows(list(continuation), context[-1], max_seq_len=room, context_len=1)
+        pairs = list(map(make_disjoint_window, rolling))
+    return [RequestWindow([*before, *scored], len(before)) for before, scored in pairs]
 
 
 def question_seed(seed: int, request: Any) -> int:
-    """The seed of the question that a request belongs to: all choices of a question have the same."""
-    asked = [request.task_name, request.doc_id] if request.doc_id is not None else [request.args[0]]
-    return derived_seed(seed, json.dumps(asked))
+    """Return the seed of the question that a request belongs to: all choices of a question have the same."""
+    question = [request.task_name, request.doc_id] if request.doc_id is not None else [request.args[0]]
+    return derived_seed(seed, json.dumps(question))
 
 
-def writing_of(asked: dict[str, Any], new_tokens: int) -> GenerationRequest:
-    """The harness's words for what to write, in those of `generate`.
+def generation_request(options: dict[str, Any], new_tokens: int) -> GenerationRequest:
+    """Translate the options of a task into those of `generate`.
 
-    Text is sampled with `do_sample`, or with a temperature above 0 where that is left open.
+    Text is sampled with `do_sample`, or with a temperature above 0 if `do_sample` is not set.
+
+    Args:
+        new_tokens: limit of a task that has none.
 
     Raises:
-        ValueError: ends that are no strings, or no whole number of tokens.
+        ValueError: if a stop string is not a string, or the limit is not an integer of at least 1.
     """
-    fields = dict(asked)
+    fields = dict(options)
     until = fields.pop("until", None) or []
     until = [until] if isinstance(until, str) else until
     if not isinstance(until, (list, tuple)) or not all(isinstance(text, str) for text in until):
         raise ValueError(f"until={until!r}: give a string or a list of strings.")
     lengths = [fields.pop(name, None) for name in _LENGTH_NAMES]
     count = next((length for length in lengths if length is not None), new_tokens)
-    temperature, sample = fields.pop("temperature", None), fields.pop("do_sample", None)
-    sample = bool(temperature) if sample is None else bool(sample) and temperature != 0
-    if sample and temperature is not None:
+    temperature, do_sample = fields.pop("temperature", None), fields.pop("do_sample", None)
+    do_sample = bool(temperature) if do_sample is None else bool(do_sample) and temperature != 0
+    if do_sample and temperature is not None:
         fields["temperature"] = float(temperature)
-    if not sample:
+    if not do_sample:
         fields = {name: value for name, value in fields.items() if name not in ("top_p", "top_k", "nucleus_p")}
-    ends = tuple(text for text in until if text)
-    return GenerationRequest(integer_field("max_gen_toks", count), ends, {"do_sample": sample, **fields})
+    stops = tuple(text for text in until if text)
+    return GenerationRequest(integer_field("max_gen_toks", count), stops, {"do_sample": do_sample, **fields})
 
 
 def integer_field(name: str, value: Any) -> int:
-    """An argument that may come as text.
+    """Return an argument, which may come as text, as an integer.
 
     Raises:
-        ValueError: it is no whole number of at least 1.
+        ValueError: if it is not an integer of at least 1.
     """
     try:
         number = int(value)
     except (TypeError, ValueError):
         number = 0
     if number < 1 or number != float(value):
-        raise ValueError(f"{name}={value!r}: give a whole number of at least 1.")
+        raise ValueError(f"{name}={value!r}: give an integer >= 1.")
     return number
-
-
-class HarnessMissingError(ImportError, ValueError):
-    """The lm-evaluation-harness is not installed."""
-
-
-try:
-    import lm_eval.models  # noqa: F401  enters the harness's own models, which it else does for an empty registry only
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.api.registry import register_model
-except ImportError as error:
-    raise HarnessMissingError(
-        f"the lm-evaluation-harness is needed: pip install 'bd3lm-hf[harness]' ({error})."
-    ) from error
-
-
-logger = logging.get_logger("bd3lm_hf.evaluation.harness")
-
-
-_ESTIMATORS = ("auto", "exact", "stratified", "sampled")
 
 
 @register_model("bd3lm")
 class BD3LMHarness(TemplateLM):
     """Any model with `token_nll` and `generate`, as the harness calls it.
 
-    All results depend on the model, the request and `seed` only, and on the size of a batch by rounding at most.
+    Results depend on the model, the request and `seed`, and on the batch size by rounding at most.
 
     Args:
         pretrained: folder or hub name, or a model.
         tokenizer: folder or hub name, or a tokenizer; by default that of `pretrained`.
         estimator: of the log-likelihood: `"auto"` (see the module), or one of `token_nll`'s for all requests.
-        num_samples: draws of an estimate that is not exact.
-        seed: of those, and of texts that are sampled.
+        num_samples: noise samples of an estimate that is not exact.
+        seed: of these, and of sampled text.
+        max_batch_size: unused; the harness's command passes it.
         max_length: tokens that the model reads at once; by default, and at most, its window.
-        max_gen_toks: tokens to write where a task does not say.
-        add_bos_token: begin every context with the token that begins a text; an empty context always has it.
-        check_greedy: find `is_greedy`, which takes one greedy text per context; without, it is reported as False.
+        max_gen_toks: tokens to generate if a task does not say.
+        add_bos_token: begin every context with BOS; an empty context always has it.
+        check_greedy: compute `is_greedy`, which takes one greedy text per context; otherwise it is reported as False.
         dtype, trust_remote_code: for loading.
 
     Raises:
-        ValueError: an argument without meaning, or a checkpoint that cannot be loaded.
+        ValueError: if an argument is wrong, or the checkpoint cannot be loaded.
     """
 
     def __init__(
@@ -202,9 +199,8 @@ class BD3LMHarness(TemplateLM):
         self.name = pretrained if isinstance(pretrained, str) else type(pretrained).__name__
         if isinstance(pretrained, str):
             tokenizer = pretrained if tokenizer is None else tokenizer
-            pretrained = load_model(
-                pretrained, argument="pretrained", trust_remote_code=trust_remote_code, dtype=dtype
-            )
+            options = {"trust_remote_code": trust_remote_code, "dtype": dtype}
+            pretrained = load_model(pretrained, argument="pretrained", **options)
         elif tokenizer is None:
             raise ValueError("a model comes without a tokenizer: give it as tokenizer=.")
         self._device = _device(device)
@@ -219,7 +215,7 @@ class BD3LMHarness(TemplateLM):
         self.estimator, self.seed = estimator, seed
         self.add_bos_token, self.check_greedy = add_bos_token, check_greedy
 
-    # --- What the harness asks of a model ----------------------------------------------------------------------------
+    # The interface that the harness asks of a model
 
     @property
     def eot_token_id(self) -> int:
@@ -228,20 +224,20 @@ class BD3LMHarness(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Return the token used as an empty context: BOS, or EOS if the tokenizer has no BOS."""
+        """The token used as an empty context: BOS, or EOS if the tokenizer has no BOS."""
         return self.eot_token_id if self.tokenizer.bos_token_id is None else int(self.tokenizer.bos_token_id)
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's cache of requests."""
+        """The name of the tokenizer in the harness's cache of requests."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
-        """The tokens of a text, without any that it does not name itself."""
-        return own_ids(string, self.tokenizer)
+        """Tokenize a text; special tokens are only those that it names itself."""
+        return encode_plain(string, self.tokenizer)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Messages as one text, by the tokenizer's template."""
+        """Render messages as one text by the tokenizer's template."""
         return str(
             self.tokenizer.apply_chat_template(
                 chat_history,
@@ -253,55 +249,53 @@ class BD3LMHarness(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """Return the description of the model and its estimator for the results."""
+        settings = ("estimator", "num_samples", "seed", "max_length", "check_greedy")
         return {
             "model_class": type(self.model).__name__,
             "model_num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "model_sha256": weights_digest(self.model),
             "model_dtype": str(self.model.dtype),
-            "estimator": self.estimator,
-            "num_samples": self.num_samples,
-            "seed": self.seed,
-            "max_length": self.max_length,
-            "check_greedy": self.check_greedy,
+            **{name: getattr(self, name) for name in settings},
         }
 
-    # --- Likelihoods -------------------------------------------------------------------------------------------------
+    # Likelihoods
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return the log-likelihood of each continuation in nats; a lower bound unless the model is AR.
+        """Return the log-likelihood of each continuation in nats; a lower bound unless the model is autoregressive.
 
-        The second value tells whether the continuation is what `generate(do_sample=False)` writes behind the context.
+        The second value says whether the continuation is what `generate(do_sample=False)` writes after the context.
 
         Raises:
-            ValueError: a model without a likelihood.
+            ValueError: if the model has no likelihood.
         """
-        encoded = [(request.args, *self._encoded(*request.args)) for request in requests]
+        encoded = [(request.args, *self._encode(*request.args)) for request in requests]
         seeds = [question_seed(self.seed, request) for request in requests]
         results = self._loglikelihood_tokens(encoded, seeds=seeds, disable_tqdm=disable_tqdm)
-        for request, result in zip(requests, results, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request.args, result)
-        return results
+        return self._cached("loglikelihood", requests, results)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each whole text; each token is scored once, in windows of `max_length`."""
-        rows = [self._encoded("", *request.args) for request in requests]
+        windows = [request_windows(*self._encode("", *request.args), self.max_length) for request in requests]
         seeds = [question_seed(self.seed, request) for request in requests]
-        results = self._sums([windows(*row, self.max_length) for row in rows], seeds, disable_tqdm)
+        return self._cached("loglikelihood_rolling", requests, self._sums(windows, seeds, disable_tqdm))
+
+    def _cached(self, kind: str, requests: list[Any], results: list[Any]) -> list[Any]:
+        """Hand the results to the harness's cache, and return them."""
         for request, result in zip(requests, results, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
+            self.cache_hook.add_partial(kind, request.args, result)
         return results
 
-    def _encoded(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The tokens of both; there is always a context."""
-        before, behind = self._encode_pair(context, continuation) if context else ([], self.tok_encode(continuation))
-        if not before and behind[:1] == [self.prefix_token_id]:
-            return behind[:1], behind[1:]
-        return self._begun(before), behind
+    def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of context and continuation; there is always a context."""
+        before, after = self._encode_pair(context, continuation) if context else ([], self.tok_encode(continuation))
+        if not before and after[:1] == [self.prefix_token_id]:
+            return after[:1], after[1:]
+        return self._with_prefix(before), after
 
-    def _begun(self, context: list[int]) -> list[int]:
+    def _with_prefix(self, context: list[int]) -> list[int]:
         prefix = [self.prefix_token_id]
-        wanted = not context or (self.add_bos_token and context[:1] != prefix)
-        return [*prefix, *context] if wanted else context
+        is_needed = not context or (self.add_bos_token and context[:1] != prefix)
+        return [*prefix, *context] if is_needed else context
 
     def _loglikelihood_tokens(
         self,
@@ -311,43 +305,52 @@ class BD3LMHarness(TemplateLM):
         **unused: Any,
     ) -> list[tuple[float, bool]]:
         seeds = [self.seed] * len(requests) if seeds is None else seeds
-        rows = [windows(context, continuation, self.max_length) for _, context, continuation in requests]
-        sums = self._sums(rows, seeds, disable_tqdm)
+        windows = [request_windows(context, continuation, self.max_length) for _, context, continuation in requests]
+        sums = self._sums(windows, seeds, disable_tqdm)
         # The first window has the context as far as there is room for it.
-        pairs = [(row[0].ids[: row[0].given], list(request[2])) for row, request in zip(rows, requests, strict=True)]
-        return list(zip(sums, self._are_greedy(pairs, disable_tqdm), strict=True))
+        contexts = [first.ids[: first.num_context] for first, *_ in windows]
+        continuations = [continuation for _, _, continuation in requests]
+        return list(zip(sums, self._are_greedy(contexts, continuations, disable_tqdm), strict=True))
 
     @torch.no_grad()
-    def _sums(self, rows: Sequence[Sequence[RequestWindow]], seeds: Sequence[int], disable_tqdm: bool) -> list[float]:
-        """The log-likelihood of each row of windows."""
+    def _sums(
+        self, requests: Sequence[Sequence[RequestWindow]], seeds: Sequence[int], disable_tqdm: bool
+    ) -> list[float]:
+        """Return the log-likelihood of each request, summed over its windows."""
         self._check_likelihood()
-        flat = [(row, turn) for row, found in enumerate(rows) for turn, one in enumerate(found) if one.scored]
-        texts = [rows[row][turn].labelled for row, turn in flat]
-        noise = [derived_seed(seeds[row], turn) if turn else seeds[row] for row, turn in flat]
-        kinds: dict[str, list[int]] = {}
-        for number, (row, turn) in enumerate(flat):
-            kinds.setdefault(self.estimator_of(rows[row][turn]), []).append(number)
-        sums = [0.0] * len(rows)
-        with tqdm(total=len(flat), desc="log-likelihoods", disable=disable_tqdm) as bar:
-            for estimator, numbers in kinds.items():
-                for batch in batches_of(texts, numbers, self.batch_size):
+        windows: list[RequestWindow] = []
+        owners: list[int] = []  # the request of each window
+        noise_seeds: list[int] = []
+        for owner, own in enumerate(requests):
+            for turn, window in enumerate(own):
+                if window.scored:
+                    windows.append(window)
+                    owners.append(owner)
+                    noise_seeds.append(derived_seed(seeds[owner], turn) if turn else seeds[owner])
+        by_estimator: dict[str, list[int]] = {}
+        for number, window in enumerate(windows):
+            by_estimator.setdefault(self.estimator_of(window), []).append(number)
+        examples = [window.example for window in windows]
+        sums = [0.0] * len(requests)
+        with tqdm(total=len(windows), desc="log-likelihoods", disable=disable_tqdm) as bar:
+            for estimator, numbers in by_estimator.items():
+                for batch in batches_of(examples, numbers, self.batch_size):
                     inputs = batch_of(batch.rows, self._device)
-                    sources = [torch.Generator(self._device).manual_seed(noise[number]) for number in batch.indices]
                     nll, mask = self.model.token_nll(
                         inputs.input_ids,
                         inputs.attention_mask,
                         estimator=estimator,
                         num_samples=self.num_samples,
-                        generator=sources,
+                        generator=[torch.Generator().manual_seed(noise_seeds[number]) for number in batch.indices],
                         **inputs.context,
                     )
                     for number, total in zip(batch.indices, (nll.double() * mask).sum(1).tolist(), strict=True):
-                        sums[flat[number][0]] -= total
+                        sums[owners[number]] -= total
                     bar.update(len(batch.indices))
         return sums
 
     def estimator_of(self, window: RequestWindow) -> str:
-        """The estimator for one window, whatever else is asked for: exact where it takes few passes."""
+        """Return the estimator for one window, whatever the others have: exact if it takes few forward passes."""
         config = self.model.config
         if self.estimator != "auto":
             return self.estimator
@@ -355,7 +358,8 @@ class BD3LMHarness(TemplateLM):
             return "exact"
         if config.time_conditioning:
             return "sampled"
-        in_block = Counter(place // config.block_size for place in window.scored)
+        # An exact sum takes 2^k - 1 forward passes for k scored tokens in a block.
+        in_block = Counter(position // config.block_size for position in window.scored)
         return "exact" if max(in_block.values(), default=0) <= MAX_EXACT_TOKENS else "stratified"
 
     def _check_likelihood(self) -> None:
@@ -365,103 +369,75 @@ class BD3LMHarness(TemplateLM):
                 f"whose output_type is generate_until."
             )
 
-    def _are_greedy(self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool) -> list[bool]:
-        """Whether each continuation is the greedy one; contexts that are the same are continued once."""
+    def _are_greedy(
+        self, contexts: Sequence[list[int]], continuations: Sequence[list[int]], disable_tqdm: bool
+    ) -> list[bool]:
+        """Return whether each continuation is the greedy one; equal contexts are continued once."""
         if not self.check_greedy:
-            return [False] * len(pairs)
-        most: Counter[tuple[int, ...]] = Counter()
-        for context, continuation in pairs:
-            most[tuple(context)] = max(most[tuple(context)], len(continuation))
+            return [False] * len(contexts)
+        longest: Counter[tuple[int, ...]] = Counter()
+        for context, continuation in zip(map(tuple, contexts), continuations, strict=True):
+            longest[context] = max(longest[context], len(continuation))
+        # Prompts of one length and limit share a batch, so that none is padded or goes on for the sake of another.
         groups: dict[tuple[int, int], list[tuple[int, ...]]] = {}
-        for prompt, count in most.items():
+        for prompt, count in longest.items():
             if count:
                 groups.setdefault((len(prompt), count), []).append(prompt)
-        written: dict[tuple[int, ...], list[int]] = dict.fromkeys(most, [])
-        with tqdm(total=len(most), desc="greedy texts", disable=disable_tqdm) as bar:
+        greedy: dict[tuple[int, ...], list[int]] = dict.fromkeys(longest, [])
+        with tqdm(total=len(longest), desc="greedy texts", disable=disable_tqdm) as bar:
             for (_, count), prompts in groups.items():
-                for batch in _portions(prompts, self.batch_size):
-                    texts = generate_batch(
-                        self.model, [list(p) for p in batch], count, seeds=[self.seed] * len(batch), do_sample=False
-                    )
-                    written |= {prompt: text.new_ids for prompt, text in zip(batch, texts, strict=True)}
+                for batch in chunks(prompts, self.batch_size):
+                    texts = generate_batch(self.model, batch, count, seeds=[self.seed] * len(batch), do_sample=False)
+                    greedy |= {prompt: text.new_ids for prompt, text in zip(batch, texts, strict=True)}
                     bar.update(len(batch))
-        return [written[tuple(context)][: len(continuation)] == continuation for context, continuation in pairs]
+        pairs = zip(contexts, continuations, strict=True)
+        return [greedy[tuple(context)][: len(continuation)] == continuation for context, continuation in pairs]
 
-    # --- Texts -------------------------------------------------------------------------------------------------------
+    # Generated text
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the text generated after each context, up to the first stop string or end token.
 
-        A context keeps its last tokens, so that what is written has room in the window, or half of the window.
+        A context keeps its last tokens, so that the new ones have room in the window, or half of the window.
         """
-        seen: Counter[tuple[Any, ...]] = Counter()
+        repeats: Counter[tuple[Any, ...]] = Counter()
         groups: dict[str, list[int]] = {}
         plans, prompts, seeds = [], [], []
         for number, request in enumerate(requests):
-            context, asked = request.args
-            plan = writing_of(asked, self.max_gen_toks)
+            context, options = request.args
+            plan = generation_request(options, self.max_gen_toks)
             room = max(self.max_length - plan.new_tokens, self.max_length // 2)
-            prompt = self._begun(self.tok_encode(context))[-room:]
-            # A request that is repeated gets texts of its own.
-            place = (request.task_name, request.doc_id, request.idx, context)
-            seeds.append(derived_seed(question_seed(self.seed, request), seen[place]))
-            seen[place] += 1
+            prompt = self._with_prefix(self.tok_encode(context))[-room:]
+            # A request that is repeated gets a seed of its own.
+            key = (request.task_name, request.doc_id, request.idx, context)
+            seeds.append(derived_seed(question_seed(self.seed, request), repeats[key]))
+            repeats[key] += 1
             plans.append(plan)
             prompts.append(prompt)
             groups.setdefault(json.dumps([len(prompt), plan], sort_keys=True, default=str), []).append(number)
         results = [""] * len(requests)
         with tqdm(total=len(requests), desc="texts", disable=disable_tqdm) as bar:
             for numbers in groups.values():
-                for batch in _portions(numbers, self.batch_size):
-                    self._write(batch, plans[batch[0]], prompts, seeds, results)
+                for batch in chunks(numbers, self.batch_size):
+                    own = [prompts[number] for number in batch], [seeds[number] for number in batch]
+                    for number, text in zip(batch, self._generate(plans[batch[0]], *own), strict=True):
+                        results[number] = text
                     bar.update(len(batch))
-        for request, result in zip(requests, results, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, result)
-        return results
+        return self._cached("generate_until", requests, results)
 
-    def _write(
-        self,
-        batch: Sequence[int],
-        plan: GenerationRequest,
-        prompts: Sequence[list[int]],
-        seeds: Sequence[int],
-        results: list[str],
-    ) -> None:
+    def _generate(self, plan: GenerationRequest, prompts: list[list[int]], seeds: list[int]) -> list[str]:
         stops: dict[str, Any] = {"stop_strings": list(plan.until), "tokenizer": self.tokenizer} if plan.until else {}
         texts = generate_batch(
-            self.model,
-            [prompts[number] for number in batch],
-            plan.new_tokens,
-            seeds=[seeds[number] for number in batch],
-            stop_at_eos=True,
-            **stops,
-            **plan.fields,
+            self.model, prompts, plan.new_tokens, seeds=seeds, stop_at_eos=True, **stops, **plan.fields
         )
-        for number, text in zip(batch, texts, strict=True):
-            written = str(self.tokenizer.decode(text.new_ids, skip_special_tokens=True))
-            results[number] = written[: min((written.find(s) for s in plan.until if s in written), default=None)]
+        decoded = [str(self.tokenizer.decode(text.new_ids, skip_special_tokens=True)) for text in texts]
+        return [text[: min((text.find(s) for s in plan.until if s in text), default=None)] for text in decoded]
 
 
 def _device(name: str | None) -> torch.device:
-    """By default a GPU where there is one. The harness's command asks for the first one even where there is none."""
+    """Return the named device, by default a GPU if there is one; the harness's command asks for one even without."""
     if torch.cuda.is_available():
         return torch.device(name or "cuda")
     if name is not None and name.startswith("cuda"):
         logger.warning("there is no CUDA device: computing on the CPU")
     return torch.device("cpu" if name is None or name.startswith("cuda") else name)
-
-
-def _portions(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (items[begin : begin + size] for begin in range(0, len(items), size))
-
-
-__all__ = [
-    "BD3LMHarness",
-    "GenerationRequest",
-    "HarnessMissingError",
-    "RequestWindow",
-    "integer_field",
-    "question_seed",
-    "windows",
-    "writing_of",
-]

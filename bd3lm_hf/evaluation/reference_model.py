@@ -1,13 +1,13 @@
-"""Judges of generated text: the nll of its tokens under another language model, in windows that slide over it.
+"""Generative perplexity: the per-token NLL of generated text under a reference model, in sliding windows.
 
-As published (arXiv 2503.09573, App. C.5): a window of 1024 tokens moves by 512, and a token behind the first window is
-scored by the one window that has it in its last 512. The first token is never scored, and an end token nowhere.
+As published (arXiv 2503.09573, App. C.5): a window of 1024 tokens moves by 512, and a token after the first window is
+scored by the one window that has it in its last 512. The first token is never scored, nor is an end token.
 """
 
 import math
 import statistics
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,26 +16,27 @@ from transformers import PreTrainedTokenizerBase
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.evaluation.perplexity import SequenceScore, score_sequences, summarize
 from bd3lm_hf.generation.text_generation import GeneratedText
-from bd3lm_hf.modeling.likelihood_bd3lm import MAX_EXACT_TOKENS
+from bd3lm_hf.modeling.likelihood_bd3lm import MAX_EXACT_TOKENS, TokenNLL
 from bd3lm_hf.seeds import derived_seed
-from bd3lm_hf.tokenization import load_tokenizer
+from bd3lm_hf.tokenization import encode_plain, load_tokenizer
 
 
-#: Tokens that a judge reads at once, if its own window has room for them; the window moves by half of them.
-WINDOW = 1024
+WINDOW = 1024  # tokens that a reference model reads at once, if its own window has room for them
 
 
 class ReferenceModel:
-    """Scores texts with a model that has `token_nll`.
+    """Score generated text with a model that has `token_nll`.
 
     Args:
         estimator: of the model's bound, see its `token_nll`; an autoregressive model is exact with any.
+        num_samples: noise samples of an estimate that is not exact.
         window: tokens that the model reads at once; by default 1024, or fewer if it knows no more positions.
-        unscored: token ids that count nowhere, as published the judge's end token.
-        retokenize: texts are decoded by the writer's tokenizer and encoded by the judge's own: (writer's, judge's).
+        unscored: token ids that are never scored; as published, the reference model's end token.
+        retokenize: the tokenizers of the generating and of the reference model: text is decoded by the first and
+            encoded by the second. By default the reference model takes the ids as they are.
 
     Raises:
-        ValueError: a model without a likelihood, or a window that it does not have.
+        ValueError: if the model has no likelihood, or no window of that size.
     """
 
     def __init__(
@@ -49,11 +50,11 @@ class ReferenceModel:
         retokenize: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
     ) -> None:
         if not model.has_likelihood:
-            raise ValueError(f"a {type(model).__name__} has no likelihood to judge by: name a causal language model.")
+            raise ValueError(f"a {type(model).__name__} has no likelihood: name a causal language model.")
         known = model.context_length if isinstance(model, CausalScore) else model.config.max_position_embeddings
         self.window = min(WINDOW, known) if window is None else window
         if not 2 <= self.window <= known:
-            raise ValueError(f"window={self.window}: the judge reads from 2 to {known} tokens at once.")
+            raise ValueError(f"window={self.window}: the reference model reads from 2 to {known} tokens at once.")
         self.model, self.estimator, self.num_samples = model, estimator, num_samples
         self.unscored, self.retokenize = frozenset(unscored), retokenize
 
@@ -68,21 +69,20 @@ class ReferenceModel:
         *,
         seed: int = 0,
         batch_size: int = 8,
-        numbers: Sequence[int] | None = None,
+        indices: Sequence[int] | None = None,
     ) -> list[SequenceScore]:
-        """The nll of what was written of each text, in nats, and how many of its tokens were scored.
+        """Return the summed NLL of the new tokens of each text in nats, and how many of its tokens were scored.
 
         Args:
-            seed: of a bound that is estimated; a text's noise is that of its number.
-            numbers: of the texts; by default their places.
+            seed: of a bound that is estimated; the noise of a text is that of its index.
+            indices: of the texts; 0, 1, ... by default.
         """
-        numbers = range(len(texts)) if numbers is None else numbers
-        read = [self.read(text) for text in texts]
-        sums = {number: SequenceScore(number, 0.0, 0) for number in numbers}
-        windows = {number: list(self._windows(text)) for number, text in zip(numbers, read, strict=True)}
+        indices = range(len(texts)) if indices is None else indices
+        sums = {index: SequenceScore(index, 0.0, 0) for index in indices}
+        windows = {index: list(self._windows(self.read(text))) for index, text in zip(indices, texts, strict=True)}
         for turn in range(max(map(len, windows.values()), default=0)):
-            # The windows of one turn are scored together; those of a text have noise of their own.
-            rows = {number: rows[turn] for number, rows in windows.items() if turn < len(rows)}
+            # The n-th windows of all texts are scored together; those of one text have different noise.
+            rows = {index: own[turn] for index, own in windows.items() if turn < len(own)}
             scores = score_sequences(
                 self.model,
                 rows,  # type: ignore[arg-type]
@@ -92,53 +92,52 @@ class ReferenceModel:
                 batch_size=batch_size,
                 seed=derived_seed(seed, turn) if turn else seed,
             )
-            for number, nll, count in scores:
-                sums[number] = SequenceScore(number, sums[number].nll + nll, sums[number].num_tokens + count)
+            for index, nll, count in scores:
+                sums[index] = SequenceScore(index, sums[index].nll + nll, sums[index].num_tokens + count)
         return list(sums.values())
 
     def _windows(self, text: GeneratedText) -> Iterator[dict[str, list[int]]]:
-        """The windows of a text that have something to score."""
+        """Yield the windows of a text in which a token is scored."""
         for begin, end, first in sliding_windows(len(text.ids), self.window):
             first = max(first, text.num_given, 1)
             labels = [
-                token if place >= first and token not in self.unscored else -100
-                for place, token in enumerate(text.ids[begin:end], start=begin)
+                token if position >= first and token not in self.unscored else -100
+                for position, token in enumerate(text.ids[begin:end], start=begin)
             ]
             if any(label != -100 for label in labels):
                 yield {"input_ids": text.ids[begin:end], "labels": labels}
 
     def read(self, text: GeneratedText) -> GeneratedText:
-        """The text in the judge's tokens, its beginning marked as the judge does.
+        """Return the text in the reference model's tokens, with its own begin token.
 
-        Special tokens that the judge has by the same name stay, others are left out.
+        Special tokens that the reference model has under the same name stay; others are left out.
         """
         if self.retokenize is None:
             return text
-        writer, own = self.retokenize
-        foreign = {i for i in writer.all_special_ids if writer.convert_ids_to_tokens(i) not in own.all_special_tokens}
-        given, written = (
-            own_ids(str(writer.decode([token for token in ids if token not in foreign])), own)
+        theirs, own = self.retokenize
+        foreign = {i for i in theirs.all_special_ids if theirs.convert_ids_to_tokens(i) not in own.all_special_tokens}
+        # Prompt and new text are encoded apart, so that the border between them stays a border of tokens.
+        prompt, new = (
+            encode_plain(str(theirs.decode([token for token in ids if token not in foreign])), own)
             for ids in (text.ids[: text.num_given], text.new_ids)
         )
-        read = begun(given, written, own)
+        read = _with_begin_token(prompt, new, own)
         return text._replace(ids=read.ids, num_given=read.num_given)
 
 
-def own_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of a text of any length, without any that it does not name itself."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def begun(given: list[int], written: list[int], tokenizer: PreTrainedTokenizerBase) -> GeneratedText:
-    """A text that begins with the token that begins (or else ends) a text, which is then given."""
+def _with_begin_token(prompt: list[int], new: list[int], tokenizer: PreTrainedTokenizerBase) -> GeneratedText:
+    """Return a text that begins with BOS, or else EOS, as a part of its prompt."""
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if begin is not None and (given or written)[:1] != [begin]:
-        given = [begin, *given]
-    return GeneratedText([*given, *written], len(given))
+    if begin is not None and (prompt or new)[:1] != [begin]:
+        prompt = [begin, *prompt]
+    return GeneratedText([*prompt, *new], len(prompt))
 
 
 def sliding_windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:
-    """Windows over `length` tokens that move by half their size: begin, end, and the first place that each scores."""
+    """Yield windows over `length` tokens that move by half their size.
+
+    Each is (begin, end, first): the window is [begin, end), and it scores the positions from `first` on.
+    """
     stride = window // 2
     yield 0, min(window, length), 0
     for begin in range(stride, length - window + stride, stride):
@@ -146,7 +145,7 @@ def sliding_windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:
 
 
 class CausalScore(torch.nn.Module):
-    """`token_nll` of any causal language model of transformers, from its logits: exact."""
+    """Give a causal language model of transformers the method `token_nll`, computed from its logits: exact."""
 
     has_likelihood = exact_likelihood = True
 
@@ -157,84 +156,79 @@ class CausalScore(torch.nn.Module):
 
     @property
     def context_length(self) -> int:
-        """The tokens that the model can read at once, where its configuration limits them."""
+        """The number of tokens that the model can read at once; 1024 if its configuration has no limit."""
         return getattr(self.config, "max_position_embeddings", None) or WINDOW
 
     def token_nll(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None, **unused: Any
-    ) -> Any:
-        """The nll `(batch, length)` of each token behind the first, nats, and which were scored: no label of -100.
+    ) -> TokenNLL:
+        """Return the NLL of each token after the first; a label of -100 is not scored.
 
         Raises:
-            ValueError: ids outside the model's vocabulary.
+            ValueError: if an id is outside the model's vocabulary.
         """
         known = self.model.get_input_embeddings().num_embeddings
         if int(input_ids.max()) >= known:
             raise ValueError(
-                f"the text holds the id {int(input_ids.max())}, but the judge knows {known} ids: let it read the text "
-                f"with its own tokenizer."
+                f"the text has the id {int(input_ids.max())}, but the reference model knows {known} ids: let it read "
+                f"the text with its own tokenizer."
             )
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
         nll = torch.zeros(input_ids.shape, device=input_ids.device)
         for row, targets in enumerate(input_ids[:, 1:]):  # one by one: the logits in float32 are large
             nll[row, 1:] = F.cross_entropy(logits[row, :-1].float(), targets, reduction="none")
-        scored = attention_mask if labels is None else attention_mask * (labels != -100)
-        return _Scored(nll, F.pad(scored[:, 1:], (1, 0)))
-
-
-class _Scored(NamedTuple):
-    nll: torch.Tensor
-    mask: torch.Tensor
+        mask = attention_mask if labels is None else attention_mask * (labels != -100)
+        return TokenNLL(nll, F.pad(mask[:, 1:], (1, 0)))
 
 
 def reference_model_of(model: Any, **options: Any) -> ReferenceModel:
-    """A judge by any causal model, or by a model's own bound: exact up to blocks of 8, else with 8 draws.
+    """Return a reference model by any causal model, or by a model's own bound.
+
+    The bound is exact up to blocks of 8 tokens; otherwise 8 noise samples estimate it.
 
     Args:
-        options: of [`Judge`].
+        options: of [`ReferenceModel`].
 
     Raises:
-        ValueError: a model that predicts no next tokens, or has no likelihood.
+        ValueError: if the model does not predict next tokens, or has no likelihood.
     """
     if not hasattr(model, "token_nll"):
         if not model.can_generate():
             raise ValueError(f"a {type(model).__name__} predicts no next tokens: name a causal language model.")
-        return ReferenceModel(CausalScore(model), **options)
-    if not model.has_likelihood:
-        raise ValueError(f"a {type(model).__name__} has no likelihood to judge by: name a causal language model.")
-    if model.config.time_conditioning:
-        return ReferenceModel(model, estimator="sampled", num_samples=8, **options)
-    if model.config.block_size > MAX_EXACT_TOKENS:
-        return ReferenceModel(model, estimator="stratified", num_samples=8, **options)
-    return ReferenceModel(model, estimator="exact", **options)
+        model = CausalScore(model)
+    elif model.has_likelihood and model.config.time_conditioning:
+        options |= {"estimator": "sampled", "num_samples": 8}
+    elif model.has_likelihood and model.config.block_size > MAX_EXACT_TOKENS:
+        options |= {"estimator": "stratified", "num_samples": 8}
+    return ReferenceModel(model, **options)
 
 
 def load_reference_model(
     name: str,
-    writer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     as_text: bool,
     score_end: bool,
 ) -> ReferenceModel:
-    """The judge of a folder or hub name.
+    """Load the reference model of a folder or hub name.
 
     Args:
-        writer: tokenizer of the model that wrote the texts.
-        as_text: the judge reads texts with its own tokenizer, as published; otherwise it takes the writer's ids where
+        tokenizer: of the model that generated the text.
+        as_text: let the reference model read text with its own tokenizer, as published; otherwise it takes the ids if
             both have the same vocabulary.
-        score_end: score the judge's end token, too.
+        score_end: also score the reference model's end token.
 
     Raises:
-        ValueError: a checkpoint that cannot be loaded or cannot judge, or comes without a tokenizer.
+        ValueError: if the checkpoint cannot be loaded, has no likelihood, or comes without a tokenizer.
     """
     model = load_model(name, argument="--judge", trust_remote_code=trust_remote_code).to(device).eval()
     own = load_tokenizer(name)
     unscored = () if score_end or own.eos_token_id is None else (own.eos_token_id,)
-    foreign = own.get_vocab() != writer.get_vocab()
+    retokenize = (tokenizer, own) if as_text or own.get_vocab() != tokenizer.get_vocab() else None
     try:
-        return reference_model_of(model, unscored=unscored, retokenize=(writer, own) if as_text or foreign else None)
+        return reference_model_of(model, unscored=unscored, retokenize=retokenize)
     except ValueError as error:
         raise ValueError(f"--judge {name}: {error}") from error
 
@@ -255,11 +249,12 @@ def score_texts(
 
     Returns:
         `generative_perplexity` over all scored tokens, `mean_perplexity` of the perplexities of texts (the figure in
-        the paper's tables), the `perplexities` themselves (None where a text has no scored token), `num_tokens` scored
+        the paper's tables), the `perplexities` themselves (None if a text has no scored token), `num_tokens` scored
         and the `standard_error` of the log of the first.
 
     Raises:
-        ValueError: no scored token, a judge that cannot be loaded or cannot judge, or a missing tokenizer.
+        ValueError: if no token is scored, the reference model cannot be loaded or has no likelihood, or a tokenizer
+            is missing.
     """
     if isinstance(judge, str):
         tokenizer = judge if tokenizer is None else tokenizer
@@ -272,39 +267,29 @@ def score_texts(
     end = judge.config.eos_token_id if own is None else own.eos_token_id
     ends = () if score_end or end is None else end if isinstance(end, list) else (end,)
     retokenize = None if writer is None or own is None else (writer, own)
-    scorer = reference_model_of(judge, window=window, unscored=ends, retokenize=retokenize)
-    read = [begun([], own_ids(x, own), own) if isinstance(x, str) else GeneratedText(list(x), 0) for x in texts]  # type: ignore
-    scores = scorer.score(read, seed=seed, batch_size=batch_size)
+    reference = reference_model_of(judge, window=window, unscored=ends, retokenize=retokenize)
+    read = [
+        _with_begin_token([], encode_plain(text, own), own)  # type: ignore[arg-type]  # there is one, see above
+        if isinstance(text, str)
+        else GeneratedText(list(text), 0)
+        for text in texts
+    ]
+    scores = reference.score(read, seed=seed, batch_size=batch_size)
     result = summarize(scores)
     return {
         "generative_perplexity": result.perplexity,
         "mean_perplexity": mean_perplexity(scores),
-        "perplexities": [perplexity_of(score) for score in scores],
+        "perplexities": [_perplexity_of(score) for score in scores],
         "num_tokens": result.num_tokens,
         "standard_error": result.standard_error,
     }
 
 
-def perplexity_of(score: SequenceScore) -> float | None:
-    """The perplexity of one text; None where it has no scored token."""
+def _perplexity_of(score: SequenceScore) -> float | None:
+    """Return the perplexity of one text; None if no token was scored."""
     return math.exp(min(score.nll / score.num_tokens, 700)) if score.num_tokens else None
 
 
 def mean_perplexity(scores: Sequence[SequenceScore]) -> float:
-    """The mean over texts of their perplexities: the figure in the paper's tables, where long texts count no more."""
-    return statistics.fmean(value for value in map(perplexity_of, scores) if value is not None)
-
-
-__all__ = [
-    "CausalScore",
-    "ReferenceModel",
-    "WINDOW",
-    "begun",
-    "load_reference_model",
-    "mean_perplexity",
-    "own_ids",
-    "perplexity_of",
-    "reference_model_of",
-    "score_texts",
-    "sliding_windows",
-]
+    """Return the mean perplexity of texts, the figure in the paper's tables: every text has the same weight."""
+    return statistics.fmean(value for value in map(_perplexity_of, scores) if value is not None)

@@ -13,9 +13,8 @@ import datasets
 import evaluate
 from transformers import PreTrainedTokenizerBase
 
-from bd3lm_hf.evaluation.reference_model import own_ids
 from bd3lm_hf.evaluation.text_metrics import check_some
-from bd3lm_hf.tokenization import load_tokenizer
+from bd3lm_hf.tokenization import encode_plain, load_tokenizer
 
 
 _FOLDER = Path(__file__).parent
@@ -23,47 +22,54 @@ _FOLDER = Path(__file__).parent
 #: The names of the modules.
 METRICS = tuple(sorted(path.stem for path in _FOLDER.glob("*/*.py") if path.stem == path.parent.name))
 
-#: What every module takes: texts, or their token ids.
-FEATURES = [
-    datasets.Features({"predictions": datasets.Value("string")}),
-    datasets.Features({"predictions": datasets.List(datasets.Value("int64"))}),
-]
 
-INPUTS = """
+class TextMeasurement(evaluate.Measurement):
+    """Base of the modules, named as `metrics.TextMeasurement`: `evaluate` loads the first such class in a module."""
+
+    #: What `compute` takes; a module appends its own arguments.
+    inputs = """
     predictions: texts, or their token ids.
-    tokenizer: cuts texts into tokens, an object or a name; by default they are cut into words at white space.
+    tokenizer: splits texts into tokens, an object or a name; by default they are split into words at white space.
 """
+
+    def _info(self) -> evaluate.EvaluationModuleInfo:
+        return evaluate.EvaluationModuleInfo(
+            description=self.__doc__,
+            citation="",
+            inputs_description=self.inputs,
+            features=[
+                datasets.Features({"predictions": datasets.Value("string")}),
+                datasets.Features({"predictions": datasets.List(datasets.Value("int64"))}),
+            ],
+        )
 
 
 def load_metric(name: str, **options: Any) -> evaluate.EvaluationModule:
-    """A module by name.
+    """Load a module by name.
 
     Args:
         options: of `evaluate.load`.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: if there is no metric of that name.
     """
     if name not in METRICS:
         raise ValueError(f"there is no metric {name!r}: choose one of {', '.join(METRICS)}.")
     return evaluate.load(str(_FOLDER / name), **options)
 
 
-def counted(
+def split_texts(
     predictions: Sequence[Any], tokenizer: PreTrainedTokenizerBase | str | None = None
 ) -> list[Sequence[Hashable]]:
-    """Each text as what is counted: its token ids, or its words.
+    """Return the units of each text that are counted: its token ids, or its words without a tokenizer.
 
     Raises:
-        ValueError: no texts.
+        ValueError: if there are no texts.
     """
     check_some(predictions)
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer)
     return [
-        text if not isinstance(text, str) else text.split() if tokenizer is None else own_ids(text, tokenizer)
+        text if not isinstance(text, str) else text.split() if tokenizer is None else encode_plain(text, tokenizer)
         for text in predictions
     ]
-
-
-__all__ = ["FEATURES", "INPUTS", "METRICS", "counted", "load_metric"]

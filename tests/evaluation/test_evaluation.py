@@ -10,10 +10,10 @@ from bd3lm_hf.evaluation.perplexity import (
     SequenceScore,
     batch_of,
     check_estimator,
-    count_scored_tokens,
     perplexity,
     published_noise,
     score_sequences,
+    scored_token_ids,
     summarize,
     unigram_perplexity,
 )
@@ -249,7 +249,7 @@ def test_the_unigram_baseline_of_uniform_text_is_the_vocabulary():
 
 
 def test_scored_tokens_are_those_that_the_model_counts(model, sequences):
-    tokens = count_scored_tokens(model, sequences, batch_size=3)
+    tokens = scored_token_ids(model, sequences, batch_size=3)
     assert len(tokens) == perplexity(model, sequences).num_tokens
     # The first token of each sequence is given.
     assert tokens.tolist() == [token for sequence in sequences for token in sequence[1:]]

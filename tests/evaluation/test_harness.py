@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 import bd3lm_hf
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.evaluation import harness_cli
-from bd3lm_hf.evaluation.harness import BD3LMHarness, RequestWindow, windows
+from bd3lm_hf.evaluation.harness import BD3LMHarness, RequestWindow, request_windows
 from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, BD3LMConfig, SEDDConfig
 from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
@@ -119,8 +119,8 @@ def test_tasks_run_through_the_harness_with_the_numbers_of_token_nll(model_folde
     total = bytes_in_all = 0.0
     for document in DOCUMENTS:
         text = f"{document['question']}{document['choices'][0]}, and the lazy dog sleeps on and on, token by token."
-        for window in windows([0], tiny_tokenizer(text)["input_ids"], 32):
-            labels = [-100] * window.given + window.ids[window.given :]
+        for window in request_windows([0], tiny_tokenizer(text)["input_ids"], 32):
+            labels = [-100] * window.num_context + window.ids[window.num_context :]
             total += model.token_nll(
                 torch.tensor([window.ids]), labels=torch.tensor([labels]), estimator="exact"
             ).nll.sum()
@@ -300,18 +300,18 @@ def test_an_empty_context_is_the_beginning_of_a_text(adapter, tiny_tokenizer):
     expected = -lm.model.token_nll(torch.tensor([ids]), estimator="exact").nll[0, 1:].sum().item()
     assert [value for value, _ in found] == pytest.approx([expected] * 3 + [0.0], rel=1e-5)
     begun = adapter(add_bos_token=True)
-    assert begun._encoded("A", " block")[0] == [0, *tiny_tokenizer("A")["input_ids"]]
-    assert begun._encoded("<bos>A", " block")[0] == [0, *tiny_tokenizer("A")["input_ids"]]
+    assert begun._encode("A", " block")[0] == [0, *tiny_tokenizer("A")["input_ids"]]
+    assert begun._encode("<bos>A", " block")[0] == [0, *tiny_tokenizer("A")["input_ids"]]
 
 
 def test_a_text_longer_than_the_window_is_the_sum_of_its_windows(adapter, tiny_tokenizer):
     lm = adapter(max_length=12)
     text = "The quick brown fox jumps over the lazy dog, and the lazy dog sleeps on."
     (rolled,) = lm.loglikelihood_rolling([asked("loglikelihood_rolling", text)], disable_tqdm=True)
-    found = windows([0], tiny_tokenizer(text)["input_ids"], 12)
+    found = request_windows([0], tiny_tokenizer(text)["input_ids"], 12)
     assert len(found) > 2
     parts = lm._loglikelihood_tokens(
-        [(("", ""), w.ids[: w.given], w.ids[w.given :]) for w in found], disable_tqdm=True
+        [(("", ""), w.ids[: w.num_context], w.ids[w.num_context :]) for w in found], disable_tqdm=True
     )
     assert rolled == pytest.approx(sum(value for value, _ in parts), rel=1e-5)
     assert score(lm, ("", text))[0][0] == pytest.approx(rolled, rel=1e-5)
@@ -358,9 +358,9 @@ def test_a_machine_without_a_gpu_computes_on_its_cpu(model_folder, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": "auto"}, "batch_size='auto': give a whole number of at least 1"),
-        ({"num_samples": 0}, "num_samples=0: give a whole number"),
-        ({"max_gen_toks": 1.5}, "max_gen_toks=1.5: give a whole number"),
+        ({"batch_size": "auto"}, "batch_size='auto': give an integer >= 1"),
+        ({"num_samples": 0}, "num_samples=0: give an integer"),
+        ({"max_gen_toks": 1.5}, "max_gen_toks=1.5: give an integer"),
         ({"estimator": "best"}, "estimator='best' is unknown: choose one of auto, exact, stratified, sampled"),
         ({"parallelize": True}, "parallelize: the model has no such argument; see BD3LMHarness"),
         ({"max_length": 33}, "max_length=33: the model reads from 2 to 32 tokens at once"),

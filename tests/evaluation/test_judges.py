@@ -59,7 +59,7 @@ def test_texts_that_come_in_batches_have_the_perplexity_of_all(golden_judge):
     tensors = load_file(GOLDEN / "tensors.safetensors")
     texts = [GeneratedText(ids, 0) for case in SETTINGS["cases"] for ids in tensors[f"{case}.ids"].tolist()]
     together = golden_judge.score(texts, batch_size=3)
-    apart = [golden_judge.score([text], numbers=[number])[0] for number, text in enumerate(texts)]
+    apart = [golden_judge.score([text], indices=[number])[0] for number, text in enumerate(texts)]
     assert [score.row for score in together] == [score.row for score in apart] == list(range(len(texts)))
     for one, other in zip(together, apart, strict=True):
         assert one.nll == pytest.approx(other.nll, rel=1e-5)
@@ -145,9 +145,9 @@ def test_an_estimated_bound_has_the_noise_of_the_texts_number(tiny_config, rando
     judge = reference_model_of(model)
     texts = [GeneratedText([0, *range(5 + shift, 25 + shift)], 1) for shift in range(3)]
     scores = judge.score(texts, seed=1, batch_size=3)
-    (alone,) = judge.score(texts[2:], seed=1, numbers=[2])
+    (alone,) = judge.score(texts[2:], seed=1, indices=[2])
     assert alone.nll == pytest.approx(scores[2].nll, rel=1e-5)
-    assert judge.score(texts[2:], seed=2, numbers=[2])[0].nll != pytest.approx(scores[2].nll, rel=1e-5)
+    assert judge.score(texts[2:], seed=2, indices=[2])[0].nll != pytest.approx(scores[2].nll, rel=1e-5)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_a_model_that_can_not_judge_is_refused(tiny_tokenizer, tmp_path):
         def token_nll(self):
             raise AssertionError
 
-    with pytest.raises(ValueError, match="a NoLikelihood has no likelihood to judge by: name a causal language model"):
+    with pytest.raises(ValueError, match="a NoLikelihood has no likelihood"):
         reference_model_of(NoLikelihood())
     bert = BertForMaskedLM(BertConfig(vocab_size=320, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
     bert.save_pretrained(tmp_path)
@@ -170,10 +170,10 @@ def test_a_model_that_can_not_judge_is_refused(tiny_tokenizer, tmp_path):
 
 
 def test_ids_and_windows_that_a_judge_does_not_know_are_refused():
-    with pytest.raises(ValueError, match="the text holds the id 320, but the judge knows 320 ids"):
+    with pytest.raises(ValueError, match="the id 320, .* knows 320 ids"):
         reference_model_of(gpt2()).score([GeneratedText([0, 320], 1)])
     for window in (1, 65):
-        with pytest.raises(ValueError, match=f"window={window}: the judge reads from 2 to 64 tokens at once"):
+        with pytest.raises(ValueError, match=f"window={window}: .* from 2 to 64"):
             reference_model_of(gpt2(), window=window)
 
 

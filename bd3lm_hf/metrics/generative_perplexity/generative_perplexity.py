@@ -1,32 +1,25 @@
-"""Generative perplexity of texts under a judge."""
+"""Generative perplexity of texts under a reference model."""
 
 from typing import Any
 
-import evaluate
-
+from bd3lm_hf import metrics
 from bd3lm_hf.evaluation.reference_model import score_texts
-from bd3lm_hf.metrics import FEATURES
 
 
-_INPUTS = """
+class GenerativePerplexity(metrics.TextMeasurement):
+    """exp of the mean NLL per token under a reference model, as published: windows of 1024 tokens that move by 512."""
+
+    inputs = """
     predictions: texts, or their token ids.
-    judge: a causal language model, or a model with `token_nll`: an object, or the name of a folder or hub model.
-    tokenizer: the judge's, an object or a name; by default that of a judge given by name. Texts need it.
-    writer: tokenizer of the model that wrote the ids, where they are to be read as text by the judge's tokenizer;
-        without it ids are those of the judge.
-    window: tokens that the judge reads at once; by default 1024, or fewer where it knows no more positions.
-    score_end: score the judge's end token, which the published figure leaves out wherever it stands.
-    batch_size, seed, device: how, with which noise (of a bound that is estimated) and where to compute.
+    judge: the reference model, a causal language model or a model with `token_nll`: an object, or the name of a
+        folder or hub model.
+    tokenizer: the reference model's, an object or a name; by default that of a model given by name. Texts need it.
+    writer: tokenizer of the model that generated the ids, if they are to be read as text by the reference model's
+        tokenizer; without it ids are those of the reference model.
+    window: tokens that the reference model reads at once; by default 1024, or fewer if it knows no more positions.
+    score_end: score the reference model's end token, which the published figure leaves out everywhere.
+    batch_size, seed, device: texts at once, seed of the noise of an estimated bound, and where to compute.
 """
-
-
-class GenerativePerplexity(evaluate.Measurement):
-    """exp of the mean nll per token of texts under a judge, as published: windows of 1024 tokens that move by 512."""
-
-    def _info(self) -> evaluate.EvaluationModuleInfo:
-        return evaluate.EvaluationModuleInfo(
-            description=self.__doc__, citation="", inputs_description=_INPUTS, features=FEATURES
-        )
 
     def _compute(self, predictions: list[Any], **options: Any) -> dict[str, Any]:
         return score_texts(predictions, **options)

@@ -2,23 +2,15 @@
 
 from typing import Any
 
-import evaluate
-
+from bd3lm_hf import metrics
 from bd3lm_hf.evaluation.text_metrics import mean_repetition, repetition
-from bd3lm_hf.metrics import FEATURES, INPUTS, counted
 
 
-class Repetition(evaluate.Measurement):
-    """Share of the n-grams of each text that occurred in it before; None where a text has fewer than n tokens."""
+class Repetition(metrics.TextMeasurement):
+    """Fraction of the n-grams of each text that occurred in it before; None if a text has fewer than n tokens."""
 
-    def _info(self) -> evaluate.EvaluationModuleInfo:
-        return evaluate.EvaluationModuleInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description=INPUTS + "    n: length of the n-grams, by default 4.\n",
-            features=FEATURES,
-        )
+    inputs = metrics.TextMeasurement.inputs + "    n: length of the n-grams, by default 4.\n"
 
     def _compute(self, predictions: list[Any], tokenizer: Any = None, n: int = 4) -> dict[str, Any]:
-        texts = counted(predictions, tokenizer)
+        texts = metrics.split_texts(predictions, tokenizer)
         return {"mean_repetition": mean_repetition(texts, n), "repetitions": [repetition(text, n) for text in texts]}
