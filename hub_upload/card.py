@@ -6,7 +6,6 @@ run is escaped: a card is shown on a web page.
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from bd3lm_hf.argument_parser import printable
+from bd3lm_hf import markdown
 from bd3lm_hf.data.sources import DEFAULT_DATASET, exists, find_spec, looks_like_path
 from bd3lm_hf.run_folder import RECIPE_NAME, RESULTS_NAME, WEIGHTS_NAME
 from bd3lm_hf.yaml_files import read_yaml
@@ -57,7 +56,6 @@ _FACTS = {
     "noise": "noise schedule",
 }
 _MAX_BYTES = 10_000_000  # of a recipe or results file; ours have some kilobytes
-_MARKUP = re.compile(r"([\\`*_\[\]<>|~#&!{}])")
 _METRICS = {"perplexity": "Perplexity", "nll": "Nats per token", "bits_per_byte": "Bits per byte", "loss": "Loss"}
 
 
@@ -215,9 +213,9 @@ def _data(dataset: str | None, hub_dataset: str | None) -> str:
     if dataset is None:
         return "Not recorded in the folder that this model was pushed from."
     if hub_dataset is not None:
-        return f"{_escape(dataset)}: [{_escape(hub_dataset)}](https://huggingface.co/datasets/{quote(hub_dataset)})."
+        return f"{markdown.escape(dataset)}: [{markdown.escape(hub_dataset)}](https://huggingface.co/datasets/{quote(hub_dataset)})."
     if _is_local(dataset):
-        return f"A file or folder of its trainer, {_escape(Path(dataset).name)}, which is not published here."
+        return f"A file or folder of its trainer, {markdown.escape(Path(dataset).name)}, which is not published here."
     return f"`{dataset}`, the text that bd3lm_hf finds in every Python installation."
 
 
@@ -235,7 +233,7 @@ def _evaluation(recipe: dict[str, Any], results: dict[str, Any], dataset: str | 
         rows.append(("unigram model", _number(results["unigram_perplexity"], 2), "", ""))
     scored = _score(results, "after") or _score(results, "before")
     count = f"{_number(scored.get('num_tokens'), 0)} tokens in {_number(scored.get('num_sequences'), 0)} sequences"
-    origin = "held-out text" if dataset is None else f"the held-out split of {_escape(_short(dataset))}"
+    origin = "held-out text" if dataset is None else f"the held-out split of {markdown.escape(_short(dataset))}"
     text = f"On {count} of {origin}, with the estimator `{_estimator(recipe)}`."
     return _table(rows, head=("", "perplexity", "nats per token ± s.e.", "bits per byte")) + f"\n\n{text}"
 
@@ -246,7 +244,7 @@ def _score(results: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _estimator(recipe: dict[str, Any]) -> str:
-    return _escape(recipe.get("final_estimator") or recipe.get("eval_estimator") or "stratified")
+    return markdown.escape(recipe.get("final_estimator") or recipe.get("eval_estimator") or "stratified")
 
 
 def _short(dataset: str) -> str:
@@ -290,17 +288,7 @@ def _window(config: Any) -> str:
 
 
 def _table(rows: Sequence[tuple[Any, ...]], head: Sequence[str] | None = None) -> str:
-    width = len(rows[0])
-    lines = [tuple(head or ("",) * width), ("---",) * width, *(tuple(map(_escape, row)) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _escape(value: Any) -> str:
-    """Return a value as one line of Markdown without markup; a long one is cut."""
-    text = " ".join(str(value).split())
-    text = printable(text if len(text) <= 200 else f"{text[:200]}...")
-    # Numbers and plain words stay readable in the source of the card.
-    return text if re.fullmatch(r"[\w .,:/+()±%-]*", text) and "__" not in text else _MARKUP.sub(r"\\\1", text)
+    return markdown.table(head or [""] * len(rows[0]), [[markdown.escape(cell) for cell in row] for row in rows])
 
 
 __all__ = ["TEMPLATE", "make_card"]

@@ -68,6 +68,8 @@ class ComparedModel(NamedTuple):
     forwards_per_token: float  # of a text that is generated alone
     batch_forwards_per_token: float  # of its batch, which ends with its slowest row
     seconds_per_token: float  # in batches
+    dataset: str = ""  # of the perplexity, with its split
+    estimator: str = ""
 
 
 def read_plan(argv: Sequence[str]) -> Plan:
@@ -153,6 +155,8 @@ def compare_models(plan: Plan) -> list[ComparedModel]:
                 forwards_per_token=written.forwards_per_token,
                 batch_forwards_per_token=written.batch_forwards_per_token,
                 seconds_per_token=written.seconds_per_token,
+                dataset=result.get("held_out", ""),
+                estimator=result.get("estimator", ""),
             )
         )
         # After every model, so that a comparison that is stopped keeps what it has.
@@ -266,9 +270,10 @@ def comparison_table(rows: Sequence[ComparedModel]) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     seeds = len({row.seed for row in rows})
     tokens = ", ".join(f"{n:,}" for n in sorted({row.training_tokens for row in rows}))
+    scored = "; ".join(dict.fromkeys(f"{row.dataset}, {row.estimator}" for row in rows))
     lines.append(
-        f"\n{tokens} training tokens, {seeds} seed{'s' if seeds > 1 else ''}; `<=` marks an upper bound, "
-        "`none` a model without a likelihood."
+        f"\nHeld-out text: {scored}. {tokens} training tokens, {seeds} seed{'s' if seeds > 1 else ''}; `<=` marks an "
+        "upper bound, `none` a model without a likelihood."
     )
     return "\n".join(lines)
 

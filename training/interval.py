@@ -24,7 +24,7 @@ from bd3lm_hf.checkpoints import NotFiniteError
 from bd3lm_hf.evaluation.perplexity import batch_of
 from bd3lm_hf.modeling.configuration_bd3lm import SAMPLING_EPS
 from bd3lm_hf.modeling.noise_bd3lm import check_interval
-from bd3lm_hf.reports.plotting import draw_interval_search
+from bd3lm_hf.reports.training_figures import draw_interval_search
 from bd3lm_hf.run_folder import SEARCH_NAME
 from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.training.loss_moments import BlockMoments, HeldOut, Interval, PassPerInterval, SharedDraws, held_out

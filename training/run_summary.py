@@ -18,7 +18,7 @@ import bd3lm_hf
 from bd3lm_hf.data.streaming import PackedStream
 from bd3lm_hf.evaluation.perplexity import HeldOutLoss, Perplexity
 from bd3lm_hf.output_files import write_atomically
-from bd3lm_hf.reports.plotting import write_training_curve
+from bd3lm_hf.reports.training_figures import write_training_curve
 from bd3lm_hf.run_folder import RESULTS_NAME
 from bd3lm_hf.training.arguments import DataArguments
 from bd3lm_hf.training.command_line import RunArguments
@@ -45,6 +45,8 @@ class TrainResult:
     steps: int
     seed: int
     losses: list[dict[str, float]] = field(default_factory=list)  # the trainer's log
+    held_out: str = ""  # dataset and split of the scores
+    estimator: str = ""  # what the scores are: the likelihood itself, its bound, or an estimate of the bound
     before: Perplexity | HeldOutLoss | None = None
     after: Perplexity | HeldOutLoss | None = None
     unigram_perplexity: float | None = None
@@ -65,7 +67,6 @@ def summary_at_start(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     length = model.config.model_length
     batch = trainer.get_total_train_batch_size(training)
-    held_out = data.validation_dataset or f"{data.dataset} (validation split)"
     precision = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
     if training.max_steps > 0:
         steps = training.max_steps
@@ -78,7 +79,7 @@ def summary_at_start(
         "model": f"{model.config.model_type}, {parameters:,} parameters"
         + ("" if trained == parameters else f", {trained:,} of them trained"),
         "text": f"{data.dataset}: {_describe_training(sequences.train, length)}",
-        "held out": f"{len(sequences.validation):,} sequences of {held_out}",
+        "held out": f"{len(sequences.validation):,} sequences of {held_out_text(data)}",
         "steps": f"{steps:,} of {batch:,} sequences ({batch * length:,} tokens)",
         "device": f"{training.device}, {precision}, {training.world_size} process(es)",
         "from": start,
@@ -90,6 +91,11 @@ def summary_at_start(
             f"guess: name more text with --validation_dataset."
         )
     return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
+
+
+def held_out_text(data: DataArguments) -> str:
+    """Return the dataset and the split of the held-out text."""
+    return data.validation_dataset or f"{data.dataset} (validation split)"
 
 
 def _describe_training(rows: Any, length: int) -> str:
@@ -148,7 +154,7 @@ def _training_seconds(trainer: BD3LMTrainer, sequences: TrainingSequences) -> fl
 # At the end
 
 
-def report(result: TrainResult, estimator: str, data: DataArguments) -> None:
+def report(result: TrainResult) -> None:
     """Write `results.json` and the curve, and print the table and a sample."""
     result.versions = {module.__name__: module.__version__ for module in (bd3lm_hf, torch, transformers, accelerate)}
     content = asdict(result)
@@ -157,19 +163,15 @@ def report(result: TrainResult, estimator: str, data: DataArguments) -> None:
         content[name] = None if score is None else score._asdict()
     folder = Path(result.output_dir)
     write_atomically(folder / RESULTS_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    write_training_curve(result.losses, folder, title=folder.name)
-    print(table(result, f"{estimator}, held-out text of {data.validation_dataset or data.dataset}"))
+    write_training_curve(result.losses, folder, title=f"{folder.name}: {result.held_out}", results=content)
+    print(table(result))
     if result.text is not None:
         print(f"\nText from the saved folder:\n{result.text}")
     print(f"\n{result.steps} steps in {result.seconds:.0f} s. Model, code and tokenizer are in {result.output_dir}")
 
 
-def table(result: TrainResult, caption: str) -> str:
-    """Return the held-out perplexity before and after training next to the unigram baseline; or the loss.
-
-    Args:
-        caption: the estimator and the text that the numbers belong to.
-    """
+def table(result: TrainResult) -> str:
+    """Return the held-out perplexity before and after training next to the unigram baseline; or the loss."""
     if isinstance(result.after, HeldOutLoss):
         return _table_of_losses(result)
     rows = [("held-out text", "perplexity", "bits/byte", "nll +- s.e.", "sequences")]
@@ -181,7 +183,7 @@ def table(result: TrainResult, caption: str) -> str:
     if result.unigram_perplexity is not None:
         rows.append(("unigram baseline", f"{result.unigram_perplexity:.1f}", "", "", ""))
     lines = [f"{name:<18}{ppl:>12}{bits:>12}{nll:>18}{count:>12}".rstrip() for name, ppl, bits, nll, count in rows]
-    return "\n".join([*lines, f"({caption})"])
+    return "\n".join([*lines, f"({result.estimator}; {result.held_out})"])
 
 
 def _with_error(value: float, error: float) -> str:
@@ -200,4 +202,4 @@ def _table_of_losses(result: TrainResult) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["TrainResult", "report", "score_before", "summary_at_start", "table"]
+__all__ = ["TrainResult", "held_out_text", "report", "score_before", "summary_at_start", "table"]

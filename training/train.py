@@ -33,6 +33,7 @@ from bd3lm_hf.adapt import is_adaptable
 from bd3lm_hf.checkpoints import adapter_base, add_adapters, read_config
 from bd3lm_hf.data.streaming import PackedStream
 from bd3lm_hf.evaluation.perplexity import scored_token_ids, unigram_perplexity
+from bd3lm_hf.evaluation.results import describe_estimator
 from bd3lm_hf.run_folder import (
     RECIPE_NAME,
     RESULTS_NAME,
@@ -52,7 +53,7 @@ from bd3lm_hf.training.command_line import RunArguments, parse_arguments, write_
 from bd3lm_hf.training.initial_model import check_shape, start_around, start_from
 from bd3lm_hf.training.inputs import TrainingSequences, load_documents, make_sequences, make_tokenizer
 from bd3lm_hf.training.interval import PLOT_NAME, SEARCH_NAME
-from bd3lm_hf.training.run_summary import TrainResult, report, score_before, summary_at_start
+from bd3lm_hf.training.run_summary import TrainResult, held_out_text, report, score_before, summary_at_start
 from bd3lm_hf.training.trainer import BD3LMTrainer
 
 
@@ -128,6 +129,10 @@ def _run(arguments: RunArguments) -> TrainResult:
         steps=trainer.state.global_step,
         seed=training.seed,
         losses=trainer.state.log_history,
+        held_out=held_out_text(arguments.data),
+        estimator=describe_estimator(estimator, training.eval_num_samples, bound=not model.exact_likelihood)
+        if model.has_likelihood
+        else "training loss",
         before=before,
         after=after,
         unigram_perplexity=unigram,
@@ -136,7 +141,7 @@ def _run(arguments: RunArguments) -> TrainResult:
         if training.sample_tokens:
             result.text = text_from_folder(training)
         result.seconds = time.perf_counter() - started
-        report(result, estimator, arguments.data)
+        report(result)
     if training.push_to_hub:
         trainer.push_to_hub()  # with the results in its card
     end(trainer)

@@ -30,6 +30,7 @@ from bd3lm_hf.evaluation.results import (
     check_outputs,
     config_identity,
     data_identity,
+    describe_estimator,
     digest,
     library_versions,
     markdown,
@@ -333,12 +334,7 @@ def _score(
 
 def _table(score: Perplexity, about: Mapping[str, Any]) -> str:
     """Return the lines that describe one result: each number with what it is a number of."""
-    kind = "upper bound" if about["bound"] else "exact likelihood"
-    if about["bound"] and about["estimator"] != "exact":
-        count = about["num_samples"] or 1
-        kind += f", {about['estimator']} estimate with {count} noise sample{'s' if count > 1 else ''}"
-    elif about["bound"]:
-        kind += ", exact"
+    kind = describe_estimator(about["estimator"], about["num_samples"], bound=about["bound"])
     rows = [
         ("perplexity", f"{score.perplexity:.4f} ({kind})"),
         ("nats per token", f"{score.nll:.5f} +- {score.standard_error:.5f}"),

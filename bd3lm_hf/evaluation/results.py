@@ -25,6 +25,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 import bd3lm_hf
 from bd3lm_hf.evaluation.perplexity import Batch, Protocol, SequenceScore, batches_of, score_batch
+from bd3lm_hf.markdown import escape, table
 from bd3lm_hf.output_files import check_output_file, is_json_with, write_atomically
 from bd3lm_hf.progress import ProgressReport
 
@@ -322,22 +323,23 @@ FIELDS = (
 
 #: Columns of a markdown table: the title, and the cell of a result.
 _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
-    "model": lambda row: Path(row["model"]).name,
-    "dataset": lambda row: f"{row['dataset']} ({row['split']})",
-    "estimator": lambda row: _estimator(row),
+    "model": lambda row: escape(Path(row["model"]).name),
+    "dataset": lambda row: escape(f"{row['dataset']} ({row['split']} split)"),
+    "estimator": lambda row: escape(describe_estimator(row["estimator"], row["num_samples"], bound=row["bound"])),
     "perplexity": lambda row: f"{'&le; ' if row['bound'] else ''}{_number(row['perplexity'], 2)}",
     "nats per token": lambda row: f"{_number(row['nll'], 4)} &plusmn; {_number(row['standard_error'], 4)}",
     "bits per token": lambda row: _number(row["bits_per_token"], 4),
     "bits per byte": lambda row: _number(row["bits_per_byte"], 4),
-    "tokens": lambda row: str(row["num_tokens"]),
-    "seed": lambda row: str(row["seed"]),
+    "sequences": lambda row: escape(row["num_sequences"]),
+    "tokens": lambda row: escape(row["num_tokens"]),
+    "seed": lambda row: escape(row["seed"]),
     "seconds": lambda row: _number(row["seconds"], 1),
 }
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a table in which a perplexity that is an upper bound is marked so."""
-    return "\n".join([*_head(), *map(_row, rows)])
+    return table(list(_COLUMNS), [[cell(row) for cell in _COLUMNS.values()] for row in rows])
 
 
 def check_outputs(paths: Sequence[Path], *, overwrite: bool = False) -> None:
@@ -399,8 +401,11 @@ def _append_markdown(path: Path, rows: Sequence[Mapping[str, Any]], suite: str |
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     # Rows join the table that ends the file; after anything else a table begins.
     last = next((number for number in reversed(range(len(lines))) if not lines[number].startswith("|")), -1)
-    joins = lines[last + 1 : last + 3] == _head()
-    added = [*([] if joins else [*([""] if lines else []), *_head()]), *map(_row, rows)]
+    head, added = markdown([]).splitlines(), markdown(rows).splitlines()
+    if lines[last + 1 : last + 3] == head:
+        added = added[len(head) :]
+    elif lines:
+        added = ["", *added]
     with path.open("a", encoding="utf-8") as file:
         file.write("\n".join(added) + "\n")
 
@@ -408,17 +413,14 @@ def _append_markdown(path: Path, rows: Sequence[Mapping[str, Any]], suite: str |
 _WRITERS = {".json": _write_json, ".csv": _append_csv, ".md": _append_markdown}
 
 
-def _head() -> list[str]:
-    return ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-
-
-def _row(result: Mapping[str, Any]) -> str:
-    return "| " + " | ".join(cell(result).replace("|", "/") for cell in _COLUMNS.values()) + " |"
-
-
-def _estimator(row: Mapping[str, Any]) -> str:
-    count = row["num_samples"]
-    return str(row["estimator"]) if count is None or count == 1 else f"{row['estimator']}, {count} samples"
+def describe_estimator(name: Any, num_samples: Any, *, bound: bool) -> str:
+    """Return what a score is: the likelihood itself, its bound, or an estimate of the bound from noise samples."""
+    if not bound:
+        return "exact likelihood"
+    if name == "exact":
+        return "exact bound"
+    samples = "1 noise sample" if num_samples in (None, 1) else f"{num_samples} noise samples"
+    return f"{name} estimate of the bound, {samples}"
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -437,6 +439,7 @@ __all__ = [
     "check_outputs",
     "config_identity",
     "data_identity",
+    "describe_estimator",
     "digest",
     "library_versions",
     "markdown",

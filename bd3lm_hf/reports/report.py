@@ -1,27 +1,20 @@
-"""`bd3lm report`: one page and pictures of what runs and evaluations left behind, for a reader who did not see them.
+"""`bd3lm report`: write a page and pictures of the results of runs and evaluations.
 
 bd3lm report RUN... [--output report.html]
 
 RUN is the folder of a training run, finished or not; a folder that holds runs or results; or a result file: of eval,
-quality or compare (.json), or samples (.jsonl). The page needs nothing else, and lies beside its figures as PNG.
+quality or compare (.json), or samples (.jsonl). The page needs no other file; its figures are also written as PNG.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from bd3lm_hf.output_files import begins_with, check_output_file, write_atomically
-from bd3lm_hf.reports.plotting import (
-    Figure,
-    as_png,
-    check_matplotlib,
-    curves,
-    intervals,
-    speed_quality_figure,
-    variances,
-)
+from bd3lm_hf.reports.plotting import Figure, as_png, check_matplotlib, speed_quality_figure
 from bd3lm_hf.reports.report_html import page
 from bd3lm_hf.reports.reports_cli import report_parser
 from bd3lm_hf.reports.run_reader import Material, read_material
+from bd3lm_hf.reports.training_figures import curves, intervals, variances
 
 
 def write_report(paths: Sequence[Path], output: Path, *, overwrite: bool = False) -> list[Path]:
@@ -33,8 +26,8 @@ def write_report(paths: Sequence[Path], output: Path, *, overwrite: bool = False
         The files, the page first.
 
     Raises:
-        ValueError: an output that cannot be written, no matplotlib, or files that cannot be read: see
-            `read_material`.
+        ValueError: if the output cannot be written, matplotlib is missing, or a file cannot be read (see
+            `read_material`).
     """
     is_ours = begins_with(b'<meta name="generator" content="bd3lm_hf')
     check_output_file(output, "--output", is_ours=is_ours, overwrite=overwrite)
@@ -76,7 +69,7 @@ def _render_named(paths: Sequence[Path]) -> tuple[str, dict[str, list[Figure]]]:
 
 
 def draw(material: Material) -> dict[str, list[Figure]]:
-    """Every figure that there are numbers for, by section of the page."""
+    """Return every figure that there are numbers for, by section of the page."""
     noise = [intervals(material.runs), *(variances(run, n) for n, run in enumerate(material.runs, start=1))]
     samplers = [speed_quality_figure(named, number) for number, named in enumerate(material.qualities, start=1)]
     return {
@@ -90,12 +83,12 @@ def main(argv: Sequence[str]) -> None:
     """Read the command line and write the report.
 
     Raises:
-        ValueError: anything wrong with the arguments or the files.
+        ValueError: if an argument or a file is wrong.
     """
     arguments = report_parser().parse_args(argv)
     written = write_report(arguments.runs, arguments.output, overwrite=arguments.overwrite)
     count = len(written) - 1
-    print(f"{written[0]}, and {count} figure{'' if count == 1 else 's'} as {written[0].stem}-*.png beside it")
+    print(f"{written[0]}, and {count} figure{'' if count == 1 else 's'} as {written[0].stem}-*.png")
 
 
 __all__ = ["draw", "main", "write_report"]

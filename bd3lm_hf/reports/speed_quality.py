@@ -185,7 +185,8 @@ def plot_speed_quality(points: Sequence[Point], path: Path, *, judge: str) -> No
         ValueError: if matplotlib is not installed.
     """
     check_matplotlib()
-    drawing = draw_speed_quality([point._asdict() for point in points], judge, "speed and quality of the samplers")
+    title = f"quality over speed: {len(points[0].scores)} samples per setting"
+    drawing = draw_speed_quality([point._asdict() for point in points], judge, title)
     kind = path.suffix.lower().removeprefix(".")
     content = io.BytesIO()
     # The author, by which the command recognises its own file.
@@ -237,7 +238,7 @@ def _write_points(arguments: argparse.Namespace, points: Sequence[Point], judge:
     if arguments.output is None:
         return
     rows = [{key: value for key, value in point._asdict().items() if key != "scores"} for point in points]
-    names = ("model", "seed", "dataset", "prompt_tokens", "greedy", *SHARED_FIELDS)
+    names = ("model", "seed", "num_samples", "dataset", "prompt_tokens", "greedy", *SHARED_FIELDS)
     report = {"judge": judge, **{key: getattr(arguments, key) for key in names}, "points": rows}
     write_atomically(arguments.output, json.dumps(report, indent=2) + "\n")
 

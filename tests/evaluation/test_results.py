@@ -26,7 +26,10 @@ RESULT = {
     "seed": 1,
     "seconds": 2.5,
 }
-ROW = "| demo | ptb (validation) | stratified, 4 samples | &le; 54.60 | 4.0000 &plusmn; 0.0100 | 5.7708 | unknown |"
+ROW = (
+    "| demo | ptb (validation split) | stratified estimate of the bound, 4 noise samples | &le; 54.60 "
+    "| 4.0000 &plusmn; 0.0100 | 5.7708 | unknown |"
+)
 
 
 def test_json_holds_the_last_result_and_no_nan(tmp_path):
@@ -70,6 +73,13 @@ def test_markdown_behind_other_text_is_a_new_table(tmp_path):
     write_results(path, [RESULT])
     lines = path.read_text().splitlines()
     assert lines[4:6] == ["| 1 | 2 |", ""] and lines[6].startswith("| model |") and lines[8].startswith(ROW)
+
+
+def test_names_with_markup_stay_text_in_their_cell(tmp_path):
+    harmful = "a|b\n<script>*x*</script> `c` [d](e)"
+    line = markdown([{**RESULT, "model": harmful.replace("/", ":"), "dataset": harmful}]).splitlines()[2]
+    assert line.count(" | ") == len(markdown([]).splitlines()[0].split(" | ")) - 1
+    assert r"a\|b \<script\>\*x\*" in line and r"\[d\](e)" in line
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def config_of(tokenizer, config_class=BD3LMConfig, **fields):
 
 def test_eval_prints_and_writes_what_the_library_computes(run, model_folder, text_file):
     result = run("--estimator", "exact")
-    assert f"{result['perplexity']:.4f}" in result["out"] and "(upper bound, exact)" in result["out"]
+    assert f"{result['perplexity']:.4f}" in result["out"] and "(exact bound)" in result["out"]
     assert result["estimator"] == "exact" and result["split"] == "validation" and result["length"] == 32
     model, tokenizer = loaded(model_folder)
     rows = pack(load_text(str(text_file), split="validation"), tokenizer, length=32)

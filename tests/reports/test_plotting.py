@@ -4,7 +4,8 @@ import json
 import numpy as np
 import pytest
 
-from bd3lm_hf.reports.plotting import Line, draw_lines, draw_speed_quality, write_training_curve
+from bd3lm_hf.reports.plotting import Line, draw_lines, draw_speed_quality
+from bd3lm_hf.reports.training_figures import write_training_curve
 
 
 PNG = b"\x89PNG"

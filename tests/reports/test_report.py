@@ -26,7 +26,14 @@ def write_run(folder, *, perplexity=20.0, text=HARMFUL, dataset="python-docs", m
     for step in (10, 20, 30):
         log.append({"loss": 4 - step / 20, "tokens_per_second": 5000.0 + step, "step": step})
         log.append({"eval_nll": 3.5 - step / 50, "eval_standard_error": 0.1, "step": step})
-    score = {"perplexity": perplexity, "nll": 3.0, "standard_error": 0.1, "bits_per_byte": 1.5, "num_tokens": 4096}
+    score = {
+        "perplexity": perplexity,
+        "nll": 3.0,
+        "standard_error": 0.1,
+        "bits_per_byte": 1.5,
+        "num_tokens": 4096,
+        "num_sequences": 32,
+    }
     results = {"losses": log, "after": score, "unigram_perplexity": 100.0, "text": text, "seed": 7, "steps": 30}
     results |= {"seconds": 12.3, "versions": {"torch": "2.13.0"}}
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
@@ -71,6 +78,7 @@ EVALUATION = {
     "standard_error": 0.01,
     "bits_per_byte": None,
     "num_tokens": 1000,
+    "num_sequences": 50,
     "seed": 3,
     "data_sha256": "0123456789abcdef",
 }
@@ -140,10 +148,15 @@ def reported(tmp_path_factory):
 
 def test_a_page_of_runs_holds_their_numbers_curves_and_samples(reported):
     shown = Page((reported / "report.html").read_text(encoding="utf-8"))
-    scored = ["python-docs", "exact", "≤\xa025.00 ± 2.50", "3.0000 ± 0.1000", "1.5000", "4,096", "100.0", "×\xa04.00"]
+    text = ["python-docs (validation split)", "exact bound"]
+    scored = [*text, "≤\xa025.00 ± 2.50", "3.0000 ± 0.1000", "1.5000", "32", "4,096", "100.0"]
     assert shown.row("two") == ["two", *scored]
     assert shown.row("one")[3] == "★ ≤\xa020.00 ± 2.00"
-    assert "The lowest perplexity on held-out text is at most 20.0 (one), 5.0 times below" in shown.text
+    assert (
+        "The lowest perplexity on held-out text is at most 20.0 (one: exact bound, python-docs (validation split)), "
+        "5.0 times below"
+    ) in shown.text
+    assert "held-out text in training: python-docs (validation split), stratified estimate of the bound" in shown.text
     assert shown.row("learning_rate") == ["learning_rate", "20.0", "25.0"]
     assert "early words" in shown.text
     assert shown.tags.count("svg") == 6  # loss, held-out, speed, interval, and the variances of each run
@@ -158,7 +171,7 @@ def test_a_page_of_runs_holds_their_numbers_curves_and_samples(reported):
 def test_a_perplexity_is_marked_as_a_bound_unless_it_is_exact(tmp_path):
     shown = page_of(write_run(tmp_path / "exact", model_type="ar"))
     assert shown.row("exact")[3] == "20.00 ± 2.00"
-    assert "Its perplexity on held-out text is 20.0 (exact)" in shown.text
+    assert "The perplexity on held-out text is 20.0 (exact: exact likelihood, python-docs" in shown.text
 
 
 def test_the_page_needs_nothing_else_and_no_text_of_a_file_becomes_a_part_of_it(tmp_path):
@@ -179,8 +192,8 @@ def test_two_reports_of_equal_files_are_equal_byte_by_byte(reported, tmp_path):
 
 def test_a_page_of_an_evaluation_has_its_row_and_its_origin(tmp_path):
     shown = page_of(write_json(tmp_path / "eval.json", EVALUATION))
-    told = ["tiny", "wikitext (test)", "stratified, 4 draws", "≤\xa024.50 ± 0.24", "3.2000 ± 0.0100", "–", "1,000"]
-    assert shown.row("tiny") == told
+    text = ["wikitext (test split)", "stratified estimate of the bound, 4 noise samples"]
+    assert shown.row("tiny") == ["tiny", *text, "≤\xa024.50 ± 0.24", "3.2000 ± 0.0100", "50", "1,000"]
     assert shown.row("tiny on wikitext") == ["tiny on wikitext", "3", "0123456789ab"]
     assert "svg" not in shown.tags
 
@@ -208,8 +221,8 @@ def test_quality_comparison_written_texts_and_samples_have_sections(tmp_path):
     )
     row = ["confidence", "confidence_threshold 0.5", "★ 2.50", "36.00 ± 0.72", "3.000"]
     assert shown.row("confidence") == row
-    assert shown.row("a")[2:7] == ["★ 30.00", "★ 20.00", "–", "–", "★ 10.00"]
-    assert shown.row("writer")[:4] == ["writer", "gpt2", "–", "40.00 ± 2.00"]
+    assert shown.row("a")[2:] == ["★ 30.00", "★ 20.00", "★ 10.00"]
+    assert shown.row("writer")[:3] == ["writer", "gpt2", "40.00 ± 2.00"]
     assert "text 11" in shown.text
     assert "text 3\n" not in shown.text
     assert "4 more are not shown." in shown.text
@@ -220,10 +233,7 @@ def test_what_a_run_lacks_is_said_on_the_page(tmp_path):
     run = write_run(tmp_path / "killed")
     (run / "results.json").unlink()
     shown = page_of(run)
-    assert (
-        "killed: results.json is not there: the run is still training, or was stopped; there are no curves yet"
-        in shown.text
-    )
+    assert "killed: results.json is not there" in shown.text
     assert "The interval of mask rates" in shown.text  # what is there is shown
 
 
@@ -237,13 +247,11 @@ def test_losses_that_are_not_finite_and_single_points_are_drawn(tmp_path):
 
 
 def test_the_best_of_each_group_is_marked_and_of_one_alone_none():
-    columns = [Column("name"), Column("value", min, True)]
-    rows = [
-        [Cell(name), Cell(str(value), value, is_number=True)] for name, value in (("a", 2.0), ("b", 1.0), ("c", 0.5))
-    ]
-    shown = Page(table(columns, rows, groups=["x", "x", "y"]))
-    assert shown.rows[1:] == [["a", "2.0"], ["b", "★ 1.0"], ["c", "0.5"]]
-    assert shown.best[-5:] == ["number", "", "number best", "", "number"]
+    records = [{"name": n, "value": v, "group": g} for n, v, g in (("a", 2.0, "x"), ("b", 1.0, "x"), ("c", 0.5, "y"))]
+    columns = [Column("name", "name"), Column("value", "value", ".1f", min), Column("empty", "nothing")]
+    made = table(columns, records, group="group")
+    assert made.columns == [("name", False), ("value", True)]
+    assert [row[1] for row in made.rows] == [Cell("2.0", 2.0), Cell("1.0", 1.0, is_best=True), Cell("0.5", 0.5)]
 
 
 def test_the_colours_of_figures_have_a_twin_for_dark_pages(reported):
@@ -271,7 +279,7 @@ def test_without_matplotlib_one_error_names_the_remedy(tmp_path, monkeypatch):
 def test_the_command_writes_the_page_and_says_where(tmp_path, capsys):
     quality = write_json(tmp_path / "quality.json", QUALITY)
     main([str(quality), "--output", str(tmp_path / "page.html")])
-    assert capsys.readouterr().out == f"{tmp_path / 'page.html'}, and 1 figure as page-*.png beside it\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'page.html'}, and 1 figure as page-*.png\n"
     assert (tmp_path / "page-quality-1.png").read_bytes().startswith(PNG)
 
 

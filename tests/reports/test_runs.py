@@ -31,7 +31,9 @@ def test_a_finished_run_is_read_from_its_results(tmp_path):
     (tmp_path / "interval_search.jsonl").write_text(json.dumps(SEARCH) + "\n", encoding="utf-8")
     run = read_run(tmp_path)
     assert run.series["loss"][1].tolist() == [3.0]
-    assert (run.estimator, run.is_exact, run.missing) == ("stratified, 4 draws", False, [])
+    estimators = {run.estimator(final=final) for final in (False, True)}
+    assert estimators == {"stratified estimate of the bound, 4 noise samples"}
+    assert (run.held_out, run.is_exact, run.missing) == ("python-docs (validation split)", False, [])
     assert run.searches == [SEARCH]
     assert [sample.text for sample in run.samples] == ["the end"]
 
@@ -75,24 +77,11 @@ def test_a_run_that_still_trains_shows_its_last_checkpoint(tmp_path):
     assert run.missing == [absent, "the curves reach to checkpoint-10"]
 
 
-def test_a_run_without_results_and_checkpoints_shows_its_curve_file(tmp_path):
-    content = {"loss": {"steps": [5, 10], "values": [4.0, 3.0]}}
-    (tmp_path / "training_curve.json").write_text(json.dumps(content), encoding="utf-8")
-    run = read_run(tmp_path)
-    assert run.series["loss"][1].tolist() == [4.0, 3.0]
-    assert run.missing == ["results.json is not there: the run is still training, or was stopped"]
-
-
-def test_what_is_half_written_is_left_out_and_named(tmp_path):
-    (tmp_path / "results.json").write_text('{"losses": [{"loss": 3.0', encoding="utf-8")
+def test_a_search_that_is_being_written_is_left_out_and_missing_results_are_named(tmp_path):
     (tmp_path / "interval_search.jsonl").write_text(json.dumps(SEARCH) + '\n{"step": 20, "int', encoding="utf-8")
     run = read_run(tmp_path)
     assert run.searches == [SEARCH]
-    assert run.missing == [
-        "results.json is half-written",
-        "there are no curves yet: it has saved no checkpoint",
-        "the last line of interval_search.jsonl is half-written",
-    ]
+    assert len(run.missing) == 2 and run.missing[0].startswith("results.json is not there")
 
 
 def test_a_folder_of_runs_and_results_is_all_of_them(tmp_path):
@@ -119,10 +108,10 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("results.json", '{"steps": 3,\n "losses": oops}', r"results.json, line 2: this is no JSON"),
-        ("results.json", '{"steps": {}\n "seed": 3}', r"results.json, line 2: this is no JSON"),
-        ("interval_search.jsonl", '{"step": 1}\n{"step"\n{}\n', r"interval_search.jsonl, line 2: this is no JSON"),
-        ("interval_search.jsonl", '{"step": 1}\n3\n', r"interval_search.jsonl, line 2: a JSON object is expected"),
+        ("results.json", '{"steps": 3,\n "losses": oops}', r"results.json, line 2: this is not JSON"),
+        ("results.json", '{"steps": {}\n "seed": 3}', r"results.json, line 2: this is not JSON"),
+        ("interval_search.jsonl", '{"step": 1}\n{"step"\n{}\n', r"interval_search.jsonl, line 2: this is not JSON"),
+        ("interval_search.jsonl", '{"step": 1}\n3\n', r"interval_search.jsonl, line 2: expected a JSON object"),
         ("recipe.yaml", "seed: 1\nmodel: [3\n", r"recipe.yaml, line 3"),
     ],
 )
@@ -143,10 +132,10 @@ def test_nothing_to_report_on_is_refused(tmp_path):
         read_material([])
     with pytest.raises(ValueError, match="nowhere: there is no such file or folder"):
         read_material([tmp_path / "nowhere"])
-    with pytest.raises(ValueError, match=r"is no run: it has none of recipe\.yaml, results\.json, training_curve"):
+    with pytest.raises(ValueError, match=r"is not a run.*recipe\.yaml, results\.json"):
         read_material([tmp_path])
     (tmp_path / "config.json").write_text('{"model_type": "bd3lm"}', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"config\.json is no result that a report knows"):
+    with pytest.raises(ValueError, match=r"config\.json is not a result file"):
         read_material([tmp_path / "config.json"])
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"prompts\.jsonl holds no samples"):

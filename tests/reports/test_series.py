@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bd3lm_hf.reports.run_reader import series_of, smoothed
+from bd3lm_hf.reports.metric_history import series_of, smoothed
 
 
 def test_a_step_that_was_logged_twice_counts_once():

@@ -92,7 +92,7 @@ def test_a_run_reports_losses_and_says_that_there_is_no_perplexity(trained):
     assert not any("ppl" in name or "nll" in name or "bits" in name for entry in result.losses for name in entry)
     written = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert written["after"]["loss"] == result.after.loss and "perplexity" not in written["after"]
-    printed = table(result, "caption")
+    printed = table(result)
     assert f"{result.after.loss:.3f} +- {result.after.standard_error:.3f}" in printed
     assert "No perplexity" in printed
     assert "--- sample at step 30 ---\nEvery" in (folder / "samples.txt").read_text(encoding="utf-8")
