@@ -1,9 +1,12 @@
 # `make` shows the targets. Each makes its own environment first, from the exact pins in constraints.txt.
 #   make test PYTHON=python3.12 VENV=.venv-3.12     another interpreter (3.11 or newer), beside the first
-#   make test PYTEST_ARGS="-k noise -x"             any pytest argument
+#   make test PYTEST_ARGS="-n 0 -x tests/data"      any pytest argument; -n 0: in this process, without workers
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# A worker per CPU, of one thread each. `worksteal` keeps the tests of a file together, for the sake of shared fixtures,
+# until a worker has nothing left to do.
+PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -17,6 +20,7 @@ SOURCE := $(CACHE)/transformers-source
 
 # Waiting threads sleep instead of spinning, which is slow and erratic on a busy machine (see BENCHMARKS.md).
 export OMP_WAIT_POLICY ?= PASSIVE
+test test-slow test-oldest: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow test-oldest gpu-check check clean
@@ -37,14 +41,14 @@ demo: $(READY) ## train, score and write text on this machine, in minutes, witho
 	$(BIN)/python training/train.py training/recipes/demo.yaml
 
 test: $(READY) ## the quick tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 test-slow: $(READY) ## the slow tests: three ways of installing, transformers' common model tests, ...
 	@$(MAKE) --no-print-directory $(SOURCE)/.ready || echo "transformers' tests could not be had; theirs will fail below"
 	BD3LM_TRANSFORMERS_SOURCE=$(abspath $(SOURCE)) $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 test-oldest: $(OLDEST)/.ready ## the core suite with the oldest supported transformers, in an environment of its own
-	$(OLDEST)/bin/python -m pytest tests/modeling tests/training/test_trainer.py tests/test_auto_classes.py \
+	$(OLDEST)/bin/python $(PYTEST) tests/modeling tests/training/test_trainer.py tests/test_auto_classes.py \
 		tests/test_private_api.py $(PYTEST_ARGS)
 
 $(OLDEST)/.ready: constraints.txt setup.cfg
