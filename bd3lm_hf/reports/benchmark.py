@@ -123,7 +123,8 @@ def batch_gain(model: PreTrainedModel, new_tokens: int, batch_size: int, repeats
 def peak_memory(name: str, length: int) -> float:
     """Peak resident memory in GB (10^9 bytes) of a fresh process that takes two training steps."""
     code = (
-        f"from bd3lm_hf import benchmark as b; import torch; torch.set_num_threads({torch.get_num_threads()}); "
+        f"import torch; torch.set_num_threads({torch.get_num_threads()}); "
+        "from bd3lm_hf.reports import benchmark as b; "
         f"m = b.build({name!r}); [b.training_step(m, {length}) for _ in range(2)]; print(b.peak_of_process())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,6 +1,6 @@
 """The benchmark measures what it says."""
 
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,11 +8,20 @@ import torch
 from bd3lm_hf.reports import benchmark
 
 
-def test_the_ratio_is_our_time_over_the_rivals():
-    result = benchmark.compare_times(lambda: time.sleep(0.04), lambda: time.sleep(0.01), repeats=3)
-    assert 1.5 < result.ratio < 5.0
-    assert result.spread[0] <= result.ratio <= result.spread[1]
-    assert result.ours > result.rival
+@pytest.fixture
+def sleep(monkeypatch):
+    """A function that lets the seconds of the benchmark's clock pass."""
+    now = [0.0]
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return lambda seconds: now.append(now.pop() + seconds)
+
+
+def test_the_ratio_is_our_time_over_the_rivals(sleep):
+    seconds = iter([5.0, 5.0, 1.0, 1.0, 1.0, 3.0, 1.0, 2.0])
+    task = lambda: sleep(next(seconds))  # noqa: E731
+    result = benchmark.compare_times(task, task, repeats=3)
+    assert (result.ours, result.rival, result.ratio) == (2.0, 1.0, 2.0)
+    assert result.spread == (1.0, 3.0)
 
 
 def test_both_tasks_run_and_leave_no_gradient(tiny_model):
@@ -28,10 +37,10 @@ def test_both_tasks_run_and_leave_no_gradient(tiny_model):
     benchmark.generation(tiny_model, 5, batch_size=3)
 
 
-def test_the_gain_of_a_batch_is_in_tokens_per_second(monkeypatch):
+def test_the_gain_of_a_batch_is_in_tokens_per_second(monkeypatch, sleep):
     # A batch of 8 that takes as long as 2 texts writes 4 times as many tokens per second.
-    monkeypatch.setattr(benchmark, "generation", lambda model, count, size=1: time.sleep(0.02 if size == 1 else 0.04))
-    assert 3.0 < benchmark.batch_gain(None, 64, 8, repeats=3) < 5.0
+    monkeypatch.setattr(benchmark, "generation", lambda model, count, size=1: sleep(1 if size == 1 else 2))
+    assert benchmark.batch_gain(None, 64, 8, repeats=3) == 4.0
 
 
 def test_all_figures_stand_in_one_table(monkeypatch, tiny_model, capsys):
@@ -54,6 +63,20 @@ def test_all_figures_stand_in_one_table(monkeypatch, tiny_model, capsys):
         "peak memory of training, 2 x 8, GB",
     ]
     assert {line.count("|") for line in lines[1:]} == {6}
+
+
+def test_peak_memory_is_that_of_two_training_steps(monkeypatch, tiny_model, capsys):
+    steps = []
+
+    def run(command, **options):
+        exec(command[-1], {})  # else in a process of its own
+        return SimpleNamespace(stdout=capsys.readouterr().out)
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    monkeypatch.setattr(benchmark, "build", {"bd3lm": tiny_model}.get)
+    monkeypatch.setattr(benchmark, "training_step", lambda model, length: steps.append((model, length)))
+    assert benchmark.peak_memory("bd3lm", 8) == pytest.approx(benchmark.peak_of_process(), rel=0.1)
+    assert steps == [(tiny_model, 8)] * 2
 
 
 def test_peak_memory_counts_bytes():
