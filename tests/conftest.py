@@ -21,7 +21,7 @@ for _name, _value in {
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, set_seed
 from transformers.utils import logging
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
@@ -29,6 +29,17 @@ from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 
 # Models this small gain nothing from a second thread, and wait long for it on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    set_seed(0)  # for fixtures
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    set_seed(0)  # so that a test draws the same numbers alone, among others and in any worker
+
 
 SENTENCES = (
     "A block is written from noise, token by token, and then it is never touched again.",
@@ -82,6 +93,13 @@ def tiny_model(tiny_config, randomize):
     from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 
     return randomize(BD3LMForMaskedLM(tiny_config)).eval()
+
+
+@pytest.fixture
+def interpreted():
+    """Flex attention without its kernel, whose compilation takes seconds for every shape."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @pytest.fixture

@@ -25,11 +25,6 @@ IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention"]
 LENGTHS = [1, 3, 4, 7, 32, 45]
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 8 queries, so that short sequences have several."""
@@ -74,24 +69,16 @@ def dense(tiles: tuple[Tile, ...], rows: int, queries: int, keys: int) -> torch.
 
 
 def rule(attention_mask: torch.Tensor, block_size: int, num_noise_samples: int) -> torch.Tensor:
-    """The published rule, one pair of tokens at a time, over `[x_0 ; x_t ; x_t ; ...]`; padding sees nothing."""
-    rows, length = attention_mask.shape
-    allowed = torch.zeros(rows, (1 + num_noise_samples) * length, (1 + num_noise_samples) * length, dtype=torch.bool)
-    for row in range(rows):
-        real = attention_mask[row].nonzero().flatten().tolist()
-        block = {place: number // block_size for number, place in enumerate(real)}
-        for stream_q in range(1 + num_noise_samples):
-            for stream_k in range(1 + num_noise_samples):
-                for q in real:
-                    for k in real:
-                        if stream_q == stream_k == 0:
-                            seen = block[q] >= block[k]
-                        elif stream_k == 0:
-                            seen = block[q] > block[k]
-                        else:
-                            seen = stream_q == stream_k and block[q] == block[k]
-                        allowed[row, stream_q * length + q, stream_k * length + k] = seen
-    return allowed
+    """The published rule over `[x_0 ; x_t ; x_t ; ...]`, from the blocks of two tokens; padding sees nothing."""
+    real = attention_mask.bool()
+    block = (real.long().cumsum(1) - 1) // block_size
+    earlier, own = block[:, :, None] > block[:, None, :], block[:, :, None] == block[:, None, :]
+    streams = range(num_noise_samples)
+    clean = [earlier | own, *(torch.zeros_like(own) for _ in streams)]
+    noisy = [[earlier, *(own & (other == stream) for other in streams)] for stream in streams]
+    allowed = torch.cat([torch.cat(row, dim=2) for row in (clean, *noisy)], dim=1)
+    real = real.repeat(1, 1 + num_noise_samples)
+    return allowed & real[:, :, None] & real[:, None, :]
 
 
 # --- Plans equal the rule --------------------------------------------------------------------------------------------
@@ -141,22 +128,15 @@ def test_the_block_causal_plan_equals_the_rule_behind_any_cache(implementation, 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("block_size, length", [(4, 301), (128, 256), (256, 600), (100, 450)])
-def test_plans_of_the_real_tile_size_equal_the_rule(implementation, block_size, length):
-    # The rule as a tensor expression: these lengths are too long for a loop over pairs.
-    mask = torch.ones(2, length, dtype=torch.long)
-    mask[0, :37] = 0
-    for given in (None, mask):
-        layout = token_layout(given, length, block_size, device=CPU)
-        plan = two_stream_plan(layout, block_size, implementation=implementation, dtype=torch.float32)
-        rows = 1 if given is None else 2
-        real = torch.ones(1, length, dtype=torch.bool) if given is None else given.bool()
-        block = (real.long().cumsum(1) - 1) // block_size
-        earlier, own = block[:, :, None] > block[:, None, :], block[:, :, None] == block[:, None, :]
-        top = torch.cat([earlier | own, torch.zeros_like(own)], dim=2)
-        expected = torch.cat([top, torch.cat([earlier, own], dim=2)], dim=1)
-        expected &= torch.cat([real, real], dim=1)[:, None, :]
-        both = torch.cat([real, real], dim=1)
-        assert torch.equal(dense(plan.tiles, rows, 2 * length, 2 * length)[both], expected[both])
+@pytest.mark.parametrize("padded", [False, True])
+def test_plans_of_the_real_tile_size_equal_the_rule(implementation, block_size, length, padded):
+    given = torch.ones(2, length, dtype=torch.long)
+    given[0, : 37 * padded] = 0
+    layout = token_layout(given if padded else None, length, block_size, device=CPU)
+    plan = two_stream_plan(layout, block_size, implementation=implementation, dtype=torch.float32)
+    real = given.bool().repeat(1, 2)
+    allowed = dense(plan.tiles, 2, 2 * length, 2 * length)
+    assert torch.equal(allowed[real], rule(given, block_size, 1)[real])
 
 
 def test_padding_on_either_side_leaves_positions_and_blocks_as_if_the_row_stood_alone():
@@ -242,7 +222,7 @@ def doubled_logits(model: BD3LMForMaskedLM, x_t: torch.Tensor, x_0: torch.Tensor
     "implementation, length",
     [(name, length) for name in ("eager", "sdpa") for length in (4, 7, 32, 45)] + [("flex_attention", 45)],
 )
-def test_two_streams_equal_the_doubled_sequence(tiny_model, implementation, length, small_tiles):
+def test_two_streams_equal_the_doubled_sequence(tiny_model, implementation, length, small_tiles, interpreted):
     x_0 = random_ids(2, length)
     x_t = some_masked(x_0)
     tiny_model.set_attn_implementation(implementation)
@@ -263,7 +243,7 @@ def test_two_streams_equal_the_doubled_sequence_at_other_block_sizes(tiny_model,
 
 @pytest.mark.parametrize("length", [7, 32])
 @pytest.mark.parametrize("padded", [False, True])
-def test_sdpa_and_flex_equal_eager(tiny_model, length, padded, small_tiles):
+def test_sdpa_and_flex_equal_eager(tiny_model, length, padded, small_tiles, interpreted):
     x_0, mask = random_ids(3, length), padded_mask(length)
     x_t = some_masked(x_0)
     arguments = {"attention_mask": mask} if padded else {}
@@ -404,7 +384,9 @@ def test_the_content_of_padding_changes_nothing(tiny_model, implementation, smal
     "implementation, pad", [(name, pad) for name in ("eager", "sdpa") for pad in (1, 4, 6)] + [("flex_attention", 6)]
 )
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_row_gives_the_logits_of_the_row_alone(tiny_model, implementation, side, pad, small_tiles):
+def test_a_padded_row_gives_the_logits_of_the_row_alone(
+    tiny_model, implementation, side, pad, small_tiles, interpreted
+):
     tiny_model.set_attn_implementation(implementation)
     length = 13
     x_0 = random_ids(2, length)
@@ -532,7 +514,7 @@ def test_attentions_are_whole_matrices_whose_rows_sum_to_one(tiny_model):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
-def test_packed_documents_have_the_logits_of_each_alone(tiny_model, attention):
+def test_packed_documents_have_the_logits_of_each_alone(tiny_model, attention, interpreted):
     tiny_model.set_attn_implementation(attention)
     ids, clean = torch.randint(3, 47, (2, 13)), torch.randint(3, 47, (2, 13))
     packed = torch.tensor([[*range(6), *range(7)]])

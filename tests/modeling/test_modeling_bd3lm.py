@@ -23,11 +23,6 @@ VARIANTS = json.loads((GOLDEN / "config.json").read_text())["variants"]
 TOLERANCE = {"rtol": 0, "atol": 2e-5}
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(scope="module")
 def golden() -> dict[str, torch.Tensor]:
     return load_file(GOLDEN / "tensors.safetensors")

@@ -46,8 +46,8 @@ def test_both_precisions_draw_from_the_same_distribution_of_a_large_vocabulary()
     lengths, expected = narrow.diff(), exact.diff()
     assert (lengths - expected).abs().sum() / 2 < 1e-7  # total variation
     assert ((lengths - expected) / expected).abs().max() < 1e-4  # of the rarest token, too
-    uniform = random_uniform((4000,), CPU, seed(1))
-    drawn = [sample_categorical(scores.expand(4000, -1), uniform, dtype=dtype) for dtype in SAMPLING_DTYPES.values()]
+    uniform = random_uniform((300,), CPU, seed(1))
+    drawn = [sample_categorical(scores.expand(300, -1), uniform, dtype=dtype) for dtype in SAMPLING_DTYPES.values()]
     assert torch.equal(*drawn)
 
 
