@@ -1,10 +1,11 @@
-"""The trace of a generated text, as data and as a page: the reverse process, one step per forward pass.
+"""Write the trace of a generated text, as data and as a page: the reverse process, one step per forward pass.
 
 A trace (`trace.json`, and embedded in `trace.html`) is one JSON object:
 
 - `format`: `"bd3lm-trace"`; `version`: 1; `model`, `sampler`: names to show; `settings`: fields of the generation;
   `block_size`; `mask_token_id`;
 - `vocabulary`: token id (a string, as in JSON) -> text, of the ids that were revealed and masked again;
+- `quantiles`: deciles of the probabilities of all revealed tokens, the least and the greatest included;
 - `samples`: a list of objects with
     - `index`, `prompt` (null if there is none), `num_prompt_tokens`, `num_tokens` (new ones), `forwards` (forward
       passes that revealed a token of this sample), `tokens_per_forward`;
@@ -12,6 +13,7 @@ A trace (`trace.json`, and embedded in `trace.html`) is one JSON object:
     - `texts`: what each of them adds to the text; null for tokens that form a character only together;
     - `characters`: `[start, stop, text]` of such tokens; `special`: positions of special tokens;
     - `blocks`: `[start, stop]` positions of each block's new tokens;
+    - `opening`: the step that the page shows first, counted from 1;
     - `steps`: each has the number of its `block`, and `changes`. A step with `forward` true is a forward pass and
       what it revealed, `[position, id, confidence]` with the probability of each token. One with `forward` false is
       what a corrector masked again before the next forward pass, `[position, null, null]`.
@@ -20,6 +22,7 @@ Before the first step all new tokens are masked; after the last one every positi
 """
 
 import json
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -33,20 +36,15 @@ if TYPE_CHECKING:
 
 
 FORMAT = "bd3lm-trace"
-
-
 VERSION = 1
-
 
 #: File name endings that a trace can be written to.
 ENDINGS = (".html", ".json")
 
-
-#: What an incomplete character decodes to.
+# What an incomplete character decodes to.
 _REPLACEMENT = "�"
 
-
-#: UTF-8 needs at most so many bytes, and a token has at least one.
+# UTF-8 needs at most so many bytes, and a token has at least one.
 _LONGEST_CHARACTER = 4
 
 
@@ -171,8 +169,22 @@ def traced_sample(
         "characters": [list(character) for character in split.characters],
         "special": [position for position, token in enumerate(ids) if token in special],
         "blocks": [[positions[0], positions[-1] + 1] for positions in blocks.values()],
+        "opening": opening_step([step["block"] for step in recorded]),
         "steps": recorded,
     }
+
+
+def opening_step(blocks: Sequence[int]) -> int:
+    """Return the step nearest to the middle that leaves its block partly masked, or the last one.
+
+    At such a step a reader sees finished text, a block in the making and masks at once.
+
+    Args:
+        blocks: number of the block of each step.
+    """
+    last = len(blocks)
+    partly = (step for step in range(1, last) if blocks[step] == blocks[step - 1])
+    return min(partly, key=lambda step: abs(2 * step - last), default=last)
 
 
 def trace_document(
@@ -192,10 +204,11 @@ def trace_document(
     """
     if not samples:
         raise ValueError("a trace needs at least one sample.")
-    masked_again = set()
+    masked_again, probabilities = set(), []
     for sample in samples:
         for step in sample["steps"]:
             masked_again |= {token for at, token, _ in step["changes"] if token not in (None, sample["ids"][at])}
+            probabilities += [probability for *_, probability in step["changes"] if probability is not None]
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -205,8 +218,16 @@ def trace_document(
         "block_size": block_size,
         "mask_token_id": mask_token_id,
         "vocabulary": {str(token): _decode(tokenizer, [token]) for token in sorted(masked_again)},
+        "quantiles": _deciles(probabilities),
         "samples": list(samples),
     }
+
+
+def _deciles(values: Sequence[float]) -> list[float]:
+    if len(values) < 2:
+        return [0.0, 1.0]
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return [round(value, 6) for value in (min(values), *cuts, max(values))]
 
 
 def trace_page(document: dict[str, Any]) -> str:
@@ -249,6 +270,7 @@ __all__ = [
     "RowStep",
     "VERSION",
     "check_ending",
+    "opening_step",
     "pieces",
     "row_steps",
     "trace_document",

@@ -11,6 +11,7 @@ from bd3lm_hf.generation.denoising_trace import (
     FORMAT,
     VERSION,
     RowStep,
+    opening_step,
     pieces,
     trace_document,
     trace_page,
@@ -192,6 +193,21 @@ def test_steps_of_another_text_are_refused(tiny_tokenizer):
         sample_of(tiny_tokenizer, [51], [RowStep(0, range(4), [0, 50, 52, 53], [0.5] * 4)])
 
 
+@pytest.mark.parametrize(
+    ("blocks", "step"),
+    [([0, 0, 1, 1, 2, 2], 3), ([0, 0, 0, 0], 2), ([0, 1, 2, 3], 4), ([0, 0, 1, 2, 3, 4], 1), ([], 0)],
+)
+def test_the_page_opens_on_a_step_that_leaves_its_block_partly_masked(blocks, step):
+    assert opening_step(blocks) == step
+
+
+def test_colours_follow_the_quantiles_of_the_probabilities(document):
+    changes = [c for sample in document["samples"] for step in sample["steps"] for c in step["changes"]]
+    shown = sorted(probability for _, _, probability in changes if probability is not None)
+    assert len(document["quantiles"]) == 11 and document["quantiles"] == sorted(document["quantiles"])
+    assert (document["quantiles"][0], document["quantiles"][-1]) == (shown[0], shown[-1])
+
+
 def test_a_trace_of_nothing_is_refused(tiny_tokenizer):
     with pytest.raises(ValueError, match="needs at least one sample"):
         document_of(tiny_tokenizer, [])
@@ -305,7 +321,12 @@ def test_a_browser_shows_the_steps_of_a_sample(browse, document):
     sample = document["samples"][0]
     first, wrong = sample["num_prompt_tokens"], document["vocabulary"]["40"]
 
-    start = Tokens(browse(""))
+    opened = Tokens(browse(""))
+    assert opened.texts["where"] == f"step {sample['opening']} of {len(sample['steps'])}"
+    kinds = {"masked" in classes for classes, _ in opened.tokens[first:]}
+    assert kinds == {True, False}
+
+    start = Tokens(browse("sample=0&step=0"))
     assert "".join(text for _, text in start.tokens[:first]) == "The quick"
     assert all("masked" in classes for classes, _ in start.tokens[first:])
     assert start.texts["where"] == f"step 0 of {len(sample['steps'])}"
