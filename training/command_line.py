@@ -22,6 +22,7 @@ from bd3lm_hf.training.arguments import (
     unknown,
 )
 from bd3lm_hf.training.command_help import DEFAULT_RECIPE, RECIPES, train_help
+from bd3lm_hf.training.initial_model import SHAPE_FIELDS
 from bd3lm_hf.yaml_files import read_yaml
 
 
@@ -176,7 +177,7 @@ def fit_to_type(recipe: dict[str, Any], argv: Sequence[str], *, model_fields: Se
         name
         for name in recipe
         if name in unshared
-        or (name in model_fields and name not in own and not hasattr(config_class, name))
+        or (name in model_fields and name not in own and not _has_field(config_class, name))
         or ("block_size" in unshared and name.startswith(_OF_BLOCKS))
     ]
     if dropped:
@@ -184,6 +185,11 @@ def fit_to_type(recipe: dict[str, Any], argv: Sequence[str], *, model_fields: Se
             f"--model_type {requested} leaves out what the recipe sets for another model type: {', '.join(dropped)}."
         )
     return {name: value for name, value in recipe.items() if name not in dropped}
+
+
+def _has_field(config_class: Any, name: str) -> bool:
+    stock = SHAPE_FIELDS.get(name) or name  # of a decoder, which is new here
+    return any(hasattr(config_class, known) or known in config_class.attribute_map for known in (name, stock))
 
 
 def _requested_type(argv: Sequence[str]) -> str | None:

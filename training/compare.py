@@ -35,7 +35,8 @@ from bd3lm_hf.yaml_files import read_yaml
 
 logger = logging.get_logger("bd3lm_hf.compare")
 
-PAPER = Path(__file__).resolve().parent / "comparisons" / "paper.yaml"
+RECIPES = Path(__file__).resolve().parent / "comparisons"
+PAPER = "paper"
 
 TABLE_NAME = "comparison.json"
 _TEXTS_PER_BATCH = 16
@@ -73,15 +74,20 @@ class ComparedModel(NamedTuple):
 
 
 def read_plan(argv: Sequence[str]) -> Plan:
-    """Read `[recipe.yaml] [--field value ...]`; `--models` and `--seeds` take several values.
+    """Read `[recipe] [--field value ...]`; `--models` and `--seeds` take several values.
 
     Raises:
-        ValueError: an unreadable recipe, a model that it does not name, or nothing to compare.
+        ValueError: an unreadable recipe, a model that it does not name or that starts from one which is not trained
+            before it, or nothing to compare.
     """
     words = list(argv)
-    path = Path(words.pop(0)) if words and not words[0].startswith("-") else PAPER
+    name = words.pop(0) if words and not words[0].startswith("-") else PAPER
+    shipped = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
+    path = RECIPES / f"{name}.yaml" if name in shipped and not Path(name).is_file() else Path(name)
     if not path.is_file():
-        raise ValueError(f"no recipe {str(path)!r}: give a YAML file that names the models, or none.")
+        raise ValueError(
+            f"no recipe {name!r}: give a YAML file that names the models, or one of {', '.join(shipped)}."
+        )
     recipe = read_yaml(path)
     if not isinstance(recipe, dict) or not isinstance(recipe.get("models"), dict) or not recipe["models"]:
         raise ValueError(f"the recipe {path} names no models: write `models:` with one `name: {{field: value}}` each.")
@@ -102,11 +108,20 @@ def read_plan(argv: Sequence[str]) -> Plan:
         if name not in field_names():
             raise ValueError(f"{name!r} is not a field of a run or one of {', '.join(_OWN_FIELDS)}: see --help.")
     models = {name: recipe["models"][name] for name in chosen}
+    _check_order(recipe["models"], chosen)
     judge = str(fields.get("judge") or next(iter(models)))
     if judge in models:
         _check_judge(judge, model_class({**common, **models[judge]}.get("model_type", ModelArguments.model_type)))
     folder = Path(fields.get("output_dir", "bd3lm-comparison"))
     return Plan(models, seeds, fields["num_texts"], fields["text_length"], judge, common, folder)
+
+
+def _check_order(models: Mapping[str, Any], chosen: Sequence[str]) -> None:
+    """Refuse a model that starts from another one of the comparison which is not trained before it."""
+    for number, name in enumerate(chosen):
+        start = models[name].get("init_from")
+        if start in models and start not in chosen[:number]:
+            raise ValueError(f"{name} starts from {start} (init_from): name {start} before it.")
 
 
 def _overrides(words: Sequence[str]) -> dict[str, list[str]]:
@@ -141,7 +156,7 @@ def compare_models(plan: Plan) -> list[ComparedModel]:
         model = load_model(str(_folder(plan, name, seed))).eval()
         written = write_texts(model, plan.num_texts, plan.text_length, seed=seed)
         texts = written.ids.tolist()
-        tokens = result["steps"] * result["global_batch_size"] * model.config.model_length
+        tokens = _steps(plan, results, name, seed) * result["global_batch_size"] * model.config.model_length
         rows.append(
             ComparedModel(
                 model=name,
@@ -173,6 +188,8 @@ def _trained(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     folder = _folder(plan, name, seed)
     recipe = folder.with_suffix(".yaml")
     fields = {**plan.common, **plan.models[name], "seed": seed}
+    if fields.get("init_from") in plan.models:
+        fields["init_from"] = str(_folder(plan, fields["init_from"], seed))
     if (folder / RESULTS_NAME).is_file() and recipe.is_file():
         before = read_yaml(recipe)
         if changed := sorted(k for k in before.keys() | fields.keys() if before.get(k) != fields.get(k)):
@@ -186,6 +203,13 @@ def _trained(plan: Plan, name: str, seed: int) -> dict[str, Any]:
         overwrite = is_run_folder(folder)  # an incomplete run of ours starts again; a foreign folder is refused
         run([str(recipe), "--output_dir", str(folder), "--overwrite_output_dir", str(overwrite)])
     return json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
+
+
+def _steps(plan: Plan, results: Mapping[tuple[str, int], Mapping[str, Any]], name: str, seed: int) -> int:
+    """Return the steps behind the weights of a run, those of the model that it starts from included."""
+    start = plan.models[name].get("init_from")
+    before = _steps(plan, results, start, seed) if start in plan.models else 0
+    return before + int(results[name, seed]["steps"])
 
 
 def _judge(plan: Plan, seed: int) -> ReferenceModel:

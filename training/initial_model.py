@@ -27,9 +27,9 @@ _DECODER_BLOCK, _DECODER_LENGTH = 4, 1024
 _INTERVAL = ("sampling_eps_min", "sampling_eps_max")
 
 
-# These shape the weights, or what they have learned to read; any other field may change. The values are what
-# transformers' own models call them.
-_SHAPE = {
+#: These shape the weights, or what they have learned to read; any other field may change. The values are what
+#: transformers' own models call them.
+SHAPE_FIELDS = {
     "hidden_dim": "hidden_size",
     "n_blocks": "num_hidden_layers",
     "n_heads": "num_attention_heads",
@@ -48,7 +48,7 @@ def check_shape(name: str, fields: dict[str, Any], *, argument: str = "--init_fr
         ValueError: such a field, or a checkpoint that cannot be read.
     """
     config = read_config(name, argument=argument)
-    own = {field: getattr(config, field, getattr(config, other or field, None)) for field, other in _SHAPE.items()}
+    own = {field: getattr(config, field, getattr(config, other or field, None)) for field, other in SHAPE_FIELDS.items()}
     wrong = [field for field, value in own.items() if field in fields and fields[field] != value]
     if wrong:
         raise ValueError(
@@ -118,7 +118,7 @@ def _start_from_decoder(
         ValueError: if its family is not supported, or a field does not fit.
     """
     decoder_class(stock, f"{argument} {name}")
-    process = {field: value for field, value in fields.items() if field not in (*_SHAPE, "dropout")}
+    process = {field: value for field, value in fields.items() if field not in (*SHAPE_FIELDS, "dropout")}
     if "model_length" not in process:
         # Decoders have positions for far longer texts than fit into memory twice.
         size = process.get("block_size", _DECODER_BLOCK)
@@ -130,6 +130,20 @@ def _start_from_decoder(
         if getattr(stock, f"{token}_token_id", None) is None:
             process[f"{token}_token_id"] = getattr(tokenizer, f"{token}_token_id")
     return adapt_decoder(name, tokenizer=tokenizer, dtype=torch.float32, **process, **options)
+
+
+def decoder_shape(config_class: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a new network in the words of a decoder's configuration.
+
+    What goes with the width follows from it, as in our own network: an MLP four times as wide, and a key and value
+    head for every head.
+    """
+    named = {SHAPE_FIELDS.get(field) or field: value for field, value in fields.items()}
+    width, heads = named.get("hidden_size"), named.get("num_attention_heads", config_class().num_attention_heads)
+    if width is None:
+        return named
+    follows = {"intermediate_size": 4 * width, "num_key_value_heads": heads, "head_dim": width // heads}
+    return {name: value for name, value in follows.items() if hasattr(config_class, name)} | named
 
 
 def _of_new_blocks(old: BD3LMConfig, changes: dict[str, Any]) -> dict[str, Any]:
@@ -167,4 +181,4 @@ def start_around(
     return head.from_encoder(encoder, **special, **fields)
 
 
-__all__ = ["check_shape", "start_around", "start_from"]
+__all__ = ["SHAPE_FIELDS", "check_shape", "decoder_shape", "start_around", "start_from"]

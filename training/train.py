@@ -34,6 +34,7 @@ from bd3lm_hf.checkpoints import adapter_base, add_adapters, read_config
 from bd3lm_hf.data.streaming import PackedStream
 from bd3lm_hf.evaluation.perplexity import scored_token_ids, unigram_perplexity
 from bd3lm_hf.evaluation.results import describe_estimator
+from bd3lm_hf.modeling.configuration_bd3lm_decoders import BD3LMDecoderConfigMixin
 from bd3lm_hf.run_folder import (
     RECIPE_NAME,
     RESULTS_NAME,
@@ -50,7 +51,7 @@ from bd3lm_hf.tokenization import check_tokenizer_fits, limit_to_window
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments, ModelArguments
 from bd3lm_hf.training.callbacks import SampleCallback, TrainingStopped, sample_options, sample_text
 from bd3lm_hf.training.command_line import RunArguments, parse_arguments, write_recipe
-from bd3lm_hf.training.initial_model import check_shape, start_around, start_from
+from bd3lm_hf.training.initial_model import check_shape, decoder_shape, start_around, start_from
 from bd3lm_hf.training.inputs import TrainingSequences, load_documents, make_sequences, make_tokenizer
 from bd3lm_hf.training.interval import PLOT_NAME, SEARCH_NAME
 from bd3lm_hf.training.run_summary import TrainResult, held_out_text, report, score_before, summary_at_start
@@ -329,6 +330,8 @@ def new_config(model_type: str, **fields: Any) -> Any:
         ValueError: if the model type has no such field.
     """
     found = config_class(model_type)
+    if issubclass(found, BD3LMDecoderConfigMixin):
+        fields = decoder_shape(found, fields)
     for name, value in fields.items():
         if not hasattr(found, name) and name not in getattr(found, "attribute_map", {}):
             raise ValueError(f"--{name} {value}: a {found.__name__} has no such field; leave it out.")

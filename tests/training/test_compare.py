@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from bd3lm_hf.cli import main as bd3lm
 from bd3lm_hf.training.compare import ComparedModel, comparison_table, read_plan, write_texts
@@ -87,10 +88,29 @@ def test_a_run_too_short_to_log_its_speed_is_compared_without_it(recipe, tmp_pat
     assert "| unknown |" in capsys.readouterr().out
 
 
+def test_a_model_starts_from_the_weights_of_another_one(recipe, tmp_path, capsys):
+    content = yaml.safe_load(recipe.read_text())
+    decoder = {"model_type": "bd3lm_llama", "block_size": 1, "alignment": "shifted", "context": "token"}
+    adapted = {"init_from": "ar", "block_size": 4, "alignment": "same", "context": "block", "max_steps": 1}
+    content["models"] = {"ar": decoder, "adapted": {**adapted, "learning_rate": 0.0}}
+    del content["cond_dim"], content["dropout"]  # of our own network
+    (tmp_path / "adapt.yaml").write_text(yaml.safe_dump(content))
+    assert bd3lm(["compare", str(tmp_path / "adapt.yaml"), "--output_dir", str(tmp_path / "runs")]) == 0
+    ar, adapted = json.loads((tmp_path / "runs" / "comparison.json").read_text())
+    assert (ar["exact"], adapted["exact"]) == (True, False)
+    assert (ar["training_tokens"], adapted["training_tokens"]) == (2 * 4 * 16, 3 * 4 * 16)
+    first, second = (load_file(tmp_path / "runs" / f"{name}-seed3" / "model.safetensors") for name in ("ar", "adapted"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(ValueError, match="adapted starts from ar"):
+        read_plan([str(tmp_path / "adapt.yaml"), "--models", "adapted"])
+
+
 def test_the_shipped_recipe_names_the_papers_models():
     plan = read_plan([])
     assert list(plan.models) == ["ar", "bd3lm-4", "bd3lm-8", "bd3lm-16", "mdlm", "sedd", "ssdlm"]
     assert plan.judge == "ar" and len(plan.seeds) > 1
+    steps = {name: fields["max_steps"] for name, fields in read_plan(["adaptation"]).models.items()}
+    assert steps["ar"] + steps["adapted-4"] == steps["scratch-4"] == steps["scratch-16-shifted"]
 
 
 def test_the_command_line_overrides_the_recipe(recipe):
