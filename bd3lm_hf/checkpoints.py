@@ -22,6 +22,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from bd3lm_hf.auto_classes import is_unsupported_auto_class, model_classes
 from bd3lm_hf.data.sources import exists, looks_like_path
 from bd3lm_hf.foreign_layouts import read_contract, read_contract_config, set_contract_generation
+from bd3lm_hf.output_files import BASE_NAME
 
 
 if TYPE_CHECKING:
@@ -88,6 +89,10 @@ def adapter_base(name: str) -> str | None:
             f"The adapter {name!r} does not name the model that it was trained on: write it into its "
             "adapter_config.json as base_model_name_or_path."
         )
+    if not exists(base):
+        # The folder of a run that has been moved, with the base that it wrote, or one of its checkpoints.
+        moved = [folder / BASE_NAME for folder in (Path(name), Path(name).parent) if (folder / BASE_NAME).is_dir()]
+        return str(moved[0]) if moved and Path(base).name == BASE_NAME else base
     return base
 
 

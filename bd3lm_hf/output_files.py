@@ -21,6 +21,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
+BASE_NAME = "base-model"  # in the folder of a run: what a plain decoder became, the base of its adapters
 LOCK_NAME = ".lock"  # in an output folder; `.NAME.lock` next to an output file
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
-from bd3lm_hf.output_files import LOCK_NAME, lock_output
+from bd3lm_hf.output_files import BASE_NAME, LOCK_NAME, lock_output
 
 
 logger = logging.get_logger("bd3lm_hf.train")
@@ -28,6 +28,7 @@ RECIPE_NAME = "recipe.yaml"  # of every run folder
 RECIPE_HEADER = "# Written by bd3lm train: the fields of this run."  # tells our recipe from a user's file of that name
 STAGING_NAME = ".incomplete"
 COMPLETE_NAME = "run.json"  # in every complete checkpoint: what a resumed run needs, and the list of files
+
 EMA_NAME = "ema.safetensors"  # in a checkpoint, next to the weights that training continues from
 WEIGHTS_NAME = "weights.json"  # in every saved folder: which weights these are
 RESULTS_NAME = "results.json"
@@ -120,6 +121,7 @@ def clear_output_dir(output_dir: str | Path) -> None:
     if is_run_folder(folder):
         for checkpoint in checkpoints(folder):
             shutil.rmtree(checkpoint)
+        shutil.rmtree(folder / BASE_NAME, ignore_errors=True)
 
 
 def _has_model(folder: Path) -> bool:

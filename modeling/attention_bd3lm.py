@@ -204,7 +204,7 @@ class BD3LMAttention(nn.Module):
             return query.transpose(1, 2).flatten(2), weights
         sparse = isinstance(tiles[0].mask, BlockMask)
         if sparse and query.device.type == "cpu":
-            attend = _flex_attention_on_cpu
+            attend = flex_attention_on_cpu
         elif self.config._attn_implementation == "flex_attention" and not sparse:
             # A cached block needs no mask, or a dense one; neither pays for a sparse kernel.
             attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -242,14 +242,14 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-def _flex_attention_on_cpu(
+def flex_attention_on_cpu(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: BlockMask,
-    scaling: float,
-    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """flex attention as written, not compiled: on a CPU it is there to be compared with, and compiling it fails for
     masks that depend on the batch."""
@@ -260,7 +260,8 @@ def _flex_attention_on_cpu(
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        out = flex_attention(query, key, value, block_mask=attention_mask, scale=scaling)
+        grouped = query.shape[1] != key.shape[1]
+        out = flex_attention(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -420,6 +421,7 @@ __all__ = [
     "block_causal_plan",
     "decoding_plan",
     "eager_attention_forward",
+    "flex_attention_on_cpu",
     "slots_plan",
     "stream_visibility",
     "two_stream_plan",

@@ -11,10 +11,12 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.cache_utils import Cache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from .attention_bd3lm import stream_visibility
+from .attention_bd3lm import flex_attention_on_cpu, stream_visibility
 from .backbone_bd3lm import open_cache
 from .cache_bd3lm import StaticSlots, append_to_cache
+from .configuration_bd3lm_decoders import slides
 from .inputs_bd3lm import (
     Layout,
     check_arguments,
@@ -24,6 +26,35 @@ from .inputs_bd3lm import (
     warn_of_visible_tokens,
 )
 from .windows_bd3lm import DecodingNetwork
+
+
+#: The attention of a decoder with attn_implementation="flex_attention", by its name in transformers.
+FLEX_ATTENTION = "bd3lm_flex_attention"
+
+
+def flex_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | BlockMask,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend by flex attention as transformers does, where the mask is sparse.
+
+    A cached block has a dense mask, which sdpa takes without compiling anything. On a CPU the sparse kernel runs as
+    written: compiled it takes a minute, and crashed (torch 2.13).
+    """
+    if not isinstance(attention_mask, BlockMask):
+        attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    elif query.device.type == "cpu":
+        attend = flex_attention_on_cpu
+    else:
+        attend = ALL_ATTENTION_FUNCTIONS["flex_attention"]
+    return attend(module, query, key, value, attention_mask, **options)
+
+
+AttentionInterface.register(FLEX_ATTENTION, flex_attention_forward)
 
 
 class StepCache:
@@ -114,6 +145,7 @@ class DecoderBackbone:
         **outputs: bool,
     ) -> tuple[TwoStreamHidden, BaseModelOutputWithPast]:
         """Run `[x_0 ; x_t]`, or x_t alone after a cache of x_0, whose embeddings are given."""
+        check_length(layout, self.config)
         length = layout.block_ids.shape[1]
         streams = num_noise_samples + 1
         mask = stream_mask(
@@ -197,6 +229,7 @@ class DecoderBackbone:
                 hidden_states=_noisy_part(found.hidden_states, 1, length),
                 attentions=_noisy_part(found.attentions, 2, length),
             )
+        check_length(layout, self.config)
         mask = stream_mask(layout, self.config, embeds.dtype, first_query=past, causal_columns=past + commit)
         before = _last_clean(cache) if self.shifted and past else None
         found = self.run(embeds, layout.position_ids[:, past:], mask, cache, commit, **outputs)
@@ -315,6 +348,25 @@ def _noisy_part(recorded: tuple[torch.Tensor, ...] | None, dim: int, length: int
     return None if recorded is None else tuple(states.narrow(dim, length, length) for states in recorded)
 
 
+def check_length(layout: Layout, config: Any) -> None:
+    """Refuse a text that is longer than what the network can see of it.
+
+    Raises:
+        ValueError: if it is longer than a sliding window or a table of positions.
+    """
+    limited = config.has_learned_positions or slides(config)
+    if not limited or layout.block_ids.shape[1] <= config.longest:
+        return
+    # Packed documents are each counted from their start.
+    longest = int(layout.position_ids.max()) + 1
+    if longest > config.longest:
+        what = "sliding_window" if slides(config) else "max_position_embeddings"
+        raise ValueError(
+            f"a text of {longest} tokens is longer than {what}={config.longest} of this {config.model_type}: pass at "
+            f"most {config.longest} tokens, or score it in windows (`bd3lm eval --window {config.model_length}`)."
+        )
+
+
 def stream_mask(
     layout: Layout,
     config: Any,
@@ -339,7 +391,7 @@ def stream_mask(
     """
     length = layout.block_ids.shape[1]
     causal = 0 if config.context == "block" else length if causal_columns is None else causal_columns
-    sparse = config._attn_implementation == "flex_attention" and not dense
+    sparse = config._attn_implementation == FLEX_ATTENTION and not dense
     options = (num_streams, first_query, causal, sparse, dtype)
     if layout.aligned:
         return _aligned_stream_mask(length, config.block_size, layout.block_ids.device, *options)
@@ -371,4 +423,14 @@ def _make_stream_mask(
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -torch.inf)
 
 
-__all__ = ["DecoderBackbone", "DecoderDecodingNetwork", "StepCache", "TwoStreamHidden", "previous", "stream_mask"]
+__all__ = [
+    "FLEX_ATTENTION",
+    "DecoderBackbone",
+    "DecoderDecodingNetwork",
+    "StepCache",
+    "TwoStreamHidden",
+    "check_length",
+    "flex_attention_forward",
+    "previous",
+    "stream_mask",
+]

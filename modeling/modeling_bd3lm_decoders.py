@@ -41,7 +41,14 @@ from .configuration_bd3lm_decoders import (
     BD3LMQwen3Config,
     BD3LMSmolLM3Config,
 )
-from .decoder_backbone_bd3lm import DecoderBackbone, DecoderDecodingNetwork, TwoStreamHidden, stream_mask
+from .decoder_backbone_bd3lm import (
+    FLEX_ATTENTION,
+    DecoderBackbone,
+    DecoderDecodingNetwork,
+    TwoStreamHidden,
+    check_length,
+    stream_mask,
+)
 from .inputs_bd3lm import Layout
 from .loss_bd3lm import chunked_cross_entropy, denoising_loss, loss_mask
 from .modeling_bd3lm import BlockDiffusionMixin
@@ -73,7 +80,13 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
                 f"attn_implementation={attn_implementation!r}: FlashAttention takes no mask of two streams. Use "
                 f"'sdpa', or 'flex_attention' on a GPU."
             )
-        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+        if attn_implementation == "flex_attention" and not self._supports_flex_attn:
+            raise ValueError(
+                f"attn_implementation='flex_attention': {type(self).__bases__[-1].__name__} does not take its "
+                f"masks. Use 'sdpa' or 'eager'."
+            )
+        found = super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+        return FLEX_ATTENTION if found == "flex_attention" else found
 
     @property
     def backbone(self) -> DecoderBackbone:
@@ -122,6 +135,7 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
     def clean_cache(self, input_ids: torch.Tensor, layout: Layout) -> BlockCache:
         """Return keys and values of the clean stream, and its hidden states where the alignment needs them."""
         backbone, cache, length = self.backbone, BlockCache(), input_ids.shape[1]
+        check_length(layout, self.config)
         embeds = backbone.vocab_embed(input_ids)
         mask = stream_mask(layout, self.config, embeds.dtype)
         backbone.run(embeds, layout.position_ids, mask, cache, length)

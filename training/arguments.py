@@ -69,6 +69,10 @@ class DataArguments:
     long_rows: str = field(
         default="error", metadata={"help": "Prompts with completion longer than the model: error, or drop them."}
     )
+    fill_turns: bool | None = field(
+        default=None,
+        metadata={"help": "Fill the block that ends a turn with scored end tokens; by default for adapted decoders."},
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training sequences at most."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many held-out sequences at most."})
 

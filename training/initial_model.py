@@ -48,7 +48,9 @@ def check_shape(name: str, fields: dict[str, Any], *, argument: str = "--init_fr
         ValueError: such a field, or a checkpoint that cannot be read.
     """
     config = read_config(name, argument=argument)
-    own = {field: getattr(config, field, getattr(config, other or field, None)) for field, other in SHAPE_FIELDS.items()}
+    own = {
+        field: getattr(config, field, getattr(config, other or field, None)) for field, other in SHAPE_FIELDS.items()
+    }
     wrong = [field for field, value in own.items() if field in fields and fields[field] != value]
     if wrong:
         raise ValueError(

@@ -17,6 +17,7 @@ from bd3lm_hf.data.packing import bytes_per_token, evenly_spaced, pack
 from bd3lm_hf.data.schemas import SCHEMAS, Schema, TextRow
 from bd3lm_hf.data.sources import DatasetSpec
 from bd3lm_hf.data.streaming import PackedStream
+from bd3lm_hf.modeling.configuration_bd3lm_decoders import BD3LMDecoderConfigMixin
 from bd3lm_hf.tokenization import load_tokenizer
 from bd3lm_hf.training.arguments import DataArguments
 from bd3lm_hf.training.command_line import RunArguments
@@ -143,6 +144,7 @@ def _make_instructions(
     arguments: RunArguments, documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Any
 ) -> TrainingSequences:
     data = arguments.data
+    fill_turns = isinstance(config, BD3LMDecoderConfigMixin) if data.fill_turns is None else data.fill_turns
     encoded = {}
     for split, max_rows in (("train", data.max_train_samples), ("validation", data.max_eval_samples)):
         with arguments.training.main_process_first(desc=f"tokenizing {split}"):
@@ -152,6 +154,7 @@ def _make_instructions(
                 tokenizer,
                 length=config.model_length,
                 block_size=config.block_size,
+                fill_turns=fill_turns,
                 long_rows=data.long_rows,
                 num_proc=data.num_proc,
             )

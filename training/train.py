@@ -35,6 +35,7 @@ from bd3lm_hf.data.streaming import PackedStream
 from bd3lm_hf.evaluation.perplexity import scored_token_ids, unigram_perplexity
 from bd3lm_hf.evaluation.results import describe_estimator
 from bd3lm_hf.modeling.configuration_bd3lm_decoders import BD3LMDecoderConfigMixin
+from bd3lm_hf.output_files import BASE_NAME
 from bd3lm_hf.run_folder import (
     RECIPE_NAME,
     RESULTS_NAME,
@@ -45,7 +46,9 @@ from bd3lm_hf.run_folder import (
     checkpoint_to_resume,
     clear_output_dir,
     lock_output_dir,
+    publish_folder,
     recover_output_dir,
+    staging_folder,
 )
 from bd3lm_hf.tokenization import check_tokenizer_fits, limit_to_window
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments, ModelArguments
@@ -98,7 +101,7 @@ def _run(arguments: RunArguments) -> TrainResult:
     # 3. Model, which knows the tokenizer's special tokens, and sequences of its length
     model = make_model(arguments.model, tokenizer)
     if arguments.lora.lora_r is not None:
-        model = adapt(model, arguments)
+        check_lora(model, arguments)
     sequences = make_sequences(arguments, documents, tokenizer, model.config)
 
     # 4. Train. Nothing is written before this line
@@ -191,6 +194,8 @@ def make_trainer(
                 (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_recipe(arguments, folder / RECIPE_NAME)
+    if arguments.lora.lora_r is not None:
+        model = with_adapters(model, arguments, tokenizer)
     trainer = BD3LMTrainer(
         model=model,
         args=training,
@@ -285,8 +290,8 @@ def start(model_type: str, name: str, tokenizer: Any, fields: dict[str, Any], **
     return start_from(name, tokenizer, fields, **keywords)
 
 
-def adapt(model: Any, arguments: RunArguments) -> Any:
-    """Return the loaded model with adapters.
+def check_lora(model: Any, arguments: RunArguments) -> None:
+    """Refuse adapters on a model that does not go with them.
 
     Raises:
         ValueError: if the model is new (its weights would stay random), is an adapter itself (its name would mean its
@@ -302,18 +307,32 @@ def adapt(model: Any, arguments: RunArguments) -> Any:
             f"merged model first (PeftModel.merge_and_unload), or leave out --lora_r to train all its weights."
         )
     config = read_config(start)
-    if is_adaptable(config):
-        raise ValueError(
-            f"--lora_r {lora.lora_r} on the decoder {start}: an adapter names one base model, which must be a "
-            f"block-diffusion model. Make one with `bd3lm convert {start} FOLDER --block-size "
-            f"{model.config.block_size}`, and name that folder with --init_from."
-        )
+    if is_adaptable(config):  # its blocks are those of the base that this run writes
+        return
     block_size = getattr(config, "block_size", None)  # None: an encoder, from which SSD-LM starts
     if block_size != model.config.block_size:
         raise ValueError(
             f"--block_size {model.config.block_size} with --lora_r: an adapter is used with the configuration of "
             f"{start}, whose block_size is {block_size}. Train all weights at the new size first, or leave it out."
         )
+
+
+def with_adapters(model: Any, arguments: RunArguments, tokenizer: Any) -> Any:
+    """Return the model with adapters.
+
+    An adapter names one base model. A plain decoder is none, so the block-diffusion model that it has become is
+    written into the folder of the run, once.
+    """
+    lora, training, start = arguments.lora, arguments.training, arguments.model.init_from
+    assert lora.lora_r is not None and start is not None  # checked
+    if is_adaptable(read_config(start)):
+        folder = Path(training.output_dir)
+        if training.process_index == 0 and not (folder / BASE_NAME).exists():
+            staged = staging_folder(folder) / BASE_NAME
+            model.save_pretrained(staged)
+            tokenizer.save_pretrained(staged)
+            publish_folder(staged, folder / BASE_NAME)
+        model.name_or_path = str(folder / BASE_NAME)
     return add_adapters(
         model,
         rank=lora.lora_r,

@@ -161,9 +161,81 @@ def test_training_reaches_every_weight(family, attention):
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_flash_attention_is_refused_by_name():
+def test_attention_that_cannot_work_is_refused_by_name():
     with pytest.raises(ValueError, match="flash_attention_2.*sdpa"):
         tiny_decoder("qwen3", "flash_attention_2")
+    with pytest.raises(ValueError, match="flex_attention.*GPT2LMHeadModel.*sdpa"):
+        tiny_decoder("gpt2", "flex_attention")
+    model, ids = tiny_decoder("llama", "flex_attention"), random_ids()
+    with pytest.raises(ValueError, match="no backward pass on a CPU"):
+        model.train()(input_ids=ids, labels=ids)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])
+def test_flex_attention_on_a_cpu_is_eager_attention(family):
+    models, ids = [tiny_decoder(family, attention) for attention in ("flex_attention", "eager")], random_ids()
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    found = []
+    for model in models:
+        with torch.no_grad():
+            two_streams = model(input_ids=masked(ids), clean_input_ids=ids, attention_mask=mask).logits[mask > 0]
+        text = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        found.append((two_streams, model.token_nll(ids, mask, estimator="exact").nll, text))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "limit"),
+    [
+        ("mistral", {"sliding_window": 16}),
+        ("gemma3_text", {"sliding_window": 16}),
+        ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 0}),
+        ("gpt2", {"n_positions": 16}),
+    ],
+)
+def test_a_text_beyond_a_window_of_the_network_is_refused(family, limit):
+    model, ids = tiny_decoder(family, model_length=16, **limit), random_ids(2, 20)
+    for call in (
+        lambda: model(ids),
+        lambda: model(input_ids=ids, labels=ids),
+        lambda: model(input_ids=masked(ids), clean_input_ids=ids),
+        lambda: model.token_nll(ids, estimator="exact"),
+        lambda: model(ids[:, 16:], past_key_values=model(ids[:, :16], use_cache=True).past_key_values),
+    ):
+        with pytest.raises(ValueError, match="20 tokens is longer than .*=16"):
+            call()
+    documents = torch.tensor([[*range(12), *range(8)]])
+    assert torch.isfinite(model(input_ids=ids, labels=ids, position_ids=documents).loss)
+    if family != "gpt2":  # the window slides over generated text
+        text = model.generate(ids[:, :8], max_new_tokens=20, do_sample=False, eos_token_id=None)
+        assert text.shape == (2, 28)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@every_attention
+def test_every_way_of_masking_has_the_exact_bound_as_its_mean(family, attention):
+    ids = random_ids(1, 8).expand(512, -1)
+    for fields in ({}, {"masking": "exact_k"}, {"complementary": True}):
+        model = tiny_decoder(family, attention, alignment="shifted", **fields)
+        expected = model.token_nll(ids[:1], estimator="exact")
+        losses = []
+        for seed in range(8):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                losses.append(model.train()(input_ids=ids, labels=ids, num_items_in_batch=7 * 512).loss.item())
+        assert sum(losses) / 8 == pytest.approx((expected.nll.sum() / 7).item(), rel=0.02), fields
+
+
+@every_attention
+@every_decoder
+def test_a_batch_scores_as_its_rows_alone(family, attention):
+    model, ids = tiny_decoder(family, attention, context="token", alignment="shifted"), random_ids(3, LENGTH)
+    mask = (torch.arange(LENGTH) >= torch.tensor([0, 3, 7]).unsqueeze(1)).long()
+    together = model.token_nll(ids, mask, estimator="exact").nll
+    for row, valid in enumerate(mask.bool()):
+        alone = model.token_nll(ids[row : row + 1, valid], estimator="exact").nll
+        torch.testing.assert_close(together[row : row + 1, valid], alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

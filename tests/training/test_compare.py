@@ -94,12 +94,14 @@ def test_a_model_starts_from_the_weights_of_another_one(recipe, tmp_path, capsys
     adapted = {"init_from": "ar", "block_size": 4, "alignment": "same", "context": "block", "max_steps": 1}
     content["models"] = {"ar": decoder, "adapted": {**adapted, "learning_rate": 0.0}}
     del content["cond_dim"], content["dropout"]  # of our own network
-    (tmp_path / "adapt.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "adapt.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     assert bd3lm(["compare", str(tmp_path / "adapt.yaml"), "--output_dir", str(tmp_path / "runs")]) == 0
     ar, adapted = json.loads((tmp_path / "runs" / "comparison.json").read_text())
     assert (ar["exact"], adapted["exact"]) == (True, False)
     assert (ar["training_tokens"], adapted["training_tokens"]) == (2 * 4 * 16, 3 * 4 * 16)
-    first, second = (load_file(tmp_path / "runs" / f"{name}-seed3" / "model.safetensors") for name in ("ar", "adapted"))
+    first, second = (
+        load_file(tmp_path / "runs" / f"{name}-seed3" / "model.safetensors") for name in ("ar", "adapted")
+    )
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(ValueError, match="adapted starts from ar"):
         read_plan([str(tmp_path / "adapt.yaml"), "--models", "adapted"])

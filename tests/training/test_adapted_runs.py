@@ -1,0 +1,119 @@
+"""`bd3lm train --init_from DECODER`: conversations, adapters and their base, new decoders by the fields of ours."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from decoders import tiny_stock
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from bd3lm_hf.checkpoints import load_model
+from bd3lm_hf.cli import main as bd3lm
+from bd3lm_hf.output_files import BASE_NAME
+from bd3lm_hf.training.arguments import ModelArguments
+from bd3lm_hf.training.command_line import parse_arguments
+from bd3lm_hf.training.inputs import load_documents, make_sequences, make_tokenizer
+from bd3lm_hf.training.train import make_model, new_config
+
+
+# peft asks transformers an old question.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}"
+    "{% if m['role'] == 'assistant' %}<|end|> {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+END = 0
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """The folder of a tiny Qwen3 with a tokenizer and a chat template, whose last rows are free."""
+    folder = tmp_path_factory.mktemp("decoder")
+    words = {"<|end|>": END, "user": 1, "assistant": 2, **{f"w{number}": number for number in range(3, 60)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", chat_template=TEMPLATE)
+    tokenizer.save_pretrained(folder)
+    special = {"bos_token_id": None, "eos_token_id": END, "pad_token_id": None}
+    tiny_stock("qwen3", **special).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory):
+    turns = [("user", "w10 w11"), ("assistant", "w12 w13 w14"), ("user", "w15"), ("assistant", "w16")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    path = tmp_path_factory.mktemp("data") / "chat.jsonl"
+    path.write_text(f"{json.dumps(row)}\n" * 20)
+    return path
+
+
+def words_of(decoder, conversations, folder, *more):
+    fields = {
+        "model_length": 32,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "warmup_steps": 0,
+        "sample_tokens": 4,
+    }
+    fields |= {"save_steps": 1, "max_eval_samples": 2, "global_batch_size": 2, "logging_steps": 1, "sample_tokens": 4}
+    given = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+    places = ["--init_from", str(decoder), "--dataset", str(conversations), "--output_dir", str(folder)]
+    return ["train", "adapt", *places, *given, "--bf16", "false", "--gradient_checkpointing", "false", *more]
+
+
+@pytest.mark.parametrize("fill", [None, False])
+def test_the_block_that_ends_a_turn_is_filled_for_decoders(fill, decoder, conversations, tmp_path):
+    more = [] if fill is None else ["--fill_turns", str(fill)]
+    arguments = parse_arguments(words_of(decoder, conversations, tmp_path, *more)[1:])
+    documents = load_documents(arguments.data)
+    tokenizer = make_tokenizer(arguments, documents)
+    config = make_model(arguments.model, tokenizer).config
+    row = make_sequences(arguments, documents, tokenizer, config).train[0]
+    ids, labels = row["input_ids"], row["labels"]
+    text = [1, 10, 11, 2, 12, 13, 14, END]
+    filling = [] if fill is False else [END] * (-len(text) % 4)
+    text += [*filling, 1, 15, 2, 16, END]
+    assert ids == text + [END] * (-len(text) % 4)
+    turns = [*range(4, 8 + len(filling)), *range(len(text) - 2, len(ids))]
+    assert [position for position, label in enumerate(labels) if label != -100] == turns
+
+
+def test_adapters_on_a_plain_decoder_have_the_base_that_the_run_writes(decoder, conversations, tmp_path, capsys):
+    words = words_of(decoder, conversations, tmp_path / "run", "--lora_r", "2", "--learning_rate", "0.1")
+    assert bd3lm(words) == 0
+    run = tmp_path / "run"
+    assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == str(run / BASE_NAME)
+    stock, base = load_file(decoder / "model.safetensors"), load_file(run / BASE_NAME / "model.safetensors")
+    assert stock.keys() == base.keys()
+    assert torch.equal(stock["model.layers.0.mlp.up_proj.weight"], base["model.layers.0.mlp.up_proj.weight"])
+    model = load_model(str(run))
+    assert model.config.model_type == "bd3lm_qwen3" and type(model).__name__ == "BD3LMQwen3ForMaskedLM"
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, base["model.layers.0.mlp.up_proj.weight"])
+    # A longer run continues, and a folder that has moved is still whole.
+    saved = (run / BASE_NAME / "model.safetensors").stat().st_mtime_ns
+    assert bd3lm([*words, "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0
+    assert (run / BASE_NAME / "model.safetensors").stat().st_mtime_ns == saved
+    shutil.move(run, tmp_path / "moved")
+    assert load_model(str(tmp_path / "moved")).config.block_size == 4
+    assert load_model(str(tmp_path / "moved" / "checkpoint-3")).config.block_size == 4
+    capsys.readouterr()
+    assert bd3lm(["push", str(tmp_path / "moved"), "me/model", "--dry-run", str(tmp_path / "tree")]) == 2
+    assert "push that first" in capsys.readouterr().err
+    assert bd3lm(["push", str(tmp_path / "moved" / BASE_NAME), "me/base", "--dry-run", str(tmp_path / "base")]) == 0
+
+
+@pytest.mark.parametrize("model_type", ["bd3lm_llama", "bd3lm_qwen3", "bd3lm_gpt2"])
+def test_a_new_decoder_has_the_shape_of_our_fields(model_type):
+    shape = {"hidden_dim": 32, "n_blocks": 1, "n_heads": 4}
+    config = new_config(model_type, vocab_size=64, block_size=4, model_length=16, **shape)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (32, 1, 4)
+    assert getattr(config, "intermediate_size", 128) == 128 and getattr(config, "num_key_value_heads", 4) == 4
+    recipe = parse_arguments(["--model_type", model_type, "--use_cpu"]).model.config_fields()
+    assert {"hidden_dim": 128, "n_blocks": 3, "n_heads": 4}.items() <= recipe.items() and "cond_dim" not in recipe
+    assert ModelArguments().config_fields() == {}
