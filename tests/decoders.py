@@ -1,8 +1,11 @@
 """Tiny random decoders of every family."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from bd3lm_hf.modeling.modeling_bd3lm_decoders import DECODERS
 
@@ -28,6 +31,14 @@ _DROPOUT = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
 
 FAMILIES = tuple(DECODERS)
 
+#: Ids of the tokenizer of a saved decoder. Words are called `w3` to `w59` by their ids; later rows are free.
+END, USER, ASSISTANT = 0, 1, 2
+_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}"
+    "{% if m['role'] == 'assistant' %}<|end|> {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
 
 def stock_fields(family: str) -> dict[str, Any]:
     """Return the fields of a tiny stock configuration."""
@@ -50,6 +61,17 @@ def tiny_decoder(family: str, attention: str = "sdpa", **fields: Any) -> Any:
         **stock_fields(family) | {"mask_token_id": MASK, "block_size": BLOCK, "model_length": 32, **fields}
     )
     return _randomize(model_class._from_config(config, attn_implementation=attention))
+
+
+def save_stock(family: str, folder: Path) -> Path:
+    """Save a tiny stock decoder with a tokenizer that has a chat template and no mask token."""
+    words = {"<|end|>": END, "user": USER, "assistant": ASSISTANT, **{f"w{number}": number for number in range(3, 60)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", chat_template=_TEMPLATE)
+    tokenizer.save_pretrained(folder)
+    tiny_stock(family, bos_token_id=None, eos_token_id=END, pad_token_id=None).save_pretrained(folder)
+    return folder
 
 
 def random_ids(rows: int = 2, length: int = LENGTH, seed: int = 0) -> torch.Tensor:

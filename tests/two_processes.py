@@ -14,8 +14,10 @@ import torch.multiprocessing
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
+from decoders import random_ids, tiny_decoder
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from transformers import PreTrainedModel
 
 from bd3lm_hf import cli
 from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights
@@ -33,6 +35,7 @@ from bd3lm_hf.training.trainer import BD3LMTrainer
 
 
 STEPS, BATCH, SECONDS = 4, 8, 300
+DECODERS = ("gpt2", "llama")  # with one matrix for embedding and head, and with two
 
 
 def tiny_model() -> BD3LMForMaskedLM:
@@ -139,18 +142,19 @@ def train(folder: Path, trainer_class: type[BD3LMTrainer] = BD3LMTrainer, resume
     }
 
 
-def shard_by_hand(model: BD3LMForMaskedLM) -> None:
-    """torch's own `fully_shard`, each layer and the head by themselves."""
+def shard_by_hand(model: PreTrainedModel, *modules: torch.nn.Module) -> None:
+    """torch's own `fully_shard`, each of the modules by itself."""
     mesh = init_device_mesh("cpu", (2,))
-    for module in (*model.backbone.blocks, model.get_output_embeddings(), model):
+    for module in (*modules, model):
         fully_shard(module, mesh=mesh)
     register_fsdp_forward_method(model, "token_nll")
 
 
-def one_pass(model: BD3LMForMaskedLM, rows: slice, processes: int) -> torch.Tensor:
+def one_pass(model: PreTrainedModel, rows: slice, processes: int, ids: torch.Tensor | None = None) -> torch.Tensor:
     """Loss and gradients of some of eight sequences; over two processes the means are those of all."""
-    ids = torch.tensor(rows_of(BATCH)["input_ids"])
-    noise = noise_of_examples(range(BATCH), seed=0, group_size=BATCH, num_blocks=8, length=32)
+    ids = torch.tensor(rows_of(BATCH)["input_ids"]) if ids is None else ids
+    length = ids.shape[1]
+    noise = noise_of_examples(range(BATCH), seed=0, group_size=BATCH, num_blocks=length // 4, length=length)
     given = {name: getattr(noise, name)[rows] for name in NOISE}
     loss = model.train()(ids[rows], labels=ids[rows], num_items_in_batch=ids.numel() / processes, **given).loss
     loss.backward()
@@ -164,7 +168,7 @@ def scores(model: BD3LMForMaskedLM) -> torch.Tensor:
 
 def by_hand(rank: int) -> dict:
     model = tiny_model()
-    shard_by_hand(model)
+    shard_by_hand(model, *model.backbone.blocks, model.get_output_embeddings())
     average = WeightAverage(model, decay=0.9)
     loss = one_pass(model, slice(rank * 4, rank * 4 + 4), 2)
     gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
@@ -192,6 +196,19 @@ def by_hand(rank: int) -> dict:
         "after": after,
         "refused": refused,
     }
+
+
+def decoder(family: str) -> PreTrainedModel:
+    """A decoder whose loss reads both streams, which are aligned by the clean one."""
+    return tiny_decoder(family, context="token", ar_loss_weight=0.5, alignment="shifted")
+
+
+def decoder_by_hand(rank: int, family: str) -> dict:
+    model = decoder(family)
+    shard_by_hand(model, *(model.base_model.h if family == "gpt2" else model.base_model.layers))
+    loss = one_pass(model, slice(rank * 4, rank * 4 + 4), 2, random_ids(BATCH))
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    return {"loss": loss, "gradients": gradients, "nll": model.eval().token_nll(random_ids(2), estimator="exact").nll}
 
 
 def save_scored(folder: Path) -> None:
@@ -229,6 +246,7 @@ def work(rank: int, port: int, folder: str) -> None:
         ),
         "bf16": train(out / "bf16", ShardedTrainer, per_device_train_batch_size=4, max_steps=1, bf16=True),
         "by hand": by_hand(rank),
+        "decoders": {family: decoder_by_hand(rank, family) for family in DECODERS},
         "eval": [
             cli.main(evaluation_of(out, out / f"eval-{estimator}.json", "--estimator", estimator))
             for estimator in ("published", "stratified")

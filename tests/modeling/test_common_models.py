@@ -1,4 +1,4 @@
-"""transformers' own common model tests, run on our model: saving, loading, casting, training, attention, embeddings.
+"""transformers' own common model tests, run on our models: saving, loading, casting, training, attention, embeddings.
 
 They are no part of the installed library. `make test-slow` unpacks them from its source distribution and names the
 folder in BD3LM_TRANSFORMERS_SOURCE.
@@ -11,14 +11,17 @@ import types
 import unittest
 import unittest.mock
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from decoders import stock_fields
 from transformers import initialization
 
 from bd3lm_hf.modeling.backbone_bd3lm import BD3LMModel, BD3LMPreTrainedModel
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.modeling_bd3lm_decoders import BD3LMGPT2ForMaskedLM, BD3LMQwen3ForMaskedLM
 
 
 pytestmark = pytest.mark.slow
@@ -78,6 +81,17 @@ class ModelTester:
         return self.get_config(), {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
+class DecoderTester(ModelTester):
+    """The same for block diffusion on a decoder of transformers."""
+
+    def __init__(self, family: str, model_class: type) -> None:
+        self.family, self.model_class = family, model_class
+
+    def get_config(self) -> Any:
+        fields = stock_fields(self.family) | {"vocab_size": self.vocab_size}
+        return self.model_class.config_class(**fields, block_size=4, model_length=16, mask_token_id=3)
+
+
 def initialise_informatively(model: BD3LMPreTrainedModel, module: torch.nn.Module) -> None:
     """The published initialisation, but what it sets to zero, adaLN and the head, is drawn at random.
 
@@ -94,16 +108,8 @@ if FOUND:
     # The tests look a class up by name to know that it has no loss; ours is not in transformers' own table.
     common.MODEL_MAPPING_NAMES = {**common.MODEL_MAPPING_NAMES, "bd3lm": "BD3LMModel"}
 
-    class TestBD3LM(common.ModelTesterMixin, unittest.TestCase):
-        all_model_classes = (BD3LMModel, BD3LMForMaskedLM)
-        # Asks that `_init_weights` reaches every weight, which the tests demand of recent models only.
-        test_can_init_all_missing_weights_before_2023 = True
-
-        def setUp(self) -> None:
-            self.model_tester = ModelTester()
-            patch = unittest.mock.patch.object(BD3LMPreTrainedModel, "_init_weights", initialise_informatively)
-            patch.start()
-            self.addCleanup(patch.stop)
+    class OfBlockDiffusion(common.ModelTesterMixin):
+        """The common tests, with what they need to know of block diffusion."""
 
         def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
             # The common version gives labels to the class names of transformers' own masked language models only.
@@ -121,3 +127,26 @@ if FOUND:
         @unittest.skip("GenerationTesterMixin, which it asks for, is not in the source distribution")
         def test_generation_tester_mixin_inheritance(self):
             pass
+
+    class TestBD3LM(OfBlockDiffusion, unittest.TestCase):
+        all_model_classes = (BD3LMModel, BD3LMForMaskedLM)
+        # Asks that `_init_weights` reaches every weight, which the tests demand of recent models only.
+        test_can_init_all_missing_weights_before_2023 = True
+
+        def setUp(self) -> None:
+            self.model_tester = ModelTester()
+            patch = unittest.mock.patch.object(BD3LMPreTrainedModel, "_init_weights", initialise_informatively)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    class TestBD3LMQwen3(OfBlockDiffusion, unittest.TestCase):
+        all_model_classes = (BD3LMQwen3ForMaskedLM,)
+
+        def setUp(self) -> None:
+            self.model_tester = DecoderTester("qwen3", BD3LMQwen3ForMaskedLM)
+
+    class TestBD3LMGPT2(OfBlockDiffusion, unittest.TestCase):
+        all_model_classes = (BD3LMGPT2ForMaskedLM,)
+
+        def setUp(self) -> None:
+            self.model_tester = DecoderTester("gpt2", BD3LMGPT2ForMaskedLM)

@@ -99,11 +99,26 @@ def test_infill_completes_gaps_in_place(alignment):
     assert not (filled == MASK).any() and torch.equal(filled[gaps != MASK], ids[gaps != MASK])
 
 
-def test_a_compiled_step_writes_the_same_text():
-    model, ids = tiny_decoder("qwen3", context="token", alignment="shifted"), random_ids(2, 6)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_a_compiled_step_writes_the_same_text(family, backend):
+    model, ids = tiny_decoder(family, context="token", alignment="shifted"), random_ids(2, 6)
     options = {"cache_implementation": "static", "max_new_tokens": 12}
-    compiled = write(model, ids, compile_config=CompileConfig(backend="eager", fullgraph=True), **options)
+    compiled = write(model, ids, compile_config=CompileConfig(backend=backend, fullgraph=True), **options)
     assert torch.equal(compiled, write(model, ids, **options))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_weights_that_are_offloaded_score_and_write_the_same(family, tmp_path):
+    model, ids = tiny_decoder(family, alignment="shifted"), random_ids(2, 6)
+    model.save_pretrained(tmp_path / "model")
+    size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    options = {"device_map": "auto", "max_memory": {"cpu": size // 2}, "offload_folder": str(tmp_path / "disk")}
+    offloaded = type(model).from_pretrained(tmp_path / "model", **options)
+    assert {"disk", "cpu"} == {str(device) for device in offloaded.hf_device_map.values()}
+    assert torch.equal(write(offloaded, ids), write(model, ids))
+    expected = model.token_nll(ids, estimator="exact").nll
+    torch.testing.assert_close(offloaded.token_nll(ids, estimator="exact").nll, expected)
 
 
 def test_learned_positions_end():

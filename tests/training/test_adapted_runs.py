@@ -5,10 +5,8 @@ import shutil
 
 import pytest
 import torch
-from decoders import tiny_stock
+from decoders import END, save_stock
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.cli import main as bd3lm
@@ -22,26 +20,10 @@ from bd3lm_hf.training.train import make_model, new_config
 # peft asks transformers an old question.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}"
-    "{% if m['role'] == 'assistant' %}<|end|> {% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}assistant {% endif %}"
-)
-END = 0
-
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
-    """The folder of a tiny Qwen3 with a tokenizer and a chat template, whose last rows are free."""
-    folder = tmp_path_factory.mktemp("decoder")
-    words = {"<|end|>": END, "user": 1, "assistant": 2, **{f"w{number}": number for number in range(3, 60)}}
-    backend = Tokenizer(models.WordLevel(words, unk_token="w3"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", chat_template=TEMPLATE)
-    tokenizer.save_pretrained(folder)
-    special = {"bos_token_id": None, "eos_token_id": END, "pad_token_id": None}
-    tiny_stock("qwen3", **special).save_pretrained(folder)
-    return folder
+    return save_stock("qwen3", tmp_path_factory.mktemp("decoder"))
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
+from decoders import random_ids
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from two_processes import STEPS, one_pass, scores, tiny_model, train
+from two_processes import BATCH, DECODERS, STEPS, decoder, one_pass, scores, tiny_model, train
 
 from bd3lm_hf.modeling.linear_bd3lm import call_as, is_sharded
 from bd3lm_hf.modeling.loss_bd3lm import chunked_cross_entropy
@@ -71,6 +72,18 @@ def test_a_sharded_model_scores_and_averages_like_the_whole_one(by_hand):
         close(result["inside"], inside, 1e-5)
         close(result["copied"], inside, 1e-5)
         assert torch.equal(result["after"], result["raw"])
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_sharded_decoder_has_the_losses_and_the_gradients_of_the_whole_one(two_processes, family):
+    model, results = decoder(family), [result["decoders"][family] for result in two_processes[1]]
+    close((results[0]["loss"] + results[1]["loss"]) / 2, one_pass(model, slice(0, BATCH), 1, random_ids(BATCH)))
+    for name, parameter in model.named_parameters():
+        for result in results:
+            close(result["gradients"][name], parameter.grad, 1e-5)
+    nll = model.eval().token_nll(random_ids(2), estimator="exact").nll
+    for result in results:
+        close(result["nll"], nll.detach(), 1e-5)
 
 
 def test_a_part_that_is_not_finite_is_found_by_every_process(by_hand):

@@ -1,0 +1,63 @@
+"""A decoder that became a block-diffusion model is converted, pushed, verified and loaded by others."""
+
+import pytest
+import torch
+from decoders import MASK, random_ids, save_stock
+from hub_server import USER
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, pipeline
+
+from bd3lm_hf.hub_upload.load_check import check_loads_alone
+from bd3lm_hf.hub_upload.repo_files import files_of
+from bd3lm_hf.tokenization import load_tokenizer
+
+
+REPO = f"{USER}/decoder"
+
+
+@pytest.fixture(params=["qwen3", "gpt2"])
+def converted(request, bd3lm, tmp_path):
+    """A stock folder and the block-diffusion model that it became."""
+    stock = save_stock(request.param, tmp_path / "stock")
+    code, _, err = bd3lm("convert", stock, tmp_path / "blocks", "--block-size", "4")
+    assert (code, err) == (0, "")
+    return stock, tmp_path / "blocks"
+
+
+def test_a_converted_decoder_has_its_weights_and_converts_back(converted, bd3lm, tmp_path):
+    stock, blocks = converted
+    assert bd3lm("convert", blocks, tmp_path / "back", "--to", "stock")[0] == 0
+    config = AutoConfig.from_pretrained(tmp_path / "back")
+    assert config.model_type == AutoConfig.from_pretrained(stock).model_type
+    weights, there, back = (load_file(folder / "model.safetensors") for folder in (stock, blocks, tmp_path / "back"))
+    assert weights.keys() == there.keys() == back.keys()
+    mask = load_tokenizer(str(blocks)).mask_token_id
+    for name, tensor in weights.items():
+        used = torch.arange(len(tensor)) != mask if len(tensor) == MASK + 1 else slice(None)  # the mask's row is new
+        assert torch.equal(there[name][used], tensor[used]) and torch.equal(back[name], there[name]), name
+
+
+def test_a_pushed_decoder_is_verified_and_loads_without_this_package(converted, hub, bd3lm, tmp_path):
+    blocks = converted[1]
+    code, out, err = bd3lm("push", blocks, REPO, "--license", "mit")
+    assert (code, err) == (0, "") and "/commit/" in out
+    files = hub.repos[REPO].files()
+    assert {"modeling_bd3lm_decoders.py", "model.safetensors", "README.md", "manifest.json"} < files.keys()
+    for name, content in files.items():
+        (tmp_path / "there").mkdir(exist_ok=True)
+        (tmp_path / "there" / name).write_bytes(content)
+    assert bd3lm("verify", tmp_path / "there", "--strict")[0] == 0
+    model = AutoModelForCausalLM.from_pretrained(blocks).eval()
+    check_loads_alone(tmp_path / "there", model)
+    code, out, _ = bd3lm("push", blocks, REPO, "--license", "mit")
+    assert code == 0 and "nothing to do" in out
+    assert files_of(blocks).keys() < files.keys() | {"README.md"}
+
+
+def test_a_converted_decoder_holds_a_conversation_in_the_pipeline(converted):
+    blocks = str(converted[1])
+    generator = pipeline("text-generation", model=blocks, tokenizer=load_tokenizer(blocks))
+    messages = [{"role": "user", "content": "w10 w11"}]
+    answer = generator(messages, max_new_tokens=6)[0]["generated_text"]
+    assert answer[0] == messages[0] and answer[1]["role"] == "assistant"
+    assert generator.model.generate(random_ids(), max_new_tokens=4).shape == (2, 16)
