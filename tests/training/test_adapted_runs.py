@@ -93,7 +93,8 @@ def test_adapters_on_a_plain_decoder_have_the_base_that_the_run_writes(decoder, 
 @pytest.mark.parametrize("model_type", ["bd3lm_llama", "bd3lm_qwen3", "bd3lm_gpt2"])
 def test_a_new_decoder_has_the_shape_of_our_fields(model_type):
     shape = {"hidden_dim": 32, "n_blocks": 1, "n_heads": 4}
-    config = new_config(model_type, vocab_size=64, block_size=4, model_length=16, **shape)
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = new_config(model_type, vocab_size=64, block_size=4, model_length=16, **special, **shape)
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (32, 1, 4)
     assert getattr(config, "intermediate_size", 128) == 128 and getattr(config, "num_key_value_heads", 4) == 4
     recipe = parse_arguments(["--model_type", model_type, "--use_cpu"]).model.config_fields()
