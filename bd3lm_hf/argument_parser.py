@@ -45,4 +45,12 @@ def one_line(text: str) -> str:
     return printable(" ".join(mask_secrets(text).split()))
 
 
-__all__ = ["ArgumentParser", "mask_secrets", "one_line", "printable"]
+def with_underscores(word: str) -> str:
+    """Return a word whose flag is spelled with underscores: `--max-steps=3` as `--max_steps=3`."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name.removeprefix("--").replace("-", "_") + equals + value
+
+
+__all__ = ["ArgumentParser", "mask_secrets", "one_line", "printable", "with_underscores"]

@@ -12,6 +12,7 @@ import yaml
 from transformers import CONFIG_MAPPING, HfArgumentParser, IntervalStrategy
 from transformers.utils import logging
 
+from bd3lm_hf.argument_parser import with_underscores
 from bd3lm_hf.output_files import write_atomically
 from bd3lm_hf.run_folder import RECIPE_HEADER
 from bd3lm_hf.training.arguments import (
@@ -91,7 +92,7 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments:
         ValueError: if the recipe is unreadable, a field is unknown (the nearest one is named), a field cannot take
             its value, or fields contradict one another.
     """
-    argv = [_with_underscores(word) for word in argv]
+    argv = [with_underscores(word) for word in argv]
     if {"-h", "--help"} & set(argv):
         print(train_help())
         raise SystemExit(0)
@@ -111,14 +112,6 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments:
     arguments = RunArguments(*cast("tuple[Any, Any, Any, Any]", tuple(groups)), given)
     _check(arguments, set(recipe), {flag.removeprefix("--") for flag in flags})
     return arguments
-
-
-def _with_underscores(word: str) -> str:
-    """Return a word with the underscores of the field names: `--max-steps=3` as `--max_steps=3`."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return "--" + name.removeprefix("--").replace("-", "_") + equals + value
 
 
 def _parse(words: list[str]) -> list[Any]:

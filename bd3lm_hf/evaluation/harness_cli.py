@@ -4,12 +4,14 @@ usage: bd3lm harness --model_args pretrained=DIR[,FIELD=VALUE ...] --tasks TASK,
 
 `--model bd3lm` is added if no model is named. Fields of --model_args are the arguments of BD3LMHarness: pretrained,
 tokenizer, estimator, num_samples, seed, batch_size, max_length, max_gen_toks, add_bos_token, check_greedy, device,
-dtype, trust_remote_code. All other flags are those of `lm_eval run`, see `lm_eval run --help`. `bd3lm harness ls` and
-`bd3lm harness validate` are those of `lm_eval`.
+dtype, trust_remote_code. All other flags are those of `lm_eval run`, see `lm_eval run --help`; dashes and underscores
+are both accepted. `bd3lm harness ls` and `bd3lm harness validate` are those of `lm_eval`.
 """
 
 import sys
 from collections.abc import Sequence
+
+from bd3lm_hf.argument_parser import with_underscores
 
 
 # Verbs of `lm_eval` that take no model.
@@ -22,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: if the harness is not installed, or the input is wrong; the harness reports its own errors.
     """
-    words = sys.argv[1:] if argv is None else list(argv)
+    words = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
     if not words or words[0] in ("-h", "--help"):
         print((__doc__ or "").partition("\n\n")[2].rstrip())
         return

@@ -173,11 +173,17 @@ def test_the_command_names_our_model_where_none_is_named(monkeypatch):
     found = []
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: found.append(sys.argv))
     before = list(sys.argv)
-    for words in (["--tasks", "a"], ["run", "--tasks", "a"], ["--model", "hf"], ["ls", "tasks"], ["run", "-h"]):
+    for words in (
+        ["--tasks", "a", "--num-fewshot=2"],
+        ["run", "--tasks", "a"],
+        ["--model", "hf"],
+        ["ls", "tasks"],
+        ["run", "-h"],
+    ):
         harness_cli.main(words)
     model = ["--model", "bd3lm"]
     assert found == [
-        ["lm_eval", "--tasks", "a", *model],
+        ["lm_eval", "--tasks", "a", "--num_fewshot=2", *model],
         ["lm_eval", "run", "--tasks", "a", *model],
         *(["lm_eval", *words] for words in (["--model", "hf"], ["ls", "tasks"], ["run", "-h"])),
     ]
