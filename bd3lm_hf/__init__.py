@@ -8,7 +8,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bd3lm_hf.import_hooks import after_import
+from bd3lm_hf.auto_classes import after_import, register_auto_classes, register_lora_targets
 
 
 __version__ = "0.1.0"
@@ -30,22 +30,10 @@ if _is_our_checkout(_PARENT):
     __path__.append(str(_PARENT))
 
 
-def _register_auto_classes() -> None:
-    from bd3lm_hf.auto_classes import register_auto_classes
-
-    register_auto_classes()
-
-
-def _register_lora_targets() -> None:
-    from bd3lm_hf.checkpoints import register_lora_targets
-
-    register_lora_targets()
-
-
 # The `bd3lm` command answers wrong arguments before it imports anything slow. So the model types are registered as
 # soon as transformers is there, which for most programs is already the case or follows in the next line.
-after_import("transformers", _register_auto_classes)
-after_import("peft", _register_lora_targets)
+after_import("transformers", register_auto_classes)
+after_import("peft", register_lora_targets)
 
 
 if TYPE_CHECKING:

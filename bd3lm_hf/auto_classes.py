@@ -1,13 +1,62 @@
-"""Registration with transformers' Auto classes: a class for each model type, or a refusal that names the right one."""
+"""Registration of our model types with transformers' Auto classes and with peft, once these are imported.
+
+Each Auto class gets the class of a model type, or a refusal that names the right one.
+"""
 
 import importlib
 import shutil
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 
-# Only the standard library is imported at the top: `register_auto_classes` may run inside the first import of any
-# module of ours.
+# Only the standard library is imported at the top: the registration may run inside the first import of any module of
+# ours, and importing bd3lm_hf alone must not take seconds.
+
+
+class _AfterImport(MetaPathFinder):
+    """Let the other finders find a library, and call the action once its loader has executed it."""
+
+    def __init__(self, library: str, action: Callable[[], None]) -> None:
+        self.library, self.action = library, action
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return the spec of the library, whose loader calls the action; None for every other module."""
+        if name != self.library:
+            return None
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            self._follow(spec.loader)
+        return spec
+
+    def _follow(self, loader: Any) -> None:
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.action()
+
+        loader.exec_module = exec_module
+
+
+def after_import(library: str, action: Callable[[], None]) -> None:
+    """Call `action` once, as soon as the top-level module `library` is imported; at once if it is already.
+
+    A submodule's import begins with that of its library, so the action never meets a half-imported one.
+    """
+    if library in sys.modules:
+        action()
+    else:
+        sys.meta_path.insert(0, _AfterImport(library, action))
 
 
 class UnsupportedAutoClass:
@@ -91,10 +140,9 @@ def register_auto_classes() -> None:
                 auto_class.register(config_class, unsupported_auto_class(model_class, name), exist_ok=True)
 
 
-__all__ = [
-    "UnsupportedAutoClass",
-    "is_unsupported_auto_class",
-    "model_classes",
-    "register_auto_classes",
-    "unsupported_auto_class",
-]
+def register_lora_targets() -> None:
+    """Let `LoraConfig` without `target_modules` adapt attention and MLP of our models."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as targets_by_type
+
+    for model_class in model_classes():
+        targets_by_type.setdefault(model_class.config_class.model_type, list(model_class.lora_targets))

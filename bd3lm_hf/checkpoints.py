@@ -19,7 +19,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from bd3lm_hf.auto_classes import is_unsupported_auto_class, model_classes
+from bd3lm_hf.auto_classes import is_unsupported_auto_class
 from bd3lm_hf.data.sources import exists, looks_like_path
 from bd3lm_hf.foreign_layouts import read_contract, read_contract_config, set_contract_generation
 from bd3lm_hf.output_files import BASE_NAME
@@ -29,14 +29,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 # peft is imported where it is used: it takes seconds, and most commands need none of it.
-
-
-def register_lora_targets() -> None:
-    """Let `LoraConfig` without `target_modules` adapt attention and MLP of our models."""
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as targets_by_type
-
-    for model_class in model_classes():
-        targets_by_type.setdefault(model_class.config_class.model_type, list(model_class.lora_targets))
 
 
 def add_adapters(
@@ -302,6 +294,5 @@ __all__ = [
     "merge_adapter",
     "read_config",
     "read_shard_index",
-    "register_lora_targets",
     "window_of",
 ]

@@ -1,4 +1,4 @@
-"""Output files: one rule for what may be replaced, and one process at a time for each output.
+"""Output files: one rule for what may be replaced, files of lines that survive a kill, one process at a time.
 
 A path is free if nothing is there, or an empty file. A file of the same command may be replaced. Any other file is
 foreign and stays, unless the user asks for it with `--overwrite`.
@@ -12,7 +12,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 try:
@@ -117,6 +117,86 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     except OSError:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+# Files of lines
+
+
+class JsonLinesFile:
+    """A file with an object per line, which grows while a command runs and is continued by the next run.
+
+    A killed run leaves at most one incomplete line, which the next line replaces. Use [`lock_output`] to keep other
+    processes away.
+
+    Args:
+        label: what the user calls the file, for messages.
+        first_key: the first key of every object, by which an incomplete line is recognised as ours.
+        remedy: what to do about a foreign file.
+        replace: drop what the file holds; it stays until the first line is written.
+    """
+
+    def __init__(self, path: Path, label: str, *, first_key: str, remedy: str, replace: bool = False) -> None:
+        self.path, self.label, self._remedy = path, label, remedy
+        self._line_start = f'{{"{first_key}": '.encode()
+        self._replace = replace
+        self._size = 0  # bytes of complete lines
+        self._size_on_disk = 0  # also of an incomplete last line
+
+    def read_lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the number of each line, counted from 1, and its object; all must be read before a line is written.
+
+        Raises:
+            ValueError: if a line is not an object, or the file ends in something else than the beginning of a line.
+        """
+        content = self.path.read_bytes() if self.path.exists() and not is_device(self.path) else b""
+        self._size, self._size_on_disk = content.rfind(b"\n") + 1, len(content)
+        number = 0
+        for number, line in enumerate(content[: self._size].splitlines(), start=1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                raise self.foreign_line(number)
+            yield number, row
+        # A foreign file without a line end would look like one incomplete line, and would be cut off.
+        rest = content[self._size :]
+        if rest[: len(self._line_start)] != self._line_start[: len(rest)]:
+            raise self.foreign_line(number + 1)
+
+    def foreign_line(self, number: int) -> ValueError:
+        """Return the error for a line that this command did not write."""
+        return ValueError(f"{self.label}: line {number} was not written by this command; {self._remedy}.")
+
+    def write_line(self, row: dict[str, Any]) -> None:
+        """Append an object; it is on disk when this returns.
+
+        Raises:
+            ValueError: if another process changed the file.
+        """
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        if self._replace and not is_device(self.path):
+            write_atomically(self.path, line)  # the old file stays until now
+            self._replace, self._size = False, 0
+        else:
+            with self.path.open("ab") as file:
+                if not is_device(self.path):
+                    self._cut_incomplete_line(file)
+                file.write(line)
+                file.flush()
+                if not is_device(self.path):
+                    os.fsync(file.fileno())
+        self._size += len(line)
+        self._size_on_disk = self._size
+
+    def _cut_incomplete_line(self, file: BinaryIO) -> None:
+        size = os.fstat(file.fileno()).st_size
+        if size != self._size_on_disk:
+            raise ValueError(
+                f"{self.label} has {size} bytes instead of {self._size_on_disk}: another process changed it. Run "
+                f"again to continue after what is there."
+            )
+        file.truncate(self._size)
 
 
 # One process at a time
@@ -233,14 +313,3 @@ def _is_alive(holder: dict[str, Any]) -> bool:
     except OSError:
         return True
     return True
-
-
-__all__ = [
-    "LOCK_NAME",
-    "begins_with",
-    "check_output_file",
-    "is_device",
-    "is_json_with",
-    "lock_output",
-    "write_atomically",
-]

@@ -13,6 +13,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from bd3lm_hf.argument_parser import load_model_and_tokenizer
 from bd3lm_hf.checkpoints import find_device, how_to_adapt
 from bd3lm_hf.data.documents import find_schema, load_rows, load_text
 from bd3lm_hf.data.instructions import encode_rows
@@ -39,7 +40,6 @@ from bd3lm_hf.evaluation.results import (
     weights_digest,
     write_results,
 )
-from bd3lm_hf.model_arguments import load_model_and_tokenizer
 from bd3lm_hf.output_files import lock_output
 
 

@@ -7,8 +7,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bd3lm_hf.argument_parser import add_model_arguments, integer, number
 from bd3lm_hf.generation.generate_cli import FIELDS, add_sampling
-from bd3lm_hf.model_arguments import add_model_arguments, integer, number
 
 
 #: Estimators of the likelihood.

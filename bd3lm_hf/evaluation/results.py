@@ -26,7 +26,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 import bd3lm_hf
 from bd3lm_hf.evaluation.perplexity import Batch, Protocol, SequenceScore, batches_of, score_batch
 from bd3lm_hf.markdown import escape, table
-from bd3lm_hf.output_files import check_output_file, is_json_with, write_atomically
+from bd3lm_hf.output_files import JsonLinesFile, check_output_file, is_json_with, write_atomically
 from bd3lm_hf.progress import ProgressReport
 
 
@@ -123,15 +123,12 @@ class Progress(NamedTuple):
     seconds: float  # spent on them
 
 
-# A line of ours begins so.
-_LINE_START = b'{"run": '
-
 # Scores are written at most so often: every write waits for the disk, and with it all processes.
 _SECONDS_BETWEEN_WRITES = 1.0
 
 
-class ScoresFile:
-    """The scores of runs, a line of JSON per write, after a line with the identity of the run.
+class ScoresFile(JsonLinesFile):
+    """The scores of runs, a line per write, after a line with the identity of the run.
 
     A file holds the scores of any number of finished runs, as a table holds their results, and of at most one that was
     interrupted. Another process must not write to it at the same time, see `lock_output`.
@@ -144,39 +141,22 @@ class ScoresFile:
     """
 
     def __init__(self, path: Path, *, restart: bool = False) -> None:
-        self.path = path
+        remedy = "move the file away, or name another output"
+        super().__init__(path, str(path), first_key="run", remedy=remedy, replace=restart)
         self._runs: dict[str, dict[str, Any]] = {}  # identities
         self._scores: dict[str, dict[int, SequenceScore]] = {}
         self._seconds: dict[str, float] = {}
         self._finished: set[str] = set()
         self._waiting: dict[str, Any] = {}  # an entry that is not written yet
         self._last_write = 0.0
-        self._size = 0  # bytes of complete lines
-        if path.exists():
-            self._read(drop=restart)
-
-    def _read(self, *, drop: bool) -> None:
-        content = self.path.read_bytes()
-        # A run that was killed while it wrote leaves a part of a line, which does not count and is cut off later.
-        size = content.rfind(b"\n") + 1
-        number = 1
-        try:
-            for line in content[:size].splitlines():
-                self._take(json.loads(line))
-                number += 1
-            rest = content[size:]
-            if rest[: len(_LINE_START)] != _LINE_START[: len(rest)]:
-                raise ValueError("an incomplete line of another kind")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(
-                f"{self.path}: line {number} is not a score of this command; move the file away, or name "
-                f"another output."
-            ) from error
-        if drop:
+        for number, entry in self.read_lines():
+            try:
+                self._take(entry)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise self.foreign_line(number) from error
+        if restart:
             for kept in (self._runs, self._scores, self._seconds, self._finished):
                 kept.clear()
-        else:
-            self._size = size
 
     def _take(self, entry: Mapping[str, Any]) -> None:
         run = entry["run"]
@@ -240,12 +220,7 @@ class ScoresFile:
             self._write({"run": digest(identity), "finished": True})
 
     def _write(self, entry: dict[str, Any]) -> None:
-        """Write one line, whole or not at all: what a kill leaves of it is cut off by the next write."""
-        with self.path.open("ab") as file:
-            file.truncate(self._size)
-            self._size += file.write(json.dumps(entry).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self.write_line(entry)
         self._take(entry)
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bd3lm_hf.argument_parser import add_model_arguments, integer, number
 from bd3lm_hf.generation.denoising_trace import check_ending
 from bd3lm_hf.generation.samples import read_prompts
-from bd3lm_hf.model_arguments import add_model_arguments, integer, number
 from bd3lm_hf.output_files import begins_with, check_output_file
 
 

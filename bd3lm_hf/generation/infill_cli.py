@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from bd3lm_hf.argument_parser import add_model_arguments, integer, load_model_and_tokenizer
 from bd3lm_hf.generation.generate_cli import FIELDS, add_sampling
 from bd3lm_hf.generation.samples import read_prompts
-from bd3lm_hf.model_arguments import add_model_arguments, integer, load_model_and_tokenizer
 from bd3lm_hf.seeds import derived_seed
 
 

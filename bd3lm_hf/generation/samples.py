@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from bd3lm_hf.output_files import check_output_file, is_device, lock_output, write_atomically
+from bd3lm_hf.output_files import JsonLinesFile, check_output_file, lock_output
 
 
 #: The name that means standard input.
@@ -118,22 +118,19 @@ def _is_piped(stdin: TextIO) -> bool:
         return False  # closed, or not a real file
 
 
-# What a line of ours begins with.
-_LINE_START = b'{"index": '
-
 # Settings of earlier versions that do not decide a text.
 _IGNORED_SETTINGS = {"num_prompts", "num_samples", "batch_size"}
 
 
-class SamplesFile:
-    """Samples, one JSON object per line, each on disk as soon as it is finished; a rerun continues after them.
+class SamplesFile(JsonLinesFile):
+    """A file of samples, each on disk as soon as it is finished; a rerun continues after them.
 
     Use [`open_samples`], which keeps other processes away from the file.
 
     Args:
         prompts: that of each sample.
         settings: what decides the texts; a file with other settings is refused.
-        overwrite: start again. The old file stays until the first samples are finished.
+        overwrite: start again. The old file stays until the first sample is finished.
         flag: what the user calls the file, for messages.
 
     Raises:
@@ -149,43 +146,18 @@ class SamplesFile:
         overwrite: bool = False,
         flag: str = "--output",
     ) -> None:
-        self.path, self.prompts, self.settings, self.flag = path, prompts, settings, flag
-        self.finished: set[int] = set()
-        self._size = 0  # bytes of complete lines
-        self._size_on_disk = 0  # with the incomplete line that a killed run left
-        self._is_new = overwrite
+        remedy = "name another file, or replace it with --overwrite"
+        super().__init__(path, f"{flag} {path}", first_key="index", remedy=remedy, replace=overwrite)
+        self.prompts, self.settings = prompts, settings
         check_output_file(path, flag)
-        if path.exists() and not overwrite and not is_device(path):
-            self._read()
-
-    def _read(self) -> None:
-        content = self.path.read_bytes()
-        self._size_on_disk = len(content)
-        # A run that was killed while it wrote leaves a part of a line, which does not count and is cut off later.
-        self._size = content.rfind(b"\n") + 1
-        lines = content[: self._size].splitlines()
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict) or not isinstance(row.get("index"), int) or "settings" not in row:
-                self._refuse(number)
+        self.finished: set[int] = set()
+        for number, row in () if overwrite else self.read_lines():
             self._check(number, row)
             self.finished.add(row["index"])
-        rest = content[self._size :]
-        if rest[: len(_LINE_START)] != _LINE_START[: len(rest)]:
-            self._refuse(len(lines) + 1)
-
-    def _refuse(self, number: int) -> None:
-        raise ValueError(
-            f"{self.flag} {self.path}: line {number} was not written by this command; name another file, or replace "
-            f"it with --overwrite."
-        )
 
     def _check(self, number: int, row: dict[str, Any]) -> None:
-        if not isinstance(row["settings"], dict):
-            self._refuse(number)
+        if not isinstance(row.get("index"), int) or not isinstance(row.get("settings"), dict):
+            raise self.foreign_line(number)
         old = {name: value for name, value in row["settings"].items() if name not in _IGNORED_SETTINGS}
         new = dict(self.settings)
         if row["index"] < len(self.prompts):
@@ -197,17 +169,13 @@ class SamplesFile:
         ]
         if differences:
             raise ValueError(
-                f"{self.flag} {self.path}: line {number} was written with other settings "
-                f"({'; '.join(differences)}): repeat them to continue, name another file, or replace it with "
-                f"--overwrite."
+                f"{self.label}: line {number} was written with other settings ({'; '.join(differences)}): repeat them "
+                f"to continue, name another file, or replace it with --overwrite."
             )
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the requested samples that are finished, in the order of their numbers."""
-        if not self.finished:
-            return []
-        lines = self.path.read_bytes()[: self._size].splitlines()
-        rows = {row["index"]: row for row in map(json.loads, lines)}
+        """Return the requested samples that are finished, in the order of their indices."""
+        rows = {row["index"]: row for _, row in self.read_lines()} if self.finished else {}
         return [rows[index] for index in range(len(self.prompts)) if index in rows]
 
     def append(self, samples: Iterable[Sample]) -> None:
@@ -218,26 +186,8 @@ class SamplesFile:
         """
         for sample in samples:
             if sample.index not in self.finished:
-                self._write(json.dumps(asdict(sample), ensure_ascii=False).encode() + b"\n")
+                self.write_line(asdict(sample))
                 self.finished.add(sample.index)
-
-    def _write(self, line: bytes) -> None:
-        if self._is_new and not is_device(self.path):
-            write_atomically(self.path, line)  # the old file stays until now
-            self._is_new = False
-        else:
-            with self.path.open("ab") as file:
-                size = os.fstat(file.fileno()).st_size
-                if not is_device(self.path):
-                    if size != self._size_on_disk:
-                        raise ValueError(
-                            f"{self.flag} {self.path} has {size} bytes instead of {self._size_on_disk}: another "
-                            f"process changed it. Run again to continue after what is there."
-                        )
-                    file.truncate(self._size)
-                file.write(line)
-        self._size += len(line)
-        self._size_on_disk = self._size
 
 
 @contextlib.contextmanager
@@ -257,6 +207,3 @@ def open_samples(
     check_output_file(path, flag)
     with lock_output(path, flag):
         yield SamplesFile(path, prompts, settings, overwrite=overwrite, flag=flag)
-
-
-__all__ = ["STDIN", "Sample", "SamplesFile", "open_samples", "read_prompts"]

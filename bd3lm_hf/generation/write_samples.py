@@ -10,13 +10,13 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from bd3lm_hf.argument_parser import load_model_and_tokenizer
 from bd3lm_hf.checkpoints import check_generates, window_of
 from bd3lm_hf.generation.chat import converse
 from bd3lm_hf.generation.denoising_trace import trace_document, traced_sample, write_trace
 from bd3lm_hf.generation.generate_cli import FIELDS, Job, check_chat_arguments, generation_fields, plan
 from bd3lm_hf.generation.samples import Sample, SamplesFile, open_samples
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
-from bd3lm_hf.model_arguments import load_model_and_tokenizer
 from bd3lm_hf.seeds import derived_seed
 
 

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from bd3lm_hf.argument_parser import add_model_arguments, integer
 from bd3lm_hf.generation.generate_cli import FIELDS
-from bd3lm_hf.model_arguments import add_model_arguments, integer
 from bd3lm_hf.output_files import check_output_file, is_json_with
 
 

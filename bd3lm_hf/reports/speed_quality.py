@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 from datasets import disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
+from bd3lm_hf.argument_parser import load_model_and_tokenizer
 from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_model, reference_model_of
 from bd3lm_hf.evaluation.text_metrics import mean_entropy
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
-from bd3lm_hf.model_arguments import load_model_and_tokenizer
 from bd3lm_hf.output_files import write_atomically
 from bd3lm_hf.progress import ProgressReport
 from bd3lm_hf.reports.plotting import check_matplotlib, draw_speed_quality

@@ -24,11 +24,11 @@ from bd3lm_hf import (
     SEDDForMaskedLM,
     cli,
 )
+from bd3lm_hf.argument_parser import load_model_and_tokenizer
 from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.data.sources import SUITES
 from bd3lm_hf.evaluation import dataset_scoring
 from bd3lm_hf.evaluation.perplexity import perplexity
-from bd3lm_hf.model_arguments import load_model_and_tokenizer
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 
 
