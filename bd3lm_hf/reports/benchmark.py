@@ -1,6 +1,7 @@
 """Speed and memory of block diffusion beside a named rival, in one run: `python -m bd3lm_hf.reports.benchmark`.
 
 The rival is transformers' GPT-2 with its 124 M parameters; ours has the same width and depth, 170 M with its head.
+With `--decoder qwen3` it is the stock decoder, and ours is block diffusion on the same weights.
 Absolute times drift with the machine, so both are timed in turn and the figure to quote is the median of the pairwise
 ratios. Peak memory is that of a fresh process which does one thing only. `--noise-draws 1 2 4 --model M` measures
 instead what several draws of noise for each clean pass do to the gradient (see `gradients.py`), and `--estimators
@@ -38,6 +39,7 @@ from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.evaluation.perplexity import check_estimator, perplexity
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.modeling_bd3lm_decoders import DECODERS
 from bd3lm_hf.modeling.noise_bd3lm import draw_noise
 from bd3lm_hf.reports import benchmark
 from bd3lm_hf.reports.reports_cli import bench_parser
@@ -45,6 +47,7 @@ from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
 
 
 VOCAB_SIZE = 50258
+DECODER_VOCAB_SIZE = 50304
 
 
 BATCH_SIZE = 2
@@ -60,7 +63,10 @@ class TimedPair(NamedTuple):
 
 
 def build(name: str, block_size: int = 4) -> PreTrainedModel:
-    """`"bd3lm"` or `"gpt2"` with random weights, 12 layers of width 768, no dropout (so both do the same work)."""
+    """`"bd3lm"`, `"gpt2"`, a decoder or block diffusion on one (`"qwen3"`, `"bd3lm_qwen3"`), with random weights.
+
+    All have 12 layers of width 768 and no dropout (so they do the same work).
+    """
     torch.manual_seed(0)
     if name == "gpt2":
         config = GPT2Config(vocab_size=VOCAB_SIZE, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
@@ -70,12 +76,25 @@ def build(name: str, block_size: int = 4) -> PreTrainedModel:
         rival.generation_config.pad_token_id = 0
         return rival
     if name != "bd3lm":
-        raise ValueError(f"no model called {name!r} to measure: choose bd3lm or gpt2.")
+        return _build_decoder(name)
     model = BD3LMForMaskedLM(BD3LMConfig(vocab_size=VOCAB_SIZE, block_size=block_size, dropout=0.0))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.02)  # a fresh model's zeros would make some products cheaper
     return model
+
+
+def _build_decoder(name: str) -> PreTrainedModel:
+    family = name.removeprefix("bd3lm_")
+    if family not in DECODERS:
+        raise ValueError(f"no model called {name!r} to measure: choose bd3lm, gpt2, or one of {', '.join(DECODERS)}.")
+    model_class = DECODERS[family] if name != family else DECODERS[family].__bases__[-1]
+    sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12}
+    sizes |= {"head_dim": 64, "intermediate_size": 3072, "max_position_embeddings": 2048}
+    known = {field: value for field, value in sizes.items() if hasattr(model_class.config_class, field)}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0) if family == "gpt2" else {}
+    special = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    return model_class(model_class.config_class(vocab_size=DECODER_VOCAB_SIZE, **known, **dropout, **special))
 
 
 def training_step(model: PreTrainedModel, length: int) -> None:
@@ -150,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--lengths, --new-tokens and --batch-sizes: give whole numbers of at least 1.")
     torch.set_num_threads(arguments.threads)
     if arguments.noise_draws is None and arguments.estimators is None:
-        compare_with_gpt2(arguments)
+        compare_with_rival(arguments)
         return
     if arguments.noise_draws is not None and arguments.estimators is not None:
         raise ValueError("--noise-draws and --estimators are two measurements: take one at a time.")
@@ -166,11 +185,14 @@ def main(argv: list[str] | None = None) -> None:
         print(benchmark.variance_table(benchmark.measure_variance(*where, arguments.estimators, **options)))
 
 
-def compare_with_gpt2(arguments: argparse.Namespace) -> None:
+def compare_with_rival(arguments: argparse.Namespace) -> None:
     """Print a table of ratios, in markdown."""
-    rival, ours = build("gpt2"), build("bd3lm")
+    decoder = arguments.decoder
+    names = ("bd3lm", "gpt2") if decoder is None else (f"bd3lm_{decoder}", decoder)
+    titles = ("BD3-LM", "GPT-2") if decoder is None else names
+    ours, rival = (build(name) for name in names)
     print(f"torch {torch.__version__}, {arguments.threads} CPU threads, float32, 12 layers of width 768, block size 4")
-    print("| task | BD3-LM | GPT-2 | ratio | least - greatest |\n|---|---|---|---|---|")
+    print(f"| task | {titles[0]} | {titles[1]} | ratio | least - greatest |\n|---|---|---|---|---|")
     for name, length, task in tasks(arguments):
         repeats = arguments.repeats if length < 1024 else -(-arguments.repeats // 2)
         result = compare_times(functools.partial(task, ours), functools.partial(task, rival), repeats)
@@ -181,7 +203,7 @@ def compare_with_gpt2(arguments: argparse.Namespace) -> None:
         name = f"tokens per second, batch {size} over batch 1"
         print(f"| {name} | {gains[0]:.2f} | {gains[1]:.2f} | {gains[0] / gains[1]:.2f} | |", flush=True)
     for length in arguments.lengths[:1]:
-        mine, theirs = peak_memory("bd3lm", length), peak_memory("gpt2", length)
+        mine, theirs = (peak_memory(name, length) for name in names)
         print(f"| peak memory of training, 2 x {length}, GB | {mine:.2f} | {theirs:.2f} | {mine / theirs:.2f} | |")
 
 

@@ -23,7 +23,7 @@ def bench_parser() -> argparse.ArgumentParser:
     """Return the parser of `bd3lm bench`."""
     parser = ArgumentParser(
         prog="bd3lm bench",
-        description="Compare with transformers' GPT-2, several noise draws with one, or estimators of likelihood.",
+        description="Compare with transformers' models, several noise draws with one, or estimators of likelihood.",
         allow_abbrev=False,
     )
     parser.add_argument("--lengths", type=int, nargs="*", default=[256, 1024], help="training lengths, batch 2")
@@ -31,6 +31,7 @@ def bench_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-sizes", type=int, nargs="*", default=[8], help="texts at once, of the first of these lengths"
     )
+    parser.add_argument("--decoder", metavar="TYPE", help="compare block diffusion on this decoder with the stock one")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each pair; about half at length 1,024")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--noise-draws", type=int, nargs="+", help="measure the gradient's variance at these numbers")

@@ -65,6 +65,20 @@ def test_all_figures_stand_in_one_table(monkeypatch, tiny_model, capsys):
     assert {line.count("|") for line in lines[1:]} == {6}
 
 
+def test_a_decoder_is_measured_beside_its_stock_class(monkeypatch, capsys):
+    built = []
+    monkeypatch.setattr(benchmark, "build", lambda name: built.append(name))
+    benchmark.main(["--decoder", "qwen3", "--lengths", "--new-tokens", "--batch-sizes", "--threads", "1"])
+    assert built == ["bd3lm_qwen3", "qwen3"] and "| task | bd3lm_qwen3 | qwen3 |" in capsys.readouterr().out
+    monkeypatch.undo()
+    with torch.device("meta"):
+        ours, stock = benchmark.build("bd3lm_qwen3"), benchmark.build("qwen3")
+    assert ours.state_dict().keys() == stock.state_dict().keys()
+    assert (ours.config.hidden_size, ours.config.vocab_size, ours.config.block_size) == (768, 50304, 4)
+    with pytest.raises(ValueError, match="'mamba'.*qwen3"):
+        benchmark.build("mamba")
+
+
 def test_peak_memory_is_that_of_two_training_steps(monkeypatch, tiny_model, capsys):
     steps = []
 
