@@ -62,6 +62,8 @@ def make_probe(model: Any) -> dict[str, torch.Tensor]:
     is_adapter = isinstance(model, PeftModel)
     whole = model.get_base_model() if is_adapter else model
     inputs, prompt = whole.dummy_inputs, make_prompt(whole.config)
+    if hasattr(whole, "infill"):
+        inputs["input_ids"][:, -1] = whole.config.mask_token_id  # else it warns that there is nothing to denoise
     probe = {f"inputs.{name}": tensor for name, tensor in inputs.items()} | {"prompt": prompt}
     for name, cls in whole.auto_classes.items():
         # An adapter was trained with a head, so it is only loaded by classes that have one.
