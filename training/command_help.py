@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
+COMPARISONS = RECIPES.parent / "comparisons"
 DEFAULT_RECIPE = "demo"
 
 _OURS = Path(__file__).resolve().parent / "arguments.py"
@@ -71,11 +72,11 @@ def refused_names(path: Path = _OURS) -> set[str]:
 def train_help() -> str:
     """Return the page of `bd3lm train`: our fields by group, then those inherited from transformers."""
     program = "python training/train.py" if Path(sys.argv[0]).name == "train.py" else "bd3lm train"
-    shipped = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     lines = [
         f"usage: {program} [RECIPE] [--FIELD VALUE ...]",
         "",
-        f"  RECIPE  a YAML file of fields, or the name of one that ships: {shipped}. Default: {DEFAULT_RECIPE}.",
+        "  RECIPE  a YAML file of fields, or the name of one that ships:",
+        f"          {_shipped(RECIPES)}. Default: {DEFAULT_RECIPE}.",
         "  A field on the command line overrides the recipe. Dashes and underscores are both accepted.",
     ]
     classes, refused = fields_in_source(_OURS), refused_names()
@@ -102,15 +103,20 @@ def _page(fields: list[FieldHelp], *, leave_out: Container[str]) -> list[str]:
     return lines
 
 
+def _shipped(folder: Path) -> str:
+    return ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+
+
 def compare_help() -> str:
     """Return the page of `bd3lm compare`."""
-    return """\
+    return f"""\
 usage: bd3lm compare [RECIPE] [--models NAME ...] [--seeds N ...] [--FIELD VALUE ...]
 
 Train several models on the same text for the same number of tokens, let each write texts that a judge scores, and
 print one table. A run that is complete is not repeated.
 
-  RECIPE         a YAML file that names the models and the fields in which they differ. Default: the paper's models.
+  RECIPE         a YAML file that names the models and the fields in which they differ, or the name of one that ships:
+                 {_shipped(COMPARISONS)}. Default: paper.
   --models       the models of the recipe to compare; by default all of them
   --seeds        seeds of the runs
   --num_texts    texts that each model writes
@@ -122,4 +128,13 @@ print one table. A run that is complete is not repeated.
 Dashes and underscores are both accepted."""
 
 
-__all__ = ["DEFAULT_RECIPE", "RECIPES", "FieldHelp", "compare_help", "fields_in_source", "refused_names", "train_help"]
+__all__ = [
+    "COMPARISONS",
+    "DEFAULT_RECIPE",
+    "RECIPES",
+    "FieldHelp",
+    "compare_help",
+    "fields_in_source",
+    "refused_names",
+    "train_help",
+]
