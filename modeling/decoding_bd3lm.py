@@ -14,7 +14,7 @@ from transformers.modeling_outputs import ModelOutput
 from .configuration_bd3lm import SAMPLING_EPS
 from .decoding_state_bd3lm import SequenceBuffer
 from .linear_bd3lm import PrepackedLinears
-from .logits_process_bd3lm import PositionProcessors, check_any_token_left, never_generated
+from .logits_process_bd3lm import PositionProcessors, never_generated
 from .noise_bd3lm import LogLinearNoise, wide_float
 from .samplers_bd3lm import (
     SAMPLING_DTYPES,
@@ -81,12 +81,13 @@ class BD3LMGenerateOutput(ModelOutput):
     Args:
         sequences: `(batch, prompt + new)`, the prompts as given and the new tokens.
         scores: with `output_scores`, for each new token the processed scores `(batch, vocab_size)` it was drawn from.
+            Of SSD-LM those of the last step, of which it is the largest.
         logits: with `output_logits`, the same before processing.
         past_key_values: the cache of finished blocks, for the next call. Empty if the window has moved, or if rows
             that ended early were dropped: the next call then recomputes its prompt.
         num_forward_passes: denoising forward passes of the whole batch, without the one over the prompts.
         row_forward_passes: `(batch,)`, denoising forward passes that each row took part in, which is what the row
-            would need alone.
+            would need alone. Of block diffusion only.
         tokens_per_forward: new tokens, without padding of finished rows, per row and forward pass of the batch.
         trace: with `output_trace`, every denoising step that reveals tokens.
     """
@@ -209,7 +210,6 @@ class BlockState:
         self.is_new = buffer.new_positions(begin)
         self.confidence = torch.zeros(self.token_ids.shape, device=token_ids.device)  # of revealed tokens
         self.uniform = self.confidence  # the random number that each token is drawn with
-        self.no_token_left = torch.zeros((), dtype=torch.bool, device=token_ids.device)  # at some position
 
     def put(self, positions: torch.Tensor, tokens: torch.Tensor) -> None:
         """Set tokens `(positions,)` at flat indices into `(batch, block_size)`."""
@@ -249,7 +249,8 @@ class BlockWriter:
         self.buffer, self.config = buffer, model.config
         self.generator, self.trace = generator, trace
         device = buffer.token_ids.device
-        self.processors = PositionProcessors(processors, buffer, prompt)
+        forbidden = never_generated(self.config.mask_token_id, generation_config)
+        self.processors = PositionProcessors(processors, buffer, prompt, forbidden)
         self.left_to_right = bool(self.processors.text_readers)
         self.remask_fraction: float = generation_config.remask_fraction
         if self.left_to_right and self.remask_fraction:
@@ -272,7 +273,6 @@ class BlockWriter:
         recorded = bool(generation_config.return_dict_in_generate)
         self.scores = ScoreRecord(recorded and bool(generation_config.output_scores))
         self.logits = ScoreRecord(recorded and bool(generation_config.output_logits))
-        self.forbidden = torch.tensor(never_generated(self.config.mask_token_id, generation_config), device=device)
 
     def statistics(self, new_tokens: int) -> dict[str, Any]:
         """Return the fields of a generate output that say what `new_tokens` tokens of all rows have cost."""
@@ -294,6 +294,7 @@ class BlockWriter:
             finished: bool `(batch,)` on the CPU, rows to skip.
             streamer: gets drafts of the first row, if it has a method `put_draft`.
         """
+        self.forward.drop_finished(finished)
         block = BlockState(self.buffer, begin)
         masked = block.is_new & ~finished.unsqueeze(1)
         draft_streamer = streamer if hasattr(streamer, "put_draft") and not finished[0] else None
@@ -307,8 +308,7 @@ class BlockWriter:
                 remasked, remasked.clone(), self.do_sample, False, self.generator, self.remask_fraction
             )
             self._reveal(block, state, draft_streamer)
-        if self.processors.can_forbid_all:
-            check_any_token_left(block.no_token_left)
+        self.processors.check_any_token_left()
 
     def _reveal(self, block: BlockState, state: RevealState, draft_streamer: Any) -> None:
         """Take denoising steps until nothing requested is masked.
@@ -395,16 +395,8 @@ class BlockWriter:
 
     def _choose(self, block: BlockState, positions: torch.Tensor, logits: torch.Tensor) -> Prediction:
         """Choose a token for each position, at most one of a row if processors read the text."""
-        logits.index_fill_(1, self.forbidden, -torch.inf)
-        scores = logits
-        if self.processors.processors:
-            scores = self.processors(logits.clone(), *block.locate(positions)).index_fill(
-                1, self.forbidden, -torch.inf
-            )
-            if self.processors.can_forbid_all:
-                no_token_left = scores.isneginf().all(dim=-1)
-                block.no_token_left |= no_token_left.any()
-                scores = scores.masked_fill(no_token_left.unsqueeze(1), 0.0)
+        logits.index_fill_(1, self.processors.forbidden, -torch.inf)
+        scores = self.processors(logits, *block.locate(positions))
         if not self.do_sample:
             return Prediction(scores.argmax(dim=-1), scores, logits)
         uniform = block.uniform.view(-1)[positions.to(scores.device, non_blocking=True)]

@@ -31,7 +31,6 @@ from .windows_bd3lm import DecodingNetwork, compiles_by_default, fills_window, w
 
 logger = logging.get_logger(__name__)
 
-
 # transformers types the `self` of its mixin as a whole model, which another mixin is not: Any, for a type checker.
 _Generative: Any = GenerationMixin
 
@@ -67,6 +66,24 @@ _NOT_FOR_INFILL = (
     "output_scores",
     "output_logits",
 )
+
+
+def write_blocks(writer: Any, stop: StopRules, streamer: Any) -> None:
+    """Denoise block after block until all rows have ended.
+
+    Args:
+        writer: its `denoise(begin, finished, streamer)` fills the block at column `begin` of the buffer.
+        streamer: gets the new tokens of the first row after each block; None: there is none.
+    """
+    for begin in stop.buffer.blocks():
+        writer.denoise(begin, stop.finished, streamer)
+        streamed = stop.update(begin)
+        if streamer is not None and streamed.numel():
+            streamer.put(streamed.cpu())
+        if stop.all_finished:
+            break
+    if streamer is not None:
+        streamer.end()
 
 
 class BlockGenerationMixin(_Generative):
@@ -244,10 +261,17 @@ class BlockGenerationMixin(_Generative):
             )
         return mask * (mask.cumsum(1) > left_out)
 
-    def _check_continuable(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, synced_gpus: bool
-    ) -> None:
-        """Refuse a prompt that `generate` cannot continue, before any work."""
+    def _take_prompts(
+        self, input_ids: torch.Tensor, model_kwargs: dict[str, Any], synced_gpus: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the prompts and their attention mask on the model's device.
+
+        Raises:
+            ValueError: if `generate` cannot continue them, or there is not one generator for each.
+        """
+        input_ids, attention_mask = input_ids.to(self.device), model_kwargs.get("attention_mask")
+        attention_mask = None if attention_mask is None else attention_mask.to(self.device)
+        check_generators(model_kwargs.get("generator"), len(input_ids))
         if synced_gpus:
             raise ValueError(
                 "synced_gpus=True: generating from sharded weights (ZeRO-3, FSDP) is not supported; gather the model "
@@ -261,6 +285,7 @@ class BlockGenerationMixin(_Generative):
                 f"the prompt holds mask_token_id={self.config.mask_token_id}: generate continues a text and does not "
                 f"fill blanks in it{instead}. If the mask tokens are padding, pass an attention_mask."
             )
+        return input_ids, attention_mask
 
 
 class BD3LMGenerationMixin(BlockGenerationMixin):
@@ -357,11 +382,8 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         4. Put prompts and new tokens together.
         """
         # 1. Align
-        home, input_ids = input_ids.device, input_ids.to(self.device)
-        attention_mask = model_kwargs.get("attention_mask")
-        attention_mask = None if attention_mask is None else attention_mask.to(self.device)
-        self._check_continuable(input_ids, attention_mask, synced_gpus)
-        check_generators(model_kwargs.get("generator"), len(input_ids))
+        home = input_ids.device
+        input_ids, attention_mask = self._take_prompts(input_ids, model_kwargs, synced_gpus)
         stride = window_stride(self.config, generation_config.window_stride)
         cache = model_kwargs.get("past_key_values")
         read = self._last_window(input_ids, attention_mask, stride or self.config.block_size, cache)
@@ -385,18 +407,8 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
             model_kwargs.get("generator"),
             Trace(buffer, input_ids, read) if generation_config.output_trace else None,
         )
-        for begin in buffer.blocks():
-            # 2. Denoise
-            writer.denoise(begin, stop.finished, streamer)
-            # 3. Stop and stream
-            streamed = stop.update(begin)
-            if streamer is not None and streamed.numel():
-                streamer.put(streamed.cpu())
-            if stop.all_finished:
-                break
-            writer.forward.drop_finished(stop.finished)
-        if streamer is not None:
-            streamer.end()
+        # 2. and 3. Denoise, stop and stream
+        write_blocks(writer, stop, streamer)
         # 4. Assemble
         cache = writer.forward.close()
         sequences = torch.cat([input_ids, stop.new_tokens()], dim=1).to(home)
@@ -497,6 +509,5 @@ __all__ = [
     "BD3LMGenerationConfig",
     "BD3LMGenerationMixin",
     "BlockGenerationMixin",
-    "NucleusLogitsProcessor",
-    "pad_left",
+    "write_blocks",
 ]

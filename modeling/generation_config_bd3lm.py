@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections.abc import Collection
 from typing import Any
 
 from transformers.generation import GenerationConfig
@@ -120,11 +121,15 @@ _LARGEST_STEPS = 2**20  # denoising steps of a block; grids of so many fit into 
 
 def check_generation_fields(config: Any) -> None:
     """Validate the fields that [`BD3LMGenerationConfig`] adds."""
-    _check_choice("sampler", config.sampler, {**SAMPLERS, **SCORE_SAMPLERS})
-    _check_choice("sampling_dtype", config.sampling_dtype, SAMPLING_DTYPES)
-    _check_choice("window", config.window, WINDOWS)
-    check_optional_count("window_stride", config.window_stride, "the number of tokens the window moves")
-    check_optional_count("num_denoising_steps", config.num_denoising_steps, "the denoising steps of a block")
+    check_choice("sampler", config.sampler, {**SAMPLERS, **SCORE_SAMPLERS})
+    check_choice("sampling_dtype", config.sampling_dtype, SAMPLING_DTYPES)
+    check_choice("window", config.window, WINDOWS)
+    for name, meaning in (
+        ("window_stride", "the number of tokens the window moves"),
+        ("num_denoising_steps", "the denoising steps of a block"),
+    ):
+        if getattr(config, name) is not None:
+            check_count(name, getattr(config, name), f"{meaning} (None for the default)")
     for name, low, high, meaning in (
         ("confidence_threshold", 0.0, 1.0, "a probability from 0 (reveal all at once) to 1 (one token per step)"),
         ("entropy_bound", 0.0, None, "a number of nats, 0 (one token per step) or more"),
@@ -133,10 +138,7 @@ def check_generation_fields(config: Any) -> None:
         value = getattr(config, name)
         if not _is_number(value) or value < low or (high is not None and value > high):
             raise ValueError(f"{name}={value!r}: give {meaning}.")
-    if not _is_number(config.nucleus_p) or not 0.0 < config.nucleus_p <= 1.0:
-        raise ValueError(
-            f"nucleus_p={config.nucleus_p!r}: give a probability above 0 and at most 1 (1 keeps all tokens)."
-        )
+    check_probability("nucleus_p", config.nucleus_p, "keeps all tokens")
     for name in ("stop_at_second_eos", "output_trace"):
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"{name}={getattr(config, name)!r}: give True or False.")
@@ -144,19 +146,22 @@ def check_generation_fields(config: Any) -> None:
         check_entropy_stop(config.entropy_stop, config.entropy_stop_window)
 
 
-def check_optional_count(name: str, value: Any, meaning: str) -> None:
-    """Refuse a field that is neither None nor an integer from 1 to a bound that memory allows."""
-    if value is None:
-        return
+def check_count(name: str, value: Any, meaning: str) -> None:
+    """Refuse a field that is not an integer from 1 to a bound that memory allows."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST_STEPS:
-        raise ValueError(
-            f"{name}={value!r}: give {meaning}, an integer from 1 to {_LARGEST_STEPS}, or None for the default."
-        )
+        raise ValueError(f"{name}={value!r}: give {meaning}, an integer from 1 to {_LARGEST_STEPS}.")
 
 
-def _check_choice(name: str, value: Any, table: dict[str, Any]) -> None:
-    if not isinstance(value, str) or value not in table:
-        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(table)}.")
+def check_probability(name: str, value: Any, meaning: str) -> None:
+    """Refuse a field that is not above 0 and at most 1."""
+    if not _is_number(value) or not 0.0 < value <= 1.0:
+        raise ValueError(f"{name}={value!r}: give a probability above 0 and at most 1 (1 {meaning}).")
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Refuse a field that is not one of the names in `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")
 
 
 def _is_number(value: Any) -> bool:
@@ -166,8 +171,10 @@ def _is_number(value: Any) -> bool:
 __all__ = [
     "BD3LMGenerationConfig",
     "SEDDGenerationConfig",
+    "check_choice",
+    "check_count",
     "check_generation_fields",
     "check_known_fields",
-    "check_optional_count",
+    "check_probability",
     "complete_generation_config",
 ]

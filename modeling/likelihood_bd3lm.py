@@ -1,7 +1,7 @@
 """The likelihood of every token of a text, or a bound on it (arXiv 2503.09573, Eq. 8), and the protocol of models.
 
-The three estimators of the bound, sampled, stratified and exact, differ in the masks of a block that they look at and
-in how they weight them.
+The three estimators of the bound, sampled, stratified and exact, differ in which masks of a block they evaluate and in
+the weights of these masks.
 """
 
 import itertools
@@ -67,22 +67,23 @@ class LanguageModel(Protocol):
     def num_noise_samples(self) -> int:
         """Noise samples of each training sequence."""
 
-    def token_nll(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        labels: torch.Tensor | None = None,
-        estimator: str = "sampled",
-        num_samples: int = 1,
-        generator: Generators = None,
-        noise: Noise | None = None,
-        position_ids: torch.Tensor | None = None,
-    ) -> TokenNLL:
+    # Any arguments, so that their one definition is that of the mixin.
+    def token_nll(self, *args: Any, **kwargs: Any) -> TokenNLL:
         """Score every token, see [`LikelihoodMixin.token_nll`]."""
 
     def generate(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """Continue prompts, as in transformers."""
+
+
+class ScoringRequest(NamedTuple):
+    """The arguments of [`LikelihoodMixin.token_nll`], checked and completed."""
+
+    input_ids: torch.Tensor  # (batch, length)
+    attention_mask: torch.Tensor | None  # (batch, length)
+    labels: torch.Tensor  # (batch, length)
+    estimator: str
+    num_samples: int
+    source: NoiseSource
 
 
 class LikelihoodMixin:
@@ -144,35 +145,21 @@ class LikelihoodMixin:
             options |= {"generator": generator, "noise": noise}
             scores = self.token_nll(ids, documents.mask, labels=labels, **options)
             return TokenNLL(*(documents.join(values, input_ids.shape) for values in scores))
-        check_sampling(num_samples, generator, input_ids.shape[0])
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples}: give at least 1.")
+        check_generators(generator, input_ids.shape[0])
         source = noise_or_generator(noise, generator, estimator, num_samples, input_ids.shape, self.config)
         labels = default_labels(input_ids, attention_mask) if labels is None else labels
         check_text(self.config, input_ids, labels, attention_mask, may_synchronize=True)
         with torch.no_grad():
-            return self._token_nll(input_ids, attention_mask, labels, estimator, num_samples, source)
+            return self._token_nll(ScoringRequest(input_ids, attention_mask, labels, estimator, num_samples, source))
 
-    def _token_nll(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        labels: torch.Tensor,
-        estimator: str,
-        num_samples: int,
-        source: NoiseSource,
-    ) -> TokenNLL:
+    def _token_nll(self, request: ScoringRequest) -> TokenNLL:
         """Score checked input; see [`token_nll`]."""
         raise NotImplementedError
 
 
-def nelbo(
-    model: DenoisingNetwork,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    labels: torch.Tensor,
-    estimator: str,
-    num_samples: int,
-    source: NoiseSource,
-) -> TokenNLL:
+def nelbo(model: DenoisingNetwork, request: ScoringRequest) -> TokenNLL:
     r"""Bound the negative log-likelihood of every token of a text from above (Eq. 8).
 
     All estimators have the expectation of Eq. 8 with t over (0, 1], which does not depend on the noise schedule: given
@@ -193,23 +180,19 @@ def nelbo(
     The clean stream is computed once for all samples. A model of block size 1 has a single mask per block, so every
     estimator gives its exact autoregressive likelihood. Call it without gradients.
     """
-    config = model.config
-    if estimator != "sampled" and config.time_conditioning:
+    config, input_ids = model.config, request.input_ids
+    if request.estimator != "sampled" and config.time_conditioning:
         raise ValueError(
-            f"estimator={estimator!r} sums over masks of all noise levels at once, but this model has "
+            f"estimator={request.estimator!r} sums over masks of all noise levels at once, but this model has "
             f"time_conditioning=True: use estimator='sampled'."
         )
-    layout = token_layout(attention_mask, input_ids.shape[1], config.block_size, device=input_ids.device)
-    scored = loss_mask(layout, labels, ignore_bos=config.ignore_bos, training=False)
-    samples = iter(_ESTIMATORS[estimator](model, layout, scored, num_samples, source))
-    return TokenNLL(_sum_over_masks(model, input_ids, layout, samples), scored.counted.float())
-
-
-def check_sampling(num_samples: int, generator: Generators, batch: int) -> None:
-    """Refuse fewer than one sample, or a list of generators that does not have one for each row."""
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}: give at least 1.")
-    check_generators(generator, batch)
+    layout = token_layout(request.attention_mask, input_ids.shape[1], config.block_size, device=input_ids.device)
+    scored = loss_mask(layout, request.labels, ignore_bos=config.ignore_bos, training=False)
+    samples = _ESTIMATORS[request.estimator](model, layout, scored, request.num_samples, request.source)
+    nll = torch.zeros(input_ids.shape, device=input_ids.device)
+    for sample, losses in mask_losses(model, input_ids, layout, samples):
+        nll += losses * sample.weights
+    return TokenNLL(nll, scored.counted.float())
 
 
 def noise_or_generator(
@@ -266,6 +249,7 @@ def stratified_masks(
     """Draw the number k of masked tokens, spread over 1..n; weight n/k."""
     block_ids = layout.block_ids
     sizes = tokens_per_block(scored.maskable, block_ids, model.config.num_blocks(scored.counted.shape[1]))
+    # Also drawn for a single sample, which does not read it: the noise of a seed must not depend on their number.
     shift = noise_of_batch(model, scored, "none", source).block_noise
     for sample in range(num_samples):
         noise = noise_of_batch(model, scored, "shuffled", source)
@@ -277,7 +261,7 @@ def stratified_masks(
 
 
 def _exact(
-    model: DenoisingNetwork, layout: Layout, scored: LossMask, num_samples: int, source: NoiseSource
+    model: DenoisingNetwork, layout: Layout, scored: LossMask, _num_samples: int, _source: NoiseSource
 ) -> Iterator[MaskSample]:
     """Yield every mask of a block once, with the weight 1 / (k C(n, k)).
 
@@ -295,6 +279,7 @@ def _exact(
             f"is {MAX_EXACT_TOKENS} tokens to score in a block, {2**MAX_EXACT_TOKENS - 1} passes. Use "
             f"estimator='stratified' with num_samples."
         )
+    # Positions increase along a row, so ranking them numbers the maskable tokens of each block from left to right.
     number = rank_in_block((layout.position_ids / length).expand(batch, -1), block_ids, scored.maskable, num_blocks)
 
     def masks() -> Iterator[MaskSample]:
@@ -314,7 +299,7 @@ _ESTIMATORS = {"sampled": _sampled, "stratified": stratified_masks, "exact": _ex
 
 
 def noise_of_batch(model: DenoisingNetwork, scored: LossMask, order: str, source: NoiseSource) -> Noise:
-    """Return the noise of a batch; with a generator per row, a row's noise is that of the row alone, unpadded."""
+    """Return the noise of a batch. With a generator per row, each has the noise that it would have alone, unpadded."""
     batch, length = scored.valid.shape
     device, blocks = scored.valid.device, model.config.num_blocks(length)
     if isinstance(source, Noise):
@@ -334,16 +319,6 @@ def noise_of_batch(model: DenoisingNetwork, scored: LossMask, order: str, source
         noise.block_noise[row, :own_blocks] = own.block_noise[0, :own_blocks].cpu()
         noise.count_noise[row, :own_blocks] = own.count_noise[0, :own_blocks].cpu()
     return Noise(*(field.to(device) for field in noise))
-
-
-def _sum_over_masks(
-    model: DenoisingNetwork, input_ids: torch.Tensor, layout: Layout, samples: Iterator[MaskSample]
-) -> torch.Tensor:
-    """Sum the weighted losses over samples, `(batch, length)`."""
-    nll = torch.zeros(input_ids.shape, device=input_ids.device)
-    for sample, losses in mask_losses(model, input_ids, layout, samples):
-        nll += losses * sample.weights
-    return nll
 
 
 def mask_losses(
@@ -381,8 +356,8 @@ __all__ = [
     "LikelihoodMixin",
     "MaskSample",
     "NoiseSource",
+    "ScoringRequest",
     "TokenNLL",
-    "check_sampling",
     "mask_losses",
     "nelbo",
     "noise_of_batch",

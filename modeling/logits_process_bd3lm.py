@@ -1,5 +1,6 @@
 """Logits processors over many positions of a block at once, each with the text to its left as context."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,7 +65,6 @@ _KEEPS_ONE = (
     TypicalLogitsWarper,
 )
 
-
 # Processors that read the scores only: they serve all positions in one call.
 _READS_SCORES = (*_KEEPS_ONE, SuppressTokensLogitsProcessor)
 
@@ -92,21 +92,56 @@ class PositionProcessors:
     mask tokens.
 
     An unknown processor is assumed to read the text, unless it has an attribute `reads_text = False`.
+
+    Args:
+        buffer: holds the tokens to the left of a position.
+        prompt: `(batch, length)`, the text before the new tokens.
+        forbidden: ids that are never generated, see [`never_generated`].
     """
 
-    def __init__(self, processors: LogitsProcessorList, buffer: SequenceBuffer, prompt: torch.Tensor) -> None:
+    def __init__(
+        self,
+        processors: LogitsProcessorList,
+        buffer: SequenceBuffer,
+        prompt: torch.Tensor,
+        forbidden: Sequence[int] = (),
+    ) -> None:
         self.processors, self.buffer, self.prompt = processors, buffer, prompt
+        self.forbidden = torch.tensor(forbidden, dtype=torch.long, device=prompt.device)
         # These need every token to the left of a position, so decoding must go from left to right.
         self.text_readers = [p for p in processors if not _reads_scores_only(p) and not isinstance(p, _READS_LENGTH)]
-        # Whether they may forbid all tokens of a position; the warpers always keep one.
+        # The warpers always keep a token. Only for the others is it worth a device synchronisation per block to ask.
         self.can_forbid_all = any(not isinstance(p, _KEEPS_ONE) for p in processors)
+        self._no_token_left = torch.zeros((), dtype=torch.bool, device=prompt.device)  # at some position so far
 
-    def __call__(self, scores: torch.Tensor, row: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Return processed scores `(positions, vocab_size)`.
+    def __call__(self, logits: torch.Tensor, row: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Return processed scores `(positions, vocab_size)` of logits that give forbidden ids no probability.
 
         Args:
             row, index: `(positions,)` on the CPU, the row of each position and which new token of its row it is.
         """
+        if not self.processors:
+            return logits
+        scores = self._process(logits.clone(), row, index).index_fill(1, self.forbidden, -torch.inf)
+        if self.can_forbid_all:
+            no_token_left = scores.isneginf().all(dim=-1)
+            self._no_token_left |= no_token_left.any()
+            scores = scores.masked_fill(no_token_left.unsqueeze(1), 0.0)  # any token, until the block is checked
+        return scores
+
+    def check_any_token_left(self) -> None:
+        """Refuse constraints that forbade every token of a position.
+
+        Raises:
+            ValueError: if a position so far had no token left.
+        """
+        if self.can_forbid_all and self._no_token_left:
+            raise ValueError(
+                "the logits processors forbid every token at some position (the mask token is never generated, nor "
+                "is padding unless it is also the end token): loosen the constraints."
+            )
+
+    def _process(self, scores: torch.Tensor, row: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         context = None
         processor: Any
         for processor in self.processors:
@@ -132,17 +167,4 @@ def never_generated(mask_token_id: int, generation_config: GenerationConfig) -> 
     return [mask_token_id, pad]
 
 
-def check_any_token_left(no_token_left: torch.Tensor) -> None:
-    """Refuse constraints that forbid every token of a position.
-
-    Args:
-        no_token_left: bool scalar on the device; reading it is a device synchronisation.
-    """
-    if no_token_left:
-        raise ValueError(
-            "the logits processors forbid every token at some position (the mask token is never generated, nor is "
-            "padding unless it is also the end token): loosen the constraints."
-        )
-
-
-__all__ = ["NucleusLogitsProcessor", "PositionProcessors", "check_any_token_left", "never_generated"]
+__all__ = ["NucleusLogitsProcessor", "PositionProcessors", "never_generated"]

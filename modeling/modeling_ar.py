@@ -19,7 +19,9 @@ from .attention_bd3lm import block_causal_plan
 from .backbone_bd3lm import BD3LMLanguageModel, BD3LMModel, BD3LMOutput, register_auto_classes
 from .cache_bd3lm import clear, drop_oldest
 from .configuration_bd3lm import ARConfig
-from .generation_bd3lm import BD3LMGenerateOutput, BD3LMGenerationMixin, pad_left
+from .decoding_bd3lm import BD3LMGenerateOutput
+from .decoding_state_bd3lm import pad_left
+from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
 from .inputs_bd3lm import (
     check_arguments,
@@ -29,7 +31,7 @@ from .inputs_bd3lm import (
     find_documents,
     token_layout,
 )
-from .likelihood_bd3lm import LikelihoodMixin, TokenNLL
+from .likelihood_bd3lm import LikelihoodMixin, ScoringRequest, TokenNLL
 from .logits_process_bd3lm import never_generated
 from .loss_bd3lm import chunked_cross_entropy, cross_entropy, divide_by_count
 from .samplers_bd3lm import Generators
@@ -46,8 +48,9 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
     """Autoregressive language model: exact likelihoods by `token_nll`, text by `generate` with an exact cache.
 
     A text longer than `model_length` goes on in a window that slides by one token. With `window="cached"` the keys and
-    values of its tokens are kept: one token per pass, though those of deeper layers still know of tokens that have
-    left. With `window="exact"`, as published, or without a cache, each pass reads the whole window again.
+    values of its tokens are kept: one token per pass, though those of deeper layers still contain information from
+    tokens that have left. With `window="exact"`, as published, or without a cache, each pass reads the whole
+    window again.
     """
 
     config_class = ARConfig
@@ -76,14 +79,14 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> BD3LMGenerateOutput | torch.Tensor:
-        """One token after the other, by transformers' own loop; rows padded on either side."""
+        """Generate token by token with transformers' own loop; rows may be padded on either side."""
         _refuse_denoising(generation_config)
-        attention_mask = model_kwargs.get("attention_mask")
-        self._check_continuable(input_ids, attention_mask, synced_gpus)
+        home = input_ids.device
+        input_ids, attention_mask = self._take_prompts(input_ids, model_kwargs, synced_gpus)
         prompt, padding = pad_left(input_ids, attention_mask)
-        if padding is not None:
-            model_kwargs["attention_mask"] = (~padding).long()
-        model_kwargs.pop("position_ids", None)  # made for padding where it stood before
+        if attention_mask is not None:
+            model_kwargs["attention_mask"] = attention_mask if padding is None else (~padding).long()
+        model_kwargs.pop("position_ids", None)  # they were made before the padding moved
         # A prompt longer than the window is read again for each token, as no cache has slid over it.
         exact = WINDOWS[generation_config.window] or prompt.shape[1] > self.config.model_length
         criteria = _CountingCriteria(stopping_criteria)
@@ -99,20 +102,21 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
                 **model_kwargs,
             )
         width = input_ids.shape[1]
-        written = result if isinstance(result, torch.Tensor) else result.sequences
-        sequences = torch.cat([input_ids, written[:, width:]], dim=1)
+        generated = result if isinstance(result, torch.Tensor) else result.sequences
+        num_new = generated.shape[1] - width
+        sequences = torch.cat([input_ids, generated[:, width:]], dim=1).to(home)
         if isinstance(result, torch.Tensor):
             return sequences
         cache = result.past_key_values
-        if cache is not None and written.shape[1] > self.config.model_length:
+        if cache is not None and generated.shape[1] > self.config.model_length:
             clear(cache)
         return BD3LMGenerateOutput(
             sequences=sequences,
             scores=result.scores,
             logits=result.logits,
             past_key_values=cache,
-            num_forward_passes=written.shape[1] - width,
-            tokens_per_forward=criteria.tokens_per_row / max(1, written.shape[1] - width),
+            num_forward_passes=num_new,
+            tokens_per_forward=criteria.tokens_per_row / max(1, num_new),
         )
 
     def prepare_inputs_for_generation(  # type: ignore[override]
@@ -125,7 +129,7 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
         generator: Generators = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers; of a text longer than the window, its last `model_length` tokens are seen."""
+        """Prepare inputs as transformers does; of a text longer than the window the last `model_length` tokens."""
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -161,7 +165,7 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
-        # Before anything else looks at the scores: the mask token has probability zero, and padding is no text.
+        # First, so that no other processor sees them: the mask token has probability zero, and padding is not text.
         forbidden = never_generated(self.config.mask_token_id, generation_config)
         processors.insert(0, SuppressTokensLogitsProcessor(forbidden, device=str(self.device)))
         return processors
@@ -180,12 +184,12 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> BD3LMOutput:
-        """Next-token logits `(batch, length, vocab_size)`, raw, or the loss.
+        """Return raw next-token logits `(batch, length, vocab_size)`, or the loss.
 
         Args:
-            input_ids: `(batch, length)`; behind a cache, its continuation.
+            input_ids: `(batch, length)`; with a cache, the tokens after the cached ones.
             attention_mask: `(batch, cached + length)`, zeros for padding on either side.
-            labels: `(batch, length)`, the text itself, not shifted; -100 marks what is given. The loss is the mean
+            labels: `(batch, length)`, the text itself, not shifted; -100 marks context. The loss is the mean
                 negative log-likelihood in nats of the labelled tokens that have a token before them.
             position_ids: `(batch or 1, length)`; where they start again at 0, another document begins, which sees
                 nothing of the others. By default counted from each row's first token.
@@ -193,7 +197,7 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
             num_items_in_batch: tokens to divide the summed loss by, when a step spans several batches or processes.
 
         Raises:
-            ValueError: ids outside the vocabulary, or labels without input_ids.
+            ValueError: if ids are outside the vocabulary, or labels come without input_ids.
         """
         check_labels_reach_the_loss(labels, num_items_in_batch)
         check_arguments(self, kwargs, position_ids)
@@ -231,26 +235,23 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
         check_text(self.config, input_ids, labels, attention_mask)
-        predicted = self._predicted(input_ids, labels, attention_mask)
+        predicted = self._predicted(labels, attention_mask)
         indices = self._indices(predicted)
         hidden = self._hidden_before(indices, input_ids, attention_mask)
         weights, targets = predicted.flatten()[indices].float(), labels.flatten()[indices].clamp(min=0)
         total = chunked_cross_entropy(hidden, self.logits_head(), targets, weights, self.config)
         return divide_by_count(total, predicted, num_items_in_batch)
 
-    def _token_nll(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor, *unused: Any
-    ) -> TokenNLL:
-        predicted = self._predicted(input_ids, labels, attention_mask)
+    def _token_nll(self, request: ScoringRequest) -> TokenNLL:
+        input_ids, attention_mask = request.input_ids, request.attention_mask
+        predicted = self._predicted(request.labels, attention_mask)
         nll = torch.zeros(input_ids.shape, device=input_ids.device)
         indices = predicted.flatten().nonzero().squeeze(1)
         hidden = self._hidden_before(indices, input_ids, attention_mask)
         nll[predicted] = cross_entropy(hidden, self.logits_head(), input_ids[predicted], self.config)
         return TokenNLL(nll, predicted.float())
 
-    def _predicted(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _predicted(self, labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Return which labelled tokens have a token before them, bool `(batch, length)`."""
         predicted = labels != -100
         predicted[:, 0] = False
@@ -282,7 +283,7 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
 
 
 class _CountingCriteria(StoppingCriteriaList):
-    """The criteria of a call, which also count the tokens of rows that have not ended."""
+    """Stopping criteria that also count the tokens of rows that have not ended."""
 
     def __init__(self, criteria: StoppingCriteriaList) -> None:
         super().__init__(criteria)
@@ -298,32 +299,32 @@ class _CountingCriteria(StoppingCriteriaList):
 
     @property
     def tokens_per_row(self) -> float:
-        """New tokens, finished rows' padding left out, mean over rows."""
+        """New tokens without padding of finished rows, mean over rows."""
         assert self._tokens is not None and self._running is not None
         return float(self._tokens) / len(self._running)
 
 
 def _refuse_denoising(generation_config: Any) -> None:
-    """Refuse what only a model that denoises can do."""
+    """Refuse generation fields that only a denoising model can follow."""
     given, plain = vars(generation_config), vars(BD3LMGenerationConfig())
     for name in ("sampler", "num_denoising_steps", "remask_fraction", "window_stride", "output_trace"):
         value = given[name]
         if value != plain[name]:
             raise ValueError(
-                f"{name}={value!r} is for models that denoise: an autoregressive model writes one token after the "
-                f"other. Leave it out."
+                f"{name}={value!r} is for models that denoise: an autoregressive model generates token by token. "
+                f"Leave it out."
             )
 
 
 @contextlib.contextmanager
 def _seeded(generator: Generators, device: torch.device) -> Iterator[None]:
-    """Have torch's global generators, which transformers' loop draws from, follow `generator` for a while."""
+    """Seed torch's global generators, which transformers' loop draws from, by `generator`; restore them afterwards."""
     if generator is None:
         yield
         return
     if not isinstance(generator, torch.Generator):
         raise ValueError(
-            "a generator per row does not fit an autoregressive model, whose rows are drawn together: give a single "
+            "a generator per row does not fit an autoregressive model, whose rows are sampled together: give a single "
             "torch.Generator."
         )
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))

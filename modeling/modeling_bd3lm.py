@@ -1,4 +1,4 @@
-"""The backbone of BD3-LM and its masked language model (arXiv 2503.09573), with the published weight names."""
+"""Block diffusion over any network, and BD3-LM: the published network (arXiv 2503.09573) with its weight names."""
 
 import os
 from collections.abc import Callable
@@ -9,16 +9,12 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.utils import can_return_tuple
 
-from .backbone_bd3lm import (
-    BD3LMLanguageModel,
-    BD3LMOutput,
-    register_auto_classes,
-)
+from .backbone_bd3lm import BD3LMLanguageModel, BD3LMOutput, register_auto_classes
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
 from .inputs_bd3lm import check_arguments, check_labels_reach_the_loss, check_with_labels, find_documents
-from .likelihood_bd3lm import LikelihoodMixin, TokenNLL, nelbo
+from .likelihood_bd3lm import LikelihoodMixin, ScoringRequest, TokenNLL, nelbo
 from .linear_bd3lm import release_prepacked
 from .loss_bd3lm import denoising_loss
 from .noise_bd3lm import check_interval, noise_from_arguments
@@ -61,11 +57,11 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> BD3LMOutput:
-        """One of three passes, by what is given: the loss, the noisy stream's logits, or block-causal logits.
+        """Return the loss, the logits of the noisy stream, or block-causal logits, depending on the arguments.
 
         Args:
             input_ids: `(batch, length)`. With `labels`, the clean text x_0. With `clean_input_ids`, the noisy x_t.
-                Alone, a text whose blocks are seen from left to right, mask tokens to be predicted.
+                Alone, a text with mask tokens to be predicted, each block given itself and those to its left.
             attention_mask: `(batch, length)`, ones for tokens and zeros for padding on either side; with a cache
                 `(batch, cached + length)`. Blocks are counted from each row's first token.
             labels: `(batch, length)`. Gives the loss: the paper's training objective in train mode (noise levels from
@@ -78,9 +74,9 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
             position_ids: `(batch or 1, length)`, for documents that are packed into one row, as
                 `DataCollatorWithFlattening` does: where they do not count on by one, another document begins. It has
                 blocks of its own and sees nothing of the others.
-            block_noise, token_noise, count_noise: the uniform draws that decide the noise of the loss, see
-                [`Noise`]; with `(batch, draws, ...)` the loss is the mean over the draws. Without them they are drawn
-                from torch's global generator, `config.noise_draws` of them in train mode.
+            block_noise, token_noise, count_noise: the uniform numbers that decide the noise of the loss, see
+                [`Noise`]. With `(batch, num_noise_samples, ...)` the loss is the mean over the samples. By default
+                torch's global generator draws them, `config.noise_draws` samples in train mode.
             num_items_in_batch: tokens to divide the summed loss by, when a step spans several batches or processes.
                 In eval mode without gradients, as a Trainer evaluates, the output then has the `nll` and `mask` of
                 every token, with noise that depends on the text alone, `config.eval_noise_draws` samples of it.
@@ -155,8 +151,8 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
         loss = nll.sum() / count * labelled / scored.clamp(min=1)
         return BD3LMOutput(loss=loss, nll=nll, mask=mask.long())
 
-    def _token_nll(self, *checked: Any) -> TokenNLL:
-        return nelbo(self, *checked)
+    def _token_nll(self, request: ScoringRequest) -> TokenNLL:
+        return nelbo(self, request)
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> Any:
         # A cast of the whole model moves the interval but does not round it: 1e-3 in bfloat16 is another number, and
@@ -184,7 +180,7 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
         return self.config.noise_draws
 
     def interval(self) -> tuple[float, float]:
-        """The interval of noise levels that training draws from."""
+        """Return the interval of noise levels that training draws from."""
         if self.config.var_min:
             return self._interval_of_buffers()
         return float(self.config.sampling_eps_min), float(self.config.sampling_eps_max)
@@ -201,10 +197,11 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
         return known[2]
 
     def set_interval(self, low: float, high: float) -> None:
-        """Draw the noise levels of training from [low, high] from now on; saved with the weights and the config.
+        """Draw the noise levels of training from [low, high] from now on. Weights and config save the interval.
 
         Raises:
-            ValueError: no interval inside [0, 1], or, with `config.resample`, one that no mask rate of a block meets.
+            ValueError: if it is not an interval inside [0, 1], or, with `config.resample`, contains no mask rate of a
+                block.
         """
         check_interval(low, high, self.config.block_size, truncated=self.config.resample)
         self.config.sampling_eps_min, self.config.sampling_eps_max = low, high
@@ -213,7 +210,7 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
             self.sampling_eps_max.fill_(high)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; `config.json` says the interval that the weights carry, which loading may have set."""
+        """Save as transformers does, with the interval of the weights in `config.json`."""
         if self.carries_interval:
             # The shortest decimal of a float32, so that 0.95 is not also spelled 0.949999988.
             low, high = (float(f"{end:.7g}") for end in self.interval())
@@ -222,7 +219,7 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
 
 
 class BD3LMForMaskedLM(BlockDiffusionMixin, BD3LMLanguageModel, GenerationMixin):
-    """Block-diffusion language model: scores with `token_nll`, writes with `generate`, carries the paper's loss.
+    """Block-diffusion language model: scores text with `token_nll`, generates, and computes the paper's loss.
 
     ```python
     >>> logits = model(input_ids).logits                                # block-causal denoising logits

@@ -21,7 +21,7 @@ from .backbone_bd3lm import register_auto_classes
 from .configuration_bd3lm import SAMPLING_EPS, SEDDConfig
 from .generation_config_bd3lm import SEDDGenerationConfig
 from .inputs_bd3lm import Layout, check_text, token_layout
-from .likelihood_bd3lm import NoiseSource, TokenNLL, noise_of_batch
+from .likelihood_bd3lm import ScoringRequest, TokenNLL, noise_of_batch
 from .logits_process_bd3lm import NucleusLogitsProcessor
 from .loss_bd3lm import LossMask, corrupt, divide_by_count, loss_mask, masked_indices, move_chance_bound
 from .modeling_bd3lm import BD3LMForMaskedLM
@@ -42,18 +42,15 @@ def score_entropy(
         targets: the clean tokens `(rows,)`.
         sigma: noise level of each row, `(rows,)`.
     """
-    log_expm1 = _log_expm1(sigma)
+    log_expm1 = torch.expm1(sigma).log()
     shift = log_expm1 + math.log(logits.shape[-1] - 1)
     is_mask = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id
+    # The three terms of the entropy in the module's docstring, in its order.
     others = logits.masked_fill(is_mask, -torch.inf)
     positive = (others.logsumexp(dim=1) - shift).exp()
     ratio = (-log_expm1).exp()
     target = logits.gather(1, targets.unsqueeze(1)).squeeze(1) - shift
     return positive - ratio * target + ratio * (-log_expm1 - 1)
-
-
-def _log_expm1(sigma: torch.Tensor) -> torch.Tensor:
-    return torch.expm1(sigma).log()
 
 
 class SEDDModel(MDLMModel):
@@ -98,48 +95,42 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
         losses, _ = self._losses(input_ids, layout, scored, noise)
         return divide_by_count(losses.sum(), scored.counted, num_items_in_batch)
 
-    def _token_nll(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        labels: torch.Tensor,
-        estimator: str,
-        num_samples: int,
-        source: NoiseSource,
-    ) -> TokenNLL:
+    def _token_nll(self, request: ScoringRequest) -> TokenNLL:
         """Bound the negative log-likelihood by noise levels t drawn on [1e-3, 1].
 
         `"sampled"` stratifies the t of each sample over the batch, `"stratified"` spreads those of a text evenly over
         the interval.
         """
-        layout = token_layout(attention_mask, input_ids.shape[1], self.config.block_size, device=input_ids.device)
-        scored = loss_mask(layout, labels, ignore_bos=self.config.ignore_bos, training=False)
+        input_ids, config, num_samples = request.input_ids, self.config, request.num_samples
+        layout = token_layout(request.attention_mask, input_ids.shape[1], config.block_size, device=input_ids.device)
+        scored = loss_mask(layout, request.labels, ignore_bos=config.ignore_bos, training=False)
         nll = torch.zeros(input_ids.numel(), device=input_ids.device)
         shift = None
         for sample in range(num_samples):
-            noise = noise_of_batch(self, scored, self.config.antithetic_sampling, source)
-            if estimator == "stratified" and num_samples > 1:
+            noise = noise_of_batch(self, scored, config.antithetic_sampling, request.source)
+            if request.estimator == "stratified" and num_samples > 1:
                 shift = noise.block_noise if shift is None else shift
                 noise = noise._replace(block_noise=(sample + shift) / num_samples)
-            losses, rows = self._losses(input_ids, layout, scored, noise)
-            nll.index_add_(0, rows, losses / num_samples)
+            losses, indices = self._losses(input_ids, layout, scored, noise)
+            nll.index_add_(0, indices, losses / num_samples)
         return TokenNLL(nll.view_as(input_ids), scored.counted.float())
 
     def _losses(
         self, input_ids: torch.Tensor, layout: Layout, scored: LossMask, noise: Noise
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the weighted losses of the masked positions `(rows,)`, and their flat indices."""
+        """Return the weighted losses of the masked positions and their flat indices, both `(masked_indices,)`."""
         low, high = self.interval() if self.training else (SAMPLING_EPS, 1.0)
         masked, weights, move_chance = corrupt(self, layout, scored, noise, low, high)
-        rows, is_masked = masked_indices(masked, move_chance_bound(self.config, low, high, self.training), self.config)
+        bound = move_chance_bound(self.config, low, high, self.training)
+        indices, is_masked = masked_indices(masked, bound, self.config)
         x_t = torch.where(masked, self.config.mask_token_id, input_ids)
         sigma = LogLinearNoise().sigma(move_chance[:, 0])
-        hidden = self.noisy_hidden(x_t, input_ids, layout, rows, sigma)
-        of_row = sigma[rows // input_ids.shape[1]]
-        losses = self._score_entropies(hidden, input_ids.flatten()[rows], of_row)
+        hidden = self.noisy_hidden(x_t, input_ids, layout, indices, sigma)
+        sigma_of_index = sigma[indices // input_ids.shape[1]]
+        losses = self._score_entropies(hidden, input_ids.flatten()[indices], sigma_of_index)
         # -loss_scaling is alpha'_t / (1 - alpha_t); times 1 / ratio it is d sigma / dt.
-        losses = losses * weights.flatten()[rows] * torch.expm1(of_row)
-        return losses if is_masked is None else torch.where(is_masked == 0, 0.0, losses * is_masked), rows
+        losses = losses * weights.flatten()[indices] * torch.expm1(sigma_of_index)
+        return losses if is_masked is None else torch.where(is_masked == 0, 0.0, losses * is_masked), indices
 
     def _score_entropies(self, hidden: torch.Tensor, targets: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """Return the score entropy of each row in chunks, whose logits the backward pass recomputes."""
@@ -153,7 +144,7 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
             (hidden[i : i + step], targets[i : i + step], sigma[i : i + step]) for i in range(0, hidden.shape[0], step)
         ]
         losses = [checkpoint(of_chunk, *part, use_reentrant=False) for part in parts]
-        # Without a masked position there is no loss, but still a gradient (of zero) for every process to average.
+        # Without a masked position the loss is zero, but every process needs a gradient to average.
         return torch.cat(losses) if losses else hidden.sum(-1) * 0.0
 
 

@@ -11,7 +11,7 @@ next lower level.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,41 +22,36 @@ _OFFSET = 1e-4
 class SimplexNoise(NamedTuple):
     """Quantities of the cosine schedule at steps t of T; each field has the shape of t."""
 
-    alpha_bar: torch.Tensor  # share of the signal's variance that is left at t
+    alpha_bar: torch.Tensor  # fraction of the signal's variance that is left at t
     alpha_bar_before: torch.Tensor  # the same at t - 1
-    beta: torch.Tensor  # variance added by step t, 1 - alpha_bar / alpha_bar_before
-    posterior_variance: torch.Tensor  # beta (1 - alpha_bar_before) / (1 - alpha_bar)
-    alpha: torch.Tensor  # 1 - beta
 
 
 def simplex_schedule(t: torch.Tensor, num_steps: int) -> SimplexNoise:
-    """The cosine schedule at steps `t`, 1 to `num_steps`."""
+    """Return the cosine schedule at steps `t`, from 1 to `num_steps`."""
 
-    def share(step: torch.Tensor) -> torch.Tensor:
+    def signal(step: torch.Tensor) -> torch.Tensor:
         return torch.cos((step / num_steps + _OFFSET) / (1 + _OFFSET) * math.pi / 2) ** 2
 
-    at_zero = share(torch.zeros_like(t))
-    alpha_bar, before = share(t) / at_zero, share(t - 1) / at_zero
-    beta = 1 - alpha_bar / before
-    return SimplexNoise(alpha_bar, before, beta, beta * (1 - before) / (1 - alpha_bar), 1 - beta)
+    at_zero = signal(torch.zeros_like(t))
+    return SimplexNoise(signal(t) / at_zero, signal(t - 1) / at_zero)
 
 
 def almost_one_hot(input_ids: torch.Tensor, vocab_size: int, scale: float) -> torch.Tensor:
-    """Tokens as logits `(..., vocab_size)`: +scale at the token, -scale elsewhere."""
+    """Return tokens as logits `(..., vocab_size)`: +scale at the token, -scale elsewhere."""
     logits = torch.full((*input_ids.shape, vocab_size), -float(scale), device=input_ids.device)
     return logits.scatter_(-1, input_ids.unsqueeze(-1), float(scale))
 
 
 def noisy_logits(clean: torch.Tensor, alpha_bar: torch.Tensor, normal: torch.Tensor, scale: float) -> torch.Tensor:
-    """x_t from x_0 and standard normal numbers, all `(batch, length, vocab_size)`; `alpha_bar` is `(batch,)`."""
+    """Return x_t for x_0 and standard normal numbers, all `(batch, length, vocab_size)`; `alpha_bar` is `(batch,)`."""
     alpha_bar = alpha_bar.view(-1, 1, 1)
     return alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * scale * normal
 
 
 def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The smallest set of most probable tokens that has at least the probability `top_p`, bool `(..., vocab_size)`."""
+    """Return the smallest set of tokens with a probability of at least `top_p`, bool `(..., vocab_size)`."""
     ranked, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-    kept = ranked.cumsum(dim=-1) - ranked < top_p
+    kept = ranked.cumsum(dim=-1) - ranked < top_p  # so the token that crosses `top_p` stays
     kept[..., 0] = True
     return torch.zeros_like(kept).scatter(-1, order, kept)
 
@@ -65,34 +60,30 @@ class Projection(NamedTuple):
     """Logits brought back to almost-one-hot vectors."""
 
     logits: torch.Tensor  # (..., vocab_size)
-    input_ids: torch.Tensor  # (...), the token that each stands for most
+    input_ids: torch.Tensor  # (...), the most likely token of each
 
 
 def project_by_sampling(
     logits: torch.Tensor, scale: float, top_p: float, draw: Callable[[torch.Tensor], torch.Tensor]
 ) -> Projection:
-    """One token drawn from the nucleus: +scale there, -scale elsewhere.
+    """Draw one token from the nucleus: +scale there, -scale elsewhere.
 
     Args:
-        draw: takes log-probabilities `(rows, vocab_size)`, gives a token for each row.
+        draw: maps log-probabilities `(rows, vocab_size)` to a token for each row, `(rows,)`.
     """
     inside = logits.masked_fill(~nucleus(logits, top_p), -torch.inf)
     ids = draw(inside.flatten(0, -2)).view(logits.shape[:-1])
     return Projection(almost_one_hot(ids, logits.shape[-1], scale), ids)
 
 
-def project_evenly(
-    logits: torch.Tensor, scale: float, top_p: float, draw: Callable[[torch.Tensor], torch.Tensor] | None = None
-) -> Projection:
-    """Multi-hot: +scale for every token of the nucleus, -scale elsewhere."""
+def project_evenly(logits: torch.Tensor, scale: float, top_p: float, _draw: Any = None) -> Projection:
+    """Give every token of the nucleus +scale, the others -scale: multi-hot vectors."""
     inside = nucleus(logits, top_p)
     return Projection(torch.where(inside, float(scale), -float(scale)).to(logits.dtype), logits.argmax(dim=-1))
 
 
-def project_unevenly(
-    logits: torch.Tensor, scale: float, top_p: float, draw: Callable[[torch.Tensor], torch.Tensor] | None = None
-) -> Projection:
-    """+scale for the most likely token; the others of the nucleus keep their distance to it, not below -scale."""
+def project_unevenly(logits: torch.Tensor, scale: float, top_p: float, _draw: Any = None) -> Projection:
+    """Give the most likely token +scale; the others of the nucleus keep their distance to it, down to -scale."""
     inside = nucleus(logits, top_p)
     best = logits.amax(dim=-1, keepdim=True)
     kept = (logits - best + scale).clamp(min=-scale)
