@@ -15,7 +15,7 @@ from .noise_bd3lm import check_interval, check_noise_samples, noise_schedule
 # Where the authors' unclipped interval of noise levels begins.
 SAMPLING_EPS = 1e-3
 
-
+# Fields that only a model with several blocks in its window shares with BD3-LM.
 _OF_BLOCKS = (
     "block_size",
     "sampling_eps_min",
@@ -27,8 +27,7 @@ _OF_BLOCKS = (
     "complementary",
 )
 
-
-# Fields that every configuration saved by this code has, and none of the published ones.
+# Every configuration saved by this code has these fields. A published one has not a single one of them.
 _NEVER_PUBLISHED = ("antithetic_sampling", "resample", "requires_transformers")
 
 # Beyond any model: such a size is a mistake, which building the model would answer after minutes or not at all.
@@ -82,7 +81,7 @@ class BD3LMConfig(PreTrainedConfig):
             `sampling_eps_max` in the weights.
         sampling_eps_min (`float`, defaults to 0.001): lower end of the interval of noise levels in training.
         sampling_eps_max (`float`, defaults to 1.0): upper end of that interval.
-        resample (`bool`, defaults to `False`): in training, draw masks whose rate per block lies inside the interval.
+        resample (`bool`, defaults to `False`): in training, draw masks whose rate in every block is in the interval.
         antithetic_sampling (`str`, defaults to `"shuffled"`): how noise levels are stratified over the blocks of a
             batch: `"shuffled"`, `"published"` (row-major strata, ties the level to the position) or `"none"`.
         noise_draws (`int`, defaults to 1): noisy streams that share one clean stream in a training step; the loss is
@@ -100,7 +99,7 @@ class BD3LMConfig(PreTrainedConfig):
         use_cache (`bool`, defaults to `True`): whether `generate` keeps keys and values of finished blocks.
 
     Raises:
-        ValueError: a field, or a combination of fields, that no model can have. The message names value and remedy.
+        ValueError: if no model can have a value, or several values together. The message names value and remedy.
     """
 
     model_type = "bd3lm"
@@ -148,8 +147,8 @@ class BD3LMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        # Published configs say return_dict=False and, some, tie_word_embeddings=True. The first would turn every
-        # output into a tuple, the second was never acted on: their head is a separate matrix.
+        # Published configs set return_dict=False, and some set tie_word_embeddings=True. The first would turn every
+        # output into a tuple. The second was never applied: their head is a separate matrix.
         self.return_dict = True
         self.tie_word_embeddings = False
         check_types(self)
@@ -184,7 +183,7 @@ class BD3LMConfig(PreTrainedConfig):
         return self.hidden_dim // self.n_heads
 
     def num_blocks(self, length: int) -> int:
-        """Number of blocks of a sequence of `length` tokens; the last one may be shorter."""
+        """Return the number of blocks of a sequence of `length` tokens; the last one may be shorter."""
         return -(-length // self.block_size)
 
     def _check_sizes(self) -> None:
@@ -257,10 +256,10 @@ class ARConfig(BD3LMConfig):
     """
     Configuration of an [`ARForCausalLM`]: the same layers with causal attention and without adaLN.
 
-    Takes the fields of [`BD3LMConfig`]. Those of noise and blocks mean nothing here: `block_size` is 1.
+    Takes the fields of [`BD3LMConfig`]. Those of noise and blocks have no effect: `block_size` is 1.
 
     Raises:
-        ValueError: a field that contradicts an autoregressive model.
+        ValueError: if a field contradicts an autoregressive model.
     """
 
     model_type = "ar"
@@ -274,16 +273,16 @@ class ARConfig(BD3LMConfig):
     ignore_bos: bool = False
 
     def num_blocks(self, length: int) -> int:
-        """Noise levels of a sequence: none."""
+        """Return 0: a sequence has no noise levels."""
         return 0
 
     def _check_sizes(self) -> None:
-        _check_wanted(self, {"block_size": 1}, "an autoregressive model has no blocks")
+        _check_required(self, {"block_size": 1}, "an autoregressive model has no blocks")
         super()._check_sizes()
 
     def _check_flags(self) -> None:
-        wanted = {"causal": True, "time_conditioning": False}
-        _check_wanted(self, wanted, "an autoregressive model has a causal attention and no noise level")
+        required = {"causal": True, "time_conditioning": False}
+        _check_required(self, required, "an autoregressive model has causal attention and no noise level")
         super()._check_flags()
 
 
@@ -298,7 +297,7 @@ class MDLMConfig(BD3LMConfig):
             probability 0.999 t. Sets `noise`.
 
     Raises:
-        ValueError: a field that contradicts attention over the whole sequence.
+        ValueError: if a field contradicts attention over the whole sequence.
     """
 
     model_type = "mdlm"
@@ -324,8 +323,8 @@ class MDLMConfig(BD3LMConfig):
         self._check_whole({"causal": False, "cross_attn": False})
         super()._check_flags()
 
-    def _check_whole(self, wanted: dict[str, Any]) -> None:
-        _check_wanted(self, wanted, f"{self.model_type} attends to the whole sequence at once")
+    def _check_whole(self, required: dict[str, Any]) -> None:
+        _check_required(self, required, f"{self.model_type} attends to the whole sequence at once")
 
 
 class SEDDConfig(MDLMConfig):
@@ -335,7 +334,7 @@ class SEDDConfig(MDLMConfig):
     Takes the fields of [`MDLMConfig`].
 
     Raises:
-        ValueError: a field that contradicts a score, which is one of x_t and its noise level.
+        ValueError: if a field contradicts a score, which depends on x_t and its noise level.
     """
 
     model_type = "sedd"
@@ -346,14 +345,14 @@ class SEDDConfig(MDLMConfig):
 
     def _check_flags(self) -> None:
         super()._check_flags()
-        _check_wanted(self, {"time_conditioning": True}, "a score depends on the noise level")
+        _check_required(self, {"time_conditioning": True}, "a score depends on the noise level")
 
 
 def check_masking(config: Any) -> None:
-    """Refuse ways of masking that contradict one another.
+    """Refuse a way of masking that contradicts other fields.
 
     Raises:
-        ValueError: if the way is unknown or does not go with other fields.
+        ValueError: if the way is unknown, or does not combine with another field.
     """
     if config.masking not in ("independent", "exact_k"):
         raise ValueError(f"masking={config.masking!r} is unknown: choose 'independent' or 'exact_k'.")
@@ -422,8 +421,8 @@ def check_model_type(config_class: type[PreTrainedConfig], config_dict: dict[str
         )
 
 
-def _check_wanted(config: BD3LMConfig, wanted: dict[str, Any], reason: str) -> None:
-    for name, value in wanted.items():
+def _check_required(config: BD3LMConfig, required: dict[str, Any], reason: str) -> None:
+    for name, value in required.items():
         if getattr(config, name) != value:
             raise ValueError(
                 f"{name}={getattr(config, name)!r} does not fit model_type={config.model_type!r}: {reason}, so leave "

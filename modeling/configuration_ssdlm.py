@@ -1,6 +1,6 @@
 """The configuration of SSD-LM (arXiv 2210.17432), validated when it is made."""
 
-# Before all else: every way to load a model begins here, and other versions may lack what is imported below.
+# First, so that a version of transformers that cannot run this code is named before any other import fails.
 from .versions_bd3lm import check_transformers  # noqa: F401
 
 
@@ -30,11 +30,11 @@ class SSDLMConfig(PreTrainedConfig):
         model_length (`int`, defaults to 200): tokens of a training sequence and of the window, the block included.
         one_hot_value (`float`, defaults to 5.0): K, the scale of the almost-one-hot logits and of the noise.
         num_train_timesteps (`int`, defaults to 5000): steps T of the training schedule.
-        bos_token_id, eos_token_id, pad_token_id, mask_token_id: special tokens; the mask is never written.
+        bos_token_id, eos_token_id, pad_token_id, mask_token_id: special tokens; the mask is never generated.
 
     Raises:
-        ValueError: a block that leaves no room for context in the window, K <= 0, T < 1, an unknown encoder, or one
-            whose dropout has other names.
+        ValueError: if a block leaves no room for context in the window, K <= 0, T < 1, or the encoder is unknown or
+            has other names for its dropout.
     """
 
     model_type = "ssdlm"
@@ -73,7 +73,7 @@ class SSDLMConfig(PreTrainedConfig):
                 f"encoder_config is a {type(self.encoder_config).__name__}, of which transformers has no masked "
                 f"language model: give one that it has, for instance a RobertaConfig."
             )
-        super().__post_init__(**kwargs)  # which hands the attention implementation on to the encoder
+        super().__post_init__(**kwargs)  # it passes the attention implementation on to the encoder
         encoder = self.encoder_config
         self.vocab_size, self.hidden_dim = encoder.vocab_size, encoder.hidden_size
         self.n_blocks, self.n_heads = encoder.num_hidden_layers, encoder.num_attention_heads
@@ -81,7 +81,7 @@ class SSDLMConfig(PreTrainedConfig):
         if self.mask_token_id is None:
             self.mask_token_id = self.vocab_size - 1
         room = getattr(encoder, "max_position_embeddings", None)
-        # RoBERTa counts positions from behind its padding id.
+        # RoBERTa counts positions from pad_token_id + 1.
         offset = (encoder.pad_token_id or 0) + 1 if isinstance(encoder, RobertaConfig) else 0
         if room is not None and self.model_length + offset > room:
             raise ValueError(
@@ -90,7 +90,7 @@ class SSDLMConfig(PreTrainedConfig):
             )
 
     def num_blocks(self, length: int) -> int:
-        """Uniform numbers that decide the noise of a training sequence: its step t, and where its block lies."""
+        """Return 2, the uniform numbers that decide the noise of a sequence: its step t and the start of its block."""
         return 2
 
     def _check(self) -> None:

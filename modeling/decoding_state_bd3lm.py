@@ -108,7 +108,7 @@ def token_entropy(input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def check_entropy_stop(entropy: Any, window: Any) -> None:
-    """Refuse an entropy stop that cannot work."""
+    """Refuse an entropy stop that would end every text or none."""
     if isinstance(entropy, bool) or not isinstance(entropy, (int, float)) or not entropy > 0:
         raise ValueError(
             f"entropy_stop={entropy!r}: give a positive number of nats (the published rule uses 4.0), or None to turn "
@@ -126,9 +126,8 @@ class SequenceBuffer:
     """The token ids of a batch, shifted so that the blocks of all rows end at the same columns.
 
     Row r starts at column `row_start[r]`, a multiple of the block size; rows with fewer full prompt blocks start
-    later. Positions to be generated hold the mask token, but which positions these are is known by their place, never
-    by
-    their id: a prompt or its padding may hold the mask token too.
+    later. Positions to be generated hold the mask token, but are known by their column and never by that id: a prompt
+    or its padding may hold the mask token too.
     """
 
     token_ids: torch.Tensor  # (batch, columns)
@@ -260,7 +259,7 @@ class StopRules:
         padding: bool `(batch, length)`, True where the prompt has no token; None: nowhere.
 
     Raises:
-        ValueError: if rows may end at different lengths and there is no token to pad them with.
+        ValueError: if rows may end at different lengths and no token can pad them.
     """
 
     def __init__(
@@ -284,7 +283,7 @@ class StopRules:
         self.pad_token_id = pad if pad is not None else eos[0] if isinstance(eos, list) else eos
         if self.pad_token_id is None and batch > 1 and (self.criteria or self.time_criteria):
             raise ValueError(
-                "rows of a batch may stop at different lengths, and there is no token to pad them with: set "
+                "rows of a batch may stop at different lengths, and no token is set to pad them: set "
                 "pad_token_id (or eos_token_id) in the generation config."
             )
         if self.criteria:

@@ -13,7 +13,7 @@ logger = logging.get_logger(__name__)
 
 # Read by transformers' wrapper of forward, or sent by tokenizers and generate without a meaning for these models.
 _HARMLESS = {"return_dict", "output_hidden_states", "output_attentions", "token_type_ids", "cache_position"}
-# What DataCollatorWithFlattening adds for FlashAttention says again what position_ids say.
+# DataCollatorWithFlattening adds these for FlashAttention. They repeat what position_ids say.
 _WITH_POSITIONS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
@@ -54,7 +54,7 @@ def check_with_labels(input_ids: torch.Tensor | None, **unused: Any) -> None:
 def check_token_ids(input_ids: torch.Tensor | None, vocab_size: int, name: str) -> None:
     """Refuse ids outside the vocabulary while the error can still be understood.
 
-    On an accelerator the look would cost a synchronisation per step, and the device's own assertion catches it.
+    On an accelerator reading the ids would cost a synchronisation per step, and the device's own assertion fails.
 
     Raises:
         ValueError: if an id is below 0 or not below `vocab_size`.
@@ -95,7 +95,7 @@ def warn_of_visible_tokens(
 ) -> None:
     """Warn once when there is nothing to denoise: a caller probably takes the outputs for next-token predictions.
 
-    On an accelerator only the first call of a network is looked at, as each look waits for the device.
+    On an accelerator only the first call of a network is checked, as each check waits for the device.
     """
     if torch.compiler.is_compiling():
         return
@@ -297,7 +297,7 @@ class Documents(NamedTuple):
         return packed.flatten()[self.index].masked_fill(~self.mask, padding)
 
     def join(self, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Return values of documents `(documents, longest)` in their packed places, zero elsewhere."""
+        """Return values of documents `(documents, longest)` at their packed positions, zero elsewhere."""
         joined = values.new_zeros(shape.numel())
         joined[self.index[self.mask]] = values[self.mask]
         return joined.view(shape)
@@ -306,9 +306,9 @@ class Documents(NamedTuple):
 def find_documents(
     position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, shape: torch.Size
 ) -> Documents | None:
-    """Find documents that share a row, told apart by positions that start again, as in padding-free batches.
+    """Find documents that share a row: where positions start again, another one begins, as in padding-free batches.
 
-    A loss draws a noise level for each block of each document, so it takes the documents apart. This waits for the
+    A loss draws a noise level for each block of each document, so it separates the documents. This waits for the
     device once.
 
     Returns:
@@ -335,7 +335,8 @@ def find_documents(
         )
     if int(begins.sum(1).max()) <= 1:
         return None
-    packed = real.flatten().nonzero().squeeze(1)
+    packed = real.flatten().nonzero().squeeze(1)  # flat indices of all tokens
+    # A document's number is how many documents have begun before its tokens.
     document = (begins.flatten().cumsum(0) - 1)[packed]
     column = position_ids.flatten()[packed]
     size = (int(document[-1]) + 1, int(column.max()) + 1)

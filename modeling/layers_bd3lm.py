@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention_bd3lm import AttentionPlan, BD3LMAttention, Tile
 from .configuration_bd3lm import BD3LMConfig
 from .linear_bd3lm import compute_dtype, is_plain_linear
+from .noise_bd3lm import wide_float
 
 
 _FREQUENCY_DIM = 256  # sinusoidal features of the noise level
@@ -93,10 +94,10 @@ class TimestepEmbedder(nn.Module):
 
 
 class BD3LMRotaryEmbedding(nn.Module):
-    """Rotary positions. The published buffer `inv_freq` travels with the weights but is not trusted.
+    """Rotary positions. The published buffer `inv_freq` is saved with the weights, but not used.
 
-    A cast of the whole model to bfloat16 casts the buffer too and would turn position 1023 by half a radian, so the
-    angles are computed from their definition, in float64 where the device has it: exact at any position.
+    A cast of the whole model to bfloat16 casts the buffer too and would rotate position 1023 by half a radian more. So
+    the angles are computed from their definition, in float64 where the device has it: exact at any position.
     """
 
     inv_freq: torch.Tensor
@@ -107,13 +108,13 @@ class BD3LMRotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", self.frequencies(torch.float32), persistent=True)
 
     def frequencies(self, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-        """10000^(-2 i / head_dim) for each rotated pair i."""
+        """Return 10000^(-2 i / head_dim) for each rotated pair i, `(head_dim / 2,)`."""
         exponents = torch.arange(0, self.head_dim, 2, dtype=dtype, device=device) / self.head_dim
         return 10000.0**-exponents
 
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines `(batch or 1, length, 1, head_dim / 2)` for positions `(batch or 1, length)`."""
-        wide = torch.float32 if position_ids.device.type == "mps" else torch.float64
+        """Return cosines and sines `(batch or 1, length, 1, head_dim / 2)` for positions `(batch or 1, length)`."""
+        wide = wide_float(position_ids.device)
         angles = position_ids.to(wide).unsqueeze(-1) * self.frequencies(wide, position_ids.device)
         return angles.cos().to(dtype).unsqueeze(2), angles.sin().to(dtype).unsqueeze(2)
 
@@ -163,7 +164,7 @@ class Modulation(NamedTuple):
 
 
 class BD3LMBlock(GradientCheckpointingLayer):
-    """One transformer layer: attention and MLP, each behind a modulated layer norm and a gate."""
+    """One transformer layer: attention and MLP, each after a modulated layer norm and followed by a gate."""
 
     def __init__(self, config: BD3LMConfig, layer_idx: int) -> None:
         super().__init__()
@@ -220,7 +221,7 @@ class BD3LMBlock(GradientCheckpointingLayer):
         return F.dropout(branch, self.dropout) if self.training and self.dropout else branch
 
     def _project(self, normed: torch.Tensor, skip: int, shared: ForwardContext) -> tuple[torch.Tensor, ...]:
-        """Queries (after the first `skip` positions), keys and values, rotated, `(batch, heads, length, head_dim)`."""
+        """Return queries (without the first `skip` positions), keys and values, `(batch, heads, length, head_dim)`."""
         layer = self.attn_qkv
         if is_plain_linear(layer) and (skip or torch.is_grad_enabled()):
             # Skipped positions need no query. With a gradient, three results instead of one let queries and keys be

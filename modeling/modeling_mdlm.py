@@ -1,6 +1,6 @@
 """Masked diffusion (MDLM, arXiv 2406.07524), a baseline of BD3-LM: a single block, as long as the text.
 
-Objective, likelihood and samplers are those of block diffusion; there is no earlier block to attend to.
+Objective, likelihood and samplers are those of block diffusion, without an earlier block to attend to.
 """
 
 from typing import Any
@@ -30,9 +30,9 @@ class MDLMModel(BD3LMModel):
 class MDLMForMaskedLM(BD3LMForMaskedLM):
     """Masked diffusion language model. `model(x_t).logits` are raw (no SUBS), with attention over the whole text.
 
-    `generate` denoises one window of `model_length` tokens, of which the prompt is the clean beginning; what is asked
-    for beyond it follows semi-autoregressively. The window moves on by `window_stride` tokens, half of it by default
-    (as published), keeps the tokens it still holds, and denoises the new ones.
+    `generate` denoises one window of `model_length` tokens, which begins with the prompt. Longer texts are generated
+    semi-autoregressively: the window moves by `window_stride` tokens, half of it by default (as published), keeps the
+    tokens that it still contains, and denoises the new ones.
     """
 
     config_class = MDLMConfig

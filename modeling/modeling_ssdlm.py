@@ -2,7 +2,7 @@
 
 The encoder sees the word embeddings of the context, then those of the noisy block: W softmax(x_t) + v (t / T), with a
 linear layer W from the vocabulary and a linear layer v of the progress. It is trained by the cross-entropy of the
-block's tokens at a random noise level (Eq. 7). There is no tractable likelihood.
+block's tokens at a random noise level (Eq. 7). Its likelihood is not tractable.
 """
 
 import copy
@@ -118,7 +118,7 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The layers around the encoder: the simplex enters as words do, a mixture of their embeddings."""
+        """Initialise the layers around the encoder: the simplex layer mixes word embeddings."""
         if module is self.embed_sum:
             init.copy_(module.weight, cast(nn.Embedding, self.get_input_embeddings()).weight.T)
         elif module is self.timestep:
@@ -138,7 +138,7 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
         self.model.set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As in transformers; in the simplex layer, too, new tokens begin as their word embeddings.
+        """Resize as transformers does; in the simplex layer new tokens begin as their word embeddings, too.
 
         Raises:
             ValueError: if the mask token would be cut off.
@@ -303,7 +303,7 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
         return normal.to(like.device, like.dtype, non_blocking=True)
 
     def token_nll(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: there is no likelihood.
+        """Refuse, as the likelihood is not tractable.
 
         Raises:
             ValueError: always.

@@ -260,7 +260,7 @@ class ParallelSampler(Sampler):
             remaining = (state.masked & state.unfinished()).sum(1)
             minimum = remaining.clamp(max=1)
             if self.num_steps is not None:
-                # Rounded up. There is no step beyond the last one, which accepts everything that is left.
+                # Rounded up, so that the last step accepts everything that is left.
                 minimum = -(-remaining // (self.num_steps - number))
             yield Step(positions, state.masked.float().mean(1), minimum)
             number += 1
@@ -273,7 +273,7 @@ class ParallelSampler(Sampler):
         """Return which predictions may be accepted, given that all before them are.
 
         Args:
-            uncertainty: `(batch, block_size)` in the order of acceptance; infinity where there is no prediction.
+            uncertainty: `(batch, block_size)` in the order of acceptance; infinity where a position has no prediction.
         """
         raise NotImplementedError
 

@@ -18,9 +18,9 @@ class SelfContainedMixin(_Saveable):
     """Saves the code of a model with its weights; goes before the model class in the list of bases."""
 
     auto_classes: dict[str, type] = {}  # Auto class -> the class that it loads a checkpoint with
-    # Uploads a saved folder; set by bd3lm_hf, which need not be installed where this code runs.
+    # Uploads a saved folder. Set by bd3lm_hf, which need not be installed where this code runs.
     push_saved_folder: Callable[..., Any] | None = None
-    # Makes saved weights as readable as `config.json`; also set by bd3lm_hf, as code that travels touches no file.
+    # Gives saved weights the file permissions of `config.json`. Also set by bd3lm_hf.
     share_saved_weights: Callable[..., Any] | None = None
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:

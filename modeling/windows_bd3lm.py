@@ -35,7 +35,7 @@ class DecodingNetwork:
     def __init__(self, model: Any) -> None:
         self.model, self.config = model, model.config
         self.dtype, self.device = model.dtype, model.device
-        # Without time conditioning adaLN sees the same input in every step: fold it once.
+        # Without time conditioning adaLN has the same input in every step: compute its output once.
         timed = model.config.time_conditioning
         self.modulations = None if timed else model.backbone.modulations(None, self.device)
 
@@ -64,7 +64,7 @@ class DecodingNetwork:
         Args:
             input_ids: `(batch, length)`, finished blocks followed by the noisy block.
             position_ids: `(batch or 1, length)`, counted from the first token of each row.
-            key_valid: bool `(batch, num_cached + length)`, False where a row has no token; None: there is no padding.
+            key_valid: bool `(batch, num_cached + length)`, False where a row has no token; None: no padding.
             positions: flat indices into `(batch, block_size)`, the noisy block. None: `input_ids` has finished blocks
                 only, which are to be written to the cache.
             num_cached: tokens in the cache.
@@ -192,9 +192,9 @@ class Window:
         return position_ids if len(position_ids) == 1 else self._select_rows(position_ids)
 
     def _key_valid(self, start: int, stop: int) -> torch.Tensor | None:
-        """Return the valid-token mask, bool `(batch, stop - start)`, or None if there is no padding."""
+        """Return the valid-token mask, bool `(batch, stop - start)`, or None without padding."""
         valid = self.buffer.key_valid
-        # To the right of the last row's start there is no padding, except after texts that are infilled.
+        # Only texts that are infilled have padding to the right of the last row's start.
         if valid is None or (self.buffer.blanks is None and start >= self.buffer.last_start):
             return None
         return self._select_rows(valid[:, start:stop])
@@ -410,7 +410,7 @@ def _compile_step(config: CompileConfig) -> Callable:
 
 
 def fills_window(config: Any) -> bool:
-    """Whether a block is as long as the window: no part of it is finished before the rest, so there is no cache."""
+    """Whether a block is as long as the window, so that nothing in it is finished early and could be cached."""
     return bool(config.block_size == config.model_length)
 
 
