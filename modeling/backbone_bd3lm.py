@@ -234,7 +234,6 @@ class BD3LMModel(BD3LMPreTrainedModel):
             attentions=attentions or None,
         )
 
-    @can_return_tuple
     def _refuse_next_token_training(self, input_ids: torch.Tensor | None) -> None:
         """Refuse the call of trainers that take a next-token loss of the states of clean text.
 
@@ -250,6 +249,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
                 "TRL's SFTTrainer works with a compute_loss that returns model(**inputs).loss."
             )
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -496,6 +496,7 @@ def test_outputs_may_be_asked_for_as_a_tuple(tiny_model):
         found = tiny_model(ids, return_dict=False)
         assert isinstance(found, tuple)
         assert torch.equal(found[0], tiny_model(ids).logits)
+        assert isinstance(tiny_model.backbone(ids, return_dict=False), tuple)
 
 
 def test_hidden_states_are_the_embeddings_and_each_layers_output(tiny_model):
