@@ -5,8 +5,7 @@ A denoising step attends to the cache and to its own block, whose keys are stale
 where a step puts its keys without counting them, and reads everything as one view.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +64,7 @@ class BlockCacheLayer(DynamicLayer):
         if self._begin + needed <= capacity:
             return
         buffers = self._buffers
+        # Moving to the front needs room that the tokens do not occupy themselves; else new, larger buffers.
         if self._begin < self._length or needed > capacity:
             batch, heads, _, dim = like.shape
             shape = (batch, heads, max(2 * self._length, needed) + self._spare, dim)
@@ -108,30 +108,11 @@ class BlockCacheLayer(DynamicLayer):
 
 
 class BlockCache(DynamicCache):
-    """A `DynamicCache` whose layers are [`BlockCacheLayer`]s.
+    """A `DynamicCache` whose layers are [`BlockCacheLayer`]s."""
 
-    A network that is not aware of blocks calls `update`, which commits all tokens, or those that `committing` allows.
-    """
-
-    def __init__(self, config: PreTrainedConfig | None = None) -> None:
-        super().__init__()
-        self.layer_class_to_replicate = BlockCacheLayer
-        self._num_committed: int | None = None
-
-    @contextlib.contextmanager
-    def committing(self, tokens: int) -> Iterator[None]:
-        """Within this context, keep only the first `tokens` tokens of an `update`; the others are read once."""
-        self._num_committed = tokens
-        try:
-            yield
-        finally:
-            self._num_committed = None
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = key_states.shape[2] if self._num_committed is None else self._num_committed
-        return append_to_cache(self, key_states, value_states, layer_idx, tokens)
+    def __init__(self, _config: PreTrainedConfig | None = None) -> None:
+        # Not the constructor of DynamicCache, which chooses the class of its layers itself.
+        Cache.__init__(self, layer_class_to_replicate=BlockCacheLayer)
 
 
 class StaticSlots:
@@ -176,6 +157,7 @@ def append_to_cache(
         return layers[layer_idx].append(key_states, value_states, num_committed)
     if num_committed:
         cache.update(key_states[:, :, :num_committed], value_states[:, :, :num_committed], layer_idx)
+    # A foreign cache cannot read without writing: tokens that are not kept are appended to a copy.
     held = int(layers[layer_idx].get_seq_length()) if layer_idx < len(layers) else 0
     if not held:
         return key_states, value_states
@@ -259,6 +241,7 @@ def check_cache(cache: Cache, buffer: "SequenceBuffer", config: Any) -> None:
         ValueError: if the cache is of another kind, too small, of another batch, longer than the prompt, or has
             padding or part of a block.
     """
+    # Only layers that keep every token: sliding and quantized ones are classes of their own.
     kinds = {DynamicCache: (DynamicLayer, BlockCacheLayer), StaticCache: (StaticLayer,)}
     kind = next((kind for kind in kinds if isinstance(cache, kind)), None)
     if kind is None or cache.offloading or any(type(layer) not in kinds[kind] for layer in cache.layers):

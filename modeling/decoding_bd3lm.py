@@ -66,6 +66,7 @@ def _output_columns(
     """Return the column of the output for each column of the buffer, `(batch, columns)`, -1 for none."""
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     width, lengths = real.shape[1], real.sum(1, keepdim=True)
+    # Number of each column's token in its row, counted from the first token of the prompt.
     number = torch.arange(buffer.token_ids.shape[1], device=real.device) - buffer.row_start.unsqueeze(1)
     prompt_columns = (~real).long().argsort(dim=1, stable=True)  # columns that hold tokens come first, in order
     inside = prompt_columns.gather(1, number.clamp(0, width - 1))
@@ -133,6 +134,7 @@ class BlockForward:
         self.count += 1
         if self._row_index is not None:
             row = self._row_index[positions // self.block_size]
+            # Flat indices count the rows that the network still runs on.
             positions = row * self.block_size + positions % self.block_size
         sigma = None
         if self.network.config.time_conditioning:
@@ -184,6 +186,7 @@ class ScoreRecord:
             return ()
         recorded = self.steps[0][2].new_zeros(count, batch, self.steps[0][2].shape[1])
         for row, index, values in self.steps:
+            # A block may reach beyond the last token of the output.
             inside = (index < count).nonzero().squeeze(1)
             at = (index[inside].to(recorded.device), row[inside].to(recorded.device))
             recorded[at] = values[inside.to(recorded.device)]
@@ -360,6 +363,7 @@ class BlockWriter:
 
         A corrector in the manner of ReMDM (Wang et al., arXiv 2503.00307), once per block, so that it ends.
         """
+        # 1e-6: a product such as 0.29 * 100 = 28.999... means 29 tokens.
         count = (self.remask_fraction * revealed.sum(1, keepdim=True) + 1e-6).long()
         device = block.token_ids.device
         confidence = block.confidence.masked_fill(~revealed.to(device, non_blocking=True), torch.inf)
@@ -382,6 +386,7 @@ class BlockWriter:
         if not self.left_to_right:
             return self._choose(block, positions, logits)
         row = positions // block.token_ids.shape[1]
+        # Positions are in reading order, so searchsorted finds the first position of each row.
         turn = torch.arange(len(row)) - torch.searchsorted(row, row)  # of each position within its row
         tokens = torch.zeros_like(positions, device=logits.device)
         scores, raw = torch.empty_like(logits), torch.empty_like(logits)

@@ -171,6 +171,7 @@ class SequenceBuffer:
         full = (((lengths - block_size) // step + 1) * step).clamp(min=0)
         first_block = int(full.max())
         row_start = first_block - full
+        # The row that ends last decides the number of columns, in whole steps.
         end = int((row_start + lengths).max()) + max_new_tokens
         columns = block_size + max(0, -(-(end - block_size) // step) * step)
         if batch * columns > _LARGEST_BUFFER:
@@ -302,6 +303,7 @@ class StopRules:
             the new tokens of the first row, up to its end, for the streamer.
         """
         buffer, num_streamed, ended_before = self.buffer, self.lengths.tolist()[0], self.finished
+        # Prompts end at different places of their block, so rows gain different numbers of tokens.
         available = (begin + buffer.block_size - buffer.prompt_end_cpu).clamp(max=buffer.max_new_tokens)
         lengths = torch.where(self.finished, self.lengths, available)
         if self.criteria:
@@ -322,6 +324,7 @@ class StopRules:
         last = max(available.tolist())
         self._text[:, width + first : width + last] = self.buffer.new_token_ids(last, first)
         never = last + 1
+        # Criteria expect one new token at a time: they see the text of each length in turn.
         ends = torch.full((len(available),), never, device=device)
         for count in range(first + 1, last + 1):
             is_new = (~self.finished & (count > self.lengths) & (count <= available)).to(device, non_blocking=True)

@@ -24,6 +24,7 @@ from .generation_config_bd3lm import (
     check_known_fields,
     complete_generation_config,
 )
+from .inputs_bd3lm import check_attention_mask, check_token_ids
 from .logits_process_bd3lm import NucleusLogitsProcessor
 from .samplers_bd3lm import SAMPLERS, Generators, Sampler, check_generators
 from .windows_bd3lm import DecodingNetwork, compiles_by_default, fills_window, window_stride
@@ -128,6 +129,7 @@ class BlockGenerationMixin(_Generative):
         if generation_config is not None:
             check_known_fields(generation_config, self.generation_config_class)
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        # top_k of the call, of the config that was passed, and of the model's own config.
         requested = (kwargs.get("top_k"), getattr(generation_config, "top_k", None), self.generation_config.top_k)
         if all(top_k is None for top_k in requested):
             prepared.top_k = 0  # transformers would cut the distribution at its 50 most likely tokens
@@ -204,12 +206,7 @@ class BlockGenerationMixin(_Generative):
 
     def _check_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         """Refuse a prompt that the model cannot read, before any work."""
-        config = self.config
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask of shape {tuple(attention_mask.shape)} does not fit input_ids of shape "
-                f"{tuple(input_ids.shape)}: give one 0 (padding) or 1 per token."
-            )
+        check_attention_mask(attention_mask, input_ids.shape)
         lengths = [input_ids.shape[1]] if attention_mask is None else attention_mask.bool().sum(1).tolist()
         if min(lengths) == 0:
             raise ValueError(
@@ -217,12 +214,7 @@ class BlockGenerationMixin(_Generative):
                 "bos_token_id."
             )
         real = input_ids if attention_mask is None else input_ids[attention_mask.bool()]
-        outside = (real < 0) | (real >= config.vocab_size)
-        if outside.any():
-            raise ValueError(
-                f"the prompt holds the id {int(real[outside][0])}, outside the vocabulary of {config.vocab_size} ids: "
-                f"use the tokenizer that the model was trained with."
-            )
+        check_token_ids(real.cpu(), self.config.vocab_size, "the prompt")  # once per call, a wait for the device
 
     def _check_fits_window(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         """Refuse a text longer than the window, where no part of it may be left out."""
@@ -248,6 +240,7 @@ class BlockGenerationMixin(_Generative):
             return attention_mask
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         lengths = mask.sum(1, keepdim=True)
+        # Rounded up to whole blocks, so that what is read fits the window.
         left_out = ((lengths - window + size - 1) // size * size).clamp(min=0)
         if left_out.any():
             if cache is not None and cache.get_seq_length() > 0:
@@ -484,6 +477,7 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
             device=self.device,
             model_kwargs=model_kwargs,
         )
+        # 1. Align, as in `_sample`; blanks are the positions to reveal.
         buffer, is_text = SequenceBuffer.from_blanks(
             input_ids, attention_mask, self.config.block_size, self.config.mask_token_id
         )
@@ -493,9 +487,11 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         # Processors count the context from the first token of each row: nothing comes before the buffer.
         empty = input_ids[:, :0]
         writer = BlockWriter(self, buffer, empty, processors, config, cache, generator, trace)
+        # 2. Fill block after block; those without a blank are only read.
         for begin in buffer.blocks():
             if buffer.new_positions(begin).any():
                 writer.denoise(begin, torch.zeros(len(input_ids), dtype=torch.bool))
+        # 3. Put the texts back in their columns.
         sequences = input_ids.clone()
         sequences[attention_mask.bool()] = buffer.token_ids[is_text]  # both in reading order
         if not config.return_dict_in_generate:

@@ -107,6 +107,7 @@ def check_known_fields(config: GenerationConfig, kind: type[GenerationConfig]) -
     Raises:
         ValueError: if the config has a field that `kind` does not have.
     """
+    # The constructor sets every field, also those of transformers.
     known = vars(kind())
     # A newer transformers may have written fields that this one drops, and its own classes know theirs.
     unknown = [name for name in vars(config) if name not in known and not name.startswith("_")]

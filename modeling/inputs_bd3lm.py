@@ -28,6 +28,7 @@ def check_arguments(model: Any, given: dict[str, Any], position_ids: torch.Tenso
     if not unknown:
         return
     known = [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind != p.VAR_KEYWORD]
+    # A misspelt argument is the usual cause.
     close = difflib.get_close_matches(unknown[0], known, 1)
     raise ValueError(
         f"{type(model).__name__} takes no argument {', '.join(map(repr, unknown))}"
@@ -327,6 +328,7 @@ def find_documents(
     real = torch.ones(shape, dtype=torch.bool, device=position_ids.device)
     real = real if attention_mask is None else attention_mask.bool()
     begins = real.clone()
+    # A token begins a document after padding, or where its position does not follow the one before.
     begins[:, 1:] &= ~real[:, :-1] | (position_ids[:, 1:] != position_ids[:, :-1] + 1)
     if (position_ids[begins] != 0).any():
         raise ValueError(

@@ -86,6 +86,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, sigma: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Embed noise levels `(batch,)`; `dtype` is the precision of the model, for a quantized layer."""
+        # As in DiT: frequencies from 1 down to 1/10000, geometrically spaced.
         half = _FREQUENCY_DIM // 2
         frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=sigma.device, dtype=torch.float32))
         angles = sigma.float()[:, None] * frequencies
@@ -199,6 +200,7 @@ class BD3LMBlock(GradientCheckpointingLayer):
         In the last layer only the positions after `plan.skip` are queried, and with `shared.output_indices` only those
         positions go on: the output is then `(output_indices, hidden_dim)`.
         """
+        # In training the modulation is computed inside the layer, where checkpointing recomputes it.
         mod = modulation if isinstance(modulation, Modulation) else self.modulate(modulation)
         skip = shared.plan.skip if last else 0
         tiles = shared.plan.last_tiles if last else shared.plan.tiles
@@ -208,6 +210,7 @@ class BD3LMBlock(GradientCheckpointingLayer):
         if not tiles:  # only keys and values are needed, and kernels of quantized layers crash on a product of no rows
             return hidden_states, weights
         if last and shared.output_indices is not None:
+            # From here on only the positions that the head will read.
             row = shared.output_indices // hidden_states.shape[1]
             mod = Modulation(*(of_rows(x, row) for x in mod))
             hidden_states, attended = (x.flatten(0, 1)[shared.output_indices] for x in (hidden_states, attended))

@@ -137,6 +137,7 @@ class LikelihoodMixin:
                 f"{', '.join(self.estimators)}."
             )
         check_attention_mask(attention_mask, input_ids.shape)
+        # 1. Packed documents become rows of their own, which are scored by a second call.
         documents = find_documents(position_ids, attention_mask, input_ids.shape)
         if documents is not None:
             labels = default_labels(input_ids, attention_mask) if labels is None else labels
@@ -147,10 +148,12 @@ class LikelihoodMixin:
             return TokenNLL(*(documents.join(values, input_ids.shape) for values in scores))
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples}: give at least 1.")
+        # 2. The noise, or what it is drawn from, and the text are checked before any forward pass.
         check_generators(generator, input_ids.shape[0])
         source = noise_or_generator(noise, generator, estimator, num_samples, input_ids.shape, self.config)
         labels = default_labels(input_ids, attention_mask) if labels is None else labels
         check_text(self.config, input_ids, labels, attention_mask, may_synchronize=True)
+        # 3. The estimator of the model
         with torch.no_grad():
             return self._token_nll(ScoringRequest(input_ids, attention_mask, labels, estimator, num_samples, source))
 
@@ -271,6 +274,7 @@ def _exact(
     batch, length = scored.counted.shape
     block_ids, num_blocks = layout.block_ids.expand(batch, -1), model.config.num_blocks(length)
     wide = wide_float(block_ids.device)
+    # Only maskable tokens count: a given first token or a prompt adds no masks.
     n = tokens_per_block(scored.maskable, block_ids, num_blocks).to(wide)
     most = int(n.max())
     if most > MAX_EXACT_TOKENS:
@@ -286,6 +290,7 @@ def _exact(
         for pattern in range(1, 2**most):
             masked = ((torch.tensor(pattern, device=number.device) >> number) & 1 > 0) & scored.maskable
             k = tokens_per_block(masked, block_ids, num_blocks).to(wide)
+            # The weight 1 / (k C(n, k)) of [`nelbo`]; by lgamma, as n differs from block to block.
             log_binomial = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
             # A pattern with more tokens than a block has equals one without these: count it once.
             weights = torch.where(k == pattern.bit_count(), (-log_binomial).exp() / k.clamp(min=1), 0.0)
@@ -307,6 +312,7 @@ def noise_of_batch(model: DenoisingNetwork, scored: LossMask, order: str, source
     if not isinstance(source, list):
         return draw_noise(batch, blocks, length, order=order, device=device, generator=source)
     noise = Noise(*(torch.zeros(batch, size) for size in (blocks, length, blocks)))
+    # Rows are drawn one by one and written to the columns of their tokens, so that padding uses no random numbers.
     valid = scored.valid.cpu()
     for row, generator in enumerate(source):
         tokens = int(valid[row].sum())
@@ -330,7 +336,9 @@ def mask_losses(
     """
     batch, length = input_ids.shape
     conditioned, single_block = model.config.time_conditioning, model.config.num_blocks(length) == 1
+    # A cache holds the clean stream at one noise level. A single block has no earlier block to read.
     cache = None if conditioned or single_block else model.clean_cache(input_ids, layout)
+    # Several samples of a text share a forward pass, up to a number of tokens that a CPU processes efficiently.
     group_size = 1 if conditioned else max(1, _TOKEN_BUDGET // (batch * length))
     for group in _grouped(samples, group_size):
         masked = torch.stack([sample.masked for sample in group], dim=1)

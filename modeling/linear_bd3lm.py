@@ -26,6 +26,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 def call_as(module: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call `function` instead of `module.forward`, with the module's hooks around it: its weights are whole."""
+    # On the instance: `module(...)` runs its hooks and then this function.
     module.forward = function
     try:
         return module(*arguments)

@@ -107,6 +107,7 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
         sequences = torch.cat([input_ids, generated[:, width:]], dim=1).to(home)
         if isinstance(result, torch.Tensor):
             return sequences
+        # A cache over which the window has slid lacks the oldest tokens, so a later call must not continue from it.
         cache = result.past_key_values
         if cache is not None and generated.shape[1] > self.config.model_length:
             clear(cache)
@@ -219,6 +220,7 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
             return_dict=True,
             **{k: kwargs[k] for k in ("output_hidden_states", "output_attentions") if k in kwargs},
         )
+        # slice(0, None) for 0: all positions, as in transformers.
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return BD3LMOutput(
             logits=self.backbone.output_layer(outputs.last_hidden_state[:, kept]),
@@ -254,6 +256,7 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
     def _predicted(self, labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Return which labelled tokens have a token before them, bool `(batch, length)`."""
         predicted = labels != -100
+        # The first token has nothing before it, and neither has the first one after padding.
         predicted[:, 0] = False
         if attention_mask is not None:
             real = attention_mask.bool()
@@ -272,12 +275,14 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
     ) -> torch.Tensor:
         """Return the hidden states of the positions before those of flat indices, `(rows, hidden_dim)`."""
         length, device = input_ids.shape[1], input_ids.device
+        # Causal attention is block-causal attention over blocks of one token.
         layout = token_layout(attention_mask, length, 1, device=device)
         embeds = self.backbone.vocab_embed(input_ids)
         plan = block_causal_plan(
             layout, length, 1, implementation=self.config._attn_implementation, dtype=embeds.dtype
         )
         modulations = self.backbone.modulations(None, device)
+        # The hidden state before a token predicts it: flat indices move by one, as no first token is among them.
         outputs = self.backbone.run(embeds, layout.position_ids, plan, modulations, output_indices=indices - 1)
         return cast(torch.Tensor, outputs.last_hidden_state)
 

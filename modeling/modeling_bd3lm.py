@@ -95,6 +95,7 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
                 past_key_values=past_key_values,
             )
             assert input_ids is not None  # checked
+            # A Trainer evaluates with `num_items_in_batch` and without gradients; it has no generator to pass.
             evaluates = not (self.training or torch.is_grad_enabled()) and num_items_in_batch is not None
             if evaluates and block_noise is None and token_noise is None and position_ids is None:
                 return self._scored_output(input_ids, labels, attention_mask, num_items_in_batch)
@@ -188,6 +189,7 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
     def _interval_of_buffers(self) -> tuple[float, float]:
         """Return the interval that the weights carry, read from the device only after it has changed."""
         ends = (self.sampling_eps_min, self.sampling_eps_max)
+        # Reading a number from a GPU waits for it, and training asks for the interval in every step.
         if any(end.is_inference() for end in ends):  # such tensors count no changes
             return float(ends[0]), float(ends[1])
         versions = [end._version for end in ends]
@@ -240,6 +242,7 @@ class BD3LMForMaskedLM(BlockDiffusionMixin, BD3LMLanguageModel, GenerationMixin)
         if config.var_min:
             self.register_buffer("sampling_eps_min", torch.tensor(float(config.sampling_eps_min)))
             self.register_buffer("sampling_eps_max", torch.tensor(float(config.sampling_eps_max)))
+        # `generate` takes the special tokens of the model's config unless the generation config names others.
         self._adopt_special_tokens()
         # The loss is not shifted, so Trainer must count all labels, not labels[1:].
         self.loss_type = None  # type: ignore[assignment]

@@ -109,6 +109,8 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
         for sample in range(num_samples):
             noise = noise_of_batch(self, scored, config.antithetic_sampling, request.source)
             if request.estimator == "stratified" and num_samples > 1:
+                # One uniform number per row shifts an even grid of levels: unbiased, and each n-th of the interval is
+                # hit once.
                 shift = noise.block_noise if shift is None else shift
                 noise = noise._replace(block_noise=(sample + shift) / num_samples)
             losses, indices = self._losses(input_ids, layout, scored, noise)
@@ -139,6 +141,7 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
         def of_chunk(hidden: torch.Tensor, targets: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             return score_entropy(head(hidden).float(), targets, sigma, self.config.mask_token_id)
 
+        # Chunks bound the logits that are alive at a time; checkpointing drops them until the backward pass.
         step = max(1, _LOGIT_BUDGET // self.config.vocab_size)
         parts = [
             (hidden[i : i + step], targets[i : i + step], sigma[i : i + step]) for i in range(0, hidden.shape[0], step)

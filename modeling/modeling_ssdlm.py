@@ -150,6 +150,7 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
                 f"{config.mask_token_id + 1} tokens."
             )
         words = self.model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        # transformers resizes the encoder only: the simplex layer has a column for each token, too.
         old, size = self.embed_sum.weight.data, words.num_embeddings
         if size != config.vocab_size:
             weight = words.weight.data.T.to(old, copy=True)
@@ -218,6 +219,7 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
         batch, width = context_ids.shape
         block = noisy.shape[1]
         words = self.get_input_embeddings()(context_ids)
+        # The published layer takes t / T as a single number and adds it to every position of the block.
         progress = self.timestep(timesteps.to(words.dtype).view(-1, 1)).unsqueeze(1)
         mixed = self.embed_sum(noisy.softmax(dim=-1).to(words.dtype)) + progress
         if attention_mask is None or bool(attention_mask.all()):
@@ -259,6 +261,7 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
             )
         # 1. The step, and where the block begins
         uniform, seeds = self._draws(noise, batch, input_ids.device)
+        # Uniform on 1..T. The clamp catches uniform numbers that float32 rounds up to 1.
         t = (uniform[:, 0] * config.num_train_timesteps).floor().clamp(max=config.num_train_timesteps - 1) + 1
         begin = torch.minimum((uniform[:, 1] * longest).floor().long() + 1, longest)
         # 2. The noisy block
@@ -273,6 +276,8 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
         context = context[:, : int(begin.max())]
         logits = self.denoise(ids[:, : context.shape[1]], context.long(), noisy, t / config.num_train_timesteps)
         losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none").sum(1)
+        # Mean over the block, then weighted by the labelled tokens of the text: long texts count more, as in other
+        # losses.
         losses = losses / (targets != -100).sum(1).clamp(min=1)
         labelled = (labels != -100).sum(1)
         count = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch

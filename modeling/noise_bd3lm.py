@@ -148,15 +148,15 @@ def noise_schedule(name: str) -> NoiseSchedule:
     return _SCHEDULES[name]
 
 
-# A lower bound up to here counts as the unclipped 1e-3, which is 1.0014e-3 after a cast to bfloat16.
+# A lower bound up to this value counts as the unclipped 1e-3, which is 1.0014e-3 after a cast to bfloat16.
 _UNCLIPPED = 1.01e-3
 
 
 class Noise(NamedTuple):
     """The uniform numbers on [0, 1) that decide the noise of a batch.
 
-    Several noise samples of each sequence are one more axis after the batch: `(batch, num_noise_samples, num_blocks)`
-    and so on.
+    Several noise samples of each sequence are one more axis after the batch: `(batch, num_noise_samples, num_blocks)`,
+    for example.
     """
 
     block_noise: torch.Tensor  # (batch, num_blocks), becomes the time t of each block
@@ -238,6 +238,7 @@ def draw_noise(
             that row k has all its levels in [k / batch, (k + 1) / batch); `"none"` draws independently.
         generator: source of randomness; torch's global one on the CPU by default.
     """
+    # A CUDA generator gives other numbers than a CPU one of the same seed, so the default is the CPU.
     home = torch.device("cpu") if generator is None else generator.device
 
     def uniform(size: int) -> torch.Tensor:
@@ -323,7 +324,7 @@ def mask_positions_within(
     *,
     block_size: int,
 ) -> torch.Tensor:
-    """Like [`mask_positions`], given that the masked fraction of every block is in [low, high].
+    """Return masked positions as [`mask_positions`] does, given that every block has a masked fraction in [low, high].
 
     The published code redraws a block until it fits. The number of masked tokens of a block is binomial, and given the
     number every subset is equally likely; so drawing the number from the truncated binomial, then a uniform subset of
@@ -336,6 +337,7 @@ def mask_positions_within(
         block_size: the largest number of tokens in a block.
     """
     sizes = tokens_per_block(valid, block_ids, move_chance.shape[1])
+    # Inverse transform sampling: the count is the number of steps of the CDF that the uniform number has passed.
     cdf = count_probabilities(move_chance, sizes, low, high, max_size=block_size).cumsum(-1)
     count = (cdf <= noise.count_noise.to(cdf).unsqueeze(-1)).sum(-1).clamp(max=cdf.shape[-1] - 1)
     return random_subset(noise, count, block_ids, valid)
@@ -364,6 +366,7 @@ def mask_exact_numbers(
         bool `(batch, length)`, and the weights of the blocks `(batch, num_blocks)`.
     """
     sizes = tokens_per_block(maskable, block_ids, noise.block_noise.shape[1])
+    # On the whole interval the share is the uniform number itself, so that k is uniform on 1..n.
     share = times(noise.block_noise, low, high) if clips(low, high) else noise.block_noise
     count = torch.minimum((share * sizes).floor() + 1, sizes)
     weights = torch.ones_like(sizes) if low > 0.5 else sizes / count.clamp(min=1)
@@ -379,6 +382,7 @@ def rank_in_block(noise: torch.Tensor, block_ids: torch.Tensor, among: torch.Ten
     order = order.gather(1, block_ids.gather(1, order).argsort(dim=1, stable=True))
     sizes = torch.zeros(batch, num_blocks, dtype=torch.long, device=noise.device)
     sizes.scatter_add_(1, block_ids, torch.ones_like(block_ids))
+    # Offset of each block in the sorted row: its tokens are contiguous there.
     first = sizes.cumsum(1) - sizes
     position = torch.arange(length, device=noise.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, position - per_token(first, block_ids.gather(1, order)))
@@ -403,11 +407,13 @@ def count_probabilities(
     k = torch.arange(max_size + 1, device=sizes.device, dtype=wide)
     tiny = 1e-12 if wide == torch.float64 else 1e-7
     p = move_chance.to(wide).clamp(tiny, 1 - tiny).unsqueeze(-1)
+    # In logarithms, as the factorials of a block of 1024 tokens overflow.
     log_pmf = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma((n - k).clamp(min=0) + 1)
     log_pmf = log_pmf + k * p.log() + (n - k) * torch.log1p(-p)
     # Float32 end points such as 0.3 must not lose the k that equals them exactly.
     minimum = torch.ceil(low * n - 1e-6) if low > _UNCLIPPED else torch.zeros_like(n)
     maximum = torch.floor(high * n + 1e-6) if high < 1 else n
+    # A short last block may contain no count inside the bounds: then both counts next to them are allowed.
     empty = minimum > maximum
     minimum, maximum = torch.where(empty, maximum, minimum), torch.where(empty, minimum, maximum)
     return log_pmf.masked_fill((k < minimum) | (k > maximum) | (k > n), -torch.inf).softmax(-1)

@@ -113,11 +113,14 @@ class RevealState:
 
         They are independent and uniform, or evenly spaced from left to right without `do_sample`.
         """
+        # Number of each masked position among those of its row, from the left.
         rank = self.masked.cumsum(1) - 1
         if not self.do_sample:
             return 1 - (rank.double() + 0.5) / self.masked.sum(1, keepdim=True).clamp(min=1)
         keys = random_uniform(self.masked.shape, self.masked.device, self.generator)
         if self.left_to_right:
+            # The same random numbers, handed out from left to right: positions are revealed in that order, at random
+            # times.
             keys = torch.where(self.masked, keys, -1.0).sort(dim=1, descending=True).values
             keys = keys.gather(1, rank.clamp(min=0))
         return keys
@@ -179,7 +182,9 @@ class HittingSampler(Sampler):
     def steps(self, state: RevealState) -> Iterator[Step]:
         """Yield the steps of all rows side by side. A step that reveals nothing of a row is left out."""
         hit_step, mask_prob = self.hits(state)
+        # Steps in which a row reveals nothing are left out: number its steps without gaps.
         number = _dense_rank(hit_step.masked_fill(~state.masked, torch.iinfo(hit_step.dtype).max))
+        # A row is done after the step that reveals its last requested position.
         last = number.masked_fill(~(state.masked & state.requested), -1).amax(1, keepdim=True)
         due = state.candidates() & (number <= last)
         positions = due.flatten().nonzero().squeeze(1)
@@ -200,6 +205,7 @@ class FirstHittingSampler(HittingSampler):
 
     def hits(self, state: RevealState) -> tuple[torch.Tensor, torch.Tensor]:
         keys = torch.where(state.masked, state.hitting_keys(), -1.0)
+        # argsort twice gives the rank of each key.
         rank = keys.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         count = state.masked.sum(1, keepdim=True)
         mask_prob = torch.full(rank.shape, state.mask_prob, dtype=torch.float64)
@@ -287,6 +293,7 @@ class ParallelSampler(Sampler):
         # The most certain predictions first, or a run from the left.
         order = (grid.isinf().byte() if state.left_to_right else grid).argsort(dim=1, stable=True)
         rank = torch.arange(grid.shape[1], device=grid.device)
+        # cumprod: the first prediction outside the bound ends the run of accepted ones.
         accepted = self.is_within_bound(grid.gather(1, order)).cumprod(dim=1).bool() | (rank < minimum)
         return torch.zeros_like(accepted).scatter(1, order, accepted).view(-1)[positions]
 
@@ -362,6 +369,7 @@ class AnalyticSampler(Sampler):
 
     def select(self, state: RevealState, step: Step, logits: torch.Tensor) -> tuple[Step, torch.Tensor]:
         scores, reveal_prob = self._apply_nucleus(logits)
+        # A position is revealed when the probability that it is still masked falls to its random number.
         self._masked_prob.view(-1)[step.positions] *= 1 - reveal_prob.cpu()
         revealed = self._masked_prob <= self._key
         if state.left_to_right:  # a run from the left
@@ -373,6 +381,7 @@ class AnalyticSampler(Sampler):
         """Return token logits cut off at the nucleus, and the probability `(positions,)` that each is revealed."""
         scores = logits.clone()
         scores[:, self.mask_token_id] = -torch.inf
+        # log-scores are logits - log(e^sigma - 1) - log(V - 1), see `modeling_sedd.py`.
         shift = math.log(math.expm1(self._sigma)) + math.log(logits.shape[1] - 1)
         certain = torch.zeros(len(scores), dtype=torch.bool, device=logits.device)
         odds = scores  # against the mask, whose score is 1

@@ -38,6 +38,7 @@ class SelfContainedMixin(_Saveable):
     @property
     def device(self) -> torch.device:
         """Return the device as transformers does; of offloaded weights, the one that computes with them."""
+        # accelerate's offloading leaves meta tensors; a hook of each module knows where it runs.
         device = super().device
         if device.type != "meta":
             return device

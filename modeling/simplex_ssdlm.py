@@ -44,6 +44,7 @@ def almost_one_hot(input_ids: torch.Tensor, vocab_size: int, scale: float) -> to
 
 def noisy_logits(clean: torch.Tensor, alpha_bar: torch.Tensor, normal: torch.Tensor, scale: float) -> torch.Tensor:
     """Return x_t for x_0 and standard normal numbers, all `(batch, length, vocab_size)`; `alpha_bar` is `(batch,)`."""
+    # The noise has the scale of the signal, K, so the variances of both add up to a constant.
     alpha_bar = alpha_bar.view(-1, 1, 1)
     return alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * scale * normal
 

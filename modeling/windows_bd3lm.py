@@ -119,6 +119,7 @@ class DecodingNetwork:
         self, length: int, num_cached: int, key_valid: torch.Tensor | None, noisy: bool, num_out_of_window: int
     ) -> AttentionPlan:
         size = self.config.block_size
+        # With at most one finished block a plan without large masks serves.
         finished = length - size if noisy else length
         if noisy and finished <= size:
             return decoding_plan(
@@ -216,6 +217,7 @@ class CachedWindow(Window):
         self.first, self.held = 0, int(cache.get_seq_length())  # first column, and number of tokens, in the cache
 
     def hidden(self, begin: int, positions: torch.Tensor, sigma: torch.Tensor | None) -> torch.Tensor:
+        # First column of the window whose last one is the end of this block.
         oldest = begin + self.size - self.config.model_length
         if self.exact and oldest > self.first:
             clear(self.cache)
@@ -331,6 +333,7 @@ class StaticWindow(CachedWindow):
 
     def _make_mask(self, begin: int, num_committed: int) -> torch.Tensor:
         """Return an additive mask `(batch, 1, num_committed + block_size, slots)`."""
+        # Slots are reused, so which column a slot holds follows from the block being denoised.
         stop, device, valid = begin + self.size, self.buffer.token_ids.device, self.buffer.key_valid
         slot = torch.arange(self.slots, device=device)
         column = stop - 1 - (stop - 1 - self.origin - slot) % self.ring  # the latest column that this slot holds

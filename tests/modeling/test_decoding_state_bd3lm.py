@@ -125,7 +125,7 @@ def test_the_end_token_pads_where_no_padding_token_is_known():
 
 
 def test_rows_that_may_stop_apart_need_a_padding_token():
-    with pytest.raises(ValueError, match="no token to pad them with: set pad_token_id"):
+    with pytest.raises(ValueError, match="set pad_token_id"):
         stop_rules([[5], [6]], [EosTokenCriteria(EOS)], pad_token_id=None)
 
 

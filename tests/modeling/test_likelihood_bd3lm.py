@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from bd3lm_hf.modeling import likelihood_bd3lm
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
-from bd3lm_hf.modeling.likelihood_bd3lm import LanguageModel
+from bd3lm_hf.modeling.likelihood_bd3lm import LanguageModel, LikelihoodMixin
 from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.modeling_mdlm import MDLMForMaskedLM
@@ -486,4 +486,4 @@ def test_every_model_family_implements_the_protocol_explicitly(family):
     assert members >= {"token_nll", "generate", "has_likelihood", "exact_likelihood", "generator_per_row"}
     assert not [name for name in members - {"config", "generation_config"} if not hasattr(family, name)]
     if family.has_likelihood:
-        assert inspect.signature(family.token_nll) == inspect.signature(LanguageModel.token_nll)
+        assert inspect.signature(family.token_nll) == inspect.signature(LikelihoodMixin.token_nll)
