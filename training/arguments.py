@@ -1,4 +1,4 @@
-"""The fields of a run, in four groups (model, data, adapters, training), and which values contradict one another."""
+"""The fields of a run, in four groups (model, data, adapters, training), and checks that they do not contradict."""
 
 import difflib
 import os
@@ -261,7 +261,7 @@ class IntervalSearchArguments:
 
 _OWN_LOSS = "the loss is the model's own, and no other trains it to denoise"
 _OWN_EVALUATION = "evaluation scores tokens by their likelihood and keeps no logits"
-_OWN_ORDER = "every example has its place and its noise by the seed"
+_OWN_ORDER = "the seed decides the order of the examples and their noise"
 
 # Fields of TrainingArguments that would replace the loss, or have no effect in our trainer: the values that change
 # nothing, and the reason to refuse any other. The first values are the defaults.
@@ -423,7 +423,7 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
             # A version of transformers may not have the field.
             value = getattr(self, name, accepted[0])
             if value not in accepted:
-                raise ValueError(f"--{name} {value} has no place in this trainer: {reason}. Leave it out.")
+                raise ValueError(f"--{name} {value} is not supported by this trainer: {reason}. Leave it out.")
 
     def _check_hub(self) -> None:
         if self.hub_token is not None:

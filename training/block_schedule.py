@@ -20,10 +20,11 @@ class BlockSizeSchedule(NamedTuple):
         """Read `size:steps,size:steps,...`, for example `1:500,4:500,16:0`; the last number of steps is 0.
 
         Raises:
-            ValueError: if it is written otherwise.
+            ValueError: if it is written differently.
         """
         stages = [re.fullmatch(r"(\d+):(\d+)", stage.strip()) for stage in text.split(",")]
         sizes, steps = ([int(stage[k]) for stage in stages if stage] for k in (1, 2))
+        # Only the last stage has 0 steps, so any other would never be left.
         if not all(stages) or min(sizes) < 1 or min(steps[:-1], default=1) < 1 or steps[-1] != 0:
             raise ValueError(
                 f"--block_size_schedule {text}: write size:steps for each stage, with 0 steps for the last, which "
@@ -54,7 +55,7 @@ class BlockSizeSchedule(NamedTuple):
 
 
 class BlockSizeCallback(TrainerCallback):
-    """Gives the model the block size of each step, and the last one at the end, which is then saved."""
+    """Set the block size of the model before each step, and the last one at the end, which is then saved."""
 
     def __init__(self, schedule: BlockSizeSchedule) -> None:
         self.schedule = schedule

@@ -1,12 +1,5 @@
-"""Floating-point operations of training, and the share of a device's peak that they make up (MFU).
+"""Callbacks of a run: speed and utilisation (MFU), text samples, and signals that stop it."""
 
-A multiplication and an addition count as two operations. Counted is what the mathematics needs: nothing that gradient
-checkpointing repeats, and of attention only the pairs that the block-causal masks allow.
-
-What a run shows while it trains: its speed, and a text sample at each evaluation.
-"""
-
-import functools
 import os
 import signal
 import sys
@@ -21,11 +14,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bd3lm_hf.generation.text_generation import generate_batch
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
-from bd3lm_hf.modeling.noise_bd3lm import noise_schedule
+from bd3lm_hf.modeling.loss_bd3lm import mean_move_chance
+from bd3lm_hf.training.sharding import num_parameters
 
 
-# Dense bfloat16 TFLOP/s with float32 accumulation, from the makers' data sheets. The first entry counts whose words
-# are all in the name of the device.
+# Dense bfloat16 TFLOP/s with float32 accumulation, from the makers' data sheets. The first entry whose words are all
+# in the name of the device is used.
 _PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.4,
@@ -46,56 +40,56 @@ _PEAK_TFLOPS = {
 }
 
 
-def forward_flops(config: BD3LMConfig, length: int, masked: float, *, draws: int = 1) -> tuple[float, float]:
-    """Operations of the training forward pass over one sequence: those of weights, and those of attention.
+def forward_flops(
+    config: BD3LMConfig, length: int, masked: float, *, num_noise_samples: int = 1
+) -> tuple[float, float]:
+    """Return the operations of the training forward pass over one sequence: those of weights, and those of attention.
 
-    The clean stream leaves out its last layer's queries, MLP and head; of the noisy stream only masked positions pass
-    the last layer's output projection and MLP, and the head. Embeddings, norms and adaLN are not counted.
+    A multiplication and an addition count as two. Only what the mathematics needs is counted: nothing that gradient
+    checkpointing repeats, and of attention the pairs that the block-causal masks allow. The clean stream leaves out
+    its last layer's queries, MLP and head. Of the noisy stream only masked positions pass the last layer's output
+    projection and MLP, and the head. Embeddings, norms and adaLN are not counted.
 
     Args:
         length: tokens of the sequence.
         masked: masked tokens of a noisy stream, or their expectation.
-        draws: noisy streams per clean stream.
+        num_noise_samples: noisy streams per clean stream.
     """
     width, layers = config.hidden_dim, config.n_blocks
-    both, noisy, rows = (1 + draws) * length, draws * length, draws * masked
+    both, noisy, masked = (1 + num_noise_samples) * length, num_noise_samples * length, num_noise_samples * masked
+    # A layer has 12 width^2 weights: 3 for queries, keys and values, 1 for the output projection, 8 for the MLP.
     weights: float = (layers - 1) * both * 12 * width**2
-    weights += (2 * both + noisy + 9 * rows) * width**2 + rows * width * config.vocab_size
+    weights += (2 * both + noisy + 9 * masked) * width**2 + masked * width * config.vocab_size
     pairs = attended_pairs(length, config.block_size)
-    attention = ((layers - 1) * (1 + draws) + draws) * pairs * 2 * width
+    # Two products of width `width` for each pair: scores, and the weighted sum of values.
+    attention = ((layers - 1) * (1 + num_noise_samples) + num_noise_samples) * pairs * 2 * width
     return 2.0 * weights, 2.0 * attention
 
 
 def attended_pairs(length: int, block_size: int) -> int:
-    """Query-key pairs of one stream: a token sees earlier blocks and its own, in the clean and the noisy stream."""
+    """Return the query-key pairs of one stream: a token sees earlier blocks and its own, whichever its stream."""
     blocks, rest = divmod(length, block_size)
     return block_size**2 * blocks * (blocks + 1) // 2 + rest * length
 
 
 def training_flops(model: Any, batch: int, length: int) -> int | None:
-    """Operations of forward and backward over `batch` sequences; None for models whose count is not known here.
+    """Return the operations of forward and backward over `batch` sequences; None for models that are not counted here.
 
     A backward pass takes the forward's operations once for the gradient of the inputs and once for that of the
     weights, of which frozen weights need none. The masked tokens are counted in expectation, over the model's current
     interval of noise levels.
     """
     config = model.config
-    if type(config) is not BD3LMConfig:  # which wrappers of the model pass on, and other architectures extend
+    if type(config) is not BD3LMConfig:  # wrappers of the model have the same one, other architectures a subclass
         return None
-    masked = expected_mask_rate(config.noise, *model.interval()) * length
-    weights, attention = forward_flops(config, length, masked, draws=config.noise_draws)
-    return round(batch * ((2 + _trained_share(model)) * weights + 3 * attention))
-
-
-@functools.lru_cache(maxsize=64)
-def expected_mask_rate(noise: str, low: float, high: float) -> float:
-    """Mean masking probability over times t uniform on [low, high]."""
-    times = torch.linspace(low, high, 1001, dtype=torch.float64)
-    return noise_schedule(noise)(times).move_chance.mean().item()
+    masked = mean_move_chance(config.noise, *model.interval()) * length
+    weights, attention = forward_flops(config, length, masked, num_noise_samples=config.noise_draws)
+    trained_share = num_parameters(model, only_trainable=True) / max(1, num_parameters(model))
+    return round(batch * ((2 + trained_share) * weights + 3 * attention))
 
 
 def peak_flops(args: Any) -> float:
-    """Peak operations per second of one device, from `args.peak_tflops` or a table; 0 when it is not known."""
+    """Return the peak operations per second of one device, from `args.peak_tflops` or a table; 0 if unknown."""
     if args.peak_tflops is not None:
         return args.peak_tflops * 1e12
     name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else ""
@@ -103,21 +97,16 @@ def peak_flops(args: Any) -> float:
 
 
 def peak_tflops_of(device_name: str) -> float:
-    """Peak bfloat16 TFLOP/s of a GPU by its name, such as `NVIDIA A100-SXM4-80GB`; 0 when it is not known."""
+    """Return the peak bfloat16 TFLOP/s of a GPU by its name, such as `NVIDIA A100-SXM4-80GB`; 0 if unknown."""
     words = device_name.replace("-", " ").split()
     return next((peak for name, peak in _PEAK_TFLOPS.items() if set(name.split()) <= set(words)), 0.0)
 
 
-def _trained_share(model: Any) -> float:
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    return sum(size for size, trained in sizes if trained) / max(1, sum(size for size, _ in sizes))
-
-
 class SpeedMeter(TrainerCallback):
-    """Speed of training over all processes; time spent in evaluation and saving does not count.
+    """Measure the speed of training over all processes; time spent in evaluation and saving does not count.
 
     Args:
-        peak_flops: floating-point operations per second that the devices can do together; 0 when it is not known.
+        peak_flops: floating-point operations per second of all devices together; 0 if unknown.
     """
 
     def __init__(self, peak_flops: float = 0.0) -> None:
@@ -129,7 +118,7 @@ class SpeedMeter(TrainerCallback):
 
     @staticmethod
     def now() -> float:
-        """Seconds of a clock that never goes back."""
+        """Return the seconds of a clock that never goes back."""
         return time.perf_counter()
 
     def on_step_begin(
@@ -146,7 +135,7 @@ class SpeedMeter(TrainerCallback):
             self.seconds += self.now() - self.started
 
     def since_last_log(self) -> dict[str, float]:
-        """Means since the last call: `tokens_per_second`, rounded to whole tokens, and `tflops_per_second`.
+        """Return means since the last call: `tokens_per_second`, rounded to whole tokens, and `tflops_per_second`.
 
         Where the peak is known also `mfu`, the share of it that is used. Empty before the first step.
         """
@@ -162,7 +151,7 @@ class SpeedMeter(TrainerCallback):
 
 
 def sample_options(model: Any, nucleus_p: float) -> dict[str, Any]:
-    """Return the nucleus by the name that the model's generate has for it."""
+    """Return the nucleus as the argument that the model's `generate` takes it by."""
     config = model.generation_config
     return {"nucleus_p": nucleus_p} if hasattr(config, "nucleus_p") else {"top_p": nucleus_p}
 
@@ -176,8 +165,9 @@ def sample_text(
         options: for `generate`.
 
     Returns:
-        Prompt and continuation, without special tokens.
+        prompt and continuation, without special tokens.
     """
+    # An unprompted sample begins as training documents do.
     ids = list(tokenizer(prompt)["input_ids"]) if prompt else [model.generation_config.bos_token_id]
     was_training = model.training
     model.eval()
@@ -189,7 +179,7 @@ def sample_text(
             seeds=[seed],
             stop_at_eos=True,
             do_sample=True,
-            # One process generates alone: its weights are whole, even if training shards them over processes.
+            # Only one process generates: its weights are whole, even if training shards them over processes.
             synced_gpus=False,
             **options,
         )
@@ -211,17 +201,17 @@ class TrainingStopped(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, 143 after SIGTERM."""
+        """130 after Ctrl-C, 143 after SIGTERM, as shells have it."""
         return 128 + self.signum
 
 
 class SignalCallback(TrainerCallback):
-    """Ends training on SIGINT or SIGTERM after the current step, with a checkpoint; a second signal ends it at once.
+    """End training on SIGINT or SIGTERM after the current step, with a checkpoint; a second signal ends it at once.
 
     Signals reach processes at different moments, so the trainer sets `agreed` for all of them at the same step.
     """
 
-    # Launchers pass on a signal that the terminal has sent already: this is not the user's second one.
+    # Launchers pass on a signal that the terminal has already sent. That copy is not the user's second signal.
     _COPY_SECONDS = 3.0
 
     def __init__(self) -> None:
@@ -250,6 +240,7 @@ class SignalCallback(TrainerCallback):
                 self.restore()
                 signal.raise_signal(signum)
 
+        # Python runs signal handlers in the main thread only, and lets no other one set them.
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[signum] = signal.signal(signum, receive)
@@ -263,14 +254,14 @@ class SignalCallback(TrainerCallback):
         return control
 
     def restore(self) -> None:
-        """Give the signals back."""
+        """Restore the handlers that were there before."""
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
         self._handlers = {}
 
 
 class SampleCallback(TrainerCallback):
-    """Generates a sample at each evaluation, to the terminal and to a file.
+    """Generate a sample at each evaluation, and write it to the terminal and a file.
 
     Args:
         tokenizer: decodes the sample.
@@ -290,7 +281,7 @@ class SampleCallback(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Generate one sample; the same seed each time, so that samples of different steps compare."""
+        """Generate one sample, with the same seed each time, so that samples of different steps are comparable."""
         if not state.is_world_process_zero:
             return
         text = sample_text(
@@ -314,7 +305,6 @@ __all__ = [
     "SpeedMeter",
     "TrainingStopped",
     "attended_pairs",
-    "expected_mask_rate",
     "forward_flops",
     "peak_flops",
     "peak_tflops_of",

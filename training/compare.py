@@ -2,7 +2,7 @@
 
 1. Read the recipe: what is compared, with which seeds, and the fields that are common to all.
 2. Train each model with each seed; a run that is complete is not repeated.
-3. Let each write texts, and a judge score them.
+3. Generate samples with each, and score them by a reference model, the judge.
 4. Print the table and write it next to the runs.
 """
 
@@ -27,9 +27,9 @@ from bd3lm_hf.output_files import write_atomically
 from bd3lm_hf.run_folder import RESULTS_NAME, is_run_folder
 from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.training.arguments import ModelArguments
-from bd3lm_hf.training.command_help import compare_help
 from bd3lm_hf.training.command_line import field_names
-from bd3lm_hf.training.train import model_class, run
+from bd3lm_hf.training.initial_model import model_class
+from bd3lm_hf.training.train import run
 from bd3lm_hf.yaml_files import read_yaml
 
 
@@ -60,13 +60,13 @@ class ComparedModel(NamedTuple):
 
     model: str
     seed: int
-    perplexity: float | None  # held-out text; None without a likelihood
-    exact: bool  # else an upper bound
+    perplexity: float | None  # of held-out text; None without a likelihood
+    exact: bool  # whether the perplexity is exact and not an upper bound
     training_tokens: int
-    training_tokens_per_second: float | None  # None of a run too short to log it
-    generative_perplexity: float  # of its texts, under the judge
-    entropy: float  # of the tokens of a text, mean over texts, nats
-    forwards_per_token: float  # of a text that is generated alone
+    training_tokens_per_second: float | None  # None if the run was too short to log it
+    generative_perplexity: float  # of its samples, under the judge
+    entropy: float  # of the token frequencies of a sample, mean over samples, nats
+    forwards_per_token: float  # of a sample that is generated alone
     batch_forwards_per_token: float  # of its batch, which ends with its slowest row
     seconds_per_token: float  # in batches
     dataset: str = ""  # of the perplexity, with its split
@@ -77,8 +77,9 @@ def read_plan(argv: Sequence[str]) -> Plan:
     """Read `[recipe] [--field value ...]`; `--models` and `--seeds` take several values.
 
     Raises:
-        ValueError: an unreadable recipe, a model that it does not name or that starts from one which is not trained
-            before it, or nothing to compare.
+        ValueError: if the recipe cannot be read, does not name a model, leaves nothing to compare, or a model starts
+        from
+            one that is not trained before it.
     """
     words = list(argv)
     name = words.pop(0) if words and not words[0].startswith("-") else PAPER
@@ -103,6 +104,7 @@ def read_plan(argv: Sequence[str]) -> Plan:
     for name in ("num_texts", "text_length"):
         if not isinstance(fields.get(name), int) or fields[name] < 1:
             raise ValueError(f"{name}={fields.get(name)!r}: give a whole number of at least 1.")
+    # Everything else is a field of the runs, checked before any training.
     common = {name: value for name, value in fields.items() if name not in (*_OWN_FIELDS, "output_dir")}
     for name in (*common, *(field for model in recipe["models"].values() for field in model)):
         if name not in field_names():
@@ -125,7 +127,7 @@ def _check_order(models: Mapping[str, Any], chosen: Sequence[str]) -> None:
 
 
 def _overrides(words: Sequence[str]) -> dict[str, list[str]]:
-    """`--field value ...` pairs."""
+    """Return the values of each `--field value ...`."""
     found: dict[str, list[str]] = {}
     for word in words:
         if word.startswith("--"):
@@ -142,20 +144,21 @@ def _overrides(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def compare_models(plan: Plan) -> list[ComparedModel]:
-    """Train what has not been trained, let all write, and score."""
+    """Train the models without a complete run, generate samples with all of them, and score these."""
     results: dict[tuple[str, int], dict[str, Any]] = {}
     started, runs = time.monotonic(), len(plan.seeds) * len(plan.models)
     for seed in plan.seeds:
         for name in plan.models:
             results[name, seed] = _trained(plan, name, seed)
+            # Complete runs count as fast ones, so the estimate is low after a restart.
             left = (time.monotonic() - started) / len(results) * (runs - len(results))
             logger.warning("run %d of %d is complete; about %.0f min left to train", len(results), runs, left / 60)
     rows: list[ComparedModel] = []
     for (name, seed), result in results.items():
         judge = _judge(plan, seed)
         model = load_model(str(_folder(plan, name, seed))).eval()
-        written = write_texts(model, plan.num_texts, plan.text_length, seed=seed)
-        texts = written.ids.tolist()
+        samples = generate_samples(model, plan.num_texts, plan.text_length, seed=seed)
+        texts = samples.ids.tolist()
         tokens = _steps(plan, results, name, seed) * result["global_batch_size"] * model.config.model_length
         rows.append(
             ComparedModel(
@@ -167,9 +170,9 @@ def compare_models(plan: Plan) -> list[ComparedModel]:
                 training_tokens_per_second=_speed(result),
                 generative_perplexity=summarize(judge.score([GeneratedText(ids, 1) for ids in texts])).perplexity,
                 entropy=mean_entropy(texts),
-                forwards_per_token=written.forwards_per_token,
-                batch_forwards_per_token=written.batch_forwards_per_token,
-                seconds_per_token=written.seconds_per_token,
+                forwards_per_token=samples.forwards_per_token,
+                batch_forwards_per_token=samples.batch_forwards_per_token,
+                seconds_per_token=samples.seconds_per_token,
                 dataset=result.get("held_out", ""),
                 estimator=result.get("estimator", ""),
             )
@@ -184,7 +187,7 @@ def _folder(plan: Plan, name: str, seed: int) -> Path:
 
 
 def _trained(plan: Plan, name: str, seed: int) -> dict[str, Any]:
-    """The results of a run, which is made unless it is complete."""
+    """Return the results of a run, after training it unless it is complete."""
     folder = _folder(plan, name, seed)
     recipe = folder.with_suffix(".yaml")
     fields = {**plan.common, **plan.models[name], "seed": seed}
@@ -206,7 +209,7 @@ def _trained(plan: Plan, name: str, seed: int) -> dict[str, Any]:
 
 
 def _steps(plan: Plan, results: Mapping[tuple[str, int], Mapping[str, Any]], name: str, seed: int) -> int:
-    """Return the steps behind the weights of a run, those of the model that it starts from included."""
+    """Return the steps that the weights of a run took, those of the model that it starts from included."""
     start = plan.models[name].get("init_from")
     before = _steps(plan, results, start, seed) if start in plan.models else 0
     return before + int(results[name, seed]["steps"])
@@ -220,30 +223,30 @@ def _judge(plan: Plan, seed: int) -> ReferenceModel:
 
 
 def _check_judge(name: str, model: Any) -> None:
-    """Refuse a judge, a model or its class, that cannot score texts."""
+    """Refuse a judge (a model, or its class) without a likelihood."""
     if not model.has_likelihood:
         raise ValueError(f"--judge {name} has no likelihood to score texts by: name another model of the comparison.")
 
 
 def _speed(result: Mapping[str, Any]) -> float | None:
-    """Median training speed of the log, tokens per second."""
+    """Return the median training speed of the log in tokens per second; None if it was never logged."""
     speeds = [entry["tokens_per_second"] for entry in result["losses"] if "tokens_per_second" in entry]
     return statistics.median(speeds) if speeds else None
 
 
-class Texts(NamedTuple):
-    """The texts that a model generated from nothing."""
+class Samples(NamedTuple):
+    """Unprompted samples of a model, and their mean costs."""
 
-    ids: torch.Tensor  # (texts, length)
-    forwards_per_token: float  # of a text that is generated alone
+    ids: torch.Tensor  # (samples, length)
+    forwards_per_token: float  # of a sample that is generated alone
     batch_forwards_per_token: float
     seconds_per_token: float
 
 
-def write_texts(model: Any, count: int, length: int, *, seed: int) -> Texts:
-    """Generate `count` texts of `length` tokens from the BOS token, sampled from the whole distribution."""
+def generate_samples(model: Any, count: int, length: int, *, seed: int) -> Samples:
+    """Generate `count` samples of `length` tokens from the BOS token and the whole distribution."""
     ends = model.config.eos_token_id
-    # Many decoders have no BOS token; documents are separated by the one that ends them.
+    # Many decoders have no BOS token: the token that ends a document separates it from the next.
     begin = model.config.bos_token_id
     if begin is None:
         begin = ends[0] if isinstance(ends, list) else ends
@@ -262,7 +265,7 @@ def write_texts(model: Any, count: int, length: int, *, seed: int) -> Texts:
         texts += batch
         batch_forwards, batches = batch_forwards + batch[0].batch_forwards, batches + 1
     new_tokens = length - 1
-    return Texts(
+    return Samples(
         torch.tensor([text.ids for text in texts]),
         sum(text.forwards for text in texts) / (count * new_tokens),
         batch_forwards / (batches * new_tokens),
@@ -271,7 +274,7 @@ def write_texts(model: Any, count: int, length: int, *, seed: int) -> Texts:
 
 
 def comparison_table(rows: Sequence[ComparedModel]) -> str:
-    """The comparison in markdown: means over seeds, with the range where there are several."""
+    """Return the comparison as markdown: means over seeds, with the range of several."""
     lines = [
         "| model | held-out perplexity | generative perplexity | entropy | forwards per token | in a batch "
         "| ms per token | training tokens/s |",
@@ -309,22 +312,15 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{mean} ({min(values):.{digits}f} - {max(values):.{digits}f})"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run with the command line's arguments; bad input ends in one line on stderr and exit code 2."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    if {"-h", "--help"} & set(words):
-        print(compare_help())
-        return
+def main(argv: Sequence[str]) -> None:
+    """Compare as the words of the command line say; `bd3lm_hf.cli` reports errors and has the help."""
+    plan = read_plan(argv)
     try:
-        plan = read_plan(words)
         rows = compare_models(plan)
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted: complete runs are kept.", file=sys.stderr)
-        raise SystemExit(getattr(error, "exit_code", 130)) from None
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise
     print(comparison_table(rows))
 
 
-__all__ = ["Plan", "ComparedModel", "compare_models", "main", "read_plan", "comparison_table", "write_texts"]
+__all__ = ["Plan", "ComparedModel", "compare_models", "main", "comparison_table", "generate_samples", "read_plan"]

@@ -1,15 +1,11 @@
 """An exponential moving average of the weights, as published: shadow -= (1 - d) (shadow - weight) after every step.
 
 With warm-up the decay of update n, counted from 1, is d = min(decay, (1 + n) / (10 + n)). Evaluation, text samples and
-the exported model use the average; training goes on from the weights themselves.
+the saved model use the average. Training continues from the raw weights: a checkpoint holds both, so that a resumed
+run repeats an uninterrupted one. `weights.json` in every saved folder says which weights it holds.
 
-torch's `AveragedModel` keeps a second model in the precision of the weights, frozen ones included, copies the weights
-in its first update, and cannot be made of sharded weights.
-
-`AveragingTrainer`: which weights a run evaluates and saves. The average or the raw ones, whole if they are sharded.
-
-Evaluation, text samples and the saved model use the average; a checkpoint holds the raw weights and the average with
-them, so that training goes on exactly. `weights.json` in every saved folder says which weights it holds.
+torch's `AveragedModel` does not serve here: it keeps a second model in the precision of the weights, frozen ones
+included, copies the weights in its first update, and cannot be made of sharded weights.
 """
 
 import json
@@ -30,10 +26,13 @@ from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.sharding import has_shards, local_part, part_like, prepare_fsdp, reshard, whole, whole_model
 
 
+logger = logging.get_logger("bd3lm_hf.train")
+
+
 class WeightAverage:
     """The averages of a model's trainable weights, in float32; of sharded weights the part of this process.
 
-    Buffers are not averaged: the model keeps the two of its interval as they are.
+    Buffers are not averaged: the model keeps those of its interval.
 
     Args:
         model: prepared for training, so that its parameters are those that the optimizer changes.
@@ -50,19 +49,20 @@ class WeightAverage:
         self.shadows = {name: local_part(p).float().clone() for name, p in self.parameters.items()}
 
     def decay_of(self, update: int) -> float:
-        """The decay of an update, counted from 1."""
+        """Return the decay of an update, counted from 1."""
         return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the averages towards the weights, after an optimizer step."""
         self.updates += 1
+        # The average is kept in float32: with decay 0.9999 an update is lost in the rounding of bfloat16.
         weights = [local_part(p).float() for p in self.parameters.values()]
         torch._foreach_lerp_(list(self.shadows.values()), weights, 1 - self.decay_of(self.updates))
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Have the averages in the model, and its own weights again afterwards, whatever happened in between."""
+        """Put the averages into the model, and restore its own weights afterwards, whatever happens."""
         reshard(self.model)
         weights = {name: local_part(p) for name, p in self.parameters.items()}
         raw = {name: tensor.clone() for name, tensor in weights.items()}
@@ -80,7 +80,7 @@ class WeightAverage:
             tensor.copy_(values[name])
 
     def save(self, folder: str | Path, *, write: bool = True) -> None:
-        """Write `ema.safetensors`; all processes take part, those that should `write` do.
+        """Write `ema.safetensors`. All processes take part, and those that should `write` do.
 
         It holds the averages by the names of their parameters and, as metadata, the number of updates.
         """
@@ -95,10 +95,10 @@ class WeightAverage:
             _sort_metadata(Path(folder, EMA_NAME))
 
     def load(self, folder: str | Path) -> None:
-        """Go on from what [`save`] wrote; the decay stays that of this run.
+        """Continue from the averages that [`save`] wrote, with the decay of this run.
 
         Raises:
-            ValueError: the folder has no averages, or those of another model.
+            ValueError: if the folder has no averages, or those of another model.
         """
         path = Path(folder, EMA_NAME)
         if not path.is_file():
@@ -139,7 +139,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 class AverageCallback(TrainerCallback):
-    """Keeps the average of the model that a Trainer trains, under `average` once training has begun."""
+    """Keep the average of the model that a Trainer trains, as `average` once training has begun."""
 
     def __init__(self, decay: float, warmup: bool) -> None:
         self.decay, self.warmup = decay, warmup
@@ -166,21 +166,18 @@ class AverageCallback(TrainerCallback):
 
 
 def describe_weights(average: WeightAverage | None, step: int) -> dict[str, Any]:
-    """Content of `weights.json`: `weights` is "average" or "raw", the `step` of training, and what the average is."""
+    """Return the content of `weights.json`: "average" or "raw" `weights`, the `step`, and settings of the average."""
     if average is None:
         return {"weights": "raw", "step": step}
     settings = {"ema_decay": average.decay, "ema_warmup": average.warmup, "ema_updates": average.updates}
     return {"weights": "average", "step": step, **settings}
 
 
-logger = logging.get_logger("bd3lm_hf.train")
-
-
 class AveragingTrainer(Trainer):
-    """transformers' Trainer with an average of the weights, under DDP, FSDP2 and DeepSpeed ZeRO-2 as well.
+    """transformers' Trainer with an average of the weights, also under DDP, FSDP2 and DeepSpeed ZeRO-2.
 
     Args:
-        As in transformers' `Trainer`; `args` is a [`BD3LMTrainingArguments`], of which `ema_decay` and `ema_warmup`
+        as in transformers' `Trainer`; `args` is a [`BD3LMTrainingArguments`], of which `ema_decay` and `ema_warmup`
         are read here.
     """
 
@@ -195,15 +192,15 @@ class AveragingTrainer(Trainer):
         self._evaluated: Any = None  # the model with averaged weights, while they are in use
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As in transformers; refuses ways of sharding that would fail later, and keeps noise in float32."""
+        """Make the accelerator, refuse ways of sharding that would fail later, and keep noise in float32."""
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled:
             prepare_fsdp(self.accelerator.state.fsdp_plugin)
         stage = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
         if stage == 3 and self.args.ema_decay:
             raise ValueError(
-                f"--ema_decay {self.args.ema_decay} is not kept under DeepSpeed ZeRO-3, whose weights lie outside of "
-                f"torch's parameters: use FSDP2 (training/launch/fsdp2.yaml) or ZeRO-2, or pass --ema_decay 0."
+                f"--ema_decay {self.args.ema_decay} is not kept under DeepSpeed ZeRO-3, which keeps the weights "
+                f"outside of torch's parameters: use FSDP2 (training/launch/fsdp2.yaml) or ZeRO-2, or --ema_decay 0."
             )
 
     @property
@@ -213,10 +210,10 @@ class AveragingTrainer(Trainer):
 
     @contextmanager
     def averaged_weights(self) -> Iterator[Any]:
-        """Use the averaged weights; yields the model to evaluate, and puts the raw weights back whatever happens.
+        """Use the averaged weights: yield the model to evaluate, and restore the raw weights whatever happens.
 
         It is the trained model itself, or with sharded weights a whole copy, which every process may use without the
-        others. Without an average the weights are the raw ones. All processes enter together.
+        others. Without an average it has the raw weights. All processes enter together.
         """
         if self._evaluated is not None:
             yield self._evaluated
@@ -260,7 +257,7 @@ class AveragingTrainer(Trainer):
             self.average.save(folder, write=self.args.should_save)
 
     def save_averaged_weights(self, folder: str) -> None:
-        """Write the model with the averaged weights; the raw ones if there is no average."""
+        """Write the model with the averaged weights, or the raw ones without an average."""
         with self._swapped():
             self._save_weights(folder, self.average)
 

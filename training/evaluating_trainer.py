@@ -110,6 +110,8 @@ class EvaluatingTrainer(AveragingTrainer):
         labels: Any = None
         if with_tokens:
             tokens = self._shared(score_tokens, dataset, estimator=self.args.eval_estimator)
+            # The perplexity of the tokens that compute_metrics receives, so that both describe the same forward
+            # passes.
             scores = [SequenceScore(t.index, sum(t.nll), len(t.nll) - t.labels.count(-100)) for t in tokens]
             result: Any = self._summarize(scores, SpeedMeter.now() - started)
             predictions, labels = _stack(tokens)
@@ -145,6 +147,7 @@ class EvaluatingTrainer(AveragingTrainer):
         args = self.args
         indices = range(len(sequences)) if indices is None else indices
         options |= {
+            # Every world_size-th sequence: processes have equal work, whatever the order of lengths.
             "indices": indices[args.process_index :: args.world_size],
             "num_samples": args.eval_num_samples,
             "batch_size": args.eval_batch_size,
@@ -153,6 +156,7 @@ class EvaluatingTrainer(AveragingTrainer):
         }
         with self.averaged_weights() as model, self.accelerator.autocast():
             scores = measure(model, sequences, **options)
+        # Sorted by index, so that sums do not depend on the number of processes.
         return sorted(gather_object(scores)) if args.world_size > 1 else scores
 
     def _summarize(self, scores: list[SequenceScore], seconds: float) -> Perplexity | HeldOutLoss:

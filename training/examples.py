@@ -59,6 +59,7 @@ class EpochOrder(Dataset):
     def permutation(self, epoch: int) -> torch.Tensor:
         """Return the dataset indices of an epoch in their order, int64 `(len(self),)`."""
         generator = torch.Generator().manual_seed(derived_seed("epoch", self.seed, epoch))
+        # The last step of an epoch is filled from the beginning of the same permutation.
         order = torch.randperm(len(self.examples), generator=generator)
         return order.repeat(-(-len(self) // len(order)))[: len(self)]
 
@@ -74,7 +75,7 @@ class EpochOrder(Dataset):
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields the `(global index, dataset index)` pairs of the current epoch of an [`EpochOrder`].
+    """Yield the `(global index, dataset index)` pairs of the current epoch of an [`EpochOrder`].
 
     It reads the epoch from the dataset, which accelerate's loaders share however they wrap the sampler.
     """
@@ -90,6 +91,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         # The order stays a tensor: as Python integers, nine million indices take 350 MB in every process.
         chunks = self.order.permutation(self.order.epoch).split(4096)
         indices = itertools.chain.from_iterable(chunk.tolist() for chunk in chunks)
+        # Global indices go on from epoch to epoch, and with them the noise of an example.
         return enumerate(indices, start=first)
 
 
@@ -141,10 +143,12 @@ class EndlessStream(IterableDataset):
 
     def _pass_from(self, index: int) -> Iterator[dict[str, Any]]:
         """Yield the rest of a pass."""
+        # A pass may begin inside a step, as its length need not be a multiple of the step's.
         examples = iter(self.stream)
         while True:
             if index % self.group_size == 0:
                 self._record(index // self.group_size)
+            # The position before the first example of a step is that after the step before it.
             example = next(examples, None)
             if example is None:
                 return
@@ -168,6 +172,7 @@ class PaddingCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        # Fine-tuning examples bring labels, packed text only ids; both become the same three columns.
         columns: dict[str, list[torch.Tensor]] = {"input_ids": [], "labels": [], "attention_mask": []}
         for example in examples:
             ids = torch.as_tensor(example["input_ids"], dtype=torch.long)
@@ -214,6 +219,7 @@ class NoiseCollator:
         self.seed, self.group_size, self.num_noise_samples = seed, group_size, num_noise_samples
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        # The index belongs to the noise: the collator that stacks columns, perhaps a caller's own, does not know it.
         indices = [int(example[EXAMPLE_INDEX]) for example in examples]
         batch = self.collate([{k: v for k, v in example.items() if k != EXAMPLE_INDEX} for example in examples])
         input_ids = batch["input_ids"]
@@ -268,8 +274,10 @@ def noise_of_examples(
         for index, generator in zip(indices, generators, strict=True):
             group, slot = divmod(int(index), group_size)
             strata = _strata_of_group(seed, group, sample, group_size * num_blocks)
+            # One call for all three kinds of noise: the numbers of an example are the same whatever the batch.
             uniform = torch.rand(2 * num_blocks + length, generator=generator)
             block, count, token = uniform.split([num_blocks, num_blocks, length])
+            # The example's blocks have their own slots of the group's permutation: each stratum is hit once per step.
             in_stratum = block + strata[slot * num_blocks : (slot + 1) * num_blocks]
             per_example.append(Noise(in_stratum / (group_size * num_blocks), token, count))
         samples.append(Noise(*(torch.stack(field) for field in zip(*per_example, strict=True))))

@@ -1,34 +1,38 @@
-"""The model that a run starts from when it has weights already: a checkpoint, perhaps of another block size.
+"""The model that a run starts from: a new one, a checkpoint (perhaps of another block size), or a stock decoder.
 
 The paper trains 850,000 steps at block = length and 150,000 more at the block size it wants. A block size shapes
-attention and noise, never a weight, so all weights go on; what was learned about the noise of the old blocks does not.
+attention and noise, never a weight, so training continues with all weights. What was learned about the noise of the
+old blocks, their interval of noise levels, is dropped.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging
 
-from bd3lm_hf.adapt import adapt_decoder, decoder_class
-from bd3lm_hf.checkpoints import load_model, read_config
+from bd3lm_hf.adapt import adapt_decoder, decoder_class, is_adaptable
+from bd3lm_hf.checkpoints import adapter_base, add_adapters, load_model, read_config
 from bd3lm_hf.modeling.configuration_bd3lm import SAMPLING_EPS, BD3LMConfig
 from bd3lm_hf.modeling.configuration_bd3lm_decoders import BD3LMDecoderConfigMixin
-from bd3lm_hf.tokenization import check_tokenizer_fits
+from bd3lm_hf.output_files import BASE_NAME
+from bd3lm_hf.run_folder import as_size, publish_folder, staging_folder
+from bd3lm_hf.tokenization import check_tokenizer_fits, limit_to_window
+from bd3lm_hf.training.arguments import BD3LMTrainingArguments, LoraArguments, ModelArguments
 
 
 logger = logging.get_logger("bd3lm_hf.train")
 
-
-# Of a decoder that is adapted without a word on them.
+# Defaults for decoders that are adapted.
 _DECODER_BLOCK, _DECODER_LENGTH = 4, 1024
 
 _INTERVAL = ("sampling_eps_min", "sampling_eps_max")
 
-
-#: These shape the weights, or what they have learned to read; any other field may change. The values are what
-#: transformers' own models call them.
+# Fields that decide the shape of the weights or the inputs that they were trained with, and their names in
+# transformers' own models. Any other field may change.
 SHAPE_FIELDS = {
     "hidden_dim": "hidden_size",
     "n_blocks": "num_hidden_layers",
@@ -39,34 +43,89 @@ SHAPE_FIELDS = {
 }
 
 
-def check_shape(name: str, fields: dict[str, Any], *, argument: str = "--init_from") -> None:
-    """Refuse fields that contradict the shape of a checkpoint's network; a recipe may repeat it.
-
-    Only the configuration is read, so a run can ask before it loads any text.
+def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
+    """Return a new model of the requested type, or that of a checkpoint with its fields overridden.
 
     Raises:
-        ValueError: such a field, or a checkpoint that cannot be read.
+        ValueError: if the model type is unknown or cannot be trained here, the model does not fit into memory,
+            weights are missing, unexpected or not finite, or special tokens contradict the tokenizer's.
     """
-    config = read_config(name, argument=argument)
+    keywords: dict[str, Any] = {}
+    if arguments.attn_implementation is not None:
+        keywords["attn_implementation"] = arguments.attn_implementation
+    head, name, fields = model_class(arguments.model_type), arguments.init_from, arguments.config_fields()
+    config = None if name is None else read_config(name, argument="--init_from")
+    if name is None:
+        model = _new_model(arguments.model_type, tokenizer, fields, **keywords)
+    elif hasattr(head, "from_encoder") and not isinstance(config, head.config_class):
+        model = start_around(head, name, tokenizer, fields, **keywords)
+    else:
+        model = start_from(name, tokenizer, fields, **keywords)
+    check_tokenizer_fits(tokenizer, model.config)
+    limit_to_window(tokenizer, model.config)
+    if arguments.num_denoising_steps is not None:
+        model.generation_config.num_denoising_steps = arguments.num_denoising_steps
+    return model
+
+
+def _new_model(model_type: str, tokenizer: Any, fields: dict[str, Any], **keywords: Any) -> Any:
+    if not hasattr(model_class(model_type), "token_nll"):
+        raise ValueError(
+            f"--model_type {model_type} is not a model type of this package: a model of another type is trained from "
+            f"its weights, with --init_from."
+        )
+    # len(tokenizer) is too small for a tokenizer with gaps in its ids.
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    config = new_config(model_type, vocab_size=vocab_size, **_special_tokens(tokenizer), **fields)
+    check_memory(config)
+    return AutoModelForCausalLM.from_config(config, **keywords)
+
+
+def check_memory(config: Any) -> None:
+    """Refuse a network whose layers alone do not fit into the memory of this machine.
+
+    Raises:
+        ValueError: if their float32 weights take more than all of it.
+    """
+    if not hasattr(os, "sysconf"):
+        return
+    # A coarse check against typing errors: without it the system would kill the process without a message.
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = 4 * 12 * config.num_hidden_layers * config.hidden_size**2
+    if needed > memory:
+        raise ValueError(
+            f"--hidden_dim {config.hidden_size} and --n_blocks {config.num_hidden_layers} make a network of "
+            f"{as_size(needed)}, and this machine has {as_size(memory)} of memory: choose smaller ones."
+        )
+
+
+def check_shape(name: str, fields: dict[str, Any]) -> None:
+    """Refuse fields that contradict the shape of a checkpoint's network; a recipe may repeat it.
+
+    Only the configuration is read, so that a run can call this before it loads any text.
+
+    Raises:
+        ValueError: if there is such a field, or the checkpoint cannot be read.
+    """
+    config = read_config(name, argument="--init_from")
+    # An encoder or a stock decoder has transformers' names for the same sizes.
     own = {
         field: getattr(config, field, getattr(config, other or field, None)) for field, other in SHAPE_FIELDS.items()
     }
     wrong = [field for field, value in own.items() if field in fields and fields[field] != value]
     if wrong:
         raise ValueError(
-            f"--{wrong[0]} {fields[wrong[0]]} contradicts {argument} {name}, whose {wrong[0]} is "
+            f"--{wrong[0]} {fields[wrong[0]]} contradicts --init_from {name}, whose {wrong[0]} is "
             f"{own[wrong[0]]}: the checkpoint decides the shape of the network, so leave out "
             f"{', '.join('--' + field for field in wrong)}."
         )
 
 
-def start_from(
-    name: str, tokenizer: Any, fields: dict[str, Any], *, argument: str = "--init_from", **options: Any
-) -> Any:
-    """The model of a checkpoint with some fields of its configuration changed.
+def start_from(name: str, tokenizer: Any, fields: dict[str, Any], **options: Any) -> Any:
+    """Return the model of a checkpoint with some fields of its configuration changed.
 
     - Every weight is kept, and every weight must be there; only the two buffers of the interval may be missing.
-    - Where the text becomes more than one block, the noisy stream attends to a clean one (`cross_attn=True`).
+    - If sequences now have more than one block, the noisy stream attends to a clean one (`cross_attn=True`).
     - An interval of noise levels belongs to the block size it was learned at. At another block size training starts
       from the interval in `fields`, or from the whole one, [1e-3, 1]; at the same one the checkpoint's goes on.
     - Special tokens that the configuration leaves open are the tokenizer's.
@@ -75,62 +134,56 @@ def start_from(
         name: folder or hub name.
         tokenizer: of the text to train on.
         fields: configuration fields, `block_size` and `model_length` among them.
-        argument: what the user calls `name`, for messages.
         options: for `from_pretrained`, such as `attn_implementation`.
 
     Raises:
-        ValueError: fields or a tokenizer that do not fit the checkpoint, or weights that are missing, unexpected, of
+        ValueError: if fields or the tokenizer do not fit the checkpoint, or weights are missing, unexpected, of
             another shape or not finite.
     """
-    check_shape(name, fields, argument=argument)
-    old = read_config(name, argument=argument)
+    check_shape(name, fields)
+    old = read_config(name, argument="--init_from")
     if not hasattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(old), None), "token_nll"):
-        return _start_from_decoder(name, old, tokenizer, fields, argument=argument, **options)
-    changes = dict(fields)
-    for token in ("bos", "eos", "pad"):
-        if getattr(old, f"{token}_token_id", None) is None:
-            changes[f"{token}_token_id"] = getattr(tokenizer, f"{token}_token_id")
+        return _start_from_decoder(name, old, tokenizer, fields, **options)
+    changes = fields | _missing_tokens(old, tokenizer)
     check_tokenizer_fits(tokenizer, old)
     if isinstance(old, BD3LMConfig):
         changes = _of_new_blocks(old, changes)
     elif isinstance(old, BD3LMDecoderConfigMixin) and changes.get("block_size", old.block_size) != old.block_size:
         changes = {"sampling_eps_min": SAMPLING_EPS, "sampling_eps_max": 1.0, **changes}
+    # A new configuration, not changed fields of the old one: its checks refuse what does not fit together.
     config = type(old).from_dict({**old.to_dict(), **changes})
-    # Of a checkpoint in half precision too: optimizers need all digits, and mixed precision is an option of training.
-    model = load_model(name, argument=argument, config=config, dtype=torch.float32, **options)
+    # Also if the checkpoint is in half precision: optimizers need all digits, and --bf16 is an option of training.
+    model = load_model(name, argument="--init_from", config=config, dtype=torch.float32, **options)
     if any(end in changes for end in _INTERVAL):
         kept = model.interval()
         low, high = (changes.get(end, value) for end, value in zip(_INTERVAL, kept, strict=True))
         model.set_interval(low, high)
         if PartialState().is_main_process:
             logger.warning(
-                f"{argument} {name}: blocks of {old.block_size} tokens go on as blocks of {model.config.block_size}, "
+                f"--init_from {name}: blocks of {old.block_size} tokens go on as blocks of {model.config.block_size}, "
                 f"with noise levels in [{low:g}, {high:g}] instead of [{kept[0]:g}, {kept[1]:g}]; choose others with "
                 f"--sampling_eps_min and --sampling_eps_max."
             )
     return model
 
 
-def _start_from_decoder(
-    name: str, stock: Any, tokenizer: Any, fields: dict[str, Any], *, argument: str, **options: Any
-) -> Any:
+def _start_from_decoder(name: str, stock: Any, tokenizer: Any, fields: dict[str, Any], **options: Any) -> Any:
     """Return a stock decoder as a block-diffusion model.
 
     Raises:
         ValueError: if its family is not supported, or a field does not fit.
     """
-    decoder_class(stock, f"{argument} {name}")
+    decoder_class(stock, f"--init_from {name}")
+    # The shape is the decoder's; its configuration has other names for it, and its own dropout.
     process = {field: value for field, value in fields.items() if field not in (*SHAPE_FIELDS, "dropout")}
     if "model_length" not in process:
-        # Decoders have positions for far longer texts than fit into memory twice.
+        # Decoders have positions for far longer texts than training with two streams fits into memory.
         size = process.get("block_size", _DECODER_BLOCK)
         process["model_length"] = min(_DECODER_LENGTH, stock.max_position_embeddings) // size * size
         logger.warning(
-            f"{argument} {name}: sequences of {process['model_length']} tokens; choose others with --model_length."
+            f"--init_from {name}: sequences of {process['model_length']} tokens; choose others with --model_length."
         )
-    for token in ("bos", "eos", "pad"):
-        if getattr(stock, f"{token}_token_id", None) is None:
-            process[f"{token}_token_id"] = getattr(tokenizer, f"{token}_token_id")
+    process |= _missing_tokens(stock, tokenizer)
     return adapt_decoder(name, tokenizer=tokenizer, dtype=torch.float32, **process, **options)
 
 
@@ -149,7 +202,7 @@ def decoder_shape(config_class: Any, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_new_blocks(old: BD3LMConfig, changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes`, and what follows from them."""
+    """Return `changes` and the fields that follow from them."""
     block_size = changes.get("block_size", old.block_size)
     if not old.causal and block_size != changes.get("model_length", old.model_length):
         changes = {"cross_attn": True, **changes}
@@ -158,10 +211,8 @@ def _of_new_blocks(old: BD3LMConfig, changes: dict[str, Any]) -> dict[str, Any]:
     return {"var_min": True, "sampling_eps_min": SAMPLING_EPS, "sampling_eps_max": 1.0, **changes}
 
 
-def start_around(
-    head: Any, name: str, tokenizer: Any, fields: dict[str, Any], *, argument: str = "--init_from", **options: Any
-) -> Any:
-    """A new model around the weights of a trained encoder, such as RoBERTa; its other layers are fresh.
+def start_around(head: Any, name: str, tokenizer: Any, fields: dict[str, Any], **options: Any) -> Any:
+    """Return a new model around the weights of a trained encoder, such as RoBERTa; its other layers are new.
 
     Args:
         head: class of the model, with a `from_encoder`.
@@ -169,7 +220,7 @@ def start_around(
         fields: configuration fields of the new model.
 
     Raises:
-        ValueError: fields that the model does not have or the encoder contradicts, weights that are missing.
+        ValueError: if the model lacks a field, the encoder contradicts it, or weights are missing.
     """
     unknown = [field for field in fields if not hasattr(head.config_class, field)]
     if unknown:
@@ -177,10 +228,120 @@ def start_around(
             f"--{unknown[0]} {fields[unknown[0]]}: a {head.__name__} has no such field; leave out "
             f"{', '.join('--' + field for field in unknown)}."
         )
-    check_shape(name, fields, argument=argument)
-    encoder = load_model(name, argument=argument, spare=True, dtype=torch.float32, **options)
-    special = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad", "mask")}
-    return head.from_encoder(encoder, **special, **fields)
+    check_shape(name, fields)
+    encoder = load_model(name, argument="--init_from", spare=True, dtype=torch.float32, **options)
+    return head.from_encoder(encoder, **_special_tokens(tokenizer), **fields)
 
 
-__all__ = ["SHAPE_FIELDS", "check_shape", "decoder_shape", "start_around", "start_from"]
+def check_lora(model: Any, lora: LoraArguments, start: str | None) -> None:
+    """Refuse adapters on a model that they do not fit.
+
+    Args:
+        start: the checkpoint that the model was loaded from.
+
+    Raises:
+        ValueError: if the model is new (its weights would stay random), is an adapter itself (its name would mean its
+            base alone), or has another block size than the checkpoint (an adapter does not store it).
+    """
+    assert lora.lora_r is not None
+    if start is None:
+        raise ValueError(f"--lora_r {lora.lora_r} adapts a trained model: name one with --init_from.")
+    if adapter_base(start) is not None:
+        raise ValueError(
+            f"--lora_r {lora.lora_r} would adapt the adapter {start}, and an adapter names one base model: save the "
+            f"merged model first (PeftModel.merge_and_unload), or leave out --lora_r to train all its weights."
+        )
+    config = read_config(start, argument="--init_from")
+    if is_adaptable(config):  # its blocks are those of the base that this run writes
+        return
+    block_size = getattr(config, "block_size", None)  # None: an encoder, from which SSD-LM starts
+    if block_size != model.config.block_size:
+        raise ValueError(
+            f"--block_size {model.config.block_size} with --lora_r: an adapter is used with the configuration of "
+            f"{start}, whose block_size is {block_size}. Train all weights at the new size first, or leave it out."
+        )
+
+
+def with_adapters(
+    model: Any, lora: LoraArguments, start: str, tokenizer: Any, training: BD3LMTrainingArguments
+) -> Any:
+    """Return the model with adapters.
+
+    An adapter names one base model, which must be a block-diffusion model. One that was adapted from a plain decoder
+    is therefore written into the folder of the run, once.
+
+    Args:
+        start: the checkpoint that the model was loaded from.
+    """
+    assert lora.lora_r is not None  # checked
+    if is_adaptable(read_config(start, argument="--init_from")):
+        folder = Path(training.output_dir)
+        if training.process_index == 0 and not (folder / BASE_NAME).exists():
+            staged = staging_folder(folder) / BASE_NAME
+            model.save_pretrained(staged)
+            tokenizer.save_pretrained(staged)
+            publish_folder(staged, folder / BASE_NAME)
+        model.name_or_path = str(folder / BASE_NAME)
+    return add_adapters(
+        model,
+        rank=lora.lora_r,
+        alpha=lora.lora_alpha,
+        dropout=lora.lora_dropout,
+        targets=lora.lora_target_modules,
+    )
+
+
+def new_config(model_type: str, **fields: Any) -> Any:
+    """Return the configuration of a new model.
+
+    Raises:
+        ValueError: if the model type has no such field.
+    """
+    found = config_class(model_type)
+    if issubclass(found, BD3LMDecoderConfigMixin):
+        fields = decoder_shape(found, fields)
+    for name, value in fields.items():
+        if not hasattr(found, name) and name not in getattr(found, "attribute_map", {}):
+            raise ValueError(f"--{name} {value}: a {found.__name__} has no such field; leave it out.")
+    return found(**fields)
+
+
+def config_class(model_type: str) -> Any:
+    """Return the configuration class of a model type.
+
+    Raises:
+        ValueError: if there is no such type.
+    """
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"--model_type {model_type} is unknown: try --model_type bd3lm.")
+    return CONFIG_MAPPING[model_type]
+
+
+def model_class(model_type: str) -> Any:
+    """Return the model class of a model type, or None if it cannot generate text."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class(model_type), None)
+
+
+def _special_tokens(tokenizer: Any, *names: str) -> dict[str, int | None]:
+    return {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in names or ("bos", "eos", "pad", "mask")
+    }
+
+
+def _missing_tokens(config: Any, tokenizer: Any) -> dict[str, int | None]:
+    """Return the special tokens that a configuration leaves open, from the tokenizer."""
+    found = _special_tokens(tokenizer, "bos", "eos", "pad")
+    return {name: token for name, token in found.items() if getattr(config, name, None) is None}
+
+
+__all__ = [
+    "SHAPE_FIELDS",
+    "check_lora",
+    "check_shape",
+    "decoder_shape",
+    "make_model",
+    "model_class",
+    "new_config",
+    "start_from",
+    "with_adapters",
+]

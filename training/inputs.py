@@ -60,6 +60,7 @@ def load_documents(data: DataArguments) -> Documents:
             f"--dataset {data.dataset} holds {' and '.join(schema.names)}, which are read all at once: leave out "
             "--streaming."
         )
+    # With its own held-out text, a file is a training split as a whole.
     if data.validation_dataset is not None:
         for split, name in names.items():
             if Path(name).expanduser().is_file():
@@ -88,6 +89,7 @@ def make_tokenizer(arguments: RunArguments, documents: Documents) -> Any:
     data, model = arguments.data, arguments.model
     tokenizer: list[Any] = [None]
     if arguments.training.process_index == 0:
+        # A checkpoint brings its tokenizer.
         name = data.tokenizer or model.init_from
         stock = None if model.init_from is None else read_config(model.init_from, argument="--init_from")
         if is_adaptable(stock):
@@ -133,6 +135,7 @@ def make_sequences(
     held_out = documents.validation
     if isinstance(held_out, IterableDataset):
         assert data.max_eval_samples is not None  # DataArguments requires it
+        # Held-out sequences are kept in memory and scored at every evaluation, so a stream is cut.
         held_out = _first_documents(held_out, tokenizer, data.max_eval_samples * length)
     with training.main_process_first(desc="packing the held-out text"):
         validation = evenly_spaced(pack(held_out, tokenizer, **options, **flags["validation"]), data.max_eval_samples)

@@ -1,10 +1,8 @@
 """The data-driven clipped schedule: the interval of noise levels whose losses vary least (arXiv 2503.09573, Sec. 5.2).
 
 For each candidate, the unbiased variance of the losses of all blocks of a batch is summed over batches; the first
-candidate with the smallest sum wins. A loss here is what training sees, with the published weight w(t) and without the
+candidate with the smallest sum wins. The losses are those of training, with the published weight w(t) and without the
 paper's factor for the width of the interval (see `denoising_loss`): that factor would favour narrow intervals.
-
-An interval search writes numbers to the log, a line of JSON and a plot into the run's folder.
 """
 
 import json
@@ -32,21 +30,13 @@ from bd3lm_hf.training.loss_moments import BlockMoments, HeldOut, Interval, Pass
 
 logger = logging.get_logger("bd3lm_hf.interval")
 
+PLOT_NAME = "interval_search.png"
 
 PUBLISHED_WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
-
-
 PUBLISHED_STEP = 0.05
-
-
 WHOLE: Interval = (SAMPLING_EPS, 1)  # the first candidate of every search
 
-
-Method = Callable[[Any, HeldOut], BlockMoments]
-
-
 METHODS: dict[str, type[SharedDraws] | type[PassPerInterval]] = {"shared": SharedDraws, "published": PassPerInterval}
-
 
 _INTERVAL = re.compile(r"\s*(\d*\.?\d+(?:[eE]-?\d+)?)\s*-\s*(\d*\.?\d+(?:[eE]-?\d+)?)\s*")
 
@@ -55,17 +45,16 @@ _INTERVAL = re.compile(r"\s*(\d*\.?\d+(?:[eE]-?\d+)?)\s*-\s*(\d*\.?\d+(?:[eE]-?\
 
 
 def published_intervals(widths: Sequence[float], step: float = PUBLISHED_STEP) -> list[Interval]:
-    """The published candidates: [1e-3, 1], then for each width every interval that starts at a multiple of `step`.
+    """Return the published candidates: [1e-3, 1], then for each width the intervals that start at multiples of `step`.
 
     End points are those of the published float32 arithmetic, raised to 1e-3. With a width that is not a multiple of
     `step` the last interval of that width reaches beyond 1, as published.
     """
-    least = torch.tensor(SAMPLING_EPS)
+    minimum = torch.tensor(SAMPLING_EPS)
     found = [WHOLE]
     for width in widths:
         starts = torch.arange(0, 1 - width + step, step)
-        ends = zip(starts.maximum(least).tolist(), (starts + width).maximum(least).tolist(), strict=True)
-        found += list(ends)
+        found += zip(starts.maximum(minimum).tolist(), (starts + width).maximum(minimum).tolist(), strict=True)
     return found
 
 
@@ -86,7 +75,7 @@ def candidate_intervals(
         own: further intervals; end points are rounded to float32, as the model holds them, and raised to 1e-3.
 
     Raises:
-        ValueError: a width outside (0, 1], a step of 0 or less, an interval that is reversed or not inside [0, 1].
+        ValueError: if a width is outside (0, 1], the step not above 0, or an interval reversed or not inside [0, 1].
     """
     if widths is None:
         widths = () if own else PUBLISHED_WIDTHS
@@ -104,15 +93,16 @@ def candidate_intervals(
         found = [WHOLE] if own else [WHOLE, (1, 1)]
     else:
         found = [interval for interval in published_intervals(widths, step) if interval[1] <= 1]
+    # The model holds its interval as float32 buffers: compare the intervals that it can hold.
     rounded = torch.tensor(list(own)).reshape(-1, 2).maximum(torch.tensor(SAMPLING_EPS)).tolist()
     return list(dict.fromkeys(found + [(low, high) for low, high in rounded]))
 
 
 def parse_interval(text: str) -> Interval:
-    """`"0.3-0.8"` as (0.3, 0.8).
+    """Return `"0.3-0.8"` as (0.3, 0.8).
 
     Raises:
-        ValueError: not two numbers.
+        ValueError: if these are not two numbers.
     """
     match = _INTERVAL.fullmatch(text)
     if match is None:
@@ -124,8 +114,8 @@ def check_searchable(model: Any, candidates: Sequence[Interval]) -> None:
     """Refuse a search whose winner could not be written to the model or trained with.
 
     Raises:
-        ValueError: the model carries no interval, or one that is not saved with it, or a candidate that none of its
-            mask rates meets.
+        ValueError: if the model carries no interval, or does not save it, or a candidate contains no mask rate of a
+            block.
     """
     if not model.carries_interval:
         raise ValueError(
@@ -155,22 +145,11 @@ def check_searchable(model: Any, candidates: Sequence[Interval]) -> None:
 # The statistic
 
 
-def batch_variances(block_nll: torch.Tensor) -> torch.Tensor:
-    """Unbiased variance over the blocks of each batch: `(candidates, batches, ...)` to `(candidates, batches)`.
-
-    The published statistic of a candidate is the sum of its row, the published log its mean.
-
-    Args:
-        block_nll: mean loss of each block; the dimensions after the second are those of a batch.
-    """
-    return block_nll.flatten(2).var(-1)
-
-
 def first_smallest(variances: torch.Tensor) -> int:
-    """Index of the smallest of `(candidates,)`, the first one of equals.
+    """Return the index of the smallest of `(candidates,)`, the first one of equals.
 
     Raises:
-        NotFiniteError: a variance is NaN or infinite.
+        NotFiniteError: if a variance is NaN or infinite.
     """
     values = variances.tolist()
     if not all(map(math.isfinite, values)):
@@ -192,14 +171,14 @@ class MomentSums(NamedTuple):
 
 
 def sum_moments(moments: BlockMoments) -> MomentSums:
-    """Sums over blocks."""
+    """Sum the moments over blocks."""
     count = torch.full((moments.first.shape[0],), float(moments.first.shape[1]), dtype=torch.float64)
     columns = (moments.zeroth, moments.first, moments.first.square(), moments.second)
     return MomentSums(count, *(column.sum(1) for column in columns))
 
 
 def variance_of_sums(sums: MomentSums) -> torch.Tensor:
-    """Expected unbiased variance of the losses of N blocks, `(candidates,)`, from moments estimated for each block.
+    """Return the expected unbiased variance of the losses of N blocks, `(candidates,)`, from moments of each block.
 
     For blocks with independent losses it is mean(E[X^2]) - sum_{i != j} E[X_i] E[X_j] / (N (N - 1)). With a single
     draw of each loss this is the unbiased variance of the draws itself. NaN for fewer than two blocks.
@@ -207,7 +186,7 @@ def variance_of_sums(sums: MomentSums) -> torch.Tensor:
     n = sums.blocks
     pairs = sums.first.square() - sums.first_squared
     variance = sums.second / n - pairs / (n * (n - 1))
-    # Control variate: where too many draws fell into an interval, its moments are too large in proportion.
+    # Control variate: an interval with too many of the draws has moments that are too large in proportion.
     return variance + (sums.first / n).square() * (sums.zeroth / n - 1)
 
 
@@ -225,31 +204,31 @@ class IntervalSearch(NamedTuple):
 
     @property
     def variances(self) -> torch.Tensor:
-        """Mean over batches for each candidate, `(candidates,)`, the value that is logged as published."""
+        """Return the mean over batches for each candidate, `(candidates,)`, the value that the authors log."""
         return self.batch_variances.mean(1)
 
     @property
     def standard_errors(self) -> torch.Tensor:
-        """Standard errors of `variances`, from the spread over batches; NaN for a single batch."""
+        """Return standard errors of `variances`, from the spread over batches; NaN for a single batch."""
         spread, batches = self.batch_variances, self.batch_variances.shape[1]
         return spread.std(1) / math.sqrt(batches) if batches > 1 else torch.full_like(spread[:, 0], math.nan)
 
     @property
     def best(self) -> int:
-        """Index of the winner."""
+        """Return the index of the winner."""
         return first_smallest(self.batch_variances.sum(1))
 
     @property
     def interval(self) -> Interval:
-        """The winner."""
+        """Return the winner."""
         return self.candidates[self.best]
 
 
 def choose_method(name: str, config: Any, candidates: Sequence[Interval]) -> SharedDraws | PassPerInterval:
-    """The method called `name`; for a time-conditioned model one that feeds it each interval's own levels.
+    """Return the method called `name`; for a time-conditioned model the one that uses the levels of each interval.
 
     Raises:
-        ValueError: no method has this name.
+        ValueError: if no method has this name.
     """
     if name not in METHODS:
         raise ValueError(f"interval_search_method {name!r}: choose one of {', '.join(METHODS)}.")
@@ -274,7 +253,7 @@ def search_intervals(
     seed: int = 0,
     share: tuple[int, int] = (0, 1),
 ) -> IntervalSearch:
-    """Variance of the training loss under every candidate interval; changes nothing in the model.
+    """Measure the variance of the training loss under every candidate interval; the model is not changed.
 
     The result depends on the model, the sequences, `batch_size` and `seed`, not on the number of processes: batch b
     holds the sequences from `b * batch_size` on, and every sequence has its own source of noise.
@@ -290,11 +269,11 @@ def search_intervals(
         candidates: intervals to compare, see [`candidate_intervals`]; the published ones by default.
         method: `"shared"` (at most 12 noisy passes over a batch) or `"published"` (one for each candidate).
         batch_size: sequences of a batch, over all processes.
-        max_batches: batches to look at.
+        max_batches: batches to use.
         share: index of this process and number of processes that share the work. All of them get the result.
 
     Raises:
-        ValueError: unknown method, counts below 1, or not a single batch with two blocks to score.
+        ValueError: if the method is unknown, a count is below 1, or no batch has two blocks to score.
     """
     started = time.perf_counter()
     for name, value in (("batch_size", batch_size), ("max_batches", max_batches)):
@@ -313,10 +292,12 @@ def search_intervals(
     finally:
         model.train(was_training)
     if not sums:
-        raise ValueError("an interval search needs held-out sequences, and there is none.")
+        raise ValueError("an interval search needs held-out sequences: there are 0.")
+    # Sums of moments add up over processes; variances would not.
     total = torch.stack([torch.stack(each) for each in sums])  # (batches, fields, candidates)
     if share[1] > 1:
         total = torch.stack(gather_object([total])).sum(0)
+    # A variance needs two blocks: batches with fewer are left out.
     total = total[total[:, 0, 0] >= 2]
     if not len(total):
         raise ValueError(
@@ -333,30 +314,33 @@ def search_intervals(
 
 
 def _measure_batch(
-    measure: Method, model: Any, sequences: Sequence[Any], batch: range, seed: int, share: tuple[int, int]
+    measure: Callable[[Any, HeldOut], BlockMoments],
+    model: Any,
+    sequences: Sequence[Any],
+    batch: range,
+    seed: int,
+    share: tuple[int, int],
 ) -> MomentSums:
-    """This process's part of a batch."""
+    """Measure the part of a batch that belongs to this process."""
     process, processes = share
     own = list(batch[process::processes])
-    # Every process runs the same passes, which sharded weights ask for: one with a row less repeats another's.
+    # Sharded weights need the same forward passes on every process: one with a row less repeats the first row.
     rows = own if len(own) == -(-len(batch) // processes) else [*own, batch[0]]
     device = next(model.parameters()).device
     input_ids, attention_mask, context = batch_of([sequences[row] for row in rows], device)
-    generators = [torch.Generator(device).manual_seed(derived_seed(seed, row)) for row in rows]
+    # On the CPU, so that a seed chooses the same interval on every device.
+    generators = [torch.Generator().manual_seed(derived_seed(seed, row)) for row in rows]
     text = held_out(model, input_ids, attention_mask, context.get("labels"), generators)
     if len(own) < len(rows):
         text.scored.counted[-1], text.scored.maskable[-1] = False, False
     return sum_moments(measure(model, text))
 
 
-logger = logging.get_logger("bd3lm_hf.interval")
-
-
-PLOT_NAME = "interval_search.png"
+# The record
 
 
 def interval_metrics(found: IntervalSearch) -> dict[str, float]:
-    """The numbers of a search that a log follows over a run. Variances are of a block's mean loss, in nats squared."""
+    """Return the numbers of a search that are logged. Variances are those of a block's mean loss, in nats squared."""
     low, high = found.interval
     variances = found.variances.tolist()
     return {
@@ -371,20 +355,24 @@ def interval_metrics(found: IntervalSearch) -> dict[str, float]:
 def record_search(found: IntervalSearch, folder: str | Path, *, step: int, adopted: bool) -> None:
     """Append the search to `interval_search.jsonl` and draw `interval_search.png`.
 
-    Lines of this step or a later one, which a run wrote before it was cut off and resumed, are replaced. Without
-    matplotlib no plot is drawn, and one warning says so.
+    Lines of this step or a later one, which a run wrote before it was resumed, are replaced. Without matplotlib no
+    plot is drawn, with one warning. The plot has the variance over the lower end, a line for each width, and standard
+    errors.
 
     Args:
         adopted: whether the model draws from the winner from now on.
     """
     path = Path(folder) / SEARCH_NAME
+    # A resumed run repeats the searches after its checkpoint.
     path.parent.mkdir(parents=True, exist_ok=True)
     earlier = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     lines = [line for line in earlier if json.loads(line)["step"] < step]
     lines.append(json.dumps({"step": step, "adopted": adopted, **_entry(found)}))
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    errors, title = found.standard_errors.nan_to_num().tolist(), f"Interval search at step {step}"
     try:
-        plot_search(found, path.with_name(PLOT_NAME), title=f"Interval search at step {step}")
+        drawing = draw_interval_search(found.candidates, found.variances.tolist(), errors, found.best, title)
+        drawing.savefig(path.with_name(PLOT_NAME))
     except ImportError:
         logger.warning_once(f"no {PLOT_NAME}: matplotlib is not installed. The numbers are in {path}.")
 
@@ -404,17 +392,6 @@ def _entry(found: IntervalSearch) -> dict[str, Any]:
     }
 
 
-def plot_search(found: IntervalSearch, path: str | Path, *, title: str = "Interval search") -> None:
-    """Draw the variance over the lower end of the interval, a line for each width; bars are standard errors.
-
-    Raises:
-        ImportError: if matplotlib, of the extra `plots`, is not installed.
-    """
-    errors = found.standard_errors.nan_to_num().tolist()
-    drawing = draw_interval_search(found.candidates, found.variances.tolist(), errors, found.best, title)
-    drawing.savefig(path)
-
-
 __all__ = [
     "Interval",
     "IntervalSearch",
@@ -425,14 +402,12 @@ __all__ = [
     "PUBLISHED_WIDTHS",
     "SEARCH_NAME",
     "WHOLE",
-    "batch_variances",
     "candidate_intervals",
     "check_searchable",
     "choose_method",
     "first_smallest",
     "interval_metrics",
     "parse_interval",
-    "plot_search",
     "published_intervals",
     "record_search",
     "search_intervals",

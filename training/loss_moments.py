@@ -24,9 +24,7 @@ from bd3lm_hf.modeling.noise_bd3lm import NoiseSchedule, clips, count_probabilit
 
 Interval = tuple[float, float]
 
-
 MAX_PASSES = 12  # noisy passes over a batch, whatever the number of intervals
-
 
 _NODES = 512  # of the quadrature over t; resolves the binomial of a block of a few thousand tokens
 
@@ -34,13 +32,13 @@ _NODES = 512  # of the quadrature over t; resolves the binomial of a block of a 
 class BlockMoments(NamedTuple):
     """Estimated moments of the loss of each block, all float64 `(intervals, blocks)`; unbiased for each block."""
 
-    zeroth: torch.Tensor  # estimates 1; where it misses, the other two miss alike
+    zeroth: torch.Tensor  # estimates 1; its error is in proportion to those of the other two
     first: torch.Tensor  # E[X]
     second: torch.Tensor  # E[X^2]
 
 
 class HeldOut(NamedTuple):
-    """A batch of held-out text, with a source of noise for each row."""
+    """A batch of held-out text, with a generator for each row."""
 
     input_ids: torch.Tensor  # (batch, length)
     layout: Layout
@@ -55,7 +53,7 @@ def held_out(
     labels: torch.Tensor | None,
     generators: list[torch.Generator],
 ) -> HeldOut:
-    """A batch as [`SharedDraws`] and [`PassPerInterval`] take it; all tensors `(batch, length)`."""
+    """Return a batch for [`SharedDraws`] and [`PassPerInterval`]; all tensors are `(batch, length)`."""
     config = model.config
     labels = default_labels(input_ids, attention_mask) if labels is None else labels
     check_text(config, input_ids, labels, attention_mask, may_synchronize=True)
@@ -65,14 +63,14 @@ def held_out(
 
 
 class PassPerInterval:
-    """The published way: for each interval a noisy pass with masks of its own. The clean stream is computed once.
+    """Estimate moments as published: a noisy pass with its own masks for each interval, after one clean pass.
 
     With `config.resample` the mask rates are truncated as in training: an interval from 1e-3 has no lower bound. (The
     published search rounds 1e-3 to float32 and then does bound it, so that it sees no empty mask there.)
 
     Args:
         config: the model's configuration.
-        intervals: what to compare.
+        intervals: those to compare.
     """
 
     reads_no_time: ClassVar[bool] = False
@@ -81,7 +79,7 @@ class PassPerInterval:
         self.config, self.intervals, self.passes = config, list(intervals), len(intervals)
 
     def __call__(self, model: Any, batch: HeldOut) -> BlockMoments:
-        """Moments of the blocks in which something can be masked, row by row."""
+        """Return the moments of the blocks that have a maskable token, row by row."""
         kept = _per_block(batch, batch.scored.maskable, self.config) > 0
         losses = [
             _per_block(batch, loss * draw.weights, self.config)[kept] / self.config.block_size
@@ -97,18 +95,18 @@ class PassPerInterval:
 
 
 class SharedDraws:
-    """At most `MAX_PASSES` noisy passes for all intervals together, from draws of the number k of masked tokens.
+    """Estimate moments for all intervals from at most `MAX_PASSES` noisy passes, over the number k of masked tokens.
 
     A pass per k where the block has no more than `passes` tokens; else one k from each of `passes` strata of 1..n. No
     pass is spent on k = 0, whose loss is zero.
 
     Args:
         config: the model's configuration.
-        intervals: what to compare.
+        intervals: those to compare.
         passes: noisy passes over a batch.
 
     Raises:
-        ValueError: the model reads the noise level, so one pass cannot stand for all levels.
+        ValueError: if the model reads the noise level, so that one pass cannot serve all levels.
     """
 
     reads_no_time: ClassVar[bool] = True
@@ -123,8 +121,9 @@ class SharedDraws:
         self._tables: dict[tuple[int, int], torch.Tensor] = {}
 
     def __call__(self, model: Any, batch: HeldOut) -> BlockMoments:
-        """Moments of the blocks in which something can be masked, row by row."""
+        """Return the moments of the blocks that have a maskable token, row by row."""
         maskable = _per_block(batch, batch.scored.maskable, self.config)
+        # Blocks without a maskable token, such as padding, have no loss.
         kept = maskable > 0
         sizes = _per_block(batch, batch.scored.valid, self.config)[kept].long()
         maskable = maskable[kept].long()
@@ -136,20 +135,21 @@ class SharedDraws:
         draws = stratified_masks(model, batch.layout, batch.scored, self.passes, batch.generators)
         for draw, losses in mask_losses(model, batch.input_ids, batch.layout, draws):
             k = _per_block(batch, draw.masked, self.config)[kept].long()
-            share = maskable / self.passes  # one over the chance that a draw has this k
+            share = maskable / self.passes  # 1 / the probability that a draw has this k
             loss = _per_block(batch, losses, self.config)[kept] / self.config.block_size
             for power, moment in enumerate(moments):
                 moment += (share * loss**power).unsqueeze(1) * table[rows, power, :, k]
         return BlockMoments(*moments.mT)
 
     def _table_of_blocks(self, sizes: torch.Tensor, maskable: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(kinds, 3, intervals, k)` for the kinds of blocks in a batch, and the kind of each block."""
+        """Return `(kinds, 3, intervals, k)` for the kinds of blocks in a batch, and the kind of each block."""
+        # Most blocks of a batch are of one kind, so a table per kind is cheaper than one per block.
         kinds, rows = torch.stack([sizes, maskable], dim=1).unique(dim=0, return_inverse=True)
         tables = [self._table(*kind).permute(2, 0, 1) for kind in kinds.tolist()]
         return torch.nn.utils.rnn.pad_sequence(tables, batch_first=True).permute(0, 2, 3, 1), rows
 
     def _table(self, size: int, maskable: int) -> torch.Tensor:
-        """`(3, intervals, maskable + 1)`, kept for the next batch."""
+        """Return `(3, intervals, maskable + 1)`, kept for the next batch."""
         if (size, maskable) not in self._tables:
             schedule, truncated = noise_schedule(self.config.noise), self.config.resample
             levels = [
@@ -163,7 +163,7 @@ class SharedDraws:
 def level_moments(
     schedule: NoiseSchedule, interval: Interval, *, size: int, maskable: int, truncated: bool
 ) -> torch.Tensor:
-    """E_t[w(t)^j; k of the block's tokens are masked] for j = 0, 1, 2 and t uniform on the interval.
+    """Return E_t[w(t)^j; k of the block's tokens are masked] for j = 0, 1, 2 and t uniform on the interval.
 
     As published, the weight is 1 throughout when the interval starts above 0.5.
 
@@ -183,18 +183,18 @@ def level_moments(
     level = schedule(t)
     weight = torch.ones_like(t) if low > 0.5 else -level.loss_scaling
     bounds = (low, high) if truncated else (0.0, 1.0)
-    chances = count_probabilities(
+    probabilities = count_probabilities(
         level.move_chance.unsqueeze(0), torch.full((1, len(t)), drawn), *bounds, max_size=drawn
     )[0]
     weights = torch.stack([share, share * weight, share * weight.square()])
-    return weights @ chances @ _shown_again(drawn, maskable)
+    return weights @ probabilities @ _shown_again(drawn, maskable)
 
 
 def _quadrature(low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nodes and weights of the mean over t in [low, high], dense at the ends of [0, 1]."""
+    """Return nodes and weights of the mean over t in [low, high], dense at the ends of [0, 1]."""
     if low == high:
         return torch.tensor([low], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    # In the angle a with t = sin^2 a a binomial has the same width everywhere, and 1/t^2 near 0 is tame.
+    # In the angle a with t = sin^2 a, a binomial has the same width everywhere, and 1/t^2 is smooth near 0.
     nodes, weights = _legendre()
     first, last = np.arcsin(np.sqrt(low)), np.arcsin(np.sqrt(high))
     angle = first + (last - first) * (nodes + 1) / 2
@@ -209,7 +209,10 @@ def _legendre() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _shown_again(size: int, maskable: int) -> torch.Tensor:
-    """Chance that k' maskable tokens are among k masked ones of a block, `(size + 1, maskable + 1)` over k and k'."""
+    """Return the probability that k' of k masked tokens are maskable, `(size + 1, maskable + 1)` over k and k'.
+
+    It is hypergeometric: `maskable` of the `size` tokens of a block may stay masked.
+    """
     k = torch.arange(size + 1, dtype=torch.float64).unsqueeze(1)
     among = torch.arange(maskable + 1, dtype=torch.float64)
 
@@ -224,7 +227,7 @@ def _shown_again(size: int, maskable: int) -> torch.Tensor:
 
 
 def _per_block(batch: HeldOut, values: torch.Tensor, config: Any) -> torch.Tensor:
-    """Sums over the blocks of each row of values `(batch, length)`; float64 `(batch * blocks,)` on the CPU."""
+    """Sum values `(batch, length)` over the blocks of each row; float64 `(batch * blocks,)` on the CPU."""
     rows, length = values.shape
     block_ids = batch.layout.block_ids.expand(rows, -1).cpu()
     sums = torch.zeros(rows, config.num_blocks(length), dtype=torch.float64)

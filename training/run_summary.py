@@ -23,11 +23,11 @@ from bd3lm_hf.run_folder import RESULTS_NAME
 from bd3lm_hf.training.arguments import DataArguments
 from bd3lm_hf.training.command_line import RunArguments
 from bd3lm_hf.training.inputs import TrainingSequences
+from bd3lm_hf.training.sharding import num_parameters
 from bd3lm_hf.training.trainer import BD3LMTrainer
 
 
 logger = logging.get_logger("bd3lm_hf.train")
-
 
 _COMPARED_SEQUENCES = 100_000  # enough to notice duplicates; a corpus may have millions
 _FEW_HELD_OUT = 10
@@ -63,8 +63,7 @@ def summary_at_start(
 ) -> str:
     """Describe a run before its first step, and warn about duplicates and a tiny held-out set."""
     training, data, model = arguments.training, arguments.data, trainer.model
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parameters, trained = num_parameters(model), num_parameters(model, only_trainable=True)
     length = model.config.model_length
     batch = trainer.get_total_train_batch_size(training)
     precision = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
@@ -101,6 +100,7 @@ def held_out_text(data: DataArguments) -> str:
 def _describe_training(rows: Any, length: int) -> str:
     if isinstance(rows, PackedStream):
         return f"a stream of sequences of {length} tokens"
+    # Duplicates often come from a corpus that is read twice.
     compared = min(len(rows), _COMPARED_SEQUENCES)
     distinct = len({tuple(row["input_ids"]) for row in itertools.islice(rows, compared)})
     if distinct < compared:
@@ -121,6 +121,7 @@ def score_before(trainer: BD3LMTrainer, sequences: TrainingSequences, estimator:
     count = min(len(rows), args.eval_batch_size * args.world_size)
     if not args.eval_on_start and count < len(rows):
         result = trainer.score(rows, estimator=estimator, indices=_spread(len(rows), count))
+        # The first score shows how fast the model is; it decides how many more sequences fit into the budget.
         budget = min(_MAX_SECONDS_BEFORE, _MAX_SHARE_BEFORE * _training_seconds(trainer, sequences))
         decided = [max(count, min(len(rows), int(count * budget / max(result.seconds, 1e-9))))]
         broadcast_object_list(decided)  # processes measure different times
@@ -139,6 +140,7 @@ def _spread(total: int, count: int) -> list[int]:
 def _training_seconds(trainer: BD3LMTrainer, sequences: TrainingSequences) -> float:
     """Estimate the time of training: a step costs about three forward passes, of which one is timed here."""
     args, model = trainer.args, trainer.model
+    # A stream has no known length, and the timing below needs a likelihood: assume a long run.
     if isinstance(sequences.train, PackedStream) or not model.has_likelihood:
         return float("inf")
     batch = min(args.per_device_train_batch_size * args.world_size, len(sequences.train))

@@ -1,6 +1,6 @@
-"""Weights that training spreads over processes (FSDP2, DeepSpeed ZeRO-3): this process's part of them, and the whole.
+"""Weights that training spreads over processes (FSDP2, DeepSpeed ZeRO-3): the part of this process, and the whole.
 
-Every function here that gathers must be called by all processes.
+All processes must call the functions that gather.
 """
 
 from contextlib import nullcontext
@@ -22,8 +22,14 @@ def has_shards(model: nn.Module) -> bool:
     return any(map(is_sharded, model.modules()))
 
 
+def num_parameters(model: nn.Module, *, only_trainable: bool = False) -> int:
+    """Count the parameters of a model, also those that DeepSpeed ZeRO-3 replaces by empty tensors."""
+    parameters = [p for p in model.parameters() if p.requires_grad or not only_trainable]
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+
+
 def reshard(model: nn.Module) -> None:
-    """Have every weight in its part again: FSDP2 leaves some whole after a pass, and these would not see a change."""
+    """Drop gathered copies of weights: FSDP2 keeps some after a forward pass, and changes would not reach them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -33,7 +39,7 @@ def prepare_fsdp(plugin: Any) -> None:
     """Have accelerate's FSDP plugin keep noise and loss in float32.
 
     Raises:
-        ValueError: version 1, which flattens the weights.
+        ValueError: if the plugin has version 1, which flattens the weights.
     """
     if plugin.fsdp_version != 2:
         raise ValueError(
@@ -44,25 +50,25 @@ def prepare_fsdp(plugin: Any) -> None:
 
 
 def spare_float32(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
-    """A policy that computes in low precision, but leaves the noise, the loss and sums of gradients in float32."""
+    """Return a policy that computes in low precision, but keeps noise, loss and sums of gradients in float32."""
     return replace(policy, cast_forward_inputs=False, output_dtype=None, reduce_dtype=torch.float32)
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """The numbers of a tensor that this process holds; they share its memory."""
+    """Return the part of a tensor that this process holds; it shares the memory."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def part_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor that is to be spread as `like` is."""
+    """Return the part of a whole tensor that this process holds when it is spread as `like` is."""
     if isinstance(like, DTensor):
         tensor = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return local_part(tensor)
 
 
 def whole(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The whole tensor, gathered from the parts that processes hold of it as they do of `like`."""
+    """Return the whole tensor, gathered from parts that are spread as `like` is."""
     if not isinstance(like, DTensor):
         return part
     shape, stride = like.shape, like.stride()
@@ -70,12 +76,12 @@ def whole(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def whole_model(model: Any) -> Any:
-    """A copy of a sharded model with every weight whole, for this process alone; it runs without the other processes.
+    """Return a copy of a sharded model with every weight whole, which runs without the other processes.
 
-    Takes the memory of the weights, a fraction of what training takes with gradients and moments.
+    This takes the memory of the weights, a fraction of what training takes with gradients and moments.
 
     Raises:
-        ValueError: the model is wrapped, by PEFT for example.
+        ValueError: if the model is wrapped, for example by PEFT.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
@@ -83,8 +89,9 @@ def whole_model(model: Any) -> Any:
             f"with DDP (training/launch/ddp.yaml)."
         )
     reshard(model)
-    # `fully_shard` makes the class of a model a subclass of its own.
+    # `fully_shard` replaces the class of a model by a subclass, which could not be saved.
     plain: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    # Without memory for weights that are replaced below.
     with torch.device("meta"):
         copy: Any = plain(model.config)
     copy.generation_config = model.generation_config
@@ -101,16 +108,17 @@ def whole_model(model: Any) -> Any:
 
 
 def _gathered(parameter: nn.Parameter) -> Any:
-    """A context in which a weight that ZeRO-3 spreads is whole."""
+    """Return a context in which a weight that ZeRO-3 spreads is whole."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
-    # Not one of our requirements: a model with such a weight comes with the library.
+    # Not one of our requirements. A model has such weights only if deepspeed is installed.
     return import_module("deepspeed").zero.GatheredParameters([parameter])
 
 
 __all__ = [
     "has_shards",
     "local_part",
+    "num_parameters",
     "part_like",
     "prepare_fsdp",
     "reshard",

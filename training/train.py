@@ -26,35 +26,27 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
     sys.exit()
 
 from accelerate.utils import broadcast_object_list
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, pipeline, set_seed
+from transformers import pipeline, set_seed
 from transformers.utils import logging
 
-from bd3lm_hf.adapt import is_adaptable
-from bd3lm_hf.checkpoints import adapter_base, add_adapters, read_config
 from bd3lm_hf.data.streaming import PackedStream
 from bd3lm_hf.evaluation.perplexity import scored_token_ids, unigram_perplexity
 from bd3lm_hf.evaluation.results import describe_estimator
-from bd3lm_hf.modeling.configuration_bd3lm_decoders import BD3LMDecoderConfigMixin
-from bd3lm_hf.output_files import BASE_NAME
 from bd3lm_hf.run_folder import (
     RECIPE_NAME,
     RESULTS_NAME,
     SAMPLES_NAME,
     SaveError,
-    as_size,
     check_output_dir,
     checkpoint_to_resume,
     clear_output_dir,
     lock_output_dir,
-    publish_folder,
     recover_output_dir,
-    staging_folder,
 )
-from bd3lm_hf.tokenization import check_tokenizer_fits, limit_to_window
-from bd3lm_hf.training.arguments import BD3LMTrainingArguments, ModelArguments
+from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.callbacks import SampleCallback, TrainingStopped, sample_options, sample_text
 from bd3lm_hf.training.command_line import RunArguments, parse_arguments, write_recipe
-from bd3lm_hf.training.initial_model import check_shape, decoder_shape, start_around, start_from
+from bd3lm_hf.training.initial_model import check_lora, check_shape, make_model, with_adapters
 from bd3lm_hf.training.inputs import TrainingSequences, load_documents, make_sequences, make_tokenizer
 from bd3lm_hf.training.interval import PLOT_NAME, SEARCH_NAME
 from bd3lm_hf.training.run_summary import TrainResult, held_out_text, report, score_before, summary_at_start
@@ -62,7 +54,6 @@ from bd3lm_hf.training.trainer import BD3LMTrainer
 
 
 logger = logging.get_logger("bd3lm_hf.train")
-
 
 _UNIGRAM_SEQUENCES = 100_000  # enough for token frequencies; a corpus may have millions
 
@@ -101,7 +92,7 @@ def _run(arguments: RunArguments) -> TrainResult:
     # 3. Model, which knows the tokenizer's special tokens, and sequences of its length
     model = make_model(arguments.model, tokenizer)
     if arguments.lora.lora_r is not None:
-        check_lora(model, arguments)
+        check_lora(model, arguments.lora, arguments.model.init_from)
     sequences = make_sequences(arguments, documents, tokenizer, model.config)
 
     # 4. Train. Nothing is written before this line
@@ -156,6 +147,7 @@ def _run(arguments: RunArguments) -> TrainResult:
 def locked_output_dir(training: BD3LMTrainingArguments) -> Iterator[None]:
     """Keep other runs out of the output folder. The main process holds the lock; all of them fail if it cannot."""
     with contextlib.ExitStack() as stack:
+        # An exception in one process would leave the others waiting for it, so its message is sent to all.
         failure: list[str | None] = [None]
         if training.process_index == 0:
             try:
@@ -188,6 +180,7 @@ def make_trainer(
     training = arguments.training
     folder = Path(training.output_dir)
     if training.process_index == 0:
+        # Results and samples of an earlier run would be taken for those of this one.
         if fresh:
             clear_output_dir(folder)
             for name in (RESULTS_NAME, SAMPLES_NAME, SEARCH_NAME, PLOT_NAME):
@@ -195,7 +188,9 @@ def make_trainer(
         folder.mkdir(parents=True, exist_ok=True)
         write_recipe(arguments, folder / RECIPE_NAME)
     if arguments.lora.lora_r is not None:
-        model = with_adapters(model, arguments, tokenizer)
+        start = arguments.model.init_from
+        assert start is not None  # checked
+        model = with_adapters(model, arguments.lora, start, tokenizer, training)
     trainer = BD3LMTrainer(
         model=model,
         args=training,
@@ -233,150 +228,10 @@ def requested_checkpoint(training: BD3LMTrainingArguments) -> str | None:
         ) from None
 
 
-def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
-    """Return a new model of the requested type, or that of a checkpoint with its fields overridden.
-
-    Raises:
-        ValueError: if the model type is unknown or cannot be trained here, the model does not fit into memory,
-            weights are missing, unexpected or not finite, or special tokens contradict the tokenizer's.
-    """
-    keywords: dict[str, Any] = {}
-    if arguments.attn_implementation is not None:
-        keywords["attn_implementation"] = arguments.attn_implementation
-    if arguments.init_from is not None:
-        model = start(arguments.model_type, arguments.init_from, tokenizer, arguments.config_fields(), **keywords)
-    else:
-        special = {
-            f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "mask")
-        }
-        vocab_size = max(tokenizer.get_vocab().values()) + 1
-        if not hasattr(model_class(arguments.model_type), "token_nll"):
-            raise ValueError(
-                f"--model_type {arguments.model_type} is not a model type of this package: a model of another type is "
-                f"trained from its weights, with --init_from."
-            )
-        config = new_config(arguments.model_type, vocab_size=vocab_size, **special, **arguments.config_fields())
-        check_memory(config)
-        model = AutoModelForCausalLM.from_config(config, **keywords)
-    check_tokenizer_fits(tokenizer, model.config)
-    limit_to_window(tokenizer, model.config)
-    if arguments.num_denoising_steps is not None:
-        model.generation_config.num_denoising_steps = arguments.num_denoising_steps
-    return model
-
-
-def check_memory(config: Any) -> None:
-    """Refuse a network whose layers alone do not fit into the memory of this machine.
-
-    Raises:
-        ValueError: if their float32 weights take more than all of it.
-    """
-    if not hasattr(os, "sysconf"):
-        return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = 4 * 12 * config.num_hidden_layers * config.hidden_size**2
-    if needed > memory:
-        raise ValueError(
-            f"--hidden_dim {config.hidden_size} and --n_blocks {config.num_hidden_layers} make a network of "
-            f"{as_size(needed)}, and this machine has {as_size(memory)} of memory: choose smaller ones."
-        )
-
-
-def start(model_type: str, name: str, tokenizer: Any, fields: dict[str, Any], **keywords: Any) -> Any:
-    """Return the model of a checkpoint, or a new one around it if `--model_type` is built on a foreign encoder."""
-    head = model_class(model_type)
-    if hasattr(head, "from_encoder") and not isinstance(read_config(name, argument="--init_from"), head.config_class):
-        return start_around(head, name, tokenizer, fields, **keywords)
-    return start_from(name, tokenizer, fields, **keywords)
-
-
-def check_lora(model: Any, arguments: RunArguments) -> None:
-    """Refuse adapters on a model that does not go with them.
-
-    Raises:
-        ValueError: if the model is new (its weights would stay random), is an adapter itself (its name would mean its
-            base alone), or has another block size than the checkpoint (an adapter does not store it).
-    """
-    lora, start = arguments.lora, arguments.model.init_from
-    assert lora.lora_r is not None
-    if start is None:
-        raise ValueError(f"--lora_r {lora.lora_r} adapts a trained model: name one with --init_from.")
-    if adapter_base(start) is not None:
-        raise ValueError(
-            f"--lora_r {lora.lora_r} would adapt the adapter {start}, and an adapter names one base model: save the "
-            f"merged model first (PeftModel.merge_and_unload), or leave out --lora_r to train all its weights."
-        )
-    config = read_config(start)
-    if is_adaptable(config):  # its blocks are those of the base that this run writes
-        return
-    block_size = getattr(config, "block_size", None)  # None: an encoder, from which SSD-LM starts
-    if block_size != model.config.block_size:
-        raise ValueError(
-            f"--block_size {model.config.block_size} with --lora_r: an adapter is used with the configuration of "
-            f"{start}, whose block_size is {block_size}. Train all weights at the new size first, or leave it out."
-        )
-
-
-def with_adapters(model: Any, arguments: RunArguments, tokenizer: Any) -> Any:
-    """Return the model with adapters.
-
-    An adapter names one base model. A plain decoder is none, so the block-diffusion model that it has become is
-    written into the folder of the run, once.
-    """
-    lora, training, start = arguments.lora, arguments.training, arguments.model.init_from
-    assert lora.lora_r is not None and start is not None  # checked
-    if is_adaptable(read_config(start)):
-        folder = Path(training.output_dir)
-        if training.process_index == 0 and not (folder / BASE_NAME).exists():
-            staged = staging_folder(folder) / BASE_NAME
-            model.save_pretrained(staged)
-            tokenizer.save_pretrained(staged)
-            publish_folder(staged, folder / BASE_NAME)
-        model.name_or_path = str(folder / BASE_NAME)
-    return add_adapters(
-        model,
-        rank=lora.lora_r,
-        alpha=lora.lora_alpha,
-        dropout=lora.lora_dropout,
-        targets=lora.lora_target_modules,
-    )
-
-
-def new_config(model_type: str, **fields: Any) -> Any:
-    """Return the configuration of a new model.
-
-    Raises:
-        ValueError: if the model type has no such field.
-    """
-    found = config_class(model_type)
-    if issubclass(found, BD3LMDecoderConfigMixin):
-        fields = decoder_shape(found, fields)
-    for name, value in fields.items():
-        if not hasattr(found, name) and name not in getattr(found, "attribute_map", {}):
-            raise ValueError(f"--{name} {value}: a {found.__name__} has no such field; leave it out.")
-    return found(**fields)
-
-
-def config_class(model_type: str) -> Any:
-    """Return the configuration class of a model type.
-
-    Raises:
-        ValueError: if there is no such type.
-    """
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"--model_type {model_type} is unknown: try --model_type bd3lm.")
-    return CONFIG_MAPPING[model_type]
-
-
-def model_class(model_type: str) -> Any:
-    """Return the model class of a model type, or None if it cannot generate text."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class(model_type), None)
-
-
 def unigram_of(model: Any, sequences: TrainingSequences, batch_size: int) -> float:
     """Return the perplexity of token frequencies on the held-out tokens that the model is scored on."""
     if isinstance(sequences.train, PackedStream):
-        rows = itertools.islice(sequences.train, _UNIGRAM_SEQUENCES // 100)  # they are read twice
+        rows = itertools.islice(sequences.train, _UNIGRAM_SEQUENCES // 100)  # training reads them a second time
     else:
         rows = sequences.train.select(range(min(len(sequences.train), _UNIGRAM_SEQUENCES)))
     train_ids = [label for row in rows for label in row["labels"] if label != -100]

@@ -40,11 +40,12 @@ from bd3lm_hf.training.callbacks import SignalCallback, SpeedMeter, TrainingStop
 from bd3lm_hf.training.evaluating_trainer import EvaluatingTrainer
 from bd3lm_hf.training.examples import NOISE, EndlessStream, EpochOrder, EpochSampler, NoiseCollator, PaddingCollator
 from bd3lm_hf.training.interval import check_searchable
+from bd3lm_hf.training.sharding import num_parameters
 from bd3lm_hf.training.trainer_state import ResumableFlow, RunningLoss, check_same_run, run_fingerprint
 from bd3lm_hf.training.uploads import UploadingTrainer
 
 
-POSITION_NAME = "stream.npz"  # in a checkpoint: where the stream of training text goes on
+POSITION_NAME = "stream.npz"  # in a checkpoint: the position from which the stream of training text continues
 
 
 class TrainingDivergedError(NotFiniteError):
@@ -92,7 +93,7 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
         collator = data_collator or PaddingCollator(0 if pad_token_id is None else pad_token_id)
         super().__init__(model, args, collator, *arguments, **keywords)
         self.order: EpochOrder | EndlessStream | None = None
-        self._stream_folder: str | None = None  # checkpoint that a stream goes on from
+        self._stream_folder: str | None = None  # checkpoint that a stream continues from
         self.speed = SpeedMeter(peak_flops(self.args) * self.args.world_size)
         self.add_callback(self.speed)
         self.signals = SignalCallback()
@@ -144,7 +145,8 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
         )
         loader = self.accelerator.prepare(loader)
         if sampler is None:
-            # A loader draws a seed when it begins. A resumed run begins again, and must not miss that number.
+            # A loader draws a seed from torch's global generator when it begins. A resumed run begins once more, and
+            # must not take one number more than an uninterrupted one.
             loader.base_dataloader.generator = torch.Generator()
         return loader
 
@@ -174,6 +176,7 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         """Run one micro-batch, forward and backward, and record whether its loss is finite."""
+        # An estimate: batches of other processes may be padded to another length.
         self.speed.tokens += inputs["input_ids"].numel() * self.args.world_size
         self.speed.flops += self.floating_point_ops(inputs) * self.args.world_size
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -201,6 +204,7 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
         self.signals.agreed = bool(answers[:, -1].any())
         finite = answers[:, :-1]
         if not bool(finite.all()):
+            # Batches of a step go to the processes in turn, which gives the number of this one within the step.
             process, batch = (~finite).nonzero()[0].tolist()
             self._stop("the loss", batch * self.args.world_size + process, 1)
         # With float16 an overflowing gradient is routine: the loss scaler skips that step.
@@ -248,10 +252,11 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
         checkpoint = None
         if resume_from_checkpoint:
             checkpoint = str(checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir))
+            # The mark of completion holds the fingerprint of the run that wrote the checkpoint, and its losses.
             mark = read_completion_mark(checkpoint)
             check_same_run(checkpoint, mark, self._fingerprint)
             self.losses.load_state_dict(mark["losses"], self.args.process_index, self.args.world_size)
-            self.args.eval_on_start = False  # it was done before the checkpoint
+            self.args.eval_on_start = False  # done before the checkpoint
         if isinstance(self.train_dataset, PackedStream):
             self._stream_folder = checkpoint
             self.args.ignore_data_skip = True  # a stream continues at the position in the checkpoint
@@ -303,7 +308,7 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
         if "train_loss" in logs:
             logs["train_loss"] = self.losses.mean_of_run(self.state.global_step)
         if isinstance(self.order, EndlessStream):
-            # The Trainer counts from where the run went on. A stream has no epochs it could know of.
+            # The Trainer counts epochs from the resumed step, and cannot know those of a stream.
             self.state.epoch = self.state.global_step / self.state.max_steps
         super().log(logs, start_time)
 
@@ -323,7 +328,7 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
             self.upload_model("Model save")
 
     def write_model(self, folder: str | Path) -> None:
-        """As [`save_model`], without an upload."""
+        """Save the model as [`save_model`] does, without an upload."""
         check_finite_weights(self.model, f"the model after step {self.state.global_step}")
         target = Path(folder)
         staging = staging_folder(target) / "model"
@@ -361,9 +366,11 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
                 self.state.best_model_checkpoint = str(target)
             if self.args.should_save:
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                # Without optimizer state a checkpoint is a model, but no place to resume from.
                 resumable = not self.args.save_only_model
                 mark_complete(staged, {**self._fingerprint, "losses": losses, "resumable": resumable})
                 publish_folder(staged, target)
+                # The best checkpoint outlives the limit, as in transformers.
                 keep = {str(target), str(self.state.best_model_checkpoint)}
                 remove_old_checkpoints(folder, limit=self.args.save_total_limit, keep=keep)
                 clear_staging(folder)
@@ -377,17 +384,17 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _empty_staging(self, folder: Path) -> None:
-        # What a killed run left there must not get into this one's files.
+        # Files that a killed run left there must not get into this one's.
         if self.args.should_save:
             clear_staging(folder)
         self.accelerator.wait_for_everyone()
 
     @property
     def _checkpoint_bytes(self) -> int:
-        """About what a checkpoint takes: the weights, and float32 moments and averages of those that are trained."""
+        """Estimate the size of a checkpoint: weights, and float32 moments and averages of those that are trained."""
         weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
-        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        return weights + (8 if self.averaging is None else 12) * trained
+        bytes_of_each = 8 if self.averaging is None else 12
+        return weights + bytes_of_each * num_parameters(self.model, only_trainable=True)
 
 
 __all__ = ["BD3LMTrainer", "TrainingDivergedError"]

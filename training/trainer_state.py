@@ -1,14 +1,10 @@
-"""Which run a checkpoint belongs to: what a run may not change when it is resumed, and the check that it did not.
+"""State by which a resumed run repeats an uninterrupted one: its fingerprint, its losses, and when it saves.
 
-Everything that decides the numbers of a run is part of its identity: the model, its vocabulary, the sequences, the
-global batch, the seed and the optimisation. (The optimizer's state holds the old learning rate, so a new one would be
-ignored without a word.) Free to change are how long the run is, how it is laid out on processes, and what it logs,
-evaluates and saves. The interval of noise levels is not part of it: a search moves it, and the weights carry it.
-
-The training loss since the last log, and the flow of a run, in a form that a resumed run continues.
-
-transformers forgets what it has summed since the last log when a run is resumed, so that the first loss of the log
-would differ from the uninterrupted run's wherever a save does not coincide with a log.
+The fingerprint holds everything that decides the numbers of a run: the model, its vocabulary, the sequences, the
+global batch, the seed and the optimisation. (The optimizer's state holds the old learning rate, so a new one would
+silently be ignored.) The length of a run, its layout on processes, and what it logs, evaluates and saves may change.
+The interval of noise levels is excluded: interval search changes it during training, and it is stored with the
+weights.
 """
 
 import json
@@ -22,20 +18,18 @@ from transformers.utils import logging
 
 from bd3lm_hf.evaluation.results import config_identity, data_identity, tokenizer_identity
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
+from bd3lm_hf.training.sharding import num_parameters
 
 
 logger = logging.get_logger("bd3lm_hf.train")
 
-
 _HASHED_SEQUENCES = 1024
-
 
 _TRAINING = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
     "neftune_noise_alpha",
 )
-
 
 # Schedules that take the number of all steps. A run may be prolonged, but their learning rates then change.
 _LENGTH = ("max_steps", "num_train_epochs")
@@ -44,41 +38,41 @@ _LENGTH = ("max_steps", "num_train_epochs")
 def run_fingerprint(
     model: Any, args: BD3LMTrainingArguments, rows: Any, tokenizer: Any, *, global_batch_size: int, data_seed: int
 ) -> dict[str, Any]:
-    """The identity of a run as JSON: sections of named values.
+    """Return the fingerprint of a run as JSON: sections of named values.
 
     Args:
         rows: the training sequences, sized or a stream.
-        tokenizer: None when there is none.
+        tokenizer: or None.
         global_batch_size: sequences of one optimizer step.
     """
-    parameters = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    config = config_identity(model.config) | {"parameters": sum(size for size, _ in parameters)}
-    config |= {"trained parameters": sum(size for size, trained in parameters if trained)}
+    config = config_identity(model.config) | {"parameters": num_parameters(model)}
+    config |= {"trained parameters": num_parameters(model, only_trainable=True)}
     training = {name: getattr(args, name, None) for name in _TRAINING}
     training |= {"global batch size": global_batch_size, "seed": args.seed, "data_seed": data_seed}
-    if args.ema_decay:  # whether there is an average at all, its own file says
+    if args.ema_decay:  # a run without an average has no file of it to resume from
         training |= {"ema_decay": args.ema_decay, "ema_warmup": args.ema_warmup}
-    identity = {
+    fingerprint = {
         "model": config,
         "tokenizer": tokenizer_identity(tokenizer),
         "data": data_identity(rows, sample=_HASHED_SEQUENCES),
         "training": training,
         "length": {name: getattr(args, name) for name in _LENGTH},
     }
-    return json.loads(json.dumps(identity, default=str))  # as it comes back from a file
+    return json.loads(json.dumps(fingerprint, default=str))  # as it is read back from a file
 
 
 def check_same_run(checkpoint: str | Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Refuse to resume from the checkpoint of another run. A run of another length gets its own message.
 
     Args:
-        old: identity in the checkpoint.
-        new: identity of the run that wants to resume from it.
+        old: fingerprint in the checkpoint.
+        new: fingerprint of the run that resumes from it.
 
     Raises:
-        ValueError: names what differs, with both values.
+        ValueError: if they differ; the message has both values.
     """
     sections = ("model", "tokenizer", "data", "training")
+    # The length may differ: a run may be prolonged.
     differences = [text for section in sections for text in _compare(section, old, new)]
     if differences:
         more = f", and {len(differences) - 6} more" if len(differences) > 6 else ""
@@ -91,7 +85,7 @@ def check_same_run(checkpoint: str | Path, old: dict[str, Any], new: dict[str, A
 
 
 def _compare(section: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    # A field that only one of two versions of a library knows says nothing.
+    # A field that only one of two versions of a library has is not a difference.
     before, now = old.get(section, {}), new.get(section, {})
     return [
         f"{section}: {name} was {before[name]} and is {now[name]}"
@@ -101,7 +95,10 @@ def _compare(section: str, old: dict[str, Any], new: dict[str, Any]) -> list[str
 
 
 class RunningLoss:
-    """Sums of the losses of optimizer steps: since the last log, and since the start of the run.
+    """Sum the losses of optimizer steps: since the last log, and since the start of the run.
+
+    transformers loses the sum since the last log when a run is resumed. The first loss of its log would then differ
+    from that of the uninterrupted run wherever a save does not coincide with a log.
 
     Args:
         device: where the losses live.
@@ -115,11 +112,12 @@ class RunningLoss:
         self.logged_total = 0.0  # mean over the processes, summed over the steps up to logged_step
 
     def add(self, loss: torch.Tensor) -> None:
-        """Add the share of one micro-batch in the loss of its optimizer step; a scalar."""
+        """Add the part of one micro-batch in the loss of its optimizer step, a scalar."""
         self.sum += loss
 
     def mean_since_last_log(self, step: int) -> float:
-        """Mean loss of the steps since the last call, over all processes; `step` is the number of steps so far."""
+        """Return the mean loss of the steps since the last call, over all processes, after `step` steps."""
+        # One synchronisation per log, not per step.
         total = self.gather(self.sum).mean().item()
         mean = total / max(1, step - self.logged_step)
         self.logged_total += total
@@ -128,7 +126,7 @@ class RunningLoss:
         return mean
 
     def mean_of_run(self, step: int) -> float:
-        """Mean loss of all steps of the run so far, over all processes."""
+        """Return the mean loss of all `step` steps of the run so far, over all processes."""
         return (self.logged_total + self.gather(self.sum).mean().item()) / max(1, step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,7 +135,7 @@ class RunningLoss:
         return {"sums": sums, "logged_step": self.logged_step, "logged_total": self.logged_total}
 
     def load_state_dict(self, state: dict[str, Any], process: int, processes: int) -> None:
-        """Go on where a checkpoint was saved. With another number of processes each takes the mean of the sums."""
+        """Continue from a checkpoint. With another number of processes each takes the mean of the sums."""
         sums = state["sums"]
         self.sum.fill_(sums[process] if len(sums) == processes else sum(sums) / len(sums))
         self.logged_step, self.logged_total = state["logged_step"], state["logged_total"]
@@ -156,13 +154,13 @@ class ResumableFlow(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Log, evaluate and save as often as the arguments say; a resumed state says what they were before."""
+        """Log, evaluate and save as often as the arguments say, not as often as the resumed state does."""
         state.compute_steps(args, state.max_steps)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Put the save off."""
+        """Delay the save."""
         if control.should_save and (float(state.epoch).is_integer() or state.global_step >= state.max_steps):
             control.should_save, self.waiting = False, True
         return control

@@ -112,6 +112,7 @@ class UploadingTrainer(Trainer):
         # A failed upload of a checkpoint must not end the run: it is logged, and training goes on.
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
+        # One upload at a time, unless hub_always_push asks for every checkpoint.
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if busy and not self.args.hub_always_push:
             return
@@ -135,7 +136,7 @@ class UploadingTrainer(Trainer):
 
 
 def _check_base(model: Any) -> None:
-    """Refuse to train an adapter that could not be uploaded in the end, because nobody else has its base model."""
+    """Refuse to train an adapter that could not be uploaded in the end, as its base model is a local folder."""
     for config in getattr(model, "peft_config", {}).values():
         base = str(config.base_model_name_or_path)
         if exists(base) or looks_like_path(base):

@@ -8,7 +8,7 @@ import yaml
 from safetensors.torch import load_file
 
 from bd3lm_hf.cli import main as bd3lm
-from bd3lm_hf.training.compare import ComparedModel, comparison_table, read_plan, write_texts
+from bd3lm_hf.training.compare import ComparedModel, comparison_table, generate_samples, read_plan
 
 
 FIELDS = {
@@ -160,7 +160,7 @@ def test_means_and_ranges_are_printed_and_bounds_are_marked():
 def test_texts_have_one_length_even_where_they_could_end(tiny_model):
     with torch.no_grad():
         tiny_model.get_output_embeddings().bias[1] = 5.0  # the end of a text is likely
-    written = write_texts(tiny_model, 3, 12, seed=0)
+    written = generate_samples(tiny_model, 3, 12, seed=0)
     assert written.ids.shape == (3, 12) and (written.ids[:, 1:] == 1).any()
-    assert torch.equal(written.ids, write_texts(tiny_model, 3, 12, seed=0).ids)
+    assert torch.equal(written.ids, generate_samples(tiny_model, 3, 12, seed=0).ids)
     assert written.forwards_per_token == 1.0

@@ -8,12 +8,11 @@ from torch.utils.flop_counter import flop_registry
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.inputs_bd3lm import token_layout
-from bd3lm_hf.modeling.loss_bd3lm import corrupt, loss_mask
+from bd3lm_hf.modeling.loss_bd3lm import corrupt, loss_mask, mean_move_chance
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import draw_noise
 from bd3lm_hf.training.callbacks import (
     attended_pairs,
-    expected_mask_rate,
     forward_flops,
     peak_flops,
     peak_tflops_of,
@@ -92,7 +91,7 @@ def test_attended_pairs_are_those_of_the_mask(length, block_size):
 
 def test_several_noisy_streams_share_one_clean_stream(config):
     (one, one_attention), (two, two_attention), (three, three_attention) = (
-        forward_flops(config, 64, 32, draws=draws) for draws in (1, 2, 3)
+        forward_flops(config, 64, 32, num_noise_samples=draws) for draws in (1, 2, 3)
     )
     assert three - two == pytest.approx(two - one)
     assert two < 2 * one
@@ -102,8 +101,8 @@ def test_several_noisy_streams_share_one_clean_stream(config):
 @pytest.mark.parametrize(
     ("noise", "low", "high", "rate"), [("loglinear", 0.001, 1.0, 0.5005), ("square", 0, 1, 1 / 3)]
 )
-def test_the_expected_mask_rate_is_the_mean_of_the_schedule(noise, low, high, rate):
-    assert expected_mask_rate(noise, low, high) == pytest.approx(rate, abs=1e-3)
+def test_the_mean_move_chance_is_the_mean_of_the_schedule(noise, low, high, rate):
+    assert mean_move_chance(noise, low, high) == pytest.approx(rate, abs=1e-3)
 
 
 def test_a_training_step_counts_backward_twice_and_follows_the_interval(config):
@@ -162,6 +161,6 @@ def test_the_expected_count_is_what_torch_counts_with_several_draws(config, draw
     torch.manual_seed(0)
     with FlopCounter() as counter:
         model(input_ids=ids, labels=ids).loss.backward()
-    expected, attention = forward_flops(config, 64, 64 * 0.5005, draws=draws)
+    expected, attention = forward_flops(config, 64, 64 * 0.5005, num_noise_samples=draws)
     assert counter.weights == pytest.approx(24 * 3 * expected, rel=0.03)
     assert training_flops(model, 24, 64) == pytest.approx(24 * 3 * (expected + attention), rel=1e-3)

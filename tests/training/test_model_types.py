@@ -20,7 +20,8 @@ from bd3lm_hf import (
     SEDDForMaskedLM,
 )
 from bd3lm_hf.training.command_line import parse_arguments
-from bd3lm_hf.training.train import main, new_config
+from bd3lm_hf.training.initial_model import new_config
+from bd3lm_hf.training.train import main
 
 
 DIFFUSION = [(MDLMForMaskedLM, MDLMConfig), (SEDDForMaskedLM, SEDDConfig)]

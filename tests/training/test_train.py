@@ -15,7 +15,8 @@ from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.evaluation.perplexity import perplexity
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.training.train import main, new_config, run
+from bd3lm_hf.training.initial_model import new_config
+from bd3lm_hf.training.train import main, run
 
 
 CHECKOUT = Path(__file__).resolve().parents[2]
