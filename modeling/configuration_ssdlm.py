@@ -12,7 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto import AutoConfig
 from transformers.models.roberta.configuration_roberta import RobertaConfig
 
-from .configuration_bd3lm import check_sizes, check_types
+from .configuration_bd3lm import BD3LMConfig, check_sizes, check_types
 
 
 class SSDLMConfig(PreTrainedConfig):
@@ -39,12 +39,7 @@ class SSDLMConfig(PreTrainedConfig):
 
     model_type = "ssdlm"
     sub_configs: ClassVar[dict[str, Any]] = {"encoder_config": AutoConfig}
-    attribute_map: ClassVar[dict[str, str]] = {
-        "hidden_size": "hidden_dim",
-        "num_hidden_layers": "n_blocks",
-        "num_attention_heads": "n_heads",
-        "max_position_embeddings": "model_length",
-    }
+    attribute_map: ClassVar[dict[str, str]] = BD3LMConfig.attribute_map
 
     encoder_config: Any = None
     vocab_size: int = 50265

@@ -139,7 +139,7 @@ class BlockForward:
         sigma = None
         if self.network.config.time_conditioning:
             if not fills_window(self.network.config):
-                # As in training, a sequence has the noise level of its first block: the least, once it is finished.
+                # As in training, a sequence has the noise level of its first block, the lowest once it is finished.
                 mask_prob = mask_prob.masked_fill(self.row_start < begin, SAMPLING_EPS)
             sigma = LogLinearNoise().sigma(mask_prob if self.window.rows is None else mask_prob[self.window.rows])
         with self.prepacked:
@@ -316,8 +316,8 @@ class BlockWriter:
     def _reveal(self, block: BlockState, state: RevealState, draft_streamer: Any) -> None:
         """Take denoising steps until nothing requested is masked.
 
-        A position keeps one uniform number for all steps. A token that was predicted and not accepted then gets no
-        second chance to turn into a likelier one, and a row does not depend on how many steps other rows take.
+        A position keeps one uniform number for all steps. A prediction that was not accepted is then not drawn a
+        second time, which would favour likely tokens, and a row does not depend on how many steps other rows take.
         """
         device = block.token_ids.device
         if self.do_sample:

@@ -25,12 +25,11 @@ class TextCriteria(StoppingCriteria):
     """A stopping criterion that reads the text and must not take padding for text."""
 
     def __call__(
-        self,
-        input_ids: torch.Tensor,
-        scores: tuple[torch.Tensor, ...] | None,
-        padding: torch.Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: torch.Tensor, scores: Any, padding: torch.Tensor | None = None, **kwargs: Any
     ) -> Any:
+        return self.ends(input_ids, padding)
+
+    def ends(self, input_ids: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
         """Return which rows end here, bool `(batch,)`.
 
         Args:
@@ -49,7 +48,7 @@ class EntropyStopCriteria(TextCriteria):
 
     Args:
         entropy: bound in nats; the published one is 4.0.
-        window: number of tokens to look at. A row of at most this many tokens goes on.
+        window: number of tokens that the entropy is taken of. Rows of at most this many tokens continue.
 
     Raises:
         ValueError: if no text or every text would fall below the bound, or the window is shorter than 2 tokens.
@@ -59,13 +58,7 @@ class EntropyStopCriteria(TextCriteria):
         check_entropy_stop(entropy, window)
         self.entropy, self.window = entropy, window
 
-    def __call__(
-        self,
-        input_ids: torch.Tensor,
-        scores: tuple[torch.Tensor, ...] | None,
-        padding: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def ends(self, input_ids: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
         if input_ids.shape[1] <= self.window:
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         degenerate = token_entropy(input_ids[:, -self.window :]) < self.entropy
@@ -85,15 +78,9 @@ class SecondEosCriteria(TextCriteria):
     def __init__(self, eos_token_id: int | list[int] | torch.Tensor) -> None:
         self.eos_token_id = torch.as_tensor(eos_token_id).reshape(-1)
 
-    def __call__(
-        self,
-        input_ids: torch.Tensor,
-        scores: tuple[torch.Tensor, ...] | None,
-        padding: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        ends = torch.isin(input_ids, self.eos_token_id.to(input_ids.device))
-        return (ends if padding is None else ends & ~padding).sum(dim=1) >= 2
+    def ends(self, input_ids: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        is_eos = torch.isin(input_ids, self.eos_token_id.to(input_ids.device))
+        return (is_eos if padding is None else is_eos & ~padding).sum(dim=1) >= 2
 
 
 def token_entropy(input_ids: torch.Tensor) -> torch.Tensor:
@@ -303,7 +290,7 @@ class StopRules:
             the new tokens of the first row, up to its end, for the streamer.
         """
         buffer, num_streamed, ended_before = self.buffer, self.lengths.tolist()[0], self.finished
-        # Prompts end at different places of their block, so rows gain different numbers of tokens.
+        # Prompts end at different positions of their block, so rows gain different numbers of tokens.
         available = (begin + buffer.block_size - buffer.prompt_end_cpu).clamp(max=buffer.max_new_tokens)
         lengths = torch.where(self.finished, self.lengths, available)
         if self.criteria:

@@ -42,7 +42,8 @@ class BD3LMGenerationConfig(GenerationConfig):
             has moved, once per block, so nothing outside it has any influence.
         entropy_stop (`float`, *optional*): end a row when the entropy of its last tokens falls below this, in nats.
             The paper uses 4.0.
-        entropy_stop_window (`int`, defaults to 256): how many tokens that stop looks at; shorter texts go on.
+        entropy_stop_window (`int`, defaults to 256): number of tokens that the entropy is taken of. Shorter texts
+            continue.
         stop_at_second_eos (`bool`, defaults to `False`): end a row when it holds two end tokens, the prompt included,
             instead of at the first new one.
         output_trace (`bool`, defaults to `False`): with `return_dict_in_generate`, also return every denoising step.

@@ -8,6 +8,7 @@ makes almost-one-hot vectors of them, and
 The block's tokens are the most likely ones of the last step, t = 1.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -166,16 +167,16 @@ class SimplexWriter:
         scores = torch.empty_like(logits)
         for first in range(size) if in_order else [0]:
             columns = slice(first, first + 1 if in_order else size)
-            part = scores[:, columns] = self._process(begin + first, live, logits[:, columns])
+            part = scores[:, columns] = self._process(begin + first, numbers, logits[:, columns])
             if projected is None:
                 tokens = part.argmax(dim=-1)
             else:
-                draw = lambda inside: self.draws.tokens(numbers, inside)  # noqa: E731
+                draw = functools.partial(self.draws.tokens, numbers)
                 projected[:, columns], tokens = self.project(part, self.scale, self.top_p, draw)
             self.buffer.token_ids[live, begin + columns.start : begin + columns.stop] = tokens
         return scores
 
-    def _process(self, begin: int, live: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def _process(self, begin: int, numbers: list[int], logits: torch.Tensor) -> torch.Tensor:
         """Return the processed `(rows, columns, vocab_size)` logits of the columns from `begin` on.
 
         Positions after the last requested token are not processed: they fill the block, but the output ends before.
@@ -184,9 +185,9 @@ class SimplexWriter:
         requested = int((index < self.buffer.max_new_tokens).sum())
         if not self.processors.processors or not requested:
             return logits
-        rows = live.cpu().repeat_interleave(requested)
-        scores = self.processors(logits[:, :requested].flatten(0, 1), rows, index[:requested].repeat(len(live)))
-        return torch.cat([scores.view(len(live), requested, -1), logits[:, requested:]], dim=1)
+        rows = torch.tensor(numbers).repeat_interleave(requested)
+        scores = self.processors(logits[:, :requested].flatten(0, 1), rows, index[:requested].repeat(len(numbers)))
+        return torch.cat([scores.view(len(numbers), requested, -1), logits[:, requested:]], dim=1)
 
 
 class SSDLMGenerationConfig(GenerationConfig):
@@ -199,7 +200,7 @@ class SSDLMGenerationConfig(GenerationConfig):
             before it, as far as the window `model_length` reaches. `"previous_block"`, as the block-diffusion paper
             ran it: the block before it only, or the prompt for the first one.
         projection (`str`, defaults to `"sampling"`): how logits become almost-one-hot vectors after a step.
-            `"sampling"`: a token drawn from the nucleus. `"even"`: all tokens of the nucleus alike. `"uneven"`: the
+            `"sampling"`: a token drawn from the nucleus. `"even"`: all tokens of the nucleus equally. `"uneven"`: the
             most likely token, and the others of the nucleus by their distance to it.
         top_p (`float`, defaults to 0.95): probability of the nucleus that is projected on, the token that crosses it
             included; 1 is the whole vocabulary. Not applied a second time as a logits processor.

@@ -198,7 +198,7 @@ class BD3LMBlock(GradientCheckpointingLayer):
         """Run the layer on `(batch, length, hidden_dim)`; `modulation` is the argument of [`modulate`], or its result.
 
         In the last layer only the positions after `plan.skip` are queried, and with `shared.output_indices` only those
-        positions go on: the output is then `(output_indices, hidden_dim)`.
+        positions continue: the output is then `(output_indices, hidden_dim)`.
         """
         # In training the modulation is computed inside the layer, where checkpointing recomputes it.
         mod = modulation if isinstance(modulation, Modulation) else self.modulate(modulation)

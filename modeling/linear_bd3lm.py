@@ -113,8 +113,8 @@ def _is_packable(layer: nn.Module) -> bool:
 
 def _pack(layer: nn.Module) -> torch.Tensor:
     weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-    # A write through `weight.data` leaves address and version as they are, so the weight itself is asked too: one
-    # product, what a token costs, where packing costs as much as several.
+    # A write through `weight.data` changes neither address nor version, so the weight itself is checked too, by one
+    # product: the cost of a token, where packing costs as much as several.
     state, probe = (weight.data_ptr(), weight._version), F.linear(_probe(weight.shape[1]), weight)
     packed = _PACKED.get(layer)
     if packed is None or packed.state != state or not torch.equal(packed.probe, probe):

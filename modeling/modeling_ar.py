@@ -47,7 +47,7 @@ class ARModel(BD3LMModel):
 class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
     """Autoregressive language model: exact likelihoods by `token_nll`, text by `generate` with an exact cache.
 
-    A text longer than `model_length` goes on in a window that slides by one token. With `window="cached"` the keys and
+    Longer texts than `model_length` continue in a window that slides by one token. With `window="cached"` the keys and
     values of its tokens are kept: one token per pass, though those of deeper layers still contain information from
     tokens that have left. With `window="exact"`, as published, or without a cache, each pass reads the whole
     window again.

@@ -91,7 +91,11 @@ def project_unevenly(logits: torch.Tensor, scale: float, top_p: float, _draw: An
     return Projection(torch.where(inside, kept, -float(scale)), logits.argmax(dim=-1))
 
 
-PROJECTIONS = {"sampling": project_by_sampling, "even": project_evenly, "uneven": project_unevenly}
+PROJECTIONS: dict[str, Callable[..., Projection]] = {
+    "sampling": project_by_sampling,
+    "even": project_evenly,
+    "uneven": project_unevenly,
+}
 
 __all__ = [
     "PROJECTIONS",

@@ -400,7 +400,7 @@ def compiles_by_default(model: Any, generation_config: Any, batch_size: int) -> 
 
 
 def _is_compiled(device: torch.device, generation_config: Any) -> bool:
-    """Compile where transformers compiles without being asked, elsewhere only with a `compile_config`."""
+    """Whether to compile: where transformers does by default, elsewhere only with a `compile_config`."""
     if generation_config.disable_compile:
         return False
     return generation_config.compile_config is not None or device.type in ("cuda", "xpu")
