@@ -20,6 +20,14 @@ from bd3lm_hf.training.block_schedule import BlockSizeSchedule
 from bd3lm_hf.training.interval import METHODS, PUBLISHED_STEP, Interval, candidate_intervals, parse_interval
 
 
+def _check_minimum(arguments: Any, minimum: int, *names: str) -> None:
+    """Refuse fields below a minimum; None is not checked."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"--{name} {value}: expected an integer >= {minimum}.")
+
+
 @dataclass
 class DataArguments:
     """The text and how it becomes token sequences."""
@@ -77,12 +85,8 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many held-out sequences at most."})
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "max_train_samples", "max_eval_samples", "num_proc"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} {value}: expected an integer >= 1.")
-        if self.shuffle_buffer < 0:
-            raise ValueError(f"--shuffle_buffer {self.shuffle_buffer}: give 0 (no shuffle) or more.")
+        _check_minimum(self, 1, "vocab_size", "max_train_samples", "max_eval_samples", "num_proc")
+        _check_minimum(self, 0, "shuffle_buffer")
         for name, names in (("packing", PACKINGS), ("long_rows", LONG_ROWS), ("data_format", (None, *SCHEMAS))):
             value = getattr(self, name)
             if value not in names:
@@ -168,8 +172,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.num_denoising_steps is not None and self.num_denoising_steps < 1:
-            raise ValueError(f"--num_denoising_steps {self.num_denoising_steps}: expected an integer >= 1.")
+        _check_minimum(self, 1, "num_denoising_steps")
 
     def config_fields(self) -> dict[str, Any]:
         """Return the configuration fields that were given, by name."""
@@ -190,10 +193,7 @@ class LoraArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.lora_r is not None and self.lora_r < 1:
-            raise ValueError(f"--lora_r {self.lora_r}: expected an integer >= 1.")
-        if self.lora_alpha < 1:
-            raise ValueError(f"--lora_alpha {self.lora_alpha}: expected an integer >= 1.")
+        _check_minimum(self, 1, "lora_r", "lora_alpha")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"--lora_dropout {self.lora_dropout}: give a probability of at least 0 and below 1.")
         given = [item.name for item in fields(self)[1:] if getattr(self, item.name) != item.default]
@@ -244,8 +244,7 @@ class IntervalSearchArguments:
 
     def _check_interval_search(self, *, evaluates: bool) -> None:
         self.interval_list(block_size=4)
-        if self.interval_search_batches < 1:
-            raise ValueError(f"--interval_search_batches {self.interval_search_batches}: expected an integer >= 1.")
+        _check_minimum(self, 1, "interval_search_batches")
         if self.interval_search_method not in METHODS:
             raise ValueError(
                 f"--interval_search_method {self.interval_search_method}: choose one of {', '.join(METHODS)}."
@@ -384,7 +383,9 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
         if launched > 1 and (parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()):
             # Several processes without a GPU talk through gloo, which transformers chooses only with use_cpu.
             self.use_cpu = True
-        self.bf16 = self.bf16 or _deepspeed_takes_bf16()
+        # The run's precision must agree with the launcher's DeepSpeed configuration.
+        precision = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and os.environ.get("ACCELERATE_MIXED_PRECISION")
+        self.bf16 = self.bf16 or precision == "bf16"
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation(launched)
         super().__post_init__()
@@ -393,12 +394,10 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
                 f"the launcher started {launched} processes but this run sees {self.world_size}, so each would train "
                 f"alone: pass --use_cpu if the processes are meant to run on the CPU."
             )
-        if self.eval_num_samples < 1:
-            raise ValueError(f"--eval_num_samples {self.eval_num_samples}: expected an integer >= 1.")
+        _check_minimum(self, 1, "eval_num_samples")
+        _check_minimum(self, 0, "sample_tokens")
         if not 0 < self.sample_nucleus_p <= 1:
             raise ValueError(f"--sample_nucleus_p {self.sample_nucleus_p}: expected a probability above 0, up to 1.")
-        if self.sample_tokens < 0:
-            raise ValueError(f"--sample_tokens {self.sample_tokens}: give 0 (no sample) or more.")
         self._check_hub()
         self._check_interval_search(evaluates=self.eval_strategy != IntervalStrategy.NO)
         if self.peak_tflops is not None and not self.peak_tflops > 0:
@@ -442,26 +441,21 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
         Raises:
             ValueError: if there is no such number, or another one was given.
         """
-        wanted, device = self.global_batch_size or 0, self.per_device_train_batch_size
+        requested, device = self.global_batch_size or 0, self.per_device_train_batch_size
         batch = processes * device
-        if wanted < 1 or wanted % batch:
-            nearest = max(1, round(wanted / batch)) * batch
+        if requested < 1 or requested % batch:
+            nearest = max(1, round(requested / batch)) * batch
             raise ValueError(
-                f"--global_batch_size {wanted} is not a multiple of {processes} processes x "
+                f"--global_batch_size {requested} is not a multiple of {processes} processes x "
                 f"--per_device_train_batch_size {device}: the nearest that works is {nearest}."
             )
-        steps = wanted // batch
+        steps = requested // batch
         if self.gradient_accumulation_steps not in (1, steps):
             raise ValueError(
                 f"--gradient_accumulation_steps {self.gradient_accumulation_steps} contradicts --global_batch_size "
-                f"{wanted}, which takes {steps}: leave it out."
+                f"{requested}, which takes {steps}: leave it out."
             )
         return steps
-
-
-def _deepspeed_takes_bf16() -> bool:
-    """Return whether the launcher's DeepSpeed configuration has bfloat16; the run's fields must agree with it."""
-    return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
 
 
 def unknown(name: str, known: Sequence[str], kind: str) -> str:

@@ -251,7 +251,7 @@ class AveragingTrainer(Trainer):
             self.average.load(self.state.best_model_checkpoint)
 
     def save_raw_weights(self, folder: str) -> None:
-        """Write the model with the weights that training goes on from, and the average next to it."""
+        """Write the model with its raw weights, from which training continues, and the average next to it."""
         self._save_weights(folder, None)
         if self.average is not None:
             self.average.save(folder, write=self.args.should_save)

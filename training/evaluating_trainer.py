@@ -33,7 +33,8 @@ class EvaluatingTrainer(AveragingTrainer):
         bytes_per_token: mean UTF-8 bytes of a token of the held-out text, for bits per byte.
 
     Raises:
-        ValueError: if `compute_metrics` is given for a model without a likelihood, or the logits are asked for.
+        ValueError: if `compute_metrics` is given for a model without a likelihood, or `preprocess_logits_for_metrics`
+            is given.
     """
 
     data_seed: int

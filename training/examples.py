@@ -91,7 +91,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         # The order stays a tensor: as Python integers, nine million indices take 350 MB in every process.
         chunks = self.order.permutation(self.order.epoch).split(4096)
         indices = itertools.chain.from_iterable(chunk.tolist() for chunk in chunks)
-        # Global indices go on from epoch to epoch, and with them the noise of an example.
+        # Global indices continue from epoch to epoch, so that an example has new noise in each.
         return enumerate(indices, start=first)
 
 

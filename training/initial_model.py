@@ -127,7 +127,7 @@ def start_from(name: str, tokenizer: Any, fields: dict[str, Any], **options: Any
     - Every weight is kept, and every weight must be there; only the two buffers of the interval may be missing.
     - If sequences now have more than one block, the noisy stream attends to a clean one (`cross_attn=True`).
     - An interval of noise levels belongs to the block size it was learned at. At another block size training starts
-      from the interval in `fields`, or from the whole one, [1e-3, 1]; at the same one the checkpoint's goes on.
+      from the interval in `fields`, or from the whole one, [1e-3, 1]; at the same one the checkpoint's is kept.
     - Special tokens that the configuration leaves open are the tokenizer's.
 
     Args:
@@ -160,7 +160,7 @@ def start_from(name: str, tokenizer: Any, fields: dict[str, Any], **options: Any
         model.set_interval(low, high)
         if PartialState().is_main_process:
             logger.warning(
-                f"--init_from {name}: blocks of {old.block_size} tokens go on as blocks of {model.config.block_size}, "
+                f"--init_from {name}: blocks of {old.block_size} tokens become blocks of {model.config.block_size}, "
                 f"with noise levels in [{low:g}, {high:g}] instead of [{kept[0]:g}, {kept[1]:g}]; choose others with "
                 f"--sampling_eps_min and --sampling_eps_max."
             )

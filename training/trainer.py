@@ -366,7 +366,7 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
                 self.state.best_model_checkpoint = str(target)
             if self.args.should_save:
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-                # Without optimizer state a checkpoint is a model, but no place to resume from.
+                # Without optimizer state a checkpoint is only a model: no run can resume from it.
                 resumable = not self.args.save_only_model
                 mark_complete(staged, {**self._fingerprint, "losses": losses, "resumable": resumable})
                 publish_folder(staged, target)

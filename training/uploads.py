@@ -109,7 +109,7 @@ class UploadingTrainer(Trainer):
         return self._share(self.args.output_dir, message, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # A failed upload of a checkpoint must not end the run: it is logged, and training goes on.
+        # A failed upload of a checkpoint must not end the run: it is logged, and training continues.
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         # One upload at a time, unless hub_always_push asks for every checkpoint.

@@ -103,7 +103,7 @@ def test_a_changed_interval_is_logged_and_an_inherited_one_is_not(learned, tiny_
     assert not caplog.records
     start_from(learned, tiny_tokenizer, {"block_size": 16})
     (record,) = caplog.records
-    assert "blocks of 4 tokens go on as blocks of 16, with noise levels in [0.001, 1] instead of [0.45, 0.95]" in (
+    assert "blocks of 4 tokens become blocks of 16, with noise levels in [0.001, 1] instead of [0.45, 0.95]" in (
         record.getMessage()
     )
 
