@@ -26,6 +26,7 @@ from .inputs_bd3lm import (
     Layout,
     check_arguments,
     check_attention_mask,
+    check_not_next_token_training,
     check_token_ids,
     token_layout,
     warn_of_visible_tokens,
@@ -234,21 +235,6 @@ class BD3LMModel(BD3LMPreTrainedModel):
             attentions=attentions or None,
         )
 
-    def _refuse_next_token_training(self, input_ids: torch.Tensor | None) -> None:
-        """Refuse the call of trainers that take a next-token loss of the states of clean text.
-
-        TRL's SFTTrainer and DPOTrainer never ask the model for its loss. A block is bidirectional, so these states see
-        the very token that they would be trained to predict.
-        """
-        if not (self.training and torch.is_grad_enabled()) or self.config.causal or input_ids is None:
-            return
-        if not bool((input_ids == self.config.mask_token_id).any()):
-            raise ValueError(
-                "use_cache=False with text that has no mask token, in training: a next-token loss does not train a "
-                "block-diffusion model. Use transformers' Trainer or `bd3lm train`, which take the loss of the model; "
-                "TRL's SFTTrainer works with a compute_loss that returns model(**inputs).loss."
-            )
-
     @can_return_tuple
     def forward(
         self,
@@ -271,7 +257,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         check_token_ids(input_ids, self.config.vocab_size, "input_ids")
         check_token_ids(clean_input_ids, self.config.vocab_size, "clean_input_ids")
         if use_cache is False and clean_input_ids is None and past_key_values is None:
-            self._refuse_next_token_training(input_ids)
+            check_not_next_token_training(self, input_ids, self.config)
         embeds = self.vocab_embed(input_ids) if inputs_embeds is None else inputs_embeds
         length, device = embeds.shape[1], embeds.device
         past_key_values, commit, past = open_cache(

@@ -212,6 +212,25 @@ def check_labels_reach_the_loss(labels: torch.Tensor | None, num_items_in_batch:
         )
 
 
+def check_not_next_token_training(network: torch.nn.Module, input_ids: torch.Tensor | None, config: Any) -> None:
+    """Refuse the call of trainers that take a next-token loss of the states of clean text.
+
+    TRL's trainers never ask the model for its loss: they call `model.base_model` and shift its states by one. A block
+    is bidirectional, so these states see the very token that they would be trained to predict.
+
+    Raises:
+        ValueError: if a text without a mask token is given in training.
+    """
+    if not (network.training and torch.is_grad_enabled()) or config.causal or input_ids is None:
+        return
+    if not bool((input_ids == config.mask_token_id).any()):
+        raise ValueError(
+            "text without a mask token in training, and no labels: a next-token loss does not train a block-diffusion "
+            "model. Use transformers' Trainer or `bd3lm train`, which take the loss of the model; TRL's SFTTrainer "
+            "works with a compute_loss that returns model(**inputs).loss."
+        )
+
+
 class Layout(NamedTuple):
     """Positions, blocks and padding of a stream. Blocks are counted from each row's first real token."""
 
@@ -356,6 +375,7 @@ __all__ = [
     "check_attention_mask",
     "check_labels",
     "check_labels_reach_the_loss",
+    "check_not_next_token_training",
     "check_text",
     "check_token_ids",
     "check_with_labels",

@@ -49,7 +49,7 @@ from .decoder_backbone_bd3lm import (
     check_length,
     stream_mask,
 )
-from .inputs_bd3lm import Layout
+from .inputs_bd3lm import Layout, check_not_next_token_training, warn_of_visible_tokens
 from .loss_bd3lm import chunked_cross_entropy, denoising_loss, loss_mask
 from .modeling_bd3lm import BlockDiffusionMixin
 from .saving_bd3lm import SelfContainedMixin
@@ -70,6 +70,7 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
                 f"bd3lm_hf.adapt_decoder."
             )
         super().__init__(config)
+        self.base_model.register_forward_pre_hook(_check_direct_call, with_kwargs=True)
         self._adopt_special_tokens()
         # The loss is not shifted, so Trainer must count all labels, not labels[1:].
         self.loss_type = None
@@ -178,6 +179,14 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
         """
         check_resize(new_num_tokens, self.config.mask_token_id)
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+
+def _check_direct_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Look at calls of the stock decoder by others than [`DecoderBackbone`], which passes embeddings, never ids."""
+    input_ids = args[0] if args else kwargs.get("input_ids")
+    if input_ids is not None:
+        check_not_next_token_training(decoder, input_ids, decoder.config)
+        warn_of_visible_tokens(decoder, input_ids, kwargs.get("attention_mask"), decoder.config.mask_token_id)
 
 
 class _TwoLossNetwork:

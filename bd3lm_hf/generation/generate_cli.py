@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) ->
     )
     source.add_argument("--chat", action="store_true", help="answer messages typed in a terminal, until Ctrl-D")
     source.add_argument("--prompt-file", help="a prompt per line, or a .jsonl file with `prompt` in every object")
-    what.add_argument("--num-samples", type=integer(1), default=1, help="texts per prompt, or from nothing")
+    what.add_argument("--num-samples", type=integer(1), default=1, help="texts per prompt, or from nothing (1)")
     what.add_argument("--max-new-tokens", type=integer(1), default=64)
     what.add_argument(
         "--batch-size",

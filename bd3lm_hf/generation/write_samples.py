@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,8 @@ def _printed(text: str, *, is_first: bool) -> str:
 
 def _encode(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Return the prompt of each sample as token ids; without a prompt, the token that begins a text."""
-    window = window_of(model)
+    # Our models read the end of a prompt that is longer, with a warning, or refuse it themselves.
+    window = math.inf if hasattr(model, "token_nll") else window_of(model)
     encoded: list[list[int]] = []
     for prompt in job.prompts:
         if prompt is None:

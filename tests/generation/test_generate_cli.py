@@ -136,6 +136,23 @@ def test_more_samples_extend_a_file_and_a_sample_depends_on_seed_and_number_only
     assert [row["text"] for row in rows_of(grown)] == [row["text"] for row in rows_of(whole)]
 
 
+def test_more_samples_of_several_prompts_are_refused(generate, tmp_path):
+    output = tmp_path / "s.jsonl"
+    arguments = ["--prompt", "The fox", "--prompt", "A", "--max-new-tokens", 3, "--output", output]
+    assert generate(*arguments, "--num-samples", 2)[0] == 0
+    before = output.read_bytes()
+    code, _, err = generate(*arguments, "--num-samples", 3)
+    assert code == 2 and "samples_per_prompt is 2" in err and "--overwrite" in err
+    assert output.read_bytes() == before
+
+
+def test_of_a_long_prompt_the_end_is_read(generate, tmp_path):
+    prompt = "The quick brown fox " * 30
+    code, out, err = generate("--prompt", prompt, "--max-new-tokens", 3)
+    assert code == 0 and out.startswith(prompt) and not err.startswith("error")
+    assert generate("--prompt", prompt, "--max-new-tokens", 3, "--trace", tmp_path / "t.json")[0] == 0
+
+
 def without_time(path: Path) -> list[dict]:
     return [{**row, "seconds": None, "batch_forwards": None} for row in rows_of(path)]
 
@@ -297,7 +314,6 @@ def test_a_long_run_shows_its_progress_in_a_terminal_only(generate, monkeypatch,
     ("arguments", "part"),
     [
         (("--prompt", ""), "--prompt 1 is an empty prompt"),
-        (("--prompt", "a" * 200), "more than the model's window of 32 tokens: shorten it"),
         (("--prompt-file", "nowhere.txt"), "--prompt-file nowhere.txt: there is no such file"),
         (("--prompt-file", "a.txt", "--prompt", "a"), "not allowed with argument"),
         (("--max-new-tokens", 0), "--max-new-tokens: expected an integer >= 1, got '0'"),

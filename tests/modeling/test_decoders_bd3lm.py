@@ -303,3 +303,14 @@ def test_the_next_token_loss_is_that_of_the_stock_model():
     with torch.no_grad():
         expected = model.eval()(input_ids=ids, labels=ids).loss
     torch.testing.assert_close(loss, 1.5 * expected, atol=1e-5, rtol=1e-5)
+
+
+@every_decoder
+def test_a_next_token_loss_of_the_stock_decoder_is_refused(family):
+    # What TRL's trainers call: the states of `base_model`, which they shift by one.
+    model, ids = tiny_decoder(family).train(), random_ids()
+    with pytest.raises(ValueError, match="bd3lm train"):
+        model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    with torch.no_grad():
+        model.base_model(input_ids=ids, use_cache=False)
+    assert torch.isfinite(model(ids, labels=ids).loss)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from generating import make_family
 from transformers import LogitsProcessor, pipeline
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
@@ -81,6 +82,17 @@ def test_a_row_of_a_batch_is_filled_as_if_it_stood_alone(model, side, sampler):
     for row, real, text in zip(filled, batch["attention_mask"].bool(), TEXTS, strict=True):
         assert torch.equal(row[real], model.infill(torch.tensor([text]), sampler=sampler)[0])
         assert (row[~real] == PAD).all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["mdlm", "sedd"])
+def test_a_window_of_one_block_is_filled_as_if_it_stood_alone(family, side):
+    model = make_family(family, model_length=12)
+    batch = batch_of(TEXTS, side)
+    filled = model.infill(**batch)
+    for row, real, text in zip(filled, batch["attention_mask"].bool(), TEXTS, strict=True):
+        assert torch.equal(row[real], model.infill(torch.tensor([text]))[0])
+        assert (row[~real] == PAD).all() and not (row == MASK).any()
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
