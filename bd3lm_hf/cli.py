@@ -57,7 +57,7 @@ _KEEP_UNDERSCORES = {"train", "compare", "harness"}
 # Errors that mean wrong input or too small a machine, not a defect. Those of libraries are known by name, as they must
 # not be imported for it.
 _INPUT_ERRORS = (ValueError, OSError, OverflowError, MemoryError, RecursionError, ImportError)
-_INPUT_ERROR_NAMES = {"YAMLError", "SafetensorError", "OutOfMemoryError"}
+_INPUT_ERROR_NAMES = {"YAMLError", "SafetensorError", "StrictDataclassError", "OutOfMemoryError"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

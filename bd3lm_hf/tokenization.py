@@ -71,7 +71,10 @@ def load_tokenizer(
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError, KeyError) as error:
+        limit = tokenizer.model_max_length
+        if not isinstance(limit, (int, float)) or isinstance(limit, bool):
+            raise ValueError(f"model_max_length={limit!r} is not a number of tokens")
+    except Exception as error:  # a damaged file makes the libraries raise nearly anything
         raise ValueError(
             f"Cannot load the tokenizer {name_or_path!r}, neither from a folder nor from the hub (which needs a "
             f"network connection). Name a folder, or {TRAIN!r} to train one on the corpus. The reason was: {error}"

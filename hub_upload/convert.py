@@ -196,7 +196,7 @@ def _is_decoder(source: str) -> bool:
         return False
     try:
         return is_adaptable(AutoConfig.from_pretrained(source))
-    except (OSError, ValueError, KeyError):  # of another layout, which the reader of the source names
+    except Exception:  # of another layout, or damaged, which the reader of the source names
         return False
 
 

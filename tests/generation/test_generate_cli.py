@@ -178,7 +178,7 @@ def test_other_settings_need_another_file_or_overwriting(generate, tmp_path):
     code, _, err = generate(*arguments, "--seed", 2)
     assert code == 2 and "(seed is 1 there and 2 now)" in err and output.read_bytes() == before
     # The old file stays when the model refuses, before or while it generates.
-    for refused in (["--prompt", "a" * 200], ["--sampler", "analytic"]):
+    for refused in (["--prompt", "A <mask> fox"], ["--sampler", "analytic"]):
         assert generate(*arguments, "--seed", 2, "--overwrite", *refused)[0] == 2
         assert output.read_bytes() == before
     assert generate(*arguments, "--seed", 2, "--overwrite")[0] == 0
