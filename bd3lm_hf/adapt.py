@@ -291,6 +291,7 @@ def _take_over(model: Any, model_class: Any, config: Any, argument: str) -> Any:
     stock_config = model.config
     for name, module in model.named_children():
         setattr(adapted, name, module)
+    adapted.watch_decoder()
     for module in adapted.modules():
         # Stock layers read their attention from a configuration of their own.
         if getattr(module, "config", None) is stock_config:

@@ -70,7 +70,7 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
                 f"bd3lm_hf.adapt_decoder."
             )
         super().__init__(config)
-        self.base_model.register_forward_pre_hook(_check_direct_call, with_kwargs=True)
+        self.watch_decoder()
         self._adopt_special_tokens()
         # The loss is not shifted, so Trainer must count all labels, not labels[1:].
         self.loss_type = None
@@ -88,6 +88,10 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
             )
         found = super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
         return FLEX_ATTENTION if found == "flex_attention" else found
+
+    def watch_decoder(self) -> None:
+        """Look at every call of the stock decoder, as trainers that skip this class take a next-token loss of it."""
+        self.base_model.register_forward_pre_hook(_check_direct_call, with_kwargs=True)
 
     @property
     def backbone(self) -> DecoderBackbone:

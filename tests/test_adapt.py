@@ -139,3 +139,10 @@ def test_a_plain_decoder_is_told_how_to_become_one(tmp_path, tokenizer, capsys):
     assert main(["eval", "--dataset", "python-docs", "--model", str(tmp_path)]) == 2
     assert "--init_from" in capsys.readouterr().err
     assert main(["generate", "--max-new-tokens", "2", "--model", str(tmp_path)]) == 0
+
+
+def test_a_next_token_loss_of_an_adapted_decoder_is_refused(tokenizer):
+    model, ids = adapt_decoder(stock(tokenizer), tokenizer=tokenizer).train(), random_ids()
+    with pytest.raises(ValueError, match="bd3lm train"):
+        model.base_model(input_ids=ids, use_cache=False)
+    assert torch.isfinite(model(ids, labels=ids).loss)
