@@ -98,6 +98,7 @@ class BD3LMDecoderConfigMixin(_Configuration):
         for name in ("block_size", "noise_draws", "eval_noise_draws"):
             _check_positive(name, getattr(self, name))
         check_types(self)
+        self._drop_default_tokens()
         self._choose_length()
         if self.mask_token_id is None:
             self.mask_token_id = self._last_ordinary_id()
@@ -122,6 +123,14 @@ class BD3LMDecoderConfigMixin(_Configuration):
         """Whether positions are rows of a table, as in GPT-2, instead of rotations."""
         return getattr(self, "rope_parameters", None) is None
 
+    def _drop_default_tokens(self) -> None:
+        """Forget special tokens that are only the family's defaults, and that a smaller vocabulary does not have."""
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            default = type(self).__dataclass_fields__[name].default
+            if isinstance(value, int) and value == default and value >= self.vocab_size:
+                setattr(self, name, None)
+
     def _last_ordinary_id(self) -> int:
         ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         special = {self.bos_token_id, self.pad_token_id, *ends}
@@ -144,9 +153,10 @@ class BD3LMDecoderConfigMixin(_Configuration):
                 f"{longest // self.block_size * self.block_size} or less."
             )
         if self.model_length % self.block_size:
+            nearest = max(self.block_size, self.model_length // self.block_size * self.block_size)
             raise ValueError(
                 f"block_size={self.block_size} does not divide model_length={self.model_length}: choose a divisor, or "
-                f"model_length={self.model_length // self.block_size * self.block_size}."
+                f"model_length={nearest}."
             )
 
     def _check_objective(self) -> None:

@@ -4,7 +4,15 @@ import pytest
 import torch
 from decoders import random_ids, tiny_stock
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, PreTrainedTokenizerFast, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
 
 from bd3lm_hf import adapt_decoder
 from bd3lm_hf.adapt import load_decoder_tokenizer
@@ -74,6 +82,14 @@ def test_a_name_keeps_dtype_rope_and_generation_config(tmp_path, tokenizer):
     assert model.config.rope_parameters["rope_theta"] == 5e5
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, 1]
     assert model.generation_config.temperature == 0.7
+
+
+def test_default_tokens_that_a_small_vocabulary_lacks_are_left_out():
+    model = adapt_decoder(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)))
+    assert (model.config.eos_token_id, model.config.bos_token_id, model.config.vocab_size) == (None, None, 65)
+    assert model.generate(random_ids(), max_new_tokens=4).shape == (2, 16)
+    with pytest.raises(ValueError, match="eos_token_id=100 is outside"):
+        adapt_decoder(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, eos_token_id=100)))
 
 
 def test_a_converted_folder_loads_by_itself_in_another_process(tmp_path, tokenizer):

@@ -329,9 +329,14 @@ def _special_tokens(tokenizer: Any, *names: str) -> dict[str, int | None]:
 
 
 def _missing_tokens(config: Any, tokenizer: Any) -> dict[str, int | None]:
-    """Return the special tokens that a configuration leaves open, from the tokenizer."""
+    """Return the special tokens that a configuration leaves open, from the tokenizer.
+
+    An id outside of the vocabulary is the default of a larger one, and counts as left open.
+    """
     found = _special_tokens(tokenizer, "bos", "eos", "pad")
-    return {name: token for name, token in found.items() if getattr(config, name, None) is None}
+    known = {name: getattr(config, name, None) for name in found}
+    outside = [name for name, token in known.items() if isinstance(token, int) and token >= config.vocab_size]
+    return {name: token for name, token in found.items() if known[name] is None or name in outside}
 
 
 __all__ = [

@@ -242,7 +242,8 @@ def test_a_batch_scores_as_its_rows_alone(family, attention):
     ("fields", "message"),
     [
         ({"block_size": 128}, "block_size=128"),
-        ({"block_size": 3}, "block_size=3"),
+        ({"block_size": 3}, "block_size=3.*model_length=30"),
+        ({"block_size": 64}, "block_size=64.*model_length=64"),
         ({"model_length": 128}, "model_length=128"),
         ({"alignment": "left"}, "alignment='left'"),
         ({"context": "all"}, "context='all'"),
