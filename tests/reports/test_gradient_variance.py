@@ -8,8 +8,7 @@ import torch
 from bd3lm_hf import cli
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.reports import benchmark
-from bd3lm_hf.reports.benchmark import GradientVariance, gradient_batches, gradient_table, gradient_variance
+from bd3lm_hf.reports.gradient_variance import GradientVariance, gradient_batches, gradient_table, gradient_variance
 
 
 class Known(torch.nn.Module):
@@ -109,4 +108,4 @@ def test_draws_that_share_no_clean_stream_are_refused(tiny_config, randomize):
     tiny_config.time_conditioning = True
     model = randomize(BD3LMForMaskedLM(tiny_config))
     with pytest.raises(ValueError, match="noise_draws=2 needs time_conditioning=False"):
-        benchmark.gradient_variance(model, [torch.full((2, 8), 5)] * 2, [1, 2], repeats=2)
+        gradient_variance(model, [torch.full((2, 8), 5)] * 2, [1, 2], repeats=2)

@@ -1,0 +1,167 @@
+"""Variance of the gradient of a training step: where it comes from, and what several noise samples do about it.
+
+A step's gradient is random twice: in the text of its batch, and in the noise of that text. More noise samples for each
+clean pass lower the second part only. A method costs variance times seconds: averaging k steps divides the variance by
+k and takes k times as long.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from bd3lm_hf.checkpoints import load_model
+from bd3lm_hf.data import load_text, pack
+from bd3lm_hf.modeling.noise_bd3lm import draw_noise
+from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
+
+
+class GradientVariance(NamedTuple):
+    """Traces of covariances of the gradient of one step, at one number of noise samples."""
+
+    draws: int  # noise samples for each clean pass
+    seconds: float  # of a step, forward and backward; median
+    time_ratio: float  # to the first number of them; median over steps taken in turn
+    noise: float  # over the noise, at a fixed batch
+    noise_error: float  # its standard error, over batches
+    data: float  # over batches, of the gradient averaged over all noise; the same for all of them
+
+
+class _Sums:
+    """Running sums of the gradients at one number of noise samples."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.within: list[float] = []  # per batch, unbiased
+        self.between = 0.0  # sum over batches of |sum of gradients|^2
+        self.total: torch.Tensor | float = 0.0
+
+
+def gradient_variance(
+    model: Any, batches: Sequence[torch.Tensor], draws: Sequence[int], *, repeats: int, seed: int = 0
+) -> list[GradientVariance]:
+    """Measure on every batch `repeats` times for each number of noise samples, in turn.
+
+    Analysis of variance: the variance within batches is that of the noise; the variance of the batches' means is that
+    of the data and 1 / repeats of the noise's. Dropout, if the model has any, counts as noise.
+
+    Args:
+        model: with weights that are worth a gradient: a fresh model's head is zero, and passes none on.
+        batches: token ids `(batch, length)`, at least 2.
+        repeats: noise seeds of each batch, at least 2.
+
+    Raises:
+        ValueError: if there are fewer than 2 batches or repeats.
+    """
+    if len(batches) < 2 or repeats < 2:
+        raise ValueError(f"{len(batches)} batches of {repeats} noise seeds have no variance: give at least 2 of each.")
+    model.train()
+    generator = torch.Generator().manual_seed(seed)
+    _gradient(model, batches[0], max(draws), generator)  # warms up, and does not count
+    sums = [_Sums() for _ in draws]
+    for ids in batches:
+        of_batch: list[torch.Tensor | float] = [0.0] * len(draws)
+        squares = [0.0] * len(draws)
+        for _ in range(repeats):
+            for index, count in enumerate(draws):
+                started = time.perf_counter()
+                gradient = _gradient(model, ids, count, generator)
+                sums[index].seconds.append(time.perf_counter() - started)
+                of_batch[index] = of_batch[index] + gradient
+                squares[index] += _square(gradient)
+        for own, vector, square in zip(sums, of_batch, squares, strict=True):
+            own.within.append((square - _square(vector) / repeats) / (repeats - 1))
+            own.between += _square(vector)
+            own.total = own.total + vector
+    return _analyse(draws, sums, len(batches), repeats)
+
+
+def _analyse(draws: Sequence[int], sums: list[_Sums], batches: int, repeats: int) -> list[GradientVariance]:
+    noise = [statistics.mean(own.within) for own in sums]
+    of_means = [(own.between - _square(own.total) / batches) / (batches - 1) / repeats**2 for own in sums]
+    data = statistics.mean(mean - within / repeats for mean, within in zip(of_means, noise, strict=True))
+    return [
+        GradientVariance(
+            count,
+            statistics.median(own.seconds),
+            statistics.median(mine / first for mine, first in zip(own.seconds, sums[0].seconds, strict=True)),
+            within,
+            statistics.stdev(own.within) / batches**0.5,
+            data,
+        )
+        for count, own, within in zip(draws, sums, noise, strict=True)
+    ]
+
+
+def _gradient(model: Any, ids: torch.Tensor, draws: int, generator: torch.Generator) -> torch.Tensor:
+    """Return the gradient of one training step, all parameters in one vector."""
+    batch, length = ids.shape
+    noise = draw_noise(batch, model.config.num_blocks(length), length, num_noise_samples=draws, generator=generator)
+    model.zero_grad(set_to_none=True)
+    model(input_ids=ids, labels=ids, **noise._asdict()).loss.backward()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    model.zero_grad(set_to_none=True)
+    return gradient
+
+
+def _square(vector: torch.Tensor | float) -> float:
+    return float(torch.as_tensor(vector).double().square().sum())
+
+
+def gradient_batches(dataset: str, tokenizer: Any, *, length: int, size: int, count: int) -> list[torch.Tensor]:
+    """Return `count` batches `(size, length)` of training text, spread over the dataset.
+
+    Raises:
+        ValueError: if the text is too short.
+    """
+    rows = pack(load_text(dataset, split="train"), tokenizer, length=length)
+    whole = [ids for ids in rows["input_ids"] if len(ids) == length]
+    if len(whole) < size * count:
+        raise ValueError(
+            f"{dataset} has {len(whole)} sequences of {length} tokens, too few for {count} batches of {size}: give "
+            f"fewer or smaller batches, or more text."
+        )
+    step = len(whole) // (size * count)
+    chosen = torch.tensor(whole[: step * size * count : step])
+    # Neighbours in the text are alike: put them into different batches.
+    return list(chosen.view(size, count, length).unbind(1))
+
+
+def gradient_table(results: Sequence[GradientVariance]) -> str:
+    """Return a markdown table; variance times time is relative to the first line."""
+    first = results[0]
+    lines = [
+        "| draws | s/step | time | noise variance | data variance | noise variance x time | total variance x time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        noise = result.noise / first.noise
+        total = (result.noise + result.data) / (first.noise + first.data)
+        lines.append(
+            f"| {result.draws} | {result.seconds:.3f} | {result.time_ratio:.2f} | {result.noise:.4g} +- "
+            f"{result.noise_error:.2g} | {result.data:.4g} | {noise * result.time_ratio:.2f} | "
+            f"{total * result.time_ratio:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def measure_gradients(
+    folder: str, dataset: str, draws: Sequence[int], *, batch_size: int, batches: int, repeats: int
+) -> list[GradientVariance]:
+    """Measure the variance of a checkpoint's gradient on a dataset.
+
+    Raises:
+        ValueError: if checkpoint, tokenizer or dataset cannot be used, or a number is below 1.
+    """
+    if min(*draws, batch_size) < 1:
+        raise ValueError(f"--noise-draws {' '.join(map(str, draws))} --batch-size {batch_size}: give at least 1.")
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    check_tokenizer_fits(tokenizer, model.config)
+    length = model.config.model_length
+    texts = gradient_batches(dataset, tokenizer, length=length, size=batch_size, count=batches)
+    return gradient_variance(model, texts, draws, repeats=repeats)
+
+
+__all__ = ["GradientVariance", "gradient_batches", "gradient_table", "gradient_variance", "measure_gradients"]
