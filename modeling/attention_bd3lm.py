@@ -9,6 +9,7 @@ implementation uses one tile, the plain twin of the others; sdpa skips what no q
 uses one tile with a sparse block mask.
 """
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_triton_available
 
 from .cache_bd3lm import append_to_cache
 from .configuration_bd3lm import BD3LMConfig
@@ -26,6 +28,20 @@ from .inputs_bd3lm import Layout, token_layout
 
 
 _TILE = 256  # queries of a tile, rounded up to whole blocks; measured on CPU: 128 spends more on copies and slices
+
+
+def automatic_attention(device: torch.device | None = None, *, has_triton: bool | None = None) -> str:
+    """Return what `attn_implementation="auto"` stands for: flex attention on a CUDA device with triton, else sdpa.
+
+    Flex skips the three quarters of the doubled sequence that no query sees. Its kernel is compiled when it is first
+    used, which pays in training; models that are loaded for anything else get transformers' default, sdpa.
+
+    Args:
+        device: by default the CUDA device, if there is one.
+        has_triton: whether triton is installed, which compiles the kernel; by default it is looked up.
+    """
+    cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
+    return "flex_attention" if cuda and (is_triton_available() if has_triton is None else has_triton) else "sdpa"
 
 
 class Tile(NamedTuple):
@@ -55,9 +71,9 @@ def block_causal_plan(
     past = total - length
     if layout.aligned and past % block_size == 0 and length <= block_size:
         return _plan((Tile((0, length), ((0, total),), None),))
-    see = functools.partial(_sees_clean, layout, strict=False)
     if implementation == "flex_attention":
-        return _plan((_flex_tile(layout, length, total, lambda b, q, k: see(b, q + past, k)),))
+        return _plan((_flex_tile(layout, 1, past),))
+    see = functools.partial(_sees_clean, layout, strict=False)
     tiles = []
     for start, stop in _ranges(length, implementation, block_size):
         num_visible_keys = min(total, past + stop + _padding_slack(layout, block_size, past))
@@ -258,9 +274,11 @@ def flex_attention_on_cpu(
             "attn_implementation='flex_attention' has no backward pass on a CPU: use "
             "model.set_attn_implementation('sdpa')."
         )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        grouped = query.shape[1] != key.shape[1]
+    grouped = query.shape[1] != key.shape[1]
+    with contextlib.ExitStack() as stack:
+        if not torch.compiler.is_compiling():
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
         out = flex_attention(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous(), None
 
@@ -353,21 +371,25 @@ def _select(states: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> torch.
     return torch.cat([states[:, :, start:stop] for start, stop in ranges], dim=2)
 
 
-def _flex_tile(layout: Layout, queries: int, keys: int, see: Callable) -> Tile:
-    rows = None if layout.num_rows == 1 else layout.num_rows
+def _flex_tile(layout: Layout, num_streams: int, first_query: int) -> Tile:
+    """Attention of the queries from `first_query` on to all keys of `num_streams` streams as one sparse tile."""
+    keys = num_streams * layout.block_ids.shape[1]
+    return Tile((0, keys - first_query), ((0, keys),), flex_mask(layout, num_streams, first_query))
 
-    def mask_mod(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return see(batch, query, key)
 
-    mask = create_block_mask(mask_mod, rows, None, queries, keys, device=layout.block_ids.device)
-    return Tile((0, queries), ((0, keys),), mask)
+def flex_mask(layout: Layout, num_streams: int, first_query: int, *, causal_columns: int = 0) -> BlockMask:
+    """Return the sparse mask of flex attention for the queries from `first_query` on; see [`stream_visibility`]."""
+    keys, rows = num_streams * layout.block_ids.shape[1], layout.num_rows
+    see = stream_visibility(layout, first_query=first_query, causal_columns=causal_columns)
+    batch = None if rows == 1 else rows
+    return create_block_mask(see, batch, None, keys - first_query, keys, device=layout.block_ids.device)
 
 
 def _flex_two_stream_plan(
     layout: Layout, block_size: int, num_noise_samples: int, clean_cached: bool
 ) -> AttentionPlan:
     """The two-stream mask as one sparse mask over `[x_0 ; x_t]`; kept between steps when nothing is padded."""
-    if layout.aligned:
+    if layout.aligned and not torch.compiler.is_compiling():  # tracing looks through a cache, with a warning
         return _unpadded_flex_plan(
             layout.block_ids.shape[1], block_size, num_noise_samples, clean_cached, layout.block_ids.device
         )
@@ -378,38 +400,48 @@ def _flex_two_stream_plan(
 def _unpadded_flex_plan(
     length: int, block_size: int, num_noise_samples: int, clean_cached: bool, device: torch.device
 ) -> AttentionPlan:
-    return _build_flex_plan(token_layout(None, length, block_size, device=device), num_noise_samples, clean_cached)
+    # Kept masks serve training too, which a tensor of inference mode cannot.
+    with torch.inference_mode(False):
+        layout = token_layout(None, length, block_size, device=device)
+        return _build_flex_plan(layout, num_noise_samples, clean_cached)
 
 
 def _build_flex_plan(layout: Layout, num_noise_samples: int, clean_cached: bool) -> AttentionPlan:
-    length, total = layout.block_ids.shape[1], (1 + num_noise_samples) * layout.block_ids.shape[1]
-    see = stream_visibility(layout)
-    last = _flex_tile(layout, num_noise_samples * length, total, lambda b, q, k: see(b, q + length, k))
+    length = layout.block_ids.shape[1]
+    last = _flex_tile(layout, 1 + num_noise_samples, length)
     if clean_cached:
         return AttentionPlan((last,), (last,), 0)
-    return AttentionPlan((_flex_tile(layout, total, total, see),), (last,), length)
+    return AttentionPlan((_flex_tile(layout, 1 + num_noise_samples, 0),), (last,), length)
 
 
-def stream_visibility(layout: Layout, *, causal_columns: int = 0) -> Callable:
-    """Return the mask function (row, query, key) of `[x_0 ; x_t ; x_t ...]`, each as long as `layout`.
+def stream_visibility(layout: Layout, *, first_query: int = 0, causal_columns: int = 0) -> Callable:
+    """Return the mask function (row, head, query, key) of `[x_0 ; x_t ; x_t ...]`, each as long as `layout`.
+
+    All masks share this one piece of code and differ by the numbers and tensors that it holds. Padding and documents
+    are such tensors, so flex attention, once compiled for their shapes, is not compiled again for another batch.
 
     Args:
+        first_query: the key that query 0 stands at.
         causal_columns: leading tokens of x_0 that see nothing to their right, as in an autoregressive model.
     """
-    length = layout.block_ids.shape[1]
-    clean = functools.partial(_sees_clean, layout, strict=False)
-    earlier = functools.partial(_sees_clean, layout, strict=True)
-    own = functools.partial(_sees_own_block, layout)
+    length, block_ids, valid, document_ids = layout.block_ids.shape[1], *layout[1:]
+    shared = block_ids.shape[0] == 1  # by all rows of the batch
 
-    def see(batch: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def see(batch: torch.Tensor, head: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        query, row = query + first_query, 0 if shared else batch
         q, k = query % length, key % length
         stream_q, stream_k = query // length, key // length
-        causal = (stream_q == 0) & (stream_k == 0) & clean(batch, q, k)
+        block_q, block_k = block_ids[row, q], block_ids[row, k]
+        earlier = (stream_k == 0) & (block_q > block_k)  # clean keys, for queries of any stream
+        own = (stream_q == stream_k) & (block_q == block_k)
         if causal_columns:
-            causal = causal & ((query >= causal_columns) | (k <= q))
-        offset = (stream_q > 0) & (stream_k == 0) & earlier(batch, q, k)
-        diagonal = (stream_q > 0) & (stream_q == stream_k) & own(batch, q, k)
-        return causal | offset | diagonal | (query == key)
+            own = own & ((query >= causal_columns) | (k <= q))
+        seen = earlier | own
+        if document_ids is not None:
+            seen = seen & (document_ids[row, q] == document_ids[row, k])
+        if valid is not None:
+            seen = seen & valid[batch, k]
+        return seen | (query == key)  # no softmax may run over nothing
 
     return see
 
@@ -418,10 +450,12 @@ __all__ = [
     "AttentionPlan",
     "BD3LMAttention",
     "Tile",
+    "automatic_attention",
     "block_causal_plan",
     "decoding_plan",
     "eager_attention_forward",
     "flex_attention_on_cpu",
+    "flex_mask",
     "slots_plan",
     "stream_visibility",
     "two_stream_plan",

@@ -19,8 +19,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 from transformers.utils import can_return_tuple
 
-from .attention_bd3lm import AttentionPlan, block_causal_plan, two_stream_plan
-from .cache_bd3lm import BlockCache
+from .attention_bd3lm import AttentionPlan, automatic_attention, block_causal_plan, two_stream_plan
+from .cache_bd3lm import BlockCache, open_cache
 from .configuration_bd3lm import BD3LMConfig
 from .inputs_bd3lm import (
     Layout,
@@ -84,6 +84,11 @@ class BD3LMPreTrainedModel(SelfContainedModel):
     _can_compile_fullgraph = True
     _supports_context_parallel = False
     _keep_in_fp32_modules_strict = ["inv_freq"]
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
+        if attn_implementation == "auto":
+            attn_implementation = automatic_attention()
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     @property
     def dummy_inputs(self) -> dict[str, torch.Tensor]:
@@ -425,41 +430,6 @@ def register_auto_classes(head: type[BD3LMLanguageModel], *names: str) -> None:
     head.register_for_auto_class(names[0])
 
 
-def open_cache(
-    cache: Cache | None,
-    use_cache: bool | None,
-    length: int,
-    attention_mask: torch.Tensor | None,
-    block_size: int,
-    *,
-    training: bool,
-) -> tuple[Cache | None, int, int]:
-    """Return the cache of a forward pass, how many positions to write to it, and how many it holds."""
-    write = cache is not None if use_cache is None else use_cache
-    if cache is None:
-        cache = BlockCache() if write and not training else None
-        write = cache is not None
-    past = 0 if cache is None else int(cache.get_seq_length())
-    if write:
-        _check_whole_blocks(past + length, attention_mask, block_size)
-    return cache, length if write else 0, past
-
-
-def _check_whole_blocks(width: int, attention_mask: torch.Tensor | None, block_size: int) -> None:
-    """Refuse to store a block that is not finished: its keys would never have seen the rest of it."""
-    tokens = [width]
-    if attention_mask is not None:
-        if torch.compiler.is_compiling() or attention_mask.device.type != "cpu":
-            return
-        tokens = attention_mask.sum(1).tolist()
-    if any(count % block_size for count in tokens):
-        raise ValueError(
-            f"use_cache=True would store {tokens} tokens in all, which is not a whole number of blocks of "
-            f"{block_size}: a block is stored when it is finished, so pass whole blocks, or use_cache=False to read "
-            f"the cache only."
-        )
-
-
 def check_resize(new_num_tokens: int | None, mask_token_id: int) -> None:
     """Refuse a vocabulary that would not hold the mask token.
 
@@ -479,6 +449,5 @@ __all__ = [
     "BD3LMOutput",
     "BD3LMPreTrainedModel",
     "check_resize",
-    "open_cache",
     "register_auto_classes",
 ]

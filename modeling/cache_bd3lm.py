@@ -5,10 +5,13 @@ A denoising step attends to the cache and to its own block, whose keys are stale
 where a step puts its keys without counting them, and reads everything as one view.
 """
 
+import threading
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -171,20 +174,88 @@ def append_to_cache(
     )
 
 
-def static_cache(config: PreTrainedConfig) -> StaticCache:
-    """Return a `StaticCache` for texts of any length: the model's window and the block being denoised."""
-    size = config.model_length + config.block_size
-    cache = StaticCache(config, max_cache_len=size)
-    # Also for layers with a sliding window, which is never shorter than ours: the ring of slots moves by itself.
-    cache.layers = [StaticLayer(max_cache_len=size) for _ in cache.layers]
-    return cache
+class OwnStaticCache(StaticCache):
+    """A `StaticCache` that `generate` makes for itself, for texts of any length: the window and the noisy block.
+
+    Its buffers come from [`StaticBuffers`] and go back there, unless a caller gets the cache.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.size = config.model_length + config.block_size
+        super().__init__(config, max_cache_len=self.size)
+        self.drop()
+
+    def drop(self) -> None:
+        """Let go of the buffers."""
+        # Also for layers with a sliding window, which is never shorter than ours: the ring of slots moves by itself.
+        self.layers = [StaticLayer(max_cache_len=self.size) for _ in self.layers]
+
+
+class StaticBuffers:
+    """Keys and values of fixed size that no call of `generate` uses at the moment, to be used by the next one.
+
+    Compiled code and recorded CUDA graphs know them by their addresses: with new ones, each call would record again.
+
+    Args:
+        most_bytes: buffers kept in all; those used last are kept whatever their size.
+    """
+
+    def __init__(self, most_bytes: int = 2**31) -> None:
+        self.most_bytes = most_bytes
+        self._free: list[list[Any]] = []  # the layers of each set, the set used last at the end
+        self._lock = threading.Lock()  # two threads may generate at the same time, each in buffers of its own
+
+    def take(self, cache: OwnStaticCache, like: torch.Tensor) -> None:
+        """Give buffers to a new cache, filled with zeros; `like` is keys of `(batch, heads, 0, head_dim)`."""
+        shape = (like.shape[0], like.shape[1], cache.size, like.shape[3])
+        with self._lock:
+            for index, (first, *_) in enumerate(self._free):
+                keys = first.keys
+                known = (keys.shape, keys.dtype, keys.device, keys.is_inference())
+                # Tensors of inference mode can only be written to inside of it.
+                if known == (shape, like.dtype, like.device, torch.is_inference_mode_enabled()):
+                    cache.layers = self._free.pop(index)
+                    break
+        for layer in cache.layers:
+            if layer.is_initialized:
+                layer.reset()
+            else:
+                layer.lazy_initialization(like, like)
+
+    def give_back(self, cache: OwnStaticCache) -> None:
+        """Keep the buffers of a cache that nobody else has, and drop the oldest ones beyond the limit."""
+        layers: list[Any] = cache.layers
+        cache.drop()
+        with self._lock:
+            self._free.append(layers)
+            while len(self._free) > 1 and self.num_bytes > self.most_bytes:
+                self._free.pop(0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the free buffers."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layers in self._free for layer in layers)
+
+
+# Of each model. A model that is gone takes its buffers with it; one that trains needs the memory.
+_BUFFERS: weakref.WeakKeyDictionary[nn.Module, StaticBuffers] = weakref.WeakKeyDictionary()
+
+
+def static_buffers(model: nn.Module) -> StaticBuffers:
+    """Return the free buffers of a model."""
+    return _BUFFERS.setdefault(model, StaticBuffers())
+
+
+def release_buffers(model: nn.Module) -> None:
+    """Free the buffers that are kept for the next call of `generate`."""
+    _BUFFERS.pop(model, None)
 
 
 # Values of `cache_implementation`.
 _MAKERS: dict[str | None, Callable[[PreTrainedConfig], Cache]] = {
     None: BlockCache,
     "dynamic": BlockCache,
-    "static": static_cache,
+    "static": OwnStaticCache,
 }
 _REFUSED = {
     "offloaded": "every denoising step reads the keys of all layers, which would cross the bus once per step",
@@ -206,6 +277,41 @@ def cache_maker(name: str | None) -> Callable[[PreTrainedConfig], Cache]:
             f"by the window) or 'static', or pass use_cache=False, which needs no memory."
         )
     return _MAKERS[name]
+
+
+def open_cache(
+    cache: Cache | None,
+    use_cache: bool | None,
+    length: int,
+    attention_mask: torch.Tensor | None,
+    block_size: int,
+    *,
+    training: bool,
+) -> tuple[Cache | None, int, int]:
+    """Return the cache of a forward pass, how many positions to write to it, and how many it holds."""
+    write = cache is not None if use_cache is None else use_cache
+    if cache is None:
+        cache = BlockCache() if write and not training else None
+        write = cache is not None
+    past = 0 if cache is None else int(cache.get_seq_length())
+    if write:
+        _check_whole_blocks(past + length, attention_mask, block_size)
+    return cache, length if write else 0, past
+
+
+def _check_whole_blocks(width: int, attention_mask: torch.Tensor | None, block_size: int) -> None:
+    """Refuse to store a block that is not finished: its keys would never have seen the rest of it."""
+    tokens = [width]
+    if attention_mask is not None:
+        if torch.compiler.is_compiling() or attention_mask.device.type != "cpu":
+            return
+        tokens = attention_mask.sum(1).tolist()
+    if any(count % block_size for count in tokens):
+        raise ValueError(
+            f"use_cache=True would store {tokens} tokens in all, which is not a whole number of blocks of "
+            f"{block_size}: a block is stored when it is finished, so pass whole blocks, or use_cache=False to read "
+            f"the cache only."
+        )
 
 
 def drop_oldest(cache: Cache, tokens: int) -> None:
@@ -291,11 +397,16 @@ def _check_static_size(cache: StaticCache, buffer: "SequenceBuffer", config: Any
 __all__ = [
     "BlockCache",
     "BlockCacheLayer",
+    "OwnStaticCache",
+    "StaticBuffers",
     "StaticSlots",
     "append_to_cache",
     "cache_maker",
     "check_cache",
     "clear",
     "drop_oldest",
+    "open_cache",
+    "release_buffers",
     "set_length",
+    "static_buffers",
 ]

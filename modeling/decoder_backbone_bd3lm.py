@@ -8,20 +8,20 @@ import functools
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from .attention_bd3lm import flex_attention_on_cpu, stream_visibility
-from .backbone_bd3lm import open_cache
-from .cache_bd3lm import StaticSlots, append_to_cache
+from .attention_bd3lm import flex_attention_on_cpu, flex_mask, stream_visibility
+from .cache_bd3lm import StaticSlots, append_to_cache, open_cache
 from .configuration_bd3lm_decoders import slides
 from .inputs_bd3lm import (
     Layout,
     check_arguments,
     check_attention_mask,
     check_token_ids,
+    may_read,
     token_layout,
     warn_of_visible_tokens,
 )
@@ -357,8 +357,10 @@ def check_length(layout: Layout, config: Any) -> None:
     limited = config.has_learned_positions or slides(config)
     if not limited or layout.block_ids.shape[1] <= config.longest:
         return
+    if not layout.aligned and not may_read(layout.position_ids.device):
+        return  # training must not wait for an accelerator to learn how long padded or packed rows are
     # Packed documents are each counted from their start.
-    longest = int(layout.position_ids.max()) + 1
+    longest = layout.block_ids.shape[1] if layout.aligned else int(layout.position_ids.max()) + 1
     if longest > config.longest:
         what = "sliding_window" if slides(config) else "max_position_embeddings"
         raise ValueError(
@@ -393,7 +395,7 @@ def stream_mask(
     causal = 0 if config.context == "block" else length if causal_columns is None else causal_columns
     sparse = config._attn_implementation == FLEX_ATTENTION and not dense
     options = (num_streams, first_query, causal, sparse, dtype)
-    if layout.aligned:
+    if layout.aligned and not torch.compiler.is_compiling():  # tracing looks through a cache, with a warning
         return _aligned_stream_mask(length, config.block_size, layout.block_ids.device, *options)
     return _make_stream_mask(layout, *options)
 
@@ -408,18 +410,13 @@ def _aligned_stream_mask(length: int, block_size: int, device: torch.device, *op
 def _make_stream_mask(
     layout: Layout, num_streams: int, first_query: int, causal: int, sparse: bool, dtype: torch.dtype
 ) -> torch.Tensor | BlockMask:
-    visible, device = stream_visibility(layout, causal_columns=causal), layout.block_ids.device
-    keys, rows = num_streams * layout.block_ids.shape[1], layout.num_rows
     if sparse:
-
-        def mask_mod(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            return visible(row, query + first_query, key)
-
-        batch = None if rows == 1 else rows
-        return create_block_mask(mask_mod, batch, None, keys - first_query, keys, device=device)
-    row = torch.arange(rows, device=device)[:, None, None]
-    query = torch.arange(first_query, keys, device=device)[None, :, None]
-    seen = visible(row, query, torch.arange(keys, device=device)[None, None, :]).unsqueeze(1)
+        return flex_mask(layout, num_streams, first_query, causal_columns=causal)
+    device, keys = layout.block_ids.device, num_streams * layout.block_ids.shape[1]
+    see = stream_visibility(layout, first_query=first_query, causal_columns=causal)
+    row = torch.arange(layout.num_rows, device=device)[:, None, None]
+    query = torch.arange(keys - first_query, device=device)[None, :, None]
+    seen = see(row, None, query, torch.arange(keys, device=device)[None, None, :]).unsqueeze(1)
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -torch.inf)
 
 

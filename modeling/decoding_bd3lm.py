@@ -161,9 +161,13 @@ class BlockForward:
         row_index[self._running] = torch.arange(len(kept))
         self._row_index = row_index.to(device)
 
-    def close(self) -> Cache | None:
-        """Return the cache for a later call; empty if the window has moved or rows have been dropped."""
-        return self.window.close()
+    def close(self, keep: bool = True) -> Cache | None:
+        """Return the cache for a later call; empty if the window has moved or rows have been dropped.
+
+        Args:
+            keep: whether the caller gets it. Otherwise its buffers may serve the next call.
+        """
+        return self.window.close(keep)
 
 
 @dataclass

@@ -23,11 +23,12 @@ from .generation_config_bd3lm import (
     check_generation_fields,
     check_known_fields,
     complete_generation_config,
+    window_stride,
 )
 from .inputs_bd3lm import check_attention_mask, check_token_ids
 from .logits_process_bd3lm import NucleusLogitsProcessor
 from .samplers_bd3lm import SAMPLERS, Generators, Sampler, check_generators
-from .windows_bd3lm import DecodingNetwork, compiles_by_default, fills_window, window_stride
+from .windows_bd3lm import DecodingNetwork, compiles_by_default, fills_window
 
 
 logger = logging.get_logger(__name__)
@@ -403,7 +404,7 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         # 2. and 3. Denoise, stop and stream
         write_blocks(writer, stop, streamer)
         # 4. Assemble
-        cache = writer.forward.close()
+        cache = writer.forward.close(keep=bool(generation_config.return_dict_in_generate))
         sequences = torch.cat([input_ids, stop.new_tokens()], dim=1).to(home)
         if not generation_config.return_dict_in_generate:
             return sequences
@@ -491,6 +492,7 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         for begin in buffer.blocks():
             if buffer.new_positions(begin).any():
                 writer.denoise(begin, torch.zeros(len(input_ids), dtype=torch.bool))
+        writer.forward.close(keep=False)
         # 3. Put the texts back in their columns.
         sequences = input_ids.clone()
         sequences[attention_mask.bool()] = buffer.token_ids[is_text]  # both in reading order

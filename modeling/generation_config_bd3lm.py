@@ -9,7 +9,7 @@ from transformers.generation import GenerationConfig
 
 from .decoding_state_bd3lm import check_entropy_stop
 from .samplers_bd3lm import SAMPLERS, SAMPLING_DTYPES, SCORE_SAMPLERS
-from .windows_bd3lm import WINDOWS
+from .windows_bd3lm import WINDOWS, fills_window
 
 
 class BD3LMGenerationConfig(GenerationConfig):
@@ -170,6 +170,25 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def window_stride(config: Any, stride: int | None) -> int | None:
+    """Return how many tokens a window moves of a model whose block fills it, by default half; None for other models.
+
+    Raises:
+        ValueError: if the stride exceeds the window, or the model's window moves by blocks.
+    """
+    window = config.model_length
+    if not fills_window(config):
+        if stride is not None:
+            raise ValueError(
+                f"window_stride={stride} is for models whose block fills the window of {window} tokens: this one "
+                f"moves its window by blocks of {config.block_size}. Leave it out."
+            )
+        return None
+    if stride is not None and stride > window:
+        raise ValueError(f"window_stride={stride} would skip tokens: give at most the window, model_length={window}.")
+    return stride or max(1, window // 2)
+
+
 __all__ = [
     "BD3LMGenerationConfig",
     "SEDDGenerationConfig",
@@ -179,4 +198,5 @@ __all__ = [
     "check_known_fields",
     "check_probability",
     "complete_generation_config",
+    "window_stride",
 ]

@@ -188,8 +188,8 @@ def check_labels(
         )
 
 
-def may_read(device: torch.device, may_synchronize: bool | None) -> bool:
-    """Whether values may be read back: where that waits for the device only if the caller says so."""
+def may_read(device: torch.device, may_synchronize: bool | None = None) -> bool:
+    """Return whether values may be read back. By default only on a CPU, where reading does not wait for a device."""
     return not torch.compiler.is_compiling() and (device.type == "cpu" if may_synchronize is None else may_synchronize)
 
 
@@ -272,18 +272,16 @@ def token_layout(
     Raises:
         ValueError: if documents are packed after a cache, whose documents are not known.
     """
-    look = not torch.compiler.is_compiling() and attention_mask is not None and attention_mask.device.type == "cpu"
-    if (
-        look and attention_mask is not None and bool(attention_mask.all())
-    ):  # elsewhere a look would wait for the device
+    if attention_mask is not None and may_read(attention_mask.device) and bool(attention_mask.all()):
         attention_mask = None  # no padding: aligned tiles, masks shared by all rows
     valid = None if attention_mask is None else attention_mask.bool()
     if valid is None:
         own = torch.arange(past + length, device=device).unsqueeze(0)
     else:
         own = (valid.cumsum(1) - 1).clamp(min=0)
-    compiling = torch.compiler.is_compiling()
-    if position_ids is not None and (compiling or not _counts_on(position_ids, own[:, past:], valid)):
+    # Training has no cache, and must not wait for the device to learn that there is one document only.
+    may_look = may_read(device, True if past else None)
+    if position_ids is not None and not (may_look and _counts_on(position_ids, own[:, past:], valid)):
         if past:
             raise ValueError("position_ids of several documents do not go with a cache: pass the documents apart.")
         return _packed_layout(position_ids, block_size, valid)
@@ -303,7 +301,8 @@ def _packed_layout(position_ids: torch.Tensor, block_size: int, valid: torch.Ten
     begins_block = begins | (position_ids % block_size == 0)
     if valid is not None:
         begins_block = begins_block & valid  # padding begins nothing
-    return Layout(position_ids, (begins_block.cumsum(1) - 1).clamp(min=0), valid, begins.cumsum(1))
+    block_ids = (begins_block.cumsum(1) - 1).clamp(min=0)
+    return Layout(position_ids, block_ids, valid, begins.cumsum(1).expand_as(block_ids))
 
 
 class Documents(NamedTuple):
@@ -323,6 +322,18 @@ class Documents(NamedTuple):
         return joined.view(shape)
 
 
+def check_positions(position_ids: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    """Refuse positions of another shape than the tokens; one row of them serves all rows.
+
+    Raises:
+        ValueError: if the shape is neither `(batch, length)` nor `(1, length)`.
+    """
+    if position_ids is not None and tuple(position_ids.shape) not in (tuple(shape), (1, shape[1])):
+        raise ValueError(
+            f"position_ids of shape {tuple(position_ids.shape)} do not fit tokens of shape {tuple(shape)}."
+        )
+
+
 def find_documents(
     position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, shape: torch.Size
 ) -> Documents | None:
@@ -339,10 +350,7 @@ def find_documents(
     """
     if position_ids is None:
         return None
-    if tuple(position_ids.shape) not in (tuple(shape), (1, shape[1])):
-        raise ValueError(
-            f"position_ids of shape {tuple(position_ids.shape)} do not fit tokens of shape {tuple(shape)}."
-        )
+    check_positions(position_ids, shape)
     position_ids = position_ids.expand(shape)
     real = torch.ones(shape, dtype=torch.bool, device=position_ids.device)
     real = real if attention_mask is None else attention_mask.bool()
@@ -376,6 +384,7 @@ __all__ = [
     "check_labels",
     "check_labels_reach_the_loss",
     "check_not_next_token_training",
+    "check_positions",
     "check_text",
     "check_token_ids",
     "check_with_labels",

@@ -127,9 +127,10 @@ def denoising_loss(
     num_noise_samples = masked.shape[1] // length
     check_noise_samples(num_noise_samples, config.time_conditioning)
     # 3. Hidden states of the masked positions
-    indices, is_masked = masked_indices(
-        masked, move_chance_bound(config, low, high, model.training), config, may_synchronize
-    )
+    # A block of one token, of which packed documents may have many, is masked whole by an exact number.
+    packed = layout.document_ids is not None and config.masking == "exact_k"
+    bound = 1.0 if packed else move_chance_bound(config, low, high, model.training)
+    indices, is_masked = masked_indices(masked, bound, config, may_synchronize)
     x_t = torch.where(masked, config.mask_token_id, input_ids.repeat(1, num_noise_samples))
     sigma = sigma_of(config, move_chance)
     hidden = model.noisy_hidden(x_t, input_ids, layout, indices, sigma, num_noise_samples=num_noise_samples)
@@ -189,9 +190,14 @@ def move_chance_bound(config: PreTrainedConfig, low: float, high: float, trainin
     return high if config.resample and clips(low, high) else mean_move_chance(config.noise, low, high)
 
 
-@functools.lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result  # it decides shapes, so tracing must not turn it into a tensor
 def mean_move_chance(noise: str, low: float, high: float) -> float:
     """Return the mean masking probability of a schedule over times t uniform on [low, high]."""
+    return _mean_move_chance(noise, low, high)
+
+
+@functools.lru_cache(maxsize=64)
+def _mean_move_chance(noise: str, low: float, high: float) -> float:
     return noise_schedule(noise)(torch.linspace(low, high, 1001, dtype=torch.float64)).move_chance.mean().item()
 
 
@@ -242,7 +248,8 @@ def corrupt(
             f"of packed documents: give one column for each, or leave the noise out."
         )
     # The noise samples of a sequence are one long row of num_noise_samples * blocks blocks.
-    num_noise_samples, noise = noise.num_noise_samples, Noise(*(x.to(device) for x in noise.side_by_side()))
+    num_noise_samples = noise.num_noise_samples
+    noise = Noise(*(x.to(device, non_blocking=True) for x in noise.side_by_side()))
     blocks = noise.block_noise.shape[1] // num_noise_samples
     block_ids = torch.cat([layout.block_ids + sample * blocks for sample in range(num_noise_samples)], dim=1)
     maskable = scored.maskable.repeat(1, num_noise_samples)
@@ -263,9 +270,15 @@ def corrupt(
 
 
 def _num_blocks(layout: Layout, config: PreTrainedConfig) -> int:
-    """Return the blocks of a row; packed documents may have more of them, as each ends with a shorter one."""
-    usual = config.num_blocks(layout.block_ids.shape[1])
-    return usual if layout.document_ids is None else max(usual, int(layout.block_ids.max()) + 1)
+    """Return the blocks of a row; packed documents may have more of them, as each ends with a shorter one.
+
+    Counting them would wait for an accelerator: there, packed rows get noise for as many blocks as tokens.
+    """
+    length = layout.block_ids.shape[1]
+    usual = config.num_blocks(length)
+    if layout.document_ids is None:
+        return usual
+    return max(usual, int(layout.block_ids.max()) + 1) if may_read(layout.block_ids.device) else length
 
 
 def _with_complements(
@@ -385,7 +398,8 @@ class _FusedHeadLoss(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         # Under autocast all three products run in its precision, also the in-place one, which autocast leaves alone.
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
         head = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None  # summed in the precision of the weight

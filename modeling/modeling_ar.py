@@ -24,11 +24,12 @@ from .decoding_state_bd3lm import pad_left
 from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
 from .inputs_bd3lm import (
+    Layout,
     check_arguments,
     check_labels_reach_the_loss,
+    check_positions,
     check_text,
     check_with_labels,
-    find_documents,
     token_layout,
 )
 from .likelihood_bd3lm import LikelihoodMixin, ScoringRequest, TokenNLL
@@ -205,11 +206,8 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
         if labels is not None:
             check_with_labels(input_ids, inputs_embeds=inputs_embeds, past_key_values=past_key_values)
             assert input_ids is not None  # checked
-            documents = find_documents(position_ids, attention_mask, input_ids.shape)
-            if documents is not None:
-                input_ids, labels = documents.split(input_ids, 0), documents.split(labels, -100)
-                attention_mask = documents.mask
-            return BD3LMOutput(loss=self._loss(input_ids, labels, attention_mask, num_items_in_batch))
+            check_positions(position_ids, input_ids.shape)
+            return BD3LMOutput(loss=self._loss(input_ids, labels, attention_mask, num_items_in_batch, position_ids))
         outputs = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -235,33 +233,44 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
         labels: torch.Tensor,
         attention_mask: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
+        position_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         check_text(self.config, input_ids, labels, attention_mask)
-        predicted = self._predicted(labels, attention_mask)
+        layout = self._layout(input_ids, attention_mask, position_ids)
+        predicted = self._predicted(labels, layout)
         indices = self._indices(predicted)
-        hidden = self._hidden_before(indices, input_ids, attention_mask)
+        hidden = self._hidden_before(indices, input_ids, layout)
         weights, targets = predicted.flatten()[indices].float(), labels.flatten()[indices].clamp(min=0)
         total = chunked_cross_entropy(hidden, self.logits_head(), targets, weights, self.config)
         return divide_by_count(total, predicted, num_items_in_batch)
 
     def _token_nll(self, request: ScoringRequest) -> TokenNLL:
-        input_ids, attention_mask = request.input_ids, request.attention_mask
-        predicted = self._predicted(request.labels, attention_mask)
+        input_ids = request.input_ids
+        layout = self._layout(input_ids, request.attention_mask)
+        predicted = self._predicted(request.labels, layout)
         nll = torch.zeros(input_ids.shape, device=input_ids.device)
         indices = predicted.flatten().nonzero().squeeze(1)
-        hidden = self._hidden_before(indices, input_ids, attention_mask)
+        hidden = self._hidden_before(indices, input_ids, layout)
         nll[predicted] = cross_entropy(hidden, self.logits_head(), input_ids[predicted], self.config)
         return TokenNLL(nll, predicted.float())
 
-    def _predicted(self, labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """Return which labelled tokens have a token before them, bool `(batch, length)`."""
+    def _layout(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None = None
+    ) -> Layout:
+        # Causal attention is block-causal attention over blocks of one token.
+        length, device = input_ids.shape[1], input_ids.device
+        return token_layout(attention_mask, length, 1, device=device, position_ids=position_ids)
+
+    def _predicted(self, labels: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Return which labelled tokens have a token of their document before them, bool `(batch, length)`."""
         predicted = labels != -100
         # The first token has nothing before it, and neither has the first one after padding.
         predicted[:, 0] = False
-        if attention_mask is not None:
-            real = attention_mask.bool()
-            predicted &= real
-            predicted[:, 1:] &= real[:, :-1]
+        if layout.valid is not None:
+            predicted &= layout.valid
+            predicted[:, 1:] &= layout.valid[:, :-1]
+        if layout.document_ids is not None:
+            predicted[:, 1:] &= layout.document_ids[:, 1:] == layout.document_ids[:, :-1]
         return predicted
 
     def _indices(self, predicted: torch.Tensor) -> torch.Tensor:
@@ -270,18 +279,12 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
             return predicted.flatten().nonzero().squeeze(1)
         return torch.arange(predicted.numel(), device=predicted.device).view_as(predicted)[:, 1:].flatten()
 
-    def _hidden_before(
-        self, indices: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _hidden_before(self, indices: torch.Tensor, input_ids: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Return the hidden states of the positions before those of flat indices, `(rows, hidden_dim)`."""
-        length, device = input_ids.shape[1], input_ids.device
-        # Causal attention is block-causal attention over blocks of one token.
-        layout = token_layout(attention_mask, length, 1, device=device)
         embeds = self.backbone.vocab_embed(input_ids)
-        plan = block_causal_plan(
-            layout, length, 1, implementation=self.config._attn_implementation, dtype=embeds.dtype
-        )
-        modulations = self.backbone.modulations(None, device)
+        options = {"implementation": self.config._attn_implementation, "dtype": embeds.dtype}
+        plan = block_causal_plan(layout, input_ids.shape[1], 1, **options)
+        modulations = self.backbone.modulations(None, input_ids.device)
         # The hidden state before a token predicts it: flat indices move by one, as no first token is among them.
         outputs = self.backbone.run(embeds, layout.position_ids, plan, modulations, output_indices=indices - 1)
         return cast(torch.Tensor, outputs.last_hidden_state)

@@ -10,6 +10,7 @@ from transformers.generation import GenerationMixin
 from transformers.utils import can_return_tuple
 
 from .backbone_bd3lm import BD3LMLanguageModel, BD3LMOutput, register_auto_classes
+from .cache_bd3lm import release_buffers
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
@@ -32,11 +33,17 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
     accepts_loss_kwargs = True
     sampling_eps_min: torch.Tensor
     sampling_eps_max: torch.Tensor
-    _known_interval: tuple[tuple[torch.Tensor, torch.Tensor], list[int], tuple[float, float]] | None = None
+    # The interval as it was last read, and the buffers with their versions that it was read from. Compiled code reads
+    # the text: a text is a constant to torch.compile, while floats that change would become symbols, which cannot
+    # decide shapes.
+    _interval_text: str = ""
+    _interval_source: tuple[torch.Tensor, torch.Tensor, list[int]] | None = None
 
     def train(self, mode: bool = True) -> Any:
         if mode:
             release_prepacked(self)  # copies of weights that are about to change
+            release_buffers(self)
+            self._read_interval()
         return super().train(mode)
 
     @can_return_tuple
@@ -181,22 +188,31 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
         return self.config.noise_draws
 
     def interval(self) -> tuple[float, float]:
-        """Return the interval of noise levels that training draws from."""
-        if self.config.var_min:
-            return self._interval_of_buffers()
-        return float(self.config.sampling_eps_min), float(self.config.sampling_eps_max)
+        """Return the interval of noise levels that training draws from.
 
-    def _interval_of_buffers(self) -> tuple[float, float]:
-        """Return the interval that the weights carry, read from the device only after it has changed."""
-        ends = (self.sampling_eps_min, self.sampling_eps_max)
-        # Reading a number from a GPU waits for it, and training asks for the interval in every step.
-        if any(end.is_inference() for end in ends):  # such tensors count no changes
-            return float(ends[0]), float(ends[1])
-        versions = [end._version for end in ends]
-        known = self._known_interval
-        if known is None or known[0][0] is not ends[0] or known[0][1] is not ends[1] or known[1] != versions:
-            known = self._known_interval = (ends, versions, (float(ends[0]), float(ends[1])))
-        return known[2]
+        Compiled code takes it as it was when `train`, `set_interval` or this was last called outside of it.
+        """
+        if not torch.compiler.is_compiling():
+            self._read_interval()
+        low, high = self._interval_text.split()
+        return float(low), float(high)
+
+    def _read_interval(self) -> None:
+        """Read the interval of the weights, or of the config.
+
+        Reading a number from a GPU waits for it, and training asks in every step, so it is read after a change only.
+        """
+        if not self.config.var_min:
+            self._interval_text = f"{float(self.config.sampling_eps_min)} {float(self.config.sampling_eps_max)}"
+            return
+        low, high = self.sampling_eps_min, self.sampling_eps_max
+        if low.is_meta:
+            return
+        counts = not (low.is_inference() or high.is_inference())  # tensors of inference mode count no changes
+        source = (low, high, [low._version, high._version]) if counts else None
+        known = self._interval_source
+        if known is None or source is None or known[0] is not low or known[1] is not high or known[2] != source[2]:
+            self._interval_text, self._interval_source = f"{float(low)} {float(high)}", source
 
     def set_interval(self, low: float, high: float) -> None:
         """Draw the noise levels of training from [low, high] from now on. Weights and config save the interval.
@@ -210,6 +226,7 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
         if self.config.var_min:
             self.sampling_eps_min.fill_(low)
             self.sampling_eps_max.fill_(high)
+        self._read_interval()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as transformers does, with the interval of the weights in `config.json`."""

@@ -27,6 +27,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+from .attention_bd3lm import automatic_attention
 from .backbone_bd3lm import check_resize
 from .cache_bd3lm import BlockCache
 from .configuration_bd3lm_decoders import (
@@ -50,7 +51,7 @@ from .decoder_backbone_bd3lm import (
     stream_mask,
 )
 from .inputs_bd3lm import Layout, check_not_next_token_training, warn_of_visible_tokens
-from .loss_bd3lm import chunked_cross_entropy, denoising_loss, loss_mask
+from .loss_bd3lm import chunked_cross_entropy, denoising_loss, loss_mask, masked_indices
 from .modeling_bd3lm import BlockDiffusionMixin
 from .saving_bd3lm import SelfContainedMixin
 
@@ -81,6 +82,8 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
                 f"attn_implementation={attn_implementation!r}: FlashAttention takes no mask of two streams. Use "
                 f"'sdpa', or 'flex_attention' on a GPU."
             )
+        if attn_implementation == "auto":
+            attn_implementation = automatic_attention() if self._supports_flex_attn else None
         if attn_implementation == "flex_attention" and not self._supports_flex_attn:
             raise ValueError(
                 f"attn_implementation='flex_attention': {type(self).__bases__[-1].__name__} does not take its "
@@ -227,8 +230,10 @@ class _TwoLossNetwork:
         """Return the loss of each scored token given those before it, over the denominator of [`denoising_loss`]."""
         own = {"ignore_bos": self.config.ignore_bos, "training": self.training}
         predicted = loss_mask(self.layout, labels, ignore_bos=True, training=False).counted[:, 1:]
-        targets = labels[:, 1:][predicted]
-        hidden, weights = self.clean_hidden[:, :-1][predicted], torch.ones(targets.shape, device=targets.device)
+        indices, is_predicted = masked_indices(predicted, 1.0, self.config)
+        targets = labels[:, 1:].flatten()[indices].clamp(min=0)
+        hidden = self.clean_hidden[:, :-1].flatten(0, 1)[indices]
+        weights = torch.ones(targets.shape, device=targets.device) if is_predicted is None else is_predicted
         total = chunked_cross_entropy(hidden, self.logits_head(), targets, weights, self.config)
         counted = loss_mask(self.layout, labels, **own).counted.sum().clamp(min=1)
         return total / (counted if num_items_in_batch is None else num_items_in_batch)

@@ -7,16 +7,20 @@ A finished block is written to the cache by the first denoising step of the next
 forward passes as it has denoising steps.
 """
 
+import threading
+import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, StaticCache
 from transformers.generation import CompileConfig
 from transformers.utils import is_triton_available
 
 from .attention_bd3lm import AttentionPlan, block_causal_plan, decoding_plan, slots_plan
-from .cache_bd3lm import StaticSlots, check_cache, clear, drop_oldest, set_length
+from .cache_bd3lm import OwnStaticCache, StaticSlots, check_cache, clear, drop_oldest, set_length, static_buffers
 from .decoding_state_bd3lm import SequenceBuffer
 from .inputs_bd3lm import token_layout
 
@@ -163,8 +167,8 @@ class Window:
         self.rows = kept if self.rows is None else self.rows[kept]
         return True
 
-    def close(self) -> Cache | None:
-        """Return the cache for a later call."""
+    def close(self, keep: bool = True) -> Cache | None:
+        """Return the cache for a later call; without `keep` nobody gets it."""
         return self.cache
 
     def _forward(
@@ -231,7 +235,7 @@ class CachedWindow(Window):
             self._forget(oldest - self.first)
         return hidden
 
-    def close(self) -> Cache:
+    def close(self, keep: bool = True) -> Cache:
         """Return the cache, emptied if it lacks rows or if its keys stand at positions that no later prompt has."""
         if self.first or self.rows is not None:
             clear(self.cache)
@@ -292,10 +296,20 @@ class StaticWindow(CachedWindow):
         heads, width = network.key_value_shape
         shape = (buffer.token_ids.shape[0], heads, 0, width)
         empty = torch.empty(shape, dtype=network.dtype, device=buffer.token_ids.device)
+        self._is_own = isinstance(cache, OwnStaticCache) and not cache.layers[0].is_initialized
+        if isinstance(cache, OwnStaticCache) and self._is_own:
+            static_buffers(network.model).take(cache, empty)
         layer: Any
         for layer in cache.layers:
             if not layer.is_initialized:
                 layer.lazy_initialization(empty, empty)
+
+    def close(self, keep: bool = True) -> Cache:
+        """Return the cache; without `keep` its buffers serve the next call, and it comes back without any."""
+        if isinstance(self.cache, OwnStaticCache) and self._is_own and not keep:
+            static_buffers(self.network.model).give_back(self.cache)
+            return self.cache
+        return super().close()
 
     def keep_rows(self, kept: torch.Tensor) -> bool:
         return False  # another batch size would be another shape to compile
@@ -322,6 +336,10 @@ class StaticWindow(CachedWindow):
         )
         if num_committed:
             set_length(self.cache, begin - self.first)
+            cache: Any = self.cache
+            if self.compiled and getattr(cache, "clean_hidden", None) is not None:
+                # All steps of the block read it, and what a CUDA graph returns is overwritten by its next run.
+                cache.clean_hidden = cache.clean_hidden.clone()
         return hidden.flatten(0, 1)[positions]
 
     def _mask(self, begin: int, num_committed: int) -> torch.Tensor:
@@ -355,7 +373,7 @@ class StaticWindow(CachedWindow):
 
 
 def static_step(network: DecodingNetwork, *inputs: Any) -> torch.Tensor:
-    """Run [`DecodingNetwork.static_hidden`]. A function of the module, so that later calls find it compiled."""
+    """Run [`DecodingNetwork.static_hidden`]."""
     return network.static_hidden(*inputs)
 
 
@@ -376,8 +394,10 @@ def open_window(
     exact = WINDOWS[generation_config.window]
     if not isinstance(cache, StaticCache):
         return CachedWindow(network, buffer, cache, exact)
-    compiled = _is_compiled(network.device, generation_config)
-    step = _compile_step(generation_config.compile_config or CompileConfig()) if compiled else static_step
+    step: Callable = static_step
+    if _is_compiled(network.device, generation_config):
+        shape = (len(buffer.token_ids), cache.layers[0].max_cache_len)  # type: ignore[union-attr]
+        step = _compiled_step(network, shape, generation_config.compile_config or CompileConfig())
     return StaticWindow(network, buffer, cache, exact, step)
 
 
@@ -406,34 +426,40 @@ def _is_compiled(device: torch.device, generation_config: Any) -> bool:
     return generation_config.compile_config is not None or device.type in ("cuda", "xpu")
 
 
-def _compile_step(config: CompileConfig) -> Callable:
+# The compiled step of each model, shape and way of compiling, those used last at the end. Code that was compiled for
+# one must not be counted with that for another: torch gives up on a function after 8 versions of it.
+_STEPS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Callable]] = weakref.WeakKeyDictionary()
+_MOST_STEPS = 16  # of a model; a server has one for each size of its batches
+_STEPS_LOCK = threading.Lock()
+
+
+def _compiled_step(network: DecodingNetwork, shape: tuple[int, int], config: CompileConfig) -> Callable:
+    """Return [`static_step`] compiled for batches of a shape, the same function in every call.
+
+    Args:
+        shape: rows of the batch and slots of the cache.
+    """
     options = config.to_dict()
     options["dynamic"] = bool(options["dynamic"])  # by default a graph for each shape, of which a text has two
-    return torch.compile(static_step, **options)
+    if options["mode"] == "reduce-overhead" and threading.current_thread() is not threading.main_thread():
+        options["mode"] = "default"  # torch records CUDA graphs in the thread that imported it, and fails elsewhere
+    key = (shape, network.dtype, network.device, repr(options))
+    with _STEPS_LOCK:
+        steps = _STEPS.setdefault(network.model, {})
+        step = steps.pop(key, None)
+        if step is None:
+            # The same function with a code object of its own, which is what torch counts versions by.
+            own: Any = types.FunctionType(static_step.__code__.replace(), static_step.__globals__)
+            step = torch.compile(own, **options)
+        steps[key] = step
+        while len(steps) > _MOST_STEPS:
+            steps.pop(next(iter(steps)))
+    return step
 
 
 def fills_window(config: Any) -> bool:
     """Whether a block is as long as the window, so that nothing in it is finished early and could be cached."""
     return bool(config.block_size == config.model_length)
-
-
-def window_stride(config: Any, stride: int | None) -> int | None:
-    """Return how many tokens a window moves of a model whose block fills it, by default half; None for other models.
-
-    Raises:
-        ValueError: if the stride exceeds the window, or the model's window moves by blocks.
-    """
-    window = config.model_length
-    if not fills_window(config):
-        if stride is not None:
-            raise ValueError(
-                f"window_stride={stride} is for models whose block fills the window of {window} tokens: this one "
-                f"moves its window by blocks of {config.block_size}. Leave it out."
-            )
-        return None
-    if stride is not None and stride > window:
-        raise ValueError(f"window_stride={stride} would skip tokens: give at most the window, model_length={window}.")
-    return stride or max(1, window // 2)
 
 
 __all__ = [
@@ -445,5 +471,4 @@ __all__ = [
     "compiles_by_default",
     "fills_window",
     "open_window",
-    "window_stride",
 ]

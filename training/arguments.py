@@ -165,7 +165,12 @@ class ModelArguments:
     ar_loss_weight: float | None = field(
         default=None, metadata={"help": "Decoders with context=token: weight of the next-token loss."}
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel: eager, sdpa or flex."})
+    attn_implementation: str = field(
+        default="auto",
+        metadata={
+            "help": "Attention kernel: eager, sdpa, flex_attention, or auto: flex_attention on CUDA, else sdpa."
+        },
+    )
     num_denoising_steps: int | None = field(
         default=None,
         metadata={"help": "Denoising steps of a block when samples are generated; saved in the generation config."},
@@ -388,6 +393,9 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
         self.bf16 = self.bf16 or precision == "bf16"
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation(launched)
+        if self.accelerator_config is None:
+            # Batches in pinned memory are copied to a GPU while it still works on the last one.
+            self.accelerator_config = {"non_blocking": bool(self.dataloader_pin_memory)}
         super().__post_init__()
         if self.world_size != launched:
             raise ValueError(

@@ -7,6 +7,7 @@ checkpoint is the best. `compute_metrics` and `predict` receive the NLL of every
 from typing import Any
 
 import numpy
+import torch
 from accelerate.utils import gather_object
 from transformers.trainer_utils import EvalPrediction, PredictionOutput
 
@@ -189,7 +190,11 @@ class EvaluatingTrainer(AveragingTrainer):
                 share=(args.process_index, args.world_size),
             )
         if not args.interval_search_fixed:
-            self.accelerator.unwrap_model(self.model, keep_torch_compile=False).set_interval(*found.interval)
+            trained = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            if args.torch_compile and trained.interval() != found.interval:
+                # An interval is part of the compiled code, of which torch keeps 8 versions before it gives up.
+                torch.compiler.reset()
+            trained.set_interval(*found.interval)
         self.log(interval_metrics(found))
         if self.is_world_process_zero():
             record_search(found, args.output_dir, step=self.state.global_step, adopted=not args.interval_search_fixed)

@@ -51,8 +51,10 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
             weights are missing, unexpected or not finite, or special tokens contradict the tokenizer's.
     """
     keywords: dict[str, Any] = {}
-    if arguments.attn_implementation is not None:
-        keywords["attn_implementation"] = arguments.attn_implementation
+    implementation = arguments.attn_implementation
+    # An encoder that SSD-LM is built around has transformers' attention, and so has every model on a CPU.
+    if implementation != "auto" or trains_by_flex(arguments.model_type, PartialState().device):
+        keywords["attn_implementation"] = implementation
     head, name, fields = model_class(arguments.model_type), arguments.init_from, arguments.config_fields()
     config = None if name is None else read_config(name, argument="--init_from")
     if name is None:
@@ -79,6 +81,11 @@ def _new_model(model_type: str, tokenizer: Any, fields: dict[str, Any], **keywor
     config = new_config(model_type, vocab_size=vocab_size, **_special_tokens(tokenizer), **fields)
     check_memory(config)
     return AutoModelForCausalLM.from_config(config, **keywords)
+
+
+def trains_by_flex(model_type: str, device: torch.device) -> bool:
+    """Return whether `--attn_implementation auto` chooses flex attention where it can, as it does on CUDA."""
+    return device.type == "cuda" and not hasattr(model_class(model_type), "from_encoder")
 
 
 def check_memory(config: Any) -> None:

@@ -35,6 +35,9 @@ BUDGET = 540.0  # seconds of the whole check
 
 def run_tests(settings: Settings) -> Iterator[Row]:
     """Run the tests marked `gpu`."""
+    if missing := measurements.has("pytest"):
+        yield Row("tests marked gpu", None, goal="all pass", note=missing)
+        return
     environment = {**os.environ, "BD3LM_TEST_DEVICE": settings.device}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=short", str(ROOT / "tests" / "gpu")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)

@@ -1,0 +1,141 @@
+"""Compiled denoising steps: one for each shape for all calls, in buffers that calls pass on, also between threads."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from decoders import tiny_decoder
+from transformers.generation import CompileConfig
+
+from bd3lm_hf.modeling import windows_bd3lm
+from bd3lm_hf.modeling.cache_bd3lm import OwnStaticCache, StaticBuffers
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def graphs():
+    return []
+
+
+@pytest.fixture
+def compiled(graphs):
+    """Options of `generate` for a step whose graphs are counted."""
+
+    def backend(graph, inputs, **options):
+        graphs.append(graph)
+        return graph
+
+    config = CompileConfig(backend=backend, fullgraph=True)
+    return {"cache_implementation": "static", "compile_config": config, "do_sample": False, "max_new_tokens": 20}
+
+
+def prompts(rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 40, (rows, 9), generator=torch.Generator().manual_seed(seed))
+
+
+def plain(model, ids: torch.Tensor, **options) -> torch.Tensor:
+    return model.generate(ids, do_sample=False, max_new_tokens=20, cache_implementation="dynamic", **options)
+
+
+def test_each_shape_is_compiled_once_for_all_calls(make_model, compiled, graphs):
+    model, counts = make_model(), []
+    for call, rows in enumerate((1, 1, 3, 1, 3)):
+        ids = prompts(rows, call)
+        assert torch.equal(model.generate(ids, **compiled), plain(model, ids))
+        counts.append(len(graphs))
+    assert counts == [2, 2, 4, 4, 4]  # with and without a block to write
+
+
+def test_more_shapes_than_torch_allows_of_one_function_stay_compiled(make_model, compiled, graphs):
+    model = make_model()
+    for rows in range(1, 11):
+        model.generate(prompts(rows), **{**compiled, "max_new_tokens": 8})
+    assert len(graphs) == 20
+
+
+def test_threads_that_generate_at_the_same_time_do_not_disturb_each_other(make_model, compiled):
+    model, texts = make_model(), {}
+    threads = [
+        threading.Thread(target=lambda seed=seed: texts.update({seed: model.generate(prompts(2, seed), **compiled)}))
+        for seed in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(3):
+        assert torch.equal(texts[seed], plain(model, prompts(2, seed)))
+
+
+def test_a_cache_that_a_caller_holds_serves_no_other_call(make_model, compiled):
+    model = make_model()
+    first = model.generate(prompts(2), return_dict_in_generate=True, **compiled)
+    held = [layer.keys.clone() for layer in first.past_key_values.layers]
+    model.generate(prompts(2, seed=1), **compiled)
+    assert all(torch.equal(a, layer.keys) for a, layer in zip(held, first.past_key_values.layers, strict=True))
+    longer = model.generate(first.sequences, past_key_values=first.past_key_values, **compiled)
+    assert torch.equal(longer, plain(model, first.sequences))
+    assert first.past_key_values.layers[0].is_initialized
+
+
+def test_buffers_of_inference_mode_serve_no_other_mode(make_model, compiled):
+    model = make_model()
+    with torch.inference_mode():
+        inside = model.generate(prompts(2), **compiled)
+    assert torch.equal(inside, model.generate(prompts(2), **compiled))
+
+
+def test_what_a_call_left_in_the_buffers_is_not_seen_by_the_next(make_model, compiled):
+    model, ids = make_model(), prompts(2)
+    expected = plain(model, ids)
+    head, weight = model.get_output_embeddings(), model.backbone.blocks[0].attn_qkv.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(float("nan"))
+        model.generate(ids, **compiled)
+        weight.copy_(kept)
+    assert head.weight.isfinite().all() and torch.equal(model.generate(ids, **compiled), expected)
+
+
+def test_a_shifted_decoder_reads_the_state_of_the_block_before(compiled):
+    model = tiny_decoder("llama", alignment="shifted", eos_token_id=None)
+    ids = prompts(2)
+    assert torch.equal(model.generate(ids, **compiled), plain(model, ids))
+
+
+def test_free_buffers_are_bounded_and_those_used_last_stay(tiny_config):
+    one = torch.empty(1, 2, 0, 16)
+    cache = OwnStaticCache(tiny_config)
+    size = 2 * 2 * 2 * cache.size * 16 * 4  # layers, keys and values, heads, slots, width, bytes
+    buffers = StaticBuffers(most_bytes=3 * size)
+    addresses = {}
+    for rows in (1, 2, 4, 1):
+        cache = OwnStaticCache(tiny_config)
+        buffers.take(cache, one.expand(rows, -1, -1, -1))
+        addresses.setdefault(rows, []).append(cache.layers[0].keys.data_ptr())
+        buffers.give_back(cache)
+        assert not cache.layers[0].is_initialized
+    assert buffers.num_bytes <= 3 * size  # that of four rows went when that of one row came back
+    cache = OwnStaticCache(tiny_config)
+    buffers.take(cache, one)
+    assert cache.layers[0].keys.data_ptr() == addresses[1][-1] and not cache.layers[0].keys.any()
+
+
+def test_a_model_that_is_gone_or_trains_keeps_no_buffers(make_model, compiled):
+    model = make_model()
+    model.generate(prompts(2), **compiled)
+    assert windows_bd3lm.static_buffers(model).num_bytes
+    assert not windows_bd3lm.static_buffers(model.train()).num_bytes
+    model.eval().generate(prompts(2), **compiled)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
