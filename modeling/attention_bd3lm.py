@@ -31,7 +31,7 @@ _TILE = 256  # queries of a tile, rounded up to whole blocks; measured on CPU: 1
 
 
 def automatic_attention(device: torch.device | None = None, *, has_triton: bool | None = None) -> str:
-    """Return what `attn_implementation="auto"` stands for: flex attention on a CUDA device with triton, else sdpa.
+    """Return the meaning of `attn_implementation="auto"`: flex attention on a CUDA device with triton, else sdpa.
 
     Flex skips the three quarters of the doubled sequence that no query sees. Its kernel is compiled when it is first
     used, which pays in training; models that are loaded for anything else get transformers' default, sdpa.
@@ -140,7 +140,7 @@ def decoding_plan(
     *,
     num_out_of_window: int = 0,
 ) -> AttentionPlan:
-    """Attention of a denoising step `[finished block ; noisy block]` behind a cache of `past` tokens.
+    """Plan the attention of a denoising step `[finished block ; noisy block]` after a cache of `past` tokens.
 
     The noisy block sees everything; the finished one, whose keys are being written, sees all but the noisy block.
 
@@ -421,7 +421,7 @@ def stream_visibility(layout: Layout, *, first_query: int = 0, causal_columns: i
     are such tensors, so flex attention, once compiled for their shapes, is not compiled again for another batch.
 
     Args:
-        first_query: the key that query 0 stands at.
+        first_query: index of the key at the position of query 0.
         causal_columns: leading tokens of x_0 that see nothing to their right, as in an autoregressive model.
     """
     length, block_ids, valid, document_ids = layout.block_ids.shape[1], *layout[1:]

@@ -141,7 +141,7 @@ Modulations = list[torch.Tensor | tuple[torch.Tensor | None, ...] | None]
 
 
 class BD3LMModel(BD3LMPreTrainedModel):
-    """The backbone: token ids to normed hidden states, ready for the head. It knows nothing of noise or losses."""
+    """The backbone: token ids to normed hidden states, ready for the head. Noise and losses are elsewhere."""
 
     def __init__(self, config: BD3LMConfig) -> None:
         super().__init__(config)
@@ -281,7 +281,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         if clean_input_ids is not None and (past_key_values is not None or clean_input_ids.shape != embeds.shape[:2]):
             raise ValueError(
                 f"clean_input_ids of shape {tuple(clean_input_ids.shape)} must have the shape of the noisy input, "
-                f"{tuple(embeds.shape[:2])}, and no cache beside it: x_0 itself is the context."
+                f"{tuple(embeds.shape[:2])}, and no cache: x_0 itself is the context."
             )
         if clean_input_ids is None or length <= self.config.block_size:
             plan = block_causal_plan(layout, length, self.config.block_size, **options)

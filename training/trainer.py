@@ -196,11 +196,12 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
         return norm
 
     def _stop_if_not_finite(self, norm: torch.Tensor | float | None) -> None:
-        signalled = torch.tensor(self.signals.received is not None, device=self.args.device)
+        # Filled on the device, where a copy from the host would wait for it.
+        signalled = torch.full((), self.signals.received is not None, device=self.args.device)
         answers = torch.stack([*self._finite, signalled])
         self._finite = []
         # Every process takes part and reads the same answers, so all of them stop together, and at the same step.
-        answers = self.accelerator.gather(answers).view(self.args.world_size, -1)
+        answers = self.accelerator.gather(answers).view(self.args.world_size, -1).cpu()
         self.signals.agreed = bool(answers[:, -1].any())
         finite = answers[:, :-1]
         if not bool(finite.all()):

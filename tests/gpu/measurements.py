@@ -1,4 +1,4 @@
-"""The measurements of the GPU check: each part times a piece of work beside a named rival in the same process.
+"""The measurements of the GPU check: each part times its work against a rival in the same process.
 
 A part is a function `(settings) -> iterator of rows`. It yields each row as soon as it is known, so that a later
 failure loses nothing.
@@ -30,7 +30,7 @@ VOCAB_SIZE = 50_304  # a multiple of 64, as the head's products want it on tenso
 
 
 class Settings(NamedTuple):
-    """Where and at which size the check runs; `tiny` keeps every line of it alive on a CPU."""
+    """Device and size of the check; `tiny` runs every line of it on a CPU."""
 
     device: str = "cuda"
     tiny: bool = False
@@ -224,7 +224,7 @@ def graphs() -> int:
 
 
 def measure_training(settings: Settings) -> Iterator[Row]:
-    """Time the training step beside GPT-2's, with its memory, MFU and recompilations."""
+    """Time the training step against GPT-2's, with its memory, MFU and recompilations."""
     batch, length = (2, 16) if settings.tiny else (16, 1024)
     ids = torch.randint(0, settings.vocab_size - 1, (batch, length), device=settings.device)
     peak = peak_tflops_of(torch.cuda.get_device_name()) if settings.device.startswith("cuda") else 0.0
@@ -251,7 +251,7 @@ def measure_training(settings: Settings) -> Iterator[Row]:
 
 
 def measure_attention(settings: Settings) -> Iterator[Row]:
-    """Time the training step beside the doubled sequence with a dense mask, by length."""
+    """Time the training step against the doubled sequence with a dense mask, by length."""
     block_size, last = 4, 0.0
     for length in (8,) if settings.tiny else (1024, 2048, 4096):
         batch = 2 if settings.tiny else 16384 // length
@@ -283,7 +283,7 @@ def measure_attention(settings: Settings) -> Iterator[Row]:
 
 
 def measure_generation(settings: Settings) -> Iterator[Row]:
-    """Time sampled text beside GPT-2's with a static, compiled cache; batch 1, 8 and 64; compiled beside eager."""
+    """Time generation against GPT-2 with a static, compiled cache, and compiled against eager; batch 1, 8 and 64."""
     new_tokens = 8 if settings.tiny else 1024
     dtype = torch.float32 if settings.tiny else torch.bfloat16
     ours = bd3lm(settings, 4, 2 * new_tokens).to(dtype).eval()
@@ -333,7 +333,7 @@ def measure_generation(settings: Settings) -> Iterator[Row]:
 
 
 def measure_likelihood(settings: Settings) -> Iterator[Row]:
-    """Time the exact and the stratified bound beside one draw."""
+    """Time the exact and the stratified bound against one noise sample."""
     batch, length = (2, 16) if settings.tiny else (64, 1024)
     model = bd3lm(settings, 4, length).to(torch.float32 if settings.tiny else torch.bfloat16).eval()
     ids = torch.randint(0, settings.vocab_size - 1, (batch, length), device=settings.device)

@@ -1,4 +1,4 @@
-"""What must hold on a CUDA device. `BD3LM_TEST_DEVICE=cpu` runs those that need no CUDA, to keep them alive."""
+"""Tests on a CUDA device. `BD3LM_TEST_DEVICE=cpu` runs those that can run on a CPU."""
 
 import os
 

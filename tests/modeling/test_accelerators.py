@@ -1,7 +1,7 @@
-"""What a CPU can show of training on an accelerator: no step waits for the device, and no batch is compiled again.
+"""Training on an accelerator, as far as a CPU can show it: no step waits for the device or is compiled again.
 
-The meta device stands for the accelerator: it is not a CPU, and it has no values, so each attempt to read one fails.
-Compiled code stands for it too where values are compared, since neither looks at a tensor to choose its way.
+The meta device takes the place of the accelerator: it is not a CPU, and it has no values, so an attempt to read one
+fails. Where values are compared, compiled code takes its place: neither looks at values to choose its way.
 """
 
 from typing import Any
@@ -13,6 +13,8 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from bd3lm_hf.modeling.attention_bd3lm import automatic_attention
 
 
 SIZES = {"vocab_size": 48, "model_length": 32, "hidden_dim": 32, "cond_dim": 16, "n_blocks": 1, "n_heads": 2}
@@ -153,3 +155,22 @@ def test_a_new_interval_is_compiled_into_the_step(make):
             losses.append(run(**batch).loss.detach())
         torch.testing.assert_close(*losses)
         assert graphs() == min(number + 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("device", "has_triton", "expected"),
+    [("cuda", True, "flex_attention"), ("cuda", False, "sdpa"), ("cpu", True, "sdpa"), ("mps", True, "sdpa")],
+)
+def test_auto_is_flex_attention_on_cuda_and_sdpa_elsewhere(device, has_triton, expected):
+    assert automatic_attention(torch.device(device), has_triton=has_triton) == expected
+
+
+@pytest.mark.parametrize("name", ["bd3lm", "llama"])
+def test_auto_may_be_asked_for_wherever_an_implementation_is_named_and_any_other_choice_wins(make, name, tmp_path):
+    make(name).save_pretrained(tmp_path)
+    for asked in ("auto", "eager", "sdpa", None):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=asked)
+        assert model.config._attn_implementation == (automatic_attention() if asked == "auto" else asked or "sdpa")
+    model.set_attn_implementation("eager")
+    model.set_attn_implementation("auto")
+    assert model.config._attn_implementation == automatic_attention()
