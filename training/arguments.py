@@ -393,10 +393,11 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
         self.bf16 = self.bf16 or precision == "bf16"
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation(launched)
-        if self.accelerator_config is None:
-            # Batches in pinned memory are copied to a GPU while it still works on the last one.
-            self.accelerator_config = {"non_blocking": bool(self.dataloader_pin_memory)}
+        chooses_copies = self.accelerator_config is not None
         super().__post_init__()
+        if not chooses_copies:
+            # Batches in pinned memory are copied to a GPU while it still works on the last one.
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
         if self.world_size != launched:
             raise ValueError(
                 f"the launcher started {launched} processes but this run sees {self.world_size}, so each would train "

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from bd3lm_hf.training.arguments import REFUSED_FIELDS, BD3LMTrainingArguments
+from bd3lm_hf.training.arguments import REFUSED_FIELDS, BD3LMTrainingArguments, ModelArguments
+from bd3lm_hf.training.train import trains_by_flex
 
 
 def arguments_of(folder, **fields) -> BD3LMTrainingArguments:
@@ -16,6 +17,24 @@ def test_defaults_are_the_optimisation_of_the_paper():
     assert training.lr_scheduler_type == "constant_with_warmup"
     assert (training.adam_beta1, training.adam_beta2, training.adam_epsilon) == (0.9, 0.999, 1e-8)
     assert (training.weight_decay, training.max_grad_norm) == (0.0, 1.0)
+
+
+def test_a_gpu_gets_its_batches_while_it_works_and_a_fused_optimizer(tmp_path):
+    training = arguments_of(tmp_path, use_cpu=False)
+    assert training.dataloader_pin_memory and training.accelerator_config.non_blocking
+    assert training.optim == "adamw_torch_fused"
+    assert not arguments_of(tmp_path).accelerator_config.non_blocking  # a CPU needs no copy
+    chosen = arguments_of(tmp_path, use_cpu=False, accelerator_config={"non_blocking": False})
+    assert not chosen.accelerator_config.non_blocking
+
+
+@pytest.mark.parametrize(
+    ("device", "model_type", "expected"),
+    [("cuda", "bd3lm", True), ("cuda", "ar", True), ("cuda", "ssdlm", False), ("cpu", "bd3lm", False)],
+)
+def test_training_on_cuda_chooses_flex_attention_by_itself(device, model_type, expected):
+    assert ModelArguments().attn_implementation == "auto"
+    assert trains_by_flex(model_type, torch.device(device)) is expected
 
 
 @pytest.mark.parametrize(
