@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForMaskedLM, TextStreamer, Trainer, TrainingArguments
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
+from bd3lm_hf.modeling.cache_bd3lm import static_buffers
 
 
 DEVICE = os.environ.get("BD3LM_TEST_DEVICE", "cuda")
@@ -69,10 +70,10 @@ def test_flex_equals_eager(make, dtype, padded):
 @pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
 def test_a_compiled_training_step_equals_an_eager_one_without_recompiling(make, implementation):
     model = make(implementation if CUDA else "sdpa").train()
-    ids, mask = batch_of()
-    run = torch.compile(model, backend="inductor" if CUDA else "eager")
+    ids, mask = batch_of(padded=True)
+    run = torch.compile(model, backend="inductor" if CUDA else "eager", fullgraph=True)
     for seed in range(4):
-        noise = noise_of(ids.roll(seed))
+        noise, mask = noise_of(ids.roll(seed)), mask.roll(1, 0)
         expected = model(input_ids=ids, attention_mask=mask, labels=ids, **noise).loss
         torch.testing.assert_close(run(input_ids=ids, attention_mask=mask, labels=ids, **noise).loss, expected)
         if seed == 1:
@@ -166,6 +167,20 @@ def test_a_static_cache_gives_the_text_of_a_dynamic_one(make):
     )
 
 
+@needs_cuda
+def test_a_compiled_step_serves_later_calls_in_the_same_memory(make):
+    model, counts = make().eval(), []
+    for length in (9, 9, 14):
+        ids, mask = batch_of(length=length)
+        text = model.generate(ids, attention_mask=mask, max_new_tokens=23, do_sample=False)
+        plain = model.generate(
+            ids, attention_mask=mask, max_new_tokens=23, do_sample=False, cache_implementation="dynamic"
+        )
+        assert torch.equal(text, plain)
+        counts.append((torch._dynamo.utils.counters["stats"]["unique_graphs"], static_buffers(model).num_bytes))
+    assert len(set(counts)) == 1
+
+
 def test_streamers_and_stop_rules_on_the_device(make, tiny_tokenizer, capsys):
     model = make(vocab_size=len(tiny_tokenizer), mask_token_id=tiny_tokenizer.mask_token_id).eval()
     ids = torch.arange(10, 14, device=DEVICE)[None]
@@ -184,13 +199,16 @@ def test_infilling_on_the_device(make):
 
 
 @needs_cuda
-def test_a_training_step_does_not_synchronise(make):
-    model, (ids, mask) = make("flex_attention", torch.bfloat16).train(), batch_of()
+@pytest.mark.parametrize("inputs", ["text", "padding", "documents"])
+def test_a_training_step_does_not_synchronise(make, inputs):
+    model, (ids, mask) = make("flex_attention", torch.bfloat16).train(), batch_of(padded=inputs == "padding")
+    positions = torch.cat([torch.arange(13, device=DEVICE), torch.arange(19, device=DEVICE)]).unsqueeze(0)
+    batch = {"position_ids": positions} if inputs == "documents" else {"attention_mask": mask}
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for attempt in range(2):
         torch.cuda.set_sync_debug_mode("error" if attempt else "default")
         try:
-            model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+            model(input_ids=ids, labels=ids, **batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         finally:
