@@ -22,6 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
 from bd3lm_hf.modeling.attention_bd3lm import automatic_attention
+from bd3lm_hf.modeling.noise_bd3lm import draw_noise
 from bd3lm_hf.training.callbacks import peak_tflops_of, training_flops
 
 
@@ -181,14 +182,20 @@ def compiled(settings: Settings, module: nn.Module) -> Any:
     return torch.compile(module, backend="eager" if settings.tiny else "inductor")
 
 
-def training_step(settings: Settings, module: nn.Module, inputs: Callable[[], dict[str, Any]]) -> Callable[[], None]:
+def noisy_batch(settings: Settings, ids: torch.Tensor, block_size: int) -> dict[str, torch.Tensor]:
+    """Return a batch with its noise, as the collator of our training makes it."""
+    noise = draw_noise(len(ids), -(-ids.shape[1] // block_size), ids.shape[1], device=settings.device)
+    return {"input_ids": ids, "labels": ids, **noise._asdict()}
+
+
+def training_step(settings: Settings, module: nn.Module, batch: dict[str, Any]) -> Callable[[], None]:
     """Return a function that takes one bfloat16 optimizer step with fused AdamW."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
     run = compiled(settings, module.train())
 
     def step() -> None:
         with torch.autocast(torch.device(settings.device).type, torch.bfloat16):
-            output = run(**inputs())
+            output = run(**batch)
         loss = output if isinstance(output, torch.Tensor) else output.loss
         loss.backward()
         optimizer.step()
@@ -230,7 +237,8 @@ def measure_training(settings: Settings) -> Iterator[Row]:
     for block_size in (4,) if settings.tiny else (4, 16):
         ours, rival = bd3lm(settings, block_size, length), gpt2(settings, length)
         flops = training_flops(ours, batch, length)
-        steps = [training_step(settings, model, lambda: {"input_ids": ids, "labels": ids}) for model in (ours, rival)]
+        batches = (noisy_batch(settings, ids, block_size), {"input_ids": ids, "labels": ids})
+        steps = [training_step(settings, *pair) for pair in zip((ours, rival), batches, strict=True)]
         seconds = in_turn(settings, *steps)
         before = graphs()
         memory = [peak_memory(settings, step) for step in steps]
@@ -260,8 +268,8 @@ def measure_attention(settings: Settings) -> Iterator[Row]:
         masked = torch.rand(batch, length, device=settings.device) < 0.5
         noisy = {"x_0": ids, "x_t": ids.masked_fill(masked, settings.vocab_size - 1), "weights": 2.0 * masked}
         steps = (
-            training_step(settings, ours, lambda ids=ids: {"input_ids": ids, "labels": ids}),
-            training_step(settings, textbook, lambda noisy=noisy: noisy),
+            training_step(settings, ours, noisy_batch(settings, ids, block_size)),
+            training_step(settings, textbook, noisy),
         )
         seconds = in_turn(settings, *steps)
         gain = seconds[1] / seconds[0]
