@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from bd3lm_hf.training.arguments import REFUSED_FIELDS, BD3LMTrainingArguments, ModelArguments
-from bd3lm_hf.training.train import trains_by_flex
+from bd3lm_hf.training.initial_model import trains_by_flex
 
 
 def arguments_of(folder, **fields) -> BD3LMTrainingArguments:
