@@ -355,5 +355,6 @@ __all__ = [
     "model_class",
     "new_config",
     "start_from",
+    "trains_by_flex",
     "with_adapters",
 ]
