@@ -111,11 +111,16 @@ class BlockCacheLayer(DynamicLayer):
 
 
 class BlockCache(DynamicCache):
-    """A `DynamicCache` whose layers are [`BlockCacheLayer`]s."""
+    """A `DynamicCache` whose layers are [`BlockCacheLayer`]s.
+
+    Attributes:
+        row_start: `(batch,)`, column at which each row begins; None if all begin at the first.
+    """
 
     def __init__(self, _config: PreTrainedConfig | None = None) -> None:
         # Not the constructor of DynamicCache, which chooses the class of its layers itself.
         Cache.__init__(self, layer_class_to_replicate=BlockCacheLayer)
+        self.row_start: torch.Tensor | None = None
 
 
 class StaticSlots:
@@ -358,7 +363,7 @@ def check_cache(cache: Cache, buffer: "SequenceBuffer", config: Any) -> None:
         )
     if isinstance(cache, StaticCache):
         _check_static_size(cache, buffer, config)
-    held, shortest = int(cache.get_seq_length()), int(buffer.prompt_lengths.min())
+    held, shortest = int(cache.get_seq_length()), int(buffer.prompt_end.min())
     if not held:
         return
     layer: Any = cache.layers[0]
@@ -368,10 +373,17 @@ def check_cache(cache: Cache, buffer: "SequenceBuffer", config: Any) -> None:
             f"past_key_values holds {rows} rows but the batch has {buffer.token_ids.shape[0]} (num_return_sequences "
             f"counts): repeat it with past_key_values.batch_repeat_interleave, or leave it out."
         )
-    if buffer.key_valid is not None or held % buffer.block_size:
+    starts = getattr(cache, "row_start", None)
+    aligned = (
+        buffer.key_valid is None
+        if starts is None
+        else torch.equal(starts.to(buffer.row_start.device), buffer.row_start)
+    )
+    if not aligned or held % buffer.block_size:
         raise ValueError(
-            f"past_key_values holds {held} tokens: a cache can be continued only if it holds whole blocks and no row "
-            f"of the batch is padded. Leave it out to start without one."
+            f"past_key_values holds {held} tokens: a cache can be continued only if it holds whole blocks and the "
+            f"rows of the batch begin where they began in it, which padding changes. Leave it out to start without "
+            f"one."
         )
     if held > shortest:
         raise ValueError(

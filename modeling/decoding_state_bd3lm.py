@@ -39,6 +39,27 @@ class TextCriteria(StoppingCriteria):
         raise NotImplementedError
 
 
+class BlockCriteria(StoppingCriteria):
+    """A stopping criterion that sees every row's new tokens after each block, and can end the whole batch there.
+
+    A row that ends earlier by another criterion has its last tokens in the block in which it ends.
+    """
+
+    def end_block(self, new_tokens: list[list[int]], finished: list[bool]) -> bool:
+        """Return whether the call ends after this block.
+
+        Args:
+            new_tokens: of each row, since the block before.
+            finished: of each row, whether another criterion has ended it.
+        """
+        raise NotImplementedError
+
+    def __call__(self, input_ids: torch.Tensor, scores: tuple[torch.Tensor, ...] | None, **kwargs: Any) -> Any:
+        """Take each token for a block, in transformers' own loop, which does not say which rows have ended."""
+        ends = self.end_block(input_ids[:, -1:].tolist(), [False] * len(input_ids))
+        return torch.full((len(input_ids),), ends, device=input_ids.device)
+
+
 class EntropyStopCriteria(TextCriteria):
     """End a row whose last `window` tokens are degenerate: the entropy of their frequencies is below `entropy`.
 
@@ -260,8 +281,9 @@ class StopRules:
     ) -> None:
         # Lengths are counted here, as blocks of unequal prompts end at unequal lengths. Time runs out once per block.
         self.time_criteria = StoppingCriteriaList(c for c in criteria if isinstance(c, MaxTimeCriteria))
+        self.block_criteria = [c for c in criteria if isinstance(c, BlockCriteria)]
         self.criteria = StoppingCriteriaList(
-            c for c in criteria if not isinstance(c, (MaxLengthCriteria, MaxTimeCriteria))
+            c for c in criteria if not isinstance(c, (MaxLengthCriteria, MaxTimeCriteria, BlockCriteria))
         )
         self.prompt, self.buffer = prompt, buffer
         batch, self._width = prompt.shape
@@ -289,7 +311,7 @@ class StopRules:
         Returns:
             the new tokens of the first row, up to its end, for the streamer.
         """
-        buffer, num_streamed, ended_before = self.buffer, self.lengths.tolist()[0], self.finished
+        buffer, ended_before = self.buffer, self.finished
         # Prompts end at different positions of their block, so rows gain different numbers of tokens.
         available = (begin + buffer.block_size - buffer.prompt_end_cpu).clamp(max=buffer.max_new_tokens)
         lengths = torch.where(self.finished, self.lengths, available)
@@ -297,12 +319,22 @@ class StopRules:
             ends = self._first_ends(available)
             lengths = torch.minimum(lengths, ends)
             self.finished = self.finished | (ends <= available)
-        self.lengths = lengths
+        before, self.lengths = self.lengths.tolist(), lengths
+        if self.block_criteria and self._end_blocks(before):
+            self.finished = torch.ones_like(self.finished)
         self.finished = self.finished | (lengths >= buffer.max_new_tokens)
         if self.time_criteria:
             self.finished = self.finished | self.time_criteria(self.prompt, None).cpu()
         self._pad(self.finished & ~ended_before)
-        return buffer.new_token_ids(self.lengths.tolist()[0], num_streamed)[0]
+        return buffer.new_token_ids(self.lengths.tolist()[0], before[0])[0]
+
+    def _end_blocks(self, before: list[int]) -> bool:
+        """Show the block to the criteria that look at whole blocks, given how many new tokens each row had before."""
+        lengths, finished = self.lengths.tolist(), self.finished.tolist()
+        rows = self.buffer.new_token_ids(max(lengths)).tolist()
+        tokens = [row[start:stop] for row, start, stop in zip(rows, before, lengths, strict=True)]
+        ends = [criterion.end_block(tokens, finished) for criterion in self.block_criteria]  # each sees the block
+        return any(ends)
 
     def _first_ends(self, available: torch.Tensor) -> torch.Tensor:
         """Return the number of new tokens at which a criterion first holds, `(batch,)`; larger than any if never."""
@@ -340,6 +372,7 @@ class StopRules:
 
 
 __all__ = [
+    "BlockCriteria",
     "EntropyStopCriteria",
     "SecondEosCriteria",
     "SequenceBuffer",

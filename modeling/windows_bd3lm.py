@@ -20,7 +20,16 @@ from transformers.generation import CompileConfig
 from transformers.utils import is_triton_available
 
 from .attention_bd3lm import AttentionPlan, block_causal_plan, decoding_plan, slots_plan
-from .cache_bd3lm import OwnStaticCache, StaticSlots, check_cache, clear, drop_oldest, set_length, static_buffers
+from .cache_bd3lm import (
+    BlockCache,
+    OwnStaticCache,
+    StaticSlots,
+    check_cache,
+    clear,
+    drop_oldest,
+    set_length,
+    static_buffers,
+)
 from .decoding_state_bd3lm import SequenceBuffer
 from .inputs_bd3lm import token_layout
 
@@ -239,6 +248,8 @@ class CachedWindow(Window):
         """Return the cache, emptied if it lacks rows or if its keys stand at positions that no later prompt has."""
         if self.first or self.rows is not None:
             clear(self.cache)
+        if isinstance(self.cache, BlockCache):
+            self.cache.row_start = None if self.buffer.key_valid is None else self.buffer.row_start
         return self.cache
 
     def keep_rows(self, kept: torch.Tensor) -> bool:

@@ -20,6 +20,8 @@ from bd3lm_hf.argument_parser import ArgumentParser
 
 _LIBRARIES = ("fastapi", "uvicorn", "openai")  # what transformers' server needs
 _KEY_VARIABLE = "BD3LM_API_KEY"
+# Fields of `generate` that have a flag.
+_FIELDS = ("sampler", "num_denoising_steps", "confidence_threshold", "entropy_bound", "nucleus_p", "temperature")
 
 
 def make_parser() -> ArgumentParser:
@@ -34,7 +36,9 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("--name", help="what requests call the model; the given MODEL by default")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda:1, ...")
-    parser.add_argument("--dtype", default="auto", help="auto (as saved), bfloat16, float16 or float32")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="auto: as saved"
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code of the folder; ours needs none")
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-batch-size", type=int, default=8, help="requests that are written together")
@@ -70,9 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             lambda record: api_key is None or api_key not in record.getMessage()
         )
         host, port = listener.getsockname()[:2]
+        listener.listen(2048)  # a client may connect as soon as the line is printed
         print(f"Serving {settings.model} at http://{host}:{port}/v1 (Ctrl-C stops)", flush=True)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
         server.run(sockets=[listener])
+        app.state.batcher.close()
     finally:
         listener.close()
 
@@ -90,8 +96,8 @@ def check(arguments: argparse.Namespace) -> str | None:
         raise ValueError(
             "bd3lm serve needs the package transformers.cli.serving: upgrade transformers to 5.20 or newer."
         )
-    for name in ("max_batch_size", "max_waiting", "max_tokens"):
-        if getattr(arguments, name) < 1:
+    for name in ("max_batch_size", "max_waiting", "max_tokens", "num_denoising_steps"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected an integer >= 1.")
     if not 0 <= arguments.port < 2**16:
         raise ValueError(f"--port {arguments.port}: expected a number from 0 to 65535.")
@@ -136,20 +142,18 @@ def load_app(arguments: argparse.Namespace, api_key: str | None) -> tuple[Any, A
     """
     import torch
 
-    from bd3lm_hf.checkpoints import load_model
-    from bd3lm_hf.serving.server import ServeSettings, make_app
+    from bd3lm_hf.checkpoints import check_generates, find_device, load_model
+    from bd3lm_hf.serving.server import make_app
+    from bd3lm_hf.serving.settings import ServeSettings
     from bd3lm_hf.tokenization import load_tokenizer
 
-    names = ("sampler", "num_denoising_steps", "confidence_threshold", "entropy_bound", "nucleus_p", "temperature")
-    defaults = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    device = find_device(None if arguments.device == "auto" else arguments.device)
+    tokenizer = load_tokenizer(arguments.model)
     model = load_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    if arguments.dtype != "auto":
-        if arguments.dtype not in ("bfloat16", "float16", "float32"):
-            raise ValueError(f"--dtype {arguments.dtype}: choose auto, bfloat16, float16 or float32.")
-        model = model.to(getattr(torch, arguments.dtype))
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_generates(model, arguments.model)
+    dtype = model.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    model = model.to(device, dtype).eval()
+    defaults = {name: getattr(arguments, name) for name in _FIELDS if getattr(arguments, name) is not None}
     unknown = sorted(set(defaults) - set(model.generation_config.to_dict()))
     if unknown:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
@@ -162,11 +166,20 @@ def load_app(arguments: argparse.Namespace, api_key: str | None) -> tuple[Any, A
         arguments.max_batch_size,
         arguments.max_waiting,
     )
-    model = model.to(device).eval()
-    # One token, so that a model or a field that does not work is named now and not by the first request.
-    start = torch.full((1, 1), model.config.bos_token_id or 0, device=device)
-    model.generate(start, max_new_tokens=1, **{"do_sample": True, **defaults})
-    return make_app(model, load_tokenizer(arguments.model), settings), settings
+    app = make_app(model, tokenizer, settings)
+    _try(model, defaults)
+    return app, settings
+
+
+def _try(model: Any, defaults: dict[str, Any]) -> None:
+    """Generate one token, so that a model or a field that does not work is named now and not by the first request."""
+    import torch
+
+    options = {"do_sample": True, **defaults}
+    if getattr(model.generation_config, "num_denoising_steps", None):
+        options["num_denoising_steps"] = 1  # an SSD-LM takes a thousand
+    start = torch.full((1, 1), model.config.bos_token_id or 0, device=model.device)
+    model.generate(start, max_new_tokens=1, **options)
 
 
 __all__ = ["check", "listen", "load_app", "main", "make_parser"]

@@ -6,20 +6,15 @@ of a request, and middleware of its FastAPI application.
 
 import asyncio
 import json
-import secrets
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import torch
 from fastapi import FastAPI, HTTPException
 from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from jinja2 import TemplateError
-from transformers import BatchEncoding, GenerationConfig
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.completion import CompletionHandler
+from transformers import GenerationConfig
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
@@ -27,58 +22,15 @@ from transformers.cli.serving.systemone import SystemOneHandler
 from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import BaseGenerateManager, GenerationState, Modality, _StreamError
 
+from bd3lm_hf.serving.access import Access, error_response
 from bd3lm_hf.serving.batching import Batcher, QueueFullError, Request
+from bd3lm_hf.serving.plain_text import PlainText
+from bd3lm_hf.serving.request_fields import Chat, Completions
+from bd3lm_hf.serving.settings import ServeSettings
 
 
-ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
-# Fields that change the answer and that nothing here honours: any other value is refused.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "logprobs": (None, False, 0),
-    "top_logprobs": (None, 0),
-    "presence_penalty": (None, 0),
-    "response_format": (None, {"type": "text"}),
-    "tool_choice": (None, "none", "auto"),
-    "function_call": (None, "none"),
-    "functions": (None, []),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "web_search_options": (None,),
-}
-_OF_TOKENIZATION = ("tokenize", "return_tensors", "return_dict", "load_audio_from_video")
-# Our own fields of `generate`, which a request may set directly (`extra_body`) or in `generation_config`.
-GENERATION_FIELDS = (
-    "sampler",
-    "num_denoising_steps",
-    "confidence_threshold",
-    "entropy_bound",
-    "nucleus_p",
-    "remask_fraction",
-    "window",
-    "do_sample",
-    "top_k",
-)
-
-
-@dataclass
-class ServeSettings:
-    """Settings of `bd3lm serve`.
-
-    Args:
-        defaults: fields of `generate` that replace those of the folder.
-        max_tokens: new tokens of a request that names no number.
-        api_key: which every request must carry; None for none.
-    """
-
-    model: str
-    defaults: dict[str, Any] = field(default_factory=dict)
-    max_tokens: int = 256
-    api_key: str | None = None
-    max_batch_size: int = 8
-    max_waiting: int = 64
+# `/load_model` is what `transformers chat` asks first; here it only says that the model is ready.
+ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/load_model", "/health", "/metrics")
 
 
 class LoadedModel(ModelManager):
@@ -100,40 +52,14 @@ class LoadedModel(ModelManager):
         """Return the one model in the form of `/v1/models`."""
         return [{"owned_by": "", "id": self.force_model, "object": "model", "created": 0}]
 
-
-class PlainText:
-    """A tokenizer for text from others: a literal mask token in it stays text, since blanks are known by position."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer_of_model, self._mask = tokenizer, getattr(tokenizer, "mask_token", None)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer_of_model, name)
-
-    def __call__(self, text: str, *, add_special_tokens: bool = True, **kwargs: Any) -> BatchEncoding:
-        """Return `input_ids` and `attention_mask`, `(1, length)`."""
-        encode = self._tokenizer_of_model
-        if not self._mask or self._mask not in text:
-            ids = encode(text, add_special_tokens=add_special_tokens)["input_ids"]
-        else:
-            literal = encode(self._mask, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            parts = [encode(part, add_special_tokens=False)["input_ids"] for part in text.split(self._mask)]
-            ids = parts[0] + [token for part in parts[1:] for token in literal + part]
-            if add_special_tokens:
-                (token,) = encode("x", add_special_tokens=False)["input_ids"][:1]
-                framed = encode("x")["input_ids"]
-                at = framed.index(token)
-                ids = framed[:at] + ids + framed[at + 1 :]
-        if not ids:
-            raise HTTPException(400, "the prompt has no tokens: send some text.")
-        data = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-        return BatchEncoding(data)
-
-    def apply_chat_template(self, conversation: list[dict], **kwargs: Any) -> BatchEncoding:
-        """Return the ids of a conversation in the model's chat format."""
-        kwargs = {name: value for name, value in kwargs.items() if name not in _OF_TOKENIZATION}
-        text = self._tokenizer_of_model.apply_chat_template(conversation, tokenize=False, **kwargs)
-        return self(text, add_special_tokens=False)
+    async def load_model_streaming(
+        self, model_id_and_revision: str, gguf_file: str | None = None
+    ) -> AsyncIterator[str]:
+        """Yield one event: the model is ready, or another one was asked for."""
+        event = {"status": "ready", "model": self.force_model, "cached": True}
+        if model_id_and_revision != self.process_model_name(str(self.force_model)):
+            event = {"status": "error", "message": f"this server has one model, {self.force_model}: name that."}
+        yield f"data: {json.dumps(event)}\n\n"
 
 
 class _QueueStreamer:
@@ -146,8 +72,8 @@ class _QueueStreamer:
 
     @property
     def total_tokens(self) -> int:
-        """New tokens so far; one less than the limit when the text ended by itself at the limit."""
-        return _counted(self.request)
+        """New tokens so far."""
+        return 0 if self.request is None else len(self.request.written)
 
     def put(self, text: str) -> None:
         """Show text; called from the batcher's thread."""
@@ -164,15 +90,12 @@ class _QueueStreamer:
             self.request.cancelled.set()
 
 
-def _counted(request: Request | None) -> int:
-    return 0 if request is None else len(request.written)
-
-
 class BatchedGeneration(BaseGenerateManager):
     """Generation of one model for all requests, by a [`Batcher`]."""
 
     def __init__(self, batcher: Batcher) -> None:
         self.batcher = batcher
+        self.window = int(batcher.model.config.max_position_embeddings)
 
     def generate_streaming(
         self,
@@ -214,11 +137,28 @@ class BatchedGeneration(BaseGenerateManager):
         """End all requests."""
         self.batcher.close()
 
-    def _submit(self, inputs: dict, config: GenerationConfig, on_text: Callable | None, on_end: Callable) -> Request:
-        ids = inputs["input_ids"]
-        prompt = (ids.tolist() if hasattr(ids, "tolist") else ids)[0]
-        seed = config.__dict__.pop("seed", None)
-        return self.batcher.submit(Request(prompt, config, seed, on_text, on_end))
+    def _submit(
+        self,
+        inputs: dict,
+        config: GenerationConfig,
+        on_text: Callable[[str], None] | None,
+        on_end: Callable[[BaseException | None], None],
+    ) -> Request:
+        (prompt,) = inputs["input_ids"].tolist()
+        if len(prompt) > self.window:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens, more than the window of {self.window}: shorten the prompt."
+            )
+        request = Request(prompt, config, config.__dict__.pop("seed", None), on_text)
+
+        def end(error: BaseException | None) -> None:
+            if request.finish_reason == "stop":
+                # transformers' handlers take a text for cut off when it has as many tokens as this.
+                config.max_new_tokens = None
+            on_end(error)
+
+        request.on_end = end
+        return self.batcher.submit(request)
 
 
 class _State(GenerationState):
@@ -236,89 +176,9 @@ class _State(GenerationState):
         """Return the one manager."""
         return self.manager
 
-
-class _Checked:
-    """Checks of a request that transformers' handlers leave out; mixed into both of them."""
-
-    settings: ServeSettings
-    _valid_params_class: Any
-
-    def _validate_request(self, body: dict) -> None:
-        known = getattr(self._valid_params_class, "__mutable_keys__", set()) | set(GENERATION_FIELDS)
-        unknown = sorted(set(body) - known)
-        if unknown:
-            raise HTTPException(422, f"unknown field {', '.join(map(repr, unknown))}: remove it.")
-        for name, neutral in _NEUTRAL.items():
-            if name in body and body[name] not in neutral:
-                raise HTTPException(400, f"{name}={body[name]!r} is not supported: leave it out.")
-        limits = {
-            "temperature": (0, 100),
-            "top_p": (0, 1),
-            "max_tokens": (1, 10**6),
-            "max_completion_tokens": (1, 10**6),
-        }
-        for name, (low, high) in limits.items():
-            value = body.get(name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                raise HTTPException(400, f"{name}={value!r}: expected a number.")
-            if value is not None and not low <= value <= high:
-                raise HTTPException(400, f"{name}={value!r}: expected a number from {low} to {high}.")
-        seed = body.get("seed")
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise HTTPException(400, f"seed={seed!r}: expected an integer.")
-        stop = body.get("stop")
-        if stop is not None and not (isinstance(stop, str) or all(isinstance(text, str) for text in stop)):
-            raise HTTPException(400, f"stop={stop!r}: expected a string or a list of strings.")
-
-    def _build_generation_config(
-        self, body: dict, model_generation_config: GenerationConfig, use_cb: bool = False
-    ) -> GenerationConfig:
-        """Return the fields of a request on top of those of the command line, on top of those of the folder."""
-        ours = {name: body[name] for name in GENERATION_FIELDS if name in body}
-        given = body.get("generation_config")
-        if given is not None:
-            try:
-                ours = {**(json.loads(given) if isinstance(given, str) else dict(given)), **ours}
-            except ValueError as error:
-                raise HTTPException(400, f"generation_config is not a JSON object: {error}.") from error
-        base = model_generation_config.to_dict()
-        unknown = sorted(set(ours) - set(base))
-        if unknown:
-            raise HTTPException(400, f"generation_config has no field {', '.join(map(repr, unknown))}.")
-        # The seed is of this request alone; transformers' handler would set that of the whole process.
-        rest = {name: value for name, value in body.items() if name not in ("generation_config", "seed")}
-        limits = {"max_new_tokens": self.settings.max_tokens, "max_length": None}
-        # Sampling is what clients of this interface expect; temperature 0 turns it off.
-        made = type(model_generation_config).from_dict(
-            {**base, "do_sample": True, **limits, **self.settings.defaults, **ours}
-        )
-        limit = made.max_new_tokens
-        config = super()._build_generation_config(rest, made, use_cb=use_cb)  # type: ignore[misc]
-        if body.get("max_tokens") is None and body.get("max_completion_tokens") is None:
-            config.max_new_tokens = limit  # which transformers raises to 1,024
-        if body.get("temperature") == 0:
-            config.temperature = 1.0
-        config.seed = body.get("seed")
-        return config
-
-
-class _Completions(_Checked, CompletionHandler):
-    pass
-
-
-class _Chat(_Checked, ChatCompletionHandler):
-    async def handle_request(self, body: dict, request_id: str) -> Any:
-        tokenizer = self.model_manager.load_model_and_processor("")[1]
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise HTTPException(400, "this model has no chat template: use /v1/completions.")
-        messages = body.get("messages")
-        if (
-            not isinstance(messages, list)
-            or not all(isinstance(m, dict) and "role" in m for m in messages)
-            or not messages
-        ):
-            raise HTTPException(400, "messages: expected a list of objects with a role and a content.")
-        return await super().handle_request(body, request_id)
+    def is_cb_alive(self) -> bool:
+        """Return whether requests are answered, for `/health`."""
+        return self.manager.batcher.is_alive()
 
 
 def make_app(model: Any, tokenizer: Any, settings: ServeSettings) -> FastAPI:
@@ -327,10 +187,13 @@ def make_app(model: Any, tokenizer: Any, settings: ServeSettings) -> FastAPI:
     Args:
         model: any model with `generate`, in evaluation mode.
         tokenizer: its tokenizer.
+
+    Raises:
+        ValueError: if the model is not one of this package.
     """
     batcher = Batcher(model, tokenizer, max_batch_size=settings.max_batch_size, max_waiting=settings.max_waiting)
     manager, state = LoadedModel(settings.model, model, tokenizer), _State(BatchedGeneration(batcher))
-    completions, chat = _Completions(manager, state), _Chat(manager, state)
+    completions, chat = Completions(manager, state), Chat(manager, state)
     completions.settings = chat.settings = settings
     app = build_server(
         manager,
@@ -343,9 +206,9 @@ def make_app(model: Any, tokenizer: Any, settings: ServeSettings) -> FastAPI:
     )
     # Routes of other kinds of models, and those that load and unload: this server has one model.
     app.router.routes = [route for route in app.router.routes if getattr(route, "path", "") in ROUTES]
-    _add_errors(app)
-    _add_access(app, settings)
     app.add_api_route("/metrics", lambda: PlainTextResponse(_metrics(batcher)), methods=["GET"])
+    _add_errors(app)
+    app.add_middleware(Access, api_key=settings.api_key)
     app.state.batcher = batcher
     return app
 
@@ -358,55 +221,34 @@ def _metrics(batcher: Batcher) -> str:
 def _add_errors(app: FastAPI) -> None:
     """Answer every failure in OpenAI's form, without a traceback."""
 
-    def answer(status: int, message: str) -> JSONResponse:
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status_code=status)
-
     @app.exception_handler(404)
     @app.exception_handler(405)
     @app.exception_handler(HTTPException)
     async def refused(_request: HTTPRequest, error: HTTPException) -> JSONResponse:
-        return answer(error.status_code, str(error.detail))
+        return error_response(error.status_code, str(error.detail))
 
     @app.exception_handler(RequestValidationError)
     async def not_an_object(_request: HTTPRequest, _error: RequestValidationError) -> JSONResponse:
-        return answer(422, "the body must be a JSON object, sent with the header 'Content-Type: application/json'.")
+        return error_response(
+            422, "the body must be a JSON object, sent with the header 'Content-Type: application/json'."
+        )
 
     @app.exception_handler(QueueFullError)
     async def busy(_request: HTTPRequest, error: QueueFullError) -> JSONResponse:
-        response = answer(429, str(error))
+        response = error_response(429, str(error))
         response.headers["Retry-After"] = "1"
         return response
 
     async def bad_input(_request: HTTPRequest, error: Exception) -> JSONResponse:
-        return answer(400, " ".join(str(error).split()))
+        return error_response(400, " ".join(str(error).split()))
 
     # What generate, the tokenizer and the chat template say of a request's fields.
     for kind in (ValueError, TypeError, KeyError, TemplateError):
         app.add_exception_handler(kind, bad_input)
 
-
-def _add_access(app: FastAPI, settings: ServeSettings) -> None:
-    """Let in only requests with the key, and with a JSON object of bounded size."""
-
-    @app.middleware("http")
-    async def check(request: HTTPRequest, call_next: Callable) -> Any:
-        def refuse(status: int, message: str) -> JSONResponse:
-            body = {"error": {"message": message, "type": "invalid_request_error", "code": status}}
-            return JSONResponse(body, status_code=status)
-
-        if settings.api_key is not None and request.url.path != "/health":
-            key = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-            if not secrets.compare_digest(key.encode(), settings.api_key.encode()):
-                return refuse(401, "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'.")
-        if request.method == "POST":
-            try:
-                body = json.loads(await request.body())
-            except ValueError:
-                return refuse(400, "the request is not valid JSON.")
-            if not isinstance(body, dict):
-                return refuse(400, "the request must be a JSON object.")
-        return await call_next(request)
+    @app.exception_handler(Exception)
+    async def failed(_request: HTTPRequest, error: Exception) -> JSONResponse:
+        return error_response(500, f"the server failed: {type(error).__name__}.")
 
 
-__all__ = ["GENERATION_FIELDS", "LoadedModel", "ServeSettings", "make_app"]
+__all__ = ["ROUTES", "LoadedModel", "make_app"]

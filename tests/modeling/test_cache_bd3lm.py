@@ -225,7 +225,7 @@ def sliding_cache() -> DynamicCache:
     ("cache", "lengths", "message"),
     [
         (cache_with(6), [9], "holds 6 tokens: a cache can be continued only if it holds whole blocks"),
-        (cache_with(4, rows=2), [9, 5], "no row of the batch is padded"),
+        (cache_with(4, rows=2), [9, 5], "which padding changes"),
         (cache_with(12), [9], "holds 12 tokens but the prompt has 9: pass the whole text"),
         (cache_with(4), [9, 9], "holds 1 rows but the batch has 2.*batch_repeat_interleave"),
         (

@@ -1,0 +1,223 @@
+"""The fields of a request: which are honoured, which are refused, and the generation config that they make.
+
+OpenAI's schema has many fields that nothing here honours. One that would change the answer is refused by name, so that
+no answer is silently another one than was asked for.
+"""
+
+import json
+from typing import Any
+
+from fastapi import HTTPException
+from transformers import GenerationConfig
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+
+from bd3lm_hf.serving.settings import ServeSettings
+
+
+# Fields of `generate` that a request may set directly (`extra_body` of the openai package).
+GENERATION_FIELDS = (
+    "sampler",
+    "num_denoising_steps",
+    "confidence_threshold",
+    "entropy_bound",
+    "nucleus_p",
+    "remask_fraction",
+    "window",
+    "do_sample",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+)
+# Those that it may also set in `generation_config`. The others count the tokens of one call of `generate`, of which a
+# request takes several, or return what no answer holds.
+_CONFIG_FIELDS = (
+    *GENERATION_FIELDS,
+    "bad_words_ids",
+    "bos_token_id",
+    "context",
+    "entropy_stop",
+    "entropy_stop_window",
+    "eos_token_id",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "max_new_tokens",
+    "pad_token_id",
+    "projection",
+    "renormalize_logits",
+    "sampling_dtype",
+    "sequence_bias",
+    "stop_at_second_eos",
+    "stop_strings",
+    "suppress_tokens",
+    "temperature",
+    "top_p",
+    "typical_p",
+)
+_HONOURED = {
+    *("model", "prompt", "messages", "stream", "seed", "stop", "temperature", "top_p", "frequency_penalty"),
+    *("max_tokens", "max_completion_tokens", "generation_config", "tools", "chat_template_kwargs"),
+    *GENERATION_FIELDS,
+}
+# Fields that do not change the answer.
+_IGNORED = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "stream_options", "parallel_tool_calls"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+}
+# Values of other fields that ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "logprobs": (False, 0),
+    "top_logprobs": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none",),
+    "functions": ([],),
+    "modalities": (["text"],),
+}
+_MOST_TOKENS = 10**6
+# Field -> least and greatest value, and whether it is a whole number.
+_RANGES: dict[str, tuple[float, float, bool]] = {
+    "temperature": (0, 100, False),
+    "top_p": (0, 1, False),
+    "frequency_penalty": (-1, 2, False),
+    "max_tokens": (1, _MOST_TOKENS, True),
+    "max_completion_tokens": (1, _MOST_TOKENS, True),
+    "seed": (-(2**63), 2**64 - 1, True),
+}
+
+
+def check_fields(body: dict[str, Any], known: set[str]) -> None:
+    """Refuse what is not honoured.
+
+    Args:
+        known: fields of OpenAI's schema.
+
+    Raises:
+        HTTPException: 422 for an unknown field, 400 for one that is not supported or whose value does not fit.
+    """
+    unknown = sorted(set(body) - known - set(GENERATION_FIELDS))
+    if unknown:
+        raise HTTPException(422, f"unknown field {', '.join(map(repr, unknown))}: remove it.")
+    for name, value in body.items():
+        if value is not None and name not in _HONOURED | _IGNORED and value not in _NEUTRAL.get(name, ()):
+            raise HTTPException(400, f"{name}={value!r} is not supported: leave it out.")
+    for name, (low, high, whole) in _RANGES.items():
+        _check_number(name, body.get(name), low, high, whole)
+    _check_stop("stop", body.get("stop"))
+    if not isinstance(body.get("stream"), bool | None):
+        raise HTTPException(400, f"stream={body['stream']!r}: expected true or false.")
+
+
+def _check_number(name: str, value: Any, low: float, high: float, whole: bool) -> None:
+    if value is None:
+        return
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        kind = "an integer" if whole else "a number"
+        raise HTTPException(400, f"{name}={value!r}: expected {kind} from {low} to {high}.")
+
+
+def _check_stop(name: str, value: Any) -> None:
+    texts = [value] if isinstance(value, str | None) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str | None) for text in texts):
+        raise HTTPException(400, f"{name}={value!r}: expected a string or a list of strings.")
+
+
+def own_fields(body: dict[str, Any], base: GenerationConfig) -> dict[str, Any]:
+    """Return the fields of `generate` that a request sets, in `generation_config` or directly.
+
+    Args:
+        base: the model's generation config.
+
+    Raises:
+        HTTPException: if a field is unknown, or one that a request cannot set.
+    """
+    given = body.get("generation_config") or {}
+    try:
+        given = json.loads(given) if isinstance(given, str) else dict(given)
+        if not isinstance(given, dict):
+            raise ValueError(f"it is a {type(given).__name__}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise HTTPException(400, f"generation_config is not a JSON object: {error}.") from error
+    known = base.to_dict()
+    direct = {name: body[name] for name in GENERATION_FIELDS if body.get(name) is not None}
+    unknown = sorted((set(given) | set(direct)) - set(known))
+    if unknown:
+        raise HTTPException(400, f"generation_config has no field {', '.join(map(repr, unknown))} for this model.")
+    fields = {name: value for name, value in given.items() if name in _CONFIG_FIELDS and value is not None}
+    for name in set(given) - set(_CONFIG_FIELDS) - {"transformers_version"}:
+        if given[name] not in (None, known[name]):
+            raise HTTPException(400, f"generation_config: {name}={given[name]!r} is not supported: leave it out.")
+    _check_number("max_new_tokens", fields.get("max_new_tokens"), 1, _MOST_TOKENS, True)
+    _check_stop("stop_strings", fields.get("stop_strings"))
+    return {**fields, **direct}
+
+
+class RequestFields:
+    """Checks of a request that transformers' handlers leave out; mixed into both of them."""
+
+    settings: ServeSettings
+    _valid_params_class: Any
+
+    def _validate_request(self, body: dict) -> None:
+        check_fields(body, set(self._valid_params_class.__mutable_keys__))
+
+    def _build_generation_config(
+        self, body: dict, model_generation_config: GenerationConfig, use_cb: bool = False
+    ) -> GenerationConfig:
+        """Return the fields of a request on top of those of the command line, on top of those of the folder."""
+        ours = own_fields(body, model_generation_config)
+        limits = {"max_new_tokens": self.settings.max_tokens, "max_length": None}
+        # Sampling is what clients of this interface expect; temperature 0 turns it off.
+        fields = {"do_sample": True, **limits, **self.settings.defaults, **ours}
+        made = type(model_generation_config).from_dict({**model_generation_config.to_dict(), **fields})
+        limit = made.max_new_tokens
+        # The seed is of this request alone; transformers' handler would set that of the whole process.
+        rest = {name: value for name, value in body.items() if name not in ("generation_config", "seed")}
+        config = super()._build_generation_config(rest, made, use_cb=use_cb)  # type: ignore[misc]
+        if body.get("max_tokens") is None and body.get("max_completion_tokens") is None:
+            config.max_new_tokens = limit  # which transformers raises to 1,024
+        if config.temperature == 0:
+            config.temperature, config.do_sample = 1.0, False
+        config.seed = body.get("seed")
+        return config
+
+
+class Completions(RequestFields, CompletionHandler):
+    """Answers `/v1/completions`."""
+
+
+class Chat(RequestFields, ChatCompletionHandler):
+    """Answers `/v1/chat/completions`."""
+
+    async def handle_request(self, body: dict, request_id: str) -> Any:
+        """Check the conversation, and answer it."""
+        tokenizer = self.model_manager.load_model_and_processor("")[1]
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise HTTPException(400, "this model has no chat template: use /v1/completions.")
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+            raise HTTPException(
+                400, "messages: expected a list of objects with a role and a content, a text or a list of text parts."
+            )
+        return await super().handle_request(body, request_id)
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    return isinstance(content, str | None) or (
+        isinstance(content, list)
+        and all(isinstance(part, dict) and isinstance(part.get("text"), str) and "type" in part for part in content)
+    )
+
+
+__all__ = ["GENERATION_FIELDS", "Chat", "Completions", "check_fields", "own_fields"]

@@ -1,0 +1,146 @@
+"""One request: its tokens, the text they stand for, where that ends, and how much of it is final."""
+
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from transformers import GenerationConfig
+
+from bd3lm_hf.seeds import derived_seed
+
+
+# What a request brings itself; all other fields must agree for requests to be generated together.
+_OWN_FIELDS = ("max_new_tokens", "max_length", "stop_strings", "_from_model_config", "_original_object_hash")
+_DECODED_TOKENS = (
+    64  # decoded again for every new token, so that words and characters join; a character has few tokens
+)
+
+
+@dataclass(eq=False)
+class Request:
+    """One request from its prompt to its last token.
+
+    Args:
+        prompt: token ids.
+        config: generation config; `max_new_tokens` and `stop_strings` are those of this request alone.
+        seed: of its random numbers; None draws one.
+        on_text: gets each piece of text as soon as it is final; nothing of it is taken back.
+        on_end: is called once, with an error or None, from the worker's thread.
+    """
+
+    prompt: list[int]
+    config: GenerationConfig
+    seed: int | None = None
+    on_text: Callable[[str], None] | None = None
+    on_end: Callable[[BaseException | None], None] | None = None
+    written: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        if self.seed is None:
+            self.seed = secrets.randbits(63)
+        self.generator = torch.Generator()
+        self.key = settings_key(self.config)
+        self._final = 0  # characters of `text` that are final
+        self._window = 0  # index in `written` of the first token that is decoded again
+        self._known = 0  # characters that the decoded tokens had when that index was set
+        self._tail = 0  # characters of `text` that come from tokens which are decoded again
+
+    def reseed(self) -> None:
+        """Start the random numbers of the next block, which depend on the seed and the number of tokens so far."""
+        self.generator.manual_seed(derived_seed("serve", cast(int, self.seed), len(self.written)))
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be written."""
+        return cast(int, self.config.max_new_tokens) - len(self.written)
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """Strings that end the text and are not part of it."""
+        stop = self.config.stop_strings
+        return [stop] if isinstance(stop, str) else [text for text in stop or [] if text]
+
+    def take(self, tokens: list[int], tokenizer: Any, finished: bool = False) -> None:
+        """Append new tokens, and end the request at an end token, a stop string or its limit.
+
+        Args:
+            finished: end it after these tokens, as a stopping criterion of `generate` did.
+        """
+        if self.finish_reason is not None:
+            return
+        ends = _end_tokens(self.config)
+        for token in tokens[: self.remaining]:
+            if token in ends:
+                self.finish_reason = "stop"
+                break
+            self.written.append(token)
+        self._decode(tokenizer)
+        # What is final holds no stop string, nor the beginning of one.
+        found = [at for at in (self.text.find(stop, self._final) for stop in self.stop_strings) if at >= 0]
+        if found:
+            self._cut(min(found), tokenizer)
+            self.finish_reason = "stop"
+        elif self.finish_reason is None and self.remaining <= 0:
+            self.finish_reason = "length"
+        elif finished:
+            self.finish_reason = "stop"
+        self._show()
+
+    def _decode(self, tokenizer: Any) -> None:
+        """Extend the text by the new tokens. Only the last tokens are decoded, so a text costs no time squared."""
+        decoded = tokenizer.decode(self.written[self._window :], skip_special_tokens=True)
+        self.text = self.text[: len(self.text) - self._tail] + decoded[self._known :]
+        self._tail = len(decoded) - self._known
+        if len(self.written) - self._window > 4 * _DECODED_TOKENS and not decoded.endswith("\ufffd"):
+            self._window = len(self.written) - _DECODED_TOKENS
+            self._known = len(tokenizer.decode(self.written[self._window :], skip_special_tokens=True))
+            self._tail = 0
+
+    def _cut(self, length: int, tokenizer: Any) -> None:
+        """Keep the first `length` characters, and the tokens that they need."""
+        surplus = len(self.text) - length
+        decoded = tokenizer.decode(self.written[self._window :], skip_special_tokens=True)
+        needed = len(decoded) - surplus
+        while len(self.written) > self._window and (
+            len(tokenizer.decode(self.written[self._window : -1], skip_special_tokens=True)) >= needed
+        ):
+            self.written.pop()
+        self.text = self.text[:length]
+
+    def _show(self) -> None:
+        """Hand on the text that is final: no character that lacks bytes, no possible start of a stop string."""
+        stop = len(self.text)
+        if self.finish_reason is None:
+            stop -= max((_overlap(self.text, string) for string in self.stop_strings), default=0)
+            stop = min(stop, len(self.text.rstrip("\ufffd")))
+        if stop > self._final:
+            piece, self._final = self.text[self._final : stop], stop
+            if self.on_text is not None:
+                self.on_text(piece)
+
+
+def _end_tokens(config: Any) -> set[int]:
+    if getattr(config, "stop_at_second_eos", False):
+        return set()  # the criterion of `generate` counts them
+    ends = config.eos_token_id
+    return set(ends if isinstance(ends, list) else [ends]) - {None}
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many characters at the end of `text` could begin `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def settings_key(config: GenerationConfig) -> str:
+    """Return what two requests must share to be generated in one call."""
+    fields = {name: value for name, value in config.to_dict().items() if name not in _OWN_FIELDS}
+    return repr(sorted(fields.items()))
+
+
+__all__ = ["Request", "settings_key"]

@@ -1,0 +1,249 @@
+"""Requests with the same settings, generated together: one call of `generate` for the next blocks of all of them.
+
+Rows join and leave between blocks. Each row's keys and values of finished blocks go with it, so nothing is read twice:
+the caches of a group's rows are put side by side again whenever its rows change.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteriaList
+
+from bd3lm_hf.modeling.cache_bd3lm import BlockCache
+from bd3lm_hf.modeling.decoding_state_bd3lm import BlockCriteria
+from bd3lm_hf.modeling.windows_bd3lm import fills_window
+from bd3lm_hf.serving.requests import Request
+
+
+ROUND_TOKENS = 32  # that a row gets before another group has its turn
+
+_Row = tuple[Request, int]  # and the index of the first token of its text that the model still reads
+_Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, (1, heads, tokens, head_dim)
+
+
+class RowGroup:
+    """The running requests with one set of settings.
+
+    How far a call goes depends on the model:
+    - A block-diffusion model ends its call after any block, and keeps the cache.
+    - One that has no cache of blocks (SSD-LM, time-conditioned models) does the same, and reads the text again.
+    - One whose block fills the window denoises a text as a whole; only rows of equal length share a call.
+    - An autoregressive model draws all rows with one generator: when sampled, a row is alone in its calls, which have
+      a fixed length, so that its text does not depend on what else is served.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: decodes the text of the requests.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.rows: list[Request] = []
+        self.block_size = int(getattr(model.config, "block_size", None) or 1)
+        self.window = int(model.config.max_position_embeddings)
+        self.in_one_piece = self.block_size >= self.window
+        self.per_row: bool = model.generator_per_row
+        self.has_block_cache = _has_block_cache(model)
+        self._cache: tuple[list[_Row], Any] | None = None  # of the last call, and its rows
+
+    def accepts(self, request: Request) -> bool:
+        """Return whether a request can join now without a change of anybody's text."""
+        if not self.rows:
+            return True
+        first = self.rows[0]
+        if first.key != request.key or (not self.per_row and (request.config.do_sample or _ends_early(request))):
+            return False
+        return not self.in_one_piece or (first.remaining == request.remaining and not first.written)
+
+    def remove(self, gone: list[Request]) -> None:
+        """Let requests leave."""
+        self.rows = [request for request in self.rows if request not in gone]
+
+    @torch.inference_mode()
+    def write(self, wants_turn: Callable[[], bool]) -> None:
+        """Generate until a row ends or is cancelled, or until `wants_turn()` after a block. Rows take their tokens."""
+        rows = [(request, self._start(request)) for request in self.rows]
+        texts = [(request.prompt + request.written)[start:] for request, start in rows]
+        turn = _Turn(self.rows, self.tokenizer, self._blocks(texts), wants_turn if self._can_pause else lambda: False)
+        cache = self._take_cache(rows, texts)
+        for request in self.rows:
+            request.reseed()
+        generators: Any = [request.generator for request in self.rows]
+        output = self.model.generate(
+            **_padded(texts, self.model.device),
+            generation_config=_call_config(self.rows[0].config, self._most_tokens()),
+            generator=generators if self.per_row else generators[0],
+            stopping_criteria=StoppingCriteriaList([turn]),
+            **({} if cache is None else {"past_key_values": cache}),
+        )
+        turn.settle()
+        kept = getattr(output, "past_key_values", None)
+        if kept is not None and kept.get_seq_length() and (self.has_block_cache or len(self.rows) == 1):
+            self._cache = (rows, kept)
+
+    @property
+    def _can_pause(self) -> bool:
+        """Whether a call may end after any block without a change of the text."""
+        return self.per_row and not self.in_one_piece
+
+    def _most_tokens(self) -> int:
+        longest = max(request.remaining for request in self.rows)
+        if self.in_one_piece:
+            return longest
+        # Whole blocks, as in a batch: a block of which less is requested would be denoised differently.
+        return -(-longest // self.block_size) * self.block_size + self.block_size
+
+    def _blocks(self, texts: list[list[int]]) -> int | None:
+        """Return after how many blocks the call ends at the latest; None: at the end of the text."""
+        if self.in_one_piece:
+            return None
+        if not self.per_row:
+            return ROUND_TOKENS
+        # No row outgrows its window within a call.
+        size = self.block_size
+        return max(1, (self.window - max(map(len, texts)) // size * size) // size)
+
+    def _start(self, request: Request) -> int:
+        """Return the first token of a row that the model still reads, a function of the row's length alone.
+
+        With a cache, the window of a text that has outgrown it moves by a quarter, and is read again only then.
+        """
+        length, size = len(request.prompt) + len(request.written), self.block_size
+        if self.in_one_piece:
+            return 0
+        if request.written and getattr(request.config, "context", None) == "previous_block":
+            return length - size  # what an SSD-LM reads after its first block
+        exact = getattr(request.config, "window", None) == "exact" or (self.per_row and not self.has_block_cache)
+        stride = size if exact else max(1, self.window // (4 * size)) * size
+        too_many = length // size * size + size - self.window
+        return max(0, -(-too_many // stride) * stride)
+
+    def _take_cache(self, now: list[_Row], texts: list[list[int]]) -> Any:
+        """Return the cache of what the rows have finished, up to the block before the one to be denoised."""
+        (rows, cache), self._cache = self._cache or ([], None), None
+        if rows == now:
+            return cache
+        if not self.has_block_cache:
+            return None
+        size = self.block_size
+        kept, layers = _split_cache(rows, cache), []
+        for row, text in zip(now, texts, strict=True):
+            # `generate` writes the last finished block together with the first step of the next one.
+            tokens = max(0, len(text) // size * size - size)
+            own = kept.get(row)
+            layers.append(own if own and own[0][0].shape[2] == tokens else self._read(text[:tokens]))
+        finished = torch.tensor([len(text) // size * size for text in texts], device=self.model.device)
+        return _join_caches(self.model, layers, finished.max() - finished)
+
+    def _read(self, tokens: list[int]) -> _Layers:
+        """Run the finished blocks of one row, and return their keys and values."""
+        if not tokens:
+            return []
+        network, cache = self.model.decoding_network(), BlockCache(self.model.config)
+        ids = torch.tensor([tokens], device=self.model.device)
+        positions = torch.arange(len(tokens), device=self.model.device).unsqueeze(0)
+        network.hidden(ids, positions, None, None, cache=cache, num_committed=len(tokens))
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+class _Turn(BlockCriteria):
+    """Hands each block to its rows, and ends the call when one of them has ended or it is time for others."""
+
+    def __init__(
+        self, rows: list[Request], tokenizer: Any, blocks: int | None, wants_turn: Callable[[], bool]
+    ) -> None:
+        self.rows, self.tokenizer, self.blocks, self.wants_turn = list(rows), tokenizer, blocks, wants_turn
+        self.ended = False
+
+    def end_block(self, new_tokens: list[list[int]], finished: list[bool]) -> bool:
+        for request, tokens, has_ended in zip(self.rows, new_tokens, finished, strict=True):
+            request.take(tokens, self.tokenizer, has_ended)
+            request.reseed()
+        over = [request.finish_reason is not None or request.cancelled.is_set() for request in self.rows]
+        if self.blocks is not None:
+            self.blocks -= 1
+        # A text that is denoised as a whole goes on while anybody wants it.
+        may_leave = any(over) if self.blocks is not None else all(over)
+        self.ended = may_leave or self.blocks == 0 or self.wants_turn()
+        return self.ended
+
+    def settle(self) -> None:
+        """End the rows of a call that `generate` has ended by a criterion which it does not tell of."""
+        if not self.ended:
+            for request in self.rows:
+                request.take([], self.tokenizer, finished=True)
+
+
+def _has_block_cache(model: Any) -> bool:
+    return (
+        hasattr(model, "decoding_network")
+        and model.generator_per_row
+        and not model.config.time_conditioning  # keys depend on the noise level
+        and not fills_window(model.config)
+        and model.generation_config.use_cache
+        and model.generation_config.cache_implementation in (None, "dynamic")
+    )
+
+
+def _ends_early(request: Request) -> bool:
+    """Whether rows end by a criterion that transformers' own loop does not tell of."""
+    return getattr(request.config, "entropy_stop", None) is not None or bool(
+        getattr(request.config, "stop_at_second_eos", False)
+    )
+
+
+def _padded(texts: list[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return `input_ids` and `attention_mask`, padded on the left."""
+    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        ids[row, ids.shape[1] - len(text) :] = torch.tensor(text, dtype=torch.long)
+        mask[row, ids.shape[1] - len(text) :] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def _call_config(config: GenerationConfig, tokens: int) -> GenerationConfig:
+    """Return the settings of one call, whose rows end by their own stop strings and limits."""
+    made = copy.deepcopy(config)
+    made.max_new_tokens, made.max_length, made.stop_strings = tokens, None, None
+    made.return_dict_in_generate = True
+    if made.pad_token_id is None:
+        ends = made.eos_token_id
+        made.pad_token_id = ends[0] if isinstance(ends, list) else 0 if ends is None else ends
+    return made
+
+
+def _split_cache(rows: list[_Row], cache: Any) -> dict[_Row, _Layers]:
+    """Return the part of each row, views of a cache in which rows may begin at different columns."""
+    if cache is None:
+        return {}
+    begins = [0] * len(rows) if cache.row_start is None else cache.row_start.tolist()
+    parts = {}
+    for index, (row, begin) in enumerate(zip(rows, begins, strict=True)):
+        part = (slice(index, index + 1), slice(None), slice(begin, None))
+        parts[row] = [(layer.keys[part], layer.values[part]) for layer in cache.layers]
+    return parts
+
+
+def _join_caches(model: Any, rows: list[_Layers], starts: torch.Tensor) -> BlockCache:
+    """Return one cache for rows that begin at the columns `starts` and end at the same one."""
+    cache = BlockCache(model.config)
+    example = max(rows, key=lambda layers: layers[0][0].shape[2] if layers else 0)
+    for index, pair in enumerate(example):
+        joined = []
+        for kind, longest in enumerate(pair):
+            # What is left of a row is never read, but a product with it must be finite.
+            whole = longest.new_zeros(len(rows), *longest.shape[1:])
+            for row, layers in enumerate(rows):
+                if layers:
+                    own = layers[index][kind][0]
+                    whole[row, :, longest.shape[2] - own.shape[1] :] = own
+            joined.append(whole)
+        cache.update(joined[0], joined[1], index)
+    cache.row_start = starts if starts.any() else None
+    return cache
+
+
+__all__ = ["ROUND_TOKENS", "RowGroup"]

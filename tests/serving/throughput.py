@@ -1,0 +1,132 @@
+"""Measure what a batch is worth to a server: tokens per second of one client and of several at once.
+
+python tests/serving/throughput.py                       # random weights, 8 layers x 512
+python tests/serving/throughput.py --model bd3lm-demo --clients 1 8 --new-tokens 128
+
+The server is `bd3lm serve` in a process of its own. Every client sends one request after the other, with prompts of
+unequal length. The counts of clients are measured in turn, and the ratio is that of the medians.
+"""
+
+import argparse
+import http.client
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", help="folder; by default random weights of --layers x --width are written")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--requests", type=int, default=2, help="that each client sends per measurement")
+    parser.add_argument("--repeats", type=int, default=3)
+    return parser
+
+
+def write_model(folder: Path, layers: int, width: int) -> None:
+    """Write a BD3-LM of random weights with the tokenizer of the tests."""
+    import torch
+    from conftest import SENTENCES, SPECIAL_TOKENS
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = list(SPECIAL_TOKENS.values())
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
+    wrapped.save_pretrained(folder)
+    torch.manual_seed(0)
+    ids = {f"{name}_token_id": getattr(wrapped, f"{name}_token_id") for name in ("bos", "pad", "mask")}
+    config = BD3LMConfig(
+        vocab_size=8192,
+        hidden_dim=width,
+        n_blocks=layers,
+        n_heads=width // 64,
+        cond_dim=64,
+        model_length=1024,
+        block_size=4,
+        eos_token_id=None,
+        **ids,
+    )
+    BD3LMForMaskedLM(config).save_pretrained(folder)
+
+
+class Server:
+    """`bd3lm serve` in a process of its own."""
+
+    def __init__(self, folder: str) -> None:
+        command = [sys.executable, "-m", "bd3lm_hf.cli", "serve", folder, "--port", "0", "--name", "model"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
+        if found is None:
+            raise SystemExit(f"bd3lm serve did not start: {line!r}")
+        self.port = int(found[1])
+
+    def complete(self, prompt: str, count: int, seed: int) -> int:
+        """Return the number of tokens of one answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        body = json.dumps({"prompt": prompt, "max_tokens": count, "seed": seed})
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        answer = json.loads(connection.getresponse().read())
+        connection.close()
+        return int(answer["usage"]["completion_tokens"])
+
+    def tokens_per_second(self, clients: int, requests: int, new_tokens: int) -> float:
+        def run(client: int) -> int:
+            prompt = "The quick brown fox. " * (1 + client)
+            return sum(self.complete(prompt, new_tokens, 100 * client + number) for number in range(requests))
+
+        started = time.perf_counter()
+        with ThreadPoolExecutor(clients) as pool:
+            tokens = sum(pool.map(run, range(clients)))
+        return tokens / (time.perf_counter() - started)
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=30)
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.model is None:
+            write_model(Path(folder), arguments.layers, arguments.width)
+        server = Server(arguments.model or folder)
+        try:
+            server.tokens_per_second(1, 1, 16)  # warm up
+            speeds: dict[int, list[float]] = {clients: [] for clients in arguments.clients}
+            for _ in range(arguments.repeats):
+                for clients, found in speeds.items():
+                    found.append(server.tokens_per_second(clients, arguments.requests, arguments.new_tokens))
+        finally:
+            server.close()
+    base = statistics.median(speeds[arguments.clients[0]])
+    for clients, found in speeds.items():
+        middle = statistics.median(found)
+        spread = ", ".join(f"{speed:.1f}" for speed in sorted(found))
+        print(f"{clients} clients: {middle:.1f} tokens/s ({spread}), {middle / base:.2f} times {arguments.clients[0]}")
+
+
+if __name__ == "__main__":
+    main()
