@@ -1,4 +1,4 @@
-"""What a request has to pass before an endpoint sees it: the API key, a size limit, and JSON.
+"""Checks of a request before an endpoint sees it: the API key, a size limit, and JSON.
 
 It also stops the work for a client that leaves. Neither FastAPI nor uvicorn does that while an answer is not streamed.
 """

@@ -37,8 +37,6 @@ _CONFIG_FIELDS = (
     "bad_words_ids",
     "bos_token_id",
     "context",
-    "entropy_stop",
-    "entropy_stop_window",
     "eos_token_id",
     "epsilon_cutoff",
     "eta_cutoff",

@@ -46,6 +46,11 @@ class Request:
             self.seed = secrets.randbits(63)
         self.generator = torch.Generator()
         self.key = settings_key(self.config)
+        ends = self.config.eos_token_id
+        self._ends = set(ends if isinstance(ends, list) else [ends]) - {None}
+        self._ends_left = 1  # end tokens until the text ends
+        if getattr(self.config, "stop_at_second_eos", False):
+            self._ends_left = max(1, 2 - sum(token in self._ends for token in self.prompt))
         self._final = 0  # characters of `text` that are final
         self._window = 0  # index in `written` of the first token that is decoded again
         self._known = 0  # characters that the decoded tokens had when that index was set
@@ -74,9 +79,9 @@ class Request:
         """
         if self.finish_reason is not None:
             return
-        ends = _end_tokens(self.config)
         for token in tokens[: self.remaining]:
-            if token in ends:
+            self._ends_left -= token in self._ends
+            if self._ends_left == 0:
                 self.finish_reason = "stop"
                 break
             self.written.append(token)
@@ -123,13 +128,6 @@ class Request:
             piece, self._final = self.text[self._final : stop], stop
             if self.on_text is not None:
                 self.on_text(piece)
-
-
-def _end_tokens(config: Any) -> set[int]:
-    if getattr(config, "stop_at_second_eos", False):
-        return set()  # the criterion of `generate` counts them
-    ends = config.eos_token_id
-    return set(ends if isinstance(ends, list) else [ends]) - {None}
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 
+from bd3lm_hf.checkpoints import window_of
 from bd3lm_hf.modeling.cache_bd3lm import BlockCache
 from bd3lm_hf.modeling.decoding_state_bd3lm import BlockCriteria
 from bd3lm_hf.modeling.windows_bd3lm import fills_window
@@ -42,7 +43,11 @@ class RowGroup:
         self.model, self.tokenizer = model, tokenizer
         self.rows: list[Request] = []
         self.block_size = int(getattr(model.config, "block_size", None) or 1)
-        self.window = int(model.config.max_position_embeddings)
+        self.window = window_of(model)
+        if getattr(model.config, "has_learned_positions", False):
+            # A call asks for whole blocks after the longest row, which must have positions too.
+            self.window = min(self.window, model.config.max_position_embeddings // self.block_size * self.block_size)
+            self.window -= self.block_size
         self.in_one_piece = self.block_size >= self.window
         self.per_row: bool = model.generator_per_row
         self.has_block_cache = _has_block_cache(model)
@@ -66,14 +71,15 @@ class RowGroup:
         """Generate until a row ends or is cancelled, or until `wants_turn()` after a block. Rows take their tokens."""
         rows = [(request, self._start(request)) for request in self.rows]
         texts = [(request.prompt + request.written)[start:] for request, start in rows]
-        turn = _Turn(self.rows, self.tokenizer, self._blocks(texts), wants_turn if self._can_pause else lambda: False)
+        blocks = self._blocks(texts)
+        turn = _Turn(self.rows, self.tokenizer, blocks, wants_turn if self._can_pause else lambda: False)
         cache = self._take_cache(rows, texts)
         for request in self.rows:
             request.reseed()
         generators: Any = [request.generator for request in self.rows]
         output = self.model.generate(
             **_padded(texts, self.model.device),
-            generation_config=_call_config(self.rows[0].config, self._most_tokens()),
+            generation_config=_call_config(self.rows[0].config, self._most_tokens(blocks)),
             generator=generators if self.per_row else generators[0],
             stopping_criteria=StoppingCriteriaList([turn]),
             **({} if cache is None else {"past_key_values": cache}),
@@ -88,12 +94,12 @@ class RowGroup:
         """Whether a call may end after any block without a change of the text."""
         return self.per_row and not self.in_one_piece
 
-    def _most_tokens(self) -> int:
+    def _most_tokens(self, blocks: int | None) -> int:
         longest = max(request.remaining for request in self.rows)
-        if self.in_one_piece:
+        if blocks is None:
             return longest
         # Whole blocks, as in a batch: a block of which less is requested would be denoised differently.
-        return -(-longest // self.block_size) * self.block_size + self.block_size
+        return min(-(-longest // self.block_size) + 1, blocks) * self.block_size
 
     def _blocks(self, texts: list[list[int]]) -> int | None:
         """Return after how many blocks the call ends at the latest; None: at the end of the text."""
@@ -182,7 +188,7 @@ def _has_block_cache(model: Any) -> bool:
         and model.generator_per_row
         and not model.config.time_conditioning  # keys depend on the noise level
         and not fills_window(model.config)
-        and model.generation_config.use_cache
+        and model.generation_config.use_cache is not False
         and model.generation_config.cache_implementation in (None, "dynamic")
     )
 

@@ -22,6 +22,7 @@ from transformers.cli.serving.systemone import SystemOneHandler
 from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import BaseGenerateManager, GenerationState, Modality, _StreamError
 
+from bd3lm_hf.checkpoints import window_of
 from bd3lm_hf.serving.access import Access, error_response
 from bd3lm_hf.serving.batching import Batcher, QueueFullError, Request
 from bd3lm_hf.serving.plain_text import PlainText
@@ -95,7 +96,7 @@ class BatchedGeneration(BaseGenerateManager):
 
     def __init__(self, batcher: Batcher) -> None:
         self.batcher = batcher
-        self.window = int(batcher.model.config.max_position_embeddings)
+        self.window = window_of(batcher.model)
 
     def generate_streaming(
         self,

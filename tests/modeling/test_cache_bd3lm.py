@@ -249,6 +249,19 @@ def test_a_cache_that_does_not_fit_is_refused(make_model, cache, lengths, messag
         make_model().generate(**batch_of(prompts_of(lengths), "left"), max_new_tokens=4, past_key_values=cache)
 
 
+def test_padded_rows_are_continued_if_they_begin_where_they_began(make_model):
+    model, batch = make_model(pad_token_id=0), batch_of(prompts_of([9, 5]), "left")
+    whole = model.generate(**batch, max_new_tokens=11, do_sample=False)
+    first = model.generate(**batch, max_new_tokens=7, do_sample=False, return_dict_in_generate=True)
+    assert first.past_key_values.row_start.tolist() == [0, 4]
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, 7, dtype=torch.long)], dim=1)
+    options = {"max_new_tokens": 4, "do_sample": False, "past_key_values": first.past_key_values}
+    assert torch.equal(model.generate(first.sequences, attention_mask=mask, **options), whole)
+    rows = {"input_ids": first.sequences.flip(0), "attention_mask": mask.flip(0)}
+    with pytest.raises(ValueError, match="which padding changes"):
+        model.generate(**rows, **options)
+
+
 def test_a_quantized_cache_is_refused():
     # Made without its constructor: the quantizing backend is another library.
     cache = QuantizedCache.__new__(QuantizedCache)

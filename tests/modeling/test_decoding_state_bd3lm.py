@@ -14,6 +14,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.decoding_state_bd3lm import (
+    BlockCriteria,
     EntropyStopCriteria,
     SecondEosCriteria,
     SequenceBuffer,
@@ -102,6 +103,23 @@ def test_when_time_is_up_the_block_that_is_done_counts():
     stop = stop_rules([[5, 6, 7, 8, 9, 10]], [MaxTimeCriteria(0.0, initial_timestamp=time.time() - 1)])
     assert stop.update(0).tolist() == [5, 6, 7]
     assert stop.all_finished
+
+
+def test_a_block_criterion_sees_the_new_tokens_of_every_row_and_ends_them_all():
+    class Witness(BlockCriteria):
+        seen: list = []
+
+        def end_block(self, new_tokens, finished):
+            self.seen.append((new_tokens, finished))
+            return len(self.seen) == 2
+
+    criteria = [EosTokenCriteria(EOS), Witness()]
+    stop = stop_rules([[5, EOS, 6, 7, 8, 9, 10], [5, 6, 7, 8, 9, 10, 11]], criteria)
+    stop.update(0)
+    assert not stop.all_finished
+    stop.update(4)
+    assert Witness.seen == [([[5, EOS], [5, 6, 7]], [True, False]), ([[], [8, 9, 10, 11]], [True, False])]
+    assert stop.all_finished and stop.new_tokens()[1].tolist() == [5, 6, 7, 8, 9, 10, 11]
 
 
 def test_a_criterion_sees_each_text_token_by_token():

@@ -1,11 +1,17 @@
 """Rows join and leave a batch, and each gets the text that it gets alone."""
 
 import copy
+import gc
 import threading
+import tracemalloc
 
 import pytest
 import torch
+from decoders import tiny_decoder
+from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig
 
+from bd3lm_hf import ARConfig, ARForCausalLM, SSDLMConfig, SSDLMForMaskedLM
+from bd3lm_hf.modeling.windows_bd3lm import DecodingNetwork
 from bd3lm_hf.serving.batching import Batcher, QueueFullError, Request
 
 
@@ -24,7 +30,13 @@ class Caller:
         for name, value in {"max_new_tokens": count, "do_sample": True, "eos_token_id": None, **fields}.items():
             setattr(config, name, value)
         self.ended, self.error, self.shown = threading.Event(), None, []
-        self.request = Request(prompt, config, seed, self.shown.append, self._end)
+        self.after_first_text = None
+        self.request = Request(prompt, config, seed, self._show, self._end)
+
+    def _show(self, text):
+        self.shown.append(text)
+        if len(self.shown) == 1 and self.after_first_text is not None:
+            self.after_first_text()
 
     def _end(self, error):
         self.error = error
@@ -48,24 +60,149 @@ def serve():
         batcher.close()
 
 
+# Prompts within a block and of several, texts that outgrow the window of 32 tokens, and one that ends in a block.
 CALLS = [([1, 2, 3], 50), ([5] * 13, 7), (list(range(9)), 60), ([7], 33)]
 
 
-def test_a_text_does_not_depend_on_who_else_is_served(make_model, serve):
+def ssdlm():
+    encoder = RobertaConfig(
+        vocab_size=48,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        pad_token_id=2,
+    )
+    fields = {"vocab_size": 48, "block_size": 4, "model_length": 32, "mask_token_id": 47, "pad_token_id": 2}
+    model = SSDLMForMaskedLM(SSDLMConfig(encoder_config=encoder.to_dict(), **fields)).eval()
+    model.generation_config.num_denoising_steps = 3
+    return model
+
+
+MODELS = {
+    "bd3lm": lambda make_model: make_model(pad_token_id=0),
+    "exact window": lambda make_model: with_field(make_model(pad_token_id=0), "window", "exact"),
+    "time-conditioned": lambda make_model: make_model(pad_token_id=0, time_conditioning=True),
+    "confidence": lambda make_model: with_field(make_model(pad_token_id=0), "sampler", "confidence"),
+    "qwen3": lambda make_model: tiny_decoder("qwen3", eos_token_id=None),
+    "llama": lambda make_model: tiny_decoder("llama", eos_token_id=None, context="token", alignment="shifted"),
+    "gpt2": lambda make_model: tiny_decoder("gpt2", eos_token_id=None, alignment="shifted_noisy"),
+    "ssdlm": lambda make_model: ssdlm(),
+    "ssdlm, previous block": lambda make_model: with_field(ssdlm(), "context", "previous_block"),
+    "one block": lambda make_model: make_model(pad_token_id=0, block_size=32),
+    "ar": lambda make_model: autoregressive(),
+}
+
+
+def with_field(model, name, value):
+    setattr(model.generation_config, name, value)
+    return model
+
+
+def autoregressive():
+    sizes = {"vocab_size": 48, "model_length": 32, "hidden_dim": 32, "n_blocks": 2, "n_heads": 2}
+    return ARForCausalLM(ARConfig(**sizes, eos_token_id=None, pad_token_id=0)).eval()
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_text_does_not_depend_on_who_else_is_served(make_model, serve, name):
+    model = MODELS[name](make_model)
+    batcher = serve(model)
+
+    def callers():
+        return [Caller(model, *call, seed=seed) for seed, call in enumerate(CALLS)]
+
+    alone = [caller.wait() for caller in callers() if batcher.submit(caller.request)]
+    together = callers()
+    for caller in together:
+        batcher.submit(caller.request)
+    assert [caller.wait() for caller in together] == alone
+    assert [caller.error for caller in together] == [None] * 4
+    assert [len(text) for text in alone] == [count for _, count in CALLS]
+    assert all("".join(caller.shown) == text for caller, text in zip(together, alone, strict=True))
+    assert [caller.request.finish_reason for caller in together] == ["length"] * 4
+    # Each joins while the one before it is being written.
+    staggered = callers()
+    for caller, next_one in zip(staggered, staggered[1:], strict=False):
+        caller.after_first_text = lambda request=next_one.request: batcher.submit(request)
+    batcher.submit(staggered[0].request)
+    assert [caller.wait() for caller in staggered] == alone
+
+
+class Network:
+    """Counts forward passes and the tokens that go through them."""
+
+    def __init__(self, monkeypatch):
+        self.passes = self.tokens = 0
+        forward = DecodingNetwork.hidden
+
+        def hidden(network, input_ids, *args, **kwargs):
+            self.passes += 1
+            self.tokens += input_ids.numel()
+            return forward(network, input_ids, *args, **kwargs)
+
+        monkeypatch.setattr(DecodingNetwork, "hidden", hidden)
+
+    def of(self, batcher, callers):
+        self.passes = self.tokens = 0
+        for caller in callers:
+            batcher.submit(caller.request)
+        for caller in callers:
+            caller.wait()
+        return self.passes, self.tokens
+
+
+def test_a_batch_takes_the_passes_of_its_longest_text_and_reads_nothing_twice(make_model, serve, monkeypatch):
+    model = make_model(pad_token_id=0, model_length=256)
+    batcher, network = serve(model), Network(monkeypatch)
+    prompts = [[1] * (1 + 5 * row) for row in range(8)]
+    alone = [network.of(batcher, [Caller(model, prompt, 48, seed)]) for seed, prompt in enumerate(prompts)]
+    # A row that begins within a block may need a step more than its neighbours; the prompts are read one by one.
+    passes, tokens = network.of(batcher, [Caller(model, prompt, 48, seed) for seed, prompt in enumerate(prompts)])
+    longest = max(count for count, _ in alone)
+    assert passes <= longest + 4 + len(prompts)
+    assert sum(count for count, _ in alone) > 6 * passes
+    assert tokens <= 1.1 * sum(count for _, count in alone)
+
+
+def test_one_request_with_other_settings_does_not_wait_for_a_long_one(make_model, serve):
     model = make_model(pad_token_id=0)
     batcher = serve(model)
-    alone = []
-    for seed, call in enumerate(CALLS):
-        caller = Caller(model, *call, seed=seed)
-        batcher.submit(caller.request)
-        alone.append(caller.wait())
-    callers = [Caller(model, *call, seed=seed) for seed, call in enumerate(CALLS)]
-    for caller in callers:
-        batcher.submit(caller.request)
-    assert [caller.wait() for caller in callers] == alone
-    assert [len(text) for text in alone] == [count for _, count in CALLS]
-    assert all("".join(caller.shown) == text for caller, text in zip(callers, alone, strict=True))
-    assert [caller.request.finish_reason for caller in callers] == ["length"] * 4
+    long, short = Caller(model, [1], 100_000), Caller(model, [2], 40, do_sample=False)
+    long.after_first_text = lambda: batcher.submit(short.request)
+    batcher.submit(long.request)
+    short.wait()
+    assert long.request.finish_reason is None
+    long.request.cancelled.set()
+    long.wait()
+
+
+def test_hundreds_of_requests_leave_nothing_behind(make_model, serve):
+    model = make_model(pad_token_id=0)
+    batcher = serve(model)
+
+    def serve_some(count):
+        callers = [Caller(model, [1 + number % 40] * (1 + number % 9), 5, number) for number in range(count)]
+        for first in range(0, count, 50):
+            for caller in callers[first : first + 50]:
+                batcher.submit(caller.request)
+            for caller in callers[first : first + 50]:
+                caller.wait()
+        del callers, caller
+        gc.collect()
+        return sum(type(thing) in (torch.Tensor, torch.Generator, Request) for thing in gc.get_objects())
+
+    before = serve_some(60)
+    tracemalloc.start()
+    serve_some(40)
+    start, _ = tracemalloc.get_traced_memory()
+    after = serve_some(440)
+    end, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after <= before + 8 and end - start < 100_000
+    found = batcher.statistics()
+    assert (found["requests_running"], found["requests_waiting"], found["requests_finished"]) == (0, 0, 540)
 
 
 @pytest.mark.parametrize("count", [20, 60, 130])
@@ -134,3 +271,53 @@ def test_a_full_queue_refuses_and_a_cancelled_request_leaves(make_model, serve):
     long.request.cancelled.set()
     assert waiting.wait() and long.wait() is not None
     assert len(long.request.written) < 4000
+
+
+def test_a_model_of_another_library_is_refused_by_name():
+    sizes = {"vocab_size": 48, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    with pytest.raises(ValueError, match="LlamaForCausalLM"):
+        Batcher(LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1)), Letters())
+
+
+class Bytes:
+    """A tokenizer of one byte a token, whose characters may need several."""
+
+    def decode(self, ids, skip_special_tokens=True):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_a_long_text_is_decoded_in_pieces_without_a_broken_character(make_model, size):
+    model, text = make_model(pad_token_id=0), "naïve café, 3 €; " * 60
+    tokens, shown = list(text.encode()), []
+    config = copy.deepcopy(model.generation_config)
+    config.max_new_tokens, config.eos_token_id, config.stop_strings = len(tokens), None, ["€; STOP"]
+    request = Request([1], config, 0, shown.append)
+    for first in range(0, len(tokens), size):
+        request.take(tokens[first : first + size], Bytes())
+    assert request.text == "".join(shown) == text and "\ufffd" not in "".join(shown)
+    assert request.finish_reason == "length"
+    again = Request([1], config, 0)
+    again.take([*tokens, *"€; STOP and more".encode()], Bytes())
+    assert again.finish_reason == "length"
+    config.max_new_tokens = 10**6
+    stopped = Request([1], config, 0)
+    for first in range(0, len(tokens), size):
+        stopped.take(tokens[first : first + size], Bytes())
+    stopped.take(list("€; STOP and more".encode()), Bytes())
+    assert (stopped.finish_reason, stopped.text, stopped.written) == ("stop", text, tokens)
+
+
+@pytest.mark.parametrize("field", [{"entropy_stop": 5.0, "entropy_stop_window": 12}, {"stop_at_second_eos": True}])
+def test_a_stopping_criterion_of_generate_ends_the_text(make_model, serve, field):
+    model = make_model(pad_token_id=0)
+    first = Caller(model, [1, 2], 40, seed=1)
+    batcher = serve(model)
+    batcher.submit(first.request)
+    first.wait()
+    ends = {"eos_token_id": first.request.written[9]} if "stop_at_second_eos" in field else {}
+    again = Caller(model, [1, 2], 400, seed=1, **field, **ends)
+    batcher.submit(again.request)
+    again.wait()
+    assert again.request.finish_reason == "stop" and 9 < len(again.request.written) < 400
+    assert again.request.written[:10] == first.request.written[:10]

@@ -13,7 +13,7 @@ openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("transformers.cli.serving.server")
 
-from bd3lm_hf import (  # noqa: E402  # noqa: E402
+from bd3lm_hf import (  # noqa: E402
     ARConfig,
     ARForCausalLM,
     BD3LMConfig,
@@ -144,6 +144,14 @@ def test_a_stop_string_is_left_out(server):
         ({"prompt": "a", "logprobs": 3}, 400, "logprobs=3"),
         ({"prompt": "a", "temperature": "hot"}, 400, "temperature='hot'"),
         ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens=0"),
+        ({"prompt": "a", "max_tokens": 1.5}, 400, "max_tokens=1.5"),
+        ({"prompt": "a", "suffix": "b"}, 400, "suffix='b'"),
+        ({"prompt": "a", "logit_bias": {"1": 2}}, 400, "logit_bias"),
+        ({"prompt": "a", "stop": 3}, 400, "stop=3"),
+        ({"prompt": "a", "stream": "yes"}, 400, "stream='yes'"),
+        ({"prompt": "a", "generation_config": {"max_new_tokens": "many"}}, 400, "max_new_tokens='many'"),
+        ({"prompt": "a", "generation_config": {"num_beams": 4}}, 400, "num_beams=4"),
+        ({"prompt": "a", "generation_config": {"min_new_tokens": 4}}, 400, "min_new_tokens=4"),
         ({"prompt": "a", "seed": "x"}, 400, "seed='x'"),
         ({"prompt": "a", "stop": [1]}, 400, "stop=[1]"),
         ({"prompt": "a", "sampler": "dice"}, 400, "dice"),
@@ -169,11 +177,23 @@ def test_messages_that_are_none_and_a_model_without_a_template(server, folder_of
     assert status == 400 and "chat template" in answer["error"]["message"]
 
 
-def test_a_prompt_beyond_the_window_and_one_with_the_mask_token(server):
-    status, answer = server.post({"prompt": "The dog sleeps. " * 40, "max_tokens": 8, "seed": 0})
-    assert status == 200 and answer["usage"]["prompt_tokens"] > 32 and answer["usage"]["completion_tokens"] == 8
+def test_a_prompt_beyond_the_window_is_refused_and_a_mask_token_in_one_is_text(server):
+    for body, path in (
+        ({"prompt": "The dog sleeps. " * 40}, "/v1/completions"),
+        ({"messages": [{"role": "user", "content": "The dog sleeps. " * 40}]}, "/v1/chat/completions"),
+    ):
+        for stream in (False, True):
+            status, answer = server.post({**body, "max_tokens": 8, "stream": stream}, path)
+            assert status == 400 and "window of 32" in answer["error"]["message"]
     status, answer = server.post({"prompt": "A <mask> b", "max_tokens": 8, "seed": 0})
     assert status == 200 and answer["usage"]["completion_tokens"] == 8 and "<mask>" not in answer["choices"][0]["text"]
+
+
+def test_a_stop_string_in_the_last_token_allowed_is_not_a_cut(server):
+    body = {"prompt": "The dog", "max_tokens": 30, "seed": 7}
+    text = server.post(body)[1]["choices"][0]["text"]
+    end = server.post({**body, "stop": text[-1] if text.count(text[-1]) == 1 else text[-6:]})[1]
+    assert end["choices"][0]["finish_reason"] == "stop"
 
 
 def test_sixteen_clients_at_once_get_what_each_gets_alone(server):
@@ -194,6 +214,20 @@ def test_a_client_that_leaves_cancels_its_request(server):
     while server.app.state.batcher.statistics()["requests_running"] and time.monotonic() < deadline:
         time.sleep(0.05)
     assert server.app.state.batcher.statistics()["requests_running"] == 0
+
+
+def test_a_client_that_hangs_up_before_its_answer_cancels_its_request(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    body = json.dumps({"prompt": "a", "max_tokens": 100_000})
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    statistics = server.app.state.batcher.statistics
+    while not statistics()["requests_running"]:
+        time.sleep(0.01)
+    connection.close()
+    deadline = time.monotonic() + 30
+    while statistics()["requests_running"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert statistics()["requests_running"] == 0
 
 
 def test_what_can_be_looked_at(server):
