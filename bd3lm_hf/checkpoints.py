@@ -22,6 +22,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from bd3lm_hf.auto_classes import is_unsupported_auto_class
 from bd3lm_hf.data.sources import exists, looks_like_path
 from bd3lm_hf.foreign_layouts import read_contract, read_contract_config, set_contract_generation
+from bd3lm_hf.input_files import read_json
 from bd3lm_hf.output_files import BASE_NAME
 
 
@@ -169,9 +170,9 @@ def read_shard_index(path: Path) -> dict[str, str]:
         ValueError: if the index is damaged, or names a file outside of its folder, which would be read from there.
     """
     try:
-        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        shards = read_json(path, max_bytes=100_000_000)["weight_map"]
         unsafe = [str(name) for name in shards.values() if name in ("", ".", "..") or re.search(r"[/\\:\0]", name)]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not an index of weights ({type(error).__name__}: {error}).") from error
     if unsafe:
         raise ValueError(
@@ -181,6 +182,7 @@ def read_shard_index(path: Path) -> dict[str, str]:
 
 
 def _auto_class_of(config: Any) -> Any:
+    # A masked language model of ours or of its own code; everything else is loaded as a causal one.
     found = MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None)
     is_masked = found is not None and not is_unsupported_auto_class(found)
     if is_masked or "AutoModelForMaskedLM" in (getattr(config, "auto_map", None) or {}):
@@ -189,6 +191,7 @@ def _auto_class_of(config: Any) -> Any:
 
 
 def _check_loading_info(info: dict[str, Any], origin: str, *, spare: bool) -> None:
+    # Both or none: a checkpoint with one of them is damaged.
     if set(info["missing_keys"]) >= _MAY_LACK:
         info["missing_keys"] = set(info["missing_keys"]) - _MAY_LACK
     if spare and info["unexpected_keys"]:
@@ -280,19 +283,3 @@ def check_finite_weights(model: torch.nn.Module, origin: str) -> None:
                 f"{count} of {tensor.numel()} numbers of {name} in {origin} are NaN or infinite: start from another "
                 f"checkpoint."
             )
-
-
-__all__ = [
-    "NotFiniteError",
-    "adapter_base",
-    "add_adapters",
-    "check_finite_weights",
-    "check_generates",
-    "find_device",
-    "how_to_adapt",
-    "load_model",
-    "merge_adapter",
-    "read_config",
-    "read_shard_index",
-    "window_of",
-]

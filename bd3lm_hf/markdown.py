@@ -23,6 +23,3 @@ def escape(value: Any) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table; cells are Markdown, so what is not ours goes through `escape` first."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
-
-
-__all__ = ["escape", "table"]

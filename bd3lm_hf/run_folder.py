@@ -23,7 +23,6 @@ from bd3lm_hf.output_files import BASE_NAME, LOCK_NAME, lock_output
 
 logger = logging.get_logger("bd3lm_hf.train")
 
-
 RECIPE_NAME = "recipe.yaml"  # of every run folder
 RECIPE_HEADER = "# Written by bd3lm train: the fields of this run."  # tells our recipe from a user's file of that name
 STAGING_NAME = ".incomplete"
@@ -249,6 +248,7 @@ def incomplete_because(folder: str | Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
+        # The size is enough to find what a full disk or a kill left; hashing would read all weights.
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
     return None
@@ -277,6 +277,7 @@ def remove_old_checkpoints(output_dir: str | Path, *, limit: int | None, keep: s
     """
     if not limit or limit < 0:
         return
+    # By time, as transformers removes them.
     ordered = sort_checkpoints(str(output_dir), use_mtime=True)
     spare = [path for path in ordered if str(Path(path)) not in keep]
     for path in spare[: max(0, len(ordered) - limit)]:
@@ -404,38 +405,3 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-__all__ = [
-    "COMPLETE_NAME",
-    "CURVE_NAME",
-    "EMA_NAME",
-    "RECIPE_HEADER",
-    "RECIPE_NAME",
-    "RESULTS_NAME",
-    "SAMPLES_NAME",
-    "SEARCH_NAME",
-    "STAGING_NAME",
-    "SaveError",
-    "WEIGHTS_NAME",
-    "as_size",
-    "check_output_dir",
-    "checkpoint_to_resume",
-    "checkpoints",
-    "clear_output_dir",
-    "clear_staging",
-    "free_bytes",
-    "incomplete_because",
-    "is_run_folder",
-    "last_complete_checkpoint",
-    "lock_output_dir",
-    "mark_complete",
-    "publish_files",
-    "publish_folder",
-    "read_completion_mark",
-    "recover_output_dir",
-    "remove_old_checkpoints",
-    "saving",
-    "staging_folder",
-    "warn_if_disk_is_full",
-]

@@ -9,6 +9,3 @@ def derived_seed(*parts: int | str) -> int:
     Neighbouring seeds of a Mersenne twister give correlated first numbers; those of a hash do not.
     """
     return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
-
-
-__all__ = ["derived_seed"]

@@ -29,6 +29,7 @@ MASK = "<|mask|>"
 SMALLEST_VOCABULARY = 256 + 3
 
 _MAX_TEMPLATE = 1_000_000
+# The code of a template without the text around it, and in it a number of seven digits or a power.
 _TEMPLATE_CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
 _HUGE = re.compile(r"\d{7,}|\*\*")
 
@@ -129,6 +130,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> PreTrain
         vocab_size=vocab_size - 1,  # the mask follows
         min_frequency=2,
         special_tokens=[END_OF_TEXT, PADDING],
+        # Sorted: the order of a set differs between processes, and with it the ids.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -193,6 +195,7 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, config: "BD3LMConfi
     Raises:
         ValueError: if the model has fewer token ids than the tokenizer, or another mask id.
     """
+    # Not the length: a vocabulary may have gaps.
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise ValueError(

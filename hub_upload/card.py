@@ -4,7 +4,6 @@ The metadata are huggingface_hub's `ModelCardData`; the held-out perplexity is a
 run is escaped: a card is shown on a web page.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from bd3lm_hf import markdown
 from bd3lm_hf.data.sources import DEFAULT_DATASET, exists, find_spec, looks_like_path
+from bd3lm_hf.input_files import read_json, read_yaml
 from bd3lm_hf.run_folder import RECIPE_NAME, RESULTS_NAME, WEIGHTS_NAME
-from bd3lm_hf.yaml_files import read_yaml
 
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
@@ -55,7 +54,6 @@ _FACTS = {
     "vocab_size": "vocabulary",
     "noise": "noise schedule",
 }
-_MAX_BYTES = 10_000_000  # of a recipe or results file; ours have some kilobytes
 _METRICS = {"perplexity": "Perplexity", "nll": "Nats per token", "bits_per_byte": "Bits per byte", "loss": "Loss"}
 
 
@@ -142,19 +140,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON, so the model card cannot be written: {error}") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _read_text(path: Path) -> str:
-    if path.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"{path} has more than {_MAX_BYTES:,} bytes, which no file of a run has.")
-    return path.read_text(encoding="utf-8")
+    return read_json(path) if path.is_file() else {}
 
 
 def _is_local(name: str) -> bool:
@@ -177,6 +163,7 @@ def _hub_dataset(name: str) -> str | None:
 def _facts(model: Any, whole: Any) -> list[tuple[str, Any]]:
     config = whole.config
     rows = [(label, getattr(config, name, None)) for name, label in _FACTS.items()]
+    # peft adds its matrices under these names; all other parameters are those of the base.
     adapter = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
     count = sum(parameter.numel() for parameter in model.parameters()) - adapter
     rows.append(("parameters", f"{count:,}"))
@@ -289,6 +276,3 @@ def _window(config: Any) -> str:
 
 def _table(rows: Sequence[tuple[Any, ...]], head: Sequence[str] | None = None) -> str:
     return markdown.table(head or [""] * len(rows[0]), [[markdown.escape(cell) for cell in row] for row in rows])
-
-
-__all__ = ["TEMPLATE", "make_card"]

@@ -30,6 +30,7 @@ from bd3lm_hf.hub_upload.hub_cli import convert_parser
 from bd3lm_hf.hub_upload.layouts import Architecture, architecture_of, is_simplex_layout, read_simplex
 from bd3lm_hf.hub_upload.repo_files import check_links, new_folder
 from bd3lm_hf.hub_upload.safe_pickle import plain, read_checkpoint
+from bd3lm_hf.input_files import read_json
 from bd3lm_hf.tokenization import check_tokenizer_fits, limit_to_window, load_tokenizer
 
 
@@ -55,7 +56,6 @@ _INDEX_FILE = "model.safetensors.index.json"
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _BUFFERS = ("rotary_emb.inv_freq", "sampling_eps_min", "sampling_eps_max")
-_MAX_JSON_BYTES = 100_000_000  # of a configuration or an index
 # The tokenizers of the published checkpoints, by the size of the vocabulary with the mask token.
 _KNOWN_TOKENIZERS = {50258: "gpt2", 30522: "bert-base-uncased"}
 
@@ -292,24 +292,12 @@ def _read_folder(folder: Path) -> Source:
     if not (folder / "config.json").is_file():
         raise ValueError(f"SRC {folder} holds no config.json: name the folder of a checkpoint, or a .ckpt file.")
     check_links(folder, "SRC")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     weights = _read_weights(folder)
     if is_simplex_layout(folder):
         simplex = read_simplex(folder, weights, config)
         return Source(simplex.weights, None, config, folder, simplex.architecture)
     return Source(_published_names(weights), None, config, folder)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"it has more than {_MAX_JSON_BYTES:,} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__} instead of an object.")
-    return content
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -354,11 +342,13 @@ def _published_names(weights: dict[str, Any]) -> dict[str, torch.Tensor]:
     named = {}
     for name, tensor in weights.items():
         if isinstance(tensor, torch.Tensor):
+            # The first comes from torch.compile, the second from data parallelism.
             for part in ("_orig_mod.", "module."):
                 name = name.replace(part, "")
             named[name] = tensor
     if named and not any(name.startswith("backbone.") for name in named):
         # The backbone was saved alone.
+        # The interval belongs to the whole model, not to its backbone.
         named = {n if n in _BUFFERS[1:] else f"backbone.{n}": t for n, t in named.items()}
     return named
 
@@ -415,6 +405,7 @@ def _under_every_name(own: dict[str, torch.Tensor], weights: dict[str, torch.Ten
     """Return weights with all names of each tied tensor; a checkpoint may hold only one of them."""
     names: dict[int, list[str]] = {}
     for name, tensor in own.items():
+        # Tied tensors share their memory.
         names.setdefault(tensor.data_ptr(), []).append(name)
     tied = dict(weights)
     for same in names.values():
@@ -487,6 +478,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"note: {printable(note)}")
     checked = "; logits checked after loading" if arguments.to == "bd3lm_hf" else ""
     print(f"{arguments.target}: {done.model_type}, {done.num_parameters:,} parameters{checked}")
-
-
-__all__ = ["Conversion", "Source", "convert", "main", "read_source", "to_decoder", "to_published"]

@@ -51,6 +51,3 @@ def hub_errors(failure: str) -> Iterator[None]:
             status = 401
         remedy = _REMEDIES.get(status, _LATER)
         raise HubError(f"{failure}: {remedy}. ({type(reason).__name__}: {one_line(str(reason))})") from reason
-
-
-__all__ = ["CheckError", "HubError", "hub_errors"]

@@ -79,6 +79,3 @@ def _shard_size(text: str) -> str:
 
 def _no_token(text: str) -> str:
     raise argparse.ArgumentTypeError("a token does not belong on the command line: set HF_TOKEN, or `hf auth login`")
-
-
-__all__ = ["MAX_SHARD_SIZE", "WEIGHTS", "convert_parser", "push_parser", "verify_parser"]

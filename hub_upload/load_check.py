@@ -76,11 +76,9 @@ def make_probe(model: Any) -> dict[str, torch.Tensor]:
 
 def make_prompt(config: Any) -> torch.Tensor:
     """Return two seeded rows of ordinary token ids, at most a block long."""
+    # Special tokens would end the text or be refused.
     ids = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "mask")]
     special = {token for given in ids for token in (given if isinstance(given, list) else [given])}
     ordinary = torch.tensor([token for token in range(config.vocab_size) if token not in special])
     length = max(1, min(config.block_size, config.model_length // 2))
     return ordinary[torch.randint(0, len(ordinary), (2, length), generator=torch.Generator().manual_seed(0))]
-
-
-__all__ = ["check_loads_alone", "isolated_environment", "make_probe", "make_prompt"]

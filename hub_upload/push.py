@@ -216,6 +216,7 @@ def upload(
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         state = _state(api, repo_id, revision, create=not create_pr)
         present = {entry.rfilename for entry in state.siblings or ()}
+        # Weights in another layout would be loaded in place of the new ones.
         removed = sorted(_outdated(api, repo_id, str(state.sha), present) - files.keys())
         operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
         operations += [CommitOperationDelete(name) for name in removed]
@@ -342,18 +343,3 @@ def summary(done: Upload, repo_id: str) -> str:
         return f"nothing to do: {repo_id} already holds these files"
     removed = f", removed {', '.join(done.removed)}" if done.removed else ""
     return f"uploaded{removed}: {printable(done.url)}"
-
-
-__all__ = [
-    "RepoContents",
-    "Upload",
-    "check_repo_id",
-    "dry_run",
-    "listing",
-    "main",
-    "push",
-    "push_saved_folder",
-    "summary",
-    "upload",
-    "write_repository",
-]

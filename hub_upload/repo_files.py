@@ -132,6 +132,7 @@ def check_links(folder: Path, argument: str) -> None:
         if not path.is_symlink() or any(path.resolve().is_relative_to(place) for place in allowed):
             continue
         name = path.relative_to(folder).as_posix()
+        # A linked folder brings its templates along.
         read = kind_of(name) or kind_of(f"{name}/a.jinja") or any(fnmatch.fnmatch(name, p) for p in _PICKLES)
         if read or name.endswith(".pt"):
             raise ValueError(
@@ -240,9 +241,6 @@ def write_contents(
         contents.tokenizer.save_pretrained(target)
     if unknown := [name for name in files_of(target) if kind_of(name) is None]:
         raise ValueError(f"DIR {source} is not a model of bd3lm_hf: saving it wrote {', '.join(unknown)}.")
-    # safetensors gives its files the mode 0600, but what is shared is for everyone.
-    for path in files_of(target).values():
-        path.chmod(0o644)
 
 
 def name_base(folder: Path, base_model: str) -> None:
@@ -282,35 +280,8 @@ def new_folder(target: Path, argument: str) -> Iterator[Path]:
         folder = staging / target.name
         folder.mkdir()
         yield folder
-        _apply_umask(folder)
         if target.exists():
             target.rmdir()  # still empty, or this fails
         publish_folder(folder, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _apply_umask(folder: Path) -> None:
-    """Give files the mode that the user's umask asks for; safetensors makes them private."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in files_of(folder).values():
-        path.chmod(0o666 & ~umask)
-
-
-__all__ = [
-    "ALLOWED",
-    "CARD_NAME",
-    "CODE",
-    "MANIFEST_NAME",
-    "ModelContents",
-    "check_links",
-    "check_source",
-    "files_of",
-    "kind_of",
-    "left_out",
-    "name_base",
-    "new_folder",
-    "read_contents",
-    "write_contents",
-]

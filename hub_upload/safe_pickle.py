@@ -176,6 +176,3 @@ def _plain(value: Any, budget: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item, budget) for item in value]
     return value
-
-
-__all__ = ["InertObject", "plain", "read_checkpoint"]

@@ -21,12 +21,12 @@ from bd3lm_hf.data.sources import exists, looks_like_path
 from bd3lm_hf.hub_upload.errors import HubError, hub_errors
 from bd3lm_hf.hub_upload.hub_cli import verify_parser
 from bd3lm_hf.hub_upload.repo_files import CARD_NAME, CODE, MANIFEST_NAME, files_of
+from bd3lm_hf.input_files import read_json
 
 
 # Apart from the card: files that the Hub and its users keep in a repository, and no loader reads.
 _NOT_LISTED = {CARD_NAME, MANIFEST_NAME, ".gitattributes", "LICENSE", "LICENSE.md", "LICENSE.txt"}
 _CLIENT_FOLDERS = (".cache", ".git")  # written by the Hub's client and by git
-_MAX_BYTES = 10_000_000  # of a manifest; ours have some kilobytes
 
 
 class ManifestDifference(NamedTuple):
@@ -49,6 +49,7 @@ def describe(path: Path) -> dict[str, Any]:
     """Return size in bytes and SHA-256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
+        # In pieces, because weights may be larger than the memory.
         while chunk := file.read(1 << 20):
             digest.update(chunk)
         return {"size": file.tell(), "sha256": digest.hexdigest()}
@@ -72,10 +73,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"DIR {folder} holds no {MANIFEST_NAME}: only folders that `bd3lm push` wrote have one.")
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"it has more than {_MAX_BYTES:,} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         for name, entry in content["files"].items():
+            # A manifest of a stranger must not name files elsewhere, in the spelling of any system.
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
                 raise ValueError(f"it lists {name!r}, which is outside of the folder")
             if not isinstance(entry["size"], int) or not isinstance(entry["sha256"], str):
@@ -96,6 +96,7 @@ def compare_with_manifest(folder: Path) -> ManifestDifference:
     content = read_manifest(folder)
     present = {name: path for name, path in files_of(folder).items() if name.split("/")[0] not in _CLIENT_FOLDERS}
     listed = content["files"]
+    # The size is compared first: it costs no reading.
     changed = [
         name
         for name, entry in listed.items()
@@ -159,15 +160,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(report(difference))
     if not difference.intact or (arguments.strict and difference.other_code):
         raise SystemExit(1)
-
-
-__all__ = [
-    "ManifestDifference",
-    "compare_with_manifest",
-    "describe",
-    "main",
-    "model_folder",
-    "read_manifest",
-    "report",
-    "write_manifest",
-]

@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, HfArgumentParser, IntervalStrategy
 from transformers.utils import logging
 
 from bd3lm_hf.argument_parser import with_underscores
+from bd3lm_hf.input_files import read_yaml
 from bd3lm_hf.output_files import write_atomically
 from bd3lm_hf.run_folder import RECIPE_HEADER
 from bd3lm_hf.training.arguments import (
@@ -24,7 +25,6 @@ from bd3lm_hf.training.arguments import (
 )
 from bd3lm_hf.training.command_help import DEFAULT_RECIPE, RECIPES, train_help
 from bd3lm_hf.training.initial_model import SHAPE_FIELDS
-from bd3lm_hf.yaml_files import read_yaml
 
 
 logger = logging.get_logger("bd3lm_hf.train")

@@ -18,9 +18,7 @@ from typing import NamedTuple
 #: settings of the machine on which Python was built.
 _FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "lib-dynload"})
 
-
 _FOREIGN_PREFIXES = ("config-", "_sysconfigdata", "_sysconfig_vars")
-
 
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 

@@ -70,6 +70,7 @@ _SEPARATOR = "\x1e"  # between the columns of a row
 
 def held_out_score(key: str) -> float:
     """Return a number in [0, 1) that depends on the key alone; the smallest scores are held out."""
+    # 48 bits: a float holds such a fraction exactly, so the score is the same on every machine.
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
 
 
@@ -105,6 +106,7 @@ def _in_part(row: dict[str, str], *, split: str, missing: list[str]) -> bool:
 
 def members(scores: np.ndarray, split: str, missing: list[str]) -> np.ndarray:
     """Return the indices, in the source's order, of the split's documents; no split is left empty if enough exist."""
+    # Stable: equal documents have equal scores, and keep the order of the source.
     order = np.argsort(scores, kind="stable")
     start, bounds = 0, {}
     for part, name in enumerate(missing):
@@ -127,6 +129,7 @@ def _cut(dataset: Dataset, split: str, missing: list[str]) -> Dataset:
     cuts = [0]
     for part in range(len(missing), 0, -1):
         cut = round(length * (1 - HELD_OUT * part))
+        # From cut - 1: a line that ends right before the cut is already whole.
         line_end = text.find("\n", max(cut - 1, 0), cut + round(length * HELD_OUT / 2))
         cuts.append(line_end + 1 if line_end >= 0 else cut)
     cuts.append(len(text))
@@ -295,6 +298,7 @@ class _Splits:
 
     def columns(self, split: str) -> dict[str, str]:
         """Return the columns of a split and the kind of each."""
+        # A stream that declares no features is read until its first rows show them.
         dataset = self.parts[split]
         features = dataset.features if dataset.features is not None else dataset._resolve_features().features
         return kinds_of((features or Features()).arrow_schema)
@@ -437,6 +441,7 @@ def _head_or_tail(dataset: Any, spec: DatasetSpec, split: str) -> Any:
 def _tail_of_stream(dataset: IterableDataset, spec: DatasetSpec) -> IterableDataset:
     """Return the last documents of a stream; only the last files are read."""
     first, count = dataset.num_shards, 0
+    # From the last file back, until the files hold the tail.
     while count < spec.tail and first > 0:
         first -= 1
         count += sum(1 for _ in dataset.shard(dataset.num_shards, first))
@@ -457,6 +462,7 @@ def _check_whole(count: int, spec: DatasetSpec) -> None:
 def _detokenized(dataset: Any, name: str, num_proc: int | None) -> Any:
     if isinstance(dataset, IterableDataset):
         return dataset.map(_detokenize_batch, batched=True, fn_kwargs={"name": name})
+    # The key of the cache: by default it would be a hash of the code, which changes without changing the text.
     rules = [(str(old), new) for old, new in DETOKENIZERS[name]]
     return dataset.map(
         _detokenize_batch,
@@ -475,6 +481,7 @@ def _detokenize_batch(batch: dict[str, list[str]], *, name: str) -> dict[str, li
 
 def _chunked(dataset: Any, size: int) -> Any:
     """Cut documents into pieces of `size` characters; the last piece of a document may be shorter."""
+    # One document at a time: a single one may be as long as text8.
     keywords: dict[str, Any] = {"batched": True, "batch_size": 1, "fn_kwargs": {"size": size}}
     if isinstance(dataset, Dataset):
         keywords |= {"new_fingerprint": Hasher.hash((_VERSION, dataset._fingerprint, size)), "desc": "Cutting"}
@@ -483,6 +490,3 @@ def _chunked(dataset: Any, size: int) -> Any:
 
 def _chunk_batch(batch: dict[str, list[str]], *, size: int) -> dict[str, list[str]]:
     return {"text": [text[i : i + size] for text in batch["text"] for i in range(0, len(text), size)]}
-
-
-__all__ = ["find_schema", "held_out_score", "hold_out", "load_rows", "load_text", "members"]

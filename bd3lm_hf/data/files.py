@@ -249,6 +249,7 @@ class SplitFiles:
         if self.streaming:
             return IterableDataset.from_generator(usable_rows, features=features, gen_kwargs=arguments)
         states = [(file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]
+        # With size and time of every file: an edited file is read again.
         key = (_VERSION, states, type(schema).__name__, vars(schema), skip_bad_rows)
         try:
             return Dataset.from_generator(
@@ -274,6 +275,3 @@ class SplitFiles:
             f"The split {split!r} of {self.name!r} is empty: no usable row in {', '.join(self.files[split][:3])}. "
             f"Fill it, or {choice}."
         )
-
-
-__all__ = ["FaultyRow", "SplitFiles", "files_by_split", "find_faults", "row_error", "usable_rows"]

@@ -26,21 +26,16 @@ from bd3lm_hf.data.schemas import Messages, PromptCompletion, Schema, is_learned
 
 logger = logging.getLogger(__name__)
 
-
 #: Part of every cache key: raise it when the encoding changes.
 _VERSION = 2
-
 
 #: Label of a position that is not scored.
 _IGNORED = -100
 
-
 _FEATURES = Features(input_ids=List(Value("int32")), labels=List(Value("int32")), attention_mask=List(Value("int8")))
-
 
 #: Names of what to do with rows that are longer than the model; nothing is ever cut.
 LONG_ROWS = ("error", "drop")
-
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -276,6 +271,3 @@ def _fitting(encoded: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, 
 def _shown(messages: list[dict[str, Any]]) -> str:
     text = json.dumps(messages, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-__all__ = ["Encoded", "LONG_ROWS", "encode_rows", "texts_of"]

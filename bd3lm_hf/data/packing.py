@@ -21,16 +21,12 @@ from transformers import PreTrainedTokenizerBase
 #: Part of every cache key: raise it when the meaning of a packed dataset changes.
 _VERSION = 1
 
-
 #: Label of a position that is not scored.
 _IGNORED = -100
 
-
 _DOCUMENTS_PER_BATCH = 1000
 
-
 _SEQUENCES_PER_BATCH = 1000
-
 
 _PACKED_FEATURES = Features(
     input_ids=List(Value("int32")), labels=List(Value("int32")), attention_mask=List(Value("int8"))
@@ -70,6 +66,7 @@ class PackingLayout(NamedTuple):
 
     def example(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
         """Return the packed example of at most `body` tokens, padded on the right."""
+        # int32 and int8: packed corpora are kept on disk, where int64 would take twice the space.
         ids = np.full(self.length, self.padding, dtype=np.int32)
         used = len(self.begin) + len(tokens) + len(self.end)
         ids[:used] = np.concatenate([np.array(self.begin, np.int32), tokens, np.array(self.end, np.int32)])
@@ -239,6 +236,7 @@ def _pack_contiguous(tokenized: Dataset, layout: PackingLayout, *, drop_last: bo
         pc.list_value_length(table["input_ids"]).to_numpy()
         for table in tokenized.with_format("arrow").iter(_DOCUMENTS_PER_BATCH)
     ]
+    # int64: a large corpus has more than 2^31 tokens.
     ends = np.cumsum(np.concatenate(lengths), dtype=np.int64)
     rows = int(ends[-1]) // layout.body if drop_last else -(-int(ends[-1]) // layout.body)
     fingerprint = Hasher.hash((_VERSION, "contiguous", tokenized._fingerprint, layout, drop_last))
@@ -264,6 +262,7 @@ def _contiguous_batch(
     """Return the sequences of consecutive rows; `ends` are the positions in the stream where the documents end."""
     start = batch["row"][0] * layout.body
     stop = min((batch["row"][-1] + 1) * layout.body, int(ends[-1]))
+    # The documents that overlap [start, stop). One that ends at `start` is not among them.
     first = int(np.searchsorted(ends, start, side="right"))
     last = int(np.searchsorted(ends, stop, side="left"))
     tokens = pc.list_flatten(tokenized[first : last + 1]["input_ids"]).to_numpy()
@@ -343,6 +342,7 @@ def _published_id(tokenizer: PreTrainedTokenizerBase, kind: str) -> int:
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a key of all that tokenization depends on, without the truncation and padding of earlier calls."""
+    # A tokenizer in Python has no serialized form, so its vocabulary and arguments stand for it.
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return Hasher.hash((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs))

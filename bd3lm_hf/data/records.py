@@ -172,6 +172,7 @@ def _object(position: str, value: Any) -> Record:
 
 def _csv(file: BinaryIO, ending: str) -> Iterator[Record]:
     """Yield the rows below the header, which decides among the delimiters: the one that makes most columns."""
+    # The limit of 128 kB is less than many documents have.
     csv.field_size_limit(sys.maxsize)
     marks = "\t,;|" if ending == ".tsv" else ",;\t|"
     # A byte that is not UTF-8 becomes a lone surrogate, so that it is a fault of its own row alone.
@@ -231,5 +232,3 @@ def _records_of(batch: pa.RecordBatch, index: int) -> Iterator[Record]:
 
 
 _READERS: dict[str, Callable[[BinaryIO, str], Iterator[Record]]] = {"text": _text, "json": _json, "csv": _csv}
-
-__all__ = ["Record", "columns_of", "kinds_of", "read_records"]

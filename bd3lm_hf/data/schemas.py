@@ -186,6 +186,7 @@ def detect_schema(found: Mapping[str, str], origin: str) -> Schema:
     Raises:
         ValueError: if several schemas fit.
     """
+    # A dataset may have the columns of several formats.
     fitting = [name for name, schema in SCHEMAS.items() if schema.fits(found)]
     if len(fitting) > 1:
         raise ValueError(
@@ -306,16 +307,3 @@ def _encodable(value: str, column: str) -> str:
 
 def _listed(found: Mapping[str, str]) -> str:
     return ", ".join(found) or "none at all"
-
-
-__all__ = [
-    "Messages",
-    "OBJECTS",
-    "PromptCompletion",
-    "RECORD_COLUMNS",
-    "SCHEMAS",
-    "Schema",
-    "TextRow",
-    "detect_schema",
-    "is_learned",
-]

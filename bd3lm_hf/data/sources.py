@@ -62,7 +62,6 @@ WIKITEXT: tuple[Rule, ...] = (
     (" 's", "'s"),
 )
 
-
 PENN_TREEBANK: tuple[Rule, ...] = (
     (" 's", "'s"),
     ("s ' ", "s' "),
@@ -75,7 +74,6 @@ PENN_TREEBANK: tuple[Rule, ...] = (
     ("# 1", "#1"),
     ("<unk>", "?"),
 )
-
 
 LM1B: tuple[Rule, ...] = (
     ("http : / / ", "http://"),
@@ -94,14 +92,12 @@ LM1B: tuple[Rule, ...] = (
     ("£ ", "£"),
 )
 
-
 LAMBADA: tuple[Rule, ...] = (
     ("“", '"'),
     ("”", '"'),
     (re.compile(r"\s+\Z"), ""),
     (re.compile(r"\A\s*"), "\n"),
 )
-
 
 #: Every detokenizer by name. Scientific papers pass through two tables, one after the other.
 DETOKENIZERS: dict[str, tuple[Rule, ...]] = {
@@ -136,7 +132,6 @@ def detokenizer(name: str) -> Callable[[str], str]:
 
 DEFAULT_DATASET = "python-docs"  # of a training run; embedded, so nothing is downloaded
 SPLITS = ("train", "validation", "test")
-
 
 #: The branch in which the hub keeps the parquet version of datasets that were made by a script.
 _CONVERTED = "refs/convert/parquet"
@@ -179,15 +174,12 @@ class DatasetSpec:
 
 _OWN_SPLITS = {split: split for split in SPLITS}
 
-
 _TRAIN_TEST = {"train": "train", "validation": "test", "test": "test"}
-
 
 _SCRIPT_NOTE = (
     "This dataset was made by a script, which the datasets library no longer runs; the hub's parquet conversion of "
     "it is read. If that is gone, download a parquet copy with the same columns and pass its folder as the source."
 )
-
 
 _ROWS = (
     DatasetSpec("python-docs", aliases=("demo",)),
@@ -286,7 +278,6 @@ _ROWS = (
     ),
 )
 
-
 #: Ending of a data file -> its kind. The ending of a compression may follow.
 ENDINGS = {
     ".txt": "text",
@@ -339,6 +330,7 @@ def find_spec(name_or_path: str) -> DatasetSpec:
         raise ValueError(f"There is no file or folder {name_or_path!r}; check the path.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path):
         return DatasetSpec(name_or_path, path=name_or_path)
+    # A typing error gets the nearest name.
     near = difflib.get_close_matches(normal(name_or_path), DATASETS, n=1, cutoff=0.5)
     guess = f" Did you mean {DATASETS[near[0]].name!r}?" if near else ""
     raise ValueError(
@@ -371,12 +363,9 @@ PUBLISHED: Mapping[str, Flags] = {
     "lm1b": Flags(split="test"),
 }
 
-
 _ZERO_SHOT = Flags(insert_eos=False)
 
-
 _ZERO_SHOT_TEST = Flags(split="test", insert_eos=False)
-
 
 #: By name. Zero-shot is Table 5, in the order of its columns.
 SUITES: Mapping[str, Suite] = {
@@ -400,6 +389,3 @@ SUITES: Mapping[str, Suite] = {
 def published_flags(name: str) -> Flags:
     """Return the flags of an in-domain evaluation on the dataset of that name."""
     return PUBLISHED.get(name, Flags())
-
-
-__all__ = ["DEFAULT_DATASET", "Flags", "PUBLISHED", "SUITES", "Suite", "published_flags"]

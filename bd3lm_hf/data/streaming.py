@@ -152,6 +152,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         if not self._buffer:
             return None
         index = int(self._random.integers(len(self._buffer))) if self.shuffle_buffer else 0
+        # Swapped with the last one: taking it out of the middle would move all that follow.
         self._buffer[index], self._buffer[-1] = self._buffer[-1], self._buffer[index]
         return self._buffer.pop()
 
@@ -202,12 +203,10 @@ def write_position(state: dict[str, Any], path: str | Path) -> None:
 
 def read_position(path: str | Path) -> dict[str, Any]:
     """Read a state that `write_position` wrote."""
+    # No pickles: a checkpoint may come from a stranger.
     with np.load(path, allow_pickle=False) as file:
         state = json.loads(file["rest"].item())
         ends = np.cumsum(state.pop("lengths"), dtype=np.int64)
         state["tokens"] = file["tokens"]
         state["buffer"] = np.split(file["buffer"], ends[:-1]) if len(ends) else []
     return state
-
-
-__all__ = ["PackedStream", "read_position", "write_position"]

@@ -345,14 +345,3 @@ def _table(score: Perplexity, about: Mapping[str, Any]) -> str:
         ("seconds", f"{score.seconds:.1f}"),
     ]
     return "\n".join(f"{name:<16}{value}" for name, value in rows)
-
-
-__all__ = [
-    "Target",
-    "check_datasets",
-    "check_likelihood",
-    "join_processes",
-    "run",
-    "score_datasets",
-    "split_into_windows",
-]

@@ -55,7 +55,7 @@ def _add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--text-column", help="column of the text, if it is not obvious")
     what.add_argument("--skip-bad-rows", action="store_true", help="skip rows that cannot be read, with a warning")
     what.add_argument(
-        *("--suite",),
+        "--suite",
         choices=SUITE_NAMES,
         help="several datasets in one table (zero-shot: the paper's Table 5, models of OpenWebText on eight others)",
     )
@@ -64,14 +64,14 @@ def _add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--packing", choices=PACKING_NAMES, help="how sequences are cut (contiguous, unless published)")
     what.add_argument("--insert-eos", action=argparse.BooleanOptionalAction, default=None, help="end documents (yes)")
     what.add_argument(
-        *("--insert-special",),
+        "--insert-special",
         action=argparse.BooleanOptionalAction,
         default=None,
         help="put begin and end token around sequences (no, unless published)",
     )
     what.add_argument("--length", type=integer(1), help="tokens of a sequence; by default the model's window")
     what.add_argument(
-        *("--window",),
+        "--window",
         type=integer(2),
         help="score longer sequences in windows of this many tokens that move by half of it; without it a token "
         "attends to its whole sequence, beyond the model's window too",
@@ -84,7 +84,7 @@ def _add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--batch-size", type=integer(1), default=8)
     where = parser.add_argument_group("results")
     where.add_argument(
-        *("--output",),
+        "--output",
         type=Path,
         nargs="+",
         default=[],
@@ -106,27 +106,27 @@ def _add_generative_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how it is generated")
     add_sampling(how, GENERATIVE_FIELDS)
     how.add_argument(
-        *("--protocol",),
+        "--protocol",
         choices=("plain", "published"),
         default="plain",
         help=f"published: as in the paper, with --entropy-stop {PUBLISHED_ENTROPY_STOP:g}",
     )
     how.add_argument(
-        *("--entropy-stop",),
+        "--entropy-stop",
         type=number(),
         help="generate a text again, up to 10 times, if its last tokens have a lower entropy in nats",
     )
     how.add_argument("--entropy-stop-window", type=integer(1), default=256, help="how many tokens that looks at (256)")
-    judged = parser.add_argument_group("how it is scored")
-    judged.add_argument("--judge", help="folder or hub name of the reference model; the paper has gpt2-large")
-    judged.add_argument(
+    scoring = parser.add_argument_group("how it is scored")
+    scoring.add_argument("--judge", help="folder or hub name of the reference model; the paper has gpt2-large")
+    scoring.add_argument(
         "--samples",
         type=Path,
         default=Path("samples.jsonl"),
         help="file of the texts, a JSON object per line; a rerun continues after what is there (samples.jsonl)",
     )
-    judged.add_argument("--output", type=Path, help="JSON file for the result")
-    judged.add_argument("--overwrite", action="store_true", help="replace the files that exist")
+    scoring.add_argument("--output", type=Path, help="JSON file for the result")
+    scoring.add_argument("--overwrite", action="store_true", help="replace the files that exist")
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -162,6 +162,3 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--window {arguments.window}: the published protocol has no windows; leave it out.")
     if arguments.restart and not arguments.output:
         raise ValueError("--restart drops the scores next to a result: name it with --output.")
-
-
-__all__ = ["ESTIMATORS", "FIXED_SAMPLES", "GENERATIVE_FIELDS", "add_arguments", "check"]

@@ -25,7 +25,7 @@ from bd3lm_hf.generation.generate_cli import CHOICES
 from bd3lm_hf.generation.samples import Sample, open_samples
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
 from bd3lm_hf.output_files import check_output_file, is_json_with, write_atomically
-from bd3lm_hf.progress import ProgressReport
+from bd3lm_hf.progress import progress_bar
 from bd3lm_hf.seeds import derived_seed
 
 
@@ -79,7 +79,7 @@ def evaluate_samples(arguments: argparse.Namespace, model: Any, tokenizer: PreTr
     ) as file:
         missing = [index for index in range(count) if index not in file.finished]
         kept = count - len(missing)
-        with ProgressReport("generating", count, initial=kept) as progress:
+        with progress_bar("generating", count, initial=kept) as progress:
             for begin in range(0, len(missing), arguments.batch_size):
                 batch = missing[begin : begin + arguments.batch_size]
                 texts, redraws = _generate(batch, prompt, length - 1, model, settings)
@@ -133,6 +133,7 @@ def _generate(
             model,
             [prompt] * len(missing),
             new_tokens,
+            # Every try has a seed of its own, whatever the others of its batch needed.
             seeds=[derived_seed(seed, attempt) if attempt else seed for seed in seeds],
             stop_at_eos=settings["variable_length"],
             do_sample=True,
@@ -162,19 +163,12 @@ def _scored(
 ) -> Iterator[ScoredSample]:
     scores = reference.score(texts, seed=settings["seed"], batch_size=len(batch), indices=batch)
     for index, text, score, count in zip(batch, texts, scores, redraws, strict=True):
-        yield ScoredSample(
+        yield ScoredSample.of(
+            text,
+            tokenizer,
             index=index,
             prompt=None,
-            text=str(tokenizer.decode(text.ids, skip_special_tokens=True)),
-            num_prompt_tokens=text.num_given,
-            num_tokens=len(text.new_ids),
-            seed=settings["seed"],
-            forwards=text.forwards,
-            batch_forwards=text.batch_forwards,
-            tokens_per_forward=len(text.new_ids) / max(1, text.forwards),
-            seconds=text.seconds,
-            model=settings["model"],
-            settings=dict(settings),
+            settings=settings,
             ids=text.ids,
             nll=score.nll,
             scored_tokens=score.num_tokens,
@@ -201,6 +195,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     scores = [SequenceScore(row["index"], row["nll"], row["scored_tokens"]) for row in rows]
     result = summarize(scores)
+    # The begin token is given, not generated.
     new_ids = [row["ids"][row["num_prompt_tokens"] :] for row in rows]
     tokens, seconds = sum(map(len, new_ids)), math.fsum(row["seconds"] for row in rows)
     redraws = [row.get("redraws", 0) for row in rows]
@@ -254,6 +249,3 @@ def _table(result: Mapping[str, Any]) -> str:
 
 def _percent(value: float | None) -> str:
     return "none" if value is None else f"{100 * value:.1f} %"
-
-
-__all__ = ["MAX_REDRAWS", "ScoredSample", "check_files", "evaluate_samples", "has_low_entropy", "summary"]

@@ -42,6 +42,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         cli_evaluate()
     finally:
         sys.argv = before
-
-
-__all__ = ["main"]

@@ -138,6 +138,7 @@ def sliding_windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:
 
     Each is (begin, end, first): the window is [begin, end), and it scores the positions from `first` on.
     """
+    # The first window scores all of its tokens, each later one those of its second half.
     stride = window // 2
     yield 0, min(window, length), 0
     for begin in range(stride, length - window + stride, stride):

@@ -27,7 +27,7 @@ import bd3lm_hf
 from bd3lm_hf.evaluation.perplexity import Batch, Protocol, SequenceScore, batches_of, score_batch
 from bd3lm_hf.markdown import escape, table
 from bd3lm_hf.output_files import JsonLinesFile, check_output_file, is_json_with, write_atomically
-from bd3lm_hf.progress import ProgressReport
+from bd3lm_hf.progress import progress_bar
 
 
 _DIGITS = 16
@@ -66,6 +66,7 @@ def data_identity(rows: Any, *, sample: int | None = None) -> dict[str, Any]:
     if not isinstance(rows, Sized):
         return {"kind": "a stream", **getattr(rows, "identity", {})}
     hashed = hashlib.sha256()
+    # Rounded up, so that at most `sample` rows are read.
     step = 1 if sample is None else max(1, -(-len(rows) // sample))
     for index in range(0, len(rows), step):
         row = rows[index]  # type: ignore[index]
@@ -79,6 +80,7 @@ def weights_digest(model: torch.nn.Module) -> str:
     hashed = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # As bytes, because numpy has no bfloat16.
         hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()[:_DIGITS]
 
@@ -252,7 +254,7 @@ def score_shared(
         raise begun
     scores, seconds = dict(begun.scores), begun.seconds
     missing = _missing(batches_of(sequences, range(len(sequences)), batch_size), frozenset(scores))
-    report = ProgressReport("scoring", len(sequences), initial=len(scores), unit="sequence", disable=not progress)
+    report = progress_bar("scoring", len(sequences), initial=len(scores), unit="sequence", disable=not progress)
     try:
         with report:
             # A round is a batch for each process; in the last one some may have none.
@@ -294,7 +296,6 @@ FIELDS = (
     *("dtype", "model_class", "config_sha256", "weights_sha256", "tokenizer_sha256", "data_sha256"),
     *("bd3lm_hf", "torch", "transformers", "datasets", "python"),
 )
-
 
 #: Columns of a markdown table: the title, and the cell of a result.
 _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
@@ -404,22 +405,3 @@ def _number(value: float | None, digits: int) -> str:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-__all__ = [
-    "FIELDS",
-    "Processes",
-    "Progress",
-    "ScoresFile",
-    "check_outputs",
-    "config_identity",
-    "data_identity",
-    "describe_estimator",
-    "digest",
-    "library_versions",
-    "markdown",
-    "score_shared",
-    "tokenizer_identity",
-    "weights_digest",
-    "write_results",
-]

@@ -82,6 +82,3 @@ def _lines(stdin: TextIO) -> Iterator[str]:
             return
         if line.strip():
             yield line.strip()
-
-
-__all__ = ["END", "RESET", "check_chat", "converse"]

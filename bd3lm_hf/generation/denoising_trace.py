@@ -131,6 +131,7 @@ def traced_sample(
     owner: dict[int, int] = {}  # the block that wrote each position; windows that overlap hold some again
     recorded: list[dict[str, Any]] = []
     for step in steps:
+        # The first block that writes a position owns it: a window that overlaps shows it again, unchanged.
         entries = (entry for entry in zip(*step[1:], strict=True) if entry[0] in state)
         inside = [entry for entry in entries if owner.setdefault(entry[0], step.block) == step.block]
         if not inside:
@@ -261,20 +262,3 @@ def _decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
     text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
-
-
-__all__ = [
-    "ENDINGS",
-    "FORMAT",
-    "Pieces",
-    "RowStep",
-    "VERSION",
-    "check_ending",
-    "opening_step",
-    "pieces",
-    "row_steps",
-    "trace_document",
-    "trace_page",
-    "traced_sample",
-    "write_trace",
-]

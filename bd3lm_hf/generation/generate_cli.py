@@ -47,7 +47,7 @@ _BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Job:
-    """The checked arguments of `bd3lm generate`."""
+    """The arguments of `bd3lm generate`, after their checks."""
 
     model: str
     prompts: list[str | None]  # None: from nothing
@@ -92,9 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) ->
         f"number, and on its batch by rounding at most",
     )
     how = parser.add_argument_group("how to generate")
-    choice = how.add_mutually_exclusive_group()
-    choice.add_argument("--do-sample", action="store_true", default=True, help="sample tokens (default)")
-    choice.add_argument("--greedy", dest="do_sample", action="store_false", help="take the most likely token")
+    add_do_sample(how)
     add_sampling(how, FIELDS)
     how.add_argument(
         "--stop-at-second-eos",
@@ -111,6 +109,13 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) ->
     where.add_argument(
         "--trace", type=Path, action="append", help="page (.html) or data (.json) that replays every denoising step"
     )
+
+
+def add_do_sample(group: Any) -> None:
+    """Add `--do-sample` and `--greedy`, of which one may be given."""
+    choice = group.add_mutually_exclusive_group()
+    choice.add_argument("--do-sample", action="store_true", default=True, help="sample tokens (default)")
+    choice.add_argument("--greedy", dest="do_sample", action="store_false", help="take the most likely token")
 
 
 def add_sampling(group: Any, fields: Iterable[str]) -> None:
@@ -173,15 +178,3 @@ def check_chat_arguments(arguments: argparse.Namespace) -> None:
     }
     if unfit := [name for name, is_given in given.items() if is_given]:
         raise ValueError(f"--chat shows one answer after the other: leave out {', '.join(unfit)}.")
-
-
-__all__ = [
-    "CHOICES",
-    "FIELDS",
-    "Job",
-    "add_arguments",
-    "add_sampling",
-    "check_chat_arguments",
-    "generation_fields",
-    "plan",
-]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bd3lm_hf.argument_parser import add_model_arguments, integer, load_model_and_tokenizer
-from bd3lm_hf.generation.generate_cli import FIELDS, add_sampling
+from bd3lm_hf.generation.generate_cli import FIELDS, add_do_sample, add_sampling
 from bd3lm_hf.generation.samples import read_prompts
 from bd3lm_hf.seeds import derived_seed
 
@@ -26,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) ->
     parser.add_argument("--gap", default="___", help="how a gap is written (___); the mask token is one too")
     parser.add_argument("--gap-tokens", type=integer(1), default=1, help="tokens that fill a gap (1)")
     how = parser.add_argument_group("how to fill")
-    choice = how.add_mutually_exclusive_group()
-    choice.add_argument("--do-sample", action="store_true", default=True, help="sample tokens (default)")
-    choice.add_argument("--greedy", dest="do_sample", action="store_false", help="take the most likely token")
+    add_do_sample(how)
     add_sampling(how, _FIELDS)
 
 
@@ -72,6 +70,3 @@ def _infill(model: Any, ids: list[int], number: int, seed: int, fields: dict[str
     input_ids = torch.tensor([ids], device=model.device)
     filled = model.infill(input_ids, torch.ones_like(input_ids), generator=generator, **fields)
     return filled[0].tolist()
-
-
-__all__ = ["add_arguments", "run"]

@@ -6,16 +6,20 @@ import os
 import select
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from bd3lm_hf.output_files import JsonLinesFile, check_output_file, lock_output
 
 
-#: The name that means standard input.
-STDIN = "-"
+if TYPE_CHECKING:
+    from bd3lm_hf.generation.text_generation import GeneratedText
+
+_Sample = TypeVar("_Sample", bound="Sample")
+
+STDIN = "-"  # the name that means standard input
 
 
 @dataclass
@@ -34,6 +38,40 @@ class Sample:
     seconds: float  # its share of its batch's time
     model: str
     settings: dict[str, Any]  # what decides the text, apart from the prompt
+
+    @classmethod
+    def of(
+        cls: type[_Sample],
+        text: "GeneratedText",
+        tokenizer: Any,
+        *,
+        index: int,
+        prompt: str | None,
+        settings: Mapping[str, Any],
+        **fields: Any,
+    ) -> _Sample:
+        """Describe a generated text.
+
+        Args:
+            settings: what decides the text; they have its `model` and `seed`.
+            fields: of a subclass.
+        """
+        num_tokens = len(text.new_ids)
+        return cls(
+            index=index,
+            prompt=prompt,
+            text=str(tokenizer.decode(text.ids, skip_special_tokens=True)),
+            num_prompt_tokens=text.num_given,
+            num_tokens=num_tokens,
+            seed=settings["seed"],
+            forwards=text.forwards,
+            batch_forwards=text.batch_forwards,
+            tokens_per_forward=num_tokens / max(1, text.forwards),
+            seconds=text.seconds,
+            model=settings["model"],
+            settings=dict(settings),
+            **fields,
+        )
 
 
 def read_prompts(

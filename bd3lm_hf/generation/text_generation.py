@@ -73,6 +73,7 @@ def generate_batch(
     input_ids, attention_mask = _pad_left(prompts, model)
     if has_row_generators:
         generation["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+    # Only the trace shows which steps revealed a token of which row.
     if keep_steps or (has_row_generators and hasattr(model.generation_config, "output_trace")):
         generation["output_trace"] = True
     started = time.perf_counter()
@@ -144,6 +145,3 @@ def _eos_disabled(config: Any, disabled: bool) -> Iterator[None]:
         yield
     finally:
         config.eos_token_id = eos_token_id
-
-
-__all__ = ["GeneratedText", "generate_batch", "without_padding"]

@@ -33,8 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.chat:
         check_chat_arguments(arguments)
         model, tokenizer = load_model_and_tokenizer(arguments)
-        kind = _DRAFT_STREAMER if sys.stdout.isatty() else TextStreamer
-        streamer = kind(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _streamer(tokenizer, skip_prompt=True)
         converse(model, tokenizer, generation_fields(arguments), seed=arguments.seed, streamer=streamer)
         return
     job = plan(arguments)
@@ -90,7 +89,8 @@ def _generate_all(
             batch = missing[begin : begin + job.batch_size]
             texts = _generate(job, batch, encoded, model, tokenizer)
             samples = [
-                _sample(job, index, prompts[index], text, tokenizer) for index, text in zip(batch, texts, strict=True)
+                Sample.of(text, tokenizer, index=index, prompt=prompts[index], settings=job.settings)
+                for index, text in zip(batch, texts, strict=True)
             ]
             if job.traces:
                 traced += [_traced(*pair, model, tokenizer) for pair in zip(samples, texts, strict=True)]
@@ -98,7 +98,8 @@ def _generate_all(
                 file.append(samples)
             elif not job.stream:
                 for sample in samples:
-                    tqdm.write(_printed(sample.text, is_first=sample.index == 0), file=sys.stdout)
+                    separator = f"{SEPARATOR}\n" if sample.index else ""
+                    tqdm.write(separator + sample.text, file=sys.stdout)
             bar.update(len(batch))
     if file is not None:
         print(f"{count} samples in {job.output}" + (f", {kept} of an earlier run" if kept else ""))
@@ -120,10 +121,6 @@ def _generate(
         streamer=_streamer(tokenizer) if job.stream else None,
         **options,
     )
-
-
-def _printed(text: str, *, is_first: bool) -> str:
-    return text if is_first else f"{SEPARATOR}\n{text}"
 
 
 def _encode(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -148,25 +145,6 @@ def _encode(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> list[li
     return encoded
 
 
-def _sample(
-    job: Job, index: int, prompt: str | None, text: GeneratedText, tokenizer: PreTrainedTokenizerBase
-) -> Sample:
-    return Sample(
-        index=index,
-        prompt=prompt,
-        text=str(tokenizer.decode(text.ids, skip_special_tokens=True)),
-        num_prompt_tokens=text.num_given,
-        num_tokens=len(text.new_ids),
-        seed=job.seed,
-        forwards=text.forwards,
-        batch_forwards=text.batch_forwards,
-        tokens_per_forward=len(text.new_ids) / max(1, text.forwards),
-        seconds=text.seconds,
-        model=job.model,
-        settings=job.settings,
-    )
-
-
 def _traced(sample: Sample, text: GeneratedText, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return traced_sample(
         tokenizer,
@@ -179,10 +157,10 @@ def _traced(sample: Sample, text: GeneratedText, model: Any, tokenizer: PreTrain
     )
 
 
-def _streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
+def _streamer(tokenizer: PreTrainedTokenizerBase, *, skip_prompt: bool = False) -> TextStreamer:
     # Drafts are overwritten in place, which only a terminal can do.
     kind = _DRAFT_STREAMER if sys.stdout.isatty() else TextStreamer
-    return kind(tokenizer, skip_special_tokens=True)
+    return kind(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
 
 
 def _write_traces(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase, traced: list[dict[str, Any]]) -> None:
@@ -198,6 +176,3 @@ def _write_traces(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase, trac
     )
     for path in job.traces:
         write_trace(document, path)
-
-
-__all__ = ["SEPARATOR", "run", "write_samples"]

@@ -1,5 +1,6 @@
-"""Small YAML files such as recipes, also those of strangers: bounded in size and depth, without repeated keys."""
+"""Small JSON and YAML files, also those of strangers: bounded in size and depth, and YAML without repeated keys."""
 
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -8,8 +9,27 @@ from typing import Any
 import yaml
 
 
-_MAX_BYTES = 1_000_000
-_MAX_VALUES = 100_000
+_MAX_JSON_BYTES = 10_000_000  # ours have some kilobytes
+_MAX_YAML_BYTES = 1_000_000
+_MAX_VALUES = 100_000  # of a YAML file, whose aliases multiply: 480 bytes can stand for gigabytes
+
+
+def read_json(path: str | Path, *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        ValueError: if the file is too large, is not valid JSON, or holds something else than an object.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > max_bytes:
+            raise ValueError(f"it has more than {max_bytes:,} bytes")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} instead of an object.")
+    return content
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -19,8 +39,8 @@ def read_yaml(path: str | Path) -> Any:
         ValueError: if the file is not readable YAML, repeats a key, or is too large, with its aliases written out.
     """
     path = Path(path)
-    if path.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"{path} has more than {_MAX_BYTES:,} bytes, which is not a recipe.")
+    if path.stat().st_size > _MAX_YAML_BYTES:
+        raise ValueError(f"{path} has more than {_MAX_YAML_BYTES:,} bytes, which is not a recipe.")
     try:
         text = path.read_text(encoding="utf-8-sig")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -54,6 +74,3 @@ def _count_values(node: Any, counted: dict[int, float]) -> float:
         children = [child for pair in children for child in pair]
     counted[id(node)] = 1 + sum(_count_values(child, counted) for child in children)
     return counted[id(node)]
-
-
-__all__ = ["read_yaml"]

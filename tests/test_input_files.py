@@ -1,6 +1,6 @@
 import pytest
 
-from bd3lm_hf.yaml_files import read_yaml
+from bd3lm_hf.input_files import read_json, read_yaml
 
 
 # Each line multiplies the values by ten: 480 bytes hold ten thousand million of them.
@@ -34,3 +34,13 @@ def test_aliases_and_merges_are_read(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("\ufeffa: &a {x: 1}\nb: {<<: *a, y: 2}\n", encoding="utf-8")
     assert read_yaml(path) == {"a": {"x": 1}, "b": {"x": 1, "y": 2}}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3", "[" * 100_000, '{"a": "' + "x" * 100 + '"}'])
+def test_json_of_strangers_is_an_object_of_a_bounded_size(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        read_json(path, max_bytes=50 if text.startswith("{") else 200_000)
+    path.write_text('{"a": 1}', encoding="utf-8")
+    assert read_json(path) == {"a": 1}
