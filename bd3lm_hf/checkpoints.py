@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 # peft is imported where it is used: it takes seconds, and most commands need none of it.
 
 
+# Adapters
+
+
 def add_adapters(
     model: Any, *, rank: int, alpha: int = 16, dropout: float = 0.0, targets: list[str] | None = None
 ) -> "PeftModel":
@@ -221,6 +224,9 @@ def _reading(name: str, argument: str) -> Iterator[None]:
         raise ValueError(
             f"{argument} {name} cannot be loaded; name a complete checkpoint: {type(error).__name__}: {reason}"
         ) from error
+
+
+# Checks of a model
 
 
 def find_device(name: str | None) -> torch.device:

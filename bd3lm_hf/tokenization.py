@@ -149,6 +149,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> PreTrain
     return complete_special_tokens(tokenizer)
 
 
+# Make a tokenizer fit a model
+
+
 def complete_special_tokens(tokenizer: _Tokenizer) -> _Tokenizer:
     """Add the special tokens that the tokenizer lacks, in place, and let it pad on the left, as `generate` needs it.
 

@@ -129,7 +129,7 @@ def check_links(folder: Path, argument: str) -> None:
     root = folder.resolve()
     allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
     for path in sorted(folder.rglob("*")):
-        if not path.is_symlink() or any(path.resolve().is_relative_to(place) for place in allowed):
+        if not path.is_symlink() or any(path.resolve().is_relative_to(root) for root in allowed):
             continue
         name = path.relative_to(folder).as_posix()
         # A linked folder brings its templates along.

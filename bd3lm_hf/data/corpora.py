@@ -87,11 +87,11 @@ def _source_files(*, skip_tests: bool) -> list[Path]:
     root = _standard_library()
     skipped = _FOREIGN_FOLDERS | _TEST_FOLDERS if skip_tests else _FOREIGN_FOLDERS
 
-    def wanted(path: Path) -> bool:
+    def is_source(path: Path) -> bool:
         parts = path.relative_to(root).parts
         return skipped.isdisjoint(parts) and not any(part.startswith(_FOREIGN_PREFIXES) for part in parts)
 
-    return sorted(filter(wanted, root.rglob("*.py")), key=lambda path: _relative(path, root))
+    return sorted(filter(is_source, root.rglob("*.py")), key=lambda path: _relative(path, root))
 
 
 def _module_name(path: Path) -> str:

@@ -204,11 +204,11 @@ def _rendered_turns(
                 f"The chat template writes the messages {_shown(messages)} differently with and without their turn "
                 f"{index}: mark the assistant's turns in it with {{% generation %}}."
             )
-        given = _tokens(tokenizer, whole[done : len(prompt)], control=True)
+        prompt_ids = _tokens(tokenizer, whole[done : len(prompt)], control=True)
         answer = _tokens(tokenizer, whole[len(prompt) : stop], control=True)
         num_learned = answer.index(end) + 1 if end in answer else len(answer)
-        ids += given + answer
-        learned += [False] * len(given) + [keep] * num_learned + [False] * (len(answer) - num_learned)
+        ids += prompt_ids + answer
+        learned += [False] * len(prompt_ids) + [keep] * num_learned + [False] * (len(answer) - num_learned)
         done = len(whole) if stop is None else stop
     return Encoded(ids, learned)
 

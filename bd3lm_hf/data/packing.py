@@ -230,6 +230,9 @@ def tokenize_batch(
     return {"input_ids": documents}
 
 
+# Ways of packing
+
+
 def _pack_contiguous(tokenized: Dataset, layout: PackingLayout, *, drop_last: bool, num_proc: int | None) -> Dataset:
     """Cut the one stream of all tokens. Row i begins at token i * body, whichever worker or batch computes it."""
     lengths = [
@@ -297,6 +300,9 @@ def _published_batch(batch: dict[str, list[list[int]]], *, layout: PackingLayout
 
 #: Every packing by name.
 PACKINGS = {"contiguous": _pack_contiguous, "published": _pack_published}
+
+
+# Special tokens and keys of the cache
 
 
 def layout_of(

@@ -201,6 +201,9 @@ def is_learned(message: Mapping[str, Any]) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
+# Read messages
+
+
 def _message_source(found: Mapping[str, str]) -> tuple[str, ...] | None:
     """Return the columns that hold the messages, or None if there are none."""
     for column in _MESSAGE_COLUMNS:

@@ -133,6 +133,9 @@ def detokenizer(name: str) -> Callable[[str], str]:
 DEFAULT_DATASET = "python-docs"  # of a training run; embedded, so nothing is downloaded
 SPLITS = ("train", "validation", "test")
 
+# Datasets
+
+
 #: The branch in which the hub keeps the parquet version of datasets that were made by a script.
 _CONVERTED = "refs/convert/parquet"
 
@@ -338,6 +341,9 @@ def find_spec(name_or_path: str) -> DatasetSpec:
         f"{', '.join(row.name for row in _ROWS)}. A dataset of the hub is written owner/name and needs a "
         "network connection."
     )
+
+
+# Evaluations of the paper
 
 
 class Flags(NamedTuple):

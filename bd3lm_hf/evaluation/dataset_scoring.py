@@ -182,6 +182,9 @@ def _scores_path(arguments: argparse.Namespace) -> Path:
     return first.with_suffix(".scores.jsonl")
 
 
+# The datasets and their sequences
+
+
 def _targets(arguments: argparse.Namespace) -> list[Target]:
     """Return the datasets to score.
 
@@ -277,6 +280,9 @@ def split_into_windows(row: Mapping[str, Sequence[int]], size: int) -> Iterator[
     ids, labels = list(row["input_ids"]), list(row.get("labels", row["input_ids"]))
     for begin, end, first in sliding_windows(len(ids), size):
         yield {"input_ids": ids[begin:end], "labels": [-100] * (first - begin) + labels[first:end]}
+
+
+# Scores and results
 
 
 def _about_model(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -178,6 +178,9 @@ def _scored(
         )
 
 
+# The report
+
+
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Aggregate metrics over scored samples (the lines of a samples file).
 

@@ -100,6 +100,9 @@ def library_versions() -> dict[str, str]:
 _T = TypeVar("_T")
 
 
+# Scores, shared among processes and kept on disk
+
+
 class Processes(NamedTuple):
     """The rank of this process among those that share the work."""
 
@@ -286,6 +289,9 @@ def _begin(file: ScoresFile | None, identity: Mapping[str, Any]) -> Progress | V
 
 def _missing(batches: Iterable[Batch], done: frozenset[int]) -> Iterator[Batch]:
     return (batch for batch in batches if not done.issuperset(batch.indices))
+
+
+# Tables of results
 
 
 #: The fields of every result, in the order of the columns of a CSV file.

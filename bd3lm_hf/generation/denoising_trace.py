@@ -188,6 +188,9 @@ def opening_step(blocks: Sequence[int]) -> int:
     return min(partly, key=lambda step: abs(2 * step - last), default=last)
 
 
+# The document and its page
+
+
 def trace_document(
     tokenizer: "PreTrainedTokenizerBase",
     samples: Sequence[dict[str, Any]],

@@ -74,8 +74,11 @@ class Sample:
         )
 
 
+# Prompts
+
+
 def read_prompts(
-    given: Sequence[str] | None, file: str | None, stdin: TextIO | None = None, *, flag: str = "--prompt"
+    texts: Sequence[str] | None, file: str | None, stdin: TextIO | None = None, *, flag: str = "--prompt"
 ) -> list[str | None]:
     """Return the prompts of `--prompt` (texts), `--prompt-file` (a name) or standard input; `[None]` without any.
 
@@ -86,9 +89,9 @@ def read_prompts(
         ValueError: if a file is missing, without prompts or not UTF-8, a prompt is empty, or a line holds none.
     """
     stdin = sys.stdin if stdin is None else stdin
-    if given and list(given) != [STDIN]:
-        return list(_checked((f"{flag} {number}", text) for number, text in enumerate(given, start=1)))
-    if given or file == STDIN:
+    if texts and list(texts) != [STDIN]:
+        return list(_checked((f"{flag} {number}", text) for number, text in enumerate(texts, start=1)))
+    if texts or file == STDIN:
         return _lines(STDIN, _read_stdin(stdin))
     if file is not None:
         return _lines(file, _text_of(file, f"{flag}-file"))
@@ -123,27 +126,27 @@ def _lines(file: str, text: str) -> list[str | None]:
     if not lines:
         raise ValueError(f"{name} holds no prompt: write one prompt per line.")
     is_json = file.lower().endswith(".jsonl")
-    return list(_checked((place, _prompt_of(line, place) if is_json else line) for place, line in lines))
+    return list(_checked((position, _prompt_of(line, position) if is_json else line) for position, line in lines))
 
 
-def _prompt_of(line: str, place: str) -> str:
+def _prompt_of(line: str, position: str) -> str:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not JSON: {error}.") from error
+        raise ValueError(f"{position} is not JSON: {error}.") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise ValueError(f'{place} has no prompt: write objects such as {{"prompt": "Once"}}.')
+        raise ValueError(f'{position} has no prompt: write objects such as {{"prompt": "Once"}}.')
     return str(row["prompt"])
 
 
 def _checked(prompts: Iterable[tuple[str, str]]) -> Iterable[str]:
-    for place, text in prompts:
+    for position, text in prompts:
         if not text.strip():
-            raise ValueError(f"{place} is an empty prompt: remove it; without any prompt a text starts from nothing.")
+            raise ValueError(f"{position} is an empty prompt: remove it. Without a prompt, text starts from nothing.")
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{place} is not UTF-8: character {error.start} cannot be encoded.") from error
+            raise ValueError(f"{position} is not UTF-8: character {error.start} cannot be encoded.") from error
         yield text
 
 
@@ -154,6 +157,9 @@ def _is_piped(stdin: TextIO) -> bool:
         return (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)) and bool(select.select([stdin], [], [], 0)[0])
     except (OSError, ValueError, AttributeError):
         return False  # closed, or not a real file
+
+
+# Samples
 
 
 # Settings of earlier versions that do not decide a text.

@@ -111,7 +111,7 @@ def without_padding(new_ids: list[int], config: Any) -> list[int]:
 def _pad_left(prompts: Sequence[Sequence[int]], model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids and attention mask, both `(batch, length of the longest prompt)`."""
     width = max(map(len, prompts))
-    # The mask hides what stands in the padding, so any id of the vocabulary will do.
+    # The attention mask hides the padding, so any id of the vocabulary will do.
     padding = model.generation_config.pad_token_id or 0
     ids = [[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]

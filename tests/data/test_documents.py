@@ -8,7 +8,8 @@ import pytest
 from datasets import Dataset, IterableDataset, load_dataset
 
 from bd3lm_hf.data import documents
-from bd3lm_hf.data.documents import HELD_OUT, held_out_score, hold_out, load_text, members
+from bd3lm_hf.data.documents import load_text
+from bd3lm_hf.data.held_out import HELD_OUT, held_out_score, hold_out, members
 from bd3lm_hf.data.packing import pack
 from bd3lm_hf.data.sources import DATASETS, DatasetSpec, detokenizer
 from bd3lm_hf.tokenization import load_tokenizer
