@@ -5,7 +5,6 @@ layers, so the network computes them one by one, exactly as peft does. Merged in
 and the model is as fast as its base.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,7 +78,7 @@ def adapter_base(name: str) -> str | None:
     if found is None:
         return None
     with _reading(name, "the adapter"):
-        base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = read_json(found).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(
             f"The adapter {name!r} does not name the model that it was trained on: write it into its "

@@ -27,9 +27,13 @@ _LATER = "try again later: a commit is all or nothing, and files that have arriv
 class HubError(OSError):
     """The Hub or the network failed. Unless only the answer was lost, the repository is unchanged."""
 
+    exit_code = 1  # the input was right
+
 
 class CheckError(RuntimeError):
     """A folder does not load without bd3lm_hf as the model that it was saved from."""
+
+    exit_code = 1
 
 
 @contextmanager

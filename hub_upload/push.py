@@ -7,7 +7,6 @@
 5. Upload in one commit, or write to a folder (`--dry-run`).
 """
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -20,9 +19,9 @@ from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-from bd3lm_hf.argument_parser import one_line, printable
+from bd3lm_hf.argument_parser import printable
 from bd3lm_hf.hub_upload.card import make_card
-from bd3lm_hf.hub_upload.errors import CheckError, HubError, hub_errors
+from bd3lm_hf.hub_upload.errors import hub_errors
 from bd3lm_hf.hub_upload.hub_cli import MAX_SHARD_SIZE, push_parser
 from bd3lm_hf.hub_upload.load_check import check_loads_alone
 from bd3lm_hf.hub_upload.repo_files import (
@@ -38,6 +37,7 @@ from bd3lm_hf.hub_upload.repo_files import (
     write_contents,
 )
 from bd3lm_hf.hub_upload.verify import write_manifest
+from bd3lm_hf.input_files import read_json
 from bd3lm_hf.run_folder import as_size, free_bytes
 
 
@@ -254,8 +254,8 @@ def _outdated(api: HfApi, repo_id: str, commit: str, present: set[str]) -> set[s
         return weights
     path = api.hf_hub_download(repo_id, MANIFEST_NAME, revision=commit)
     try:
-        listed = set(json.loads(Path(path).read_text(encoding="utf-8"))["files"])
-    except (ValueError, KeyError, TypeError, RecursionError):  # a file of that name that is not ours
+        listed = set(read_json(path)["files"])
+    except (ValueError, KeyError, TypeError):  # a file of that name that is not ours
         return weights
     return weights | {name for name in listed & present if name.endswith(".py")}
 
@@ -306,24 +306,19 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run with the arguments of the command line; exit with code 1 if the check or the Hub fails."""
+    """Run with the arguments of the command line."""
     arguments = push_parser().parse_args(argv)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     options = {name: getattr(arguments, name) for name in ("max_shard_size", "weights", "base_model", "license")}
     options["tokenizer"] = not arguments.no_tokenizer
-    try:
-        if arguments.dry_run is not None:
-            contents = dry_run(arguments.source, arguments.repo, arguments.dry_run, **options)
-            outcome = f"nothing was uploaded; the files of {arguments.repo} are in {arguments.dry_run}"
-        else:
-            target = {name: getattr(arguments, name) for name in ("private", "revision", "create_pr", "message")}
-            done, contents = push(arguments.source, arguments.repo, **target, **options)
-            outcome = summary(done, arguments.repo)
-    except (CheckError, HubError) as error:
-        # Input was fine: exit code 1, where the caller's handler would say 2.
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        raise SystemExit(1) from None
+    if arguments.dry_run is not None:
+        contents = dry_run(arguments.source, arguments.repo, arguments.dry_run, **options)
+        outcome = f"nothing was uploaded; the files of {arguments.repo} are in {arguments.dry_run}"
+    else:
+        target = {name: getattr(arguments, name) for name in ("private", "revision", "create_pr", "message")}
+        done, contents = push(arguments.source, arguments.repo, **target, **options)
+        outcome = summary(done, arguments.repo)
     print(listing(contents), outcome, sep="\n")
 
 

@@ -7,7 +7,6 @@ manifest. It finds damage and changes, but does not prove who wrote the files.
 
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -16,9 +15,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 import bd3lm_hf
-from bd3lm_hf.argument_parser import one_line, printable
+from bd3lm_hf.argument_parser import printable
 from bd3lm_hf.data.sources import exists, looks_like_path
-from bd3lm_hf.hub_upload.errors import HubError, hub_errors
+from bd3lm_hf.hub_upload.errors import hub_errors
 from bd3lm_hf.hub_upload.hub_cli import verify_parser
 from bd3lm_hf.hub_upload.repo_files import CARD_NAME, CODE, MANIFEST_NAME, files_of
 from bd3lm_hf.input_files import read_json
@@ -148,14 +147,10 @@ def report(difference: ManifestDifference) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run with the arguments of the command line; exit with code 1 if the folder differs or the download failed."""
+    """Run with the arguments of the command line; exit with code 1 if the folder differs."""
     arguments = verify_parser().parse_args(argv)
-    try:
-        with hub_errors(f"Cannot download {arguments.folder}"):
-            folder = model_folder(arguments.folder, arguments.revision)
-    except HubError as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        raise SystemExit(1) from None
+    with hub_errors(f"Cannot download {arguments.folder}"):
+        folder = model_folder(arguments.folder, arguments.revision)
     difference = compare_with_manifest(folder)
     print(report(difference))
     if not difference.intact or (arguments.strict and difference.other_code):
