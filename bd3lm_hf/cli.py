@@ -38,10 +38,18 @@ _HUB, _REPORTS = "bd3lm_hf.hub_upload.hub_cli", "bd3lm_hf.reports.reports_cli"
 VERBS = {
     "train": Verb("bd3lm_hf.training.train", "train a model: a recipe plus overrides", page=f"{_HELP}:train_help"),
     "compare": Verb("bd3lm_hf.training.compare", "train several models on one text", page=f"{_HELP}:compare_help"),
-    "eval": Verb(f"{_EVALUATION}.eval_cli", "perplexity on datasets", work=f"{_EVALUATION}.dataset_scoring"),
+    "eval": Verb(
+        f"{_EVALUATION}.eval_cli",
+        "score a model: its perplexity on datasets, or the text that it generates",
+        work=f"{_EVALUATION}.dataset_scoring",
+    ),
     "generate": Verb("bd3lm_hf.generation.generate_cli", "generate text", work="bd3lm_hf.generation.write_samples"),
     "infill": Verb("bd3lm_hf.generation.infill_cli", "fill gaps in text"),
-    "quality": Verb("bd3lm_hf.reports.quality_cli", "quality over speed", work="bd3lm_hf.reports.speed_quality"),
+    "quality": Verb(
+        "bd3lm_hf.reports.quality_cli",
+        "measure the quality of generated text over the speed of samplers",
+        work="bd3lm_hf.reports.speed_quality",
+    ),
     "report": Verb("bd3lm_hf.reports.report", "a page of curves, tables and samples", f"{_REPORTS}:report_parser"),
     "harness": Verb("bd3lm_hf.evaluation.harness_cli", "lm-evaluation-harness with the models of this package"),
     "serve": Verb("bd3lm_hf.serving.serve_cli", "an OpenAI-compatible server for one model"),
@@ -143,9 +151,7 @@ def make_parser() -> argparse.ArgumentParser:
 def make_verb_parser(verb: str, words: Sequence[str] = (), module: Any = None) -> argparse.ArgumentParser:
     """Return the parser of a verb; some flags of `words` bring others with them."""
     module = importlib.import_module(VERBS[verb].module) if module is None else module
-    parser = ArgumentParser(
-        prog=f"bd3lm {verb}", description=(module.__doc__ or "").split("\n")[0].partition("; ")[0], allow_abbrev=False
-    )
+    parser = ArgumentParser(prog=f"bd3lm {verb}", description=f"{VERBS[verb].help.capitalize()}.", allow_abbrev=False)
     module.add_arguments(parser, words)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser
