@@ -199,7 +199,7 @@ class BD3LMHarness(TemplateLM):
         self.name = pretrained if isinstance(pretrained, str) else type(pretrained).__name__
         if isinstance(pretrained, str):
             tokenizer = pretrained if tokenizer is None else tokenizer
-            options = {"trust_remote_code": trust_remote_code, "dtype": dtype}
+            options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": dtype}
             pretrained = load_model(pretrained, argument="pretrained", **options)
         elif tokenizer is None:
             raise ValueError("a model comes without a tokenizer: give it as tokenizer=.")
