@@ -90,12 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if show_traceback:
             raise
-        code = getattr(error, "exit_code", None)  # of an error that is neither wrong input nor a defect
-        is_expected = code is not None or is_input_error(error)
-        kind = "" if code is not None or isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        own_code = getattr(error, "exit_code", None)  # of an error that is neither wrong input nor a defect
+        is_expected = own_code is not None or is_input_error(error)
+        has_message = own_code is not None or isinstance(error, (ValueError, OSError))
+        kind = "" if has_message else f"{type(error).__name__}: "
         advice = "" if is_expected else " (--traceback shows where)"
         print(f"error: {one_line(f'{kind}{error}')}{advice}", file=sys.stderr)
-        return code or (2 if is_expected else 1)
+        return own_code or (2 if is_expected else 1)
 
 
 def is_input_error(error: Exception) -> bool:

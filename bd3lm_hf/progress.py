@@ -16,6 +16,15 @@ def progress_bar(name: str, total: int, *, initial: int = 0, unit: str = "text",
         unit: one item.
     """
     # In a log file nothing is erased, so a command of less than a minute writes nothing there.
-    lines = {"delay": _SECONDS_BETWEEN_LINES, "mininterval": _SECONDS_BETWEEN_LINES, "maxinterval": float("inf")}
-    options = {} if sys.stderr.isatty() else lines
-    return tqdm(total=total, initial=initial, desc=name, unit=unit, leave=False, disable=disable, **options)
+    wait = 0 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=name,
+        unit=unit,
+        leave=False,
+        disable=disable,
+        delay=wait,
+        mininterval=max(0.1, wait),
+        maxinterval=float("inf") if wait else 10,
+    )
