@@ -25,7 +25,7 @@ from bd3lm_hf.generation.generate_cli import CHOICES
 from bd3lm_hf.generation.samples import Sample, open_samples
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
 from bd3lm_hf.output_files import check_output_file, is_json_with, write_atomically
-from bd3lm_hf.progress import progress_bar
+from bd3lm_hf.progress import ProgressReport
 from bd3lm_hf.seeds import derived_seed
 
 
@@ -79,7 +79,7 @@ def evaluate_samples(arguments: argparse.Namespace, model: Any, tokenizer: PreTr
     ) as file:
         missing = [index for index in range(count) if index not in file.finished]
         kept = count - len(missing)
-        with progress_bar("generating", count, initial=kept) as progress:
+        with ProgressReport("generating", count, initial=kept) as progress:
             for begin in range(0, len(missing), arguments.batch_size):
                 batch = missing[begin : begin + arguments.batch_size]
                 texts, redraws = _generate(batch, prompt, length - 1, model, settings)

@@ -27,7 +27,7 @@ import bd3lm_hf
 from bd3lm_hf.evaluation.perplexity import Batch, Protocol, SequenceScore, batches_of, score_batch
 from bd3lm_hf.markdown import escape, table
 from bd3lm_hf.output_files import JsonLinesFile, check_output_file, is_json_with, write_atomically
-from bd3lm_hf.progress import progress_bar
+from bd3lm_hf.progress import ProgressReport
 
 
 _DIGITS = 16
@@ -257,7 +257,7 @@ def score_shared(
         raise begun
     scores, seconds = dict(begun.scores), begun.seconds
     missing = _missing(batches_of(sequences, range(len(sequences)), batch_size), frozenset(scores))
-    report = progress_bar("scoring", len(sequences), initial=len(scores), unit="sequence", disable=not progress)
+    report = ProgressReport("scoring", len(sequences), initial=len(scores), unit="sequence", disable=not progress)
     try:
         with report:
             # A round is a batch for each process; in the last one some may have none.

@@ -24,7 +24,7 @@ from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_m
 from bd3lm_hf.evaluation.text_metrics import mean_entropy
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
 from bd3lm_hf.output_files import write_atomically
-from bd3lm_hf.progress import progress_bar
+from bd3lm_hf.progress import ProgressReport
 from bd3lm_hf.reports.plotting import check_matplotlib, draw_speed_quality
 from bd3lm_hf.reports.quality_cli import CURVES, SHARED_FIELDS, check
 from bd3lm_hf.seeds import derived_seed
@@ -92,7 +92,7 @@ def quality_points(
         raise ValueError(f"{len(prompts)} texts give no standard error: ask for at least 2.")
     new_tokens = _check_new_tokens(new_tokens, len(prompts[0]), model.config.model_length)
     settings = [(sampler, dict(setting)) for sampler, settings in curves.items() for setting in settings]
-    with progress_bar("quality", len(settings), unit="setting", disable=not progress) as report:
+    with ProgressReport("quality", len(settings), unit="setting", disable=not progress) as report:
         for sampler, setting in settings:
             fields = {**generation, **{name: value for name, value in setting.items() if value is not None}}
             started = time.perf_counter()
