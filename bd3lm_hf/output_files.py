@@ -133,10 +133,13 @@ class JsonLinesFile:
         first_key: the first key of every object, by which an incomplete line is recognised as ours.
         remedy: what to do about a foreign file.
         replace: drop what the file holds; it stays until the first line is written.
+        sync: wait for the disk after each line, so that it also survives a power cut.
     """
 
-    def __init__(self, path: Path, label: str, *, first_key: str, remedy: str, replace: bool = False) -> None:
-        self.path, self.label, self._remedy = path, label, remedy
+    def __init__(
+        self, path: Path, label: str, *, first_key: str, remedy: str, replace: bool = False, sync: bool = False
+    ) -> None:
+        self.path, self.label, self._remedy, self._sync = path, label, remedy, sync
         self._line_start = f'{{"{first_key}": '.encode()
         self._replace = replace
         self._size = 0  # bytes of complete lines
@@ -169,7 +172,7 @@ class JsonLinesFile:
         return ValueError(f"{self.label}: line {number} was not written by this command; {self._remedy}.")
 
     def write_line(self, row: dict[str, Any]) -> None:
-        """Append an object; it is on disk when this returns.
+        """Append an object; a kill after this returns does not lose it.
 
         Raises:
             ValueError: if another process changed the file.
@@ -183,8 +186,8 @@ class JsonLinesFile:
                 if not is_device(self.path):
                     self._cut_incomplete_line(file)
                 file.write(line)
-                file.flush()
-                if not is_device(self.path):
+                if self._sync:
+                    file.flush()
                     os.fsync(file.fileno())
         self._size += len(line)
         self._size_on_disk = self._size

@@ -147,7 +147,7 @@ class ScoresFile(JsonLinesFile):
 
     def __init__(self, path: Path, *, restart: bool = False) -> None:
         remedy = "move the file away, or name another output"
-        super().__init__(path, str(path), first_key="run", remedy=remedy, replace=restart)
+        super().__init__(path, str(path), first_key="run", remedy=remedy, replace=restart, sync=True)
         self._runs: dict[str, dict[str, Any]] = {}  # identities
         self._scores: dict[str, dict[int, SequenceScore]] = {}
         self._seconds: dict[str, float] = {}
