@@ -14,14 +14,24 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
+    BertConfig,
     pipeline,
 )
 
 import bd3lm_hf
-from bd3lm_hf import ARConfig, ARForCausalLM, MDLMConfig, MDLMForMaskedLM, SEDDConfig, SEDDForMaskedLM
+from bd3lm_hf import (
+    ARConfig,
+    ARForCausalLM,
+    BD3LMConfig,
+    BD3LMForMaskedLM,
+    MDLMConfig,
+    MDLMForMaskedLM,
+    SEDDConfig,
+    SEDDForMaskedLM,
+    SSDLMConfig,
+    SSDLMForMaskedLM,
+)
 from bd3lm_hf.modeling.backbone_bd3lm import BD3LMModel
-from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
-from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 
 
 MODELING = Path(bd3lm_hf.modeling.__file__).parent
@@ -31,38 +41,69 @@ AUTO_MAP = {
     "AutoModelForMaskedLM": "modeling_bd3lm.BD3LMForMaskedLM",
     "AutoModelForCausalLM": "modeling_bd3lm.BD3LMForMaskedLM",
 }
-IDS = torch.tensor([[0, 5, 6, 7, 8, 9, 10, 11]])
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
+SIZES = {"vocab_size": 12, "model_length": 8, "hidden_dim": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2}
+BASELINES = {"ar": (ARForCausalLM, ARConfig), "mdlm": (MDLMForMaskedLM, MDLMConfig)}
+BASELINES |= {"sedd": (SEDDForMaskedLM, SEDDConfig)}
+FAMILIES = {"bd3lm": (BD3LMForMaskedLM, BD3LMConfig), **BASELINES, "ssdlm": (SSDLMForMaskedLM, SSDLMConfig)}
+PROMPTS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 10, 11]])
+MASKS = [[[1] * 5, [0, 0, 1, 1, 1]], [[1] * 5, [1, 1, 1, 0, 0]]]  # padded on the left, and on the right
 
 
 @pytest.fixture
-def speaker(tiny_config, tiny_tokenizer, randomize) -> BD3LMForMaskedLM:
-    """A model that reads and writes the text of the tiny tokenizer."""
-    names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
-    fields = {"vocab_size": len(tiny_tokenizer), **{name: getattr(tiny_tokenizer, name) for name in names}}
-    return randomize(BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), **fields}))).eval()
+def make_speaker(tiny_tokenizer, randomize):
+    """A function `(family) -> model` whose vocabulary is that of the tiny tokenizer, with a window of 16 tokens."""
+
+    def make(family: str):
+        model_class, config_class = FAMILIES[family]
+        fields = {name: getattr(tiny_tokenizer, name) for name in SPECIAL} | {"model_length": 16}
+        if family == "ssdlm":
+            sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+            encoder = BertConfig(vocab_size=len(tiny_tokenizer), **sizes)
+            config = SSDLMConfig(encoder_config=encoder, block_size=4, **fields)
+        else:
+            config = config_class(**{**SIZES, "vocab_size": len(tiny_tokenizer), "dropout": 0.0, **fields})
+        model = randomize(model_class(config)).eval()
+        if family == "ssdlm":
+            model.generation_config.num_denoising_steps = 3
+        elif family == "bd3lm":
+            model.generation_config.nucleus_p = 0.9
+        return model
+
+    return make
 
 
 @pytest.fixture
-def folder(speaker, tiny_tokenizer, tmp_path) -> Path:
-    """A checkpoint with tokenizer, and what its model says to `IDS`."""
-    tiny_tokenizer.padding_side = "left"
-    speaker.generation_config.nucleus_p = 0.9
-    speaker.save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
-    with torch.no_grad():
-        torch.save(
-            {
-                "logits": speaker(IDS).logits,
-                "hidden": speaker.backbone(IDS).last_hidden_state,
-                "text": speaker.generate(IDS, max_new_tokens=9, do_sample=False),
-            },
-            tmp_path / "expected.pt",
-        )
-    return tmp_path / "model"
+def make_folder(make_speaker, tiny_tokenizer, tmp_path):
+    """A function `(family) -> folder` of a checkpoint with tokenizer; beside it, what its model computes."""
+
+    def make(family: str) -> Path:
+        model, folder = make_speaker(family), tmp_path / family
+        tiny_tokenizer.padding_side = "left"
+        model.save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        # Longer than the window, for those with a sliding one.
+        texts = [{"input_ids": PROMPTS, "attention_mask": torch.tensor(mask), "max_new_tokens": 20} for mask in MASKS]
+        expected = {
+            "config": type(model.config).__name__,
+            "generation config": model.generation_config.to_dict(),
+            "logits": model(**model.dummy_inputs).logits.detach(),
+            "texts": [(words, model.generate(**words, generator=torch.Generator().manual_seed(0))) for words in texts],
+        }
+        torch.save(expected, folder.with_suffix(".pt"))
+        return folder
+
+    return make
 
 
-# What a foreign process runs: bd3lm_hf cannot be imported there. Reads the folder's name from the command line.
+@pytest.fixture
+def folder(make_folder) -> Path:
+    return make_folder("bd3lm")
+
+
+# What a foreign process runs: bd3lm_hf cannot be imported there. Reads the folders' names from the command line.
 ELSEWHERE = """
+import json
 import sys
 from pathlib import Path
 
@@ -73,100 +114,102 @@ class Blocker:
 
 sys.meta_path.insert(0, Blocker())
 import torch
-from transformers import (
-    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, Trainer, pipeline
-)
+import transformers
+from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
 
 torch.set_num_threads(1)
-folder = Path(sys.argv[1])
-expected = torch.load(folder.parent / "expected.pt")
-ids = torch.tensor([[0, 5, 6, 7, 8, 9, 10, 11]])
 
-def check(folder):
+def check(folder, expected):
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    assert type(config).__name__ == "BD3LMConfig" and type(config).__module__.startswith("transformers_modules")
-    with torch.no_grad():
-        backbone = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-        assert type(backbone).__name__ == "BD3LMModel"
-        assert torch.equal(backbone(ids).last_hidden_state, expected["hidden"])
-        for auto_class in (AutoModelForMaskedLM, AutoModelForCausalLM):
-            model, info = auto_class.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
-            assert not any(info.values()), info
-            assert torch.equal(model.eval()(ids).logits, expected["logits"])
-            assert torch.equal(model.generate(ids, max_new_tokens=9, do_sample=False), expected["text"])
-            assert type(model.generation_config).__name__ == "BD3LMGenerationConfig"
-            assert model.generation_config.nucleus_p == 0.9
+    assert type(config).__name__ == expected["config"] and type(config).__module__.startswith("transformers_modules")
+    for name in set(config.auto_map) - {"AutoConfig", "AutoModel"}:
+        load = getattr(transformers, name).from_pretrained
+        model, info = load(folder, trust_remote_code=True, output_loading_info=True)
+        assert not any(info.values()), info
+        with torch.no_grad():
+            logits = model.eval()(**model.dummy_inputs).logits
+        torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=1e-6)
+        for words, text in expected["texts"]:
+            assert torch.equal(model.generate(**words, generator=torch.Generator().manual_seed(0)), text)
+        assert model.generation_config.to_dict() == expected["generation config"]
+    if "AutoModel" in config.auto_map:
+        backbone = AutoModel.from_pretrained(folder, trust_remote_code=True)
+        assert type(backbone).__name__ == type(model.backbone).__name__
+        assert all(map(torch.equal, backbone.state_dict().values(), model.backbone.state_dict().values()))
     return model
 
-model = check(folder)
-check(folder)  # a second time, from the code cache
-again = folder.parent / "again"
-model.save_pretrained(again)
-assert sorted(p.name for p in again.glob("*.py")) == sorted(p.name for p in folder.glob("*.py"))
-assert (again / "config.json").read_text() == (folder / "config.json").read_text()
-check(again)
+def read_config(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config.get("encoder_config", {}).pop("dtype", None)  # known once it is loaded
+    return config
 
-write = pipeline("text-generation", model=str(folder), trust_remote_code=True)
-one = write("A block is", max_new_tokens=5)
-assert one[0]["generated_text"].startswith("A block is") and len(one[0]["generated_text"]) > len("A block is")
-prompts = ["A", "The quick brown fox jumps over"]
-many = write(prompts, max_new_tokens=5, batch_size=2, do_sample=False)
-for prompt, result in zip(prompts, many, strict=True):
-    assert result == write(prompt, max_new_tokens=5, do_sample=False), (result, prompt)
-fill = pipeline("fill-mask", model=str(folder), trust_remote_code=True, top_k=3)
-found = fill("A block is <mask> from noise")
-assert len(found) == 3 and found[0]["score"] >= found[1]["score"]
-tokenizer = AutoTokenizer.from_pretrained(folder)
-text = tokenizer("A block is <mask> from noise", return_tensors="pt").input_ids
-place = int((text[0] == tokenizer.mask_token_id).nonzero())
-best = model(text).logits[0, place].topk(3).indices.tolist()
-assert [x["token"] for x in found] == best
+for folder in map(Path, sys.argv[1:]):
+    expected = torch.load(folder.with_suffix(".pt"))
+    model = check(folder, expected)
+    again = folder.parent / f"{folder.name}-again"
+    model.save_pretrained(again)
+    assert sorted(p.name for p in again.glob("*.py")) == sorted(p.name for p in folder.glob("*.py"))
+    assert read_config(again) == read_config(folder)
+    check(again, expected)
 
-loss = model(input_ids=ids, labels=ids).loss
-assert loss.isfinite() and not any(name.partition(".")[0] == "bd3lm_hf" for name in sys.modules)
+    write = pipeline("text-generation", model=str(folder), trust_remote_code=True)
+    prompts = ["A block is", "The quick brown"]
+    many = write(prompts, max_new_tokens=5, batch_size=2, do_sample=False)
+    for prompt, result in zip(prompts, many, strict=True):
+        assert result[0]["generated_text"].startswith(prompt) and result[0]["generated_text"] != prompt
+        assert folder.name == "ssdlm" or result == write(prompt, max_new_tokens=5, do_sample=False), (result, prompt)
+    ids = torch.arange(4, 16)[None]
+    assert model(input_ids=ids, labels=ids).loss.isfinite()
+
+    if folder.name == "bd3lm":
+        fill = pipeline("fill-mask", model=str(folder), trust_remote_code=True, top_k=3)
+        found = fill("A block is <mask> from noise")
+        assert len(found) == 3 and found[0]["score"] >= found[1]["score"]
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        text = tokenizer("A block is <mask> from noise", return_tensors="pt").input_ids
+        position = int((text[0] == tokenizer.mask_token_id).nonzero())
+        assert [x["token"] for x in found] == model(text).logits[0, position].topk(3).indices.tolist()
+
+assert not any(name.partition(".")[0] == "bd3lm_hf" for name in sys.modules)
 print("all is well")
 """
 
 
-def test_the_folder_needs_nothing_but_transformers(folder, tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+def test_the_folders_of_all_families_need_nothing_but_transformers(make_folder, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["HF_HOME"] = str(tmp_path / "home")
-    result = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(folder)], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
+    command = [sys.executable, "-c", ELSEWHERE, *map(make_folder, FAMILIES)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip().endswith("all is well")
 
 
-BASELINES = [(ARForCausalLM, ARConfig), (MDLMForMaskedLM, MDLMConfig), (SEDDForMaskedLM, SEDDConfig)]
-SIZES = {"vocab_size": 12, "model_length": 8, "hidden_dim": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2}
-
-
-@pytest.mark.parametrize(("model_class", "config_class"), [(BD3LMForMaskedLM, BD3LMConfig), *BASELINES])
-def test_the_code_that_is_needed_is_saved_and_nothing_else(model_class, config_class, tmp_path):
-    folder = tmp_path / "model"
-    model_class(config_class(**SIZES)).save_pretrained(folder)
-    saved = {path.name for path in folder.glob("*.py")}
-    needed, waiting = set(), {model_class.__module__.rpartition(".")[2] + ".py"}
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_code_that_is_needed_is_saved_and_nothing_else(make_speaker, tmp_path, family):
+    model = make_speaker(family)
+    model.save_pretrained(tmp_path)
+    saved = {path.name for path in tmp_path.glob("*.py")}
+    needed, waiting = set(), {FAMILIES[family][0].__module__.rpartition(".")[2] + ".py"}
     while waiting:
         name = waiting.pop()
         needed.add(name)
         lines = (MODELING / name).read_text(encoding="utf-8").splitlines()
-        imported = {line.split()[1][1:] + ".py" for line in lines if line.startswith("from .")}
-        waiting |= imported - needed
+        waiting |= {line.split()[1][1:] + ".py" for line in lines if line.startswith("from .")} - needed
     assert saved == needed
+    assert family != "ssdlm" or "modeling_bd3lm.py" not in needed  # nothing of another network
     for name in saved:
-        assert (folder / name).read_bytes() == (MODELING / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (MODELING / name).read_bytes()
 
 
 @pytest.mark.parametrize("part", ["whole model", "backbone"])
-def test_every_auto_class_is_named_in_the_config(speaker, tmp_path, part):
-    model = speaker if part == "whole model" else speaker.backbone
+def test_every_auto_class_is_named_in_the_config(make_speaker, tmp_path, part):
+    model = make_speaker("bd3lm") if part == "whole model" else make_speaker("bd3lm").backbone
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
 
 
-def test_a_foreign_auto_map_is_replaced(speaker, tmp_path):
+def test_a_foreign_auto_map_is_replaced(make_speaker, tmp_path):
+    speaker = make_speaker("bd3lm")
     # As published: a module that is not there, a class that has another name, and one of another repository.
     speaker.config.auto_map = {
         "AutoConfig": "configuration.BD3LMConfig",
@@ -188,25 +231,26 @@ def test_with_the_package_imported_no_remote_code_is_needed(folder, auto_class, 
     assert type(AutoConfig.from_pretrained(folder)) is BD3LMConfig
 
 
-@pytest.mark.parametrize(("model_class", "config_class"), BASELINES)
-def test_every_baseline_is_its_own_class_with_the_package_imported(model_class, config_class, randomize, tmp_path):
-    saved = randomize(model_class(config_class(**SIZES))).eval()
+@pytest.mark.parametrize("family", [*BASELINES, "ssdlm"])
+def test_every_baseline_is_its_own_class_with_the_package_imported(make_speaker, family, tmp_path):
+    (model_class, config_class), saved = FAMILIES[family], make_speaker(family)
     saved.save_pretrained(tmp_path)
     names = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     known = {"AutoModelForCausalLM": AutoModelForCausalLM, "AutoModelForMaskedLM": AutoModelForMaskedLM}
-    assert set(names) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} | (
-        set() if config_class is ARConfig else {"AutoModelForMaskedLM"}
-    )
+    left_out = {"ar": {"AutoModelForMaskedLM"}, "ssdlm": {"AutoModel"}}.get(family, set())
+    assert set(names) == {"AutoConfig", "AutoModel", *known} - left_out
     for name in names.keys() & known.keys():
         model, info = known[name].from_pretrained(tmp_path, output_loading_info=True)
         assert type(model) is model_class and not any(info.values())
         assert all(map(torch.equal, model.state_dict().values(), saved.state_dict().values()))
-    assert type(AutoModel.from_pretrained(tmp_path)) is model_class.backbone_class
+    if "AutoModel" in names:
+        assert type(AutoModel.from_pretrained(tmp_path)) is model_class.backbone_class
     assert type(AutoConfig.from_pretrained(tmp_path)) is config_class
 
 
-def test_the_text_generation_pipeline_trims_to_what_was_asked(folder):
-    write = pipeline("text-generation", model=str(folder))
+@pytest.mark.parametrize("family", ["bd3lm", "ssdlm"])
+def test_the_text_generation_pipeline_trims_to_what_was_asked(make_folder, family):
+    write = pipeline("text-generation", model=str(make_folder(family)))
     ids = write("A block is", max_new_tokens=6, return_tensors=True)[0]["generated_token_ids"]
     assert len(ids) <= len(write.tokenizer("A block is").input_ids) + 6
 
@@ -242,5 +286,17 @@ def test_a_checkpoint_without_weights_files_is_refused(folder):
 
 def test_the_tokenizer_of_a_checkpoint_has_the_models_special_tokens(folder):
     tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"):
+    for name in SPECIAL:
         assert getattr(tokenizer, name) == getattr(config, name)
+
+
+def test_simplex_diffusion_has_choices_of_its_own_on_the_command_line(make_folder, bd3lm):
+    words = ["--prompt", "A block", "--max-new-tokens", 6]
+    own = ["--num-denoising-steps", 2, "--context", "previous_block", "--projection", "uneven", "--top-p", 0.8]
+    ssdlm = make_folder("ssdlm")
+    code, text, errors = bd3lm("generate", "--model", ssdlm, *words, *own)
+    assert code == 0 and text.startswith("A block"), errors
+    for folder, flag in ((ssdlm, "sampler"), (make_folder("bd3lm"), "projection")):
+        value = "confidence" if flag == "sampler" else "even"
+        code, _, errors = bd3lm("generate", "--model", folder, *words, f"--{flag}", value)
+        assert code == 2 and flag in errors and "Traceback" not in errors

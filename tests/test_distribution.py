@@ -208,9 +208,7 @@ def chain_rule(model, prompt: list[int], count: int) -> dict[tuple[int, ...], fl
 
 
 @pytest.mark.parametrize(
-    ("count", "fields"),
-    [(2, {}), (3, {"window": "exact"}), (3, {"use_cache": False})],
-    ids=["cache", "exact", "none"],
+    ("count", "fields"), [(2, {}), (3, {"window": "exact"}), (3, {"use_cache": False})], ids=["cache", "exact", "none"]
 )
 def test_autoregressive_rows_with_unequal_prompts_have_it_too(count, fields):
     # Three tokens behind the longer prompt outgrow the window. No token is like padding, which is no part of a text.

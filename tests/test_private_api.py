@@ -8,11 +8,12 @@ import inspect
 from pathlib import Path
 
 import accelerate
+import accelerate.hooks
 import datasets
 import pytest
 import torch
 import transformers
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, Trainer
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.cache_utils import Cache
 
 
@@ -64,10 +65,13 @@ ATTRIBUTES = [
     (torch.nn.Linear(1, 1), "_forward_hooks", "a layer with hooks is called, not read"),
     (torch.nn.Linear(1, 1), "_forward_pre_hooks", "a layer with hooks is called, not read"),
     (torch.nn.Linear(1, 1), "_backward_hooks", "a layer with hooks is called, not read"),
+    (torch.nn.Linear(1, 1), "_backward_pre_hooks", "a layer with hooks is called, not read"),
     (torch.nn.Linear(1, 1), "_buffers", "the interval of noise levels"),
     (torch.nn.Linear(1, 1), "_parameters", "sharded weights"),
     (torch.ones(1), "_version", "prepacked weights notice a change"),
     (PreTrainedConfig(), "_attn_implementation", "the attention kernel"),
+    (PreTrainedConfig(), "_name_or_path", "which model a result belongs to"),
+    (GenerationConfig(), "_from_model_config", "saved defaults of generate; requests that share a round"),
     (datasets.Dataset.from_dict({"a": [1]}), "_fingerprint", "caches of packed text"),
     (datasets.Dataset.from_dict({"a": [1]}).to_iterable_dataset(), "_resolve_features", "columns of a stream"),
     (accelerate.optimizer.AcceleratedOptimizer, "step_was_skipped", "averages skip the steps that float16 skips"),
@@ -103,6 +107,30 @@ def test_lm_eval_calls_what_the_harness_overrides():
         assert hasattr(model.TemplateLM, name)
 
 
+# (module, name that its source must hold, the feature that depends on it)
+IN_THE_SOURCE = [
+    (transformers.trainer, "_train_batch_size", "batches of a stream"),
+    (accelerate.hooks, "_hf_hook", "the device of offloaded weights"),
+    (torch.storage, "_untyped_storage", "the size of a tensor in a published checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "feature"), IN_THE_SOURCE, ids=[entry[1] for entry in IN_THE_SOURCE])
+def test_a_private_attribute_of_an_instance_is_still_used(module, name, feature):
+    assert name in inspect.getsource(module), f"{name} is gone: {feature}"
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a CPU with oneDNN")
+@pytest.mark.parametrize("name", ["_linear_pointwise", "_reorder_linear_weight"])
+def test_the_operations_of_prepacked_weights_exist(name):
+    assert hasattr(torch.ops.mkldnn, name), f"{name} is gone: prepacked weights of generation on a CPU"
+
+
+def test_the_server_finds_the_error_of_a_stream():
+    utils = pytest.importorskip("transformers.cli.serving.utils")
+    assert issubclass(utils._StreamError, object)
+
+
 UNRELATED = {"_prefill"}  # ours by the same name, in classes that are not the library's
 
 
@@ -122,3 +150,29 @@ def private_names() -> set[str]:
 
 def test_every_private_method_of_a_library_is_listed():
     assert private_names() <= {name for _, name, _, _ in METHODS}
+
+
+DOCUMENTED = {"_asdict", "_fields", "_replace"}  # of named tuples
+NAMED_ELSEWHERE = {"_linear_pointwise", "_reorder_linear_weight", "_StreamError", "_utils"}
+
+
+def foreign_attributes() -> set[str]:
+    """Private names that the rooms read, as an attribute or by an import, and define nowhere."""
+    read, defined = set(), set()
+    for room in ("bd3lm_hf", "modeling", "hub_upload", "training"):
+        for path in (ROOT / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Attribute):
+                    (read if isinstance(node.ctx, ast.Load) else defined).add(node.attr)
+                elif isinstance(node, ast.ImportFrom):
+                    read |= {alias.name for alias in node.names}
+                elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                    defined.add(node.name)
+                elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                    defined.add(node.id)
+    return {name for name in read - defined if name.startswith("_") and not name.startswith("__")}
+
+
+def test_every_private_attribute_of_a_library_is_listed():
+    listed = {entry[1] for entries in (METHODS, ATTRIBUTES, IN_THE_SOURCE) for entry in entries}
+    assert foreign_attributes() - DOCUMENTED - NAMED_ELSEWHERE <= listed

@@ -128,10 +128,7 @@ def test_the_embedded_corpus_goes_the_whole_way_to_sequences(docs: dict[str, Dat
     assert texts[-1] == ""
 
 
-@pytest.mark.parametrize(
-    ("name", "advice"),
-    [("someone/something", "python-docs"), ("ptb", "parquet copy")],
-)
+@pytest.mark.parametrize(("name", "advice"), [("someone/something", "python-docs"), ("ptb", "parquet copy")])
 def test_a_hub_dataset_that_cannot_be_loaded_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, name: str, advice: str
 ) -> None:

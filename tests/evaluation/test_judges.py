@@ -180,8 +180,4 @@ def test_ids_and_windows_that_a_judge_does_not_know_are_refused():
 def test_a_text_without_a_token_to_score_has_none():
     assert reference_model_of(gpt2(), unscored=[5]).score(
         [GeneratedText([0, 5, 5], 1), GeneratedText([4], 0), GeneratedText([], 0)]
-    ) == [
-        (0, 0.0, 0),
-        (1, 0.0, 0),
-        (2, 0.0, 0),
-    ]
+    ) == [(0, 0.0, 0), (1, 0.0, 0), (2, 0.0, 0)]

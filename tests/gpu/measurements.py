@@ -320,13 +320,7 @@ def measure_generation(settings: Settings) -> Iterator[Row]:
             alone.setdefault(sampler, seconds[0])
             if batch == 64:
                 gain = batch * alone[sampler] / seconds[0]
-                yield Row(
-                    f"tokens/s, batch 64 over batch 1, {sampler}",
-                    gain,
-                    unit="x",
-                    goal=">= 30",
-                    met=gain >= 30,
-                )
+                yield Row(f"tokens/s, batch 64 over batch 1, {sampler}", gain, unit="x", goal=">= 30", met=gain >= 30)
     count = new_tokens if settings.tiny else 128
     fast, slow = in_turn(
         settings,

@@ -178,11 +178,7 @@ class Attack:
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        (
-            "timestep_layer.pt",
-            {"weight": torch.zeros(16, 1)},
-            "timestep_layer.pt .*weight, bias",
-        ),
+        ("timestep_layer.pt", {"weight": torch.zeros(16, 1)}, "timestep_layer.pt .*weight, bias"),
         ("embed_sum_layer.pt", {"weight": 3}, "embed_sum_layer.pt .*weight"),
         ("embed_sum_layer.pt", None, "embed_sum_layer.pt.*SSD-LM"),
     ],

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from noisy_text import random_ids, some_masked
 from torch.nn.attention.flex_attention import create_mask
 
 from bd3lm_hf.modeling import attention_bd3lm
@@ -37,15 +38,6 @@ def padded_mask(length: int) -> torch.Tensor:
     mask[1, : length // 3] = 0
     mask[2, length - length // 3 :] = 0
     return mask
-
-
-def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 47, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def some_masked(ids: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    drawn = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed))
-    return torch.where(drawn < 0.5, 47, ids)
 
 
 def dense(tiles: tuple[Tile, ...], rows: int, queries: int, keys: int) -> torch.Tensor:

@@ -16,10 +16,7 @@ PUBLISHED = {
     "adaln": True,
     "architectures": ["BD3LM"],
     "attn_backend": "flex",
-    "auto_map": {
-        "AutoConfig": "configuration_bd3lm.BD3LMConfig",
-        "AutoModelForMaskedLM": "modeling_bd3lm.BD3LM",
-    },
+    "auto_map": {"AutoConfig": "configuration_bd3lm.BD3LMConfig", "AutoModelForMaskedLM": "modeling_bd3lm.BD3LM"},
     "block_size": 4,
     "causal": False,
     "cond_dim": 128,
@@ -49,15 +46,9 @@ REFUSED = {
     "no_conditioning_width": ({"cond_dim": 0}, "cond_dim=0"),
     "no_length": ({"model_length": 0}, "model_length=0"),
     "mask_alone": ({"vocab_size": 1}, "vocab_size=1"),
-    "heads_that_do_not_divide": (
-        {"hidden_dim": 100, "n_heads": 12},
-        "hidden_dim=100",
-    ),
+    "heads_that_do_not_divide": ({"hidden_dim": 100, "n_heads": 12}, "hidden_dim=100"),
     "odd_head": ({"hidden_dim": 36, "n_heads": 12}, "36 / 12 = 3"),
-    "block_that_does_not_divide": (
-        {"block_size": 6, "model_length": 32},
-        "block_size=6",
-    ),
+    "block_that_does_not_divide": ({"block_size": 6, "model_length": 32}, "block_size=6"),
     "mask_outside": ({"mask_token_id": 50258}, "mask_token_id=50258"),
     "mask_negative": ({"mask_token_id": -1}, "mask_token_id=-1"),
     "bos_outside": ({"bos_token_id": 60000}, "bos_token_id=60000"),
@@ -66,14 +57,8 @@ REFUSED = {
     "one_eos_of_several_outside": ({"eos_token_id": [1, 60000]}, "eos_token_id="),
     "bos_is_mask": ({"bos_token_id": 50257}, "bos_token_id=50257"),
     "eos_is_mask": ({"eos_token_id": 7, "mask_token_id": 7}, "eos_token_id=7"),
-    "one_eos_is_mask": (
-        {"eos_token_id": [3, 7], "mask_token_id": 7},
-        r"eos_token_id=\[3, 7\]",
-    ),
-    "unknown_schedule": (
-        {"noise": "linear"},
-        "noise='linear'",
-    ),
+    "one_eos_is_mask": ({"eos_token_id": [3, 7], "mask_token_id": 7}, r"eos_token_id=\[3, 7\]"),
+    "unknown_schedule": ({"noise": "linear"}, "noise='linear'"),
     "dropout_of_one": ({"dropout": 1.0}, r"dropout=1\.0"),
     "negative_dropout": ({"dropout": -0.1}, r"dropout=-0\.1"),
     "reversed_interval": (
@@ -88,22 +73,13 @@ REFUSED = {
         {"resample": True, "sampling_eps_min": 0.55, "sampling_eps_max": 0.7},
         r"the interval \[0\.55, 0\.7\]",
     ),
-    "unknown_stratification": (
-        {"antithetic_sampling": True},
-        "antithetic_sampling=True",
-    ),
+    "unknown_stratification": ({"antithetic_sampling": True}, "antithetic_sampling=True"),
     "causal_with_clean_stream": ({"causal": True}, "causal=True"),
-    "blocks_without_clean_stream": (
-        {"cross_attn": False},
-        "cross_attn=False",
-    ),
+    "blocks_without_clean_stream": ({"cross_attn": False}, "cross_attn=False"),
     "time_without_adaln": ({"time_conditioning": True, "adaln": False}, "time_conditioning=True"),
     "no_draws": ({"noise_draws": 0}, "noise_draws=0"),
     "half_a_draw": ({"noise_draws": 1.5}, "noise_draws"),
-    "draws_that_share_no_clean_stream": (
-        {"noise_draws": 4, "time_conditioning": True},
-        "noise_draws=4",
-    ),
+    "draws_that_share_no_clean_stream": ({"noise_draws": 4, "time_conditioning": True}, "noise_draws=4"),
 }
 
 

@@ -5,17 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from generating import (
-    FIELDS,
-    MASK,
-    PAD,
-    assert_same,
-    batch_of,
-    generate,
-    make_family,
-    new_tokens,
-    prompts_of,
-)
+from generating import FIELDS, MASK, PAD, assert_same, batch_of, generate, make_family, new_tokens, prompts_of
 from published_samplers import ancestral_weights, draw_published
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode

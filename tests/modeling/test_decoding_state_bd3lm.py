@@ -36,10 +36,7 @@ REAL = torch.tensor([[0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1]])
 
 def test_blocks_of_all_rows_end_at_the_same_columns():
     buffer = SequenceBuffer.from_prompts(IDS, REAL, 4, 4, MASK)
-    assert buffer.token_ids.tolist() == [
-        [MASK] * 4 + [9] + [MASK] * 7,
-        [3, 4, 5, 6, 7, 8] + [MASK] * 6,
-    ]
+    assert buffer.token_ids.tolist() == [[MASK] * 4 + [9] + [MASK] * 7, [3, 4, 5, 6, 7, 8] + [MASK] * 6]
     assert buffer.row_start.tolist() == [4, 0]
     assert buffer.position_ids(0, 12).tolist() == [[0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7], list(range(12))]
     assert buffer.position_ids(5, 7).tolist() == [[1, 2], [5, 6]]

@@ -570,8 +570,9 @@ def test_arguments_that_cannot_work_are_refused(model, arguments, message):
 
 @pytest.mark.parametrize("family", ["mdlm", "sedd"])
 def test_what_does_not_fit_a_single_window_is_refused(models, family):
-    with pytest.raises(ValueError, match="window_stride=9.*model_length=8"):
-        generate(models[family], PROMPT, window_stride=9)
+    for stride, message in ((9, "window_stride=9.*model_length=8"), (0, "window_stride=0")):
+        with pytest.raises(ValueError, match=message):
+            generate(models[family], PROMPT, window_stride=stride)
     other = "analytic" if family == "mdlm" else "first_hitting"
     with pytest.raises(ValueError, match=f"sampler='{other}'.*{type(models[family]).__name__}"):
         generate(models[family], PROMPT, sampler=other)

@@ -5,35 +5,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from noisy_text import given_noise, masked_of, random_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bd3lm_hf.modeling import loss_bd3lm
-from bd3lm_hf.modeling.inputs_bd3lm import token_layout
 from bd3lm_hf.modeling.linear_bd3lm import is_plain_linear
-from bd3lm_hf.modeling.loss_bd3lm import chunked_cross_entropy, corrupt, cross_entropy, loss_mask
+from bd3lm_hf.modeling.loss_bd3lm import chunked_cross_entropy, cross_entropy
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.modeling.noise_bd3lm import Noise, draw_noise
+from bd3lm_hf.modeling.noise_bd3lm import Noise
 
 
 CPU = torch.device("cpu")
 CONFIG = SimpleNamespace(vocab_size=48, mask_token_id=47)
-
-
-def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 47, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def given_noise(rows: int, blocks: int, length: int, draws: int = 1) -> dict[str, torch.Tensor]:
-    return draw_noise(
-        rows, blocks, length, num_noise_samples=draws, generator=torch.Generator().manual_seed(0)
-    )._asdict()
-
-
-def masked_of(model: BD3LMForMaskedLM, labels: torch.Tensor, attention_mask=None, noise=None, interval=(1e-3, 1.0)):
-    """Masked positions, weights and masking probabilities that the loss would use."""
-    layout = token_layout(attention_mask, labels.shape[1], model.config.block_size, device=CPU)
-    scored = loss_mask(layout, labels, ignore_bos=model.config.ignore_bos, training=model.training)
-    return corrupt(model, layout, scored, noise, *interval)
 
 
 class ScaledHead(torch.nn.Linear):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from noisy_text import given_noise, nll_of, random_ids
 from published import GOLDEN, load_recorded, recorded_noise
 from safetensors.torch import load_file
 
@@ -21,27 +22,6 @@ from bd3lm_hf.modeling.modeling_mdlm import MDLMForMaskedLM
 from bd3lm_hf.modeling.modeling_sedd import SEDDForMaskedLM
 from bd3lm_hf.modeling.modeling_ssdlm import SSDLMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import Noise, draw_noise
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 47, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def given_noise(rows: int, blocks: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    return draw_noise(rows, blocks, length, generator=torch.Generator().manual_seed(seed))._asdict()
-
-
-def nll_of(model: BD3LMForMaskedLM, x_t: torch.Tensor, x_0: torch.Tensor, **arguments) -> torch.Tensor:
-    """-log p(x_0 | x_t) of every token under SUBS, from the whole logits; zero where x_t is not masked."""
-    logits = model(input_ids=x_t, clean_input_ids=x_0, **arguments).logits.double()
-    logits[..., model.config.mask_token_id] = -torch.inf
-    nll = -logits.log_softmax(-1).gather(-1, x_0.unsqueeze(-1)).squeeze(-1)
-    return torch.where(x_t == model.config.mask_token_id, nll, 0.0)
 
 
 # --- token_nll on a toy whose bound is computed by brute force -------------------------------------------------------
@@ -176,10 +156,7 @@ def test_the_random_estimators_are_unbiased(toy, estimator, num_samples):
     # As published, t is uniform on [1e-3, 1] and the weight stays 1/t.
     expected = integrated_bound(model, ids, all_but_first(ids), low=low)
     score = model.token_nll(
-        ids.repeat(rows, 1),
-        estimator=estimator,
-        num_samples=num_samples,
-        generator=torch.Generator().manual_seed(0),
+        ids.repeat(rows, 1), estimator=estimator, num_samples=num_samples, generator=torch.Generator().manual_seed(0)
     )
     nll = score.nll.double()
     error = nll.std(0) / math.sqrt(rows)

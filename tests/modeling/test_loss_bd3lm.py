@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from noisy_text import given_noise, gradients, masked_of, nll_of, random_ids
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -14,10 +15,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.modeling import loss_bd3lm
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
-from bd3lm_hf.modeling.inputs_bd3lm import token_layout
-from bd3lm_hf.modeling.loss_bd3lm import corrupt, denoising_loss, loss_mask
+from bd3lm_hf.modeling.loss_bd3lm import corrupt, denoising_loss
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.modeling.noise_bd3lm import LogLinearNoise, Noise, draw_noise, noise_schedule, stratify
+from bd3lm_hf.modeling.noise_bd3lm import LogLinearNoise, Noise, noise_schedule, stratify
 
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -25,40 +25,6 @@ PUBLISHED = json.loads((GOLDEN / "02_bd3lm_loss" / "config.json").read_text())
 DRAWN = [name for name, case in PUBLISHED["cases"].items() if not case.get("resample") and "batches" not in case]
 RESAMPLED = [name for name, case in PUBLISHED["cases"].items() if case.get("resample")]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 47, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def given_noise(rows: int, blocks: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    return draw_noise(rows, blocks, length, generator=torch.Generator().manual_seed(seed))._asdict()
-
-
-def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-def masked_of(model: BD3LMForMaskedLM, labels: torch.Tensor, attention_mask=None, noise=None, interval=(1e-3, 1.0)):
-    """Masked positions, weights and masking probabilities that the loss would use."""
-    layout = token_layout(attention_mask, labels.shape[1], model.config.block_size, device=CPU)
-    scored = loss_mask(layout, labels, ignore_bos=model.config.ignore_bos, training=model.training)
-    return corrupt(model, layout, scored, noise, *interval)
-
-
-def nll_of(model: BD3LMForMaskedLM, x_t: torch.Tensor, x_0: torch.Tensor, **arguments) -> torch.Tensor:
-    """-log p(x_0 | x_t) of every token under SUBS, from the whole logits; zero where x_t is not masked."""
-    logits = model(input_ids=x_t, clean_input_ids=x_0, **arguments).logits.double()
-    logits[..., model.config.mask_token_id] = -torch.inf
-    nll = -logits.log_softmax(-1).gather(-1, x_0.unsqueeze(-1)).squeeze(-1)
-    return torch.where(x_t == model.config.mask_token_id, nll, 0.0)
 
 
 # --- Parity with the published loss ----------------------------------------------------------------------------------

@@ -85,21 +85,6 @@ def test_the_loss_equals_that_of_full_logits(make_model):
     torch.testing.assert_close(half, expected / 2, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_no_likelihood(make_model, side):
-    model = make_model()
-    ids = torch.randint(0, 11, (2, 8), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    real = slice(3, 8) if side == "left" else slice(0, 5)
-    mask[1] = 0
-    mask[1, real] = 1
-    alone = model.token_nll(ids[1:, real])
-    score = model.token_nll(ids, mask)
-    torch.testing.assert_close(score.nll[1, real], alone.nll[0], atol=1e-5, rtol=0)
-    assert score.mask[1].sum() == 4
-    torch.testing.assert_close(score.nll[0], model.token_nll(ids[:1]).nll[0], atol=1e-5, rtol=0)
-
-
 def test_cached_logits_equal_uncached_ones(make_model):
     model = make_model()
     ids = torch.randint(0, 11, (2, 10), generator=torch.Generator().manual_seed(2))
@@ -180,30 +165,6 @@ def test_a_cached_window_of_one_layer_equals_recomputation(loud_model):
     model = loud_model(n_blocks=1)
     written = model.generate(PROMPTS, max_new_tokens=40)
     assert written.tolist() == [continued(model, row, 40) for row in PROMPTS.tolist()]
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("window", ["cached", "exact"])
-def test_a_padded_row_is_continued_as_if_it_stood_alone(loud, side, window):
-    short = torch.tensor([[6, 7, 8]])
-    padding = torch.zeros(1, 2, dtype=torch.long)
-    row = torch.cat([padding, short] if side == "left" else [short, padding], 1)
-    mask = torch.ones_like(PROMPTS)
-    mask[1] = torch.cat([padding, short * 0 + 1] if side == "left" else [short * 0 + 1, padding], 1)[0]
-    both = loud.generate(torch.cat([PROMPTS[:1], row]), attention_mask=mask, max_new_tokens=25, window=window)
-    assert both[1, :5].equal(row[0])
-    assert both[1, 5:].equal(loud.generate(short, max_new_tokens=25, window=window)[0, 3:])
-    assert both[0].equal(loud.generate(PROMPTS[:1], max_new_tokens=25, window=window)[0])
-
-
-def test_sampling_follows_the_generator_and_leaves_the_global_one(loud):
-    def draw(seed: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return loud.generate(PROMPTS, max_new_tokens=9, do_sample=True, temperature=3.0, generator=generator)
-
-    before = torch.get_rng_state()
-    assert draw(1).equal(draw(1)) and not draw(1).equal(draw(2))
-    assert torch.get_rng_state().equal(before)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from noisy_text import random_ids, some_masked
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
 
@@ -36,15 +37,6 @@ def golden_model(variant: str, block_size: int) -> BD3LMForMaskedLM:
     model = BD3LMForMaskedLM(config)
     model.load_state_dict(weights, strict=True)
     return model.eval()
-
-
-def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 47, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def some_masked(ids: torch.Tensor) -> torch.Tensor:
-    drawn = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1))
-    return torch.where(drawn < 0.5, 47, ids)
 
 
 # --- Parity with the published model ---------------------------------------------------------------------------------

@@ -144,60 +144,6 @@ def test_a_noise_level_is_required(model, recorded):
 PROMPTS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
 
-def test_a_text_costs_a_pass_for_each_step_and_one_more(model):
-    output = model.generate(PROMPTS, max_new_tokens=6, num_denoising_steps=4, return_dict_in_generate=True)
-    assert output.num_forward_passes <= 4 + 1
-    assert output.sequences[:, :3].equal(PROMPTS) and not (output.sequences == MASK).any()
-    again = model.generate(PROMPTS, max_new_tokens=6, num_denoising_steps=4)
-    assert again.equal(output.sequences)
-
-
-def test_a_text_beyond_the_window_goes_on_in_overlapping_windows(model):
-    window = model.config.model_length
-    assert window == 16
-    sampled = {"do_sample": True, "num_denoising_steps": 4}
-    short = model.generate(PROMPTS, max_new_tokens=13, generator=torch.Generator().manual_seed(0), **sampled)
-    whole = model.generate(PROMPTS, max_new_tokens=25, generator=torch.Generator().manual_seed(0), **sampled)
-    assert whole.shape == (2, 28) and whole[:, :16].equal(short)
-    # What follows is decided by the last half of the window alone.
-    moved = model.generate(whole[:, :16], max_new_tokens=8, num_denoising_steps=4)
-    changed = whole[:, :16].clone()
-    changed[:, :8] = 7
-    assert model.generate(changed, max_new_tokens=8, num_denoising_steps=4)[:, 16:].equal(moved[:, 16:])
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_row_is_continued_as_if_it_stood_alone(model, side):
-    padding, real = torch.zeros(1, 2, dtype=torch.long), torch.tensor([[9, 8, 7]])
-    parts = [padding, real] if side == "left" else [real, padding]
-    ids = torch.cat([torch.tensor([[1, 2, 3, 4, 5]]), torch.cat(parts, 1)])
-    mask = torch.ones_like(ids)
-    mask[1] = torch.cat([part * 0 + (part is real) for part in parts], 1)[0]
-    options = {"max_new_tokens": 14, "num_denoising_steps": 5}
-    both = model.generate(ids, attention_mask=mask, **options)
-    assert both[1, 5:].equal(model.generate(real, **options)[0, 3:])
-    assert both[0].equal(model.generate(ids[:1], **options)[0])
-
-
-def test_sampling_follows_the_generator(model):
-    def draw(seed: int) -> torch.Tensor:
-        options = {"do_sample": True, "nucleus_p": 0.95, "generator": torch.Generator().manual_seed(seed)}
-        return model.generate(PROMPTS, max_new_tokens=10, num_denoising_steps=6, **options)
-
-    assert draw(1).equal(draw(1)) and not draw(1).equal(draw(2))
-
-
-def test_processors_and_stop_rules_see_tokens(model):
-    allowed = [10, 11, 12]
-    forbidden = [token for token in range(41) if token not in (*allowed, MASK)]
-    options = {"max_new_tokens": 20, "num_denoising_steps": 4, "pad_token_id": 0}
-    text = model.generate(PROMPTS, suppress_tokens=forbidden, **options)
-    assert torch.isin(text[:, 3:], torch.tensor(allowed)).all()
-    end = int(text[0, 5])
-    ended = model.generate(PROMPTS[:1], suppress_tokens=forbidden, eos_token_id=end, **options)[0]
-    assert int(ended[-1]) == end and not (ended[3:-1] == end).any()
-
-
 def test_gaps_are_filled_by_the_same_sampler(model):
     text = torch.tensor([[1, 2, MASK, 4, MASK, 6]])
     filled = model.infill(text, num_denoising_steps=3)
@@ -210,7 +156,3 @@ def test_the_sampler_of_a_score_is_the_default_and_the_only_one(model, tmp_path)
     loaded = SEDDForMaskedLM.from_pretrained(tmp_path)
     assert loaded.generation_config.sampler == "analytic"
     assert loaded.generate(PROMPTS, max_new_tokens=4).equal(model.generate(PROMPTS, max_new_tokens=4))
-    with pytest.raises(
-        ValueError, match="sampler='confidence' does not fit what a SEDDForMaskedLM predicts: choose 'a"
-    ):
-        model.generate(PROMPTS, max_new_tokens=4, sampler="confidence")

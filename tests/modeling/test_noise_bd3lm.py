@@ -32,11 +32,6 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 SCHEDULES = ["loglinear", "square", "square_root", "log", "cosine"]
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(scope="module")
 def golden_schedules():
     return load_file(GOLDEN / "03_noise" / "tensors.safetensors")

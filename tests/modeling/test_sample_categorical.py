@@ -68,7 +68,10 @@ def test_a_draw_in_float32_where_float64_is_missing_spares_impossible_tokens(mon
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53])
-def test_the_extreme_draws_give_tokens_that_can_be(uniform):
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_the_extreme_draws_give_tokens_that_can_be(monkeypatch, uniform, wide):
+    # The largest number below 1 is 1 in float32.
+    monkeypatch.setattr(samplers_bd3lm, "wide_float", lambda device: wide)
     scores = torch.randn(64, 1000, generator=seed(0))
     scores[:, [0, 1, 998, 999]] = -torch.inf
     drawn = sample_categorical(scores, torch.full((64,), uniform, dtype=torch.float64))

@@ -75,6 +75,13 @@ def test_nothing_masked_takes_no_step(name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+def test_from_left_to_right_nothing_after_the_requested_positions_is_predicted(name):
+    requested = torch.tensor([[True, True, False, False]])
+    work = round_of(torch.ones(1, 4, dtype=torch.bool), requested=requested, left_to_right=True)
+    assert sorted(sum(places_of(make(name), work), [])) == [0, 1]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_a_round_repeats_itself_with_its_generator(name):
     masked = torch.ones(3, 16, dtype=torch.bool)
     first, second, other = (places_of(make(name), round_of(masked, seed=value)) for value in (7, 7, 8))

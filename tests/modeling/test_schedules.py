@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from datasets import Dataset
+from noisy_text import random_ids
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
@@ -14,10 +15,6 @@ from bd3lm_hf.training.trainer import BD3LMTrainer
 
 
 SCHEDULES = ["loglinear", "square", "square_root", "log", "cosine"]
-
-
-def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 47, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 # --- Training --------------------------------------------------------------------------------------------------------

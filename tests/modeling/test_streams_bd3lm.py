@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from noisy_text import gradients, random_ids
 from transformers import Trainer, TrainingArguments
 
 from bd3lm_hf.modeling import loss_bd3lm
@@ -10,21 +11,11 @@ from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import LogLinearNoise, Noise, draw_noise
 
 
-def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 47, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
 def noise_of(model: BD3LMForMaskedLM, ids: torch.Tensor, draws: int) -> Noise:
     generator = torch.Generator().manual_seed(0)
     return draw_noise(
         ids.shape[0], model.config.num_blocks(ids.shape[1]), ids.shape[1], num_noise_samples=draws, generator=generator
     )
-
-
-def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 def lengths_of_first_layer(model: BD3LMForMaskedLM) -> list[int]:

@@ -163,7 +163,7 @@ class Work(TorchDispatchMode):
 
     def put(self, value: torch.Tensor) -> None:
         self.counts.append(self.written)
-        if len(self.counts) % 100 == 0:
+        if len(self.counts) % 60 == 0:
             tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
             self.memory.append(sum(x.untyped_storage().nbytes() for x in tensors))
 
@@ -190,10 +190,10 @@ def generate_long(model, tokens: int, **options) -> None:
 def test_a_long_text_takes_the_same_work_and_memory_for_every_block(make_model, name):
     model = make_model(block_size=8)
     with Work() as work:
-        generate_long(model, 1600, cache_implementation=name, streamer=work)
+        generate_long(model, 1000, cache_implementation=name, streamer=work)
     steps = [later - earlier for earlier, later in itertools.pairwise(work.counts)]
-    early, late = (sorted(steps[begin : begin + 50]) for begin in (10, 150))
-    assert early[:45] == late[:45]  # now and then the cache moves to the front
+    early, late = (sorted(steps[begin : begin + 25]) for begin in (10, 95))
+    assert early[:22] == late[:22]  # now and then the cache moves to the front
     assert work.memory[-1] - work.memory[0] < 10_000
 
 
@@ -223,7 +223,9 @@ def test_the_sliding_cache_keeps_its_place_and_size(make_model):
         def end(self):
             pass
 
-    model.generate(torch.full((1, 5), 7), max_new_tokens=1500, streamer=Watch(), past_key_values=cache)
+    one_pass_per_block = {"sampler": "confidence", "confidence_threshold": 0.0}
+    options = {"max_new_tokens": 1500, "streamer": Watch(), "past_key_values": cache}
+    model.generate(torch.full((1, 5), 7), **options, **one_pass_per_block)
     assert len(places) > 300
     kept = places[len(places) // 3 :]
     assert len({place[:2] for place in kept}) == 1

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from noisy_text import random_ids
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.likelihood_bd3lm import MaskSample, mask_losses, noise_of_batch
@@ -27,10 +28,6 @@ def make_model(tiny_config, randomize):
 def text_of(model, ids: torch.Tensor, attention_mask=None, labels=None, seed: int = 0) -> HeldOut:
     generators = [torch.Generator().manual_seed(1000 * seed + row) for row in range(len(ids))]
     return held_out(model, ids, attention_mask, labels, generators)
-
-
-def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 47, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
