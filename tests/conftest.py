@@ -20,6 +20,7 @@ for _name, _value in {
 
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, set_seed
 from transformers.utils import logging
@@ -174,6 +175,39 @@ def model_folder(tiny_config, tiny_tokenizer, randomize, tmp_path) -> Path:
 
 
 @pytest.fixture
+def make_trainer(tiny_config, randomize, tmp_path):
+    """A function that makes a trainer of the same tiny random model on the same 16 sequences."""
+    from tiny_runs import rows_of
+
+    from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+    from bd3lm_hf.training.arguments import BD3LMTrainingArguments
+    from bd3lm_hf.training.trainer import BD3LMTrainer
+
+    def make(model=None, rows=None, keywords=None, **arguments):
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-2,
+            "warmup_steps": 0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "seed": 5,
+        }
+        return BD3LMTrainer(
+            model=model or randomize(BD3LMForMaskedLM(tiny_config)),
+            args=BD3LMTrainingArguments(**{**defaults, **arguments}),
+            train_dataset=rows_of(16) if rows is None else rows,
+            eval_dataset=rows_of(6, seed=1),
+            **(keywords or {}),
+        )
+
+    return make
+
+
+@pytest.fixture
 def text_file(tmp_path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("The quick brown fox jumps over the lazy dog, line by line.\n" * 60, encoding="utf-8")
@@ -207,10 +241,16 @@ def bd3lm(capsys):
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory):
     """What two processes did, see `two_processes.py`: their folder, and the results of each."""
-    from two_processes import run_two_processes
+    from two_processes import results_of, run_two_processes
 
-    folder = tmp_path_factory.mktemp("two-processes")
-    return folder, run_two_processes(folder)
+    folder = tmp_path_factory.getbasetemp() / "two-processes"
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share one run: the first one starts it
+        folder = folder.parent.parent / folder.name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            run_two_processes(folder)
+    return folder, results_of(folder)
 
 
 @pytest.fixture

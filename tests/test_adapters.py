@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tiny_runs import losses_of
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from bd3lm_hf.checkpoints import adapter_base, add_adapters, load_model, merge_adapter
@@ -197,10 +198,6 @@ def our_trainer(base: Path, folder: Path, **changes) -> BD3LMTrainer:
     adapted = add_adapters(model, rank=4, dropout=0.1)
     settings = BD3LMTrainingArguments(**arguments(folder, **changes))
     return BD3LMTrainer(model=adapted, args=settings, train_dataset=rows_of(16), eval_dataset=rows_of(4))
-
-
-def losses_of(trainer: BD3LMTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def test_our_trainer_evaluates_saves_and_resumes_adapters(base, tmp_path) -> None:

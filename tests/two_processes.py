@@ -5,6 +5,7 @@ otherwise, so that its own way of wrapping a model, the Trainer's way of using t
 """
 
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -13,8 +14,8 @@ import torch
 import torch.multiprocessing
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from datasets import Dataset
 from decoders import random_ids, tiny_decoder
+from tiny_runs import rows_of, save_recipe
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
@@ -26,15 +27,18 @@ from bd3lm_hf.evaluation.results import ScoresFile
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.tokenization import train_tokenizer
+from bd3lm_hf.training import train as train_script
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.callbacks import SampleCallback
 from bd3lm_hf.training.ema import WeightAverage
 from bd3lm_hf.training.examples import NOISE, noise_of_examples
+from bd3lm_hf.training.run_summary import TrainResult
 from bd3lm_hf.training.sharding import has_shards, local_part, prepare_fsdp, whole, whole_model
+from bd3lm_hf.training.train import run
 from bd3lm_hf.training.trainer import BD3LMTrainer
 
 
-STEPS, BATCH, SECONDS = 4, 8, 300
+STEPS, BATCH, SECONDS = 4, 8, 500
 DECODERS = ("gpt2", "llama")  # with one matrix for embedding and head, and with two
 
 
@@ -58,11 +62,6 @@ def tiny_model() -> BD3LMForMaskedLM:
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + ("norm" in name))
     return model
-
-
-def rows_of(count: int, seed: int = 0) -> Dataset:
-    ids = torch.randint(3, 47, (count, 32), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": [[1] * 32] * count})
 
 
 class Words:
@@ -140,6 +139,25 @@ def train(folder: Path, trainer_class: type[BD3LMTrainer] = BD3LMTrainer, resume
         "average": {name: whole(x, trainer.average.parameters[name]) for name, x in trainer.average.shadows.items()},
         **{key: [entry[key] for entry in history if key in entry] for key in ("loss", "eval_nll", "grad_norm")},
     }
+
+
+def run_recipes(recipe: Path, folder: Path, processes: int) -> dict[str, TrainResult]:
+    """What the training script does, as one of several processes: on rows, on a stream, and from its middle on."""
+    common = [str(recipe), "--optim", "sgd", "--learning_rate", "0.1", "--use_cpu"]
+    rows = [*common, "--output_dir", str(folder / "rows"), "--global_batch_size", "8", "--ema_decay", "0.9"]
+    rows += ["--max_steps", "4", "--eval_strategy", "steps", "--eval_steps", "2", "--interval_search", "true"]
+    rows += ["--per_device_eval_batch_size", str(4 // processes)]
+    stream = [*common, "--output_dir", str(folder / "stream"), "--streaming", "true", "--shuffle_buffer", "5"]
+    stream += ["--per_device_train_batch_size", str(8 // processes), "--lr_scheduler_type", "constant"]
+    stream += ["--max_steps", "5", "--save_strategy", "steps", "--save_steps", "2"]
+    results = {"rows": run(rows), "stream": run(stream)}
+    if processes > 1:
+        torch.distributed.barrier()
+    for name in ("checkpoint-4", "checkpoint-5"):
+        shutil.rmtree(folder / "stream" / name, ignore_errors=True)
+    if processes > 1:
+        torch.distributed.barrier()
+    return results | {"resumed": run([*stream, "--resume_from_checkpoint", "true"])}
 
 
 def shard_by_hand(model: PreTrainedModel, *modules: torch.nn.Module) -> None:
@@ -238,7 +256,10 @@ def work(rank: int, port: int, folder: str) -> None:
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
     out = Path(folder)
+    # A run would end the process group, on which the next one goes on.
+    train_script.end = lambda trainer: trainer.accelerator.wait_for_everyone()
     results = {
+        "recipes": run_recipes(out / "tiny.yaml", out / "recipes", 2),
         "ddp": train(out / "ddp", per_device_train_batch_size=4),
         "fsdp": train(out / "fsdp", ShardedTrainer, per_device_train_batch_size=2),
         "resumed": train(
@@ -257,21 +278,30 @@ def work(rank: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def run_two_processes(folder: Path) -> tuple[dict, dict]:
-    """Start both processes, wait for them, and give the results of each."""
+def run_two_processes(folder: Path) -> None:
+    """Start both processes and wait for them; each saves its results."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     save_scored(folder)
+    save_recipe(folder)
     # What an interrupted run with another seed left there is for the first process to see, and for both to obey.
     interrupted = ScoresFile(folder / "eval-refused.scores.jsonl")
     interrupted.begin({"seed": 0})
     interrupted.append({"seed": 0}, [SequenceScore(0, 1.0, 1)], 1.0)
-    context = torch.multiprocessing.spawn(work, (port, str(folder)), nprocs=2, join=False)
+    # Both are forks of a process that imports everything once.
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["two_processes"])
+    context = torch.multiprocessing.start_processes(
+        work, (port, str(folder)), nprocs=2, join=False, start_method="forkserver"
+    )
     deadline = time.monotonic() + SECONDS
     while not context.join(timeout=1):
         if time.monotonic() > deadline:
             for process in context.processes:
                 process.kill()
             raise TimeoutError(f"two processes were not done after {SECONDS} s: they may wait for each other.")
+
+
+def results_of(folder: Path) -> tuple[dict, dict]:
+    """The results of both processes."""
     return tuple(torch.load(folder / f"results-{rank}.pt", weights_only=False) for rank in range(2))

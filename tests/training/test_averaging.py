@@ -7,46 +7,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from tiny_runs import losses_of, rows_of
 from transformers import Trainer, TrainerCallback
-from two_processes import rows_of, tiny_model
+from two_processes import tiny_model
 
 from bd3lm_hf.evaluation.perplexity import perplexity
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.interval import search_intervals
-from bd3lm_hf.training.trainer import BD3LMTrainer
-
-
-@pytest.fixture
-def make_trainer(tmp_path):
-    """A function that makes a trainer of the same tiny random model on the same 16 sequences."""
-
-    def make(model=None, **arguments) -> BD3LMTrainer:
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 2,
-            "per_device_train_batch_size": 8,
-            "learning_rate": 1e-2,
-            "warmup_steps": 0,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "report_to": "none",
-            "use_cpu": True,
-            "seed": 5,
-        }
-        return BD3LMTrainer(
-            model=model or tiny_model(),
-            args=BD3LMTrainingArguments(**{**defaults, **arguments}),
-            train_dataset=rows_of(16),
-            eval_dataset=rows_of(6, seed=1),
-        )
-
-    return make
-
-
-def losses_of(trainer: BD3LMTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def weights_of(model) -> dict[str, torch.Tensor]:

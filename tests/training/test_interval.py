@@ -2,14 +2,11 @@
 
 import json
 import math
-import os
-import socket
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers.utils import logging
@@ -338,7 +335,7 @@ def test_a_broken_model_chooses_nothing(tiny_model):
         _ = search_intervals(tiny_model, rows_of(4)).interval
 
 
-# --- Several processes -----------------------------------------------------------------------------------------------
+# --- Several processes, see also two_processes.py --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["shared", "published"])
@@ -353,21 +350,6 @@ def test_a_shared_search_equals_one_process(tiny_config, randomize, monkeypatch,
     assert len(parts) == processes
     torch.testing.assert_close(found.batch_variances, alone.batch_variances, rtol=1e-4, atol=1e-6)
     assert (found.interval, found.num_blocks) == (alone.interval, alone.num_blocks)
-
-
-def _search_in_process(rank: int, port: int, folder: str) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
-    os.environ.update(MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
-    torch.set_num_threads(1)
-    trainer = _trainer(Path(folder), per_device_eval_batch_size=2)
-    found = trainer.search_interval(trainer.eval_dataset)
-    result = {
-        "interval": trainer.model.interval(),
-        "variances": found.variances.tolist(),
-        "batches": found[1].shape[1],
-    }
-    Path(folder, f"{rank}.json").write_text(json.dumps(result))
-    torch.distributed.destroy_process_group()
 
 
 def _trainer(folder: Path, **arguments) -> BD3LMTrainer:
@@ -393,20 +375,6 @@ def _trainer(folder: Path, **arguments) -> BD3LMTrainer:
         train_dataset=Dataset.from_dict({"input_ids": rows_of(16)}),
         eval_dataset=Dataset.from_dict({"input_ids": rows_of(10, seed=1)}),
     )
-
-
-def test_two_processes_choose_the_interval_that_one_chooses(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_search_in_process, args=(port, str(tmp_path)), nprocs=2)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first == second
-    trainer = _trainer(tmp_path / "alone", per_device_eval_batch_size=4)
-    found = trainer.search_interval(trainer.eval_dataset)
-    assert first["batches"] == 3
-    assert first["interval"] == list(trainer.model.interval()) == list(found.interval)
-    assert first["variances"] == pytest.approx(found.variances.tolist(), rel=1e-4)
 
 
 # --- The trainer's hook ----------------------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_runs import SENTENCES, save_recipe
 from transformers import AutoTokenizer
+from two_processes import run_recipes
 
 from bd3lm_hf.cli import main as cli
 from bd3lm_hf.data import load_text, pack
@@ -16,56 +18,23 @@ from bd3lm_hf.evaluation.perplexity import perplexity
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.training.initial_model import new_config
+from bd3lm_hf.training.run_summary import TrainResult
 from bd3lm_hf.training.train import main, run
 
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SCRIPT = CHECKOUT / "training" / "train.py"
-SENTENCES = (
-    "A block is written from noise, token by token, and then it is never touched again. ",
-    "The quick brown fox jumps over the lazy dog, and the lazy dog sleeps on. ",
-    "Every masked token is revealed once; every revealed token stays as it is. ",
-)
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
+def recipe(tmp_path_factory) -> Path:
+    return save_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="module")
+def corpus(recipe) -> Path:
     """Forty small documents."""
-    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
-    rows = [{"text": SENTENCES[i % 3] * 3 + f"Number {i}."} for i in range(40)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def recipe(corpus) -> Path:
-    """A run of a second."""
-    path = corpus.with_name("tiny.yaml")
-    fields = {
-        "dataset": str(corpus),
-        "vocab_size": 300,
-        "block_size": 4,
-        "model_length": 32,
-        "hidden_dim": 16,
-        "n_blocks": 1,
-        "n_heads": 2,
-        "cond_dim": 8,
-        "dropout": 0.0,
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.01,
-        "warmup_steps": 0,
-        "logging_steps": 1,
-        "eval_strategy": "no",
-        "final_estimator": "exact",
-        "max_eval_samples": 4,
-        "save_strategy": "no",
-        "sample_prompt": "A block",
-        "sample_tokens": 6,
-        "disable_tqdm": True,
-    }
-    path.write_text(json.dumps(fields), encoding="utf-8")  # JSON is YAML
-    return path
+    return recipe.with_name("text.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -129,28 +98,6 @@ def test_the_tables_three_rows_are_printed(recipe, tmp_path, capsys):
     printed = capsys.readouterr().out
     for row in ("before training", "after training", "unigram baseline", "Text from the saved folder"):
         assert row in printed
-
-
-def test_the_folder_loads_by_itself_in_a_process_without_the_package(trained, tmp_path):
-    folder = trained[1]
-    code = f"""
-import importlib.abc, sys
-class Hide(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] == 'bd3lm_hf':
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Hide())
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, pipeline
-generator = pipeline('text-generation', model={str(folder)!r}, trust_remote_code=True)
-print(generator('A block', max_new_tokens=5, do_sample=True)[0]['generated_text'])
-for kind in (AutoModelForCausalLM, AutoModelForMaskedLM):
-    model = kind.from_pretrained({str(folder)!r}, trust_remote_code=True)
-    assert type(model).__name__ == 'BD3LMForMaskedLM'
-assert 'bd3lm_hf' not in sys.modules
-"""
-    done = call("-c", code, cwd=tmp_path, HF_HOME=str(tmp_path / "cache"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("A block")
 
 
 def test_a_checkpoint_can_be_trained_further(trained, recipe, corpus, tmp_path):
@@ -303,70 +250,63 @@ def test_a_full_disk_is_one_clear_line_and_exit_code_2(recipe, tmp_path, capsys,
 def test_the_script_runs_from_the_checkout_and_from_its_own_folder(recipe, tmp_path, cwd):
     # -S hides site-packages' .pth files, an editable install among them; the libraries come by PYTHONPATH.
     libraries = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
-    script = SCRIPT.relative_to(cwd)
-    done = call("-S", script, recipe, "--output_dir", tmp_path / "run", cwd=cwd, PYTHONPATH=libraries)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "model.safetensors").is_file()
-
-
-def launch(config: str, *words: object, cwd: Path = CHECKOUT) -> subprocess.CompletedProcess:
-    command = ["-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", str(CHECKOUT / "training" / "launch" / config), "--main_process_port", "0"]
-    return call(*command, SCRIPT.relative_to(cwd), *words, cwd=cwd)
-
-
-def test_accelerate_launches_one_process(recipe, tmp_path):
-    done = launch("single.yaml", recipe, "--output_dir", tmp_path / "run", cwd=CHECKOUT / "training")
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["world_size"] == 1
-
-
-def test_two_processes_take_the_same_steps_as_one(recipe, tmp_path):
-    results, weights = {}, {}
-    for processes, config in ((1, "single.yaml"), (2, "cpu2.yaml")):
-        folder = tmp_path / str(processes)
-        words = ["--output_dir", folder, "--global_batch_size", 8, "--optim", "sgd", "--ema_decay", "0.9"]
-        words += ["--max_steps", "4", "--learning_rate", "0.1", "--eval_strategy", "steps", "--eval_steps", "2"]
-        words += ["--interval_search", "true", "--per_device_eval_batch_size", 4 // processes]
-        done = launch(config, recipe, *words)
+    words = [recipe, "--output_dir", tmp_path / "run", *(["--block_size", "5"] if cwd != CHECKOUT else [])]
+    done = call("-S", SCRIPT.relative_to(cwd), *words, cwd=cwd, PYTHONPATH=libraries)
+    if cwd == CHECKOUT:
         assert done.returncode == 0, done.stderr
-        results[processes] = json.loads((folder / "results.json").read_text())
-        weights[processes] = load_file(folder / "model.safetensors")
-        assert done.stdout.count("before training") == 1
-    one, two = results[1], results[2]
-    assert (one["world_size"], two["world_size"]) == (1, 2)
-    assert one["global_batch_size"] == two["global_batch_size"] == 8
-    for key in ("loss", "eval_nll", "interval_min", "interval_max"):
-        values = [[entry[key] for entry in result["losses"] if key in entry] for result in (one, two)]
-        assert len(values[0]) >= 2
-        assert values[0] == pytest.approx(values[1], abs=1e-6)
-    for kind in ("before", "after"):
-        assert one[kind]["nll"] == pytest.approx(two[kind]["nll"], abs=1e-6)
-        assert one[kind]["num_tokens"] == two[kind]["num_tokens"]
-    for name in weights[1]:
-        torch.testing.assert_close(weights[1][name], weights[2][name], rtol=0, atol=1e-6, msg=name)
+        assert (tmp_path / "run" / "model.safetensors").is_file()
+    else:
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: block_size=5 does not divide")
 
 
-def test_two_processes_read_a_stream_as_one_does_and_go_on_where_it_was(recipe, corpus, tmp_path):
-    results = {}
-    words = ["--streaming", "true", "--shuffle_buffer", 5, "--optim", "sgd", "--learning_rate", "0.1"]
-    words += ["--max_steps", "5", "--save_strategy", "steps", "--save_steps", "2", "--lr_scheduler_type", "constant"]
-    for processes, config in ((1, "single.yaml"), (2, "cpu2.yaml")):
-        place = ["--output_dir", tmp_path / str(processes), "--per_device_train_batch_size", 8 // processes]
-        done = launch(config, recipe, *words, *place)
-        assert done.returncode == 0, done.stderr
-        results[processes] = json.loads((tmp_path / str(processes) / "results.json").read_text())
-    losses = {key: [entry["loss"] for entry in result["losses"] if "loss" in entry] for key, result in results.items()}
-    assert (results[1]["world_size"], results[2]["world_size"]) == (1, 2)
-    assert len(losses[1]) == 5
-    assert losses[1] == pytest.approx(losses[2], abs=1e-6)
-    for name in ("checkpoint-4", "checkpoint-5"):
-        subprocess.run(["rm", "-r", str(tmp_path / "2" / name)], check=True)
-    place += ["--resume_from_checkpoint", "true"]
-    done = launch("cpu2.yaml", recipe, *words, *place)
+@pytest.mark.parametrize(("config", "processes"), [("single.yaml", 1), ("cpu2.yaml", 2)])
+def test_accelerate_launches_the_script(recipe, tmp_path, config, processes):
+    command = ["-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+    command += ["--config_file", CHECKOUT / "training" / "launch" / config, SCRIPT.name, recipe]
+    done = call(*command, "--output_dir", tmp_path / "run", "--max_steps", 1, cwd=CHECKOUT / "training")
     assert done.returncode == 0, done.stderr
-    resumed = json.loads((tmp_path / "2" / "results.json").read_text())
-    assert [entry["loss"] for entry in resumed["losses"] if "loss" in entry] == losses[2]
+    assert done.stdout.count("before training") == 1
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["world_size"] == processes
+
+
+@pytest.fixture(scope="module")
+def alone(recipe, tmp_path_factory):
+    """What two processes did, in one: the folder, and the results."""
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, run_recipes(recipe, folder, 1)
+
+
+def logged(result: TrainResult, key: str) -> list[float]:
+    return [entry[key] for entry in result.losses if key in entry]
+
+
+def test_two_processes_take_the_same_steps_as_one(two_processes, alone):
+    one = alone[1]["rows"]
+    for results in two_processes[1]:
+        two = results["recipes"]["rows"]
+        assert (one.world_size, two.world_size) == (1, 2)
+        assert one.global_batch_size == two.global_batch_size == 8
+        for key in ("loss", "eval_nll", "interval_min", "interval_max"):
+            assert len(logged(one, key)) >= 2
+            assert logged(one, key) == pytest.approx(logged(two, key), abs=1e-6)
+        for mine, other in ((one.before, two.before), (one.after, two.after)):
+            assert mine.nll == pytest.approx(other.nll, abs=1e-6)
+            assert mine.num_tokens == other.num_tokens
+    weights, others = (
+        load_file(folder / "rows" / "model.safetensors") for folder in (alone[0], two_processes[0] / "recipes")
+    )
+    for name in weights:
+        torch.testing.assert_close(weights[name], others[name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_two_processes_read_a_stream_as_one_does_and_go_on_where_it_was(two_processes, alone):
+    losses = logged(alone[1]["stream"], "loss")
+    assert len(losses) == 5
+    for results in two_processes[1]:
+        assert logged(results["recipes"]["stream"], "loss") == pytest.approx(losses, abs=1e-6)
+        assert logged(results["recipes"]["resumed"], "loss") == logged(results["recipes"]["stream"], "loss")
+        assert results["recipes"]["resumed"].before is None
 
 
 # Fine-tuning
@@ -436,10 +376,7 @@ def test_adapters_need_a_model_to_adapt_that_is_no_adapter_itself(recipe, traine
         (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint true:"),
         (["--interval_search", "true"], "set --eval_strategy to steps or epoch"),
         (["--interval_candidates", "0.8-0.3"], "write the lower end first"),
-        (
-            ["--resume_from_checkpoint", "no/such"],
-            "no/such",
-        ),
+        (["--resume_from_checkpoint", "no/such"], "no/such"),
         (["--peak_tflops", "0"], "--peak_tflops 0.0: give a number above 0, or leave it out"),
         (["--hidden_dims", "16"], "did you mean '--hidden_dim'?"),
         (["--hidden_dim", "wide"], "hidden_dim"),
@@ -456,13 +393,6 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(recipe, tmp_path, capsys, w
     assert complaint[0] == lines[-1]
     assert message in complaint[0]
     assert not any("Traceback" in line for line in lines)
-
-
-def test_the_script_itself_ends_without_a_traceback(recipe, tmp_path):
-    done = call(SCRIPT, recipe, "--output_dir", tmp_path / "run", "--block_size", "5")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: block_size=5 does not divide")
 
 
 def test_an_empty_data_set_is_refused(recipe, tmp_path, capsys):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_runs import save_recipe
 from transformers import (
     AutoModelForMaskedLM,
     BertConfig,
@@ -25,49 +26,17 @@ from bd3lm_hf.training.train import run
 # peft asks transformers an old question.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
-SENTENCE = "Every masked token is revealed once; every revealed token stays as it is. "
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    fields = {"model_type": "ssdlm", "num_denoising_steps": 3, "max_steps": 4, "eval_strategy": "steps"}
+    fields |= {"eval_steps": 2, "eval_num_samples": 2, "final_estimator": None, "cond_dim": None, "use_cpu": True}
+    return save_recipe(tmp_path_factory.mktemp("recipe"), **fields)
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
-    rows = [{"text": SENTENCE * 3 + f"Number {i}."} for i in range(40)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def recipe(corpus) -> Path:
-    """A run of a second."""
-    fields = {
-        "model_type": "ssdlm",
-        "dataset": str(corpus),
-        "vocab_size": 300,
-        "block_size": 4,
-        "model_length": 32,
-        "hidden_dim": 16,
-        "n_blocks": 1,
-        "n_heads": 2,
-        "dropout": 0.0,
-        "num_denoising_steps": 3,
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.01,
-        "warmup_steps": 0,
-        "logging_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "eval_num_samples": 2,
-        "max_eval_samples": 4,
-        "save_strategy": "no",
-        "sample_prompt": "Every",
-        "sample_tokens": 6,
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    path = corpus.with_name("tiny.yaml")
-    path.write_text(json.dumps(fields), encoding="utf-8")
-    return path
+def corpus(recipe) -> Path:
+    return recipe.with_name("text.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +55,7 @@ def test_a_run_reports_losses_and_says_that_there_is_no_perplexity(trained):
     assert isinstance(result.before, HeldOutLoss) and isinstance(result.after, HeldOutLoss)
     assert result.after.loss < result.before.loss - 2 * result.before.standard_error
     assert result.unigram_perplexity is None
-    assert result.text.startswith("Every")
+    assert result.text.startswith("A block")
     evaluations = [entry for entry in result.losses if "eval_loss" in entry]
     assert [entry["step"] for entry in evaluations] == [15, 30]
     assert not any("ppl" in name or "nll" in name or "bits" in name for entry in result.losses for name in entry)
@@ -95,7 +64,7 @@ def test_a_run_reports_losses_and_says_that_there_is_no_perplexity(trained):
     printed = table(result)
     assert f"{result.after.loss:.3f} +- {result.after.standard_error:.3f}" in printed
     assert "No perplexity" in printed
-    assert "--- sample at step 30 ---\nEvery" in (folder / "samples.txt").read_text(encoding="utf-8")
+    assert "--- sample at step 30 ---\nA block" in (folder / "samples.txt").read_text(encoding="utf-8")
 
 
 def test_the_folder_holds_a_model_with_its_number_of_steps(trained):
@@ -109,16 +78,8 @@ def test_the_layout_of_a_run_changes_no_noise(recipe, tmp_path):
     losses = []
     for rows, accumulated in layouts:
         words = ["--per_device_train_batch_size", rows, "--gradient_accumulation_steps", accumulated]
-        words += [
-            "--max_steps",
-            "2",
-            "--output_dir",
-            str(tmp_path / rows),
-            "--eval_strategy",
-            "no",
-            "--sample_tokens",
-            "0",
-        ]
+        words += ["--max_steps", "2", "--output_dir", str(tmp_path / rows)]
+        words += ["--eval_strategy", "no", "--sample_tokens", "0"]
         losses.append([entry["loss"] for entry in run([str(recipe), *words]).losses if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

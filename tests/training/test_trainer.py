@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from tiny_runs import losses_of, rows_of
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -16,47 +17,9 @@ from bd3lm_hf.evaluation.perplexity import perplexity
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.run_folder import SaveError
 from bd3lm_hf.tokenization import train_tokenizer
-from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.callbacks import SpeedMeter, TrainingStopped, sample_text, training_flops
 from bd3lm_hf.training.examples import NOISE
 from bd3lm_hf.training.trainer import BD3LMTrainer, TrainingDivergedError
-
-
-def rows_of(count: int, length: int = 32, seed: int = 0) -> Dataset:
-    ids = torch.randint(3, 47, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": [[1] * length] * count})
-
-
-@pytest.fixture
-def make_trainer(tiny_config, randomize, tmp_path):
-    """A function that makes a trainer of the same tiny random model on the same 16 sequences."""
-
-    def make(model=None, rows=None, keywords=None, **arguments) -> BD3LMTrainer:
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 2,
-            "per_device_train_batch_size": 8,
-            "learning_rate": 1e-2,
-            "warmup_steps": 0,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "seed": 5,
-        }
-        return BD3LMTrainer(
-            model=model or randomize(BD3LMForMaskedLM(tiny_config)),
-            args=BD3LMTrainingArguments(**{**defaults, **arguments}),
-            train_dataset=rows_of(16) if rows is None else rows,
-            eval_dataset=rows_of(6, seed=1),
-            **(keywords or {}),
-        )
-
-    return make
-
-
-def losses_of(trainer: BD3LMTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 # Training
@@ -478,23 +441,6 @@ def test_the_best_checkpoint_is_kept_and_found(make_trainer, tmp_path):
     assert Path(trainer.state.best_model_checkpoint).is_dir()
 
 
-def test_a_run_that_fails_while_saving_leaves_the_last_complete_checkpoint(make_trainer, tmp_path, monkeypatch):
-    trainer = make_trainer(max_steps=3, save_strategy="steps", save_steps=1)
-    save = BD3LMTrainer._save_rng_state
-
-    def fail_at_two(self, folder):
-        if self.state.global_step == 2:
-            raise OSError(28, "No space left on device")
-        save(self, folder)
-
-    monkeypatch.setattr(BD3LMTrainer, "_save_rng_state", fail_at_two)
-    with pytest.raises(OSError, match="No space left"):
-        trainer.train()
-    last = get_last_checkpoint(str(tmp_path / "run"))
-    assert Path(last).name == "checkpoint-1"
-    check_finite_weights(BD3LMForMaskedLM.from_pretrained(last), last)
-
-
 FAILING = OSError(28, "No space left on device")
 
 
@@ -549,14 +495,6 @@ def test_what_a_killed_run_left_behind_gets_into_no_checkpoint(make_trainer, tmp
     trainer.save_model()
     assert not left.exists()
     assert not list((tmp_path / "run").rglob("rng_state_1.pth"))
-
-
-def test_training_continues_from_a_checkpoint(make_trainer, tmp_path):
-    whole = make_trainer(max_steps=4, save_strategy="steps", save_steps=2)
-    whole.train()
-    rest = make_trainer(max_steps=4)
-    rest.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    assert losses_of(rest) == losses_of(whole)
 
 
 def test_a_finished_run_takes_no_further_step(make_trainer):

@@ -1,0 +1,58 @@
+"""What the tests of training share: sequences, and the recipe of a run of a second."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+
+SENTENCES = (
+    "A block is written from noise, token by token, and then it is never touched again. ",
+    "The quick brown fox jumps over the lazy dog, and the lazy dog sleeps on. ",
+    "Every masked token is revealed once; every revealed token stays as it is. ",
+)
+
+
+def rows_of(count: int, length: int = 32, seed: int = 0) -> Dataset:
+    """Sequences of the tiny configuration."""
+    ids = torch.randint(3, 47, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": [[1] * length] * count})
+
+
+def losses_of(run: Any) -> list[float]:
+    """The losses that a trainer has logged, in order."""
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+def save_recipe(folder: Path, **changes: Any) -> Path:
+    """The recipe of a run over forty small documents, which lie beside it in text.jsonl."""
+    rows = [{"text": SENTENCES[i % 3] * 3 + f"Number {i}."} for i in range(40)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    fields = {
+        "dataset": str(folder / "text.jsonl"),
+        "vocab_size": 300,
+        "block_size": 4,
+        "model_length": 32,
+        "hidden_dim": 16,
+        "n_blocks": 1,
+        "n_heads": 2,
+        "cond_dim": 8,
+        "dropout": 0.0,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "eval_strategy": "no",
+        "final_estimator": "exact",
+        "max_eval_samples": 4,
+        "save_strategy": "no",
+        "sample_prompt": "A block",
+        "sample_tokens": 6,
+        "disable_tqdm": True,
+    }
+    known = {name: value for name, value in {**fields, **changes}.items() if value is not None}
+    (folder / "tiny.yaml").write_text(json.dumps(known), encoding="utf-8")  # JSON is YAML
+    return folder / "tiny.yaml"
