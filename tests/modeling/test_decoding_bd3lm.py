@@ -173,7 +173,8 @@ def test_a_denoising_step_copies_no_cache(model):
     "options", [{}, {"use_cache": False}, {"window": "exact"}, {"cache_implementation": "static"}]
 )
 def test_finished_rows_leave_the_network_by_halves(model, forwards, options):
-    batch = batch_of(prompts_of([6, 13, 5, 9, 1, 16, 7, 8]))
+    prompts = prompts_of([6, 13, 5, 9, 1, 16, 7, 8])
+    batch = batch_of(prompts)
     plain = new_tokens(generate(model, **batch, max_new_tokens=30))
     stops, ended = [], set()
     for token in plain.unique().tolist():  # all rows but one end before the last block
@@ -184,6 +185,9 @@ def test_finished_rows_leave_the_network_by_halves(model, forwards, options):
     forwards.clear()
     output = generate(model, **batch, max_new_tokens=30, eos_token_id=stops, **options)
     rows = [rows for rows, _ in forwards]
+    for row, prompt in enumerate(prompts[:3]):  # before it leaves, a finished row takes part in no step either
+        alone = generate(model, prompt, max_new_tokens=30, eos_token_id=stops, **options)
+        assert output.row_forward_passes[row] == alone.row_forward_passes[0]
     static = "cache_implementation" in options  # another batch size would be compiled again
     assert rows == sorted(rows, reverse=True) and (rows[-1] <= 4) != static
     assert all(b == a or 2 * b <= a for a, b in zip(rows, rows[1:], strict=False))
