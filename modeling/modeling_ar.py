@@ -30,6 +30,7 @@ from .inputs_bd3lm import (
     check_positions,
     check_text,
     check_with_labels,
+    may_read,
     token_layout,
 )
 from .likelihood_bd3lm import LikelihoodMixin, ScoringRequest, TokenNLL
@@ -274,8 +275,8 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
         return predicted
 
     def _indices(self, predicted: torch.Tensor) -> torch.Tensor:
-        """Return flat indices of all predicted tokens; on accelerators of all but first tokens, without a wait."""
-        if predicted.device.type == "cpu":
+        """Return flat indices of all predicted tokens; where values may not be read, of all but first tokens."""
+        if may_read(predicted.device):
             return predicted.flatten().nonzero().squeeze(1)
         return torch.arange(predicted.numel(), device=predicted.device).view_as(predicted)[:, 1:].flatten()
 
