@@ -285,7 +285,7 @@ def test_the_suite_is_one_table_with_the_published_flags(bd3lm, model_folder, co
     assert len({row["data_sha256"] for row in report["results"]}) == 8
     table = outputs[2].read_text()
     assert "sequences of 32 tokens; the paper's have 1024" in out and table.strip() in out
-    assert len(table.splitlines()) == 10 and "| ptb (validation) |" in table and table.count("| &le; ") == 8
+    assert len(table.splitlines()) == 10 and "| ptb (validation split) |" in table and table.count("| &le; ") == 8
     rows = list(csv.DictReader(outputs[1].read_text().splitlines()))
     assert [row["nll"] for row in rows] == [str(row["nll"]) for row in report["results"]]
     # A set alone with the same flags gives the same number.
