@@ -45,6 +45,7 @@ test: $(READY) ## the quick tests
 
 test-slow: $(READY) ## the slow tests: three ways of installing, transformers' common model tests, ...
 	@$(MAKE) --no-print-directory $(SOURCE)/.ready || echo "transformers' tests could not be had; theirs will fail below"
+	@$(BIN)/python -m pip install --quiet --no-deps bitsandbytes torchao trl || echo "their tests will be skipped"
 	BD3LM_TRANSFORMERS_SOURCE=$(abspath $(SOURCE)) $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 test-oldest: $(OLDEST)/.ready ## the core suite with the oldest supported transformers, in an environment of its own

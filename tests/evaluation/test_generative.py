@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.evaluation import generative
-from bd3lm_hf.evaluation.generative import summary
+from bd3lm_hf.evaluation.generative import MAX_REDRAWS, summary
 from bd3lm_hf.evaluation.perplexity import summarize
 from bd3lm_hf.evaluation.reference_model import load_reference_model
 from bd3lm_hf.evaluation.text_metrics import distinct, mean_repetition, text_entropy
@@ -184,3 +184,20 @@ def test_a_model_that_can_not_start_a_text_is_refused(judged, model_folder, monk
         path.write_text(json.dumps({**json.loads(path.read_text()), "bos_token_id": None}))
     code, _, _, err = judged()
     assert code == 2 and "has no bos_token_id to start a text from: set it in its generation config" in err
+
+
+def test_texts_of_low_entropy_are_generated_again_a_limited_number_of_times(judged, tmp_path):
+    window = ["--entropy-stop-window", 8, "--num-samples", 3]
+    _, plain, _, _ = judged("--samples", "plain.jsonl", *window[2:])
+    once = {row["index"]: row["ids"] for row in lines(tmp_path, "plain.jsonl")}
+    # No text of 8 tokens has more than ln 8 nats: each is generated again until the last try.
+    code, report, out, _ = judged("--samples", "never.jsonl", "--entropy-stop", 9, *window)
+    assert code == 0 and (report["redrawn"], report["low_entropy"]) == (3, 3) and "3 texts, 3 of them" in out
+    assert {row["redraws"] for row in lines(tmp_path, "never.jsonl")} == {MAX_REDRAWS}
+    # A bound between the entropies of the texts changes those below it, and no other.
+    entropies = {index: text_entropy(ids[-8:]) for index, ids in once.items()}
+    bound = sorted(entropies.values())[-1] - 1e-4
+    code, report, _, _ = judged("--samples", "some.jsonl", "--entropy-stop", bound, *window)
+    for row in lines(tmp_path, "some.jsonl"):
+        assert (row["ids"] == once[row["index"]]) == (entropies[row["index"]] >= bound) == (row["redraws"] == 0)
+    assert report["entropy_stop"] == pytest.approx(bound) and "entropy_stop" not in plain

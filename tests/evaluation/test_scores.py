@@ -179,3 +179,27 @@ def test_a_refusal_of_the_first_process_is_raised_in_all(sequences):
 
     with pytest.raises(ValueError, match="holds another run"):
         score(CountingModel(), sequences, processes=Refused(1, 2))
+
+
+class MeasuredFile(ScoresFile):
+    """Counts what it writes."""
+
+    written = 0
+
+    def write_line(self, entry):
+        self.written += len(json.dumps(entry))
+        super().write_line(entry)
+
+
+def test_what_is_written_grows_with_the_scores_not_with_their_square(tmp_path):
+    written = []
+    for rounds in (100, 200):
+        path = tmp_path / f"{rounds}.jsonl"
+        file = MeasuredFile(path)
+        file.begin(RUN)
+        for number in range(rounds):
+            file.append(RUN, [SequenceScore(number, 1.0, 2)], 0.1)
+            file.flush()
+        written.append(file.written)
+        assert path.stat().st_size < 2 * file.written and len(ScoresFile(path).begin(RUN).scores) == rounds
+    assert written[1] < 2.1 * written[0]

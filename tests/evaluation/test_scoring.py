@@ -414,3 +414,12 @@ def test_a_tokenizer_that_does_not_fit_the_vocabulary_is_refused(bd3lm, tiny_tok
     tiny_tokenizer.save_pretrained(tmp_path / "larger")
     result = bd3lm(*("eval", "--model", folder, "--dataset", text_file), *("--tokenizer", tmp_path / "larger"))
     assert_refused(result, "token ids up to 320, but the model's vocab_size is 320")
+
+
+def test_long_sequences_are_scored_in_windows_on_demand(run):
+    whole, windows, short = (
+        run("--estimator", "exact", "--length", *more) for more in ([64], [64, "--window", 32], [32])
+    )
+    assert whole["num_tokens"] == windows["num_tokens"]  # every token once
+    assert len({whole["nll"], windows["nll"], short["nll"]}) == 3
+    assert run("--estimator", "exact", "--length", 32, "--window", 32)["nll"] == short["nll"]

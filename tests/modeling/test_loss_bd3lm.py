@@ -234,6 +234,20 @@ def test_a_time_conditioned_loss_feeds_the_noise_level_of_the_first_block(tiny_c
     assert abs((other * weights).sum() / (nll * weights).sum() - 1) > 1e-3
 
 
+@pytest.mark.parametrize("rows", [2, 3])
+def test_a_batch_with_one_masked_token_has_gradients_under_time_conditioning(tiny_config, randomize, rows):
+    # Noise repeats when a run is resumed, so a failure here would come again and again.
+    tiny_config.time_conditioning = True
+    model = randomize(BD3LMForMaskedLM(tiny_config)).train()
+    ids, labels = random_ids(rows, 8), torch.full((rows, 8), -100)
+    labels[1, 5] = ids[1, 5]
+    noise = given_noise(rows, 2, 8)
+    noise["token_noise"][1, 5] = 0.0  # below every mask rate
+    loss = model(input_ids=ids, labels=labels, **noise).loss
+    loss.backward()
+    assert loss > 0 and all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
 def test_a_uniform_model_loses_the_log_of_the_vocabulary_without_the_mask(tiny_config):
     model = BD3LMForMaskedLM(tiny_config)
     model.sampling_eps_min.fill_(1.0)  # everything masked, weight 1

@@ -45,6 +45,16 @@ def test_the_average_is_the_published_one(warmup, shadow):
     assert average.updates == settings["updates"]
 
 
+def test_the_metadata_of_a_saved_average_is_in_order(tmp_path):
+    # Otherwise equal averages have files of another hash: the order of the metadata changes with the process.
+    average = WeightAverage(layer_of(), decay=0.99)
+    average.save(tmp_path)
+    content = (tmp_path / EMA_NAME).read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert list(header["__metadata__"]) == sorted(header["__metadata__"])
+    assert torch.equal(load_file(tmp_path / EMA_NAME)["weight"], average.shadows["weight"])
+
+
 def test_warm_up_ends_at_the_decay():
     average = WeightAverage(layer_of(), decay=0.9999)
     assert average.decay_of(1) == 2 / 11

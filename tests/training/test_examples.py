@@ -107,6 +107,16 @@ def test_a_sequence_beyond_the_models_length_is_refused(collate):
         collate([{"input_ids": [5] * 33, EXAMPLE_INDEX: 0}])
 
 
+def test_the_collator_refuses_masked_text_before_any_device_sees_it(collate):
+    masked = {"input_ids": [5, 47, 6], "labels": [-100, 5, -100], EXAMPLE_INDEX: 0}
+    with pytest.raises(ValueError, match="mask_token_id=47.*mlm=False"):
+        collate([masked])
+    with pytest.raises(ValueError, match="shifted by one"):
+        collate([{"input_ids": [5, 6, 7], "labels": [6, 7, -100], EXAMPLE_INDEX: 0}])
+    padded = collate([{"input_ids": [5, 47], "attention_mask": [1, 0], "labels": [5, -100], EXAMPLE_INDEX: 0}])
+    assert padded["labels"].tolist() == [[5, -100]]
+
+
 # Streams
 
 
