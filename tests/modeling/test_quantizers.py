@@ -12,6 +12,8 @@ from decoders import random_ids, tiny_decoder, tiny_stock
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
+
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 SIZES = {"hidden_size": 128, "intermediate_size": 256}
@@ -20,9 +22,11 @@ BITS = {"8 bit": {"load_in_8bit": True}, "nf4": NF4, "nf4 twice": {**NF4, "bnb_4
 
 
 @pytest.fixture
-def models(make_model):
+def models(tiny_config, randomize):
     """The network of the paper, an adapted Llama, and the stock Llama to compare with."""
-    ours = make_model(hidden_dim=128, cond_dim=64)
+    sizes = {"hidden_dim": 128, "cond_dim": 64, "mask_token_id": None}
+    config = BD3LMConfig(**{**tiny_config.to_diff_dict(), **sizes})
+    ours = randomize(BD3LMForMaskedLM(config)).eval()
     return {"bd3lm": ours, "llama": tiny_decoder("llama", **SIZES), "stock": tiny_stock("llama", **SIZES)}
 
 
@@ -69,12 +73,13 @@ def test_qlora(models, tmp_path, name):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapted.parameters())
 
 
+@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
 @pytest.mark.parametrize("name", ["bd3lm", "llama", "stock"])
-def test_torchao(models, name):
+def test_torchao(models, name, config):
     quantization = pytest.importorskip("torchao.quantization")
     plain = models[name]
     model = copy.deepcopy(plain)
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    quantization.quantize_(model, getattr(quantization, config)())
     assert relative_error(model, plain) < 0.1
     check_use(model)
 
