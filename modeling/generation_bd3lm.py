@@ -161,6 +161,11 @@ class BlockGenerationMixin(_Generative):
                 f"generate does not take {', '.join(unfit)}: call the model itself for losses, attentions and hidden "
                 f"states."
             )
+        if model_kwargs.get("position_ids") is not None:
+            raise ValueError(
+                "generate does not take position_ids: it counts the tokens of each row. Mark padding in "
+                "attention_mask, and give packed documents rows of their own."
+            )
 
     def _get_logits_processor(
         self,

@@ -74,7 +74,7 @@ def check_attention_mask(attention_mask: torch.Tensor | None, shape: tuple[int, 
     """Refuse a mask of another shape or kind; `shape` is (batch, cached + given tokens).
 
     Raises:
-        ValueError: if the mask would be broadcast or cut, or is additive.
+        ValueError: if the mask would be broadcast or cut, is additive, or counts documents.
     """
     if attention_mask is None:
         return
@@ -83,11 +83,13 @@ def check_attention_mask(attention_mask: torch.Tensor | None, shape: tuple[int, 
             f"attention_mask of shape {tuple(attention_mask.shape)} does not fit tokens of shape {tuple(shape)}: give "
             f"one 0 (padding) or 1 per token, the cached ones included."
         )
-    additive = attention_mask.is_floating_point() and attention_mask.device.type == "cpu"
-    if additive and not torch.compiler.is_compiling() and bool((attention_mask < 0).any()):
+    if attention_mask.dtype == torch.bool or not may_read(attention_mask.device, None):
+        return
+    low, high = (float(end) for end in attention_mask.aminmax()) if attention_mask.numel() else (0.0, 1.0)
+    if low < 0 or high > 1:
+        kind = "an additive mask does" if low < 0 else "one that numbers packed documents does (use position_ids)"
         raise ValueError(
-            f"attention_mask holds {float(attention_mask.min())}, as an additive mask does: give one 0 (padding) or 1 "
-            f"per token."
+            f"attention_mask holds {low if low < 0 else high:g}, as {kind}: give one 0 (padding) or 1 per token."
         )
 
 
@@ -270,7 +272,8 @@ def token_layout(
             blocks of its own and sees nothing of the others.
 
     Raises:
-        ValueError: if documents are packed after a cache, whose documents are not known.
+        ValueError: if the positions do not fit the tokens, a document does not begin at position 0, or documents are
+            packed after a cache, whose documents are not known.
     """
     if attention_mask is not None and may_read(attention_mask.device) and bool(attention_mask.all()):
         attention_mask = None  # no padding: aligned tiles, masks shared by all rows
@@ -279,6 +282,8 @@ def token_layout(
         own = torch.arange(past + length, device=device).unsqueeze(0)
     else:
         own = (valid.cumsum(1) - 1).clamp(min=0)
+    if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != length):
+        raise ValueError(f"position_ids of shape {tuple(position_ids.shape)}: give (batch or 1, {length}).")
     # Training has no cache, and must not wait for the device to learn that there is one document only.
     may_look = may_read(device, True if past else None)
     if position_ids is not None and not (may_look and _counts_on(position_ids, own[:, past:], valid)):
@@ -298,11 +303,27 @@ def _packed_layout(position_ids: torch.Tensor, block_size: int, valid: torch.Ten
     """Return the layout of documents side by side, each with positions of its own."""
     begins = torch.ones_like(position_ids, dtype=torch.bool)
     begins[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if may_read(position_ids.device, None):
+        first = begins
+        if valid is not None:
+            first = begins & valid
+            first[:, 1:] |= valid[:, 1:] & ~valid[:, :-1]  # the first token after padding begins a document
+        _check_document_starts(position_ids, first)
     begins_block = begins | (position_ids % block_size == 0)
     if valid is not None:
         begins_block = begins_block & valid  # padding begins nothing
     block_ids = (begins_block.cumsum(1) - 1).clamp(min=0)
     return Layout(position_ids, block_ids, valid, begins.cumsum(1).expand_as(block_ids))
+
+
+def _check_document_starts(position_ids: torch.Tensor, begins: torch.Tensor) -> None:
+    starts = position_ids.expand(begins.shape)[begins]
+    wrong = starts[starts != 0]
+    if wrong.numel():
+        raise ValueError(
+            f"position_ids begin a document at position {int(wrong[0])}: count the tokens of each document from 0, or "
+            f"leave position_ids out."
+        )
 
 
 class Documents(NamedTuple):
@@ -357,11 +378,7 @@ def find_documents(
     begins = real.clone()
     # A token begins a document after padding, or where its position does not follow the one before.
     begins[:, 1:] &= ~real[:, :-1] | (position_ids[:, 1:] != position_ids[:, :-1] + 1)
-    if (position_ids[begins] != 0).any():
-        raise ValueError(
-            f"position_ids begin a document at position {int(position_ids[begins].max())}: count the tokens of each "
-            f"document from 0, or leave position_ids out."
-        )
+    _check_document_starts(position_ids, begins)
     if int(begins.sum(1).max()) <= 1:
         return None
     packed = real.flatten().nonzero().squeeze(1)  # flat indices of all tokens

@@ -173,6 +173,13 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
                 self._buffers[name] = buffer.to(moved.device)
         return self
 
+    def loss_function(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse the loss that transformers gives every model, which compares each token with the one before it."""
+        raise ValueError(
+            f"{type(self).__name__} has no loss of logits and labels: call model(input_ids, labels=...) for its "
+            f"objective, or train it with `bd3lm train`."
+        )
+
     def objective(self, *batch: Any, **layout: Any) -> torch.Tensor:
         """Return the loss of a batch; see [`denoising_loss`] in `loss_bd3lm.py`."""
         return denoising_loss(self, *batch, interval=self.interval(), **layout)

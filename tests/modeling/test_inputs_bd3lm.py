@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from decoders import tiny_decoder
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from transformers import DataCollatorWithFlattening
 from transformers.utils import logging as transformers_logging
@@ -203,3 +204,29 @@ def test_denoising_caching_scoring_and_writing_do_not_warn(warnings_logged):
     # The masks of padding are nothing to denoise.
     model(masked, torch.ones_like(ids).index_fill(1, torch.tensor([5]), 0))
     assert warnings_logged()
+
+
+@pytest.mark.parametrize("family", ["bd3lm", "llama"])
+def test_masks_that_number_documents_and_positions_that_do_not_fit_are_refused(make_model, family):
+    model = make_model() if family == "bd3lm" else tiny_decoder("llama")
+    ids = torch.arange(3, 11).expand(2, -1)
+    numbered = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2]] * 2)
+    for call in (model, model.token_nll, lambda ids, **given: model.generate(ids, max_new_tokens=2, **given)):
+        with pytest.raises(ValueError, match="attention_mask holds 2.*position_ids"):
+            call(ids, attention_mask=numbered)
+    padded = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]] * 2)
+    for position_ids, mask in (
+        (torch.arange(3, 11)[None], None),
+        (torch.arange(-1, 7)[None], None),
+        (torch.arange(8)[None], padded),
+        (torch.arange(8), None),
+        (torch.arange(8).expand(3, 2, 8), None),
+    ):
+        with pytest.raises(ValueError, match="position_ids"):
+            model(ids, attention_mask=mask, position_ids=position_ids)
+        with pytest.raises(ValueError, match="position_ids"):
+            model(ids, attention_mask=mask, labels=ids, position_ids=position_ids)
+    with pytest.raises(ValueError, match="generate does not take position_ids"):
+        model.generate(ids, position_ids=torch.arange(8)[None], max_new_tokens=2)
+    with pytest.raises(ValueError, match="bd3lm train"):
+        model.loss_function(logits=model(ids).logits, labels=ids, vocab_size=48)
