@@ -211,7 +211,7 @@ def _trained(plan: Plan, name: str, seed: int) -> dict[str, Any]:
 def _steps(plan: Plan, results: Mapping[tuple[str, int], Mapping[str, Any]], name: str, seed: int) -> int:
     """Return the steps that the weights of a run took, those of the model that it starts from included."""
     start = plan.models[name].get("init_from")
-    before = _steps(plan, results, start, seed) if start in plan.models else 0
+    before = _steps(plan, results, start, seed) if start is not None and start in plan.models else 0
     return before + int(results[name, seed]["steps"])
 
 

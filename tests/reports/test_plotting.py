@@ -4,8 +4,10 @@ import json
 import numpy as np
 import pytest
 
+from bd3lm_hf.reports.metric_history import series_of
 from bd3lm_hf.reports.plotting import Line, draw_lines, draw_speed_quality
-from bd3lm_hf.reports.training_figures import write_training_curve
+from bd3lm_hf.reports.run_reader import Run
+from bd3lm_hf.reports.training_figures import curves, write_training_curve
 
 
 PNG = b"\x89PNG"
@@ -60,6 +62,16 @@ def test_lines_begin_at_step_0_and_end_with_their_values_outside_of_the_axes():
     assert sorted(text.get_text() for text in axes.texts) == ["2.000", "2.001"]
     heights = sorted(text.xy[1] for text in axes.texts)
     assert heights[1] - heights[0] >= 0.05 and all(text.xy[0] > 1 for text in axes.texts)
+
+
+def test_the_held_out_curve_has_points_at_step_0_and_after_training(tmp_path):
+    log = [{"eval_nll": 3.5, "step": 50}, {"eval_nll": 3.0, "step": 100}]
+    results = {"before": {"nll": 7.6}, "after": {"nll": 2.9}, "steps": 100, "estimator": "exact bound"}
+    run = Run("a run", tmp_path, results=results, series=series_of(log))
+    (figure,) = curves([run])
+    points = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in figure.drawn.axes[0].lines}
+    assert points["a run, before and after training, exact bound"] == [(0, 7.6), (100, 2.9)]
+    assert points["a run, stratified estimate of the bound, 1 noise sample"] == [(50, 3.5), (100, 3.0)]
 
 
 def test_quality_is_drawn_on_a_log_axis_with_a_title_and_entropy():
