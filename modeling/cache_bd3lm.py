@@ -221,6 +221,7 @@ class StaticBuffers:
                 if known == (shape, like.dtype, like.device, torch.is_inference_mode_enabled()):
                     cache.layers = self._free.pop(index)
                     break
+        layer: Any
         for layer in cache.layers:
             if layer.is_initialized:
                 layer.reset()

@@ -307,10 +307,10 @@ class StaticWindow(CachedWindow):
         heads, width = network.key_value_shape
         shape = (buffer.token_ids.shape[0], heads, 0, width)
         empty = torch.empty(shape, dtype=network.dtype, device=buffer.token_ids.device)
-        self._is_own = isinstance(cache, OwnStaticCache) and not cache.layers[0].is_initialized
+        layer: Any = cache.layers[0]
+        self._is_own = isinstance(cache, OwnStaticCache) and not layer.is_initialized
         if isinstance(cache, OwnStaticCache) and self._is_own:
             static_buffers(network.model).take(cache, empty)
-        layer: Any
         for layer in cache.layers:
             if not layer.is_initialized:
                 layer.lazy_initialization(empty, empty)

@@ -397,7 +397,8 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
         super().__post_init__()
         if not chooses_copies:
             # Batches in pinned memory are copied to a GPU while it still works on the last one.
-            self.accelerator_config.non_blocking = self.dataloader_pin_memory
+            accelerator: Any = self.accelerator_config  # by now an object of accelerate
+            accelerator.non_blocking = self.dataloader_pin_memory
         if self.world_size != launched:
             raise ValueError(
                 f"the launcher started {launched} processes but this run sees {self.world_size}, so each would train "
