@@ -151,7 +151,8 @@ class RowGroup:
         ids = torch.tensor([tokens], device=self.model.device)
         positions = torch.arange(len(tokens), device=self.model.device).unsqueeze(0)
         network.hidden(ids, positions, None, None, cache=cache, num_committed=len(tokens))
-        return [(layer.keys, layer.values) for layer in cache.layers]
+        layers: list[Any] = cache.layers
+        return [(layer.keys, layer.values) for layer in layers]
 
 
 class _Turn(BlockCriteria):
