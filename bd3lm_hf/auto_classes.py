@@ -121,11 +121,13 @@ def register_auto_classes() -> None:
     """Register every model type; a class names itself what each Auto class makes of its checkpoints."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    from bd3lm_hf.foreign_layouts import contract_config_classes
+    from bd3lm_hf.foreign_layouts import adopt_published_decoding, contract_config_classes
+    from bd3lm_hf.modeling.modeling_bd3lm_decoders import BD3LMDecoderMixin
     from bd3lm_hf.modeling.saving_bd3lm import SelfContainedMixin
 
     SelfContainedMixin.push_saved_folder = staticmethod(_push_saved_folder)
     SelfContainedMixin.share_saved_weights = staticmethod(_share_saved_weights)
+    BD3LMDecoderMixin.adopt_published_decoding = adopt_published_decoding
     for model_type, config_class in contract_config_classes().items():
         AutoConfig.register(model_type, config_class, exist_ok=True)
     auto_classes: tuple[Any, ...] = (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM)

@@ -20,7 +20,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from bd3lm_hf.auto_classes import is_unsupported_auto_class
 from bd3lm_hf.data.sources import exists, looks_like_path
-from bd3lm_hf.foreign_layouts import read_contract, read_contract_config, set_contract_generation
+from bd3lm_hf.foreign_layouts import read_contract_config
 from bd3lm_hf.input_files import read_json
 from bd3lm_hf.output_files import BASE_NAME
 
@@ -160,8 +160,6 @@ def load_model(
         model, info = auto_class.from_pretrained(name, config=config, **options)
     _check_loading_info(info, f"{argument} {name}", spare=spare)
     check_finite_weights(model, name)
-    if (contract := read_contract(name)) is not None:
-        set_contract_generation(model, contract)
     return model
 
 

@@ -7,6 +7,7 @@ contract of the checkpoint is all that it takes. None of their code is run.
 
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,8 +197,14 @@ def set_contract_mask(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
         )
 
 
-def set_contract_generation(model: Any, contract: Contract) -> None:
-    """Make the decoding that a checkpoint was published with the default of `generate`, in place."""
+def adopt_published_decoding(model: Any, name: str | os.PathLike[str]) -> None:
+    """Make the decoding that the checkpoint `name` was published with the default of `generate`, in place.
+
+    A checkpoint in our own layout brings its generation config, and is left as it is.
+    """
+    contract = read_contract(str(name))
+    if contract is None:
+        return
     own = model.generation_config.to_diff_dict()
     own |= {"sampler": "confidence", "confidence_threshold": contract.confidence_threshold}
     own.pop("transformers_version", None)
@@ -258,12 +265,12 @@ __all__ = [
     "CONTRACTS",
     "Contract",
     "UNREADABLE",
+    "adopt_published_decoding",
     "contract_config",
     "contract_config_classes",
     "decoder_layout_config",
     "find_contract",
     "read_contract",
     "read_contract_config",
-    "set_contract_generation",
     "set_contract_mask",
 ]

@@ -63,6 +63,9 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
     _can_compile_fullgraph = True
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+    # bd3lm_hf sets it: gives a published checkpoint in another layout the decoding that it was published with.
+    adopt_published_decoding: Callable[..., Any] | None = None
+
     def __init__(self, config: Any) -> None:
         if config.model_type != self.config_class.model_type:
             raise ValueError(
@@ -91,6 +94,13 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
             )
         found = super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
         return FLEX_ATTENTION if found == "flex_attention" else found
+
+    def adjust_generation_fn(
+        self, generation_config: Any, from_auto_class: Any, from_pipeline: Any, name: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        super().adjust_generation_fn(generation_config, from_auto_class, from_pipeline, name, *args, **kwargs)
+        if generation_config is None and name is not None and self.adopt_published_decoding is not None:
+            self.adopt_published_decoding(name)
 
     def watch_decoder(self) -> None:
         """Look at every call of the stock decoder, as trainers that skip this class take a next-token loss of it."""

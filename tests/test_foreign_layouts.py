@@ -119,6 +119,7 @@ def test_the_auto_classes_load_them_without_running_their_code(write, layout):
     for auto_class in (AutoModelForMaskedLM, AutoModelForCausalLM):
         model = auto_class.from_pretrained(folder)
         assert type(model).__name__.startswith("BD3LM") and model.config.mask_token_id == MASK
+        assert model.generation_config.sampler == "confidence" and model.generation_config.confidence_threshold >= 0.9
         assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in stock.state_dict().items())
 
 
