@@ -62,7 +62,7 @@ SHORT: dict[str, list[str]] = {
 WRONG: dict[str, tuple[list[str], ...]] = {
     "train": (["nowhere.yaml"], ["notes.txt"], ["--max_steps", "x"], ["--label_smoothing_factor", "0.1"])
     + (["--dataset", "nowhere.txt"], ["--init_from", "nowhere"], ["--maxsteps", "1"], ["--block_size", "0"]),
-    "compare": (["nowhere.yaml"], ["data.json"], ["--models", "none"]),
+    "compare": (["nowhere.yaml"], ["data.json"], ["--models", "none"], ["--max_steps", "x"]),
     "serve": (["nowhere"], ["model", "--port", "-1"], ["model", "--dtype", "int3"], ["model", "--max-tokens", "0"]),
     "bench": (["--repeats", "0"], ["--estimators", "none:0"], ["--noise-draws", "0"], ["--lengths", "-1"]),
 }

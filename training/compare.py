@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from bd3lm_hf.output_files import write_atomically
 from bd3lm_hf.run_folder import RESULTS_NAME, is_run_folder
 from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.training.arguments import ModelArguments
-from bd3lm_hf.training.command_line import field_names
+from bd3lm_hf.training.command_line import field_names, parse_arguments
 from bd3lm_hf.training.initial_model import model_class
 from bd3lm_hf.training.train import run
 
@@ -145,6 +146,7 @@ def _overrides(words: Sequence[str]) -> dict[str, list[str]]:
 
 def compare_models(plan: Plan) -> list[ComparedModel]:
     """Train the models without a complete run, generate samples with all of them, and score these."""
+    _check_runs(plan)
     results: dict[tuple[str, int], dict[str, Any]] = {}
     started, runs = time.monotonic(), len(plan.seeds) * len(plan.models)
     for seed in plan.seeds:
@@ -186,13 +188,28 @@ def _folder(plan: Plan, name: str, seed: int) -> Path:
     return plan.folder / f"{name}-seed{seed}"
 
 
+def _fields(plan: Plan, name: str, seed: int) -> dict[str, Any]:
+    """Return the recipe of a run."""
+    fields = {**plan.common, **plan.models[name], "seed": seed}
+    if fields.get("init_from") in plan.models:
+        fields["init_from"] = str(_folder(plan, fields["init_from"], seed))
+    return fields
+
+
+def _check_runs(plan: Plan) -> None:
+    """Refuse the values that a run would refuse, before the first run writes or trains anything."""
+    with TemporaryDirectory() as folder:
+        for name in plan.models:
+            recipe = Path(folder, f"{name}.yaml")
+            recipe.write_text(yaml.safe_dump(_fields(plan, name, plan.seeds[0])), encoding="utf-8")
+            parse_arguments([str(recipe), "--output_dir", str(_folder(plan, name, plan.seeds[0]))])
+
+
 def _trained(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     """Return the results of a run, after training it unless it is complete."""
     folder = _folder(plan, name, seed)
     recipe = folder.with_suffix(".yaml")
-    fields = {**plan.common, **plan.models[name], "seed": seed}
-    if fields.get("init_from") in plan.models:
-        fields["init_from"] = str(_folder(plan, fields["init_from"], seed))
+    fields = _fields(plan, name, seed)
     if (folder / RESULTS_NAME).is_file() and recipe.is_file():
         before = read_yaml(recipe)
         if changed := sorted(k for k in before.keys() | fields.keys() if before.get(k) != fields.get(k)):

@@ -138,6 +138,11 @@ def test_bad_input_is_refused_before_any_training(words, message):
         read_plan(words)
 
 
+def test_a_value_that_a_run_refuses_leaves_nothing_on_disk(recipe, tmp_path, capsys):
+    assert bd3lm(["compare", str(recipe), "--max_steps", "x", "--output_dir", str(tmp_path / "runs")]) == 2
+    assert "max_steps" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
 def test_a_recipe_without_models_is_refused(tmp_path):
     (tmp_path / "plain.yaml").write_text("max_steps: 3\n")
     with pytest.raises(ValueError, match="names no models"):
