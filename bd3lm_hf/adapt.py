@@ -321,15 +321,3 @@ def _make_mask_row(model: Any, mask: MaskToken, tokenizer: PreTrainedTokenizerBa
         norms = weight[known].float().norm(dim=1)
         if not mask.trained or weight[mask.id].float().norm() < _DECAYED * norms.mean():
             weight[mask.id] = weight[known].float().mean(0).to(weight.dtype)
-
-
-__all__ = [
-    "MaskToken",
-    "adapt_decoder",
-    "choose_mask",
-    "decoder_class",
-    "decoder_config",
-    "is_adaptable",
-    "load_decoder_tokenizer",
-    "set_mask_token",
-]

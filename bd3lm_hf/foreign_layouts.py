@@ -259,18 +259,3 @@ def contract_config_classes() -> dict[str, Any]:
         return type(f"{CONTRACTS[kind].family.title()}ContractConfig", (PreTrainedConfig,), fields)
 
     return {kind: make(kind) for kind in CONTRACTS}
-
-
-__all__ = [
-    "CONTRACTS",
-    "Contract",
-    "UNREADABLE",
-    "adopt_published_decoding",
-    "contract_config",
-    "contract_config_classes",
-    "decoder_layout_config",
-    "find_contract",
-    "read_contract",
-    "read_contract_config",
-    "set_contract_mask",
-]

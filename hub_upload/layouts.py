@@ -278,6 +278,3 @@ def _ssdlm_length(config: Mapping[str, Any], kind: str) -> int:
     # RoBERTa's positions start after its padding id.
     offset = (config.get("pad_token_id") or 0) + 1 if issubclass(CONFIG_MAPPING[kind], RobertaConfig) else 0
     return _SSDLM_LENGTH if positions is None else min(_SSDLM_LENGTH, positions - offset)
-
-
-__all__ = ["Architecture", "SimplexLayout", "architecture_of", "is_simplex_layout", "read_simplex"]

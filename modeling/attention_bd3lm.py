@@ -444,19 +444,3 @@ def stream_visibility(layout: Layout, *, first_query: int = 0, causal_columns: i
         return seen | (query == key)  # no softmax may run over nothing
 
     return see
-
-
-__all__ = [
-    "AttentionPlan",
-    "BD3LMAttention",
-    "Tile",
-    "automatic_attention",
-    "block_causal_plan",
-    "decoding_plan",
-    "eager_attention_forward",
-    "flex_attention_on_cpu",
-    "flex_mask",
-    "slots_plan",
-    "stream_visibility",
-    "two_stream_plan",
-]

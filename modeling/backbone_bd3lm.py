@@ -441,13 +441,3 @@ def check_resize(new_num_tokens: int | None, mask_token_id: int) -> None:
             f"resize_token_embeddings({new_num_tokens}) would drop mask_token_id={mask_token_id}: keep at least "
             f"{mask_token_id + 1} tokens."
         )
-
-
-__all__ = [
-    "BD3LMLanguageModel",
-    "BD3LMModel",
-    "BD3LMOutput",
-    "BD3LMPreTrainedModel",
-    "check_resize",
-    "register_auto_classes",
-]

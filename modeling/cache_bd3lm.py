@@ -405,21 +405,3 @@ def _check_static_size(cache: StaticCache, buffer: "SequenceBuffer", config: Any
             f"tokens, but this text needs {config.num_hidden_layers} layers for {batch} rows of {needed}: make "
             f"one with StaticCache(model.config, max_cache_len={largest}), which serves texts of any length."
         )
-
-
-__all__ = [
-    "BlockCache",
-    "BlockCacheLayer",
-    "OwnStaticCache",
-    "StaticBuffers",
-    "StaticSlots",
-    "append_to_cache",
-    "cache_maker",
-    "check_cache",
-    "clear",
-    "drop_oldest",
-    "open_cache",
-    "release_buffers",
-    "set_length",
-    "static_buffers",
-]

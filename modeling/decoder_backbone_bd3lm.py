@@ -418,16 +418,3 @@ def _make_stream_mask(
     query = torch.arange(keys - first_query, device=device)[None, :, None]
     seen = see(row, None, query, torch.arange(keys, device=device)[None, None, :]).unsqueeze(1)
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -torch.inf)
-
-
-__all__ = [
-    "FLEX_ATTENTION",
-    "DecoderBackbone",
-    "DecoderDecodingNetwork",
-    "StepCache",
-    "TwoStreamHidden",
-    "check_length",
-    "flex_attention_forward",
-    "previous",
-    "stream_mask",
-]

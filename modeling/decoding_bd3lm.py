@@ -419,15 +419,3 @@ def _sampler_class(name: str, model: Any) -> type[Sampler]:
             f"sampler={name!r} does not fit what a {type(model).__name__} predicts: choose {choices}, or leave it out."
         )
     return model.samplers[name]
-
-
-__all__ = [
-    "BD3LMGenerateOutput",
-    "BlockForward",
-    "BlockState",
-    "BlockWriter",
-    "Prediction",
-    "ScoreRecord",
-    "Trace",
-    "TraceStep",
-]

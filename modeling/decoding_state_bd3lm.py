@@ -369,16 +369,3 @@ class StopRules:
         tokens = self.buffer.new_token_ids(longest)
         ended = torch.arange(longest, device=tokens.device) >= self.lengths.to(tokens.device).unsqueeze(1)
         return tokens if self.pad_token_id is None else tokens.masked_fill(ended, self.pad_token_id)
-
-
-__all__ = [
-    "BlockCriteria",
-    "EntropyStopCriteria",
-    "SecondEosCriteria",
-    "SequenceBuffer",
-    "StopRules",
-    "TextCriteria",
-    "check_entropy_stop",
-    "pad_left",
-    "token_entropy",
-]

@@ -505,12 +505,3 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
             return sequences.to(home)
         assert buffer.blanks is not None
         return BD3LMGenerateOutput(sequences=sequences.to(home), **writer.statistics(int(buffer.blanks.sum())))
-
-
-__all__ = [
-    "BD3LMGenerateOutput",
-    "BD3LMGenerationConfig",
-    "BD3LMGenerationMixin",
-    "BlockGenerationMixin",
-    "write_blocks",
-]

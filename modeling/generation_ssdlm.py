@@ -313,14 +313,3 @@ class SSDLMGenerationMixin(BlockGenerationMixin):
             num_forward_passes=writer.num_forward_passes,
             tokens_per_forward=float(stop.lengths.sum()) / writer.num_forward_passes / len(input_ids),
         )
-
-
-__all__ = [
-    "CONTEXTS",
-    "SSDLMGenerationConfig",
-    "SSDLMGenerationMixin",
-    "SimplexDraws",
-    "SimplexWriter",
-    "check_simplex_fields",
-    "lay_out_after",
-]

@@ -391,23 +391,3 @@ def find_documents(
     index[document, column] = packed
     mask[document, column] = True
     return Documents(index, mask)
-
-
-__all__ = [
-    "Documents",
-    "Layout",
-    "check_arguments",
-    "check_attention_mask",
-    "check_labels",
-    "check_labels_reach_the_loss",
-    "check_not_next_token_training",
-    "check_positions",
-    "check_text",
-    "check_token_ids",
-    "check_with_labels",
-    "default_labels",
-    "find_documents",
-    "may_read",
-    "token_layout",
-    "warn_of_visible_tokens",
-]

@@ -283,17 +283,3 @@ class BD3LMFinalLayer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.linear(hidden_states)
-
-
-__all__ = [
-    "BD3LMBlock",
-    "BD3LMEmbedding",
-    "BD3LMFinalLayer",
-    "BD3LMLayerNorm",
-    "BD3LMRotaryEmbedding",
-    "BD3LMZeroLinear",
-    "Modulation",
-    "ForwardContext",
-    "TimestepEmbedder",
-    "apply_rotary",
-]

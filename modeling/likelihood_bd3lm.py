@@ -356,19 +356,3 @@ def mask_losses(
 def _grouped(samples: Iterator[MaskSample], size: int) -> Iterator[list[MaskSample]]:
     while group := list(itertools.islice(samples, size)):
         yield group
-
-
-__all__ = [
-    "MAX_EXACT_TOKENS",
-    "LanguageModel",
-    "LikelihoodMixin",
-    "MaskSample",
-    "NoiseSource",
-    "ScoringRequest",
-    "TokenNLL",
-    "mask_losses",
-    "nelbo",
-    "noise_of_batch",
-    "noise_or_generator",
-    "stratified_masks",
-]

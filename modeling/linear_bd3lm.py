@@ -152,6 +152,3 @@ def compute_dtype(layer: nn.Module, default: torch.dtype) -> torch.dtype:
     if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.element_size() > 1:
         return weight.dtype
     return default
-
-
-__all__ = ["PrepackedLinears", "call_as", "compute_dtype", "is_plain_linear", "is_sharded", "release_prepacked"]

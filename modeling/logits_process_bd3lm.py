@@ -165,6 +165,3 @@ def never_generated(mask_token_id: int, generation_config: GenerationConfig) -> 
     if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
         return [mask_token_id]
     return [mask_token_id, pad]
-
-
-__all__ = ["NucleusLogitsProcessor", "PositionProcessors", "never_generated"]

@@ -438,22 +438,3 @@ class _FusedHeadLoss(torch.autograd.Function):
         grads = [None if g is None else g.mul_(grad_output.to(g.dtype)) for g in ctx.gradients]
         ctx.gradients = None
         return (*grads, None, None, None, None)
-
-
-__all__ = [
-    "Corruption",
-    "DenoisingNetwork",
-    "LogitsHead",
-    "LossMask",
-    "chunked_cross_entropy",
-    "corrupt",
-    "cross_entropy",
-    "denoising_loss",
-    "divide_by_count",
-    "evaluation_interval",
-    "loss_mask",
-    "masked_indices",
-    "mean_move_chance",
-    "move_chance_bound",
-    "sigma_of",
-]

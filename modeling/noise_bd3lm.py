@@ -454,34 +454,3 @@ def check_reachable(low: float, high: float, block_size: int) -> None:
         raise ValueError(
             f"the interval [{low}, {high}] holds no mask rate k / {block_size}: widen it, or set resample=False."
         )
-
-
-__all__ = [
-    "CosineNoise",
-    "LogLinearNoise",
-    "LogarithmicNoise",
-    "Noise",
-    "NoiseLevel",
-    "NoiseSchedule",
-    "PowerNoise",
-    "TotalNoise",
-    "check_interval",
-    "check_noise_samples",
-    "check_reachable",
-    "clips",
-    "count_probabilities",
-    "draw_noise",
-    "mask_exact_numbers",
-    "mask_positions",
-    "mask_positions_within",
-    "noise_from_arguments",
-    "noise_schedule",
-    "per_token",
-    "random_subset",
-    "rank_in_block",
-    "stack_noise",
-    "stratify",
-    "times",
-    "tokens_per_block",
-    "wide_float",
-]

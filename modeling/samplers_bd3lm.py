@@ -415,26 +415,3 @@ SAMPLERS: dict[str, type[Sampler]] = {
 
 # For networks that predict scores, ratios of probabilities, instead of tokens.
 SCORE_SAMPLERS: dict[str, type[Sampler]] = {"analytic": AnalyticSampler}
-
-__all__ = [
-    "LAST_TIME",
-    "SAMPLERS",
-    "SAMPLING_DTYPES",
-    "SCORE_SAMPLERS",
-    "AnalyticSampler",
-    "AncestralSampler",
-    "ConfidenceSampler",
-    "EntropyBoundSampler",
-    "FirstHittingSampler",
-    "Generators",
-    "HittingSampler",
-    "ParallelSampler",
-    "RevealState",
-    "Sampler",
-    "Step",
-    "check_generators",
-    "hitting_times",
-    "random_uniform",
-    "sample_categorical",
-    "token_probability",
-]

@@ -57,6 +57,3 @@ class SelfContainedMixin(_Saveable):
 
 class SelfContainedModel(SelfContainedMixin, PreTrainedModel):
     """A model whose code travels with its weights."""
-
-
-__all__ = ["SelfContainedMixin", "SelfContainedModel"]

@@ -96,16 +96,3 @@ PROJECTIONS: dict[str, Callable[..., Projection]] = {
     "even": project_evenly,
     "uneven": project_unevenly,
 }
-
-__all__ = [
-    "PROJECTIONS",
-    "Projection",
-    "SimplexNoise",
-    "almost_one_hot",
-    "noisy_logits",
-    "nucleus",
-    "project_by_sampling",
-    "project_evenly",
-    "project_unevenly",
-    "simplex_schedule",
-]

@@ -28,5 +28,3 @@ def check_transformers(installed: str) -> None:
 
 
 check_transformers(transformers.__version__)
-
-__all__ = ["TRANSFORMERS_VERSIONS", "check_transformers"]

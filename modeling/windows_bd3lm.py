@@ -471,15 +471,3 @@ def _compiled_step(network: DecodingNetwork, shape: tuple[int, int], config: Com
 def fills_window(config: Any) -> bool:
     """Whether a block is as long as the window, so that nothing in it is finished early and could be cached."""
     return bool(config.block_size == config.model_length)
-
-
-__all__ = [
-    "WINDOWS",
-    "CachedWindow",
-    "DecodingNetwork",
-    "StaticWindow",
-    "Window",
-    "compiles_by_default",
-    "fills_window",
-    "open_window",
-]

@@ -325,6 +325,3 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
         self.rfile.readline()
         return b"".join(pieces)
-
-
-__all__ = ["TOKEN", "USER", "Fault", "HubServer", "Request"]

@@ -491,14 +491,3 @@ def _check_reporters(names: Sequence[str]) -> None:
                 f"--report_to {name}: the package {name} is not installed. Run `pip install {name}`, or report to "
                 f"{' or '.join([*installed, 'none'])}."
             )
-
-
-__all__ = [
-    "REFUSED_FIELDS",
-    "BD3LMTrainingArguments",
-    "DataArguments",
-    "IntervalSearchArguments",
-    "LoraArguments",
-    "ModelArguments",
-    "unknown",
-]

@@ -69,6 +69,3 @@ class BlockSizeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         model.config.block_size = self.schedule.sizes[-1]
-
-
-__all__ = ["BlockSizeCallback", "BlockSizeSchedule"]

@@ -297,18 +297,3 @@ class SampleCallback(TrainerCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(entry)
-
-
-__all__ = [
-    "SampleCallback",
-    "SignalCallback",
-    "SpeedMeter",
-    "TrainingStopped",
-    "attended_pairs",
-    "forward_flops",
-    "peak_flops",
-    "peak_tflops_of",
-    "training_flops",
-    "sample_options",
-    "sample_text",
-]

@@ -126,15 +126,3 @@ print one table. A run that is complete is not repeated.
   --FIELD        any field of a run, see `bd3lm train --help`
 
 Dashes and underscores are both accepted."""
-
-
-__all__ = [
-    "COMPARISONS",
-    "DEFAULT_RECIPE",
-    "RECIPES",
-    "FieldHelp",
-    "compare_help",
-    "fields_in_source",
-    "refused_names",
-    "train_help",
-]

@@ -268,13 +268,3 @@ def _as_words(name: str, value: Any) -> list[str]:
     if isinstance(value, (dict, bool)):
         return [f"--{name}={json.dumps(value)}"]
     return [f"--{name}={value}"]
-
-
-__all__ = [
-    "RunArguments",
-    "field_names",
-    "fit_to_type",
-    "parse_arguments",
-    "read_recipe",
-    "write_recipe",
-]

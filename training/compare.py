@@ -338,6 +338,3 @@ def main(argv: Sequence[str]) -> None:
         print(str(error) or "interrupted: complete runs are kept.", file=sys.stderr)
         raise
     print(comparison_table(rows))
-
-
-__all__ = ["Plan", "ComparedModel", "compare_models", "main", "comparison_table", "generate_samples", "read_plan"]

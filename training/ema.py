@@ -275,6 +275,3 @@ class AveragingTrainer(Trainer):
         if self.args.should_save:
             content = describe_weights(average, self.state.global_step)
             Path(folder, WEIGHTS_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-__all__ = ["AverageCallback", "AveragingTrainer", "WeightAverage", "describe_weights"]

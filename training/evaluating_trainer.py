@@ -216,6 +216,3 @@ def _metrics(result: Perplexity | HeldOutLoss) -> dict[str, float]:
         return {"loss": result.loss, **measured}
     bits = {} if result.bits_per_byte is None else {"bits_per_byte": result.bits_per_byte}
     return {"loss": result.nll, "nll": result.nll, "ppl": result.perplexity, **measured, **bits}
-
-
-__all__ = ["EvaluatingTrainer"]

@@ -288,15 +288,3 @@ def noise_of_examples(
 def _strata_of_group(seed: int, group: int, sample: int, count: int) -> torch.Tensor:
     kind = f"group, draw {sample}" if sample else "group"
     return torch.randperm(count, generator=torch.Generator().manual_seed(derived_seed(kind, seed, group)))
-
-
-__all__ = [
-    "EXAMPLE_INDEX",
-    "EndlessStream",
-    "EpochOrder",
-    "EpochSampler",
-    "NOISE",
-    "NoiseCollator",
-    "PaddingCollator",
-    "noise_of_examples",
-]

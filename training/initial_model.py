@@ -344,17 +344,3 @@ def _missing_tokens(config: Any, tokenizer: Any) -> dict[str, int | None]:
     known = {name: getattr(config, name, None) for name in found}
     outside = [name for name, token in known.items() if isinstance(token, int) and token >= config.vocab_size]
     return {name: token for name, token in found.items() if known[name] is None or name in outside}
-
-
-__all__ = [
-    "SHAPE_FIELDS",
-    "check_lora",
-    "check_shape",
-    "decoder_shape",
-    "make_model",
-    "model_class",
-    "new_config",
-    "start_from",
-    "trains_by_flex",
-    "with_adapters",
-]

@@ -177,6 +177,3 @@ def _first_documents(stream: IterableDataset, tokenizer: PreTrainedTokenizerBase
         ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
         num_tokens += sum(map(len, ids))
     return Dataset.from_dict({"text": texts})
-
-
-__all__ = ["Documents", "TrainingSequences", "load_documents", "make_sequences", "make_tokenizer"]

@@ -390,27 +390,3 @@ def _entry(found: IntervalSearch) -> dict[str, Any]:
             {"interval": interval, "variance": variance, "standard_error": error} for interval, variance, error in rows
         ],
     }
-
-
-__all__ = [
-    "Interval",
-    "IntervalSearch",
-    "METHODS",
-    "MomentSums",
-    "PLOT_NAME",
-    "PUBLISHED_STEP",
-    "PUBLISHED_WIDTHS",
-    "SEARCH_NAME",
-    "WHOLE",
-    "candidate_intervals",
-    "check_searchable",
-    "choose_method",
-    "first_smallest",
-    "interval_metrics",
-    "parse_interval",
-    "published_intervals",
-    "record_search",
-    "search_intervals",
-    "sum_moments",
-    "variance_of_sums",
-]

@@ -232,15 +232,3 @@ def _per_block(batch: HeldOut, values: torch.Tensor, config: Any) -> torch.Tenso
     block_ids = batch.layout.block_ids.expand(rows, -1).cpu()
     sums = torch.zeros(rows, config.num_blocks(length), dtype=torch.float64)
     return sums.scatter_add_(1, block_ids, values.double().cpu()).flatten()
-
-
-__all__ = [
-    "BlockMoments",
-    "HeldOut",
-    "Interval",
-    "MAX_PASSES",
-    "PassPerInterval",
-    "SharedDraws",
-    "held_out",
-    "level_moments",
-]

@@ -202,6 +202,3 @@ def _table_of_losses(result: TrainResult) -> str:
         "another. Score its samples with `bd3lm eval --generative`."
     )
     return "\n".join(lines)
-
-
-__all__ = ["TrainResult", "held_out_text", "report", "score_before", "summary_at_start", "table"]

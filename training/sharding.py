@@ -113,16 +113,3 @@ def _gathered(parameter: nn.Parameter) -> Any:
         return nullcontext()
     # Not one of our requirements. A model has such weights only if deepspeed is installed.
     return import_module("deepspeed").zero.GatheredParameters([parameter])
-
-
-__all__ = [
-    "has_shards",
-    "local_part",
-    "num_parameters",
-    "part_like",
-    "prepare_fsdp",
-    "reshard",
-    "spare_float32",
-    "whole",
-    "whole_model",
-]

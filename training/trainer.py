@@ -396,6 +396,3 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
         weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
         bytes_of_each = 8 if self.averaging is None else 12
         return weights + bytes_of_each * num_parameters(self.model, only_trainable=True)
-
-
-__all__ = ["BD3LMTrainer", "TrainingDivergedError"]

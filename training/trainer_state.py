@@ -172,6 +172,3 @@ class ResumableFlow(TrainerCallback):
         if self.waiting:
             control.should_save, self.waiting = True, False
         return control
-
-
-__all__ = ["ResumableFlow", "RunningLoss", "check_same_run", "run_fingerprint"]

@@ -153,6 +153,3 @@ def _as_list(tags: str | list[str] | None) -> list[str]:
 def _log_failure(job: Future) -> None:
     if not job.cancelled() and (error := job.exception()) is not None:
         logger.warning(f"an upload in the background failed: {error}")
-
-
-__all__ = ["UploadingTrainer"]

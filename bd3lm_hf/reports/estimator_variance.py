@@ -119,13 +119,3 @@ def measure_variance(
         raise ValueError(f"{dataset} has {len(rows)} held-out sequences, fewer than {count}: give fewer batches.")
     chosen = [rows[index * len(rows) // count] for index in range(count)]
     return estimator_variance(model, chosen, wanted, num_seeds=repeats, batch_size=batch_size)
-
-
-__all__ = [
-    "EstimatorVariance",
-    "Setting",
-    "estimator_variance",
-    "measure_variance",
-    "read_estimator",
-    "variance_table",
-]

@@ -162,6 +162,3 @@ def measure_gradients(
     length = model.config.model_length
     texts = gradient_batches(dataset, tokenizer, length=length, size=batch_size, count=batches)
     return gradient_variance(model, texts, draws, repeats=repeats)
-
-
-__all__ = ["GradientVariance", "gradient_batches", "gradient_table", "gradient_variance", "measure_gradients"]

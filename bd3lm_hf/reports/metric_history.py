@@ -29,6 +29,3 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     half = np.minimum(index, count // 40)
     stop = np.minimum(count, index + half + 1)
     return (sums[stop] - sums[index - half]) / (stop - index + half)
-
-
-__all__ = ["Series", "series_of", "smoothed"]

@@ -229,26 +229,3 @@ def _saved(figure: Figure, kind: str) -> bytes:
         figure.drawn.savefig(file, format=kind, **how)
         figure.drawn.set_layout_engine("none")  # the layout is done; the other format shares it
     return file.getvalue()
-
-
-__all__ = [
-    "COLOURS",
-    "GRID",
-    "INK",
-    "MARKERS",
-    "SOFT",
-    "VARIABLES",
-    "Figure",
-    "Line",
-    "add_legend",
-    "as_png",
-    "as_svg",
-    "check_matplotlib",
-    "draw_lines",
-    "draw_speed_quality",
-    "dress",
-    "line_style",
-    "new_axes",
-    "plain_label",
-    "speed_quality_figure",
-]

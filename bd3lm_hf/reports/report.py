@@ -89,6 +89,3 @@ def main(argv: Sequence[str]) -> None:
     written = write_report(arguments.runs, arguments.output, overwrite=arguments.overwrite)
     count = len(written) - 1
     print(f"{written[0]}, and {count} figure{'' if count == 1 else 's'} as {written[0].stem}-*.png")
-
-
-__all__ = ["draw", "main", "write_report"]

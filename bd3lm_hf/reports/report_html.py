@@ -316,6 +316,3 @@ def _versions(material: Material) -> list[Table]:
     names = list(dict.fromkeys(name for record in records for name, value in record.items() if value is not None))
     columns = [Column(name.replace("_", " "), name, ",.0f" if name == "seconds" else "") for name in names]
     return [table(columns, records)] if len(names) > 1 else []
-
-
-__all__ = ["Cell", "Column", "Section", "Table", "page", "table"]

@@ -44,6 +44,3 @@ def bench_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8, help=f"{of_both}: sequences at once")
     parser.add_argument("--batches", type=int, default=16, help=f"{of_both}: different batches")
     return parser
-
-
-__all__ = ["bench_parser", "report_parser"]

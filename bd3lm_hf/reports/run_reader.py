@@ -261,15 +261,3 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line}: this is not UTF-8.") from error
-
-
-__all__ = [
-    "Material",
-    "Named",
-    "Run",
-    "RunSample",
-    "finite",
-    "is_run",
-    "read_material",
-    "read_run",
-]

@@ -269,16 +269,3 @@ def _reference_model(
     options = {"device": model.device, "trust_remote_code": arguments.trust_remote_code}
     reference = load_reference_model(arguments.judge, tokenizer, **options, as_text=False, score_end=True)
     return reference, Path(arguments.judge).name
-
-
-__all__ = [
-    "Point",
-    "Ratio",
-    "compare_curves",
-    "compare_samplers",
-    "plot_speed_quality",
-    "quality_curve",
-    "quality_points",
-    "run",
-    "speed_quality_table",
-]

@@ -291,6 +291,3 @@ def _lines(runs: Sequence[Run], name: str, *, errors: str = "") -> list[Line]:
             band = deviations[kept] if len(deviations) == len(values) else None
             lines.append(Line(run.name, steps[kept], values[kept], band))
     return lines
-
-
-__all__ = ["curves", "draw_interval_search", "intervals", "variances", "write_training_curve"]

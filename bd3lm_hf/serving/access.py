@@ -95,6 +95,3 @@ def error_response(status: int, message: str) -> JSONResponse:
     """Return an error in OpenAI's form."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status_code=status)
-
-
-__all__ = ["Access", "error_response"]

@@ -184,6 +184,3 @@ class Batcher:
             # The client, or the loop that serves it, may be gone.
             with contextlib.suppress(RuntimeError):
                 request.on_end(error)
-
-
-__all__ = ["Batcher", "QueueFullError", "Request"]

@@ -56,6 +56,3 @@ class PlainText:
         kwargs = {name: value for name, value in kwargs.items() if name not in _OF_TOKENIZATION}
         text = self._tokenizer_of_model.apply_chat_template(conversation, tokenize=False, **kwargs)
         return self(text, add_special_tokens=False)
-
-
-__all__ = ["PlainText"]

@@ -216,6 +216,3 @@ def _is_message(message: Any) -> bool:
         isinstance(content, list)
         and all(isinstance(part, dict) and isinstance(part.get("text"), str) and "type" in part for part in content)
     )
-
-
-__all__ = ["GENERATION_FIELDS", "Chat", "Completions", "check_fields", "own_fields"]

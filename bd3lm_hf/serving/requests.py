@@ -139,6 +139,3 @@ def settings_key(config: GenerationConfig) -> str:
     """Return what two requests must share to be generated in one call."""
     fields = {name: value for name, value in config.to_dict().items() if name not in _OWN_FIELDS}
     return repr(sorted(fields.items()))
-
-
-__all__ = ["Request", "settings_key"]

@@ -251,6 +251,3 @@ def _join_caches(model: Any, rows: list[_Layers], starts: torch.Tensor) -> Block
         cache.update(joined[0], joined[1], index)
     cache.row_start = starts if starts.any() else None
     return cache
-
-
-__all__ = ["ROUND_TOKENS", "RowGroup"]

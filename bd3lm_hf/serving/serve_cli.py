@@ -180,6 +180,3 @@ def _try(model: Any, defaults: dict[str, Any]) -> None:
         options["num_denoising_steps"] = 1  # an SSD-LM takes a thousand
     start = torch.full((1, 1), model.config.bos_token_id or 0, device=model.device)
     model.generate(start, max_new_tokens=1, **options)
-
-
-__all__ = ["check", "listen", "load_app", "main", "make_parser"]

@@ -250,6 +250,3 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def failed(_request: HTTPRequest, error: Exception) -> JSONResponse:
         return error_response(500, f"the server failed: {type(error).__name__}.")
-
-
-__all__ = ["ROUTES", "LoadedModel", "make_app"]

@@ -23,6 +23,3 @@ class ServeSettings:
     api_key: str | None = None
     max_batch_size: int = 8
     max_waiting: int = 64
-
-
-__all__ = ["ServeSettings"]
