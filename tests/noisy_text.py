@@ -1,4 +1,4 @@
-"""What the tests of losses and likelihoods share: random text of the tiny configuration, noise, a plain loss."""
+"""Random text of the tiny configuration, noise and a plain loss, for the tests of losses and likelihoods."""
 
 import torch
 

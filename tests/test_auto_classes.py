@@ -75,7 +75,7 @@ def make_speaker(tiny_tokenizer, randomize):
 
 @pytest.fixture
 def make_folder(make_speaker, tiny_tokenizer, tmp_path):
-    """A function `(family) -> folder` of a checkpoint with tokenizer; beside it, what its model computes."""
+    """A function `(family) -> folder` that saves a checkpoint, its tokenizer and its model's outputs."""
 
     def make(family: str) -> Path:
         model, folder = make_speaker(family), tmp_path / family

@@ -1,4 +1,4 @@
-"""What the tests of training share: sequences, and the recipe of a run of a second."""
+"""Sequences, and the recipe of a run that takes a second, for the tests of training."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def losses_of(run: Any) -> list[float]:
 
 
 def save_recipe(folder: Path, **changes: Any) -> Path:
-    """The recipe of a run over forty small documents, which lie beside it in text.jsonl."""
+    """The recipe of a run over forty small documents in text.jsonl, in the same folder."""
     rows = [{"text": SENTENCES[i % 3] * 3 + f"Number {i}."} for i in range(40)]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     fields = {

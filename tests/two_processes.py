@@ -142,7 +142,7 @@ def train(folder: Path, trainer_class: type[BD3LMTrainer] = BD3LMTrainer, resume
 
 
 def run_recipes(recipe: Path, folder: Path, processes: int) -> dict[str, TrainResult]:
-    """What the training script does, as one of several processes: on rows, on a stream, and from its middle on."""
+    """Run the training script as one of several processes: on rows, on a stream, and resumed half-way."""
     common = [str(recipe), "--optim", "sgd", "--learning_rate", "0.1", "--use_cpu"]
     rows = [*common, "--output_dir", str(folder / "rows"), "--global_batch_size", "8", "--ema_decay", "0.9"]
     rows += ["--max_steps", "4", "--eval_strategy", "steps", "--eval_steps", "2", "--interval_search", "true"]

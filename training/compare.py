@@ -25,7 +25,7 @@ from bd3lm_hf.evaluation.reference_model import ReferenceModel, reference_model_
 from bd3lm_hf.evaluation.text_metrics import mean_entropy
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
 from bd3lm_hf.input_files import read_yaml
-from bd3lm_hf.output_files import write_atomically
+from bd3lm_hf.output_files import begins_with, write_atomically
 from bd3lm_hf.run_folder import RESULTS_NAME, is_run_folder
 from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.training.arguments import ModelArguments
@@ -40,6 +40,8 @@ RECIPES = Path(__file__).resolve().parent / "comparisons"
 PAPER = "paper"
 
 TABLE_NAME = "comparison.json"
+# Tells our recipe of a run from a file of that name that somebody else wrote.
+_RECIPE_HEADER = "# Written by bd3lm compare: the fields of this run."
 _TEXTS_PER_BATCH = 16
 _OWN_FIELDS = ("models", "seeds", "num_texts", "text_length", "judge")
 
@@ -79,8 +81,7 @@ def read_plan(argv: Sequence[str]) -> Plan:
 
     Raises:
         ValueError: if the recipe cannot be read, does not name a model, leaves nothing to compare, or a model starts
-        from
-            one that is not trained before it.
+            from one that is not trained before it.
     """
     words = list(argv)
     name = words.pop(0) if words and not words[0].startswith("-") else PAPER
@@ -146,6 +147,7 @@ def _overrides(words: Sequence[str]) -> dict[str, list[str]]:
 
 def compare_models(plan: Plan) -> list[ComparedModel]:
     """Train the models without a complete run, generate samples with all of them, and score these."""
+    _check_files(plan)
     _check_runs(plan)
     results: dict[tuple[str, int], dict[str, Any]] = {}
     started, runs = time.monotonic(), len(plan.seeds) * len(plan.models)
@@ -196,6 +198,30 @@ def _fields(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     return fields
 
 
+def _check_files(plan: Plan) -> None:
+    """Refuse to replace files that no comparison wrote; recipes of finished runs may lack the header."""
+    marked = begins_with(_RECIPE_HEADER.encode())
+    table = plan.folder / TABLE_NAME
+    foreign = [table] if table.exists() and not _is_table(table) else []
+    for folder in (_folder(plan, name, seed) for seed in plan.seeds for name in plan.models):
+        recipe = folder.with_suffix(".yaml")
+        if recipe.exists() and not marked(recipe) and not is_run_folder(folder):
+            foreign.append(recipe)
+    if foreign:
+        raise ValueError(
+            f"{', '.join(map(str, foreign))}: not written by bd3lm compare. Name another --output_dir, or remove it."
+        )
+
+
+def _is_table(path: Path) -> bool:
+    """Return whether a file is the table of a comparison."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(rows, list) and all(isinstance(row, dict) and {"model", "seed"} <= row.keys() for row in rows)
+
+
 def _check_runs(plan: Plan) -> None:
     """Refuse the values that a run would refuse, before the first run writes or trains anything."""
     with TemporaryDirectory() as folder:
@@ -219,7 +245,7 @@ def _trained(plan: Plan, name: str, seed: int) -> dict[str, Any]:
         logger.warning("%s is complete", folder)
     else:
         recipe.parent.mkdir(parents=True, exist_ok=True)
-        recipe.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
+        write_atomically(recipe, f"{_RECIPE_HEADER}\n{yaml.safe_dump(fields, sort_keys=False)}")
         overwrite = is_run_folder(folder)  # an incomplete run of ours starts again; a foreign folder is refused
         run([str(recipe), "--output_dir", str(folder), "--overwrite_output_dir", str(overwrite)])
     return json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))

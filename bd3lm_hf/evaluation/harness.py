@@ -79,8 +79,8 @@ class GenerationRequest(NamedTuple):
 def request_windows(context: Sequence[int], continuation: Sequence[int], length: int) -> list[RequestWindow]:
     """Return windows of at most `length` tokens in which each token of a continuation is scored once.
 
-    A continuation that fits is one window, whose context loses its beginning if there is no room for it. A longer one
-    is cut as the harness does: the first part has the last token of the context before it, the others the tokens
+    A continuation that fits is one window, whose context is cut at its beginning to make room. A longer one is
+    cut as the harness does: the first part has the last token of the context before it, the others the tokens
     before them; the last one, which is shorter, has a context as long as possible.
 
     Args:

@@ -51,10 +51,10 @@ def load_metric(name: str, **options: Any) -> evaluate.EvaluationModule:
         options: of `evaluate.load`.
 
     Raises:
-        ValueError: if there is no metric of that name.
+        ValueError: if the name is unknown.
     """
     if name not in METRICS:
-        raise ValueError(f"there is no metric {name!r}: choose one of {', '.join(METRICS)}.")
+        raise ValueError(f"metric {name!r} is unknown: choose one of {', '.join(METRICS)}.")
     return evaluate.load(str(_FOLDER / name), **options)
 
 

@@ -92,7 +92,7 @@ def test_what_a_judge_needs_is_asked_for(golden_model, tmp_path):
         metric.compute(predictions=["a text"], judge=golden_model)
     with pytest.raises(ValueError, match="judge .*nowhere: there is no such folder"):
         load_metric("generative_perplexity").compute(predictions=["a text"], judge=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="there is no metric 'bleu': choose one of distinct_n, generative_perplexity"):
+    with pytest.raises(ValueError, match="'bleu'.* distinct_n, generative_perplexity"):
         load_metric("bleu")
 
 

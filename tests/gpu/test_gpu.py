@@ -213,6 +213,8 @@ def test_a_training_step_does_not_synchronise(make, inputs):
             optimizer.zero_grad()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    # In the second step torch would have raised at the first read of a value.
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 @needs_cuda

@@ -143,6 +143,14 @@ def test_a_value_that_a_run_refuses_leaves_nothing_on_disk(recipe, tmp_path, cap
     assert "max_steps" in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("name", ["comparison.json", "ssdlm-seed3.yaml"])
+def test_a_file_of_somebody_else_is_not_replaced(recipe, tmp_path, capsys, name):
+    (tmp_path / name).write_text("mine")
+    assert bd3lm(["compare", str(recipe), "--models", "ar", "ssdlm", "--output_dir", str(tmp_path)]) == 2
+    assert name in capsys.readouterr().err and (tmp_path / name).read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_recipe_without_models_is_refused(tmp_path):
     (tmp_path / "plain.yaml").write_text("max_steps: 3\n")
     with pytest.raises(ValueError, match="names no models"):

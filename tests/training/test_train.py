@@ -272,7 +272,7 @@ def test_accelerate_launches_the_script(recipe, tmp_path, config, processes):
 
 @pytest.fixture(scope="module")
 def alone(recipe, tmp_path_factory):
-    """What two processes did, in one: the folder, and the results."""
+    """The folder and the results of one process that does the work of two."""
     folder = tmp_path_factory.mktemp("alone")
     return folder, run_recipes(recipe, folder, 1)
 
