@@ -9,6 +9,8 @@ PYTEST_ARGS ?=
 PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --no-compile
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 CACHE := .cache
 ROOMS := bd3lm_hf modeling training hub_upload
@@ -30,14 +32,20 @@ help: ## show this list
 
 venv: $(READY) ## make or refresh the environment
 
-# torch first and alone, so that nothing that depends on it picks another build.
-$(READY): constraints.txt setup.cfg
+# What a user installs, with pictures and the server: all that the demo needs. torch first and alone, so that nothing that depends on it picks
+# another build. Compiling every module of every package takes as long as downloading them; Python compiles the few
+# thousand that are imported when they are.
+$(INSTALLED): constraints.txt setup.cfg
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev,plots,harness,serve]'
+	$(PIP) $(TORCH)
+	$(PIP) --constraint constraints.txt --editable '.[plots,serve]'
 	touch $@
 
-demo: $(READY) ## train, score and write text on this machine, in minutes, without a download
+$(READY): $(INSTALLED)
+	$(PIP) --constraint constraints.txt --editable '.[test,dev,plots,harness,serve]'
+	touch $@
+
+demo: $(INSTALLED) ## train, score and write text on this machine, in minutes, without a download
 	$(BIN)/python training/train.py training/recipes/demo.yaml
 
 test: $(READY) ## the quick tests
