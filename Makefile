@@ -10,6 +10,7 @@ PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile
+COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 CACHE := .cache
@@ -33,16 +34,17 @@ help: ## show this list
 venv: $(READY) ## make or refresh the environment
 
 # What a user installs, with pictures and the server: all that the demo needs. torch first and alone, so that nothing that depends on it picks
-# another build. Compiling every module of every package takes as long as downloading them; Python compiles the few
-# thousand that are imported when they are.
+# another build. Compiling the modules takes as long as downloading them, so that all CPUs do it.
 $(INSTALLED): constraints.txt setup.cfg
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	$(PIP) --constraint constraints.txt --editable '.[plots,serve]'
+	$(COMPILE)
 	touch $@
 
 $(READY): $(INSTALLED)
 	$(PIP) --constraint constraints.txt --editable '.[test,dev,plots,harness,serve]'
+	$(COMPILE)
 	touch $@
 
 demo: $(INSTALLED) ## train, score and write text on this machine, in minutes, without a download
