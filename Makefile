@@ -33,8 +33,8 @@ help: ## show this list
 
 venv: $(READY) ## make or refresh the environment
 
-# What a user installs, with pictures and the server: all that the demo needs. torch first and alone, so that nothing that depends on it picks
-# another build. Compiling the modules takes as long as downloading them, so that all CPUs do it.
+# What a user installs, with pictures and the server: all that the demo needs. torch first and alone, so that nothing
+# that depends on it picks another build. Compiling the modules takes as long as downloading them, so all CPUs do it.
 $(INSTALLED): constraints.txt setup.cfg
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
