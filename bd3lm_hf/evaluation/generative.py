@@ -77,7 +77,7 @@ def evaluate_samples(arguments: argparse.Namespace, model: Any, tokenizer: PreTr
     with open_samples(
         arguments.samples, [None] * count, settings, overwrite=arguments.overwrite, flag="--samples"
     ) as file:
-        missing = [index for index in range(count) if index not in file.finished]
+        missing = list(file.missing())
         kept = count - len(missing)
         with ProgressReport("generating", count, initial=kept) as progress:
             for begin in range(0, len(missing), arguments.batch_size):

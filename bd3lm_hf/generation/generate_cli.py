@@ -68,9 +68,7 @@ class Job:
     @property
     def settings(self) -> dict[str, Any]:
         """Return the settings that decide the texts, apart from the prompts."""
-        # The number of a text, and with it its seed, depends on the samples per prompt if there are several prompts.
-        own = {"samples_per_prompt": self.num_samples} if len(self.prompts) > 1 else {}
-        return {"model": self.model, "seed": self.seed, **own, **self.generation}
+        return {"model": self.model, "seed": self.seed, **self.generation}
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) -> None:

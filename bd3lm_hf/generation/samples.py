@@ -1,11 +1,13 @@
 """Prompts that `bd3lm generate` reads, and samples that it writes: files of lines."""
 
 import contextlib
+import itertools
 import json
 import os
 import select
 import stat
 import sys
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ STDIN = "-"  # the name that means standard input
 class Sample:
     """One text and how it came about: a line of the samples file."""
 
-    index: int  # prompts * num_samples in all, the samples of a prompt one after the other
+    index: int  # its number in the file, which decides its seed
     prompt: str | None  # None: generated from nothing
     text: str  # the prompt included
     num_prompt_tokens: int
@@ -163,7 +165,7 @@ def _is_piped(stdin: TextIO) -> bool:
 
 
 # Settings of earlier versions that do not decide a text.
-_IGNORED_SETTINGS = {"num_prompts", "num_samples", "batch_size"}
+_IGNORED_SETTINGS = {"num_prompts", "num_samples", "batch_size", "samples_per_prompt"}
 
 
 class SamplesFile(JsonLinesFile):
@@ -172,7 +174,8 @@ class SamplesFile(JsonLinesFile):
     Use [`open_samples`], which keeps other processes away from the file.
 
     Args:
-        prompts: that of each sample.
+        prompts: that of each requested sample. Finished samples of a prompt are kept; the missing ones get the first
+            free indices, so that a file can grow by samples per prompt and by prompts.
         settings: what decides the texts; a file with other settings is refused.
         overwrite: start again. The old file stays until the first sample is finished.
         flag: what the user calls the file, for messages.
@@ -193,19 +196,23 @@ class SamplesFile(JsonLinesFile):
         remedy = "name another file, or replace it with --overwrite"
         super().__init__(path, f"{flag} {path}", first_key="index", remedy=remedy, replace=overwrite)
         self.prompts, self.settings = prompts, settings
+        self._requested = set(prompts)
         check_output_file(path, flag)
-        self.finished: set[int] = set()
+        found: dict[int, str | None] = {}
         for number, row in () if overwrite else self.read_lines():
             self._check(number, row)
-            self.finished.add(row["index"])
+            found[row["index"]] = row.get("prompt")
+        self.finished = set(found)
+        #: The index of each requested sample.
+        self.indices = _assign_indices(prompts, found)
 
     def _check(self, number: int, row: dict[str, Any]) -> None:
         if not isinstance(row.get("index"), int) or not isinstance(row.get("settings"), dict):
             raise self.foreign_line(number)
         old = {name: value for name, value in row["settings"].items() if name not in _IGNORED_SETTINGS}
         new = dict(self.settings)
-        if row["index"] < len(self.prompts):
-            old["prompt"], new["prompt"] = row.get("prompt"), self.prompts[row["index"]]
+        if row.get("prompt") not in self._requested:
+            old["prompt"], new["prompt"] = row.get("prompt"), self.prompts[min(row["index"], len(self.prompts) - 1)]
         differences = [
             f"{name} is {old.get(name)!r} there and {new.get(name)!r} now"
             for name in {**new, **old}
@@ -217,10 +224,15 @@ class SamplesFile(JsonLinesFile):
                 f"to continue, name another file, or replace it with --overwrite."
             )
 
+    def missing(self) -> dict[int, str | None]:
+        """Return the prompts of the requested samples that are not finished, by their indices."""
+        requested = zip(self.indices, self.prompts, strict=True)
+        return {index: prompt for index, prompt in requested if index not in self.finished}
+
     def rows(self) -> list[dict[str, Any]]:
-        """Return the requested samples that are finished, in the order of their indices."""
+        """Return the requested samples that are finished, in the order of the request."""
         rows = {row["index"]: row for _, row in self.read_lines()} if self.finished else {}
-        return [rows[index] for index in range(len(self.prompts)) if index in rows]
+        return [rows[index] for index in self.indices if index in rows]
 
     def append(self, samples: Iterable[Sample]) -> None:
         """Write samples that are not there yet, each on disk before the next is taken.
@@ -232,6 +244,15 @@ class SamplesFile(JsonLinesFile):
             if sample.index not in self.finished:
                 self.write_line(asdict(sample))
                 self.finished.add(sample.index)
+
+
+def _assign_indices(prompts: Sequence[str | None], found: Mapping[int, str | None]) -> list[int]:
+    """Return an index for the sample of each prompt: of one that was found, or the next that is free."""
+    of_prompt: defaultdict[str | None, deque[int]] = defaultdict(deque)
+    for index in sorted(found):
+        of_prompt[found[index]].append(index)
+    free = itertools.filterfalse(found.__contains__, itertools.count())
+    return [of_prompt[prompt].popleft() if of_prompt[prompt] else next(free) for prompt in prompts]
 
 
 @contextlib.contextmanager

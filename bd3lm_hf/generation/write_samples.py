@@ -56,15 +56,17 @@ def write_samples(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> N
         if job.output is not None:
             opened = open_samples(job.output, job.sample_prompts, job.settings, overwrite=job.overwrite)
             file = stack.enter_context(opened)
-        if file and job.traces and len(file.finished) >= len(encoded):
+        if file and job.traces and not file.missing():
             raise ValueError(f"--trace: all samples are in {job.output} already, so there is nothing to trace.")
         traced: list[dict[str, Any]] = []
         try:
             _generate_all(job, encoded, file, traced, model, tokenizer)
         except KeyboardInterrupt:
             if file is not None:
+                count = len(job.sample_prompts)
                 print(
-                    f"interrupted: {len(file.finished)} of {len(encoded)} samples are in {job.output}", file=sys.stderr
+                    f"interrupted: {count - len(file.missing())} of {count} samples are in {job.output}",
+                    file=sys.stderr,
                 )
             raise
         finally:
@@ -74,20 +76,20 @@ def write_samples(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> N
 
 def _generate_all(
     job: Job,
-    encoded: list[list[int]],
+    encoded: dict[str | None, list[int]],
     file: SamplesFile | None,
     traced: list[dict[str, Any]],
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    prompts, count = job.sample_prompts, len(encoded)
-    missing = [index for index in range(count) if file is None or index not in file.finished]
+    prompts = dict(enumerate(job.sample_prompts)) if file is None else file.missing()
+    missing, count = list(prompts), len(job.sample_prompts)
     kept = count - len(missing)
     is_shown = sys.stderr.isatty() and not job.stream and len(missing) > job.batch_size
     with tqdm(total=count, initial=kept, desc="generating", unit="text", disable=not is_shown, leave=False) as bar:
         for begin in range(0, len(missing), job.batch_size):
             batch = missing[begin : begin + job.batch_size]
-            texts = _generate(job, batch, encoded, model, tokenizer)
+            texts = _generate(job, batch, [encoded[prompts[index]] for index in batch], model, tokenizer)
             samples = [
                 Sample.of(text, tokenizer, index=index, prompt=prompts[index], settings=job.settings)
                 for index, text in zip(batch, texts, strict=True)
@@ -106,14 +108,14 @@ def _generate_all(
 
 
 def _generate(
-    job: Job, batch: list[int], encoded: list[list[int]], model: Any, tokenizer: PreTrainedTokenizerBase
+    job: Job, batch: list[int], prompts: list[list[int]], model: Any, tokenizer: PreTrainedTokenizerBase
 ) -> list[GeneratedText]:
     if job.stream and batch[0] > 0:
         print(SEPARATOR)
     options = dict(job.generation)
     return generate_batch(
         model,
-        [encoded[index] for index in batch],
+        prompts,
         options.pop("max_new_tokens"),
         seeds=[derived_seed(job.seed, index) for index in batch],
         stop_at_eos=True,
@@ -123,11 +125,11 @@ def _generate(
     )
 
 
-def _encode(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return the prompt of each sample as token ids; without a prompt, the token that begins a text."""
+def _encode(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str | None, list[int]]:
+    """Return the token ids of each prompt; without a prompt, the token that begins a text."""
     # Our models read the end of a prompt that is longer, with a warning, or refuse it themselves.
     window = math.inf if hasattr(model, "token_nll") else window_of(model)
-    encoded: list[list[int]] = []
+    encoded: dict[str | None, list[int]] = {}
     for prompt in job.prompts:
         if prompt is None:
             begin = model.generation_config.bos_token_id
@@ -141,7 +143,7 @@ def _encode(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> list[li
                 f"a prompt has {len(ids)} tokens, more than the model's window of {window} tokens: shorten it "
                 f"({str(prompt)[:40]!r} ...)."
             )
-        encoded += [ids] * job.num_samples
+        encoded[prompt] = ids
     return encoded
 
 

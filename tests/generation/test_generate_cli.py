@@ -136,14 +136,22 @@ def test_more_samples_extend_a_file_and_a_sample_depends_on_seed_and_number_only
     assert [row["text"] for row in rows_of(grown)] == [row["text"] for row in rows_of(whole)]
 
 
-def test_more_samples_of_several_prompts_are_refused(generate, tmp_path):
+def test_a_file_grows_by_samples_of_several_prompts_and_by_prompts(generate, tmp_path):
     output = tmp_path / "s.jsonl"
-    arguments = ["--prompt", "The fox", "--prompt", "A", "--max-new-tokens", 3, "--output", output]
+    arguments = ["--prompt", "The fox", "--prompt", "A", "--max-new-tokens", 8, "--output", output]
     assert generate(*arguments, "--num-samples", 2)[0] == 0
     before = output.read_bytes()
-    code, _, err = generate(*arguments, "--num-samples", 3)
-    assert code == 2 and "samples_per_prompt is 2" in err and "--overwrite" in err
-    assert output.read_bytes() == before
+    code, out, _ = generate(*arguments, "--num-samples", 3)
+    assert (
+        code == 0 and out == f"6 samples in {output}, 4 of an earlier run\n" and output.read_bytes().startswith(before)
+    )
+    assert generate(*arguments, "--prompt", "Every", "--num-samples", 3)[0] == 0
+    rows = rows_of(output)
+    prompts = [*["The fox"] * 2, *["A"] * 2, "The fox", "A", *["Every"] * 3]
+    assert [(row["index"], row["prompt"]) for row in rows] == list(enumerate(prompts))
+    assert len({row["text"] for row in rows}) == 9  # every sample has a seed of its own
+    code, _, err = generate("--prompt", "A", "--max-new-tokens", 8, "--output", output)
+    assert code == 2 and "prompt is 'The fox' there" in err and "--overwrite" in err
 
 
 def test_of_a_long_prompt_the_end_is_read(generate, tmp_path):
