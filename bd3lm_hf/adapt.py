@@ -104,9 +104,13 @@ def adapt_decoder(
     argument = f"adapt_decoder({model_or_name!r})" if named else f"adapt_decoder of a {type(model_or_name).__name__}"
     stock = _stock_config(model_or_name, loading, argument)
     model_class = decoder_class(stock, argument)
-    if named and tokenizer is None:
-        tokenizer = _tokenizer_of(model_or_name, loading)
-    mask = _given_mask(mask_token_id, tokenizer, stock) if mask_token_id is not None else choose_mask(tokenizer, stock)
+    own = _tokenizer_of(model_or_name, loading) if named else tokenizer
+    tokenizer = own if tokenizer is None else tokenizer
+    mask = _find_mask(mask_token_id, tokenizer, stock)
+    if mask.trained and own is not None and own.mask_token_id is None:
+        # The caller gave the tokenizer this mask token: to the decoder it is as new as if it were chosen here.
+        chosen = choose_mask(own, stock)
+        mask = chosen if chosen.id == mask.id else mask._replace(trained=False)
     fields = {"block_size": block_size, "alignment": alignment, "context": context, **process_fields}
     config = decoder_config(stock, mask, fields, argument)
     if named:
@@ -170,7 +174,7 @@ def choose_mask(tokenizer: PreTrainedTokenizerBase | None, config: Any) -> MaskT
         return MaskToken(config.vocab_size, None, "a new row, since no tokenizer is known", trained=False)
     if tokenizer.mask_token_id is not None:
         mask = MaskToken(tokenizer.mask_token_id, tokenizer.mask_token, "the tokenizer's own", trained=True)
-        _check_mask(mask.id, tokenizer, config)
+        _check_mask(f"the tokenizer's mask token, id {mask.id}", mask.id, tokenizer, config)
         return mask
     known = tokenizer.get_vocab().get(MASK)
     if known is not None and known < config.vocab_size:
@@ -184,8 +188,11 @@ def choose_mask(tokenizer: PreTrainedTokenizerBase | None, config: Any) -> MaskT
     return MaskToken(free, MASK, "a new row", trained=False)
 
 
-def load_decoder_tokenizer(name: str, config: Any) -> PreTrainedTokenizerBase:
+def load_decoder_tokenizer(name: str, config: Any, mask_token_id: int | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a decoder with all the special tokens that a block-diffusion model of it needs.
+
+    Args:
+        mask_token_id: overrides the choice of the mask token.
 
     Raises:
         ValueError: if there is no tokenizer, or its mask token has another role too.
@@ -193,7 +200,7 @@ def load_decoder_tokenizer(name: str, config: Any) -> PreTrainedTokenizerBase:
     tokenizer = _tokenizer_of(name, {})
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer: name one with --tokenizer.")
-    set_mask_token(tokenizer, choose_mask(tokenizer, config))
+    set_mask_token(tokenizer, _find_mask(mask_token_id, tokenizer, config))
     return complete_special_tokens(tokenizer)
 
 
@@ -213,6 +220,10 @@ def set_mask_token(tokenizer: PreTrainedTokenizerBase, mask: MaskToken) -> None:
         )
 
 
+def _find_mask(mask_token_id: int | None, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> MaskToken:
+    return choose_mask(tokenizer, config) if mask_token_id is None else _given_mask(mask_token_id, tokenizer, config)
+
+
 def _given_mask(mask_token_id: int, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> MaskToken:
     """Return the mask token that a caller asked for."""
     if isinstance(mask_token_id, bool) or not isinstance(mask_token_id, int) or mask_token_id < 0:
@@ -222,7 +233,7 @@ def _given_mask(mask_token_id: int, tokenizer: PreTrainedTokenizerBase | None, c
             f"mask_token_id={mask_token_id} is outside the vocabulary of {config.vocab_size} ids: give one from 0 to "
             f"{config.vocab_size - 1}, or leave it out, which adds a row where none is free."
         )
-    _check_mask(mask_token_id, tokenizer, config)
+    _check_mask(f"mask_token_id={mask_token_id}", mask_token_id, tokenizer, config)
     text = None
     if tokenizer is not None:
         known = tokenizer.convert_ids_to_tokens(mask_token_id) if mask_token_id < _first_free_id(tokenizer) else None
@@ -230,12 +241,12 @@ def _given_mask(mask_token_id: int, tokenizer: PreTrainedTokenizerBase | None, c
     return MaskToken(mask_token_id, text, "as given", trained=False)
 
 
-def _check_mask(mask_token_id: int, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> None:
-    for name, number in _special_ids(tokenizer, config).items():
-        if number == mask_token_id:
+def _check_mask(what: str, number: int, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> None:
+    for name, special in _special_ids(tokenizer, config).items():
+        if special == number:
             raise ValueError(
-                f"mask_token_id={mask_token_id} is also {name}: the mask must be a token of its own, or the model "
-                f"forgets what that token means. Leave mask_token_id out, or name another."
+                f"{what} is also {name}: the mask must be a token of its own, or the model forgets what that token "
+                f"means. Name another with mask_token_id (`bd3lm train --mask_token_id`)."
             )
 
 

@@ -35,7 +35,13 @@ if TYPE_CHECKING:
 
 
 def add_adapters(
-    model: Any, *, rank: int, alpha: int = 16, dropout: float = 0.0, targets: list[str] | None = None
+    model: Any,
+    *,
+    rank: int,
+    alpha: int = 16,
+    dropout: float = 0.0,
+    targets: list[str] | None = None,
+    train_mask_row: bool = False,
 ) -> "PeftModel":
     """Return the model with adapters, the only weights that have gradients.
 
@@ -44,18 +50,26 @@ def add_adapters(
         alpha: the update is scaled by `alpha / rank`.
         dropout: on the input of the adapters.
         targets: endings of the names of the adapted layers, or `["all-linear"]`, which is all but the head.
+        train_mask_row: train the embedding of the mask token too, and save it with the adapters. A decoder that has
+            just been adapted has not learned it.
 
     Raises:
         ValueError: if no layer has such a name.
     """
     from peft import LoraConfig, get_peft_model
 
+    table = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    table = table.rpartition(".")[2]
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
+        # An adapter of the whole table has this row too.
+        trainable_token_indices={table: [model.config.mask_token_id]}
+        if train_mask_row and table not in (targets or ())
+        else None,
     )
     try:
         return get_peft_model(model, config)

@@ -5,6 +5,7 @@ run is escaped: a card is shown on a web page.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,8 @@ def _facts(model: Any, whole: Any) -> list[tuple[str, Any]]:
     config = whole.config
     rows = [(label, getattr(config, name, None)) for name, label in _FACTS.items()]
     # peft adds its matrices under these names; all other parameters are those of the base.
-    adapter = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
+    own = re.compile(r"lora_|trainable_tokens_")
+    adapter = sum(parameter.numel() for name, parameter in model.named_parameters() if own.search(name))
     count = sum(parameter.numel() for parameter in model.parameters()) - adapter
     rows.append(("parameters", f"{count:,}"))
     if model is not whole:

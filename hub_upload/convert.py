@@ -204,7 +204,7 @@ def _adapt(source: str, target: Path, tokenizer: str | None, fields: dict[str, A
     """Convert an autoregressive decoder of transformers; it has yet to be trained."""
     config = read_config(source, argument="SRC")
     with new_folder(target, "DST") as folder:
-        loaded = load_decoder_tokenizer(tokenizer or source, config)
+        loaded = load_decoder_tokenizer(tokenizer or source, config, fields.get("mask_token_id"))
         model = adapt_decoder(source, tokenizer=loaded, **fields).eval()
         _save_checked(model, loaded, folder)
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -16,7 +16,7 @@ from transformers import (
 
 from bd3lm_hf import adapt_decoder
 from bd3lm_hf.adapt import load_decoder_tokenizer
-from bd3lm_hf.checkpoints import add_adapters
+from bd3lm_hf.checkpoints import add_adapters, load_model
 from bd3lm_hf.cli import main
 from bd3lm_hf.hub_upload.convert import convert
 from bd3lm_hf.hub_upload.load_check import check_loads_alone
@@ -117,6 +117,28 @@ def test_adapters_merge_into_the_model(tokenizer):
         merged = adapted.merge_and_unload()
         torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
         assert torch.equal(merged.generate(ids, max_new_tokens=8, do_sample=False), text)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])  # tied, untied, and a table called `wte`
+def test_the_row_of_the_mask_token_trains_with_adapters(family, tokenizer, tmp_path):
+    fields = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    adapt_decoder(tiny_stock(family, **fields), tokenizer=tokenizer).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    before, mask = model.get_input_embeddings().weight.detach().clone(), model.config.mask_token_id
+    adapted = add_adapters(model, rank=2, train_mask_row=True).train()
+    ids = random_ids()
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(2):
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.eval().save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = adapted.token_nll(ids, estimator="exact").nll
+        loaded = load_model(str(tmp_path / "adapter"))
+        torch.testing.assert_close(loaded.token_nll(ids, estimator="exact").nll, expected, atol=1e-4, rtol=1e-4)
+    changed = (loaded.get_input_embeddings().weight != before).any(dim=1).nonzero().flatten()
+    assert changed.tolist() == [mask]
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,9 @@ class ModelArguments:
     complementary: bool | None = field(
         default=None, metadata={"help": "Pair each noisy stream with one that masks the tokens which it shows."}
     )
+    mask_token_id: int | None = field(
+        default=None, metadata={"help": "Decoders to adapt: id of the mask token, which is chosen otherwise."}
+    )
     alignment: str | None = field(
         default=None,
         metadata={"help": "Decoders: what predicts a token: same, shifted or shifted_noisy."},

@@ -275,13 +275,14 @@ def with_adapters(
     """Return the model with adapters.
 
     An adapter names one base model, which must be a block-diffusion model. One that was adapted from a plain decoder
-    is therefore written into the folder of the run, once.
+    is therefore written into the folder of the run, once. The embedding of its mask token, which is new, trains too.
 
     Args:
         start: the checkpoint that the model was loaded from.
     """
     assert lora.lora_r is not None  # checked
-    if is_adaptable(read_config(start, argument="--init_from")):
+    is_new = is_adaptable(read_config(start, argument="--init_from"))
+    if is_new:
         folder = Path(training.output_dir)
         if training.process_index == 0 and not (folder / BASE_NAME).exists():
             staged = staging_folder(folder) / BASE_NAME
@@ -295,6 +296,7 @@ def with_adapters(
         alpha=lora.lora_alpha,
         dropout=lora.lora_dropout,
         targets=lora.lora_target_modules,
+        train_mask_row=is_new,
     )
 
 

@@ -113,10 +113,11 @@ def test_a_single_block_sees_all_of_itself(family, attention):
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-4)
 
 
+@every_attention
 @every_decoder
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_does_not_change_the_loss(family, side):
-    model, ids, lengths = tiny_decoder(family, alignment="shifted"), random_ids(2, 8), (8, 5)
+def test_padding_does_not_change_the_loss(side, family, attention):
+    model, ids, lengths = tiny_decoder(family, attention, alignment="shifted"), random_ids(2, 8), (8, 5)
     noise = Noise(torch.rand(2, 2), torch.rand(2, 8), torch.rand(2, 2))
     rows, mask, tokens = torch.zeros_like(ids), torch.zeros_like(ids), torch.zeros(2, 8)
     apart = 0.0
@@ -257,9 +258,11 @@ def test_contradictory_fields_are_refused(fields, message):
         tiny_decoder("qwen3", **fields)
 
 
+@every_attention
 @every_decoder
-def test_packed_documents_have_the_loss_of_each_alone(family):
-    model, lengths = tiny_decoder(family, context="token", ar_loss_weight=0.5, alignment="shifted").train(), (6, 5)
+def test_packed_documents_have_the_loss_of_each_alone(family, attention):
+    fields = {"context": "token", "ar_loss_weight": 0.5, "alignment": "shifted"}
+    model, lengths = tiny_decoder(family, attention, **fields).train(), (6, 5)
     ids = random_ids(1, sum(lengths))
     texts, starts = ids.split(lengths, dim=1), (0, 6)
     tokens, blocks = torch.rand(1, 11), torch.rand(1, 4)
