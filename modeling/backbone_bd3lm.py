@@ -20,17 +20,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 from transformers.utils import can_return_tuple
 
 from .attention_bd3lm import AttentionPlan, automatic_attention, block_causal_plan, two_stream_plan
-from .cache_bd3lm import BlockCache, open_cache
+from .cache_bd3lm import BlockCache
 from .configuration_bd3lm import BD3LMConfig
-from .inputs_bd3lm import (
-    Layout,
-    check_arguments,
-    check_attention_mask,
-    check_not_next_token_training,
-    check_token_ids,
-    token_layout,
-    warn_of_visible_tokens,
-)
+from .inputs_bd3lm import Layout, check_not_next_token_training, read_inputs
 from .layers_bd3lm import (
     BD3LMBlock,
     BD3LMEmbedding,
@@ -256,33 +248,22 @@ class BD3LMModel(BD3LMPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Normed hidden states `(batch, length, hidden_dim)`; arguments as in [`BD3LMForMaskedLM.forward`]."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds.")
-        check_arguments(self, kwargs, position_ids)
-        check_token_ids(input_ids, self.config.vocab_size, "input_ids")
-        check_token_ids(clean_input_ids, self.config.vocab_size, "clean_input_ids")
         if use_cache is False and clean_input_ids is None and past_key_values is None:
             check_not_next_token_training(self, input_ids, self.config)
-        embeds = self.vocab_embed(input_ids) if inputs_embeds is None else inputs_embeds
-        length, device = embeds.shape[1], embeds.device
-        past_key_values, commit, past = open_cache(
-            past_key_values, use_cache, length, attention_mask, self.config.block_size, training=self.training
+        embeds, layout, cache, commit, past = read_inputs(
+            self,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            clean_input_ids=clean_input_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            **kwargs,
         )
-        check_attention_mask(attention_mask, (embeds.shape[0], past + length))
-        if input_ids is not None and clean_input_ids is None and past_key_values is None and not self.config.causal:
-            warn_of_visible_tokens(self, input_ids, attention_mask, self.config.mask_token_id)
-        # A causal model takes any positions after a cache: those of a window that has moved are not counted from 0.
-        packed = None if self.config.causal and past else position_ids
-        layout = token_layout(
-            attention_mask, length, self.config.block_size, past=past, device=device, position_ids=packed
-        )
+        length = embeds.shape[1]
         position_ids = layout.position_ids[:, past:] if position_ids is None else position_ids
         options = {"implementation": self.config._attn_implementation, "dtype": embeds.dtype}
-        if clean_input_ids is not None and (past_key_values is not None or clean_input_ids.shape != embeds.shape[:2]):
-            raise ValueError(
-                f"clean_input_ids of shape {tuple(clean_input_ids.shape)} must have the shape of the noisy input, "
-                f"{tuple(embeds.shape[:2])}, and no cache: x_0 itself is the context."
-            )
         if clean_input_ids is None or length <= self.config.block_size:
             plan = block_causal_plan(layout, length, self.config.block_size, **options)
         else:
@@ -293,8 +274,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
             embeds,
             position_ids,
             plan,
-            self.modulations(timesteps, device),
-            past_key_values=past_key_values,
+            self.modulations(timesteps, embeds.device),
+            past_key_values=cache,
             commit=commit,
             output_hidden_states=bool(
                 self.config.output_hidden_states if output_hidden_states is None else output_hidden_states

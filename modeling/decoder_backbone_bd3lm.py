@@ -14,17 +14,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from .attention_bd3lm import flex_attention_on_cpu, flex_mask, stream_visibility
-from .cache_bd3lm import StaticSlots, append_to_cache, open_cache
+from .cache_bd3lm import StaticSlots, append_to_cache
 from .configuration_bd3lm_decoders import slides
-from .inputs_bd3lm import (
-    Layout,
-    check_arguments,
-    check_attention_mask,
-    check_token_ids,
-    may_read,
-    token_layout,
-    warn_of_visible_tokens,
-)
+from .inputs_bd3lm import Layout, may_read, read_inputs, token_layout
 from .windows_bd3lm import DecodingNetwork
 
 
@@ -197,26 +189,18 @@ class DecoderBackbone:
 
         Without `clean_input_ids` and cache, every block is denoised given the ones before it as they stand.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds.")
-        check_arguments(self.model, kwargs, position_ids)
-        check_token_ids(input_ids, self.config.vocab_size, "input_ids")
-        check_token_ids(clean_input_ids, self.config.vocab_size, "clean_input_ids")
-        embeds = inputs_embeds if input_ids is None else self.vocab_embed(input_ids)
-        assert embeds is not None  # one of them is given
-        length, size = embeds.shape[1], self.config.block_size
-        cache, commit, past = open_cache(
-            past_key_values, use_cache, length, attention_mask, size, training=self.model.training
+        embeds, layout, cache, commit, past = read_inputs(
+            self.model,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            clean_input_ids=clean_input_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            **kwargs,
         )
-        if clean_input_ids is not None and (cache is not None or clean_input_ids.shape != embeds.shape[:2]):
-            raise ValueError(
-                f"clean_input_ids of shape {tuple(clean_input_ids.shape)} must have the shape of the noisy input, "
-                f"{tuple(embeds.shape[:2])}, and no cache: x_0 itself is the context."
-            )
-        check_attention_mask(attention_mask, (embeds.shape[0], past + length))
-        if input_ids is not None and clean_input_ids is None and cache is None:
-            warn_of_visible_tokens(self.model, input_ids, attention_mask, self.config.mask_token_id)
-        layout = token_layout(attention_mask, length, size, past=past, device=embeds.device, position_ids=position_ids)
+        length = embeds.shape[1]
         asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         outputs = {name: value for name, value in asked.items() if value is not None}
         # A causal clean stream and the blocks that are denoised need two streams, though they hold the same tokens.

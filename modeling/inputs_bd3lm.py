@@ -5,8 +5,11 @@ import inspect
 from typing import Any, NamedTuple
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
+
+from .cache_bd3lm import open_cache
 
 
 logger = logging.get_logger(__name__)
@@ -324,6 +327,59 @@ def _check_document_starts(position_ids: torch.Tensor, begins: torch.Tensor) -> 
             f"position_ids begin a document at position {int(wrong[0])}: count the tokens of each document from 0, or "
             f"leave position_ids out."
         )
+
+
+class NetworkInputs(NamedTuple):
+    """The checked inputs of one call of a network."""
+
+    embeds: torch.Tensor  # (batch, length, hidden_size), of x_t, or of a text where there are no two streams
+    layout: Layout  # of the cached and the given tokens
+    cache: Cache | None
+    num_committed: int  # tokens to write to the cache: all or none
+    past: int  # tokens in the cache
+
+
+def read_inputs(
+    network: Any,
+    *,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    clean_input_ids: torch.Tensor | None,
+    past_key_values: Cache | None,
+    use_cache: bool | None,
+    inputs_embeds: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    **unknown: Any,
+) -> NetworkInputs:
+    """Check the arguments of a forward pass without labels, embed its tokens and open its cache.
+
+    Raises:
+        ValueError: if arguments exclude one another, are unknown, or do not fit the network.
+    """
+    config = network.config
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("pass exactly one of input_ids and inputs_embeds.")
+    check_arguments(network, unknown, position_ids)
+    check_token_ids(input_ids, config.vocab_size, "input_ids")
+    check_token_ids(clean_input_ids, config.vocab_size, "clean_input_ids")
+    embeds = inputs_embeds if input_ids is None else network.get_input_embeddings()(input_ids)
+    assert embeds is not None  # one of them is given
+    length, size = embeds.shape[1], config.block_size
+    cache, commit, past = open_cache(
+        past_key_values, use_cache, length, attention_mask, size, training=network.training
+    )
+    if clean_input_ids is not None and (cache is not None or clean_input_ids.shape != embeds.shape[:2]):
+        raise ValueError(
+            f"clean_input_ids of shape {tuple(clean_input_ids.shape)} must have the shape of the noisy input, "
+            f"{tuple(embeds.shape[:2])}, and no cache: x_0 itself is the context."
+        )
+    check_attention_mask(attention_mask, (embeds.shape[0], past + length))
+    if input_ids is not None and clean_input_ids is None and cache is None and not config.causal:
+        warn_of_visible_tokens(network, input_ids, attention_mask, config.mask_token_id)
+    # A causal model takes any positions after a cache: those of a window that has moved are not counted from 0.
+    packed = None if config.causal and past else position_ids
+    layout = token_layout(attention_mask, length, size, past=past, device=embeds.device, position_ids=packed)
+    return NetworkInputs(embeds, layout, cache, commit, past)
 
 
 class Documents(NamedTuple):
