@@ -114,7 +114,7 @@ def adapt_decoder(
     fields = {"block_size": block_size, "alignment": alignment, "context": context, **process_fields}
     config = decoder_config(stock, mask, fields, argument)
     if named:
-        model = load_model(model_or_name, argument=argument, config=config, **loading)
+        model = load_model(model_or_name, argument="adapt_decoder:", config=config, **loading)
     elif loading:
         raise ValueError(f"{', '.join(loading)} is for a model that is loaded by name: leave it out for a model.")
     else:
@@ -174,7 +174,7 @@ def choose_mask(tokenizer: PreTrainedTokenizerBase | None, config: Any) -> MaskT
         return MaskToken(config.vocab_size, None, "a new row, since no tokenizer is known", trained=False)
     if tokenizer.mask_token_id is not None:
         mask = MaskToken(tokenizer.mask_token_id, tokenizer.mask_token, "the tokenizer's own", trained=True)
-        _check_mask(f"the tokenizer's mask token, id {mask.id}", mask.id, tokenizer, config)
+        _check_mask(f"the tokenizer's mask token {mask.text} (id {mask.id})", mask.id, tokenizer, config)
         return mask
     known = tokenizer.get_vocab().get(MASK)
     if known is not None and known < config.vocab_size:
@@ -195,7 +195,7 @@ def load_decoder_tokenizer(name: str, config: Any, mask_token_id: int | None = N
         mask_token_id: overrides the choice of the mask token.
 
     Raises:
-        ValueError: if there is no tokenizer, or its mask token has another role too.
+        ValueError: if there is no tokenizer, or its mask token is also another special token.
     """
     tokenizer = _tokenizer_of(name, {})
     if tokenizer is None:

@@ -232,6 +232,8 @@ def _reading(name: str, argument: str) -> Iterator[None]:
         ) from error
     except Exception as error:  # a damaged file makes the libraries raise nearly anything
         reason = " ".join(str(error).split())[:500]
+        if isinstance(error, ValueError) and reason.startswith("attn_implementation="):
+            raise ValueError(f"{argument} {name}: {reason}") from error  # an option is wrong, not a file
         raise ValueError(
             f"{argument} {name} cannot be loaded; name a complete checkpoint: {type(error).__name__}: {reason}"
         ) from error

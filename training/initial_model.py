@@ -106,6 +106,31 @@ def check_memory(config: Any) -> None:
         )
 
 
+def check_start(arguments: ModelArguments) -> None:
+    """Refuse a checkpoint that no run can start from, and fields that contradict it, before any text is loaded.
+
+    Raises:
+        ValueError: if the checkpoint cannot be read, is a decoder of a family that is not supported, or does not go
+            with the fields.
+    """
+    name = arguments.init_from
+    config = None if name is None else read_config(name, argument="--init_from")
+    if arguments.mask_token_id is not None and not is_adaptable(config):
+        raise ValueError(
+            f"--mask_token_id {arguments.mask_token_id} is for a plain decoder named by --init_from: any other model "
+            f"has the mask token of its tokenizer, so leave it out."
+        )
+    if name is None:
+        return
+    check_shape(name, arguments.config_fields())
+    if not (hasattr(model_class(arguments.model_type), "from_encoder") or _is_ours(config)):
+        decoder_class(config, f"--init_from {name}")
+
+
+def _is_ours(config: Any) -> bool:
+    return hasattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "token_nll")
+
+
 def check_shape(name: str, fields: dict[str, Any]) -> None:
     """Refuse fields that contradict the shape of a checkpoint's network; a recipe may repeat it.
 
@@ -149,7 +174,7 @@ def start_from(name: str, tokenizer: Any, fields: dict[str, Any], **options: Any
     """
     check_shape(name, fields)
     old = read_config(name, argument="--init_from")
-    if not hasattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(old), None), "token_nll"):
+    if not _is_ours(old):
         return _start_from_decoder(name, old, tokenizer, fields, **options)
     changes = fields | _missing_tokens(old, tokenizer)
     check_tokenizer_fits(tokenizer, old)

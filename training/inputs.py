@@ -88,19 +88,14 @@ def make_tokenizer(arguments: RunArguments, documents: Documents) -> Any:
     """Load or train the tokenizer on the main process and send it to the others.
 
     Raises:
-        ValueError: if `--mask_token_id` is given for a model that is not adapted, or the tokenizer does not fit.
+        ValueError: if there is no tokenizer, or it does not fit the model.
     """
     data, model = arguments.data, arguments.model
-    stock = None if model.init_from is None else read_config(model.init_from, argument="--init_from")
-    if model.mask_token_id is not None and not is_adaptable(stock):
-        raise ValueError(
-            f"--mask_token_id {model.mask_token_id} is for a plain decoder named by --init_from: any other model has "
-            f"the mask token of its tokenizer, so leave it out."
-        )
     tokenizer: list[Any] = [None]
     if arguments.training.process_index == 0:
         # A checkpoint brings its tokenizer.
         name = data.tokenizer or model.init_from
+        stock = None if model.init_from is None else read_config(model.init_from, argument="--init_from")
         if is_adaptable(stock):
             tokenizer = [load_decoder_tokenizer(str(name), stock, model.mask_token_id)]
         else:

@@ -46,7 +46,7 @@ from bd3lm_hf.run_folder import (
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.callbacks import SampleCallback, TrainingStopped, sample_options, sample_text
 from bd3lm_hf.training.command_line import RunArguments, parse_arguments, write_recipe
-from bd3lm_hf.training.initial_model import check_lora, check_shape, make_model, with_adapters
+from bd3lm_hf.training.initial_model import check_lora, check_start, make_model, with_adapters
 from bd3lm_hf.training.inputs import TrainingSequences, load_documents, make_sequences, make_tokenizer
 from bd3lm_hf.training.interval import PLOT_NAME, SEARCH_NAME
 from bd3lm_hf.training.run_summary import TrainResult, held_out_text, report, score_before, summary_at_start
@@ -77,8 +77,7 @@ def _run(arguments: RunArguments) -> TrainResult:
     training = arguments.training
     with training.main_process_first(desc="looking for a checkpoint"):
         resume = requested_checkpoint(training)
-    if arguments.model.init_from is not None:
-        check_shape(arguments.model.init_from, arguments.model.config_fields())
+    check_start(arguments.model)
     # A checkpoint of another folder continues here as in any new folder.
     continues = resume is not None and Path(resume).resolve().parent == Path(training.output_dir).resolve()
     check_output_dir(training.output_dir, overwrite=training.overwrite_output_dir, resume=continues)

@@ -37,10 +37,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("name what to fill: a --text with gaps, or a --text-file.")
     model, tokenizer = load_model_and_tokenizer(arguments)
     if not hasattr(model, "infill"):
-        raise ValueError(
-            f"--model {arguments.model} is a {type(model).__name__}, which fills no gaps: name a block-diffusion "
-            f"model."
-        )
+        from bd3lm_hf.checkpoints import how_to_adapt
+
+        is_ours = hasattr(model, "token_nll")
+        remedy = "Name a block-diffusion model." if is_ours else how_to_adapt(arguments.model)
+        raise ValueError(f"--model {arguments.model} is a {type(model).__name__}, which fills no gaps. {remedy}")
     encoded = [_encode(str(text), arguments, model, tokenizer) for text in texts]
     fields = {name: getattr(arguments, name) for name in ("do_sample", *_CHOICES, *_FIELDS)}
     fields = {name: value for name, value in fields.items() if value is not None}

@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.chat:
         check_chat_arguments(arguments)
         model, tokenizer = load_model_and_tokenizer(arguments)
+        check_generates(model, arguments.model)
         streamer = _streamer(tokenizer, skip_prompt=True)
         converse(model, tokenizer, generation_fields(arguments), seed=arguments.seed, streamer=streamer)
         return

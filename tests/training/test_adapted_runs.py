@@ -7,13 +7,14 @@ import pytest
 import torch
 from decoders import END, save_stock
 from safetensors.torch import load_file
+from transformers import MambaConfig
 
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.cli import main as bd3lm
 from bd3lm_hf.output_files import BASE_NAME
 from bd3lm_hf.training.arguments import ModelArguments
 from bd3lm_hf.training.command_line import parse_arguments
-from bd3lm_hf.training.initial_model import make_model, new_config
+from bd3lm_hf.training.initial_model import check_start, make_model, new_config
 from bd3lm_hf.training.inputs import load_documents, make_sequences, make_tokenizer
 
 
@@ -66,6 +67,40 @@ def test_the_block_that_ends_a_turn_is_filled_for_decoders(fill, decoder, conver
     assert [position for position, label in enumerate(labels) if label != -100] == turns
 
 
+@pytest.mark.parametrize("mask_token_id", [None, 12])
+def test_the_mask_token_of_a_run_is_a_new_row_with_the_mean_of_the_others(
+    mask_token_id, decoder, conversations, tmp_path
+):
+    more = [] if mask_token_id is None else ["--mask_token_id", str(mask_token_id)]
+    arguments = parse_arguments(words_of(decoder, conversations, tmp_path, *more)[1:])
+    tokenizer = make_tokenizer(arguments, load_documents(arguments.data))
+    model = make_model(arguments.model, tokenizer)
+    mask = mask_token_id or 60  # 60: the first free row
+    assert tokenizer.mask_token_id == model.config.mask_token_id == mask
+    table = model.get_input_embeddings().weight.detach()
+    before = load_file(decoder / "model.safetensors")["model.embed_tokens.weight"]
+    others = [number for number in range(60) if number != mask]
+    assert torch.equal(table[others], before[others])
+    torch.testing.assert_close(table[mask], before[others].mean(0), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"), [(["--mask_token_id", "0"], "mask_token_id=0.*eos"), (["--mask_token_id", "64"], "64")]
+)
+def test_a_mask_token_that_cannot_be_is_refused(flags, message, decoder, conversations, tmp_path):
+    arguments = parse_arguments(words_of(decoder, conversations, tmp_path, *flags)[1:])
+    with pytest.raises(ValueError, match=message):
+        make_tokenizer(arguments, load_documents(arguments.data))
+    with pytest.raises(ValueError, match="--mask_token_id.*--init_from"):
+        check_start(ModelArguments(mask_token_id=int(flags[1])))
+
+
+def test_a_family_that_is_not_supported_is_refused_before_text_is_read(tmp_path):
+    MambaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="--init_from .*mamba.*recurrent.*llama"):
+        check_start(ModelArguments(init_from=str(tmp_path)))
+
+
 def test_adapters_on_a_plain_decoder_have_the_base_that_the_run_writes(decoder, conversations, tmp_path, capsys):
     words = words_of(decoder, conversations, tmp_path / "run", "--lora_r", "2", "--learning_rate", "0.1")
     assert bd3lm(words) == 0
@@ -74,6 +109,10 @@ def test_adapters_on_a_plain_decoder_have_the_base_that_the_run_writes(decoder, 
     stock, base = load_file(decoder / "model.safetensors"), load_file(run / BASE_NAME / "model.safetensors")
     assert stock.keys() == base.keys()
     assert torch.equal(stock["model.layers.0.mlp.up_proj.weight"], base["model.layers.0.mlp.up_proj.weight"])
+    trained = load_file(run / "adapter_model.safetensors")
+    assert [name for name in trained if "lora_" not in name] == [
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    ]
     model = load_model(str(run))
     assert model.config.model_type == "bd3lm_qwen3" and type(model).__name__ == "BD3LMQwen3ForMaskedLM"
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, base["model.layers.0.mlp.up_proj.weight"])
