@@ -9,7 +9,6 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from tiny_runs import save_recipe
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import TrainingArguments
@@ -17,7 +16,6 @@ from transformers import TrainingArguments
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.sharding import prepare_fsdp
-from bd3lm_hf.training.train import run
 
 
 LAUNCH = Path(__file__).resolve().parents[2] / "training" / "launch"
@@ -138,23 +136,3 @@ def test_the_slurm_script_starts_one_launcher_per_machine(tmp_path):
         assert line.endswith("training/train.py recipe.yaml --sample_prompt two words")
     parsed = launch_command_parser().parse_args(lines[0].split()[3:])
     assert (parsed.num_machines, parsed.num_processes, parsed.rdzv_backend) == (2, 8, "c10d")
-
-
-@pytest.mark.slow
-def test_the_recipe_of_a_gpu_runs_compiled_with_checkpointed_layers(tmp_path):
-    """A small network by `owt`, with the flags that docs/gpu.md adds; a CPU has no backward pass of flex attention."""
-    words = run([str(save_recipe(tmp_path, max_steps=1)), "--output_dir", str(tmp_path / "words")]).output_dir
-    small = {"tokenizer": words, "dataset": tmp_path / "text.jsonl", "num_proc": 1, "dataloader_num_workers": 0}
-    small |= {"hidden_dim": 32, "n_blocks": 2, "n_heads": 2, "cond_dim": 8, "model_length": 32, "block_size": 4}
-    small |= {"max_steps": 3, "global_batch_size": 4, "per_device_train_batch_size": 2, "warmup_steps": 1}
-    small |= {"eval_steps": 2, "save_steps": 2, "max_eval_samples": 4, "sample_tokens": 4, "logging_steps": 1}
-    small |= {"dropout": 0.0, "gradient_checkpointing": "true", "use_cpu": "true"}
-    given = [word for name, value in small.items() for word in (f"--{name}", str(value))]
-    backend = ["--torch_compile_backend", "aot_eager"]  # the default generates code, which takes minutes here
-    losses = []
-    for compiled in ("false", "true"):
-        more = backend if compiled == "true" else []
-        folder = str(tmp_path / compiled)
-        result = run(["owt", *given, *more, "--torch_compile", compiled, "--output_dir", folder])
-        losses.append([entry["loss"] for entry in result.losses if "loss" in entry])
-    assert len(losses[1]) == 3 and losses[1] == pytest.approx(losses[0], rel=2e-2)
