@@ -180,25 +180,14 @@ class BlockGenerationMixin(_Generative):
                 f"guidance_scale={generation_config.guidance_scale} is not supported: transformers' classifier-free "
                 f"guidance runs the model autoregressively. Leave it out."
             )
-        if prefix_allowed_tokens_fn is not None:
-            prefix_allowed_tokens_fn = self._for_revealed_prefixes(prefix_allowed_tokens_fn, input_ids_seq_length or 0)
-        return super()._get_logits_processor(
-            generation_config,
-            input_ids_seq_length,
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-            **kwargs,
-        )
+        allowed, mask = prefix_allowed_tokens_fn, self.config.mask_token_id
+        if allowed is not None:
+            # A row whose prefix is not revealed yet is scored in another call: the caller's function never sees it.
+            def allowed_after(row: int, prefix: torch.Tensor) -> list[int]:
+                return [mask] if (prefix[input_ids_seq_length:] == mask).any() else allowed(row, prefix)
 
-    def _for_revealed_prefixes(
-        self, allowed: Callable[[int, torch.Tensor], list[int]], prompt_width: int
-    ) -> Callable[[int, torch.Tensor], list[int]]:
-        """Call a caller's function only for rows whose prefix is revealed; other rows are scored in another call."""
-        mask = self.config.mask_token_id
-
-        def allowed_after(row: int, prefix: torch.Tensor) -> list[int]:
-            return [mask] if (prefix[prompt_width:] == mask).any() else allowed(row, prefix)
-
-        return allowed_after
+            kwargs["prefix_allowed_tokens_fn"] = allowed_after
+        return super()._get_logits_processor(generation_config, input_ids_seq_length, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
@@ -210,21 +199,22 @@ class BlockGenerationMixin(_Generative):
     def init_continuous_batching(self) -> Any:
         raise AttributeError(f"{type(self).__name__} has no continuous batching: call generate.")
 
-    def _check_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-        """Refuse a prompt that the model cannot read, before any work."""
+    def _check_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generator: Generators) -> None:
+        """Refuse a prompt that the model cannot read, or generators that do not fit it, before any work."""
+        check_generators(generator, len(input_ids))
         check_attention_mask(attention_mask, input_ids.shape)
-        lengths = [input_ids.shape[1]] if attention_mask is None else attention_mask.bool().sum(1).tolist()
-        if min(lengths) == 0:
+        real = attention_mask.bool()
+        if not real.any(1).all():
             raise ValueError(
                 "empty prompt: give every row at least one token, or call generate without input_ids to start from "
                 "bos_token_id."
             )
-        real = input_ids if attention_mask is None else input_ids[attention_mask.bool()]
-        check_token_ids(real.cpu(), self.config.vocab_size, "the prompt")  # once per call, a wait for the device
+        # Once per call, a wait for the device.
+        check_token_ids(input_ids[real].cpu(), self.config.vocab_size, "the prompt")
 
-    def _check_fits_window(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    def _check_fits_window(self, attention_mask: torch.Tensor) -> None:
         """Refuse a text longer than the window, where no part of it may be left out."""
-        longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.bool().sum(1).max())
+        longest = int(attention_mask.bool().sum(1).max())
         if longest > self.config.model_length:
             raise ValueError(
                 f"the prompt has {longest} tokens, more than the model's window "
@@ -232,19 +222,16 @@ class BlockGenerationMixin(_Generative):
                 f"truncation=True, max_length={self.config.model_length})."
             )
 
-    def _last_window(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, size: int, cache: Cache | None
-    ) -> torch.Tensor | None:
+    def _last_window(self, attention_mask: torch.Tensor, size: int, cache: Cache | None) -> torch.Tensor:
         """Return the mask `(batch, length)` of the tokens that are read: of a long prompt its end.
 
         Args:
             size: tokens are left out in multiples of it, so that blocks begin where they began.
             cache: of an earlier call, which must not hold anything then.
         """
-        window = self.config.model_length
-        if input_ids.shape[1] <= window:
-            return attention_mask
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        window, mask = self.config.model_length, attention_mask.long()
+        if mask.shape[1] <= window:
+            return mask
         lengths = mask.sum(1, keepdim=True)
         # Rounded up to whole blocks, so that what is read fits the window.
         left_out = ((lengths - window + size - 1) // size * size).clamp(min=0)
@@ -262,23 +249,21 @@ class BlockGenerationMixin(_Generative):
 
     def _take_prompts(
         self, input_ids: torch.Tensor, model_kwargs: dict[str, Any], synced_gpus: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the prompts and their attention mask on the model's device.
 
         Raises:
             ValueError: if `generate` cannot continue them, or there is not one generator for each.
         """
         input_ids, attention_mask = input_ids.to(self.device), model_kwargs.get("attention_mask")
-        attention_mask = None if attention_mask is None else attention_mask.to(self.device)
-        check_generators(model_kwargs.get("generator"), len(input_ids))
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
         if synced_gpus:
             raise ValueError(
                 "synced_gpus=True: generating from sharded weights (ZeRO-3, FSDP) is not supported; gather the model "
                 "on one device first, or pass synced_gpus=False where every process holds whole weights."
             )
-        self._check_prompt(input_ids, attention_mask)
-        masked = input_ids == self.config.mask_token_id
-        if (masked if attention_mask is None else masked & attention_mask.bool()).any():
+        self._check_prompt(input_ids, attention_mask, model_kwargs.get("generator"))
+        if ((input_ids == self.config.mask_token_id) & attention_mask.bool()).any():
             instead = "; model.infill(input_ids) does" if hasattr(self, "infill") else ""
             raise ValueError(
                 f"the prompt holds mask_token_id={self.config.mask_token_id}: generate continues a text and does not "
@@ -385,27 +370,16 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         input_ids, attention_mask = self._take_prompts(input_ids, model_kwargs, synced_gpus)
         stride = window_stride(self.config, generation_config.window_stride)
         cache = model_kwargs.get("past_key_values")
-        read = self._last_window(input_ids, attention_mask, stride or self.config.block_size, cache)
+        read = self._last_window(attention_mask, stride or self.config.block_size, cache)
+        max_new_tokens = generation_config.max_length - input_ids.shape[1]
         buffer = SequenceBuffer.from_prompts(
-            input_ids,
-            read,
-            generation_config.max_length - input_ids.shape[1],
-            self.config.block_size,
-            self.config.mask_token_id,
-            stride,
+            input_ids, read, max_new_tokens, self.config.block_size, self.config.mask_token_id, stride
         )
         prompt, padding = pad_left(input_ids, attention_mask)
         stop = StopRules(stopping_criteria, prompt, buffer, generation_config, padding)
-        writer = BlockWriter(
-            self,
-            buffer,
-            prompt,
-            logits_processor,
-            generation_config,
-            cache,
-            model_kwargs.get("generator"),
-            Trace(buffer, input_ids, read) if generation_config.output_trace else None,
-        )
+        generator = model_kwargs.get("generator")
+        trace = Trace(buffer, input_ids, read) if generation_config.output_trace else None
+        writer = BlockWriter(self, buffer, prompt, logits_processor, generation_config, cache, generator, trace)
         # 2. and 3. Denoise, stop and stream
         write_blocks(writer, stop, streamer)
         # 4. Assemble
@@ -472,9 +446,8 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         if attention_mask is None:
             attention_mask = self._prepare_attention_mask_for_generation(input_ids, config, {})
         attention_mask = attention_mask.to(self.device)
-        self._check_prompt(input_ids, attention_mask)
-        self._check_fits_window(input_ids, attention_mask)
-        check_generators(generator, len(input_ids))
+        self._check_prompt(input_ids, attention_mask, generator)
+        self._check_fits_window(attention_mask)
         processors = self._get_logits_processor(
             config,
             0,
@@ -490,18 +463,17 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         trace = Trace(buffer, input_ids, attention_mask) if config.output_trace else None
         cached = config.use_cache and not self.config.time_conditioning and not fills_window(self.config)
         cache = cache_maker(config.cache_implementation)(self.config) if cached else None
-        # Processors count the context from the first token of each row: nothing comes before the buffer.
-        empty = input_ids[:, :0]
-        writer = BlockWriter(self, buffer, empty, processors, config, cache, generator, trace)
+        # Processors count the context from the first token of each row: the prompt before the buffer is empty.
+        writer = BlockWriter(self, buffer, input_ids[:, :0], processors, config, cache, generator, trace)
         # 2. Fill block after block; those without a blank are only read.
         for begin in buffer.blocks():
             if buffer.new_positions(begin).any():
                 writer.denoise(begin, torch.zeros(len(input_ids), dtype=torch.bool))
         writer.forward.close(keep=False)
         # 3. Put the texts back in their columns.
-        sequences = input_ids.clone()
-        sequences[attention_mask.bool()] = buffer.token_ids[is_text]  # both in reading order
+        # Both in reading order.
+        sequences = input_ids.masked_scatter(attention_mask.bool(), buffer.token_ids[is_text]).to(home)
         if not config.return_dict_in_generate:
-            return sequences.to(home)
+            return sequences
         assert buffer.blanks is not None
-        return BD3LMGenerateOutput(sequences=sequences.to(home), **writer.statistics(int(buffer.blanks.sum())))
+        return BD3LMGenerateOutput(sequences=sequences, **writer.statistics(int(buffer.blanks.sum())))

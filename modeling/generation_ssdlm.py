@@ -293,7 +293,7 @@ class SSDLMGenerationMixin(BlockGenerationMixin):
         # 1. Lay out
         home = input_ids.device
         input_ids, attention_mask = self._take_prompts(input_ids, model_kwargs, synced_gpus)
-        self._check_fits_window(input_ids, attention_mask)
+        self._check_fits_window(attention_mask)
         prompt, padding = pad_left(input_ids, attention_mask)
         buffer = lay_out_after(prompt, padding, generation_config.max_length - input_ids.shape[1], self.config)
         stop = StopRules(stopping_criteria, prompt, buffer, generation_config, padding)

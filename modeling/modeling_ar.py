@@ -86,8 +86,7 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
         home = input_ids.device
         input_ids, attention_mask = self._take_prompts(input_ids, model_kwargs, synced_gpus)
         prompt, padding = pad_left(input_ids, attention_mask)
-        if attention_mask is not None:
-            model_kwargs["attention_mask"] = attention_mask if padding is None else (~padding).long()
+        model_kwargs["attention_mask"] = attention_mask if padding is None else (~padding).long()
         model_kwargs.pop("position_ids", None)  # they were made before the padding moved
         # A prompt longer than the window is read again for each token, as no cache has slid over it.
         exact = WINDOWS[generation_config.window] or prompt.shape[1] > self.config.model_length

@@ -114,7 +114,7 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
                 shift = noise.block_noise if shift is None else shift
                 noise = noise._replace(block_noise=(sample + shift) / num_samples)
             losses, indices = self._losses(input_ids, layout, scored, noise)
-            nll.index_add_(0, indices, losses / num_samples)
+            nll.index_add_(0, indices, losses.float() / num_samples)
         return TokenNLL(nll.view_as(input_ids), scored.counted.float())
 
     def _losses(

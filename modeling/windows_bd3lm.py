@@ -239,9 +239,10 @@ class CachedWindow(Window):
         if begin - (self.first + self.held) > self.size:
             self._prefill(self.first + self.held, begin)
         hidden = self._step(begin, begin - (self.first + self.held), positions, sigma)
+        if not self.exact and oldest > self.first:  # so that the next step fits into the window
+            self._drop_oldest(oldest - self.first)
+            self.first = oldest
         self.held = begin - self.first
-        if not self.exact and oldest > self.first:
-            self._forget(oldest - self.first)
         return hidden
 
     def close(self, keep: bool = True) -> Cache:
@@ -277,11 +278,8 @@ class CachedWindow(Window):
         )
         return hidden
 
-    def _forget(self, tokens: int) -> None:
-        """Drop the oldest tokens, so that the next step fits into the window."""
+    def _drop_oldest(self, tokens: int) -> None:
         drop_oldest(self.cache, tokens)
-        self.first += tokens
-        self.held -= tokens
 
 
 class StaticWindow(CachedWindow):
@@ -377,10 +375,8 @@ class StaticWindow(CachedWindow):
         seen = torch.cat([finished, noisy.expand(-1, -1, self.size, -1)], dim=2)
         return torch.zeros(seen.shape, dtype=self.network.dtype, device=device).masked_fill(~seen, -torch.inf)
 
-    def _forget(self, tokens: int) -> None:
-        # The ring overwrites them.
-        self.first += tokens
-        self.held -= tokens
+    def _drop_oldest(self, tokens: int) -> None:
+        pass  # the ring overwrites them
 
 
 def static_step(network: DecodingNetwork, *inputs: Any) -> torch.Tensor:
