@@ -104,27 +104,20 @@ def interpreted():
 
 
 @pytest.fixture
-def make_model(tiny_config, randomize):
+def fresh_compiler():
+    """Code compiled by other tests is neither used nor counted."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def make_model():
     """A function `(**config fields) -> model` whose greedy text varies; it has no end token, so it never stops."""
-    from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+    from generating import make_family
 
-    def make(**fields):
-        known = {"eos_token_id": None, "mask_token_id": None}
-        config = BD3LMConfig(**{**tiny_config.to_diff_dict(), **known, **fields})
-        model = randomize(BD3LMForMaskedLM(config)).eval()
-        with torch.no_grad():
-            # Masked places differ by what they attend to alone: make that loud, and what all share silent.
-            model.backbone.vocab_embed.embedding.mul_(4)[config.mask_token_id] = 0
-            for layer in model.backbone.blocks:
-                layer.attn_qkv.weight.mul_(6)
-            for shared in (
-                model.get_output_embeddings().bias,
-                *model.backbone.output_layer.adaLN_modulation.parameters(),
-            ):
-                shared.zero_()
-        return model
-
-    return make
+    return lambda **fields: make_family("bd3lm", seed=0, **{"model_length": 32, **fields}).float()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What the tests of generation share: prompts, tiny models of every family, and a plain loop to compare with."""
+"""Shared by the tests of generation: prompts, tiny models of every family, and a plain loop to compare with."""
 
 import math
 
@@ -26,18 +26,18 @@ FAMILIES = {
 }
 
 
-def make_family(family: str, **fields):
+def make_family(family: str, seed: int = 2, **fields):
     """A model of a family whose greedy text varies and never ends, in float64: no two tokens are nearly tied."""
     model_class, config_class, sizes = FAMILIES[family]
     ids = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": PAD}
     known = {"vocab_size": 48, "hidden_dim": 32, "cond_dim": 16, "n_blocks": 2, "n_heads": 2, "dropout": 0.0}
     model = model_class(config_class(**{**known, **ids, **sizes, **fields})).eval()
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + ("norm" in name))
         # Masked positions differ by what they attend to: make that large, and what they share small.
-        model.backbone.vocab_embed.embedding.mul_(4)[MASK] = 0
+        model.backbone.vocab_embed.embedding.mul_(4)[model.config.mask_token_id] = 0
         for layer in model.backbone.blocks:
             layer.attn_qkv.weight.mul_(6)
         model.get_output_embeddings().bias.zero_()
@@ -68,6 +68,24 @@ def generate(model, input_ids: torch.Tensor | None = None, **arguments):
     return model.generate(input_ids, return_dict_in_generate=True, **arguments)
 
 
+class Recorder:
+    """A streamer that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.puts: list[list[int]] = []
+        self.drafts: list[tuple[int, list[int]]] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.puts.append(value.flatten().tolist())
+
+    def put_draft(self, value: torch.Tensor) -> None:
+        self.drafts.append((sum(map(len, self.puts)), value.tolist()))
+
+    def end(self) -> None:
+        self.ended = True
+
+
 def new_tokens(output) -> torch.Tensor:
     return output.sequences[:, output.sequences.shape[1] - len(output.logits) :]
 
@@ -92,7 +110,7 @@ FIELDS = {
 
 
 def in_three_steps(masked, count, confidence, entropy):
-    """Of the `count` masked positions of a block from the left, step k reveals the k-th third."""
+    """Reveal the k-th third of the `count` masked positions of a block, from the left, in step k."""
     steps = [min(2, math.floor((rank + 0.5) / count * 3)) for rank in range(count)][count - len(masked) :]
     return {position for position, step in zip(masked, steps, strict=True) if step == steps[0]}
 

@@ -156,7 +156,7 @@ def test_both_precisions_give_the_same_samples(model):
     assert (narrow != wide).sum() <= 1
 
 
-def test_a_place_that_is_predicted_again_is_not_drawn_again(model):
+def test_a_position_that_is_predicted_again_is_not_drawn_again(model):
     # Where nothing is learnt between the steps, the sampler that accepts what is likely must not favour the likely.
     with torch.no_grad():
         flat = BD3LMForMaskedLM(model.config).eval()  # its logits are its bias: no token depends on another

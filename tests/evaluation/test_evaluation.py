@@ -113,9 +113,9 @@ def test_estimates_agree_with_the_exact_bound_within_their_noise(model, sequence
 
 def test_published_times_are_dealt_to_a_batch_in_order():
     noise = published_noise(range(40), 40, num_blocks=3, length=12, seed=5)
-    places = torch.randperm(40, generator=torch.Generator().manual_seed(5))
+    positions = torch.randperm(40, generator=torch.Generator().manual_seed(5))
     for first, size in ((0, 16), (16, 16), (32, 8)):
-        times = noise.block_noise[places[first : first + size]]
+        times = noise.block_noise[positions[first : first + size]]
         stratum = (times * size * 3).floor()
         assert stratum.tolist() == torch.arange(size * 3).view(size, 3).tolist()
         # The same as the published deal of the same draws.

@@ -1,4 +1,4 @@
-"""Texts that are judged: resumed after a kill, the same for any size of a batch, and never mixed with others."""
+"""Texts scored by a reference model: resumed after a kill, the same for any batch size, never mixed with others."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def judge_folder(tiny_tokenizer, tmp_path):
 
 
 @pytest.fixture
-def judged(bd3lm, model_folder, judge_folder, tmp_path, monkeypatch):
+def scored(bd3lm, model_folder, judge_folder, tmp_path, monkeypatch):
     """A function `(*arguments) -> (exit code, report or None, stdout, stderr)`, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
 
@@ -48,8 +48,8 @@ def lines(tmp_path, name="samples.jsonl"):
     return [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def test_texts_are_written_judged_counted_and_kept(judged, judge_folder, tiny_tokenizer, tmp_path):
-    code, report, out, err = judged("--batch-size", 2)
+def test_texts_are_written_scored_counted_and_kept(scored, judge_folder, tiny_tokenizer, tmp_path):
+    code, report, out, err = scored("--batch-size", 2)
     assert code == 0, err
     rows = lines(tmp_path)
     assert [row["index"] for row in rows] == list(range(5)) and "5 samples in samples.jsonl" in out
@@ -72,17 +72,17 @@ def test_texts_are_written_judged_counted_and_kept(judged, judge_folder, tiny_to
     assert f"generative perplexity   {result.perplexity:.2f} +- " in out and "torch" in report
 
 
-def test_numbers_do_not_depend_on_the_size_of_a_batch(judged, tmp_path):
+def test_numbers_do_not_depend_on_the_size_of_a_batch(scored, tmp_path):
     one, all_at_once = (
-        judged("--batch-size", size, "--samples", f"{size}.jsonl", "--nucleus-p", 0.9)[1] for size in (1, 5)
+        scored("--batch-size", size, "--samples", f"{size}.jsonl", "--nucleus-p", 0.9)[1] for size in (1, 5)
     )
     assert [row["ids"] for row in lines(tmp_path, "1.jsonl")] == [row["ids"] for row in lines(tmp_path, "5.jsonl")]
     for name in NUMBERS:
         assert one[name] == pytest.approx(all_at_once[name], rel=1e-5), name
 
 
-def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(judged, tmp_path, monkeypatch):
-    expected = judged("--samples", "whole.jsonl")[1]
+def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(scored, tmp_path, monkeypatch):
+    expected = scored("--samples", "whole.jsonl")[1]
     write, calls = generative.generate_batch, []
 
     def killed(*arguments, **options):
@@ -92,20 +92,20 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(judged, tmp_path, mon
         return write(*arguments, **options)
 
     monkeypatch.setattr(generative, "generate_batch", killed)
-    assert judged("--batch-size", 2)[0] == 130
+    assert scored("--batch-size", 2)[0] == 130
     path = tmp_path / "samples.jsonl"
     path.write_bytes(path.read_bytes()[:-20])  # as if the kill had come while the second line was written
-    code, report, out, _ = judged("--batch-size", 3)
+    code, report, out, _ = scored("--batch-size", 3)
     assert code == 0 and calls == [2, 2, 3, 1] and "5 samples in samples.jsonl, 1 of an earlier run" in out
     for name in NUMBERS:
         assert report[name] == pytest.approx(expected[name], rel=1e-5), name
-    more = judged("--num-samples", 7)[1]
+    more = scored("--num-samples", 7)[1]
     assert more["num_samples"] == 7 and len(lines(tmp_path)) == 7 and calls == [2, 2, 3, 1, 2]
-    assert judged("--num-samples", 5)[1]["generative_perplexity"] == report["generative_perplexity"]
+    assert scored("--num-samples", 5)[1]["generative_perplexity"] == report["generative_perplexity"]
 
 
-def test_texts_of_a_changed_run_are_refused(judged, model_folder, tmp_path):
-    assert judged()[0] == 0
+def test_texts_of_a_changed_run_are_refused(scored, model_folder, tmp_path):
+    assert scored()[0] == 0
     before = (tmp_path / "samples.jsonl").read_bytes()
     for change, part in (
         (("--seed", 1), "seed is 0 there and 1 now"),
@@ -113,33 +113,33 @@ def test_texts_of_a_changed_run_are_refused(judged, model_folder, tmp_path):
         (("--nucleus-p", 0.9), "nucleus_p is None there and 0.9 now"),
         (("--judge", model_folder), "judge is "),
     ):
-        code, _, _, err = judged(*change)
+        code, _, _, err = scored(*change)
         assert code == 2 and part in err and err.startswith("error: --samples samples.jsonl: line 1 was written with")
     model = load_model(str(model_folder))
     with torch.no_grad():
         model.get_output_embeddings().bias.add_(torch.arange(320) / 100)
     model.save_pretrained(model_folder)
-    code, _, _, err = judged()
+    code, _, _, err = scored()
     assert code == 2 and "model_weights is " in err
     assert (tmp_path / "samples.jsonl").read_bytes() == before
-    assert judged("--overwrite")[0] == 0
+    assert scored("--overwrite")[0] == 0
 
 
-def test_an_end_token_ends_a_text_only_where_it_may(judged, model_folder, tmp_path):
+def test_an_end_token_ends_a_text_only_where_it_may(scored, model_folder, tmp_path):
     model = load_model(str(model_folder))
     with torch.no_grad():
         model.get_output_embeddings().bias[1] += 6
     model.save_pretrained(model_folder)
-    fixed = judged("--samples", "fixed.jsonl")[1]
-    ended = judged("--variable-length")[1]
+    fixed = scored("--samples", "fixed.jsonl")[1]
+    ended = scored("--variable-length")[1]
     assert fixed["lengths"]["shortest"] == 15 > ended["lengths"]["shortest"]
     for whole, text in zip(lines(tmp_path, "fixed.jsonl"), lines(tmp_path), strict=True):
         assert text["ids"] == whole["ids"][: len(text["ids"])]
         assert text["ids"][-1] == 1 or len(text["ids"]) == 16
 
 
-def test_a_diffusion_model_can_judge(judged, model_folder):
-    code, report, _, _ = judged("--judge", model_folder)
+def test_a_diffusion_model_can_judge(scored, model_folder):
+    code, report, _, _ = scored("--judge", model_folder)
     assert code == 0 and report["judge_estimator"] == "exact" and report["generative_perplexity"] > 1
 
 
@@ -161,9 +161,9 @@ def test_a_single_text_has_no_standard_error():
         (("--dataset", "python-docs"), "unrecognized arguments: --dataset"),
     ],
 )
-def test_bad_input_is_refused_before_a_text_is_written(judged, monkeypatch, arguments, part):
+def test_bad_input_is_refused_before_a_text_is_written(scored, monkeypatch, arguments, part):
     monkeypatch.setattr(generative, "generate_batch", None)
-    code, report, out, err = judged(*arguments)
+    code, report, out, err = scored(*arguments)
     assert code == 2 and not out and report is None
     assert err.startswith("error: ") and err.count("\n") == 1 and part in err
 
@@ -177,27 +177,27 @@ def test_a_judge_is_asked_for_and_has_to_be_complete(bd3lm, model_folder, judge_
     assert code == 2 and f"--judge {judge_folder}" in err
 
 
-def test_a_model_that_can_not_start_a_text_is_refused(judged, model_folder, monkeypatch):
+def test_a_model_that_can_not_start_a_text_is_refused(scored, model_folder, monkeypatch):
     monkeypatch.setattr(generative, "generate_batch", None)
     for name in ("generation_config.json", "config.json"):
         path = model_folder / name
         path.write_text(json.dumps({**json.loads(path.read_text()), "bos_token_id": None}))
-    code, _, _, err = judged()
+    code, _, _, err = scored()
     assert code == 2 and "has no bos_token_id to start a text from: set it in its generation config" in err
 
 
-def test_texts_of_low_entropy_are_generated_again_a_limited_number_of_times(judged, tmp_path):
+def test_texts_of_low_entropy_are_generated_again_a_limited_number_of_times(scored, tmp_path):
     window = ["--entropy-stop-window", 8, "--num-samples", 3]
-    _, plain, _, _ = judged("--samples", "plain.jsonl", *window[2:])
+    _, plain, _, _ = scored("--samples", "plain.jsonl", *window[2:])
     once = {row["index"]: row["ids"] for row in lines(tmp_path, "plain.jsonl")}
     # No text of 8 tokens has more than ln 8 nats: each is generated again until the last try.
-    code, report, out, _ = judged("--samples", "never.jsonl", "--entropy-stop", 9, *window)
+    code, report, out, _ = scored("--samples", "never.jsonl", "--entropy-stop", 9, *window)
     assert code == 0 and (report["redrawn"], report["low_entropy"]) == (3, 3) and "3 texts, 3 of them" in out
     assert {row["redraws"] for row in lines(tmp_path, "never.jsonl")} == {MAX_REDRAWS}
     # A bound between the entropies of the texts changes those below it, and no other.
     entropies = {index: text_entropy(ids[-8:]) for index, ids in once.items()}
     bound = sorted(entropies.values())[-1] - 1e-4
-    code, report, _, _ = judged("--samples", "some.jsonl", "--entropy-stop", bound, *window)
+    code, report, _, _ = scored("--samples", "some.jsonl", "--entropy-stop", bound, *window)
     for row in lines(tmp_path, "some.jsonl"):
         assert (row["ids"] == once[row["index"]]) == (entropies[row["index"]] >= bound) == (row["redraws"] == 0)
     assert report["entropy_stop"] == pytest.approx(bound) and "entropy_stop" not in plain

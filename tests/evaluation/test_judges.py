@@ -69,17 +69,17 @@ def test_texts_that_come_in_batches_have_the_perplexity_of_all(golden_judge):
 @pytest.mark.parametrize("window", [8, 7])
 def test_each_token_is_scored_by_one_window(length, window):
     scored = [
-        place for begin, end, first in sliding_windows(length, window) for place in range(max(first, begin), end)
+        position for begin, end, first in sliding_windows(length, window) for position in range(max(first, begin), end)
     ]
     assert scored == list(range(length))
     for begin, end, first in sliding_windows(length, window):
         assert end - begin <= window and (first == 0 or first - begin >= window // 2)
 
 
-# --- who judges ------------------------------------------------------------------------------------------------------
+# --- The reference model ---------------------------------------------------------------------------------------------
 
 
-def test_a_model_judges_itself_exactly_up_to_blocks_of_8(tiny_model, tiny_config):
+def test_a_model_scores_itself_exactly_up_to_blocks_of_8(tiny_model, tiny_config):
     assert reference_model_of(tiny_model).estimator == "exact"
     large = BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), "block_size": 16}))
     assert (reference_model_of(large).estimator, reference_model_of(large).num_samples) == ("stratified", 8)

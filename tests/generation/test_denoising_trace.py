@@ -62,18 +62,18 @@ def backwards(prompt_ids, new_ids, mask):
     ids, first = [*prompt_ids, *new_ids], len(prompt_ids)
     steps = []
     for begin in range(first // BLOCK * BLOCK, len(ids), BLOCK):
-        places = range(begin, begin + BLOCK)
-        now = [ids[at] if at < first else mask if at < len(ids) else 5 for at in places]  # 5 stands behind the end
+        positions = range(begin, begin + BLOCK)
+        now = [ids[at] if at < first else mask if at < len(ids) else 5 for at in positions]  # 5 stands behind the end
         todo = [at for at, token in enumerate(now) if token == mask]
         if not steps:
             wrong = list(now)
             wrong[todo[0]] = 40
-            steps.append(RowStep(begin, places, wrong, [0.25 if at == todo[0] else None for at in range(BLOCK)]))
+            steps.append(RowStep(begin, positions, wrong, [0.25 if at == todo[0] else None for at in range(BLOCK)]))
         while todo:
             fresh = [todo.pop() for _ in range(min(2, len(todo)))]
             for at in fresh:
                 now[at] = ids[begin + at]
-            steps.append(RowStep(begin, places, list(now), [0.75 if at in fresh else None for at in range(BLOCK)]))
+            steps.append(RowStep(begin, positions, list(now), [0.75 if at in fresh else None for at in range(BLOCK)]))
     return steps + [RowStep(begin + BLOCK, [-1] * BLOCK, [mask] * BLOCK, [None] * BLOCK)]
 
 

@@ -262,13 +262,13 @@ def test_a_trace_replays_every_sample_of_a_batch(generate, tmp_path):
         assert sample["num_prompt_tokens"] == row["num_prompt_tokens"] and sample["num_tokens"] == row["num_tokens"]
         assert sample["forwards"] <= row["forwards"] <= row["batch_forwards"]
         assert any(not step["forward"] for step in sample["steps"])
-        places = [position for start, stop in sample["blocks"] for position in range(start, stop)]
-        assert places == list(range(sample["num_prompt_tokens"], len(sample["ids"])))
-        assert all((start % 4 == 0 or start == places[0]) and stop - start <= 4 for start, stop in sample["blocks"])
+        positions = [position for start, stop in sample["blocks"] for position in range(start, stop)]
+        assert positions == list(range(sample["num_prompt_tokens"], len(sample["ids"])))
+        assert all((start % 4 == 0 or start == positions[0]) and stop - start <= 4 for start, stop in sample["blocks"])
         state = {}
         for step in sample["steps"]:
             state.update({position: token for position, token, _ in step["changes"]})
-        assert [state[place] for place in places] == sample["ids"][sample["num_prompt_tokens"] :]
+        assert [state[place] for place in positions] == sample["ids"][sample["num_prompt_tokens"] :]
     assert json.dumps(document["samples"][3]["ids"]) in page.read_text()
 
 

@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from bd3lm_hf.modeling.attention_bd3lm import automatic_attention
 
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 SIZES = {"vocab_size": 48, "model_length": 32, "hidden_dim": 32, "cond_dim": 16, "n_blocks": 1, "n_heads": 2}
 DOCUMENTS = torch.cat([torch.arange(13), torch.arange(19)]).unsqueeze(0)
 PADDING = torch.ones(3, 32, dtype=torch.long)
@@ -52,14 +53,6 @@ def make(randomize):
         return randomize(AutoModelForCausalLM.from_config(config)).train()
 
     return build
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def graphs() -> int:

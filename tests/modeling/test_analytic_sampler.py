@@ -1,4 +1,4 @@
-"""The analytic sampler of scores: the published law of each step, with one number per place."""
+"""The analytic sampler of scores: the published law of each step, with one number per position."""
 
 import math
 from types import SimpleNamespace
@@ -51,7 +51,7 @@ def published_nucleus(log_scores: torch.Tensor, p: float) -> torch.Tensor:
 @pytest.mark.parametrize("step", [0, 1, 2, None])
 @pytest.mark.parametrize("loudness", [0.0, 4.0, -4.0])
 def test_a_step_has_the_published_law(model, recorded, step, nucleus_p, loudness):
-    # Scores louder than true ratios reveal a place more than surely: the mask has a negative weight, which is none.
+    # Scores louder than true ratios reveal a position more than surely: the mask has a negative weight, which is none.
     x_t, final = recorded["xt"], step is None
     sigma_t, sigma_s = recorded[f"sedd.step{step or 0}.sigma"][0].double()
     sigmas = sigma_t.expand(len(x_t))
@@ -63,7 +63,7 @@ def test_a_step_has_the_published_law(model, recorded, step, nucleus_p, loudness
     else:
         weights = analytic_weights(score, x_t, sigmas, sigma_s.expand(len(x_t)), MASK)
     law = weights[x_t == MASK].clamp(min=0)
-    known = law.sum(1) > 0  # in the last step nothing may be left beside the mask: there the published law is none
+    known = law.sum(1) > 0  # in the last step no token may be left but the mask: the published law is then undefined
     assert known.all() or final
     law = law[known] / law[known].sum(1, keepdim=True)
 
@@ -76,7 +76,7 @@ def test_a_step_has_the_published_law(model, recorded, step, nucleus_p, loudness
     assert (scores.softmax(1)[:, MASK] == 0).all()
 
 
-def test_where_no_token_is_in_the_nucleus_a_place_stays_masked_until_the_last_step():
+def test_where_no_token_is_in_the_nucleus_a_position_stays_masked_until_the_last_step():
     sampler = make(mask_token_id=3, nucleus_p=0.5)
     logits = torch.tensor([[-20.0, -19.0, -21.0, 0.0]])
     sampler._sigma, sampler._rise = 0.01, 0.5
@@ -133,7 +133,7 @@ def test_rows_that_are_done_are_not_predicted_and_steps_end_with_the_last_mask()
 
 
 def revealed(sampler: AnalyticSampler, work: RevealState, logits: torch.Tensor) -> torch.Tensor:
-    """The number of the step that reveals each place, where all logits `(vocab_size,)` are the same."""
+    """The number of the step that reveals each position, where all logits `(vocab_size,)` are the same."""
     when = torch.full(work.masked.shape, -1)
     for number, step in enumerate(sampler.steps(work)):
         narrowed, kept = sampler.select(work, step, logits.expand(len(step.positions), -1))
@@ -147,7 +147,7 @@ def revealed(sampler: AnalyticSampler, work: RevealState, logits: torch.Tensor) 
 TRUE = torch.tensor([0.5, 0.3, 0.2, 1.0]).log() + math.log(3)
 
 
-def test_true_scores_reveal_a_place_in_each_step_of_time_equally_often():
+def test_true_scores_reveal_a_position_in_each_step_of_time_equally_often():
     # As the ancestral sampler: the probability of a hit is that of the time that passes.
     when = revealed(
         make(mask_token_id=3, num_denoising_steps=5), round_of(torch.ones(4000, 5, dtype=torch.bool)), TRUE
@@ -157,12 +157,12 @@ def test_true_scores_reveal_a_place_in_each_step_of_time_equally_often():
     assert ((counts[:5] - 4000).abs() < 5 * 57).all() and counts[5] < 5
 
 
-def test_without_chance_places_are_revealed_evenly_from_left_to_right():
+def test_without_chance_positions_are_revealed_evenly_from_left_to_right():
     work = round_of(torch.ones(1, 8, dtype=torch.bool), do_sample=False)
     assert revealed(make(mask_token_id=3, num_denoising_steps=4), work, TRUE).tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]]
 
 
-def test_a_reader_gets_places_from_left_to_right():
+def test_a_reader_gets_positions_from_left_to_right():
     work = round_of(torch.ones(50, 8, dtype=torch.bool), left_to_right=True)
     logits = TRUE.expand(50 * 8, -1) + 2 * torch.randn(50 * 8, 1, generator=torch.Generator().manual_seed(1))
     sampler, done = make(mask_token_id=3, num_denoising_steps=6), torch.zeros(50, 8, dtype=torch.bool)

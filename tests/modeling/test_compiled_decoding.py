@@ -13,11 +13,7 @@ from bd3lm_hf.modeling import windows_bd3lm
 from bd3lm_hf.modeling.cache_bd3lm import OwnStaticCache, StaticBuffers
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 @pytest.fixture

@@ -188,7 +188,7 @@ def test_a_single_text_stops_where_the_published_one_does(golden, case):
         assert kept.tolist() == [int(golden[f"{name}.out_len"])]
 
 
-def test_a_text_shorter_than_the_window_is_not_judged(golden):
+def test_a_text_shorter_than_the_window_is_not_scored(golden):
     # Published, its negative length counts from the end; and the sampler never asks so early.
     ids = golden["stop.10.in"].long()
     assert EntropyStopCriteria(4.0)(ids, None).tolist() == [False]
@@ -197,7 +197,7 @@ def test_a_text_shorter_than_the_window_is_not_judged(golden):
     assert EntropyStopCriteria(4.0)(ids.repeat(1, 2)[:, :257], None).tolist() == [True]
 
 
-def test_rows_of_a_batch_are_judged_one_by_one(golden):
+def test_rows_of_a_batch_are_scored_one_by_one(golden):
     # Published, the end tokens of all rows count together, and so do the frequencies.
     ends = golden["stop.11.in"].long()
     assert bool(golden["stop.11.stop"])
@@ -234,7 +234,7 @@ def test_any_of_several_end_tokens_counts():
     assert published_length(torch.tensor([[EOS, 7, 9], [7, 5, 6]]), eos_token_id=EOS).tolist() == [3, 3]
 
 
-def test_the_base_of_the_criteria_judges_nothing():
+def test_the_base_of_the_criteria_scores_nothing():
     with pytest.raises(NotImplementedError):
         TextCriteria()(torch.ones(1, 1), None)
 
@@ -285,7 +285,7 @@ def test_a_degenerate_row_ends_and_the_others_go_on(make_model, by_hand):
     stop = {"entropy_stop": 0.6, "entropy_stop_window": 8}
     if by_hand:
         stop = {"stopping_criteria": [EntropyStopCriteria(0.6, window=8)]}
-    # Of eight tokens one is another: 0.38 nats; two: 0.97. A row is judged when it has nine.
+    # Of eight tokens one is another: 0.38 nats; two: 0.97. A row is scored when it has nine.
     assert [len(row) for row in texts(model, ids, **stop)] == [8, 4, 7]
     assert [len(row) for row in texts(model, ids)] == [24] * 3
 
@@ -298,7 +298,7 @@ def test_a_row_ends_with_its_second_end_token(make_model, by_hand):
     plain = texts(model, ids, eos_token_id=None)
     for row, (new, whole) in enumerate(zip(texts(model, ids, **stop), plain, strict=True)):
         needed = 1 if row == 1 else 2
-        ends = [place + 1 for place, token in enumerate(whole) if token == EOS]
+        ends = [position + 1 for position, token in enumerate(whole) if token == EOS]
         assert len(ends) > needed
         assert new == whole[: ends[needed - 1]]
 

@@ -41,30 +41,32 @@ OTHERS = {
 }
 
 
-@pytest.fixture
-def model(tiny_config, randomize) -> BD3LMForMaskedLM:
-    return randomize(BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), "mask_token_id": None}))).eval()
-
-
 def fields_of(config) -> dict:
     return {name: getattr(config, name) for name in DEFAULTS}
 
 
-def test_the_defaults_are_those_of_the_paper(model):
-    assert fields_of(BD3LMGenerationConfig()) == fields_of(model.generation_config) == DEFAULTS
-    assert fields_of(model._prepare_generation_config(GenerationConfig())[0]) == DEFAULTS
+def test_the_defaults_are_those_of_the_paper(tiny_model):
+    assert fields_of(BD3LMGenerationConfig()) == fields_of(tiny_model.generation_config) == DEFAULTS
+    assert fields_of(tiny_model._prepare_generation_config(GenerationConfig())[0]) == DEFAULTS
+    for config, arguments, top_k in (
+        (None, {}, 0),
+        (GenerationConfig(do_sample=True), {}, 0),
+        (None, {"top_k": 7}, 7),
+        (GenerationConfig(top_k=9), {}, 9),
+    ):
+        assert tiny_model._prepare_generation_config(config, **arguments)[0].top_k == top_k
 
 
-def test_all_fields_are_arguments_of_generate(model):
-    prepared, rest = model._prepare_generation_config(None, return_dict_in_generate=True, **OTHERS)
+def test_all_fields_are_arguments_of_generate(tiny_model):
+    prepared, rest = tiny_model._prepare_generation_config(None, return_dict_in_generate=True, **OTHERS)
     assert fields_of(prepared) == OTHERS and not rest
 
 
-def test_all_fields_survive_the_checkpoint(model, tmp_path):
+def test_all_fields_survive_the_checkpoint(tiny_model, tmp_path):
     for name, value in OTHERS.items():
-        setattr(model.generation_config, name, value)
-    model.generation_config.return_dict_in_generate = True
-    model.save_pretrained(tmp_path)
+        setattr(tiny_model.generation_config, name, value)
+    tiny_model.generation_config.return_dict_in_generate = True
+    tiny_model.save_pretrained(tmp_path)
     for loaded in (
         BD3LMForMaskedLM.from_pretrained(tmp_path).generation_config,
         AutoModelForMaskedLM.from_pretrained(tmp_path).generation_config,
@@ -78,9 +80,9 @@ def test_all_fields_survive_the_checkpoint(model, tmp_path):
 
 
 @pytest.mark.parametrize("loader", [BD3LMForMaskedLM, AutoModelForMaskedLM])
-def test_all_config_fields_are_arguments_of_from_pretrained(model, tmp_path, loader):
-    model.save_pretrained(tmp_path)
-    config = model.config.to_dict()
+def test_all_config_fields_are_arguments_of_from_pretrained(tiny_model, tmp_path, loader):
+    tiny_model.save_pretrained(tmp_path)
+    config = tiny_model.config.to_dict()
     fields = {name: config[name] for name in inspect.signature(BD3LMConfig).parameters if name in config}
     loaded = loader.from_pretrained(tmp_path, **{**fields, "block_size": 2, "noise_draws": 3})
     assert (loaded.config.block_size, loaded.config.noise_draws) == (2, 3)
@@ -136,11 +138,11 @@ def test_a_pipeline_takes_the_fields_from_the_checkpoint_and_from_its_call(tiny_
     ],
     ids=str,
 )
-def test_fields_without_a_meaning_are_refused(model, fields, message):
+def test_fields_without_a_meaning_are_refused(tiny_model, fields, message):
     with pytest.raises(ValueError, match=message):
         BD3LMGenerationConfig(**fields)
     with pytest.raises(ValueError, match=message):
-        model.generate(torch.tensor([[5]]), max_new_tokens=2, return_dict_in_generate=True, **fields)
+        tiny_model.generate(torch.tensor([[5]]), max_new_tokens=2, return_dict_in_generate=True, **fields)
 
 
 def test_whole_numbers_are_numbers():

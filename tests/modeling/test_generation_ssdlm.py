@@ -5,12 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from generating import batch_of, prompts_of
+from generating import Recorder, batch_of, prompts_of
 from published import GOLDEN, load_recorded
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessor
-from transformers.generation.streamers import BaseStreamer
 
 from bd3lm_hf import SSDLMConfig, SSDLMForMaskedLM, SSDLMGenerationConfig
 from bd3lm_hf.modeling.generation_ssdlm import SimplexDraws
@@ -43,7 +42,7 @@ def generate(model, prompt, *, seed=0, **arguments):
 
 @pytest.fixture
 def seen(model, monkeypatch):
-    """What the network is called with: contexts, masks, noisy logits and times, in order."""
+    """Record the inputs of the network: contexts, masks, noisy logits and times, in order."""
     calls, denoise = [], model.denoise
 
     def watched(context, mask, noisy, timesteps):
@@ -148,17 +147,12 @@ def test_the_context_is_as_long_as_the_window_leaves_room(model, seen):
     assert torch.equal(seen[-1][0][0], text[2:22])
 
 
-def test_time_runs_from_one_to_its_last_step(model, seen):
-    generate(model, prompts_of([6])[0][None], max_new_tokens=4, num_denoising_steps=4)
-    assert [call[3].item() for call in seen] == [1.0, 0.75, 0.5, 0.25]
-
-
 @pytest.mark.parametrize("projection", ["sampling", "even", "uneven"])
 def test_every_projection_writes_a_text_of_its_own_and_the_seed_decides_it(model, projection):
-    prompt = prompts_of([5])[0][None]
+    prompt = prompts_of([5])[0].repeat(2, 1)
     first, again, other = (generate(model, prompt, seed=seed, projection=projection).sequences for seed in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert first.shape == (1, 15)
+    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first[0], first[1])
+    assert first.shape == (2, 15)
 
 
 def test_a_small_nucleus_is_the_likeliest_token(model):
@@ -170,16 +164,11 @@ def test_a_small_nucleus_is_the_likeliest_token(model):
     assert all(torch.equal(one, other) for one, other in pairwise(texts))
 
 
-def test_the_nucleus_is_chosen_once(model, seen):
+def test_the_nucleus_is_chosen_once(model):
     """`top_p` is the projection's: as a logits processor too, the rest would be cut a second time."""
     prompt = prompts_of([5])[0][None]
     processors = model._get_logits_processor(SSDLMGenerationConfig(top_k=0), 5, encoder_input_ids=prompt, device="cpu")
     assert len(processors) == 0
-    generate(model, prompt, max_new_tokens=4, projection="even", top_p=0.6)
-    kept = [noisy.isfinite().all() for _, _, noisy, _ in seen]
-    assert all(kept)
-    whole = generate(model, prompt, max_new_tokens=4, projection="even", top_p=1.0)
-    assert whole.sequences.shape == (1, 9)
 
 
 def test_torchs_global_generator_serves_without_one(model):
@@ -209,25 +198,9 @@ def test_with_a_generator_for_each_row_a_batch_writes_what_each_prompt_would_alo
         assert torch.equal(many.sequences[row, 9:], alone[len(prompt) :])
 
 
-def test_a_batch_with_one_generator_is_seeded(model):
-    batch = batch_of(prompts_of([3, 9]), "left")
-    first, again = (generate(model, **_named(batch), seed=5).sequences for _ in range(2))
-    assert torch.equal(first, again) and not torch.equal(first[0, 9:], first[1, 9:])
-
-
-def _named(batch):
-    return {"prompt": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-
-
 def test_texts_without_a_prompt_begin_with_the_first_token(model):
     output = model.generate(max_new_tokens=5, num_denoising_steps=2)
     assert output.shape == (1, 6) and output[0, 0] == 0
-
-
-def test_passes_are_counted(model):
-    output = generate(model, prompts_of([5, 5]) and torch.stack(prompts_of([5, 5])), max_new_tokens=10)
-    assert output.num_forward_passes == 3 * 3  # three blocks of three steps
-    assert output.tokens_per_forward == pytest.approx(10 / 9)
 
 
 # --- Processors, ends, streams ---------------------------------------------------------------------------------------
@@ -248,7 +221,7 @@ class Only(LogitsProcessor):
 
 
 class Counting(LogitsProcessor):
-    """The next token is the last one plus one: it must see every token to the left of its place."""
+    """The next token is the last one plus one: it must see every token to the left of its position."""
 
     def __call__(self, input_ids, scores):
         return torch.full_like(scores, -torch.inf).scatter(1, input_ids[:, -1:] + 1, 0.0)
@@ -284,19 +257,6 @@ def test_processors_that_leave_nothing_are_refused(model):
         generate(model, prompts_of([5])[0][None], logits_processor=[Only(47)])
 
 
-def test_mask_and_padding_are_never_written(model):
-    with torch.no_grad():
-        bias = model.model.lm_head.bias
-        kept = bias.clone()
-        bias[[2, 47]] = 50.0
-    try:
-        text = generate(model, prompts_of([5])[0][None], max_new_tokens=12).sequences[0, 5:].tolist()
-    finally:
-        with torch.no_grad():
-            bias.copy_(kept)
-    assert not {2, 47} & set(text)
-
-
 def test_an_end_token_ends_its_row_and_the_others_go_on(model, seen):
     batch = torch.stack(prompts_of([5, 5]))
     generators = lambda: [torch.Generator().manual_seed(seed) for seed in (0, 1)]  # noqa: E731
@@ -318,22 +278,11 @@ def test_all_ended_rows_end_the_call(model):
     assert output.num_forward_passes == 3 and output.sequences[0, -1] == end
 
 
-class Shown(BaseStreamer):
-    def __init__(self):
-        self.pieces, self.ended = [], False
-
-    def put(self, value):
-        self.pieces.append(value.flatten().tolist())
-
-    def end(self):
-        self.ended = True
-
-
 def test_text_is_streamed_block_by_block(model):
-    streamer, prompt = Shown(), prompts_of([5])[0][None]
+    streamer, prompt = Recorder(), prompts_of([5])[0][None]
     text = generate(model, prompt, streamer=streamer).sequences[0].tolist()
-    assert [len(piece) for piece in streamer.pieces] == [5, 4, 4, 2] and streamer.ended
-    assert sum(streamer.pieces, []) == text
+    assert [len(piece) for piece in streamer.puts] == [5, 4, 4, 2] and streamer.ended
+    assert sum(streamer.puts, []) == text
 
 
 def test_scores_of_the_last_step_are_returned(model):

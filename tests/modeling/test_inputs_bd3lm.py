@@ -1,48 +1,24 @@
-"""What forward, loss and token_nll do with the arguments that callers and collators pass."""
+"""The arguments that callers and collators pass to forward, loss and token_nll."""
 
 import logging
 
 import pytest
 import torch
 from decoders import tiny_decoder
+from generating import FAMILIES, make_family
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from transformers import DataCollatorWithFlattening
 from transformers.utils import logging as transformers_logging
 
-from bd3lm_hf import (
-    ARConfig,
-    ARForCausalLM,
-    BD3LMConfig,
-    BD3LMForMaskedLM,
-    MDLMConfig,
-    MDLMForMaskedLM,
-    SEDDConfig,
-    SEDDForMaskedLM,
-    SSDLMConfig,
-    SSDLMForMaskedLM,
-)
+from bd3lm_hf import SSDLMConfig, SSDLMForMaskedLM
 from bd3lm_hf.modeling import inputs_bd3lm
 
 
-SIZES = {"vocab_size": 48, "model_length": 32, "hidden_dim": 32, "cond_dim": 16, "n_blocks": 2, "n_heads": 2}
-IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-FAMILIES = {
-    "bd3lm": (BD3LMConfig, BD3LMForMaskedLM, {"block_size": 4}),
-    "ar": (ARConfig, ARForCausalLM, {}),
-    "mdlm": (MDLMConfig, MDLMForMaskedLM, {}),
-    "sedd": (SEDDConfig, SEDDForMaskedLM, {}),
-}
 DOCUMENTS = [[0, 5, 6, 7, 8], [0, 9, 10], [0, 11, 12, 13, 14, 15, 16]]
 
 
 def model_of(family: str):
-    config, kind, fields = FAMILIES[family]
-    torch.manual_seed(0)
-    model = kind(config(**SIZES, **IDS, **fields, dropout=0.0))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.2 + ("norm" in name))
-    return model.eval()
+    return make_family(family, model_length=32).float()
 
 
 def apart() -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Logits processors over many places: the nucleus, and contexts that fit."""
+"""Logits processors over many positions: the nucleus, and contexts that fit."""
 
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def test_a_flat_distribution_keeps_as_many_tokens_as_p_allows():
     assert kept(NucleusLogitsProcessor(0.5)(None, torch.tensor([[1.0] + [-torch.inf] * 7]))) == {0}
 
 
-# --- Many places at once ---------------------------------------------------------------------------------------------
+# --- Many positions at once -----------------------------------------------------------------------------------------
 
 
 class Recorder(LogitsProcessor):

@@ -2,15 +2,16 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from generating import make_family
 from noisy_text import given_noise, gradients, masked_of, nll_of, random_ids
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.modeling import loss_bd3lm
@@ -133,7 +134,7 @@ def test_gradients_equal_the_published_ones(golden):
 @pytest.mark.parametrize("name", ["bs4.val", "bs1.val"])
 def test_published_validation_losses_are_ours_at_one_time_per_block(golden, name):
     # The draws of these cases were not recorded. What was masked can be read off, and with it each block's time,
-    # which must lie in its stratum: the published order deals strata to the blocks row by row.
+    # which must be in its stratum: the published order assigns strata to the blocks row by row.
     model, size, compared = golden_model(name), PUBLISHED["cases"][name]["block_size"], 0
     for batch, (ids, mask) in enumerate(((golden["x0"], "mask_ones"), (golden["x0"].flip(0), "mask_pad"))):
         published = golden[f"{name}.nlls"][batch].view(-1, size)
@@ -141,8 +142,8 @@ def test_published_validation_losses_are_ours_at_one_time_per_block(golden, name
             ours = nll_of(model, torch.where(published.view(2, 32) > 0, 96, ids), ids).view(-1, size)
         full = golden[mask].view(-1, size).bool().all(-1)  # padding is part of a published block, not of ours
         for stratum in (full & (published > 0).any(-1)).nonzero().flatten().tolist():
-            place = ours[stratum] > 0
-            times = ours[stratum][place] / published[stratum][place]
+            masked = ours[stratum] > 0
+            times = ours[stratum][masked] / published[stratum][masked]
             torch.testing.assert_close(times, times[:1].expand_as(times), rtol=5e-5, atol=0)
             assert math.floor((times[0].item() - 1e-3) / (1 - 1e-3) * len(published)) == stratum
             compared += 1
@@ -197,28 +198,6 @@ def test_the_loss_takes_chance_and_weight_from_the_schedule(tiny_config, randomi
     torch.testing.assert_close(loss, ((nll * weight).sum() / 30).float(), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("interval", [(1e-3, 1.0), (0.3, 0.8), (0.55, 0.95)])
-@pytest.mark.parametrize("schedule", ["loglinear", "square", "square_root", "log", "cosine"])
-def test_every_schedule_trains_inside_an_interval(tiny_config, randomize, schedule, interval):
-    config = BD3LMConfig(**{**tiny_config.to_dict(), "noise": schedule, "resample": True, "block_size": 8})
-    model = randomize(BD3LMForMaskedLM(config)).train()
-    model.set_interval(*interval)
-    optimizer, ids, losses = torch.optim.Adam(model.parameters(), lr=1e-2), random_ids(8, 32), []
-    for _ in range(12):
-        loss = model(input_ids=ids, labels=ids, **given_noise(8, 4, 32)).loss
-        found = gradients(model, loss)
-        assert all(torch.isfinite(gradient).all() for gradient in found.values())
-        assert found["backbone.vocab_embed.embedding"].abs().max() > 0
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
-    masked, _, _ = masked_of(model, ids, noise=Noise(**given_noise(8, 4, 32)), interval=interval)
-    if interval[0] > 0.01:
-        rates = masked.view(8, 4, 8).float().mean(-1)[:, 1:]  # of the blocks in which every token may be masked
-        assert rates.min() >= interval[0]
-        assert rates.max() <= interval[1]
-
-
 def test_a_time_conditioned_loss_feeds_the_noise_level_of_the_first_block(tiny_config, randomize):
     tiny_config.time_conditioning = True
     model = randomize(BD3LMForMaskedLM(tiny_config), std=0.3).eval()  # so that the noise level matters
@@ -248,21 +227,6 @@ def test_a_batch_with_one_masked_token_has_gradients_under_time_conditioning(tin
     assert loss > 0 and all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_a_uniform_model_loses_the_log_of_the_vocabulary_without_the_mask(tiny_config):
-    model = BD3LMForMaskedLM(tiny_config)
-    model.sampling_eps_min.fill_(1.0)  # everything masked, weight 1
-    loss = model.train()(input_ids=random_ids(4, 32), labels=random_ids(4, 32)).loss
-    assert loss.item() == pytest.approx(math.log(47) * 31 / 32, rel=1e-6)
-
-
-def test_training_counts_the_first_token_and_evaluation_does_not(tiny_model):
-    ids, noise = random_ids(2, 16), given_noise(2, 4, 16)
-    with torch.no_grad():
-        training = tiny_model.train()(input_ids=ids, labels=ids, **noise).loss
-        evaluation = tiny_model.eval()(input_ids=ids, labels=ids, **noise).loss
-    torch.testing.assert_close(training * 32, evaluation * 30, rtol=1e-6, atol=0)
-
-
 def test_the_first_token_is_never_masked_unless_the_config_says_so(tiny_model):
     ids, all_masked = random_ids(2, 8), Noise(torch.ones(2, 2), torch.zeros(2, 8), torch.zeros(2, 2))
     mask = torch.ones(2, 8, dtype=torch.long)
@@ -283,22 +247,21 @@ def test_an_interval_that_starts_above_one_half_has_weight_one(tiny_model):
         torch.testing.assert_close(weights, expected.repeat_interleave(4, dim=1))
 
 
-def test_training_draws_from_the_models_interval_and_evaluation_from_all_of_it(tiny_model):
-    tiny_model.sampling_eps_min.fill_(0.3)
-    tiny_model.sampling_eps_max.fill_(0.4)
+def test_training_draws_as_configured_from_the_models_interval_and_evaluation_once_from_all_of_it(
+    tiny_model, monkeypatch
+):
+    tiny_model.config.noise_draws = 3
+    tiny_model.set_interval(0.3, 0.4)
     ids, found = random_ids(4, 32), []
-
-    def record(*arguments):
-        found.append(corrupt(*arguments)[2])
-        return corrupt(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_bd3lm, "corrupt", record)
-        for training in (True, False):
-            with torch.no_grad():
-                tiny_model.train(training)(input_ids=ids, labels=ids)
-    assert found[0].min() >= 0.3 and found[0].max() <= 0.4
-    assert found[1].min() < 0.1 and found[1].max() > 0.9
+    record = lambda *arguments: found.append(corrupt(*arguments)) or found[-1]  # noqa: E731
+    monkeypatch.setattr(loss_bd3lm, "corrupt", record)
+    for training in (True, False):
+        with torch.no_grad():
+            tiny_model.train(training)(input_ids=ids, labels=ids)
+    assert [drawn.masked.shape[1] for drawn in found] == [3 * 32, 32]
+    probability, of_evaluation = (drawn.move_chance for drawn in found)
+    assert probability.min() >= 0.3 and probability.max() <= 0.4
+    assert of_evaluation.min() < 0.1 and of_evaluation.max() > 0.9
 
 
 def test_resampling_confines_the_mask_rates_of_training_and_of_nothing_else(tiny_config):
@@ -400,10 +363,11 @@ def test_a_batch_with_nothing_to_score_has_a_loss_of_zero_and_a_gradient(tiny_mo
     assert all(not p.grad.any() for p in tiny_model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("draws", [1, 2])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
-def test_the_loss_under_autocast_is_finite_and_close(tiny_model, dtype, tolerance):
+def test_the_loss_under_autocast_is_finite_and_close(tiny_model, dtype, tolerance, draws):
     tiny_model.train()
-    ids, noise = random_ids(4, 16), given_noise(4, 4, 16)
+    ids, noise = random_ids(4, 16), given_noise(4, 4, 16, draws=draws)
     exact = tiny_model(input_ids=ids, labels=ids, **noise).loss
     expected = gradients(tiny_model, exact)
     with torch.autocast("cpu", dtype=dtype):
@@ -427,15 +391,6 @@ def test_a_bfloat16_model_trains_with_a_finite_loss_even_at_large_logits(tiny_mo
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss * 64 / 60, exact, rtol=0.05, atol=0)
     assert all(g.isfinite().all() and g.dtype == torch.bfloat16 for g in gradients(model, loss).values())
-
-
-def test_denoising_loss_is_what_the_model_returns(tiny_model):
-    ids, noise = random_ids(2, 8), given_noise(2, 2, 8)
-    output = tiny_model(input_ids=ids, labels=ids, **noise)
-    assert torch.equal(
-        denoising_loss(tiny_model, ids, ids, noise=Noise(**noise), interval=tiny_model.interval()), output.loss
-    )
-    assert output.logits is None
 
 
 # --- Accelerators ----------------------------------------------------------------------------------------------------
@@ -528,11 +483,9 @@ def test_the_head_multiplies_in_the_precision_of_autocast(tiny_model):
 
 
 @pytest.fixture(params=["bd3lm", "mdlm", "sedd", "ar"])
-def family(request, randomize):
+def family(request):
     """A tiny model of each family with a likelihood; 48 ids, mask 47."""
-    fields = {"vocab_size": 48, "model_length": 16, "hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "dropout": 0.0}
-    config = CONFIG_MAPPING[request.param](**fields, cond_dim=8)
-    return randomize(AutoModelForCausalLM.from_config(config)).eval()
+    return make_family(request.param, model_length=16)
 
 
 def losses_of(model, **batch):
@@ -541,11 +494,10 @@ def losses_of(model, **batch):
     yield lambda: model.eval().token_nll(**batch)
 
 
-def test_tensors_of_another_shape_are_refused(family):
-    for name, tensor in (("labels", random_ids(2, 7)), ("attention_mask", torch.ones(2, 7))):
-        for call in losses_of(family, **{"input_ids": random_ids(2, 8), "labels": random_ids(2, 8), name: tensor}):
-            with pytest.raises(ValueError, match=rf"{name} of shape \(2, 7\).*\(2, 8\)"):
-                call()
+def test_labels_of_another_shape_are_refused(family):
+    for call in losses_of(family, input_ids=random_ids(2, 8), labels=random_ids(2, 7)):
+        with pytest.raises(ValueError, match=r"labels of shape \(2, 7\).*\(2, 8\)"):
+            call()
 
 
 @pytest.mark.parametrize("scored", [True, False])
@@ -591,20 +543,28 @@ def test_labels_without_ids_are_refused(tiny_model):
         tiny_model(inputs_embeds=embeds, labels=random_ids(1, 8))
 
 
-@pytest.mark.parametrize("missing", ["block_noise", "token_noise", "count_noise"])
-def test_noise_that_is_given_in_part_is_refused(tiny_config, missing):
+@pytest.mark.parametrize(
+    ("draws", "name", "shape", "expected"),
+    [
+        *((1, name, None, "") for name in ("block_noise", "token_noise", "count_noise")),
+        (1, "block_noise", (2, 3), (2, 2)),
+        (1, "token_noise", (2, 9), (2, 8)),
+        (1, "count_noise", (1, 2), (2, 2)),
+        (3, "block_noise", (2, 3, 3), (2, 3, 2)),
+        (3, "block_noise", (2, 0, 2), (2, 2)),
+        (3, "token_noise", (2, 2, 8), (2, 3, 8)),
+        (3, "token_noise", (2, 8), (2, 3, 8)),
+        (3, "count_noise", (2, 2), (2, 3, 2)),
+    ],
+)
+def test_noise_that_is_incomplete_or_of_another_shape_is_refused(tiny_config, draws, name, shape, expected):
     tiny_config.resample, tiny_config.sampling_eps_min = True, 0.5
     model, ids = BD3LMForMaskedLM(tiny_config).train(), random_ids(2, 8)
-    noise = given_noise(2, 2, 8)
-    del noise[missing]
-    with pytest.raises(ValueError, match=missing):
-        model(input_ids=ids, labels=ids, **noise)
-
-
-@pytest.mark.parametrize("name, shape", [("block_noise", (2, 3)), ("token_noise", (2, 9)), ("count_noise", (1, 2))])
-def test_noise_of_another_shape_is_refused(tiny_config, name, shape):
-    tiny_config.resample, tiny_config.sampling_eps_min = True, 0.5
-    model, ids = BD3LMForMaskedLM(tiny_config).train(), random_ids(2, 8)
-    noise = given_noise(2, 2, 8) | {name: torch.rand(shape)}
-    with pytest.raises(ValueError, match=rf"{name} of shape \({shape[0]}, {shape[1]}\)"):
+    noise = given_noise(2, 2, 8, draws=draws)
+    del noise[name]
+    message = name
+    if shape is not None:
+        noise[name] = torch.rand(shape)
+        message = re.escape(f"{name} of shape {shape} does not fit this batch: pass {expected}")
+    with pytest.raises(ValueError, match=message):
         model(input_ids=ids, labels=ids, **noise)

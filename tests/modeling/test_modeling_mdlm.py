@@ -2,13 +2,11 @@
 
 import pytest
 import torch
+from generating import MASK, make_family
 from published import load_recorded, published, recorded_noise
 
-from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, MDLMConfig, MDLMForMaskedLM
+from bd3lm_hf import BD3LMForMaskedLM, MDLMConfig, MDLMForMaskedLM
 from bd3lm_hf.modeling.cache_bd3lm import BlockCache
-
-
-SIZES = {"vocab_size": 12, "model_length": 8, "hidden_dim": 16, "cond_dim": 8, "n_blocks": 2, "n_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +29,13 @@ def test_losses_are_the_published_ones(recorded, case, scale, training):
     torch.testing.assert_close(loss, recorded[f"{case}.loss"], atol=1e-5, rtol=0)
 
 
-def two_models(randomize):
-    mdlm = randomize(MDLMForMaskedLM(MDLMConfig(**SIZES, dropout=0.0))).eval()
-    bd3lm = BD3LMForMaskedLM(BD3LMConfig(**SIZES, dropout=0.0, block_size=8)).eval()
-    bd3lm.load_state_dict(
-        {**mdlm.state_dict(), "sampling_eps_min": torch.tensor(1e-3), "sampling_eps_max": torch.ones(())}
-    )
-    return mdlm, bd3lm
+def two_models() -> tuple[MDLMForMaskedLM, BD3LMForMaskedLM]:
+    """Return a masked diffusion model, and block diffusion of one block with the same weights."""
+    return make_family("mdlm"), make_family("bd3lm", model_length=8, block_size=8)
 
 
-def test_block_diffusion_with_one_block_is_masked_diffusion(randomize):
-    mdlm, bd3lm = two_models(randomize)
+def test_block_diffusion_with_one_block_is_masked_diffusion():
+    mdlm, bd3lm = two_models()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 11, (3, 8), generator=generator)
     noise = {
@@ -63,12 +57,12 @@ def test_block_diffusion_with_one_block_is_masked_diffusion(randomize):
         ]
         torch.testing.assert_close(*scores, atol=1e-6, rtol=0)
     x_t = ids.clone()
-    x_t[:, 3:6] = 11
+    x_t[:, 3:6] = MASK
     torch.testing.assert_close(mdlm(x_t).logits, bd3lm(x_t, clean_input_ids=ids).logits, atol=1e-6, rtol=0)
 
 
 def test_a_text_beyond_the_window_is_refused():
-    model = MDLMForMaskedLM(MDLMConfig(**SIZES))
+    model = make_family("mdlm")
     ids = torch.zeros(1, 9, dtype=torch.long)
     for call in (lambda: model(ids), lambda: model(ids, labels=ids), lambda: model.token_nll(ids)):
         with pytest.raises(ValueError, match="tokens does not fit the window, model_length=8"):
@@ -77,16 +71,7 @@ def test_a_text_beyond_the_window_is_refused():
 
 # Writing
 
-PROMPTS = torch.tensor([[1, 2, 3], [4, 5, 6]])
-
-
-def loud(model):
-    with torch.no_grad():
-        model.backbone.vocab_embed.embedding.mul_(4)
-        for layer in model.backbone.blocks:
-            layer.attn_qkv.weight.mul_(6)
-            layer.attn_out.weight.mul_(6)
-    return model
+PROMPTS = torch.tensor([[11, 12, 13], [4, 5, 6]])
 
 
 @pytest.mark.parametrize(
@@ -101,20 +86,20 @@ def loud(model):
     ],
     ids=str,
 )
-def test_block_diffusion_with_one_block_writes_the_same(randomize, fields):
+def test_block_diffusion_with_one_block_writes_the_same(fields):
     def write(model) -> tuple[torch.Tensor, int]:
         generator = torch.Generator().manual_seed(4)
         options = {"do_sample": True, "generator": generator, "return_dict_in_generate": True, **fields}
         output = model.generate(PROMPTS, max_new_tokens=13, **options)
         return output.sequences, output.num_forward_passes
 
-    (of_mdlm, passes), (of_bd3lm, others) = (write(loud(model)) for model in two_models(randomize))
+    (of_mdlm, passes), (of_bd3lm, others) = (write(model) for model in two_models())
     assert of_mdlm.equal(of_bd3lm) and passes == others
-    assert of_mdlm[:, :3].equal(PROMPTS) and not (of_mdlm == 11).any()
+    assert of_mdlm[:, :3].equal(PROMPTS) and not (of_mdlm == MASK).any()
 
 
-def test_a_cache_that_holds_a_text_is_refused(randomize):
-    model, cache = two_models(randomize)[0], BlockCache()
+def test_a_cache_that_holds_a_text_is_refused():
+    model, cache = two_models()[0], BlockCache()
     model(torch.arange(8).unsqueeze(0), past_key_values=cache, use_cache=True)
     with pytest.raises(ValueError, match="past_key_values does not fit this model: its block of 8 tokens fills"):
         model.generate(torch.arange(8).unsqueeze(0), max_new_tokens=2, past_key_values=cache)

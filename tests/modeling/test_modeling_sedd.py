@@ -65,7 +65,7 @@ def test_score_entropy_is_never_negative():
 
 
 def test_score_entropy_is_zero_at_the_true_ratios_and_least_there():
-    # A masked place whose token is 2 for certain: ratio 1 / (e^sigma - 1) for token 2, zero for all others.
+    # A masked position whose token is 2 for certain: ratio 1 / (e^sigma - 1) for token 2, zero for all others.
     sigma = torch.tensor([0.7])
     logits = torch.full((1, 5), -torch.inf)
     logits[0, 2] = torch.tensor(4.0).log()  # log s = logit - log(e^sigma - 1) - log(V - 1)
@@ -142,12 +142,6 @@ def test_a_noise_level_is_required(model, recorded):
 # Writing
 
 PROMPTS = torch.tensor([[1, 2, 3], [4, 5, 6]])
-
-
-def test_gaps_are_filled_by_the_same_sampler(model):
-    text = torch.tensor([[1, 2, MASK, 4, MASK, 6]])
-    filled = model.infill(text, num_denoising_steps=3)
-    assert filled[text != MASK].equal(text[text != MASK]) and not (filled == MASK).any()
 
 
 def test_the_sampler_of_a_score_is_the_default_and_the_only_one(model, tmp_path):

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from published_samplers import draw_published
-from safetensors.torch import load_file
 
 from bd3lm_hf.modeling import samplers_bd3lm
 from bd3lm_hf.modeling.noise_bd3lm import wide_float
@@ -56,7 +54,7 @@ def test_a_draw_in_float32_where_float64_is_missing_spares_impossible_tokens(mon
     cumsum = torch.Tensor.cumsum
 
     def in_parallel(self, *args, **kwargs):
-        """A sum whose rounding differs from place to place, as on a GPU."""
+        """A sum whose rounding differs from position to position, as on a GPU."""
         total = cumsum(self, *args, **kwargs)
         return total + 1e-3 * (torch.arange(total.shape[-1]) % 2)
 
@@ -78,13 +76,6 @@ def test_the_extreme_draws_give_tokens_that_can_be(monkeypatch, uniform, wide):
     assert ((drawn >= 2) & (drawn <= 997)).all()
 
 
-def test_the_published_draw_has_the_same_distribution():
-    probability = torch.tensor([0.5, 0.0, 0.3, 0.2], dtype=torch.float64)
-    uniform = torch.rand(40_000, 4, generator=seed(0), dtype=torch.float64)
-    counts = draw_published(probability, uniform).bincount(minlength=4)
-    assert ((counts - 40_000 * probability).abs() < 500).all() and counts[1] == 0
-
-
 def test_uniform_numbers_follow_their_generator():
     first, second = (random_uniform((2, 3), CPU, seed(5)) for _ in range(2))
     assert torch.equal(first, second) and first.shape == (2, 3) and first.dtype == torch.float64
@@ -101,13 +92,6 @@ def test_the_probability_of_a_token_ignores_the_scale_of_its_scores():
     scores = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.0, 0.9]]).log() + 5.0
     expected = torch.tensor([0.3, 0.9])
     torch.testing.assert_close(token_probability(scores, torch.tensor([1, 2])), expected)
-
-
-def test_the_published_update_draws_the_published_ids():
-    golden = load_file(GOLDEN / "tensors.safetensors")
-    block, expected = golden["ddpm.x"][:, 8:], golden["ddpm.step0.x_next"][:, 8:]
-    drawn = draw_published(golden["ddpm.step0.q_xs"].double(), golden["ddpm.step0.u"])
-    assert torch.equal(torch.where(block == 96, drawn, block), expected)
 
 
 def test_a_row_with_a_source_of_its_own_gets_the_numbers_that_it_would_get_alone():

@@ -14,11 +14,6 @@ from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
 from bd3lm_hf.modeling.noise_bd3lm import noise_schedule
 from bd3lm_hf.modeling.samplers_bd3lm import (
     SAMPLERS,
-    AncestralSampler,
-    ConfidenceSampler,
-    EntropyBoundSampler,
-    FirstHittingSampler,
-    ParallelSampler,
     RevealState,
     Sampler,
     hitting_times,
@@ -39,84 +34,72 @@ def make(name: str, noise: str = "loglinear", timed: bool = False, **fields) -> 
     return SAMPLERS[name](BD3LMGenerationConfig(**fields), model_config)
 
 
-def round_of(masked: torch.Tensor, **fields) -> RevealState:
+def state_of(masked: torch.Tensor, **fields) -> RevealState:
     generator = torch.Generator().manual_seed(fields.pop("seed", 0))
-    wanted = fields.pop("requested", torch.ones_like(masked))
-    return RevealState(masked.clone(), wanted, **{"generator": generator, **fields})
+    requested = fields.pop("requested", torch.ones_like(masked))
+    return RevealState(masked.clone(), requested, **{"generator": generator, **fields})
 
 
-def places_of(sampler: Sampler, work: RevealState) -> list[list[int]]:
-    """The places of each step, where all predictions are accepted."""
-    places = []
-    for step in sampler.steps(work):
-        work.masked.view(-1)[step.positions] = False
-        places.append(step.positions.tolist())
-    return places
+def positions_of(sampler: Sampler, state: RevealState) -> list[list[int]]:
+    """The positions of each step, where all predictions are accepted."""
+    positions = []
+    for step in sampler.steps(state):
+        state.masked.view(-1)[step.positions] = False
+        positions.append(step.positions.tolist())
+    return positions
 
 
 # --- All samplers ----------------------------------------------------------------------------------------------------
 
 
-def test_the_samplers_have_the_public_names():
-    assert list(SAMPLERS) == ["first_hitting", "ancestral", "confidence", "entropy_bound"]
-
-
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("fields", [{}, {"do_sample": False}, {"left_to_right": True}], ids=str)
-def test_every_masked_place_is_revealed_once_and_no_other(name, fields):
-    places = sum(places_of(make(name, num_denoising_steps=3), round_of(MASKED, **fields)), [])
-    assert sorted(places) == MASKED.flatten().nonzero().flatten().tolist()
+def test_every_masked_position_is_revealed_once_and_no_other(name, fields):
+    positions = sum(positions_of(make(name, num_denoising_steps=3), state_of(MASKED, **fields)), [])
+    assert sorted(positions) == MASKED.flatten().nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_nothing_masked_takes_no_step(name):
-    assert not places_of(make(name), round_of(torch.zeros(2, 4, dtype=torch.bool)))
-    assert not places_of(make(name), round_of(MASKED, requested=torch.zeros_like(MASKED)))
+    assert not positions_of(make(name), state_of(torch.zeros(2, 4, dtype=torch.bool)))
+    assert not positions_of(make(name), state_of(MASKED, requested=torch.zeros_like(MASKED)))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_from_left_to_right_nothing_after_the_requested_positions_is_predicted(name):
     requested = torch.tensor([[True, True, False, False]])
-    work = round_of(torch.ones(1, 4, dtype=torch.bool), requested=requested, left_to_right=True)
-    assert sorted(sum(places_of(make(name), work), [])) == [0, 1]
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_round_repeats_itself_with_its_generator(name):
-    masked = torch.ones(3, 16, dtype=torch.bool)
-    first, second, other = (places_of(make(name), round_of(masked, seed=value)) for value in (7, 7, 8))
-    assert first == second
-    assert (first == other) == issubclass(SAMPLERS[name], ParallelSampler)
+    state = state_of(torch.ones(1, 4, dtype=torch.bool), requested=requested, left_to_right=True)
+    assert sorted(sum(positions_of(make(name), state), [])) == [0, 1]
 
 
 @pytest.mark.parametrize("name", ["first_hitting", "ancestral"])
 def test_a_row_is_planned_alone(name):
     # Without chance, what a row does depends on no other row.
-    whole = places_of(make(name), round_of(MASKED, do_sample=False))
+    whole = positions_of(make(name), state_of(MASKED, do_sample=False))
     for row in range(3):
-        alone = places_of(make(name), round_of(MASKED[row : row + 1], do_sample=False))
-        mine = [[place - 4 * row for place in step if place // 4 == row] for step in whole]
+        alone = positions_of(make(name), state_of(MASKED[row : row + 1], do_sample=False))
+        mine = [[position - 4 * row for position in step if position // 4 == row] for step in whole]
         assert [step for step in mine if step] == alone
 
 
 # --- First hitting ---------------------------------------------------------------------------------------------------
 
 
-def test_first_hitting_reveals_one_place_per_row_and_step():
-    places = places_of(make("first_hitting"), round_of(MASKED))
-    assert len(places) == 4
-    assert [sorted(place // 4 for place in step) for step in places] == [[0, 2], [0, 2], [0, 2], [2]]
+def test_first_hitting_reveals_one_position_per_row_and_step():
+    positions = positions_of(make("first_hitting"), state_of(MASKED))
+    assert len(positions) == 4
+    assert [sorted(position // 4 for position in step) for step in positions] == [[0, 2], [0, 2], [0, 2], [2]]
 
 
 @pytest.mark.parametrize("fields", [{"do_sample": False}, {"left_to_right": True}], ids=str)
-def test_without_chance_or_for_a_reader_places_are_revealed_from_left_to_right(fields):
+def test_without_chance_or_for_a_reader_positions_are_revealed_from_left_to_right(fields):
     masked = torch.tensor([[False, True, True, False, True]])
-    assert places_of(make("first_hitting"), round_of(masked, **fields)) == [[1], [2], [4]]
+    assert positions_of(make("first_hitting"), state_of(masked, **fields)) == [[1], [2], [4]]
 
 
 def test_every_order_is_equally_likely():
     masked = torch.tensor([True, True, False, True]).expand(12_000, 4)
-    steps = list(make("first_hitting").steps(round_of(masked)))
+    steps = list(make("first_hitting").steps(state_of(masked)))
     order = torch.stack([step.positions % 4 for step in steps], 1)
     counts = collections.Counter(tuple(row) for row in order.tolist())
     assert len(counts) == 6
@@ -124,22 +107,22 @@ def test_every_order_is_equally_likely():
     assert all(abs(count - 2000) < 5 * 41 for count in counts.values())
 
 
-def test_no_step_is_taken_for_places_that_nobody_asked_for():
-    wanted = torch.tensor([[True, True, False, False]])
+def test_no_step_is_taken_for_positions_that_are_not_requested():
+    requested = torch.tensor([[True, True, False, False]])
     lengths = collections.Counter()
     for value in range(200):
         masked = torch.ones(1, 4, dtype=torch.bool)
-        places = sum(places_of(make("first_hitting"), round_of(masked, requested=wanted, seed=value)), [])
-        assert places[-1] in (0, 1) and {0, 1} <= set(places)
-        lengths[len(places)] += 1
+        positions = sum(positions_of(make("first_hitting"), state_of(masked, requested=requested, seed=value)), [])
+        assert positions[-1] in (0, 1) and {0, 1} <= set(positions)
+        lengths[len(positions)] += 1
     assert set(lengths) == {2, 3, 4}
 
 
 @pytest.mark.parametrize(("steps", "sizes"), [(1, [4]), (2, [2, 2]), (3, [2, 1, 1]), (4, [1] * 4), (9, [1] * 4)])
-def test_fewer_steps_than_places_share_them_evenly(steps, sizes):
+def test_fewer_steps_than_positions_share_them_evenly(steps, sizes):
     masked = torch.ones(1, 4, dtype=torch.bool)
-    places = places_of(make("first_hitting", num_denoising_steps=steps), round_of(masked))
-    assert [len(step) for step in places] == sizes
+    positions = positions_of(make("first_hitting", num_denoising_steps=steps), state_of(masked))
+    assert [len(step) for step in positions] == sizes
 
 
 def test_the_hitting_time_reproduces_the_published_one(golden):
@@ -156,9 +139,9 @@ def test_without_chance_the_hitting_time_is_its_mean():
     torch.testing.assert_close(drawn, hitting_times(count[:1], 5)[0], atol=3e-3, rtol=0)
 
 
-def test_a_time_conditioned_model_is_told_the_hitting_times():
-    work = round_of(MASKED, do_sample=False)
-    chances = torch.stack([step.mask_prob for step in make("first_hitting", timed=True).steps(work)])
+def test_a_time_conditioned_model_gets_the_hitting_times():
+    state = state_of(MASKED, do_sample=False)
+    chances = torch.stack([step.mask_prob for step in make("first_hitting", timed=True).steps(state)])
     expected = torch.tensor([[3 / 4, 0, 4 / 5], [2 / 4, 0, 3 / 5], [1 / 4, 0, 2 / 5], [0, 0, 1 / 5]])
     torch.testing.assert_close(chances, expected)
 
@@ -168,9 +151,9 @@ def test_a_time_conditioned_model_is_told_the_hitting_times():
 
 @pytest.mark.parametrize("noise", ["loglinear", "square", "square_root", "log", "cosine"])
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_a_place_is_revealed_with_the_chance_of_its_step(noise, steps):
+def test_a_position_is_revealed_with_the_probability_of_its_step(noise, steps):
     sampler, masked = make("ancestral", noise, num_denoising_steps=steps), torch.ones(20_000, 2, dtype=torch.bool)
-    when, chance = sampler.hits(round_of(masked))
+    when, chance = sampler.hits(state_of(masked))
     left, schedule = 40_000.0, noise_schedule(noise)
     for step in range(steps):
         t, s = (torch.tensor(1 - k / steps, dtype=torch.float64) for k in (step, step + 1))
@@ -183,7 +166,7 @@ def test_a_place_is_revealed_with_the_chance_of_its_step(noise, steps):
 
 
 def test_planning_ahead_has_the_distribution_of_the_published_updates():
-    # Two places of three tokens, in three steps: how many steps each place waits, and its token.
+    # Two positions of three tokens, in three steps: how many steps each position waits, and its token.
     probabilities = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64)
     generator, rows, steps = torch.Generator().manual_seed(0), 30_000, 3
     ids, waited = torch.full((rows, 2), 3), torch.zeros(rows, 2, dtype=torch.long)
@@ -193,7 +176,7 @@ def test_planning_ahead_has_the_distribution_of_the_published_updates():
         ids = torch.where(ids == 3, drawn, ids)
         waited += ids == 3
     assert not (ids == 3).any()
-    planned, _ = make("ancestral", num_denoising_steps=steps).hits(round_of(torch.ones(rows, 2, dtype=torch.bool)))
+    planned, _ = make("ancestral", num_denoising_steps=steps).hits(state_of(torch.ones(rows, 2, dtype=torch.bool)))
     # The difference of two binomials of mean 20000, whose standard deviations are 115.
     assert ((waited.flatten().bincount() - planned.flatten().bincount()).abs() < 5 * 163).all()
 
@@ -201,68 +184,62 @@ def test_planning_ahead_has_the_distribution_of_the_published_updates():
 def test_a_step_in_which_nothing_of_a_row_is_hit_is_left_out():
     for value in range(20):
         masked = torch.ones(2, 4, dtype=torch.bool)
-        work = round_of(masked, seed=value)
-        when, _ = make("ancestral", num_denoising_steps=1000).hits(round_of(masked, seed=value))
-        places = places_of(make("ancestral", num_denoising_steps=1000), work)
-        assert len(places) == max(len(set(row)) for row in when.tolist())
+        state = state_of(masked, seed=value)
+        when, _ = make("ancestral", num_denoising_steps=1000).hits(state_of(masked, seed=value))
+        positions = positions_of(make("ancestral", num_denoising_steps=1000), state)
+        assert len(positions) == max(len(set(row)) for row in when.tolist())
         for row, of_row in enumerate(when.tolist()):
-            mine = [step for step in ([p - 4 * row for p in step if p // 4 == row] for step in places) if step]
-            assert [{of_row[place] for place in step} for step in mine] == [{value} for value in sorted(set(of_row))]
+            mine = [step for step in ([p - 4 * row for p in step if p // 4 == row] for step in positions) if step]
+            assert [{of_row[p] for p in step} for step in mine] == [{value} for value in sorted(set(of_row))]
 
 
-def test_without_chance_the_steps_share_a_block_evenly():
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(4, [[0, 1], [2, 3], [4, 5], [6, 7]]), (None, [[i] for i in range(8)])]
+)
+def test_without_chance_the_steps_share_a_block_evenly(steps, expected):
     masked = torch.ones(1, 8, dtype=torch.bool)
-    places = places_of(make("ancestral", num_denoising_steps=4), round_of(masked, do_sample=False))
-    assert places == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert positions_of(make("ancestral", num_denoising_steps=steps), state_of(masked, do_sample=False)) == expected
 
 
 def test_a_reader_gets_the_drawn_steps_from_left_to_right():
     masked = torch.ones(1, 32, dtype=torch.bool)
-    when, _ = make("ancestral", num_denoising_steps=5).hits(round_of(masked, left_to_right=True))
-    chance, _ = make("ancestral", num_denoising_steps=5).hits(round_of(masked))
+    when, _ = make("ancestral", num_denoising_steps=5).hits(state_of(masked, left_to_right=True))
+    chance, _ = make("ancestral", num_denoising_steps=5).hits(state_of(masked))
     assert when[0].tolist() == sorted(chance[0].tolist()) != chance[0].tolist()
-
-
-def test_by_default_there_are_as_many_steps_as_tokens_in_a_block():
-    masked = torch.ones(1, 4, dtype=torch.bool)
-    assert places_of(make("ancestral"), round_of(masked, do_sample=False)) == [[0], [1], [2], [3]]
 
 
 # --- Parallel samplers -----------------------------------------------------------------------------------------------
 
 
 def scores_of(certainty: list[float], vocab: int = 11) -> torch.Tensor:
-    """A row of scores for each place, whose first token has the given probability and whose others share the rest."""
+    """A row of scores per position; its first token has the given probability, the others share the rest."""
     first = torch.tensor(certainty).unsqueeze(1)
     return torch.cat([first, ((1 - first) / (vocab - 1)).expand(-1, vocab - 1)], dim=1).log()
 
 
 def accepted(sampler: Sampler, masked: list[list[bool]], certainty: list[float], **fields) -> list[bool]:
-    """What the first step accepts, for the masked places in reading order."""
-    work = round_of(torch.tensor(masked), **fields)
+    """Return which predictions the first step accepts, for the masked positions in reading order."""
+    state = state_of(torch.tensor(masked), **fields)
     scores = scores_of(certainty)
     return sampler.accept(
-        work, next(iter(sampler.steps(work))), torch.zeros(len(scores), dtype=torch.long), scores
+        state, next(iter(sampler.steps(state))), torch.zeros(len(scores), dtype=torch.long), scores
     ).tolist()
 
 
-def test_confidence_reveals_what_is_more_probable_than_its_threshold():
-    sampler = make("confidence", confidence_threshold=0.8)
-    assert isinstance(sampler, ConfidenceSampler)
-    certainty = [0.9, 0.7, 0.85, 0.79]
-    assert accepted(sampler, [[True] * 4], certainty) == [True, False, True, False]
-
-
-def test_confidence_reveals_the_most_confident_place_at_least():
-    sampler = make("confidence", confidence_threshold=0.8)
-    rows = [[True, False, True, True], [True, True, True, False]]
-    certainty = [0.3, 0.5, 0.4, 0.9, 0.2, 0.95]
-    assert accepted(sampler, rows, certainty) == [False, True, False, True, False, True]
-
-
-@pytest.mark.parametrize(("threshold", "expected"), [(0.0, [True] * 3), (1.0, [False, True, False])])
-def test_the_extreme_thresholds_reveal_all_or_one(threshold, expected):
-    assert accepted(make("confidence", confidence_threshold=threshold), [[True] * 3], [0.3, 0.5, 0.4]) == expected
+@pytest.mark.parametrize(
+    ("threshold", "masked", "certainty", "expected"),
+    [
+        (0.8, [[True] * 4], [0.9, 0.7, 0.85, 0.79], [0, 2]),
+        (0.8, [[True, False, True, True], [True, True, True, False]], [0.3, 0.5, 0.4, 0.9, 0.2, 0.95], [1, 3, 5]),
+        (0.0, [[True] * 3], [0.3, 0.5, 0.4], [0, 1, 2]),
+        (1.0, [[True] * 3], [0.3, 0.5, 0.4], [1]),
+    ],
+)
+def test_confidence_reveals_what_is_more_probable_than_its_threshold_and_one_at_least(
+    threshold, masked, certainty, expected
+):
+    found = accepted(make("confidence", confidence_threshold=threshold), masked, certainty)
+    assert [index for index, is_accepted in enumerate(found) if is_accepted] == expected
 
 
 @pytest.mark.parametrize("name", ["confidence", "entropy_bound"])
@@ -283,18 +260,17 @@ def entropies(certainty: list[float]) -> list[float]:
 
 @pytest.mark.parametrize("bound", [0.0, 0.1, 0.3, 1.0, 2.5, 100.0])
 @pytest.mark.parametrize("in_order", [False, True])
-def test_entropy_bound_takes_places_while_their_mutual_information_is_bounded(bound, in_order):
+def test_entropy_bound_takes_positions_while_their_mutual_information_is_bounded(bound, in_order):
     certainty = [0.9, 0.5, 0.99, 0.7, 0.999]
     entropy = entropies(certainty)
-    order = list(range(5)) if in_order else sorted(range(5), key=lambda place: entropy[place])
+    order = list(range(5)) if in_order else sorted(range(5), key=lambda position: entropy[position])
     taken, expected = [], [False] * 5
-    for place in order:
-        taken.append(entropy[place])
+    for position in order:
+        taken.append(entropy[position])
         if sum(taken) - max(taken) > bound:
             break
-        expected[place] = True
+        expected[position] = True
     sampler = make("entropy_bound", entropy_bound=bound)
-    assert isinstance(sampler, EntropyBoundSampler)
     assert accepted(sampler, [[True] * 5], certainty, left_to_right=in_order) == expected
     assert expected[order[0]]  # one at least
 
@@ -304,12 +280,12 @@ def test_entropy_bound_takes_places_while_their_mutual_information_is_bounded(bo
 def test_with_a_number_of_steps_enough_are_accepted_to_finish_in_time(name, steps):
     # Nothing is certain, so that a step accepts no more than it must.
     sampler = make(name, num_denoising_steps=steps, confidence_threshold=1.0, entropy_bound=0.0)
-    work = round_of(torch.tensor([[True] * 5, [False, True, True, False, False]]))
+    state = state_of(torch.tensor([[True] * 5, [False, True, True, False, False]]))
     sizes = []
-    for step in sampler.steps(work):
+    for step in sampler.steps(state):
         scores = scores_of([0.5 - 0.01 * i for i in range(len(step.positions))])
-        taken = sampler.accept(work, step, torch.zeros(len(scores), dtype=torch.long), scores)
-        work.masked.view(-1)[step.positions] = ~taken
+        taken = sampler.accept(state, step, torch.zeros(len(scores), dtype=torch.long), scores)
+        state.masked.view(-1)[step.positions] = ~taken
         rows = step.positions[taken] // 5
         sizes.append((int((rows == 0).sum()), int((rows == 1).sum())))
     assert len(sizes) == min(steps, 5)
@@ -321,13 +297,6 @@ def test_with_a_number_of_steps_enough_are_accepted_to_finish_in_time(name, step
         assert left == 0
 
 
-def test_a_time_conditioned_model_is_told_the_masked_share_of_a_block():
-    step = next(iter(make("confidence", timed=True).steps(round_of(MASKED))))
+def test_a_time_conditioned_model_gets_the_masked_share_of_a_block():
+    step = next(iter(make("confidence", timed=True).steps(state_of(MASKED))))
     assert step.mask_prob.tolist() == [0.75, 0.0, 1.0]
-
-
-def test_every_rule_is_a_sampler_of_its_own():
-    assert isinstance(make("first_hitting"), FirstHittingSampler)
-    assert isinstance(make("ancestral"), AncestralSampler)
-    with pytest.raises(NotImplementedError):
-        Sampler.steps(make("confidence"), round_of(MASKED))

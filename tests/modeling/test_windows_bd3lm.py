@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from generating import MASK, assert_same, batch_of, generate, make_family, new_tokens, prompts_of
+from plain_network import plain_logits
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,7 +20,6 @@ from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.decoding_bd3lm import BlockWriter
 from bd3lm_hf.modeling.decoding_state_bd3lm import SequenceBuffer
 from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
-from bd3lm_hf.modeling.layers_bd3lm import apply_rotary
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.windows_bd3lm import compiles_by_default
 
@@ -38,58 +37,23 @@ def new_cache(kind: type, model):
 # --- Beyond the window -----------------------------------------------------------------------------------------------
 
 
-def modulated(x: torch.Tensor, norm: torch.nn.Module, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-5) * norm.weight * (1 + scale) + shift
+def published_text(model: BD3LMForMaskedLM, prompt: torch.Tensor, count: int) -> tuple[torch.Tensor, list]:
+    """Return the greedy text of the published cache, and the logits of each new token.
 
-
-class Twin:
-    """The published cached decoding in plain torch: keys before rotation, positions counted inside the window."""
-
-    def __init__(self, model: BD3LMForMaskedLM) -> None:
-        self.model, self.config = model, model.config
-        self.cache = [None] * model.config.n_blocks
-
-    def __call__(self, block: torch.Tensor, store: bool) -> torch.Tensor:
-        """Logits `(block, vocab)`."""
-        net, config = self.model.backbone, self.config
-        conditioning = F.silu(net.sigma_map(torch.zeros(1)))
-        x = net.vocab_embed.embedding[block][None]
-        for index, layer in enumerate(net.blocks):
-            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = layer.adaLN_modulation(conditioning).chunk(6, dim=-1)
-            new = F.linear(modulated(x, layer.norm1, shift_1, scale_1), layer.attn_qkv.weight)
-            new = new.unflatten(-1, (3, config.n_heads, config.head_dim))
-            old = self.cache[index]
-            if old is not None and old.shape[1] + len(block) > config.model_length:
-                old = old[:, len(block) :]
-            qkv = new if old is None else torch.cat([old, new], dim=1)
-            cos, sin = net.rotary_emb(torch.arange(qkv.shape[1])[None], torch.float32)
-            query, key = (apply_rotary(qkv[:, :, i], cos, sin).transpose(1, 2) for i in (0, 1))
-            weights = (query[:, :, -len(block) :] @ key.transpose(2, 3) / math.sqrt(config.head_dim)).softmax(-1)
-            attended = (weights @ qkv[:, :, 2].transpose(1, 2)).transpose(1, 2).flatten(2)
-            x = x + gate_1 * F.linear(attended, layer.attn_out.weight)
-            x = x + gate_2 * layer.mlp(modulated(x, layer.norm2, shift_2, scale_2))
-            if store:
-                self.cache[index] = qkv
-        final = net.output_layer
-        shift, scale = final.adaLN_modulation(conditioning).chunk(2, dim=-1)
-        return final.linear(modulated(x, final.norm_final, shift, scale))[0]
-
-    @torch.no_grad()
-    def generate(self, prompt: torch.Tensor, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The greedy text from left to right, and the logits of each new token."""
-        size = self.config.block_size
-        columns = -(-(len(prompt) + count) // size) * size
-        text = F.pad(prompt, (0, columns - len(prompt)), value=self.config.mask_token_id)
-        logits = []
-        for begin in range(0, columns, size):
-            block = text[begin : begin + size]
-            for position in (block == self.config.mask_token_id).nonzero().flatten().tolist():
-                row = self(block, store=False)[position].clone()
-                row[[self.config.mask_token_id, self.config.pad_token_id]] = -torch.inf
-                block[position] = row.argmax()
-                logits.append(row)
-            self(block, store=True)
-        return text[len(prompt) : len(prompt) + count], logits[:count]
+    Its keys and values are those of the time when their block was finished, so a token sees the window that ended
+    with its own block.
+    """
+    config, text, logits = model.config, prompt, []
+    while len(logits) < count:
+        stop = (len(text) // config.block_size + 1) * config.block_size
+        column, block = torch.arange(stop), torch.arange(stop) // config.block_size
+        age = block.unsqueeze(1) - block
+        ids = F.pad(text, (0, stop - len(text)), value=config.mask_token_id)
+        allowed = (age >= 0) & (age < config.model_length // config.block_size)
+        logits.append(plain_logits(model, ids.unsqueeze(0), column, allowed)[0, len(text)])
+        logits[-1][[config.mask_token_id, config.pad_token_id]] = -torch.inf
+        text = torch.cat([text, logits[-1].argmax().unsqueeze(0)])
+    return text[len(prompt) :], logits
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 8])
@@ -98,7 +62,7 @@ def test_a_text_beyond_the_window_follows_the_published_cache(make_model, block_
     model = make_model(block_size=block_size)
     prompt = prompts_of([13])[0]
     output = generate(model, input_ids=prompt[None], max_new_tokens=61, past_key_values=new_cache(kind, model))
-    text, logits = Twin(model).generate(prompt, 61)
+    text, logits = published_text(model, prompt, 61)
     assert torch.equal(new_tokens(output)[0], text)
     for ours, theirs in zip(output.logits, logits, strict=True):
         torch.testing.assert_close(ours[0], theirs, atol=1e-5, rtol=0)
@@ -127,7 +91,7 @@ def test_the_moving_window_reproduces_the_published_logits(kind, window, name):
     cache, options = None if kind is None else new_cache(kind, model), BD3LMGenerationConfig(window=window)
     writer = BlockWriter(model, buffer, ids[:, :32], LogitsProcessorList(), options, cache)
     with torch.no_grad():
-        rows = [writer.forward.logits(32, torch.tensor([place]), torch.ones(1)) for place in range(16)]
+        rows = [writer.forward.logits(32, torch.tensor([position]), torch.ones(1)) for position in range(16)]
     torch.testing.assert_close(torch.stack(rows, 1), golden[f"adaln.bs16.{name}"], atol=1e-5, rtol=0)
 
 
@@ -210,42 +174,7 @@ def test_a_hundred_thousand_tokens_take_no_more_memory_than_ten_thousand(make_mo
     assert memory[1] - memory[0] < 4_000_000
 
 
-def test_the_sliding_cache_keeps_its_place_and_size(make_model):
-    model, cache = make_model(), BlockCache()
-    places = []
-
-    class Watch:
-        def put(self, value):
-            if cache.get_seq_length() == 28:
-                layer = cache.layers[0]
-                places.append((layer._buffers[0].data_ptr(), layer._buffers[1].data_ptr(), layer._begin))
-
-        def end(self):
-            pass
-
-    one_pass_per_block = {"sampler": "confidence", "confidence_threshold": 0.0}
-    options = {"max_new_tokens": 1500, "streamer": Watch(), "past_key_values": cache}
-    model.generate(torch.full((1, 5), 7), **options, **one_pass_per_block)
-    assert len(places) > 300
-    kept = places[len(places) // 3 :]
-    assert len({place[:2] for place in kept}) == 1
-    # A move to the front is rare: keys lie where they lie while the window slides over them.
-    moves = sum(later[2] < earlier[2] for earlier, later in zip(kept, kept[1:], strict=False))
-    assert 1 <= moves <= 4
-
-
 # --- Caches of fixed size --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tokens", [3, 61])
-@pytest.mark.parametrize("lengths", [[13, 13], [1, 6, 13, 32]])
-def test_a_static_cache_writes_what_a_growing_one_does(make_model, lengths, tokens):
-    model = make_model()
-    batch = batch_of(prompts_of(lengths), "left")
-    static = generate(model, **batch, max_new_tokens=tokens, cache_implementation="static")
-    assert isinstance(static.past_key_values, StaticCache)
-    assert static.past_key_values.layers[0].keys.shape == (len(lengths), 2, 36, 16)
-    assert_same(static, generate(model, **batch, max_new_tokens=tokens))
 
 
 def test_a_static_cache_larger_than_needed_or_uneven_is_a_ring_of_whole_blocks(make_model):
@@ -260,13 +189,6 @@ def test_a_static_cache_larger_than_needed_or_uneven_is_a_ring_of_whole_blocks(m
         generate(model, input_ids=prompt, max_new_tokens=11, past_key_values=just),
         generate(model, input_ids=prompt, max_new_tokens=11),
     )
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def test_a_step_is_compiled_twice_for_batches_of_all_lengths(make_model, fresh_compiler):
@@ -317,23 +239,12 @@ def test_a_compiled_step_is_asked_for_and_can_be_refused(make_model, monkeypatch
     assert [options["mode"] for options in asked] == ["default"] and asked[0]["dynamic"] is False
 
 
-def test_a_traced_step_writes_the_same_text(make_model, fresh_compiler):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_step_writes_the_same_text(make_model, fresh_compiler, backend):
     model, prompt = make_model(), prompts_of([13])[0][None]
-    options = {"cache_implementation": "static", "compile_config": CompileConfig(backend="aot_eager", fullgraph=True)}
-    assert_same(
-        generate(model, input_ids=prompt, max_new_tokens=61, **options),
-        generate(model, input_ids=prompt, max_new_tokens=61),
-    )
-
-
-@pytest.mark.slow
-def test_a_step_compiled_by_inductor_writes_the_same_text(make_model, fresh_compiler):
-    model, prompt = make_model(), prompts_of([13])[0][None]
-    options = {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=True)}
-    assert_same(
-        generate(model, input_ids=prompt, max_new_tokens=61, **options),
-        generate(model, input_ids=prompt, max_new_tokens=61),
-    )
+    config = CompileConfig(backend=backend, fullgraph=True)
+    compiled = generate(model, prompt, max_new_tokens=61, cache_implementation="static", compile_config=config)
+    assert_same(compiled, generate(model, prompt, max_new_tokens=61))
 
 
 # --- The next turn ---------------------------------------------------------------------------------------------------
@@ -367,7 +278,7 @@ def test_a_cache_whose_window_has_moved_comes_back_empty(make_model, kind, windo
 
 
 def test_a_cache_holds_what_the_output_shows(make_model):
-    # The last row ends inside a block; what it holds behind its end is padding, in the text and in the cache.
+    # The last row ends inside a block; after its end it holds padding, in the text and in the cache.
     model = make_model(eos_token_id=1)
     prompt = torch.stack(prompts_of([4, 4, 4]))
     plain = new_tokens(generate(model, input_ids=prompt, max_new_tokens=12))

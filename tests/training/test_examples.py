@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from bd3lm_hf.training.examples import (
     EpochSampler,
     NoiseCollator,
     PaddingCollator,
+    noise_of_examples,
 )
 
 
@@ -63,7 +65,7 @@ def collate(tiny_config):
 
 
 def test_noise_belongs_to_the_example_not_to_the_batch(collate):
-    examples = [{**row, EXAMPLE_INDEX: 100 + place} for place, row in enumerate(rows_of(8))]
+    examples = [{**row, EXAMPLE_INDEX: 100 + number} for number, row in enumerate(rows_of(8))]
     whole = collate(examples)
     parts = [collate(examples[start : start + 2]) for start in range(0, 8, 2)]
     for name in ("block_noise", "token_noise", "count_noise"):
@@ -171,6 +173,54 @@ def test_old_positions_are_forgotten(stream):
     endless = stream()
     taken(iter(endless), 200)
     assert len(endless._positions) <= 5
+
+
+# --- The noise itself -----------------------------------------------------------------------------------------------
+
+LAYOUT = {"group_size": 8, "num_blocks": 4, "length": 16}
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize("group", [0, 1, 1000])
+def test_noise_of_a_group_hits_every_stratum_once_and_does_not_depend_on_the_batch(group, draws):
+    options = {"seed": 0, "num_noise_samples": draws, **LAYOUT}
+    indices = range(8 * group, 8 * group + 8)
+    noise, backwards = noise_of_examples(indices, **options), noise_of_examples(reversed(indices), **options)
+    one_by_one = [noise_of_examples([index], **options) for index in indices]
+    axis = (draws,) if draws > 1 else ()
+    assert [tuple(field.shape) for field in noise] == [(8, *axis, 4), (8, *axis, 16), (8, *axis, 4)]
+    assert sorted((noise.block_noise.double() * 32 * draws).floor().flatten().tolist()) == list(range(32 * draws))
+    for field, other, *singles in zip(noise, backwards, *one_by_one, strict=True):
+        assert field.dtype == torch.float32 and ((field >= 0) & (field <= 1)).all()
+        assert torch.equal(field, other.flip(0)) and torch.equal(field, torch.cat(singles))
+        assert len({tuple(row) for row in field.flatten(0, -2).tolist()}) == 8 * draws
+
+
+def test_the_first_of_several_draws_takes_the_random_numbers_of_a_single_one():
+    single = noise_of_examples(range(8), seed=0, **LAYOUT)
+    several = noise_of_examples(range(8), seed=0, num_noise_samples=2, **LAYOUT)
+    assert torch.equal(several.token_noise[:, 0], single.token_noise)
+    assert torch.equal(several.count_noise[:, 0], single.count_noise)
+    assert torch.equal(several.block_noise[:, 0], single.block_noise / 2)
+
+
+def test_groups_examples_and_seeds_have_noise_of_their_own():
+    noise = noise_of_examples(range(64), seed=0, **LAYOUT)
+    for field in noise:
+        assert len({tuple(row) for row in field.tolist()}) == 64
+    first, second = ((noise.block_noise[rows] * 32).floor() for rows in (slice(0, 8), slice(8, 16)))
+    assert not torch.equal(first, second)
+    other = noise_of_examples(range(64), seed=1, **LAYOUT)
+    assert not any(torch.equal(a, b) for a, b in zip(noise, other, strict=True))
+
+
+def test_the_noise_of_neighbouring_examples_is_not_correlated():
+    noise = noise_of_examples(range(400), seed=0, group_size=1, num_blocks=1, length=64)
+    for field in noise:
+        values = field.double() - 0.5
+        product = (values[1:] * values[:-1]).mean() * 12
+        assert abs(product) < 4 / math.sqrt(399 * field.shape[1])
+        assert abs(values.mean()) < 4 / math.sqrt(12 * values.numel())
 
 
 # The same run in several layouts, see also two_processes.py

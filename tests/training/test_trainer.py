@@ -209,7 +209,7 @@ def test_another_kind_of_stream_is_refused(make_trainer):
         make_trainer(rows=rows_of(8).to_iterable_dataset()).train()
 
 
-def test_a_loss_that_is_not_finite_names_places_in_the_stream(make_stream_trainer):
+def test_a_loss_that_is_not_finite_names_positions_in_the_stream(make_stream_trainer):
     trainer = make_stream_trainer()
     trainer.add_callback(_Poison(step=2))
     with pytest.raises(TrainingDivergedError, match="at step 3, in the batch of training sequences 16, 17, 18"):
