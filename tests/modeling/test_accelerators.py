@@ -48,7 +48,7 @@ def make(randomize):
 
     def build(name: str, **fields: Any) -> Any:
         if name == "llama":
-            return tiny_decoder("llama", **TWO_LOSSES, **fields).train()
+            return tiny_decoder("llama", **TWO_LOSSES, **fields, num_hidden_layers=1).train()
         config = CONFIG_MAPPING[name.split(",")[0]](**{**SIZES, "dropout": 0.0, **NETWORKS[name], **fields})
         return randomize(AutoModelForCausalLM.from_config(config)).train()
 
@@ -107,8 +107,20 @@ def batch_of(model: Any, inputs: str, step: int) -> dict[str, torch.Tensor]:
     return {**batch, **noise, "labels": labels}
 
 
-@pytest.mark.parametrize("inputs", ["padding", "documents"])
-@pytest.mark.parametrize("name", ["bd3lm", "bd3lm, flex", "ar", "llama"])
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("bd3lm", "padding"),
+        ("bd3lm", "documents"),
+        ("bd3lm, flex", "documents"),
+        ("ar", "padding"),
+        ("llama", "documents"),
+        # The other pairs find no further way through the code; each compiles for seconds.
+        pytest.param("bd3lm, flex", "padding", marks=pytest.mark.slow),
+        pytest.param("ar", "documents", marks=pytest.mark.slow),
+        pytest.param("llama", "padding", marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_is_compiled_once_for_all_batches_and_has_the_loss_and_gradients_of_an_eager_one(make, name, inputs):
     model, has_backward, made = make(name), "flex" not in name, []  # flex has no backward pass on a CPU
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -125,7 +137,7 @@ def test_a_step_is_compiled_once_for_all_batches_and_has_the_loss_and_gradients_
     assert len(set(made)) == 1
 
 
-@pytest.mark.parametrize("name", ["bd3lm", "bd3lm, flex"])
+@pytest.mark.parametrize("name", ["bd3lm", pytest.param("bd3lm, flex", marks=pytest.mark.slow)])
 def test_another_batch_size_is_compiled_once_more_and_the_first_not_again(make, name):
     model = make(name)
     compiled, batch = torch.compile(model, backend="eager", fullgraph=True), batch_of(model, "padding", 0)
@@ -140,14 +152,14 @@ def test_another_batch_size_is_compiled_once_more_and_the_first_not_again(make, 
 def test_a_new_interval_is_compiled_into_the_step(make):
     model, batch = make("bd3lm"), {key: random_ids(3, 32).clamp(max=46) for key in ("input_ids", "labels")}
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for number, interval in enumerate([(1e-3, 1.0), (0.3, 0.8), (0.45, 0.95), (0.45, 0.95)]):
+    for number, interval in enumerate([(1e-3, 1.0), (0.3, 0.8), (0.3, 0.8)]):
         model.set_interval(*interval)
         losses = []
         for run in (model, compiled):
             torch.manual_seed(number)
             losses.append(run(**batch).loss.detach())
         torch.testing.assert_close(*losses)
-        assert graphs() == min(number + 1, 3)
+        assert graphs() == min(number + 1, 2)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from generating import MASK, make_family
+from generating import MASK, PAD, make_family
 from published import load_recorded, published
 from transformers.generation import CompileConfig
 
@@ -82,7 +82,7 @@ def continued(model, prompt: list[int], count: int) -> list[int]:
     text = list(prompt)
     for _ in range(count):
         logits = model(torch.tensor([text[-model.config.model_length :]])).logits[0, -1]
-        logits[model.config.mask_token_id] = -torch.inf
+        logits[[MASK, PAD]] = -torch.inf
         text.append(int(logits.argmax()))
     return text
 

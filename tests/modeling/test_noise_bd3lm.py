@@ -85,12 +85,6 @@ def test_an_unknown_schedule_is_refused_with_the_known_ones():
         noise_schedule("linear")
 
 
-def test_sigma_inverts_the_masking_probability_up_to_its_cap():
-    p = torch.tensor([0.0, 0.25, 0.5, 0.9], dtype=torch.float64)
-    torch.testing.assert_close(1 - torch.exp(-LogLinearNoise().sigma(p)), p)
-    assert LogLinearNoise().sigma(torch.tensor(1.0)).item() == pytest.approx(-math.log(1e-3))
-
-
 # --- Times -----------------------------------------------------------------------------------------------------------
 
 
@@ -167,20 +161,12 @@ def test_independent_draws_are_not_spread():
     assert 0.4 < parts[:, 0].mean() < 0.6 and 0.4 < parts[:, 1].mean() < 0.6
 
 
-def test_a_single_draw_has_no_axis_of_its_own():
-    noise = draw_noise(2, 3, 12, generator=torch.Generator().manual_seed(5))
-    assert noise.num_noise_samples == 1
-    assert stack_noise([noise]) is noise
-    for field, flat in zip(noise, noise.side_by_side(), strict=True):
-        assert torch.equal(field, flat)
-
-
-def test_draws_stand_side_by_side_in_the_order_of_their_axis():
-    noise = draw_noise(2, 3, 12, num_noise_samples=2, generator=torch.Generator().manual_seed(5))
-    flat = noise.side_by_side()
-    assert noise.num_noise_samples == 2
-    for field, joined in zip(noise, flat, strict=True):
-        assert torch.equal(joined, torch.cat([field[:, 0], field[:, 1]], dim=1))
+@pytest.mark.parametrize("draws", [1, 2])
+def test_draws_are_put_side_by_side_in_the_order_of_their_axis(draws):
+    noise = draw_noise(2, 3, 12, num_noise_samples=draws, generator=torch.Generator().manual_seed(5))
+    assert noise.num_noise_samples == draws and stack_noise([noise]) is noise
+    for field, joined in zip(noise, noise.side_by_side(), strict=True):
+        assert torch.equal(joined, field if draws == 1 else torch.cat([field[:, 0], field[:, 1]], dim=1))
 
 
 # --- Masks -----------------------------------------------------------------------------------------------------------

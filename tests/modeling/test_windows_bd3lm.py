@@ -192,7 +192,7 @@ def test_a_static_cache_larger_than_needed_or_uneven_is_a_ring_of_whole_blocks(m
 
 
 def test_a_step_is_compiled_twice_for_batches_of_all_lengths(make_model, fresh_compiler):
-    model, graphs = make_model(), []
+    model, graphs = make_model(n_blocks=1), []
 
     def backend(graph, inputs, **kwargs):
         graphs.append(graph)
@@ -241,7 +241,7 @@ def test_a_compiled_step_is_asked_for_and_can_be_refused(make_model, monkeypatch
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_step_writes_the_same_text(make_model, fresh_compiler, backend):
-    model, prompt = make_model(), prompts_of([13])[0][None]
+    model, prompt = make_model(n_blocks=1), prompts_of([13])[0][None]
     config = CompileConfig(backend=backend, fullgraph=True)
     compiled = generate(model, prompt, max_new_tokens=61, cache_implementation="static", compile_config=config)
     assert_same(compiled, generate(model, prompt, max_new_tokens=61))
