@@ -299,7 +299,6 @@ class StaticWindow(CachedWindow):
         super().__init__(network, buffer, cache, exact)
         self.step, self.compiled = step, step is not static_step
         self.slots = cache.layers[0].max_cache_len  # type: ignore[union-attr]
-        self.ring = self.slots // self.size * self.size
         self.origin = 0
         self._masks: tuple[tuple[int, int, int], torch.Tensor] | None = None
         heads, width = network.key_value_shape
@@ -340,7 +339,7 @@ class StaticWindow(CachedWindow):
             # Unpadded batches have one row of positions. A row for each keeps the shapes of padded ones.
             self._position_ids(start, stop).expand(len(self.buffer.token_ids), -1).contiguous(),
             self._mask(begin, num_committed),
-            (columns - self.origin) % self.ring,
+            (columns - self.origin) % self.slots,
             self.cache,
         )
         if num_committed:
@@ -363,8 +362,7 @@ class StaticWindow(CachedWindow):
         # Slots are reused, so which column a slot holds follows from the block being denoised.
         stop, device, valid = begin + self.size, self.buffer.token_ids.device, self.buffer.key_valid
         slot = torch.arange(self.slots, device=device)
-        column = stop - 1 - (stop - 1 - self.origin - slot) % self.ring  # the latest column that this slot holds
-        column = column.masked_fill(slot >= self.ring, -1)
+        column = stop - 1 - (stop - 1 - self.origin - slot) % self.slots  # the latest column that this slot holds
         known = (column >= self.first).expand(len(self.buffer.token_ids), 1, 1, -1)
         if valid is not None:
             known = known & valid[:, None, None, column.clamp(min=0)]

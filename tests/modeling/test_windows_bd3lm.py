@@ -177,7 +177,7 @@ def test_a_hundred_thousand_tokens_take_no_more_memory_than_ten_thousand(make_mo
 # --- Caches of fixed size --------------------------------------------------------------------------------------------
 
 
-def test_a_static_cache_larger_than_needed_or_uneven_is_a_ring_of_whole_blocks(make_model):
+def test_a_static_cache_larger_than_needed_or_uneven_is_a_ring(make_model):
     model = make_model()
     prompt = prompts_of([13])[0][None]
     expected = generate(model, input_ids=prompt, max_new_tokens=61)
