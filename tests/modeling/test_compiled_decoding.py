@@ -57,10 +57,10 @@ def test_each_shape_is_compiled_once_for_all_calls(model, compiled, graphs):
     assert counts == [2, 2, 4, 4, 4]  # with and without a block to write
 
 
-def test_more_shapes_than_torch_allows_of_one_function_stay_compiled(model, compiled, graphs, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    for rows in range(1, 5):
-        model.generate(prompts(rows), **{**compiled, "max_new_tokens": 8})
+def test_more_shapes_than_torch_allows_of_one_function_stay_compiled(model, compiled, graphs):
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for rows in range(1, 5):
+            model.generate(prompts(rows), **{**compiled, "max_new_tokens": 8})
     assert len(graphs) == 8
 
 
