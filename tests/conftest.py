@@ -233,7 +233,7 @@ def bd3lm(capsys):
 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory):
-    """What two processes did, see `two_processes.py`: their folder, and the results of each."""
+    """Run `two_processes.py` once. Return its folder, and the results of each process."""
     from two_processes import results_of, run_two_processes
 
     folder = tmp_path_factory.getbasetemp() / "two-processes"
