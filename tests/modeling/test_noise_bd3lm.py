@@ -110,11 +110,6 @@ def test_times_equal_the_published_ones_from_the_same_draws(golden_times, order,
     assert compared >= (10 if label == "anti" else 5)
 
 
-def test_independent_draws_are_left_as_they_are():
-    uniform = torch.rand(3, 5)
-    assert stratify(uniform, order="none") is uniform
-
-
 def test_shuffled_strata_do_not_tie_the_noise_level_to_the_position():
     def within_sequence_std(order: str) -> float:
         generator = torch.Generator().manual_seed(0)
@@ -123,10 +118,6 @@ def test_shuffled_strata_do_not_tie_the_noise_level_to_the_position():
 
     assert within_sequence_std("shuffled") == pytest.approx(math.sqrt(1 / 12), abs=0.004)
     assert within_sequence_std("published") == pytest.approx(0.018, abs=0.001)
-
-
-def test_the_interval_that_is_one_point_gives_that_point():
-    assert torch.equal(times(torch.rand(2, 3), 1.0, 1.0), torch.ones(2, 3))
 
 
 def test_the_same_generator_gives_the_same_noise():
