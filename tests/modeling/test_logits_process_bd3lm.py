@@ -97,12 +97,6 @@ def test_a_reader_is_called_once_per_column_with_whole_rows():
     assert scores.tolist() == [[7.0] * 6, [5.0] * 6, [7.0] * 6]
 
 
-def test_a_processor_that_reads_scores_only_is_called_once_for_all_places():
-    recorder = Recorder(reads_text=False)
-    processors_of(recorder)(torch.zeros(3, 6), torch.tensor([0, 1, 1]), torch.tensor([2, 0, 2]))
-    assert [shape for _, shape in recorder.seen] == [(3, 6)]
-
-
 def test_a_processor_that_reads_the_length_gets_that_of_each_place():
     process = processors_of(MinLengthLogitsProcessor(7, 1, device="cpu"))
     scores = process(torch.zeros(3, 6), torch.tensor([0, 1, 1]), torch.tensor([1, 0, 2]))
