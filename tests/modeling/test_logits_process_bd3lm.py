@@ -97,7 +97,7 @@ def test_a_reader_is_called_once_per_column_with_whole_rows():
     assert scores.tolist() == [[7.0] * 6, [5.0] * 6, [7.0] * 6]
 
 
-def test_a_processor_that_reads_the_length_gets_that_of_each_place():
+def test_a_processor_that_reads_the_length_gets_that_of_each_position():
     process = processors_of(MinLengthLogitsProcessor(7, 1, device="cpu"))
     scores = process(torch.zeros(3, 6), torch.tensor([0, 1, 1]), torch.tensor([1, 0, 2]))
     assert scores[:, 1].isneginf().tolist() == [True, True, False]
