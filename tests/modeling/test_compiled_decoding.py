@@ -130,7 +130,8 @@ def test_free_buffers_are_bounded_and_those_used_last_stay(tiny_config):
     assert cache.layers[0].keys.data_ptr() == addresses[1][-1] and not cache.layers[0].keys.any()
 
 
-def test_a_model_that_is_gone_or_trains_keeps_no_buffers(model, compiled):
+def test_a_model_that_is_gone_or_trains_keeps_no_buffers(make_model, compiled):
+    model = make_model(n_blocks=1)
     model.generate(prompts(2), **compiled)
     assert windows_bd3lm.static_buffers(model).num_bytes
     assert not windows_bd3lm.static_buffers(model.train()).num_bytes
