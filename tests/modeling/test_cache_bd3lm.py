@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from bd3lm_hf.modeling.cache_bd3lm import (
     BlockCache,
+    BlockCacheLayer,
     StaticSlots,
     append_to_cache,
     cache_maker,
@@ -223,6 +224,16 @@ def test_a_cache_that_forgets_as_it_grows_stays_where_it_is():
             assert torch.equal(layer.keys, reference[:, :, -layer.get_seq_length() :])
     assert len(addresses) == 1
     assert 0 < moved < 8000 / 2
+
+
+def test_tokens_move_to_new_buffers_where_they_would_overwrite_themselves():
+    layer, (key, value) = BlockCacheLayer(), states(1000)
+    layer.append(key, value, 1000)
+    layer.drop_first(100)  # the room that this gives is smaller than what is held
+    address = layer._buffers[0].data_ptr()
+    keys, values = layer.append(*states(300, 1), 300)
+    assert layer._buffers[0].data_ptr() != address
+    assert torch.equal(keys[:, :, :900], key[:, :, 100:]) and torch.equal(values[:, :, :900], value[:, :, 100:])
 
 
 def test_forgetting_and_selecting_rows_go_together():

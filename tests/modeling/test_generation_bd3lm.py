@@ -12,7 +12,6 @@ from generating import (
     FIELDS,
     MASK,
     PAD,
-    RULES,
     Recorder,
     assert_same,
     batch_of,
@@ -31,7 +30,7 @@ from transformers import (
     TextStreamer,
 )
 
-from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, BD3LMGenerationConfig, SEDDForMaskedLM
+from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, BD3LMGenerationConfig
 from bd3lm_hf.modeling.cache_bd3lm import BlockCache
 from bd3lm_hf.modeling.logits_process_bd3lm import NucleusLogitsProcessor
 from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS
@@ -558,10 +557,6 @@ def test_continuous_batching_is_hidden_and_refused(model):
     assert not hasattr(model, "init_continuous_batching")
     with pytest.raises(ValueError, match="generate_batch"):
         model.generate_batch([[5, 6]])
-
-
-def test_every_rule_has_a_plain_loop():
-    assert set(RULES) == set(SAMPLERS) and SEDDForMaskedLM.samplers.keys() == {"analytic"}
 
 
 @pytest.mark.parametrize(
