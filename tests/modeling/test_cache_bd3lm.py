@@ -144,6 +144,7 @@ def sliding_cache() -> DynamicCache:
         (cache_with(6), [9], "holds 6 tokens: a cache can be continued only if it holds whole blocks"),
         (cache_with(4, rows=2), [9, 5], "which padding changes"),
         (cache_with(12), [9], "holds 12 tokens but the prompt has 9: pass the whole text"),
+        (cache_with(8), [7], "holds 8 tokens but the prompt has 7"),
         (cache_with(4), [9, 9], "holds 1 rows but the batch has 2.*batch_repeat_interleave"),
         (StaticCache(CONFIG, max_cache_len=12), [9], "2 layers for 1 rows of 12 tokens.*needs .* rows of 16"),
         (StaticCache(CONFIG, max_cache_len=35), [32], r"rows of 35 tokens.*needs .* rows of 36: .*max_cache_len=36"),
