@@ -51,7 +51,9 @@ def test_a_pair_of_streams_masks_every_token_once(tiny_model):
     masked, weights, _ = draw(tiny_model, torch.randint(3, 40, (8, 32)), complementary=True)
     first, second = masked.split(32, dim=1)
     assert (first ^ second).all()
-    assert torch.isfinite(weights).all()
+    assert torch.isfinite(weights).all() and not (weights == 1).all()
+    tiny_model.set_interval(0.55, 0.95)  # above one half the published weight is one, of both streams
+    assert (draw(tiny_model, torch.randint(3, 40, (8, 32)), complementary=True).weights == 1).all()
 
 
 @pytest.mark.parametrize(
