@@ -47,8 +47,8 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
     """Return a new model of the requested type, or that of a checkpoint with its fields overridden.
 
     Raises:
-        ValueError: if the model type is unknown or cannot be trained here, the model does not fit into memory,
-            weights are missing, unexpected or not finite, or special tokens contradict the tokenizer's.
+        ValueError: if the model type is unknown or has no such field, weights are missing, unexpected or not finite,
+            or special tokens contradict the tokenizer's.
     """
     keywords: dict[str, Any] = {}
     implementation = arguments.attn_implementation
@@ -71,16 +71,27 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
 
 
 def _new_model(model_type: str, tokenizer: Any, fields: dict[str, Any], **keywords: Any) -> Any:
+    # len(tokenizer) is too small for a tokenizer with gaps in its ids.
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    config = new_config(model_type, vocab_size=vocab_size, **_special_tokens(tokenizer), **fields)
+    return AutoModelForCausalLM.from_config(config, **keywords)
+
+
+def check_new_model(model_type: str, fields: dict[str, Any]) -> None:
+    """Refuse a new model whose fields do not fit together, before any text is loaded for its tokenizer.
+
+    Raises:
+        ValueError: if the model type is unknown or cannot be trained from the start, it has no such field, the fields
+            contradict each other, or the network does not fit into memory.
+    """
     if not hasattr(model_class(model_type), "token_nll"):
         raise ValueError(
             f"--model_type {model_type} is not a model type of this package: a model of another type is trained from "
             f"its weights, with --init_from."
         )
-    # len(tokenizer) is too small for a tokenizer with gaps in its ids.
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
-    config = new_config(model_type, vocab_size=vocab_size, **_special_tokens(tokenizer), **fields)
-    check_memory(config)
-    return AutoModelForCausalLM.from_config(config, **keywords)
+    # The vocabulary is not known yet; these tokens fit any model type.
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "mask_token_id": 3}
+    check_memory(new_config(model_type, vocab_size=300, **tokens, **fields))
 
 
 def trains_by_flex(model_type: str, device: torch.device) -> bool:
@@ -111,7 +122,7 @@ def check_start(arguments: ModelArguments) -> None:
 
     Raises:
         ValueError: if the checkpoint cannot be read, is a decoder of a family that is not supported, or does not go
-            with the fields.
+            with the fields; without one, see `check_new_model`.
     """
     name = arguments.init_from
     config = None if name is None else read_config(name, argument="--init_from")
@@ -121,6 +132,7 @@ def check_start(arguments: ModelArguments) -> None:
             f"has the mask token of its tokenizer, so leave it out."
         )
     if name is None:
+        check_new_model(arguments.model_type, arguments.config_fields())
         return
     check_shape(name, arguments.config_fields())
     if not (hasattr(model_class(arguments.model_type), "from_encoder") or _is_ours(config)):
