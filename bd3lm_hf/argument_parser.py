@@ -4,9 +4,10 @@ Imports nothing that is slow: `bd3lm VERB --help` must answer before torch is lo
 """
 
 import argparse
+import difflib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 
@@ -87,6 +88,26 @@ def number(maximum: float = math.inf, *, allow_zero: bool = False) -> Callable[[
         return value
 
     return read
+
+
+def check_minimum(arguments: Any, minimum: int, *names: str) -> None:
+    """Refuse fields below a minimum; None is not checked.
+
+    Raises:
+        ValueError: if a field is below it.
+    """
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"--{name} {value}: expected an integer >= {minimum}.")
+
+
+def unknown(name: str, known: Sequence[str], kind: str) -> str:
+    """Return the end of a message about an unknown name, with the nearest known one."""
+    name = name.split("=")[0]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "see --help for the fields."
+    return f"an unknown {kind} {name!r}: {hint}"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,46 +17,85 @@ from bd3lm_hf.argument_parser import ArgumentParser, one_line
 
 
 class Verb(NamedTuple):
-    """A verb: its help text and the module that runs it."""
+    """A verb: its help text, and functions `module:name` that run it, add its flags and write its help.
 
-    # With `add_arguments(parser, words)` and `run(arguments)`, or with `main(words)` if it parses them itself. Named
-    # by strings, as `training` and `hub_upload` are later rooms, on which this one does not depend.
-    module: str
+    They are named by strings: `training` and `hub_upload` are later rooms, on which this one does not depend.
+    """
+
+    # Called with the parsed arguments, or with the words if there is no `flags`.
+    run: str
     help: str
-    # A function, `module:name`, that returns the parser, so that wrong words are refused before `module` is imported.
-    parser: str | None = None
-    # The module with `run`, if it is not that of the flags, which imports nothing slow.
-    work: str | None = None
-    # A function, `module:name`, that returns the help page of a verb whose own parser imports something slow.
+    # Called with a parser and the words; some words bring other flags. Its module imports nothing slow.
+    flags: str | None = None
+    # Called without arguments, if `run` parses the words with something slow.
     page: str | None = None
 
 
-_EVALUATION = "bd3lm_hf.evaluation"
-_HELP = "bd3lm_hf.training.command_help"
-_HUB, _REPORTS = "bd3lm_hf.hub_upload.hub_cli", "bd3lm_hf.reports.reports_cli"
+_EVALUATION, _GENERATION, _REPORTS = "bd3lm_hf.evaluation", "bd3lm_hf.generation", "bd3lm_hf.reports"
+_TRAINING, _HUB = "bd3lm_hf.training", "bd3lm_hf.hub_upload"
 
 VERBS = {
-    "train": Verb("bd3lm_hf.training.train", "train a model: a recipe plus overrides", page=f"{_HELP}:train_help"),
-    "compare": Verb("bd3lm_hf.training.compare", "train several models on one text", page=f"{_HELP}:compare_help"),
+    "train": Verb(
+        f"{_TRAINING}.train:main",
+        "train a model: a recipe plus overrides",
+        page=f"{_TRAINING}.command_help:train_help",
+    ),
+    "compare": Verb(
+        f"{_TRAINING}.compare:main",
+        "train several models on one text",
+        page=f"{_TRAINING}.command_help:compare_help",
+    ),
     "eval": Verb(
-        f"{_EVALUATION}.eval_cli",
+        f"{_EVALUATION}.dataset_scoring:run",
         "score a model: its perplexity on datasets, or the text that it generates",
-        work=f"{_EVALUATION}.dataset_scoring",
+        f"{_EVALUATION}.eval_cli:add_arguments",
     ),
-    "generate": Verb("bd3lm_hf.generation.generate_cli", "generate text", work="bd3lm_hf.generation.write_samples"),
-    "infill": Verb("bd3lm_hf.generation.infill_cli", "fill gaps in text"),
+    "generate": Verb(
+        f"{_GENERATION}.write_samples:run",
+        "generate text",
+        f"{_GENERATION}.generate_cli:add_generate_arguments",
+    ),
+    "infill": Verb(
+        f"{_GENERATION}.write_samples:run_infill",
+        "fill gaps in text",
+        f"{_GENERATION}.generate_cli:add_infill_arguments",
+    ),
     "quality": Verb(
-        "bd3lm_hf.reports.quality_cli",
+        f"{_REPORTS}.speed_quality:run",
         "measure the quality of generated text over the speed of samplers",
-        work="bd3lm_hf.reports.speed_quality",
+        f"{_REPORTS}.reports_cli:add_quality_arguments",
     ),
-    "report": Verb("bd3lm_hf.reports.report", "a page of curves, tables and samples", f"{_REPORTS}:report_parser"),
-    "harness": Verb("bd3lm_hf.evaluation.harness_cli", "lm-evaluation-harness with the models of this package"),
-    "serve": Verb("bd3lm_hf.serving.serve_cli", "an OpenAI-compatible server for one model"),
-    "bench": Verb("bd3lm_hf.reports.benchmark", "speed and memory next to a named rival", f"{_REPORTS}:bench_parser"),
-    "convert": Verb("bd3lm_hf.hub_upload.convert", "a published checkpoint into a folder", f"{_HUB}:convert_parser"),
-    "push": Verb("bd3lm_hf.hub_upload.push", "a model to a repository that anyone can load", f"{_HUB}:push_parser"),
-    "verify": Verb("bd3lm_hf.hub_upload.verify", "whether a shared model is what was pushed", f"{_HUB}:verify_parser"),
+    "report": Verb(
+        f"{_REPORTS}.report:run",
+        "a page of curves, tables and samples",
+        f"{_REPORTS}.reports_cli:add_report_arguments",
+    ),
+    "harness": Verb(f"{_EVALUATION}.harness_cli:main", "lm-evaluation-harness with the models of this package"),
+    "serve": Verb(
+        "bd3lm_hf.serving.serve_cli:run",
+        "an OpenAI-compatible server for one model",
+        "bd3lm_hf.serving.serve_cli:add_arguments",
+    ),
+    "bench": Verb(
+        f"{_REPORTS}.benchmark:run",
+        "speed and memory next to a named rival",
+        f"{_REPORTS}.reports_cli:add_bench_arguments",
+    ),
+    "convert": Verb(
+        f"{_HUB}.convert:run",
+        "a published checkpoint into a folder",
+        f"{_HUB}.hub_cli:add_convert_arguments",
+    ),
+    "push": Verb(
+        f"{_HUB}.push:run",
+        "a model to a repository that anyone can load",
+        f"{_HUB}.hub_cli:add_push_arguments",
+    ),
+    "verify": Verb(
+        f"{_HUB}.verify:run",
+        "whether a shared model is what was pushed",
+        f"{_HUB}.hub_cli:add_verify_arguments",
+    ),
 }
 
 # Fields of these are also the names of Python arguments, and spelled with underscores.
@@ -117,20 +156,21 @@ def _run(words: list[str]) -> int:
     if verb not in VERBS:
         make_parser().parse_args(words)
         return 0
-    rest = words[1:] if verb in _KEEP_UNDERSCORES else with_dashes(words[1:])
-    page, parser = VERBS[verb].page, VERBS[verb].parser
-    if page is not None and {"-h", "--help"} & set(rest):
-        print(_function(page)())
-        return 0
-    if parser is not None:
-        _function(parser)().parse_args(rest)
-    module = importlib.import_module(VERBS[verb].module)
-    if hasattr(module, "add_arguments"):
-        arguments = make_verb_parser(verb, rest, module).parse_args(rest)
-        importlib.import_module(VERBS[verb].work or VERBS[verb].module).run(arguments)
-    else:
-        module.main(rest)
+    run_verb(verb, words[1:])
     return 0
+
+
+def run_verb(name: str, words: Sequence[str]) -> None:
+    """Run a verb; its errors are raised, and a wrong flag ends the process with code 2."""
+    verb = VERBS[name]
+    words = words if name in _KEEP_UNDERSCORES else with_dashes(words)
+    if verb.page is not None and {"-h", "--help"} & set(words):
+        print(_function(verb.page)())
+    elif verb.flags is None:
+        _function(verb.run)(words)
+    else:
+        arguments = make_verb_parser(name, words).parse_args(words)  # before the module that does the work is imported
+        _function(verb.run)(arguments)
 
 
 def _function(name: str) -> Any:
@@ -149,11 +189,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_verb_parser(verb: str, words: Sequence[str] = (), module: Any = None) -> argparse.ArgumentParser:
-    """Return the parser of a verb; some flags of `words` bring others with them."""
-    module = importlib.import_module(VERBS[verb].module) if module is None else module
-    parser = ArgumentParser(prog=f"bd3lm {verb}", description=f"{VERBS[verb].help.capitalize()}.", allow_abbrev=False)
-    module.add_arguments(parser, words)
+def make_verb_parser(name: str, words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Return the parser of a verb that has flags; some flags of `words` bring others with them."""
+    verb = VERBS[name]
+    assert verb.flags is not None
+    parser = ArgumentParser(prog=f"bd3lm {name}", description=f"{verb.help.capitalize()}.", allow_abbrev=False)
+    _function(verb.flags)(parser, words)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser
 

@@ -7,30 +7,25 @@
 5. Save, load what was saved, and compare the logits.
 """
 
+import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import bd3lm_hf  # noqa: F401  (registers the model types)
 from bd3lm_hf.adapt import adapt_decoder, is_adaptable, load_decoder_tokenizer
-from bd3lm_hf.argument_parser import one_line, printable
-from bd3lm_hf.checkpoints import check_finite_weights, load_model, read_config, read_shard_index
-from bd3lm_hf.data.sources import exists, looks_like_path
+from bd3lm_hf.argument_parser import printable
+from bd3lm_hf.checkpoints import check_finite_weights, load_model, read_config
+from bd3lm_hf.data.sources import exists
 from bd3lm_hf.foreign_layouts import CONTRACTS, decoder_layout_config, read_contract, read_contract_config
-from bd3lm_hf.hub_upload.hub_cli import convert_parser
-from bd3lm_hf.hub_upload.layouts import Architecture, architecture_of, is_simplex_layout, read_simplex
+from bd3lm_hf.hub_upload.layouts import BUFFERS, WEIGHT_FILES, Architecture, Source, architecture_of, read_source
 from bd3lm_hf.hub_upload.repo_files import check_links, new_folder
-from bd3lm_hf.hub_upload.safe_pickle import plain, read_checkpoint
-from bd3lm_hf.input_files import read_json
 from bd3lm_hf.tokenization import check_tokenizer_fits, limit_to_window, load_tokenizer
 
 
@@ -52,22 +47,9 @@ _PUBLISHED_FIELDS = (
     "sampling_eps_min",
     "sampling_eps_max",
 )
-_INDEX_FILE = "model.safetensors.index.json"
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
-_BUFFERS = ("rotary_emb.inv_freq", "sampling_eps_min", "sampling_eps_max")
 # The tokenizers of the published checkpoints, by the size of the vocabulary with the mask token.
 _KNOWN_TOKENIZERS = {50258: "gpt2", 30522: "bert-base-uncased"}
-
-
-class Source(NamedTuple):
-    """The contents of a checkpoint."""
-
-    weights: dict[str, torch.Tensor]  # named as published: `backbone.`...
-    average: list[torch.Tensor] | None  # moving averages of the parameters, in their order
-    config: dict[str, Any]  # a config.json, or the hyper-parameters
-    folder: Path | None  # that may hold a tokenizer
-    architecture: Architecture | None = None  # if the layout alone determines it
 
 
 class Conversion(NamedTuple):
@@ -76,6 +58,11 @@ class Conversion(NamedTuple):
     model_type: str
     num_parameters: int
     notes: list[str]  # what was inferred, chosen or left out
+
+    @classmethod
+    def of(cls, model: Any, notes: list[str]) -> "Conversion":
+        """Return the result that is this model."""
+        return cls(model.config.model_type, sum(parameter.numel() for parameter in model.parameters()), notes)
 
 
 def convert(
@@ -113,11 +100,18 @@ def convert(
     if process_fields:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in process_fields)
         raise ValueError(f"{names}: only the decoders of {', '.join(CONTRACTS)} take it. Leave it out.")
-    with new_folder(Path(target), "DST") as folder:
+    return _convert_published(source, Path(target), weights, tokenizer, model_type)
+
+
+def _convert_published(
+    source: str, target: Path, requested: str, tokenizer: str | None, model_type: str | None
+) -> Conversion:
+    """Convert a checkpoint of the authors' code, or of SSD-LM."""
+    with new_folder(target, "DST") as folder:
         # 1. Read
         found = read_source(source)
         # 2. Weights
-        tensors, notes = _choose_weights(found, weights)
+        tensors, notes = _choose_weights(found, requested)
         # 3. Configuration
         architecture = found.architecture or architecture_of(tensors, found.config, model_type)
         if model_type not in (None, architecture.model_type):
@@ -136,8 +130,7 @@ def convert(
         name = _KNOWN_TOKENIZERS.get(config.vocab_size)
         hint = f"--tokenizer {name} is the one of the published checkpoints" if name else "name it with --tokenizer"
         notes.append(f"SRC has no tokenizer, and DST cannot read text without the one it was trained with: {hint}")
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return Conversion(config.model_type, count, [*notes, *architecture.notes])
+    return Conversion.of(model, [*notes, *architecture.notes])
 
 
 def _convert_decoder(source: str, target: Path, tokenizer: str | None, fields: dict[str, Any]) -> Conversion:
@@ -161,7 +154,7 @@ def _convert_decoder(source: str, target: Path, tokenizer: str | None, fields: d
     notes += [note for note in (contract.note,) if note]
     if loaded_tokenizer is None:
         notes.append("SRC has no tokenizer: name the one that it was trained with by --tokenizer")
-    return Conversion(config.model_type, sum(p.numel() for p in model.parameters()), notes)
+    return Conversion.of(model, notes)
 
 
 def to_decoder(source: str, target: str | Path, layout: str) -> Conversion:
@@ -187,7 +180,7 @@ def to_decoder(source: str, target: str | Path, layout: str) -> Conversion:
         tokenizer = _load_tokenizer(Path(source) if exists(source) else None, None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    return Conversion(config["model_type"], sum(p.numel() for p in model.parameters()), [])
+    return Conversion.of(model, [])._replace(model_type=config["model_type"])
 
 
 def _is_decoder(source: str) -> bool:
@@ -207,9 +200,8 @@ def _adapt(source: str, target: Path, tokenizer: str | None, fields: dict[str, A
         loaded = load_decoder_tokenizer(tokenizer or source, config, fields.get("mask_token_id"))
         model = adapt_decoder(source, tokenizer=loaded, **fields).eval()
         _save_checked(model, loaded, folder)
-    count = sum(parameter.numel() for parameter in model.parameters())
     notes = [f"mask token: {loaded.mask_token}, id {model.config.mask_token_id}", "train it before use: --init_from"]
-    return Conversion(model.config.model_type, count, notes)
+    return Conversion.of(model, notes)
 
 
 def to_published(source: str, target: str | Path) -> Conversion:
@@ -231,7 +223,7 @@ def to_published(source: str, target: str | Path) -> Conversion:
         config = json.dumps(_published_config(model), indent=2, sort_keys=True)
         (folder / "config.json").write_text(f"{config}\n", encoding="utf-8")
         state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        save_file(state, folder / _WEIGHT_FILES[0], metadata={"format": "pt"})
+        save_file(state, folder / WEIGHT_FILES[0], metadata={"format": "pt"})
         tokenizer = _load_tokenizer(Path(source) if exists(source) else None, None)
         if tokenizer is not None:
             limit_to_window(tokenizer, model.config)
@@ -243,7 +235,7 @@ def to_published(source: str, target: str | Path) -> Conversion:
         notes.append(
             f"mask_token_id={model.config.mask_token_id} has no field there; their code takes the tokenizer's"
         )
-    return Conversion("bd3lm", sum(p.numel() for p in model.parameters()), notes)
+    return Conversion.of(model, notes)
 
 
 def _published_config(model: Any) -> dict[str, Any]:
@@ -263,96 +255,6 @@ def _published_config(model: Any) -> dict[str, Any]:
     }
 
 
-# Read
-
-
-def read_source(source: str) -> Source:
-    """Return weights and configuration of a file, a folder or a repository.
-
-    Raises:
-        ValueError: if there is nothing of that name, or it cannot be read.
-    """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return _read_lightning(path)
-    if path.is_dir():
-        return _read_folder(path)
-    if looks_like_path(source):
-        raise ValueError(f"SRC {source}: there is no such file or folder.")
-    try:
-        return _read_folder(Path(snapshot_download(source)))
-    except OSError as error:
-        raise ValueError(
-            f"SRC {source} is neither a local file or folder nor can it be downloaded from the Hub: "
-            f"{type(error).__name__}: {one_line(str(error))}"
-        ) from error
-
-
-def _read_folder(folder: Path) -> Source:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"SRC {folder} holds no config.json: name the folder of a checkpoint, or a .ckpt file.")
-    check_links(folder, "SRC")
-    config = read_json(folder / "config.json")
-    weights = _read_weights(folder)
-    if is_simplex_layout(folder):
-        simplex = read_simplex(folder, weights, config)
-        return Source(simplex.weights, None, config, folder, simplex.architecture)
-    return Source(_published_names(weights), None, config, folder)
-
-
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    index, single, pickled = (folder / name for name in (_INDEX_FILE, *_WEIGHT_FILES))
-    if index.is_file():
-        shards = [folder / name for name in sorted(set(read_shard_index(index).values()))]
-    elif single.is_file():
-        shards = [single]
-    elif pickled.is_file():
-        return read_checkpoint(pickled)
-    else:
-        raise ValueError(f"SRC {folder} holds no weights: one of {', '.join(_WEIGHT_FILES)} is needed.")
-    weights: dict[str, torch.Tensor] = {}
-    for shard in shards:
-        try:
-            weights |= load_file(shard)
-        except FileNotFoundError as error:
-            raise ValueError(f"{index} lists {shard.name}, which does not exist.") from error
-        except SafetensorError as error:
-            raise ValueError(f"{shard} is damaged ({error}): get it again from its source.") from error
-    return weights
-
-
-def _read_lightning(path: Path) -> Source:
-    contents = read_checkpoint(path)
-    if not isinstance(contents.get("state_dict"), dict):
-        names = ", ".join(map(str, contents))[:200] or "nothing"
-        raise ValueError(f"SRC {path} holds no state_dict, only {names}: name a Lightning checkpoint.")
-    weights = _published_names(contents["state_dict"])
-    for name in ("sampling_eps_min", "sampling_eps_max"):
-        if name not in weights and isinstance(contents.get(name), torch.Tensor):
-            weights[name] = contents[name]
-    average = contents.get("ema")
-    shadows = average.get("shadow_params") if isinstance(average, dict) else None
-    hyper_parameters = plain(contents.get("hyper_parameters") or {})
-    config = hyper_parameters.get("config", hyper_parameters)
-    return Source(weights, shadows, config if isinstance(config, dict) else {}, None)
-
-
-def _published_names(weights: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return tensors under their names without the parts that compiling and wrapping add."""
-    named = {}
-    for name, tensor in weights.items():
-        if isinstance(tensor, torch.Tensor):
-            # The first comes from torch.compile, the second from data parallelism.
-            for part in ("_orig_mod.", "module."):
-                name = name.replace(part, "")
-            named[name] = tensor
-    if named and not any(name.startswith("backbone.") for name in named):
-        # The backbone was saved alone.
-        # The interval belongs to the whole model, not to its backbone.
-        named = {n if n in _BUFFERS[1:] else f"backbone.{n}": t for n, t in named.items()}
-    return named
-
-
 # Weights
 
 
@@ -366,7 +268,7 @@ def _choose_weights(source: Source, requested: str) -> tuple[dict[str, torch.Ten
     if requested == "raw":
         return source.weights, ["the raw weights were taken, not their moving average"]
     # The average is a list without names, in the order of the backbone's parameters, which is that of the weights.
-    names = [name for name in source.weights if name.startswith("backbone.") and not name.endswith(_BUFFERS)]
+    names = [name for name in source.weights if name.startswith("backbone.") and not name.endswith(BUFFERS)]
     if len(names) != len(source.average) or not all(isinstance(t, torch.Tensor) for t in source.average):
         raise ValueError(
             f"The moving average holds {len(source.average)} tensors for {len(names)} parameters: take the raw "
@@ -460,9 +362,8 @@ def _save_checked(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder:
         raise ValueError("The saved folder does not load as the model that was converted, so DST was not written.")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run with the arguments of the command line."""
-    arguments = convert_parser().parse_args(argv)
+def run(arguments: argparse.Namespace) -> None:
+    """Run `bd3lm convert`."""
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     if arguments.to == "published":

@@ -2,9 +2,8 @@
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
-
-from bd3lm_hf.argument_parser import ArgumentParser
 
 
 #: Larger weights are split into files of this size.
@@ -16,13 +15,9 @@ WEIGHTS = ("auto", "ema", "raw")
 _SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]I?B", re.IGNORECASE)
 
 
-def convert_parser() -> argparse.ArgumentParser:
-    """Return the parser of `bd3lm convert`."""
-    parser = ArgumentParser(
-        prog="bd3lm convert",
-        description="Convert a published or Lightning checkpoint into a folder that loads by itself, and back.",
-        allow_abbrev=False,
-    )
+def add_convert_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) -> None:
+    """Add the flags of `bd3lm convert`."""
+    parser.description = "Convert a published or Lightning checkpoint into a folder that loads by itself, and back."
     parser.add_argument("source", metavar="SRC", help="folder, Hub name or .ckpt file")
     parser.add_argument("target", metavar="DST", help="folder to write")
     layouts = ("bd3lm_hf", "published", "sdar", "stock")
@@ -32,16 +27,11 @@ def convert_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-type", help="bd3lm, ar, mdlm or sedd, if the source does not determine it")
     parser.add_argument("--block-size", type=int, help="of a decoder, if its files do not have it")
     parser.add_argument("--mask-token-id", type=int, help="of a published decoder, if its files do not have it")
-    return parser
 
 
-def push_parser() -> argparse.ArgumentParser:
-    """Return the parser of `bd3lm push`."""
-    parser = ArgumentParser(
-        prog="bd3lm push",
-        description="Upload a model so that anyone can load it. The token comes from HF_TOKEN or `hf auth login`.",
-        allow_abbrev=False,
-    )
+def add_push_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) -> None:
+    """Add the flags of `bd3lm push`."""
+    parser.description = "Upload a model so that anyone can load it. The token comes from HF_TOKEN or `hf auth login`."
     parser.add_argument("source", metavar="DIR", help="folder of a run, a checkpoint, a converted model or an adapter")
     parser.add_argument("repo", metavar="REPO", help="owner/name on the Hub")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
@@ -55,20 +45,14 @@ def push_parser() -> argparse.ArgumentParser:
     parser.add_argument("--license", help="license of the model, in the Hub's spelling, such as apache-2.0")
     parser.add_argument("--token", type=_no_token, help=argparse.SUPPRESS)
     parser.add_argument("--no-tokenizer", action="store_true", help="the model has no tokenizer")
-    return parser
 
 
-def verify_parser() -> argparse.ArgumentParser:
-    """Return the parser of `bd3lm verify`."""
-    parser = ArgumentParser(
-        prog="bd3lm verify",
-        description="Verify that the files of a shared model are those that were pushed.",
-        allow_abbrev=False,
-    )
+def add_verify_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) -> None:
+    """Add the flags of `bd3lm verify`."""
+    parser.description = "Verify that the files of a shared model are those that were pushed."
     parser.add_argument("folder", metavar="DIR", help="folder, or name of a repository on the Hub")
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
     parser.add_argument("--strict", action="store_true", help="exit with code 1 for code of another version too")
-    return parser
 
 
 def _shard_size(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The published checkpoint layouts: model type and fields, from the configuration and the shapes of the weights.
+"""The published checkpoint layouts: their files, and model type and fields from configuration and weights.
 
 Published configurations omit fields, or name them differently in each repository. Sizes are taken from the weights.
 
@@ -13,14 +13,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.models.roberta.configuration_roberta import RobertaConfig
 
-from bd3lm_hf.hub_upload.safe_pickle import read_checkpoint
+from bd3lm_hf.argument_parser import one_line
+from bd3lm_hf.checkpoints import read_shard_index
+from bd3lm_hf.data.sources import looks_like_path
+from bd3lm_hf.hub_upload.repo_files import check_links
+from bd3lm_hf.hub_upload.safe_pickle import plain, read_checkpoint
+from bd3lm_hf.input_files import read_json
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.configuration_ssdlm import SSDLMConfig
 
 
+_INDEX_FILE = "model.safetensors.index.json"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+BUFFERS = ("rotary_emb.inv_freq", "sampling_eps_min", "sampling_eps_max")
 _BERT_VOCABULARY, _BERT_MASK = 30522, 103  # bert-base-uncased, of the authors' LM1B models
 _MODEL_LENGTH = 1024  # of all published checkpoints
 _PREFIX = "backbone."
@@ -39,6 +50,16 @@ class Architecture(NamedTuple):
     model_type: str
     fields: dict[str, Any]
     notes: list[str]  # what was inferred
+
+
+class Source(NamedTuple):
+    """The contents of a checkpoint."""
+
+    weights: dict[str, torch.Tensor]  # named as published: `backbone.`...
+    average: list[torch.Tensor] | None  # moving averages of the parameters, in their order
+    config: dict[str, Any]  # a config.json, or the hyper-parameters
+    folder: Path | None  # that may hold a tokenizer
+    architecture: Architecture | None = None  # if the layout alone determines it
 
 
 def architecture_of(
@@ -278,3 +299,93 @@ def _ssdlm_length(config: Mapping[str, Any], kind: str) -> int:
     # RoBERTa's positions start after its padding id.
     offset = (config.get("pad_token_id") or 0) + 1 if issubclass(CONFIG_MAPPING[kind], RobertaConfig) else 0
     return _SSDLM_LENGTH if positions is None else min(_SSDLM_LENGTH, positions - offset)
+
+
+# Reading
+
+
+def read_source(source: str) -> Source:
+    """Return weights and configuration of a file, a folder or a repository.
+
+    Raises:
+        ValueError: if there is nothing of that name, or it cannot be read.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _read_lightning(path)
+    if path.is_dir():
+        return _read_folder(path)
+    if looks_like_path(source):
+        raise ValueError(f"SRC {source}: there is no such file or folder.")
+    try:
+        return _read_folder(Path(snapshot_download(source)))
+    except OSError as error:
+        raise ValueError(
+            f"SRC {source} is neither a local file or folder nor can it be downloaded from the Hub: "
+            f"{type(error).__name__}: {one_line(str(error))}"
+        ) from error
+
+
+def _read_folder(folder: Path) -> Source:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"SRC {folder} holds no config.json: name the folder of a checkpoint, or a .ckpt file.")
+    check_links(folder, "SRC")
+    config = read_json(folder / "config.json")
+    weights = _read_weights(folder)
+    if is_simplex_layout(folder):
+        simplex = read_simplex(folder, weights, config)
+        return Source(simplex.weights, None, config, folder, simplex.architecture)
+    return Source(_published_names(weights), None, config, folder)
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    index, single, pickled = (folder / name for name in (_INDEX_FILE, *WEIGHT_FILES))
+    if index.is_file():
+        shards = [folder / name for name in sorted(set(read_shard_index(index).values()))]
+    elif single.is_file():
+        shards = [single]
+    elif pickled.is_file():
+        return read_checkpoint(pickled)
+    else:
+        raise ValueError(f"SRC {folder} holds no weights: one of {', '.join(WEIGHT_FILES)} is needed.")
+    weights: dict[str, torch.Tensor] = {}
+    for shard in shards:
+        try:
+            weights |= load_file(shard)
+        except FileNotFoundError as error:
+            raise ValueError(f"{index} lists {shard.name}, which does not exist.") from error
+        except SafetensorError as error:
+            raise ValueError(f"{shard} is damaged ({error}): get it again from its source.") from error
+    return weights
+
+
+def _read_lightning(path: Path) -> Source:
+    contents = read_checkpoint(path)
+    if not isinstance(contents.get("state_dict"), dict):
+        names = ", ".join(map(str, contents))[:200] or "nothing"
+        raise ValueError(f"SRC {path} holds no state_dict, only {names}: name a Lightning checkpoint.")
+    weights = _published_names(contents["state_dict"])
+    for name in ("sampling_eps_min", "sampling_eps_max"):
+        if name not in weights and isinstance(contents.get(name), torch.Tensor):
+            weights[name] = contents[name]
+    average = contents.get("ema")
+    shadows = average.get("shadow_params") if isinstance(average, dict) else None
+    hyper_parameters = plain(contents.get("hyper_parameters") or {})
+    config = hyper_parameters.get("config", hyper_parameters)
+    return Source(weights, shadows, config if isinstance(config, dict) else {}, None)
+
+
+def _published_names(weights: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return tensors under their names without the parts that compiling and wrapping add."""
+    named = {}
+    for name, tensor in weights.items():
+        if isinstance(tensor, torch.Tensor):
+            # The first comes from torch.compile, the second from data parallelism.
+            for part in ("_orig_mod.", "module."):
+                name = name.replace(part, "")
+            named[name] = tensor
+    if named and not any(name.startswith("backbone.") for name in named):
+        # The backbone was saved alone.
+        # The interval belongs to the whole model, not to its backbone.
+        named = {n if n in BUFFERS[1:] else f"backbone.{n}": t for n, t in named.items()}
+    return named

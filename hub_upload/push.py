@@ -7,8 +7,9 @@
 5. Upload in one commit, or write to a folder (`--dry-run`).
 """
 
+import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,7 @@ from transformers.utils import logging
 from bd3lm_hf.argument_parser import printable
 from bd3lm_hf.hub_upload.card import make_card
 from bd3lm_hf.hub_upload.errors import hub_errors
-from bd3lm_hf.hub_upload.hub_cli import MAX_SHARD_SIZE, push_parser
+from bd3lm_hf.hub_upload.hub_cli import MAX_SHARD_SIZE
 from bd3lm_hf.hub_upload.load_check import check_loads_alone
 from bd3lm_hf.hub_upload.repo_files import (
     CARD_NAME,
@@ -305,9 +306,8 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"REPO {repo_id!r} has no owner: write owner/{repo_id}.")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run with the arguments of the command line."""
-    arguments = push_parser().parse_args(argv)
+def run(arguments: argparse.Namespace) -> None:
+    """Run `bd3lm push`."""
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     options = {name: getattr(arguments, name) for name in ("max_shard_size", "weights", "base_model", "license")}

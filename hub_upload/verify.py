@@ -5,9 +5,9 @@ It excludes the model card, which people edit. Nothing in it depends on time or 
 manifest. It finds damage and changes, but does not prove who wrote the files.
 """
 
+import argparse
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -18,7 +18,6 @@ import bd3lm_hf
 from bd3lm_hf.argument_parser import printable
 from bd3lm_hf.data.sources import exists, looks_like_path
 from bd3lm_hf.hub_upload.errors import hub_errors
-from bd3lm_hf.hub_upload.hub_cli import verify_parser
 from bd3lm_hf.hub_upload.repo_files import CARD_NAME, CODE, MANIFEST_NAME, files_of
 from bd3lm_hf.input_files import read_json
 
@@ -146,9 +145,8 @@ def report(difference: ManifestDifference) -> str:
     return "\n".join(map(printable, lines))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run with the arguments of the command line; exit with code 1 if the folder differs."""
-    arguments = verify_parser().parse_args(argv)
+def run(arguments: argparse.Namespace) -> None:
+    """Run `bd3lm verify`; exit with code 1 if the folder differs."""
     with hub_errors(f"Cannot download {arguments.folder}"):
         folder = model_folder(arguments.folder, arguments.revision)
     difference = compare_with_manifest(folder)

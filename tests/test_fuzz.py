@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from shared_models import add_run
+from shared_models import add_run, special_ids
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, cli
 
@@ -80,11 +80,10 @@ def pristine(tmp_path_factory, _tiny_tokenizer_json) -> Path:
 
     world = tmp_path_factory.mktemp("pristine")
     tokenizer = make_tiny_tokenizer(_tiny_tokenizer_json)
-    names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
     sizes = {"block_size": 4, "model_length": 16, "hidden_dim": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2}
     torch.manual_seed(0)
-    ids = {name: getattr(tokenizer, name) for name in names}
-    BD3LMForMaskedLM(BD3LMConfig(vocab_size=len(tokenizer), **sizes, **ids)).save_pretrained(world / "model")
+    config = BD3LMConfig(vocab_size=len(tokenizer), **sizes, **special_ids(tokenizer))
+    BD3LMForMaskedLM(config).save_pretrained(world / "model")
     tokenizer.save_pretrained(world / "model")
     shutil.copytree(world / "model", world / "run")
     add_run(world / "run")
@@ -100,7 +99,7 @@ def pristine(tmp_path_factory, _tiny_tokenizer_json) -> Path:
 
 
 @pytest.fixture
-def world(pristine, tmp_path, monkeypatch) -> Path:
+def world(pristine, tmp_path, monkeypatch, no_load_check) -> Path:
     """A copy of that folder to work in, with a link that leads out of it."""
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "secret.txt").write_text(SECRET)
@@ -108,10 +107,6 @@ def world(pristine, tmp_path, monkeypatch) -> Path:
     (world / "link").symlink_to(tmp_path / "outside")
     monkeypatch.chdir(world)
     monkeypatch.setattr("sys.stdin", io.StringIO("The ___ fox\n"))
-    # The check in a process of its own takes seconds, and has its own tests.
-    from bd3lm_hf.hub_upload.push import write_repository
-
-    monkeypatch.setitem(write_repository.__kwdefaults__, "check", lambda folder, model: None)
     return world
 
 
@@ -159,21 +154,6 @@ def run_and_check(bd3lm: Any, world: Path, words: list[str], before: dict[str, i
 # --- command lines ---------------------------------------------------------------------------------------------------
 
 
-def parser_of(verb: str) -> argparse.ArgumentParser:
-    """Return the parser of a verb whose flags it makes itself."""
-    import importlib
-
-    name, *words = verb.split()
-    if name == "serve":
-        from bd3lm_hf.serving.serve_cli import make_parser
-
-        return make_parser()
-    if (function := cli.VERBS[name].parser) is not None:
-        module, _, function = function.partition(":")
-        return getattr(importlib.import_module(module), function)()
-    return cli.make_verb_parser(name, words)
-
-
 def value_of(rng: random.Random, action: argparse.Action) -> str:
     """Return a value for a flag that mostly fits."""
     if rng.random() < 0.3:
@@ -209,7 +189,8 @@ def command_line(rng: random.Random, verb: str, parser: argparse.ArgumentParser 
 @pytest.mark.filterwarnings("ignore")
 def test_a_command_line_ends_well(bd3lm, world, pristine, verb):
     rng = random.Random(verb)
-    parser = None if verb in ("train", "compare") else parser_of(verb)
+    name, *given = verb.split()
+    parser = None if verb in ("train", "compare") else cli.make_verb_parser(name, given)
     before = files_in(world)
     for _ in range(LINES[verb]):
         words = command_line(rng, verb, parser)

@@ -1,6 +1,5 @@
 """The fields of a run, in four groups (model, data, adapters, training), and checks that they do not contradict."""
 
-import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -12,20 +11,13 @@ from transformers import IntervalStrategy, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy
 
+from bd3lm_hf.argument_parser import check_minimum, unknown
 from bd3lm_hf.data.instructions import LONG_ROWS
 from bd3lm_hf.data.packing import PACKINGS
 from bd3lm_hf.data.schemas import SCHEMAS
 from bd3lm_hf.data.sources import DEFAULT_DATASET
 from bd3lm_hf.training.block_schedule import BlockSizeSchedule
 from bd3lm_hf.training.interval import METHODS, PUBLISHED_STEP, Interval, candidate_intervals, parse_interval
-
-
-def _check_minimum(arguments: Any, minimum: int, *names: str) -> None:
-    """Refuse fields below a minimum; None is not checked."""
-    for name in names:
-        value = getattr(arguments, name)
-        if value is not None and value < minimum:
-            raise ValueError(f"--{name} {value}: expected an integer >= {minimum}.")
 
 
 @dataclass
@@ -85,8 +77,8 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many held-out sequences at most."})
 
     def __post_init__(self) -> None:
-        _check_minimum(self, 1, "vocab_size", "max_train_samples", "max_eval_samples", "num_proc")
-        _check_minimum(self, 0, "shuffle_buffer")
+        check_minimum(self, 1, "vocab_size", "max_train_samples", "max_eval_samples", "num_proc")
+        check_minimum(self, 0, "shuffle_buffer")
         for name, names in (("packing", PACKINGS), ("long_rows", LONG_ROWS), ("data_format", (None, *SCHEMAS))):
             value = getattr(self, name)
             if value not in names:
@@ -180,7 +172,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        _check_minimum(self, 1, "num_denoising_steps")
+        check_minimum(self, 1, "num_denoising_steps")
 
     def config_fields(self) -> dict[str, Any]:
         """Return the configuration fields that were given, by name."""
@@ -201,7 +193,7 @@ class LoraArguments:
     )
 
     def __post_init__(self) -> None:
-        _check_minimum(self, 1, "lora_r", "lora_alpha")
+        check_minimum(self, 1, "lora_r", "lora_alpha")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"--lora_dropout {self.lora_dropout}: give a probability of at least 0 and below 1.")
         given = [item.name for item in fields(self)[1:] if getattr(self, item.name) != item.default]
@@ -252,7 +244,7 @@ class IntervalSearchArguments:
 
     def _check_interval_search(self, *, evaluates: bool) -> None:
         self.interval_list(block_size=4)
-        _check_minimum(self, 1, "interval_search_batches")
+        check_minimum(self, 1, "interval_search_batches")
         if self.interval_search_method not in METHODS:
             raise ValueError(
                 f"--interval_search_method {self.interval_search_method}: choose one of {', '.join(METHODS)}."
@@ -293,10 +285,7 @@ REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "dataloader_drop_last": ((False,), "the last step of an epoch is filled, so that no sequence is left out"),
     "dataloader_in_order": ((True,), _OWN_ORDER),
     "dataloader_multiprocessing_context": ((None,), "workers start as torch starts them by default"),
-    "auto_find_batch_size": (
-        (False,),
-        "another batch size is another run; set --per_device_train_batch_size",
-    ),
+    "auto_find_batch_size": ((False,), "another batch size is another run; set --per_device_train_batch_size"),
     "logging_nan_inf_filter": ((False,), "a loss that is not finite stops the run"),
     "enable_jit_checkpoint": ((False,), "--save_on_signal saves a checkpoint when the run is stopped"),
     "do_predict": ((False,), "score a saved model by `bd3lm eval`"),
@@ -381,12 +370,7 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
         self._check_refused()
         if self.block_size_schedule is not None:
             BlockSizeSchedule.parse(self.block_size_schedule)
-        if self.deepspeed is not None and not is_deepspeed_available():
-            raise ValueError("--deepspeed: the package deepspeed is not installed. Run `pip install deepspeed`.")
-        if self.ddp_backend is not None and not torch.distributed.is_backend_available(self.ddp_backend):
-            raise ValueError(
-                f"--ddp_backend {self.ddp_backend}: this torch has no such backend. Leave it out for nccl or gloo."
-            )
+        self._check_installed()
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched > 1 and (parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()):
             # Several processes without a GPU talk through gloo, which transformers chooses only with use_cpu.
@@ -407,8 +391,19 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
                 f"the launcher started {launched} processes but this run sees {self.world_size}, so each would train "
                 f"alone: pass --use_cpu if the processes are meant to run on the CPU."
             )
-        _check_minimum(self, 1, "eval_num_samples")
-        _check_minimum(self, 0, "sample_tokens")
+        self._check_values()
+
+    def _check_installed(self) -> None:
+        if self.deepspeed is not None and not is_deepspeed_available():
+            raise ValueError("--deepspeed: the package deepspeed is not installed. Run `pip install deepspeed`.")
+        if self.ddp_backend is not None and not torch.distributed.is_backend_available(self.ddp_backend):
+            raise ValueError(
+                f"--ddp_backend {self.ddp_backend}: this torch has no such backend. Leave it out for nccl or gloo."
+            )
+
+    def _check_values(self) -> None:
+        check_minimum(self, 1, "eval_num_samples")
+        check_minimum(self, 0, "sample_tokens")
         if not 0 < self.sample_nucleus_p <= 1:
             raise ValueError(f"--sample_nucleus_p {self.sample_nucleus_p}: expected a probability above 0, up to 1.")
         self._check_hub()
@@ -469,14 +464,6 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
                 f"{requested}, which takes {steps}: leave it out."
             )
         return steps
-
-
-def unknown(name: str, known: Sequence[str], kind: str) -> str:
-    """Return the end of a message about an unknown name, with the nearest known one."""
-    name = name.split("=")[0]
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else "see --help for the fields."
-    return f"an unknown {kind} {name!r}: {hint}"
 
 
 def _check_reporters(names: Sequence[str]) -> None:

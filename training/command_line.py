@@ -12,7 +12,7 @@ import yaml
 from transformers import CONFIG_MAPPING, HfArgumentParser, IntervalStrategy
 from transformers.utils import logging
 
-from bd3lm_hf.argument_parser import with_underscores
+from bd3lm_hf.argument_parser import unknown, with_underscores
 from bd3lm_hf.input_files import read_yaml
 from bd3lm_hf.output_files import write_atomically
 from bd3lm_hf.run_folder import RECIPE_HEADER
@@ -21,7 +21,6 @@ from bd3lm_hf.training.arguments import (
     DataArguments,
     LoraArguments,
     ModelArguments,
-    unknown,
 )
 from bd3lm_hf.training.command_help import DEFAULT_RECIPE, RECIPES, train_help
 from bd3lm_hf.training.initial_model import SHAPE_FIELDS

@@ -1,4 +1,4 @@
-"""`bd3lm generate`: its flags and checks; `write_samples.py` does the work. Imports nothing slow."""
+"""`bd3lm generate` and `bd3lm infill`: flags and checks; `write_samples.py` does the work. Imports nothing slow."""
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
@@ -41,6 +41,12 @@ CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "projection": (("sampling", "even", "uneven"), "simplex diffusion: how a step projects the logits"),
 }
 
+#: Fields and choices of `bd3lm infill`: the lengths and ends of gaps are given.
+INFILL_FIELDS = [
+    name for name in FIELDS if name not in ("window_stride", "entropy_stop", "entropy_stop_window", "max_time")
+]
+INFILL_CHOICES = ("sampler", "sampling_dtype")
+
 _OTHER_FIELDS = ("max_new_tokens", "do_sample", "stop_at_second_eos")
 _BATCH_SIZE = 8
 
@@ -71,7 +77,7 @@ class Job:
         return {"model": self.model, "seed": self.seed, **self.generation}
 
 
-def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) -> None:
+def add_generate_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) -> None:
     """Add the flags of `bd3lm generate`."""
     add_model_arguments(parser)
     what = parser.add_argument_group("what to generate")
@@ -107,6 +113,21 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) ->
     where.add_argument(
         "--trace", type=Path, action="append", help="page (.html) or data (.json) that replays every denoising step"
     )
+
+
+def add_infill_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) -> None:
+    """Add the flags of `bd3lm infill`."""
+    add_model_arguments(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--text", action="append", help="text with gaps; may be repeated; - reads lines of standard input"
+    )
+    source.add_argument("--text-file", help="a text per line, or a .jsonl file with `prompt` in every object")
+    parser.add_argument("--gap", default="___", help="how a gap is written (___); the mask token is one too")
+    parser.add_argument("--gap-tokens", type=integer(1), default=1, help="tokens that fill a gap (1)")
+    how = parser.add_argument_group("how to fill")
+    add_do_sample(how)
+    add_sampling(how, INFILL_FIELDS)
 
 
 def add_do_sample(group: Any) -> None:

@@ -7,16 +7,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from bd3lm_hf.argument_parser import load_model_and_tokenizer
-from bd3lm_hf.checkpoints import check_generates, window_of
+from bd3lm_hf.checkpoints import check_generates, how_to_adapt, window_of
 from bd3lm_hf.generation.chat import converse
 from bd3lm_hf.generation.denoising_trace import trace_document, traced_sample, write_trace
-from bd3lm_hf.generation.generate_cli import FIELDS, Job, check_chat_arguments, generation_fields, plan
-from bd3lm_hf.generation.samples import Sample, SamplesFile, open_samples
+from bd3lm_hf.generation.generate_cli import (
+    FIELDS,
+    INFILL_CHOICES,
+    INFILL_FIELDS,
+    Job,
+    check_chat_arguments,
+    generation_fields,
+    plan,
+)
+from bd3lm_hf.generation.samples import Sample, SamplesFile, open_samples, read_prompts
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
 from bd3lm_hf.seeds import derived_seed
 
@@ -179,3 +188,43 @@ def _write_traces(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase, trac
     )
     for path in job.traces:
         write_trace(document, path)
+
+
+# Gaps
+
+
+def run_infill(arguments: argparse.Namespace) -> None:
+    """Fill the gaps of texts with tokens: `bd3lm infill --model DIR --text "The quick ___ fox"`."""
+    texts = read_prompts(arguments.text, arguments.text_file, flag="--text")
+    if texts == [None]:
+        raise ValueError("name what to fill: a --text with gaps, or a --text-file.")
+    model, tokenizer = load_model_and_tokenizer(arguments)
+    if not hasattr(model, "infill"):
+        is_ours = hasattr(model, "token_nll")
+        remedy = "Name a block-diffusion model." if is_ours else how_to_adapt(arguments.model)
+        raise ValueError(f"--model {arguments.model} is a {type(model).__name__}, which fills no gaps. {remedy}")
+    encoded = [_encode_gaps(str(text), arguments, model, tokenizer) for text in texts]
+    fields = {name: getattr(arguments, name) for name in ("do_sample", *INFILL_CHOICES, *INFILL_FIELDS)}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    for number, ids in enumerate(encoded):
+        if number:
+            print(SEPARATOR)
+        print(tokenizer.decode(_infill(model, ids, number, arguments.seed, fields), skip_special_tokens=True))
+
+
+def _encode_gaps(text: str, arguments: argparse.Namespace, model: Any, tokenizer: Any) -> list[int]:
+    gap = tokenizer.mask_token * arguments.gap_tokens
+    ids = list(tokenizer(text.replace(tokenizer.mask_token, arguments.gap).replace(arguments.gap, gap))["input_ids"])
+    if model.config.mask_token_id not in ids:
+        raise ValueError(f"the text {text[:40]!r} has no gap: write {arguments.gap!r} where tokens are missing.")
+    window = model.config.model_length
+    if len(ids) > window:
+        raise ValueError(f"a text has {len(ids)} tokens, more than the model's window of {window} tokens: shorten it.")
+    return ids
+
+
+def _infill(model: Any, ids: list[int], number: int, seed: int, fields: dict[str, Any]) -> list[int]:
+    generator = torch.Generator().manual_seed(derived_seed(seed, number))
+    input_ids = torch.tensor([ids], device=model.device)
+    filled = model.infill(input_ids, torch.ones_like(input_ids), generator=generator, **fields)
+    return filled[0].tolist()

@@ -27,7 +27,6 @@ from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.modeling_bd3lm_decoders import DECODERS
 from bd3lm_hf.reports.estimator_variance import measure_variance, variance_table
 from bd3lm_hf.reports.gradient_variance import gradient_table, measure_gradients
-from bd3lm_hf.reports.reports_cli import bench_parser
 
 
 VOCAB_SIZE = 50258
@@ -142,9 +141,8 @@ def peak_of_process() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure what the arguments ask for and print it."""
-    arguments = bench_parser().parse_args(argv)
+def run(arguments: argparse.Namespace) -> None:
+    """Run `bd3lm bench`: measure what the arguments ask for and print it."""
     if arguments.repeats < 1 or arguments.threads < 1:
         raise ValueError(f"--repeats {arguments.repeats} --threads {arguments.threads}: give at least 1 of each.")
     if min([*arguments.lengths, *arguments.new_tokens, *arguments.batch_sizes], default=1) < 1:
@@ -202,4 +200,6 @@ def tasks(arguments: argparse.Namespace) -> Iterator[tuple[str, int, Callable[[P
 
 
 if __name__ == "__main__":
-    main()
+    from bd3lm_hf.cli import main
+
+    sys.exit(main(["bench", *sys.argv[1:]]))

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bd3lm_hf.reports.metric_history import smoothed
 from bd3lm_hf.reports.run_reader import Named, finite
 
 
@@ -229,3 +228,12 @@ def _saved(figure: Figure, kind: str) -> bytes:
         figure.drawn.savefig(file, format=kind, **how)
         figure.drawn.set_layout_engine("none")  # the layout is done; the other format shares it
     return file.getvalue()
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Return the running mean over a twentieth of the values, over fewer at the start and the end."""
+    count, sums = len(values), np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(count)
+    half = np.minimum(index, count // 40)
+    stop = np.minimum(count, index + half + 1)
+    return (sums[stop] - sums[index - half]) / (stop - index + half)

@@ -6,13 +6,13 @@ RUN is the folder of a training run, finished or not; a folder that holds runs o
 quality or compare (.json), or samples (.jsonl). The page needs no other file; its figures are also written as PNG.
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from bd3lm_hf.output_files import begins_with, check_output_file, write_atomically
 from bd3lm_hf.reports.plotting import Figure, as_png, check_matplotlib, speed_quality_figure
 from bd3lm_hf.reports.report_html import page
-from bd3lm_hf.reports.reports_cli import report_parser
 from bd3lm_hf.reports.run_reader import Material, read_material
 from bd3lm_hf.reports.training_figures import curves, intervals, variances
 
@@ -79,13 +79,12 @@ def draw(material: Material) -> dict[str, list[Figure]]:
     }
 
 
-def main(argv: Sequence[str]) -> None:
-    """Read the command line and write the report.
+def run(arguments: argparse.Namespace) -> None:
+    """Run `bd3lm report`.
 
     Raises:
         ValueError: if an argument or a file is wrong.
     """
-    arguments = report_parser().parse_args(argv)
     written = write_report(arguments.runs, arguments.output, overwrite=arguments.overwrite)
     count = len(written) - 1
     print(f"{written[0]}, and {count} figure{'' if count == 1 else 's'} as {written[0].stem}-*.png")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import CONFIG_NAME
 
@@ -17,8 +18,10 @@ from bd3lm_hf.data.sources import DEFAULT_DATASET
 from bd3lm_hf.evaluation.results import describe_estimator
 from bd3lm_hf.input_files import read_yaml
 from bd3lm_hf.modeling.likelihood_bd3lm import LikelihoodMixin
-from bd3lm_hf.reports.metric_history import Series, series_of
 from bd3lm_hf.run_folder import RECIPE_NAME, RESULTS_NAME, SAMPLES_NAME, SEARCH_NAME
+
+
+Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> steps, values
 
 
 _STATES = "checkpoint-*/trainer_state.json"
@@ -261,3 +264,16 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line}: this is not UTF-8.") from error
+
+
+def series_of(log_history: Sequence[Mapping[str, Any]]) -> Series:
+    """Return every logged number over the steps; where a step was logged twice, the later entry counts."""
+    found: dict[str, dict[int, float]] = {}
+    for entry in log_history:
+        for name, value in entry.items():
+            if name not in ("step", "epoch") and isinstance(value, (int, float)):
+                found.setdefault(name, {})[int(entry.get("step", 0))] = float(value)
+    return {
+        name: (np.array(sorted(points)), np.array([points[step] for step in sorted(points)]))
+        for name, points in found.items()
+    }

@@ -26,7 +26,7 @@ from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
 from bd3lm_hf.output_files import write_atomically
 from bd3lm_hf.progress import ProgressReport
 from bd3lm_hf.reports.plotting import check_matplotlib, draw_speed_quality
-from bd3lm_hf.reports.quality_cli import CURVES, SHARED_FIELDS, check
+from bd3lm_hf.reports.reports_cli import CURVES, SHARED_FIELDS, check_quality
 from bd3lm_hf.seeds import derived_seed
 
 
@@ -197,7 +197,7 @@ def plot_speed_quality(points: Sequence[Point], path: Path, *, judge: str) -> No
 
 def run(arguments: argparse.Namespace) -> None:
     """Generative perplexity by tokens per forward pass, for each sampler."""
-    check(arguments)
+    check_quality(arguments)
     if arguments.plot is not None:
         check_matplotlib()
     compare_samplers(arguments, *load_model_and_tokenizer(arguments))

@@ -9,7 +9,6 @@ import numpy as np
 from transformers.utils import logging
 
 from bd3lm_hf.output_files import write_atomically
-from bd3lm_hf.reports.metric_history import series_of
 from bd3lm_hf.reports.plotting import (
     GRID,
     INK,
@@ -25,7 +24,7 @@ from bd3lm_hf.reports.plotting import (
     new_axes,
     plain_label,
 )
-from bd3lm_hf.reports.run_reader import Run, finite
+from bd3lm_hf.reports.run_reader import Run, finite, series_of
 from bd3lm_hf.run_folder import CURVE_NAME
 
 

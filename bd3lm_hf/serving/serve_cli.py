@@ -15,8 +15,6 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-from bd3lm_hf.argument_parser import ArgumentParser
-
 
 _LIBRARIES = ("fastapi", "uvicorn", "openai")  # what transformers' server needs
 _KEY_VARIABLE = "BD3LM_API_KEY"
@@ -24,9 +22,9 @@ _KEY_VARIABLE = "BD3LM_API_KEY"
 _FIELDS = ("sampler", "num_denoising_steps", "confidence_threshold", "entropy_bound", "nucleus_p", "temperature")
 
 
-def make_parser() -> ArgumentParser:
-    """Return the parser; it imports nothing slow."""
-    parser = ArgumentParser(prog="bd3lm serve", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) -> None:
+    """Add the flags of `bd3lm serve`."""
+    parser.description, parser.formatter_class = __doc__, argparse.RawTextHelpFormatter
     parser.add_argument("model", help="checkpoint folder or Hub name")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; a public one needs an API key")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
@@ -53,17 +51,15 @@ def make_parser() -> ArgumentParser:
     fields.add_argument("--entropy-bound", type=float)
     fields.add_argument("--nucleus-p", type=float)
     fields.add_argument("--temperature", type=float)
-    return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Check the arguments, load the model and serve it until the process is stopped.
 
     Raises:
         ValueError: if an argument, the model or a library does not allow it.
         OSError: if the port is in use.
     """
-    arguments = make_parser().parse_args(argv)
     api_key = check(arguments)
     listener = listen(arguments.host, arguments.port)
     try:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bd3lm_hf.cli import run_verb
 from bd3lm_hf.reports import benchmark
 
 
@@ -50,7 +51,7 @@ def test_all_figures_stand_in_one_table(monkeypatch, tiny_model, capsys):
     monkeypatch.setattr(benchmark, "peak_memory", lambda name, length: 1.0)
     options = ["--lengths", "8", "--new-tokens", "5", "9", "--batch-sizes", "2", "3", "--repeats", "1"]
     threads = torch.get_num_threads()
-    benchmark.main([*options, "--threads", str(threads)])
+    run_verb("bench", [*options, "--threads", str(threads)])
     lines = capsys.readouterr().out.strip().split("\n")
     assert [line.split(" | ")[0].strip("| ") for line in lines[3:]] == [
         "training step, 2 x 8, s",
@@ -68,7 +69,7 @@ def test_all_figures_stand_in_one_table(monkeypatch, tiny_model, capsys):
 def test_a_decoder_is_measured_beside_its_stock_class(monkeypatch, capsys):
     built = []
     monkeypatch.setattr(benchmark, "build", lambda name: built.append(name))
-    benchmark.main(["--decoder", "qwen3", "--lengths", "--new-tokens", "--batch-sizes", "--threads", "1"])
+    run_verb("bench", ["--decoder", "qwen3", "--lengths", "--new-tokens", "--batch-sizes", "--threads", "1"])
     assert built == ["bd3lm_qwen3", "qwen3"] and "| task | bd3lm_qwen3 | qwen3 |" in capsys.readouterr().out
     monkeypatch.undo()
     with torch.device("meta"):
@@ -107,9 +108,9 @@ def test_an_unknown_model_is_refused():
 
 def test_a_batch_of_nothing_is_refused():
     with pytest.raises(ValueError, match="--batch-sizes: give whole numbers of at least 1"):
-        benchmark.main(["--batch-sizes", "0"])
+        run_verb("bench", ["--batch-sizes", "0"])
 
 
 def test_no_repeats_are_refused():
     with pytest.raises(ValueError, match="--repeats 0 --threads 2: give at least 1"):
-        benchmark.main(["--repeats", "0"])
+        run_verb("bench", ["--repeats", "0"])

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from bd3lm_hf.cli import run_verb
 from bd3lm_hf.evaluation.perplexity import perplexity
-from bd3lm_hf.reports import benchmark
 from bd3lm_hf.reports.estimator_variance import (
     EstimatorVariance,
     Setting,
@@ -79,13 +79,13 @@ def test_one_seed_and_an_estimator_that_the_model_has_not_are_refused(tiny_model
 def test_bench_measures_a_checkpoint(model_folder, text_file, capsys):
     threads = ["--threads", str(torch.get_num_threads())]
     of_text = ["--model", str(model_folder), "--dataset", str(text_file), "--batch-size", "1", "--batches", "1"]
-    benchmark.main(["--estimators", "published", "exact", *of_text, "--repeats", "2", *threads])
+    run_verb("bench", ["--estimators", "published", "exact", *of_text, "--repeats", "2", *threads])
     lines = capsys.readouterr().out.strip().splitlines()
     assert [line.split(" | ")[0] for line in lines[3:]] == ["| published", "| exact"]
     with pytest.raises(ValueError, match="held-out sequences, fewer than 90: give fewer batches"):
-        benchmark.main(["--estimators", "exact", *of_text[:-1], "90", *threads])
+        run_verb("bench", ["--estimators", "exact", *of_text[:-1], "90", *threads])
     with pytest.raises(ValueError, match="--batch-size 0 --batches 1: give at least 1 of each"):
-        benchmark.main(["--estimators", "exact", *of_text, "--batch-size", "0", *threads])
+        run_verb("bench", ["--estimators", "exact", *of_text, "--batch-size", "0", *threads])
 
 
 @pytest.mark.parametrize(
@@ -97,4 +97,4 @@ def test_bench_measures_a_checkpoint(model_folder, text_file, capsys):
 )
 def test_bench_refuses_what_it_can_not_measure(arguments, message):
     with pytest.raises(ValueError, match=message):
-        benchmark.main([*arguments, "--threads", str(torch.get_num_threads())])
+        run_verb("bench", [*arguments, "--threads", str(torch.get_num_threads())])

@@ -4,9 +4,8 @@ import json
 import numpy as np
 import pytest
 
-from bd3lm_hf.reports.metric_history import series_of
 from bd3lm_hf.reports.plotting import Line, draw_lines, draw_speed_quality
-from bd3lm_hf.reports.run_reader import Run
+from bd3lm_hf.reports.run_reader import Run, series_of
 from bd3lm_hf.reports.training_figures import curves, write_training_curve
 
 

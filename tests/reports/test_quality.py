@@ -151,11 +151,9 @@ def test_the_command_prints_a_table_and_draws_a_curve(bd3lm, model_folder, tmp_p
     assert f"{report['points'][0]['perplexity']:.2f} +- " in out
 
 
-def test_the_command_takes_another_judge(bd3lm, model_folder, tiny_tokenizer, tmp_path):
-    gpt2().save_pretrained(tmp_path / "judge")
-    tiny_tokenizer.save_pretrained(tmp_path / "judge")
-    code, out, _ = bd3lm("quality", "--model", model_folder, *TWO, "--judge", tmp_path / "judge")
-    assert code == 0 and out.startswith("judge: judge;")
+def test_the_command_takes_another_judge(bd3lm, model_folder, gpt2_folder):
+    code, out, _ = bd3lm("quality", "--model", model_folder, *TWO, "--judge", gpt2_folder)
+    assert code == 0 and out.startswith("judge: gpt2;")
 
 
 def test_the_command_continues_held_out_text(bd3lm, model_folder, text_file):

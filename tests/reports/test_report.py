@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
+from bd3lm_hf.cli import run_verb
 from bd3lm_hf.reports import plotting
-from bd3lm_hf.reports.report import draw, main, write_report
+from bd3lm_hf.reports.report import draw, write_report
 from bd3lm_hf.reports.report_html import Cell, Column, page, table
 from bd3lm_hf.reports.run_reader import read_material
 
@@ -278,7 +279,7 @@ def test_without_matplotlib_one_error_names_the_remedy(tmp_path, monkeypatch):
 
 def test_the_command_writes_the_page_and_says_where(tmp_path, capsys):
     quality = write_json(tmp_path / "quality.json", QUALITY)
-    main([str(quality), "--output", str(tmp_path / "page.html")])
+    run_verb("report", [str(quality), "--output", str(tmp_path / "page.html")])
     assert capsys.readouterr().out == f"{tmp_path / 'page.html'}, and 1 figure as page-*.png\n"
     assert (tmp_path / "page-quality-1.png").read_bytes().startswith(PNG)
 

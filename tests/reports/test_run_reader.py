@@ -3,11 +3,13 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from bd3lm_hf.reports import run_reader
-from bd3lm_hf.reports.run_reader import RunSample, finite, read_material, read_run
+from bd3lm_hf.reports.plotting import smoothed
+from bd3lm_hf.reports.run_reader import RunSample, finite, read_material, read_run, series_of
 from bd3lm_hf.training import callbacks
 
 
@@ -145,3 +147,18 @@ def test_nothing_to_report_on_is_refused(tmp_path):
 def test_a_number_that_is_none_is_not_shown_as_one():
     row = {"a": 1, "b": math.nan, "c": None, "d": "3"}
     assert [finite(row, name) for name in "abcde"] == [1.0, None, None, None, None]
+
+
+# --- a log becomes numbers over the steps ----------------------------------------------------------------------------
+
+
+def test_a_step_that_was_logged_twice_counts_once():
+    steps, values = series_of([{"loss": 4.0, "step": 2}, {"loss": 3.0, "step": 1}, {"loss": 5.0, "step": 2}])["loss"]
+    assert (steps.tolist(), values.tolist()) == ([1, 2], [3.0, 5.0])
+
+
+def test_the_smoothed_loss_does_not_lag():
+    line = np.arange(200.0)
+    np.testing.assert_allclose(smoothed(line)[:-5], line[:-5])
+    assert smoothed(line)[-1] == np.mean(line[-6:])
+    assert np.std(smoothed(np.tile([0.0, 1.0], 200))) < 0.1

@@ -23,6 +23,7 @@ from bd3lm_hf import (  # noqa: E402
     SEDDConfig,
     SEDDForMaskedLM,
 )
+from bd3lm_hf.cli import make_verb_parser, run_verb  # noqa: E402
 from bd3lm_hf.serving import serve_cli  # noqa: E402
 
 
@@ -40,7 +41,7 @@ class Server:
     """`bd3lm serve` in a thread."""
 
     def __init__(self, folder, *flags):
-        arguments = serve_cli.make_parser().parse_args([str(folder), "--port", "0", "--name", "tiny", *flags])
+        arguments = make_verb_parser("serve").parse_args([str(folder), "--port", "0", "--name", "tiny", *flags])
         key = serve_cli.check(arguments)
         self.listener = serve_cli.listen(arguments.host, arguments.port)
         self.app, _ = serve_cli.load_app(arguments, key)
@@ -280,11 +281,11 @@ def test_a_server_with_a_key_and_a_full_queue(folder_of, monkeypatch):
 )
 def test_bad_flags_are_refused_before_a_model_is_loaded(flags, named):
     with pytest.raises(ValueError, match=named):
-        serve_cli.main(["no-such-model", *flags])
+        run_verb("serve", ["no-such-model", *flags])
 
 
 def test_a_port_in_use_and_a_field_that_the_model_lacks(server, folder_of):
     with pytest.raises(OSError, match=f"--port {server.port}"):
-        serve_cli.main(["no-such-model", "--port", str(server.port)])
+        run_verb("serve", ["no-such-model", "--port", str(server.port)])
     with pytest.raises(ValueError, match="entropy_bound"):
-        serve_cli.main([str(folder_of("ar")), "--port", "0", "--sampler", "entropy_bound"])
+        run_verb("serve", [str(folder_of("ar")), "--port", "0", "--sampler", "entropy_bound"])
