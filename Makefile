@@ -59,7 +59,8 @@ test-slow: $(READY) ## the slow tests: three ways of installing, transformers' c
 	BD3LM_TRANSFORMERS_SOURCE=$(abspath $(SOURCE)) $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 test-oldest: $(OLDEST)/.ready ## the core suite with the oldest supported transformers, in an environment of its own
-	$(OLDEST)/bin/python $(PYTEST) tests/modeling tests/training/test_trainer.py tests/test_auto_classes.py \
+	$(OLDEST)/bin/python $(PYTEST) tests/modeling tests/training/test_trainer.py \
+		tests/training/test_trainer_saving.py tests/test_auto_classes.py \
 		tests/test_private_api.py $(PYTEST_ARGS)
 
 $(OLDEST)/.ready: constraints.txt setup.cfg

@@ -21,6 +21,7 @@ for _name, _value in {
 import pytest
 import torch
 from filelock import FileLock
+from shared_models import TINY, randomized, special_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, set_seed
 from transformers.utils import logging
@@ -54,38 +55,13 @@ SPECIAL_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad
 @pytest.fixture
 def tiny_config() -> BD3LMConfig:
     """Two layers, two heads, blocks of 4 in a window of 32, 48 ids; bos 0, eos 1, pad 2, mask 47; no dropout."""
-    return BD3LMConfig(
-        vocab_size=48,
-        block_size=4,
-        model_length=32,
-        hidden_dim=32,
-        cond_dim=16,
-        n_blocks=2,
-        n_heads=2,
-        dropout=0.0,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
+    return BD3LMConfig(**TINY)
 
 
 @pytest.fixture
 def randomize():
-    """A function `(model, seed=0, std=0.1) -> model` that fills every parameter with seeded normal numbers.
-
-    A fresh model has a zero head and zero adaLN, hence uniform logits that no test can learn anything from. The
-    scales of the norms get 1 + normal, as a norm scaled by numbers around 0 would hide everything that feeds it.
-    """
-
-    def fill(model: torch.nn.Module, seed: int = 0, std: float = 0.1) -> torch.nn.Module:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                values = torch.randn(parameter.shape, generator=generator) * std
-                parameter.copy_(values + ("norm" in name))
-        return model
-
-    return fill
+    """A function `(model, seed=0, std=0.1) -> model` that fills every parameter with seeded normal numbers."""
+    return randomized
 
 
 @pytest.fixture
@@ -159,12 +135,23 @@ def model_folder(tiny_config, tiny_tokenizer, randomize, tmp_path) -> Path:
     """A checkpoint of a model that reads and writes the text of the tiny tokenizer."""
     from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 
-    names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
-    fields = {"vocab_size": len(tiny_tokenizer), **{name: getattr(tiny_tokenizer, name) for name in names}}
+    fields = {"vocab_size": len(tiny_tokenizer), **special_ids(tiny_tokenizer)}
     model = randomize(BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), **fields}))).eval()
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture
+def gpt2_folder(tiny_tokenizer, tmp_path) -> Path:
+    """A model of transformers' own with the tiny tokenizer."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=32, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    tiny_tokenizer.save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
 
 
 @pytest.fixture
@@ -247,16 +234,19 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub on this machine, see `hub_server.py`, that the client in this process uses without ever waiting.
+def no_load_check(monkeypatch):
+    """Leave the check in a process of its own out of pushes: it takes seconds, and has its own tests."""
+    from bd3lm_hf.hub_upload.push import write_repository
 
-    The check in a process of its own is left out of pushes: it takes seconds, and has its own tests.
-    """
+    monkeypatch.setitem(write_repository.__kwdefaults__, "check", lambda folder, model: None)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path, no_load_check):
+    """A Hub on this machine, see `hub_server.py`, that the client in this process uses without ever waiting."""
     import huggingface_hub.utils._http
     from hub_server import HubServer
     from huggingface_hub import constants
-
-    from bd3lm_hf.hub_upload.push import write_repository
 
     home = tmp_path / "hub-home"
     with HubServer() as server:
@@ -276,7 +266,6 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(huggingface_hub.utils._http, "time", clock)
         monkeypatch.setattr(huggingface_hub.file_download, "time", clock)
         monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers another hub
-        monkeypatch.setitem(write_repository.__kwdefaults__, "check", lambda folder, model: None)
         huggingface_hub.close_session()
         yield server
         huggingface_hub.close_session()

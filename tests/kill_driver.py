@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import transformers.modeling_utils
 from datasets import Dataset
+from shared_models import TINY
 from transformers import TrainerCallback, set_seed
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
@@ -94,21 +95,8 @@ def rows_of(count: int, seed: int) -> Dataset:
 def make_trainer(folder: Path, **arguments) -> BD3LMTrainer:
     args = BD3LMTrainingArguments(**{**ARGUMENTS, **arguments, "output_dir": str(folder)})
     set_seed(args.seed)
-    config = BD3LMConfig(
-        vocab_size=48,
-        block_size=4,
-        model_length=32,
-        hidden_dim=32,
-        cond_dim=16,
-        n_blocks=2,
-        n_heads=2,
-        dropout=0.1,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
     return BD3LMTrainer(
-        model=BD3LMForMaskedLM(config),
+        model=BD3LMForMaskedLM(BD3LMConfig(**{**TINY, "dropout": 0.1})),
         args=args,
         train_dataset=rows_of(22, 0),
         eval_dataset=rows_of(2, 1),

@@ -1,4 +1,4 @@
-"""Folders as training leaves them, for the tests of uploads."""
+"""The tiny network of all tests and its weights, and folders as training leaves them."""
 
 import json
 import shutil
@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 
-from bd3lm_hf import BD3LMForMaskedLM
-from bd3lm_hf.checkpoints import add_adapters
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 
+
+#: Two layers, two heads, blocks of 4 in a window of 32, 48 ids, of which the mask is the last; no dropout.
+TINY = {"vocab_size": 48, "block_size": 4, "model_length": 32, "hidden_dim": 32, "cond_dim": 16, "n_blocks": 2}
+TINY |= {"n_heads": 2, "dropout": 0.0, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}  # type: ignore[dict-item]
 
 SCORE = {
     "nll": 2.5,
@@ -22,6 +25,24 @@ SCORE = {
     "seconds": 1.0,
 }
 JUNK = (".env", "optimizer.pt", "training_args.bin", "samples.txt", "notes.py", "runs/events.out", "ema.json")
+
+
+def randomized(model: torch.nn.Module, seed: int = 0, std: float = 0.1) -> Any:
+    """Fill every parameter with seeded normal numbers, around 1 where they scale a norm, and return the model.
+
+    A fresh model has a zero head and zero adaLN, hence uniform logits that no test can learn anything from; a norm
+    that is scaled by numbers around 0 would hide everything that feeds it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std + ("norm" in name))
+    return model
+
+
+def special_ids(tokenizer: Any) -> dict[str, int]:
+    """The fields of a configuration that name the special tokens of a tokenizer."""
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "mask")}
 
 
 def add_run(folder: Path, **recipe: Any) -> Path:
@@ -39,6 +60,8 @@ def add_run(folder: Path, **recipe: Any) -> Path:
 
 def make_adapter(base: Path, folder: Path) -> Path:
     """Save an adapter that changes something, on the model of a folder, with the same tokenizer."""
+    from bd3lm_hf.checkpoints import add_adapters  # peft takes seconds to import
+
     adapted = add_adapters(BD3LMForMaskedLM.from_pretrained(base), rank=2)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in adapted.named_parameters():

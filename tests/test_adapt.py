@@ -5,7 +5,6 @@ import torch
 from decoders import random_ids, tiny_stock
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
     BloomConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -15,11 +14,8 @@ from transformers import (
 )
 
 from bd3lm_hf import adapt_decoder
-from bd3lm_hf.adapt import load_decoder_tokenizer
 from bd3lm_hf.checkpoints import add_adapters, load_model
 from bd3lm_hf.cli import main
-from bd3lm_hf.hub_upload.convert import convert
-from bd3lm_hf.hub_upload.load_check import check_loads_alone
 from bd3lm_hf.tokenization import MASK
 
 
@@ -90,15 +86,6 @@ def test_default_tokens_that_a_small_vocabulary_lacks_are_left_out():
     assert model.generate(random_ids(), max_new_tokens=4).shape == (2, 16)
     with pytest.raises(ValueError, match="eos_token_id=100 is outside"):
         adapt_decoder(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, eos_token_id=100)))
-
-
-def test_a_converted_folder_loads_by_itself_in_another_process(tmp_path, tokenizer):
-    stock(tokenizer, 3).save_pretrained(tmp_path / "stock")
-    tokenizer.save_pretrained(tmp_path / "stock")
-    convert(str(tmp_path / "stock"), tmp_path / "blocks", block_size=4)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "blocks").eval()
-    assert load_decoder_tokenizer(str(tmp_path / "blocks"), model.config).mask_token_id == model.config.mask_token_id
-    check_loads_alone(tmp_path / "blocks", model)
 
 
 def test_adapters_merge_into_the_model(tokenizer):

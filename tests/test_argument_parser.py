@@ -1,8 +1,5 @@
 """Messages of the command line are one line, and show neither secrets nor control characters."""
 
-import subprocess
-import sys
-
 import pytest
 
 from bd3lm_hf.argument_parser import ArgumentParser, mask_secrets, one_line
@@ -48,10 +45,3 @@ def test_a_parser_error_is_one_masked_line_with_exit_code_2(capsys):
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and SECRET not in err
     assert err.startswith("error: ") and "bd3lm push --help" in err
-
-
-def test_the_module_needs_no_torch():
-    code = "import importlib.util, sys; s = importlib.util.spec_from_file_location('c', sys.argv[1]);"
-    code += "m = importlib.util.module_from_spec(s); s.loader.exec_module(m); assert 'torch' not in sys.modules"
-    file = sys.modules["bd3lm_hf.argument_parser"].__file__
-    subprocess.run([sys.executable, "-I", "-c", code, file], check=True)

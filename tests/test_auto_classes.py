@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared_models import special_ids
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    AutoTokenizer,
     BertConfig,
     pipeline,
 )
@@ -31,6 +31,7 @@ from bd3lm_hf import (
     SSDLMConfig,
     SSDLMForMaskedLM,
 )
+from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.modeling.backbone_bd3lm import BD3LMModel
 
 
@@ -41,7 +42,6 @@ AUTO_MAP = {
     "AutoModelForMaskedLM": "modeling_bd3lm.BD3LMForMaskedLM",
     "AutoModelForCausalLM": "modeling_bd3lm.BD3LMForMaskedLM",
 }
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
 SIZES = {"vocab_size": 12, "model_length": 8, "hidden_dim": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2}
 BASELINES = {"ar": (ARForCausalLM, ARConfig), "mdlm": (MDLMForMaskedLM, MDLMConfig)}
 BASELINES |= {"sedd": (SEDDForMaskedLM, SEDDConfig)}
@@ -56,7 +56,7 @@ def make_speaker(tiny_tokenizer, randomize):
 
     def make(family: str):
         model_class, config_class = FAMILIES[family]
-        fields = {name: getattr(tiny_tokenizer, name) for name in SPECIAL} | {"model_length": 16}
+        fields = special_ids(tiny_tokenizer) | {"model_length": 16}
         if family == "ssdlm":
             sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
             encoder = BertConfig(vocab_size=len(tiny_tokenizer), **sizes)
@@ -278,18 +278,6 @@ def test_sampling_in_the_pipeline_keeps_the_saved_nucleus_and_adds_no_top_k(fold
     assert (seen[0].do_sample, seen[0].nucleus_p, seen[0].top_k) == (True, 0.9, 0)
 
 
-def test_a_checkpoint_without_weights_files_is_refused(folder):
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(OSError, match="model.safetensors"):
-        AutoModelForMaskedLM.from_pretrained(folder)
-
-
-def test_the_tokenizer_of_a_checkpoint_has_the_models_special_tokens(folder):
-    tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
-    for name in SPECIAL:
-        assert getattr(tokenizer, name) == getattr(config, name)
-
-
 def test_simplex_diffusion_has_choices_of_its_own_on_the_command_line(make_folder, bd3lm):
     words = ["--prompt", "A block", "--max-new-tokens", 6]
     own = ["--num-denoising-steps", 2, "--context", "previous_block", "--projection", "uneven", "--top-p", 0.8]
@@ -300,3 +288,27 @@ def test_simplex_diffusion_has_choices_of_its_own_on_the_command_line(make_folde
         value = "confidence" if flag == "sampler" else "even"
         code, _, errors = bd3lm("generate", "--model", folder, *words, f"--{flag}", value)
         assert code == 2 and flag in errors and "Traceback" not in errors
+
+
+# --- an Auto class that does not fit ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ar_folder(tmp_path):
+    config = ARConfig(vocab_size=12, model_length=8, hidden_dim=16, n_blocks=1, n_heads=2)
+    ARForCausalLM(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_masked_language_model_is_not_made_of_an_autoregressive_one(ar_folder, trust):
+    message = "AutoModelForMaskedLM has no class for model_type='ar': load it with AutoModelForCausalLM, .*AR"
+    with pytest.raises(ValueError, match=message):
+        AutoModelForMaskedLM.from_pretrained(ar_folder, trust_remote_code=trust)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForMaskedLM.from_config(ARConfig())
+
+
+def test_the_class_that_fits_loads_it(ar_folder):
+    assert type(AutoModelForCausalLM.from_pretrained(ar_folder)) is ARForCausalLM
+    assert type(load_model(str(ar_folder))) is ARForCausalLM

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from published_scores import analytic_weights, denoising_weights, log_score
+from shared_models import randomized
 
 from bd3lm_hf import ARConfig, ARForCausalLM, MDLMConfig, MDLMForMaskedLM, SEDDConfig, SEDDForMaskedLM
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
@@ -23,23 +24,15 @@ PAD = 4  # an id behind the three tokens and the mask, so that prompts of two le
 @pytest.fixture(scope="module")
 def model() -> BD3LMForMaskedLM:
     """Three tokens, the mask (3) and padding (4) in blocks of 3; its distributions depend on what is revealed."""
-    config = BD3LMConfig(
-        vocab_size=5,
-        mask_token_id=3,
-        block_size=3,
-        model_length=9,
-        hidden_dim=32,
-        cond_dim=16,
-        n_blocks=2,
-        n_heads=2,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=PAD,
-    )
-    model, generator = BD3LMForMaskedLM(config).eval(), torch.Generator().manual_seed(0)
+    fields = {"block_size": 3, "model_length": 9, "bos_token_id": None, "eos_token_id": None, "pad_token_id": PAD}
+    return of_three_tokens(BD3LMForMaskedLM, BD3LMConfig, vocab_size=5, mask_token_id=3, **fields)
+
+
+def of_three_tokens(model_class, config_class, **fields):
+    """A model whose distributions depend on what is revealed."""
+    sizes = {"hidden_dim": 32, "cond_dim": 16, "n_blocks": 2, "n_heads": 2}
+    model = randomized(model_class(config_class(**sizes, **fields)), std=0.2).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + ("norm" in name))
         for layer in model.backbone.blocks:
             layer.attn_qkv.weight.mul_(4)
     return model
@@ -169,18 +162,11 @@ def test_a_position_that_is_predicted_again_is_not_drawn_again(model):
 
 # The baselines, of the same three tokens
 
-SIZES = {"vocab_size": 4, "hidden_dim": 32, "cond_dim": 16, "n_blocks": 2, "n_heads": 2, "model_length": 4}
-
 
 def baseline(model_class, config_class, **fields):
-    """A baseline of three tokens and the mask (3) whose distributions depend on what is revealed."""
-    model, generator = model_class(config_class(**{**SIZES, **fields})).eval(), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + ("norm" in name))
-        for layer in model.backbone.blocks:
-            layer.attn_qkv.weight.mul_(4)
-        model.get_output_embeddings().weight.mul_(0.4)
+    """A baseline of three tokens and the mask (3)."""
+    model = of_three_tokens(model_class, config_class, **{"vocab_size": 4, "model_length": 4, **fields})
+    model.get_output_embeddings().weight.data.mul_(0.4)
     return model
 
 

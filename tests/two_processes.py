@@ -15,6 +15,7 @@ import torch.multiprocessing
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from decoders import random_ids, tiny_decoder
+from shared_models import TINY, randomized
 from tiny_runs import rows_of, save_recipe
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -43,25 +44,7 @@ DECODERS = ("gpt2", "llama")  # with one matrix for embedding and head, and with
 
 
 def tiny_model() -> BD3LMForMaskedLM:
-    config = BD3LMConfig(
-        vocab_size=48,
-        block_size=4,
-        model_length=32,
-        hidden_dim=16,
-        cond_dim=8,
-        n_blocks=2,
-        n_heads=2,
-        dropout=0.0,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    model = BD3LMForMaskedLM(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + ("norm" in name))
-    return model
+    return randomized(BD3LMForMaskedLM(BD3LMConfig(**{**TINY, "hidden_dim": 16, "cond_dim": 8})), std=0.2)
 
 
 class Words:
@@ -236,11 +219,7 @@ def save_scored(folder: Path) -> None:
     tokenizer = train_tokenizer([lines], vocab_size=300)
     sizes = {"block_size": 4, "model_length": 32, "hidden_dim": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2}
     config = BD3LMConfig(vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id, **sizes)
-    model = BD3LMForMaskedLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(0))
-    model.save_pretrained(folder / "model")
+    randomized(BD3LMForMaskedLM(config), std=0.2).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
 
 

@@ -10,9 +10,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from bd3lm_hf.data import documents
 from bd3lm_hf.data.documents import load_text
 from bd3lm_hf.data.held_out import HELD_OUT, held_out_score, hold_out, members
-from bd3lm_hf.data.packing import pack
 from bd3lm_hf.data.sources import DATASETS, DatasetSpec, detokenizer
-from bd3lm_hf.tokenization import load_tokenizer
 
 
 HUB = sorted({row.name for row in DATASETS.values() if row.path})
@@ -117,15 +115,6 @@ def test_the_embedded_corpus_streams_too(docs: dict[str, Dataset]) -> None:
     stream = load_text("python-docs", split="validation", streaming=True)
     assert isinstance(stream, IterableDataset)
     assert [row["text"] for row in stream] == docs["validation"]["text"][:]
-
-
-def test_the_embedded_corpus_goes_the_whole_way_to_sequences(docs: dict[str, Dataset]) -> None:
-    tokenizer = load_tokenizer(texts=docs["validation"]["text"], vocab_size=512)
-    packed = pack(docs["validation"], tokenizer, length=64)
-    ids = [t for row in packed for t, m in zip(row["input_ids"], row["attention_mask"], strict=True) if m]
-    texts = tokenizer.decode(ids).split(tokenizer.eos_token)
-    assert texts[:-1] == docs["validation"]["text"][:]
-    assert texts[-1] == ""
 
 
 @pytest.mark.parametrize(("name", "advice"), [("someone/something", "python-docs"), ("ptb", "parquet copy")])
@@ -256,12 +245,6 @@ def test_a_row_without_text_is_named_and_skipped_on_request(tmp_path: Path, stre
         list(load_text(path, streaming=streaming))
     kept = load_text(path, streaming=streaming, skip_bad_rows=True)
     assert [row["text"] for row in kept] == ["a", "b", "d"]
-
-
-def test_many_rows_without_text_are_counted(tmp_path: Path) -> None:
-    path = rows(tmp_path, {"text": ["a", *[None] * 8]})
-    with pytest.raises(ValueError, match=r"Row 1 of .*; Row 5 of .*train\.parquet'.*; and 3 more: "):
-        load_text(path)
 
 
 def test_two_documents_are_too_few_for_a_test_split(tmp_path: Path) -> None:

@@ -227,15 +227,6 @@ def test_formats_are_found_by_columns_and_rows_are_held_out(tmp_path: Path) -> N
     assert isinstance(find_schema("python-docs"), TextRow)
 
 
-def test_a_faulty_row_of_a_fine_tuning_is_named_and_skipped_on_request(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": 1}\n')
-    (tmp_path / "validation.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    with pytest.raises(ValueError, match=r"Line 2 of .*train\.jsonl' .*int .*'completion'"):
-        load_rows(str(tmp_path), PromptCompletion())
-    assert len(load_rows(str(tmp_path), PromptCompletion(), skip_bad_rows=True)) == 1
-
-
 # To the loss
 
 

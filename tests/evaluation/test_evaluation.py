@@ -4,7 +4,16 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from bd3lm_hf import ARConfig, ARForCausalLM, MDLMConfig, MDLMForMaskedLM, SEDDConfig, SEDDForMaskedLM
+from bd3lm_hf import (
+    ARConfig,
+    ARForCausalLM,
+    MDLMConfig,
+    MDLMForMaskedLM,
+    SEDDConfig,
+    SEDDForMaskedLM,
+    SSDLMConfig,
+    SSDLMForMaskedLM,
+)
 from bd3lm_hf.evaluation.perplexity import (
     PUBLISHED_BATCH,
     SequenceScore,
@@ -14,7 +23,9 @@ from bd3lm_hf.evaluation.perplexity import (
     published_noise,
     score_sequences,
     scored_token_ids,
+    sequence_losses,
     summarize,
+    summarize_losses,
     unigram_perplexity,
 )
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
@@ -57,11 +68,6 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary():
     assert result.standard_error == pytest.approx(0)
 
 
-def test_a_fresh_model_is_uniform_over_all_but_the_mask(tiny_config, sequences):
-    result = perplexity(BD3LMForMaskedLM(tiny_config), sequences, estimator="exact")
-    assert result.perplexity == pytest.approx(47, rel=1e-5)
-
-
 def test_bits_per_byte_do_not_depend_on_the_tokenizer():
     coarse = perplexity(ConstantModel(2.0), [[1] * 10], bytes_per_token=4.0)
     fine = perplexity(ConstantModel(1.0), [[1] * 20], bytes_per_token=2.0)
@@ -81,14 +87,6 @@ def test_the_batch_size_changes_rounding_only(model, sequences, estimator):
             rtol=1e-5,
             atol=1e-4,
         )
-
-
-def test_two_halves_give_the_same_as_the_whole(model, sequences):
-    whole = perplexity(model, sequences, seed=1)
-    halves = [score_sequences(model, sequences, indices=range(part, 7, 2), seed=1, batch_size=2) for part in (0, 1)]
-    joined = summarize(halves[1] + halves[0])
-    assert joined.nll == pytest.approx(whole.nll, rel=1e-6)
-    assert joined.standard_error == pytest.approx(whole.standard_error, rel=1e-5)
 
 
 def test_a_sequence_that_two_processes_scored_counts_once():
@@ -244,10 +242,6 @@ def test_the_unigram_baseline_adds_one_to_every_count():
     assert unigram_perplexity([0, 0, 1], torch.tensor([0, 2]), 3) == pytest.approx(expected)
 
 
-def test_the_unigram_baseline_of_uniform_text_is_the_vocabulary():
-    assert unigram_perplexity(range(64), [3, 4, 5], 64) == pytest.approx(64)
-
-
 def test_scored_tokens_are_those_that_the_model_counts(model, sequences):
     tokens = scored_token_ids(model, sequences, batch_size=3)
     assert len(tokens) == perplexity(model, sequences).num_tokens
@@ -269,6 +263,55 @@ def test_bad_input_is_refused_with_its_value(call, message):
         call()
 
 
-def test_a_sequence_of_one_given_token_has_no_perplexity(model):
-    with pytest.raises(ValueError, match="1 sequences hold no scored token"):
-        perplexity(model, [[5]])
+# --- the held-out loss of models without a likelihood ----------------------------------------------------------------
+
+
+@pytest.fixture
+def ssdlm(randomize) -> SSDLMForMaskedLM:
+    sizes = {"vocab_size": 20, "hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "dropout": 0.3}
+    return randomize(SSDLMForMaskedLM(SSDLMConfig(**sizes, block_size=4, model_length=16)))
+
+
+@pytest.fixture
+def rows() -> list[dict[str, list[int]]]:
+    """Texts of several lengths; of one, the beginning is given."""
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, 19, (length,), generator=generator).tolist() for length in (16, 9, 16, 12, 7)]
+    rows = [{"input_ids": ids, "labels": list(ids)} for ids in texts]
+    rows[3]["labels"][:5] = [-100] * 5
+    return rows
+
+
+def test_batches_and_processes_change_nothing(ssdlm, rows):
+    ssdlm.train()
+    whole = sequence_losses(ssdlm, rows, num_samples=3, batch_size=2, seed=1)
+    assert ssdlm.training  # as it was, and without dropout in between
+    parts = [
+        score
+        for share in (range(0, 5, 2), range(1, 5, 2))
+        for score in sequence_losses(ssdlm, rows, indices=share, num_samples=3, batch_size=8, seed=1)
+    ]
+    first, second = summarize_losses(whole), summarize_losses(parts + parts[:1])  # a row that comes twice counts once
+    assert first.loss == pytest.approx(second.loss, rel=1e-6)
+    assert (first.num_sequences, first.num_tokens) == (second.num_sequences, second.num_tokens) == (5, 55)
+    assert summarize_losses(sequence_losses(ssdlm, rows, num_samples=3, seed=2)).loss != first.loss
+
+
+def test_a_score_is_the_mean_loss_over_the_draws(ssdlm, rows):
+    (score,) = sequence_losses(ssdlm, rows[:1], num_samples=4000, batch_size=4000, seed=3)
+    ssdlm.eval()
+    ids = torch.tensor([rows[0]["input_ids"]]).expand(4000, -1)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        expected = ssdlm(input_ids=ids, labels=ids).loss.item()
+    assert score.num_tokens == 16
+    assert score.nll / score.num_tokens == pytest.approx(expected, rel=0.03)
+
+
+def test_what_can_not_be_computed_is_refused(ssdlm, rows):
+    with pytest.raises(ValueError, match="batch_size=0: give at least 1"):
+        sequence_losses(ssdlm, rows, batch_size=0)
+    with pytest.raises(ValueError, match="0 sequences hold no scored token"):
+        summarize_losses([])
+    with pytest.raises(ValueError, match="a text of 4 tokens holds no context and block of 4"):
+        sequence_losses(ssdlm, [[3, 4, 5, 6]])

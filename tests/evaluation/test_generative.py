@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.evaluation import generative
@@ -21,22 +20,12 @@ NUMBERS += ("distinct_2", "distinct_3", "repetition_4", "lengths", "forwards_per
 
 
 @pytest.fixture
-def judge_folder(tiny_tokenizer, tmp_path):
-    torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=16, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
-        tmp_path / "judge"
-    )
-    tiny_tokenizer.save_pretrained(tmp_path / "judge")
-    return tmp_path / "judge"
-
-
-@pytest.fixture
-def scored(bd3lm, model_folder, judge_folder, tmp_path, monkeypatch):
+def scored(bd3lm, model_folder, gpt2_folder, tmp_path, monkeypatch):
     """A function `(*arguments) -> (exit code, report or None, stdout, stderr)`, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
-        given = ("--model", model_folder, "--judge", judge_folder, "--num-samples", 5, "--length", 16)
+        given = ("--model", model_folder, "--judge", gpt2_folder, "--num-samples", 5, "--length", 16)
         code, out, err = bd3lm("eval", "--generative", *given, "--output", "result.json", *arguments)
         path = tmp_path / "result.json"
         return code, json.loads(path.read_text()) if path.exists() else None, out, err
@@ -48,14 +37,14 @@ def lines(tmp_path, name="samples.jsonl"):
     return [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def test_texts_are_written_scored_counted_and_kept(scored, judge_folder, tiny_tokenizer, tmp_path):
+def test_texts_are_written_scored_counted_and_kept(scored, gpt2_folder, tiny_tokenizer, tmp_path):
     code, report, out, err = scored("--batch-size", 2)
     assert code == 0, err
     rows = lines(tmp_path)
     assert [row["index"] for row in rows] == list(range(5)) and "5 samples in samples.jsonl" in out
     texts = [GeneratedText(row["ids"], 1) for row in rows]
     assert all(len(text.ids) == 16 and text.ids[0] == 0 for text in texts)
-    judge = load_reference_model(str(judge_folder), tiny_tokenizer, as_text=True, score_end=False)
+    judge = load_reference_model(str(gpt2_folder), tiny_tokenizer, as_text=True, score_end=False)
     result = summarize(judge.score(texts))
     assert report["generative_perplexity"] == pytest.approx(result.perplexity, rel=1e-5)
     assert report["standard_error"] == pytest.approx(result.standard_error, rel=1e-3)
@@ -168,13 +157,13 @@ def test_bad_input_is_refused_before_a_text_is_written(scored, monkeypatch, argu
     assert err.startswith("error: ") and err.count("\n") == 1 and part in err
 
 
-def test_a_judge_is_asked_for_and_has_to_be_complete(bd3lm, model_folder, judge_folder, monkeypatch):
+def test_a_judge_is_asked_for_and_has_to_be_complete(bd3lm, model_folder, gpt2_folder, monkeypatch):
     monkeypatch.setattr(generative, "generate_batch", None)
     code, _, err = bd3lm("eval", "--generative", "--model", model_folder)
     assert code == 2 and "--generative needs a --judge: the folder or hub name of a language model" in err
-    (judge_folder / "model.safetensors").write_bytes(b"nothing")
-    code, _, err = bd3lm("eval", "--generative", "--model", model_folder, "--judge", judge_folder)
-    assert code == 2 and f"--judge {judge_folder}" in err
+    (gpt2_folder / "model.safetensors").write_bytes(b"nothing")
+    code, _, err = bd3lm("eval", "--generative", "--model", model_folder, "--judge", gpt2_folder)
+    assert code == 2 and f"--judge {gpt2_folder}" in err
 
 
 def test_a_model_that_can_not_start_a_text_is_refused(scored, model_folder, monkeypatch):

@@ -16,11 +16,12 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
+from shared_models import special_ids
 
 import bd3lm_hf
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.evaluation import harness_cli
-from bd3lm_hf.evaluation.harness import BD3LMHarness, RequestWindow, request_windows
+from bd3lm_hf.evaluation.harness import BD3LMHarness, RequestWindow, generation_request, request_windows
 from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, BD3LMConfig, SEDDConfig
 from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
@@ -78,9 +79,7 @@ def adapter(model_folder):
 
 def of_class(model_class, config_class, tiny_tokenizer, randomize, **fields):
     sizes = {"model_length": 32, "hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "dropout": 0.0}
-    ids = {name: getattr(tiny_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    mask = tiny_tokenizer.mask_token_id
-    config = config_class(vocab_size=len(tiny_tokenizer), mask_token_id=mask, **ids, **sizes, **fields)
+    config = config_class(vocab_size=len(tiny_tokenizer), **special_ids(tiny_tokenizer), **sizes, **fields)
     return randomize(model_class(config)).eval()
 
 
@@ -393,3 +392,29 @@ def test_what_a_model_has_not_is_refused(adapter, tiny_tokenizer, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="the adapter runs in one process: start it without accelerate launch"):
         adapter()
+
+
+# --- the harness's requests in our words -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [1, 5, 40])
+@pytest.mark.parametrize("written", [0, 1, 7, 8, 15, 16, 40])
+def test_each_token_is_scored_once_in_windows_that_the_model_has(given, written):
+    text = list(range(given + written))
+    found = request_windows(text[:given], text[given:], 8)
+    assert [token for window in found for token in window.ids[window.num_context :]] == text[given:]
+    for window in found:
+        assert 1 <= window.num_context <= len(window.ids) <= 8
+        assert window.ids == text[window.ids[0] : window.ids[-1] + 1]
+    if written and len(found[-1].scored) < 7:
+        assert len(found[-1].ids) == min(8, len(text))
+
+
+def test_the_words_of_a_task_are_put_into_those_of_generate():
+    for options, expected in (
+        ({"until": "x", "temperature": 0.0, "top_p": 0.5}, (7, ("x",), {"do_sample": False})),
+        ({"max_new_tokens": 3, "temperature": 0.5}, (3, (), {"temperature": 0.5, "do_sample": True})),
+        ({"do_sample": True, "top_p": 0.5}, (7, (), {"do_sample": True, "top_p": 0.5})),
+    ):
+        assert generation_request(options, 7) == expected
+    assert generation_request({"do_sample": False, "temperature": 1.0, "until": ["", "y"]}, 7).until == ("y",)

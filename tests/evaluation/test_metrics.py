@@ -6,12 +6,12 @@ from pathlib import Path
 
 import evaluate
 import pytest
-import torch
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import bd3lm_hf
 from bd3lm_hf.evaluation.reference_model import reference_model_of
+from bd3lm_hf.evaluation.text_metrics import distinct, lengths, mean_entropy, mean_repetition, repetition, text_entropy
 from bd3lm_hf.generation.text_generation import GeneratedText
 from bd3lm_hf.metrics import METRICS, load_metric
 
@@ -61,28 +61,19 @@ def test_batches_that_are_added_are_scored_together(golden_model):
     assert result["mean_perplexity"] == pytest.approx(sum(each) / len(each))
 
 
-@pytest.fixture
-def judge_folder(tiny_tokenizer, tmp_path) -> Path:
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=64, n_embd=8, n_layer=1, n_head=1))
-    model.save_pretrained(tmp_path / "judge")
-    tiny_tokenizer.save_pretrained(tmp_path / "judge")
-    return tmp_path / "judge"
-
-
-def test_texts_are_read_by_the_judges_tokenizer(judge_folder, tiny_tokenizer):
+def test_texts_are_read_by_the_judges_tokenizer(gpt2_folder, tiny_tokenizer):
     texts = ["The lazy dog sleeps on.", "A block is written<eos><bos>from noise."]
     ids = [[0, *tiny_tokenizer(text)["input_ids"]] for text in texts]
     metric = load_metric("generative_perplexity")
-    by_text = metric.compute(predictions=texts, judge=str(judge_folder))
-    model = GPT2LMHeadModel.from_pretrained(judge_folder).eval()
+    by_text = metric.compute(predictions=texts, judge=str(gpt2_folder))
+    model = GPT2LMHeadModel.from_pretrained(gpt2_folder).eval()
     by_ids = metric.compute(predictions=ids, judge=model, tokenizer=tiny_tokenizer)
     assert by_text["perplexities"] == pytest.approx(by_ids["perplexities"])
     assert by_text["num_tokens"] == sum(len(row) - 1 for row in ids) - 1  # without the end token
     letters = [[0, *(i for letter in text for i in tiny_tokenizer(letter)["input_ids"])] for text in texts[:1]]
-    again = metric.compute(predictions=letters, judge=model, tokenizer=tiny_tokenizer, writer=str(judge_folder))
+    again = metric.compute(predictions=letters, judge=model, tokenizer=tiny_tokenizer, writer=str(gpt2_folder))
     assert again["perplexities"] == pytest.approx(by_ids["perplexities"][:1])
-    ends = metric.compute(predictions=texts, judge=str(judge_folder), score_end=True)
+    ends = metric.compute(predictions=texts, judge=str(gpt2_folder), score_end=True)
     assert ends["num_tokens"] == by_text["num_tokens"] + 1
 
 
@@ -110,3 +101,49 @@ def test_diversity_is_that_of_ids_of_tokens_or_of_words(tiny_tokenizer):
     for name in ("distinct_n", "repetition", "text_length", "token_entropy"):
         by_ids = load_metric(name).compute(predictions=ids)
         assert load_metric(name).compute(predictions=texts, tokenizer=tiny_tokenizer) == by_ids
+
+
+# --- the counts, by hand ---------------------------------------------------------------------------------------------
+
+
+def test_repetition_lowers_the_entropy_of_a_text():
+    assert text_entropy([5] * 9) == text_entropy([]) == 0
+    assert text_entropy([1, 2, 3, 4]) == pytest.approx(math.log(4))
+    assert text_entropy([1, 1, 1, 2]) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    assert text_entropy(["a", "a", "b"]) == text_entropy([7, 7, 9])
+    assert mean_entropy([[1, 2], [3, 3]]) == pytest.approx(math.log(2) / 2)
+
+
+@pytest.mark.parametrize("case", json.loads((GOLDEN / "config.json").read_text())["cases"])
+def test_the_published_entropy_is_ours_summed_over_the_batch(case):
+    tensors = load_file(GOLDEN / "tensors.safetensors")
+    rows = tensors[f"{case}.ids"].tolist()
+    published = tensors[f"{case}.entropy"].item()
+    assert math.fsum(map(text_entropy, rows)) == pytest.approx(published, abs=1e-4)
+    assert mean_entropy(rows) * len(rows) == pytest.approx(published, abs=1e-4)
+
+
+def test_distinct_ngrams_are_counted_over_all_texts():
+    assert distinct([[1, 2, 3], [1, 2, 4]], 1) == 4 / 6
+    assert distinct([[1, 2, 3], [1, 2, 4]], 2) == 3 / 4
+    assert distinct([[1], [2]], 2) is None and distinct([], 1) is None
+
+
+def test_repetition_is_counted_within_a_text():
+    assert repetition([1, 2, 3, 4, 5]) == 0
+    assert repetition([1, 2, 1, 2, 1, 2], n=2) == 3 / 5
+    assert repetition([1, 2, 3], n=4) is None
+    assert mean_repetition([[1, 2, 1, 2, 1, 2], [1], [1, 2, 3]], n=2) == (3 / 5 + 0) / 2
+    assert mean_repetition([[1]], n=2) is None
+
+
+def test_lengths_have_mean_median_and_range():
+    assert lengths([[1] * 3, [1], [1] * 5, [1] * 7]) == (4.0, 4.0, 1, 7)
+
+
+def test_what_can_not_be_counted_is_refused():
+    with pytest.raises(ValueError, match="n=0: n-grams have at least 1 token"):
+        distinct([[1]], 0)
+    for count in (mean_entropy, lengths):
+        with pytest.raises(ValueError, match="there are no texts: give at least one"):
+            count([])

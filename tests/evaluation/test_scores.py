@@ -172,15 +172,6 @@ def test_any_number_of_processes_scores_every_batch_once(path, sequences, count)
     assert score(CountingModel(dies_at=1), sequences, file=ScoresFile(path)).scores == expected
 
 
-def test_a_refusal_of_the_first_process_is_raised_in_all(sequences):
-    class Refused(Processes):
-        def broadcast(self, value):
-            return ValueError("holds another run")
-
-    with pytest.raises(ValueError, match="holds another run"):
-        score(CountingModel(), sequences, processes=Refused(1, 2))
-
-
 class MeasuredFile(ScoresFile):
     """Counts what it writes."""
 

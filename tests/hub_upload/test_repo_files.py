@@ -138,18 +138,12 @@ def remove_a_file_of_a_checkpoint(folder):
     (folder / "generation_config.json").unlink()
 
 
-def remove_tokenizer(folder):
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
-
-
 @pytest.mark.parametrize(
     ("damage", "part"),
     [
         (rename_weights, r"pytorch_model.bin.*bd3lm convert"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"model.safetensors"),
         (remove_a_file_of_a_checkpoint, "generation_config.json"),
-        (remove_tokenizer, "--no-tokenizer"),
     ],
 )
 def test_a_folder_that_cannot_be_shared_is_refused(model_folder, damage, part):

@@ -130,60 +130,24 @@ def test_code_that_travels_opens_and_runs_nothing(path):
 @pytest.mark.parametrize(
     "snippet",
     [
-        "open('x')",
-        "f = open",
-        "import pathlib",
-        "from pathlib import Path",
-        "Path('x').write_text('y')",
-        "self.file.read_bytes()",
-        "import subprocess",
-        "import os\nos.system('x')",
-        "import os\nos.environ['HF_TOKEN']",
-        "import os as harmless",
-        "from os import environ",
-        "import os.path",
-        "import socket",
-        "import urllib.request",
-        "from urllib.request import urlopen",
-        "import requests",
-        "import httpx",
-        "import numpy",
-        "import pickle",
-        "import io",
-        "import ctypes",
-        "import tempfile",
-        "import threading\nthreading.Thread(target=print)",
-        "def f():\n    import shutil",
-        "import importlib",
-        "from importlib import import_module",
-        "__import__('os')",
-        "eval('1')",
-        "exec('1')",
-        "compile('1', '', 'eval')",
-        "torch.load('x')",
-        "from torch import load",
-        "from torch.hub import load_state_dict_from_url",
-        "import torch.hub",
-        "torch.hub.load('x', 'y')",
-        "torch.save({}, 'x')",
-        "torch.jit.load('x')",
-        "tensor.numpy().tofile('x')",
-        "torch.from_file('x')",
-        "from torch.utils.cpp_extension import load_inline",
-        "from transformers.utils.hub import cached_file",
+        "open('x')", "f = open", "import pathlib", "from pathlib import Path", "Path('x').write_text('y')",
+        "self.file.read_bytes()", "import subprocess", "import os\nos.system('x')",
+        "import os\nos.environ['HF_TOKEN']", "import os as harmless", "from os import environ", "import os.path",
+        "import socket", "import urllib.request", "from urllib.request import urlopen", "import requests",
+        "import httpx", "import numpy", "import pickle", "import io", "import ctypes", "import tempfile",
+        "import threading\nthreading.Thread(target=print)", "def f():\n    import shutil", "import importlib",
+        "from importlib import import_module", "__import__('os')", "eval('1')", "exec('1')",
+        "compile('1', '', 'eval')", "torch.load('x')", "from torch import load",
+        "from torch.hub import load_state_dict_from_url", "import torch.hub", "torch.hub.load('x', 'y')",
+        "torch.save({}, 'x')", "torch.jit.load('x')", "tensor.numpy().tofile('x')", "torch.from_file('x')",
+        "from torch.utils.cpp_extension import load_inline", "from transformers.utils.hub import cached_file",
         "from transformers import pipelines",
         "from transformers.dynamic_module_utils import get_class_from_dynamic_module",
-        "from huggingface_hub import hf_hub_download",
-        "from safetensors.torch import load_file",
-        "getattr(builtins, 'eval')",
-        "getattr(torch, 'lo' + 'ad')",
-        "().__class__.__base__.__subclasses__()",
-        "f.__globals__['x']",
-        "globals()['x']",
-        "breakpoint()",
-        "from torch import *",
+        "from huggingface_hub import hf_hub_download", "from safetensors.torch import load_file",
+        "getattr(builtins, 'eval')", "getattr(torch, 'lo' + 'ad')", "().__class__.__base__.__subclasses__()",
+        "f.__globals__['x']", "globals()['x']", "breakpoint()", "from torch import *",
     ],
-)
+)  # fmt: skip
 def test_the_checker_finds_what_it_looks_for(snippet):
     assert forbidden(snippet)
 
@@ -191,18 +155,12 @@ def test_the_checker_finds_what_it_looks_for(snippet):
 @pytest.mark.parametrize(
     "snippet",
     [
-        "import torch\ntorch.compile(f)",
-        "import os\ndef save(directory: str | os.PathLike): ...",
-        "from .noise_bd3lm import check_interval",
-        "from transformers.modeling_utils import PreTrainedModel",
-        "from torch.nn.attention.flex_attention import flex_attention",
-        "model.eval()",
-        "re.compile('x')",
-        "self.load_state_dict(state)",
-        "getattr(self.config, name)",
-        "'open is a word in a text'",
+        "import torch\ntorch.compile(f)", "import os\ndef save(directory: str | os.PathLike): ...",
+        "from .noise_bd3lm import check_interval", "from transformers.modeling_utils import PreTrainedModel",
+        "from torch.nn.attention.flex_attention import flex_attention", "model.eval()", "re.compile('x')",
+        "self.load_state_dict(state)", "getattr(self.config, name)", "'open is a word in a text'",
     ],
-)
+)  # fmt: skip
 def test_the_checker_lets_innocent_code_pass(snippet):
     assert not forbidden(snippet)
 
@@ -217,17 +175,11 @@ def test_only_the_restricted_reader_unpickles():
 @pytest.mark.parametrize(
     "snippet",
     [
-        "import pickle",
-        "from pickle import loads",
-        "import joblib",
-        "torch.load(path)",
-        "torch.load(path, weights_only=False)",
-        "torch.load(path, weights_only=flag)",
-        "np.load(path)",
-        "np.load(path, allow_pickle=True)",
-        "pd.read_pickle(path)",
+        "import pickle", "from pickle import loads", "import joblib", "torch.load(path)",
+        "torch.load(path, weights_only=False)", "torch.load(path, weights_only=flag)", "np.load(path)",
+        "np.load(path, allow_pickle=True)", "pd.read_pickle(path)",
     ],
-)
+)  # fmt: skip
 def test_the_check_for_pickles_finds_each_of_them(snippet):
     assert unpickles(snippet)
     assert not unpickles("torch.load(path, weights_only=True)\nnp.load(path, allow_pickle=False)")

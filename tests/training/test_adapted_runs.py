@@ -101,7 +101,9 @@ def test_a_family_that_is_not_supported_is_refused_before_text_is_read(tmp_path)
         check_start(ModelArguments(init_from=str(tmp_path)))
 
 
-def test_adapters_on_a_plain_decoder_have_the_base_that_the_run_writes(decoder, conversations, tmp_path, capsys):
+def test_adapters_on_a_plain_decoder_have_the_base_that_the_run_writes(
+    decoder, conversations, tmp_path, capsys, no_load_check
+):
     words = words_of(decoder, conversations, tmp_path / "run", "--lora_r", "2", "--learning_rate", "0.1")
     assert bd3lm(words) == 0
     run = tmp_path / "run"

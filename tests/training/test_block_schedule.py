@@ -3,8 +3,6 @@
 import json
 
 import pytest
-import torch
-from datasets import Dataset
 
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.block_schedule import BlockSizeSchedule
@@ -22,8 +20,7 @@ def test_other_schedules_are_refused(text, tmp_path):
         BD3LMTrainingArguments(output_dir=str(tmp_path), block_size_schedule=text)
 
 
-def test_training_takes_each_size_and_saves_the_last(tiny_model, tmp_path):
-    rows = Dataset.from_dict({"input_ids": torch.randint(3, 47, (8, 32)).tolist()})
+def test_training_takes_each_size_and_saves_the_last(tiny_model, make_trainer, tmp_path):
     seen = []
     objective = tiny_model.objective
 
@@ -32,18 +29,7 @@ def test_training_takes_each_size_and_saves_the_last(tiny_model, tmp_path):
         return objective(*batch, **layout)
 
     tiny_model.objective = record
-    arguments = BD3LMTrainingArguments(
-        output_dir=str(tmp_path),
-        block_size_schedule="1:2,4:1,8:0",
-        max_steps=5,
-        per_device_train_batch_size=2,
-        warmup_steps=0,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-    )
-    trainer = BD3LMTrainer(tiny_model, arguments, train_dataset=rows)
-    trainer.train()
+    make_trainer(tiny_model, block_size_schedule="1:2,4:1,8:0", max_steps=5, per_device_train_batch_size=2).train()
     assert seen == [1, 1, 4, 8, 8]
     tiny_model.save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["block_size"] == 8

@@ -195,8 +195,6 @@ SEARCH = ["--interval_search", "true", "--eval_strategy", "steps"]
         (["--streaming", "true", "--max_train_samples", "8"], "--max_train_samples 8"),
         (["--streaming", "true", "--max_steps", "-1"], "--streaming.*--max_steps"),
         ([*SEARCH, "--interval_search_widths", "1.5"], "interval_search_widths 1.5"),
-        ([*SEARCH, "--interval_search_step", "0"], "interval_search_step 0.0"),
-        ([*SEARCH, "--interval_candidates", "0.8-0.3"], "interval_candidates 0.8-0.3"),
         ([*SEARCH, "--interval_candidates", "0.8"], "interval_candidates '0.8'.*0.3-0.8"),
         ([*SEARCH, "--interval_search_batches", "0"], "--interval_search_batches 0"),
         ([*SEARCH, "--interval_search_method", "x"], "--interval_search_method x.*shared, published"),

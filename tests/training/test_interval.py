@@ -350,40 +350,23 @@ def test_a_shared_search_equals_one_process(tiny_config, randomize, monkeypatch,
     assert (found.interval, found.num_blocks) == (alone.interval, alone.num_blocks)
 
 
-def _trainer(folder: Path, **arguments) -> BD3LMTrainer:
-    config = BD3LMConfig(
-        vocab_size=48, block_size=4, model_length=32, hidden_dim=16, cond_dim=8, n_blocks=1, n_heads=2, dropout=0.0
-    )
-    model = BD3LMForMaskedLM(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + ("norm" in name))
-    defaults = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "report_to": [],
-    }
-    defaults |= {"interval_search": True, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "warmup_steps": 0}
-    return BD3LMTrainer(
-        model=model,
-        args=BD3LMTrainingArguments(**{**defaults, **arguments}),
-        train_dataset=Dataset.from_dict({"input_ids": rows_of(16)}),
-        eval_dataset=Dataset.from_dict({"input_ids": rows_of(10, seed=1)}),
-    )
-
-
 # --- The trainer's hook ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trainer_of(make_trainer, tiny_config, randomize):
+    """A function that makes a trainer which searches after every second of its four steps."""
+    search = {"interval_search": True, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
+    shape = {"hidden_dim": 16, "n_blocks": 1}
+    return lambda **arguments: make_trainer(model=model_of(tiny_config, randomize, **shape), **{**search, **arguments})
 
 
 def searches_of(trainer: BD3LMTrainer) -> list[dict]:
     return [entry for entry in trainer.state.log_history if "interval_min" in entry]
 
 
-def test_training_adopts_the_interval_at_each_evaluation(tmp_path):
-    trainer = _trainer(tmp_path)
+def test_training_adopts_the_interval_at_each_evaluation(trainer_of):
+    trainer = trainer_of()
     trainer.train()
     entries = searches_of(trainer)
     assert [entry["step"] for entry in entries] == [2, 4]
@@ -393,8 +376,8 @@ def test_training_adopts_the_interval_at_each_evaluation(tmp_path):
         assert 0 < entry["interval_variance"] < entry["interval_variance_full"]
 
 
-def test_a_training_step_draws_from_the_adopted_interval(tmp_path, monkeypatch):
-    trainer = _trainer(tmp_path, interval_candidates=["0.45-0.95"], eval_steps=1, max_steps=2)
+def test_a_training_step_draws_from_the_adopted_interval(trainer_of, monkeypatch):
+    trainer = trainer_of(interval_candidates=["0.45-0.95"], eval_steps=1, max_steps=2)
     seen, inner = [], BD3LMForMaskedLM.interval
     monkeypatch.setattr(BD3LMForMaskedLM, "interval", lambda self: (seen.append(inner(self)), seen[-1])[1])
     trainer.train()
@@ -402,15 +385,15 @@ def test_a_training_step_draws_from_the_adopted_interval(tmp_path, monkeypatch):
     assert seen[-1] == (pytest.approx(0.45), pytest.approx(0.95))
 
 
-def test_the_interval_travels_with_weights_and_config_and_into_a_resumed_run(tmp_path):
-    whole = _trainer(tmp_path / "whole", save_strategy="steps", save_steps=2)
+def test_the_interval_travels_with_weights_and_config_and_into_a_resumed_run(trainer_of, tmp_path):
+    whole = trainer_of(output_dir=str(tmp_path / "whole"), save_strategy="steps", save_steps=2)
     whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     loaded = BD3LMForMaskedLM.from_pretrained(checkpoint)
     first = searches_of(whole)[0]
     assert loaded.interval() == (first["interval_min"], first["interval_max"])
     assert (loaded.config.sampling_eps_min, loaded.config.sampling_eps_max) == loaded.interval()
-    rest = _trainer(tmp_path / "rest")
+    rest = trainer_of()
     rest.train(resume_from_checkpoint=str(checkpoint))
     losses = [[e["train_loss"] for e in t.state.log_history if "train_loss" in e] for t in (whole, rest)]
     assert len(losses[1]) == 1
@@ -420,24 +403,24 @@ def test_the_interval_travels_with_weights_and_config_and_into_a_resumed_run(tmp
         assert torch.equal(one, other)
 
 
-def test_a_fixed_interval_is_searched_and_kept(tmp_path):
-    trainer = _trainer(tmp_path, interval_search_fixed=True)
+def test_a_fixed_interval_is_searched_and_kept(trainer_of):
+    trainer = trainer_of(interval_search_fixed=True)
     before = trainer.model.interval()
     trainer.train()
     assert len(searches_of(trainer)) == 2
     assert trainer.model.interval() == before
 
 
-def test_an_evaluation_outside_training_changes_no_interval(tmp_path):
-    trainer = _trainer(tmp_path)
+def test_an_evaluation_outside_training_changes_no_interval(trainer_of):
+    trainer = trainer_of()
     before = trainer.model.interval()
     trainer.evaluate()
     assert not searches_of(trainer)
     assert trainer.model.interval() == before
 
 
-def test_of_several_held_out_sets_the_first_is_searched(tmp_path):
-    trainer = _trainer(tmp_path, eval_steps=4)
+def test_of_several_held_out_sets_the_first_is_searched(trainer_of):
+    trainer = trainer_of(eval_steps=4)
     several = {
         name: Dataset.from_dict({"input_ids": rows_of(6, seed=seed)}) for name, seed in (("one", 1), ("two", 2))
     }
@@ -448,8 +431,8 @@ def test_of_several_held_out_sets_the_first_is_searched(tmp_path):
     assert [sequences is several["one"] for sequences in searched] == [True]
 
 
-def test_bfloat16_training_searches_too(tmp_path):
-    trainer = _trainer(tmp_path, bf16=True, max_steps=2)
+def test_bfloat16_training_searches_too(trainer_of):
+    trainer = trainer_of(bf16=True, max_steps=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.train()

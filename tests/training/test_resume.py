@@ -46,9 +46,8 @@ def check_is_the_whole_run(outcome: dict, whole: dict) -> None:
         assert outcome[part] == whole[part]
 
 
-def test_a_killed_run_resumes_to_the_very_bits_of_the_uninterrupted_one(run_plan):
-    plan = [
-        [],
+def test_a_run_that_was_killed_or_found_the_disk_full_resumes_to_the_very_bits_of_the_whole_one(run_plan):
+    kills = [
         # before any checkpoint is complete
         [{"event": "half of optimizer.pt"}],
         # at the end of an epoch
@@ -60,27 +59,20 @@ def test_a_killed_run_resumes_to_the_very_bits_of_the_uninterrupted_one(run_plan
         # after the last step, while the model is published
         [{"event": "os.rename model.safetensors"}],
     ]
-    whole, *outcomes = run_plan(plan)
+    # Bytes that the weights do not fit into; then some that they do, but not the optimizer's state.
+    full_disks = [[{"file_bytes": 60_000}], [{"file_bytes": 200_000}]]
+    whole, *outcomes = run_plan([[], *kills, *full_disks])
     # Logs, evaluations and saves (every 3 steps) do not coincide.
     assert [entry["step"] for entry in whole["log"] if "loss" in entry] == [2, 4, 6, 8, 10, 12, 14]
     assert [entry["step"] for entry in whole["log"] if "eval_nll" in entry] == [6, 12, 15]
     assert [name for name in whole["files"] if name.startswith("checkpoint")] == ["checkpoint-12", "checkpoint-15"]
-    starts = [None, "checkpoint-3", "checkpoint-6", "checkpoint-9", "checkpoint-15"]
+    starts = [None, "checkpoint-3", "checkpoint-6", "checkpoint-9", "checkpoint-15", "checkpoint-3", "checkpoint-3"]
     assert [outcome["resumed_from"] for outcome in outcomes] == starts
-    for outcome in outcomes:
-        assert all(status == -9 for status in outcome["statuses"][:-1])
+    for outcome, case in zip(outcomes, [*kills, *full_disks], strict=True):
+        assert set(outcome["statuses"][:-1]) == {2 if case in full_disks else -9}
         check_is_the_whole_run(outcome, whole)
-
-
-def test_a_full_disk_stops_a_run_that_then_goes_on_from_where_it_was(run_plan):
-    # Bytes that the weights do not fit into; then some that they do, but not the optimizer's state.
-    whole, *outcomes = run_plan([[], [{"file_bytes": 60_000}], [{"file_bytes": 200_000}]])
     sizes = [run_plan.folder / "0" / "checkpoint-12" / name for name in ("model.safetensors", "optimizer.pt")]
     assert 60_000 < sizes[0].stat().st_size < 200_000 < sizes[1].stat().st_size
-    for outcome in outcomes:
-        assert outcome["statuses"] == [2, 0]
-        assert outcome["resumed_from"] == "checkpoint-3"
-        check_is_the_whole_run(outcome, whole)
     for kind in ("SafetensorError", "RuntimeError"):
         assert f"cannot save checkpoint-6 in {run_plan.folder}" in run_plan.errors
         assert f"({kind}" in run_plan.errors

@@ -203,16 +203,6 @@ def test_weights_that_do_not_fit_are_listed_at_a_new_block_size(checkpoint, tiny
         start_from(folder, tiny_tokenizer, {"block_size": 4})
 
 
-def test_adaln_that_the_weights_lack_is_listed(checkpoint, tiny_tokenizer):
-    folder = checkpoint(block_size=32, adaln=False)
-    with open(f"{folder}/config.json") as file:
-        config = json.load(file)
-    with open(f"{folder}/config.json", "w") as file:
-        json.dump(config | {"adaln": True}, file)
-    with pytest.raises(ValueError, match=r"has 8 missing weights \(backbone.blocks.0.adaLN_modulation.bias, "):
-        start_from(folder, tiny_tokenizer, {"block_size": 4})
-
-
 def test_a_tokenizer_of_another_vocabulary_is_refused_before_the_weights_are_read(
     checkpoint, tiny_tokenizer, tmp_path
 ):

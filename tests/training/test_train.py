@@ -17,13 +17,11 @@ from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.evaluation.perplexity import perplexity
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.training.initial_model import new_config
 from bd3lm_hf.training.run_summary import TrainResult
 from bd3lm_hf.training.train import main, run
 
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-SCRIPT = CHECKOUT / "training" / "train.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "training" / "train.py"
 
 
 @pytest.fixture(scope="module")
@@ -75,40 +73,18 @@ def test_a_run_reports_what_it_did(trained):
     assert set(written["versions"]) == {"bd3lm_hf", "torch", "transformers", "accelerate"}
 
 
-def test_a_run_leaves_its_curve(trained):
+def test_a_run_leaves_its_curve_and_a_sample_of_each_evaluation(trained):
     curve = json.loads((trained[1] / "training_curve.json").read_text(encoding="utf-8"))
     assert curve["loss"] == {"steps": [1, 2, 3], "values": [e["loss"] for e in trained[0].losses if "loss" in e]}
     assert {"eval_nll", "eval_ppl", "eval_bits_per_byte", "tokens_per_second", "tflops_per_second"} <= set(curve)
     assert (trained[1] / "training_curve.png").stat().st_size > 1000
-
-
-def test_a_sample_is_written_at_each_evaluation(trained):
-    text = (trained[1] / "samples.txt").read_text(encoding="utf-8")
-    assert "--- sample at step 2 ---\nA block" in text
+    assert "--- sample at step 2 ---\nA block" in (trained[1] / "samples.txt").read_text(encoding="utf-8")
 
 
 def test_the_written_recipe_repeats_the_run(trained, tmp_path):
     result, folder = trained
     again = run([str(folder / "recipe.yaml"), "--output_dir", str(tmp_path / "again")])
     assert [entry.get("loss") for entry in again.losses] == [entry.get("loss") for entry in result.losses]
-
-
-def test_the_tables_three_rows_are_printed(recipe, tmp_path, capsys):
-    main([str(recipe), "--output_dir", str(tmp_path / "run")])
-    printed = capsys.readouterr().out
-    for row in ("before training", "after training", "unigram baseline", "Text from the saved folder"):
-        assert row in printed
-
-
-def test_a_checkpoint_can_be_trained_further(trained, recipe, corpus, tmp_path):
-    before, folder = trained
-    result = run(
-        ["--init_from", str(folder), "--dataset", str(corpus), "--output_dir", str(tmp_path / "run")]
-        + ["--max_steps", "1", "--max_eval_samples", "4", "--sample_tokens", "0", "--warmup_steps", "0"]
-        + ["--use_cpu", "--eval_strategy", "no"]
-    )
-    assert result.before.nll == pytest.approx(before.after.nll, abs=1e-5)
-    assert result.text is None
 
 
 def test_full_diffusion_goes_on_in_small_blocks_as_the_paper_trains(recipe, corpus, tmp_path):
@@ -153,19 +129,6 @@ def test_a_run_that_searches_its_interval_writes_numbers_and_a_plot(recipe, tmp_
     weights = load_file(tmp_path / "run" / "model.safetensors")
     ends = [weights["sampling_eps_min"].item(), weights["sampling_eps_max"].item()]
     assert ends == pytest.approx(searches[-1]["interval"])
-
-
-def test_a_run_resumes_from_its_last_checkpoint(recipe, tmp_path):
-    folder = str(tmp_path / "run")
-    words = [str(recipe), "--output_dir", folder, "--save_strategy", "steps", "--save_steps", "1"]
-    words += ["--lr_scheduler_type", "constant"]
-    whole = run(words)
-    for name in ("checkpoint-3", "model.safetensors"):
-        subprocess.run(["rm", "-r", str(Path(folder, name))], check=True)
-    resumed = run([*words, "--resume_from_checkpoint", "true"])
-    assert resumed.steps == 3
-    assert resumed.before is None
-    assert resumed.after.nll == pytest.approx(whole.after.nll, abs=1e-6)
 
 
 def test_a_run_is_resumed_from_the_last_checkpoint_that_is_complete(recipe, tmp_path, caplog):
@@ -246,28 +209,24 @@ def test_a_full_disk_is_one_clear_line_and_exit_code_2(recipe, tmp_path, capsys,
 # Ways of starting
 
 
-@pytest.mark.parametrize("cwd", [CHECKOUT, CHECKOUT / "training"])
-def test_the_script_runs_from_the_checkout_and_from_its_own_folder(recipe, tmp_path, cwd):
+def test_the_script_runs_from_its_own_folder_and_prints_a_table(recipe, tmp_path):
     # -S hides site-packages' .pth files, an editable install among them; the libraries come by PYTHONPATH.
     libraries = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
-    words = [recipe, "--output_dir", tmp_path / "run", *(["--block_size", "5"] if cwd != CHECKOUT else [])]
-    done = call("-S", SCRIPT.relative_to(cwd), *words, cwd=cwd, PYTHONPATH=libraries)
-    if cwd == CHECKOUT:
-        assert done.returncode == 0, done.stderr
-        assert (tmp_path / "run" / "model.safetensors").is_file()
-    else:
-        assert done.returncode == 2 and "Traceback" not in done.stderr
-        assert done.stderr.splitlines()[-1].startswith("error: block_size=5 does not divide")
+    words = [recipe, "--output_dir", tmp_path / "run", "--max_steps", 1]
+    done = call("-S", SCRIPT.name, *words, cwd=SCRIPT.parent, PYTHONPATH=libraries)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    for row in ("before training", "after training", "unigram baseline", "Text from the saved folder"):
+        assert row in done.stdout
 
 
-@pytest.mark.parametrize(("config", "processes"), [("single.yaml", 1), ("cpu2.yaml", 2)])
-def test_accelerate_launches_the_script(recipe, tmp_path, config, processes):
+def test_accelerate_launches_the_script_in_two_processes(recipe, tmp_path):
     command = ["-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
-    command += ["--config_file", CHECKOUT / "training" / "launch" / config, SCRIPT.name, recipe]
-    done = call(*command, "--output_dir", tmp_path / "run", "--max_steps", 1, cwd=CHECKOUT / "training")
+    command += ["--config_file", SCRIPT.parent / "launch" / "cpu2.yaml", SCRIPT.name, recipe]
+    done = call(*command, "--output_dir", tmp_path / "run", "--max_steps", 1, cwd=SCRIPT.parent)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("before training") == 1
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["world_size"] == processes
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["world_size"] == 2
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +323,9 @@ def test_adapters_need_a_model_to_adapt_that_is_no_adapter_itself(recipe, traine
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--block_size", "5"], "block_size=5 does not divide model_length=32"),
+        # A new model is checked before any text is loaded.
+        (["--block_size", "5", "--dataset", "nowhere.txt"], "block_size=5 does not divide model_length=32"),
+        (["--hidden_dim", "1000000", "--dataset", "nowhere.txt"], "--hidden_dim 1000000 and --n_blocks 1"),
         (["--n_heads", "3"], "hidden_dim=16 is not divisible by n_heads=3"),
         (["--noise", "linear"], "noise='linear'"),
         (["--model_type", "bd3ln"], "--model_type bd3ln is unknown"),
@@ -374,12 +335,8 @@ def test_adapters_need_a_model_to_adapt_that_is_no_adapter_itself(recipe, traine
         (["--tokenizer", "no/such/folder"], "no/such/folder"),
         (["--init_from", "no/such/folder"], "no/such/folder"),
         (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint true:"),
-        (["--interval_search", "true"], "set --eval_strategy to steps or epoch"),
-        (["--interval_candidates", "0.8-0.3"], "write the lower end first"),
         (["--resume_from_checkpoint", "no/such"], "no/such"),
-        (["--peak_tflops", "0"], "--peak_tflops 0.0: give a number above 0, or leave it out"),
         (["--hidden_dims", "16"], "did you mean '--hidden_dim'?"),
-        (["--hidden_dim", "wide"], "hidden_dim"),
         (["--eval_estimator", "guess", "--eval_strategy", "steps", "--eval_steps", "1"], "estimator='guess'"),
     ],
 )
@@ -393,23 +350,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(recipe, tmp_path, capsys, w
     assert complaint[0] == lines[-1]
     assert message in complaint[0]
     assert not any("Traceback" in line for line in lines)
-
-
-def test_an_empty_data_set_is_refused(recipe, tmp_path, capsys):
-    empty = tmp_path / "empty.txt"
-    empty.write_text("")
-    with pytest.raises(SystemExit):
-        main([str(recipe), "--dataset", str(empty), "--output_dir", str(tmp_path / "run")])
-    assert "error: " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_a_foreign_output_folder_is_refused_and_left_alone(recipe, tmp_path, capsys):
-    (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(SystemExit):
-        main([str(recipe), "--output_dir", str(tmp_path)])
-    assert "--overwrite_output_dir" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_an_earlier_run_is_replaced_only_when_asked_for(recipe, tmp_path):
@@ -444,11 +385,6 @@ def change_weights(change):
     return damage
 
 
-def truncate(folder: Path) -> None:
-    content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-
-
 def forget_tokenizer(folder: Path) -> None:
     for path in folder.glob("tokenizer*"):
         path.unlink()
@@ -466,29 +402,16 @@ HEAD = "backbone.output_layer.linear.bias"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, "--init_from .*checkpoint cannot be loaded; name a complete checkpoint: SafetensorError"),
         (forget_tokenizer, "holds no tokenizer"),
         (move_mask, "mask_token_id is 40"),
         (change_weights(lambda w: w[HEAD].fill_(float("nan"))), f"numbers of {HEAD} in .* are NaN"),
-        (change_weights(lambda w: w.pop(HEAD)), f"1 missing weights \\({HEAD}\\)"),
-        (change_weights(lambda w: w.update(extra=torch.zeros(2))), r"1 unexpected weights \(extra\)"),
     ],
-    ids=["truncated", "no tokenizer", "mask clash", "nan", "missing", "unexpected"],
+    ids=["no tokenizer", "mask clash", "nan"],
 )
 def test_a_broken_checkpoint_is_refused_before_training(broken, corpus, tmp_path, damage, message):
     with pytest.raises(ValueError, match=message):
         run(["--init_from", broken(damage), "--dataset", str(corpus), "--output_dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
-
-
-def test_the_shape_of_a_checkpoint_cannot_be_overridden(trained, tmp_path):
-    with pytest.raises(ValueError, match="--hidden_dim 64 contradicts --init_from .*, whose hidden_dim is 16"):
-        run(["--init_from", str(trained[1]), "--hidden_dim", "64", "--output_dir", str(tmp_path / "run")])
-
-
-def test_an_unknown_model_type_names_one_that_exists():
-    with pytest.raises(ValueError, match="--model_type nothing is unknown: try --model_type bd3lm"):
-        new_config("nothing")
 
 
 # The demo

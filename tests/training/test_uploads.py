@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from hub_server import TOKEN, USER, Fault
+from shared_models import special_ids
 from transformers.utils.hub import PushInProgress
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
@@ -14,8 +15,6 @@ from bd3lm_hf.hub_upload import repo_files
 from bd3lm_hf.hub_upload.push import dry_run
 from bd3lm_hf.hub_upload.repo_files import files_of
 from bd3lm_hf.training import train
-from bd3lm_hf.training.arguments import BD3LMTrainingArguments
-from bd3lm_hf.training.trainer import BD3LMTrainer
 
 
 REPO = f"{USER}/model"
@@ -23,17 +22,13 @@ EXAMPLES = [{"input_ids": list(range(4, 20)), "labels": list(range(4, 20))} for 
 
 
 @pytest.fixture
-def make_trainer(tiny_config, tiny_tokenizer, randomize, tmp_path):
+def uploading_trainer(make_trainer, tiny_config, tiny_tokenizer, randomize):
     def make(adapt=None, **options):
-        names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
-        fields = {"vocab_size": len(tiny_tokenizer), **{name: getattr(tiny_tokenizer, name) for name in names}}
+        fields = {"vocab_size": len(tiny_tokenizer), **special_ids(tiny_tokenizer)}
         model = randomize(BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), **fields})))
-        keywords = {"max_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no", "report_to": "none"}
-        keywords |= {"use_cpu": True, "disable_tqdm": True, "push_to_hub": True, "hub_model_id": REPO}
-        arguments = BD3LMTrainingArguments(str(tmp_path / "run"), **{**keywords, **options})
-        return BD3LMTrainer(
-            adapt(model) if adapt else model, arguments, train_dataset=EXAMPLES, processing_class=tiny_tokenizer
-        )
+        options = {"max_steps": 1, "push_to_hub": True, "hub_model_id": REPO, **options}
+        keywords = {"processing_class": tiny_tokenizer}
+        return make_trainer(adapt(model) if adapt else model, EXAMPLES, keywords, **options)
 
     return make
 
@@ -47,8 +42,8 @@ def messages(hub):
     return [commit["summary"] for commit in hub.commits(REPO)]
 
 
-def test_a_saved_model_is_uploaded_as_push_would_upload_its_folder(hub, make_trainer, tmp_path):
-    trainer = make_trainer(hub_private_repo=True, ema_decay=0.5)
+def test_a_saved_model_is_uploaded_as_push_would_upload_its_folder(hub, uploading_trainer, tmp_path):
+    trainer = uploading_trainer(hub_private_repo=True, ema_decay=0.5)
     trainer.train()
     trainer.save_model()
     files = hub.repos[REPO].files()
@@ -58,8 +53,8 @@ def test_a_saved_model_is_uploaded_as_push_would_upload_its_folder(hub, make_tra
     assert (tmp_path / "run" / "README.md").read_bytes() == files["README.md"]
 
 
-def test_push_to_hub_saves_and_uploads_with_its_own_message_and_metadata(hub, make_trainer, tmp_path):
-    trainer = make_trainer(push_to_hub=False)
+def test_push_to_hub_saves_and_uploads_with_its_own_message_and_metadata(hub, uploading_trainer, tmp_path):
+    trainer = uploading_trainer(push_to_hub=False)
     address = trainer.push_to_hub("Done", license="mit", tags="mine", revision="v1")
     assert "/commit/" in address and messages(hub) == ["Done"]
     card = hub.repos[REPO].files("v1")["README.md"].decode()
@@ -67,16 +62,16 @@ def test_push_to_hub_saves_and_uploads_with_its_own_message_and_metadata(hub, ma
     assert trainer.push_to_hub(blocking=False).result().url.startswith(hub.endpoint)
 
 
-def test_the_card_of_the_folder_is_ours(hub, make_trainer, tmp_path):
-    trainer = make_trainer()
+def test_the_card_of_the_folder_is_ours(hub, uploading_trainer, tmp_path):
+    trainer = uploading_trainer()
     trainer.write_model(tmp_path / "run")
     trainer.create_model_card(license="mit", language="en", model_name="ignored", dataset="ignored")
     text = (tmp_path / "run" / "README.md").read_text()
     assert "license: mit" in text and "language: en" in text and "## How to use" in text and "ignored" not in text
 
 
-def test_checkpoints_are_uploaded_in_the_background_with_their_averaged_weights(hub, make_trainer, tmp_path):
-    trainer = make_trainer(save_strategy="steps", save_steps=1, ema_decay=0.5, learning_rate=0.1, warmup_steps=0)
+def test_checkpoints_are_uploaded_in_the_background_with_their_averaged_weights(hub, uploading_trainer, tmp_path):
+    trainer = uploading_trainer(save_strategy="steps", save_steps=1, ema_decay=0.5, learning_rate=0.1, warmup_steps=0)
     trainer.train()
     trainer.push_in_progress.wait_until_done()
     assert messages(hub) == ["Training in progress, step 1"]
@@ -86,13 +81,13 @@ def test_checkpoints_are_uploaded_in_the_background_with_their_averaged_weights(
     assert files["model.safetensors"] != (tmp_path / "run/checkpoint-1/model.safetensors").read_bytes()
 
 
-def test_at_the_end_only_means_no_upload_of_checkpoints(hub, make_trainer):
-    make_trainer(save_strategy="steps", save_steps=1, hub_strategy="end").train()
+def test_at_the_end_only_means_no_upload_of_checkpoints(hub, uploading_trainer):
+    uploading_trainer(save_strategy="steps", save_steps=1, hub_strategy="end").train()
     assert not hub.commits(REPO)
 
 
-def test_a_checkpoint_is_skipped_while_an_upload_is_in_progress(hub, make_trainer, tmp_path):
-    trainer = make_trainer()
+def test_a_checkpoint_is_skipped_while_an_upload_is_in_progress(hub, uploading_trainer, tmp_path):
+    trainer = uploading_trainer()
     trainer.write_model(tmp_path / "run")
     trainer.push_in_progress = PushInProgress([SimpleNamespace(done=lambda: False)])
     trainer._push_from_checkpoint(str(tmp_path / "run"))
@@ -103,9 +98,9 @@ def test_a_checkpoint_is_skipped_while_an_upload_is_in_progress(hub, make_traine
     assert trainer.push_in_progress.jobs[1].result().changed and len(hub.commits(REPO)) == 1
 
 
-def test_a_run_survives_a_hub_that_fails_but_its_last_upload_must_succeed(hub, make_trainer, caplog, monkeypatch):
+def test_a_run_survives_a_hub_that_fails_but_its_last_upload_must_succeed(hub, uploading_trainer, caplog, monkeypatch):
     hub.faults.append(Fault("POST", "/commit/", 503))
-    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    trainer = uploading_trainer(save_strategy="steps", save_steps=1)
     trainer.train()
     assert trainer.push_in_progress.jobs[0].exception() is not None
     assert "an upload in the background failed" in caplog.text and REPO in caplog.text
@@ -113,7 +108,7 @@ def test_a_run_survives_a_hub_that_fails_but_its_last_upload_must_succeed(hub, m
         trainer.save_model()
     caplog.clear()
     monkeypatch.setattr("bd3lm_hf.training.uploads.push_saved_folder", refuse)
-    make_trainer(save_strategy="steps", save_steps=1, overwrite_output_dir=True).train()
+    uploading_trainer(save_strategy="steps", save_steps=1, overwrite_output_dir=True).train()
     assert "checkpoint-1 was not uploaded: no" in caplog.text
 
 
@@ -121,39 +116,39 @@ def refuse(*arguments, **options):
     raise RuntimeError("no")
 
 
-def test_an_adapter_on_a_folder_is_refused_before_it_is_trained(hub, make_trainer, tmp_path, model_folder):
+def test_an_adapter_on_a_folder_is_refused_before_it_is_trained(hub, uploading_trainer, tmp_path, model_folder):
     def adapt(model):
         return add_adapters(BD3LMForMaskedLM.from_pretrained(model_folder), rank=2)
 
     with pytest.raises(ValueError, match="--push_to_hub: .* --base-model"):
-        make_trainer(adapt)
+        uploading_trainer(adapt)
     assert not hub.repos
 
 
-def test_an_adapter_is_uploaded_as_an_adapter(hub, make_trainer, monkeypatch, model_folder):
+def test_an_adapter_is_uploaded_as_an_adapter(hub, uploading_trainer, monkeypatch, model_folder):
     def adapt(model):
         adapted = add_adapters(BD3LMForMaskedLM.from_pretrained(model_folder), rank=2)
         adapted.peft_config["default"].base_model_name_or_path = "me/base"
         return adapted
 
     monkeypatch.setattr(repo_files, "load_model", lambda *a, **k: BD3LMForMaskedLM.from_pretrained(model_folder))
-    make_trainer(adapt).save_model()
+    uploading_trainer(adapt).save_model()
     files = hub.repos[REPO].files()
     assert "adapter_model.safetensors" in files and "model.safetensors" not in files
     card = files["README.md"].decode()
     assert "library_name: peft" in card and "base_model: me/base" in card
 
 
-def test_a_token_among_the_arguments_is_refused_without_being_shown(make_trainer):
+def test_a_token_among_the_arguments_is_refused_without_being_shown(uploading_trainer):
     with pytest.raises(ValueError, match="--hub_token") as caught:
-        make_trainer(hub_token="hf_secret")
+        uploading_trainer(hub_token="hf_secret")
     assert "hf_secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
-def test_whole_checkpoints_are_not_for_the_hub(make_trainer, strategy):
+def test_whole_checkpoints_are_not_for_the_hub(uploading_trainer, strategy):
     with pytest.raises(ValueError, match=f"--hub_strategy {strategy}"):
-        make_trainer(hub_strategy=strategy)
+        uploading_trainer(hub_strategy=strategy)
 
 
 def test_a_run_ends_with_an_upload_of_its_results(hub, text_file, tmp_path, caplog):
