@@ -5,6 +5,7 @@ import torch
 from decoders import random_ids, tiny_stock
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     BloomConfig,
     GPT2Config,
     GPT2LMHeadModel,

@@ -355,15 +355,11 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
     )
     save_on_signal: bool = field(
         default=True,
-        metadata={
-            "help": "On Ctrl-C or SIGTERM finish the step, save a checkpoint and end; the exit code is 130 or 143."
-        },
+        metadata={"help": "On Ctrl-C or SIGTERM finish the step, save a checkpoint, end with code 130 or 143."},
     )
     peak_tflops: float | None = field(
         default=None,
-        metadata={
-            "help": "Peak TFLOP/s of one device, for the model FLOPs utilisation (MFU); known for common NVIDIA GPUs."
-        },
+        metadata={"help": "Peak TFLOP/s of a device, for the FLOPs utilisation (MFU); known for common NVIDIA GPUs."},
     )
 
     def __post_init__(self) -> None:
