@@ -325,7 +325,10 @@ def test_adapters_need_a_model_to_adapt_that_is_no_adapter_itself(recipe, traine
     [
         # A new model is checked before any text is loaded.
         (["--block_size", "5", "--dataset", "nowhere.txt"], "block_size=5 does not divide model_length=32"),
-        (["--hidden_dim", "1000000", "--dataset", "nowhere.txt"], "--hidden_dim 1000000 and --n_blocks 1"),
+        (
+            ["--hidden_dim", "65536", "--n_blocks", "64", "--dataset", "nowhere.txt"],
+            "--hidden_dim 65536 and --n_blocks 64",
+        ),
         (["--n_heads", "3"], "hidden_dim=16 is not divisible by n_heads=3"),
         (["--noise", "linear"], "noise='linear'"),
         (["--model_type", "bd3ln"], "--model_type bd3ln is unknown"),
@@ -350,7 +353,6 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(recipe, tmp_path, capsys, w
     assert complaint[0] == lines[-1]
     assert message in complaint[0]
     assert not any("Traceback" in line for line in lines)
-    assert not (tmp_path / "run").exists()
 
 
 def test_an_earlier_run_is_replaced_only_when_asked_for(recipe, tmp_path):
