@@ -50,13 +50,15 @@ class Access:
         return secrets.compare_digest(given, (self.api_key or "").encode())
 
     async def _answer(self, body: bytes, scope: Any, receive: Any, send: Any) -> None:
-        """Run the application until it has answered or the client has left."""
+        """Run the application until it has answered, the client has left, or the server shuts down."""
         messages: asyncio.Queue[Any] = asyncio.Queue()
         messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
         answer = asyncio.create_task(self.app(scope, messages.get, send))
         left = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            pass  # by uvicorn, after a time of grace; raised again, it would be logged with a traceback
         finally:
             left.cancel()
             if not answer.done():
@@ -66,15 +68,20 @@ class Access:
 
 
 async def _read(receive: Any) -> bytes | None:
-    """Return the body of a request; None if it is too long."""
-    body = b""
+    """Return the body of a request; None if it is too long.
+
+    The rest of a long one is read and dropped: a client that is still sending when its connection is closed never sees
+    the answer.
+    """
+    parts, size = [], 0
     while True:
         message = await receive()
-        body += message.get("body", b"")
-        if len(body) > _MOST_BYTES:
-            return None
+        part = message.get("body", b"")
+        size += len(part)
+        if size <= _MOST_BYTES:
+            parts.append(part)
         if message["type"] == "http.disconnect" or not message.get("more_body"):
-            return body
+            return b"".join(parts) if size <= _MOST_BYTES else None
 
 
 async def _disconnected(receive: Any) -> None:

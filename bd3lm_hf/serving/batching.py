@@ -18,6 +18,10 @@ class QueueFullError(RuntimeError):
     """More requests are waiting than the server takes."""
 
 
+class ServerStoppedError(RuntimeError):
+    """The server answers no more requests."""
+
+
 class Batcher:
     """Writes the texts of all requests of one model, in a thread of its own.
 
@@ -28,6 +32,7 @@ class Batcher:
     Raises:
         ValueError: if the model is not one of this package.
         QueueFullError: by `submit`, if too many requests wait.
+        ServerStoppedError: by `submit`, after `close` or a fault of this class.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, max_batch_size: int = 8, max_waiting: int = 64) -> None:
@@ -51,7 +56,7 @@ class Batcher:
         """Queue a request; its callbacks tell the rest."""
         with self._changed:
             if self._closed:
-                raise QueueFullError("the server is shutting down: try again later.")
+                raise ServerStoppedError("the server has stopped: restart it, or try again later.")
             if len(self._waiting) >= self.max_waiting:
                 raise QueueFullError(f"{len(self._waiting)} requests are waiting already: try again later.")
             self._waiting.append(request)
@@ -83,7 +88,7 @@ class Batcher:
     # --- The worker's thread -----------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        stranded: BaseException = QueueFullError("the server is shutting down")
+        stranded: BaseException = ServerStoppedError("the server is shutting down")
         try:
             self._serve()
         except BaseException as error:

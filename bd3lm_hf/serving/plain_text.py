@@ -46,10 +46,10 @@ class PlainText:
         if not add_special_tokens:
             return ids
         # The special tokens that this tokenizer puts around a text.
-        (example,) = encode("x", add_special_tokens=False)["input_ids"][:1]
+        example = encode("x", add_special_tokens=False)["input_ids"]
         framed: list[int] = encode("x")["input_ids"]
-        at = framed.index(example)
-        return framed[:at] + ids + framed[at + 1 :]
+        at = next(at for at in range(len(framed)) if framed[at : at + len(example)] == example)
+        return framed[:at] + ids + framed[at + len(example) :]
 
     def apply_chat_template(self, conversation: list[dict], **kwargs: Any) -> BatchEncoding:
         """Return the ids of a conversation in the model's chat format."""

@@ -70,11 +70,14 @@ def run(arguments: argparse.Namespace) -> None:
             lambda record: api_key is None or api_key not in record.getMessage()
         )
         host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
         listener.listen(2048)  # a client may connect as soon as the line is printed
         print(f"Serving {settings.model} at http://{host}:{port}/v1 (Ctrl-C stops)", flush=True)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
-        server.run(sockets=[listener])
-        app.state.batcher.close()
+        try:
+            server.run(sockets=[listener])
+        finally:  # Ctrl-C comes out of `run` as an exception
+            app.state.batcher.close()
     finally:
         listener.close()
 

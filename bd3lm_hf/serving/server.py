@@ -24,7 +24,7 @@ from transformers.cli.serving.utils import BaseGenerateManager, GenerationState,
 
 from bd3lm_hf.checkpoints import window_of
 from bd3lm_hf.serving.access import Access, error_response
-from bd3lm_hf.serving.batching import Batcher, QueueFullError, Request
+from bd3lm_hf.serving.batching import Batcher, QueueFullError, Request, ServerStoppedError
 from bd3lm_hf.serving.plain_text import PlainText
 from bd3lm_hf.serving.request_fields import Chat, Completions
 from bd3lm_hf.serving.settings import ServeSettings
@@ -239,6 +239,10 @@ def _add_errors(app: FastAPI) -> None:
         response = error_response(429, str(error))
         response.headers["Retry-After"] = "1"
         return response
+
+    @app.exception_handler(ServerStoppedError)
+    async def stopped(_request: HTTPRequest, error: ServerStoppedError) -> JSONResponse:
+        return error_response(503, str(error))
 
     async def bad_input(_request: HTTPRequest, error: Exception) -> JSONResponse:
         return error_response(400, " ".join(str(error).split()))

@@ -180,7 +180,7 @@ def test_one_request_with_other_settings_does_not_wait_for_a_long_one(make_model
 
 def test_hundreds_of_requests_leave_nothing_behind(make_model, serve):
     model = make_model(pad_token_id=0)
-    batcher = serve(model)
+    batcher = serve(model, max_batch_size=25)
 
     def serve_some(count):
         callers = [Caller(model, [1 + number % 40] * (1 + number % 9), 5, number) for number in range(count)]

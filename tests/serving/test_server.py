@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ import pytest
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("transformers.cli.serving.server")
+
+from decoders import tiny_decoder  # noqa: E402
 
 from bd3lm_hf import (  # noqa: E402
     ARConfig,
@@ -60,7 +63,9 @@ class Server:
         data = body if isinstance(body, str) else json.dumps(body)
         connection.request("POST", path, data, {"Content-Type": "application/json", **headers})
         answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())
+        content = json.loads(answer.read())
+        connection.close()
+        return answer.status, content
 
     def close(self):
         self.server.should_exit = True
@@ -77,10 +82,14 @@ def folder_of(tmp_path_factory, _tiny_tokenizer_json):
         tokenizer = make_tiny_tokenizer(_tiny_tokenizer_json)
         if chat:
             tokenizer.chat_template = TEMPLATE
-        config, head, fields = FAMILIES[family]
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id", "mask_token_id")}
-        sizes = {"hidden_dim": 32, "n_blocks": 2, "n_heads": 2, "cond_dim": 8, "model_length": 32}
-        model = head(config(vocab_size=len(tokenizer), eos_token_id=None, **sizes, **ids, **fields))
+        ids |= {"vocab_size": len(tokenizer), "eos_token_id": None}
+        if family in FAMILIES:
+            config, head, fields = FAMILIES[family]
+            sizes = {"hidden_dim": 32, "n_blocks": 2, "n_heads": 2, "cond_dim": 8, "model_length": 32}
+            model = head(config(**sizes, **ids, **fields))
+        else:
+            model = tiny_decoder(family, **ids)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
@@ -109,12 +118,51 @@ def test_a_completion_is_reproducible_counted_and_the_same_when_streamed(server)
     assert other.choices[0].text != answer.choices[0].text
 
 
-def test_a_chat_and_its_stream(server):
+def check_chat(server):
     client = server.client()
     options = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 12, "seed": 1}
     answer = client.chat.completions.create(**options)
-    chunks = client.chat.completions.create(**options, stream=True)
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer.choices[0].message.content
+    chunks = list(client.chat.completions.create(**options, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer.choices[0].message.content != ""
+    assert chunks[-1].choices[0].finish_reason == answer.choices[0].finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens == 12
+
+
+def test_a_chat_and_its_stream(server):
+    check_chat(server)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_a_decoder_completes_and_chats(folder_of, family):
+    server = Server(folder_of(family))
+    try:
+        check_chat(server)
+        body = {"prompt": "The dog", "max_tokens": 40, "seed": 7}
+        (status, answer), (_, again) = server.post(body), server.post(body)
+        assert status == 200 and answer["choices"] == again["choices"]
+        chunks = list(server.client().completions.create(model="tiny", **body, stream=True))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == answer["choices"][0]["text"]
+    finally:
+        server.close()
+
+
+def test_transformers_chat_talks_to_the_server(server, monkeypatch, capsys):
+    chat = pytest.importorskip("transformers.cli.chat")
+    typed = iter(["Hello", "And again", "!exit"])
+    monkeypatch.setattr(chat.RichInterface, "input", lambda self: next(typed))
+    monkeypatch.setattr(chat.RichInterface, "confirm", lambda self, message: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # else it calls nobody
+    shown, show = [], chat.RichInterface.stream_output
+
+    async def recorded(interface, stream):
+        shown.append(await show(interface, stream))
+        return shown[-1]
+
+    monkeypatch.setattr(chat.RichInterface, "stream_output", recorded)
+    flags = ["max_new_tokens=8", "do_sample=False"]
+    chat.Chat("tiny", f"http://127.0.0.1:{server.port}/v1", flags, user="me")
+    assert [reason for _, reason in shown] == ["length"] * 2 and all(text for text, _ in shown)
+    assert "already loaded" in capsys.readouterr().out
 
 
 def test_fields_of_generate_come_from_extra_body_and_from_generation_config(server):
@@ -132,9 +180,15 @@ def test_a_stop_string_is_left_out(server):
     client = server.client()
     options = {"model": "tiny", "prompt": "The dog", "max_tokens": 30, "seed": 7}
     text = client.completions.create(**options).choices[0].text
-    stop = text[len(text) // 2]
-    answer = client.completions.create(**options, stop=[stop])
-    assert answer.choices[0].text == text[: text.index(stop)] and answer.choices[0].finish_reason == "stop"
+    pieces = [text[at : at + 5] for at in range(3, len(text) - 5, 7)]
+    stops = [text[len(text) // 2], *(piece for piece in pieces if "\ufffd" not in piece)]
+    assert len(stops) > 3  # most of them begin in one token and end in another
+    for stop in stops:
+        answer = client.completions.create(**options, stop=["never", stop])
+        assert answer.choices[0].text == text[: text.index(stop)] and answer.choices[0].finish_reason == "stop"
+        chunks = list(client.completions.create(**options, stop=stop, stream=True))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == answer.choices[0].text
+        assert chunks[-1].choices[0].finish_reason == "stop"
 
 
 @pytest.mark.parametrize(
@@ -167,6 +221,11 @@ def test_a_stop_string_is_left_out(server):
 def test_bad_requests_are_refused_by_name(server, body, status, named):
     found, answer = server.post(body)
     assert found == status and named in answer["error"]["message"]
+
+
+def test_a_body_that_is_too_large_is_refused(server):
+    status, answer = server.post({"prompt": "a" * 30 * 2**20})
+    assert status == 413 and "bytes" in answer["error"]["message"]
 
 
 def test_messages_that_are_none_and_a_model_without_a_template(server, folder_of):
@@ -251,11 +310,35 @@ def test_every_family_is_served(folder_of, family):
     assert answers[0][1]["choices"] == answers[1][1]["choices"]
 
 
-def test_a_server_with_a_key_and_a_full_queue(folder_of, monkeypatch):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_server_whose_worker_has_died_says_so(folder_of, monkeypatch):
+    server = Server(folder_of())
+
+    def broken():
+        raise OSError("a fault that no request has caused")
+
+    monkeypatch.setattr(server.app.state.batcher, "_admit", broken)
+    assert [server.post({"prompt": "a"})[0] for _ in range(2)] == [500, 503]
+    assert server.post({"prompt": "a", "stream": True})[0] == 503
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request("GET", "/health")
+    assert connection.getresponse().status == 503
+    server.close()
+
+
+def test_a_server_with_a_key_and_a_full_queue(folder_of, monkeypatch, caplog, capfd):
     monkeypatch.setenv("BD3LM_API_KEY", KEY)
+    caplog.set_level(logging.DEBUG)
     server = Server(folder_of(), "--max-batch-size", "1", "--max-waiting", "1")
+    for key in ("wrong", KEY[:-1], f"{KEY}x", "é"):
+        status, answer = server.post({"prompt": "a"}, Authorization=f"Bearer {key}")
+        assert status == 401 and KEY not in str(answer)
     with pytest.raises(openai.AuthenticationError):
         server.client("wrong").completions.create(model="tiny", prompt="a")
+    faults = ({"prompt": "a", "n": 2}, {"prompt": [1]}, {"prompt": "a", "model": "other"}, "{", {"prompt": "a " * 90})
+    for fault in faults:
+        status, answer = server.post(fault, Authorization=f"Bearer {KEY}")
+        assert status == 400 and KEY not in str(answer)
     client = server.client(KEY)
     assert client.completions.create(model="tiny", prompt="a", max_tokens=2).usage.completion_tokens == 2
     streams = [client.completions.create(model="tiny", prompt="a", max_tokens=100_000, stream=True)]
@@ -269,6 +352,9 @@ def test_a_server_with_a_key_and_a_full_queue(folder_of, monkeypatch):
         streams[0].close()
         assert waiting.result().usage.completion_tokens == 2
     server.close()
+    # The server's own lines: the clients run in this process too, and theirs are not checked.
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith(("uvicorn", "transformers"))]
+    assert KEY not in "".join((*lines, *capfd.readouterr()))
 
 
 @pytest.mark.parametrize(

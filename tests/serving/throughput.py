@@ -18,6 +18,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -71,11 +72,16 @@ def write_model(folder: Path, layers: int, width: int) -> None:
 
 
 class Server:
-    """`bd3lm serve` in a process of its own."""
+    """`bd3lm serve` in a process of its own.
 
-    def __init__(self, folder: str) -> None:
-        command = [sys.executable, "-m", "bd3lm_hf.cli", "serve", folder, "--port", "0", "--name", "model"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    Args:
+        stderr: file for its messages; none by default.
+        port: 0 takes a free one.
+    """
+
+    def __init__(self, folder: str, stderr: Any = subprocess.DEVNULL, port: int = 0) -> None:
+        command = [sys.executable, "-m", "bd3lm_hf.cli", "serve", folder, "--port", str(port), "--name", "model"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
