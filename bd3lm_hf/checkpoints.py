@@ -227,8 +227,8 @@ def _reading(name: str, argument: str) -> Iterator[None]:
     except UnpicklingError as error:
         # Without the reason: torch's is a page of advice on how to run the code in the file.
         raise ValueError(
-            f"{argument} {name} holds pickled weights with objects that are not tensors. They were not run: convert "
-            f"the checkpoint with `bd3lm convert`, which names them."
+            f"{argument} {name} holds pickled weights with objects that are not tensors. They were not run: "
+            f"`bd3lm convert` names them. Save the weights alone where the file was made, as safetensors."
         ) from error
     except Exception as error:  # a damaged file makes the libraries raise nearly anything
         reason = " ".join(str(error).split())[:500]

@@ -3,19 +3,20 @@
 All of them are stock transformers decoders with remote code that no longer runs on transformers 5. Only their
 `config.json` is read here: the weights have the names of the stock class, so a configuration of ours with the
 contract of the checkpoint is all that it takes. None of their code is run.
+
+Only functions import transformers: as soon as it is imported, the Auto classes are registered with the help of this
+module, which must be complete by then.
 """
 
 import difflib
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
-from bd3lm_hf.modeling.configuration_bd3lm_decoders import BD3LMDecoderConfigMixin
-from bd3lm_hf.modeling.modeling_bd3lm_decoders import DECODERS
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Contract(NamedTuple):
@@ -28,11 +29,13 @@ class Contract(NamedTuple):
     mask_token_id: int | None = None  # None: the tokenizer's mask token
     alignment: str = "same"
     confidence_threshold: float = 0.9
+    end_token_ids: tuple[int, ...] = ()  # more than generation_config.json names
     note: str = ""
 
 
-_SDAR = Contract("SDAR", "qwen3", 4, mask_token_id=151669)
-_OPDLM = Contract("OPDLM", "qwen3", 4)
+_QWEN_ENDS = (151645, 151643)  # <|im_end|> ends a turn, <|endoftext|> a document
+_SDAR = Contract("SDAR", "qwen3", 4, mask_token_id=151669, end_token_ids=_QWEN_ENDS)
+_OPDLM = Contract("OPDLM", "qwen3", 4, end_token_ids=_QWEN_ENDS)
 _STABLE_DIFFCODER = Contract("Stable-DiffCoder", "llama", 4, mask_token_id=5, confidence_threshold=0.95)
 
 #: Model type -> contract. The grid of blocks begins at the first token of a row in all of them, as in training.
@@ -43,6 +46,7 @@ CONTRACTS = {
             "dllm A2D",
             family,
             32,
+            end_token_ids=_QWEN_ENDS if family != "llama" else (),
             note="their sampler counts blocks from the padded prompt; here, as in their training, they are counted "
             "from the first token",
         )
@@ -55,6 +59,7 @@ CONTRACTS = {
         "bd_size",
         mask_token_id=151665,
         alignment="shifted_noisy",
+        end_token_ids=_QWEN_ENDS,
         note="their sampler takes the first token of a block from the clean stream; it comes from the noisy stream "
         "here, as in their training",
     ),
@@ -103,6 +108,8 @@ def contract_config(config: dict[str, Any], source: str = "", **changes: Any) ->
     Raises:
         ValueError: if the mask token is unknown, or a field does not fit.
     """
+    from bd3lm_hf.modeling.modeling_bd3lm_decoders import DECODERS
+
     contract = find_contract(config, source)
     if contract is None:
         return None
@@ -140,6 +147,8 @@ def read_contract_config(name: str, *, allow_unknown: bool = False, **changes: A
         ValueError: as in [`contract_config`]; unless `allow_unknown`, if the model type is unknown, with the nearest
             known one.
     """
+    from transformers import CONFIG_MAPPING
+
     config = _read_config_dict(name)
     found = contract_config(config, name, **changes)
     kind = config.get("model_type")
@@ -151,6 +160,8 @@ def read_contract_config(name: str, *, allow_unknown: bool = False, **changes: A
 
 
 def _read_config_dict(name: str) -> dict[str, Any]:
+    from transformers import PreTrainedConfig
+
     try:
         config = PreTrainedConfig.get_config_dict(name)[0]
     except OSError:  # a missing file is reported by the caller's own loading
@@ -162,6 +173,8 @@ def _read_config_dict(name: str) -> dict[str, Any]:
 
 def _mask_of_tokenizer(source: str) -> int:
     """Return the id of the mask token from a tokenizer's files; the tokenizer itself would need the configuration."""
+    from transformers.utils import cached_file
+
     try:
         settings = json.loads(Path(str(cached_file(source, "tokenizer_config.json"))).read_text(encoding="utf-8"))
         token = settings["mask_token"]
@@ -178,7 +191,7 @@ def _mask_of_tokenizer(source: str) -> int:
         ) from error
 
 
-def set_contract_mask(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+def set_contract_mask(tokenizer: "PreTrainedTokenizerBase", config: Any) -> None:
     """Give the tokenizer of a published decoder its mask token, in place: the token of that id, or a new one.
 
     Raises:
@@ -207,6 +220,11 @@ def adopt_published_decoding(model: Any, name: str | os.PathLike[str]) -> None:
         return
     own = model.generation_config.to_diff_dict()
     own |= {"sampler": "confidence", "confidence_threshold": contract.confidence_threshold}
+    ends = own.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    more = [token for token in contract.end_token_ids if token not in ends and token < model.config.vocab_size]
+    if more:
+        own["eos_token_id"] = [*ends, *more]
     own.pop("transformers_version", None)
     model.generation_config = model.generation_config_class(**own)
 
@@ -217,6 +235,8 @@ def decoder_layout_config(model: Any, layout: str) -> dict[str, Any]:
     Raises:
         ValueError: if the model does not meet a condition of the layout; the message names the conditions.
     """
+    from bd3lm_hf.modeling.configuration_bd3lm_decoders import BD3LMDecoderConfigMixin
+
     config = model.config
     if not isinstance(config, BD3LMDecoderConfigMixin):
         raise ValueError(f"--to {layout}: model_type={config.model_type!r} is not a block-diffusion decoder.")
@@ -226,6 +246,10 @@ def decoder_layout_config(model: Any, layout: str) -> dict[str, Any]:
         # SGLang has the mask token in its code, and aligns blocks with the start of the prompt, as we do.
         _check_conditions(config, layout, {"model_type": "bd3lm_qwen3", "alignment": "same", "context": "block"})
         _check_conditions(config, layout, {"mask_token_id": _SDAR.mask_token_id})
+        # Its readers know the form of transformers 4; without rope_theta they take 10,000.
+        rope = dict(fields.pop("rope_parameters"))
+        fields |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": fields.pop("dtype")}
+        fields["rope_scaling"] = None if rope.get("rope_type") == "default" else rope
         kind = {"model_type": "sdar", "architectures": ["SDARForCausalLM"]}
         return fields | kind | {"block_size": config.block_size, "mask_token_id": config.mask_token_id}
     _check_conditions(config, layout, {"context": "token"})
@@ -249,6 +273,8 @@ def _check_conditions(config: Any, layout: str, conditions: dict[str, Any]) -> N
 
 def contract_config_classes() -> dict[str, Any]:
     """Return a class for `AutoConfig` by model type, whose `from_dict` gives our configuration of such a decoder."""
+
+    from transformers import PreTrainedConfig
 
     def make(kind: str) -> Any:
         def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:

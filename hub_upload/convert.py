@@ -26,6 +26,7 @@ from bd3lm_hf.data.sources import exists
 from bd3lm_hf.foreign_layouts import CONTRACTS, decoder_layout_config, read_contract, read_contract_config
 from bd3lm_hf.hub_upload.layouts import BUFFERS, WEIGHT_FILES, Architecture, Source, architecture_of, read_source
 from bd3lm_hf.hub_upload.repo_files import check_links, new_folder
+from bd3lm_hf.hub_upload.safe_pickle import check_pickled_weights
 from bd3lm_hf.tokenization import check_tokenizer_fits, limit_to_window, load_tokenizer
 
 
@@ -140,6 +141,7 @@ def _convert_decoder(source: str, target: Path, tokenizer: str | None, fields: d
     with new_folder(target, "DST") as folder:
         if Path(source).is_dir():
             check_links(Path(source), "SRC")
+            check_pickled_weights(Path(source))
         config = read_contract_config(source, **fields)
         # Missing, unexpected and misshapen weights are errors of `load_model`: the names are those of the stock class.
         model = load_model(source, argument="SRC", config=config).eval()

@@ -127,6 +127,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return contents
 
 
+def check_pickled_weights(folder: Path) -> None:
+    """Refuse a model folder without safetensors whose pickles hold more than tensors.
+
+    Raises:
+        ValueError: as by [`read_checkpoint`].
+    """
+    if not any(folder.glob("*.safetensors")):
+        for path in sorted(folder.glob("pytorch_model*.bin")):
+            read_checkpoint(path)
+
+
 def _check_archive(path: Path) -> None:
     """Refuse what torch.save does not write, from the directory of the archive alone."""
     if not zipfile.is_zipfile(path):

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from bd3lm_hf.checkpoints import load_model
-from bd3lm_hf.foreign_layouts import CONTRACTS, UNREADABLE
+from bd3lm_hf.foreign_layouts import CONTRACTS, UNREADABLE, adopt_published_decoding
 from bd3lm_hf.hub_upload.convert import convert, to_decoder
 from bd3lm_hf.tokenization import load_tokenizer
 
@@ -34,7 +34,9 @@ SIZES = {
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": 2,
+    "rope_theta": 500.0,
 }
+SMALL = {"hidden_size": 4, "intermediate_size": 4}  # of models with a whole vocabulary
 STOCK = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=False)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True)),
@@ -57,17 +59,24 @@ LAYOUTS = {
 
 @pytest.fixture
 def write(randomize, tmp_path):
-    """A function `(layout, **fields of config.json) -> (folder, stock model)` that writes a published checkpoint."""
+    """A function `(layout, **fields of config.json) -> (folder, stock model)` that writes a published checkpoint.
 
-    def make(layout, **fields):
+    `sharpness` scales the logits, and the weights are written in files of at most `max_shard_size`.
+    """
+
+    def make(layout, sharpness=1.0, max_shard_size="1GB", **fields):
         family, own = LAYOUTS[layout]
         stock_class, config = STOCK[family]
         stock = randomize(stock_class(config), std=0.3).eval()
+        with torch.no_grad():
+            stock.base_model.norm.weight.mul_(sharpness)  # of the probabilities
         folder = tmp_path / layout
-        stock.save_pretrained(folder)
+        stock.save_pretrained(folder, max_shard_size=max_shard_size)
         content = json.loads((folder / "config.json").read_text())
         content |= {"auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}, "mask_token_id": MASK}
-        content |= {**own, **fields}
+        # As transformers 4 wrote them.
+        content |= {"rope_theta": content.pop("rope_parameters")["rope_theta"], "torch_dtype": content.pop("dtype")}
+        content |= {"rope_scaling": None, **own, **fields}
         (folder / "evil.py").write_text("raise RuntimeError('their code was run')")
         (folder / "config.json").write_text(json.dumps(content))
         return folder, stock
@@ -95,7 +104,8 @@ IDS = torch.randint(3, 299, (1, 14), generator=torch.Generator().manual_seed(1))
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_logits_are_those_of_the_stock_class_under_a_block_causal_mask(write, layout, tmp_path):
-    folder, stock = write(layout)
+    folder, stock = write(layout, max_shard_size="60KB")
+    assert (folder / "model.safetensors.index.json").is_file()
     convert(str(folder), tmp_path / "ours")
     expected = stock_logits(stock, IDS, block_causal(IDS.shape[1]))
     if layout == "fast-dllm":  # the hidden state before a position predicts it
@@ -123,12 +133,12 @@ def test_the_auto_classes_load_them_without_running_their_code(write, layout):
         assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in stock.state_dict().items())
 
 
-@pytest.mark.parametrize("layout", ["sdar", "a2d-llama", "fast-dllm"])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_greedy_decoding_is_an_independent_loop_over_the_stock_class(write, layout):
-    folder, stock = write(layout)
+    folder, stock = write(layout, sharpness=10.0)
     model, prompt, new = load_model(str(folder)).eval(), IDS[:, :6], 10
     model.generation_config.eos_token_id = None
-    shifted = layout == "fast-dllm"
+    shifted, threshold, steps = layout == "fast-dllm", 0.95 if layout == "stable-diffcoder" else 0.9, 0
     ids = torch.cat([prompt, torch.full((1, new), MASK)], dim=1)
     while (ids == MASK).any():
         first = int((ids[0] == MASK).nonzero()[0])
@@ -141,11 +151,13 @@ def test_greedy_decoding_is_an_independent_loop_over_the_stock_class(write, layo
         confidence, tokens = scores.softmax(-1).max(-1)
         masked = ids[0, :end] == MASK
         confidence = confidence.masked_fill(~masked, -1.0)
-        reveal = (confidence > 0.9) & masked
+        reveal = (confidence > threshold) & masked
         reveal[confidence.argmax()] = True
         ids[0, :end][reveal] = tokens[reveal]
-    found = model.generate(prompt, max_new_tokens=new, do_sample=False)
-    assert torch.equal(found, ids)
+        steps += 1
+    found = model.generate(prompt, max_new_tokens=new, do_sample=False, return_dict_in_generate=True)
+    assert torch.equal(found.sequences, ids)
+    assert 3 <= steps < new  # some steps reveal several tokens
 
 
 @pytest.mark.parametrize(
@@ -178,10 +190,94 @@ def test_damaged_and_hostile_weights_are_refused(bd3lm, write, tmp_path):
         code, _, err = bd3lm("convert", folder, tmp_path / "ours")
         assert code == 2 and part in err and err.count("\n") == 1
     (folder / "model.safetensors").unlink()
-    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../x.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    code, _, err = bd3lm("convert", folder, tmp_path / "ours")
-    assert code == 2 and "../x.safetensors" in err
+    for file in ("../x.safetensors", "absent.safetensors"):
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, file)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        for command in (("generate", "--model", folder, "--prompt", "A"), ("convert", folder, tmp_path / "ours")):
+            code, _, err = bd3lm(*command)
+            assert code == 2 and file in err and err.count("\n") == 1, err
+
+
+class Attack:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_pickled_weights_are_read_if_they_are_only_tensors(bd3lm, write, tmp_path):
+    folder, stock = write("sdar")
+    (folder / "model.safetensors").unlink()
+    torch.save(stock.state_dict(), folder / "pytorch_model.bin")
+    assert bd3lm("convert", folder, tmp_path / "ours")[0] == 0
+    found = load_file(tmp_path / "ours" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in stock.state_dict().items())
+    torch.save({**stock.state_dict(), "lm_head.weight": Attack(tmp_path / "touched")}, folder / "pytorch_model.bin")
+    code, _, err = bd3lm("convert", folder, tmp_path / "other")
+    assert code == 2 and "io.open" in err and "safetensors" in err and err.count("\n") == 1, err
+    code, _, err = bd3lm("generate", "--model", folder, "--prompt", "A")
+    assert code == 2 and "bd3lm convert" in err and "safetensors" in err and err.count("\n") == 1, err
+    assert not (tmp_path / "touched").exists() and not (tmp_path / "other").exists()
+
+
+@pytest.fixture
+def with_tokenizer(write, tiny_tokenizer):
+    """A function `(layout, **fields) -> folder` of a checkpoint that reads and writes text."""
+
+    def make(layout, **fields):
+        folder, _ = write(layout, mask_token_id=tiny_tokenizer.mask_token_id, **fields)
+        tiny_tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def test_a_published_folder_or_a_link_to_it_is_scored_and_generates(bd3lm, with_tokenizer, tmp_path):
+    folder, text = with_tokenizer("sdar"), tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    (tmp_path / "link").symlink_to(folder)
+    results = []
+    for model in (folder, tmp_path / "link"):
+        code, out, err = bd3lm("generate", "--model", model, "--prompt", "A block", "--max-new-tokens", "6")
+        assert code == 0 and out.strip(), err
+        command = ("eval", "--model", model, "--dataset", text, "--max-sequences", "2", "--length", "32")
+        code, out, err = bd3lm(*command, "--output", tmp_path / f"{model.name}.json")
+        assert code == 0, err
+        results.append(json.loads((tmp_path / f"{model.name}.json").read_text())["perplexity"])
+    assert results[0] == results[1] > 1
+
+
+@pytest.mark.parametrize(
+    "layout", ["sdar", *(pytest.param(name, marks=pytest.mark.slow) for name in list(LAYOUTS)[1:])]
+)
+def test_a_published_checkpoint_is_trained_on_and_resumed(bd3lm, with_tokenizer, tmp_path, layout):
+    folder, text = with_tokenizer(layout), tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    fields = {"dataset": text, "model_length": 32, "save_steps": 1, "logging_steps": 1, "warmup_steps": 0}
+    fields |= {"max_eval_samples": 2, "global_batch_size": 2, "per_device_train_batch_size": 2, "sample_tokens": 4}
+    fields |= {"bf16": False, "gradient_checkpointing": False, "init_from": folder, "output_dir": tmp_path / "run"}
+    words = [word for name, value in fields.items() for word in (f"--{name}", value)]
+    for more in (["--max_steps", 2], ["--max_steps", 3, "--resume_from_checkpoint", "true"]):
+        code, _, err = bd3lm("train", "adapt", *words, *more)
+        assert code == 0, err
+    trained = load_model(str(tmp_path / "run"))
+    assert trained.config.block_size == BLOCK
+    assert trained.config.alignment == ("shifted_noisy" if layout == "fast-dllm" else "same")
+    assert (trained.generation_config.sampler, trained.config.context) == ("confidence", "block")
+    state = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+
+
+def test_a_text_ends_at_the_end_tokens_of_the_folder_and_of_the_layout(write):
+    folder, _ = write("fast-dllm", eos_token_id=7)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8], "top_k": 20, "top_p": 0.8}))
+    model = load_model(str(folder))
+    found = model.generation_config
+    assert (found.eos_token_id, found.top_k, found.top_p) == ([7, 8], 20, 0.8)
+    model.config.vocab_size = 151_700  # so that it has the end tokens of Qwen
+    adopt_published_decoding(model, folder)
+    assert model.generation_config.eos_token_id == [7, 8, 151645, 151643]
 
 
 def test_the_mask_token_comes_from_the_tokenizer_if_the_configuration_has_none(write, tiny_tokenizer, tmp_path):
@@ -209,14 +305,15 @@ def test_every_contract_has_a_family_and_a_threshold():
 
 
 def test_a_round_trip_to_sdar_gives_the_same_bits(write, tmp_path):
-    folder, stock = write("sdar", vocab_size=151700, mask_token_id=151669, hidden_size=4, intermediate_size=4)
-    config = Qwen3Config(**{**SIZES, "vocab_size": 151700, "hidden_size": 4, "intermediate_size": 4}, head_dim=8)
+    folder, stock = write("sdar", vocab_size=151700, mask_token_id=151669, **SMALL)
+    config = Qwen3Config(**{**SIZES, "vocab_size": 151700, **SMALL}, head_dim=8)
     Qwen3ForCausalLM(config).save_pretrained(tmp_path / "stock")
     (tmp_path / "stock" / "model.safetensors").replace(folder / "model.safetensors")
     convert(str(folder), tmp_path / "ours")
     assert to_decoder(str(tmp_path / "ours"), tmp_path / "theirs", "sdar").model_type == "sdar"
     written = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert written["architectures"] == ["SDARForCausalLM"] and written["block_size"] == BLOCK
+    assert (written["rope_theta"], written["rope_scaling"], written["torch_dtype"]) == (500.0, None, "float32")
     assert "auto_map" not in written and not list((tmp_path / "theirs").glob("*.py"))
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "theirs"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -245,15 +342,23 @@ def test_an_autoregressive_decoder_comes_out_as_it_went_in(randomize, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layout", "target", "part"),
+    ("layout", "fields", "target", "part"),
     [
-        ("a2d-llama", "sdar", "model_type='bd3lm_qwen3'"),
-        ("sdar", "sdar", "mask_token_id=151669"),
-        ("sdar", "stock", "context='token'"),
+        ("a2d-llama", {}, "sdar", "model_type='bd3lm_qwen3'"),
+        ("sdar", {}, "sdar", "mask_token_id=151669"),
+        ("sdar", {"alignment": "shifted"}, "sdar", "alignment='same'"),
+        ("sdar", {"context": "token"}, "sdar", "context='block'"),
+        ("sdar", {}, "stock", "context='token'"),
+        ("sdar", {"context": "token"}, "stock", "alignment='same' without ar_loss_weight"),
     ],
 )
-def test_a_model_that_does_not_meet_a_layout_is_refused(bd3lm, write, tmp_path, layout, target, part):
+def test_a_model_that_does_not_meet_a_layout_is_refused(bd3lm, write, tmp_path, layout, fields, target, part):
     folder, _ = write(layout)
+    if fields:
+        convert(str(folder), tmp_path / "ours")
+        folder = tmp_path / "ours"
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | fields))
     code, _, err = bd3lm("convert", folder, tmp_path / "out", "--to", target)
     assert code == 2 and part in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()

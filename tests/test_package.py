@@ -382,6 +382,7 @@ def test_importing_the_package_imports_nothing_heavy():
         "import bd3lm_hf",
         "from bd3lm_hf.modeling.modeling_bd3lm import *",
         "import bd3lm_hf, transformers.modeling_layers",
+        "import bd3lm_hf.foreign_layouts",
     ],
 )
 def test_the_auto_classes_know_the_models_whichever_module_is_imported_first(first):
