@@ -148,7 +148,7 @@ def test_a_decoder_completes_and_chats(folder_of, family):
 
 def test_transformers_chat_talks_to_the_server(server, monkeypatch, capsys):
     chat = pytest.importorskip("transformers.cli.chat")
-    typed = iter(["Hello", "And again", "!exit"])
+    typed = iter(["Hello", "!clear", "Hello", "!exit"])
     monkeypatch.setattr(chat.RichInterface, "input", lambda self: next(typed))
     monkeypatch.setattr(chat.RichInterface, "confirm", lambda self, message: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # else it calls nobody
@@ -182,7 +182,7 @@ def test_a_stop_string_is_left_out(server):
     text = client.completions.create(**options).choices[0].text
     pieces = [text[at : at + 5] for at in range(3, len(text) - 5, 7)]
     stops = [text[len(text) // 2], *(piece for piece in pieces if "\ufffd" not in piece)]
-    assert len(stops) > 3  # most of them begin in one token and end in another
+    assert len(stops) > 1  # the longer ones begin in one token and end in another
     for stop in stops:
         answer = client.completions.create(**options, stop=["never", stop])
         assert answer.choices[0].text == text[: text.index(stop)] and answer.choices[0].finish_reason == "stop"
