@@ -201,10 +201,20 @@ class BD3LMConfig(PreTrainedConfig):
                 f"hidden_dim / n_heads = {self.hidden_dim} / {self.n_heads} = {self.head_dim} is odd: rotary "
                 f"embeddings rotate pairs, so choose sizes with an even quotient."
             )
+        self.check_block_size()
+
+    def check_block_size(self) -> None:
+        """Refuse a block size that does not fit the window. Models ask again when used: a config may have changed.
+
+        Raises:
+            ValueError: if it is not a size, does not divide `model_length`, or is not that of the model type.
+        """
+        check_sizes(self, "block_size", "model_length")
         if self.model_length % self.block_size:
+            blocks = -(-self.model_length // self.block_size)
             raise ValueError(
                 f"block_size={self.block_size} does not divide model_length={self.model_length}: choose a divisor of "
-                f"model_length, or set model_length to {self.num_blocks(self.model_length) * self.block_size}."
+                f"model_length, or set model_length to {blocks * self.block_size}."
             )
 
     def _check_tokens(self) -> None:
@@ -276,9 +286,10 @@ class ARConfig(BD3LMConfig):
         """Return 0: a sequence has no noise levels."""
         return 0
 
-    def _check_sizes(self) -> None:
+    def check_block_size(self) -> None:
+        """Refuse any other block size than 1."""
         _check_required(self, {"block_size": 1}, "an autoregressive model has no blocks")
-        super()._check_sizes()
+        super().check_block_size()
 
     def _check_flags(self) -> None:
         required = {"causal": True, "time_conditioning": False}
@@ -315,9 +326,10 @@ class MDLMConfig(BD3LMConfig):
             self.noise = "total_noise"
         super().__post_init__(**kwargs)
 
-    def _check_sizes(self) -> None:
+    def check_block_size(self) -> None:
+        """Refuse any other block size than `model_length`."""
         self._check_whole({"block_size": self.model_length})
-        super()._check_sizes()
+        super().check_block_size()
 
     def _check_flags(self) -> None:
         self._check_whole({"causal": False, "cross_attn": False})

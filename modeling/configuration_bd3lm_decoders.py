@@ -152,6 +152,16 @@ class BD3LMDecoderConfigMixin(_Configuration):
                 f"model_length={self.model_length} exceeds {why} of this {self.model_type}: choose model_length="
                 f"{longest // self.block_size * self.block_size} or less."
             )
+        self.check_block_size()
+
+    def check_block_size(self) -> None:
+        """Refuse a block size that does not fit the window. Models ask again when used: a config may have changed.
+
+        Raises:
+            ValueError: if it is not a size, or does not divide `model_length`.
+        """
+        _check_positive("block_size", self.block_size)
+        assert self.model_length is not None  # chosen on construction
         if self.model_length % self.block_size:
             nearest = max(self.block_size, self.model_length // self.block_size * self.block_size)
             raise ValueError(

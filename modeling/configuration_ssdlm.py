@@ -91,14 +91,23 @@ class SSDLMConfig(PreTrainedConfig):
     def _check(self) -> None:
         check_types(self)
         own = () if self.encoder_config is not None else ("vocab_size", "hidden_dim", "n_blocks", "n_heads")
-        check_sizes(self, "block_size", "model_length", "num_train_timesteps", *own)
+        check_sizes(self, "num_train_timesteps", *own)
+        self.check_block_size()
+        if not self.one_hot_value > 0:
+            raise ValueError(f"one_hot_value={self.one_hot_value}: the scale K of the simplex must be above 0.")
+
+    def check_block_size(self) -> None:
+        """Refuse a block that leaves no room for context. Models ask again when used: a config may have changed.
+
+        Raises:
+            ValueError: if it is not a size, or not below `model_length`.
+        """
+        check_sizes(self, "block_size", "model_length")
         if self.block_size >= self.model_length:
             raise ValueError(
                 f"block_size={self.block_size} leaves no room for context in a window of "
                 f"model_length={self.model_length} tokens: give a smaller block or a longer window."
             )
-        if not self.one_hot_value > 0:
-            raise ValueError(f"one_hot_value={self.one_hot_value}: the scale K of the simplex must be above 0.")
 
     def _adopt_dropout(self, encoder: Any) -> None:
         own = getattr(encoder, "hidden_dropout_prob", None)

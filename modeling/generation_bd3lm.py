@@ -4,7 +4,8 @@ Only `_sample` is replaced, which greedy decoding and sampling share (arXiv 2503
 logits processors, stopping criteria, streamers and the pipeline stay those of transformers.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .generation_config_bd3lm import (
     complete_generation_config,
     window_stride,
 )
-from .inputs_bd3lm import check_attention_mask, check_token_ids
+from .inputs_bd3lm import check_attention_mask, check_ids, check_vocabulary
 from .logits_process_bd3lm import NucleusLogitsProcessor
 from .samplers_bd3lm import SAMPLERS, Generators, Sampler, check_generators
 from .windows_bd3lm import DecodingNetwork, compiles_by_default, fills_window
@@ -111,6 +112,15 @@ class BlockGenerationMixin(_Generative):
             value = complete_generation_config(value, self.generation_config_class)
         self._generation_config = value
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(generation_config, Mapping):  # transformers fails at its first attribute
+            generation_config, kwargs = None, {**generation_config, **kwargs}
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if ids is not None and getattr(ids, "ndim", None) != 2:
+            check_ids(ids, "input_ids")
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         # `from_pretrained(folder, block_size=4)` also passes fields of the model's config to the generation config.
         known = vars(self.generation_config)
@@ -127,8 +137,10 @@ class BlockGenerationMixin(_Generative):
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[Any, dict]:
-        if generation_config is not None:
-            check_known_fields(generation_config, self.generation_config_class)
+        self.config.check_block_size()
+        for config in (generation_config, self.generation_config):
+            if config is not None:
+                check_known_fields(config, self.generation_config_class)
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         # top_k of the call, of the config that was passed, and of the model's own config.
         requested = (kwargs.get("top_k"), getattr(generation_config, "top_k", None), self.generation_config.top_k)
@@ -210,7 +222,7 @@ class BlockGenerationMixin(_Generative):
                 "bos_token_id."
             )
         # Once per call, a wait for the device.
-        check_token_ids(input_ids[real].cpu(), self.config.vocab_size, "the prompt")
+        check_vocabulary(input_ids[real].cpu(), self.config.vocab_size, "the prompt")
 
     def _check_fits_window(self, attention_mask: torch.Tensor) -> None:
         """Refuse a text longer than the window, where no part of it may be left out."""
@@ -255,7 +267,8 @@ class BlockGenerationMixin(_Generative):
         Raises:
             ValueError: if `generate` cannot continue them, or there is not one generator for each.
         """
-        input_ids, attention_mask = input_ids.to(self.device), model_kwargs.get("attention_mask")
+        check_ids(input_ids, "input_ids")
+        input_ids, attention_mask = input_ids.long().to(self.device), model_kwargs.get("attention_mask")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
         if synced_gpus:
             raise ValueError(
@@ -431,18 +444,19 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         Raises:
             ValueError: if an argument concerns lengths or ends, or ids or lengths do not fit the model.
         """
+        if isinstance(generation_config, Mapping):
+            generation_config, kwargs = None, {**generation_config, **kwargs}
         unfit = [name for name in _NOT_FOR_INFILL if kwargs.get(name) is not None]
         if unfit:
             raise ValueError(
                 f"infill does not take {', '.join(unfit)}: it replaces mask tokens and does not change the length of "
                 f"a text. Leave it out, or call generate to continue a text."
             )
-        if input_ids.dim() != 2:
-            raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}: pass texts of shape (batch, length).")
+        check_ids(input_ids, "input_ids")
         config, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
         self._validate_model_kwargs(model_kwargs)
         self._prepare_special_tokens(config, attention_mask is not None, device=self.device)
-        home, input_ids = input_ids.device, input_ids.to(self.device)
+        home, input_ids = input_ids.device, input_ids.long().to(self.device)
         if attention_mask is None:
             attention_mask = self._prepare_attention_mask_for_generation(input_ids, config, {})
         attention_mask = attention_mask.to(self.device)

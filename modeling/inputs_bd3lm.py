@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ def check_with_labels(input_ids: torch.Tensor | None, **unused: Any) -> None:
     """Refuse what the loss would ignore.
 
     Raises:
-        ValueError: if there are no ids, or an argument that only the logits depend on.
+        ValueError: if there are no ids, or an argument that only the logits depend on; see also [`check_ids`].
     """
     given = [name for name, value in unused.items() if value is not None]
     if given or input_ids is None:
@@ -53,6 +54,7 @@ def check_with_labels(input_ids: torch.Tensor | None, **unused: Any) -> None:
             f"clean text by itself. Pass input_ids and labels, or leave labels out for logits. Prompt and prefix "
             f"tuning are not supported: use LoRA."
         )
+    check_ids(input_ids, "input_ids")
 
 
 def check_token_ids(input_ids: torch.Tensor | None, vocab_size: int, name: str) -> None:
@@ -61,11 +63,24 @@ def check_token_ids(input_ids: torch.Tensor | None, vocab_size: int, name: str) 
     On an accelerator reading the ids would cost a synchronisation per step, and the device's own assertion fails.
 
     Raises:
+        ValueError: see [`check_ids`]; or if an id is below 0 or not below `vocab_size`.
+    """
+    if input_ids is None:
+        return
+    check_ids(input_ids, name)
+    if not torch.compiler.is_compiling() and input_ids.device.type == "cpu":
+        check_vocabulary(input_ids, vocab_size, name)
+
+
+def check_vocabulary(ids: torch.Tensor, vocab_size: int, name: str) -> None:
+    """Refuse ids outside the vocabulary; reads them back.
+
+    Raises:
         ValueError: if an id is below 0 or not below `vocab_size`.
     """
-    if input_ids is None or torch.compiler.is_compiling() or input_ids.device.type != "cpu" or not input_ids.numel():
+    if not ids.numel():
         return
-    low, high = int(input_ids.min()), int(input_ids.max())
+    low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(
             f"{name} holds the id {low if low < 0 else high}, outside the vocabulary of {vocab_size} ids (0 to "
@@ -73,14 +88,34 @@ def check_token_ids(input_ids: torch.Tensor | None, vocab_size: int, name: str) 
         )
 
 
+def check_ids(ids: Any, name: str) -> None:
+    """Refuse ids or labels that are not a batch of tokens.
+
+    Raises:
+        ValueError: if they are not a tensor, not of dtype int64 or int32, not `(batch, length)`, or empty.
+    """
+    if not isinstance(ids, torch.Tensor):
+        remedy = "its fields, model(**batch)" if isinstance(ids, Mapping) else 'tokenizer(..., return_tensors="pt")'
+        raise ValueError(f"{name} is a {type(ids).__name__}, not a tensor: pass {remedy}.")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} of dtype {ids.dtype}: give token ids as whole numbers, with {name}.long().")
+    if not torch.compiler.is_compiling() and (ids.dim() != 2 or not ids.numel()):
+        one = f": a single text is {name}.unsqueeze(0)" if ids.dim() == 1 and ids.numel() else ""
+        raise ValueError(f"{name} of shape {tuple(ids.shape)}: give tokens of shape (batch, length){one}.")
+
+
 def check_attention_mask(attention_mask: torch.Tensor | None, shape: tuple[int, ...]) -> None:
     """Refuse a mask of another shape or kind; `shape` is (batch, cached + given tokens).
 
     Raises:
-        ValueError: if the mask would be broadcast or cut, is additive, or counts documents.
+        ValueError: if the mask is not a tensor, would be broadcast or cut, is additive, or counts documents.
     """
     if attention_mask is None:
         return
+    if not isinstance(attention_mask, torch.Tensor):
+        raise ValueError(
+            f"attention_mask is a {type(attention_mask).__name__}: pass a tensor of shape {tuple(shape)}."
+        )
     if tuple(attention_mask.shape) != tuple(shape):
         raise ValueError(
             f"attention_mask of shape {tuple(attention_mask.shape)} does not fit tokens of shape {tuple(shape)}: give "
@@ -88,11 +123,14 @@ def check_attention_mask(attention_mask: torch.Tensor | None, shape: tuple[int, 
         )
     if attention_mask.dtype == torch.bool or not may_read(attention_mask.device, None):
         return
-    low, high = (float(end) for end in attention_mask.aminmax()) if attention_mask.numel() else (0.0, 1.0)
-    if low < 0 or high > 1:
-        kind = "an additive mask does" if low < 0 else "one that numbers packed documents does (use position_ids)"
+    other = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
+    if other.numel():
+        low, high = (float(end) for end in other.aminmax())
+        # Neither is true of a fraction or nan.
+        kind = ", as an additive mask does" if low < 0 else ""
+        kind = ", as one that numbers packed documents does (use position_ids)" if high > 1 else kind
         raise ValueError(
-            f"attention_mask holds {low if low < 0 else high:g}, as {kind}: give one 0 (padding) or 1 per token."
+            f"attention_mask holds {high if high > 1 else low:g}{kind}: give one 0 (padding) or 1 per token."
         )
 
 
@@ -153,7 +191,7 @@ def check_text(
     valid = _valid_tokens(labels, attention_mask)
     scored = (labels != -100) & valid
     check_token_ids(input_ids, config.vocab_size, "input_ids")
-    check_token_ids(labels[scored], config.vocab_size, "labels")
+    check_vocabulary(labels[scored], config.vocab_size, "labels")
     for name, ids in (("input_ids", input_ids[valid]), ("labels", labels[scored])):
         if count := int((ids == config.mask_token_id).sum()):
             raise ValueError(
@@ -174,8 +212,11 @@ def check_labels(
     """Refuse labels that are not those of the text; see [`check_text`].
 
     Raises:
-        ValueError: if labels or attention mask have another shape, or if the labels are the text shifted by one.
+        ValueError: see [`check_ids`]; if labels or attention mask have another shape, or if the labels are the text
+            shifted by one.
     """
+    check_ids(input_ids, "input_ids")
+    check_ids(labels, "labels")
     if labels.shape != input_ids.shape:
         raise ValueError(
             f"labels of shape {tuple(labels.shape)} do not match input_ids of shape {tuple(input_ids.shape)}."

@@ -12,7 +12,15 @@ import torch
 from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_bd3lm import SAMPLING_EPS
-from .inputs_bd3lm import Layout, check_attention_mask, check_text, default_labels, find_documents, token_layout
+from .inputs_bd3lm import (
+    Layout,
+    check_attention_mask,
+    check_ids,
+    check_text,
+    default_labels,
+    find_documents,
+    token_layout,
+)
 from .loss_bd3lm import DenoisingNetwork, LossMask, cross_entropy, loss_mask, sigma_of
 from .noise_bd3lm import (
     Noise,
@@ -136,6 +144,8 @@ class LikelihoodMixin:
                 f"estimator={estimator!r} is not available for a {type(self).__name__}: choose one of "
                 f"{', '.join(self.estimators)}."
             )
+        self.config.check_block_size()
+        check_ids(input_ids, "input_ids")
         check_attention_mask(attention_mask, input_ids.shape)
         # 1. Packed documents become rows of their own, which are scored by a second call.
         documents = find_documents(position_ids, attention_mask, input_ids.shape)

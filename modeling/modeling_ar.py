@@ -35,7 +35,7 @@ from .inputs_bd3lm import (
 )
 from .likelihood_bd3lm import LikelihoodMixin, ScoringRequest, TokenNLL
 from .logits_process_bd3lm import never_generated
-from .loss_bd3lm import chunked_cross_entropy, cross_entropy, divide_by_count
+from .loss_bd3lm import OwnLossMixin, chunked_cross_entropy, cross_entropy, divide_by_count
 from .samplers_bd3lm import Generators
 from .windows_bd3lm import WINDOWS
 
@@ -46,7 +46,7 @@ class ARModel(BD3LMModel):
     config_class = ARConfig
 
 
-class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
+class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
     """Autoregressive language model: exact likelihoods by `token_nll`, text by `generate` with an exact cache.
 
     Longer texts than `model_length` continue in a window that slides by one token. With `window="cached"` the keys and
@@ -203,6 +203,7 @@ class ARForCausalLM(BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
         """
         check_labels_reach_the_loss(labels, num_items_in_batch)
         check_arguments(self, kwargs, position_ids)
+        self.config.check_block_size()
         if labels is not None:
             check_with_labels(input_ids, inputs_embeds=inputs_embeds, past_key_values=past_key_values)
             assert input_ids is not None  # checked

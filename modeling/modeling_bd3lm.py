@@ -17,11 +17,11 @@ from .generation_config_bd3lm import BD3LMGenerationConfig
 from .inputs_bd3lm import check_arguments, check_labels_reach_the_loss, check_with_labels, find_documents
 from .likelihood_bd3lm import LikelihoodMixin, ScoringRequest, TokenNLL, nelbo
 from .linear_bd3lm import release_prepacked
-from .loss_bd3lm import denoising_loss
+from .loss_bd3lm import OwnLossMixin, denoising_loss
 from .noise_bd3lm import check_interval, noise_from_arguments
 
 
-class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
+class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
     """The objective, the likelihood and `generate` of block diffusion, over any network.
 
     A class adds the network: `backbone`, which is called and run as a [`BD3LMModel`] is, `noisy_hidden` and
@@ -93,6 +93,7 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
         """
         check_labels_reach_the_loss(labels, num_items_in_batch)
         check_arguments(self, kwargs, position_ids)
+        self.config.check_block_size()
         if labels is not None:
             check_with_labels(
                 input_ids,
@@ -172,13 +173,6 @@ class BlockDiffusionMixin(BD3LMGenerationMixin, LikelihoodMixin):
             if moved is not None and moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
         return self
-
-    def loss_function(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse the loss that transformers gives every model, which compares each token with the one before it."""
-        raise ValueError(
-            f"{type(self).__name__} has no loss of logits and labels: call model(input_ids, labels=...) for its "
-            f"objective, or train it with `bd3lm train`."
-        )
 
     def objective(self, *batch: Any, **layout: Any) -> torch.Tensor:
         """Return the loss of a batch; see [`denoising_loss`] in `loss_bd3lm.py`."""

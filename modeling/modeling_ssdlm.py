@@ -28,6 +28,7 @@ from .inputs_bd3lm import (
     check_labels_reach_the_loss,
     check_with_labels,
 )
+from .loss_bd3lm import OwnLossMixin
 from .saving_bd3lm import SelfContainedModel
 from .simplex_ssdlm import almost_one_hot, noisy_logits, simplex_schedule
 
@@ -45,7 +46,7 @@ class SSDLMOutput(ModelOutput):
     logits: torch.Tensor | None = None
 
 
-class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
+class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
     """Semi-autoregressive simplex diffusion over any masked-LM encoder of transformers.
 
     ```python
@@ -193,6 +194,7 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
         """
         check_labels_reach_the_loss(labels, num_items_in_batch)
         check_arguments(self, kwargs)
+        self.config.check_block_size()
         if labels is not None or input_ids is None:
             check_with_labels(input_ids, noisy_logits=noisy_logits, timesteps=timesteps)
         assert input_ids is not None  # checked
@@ -266,7 +268,7 @@ class SSDLMForMaskedLM(SSDLMGenerationMixin, SelfContainedModel):
         begin = torch.minimum((uniform[:, 1] * longest).floor().long() + 1, longest)
         # 2. The noisy block
         columns = begin.unsqueeze(1) + torch.arange(config.block_size, device=ids.device)
-        targets = labels.gather(1, columns)
+        targets = labels.gather(1, columns).long()
         clean = almost_one_hot(ids.gather(1, columns), config.vocab_size, config.one_hot_value)
         normal = self._normal(seeds, clean)
         alpha_bar = simplex_schedule(t, config.num_train_timesteps).alpha_bar

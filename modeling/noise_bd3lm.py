@@ -242,7 +242,7 @@ def draw_noise(
     home = torch.device("cpu") if generator is None else generator.device
 
     def uniform(size: int) -> torch.Tensor:
-        return torch.rand((batch_size, size), generator=generator, device=home)
+        return torch.rand((batch_size, size), device=home, **_source(generator))
 
     samples = []
     for _ in range(num_noise_samples):
@@ -283,9 +283,14 @@ def stratify(
     if order == "published":
         strata = torch.arange(count, device=uniform.device)
     else:
-        strata = torch.randperm(count, device=uniform.device, generator=generator)
+        strata = torch.randperm(count, device=uniform.device, **_source(generator))
     # Dividing before adding follows the published arithmetic; float32 rounding may reach 1, which is still a time.
     return uniform / count + strata.view_as(uniform) / count
+
+
+def _source(generator: torch.Generator | None) -> dict[str, Any]:
+    """Return the argument for a generator. Compiled code of varying lengths cannot draw with `generator=None`."""
+    return {} if generator is None else {"generator": generator}
 
 
 def times(uniform: torch.Tensor, low: float | torch.Tensor, high: float | torch.Tensor) -> torch.Tensor:

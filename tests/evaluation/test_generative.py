@@ -114,6 +114,15 @@ def test_texts_of_a_changed_run_are_refused(scored, model_folder, tmp_path):
     assert scored("--overwrite")[0] == 0
 
 
+@pytest.mark.parametrize("unfit", [("--sampler", "analytic"), ("--context", "all"), ("--window-stride", 4)])
+def test_a_refused_run_leaves_the_samples_that_it_was_to_overwrite(scored, tmp_path, unfit):
+    assert scored()[0] == 0
+    before = (tmp_path / "samples.jsonl").read_bytes()
+    code, _, _, err = scored("--overwrite", *unfit)
+    assert code == 2 and unfit[0].strip("-").replace("-", "_") in err
+    assert (tmp_path / "samples.jsonl").read_bytes() == before
+
+
 def test_an_end_token_ends_a_text_only_where_it_may(scored, model_folder, tmp_path):
     model = load_model(str(model_folder))
     with torch.no_grad():

@@ -153,3 +153,23 @@ def test_whole_numbers_are_numbers():
 def test_a_generation_config_is_not_made_from_a_model_config(tiny_config):
     with pytest.raises(NotImplementedError, match="constructor"):
         BD3LMGenerationConfig.from_model_config(tiny_config)
+
+
+def test_a_dict_as_generation_config_names_fields(make_model):
+    model, ids = make_model(), torch.tensor([[5, 6, 7]])
+    expected = model.generate(ids, max_new_tokens=9, sampler="confidence", confidence_threshold=0.0)
+    fields = {"max_new_tokens": 5, "sampler": "confidence", "confidence_threshold": 0.0}
+    assert torch.equal(model.generate(ids, generation_config=fields, max_new_tokens=9), expected)
+    blanks = torch.tensor([[5, 6, 47, 47]])
+    named = model.infill(blanks, generation_config={"remask_fraction": 1.0})
+    assert torch.equal(named, model.infill(blanks, remask_fraction=1.0))
+    with pytest.raises(ValueError, match="smapler"):
+        model.generate(ids, generation_config={"smapler": "confidence"})
+
+
+def test_a_misspelt_field_set_on_the_model_is_refused(make_model):
+    model = make_model()
+    model.generation_config.smapler = "confidence"
+    for call in (model.generate, model.infill):
+        with pytest.raises(ValueError, match="smapler .did you mean sampler"):
+            call(torch.tensor([[5, 6, 47 if call == model.infill else 7]]))

@@ -206,3 +206,74 @@ def test_masks_that_number_documents_and_positions_that_do_not_fit_are_refused(m
         model.generate(ids, position_ids=torch.arange(8)[None], max_new_tokens=2)
     with pytest.raises(ValueError, match="bd3lm train"):
         model.loss_function(logits=model(ids).logits, labels=ids, vocab_size=48)
+
+
+TEXT = torch.arange(5, 13)[None].repeat(2, 1)
+
+
+def model_of_any(family: str):
+    return ssdlm() if family == "ssdlm" else tiny_decoder(family) if family == "llama" else model_of(family)
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "message"),
+    [
+        (TEXT.float(), TEXT, "input_ids of dtype torch.float32.*long"),
+        (TEXT, TEXT.float(), "labels of dtype torch.float32.*long"),
+        (TEXT.tolist(), TEXT, "input_ids is a list.*return_tensors"),
+        ({"input_ids": TEXT}, None, "input_ids is a dict.*batch"),
+        (TEXT[0], TEXT[0], r"input_ids of shape \(8,\).*unsqueeze"),
+        (TEXT[:0], TEXT[:0], r"input_ids of shape \(0, 8\)"),
+    ],
+)
+@pytest.mark.parametrize("family", [*FAMILIES, "ssdlm", "llama"])
+def test_what_is_not_a_batch_of_its_own_tokens_is_refused(family, ids, labels, message):
+    model = model_of_any(family)
+    if labels is not None:
+        with pytest.raises(ValueError, match=message):
+            model(ids, labels=labels)
+    if message.startswith("input_ids"):
+        verbs = ("generate",) if family == "ssdlm" else ("forward", "token_nll", "generate")
+        for verb in verbs:
+            with pytest.raises(ValueError, match=message):
+                getattr(model, verb)(ids)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "ssdlm", "llama"])
+def test_32_bit_ids_are_those_of_64_bits(family):
+    model = model_of_any(family)
+    noise = {} if family == "ar" else {"block_noise": torch.full((2, model.config.num_blocks(8)), 0.7)}
+    noise |= {"count_noise": torch.full((2, 2), 0.5)} if family == "ssdlm" else {}
+    noise |= {"token_noise": torch.full((2, 8), 0.3)} if noise and family != "ssdlm" else {}
+    losses = [model(ids, labels=ids, **noise).loss for ids in (TEXT, TEXT.int())]
+    assert torch.equal(*losses)
+    source = torch.Generator()
+    written = [model.generate(ids, max_new_tokens=3, generator=source.manual_seed(0)) for ids in (TEXT, TEXT.int())]
+    assert torch.equal(*written) and written[1].dtype == torch.int64
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan")])
+def test_a_mask_of_neither_0_nor_1_is_refused(value):
+    with pytest.raises(ValueError, match=f"attention_mask holds {value}"):
+        model_of("bd3lm")(TEXT, attention_mask=torch.full((2, 8), value))
+
+
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [("bd3lm", 5), ("bd3lm", 0), ("bd3lm", 4.0), ("ar", 2), ("mdlm", 16), ("sedd", 8), ("ssdlm", 32), ("llama", 5)],
+)
+def test_a_block_size_that_was_changed_later_is_checked_when_the_model_is_used(family, size):
+    model = model_of_any(family)
+    model.config.block_size = size
+    calls = [lambda: model(TEXT, labels=TEXT), lambda: model(TEXT), lambda: model.generate(TEXT, max_new_tokens=2)]
+    for call in [*calls, lambda: model.token_nll(TEXT)] if family != "ssdlm" else calls:
+        with pytest.raises(ValueError, match=f"block_size={size}"):
+            call()
+
+
+@pytest.mark.parametrize("value", [lambda **_: None, torch.nn.CrossEntropyLoss()])
+@pytest.mark.parametrize("family", [*FAMILIES, "ssdlm", "llama"])
+def test_a_loss_function_cannot_be_assigned(family, value):
+    model = model_of_any(family)
+    with pytest.raises(ValueError, match="loss_function"):
+        model.loss_function = value

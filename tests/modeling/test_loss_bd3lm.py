@@ -563,3 +563,11 @@ def test_noise_that_is_incomplete_or_of_another_shape_is_refused(tiny_config, dr
         message = re.escape(f"{name} of shape {shape} does not fit this batch: pass {expected}")
     with pytest.raises(ValueError, match=message):
         model(input_ids=ids, labels=ids, **noise)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_loss_takes_batches_of_varying_lengths(make_model):
+    compiled = torch.compile(make_model(), backend="eager")
+    for length in (8, 12, 20, 15):
+        ids = torch.arange(5, 5 + length)[None].repeat(2, 1)
+        assert torch.isfinite(compiled(ids, labels=ids).loss)
