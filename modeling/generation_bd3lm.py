@@ -267,7 +267,8 @@ class BlockGenerationMixin(_Generative):
         Raises:
             ValueError: if `generate` cannot continue them, or there is not one generator for each.
         """
-        check_ids(input_ids, "input_ids")
+        if input_ids.shape[1]:  # an empty prompt has a message of its own
+            check_ids(input_ids, "input_ids")
         input_ids, attention_mask = input_ids.long().to(self.device), model_kwargs.get("attention_mask")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
         if synced_gpus:

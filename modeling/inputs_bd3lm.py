@@ -101,7 +101,7 @@ def check_ids(ids: Any, name: str) -> None:
         raise ValueError(f"{name} of dtype {ids.dtype}: give token ids as whole numbers, with {name}.long().")
     if not torch.compiler.is_compiling() and (ids.dim() != 2 or not ids.numel()):
         one = f": a single text is {name}.unsqueeze(0)" if ids.dim() == 1 and ids.numel() else ""
-        raise ValueError(f"{name} of shape {tuple(ids.shape)}: give tokens of shape (batch, length){one}.")
+        raise ValueError(f"{name} of shape {tuple(ids.shape)}: pass texts of shape (batch, length){one}.")
 
 
 def check_attention_mask(attention_mask: torch.Tensor | None, shape: tuple[int, ...]) -> None:
