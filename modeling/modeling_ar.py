@@ -88,6 +88,7 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         prompt, padding = pad_left(input_ids, attention_mask)
         model_kwargs["attention_mask"] = attention_mask if padding is None else (~padding).long()
         model_kwargs.pop("position_ids", None)  # they were made before the padding moved
+        model_kwargs.pop("tokenizer", None)  # of stop_strings, whose criterion has it already
         # A prompt longer than the window is read again for each token, as no cache has slid over it.
         exact = WINDOWS[generation_config.window] or prompt.shape[1] > self.config.model_length
         criteria = _CountingCriteria(stopping_criteria)

@@ -143,3 +143,12 @@ def test_a_cached_window_of_one_layer_equals_recomputation():
 def test_what_it_can_not_do_is_refused(model, fields, message):
     with pytest.raises(ValueError, match=message):
         model.generate(PROMPTS, max_new_tokens=2, **fields)
+
+
+def test_stop_strings_end_a_text(tiny_tokenizer):
+    model = make_family("ar", vocab_size=len(tiny_tokenizer), mask_token_id=tiny_tokenizer.mask_token_id)
+    ids = torch.tensor([[5, 6, 7]])
+    whole = model.generate(ids, max_new_tokens=8)[0, 3:]
+    options = {"stop_strings": [tiny_tokenizer.decode(whole[2])], "tokenizer": tiny_tokenizer}
+    ended = model.generate(ids, max_new_tokens=8, **options)[0, 3:]
+    assert torch.equal(ended, whole[: len(ended)]) and len(ended) <= 3
