@@ -64,6 +64,13 @@ def test_training_lowers_the_loss(make_trainer):
     assert sum(losses[-6:]) < sum(losses[:6]) - 1
 
 
+def test_a_second_epoch_has_new_noise(make_trainer):
+    trainer = make_trainer(learning_rate=0.0, max_steps=2, rows=rows_of(8))
+    trainer.train()
+    first, second = losses_of(trainer)
+    assert first != second
+
+
 def test_the_speed_counts_operations_and_their_share_of_a_known_peak():
     meter = SpeedMeter(peak_flops=4e12)
     assert meter.since_last_log() == {}
