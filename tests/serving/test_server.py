@@ -146,6 +146,25 @@ def test_a_decoder_completes_and_chats(folder_of, family):
         server.close()
 
 
+def test_transformers_chat_talks_to_the_server(server, monkeypatch, capsys):
+    chat = pytest.importorskip("transformers.cli.chat")
+    typed = iter(["The dog", "!clear", "A block of text", "!exit"])
+    monkeypatch.setattr(chat.RichInterface, "input", lambda self: next(typed))
+    monkeypatch.setattr(chat.RichInterface, "confirm", lambda self, message: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # else it calls nobody
+    shown, show = [], chat.RichInterface.stream_output
+
+    async def recorded(interface, stream):
+        shown.append(await show(interface, stream))
+        return shown[-1]
+
+    monkeypatch.setattr(chat.RichInterface, "stream_output", recorded)
+    flags = ["max_new_tokens=16", "do_sample=True"]
+    chat.Chat("tiny", f"http://127.0.0.1:{server.port}/v1", flags, user="me")
+    assert [reason for _, reason in shown] == ["length"] * 2 and all(text for text, _ in shown)
+    assert "already loaded" in capsys.readouterr().out
+
+
 def test_fields_of_generate_come_from_extra_body_and_from_generation_config(server):
     client = server.client()
     options = {"model": "tiny", "prompt": "The", "max_tokens": 8, "seed": 1}
@@ -161,9 +180,15 @@ def test_a_stop_string_is_left_out(server):
     client = server.client()
     options = {"model": "tiny", "prompt": "The dog", "max_tokens": 30, "seed": 7}
     text = client.completions.create(**options).choices[0].text
-    stop = text[len(text) // 2]
-    answer = client.completions.create(**options, stop=[stop])
-    assert answer.choices[0].text == text[: text.index(stop)] and answer.choices[0].finish_reason == "stop"
+    pieces = [text[at : at + 5] for at in range(3, len(text) - 5, 7)]
+    stops = [text[len(text) // 2], *(piece for piece in pieces if "\ufffd" not in piece)]
+    assert len(stops) > 1  # the longer ones begin in one token and end in another
+    for stop in stops:
+        answer = client.completions.create(**options, stop=["never", stop])
+        assert answer.choices[0].text == text[: text.index(stop)] and answer.choices[0].finish_reason == "stop"
+        chunks = list(client.completions.create(**options, stop=stop, stream=True))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == answer.choices[0].text
+        assert chunks[-1].choices[0].finish_reason == "stop"
 
 
 @pytest.mark.parametrize(
