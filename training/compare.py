@@ -340,7 +340,7 @@ def comparison_table(rows: Sequence[ComparedModel]) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     seeds = len({row.seed for row in rows})
     tokens = ", ".join(f"{n:,}" for n in sorted({row.training_tokens for row in rows}))
-    scored = "; ".join(dict.fromkeys(f"{row.dataset}, {row.estimator}" for row in rows))
+    scored = "; ".join(dict.fromkeys(f"{row.dataset}, {row.estimator}" for row in rows if row.dataset))
     lines.append(
         f"\nHeld-out text: {scored}. {tokens} training tokens, {seeds} seed{'s' if seeds > 1 else ''}; `<=` marks an "
         "upper bound, `none` a model without a likelihood."
