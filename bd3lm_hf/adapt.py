@@ -195,7 +195,7 @@ def load_decoder_tokenizer(name: str, config: Any, mask_token_id: int | None = N
         mask_token_id: overrides the choice of the mask token.
 
     Raises:
-        ValueError: if there is no tokenizer, or its mask token is also another special token.
+        ValueError: if the decoder has no tokenizer, or uses the mask token for another purpose too.
     """
     tokenizer = _tokenizer_of(name, {})
     if tokenizer is None:

@@ -22,12 +22,12 @@ class Verb(NamedTuple):
     They are named by strings: `training` and `hub_upload` are later rooms, on which this one does not depend.
     """
 
-    # Called with the parsed arguments, or with the words if there is no `flags`.
+    # Takes the parsed arguments; without `flags`, the words of the command line.
     run: str
     help: str
-    # Called with a parser and the words; some words bring other flags. Its module imports nothing slow.
+    # Adds the flags to a parser; some words of the command line add more. Its module imports nothing slow.
     flags: str | None = None
-    # Called without arguments, if `run` parses the words with something slow.
+    # Returns the help page of a verb whose own parser imports something slow.
     page: str | None = None
 
 

@@ -88,7 +88,7 @@ def make_tokenizer(arguments: RunArguments, documents: Documents) -> Any:
     """Load or train the tokenizer on the main process and send it to the others.
 
     Raises:
-        ValueError: if there is no tokenizer, or it does not fit the model.
+        ValueError: if no tokenizer is found, or it does not fit the model.
     """
     data, model = arguments.data, arguments.model
     tokenizer: list[Any] = [None]

@@ -63,7 +63,7 @@ def backwards(prompt_ids, new_ids, mask):
     steps = []
     for begin in range(first // BLOCK * BLOCK, len(ids), BLOCK):
         positions = range(begin, begin + BLOCK)
-        now = [ids[at] if at < first else mask if at < len(ids) else 5 for at in positions]  # 5 stands behind the end
+        now = [ids[at] if at < first else mask if at < len(ids) else 5 for at in positions]  # 5: after the end
         todo = [at for at, token in enumerate(now) if token == mask]
         if not steps:
             wrong = list(now)

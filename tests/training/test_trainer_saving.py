@@ -1,4 +1,4 @@
-"""What a run leaves on disk when it ends, is stopped, diverges or finds the disk full."""
+"""The files of a run that ends, is stopped, diverges or fills the disk."""
 
 import json
 import os
