@@ -202,7 +202,8 @@ def start_from(name: str, tokenizer: Any, fields: dict[str, Any], **options: Any
         kept = model.interval()
         low, high = (changes.get(end, value) for end, value in zip(_INTERVAL, kept, strict=True))
         model.set_interval(low, high)
-        if PartialState().is_main_process:
+        is_new = (model.config.block_size, low, high) != (old.block_size, *kept)
+        if is_new and PartialState().is_main_process:
             logger.warning(
                 f"--init_from {name}: blocks of {old.block_size} tokens become blocks of {model.config.block_size}, "
                 f"with noise levels in [{low:g}, {high:g}] instead of [{kept[0]:g}, {kept[1]:g}]; choose others with "

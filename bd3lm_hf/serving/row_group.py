@@ -14,6 +14,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from bd3lm_hf.checkpoints import window_of
 from bd3lm_hf.modeling.cache_bd3lm import BlockCache
 from bd3lm_hf.modeling.decoding_state_bd3lm import BlockCriteria
+from bd3lm_hf.modeling.linear_bd3lm import PrepackedLinears
 from bd3lm_hf.modeling.windows_bd3lm import fills_window
 from bd3lm_hf.serving.requests import Request
 
@@ -67,8 +68,12 @@ class RowGroup:
         self.rows = [request for request in self.rows if request not in gone]
 
     @torch.inference_mode()
-    def write(self, wants_turn: Callable[[], bool]) -> None:
-        """Generate until a row ends or is cancelled, or until `wants_turn()` after a block. Rows take their tokens."""
+    def write(self, wants_turn: Callable[[], bool]) -> int:
+        """Generate until a row ends or is cancelled, or until `wants_turn()` after a block. Rows take their tokens.
+
+        Returns:
+            the number of blocks of the call.
+        """
         rows = [(request, self._start(request)) for request in self.rows]
         texts = [(request.prompt + request.written)[start:] for request, start in rows]
         blocks = self._blocks(texts)
@@ -88,6 +93,7 @@ class RowGroup:
         kept = getattr(output, "past_key_values", None)
         if kept is not None and kept.get_seq_length() and (self.has_block_cache or len(self.rows) == 1):
             self._cache = (rows, kept)
+        return turn.num_blocks
 
     @property
     def _can_pause(self) -> bool:
@@ -133,18 +139,24 @@ class RowGroup:
             return cache
         if not self.has_block_cache:
             return None
-        size = self.block_size
-        kept, layers = _split_cache(rows, cache), []
-        for row, text in zip(now, texts, strict=True):
-            # `generate` writes the last finished block together with the first step of the next one.
-            tokens = max(0, len(text) // size * size - size)
-            own = kept.get(row)
-            layers.append(own if own and own[0][0].shape[2] == tokens else self._read(text[:tokens]))
-        finished = torch.tensor([len(text) // size * size for text in texts], device=self.model.device)
-        return _join_caches(self.model, layers, finished.max() - finished)
+        size, kept = self.block_size, _split_cache(rows, cache)
+        # `generate` writes the last finished block together with the first step of the next one.
+        finished = [text[: max(0, len(text) // size * size - size)] for text in texts]
+        layers = [kept.get(row, []) for row in now]
+        unread = [
+            index
+            for index, (own, text) in enumerate(zip(layers, finished, strict=True))
+            if (own[0][0].shape[2] if own else 0) != len(text)
+        ]
+        if unread:
+            with PrepackedLinears(self.model):
+                for index in unread:
+                    layers[index] = self._read(finished[index])
+        ends = torch.tensor([len(text) // size * size for text in texts], device=self.model.device)
+        return _join_caches(self.model, layers, ends.max() - ends)
 
     def _read(self, tokens: list[int]) -> _Layers:
-        """Run the finished blocks of one row, and return their keys and values."""
+        """Run finished blocks of one row, and return their keys and values."""
         if not tokens:
             return []
         network, cache = self.model.decoding_network(), BlockCache(self.model.config)
@@ -159,21 +171,20 @@ class _Turn(BlockCriteria):
     """Hands each block to its rows, and ends the call when one of them has ended or it is time for others."""
 
     def __init__(
-        self, rows: list[Request], tokenizer: Any, blocks: int | None, wants_turn: Callable[[], bool]
+        self, rows: list[Request], tokenizer: Any, most_blocks: int | None, wants_turn: Callable[[], bool]
     ) -> None:
-        self.rows, self.tokenizer, self.blocks, self.wants_turn = list(rows), tokenizer, blocks, wants_turn
-        self.ended = False
+        self.rows, self.tokenizer, self.most_blocks, self.wants_turn = list(rows), tokenizer, most_blocks, wants_turn
+        self.num_blocks, self.ended = 0, False
 
     def end_block(self, new_tokens: list[list[int]], finished: list[bool]) -> bool:
+        self.num_blocks += 1
         for request, tokens, has_ended in zip(self.rows, new_tokens, finished, strict=True):
             request.take(tokens, self.tokenizer, has_ended)
             request.reseed()
         over = [request.finish_reason is not None or request.cancelled.is_set() for request in self.rows]
-        if self.blocks is not None:
-            self.blocks -= 1
         # A text that is denoised as a whole goes on while anybody wants it.
-        may_leave = any(over) if self.blocks is not None else all(over)
-        self.ended = may_leave or self.blocks == 0 or self.wants_turn()
+        may_leave = all(over) if self.most_blocks is None else any(over)
+        self.ended = may_leave or self.num_blocks == self.most_blocks or self.wants_turn()
         return self.ended
 
     def settle(self) -> None:

@@ -3,8 +3,9 @@
 python tests/serving/throughput.py                       # random weights, 8 layers x 512
 python tests/serving/throughput.py --model bd3lm-demo --clients 1 8 --new-tokens 128
 
-The server is `bd3lm serve` in a process of its own. Every client sends one request after the other, with prompts of
-unequal length. The counts of clients are measured in turn, and the ratio is that of the medians.
+The server is `bd3lm serve` in a process of its own. Every client sends one request after the other. One client and
+several send the same eight prompts of unequal length, as reading a prompt takes time too. The counts of clients are
+measured in turn, and the ratio is that of the medians.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+_PROMPTS = 8  # of unequal length
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -31,7 +34,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--new-tokens", type=int, default=96)
-    parser.add_argument("--requests", type=int, default=2, help="that each client sends per measurement")
+    parser.add_argument(
+        "--requests", type=int, default=2, help="of each client per measurement, at least one for each prompt"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     return parser
 
@@ -99,13 +104,12 @@ class Server:
         return int(answer["usage"]["completion_tokens"])
 
     def tokens_per_second(self, clients: int, requests: int, new_tokens: int) -> float:
-        def run(client: int) -> int:
-            prompt = "The quick brown fox. " * (1 + client)
-            return sum(self.complete(prompt, new_tokens, 100 * client + number) for number in range(requests))
+        def run(number: int) -> int:
+            return self.complete("The quick brown fox. " * (1 + number % _PROMPTS), new_tokens, number)
 
         started = time.perf_counter()
         with ThreadPoolExecutor(clients) as pool:
-            tokens = sum(pool.map(run, range(clients)))
+            tokens = sum(pool.map(run, range(max(_PROMPTS, clients * requests))))
         return tokens / (time.perf_counter() - started)
 
     def close(self) -> None:
