@@ -397,6 +397,14 @@ def _chunk_losses(hidden: torch.Tensor, head: LogitsHead, targets: torch.Tensor,
     return F.cross_entropy(logits, targets, reduction="none")
 
 
+def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """Return the precision of autocast where it is on, else that of `hidden`."""
+    device = hidden.device.type
+    # torch 2.11 cannot trace the question; it is traced for devices that have autocast.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return torch.get_autocast_dtype(device) if available and torch.is_autocast_enabled(device) else hidden.dtype
+
+
 class _FusedHeadLoss(torch.autograd.Function):
     """Weighted cross-entropy of a linear head whose gradients are taken chunk by chunk in the forward pass.
 
@@ -417,9 +425,7 @@ class _FusedHeadLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         # Under autocast all three products run in its precision, also the in-place one, which autocast leaves alone.
-        device = hidden.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        dtype = _product_dtype(hidden)
         head = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None  # summed in the precision of the weight

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from gpu.check import PARTS, Settings, main, run_limited
+from gpu.check import PARTS, Process, Settings, main
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def test_every_part_runs_on_a_cpu_and_writes_its_rows(output):
 
 
 def test_a_part_that_takes_too_long_is_ended_and_named(tmp_path):
-    (row,) = run_limited("training", Settings("cpu", True, tmp_path), seconds=0.5)
+    (row,) = Process("training", Settings("cpu", True, tmp_path), seconds=0.5).rows()
     assert not row["met"] and "0 s" in row["note"]
 
 

@@ -3,20 +3,25 @@
 python tests/gpu/check.py [--device cuda] [--tiny] [--output DIR] [--only PART ...]
 
 Needs torch 2.11 and transformers 5.17 or newer, no installed copy of this package. Each part runs in a process of its
-own with its own time limit, so a failure or a hang never hides the rest. Results appear as soon as they are known in
-`gpu-check.json`, `gpu-check.md` (tables for BENCHMARKS.md) and, with matplotlib, `gpu-check.png`.
+own with its own time limit, so a failure or a hang never hides the rest. What is not timed runs first, side by side,
+while the timed parts compile their code into torch's cache on disk; then these run one after the other. Results appear
+as soon as they are known in `gpu-check.json`, `gpu-check.md` (tables for BENCHMARKS.md) and, with matplotlib,
+`gpu-check.png`.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +44,11 @@ def run_tests(settings: Settings) -> Iterator[Row]:
         yield Row("tests marked gpu", None, goal="all pass", note=missing)
         return
     environment = {**os.environ, "BD3LM_TEST_DEVICE": settings.device}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=short", str(ROOT / "tests" / "gpu")]
+    # Without the options of setup.cfg, which refuse a setting of a plugin that is not installed.
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", "--tb=short"]
+    if not settings.tiny and not measurements.has("xdist"):
+        command += ["-n", "4"]  # most of their time goes into compiling
+    command.append(str(ROOT / "tests" / "gpu"))
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     (settings.output / "tests.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
     lines = done.stdout.splitlines()
@@ -49,15 +58,29 @@ def run_tests(settings: Settings) -> Iterator[Row]:
     yield Row("tests marked gpu", None, goal="all pass", met=done.returncode == 0, note=lines[-1] if lines else "")
 
 
-# name -> (work, seconds at most on a GPU); the most telling first, since the budget may end early.
-PARTS: dict[str, tuple[Callable[[Settings], Iterator[Row]], float]] = {
-    "tests": (run_tests, 120),
-    "training": (measurements.measure_training, 150),
-    "generation": (measurements.measure_generation, 150),
-    "attention": (measurements.measure_attention, 120),
-    "likelihood": (measurements.measure_likelihood, 60),
-    "launchers": (measurements.measure_launchers, 90),
-    "runs": (measurements.measure_runs, 180),
+class Part(NamedTuple):
+    """A part of the check.
+
+    Attributes:
+        work: yields its results.
+        seconds: after which it is ended on a GPU.
+        timed: whether its times matter: it runs alone, after a warm-up beside the others that compiles its code.
+    """
+
+    work: Callable[[Settings], Iterator[Row]]
+    seconds: float
+    timed: bool = True
+
+
+# The most telling of each kind first, since the budget may end early.
+PARTS = {
+    "tests": Part(run_tests, 200, timed=False),
+    "runs": Part(measurements.measure_runs, 200, timed=False),
+    "launchers": Part(measurements.measure_launchers, 200, timed=False),
+    "training": Part(measurements.measure_training, 120),
+    "generation": Part(measurements.measure_generation, 180),
+    "attention": Part(measurements.measure_attention, 120),
+    "likelihood": Part(measurements.measure_likelihood, 60),
 }
 
 
@@ -69,34 +92,76 @@ def run_part(name: str, settings: Settings) -> list[dict[str, Any]]:
     rows = []
     with path.open("w", encoding="utf-8") as file:
         try:
-            for row in PARTS[name][0](settings):
+            for row in PARTS[name].work(settings):
                 rows.append({"part": name, **row._asdict()})
                 print(json.dumps(rows[-1]), file=file, flush=True)
         except Exception as error:  # whatever it is, the other parts go on
             failed = Row(f"{name} failed", None, met=False, note=f"{type(error).__name__}: {error}"[-1500:])
             rows.append({"part": name, **failed._asdict()})
             print(json.dumps(rows[-1]), file=file, flush=True)
+            path.with_suffix(".txt").write_text(traceback.format_exc(), encoding="utf-8")
     print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
     return rows
 
 
-def run_limited(name: str, settings: Settings, seconds: float) -> list[dict[str, Any]]:
-    """Run one part in a process that is ended after `seconds`, and return the rows that it wrote."""
-    path = settings.output / "parts" / f"{name}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--part", name, "--device", settings.device, "--output", str(settings.output)]
-    note = ""
+class Process:
+    """A part in a process group of its own, which is ended after a number of seconds."""
+
+    def __init__(self, name: str, settings: Settings, seconds: float) -> None:
+        self.name, self.seconds, self.until = name, seconds, time.monotonic() + seconds
+        self.path = settings.output / "parts" / f"{name}.jsonl"
+        self.path.unlink(missing_ok=True)
+        command = [sys.executable, __file__, "--part", name, "--device", settings.device]
+        command += ["--output", str(settings.output), *(["--tiny"] if settings.tiny else [])]
+        command += ["--warm-up"] if settings.warm_up else []
+        self.process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Wait for the end and return the rows that it wrote."""
+        note = ""
+        try:
+            if code := self.process.wait(max(0.0, self.until - time.monotonic())):
+                note = f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            note = f"ended after its limit of {self.seconds:.0f} s"
+        finally:
+            self.end()
+        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        rows = [json.loads(line) for line in text.splitlines()]
+        if note:
+            failed = Row(f"{self.name} did not finish", None, met=False, note=note)
+            rows.append({"part": self.name, **failed._asdict()})
+        return rows
+
+    def end(self) -> None:
+        """End what is left of it, the processes that it started included."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def run_parts(names: Sequence[str], settings: Settings, budget: float) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of each part: first what is not timed, side by side with the warm-ups, then what is, alone."""
+    started = time.monotonic()
+    warming = settings._replace(output=settings.output / "warm-up", warm_up=True)
+    processes = [
+        Process(name, warming if PARTS[name].timed else settings, min(PARTS[name].seconds, budget)) for name in names
+    ]
     try:
-        done = subprocess.run([*command, *(["--tiny"] if settings.tiny else [])], timeout=seconds, cwd=ROOT)
-        if done.returncode:
-            note = f"exit code {done.returncode}"
-    except subprocess.TimeoutExpired:
-        note = f"ended after its limit of {seconds:.0f} s"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    if note:
-        rows.append({"part": name, **Row(f"{name} did not finish", None, met=False, note=note)._asdict()})
-    return rows
+        for process in processes:
+            rows = process.rows()
+            if not PARTS[process.name].timed:
+                yield rows
+        for name in (name for name in names if PARTS[name].timed and not settings.warm_up):
+            left = budget - (time.monotonic() - started)
+            if left < 5:
+                yield [{"part": name, **Row(f"{name} not run", None, note="the budget was spent")._asdict()}]
+                continue
+            processes.append(Process(name, settings, min(PARTS[name].seconds, left)))
+            yield processes[-1].rows()
+    finally:
+        for process in processes:
+            process.end()
 
 
 def describe(settings: Settings) -> dict[str, Any]:
@@ -179,26 +244,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("gpu-check"), help="folder of the results")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), help="run these parts only")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of the whole check")
+    parser.add_argument("--warm-up", action="store_true", help="compile what is timed, and time nothing")
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no GPU; --device cpu --tiny checks the script itself")
     if not arguments.device.startswith("cuda") and not arguments.tiny:
         parser.error(f"--device {arguments.device}: only --tiny is meant for it")
-    settings = Settings(arguments.device, arguments.tiny, arguments.output.resolve())
+    settings = Settings(arguments.device, arguments.tiny, arguments.output.resolve(), arguments.warm_up)
     settings.output.mkdir(parents=True, exist_ok=True)
     if arguments.part:
         run_part(arguments.part, settings)
         return 0
-    started, rows = time.monotonic(), []
-    for name in arguments.only or PARTS:
-        left = arguments.budget - (time.monotonic() - started)
-        if left < 5:
-            rows.append({"part": name, **Row(f"{name} not run", None, note="the budget was spent")._asdict()})
-        elif arguments.tiny:  # one process: starting seven would take most of the time
-            rows += run_part(name, settings)
-        else:
-            rows += run_limited(name, settings, min(PARTS[name][1], left))
+    names = [name for name in PARTS if name in (arguments.only or PARTS)]
+    rows: list[dict[str, Any]] = []
+    # On a CPU all parts run in this process: starting seven would take most of the time.
+    results = (
+        (run_part(name, settings) for name in names)
+        if arguments.tiny
+        else run_parts(names, settings, arguments.budget)
+    )
+    for part in results:
+        rows += part
         write_results(settings, rows)
     plot(settings, rows)
     print(settings.output / "gpu-check.md")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,11 +32,17 @@ VOCAB_SIZE = 50_304  # a multiple of 64, as the head's products want it on tenso
 
 
 class Settings(NamedTuple):
-    """Device and size of the check; `tiny` runs every line of it on a CPU."""
+    """Device and size of the check.
+
+    Attributes:
+        tiny: run every line of it on a CPU.
+        warm_up: compile everything, so that the next process finds the code in torch's cache; the times mean nothing.
+    """
 
     device: str = "cuda"
     tiny: bool = False
     output: Path = Path("gpu-check")
+    warm_up: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -48,7 +55,7 @@ class Settings(NamedTuple):
 
     @property
     def repeats(self) -> int:
-        return 1 if self.tiny else 7
+        return 1 if self.tiny or self.warm_up else 7
 
 
 class Row(NamedTuple):
@@ -171,7 +178,7 @@ def timed(settings: Settings, work: Callable[[], Any]) -> float:
 def in_turn(settings: Settings, *works: Callable[[], Any], warm_up: int = 3) -> list[float]:
     """Return the median seconds of each work, timed in turn after a warm-up that compiles."""
     for work in works:
-        for _ in range(1 if settings.tiny else warm_up):
+        for _ in range(1 if settings.repeats == 1 else warm_up):
             work()
     turns = [[timed(settings, work) for work in works] for _ in range(settings.repeats)]
     return [statistics.median(times) for times in zip(*turns, strict=True)]
@@ -293,7 +300,7 @@ def measure_generation(settings: Settings) -> Iterator[Row]:
     """Time generation against GPT-2 with a static, compiled cache, and compiled against eager; batch 1, 8 and 64."""
     new_tokens = 8 if settings.tiny else 1024
     dtype = torch.float32 if settings.tiny else torch.bfloat16
-    ours = bd3lm(settings, 4, 2 * new_tokens).to(dtype).eval()
+    ours = bd3lm(settings, 4, 4 + new_tokens).to(dtype).eval()
     rival = gpt2(settings, new_tokens).to(dtype).eval()
     cuda = settings.device.startswith("cuda")
     cache = {"cache_implementation": "static"} if cuda else {}  # which transformers compiles on a GPU only
@@ -304,29 +311,26 @@ def measure_generation(settings: Settings) -> Iterator[Row]:
         assert text.shape == (batch, 4 + count)
 
     alone: dict[str, float] = {}
-    for sampler in ("first_hitting", "confidence"):
-        for batch in (1, 2, 64) if settings.tiny else (1, 8, 64):
-            works = (
-                lambda batch=batch, sampler=sampler: write(ours, batch, new_tokens, sampler=sampler, **cache),
-                lambda batch=batch: write(rival, batch, new_tokens, **cache),
-            )
-            for work in works:
-                work()  # compiles
-            seconds = [timed(settings, work) for work in works]
-            ratio = seconds[0] / seconds[1]
+    for batch in (1, 2, 64) if settings.tiny else (1, 8, 64):
+        write(rival, batch, new_tokens, **cache)  # compiles
+        theirs = timed(settings, lambda batch=batch: write(rival, batch, new_tokens, **cache))
+        for sampler in ("first_hitting", "confidence"):
+            options = {"sampler": sampler, **cache}
+            write(ours, batch, min(new_tokens, 64), **options)  # compiles
+            if settings.warm_up:
+                continue
+            seconds = timed(settings, lambda batch=batch, options=options: write(ours, batch, new_tokens, **options))
+            ratio, what = seconds / theirs, f"{batch} x {new_tokens} tokens, {sampler}"
             goal, met = ("<= 1", ratio <= 1) if batch == 1 else ("", None)
-            what = f"{batch} x {new_tokens} tokens, {sampler}"
-            yield Row(what, seconds[0], seconds[1], "GPT-2, static cache", "s", ratio, goal, met)
-            alone.setdefault(sampler, seconds[0])
+            yield Row(what, seconds, theirs, "GPT-2, static cache", "s", ratio, goal, met)
+            gain = batch * alone.setdefault(sampler, seconds) / seconds
             if batch == 64:
-                gain = batch * alone[sampler] / seconds[0]
                 yield Row(f"tokens/s, batch 64 over batch 1, {sampler}", gain, unit="x", goal=">= 30", met=gain >= 30)
     count = new_tokens if settings.tiny else 128
     fast, slow = in_turn(
-        settings,
+        settings._replace(warm_up=True),  # once: it takes long enough
         lambda: write(ours, 1, count, **cache),
         lambda: write(ours, 1, count, cache_implementation="dynamic"),
-        warm_up=1,
     )
     yield Row(
         f"{count} tokens, eager / compiled", fast, slow, "ours, eager", "s", slow / fast, ">= 4", slow / fast >= 4
@@ -392,47 +396,46 @@ def small_run(settings: Settings, steps: int) -> list[str]:
 
 
 def measure_runs(settings: Settings) -> Iterator[Row]:
-    """Train BD3-LM and AR on the same text and compare their held-out perplexities."""
-    missing = has("datasets")
-    if missing:
+    """Train BD3-LM and AR on the same text, side by side, and compare their held-out perplexities."""
+    if missing := has("datasets"):
         yield Row("BD3-LM and AR on python-source", None, note=missing)
         return
-    perplexity = {}
-    for model_type in ("bd3lm",) if settings.tiny else ("bd3lm", "ar"):
+
+    def train(model_type: str) -> Row:
         if settings.tiny:
             fields = small_run(settings, 2)
         else:
-            steps = [
-                "--max_steps",
-                "1500",
-                "--eval_steps",
-                "500",
-                "--logging_steps",
-                "50",
-                "--save_steps",
-                "1500",
-                "--bf16",
-                "true",
-            ]
-            fields = [str(ROOT / "training/recipes/python-source.yaml"), *steps, "--model_type", model_type]
+            fields = [str(ROOT / "training/recipes/python-source.yaml"), "--bf16", "true", "--max_steps", "1500"]
+            fields += ["--eval_steps", "500", "--save_steps", "1500", "--logging_steps", "50"]
         started = time.perf_counter()
-        results = run_training(settings, f"run-{model_type}", fields)
-        perplexity[model_type] = results["after"]["perplexity"]
-        note = f"{time.perf_counter() - started:.0f} s"
-        yield Row(f"held-out perplexity, {model_type}", perplexity[model_type], unit="", note=note)
+        results = run_training(settings, f"run-{model_type}", [*fields, "--model_type", model_type])
+        note = f"{time.perf_counter() - started:.0f} s, beside other parts"
+        return Row(f"held-out perplexity, {model_type}", results["after"]["perplexity"], unit="", note=note)
+
+    with ThreadPoolExecutor() as pool:
+        yield from pool.map(train, ("bd3lm",) if settings.tiny else ("bd3lm", "ar"))
 
 
 def measure_launchers(settings: Settings) -> Iterator[Row]:
-    """Run 20 steps under each launch configuration, in one process."""
-    for name in ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"):
+    """Run 20 steps under each launch configuration, in one process each, side by side."""
+    names = ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3")
+    fields = small_run(settings, 20)
+
+    def launch(name: str) -> Row:
         missing = has("datasets", *(["deepspeed"] if "deepspeed" in name else []))
         if not settings.device.startswith("cuda"):
             missing = "not run: needs a CUDA device"
         if missing:
-            yield Row(f"20 steps, {name}", None, note=missing)
-            continue
-        config = str(ROOT / "training" / "launch" / f"{name}.yaml")
+            return Row(f"20 steps, {name}", None, note=missing)
+        config, port = str(ROOT / "training" / "launch" / f"{name}.yaml"), str(29500 + names.index(name))
         launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "1"]
         started = time.perf_counter()
-        results = run_training(settings, name, small_run(settings, 20), launcher)
-        yield Row(f"20 steps, {name}", time.perf_counter() - started, goal="20 steps", met=results["steps"] == 20)
+        try:
+            results = run_training(settings, name, fields, [*launcher, "--main_process_port", port])
+        except RuntimeError as error:
+            return Row(f"20 steps, {name}", None, goal="20 steps", met=False, note=str(error))
+        seconds = time.perf_counter() - started
+        return Row(f"20 steps, {name}", seconds, goal="20 steps", met=results["steps"] == 20)
+
+    with ThreadPoolExecutor() as pool:
+        yield from pool.map(launch, names)
