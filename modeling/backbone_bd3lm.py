@@ -317,15 +317,6 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
         """Return what makes logits of normed hidden states; a network that scales or caps its logits overrides it."""
         return self.get_output_embeddings()
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As in transformers; the mask token keeps its id.
-
-        Raises:
-            ValueError: the new vocabulary would not hold the mask token.
-        """
-        check_resize(new_num_tokens, self.config.mask_token_id)
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-
     def clean_cache(self, input_ids: torch.Tensor, layout: Layout) -> BlockCache:
         """Keys and values of the clean stream; its last layer needs nothing else."""
         backbone, config, length = self.backbone, self.config, input_ids.shape[1]
@@ -409,16 +400,3 @@ def register_auto_classes(head: type[BD3LMLanguageModel], *names: str) -> None:
     head.auto_classes = backbone.auto_classes = classes
     backbone.register_for_auto_class("AutoModel")
     head.register_for_auto_class(names[0])
-
-
-def check_resize(new_num_tokens: int | None, mask_token_id: int) -> None:
-    """Refuse a vocabulary that would not hold the mask token.
-
-    Raises:
-        ValueError: if there are not more tokens than `mask_token_id`.
-    """
-    if new_num_tokens is not None and new_num_tokens <= mask_token_id:
-        raise ValueError(
-            f"resize_token_embeddings({new_num_tokens}) would drop mask_token_id={mask_token_id}: keep at least "
-            f"{mask_token_id + 1} tokens."
-        )

@@ -1,7 +1,7 @@
 """Configurations of block diffusion on transformers' own decoders: the family's fields, and those of the process.
 
 Each family has a class of its own, whose `model_type` is not the stock one: a folder of a stock type would be loaded
-as an autoregressive model where its code is not trusted, and would write garbage.
+as an autoregressive model where its code is not trusted, and would generate garbage.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from .configuration_bd3lm import SAMPLING_EPS, BD3LMConfig, check_model_type, ch
 #: Which hidden state predicts the token at position i: that at i, or that at i - 1, as in an autoregressive model.
 ALIGNMENTS = ("same", "shifted", "shifted_noisy")
 
-#: How clean tokens see one another: by blocks, or token by token, as in an autoregressive model.
+#: How clean tokens attend to one another: by blocks, or token by token, as in an autoregressive model.
 CONTEXTS = ("block", "token")
 
 _RECURRENT = {"linear_attention", "conv", "mamba", "recurrent", "attention_mamba", "hybrid"}
@@ -63,7 +63,7 @@ class BD3LMDecoderConfigMixin(_Configuration):
 
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    # Constants that tell the objective which of its options the network has.
+    # Which options of the objective the network has: constants.
     time_conditioning: ClassVar[bool] = False
     causal: ClassVar[bool] = False
     cross_attn: ClassVar[bool] = True
@@ -124,7 +124,7 @@ class BD3LMDecoderConfigMixin(_Configuration):
         return getattr(self, "rope_parameters", None) is None
 
     def _drop_default_tokens(self) -> None:
-        """Forget special tokens that are only the family's defaults, and that a smaller vocabulary does not have."""
+        """Drop special tokens that are only the family's defaults, and that a smaller vocabulary does not have."""
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             default = type(self).__dataclass_fields__[name].default

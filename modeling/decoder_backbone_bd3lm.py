@@ -1,4 +1,4 @@
-"""The network of block diffusion, played by a stock decoder of transformers.
+"""A stock decoder of transformers as the network of block diffusion.
 
 A stock decoder attends as a mask says and rotates as positions say. Both are given, so that the sequence `[x_0 ; x_t]`
 of two streams, or a block after a cache of finished blocks, goes through the stock layers in one call.
@@ -92,13 +92,14 @@ class DecoderBackbone:
         mask: torch.Tensor | BlockMask,
         cache: Cache | StaticSlots | None = None,
         commit: int = 0,
-        **outputs: bool,
+        **recorded: bool,
     ) -> BaseModelOutputWithPast:
         """Run the stock decoder once; `last_hidden_state` is `(batch, length, hidden_size)`.
 
         Args:
             mask: additive `(batch or 1, 1, length, keys)`, or that of flex attention.
             commit: leading positions to write to the cache; the others leave no trace in it.
+            recorded: `output_hidden_states` and `output_attentions`.
 
         Raises:
             ValueError: if a cache is used in train mode with gradient checkpointing, where stock layers ignore it.
@@ -109,23 +110,23 @@ class DecoderBackbone:
                 "a cache does not go with gradient checkpointing in train mode, where the layers would ignore it: "
                 "call model.eval() before scoring or generating."
             )
-        found = decoder(
+        outputs = decoder(
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
             position_ids=position_ids,
             past_key_values=None if cache is None else StepCache(cache, commit),
             use_cache=False,
             return_dict=True,
-            **outputs,
+            **recorded,
         )
         divisor = getattr(self.config, "logits_scaling", None)
         if divisor:
             # Granite divides its logits. Its head has no bias, so the hidden states can be divided instead.
-            found.last_hidden_state = found.last_hidden_state / divisor
+            outputs.last_hidden_state = outputs.last_hidden_state / divisor
         if commit and self.shifted and cache is not None:
             holder: Any = cache.cache if isinstance(cache, StaticSlots) else cache
-            holder.clean_hidden = found.last_hidden_state[:, :commit]
-        return found
+            holder.clean_hidden = outputs.last_hidden_state[:, :commit]
+        return outputs
 
     def two_streams(
         self,
@@ -134,7 +135,7 @@ class DecoderBackbone:
         *,
         num_noise_samples: int = 1,
         cache: Any = None,
-        **outputs: bool,
+        **recorded: bool,
     ) -> tuple[TwoStreamHidden, BaseModelOutputWithPast]:
         """Run `[x_0 ; x_t]`, or x_t alone after a cache of x_0, whose embeddings are given."""
         check_length(layout, self.config)
@@ -144,17 +145,17 @@ class DecoderBackbone:
             layout, self.config, embeds.dtype, num_streams=streams, first_query=0 if cache is None else length
         )
         positions = layout.position_ids.repeat(1, streams if cache is None else num_noise_samples)
-        found = self.run(embeds, positions, mask, cache, **outputs)
-        hidden = cast(torch.Tensor, found.last_hidden_state)
+        outputs = self.run(embeds, positions, mask, cache, **recorded)
+        hidden = cast(torch.Tensor, outputs.last_hidden_state)
         split = 0 if cache is not None else length
         clean, noisy = hidden[:, :split], hidden[:, split:]
         before = clean if cache is None else cache.clean_hidden if self.shifted else None
-        return TwoStreamHidden(self._aligned(noisy, before, layout, num_noise_samples), clean), found
+        return TwoStreamHidden(self._aligned(noisy, before, layout, num_noise_samples), clean), outputs
 
     def _aligned(
         self, noisy: torch.Tensor, clean: torch.Tensor | None, layout: Layout, num_noise_samples: int
     ) -> torch.Tensor:
-        """Move hidden states of noisy streams side by side to the tokens that they predict.
+        """Align the hidden states of noisy streams, side by side, with the tokens that they predict.
 
         Args:
             clean: hidden states of the clean stream, from which the first token of a block is predicted; None: there
@@ -164,64 +165,53 @@ class DecoderBackbone:
             return noisy
         batch, _, width = noisy.shape
         streams = noisy.view(batch, num_noise_samples, -1, width)
-        moved = previous(streams, streams[:, :, :1])
+        moved = shift_right(streams, streams[:, :, :1])
         if clean is not None and self.config.alignment == "shifted":
             begins = (layout.position_ids % self.config.block_size == 0)[:, None, :, None]
-            moved = torch.where(begins, previous(clean, clean[:, :1]).unsqueeze(1), moved)
+            moved = torch.where(begins, shift_right(clean, clean[:, :1]).unsqueeze(1), moved)
         # Nothing comes before the first token of a text: its logits are those of its own position, never scored.
         return torch.where((layout.position_ids == 0)[:, None, :, None], streams, moved).flatten(1, 2)
 
     def __call__(
         self,
         input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        *,
         clean_input_ids: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        inputs_embeds: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        position_ids: torch.Tensor | None = None,
-        **kwargs: Any,
+        **inputs: Any,
     ) -> BaseModelOutputWithPast:
         """Return hidden states `(batch, length, hidden_size)`; arguments as in [`BlockDiffusionMixin.forward`].
 
-        Without `clean_input_ids` and cache, every block is denoised given the ones before it as they stand.
+        Without `clean_input_ids` and cache, every block is denoised given the ones before it as they stand. A decoder
+        has no use for `timesteps`.
         """
         embeds, layout, cache, commit, past = read_inputs(
-            self.model,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            clean_input_ids=clean_input_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            inputs_embeds=inputs_embeds,
-            position_ids=position_ids,
-            **kwargs,
+            self.model, input_ids=input_ids, clean_input_ids=clean_input_ids, **inputs
         )
         length = embeds.shape[1]
-        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        outputs = {name: value for name, value in asked.items() if value is not None}
+        requested = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        recorded = {name: value for name, value in requested.items() if value is not None}
         # A causal clean stream and the blocks that are denoised need two streams, though they hold the same tokens.
-        apart = self.config.context == "token" and cache is None and length > 1
-        if clean_input_ids is not None or apart:
+        causal_context = self.config.context == "token" and cache is None and length > 1
+        if clean_input_ids is not None or causal_context:
             clean = embeds if clean_input_ids is None else self.vocab_embed(clean_input_ids)
-            hidden, found = self.two_streams(torch.cat([clean, embeds], dim=1), layout, **outputs)
+            hidden, outputs = self.two_streams(torch.cat([clean, embeds], dim=1), layout, **recorded)
             return BaseModelOutputWithPast(
                 last_hidden_state=hidden.noisy,
-                hidden_states=_noisy_part(found.hidden_states, 1, length),
-                attentions=_noisy_part(found.attentions, 2, length),
+                hidden_states=_noisy_part(outputs.hidden_states, 1, length),
+                attentions=_noisy_part(outputs.attentions, 2, length),
             )
         check_length(layout, self.config)
         mask = stream_mask(layout, self.config, embeds.dtype, first_query=past, causal_columns=past + commit)
         before = _last_clean(cache) if self.shifted and past else None
-        found = self.run(embeds, layout.position_ids[:, past:], mask, cache, commit, **outputs)
+        outputs = self.run(embeds, layout.position_ids[:, past:], mask, cache, commit, **recorded)
         if self.shifted:
-            own = cast(torch.Tensor, found.last_hidden_state)
-            found.last_hidden_state = previous(own, own[:, :1] if before is None else before)
-        found.past_key_values = cache
-        return found
+            states = cast(torch.Tensor, outputs.last_hidden_state)
+            outputs.last_hidden_state = shift_right(states, states[:, :1] if before is None else before)
+        outputs.past_key_values = cache
+        return outputs
 
 
 class DecoderDecodingNetwork(DecodingNetwork):
@@ -272,7 +262,7 @@ class DecoderDecodingNetwork(DecodingNetwork):
         if positions is None:
             return None
         before = cache if num_cached else None
-        return self._predicting(cast(torch.Tensor, states), finished, before).flatten(0, 1)[positions]
+        return self._block_states(cast(torch.Tensor, states), finished, before).flatten(0, 1)[positions]
 
     def static_hidden(
         self,
@@ -292,28 +282,28 @@ class DecoderDecodingNetwork(DecodingNetwork):
             mask = mask.masked_fill(hidden.index_put((rows, slots[:finished]), later), -torch.inf)
         embeds = self.backbone.vocab_embed(input_ids)
         states = self.backbone.run(embeds, position_ids, mask, StaticSlots(cache, slots), finished).last_hidden_state
-        return self._predicting(cast(torch.Tensor, states), finished, cache)
+        return self._block_states(cast(torch.Tensor, states), finished, cache)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return raw logits `(positions, vocab_size)` in float32."""
         return self.model.logits_head()(hidden).float()
 
-    def _predicting(self, states: torch.Tensor, finished: int, cache: Cache | None) -> torch.Tensor:
+    def _block_states(self, states: torch.Tensor, finished: int, cache: Cache | None) -> torch.Tensor:
         """Return the states that predict the tokens of the block, `(batch, block_size, hidden_size)`."""
         noisy = states[:, finished:]
         if not self.backbone.shifted:
             return noisy
         if finished:
-            return previous(noisy, states[:, finished - 1 : finished])
-        return previous(noisy, noisy[:, :1] if cache is None else _last_clean(cache))
+            return shift_right(noisy, states[:, finished - 1 : finished])
+        return shift_right(noisy, noisy[:, :1] if cache is None else _last_clean(cache))
 
 
 def _checkpoints_gradients(decoder: Any) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
 
 
-def previous(hidden: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    """Return hidden states `(..., length, width)` one column to the right, `first` `(..., 1, width)` before them."""
+def shift_right(hidden: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """Return hidden states `(..., length, width)` shifted right by one, with `first` `(..., 1, width)` in front."""
     return torch.cat([first, hidden[..., :-1, :]], dim=-2)
 
 
@@ -363,9 +353,7 @@ def stream_mask(
     causal_columns: int | None = None,
     dense: bool = False,
 ) -> torch.Tensor | BlockMask:
-    """Return one mask for all queries from `first_query` on.
-
-    Masks of unpadded rows are kept between steps.
+    """Return one mask for all queries from `first_query` on. Masks of unpadded rows are kept between steps.
 
     Args:
         num_streams: x_0 and the noisy streams; 1 for x_0 alone.
@@ -397,8 +385,8 @@ def _make_stream_mask(
     if sparse:
         return flex_mask(layout, num_streams, first_query, causal_columns=causal)
     device, keys = layout.block_ids.device, num_streams * layout.block_ids.shape[1]
-    see = stream_visibility(layout, first_query=first_query, causal_columns=causal)
+    is_visible = stream_visibility(layout, first_query=first_query, causal_columns=causal)
     row = torch.arange(layout.num_rows, device=device)[:, None, None]
     query = torch.arange(keys - first_query, device=device)[None, :, None]
-    seen = see(row, None, query, torch.arange(keys, device=device)[None, None, :]).unsqueeze(1)
-    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -torch.inf)
+    visible = is_visible(row, None, query, torch.arange(keys, device=device)[None, None, :]).unsqueeze(1)
+    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, -torch.inf)

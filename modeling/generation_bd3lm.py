@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
@@ -21,7 +22,9 @@ from .decoding_bd3lm import BD3LMGenerateOutput, BlockWriter, Trace
 from .decoding_state_bd3lm import EntropyStopCriteria, SecondEosCriteria, SequenceBuffer, StopRules, pad_left
 from .generation_config_bd3lm import (
     BD3LMGenerationConfig,
+    check_generate_arguments,
     check_generation_fields,
+    check_infill_arguments,
     check_known_fields,
     complete_generation_config,
     window_stride,
@@ -36,39 +39,6 @@ logger = logging.get_logger(__name__)
 
 # transformers types the `self` of its mixin as a whole model, which another mixin is not: Any, for a type checker.
 _Generative: Any = GenerationMixin
-
-# Arguments of the forward pass that `generate` sets itself. It would ignore those of a caller.
-_SET_BY_GENERATE = (
-    "labels",
-    "clean_input_ids",
-    "noisy_logits",
-    "timesteps",
-    "block_noise",
-    "token_noise",
-    "count_noise",
-    "num_items_in_batch",
-    "output_attentions",
-    "output_hidden_states",
-)
-
-# Arguments of `generate` about how long a text gets, how many there are and what else is returned.
-_NOT_FOR_INFILL = (
-    "max_new_tokens",
-    "max_length",
-    "min_new_tokens",
-    "min_length",
-    "max_time",
-    "stop_strings",
-    "stopping_criteria",
-    "stop_at_second_eos",
-    "entropy_stop",
-    "num_beams",
-    "num_return_sequences",
-    "streamer",
-    "past_key_values",
-    "output_scores",
-    "output_logits",
-)
 
 
 def write_blocks(writer: Any, stop: StopRules, streamer: Any) -> None:
@@ -134,6 +104,23 @@ class BlockGenerationMixin(_Generative):
             if getattr(self.generation_config, name) is None:
                 setattr(self.generation_config, name, getattr(self.config, name, None))
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize as transformers does; the mask token, of which every block is made first, keeps its id.
+
+        Raises:
+            ValueError: if the new vocabulary would not hold the mask token.
+        """
+        self._check_keeps_mask_token(new_num_tokens)
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+    def _check_keeps_mask_token(self, new_num_tokens: int | None) -> None:
+        mask = self.config.mask_token_id
+        if new_num_tokens is not None and new_num_tokens <= mask:
+            raise ValueError(
+                f"resize_token_embeddings({new_num_tokens}) would drop mask_token_id={mask}: keep at least {mask + 1} "
+                f"tokens."
+            )
+
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[Any, dict]:
@@ -167,17 +154,7 @@ class BlockGenerationMixin(_Generative):
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         # Some tokenizers return token types, which mean nothing to these models.
         super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k != "token_type_ids"})
-        unfit = [name for name in _SET_BY_GENERATE if model_kwargs.get(name) is not None]
-        if unfit:
-            raise ValueError(
-                f"generate does not take {', '.join(unfit)}: call the model itself for losses, attentions and hidden "
-                f"states."
-            )
-        if model_kwargs.get("position_ids") is not None:
-            raise ValueError(
-                "generate does not take position_ids: it counts the tokens of each row. Mark padding in "
-                "attention_mask, and give packed documents rows of their own."
-            )
+        check_generate_arguments(model_kwargs)
 
     def _get_logits_processor(
         self,
@@ -447,12 +424,7 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         """
         if isinstance(generation_config, Mapping):
             generation_config, kwargs = None, {**generation_config, **kwargs}
-        unfit = [name for name in _NOT_FOR_INFILL if kwargs.get(name) is not None]
-        if unfit:
-            raise ValueError(
-                f"infill does not take {', '.join(unfit)}: it replaces mask tokens and does not change the length of "
-                f"a text. Leave it out, or call generate to continue a text."
-            )
+        check_infill_arguments(kwargs)
         check_ids(input_ids, "input_ids")
         config, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
         self._validate_model_kwargs(model_kwargs)

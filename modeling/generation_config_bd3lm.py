@@ -148,6 +148,73 @@ def check_generation_fields(config: Any) -> None:
         check_entropy_stop(config.entropy_stop, config.entropy_stop_window)
 
 
+# Arguments of the forward pass that `generate` sets itself. It would ignore those of a caller.
+_SET_BY_GENERATE = (
+    "labels",
+    "clean_input_ids",
+    "noisy_logits",
+    "timesteps",
+    "block_noise",
+    "token_noise",
+    "count_noise",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+)
+
+# Arguments of `generate` about how long a text gets, how many there are and what else is returned.
+_NOT_FOR_INFILL = (
+    "max_new_tokens",
+    "max_length",
+    "min_new_tokens",
+    "min_length",
+    "max_time",
+    "stop_strings",
+    "stopping_criteria",
+    "stop_at_second_eos",
+    "entropy_stop",
+    "num_beams",
+    "num_return_sequences",
+    "streamer",
+    "past_key_values",
+    "output_scores",
+    "output_logits",
+)
+
+
+def check_generate_arguments(model_kwargs: dict[str, Any]) -> None:
+    """Refuse arguments of the forward pass that `generate` would ignore.
+
+    Raises:
+        ValueError: if one is given.
+    """
+    unfit = [name for name in _SET_BY_GENERATE if model_kwargs.get(name) is not None]
+    if unfit:
+        raise ValueError(
+            f"generate does not take {', '.join(unfit)}: call the model itself for losses, attentions and hidden "
+            f"states."
+        )
+    if model_kwargs.get("position_ids") is not None:
+        raise ValueError(
+            "generate does not take position_ids: it counts the tokens of each row. Mark padding in attention_mask, "
+            "and give packed documents rows of their own."
+        )
+
+
+def check_infill_arguments(kwargs: dict[str, Any]) -> None:
+    """Refuse arguments about lengths and ends, which `infill` does not have.
+
+    Raises:
+        ValueError: if one is given.
+    """
+    unfit = [name for name in _NOT_FOR_INFILL if kwargs.get(name) is not None]
+    if unfit:
+        raise ValueError(
+            f"infill does not take {', '.join(unfit)}: it replaces mask tokens and does not change the length of a "
+            f"text. Leave it out, or call generate to continue a text."
+        )
+
+
 def check_count(name: str, value: Any, meaning: str) -> None:
     """Refuse a field that is not an integer from 1 to a bound that memory allows."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST_STEPS:
@@ -194,7 +261,9 @@ __all__ = [
     "SEDDGenerationConfig",
     "check_choice",
     "check_count",
+    "check_generate_arguments",
     "check_generation_fields",
+    "check_infill_arguments",
     "check_known_fields",
     "check_probability",
     "complete_generation_config",

@@ -41,12 +41,22 @@ def check_arguments(model: Any, given: dict[str, Any], position_ids: torch.Tenso
     )
 
 
-def check_with_labels(input_ids: torch.Tensor | None, **unused: Any) -> None:
-    """Refuse what the loss would ignore.
+def check_loss_arguments(
+    labels: torch.Tensor | None, num_items_in_batch: Any, input_ids: torch.Tensor | None, **unused: Any
+) -> None:
+    """Refuse labels without the text, with what the loss would ignore, or taken out of the batch on the way here.
 
     Raises:
-        ValueError: if there are no ids, or an argument that only the logits depend on; see also [`check_ids`].
+        ValueError: if there are labels but no ids, or an argument that only the logits depend on; if there is a number
+            of items without labels; see also [`check_ids`].
     """
+    if labels is None:
+        if num_items_in_batch is not None:  # from a Trainer whose loss is computed outside of the model
+            raise ValueError(
+                "num_items_in_batch was passed without labels, as by a Trainer with label_smoothing_factor or "
+                "compute_loss_func: this model computes its own loss. Leave these out, so that the labels reach it."
+            )
+        return
     given = [name for name, value in unused.items() if value is not None]
     if given or input_ids is None:
         raise ValueError(
@@ -113,9 +123,7 @@ def check_attention_mask(attention_mask: torch.Tensor | None, shape: tuple[int, 
     if attention_mask is None:
         return
     if not isinstance(attention_mask, torch.Tensor):
-        raise ValueError(
-            f"attention_mask is a {type(attention_mask).__name__}: pass a tensor of shape {tuple(shape)}."
-        )
+        raise ValueError(f"attention_mask is a {type(attention_mask).__name__}: pass a tensor of {tuple(shape)}.")
     if tuple(attention_mask.shape) != tuple(shape):
         raise ValueError(
             f"attention_mask of shape {tuple(attention_mask.shape)} does not fit tokens of shape {tuple(shape)}: give "
@@ -218,9 +226,7 @@ def check_labels(
     check_ids(input_ids, "input_ids")
     check_ids(labels, "labels")
     if labels.shape != input_ids.shape:
-        raise ValueError(
-            f"labels of shape {tuple(labels.shape)} do not match input_ids of shape {tuple(input_ids.shape)}."
-        )
+        raise ValueError(f"labels of shape {tuple(labels.shape)} do not match input_ids of {tuple(input_ids.shape)}.")
     check_attention_mask(attention_mask, input_ids.shape)
     if not may_read(input_ids.device, may_synchronize):
         return
@@ -241,21 +247,6 @@ def may_read(device: torch.device, may_synchronize: bool | None = None) -> bool:
 
 def _valid_tokens(like: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     return torch.ones_like(like, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-
-
-def check_labels_reach_the_loss(labels: torch.Tensor | None, num_items_in_batch: Any) -> None:
-    """Refuse a training step whose loss is computed outside the model, from logits that are not its objective.
-
-    transformers' `Trainer` then takes the labels out of the batch, but still passes the number of items.
-
-    Raises:
-        ValueError: if there is a number of items without labels.
-    """
-    if labels is None and num_items_in_batch is not None:
-        raise ValueError(
-            "num_items_in_batch was passed without labels, as by a Trainer with label_smoothing_factor or "
-            "compute_loss_func: this model computes its own loss. Leave these out, so that the labels reach the model."
-        )
 
 
 def check_not_next_token_training(network: torch.nn.Module, input_ids: torch.Tensor | None, config: Any) -> None:
@@ -283,9 +274,7 @@ class Layout(NamedTuple):
     position_ids: torch.Tensor  # (batch or 1, length), rotary positions
     block_ids: torch.Tensor  # (batch or 1, length), position_ids // block_size
     valid: torch.Tensor | None  # bool (batch, length), False for padding; None when nothing is padded
-    document_ids: torch.Tensor | None = (
-        None  # (batch or 1, length) where documents are packed, which see only themselves
-    )
+    document_ids: torch.Tensor | None = None  # (batch or 1, length) of packed documents, which see only themselves
 
     @property
     def aligned(self) -> bool:
@@ -383,13 +372,13 @@ class NetworkInputs(NamedTuple):
 def read_inputs(
     network: Any,
     *,
-    input_ids: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    clean_input_ids: torch.Tensor | None,
-    past_key_values: Cache | None,
-    use_cache: bool | None,
-    inputs_embeds: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    clean_input_ids: torch.Tensor | None = None,
+    past_key_values: Cache | None = None,
+    use_cache: bool | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
     **unknown: Any,
 ) -> NetworkInputs:
     """Check the arguments of a forward pass without labels, embed its tokens and open its cache.
@@ -447,9 +436,7 @@ def check_positions(position_ids: torch.Tensor | None, shape: tuple[int, ...]) -
         ValueError: if the shape is neither `(batch, length)` nor `(1, length)`.
     """
     if position_ids is not None and tuple(position_ids.shape) not in (tuple(shape), (1, shape[1])):
-        raise ValueError(
-            f"position_ids of shape {tuple(position_ids.shape)} do not fit tokens of shape {tuple(shape)}."
-        )
+        raise ValueError(f"position_ids of shape {tuple(position_ids.shape)} do not fit tokens of {tuple(shape)}.")
 
 
 def find_documents(

@@ -26,10 +26,9 @@ from .generation_config_bd3lm import BD3LMGenerationConfig
 from .inputs_bd3lm import (
     Layout,
     check_arguments,
-    check_labels_reach_the_loss,
+    check_loss_arguments,
     check_positions,
     check_text,
-    check_with_labels,
     may_read,
     token_layout,
 )
@@ -202,11 +201,12 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         Raises:
             ValueError: if ids are outside the vocabulary, or labels come without input_ids.
         """
-        check_labels_reach_the_loss(labels, num_items_in_batch)
         check_arguments(self, kwargs, position_ids)
+        check_loss_arguments(
+            labels, num_items_in_batch, input_ids, inputs_embeds=inputs_embeds, past_key_values=past_key_values
+        )
         self.config.check_block_size()
         if labels is not None:
-            check_with_labels(input_ids, inputs_embeds=inputs_embeds, past_key_values=past_key_values)
             assert input_ids is not None  # checked
             check_positions(position_ids, input_ids.shape)
             return BD3LMOutput(loss=self._loss(input_ids, labels, attention_mask, num_items_in_batch, position_ids))

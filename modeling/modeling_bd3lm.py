@@ -14,7 +14,7 @@ from .cache_bd3lm import release_buffers
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
-from .inputs_bd3lm import check_arguments, check_labels_reach_the_loss, check_with_labels, find_documents
+from .inputs_bd3lm import check_arguments, check_loss_arguments, find_documents
 from .likelihood_bd3lm import LikelihoodMixin, ScoringRequest, TokenNLL, nelbo
 from .linear_bd3lm import release_prepacked
 from .loss_bd3lm import OwnLossMixin, denoising_loss
@@ -91,17 +91,18 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
         Raises:
             ValueError: if ids are outside the vocabulary, if arguments exclude one another or are unknown.
         """
-        check_labels_reach_the_loss(labels, num_items_in_batch)
         check_arguments(self, kwargs, position_ids)
+        check_loss_arguments(
+            labels,
+            num_items_in_batch,
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            clean_input_ids=clean_input_ids,
+            timesteps=timesteps,
+            past_key_values=past_key_values,
+        )
         self.config.check_block_size()
         if labels is not None:
-            check_with_labels(
-                input_ids,
-                inputs_embeds=inputs_embeds,
-                clean_input_ids=clean_input_ids,
-                timesteps=timesteps,
-                past_key_values=past_key_values,
-            )
             assert input_ids is not None  # checked
             # A Trainer evaluates with `num_items_in_batch` and without gradients; it has no generator to pass.
             evaluates = not (self.training or torch.is_grad_enabled()) and num_items_in_batch is not None

@@ -28,7 +28,6 @@ from transformers import (
 )
 
 from .attention_bd3lm import automatic_attention
-from .backbone_bd3lm import check_resize
 from .cache_bd3lm import BlockCache
 from .configuration_bd3lm_decoders import (
     BD3LMGemma3TextConfig,
@@ -103,7 +102,7 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
             self.adopt_published_decoding(name)
 
     def watch_decoder(self) -> None:
-        """Look at every call of the stock decoder, as trainers that skip this class take a next-token loss of it."""
+        """Check every call of the stock decoder: trainers that bypass this class take a next-token loss from it."""
         self.base_model.register_forward_pre_hook(_check_direct_call, with_kwargs=True)
 
     @property
@@ -133,7 +132,7 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
         return super()._sample(input_ids, *args, **kwargs)
 
     def logits_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return what makes logits of hidden states, with the family's soft cap."""
+        """Return the head, a function from hidden states to logits, with the family's soft cap."""
         head, cap = self.get_output_embeddings(), getattr(self.config, "final_logit_softcapping", None)
         return head if cap is None else lambda hidden: cap * torch.tanh(head(hidden) / cap)
 
@@ -188,18 +187,9 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
         embeds = self.backbone.vocab_embed(ids)
         return self.backbone.two_streams(embeds, layout, num_noise_samples=num_noise_samples, cache=cache)[0]
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Resize as transformers does; the mask token keeps its id.
-
-        Raises:
-            ValueError: if the new vocabulary would not hold the mask token.
-        """
-        check_resize(new_num_tokens, self.config.mask_token_id)
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-
 
 def _check_direct_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Look at calls of the stock decoder by others than [`DecoderBackbone`], which passes embeddings, never ids."""
+    """Check calls of the stock decoder by others than [`DecoderBackbone`], which passes embeddings, never ids."""
     input_ids = args[0] if args else kwargs.get("input_ids")
     if input_ids is not None:
         check_not_next_token_training(decoder, input_ids, decoder.config)
@@ -220,12 +210,10 @@ class _TwoLossNetwork:
         layout: Layout,
         masked_indices: torch.Tensor,
         sigma: torch.Tensor | None,
-        *,
-        cache: Any = None,
-        num_noise_samples: int = 1,
+        **streams: Any,
     ) -> torch.Tensor:
         """Return the hidden states that predict the masked tokens."""
-        hidden = self.model.stream_hidden(x_t, x_0, layout, cache=cache, num_noise_samples=num_noise_samples)
+        hidden = self.model.stream_hidden(x_t, x_0, layout, **streams)
         self.clean_hidden, self.layout = hidden.clean, layout
         return hidden.noisy.flatten(0, 1)[masked_indices]
 

@@ -21,13 +21,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_ssdlm import SSDLMConfig
 from .generation_ssdlm import SSDLMGenerationConfig, SSDLMGenerationMixin
-from .inputs_bd3lm import (
-    check_arguments,
-    check_attention_mask,
-    check_labels,
-    check_labels_reach_the_loss,
-    check_with_labels,
-)
+from .inputs_bd3lm import check_arguments, check_attention_mask, check_labels, check_loss_arguments
 from .loss_bd3lm import OwnLossMixin
 from .saving_bd3lm import SelfContainedModel
 from .simplex_ssdlm import almost_one_hot, noisy_logits, simplex_schedule
@@ -142,14 +136,10 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
         """Resize as transformers does; in the simplex layer new tokens begin as their word embeddings, too.
 
         Raises:
-            ValueError: if the mask token would be cut off.
+            ValueError: if the new vocabulary would not hold the mask token.
         """
         config = self.config
-        if new_num_tokens is not None and new_num_tokens <= config.mask_token_id:
-            raise ValueError(
-                f"new_num_tokens={new_num_tokens} would cut off mask_token_id={config.mask_token_id}: keep at least "
-                f"{config.mask_token_id + 1} tokens."
-            )
+        self._check_keeps_mask_token(new_num_tokens)
         words = self.model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         # transformers resizes the encoder only: the simplex layer has a column for each token, too.
         old, size = self.embed_sum.weight.data, words.num_embeddings
@@ -192,12 +182,11 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
         Raises:
             ValueError: if neither a block nor labels are given, or if a text is too short for a context and a block.
         """
-        check_labels_reach_the_loss(labels, num_items_in_batch)
         check_arguments(self, kwargs)
+        check_loss_arguments(labels, num_items_in_batch, input_ids, noisy_logits=noisy_logits, timesteps=timesteps)
         self.config.check_block_size()
-        if labels is not None or input_ids is None:
-            check_with_labels(input_ids, noisy_logits=noisy_logits, timesteps=timesteps)
-        assert input_ids is not None  # checked
+        if input_ids is None:
+            raise ValueError("input_ids are missing: pass the context of the block, or with labels a text.")
         check_attention_mask(attention_mask, input_ids.shape)
         if labels is not None:
             check_labels(self.config, input_ids, labels, attention_mask)
