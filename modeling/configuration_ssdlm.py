@@ -58,6 +58,9 @@ class SSDLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # The encoder is made here, before transformers gives the sizes their common names.
+        for name, common_name in ((ours, theirs) for theirs, ours in self.attribute_map.items() if theirs in kwargs):
+            setattr(self, name, kwargs.pop(common_name))
         self._check()
         if self.encoder_config is None:
             self.encoder_config = self._roberta()

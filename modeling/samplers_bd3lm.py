@@ -214,7 +214,7 @@ class FirstHittingSampler(HittingSampler):
             mask_prob = state.mask_prob * hitting_times(count, rank.shape[1], uniform).gather(1, rank)
         if self.num_steps is None:
             return rank, mask_prob
-        return rank * count.clamp(max=self.num_steps) // count.clamp(min=1), mask_prob
+        return rank * self.num_steps // count.clamp(min=1), mask_prob
 
 
 def hitting_times(count: torch.Tensor, length: int, uniform: torch.Tensor | None = None) -> torch.Tensor:

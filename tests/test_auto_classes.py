@@ -83,7 +83,7 @@ def make_folder(make_speaker, tiny_tokenizer, tmp_path):
         model.save_pretrained(folder)
         tiny_tokenizer.save_pretrained(folder)
         # Longer than the window, for those with a sliding one.
-        texts = [{"input_ids": PROMPTS, "attention_mask": torch.tensor(mask), "max_new_tokens": 20} for mask in MASKS]
+        texts = [{"input_ids": PROMPTS, "attention_mask": torch.tensor(mask), "max_new_tokens": 13} for mask in MASKS]
         expected = {
             "config": type(model.config).__name__,
             "generation config": model.generation_config.to_dict(),

@@ -3,6 +3,7 @@
 import ast
 import configparser
 import fnmatch
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -30,13 +31,19 @@ UPWARD = {"bd3lm_hf/auto_classes.py": "bd3lm_hf.hub_upload.push", "bd3lm_hf/cli.
 TRAVELS_WITH = {"torch", "transformers"}  # all that the code on the Hub may ask of its user's machine
 
 
+@functools.cache
+def parsed(path: Path) -> list[ast.AST]:
+    """All nodes of a file."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))))
+
+
 def source_files(room: str) -> list[Path]:
     return sorted((ROOT / room).rglob("*.py"))
 
 
 def imports(path: Path, package: str) -> Iterator[tuple[int, str]]:
     """Every (line, absolute dotted name) that a file of `package` imports, at the top or inside a function."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+    for node in parsed(path):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -60,7 +67,7 @@ def room_of(name: str) -> str | None:
 
 def module_strings(path: Path) -> Iterator[tuple[int, str]]:
     """Every (line, text) of a string that names a module of ours, as `importlib.import_module` would take it."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+    for node in parsed(path):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(MODULE, node.value):
             yield node.lineno, node.value
 
@@ -135,7 +142,7 @@ def test_modeling_imports_its_own_files_in_the_form_that_save_pretrained_follows
     # `from .x import y` is copied beside the weights; `from . import x` and absolute imports are not.
     wrong = []
     for path in source_files("modeling"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in parsed(path):
             if isinstance(node, ast.ImportFrom) and node.level and (node.level > 1 or not node.module):
                 wrong.append(f"{path.name}:{node.lineno} imports from {'.' * node.level}{node.module or ''}")
         wrong += [
@@ -376,21 +383,28 @@ def test_importing_the_package_imports_nothing_heavy():
     assert imported("import bd3lm_hf") == []
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import bd3lm_hf",
-        "from bd3lm_hf.modeling.modeling_bd3lm import *",
-        "import bd3lm_hf, transformers.modeling_layers",
-        "import bd3lm_hf.foreign_layouts",
-    ],
-)
-def test_the_auto_classes_know_the_models_whichever_module_is_imported_first(first):
-    load = "from transformers import AutoModelForMaskedLM, CONFIG_MAPPING"
-    build = "config = CONFIG_MAPPING['bd3lm'](vocab_size=8, model_length=8, hidden_dim=8, n_blocks=1, n_heads=1)"
-    check = "assert type(AutoModelForMaskedLM.from_config(config)).__module__ == 'bd3lm_hf.modeling.modeling_bd3lm'"
-    libraries = imported("\n".join([first, load, build, check]))
-    assert not {"datasets", "evaluate", "peft", "pyarrow"} & set(libraries)
+def test_the_auto_classes_know_the_models_whichever_module_is_imported_first():
+    # Each case is a fork of one process that has imported torch, which takes most of the time.
+    forks = """
+import os, sys, torch._dynamo, torch.distributed.checkpoint
+for first in (
+    "import bd3lm_hf",
+    "from bd3lm_hf.modeling.modeling_bd3lm import *",
+    "import bd3lm_hf, transformers.modeling_layers",
+    "import bd3lm_hf.foreign_layouts",
+):
+    if os.fork():
+        assert os.wait()[1] == 0, first
+    else:
+        exec(first)
+        from transformers import AutoModelForMaskedLM, CONFIG_MAPPING
+        config = CONFIG_MAPPING["bd3lm"](vocab_size=8, model_length=8, hidden_dim=8, n_blocks=1, n_heads=1)
+        model = AutoModelForMaskedLM.from_config(config)
+        assert type(model).__module__ == "bd3lm_hf.modeling.modeling_bd3lm"
+        assert not {"datasets", "evaluate", "peft", "pyarrow"} & set(sys.modules)
+        os._exit(0)
+"""
+    assert "transformers" not in imported(forks)
 
 
 def test_a_missing_public_name_is_an_attribute_error():

@@ -6,6 +6,7 @@ imported or run. The documents depend on the Python version only, not on the mac
 """
 
 import ast
+import functools
 import sysconfig
 import tokenize
 import warnings
@@ -47,11 +48,7 @@ def python_docs() -> list[Document]:
             "full standard library (on Debian: libpython3-stdlib), or name a text file as the dataset."
         ) from error
     documents = [Document(f"topic/{name}", text.strip()) for name, text in sorted(topics.items())]
-    for path in _source_files(skip_tests=True):
-        text = _documentation(_module_name(path), _read_source(path))
-        if text:
-            documents.append(Document(f"module/{_module_name(path)}", text))
-    return [document for document in documents if document.text]
+    return [document for document in (*documents, *_module_documents()) if document.text]
 
 
 def python_source() -> list[Document]:
@@ -66,6 +63,12 @@ def python_source() -> list[Document]:
     root = _standard_library()
     documents = (Document(_relative(path, root), _read_source(path)) for path in _source_files(skip_tests=False))
     return [document for document in documents if document.text.strip()]
+
+
+@functools.cache  # parsing takes seconds, and each split of the dataset asks for all documents
+def _module_documents() -> tuple[Document, ...]:
+    names = ((_module_name(path), path) for path in _source_files(skip_tests=True))
+    return tuple(Document(f"module/{name}", _documentation(name, _read_source(path))) for name, path in names)
 
 
 def _standard_library() -> Path:

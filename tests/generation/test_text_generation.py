@@ -72,7 +72,7 @@ def test_baselines_that_denoise_draw_by_row_too(randomize):
 
 
 def test_simplex_diffusion_generator_per_row_too(randomize):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes = {"hidden_dim": 16, "n_blocks": 1, "n_heads": 2}
     config = SSDLMConfig(vocab_size=48, model_length=20, block_size=5, bos_token_id=0, **sizes)
     model = randomize(SSDLMForMaskedLM(config)).eval()
     how = {"do_sample": True, "num_denoising_steps": 3}

@@ -157,6 +157,13 @@ def test_an_encoder_without_a_head_is_no_encoder_to_diffuse_with():
         SSDLMForMaskedLM.from_encoder(encoder, block_size=4, model_length=16)
 
 
+def test_the_sizes_have_their_common_names_too():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
+    config = SSDLMConfig(**sizes, block_size=4)
+    assert (config.hidden_dim, config.n_blocks, config.n_heads, config.model_length) == (16, 1, 2, 16)
+    assert (config.encoder_config.hidden_size, config.encoder_config.num_hidden_layers) == (16, 1)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
