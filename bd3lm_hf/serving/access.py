@@ -9,7 +9,7 @@ import json
 import secrets
 from typing import Any
 
-from fastapi.responses import JSONResponse
+from bd3lm_hf.serving.errors import error_response
 
 
 _MOST_BYTES = 10 * 2**20  # of a request
@@ -96,9 +96,3 @@ def _fault(body: bytes) -> str | None:
     except (ValueError, RecursionError):
         return "the request is not valid JSON."
     return None if isinstance(content, dict) else "the request must be a JSON object."
-
-
-def error_response(status: int, message: str) -> JSONResponse:
-    """Return an error in OpenAI's form."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status_code=status)

@@ -27,8 +27,9 @@ class PlainText:
         """Return `input_ids` and `attention_mask`, `(1, length)`.
 
         Raises:
-            ValueError: if the text has no tokens.
+            ValueError: if the text has no tokens, or half of a surrogate pair.
         """
+        text.encode()  # a tokenizer calls such a text by another type
         if self._mask and self._mask in text:
             ids = self._with_literal_masks(text, add_special_tokens)
         else:

@@ -1,4 +1,4 @@
-"""The fields of a request: which are honoured, which are refused, and the generation config that they make.
+"""The fields of a request: which are honoured and which are refused.
 
 OpenAI's schema has many fields that nothing here honours. One that would change the answer is refused by name, so that
 no answer is silently another one than was asked for.
@@ -9,10 +9,6 @@ from typing import Any
 
 from fastapi import HTTPException
 from transformers import GenerationConfig
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.completion import CompletionHandler
-
-from bd3lm_hf.serving.settings import ServeSettings
 
 
 # Fields of `generate` that a request may set directly (`extra_body` of the openai package).
@@ -84,7 +80,7 @@ _MOST_TOKENS = 10**6
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "temperature": (0, 100, False),
     "top_p": (0, 1, False),
-    "frequency_penalty": (-1, 2, False),
+    "frequency_penalty": (-0.99, 2, False),  # transformers multiplies by one more
     "max_tokens": (1, _MOST_TOKENS, True),
     "max_completion_tokens": (1, _MOST_TOKENS, True),
     "seed": (-(2**63), 2**64 - 1, True),
@@ -109,8 +105,12 @@ def check_fields(body: dict[str, Any], known: set[str]) -> None:
     for name, (low, high, whole) in _RANGES.items():
         _check_number(name, body.get(name), low, high, whole)
     _check_stop("stop", body.get("stop"))
-    if not isinstance(body.get("stream"), bool | None):
-        raise HTTPException(400, f"stream={body['stream']!r}: expected true or false.")
+    for name in ("stream", "do_sample"):
+        _check_flag(name, body.get(name))
+    options = body.get("stream_options")
+    if not isinstance(options, dict | None):
+        raise HTTPException(400, f"stream_options={options!r}: expected an object.")
+    _check_flag("stream_options.include_usage", (options or {}).get("include_usage"))
 
 
 def _check_number(name: str, value: Any, low: float, high: float, whole: bool) -> None:
@@ -120,6 +120,11 @@ def _check_number(name: str, value: Any, low: float, high: float, whole: bool) -
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         kind = "an integer" if whole else "a number"
         raise HTTPException(400, f"{name}={value!r}: expected {kind} from {low} to {high}.")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool | None):
+        raise HTTPException(400, f"{name}={value!r}: expected true or false.")
 
 
 def _check_stop(name: str, value: Any) -> None:
@@ -155,64 +160,5 @@ def own_fields(body: dict[str, Any], base: GenerationConfig) -> dict[str, Any]:
             raise HTTPException(400, f"generation_config: {name}={given[name]!r} is not supported: leave it out.")
     _check_number("max_new_tokens", fields.get("max_new_tokens"), 1, _MOST_TOKENS, True)
     _check_stop("stop_strings", fields.get("stop_strings"))
+    _check_flag("do_sample", fields.get("do_sample"))
     return {**fields, **direct}
-
-
-class RequestFields:
-    """Checks of a request that transformers' handlers leave out; mixed into both of them."""
-
-    settings: ServeSettings
-    _valid_params_class: Any
-
-    def _validate_request(self, body: dict) -> None:
-        check_fields(body, set(self._valid_params_class.__mutable_keys__))
-
-    def _build_generation_config(
-        self, body: dict, model_generation_config: GenerationConfig, use_cb: bool = False
-    ) -> GenerationConfig:
-        """Return the fields of a request on top of those of the command line, on top of those of the folder."""
-        ours = own_fields(body, model_generation_config)
-        limits = {"max_new_tokens": self.settings.max_tokens, "max_length": None}
-        # Sampling is what clients of this interface expect; temperature 0 turns it off.
-        fields = {"do_sample": True, **limits, **self.settings.defaults, **ours}
-        made = type(model_generation_config).from_dict({**model_generation_config.to_dict(), **fields})
-        limit = made.max_new_tokens
-        # The seed is of this request alone; transformers' handler would set that of the whole process.
-        rest = {name: value for name, value in body.items() if name not in ("generation_config", "seed")}
-        config = super()._build_generation_config(rest, made, use_cb=use_cb)  # type: ignore[misc]
-        if body.get("max_tokens") is None and body.get("max_completion_tokens") is None:
-            config.max_new_tokens = limit  # which transformers raises to 1,024
-        if config.temperature == 0:
-            config.temperature, config.do_sample = 1.0, False
-        config.seed = body.get("seed")
-        return config
-
-
-class Completions(RequestFields, CompletionHandler):
-    """Answers `/v1/completions`."""
-
-
-class Chat(RequestFields, ChatCompletionHandler):
-    """Answers `/v1/chat/completions`."""
-
-    async def handle_request(self, body: dict, request_id: str) -> Any:
-        """Check the conversation, and answer it."""
-        tokenizer = self.model_manager.load_model_and_processor("")[1]
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise HTTPException(400, "this model has no chat template: use /v1/completions.")
-        messages = body.get("messages")
-        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-            raise HTTPException(
-                400, "messages: expected a list of objects with a role and a content, a text or a list of text parts."
-            )
-        return await super().handle_request(body, request_id)
-
-
-def _is_message(message: Any) -> bool:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        return False
-    content = message.get("content")
-    return isinstance(content, str | None) or (
-        isinstance(content, list)
-        and all(isinstance(part, dict) and isinstance(part.get("text"), str) and "type" in part for part in content)
-    )

@@ -69,7 +69,7 @@ class Request:
     def stop_strings(self) -> list[str]:
         """Strings that end the text and are not part of it."""
         stop = self.config.stop_strings
-        return [stop] if isinstance(stop, str) else [text for text in stop or [] if text]
+        return [text for text in ([stop] if isinstance(stop, str) else stop or []) if text]
 
     def take(self, tokens: list[int], tokenizer: Any, finished: bool = False) -> None:
         """Append new tokens, and end the request at an end token, a stop string or its limit.

@@ -10,10 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
-from fastapi import Request as HTTPRequest
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
-from jinja2 import TemplateError
+from fastapi.responses import PlainTextResponse
 from transformers import GenerationConfig
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.response import ResponseHandler
@@ -23,10 +20,11 @@ from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import BaseGenerateManager, GenerationState, Modality, _StreamError
 
 from bd3lm_hf.checkpoints import window_of
-from bd3lm_hf.serving.access import Access, error_response
-from bd3lm_hf.serving.batching import Batcher, QueueFullError, Request, ServerStoppedError
+from bd3lm_hf.serving.access import Access
+from bd3lm_hf.serving.batching import Batcher, Request
+from bd3lm_hf.serving.errors import add_error_handlers, describe, error_content
+from bd3lm_hf.serving.handlers import Chat, Completions
 from bd3lm_hf.serving.plain_text import PlainText
-from bd3lm_hf.serving.request_fields import Chat, Completions
 from bd3lm_hf.serving.settings import ServeSettings
 
 
@@ -40,6 +38,11 @@ class LoadedModel(ModelManager):
     def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
         super().__init__(force_model=None)
         self.force_model, self._model, self._tokenizer = name, model, PlainText(tokenizer)
+
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        """Return the name as it is: transformers would add a revision, and clients send back the name they got."""
+        return model_id
 
     def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Return the model and its tokenizer."""
@@ -58,7 +61,7 @@ class LoadedModel(ModelManager):
     ) -> AsyncIterator[str]:
         """Yield one event: the model is ready, or another one was asked for."""
         event = {"status": "ready", "model": self.force_model, "cached": True}
-        if model_id_and_revision != self.process_model_name(str(self.force_model)):
+        if model_id_and_revision != self.force_model:
             event = {"status": "error", "message": f"this server has one model, {self.force_model}: name that."}
         yield f"data: {json.dumps(event)}\n\n"
 
@@ -82,7 +85,8 @@ class _QueueStreamer:
 
     def end(self, error: BaseException | None) -> None:
         """End the stream, with an error if there is one."""
-        item = None if error is None else _StreamError(json.dumps(str(error))[1:-1])
+        # transformers puts the message between quotes; `event_stream.py` reads it.
+        item = None if error is None else _StreamError(json.dumps(json.dumps(error_content(*describe(error))))[1:-1])
         self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
 
     def cancel(self) -> None:
@@ -207,50 +211,21 @@ def make_app(model: Any, tokenizer: Any, settings: ServeSettings) -> FastAPI:
     )
     # Routes of other kinds of models, and those that load and unload: this server has one model.
     app.router.routes = [route for route in app.router.routes if getattr(route, "path", "") in ROUTES]
+    app.add_api_route("/v1/models/{name:path}", lambda name: _named_model(manager, name), methods=["GET"])
     app.add_api_route("/metrics", lambda: PlainTextResponse(_metrics(batcher)), methods=["GET"])
-    _add_errors(app)
+    add_error_handlers(app)
     app.add_middleware(Access, api_key=settings.api_key)
     app.state.batcher = batcher
     return app
 
 
+def _named_model(manager: LoadedModel, name: str) -> dict:
+    for model in manager.get_gen_models():
+        if model["id"] == name:
+            return model
+    raise HTTPException(404, f"this server has one model, {manager.force_model}: name that.")
+
+
 def _metrics(batcher: Batcher) -> str:
     """Return the counts in Prometheus' text format."""
     return "".join(f"bd3lm_{name} {value:g}\n" for name, value in batcher.statistics().items())
-
-
-def _add_errors(app: FastAPI) -> None:
-    """Answer every failure in OpenAI's form, without a traceback."""
-
-    @app.exception_handler(404)
-    @app.exception_handler(405)
-    @app.exception_handler(HTTPException)
-    async def refused(_request: HTTPRequest, error: HTTPException) -> JSONResponse:
-        return error_response(error.status_code, str(error.detail))
-
-    @app.exception_handler(RequestValidationError)
-    async def not_an_object(_request: HTTPRequest, _error: RequestValidationError) -> JSONResponse:
-        return error_response(
-            422, "the body must be a JSON object, sent with the header 'Content-Type: application/json'."
-        )
-
-    @app.exception_handler(QueueFullError)
-    async def busy(_request: HTTPRequest, error: QueueFullError) -> JSONResponse:
-        response = error_response(429, str(error))
-        response.headers["Retry-After"] = "1"
-        return response
-
-    @app.exception_handler(ServerStoppedError)
-    async def stopped(_request: HTTPRequest, error: ServerStoppedError) -> JSONResponse:
-        return error_response(503, str(error))
-
-    async def bad_input(_request: HTTPRequest, error: Exception) -> JSONResponse:
-        return error_response(400, " ".join(str(error).split()))
-
-    # What generate, the tokenizer and the chat template say of a request's fields.
-    for kind in (ValueError, TypeError, KeyError, TemplateError):
-        app.add_exception_handler(kind, bad_input)
-
-    @app.exception_handler(Exception)
-    async def failed(_request: HTTPRequest, error: Exception) -> JSONResponse:
-        return error_response(500, f"the server failed: {type(error).__name__}.")

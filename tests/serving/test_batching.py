@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig
 
 from bd3lm_hf import ARConfig, ARForCausalLM, SSDLMConfig, SSDLMForMaskedLM
 from bd3lm_hf.modeling.windows_bd3lm import DecodingNetwork
+from bd3lm_hf.serving import batching
 from bd3lm_hf.serving.batching import Batcher, QueueFullError, Request
 
 
@@ -164,6 +165,33 @@ def test_a_batch_takes_the_passes_of_its_longest_text_and_reads_nothing_twice(ma
     assert passes <= longest + 4 + len(prompts)
     assert sum(count for count, _ in alone) > 6 * passes
     assert tokens <= 1.1 * sum(count for _, count in alone)
+
+
+def test_the_next_requests_of_answered_clients_begin_together(make_model, serve, monkeypatch):
+    monkeypatch.setattr(batching, "_PATIENCE", 1e6)
+    monkeypatch.setattr(batching, "_MOST_PATIENCE", 60)  # more than any thread takes to send a request
+    model = make_model(pad_token_id=0)
+    batcher, network = serve(model), Network(monkeypatch)
+
+    def callers():
+        return [Caller(model, [1, 2], 8, seed) for seed in range(3)]
+
+    def submit(three):
+        for caller in three:
+            batcher.submit(caller.request)
+
+    first, second = callers(), callers()
+    with batcher._changed:  # so that the three of the first round begin together
+        submit(first)
+    for caller in first:
+        caller.wait()
+    passes = network.passes
+    timer = threading.Timer(0.05, submit, [second[1:]])
+    batcher.submit(second[0].request)
+    timer.start()
+    for caller in second:
+        caller.wait()
+    assert network.passes == 2 * passes
 
 
 def test_one_request_with_other_settings_does_not_wait_for_a_long_one(make_model, serve):

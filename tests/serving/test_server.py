@@ -67,6 +67,17 @@ class Server:
         connection.close()
         return answer.status, content
 
+    def events(self, body, path):
+        """Return the content type and the events of a streamed answer, as they are sent."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        data = json.dumps({**body, "stream": True})
+        connection.request("POST", path, data, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        parts = answer.read().decode().split("\n\n")
+        connection.close()
+        assert parts.pop() == "" and all(part.startswith("data: ") for part in parts)
+        return answer.getheader("Content-Type"), [part.removeprefix("data: ") for part in parts]
+
     def close(self):
         self.server.should_exit = True
         self.thread.join(timeout=20)
@@ -116,6 +127,39 @@ def test_a_completion_is_reproducible_counted_and_the_same_when_streamed(server)
     assert chunks[-1].choices[0].finish_reason == "length"
     other = client.completions.create(**{**options, "seed": 8})
     assert other.choices[0].text != answer.choices[0].text
+
+
+PROMPT, MESSAGES = {"prompt": "The dog"}, {"messages": [{"role": "user", "content": "The dog"}]}
+
+
+@pytest.mark.parametrize("own_event", [False, True])
+@pytest.mark.parametrize(("path", "asked"), [("/v1/completions", PROMPT), ("/v1/chat/completions", MESSAGES)])
+def test_events_are_those_of_openai(server, path, asked, own_event):
+    body = {**asked, "model": "tiny", "max_tokens": 40, "seed": 7}
+    status, whole = server.post(body, path)
+    kind, events = server.events({**body, "stream_options": {"include_usage": own_event}}, path)
+    assert status == 200 and kind.startswith("text/event-stream") and events.pop() == "[DONE]"
+    events = [json.loads(event) for event in events]
+    assert {event["model"] for event in events} == {whole["model"]} == {"tiny"}
+    assert [event["usage"] for event in events if "usage" in event] == [events[-1]["usage"]] == [whole["usage"]]
+    assert bool(events[-1]["choices"]) != own_event
+    choices = [choice for event in events for choice in event["choices"]]
+    assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["length"]
+    assert {choice["logprobs"] for choice in [*choices, *whole["choices"]]} == {None}
+    if asked is PROMPT:
+        assert "".join(choice["text"] for choice in choices) == whole["choices"][0]["text"]
+    else:
+        assert choices[0]["delta"] == {"role": "assistant"}
+        text = "".join(choice["delta"].get("content", "") for choice in choices)
+        assert text == whole["choices"][0]["message"]["content"]
+
+
+def test_an_answer_can_be_sent_back_as_clients_dump_it(server):
+    client, messages = server.client(), [{"role": "user", "content": "Hello"}]
+    for _ in range(2):  # the window has room for two answers
+        answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=2, seed=1)
+        messages.append(answer.choices[0].message.model_dump())  # with all its fields that are null
+    assert "tool_calls" in messages[-1]
 
 
 def check_chat(server):
@@ -180,6 +224,7 @@ def test_a_stop_string_is_left_out(server):
     client = server.client()
     options = {"model": "tiny", "prompt": "The dog", "max_tokens": 30, "seed": 7}
     text = client.completions.create(**options).choices[0].text
+    assert client.completions.create(**options, stop="").choices[0].text == text
     pieces = [text[at : at + 5] for at in range(3, len(text) - 5, 7)]
     stops = [text[len(text) // 2], *(piece for piece in pieces if "\ufffd" not in piece)]
     assert len(stops) > 1  # the longer ones begin in one token and end in another
@@ -214,13 +259,19 @@ def test_a_stop_string_is_left_out(server):
         ({"prompt": "a", "generation_config": {"colour": 1}}, 400, "colour"),
         ({"prompt": ["a", "b"]}, 400, "prompt"),
         ({"prompt": "a", "model": "other"}, 400, "other"),
+        ({"prompt": "a", "do_sample": "yes"}, 400, "do_sample='yes'"),
+        ({"prompt": "a", "top_k": -1}, 400, "top_k"),
+        ({"prompt": "a", "generation_config": {"bad_words_ids": [[10**6]]}}, 400, "1000000"),
+        ({"prompt": "a", "stream_options": 3}, 400, "stream_options=3"),
+        ({"prompt": "\ud800"}, 400, "surrogates"),
         ("{", 400, "JSON"),
         ("[]", 400, "object"),
     ],
 )
 def test_bad_requests_are_refused_by_name(server, body, status, named):
-    found, answer = server.post(body)
-    assert found == status and named in answer["error"]["message"]
+    for request in (body, {"stream": True, **body} if isinstance(body, dict) else body):
+        found, answer = server.post(request)
+        assert found == status == answer["error"]["code"] and named in answer["error"]["message"]
 
 
 def test_a_body_that_is_too_large_is_refused(server):
@@ -229,8 +280,21 @@ def test_a_body_that_is_too_large_is_refused(server):
 
 
 def test_messages_that_are_none_and_a_model_without_a_template(server, folder_of):
-    for messages in (None, [], ["hi"], [{"content": "hi"}]):
-        assert server.post({"messages": messages}, "/v1/chat/completions")[0] == 400
+    user = {"role": "user", "content": "hi"}
+    for fields, named in (
+        ({}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": [user, "hi"]}, "messages[1]"),
+        ({"messages": [{"content": "hi"}]}, "messages[0]"),
+        ({"messages": [{**user, "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ({"messages": [{**user, "tool_calls": [3]}]}, "messages[0].tool_calls"),
+        ({"messages": [{**user, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "tool_calls"),
+        ({"messages": [user], "tools": 3}, "tools=3"),
+        ({"messages": [user], "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template"),
+        ({"messages": [user], "chat_template_kwargs": 3}, "chat_template_kwargs=3"),
+    ):
+        status, answer = server.post(fields, "/v1/chat/completions")
+        assert status == 400 and named in answer["error"]["message"]
     plain = Server(folder_of(chat=False))
     status, answer = plain.post({"messages": [{"role": "user", "content": "hi"}]}, "/v1/chat/completions")
     plain.close()
@@ -291,7 +355,10 @@ def test_a_client_that_hangs_up_before_its_answer_cancels_its_request(server):
 
 
 def test_what_can_be_looked_at(server):
-    assert [model.id for model in server.client().models.list()] == ["tiny"]
+    client = server.client()
+    assert [model.id for model in client.models.list()] == [client.models.retrieve("tiny").id] == ["tiny"]
+    with pytest.raises(openai.NotFoundError, match="tiny"):
+        client.models.retrieve("other")
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     for path, text in (("/health", "ok"), ("/metrics", "bd3lm_tokens_generated ")):
         connection.request("GET", path)
