@@ -8,12 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.utils import logging
 
 from .cache_bd3lm import open_cache
+from .callers_bd3lm import check_caller, warn_of_visible_tokens
 
-
-logger = logging.get_logger(__name__)
 
 # Read by transformers' wrapper of forward, or sent by tokenizers and generate without a meaning for these models.
 _HARMLESS = {"return_dict", "output_hidden_states", "output_attentions", "token_type_ids", "cache_position"}
@@ -142,32 +140,6 @@ def check_attention_mask(attention_mask: torch.Tensor | None, shape: tuple[int, 
         )
 
 
-def warn_of_visible_tokens(
-    network: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, mask_token_id: int
-) -> None:
-    """Warn once when there is nothing to denoise: a caller probably takes the outputs for next-token predictions.
-
-    On an accelerator only the first call of a network is checked, as each check waits for the device.
-    """
-    if torch.compiler.is_compiling():
-        return
-    if input_ids.device.type != "cpu":
-        if vars(network).get("_inputs_seen"):
-            return
-        vars(network)["_inputs_seen"] = True
-    masked = input_ids == mask_token_id
-    if attention_mask is not None and attention_mask.shape == masked.shape:
-        masked = masked & attention_mask.bool()
-    if not masked.any():
-        logger.warning_once(
-            f"A block-diffusion model was given a text without a mask token (mask_token_id={mask_token_id}). Its "
-            f"outputs are not next-token predictions: each position sees its own token. Shifting them by one, as "
-            f"TRL's SFTTrainer and DPOTrainer or lm_eval's hf model do, gives wrong losses and scores. Use "
-            f"model(input_ids, labels=...) with the Trainer or `bd3lm train`, model.token_nll(input_ids) for scores, "
-            f"or model.generate(...) for text."
-        )
-
-
 def default_labels(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """Return labels that score every token of a text except padding."""
     return input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
@@ -247,25 +219,6 @@ def may_read(device: torch.device, may_synchronize: bool | None = None) -> bool:
 
 def _valid_tokens(like: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     return torch.ones_like(like, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-
-
-def check_not_next_token_training(network: torch.nn.Module, input_ids: torch.Tensor | None, config: Any) -> None:
-    """Refuse the call of trainers that take a next-token loss of the states of clean text.
-
-    TRL's trainers never ask the model for its loss: they call `model.base_model` and shift its states by one. A block
-    is bidirectional, so these states see the very token that they would be trained to predict.
-
-    Raises:
-        ValueError: if a text without a mask token is given in training.
-    """
-    if not (network.training and torch.is_grad_enabled()) or config.causal or input_ids is None:
-        return
-    if not bool((input_ids == config.mask_token_id).any()):
-        raise ValueError(
-            "text without a mask token in training, and no labels: a next-token loss does not train a block-diffusion "
-            "model. Use transformers' Trainer or `bd3lm train`, which take the loss of the model; TRL's SFTTrainer "
-            "works with a compute_loss that returns model(**inputs).loss."
-        )
 
 
 class Layout(NamedTuple):
@@ -404,8 +357,10 @@ def read_inputs(
             f"{tuple(embeds.shape[:2])}, and no cache: x_0 itself is the context."
         )
     check_attention_mask(attention_mask, (embeds.shape[0], past + length))
-    if input_ids is not None and clean_input_ids is None and cache is None and not config.causal:
-        warn_of_visible_tokens(network, input_ids, attention_mask, config.mask_token_id)
+    if clean_input_ids is None and cache is None:
+        check_caller(config)
+        if input_ids is not None and not config.causal:
+            warn_of_visible_tokens(network, input_ids, attention_mask, config.mask_token_id)
     # A causal model takes any positions after a cache: those of a window that has moved are not counted from 0.
     packed = None if config.causal and past else position_ids
     layout = token_layout(attention_mask, length, size, past=past, device=embeds.device, position_ids=packed)

@@ -29,6 +29,7 @@ from transformers import (
 
 from .attention_bd3lm import automatic_attention
 from .cache_bd3lm import BlockCache
+from .callers_bd3lm import check_not_next_token_training, warn_of_visible_tokens
 from .configuration_bd3lm_decoders import (
     BD3LMGemma3TextConfig,
     BD3LMGPT2Config,
@@ -49,7 +50,7 @@ from .decoder_backbone_bd3lm import (
     check_length,
     stream_mask,
 )
-from .inputs_bd3lm import Layout, check_not_next_token_training, warn_of_visible_tokens
+from .inputs_bd3lm import Layout
 from .loss_bd3lm import chunked_cross_entropy, denoising_loss, loss_mask, masked_indices
 from .modeling_bd3lm import BlockDiffusionMixin
 from .saving_bd3lm import SelfContainedMixin

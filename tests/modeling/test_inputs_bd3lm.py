@@ -1,17 +1,13 @@
 """The arguments that callers and collators pass to forward, loss and token_nll."""
 
-import logging
-
 import pytest
 import torch
 from decoders import tiny_decoder
 from generating import FAMILIES, make_family
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from transformers import DataCollatorWithFlattening
-from transformers.utils import logging as transformers_logging
 
 from bd3lm_hf import SSDLMConfig, SSDLMForMaskedLM
-from bd3lm_hf.modeling import inputs_bd3lm
 
 
 DOCUMENTS = [[0, 5, 6, 7, 8], [0, 9, 10], [0, 11, 12, 13, 14, 15, 16]]
@@ -141,45 +137,6 @@ def test_prompt_methods_are_refused_by_name(family, method):
     sizes = {"token_dim": 32, "num_transformer_submodules": 1, "num_layers": 2, "num_attention_heads": 2}
     with pytest.raises(ValueError, match="LoRA"):
         get_peft_model(model_of(family), method(task_type="CAUSAL_LM", num_virtual_tokens=4, **sizes))
-
-
-# --- Next-token predictions ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def warnings_logged(caplog):
-    transformers_logging.get_logger("transformers")  # sets up the library's root logger
-    inputs_bd3lm.logger.warning_once.__func__.cache_clear()
-    with caplog.at_level(logging.WARNING, logger=inputs_bd3lm.logger.name):
-        yield lambda: [record.getMessage() for record in caplog.records if "next-token" in record.getMessage()]
-
-
-@pytest.mark.parametrize("family", ["bd3lm", "mdlm", "sedd"])
-def test_logits_of_a_text_without_masks_warn_once(family, warnings_logged):
-    model, ids = model_of(family), torch.arange(3, 11).unsqueeze(0)
-    for _ in range(2):
-        model(ids, **options_of(family, 1))
-        model.backbone(ids, **options_of(family, 1))
-    (message,) = warnings_logged()
-    assert "token_nll" in message and "generate" in message
-
-
-def test_denoising_caching_scoring_and_writing_do_not_warn(warnings_logged):
-    model, ids = model_of("bd3lm"), torch.arange(3, 11).unsqueeze(0)
-    masked = ids.index_fill(1, torch.tensor([5]), 47)
-    model(masked)
-    model(ids, clean_input_ids=ids)
-    cache = model(ids, use_cache=True).past_key_values
-    model(ids[:, :4], past_key_values=cache, use_cache=False)
-    model(ids, labels=ids)
-    model.token_nll(ids)
-    model.generate(ids, max_new_tokens=4)
-    model.infill(masked)
-    model_of("ar")(ids)
-    assert not warnings_logged()
-    # The masks of padding are nothing to denoise.
-    model(masked, torch.ones_like(ids).index_fill(1, torch.tensor([5]), 0))
-    assert warnings_logged()
 
 
 @pytest.mark.parametrize("family", ["bd3lm", "llama"])

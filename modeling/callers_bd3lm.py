@@ -1,0 +1,87 @@
+"""Refuse callers that take a block-diffusion model for a next-token predictor or a classifier."""
+
+import inspect
+import re
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# Modules that take logits for something else, and what to use instead.
+_NEXT_TOKEN_CALLERS = re.compile(r"lm_eval\.models\.huggingface|evaluate_modules\..*\.perplexity")
+_CLASSIFIERS = re.compile(r"transformers\.pipelines\.(text|token|zero_shot)_classification")
+_INSTEAD_OF_NEXT_TOKENS = (
+    "its logits are not next-token predictions, so every score would be wrong. Use `bd3lm harness` for the tasks of "
+    "lm_eval, `bd3lm eval` for perplexity, or model.token_nll(input_ids)"
+)
+_INSTEAD_OF_CLASSES = "it has no classes. Use the pipelines text-generation and fill-mask"
+
+
+def check_caller(config: Any) -> None:
+    """Refuse a call for logits from code that is known to read something else in them.
+
+    Such code calls the model as one does who wants the logits of masked tokens: only the stack shows the difference.
+
+    Raises:
+        ValueError: if a harness or metric wants next-token predictions of a model that has none, or a pipeline wants
+            classes.
+    """
+    if torch.compiler.is_compiling():
+        return
+    frame = inspect.currentframe()
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__"))
+        instead = _INSTEAD_OF_CLASSES if _CLASSIFIERS.fullmatch(name) else None
+        if _NEXT_TOKEN_CALLERS.fullmatch(name) and not config.causal:
+            instead = _INSTEAD_OF_NEXT_TOKENS
+        if instead is not None:
+            raise ValueError(f"{name} does not fit model_type={config.model_type!r}: {instead}.")
+        frame = frame.f_back
+
+
+def warn_of_visible_tokens(
+    network: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, mask_token_id: int
+) -> None:
+    """Warn once when there is nothing to denoise: a caller probably takes the outputs for next-token predictions.
+
+    On an accelerator only the first call of a network is checked, as each check waits for the device.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if input_ids.device.type != "cpu":
+        if vars(network).get("_inputs_seen"):
+            return
+        vars(network)["_inputs_seen"] = True
+    masked = input_ids == mask_token_id
+    if attention_mask is not None and attention_mask.shape == masked.shape:
+        masked = masked & attention_mask.bool()
+    if not masked.any():
+        logger.warning_once(
+            f"A block-diffusion model was given a text without a mask token (mask_token_id={mask_token_id}). Its "
+            f"outputs are not next-token predictions: each position sees its own token. Shifting them by one, as "
+            f"TRL's SFTTrainer and DPOTrainer or lm_eval's hf model do, gives wrong losses and scores. Use "
+            f"model(input_ids, labels=...) with the Trainer or `bd3lm train`, model.token_nll(input_ids) for scores, "
+            f"or model.generate(...) for text."
+        )
+
+
+def check_not_next_token_training(network: torch.nn.Module, input_ids: torch.Tensor | None, config: Any) -> None:
+    """Refuse the call of trainers that take a next-token loss of the states of clean text.
+
+    TRL's trainers never ask the model for its loss: they call `model.base_model` and shift its states by one. A block
+    is bidirectional, so these states see the very token that they would be trained to predict.
+
+    Raises:
+        ValueError: if a text without a mask token is given in training.
+    """
+    if not (network.training and torch.is_grad_enabled()) or config.causal or input_ids is None:
+        return
+    if not bool((input_ids == config.mask_token_id).any()):
+        raise ValueError(
+            "text without a mask token in training, and no labels: a next-token loss does not train a block-diffusion "
+            "model. Use transformers' Trainer or `bd3lm train`, which take the loss of the model; TRL's SFTTrainer "
+            "works with a compute_loss that returns model(**inputs).loss."
+        )
