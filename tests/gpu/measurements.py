@@ -47,7 +47,7 @@ class Settings(NamedTuple):
     @property
     def sizes(self) -> dict[str, int]:
         """Width, layers and heads of both models; the first is the paper's and GPT-2's."""
-        return {"width": 32, "layers": 2, "heads": 2} if self.tiny else {"width": 768, "layers": 12, "heads": 12}
+        return {"width": 32, "layers": 1, "heads": 2} if self.tiny else {"width": 768, "layers": 12, "heads": 12}
 
     @property
     def vocab_size(self) -> int:

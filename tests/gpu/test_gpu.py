@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.skipif(CUDA and not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_cuda)]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
@@ -49,7 +50,7 @@ def noise_of(ids, block_size=4):
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("padded", [False, True])
 def test_flex_equals_eager(make, dtype, padded):
     losses, gradients = [], []
@@ -94,7 +95,7 @@ def test_a_seed_gives_the_same_noise_and_estimates_as_on_a_cpu(make):
         assert torch.equal(scores[1].nll.cpu() == 0, scores[0].nll == 0)  # the same tokens were masked
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_losses_agree_with_the_cpu(make, dtype):
     ids, mask = batch_of("cpu", padded=True)
     labels = ids.masked_fill(mask == 0, -100)
