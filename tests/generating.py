@@ -4,31 +4,21 @@ import math
 
 import torch
 import torch.nn.functional as F
-
-from bd3lm_hf import (
-    ARConfig,
-    ARForCausalLM,
-    BD3LMConfig,
-    BD3LMForMaskedLM,
-    MDLMConfig,
-    MDLMForMaskedLM,
-    SEDDConfig,
-    SEDDForMaskedLM,
-)
+from shared_models import CLASSES
 
 
 PAD, MASK = 2, 47  # of the tiny configuration
 FAMILIES = {
-    "bd3lm": (BD3LMForMaskedLM, BD3LMConfig, {"model_length": 16, "block_size": 4}),
-    "mdlm": (MDLMForMaskedLM, MDLMConfig, {"model_length": 8}),
-    "sedd": (SEDDForMaskedLM, SEDDConfig, {"model_length": 8}),
-    "ar": (ARForCausalLM, ARConfig, {"model_length": 16}),
+    "bd3lm": {"model_length": 16, "block_size": 4},
+    "mdlm": {"model_length": 8},
+    "sedd": {"model_length": 8},
+    "ar": {"model_length": 16},
 }
 
 
 def make_family(family: str, seed: int = 2, **fields):
     """A model of a family whose greedy text varies and never ends, in float64: no two tokens are nearly tied."""
-    model_class, config_class, sizes = FAMILIES[family]
+    (model_class, config_class), sizes = CLASSES[family], FAMILIES[family]
     ids = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": PAD}
     known = {"vocab_size": 48, "hidden_dim": 32, "cond_dim": 16, "n_blocks": 2, "n_heads": 2, "dropout": 0.0}
     model = model_class(config_class(**{**known, **ids, **sizes, **fields})).eval()

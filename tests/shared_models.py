@@ -7,12 +7,24 @@ from typing import Any
 
 import torch
 
+from bd3lm_hf import ARConfig, BD3LMConfig, MDLMConfig, SEDDConfig
+from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
+from bd3lm_hf.modeling.modeling_mdlm import MDLMForMaskedLM
+from bd3lm_hf.modeling.modeling_sedd import SEDDForMaskedLM
 
 
 #: Two layers, two heads, blocks of 4 in a window of 32, 48 ids, of which the mask is the last; no dropout.
 TINY = {"vocab_size": 48, "block_size": 4, "model_length": 32, "hidden_dim": 32, "cond_dim": 16, "n_blocks": 2}
 TINY |= {"n_heads": 2, "dropout": 0.0, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}  # type: ignore[dict-item]
+
+#: The models on our network, with their configurations.
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "bd3lm": (BD3LMForMaskedLM, BD3LMConfig),
+    "ar": (ARForCausalLM, ARConfig),
+    "mdlm": (MDLMForMaskedLM, MDLMConfig),
+    "sedd": (SEDDForMaskedLM, SEDDConfig),
+}
 
 SCORE = {
     "nll": 2.5,

@@ -8,28 +8,13 @@ import types
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shared_models import CLASSES
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from bd3lm_hf import (
-    ARConfig,
-    ARForCausalLM,
-    BD3LMConfig,
-    BD3LMForMaskedLM,
-    MDLMConfig,
-    MDLMForMaskedLM,
-    SEDDConfig,
-    SEDDForMaskedLM,
-)
 from bd3lm_hf.hub_upload.convert import convert, to_published
 
 
 SIZES = {"vocab_size": 48, "model_length": 32, "hidden_dim": 32, "cond_dim": 16, "n_blocks": 2, "n_heads": 2}
-CLASSES = {
-    "bd3lm": (BD3LMForMaskedLM, BD3LMConfig),
-    "ar": (ARForCausalLM, ARConfig),
-    "mdlm": (MDLMForMaskedLM, MDLMConfig),
-    "sedd": (SEDDForMaskedLM, SEDDConfig),
-}
 # What the repositories' configurations say (each leaves out other things).
 PUBLISHED = {
     "bd3lm": {

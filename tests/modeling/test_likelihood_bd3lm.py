@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from noisy_text import given_noise, nll_of, random_ids
 from published import GOLDEN, load_recorded, recorded_noise
 from safetensors.torch import load_file
+from shared_models import TINY
 
 from bd3lm_hf.modeling import likelihood_bd3lm
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
@@ -326,38 +327,33 @@ def test_given_draws_are_those_of_a_source(tiny_model):
     assert torch.equal(tiny_model.token_nll(ids, noise=given).nll, expected.nll)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"estimator": "exact"}, "estimator='exact'"),
-        ({"num_samples": 2}, "num_samples=2"),
-        ({"noise": draw_noise(2, 4, 16, num_noise_samples=2)}, "num_noise_samples=2"),
-        ({"noise": draw_noise(2, 3, 12)}, r"block_noise of shape \(2, 3\) .*\(2, 4\)"),
-    ],
-)
-def test_draws_that_do_not_fit_are_refused(tiny_model, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_model.token_nll(random_ids(2, 16), **{"noise": draw_noise(2, 4, 16), **arguments})
-
-
 # --- Bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_estimator_is_refused(tiny_model):
-    with pytest.raises(ValueError, match="estimator='best'.* sampled, stratified, exact"):
-        tiny_model.token_nll(random_ids(1, 4), estimator="best")
+NOISE = {"noise": draw_noise(2, 4, 16)}
 
 
-@pytest.mark.parametrize("num_samples", [0, -2])
-def test_fewer_than_one_sample_is_refused(tiny_model, num_samples):
-    with pytest.raises(ValueError, match=f"num_samples={num_samples}: give at least 1"):
-        tiny_model.token_nll(random_ids(1, 4), num_samples=num_samples)
-
-
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_generators_that_do_not_match_the_rows_are_refused(tiny_model, count):
-    with pytest.raises(ValueError, match=f"{count} generators for 2 rows"):
-        tiny_model.token_nll(random_ids(2, 4), generator=[torch.Generator() for _ in range(count)])
+@pytest.mark.parametrize(
+    ("fields", "arguments", "message"),
+    [
+        ({}, {"estimator": "best"}, "estimator='best'.* sampled, stratified, exact"),
+        *[({}, {"num_samples": number}, f"num_samples={number}: give at least 1") for number in (0, -2)],
+        *[({}, {"generator": [torch.Generator()] * n}, f"{n} generators for 2 rows") for n in (0, 1, 3)],
+        ({}, {**NOISE, "estimator": "exact"}, "estimator='exact'"),
+        ({}, {**NOISE, "num_samples": 2}, "num_samples=2"),
+        ({}, {"noise": draw_noise(2, 4, 16, num_noise_samples=2)}, "num_noise_samples=2"),
+        ({}, {"noise": draw_noise(2, 3, 12)}, r"block_noise of shape \(2, 3\) .*\(2, 4\)"),
+        ({"block_size": 16}, {"estimator": "exact"}, r"'exact' at block_size=16 .*2\^15.* 8 .*stratified"),
+        *[
+            ({"time_conditioning": True}, {"estimator": name}, f"estimator='{name}' sums over .* all noise levels")
+            for name in ("stratified", "exact")
+        ],
+    ],
+)
+def test_scores_that_cannot_be_computed_are_refused(fields, arguments, message):
+    model = BD3LMForMaskedLM(BD3LMConfig(**{**TINY, **fields}))
+    with pytest.raises(ValueError, match=message):
+        model.token_nll(random_ids(2, 16), **arguments)
 
 
 def test_texts_of_any_length_share_the_draws_of_their_common_blocks(tiny_model):
@@ -369,14 +365,6 @@ def test_texts_of_any_length_share_the_draws_of_their_common_blocks(tiny_model):
         scores.append(tiny_model.token_nll(text, estimator="stratified", num_samples=3, generator=source).nll[0, :12])
     torch.testing.assert_close(*scores)
     assert (scores[0] > 0).sum() > 6
-
-
-def test_the_exact_sum_over_large_blocks_is_refused_with_its_cost(tiny_config):
-    tiny_config.block_size = 16
-    model = BD3LMForMaskedLM(tiny_config)
-    message = r"estimator='exact' at block_size=16 .*2\^15.* 8 .*stratified"
-    with pytest.raises(ValueError, match=message):
-        model.token_nll(random_ids(1, 16), estimator="exact")
 
 
 def test_a_few_tokens_behind_a_context_are_scored_exactly_at_any_block_size(randomize):
@@ -401,15 +389,6 @@ def test_the_exact_sum_over_blocks_of_eight_is_still_made(tiny_config):
     model = BD3LMForMaskedLM(tiny_config).eval()
     score = model.token_nll(random_ids(1, 12), estimator="exact")
     torch.testing.assert_close(score.nll, score.mask * math.log(47), rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("estimator", ["stratified", "exact"])
-def test_sums_over_masks_of_all_levels_are_refused_under_time_conditioning(tiny_config, estimator):
-    tiny_config.time_conditioning = True
-    model = BD3LMForMaskedLM(tiny_config)
-    message = f"estimator='{estimator}' sums over masks of all noise levels .*use estimator='sampled'"
-    with pytest.raises(ValueError, match=message):
-        model.token_nll(random_ids(1, 4), estimator=estimator)
 
 
 @pytest.mark.parametrize(

@@ -215,14 +215,6 @@ def test_a_saved_model_comes_back_with_every_number(tiny_model, tmp_path):
     assert loaded.interval() == (0.25, 1.0)
 
 
-def test_the_backbone_of_a_saved_model_loads_alone(tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path)
-    backbone = AutoModel.from_pretrained(tmp_path)
-    ids = random_ids(2, 8)
-    with torch.no_grad():
-        assert torch.equal(backbone(ids).last_hidden_state, tiny_model.backbone(ids).last_hidden_state)
-
-
 def test_a_model_made_on_the_meta_device_is_complete_once_its_weights_are_loaded(tiny_model):
     with torch.device("meta"):
         model = BD3LMForMaskedLM(tiny_model.config)

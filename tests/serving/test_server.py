@@ -15,29 +15,14 @@ uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("transformers.cli.serving.server")
 
 from decoders import tiny_decoder  # noqa: E402
+from shared_models import CLASSES  # noqa: E402
 
-from bd3lm_hf import (  # noqa: E402
-    ARConfig,
-    ARForCausalLM,
-    BD3LMConfig,
-    BD3LMForMaskedLM,
-    MDLMConfig,
-    MDLMForMaskedLM,
-    SEDDConfig,
-    SEDDForMaskedLM,
-)
 from bd3lm_hf.cli import make_verb_parser, run_verb  # noqa: E402
 from bd3lm_hf.serving import serve_cli  # noqa: E402
 
 
 KEY = "secret-key-of-a-test"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}assistant:"
-FAMILIES = {
-    "bd3lm": (BD3LMConfig, BD3LMForMaskedLM, {"block_size": 4}),
-    "ar": (ARConfig, ARForCausalLM, {}),
-    "mdlm": (MDLMConfig, MDLMForMaskedLM, {}),
-    "sedd": (SEDDConfig, SEDDForMaskedLM, {}),
-}
 
 
 class Server:
@@ -95,8 +80,9 @@ def folder_of(tmp_path_factory, _tiny_tokenizer_json):
             tokenizer.chat_template = TEMPLATE
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id", "mask_token_id")}
         ids |= {"vocab_size": len(tokenizer), "eos_token_id": None}
-        if family in FAMILIES:
-            config, head, fields = FAMILIES[family]
+        if family in CLASSES:
+            head, config = CLASSES[family]
+            fields = {"block_size": 4} if family == "bd3lm" else {}
             sizes = {"hidden_dim": 32, "n_blocks": 2, "n_heads": 2, "cond_dim": 8, "model_length": 32}
             model = head(config(**sizes, **ids, **fields))
         else:

@@ -5,26 +5,16 @@ import shutil
 
 import pytest
 import torch
+from shared_models import CLASSES
 from tiny_runs import save_recipe
 from transformers import AutoModelForCausalLM
 
-from bd3lm_hf import (
-    ARConfig,
-    ARForCausalLM,
-    BD3LMConfig,
-    BD3LMForMaskedLM,
-    MDLMConfig,
-    MDLMForMaskedLM,
-    SEDDConfig,
-    SEDDForMaskedLM,
-)
+from bd3lm_hf import ARConfig, BD3LMConfig, BD3LMForMaskedLM, MDLMConfig, SEDDConfig
 from bd3lm_hf.training.command_line import parse_arguments
 from bd3lm_hf.training.initial_model import new_config
 from bd3lm_hf.training.train import main
 
 
-DIFFUSION = [(MDLMForMaskedLM, MDLMConfig), (SEDDForMaskedLM, SEDDConfig)]
-ALL = [(ARForCausalLM, ARConfig), *DIFFUSION]
 SIZES = {"vocab_size": 12, "model_length": 8, "hidden_dim": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2}
 
 
@@ -84,7 +74,7 @@ def test_every_model_type_trains_evaluates_and_resumes(model_type, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.model_type == model_type
 
 
-@pytest.mark.parametrize(("model_class", "config_class"), ALL)
+@pytest.mark.parametrize(("model_class", "config_class"), [CLASSES[name] for name in ("ar", "mdlm", "sedd")])
 def test_the_wrong_class_names_the_right_ones(model_class, config_class, tmp_path):
     model_class(config_class(**SIZES)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"model_type='{config_class.model_type}'.*AutoModelForCausalLM"):
