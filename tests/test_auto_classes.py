@@ -137,7 +137,7 @@ for folder in map(Path, sys.argv[1:]):
     model.save_pretrained(again)
     assert sorted(p.name for p in again.glob("*.py")) == sorted(p.name for p in folder.glob("*.py"))
     assert read_config(again) == read_config(folder)
-    check(again, expected)
+    assert all(p.read_bytes() == (folder / p.name).read_bytes() for p in again.iterdir() if p.name != "config.json")
 
     write = pipeline("text-generation", model=str(folder), trust_remote_code=True)
     prompts = ["A block is", "The quick brown"]
