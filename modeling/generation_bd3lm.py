@@ -26,6 +26,7 @@ from .generation_config_bd3lm import (
     check_generation_fields,
     check_infill_arguments,
     check_known_fields,
+    check_standard_fields,
     complete_generation_config,
     window_stride,
 )
@@ -133,6 +134,7 @@ class BlockGenerationMixin(_Generative):
         requested = (kwargs.get("top_k"), getattr(generation_config, "top_k", None), self.generation_config.top_k)
         if all(top_k is None for top_k in requested):
             prepared.top_k = 0  # transformers would cut the distribution at its 50 most likely tokens
+        check_standard_fields(prepared, self.config.vocab_size)
         return prepared, model_kwargs
 
     def _prepare_attention_mask_for_generation(

@@ -148,6 +148,63 @@ def check_generation_fields(config: Any) -> None:
         check_entropy_stop(config.entropy_stop, config.entropy_stop_window)
 
 
+# Fields of transformers' own config -> smallest and largest value, and what they are. transformers looks at few of
+# them, and takes top_p=1.5 or num_return_sequences=0 for "not given".
+_COUNTS = {
+    "max_new_tokens": (1, "a number of new tokens"),
+    "max_length": (1, "a number of tokens, the prompt included"),
+    "min_new_tokens": (0, "a number of new tokens"),
+    "min_length": (0, "a number of tokens, the prompt included"),
+    "num_return_sequences": (1, "a number of texts per prompt"),
+    "top_k": (0, "a number of tokens (0 keeps all)"),
+    "no_repeat_ngram_size": (0, "a number of tokens (0 allows repetitions)"),
+    "encoder_no_repeat_ngram_size": (0, "a number of tokens (0 allows repetitions)"),
+}
+_NUMBERS = {
+    "temperature": (0.0, None, "a number above 0 (for the most likely token do_sample=False)"),
+    "repetition_penalty": (0.0, None, "a number above 0 (1 has no effect)"),
+    "encoder_repetition_penalty": (0.0, None, "a number above 0 (1 has no effect)"),
+    "max_time": (0.0, None, "a number of seconds above 0"),
+    "top_p": (0.0, 1.0, "a probability (1 keeps all tokens)"),
+    "top_h": (0.0, 1.0, "a number above 0 and at most 1 (1 keeps all tokens)"),
+    "min_p": (0.0, 1.0, "a probability (0 keeps all tokens)"),
+    "typical_p": (0.0, 1.0, "a probability above 0 (1 keeps all tokens)"),
+    "epsilon_cutoff": (0.0, 1.0, "a probability (0 keeps all tokens)"),
+    "eta_cutoff": (0.0, 1.0, "a probability (0 keeps all tokens)"),
+}
+_MAY_BE_ZERO = {"top_p", "min_p", "epsilon_cutoff", "eta_cutoff"}
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens")
+
+
+def check_standard_fields(config: Any, vocab_size: int) -> None:
+    """Refuse values of transformers' own fields that it would ignore, or fail on later.
+
+    Raises:
+        ValueError: if a number is outside its range, or a token id outside the vocabulary.
+    """
+    for name, (least, meaning) in _COUNTS.items():
+        value = getattr(config, name, None)
+        is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
+        if value is not None and not (is_whole and value >= least):
+            raise ValueError(f"{name}={value!r}: give {meaning}, an integer from {least}.")
+    for name, (low, high, meaning) in _NUMBERS.items():
+        value = getattr(config, name, None)
+        may_be_zero = name in _MAY_BE_ZERO or (name == "temperature" and not config.do_sample)
+        if value is None or (may_be_zero and value == 0):
+            continue
+        if not _is_number(value) or value <= low or (high is not None and value > high):
+            raise ValueError(f"{name}={value!r}: give {meaning}.")
+    if config.num_beams not in (1, None):
+        raise ValueError(f"num_beams={config.num_beams!r}: there is no beam search. Sample with num_return_sequences.")
+    if config.do_sample not in (True, False, None):
+        raise ValueError(f"do_sample={config.do_sample!r}: give True or False.")
+    for name in _IDS:
+        ids = getattr(config, name, None)
+        beyond = [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and i >= vocab_size]
+        if beyond:
+            raise ValueError(f"{name}={ids!r}: the vocabulary ends with the id {vocab_size - 1}.")
+
+
 # Arguments of the forward pass that `generate` sets itself. It would ignore those of a caller.
 _SET_BY_GENERATE = (
     "labels",
@@ -266,6 +323,7 @@ __all__ = [
     "check_infill_arguments",
     "check_known_fields",
     "check_probability",
+    "check_standard_fields",
     "complete_generation_config",
     "window_stride",
 ]

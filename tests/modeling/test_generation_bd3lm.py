@@ -509,7 +509,7 @@ def test_unknown_fields_of_a_config_are_refused_by_name(model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_beams": 2}, "BEAM_SEARCH"),
+        ({"num_beams": 2}, "num_beams=2"),
         ({"max_new_tokenz": 3, "nucleus": 0.9}, "max_new_tokenz.*nucleus"),
         ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
         ({"cache_implementation": "paged"}, "continuous batching"),

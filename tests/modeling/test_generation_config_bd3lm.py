@@ -1,11 +1,16 @@
 """The fields of block diffusion: defaults, refusals, and a long life in files and pipelines."""
 
 import inspect
+import math
+import re
 
 import pytest
 import torch
+from decoders import tiny_decoder
+from generating import make_family
 from transformers import AutoModelForMaskedLM, GenerationConfig, pipeline
 
+from bd3lm_hf import SSDLMConfig, SSDLMForMaskedLM
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
@@ -173,3 +178,53 @@ def test_a_misspelt_field_set_on_the_model_is_refused(make_model):
     for call in (model.generate, model.infill):
         with pytest.raises(ValueError, match="smapler .did you mean sampler"):
             call(torch.tensor([[5, 6, 47 if call == model.infill else 7]]))
+
+
+OUTSIDE = {
+    "max_new_tokens": (0, -4, 2.5),
+    "max_length": (-1,),
+    "min_new_tokens": (-1,),
+    "num_return_sequences": (0, -1),
+    "num_beams": (0, 3),
+    "top_k": (-3, 5.5),
+    "no_repeat_ngram_size": (-1,),
+    "temperature": (-1.0, 0.0, math.nan, math.inf, "hot", True),
+    "repetition_penalty": (0.0, -2.0),
+    "max_time": (-1.0,),
+    "top_p": (1.5, -0.1, "0.5"),
+    "min_p": (1.5,),
+    "typical_p": (0.0, 2.0),
+    "epsilon_cutoff": (1.5,),
+    "do_sample": ("no",),
+    "eos_token_id": (999, [1, 999]),
+    "pad_token_id": (999,),
+    "suppress_tokens": ([3, 999],),
+}
+
+
+@pytest.mark.parametrize("family", ["bd3lm", "ar", "mdlm", "sedd", "llama", "ssdlm"])
+def test_values_of_standard_fields_outside_their_range_are_refused(family):
+    model, ids = _tiny(family), torch.tensor([[5, 6, 7]])
+    for name, values in OUTSIDE.items():
+        for value in values:
+            limit = {} if name == "max_length" else {"max_new_tokens": 2}
+            with pytest.raises(ValueError, match=rf"{name}.*{re.escape(str(value))}"):
+                model.generate(ids, **{"do_sample": True, **limit, name: value})
+            with pytest.raises(ValueError, match=name):  # also of a config that is passed
+                model.generate(ids, GenerationConfig(**{"do_sample": True, **limit, name: value}))
+
+
+def test_the_ends_of_the_ranges_are_allowed(tiny_model):
+    ids = torch.tensor([[5, 6, 7]])
+    edges = {"top_p": 1.0, "min_p": 0.0, "epsilon_cutoff": 0.0, "typical_p": 1.0, "top_k": 0, "min_new_tokens": 0}
+    assert tiny_model.generate(ids, do_sample=True, max_new_tokens=1, **edges).shape == (1, 4)
+    assert torch.equal(
+        *(tiny_model.generate(ids, max_new_tokens=4, do_sample=False, **t) for t in ({}, {"temperature": 0.0}))
+    )
+
+
+def _tiny(family: str):
+    if family == "ssdlm":
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+        return SSDLMForMaskedLM(SSDLMConfig(vocab_size=48, block_size=4, model_length=16, **sizes)).eval()
+    return tiny_decoder("llama") if family == "llama" else make_family(family).float()
