@@ -1,5 +1,8 @@
 """adapt_decoder: the choice of the mask token, what is kept of the decoder, and what is refused."""
 
+import io
+import logging
+
 import pytest
 import torch
 from decoders import random_ids, tiny_stock
@@ -158,13 +161,39 @@ def test_other_architectures_are_refused_with_the_reason(tmp_path, config, messa
         adapt_decoder(str(tmp_path))
 
 
-def test_a_plain_decoder_is_told_how_to_become_one(tmp_path, tokenizer, capsys):
+@pytest.fixture
+def plain_folder(tmp_path, tokenizer):
+    """A stock decoder that chats, and a tokenizer with a mask token."""
+    tokenizer.add_special_tokens({"mask_token": MASK})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     stock(tokenizer).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    # It has no bound to score. It generates as what it is, with the same advice.
-    assert main(["eval", "--dataset", "python-docs", "--model", str(tmp_path)]) == 2
-    assert "--init_from" in capsys.readouterr().err
-    assert main(["generate", "--max-new-tokens", "2", "--model", str(tmp_path)]) == 0
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["eval", "--dataset", "python-docs"], 2),  # it has no bound to score
+        (["infill", "--text", "w3 ___ w4"], 2),
+        (["generate", "--max-new-tokens", "2"], 0),  # as what it is
+        (["generate", "--chat", "--max-new-tokens", "2"], 0),
+    ],
+)
+def test_a_plain_decoder_is_told_how_to_become_one(plain_folder, monkeypatch, capsys, caplog, words, code):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("bd3lm_hf"), "propagate", True)
+    monkeypatch.setattr("sys.stdin", io.StringIO("w5 w6\n"))
+    assert main([*words, "--model", plain_folder]) == code
+    told = capsys.readouterr().err + caplog.text
+    assert f"--init_from {plain_folder}" in told and "Qwen3ForCausalLM" in told
+
+
+def test_attention_that_cannot_work_is_not_called_a_damaged_checkpoint(tokenizer, tmp_path):
+    adapt_decoder(stock(tokenizer), tokenizer=tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="flash_attention_2.*sdpa") as caught:
+        load_model(str(tmp_path), attn_implementation="flash_attention_2")
+    assert str(tmp_path) in str(caught.value) and "cannot be loaded" not in str(caught.value)
 
 
 def test_a_next_token_loss_of_an_adapted_decoder_is_refused(tokenizer):
