@@ -21,6 +21,18 @@ def rows_of(count: int, length: int = 32, seed: int = 0) -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": [[1] * length] * count})
 
 
+def trained(trainer: Any) -> Any:
+    """Train, and return the trainer."""
+    trainer.train()
+    return trainer
+
+
+def assert_same_weights(one: torch.nn.Module, other: torch.nn.Module, atol: float = 0.0) -> None:
+    """Check that two models have the same weights, bit for bit unless a tolerance is given."""
+    for (name, weight), same in zip(one.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(weight, same, rtol=0, atol=atol, msg=name)
+
+
 def losses_of(run: Any) -> list[float]:
     """The losses that a trainer has logged, in order."""
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]

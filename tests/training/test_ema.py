@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_runs import losses_of, rows_of
+from tiny_runs import losses_of, rows_of, trained
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from two_processes import tiny_model
@@ -236,8 +236,7 @@ def test_averaging_does_not_change_the_training(make_trainer):
 
 
 def test_the_saved_model_is_the_average_and_says_so(make_trainer, tmp_path):
-    trainer = make_trainer(ema_decay=0.5, save_strategy="steps", save_steps=2)
-    trainer.train()
+    trainer = trained(make_trainer(ema_decay=0.5, save_strategy="steps", save_steps=2))
     trainer.model.sampling_eps_min.fill_(0.25)
     trainer.save_model()
     exported = BD3LMForMaskedLM.from_pretrained(tmp_path / "run")
@@ -257,8 +256,7 @@ def test_the_saved_model_is_the_average_and_says_so(make_trainer, tmp_path):
 
 
 def test_an_average_goes_on_from_a_checkpoint_bit_for_bit(make_trainer, tmp_path):
-    whole = make_trainer(max_steps=4, save_strategy="steps", save_steps=2, ema_decay=0.9)
-    whole.train()
+    whole = trained(make_trainer(max_steps=4, save_strategy="steps", save_steps=2, ema_decay=0.9))
     rest = make_trainer(max_steps=4, ema_decay=0.9)
     rest.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert rest.average.updates == 4
@@ -267,8 +265,7 @@ def test_an_average_goes_on_from_a_checkpoint_bit_for_bit(make_trainer, tmp_path
 
 
 def test_a_second_training_starts_a_new_average(make_trainer):
-    trainer = make_trainer(ema_decay=0.5)
-    trainer.train()
+    trainer = trained(make_trainer(ema_decay=0.5))
     first = trainer.average
     trainer.train()
     assert trainer.average is not first
@@ -312,8 +309,7 @@ def test_the_best_checkpoints_average_is_saved(make_trainer, tmp_path):
 
 def test_of_a_model_with_adapters_only_these_are_averaged(make_trainer, tmp_path):
     adapted = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["attn_qkv"]))
-    trainer = make_trainer(model=adapted, ema_decay=0.5, save_strategy="steps", save_steps=2)
-    trainer.train()
+    trainer = trained(make_trainer(model=adapted, ema_decay=0.5, save_strategy="steps", save_steps=2))
     assert trainer.average.shadows
     assert all("lora" in name for name in trainer.average.shadows)
     raw = weights_of(adapted)

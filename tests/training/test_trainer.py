@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from kill_driver import Poison
-from tiny_runs import losses_of, rows_of
+from tiny_runs import assert_same_weights, losses_of, rows_of, trained
 from transformers import Trainer, TrainingArguments
 
 from bd3lm_hf.data.streaming import PackedStream
@@ -31,8 +31,7 @@ def test_accumulated_batches_equal_one_batch(tiny_config, make_trainer, batch, d
     whole.train()
     parts.train()
     assert losses_of(parts) == pytest.approx(losses_of(whole), abs=1e-6)
-    for (name, one), other in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6, msg=name)
+    assert_same_weights(whole.model, parts.model, atol=1e-6)
 
 
 def test_accumulation_counts_tokens_not_batches(make_trainer):
@@ -58,15 +57,13 @@ def test_the_seed_repeats_a_run_and_changes_it(make_trainer):
 
 
 def test_training_lowers_the_loss(make_trainer):
-    trainer = make_trainer(max_steps=24, rows=rows_of(8, length=16))
-    trainer.train()
+    trainer = trained(make_trainer(max_steps=24, rows=rows_of(8, length=16)))
     losses = losses_of(trainer)
     assert sum(losses[-6:]) < sum(losses[:6]) - 1
 
 
 def test_a_second_epoch_has_new_noise(make_trainer):
-    trainer = make_trainer(learning_rate=0.0, max_steps=2, rows=rows_of(8))
-    trainer.train()
+    trainer = trained(make_trainer(learning_rate=0.0, max_steps=2, rows=rows_of(8)))
     first, second = losses_of(trainer)
     assert first != second
 
@@ -95,8 +92,7 @@ def test_tensorboard_gets_what_is_logged(make_trainer, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trainer = make_trainer(report_to="tensorboard", eval_strategy="steps", eval_steps=1, peak_tflops=0.5)
-    trainer.train()
+    trainer = trained(make_trainer(report_to="tensorboard", eval_strategy="steps", eval_steps=1, peak_tflops=0.5))
     (events,) = (tmp_path / "run" / "runs").rglob("events.*")
     board = EventAccumulator(str(events)).Reload()
     wanted = {"train/loss", "train/tokens_per_second", "train/tflops_per_second", "train/mfu"}
@@ -127,15 +123,13 @@ def make_stream_trainer(make_trainer, tiny_config, randomize):
 
 def test_a_stream_resumes_bit_for_bit(make_stream_trainer, tmp_path):
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    whole = make_stream_trainer(save_strategy="steps", save_steps=1, **settings)
-    whole.train()
+    whole = trained(make_stream_trainer(save_strategy="steps", save_steps=1, **settings))
     for step in (3, 7, 11):
         rest = make_stream_trainer(**settings)
         rest.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
         assert losses_of(rest) == losses_of(whole)
         assert rest.state.log_history[-2]["epoch"] == 1.0
-        for one, other in zip(rest.model.parameters(), whole.model.parameters(), strict=True):
-            assert torch.equal(one, other)
+        assert_same_weights(rest.model, whole.model)
 
 
 def test_the_noise_of_a_stream_does_not_depend_on_the_layout(make_stream_trainer):
@@ -313,8 +307,7 @@ def test_gradient_checkpointing_takes_the_same_steps(make_trainer, reentrant):
     for key in ("loss", "grad_norm"):
         values = [[entry[key] for entry in t.state.log_history if key in entry] for t in (plain, saving)]
         assert values[0] == pytest.approx(values[1], abs=1e-6)
-    for (name, one), other in zip(plain.model.named_parameters(), saving.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6, msg=name)
+    assert_same_weights(plain.model, saving.model, atol=1e-6)
 
 
 @pytest.mark.slow

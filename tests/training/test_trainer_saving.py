@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from kill_driver import Poison
-from tiny_runs import losses_of, rows_of
+from tiny_runs import assert_same_weights, losses_of, rows_of, trained
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -38,8 +38,7 @@ class _Signal(TrainerCallback):
 @pytest.mark.parametrize("step", [1, 2])  # in an epoch of two steps, and in its last
 def test_a_signal_ends_a_run_with_a_checkpoint_to_resume_from(make_trainer, tmp_path, signum, code, step):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    whole = make_trainer(max_steps=5, output_dir=str(tmp_path / "whole"))
-    whole.train()
+    whole = trained(make_trainer(max_steps=5, output_dir=str(tmp_path / "whole")))
     stopped = make_trainer(max_steps=5)
     stopped.add_callback(_Signal(signum, step))
     with pytest.raises(TrainingStopped, match=f"checkpoint-{step + 1}.*--resume_from_checkpoint true") as error:
@@ -127,15 +126,13 @@ def test_a_model_without_the_two_verbs_is_refused():
 
 
 def test_a_checkpoint_loads_by_itself_and_nothing_unfinished_stays(make_trainer, tmp_path):
-    trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2)
-    trainer.train()
+    trainer = trained(make_trainer(max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2))
     folder = tmp_path / "run"
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-3", "checkpoint-4"]
     state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["global_step"] == 4
     loaded = BD3LMForMaskedLM.from_pretrained(folder / "checkpoint-4")
-    for (name, one), other in zip(trainer.model.named_parameters(), loaded.parameters(), strict=True):
-        assert torch.equal(one, other), name
+    assert_same_weights(trainer.model, loaded)
     assert (folder / "checkpoint-4" / "modeling_bd3lm.py").is_file()
     assert (folder / "checkpoint-4" / "generation_config.json").is_file()
 
@@ -207,8 +204,7 @@ def test_what_a_killed_run_left_behind_gets_into_no_checkpoint(make_trainer, tmp
     for name in ("checkpoint-1", "checkpoint-9", "model"):
         (left / name).mkdir(parents=True)
         (left / name / "rng_state_1.pth").write_text("foreign")
-    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
-    trainer.train()
+    trainer = trained(make_trainer(max_steps=1, save_strategy="steps", save_steps=1))
     trainer.save_model()
     assert not left.exists()
     assert not list((tmp_path / "run").rglob("rng_state_1.pth"))
@@ -216,20 +212,17 @@ def test_what_a_killed_run_left_behind_gets_into_no_checkpoint(make_trainer, tmp
 
 def test_a_finished_run_takes_no_further_step(make_trainer):
     # Three steps end in the middle of an epoch of two.
-    whole = make_trainer(max_steps=3, save_strategy="steps", save_steps=2)
-    whole.train()
+    whole = trained(make_trainer(max_steps=3, save_strategy="steps", save_steps=2))
     again = make_trainer(max_steps=3, save_strategy="no")
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 3
     assert losses_of(again) == losses_of(whole)
-    for (name, one), other in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
-        assert torch.equal(one, other), name
+    assert_same_weights(whole.model, again.model)
 
 
 def test_a_resumed_run_does_not_repeat_its_first_evaluation(make_trainer):
     options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
-    whole = make_trainer(max_steps=2, eval_on_start=True, **options)
-    whole.train()
+    whole = trained(make_trainer(max_steps=2, eval_on_start=True, **options))
     rest = make_trainer(max_steps=2, eval_on_start=True, save_strategy="no", eval_strategy="steps", eval_steps=2)
     rest.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-1"))
     steps = [[entry["step"] for entry in run.state.log_history if "eval_nll" in entry] for run in (whole, rest)]
@@ -245,8 +238,7 @@ def test_a_small_disk_is_told_before_the_first_step(make_trainer, monkeypatch, c
     monkeypatch.setattr("bd3lm_hf.run_folder.free_bytes", lambda folder: 1000)
     make_trainer(max_steps=1, save_strategy="no").train()
     assert not caplog.records
-    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=5)
-    trainer.train()
+    trainer = trained(make_trainer(max_steps=1, save_strategy="steps", save_steps=5))
     assert "but only 1.0 kB are free" in caplog.text
     saved = sum(path.stat().st_size for path in (Path(trainer.args.output_dir) / "checkpoint-1").rglob("*"))
     assert 0.3 * saved < trainer._checkpoint_bytes < saved
