@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) ->
     """Add the flags of `bd3lm serve`."""
     parser.description, parser.formatter_class = __doc__, argparse.RawTextHelpFormatter
     parser.add_argument("model", help="checkpoint folder or Hub name")
+    parser.set_defaults(tokenizer=None)  # that of the model
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; a public one needs an API key")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
     parser.add_argument(
@@ -103,8 +104,8 @@ def check(arguments: argparse.Namespace) -> str | None:
     api_key = arguments.api_key or os.environ.get(_KEY_VARIABLE)
     if not _is_local(arguments.host) and not api_key:
         raise ValueError(
-            f"--host {arguments.host} can be reached from other machines: set --api-key or {_KEY_VARIABLE}, or use "
-            f"--host 127.0.0.1."
+            f"--host {arguments.host} can be reached from other machines: use --host 127.0.0.1, or require a key by "
+            f"{_KEY_VARIABLE} or --api-key."
         )
     return api_key
 
@@ -141,17 +142,17 @@ def load_app(arguments: argparse.Namespace, api_key: str | None) -> tuple[Any, A
     """
     import torch
 
-    from bd3lm_hf.checkpoints import check_generates, find_device, load_model
+    from bd3lm_hf.argument_parser import load_model_and_tokenizer
+    from bd3lm_hf.checkpoints import check_generates
     from bd3lm_hf.serving.server import make_app
     from bd3lm_hf.serving.settings import ServeSettings
-    from bd3lm_hf.tokenization import load_tokenizer
 
-    device = find_device(None if arguments.device == "auto" else arguments.device)
-    tokenizer = load_tokenizer(arguments.model)
-    model = load_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    if arguments.device == "auto":
+        arguments.device = None
+    model, tokenizer = load_model_and_tokenizer(arguments)
     check_generates(model, arguments.model)
-    dtype = model.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    model = model.to(device, dtype).eval()
+    if arguments.dtype != "auto":
+        model = model.to(getattr(torch, arguments.dtype))
     defaults = {name: getattr(arguments, name) for name in _FIELDS if getattr(arguments, name) is not None}
     unknown = sorted(set(defaults) - set(model.generation_config.to_dict()))
     if unknown:

@@ -17,7 +17,7 @@ pytest.importorskip("transformers.cli.serving.server")
 from decoders import tiny_decoder  # noqa: E402
 from shared_models import CLASSES  # noqa: E402
 
-from bd3lm_hf.cli import make_verb_parser, run_verb  # noqa: E402
+from bd3lm_hf.cli import main, make_verb_parser, run_verb  # noqa: E402
 from bd3lm_hf.serving import serve_cli  # noqa: E402
 
 
@@ -425,6 +425,12 @@ def test_a_server_with_a_key_and_a_full_queue(folder_of, monkeypatch, caplog, ca
 def test_bad_flags_are_refused_before_a_model_is_loaded(flags, named):
     with pytest.raises(ValueError, match=named):
         run_verb("serve", ["no-such-model", *flags])
+
+
+def test_an_error_that_names_the_key_flag_is_shown_whole(capsys):
+    assert main(["serve", "no-such-model", "--host", "0.0.0.0"]) == 2
+    message = capsys.readouterr().err
+    assert all(named in message for named in ("127.0.0.1", "BD3LM_API_KEY", "--api-key")) and "***" not in message
 
 
 def test_a_port_in_use_and_a_field_that_the_model_lacks(server, folder_of):
