@@ -239,7 +239,10 @@ def decoder_layout_config(model: Any, layout: str) -> dict[str, Any]:
 
     config = model.config
     if not isinstance(config, BD3LMDecoderConfigMixin):
-        raise ValueError(f"--to {layout}: model_type={config.model_type!r} is not a block-diffusion decoder.")
+        raise ValueError(
+            f"--to {layout}: model_type={config.model_type!r} is not a decoder of transformers. Name a model that was "
+            f"adapted from one, by `bd3lm train --init_from DECODER`."
+        )
     own = set(BD3LMDecoderConfigMixin.__dataclass_fields__) | {"auto_map", "requires_transformers"}
     fields = {name: value for name, value in config.to_dict().items() if name not in own}
     if layout == "sdar":

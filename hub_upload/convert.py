@@ -354,7 +354,10 @@ def _save_checked(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder:
     if tokenizer is not None:
         limit_to_window(tokenizer, model.config)
         tokenizer.save_pretrained(folder)
-    inputs = model.dummy_inputs
+    inputs = dict(model.dummy_inputs)
+    if (mask := getattr(model.config, "mask_token_id", None)) is not None:
+        # As in use: a text without a blank is warned about.
+        inputs["input_ids"] = inputs["input_ids"].index_fill(1, torch.tensor([1], device=model.device), mask)
     logits = model(**inputs).logits
     loaded = load_model(str(folder), argument="the converted folder").eval()
     states = (list(each.state_dict().values()) for each in (model, loaded))
