@@ -380,9 +380,24 @@ def _flex_tile(layout: Layout, num_streams: int, first_query: int) -> Tile:
 def flex_mask(layout: Layout, num_streams: int, first_query: int, *, causal_columns: int = 0) -> BlockMask:
     """Return the sparse mask of flex attention for the queries from `first_query` on; see [`stream_visibility`]."""
     keys, rows = num_streams * layout.block_ids.shape[1], layout.num_rows
+    if not layout.aligned:
+        layout = layout._replace(
+            block_ids=_in_memory(layout.block_ids),
+            valid=None if layout.valid is None else _in_memory(layout.valid),
+            document_ids=None if layout.document_ids is None else _in_memory(layout.document_ids),
+        )
     see = stream_visibility(layout, first_query=first_query, causal_columns=causal_columns)
     batch = None if rows == 1 else rows
     return create_block_mask(see, batch, None, keys - first_query, keys, device=layout.block_ids.device)
+
+
+def _in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that a mask of flex attention can read in code compiled by torch 2.11.
+
+    There the mask cannot read what the same code computes on the fly. A view by explicit strides is not fused away.
+    """
+    tensor = tensor.contiguous()
+    return tensor.as_strided(tensor.shape, tensor.stride()) if torch.compiler.is_compiling() else tensor
 
 
 def _flex_two_stream_plan(
@@ -425,22 +440,25 @@ def stream_visibility(layout: Layout, *, first_query: int = 0, causal_columns: i
         causal_columns: leading tokens of x_0 that see nothing to their right, as in an autoregressive model.
     """
     length, block_ids, valid, document_ids = layout.block_ids.shape[1], *layout[1:]
-    shared = block_ids.shape[0] == 1  # by all rows of the batch
+
+    def at(values: torch.Tensor, batch: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        # All rows of the batch may share one. An index of tensors alone: a number would be sent to the device.
+        return values[0][position] if values.shape[0] == 1 else values[batch, position]
 
     def see(batch: torch.Tensor, head: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        query, row = query + first_query, 0 if shared else batch
+        query = query + first_query
         q, k = query % length, key % length
         stream_q, stream_k = query // length, key // length
-        block_q, block_k = block_ids[row, q], block_ids[row, k]
+        block_q, block_k = at(block_ids, batch, q), at(block_ids, batch, k)
         earlier = (stream_k == 0) & (block_q > block_k)  # clean keys, for queries of any stream
         own = (stream_q == stream_k) & (block_q == block_k)
         if causal_columns:
             own = own & ((query >= causal_columns) | (k <= q))
         seen = earlier | own
         if document_ids is not None:
-            seen = seen & (document_ids[row, q] == document_ids[row, k])
+            seen = seen & (at(document_ids, batch, q) == at(document_ids, batch, k))
         if valid is not None:
-            seen = seen & valid[batch, k]
+            seen = seen & at(valid, batch, k)
         return seen | (query == key)  # no softmax may run over nothing
 
     return see

@@ -365,7 +365,8 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
             implementation=config._attn_implementation,
             dtype=embeds.dtype,
         )
-        positions = layout.position_ids.repeat(1, num_noise_samples + (cache is None))
+        # Not a sum with a bool, which torch 2.11 cannot trace for inputs of several lengths.
+        positions = layout.position_ids.repeat(1, num_noise_samples + (1 if cache is None else 0))
         modulations = backbone.modulations(sigma, x_t.device)
         outputs = backbone.run(
             embeds, positions, plan, modulations, past_key_values=cache, output_indices=masked_indices

@@ -437,7 +437,8 @@ class _FusedHeadLoss(torch.autograd.Function):
             logits = F.linear(rows, head, None if bias is None else bias.to(dtype)).float()
             logits[:, mask_token_id] = -torch.inf
             log_sum = logits.logsumexp(dim=1, keepdim=True)
-            total += ((log_sum - logits.gather(1, target)) * coefficient).sum()
+            # Not in place: compiled by torch 2.11, a result that was written to would get no gradient.
+            total = total + ((log_sum - logits.gather(1, target)) * coefficient).sum()
             if not any(ctx.needs_input_grad[:3]):
                 continue
             grad = logits.sub_(log_sum).exp_()

@@ -99,11 +99,11 @@ def _run(arguments: RunArguments) -> TrainResult:
     estimator = training.final_estimator or training.eval_estimator
     if trainer.is_world_process_zero():
         print(summary_at_start(arguments, trainer, sequences, resume))
-    before = score_before(trainer, sequences, estimator) if resume is None else None
-    # Now that every process has the whole model; training may spread its weights over them.
+    # Now that every process has the whole model; the trainer may spread its weights over them.
     unigram = None
     if trainer.is_world_process_zero() and model.has_likelihood:
         unigram = unigram_of(model, sequences, training.eval_batch_size)
+    before = score_before(trainer, sequences, estimator) if resume is None else None
     try:
         trainer.train(resume_from_checkpoint=resume)
     except TrainingStopped:

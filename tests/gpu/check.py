@@ -3,10 +3,9 @@
 python tests/gpu/check.py [--device cuda] [--tiny] [--output DIR] [--only PART ...]
 
 Needs torch 2.11 and transformers 5.17 or newer, no installed copy of this package. Each part runs in a process of its
-own with its own time limit, so a failure or a hang never hides the rest. What is not timed runs first, side by side,
-while the timed parts compile their code into torch's cache on disk; then these run one after the other. Results appear
-as soon as they are known in `gpu-check.json`, `gpu-check.md` (tables for BENCHMARKS.md) and, with matplotlib,
-`gpu-check.png`.
+own with its own time limit, so a failure or a hang never hides the rest. What is not timed runs side by side, while
+the timed parts compile their code; then these are timed one after the other. Results appear as soon as they are known
+in `gpu-check.json`, `gpu-check.md` (tables for BENCHMARKS.md) and, with matplotlib, `gpu-check.png`.
 """
 
 import argparse
@@ -64,7 +63,7 @@ class Part(NamedTuple):
     Attributes:
         work: yields its results.
         seconds: after which it is ended on a GPU.
-        timed: whether its times matter: it runs alone, after a warm-up beside the others that compiles its code.
+        timed: whether its times matter: it compiles its code beside the others and waits for quiet to time it.
     """
 
     work: Callable[[Settings], Iterator[Row]]
@@ -77,10 +76,10 @@ PARTS = {
     "tests": Part(run_tests, 200, timed=False),
     "runs": Part(measurements.measure_runs, 200, timed=False),
     "launchers": Part(measurements.measure_launchers, 200, timed=False),
-    "training": Part(measurements.measure_training, 120),
-    "generation": Part(measurements.measure_generation, 180),
-    "attention": Part(measurements.measure_attention, 120),
-    "likelihood": Part(measurements.measure_likelihood, 60),
+    "training": Part(measurements.measure_training, BUDGET),
+    "generation": Part(measurements.measure_generation, BUDGET),
+    "likelihood": Part(measurements.measure_likelihood, BUDGET),
+    "attention": Part(measurements.measure_attention, BUDGET),
 }
 
 
@@ -95,6 +94,7 @@ def run_part(name: str, settings: Settings) -> list[dict[str, Any]]:
             for row in PARTS[name].work(settings):
                 rows.append({"part": name, **row._asdict()})
                 print(json.dumps(rows[-1]), file=file, flush=True)
+                print(f"{name}, {time.perf_counter() - started:.0f} s: {row.what}", flush=True)
         except Exception as error:  # whatever it is, the other parts go on
             failed = Row(f"{name} failed", None, met=False, note=f"{type(error).__name__}: {error}"[-1500:])
             rows.append({"part": name, **failed._asdict()})
@@ -113,7 +113,6 @@ class Process:
         self.path.unlink(missing_ok=True)
         command = [sys.executable, __file__, "--part", name, "--device", settings.device]
         command += ["--output", str(settings.output), *(["--tiny"] if settings.tiny else [])]
-        command += ["--warm-up"] if settings.warm_up else []
         self.process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -141,24 +140,15 @@ class Process:
 
 
 def run_parts(names: Sequence[str], settings: Settings, budget: float) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of each part: first what is not timed, side by side with the warm-ups, then what is, alone."""
-    started = time.monotonic()
-    warming = settings._replace(output=settings.output / "warm-up", warm_up=True)
-    processes = [
-        Process(name, warming if PARTS[name].timed else settings, min(PARTS[name].seconds, budget)) for name in names
-    ]
+    """Yield the rows of each part: first of what is not timed; when that has ended, the others may start timing."""
+    ready = settings.output / "ready"
+    ready.unlink(missing_ok=True)
+    processes = [Process(name, settings, min(PARTS[name].seconds, budget)) for name in names]
     try:
-        for process in processes:
-            rows = process.rows()
-            if not PARTS[process.name].timed:
-                yield rows
-        for name in (name for name in names if PARTS[name].timed and not settings.warm_up):
-            left = budget - (time.monotonic() - started)
-            if left < 5:
-                yield [{"part": name, **Row(f"{name} not run", None, note="the budget was spent")._asdict()}]
-                continue
-            processes.append(Process(name, settings, min(PARTS[name].seconds, left)))
-            yield processes[-1].rows()
+        for process in sorted(processes, key=lambda process: PARTS[process.name].timed):
+            if PARTS[process.name].timed:
+                ready.touch()
+            yield process.rows()
     finally:
         for process in processes:
             process.end()
@@ -244,14 +234,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("gpu-check"), help="folder of the results")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), help="run these parts only")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of the whole check")
-    parser.add_argument("--warm-up", action="store_true", help="compile what is timed, and time nothing")
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no GPU; --device cpu --tiny checks the script itself")
     if not arguments.device.startswith("cuda") and not arguments.tiny:
         parser.error(f"--device {arguments.device}: only --tiny is meant for it")
-    settings = Settings(arguments.device, arguments.tiny, arguments.output.resolve(), arguments.warm_up)
+    settings = Settings(arguments.device, arguments.tiny, arguments.output.resolve(), not arguments.part)
     settings.output.mkdir(parents=True, exist_ok=True)
     if arguments.part:
         run_part(arguments.part, settings)

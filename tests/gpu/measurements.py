@@ -4,9 +4,12 @@ A part is a function `(settings) -> iterator of rows`. It yields each row as soo
 failure loses nothing.
 """
 
+import contextlib
+import fcntl
 import gc
 import importlib.util
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -36,13 +39,13 @@ class Settings(NamedTuple):
 
     Attributes:
         tiny: run every line of it on a CPU.
-        warm_up: compile everything, so that the next process finds the code in torch's cache; the times mean nothing.
+        alone: whether this process need not wait for others with its timing.
     """
 
     device: str = "cuda"
     tiny: bool = False
     output: Path = Path("gpu-check")
-    warm_up: bool = False
+    alone: bool = True
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -55,7 +58,7 @@ class Settings(NamedTuple):
 
     @property
     def repeats(self) -> int:
-        return 1 if self.tiny or self.warm_up else 7
+        return 1 if self.tiny else 7
 
 
 class Row(NamedTuple):
@@ -175,11 +178,29 @@ def timed(settings: Settings, work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def in_turn(settings: Settings, *works: Callable[[], Any], warm_up: int = 3) -> list[float]:
-    """Return the median seconds of each work, timed in turn after a warm-up that compiles."""
+def warm_up(settings: Settings, *works: Callable[[], Any], times: int = 3) -> None:
+    """Call each work until it is compiled."""
     for work in works:
-        for _ in range(1 if settings.repeats == 1 else warm_up):
+        for _ in range(1 if settings.tiny else times):
             work()
+    release_memory(settings)
+
+
+@contextlib.contextmanager
+def quiet(settings: Settings) -> Iterator[None]:
+    """Wait until nothing else runs on the device, and keep it to this process."""
+    if settings.alone:
+        yield
+        return
+    while not (settings.output / "ready").exists():  # made when all that is not timed has ended
+        time.sleep(0.1)
+    with (settings.output / "timing").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def medians(settings: Settings, *works: Callable[[], Any]) -> list[float]:
+    """Return the median seconds of each work, timed in turn."""
     turns = [[timed(settings, work) for work in works] for _ in range(settings.repeats)]
     return [statistics.median(times) for times in zip(*turns, strict=True)]
 
@@ -211,22 +232,24 @@ def training_step(settings: Settings, module: nn.Module, batch: dict[str, Any]) 
     return step
 
 
-def peak_memory(settings: Settings, step: Callable[[], None]) -> float | None:
-    """Return the peak device memory of a step in GB (10^9 bytes); None on a CPU."""
+def peak_memory(settings: Settings, module: nn.Module, step: Callable[[], None]) -> float | None:
+    """Return the peak device memory of a step in GB (10^9 bytes), without other models; None on a CPU."""
     if not settings.device.startswith("cuda"):
         step()
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
+    others = torch.cuda.memory_allocated() - 3 * sum(
+        weight.nbytes for weight in module.parameters()
+    )  # AdamW: two more
     step()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 1e9
+    return (torch.cuda.max_memory_allocated() - others) / 1e9
 
 
-def release(settings: Settings) -> None:
-    """Free what the last models held."""
+def release_memory(settings: Settings) -> None:
+    """Give back what no tensor holds."""
     gc.collect()
-    torch._dynamo.reset()
     if settings.device.startswith("cuda"):
         torch.cuda.empty_cache()
 
@@ -240,60 +263,51 @@ def measure_training(settings: Settings) -> Iterator[Row]:
     """Time the training step against GPT-2's, with its memory, MFU and recompilations."""
     batch, length = (2, 16) if settings.tiny else (16, 1024)
     ids = torch.randint(0, settings.vocab_size - 1, (batch, length), device=settings.device)
+    rival = gpt2(settings, length)
+    their_step = training_step(settings, rival, {"input_ids": ids, "labels": ids})
+    models = {size: bd3lm(settings, size, length) for size in ((4,) if settings.tiny else (4, 16))}
+    steps = {size: training_step(settings, models[size], noisy_batch(settings, ids, size)) for size in models}
+    warm_up(settings, their_step, *steps.values())
     peak = peak_tflops_of(torch.cuda.get_device_name()) if settings.device.startswith("cuda") else 0.0
-    for block_size in (4,) if settings.tiny else (4, 16):
-        ours, rival = bd3lm(settings, block_size, length), gpt2(settings, length)
-        flops = training_flops(ours, batch, length)
-        batches = (noisy_batch(settings, ids, block_size), {"input_ids": ids, "labels": ids})
-        steps = [training_step(settings, *pair) for pair in zip((ours, rival), batches, strict=True)]
-        seconds = in_turn(settings, *steps)
-        before = graphs()
-        memory = [peak_memory(settings, step) for step in steps]
-        what = f"training step, {batch} x {length}, bf16, compiled, block {block_size}"
-        ratio = seconds[0] / seconds[1]
-        yield Row(what, seconds[0], seconds[1], "GPT-2", "s", ratio, "<= 1.6", ratio <= 1.6)
-        if peak and flops:
-            mfu = flops / seconds[0] / (peak * 1e12)
-            yield Row(f"MFU of it, block {block_size}", mfu, unit="", goal=">= 0.40", met=mfu >= 0.4)
-        if memory[0] is not None and memory[1] is not None:
-            ratio = memory[0] / memory[1]
-            yield Row(f"peak memory, block {block_size}", *memory, "GPT-2", "GB", ratio, "<= 1.3", ratio <= 1.3)
-        made = graphs() - before
-        yield Row(f"graphs compiled after warm-up, block {block_size}", made, unit="", goal="0", met=made == 0)
-        del ours, rival, steps
-        release(settings)
+    with quiet(settings):
+        for size, step in steps.items():
+            before = graphs()
+            seconds, theirs = medians(settings, step, their_step)
+            ratio, what = seconds / theirs, f"training step, {batch} x {length}, bf16, compiled, block {size}"
+            yield Row(what, seconds, theirs, "GPT-2", "s", ratio, "<= 1.6", ratio <= 1.6)
+            if peak:
+                mfu = (training_flops(models[size], batch, length) or 0) / seconds / (peak * 1e12)
+                yield Row(f"MFU of it, block {size}", mfu, unit="", goal=">= 0.40", met=mfu >= 0.4)
+            memory, their_memory = peak_memory(settings, models[size], step), peak_memory(settings, rival, their_step)
+            if memory is not None and their_memory is not None:
+                ratio, what = memory / their_memory, f"peak memory, block {size}"
+                yield Row(what, memory, their_memory, "GPT-2", "GB", ratio, "<= 1.3", ratio <= 1.3)
+            made = graphs() - before
+            yield Row(f"graphs compiled after warm-up, block {size}", made, unit="", goal="0", met=made == 0)
 
 
 def measure_attention(settings: Settings) -> Iterator[Row]:
     """Time the training step against the doubled sequence with a dense mask, by length."""
     block_size, last = 4, 0.0
+    pairs = {}
     for length in (8,) if settings.tiny else (1024, 2048, 4096):
         batch = 2 if settings.tiny else 16384 // length
         ids = torch.randint(0, settings.vocab_size - 1, (batch, length), device=settings.device)
-        ours, textbook = bd3lm(settings, block_size, length), Textbook(settings, block_size, length)
-        textbook = textbook.to(settings.device)
         masked = torch.rand(batch, length, device=settings.device) < 0.5
         noisy = {"x_0": ids, "x_t": ids.masked_fill(masked, settings.vocab_size - 1), "weights": 2.0 * masked}
-        steps = (
+        ours, textbook = bd3lm(settings, block_size, length), Textbook(settings, block_size, length)
+        pairs[batch, length] = (
             training_step(settings, ours, noisy_batch(settings, ids, block_size)),
-            training_step(settings, textbook, noisy),
+            training_step(settings, textbook.to(settings.device), noisy),
         )
-        seconds = in_turn(settings, *steps)
-        gain = seconds[1] / seconds[0]
-        goal, met = (">= 3", gain >= 3) if not last else (f"> {last:.2f}", gain > last)
-        yield Row(
-            f"training step, {batch} x {length}, block {block_size}: dense mask / ours",
-            seconds[0],
-            seconds[1],
-            "doubled sequence, dense sdpa mask",
-            "s",
-            gain,
-            goal,
-            met,
-        )
-        last = gain
-        del ours, textbook, steps
-        release(settings)
+        warm_up(settings, *pairs[batch, length])
+    with quiet(settings):
+        for (batch, length), steps in pairs.items():
+            seconds, theirs = medians(settings, *steps)
+            gain, what = theirs / seconds, f"training step, {batch} x {length}, block {block_size}: dense mask / ours"
+            goal, met = (f"> {last:.2f}", gain > last) if last else (">= 3", gain >= 3)
+            yield Row(what, seconds, theirs, "doubled sequence, dense sdpa mask", "s", gain, goal, met)
+            last = gain
 
 
 def measure_generation(settings: Settings) -> Iterator[Row]:
@@ -303,38 +317,37 @@ def measure_generation(settings: Settings) -> Iterator[Row]:
     ours = bd3lm(settings, 4, 4 + new_tokens).to(dtype).eval()
     rival = gpt2(settings, new_tokens).to(dtype).eval()
     cuda = settings.device.startswith("cuda")
-    cache = {"cache_implementation": "static"} if cuda else {}  # which transformers compiles on a GPU only
+    static = {"cache_implementation": "static"} if cuda else {}  # which transformers compiles on a GPU only
 
     def write(model: Any, batch: int, count: int, **options: Any) -> None:
         prompt = torch.arange(1, 5, device=settings.device).expand(batch, -1)
-        text = model.generate(prompt, max_new_tokens=count, do_sample=True, top_k=0, **options)
+        text = model.generate(prompt, max_new_tokens=count, do_sample=True, top_k=0, **{**static, **options})
         assert text.shape == (batch, 4 + count)
 
+    batches, samplers = (1, 2, 64) if settings.tiny else (1, 8, 64), ("first_hitting", "confidence")
+    for batch in batches:
+        write(rival, batch, new_tokens)
+        for sampler in samplers:
+            write(ours, batch, min(new_tokens, 64), sampler=sampler)
     alone: dict[str, float] = {}
-    for batch in (1, 2, 64) if settings.tiny else (1, 8, 64):
-        write(rival, batch, new_tokens, **cache)  # compiles
-        theirs = timed(settings, lambda batch=batch: write(rival, batch, new_tokens, **cache))
-        for sampler in ("first_hitting", "confidence"):
-            options = {"sampler": sampler, **cache}
-            write(ours, batch, min(new_tokens, 64), **options)  # compiles
-            if settings.warm_up:
-                continue
-            seconds = timed(settings, lambda batch=batch, options=options: write(ours, batch, new_tokens, **options))
-            ratio, what = seconds / theirs, f"{batch} x {new_tokens} tokens, {sampler}"
-            goal, met = ("<= 1", ratio <= 1) if batch == 1 else ("", None)
-            yield Row(what, seconds, theirs, "GPT-2, static cache", "s", ratio, goal, met)
-            gain = batch * alone.setdefault(sampler, seconds) / seconds
-            if batch == 64:
-                yield Row(f"tokens/s, batch 64 over batch 1, {sampler}", gain, unit="x", goal=">= 30", met=gain >= 30)
-    count = new_tokens if settings.tiny else 128
-    fast, slow = in_turn(
-        settings._replace(warm_up=True),  # once: it takes long enough
-        lambda: write(ours, 1, count, **cache),
-        lambda: write(ours, 1, count, cache_implementation="dynamic"),
-    )
-    yield Row(
-        f"{count} tokens, eager / compiled", fast, slow, "ours, eager", "s", slow / fast, ">= 4", slow / fast >= 4
-    )
+    with quiet(settings):
+        for batch in batches:
+            theirs = timed(settings, lambda batch=batch: write(rival, batch, new_tokens))
+            for sampler in samplers:
+                seconds = timed(
+                    settings, lambda batch=batch, sampler=sampler: write(ours, batch, new_tokens, sampler=sampler)
+                )
+                ratio, what = seconds / theirs, f"{batch} x {new_tokens} tokens, {sampler}"
+                goal, met = ("<= 1", ratio <= 1) if batch == 1 else ("", None)
+                yield Row(what, seconds, theirs, "GPT-2, static cache", "s", ratio, goal, met)
+                gain, what = batch * alone.setdefault(sampler, seconds) / seconds, f"{sampler}, batch 64 over batch 1"
+                if batch == 64:
+                    yield Row(f"tokens/s, {what}", gain, unit="x", goal=">= 30", met=gain >= 30)
+        count = min(new_tokens, 128)
+        seconds = timed(settings, lambda: write(ours, 1, count))
+        eager = timed(settings, lambda: write(ours, 1, count, cache_implementation="dynamic"))
+        gain = eager / seconds
+        yield Row(f"{count} tokens, eager / compiled", seconds, eager, "ours, eager", "s", gain, ">= 4", gain >= 4)
 
 
 def measure_likelihood(settings: Settings) -> Iterator[Row]:
@@ -349,14 +362,15 @@ def measure_likelihood(settings: Settings) -> Iterator[Row]:
         for part in ids.split(8):
             model.token_nll(part, estimator=estimator, num_samples=num_samples, generator=generator)
 
-    one, exact, single, double = in_turn(
-        settings,
+    works = (
         lambda: score("sampled"),
         lambda: score("exact"),
         lambda: score("stratified"),
         lambda: score("stratified", 2),
-        warm_up=1,
     )
+    warm_up(settings, *works, times=1)
+    with quiet(settings):
+        one, exact, single, double = medians(settings, *works)
     what = f"exact bound, block 4, {batch} x {length}"
     yield Row(what, exact, one, "one draw", "s", exact / one, "<= 9", exact / one <= 9)
     extra = (double - single) / one
@@ -375,14 +389,20 @@ def run_training(
     """Run `training/train.py` in a process of its own and return its `results.json`.
 
     Raises:
-        RuntimeError: if it fails; the message is the end of what it printed.
+        RuntimeError: if it fails, with the error that it printed; all of it is in `NAME.log`.
     """
     folder = settings.output / name
     script = str(ROOT / "training" / "train.py")
     command = [sys.executable, *(launcher or []), script, *fields, "--output_dir", str(folder)]
-    done = subprocess.run([*command, "--overwrite_output_dir", "true"], capture_output=True, text=True, cwd=ROOT)
+    log = folder.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run([*command, "--overwrite_output_dir", "true"], stdout=file, stderr=file, cwd=ROOT)
     if done.returncode:
-        raise RuntimeError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        # The error itself; a launcher prints many lines after it.
+        told = next((line for line in lines if re.match(r"(\[rank\d+\]: )?\w+(\.\w+)*Error: ", line)), lines[-1])
+        raise RuntimeError(f"exit code {done.returncode}, see {log.name}: {told}")
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 

@@ -74,9 +74,15 @@ def test_a_compiled_training_step_equals_an_eager_one_without_recompiling(make, 
     ids, mask = batch_of(padded=True)
     run = torch.compile(model, backend="inductor" if CUDA else "eager", fullgraph=True)
     for seed in range(4):
-        noise, mask = noise_of(ids.roll(seed)), mask.roll(1, 0)
-        expected = model(input_ids=ids, attention_mask=mask, labels=ids, **noise).loss
-        torch.testing.assert_close(run(input_ids=ids, attention_mask=mask, labels=ids, **noise).loss, expected)
+        batch = {"input_ids": ids, "labels": ids, "attention_mask": mask.roll(seed, 0), **noise_of(ids.roll(seed))}
+        results = []
+        for step in (model, run):
+            loss = step(**batch).loss
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            results.append((loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])))
+        (expected, plain), (loss, gradient) = results
+        torch.testing.assert_close(loss, expected)
+        assert plain.norm() > 0 and (gradient - plain).norm() < 1e-3 * plain.norm()
         if seed == 1:
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs

@@ -24,11 +24,13 @@ def seed(value: int) -> torch.Generator:
     return torch.Generator().manual_seed(value)
 
 
+@pytest.mark.parametrize("in_groups", [False, True])
 @pytest.mark.parametrize("dtype", SAMPLING_DTYPES.values(), ids=SAMPLING_DTYPES)
-def test_tokens_are_drawn_with_their_probability(dtype):
+def test_tokens_are_drawn_with_their_probability(dtype, in_groups):
     probability = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
     scores = (probability.log() + 7.0).expand(40_000, 6)
-    counts = sample_categorical(scores, random_uniform((40_000,), CPU, seed(0)), dtype=dtype).bincount(minlength=6)
+    uniform = random_uniform((40_000,), CPU, seed(0))
+    counts = sample_categorical(scores, uniform, dtype=dtype, in_groups=in_groups).bincount(minlength=6)
     # Binomial, with standard deviations of at most 100.
     assert ((counts - 40_000 * probability).abs() < 500).all()
     assert not counts[probability == 0].any()
@@ -45,11 +47,16 @@ def test_both_precisions_draw_from_the_same_distribution_of_a_large_vocabulary()
     assert (lengths - expected).abs().sum() / 2 < 1e-7  # total variation
     assert ((lengths - expected) / expected).abs().max() < 1e-4  # of the rarest token, too
     uniform = random_uniform((300,), CPU, seed(1))
-    drawn = [sample_categorical(scores.expand(300, -1), uniform, dtype=dtype) for dtype in SAMPLING_DTYPES.values()]
-    assert torch.equal(*drawn)
+    expected, *drawn = (
+        sample_categorical(scores.expand(300, -1), uniform, dtype=dtype, in_groups=in_groups)
+        for dtype in SAMPLING_DTYPES.values()
+        for in_groups in (False, True)
+    )
+    assert all(torch.equal(tokens, expected) for tokens in drawn)
 
 
-def test_a_draw_in_float32_where_float64_is_missing_spares_impossible_tokens(monkeypatch):
+@pytest.mark.parametrize("in_groups", [False, True])
+def test_a_draw_in_float32_where_float64_is_missing_spares_impossible_tokens(monkeypatch, in_groups):
     monkeypatch.setattr(samplers_bd3lm, "wide_float", lambda device: torch.float32)
     cumsum = torch.Tensor.cumsum
 
@@ -61,18 +68,19 @@ def test_a_draw_in_float32_where_float64_is_missing_spares_impossible_tokens(mon
     monkeypatch.setattr(torch.Tensor, "cumsum", in_parallel)
     scores = torch.full((2000, 50), -torch.inf)
     scores[:, [20, 21, 40]] = 0.0
-    drawn = sample_categorical(scores, torch.arange(2000) / 2000)
+    drawn = sample_categorical(scores, torch.arange(2000) / 2000, in_groups=in_groups)
     assert set(drawn.tolist()) == {20, 21, 40}
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53])
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64])
-def test_the_extreme_draws_give_tokens_that_can_be(monkeypatch, uniform, wide):
+@pytest.mark.parametrize("in_groups", [False, True])
+def test_the_extreme_draws_give_tokens_that_can_be(monkeypatch, uniform, wide, in_groups):
     # The largest number below 1 is 1 in float32.
     monkeypatch.setattr(samplers_bd3lm, "wide_float", lambda device: wide)
     scores = torch.randn(64, 1000, generator=seed(0))
     scores[:, [0, 1, 998, 999]] = -torch.inf
-    drawn = sample_categorical(scores, torch.full((64,), uniform, dtype=torch.float64))
+    drawn = sample_categorical(scores, torch.full((64,), uniform, dtype=torch.float64), in_groups=in_groups)
     assert ((drawn >= 2) & (drawn <= 997)).all()
 
 
