@@ -6,6 +6,7 @@ Imports nothing that is slow: `bd3lm VERB --help` must answer before torch is lo
 import argparse
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -56,6 +57,23 @@ def with_underscores(word: str) -> str:
         return word
     name, equals, value = word.partition("=")
     return "--" + name.removeprefix("--").replace("-", "_") + equals + value
+
+
+_TEXT_FLAGS = ("--prompt", "--sample-prompt", "--text", "--gap")
+
+
+def with_home(words: Sequence[str]) -> list[str]:
+    """Return words whose values begin with the home folder where they began with `~`; text is left alone.
+
+    A shell expands `--dataset ~/x`, but not `--dataset=~/x` or what stands in quotes or in a recipe.
+    """
+    expanded: list[str] = []
+    for word in words:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        name = (flag or "".join(words[len(expanded) - 1 : len(expanded)])).replace("_", "-")
+        is_text = name in _TEXT_FLAGS
+        expanded.append(word if is_text else flag + equals + os.path.expanduser(value))
+    return expanded
 
 
 def integer(minimum: int, maximum: int = LARGEST_INTEGER) -> Callable[[str], int]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import bd3lm_hf
-from bd3lm_hf.argument_parser import ArgumentParser, one_line
+from bd3lm_hf.argument_parser import ArgumentParser, one_line, with_home
 
 
 class Verb(NamedTuple):
@@ -163,7 +163,7 @@ def _run(words: list[str]) -> int:
 def run_verb(name: str, words: Sequence[str]) -> None:
     """Run a verb; its errors are raised, and a wrong flag ends the process with code 2."""
     verb = VERBS[name]
-    words = words if name in _KEEP_UNDERSCORES else with_dashes(words)
+    words = with_home(words if name in _KEEP_UNDERSCORES else with_dashes(words))
     if verb.page is not None and {"-h", "--help"} & set(words):
         print(_function(verb.page)())
     elif verb.flags is None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bd3lm_hf.argument_parser import ArgumentParser, mask_secrets, one_line
+from bd3lm_hf.argument_parser import ArgumentParser, mask_secrets, one_line, with_home
 
 
 SECRET = "hf_" + "abcDEF123456"
@@ -45,3 +45,10 @@ def test_a_parser_error_is_one_masked_line_with_exit_code_2(capsys):
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and SECRET not in err
     assert err.startswith("error: ") and "bd3lm push --help" in err
+
+
+def test_the_home_folder_is_found_wherever_a_path_begins_with_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["~/recipe.yaml", "--dataset=~/text", "--output", "~/out", "--prompt", "~/x is a path", "--text=~/x"]
+    expanded = ["/home/me/recipe.yaml", "--dataset=/home/me/text", "--output", "/home/me/out", *words[4:]]
+    assert with_home(words) == expanded

@@ -12,7 +12,7 @@ import yaml
 from transformers import CONFIG_MAPPING, HfArgumentParser, IntervalStrategy
 from transformers.utils import logging
 
-from bd3lm_hf.argument_parser import unknown, with_underscores
+from bd3lm_hf.argument_parser import unknown, with_home, with_underscores
 from bd3lm_hf.input_files import read_yaml
 from bd3lm_hf.output_files import write_atomically
 from bd3lm_hf.run_folder import RECIPE_HEADER
@@ -107,7 +107,7 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments:
         recipe.pop("sample_prompt", None)  # of a shipped recipe: it begins a text of the recipe's own dataset
     recipe = fit_to_type(recipe, argv, model_fields=[item.name for item in fields(ModelArguments)])
     words = [word for name, value in recipe.items() for word in _as_words(name, value)] + argv
-    *groups, given = _parse(words)
+    *groups, given = _parse(with_home(words))
     arguments = RunArguments(*cast("tuple[Any, Any, Any, Any]", tuple(groups)), given)
     _check(arguments, set(recipe), {flag.removeprefix("--") for flag in flags})
     return arguments

@@ -116,7 +116,8 @@ def _data_files(root: Path) -> list[Path]:
 
 def _is_ignored(relative: Path) -> bool:
     """Return whether a file is hidden, inside a hidden or special folder, or describes a dataset."""
-    return relative.name.lower() in _NOT_DATA or any(part.startswith((".", "__")) for part in relative.parts)
+    # "~$" begins the lock file of a document that is open in an office program.
+    return relative.name.lower() in _NOT_DATA or any(part.startswith((".", "__", "~$")) for part in relative.parts)
 
 
 def _split_of(relative: Path) -> str | None:

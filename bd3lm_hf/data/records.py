@@ -25,6 +25,15 @@ from bd3lm_hf.data.sources import COMPRESSIONS, ENDINGS, data_ending
 
 _MAX_PROBED = 100  # records that are looked at to find the columns of a file
 
+# Byte order mark -> encoding; the longer marks first, as that of UTF-16 begins one of UTF-32.
+_WIDE_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+_NUL = "holds a NUL byte: the file is binary, or UTF-16 without a byte order mark (iconv -f UTF-16LE -t UTF-8)"
 _NOT_UTF8 = "cannot be decoded: the file is not UTF-8, convert it (for instance with iconv -t UTF-8)"
 
 
@@ -49,16 +58,25 @@ def read_records(path: str | Path, columns: Sequence[str] | None = None) -> Iter
             return
         with _open(Path(path)) as file:
             yield from _READERS[ENDINGS[ending]](file, ending)
-    except (OSError, EOFError, lzma.LZMAError, pa.ArrowException, csv.Error) as error:
+    except (OSError, EOFError, UnicodeError, lzma.LZMAError, pa.ArrowException, csv.Error) as error:
         yield Record("the rest", None, f"cannot be read: {error}")
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open a file whose last ending may name a compression; Arrow knows all but one without further packages."""
+    """Open a file as UTF-8; its last ending may name a compression, and a byte order mark a wider encoding.
+
+    Arrow knows all compressions but one without further packages.
+    """
     ending = path.suffix.lower()
     if ending == ".xz":
-        return cast(BinaryIO, lzma.open(path))
-    return cast(BinaryIO, io.BufferedReader(pa.input_stream(path, compression=COMPRESSIONS.get(ending))))
+        file: Any = lzma.open(path)  # noqa: SIM115  (the caller closes it)
+    else:
+        file = io.BufferedReader(pa.input_stream(path, compression=COMPRESSIONS.get(ending)))
+    start = file.peek(4)
+    for mark, encoding in _WIDE_ENCODINGS.items():
+        if start.startswith(mark):  # as spreadsheets export; such files are small
+            return io.BytesIO(file.read().decode(encoding).encode("utf-8"))
+    return cast(BinaryIO, file)
 
 
 def columns_of(path: str | Path) -> dict[str, str]:
@@ -107,7 +125,10 @@ def _text(file: BinaryIO, _: str) -> Iterator[Record]:
     except UnicodeDecodeError as error:
         yield Record(f"byte {error.start}", None, _NOT_UTF8)
     else:
-        yield Record("the text", {"text": text.replace("\r\n", "\n").replace("\r", "\n")})
+        if "\0" in text:
+            yield Record("the text", None, _NUL)
+        else:
+            yield Record("the text", {"text": text.replace("\r\n", "\n").replace("\r", "\n")})
 
 
 def _json(file: BinaryIO, ending: str) -> Iterator[Record]:
@@ -178,6 +199,9 @@ def _csv(file: BinaryIO, ending: str) -> Iterator[Record]:
     # A byte that is not UTF-8 becomes a lone surrogate, so that it is a fault of its own row alone.
     with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         header = lines.readline()
+        if "\0" in header:
+            yield Record("the header", None, _NUL)
+            return
         delimiter = max(marks, key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
         # Not strict, a quotation mark that nothing closes would swallow all later rows.
         reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
@@ -197,6 +221,8 @@ def _csv_rows(reader: csv.DictReader) -> Iterator[Record]:
         if None in row or None in row.values():
             num_fields = width + len(row.get(None) or ()) - sum(value is None for value in row.values())
             yield Record(position, None, f"has {num_fields} fields, not {width}")
+        elif any("\0" in value for value in row.values()):
+            yield Record(position, None, _NUL)
         else:
             yield Record(position, dict(row))
 

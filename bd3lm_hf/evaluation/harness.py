@@ -198,6 +198,7 @@ class BD3LMHarness(TemplateLM):
             raise ValueError("the adapter runs in one process: start it without accelerate launch or torchrun.")
         self.name = pretrained if isinstance(pretrained, str) else type(pretrained).__name__
         if isinstance(pretrained, str):
+            pretrained = os.path.expanduser(pretrained)  # no shell sees it
             tokenizer = pretrained if tokenizer is None else tokenizer
             options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": dtype}
             pretrained = load_model(pretrained, argument="pretrained", **options)

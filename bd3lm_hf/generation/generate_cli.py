@@ -107,7 +107,10 @@ def add_generate_arguments(parser: argparse.ArgumentParser, words: Sequence[str]
     where = parser.add_argument_group("output")
     where.add_argument("--stream", action="store_true", help="show each text while it is generated")
     where.add_argument(
-        "--output", type=Path, help="samples file, a JSON object per line; a rerun continues after what is there"
+        "--output",
+        type=Path,
+        help="samples file, a JSON object per line; a rerun continues after what is there, and may add samples per "
+        "prompt as in one larger run",
     )
     where.add_argument("--overwrite", action="store_true", help="replace the files that exist")
     where.add_argument(

@@ -7,13 +7,14 @@ import os
 import select
 import stat
 import sys
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from bd3lm_hf.output_files import JsonLinesFile, check_output_file, lock_output
+from bd3lm_hf.seeds import derived_seed
 
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ STDIN = "-"  # the name that means standard input
 class Sample:
     """One text and how it came about: a line of the samples file."""
 
-    index: int  # its number in the file, which decides its seed
+    index: int  # its number in the file
     prompt: str | None  # None: generated from nothing
     text: str  # the prompt included
     num_prompt_tokens: int
@@ -253,6 +254,26 @@ def _assign_indices(prompts: Sequence[str | None], found: Mapping[int, str | Non
         of_prompt[found[index]].append(index)
     free = itertools.filterfalse(found.__contains__, itertools.count())
     return [of_prompt[prompt].popleft() if of_prompt[prompt] else next(free) for prompt in prompts]
+
+
+def sample_seeds(seed: int, prompts: Sequence[str | None], indices: Sequence[int]) -> dict[int, int]:
+    """Return the seed of each sample by its index.
+
+    It follows from a count of the first samples of all prompts, then their second ones, and so on. So a file to which
+    samples are added has the texts of one larger run. Prompts that are added to several samples each would have other
+    texts in a fresh run.
+
+    Args:
+        seed: of the run.
+        prompts, indices: of each requested sample.
+    """
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    counts: Counter[str | None] = Counter()
+    seeds = {}
+    for index, prompt in sorted(zip(indices, prompts, strict=True), key=lambda sample: sample[0]):
+        seeds[index] = derived_seed(seed, counts[prompt] * len(numbers) + numbers[prompt])
+        counts[prompt] += 1
+    return seeds
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from bd3lm_hf.generation.generate_cli import (
     generation_fields,
     plan,
 )
-from bd3lm_hf.generation.samples import Sample, SamplesFile, open_samples, read_prompts
+from bd3lm_hf.generation.samples import Sample, SamplesFile, open_samples, read_prompts, sample_seeds
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
 from bd3lm_hf.seeds import derived_seed
 
@@ -92,6 +92,8 @@ def _generate_all(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
+    indices = list(range(len(job.sample_prompts))) if file is None else file.indices
+    seeds = sample_seeds(job.seed, job.sample_prompts, indices)
     prompts = dict(enumerate(job.sample_prompts)) if file is None else file.missing()
     missing, count = list(prompts), len(job.sample_prompts)
     kept = count - len(missing)
@@ -99,7 +101,8 @@ def _generate_all(
     with tqdm(total=count, initial=kept, desc="generating", unit="text", disable=not is_shown, leave=False) as bar:
         for begin in range(0, len(missing), job.batch_size):
             batch = missing[begin : begin + job.batch_size]
-            texts = _generate(job, batch, [encoded[prompts[index]] for index in batch], model, tokenizer)
+            inputs = {index: encoded[prompts[index]] for index in batch}
+            texts = _generate(job, inputs, [seeds[index] for index in batch], model, tokenizer)
             samples = [
                 Sample.of(text, tokenizer, index=index, prompt=prompts[index], settings=job.settings)
                 for index, text in zip(batch, texts, strict=True)
@@ -118,16 +121,16 @@ def _generate_all(
 
 
 def _generate(
-    job: Job, batch: list[int], prompts: list[list[int]], model: Any, tokenizer: PreTrainedTokenizerBase
+    job: Job, inputs: dict[int, list[int]], seeds: list[int], model: Any, tokenizer: PreTrainedTokenizerBase
 ) -> list[GeneratedText]:
-    if job.stream and batch[0] > 0:
+    if job.stream and min(inputs) > 0:
         print(SEPARATOR)
     options = dict(job.generation)
     return generate_batch(
         model,
-        prompts,
+        list(inputs.values()),
         options.pop("max_new_tokens"),
-        seeds=[derived_seed(job.seed, index) for index in batch],
+        seeds=seeds,
         stop_at_eos=True,
         keep_steps=bool(job.traces),
         streamer=_streamer(tokenizer) if job.stream else None,

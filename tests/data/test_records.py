@@ -1,4 +1,5 @@
 import bz2
+import codecs
 import csv
 import datetime
 import gzip
@@ -297,3 +298,26 @@ def test_rows_of_another_schema_are_checked_by_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Line 1 of .*null.* 'completion'"):
         list(usable_rows([path], PromptCompletion(), False))
     assert list(usable_rows([path], PromptCompletion(), True)) == [{"prompt": "b", "completion": "c"}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv", "a.jsonl", "a.json", "a.csv.gz", "a.jsonl.xz"])
+def test_a_byte_order_mark_tells_the_encoding(tmp_path: Path, name: str, encoding: str) -> None:
+    rows = [{"text": "naïve", "id": "1"}, {"text": "café", "id": "2"}]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    content = {"txt": "naïve\n", "csv": "text,id\nnaïve,1\ncafé,2\n", "tsv": "text\tid\nnaïve\t1\ncafé\t2\n"}
+    content |= {"jsonl": lines, "json": json.dumps(rows)}
+    _, ending, *compression = name.split(".")
+    path = tmp_path / name
+    compress = COMPRESS[compression[0]] if compression else bytes
+    path.write_bytes(compress(content[ending].encode(encoding)))
+    assert contents(path) == ([{"text": "naïve\n"}] if ending == "txt" else rows)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv"])
+def test_binary_files_and_utf_16_without_its_mark_are_not_text(tmp_path: Path, name: str) -> None:
+    for content in ("text\tid\nabc\t1\n".encode("utf-16-le"), b"PK\x03\x04" + bytes(80), b"text\nab\0c\n"):
+        (tmp_path / name).write_bytes(content)
+        refused(tmp_path / name, "NUL.*iconv")
+    (tmp_path / name).write_bytes(codecs.BOM_UTF16_LE + b"a")  # half a character
+    refused(tmp_path / name, "cannot be read")

@@ -48,6 +48,10 @@ def test_a_text_can_start_from_nothing(generate, tmp_path):
     assert {row["num_prompt_tokens"] for row in rows} == {1}  # the token that begins a text
 
 
+def texts_of(path) -> set:
+    return {(row["prompt"], row["text"]) for row in rows_of(path)}
+
+
 def test_prompts_come_from_a_file(generate, tmp_path):
     (tmp_path / "prompts.txt").write_text("The fox\nA block\n")
     _, out, _ = generate("--prompt-file", tmp_path / "prompts.txt", "--max-new-tokens", 4)
@@ -133,6 +137,9 @@ def test_a_file_grows_by_samples_of_several_prompts_and_by_prompts(generate, tmp
     assert (
         code == 0 and out == f"6 samples in {output}, 4 of an earlier run\n" and output.read_bytes().startswith(before)
     )
+    whole = tmp_path / "whole.jsonl"
+    assert generate(*arguments[:-1], whole, "--num-samples", 3)[0] == 0
+    assert texts_of(output) == texts_of(whole)
     assert generate(*arguments, "--prompt", "Every", "--num-samples", 3)[0] == 0
     rows = rows_of(output)
     prompts = [*["The fox"] * 2, *["A"] * 2, "The fox", "A", *["Every"] * 3]

@@ -47,6 +47,14 @@ def test_dashes_and_underscores_are_both_accepted(word):
     assert parse_arguments([word, "--max-eval-samples", "3"]).model.init_from == "folder"
 
 
+def test_the_home_folder_may_be_written_as_a_tilde(recipe, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    path = recipe("output_dir: ~/run\nsample_prompt: ~/x\n")
+    arguments = parse_arguments([path, "--dataset=~/text", "--init_from", "~/model"])
+    assert (arguments.training.output_dir, arguments.data.dataset) == ("/home/me/run", "/home/me/text")
+    assert (arguments.model.init_from, arguments.training.sample_prompt) == ("/home/me/model", "~/x")
+
+
 def test_only_given_fields_reach_the_configuration(recipe):
     arguments = parse_arguments([recipe("block_size: 8\nnoise: cosine\n"), "--adaln", "false"])
     assert arguments.model.config_fields() == {"block_size": 8, "noise": "cosine", "adaln": False}
