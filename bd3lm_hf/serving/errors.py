@@ -2,24 +2,25 @@
 
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
-from starlette.exceptions import HTTPException
 
 from bd3lm_hf.serving.batching import QueueFullError, ServerStoppedError
 
 
+# A wrong path and a wrong method, which the router refuses by an exception of its own.
+_REFUSED_BY_ROUTER = (404, 405)
 # What generate, the tokenizer and the chat template say of a request's fields.
 _BAD_INPUT = (ValueError, TypeError, KeyError, TemplateError)
 
 
 def describe(error: BaseException) -> tuple[int, str]:
     """Return the status and the message of a failure."""
-    if isinstance(error, HTTPException):
-        return error.status_code, str(error.detail)
+    if hasattr(error, "status_code"):
+        return error.status_code, str(getattr(error, "detail", error))
     if isinstance(error, RequestValidationError):
         return 422, "the body must be a JSON object, sent with the header 'Content-Type: application/json'."
     if isinstance(error, QueueFullError):
@@ -49,5 +50,6 @@ def add_error_handlers(app: FastAPI) -> None:
     async def answer(_request: HTTPRequest, error: Exception) -> JSONResponse:
         return error_response(*describe(error))
 
-    for kind in (HTTPException, RequestValidationError, QueueFullError, ServerStoppedError, *_BAD_INPUT, Exception):
+    faults = (HTTPException, RequestValidationError, QueueFullError, ServerStoppedError, *_BAD_INPUT, Exception)
+    for kind in (*_REFUSED_BY_ROUTER, *faults):
         app.add_exception_handler(kind, answer)

@@ -91,6 +91,7 @@ def check_fields(body: dict[str, Any], known: set[str]) -> None:
     """Refuse what is not honoured.
 
     Args:
+        body: without fields that are null.
         known: fields of OpenAI's schema.
 
     Raises:
@@ -100,17 +101,17 @@ def check_fields(body: dict[str, Any], known: set[str]) -> None:
     if unknown:
         raise HTTPException(422, f"unknown field {', '.join(map(repr, unknown))}: remove it.")
     for name, value in body.items():
-        if value is not None and name not in _HONOURED | _IGNORED and value not in _NEUTRAL.get(name, ()):
+        if name not in _HONOURED | _IGNORED and value not in _NEUTRAL.get(name, ()):
             raise HTTPException(400, f"{name}={value!r} is not supported: leave it out.")
     for name, (low, high, whole) in _RANGES.items():
         _check_number(name, body.get(name), low, high, whole)
     _check_stop("stop", body.get("stop"))
     for name in ("stream", "do_sample"):
         _check_flag(name, body.get(name))
-    options = body.get("stream_options")
-    if not isinstance(options, dict | None):
+    options = body.get("stream_options", {})
+    if not isinstance(options, dict):
         raise HTTPException(400, f"stream_options={options!r}: expected an object.")
-    _check_flag("stream_options.include_usage", (options or {}).get("include_usage"))
+    _check_flag("stream_options.include_usage", options.get("include_usage"))
 
 
 def _check_number(name: str, value: Any, low: float, high: float, whole: bool) -> None:

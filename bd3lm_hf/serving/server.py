@@ -4,25 +4,23 @@ What transformers' server lacks for us is added through its own classes: the gen
 of a request, and middleware of its FastAPI application.
 """
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import PlainTextResponse
-from transformers import GenerationConfig
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.systemone import SystemOneHandler
 from transformers.cli.serving.transcription import TranscriptionHandler
-from transformers.cli.serving.utils import BaseGenerateManager, GenerationState, Modality, _StreamError
+from transformers.cli.serving.utils import Modality
 
-from bd3lm_hf.checkpoints import window_of
 from bd3lm_hf.serving.access import Access
-from bd3lm_hf.serving.batching import Batcher, Request
-from bd3lm_hf.serving.errors import add_error_handlers, describe, error_content
+from bd3lm_hf.serving.batched_generation import BatchedGeneration, OneModelState
+from bd3lm_hf.serving.batching import Batcher
+from bd3lm_hf.serving.errors import add_error_handlers
 from bd3lm_hf.serving.handlers import Chat, Completions
 from bd3lm_hf.serving.plain_text import PlainText
 from bd3lm_hf.serving.settings import ServeSettings
@@ -66,126 +64,6 @@ class LoadedModel(ModelManager):
         yield f"data: {json.dumps(event)}\n\n"
 
 
-class _QueueStreamer:
-    """Puts final text into the queue that transformers' handlers read."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.queue: asyncio.Queue[Any] = asyncio.Queue()
-        self.request: Request | None = None
-
-    @property
-    def total_tokens(self) -> int:
-        """New tokens so far."""
-        return 0 if self.request is None else len(self.request.written)
-
-    def put(self, text: str) -> None:
-        """Show text; called from the batcher's thread."""
-        self.loop.call_soon_threadsafe(self.queue.put_nowait, text)
-
-    def end(self, error: BaseException | None) -> None:
-        """End the stream, with an error if there is one."""
-        # transformers puts the message between quotes; `event_stream.py` reads it.
-        item = None if error is None else _StreamError(json.dumps(json.dumps(error_content(*describe(error))))[1:-1])
-        self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
-
-    def cancel(self) -> None:
-        """Stop writing: the client has left."""
-        if self.request is not None:
-            self.request.cancelled.set()
-
-
-class BatchedGeneration(BaseGenerateManager):
-    """Generation of one model for all requests, by a [`Batcher`]."""
-
-    def __init__(self, batcher: Batcher) -> None:
-        self.batcher = batcher
-        self.window = window_of(batcher.model)
-
-    def generate_streaming(
-        self,
-        model: Any,
-        processor: Any,
-        inputs: dict,
-        gen_config: GenerationConfig,
-        request_id: str,
-        response_parser: Any = None,
-    ) -> tuple[asyncio.Queue, Any]:
-        """Queue a request whose text is streamed."""
-        streamer = _QueueStreamer(asyncio.get_running_loop())
-        streamer.request = self._submit(inputs, gen_config, streamer.put, streamer.end)
-        return streamer.queue, streamer
-
-    async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: dict, gen_config: GenerationConfig, request_id: str
-    ) -> tuple[str, int, list[int]]:
-        """Queue a request and wait for its text; a client that leaves cancels it."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future = loop.create_future()
-
-        def end(error: BaseException | None) -> None:
-            def settle() -> None:
-                if not done.done():
-                    done.set_result(None) if error is None else done.set_exception(error)
-
-            loop.call_soon_threadsafe(settle)
-
-        request = self._submit(inputs, gen_config, None, end)
-        try:
-            await done
-        except asyncio.CancelledError:
-            request.cancelled.set()
-            raise
-        return request.text, len(request.prompt), request.written
-
-    def stop(self) -> None:
-        """End all requests."""
-        self.batcher.close()
-
-    def _submit(
-        self,
-        inputs: dict,
-        config: GenerationConfig,
-        on_text: Callable[[str], None] | None,
-        on_end: Callable[[BaseException | None], None],
-    ) -> Request:
-        (prompt,) = inputs["input_ids"].tolist()
-        if len(prompt) > self.window:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens, more than the window of {self.window}: shorten the prompt."
-            )
-        request = Request(prompt, config, config.__dict__.pop("seed", None), on_text)
-
-        def end(error: BaseException | None) -> None:
-            if request.finish_reason == "stop":
-                # transformers' handlers take a text for cut off when it has as many tokens as this.
-                config.max_new_tokens = None
-            on_end(error)
-
-        request.on_end = end
-        return self.batcher.submit(request)
-
-
-class _State(GenerationState):
-    """The generation state of transformers' handlers, with one manager."""
-
-    def __init__(self, manager: BatchedGeneration) -> None:
-        super().__init__()
-        self.manager = manager
-
-    def use_continuous_batching(self, model: Any, modality: Modality) -> bool:
-        """Return False: transformers' own batching pages autoregressive caches."""
-        return False
-
-    def get_manager(self, model_id: str, use_cb: bool = False) -> BaseGenerateManager:
-        """Return the one manager."""
-        return self.manager
-
-    def is_cb_alive(self) -> bool:
-        """Return whether requests are answered, for `/health`."""
-        return self.manager.batcher.is_alive()
-
-
 def make_app(model: Any, tokenizer: Any, settings: ServeSettings) -> FastAPI:
     """Return the application that serves one model.
 
@@ -197,7 +75,7 @@ def make_app(model: Any, tokenizer: Any, settings: ServeSettings) -> FastAPI:
         ValueError: if the model is not one of this package.
     """
     batcher = Batcher(model, tokenizer, max_batch_size=settings.max_batch_size, max_waiting=settings.max_waiting)
-    manager, state = LoadedModel(settings.model, model, tokenizer), _State(BatchedGeneration(batcher))
+    manager, state = LoadedModel(settings.model, model, tokenizer), OneModelState(BatchedGeneration(batcher))
     completions, chat = Completions(manager, state), Chat(manager, state)
     completions.settings = chat.settings = settings
     app = build_server(
