@@ -318,6 +318,6 @@ def test_a_byte_order_mark_tells_the_encoding(tmp_path: Path, name: str, encodin
 def test_binary_files_and_utf_16_without_its_mark_are_not_text(tmp_path: Path, name: str) -> None:
     for content in ("text\tid\nabc\t1\n".encode("utf-16-le"), b"PK\x03\x04" + bytes(80), b"text\nab\0c\n"):
         (tmp_path / name).write_bytes(content)
-        refused(tmp_path / name, "NUL.*iconv")
+        refused(tmp_path, "NUL.*iconv")
     (tmp_path / name).write_bytes(codecs.BOM_UTF16_LE + b"a")  # half a character
-    refused(tmp_path / name, "cannot be read")
+    refused(tmp_path, "cannot be read")
