@@ -44,6 +44,15 @@ def automatic_attention(device: torch.device | None = None, *, has_triton: bool 
     return "flex_attention" if cuda and (is_triton_available() if has_triton is None else has_triton) else "sdpa"
 
 
+def in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that compiled code writes to memory, and does not compute anew in each kernel that reads it.
+
+    A view by explicit strides does that. A mask of flex attention could not read it otherwise (torch 2.11).
+    """
+    tensor = tensor.contiguous()
+    return tensor.as_strided(tensor.shape, tensor.stride()) if torch.compiler.is_compiling() else tensor
+
+
 class Tile(NamedTuple):
     """Queries that share a set of keys."""
 
@@ -379,25 +388,18 @@ def _flex_tile(layout: Layout, num_streams: int, first_query: int) -> Tile:
 
 def flex_mask(layout: Layout, num_streams: int, first_query: int, *, causal_columns: int = 0) -> BlockMask:
     """Return the sparse mask of flex attention for the queries from `first_query` on; see [`stream_visibility`]."""
-    keys, rows = num_streams * layout.block_ids.shape[1], layout.num_rows
+    # A fixed number, also in compiled code: torch 2.11 cannot compile flex attention for any length, only for each.
+    length = len(range(layout.block_ids.shape[1]))
+    keys, rows = num_streams * length, layout.num_rows
     if not layout.aligned:
         layout = layout._replace(
-            block_ids=_in_memory(layout.block_ids),
-            valid=None if layout.valid is None else _in_memory(layout.valid),
-            document_ids=None if layout.document_ids is None else _in_memory(layout.document_ids),
+            block_ids=in_memory(layout.block_ids),
+            valid=None if layout.valid is None else in_memory(layout.valid),
+            document_ids=None if layout.document_ids is None else in_memory(layout.document_ids),
         )
     see = stream_visibility(layout, first_query=first_query, causal_columns=causal_columns)
     batch = None if rows == 1 else rows
     return create_block_mask(see, batch, None, keys - first_query, keys, device=layout.block_ids.device)
-
-
-def _in_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that a mask of flex attention can read in code compiled by torch 2.11.
-
-    There the mask cannot read what the same code computes on the fly. A view by explicit strides is not fused away.
-    """
-    tensor = tensor.contiguous()
-    return tensor.as_strided(tensor.shape, tensor.stride()) if torch.compiler.is_compiling() else tensor
 
 
 def _flex_two_stream_plan(
@@ -443,7 +445,7 @@ def stream_visibility(layout: Layout, *, first_query: int = 0, causal_columns: i
 
     def at(values: torch.Tensor, batch: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         # All rows of the batch may share one. An index of tensors alone: a number would be sent to the device.
-        return values[0][position] if values.shape[0] == 1 else values[batch, position]
+        return values.squeeze(0)[position] if values.shape[0] == 1 else values[batch, position]
 
     def see(batch: torch.Tensor, head: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         query = query + first_query

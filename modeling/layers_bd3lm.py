@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_bd3lm import AttentionPlan, BD3LMAttention, Tile
+from .attention_bd3lm import AttentionPlan, BD3LMAttention, Tile, in_memory
 from .configuration_bd3lm import BD3LMConfig
 from .linear_bd3lm import compute_dtype, is_plain_linear
 from .noise_bd3lm import wide_float
@@ -117,7 +117,9 @@ class BD3LMRotaryEmbedding(nn.Module):
         """Return cosines and sines `(batch or 1, length, 1, head_dim / 2)` for positions `(batch or 1, length)`."""
         wide = wide_float(position_ids.device)
         angles = position_ids.to(wide).unsqueeze(-1) * self.frequencies(wide, position_ids.device)
-        return angles.cos().to(dtype).unsqueeze(2), angles.sin().to(dtype).unsqueeze(2)
+        # All layers read them, and on a GPU their arithmetic in float64 takes longer than the rest of a kernel.
+        cos, sin = (in_memory(x.to(dtype)) for x in (angles.cos(), angles.sin()))
+        return cos.unsqueeze(2), sin.unsqueeze(2)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
