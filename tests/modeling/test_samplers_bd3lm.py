@@ -201,6 +201,12 @@ def test_without_chance_the_steps_share_a_block_evenly(steps, expected):
     assert positions_of(make("ancestral", num_denoising_steps=steps), state_of(masked, do_sample=False)) == expected
 
 
+def test_by_default_there_are_as_many_steps_as_a_block_has_tokens():
+    masked = torch.ones(50, 8, dtype=torch.bool)
+    (default, _), (eight, _) = (make("ancestral", num_denoising_steps=n).hits(state_of(masked)) for n in (None, 8))
+    assert torch.equal(default, eight) and default.max() == 7
+
+
 def test_a_reader_gets_the_drawn_steps_from_left_to_right():
     masked = torch.ones(1, 32, dtype=torch.bool)
     when, _ = make("ancestral", num_denoising_steps=5).hits(state_of(masked, left_to_right=True))
