@@ -209,7 +209,14 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         if labels is not None:
             assert input_ids is not None  # checked
             check_positions(position_ids, input_ids.shape)
-            return BD3LMOutput(loss=self._loss(input_ids, labels, attention_mask, num_items_in_batch, position_ids))
+            batch = (input_ids, labels, attention_mask)
+            if not (self.training or torch.is_grad_enabled()) and num_items_in_batch is not None:
+                # As a Trainer evaluates: it also takes what `predict` and `compute_metrics` get.
+                check_text(self.config, *batch)
+                nll, mask = self._score(*batch, position_ids)
+                loss = divide_by_count(nll.sum(), mask.bool(), num_items_in_batch)
+                return BD3LMOutput(loss=loss, nll=nll, mask=mask.long())
+            return BD3LMOutput(loss=self._loss(*batch, num_items_in_batch, position_ids))
         outputs = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -247,9 +254,17 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         return divide_by_count(total, predicted, num_items_in_batch)
 
     def _token_nll(self, request: ScoringRequest) -> TokenNLL:
-        input_ids = request.input_ids
-        layout = self._layout(input_ids, request.attention_mask)
-        predicted = self._predicted(request.labels, layout)
+        return self._score(request.input_ids, request.labels, request.attention_mask)
+
+    def _score(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None = None,
+    ) -> TokenNLL:
+        layout = self._layout(input_ids, attention_mask, position_ids)
+        predicted = self._predicted(labels, layout)
         nll = torch.zeros(input_ids.shape, device=input_ids.device)
         indices = predicted.flatten().nonzero().squeeze(1)
         hidden = self._hidden_before(indices, input_ids, layout)

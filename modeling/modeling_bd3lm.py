@@ -14,7 +14,7 @@ from .cache_bd3lm import release_buffers
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
-from .inputs_bd3lm import check_arguments, check_loss_arguments, find_documents
+from .inputs_bd3lm import Documents, check_arguments, check_loss_arguments, find_documents
 from .likelihood_bd3lm import LikelihoodMixin, ScoringRequest, TokenNLL, nelbo
 from .linear_bd3lm import release_prepacked
 from .loss_bd3lm import OwnLossMixin, denoising_loss
@@ -106,8 +106,9 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
             assert input_ids is not None  # checked
             # A Trainer evaluates with `num_items_in_batch` and without gradients; it has no generator to pass.
             evaluates = not (self.training or torch.is_grad_enabled()) and num_items_in_batch is not None
-            if evaluates and block_noise is None and token_noise is None and position_ids is None:
-                return self._scored_output(input_ids, labels, attention_mask, num_items_in_batch)
+            if evaluates and block_noise is None and token_noise is None:
+                documents = find_documents(position_ids, attention_mask, input_ids.shape)
+                return self._scored_output(input_ids, labels, attention_mask, num_items_in_batch, documents)
             layout = {} if position_ids is None else {"position_ids": position_ids}
             if self.config.time_conditioning:
                 # A row has one noise level, so documents with several become rows of their own.
@@ -138,11 +139,20 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
         )
 
     def _scored_output(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None, count: Any
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        count: Any,
+        documents: Documents | None,
     ) -> BD3LMOutput:
         """Score a batch as a Trainer evaluates it: the same text has the same noise, wherever it is in the dataset."""
+        shape = input_ids.shape
         if attention_mask is not None:
             labels = labels.masked_fill(attention_mask == 0, -100)
+        if documents is not None:
+            input_ids, labels = documents.split(input_ids, 0), documents.split(labels, -100)
+            attention_mask = documents.mask
         # A polynomial of the ids modulo 2^62: neither the batch nor padding, whose labels are -100, changes it.
         seeds = []
         for row, scored in zip(input_ids.tolist(), (labels != -100).tolist(), strict=True):
@@ -159,6 +169,8 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
         # The Trainer counts labels; a first token that is only given (`ignore_bos`) has one, but is not scored.
         labelled, scored = (labels != -100).sum(), mask.sum()
         loss = nll.sum() / count * labelled / scored.clamp(min=1)
+        if documents is not None:
+            nll, mask = documents.join(nll, shape), documents.join(mask, shape)
         return BD3LMOutput(loss=loss, nll=nll, mask=mask.long())
 
     def _token_nll(self, request: ScoringRequest) -> TokenNLL:

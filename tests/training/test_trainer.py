@@ -3,9 +3,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from generating import make_family
 from kill_driver import Poison
 from tiny_runs import assert_same_weights, losses_of, rows_of, trained
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from bd3lm_hf.data.streaming import PackedStream
 from bd3lm_hf.evaluation.perplexity import perplexity
@@ -367,6 +368,23 @@ def test_the_stock_trainer_evaluates_alike_and_predicts_the_nll_of_tokens(tiny_c
     model.config.eval_noise_draws = 64
     exact = perplexity(model, rows, estimator="exact").nll
     assert evaluate(3)[0] == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["bd3lm", "sedd", "ar"])
+def test_the_stock_trainer_evaluates_packed_documents_as_rows_of_their_own(family, tmp_path):
+    model = make_family(family, model_length=32).float()
+    rows = [{"input_ids": row["input_ids"][: 9 + i % 4]} for i, row in enumerate(rows_of(6, seed=1))]
+    options = {"use_cpu": True, "disable_tqdm": True, "per_device_eval_batch_size": 2}
+    arguments = TrainingArguments(output_dir=str(tmp_path), **options)
+    first, second = (
+        Trainer(model, arguments, data_collator=DataCollatorWithFlattening()).predict(rows) for _ in range(2)
+    )
+    assert first.metrics["test_loss"] == second.metrics["test_loss"]
+    nll, mask = (torch.from_numpy(array) for array in first.predictions)
+    if family == "ar":
+        expected = torch.cat([model.token_nll(torch.tensor([row["input_ids"]])).nll[0, 1:] for row in rows])
+        torch.testing.assert_close(nll[mask == 1], expected, rtol=1e-4, atol=1e-4)
+    assert int(mask.clamp(min=0).sum()) == sum(len(row["input_ids"]) - 1 for row in rows)
 
 
 def test_a_next_token_loss_of_clean_text_is_refused(tiny_config):
