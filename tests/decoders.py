@@ -12,7 +12,7 @@ from bd3lm_hf.modeling.modeling_bd3lm_decoders import DECODERS
 
 MASK, LENGTH, BLOCK = 63, 12, 4
 
-_SIZES = {
+SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -43,7 +43,7 @@ _TEMPLATE = (
 def stock_fields(family: str) -> dict[str, Any]:
     """Return the fields of a tiny stock configuration."""
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    sizes = {**_GPT2_SIZES, **_DROPOUT} if family == "gpt2" else {**_SIZES, **_OF_FAMILY.get(family, {})}
+    sizes = {**_GPT2_SIZES, **_DROPOUT} if family == "gpt2" else {**SIZES, **_OF_FAMILY.get(family, {})}
     return sizes | special
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import decoders
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,19 +24,8 @@ from bd3lm_hf.tokenization import load_tokenizer
 
 
 MASK, BLOCK = 300, 4
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-    "rope_theta": 500.0,
-}
+IDS = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+SIZES = {**decoders.SIZES, **IDS, "rope_theta": 500.0}
 SMALL = {"hidden_size": 4, "intermediate_size": 4}  # of models with a whole vocabulary
 STOCK = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=False)),
