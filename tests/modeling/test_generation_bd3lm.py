@@ -519,6 +519,8 @@ def test_unknown_fields_of_a_config_are_refused_by_name(model):
         ({"clean_input_ids": PROMPT, "timesteps": torch.ones(1)}, "clean_input_ids, timesteps"),
         ({"output_attentions": True}, "output_attentions"),
         ({"attention_mask": torch.zeros_like(PROMPT)}, "empty prompt"),
+        # One row of several.
+        ({"input_ids": PROMPT.repeat(2, 1), "attention_mask": torch.tensor([[1], [0]]).expand(2, 6)}, "empty prompt"),
         ({"attention_mask": torch.tensor([[0, 1]])}, r"attention_mask of shape \(1, 2\)"),
         ({"num_denoising_steps": 10**24}, f"num_denoising_steps={10**24}"),
         ({"max_new_tokens": 10**15}, f"max_new_tokens={10**15}"),
