@@ -27,6 +27,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
 
 from accelerate.utils import broadcast_object_list
 from transformers import pipeline, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 
 from bd3lm_hf.data.streaming import PackedStream
@@ -99,10 +100,10 @@ def _run(arguments: RunArguments) -> TrainResult:
     estimator = training.final_estimator or training.eval_estimator
     if trainer.is_world_process_zero():
         print(summary_at_start(arguments, trainer, sequences, resume))
-    # Now that every process has the whole model; the trainer may spread its weights over them.
     unigram = None
-    if trainer.is_world_process_zero() and model.has_likelihood:
-        unigram = unigram_of(model, sequences, training.eval_batch_size)
+    with trainer.averaged_weights() as whole:  # together, as the processes may each hold a part of the weights
+        if trainer.is_world_process_zero() and model.has_likelihood:
+            unigram = unigram_of(whole, sequences, training.eval_batch_size)
     before = score_before(trainer, sequences, estimator) if resume is None else None
     try:
         trainer.train(resume_from_checkpoint=resume)
@@ -241,6 +242,7 @@ def unigram_of(model: Any, sequences: TrainingSequences, batch_size: int) -> flo
 def text_from_folder(training: BD3LMTrainingArguments) -> str:
     """Generate text as a user of the folder would: through the pipeline, with the code that was saved there."""
     set_seed(0)
+    unset_hf_deepspeed_config()  # ZeRO-3 would take the weights of every model that is loaded apart
     generator = pipeline("text-generation", model=training.output_dir, trust_remote_code=True)
     options = sample_options(generator.model, training.sample_nucleus_p)
     if not training.sample_prompt:
