@@ -97,6 +97,25 @@ def is_device(path: str | Path) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
+# What to do about a file that cannot be written.
+_ADVICE = {
+    errno.ENOSPC: "make room and run again",
+    errno.EDQUOT: "the quota is used up: make room and run again",
+    errno.EFBIG: "raise the limit of `ulimit -f` and run again",
+}
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file, which the system leaves out, in errors of writing to it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno not in _ADVICE:
+            raise
+        raise OSError(error.errno, f"{error.strerror}, {_ADVICE[error.errno]}", str(path)) from error
+
+
 def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Write a small file that is afterwards either the old one or the new one, whatever happens.
 
@@ -105,13 +124,14 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     path = Path(path)
     data = content.encode("utf-8") if isinstance(content, str) else content
     if is_device(path):
-        path.write_bytes(data)
+        with _naming(path):
+            path.write_bytes(data)
         return
     unfinished = path.with_name(f".{path.name}.incomplete")
     unfinished.unlink(missing_ok=True)
     try:
         # "x" does not follow a link that somebody else put there in the meantime.
-        with unfinished.open("xb") as file:
+        with _naming(path), unfinished.open("xb") as file:
             file.write(data)
         os.replace(unfinished, path)
     except OSError:
@@ -182,7 +202,7 @@ class JsonLinesFile:
             write_atomically(self.path, line)  # the old file stays until now
             self._replace, self._size = False, 0
         else:
-            with self.path.open("ab") as file:
+            with _naming(self.path), self.path.open("ab") as file:
                 if not is_device(self.path):
                     self._cut_incomplete_line(file)
                 file.write(line)

@@ -8,6 +8,7 @@ import pytest
 
 from bd3lm_hf.output_files import (
     LOCK_NAME,
+    JsonLinesFile,
     begins_with,
     check_output_file,
     is_json_with,
@@ -138,3 +139,11 @@ def test_where_locks_are_missing_a_dead_process_does_not_count(tmp_path, monkeyp
     lock.write_text(json.dumps({**holder, "host": "elsewhere"}))
     with pytest.raises(ValueError, match="elsewhere"), lock_output(tmp_path, "--output"):
         pass
+
+
+def test_a_full_disk_is_reported_with_the_file_and_what_to_do():
+    full = Path("/dev/full")
+    with pytest.raises(OSError, match="make room.*'/dev/full'"):
+        write_atomically(full, b"x")
+    with pytest.raises(OSError, match="make room.*'/dev/full'"):
+        JsonLinesFile(full, "--output", first_key="index", remedy="").write_line({"index": 0})
