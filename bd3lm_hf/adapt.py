@@ -307,7 +307,12 @@ def _take_over(model: Any, model_class: Any, config: Any, argument: str) -> Any:
         # Stock layers read their attention from a configuration of their own.
         if getattr(module, "config", None) is stock_config:
             module.config = config
-    adapted.generation_config = copy.deepcopy(model.generation_config)
+    generation_config = copy.deepcopy(model.generation_config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        # Defaults of the family that the vocabulary lacks; see `_drop_default_tokens`.
+        if getattr(config, name) is None and getattr(generation_config, name) == getattr(stock_config, name):
+            setattr(generation_config, name, None)
+    adapted.generation_config = generation_config
     return adapted.train(model.training)
 
 
