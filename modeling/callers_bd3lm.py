@@ -10,9 +10,12 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Modules that take logits for something else, and what to use instead.
-_NEXT_TOKEN_CALLERS = re.compile(r"lm_eval\.models\.huggingface|evaluate_modules\..*\.perplexity")
-_CLASSIFIERS = re.compile(r"transformers\.pipelines\.(text|token|zero_shot)_classification")
+# Files whose code takes logits for something else. A frame's file name is all that is read of it: by its variables,
+# which security checks forbid, code could reach anything.
+_NEXT_TOKEN_CALLERS = re.compile(
+    r"lm_eval[/\\]models[/\\]huggingface\.py$|evaluate_modules[/\\].*[/\\]perplexity\.py$"
+)
+_CLASSIFIERS = re.compile(r"transformers[/\\]pipelines[/\\](text|token|zero_shot)_classification\.py$")
 _INSTEAD_OF_NEXT_TOKENS = (
     "its logits are not next-token predictions, so every score would be wrong. Use `bd3lm harness` for the tasks of "
     "lm_eval, `bd3lm eval` for perplexity, or model.token_nll(input_ids)"
@@ -33,12 +36,12 @@ def check_caller(config: Any) -> None:
         return
     frame = inspect.currentframe()
     while frame is not None:
-        name = str(frame.f_globals.get("__name__"))
-        instead = _INSTEAD_OF_CLASSES if _CLASSIFIERS.fullmatch(name) else None
-        if _NEXT_TOKEN_CALLERS.fullmatch(name) and not config.causal:
+        file = frame.f_code.co_filename
+        instead = _INSTEAD_OF_CLASSES if _CLASSIFIERS.search(file) else None
+        if not config.causal and _NEXT_TOKEN_CALLERS.search(file):
             instead = _INSTEAD_OF_NEXT_TOKENS
         if instead is not None:
-            raise ValueError(f"{name} does not fit model_type={config.model_type!r}: {instead}.")
+            raise ValueError(f"the code in {file} does not fit model_type={config.model_type!r}: {instead}.")
         frame = frame.f_back
 
 

@@ -15,9 +15,8 @@ ROOMS = [path for room in ("modeling", "bd3lm_hf", "training", "hub_upload") for
 
 # Modules of the standard library that only compute, and those from which a few harmless names are taken.
 COMPUTE = {
-    "collections", "collections.abc", "contextlib", "copy", "dataclasses", "difflib", "enum", "functools", "hashlib",
-    "inspect", "itertools", "math", "numbers", "operator", "random", "re", "string", "types", "typing", "warnings",
-    "weakref",
+    "collections.abc", "contextlib", "copy", "dataclasses", "difflib", "functools", "inspect", "itertools", "math",
+    "re", "types", "typing", "warnings", "weakref",
 }  # fmt: skip
 NAMES_OF = {"os": {"PathLike"}, "threading": {"Lock", "current_thread", "main_thread"}}
 # What reaches outside by way of torch, which itself may be imported.
@@ -30,7 +29,8 @@ BUILTINS = {"open", "eval", "exec", "compile", "__import__", "input", "breakpoin
 METHODS = {
     "open", "read_text", "read_bytes", "write_text", "write_bytes", "write", "unlink", "mkdir", "rmdir", "touch",
     "system", "popen", "urlopen", "connect", "tofile", "fromfile", "import_module", "load_module", "exec_module",
-    "__import__", "__subclasses__", "__globals__", "__builtins__", "__code__", "load_state_dict_from_url",
+    "__import__", "__subclasses__", "__globals__", "__builtins__", "__code__", "f_globals", "f_locals", "f_builtins",
+    "tb_frame", "gi_frame", "load_state_dict_from_url",
     "torch_load", "load_file", "save_file", "hf_hub_download", "snapshot_download", "cached_file",
 }  # fmt: skip
 HAVE_FIELDS = {"self", "config", "generation_config"}  # whose fields are read by computed names
@@ -145,7 +145,7 @@ def test_code_that_travels_opens_and_runs_nothing(path):
         "from transformers.dynamic_module_utils import get_class_from_dynamic_module",
         "from huggingface_hub import hf_hub_download", "from safetensors.torch import load_file",
         "getattr(builtins, 'eval')", "getattr(torch, 'lo' + 'ad')", "().__class__.__base__.__subclasses__()",
-        "f.__globals__['x']", "globals()['x']", "breakpoint()", "from torch import *",
+        "f.__globals__['x']", "frame.f_globals['x']", "globals()['x']", "breakpoint()", "from torch import *",
     ],
 )  # fmt: skip
 def test_the_checker_finds_what_it_looks_for(snippet):
