@@ -45,7 +45,7 @@ def automatic_attention(device: torch.device | None = None, *, has_triton: bool 
 
 
 def in_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that compiled code writes to memory, and does not compute anew in each kernel that reads it.
+    """Return a tensor that compiled code writes to memory, and does not compute again in each kernel that reads it.
 
     A view by explicit strides does that. A mask of flex attention could not read it otherwise (torch 2.11).
     """

@@ -1,4 +1,4 @@
-"""How transformers' handlers get text from our batching: the generation manager of a model, and what finds it."""
+"""Let transformers' handlers get text from our batching: the generation manager of a model, and what finds it."""
 
 import asyncio
 import json

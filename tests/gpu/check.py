@@ -154,7 +154,7 @@ def run_parts(names: Sequence[str], settings: Settings, budget: float) -> Iterat
         for process in processes:
             if process not in timed:
                 yield process.rows()
-        # Whoever has not compiled when the time gets short must not keep the others from their results.
+        # A part that has not compiled when the time gets short must not keep the others from their results.
         while not all(process.has_compiled() for process in timed) and time.monotonic() - started < 0.8 * budget:
             time.sleep(0.1)
         ready.touch()
