@@ -127,6 +127,11 @@ class PromptCompletion(Schema):
                 raise ValueError(
                     f"The column {name!r} of {origin!r} holds messages, not text: read it with data_format='messages'."
                 )
+        if found.get("label") == "bool":  # of KTO: false marks a completion that is not to be learned
+            raise ValueError(
+                f"The dataset {origin!r} has a column 'label' of true and false, as preference data has: keep the "
+                f"rows to learn from, and remove the column."
+            )
         return self
 
     def read(self, record: Mapping[str, Any]) -> dict[str, str]:

@@ -128,3 +128,10 @@ def test_tool_calls_and_tools_are_kept_and_their_arguments_parsed() -> None:
 def test_a_record_that_is_not_a_conversation_is_refused(messages: object, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         Messages().read({"messages": messages})
+
+
+def test_completions_with_a_mark_of_preference_are_refused():
+    columns = {"prompt": "string", "completion": "string"}
+    assert PromptCompletion().resolved({**columns, "label": "int64"}, "rows")
+    with pytest.raises(ValueError, match="'label'.*keep the rows"):
+        PromptCompletion().resolved({**columns, "label": "bool"}, "rows")
