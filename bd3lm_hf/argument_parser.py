@@ -65,7 +65,7 @@ _TEXT_FLAGS = ("--prompt", "--sample-prompt", "--text", "--gap")
 def with_home(words: Sequence[str]) -> list[str]:
     """Return words whose values begin with the home folder where they began with `~`; text is left alone.
 
-    A shell expands `--dataset ~/x`, but not `--dataset=~/x` or what stands in quotes or in a recipe.
+    A shell expands `--dataset ~/x`, but not `--dataset=~/x` or a path in quotes or in a recipe.
     """
     expanded: list[str] = []
     for word in words:
