@@ -74,7 +74,7 @@ class Part(NamedTuple):
 # The most telling of each kind first, since the budget may end early.
 PARTS = {
     "tests": Part(run_tests, 200, timed=False),
-    "runs": Part(measurements.measure_runs, 200, timed=False),
+    "runs": Part(measurements.measure_runs, 330, timed=False),
     "launchers": Part(measurements.measure_launchers, 200, timed=False),
     "training": Part(measurements.measure_training, BUDGET),
     "generation": Part(measurements.measure_generation, BUDGET),
@@ -216,21 +216,32 @@ def _number(value: float | None, unit: str) -> str:
 
 
 def plot(settings: Settings, rows: Sequence[dict[str, Any]]) -> None:
-    """Draw the ratios to the rivals as bars, where matplotlib is installed."""
-    ratios = [row for row in rows if row["ratio"] is not None]
-    if measurements.has("matplotlib") or not ratios:
+    """Draw the ratios to the rivals as bars and the losses of the runs as curves, where matplotlib is installed."""
+    if measurements.has("matplotlib"):
         return
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.3 * len(ratios)), layout="constrained")
-    axes.barh([row["what"] for row in ratios], [row["ratio"] for row in ratios])
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.invert_yaxis()
-    axes.set_xlabel("ratio to the rival")
-    axes.set_title(str(describe(settings)["device"]))
+    ratios = [row for row in rows if row["ratio"] is not None]
+    curves = sorted(settings.output.glob("run-*/training_curve.json"))
+    figure, (bars, losses) = pyplot.subplots(
+        2, figsize=(9, 5 + 0.3 * len(ratios)), height_ratios=(1 + 0.3 * len(ratios), 4), layout="constrained"
+    )
+    bars.barh([row["what"] for row in ratios], [row["ratio"] for row in ratios])
+    bars.axvline(1.0, color="black", linewidth=0.8)
+    bars.invert_yaxis()
+    bars.set_xlabel("ratio to the rival")
+    bars.set_title(str(describe(settings)["device"]))
+    for path in curves:
+        for name, curve in json.loads(path.read_text(encoding="utf-8")).items():
+            if name in ("loss", "eval_loss"):
+                losses.plot(curve["steps"], curve["values"], label=f"{path.parent.name}, {name}")
+    losses.set_xlabel("step")
+    losses.set_ylabel("nats per token")
+    if losses.lines:
+        losses.legend()
     figure.savefig(settings.output / "gpu-check.png", dpi=120)
     pyplot.close(figure)
 
