@@ -21,7 +21,7 @@ from transformers.utils import can_return_tuple
 
 from .attention_bd3lm import AttentionPlan, automatic_attention, block_causal_plan, two_stream_plan
 from .cache_bd3lm import BlockCache
-from .callers_bd3lm import check_not_next_token_training
+from .compatibility_bd3lm import check_not_next_token_training
 from .configuration_bd3lm import BD3LMConfig
 from .inputs_bd3lm import Layout, read_inputs
 from .layers_bd3lm import (

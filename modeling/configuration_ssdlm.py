@@ -1,7 +1,7 @@
 """The configuration of SSD-LM (arXiv 2210.17432), validated when it is made."""
 
 # First, so that a version of transformers that cannot run this code is named before any other import fails.
-from .versions_bd3lm import check_transformers  # noqa: F401
+from .compatibility_bd3lm import check_transformers  # noqa: F401
 
 
 # isort: split

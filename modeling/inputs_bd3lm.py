@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
 from .cache_bd3lm import open_cache
-from .callers_bd3lm import check_caller, warn_of_visible_tokens
+from .compatibility_bd3lm import check_caller, warn_of_visible_tokens
 
 
 # Read by transformers' wrapper of forward, or sent by tokenizers and generate without a meaning for these models.

@@ -29,7 +29,7 @@ from transformers import (
 
 from .attention_bd3lm import automatic_attention
 from .cache_bd3lm import BlockCache
-from .callers_bd3lm import check_not_next_token_training, warn_of_visible_tokens
+from .compatibility_bd3lm import check_not_next_token_training, warn_of_visible_tokens
 from .configuration_bd3lm_decoders import (
     BD3LMGemma3TextConfig,
     BD3LMGPT2Config,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
-from .versions_bd3lm import TRANSFORMERS_VERSIONS
+from .compatibility_bd3lm import TRANSFORMERS_VERSIONS
 
 
 # To a type checker the base of a mixin is not a whole model: it is Any.

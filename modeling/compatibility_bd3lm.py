@@ -1,14 +1,42 @@
-"""Refuse callers that take a block-diffusion model for a next-token predictor or a classifier."""
+"""Check what this code runs with: the installed transformers, and the code that calls a model.
+
+The version is checked when a saved folder is first imported.
+"""
 
 import inspect
 import re
 from typing import Any
 
 import torch
+import transformers
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+
+_FIRST, _END = (5, 12), (6,)
+TRANSFORMERS_VERSIONS = f">={'.'.join(map(str, _FIRST))},<{'.'.join(map(str, _END))}"
+
+
+def check_transformers(installed: str) -> None:
+    """Refuse a version of transformers that this code was not written for.
+
+    Args:
+        installed: such as "5.23.0". A development version counts as the release that it becomes.
+
+    Raises:
+        ImportError: if the version is outside `TRANSFORMERS_VERSIONS`.
+    """
+    number = re.match(r"\d+(\.\d+)*", installed)
+    release = tuple(map(int, number[0].split("."))) if number else ()
+    if not _FIRST <= release < _END:
+        raise ImportError(
+            f"the code of this model needs transformers {TRANSFORMERS_VERSIONS}, but {installed} is installed here: "
+            f'run `pip install "transformers{TRANSFORMERS_VERSIONS}"`.'
+        )
+
+
+check_transformers(transformers.__version__)
 
 # Files whose code takes logits for something else. A frame's file name is all that is read of it: by its variables,
 # which security checks forbid, code could reach anything.
