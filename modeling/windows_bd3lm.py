@@ -304,7 +304,7 @@ class StaticWindow(CachedWindow):
         self.step, self.compiled = step, step is not static_step
         self.slots = cache.layers[0].max_cache_len  # type: ignore[union-attr]
         self.origin = 0
-        self._masks: tuple[tuple[int, int, int], torch.Tensor] | None = None
+        self._placed: tuple[tuple[int, int, int], tuple[torch.Tensor, ...]] | None = None
         heads, width = network.key_value_shape
         shape = (buffer.token_ids.shape[0], heads, 0, width)
         empty = torch.empty(shape, dtype=network.dtype, device=buffer.token_ids.device)
@@ -335,15 +335,11 @@ class StaticWindow(CachedWindow):
         self, begin: int, num_committed: int, positions: torch.Tensor, sigma: torch.Tensor | None
     ) -> torch.Tensor:
         start, stop = begin - num_committed, begin + self.size
-        columns = torch.arange(start, stop, device=self.buffer.token_ids.device)
         hidden = self.step(
             self.network,
             # A copy: the strides of a view contain the length of the text, for which the step would be compiled again.
             self._ids(start, stop).clone(memory_format=torch.contiguous_format),
-            # Unpadded batches have one row of positions. A row for each keeps the shapes of padded ones.
-            self._position_ids(start, stop).expand(len(self.buffer.token_ids), -1).contiguous(),
-            self._mask(begin, num_committed),
-            (columns - self.origin) % self.slots,
+            *self._placement(begin, num_committed),
             self.cache,
         )
         if num_committed:
@@ -354,12 +350,17 @@ class StaticWindow(CachedWindow):
                 cache.clean_hidden = cache.clean_hidden.clone()
         return hidden.flatten(0, 1)[positions]
 
-    def _mask(self, begin: int, num_committed: int) -> torch.Tensor:
-        """Return the additive mask of a step, which all steps of a block but the first share."""
+    def _placement(self, begin: int, num_committed: int) -> tuple[torch.Tensor, ...]:
+        """Return position ids, mask and slots of a step, which all steps of a block but the first share."""
         key = (begin, num_committed, self.first)
-        if self._masks is None or self._masks[0] != key:
-            self._masks = (key, self._make_mask(begin, num_committed))
-        return self._masks[1]
+        if self._placed is None or self._placed[0] != key:
+            start, stop = begin - num_committed, begin + self.size
+            columns = torch.arange(start, stop, device=self.buffer.token_ids.device)
+            # Unpadded batches have one row of positions. A row for each keeps the shapes of padded ones.
+            position_ids = self._position_ids(start, stop).expand(len(self.buffer.token_ids), -1).contiguous()
+            slots = (columns - self.origin) % self.slots
+            self._placed = (key, (position_ids, self._make_mask(begin, num_committed), slots))
+        return self._placed[1]
 
     def _make_mask(self, begin: int, num_committed: int) -> torch.Tensor:
         """Return an additive mask `(batch, 1, num_committed + block_size, slots)`."""
