@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from gpu.check import PARTS, Process, Settings, main
+from gpu.check import PARTS, Process, Settings, main, run_parts
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,14 @@ def test_every_part_runs_on_a_cpu_and_writes_its_rows(output):
 def test_a_part_that_takes_too_long_is_ended_and_named(tmp_path):
     (row,) = Process("training", Settings("cpu", True, tmp_path), seconds=0.5).rows()
     assert not row["met"] and "0 s" in row["note"]
+
+
+def test_what_is_timed_waits_for_what_is_not(tmp_path):
+    results = run_parts(["likelihood", "launchers"], Settings("cpu", True, tmp_path), budget=120)
+    assert {row["part"] for row in next(results)} == {"launchers"} and not (tmp_path / "ready").exists()
+    rows = next(results)
+    assert [row["part"] for row in rows] == ["likelihood"] * 2 and all(row["ours"] is not None for row in rows)
+    assert len(list(tmp_path.glob("compiled-*"))) == 1 and not list(results)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -147,7 +147,8 @@ class Process:
 def run_parts(names: Sequence[str], settings: Settings, budget: float) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of each part: first of what is not timed, then, when all others have compiled, of these."""
     ready, started = settings.output / "ready", time.monotonic()
-    ready.unlink(missing_ok=True)
+    for left in (ready, *settings.output.glob("compiled-*")):  # by an earlier check
+        left.unlink(missing_ok=True)
     processes = [Process(name, settings, min(PARTS[name].seconds, budget)) for name in names]
     timed = [process for process in processes if PARTS[process.name].timed]
     try:
