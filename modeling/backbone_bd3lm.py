@@ -33,6 +33,7 @@ from .layers_bd3lm import (
     BD3LMZeroLinear,
     ForwardContext,
     TimestepEmbedder,
+    unstack_modulations,
 )
 from .linear_bd3lm import is_sharded
 from .saving_bd3lm import SelfContainedModel
@@ -181,12 +182,17 @@ class BD3LMModel(BD3LMPreTrainedModel):
             return [conditioning] * len(layers)
         return [layer.modulate(conditioning) for layer in layers]
 
+    def stacked(self, modulations: Modulations) -> Modulations | torch.Tensor:
+        """Return modulations that are computed as one tensor, which [`run`] takes as well; others as they are."""
+        parts = [part for layer in modulations if isinstance(layer, tuple) for part in layer if part is not None]
+        return torch.stack(parts) if parts else modulations
+
     def run(
         self,
         inputs_embeds: torch.Tensor,
         position_ids: torch.Tensor,
         plan: AttentionPlan,
-        modulations: Modulations,
+        modulations: Modulations | torch.Tensor,
         *,
         past_key_values: Cache | None = None,
         commit: int = 0,
@@ -209,6 +215,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
         no_output = output_indices is not None and not output_indices.numel()
         if no_output and output_indices is not None:
             output_indices = output_indices.new_zeros(1)  # kernels of quantized layers crash on a product of no rows
+        if isinstance(modulations, torch.Tensor):
+            modulations = unstack_modulations(modulations)
         cos, sin = self.rotary_emb(position_ids, torch.float32)
         shared = ForwardContext(plan, cos, sin, past_key_values, commit, output_indices)
         hidden_states = inputs_embeds

@@ -195,7 +195,10 @@ def check_standard_fields(config: Any, vocab_size: int) -> None:
         if not _is_number(value) or value <= low or (high is not None and value > high):
             raise ValueError(f"{name}={value!r}: give {meaning}.")
     if config.num_beams not in (1, None):
-        raise ValueError(f"num_beams={config.num_beams!r}: there is no beam search. Sample with num_return_sequences.")
+        raise ValueError(
+            f"num_beams={config.num_beams!r}: these models have no beam search. Draw several texts with "
+            f"do_sample=True and num_return_sequences."
+        )
     if config.do_sample not in (True, False, None):
         raise ValueError(f"do_sample={config.do_sample!r}: give True or False.")
     for name in _IDS:

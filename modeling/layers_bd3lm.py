@@ -252,7 +252,7 @@ def split_modulation(modulation: torch.Tensor | None, parts: int) -> tuple[torch
     return (modulation[0] if modulation.shape[0] == 1 else modulation.unsqueeze(1)).chunk(parts, dim=-1)
 
 
-def unstack_modulations(stacked: torch.Tensor) -> list[Modulation | tuple[torch.Tensor, ...]]:
+def unstack_modulations(stacked: torch.Tensor) -> list[torch.Tensor | tuple[torch.Tensor | None, ...] | None]:
     """Return the modulations of all layers and the final norm, from one tensor `(6 * layers + 2, ...)`."""
     parts = stacked.unbind()
     layers = [Modulation(*parts[first : first + 6]) for first in range(0, len(parts) - 2, 6)]

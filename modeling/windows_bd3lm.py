@@ -32,7 +32,6 @@ from .cache_bd3lm import (
 )
 from .decoding_state_bd3lm import SequenceBuffer
 from .inputs_bd3lm import token_layout
-from .layers_bd3lm import unstack_modulations
 
 
 class DecodingNetwork:
@@ -52,9 +51,8 @@ class DecodingNetwork:
         # Without time conditioning adaLN has the same input in every step: compute its output once.
         timed = model.config.time_conditioning
         self.modulations = None if timed else model.backbone.modulations(None, self.device)
-        parts = [part for layer in self.modulations or () if isinstance(layer, tuple) for part in layer]
-        # For a CUDA graph, which copies each of its inputs before every run.
-        self._stacked = torch.stack(parts) if parts and all(part is not None for part in parts) else None
+        # One tensor for a CUDA graph, which copies each of its inputs before every run.
+        self.static_modulations = None if timed else model.backbone.stacked(self.modulations)
 
     @property
     def key_value_shape(self) -> tuple[int, int]:
@@ -123,7 +121,7 @@ class DecodingNetwork:
             backbone.vocab_embed(input_ids),
             position_ids,
             slots_plan(mask, input_ids.shape[1] - self.config.block_size),
-            self.modulations if self._stacked is None else unstack_modulations(self._stacked),
+            self.static_modulations,
             past_key_values=StaticSlots(cache, slots),
         ).last_hidden_state
 

@@ -63,7 +63,7 @@ class Part(NamedTuple):
     Attributes:
         work: yields its results.
         seconds: after which it is ended on a GPU.
-        timed: whether its times matter: it compiles its code beside the others and waits for quiet to time it.
+        timed: whether it measures times. Such a part compiles while the others run, then waits until it is alone.
     """
 
     work: Callable[[Settings], Iterator[Row]]

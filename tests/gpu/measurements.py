@@ -241,9 +241,8 @@ def peak_memory(settings: Settings, module: nn.Module, step: Callable[[], None])
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    others = torch.cuda.memory_allocated() - 3 * sum(
-        weight.nbytes for weight in module.parameters()
-    )  # AdamW: two more
+    own = 3 * sum(weight.nbytes for weight in module.parameters())  # the weights and the two moments of AdamW
+    others = torch.cuda.memory_allocated() - own
     step()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - others) / 1e9
@@ -431,7 +430,7 @@ def measure_runs(settings: Settings) -> Iterator[Row]:
             fields += ["--eval_steps", "500", "--save_steps", "1500", "--logging_steps", "50", "--sample_tokens", "0"]
         started = time.perf_counter()
         results = run_training(settings, f"run-{model_type}", [*fields, "--model_type", model_type])
-        note = f"{time.perf_counter() - started:.0f} s, beside other parts"
+        note = f"{time.perf_counter() - started:.0f} s while other parts ran"
         return Row(f"held-out perplexity, {model_type}", results["after"]["perplexity"], unit="", note=note)
 
     with ThreadPoolExecutor() as pool:
