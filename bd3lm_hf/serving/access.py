@@ -9,7 +9,7 @@ import json
 import secrets
 from typing import Any
 
-from bd3lm_hf.serving.errors import error_response
+from bd3lm_hf.serving.responses import error_response
 
 
 _MOST_BYTES = 10 * 2**20  # of a request

@@ -144,8 +144,7 @@ def load_app(arguments: argparse.Namespace, api_key: str | None) -> tuple[Any, A
 
     from bd3lm_hf.argument_parser import load_model_and_tokenizer
     from bd3lm_hf.checkpoints import check_generates
-    from bd3lm_hf.serving.server import make_app
-    from bd3lm_hf.serving.settings import ServeSettings
+    from bd3lm_hf.serving.server import ServeSettings, make_app
 
     if arguments.device == "auto":
         arguments.device = None

@@ -1,29 +1,252 @@
-"""transformers' server for the models of this package: its application, its request formats, our batching.
+"""transformers' server for the models of this package: its application and handlers, with our batching.
 
-What transformers' server lacks for us is added through its own classes: the generation manager of a model, the checks
-of a request, and middleware of its FastAPI application.
+What transformers' server lacks for us is added through its own classes: the generation manager of a model, the
+handlers of the two endpoints with the checks that they leave out, and middleware of its FastAPI application.
 """
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from transformers import GenerationConfig
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.systemone import SystemOneHandler
 from transformers.cli.serving.transcription import TranscriptionHandler
-from transformers.cli.serving.utils import Modality
+from transformers.cli.serving.utils import BaseGenerateManager, GenerationState, Modality, _StreamError
 
+from bd3lm_hf.checkpoints import window_of
 from bd3lm_hf.serving.access import Access
-from bd3lm_hf.serving.batched_generation import BatchedGeneration, OneModelState
-from bd3lm_hf.serving.batching import Batcher
-from bd3lm_hf.serving.errors import add_error_handlers
-from bd3lm_hf.serving.handlers import Chat, Completions
-from bd3lm_hf.serving.plain_text import PlainText
-from bd3lm_hf.serving.settings import ServeSettings
+from bd3lm_hf.serving.batching import Batcher, Request
+from bd3lm_hf.serving.request_fields import check_fields, check_template_fields, checked_messages, own_fields
+from bd3lm_hf.serving.requests import PlainText
+from bd3lm_hf.serving.responses import add_error_handlers, describe, error_content, openai_events, with_nulls
+
+
+@dataclass
+class ServeSettings:
+    """Settings of `bd3lm serve`.
+
+    Args:
+        model: what requests call the model.
+        defaults: fields of `generate` that replace those of the folder.
+        max_tokens: new tokens of a request that names no number.
+        api_key: which every request must carry; None for none.
+        max_batch_size: requests that are generated at a time.
+        max_waiting: requests that wait for that; one more is refused.
+    """
+
+    model: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+    max_tokens: int = 256
+    api_key: str | None = None
+    max_batch_size: int = 8
+    max_waiting: int = 64
+
+
+# Generation by our batching
+
+
+class _QueueStreamer:
+    """Puts final text into the queue that transformers' handlers read."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.queue: asyncio.Queue[Any] = asyncio.Queue()
+        self.request: Request | None = None
+
+    @property
+    def total_tokens(self) -> int:
+        """New tokens so far."""
+        return 0 if self.request is None else len(self.request.written)
+
+    def put(self, text: str) -> None:
+        """Show text; called from the batcher's thread."""
+        self.loop.call_soon_threadsafe(self.queue.put_nowait, text)
+
+    def end(self, error: BaseException | None) -> None:
+        """End the stream, with an error if there is one."""
+        # transformers puts the message between quotes; `openai_events` reads it.
+        item = None if error is None else _StreamError(json.dumps(json.dumps(error_content(*describe(error))))[1:-1])
+        self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
+
+    def cancel(self) -> None:
+        """Stop writing: the client has left."""
+        if self.request is not None:
+            self.request.cancelled.set()
+
+
+class BatchedGeneration(BaseGenerateManager):
+    """Generation of one model for all requests, by a [`Batcher`]."""
+
+    def __init__(self, batcher: Batcher) -> None:
+        self.batcher = batcher
+        self.window = window_of(batcher.model)
+
+    def generate_streaming(
+        self,
+        model: Any,
+        processor: Any,
+        inputs: dict,
+        gen_config: GenerationConfig,
+        request_id: str,
+        response_parser: Any = None,
+    ) -> tuple[asyncio.Queue, Any]:
+        """Queue a request whose text is streamed."""
+        streamer = _QueueStreamer(asyncio.get_running_loop())
+        streamer.request = self._submit(inputs, gen_config, streamer.put, streamer.end)
+        return streamer.queue, streamer
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: dict, gen_config: GenerationConfig, request_id: str
+    ) -> tuple[str, int, list[int]]:
+        """Queue a request and wait for its text; a client that leaves cancels it."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future = loop.create_future()
+
+        def end(error: BaseException | None) -> None:
+            def settle() -> None:
+                if not done.done():
+                    done.set_result(None) if error is None else done.set_exception(error)
+
+            loop.call_soon_threadsafe(settle)
+
+        request = self._submit(inputs, gen_config, None, end)
+        try:
+            await done
+        except asyncio.CancelledError:
+            request.cancelled.set()
+            raise
+        return request.text, len(request.prompt), request.written
+
+    def stop(self) -> None:
+        """End all requests."""
+        self.batcher.close()
+
+    def _submit(
+        self,
+        inputs: dict,
+        config: GenerationConfig,
+        on_text: Callable[[str], None] | None,
+        on_end: Callable[[BaseException | None], None],
+    ) -> Request:
+        (prompt,) = inputs["input_ids"].tolist()
+        if len(prompt) > self.window:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens, more than the window of {self.window}: shorten the prompt."
+            )
+        request = Request(prompt, config, config.__dict__.pop("seed", None), on_text)
+
+        def end(error: BaseException | None) -> None:
+            if request.finish_reason == "stop":
+                # transformers' handlers take a text for cut off when it has as many tokens as this.
+                config.max_new_tokens = None
+            on_end(error)
+
+        request.on_end = end
+        return self.batcher.submit(request)
+
+
+class OneModelState(GenerationState):
+    """The generation state of transformers' handlers, with one manager."""
+
+    def __init__(self, manager: BatchedGeneration) -> None:
+        super().__init__()
+        self.manager = manager
+
+    def use_continuous_batching(self, model: Any, modality: Modality) -> bool:
+        """Return False: transformers' own batching pages autoregressive caches."""
+        return False
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> BaseGenerateManager:
+        """Return the one manager."""
+        return self.manager
+
+    def is_cb_alive(self) -> bool:
+        """Return whether requests are answered, for `/health`."""
+        return self.manager.batcher.is_alive()
+
+
+# The handlers of the two endpoints
+
+
+class _Handler:
+    """Mixed into transformers' handlers of both endpoints."""
+
+    settings: ServeSettings
+    _valid_params_class: Any
+
+    async def handle_request(self, body: dict, request_id: str) -> Any:
+        """Answer a request whose fields are known to fit."""
+        # A field that is null is one that is missing.
+        body = {name: value for name, value in body.items() if value is not None}
+        check_fields(body, set(self._valid_params_class.__mutable_keys__))
+        response = await super().handle_request(self._checked(body), request_id)  # type: ignore[misc]
+        if isinstance(response, StreamingResponse):
+            include_usage = bool(body.get("stream_options", {}).get("include_usage"))
+            response.body_iterator = await openai_events(response.body_iterator, include_usage)  # type: ignore[arg-type]
+            return response
+        return JSONResponse(with_nulls(json.loads(response.body)))
+
+    def _checked(self, body: dict) -> dict:
+        """Return a body whose text is known to fit the endpoint."""
+        raise NotImplementedError
+
+    def _validate_request(self, body: dict) -> None:
+        pass  # `check_fields` says more
+
+    def _build_generation_config(
+        self, body: dict, model_generation_config: GenerationConfig, use_cb: bool = False
+    ) -> GenerationConfig:
+        """Return the fields of a request on top of those of the command line, on top of those of the folder."""
+        ours = own_fields(body, model_generation_config)
+        limits = {"max_new_tokens": self.settings.max_tokens, "max_length": None}
+        # Sampling is what clients of this interface expect; temperature 0 turns it off.
+        fields = {"do_sample": True, **limits, **self.settings.defaults, **ours}
+        made = type(model_generation_config).from_dict({**model_generation_config.to_dict(), **fields})
+        limit = made.max_new_tokens
+        # The seed is of this request alone; transformers' handler would set that of the whole process.
+        rest = {name: value for name, value in body.items() if name not in ("generation_config", "seed")}
+        config = super()._build_generation_config(rest, made, use_cb=use_cb)  # type: ignore[misc]
+        if body.get("max_tokens") is None and body.get("max_completion_tokens") is None:
+            config.max_new_tokens = limit  # which transformers raises to 1,024
+        if config.temperature == 0:
+            config.temperature, config.do_sample = 1.0, False
+        config.seed = body.get("seed")
+        return config
+
+
+class Completions(_Handler, CompletionHandler):
+    """Answers `/v1/completions`."""
+
+    def _checked(self, body: dict) -> dict:
+        prompt = body.get("prompt", "")
+        if isinstance(prompt, list) and len(prompt) == 1:
+            (prompt,) = prompt
+        if not isinstance(prompt, str):
+            raise HTTPException(400, "prompt: expected one text; token ids and several prompts are not supported.")
+        return {**body, "prompt": prompt}
+
+
+class Chat(_Handler, ChatCompletionHandler):
+    """Answers `/v1/chat/completions`."""
+
+    def _checked(self, body: dict) -> dict:
+        tokenizer = self.model_manager.load_model_and_processor("")[1]
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise HTTPException(400, "this model has no chat template: use /v1/completions.")
+        check_template_fields(body)
+        return {**body, "messages": checked_messages(body.get("messages"))}
+
+
+# The application
 
 
 # `/load_model` is what `transformers chat` asks first; here it only says that the model is ready.
