@@ -6,6 +6,7 @@ machine. `bd3lm_hf.data.packing` makes sequences of documents.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -64,12 +65,12 @@ _VERSION = 1
 
 
 def load_text(
-    name_or_path: str | DatasetSpec,
+    name_or_path: str | os.PathLike | DatasetSpec,
     *,
     split: str = "train",
     text_column: str | None = None,
     config_name: str | None = None,
-    source: str | None = None,
+    source: str | os.PathLike | None = None,
     streaming: bool = False,
     skip_bad_rows: bool = False,
     cache_dir: str | None = None,
@@ -111,12 +112,12 @@ def load_text(
 
 
 def load_rows(
-    name_or_path: str | DatasetSpec,
+    name_or_path: str | os.PathLike | DatasetSpec,
     schema: Schema,
     *,
     split: str = "train",
     config_name: str | None = None,
-    source: str | None = None,
+    source: str | os.PathLike | None = None,
     streaming: bool = False,
     skip_bad_rows: bool = False,
     cache_dir: str | None = None,
@@ -148,7 +149,10 @@ def load_rows(
 
 
 def find_schema(
-    name_or_path: str | DatasetSpec, *, config_name: str | None = None, source: str | None = None
+    name_or_path: str | os.PathLike | DatasetSpec,
+    *,
+    config_name: str | None = None,
+    source: str | os.PathLike | None = None,
 ) -> Schema:
     """Return the schema that the columns of a source have: text, or one of fine-tuning.
 
@@ -166,15 +170,18 @@ def find_schema(
     raise ValueError(f"The dataset {spec.name!r} is empty: none of its files has a row. Name another one.")
 
 
-def _spec_of(name_or_path: str | DatasetSpec, source: str | None, config_name: str | None) -> DatasetSpec:
+def _spec_of(
+    name_or_path: str | os.PathLike | DatasetSpec, source: str | os.PathLike | None, config_name: str | None
+) -> DatasetSpec:
     """Return the source to read, with the caller's arguments in place of the table's entries."""
     if isinstance(name_or_path, DatasetSpec):
         spec = name_or_path
-    elif normal(name_or_path) not in DATASETS and exists(name_or_path):
-        spec = DatasetSpec(name_or_path, path=name_or_path)
+    elif normal(name := os.fspath(name_or_path)) not in DATASETS and exists(name):
+        spec = DatasetSpec(name, path=name)
     else:
-        spec = find_spec(name_or_path)
+        spec = find_spec(name)
     if source is not None:
+        source = os.fspath(source)
         if not exists(source) and looks_like_path(source):
             raise ValueError(f"There is no file or folder {source!r} to read {spec.name!r} from; check the path.")
         spec = replace(spec, path=source, config=None, data_dir=None, revision=None, documents=None)
@@ -257,7 +264,7 @@ def _load_saved(spec: DatasetSpec, streaming: bool, default_split: str) -> Mappi
     path = Path(spec.path or "").expanduser()
     try:
         saved = load_from_disk(str(path))
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise ValueError(f"The dataset {str(path)!r}, written by save_to_disk, cannot be read: {error}") from error
     parts = saved if isinstance(saved, DatasetDict) else {default_split: saved}
     return {name: part.to_iterable_dataset() if streaming else part for name, part in parts.items()}

@@ -7,17 +7,19 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset_builder
 from datasets.data_files import FILES_TO_IGNORE, SPLIT_KEYWORDS
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from huggingface_hub import metadata_load
+from yaml import YAMLError
 
 from bd3lm_hf.data.records import columns_of, read_records
 from bd3lm_hf.data.schemas import Schema, TextRow
 from bd3lm_hf.data.sources import COMPRESSIONS, ENDINGS, data_ending
+from bd3lm_hf.input_files import read_json
 
 
 logger = logging.getLogger(__name__)
@@ -29,12 +31,14 @@ _REMEDY = "repair the data, or skip such rows with skip_bad_rows=True."
 #: Part of every cache key: raise it when the meaning of a record changes.
 _VERSION = 2
 
-#: Word in a file's or folder's name -> split. `datasets` has all of them but the last two.
+#: Word in a file's or folder's name -> split, as `datasets` has it. "Held out" is a validation split.
 _SPLIT_OF_WORD = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
-_SPLIT_OF_WORD |= {"heldout": "validation", "held-out": "validation"}
 
-# A word ends where no letter follows: "ptb.valid.txt", "my_test-2.jsonl", but not "contest.txt".
-_SPLIT_WORD = re.compile(rf"(?<![^\W\d_])({'|'.join(_SPLIT_OF_WORD)}|held[._ ]out)(?![^\W\d_])")
+# A word ends where no letter follows: "ptb.valid.txt", "my_test-2.jsonl", "testset.csv", but not "contest.txt".
+_SPLIT_WORD = re.compile(rf"(?<![^\W\d_])({'|'.join(_SPLIT_OF_WORD)}|h[eo]ld[-._ ]?out)(?:set)?(?![^\W\d_])")
+
+# "myTest" has two words.
+_WORD_BEGIN = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 #: Files that describe a dataset or a repository, in lower case.
 _NOT_DATA = {
@@ -102,11 +106,12 @@ def _data_files(root: Path) -> list[Path]:
         if data_ending(root) not in ENDINGS:
             raise ValueError(f"The file {str(root)!r} is of no known kind; its name must end in one of: {known}.")
         return [root]
-    found = [
-        file
-        for file in sorted(root.rglob("*"))
-        if data_ending(file) in ENDINGS and file.is_file() and not _is_ignored(file.relative_to(root))
-    ]
+    entries = [entry for entry in sorted(root.rglob("*")) if not _is_ignored(entry.relative_to(root))]
+    found = [entry for entry in entries if data_ending(entry) in ENDINGS and not entry.is_dir()]
+    if broken := [entry.name for entry in found if not entry.exists()]:
+        raise ValueError(f"The folder {str(root)!r} holds links to files that are gone: {', '.join(broken)}.")
+    if linked := [entry.name for entry in entries if entry.is_symlink() and entry.is_dir()]:
+        logger.warning("Links to folders are not followed: %s in %s.", ", ".join(linked), root)
     if not found:
         saved = [file.parent.name for file in sorted(root.glob("*/state.json"))]
         hint = f" Its folders {', '.join(saved)} were written by save_to_disk: name one of them." if saved else ""
@@ -122,9 +127,9 @@ def _is_ignored(relative: Path) -> bool:
 
 def _split_of(relative: Path) -> str | None:
     """Return the split that the path of a file names."""
-    folders = [part.lower() for part in reversed(relative.parts[:-1])]
+    file, *folders = (_WORD_BEGIN.sub("_", part).lower() for part in reversed(relative.parts))
     exact = [name for name in folders if _SPLIT_WORD.fullmatch(name)]
-    for name in (*exact, relative.name.lower(), *folders):
+    for name in (*exact, file, *folders):
         splits = {_SPLIT_OF_WORD.get(word, "validation") for word in _SPLIT_WORD.findall(name)}
         if len(splits) > 1:
             raise ValueError(
@@ -139,9 +144,13 @@ def _split_of(relative: Path) -> str | None:
 def _files_of_card(root: Path, config_name: str | None) -> dict[str, list[str]] | None:
     """Return the files of a configuration in the card of a dataset repository, or None if there are none in it."""
     card = root / "README.md"
-    metadata = (metadata_load(card) or {}) if card.is_file() else {}
-    configs = {entry.get("config_name", "default"): entry for entry in metadata.get("configs") or ()}
+    try:
+        metadata = (metadata_load(card) or {}) if card.is_file() else {}
+        configs = {entry.get("config_name", "default"): entry for entry in metadata.get("configs") or ()}
+    except (AttributeError, TypeError, ValueError, YAMLError) as error:
+        raise ValueError(f"The metadata of {str(card)!r} cannot be read: {error}. Repair them.") from error
     if not configs:
+        _check_described(root, metadata)
         return None
     default = [name for name, entry in configs.items() if entry.get("default") or name == "default"]
     if config_name is None and len(configs) > 1 and not default:
@@ -159,6 +168,19 @@ def _files_of_card(root: Path, config_name: str | None) -> dict[str, list[str]] 
     except (OSError, ValueError) as error:
         raise ValueError(f"The configuration {chosen!r} of {str(card)!r} names no data: {error}") from error
     return {str(split): sorted(group) for split, group in files.items()}
+
+
+def _check_described(root: Path, metadata: dict[str, Any]) -> None:
+    """Refuse a repository that describes several configurations, each in a folder, as older ones do."""
+    described = metadata.get("dataset_info") or []
+    names = {entry.get("config_name") for entry in described} if isinstance(described, list) else set()
+    if (infos := root / "dataset_infos.json").is_file():
+        names |= read_json(infos).keys()
+    folders = sorted(name for name in names if name and (root / name).is_dir())
+    if len(folders) > 1:
+        raise ValueError(
+            f"The dataset {str(root)!r} has configurations in folders ({', '.join(folders)}): name one of them."
+        )
 
 
 def find_faults(files: Iterable[str], schema: Schema) -> list[FaultyRow]:

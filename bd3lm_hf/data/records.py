@@ -12,6 +12,7 @@ import itertools
 import json
 import lzma
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -34,6 +35,7 @@ _WIDE_ENCODINGS = {
 }
 
 _NUL = "holds a NUL byte: the file is binary, or UTF-16 without a byte order mark (iconv -f UTF-16LE -t UTF-8)"
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _NOT_UTF8 = "cannot be decoded: the file is not UTF-8, convert it (for instance with iconv -t UTF-8)"
 
 
@@ -53,11 +55,15 @@ def read_records(path: str | Path, columns: Sequence[str] | None = None) -> Iter
     """
     ending = data_ending(path)
     try:
+        with open(path, "rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                yield Record("the text", None, "is a pointer of Git LFS, not the data: run `git lfs pull`")
+                return
         if ending == ".parquet":
             yield from _parquet(path, columns)
             return
-        with _open(Path(path)) as file:
-            yield from _READERS[ENDINGS[ending]](file, ending)
+        with _open(Path(path)) as stream:
+            yield from _READERS[ENDINGS[ending]](stream, ending)
     except (OSError, EOFError, UnicodeError, lzma.LZMAError, pa.ArrowException, csv.Error) as error:
         yield Record("the rest", None, f"cannot be read: {error}")
 
@@ -205,6 +211,10 @@ def _csv(file: BinaryIO, ending: str) -> Iterator[Record]:
         delimiter = max(marks, key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
         # Not strict, a quotation mark that nothing closes would swallow all later rows.
         reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+        names = Counter(name for name in reader.fieldnames or () if name)
+        if repeated := [name for name, count in names.items() if count > 1]:
+            yield Record("the header", None, f"has several columns {repeated[0]!r}: keep one of them")
+            return
         yield from _csv_rows(reader)
 
 

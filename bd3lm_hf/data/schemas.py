@@ -17,6 +17,7 @@ _SHAREGPT_ROLES = {
     "chatgpt": "assistant",
     "model": "assistant",
     "assistant": "assistant",
+    "function_call": "assistant",
     "system": "system",
     "tool": "tool",
     "observation": "tool",
@@ -26,6 +27,9 @@ _MESSAGE_COLUMNS = ("messages", "conversations")
 
 #: Kind of a column that holds lists of objects, such as messages.
 OBJECTS = "list of objects"
+
+#: How the kinds of columns begin that hold lists or objects.
+_NESTED = ("dict", "list", "struct", "large_list", "fixed_size_list", "map")
 
 #: Columns that mark a JSON object as a record, not as a document with records inside.
 RECORD_COLUMNS = frozenset({"text", "prompt", "completion", *_MESSAGE_COLUMNS})
@@ -88,8 +92,8 @@ class TextRow(Schema):
         column = self.column
         if column is None and "text" in found:
             column = "text"
-        # Next to lists of messages a lone string is rarely the text: conversations often have an id.
-        if column is None and len(strings) == 1 and OBJECTS not in found.values():
+        # Next to lists or objects, which may hold the text, a lone string is often an id.
+        if column is None and len(strings) == 1 and not any(kind.startswith(_NESTED) for kind in found.values()):
             column = strings[0]
         if column is None:
             raise ValueError(
@@ -127,10 +131,11 @@ class PromptCompletion(Schema):
                 raise ValueError(
                     f"The column {name!r} of {origin!r} holds messages, not text: read it with data_format='messages'."
                 )
-        if found.get("label") == "bool":  # of KTO: false marks a completion that is not to be learned
+        _check_label(found, origin)
+        if "system" in found:
             raise ValueError(
-                f"The dataset {origin!r} has a column 'label' of true and false, as preference data has: keep the "
-                f"rows to learn from, and remove the column."
+                f"The dataset {origin!r} has a column 'system', which no prompt would contain: write it into the "
+                f"prompts, or use the column 'messages'."
             )
         return self
 
@@ -143,16 +148,16 @@ class Messages(Schema):
 
     They are read from `messages`, from `conversations` (also with ShareGPT's `from` and `value`), or from `prompt` and
     `completion` as TRL writes them; the assistant's turns of such a prompt get `weight` 0, which is OpenAI's mark of a
-    turn that is not learned. The tools of a dataset that has a column `tools` are kept in that column.
+    turn that is not learned. The tools of a dataset that has a column `tools` or, as OpenAI had it, `functions`, are
+    kept in the column `tools`. The text of a column `system` becomes the first message.
     """
 
     names: tuple[str, ...] = ("messages",)
 
-    def __init__(self, columns: Sequence[str] = ("messages",), *, with_tools: bool = False) -> None:
-        tools = ("tools",) * with_tools
+    def __init__(self, columns: Sequence[str] = ("messages",), *, others: Sequence[str] = ()) -> None:
         self.source = tuple(columns)
-        self.names = ("messages", *tools)
-        self.columns = (*columns, *tools)
+        self.names = ("messages", "tools") if {"tools", "functions"} & {*others} else ("messages",)
+        self.columns = (*columns, *others)
 
     @classmethod
     def fits(cls, found: Mapping[str, str]) -> bool:
@@ -166,18 +171,25 @@ class Messages(Schema):
                 "'messages' with role and content, 'conversations' with from and value, or lists of messages in "
                 "'prompt' and 'completion'."
             )
-        return Messages(source, with_tools="tools" in found)
+        _check_label(found, origin)
+        return Messages(source, others=[name for name in ("system", "tools", "functions") if name in found])
 
     def read(self, record: Mapping[str, Any]) -> dict[str, str]:
-        messages = []
+        messages: list[dict[str, Any]] = []
         for column in self.source:
             turns = _messages(record.get(column), column)
             messages += [{**turn, "weight": 0} if column == "prompt" and is_learned(turn) else turn for turn in turns]
         if not any(map(is_learned, messages)):
             raise ValueError("has no message of the role 'assistant' to learn")
+        if "system" in self.columns and record.get("system"):
+            system = {"role": "system", "content": _string(record, "system")}
+            if messages[0]["role"] != "system":
+                messages.insert(0, system)
+            elif messages[0]["content"] != system["content"]:
+                raise ValueError("has two system messages, in the column 'system' and in the conversation")
         strings = {"messages": json.dumps(messages, ensure_ascii=False, default=str)}
-        if "tools" in self.columns:
-            strings["tools"] = _tools(record.get("tools"))
+        if "tools" in self.names:
+            strings["tools"] = _tools(record)
         return {name: _encodable(value, name) for name, value in strings.items()}
 
 
@@ -204,6 +216,15 @@ def detect_schema(found: Mapping[str, str], origin: str) -> Schema:
 def is_learned(message: Mapping[str, Any]) -> bool:
     """Return whether a message is a turn of the assistant that is learned."""
     return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def _check_label(found: Mapping[str, str], origin: str) -> None:
+    """Refuse data of KTO, in which false marks a completion that is not to be learned."""
+    if found.get("label") == "bool":
+        raise ValueError(
+            f"The dataset {origin!r} has a column 'label' of true and false, as preference data has: keep the rows to "
+            f"learn from, and remove the column."
+        )
 
 
 # Read messages
@@ -233,9 +254,17 @@ def _message(message: dict[str, Any], column: str) -> dict[str, Any]:
             raise ValueError(
                 f"has a message from {speaker!r} in the column {column!r}; known are: {', '.join(_SHAREGPT_ROLES)}"
             )
-        message = {"role": _SHAREGPT_ROLES[speaker], "content": message.pop("value", None), **message}
+        called = "function_call" if speaker == "function_call" else "content"
+        message = {"role": _SHAREGPT_ROLES[speaker], called: message.pop("value", None), **message}
     if not isinstance(message.get("role"), str):
         raise ValueError(f"has a message without role in the column {column!r}")
+    if message["role"] == "function":
+        message["role"] = "tool"
+    if "function_call" in message:  # what OpenAI had before tool_calls
+        function = message.pop("function_call")
+        with contextlib.suppress(TypeError, ValueError):
+            function = json.loads(function)
+        message["tool_calls"] = [{"type": "function", "function": function}]
     for call in message.get("tool_calls", ()):
         _parse_arguments(call)
     content = message.get("content")
@@ -271,16 +300,20 @@ def _parse_arguments(call: Any) -> None:
             function["arguments"] = json.loads(function["arguments"])
 
 
-def _tools(value: Any) -> str:
+def _tools(record: Mapping[str, Any]) -> str:
     """Return the tools of a conversation as JSON, or an empty string if there are none."""
+    column = "tools" if record.get("tools") else "functions"
+    value = record.get(column)
     try:
         tools = json.loads(value) if isinstance(value, str) and value else value
     except ValueError as error:
-        raise ValueError(f"has a column 'tools' that is not JSON: {error}") from None
+        raise ValueError(f"has a column {column!r} that is not JSON: {error}") from None
     if not tools:
         return ""
     if not isinstance(tools, list):
-        raise ValueError(f"holds {type(tools).__name__} in the column 'tools', not a list")
+        raise ValueError(f"holds {type(tools).__name__} in the column {column!r}, not a list")
+    if column == "functions":
+        tools = [{"type": "function", "function": function} for function in tools]
     return json.dumps(_without_nulls(tools), ensure_ascii=False, default=str)
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,8 @@ def splits_of(root: Path) -> dict[str, list[str]]:
     ("split", "word"),
     [
         *[("train", word) for word in ("train", "training")],
-        *[("validation", word) for word in ("validation", "valid", "val", "dev", "heldout", "held-out", "held_out")],
-        *[("test", word) for word in ("test", "testing", "eval", "evaluation")],
+        *[("validation", word) for word in ("validation", "valid", "val", "dev", "heldout", "held-out", "hold_out")],
+        *[("test", word) for word in ("test", "testing", "eval", "evaluation", "testset")],
     ],
 )
 @pytest.mark.parametrize("mark", [".", "-", "_", " ", "3", "("])
@@ -69,6 +70,23 @@ def test_words_inside_words_name_no_split(tmp_path: Path, name: str) -> None:
     put(tmp_path / name, "x")
     put(tmp_path / "test.txt", "x")
     assert splits_of(tmp_path) == {"train": [name], "test": ["test.txt"]}
+
+
+def test_a_capital_begins_a_word(tmp_path: Path) -> None:
+    for name in ("myTrain.txt", "myTest.txt", "MyDevSet.txt"):
+        put(tmp_path / name, "x")
+    assert splits_of(tmp_path) == {"train": ["myTrain.txt"], "test": ["myTest.txt"], "validation": ["MyDevSet.txt"]}
+
+
+def test_links_that_lead_nowhere_are_refused_and_folders_behind_links_named(tmp_path: Path, caplog) -> None:
+    put(tmp_path / "elsewhere/a.jsonl", "a")
+    put(tmp_path / "data/train-0.jsonl", "a")
+    (tmp_path / "data/more").symlink_to(tmp_path / "elsewhere")
+    assert splits_of(tmp_path / "data") == {"train": ["train-0.jsonl"]}
+    assert "not followed: more" in caplog.text
+    (tmp_path / "data/train-1.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(ValueError, match=r"gone: train-1\.jsonl"):
+        splits_of(tmp_path / "data")
 
 
 def test_a_folder_of_the_exact_name_counts_before_the_file_and_the_file_before_other_folders(tmp_path: Path) -> None:
@@ -119,6 +137,30 @@ def test_a_card_decides_on_files_and_configurations(tmp_path: Path) -> None:
     assert splits_of(tmp_path) == {"validation": ["a/validation.jsonl"], "train": ["b/x.jsonl"]}
     with pytest.raises(ValueError, match="config_name is 'en'"):
         load_text(str(tmp_path), config_name="en")
+
+
+def test_configurations_without_files_and_broken_cards_are_refused(tmp_path: Path) -> None:
+    put(tmp_path / "en/train.jsonl", "a")
+    put(tmp_path / "de/train.jsonl", "b")
+    assert splits_of(tmp_path) == {"train": ["de/train.jsonl", "en/train.jsonl"]}
+    described = "dataset_info:\n- config_name: en\n- config_name: de"
+    for card, named in ((described, "(de, en)"), ("configs: [", "README"), ("configs: [en, de]", "README")):
+        (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+        with pytest.raises(ValueError, match=re.escape(named)):
+            splits_of(tmp_path)
+    (tmp_path / "README.md").unlink()
+    (tmp_path / "dataset_infos.json").write_text('{"en": {}, "de": {}}')
+    with pytest.raises(ValueError, match="de, en.*name one"):
+        splits_of(tmp_path)
+    assert splits_of(tmp_path / "en") == {"train": ["train.jsonl"]}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "txt", "csv"])
+def test_a_pointer_of_git_lfs_is_not_data(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"train.{ending}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ValueError, match="git lfs pull"):
+        load_text(path)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

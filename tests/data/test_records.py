@@ -234,6 +234,12 @@ def test_a_malformed_csv_line_is_named_and_takes_no_other_along(tmp_path: Path, 
     assert records[2].content == {"id": "2", "text": "b"}
 
 
+def test_two_columns_of_one_name_are_a_fault(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,id,text\na,1,b\n")
+    [record] = read_records(tmp_path / "rows.csv")
+    assert record.content is None and "several columns 'text'" in record.fault
+
+
 def test_a_quotation_mark_without_end_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text('id,text\n1,a\n2,"b\n3,c\n')
     records = list(read_records(tmp_path / "rows.csv"))

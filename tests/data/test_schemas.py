@@ -44,6 +44,8 @@ def test_columns_of_several_formats_are_refused() -> None:
         ("messages", {"a": "string", "prompt": "string", "completion": "string"}, "'messages'; its columns are: a"),
         ("text", {"a": "string", "b": "string"}, "Set text_column.*'prompt' and 'completion', or 'messages'.*: a, b"),
         ("text", {"id": "string", "chats": OBJECTS}, "Set text_column.*: id, chats"),
+        ("text", {"id": "string", "body": "dict"}, "Set text_column.*: id, body"),
+        ("text", {"prompt": "string", "completions": "list<element: string>"}, "Set text_column.*: prompt, comp"),
     ],
 )
 def test_columns_that_do_not_fit_are_listed_with_those_that_would(schema: str, found: dict, named: str) -> None:
@@ -87,6 +89,31 @@ def test_other_spellings_of_a_conversation_are_read() -> None:
     assert read(conversations=CHAT) == CHAT
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     assert read(messages=[{"role": "user", "content": parts}, CHAT[1]]) == CHAT
+
+
+def test_older_spellings_of_a_tool_call_are_read() -> None:
+    called = {"name": "weather", "arguments": {"days": 2}}
+    wanted = ["user", "assistant", "tool", "assistant"]
+    old = {"role": "assistant", "content": None, "function_call": {**called, "arguments": '{"days": 2}'}}
+    share = [{"from": "function_call", "value": json.dumps(called)}, {"from": "observation", "value": "1"}]
+    for messages in (
+        read(messages=[CHAT[0], old, {"role": "function", "name": "weather", "content": "1"}, CHAT[1]]),
+        read(conversations=[{"from": "human", "value": "hi"}, *share, {"from": "gpt", "value": "hello"}]),
+    ):
+        assert [message["role"] for message in messages] == wanted
+        assert messages[1]["tool_calls"] == [{"type": "function", "function": called}]
+    schema = Messages().resolved({"messages": OBJECTS, "functions": OBJECTS}, "set")
+    found = json.loads(schema.read({"messages": CHAT, "functions": [{"name": "weather"}]})["tools"])
+    assert found == [{"type": "function", "function": {"name": "weather"}}]
+
+
+def test_a_column_of_system_messages_is_read_or_refused() -> None:
+    assert read(conversations=CHAT, system="Be brief.") == [{"role": "system", "content": "Be brief."}, *CHAT]
+    assert read(conversations=CHAT, system="") == CHAT
+    with pytest.raises(ValueError, match="two system messages"):
+        read(messages=[{"role": "system", "content": "Be nice."}, *CHAT], system="Be brief.")
+    with pytest.raises(ValueError, match="column 'system'"):
+        PromptCompletion().resolved(dict.fromkeys(("system", "prompt", "completion"), "string"), "rows")
 
 
 def test_of_a_prompt_of_messages_no_turn_is_learned() -> None:
@@ -133,5 +160,6 @@ def test_a_record_that_is_not_a_conversation_is_refused(messages: object, named:
 def test_completions_with_a_mark_of_preference_are_refused():
     columns = {"prompt": "string", "completion": "string"}
     assert PromptCompletion().resolved({**columns, "label": "int64"}, "rows")
-    with pytest.raises(ValueError, match="'label'.*keep the rows"):
-        PromptCompletion().resolved({**columns, "label": "bool"}, "rows")
+    for schema, found in ((PromptCompletion(), columns), (Messages(), {"messages": OBJECTS})):
+        with pytest.raises(ValueError, match="'label'.*keep the rows"):
+            schema.resolved({**found, "label": "bool"}, "rows")
