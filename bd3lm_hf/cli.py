@@ -70,7 +70,7 @@ VERBS = {
         "a page of curves, tables and samples",
         f"{_REPORTS}.reports_cli:add_report_arguments",
     ),
-    "harness": Verb(f"{_EVALUATION}.harness_cli:main", "lm-evaluation-harness with the models of this package"),
+    "harness": Verb(f"{_EVALUATION}.eval_cli:run_harness", "lm-evaluation-harness with the models of this package"),
     "serve": Verb(
         "bd3lm_hf.serving.serve_cli:run",
         "an OpenAI-compatible server for one model",

@@ -1,13 +1,14 @@
-"""`bd3lm eval`: its flags, with and without `--generative`; `dataset_scoring.py` and `generative.py` do the work.
+"""The flags of `bd3lm eval`, with and without `--generative`, and the command line of `bd3lm harness`.
 
-Imports nothing slow.
+`dataset_scoring.py`, `generative.py` and `harness.py` do the work. Imports nothing slow.
 """
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bd3lm_hf.argument_parser import add_model_arguments, integer, number
+from bd3lm_hf.argument_parser import add_model_arguments, integer, number, with_underscores
 from bd3lm_hf.generation.generate_cli import FIELDS, add_sampling
 
 
@@ -162,3 +163,43 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--window {arguments.window}: the published protocol has no windows; leave it out.")
     if arguments.restart and not arguments.output:
         raise ValueError("--restart drops the scores next to a result: name it with --output.")
+
+
+# The harness
+
+_HARNESS_HELP = """\
+usage: bd3lm harness --model_args pretrained=DIR[,FIELD=VALUE ...] --tasks TASK,... [flags of lm_eval run]
+
+`--model bd3lm` is added if no model is named. Fields of --model_args are the arguments of BD3LMHarness: pretrained,
+tokenizer, estimator, num_samples, seed, batch_size, max_length, max_gen_toks, add_bos_token, check_greedy, device,
+dtype, trust_remote_code. All other flags are those of `lm_eval run`, see `lm_eval run --help`; dashes and underscores
+are both accepted. `bd3lm harness ls` and `bd3lm harness validate` are those of `lm_eval`."""
+
+# Verbs of `lm_eval` that take no model.
+_VERBS_WITHOUT_MODEL = {"ls", "validate"}
+
+
+def run_harness(words: Sequence[str]) -> None:
+    """Run `lm_eval` with these words of a command line, and `--model bd3lm` if they name no model.
+
+    Raises:
+        ValueError: if the harness is not installed, or the input is wrong; the harness reports its own errors.
+    """
+    words = [with_underscores(word) for word in words]
+    if not words or words[0] in ("-h", "--help"):
+        print(_HARNESS_HELP)
+        return
+    # Registers the model, and refuses an environment without the harness.
+    import bd3lm_hf.evaluation.harness  # noqa: F401
+
+    from lm_eval.__main__ import cli_evaluate  # isort: skip
+
+    names_model = any(word.split("=")[0] in ("--model", "-M", "--config", "-C", "-h", "--help") for word in words)
+    if words[0] not in _VERBS_WITHOUT_MODEL and not names_model:
+        words = [*words, "--model", "bd3lm"]
+    before = sys.argv
+    sys.argv = ["lm_eval", *words]  # the harness reads its arguments from there
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before

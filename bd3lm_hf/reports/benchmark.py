@@ -4,8 +4,8 @@ The rival is transformers' GPT-2 with its 124 M parameters; ours has the same wi
 With `--decoder qwen3` it is the stock decoder, and ours is block diffusion on the same weights.
 Absolute times drift with the machine, so both are timed in turn and the figure to quote is the median of the pairwise
 ratios. Peak memory is that of a fresh process which does one thing only. `--noise-draws 1 2 4 --model M` measures the
-variance of the gradient instead (`gradient_variance.py`), and `--estimators published stratified:4 exact --model M`
-that of estimates of the likelihood (`estimator_variance.py`).
+variance of the gradient instead, and `--estimators published stratified:4 exact --model M` that of estimates of the
+likelihood (`variance.py`).
 """
 
 import argparse
@@ -25,8 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.modeling_bd3lm_decoders import DECODERS
-from bd3lm_hf.reports.estimator_variance import measure_variance, variance_table
-from bd3lm_hf.reports.gradient_variance import gradient_table, measure_gradients
+from bd3lm_hf.reports.variance import gradient_table, measure_gradients, measure_variance, variance_table
 
 
 VOCAB_SIZE = 50258

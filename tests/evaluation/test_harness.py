@@ -20,7 +20,7 @@ from shared_models import special_ids
 
 import bd3lm_hf
 from bd3lm_hf.checkpoints import load_model
-from bd3lm_hf.evaluation import harness_cli
+from bd3lm_hf.evaluation.eval_cli import run_harness
 from bd3lm_hf.evaluation.harness import BD3LMHarness, RequestWindow, generation_request, request_windows
 from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, BD3LMConfig, SEDDConfig
 from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
@@ -179,7 +179,7 @@ def test_the_command_names_our_model_where_none_is_named(monkeypatch):
         ["ls", "tasks"],
         ["run", "-h"],
     ):
-        harness_cli.main(words)
+        run_harness(words)
     model = ["--model", "bd3lm"]
     assert found == [
         ["lm_eval", "--tasks", "a", "--num_fewshot=2", *model],

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
 
 from bd3lm_hf.cli import main
-from bd3lm_hf.generation.chat import converse
+from bd3lm_hf.generation.write_samples import converse
 
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} w8 {% endfor %}{% if add_generation_prompt %}w7{% endif %}"

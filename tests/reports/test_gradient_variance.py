@@ -8,7 +8,7 @@ import torch
 from bd3lm_hf import cli
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.reports.gradient_variance import GradientVariance, gradient_batches, gradient_table, gradient_variance
+from bd3lm_hf.reports.variance import GradientVariance, gradient_batches, gradient_table, gradient_variance
 
 
 class Known(torch.nn.Module):

@@ -11,8 +11,7 @@ import pytest
 
 from bd3lm_hf.cli import run_verb
 from bd3lm_hf.reports import plotting
-from bd3lm_hf.reports.report import draw, write_report
-from bd3lm_hf.reports.report_html import Cell, Column, page, table
+from bd3lm_hf.reports.report import Cell, Column, draw, page, table, write_report
 from bd3lm_hf.reports.run_reader import read_material
 
 

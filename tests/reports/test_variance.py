@@ -7,7 +7,7 @@ import torch
 
 from bd3lm_hf.cli import run_verb
 from bd3lm_hf.evaluation.perplexity import perplexity
-from bd3lm_hf.reports.estimator_variance import (
+from bd3lm_hf.reports.variance import (
     EstimatorVariance,
     Setting,
     estimator_variance,
