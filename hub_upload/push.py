@@ -9,20 +9,19 @@
 
 import argparse
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-from bd3lm_hf.argument_parser import printable
+from bd3lm_hf.argument_parser import one_line, printable
 from bd3lm_hf.hub_upload.card import make_card
-from bd3lm_hf.hub_upload.errors import hub_errors
 from bd3lm_hf.hub_upload.hub_cli import MAX_SHARD_SIZE
 from bd3lm_hf.hub_upload.load_check import check_loads_alone
 from bd3lm_hf.hub_upload.repo_files import (
@@ -36,8 +35,8 @@ from bd3lm_hf.hub_upload.repo_files import (
     new_folder,
     read_contents,
     write_contents,
+    write_manifest,
 )
-from bd3lm_hf.hub_upload.verify import write_manifest
 from bd3lm_hf.input_files import read_json
 from bd3lm_hf.run_folder import as_size, free_bytes
 
@@ -45,6 +44,21 @@ from bd3lm_hf.run_folder import as_size, free_bytes
 _MESSAGE = "Upload model"
 # Weights in another layout: transformers would load them instead of the new ones, or keep them for nothing.
 _OTHER_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*")
+
+# The HTTP library's own base class; which library that is depends on the version of huggingface_hub.
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+_CHANGED = "the repository was changed in the meantime: push again"
+_REMEDIES = {
+    401: "the Hub rejected your token: log in with `hf auth login`, or set HF_TOKEN",
+    403: "your token lacks this permission: log in with one that may write to this repository",
+    404: "the repository or revision does not exist, or you may not see it: check its name, and log in",
+    409: _CHANGED,
+    412: _CHANGED,
+    413: "the Hub does not accept files of this size: lower --max-shard-size",
+    429: "too many requests: push again later",
+}
+# If only the answer was lost, the commit exists.
+_LATER = "try again later: a commit is all or nothing, and files that have arrived are not sent again"
 
 
 class RepoContents(NamedTuple):
@@ -287,6 +301,36 @@ def push_saved_folder(
     done, contents = push(folder, repo_id, api=HfApi(token=token), background=background, **options)
     Path(folder, CARD_NAME).write_text(contents.card, encoding="utf-8")
     return done if background else done.url
+
+
+# Errors
+
+
+class HubError(OSError):
+    """The Hub or the network failed. Unless only the answer was lost, the repository is unchanged."""
+
+    exit_code = 1  # the input was right
+
+
+@contextmanager
+def hub_errors(failure: str) -> Iterator[None]:
+    """Turn every failure of the Hub or the network into a [`HubError`].
+
+    Args:
+        failure: the operation that failed, for the message.
+    """
+    try:
+        yield
+    except HubError:
+        raise
+    except (_HTTP_ERROR, OSError, RuntimeError) as error:
+        # The client raises RuntimeError for a file that could not be sent; its cause has the reason.
+        reason = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        status = getattr(getattr(reason, "response", None), "status_code", 0)
+        if isinstance(reason, LocalTokenNotFoundError):
+            status = 401
+        remedy = _REMEDIES.get(status, _LATER)
+        raise HubError(f"{failure}: {remedy}. ({type(reason).__name__}: {one_line(str(reason))})") from reason
 
 
 # Command line

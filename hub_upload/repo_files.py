@@ -6,6 +6,7 @@ in the folder is left out and listed.
 """
 
 import fnmatch
+import hashlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
+import bd3lm_hf
 from bd3lm_hf.checkpoints import adapter_base, check_finite_weights, load_model
 from bd3lm_hf.data.sources import exists, looks_like_path
 from bd3lm_hf.hub_upload.hub_cli import MAX_SHARD_SIZE
@@ -58,6 +60,8 @@ ALLOWED = {
     "model card": (CARD_NAME,),
     "manifest": (MANIFEST_NAME,),
 }
+# Apart from the card: files that the Hub and its users keep in a repository, and no loader reads.
+NOT_LISTED = {CARD_NAME, MANIFEST_NAME, ".gitattributes", "LICENSE", "LICENSE.md", "LICENSE.txt"}
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "model.pt", "*.ckpt")
 
@@ -248,6 +252,24 @@ def name_base(folder: Path, base_model: str) -> None:
     path = folder / _ADAPTER_FILES[0]
     content = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_model}
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return size in bytes and SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        # In pieces, because weights may be larger than the memory.
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return {"size": file.tell(), "sha256": digest.hexdigest()}
+
+
+def write_manifest(folder: Path) -> dict[str, Any]:
+    """Write `manifest.json` for the files of a folder, and return its content."""
+    files = {name: describe(path) for name, path in files_of(folder).items() if name not in NOT_LISTED}
+    content = {"bd3lm_hf": bd3lm_hf.__version__, "files": files}
+    (folder / MANIFEST_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return content
 
 
 def left_out(source: Path, target: Path) -> list[str]:

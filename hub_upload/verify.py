@@ -6,8 +6,6 @@ manifest. It finds damage and changes, but does not prove who wrote the files.
 """
 
 import argparse
-import hashlib
-import json
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -17,13 +15,11 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 import bd3lm_hf
 from bd3lm_hf.argument_parser import printable
 from bd3lm_hf.data.sources import exists, looks_like_path
-from bd3lm_hf.hub_upload.errors import hub_errors
-from bd3lm_hf.hub_upload.repo_files import CARD_NAME, CODE, MANIFEST_NAME, files_of
+from bd3lm_hf.hub_upload.push import hub_errors
+from bd3lm_hf.hub_upload.repo_files import CODE, MANIFEST_NAME, NOT_LISTED, describe, files_of
 from bd3lm_hf.input_files import read_json
 
 
-# Apart from the card: files that the Hub and its users keep in a repository, and no loader reads.
-_NOT_LISTED = {CARD_NAME, MANIFEST_NAME, ".gitattributes", "LICENSE", "LICENSE.md", "LICENSE.txt"}
 _CLIENT_FOLDERS = (".cache", ".git")  # written by the Hub's client and by git
 
 
@@ -41,24 +37,6 @@ class ManifestDifference(NamedTuple):
     def intact(self) -> bool:
         """Whether the folder holds exactly the listed files."""
         return not (self.missing or self.changed or self.extra)
-
-
-def describe(path: Path) -> dict[str, Any]:
-    """Return size in bytes and SHA-256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        # In pieces, because weights may be larger than the memory.
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return {"size": file.tell(), "sha256": digest.hexdigest()}
-
-
-def write_manifest(folder: Path) -> dict[str, Any]:
-    """Write `manifest.json` for the files of a folder, and return its content."""
-    files = {name: describe(path) for name, path in files_of(folder).items() if name not in _NOT_LISTED}
-    content = {"bd3lm_hf": bd3lm_hf.__version__, "files": files}
-    (folder / MANIFEST_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return content
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -105,7 +83,7 @@ def compare_with_manifest(folder: Path) -> ManifestDifference:
     return ManifestDifference(
         missing=sorted(listed.keys() - present.keys()),
         changed=sorted(changed),
-        extra=sorted(present.keys() - listed.keys() - _NOT_LISTED),
+        extra=sorted(present.keys() - listed.keys() - NOT_LISTED),
         num_files=len(listed),
         version=str(content["bd3lm_hf"]),
         other_code=sorted(other),

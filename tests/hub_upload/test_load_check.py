@@ -7,9 +7,8 @@ import torch
 from shared_models import make_adapter
 
 from bd3lm_hf import ARConfig, ARForCausalLM, SEDDConfig, SEDDForMaskedLM, SSDLMConfig, SSDLMForMaskedLM
-from bd3lm_hf.hub_upload import standalone
-from bd3lm_hf.hub_upload.errors import CheckError
-from bd3lm_hf.hub_upload.load_check import check_loads_alone, isolated_environment, make_probe
+from bd3lm_hf.hub_upload import load_check
+from bd3lm_hf.hub_upload.load_check import CheckError, check_loads_alone, isolated_environment, make_probe
 from bd3lm_hf.hub_upload.repo_files import read_contents
 
 
@@ -20,7 +19,7 @@ def contents(model_folder):
 
 def check_here(folder, probe):
     """Run the check in this process, with the registered classes instead of the folder's."""
-    standalone.check(str(folder), probe, code="bd3lm_hf")
+    load_check.check(str(folder), probe, code="bd3lm_hf")
 
 
 def test_a_saved_folder_loads_alone_and_computes_the_same_to_the_last_bit(model_folder, contents, monkeypatch):
@@ -39,7 +38,7 @@ def test_a_folder_that_lacks_code_does_not_pass(model_folder, contents):
 def test_a_process_that_dies_in_silence_is_reported_by_its_exit_code(model_folder, contents, monkeypatch, tmp_path):
     dies = tmp_path / "dies.py"
     dies.write_text("import sys; sys.exit(9)")
-    monkeypatch.setattr(standalone, "__file__", str(dies))
+    monkeypatch.setattr(load_check, "__file__", str(dies))
     with pytest.raises(CheckError, match="exit code 9"):
         check_loads_alone(model_folder, contents.model)
 
@@ -66,7 +65,7 @@ def test_a_model_that_computes_something_else_is_found(model_folder, contents, p
 def test_code_from_elsewhere_missing_weights_and_a_mute_pipeline_are_found(model_folder, contents, monkeypatch):
     probe = make_probe(contents.model)
     with pytest.raises(RuntimeError, match="AutoModel loads BD3LMModel from code that is not in the folder"):
-        standalone.check(str(model_folder), probe)
+        load_check.check(str(model_folder), probe)
     with monkeypatch.context() as patch:
         patch.setattr("transformers.pipeline", lambda *a, **k: lambda *b, **d: [{"generated_text": None}])
         with pytest.raises(RuntimeError, match="pipeline returns None"):
@@ -114,6 +113,6 @@ def test_baselines_are_checked_too(model_class, config, randomize, tmp_path):
 def test_where_bd3lm_hf_was_imported_the_check_proves_nothing(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     with pytest.raises(RuntimeError, match="bd3lm_hf was imported"):
-        standalone.block_bd3lm_hf()
+        load_check.block_bd3lm_hf()
     monkeypatch.delitem(sys.modules, "bd3lm_hf")
-    standalone.block_bd3lm_hf()
+    load_check.block_bd3lm_hf()

@@ -13,9 +13,9 @@ from huggingface_hub import ModelCard, constants
 from shared_models import JUNK, add_run, make_adapter, special_ids
 
 from bd3lm_hf import BD3LMForMaskedLM, SEDDForMaskedLM
+from bd3lm_hf.hub_upload import load_check
 from bd3lm_hf.hub_upload import push as push_module
-from bd3lm_hf.hub_upload import standalone
-from bd3lm_hf.hub_upload.errors import CheckError
+from bd3lm_hf.hub_upload.load_check import CheckError
 from bd3lm_hf.hub_upload.push import dry_run, push, push_saved_folder, write_repository
 from bd3lm_hf.hub_upload.repo_files import files_of, kind_of
 from bd3lm_hf.modeling.saving_bd3lm import SelfContainedMixin
@@ -200,7 +200,7 @@ def test_models_load_elsewhere_and_the_snippets_of_their_cards_run_without_a_que
         with torch.no_grad():
             expected[repo] = {"ids": ids, "inputs": inputs, "logits": model(ids, **inputs).logits}
     torch.save(expected, tmp_path / "expected.pt")
-    shutil.copy(standalone.__file__, tmp_path / "bd3lm_check.py")
+    shutil.copy(load_check.__file__, tmp_path / "bd3lm_check.py")
     result = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, str(tmp_path / "expected.pt")],
         capture_output=True,

@@ -6,8 +6,8 @@ import json
 import pytest
 
 import bd3lm_hf
-from bd3lm_hf.hub_upload.repo_files import MANIFEST_NAME, files_of
-from bd3lm_hf.hub_upload.verify import read_manifest, write_manifest
+from bd3lm_hf.hub_upload.repo_files import MANIFEST_NAME, files_of, write_manifest
+from bd3lm_hf.hub_upload.verify import read_manifest
 
 
 @pytest.fixture
