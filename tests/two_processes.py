@@ -31,11 +31,9 @@ from bd3lm_hf.tokenization import train_tokenizer
 from bd3lm_hf.training import train as train_script
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.callbacks import SampleCallback
-from bd3lm_hf.training.ema import WeightAverage
+from bd3lm_hf.training.ema import WeightAverage, has_shards, local_part, prepare_fsdp, whole, whole_model
 from bd3lm_hf.training.examples import NOISE, noise_of_examples
-from bd3lm_hf.training.run_summary import TrainResult
-from bd3lm_hf.training.sharding import has_shards, local_part, prepare_fsdp, whole, whole_model
-from bd3lm_hf.training.train import run
+from bd3lm_hf.training.train import TrainResult, run
 from bd3lm_hf.training.trainer import BD3LMTrainer
 
 

@@ -16,7 +16,7 @@ from bd3lm_hf.data.instructions import LONG_ROWS
 from bd3lm_hf.data.packing import PACKINGS
 from bd3lm_hf.data.schemas import SCHEMAS
 from bd3lm_hf.data.sources import DEFAULT_DATASET
-from bd3lm_hf.training.block_schedule import BlockSizeSchedule
+from bd3lm_hf.training.examples import BlockSizeSchedule
 from bd3lm_hf.training.interval import METHODS, PUBLISHED_STEP, Interval, candidate_intervals, parse_interval
 
 

@@ -1,21 +1,22 @@
-"""Callbacks of a run: speed and utilisation (MFU), text samples, and signals that stop it."""
+"""Callbacks of a run: speed and utilisation (MFU), samples, signals that stop it, and what resuming needs."""
 
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bd3lm_hf.generation.text_generation import generate_batch
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.loss_bd3lm import mean_move_chance
-from bd3lm_hf.training.sharding import num_parameters
 
 
 # Dense bfloat16 TFLOP/s with float32 accumulation, from the makers' data sheets. The first entry whose words are all
@@ -38,6 +39,12 @@ _PEAK_TFLOPS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
+
+
+def num_parameters(model: nn.Module, *, only_trainable: bool = False) -> int:
+    """Count the parameters of a model, also those that DeepSpeed ZeRO-3 replaces by empty tensors."""
+    parameters = [p for p in model.parameters() if p.requires_grad or not only_trainable]
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
 def forward_flops(
@@ -297,3 +304,83 @@ class SampleCallback(TrainerCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(entry)
+
+
+class RunningLoss:
+    """Sum the losses of optimizer steps: since the last log, and since the start of the run.
+
+    transformers loses the sum since the last log when a run is resumed. The first loss of its log would then differ
+    from that of the uninterrupted run wherever a save does not coincide with a log.
+
+    Args:
+        device: where the losses live.
+        gather: gives every process the numbers of all of them, `(1,)` -> `(processes,)`.
+    """
+
+    def __init__(self, device: torch.device, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.gather = gather
+        self.sum = torch.zeros(1, device=device)  # of this process
+        self.logged_step = 0
+        self.logged_total = 0.0  # mean over the processes, summed over the steps up to logged_step
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Add the part of one micro-batch in the loss of its optimizer step, a scalar."""
+        self.sum += loss
+
+    def mean_since_last_log(self, step: int) -> float:
+        """Return the mean loss of the steps since the last call, over all processes, after `step` steps."""
+        # One synchronisation per log, not per step.
+        total = self.gather(self.sum).mean().item()
+        mean = total / max(1, step - self.logged_step)
+        self.logged_total += total
+        self.logged_step = step
+        self.sum.zero_()
+        return mean
+
+    def mean_of_run(self, step: int) -> float:
+        """Return the mean loss of all `step` steps of the run so far, over all processes."""
+        return (self.logged_total + self.gather(self.sum).mean().item()) / max(1, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, as JSON; the same on every process."""
+        sums = self.gather(self.sum).tolist()
+        return {"sums": sums, "logged_step": self.logged_step, "logged_total": self.logged_total}
+
+    def load_state_dict(self, state: dict[str, Any], process: int, processes: int) -> None:
+        """Continue from a checkpoint. With another number of processes each takes the mean of the sums."""
+        sums = state["sums"]
+        self.sum.fill_(sums[process] if len(sums) == processes else sum(sums) / len(sums))
+        self.logged_step, self.logged_total = state["logged_step"], state["logged_total"]
+
+
+class ResumableFlow(TrainerCallback):
+    """Delay saving until the same step is logged and evaluated, so that a resumed run repeats an uninterrupted one.
+
+    A save that falls on the last step of an epoch, or of the run, waits for what is logged and evaluated there: a run
+    that resumes from it starts with the next epoch and would never catch up.
+    """
+
+    def __init__(self) -> None:
+        self.waiting = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log, evaluate and save as often as the arguments say, not as often as the resumed state does."""
+        state.compute_steps(args, state.max_steps)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Delay the save."""
+        if control.should_save and (float(state.epoch).is_integer() or state.global_step >= state.max_steps):
+            control.should_save, self.waiting = False, True
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Save."""
+        if self.waiting:
+            control.should_save, self.waiting = True, False
+        return control

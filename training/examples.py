@@ -1,22 +1,26 @@
-"""The order of training examples and their noise: functions of the seed and a global index, never of the layout.
+"""The order of training examples, their noise and the size of their blocks, whatever the layout of a run.
 
 The global index of an example is `epoch * examples_per_epoch + position in the epoch's order`. One process with batch
 8, two with batch 4, and four accumulated batches of 2 therefore take the same optimizer steps with the same noise.
+
+A curriculum of block sizes begins with small blocks, which are close to an autoregressive model, and goes on to larger
+ones. A block size shapes attention and noise, never a weight, so it may change from step to step.
 """
 
 import functools
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bd3lm_hf.data.streaming import PackedStream
 from bd3lm_hf.modeling.inputs_bd3lm import check_text
 from bd3lm_hf.modeling.noise_bd3lm import Noise, stack_noise
 from bd3lm_hf.seeds import derived_seed
-from bd3lm_hf.training.block_schedule import BlockSizeSchedule
 
 
 EXAMPLE_INDEX = "example_index"
@@ -185,6 +189,68 @@ class PaddingCollator:
             name: torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=padding[name])
             for name, column in columns.items()
         }
+
+
+class BlockSizeSchedule(NamedTuple):
+    """Block sizes, each with the number of optimizer steps that it lasts; the last one lasts until the end."""
+
+    sizes: tuple[int, ...]
+    steps: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "BlockSizeSchedule":
+        """Read `size:steps,size:steps,...`, for example `1:500,4:500,16:0`; the last number of steps is 0.
+
+        Raises:
+            ValueError: if it is written differently.
+        """
+        stages = [re.fullmatch(r"(\d+):(\d+)", stage.strip()) for stage in text.split(",")]
+        sizes, steps = ([int(stage[k]) for stage in stages if stage] for k in (1, 2))
+        # Only the last stage has 0 steps, so any other would never be left.
+        if not all(stages) or min(sizes) < 1 or min(steps[:-1], default=1) < 1 or steps[-1] != 0:
+            raise ValueError(
+                f"--block_size_schedule {text}: write size:steps for each stage, with 0 steps for the last, which "
+                f"lasts until the end: 1:500,4:500,16:0."
+            )
+        return cls(tuple(sizes), tuple(steps))
+
+    def size_at(self, step: int) -> int:
+        """Return the block size of the optimizer step after `step` steps."""
+        for size, steps in zip(self.sizes[:-1], self.steps, strict=False):
+            if step < steps:
+                return size
+            step -= steps
+        return self.sizes[-1]
+
+    def check(self, config: Any) -> None:
+        """Refuse sizes that do not fit a model.
+
+        Raises:
+            ValueError: if the model has no blocks, or a size does not divide its window.
+        """
+        for size in self.sizes:
+            if config.model_length % size:
+                raise ValueError(
+                    f"--block_size_schedule: {size} does not divide model_length={config.model_length}: choose its "
+                    f"divisors."
+                )
+
+
+class BlockSizeCallback(TrainerCallback):
+    """Set the block size of the model before each step, and the last one at the end, which is then saved."""
+
+    def __init__(self, schedule: BlockSizeSchedule) -> None:
+        self.schedule = schedule
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        model.config.block_size = self.schedule.size_at(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        model.config.block_size = self.schedule.sizes[-1]
 
 
 class NoiseCollator:

@@ -5,6 +5,7 @@ finite or a signal arrives, checkpoints that appear only when they are complete,
 average of the weights is in `ema.py`, evaluation by likelihood in `evaluating_trainer.py`.
 """
 
+import json
 import math
 import signal
 from functools import partial
@@ -17,9 +18,11 @@ from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, seed_worker
+from transformers.utils import logging
 
 from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights
 from bd3lm_hf.data.streaming import PackedStream, read_position, write_position
+from bd3lm_hf.evaluation.results import config_identity, data_identity, tokenizer_identity
 from bd3lm_hf.modeling.inputs_bd3lm import check_labels, check_text
 from bd3lm_hf.run_folder import (
     checkpoint_to_resume,
@@ -35,17 +38,45 @@ from bd3lm_hf.run_folder import (
     warn_if_disk_is_full,
 )
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
-from bd3lm_hf.training.block_schedule import BlockSizeCallback, BlockSizeSchedule
-from bd3lm_hf.training.callbacks import SignalCallback, SpeedMeter, TrainingStopped, peak_flops, training_flops
+from bd3lm_hf.training.callbacks import (
+    ResumableFlow,
+    RunningLoss,
+    SignalCallback,
+    SpeedMeter,
+    TrainingStopped,
+    num_parameters,
+    peak_flops,
+    training_flops,
+)
 from bd3lm_hf.training.evaluating_trainer import EvaluatingTrainer
-from bd3lm_hf.training.examples import NOISE, EndlessStream, EpochOrder, EpochSampler, NoiseCollator, PaddingCollator
+from bd3lm_hf.training.examples import (
+    NOISE,
+    BlockSizeCallback,
+    BlockSizeSchedule,
+    EndlessStream,
+    EpochOrder,
+    EpochSampler,
+    NoiseCollator,
+    PaddingCollator,
+)
 from bd3lm_hf.training.interval import check_searchable
-from bd3lm_hf.training.sharding import num_parameters
-from bd3lm_hf.training.trainer_state import ResumableFlow, RunningLoss, check_same_run, run_fingerprint
 from bd3lm_hf.training.uploads import UploadingTrainer
 
 
+logger = logging.get_logger("bd3lm_hf.train")
+
 POSITION_NAME = "stream.npz"  # in a checkpoint: the position from which the stream of training text continues
+
+_HASHED_SEQUENCES = 1024
+
+_TRAINING = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
+    "neftune_noise_alpha",
+)
+
+# Schedules that take the number of all steps. A run may be prolonged, but their learning rates then change.
+_LENGTH = ("max_steps", "num_train_epochs")
 
 
 class TrainingDivergedError(NotFiniteError):
@@ -242,14 +273,7 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
             TrainingStopped: if SIGINT or SIGTERM stopped the run (`args.save_on_signal`); a checkpoint is saved.
         """
         self.losses = RunningLoss(self.args.device, self.accelerator.gather)
-        self._fingerprint = run_fingerprint(
-            self.model,
-            self.args,
-            self.train_dataset,
-            self.processing_class,
-            global_batch_size=self.get_total_train_batch_size(self.args),
-            data_seed=self.data_seed,
-        )
+        self._fingerprint = self.fingerprint()
         checkpoint = None
         if resume_from_checkpoint:
             checkpoint = str(checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir))
@@ -270,6 +294,30 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
             self.signals.restore()
         self.stop_if_signalled()
         return output
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return everything that decides the numbers of a run, as JSON: sections of named values.
+
+        The optimizer's state holds the old learning rate, so a new one would silently be ignored. The length of a run,
+        its layout on processes, and what it logs, evaluates and saves may change. The interval of noise levels is
+        excluded: interval search changes it during training, and it is stored with the weights.
+        """
+        args, model = self.args, self.model
+        parameters = {"parameters": num_parameters(model)}
+        parameters |= {"trained parameters": num_parameters(model, only_trainable=True)}
+        training = {name: getattr(args, name, None) for name in _TRAINING}
+        training |= {"global batch size": self.get_total_train_batch_size(args)}
+        training |= {"seed": args.seed, "data_seed": self.data_seed}
+        if args.ema_decay:  # a run without an average has no file of it to resume from
+            training |= {"ema_decay": args.ema_decay, "ema_warmup": args.ema_warmup}
+        fingerprint = {
+            "model": config_identity(model.config) | parameters,
+            "tokenizer": tokenizer_identity(self.processing_class),
+            "data": data_identity(self.train_dataset, sample=_HASHED_SEQUENCES),
+            "training": training,
+            "length": {name: getattr(args, name) for name in _LENGTH},
+        }
+        return json.loads(json.dumps(fingerprint, default=str))  # as it is read back from a file
 
     def stop_if_signalled(self) -> None:
         """Raise [`TrainingStopped`] if a signal arrived that stopped training, or came too late to do so."""
@@ -396,3 +444,36 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
         weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
         bytes_of_each = 8 if self.averaging is None else 12
         return weights + bytes_of_each * num_parameters(self.model, only_trainable=True)
+
+
+def check_same_run(checkpoint: str | Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Refuse to resume from the checkpoint of another run. A run of another length gets its own message.
+
+    Args:
+        old: fingerprint in the checkpoint.
+        new: fingerprint of the run that resumes from it.
+
+    Raises:
+        ValueError: if they differ; the message has both values.
+    """
+    sections = ("model", "tokenizer", "data", "training")
+    # The length may differ: a run may be prolonged.
+    differences = [text for section in sections for text in _compare(section, old, new)]
+    if differences:
+        more = f", and {len(differences) - 6} more" if len(differences) > 6 else ""
+        raise ValueError(
+            f"{checkpoint} belongs to another run: {'; '.join(differences[:6])}{more}. Go on with the old values, or "
+            f"start a new run from its weights with --init_from {checkpoint} and another --output_dir."
+        )
+    for text in _compare("length", old, new):
+        logger.warning(f"the run is resumed with another {text}. Schedules that depend on it change.")
+
+
+def _compare(section: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    # A field that only one of two versions of a library has is not a difference.
+    before, now = old.get(section, {}), new.get(section, {})
+    return [
+        f"{section}: {name} was {before[name]} and is {now[name]}"
+        for name in before
+        if name in now and before[name] != now[name]
+    ]

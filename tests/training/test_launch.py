@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
-from bd3lm_hf.training.sharding import prepare_fsdp
+from bd3lm_hf.training.ema import prepare_fsdp
 
 
 LAUNCH = Path(__file__).resolve().parents[2] / "training" / "launch"

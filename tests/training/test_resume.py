@@ -1,15 +1,22 @@
-"""Runs that are really killed, by SIGKILL in the middle of what they do, and resumed in a new process."""
+"""Runs that are killed by SIGKILL in the middle of what they do resume exactly; other runs are refused."""
 
 import json
 import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from kill_driver import rows_of
+import torch
+from datasets import Dataset
+from kill_driver import make_trainer, rows_of
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerControl, TrainerState
 
+from bd3lm_hf.training.callbacks import ResumableFlow, RunningLoss
 from bd3lm_hf.training.examples import EpochOrder
+from bd3lm_hf.training.trainer import check_same_run
 
 
 DRIVER = Path(__file__).parents[1] / "kill_driver.py"
@@ -159,3 +166,203 @@ def whole_of_two(two_processes) -> dict:
     done = two_processes("whole", {})
     assert done.returncode == 0, done.stderr
     return two_processes.outcome("whole")
+
+
+# Another run is refused
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folder of a run with its checkpoint after two steps."""
+    folder = tmp_path_factory.mktemp("saved")
+    make_trainer(folder, max_steps=2, eval_strategy="no", save_steps=2).train()
+    return folder
+
+
+def test_a_run_may_change_its_length_its_layout_and_what_it_reports(saved, tmp_path, caplog):
+    trainer = make_trainer(
+        tmp_path / "elsewhere",
+        max_steps=4,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=4,
+        save_strategy="no",
+        report_to="none",
+    )
+    trainer.train(str(saved / "checkpoint-2"))
+    assert trainer.state.global_step == 4
+    assert "the run is resumed with another length: max_steps was 2 and is 4" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"learning_rate": 0.5}, "training: learning_rate was 0.01 and is 0.5"),
+        ({"weight_decay": 0.5}, "training: weight_decay was 0.0 and is 0.5"),
+        ({"lr_scheduler_type": "linear"}, "training: lr_scheduler_type was cosine and is linear"),
+        ({"ema_decay": 0.8}, "training: ema_decay was 0.9 and is 0.8"),
+        ({"ema_warmup": False}, "training: ema_warmup was True and is False"),
+        ({"warmup_steps": 1}, "training: warmup_steps was 3 and is 1"),
+        ({"seed": 6}, "training: seed was 5 and is 6; training: data_seed was 5 and is 6"),
+        ({"data_seed": 6}, "training: data_seed was 5 and is 6"),
+        ({"per_device_train_batch_size": 4}, "training: global batch size was 4 and is 8"),
+        ({"gradient_accumulation_steps": 3}, "training: global batch size was 4 and is 6"),
+    ],
+)
+def test_a_run_with_another_optimisation_is_refused(saved, tmp_path, change, difference):
+    trainer = make_trainer(tmp_path, **change)
+    message = f"checkpoint-2 belongs to another run: {difference}. Go on with the old values, or start a new run"
+    with pytest.raises(ValueError, match=message):
+        trainer.train(str(saved / "checkpoint-2"))
+
+
+def test_another_model_is_refused_before_its_weights_are_touched(saved, tmp_path):
+    trainer = make_trainer(tmp_path)
+    config = trainer.model.config
+    for name, value in (("block_size", 8), ("hidden_dim", 64), ("dropout", 0.0), ("noise", "square")):
+        setattr(config, name, value)
+    message = "model: block_size was 4 and is 8; .*hidden_dim was 32 and is 64.*--init_from .*checkpoint-2"
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with pytest.raises(ValueError, match=message) as error:
+        trainer.train(str(saved / "checkpoint-2"))
+    assert "dropout was 0.1 and is 0.0" in str(error.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_other_adapters_are_another_model(tmp_path):
+    trainer = make_trainer(tmp_path)
+    identities = []
+    for rank in (2, 4):
+        trainer.model = get_peft_model(make_trainer(tmp_path).model, LoraConfig(r=rank, target_modules=["attn_qkv"]))
+        identities.append(trainer.fingerprint())
+    with pytest.raises(ValueError, match="model: parameters was .* and is .*; model: trained parameters was"):
+        check_same_run("here", *identities)
+
+
+def test_other_sequences_are_refused(saved, tmp_path):
+    fewer, other = rows_of(21, 0), rows_of(22, 3)
+    labelled = Dataset.from_list([{**row, "labels": [-100] + row["labels"][1:]} for row in rows_of(22, 0)])
+    for rows, message in (
+        (fewer, "data: sequences was 22 and is 21; data: sha256 of the sequences was"),
+        (other, "another run: data: sha256 of the sequences was"),
+        (labelled, "another run: data: sha256 of the sequences was"),
+    ):
+        trainer = make_trainer(tmp_path)
+        trainer.train_dataset = rows
+        with pytest.raises(ValueError, match=message):
+            trainer.train(str(saved / "checkpoint-2"))
+
+
+def test_another_vocabulary_is_another_run(tmp_path, tiny_tokenizer):
+    trainer = make_trainer(tmp_path)
+    trainer.processing_class = tiny_tokenizer
+    old = trainer.fingerprint()
+    check_same_run("here", old, trainer.fingerprint())
+    tiny_tokenizer(["a", "a longer text"], padding=True, truncation=True, max_length=3)
+    check_same_run("here", old, trainer.fingerprint())  # what a call stores is not part of it
+    tiny_tokenizer.add_tokens(["<new>"])
+    with pytest.raises(ValueError, match="tokenizer: tokens was 320 and is 321; tokenizer: sha256 of the vocabulary"):
+        check_same_run("here", old, trainer.fingerprint())
+
+
+def test_a_stream_is_known_by_what_it_says_of_itself(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        identity = {"length": 32}
+
+        def __iter__(self):
+            return iter(())
+
+    trainer = make_trainer(tmp_path)
+    trainer.train_dataset = Stream()
+    assert trainer.fingerprint()["data"] == {"kind": "a stream", "length": 32}
+
+
+def test_an_identity_is_json_and_survives_a_newer_library(tmp_path):
+    identity = make_trainer(tmp_path).fingerprint()
+    assert json.loads(json.dumps(identity)) == identity
+    newer = json.loads(json.dumps(identity))
+    newer["model"]["field_of_a_later_version"] = 1
+    check_same_run("here", identity, newer)
+    check_same_run("here", newer, identity)
+
+
+def test_a_moved_interval_is_state_and_no_other_run(tmp_path):
+    trainer = make_trainer(tmp_path)
+    old = trainer.fingerprint()
+    trainer.model.config.sampling_eps_min = 0.3
+    trainer.model.sampling_eps_min.fill_(0.3)
+    check_same_run("here", old, trainer.fingerprint())
+
+
+def test_a_long_list_of_differences_is_cut():
+    old = {"training": {str(number): 0 for number in range(9)}}
+    new = {"training": {str(number): 1 for number in range(9)}}
+    with pytest.raises(ValueError, match="training: 5 was 0 and is 1, and 3 more"):
+        check_same_run("here", old, new)
+
+
+# The running loss and the flow of a resumed run
+
+
+def alone() -> RunningLoss:
+    return RunningLoss(torch.device("cpu"), lambda x: x)
+
+
+def of_two(other: float) -> RunningLoss:
+    """The first of two processes, the other having summed `other`."""
+    return RunningLoss(torch.device("cpu"), lambda x: torch.cat([x, torch.tensor([other])]))
+
+
+def test_the_mean_is_over_the_steps_since_the_last_log():
+    losses = alone()
+    for loss in (1.0, 2.0, 6.0):
+        losses.add(torch.tensor(loss))
+    assert losses.mean_since_last_log(3) == 3.0
+    losses.add(torch.tensor(5.0))
+    assert losses.mean_of_run(4) == 3.5
+    assert losses.mean_since_last_log(4) == 5.0
+    assert losses.mean_of_run(4) == 3.5
+
+
+def test_a_restored_sum_goes_on_to_the_bit():
+    values = torch.rand(9, generator=torch.Generator().manual_seed(0)) * 5
+    whole, part, rest = alone(), alone(), alone()
+    for value in values:
+        whole.add(value)
+    for value in values[:5]:
+        part.add(value)
+    rest.load_state_dict(json.loads(json.dumps(part.state_dict())), 0, 1)
+    for value in values[5:]:
+        rest.add(value)
+    assert rest.mean_since_last_log(9) == whole.mean_since_last_log(9)
+    assert rest.mean_of_run(9) == whole.mean_of_run(9)
+
+
+def test_each_process_gets_its_own_sum_back_and_another_number_of_them_the_mean():
+    losses = of_two(7.0)
+    losses.add(torch.tensor(3.0))
+    state = losses.state_dict()
+    assert state["sums"] == [3.0, 7.0]
+    assert losses.mean_since_last_log(2) == 2.5
+    for process, processes, own in ((0, 2, 3.0), (1, 2, 7.0), (0, 1, 5.0), (2, 4, 5.0)):
+        restored = alone()
+        restored.load_state_dict(state, process, processes)
+        assert restored.sum.item() == own
+
+
+def test_the_arguments_say_how_often_a_resumed_run_logs_evaluates_and_saves():
+    state = TrainerState(max_steps=40, logging_steps=1, eval_steps=2, save_steps=3)
+    args = SimpleNamespace(logging_steps=5, eval_steps=None, save_steps=0.25)
+    ResumableFlow().on_train_begin(args, state, TrainerControl())
+    assert (state.logging_steps, state.eval_steps, state.save_steps) == (5, 2, 10)
+
+
+@pytest.mark.parametrize(("epoch", "step", "waits"), [(1.5, 9, False), (2.0, 12, True), (2.5, 15, True)])
+def test_a_save_at_the_end_of_an_epoch_or_of_the_run_waits_for_its_evaluation(epoch, step, waits):
+    callback, state = ResumableFlow(), SimpleNamespace(epoch=epoch, global_step=step, max_steps=15)
+    control = callback.on_step_end(None, state, TrainerControl(should_save=True))
+    assert control.should_save is not waits
+    assert callback.on_epoch_end(None, state, TrainerControl()).should_save is waits
+    assert callback.on_epoch_end(None, state, TrainerControl()).should_save is False

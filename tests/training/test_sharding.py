@@ -18,7 +18,7 @@ from two_processes import BATCH, DECODERS, STEPS, decoder, one_pass, scores, tin
 from bd3lm_hf.modeling.linear_bd3lm import call_as, is_sharded
 from bd3lm_hf.modeling.loss_bd3lm import chunked_cross_entropy
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.training.sharding import (
+from bd3lm_hf.training.ema import (
     has_shards,
     local_part,
     part_like,

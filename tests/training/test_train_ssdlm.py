@@ -19,8 +19,7 @@ from transformers import (
 from bd3lm_hf import SSDLMForMaskedLM
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.evaluation.perplexity import HeldOutLoss
-from bd3lm_hf.training.run_summary import table
-from bd3lm_hf.training.train import run
+from bd3lm_hf.training.train import run, table
 
 
 # peft asks transformers an old question.
