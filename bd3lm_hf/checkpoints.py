@@ -21,8 +21,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from bd3lm_hf.auto_classes import is_unsupported_auto_class
 from bd3lm_hf.data.sources import exists, looks_like_path
 from bd3lm_hf.foreign_layouts import read_contract_config
-from bd3lm_hf.input_files import read_json
-from bd3lm_hf.output_files import BASE_NAME
+from bd3lm_hf.user_files import BASE_NAME, read_json
 
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import bd3lm_hf
-from bd3lm_hf.argument_parser import ArgumentParser, one_line, with_home
+from bd3lm_hf.argument_parser import ArgumentParser, with_home
+from bd3lm_hf.printing import one_line
 
 
 class Verb(NamedTuple):

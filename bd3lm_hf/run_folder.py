@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
-from bd3lm_hf.output_files import BASE_NAME, LOCK_NAME, lock_output
+from bd3lm_hf.user_files import BASE_NAME, LOCK_NAME, lock_output
 
 
 logger = logging.get_logger("bd3lm_hf.train")

@@ -13,10 +13,10 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from bd3lm_hf import markdown
 from bd3lm_hf.data.sources import DEFAULT_DATASET, exists, find_spec, looks_like_path
-from bd3lm_hf.input_files import read_json, read_yaml
+from bd3lm_hf.printing import escape_markdown, markdown_table
 from bd3lm_hf.run_folder import RECIPE_NAME, RESULTS_NAME, WEIGHTS_NAME
+from bd3lm_hf.user_files import read_json, read_yaml
 
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
@@ -202,9 +202,9 @@ def _data(dataset: str | None, hub_dataset: str | None) -> str:
     if dataset is None:
         return "Not recorded in the folder that this model was pushed from."
     if hub_dataset is not None:
-        return f"{markdown.escape(dataset)}: [{markdown.escape(hub_dataset)}](https://huggingface.co/datasets/{quote(hub_dataset)})."
+        return f"{escape_markdown(dataset)}: [{escape_markdown(hub_dataset)}](https://huggingface.co/datasets/{quote(hub_dataset)})."
     if _is_local(dataset):
-        return f"A file or folder of its trainer, {markdown.escape(Path(dataset).name)}, which is not published here."
+        return f"A file or folder of its trainer, {escape_markdown(Path(dataset).name)}, which is not published here."
     return f"`{dataset}`, the text that bd3lm_hf finds in every Python installation."
 
 
@@ -222,7 +222,7 @@ def _evaluation(recipe: dict[str, Any], results: dict[str, Any], dataset: str | 
         rows.append(("unigram model", _number(results["unigram_perplexity"], 2), "", ""))
     scored = _score(results, "after") or _score(results, "before")
     count = f"{_number(scored.get('num_tokens'), 0)} tokens in {_number(scored.get('num_sequences'), 0)} sequences"
-    origin = "held-out text" if dataset is None else f"the held-out split of {markdown.escape(_short(dataset))}"
+    origin = "held-out text" if dataset is None else f"the held-out split of {escape_markdown(_short(dataset))}"
     text = f"On {count} of {origin}, with the estimator `{_estimator(recipe)}`."
     return _table(rows, head=("", "perplexity", "nats per token ± s.e.", "bits per byte")) + f"\n\n{text}"
 
@@ -233,7 +233,7 @@ def _score(results: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _estimator(recipe: dict[str, Any]) -> str:
-    return markdown.escape(recipe.get("final_estimator") or recipe.get("eval_estimator") or "stratified")
+    return escape_markdown(recipe.get("final_estimator") or recipe.get("eval_estimator") or "stratified")
 
 
 def _short(dataset: str) -> str:
@@ -277,4 +277,4 @@ def _window(config: Any) -> str:
 
 
 def _table(rows: Sequence[tuple[Any, ...]], head: Sequence[str] | None = None) -> str:
-    return markdown.table(head or [""] * len(rows[0]), [[markdown.escape(cell) for cell in row] for row in rows])
+    return markdown_table(head or [""] * len(rows[0]), [[escape_markdown(cell) for cell in row] for row in rows])

@@ -20,7 +20,6 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Revi
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-from bd3lm_hf.argument_parser import one_line, printable
 from bd3lm_hf.hub_upload.card import make_card
 from bd3lm_hf.hub_upload.hub_cli import MAX_SHARD_SIZE
 from bd3lm_hf.hub_upload.load_check import check_loads_alone
@@ -37,8 +36,9 @@ from bd3lm_hf.hub_upload.repo_files import (
     write_contents,
     write_manifest,
 )
-from bd3lm_hf.input_files import read_json
+from bd3lm_hf.printing import one_line, printable
 from bd3lm_hf.run_folder import as_size, free_bytes
+from bd3lm_hf.user_files import read_json
 
 
 _MESSAGE = "Upload model"

@@ -13,11 +13,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 import bd3lm_hf
-from bd3lm_hf.argument_parser import printable
 from bd3lm_hf.data.sources import exists, looks_like_path
 from bd3lm_hf.hub_upload.push import hub_errors
 from bd3lm_hf.hub_upload.repo_files import CODE, MANIFEST_NAME, NOT_LISTED, describe, files_of
-from bd3lm_hf.input_files import read_json
+from bd3lm_hf.printing import printable
+from bd3lm_hf.user_files import read_json
 
 
 _CLIENT_FOLDERS = (".cache", ".git")  # written by the Hub's client and by git

@@ -13,8 +13,6 @@ from transformers import CONFIG_MAPPING, HfArgumentParser, IntervalStrategy
 from transformers.utils import logging
 
 from bd3lm_hf.argument_parser import unknown, with_home, with_underscores
-from bd3lm_hf.input_files import read_yaml
-from bd3lm_hf.output_files import write_atomically
 from bd3lm_hf.run_folder import RECIPE_HEADER
 from bd3lm_hf.training.arguments import (
     BD3LMTrainingArguments,
@@ -24,6 +22,7 @@ from bd3lm_hf.training.arguments import (
 )
 from bd3lm_hf.training.command_help import DEFAULT_RECIPE, RECIPES, train_help
 from bd3lm_hf.training.initial_model import SHAPE_FIELDS
+from bd3lm_hf.user_files import read_yaml, write_atomically
 
 
 logger = logging.get_logger("bd3lm_hf.train")

@@ -24,14 +24,13 @@ from bd3lm_hf.evaluation.perplexity import summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, reference_model_of
 from bd3lm_hf.evaluation.text_metrics import mean_entropy
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
-from bd3lm_hf.input_files import read_yaml
-from bd3lm_hf.output_files import begins_with, write_atomically
 from bd3lm_hf.run_folder import RESULTS_NAME, is_run_folder
 from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.training.arguments import ModelArguments
 from bd3lm_hf.training.command_line import field_names, parse_arguments
 from bd3lm_hf.training.initial_model import model_class
 from bd3lm_hf.training.train import run
+from bd3lm_hf.user_files import begins_with, read_yaml, write_atomically
 
 
 logger = logging.get_logger("bd3lm_hf.compare")

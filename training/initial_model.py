@@ -18,10 +18,10 @@ from bd3lm_hf.adapt import adapt_decoder, decoder_class, is_adaptable
 from bd3lm_hf.checkpoints import adapter_base, add_adapters, load_model, read_config
 from bd3lm_hf.modeling.configuration_bd3lm import SAMPLING_EPS, BD3LMConfig
 from bd3lm_hf.modeling.configuration_bd3lm_decoders import BD3LMDecoderConfigMixin
-from bd3lm_hf.output_files import BASE_NAME
 from bd3lm_hf.run_folder import as_size, publish_folder, staging_folder
 from bd3lm_hf.tokenization import check_tokenizer_fits, limit_to_window
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments, LoraArguments, ModelArguments
+from bd3lm_hf.user_files import BASE_NAME
 
 
 logger = logging.get_logger("bd3lm_hf.train")

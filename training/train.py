@@ -40,7 +40,6 @@ import bd3lm_hf
 from bd3lm_hf.data.streaming import PackedStream
 from bd3lm_hf.evaluation.perplexity import HeldOutLoss, Perplexity, scored_token_ids, unigram_perplexity
 from bd3lm_hf.evaluation.results import describe_estimator
-from bd3lm_hf.output_files import write_atomically
 from bd3lm_hf.reports.training_figures import write_training_curve
 from bd3lm_hf.run_folder import (
     RECIPE_NAME,
@@ -60,6 +59,7 @@ from bd3lm_hf.training.initial_model import check_lora, check_start, make_model,
 from bd3lm_hf.training.inputs import TrainingSequences, load_documents, make_sequences, make_tokenizer
 from bd3lm_hf.training.interval import PLOT_NAME, SEARCH_NAME
 from bd3lm_hf.training.trainer import BD3LMTrainer
+from bd3lm_hf.user_files import write_atomically
 
 
 logger = logging.get_logger("bd3lm_hf.train")

@@ -19,7 +19,7 @@ from yaml import YAMLError
 from bd3lm_hf.data.records import columns_of, read_records
 from bd3lm_hf.data.schemas import Schema, TextRow
 from bd3lm_hf.data.sources import COMPRESSIONS, ENDINGS, data_ending
-from bd3lm_hf.input_files import read_json
+from bd3lm_hf.user_files import read_json
 
 
 logger = logging.getLogger(__name__)

@@ -40,7 +40,7 @@ from bd3lm_hf.evaluation.results import (
     weights_digest,
     write_results,
 )
-from bd3lm_hf.output_files import lock_output
+from bd3lm_hf.user_files import lock_output
 
 
 logger = logging.get_logger("bd3lm_hf.evaluation")

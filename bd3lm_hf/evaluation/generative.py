@@ -24,9 +24,9 @@ from bd3lm_hf.evaluation.text_metrics import distinct, lengths, mean_repetition,
 from bd3lm_hf.generation.generate_cli import CHOICES
 from bd3lm_hf.generation.samples import Sample, open_samples
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
-from bd3lm_hf.output_files import check_output_file, is_json_with, write_atomically
-from bd3lm_hf.progress import ProgressReport
+from bd3lm_hf.printing import ProgressReport
 from bd3lm_hf.seeds import derived_seed
+from bd3lm_hf.user_files import check_output_file, is_json_with, write_atomically
 
 
 #: How often a text of low entropy is generated again.

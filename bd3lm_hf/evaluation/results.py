@@ -25,9 +25,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 import bd3lm_hf
 from bd3lm_hf.evaluation.perplexity import Batch, Protocol, SequenceScore, batches_of, score_batch
-from bd3lm_hf.markdown import escape, table
-from bd3lm_hf.output_files import JsonLinesFile, check_output_file, is_json_with, write_atomically
-from bd3lm_hf.progress import ProgressReport
+from bd3lm_hf.printing import ProgressReport, escape_markdown, markdown_table
+from bd3lm_hf.user_files import JsonLinesFile, check_output_file, is_json_with, write_atomically
 
 
 _DIGITS = 16
@@ -305,23 +304,25 @@ FIELDS = (
 
 #: Columns of a markdown table: the title, and the cell of a result.
 _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
-    "model": lambda row: escape(Path(row["model"]).name),
-    "dataset": lambda row: escape(f"{row['dataset']} ({row['split']} split)"),
-    "estimator": lambda row: escape(describe_estimator(row["estimator"], row["num_samples"], bound=row["bound"])),
+    "model": lambda row: escape_markdown(Path(row["model"]).name),
+    "dataset": lambda row: escape_markdown(f"{row['dataset']} ({row['split']} split)"),
+    "estimator": lambda row: escape_markdown(
+        describe_estimator(row["estimator"], row["num_samples"], bound=row["bound"])
+    ),
     "perplexity": lambda row: f"{'&le; ' if row['bound'] else ''}{_number(row['perplexity'], 2)}",
     "nats per token": lambda row: f"{_number(row['nll'], 4)} &plusmn; {_number(row['standard_error'], 4)}",
     "bits per token": lambda row: _number(row["bits_per_token"], 4),
     "bits per byte": lambda row: _number(row["bits_per_byte"], 4),
-    "sequences": lambda row: escape(row["num_sequences"]),
-    "tokens": lambda row: escape(row["num_tokens"]),
-    "seed": lambda row: escape(row["seed"]),
+    "sequences": lambda row: escape_markdown(row["num_sequences"]),
+    "tokens": lambda row: escape_markdown(row["num_tokens"]),
+    "seed": lambda row: escape_markdown(row["seed"]),
     "seconds": lambda row: _number(row["seconds"], 1),
 }
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a table in which a perplexity that is an upper bound is marked so."""
-    return table(list(_COLUMNS), [[cell(row) for cell in _COLUMNS.values()] for row in rows])
+    return markdown_table(list(_COLUMNS), [[cell(row) for cell in _COLUMNS.values()] for row in rows])
 
 
 def check_outputs(paths: Sequence[Path], *, overwrite: bool = False) -> None:

@@ -28,7 +28,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bd3lm_hf.output_files import write_atomically
+from bd3lm_hf.user_files import write_atomically
 
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 from bd3lm_hf.argument_parser import add_model_arguments, integer, number
 from bd3lm_hf.generation.denoising_trace import check_ending
 from bd3lm_hf.generation.samples import read_prompts
-from bd3lm_hf.output_files import begins_with, check_output_file
+from bd3lm_hf.user_files import begins_with, check_output_file
 
 
 #: Fields of the generation config that have a flag: type and help.

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from bd3lm_hf.output_files import JsonLinesFile, check_output_file, lock_output
 from bd3lm_hf.seeds import derived_seed
+from bd3lm_hf.user_files import JsonLinesFile, check_output_file, lock_output
 
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, StrictUndefined
 
 from bd3lm_hf.evaluation.results import describe_estimator
-from bd3lm_hf.output_files import begins_with, check_output_file, write_atomically
 from bd3lm_hf.reports.plotting import Figure, as_png, as_svg, check_matplotlib, speed_quality_figure
 from bd3lm_hf.reports.run_reader import Material, Named, Run, RunSample, finite, read_material
 from bd3lm_hf.reports.training_figures import curves, intervals, variances
+from bd3lm_hf.user_files import begins_with, check_output_file, write_atomically
 
 
 def write_report(paths: Sequence[Path], output: Path, *, overwrite: bool = False) -> list[Path]:

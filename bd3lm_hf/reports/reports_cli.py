@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bd3lm_hf.argument_parser import add_model_arguments, integer
 from bd3lm_hf.generation.generate_cli import FIELDS
-from bd3lm_hf.output_files import check_output_file, is_json_with
+from bd3lm_hf.user_files import check_output_file, is_json_with
 
 
 #: The field that makes a sampler bolder, and its values by default: one token per forward pass first.

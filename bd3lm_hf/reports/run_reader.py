@@ -16,9 +16,9 @@ from transformers.utils import CONFIG_NAME
 
 from bd3lm_hf.data.sources import DEFAULT_DATASET
 from bd3lm_hf.evaluation.results import describe_estimator
-from bd3lm_hf.input_files import read_yaml
 from bd3lm_hf.modeling.likelihood_bd3lm import LikelihoodMixin
 from bd3lm_hf.run_folder import RECIPE_NAME, RESULTS_NAME, SAMPLES_NAME, SEARCH_NAME
+from bd3lm_hf.user_files import read_yaml
 
 
 Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> steps, values

@@ -23,11 +23,11 @@ from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_model, reference_model_of
 from bd3lm_hf.evaluation.text_metrics import mean_entropy
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
-from bd3lm_hf.output_files import write_atomically
-from bd3lm_hf.progress import ProgressReport
+from bd3lm_hf.printing import ProgressReport
 from bd3lm_hf.reports.plotting import check_matplotlib, draw_speed_quality
 from bd3lm_hf.reports.reports_cli import CURVES, SHARED_FIELDS, check_quality
 from bd3lm_hf.seeds import derived_seed
+from bd3lm_hf.user_files import write_atomically
 
 
 class Point(NamedTuple):

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from bd3lm_hf.output_files import write_atomically
 from bd3lm_hf.reports.plotting import (
     GRID,
     INK,
@@ -26,6 +25,7 @@ from bd3lm_hf.reports.plotting import (
 )
 from bd3lm_hf.reports.run_reader import Run, finite, series_of
 from bd3lm_hf.run_folder import CURVE_NAME
+from bd3lm_hf.user_files import write_atomically
 
 
 logger = logging.get_logger("bd3lm_hf.train")

@@ -11,11 +11,11 @@ from transformers import MambaConfig
 
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.cli import main as bd3lm
-from bd3lm_hf.output_files import BASE_NAME
 from bd3lm_hf.training.arguments import ModelArguments
 from bd3lm_hf.training.command_line import parse_arguments
 from bd3lm_hf.training.initial_model import check_start, make_model, new_config
 from bd3lm_hf.training.inputs import load_documents, make_sequences, make_tokenizer
+from bd3lm_hf.user_files import BASE_NAME
 
 
 # peft asks transformers an old question.

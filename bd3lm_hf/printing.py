@@ -1,0 +1,117 @@
+"""Text for people: lines without secrets, Markdown of foreign text, and how far a long command is."""
+
+import re
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+
+# Tokens that are recognised by their prefix: the Hub's, and those of services that people keep in the same shell.
+_TOKEN = re.compile(r"\b(hf_|api_org_|sk-|gh[pousr]_|github_pat_|xox[abp]-)[\w-]{3,}")
+# The value of an option or header that carries a secret, whatever the value looks like.
+_SECRET = re.compile(
+    r"((?:--?[\w-]*(?:token|api[-_]?key|password|secret)|authorization:)(?:=|\s+)(?:bearer\s+)?|\bbearer\s+)([^\s'\"]+)",
+    re.IGNORECASE,
+)
+
+
+def mask_secrets(text: str) -> str:
+    """Return a text with tokens and the values of secret options replaced by `***`."""
+    from huggingface_hub import get_token  # only where something is printed: it costs a third of a second
+
+    own = get_token()
+    if own:
+        text = text.replace(own, "***")
+    return _TOKEN.sub(r"\1***", _SECRET.sub(r"\1***", text))
+
+
+def printable(text: str) -> str:
+    """Return a text whose control characters are escaped, so that a name from a file cannot steer the terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def one_line(text: str) -> str:
+    """Return a text as one printable line without secrets, for error messages."""
+    return printable(" ".join(mask_secrets(text).split()))
+
+
+# Markdown
+
+
+_LONGEST = 200  # characters of a cell
+_MARKUP = re.compile(r"([\\`*_\[\]<>|~#&!{}])")
+_PLAIN = re.compile(r"[\w .,:/+()±%-]*")
+
+
+def escape_markdown(value: Any) -> str:
+    """Return a value as one line of Markdown without markup; a long one is cut, so that it fits a cell."""
+    text = " ".join(str(value).split())
+    text = printable(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
+    # Numbers and plain words stay readable in the source.
+    return text if _PLAIN.fullmatch(text) and "__" not in text else _MARKUP.sub(r"\\\1", text)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table; cells are Markdown, so what is not ours goes through `escape_markdown` first."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+# Progress
+
+
+_SECONDS_BETWEEN_LINES = 60
+
+
+class ProgressReport:
+    """Report progress on standard error.
+
+    Args:
+        name: what is being done.
+        total: number of items.
+        initial: how many were finished by an earlier run.
+        unit: what an item is called.
+        disable: report nothing.
+    """
+
+    def __init__(self, name: str, total: int, *, initial: int = 0, unit: str = "text", disable: bool = False) -> None:
+        self.name, self.total, self.unit = name, total, unit
+        self.done = self._initial = initial
+        self._started = self._last = time.monotonic()
+        self._lines = not disable and not sys.stderr.isatty()
+        from tqdm.auto import tqdm  # only where something is shown: it costs a tenth of a second
+
+        self._bar = tqdm(
+            total=total, initial=initial, desc=name, unit=unit, leave=False, disable=disable or self._lines
+        )
+        self._has_estimate = False
+
+    def update(self, count: int = 1) -> None:
+        """Count finished items, and report if it is time."""
+        self.done += count
+        self._bar.update(count)
+        now = time.monotonic()
+        left = (now - self._started) / max(1, self.done - self._initial) * (self.total - self.done)
+        # The first items give the estimate; a command of less than a minute reports nothing.
+        is_due = now - self._last >= _SECONDS_BETWEEN_LINES or (
+            not self._has_estimate and left >= _SECONDS_BETWEEN_LINES
+        )
+        if self._lines and is_due and self.done < self.total:
+            print(
+                f"{self.name}: {self.done} of {self.total} {self.unit}s, about {_duration(left)} left",
+                file=sys.stderr,
+                flush=True,
+            )
+            self._has_estimate, self._last = True, now
+
+    def __enter__(self) -> "ProgressReport":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
