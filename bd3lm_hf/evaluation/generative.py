@@ -22,8 +22,7 @@ from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_m
 from bd3lm_hf.evaluation.results import library_versions, weights_digest
 from bd3lm_hf.evaluation.text_metrics import distinct, lengths, mean_repetition, text_entropy
 from bd3lm_hf.generation.generate_cli import CHOICES
-from bd3lm_hf.generation.samples import Sample, open_samples
-from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
+from bd3lm_hf.generation.text_generation import GeneratedText, Sample, generate_batch, open_samples
 from bd3lm_hf.printing import ProgressReport
 from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.user_files import check_output_file, is_json_with, write_atomically

@@ -1,14 +1,21 @@
-"""`bd3lm generate` and `bd3lm infill`: flags and checks; `write_samples.py` does the work. Imports nothing slow."""
+"""`bd3lm generate` and `bd3lm infill`: flags, prompts and checks. Imports nothing slow.
+
+`write_samples.py` does the work.
+"""
 
 import argparse
+import json
+import os
+import select
+import stat
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from bd3lm_hf.argument_parser import add_model_arguments, integer, number
 from bd3lm_hf.generation.denoising_trace import check_ending
-from bd3lm_hf.generation.samples import read_prompts
 from bd3lm_hf.user_files import begins_with, check_output_file
 
 
@@ -200,3 +207,91 @@ def check_chat_arguments(arguments: argparse.Namespace) -> None:
     }
     if unfit := [name for name, is_given in given.items() if is_given]:
         raise ValueError(f"--chat shows one answer after the other: leave out {', '.join(unfit)}.")
+
+
+# Prompts
+
+
+STDIN = "-"  # the name that means standard input
+
+
+def read_prompts(
+    texts: Sequence[str] | None, file: str | None, stdin: TextIO | None = None, *, flag: str = "--prompt"
+) -> list[str | None]:
+    """Return the prompts of `--prompt` (texts), `--prompt-file` (a name) or standard input; `[None]` without any.
+
+    A file holds one prompt per line; a line of a `.jsonl` file is an object with a `prompt`. Blank lines are skipped.
+    `"-"` is standard input, which is also read when nothing is named and something is piped in.
+
+    Raises:
+        ValueError: if a file is missing, without prompts or not UTF-8, a prompt is empty, or a line holds none.
+    """
+    stdin = sys.stdin if stdin is None else stdin
+    if texts and list(texts) != [STDIN]:
+        return list(_checked((f"{flag} {number}", text) for number, text in enumerate(texts, start=1)))
+    if texts or file == STDIN:
+        return _lines(STDIN, _read_stdin(stdin))
+    if file is not None:
+        return _lines(file, _text_of(file, f"{flag}-file"))
+    if _is_piped(stdin):
+        text = _read_stdin(stdin)
+        if text.strip():
+            return _lines(STDIN, text)
+    return [None]
+
+
+def _read_stdin(stdin: TextIO) -> str:
+    try:
+        return stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8: byte {error.start} cannot be decoded.") from error
+
+
+def _text_of(file: str, flag: str) -> str:
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ValueError(f"{flag} {file}: there is no such file.")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag} {file} is not UTF-8: byte {error.start} cannot be decoded.") from error
+
+
+def _lines(file: str, text: str) -> list[str | None]:
+    name = "standard input" if file == STDIN else file
+    numbered = enumerate((line.removesuffix("\r") for line in text.split("\n")), start=1)
+    lines = [(f"line {number} of {name}", line) for number, line in numbered if line.strip()]
+    if not lines:
+        raise ValueError(f"{name} holds no prompt: write one prompt per line.")
+    is_json = file.lower().endswith(".jsonl")
+    return list(_checked((position, _prompt_of(line, position) if is_json else line) for position, line in lines))
+
+
+def _prompt_of(line: str, position: str) -> str:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{position} is not JSON: {error}.") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ValueError(f'{position} has no prompt: write objects such as {{"prompt": "Once"}}.')
+    return str(row["prompt"])
+
+
+def _checked(prompts: Iterable[tuple[str, str]]) -> Iterable[str]:
+    for position, text in prompts:
+        if not text.strip():
+            raise ValueError(f"{position} is an empty prompt: remove it. Without a prompt, text starts from nothing.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{position} is not UTF-8: character {error.start} cannot be encoded.") from error
+        yield text
+
+
+def _is_piped(stdin: TextIO) -> bool:
+    """Whether something was sent to standard input; an open but silent pipe is not waited for."""
+    try:
+        mode = os.fstat(stdin.fileno()).st_mode
+        return (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)) and bool(select.select([stdin], [], [], 0)[0])
+    except (OSError, ValueError, AttributeError):
+        return False  # closed, or not a real file

@@ -1,17 +1,24 @@
-"""Generate text with a seed for each row: alone or in a batch, it is the same text.
+"""Generate text with a seed for each row, and keep it in a file of samples that the next run continues.
 
-The one wrapper around `model.generate`: the generate command, generative evaluation, the quality curves, the
-comparison of models and the samples shown while training all call it.
+Alone or in a batch, a row is the same text. `generate_batch` is the one wrapper around `model.generate`: the generate
+command, generative evaluation, the quality curves, the comparison of models and the samples shown while training all
+call it.
 """
 
 import contextlib
+import itertools
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from bd3lm_hf.generation.denoising_trace import RowStep, row_steps
+from bd3lm_hf.seeds import derived_seed
+from bd3lm_hf.user_files import JsonLinesFile, check_output_file, lock_output
 
 
 class GeneratedText(NamedTuple):
@@ -145,3 +152,191 @@ def _eos_disabled(config: Any, disabled: bool) -> Iterator[None]:
         yield
     finally:
         config.eos_token_id = eos_token_id
+
+
+# Files of samples
+
+
+_Sample = TypeVar("_Sample", bound="Sample")
+
+
+@dataclass
+class Sample:
+    """One text and how it came about: a line of the samples file."""
+
+    index: int  # its number in the file
+    prompt: str | None  # None: generated from nothing
+    text: str  # the prompt included
+    num_prompt_tokens: int
+    num_tokens: int  # new ones, an end token included
+    seed: int
+    forwards: int  # forward passes that this text takes when it is generated alone
+    batch_forwards: int  # forward passes of its batch
+    tokens_per_forward: float  # num_tokens / forwards
+    seconds: float  # its share of its batch's time
+    model: str
+    settings: dict[str, Any]  # what decides the text, apart from the prompt
+
+    @classmethod
+    def of(
+        cls: type[_Sample],
+        text: GeneratedText,
+        tokenizer: Any,
+        *,
+        index: int,
+        prompt: str | None,
+        settings: Mapping[str, Any],
+        **fields: Any,
+    ) -> _Sample:
+        """Describe a generated text.
+
+        Args:
+            settings: what decides the text; they have its `model` and `seed`.
+            fields: of a subclass.
+        """
+        num_tokens = len(text.new_ids)
+        return cls(
+            index=index,
+            prompt=prompt,
+            text=str(tokenizer.decode(text.ids, skip_special_tokens=True)),
+            num_prompt_tokens=text.num_given,
+            num_tokens=num_tokens,
+            seed=settings["seed"],
+            forwards=text.forwards,
+            batch_forwards=text.batch_forwards,
+            tokens_per_forward=num_tokens / max(1, text.forwards),
+            seconds=text.seconds,
+            model=settings["model"],
+            settings=dict(settings),
+            **fields,
+        )
+
+
+# Settings of earlier versions that do not decide a text.
+_IGNORED_SETTINGS = {"num_prompts", "num_samples", "batch_size", "samples_per_prompt"}
+
+
+class SamplesFile(JsonLinesFile):
+    """A file of samples, each on disk as soon as it is finished; a rerun continues after them.
+
+    Use [`open_samples`], which keeps other processes away from the file.
+
+    Args:
+        prompts: that of each requested sample. Finished samples of a prompt are kept; the missing ones get the first
+            free indices, so that a file can grow by samples per prompt and by prompts.
+        settings: what decides the texts; a file with other settings is refused.
+        overwrite: start again. The old file stays until the first sample is finished.
+        flag: what the user calls the file, for messages.
+
+    Raises:
+        ValueError: if the folder does not exist, or the file holds something else, or samples of other settings.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        prompts: Sequence[str | None],
+        settings: dict[str, Any],
+        *,
+        overwrite: bool = False,
+        flag: str = "--output",
+    ) -> None:
+        remedy = "name another file, or replace it with --overwrite"
+        super().__init__(path, f"{flag} {path}", first_key="index", remedy=remedy, replace=overwrite)
+        self.prompts, self.settings = prompts, settings
+        self._requested = set(prompts)
+        check_output_file(path, flag)
+        found: dict[int, str | None] = {}
+        for number, row in () if overwrite else self.read_lines():
+            self._check(number, row)
+            found[row["index"]] = row.get("prompt")
+        self.finished = set(found)
+        #: The index of each requested sample.
+        self.indices = _assign_indices(prompts, found)
+
+    def _check(self, number: int, row: dict[str, Any]) -> None:
+        if not isinstance(row.get("index"), int) or not isinstance(row.get("settings"), dict):
+            raise self.foreign_line(number)
+        old = {name: value for name, value in row["settings"].items() if name not in _IGNORED_SETTINGS}
+        new = dict(self.settings)
+        if row.get("prompt") not in self._requested:
+            old["prompt"], new["prompt"] = row.get("prompt"), self.prompts[min(row["index"], len(self.prompts) - 1)]
+        differences = [
+            f"{name} is {old.get(name)!r} there and {new.get(name)!r} now"
+            for name in {**new, **old}
+            if old.get(name) != new.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"{self.label}: line {number} was written with other settings ({'; '.join(differences)}): repeat them "
+                f"to continue, name another file, or replace it with --overwrite."
+            )
+
+    def missing(self) -> dict[int, str | None]:
+        """Return the prompts of the requested samples that are not finished, by their indices."""
+        requested = zip(self.indices, self.prompts, strict=True)
+        return {index: prompt for index, prompt in requested if index not in self.finished}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the requested samples that are finished, in the order of the request."""
+        rows = {row["index"]: row for _, row in self.read_lines()} if self.finished else {}
+        return [rows[index] for index in self.indices if index in rows]
+
+    def append(self, samples: Iterable[Sample]) -> None:
+        """Write samples that are not there yet, each on disk before the next is taken.
+
+        Raises:
+            ValueError: if another process changed the file.
+        """
+        for sample in samples:
+            if sample.index not in self.finished:
+                self.write_line(asdict(sample))
+                self.finished.add(sample.index)
+
+
+def _assign_indices(prompts: Sequence[str | None], found: Mapping[int, str | None]) -> list[int]:
+    """Return an index for the sample of each prompt: of one that was found, or the next that is free."""
+    of_prompt: defaultdict[str | None, deque[int]] = defaultdict(deque)
+    for index in sorted(found):
+        of_prompt[found[index]].append(index)
+    free = itertools.filterfalse(found.__contains__, itertools.count())
+    return [of_prompt[prompt].popleft() if of_prompt[prompt] else next(free) for prompt in prompts]
+
+
+def sample_seeds(seed: int, prompts: Sequence[str | None], indices: Sequence[int]) -> dict[int, int]:
+    """Return the seed of each sample by its index.
+
+    It follows from a count of the first samples of all prompts, then their second ones, and so on. So a file to which
+    samples are added has the texts of one larger run. Prompts that are added to several samples each would have other
+    texts in a fresh run.
+
+    Args:
+        seed: of the run.
+        prompts, indices: of each requested sample.
+    """
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    counts: Counter[str | None] = Counter()
+    seeds = {}
+    for index, prompt in sorted(zip(indices, prompts, strict=True), key=lambda sample: sample[0]):
+        seeds[index] = derived_seed(seed, counts[prompt] * len(numbers) + numbers[prompt])
+        counts[prompt] += 1
+    return seeds
+
+
+@contextlib.contextmanager
+def open_samples(
+    path: Path,
+    prompts: Sequence[str | None],
+    settings: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    flag: str = "--output",
+) -> Iterator[SamplesFile]:
+    """Open a [`SamplesFile`] that no other process writes to at the same time.
+
+    Raises:
+        ValueError: if another process does, or the file is refused.
+    """
+    check_output_file(path, flag)
+    with lock_output(path, flag):
+        yield SamplesFile(path, prompts, settings, overwrite=overwrite, flag=flag)

@@ -27,9 +27,16 @@ from bd3lm_hf.generation.generate_cli import (
     check_chat_arguments,
     generation_fields,
     plan,
+    read_prompts,
 )
-from bd3lm_hf.generation.samples import Sample, SamplesFile, open_samples, read_prompts, sample_seeds
-from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
+from bd3lm_hf.generation.text_generation import (
+    GeneratedText,
+    Sample,
+    SamplesFile,
+    generate_batch,
+    open_samples,
+    sample_seeds,
+)
 from bd3lm_hf.seeds import derived_seed
 
 

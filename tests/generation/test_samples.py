@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bd3lm_hf.generation.samples import Sample, SamplesFile, open_samples, read_prompts
+from bd3lm_hf.generation.generate_cli import read_prompts
+from bd3lm_hf.generation.text_generation import Sample, SamplesFile, open_samples
 
 
 PROMPTS = [None, "one", "two"]
