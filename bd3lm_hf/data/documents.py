@@ -8,7 +8,7 @@ machine. `bd3lm_hf.data.packing` makes sequences of documents.
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,6 @@ from datasets import (
     IterableDataset,
     IterableDatasetDict,
     Value,
-    concatenate_datasets,
     load_dataset,
     load_from_disk,
 )
@@ -33,7 +32,6 @@ from datasets.fingerprint import Hasher
 
 from bd3lm_hf.data.corpora import python_docs, python_source
 from bd3lm_hf.data.files import SplitFiles, files_by_split, row_error
-from bd3lm_hf.data.held_out import held_out_score, hold_out, members
 from bd3lm_hf.data.records import kinds_of
 from bd3lm_hf.data.schemas import Schema, TextRow, detect_schema
 from bd3lm_hf.data.sources import (
@@ -47,16 +45,18 @@ from bd3lm_hf.data.sources import (
     looks_like_path,
     normal,
 )
+from bd3lm_hf.data.splits import (
+    SPLIT_NAMES,
+    head_or_tail,
+    held_out_score,
+    held_out_splits,
+    hold_out,
+    members,
+    split_to_read,
+)
 
 
 logger = logging.getLogger(__name__)
-
-#: Our split -> the names that sources have for it.
-_SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
 
 _EMBEDDED = {"python-docs": python_docs, "python-source": python_source}
 
@@ -137,12 +137,12 @@ def load_rows(
         dataset = _only_text(dataset, resolved)
         return dataset.to_iterable_dataset() if streaming else dataset
     reader = _reader_of(spec, cache_dir, streaming=streaming)
-    origin = _origin(reader.splits, spec, split)
+    origin = split_to_read(reader.splits, spec, split)
     dataset = reader.read(origin, schema, skip_bad_rows=skip_bad_rows)
     if spec.tail:
-        dataset = _head_or_tail(dataset, spec, split)
+        dataset = head_or_tail(dataset, spec, split)
     elif not spec.splits:
-        dataset = hold_out(dataset, split, missing=_held_out_splits(reader.splits))
+        dataset = hold_out(dataset, split, missing=held_out_splits(reader.splits))
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"The split {split!r} of {spec.name!r} is empty: it has no document. Name another dataset.")
     return dataset
@@ -164,7 +164,7 @@ def find_schema(
         return TextRow(spec.text_column)
     reader = _reader_of(spec, None, streaming=True)
     # A split may be empty, but the one to train on is asked first.
-    for split in sorted(reader.splits, key=lambda name: name not in _SPLIT_NAMES["train"]):
+    for split in sorted(reader.splits, key=lambda name: name not in SPLIT_NAMES["train"]):
         if columns := reader.columns(split):
             return detect_schema(columns, spec.name)
     raise ValueError(f"The dataset {spec.name!r} is empty: none of its files has a row. Name another one.")
@@ -316,35 +316,6 @@ def _usable(
     return columns
 
 
-# Splits
-
-
-def _present(splits: Sequence[str], split: str) -> str | None:
-    """Return the source's name of a split, or None if it has none."""
-    return next((name for name in _SPLIT_NAMES[split] if name in splits), None)
-
-
-def _held_out_splits(splits: Sequence[str]) -> list[str]:
-    """Return the splits to hold out of the training split: a missing validation, and then also a missing test."""
-    if _present(splits, "validation") is not None:
-        return []
-    return [split for split in ("validation", "test") if _present(splits, split) is None]
-
-
-def _origin(splits: Sequence[str], spec: DatasetSpec, split: str) -> str:
-    """Return the source's split to read: its own of that name, or the one out of which it is held."""
-    if spec.splits:
-        origin = spec.splits.get(split)
-    else:
-        origin = _present(splits, "train" if split in _held_out_splits(splits) else split)
-    if origin is None or origin not in splits:
-        raise ValueError(
-            f"The dataset {spec.name!r} has no split {split!r}; its source has: {', '.join(splits)}"
-            + (f"; there are: {', '.join(spec.splits)}." if spec.splits else ".")
-        )
-    return origin
-
-
 def _only_text(dataset: Dataset, schema: TextRow) -> Dataset:
     """Return the column of the text alone, under the name `text`."""
     column = schema.column
@@ -356,43 +327,6 @@ def _only_text(dataset: Dataset, schema: TextRow) -> Dataset:
 def _rows_without_text(dataset: Dataset) -> list[int]:
     flags = [pc.is_null(table["text"]).to_numpy() for table in dataset.with_format("arrow").iter(10_000)]
     return np.flatnonzero(np.concatenate(flags)).tolist() if flags else []
-
-
-def _head_or_tail(dataset: Any, spec: DatasetSpec, split: str) -> Any:
-    """Return all documents but the last `spec.tail` for training, otherwise those last ones."""
-    streamed = isinstance(dataset, IterableDataset)
-    if streamed and split != "train":
-        return _tail_of_stream(dataset, spec)
-    count = spec.documents if streamed else len(dataset)
-    if count is None:
-        raise ValueError(
-            f"The training split of {spec.name!r} is all but the last {spec.tail} documents of its source, and to "
-            "stream it their number must be known: load it without streaming, or pass a DatasetSpec with documents=..."
-        )
-    _check_whole(count, spec)
-    head = count - spec.tail
-    return dataset.take(head) if split == "train" else dataset.skip(head)
-
-
-def _tail_of_stream(dataset: IterableDataset, spec: DatasetSpec) -> IterableDataset:
-    """Return the last documents of a stream; only the last files are read."""
-    first, count = dataset.num_shards, 0
-    # From the last file back, until the files hold the tail.
-    while count < spec.tail and first > 0:
-        first -= 1
-        count += sum(1 for _ in dataset.shard(dataset.num_shards, first))
-    if first == 0:
-        _check_whole(count, spec)
-    files = [dataset.shard(dataset.num_shards, index) for index in range(first, dataset.num_shards)]
-    return concatenate_datasets(files).skip(count - spec.tail)
-
-
-def _check_whole(count: int, spec: DatasetSpec) -> None:
-    if count <= spec.tail:
-        raise ValueError(
-            f"The source of {spec.name!r} has {count} documents, but the last {spec.tail} are its validation split: "
-            "it is not the whole dataset. Pass a DatasetSpec with a smaller tail."
-        )
 
 
 def _detokenized(dataset: Any, name: str, num_proc: int | None) -> Any:

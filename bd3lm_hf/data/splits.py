@@ -1,19 +1,59 @@
-"""Held-out splits: documents are chosen by a hash, so that the choice is the same on every machine.
+"""Splits: which of a source's splits is read for one of ours, and which documents are held out where one is missing.
 
-Of a source with training documents only, 5 % are held out for validation and 5 % for the test.
+Documents are chosen by a hash, so that the choice is the same on every machine. Of a source with training documents
+only, 5 % are held out for validation and 5 % for the test.
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 
+from bd3lm_hf.data.sources import DatasetSpec
+
+
+#: Our split -> the names that sources have for it.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 
 #: Fraction of the documents that is held out for validation, and as much again for the test, where a source has none.
 HELD_OUT = 0.05
 
 _SEPARATOR = "\x1e"  # between the columns of a row
+
+
+def _present(splits: Sequence[str], split: str) -> str | None:
+    """Return the source's name of a split, or None if it has none."""
+    return next((name for name in SPLIT_NAMES[split] if name in splits), None)
+
+
+def held_out_splits(splits: Sequence[str]) -> list[str]:
+    """Return the splits to hold out of the training split: a missing validation, and then also a missing test."""
+    if _present(splits, "validation") is not None:
+        return []
+    return [split for split in ("validation", "test") if _present(splits, split) is None]
+
+
+def split_to_read(splits: Sequence[str], spec: DatasetSpec, split: str) -> str:
+    """Return the source's split to read: its own of that name, or the one out of which it is held."""
+    if spec.splits:
+        origin = spec.splits.get(split)
+    else:
+        origin = _present(splits, "train" if split in held_out_splits(splits) else split)
+    if origin is None or origin not in splits:
+        raise ValueError(
+            f"The dataset {spec.name!r} has no split {split!r}; its source has: {', '.join(splits)}"
+            + (f"; there are: {', '.join(spec.splits)}." if spec.splits else ".")
+        )
+    return origin
+
+
+# Documents that are held out
 
 
 def held_out_score(key: str) -> float:
@@ -83,3 +123,43 @@ def _cut(dataset: Dataset, split: str, missing: list[str]) -> Dataset:
     cuts.append(len(text))
     part = ["train", *missing].index(split)
     return Dataset.from_dict({"text": [piece] if (piece := text[cuts[part] : cuts[part + 1]]) else []})
+
+
+# The end of the training split
+
+
+def head_or_tail(dataset: Any, spec: DatasetSpec, split: str) -> Any:
+    """Return all documents but the last `spec.tail` for training, otherwise those last ones."""
+    streamed = isinstance(dataset, IterableDataset)
+    if streamed and split != "train":
+        return _tail_of_stream(dataset, spec)
+    count = spec.documents if streamed else len(dataset)
+    if count is None:
+        raise ValueError(
+            f"The training split of {spec.name!r} is all but the last {spec.tail} documents of its source, and to "
+            "stream it their number must be known: load it without streaming, or pass a DatasetSpec with documents=..."
+        )
+    _check_whole(count, spec)
+    head = count - spec.tail
+    return dataset.take(head) if split == "train" else dataset.skip(head)
+
+
+def _tail_of_stream(dataset: IterableDataset, spec: DatasetSpec) -> IterableDataset:
+    """Return the last documents of a stream; only the last files are read."""
+    first, count = dataset.num_shards, 0
+    # From the last file back, until the files hold the tail.
+    while count < spec.tail and first > 0:
+        first -= 1
+        count += sum(1 for _ in dataset.shard(dataset.num_shards, first))
+    if first == 0:
+        _check_whole(count, spec)
+    files = [dataset.shard(dataset.num_shards, index) for index in range(first, dataset.num_shards)]
+    return concatenate_datasets(files).skip(count - spec.tail)
+
+
+def _check_whole(count: int, spec: DatasetSpec) -> None:
+    if count <= spec.tail:
+        raise ValueError(
+            f"The source of {spec.name!r} has {count} documents, but the last {spec.tail} are its validation split: "
+            "it is not the whole dataset. Pass a DatasetSpec with a smaller tail."
+        )
