@@ -27,7 +27,8 @@ from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
 from bd3lm_hf.run_folder import RESULTS_NAME, is_run_folder
 from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.training.arguments import ModelArguments
-from bd3lm_hf.training.command_line import field_names, parse_arguments
+from bd3lm_hf.training.command_help import COMPARISONS
+from bd3lm_hf.training.command_line import field_names, find_recipe, parse_arguments
 from bd3lm_hf.training.initial_model import model_class
 from bd3lm_hf.training.train import run
 from bd3lm_hf.user_files import begins_with, read_yaml, write_atomically
@@ -35,7 +36,6 @@ from bd3lm_hf.user_files import begins_with, read_yaml, write_atomically
 
 logger = logging.get_logger("bd3lm_hf.compare")
 
-RECIPES = Path(__file__).resolve().parent / "comparisons"
 PAPER = "paper"
 
 TABLE_NAME = "comparison.json"
@@ -84,38 +84,37 @@ def read_plan(argv: Sequence[str]) -> Plan:
     """
     words = list(argv)
     name = words.pop(0) if words and not words[0].startswith("-") else PAPER
-    shipped = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
-    path = RECIPES / f"{name}.yaml" if name in shipped and not Path(name).is_file() else Path(name)
-    if not path.is_file():
-        raise ValueError(
-            f"no recipe {name!r}: give a YAML file that names the models, or one of {', '.join(shipped)}."
-        )
+    path = find_recipe(name, COMPARISONS)
     recipe = read_yaml(path)
-    if not isinstance(recipe, dict) or not isinstance(recipe.get("models"), dict) or not recipe["models"]:
+    models = recipe.get("models") if isinstance(recipe, dict) else None
+    if not isinstance(models, dict) or not models or not all(isinstance(model, dict) for model in models.values()):
         raise ValueError(f"the recipe {path} names no models: write `models:` with one `name: {{field: value}}` each.")
     given = _overrides(words)
-    chosen = given.pop("models", list(recipe["models"]))
+    chosen = given.pop("models", list(models))
     for name in chosen:
-        if name not in recipe["models"]:
-            raise ValueError(f"--models {name}: the recipe {path} has {', '.join(recipe['models'])}.")
-    fields = {**recipe, **{name: yaml.safe_load(values[0]) for name, values in given.items() if name != "seeds"}}
-    seeds = [int(seed) for seed in given.get("seeds") or recipe.get("seeds") or []]
-    if not seeds:
-        raise ValueError("--seeds: give at least one seed.")
+        if name not in models:
+            raise ValueError(f"--models {name}: the recipe {path} has {', '.join(models)}.")
+    fields = recipe | {name: _value(values) for name, values in given.items()}
+    seeds = fields["seeds"] if isinstance(fields.get("seeds"), list) else [fields.get("seeds")]
+    if not seeds or not all(isinstance(seed, int) for seed in seeds):
+        raise ValueError(f"--seeds {fields.get('seeds')}: give at least one whole number.")
     for name in ("num_texts", "text_length"):
         if not isinstance(fields.get(name), int) or fields[name] < 1:
             raise ValueError(f"{name}={fields.get(name)!r}: give a whole number of at least 1.")
+    for name in ("judge", "output_dir"):
+        if isinstance(fields.get(name), list):
+            raise ValueError(f"--{name} {' '.join(map(str, fields[name]))}: give one value.")
     # Everything else is a field of the runs, checked before any training.
     common = {name: value for name, value in fields.items() if name not in (*_OWN_FIELDS, "output_dir")}
-    for name in (*common, *(field for model in recipe["models"].values() for field in model)):
+    for name in (*common, *(field for model in models.values() for field in model)):
         if name not in field_names():
             raise ValueError(f"{name!r} is not a field of a run or one of {', '.join(_OWN_FIELDS)}: see --help.")
-    models = {name: recipe["models"][name] for name in chosen}
-    _check_order(recipe["models"], chosen)
+    _check_order(models, chosen)
+    models = {name: models[name] for name in chosen}
     judge = str(fields.get("judge") or next(iter(models)))
     if judge in models:
         _check_judge(judge, model_class({**common, **models[judge]}.get("model_type", ModelArguments.model_type)))
-    folder = Path(fields.get("output_dir", "bd3lm-comparison"))
+    folder = Path(str(fields.get("output_dir", "bd3lm-comparison")))
     return Plan(models, seeds, fields["num_texts"], fields["text_length"], judge, common, folder)
 
 
@@ -142,6 +141,12 @@ def _overrides(words: Sequence[str]) -> dict[str, list[str]]:
         if not values:
             raise ValueError(f"--{name} has no value: write --{name} value.")
     return found
+
+
+def _value(words: Sequence[str]) -> Any:
+    """Return a value of the command line as a recipe has it; several words are a list."""
+    values = [yaml.safe_load(word) for word in words]
+    return values if len(values) > 1 else values[0]
 
 
 def compare_models(plan: Plan) -> list[ComparedModel]:

@@ -116,9 +116,25 @@ def test_the_shipped_recipe_names_the_papers_models():
 
 
 def test_the_command_line_overrides_the_recipe(recipe):
-    plan = read_plan([str(recipe), "--models", "mdlm", "--seeds", "1", "2", "--max_steps=7", "--output_dir", "there"])
+    plan = read_plan(
+        [
+            str(recipe),
+            "--models",
+            "mdlm",
+            "--seeds",
+            "1",
+            "2",
+            "--max_steps=7",
+            "--output_dir",
+            "there",
+            "--interval_candidates",
+            "0.3-0.8",
+            "0.4-0.9",
+        ]
+    )
     assert list(plan.models) == ["mdlm"] and plan.seeds == [1, 2]
     assert plan.common["max_steps"] == 7 and str(plan.folder) == "there"
+    assert plan.common["interval_candidates"] == ["0.3-0.8", "0.4-0.9"]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +146,8 @@ def test_the_command_line_overrides_the_recipe(recipe):
         (["--text_length", "x"], "text_length='x'"),
         (["--max_stepps", "3"], "'max_stepps'"),
         (["--max_steps"], "--max_steps has no value"),
+        (["--seeds", "1", "x"], "--seeds .*'x'"),
+        (["--output_dir", "here", "there"], "--output_dir here there"),
         (["--judge", "ssdlm"], "--judge ssdlm has no likelihood to score texts by"),
     ],
 )
@@ -151,8 +169,9 @@ def test_a_file_of_somebody_else_is_not_replaced(recipe, tmp_path, capsys, name)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_a_recipe_without_models_is_refused(tmp_path):
-    (tmp_path / "plain.yaml").write_text("max_steps: 3\n")
+@pytest.mark.parametrize("text", ["max_steps: 3", "- ar", "models:", "models: {ar: }", "models: {}"])
+def test_a_recipe_without_models_is_refused(tmp_path, text):
+    (tmp_path / "plain.yaml").write_text(text)
     with pytest.raises(ValueError, match="names no models"):
         read_plan([str(tmp_path / "plain.yaml")])
 
