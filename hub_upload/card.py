@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from bd3lm_hf.data.sources import DEFAULT_DATASET, exists, find_spec, looks_like_path
+from bd3lm_hf.data.sources import DEFAULT_DATASET, find_spec, is_local
 from bd3lm_hf.printing import escape_markdown, markdown_table
 from bd3lm_hf.run_folder import RECIPE_NAME, RESULTS_NAME, WEIGHTS_NAME
 from bd3lm_hf.user_files import read_json, read_yaml
@@ -144,16 +144,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _is_local(name: str) -> bool:
-    return exists(name) or looks_like_path(name)
-
-
 def _hub_dataset(name: str) -> str | None:
     """Return the repository of a dataset; None for embedded text and files."""
-    if _is_local(name):
-        return None
     try:
-        return find_spec(name).path
+        return None if is_local(name) else find_spec(name).path
     except ValueError:
         return None
 
@@ -182,7 +176,7 @@ def _training(recipe: dict[str, Any], results: dict[str, Any], weights: dict[str
     rows = [(label, recipe[name]) for name, label in _TRAINING.items() if recipe.get(name) is not None]
     start = recipe.get("init_from")
     if start is not None:
-        rows.append(("started from", "a local model" if _is_local(str(start)) else start))
+        rows.append(("started from", "a local model" if is_local(str(start)) else start))
     if recipe.get("interval_search"):
         rows.append(("interval of noise levels", "learned: searched at each evaluation (paper, section 5.3)"))
     if weights.get("weights") == "average":
@@ -203,7 +197,7 @@ def _data(dataset: str | None, hub_dataset: str | None) -> str:
         return "Not recorded in the folder that this model was pushed from."
     if hub_dataset is not None:
         return f"{escape_markdown(dataset)}: [{escape_markdown(hub_dataset)}](https://huggingface.co/datasets/{quote(hub_dataset)})."
-    if _is_local(dataset):
+    if is_local(dataset):
         return f"A file or folder of its trainer, {escape_markdown(Path(dataset).name)}, which is not published here."
     return f"`{dataset}`, the text that bd3lm_hf finds in every Python installation."
 
@@ -237,7 +231,7 @@ def _estimator(recipe: dict[str, Any]) -> str:
 
 
 def _short(dataset: str) -> str:
-    return Path(dataset).name if _is_local(dataset) else dataset
+    return Path(dataset).name if is_local(dataset) else dataset
 
 
 def _number(value: Any, digits: int) -> str:

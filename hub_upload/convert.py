@@ -21,7 +21,6 @@ from transformers.utils import logging
 import bd3lm_hf  # noqa: F401  (registers the model types)
 from bd3lm_hf.adapt import adapt_decoder, is_adaptable, load_decoder_tokenizer
 from bd3lm_hf.checkpoints import check_finite_weights, load_model, read_config
-from bd3lm_hf.data.sources import exists
 from bd3lm_hf.foreign_layouts import CONTRACTS, decoder_layout_config, read_contract, read_contract_config
 from bd3lm_hf.hub_upload.layouts import BUFFERS, WEIGHT_FILES, Architecture, Source, architecture_of, read_source
 from bd3lm_hf.hub_upload.repo_files import check_links, new_folder
@@ -32,21 +31,8 @@ from bd3lm_hf.tokenization import check_tokenizer_fits, limit_to_window, load_to
 
 # The fields of a published config.json, with the authors' names (their export script's order).
 _PUBLISHED_FIELDS = (
-    "block_size",
-    "vocab_size",
-    "model_length",
-    "cross_attn",
-    "adaln",
-    "causal",
-    "hidden_dim",
-    "cond_dim",
-    "n_blocks",
-    "n_heads",
-    "dropout",
-    "time_conditioning",
-    "var_min",
-    "sampling_eps_min",
-    "sampling_eps_max",
+    *("block_size", "vocab_size", "model_length", "cross_attn", "adaln", "causal", "hidden_dim", "cond_dim"),
+    *("n_blocks", "n_heads", "dropout", "time_conditioning", "var_min", "sampling_eps_min", "sampling_eps_max"),
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 # The tokenizers of the published checkpoints, by the size of the vocabulary with the mask token.
@@ -145,7 +131,7 @@ def _convert_decoder(source: str, target: Path, tokenizer: str | None, fields: d
         config = read_contract_config(source, **fields)
         # Missing, unexpected and misshapen weights are errors of `load_model`: the names are those of the stock class.
         model = load_model(source, argument="SRC", config=config).eval()
-        loaded_tokenizer = _load_tokenizer(Path(source) if Path(source).is_dir() else None, tokenizer)
+        loaded_tokenizer = _load_tokenizer(Path(source), tokenizer)
         if loaded_tokenizer is not None:
             check_tokenizer_fits(loaded_tokenizer, config)
         _save_checked(model, loaded_tokenizer, folder)
@@ -179,7 +165,7 @@ def to_decoder(source: str, target: str | Path, layout: str) -> Conversion:
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         special = {name: getattr(model.generation_config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         GenerationConfig(**{f"{name}_token_id": value for name, value in special.items()}).save_pretrained(folder)
-        tokenizer = _load_tokenizer(Path(source) if exists(source) else None, None)
+        tokenizer = _load_tokenizer(Path(source))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return Conversion.of(model, [])._replace(model_type=config["model_type"])
@@ -226,7 +212,7 @@ def to_published(source: str, target: str | Path) -> Conversion:
         (folder / "config.json").write_text(f"{config}\n", encoding="utf-8")
         state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         save_file(state, folder / WEIGHT_FILES[0], metadata={"format": "pt"})
-        tokenizer = _load_tokenizer(Path(source) if exists(source) else None, None)
+        tokenizer = _load_tokenizer(Path(source))
         if tokenizer is not None:
             limit_to_window(tokenizer, model.config)
             tokenizer.save_pretrained(folder)
@@ -247,10 +233,7 @@ def _published_config(model: Any) -> dict[str, Any]:
     return config | {
         "architectures": ["BD3LM"],
         "attn_backend": model.config.attn_backend or "sdpa",
-        "auto_map": {
-            "AutoConfig": "configuration_bd3lm.BD3LMConfig",
-            "AutoModelForMaskedLM": "modeling_bd3lm.BD3LM",
-        },
+        "auto_map": {"AutoConfig": "configuration_bd3lm.BD3LMConfig", "AutoModelForMaskedLM": "modeling_bd3lm.BD3LM"},
         "model_type": "bd3lm",
         "return_dict": False,
         "torch_dtype": "float32",
@@ -336,7 +319,7 @@ def _make_config(architecture: Architecture, tokenizer: PreTrainedTokenizerBase 
     return config
 
 
-def _load_tokenizer(folder: Path | None, name: str | None) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(folder: Path | None, name: str | None = None) -> PreTrainedTokenizerBase | None:
     if name is not None:
         return load_tokenizer(name)
     if folder is not None and any((folder / file).is_file() for file in _TOKENIZER_FILES):

@@ -31,6 +31,7 @@ from bd3lm_hf.user_files import read_json
 
 _INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+MODEL_TYPES = ("bd3lm", "ar", "mdlm", "sedd")
 BUFFERS = ("rotary_emb.inv_freq", "sampling_eps_min", "sampling_eps_max")
 _BERT_VOCABULARY, _BERT_MASK = 30522, 103  # bert-base-uncased, of the authors' LM1B models
 _MODEL_LENGTH = 1024  # of all published checkpoints
@@ -79,10 +80,14 @@ def architecture_of(
     notes: list[str] = []
     fields = _sizes(weights, given, notes)
     kind = model_type or _type_of(fields, given, notes)
+    if kind not in MODEL_TYPES:
+        raise ValueError(
+            f"model_type={kind!r} is not a BD3-LM or one of its baselines: choose one of {', '.join(MODEL_TYPES)}."
+        )
     for name in ("dropout", "ignore_bos", "time_conditioning", "mdlm_loss_scale", "resample", "noise"):
         if given.get(name) is not None:
             fields[name] = given[name]
-    fields = _OF_TYPE[_known(kind)](fields, given, weights, notes)
+    _fit_to_type(kind, fields, given, weights, notes)
     if "mask_token_id" in given:
         fields["mask_token_id"] = given["mask_token_id"]
     elif fields["vocab_size"] == _BERT_VOCABULARY:
@@ -100,14 +105,14 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
         "algorithm": algo.get("name"),
         "hidden_dim": model.get("hidden_size"),
         "model_length": model.get("length"),
-        "cond_dim": model.get("cond_dim"),
-        "n_blocks": model.get("n_blocks"),
-        "n_heads": model.get("n_heads"),
-        "dropout": model.get("dropout"),
+        **{name: model.get(name) for name in ("cond_dim", "n_blocks", "n_heads", "dropout")},
         "block_size": config.get("block_size"),
         "noise": noise.get("type"),
         "resample": training.get("resample"),
-        **{k: algo.get(k) for k in ("cross_attn", "time_conditioning", "ignore_bos", "mdlm_loss_scale", "var_min")},
+        **{
+            name: algo.get(name)
+            for name in ("cross_attn", "time_conditioning", "ignore_bos", "mdlm_loss_scale", "var_min")
+        },
     }
     # A value such as "${model.length}" refers to another; the sizes are in the weights.
     return {k: v for k, v in flat.items() if v is not None and not (isinstance(v, str) and v.startswith("${"))}
@@ -169,28 +174,32 @@ def _type_of(fields: Mapping[str, Any], given: Mapping[str, Any], notes: list[st
     return found
 
 
-def _known(model_type: str) -> str:
-    if model_type not in _OF_TYPE:
-        raise ValueError(
-            f"model_type={model_type!r} is not a BD3-LM or one of its baselines: choose one of {', '.join(_OF_TYPE)}."
-        )
-    return model_type
-
-
-def _block_diffusion(
-    fields: dict[str, Any], given: Mapping[str, Any], weights: Mapping[str, torch.Tensor], notes: list[str]
-) -> dict[str, Any]:
-    cross = given.get("cross_attn")
-    size = given.get("block_size")
-    if size is None:
-        size = _default_block_size(given)
-        notes.append(f"block_size={size}, the default of the class that the configuration belongs to")
-    fields |= {"block_size": size, "cross_attn": size != fields["model_length"] if cross is None else cross}
-    fields["var_min"] = "sampling_eps_min" in weights
-    for name in ("sampling_eps_min", "sampling_eps_max"):
-        if name in weights:
-            fields[name] = float(weights[name])
-    return fields
+def _fit_to_type(
+    kind: str, fields: dict[str, Any], given: Mapping[str, Any], weights: Mapping[str, torch.Tensor], notes: list[str]
+) -> None:
+    """Add the fields that only this type of model has, and remove those that it lacks."""
+    if kind == "bd3lm":
+        size = given.get("block_size")
+        if size is None:
+            size = _default_block_size(given)
+            notes.append(f"block_size={size}, the default of the class that the configuration belongs to")
+        cross = given.get("cross_attn")
+        fields |= {"block_size": size, "cross_attn": size != fields["model_length"] if cross is None else cross}
+        fields["var_min"] = "sampling_eps_min" in weights
+        fields |= {name: float(weights[name]) for name in BUFFERS[1:] if name in weights}
+    elif kind == "ar":
+        if fields["adaln"]:
+            raise ValueError(
+                "model_type='ar' contradicts the weights, which have adaLN (sigma_map), as only diffusion models do: "
+                "leave the type out, or choose bd3lm, mdlm or sedd."
+            )
+        for name in ("time_conditioning", "mdlm_loss_scale", "resample", "noise", "ignore_bos"):
+            fields.pop(name, None)
+    else:
+        if "mdlm_loss_scale" not in fields:
+            notes.append("mdlm_loss_scale=False; set it to true in config.json for a model trained by Sahoo et al.")
+        if kind == "sedd":
+            fields["time_conditioning"] = True
 
 
 def _default_block_size(given: Mapping[str, Any]) -> int:
@@ -201,53 +210,13 @@ def _default_block_size(given: Mapping[str, Any]) -> int:
     return BD3LMConfig.block_size if ours else 1
 
 
-def _autoregressive(
-    fields: dict[str, Any], given: Mapping[str, Any], weights: Mapping[str, torch.Tensor], notes: list[str]
-) -> dict[str, Any]:
-    if fields["adaln"]:
-        raise ValueError(
-            "model_type='ar' contradicts the weights, which have adaLN (sigma_map), as only diffusion models do: "
-            "leave the type out, or choose bd3lm, mdlm or sedd."
-        )
-    for name in ("time_conditioning", "mdlm_loss_scale", "resample", "noise", "ignore_bos"):
-        fields.pop(name, None)
-    return fields
-
-
-def _masked_diffusion(
-    fields: dict[str, Any], given: Mapping[str, Any], weights: Mapping[str, torch.Tensor], notes: list[str]
-) -> dict[str, Any]:
-    if "mdlm_loss_scale" not in fields:
-        notes.append("mdlm_loss_scale=False; set it to true in config.json for a model trained by Sahoo et al.")
-    return fields
-
-
-def _score_entropy(
-    fields: dict[str, Any], given: Mapping[str, Any], weights: Mapping[str, torch.Tensor], notes: list[str]
-) -> dict[str, Any]:
-    return {**_masked_diffusion(fields, given, weights, notes), "time_conditioning": True}
-
-
-_OF_TYPE = {"bd3lm": _block_diffusion, "ar": _autoregressive, "mdlm": _masked_diffusion, "sedd": _score_entropy}
-
-
 # SSD-LM
 
 
-class SimplexLayout(NamedTuple):
-    """Weights and configuration of an SSD-LM folder."""
-
-    weights: dict[str, torch.Tensor]  # with our names
-    architecture: Architecture
-
-
-def is_simplex_layout(folder: Path) -> bool:
-    """Return whether a folder holds one of the two layers; both are needed to read it."""
-    return any((folder / file).is_file() for file in _SSDLM_LAYERS)
-
-
-def read_simplex(folder: Path, encoder: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> SimplexLayout:
-    """Return weights under our names, and the configuration.
+def read_simplex(
+    folder: Path, encoder: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], Architecture]:
+    """Return the weights of an SSD-LM folder under our names, and its configuration.
 
     Args:
         encoder: weights of the masked language model, under its own names.
@@ -281,7 +250,7 @@ def read_simplex(folder: Path, encoder: Mapping[str, torch.Tensor], config: Mapp
     fields |= {"block_size": _SSDLM_BLOCK_SIZE, "model_length": length}
     special = (f"{name}_token_id" for name in ("bos", "eos", "pad"))
     fields |= {name: own[name] for name in special if own.get(name) is not None}
-    return SimplexLayout(weights, Architecture(SSDLMConfig.model_type, fields, notes))
+    return weights, Architecture(SSDLMConfig.model_type, fields, notes)
 
 
 def _read_layer(path: Path, layer: str, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -332,9 +301,9 @@ def _read_folder(folder: Path) -> Source:
     check_links(folder, "SRC")
     config = read_json(folder / "config.json")
     weights = _read_weights(folder)
-    if is_simplex_layout(folder):
-        simplex = read_simplex(folder, weights, config)
-        return Source(simplex.weights, None, config, folder, simplex.architecture)
+    if any((folder / file).is_file() for file in _SSDLM_LAYERS):  # both are needed, which `read_simplex` checks
+        weights, architecture = read_simplex(folder, weights, config)
+        return Source(weights, None, config, folder, architecture)
     return Source(_published_names(weights), None, config, folder)
 
 
@@ -365,7 +334,7 @@ def _read_lightning(path: Path) -> Source:
         names = ", ".join(map(str, contents))[:200] or "nothing"
         raise ValueError(f"SRC {path} holds no state_dict, only {names}: name a Lightning checkpoint.")
     weights = _published_names(contents["state_dict"])
-    for name in ("sampling_eps_min", "sampling_eps_max"):
+    for name in BUFFERS[1:]:
         if name not in weights and isinstance(contents.get(name), torch.Tensor):
             weights[name] = contents[name]
     average = contents.get("ema")
@@ -385,7 +354,6 @@ def _published_names(weights: dict[str, Any]) -> dict[str, torch.Tensor]:
                 name = name.replace(part, "")
             named[name] = tensor
     if named and not any(name.startswith("backbone.") for name in named):
-        # The backbone was saved alone.
-        # The interval belongs to the whole model, not to its backbone.
+        # The backbone was saved alone. The interval belongs to the whole model.
         named = {n if n in BUFFERS[1:] else f"backbone.{n}": t for n, t in named.items()}
     return named

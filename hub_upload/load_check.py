@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -100,27 +99,17 @@ def make_prompt(config: Any) -> torch.Tensor:
 # In the isolated process
 
 
-class _BlockPackage(MetaPathFinder):
-    """Make `bd3lm_hf` look absent, even if it is installed next to transformers."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        """Refuse the package, and leave all other modules to the finders that follow."""
-        if name.partition(".")[0] == "bd3lm_hf":
-            raise ImportError(f"{name} is not installed here")
-
-
 def block_bd3lm_hf() -> None:
-    """Make sure that bd3lm_hf cannot be imported.
+    """Make bd3lm_hf look absent, even if it is installed next to transformers.
 
     Raises:
         RuntimeError: if it was imported before.
     """
-    sys.meta_path.insert(0, _BlockPackage())
-    try:
-        import bd3lm_hf
-    except ImportError:
-        return
-    raise RuntimeError(f"bd3lm_hf was imported here already, from {bd3lm_hf.__file__}: the check would prove nothing.")
+    if (imported := sys.modules.get("bd3lm_hf")) is not None:
+        raise RuntimeError(
+            f"bd3lm_hf was imported here already, from {imported.__file__}: the check would prove nothing."
+        )
+    sys.modules["bd3lm_hf"] = None  # type: ignore[assignment]  # Python's own mark of a package that is not there
 
 
 def model_outputs(model: Any, inputs: dict[str, torch.Tensor], prompt: torch.Tensor) -> dict[str, torch.Tensor]:

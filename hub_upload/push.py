@@ -189,9 +189,8 @@ def push(
     if not (api.token or get_token()):
         raise ValueError("You are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN.")
     with ExitStack() as stack:
-        temporary = TemporaryDirectory(prefix="bd3lm-push-", ignore_cleanup_errors=True)
-        stack.callback(temporary.cleanup)
-        folder = Path(temporary.name) / "repository"
+        temporary = stack.enter_context(TemporaryDirectory(prefix="bd3lm-push-", ignore_cleanup_errors=True))
+        folder = Path(temporary) / "repository"
         # 2.-4. Write and check
         contents = write_repository(Path(source).expanduser(), folder, repo_id, **options)
         cleanup = stack.pop_all()  # the upload may outlive this call

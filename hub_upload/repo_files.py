@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 import bd3lm_hf
 from bd3lm_hf.checkpoints import adapter_base, check_finite_weights, load_model
-from bd3lm_hf.data.sources import exists, looks_like_path
+from bd3lm_hf.data.sources import is_local
 from bd3lm_hf.hub_upload.hub_cli import MAX_SHARD_SIZE
 from bd3lm_hf.modeling import __file__ as _MODELING
 from bd3lm_hf.run_folder import COMPLETE_NAME, EMA_NAME, incomplete_because, last_complete_checkpoint, publish_folder
@@ -159,9 +159,9 @@ def _check_weights(folder: Path, patterns: Iterable[str]) -> None:
 
 def _check_base(folder: Path, base_model: str | None) -> None:
     base = str(adapter_base(str(folder)))
-    if base_model is not None and (exists(base_model) or looks_like_path(base_model)):
+    if base_model is not None and is_local(base_model):
         raise ValueError(f"--base-model {base_model} is a local folder: name the repository that others will load.")
-    if base_model is None and (exists(base) or looks_like_path(base)):
+    if base_model is None and is_local(base):
         raise ValueError(
             f"DIR {folder} is an adapter on {base}, a folder that nobody else has: push that first, and name its "
             f"repository with --base-model."

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 import bd3lm_hf
-from bd3lm_hf.data.sources import exists, looks_like_path
+from bd3lm_hf.data.sources import is_local
 from bd3lm_hf.hub_upload.push import hub_errors
 from bd3lm_hf.hub_upload.repo_files import CODE, MANIFEST_NAME, NOT_LISTED, describe, files_of
 from bd3lm_hf.printing import printable
@@ -101,7 +101,7 @@ def model_folder(name: str, revision: str | None = None) -> Path:
         if revision is not None:
             raise ValueError(f"--revision {revision}: {name} is a local folder, which has no revisions.")
         return Path(name).expanduser()
-    if exists(name) or looks_like_path(name):
+    if is_local(name):
         raise ValueError(f"DIR {name}: there is no such folder.")
     try:
         return Path(snapshot_download(name, revision=revision))

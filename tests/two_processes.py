@@ -89,6 +89,7 @@ def train(folder: Path, trainer_class: type[BD3LMTrainer] = BD3LMTrainer, resume
         "save_strategy": "steps",
         "save_steps": 2,
         "ema_decay": 0.9,
+        "sample_tokens": 5,
         "seed": 5,
         "use_cpu": True,
         "disable_tqdm": True,
@@ -97,8 +98,7 @@ def train(folder: Path, trainer_class: type[BD3LMTrainer] = BD3LMTrainer, resume
     training = BD3LMTrainingArguments(output_dir=str(folder), **{**defaults, **arguments})
     model, seen, dtypes = tiny_model(), {}, set()
     trainer = trainer_class(model=model, args=training, train_dataset=rows_of(16), eval_dataset=rows_of(5, seed=1))
-    sampler = SampleCallback(Words(), prompt="", max_new_tokens=5, path=folder / "samples.txt")
-    trainer.add_callback(sampler)
+    trainer.add_callback(SampleCallback(Words()))
 
     def record(module, positional, named) -> None:
         if "labels" in named:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from bd3lm_hf.generation.text_generation import generate_batch
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.loss_bd3lm import mean_move_chance
+from bd3lm_hf.run_folder import SAMPLES_NAME
 
 
 # Dense bfloat16 TFLOP/s with float32 accumulation, from the makers' data sheets. The first entry whose words are all
@@ -268,41 +269,28 @@ class SignalCallback(TrainerCallback):
 
 
 class SampleCallback(TrainerCallback):
-    """Generate a sample at each evaluation, and write it to the terminal and a file.
+    """Generate a sample at each evaluation, and write it to the terminal and to `samples.txt` in the run's folder."""
 
-    Args:
-        tokenizer: decodes the sample.
-        prompt: start of the text; empty for an unprompted sample.
-        max_new_tokens: length of the sample.
-        path: file that the samples are appended to.
-        nucleus_p: the nucleus that tokens are sampled from.
-    """
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
 
-    def __init__(
-        self, tokenizer: Any, *, prompt: str, max_new_tokens: int, path: str | Path, nucleus_p: float = 0.9
-    ) -> None:
-        self.tokenizer, self.prompt, self.max_new_tokens = tokenizer, prompt, max_new_tokens
-        self.nucleus_p = nucleus_p
-        self.path = Path(path)
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Generate one sample, with the same seed each time, so that samples of different steps are comparable."""
         if not state.is_world_process_zero:
             return
         text = sample_text(
             kwargs["model"],
             self.tokenizer,
-            prompt=self.prompt,
-            max_new_tokens=self.max_new_tokens,
+            prompt=args.sample_prompt,
+            max_new_tokens=args.sample_tokens,
             seed=args.seed,
-            **sample_options(kwargs["model"], self.nucleus_p),
+            **sample_options(kwargs["model"], args.sample_nucleus_p),
         )
         entry = f"--- sample at step {state.global_step} ---\n{text}\n"
         tqdm.write(entry)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / SAMPLES_NAME).open("a", encoding="utf-8") as file:
             file.write(entry)
 
 

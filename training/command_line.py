@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, cast, get_type_hints
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import yaml
 from transformers import CONFIG_MAPPING, HfArgumentParser, IntervalStrategy
@@ -14,21 +14,13 @@ from transformers.utils import logging
 
 from bd3lm_hf.argument_parser import unknown, with_home, with_underscores
 from bd3lm_hf.run_folder import RECIPE_HEADER
-from bd3lm_hf.training.arguments import (
-    BD3LMTrainingArguments,
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-)
+from bd3lm_hf.training.arguments import BD3LMTrainingArguments, DataArguments, LoraArguments, ModelArguments
 from bd3lm_hf.training.command_help import DEFAULT_RECIPE, RECIPES, train_help
 from bd3lm_hf.training.initial_model import SHAPE_FIELDS
 from bd3lm_hf.user_files import read_yaml, write_atomically
 
 
 logger = logging.get_logger("bd3lm_hf.train")
-
-
-DEFAULT_TYPE = "bd3lm"
 
 _GROUPS: dict[str, Any] = {
     "model": ModelArguments,
@@ -37,6 +29,7 @@ _GROUPS: dict[str, Any] = {
     "training": BD3LMTrainingArguments,
 }
 
+_MODEL_FIELDS = [item.name for item in fields(ModelArguments)]
 # How the likelihood of blocks is searched and estimated, next to the fields of a model's configuration.
 _OF_BLOCKS = ("interval_", "final_estimator", "eval_estimator")
 _INIT_FLAGS = ("--init_from", "--model_name_or_path")
@@ -100,20 +93,18 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments:
     flags = {word.partition("=")[0] for word in argv if word.startswith("--")}
     if not named and flags & set(_INIT_FLAGS):
         # The demo's network would contradict the one that is loaded.
-        shapes = {item.name for item in fields(ModelArguments)}
-        recipe = {name: value for name, value in recipe.items() if name not in shapes}
+        recipe = {name: value for name, value in recipe.items() if name not in _MODEL_FIELDS}
     if "--dataset" in flags and not Path(name).is_file():
         recipe.pop("sample_prompt", None)  # of a shipped recipe: it begins a text of the recipe's own dataset
-    recipe = fit_to_type(recipe, argv, model_fields=[item.name for item in fields(ModelArguments)])
+    recipe = fit_to_type(recipe, argv)
     words = [word for name, value in recipe.items() for word in _as_words(name, value)] + argv
-    *groups, given = _parse(with_home(words))
-    arguments = RunArguments(*cast("tuple[Any, Any, Any, Any]", tuple(groups)), given)
+    arguments = _parse(with_home(words))
     _check(arguments, set(recipe), {flag.removeprefix("--") for flag in flags})
     return arguments
 
 
-def _parse(words: list[str]) -> list[Any]:
-    """Return the four groups of fields, and the fields that differ from the defaults as they were written."""
+def _parse(words: list[str]) -> RunArguments:
+    groups: Any
     parser = _Parser(list(_GROUPS.values()), allow_abbrev=False, add_help=False)
     try:
         *groups, rest = parser.parse_args_into_dataclasses(
@@ -123,7 +114,7 @@ def _parse(words: list[str]) -> list[Any]:
         raise ValueError(f"a field has a value that it cannot take: {error}") from error
     if rest:
         raise ValueError(unknown(rest[0], [f"--{name}" for name in field_names()], "argument"))
-    return [*groups, parser.given]
+    return RunArguments(*groups, parser.given)
 
 
 def _check(arguments: RunArguments, recipe: Iterable[str], flags: Iterable[str]) -> None:
@@ -147,7 +138,7 @@ def _check(arguments: RunArguments, recipe: Iterable[str], flags: Iterable[str])
             )
 
 
-def fit_to_type(recipe: dict[str, Any], argv: Sequence[str], *, model_fields: Sequence[str]) -> dict[str, Any]:
+def fit_to_type(recipe: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
     """Return the fields of a recipe that fit the model type of the command line, if it differs from the recipe's.
 
     Left out, with a note, are fields of the network that the type does not have or does not share
@@ -156,10 +147,9 @@ def fit_to_type(recipe: dict[str, Any], argv: Sequence[str], *, model_fields: Se
 
     Args:
         argv: the command line after the recipe.
-        model_fields: names of the fields that describe the network.
     """
     requested = _requested_type(argv)
-    if requested in (None, recipe.get("model_type", DEFAULT_TYPE)) or requested not in CONFIG_MAPPING:
+    if requested in (None, recipe.get("model_type", ModelArguments.model_type)) or requested not in CONFIG_MAPPING:
         return recipe
     config_class: Any = CONFIG_MAPPING[requested]
     unshared = getattr(config_class, "unshared_fields", ())
@@ -168,7 +158,7 @@ def fit_to_type(recipe: dict[str, Any], argv: Sequence[str], *, model_fields: Se
         name
         for name in recipe
         if name in unshared
-        or (name in model_fields and name not in own and not _has_field(config_class, name))
+        or (name in _MODEL_FIELDS and name not in own and not _has_field(config_class, name))
         or ("block_size" in unshared and name.startswith(_OF_BLOCKS))
     ]
     if dropped:
@@ -185,12 +175,25 @@ def _has_field(config_class: Any, name: str) -> bool:
 
 def _requested_type(argv: Sequence[str]) -> str | None:
     """Return the last `--model_type` of a command line."""
-    found = None
-    for number, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        if name == "--model_type":
-            found = value if equals else "".join(argv[number + 1 : number + 2])
-    return found
+    parser = _Parser((), allow_abbrev=False, add_help=False)
+    parser.add_argument("--model_type")
+    return parser.parse_known_args([*argv])[0].model_type
+
+
+def find_recipe(name_or_path: str, folder: Path) -> Path:
+    """Return a YAML file, or the one of that name that ships in `folder`.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    shipped = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    path = Path(name_or_path)
+    if not path.is_file() and name_or_path not in shipped:
+        raise ValueError(
+            f"no recipe {name_or_path!r}: give a YAML file or one of {', '.join(shipped)}. Fields are set "
+            f"with --field value."
+        )
+    return path if path.is_file() else shipped[name_or_path]
 
 
 def read_recipe(name_or_path: str) -> dict[str, Any]:
@@ -203,15 +206,7 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
         ValueError: if there is no such recipe, it is not a YAML mapping, a field does not exist, or its value is of
             another kind.
     """
-    path = Path(name_or_path)
-    shipped = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
-    if not path.is_file() and name_or_path in shipped:
-        path = RECIPES / f"{name_or_path}.yaml"
-    if not path.is_file():
-        raise ValueError(
-            f"no recipe {name_or_path!r}: give a YAML file or one of {', '.join(shipped)}. Fields are set "
-            f"with --field value."
-        )
+    path = find_recipe(name_or_path, RECIPES)
     recipe = read_yaml(path) or {}
     if not isinstance(recipe, dict):
         raise ValueError(f"the recipe {path} holds a {type(recipe).__name__}: write one `field: value` per line.")

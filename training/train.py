@@ -232,10 +232,7 @@ def make_trainer(
         bytes_per_token=sequences.bytes_per_token,
     )
     if training.sample_tokens:
-        prompt, tokens = training.sample_prompt, training.sample_tokens
-        options: dict[str, Any] = {"max_new_tokens": tokens, "nucleus_p": training.sample_nucleus_p}
-        sampler = SampleCallback(tokenizer, prompt=prompt, path=folder / SAMPLES_NAME, **options)
-        trainer.add_callback(sampler)
+        trainer.add_callback(SampleCallback(tokenizer))
     return trainer
 
 

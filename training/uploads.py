@@ -13,7 +13,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from bd3lm_hf.checkpoints import adapter_base
-from bd3lm_hf.data.sources import exists, looks_like_path
+from bd3lm_hf.data.sources import is_local
 from bd3lm_hf.hub_upload.card import make_card
 from bd3lm_hf.hub_upload.push import push_saved_folder
 from bd3lm_hf.hub_upload.repo_files import CARD_NAME
@@ -139,7 +139,7 @@ def _check_base(model: Any) -> None:
     """Refuse to train an adapter that could not be uploaded in the end, as its base model is a local folder."""
     for config in getattr(model, "peft_config", {}).values():
         base = str(config.base_model_name_or_path)
-        if exists(base) or looks_like_path(base):
+        if is_local(base):
             raise ValueError(
                 f"--push_to_hub: the base of this adapter is the local folder {base}, which nobody else has. Leave "
                 f"the argument out, push the base, and then the adapter with `bd3lm push --base-model`."

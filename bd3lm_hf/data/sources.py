@@ -311,6 +311,11 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~", "\\")) or data_ending(name) in ENDINGS or name.count("/") > 1
 
 
+def is_local(name: str) -> bool:
+    """Return whether the name is that of something on this machine, so that nobody else has it."""
+    return exists(name) or looks_like_path(name)
+
+
 def normal(name: str) -> str:
     """Return the form in which names of datasets are compared."""
     return name.lower().replace("_", "-")

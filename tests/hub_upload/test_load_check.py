@@ -111,7 +111,6 @@ def test_baselines_are_checked_too(model_class, config, randomize, tmp_path):
 
 
 def test_where_bd3lm_hf_was_imported_the_check_proves_nothing(monkeypatch):
-    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     with pytest.raises(RuntimeError, match="bd3lm_hf was imported"):
         load_check.block_bd3lm_hf()
     monkeypatch.delitem(sys.modules, "bd3lm_hf")

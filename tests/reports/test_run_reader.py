@@ -5,12 +5,13 @@ import math
 
 import numpy as np
 import pytest
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState
 
 from bd3lm_hf.reports import run_reader
 from bd3lm_hf.reports.plotting import smoothed
 from bd3lm_hf.reports.run_reader import RunSample, finite, read_material, read_run, series_of
 from bd3lm_hf.training import callbacks
+from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 
 
 SEARCH = {
@@ -43,9 +44,9 @@ def test_a_finished_run_is_read_from_its_results(tmp_path):
 def test_the_samples_of_a_run_are_those_that_its_callback_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(callbacks, "sample_text", lambda *_, prompt, **__: f"{prompt} text\n\nof lines")
     monkeypatch.setattr(callbacks, "sample_options", lambda *_: {})
-    sampler = callbacks.SampleCallback(None, prompt="The", max_new_tokens=4, path=tmp_path / "samples.txt")
+    sampler, args = callbacks.SampleCallback(None), BD3LMTrainingArguments(str(tmp_path), sample_prompt="The")
     for step in (5, 10):
-        sampler.on_evaluate(TrainingArguments(tmp_path), TrainerState(global_step=step), TrainerControl(), model=None)
+        sampler.on_evaluate(args, TrainerState(global_step=step), TrainerControl(), model=None)
     (tmp_path / "recipe.yaml").write_text("seed: 0\n", encoding="utf-8")
     text = "The text\n\nof lines"
     assert read_run(tmp_path).samples == [RunSample("at step 5", text), RunSample("at step 10", text)]
