@@ -78,7 +78,7 @@ def block_causal_plan(
     """
     total = layout.block_ids.shape[1]
     past = total - length
-    if layout.aligned and past % block_size == 0 and length <= block_size:
+    if not torch.compiler.is_exporting() and layout.aligned and past % block_size == 0 and length <= block_size:
         return _plan((Tile((0, length), ((0, total),), None),))
     if implementation == "flex_attention":
         return _plan((_flex_tile(layout, 1, past),))
@@ -300,6 +300,9 @@ def _ranges(length: int, implementation: str, block_size: int) -> list[tuple[int
     if implementation == "eager":
         return [(0, length)]
     step = -(-_TILE // block_size) * block_size
+    # An exported program may be for every length: then it has a single tile.
+    if torch.compiler.is_exporting():
+        return [(0, length)]
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 

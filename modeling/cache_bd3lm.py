@@ -295,6 +295,8 @@ def open_cache(
     training: bool,
 ) -> tuple[Cache | None, int, int]:
     """Return the cache of a forward pass, how many positions to write to it, and how many it holds."""
+    if not (cache is None or isinstance(cache, Cache)):
+        raise ValueError(f"past_key_values is a {type(cache).__name__}: pass a DynamicCache, or leave it out.")
     write = cache is not None if use_cache is None else use_cache
     if cache is None:
         cache = BlockCache() if write and not training else None
@@ -346,12 +348,57 @@ def set_length(cache: StaticCache, tokens: int) -> None:
         layer.cumulative_length.fill_(tokens)  # in place: compiled code refers to it by its address
 
 
+def note_tokens(cache: Cache, token_ids: torch.Tensor | None, past: int) -> None:
+    """Remember the tokens `(batch, length)` that were written after `past` cached ones; None: they are not known."""
+    known = getattr(cache, "token_ids", None)
+    if past and token_ids is not None:
+        fits = known is not None and known.shape[0] == len(token_ids) and known.shape[1] >= past
+        token_ids = torch.cat([known[:, :past], token_ids], dim=1) if fits else None
+    vars(cache)["token_ids"] = token_ids
+
+
+def check_rows(cache: Cache, rows: int, config: Any) -> None:
+    """Refuse a cache with tokens of another model or of another number of rows.
+
+    Raises:
+        ValueError: if layers or rows are not those of the model and the batch.
+    """
+    layers: list[Any] = cache.layers
+    if len(layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"past_key_values holds {len(layers)} layers but the model has {config.num_hidden_layers}: it is that of "
+            f"another model. Leave it out."
+        )
+    if layers[0].keys.shape[0] != rows:
+        raise ValueError(
+            f"past_key_values holds {layers[0].keys.shape[0]} rows but the batch has {rows} (num_return_sequences "
+            f"counts): repeat it with past_key_values.batch_repeat_interleave, or leave it out."
+        )
+
+
+def check_tokens(cache: Cache, token_ids: torch.Tensor) -> None:
+    """Refuse a cache that holds another text than `(batch, length)`, where its tokens are known.
+
+    Raises:
+        ValueError: if a row of the text does not begin with the tokens of the cache.
+    """
+    known, held = getattr(cache, "token_ids", None), int(cache.get_seq_length())
+    if known is None or known.shape[1] < held or len(known) != len(token_ids):
+        return
+    differ = (known[:, :held].to(token_ids.device) != token_ids[:, :held]).any(1).nonzero().flatten().tolist()
+    if differ:
+        raise ValueError(
+            f"past_key_values holds {held} tokens of another text than row {differ[0]} begins with: pass the whole "
+            f"text so far as input_ids, or leave the cache out."
+        )
+
+
 def check_cache(cache: Cache, buffer: "SequenceBuffer", config: Any) -> None:
     """Refuse a cache that this text cannot continue.
 
     Raises:
-        ValueError: if the cache is of another kind, too small, of another batch, longer than the prompt, or has
-            padding or part of a block.
+        ValueError: if the cache is of another kind, too small, of another batch, model or text, longer than the
+            prompt, or has padding or part of a block.
     """
     # Only layers that keep every token: sliding and quantized ones are classes of their own.
     kinds = {DynamicCache: (DynamicLayer, BlockCacheLayer), StaticCache: (StaticLayer,)}
@@ -367,13 +414,7 @@ def check_cache(cache: Cache, buffer: "SequenceBuffer", config: Any) -> None:
     held, shortest = int(cache.get_seq_length()), int(buffer.prompt_end.min())
     if not held:
         return
-    layer: Any = cache.layers[0]
-    rows = layer.keys.shape[0]
-    if rows != buffer.token_ids.shape[0]:
-        raise ValueError(
-            f"past_key_values holds {rows} rows but the batch has {buffer.token_ids.shape[0]} (num_return_sequences "
-            f"counts): repeat it with past_key_values.batch_repeat_interleave, or leave it out."
-        )
+    check_rows(cache, len(buffer.token_ids), config)
     starts = getattr(cache, "row_start", None)
     aligned = (
         buffer.key_valid is None
@@ -391,6 +432,7 @@ def check_cache(cache: Cache, buffer: "SequenceBuffer", config: Any) -> None:
             f"past_key_values holds {held} tokens but the prompt has {shortest}: pass the whole text so "
             f"far as input_ids, the cached part included."
         )
+    check_tokens(cache, buffer.token_ids)
 
 
 def _check_static_size(cache: StaticCache, buffer: "SequenceBuffer", config: Any) -> None:

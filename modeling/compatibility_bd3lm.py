@@ -80,7 +80,7 @@ def warn_of_visible_tokens(
 
     On an accelerator only the first call of a network is checked, as each check waits for the device.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or input_ids.is_meta:
         return
     if input_ids.device.type != "cpu":
         if vars(network).get("_inputs_seen"):

@@ -30,7 +30,7 @@ from .generation_config_bd3lm import (
     complete_generation_config,
     window_stride,
 )
-from .inputs_bd3lm import check_attention_mask, check_ids, check_vocabulary
+from .inputs_bd3lm import check_attention_mask, check_has_values, check_ids, check_vocabulary
 from .logits_process_bd3lm import NucleusLogitsProcessor
 from .samplers_bd3lm import SAMPLERS, Generators, Sampler, check_generators
 from .windows_bd3lm import DecodingNetwork, compiles_by_default, fills_window
@@ -40,6 +40,10 @@ logger = logging.get_logger(__name__)
 
 # transformers types the `self` of its mixin as a whole model, which another mixin is not: Any, for a type checker.
 _Generative: Any = GenerationMixin
+
+_EMPTY_PROMPT = (
+    "empty prompt: give every row at least one token, or call generate without input_ids to start from bos_token_id."
+)
 
 
 def write_blocks(writer: Any, stop: StopRules, streamer: Any) -> None:
@@ -87,9 +91,15 @@ class BlockGenerationMixin(_Generative):
     def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(generation_config, Mapping):  # transformers fails at its first attribute
             generation_config, kwargs = None, {**generation_config, **kwargs}
-        ids = kwargs.get("input_ids") if inputs is None else inputs
-        if ids is not None and getattr(ids, "ndim", None) != 2:
-            check_ids(ids, "input_ids")
+        ids, mask = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("attention_mask")
+        check_has_values(self, ids)
+        if ids is not None:
+            # transformers reads the last token, and drops a mask of ones whatever its shape.
+            if getattr(ids, "ndim", None) != 2 or not len(ids):
+                check_ids(ids, "input_ids")
+            if not ids.numel():
+                raise ValueError(_EMPTY_PROMPT)
+            check_attention_mask(mask, ids.shape)
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
@@ -196,10 +206,7 @@ class BlockGenerationMixin(_Generative):
         check_attention_mask(attention_mask, input_ids.shape)
         real = attention_mask.bool()
         if not real.any(1).all():
-            raise ValueError(
-                "empty prompt: give every row at least one token, or call generate without input_ids to start from "
-                "bos_token_id."
-            )
+            raise ValueError(_EMPTY_PROMPT)
         # Once per call, a wait for the device.
         check_vocabulary(input_ids[real].cpu(), self.config.vocab_size, "the prompt")
 
@@ -246,8 +253,7 @@ class BlockGenerationMixin(_Generative):
         Raises:
             ValueError: if `generate` cannot continue them, or there is not one generator for each.
         """
-        if input_ids.shape[1]:  # an empty prompt has a message of its own
-            check_ids(input_ids, "input_ids")
+        check_ids(input_ids, "input_ids")
         input_ids, attention_mask = input_ids.long().to(self.device), model_kwargs.get("attention_mask")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
         if synced_gpus:
@@ -428,6 +434,7 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
             generation_config, kwargs = None, {**generation_config, **kwargs}
         check_infill_arguments(kwargs)
         check_ids(input_ids, "input_ids")
+        check_has_values(self, input_ids)
         config, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
         self._validate_model_kwargs(model_kwargs)
         self._prepare_special_tokens(config, attention_mask is not None, device=self.device)

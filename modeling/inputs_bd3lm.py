@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
-from .cache_bd3lm import open_cache
+from .cache_bd3lm import check_rows, note_tokens, open_cache
 from .compatibility_bd3lm import check_caller, warn_of_visible_tokens
 
 
@@ -78,6 +78,17 @@ def check_token_ids(input_ids: torch.Tensor | None, vocab_size: int, name: str) 
     check_ids(input_ids, name)
     if not torch.compiler.is_compiling() and input_ids.device.type == "cpu":
         check_vocabulary(input_ids, vocab_size, name)
+
+
+def check_has_values(model: Any, input_ids: Any) -> None:
+    """Refuse to compute values of tensors that have a shape only.
+
+    Raises:
+        ValueError: if the ids, or the weights of a model that nothing moves to a device when needed, are on `meta`.
+    """
+    for name, device in (("input_ids", getattr(input_ids, "device", None)), ("the weights", model.device)):
+        if getattr(device, "type", None) == "meta" and not getattr(model, "hf_device_map", None):
+            raise ValueError(f"{name} are on the device 'meta' and have no values: load them first.")
 
 
 def check_vocabulary(ids: torch.Tensor, vocab_size: int, name: str) -> None:
@@ -214,7 +225,9 @@ def check_labels(
 
 def may_read(device: torch.device, may_synchronize: bool | None = None) -> bool:
     """Return whether values may be read back. By default only on a CPU, where reading does not wait for a device."""
-    return not torch.compiler.is_compiling() and (device.type == "cpu" if may_synchronize is None else may_synchronize)
+    # What is read while a call is traced would stay true for all inputs of the trace.
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not traced and (device.type == "cpu" if may_synchronize is None else may_synchronize)
 
 
 def _valid_tokens(like: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -351,6 +364,10 @@ def read_inputs(
     cache, commit, past = open_cache(
         past_key_values, use_cache, length, attention_mask, size, training=network.training
     )
+    if past and not torch.compiler.is_compiling():
+        check_rows(cache, len(embeds), config)
+    if commit and not torch.compiler.is_compiling():
+        note_tokens(cache, input_ids, past)
     if clean_input_ids is not None and (cache is not None or clean_input_ids.shape != embeds.shape[:2]):
         raise ValueError(
             f"clean_input_ids of shape {tuple(clean_input_ids.shape)} must have the shape of the noisy input, "

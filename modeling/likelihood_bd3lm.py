@@ -15,6 +15,7 @@ from .configuration_bd3lm import SAMPLING_EPS
 from .inputs_bd3lm import (
     Layout,
     check_attention_mask,
+    check_has_values,
     check_ids,
     check_text,
     default_labels,
@@ -146,6 +147,7 @@ class LikelihoodMixin:
             )
         self.config.check_block_size()
         check_ids(input_ids, "input_ids")
+        check_has_values(self, input_ids)
         check_attention_mask(attention_mask, input_ids.shape)
         # 1. Packed documents become rows of their own, which are scored by a second call.
         documents = find_documents(position_ids, attention_mask, input_ids.shape)

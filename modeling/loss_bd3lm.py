@@ -394,7 +394,7 @@ def _chunk_losses(hidden: torch.Tensor, head: LogitsHead, targets: torch.Tensor,
     logits = head(hidden).float()
     is_mask = torch.arange(logits.shape[1], device=logits.device) == mask_token_id  # no copy from the host
     logits = logits.masked_fill(is_mask, -torch.inf)
-    return F.cross_entropy(logits, targets, reduction="none")
+    return F.cross_entropy(logits, targets.long(), reduction="none")
 
 
 def _product_dtype(hidden: torch.Tensor) -> torch.dtype:

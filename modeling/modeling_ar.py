@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple
 
 from .attention_bd3lm import block_causal_plan
 from .backbone_bd3lm import BD3LMLanguageModel, BD3LMModel, BD3LMOutput, register_auto_classes
-from .cache_bd3lm import clear, drop_oldest
+from .cache_bd3lm import check_rows, check_tokens, clear, drop_oldest
 from .configuration_bd3lm import ARConfig
 from .decoding_bd3lm import BD3LMGenerateOutput
 from .decoding_state_bd3lm import pad_left
@@ -85,6 +85,7 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         home = input_ids.device
         input_ids, attention_mask = self._take_prompts(input_ids, model_kwargs, synced_gpus)
         prompt, padding = pad_left(input_ids, attention_mask)
+        self._check_cache(model_kwargs.get("past_key_values"), prompt)
         model_kwargs["attention_mask"] = attention_mask if padding is None else (~padding).long()
         model_kwargs.pop("position_ids", None)  # they were made before the padding moved
         model_kwargs.pop("tokenizer", None)  # of stop_strings, whose criterion has it already
@@ -164,6 +165,19 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
                     f"text until the window is full. Leave it out."
                 )
         super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+
+    def _check_cache(self, cache: Cache | None, prompt: torch.Tensor) -> None:
+        """Refuse a cache that this prompt `(batch, length)` cannot continue."""
+        held = 0 if cache is None else int(cache.get_seq_length())
+        if cache is None or not held:
+            return
+        check_rows(cache, len(prompt), self.config)
+        if held >= prompt.shape[1]:
+            raise ValueError(
+                f"past_key_values holds {held} tokens but the prompt has {prompt.shape[1]}: pass the whole text so "
+                f"far as input_ids, the cached part included, and at least one token more."
+            )
+        check_tokens(cache, prompt)
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)

@@ -216,12 +216,10 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
 
         Reading a number from a GPU waits for it, and training asks in every step, so it is read after a change only.
         """
-        if not self.config.var_min:
+        if not self.config.var_min or self.sampling_eps_min.is_meta:
             self._interval_text = f"{float(self.config.sampling_eps_min)} {float(self.config.sampling_eps_max)}"
             return
         low, high = self.sampling_eps_min, self.sampling_eps_max
-        if low.is_meta:
-            return
         counts = not (low.is_inference() or high.is_inference())  # tensors of inference mode count no changes
         source = (low, high, [low._version, high._version]) if counts else None
         known = self._interval_source

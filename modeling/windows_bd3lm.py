@@ -27,6 +27,7 @@ from .cache_bd3lm import (
     check_cache,
     clear,
     drop_oldest,
+    note_tokens,
     set_length,
     static_buffers,
 )
@@ -251,6 +252,7 @@ class CachedWindow(Window):
         """Return the cache, emptied if it lacks rows or if its keys stand at positions that no later prompt has."""
         if self.first or self.rows is not None:
             clear(self.cache)
+        note_tokens(self.cache, self.buffer.token_ids[:, : self.held], past=0)
         if isinstance(self.cache, BlockCache):
             self.cache.row_start = None if self.buffer.key_valid is None else self.buffer.row_start
         return self.cache

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from generating import batch_of, prompts_of
+from generating import batch_of, make_family, prompts_of
 from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
@@ -157,6 +157,27 @@ def sliding_cache() -> DynamicCache:
 def test_a_cache_that_does_not_fit_is_refused(make_model, cache, lengths, message):
     with pytest.raises(ValueError, match=message):
         make_model().generate(**batch_of(prompts_of(lengths), "left"), max_new_tokens=4, past_key_values=cache)
+
+
+@pytest.mark.parametrize("family", ["bd3lm", "ar"])
+def test_a_cache_of_another_text_batch_or_model_is_refused(family):
+    model, (prompt, other) = make_family(family, model_length=32), prompts_of([9, 9])
+    with torch.no_grad():
+        cache = model(prompt[None, :8], use_cache=True).past_key_values
+    for ids in (other[None], torch.stack([prompt, prompt])):
+        with pytest.raises(ValueError, match="another text than row 0|1 rows but the batch has 2"):
+            model.generate(ids, max_new_tokens=3, past_key_values=cache)
+    with pytest.raises(ValueError, match="1 rows but the batch has 2"):
+        model(torch.stack([prompt, prompt])[:, 8:], past_key_values=cache, use_cache=False)
+    with pytest.raises(ValueError, match="2 layers but the model has 1"):
+        make_family(family, n_blocks=1)(prompt[None, 8:], past_key_values=cache, use_cache=False)
+    with pytest.raises(ValueError, match="tokens but the prompt has"):
+        model.generate(prompt[None, :7], max_new_tokens=3, past_key_values=cache)
+    first = model.generate(prompt[None], max_new_tokens=3, past_key_values=cache, return_dict_in_generate=True)
+    assert torch.equal(first.sequences, model.generate(prompt[None], max_new_tokens=3))
+    longer = torch.cat([other[None], first.sequences[:, 9:], other[None]], dim=1)
+    with pytest.raises(ValueError, match="another text than row 0"):
+        model.generate(longer, max_new_tokens=3, past_key_values=first.past_key_values)
 
 
 def test_padded_rows_are_continued_if_they_begin_where_they_began(make_model):

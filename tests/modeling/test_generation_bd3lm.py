@@ -528,7 +528,7 @@ def test_unknown_fields_of_a_config_are_refused_by_name(model):
         ({"sampler": "analytic"}, "sampler='analytic'.*BD3LMForMaskedLM.*'first_hitting'"),
         ({"output_trace": True}, "output_trace=True.*return_dict_in_generate=True"),
         ({"generator": [torch.Generator()] * 2}, "2 generators for 1 rows"),
-        ({"input_ids": torch.ones(1, 0, dtype=torch.long)}, "empty prompt"),
+        ({"input_ids": torch.ones(2, 0, dtype=torch.long)}, "empty prompt"),
         ({"input_ids": torch.tensor([[5, 48]])}, "id 48.*48 ids"),
         ({"input_ids": torch.tensor([[5, -1]])}, "id -1"),
         ({"input_ids": torch.tensor([[5, MASK]])}, f"mask_token_id={MASK}.*infill"),

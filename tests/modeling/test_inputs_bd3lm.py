@@ -110,6 +110,8 @@ def test_a_mask_of_another_shape_is_refused(family, shape):
     model, ids = (ssdlm() if family == "ssdlm" else model_of(family)), torch.arange(3, 19).view(2, 8)
     mask = torch.ones(shape, dtype=torch.long)
     calls = [lambda: model(ids, mask, labels=ids)]
+    if len(shape) == 2:  # transformers refuses others
+        calls.append(lambda: model.generate(ids, attention_mask=mask, max_new_tokens=2))
     if family != "ssdlm":
         calls += [lambda: model(ids, mask, **options_of(family, 2)), lambda: model.token_nll(ids, mask)]
     for call in calls:
@@ -203,8 +205,25 @@ def test_32_bit_ids_are_those_of_64_bits(family):
     losses = [model(ids, labels=ids, **noise).loss for ids in (TEXT, TEXT.int())]
     assert torch.equal(*losses)
     source = torch.Generator()
+    if family != "ssdlm":
+        scores = [
+            model.token_nll(ids, estimator="sampled", generator=source.manual_seed(0)) for ids in (TEXT, TEXT.int())
+        ]
+        assert torch.equal(scores[0].nll, scores[1].nll)
     written = [model.generate(ids, max_new_tokens=3, generator=source.manual_seed(0)) for ids in (TEXT, TEXT.int())]
     assert torch.equal(*written) and written[1].dtype == torch.int64
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "llama"])
+def test_tensors_without_values_are_refused_where_values_are_needed(family):
+    model, ids = model_of_any(family), TEXT.to("meta")
+    with pytest.raises(ValueError, match="input_ids are on the device 'meta'"):
+        model.generate(ids)
+    model = model.to("meta")
+    for call in (model.generate, model.infill, model.token_nll):
+        with pytest.raises(ValueError, match="the weights are on the device 'meta'"):
+            call(TEXT)
+    assert model(ids, labels=ids).loss.is_meta
 
 
 @pytest.mark.parametrize(("value", "message"), [(0.5, "0.5:"), (math.nan, "nan:"), (-1e4, "-10000, as an additive")])

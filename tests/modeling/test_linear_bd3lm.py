@@ -7,7 +7,9 @@ import stat
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from generating import make_family
 from torch import nn
+from torch.export import Dim
 from torch.nn.utils import prune
 from transformers import AutoModelForMaskedLM
 
@@ -65,10 +67,20 @@ def test_layers_get_no_product_of_no_rows(make_model):
     assert sizes and all(sizes)
 
 
-def test_a_model_can_be_exported(make_model):
-    model = make_model()
-    exported = torch.export.export(model, (), kwargs={"input_ids": IDS}).module()
-    torch.testing.assert_close(exported(input_ids=IDS).logits, model(IDS).logits)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["bd3lm", "ar", "mdlm"])
+def test_an_exported_or_traced_model_serves_other_batches_lengths_and_padding(family):
+    model, ids, dynamic = make_family(family, model_length=32), IDS.repeat(2, 1), {0: Dim.AUTO, 1: Dim.AUTO}
+    arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    shapes = dict.fromkeys(arguments, dynamic)
+    exported = torch.export.export(model, (), arguments, dynamic_shapes=shapes).module()
+    with torch.no_grad():
+        traced = torch.jit.trace(model, tuple(arguments.values()), strict=False, check_trace=False)
+    others, padded = IDS.repeat(3, 2), torch.ones(3, 16, dtype=torch.long)
+    padded[0, :3] = 0
+    expected = model(others, attention_mask=padded).logits[padded.bool()]
+    for output in (exported(input_ids=others, attention_mask=padded), traced(others, padded)):
+        torch.testing.assert_close(output["logits"][padded.bool()], expected)
 
 
 def test_saved_weights_have_the_rights_that_the_umask_says(make_model, tmp_path):
