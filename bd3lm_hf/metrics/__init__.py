@@ -13,7 +13,7 @@ import datasets
 import evaluate
 from transformers import PreTrainedTokenizerBase
 
-from bd3lm_hf.evaluation.text_metrics import check_some
+from bd3lm_hf.evaluation.generative import check_some
 from bd3lm_hf.tokenization import encode_plain, load_tokenizer
 
 

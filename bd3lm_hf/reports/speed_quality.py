@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from bd3lm_hf.argument_parser import load_model_and_tokenizer
 from bd3lm_hf.data import load_text, pack
+from bd3lm_hf.evaluation.generative import mean_entropy
 from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_model, reference_model_of
-from bd3lm_hf.evaluation.text_metrics import mean_entropy
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
 from bd3lm_hf.printing import ProgressReport
 from bd3lm_hf.reports.plotting import check_matplotlib, draw_speed_quality

@@ -23,11 +23,10 @@ from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import BaseGenerateManager, GenerationState, Modality, _StreamError
 
 from bd3lm_hf.checkpoints import window_of
-from bd3lm_hf.serving.access import Access
 from bd3lm_hf.serving.batching import Batcher, Request
 from bd3lm_hf.serving.request_fields import check_fields, check_template_fields, checked_messages, own_fields
 from bd3lm_hf.serving.requests import PlainText
-from bd3lm_hf.serving.responses import add_error_handlers, describe, error_content, openai_events, with_nulls
+from bd3lm_hf.serving.responses import Access, add_error_handlers, describe, error_content, openai_events, with_nulls
 
 
 @dataclass

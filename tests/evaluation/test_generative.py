@@ -8,10 +8,9 @@ import torch
 
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.evaluation import generative
-from bd3lm_hf.evaluation.generative import MAX_REDRAWS, summary
+from bd3lm_hf.evaluation.generative import MAX_REDRAWS, distinct, mean_repetition, summary, text_entropy
 from bd3lm_hf.evaluation.perplexity import summarize
 from bd3lm_hf.evaluation.reference_model import load_reference_model
-from bd3lm_hf.evaluation.text_metrics import distinct, mean_repetition, text_entropy
 from bd3lm_hf.generation.text_generation import GeneratedText
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import bd3lm_hf
+from bd3lm_hf.evaluation.generative import distinct, lengths, mean_entropy, mean_repetition, repetition, text_entropy
 from bd3lm_hf.evaluation.reference_model import reference_model_of
-from bd3lm_hf.evaluation.text_metrics import distinct, lengths, mean_entropy, mean_repetition, repetition, text_entropy
 from bd3lm_hf.generation.text_generation import GeneratedText
 from bd3lm_hf.metrics import METRICS, load_metric
 

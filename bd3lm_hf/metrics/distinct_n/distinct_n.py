@@ -3,7 +3,7 @@
 from typing import Any
 
 from bd3lm_hf import metrics
-from bd3lm_hf.evaluation.text_metrics import distinct
+from bd3lm_hf.evaluation.generative import distinct
 
 
 class DistinctN(metrics.TextMeasurement):

@@ -3,7 +3,7 @@
 from typing import Any
 
 from bd3lm_hf import metrics
-from bd3lm_hf.evaluation.text_metrics import mean_repetition, repetition
+from bd3lm_hf.evaluation.generative import mean_repetition, repetition
 
 
 class Repetition(metrics.TextMeasurement):

@@ -3,7 +3,7 @@
 from typing import Any
 
 from bd3lm_hf import metrics
-from bd3lm_hf.evaluation.text_metrics import lengths
+from bd3lm_hf.evaluation.generative import lengths
 
 
 class TextLength(metrics.TextMeasurement):

@@ -3,7 +3,7 @@
 from typing import Any
 
 from bd3lm_hf import metrics
-from bd3lm_hf.evaluation.text_metrics import mean_entropy, text_entropy
+from bd3lm_hf.evaluation.generative import mean_entropy, text_entropy
 
 
 class TokenEntropy(metrics.TextMeasurement):
