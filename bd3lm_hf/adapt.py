@@ -10,7 +10,6 @@ The mask token is chosen in this order, and the choice is logged:
 
 import copy
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,18 +33,8 @@ _DECAYED = 0.1
 
 #: Options that go to `from_pretrained`; everything else is a field of the process.
 _LOADING = (
-    "attn_implementation",
-    "cache_dir",
-    "device_map",
-    "dtype",
-    "local_files_only",
-    "max_memory",
-    "offload_folder",
-    "quantization_config",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
+    *("attn_implementation", "cache_dir", "device_map", "dtype", "local_files_only", "max_memory", "offload_folder"),
+    *("quantization_config", "revision", "subfolder", "token", "trust_remote_code"),
 )
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
@@ -182,7 +171,8 @@ def choose_mask(tokenizer: PreTrainedTokenizerBase | None, config: Any) -> MaskT
     free = _first_free_id(tokenizer)
     if free < config.vocab_size:
         return MaskToken(free, MASK, "the first row of the embedding that no token uses", trained=False)
-    for token, number in _reserved_tokens(tokenizer):
+    reserved = ((number, token) for token, number in tokenizer.get_vocab().items() if _RESERVED.fullmatch(token))
+    for number, token in sorted(reserved):
         if number < config.vocab_size and number not in _special_ids(tokenizer, config).values():
             return MaskToken(number, token, f"the tokenizer's reserved token {token}", trained=False)
     return MaskToken(free, MASK, "a new row", trained=False)
@@ -265,12 +255,6 @@ def _first_free_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def _reserved_tokens(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, int]]:
-    """Yield reserved tokens by their ids."""
-    found = [(token, number) for token, number in tokenizer.get_vocab().items() if _RESERVED.fullmatch(token)]
-    yield from sorted(found, key=lambda entry: entry[1])
-
-
 def _stock_config(model_or_name: Any, loading: dict[str, Any], argument: str) -> Any:
     if not isinstance(model_or_name, str):
         config = getattr(model_or_name, "config", None)
@@ -326,10 +310,9 @@ def _make_mask_row(model: Any, mask: MaskToken, tokenizer: PreTrainedTokenizerBa
     if mask.id >= rows:
         model.resize_token_embeddings(mask.id + 1, mean_resizing=False)
     used = rows if tokenizer is None else min(rows, _first_free_id(tokenizer))
-    for layer in {
-        id(layer): layer for layer in (model.get_input_embeddings(), model.get_output_embeddings())
-    }.values():
-        weight = layer.weight
+    # Tied weights are the same parameter.
+    tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    for weight in dict.fromkeys(tables):
         if weight.is_meta or not weight.is_floating_point():  # offloaded or quantized
             continue
         known = torch.arange(used, device=weight.device)

@@ -82,11 +82,7 @@ def number(maximum: float = math.inf, *, allow_zero: bool = False) -> Callable[[
 
 
 def check_minimum(arguments: Any, minimum: int, *names: str) -> None:
-    """Refuse fields below a minimum; None is not checked.
-
-    Raises:
-        ValueError: if a field is below it.
-    """
+    """Refuse fields below a minimum; None is not checked."""
     for name in names:
         value = getattr(arguments, name)
         if value is not None and value < minimum:

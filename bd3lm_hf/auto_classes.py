@@ -67,11 +67,7 @@ class UnsupportedAutoClass:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse to load.
-
-        Raises:
-            ValueError: always; the message names the right classes.
-        """
+        """Refuse to load."""
         raise ValueError(cls.message)
 
     _from_config = from_pretrained

@@ -254,11 +254,7 @@ def find_device(name: str | None) -> torch.device:
 
 
 def check_generates(model: Any, name: str) -> None:
-    """Refuse a model that cannot generate, and tell that a plain decoder generates one token after the other.
-
-    Raises:
-        ValueError: if the model cannot generate.
-    """
+    """Refuse a model that cannot generate, and tell that a plain decoder generates one token after the other."""
     if not getattr(model, "can_generate", lambda: False)():
         raise ValueError(f"--model {name} is a {type(model).__name__}, which cannot generate: name a model that can.")
     if not hasattr(model, "token_nll"):

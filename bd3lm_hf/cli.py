@@ -42,9 +42,7 @@ VERBS = {
         page=f"{_TRAINING}.command_help:train_help",
     ),
     "compare": Verb(
-        f"{_TRAINING}.compare:main",
-        "train several models on one text",
-        page=f"{_TRAINING}.command_help:compare_help",
+        f"{_TRAINING}.compare:main", "train several models on one text", page=f"{_TRAINING}.command_help:compare_help"
     ),
     "eval": Verb(
         f"{_EVALUATION}.dataset_scoring:run",
@@ -52,9 +50,7 @@ VERBS = {
         f"{_EVALUATION}.eval_cli:add_arguments",
     ),
     "generate": Verb(
-        f"{_GENERATION}.write_samples:run",
-        "generate text",
-        f"{_GENERATION}.generate_cli:add_generate_arguments",
+        f"{_GENERATION}.write_samples:run", "generate text", f"{_GENERATION}.generate_cli:add_generate_arguments"
     ),
     "infill": Verb(
         f"{_GENERATION}.write_samples:run_infill",
@@ -83,19 +79,13 @@ VERBS = {
         f"{_REPORTS}.reports_cli:add_bench_arguments",
     ),
     "convert": Verb(
-        f"{_HUB}.convert:run",
-        "a published checkpoint into a folder",
-        f"{_HUB}.hub_cli:add_convert_arguments",
+        f"{_HUB}.convert:run", "a published checkpoint into a folder", f"{_HUB}.hub_cli:add_convert_arguments"
     ),
     "push": Verb(
-        f"{_HUB}.push:run",
-        "a model to a repository that anyone can load",
-        f"{_HUB}.hub_cli:add_push_arguments",
+        f"{_HUB}.push:run", "a model to a repository that anyone can load", f"{_HUB}.hub_cli:add_push_arguments"
     ),
     "verify": Verb(
-        f"{_HUB}.verify:run",
-        "whether a shared model is what was pushed",
-        f"{_HUB}.hub_cli:add_verify_arguments",
+        f"{_HUB}.verify:run", "whether a shared model is what was pushed", f"{_HUB}.hub_cli:add_verify_arguments"
     ),
 }
 
@@ -113,9 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     show_traceback = "--traceback" in words
     try:
-        code = _run([word for word in words if word != "--traceback"])
+        _run([word for word in words if word != "--traceback"])
         sys.stdout.flush()
-        return code
+        return 0
     except SystemExit as stop:
         if isinstance(stop.code, str):
             print(f"error: {one_line(stop.code)}", file=sys.stderr)
@@ -149,16 +139,13 @@ def is_input_error(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "not enough memory" in str(error)
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str]) -> None:
     if not words:
         make_parser().print_help()
-        return 0
-    verb = words[0]
-    if verb not in VERBS:
+    elif words[0] in VERBS:
+        run_verb(words[0], words[1:])
+    else:
         make_parser().parse_args(words)
-        return 0
-    run_verb(verb, words[1:])
-    return 0
 
 
 def run_verb(name: str, words: Sequence[str]) -> None:

@@ -70,7 +70,7 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume:
             f"--output_dir {folder} holds checkpoints of an earlier run, the last one {saved[-1]}: continue it "
             f"with --resume_from_checkpoint true, name another folder, or drop it with --overwrite_output_dir."
         )
-    if not resume and _has_model(folder):
+    if not resume and any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
         raise ValueError(
             f"--output_dir {folder} holds the model of an earlier run: name another folder, or replace it with "
             f"--overwrite_output_dir."
@@ -121,10 +121,6 @@ def clear_output_dir(output_dir: str | Path) -> None:
         for checkpoint in checkpoints(folder):
             shutil.rmtree(checkpoint)
         shutil.rmtree(folder / BASE_NAME, ignore_errors=True)
-
-
-def _has_model(folder: Path) -> bool:
-    return any(path for pattern in _WEIGHTS for path in folder.glob(pattern))
 
 
 # Staging

@@ -34,12 +34,7 @@ _TEMPLATE_CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
 _HUGE = re.compile(r"\d{7,}|\*\*")
 
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"),
     "sentencepiece.bpe.model",
 )
 
@@ -81,7 +76,12 @@ def load_tokenizer(
             f"network connection). Name a folder, or {TRAIN!r} to train one on the corpus. The reason was: {error}"
         ) from error
     _check_chat_templates(tokenizer, name_or_path)
-    _set_contract_mask(tokenizer, name_or_path)
+    if tokenizer.mask_token is None:
+        from bd3lm_hf.foreign_layouts import read_contract_config, set_contract_mask  # imports all decoders
+
+        config = read_contract_config(name_or_path, allow_unknown=True)
+        if config is not None:
+            set_contract_mask(tokenizer, config)  # that of a published decoder of others
     return complete_special_tokens(tokenizer)
 
 
@@ -94,14 +94,6 @@ def _check_chat_templates(tokenizer: PreTrainedTokenizerBase, name: str) -> None
         if len(template) > _MAX_TEMPLATE or found:
             reason = repr(found[0]) if found else f"{len(template):,} characters"
             raise ValueError(f"The chat template of {name!r} has {reason}, which no conversation needs: replace it.")
-
-
-def _set_contract_mask(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Give the tokenizer of a published decoder of others the mask token of its model."""
-    from bd3lm_hf.foreign_layouts import read_contract_config, set_contract_mask  # imports all decoders
-
-    if tokenizer.mask_token is None and (config := read_contract_config(name, allow_unknown=True)) is not None:
-        set_contract_mask(tokenizer, config)
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> PreTrainedTokenizerFast:
@@ -122,7 +114,14 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> PreTrain
             f"vocab_size is {vocab_size}; a byte-level tokenizer needs {SMALLEST_VOCABULARY} tokens at least "
             "(256 bytes, end of text, padding, mask)."
         )
-    counted = _Counted(texts)
+    has_text = False
+
+    def watched() -> Iterator[str]:
+        nonlocal has_text
+        for text in texts:
+            has_text = has_text or bool(text)
+            yield text
+
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -134,8 +133,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> PreTrain
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(counted, trainer)
-    if not counted.characters:
+    backend.train_from_iterator(watched(), trainer)
+    if not has_text:
         raise ValueError("There is no text to train a tokenizer on; name a dataset that is not empty.")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -219,16 +218,3 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, config: "BD3LMConfi
             f"mask id after the tokenizer's last id ({largest}), or load the tokenizer with load_tokenizer, which "
             "adds a mask token."
         )
-
-
-class _Counted:
-    """Iterate over texts and count their characters."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self.texts = texts
-        self.characters = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self.texts:
-            self.characters += len(text)
-            yield text

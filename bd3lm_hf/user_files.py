@@ -68,11 +68,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def _count_values(node: Any, counted: dict[int, float]) -> float:
-    """Return the number of values below a node, those of an alias as often as it is used.
-
-    Raises:
-        ValueError: if a mapping has a key twice.
-    """
+    """Return the number of values below a node, those of an alias as often as it is used; refuse repeated keys."""
     if id(node) in counted:
         return counted[id(node)]
     counted[id(node)] = math.inf  # until it is known: an alias to a node around it has no end
@@ -403,8 +399,6 @@ def _is_alive(holder: dict[str, Any]) -> bool:
         return True  # not ours to find out
     try:
         os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True

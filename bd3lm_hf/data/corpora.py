@@ -18,9 +18,7 @@ from typing import NamedTuple
 #: Folders inside the standard library's folder that hold something else: what users installed, byte code, or
 #: settings of the machine on which Python was built.
 _FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "lib-dynload"})
-
 _FOREIGN_PREFIXES = ("config-", "_sysconfigdata", "_sysconfig_vars")
-
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 
 
@@ -67,8 +65,12 @@ def python_source() -> list[Document]:
 
 @functools.cache  # parsing takes seconds, and each split of the dataset asks for all documents
 def _module_documents() -> tuple[Document, ...]:
-    names = ((_module_name(path), path) for path in _source_files(skip_tests=True))
-    return tuple(Document(f"module/{name}", _documentation(name, _read_source(path))) for name, path in names)
+    root, documents = _standard_library(), []
+    for path in _source_files(skip_tests=True):
+        parts = path.relative_to(root).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        documents.append(Document(f"module/{name}", _documentation(name, _read_source(path))))
+    return tuple(documents)
 
 
 def _standard_library() -> Path:
@@ -95,11 +97,6 @@ def _source_files(*, skip_tests: bool) -> list[Path]:
         return skipped.isdisjoint(parts) and not any(part.startswith(_FOREIGN_PREFIXES) for part in parts)
 
     return sorted(filter(is_source, root.rglob("*.py")), key=lambda path: _relative(path, root))
-
-
-def _module_name(path: Path) -> str:
-    parts = path.relative_to(_standard_library()).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
 def _read_source(path: Path) -> str:

@@ -103,12 +103,18 @@ def load_text(
     """
     spec = _spec_of(name_or_path, source, config_name)
     schema = TextRow(text_column or spec.text_column)
-    dataset = load_rows(
+    dataset: Any = load_rows(
         spec, schema, split=split, streaming=streaming, skip_bad_rows=skip_bad_rows, cache_dir=cache_dir
     )
     if spec.detokenizer:
-        dataset = _detokenized(dataset, spec.detokenizer, num_proc)
-    return _chunked(dataset, spec.chunk) if spec.chunk else dataset
+        rules = [(str(old), new) for old, new in DETOKENIZERS[spec.detokenizer]]
+        options = _map_options(dataset, rules, num_proc=num_proc, desc="Detokenizing")
+        dataset = dataset.map(_detokenize_batch, fn_kwargs={"name": spec.detokenizer}, **options)
+    if spec.chunk:
+        options = _map_options(dataset, spec.chunk, desc="Cutting")
+        # One document at a time: a single one may be as long as text8.
+        dataset = dataset.map(_chunk_batch, batch_size=1, fn_kwargs={"size": spec.chunk}, **options)
+    return dataset
 
 
 def load_rows(
@@ -241,12 +247,11 @@ class _Splits:
         schema, origin = schema.resolved(columns, self.name), f"the split {split!r} of {self.name!r}"
         if isinstance(dataset, Dataset) and isinstance(schema, TextRow):
             dataset = _only_text(dataset, schema)  # the text stays where it is, in its files
-            bad = _rows_without_text(dataset)
-            if len(bad) and not skip_bad_rows:
-                raise row_error(
-                    [f"Row {row} of the split {split!r} of {self.name!r} has no text (null)" for row in bad]
-                )
-            if len(bad):
+            is_null = [pc.is_null(table["text"]).to_numpy() for table in dataset.with_format("arrow").iter(10_000)]
+            bad = np.flatnonzero(np.concatenate([np.empty(0, bool), *is_null])).tolist()
+            if bad and not skip_bad_rows:
+                raise row_error([f"Row {row} of {origin} has no text (null)" for row in bad])
+            if bad:
                 logger.warning("Skipped %d rows without text of %s.", len(bad), origin)
                 dataset = dataset.select(np.setdiff1d(np.arange(len(dataset)), bad))
             return dataset
@@ -324,24 +329,12 @@ def _only_text(dataset: Dataset, schema: TextRow) -> Dataset:
     return dataset if column == "text" else dataset.rename_column(column, "text")
 
 
-def _rows_without_text(dataset: Dataset) -> list[int]:
-    flags = [pc.is_null(table["text"]).to_numpy() for table in dataset.with_format("arrow").iter(10_000)]
-    return np.flatnonzero(np.concatenate(flags)).tolist() if flags else []
-
-
-def _detokenized(dataset: Any, name: str, num_proc: int | None) -> Any:
+def _map_options(dataset: Any, key: Any, **options: Any) -> dict[str, Any]:
+    """Return how texts are mapped in batches; key and options are for a dataset that is not a stream."""
     if isinstance(dataset, IterableDataset):
-        return dataset.map(_detokenize_batch, batched=True, fn_kwargs={"name": name})
-    # The key of the cache: by default it would be a hash of the code, which changes without changing the text.
-    rules = [(str(old), new) for old, new in DETOKENIZERS[name]]
-    return dataset.map(
-        _detokenize_batch,
-        batched=True,
-        fn_kwargs={"name": name},
-        num_proc=num_proc,
-        new_fingerprint=Hasher.hash((_VERSION, dataset._fingerprint, rules)),
-        desc="Detokenizing",
-    )
+        return {"batched": True}
+    # By default the key would be a hash of the code, which changes without changing the text.
+    return {"batched": True, "new_fingerprint": Hasher.hash((_VERSION, dataset._fingerprint, key)), **options}
 
 
 def _detokenize_batch(batch: dict[str, list[str]], *, name: str) -> dict[str, list[str]]:
@@ -349,14 +342,6 @@ def _detokenize_batch(batch: dict[str, list[str]], *, name: str) -> dict[str, li
     return {"text": [detokenize(text) for text in batch["text"]]}
 
 
-def _chunked(dataset: Any, size: int) -> Any:
-    """Cut documents into pieces of `size` characters; the last piece of a document may be shorter."""
-    # One document at a time: a single one may be as long as text8.
-    keywords: dict[str, Any] = {"batched": True, "batch_size": 1, "fn_kwargs": {"size": size}}
-    if isinstance(dataset, Dataset):
-        keywords |= {"new_fingerprint": Hasher.hash((_VERSION, dataset._fingerprint, size)), "desc": "Cutting"}
-    return dataset.map(_chunk_batch, **keywords)
-
-
 def _chunk_batch(batch: dict[str, list[str]], *, size: int) -> dict[str, list[str]]:
+    """Cut documents into pieces of `size` characters; the last piece of a document may be shorter."""
     return {"text": [text[i : i + size] for text in batch["text"] for i in range(0, len(text), size)]}

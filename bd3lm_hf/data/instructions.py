@@ -15,24 +15,18 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from bd3lm_hf.data.packing import token_id, tokenizer_key
-from bd3lm_hf.data.schemas import Messages, PromptCompletion, Schema, is_learned
+from bd3lm_hf.data.packing import FEATURES, IGNORED, token_counts, token_id, tokenizer_key
+from bd3lm_hf.data.schemas import Messages, Schema, is_learned
 
 
 logger = logging.getLogger(__name__)
 
 #: Part of every cache key: raise it when the encoding changes.
 _VERSION = 2
-
-#: Label of a position that is not scored.
-_IGNORED = -100
-
-_FEATURES = Features(input_ids=List(Value("int32")), labels=List(Value("int32")), attention_mask=List(Value("int8")))
 
 #: Names of what to do with rows that are longer than the model; nothing is ever cut.
 LONG_ROWS = ("error", "drop")
@@ -85,16 +79,19 @@ def encode_rows(
     """
     if long_rows not in LONG_ROWS:
         raise ValueError(f"long_rows is {long_rows!r}; it must be one of: {', '.join(LONG_ROWS)}.")
-    encode = _ENCODERS[type(schema)]
-    if isinstance(schema, Messages):
-        _check_template(tokenizer)
+    if isinstance(schema, Messages) and not tokenizer.chat_template:
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path!r} has no chat template to render messages with: set "
+            "tokenizer.chat_template and save it, or use the columns prompt and completion."
+        )
+    encode = _conversation if isinstance(schema, Messages) else _prompt_and_completion
     end = token_id(tokenizer, "eos")
     options = {"end": end, "block_size": block_size, "fill_turns": fill_turns}
     key = (_VERSION, rows._fingerprint, tokenizer_key(tokenizer), tokenizer.chat_template, options)
     encoded = rows.map(
         _encode_row,
         remove_columns=rows.column_names,
-        features=_FEATURES,
+        features=FEATURES,
         fn_kwargs={"encode": encode, "tokenizer": tokenizer, **options},
         num_proc=num_proc,
         new_fingerprint=Hasher.hash(key),
@@ -127,7 +124,7 @@ def _encode_row(
     last = len(encoded.ids) - 1
     for position, (token, learned) in enumerate(zip(*encoded, strict=True)):
         ids.append(token)
-        labels.append(token if learned else _IGNORED)
+        labels.append(token if learned else IGNORED)
         is_last = position == last
         if not is_last and not (fill_turns and learned and not encoded.learned[position + 1]):
             continue
@@ -228,30 +225,14 @@ def _end_of_turn(messages: list[dict[str, Any]], index: int, whole: str, render:
     return len(through) - len(added) if found else None
 
 
-_ENCODERS: dict[type[Schema], Callable[[dict[str, str], PreTrainedTokenizerBase], Encoded]] = {
-    PromptCompletion: _prompt_and_completion,
-    Messages: _conversation,
-}
-
-
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, control: bool) -> list[int]:
     """Return the ids of a text. Only a template writes control tokens; their names in data are text."""
     encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=not control, verbose=False)
     return list(encoded["input_ids"])
 
 
-def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"The tokenizer {tokenizer.name_or_path!r} has no chat template to render messages with: set "
-            "tokenizer.chat_template and save it, or use the columns prompt and completion."
-        )
-
-
 def _fitting(encoded: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, *, drop: bool) -> Dataset:
-    lengths = np.concatenate(
-        [pc.list_value_length(table["input_ids"]).to_numpy() for table in encoded.with_format("arrow").iter(1000)]
-    )
+    lengths = token_counts(encoded)
     long = np.flatnonzero(lengths > length)
     if not len(long):
         return encoded

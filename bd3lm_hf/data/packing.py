@@ -22,15 +22,12 @@ from transformers import PreTrainedTokenizerBase
 _VERSION = 1
 
 #: Label of a position that is not scored.
-_IGNORED = -100
+IGNORED = -100
 
-_DOCUMENTS_PER_BATCH = 1000
+#: Columns of a sequence. int32 and int8: corpora are kept on disk, where int64 would take twice the space.
+FEATURES = Features(input_ids=List(Value("int32")), labels=List(Value("int32")), attention_mask=List(Value("int8")))
 
-_SEQUENCES_PER_BATCH = 1000
-
-_PACKED_FEATURES = Features(
-    input_ids=List(Value("int32")), labels=List(Value("int32")), attention_mask=List(Value("int8"))
-)
+_ROWS_PER_BATCH = 1000  # documents, or sequences
 
 
 class TextSize(NamedTuple):
@@ -66,12 +63,11 @@ class PackingLayout(NamedTuple):
 
     def example(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
         """Return the packed example of at most `body` tokens, padded on the right."""
-        # int32 and int8: packed corpora are kept on disk, where int64 would take twice the space.
         ids = np.full(self.length, self.padding, dtype=np.int32)
         used = len(self.begin) + len(tokens) + len(self.end)
         ids[:used] = np.concatenate([np.array(self.begin, np.int32), tokens, np.array(self.end, np.int32)])
         labels = ids.copy()
-        labels[used:] = _IGNORED
+        labels[used:] = IGNORED
         mask = np.zeros(self.length, dtype=np.int8)
         mask[:used] = 1
         return {"input_ids": ids, "labels": labels, "attention_mask": mask}
@@ -114,7 +110,7 @@ def pack(
     eos = first_id(tokenizer, "eos") if insert_eos else None
     layout = layout_of(tokenizer, length, insert_special, first_id)
     tokenized = tokenize(dataset, tokenizer, eos=eos, end_empty=packing == "published", num_proc=num_proc)
-    tokens = _count_tokens(tokenized)
+    tokens = int(token_counts(tokenized).sum())
     if tokens < layout.body:
         raise ValueError(
             f"The dataset has {tokens} tokens in {len(dataset)} documents, fewer than one sequence of {layout.body} "
@@ -123,7 +119,7 @@ def pack(
     packed = PACKINGS[packing](tokenized, layout, drop_last=drop_last, num_proc=num_proc)
     if len(packed) == 0:
         raise ValueError(
-            f"Published packing drops the remainder of every {_DOCUMENTS_PER_BATCH} documents and worker, and of the "
+            f"Published packing drops the remainder of every {_ROWS_PER_BATCH} documents and worker, and of the "
             f"dataset's {tokens} tokens nothing is left for sequences of length {length}: use "
             "packing='contiguous', or fewer workers."
         )
@@ -158,7 +154,7 @@ def tokenize(
     return dataset.map(
         tokenize_batch,
         batched=True,
-        batch_size=_DOCUMENTS_PER_BATCH,
+        batch_size=_ROWS_PER_BATCH,
         remove_columns=dataset.column_names,
         features=Features(input_ids=List(Value("int32"))),
         fn_kwargs={"tokenizer": tokenizer, "eos": eos, "end_empty": end_empty},
@@ -182,9 +178,7 @@ def pack_published(
     return [[begin, *piece, end] for piece in pieces] if insert_special else pieces
 
 
-def bytes_per_token(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, insert_eos: bool = True, num_proc: int | None = None
-) -> TextSize:
+def bytes_per_token(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, insert_eos: bool = True) -> TextSize:
     """Count documents, characters, UTF-8 bytes and tokens, which convert nats per token to bits per byte.
 
     Args:
@@ -194,11 +188,11 @@ def bytes_per_token(
         ValueError: if there is no column `text`, or no text.
     """
     eos = token_id(tokenizer, "eos") if insert_eos else None
-    tokens = _count_tokens(tokenize(dataset, tokenizer, eos=eos, num_proc=num_proc))
+    tokens = int(token_counts(tokenize(dataset, tokenizer, eos=eos)).sum())
     if tokens == 0:
         raise ValueError(f"The dataset's {len(dataset)} documents hold no text; name another dataset.")
     characters = utf8_bytes = 0
-    for table in dataset.with_format("arrow").iter(_DOCUMENTS_PER_BATCH):
+    for table in dataset.with_format("arrow").iter(_ROWS_PER_BATCH):
         characters += pc.sum(pc.utf8_length(table["text"])).as_py()
         utf8_bytes += pc.sum(pc.binary_length(table["text"])).as_py()
     return TextSize(len(dataset), characters, utf8_bytes, tokens)
@@ -235,12 +229,7 @@ def tokenize_batch(
 
 def _pack_contiguous(tokenized: Dataset, layout: PackingLayout, *, drop_last: bool, num_proc: int | None) -> Dataset:
     """Cut the one stream of all tokens. Row i begins at token i * body, whichever worker or batch computes it."""
-    lengths = [
-        pc.list_value_length(table["input_ids"]).to_numpy()
-        for table in tokenized.with_format("arrow").iter(_DOCUMENTS_PER_BATCH)
-    ]
-    # int64: a large corpus has more than 2^31 tokens.
-    ends = np.cumsum(np.concatenate(lengths), dtype=np.int64)
+    ends = np.cumsum(token_counts(tokenized))
     rows = int(ends[-1]) // layout.body if drop_last else -(-int(ends[-1]) // layout.body)
     fingerprint = Hasher.hash((_VERSION, "contiguous", tokenized._fingerprint, layout, drop_last))
     # Documents on disk are packed there, next to their tokens; those in memory, in memory.
@@ -248,9 +237,9 @@ def _pack_contiguous(tokenized: Dataset, layout: PackingLayout, *, drop_last: bo
     return Dataset.from_dict({"row": range(rows)}).map(
         _contiguous_batch,
         batched=True,
-        batch_size=_SEQUENCES_PER_BATCH,
+        batch_size=_ROWS_PER_BATCH,
         remove_columns=["row"],
-        features=_PACKED_FEATURES,
+        features=FEATURES,
         fn_kwargs={"tokenized": tokenized.with_format("arrow"), "ends": ends, "layout": layout},
         num_proc=num_proc,
         cache_file_name=str(on_disk[0] / f"cache-{fingerprint}.arrow") if on_disk else None,
@@ -272,21 +261,20 @@ def _contiguous_batch(
     before = int(ends[first - 1]) if first else 0
     tokens = tokens[start - before : stop - before]
     examples = [layout.example(tokens[i : i + layout.body]) for i in range(0, len(tokens), layout.body)]
-    return {key: np.stack([example[key] for example in examples]) for key in _PACKED_FEATURES}
+    return {key: np.stack([example[key] for example in examples]) for key in FEATURES}
 
 
 def _pack_published(tokenized: Dataset, layout: PackingLayout, *, drop_last: bool, num_proc: int | None) -> Dataset:
     """Pack every batch of a worker by itself; the incomplete remainders are dropped, whatever `drop_last` says."""
-    key = (_VERSION, "published", tokenized._fingerprint, layout, num_proc)
     return tokenized.map(
         _published_batch,
         batched=True,
-        batch_size=_DOCUMENTS_PER_BATCH,
+        batch_size=_ROWS_PER_BATCH,
         remove_columns=tokenized.column_names,
-        features=_PACKED_FEATURES,
+        features=FEATURES,
         fn_kwargs={"layout": layout},
         num_proc=num_proc,
-        new_fingerprint=Hasher.hash(key),
+        new_fingerprint=Hasher.hash((_VERSION, "published", tokenized._fingerprint, layout, num_proc)),
         desc="Packing",
     )
 
@@ -303,26 +291,6 @@ PACKINGS = {"contiguous": _pack_contiguous, "published": _pack_published}
 
 
 # Special tokens and keys of the cache
-
-
-def layout_of(
-    tokenizer: PreTrainedTokenizerBase,
-    length: int,
-    insert_special: bool,
-    first_id: Callable[[PreTrainedTokenizerBase, str], int] | None = None,
-) -> PackingLayout:
-    """Return the layout of sequences of `length` tokens; `first_id` finds the ids of "bos" and "eos" (`token_id`)."""
-    first_id = first_id or token_id
-    smallest = 3 if insert_special else 1
-    if length < smallest:
-        raise ValueError(
-            f"length is {length}; a sequence {'with special tokens ' if insert_special else ''}needs {smallest} "
-            "tokens or more."
-        )
-    begin = (first_id(tokenizer, "bos"),) if insert_special else ()
-    end = (first_id(tokenizer, "eos"),) if insert_special else ()
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else token_id(tokenizer, "eos")
-    return PackingLayout(length, begin, end, padding)
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, kind: str) -> int:
@@ -346,6 +314,25 @@ def _published_id(tokenizer: PreTrainedTokenizerBase, kind: str) -> int:
     return tokenizer.encode(getattr(tokenizer, f"{kind}_token"))[0]
 
 
+def layout_of(
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    insert_special: bool,
+    first_id: Callable[[PreTrainedTokenizerBase, str], int] = token_id,
+) -> PackingLayout:
+    """Return the layout of sequences of `length` tokens; `first_id` finds the ids of "bos" and "eos"."""
+    smallest = 3 if insert_special else 1
+    if length < smallest:
+        raise ValueError(
+            f"length is {length}; a sequence {'with special tokens ' if insert_special else ''}needs {smallest} "
+            "tokens or more."
+        )
+    begin = (first_id(tokenizer, "bos"),) if insert_special else ()
+    end = (first_id(tokenizer, "eos"),) if insert_special else ()
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else token_id(tokenizer, "eos")
+    return PackingLayout(length, begin, end, padding)
+
+
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a key of all that tokenization depends on, without the truncation and padding of earlier calls."""
     # A tokenizer in Python has no serialized form, so its vocabulary and arguments stand for it.
@@ -357,8 +344,9 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     return Hasher.hash(json.dumps(state, sort_keys=True))
 
 
-def _count_tokens(tokenized: Dataset) -> int:
-    return sum(
-        pc.sum(pc.list_value_length(table["input_ids"])).as_py() or 0
-        for table in tokenized.with_format("arrow").iter(_DOCUMENTS_PER_BATCH)
-    )
+def token_counts(tokenized: Dataset) -> np.ndarray:
+    """Return the number of tokens of each row, `(rows,)`."""
+    tables = tokenized.with_format("arrow").iter(_ROWS_PER_BATCH)
+    counts = [pc.list_value_length(table["input_ids"]).to_numpy() for table in tables]
+    # int64: a large corpus has more than 2^31 tokens, and their ends are sums of these.
+    return np.concatenate([np.empty(0, np.int64), *counts])

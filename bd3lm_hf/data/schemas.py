@@ -11,16 +11,10 @@ from typing import Any
 
 #: Speakers of ShareGPT conversations (`from` and `value`) -> roles of chat templates.
 _SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "model", "assistant", "function_call"), "assistant"),
     "system": "system",
-    "tool": "tool",
-    "observation": "tool",
+    **dict.fromkeys(("tool", "observation"), "tool"),
 }
 
 _MESSAGE_COLUMNS = ("messages", "conversations")

@@ -110,10 +110,7 @@ DETOKENIZERS: dict[str, tuple[Rule, ...]] = {
 
 
 def detokenizer(name: str) -> Callable[[str], str]:
-    """Return the function that detokenizes one text of the corpus `name`.
-
-    Args:
-        name: a key of `DETOKENIZERS`.
+    """Return the function that detokenizes one text of the corpus `name`, a key of `DETOKENIZERS`.
 
     Raises:
         ValueError: if there is no detokenizer of that name.
@@ -142,41 +139,25 @@ _CONVERTED = "refs/convert/parquet"
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One source of text.
+    """One source of text."""
 
-    Attributes:
-        name: name that users type, as well as the `aliases`.
-        path: hub repository; None for the embedded corpora.
-        config: configuration of the repository.
-        data_dir: folder of the repository that is read.
-        revision: branch or commit of the repository.
-        text_column: column of the text; None looks for "text", then for the only column of strings.
-        splits: our split -> the source's split; if empty, the source's own names are looked for, and a missing split
-            is held out of the training split.
-        tail: documents at the end of the training split that are the validation split instead.
-        documents: documents of the training split, which a stream with a `tail` must know in advance.
-        chunk: characters of the pieces into which documents are cut; 0 leaves them whole.
-        detokenizer: name of a table in `bd3lm_hf.data.sources`.
-        note: what to do when the source cannot be read; part of the error message.
-    """
-
-    name: str
-    path: str | None = None
-    config: str | None = None
-    data_dir: str | None = None
-    revision: str | None = None
-    text_column: str | None = None
+    name: str  # that users type, as well as the aliases
+    path: str | None = None  # hub repository; None for the embedded corpora
+    config: str | None = None  # configuration of the repository
+    data_dir: str | None = None  # folder of the repository that is read
+    revision: str | None = None  # branch or commit of the repository
+    text_column: str | None = None  # None looks for "text", then for the only column of strings
+    # Our split -> the source's. If empty, the source's own names are looked for, and a missing split is held out.
     splits: Mapping[str, str] = field(default_factory=dict)
-    tail: int = 0
-    documents: int | None = None
-    chunk: int = 0
-    detokenizer: str | None = None
+    tail: int = 0  # documents at the end of the training split that are the validation split instead
+    documents: int | None = None  # of the training split, which a stream with a tail must know in advance
+    chunk: int = 0  # characters of the pieces into which documents are cut; 0 leaves them whole
+    detokenizer: str | None = None  # a key of `DETOKENIZERS`
     aliases: tuple[str, ...] = ()
-    note: str = ""
+    note: str = ""  # what to do when the source cannot be read; part of the error message
 
 
 _OWN_SPLITS = {split: split for split in SPLITS}
-
 _TRAIN_TEST = {"train": "train", "validation": "test", "test": "test"}
 
 _SCRIPT_NOTE = (
@@ -259,12 +240,7 @@ _ROWS = (
         aliases=("lambada-openai",),
         note="OpenAI's file lambada_test.jsonl has the same texts: download it and pass it as the source.",
     ),
-    DatasetSpec(
-        "ag_news",
-        path="fancyzhx/ag_news",
-        text_column="text",
-        splits=_TRAIN_TEST,
-    ),
+    DatasetSpec("ag_news", path="fancyzhx/ag_news", text_column="text", splits=_TRAIN_TEST),
     *(
         DatasetSpec(
             f"scientific_papers_{part}",
@@ -369,14 +345,9 @@ class Suite(NamedTuple):
 
 
 #: In-domain evaluations by dataset; any other one has the published defaults, those of `Flags`.
-PUBLISHED: Mapping[str, Flags] = {
-    "openwebtext": Flags(insert_special=False),
-    "lm1b": Flags(split="test"),
-}
+PUBLISHED: Mapping[str, Flags] = {"openwebtext": Flags(insert_special=False), "lm1b": Flags(split="test")}
 
-_ZERO_SHOT = Flags(insert_eos=False)
-
-_ZERO_SHOT_TEST = Flags(split="test", insert_eos=False)
+_ZERO_SHOT, _ZERO_SHOT_TEST = Flags(insert_eos=False), Flags(split="test", insert_eos=False)
 
 #: By name. Zero-shot is Table 5, in the order of its columns.
 SUITES: Mapping[str, Suite] = {

@@ -47,9 +47,6 @@ logger = logging.get_logger("bd3lm_hf.evaluation")
 
 _OUR_FLAGS = Flags(packing="contiguous", insert_special=False)
 
-# How sequences are cut for the estimators that decide it.
-_FLAGS_OF_ESTIMATOR = {"published": published_flags}
-
 
 class Target(NamedTuple):
     """A dataset to score."""
@@ -73,31 +70,18 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.generative:
         check_files(arguments)
         evaluate_samples(arguments, *load_model_and_tokenizer(arguments))
-    else:
-        check_datasets(arguments)
-        join_processes(arguments)
-        score_datasets(arguments, *load_model_and_tokenizer(arguments))
-
-
-def check_datasets(arguments: argparse.Namespace) -> None:
-    """Refuse unknown datasets and outputs that cannot be written, before a model is loaded.
-
-    Raises:
-        ValueError: if there are any.
-    """
+        return
+    # Unknown datasets and outputs that cannot be written are refused before a model is loaded.
     _targets(arguments)
     check_outputs(arguments.output, overwrite=arguments.overwrite)
     if arguments.output:
         ScoresFile(_scores_path(arguments), restart=arguments.restart)
-
-
-def join_processes(arguments: argparse.Namespace) -> None:
-    """Let each of several processes compute on a device of its own."""
-    if _process_count() > 1:
+    if _process_count() > 1:  # each on a device of its own
         device = find_device(arguments.device)
         state = PartialState(cpu=device.type == "cpu")
         # A move from cpu to cpu:0 copies the weights to other addresses, and products then round differently.
         arguments.device = device if state.device.type == "cpu" else state.device
+    score_datasets(arguments, *load_model_and_tokenizer(arguments))
 
 
 def score_datasets(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -149,11 +133,7 @@ def score_datasets(arguments: argparse.Namespace, model: Any, tokenizer: PreTrai
 
 
 def check_likelihood(model: Any, name: str) -> None:
-    """Refuse a model without a likelihood.
-
-    Raises:
-        ValueError: if it has none; the message names what can be measured instead.
-    """
+    """Refuse a model without a likelihood."""
     if not hasattr(model, "token_nll"):
         raise ValueError(
             f"--model {name} is a {type(model).__name__}, and bd3lm eval scores models with token_nll. "
@@ -193,7 +173,7 @@ def _targets(arguments: argparse.Namespace) -> list[Target]:
     """
     if arguments.suite is None:
         name = arguments.dataset if exists(arguments.dataset) else find_spec(arguments.dataset).name
-        base = _FLAGS_OF_ESTIMATOR.get(arguments.estimator, lambda name: _OUR_FLAGS)(name)
+        base = published_flags(name) if arguments.estimator == "published" else _OUR_FLAGS
         return [Target(arguments.dataset, arguments.dataset_source, _flags(arguments, base))]
     sets = SUITES[arguments.suite].sets
     names = [find_spec(name).name for name in arguments.sets or sets]
@@ -225,11 +205,7 @@ def _flags(arguments: argparse.Namespace, base: Flags) -> Flags:
 def _load(
     targets: list[Target], arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase, length: int
 ) -> list[ScoringSequences]:
-    """Load the sequences of all datasets.
-
-    Raises:
-        ValueError: if any cannot be loaded; the message names every one of a suite, with its reason.
-    """
+    """Load the sequences of all datasets."""
     loaded, reasons = [], []
     for target in targets:
         try:
@@ -290,7 +266,7 @@ def _about_model(arguments: argparse.Namespace, model: Any, tokenizer: PreTraine
     names = ("model", "suite", "seed", "batch_size", "max_sequences")
     is_exact = model.exact_likelihood
     # An autoregressive model needs no estimate; the published protocol decides more than that.
-    estimator = "exact" if is_exact and arguments.estimator not in _FLAGS_OF_ESTIMATOR else arguments.estimator
+    estimator = "exact" if is_exact and arguments.estimator != "published" else arguments.estimator
     return {
         **{name: getattr(arguments, name) for name in names},
         "estimator": estimator,

@@ -131,11 +131,7 @@ def _add_generative_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuse flags that do not fit together, and fill in what was left open.
-
-    Raises:
-        ValueError: if they do not fit.
-    """
+    """Refuse flags that do not fit together, and fill in what was left open."""
     if arguments.generative:
         if arguments.judge is None:
             raise ValueError(
@@ -180,11 +176,7 @@ _VERBS_WITHOUT_MODEL = {"ls", "validate"}
 
 
 def run_harness(words: Sequence[str]) -> None:
-    """Run `lm_eval` with these words of a command line, and `--model bd3lm` if they name no model.
-
-    Raises:
-        ValueError: if the harness is not installed, or the input is wrong; the harness reports its own errors.
-    """
+    """Run `lm_eval` with these words of a command line, and `--model bd3lm` if they name no model."""
     words = [with_underscores(word) for word in words]
     if not words or words[0] in ("-h", "--help"):
         print(_HARNESS_HELP)

@@ -13,7 +13,7 @@ import statistics
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -49,11 +49,7 @@ class ScoredSample(Sample):
 
 
 def check_files(arguments: argparse.Namespace) -> None:
-    """Refuse files that cannot be written and a reference model that cannot be found, before any is loaded.
-
-    Raises:
-        ValueError: if there are any.
-    """
+    """Refuse files that cannot be written and a reference model that cannot be found, before any is loaded."""
     check_output_file(arguments.samples, "--samples")
     if arguments.output is not None:
         is_ours = is_json_with("judge", "generative_perplexity")
@@ -62,13 +58,13 @@ def check_files(arguments: argparse.Namespace) -> None:
 
 
 def evaluate_samples(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Generate, score, keep, and report.
-
-    Raises:
-        ValueError: if the reference model cannot be loaded, the model cannot generate, or the samples file belongs to
-            another run.
-    """
-    prompt = _first_ids(model, arguments.model)
+    """Generate, score, keep, and report."""
+    check_generates(model, arguments.model)
+    prompt = [model.generation_config.bos_token_id]
+    if prompt == [None]:
+        raise ValueError(
+            f"--model {arguments.model} has no bos_token_id to start a text from: set it in its generation config."
+        )
     options = {"device": model.device, "trust_remote_code": arguments.trust_remote_code}
     reference = load_reference_model(arguments.judge, tokenizer, **options, as_text=True, score_end=False)
     length = arguments.length or window_of(model)
@@ -91,15 +87,6 @@ def evaluate_samples(arguments: argparse.Namespace, model: Any, tokenizer: PreTr
     print(f"{count} samples in {arguments.samples}" + (f", {kept} of an earlier run" if kept else ""))
     if arguments.output is not None:
         write_atomically(arguments.output, json.dumps(result, indent=2, allow_nan=False) + "\n")
-
-
-def _first_ids(model: Any, name: str) -> list[int]:
-    """Return what every text begins with."""
-    check_generates(model, name)
-    token = model.generation_config.bos_token_id
-    if token is None:
-        raise ValueError(f"--model {name} has no bos_token_id to start a text from: set it in its generation config.")
-    return [token]
 
 
 def _settings(arguments: argparse.Namespace, model: Any, reference: ReferenceModel, length: int) -> dict[str, Any]:
@@ -215,7 +202,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "low_entropy": sum(has_low_entropy(row["ids"], row["settings"]) for row in rows),
         **{f"distinct_{n}": distinct(new_ids, n) for n in _DISTINCT},
         f"repetition_{_REPETITION}": mean_repetition(new_ids, _REPETITION),
-        "lengths": lengths(new_ids)._asdict(),
+        "lengths": lengths(new_ids),
         "forwards_per_token": sum(row["forwards"] for row in rows) / max(1, tokens),
         "batch_forwards_per_token": sum(row.get("batch_forwards", row["forwards"]) for row in rows) / max(1, tokens),
         "seconds_per_token": seconds / max(1, tokens),
@@ -256,15 +243,6 @@ def _percent(value: float | None) -> str:
 
 # Text metrics. A text is a sequence of token ids, of words, or of anything else that can be counted. A low generative
 # perplexity alone means little, because a reference model finds a text that repeats itself easy to predict.
-
-
-class Lengths(NamedTuple):
-    """Lengths of texts in tokens."""
-
-    mean: float
-    median: float
-    shortest: int
-    longest: int
 
 
 def text_entropy(text: Sequence[Hashable]) -> float:
@@ -316,15 +294,16 @@ def mean_repetition(texts: Sequence[Sequence[Hashable]], n: int = 4) -> float | 
     return math.fsum(values) / len(values) if values else None
 
 
-def lengths(texts: Sequence[Sequence[Hashable]]) -> Lengths:
-    """Return the lengths of texts.
+def lengths(texts: Sequence[Sequence[Hashable]]) -> dict[str, float]:
+    """Return mean, median, shortest and longest length of texts in tokens.
 
     Raises:
         ValueError: if there are no texts.
     """
     check_some(texts)
     counts = [len(text) for text in texts]
-    return Lengths(statistics.fmean(counts), statistics.median(counts), min(counts), max(counts))
+    middle = {"mean": statistics.fmean(counts), "median": statistics.median(counts)}
+    return {**middle, "shortest": min(counts), "longest": max(counts)}
 
 
 def check_some(texts: Sequence[object]) -> None:

@@ -318,20 +318,22 @@ class BD3LMHarness(TemplateLM):
         self, requests: Sequence[Sequence[RequestWindow]], seeds: Sequence[int], disable_tqdm: bool
     ) -> list[float]:
         """Return the log-likelihood of each request, summed over its windows."""
-        self._check_likelihood()
-        windows: list[RequestWindow] = []
-        owners: list[int] = []  # the request of each window
-        noise_seeds: list[int] = []
-        for owner, own in enumerate(requests):
-            for turn, window in enumerate(own):
-                if window.scored:
-                    windows.append(window)
-                    owners.append(owner)
-                    noise_seeds.append(derived_seed(seeds[owner], turn) if turn else seeds[owner])
+        if not hasattr(self.model, "token_nll") or not self.model.has_likelihood:
+            raise ValueError(
+                f"pretrained={self.name} is a {type(self.model).__name__}, which has no likelihood: choose tasks "
+                f"whose output_type is generate_until."
+            )
+        # Each window, its request and the seed of its noise.
+        windows = [
+            (window, owner, derived_seed(seeds[owner], turn) if turn else seeds[owner])
+            for owner, own in enumerate(requests)
+            for turn, window in enumerate(own)
+            if window.scored
+        ]
         by_estimator: dict[str, list[int]] = {}
-        for number, window in enumerate(windows):
+        for number, (window, *_) in enumerate(windows):
             by_estimator.setdefault(self.estimator_of(window), []).append(number)
-        examples = [window.example for window in windows]
+        examples = [window.example for window, *_ in windows]
         sums = [0.0] * len(requests)
         with tqdm(total=len(windows), desc="log-likelihoods", disable=disable_tqdm) as bar:
             for estimator, numbers in by_estimator.items():
@@ -342,11 +344,11 @@ class BD3LMHarness(TemplateLM):
                         inputs.attention_mask,
                         estimator=estimator,
                         num_samples=self.num_samples,
-                        generator=[torch.Generator().manual_seed(noise_seeds[number]) for number in batch.indices],
+                        generator=[torch.Generator().manual_seed(windows[number][2]) for number in batch.indices],
                         **inputs.context,
                     )
                     for number, total in zip(batch.indices, (nll.double() * mask).sum(1).tolist(), strict=True):
-                        sums[owners[number]] -= total
+                        sums[windows[number][1]] -= total
                     bar.update(len(batch.indices))
         return sums
 
@@ -362,13 +364,6 @@ class BD3LMHarness(TemplateLM):
         # An exact sum takes 2^k - 1 forward passes for k scored tokens in a block.
         in_block = Counter(position // config.block_size for position in window.scored)
         return "exact" if max(in_block.values(), default=0) <= MAX_EXACT_TOKENS else "stratified"
-
-    def _check_likelihood(self) -> None:
-        if not hasattr(self.model, "token_nll") or not self.model.has_likelihood:
-            raise ValueError(
-                f"pretrained={self.name} is a {type(self.model).__name__}, which has no likelihood: choose tasks "
-                f"whose output_type is generate_until."
-            )
 
     def _are_greedy(
         self, contexts: Sequence[list[int]], continuations: Sequence[list[int]], disable_tqdm: bool

@@ -110,7 +110,6 @@ def score_sequences(
     num_samples: int = 1,
     batch_size: int = 8,
     seed: int = 0,
-    device: torch.device | str | None = None,
     progress: bool = False,
     score: Callable[..., list[Any]] | None = None,
 ) -> list[Any]:
@@ -127,7 +126,6 @@ def score_sequences(
         estimator: `"published"`, or `"sampled"`, `"stratified"` or `"exact"`, see the model's `token_nll`.
         num_samples: noise samples per sequence; unused by `"exact"`, and 1 for `"published"`.
         seed: of the noise.
-        device: where to compute; the model's device by default.
         score: makes the scores of a batch, by default `score_batch`.
 
     Raises:
@@ -140,7 +138,7 @@ def score_sequences(
     bar = tqdm(total=len(indices), desc="scoring", leave=False, disable=not progress)
     with bar, _evaluating(model):
         for batch in batches_of(sequences, indices, batch_size):
-            scores += score(model, batch, protocol, device=device)
+            scores += score(model, batch, protocol)
             bar.update(len(batch.indices))
     return sorted(scores)
 
@@ -179,30 +177,24 @@ def batches_of(sequences: Sequence[Any], indices: Sequence[int], batch_size: int
     yield from waiting.values()
 
 
-def score_batch(
-    model: Any, batch: Batch, protocol: Protocol, *, device: torch.device | str | None = None
-) -> list[SequenceScore]:
+def score_batch(model: Any, batch: Batch, protocol: Protocol) -> list[SequenceScore]:
     """Score some sequences of a dataset; the noise of each depends on its index and the protocol only."""
-    nll, mask, _ = _token_nll(model, batch, protocol, device)
+    nll, mask, _ = _token_nll(model, batch, protocol)
     # float64, so that the sum over thousands of tokens adds no rounding error of its own.
     sums = (nll.double() * mask).sum(1).tolist()
     return list(map(SequenceScore, batch.indices, sums, mask.long().sum(1).tolist()))
 
 
-def _score_tokens_of_batch(
-    model: Any, batch: Batch, protocol: Protocol, *, device: torch.device | str | None = None
-) -> list[TokenScores]:
-    nll, mask, ids = _token_nll(model, batch, protocol, device)
+def _score_tokens_of_batch(model: Any, batch: Batch, protocol: Protocol) -> list[TokenScores]:
+    nll, mask, ids = _token_nll(model, batch, protocol)
     nll, labels = nll.double().masked_fill(~mask.bool(), 0.0), ids.masked_fill(~mask.bool(), -100)
     return list(map(TokenScores, batch.indices, nll.tolist(), labels.tolist()))
 
 
 @torch.no_grad()
-def _token_nll(
-    model: Any, batch: Batch, protocol: Protocol, device: torch.device | str | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _token_nll(model: Any, batch: Batch, protocol: Protocol) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return NLL, mask of scored tokens, and token ids, each `(batch, length)`."""
-    inputs = batch_of(batch.rows, _device_of(model) if device is None else device)
+    inputs = batch_of(batch.rows, _device_of(model))
     noise = _published_noise_arguments if protocol.estimator == "published" else _noise_arguments
     arguments = noise(model, batch.indices, inputs, protocol)
     return *model.token_nll(inputs.input_ids, inputs.attention_mask, **arguments), inputs.input_ids
@@ -346,19 +338,16 @@ def _counts(ids: Iterable[int], vocab_size: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def scored_token_ids(
-    model: Any, sequences: Sequence[Any], *, batch_size: int = 8, device: torch.device | str | None = None
-) -> torch.Tensor:
+def scored_token_ids(model: Any, sequences: Sequence[Any], *, batch_size: int = 8) -> torch.Tensor:
     """Return the token ids `(num_tokens,)` of `sequences` that `model` scores, on the CPU.
 
     A baseline that is compared with the model must score the same tokens: no padding, no given first token. This
     costs one forward pass with one noise sample per sequence.
     """
-    device = _device_of(model) if device is None else device
     found = []
     for start in range(0, len(sequences), batch_size):
         rows = [sequences[index] for index in range(start, min(start + batch_size, len(sequences)))]
-        input_ids, attention_mask, context = batch_of(rows, device)
+        input_ids, attention_mask, context = batch_of(rows, _device_of(model))
         mask = model.token_nll(input_ids, attention_mask, estimator="sampled", num_samples=1, **context).mask
         found.append(input_ids[mask.bool()].cpu())
     return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
@@ -439,28 +428,22 @@ def sequence_losses(
             input_ids, attention_mask, context = batch_of([sequences[index]], device)
             labels = context.get("labels", input_ids).masked_fill(attention_mask == 0, -100)
             count = int((labels != -100).sum())
-            noise = _loss_noise(model, input_ids.shape[1], num_samples, derived_seed(seed, int(index)))
+            length, blocks = input_ids.shape[1], model.config.num_blocks(input_ids.shape[1])
+            generator = torch.Generator().manual_seed(derived_seed(seed, int(index)))
+            noise = torch.rand((num_samples, 2 * blocks + length), generator=generator)
             total = 0.0
-            for first in range(0, num_samples, batch_size):
-                part = [field[first : first + batch_size] for field in noise]
-                rows = len(part[0])
+            for part in noise.split(batch_size):
+                fields = part.to(device).split([blocks, length, blocks], dim=1)
+                rows = len(part)
                 loss = model(
                     input_ids=input_ids.expand(rows, -1),
                     attention_mask=attention_mask.expand(rows, -1),
                     labels=labels.expand(rows, -1),
-                    **{name: field.to(device) for name, field in zip(Noise._fields, part, strict=True)},
+                    **Noise(*fields)._asdict(),
                 ).loss
                 total += float(loss) * rows
             scores.append(SequenceScore(int(index), total / num_samples * count, count))
     return sorted(scores)
-
-
-def _loss_noise(model: Any, length: int, num_samples: int, seed: int) -> list[torch.Tensor]:
-    """Return the fields of [`Noise`] for a sequence, each `(num_samples, blocks or length)`."""
-    generator = torch.Generator().manual_seed(seed)
-    blocks = model.config.num_blocks(length)
-    uniform = torch.rand((num_samples, 2 * blocks + length), generator=generator)
-    return list(uniform.split([blocks, length, blocks], dim=1))
 
 
 def summarize_losses(scores: Iterable[SequenceScore], *, seconds: float = 0.0) -> HeldOutLoss:

@@ -14,7 +14,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,7 +24,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
 import bd3lm_hf
-from bd3lm_hf.evaluation.perplexity import Batch, Protocol, SequenceScore, batches_of, score_batch
+from bd3lm_hf.evaluation.perplexity import Protocol, SequenceScore, batches_of, score_batch
 from bd3lm_hf.printing import ProgressReport, escape_markdown, markdown_table
 from bd3lm_hf.user_files import JsonLinesFile, check_output_file, is_json_with, write_atomically
 
@@ -174,9 +174,6 @@ class ScoresFile(JsonLinesFile):
                 scores.setdefault(int(row), SequenceScore(int(row), float(nll), int(count)))
             self._seconds[run] += entry["seconds"]
 
-    def _unfinished(self) -> list[str]:
-        return [run for run in self._runs if run not in self._finished and self._scores[run]]
-
     def begin(self, identity: Mapping[str, Any]) -> Progress:
         """Return what the file holds of the run with this identity.
 
@@ -185,19 +182,19 @@ class ScoresFile(JsonLinesFile):
         """
         identity = json.loads(json.dumps(identity))  # as it comes back from the file
         run = digest(identity)
-        for other in self._unfinished():
-            if other != run:
-                old = self._runs[other]
-                differences = [
-                    f"{name} was {old.get(name)} and is {identity.get(name)}"
-                    for name in {**old, **identity}
-                    if old.get(name) != identity.get(name)
-                ]
-                raise ValueError(
-                    f"{self.path} holds {len(self._scores[other])} scores of another run that was interrupted: "
-                    f"{'; '.join(differences)}. Repeat that run to finish it, name another output, or drop its scores "
-                    f"with --restart."
-                )
+        for other, old in self._runs.items():
+            if other == run or other in self._finished or not self._scores[other]:
+                continue
+            differences = [
+                f"{name} was {old.get(name)} and is {identity.get(name)}"
+                for name in {**old, **identity}
+                if old.get(name) != identity.get(name)
+            ]
+            raise ValueError(
+                f"{self.path} holds {len(self._scores[other])} scores of another run that was interrupted: "
+                f"{'; '.join(differences)}. Repeat that run to finish it, name another output, or drop its scores "
+                f"with --restart."
+            )
         if run not in self._runs:
             self._write({"run": run, "identity": identity})
         return Progress(dict(self._scores[run]), self._seconds[run])
@@ -255,14 +252,16 @@ def score_shared(
     if isinstance(begun, ValueError):
         raise begun
     scores, seconds = dict(begun.scores), begun.seconds
-    missing = _missing(batches_of(sequences, range(len(sequences)), batch_size), frozenset(scores))
+    done = frozenset(scores)
+    batches = batches_of(sequences, range(len(sequences)), batch_size)
+    missing = (batch for batch in batches if not done.issuperset(batch.indices))
     report = ProgressReport("scoring", len(sequences), initial=len(scores), unit="sequence", disable=not progress)
     try:
         with report:
             # A round is a batch for each process; in the last one some may have none.
-            while batches := list(itertools.islice(missing, processes.size)):
+            while turn := list(itertools.islice(missing, processes.size)):
                 started = time.perf_counter()
-                own = batches[processes.rank : processes.rank + 1]
+                own = turn[processes.rank : processes.rank + 1]
                 found = processes.gather([score for batch in own for score in score_batch(model, batch, protocol)])
                 new = [SequenceScore(*score) for score in found if score[0] not in scores]
                 spent = time.perf_counter() - started
@@ -284,10 +283,6 @@ def _begin(file: ScoresFile | None, identity: Mapping[str, Any]) -> Progress | V
         return Progress({}, 0.0) if file is None else file.begin(identity)
     except ValueError as error:
         return error  # for every process to raise
-
-
-def _missing(batches: Iterable[Batch], done: frozenset[int]) -> Iterator[Batch]:
-    return (batch for batch in batches if not done.issuperset(batch.indices))
 
 
 # Tables of results
@@ -330,9 +325,6 @@ def check_outputs(paths: Sequence[Path], *, overwrite: bool = False) -> None:
 
     Args:
         overwrite: replace a JSON file that this command did not write.
-
-    Raises:
-        ValueError: if there is one; the message names the file and the remedy.
     """
     for path in paths:
         kind = path.suffix.lower()

@@ -157,11 +157,7 @@ def add_sampling(group: Any, fields: Iterable[str]) -> None:
 
 
 def plan(arguments: argparse.Namespace) -> Job:
-    """Read the prompts and refuse what cannot be done, before a model is loaded.
-
-    Raises:
-        ValueError: if flags do not fit together, an output cannot be written, or the prompts cannot be read.
-    """
+    """Read the prompts and refuse what cannot be done, before a model is loaded."""
     if arguments.stream and (arguments.batch_size or 1) > 1:
         raise ValueError(f"--stream shows one text at a time: leave --batch-size {arguments.batch_size} out.")
     if arguments.overwrite and arguments.output is None and not arguments.trace:
@@ -193,11 +189,7 @@ def generation_fields(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_chat_arguments(arguments: argparse.Namespace) -> None:
-    """Refuse flags that mean nothing in a conversation.
-
-    Raises:
-        ValueError: if such a flag is given; the message names it.
-    """
+    """Refuse flags that mean nothing in a conversation."""
     given = {
         "--num-samples": arguments.num_samples != 1,
         "--batch-size": arguments.batch_size is not None,

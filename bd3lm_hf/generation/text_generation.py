@@ -77,7 +77,7 @@ def generate_batch(
             )[0]
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-    input_ids, attention_mask = _pad_left(prompts, model)
+    inputs = pad_left(prompts, model.device, model.generation_config.pad_token_id or 0)
     if has_row_generators:
         generation["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
     # Only the trace shows which steps revealed a token of which row.
@@ -86,14 +86,13 @@ def generate_batch(
     started = time.perf_counter()
     with _eos_disabled(model.generation_config, not stop_at_eos), _seeded(model.device, seeds[0]):
         output = model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+            **inputs,
             max_new_tokens=max_new_tokens,
             return_dict_in_generate=True,
             **generation,
         )
     seconds = (time.perf_counter() - started) / len(prompts)
-    width = input_ids.shape[1]
+    width = inputs["input_ids"].shape[1]
     texts = []
     for row, (prompt, ids) in enumerate(zip(prompts, output.sequences.tolist(), strict=True)):
         new_ids = without_padding(ids[width:], model.generation_config) if stop_at_eos else ids[width:]
@@ -115,14 +114,15 @@ def without_padding(new_ids: list[int], config: Any) -> list[int]:
     return new_ids[:count]
 
 
-def _pad_left(prompts: Sequence[Sequence[int]], model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and attention mask, both `(batch, length of the longest prompt)`."""
+def pad_left(prompts: Sequence[Sequence[int]], device: torch.device, padding: int = 0) -> dict[str, torch.Tensor]:
+    """Return `input_ids` and `attention_mask`, both `(batch, length of the longest prompt)`.
+
+    The attention mask hides the padding, so any id of the vocabulary will do.
+    """
     width = max(map(len, prompts))
-    # The attention mask hides the padding, so any id of the vocabulary will do.
-    padding = model.generation_config.pad_token_id or 0
     ids = [[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
 def _count_forwards(output: Any, row: int, num_new: int) -> tuple[int, int]:

@@ -61,12 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def write_samples(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Generate all samples of a job that are not finished yet; an interrupt keeps those that are.
-
-    Raises:
-        ValueError: if a prompt is too long for the model, a trace is asked of a model that does not denoise, or the
-            samples file does not belong to this job.
-    """
+    """Generate all samples of a job that are not finished yet; an interrupt keeps those that are."""
     check_generates(model, job.model)
     if job.traces and not hasattr(model.generation_config, "output_trace"):
         raise ValueError(f"--trace shows denoising steps, and a {type(model).__name__} takes none: leave it out.")
@@ -111,8 +106,17 @@ def _generate_all(
     with tqdm(total=count, initial=kept, desc="generating", unit="text", disable=not is_shown, leave=False) as bar:
         for begin in range(0, len(missing), job.batch_size):
             batch = missing[begin : begin + job.batch_size]
-            inputs = {index: encoded[prompts[index]] for index in batch}
-            texts = _generate(job, inputs, [seeds[index] for index in batch], model, tokenizer)
+            if job.stream and batch[0] > 0:
+                print(SEPARATOR)
+            texts = generate_batch(
+                model,
+                [encoded[prompts[index]] for index in batch],
+                seeds=[seeds[index] for index in batch],
+                stop_at_eos=True,
+                keep_steps=bool(job.traces),
+                streamer=_streamer(tokenizer) if job.stream else None,
+                **job.generation,
+            )
             samples = [
                 Sample.of(text, tokenizer, index=index, prompt=prompts[index], settings=job.settings)
                 for index, text in zip(batch, texts, strict=True)
@@ -128,24 +132,6 @@ def _generate_all(
             bar.update(len(batch))
     if file is not None:
         print(f"{count} samples in {job.output}" + (f", {kept} of an earlier run" if kept else ""))
-
-
-def _generate(
-    job: Job, inputs: dict[int, list[int]], seeds: list[int], model: Any, tokenizer: PreTrainedTokenizerBase
-) -> list[GeneratedText]:
-    if job.stream and min(inputs) > 0:
-        print(SEPARATOR)
-    options = dict(job.generation)
-    return generate_batch(
-        model,
-        list(inputs.values()),
-        options.pop("max_new_tokens"),
-        seeds=seeds,
-        stop_at_eos=True,
-        keep_steps=bool(job.traces),
-        streamer=_streamer(tokenizer) if job.stream else None,
-        **options,
-    )
 
 
 def _encode(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str | None, list[int]]:
@@ -222,7 +208,10 @@ def run_infill(arguments: argparse.Namespace) -> None:
     for number, ids in enumerate(encoded):
         if number:
             print(SEPARATOR)
-        print(tokenizer.decode(_infill(model, ids, number, arguments.seed, fields), skip_special_tokens=True))
+        generator = torch.Generator().manual_seed(derived_seed(arguments.seed, number))
+        input_ids = torch.tensor([ids], device=model.device)
+        filled = model.infill(input_ids, torch.ones_like(input_ids), generator=generator, **fields)
+        print(tokenizer.decode(filled[0], skip_special_tokens=True))
 
 
 def _encode_gaps(text: str, arguments: argparse.Namespace, model: Any, tokenizer: Any) -> list[int]:
@@ -236,31 +225,11 @@ def _encode_gaps(text: str, arguments: argparse.Namespace, model: Any, tokenizer
     return ids
 
 
-def _infill(model: Any, ids: list[int], number: int, seed: int, fields: dict[str, Any]) -> list[int]:
-    generator = torch.Generator().manual_seed(derived_seed(seed, number))
-    input_ids = torch.tensor([ids], device=model.device)
-    filled = model.infill(input_ids, torch.ones_like(input_ids), generator=generator, **fields)
-    return filled[0].tolist()
-
-
 # Conversations
 
 
 #: What a user types instead of a message.
 RESET, END = "/reset", "/exit"
-
-
-def check_chat(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that cannot write messages as text.
-
-    Raises:
-        ValueError: if it has no chat template.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"--chat needs a chat template, which the tokenizer {tokenizer.name_or_path!r} does not have: set "
-            f"tokenizer.chat_template and save it, or give a --prompt."
-        )
 
 
 def converse(
@@ -279,8 +248,15 @@ def converse(
     Args:
         generation: arguments of `generate`.
         streamer: shows an answer while it is written.
+
+    Raises:
+        ValueError: if the tokenizer has no chat template.
     """
-    check_chat(tokenizer)
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"--chat needs a chat template, which the tokenizer {tokenizer.name_or_path!r} does not have: set "
+            f"tokenizer.chat_template and save it, or give a --prompt."
+        )
     set_seed(seed)
     messages: list[dict[str, str]] = []
     for line in _lines(stdin or sys.stdin):

@@ -42,7 +42,7 @@ class TimedPair(NamedTuple):
     spread: tuple[float, float]  # least and greatest ratio
 
 
-def build(name: str, block_size: int = 4) -> PreTrainedModel:
+def build(name: str) -> PreTrainedModel:
     """Return a model with random weights: `"bd3lm"`, `"gpt2"`, a decoder (`"qwen3"`) or block diffusion on it.
 
     The last is named `"bd3lm_qwen3"`. All have 12 layers of width 768 and no dropout (so they do the same work).
@@ -57,7 +57,7 @@ def build(name: str, block_size: int = 4) -> PreTrainedModel:
         return rival
     if name != "bd3lm":
         return _build_decoder(name)
-    model = BD3LMForMaskedLM(BD3LMConfig(vocab_size=VOCAB_SIZE, block_size=block_size, dropout=0.0))
+    model = BD3LMForMaskedLM(BD3LMConfig(vocab_size=VOCAB_SIZE, block_size=4, dropout=0.0))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.02)  # a fresh model's zeros would make some products cheaper

@@ -13,18 +13,11 @@ from bd3lm_hf.reports.run_reader import Named, finite
 
 #: Distinct in every common form of colour blindness, with a contrast of 3:1 and more; lines differ in form as well.
 COLOURS = ("#0072b2", "#c4500a", "#007a5e", "#a84f86", "#82660a", "#4a4fa8", "#5f6368")
-
-
 _LINES, MARKERS = ("-", "--", "-.", ":"), "os^Dv"
-
 
 #: Text, axes and grid. In the page these, and the colours above, are variables that follow the reader's scheme.
 INK, SOFT, GRID = "#1d2129", "#646b79", "#e2dfd8"
-
-
 VARIABLES = {INK: "ink", SOFT: "soft", GRID: "line", **{colour: f"c{n}" for n, colour in enumerate(COLOURS)}}
-
-
 FACE = 7.5, 3.9  # inches
 
 
@@ -37,11 +30,7 @@ class Figure(NamedTuple):
 
 
 def check_matplotlib() -> None:
-    """Check that matplotlib is installed.
-
-    Raises:
-        ValueError: if it is not.
-    """
+    """Check that matplotlib is installed."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:

@@ -88,11 +88,7 @@ def draw(material: Material) -> dict[str, list[Figure]]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run `bd3lm report`.
-
-    Raises:
-        ValueError: if an argument or a file is wrong.
-    """
+    """Run `bd3lm report`."""
     written = write_report(arguments.runs, arguments.output, overwrite=arguments.overwrite)
     count = len(written) - 1
     print(f"{written[0]}, and {count} figure{'' if count == 1 else 's'} as {written[0].stem}-*.png")
@@ -147,9 +143,7 @@ class Section(NamedTuple):
     note: str = ""
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
-    samples: Sequence[
-        tuple[str, list[RunSample], int]
-    ] = ()  # title, samples, the last first, and how many are left out
+    samples: Sequence[tuple[str, list[RunSample], int]] = ()  # title, the last samples, and how many are left out
 
 
 def page(material: Material, figures: Mapping[str, Sequence[Figure]]) -> str:

@@ -79,11 +79,7 @@ def add_quality_arguments(parser: argparse.ArgumentParser, words: Sequence[str] 
 
 
 def check_quality(arguments: argparse.Namespace) -> None:
-    """Refuse what cannot be done, before a model is loaded.
-
-    Raises:
-        ValueError: if flags do not fit together, or a file cannot be written.
-    """
+    """Refuse what cannot be done, before a model is loaded."""
     if arguments.greedy and arguments.dataset is None:
         raise ValueError(
             "--greedy generates the same text again and again from nothing: name a --dataset to continue."

@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from bd3lm_hf.argument_parser import load_model_and_tokenizer
 from bd3lm_hf.data import load_text, pack
+from bd3lm_hf.data.packing import evenly_spaced
 from bd3lm_hf.evaluation.generative import mean_entropy
 from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_model, reference_model_of
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
-from bd3lm_hf.printing import ProgressReport
+from bd3lm_hf.printing import ProgressReport, markdown_table
 from bd3lm_hf.reports.plotting import check_matplotlib, draw_speed_quality
 from bd3lm_hf.reports.reports_cli import CURVES, SHARED_FIELDS, check_quality
 from bd3lm_hf.seeds import derived_seed
@@ -49,11 +50,6 @@ class Ratio(NamedTuple):
 
     value: float
     standard_error: float  # of the value
-
-
-def quality_curve(model: Any, curves: Mapping[str, Any], judge: ReferenceModel, **options: Any) -> list[Point]:
-    """Return the points of [`quality_points`], which has the arguments."""
-    return list(quality_points(model, curves, judge, **options))
 
 
 def quality_points(
@@ -90,7 +86,11 @@ def quality_points(
         prompts = [[model.generation_config.bos_token_id]] * num_samples
     if len(prompts) < 2:
         raise ValueError(f"{len(prompts)} texts give no standard error: ask for at least 2.")
-    new_tokens = _check_new_tokens(new_tokens, len(prompts[0]), model.config.model_length)
+    num_given = len(prompts[0])
+    room = model.config.model_length - num_given
+    new_tokens = room if new_tokens is None else new_tokens
+    if not 0 < new_tokens <= room:
+        raise ValueError(f"new_tokens={new_tokens}: after {num_given} tokens the model's window has room for {room}.")
     settings = [(sampler, dict(setting)) for sampler, settings in curves.items() for setting in settings]
     with ProgressReport("quality", len(settings), unit="setting", disable=not progress) as report:
         for sampler, setting in settings:
@@ -112,14 +112,6 @@ def quality_points(
                 scores=scores,
             )
             report.update()
-
-
-def _check_new_tokens(new_tokens: int | None, num_given: int, window: int) -> int:
-    room = window - num_given
-    new_tokens = room if new_tokens is None else new_tokens
-    if not 0 < new_tokens <= room:
-        raise ValueError(f"new_tokens={new_tokens}: after {num_given} tokens the model's window has room for {room}.")
-    return new_tokens
 
 
 def _texts(
@@ -151,39 +143,27 @@ def compare_curves(point: Point, baseline: Point) -> Ratio:
 
 def speed_quality_table(points: Sequence[Point]) -> str:
     """Return a markdown table; the others are compared with the first point of all, and of each sampler."""
-    lines = [
-        "| sampler | setting | tokens per forward | in a batch | perplexity | over the first row "
-        "| over its sampler's first | entropy |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = ("sampler", "setting", "tokens per forward", "in a batch", "perplexity", "over the first row")
+    rows = []
     firsts: dict[str, Point] = {}
     for point in points:
         first = firsts.setdefault(point.sampler, point)
         ratios = [compare_curves(point, points[0]), compare_curves(point, first)]
         cells = [
             point.sampler,
-            label(point),
+            ", ".join(f"{name} {value}" for name, value in point.setting.items() if value is not None) or "default",
             f"{point.tokens_per_forward:.2f}",
             f"{point.tokens_per_batch_forward:.2f}",
             f"{point.perplexity:.2f} +- {point.perplexity * point.standard_error:.2f}",
             *(f"{ratio.value:.3f} +- {ratio.standard_error:.3f}" for ratio in ratios),
             f"{point.entropy:.2f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def label(point: Point) -> str:
-    """Return the setting in words."""
-    return ", ".join(f"{name} {value}" for name, value in point.setting.items() if value is not None) or "default"
+        rows.append(cells)
+    return markdown_table([*head, "over its sampler's first", "entropy"], rows)
 
 
 def plot_speed_quality(points: Sequence[Point], path: Path, *, judge: str) -> None:
-    """Draw generative perplexity and entropy over the tokens of a forward pass, a curve per sampler.
-
-    Raises:
-        ValueError: if matplotlib is not installed.
-    """
+    """Draw generative perplexity and entropy over the tokens of a forward pass, a curve per sampler."""
     check_matplotlib()
     title = f"quality over speed: {len(points[0].scores)} samples per setting"
     drawing = draw_speed_quality([point._asdict() for point in points], judge, title)
@@ -226,7 +206,8 @@ def compare_samplers(arguments: argparse.Namespace, model: Any, tokenizer: PreTr
         **fields,
     ):
         points.append(point)
-        _write_points(arguments, points, name)  # what is finished stays if the command is stopped
+        if arguments.output is not None:
+            _write_points(arguments, points, name)  # what is finished stays if the command is stopped
     shown = ["greedy"] if arguments.greedy else [f"{field} {fields[field]:g}" for field in SHARED_FIELDS]
     print(f"judge: {name}; {len(points[0].scores)} texts per setting, {', '.join(shown)}")
     print(speed_quality_table(points))
@@ -235,8 +216,6 @@ def compare_samplers(arguments: argparse.Namespace, model: Any, tokenizer: PreTr
 
 
 def _write_points(arguments: argparse.Namespace, points: Sequence[Point], judge: str) -> None:
-    if arguments.output is None:
-        return
     rows = [{key: value for key, value in point._asdict().items() if key != "scores"} for point in points]
     names = ("model", "seed", "num_samples", "dataset", "prompt_tokens", "greedy", *SHARED_FIELDS)
     report = {"judge": judge, **{key: getattr(arguments, key) for key in names}, "points": rows}
@@ -255,9 +234,7 @@ def _prompts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) 
             f"--num-samples {arguments.num_samples}: the dataset has {len(rows)} sequences of "
             f"{arguments.prompt_tokens} tokens; ask for fewer."
         )
-    return [
-        list(rows[number * len(rows) // arguments.num_samples]["input_ids"]) for number in range(arguments.num_samples)
-    ]
+    return [list(row["input_ids"]) for row in evenly_spaced(rows, arguments.num_samples)]
 
 
 def _reference_model(

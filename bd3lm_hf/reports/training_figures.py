@@ -35,10 +35,12 @@ _MOST_SEARCHES = 6  # heat maps of a run, its first and last search among them
 
 def curves(runs: Sequence[Run]) -> list[Figure]:
     """Draw loss, held-out likelihood and speed over the steps, all runs in one figure each."""
+    about = "; ".join(dict.fromkeys(f"{run.held_out}, {run.estimator(final=False)}" for run in runs))
+    held_out = f"Negative log-likelihood of held-out text in training: {about}. Bands are one standard error."
     figures = []
     for draw, name, caption in (
         (_training_loss, "training-loss", "Training loss; thin lines are the logged values, thick ones their mean."),
-        (_held_out, "held-out", _held_out_caption(runs)),
+        (_held_out, "held-out", held_out),
         (_speed, "speed", "Speed of training, without evaluation and saving."),
     ):
         figure, axes = new_axes()
@@ -46,11 +48,6 @@ def curves(runs: Sequence[Run]) -> list[Figure]:
             add_legend(axes)
             figures.append(Figure(name, caption, figure))
     return figures
-
-
-def _held_out_caption(runs: Sequence[Run]) -> str:
-    about = "; ".join(dict.fromkeys(f"{run.held_out}, {run.estimator(final=False)}" for run in runs))
-    return f"Negative log-likelihood of held-out text in training: {about}. Bands are one standard error."
 
 
 def _training_loss(axes: Any, runs: Sequence[Run]) -> bool:

@@ -14,11 +14,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.data import load_text, pack
+from bd3lm_hf.data.packing import evenly_spaced
 from bd3lm_hf.evaluation.perplexity import check_estimator, perplexity
 from bd3lm_hf.modeling.noise_bd3lm import draw_noise
+from bd3lm_hf.printing import markdown_table
 from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
 
 
@@ -82,17 +85,13 @@ def estimator_variance(
 def variance_table(results: Sequence[EstimatorVariance]) -> str:
     """Return a markdown table; variance at equal cost is relative to the first line."""
     first = results[0]
-    lines = [
-        "| estimator | nats per token | standard error | seconds | standard error of one second | variance x time |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ("estimator", "nats per token", "standard error", "seconds", "standard error of one second")
+    rows = []
     for result in results:
         cost = (result.error_of_a_second / first.error_of_a_second) ** 2 if first.deviation else math.nan
-        lines.append(
-            f"| {result.setting} | {result.nll:.4f} | {result.deviation:.4f} | {result.seconds:.3f} | "
-            f"{result.error_of_a_second:.4f} | {cost:.3f} |"
-        )
-    return "\n".join(lines)
+        cells = [f"{result.nll:.4f}", f"{result.deviation:.4f}", f"{result.seconds:.3f}"]
+        rows.append([str(result.setting), *cells, f"{result.error_of_a_second:.4f}", f"{cost:.3f}"])
+    return markdown_table([*head, "variance x time"], rows)
 
 
 def read_estimator(text: str) -> Setting:
@@ -112,22 +111,23 @@ def read_estimator(text: str) -> Setting:
 def measure_variance(
     folder: str, dataset: str, settings: Sequence[str], *, batch_size: int, batches: int, repeats: int
 ) -> list[EstimatorVariance]:
-    """Measure estimates of a checkpoint's likelihood on held-out sequences, spread over a dataset.
-
-    Raises:
-        ValueError: if checkpoint, tokenizer, dataset or an estimator cannot be used, or a number is below 1.
-    """
+    """Measure estimates of a checkpoint's likelihood on held-out sequences, spread over a dataset."""
     if min(batch_size, batches) < 1:
         raise ValueError(f"--batch-size {batch_size} --batches {batches}: give at least 1 of each.")
     wanted = [read_estimator(text) for text in settings]
-    model, tokenizer = load_model(folder).eval(), load_tokenizer(folder)
-    check_tokenizer_fits(tokenizer, model.config)
+    model, tokenizer = _load(folder)
     rows = pack(load_text(dataset, split="validation"), tokenizer, length=model.config.model_length, drop_last=True)
     count = batch_size * batches
     if len(rows) < count:
         raise ValueError(f"{dataset} has {len(rows)} held-out sequences, fewer than {count}: give fewer batches.")
-    chosen = [rows[index * len(rows) // count] for index in range(count)]
-    return estimator_variance(model, chosen, wanted, num_seeds=repeats, batch_size=batch_size)
+    chosen = list(evenly_spaced(rows, count))
+    return estimator_variance(model.eval(), chosen, wanted, num_seeds=repeats, batch_size=batch_size)
+
+
+def _load(folder: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    check_tokenizer_fits(tokenizer, model.config)
+    return model, tokenizer
 
 
 # The gradient of a training step
@@ -155,7 +155,7 @@ class _Sums:
 
 
 def gradient_variance(
-    model: Any, batches: Sequence[torch.Tensor], draws: Sequence[int], *, repeats: int, seed: int = 0
+    model: Any, batches: Sequence[torch.Tensor], draws: Sequence[int], *, repeats: int
 ) -> list[GradientVariance]:
     """Measure on every batch `repeats` times for each number of noise samples, in turn.
 
@@ -173,7 +173,7 @@ def gradient_variance(
     if len(batches) < 2 or repeats < 2:
         raise ValueError(f"{len(batches)} batches of {repeats} noise seeds have no variance: give at least 2 of each.")
     model.train()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     _gradient(model, batches[0], max(draws), generator)  # warms up, and does not count
     sums = [_Sums() for _ in draws]
     for ids in batches:
@@ -231,8 +231,7 @@ def gradient_batches(dataset: str, tokenizer: Any, *, length: int, size: int, co
     Raises:
         ValueError: if the text is too short.
     """
-    rows = pack(load_text(dataset, split="train"), tokenizer, length=length)
-    whole = [ids for ids in rows["input_ids"] if len(ids) == length]
+    whole = pack(load_text(dataset, split="train"), tokenizer, length=length, drop_last=True)["input_ids"]
     if len(whole) < size * count:
         raise ValueError(
             f"{dataset} has {len(whole)} sequences of {length} tokens, too few for {count} batches of {size}: give "
@@ -247,33 +246,25 @@ def gradient_batches(dataset: str, tokenizer: Any, *, length: int, size: int, co
 def gradient_table(results: Sequence[GradientVariance]) -> str:
     """Return a markdown table; variance times time is relative to the first line."""
     first = results[0]
-    lines = [
-        "| draws | s/step | time | noise variance | data variance | noise variance x time | total variance x time |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ("draws", "s/step", "time", "noise variance", "data variance")
+    rows = []
     for result in results:
         noise = result.noise / first.noise
         total = (result.noise + result.data) / (first.noise + first.data)
-        lines.append(
-            f"| {result.draws} | {result.seconds:.3f} | {result.time_ratio:.2f} | {result.noise:.4g} +- "
-            f"{result.noise_error:.2g} | {result.data:.4g} | {noise * result.time_ratio:.2f} | "
-            f"{total * result.time_ratio:.2f} |"
-        )
-    return "\n".join(lines)
+        costs = [f"{variance * result.time_ratio:.2f}" for variance in (noise, total)]
+        spread = f"{result.noise:.4g} +- {result.noise_error:.2g}"
+        times = [f"{result.seconds:.3f}", f"{result.time_ratio:.2f}"]
+        rows.append([str(result.draws), *times, spread, f"{result.data:.4g}", *costs])
+    return markdown_table([*head, "noise variance x time", "total variance x time"], rows)
 
 
 def measure_gradients(
     folder: str, dataset: str, draws: Sequence[int], *, batch_size: int, batches: int, repeats: int
 ) -> list[GradientVariance]:
-    """Measure the variance of a checkpoint's gradient on a dataset.
-
-    Raises:
-        ValueError: if checkpoint, tokenizer or dataset cannot be used, or a number is below 1.
-    """
+    """Measure the variance of a checkpoint's gradient on a dataset."""
     if min(*draws, batch_size) < 1:
         raise ValueError(f"--noise-draws {' '.join(map(str, draws))} --batch-size {batch_size}: give at least 1.")
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    check_tokenizer_fits(tokenizer, model.config)
+    model, tokenizer = _load(folder)
     length = model.config.model_length
     texts = gradient_batches(dataset, tokenizer, length=length, size=batch_size, count=batches)
     return gradient_variance(model, texts, draws, repeats=repeats)

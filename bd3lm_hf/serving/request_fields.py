@@ -13,41 +13,16 @@ from transformers import GenerationConfig
 
 # Fields of `generate` that a request may set directly (`extra_body` of the openai package).
 GENERATION_FIELDS = (
-    "sampler",
-    "num_denoising_steps",
-    "confidence_threshold",
-    "entropy_bound",
-    "nucleus_p",
-    "remask_fraction",
-    "window",
-    "do_sample",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
+    *("sampler", "num_denoising_steps", "confidence_threshold", "entropy_bound", "nucleus_p", "remask_fraction"),
+    *("window", "do_sample", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size"),
 )
 # Those that it may also set in `generation_config`. The others count the tokens of one call of `generate`, of which a
 # request takes several, or return what no answer holds.
 _CONFIG_FIELDS = (
     *GENERATION_FIELDS,
-    "bad_words_ids",
-    "bos_token_id",
-    "context",
-    "eos_token_id",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "max_new_tokens",
-    "pad_token_id",
-    "projection",
-    "renormalize_logits",
-    "sampling_dtype",
-    "sequence_bias",
-    "stop_at_second_eos",
-    "stop_strings",
-    "suppress_tokens",
-    "temperature",
-    "top_p",
-    "typical_p",
+    *("bad_words_ids", "bos_token_id", "context", "eos_token_id", "epsilon_cutoff", "eta_cutoff", "max_new_tokens"),
+    *("pad_token_id", "projection", "renormalize_logits", "sampling_dtype", "sequence_bias", "stop_at_second_eos"),
+    *("stop_strings", "suppress_tokens", "temperature", "top_p", "typical_p"),
 )
 _HONOURED = {
     *("model", "prompt", "messages", "stream", "seed", "stop", "temperature", "top_p", "frequency_penalty"),
@@ -198,11 +173,7 @@ def checked_messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def check_template_fields(body: dict[str, Any]) -> None:
-    """Refuse tools and template arguments that the chat template cannot get.
-
-    Raises:
-        HTTPException: 400 if they are not of the expected type, or arguments that the server sets.
-    """
+    """Refuse tools and template arguments that the chat template cannot get."""
     tools, fields = body.get("tools", []), body.get("chat_template_kwargs", {})
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise HTTPException(400, f"tools={tools!r}: expected a list of objects.")

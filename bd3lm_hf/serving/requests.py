@@ -69,28 +69,19 @@ class PlainText:
 
 # What a request brings itself; all other fields must agree for requests to be generated together.
 _OWN_FIELDS = ("max_new_tokens", "max_length", "stop_strings", "_from_model_config", "_original_object_hash")
-_DECODED_TOKENS = (
-    64  # decoded again for every new token, so that words and characters join; a character has few tokens
-)
+# Decoded again for every new token, so that words and characters join; a character has few tokens.
+_DECODED_TOKENS = 64
 
 
 @dataclass(eq=False)
 class Request:
-    """One request from its prompt to its last token.
-
-    Args:
-        prompt: token ids.
-        config: generation config; `max_new_tokens` and `stop_strings` are those of this request alone.
-        seed: of its random numbers; None draws one.
-        on_text: gets each piece of text as soon as it is final; nothing of it is taken back.
-        on_end: is called once, with an error or None, from the worker's thread.
-    """
+    """One request from its prompt to its last token."""
 
     prompt: list[int]
-    config: GenerationConfig
-    seed: int | None = None
-    on_text: Callable[[str], None] | None = None
-    on_end: Callable[[BaseException | None], None] | None = None
+    config: GenerationConfig  # its `max_new_tokens` and `stop_strings` are those of this request alone
+    seed: int | None = None  # of its random numbers; None draws one
+    on_text: Callable[[str], None] | None = None  # gets each piece of text that is final; nothing is taken back
+    on_end: Callable[[BaseException | None], None] | None = None  # called once, from the worker's thread
     written: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None

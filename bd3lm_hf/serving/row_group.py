@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from bd3lm_hf.checkpoints import window_of
+from bd3lm_hf.generation.text_generation import pad_left
 from bd3lm_hf.modeling.cache_bd3lm import BlockCache
 from bd3lm_hf.modeling.decoding_state_bd3lm import BlockCriteria
 from bd3lm_hf.modeling.linear_bd3lm import PrepackedLinears
@@ -77,13 +78,15 @@ class RowGroup:
         rows = [(request, self._start(request)) for request in self.rows]
         texts = [(request.prompt + request.written)[start:] for request, start in rows]
         blocks = self._blocks(texts)
-        turn = _Turn(self.rows, self.tokenizer, blocks, wants_turn if self._can_pause else lambda: False)
+        # Whether a call may end after any block without a change of the text.
+        can_pause = self.per_row and not self.in_one_piece
+        turn = _Turn(self.rows, self.tokenizer, blocks, wants_turn if can_pause else lambda: False)
         cache = self._take_cache(rows, texts)
         for request in self.rows:
             request.reseed()
         generators: Any = [request.generator for request in self.rows]
         output = self.model.generate(
-            **_padded(texts, self.model.device),
+            **pad_left(texts, self.model.device),
             generation_config=_call_config(self.rows[0].config, self._most_tokens(blocks)),
             generator=generators if self.per_row else generators[0],
             stopping_criteria=StoppingCriteriaList([turn]),
@@ -94,11 +97,6 @@ class RowGroup:
         if kept is not None and kept.get_seq_length() and (self.has_block_cache or len(self.rows) == 1):
             self._cache = (rows, kept)
         return turn.num_blocks
-
-    @property
-    def _can_pause(self) -> bool:
-        """Whether a call may end after any block without a change of the text."""
-        return self.per_row and not self.in_one_piece
 
     def _most_tokens(self, blocks: int | None) -> int:
         longest = max(request.remaining for request in self.rows)
@@ -210,16 +208,6 @@ def _ends_early(request: Request) -> bool:
     return getattr(request.config, "entropy_stop", None) is not None or bool(
         getattr(request.config, "stop_at_second_eos", False)
     )
-
-
-def _padded(texts: list[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
-    """Return `input_ids` and `attention_mask`, padded on the left."""
-    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        ids[row, ids.shape[1] - len(text) :] = torch.tensor(text, dtype=torch.long)
-        mask[row, ids.shape[1] - len(text) :] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 def _call_config(config: GenerationConfig, tokens: int) -> GenerationConfig:

@@ -15,11 +15,14 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
+from bd3lm_hf.argument_parser import integer
+from bd3lm_hf.generation.generate_cli import CHOICES, FIELDS
+
 
 _LIBRARIES = ("fastapi", "uvicorn", "openai")  # what transformers' server needs
 _KEY_VARIABLE = "BD3LM_API_KEY"
-# Fields of `generate` that have a flag.
-_FIELDS = ("sampler", "num_denoising_steps", "confidence_threshold", "entropy_bound", "nucleus_p", "temperature")
+# Fields of `generate` that have a flag, after `--sampler`.
+_FIELDS = ("num_denoising_steps", "confidence_threshold", "entropy_bound", "nucleus_p", "temperature")
 
 
 def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) -> None:
@@ -28,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) ->
     parser.add_argument("model", help="checkpoint folder or Hub name")
     parser.set_defaults(tokenizer=None)  # that of the model
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; a public one needs an API key")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
+    parser.add_argument(
+        "--port", type=integer(0, 2**16 - 1), default=8000, help="port to listen on; 0 takes a free one"
+    )
     parser.add_argument(
         "--api-key",
         help=f"what every request must carry; better in the variable {_KEY_VARIABLE}, which no process list shows",
@@ -40,31 +45,25 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) ->
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code of the folder; ours needs none")
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-batch-size", type=int, default=8, help="requests that are written together")
+    count = integer(1)
+    limits.add_argument("--max-batch-size", type=count, default=8, help="requests that are written together")
     limits.add_argument(
-        "--max-waiting", type=int, default=64, help="requests that wait; one more is answered with 429"
+        "--max-waiting", type=count, default=64, help="requests that wait; one more is answered with 429"
     )
-    limits.add_argument("--max-tokens", type=int, default=256, help="new tokens of a request that names no number")
+    limits.add_argument("--max-tokens", type=count, default=256, help="new tokens of a request that names no number")
     fields = parser.add_argument_group("generation", "defaults of all requests; without a flag, those of the folder")
-    fields.add_argument("--sampler", help="first_hitting, ancestral, confidence or entropy_bound")
-    fields.add_argument("--num-denoising-steps", type=int)
-    fields.add_argument("--confidence-threshold", type=float)
-    fields.add_argument("--entropy-bound", type=float)
-    fields.add_argument("--nucleus-p", type=float)
-    fields.add_argument("--temperature", type=float)
+    fields.add_argument("--sampler", help=", ".join(CHOICES["sampler"][0]))
+    for name in _FIELDS:
+        kind, text = FIELDS[name]
+        fields.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Check the arguments, load the model and serve it until the process is stopped.
-
-    Raises:
-        ValueError: if an argument, the model or a library does not allow it.
-        OSError: if the port is in use.
-    """
+    """Check the arguments, load the model and serve it until the process is stopped."""
     api_key = check(arguments)
     listener = listen(arguments.host, arguments.port)
     try:
-        app, settings = load_app(arguments, api_key)
+        app = load_app(arguments, api_key)
         import uvicorn
 
         logging.getLogger("uvicorn.error").addFilter(
@@ -73,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         listener.listen(2048)  # a client may connect as soon as the line is printed
-        print(f"Serving {settings.model} at http://{host}:{port}/v1 (Ctrl-C stops)", flush=True)
+        print(f"Serving {arguments.name or arguments.model} at http://{host}:{port}/v1 (Ctrl-C stops)", flush=True)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
         try:
             server.run(sockets=[listener])
@@ -84,11 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def check(arguments: argparse.Namespace) -> str | None:
-    """Refuse what cannot be served before anything is loaded, and return the API key.
-
-    Raises:
-        ValueError: if a library is missing, a number is out of range, or a public address has no API key.
-    """
+    """Refuse what cannot be served before anything is loaded, and return the API key."""
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"bd3lm serve needs {', '.join(missing)}: run `pip install 'bd3lm-hf[serve]'`.")
@@ -96,11 +91,6 @@ def check(arguments: argparse.Namespace) -> str | None:
         raise ValueError(
             "bd3lm serve needs the package transformers.cli.serving: upgrade transformers to 5.20 or newer."
         )
-    for name in ("max_batch_size", "max_waiting", "max_tokens", "num_denoising_steps"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected an integer >= 1.")
-    if not 0 <= arguments.port < 2**16:
-        raise ValueError(f"--port {arguments.port}: expected a number from 0 to 65535.")
     api_key = arguments.api_key or os.environ.get(_KEY_VARIABLE)
     if not _is_local(arguments.host) and not api_key:
         raise ValueError(
@@ -134,17 +124,13 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def load_app(arguments: argparse.Namespace, api_key: str | None) -> tuple[Any, Any]:
-    """Load the model and return the application and its settings.
-
-    Raises:
-        ValueError: if the folder cannot be loaded, or a generation field does not fit the model.
-    """
+def load_app(arguments: argparse.Namespace, api_key: str | None) -> Any:
+    """Load the model and return the application."""
     import torch
 
     from bd3lm_hf.argument_parser import load_model_and_tokenizer
     from bd3lm_hf.checkpoints import check_generates
-    from bd3lm_hf.serving.server import ServeSettings, make_app
+    from bd3lm_hf.serving.server import make_app
 
     if arguments.device == "auto":
         arguments.device = None
@@ -152,30 +138,26 @@ def load_app(arguments: argparse.Namespace, api_key: str | None) -> tuple[Any, A
     check_generates(model, arguments.model)
     if arguments.dtype != "auto":
         model = model.to(getattr(torch, arguments.dtype))
-    defaults = {name: getattr(arguments, name) for name in _FIELDS if getattr(arguments, name) is not None}
+    defaults = {name: getattr(arguments, name) for name in ("sampler", *_FIELDS)}
+    defaults = {name: value for name, value in defaults.items() if value is not None}
     unknown = sorted(set(defaults) - set(model.generation_config.to_dict()))
     if unknown:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
         raise ValueError(f"{flags}: a {type(model).__name__} has no such field; leave it out.")
-    settings = ServeSettings(
-        arguments.name or arguments.model,
-        defaults,
-        arguments.max_tokens,
-        api_key,
-        arguments.max_batch_size,
-        arguments.max_waiting,
+    app = make_app(
+        model,
+        tokenizer,
+        name=arguments.name or arguments.model,
+        defaults=defaults,
+        max_tokens=arguments.max_tokens,
+        api_key=api_key,
+        max_batch_size=arguments.max_batch_size,
+        max_waiting=arguments.max_waiting,
     )
-    app = make_app(model, tokenizer, settings)
-    _try(model, defaults)
-    return app, settings
-
-
-def _try(model: Any, defaults: dict[str, Any]) -> None:
-    """Generate one token, so that a model or a field that does not work is named now and not by the first request."""
-    import torch
-
+    # One token, so that a model or a field that does not work is named now and not by the first request.
     options = {"do_sample": True, **defaults}
     if getattr(model.generation_config, "num_denoising_steps", None):
         options["num_denoising_steps"] = 1  # an SSD-LM takes a thousand
     start = torch.full((1, 1), model.config.bos_token_id or 0, device=model.device)
     model.generate(start, max_new_tokens=1, **options)
+    return app

@@ -7,7 +7,6 @@ handlers of the two endpoints with the checks that they leave out, and middlewar
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
@@ -27,27 +26,6 @@ from bd3lm_hf.serving.batching import Batcher, Request
 from bd3lm_hf.serving.request_fields import check_fields, check_template_fields, checked_messages, own_fields
 from bd3lm_hf.serving.requests import PlainText
 from bd3lm_hf.serving.responses import Access, add_error_handlers, describe, error_content, openai_events, with_nulls
-
-
-@dataclass
-class ServeSettings:
-    """Settings of `bd3lm serve`.
-
-    Args:
-        model: what requests call the model.
-        defaults: fields of `generate` that replace those of the folder.
-        max_tokens: new tokens of a request that names no number.
-        api_key: which every request must carry; None for none.
-        max_batch_size: requests that are generated at a time.
-        max_waiting: requests that wait for that; one more is refused.
-    """
-
-    model: str
-    defaults: dict[str, Any] = field(default_factory=dict)
-    max_tokens: int = 256
-    api_key: str | None = None
-    max_batch_size: int = 8
-    max_waiting: int = 64
 
 
 # Generation by our batching
@@ -179,7 +157,8 @@ class OneModelState(GenerationState):
 class _Handler:
     """Mixed into transformers' handlers of both endpoints."""
 
-    settings: ServeSettings
+    defaults: dict[str, Any]  # fields of `generate` that replace those of the folder
+    max_tokens: int  # new tokens of a request that names no number
     _valid_params_class: Any
 
     async def handle_request(self, body: dict, request_id: str) -> Any:
@@ -206,9 +185,9 @@ class _Handler:
     ) -> GenerationConfig:
         """Return the fields of a request on top of those of the command line, on top of those of the folder."""
         ours = own_fields(body, model_generation_config)
-        limits = {"max_new_tokens": self.settings.max_tokens, "max_length": None}
+        limits = {"max_new_tokens": self.max_tokens, "max_length": None}
         # Sampling is what clients of this interface expect; temperature 0 turns it off.
-        fields = {"do_sample": True, **limits, **self.settings.defaults, **ours}
+        fields = {"do_sample": True, **limits, **self.defaults, **ours}
         made = type(model_generation_config).from_dict({**model_generation_config.to_dict(), **fields})
         limit = made.max_new_tokens
         # The seed is of this request alone; transformers' handler would set that of the whole process.
@@ -286,20 +265,35 @@ class LoadedModel(ModelManager):
         yield f"data: {json.dumps(event)}\n\n"
 
 
-def make_app(model: Any, tokenizer: Any, settings: ServeSettings) -> FastAPI:
+def make_app(
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    defaults: dict[str, Any],
+    max_tokens: int,
+    api_key: str | None,
+    **limits: int,
+) -> FastAPI:
     """Return the application that serves one model.
 
     Args:
         model: any model with `generate`, in evaluation mode.
         tokenizer: its tokenizer.
+        name: what requests call the model.
+        defaults: fields of `generate` that replace those of the folder.
+        max_tokens: new tokens of a request that names no number.
+        api_key: which every request must carry; None for none.
+        limits: of [`Batcher`].
 
     Raises:
         ValueError: if the model is not one of this package.
     """
-    batcher = Batcher(model, tokenizer, max_batch_size=settings.max_batch_size, max_waiting=settings.max_waiting)
-    manager, state = LoadedModel(settings.model, model, tokenizer), OneModelState(BatchedGeneration(batcher))
+    batcher = Batcher(model, tokenizer, **limits)
+    manager, state = LoadedModel(name, model, tokenizer), OneModelState(BatchedGeneration(batcher))
     completions, chat = Completions(manager, state), Chat(manager, state)
-    completions.settings = chat.settings = settings
+    completions.defaults = chat.defaults = defaults
+    completions.max_tokens = chat.max_tokens = max_tokens
     app = build_server(
         manager,
         chat,
@@ -314,7 +308,7 @@ def make_app(model: Any, tokenizer: Any, settings: ServeSettings) -> FastAPI:
     app.add_api_route("/v1/models/{name:path}", lambda name: _named_model(manager, name), methods=["GET"])
     app.add_api_route("/metrics", lambda: PlainTextResponse(_metrics(batcher)), methods=["GET"])
     add_error_handlers(app)
-    app.add_middleware(Access, api_key=settings.api_key)
+    app.add_middleware(Access, api_key=api_key)
     app.state.batcher = batcher
     return app
 

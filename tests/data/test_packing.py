@@ -98,8 +98,7 @@ def test_packing_does_not_depend_on_workers_or_batch_sizes(
     documents = on_disk(tmp_path)
     once = pack(documents, tokenizer, length=16).to_dict()
     assert pack(documents, tokenizer, length=16, num_proc=2).to_dict() == once
-    monkeypatch.setattr(packing, "_SEQUENCES_PER_BATCH", 3)
-    monkeypatch.setattr(packing, "_DOCUMENTS_PER_BATCH", 5)
+    monkeypatch.setattr(packing, "_ROWS_PER_BATCH", 5)
     monkeypatch.setattr(packing, "_VERSION", -1)  # past the cache
     assert pack(documents, tokenizer, length=16).to_dict() == once
 

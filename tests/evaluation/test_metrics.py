@@ -138,7 +138,8 @@ def test_repetition_is_counted_within_a_text():
 
 
 def test_lengths_have_mean_median_and_range():
-    assert lengths([[1] * 3, [1], [1] * 5, [1] * 7]) == (4.0, 4.0, 1, 7)
+    expected = {"mean": 4.0, "median": 4.0, "shortest": 1, "longest": 7}
+    assert lengths([[1] * 3, [1], [1] * 5, [1] * 7]) == expected
 
 
 def test_what_can_not_be_counted_is_refused():

@@ -15,7 +15,7 @@ from bd3lm_hf.reports.speed_quality import (
     Point,
     compare_curves,
     plot_speed_quality,
-    quality_curve,
+    quality_points,
     speed_quality_table,
 )
 
@@ -23,6 +23,10 @@ from bd3lm_hf.reports.speed_quality import (
 def gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=64, n_embd=8, n_layer=1, n_head=1)).eval()
+
+
+def quality_curve(*arguments, **options) -> list[Point]:
+    return list(quality_points(*arguments, **options))
 
 
 CURVES = {

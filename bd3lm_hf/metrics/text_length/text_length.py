@@ -10,4 +10,4 @@ class TextLength(metrics.TextMeasurement):
     """Mean, median, shortest and longest length of texts in tokens, or in words."""
 
     def _compute(self, predictions: list[Any], tokenizer: Any = None) -> dict[str, Any]:
-        return lengths(metrics.split_texts(predictions, tokenizer))._asdict()
+        return lengths(metrics.split_texts(predictions, tokenizer))
