@@ -57,8 +57,6 @@ class RowGroup:
 
     def accepts(self, request: Request) -> bool:
         """Return whether a request can join now without a change of anybody's text."""
-        if not self.rows:
-            return True
         first = self.rows[0]
         if first.key != request.key or (not self.per_row and (request.config.do_sample or _ends_early(request))):
             return False
@@ -155,8 +153,6 @@ class RowGroup:
 
     def _read(self, tokens: list[int]) -> _Layers:
         """Run finished blocks of one row, and return their keys and values."""
-        if not tokens:
-            return []
         network, cache = self.model.decoding_network(), BlockCache(self.model.config)
         ids = torch.tensor([tokens], device=self.model.device)
         positions = torch.arange(len(tokens), device=self.model.device).unsqueeze(0)

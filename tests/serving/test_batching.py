@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig
 
 from bd3lm_hf import ARConfig, ARForCausalLM, SSDLMConfig, SSDLMForMaskedLM
 from bd3lm_hf.modeling.windows_bd3lm import DecodingNetwork
-from bd3lm_hf.serving import batching
+from bd3lm_hf.serving import batching, row_group
 from bd3lm_hf.serving.batching import Batcher, QueueFullError, Request
 
 
@@ -194,6 +194,22 @@ def test_the_next_requests_of_answered_clients_begin_together(make_model, serve,
     assert network.passes == 2 * passes
 
 
+def test_groups_in_turn_go_on_with_their_own_caches(make_model, serve, monkeypatch):
+    # Within one window, so that nothing is read again when a group has its next turn.
+    model = make_model(pad_token_id=0, model_length=256)
+    batcher, read = serve(model), []
+    monkeypatch.setattr(row_group.RowGroup, "_read", lambda group, tokens: read.append(tokens))
+
+    def callers():
+        return [Caller(model, [1, 2], 120, seed=1), Caller(model, [3], 120, do_sample=False)]
+
+    alone = [caller.wait() for caller in callers() if batcher.submit(caller.request)]
+    first, second = callers()
+    first.after_first_text = lambda: batcher.submit(second.request)
+    batcher.submit(first.request)
+    assert [first.wait(), second.wait()] == alone and not read
+
+
 def test_one_request_with_other_settings_does_not_wait_for_a_long_one(make_model, serve):
     model = make_model(pad_token_id=0)
     batcher = serve(model)
@@ -337,8 +353,9 @@ def test_a_long_text_is_decoded_in_pieces_without_a_broken_character(make_model,
 
 
 @pytest.mark.parametrize("field", [{"entropy_stop": 5.0, "entropy_stop_window": 12}, {"stop_at_second_eos": True}])
-def test_a_stopping_criterion_of_generate_ends_the_text(make_model, serve, field):
-    model = make_model(pad_token_id=0)
+@pytest.mark.parametrize("name", ["bd3lm", "ar"])
+def test_a_stopping_criterion_of_generate_ends_the_text(make_model, serve, name, field):
+    model = MODELS[name](make_model)
     first = Caller(model, [1, 2], 40, seed=1)
     batcher = serve(model)
     batcher.submit(first.request)
