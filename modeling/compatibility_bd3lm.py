@@ -5,6 +5,7 @@ The version is checked when a saved folder is first imported.
 
 import inspect
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ check_transformers(transformers.__version__)
 _NEXT_TOKEN_CALLERS = re.compile(
     r"lm_eval[/\\]models[/\\]huggingface\.py$|evaluate_modules[/\\].*[/\\]perplexity\.py$"
 )
+_TRAINER = re.compile(r"transformers[/\\]trainer\.py$")
 _CLASSIFIERS = re.compile(r"transformers[/\\]pipelines[/\\](text|token|zero_shot)_classification\.py$")
 _INSTEAD_OF_NEXT_TOKENS = (
     "its logits are not next-token predictions, so every score would be wrong. Use `bd3lm harness` for the tasks of "
@@ -62,14 +64,18 @@ def check_caller(config: Any) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    frame = inspect.currentframe()
-    while frame is not None:
-        file = frame.f_code.co_filename
+    for file in _calling_files():
         instead = _INSTEAD_OF_CLASSES if _CLASSIFIERS.search(file) else None
         if not config.causal and _NEXT_TOKEN_CALLERS.search(file):
             instead = _INSTEAD_OF_NEXT_TOKENS
         if instead is not None:
             raise ValueError(f"the code in {file} does not fit model_type={config.model_type!r}: {instead}.")
+
+
+def _calling_files() -> Iterator[str]:
+    frame = inspect.currentframe()
+    while frame is not None:
+        yield frame.f_code.co_filename
         frame = frame.f_back
 
 
@@ -99,6 +105,18 @@ def warn_of_visible_tokens(
         )
 
 
+def check_trainer(network: torch.nn.Module, input_ids: torch.Tensor | None, config: Any) -> None:
+    """Refuse a Trainer whose `compute_loss` takes the labels out of the batch and shifts the logits.
+
+    Raises:
+        ValueError: see [`check_not_next_token_training`].
+    """
+    if not (network.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return
+    if any(_TRAINER.search(file) for file in _calling_files()):
+        check_not_next_token_training(network, input_ids, config)
+
+
 def check_not_next_token_training(network: torch.nn.Module, input_ids: torch.Tensor | None, config: Any) -> None:
     """Refuse the call of trainers that take a next-token loss of the states of clean text.
 
@@ -106,11 +124,15 @@ def check_not_next_token_training(network: torch.nn.Module, input_ids: torch.Ten
     is bidirectional, so these states see the very token that they would be trained to predict.
 
     Raises:
-        ValueError: if a text without a mask token is given in training.
+        ValueError: if a text without a mask token is given in training, and none with a mask token was before: a loss
+            of one's own may by chance have masked nothing.
     """
     if not (network.training and torch.is_grad_enabled()) or config.causal or input_ids is None:
         return
-    if not bool((input_ids == config.mask_token_id).any()):
+    if torch.compiler.is_compiling() or input_ids.is_meta or vars(network).get("_masks_seen"):
+        return
+    vars(network)["_masks_seen"] = bool((input_ids == config.mask_token_id).any())
+    if not vars(network)["_masks_seen"]:
         raise ValueError(
             "text without a mask token in training, and no labels: a next-token loss does not train a block-diffusion "
             "model. Use transformers' Trainer or `bd3lm train`, which take the loss of the model; TRL's SFTTrainer "

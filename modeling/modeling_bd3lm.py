@@ -11,6 +11,7 @@ from transformers.utils import can_return_tuple
 
 from .backbone_bd3lm import BD3LMLanguageModel, BD3LMOutput, register_auto_classes
 from .cache_bd3lm import release_buffers
+from .compatibility_bd3lm import check_trainer
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
@@ -119,6 +120,8 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
             noise = noise_from_arguments(block_noise, token_noise, count_noise, input_ids.shape, self.config)
             batch = (input_ids, labels, attention_mask, noise, num_items_in_batch)
             return BD3LMOutput(loss=self.objective(*batch, **layout))
+        if clean_input_ids is None and past_key_values is None:
+            check_trainer(self, input_ids, self.config)
         outputs = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -246,7 +249,20 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
             # The shortest decimal of a float32, so that 0.95 is not also spelled 0.949999988.
             low, high = (float(f"{end:.7g}") for end in self.interval())
             self.config.sampling_eps_min, self.config.sampling_eps_max = low, high
-        super().save_pretrained(save_directory, *args, **kwargs)
+        if getattr(self, "hf_quantizer", None) is None:
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        # torchao cannot read tensors back that are in no layer: these weights leave the interval to `config.json`.
+        hook = self.register_state_dict_post_hook(_drop_interval)
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            hook.remove()
+
+
+def _drop_interval(_model: Any, weights: dict[str, torch.Tensor], prefix: str, _metadata: Any) -> None:
+    for name in ("sampling_eps_min", "sampling_eps_max"):
+        weights.pop(prefix + name, None)
 
 
 class BD3LMForMaskedLM(BlockDiffusionMixin, BD3LMLanguageModel, GenerationMixin):

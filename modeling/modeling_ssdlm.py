@@ -40,6 +40,18 @@ class SSDLMOutput(ModelOutput):
     logits: torch.Tensor | None = None
 
 
+class TimestepLayer(nn.Module):
+    """A linear layer of one number, the progress t / T. Not an `nn.Linear`: no quantizer can pack a single column."""
+
+    def __init__(self, hidden_dim: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(hidden_dim, 1)), nn.Parameter(torch.empty(hidden_dim))
+
+    def forward(self, progress: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings `(..., hidden_dim)` of progress `(..., 1)`."""
+        return F.linear(progress, self.weight, self.bias)
+
+
 class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
     """Semi-autoregressive simplex diffusion over any masked-LM encoder of transformers.
 
@@ -72,7 +84,7 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
                 f"choose a masked language model that does, for instance roberta."
             )
         self.embed_sum = nn.Linear(config.vocab_size, config.hidden_dim, bias=False)
-        self.timestep = nn.Linear(1, config.hidden_dim)
+        self.timestep = TimestepLayer(config.hidden_dim)
         self._adopt_special_tokens()
         self.loss_type = None  # type: ignore[assignment]  # nothing is shifted
         self.post_init()

@@ -14,7 +14,7 @@ from decoders import tiny_decoder
 from generating import make_family
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from transformers import pipeline
+from transformers import Trainer, TrainingArguments, pipeline
 from transformers.utils import logging as transformers_logging
 
 import bd3lm_hf
@@ -130,6 +130,31 @@ def test_logits_of_a_text_without_masks_warn_once(family, warnings_logged):
         model.backbone(ids, **options)
     (message,) = warnings_logged()
     assert "token_nll" in message and "generate" in message
+
+
+class ShiftingTrainer(Trainer):
+    """Takes the labels out of the batch, and a next-token loss of the logits."""
+
+    def compute_loss(self, model, inputs, **kwargs):
+        logits, labels = model(inputs["input_ids"]).logits[:, :-1], inputs.pop("labels")[:, 1:]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("family", ["bd3lm", "mdlm", "llama", "ar"])
+def test_a_trainer_that_shifts_the_logits_itself_is_refused(family, tmp_path):
+    texts = torch.randint(3, 46, (4, 8)).tolist()
+    for masks in (0, 1):
+        rows = [
+            {"input_ids": [model_of(family).config.mask_token_id] * masks + ids, "labels": [3] * masks + ids}
+            for ids in texts
+        ]
+        arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none")
+        train = ShiftingTrainer(model_of(family), arguments, train_dataset=rows).train
+        if masks or family == "ar":  # with masks it may be a denoising loss of one's own
+            train()
+        else:
+            with pytest.raises(ValueError, match="next-token loss"):
+                train()
 
 
 def test_denoising_caching_scoring_and_writing_do_not_warn(warnings_logged):

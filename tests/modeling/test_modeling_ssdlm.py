@@ -48,6 +48,10 @@ def test_the_network_is_the_published_one(published, recorded):
     torch.testing.assert_close(logits, recorded["train.logits"], atol=1e-4, rtol=0)
 
 
+def test_no_linear_layer_has_a_single_column_which_quantizers_cannot_pack(tiny):
+    assert all(min(m.weight.shape) > 1 for m in tiny.modules() if isinstance(m, torch.nn.Linear))
+
+
 def test_the_loss_is_the_published_one(published, recorded, monkeypatch):
     ids, context = recorded["train.input_ids"], int(recorded["train.context_size"])
     # The uniform numbers that give the recorded steps and context: the middle of their intervals.

@@ -4,13 +4,14 @@ They are optional, and not among the pins: `make test-slow` installs them where 
 """
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from decoders import random_ids, tiny_decoder, tiny_stock
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
 
@@ -82,6 +83,18 @@ def test_torchao(models, name, config):
     quantization.quantize_(model, getattr(quantization, config)())
     assert relative_error(model, plain) < 0.1
     check_use(model)
+
+
+@pytest.mark.parametrize("name", ["bd3lm", "llama"])
+def test_weights_of_torchao_are_saved(models, tmp_path, name):
+    quantization = pytest.importorskip("torchao.quantization")
+    models[name].save_pretrained(tmp_path / "plain")
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    load = partial(AutoModelForCausalLM.from_pretrained, device_map="cpu")
+    quantized = load(tmp_path / "plain", quantization_config=config)
+    quantized.save_pretrained(tmp_path / "int8")
+    loaded = load(tmp_path / "int8")
+    assert relative_error(loaded, quantized) < 1e-3 and loaded.interval() == quantized.interval()
 
 
 @pytest.mark.parametrize("trainer", ["SFT", "DPO"])
