@@ -33,38 +33,20 @@ def assert_same_weights(one: torch.nn.Module, other: torch.nn.Module, atol: floa
         torch.testing.assert_close(weight, same, rtol=0, atol=atol, msg=name)
 
 
-def losses_of(run: Any) -> list[float]:
-    """The losses that a trainer has logged, in order."""
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+def losses_of(run: Any, key: str = "loss") -> list[float]:
+    """The losses that a trainer has logged, or other numbers, in order."""
+    return [entry[key] for entry in run.state.log_history if key in entry]
 
 
 def save_recipe(folder: Path, **changes: Any) -> Path:
     """The recipe of a run over forty small documents in text.jsonl, in the same folder."""
     rows = [{"text": SENTENCES[i % 3] * 3 + f"Number {i}."} for i in range(40)]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    fields = {
-        "dataset": str(folder / "text.jsonl"),
-        "vocab_size": 300,
-        "block_size": 4,
-        "model_length": 32,
-        "hidden_dim": 16,
-        "n_blocks": 1,
-        "n_heads": 2,
-        "cond_dim": 8,
-        "dropout": 0.0,
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.01,
-        "warmup_steps": 0,
-        "logging_steps": 1,
-        "eval_strategy": "no",
-        "final_estimator": "exact",
-        "max_eval_samples": 4,
-        "save_strategy": "no",
-        "sample_prompt": "A block",
-        "sample_tokens": 6,
-        "disable_tqdm": True,
-    }
+    fields = {"dataset": str(folder / "text.jsonl"), "vocab_size": 300, "block_size": 4, "model_length": 32}
+    fields |= {"hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "cond_dim": 8, "dropout": 0.0, "max_steps": 3}
+    fields |= {"per_device_train_batch_size": 4, "learning_rate": 0.01, "warmup_steps": 0, "logging_steps": 1}
+    fields |= {"eval_strategy": "no", "final_estimator": "exact", "max_eval_samples": 4, "save_strategy": "no"}
+    fields |= {"sample_prompt": "A block", "sample_tokens": 6, "disable_tqdm": True}
     known = {name: value for name, value in {**fields, **changes}.items() if value is not None}
     (folder / "tiny.yaml").write_text(json.dumps(known), encoding="utf-8")  # JSON is YAML
     return folder / "tiny.yaml"

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from decoders import random_ids, tiny_decoder
 from shared_models import TINY, randomized
-from tiny_runs import rows_of, save_recipe
+from tiny_runs import losses_of, rows_of, save_recipe
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
@@ -75,26 +75,12 @@ def train(folder: Path, trainer_class: type[BD3LMTrainer] = BD3LMTrainer, resume
     """
     AcceleratorState._reset_state()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    defaults = {
-        "global_batch_size": BATCH,
-        "per_device_eval_batch_size": BATCH // processes,
-        "interval_search": True,
-        "max_steps": STEPS,
-        "optim": "sgd",  # Adam's division by the gradient's size would blow rounding up
-        "learning_rate": 0.1,
-        "warmup_steps": 0,
-        "logging_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "ema_decay": 0.9,
-        "sample_tokens": 5,
-        "seed": 5,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": "none",
-    }
+    defaults = {"global_batch_size": BATCH, "per_device_eval_batch_size": BATCH // processes, "max_steps": STEPS}
+    # Adam's division by the gradient's size would blow rounding up.
+    defaults |= {"optim": "sgd", "learning_rate": 0.1, "warmup_steps": 0, "ema_decay": 0.9, "seed": 5}
+    defaults |= {"interval_search": True, "sample_tokens": 5, "logging_steps": 1, "eval_strategy": "steps"}
+    defaults |= {"eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    defaults |= {"use_cpu": True, "disable_tqdm": True, "report_to": "none"}
     training = BD3LMTrainingArguments(output_dir=str(folder), **{**defaults, **arguments})
     model, seen, dtypes = tiny_model(), {}, set()
     trainer = trainer_class(model=model, args=training, train_dataset=rows_of(16), eval_dataset=rows_of(5, seed=1))
@@ -109,7 +95,6 @@ def train(folder: Path, trainer_class: type[BD3LMTrainer] = BD3LMTrainer, resume
     model.register_forward_pre_hook(record, with_kwargs=True)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
-    history = trainer.state.log_history
     return {
         "world_size": training.world_size,
         "accumulation": training.gradient_accumulation_steps,
@@ -118,7 +103,7 @@ def train(folder: Path, trainer_class: type[BD3LMTrainer] = BD3LMTrainer, resume
         "seen": seen,
         "dtypes": dtypes,
         "average": {name: whole(x, trainer.average.parameters[name]) for name, x in trainer.average.shadows.items()},
-        **{key: [entry[key] for entry in history if key in entry] for key in ("loss", "eval_nll", "grad_norm")},
+        **{key: losses_of(trainer, key) for key in ("loss", "eval_nll", "grad_norm")},
     }
 
 
@@ -186,15 +171,8 @@ def by_hand(rank: int) -> dict:
         refused = ""
     except NotFiniteError as error:
         refused = str(error)
-    return {
-        "loss": loss,
-        "gradients": gradients,
-        "raw": raw,
-        "inside": inside,
-        "copied": copied,
-        "after": after,
-        "refused": refused,
-    }
+    found = {"raw": raw, "inside": inside, "copied": copied, "after": after, "refused": refused}
+    return {"loss": loss, "gradients": gradients, **found}
 
 
 def decoder(family: str) -> PreTrainedModel:
@@ -239,9 +217,7 @@ def work(rank: int, port: int, folder: str) -> None:
         "recipes": run_recipes(out / "tiny.yaml", out / "recipes", 2),
         "ddp": train(out / "ddp", per_device_train_batch_size=4),
         "fsdp": train(out / "fsdp", ShardedTrainer, per_device_train_batch_size=2),
-        "resumed": train(
-            out / "resumed", ShardedTrainer, str(out / "fsdp" / "checkpoint-2"), per_device_train_batch_size=2
-        ),
+        "resumed": train(out / "resumed", ShardedTrainer, f"{out}/fsdp/checkpoint-2", per_device_train_batch_size=2),
         "bf16": train(out / "bf16", ShardedTrainer, per_device_train_batch_size=4, max_steps=1, bf16=True),
         "by hand": by_hand(rank),
         "decoders": {family: decoder_by_hand(rank, family) for family in DECODERS},

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from bd3lm_hf.generation.text_generation import generate_batch
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
@@ -129,15 +129,11 @@ class SpeedMeter(TrainerCallback):
         """Return the seconds of a clock that never goes back."""
         return time.perf_counter()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Start the clock."""
         self.started = self.now()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the clock."""
         if self.started is not None:
             self.seconds += self.now() - self.started
@@ -228,9 +224,7 @@ class SignalCallback(TrainerCallback):
         self._received_at = 0.0
         self._handlers: dict[int, Any] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take over the signals, where Python allows it: in the main thread."""
         self.received, self.agreed, pid = None, False, os.getpid()
 
@@ -253,9 +247,7 @@ class SignalCallback(TrainerCallback):
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[signum] = signal.signal(signum, receive)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Save and stop, if a process received a signal."""
         if self.agreed:
             control.should_save = control.should_training_stop = True
@@ -351,23 +343,17 @@ class ResumableFlow(TrainerCallback):
     def __init__(self) -> None:
         self.waiting = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log, evaluate and save as often as the arguments say, not as often as the resumed state does."""
         state.compute_steps(args, state.max_steps)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Delay the save."""
         if control.should_save and (float(state.epoch).is_integer() or state.global_step >= state.max_steps):
             control.should_save, self.waiting = False, True
         return control
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Save."""
         if self.waiting:
             control.should_save, self.waiting = True, False

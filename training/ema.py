@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
 from bd3lm_hf.modeling.linear_bd3lm import is_sharded
@@ -154,16 +154,12 @@ class AverageCallback(TrainerCallback):
         self.average = WeightAverage(model, decay=self.decay, warmup=self.warmup)
         return self.average
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Begin, unless a checkpoint's average is being continued."""
         if self.average is None or not state.global_step:
             self.start(kwargs["model"])
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Update, unless the loss scaler of float16 skipped the step."""
         if self.average is not None and not getattr(kwargs["optimizer"], "step_was_skipped", False):
             self.average.update()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from bd3lm_hf.data.streaming import PackedStream
 from bd3lm_hf.modeling.inputs_bd3lm import check_text
@@ -242,15 +242,11 @@ class BlockSizeCallback(TrainerCallback):
     def __init__(self, schedule: BlockSizeSchedule) -> None:
         self.schedule = schedule
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        model.config.block_size = self.schedule.size_at(state.global_step)
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        kwargs["model"].config.block_size = self.schedule.size_at(state.global_step)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        model.config.block_size = self.schedule.sizes[-1]
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        kwargs["model"].config.block_size = self.schedule.sizes[-1]
 
 
 class NoiseCollator:

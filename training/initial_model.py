@@ -58,7 +58,9 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
     head, name, fields = model_class(arguments.model_type), arguments.init_from, arguments.config_fields()
     config = None if name is None else read_config(name, argument="--init_from")
     if name is None:
-        model = _new_model(arguments.model_type, tokenizer, fields, **keywords)
+        # len(tokenizer) is too small for a tokenizer with gaps in its ids.
+        fields |= {"vocab_size": max(tokenizer.get_vocab().values()) + 1, **_special_tokens(tokenizer)}
+        model = AutoModelForCausalLM.from_config(new_config(arguments.model_type, **fields), **keywords)
     elif hasattr(head, "from_encoder") and not isinstance(config, head.config_class):
         model = start_around(head, name, tokenizer, fields, **keywords)
     else:
@@ -70,20 +72,7 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
     return model
 
 
-def _new_model(model_type: str, tokenizer: Any, fields: dict[str, Any], **keywords: Any) -> Any:
-    # len(tokenizer) is too small for a tokenizer with gaps in its ids.
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
-    config = new_config(model_type, vocab_size=vocab_size, **_special_tokens(tokenizer), **fields)
-    return AutoModelForCausalLM.from_config(config, **keywords)
-
-
-def check_new_model(model_type: str, fields: dict[str, Any]) -> None:
-    """Refuse a new model whose fields do not fit together, before any text is loaded for its tokenizer.
-
-    Raises:
-        ValueError: if the model type is unknown or cannot be trained from the start, it has no such field, the fields
-            contradict each other, or the network does not fit into memory.
-    """
+def _check_new_model(model_type: str, fields: dict[str, Any]) -> None:
     if not hasattr(model_class(model_type), "token_nll"):
         raise ValueError(
             f"--model_type {model_type} is not a model type of this package: a model of another type is trained from "
@@ -118,11 +107,12 @@ def check_memory(config: Any) -> None:
 
 
 def check_start(arguments: ModelArguments) -> None:
-    """Refuse a checkpoint that no run can start from, and fields that contradict it, before any text is loaded.
+    """Refuse a start that cannot work, before any text is loaded.
 
     Raises:
-        ValueError: if the checkpoint cannot be read, is a decoder of a family that is not supported, or does not go
-            with the fields; without one, see `check_new_model`.
+        ValueError: if the checkpoint cannot be read, is a decoder of a family that is not supported, or contradicts
+            the fields; of a new model, if its type is unknown or is not trained from the start, or its fields do not
+            fit together or into memory.
     """
     name = arguments.init_from
     config = None if name is None else read_config(name, argument="--init_from")
@@ -132,7 +122,7 @@ def check_start(arguments: ModelArguments) -> None:
             f"has the mask token of its tokenizer, so leave it out."
         )
     if name is None:
-        check_new_model(arguments.model_type, arguments.config_fields())
+        _check_new_model(arguments.model_type, arguments.config_fields())
         return
     check_shape(name, arguments.config_fields())
     if not (hasattr(model_class(arguments.model_type), "from_encoder") or _is_ours(config)):
@@ -267,12 +257,7 @@ def start_around(head: Any, name: str, tokenizer: Any, fields: dict[str, Any], *
     Raises:
         ValueError: if the model lacks a field, the encoder contradicts it, or weights are missing.
     """
-    unknown = [field for field in fields if not hasattr(head.config_class, field)]
-    if unknown:
-        raise ValueError(
-            f"--{unknown[0]} {fields[unknown[0]]}: a {head.__name__} has no such field; leave out "
-            f"{', '.join('--' + field for field in unknown)}."
-        )
+    _check_known(head.config_class, fields)
     check_shape(name, fields)
     encoder = load_model(name, argument="--init_from", spare=True, dtype=torch.float32, **options)
     return head.from_encoder(encoder, **_special_tokens(tokenizer), **fields)
@@ -347,10 +332,17 @@ def new_config(model_type: str, **fields: Any) -> Any:
     found = config_class(model_type)
     if issubclass(found, BD3LMDecoderConfigMixin):
         fields = decoder_shape(found, fields)
-    for name, value in fields.items():
-        if not hasattr(found, name) and name not in getattr(found, "attribute_map", {}):
-            raise ValueError(f"--{name} {value}: a {found.__name__} has no such field; leave it out.")
+    _check_known(found, fields)
     return found(**fields)
+
+
+def _check_known(config_class: Any, fields: dict[str, Any]) -> None:
+    unknown = [name for name in fields if not hasattr(config_class, name) and name not in config_class.attribute_map]
+    if unknown:
+        raise ValueError(
+            f"--{unknown[0]} {fields[unknown[0]]}: a {config_class.__name__} has no such field; leave out "
+            f"{', '.join('--' + name for name in unknown)}."
+        )
 
 
 def config_class(model_type: str) -> Any:

@@ -233,7 +233,7 @@ def choose_method(name: str, config: Any, candidates: Sequence[Interval]) -> Sha
     if name not in METHODS:
         raise ValueError(f"interval_search_method {name!r}: choose one of {', '.join(METHODS)}.")
     method = METHODS[name]
-    if method.reads_no_time and config.time_conditioning:
+    if method is SharedDraws and config.time_conditioning:
         logger.warning_once(
             f"interval search: the model reads the noise level (time_conditioning=True), so draws cannot be shared: "
             f"each batch takes {len(candidates)} noisy passes, one for each interval, each with its own clean pass."

@@ -11,7 +11,7 @@ one set of masks, spread over k, serves any number of intervals.
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -73,8 +73,6 @@ class PassPerInterval:
         intervals: those to compare.
     """
 
-    reads_no_time: ClassVar[bool] = False
-
     def __init__(self, config: Any, intervals: Sequence[Interval]) -> None:
         self.config, self.intervals, self.passes = config, list(intervals), len(intervals)
 
@@ -108,8 +106,6 @@ class SharedDraws:
     Raises:
         ValueError: if the model reads the noise level, so that one pass cannot serve all levels.
     """
-
-    reads_no_time: ClassVar[bool] = True
 
     def __init__(self, config: Any, intervals: Sequence[Interval], passes: int = MAX_PASSES) -> None:
         if config.time_conditioning:

@@ -18,21 +18,10 @@ SIZES = {"vocab_size": 48, "model_length": 32, "hidden_dim": 32, "cond_dim": 16,
 # What the repositories' configurations say (each leaves out other things).
 PUBLISHED = {
     "bd3lm": {
-        "architectures": ["BD3LM"],
-        "model_type": "bd3lm",
+        **{"model_type": "bd3lm", "architectures": ["BD3LM"], "attn_backend": "flex", "return_dict": False},
         "auto_map": {"AutoConfig": "configuration.BD3LMConfig", "AutoModelForMaskedLM": "modeling_bd3lm.BD3LM"},
-        "block_size": 4,
-        "cross_attn": True,
-        "adaln": True,
-        "causal": False,
-        "attn_backend": "flex",
-        "var_min": True,
-        "sampling_eps_min": 0.001,
-        "sampling_eps_max": 0.999,
-        "time_conditioning": False,
-        "return_dict": False,
-        "dropout": 0.1,
-        **SIZES,
+        **{"block_size": 4, "cross_attn": True, "adaln": True, "causal": False, "time_conditioning": False},
+        **{"var_min": True, "sampling_eps_min": 0.001, "sampling_eps_max": 0.999, "dropout": 0.1, **SIZES},
     },
     "ar": {"model_type": "bd3lm", "causal": True, "adaln": False, "cross_attn": False, "block_size": 1, **SIZES},
     "mdlm": {"model_type": "mdlm", "time_conditioning": False, "dropout": 0.1, "return_dict": False, **SIZES},
@@ -65,10 +54,11 @@ def write_folder(folder, kind, state, weights_file="model.safetensors"):
     return folder
 
 
-def assert_same(folder, model) -> None:
-    """The folder holds the model."""
+def assert_same(folder, model):
+    """Check that a folder holds the model, and return what is loaded from it."""
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(logits_of(loaded), logits_of(model), atol=1e-5, rtol=0)
+    return loaded
 
 
 def logits_of(model) -> torch.Tensor:
@@ -84,11 +74,9 @@ def test_a_published_folder_becomes_one_that_loads_by_itself(make_model, tmp_pat
     kind = layout.split()[0]
     model = make_model(kind, **({"block_size": 1} if "without" in layout else {}))
     source = write_folder(tmp_path / "source", layout, model.state_dict(), weights_file)
-    done = convert(str(source), tmp_path / "target")
-    assert done.model_type == kind
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    assert convert(str(source), tmp_path / "target").model_type == kind
+    loaded = assert_same(tmp_path / "target", model)
     assert type(loaded) is CLASSES[kind][0]
-    torch.testing.assert_close(logits_of(loaded), logits_of(model), atol=1e-5, rtol=0)
     if kind == "bd3lm":
         assert loaded.interval() == pytest.approx((0.3, 0.8))
         assert loaded.config.block_size == model.config.block_size
@@ -171,13 +159,8 @@ def lightning_config(kind: str) -> dict:
 def write_lightning(path, model, average, config, compiled=False):
     prefix = "backbone._orig_mod." if compiled else "backbone."
     state = {name.replace("backbone.", prefix): tensor for name, tensor in model.state_dict().items()}
-    contents = {
-        "epoch": 3,
-        "global_step": 1000,
-        "state_dict": state,
-        "hyper_parameters": {"config": config},
-        "optimizer_states": [{"state": {}, "param_groups": [{"lr": 3e-4}]}],
-    }
+    contents = {"epoch": 3, "global_step": 1000, "state_dict": state, "hyper_parameters": {"config": config}}
+    contents["optimizer_states"] = [{"state": {}, "param_groups": [{"lr": 3e-4}]}]
     if average is not None:
         shadows = [parameter.detach().clone() for parameter in average.backbone.parameters()]
         contents["ema"] = {"decay": 0.9999, "num_updates": 10, "shadow_params": shadows}
@@ -193,11 +176,8 @@ def test_a_lightning_checkpoint_gives_its_average_or_its_raw_weights(
     model, average = make_model(kind), randomize(make_model(kind), seed=1)
     source = write_lightning(tmp_path / "last.ckpt", model, average, omegaconf(lightning_config(kind)), compiled)
     for weights, expected in (("auto", average), ("raw", model)):
-        done = convert(str(source), tmp_path / weights, weights=weights)
-        assert done.model_type == kind
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / weights)
-        torch.testing.assert_close(logits_of(loaded), logits_of(expected), atol=1e-5, rtol=0)
-        assert loaded.config.resample is (kind != "ar")
+        assert convert(str(source), tmp_path / weights, weights=weights).model_type == kind
+        assert assert_same(tmp_path / weights, expected).config.resample is (kind != "ar")
 
 
 def test_a_checkpoint_without_an_average_gives_its_weights(make_model, tmp_path):
@@ -210,26 +190,17 @@ def test_a_checkpoint_without_an_average_gives_its_weights(make_model, tmp_path)
 
 
 def test_an_average_of_another_model_is_refused(make_model, tmp_path):
-    model = make_model("mdlm")
-    fewer = make_model("mdlm", n_blocks=1)
-    source = write_lightning(tmp_path / "last.ckpt", model, fewer, lightning_config("mdlm"))
-    with pytest.raises(ValueError, match=r"\d+ tensors for \d+ parameters.*--weights raw"):
-        convert(str(source), tmp_path / "target")
-    wider = make_model("mdlm", vocab_size=64)
-    source = write_lightning(tmp_path / "last.ckpt", model, wider, lightning_config("mdlm"))
-    with pytest.raises(ValueError, match=r"vocab_embed.embedding .*\(64, 32\) .*\(48, 32\)"):
-        convert(str(source), tmp_path / "target")
+    for fields, message in (
+        ({"n_blocks": 1}, r"\d+ tensors for \d+ parameters.*--weights raw"),
+        ({"vocab_size": 64}, r"vocab_embed.embedding .*\(64, 32\) .*\(48, 32\)"),
+    ):
+        other, config = make_model("mdlm", **fields), lightning_config("mdlm")
+        source = write_lightning(tmp_path / "last.ckpt", make_model("mdlm"), other, config)
+        with pytest.raises(ValueError, match=message):
+            convert(str(source), tmp_path / "target")
 
 
 # What does not fit
-
-
-def write_damaged(folder, make_model, damage):
-    """A published MDLM folder in which a function `(state, folder)` has changed something."""
-    state = make_model("mdlm").state_dict()
-    source = write_folder(folder / "source", "mdlm", state)
-    damage(state, source)
-    return source
 
 
 def save(state, source):
@@ -273,7 +244,9 @@ def write_index(content):
     ],
 )
 def test_a_damaged_or_hostile_folder_is_refused_in_one_line(bd3lm, make_model, tmp_path, damage, part):
-    source = write_damaged(tmp_path, make_model, damage)
+    state = make_model("mdlm").state_dict()
+    source = write_folder(tmp_path / "source", "mdlm", state)
+    damage(state, source)
     code, _, err = bd3lm("convert", source, tmp_path / "target")
     assert code == 2 and re.search(part, err) and err.count("\n") == 1 and err.startswith("error: ")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

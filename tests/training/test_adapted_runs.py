@@ -37,13 +37,7 @@ def conversations(tmp_path_factory):
 
 
 def words_of(decoder, conversations, folder, *more):
-    fields = {
-        "model_length": 32,
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "warmup_steps": 0,
-        "sample_tokens": 4,
-    }
+    fields = {"model_length": 32, "max_steps": 2, "per_device_train_batch_size": 2, "warmup_steps": 0}
     fields |= {"save_steps": 1, "max_eval_samples": 2, "global_batch_size": 2, "logging_steps": 1, "sample_tokens": 4}
     given = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
     places = ["--init_from", str(decoder), "--dataset", str(conversations), "--output_dir", str(folder)]

@@ -27,19 +27,16 @@ def test_the_demo_is_the_base_without_a_recipe():
     demo = read_recipe("demo")
     arguments = parse_arguments([])
     assert arguments.data.dataset == demo["dataset"] == "python-docs"
-    assert arguments.model.block_size == demo["block_size"]
-    assert arguments.training.max_steps == demo["max_steps"]
+    found = (arguments.model.block_size, arguments.training.max_steps)
+    assert found == (demo["block_size"], demo["max_steps"])
 
 
 def test_the_command_line_overrides_the_recipe_and_the_recipe_the_defaults(recipe):
     path = recipe("max_steps: 7\nhidden_dim: 64\nlearning_rate: 1e-3\neval_strategy: 'no'\nbf16: false\n")
     arguments = parse_arguments([path, "--hidden_dim", "32", "--output-dir", "somewhere"])
-    assert arguments.training.max_steps == 7
-    assert arguments.model.hidden_dim == 32
+    assert (arguments.training.max_steps, arguments.training.output_dir) == (7, "somewhere")
     assert arguments.training.learning_rate == 1e-3  # YAML reads 1e-3 as a string
-    assert arguments.training.output_dir == "somewhere"
-    assert arguments.model.block_size is None
-    assert arguments.data.text_column is None
+    assert (arguments.model.hidden_dim, arguments.model.block_size, arguments.data.text_column) == (32, None, None)
 
 
 @pytest.mark.parametrize("word", ["--model-name-or-path=folder", "--init-from=folder", "--init_from=folder"])
@@ -108,7 +105,7 @@ def test_a_written_recipe_repeats_the_run(recipe, tmp_path):
 # Help
 
 
-def test_help_lists_our_fields_first_and_names_recipe_and_program(capsys):
+def test_help_lists_our_fields_first_and_names_recipe_and_program(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         parse_arguments(["--help"])
     assert stop.value.code == 0
@@ -117,18 +114,16 @@ def test_help_lists_our_fields_first_and_names_recipe_and_program(capsys):
     ours, inherited = printed.split("-" * 79)
     for name in ("--block_size", "--dataset", "--overwrite_output_dir", "--learning_rate", "--save_on_signal"):
         assert f"{name}\n" in ours
-    assert "--adam_beta1\n" in inherited
-    assert "--learning_rate\n" not in inherited
+    assert "--adam_beta1\n" in inherited and "--learning_rate\n" not in inherited
     assert "label_smoothing" not in printed
-
-
-def test_help_names_the_script_when_it_is_one(monkeypatch):
     monkeypatch.setattr("sys.argv", ["training/train.py"])
     assert train_help().startswith("usage: python training/train.py [RECIPE]")
 
 
 def test_the_fields_of_the_help_are_those_of_the_classes():
     page = train_help()
+    flags = re.findall(r"^  --(\S+)$", page, re.MULTILINE)
+    assert len(flags) == len(set(flags)) and "-" not in "".join(flags)  # as typed
     for item in fields(BD3LMTrainingArguments):
         assert (f"  --{item.name}\n" in page) == (item.init and item.name not in REFUSED_FIELDS), item.name
     assert refused_names() == set(REFUSED_FIELDS)
@@ -165,23 +160,15 @@ def test_a_faulty_recipe_is_refused_by_field_and_value(recipe, text, value):
         parse_arguments([recipe(text)])
 
 
-@pytest.mark.parametrize("word", ["--learning_rat=1", "--learning-rat"])
-def test_an_unknown_argument_is_named_with_the_nearest_one(word):
-    with pytest.raises(ValueError, match="did you mean '--learning_rate'"):
-        parse_arguments([word, "1"] if "=" not in word else [word])
-
-
-def test_a_recipe_that_does_not_exist_lists_those_that_ship():
-    with pytest.raises(ValueError, match=r"'nowhere.yaml'.*demo.*python-source"):
-        parse_arguments(["nowhere.yaml"])
-
-
 SEARCH = ["--interval_search", "true", "--eval_strategy", "steps"]
 
 
 @pytest.mark.parametrize(
     ("words", "value"),
     [
+        (["nowhere.yaml"], r"'nowhere.yaml'.*demo.*python-source"),
+        (["--learning_rat=1"], "did you mean '--learning_rate'"),
+        (["--learning-rat", "1"], "did you mean '--learning_rate'"),
         (["--vocab_size", "0"], "--vocab_size 0"),
         (["--max_eval_samples", "0"], "--max_eval_samples 0"),
         (["--eval_num_samples", "0"], "--eval_num_samples 0"),
@@ -246,9 +233,3 @@ def test_adapters_are_given_by_their_rank(recipe):
     lora = parse_arguments([recipe("lora_r: 8\nlora_target_modules: [attn_qkv, mlp.0]\n")]).lora
     assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout) == (8, 16, 0.0)
     assert lora.lora_target_modules == ["attn_qkv", "mlp.0"]
-
-
-def test_help_and_refusals_name_flags_as_typed():
-    flags = re.findall(r"^  (--\S+)$", train_help(), re.MULTILINE)
-    assert len(flags) == len(set(flags))
-    assert all("-" not in flag.removeprefix("--") for flag in flags)

@@ -11,24 +11,10 @@ from bd3lm_hf.cli import main as bd3lm
 from bd3lm_hf.training.compare import ComparedModel, comparison_table, generate_samples, read_plan
 
 
-FIELDS = {
-    "vocab_size": 300,
-    "model_length": 16,
-    "hidden_dim": 16,
-    "n_blocks": 1,
-    "n_heads": 2,
-    "cond_dim": 8,
-    "dropout": 0.0,
-    "max_steps": 2,
-    "per_device_train_batch_size": 4,
-    "warmup_steps": 0,
-    "logging_steps": 1,
-    "eval_strategy": "no",
-    "max_eval_samples": 4,
-    "save_strategy": "no",
-    "sample_tokens": 0,
-    "disable_tqdm": True,
-}
+FIELDS = {"vocab_size": 300, "model_length": 16, "hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "cond_dim": 8}
+FIELDS |= {"dropout": 0.0, "max_steps": 2, "per_device_train_batch_size": 4, "warmup_steps": 0, "logging_steps": 1}
+FIELDS |= {"eval_strategy": "no", "max_eval_samples": 4, "save_strategy": "no", "sample_tokens": 0}
+FIELDS |= {"disable_tqdm": True}
 MODELS = {
     "ar": {"model_type": "ar"},
     "bd3lm-4": {"model_type": "bd3lm", "block_size": 4},
@@ -43,15 +29,8 @@ def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("comparison")
     rows = [{"text": f"Sentence {i} says that every masked token is revealed once. " * 3} for i in range(30)]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    content = {
-        "models": MODELS,
-        "seeds": [3],
-        "num_texts": 3,
-        "text_length": 12,
-        "dataset": str(folder / "text.jsonl"),
-        **FIELDS,
-    }
-    (folder / "compare.yaml").write_text(yaml.safe_dump(content))
+    content = {"models": MODELS, "seeds": [3], "num_texts": 3, "text_length": 12, **FIELDS}
+    (folder / "compare.yaml").write_text(yaml.safe_dump({**content, "dataset": str(folder / "text.jsonl")}))
     return folder / "compare.yaml"
 
 

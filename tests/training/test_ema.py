@@ -15,7 +15,7 @@ from two_processes import tiny_model
 from bd3lm_hf.evaluation.perplexity import perplexity
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.run_folder import EMA_NAME
-from bd3lm_hf.training.ema import AverageCallback, WeightAverage, describe_weights
+from bd3lm_hf.training.ema import AverageCallback, WeightAverage
 from bd3lm_hf.training.interval import search_intervals
 
 
@@ -32,6 +32,14 @@ def change(model: nn.Module, seed: int) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 # The average
@@ -56,11 +64,13 @@ def test_the_average_is_the_published_one(warmup, shadow):
 def test_the_metadata_of_a_saved_average_is_in_order(tmp_path):
     # Otherwise equal averages have files of another hash: the order of the metadata changes with the process.
     average = WeightAverage(layer_of(), decay=0.99)
+    average.save(tmp_path, write=False)  # of a process that does not write
+    assert not list(tmp_path.iterdir())
     average.save(tmp_path)
     content = (tmp_path / EMA_NAME).read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     assert header["__metadata__"] == {"updates": "0", "decay": "0.99", "warmup": "true"}
-    assert list(header["__metadata__"]) == sorted(header["__metadata__"])
+    assert list(header["__metadata__"]) == ["decay", "updates", "warmup"]
     assert torch.equal(load_file(tmp_path / EMA_NAME)["weight"], average.shadows["weight"])
 
 
@@ -104,14 +114,12 @@ def test_an_exception_restores_the_weights_bit_for_bit():
     average = WeightAverage(model, decay=0.5)
     change(model, 1)
     average.update()
-    raw = {name: p.detach().clone() for name, p in model.named_parameters()}
-    shadows = {name: shadow.clone() for name, shadow in average.shadows.items()}
+    raw, shadows = weights_of(model), {name: shadow.clone() for name, shadow in average.shadows.items()}
     with pytest.raises(ZeroDivisionError), average.swapped():
-        assert all(torch.equal(p, shadows[name]) for name, p in model.named_parameters())
+        assert equal(weights_of(model), shadows)
         model.weight.data.zero_()
         1 / 0  # noqa: B018
-    assert all(torch.equal(p, raw[name]) for name, p in model.named_parameters())
-    assert all(torch.equal(average.shadows[name], shadow) for name, shadow in shadows.items())
+    assert equal(weights_of(model), raw) and equal(average.shadows, shadows)
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, 0.0, 2])
@@ -121,11 +129,6 @@ def test_a_decay_outside_of_zero_to_one_is_refused(decay):
 
 
 # Its file
-
-
-def test_only_the_process_that_should_writes(tmp_path):
-    WeightAverage(layer_of(), decay=0.9).save(tmp_path, write=False)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -147,41 +150,15 @@ def test_the_average_of_another_model_is_refused(tmp_path, tensors, message):
 # In a training loop
 
 
-class _Optimizer:
-    step_was_skipped = False
-
-
 def test_a_step_that_the_loss_scaler_skipped_is_no_update():
-    callback, optimizer = AverageCallback(0.9, True), _Optimizer()
+    callback = AverageCallback(0.9, True)
     average = callback.start(layer_of())
-    callback.on_step_end(None, None, None, optimizer=optimizer)
-    optimizer.step_was_skipped = True
-    callback.on_step_end(None, None, None, optimizer=optimizer)
+    for skipped in (False, True):
+        callback.on_step_end(None, None, None, optimizer=SimpleNamespace(step_was_skipped=skipped))
     assert average.updates == 1
 
 
-def test_saved_weights_say_what_they_are():
-    average = WeightAverage(layer_of(), decay=0.9999, warmup=False)
-    average.update()
-    assert describe_weights(None, 5) == {"weights": "raw", "step": 5}
-    assert describe_weights(average, 5) == {
-        "weights": "average",
-        "step": 5,
-        "ema_decay": 0.9999,
-        "ema_warmup": False,
-        "ema_updates": 1,
-    }
-
-
 # --- in the trainer --------------------------------------------------------------------------------------------------
-
-
-def weights_of(model) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 class _Weights(TrainerCallback):
@@ -199,8 +176,7 @@ def test_evaluation_scores_and_shows_the_averaged_weights(make_trainer):
     trainer.add_callback(watch)
     trainer.train()
     raw = weights_of(trainer.model)
-    assert equal(watch.seen[-1], trainer.average.shadows)
-    assert not equal(watch.seen[-1], raw)
+    assert equal(watch.seen[-1], trainer.average.shadows) and not equal(watch.seen[-1], raw)
     with trainer.averaged_weights() as model, trainer.averaged_weights() as again:
         assert model is again is trainer.model
         expected = perplexity(model, rows_of(6, seed=1), batch_size=8, seed=5)
@@ -226,29 +202,22 @@ def test_the_interval_is_searched_with_the_averaged_weights_for_the_trained_mode
 
 
 def test_averaging_does_not_change_the_training(make_trainer):
-    plain = make_trainer(max_steps=3, ema_decay=0)
-    averaged = make_trainer(max_steps=3, ema_decay=0.9999, eval_strategy="steps")
-    plain.train()
-    averaged.train()
+    plain = trained(make_trainer(max_steps=3, ema_decay=0))
+    averaged = trained(make_trainer(max_steps=3, ema_decay=0.9999, eval_strategy="steps"))
     assert losses_of(plain) == losses_of(averaged)
     assert equal(weights_of(plain.model), weights_of(averaged.model))
     assert (plain.average, averaged.average.updates) == (None, 3)
 
 
 def test_the_saved_model_is_the_average_and_says_so(make_trainer, tmp_path):
-    trainer = trained(make_trainer(ema_decay=0.5, save_strategy="steps", save_steps=2))
+    trainer = trained(make_trainer(ema_decay=0.5, ema_warmup=False, save_strategy="steps", save_steps=2))
     trainer.model.sampling_eps_min.fill_(0.25)
     trainer.save_model()
     exported = BD3LMForMaskedLM.from_pretrained(tmp_path / "run")
     assert equal(weights_of(exported), trainer.average.shadows)
     assert exported.interval() == (0.25, 1.0)
-    assert json.loads((tmp_path / "run" / "weights.json").read_text()) == {
-        "weights": "average",
-        "step": 2,
-        "ema_decay": 0.5,
-        "ema_warmup": True,
-        "ema_updates": 2,
-    }
+    settings = {"ema_decay": 0.5, "ema_warmup": False, "ema_updates": 2}
+    assert json.loads((tmp_path / "run" / "weights.json").read_text()) == {"weights": "average", "step": 2, **settings}
     checkpoint = tmp_path / "run" / "checkpoint-2"
     assert equal(weights_of(BD3LMForMaskedLM.from_pretrained(checkpoint)), weights_of(trainer.model))
     assert json.loads((checkpoint / "weights.json").read_text()) == {"weights": "raw", "step": 2}
@@ -259,26 +228,21 @@ def test_an_average_goes_on_from_a_checkpoint_bit_for_bit(make_trainer, tmp_path
     whole = trained(make_trainer(max_steps=4, save_strategy="steps", save_steps=2, ema_decay=0.9))
     rest = make_trainer(max_steps=4, ema_decay=0.9)
     rest.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    assert rest.average.updates == 4
-    assert equal(rest.average.shadows, whole.average.shadows)
+    assert rest.average.updates == 4 and equal(rest.average.shadows, whole.average.shadows)
     assert losses_of(rest) == losses_of(whole)
 
 
 def test_a_second_training_starts_a_new_average(make_trainer):
     trainer = trained(make_trainer(ema_decay=0.5))
     first = trainer.average
-    trainer.train()
-    assert trainer.average is not first
-    assert trainer.average.updates == 2
+    assert trained(trainer).average is not first and trainer.average.updates == 2
 
 
 def test_a_checkpoint_without_an_average_can_not_be_resumed_with_one(make_trainer, tmp_path):
     make_trainer(max_steps=2, save_strategy="steps", save_steps=1).train()
-    resumed = make_trainer(max_steps=3, ema_decay=0.9)
-    with pytest.raises(
-        ValueError, match=r"checkpoint-1 holds no ema\.safetensors: .* --ema_decay 0\.9 .*--ema_decay 0,"
-    ):
-        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    message = r"checkpoint-1 holds no ema\.safetensors: .* --ema_decay 0\.9 .*--ema_decay 0,"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(max_steps=3, ema_decay=0.9).train(str(tmp_path / "run" / "checkpoint-1"))
 
 
 def test_dropping_an_average_is_said(make_trainer, tmp_path, caplog, monkeypatch):
@@ -289,18 +253,10 @@ def test_dropping_an_average_is_said(make_trainer, tmp_path, caplog, monkeypatch
 
 
 def test_the_best_checkpoints_average_is_saved(make_trainer, tmp_path):
-    trainer = make_trainer(
-        max_steps=3,
-        save_strategy="steps",
-        save_steps=1,
-        eval_strategy="steps",
-        eval_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        greater_is_better=True,  # so that the last checkpoint is not the best
-        ema_decay=0.5,
-    )
-    trainer.train()
+    steps = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    # The best has the largest loss, so that it is not the last one.
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = trained(make_trainer(max_steps=3, ema_decay=0.5, **steps, **best))
     assert Path(trainer.state.best_model_checkpoint).name != "checkpoint-3"
     best = load_file(Path(trainer.state.best_model_checkpoint) / "ema.safetensors")
     trainer.save_model()
@@ -310,8 +266,7 @@ def test_the_best_checkpoints_average_is_saved(make_trainer, tmp_path):
 def test_of_a_model_with_adapters_only_these_are_averaged(make_trainer, tmp_path):
     adapted = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["attn_qkv"]))
     trainer = trained(make_trainer(model=adapted, ema_decay=0.5, save_strategy="steps", save_steps=2))
-    assert trainer.average.shadows
-    assert all("lora" in name for name in trainer.average.shadows)
+    assert trainer.average.shadows and all("lora" in name for name in trainer.average.shadows)
     raw = weights_of(adapted)
     trainer.save_model()
     assert equal(weights_of(adapted), raw)

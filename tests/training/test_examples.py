@@ -48,8 +48,7 @@ def test_every_epoch_has_its_own_order_and_indices():
 
 def test_a_data_set_smaller_than_a_step_is_repeated():
     order = EpochOrder([{"row": 0}, {"row": 1}], seed=0, group_size=5)
-    assert len(order) == 5
-    assert set(order.permutation(0).tolist()) == {0, 1}
+    assert len(order) == 5 and set(order.permutation(0).tolist()) == {0, 1}
 
 
 def test_the_rows_of_a_batch_can_be_named():
@@ -77,23 +76,15 @@ def test_noise_belongs_to_the_example_not_to_the_batch(collate):
     assert whole["block_noise"].shape == (8, 8)
 
 
-def test_noise_does_not_change_with_a_longer_neighbour(collate):
-    short = {"input_ids": [5] * 9, EXAMPLE_INDEX: 3}
-    long = {"input_ids": [6] * 30, EXAMPLE_INDEX: 4}
+@pytest.mark.parametrize("draws", [1, 3])
+def test_noise_does_not_change_with_a_longer_neighbour(tiny_config, draws):
+    collate = NoiseCollator(PaddingCollator(2), tiny_config, seed=0, group_size=8, num_noise_samples=draws)
+    short, long = ({"input_ids": [5] * length, EXAMPLE_INDEX: length} for length in (9, 30))
     alone, together = collate([short]), collate([short, long])
-    assert torch.equal(alone["token_noise"][0], together["token_noise"][0, :9])
-    assert torch.equal(alone["block_noise"][0], together["block_noise"][0, :3])
-
-
-def test_several_draws_of_an_example_belong_to_it_too(tiny_config):
-    collate = NoiseCollator(PaddingCollator(2), tiny_config, seed=0, group_size=8, num_noise_samples=3)
-    short = {"input_ids": [5] * 9, EXAMPLE_INDEX: 3}
-    long = {"input_ids": [6] * 30, EXAMPLE_INDEX: 4}
-    alone, together = collate([short]), collate([short, long])
-    shapes = {name: tuple(together[name].shape) for name in ("block_noise", "token_noise", "count_noise")}
-    assert shapes == {"block_noise": (2, 3, 8), "token_noise": (2, 3, 30), "count_noise": (2, 3, 8)}
-    assert torch.equal(alone["token_noise"][0], together["token_noise"][0, :, :9])
-    assert torch.equal(alone["block_noise"][0], together["block_noise"][0, :, :3])
+    axis = (draws,) if draws > 1 else ()
+    for name, own, whole in (("block_noise", 3, 8), ("token_noise", 9, 30), ("count_noise", 3, 8)):
+        assert tuple(together[name].shape) == (2, *axis, whole)
+        assert torch.equal(alone[name][0], together[name][0, ..., :own])
 
 
 def test_padding_has_no_label_and_no_attention():
@@ -108,17 +99,20 @@ def test_a_model_without_blocks_gets_no_noise():
     assert set(collate([{"input_ids": [5, 6], EXAMPLE_INDEX: 0}])) == {"input_ids", "labels", "attention_mask"}
 
 
-def test_a_sequence_beyond_the_models_length_is_refused(collate):
-    with pytest.raises(ValueError, match="33 tokens is longer than model_length=32"):
-        collate([{"input_ids": [5] * 33, EXAMPLE_INDEX: 0}])
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"input_ids": [5] * 33}, "33 tokens is longer than model_length=32"),
+        ({"input_ids": [5, 47, 6], "labels": [-100, 5, -100]}, "mask_token_id=47.*mlm=False"),
+        ({"input_ids": [5, 6, 7], "labels": [6, 7, -100]}, "shifted by one"),
+    ],
+)
+def test_the_collator_refuses_faulty_text_before_any_device_sees_it(collate, example, message):
+    with pytest.raises(ValueError, match=message):
+        collate([{**example, EXAMPLE_INDEX: 0}])
 
 
-def test_the_collator_refuses_masked_text_before_any_device_sees_it(collate):
-    masked = {"input_ids": [5, 47, 6], "labels": [-100, 5, -100], EXAMPLE_INDEX: 0}
-    with pytest.raises(ValueError, match="mask_token_id=47.*mlm=False"):
-        collate([masked])
-    with pytest.raises(ValueError, match="shifted by one"):
-        collate([{"input_ids": [5, 6, 7], "labels": [6, 7, -100], EXAMPLE_INDEX: 0}])
+def test_the_mask_token_may_be_padding(collate):
     padded = collate([{"input_ids": [5, 47], "attention_mask": [1, 0], "labels": [5, -100], EXAMPLE_INDEX: 0}])
     assert padded["labels"].tolist() == [[5, -100]]
 
@@ -153,6 +147,7 @@ def test_a_stream_counts_its_examples_over_all_passes(stream):
     assert sorted(first) == sorted(second)
     assert first != second  # shuffled again
     assert endless.dataset_indices(10, 3) == [10, 11, 12]
+    assert len(endless._positions) <= 5  # old ones are forgotten
 
 
 @pytest.mark.parametrize("step", [0, 1, 5, 13])
@@ -164,19 +159,8 @@ def test_a_stream_goes_on_behind_any_step_with_the_same_examples(stream, step):
     rest = stream()
     rest.resume(whole.position(step))
     assert taken(iter(rest), 60) == expected
-
-
-def test_a_position_of_steps_of_another_size_is_refused(stream):
-    whole = stream()
-    taken(iter(whole), 20)
     with pytest.raises(ValueError, match="recorded with 8 sequences a step, but it is now 4"):
-        stream(group_size=4).resume(whole.position(1))
-
-
-def test_old_positions_are_forgotten(stream):
-    endless = stream()
-    taken(iter(endless), 200)
-    assert len(endless._positions) <= 5
+        stream(group_size=4).resume(whole.position(step))
 
 
 # --- The noise itself -----------------------------------------------------------------------------------------------
@@ -203,9 +187,8 @@ def test_noise_of_a_group_hits_every_stratum_once_and_does_not_depend_on_the_bat
 def test_the_first_of_several_draws_takes_the_random_numbers_of_a_single_one():
     single = noise_of_examples(range(8), seed=0, **LAYOUT)
     several = noise_of_examples(range(8), seed=0, num_noise_samples=2, **LAYOUT)
-    assert torch.equal(several.token_noise[:, 0], single.token_noise)
-    assert torch.equal(several.count_noise[:, 0], single.count_noise)
-    assert torch.equal(several.block_noise[:, 0], single.block_noise / 2)
+    for name, scale in (("token_noise", 1), ("count_noise", 1), ("block_noise", 2)):
+        assert torch.equal(getattr(several, name)[:, 0], getattr(single, name) / scale)
 
 
 def test_groups_examples_and_seeds_have_noise_of_their_own():

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import torch
 from shared_models import CLASSES
 from tiny_runs import save_recipe
 from transformers import AutoModelForCausalLM
@@ -103,26 +102,3 @@ def test_the_wrong_class_names_the_right_ones(model_class, config_class, tmp_pat
 def test_contradictory_flags_are_refused(config_class, fields, message):
     with pytest.raises(ValueError, match=message):
         config_class(**fields)
-
-
-def test_block_diffusion_of_single_tokens_has_the_likelihood_form_of_an_autoregressive_model(randomize):
-    # Everything masked: each token's logits see the mask in its place and the clean tokens before it.
-    config = BD3LMConfig(**SIZES, block_size=1, ignore_bos=False, dropout=0.0)
-    model = randomize(BD3LMForMaskedLM(config)).eval()
-    ids = torch.randint(0, 11, (3, 8), generator=torch.Generator().manual_seed(0))
-    chain = torch.zeros(3, 8)
-    with torch.no_grad():
-        for place in range(8):
-            text = torch.cat([ids[:, :place], torch.full((3, 1), 11)], dim=1)
-            logits = model(text).logits[:, -1, :11]
-            chain[:, place] = -logits.log_softmax(-1).gather(1, ids[:, place : place + 1]).squeeze(1)
-    for estimator in ("exact", "stratified", "sampled"):
-        score = model.token_nll(ids, estimator=estimator)
-        torch.testing.assert_close(score.nll, chain, atol=1e-5, rtol=0)
-        assert score.mask.all()
-    torch.testing.assert_close(model(ids, labels=ids).loss, chain.mean(), atol=1e-5, rtol=0)
-    # The draws that mask everything, t = 1 of the whole interval, and then an interval of nothing else.
-    full = {"block_noise": torch.ones(3, 8), "token_noise": torch.zeros(3, 8)}
-    torch.testing.assert_close(model.train()(ids, labels=ids, **full).loss, chain.mean(), atol=1e-5, rtol=0)
-    model.set_interval(1.0, 1.0)
-    torch.testing.assert_close(model.train()(ids, labels=ids).loss, chain.mean(), atol=1e-5, rtol=0)

@@ -208,20 +208,12 @@ def passes_of(model, monkeypatch, measure, batch) -> tuple[int, int]:
 @pytest.mark.parametrize(("block_size", "passes"), [(1, 1), (4, 4), (8, 8), (16, 12), (32, 12)])
 def test_36_intervals_take_at_most_12_noisy_passes_and_one_clean_one(make_model, monkeypatch, block_size, passes):
     model, intervals = make_model(block_size=block_size), candidate_intervals(4)
-    assert len(intervals) == 36
-    measure = SharedDraws(model.config, intervals)
-    batch = text_of(model, random_ids(2, 32))
-    assert passes_of(model, monkeypatch, measure, batch) == (
-        block_size < 32,
-        passes,
-    )  # a lone block has no clean text before it
-    assert measure.passes == passes
-
-
-def test_the_published_way_takes_a_noisy_pass_for_each_interval_and_one_clean_one(make_model, monkeypatch):
-    model = make_model()
-    measure = PassPerInterval(model.config, candidate_intervals(4))
-    assert passes_of(model, monkeypatch, measure, text_of(model, random_ids(2, 32))) == (1, 36)
+    clean = int(block_size < 32)  # a lone block has no clean text before it
+    for method, noisy in ((SharedDraws, passes), (PassPerInterval, len(intervals))):
+        measure = method(model.config, intervals)
+        with monkeypatch.context() as patch:
+            taken = passes_of(model, patch, measure, text_of(model, random_ids(2, 32)))
+        assert taken == (clean, noisy) and measure.passes == noisy
 
 
 # The published way

@@ -159,14 +159,15 @@ def test_low_precision_is_close_and_spares_noise_loss_and_saved_weights(two_proc
 def test_an_unsharded_model_is_its_own_part_and_whole():
     model = tiny_model()
     weight = next(model.parameters())
-    assert not has_shards(model)
+    assert not has_shards(model) and not local_part(weight).requires_grad
     assert local_part(weight).data_ptr() == weight.data_ptr()
-    assert not local_part(weight).requires_grad
     assert part_like(weight, weight).data_ptr() == whole(weight, weight).data_ptr() == weight.data_ptr()
 
 
 def test_a_copy_is_equal_and_shares_nothing():
     model = tiny_model().eval()
+    with pytest.raises(ValueError, match="Linear .*DDP"):
+        whole_model(nn.Linear(2, 2))
     copy = whole_model(model)
     assert type(copy) is type(model)
     assert torch.equal(scores(copy), scores(model))
@@ -193,14 +194,8 @@ def test_weights_that_zero_3_spreads_are_gathered_for_a_copy(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(GatheredParameters=gather)))
     assert has_shards(model)
     copy = whole_model(model)
-    assert len(gathered) == 1
-    assert not has_shards(copy)
+    assert len(gathered) == 1 and not has_shards(copy)
     assert torch.equal(scores(copy), expected)
-
-
-def test_a_wrapped_model_can_not_be_copied():
-    with pytest.raises(ValueError, match="Linear .*DDP"):
-        whole_model(nn.Linear(2, 2))
 
 
 def test_modules_know_that_they_are_sharded():
@@ -256,13 +251,10 @@ def test_a_sharded_model_folds_its_modulations_layer_by_layer():
     close(scores(model), expected)
 
 
-def test_the_old_fsdp_is_refused():
+def test_the_old_fsdp_is_refused_and_noise_loss_and_sums_of_gradients_stay_in_float32():
     plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
     with pytest.raises(ValueError, match=r"fsdp_version 1 is not supported: use 2, as in training/launch/fsdp2\.yaml"):
         prepare_fsdp(plugin)
-
-
-def test_noise_loss_and_sums_of_gradients_stay_in_float32():
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
     assert spare_float32(low) == MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False

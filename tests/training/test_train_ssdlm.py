@@ -172,7 +172,7 @@ def test_a_pooler_is_left_out_with_a_warning_and_a_missing_head_is_an_error(enco
     [
         (("--hidden_dim", "32"), "--hidden_dim 32 contradicts --init_from .*, whose hidden_dim is 16"),
         (("--cond_dim", "8"), "--cond_dim 8.*leave out --cond_dim"),
-        (("--noise", "loglinear"), "--noise loglinear: a SSDLMForMaskedLM has no such field; leave out --noise"),
+        (("--noise", "loglinear"), "--noise loglinear: a SSDLMConfig has no such field; leave out --noise"),
         (("--model_length", "64"), "model_length=64 does not fit the encoder's max_position_embeddings=48: give at"),
         (("--num_denoising_steps", "0"), "--num_denoising_steps 0:"),
         (("--lora_r", "2"), "--lora_r: an adapter is used with the configuration of"),

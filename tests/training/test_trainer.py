@@ -26,11 +26,9 @@ def test_accumulated_batches_equal_one_batch(tiny_config, make_trainer, batch, d
     tiny_config.noise_draws = draws
     # Plain gradient descent: Adam's division by the gradient's size would blow rounding up.
     whole, parts = (
-        make_trainer(per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, optim="sgd")
+        trained(make_trainer(per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, optim="sgd"))
         for size in (8, batch)
     )
-    whole.train()
-    parts.train()
     assert losses_of(parts) == pytest.approx(losses_of(whole), abs=1e-6)
     assert_same_weights(whole.model, parts.model, atol=1e-6)
 
@@ -40,21 +38,14 @@ def test_accumulation_counts_tokens_not_batches(make_trainer):
     for row in rows[::3]:  # sequences with a long given part weigh less
         row["labels"] = [-100] * 24 + row["labels"][24:]
     rows = Dataset.from_list(rows)
-    whole, parts = (
-        make_trainer(rows=rows, max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size)
-        for size in (8, 1)
-    )
-    whole.train()
-    parts.train()
+    settings = [{"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size} for size in (8, 1)]
+    whole, parts = (trained(make_trainer(rows=rows, max_steps=1, **fields)) for fields in settings)
     assert losses_of(whole) == pytest.approx(losses_of(parts), abs=1e-6)
 
 
 def test_the_seed_repeats_a_run_and_changes_it(make_trainer):
-    runs = [make_trainer(seed=seed) for seed in (5, 5, 6)]
-    for run in runs:
-        run.train()
-    assert losses_of(runs[0]) == losses_of(runs[1])
-    assert losses_of(runs[0]) != losses_of(runs[2])
+    first, second, other = (losses_of(trained(make_trainer(seed=seed))) for seed in (5, 5, 6))
+    assert first == second != other
 
 
 def test_training_lowers_the_loss(make_trainer):
@@ -79,9 +70,7 @@ def test_the_speed_counts_operations_and_their_share_of_a_known_peak():
 
 
 def test_the_utilisation_is_logged_where_the_peak_is_given(make_trainer):
-    known, unknown = make_trainer(peak_tflops=0.5), make_trainer()
-    known.train()
-    unknown.train()
+    known, unknown = trained(make_trainer(peak_tflops=0.5)), trained(make_trainer())
     for entry in known.state.log_history[:-1]:
         assert entry["tokens_per_second"] > 0
         assert entry["mfu"] == pytest.approx(entry["tflops_per_second"] / 0.5, rel=1e-2)
@@ -134,14 +123,10 @@ def test_a_stream_resumes_bit_for_bit(make_stream_trainer, tmp_path):
 
 
 def test_the_noise_of_a_stream_does_not_depend_on_the_layout(make_stream_trainer):
-    whole = make_stream_trainer(dropout=0.0, optim="sgd", learning_rate=0.1)
-    parts = make_stream_trainer(
-        dropout=0.0, optim="sgd", learning_rate=0.1, per_device_train_batch_size=2, gradient_accumulation_steps=4
-    )
-    whole.train()
-    parts.train()
-    assert losses_of(parts) == pytest.approx(losses_of(whole), abs=1e-5)
-    assert len(set(losses_of(whole))) == 12
+    layouts = {}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    settings = {"dropout": 0.0, "optim": "sgd", "learning_rate": 0.1}
+    whole, parts = (losses_of(trained(make_stream_trainer(**settings, **layout))) for layout in layouts)
+    assert parts == pytest.approx(whole, abs=1e-5) and len(set(whole)) == 12
 
 
 def test_a_stream_needs_the_position_that_a_checkpoint_holds(make_stream_trainer, tmp_path):
@@ -204,20 +189,14 @@ def test_several_held_out_sets_are_evaluated_by_name(make_trainer):
     metrics = trainer.evaluate()
     assert metrics["eval_one_ppl"] != metrics["eval_two_ppl"]
     assert trainer.evaluate("one", metric_key_prefix="again")["again_ppl"] == metrics["eval_one_ppl"]
+    trainer.eval_dataset = None
+    with pytest.raises(ValueError, match="needs held-out sequences"):
+        trainer.evaluate()
 
 
 def test_evaluation_does_not_change_the_training(make_trainer):
     plain, watched = make_trainer(max_steps=3), make_trainer(max_steps=3, eval_strategy="steps", eval_steps=1)
-    plain.train()
-    watched.train()
-    assert losses_of(plain) == losses_of(watched)
-
-
-def test_evaluation_without_sequences_is_refused(make_trainer):
-    trainer = make_trainer()
-    trainer.eval_dataset = None
-    with pytest.raises(ValueError, match="needs held-out sequences"):
-        trainer.evaluate()
+    assert losses_of(trained(plain)) == losses_of(trained(watched))
 
 
 def test_predictions_are_the_nll_of_tokens_and_the_mask(make_trainer):
@@ -237,8 +216,7 @@ def test_predictions_are_the_nll_of_tokens_and_the_mask(make_trainer):
     (nll, mask), labels = output.predictions, output.label_ids
     assert nll.shape == mask.shape == labels.shape == (6, 32)
     assert mask.tolist() == [[label != -100 for label in row] for row in labels.tolist()]
-    assert not mask[1][20:].any()
-    assert not mask[2][:8].any()
+    assert not mask[1][20:].any() and not mask[2][:8].any()
     assert labels[0][mask[0]].tolist() == [id for id, used in zip(rows[0]["input_ids"], mask[0], strict=True) if used]
     plain = make_trainer(per_device_eval_batch_size=3).evaluate(rows)
     assert output.metrics["test_nll"] == pytest.approx(plain["eval_nll"], rel=1e-6)
@@ -265,17 +243,15 @@ def test_a_loss_of_another_or_masked_text_is_refused(make_trainer, keywords, val
 
 def test_bfloat16_spares_the_noise_and_stays_close(make_trainer):
     plain, low = make_trainer(), make_trainer(bf16=True)
-    dtypes = {}
+    dtypes, gradients = set(), []
 
     def record(module, positional, named):
-        dtypes.update({name: named[name].dtype for name in NOISE})
+        dtypes.update(named[name].dtype for name in NOISE)
 
     low.model.register_forward_pre_hook(record, with_kwargs=True)
-    gradients = []
     low.model.get_output_embeddings().weight.register_hook(gradients.append)
-    plain.train()
-    low.train()
-    assert dtypes == dict.fromkeys(NOISE, torch.float32)
+    trained(plain), trained(low)
+    assert dtypes == {torch.float32}
     assert losses_of(low) == pytest.approx(losses_of(plain), rel=1e-2)
     assert losses_of(low) != losses_of(plain)
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
@@ -286,41 +262,30 @@ def test_deepspeeds_precision_spares_the_noise(make_trainer, monkeypatch):
     trainer = make_trainer()
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.is_deepspeed_enabled = True
-    configuration = SimpleNamespace(dtype=lambda: torch.bfloat16)
-    plugin = SimpleNamespace(hf_ds_config=configuration)
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
     monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin, raising=False)
     prepared = trainer._prepare_inputs({**batch, "other": torch.ones(2)})
     assert prepared["other"].dtype == torch.bfloat16
     for name in NOISE:
-        assert prepared[name].dtype == torch.float32
-        assert torch.equal(prepared[name], batch[name])
+        assert prepared[name].dtype == torch.float32 and torch.equal(prepared[name], batch[name])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_takes_the_same_steps(make_trainer, reentrant):
-    plain = make_trainer(optim="sgd")
-    saving = make_trainer(
-        optim="sgd", gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant}
-    )
-    plain.train()
-    saving.train()
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    plain, saving = (trained(make_trainer(optim="sgd", **fields)) for fields in ({}, settings))
     assert saving.model.backbone.blocks[0].gradient_checkpointing
     for key in ("loss", "grad_norm"):
-        values = [[entry[key] for entry in t.state.log_history if key in entry] for t in (plain, saving)]
-        assert values[0] == pytest.approx(values[1], abs=1e-6)
+        assert losses_of(plain, key) == pytest.approx(losses_of(saving, key), abs=1e-6)
     assert_same_weights(plain.model, saving.model, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_compiled_runs_take_the_same_steps(make_trainer, tmp_path):
     common = {"optim": "sgd", "ema_decay": 0.5, "eval_strategy": "steps", "eval_steps": 2}
-    plain = make_trainer(**common)
-    compiled = make_trainer(**common, torch_compile=True)
-    plain.train()
-    compiled.train()
+    plain, compiled = (trained(make_trainer(**common, torch_compile=flag)) for flag in (False, True))
     for key in ("loss", "eval_nll"):
-        values = [[entry[key] for entry in t.state.log_history if key in entry] for t in (plain, compiled)]
-        assert values[0] == pytest.approx(values[1], abs=1e-5)
+        assert losses_of(plain, key) == pytest.approx(losses_of(compiled, key), abs=1e-5)
     compiled.save_model()
     saved = BD3LMForMaskedLM.from_pretrained(tmp_path / "run").state_dict()
     for name, average in plain.average.shadows.items():
@@ -339,9 +304,7 @@ def test_a_sample_leaves_the_random_state_and_the_mode_alone(tiny_config, random
     torch.manual_seed(0)
     state = torch.get_rng_state()
     first, second = (sample_text(model, Tokenizer(), max_new_tokens=5, seed=1, nucleus_p=0.9) for _ in range(2))
-    assert first == second
-    assert len(first.split()) <= 6
-    assert model.training
+    assert first == second and len(first.split()) <= 6 and model.training
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -349,14 +312,11 @@ def test_a_sample_leaves_the_random_state_and_the_mode_alone(tiny_config, random
 
 
 def test_the_stock_trainer_evaluates_alike_and_predicts_the_nll_of_tokens(tiny_config, randomize, tmp_path):
-    model = randomize(BD3LMForMaskedLM(tiny_config))
-    rows = rows_of(6, seed=1)
+    model, rows = randomize(BD3LMForMaskedLM(tiny_config)), rows_of(6, seed=1)
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "disable_tqdm": True}
 
     def evaluate(batch):
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, per_device_eval_batch_size=batch
-        )
-        metrics = []
+        arguments, metrics = TrainingArguments(**options, per_device_eval_batch_size=batch), []
         trainer = Trainer(model, arguments, eval_dataset=rows, compute_metrics=lambda p: metrics.append(p) or {})
         return trainer.evaluate()["eval_loss"], metrics[0]
 

@@ -129,33 +129,22 @@ def test_a_checkpoint_loads_by_itself_and_nothing_unfinished_stays(make_trainer,
     trainer = trained(make_trainer(max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2))
     folder = tmp_path / "run"
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-3", "checkpoint-4"]
-    state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
-    assert state["global_step"] == 4
-    loaded = BD3LMForMaskedLM.from_pretrained(folder / "checkpoint-4")
-    assert_same_weights(trainer.model, loaded)
-    assert (folder / "checkpoint-4" / "modeling_bd3lm.py").is_file()
-    assert (folder / "checkpoint-4" / "generation_config.json").is_file()
+    assert json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
+    assert_same_weights(trainer.model, BD3LMForMaskedLM.from_pretrained(folder / "checkpoint-4"))
+    assert {"modeling_bd3lm.py", "generation_config.json"} <= {path.name for path in folder.glob("checkpoint-4/*")}
 
 
 def test_the_best_checkpoint_is_kept_and_found(make_trainer, tmp_path):
-    trainer = make_trainer(
-        max_steps=4,
-        save_strategy="steps",
-        save_steps=1,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_total_limit=1,
-        load_best_model_at_end=True,
-        learning_rate=1.0,  # gets worse from the first step on
-    )
-    trainer.train()
-    assert trainer.state.best_model_checkpoint == str(
-        tmp_path / "run" / f"checkpoint-{trainer.state.best_global_step}"
-    )
-    assert Path(trainer.state.best_model_checkpoint).is_dir()
+    steps = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    # With this learning rate it gets worse from the first step on.
+    options = {"max_steps": 4, "save_total_limit": 1, "load_best_model_at_end": True, "learning_rate": 1.0}
+    trainer = trained(make_trainer(**options, **steps))
+    best = tmp_path / "run" / f"checkpoint-{trainer.state.best_global_step}"
+    assert trainer.state.best_model_checkpoint == str(best) and best.is_dir()
 
 
-FAILING = OSError(28, "No space left on device")
+def fail(*arguments, **keywords):
+    raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize(
@@ -172,10 +161,6 @@ FAILING = OSError(28, "No space left on device")
 def test_a_full_disk_at_any_stage_leaves_the_last_checkpoint_and_no_debris(make_trainer, tmp_path, monkeypatch, stage):
     make_trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
     before = {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoint-1").iterdir()}
-
-    def fail(*arguments, **keywords):
-        raise FAILING
-
     trainer = make_trainer(max_steps=3, save_strategy="steps", save_steps=1)
     with monkeypatch.context() as patch:
         patch.setattr(stage, fail)
@@ -189,10 +174,6 @@ def test_a_model_that_can_not_be_saved_leaves_the_old_one(make_trainer, tmp_path
     trainer = make_trainer()
     trainer.save_model()
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
-
-    def fail(*arguments, **keywords):
-        raise FAILING
-
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
     with pytest.raises(SaveError, match="cannot save the model in .*No checkpoint had been saved yet"):
         trainer.save_model()
@@ -206,8 +187,7 @@ def test_what_a_killed_run_left_behind_gets_into_no_checkpoint(make_trainer, tmp
         (left / name / "rng_state_1.pth").write_text("foreign")
     trainer = trained(make_trainer(max_steps=1, save_strategy="steps", save_steps=1))
     trainer.save_model()
-    assert not left.exists()
-    assert not list((tmp_path / "run").rglob("rng_state_1.pth"))
+    assert not left.exists() and not list((tmp_path / "run").rglob("rng_state_1.pth"))
 
 
 def test_a_finished_run_takes_no_further_step(make_trainer):
@@ -215,15 +195,14 @@ def test_a_finished_run_takes_no_further_step(make_trainer):
     whole = trained(make_trainer(max_steps=3, save_strategy="steps", save_steps=2))
     again = make_trainer(max_steps=3, save_strategy="no")
     again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 3
-    assert losses_of(again) == losses_of(whole)
+    assert again.state.global_step == 3 and losses_of(again) == losses_of(whole)
     assert_same_weights(whole.model, again.model)
 
 
 def test_a_resumed_run_does_not_repeat_its_first_evaluation(make_trainer):
-    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
-    whole = trained(make_trainer(max_steps=2, eval_on_start=True, **options))
-    rest = make_trainer(max_steps=2, eval_on_start=True, save_strategy="no", eval_strategy="steps", eval_steps=2)
+    options = {"max_steps": 2, "eval_on_start": True, "eval_strategy": "steps", "eval_steps": 2}
+    whole = trained(make_trainer(save_strategy="steps", save_steps=1, **options))
+    rest = make_trainer(save_strategy="no", **options)
     rest.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-1"))
     steps = [[entry["step"] for entry in run.state.log_history if "eval_nll" in entry] for run in (whole, rest)]
     assert steps == [[0, 2], [0, 2]]
