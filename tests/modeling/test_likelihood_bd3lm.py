@@ -248,8 +248,8 @@ def test_at_block_size_one_every_estimator_is_the_autoregressive_likelihood(tiny
     score = model.token_nll(ids, estimator=estimator)
     torch.testing.assert_close(score.nll, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(loss, expected.sum() / 16, rtol=1e-5, atol=0)
-    model.train().set_interval(1.0, 1.0)  # the loss of training, where it masks everything
-    torch.testing.assert_close(model(ids, labels=ids).loss, expected.sum() / 16, rtol=1e-5, atol=0)
+    model.train().set_interval(1.0, 1.0)  # the loss of training, which masks everything and counts every token
+    torch.testing.assert_close(model(ids, labels=ids).loss, expected.mean(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
