@@ -104,17 +104,15 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments:
 
 
 def _parse(words: list[str]) -> RunArguments:
-    groups: Any
     parser = _Parser(list(_GROUPS.values()), allow_abbrev=False, add_help=False)
     try:
-        *groups, rest = parser.parse_args_into_dataclasses(
-            words, return_remaining_strings=True, look_for_args_file=False
-        )
+        found: Any = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
     except (TypeError, AttributeError, ImportError) as error:  # transformers checks some values only by using them
         raise ValueError(f"a field has a value that it cannot take: {error}") from error
+    model, data, lora, training, rest = found
     if rest:
         raise ValueError(unknown(rest[0], [f"--{name}" for name in field_names()], "argument"))
-    return RunArguments(*groups, parser.given)
+    return RunArguments(model, data, lora, training, parser.given)
 
 
 def _check(arguments: RunArguments, recipe: Iterable[str], flags: Iterable[str]) -> None:
