@@ -156,6 +156,17 @@ def default_labels(input_ids: torch.Tensor, attention_mask: torch.Tensor | None)
     return input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
 
 
+def seeds_of_texts(input_ids: torch.Tensor, labels: torch.Tensor) -> list[int]:
+    """Return a seed for each row that depends on its scored tokens alone, not on its batch or padding."""
+    seeds = []
+    for row, row_labels in zip(input_ids.tolist(), labels.tolist(), strict=True):
+        seed = 0
+        for token, label in zip(row, row_labels, strict=True):
+            seed = (seed * 1_000_003 + token + 1) % 2**62 if label != -100 else seed  # a polynomial of the ids
+        seeds.append(seed)
+    return seeds
+
+
 def check_text(
     config: PreTrainedConfig,
     input_ids: torch.Tensor,

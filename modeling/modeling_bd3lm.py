@@ -15,7 +15,7 @@ from .compatibility_bd3lm import check_trainer
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
-from .inputs_bd3lm import Documents, check_arguments, check_loss_arguments, find_documents
+from .inputs_bd3lm import Documents, check_arguments, check_loss_arguments, find_documents, seeds_of_texts
 from .likelihood_bd3lm import LikelihoodMixin, ScoringRequest, TokenNLL, nelbo
 from .linear_bd3lm import release_prepacked
 from .loss_bd3lm import OwnLossMixin, denoising_loss
@@ -156,14 +156,7 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
         if documents is not None:
             input_ids, labels = documents.split(input_ids, 0), documents.split(labels, -100)
             attention_mask = documents.mask
-        # A polynomial of the ids modulo 2^62: neither the batch nor padding, whose labels are -100, changes it.
-        seeds = []
-        for row, scored in zip(input_ids.tolist(), (labels != -100).tolist(), strict=True):
-            seed = 0
-            for token, is_scored in zip(row, scored, strict=True):
-                seed = (seed * 1_000_003 + token + 1) % 2**62 if is_scored else seed
-            seeds.append(seed)
-        generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generator = [torch.Generator().manual_seed(seed) for seed in seeds_of_texts(input_ids, labels)]
         samples = self.config.eval_noise_draws
         nll, mask = self.token_nll(
             input_ids, attention_mask, labels=labels, estimator="stratified", num_samples=samples, generator=generator

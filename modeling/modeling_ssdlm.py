@@ -21,7 +21,14 @@ from transformers.utils import can_return_tuple
 
 from .configuration_ssdlm import SSDLMConfig
 from .generation_ssdlm import SSDLMGenerationConfig, SSDLMGenerationMixin
-from .inputs_bd3lm import check_arguments, check_attention_mask, check_labels, check_loss_arguments
+from .inputs_bd3lm import (
+    check_arguments,
+    check_attention_mask,
+    check_labels,
+    check_loss_arguments,
+    default_labels,
+    seeds_of_texts,
+)
 from .loss_bd3lm import OwnLossMixin
 from .saving_bd3lm import SelfContainedModel
 from .simplex_ssdlm import almost_one_hot, noisy_logits, simplex_schedule
@@ -34,10 +41,14 @@ class SSDLMOutput(ModelOutput):
     Args:
         loss: scalar, nats per token, when `labels` are given.
         logits: `(batch, block, vocab_size)` of the block's clean tokens.
+        nll, mask: `(batch, length)`, as a Trainer evaluates: cross-entropy of the tokens of the block that was
+            denoised, and which tokens these are.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    nll: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
 
 class TimestepLayer(nn.Module):
@@ -189,7 +200,8 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
             block_noise: `(batch, 2)` uniform numbers that decide the step t and the length of the context,
                 `count_noise` the seed of the Gaussian noise; without them torch's global generator draws both.
                 `token_noise` is unused.
-            num_items_in_batch: labelled tokens of all batches of a step.
+            num_items_in_batch: labelled tokens of all batches of a step. In eval mode without gradients, as a Trainer
+                evaluates, the noise then depends on the text alone.
 
         Raises:
             ValueError: if neither a block nor labels are given, or if a text is too short for a context and a block.
@@ -203,7 +215,14 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
         if labels is not None:
             check_labels(self.config, input_ids, labels, attention_mask)
             noise = (block_noise, count_noise)
-            return SSDLMOutput(loss=self._loss(input_ids, attention_mask, labels, noise, num_items_in_batch))
+            evaluates = not (self.training or torch.is_grad_enabled()) and num_items_in_batch is not None
+            if evaluates and block_noise is None:
+                scored = default_labels(labels, attention_mask)
+                sources = [torch.Generator().manual_seed(seed) for seed in seeds_of_texts(input_ids, scored)]
+                uniform = torch.stack([torch.rand(4, generator=source) for source in sources])
+                noise = (uniform[:, :2], uniform[:, 2:])
+            loss, nll, mask = self._loss(input_ids, attention_mask, labels, noise, num_items_in_batch)
+            return SSDLMOutput(loss=loss, nll=nll, mask=mask) if evaluates else SSDLMOutput(loss=loss)
         if noisy_logits is None or timesteps is None:
             raise ValueError(
                 "a context alone has no logits: pass noisy_logits and timesteps of the block after it, or labels for "
@@ -250,8 +269,11 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
         labels: torch.Tensor,
         noise: tuple[torch.Tensor | None, torch.Tensor | None],
         num_items_in_batch: torch.Tensor | int | None,
-    ) -> torch.Tensor:
-        """Return the cross-entropy of one random block per text, weighted by the labelled tokens of that text."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the cross-entropy of one random block per text, weighted by the labelled tokens of that text.
+
+        Also return that of each token `(batch, length)`, and which tokens were in the block and labelled.
+        """
         config, (batch, width) = self.config, input_ids.shape
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         order = (~real).long().argsort(dim=1, stable=True)  # padding comes last
@@ -278,13 +300,16 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
         context = torch.arange(width, device=ids.device) < begin.unsqueeze(1)
         context = context[:, : int(begin.max())]
         logits = self.denoise(ids[:, : context.shape[1]], context.long(), noisy, t / config.num_train_timesteps)
-        losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none").sum(1)
+        token_losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")
         # Mean over the block, then weighted by the labelled tokens of the text: long texts count more, as in other
         # losses.
-        losses = losses / (targets != -100).sum(1).clamp(min=1)
+        losses = token_losses.sum(1) / (targets != -100).sum(1).clamp(min=1)
         labelled = (labels != -100).sum(1)
         count = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return (losses * labelled).sum() / count
+        columns = order.gather(1, columns)  # those of the batch, whose padding may come first
+        nll = torch.zeros(input_ids.shape, device=ids.device).scatter(1, columns, token_losses.detach())
+        mask = torch.zeros_like(input_ids).scatter(1, columns, (targets != -100).to(input_ids.dtype))
+        return (losses * labelled).sum() / count, nll, mask
 
     def _draws(
         self, noise: tuple[torch.Tensor | None, torch.Tensor | None], batch: int, device: torch.device

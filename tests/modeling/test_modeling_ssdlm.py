@@ -48,6 +48,19 @@ def test_the_network_is_the_published_one(published, recorded):
     torch.testing.assert_close(logits, recorded["train.logits"], atol=1e-4, rtol=0)
 
 
+def test_a_trainer_evaluates_the_same_text_with_the_same_noise(tiny):
+    ids = torch.randint(3, 19, (2, 12), generator=torch.Generator().manual_seed(0))
+    count = {"num_items_in_batch": 12}
+    with torch.no_grad():
+        first, second = (tiny(ids[:1], labels=ids[:1], **count) for _ in range(2))
+        padded, mask = torch.cat([ids[:1] * 0 + 1, ids[:1]], dim=1), torch.tensor([[0] * 12 + [1] * 12])
+        other = tiny(padded, mask, labels=padded, **count)
+    assert torch.equal(first.loss, second.loss) and int(first.mask.sum()) == 4
+    torch.testing.assert_close(first.loss, first.nll.sum() / 4)
+    torch.testing.assert_close(other.nll[:, 12:], first.nll)
+    assert torch.equal(other.mask[:, 12:], first.mask) and not other.nll[:, :12].any()
+
+
 def test_no_linear_layer_has_a_single_column_which_quantizers_cannot_pack(tiny):
     assert all(min(m.weight.shape) > 1 for m in tiny.modules() if isinstance(m, torch.nn.Linear))
 
