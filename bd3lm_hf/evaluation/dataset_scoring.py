@@ -97,7 +97,10 @@ def score_datasets(arguments: argparse.Namespace, model: Any, tokenizer: PreTrai
     check_estimator(model, arguments.estimator, arguments.num_samples or 1)
     if not sys.stderr.isatty():
         disable_progress_bars()
-    processes = _processes()
+    processes = Processes()
+    if _process_count() > 1:
+        state = PartialState()
+        processes = Processes(state.process_index, state.num_processes)
     is_first = processes.rank == 0
     # 2. The sequences
     targets, length = _targets(arguments), arguments.length or model.config.model_length
@@ -148,13 +151,6 @@ def check_likelihood(model: Any, name: str) -> None:
 
 def _process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _processes() -> Processes:
-    if _process_count() == 1:
-        return Processes()
-    state = PartialState()
-    return Processes(state.process_index, state.num_processes)
 
 
 def _scores_path(arguments: argparse.Namespace) -> Path:

@@ -272,7 +272,9 @@ def distinct(texts: Sequence[Sequence[Hashable]], n: int) -> float | None:
     Raises:
         ValueError: if n is below 1.
     """
-    found = [gram for text in texts for gram in _ngrams(text, n)]
+    if n < 1:
+        raise ValueError(f"n={n}: n-grams have at least 1 token.")
+    found = [tuple(text[start : start + n]) for text in texts for start in range(len(text) - n + 1)]
     return len(set(found)) / len(found) if found else None
 
 
@@ -310,9 +312,3 @@ def check_some(texts: Sequence[object]) -> None:
     """Refuse to summarize no texts."""
     if not len(texts):
         raise ValueError("there are no texts: give at least one.")
-
-
-def _ngrams(text: Sequence[Hashable], n: int) -> Iterator[tuple[Hashable, ...]]:
-    if n < 1:
-        raise ValueError(f"n={n}: n-grams have at least 1 token.")
-    return (tuple(text[start : start + n]) for start in range(len(text) - n + 1))

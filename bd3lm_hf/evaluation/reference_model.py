@@ -51,7 +51,8 @@ class ReferenceModel:
     ) -> None:
         if not model.has_likelihood:
             raise ValueError(f"a {type(model).__name__} has no likelihood: name a causal language model.")
-        known = model.context_length if isinstance(model, CausalScore) else model.config.max_position_embeddings
+        # Without a limit in its configuration a model reads a window at least.
+        known = getattr(model.config, "max_position_embeddings", None) or WINDOW
         self.window = min(WINDOW, known) if window is None else window
         if not 2 <= self.window <= known:
             raise ValueError(f"window={self.window}: the reference model reads from 2 to {known} tokens at once.")
@@ -154,11 +155,6 @@ class CausalScore(torch.nn.Module):
         super().__init__()
         self.model, self.config = model, model.config
         self.training = model.training
-
-    @property
-    def context_length(self) -> int:
-        """The number of tokens that the model can read at once; 1024 if its configuration has no limit."""
-        return getattr(self.config, "max_position_embeddings", None) or WINDOW
 
     def token_nll(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None, **unused: Any

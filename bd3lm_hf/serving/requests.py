@@ -91,7 +91,9 @@ class Request:
         if self.seed is None:
             self.seed = secrets.randbits(63)
         self.generator = torch.Generator()
-        self.key = settings_key(self.config)
+        # What two requests must share to be generated in one call.
+        fields = {name: value for name, value in self.config.to_dict().items() if name not in _OWN_FIELDS}
+        self.key = repr(sorted(fields.items()))
         ends = self.config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [ends]) - {None}
         self._ends_left = 1  # end tokens until the text ends
@@ -179,9 +181,3 @@ class Request:
 def _overlap(text: str, stop: str) -> int:
     """Return how many characters at the end of `text` could begin `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def settings_key(config: GenerationConfig) -> str:
-    """Return what two requests must share to be generated in one call."""
-    fields = {name: value for name, value in config.to_dict().items() if name not in _OWN_FIELDS}
-    return repr(sorted(fields.items()))

@@ -1,6 +1,8 @@
 """`bd3lm generate`: every sample comes out once, on disk as soon as it is finished, and says how it was made."""
 
+import io
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from bd3lm_hf.generation import generate_cli
+from bd3lm_hf.generation.generate_cli import read_prompts
 from bd3lm_hf.generation.text_generation import without_padding
 from bd3lm_hf.generation.write_samples import SEPARATOR
 from bd3lm_hf.modeling.generation_ssdlm import CONTEXTS
@@ -358,3 +361,64 @@ def test_an_autoregressive_model_writes_as_well(bd3lm, gpt2_folder, tmp_path):
 def test_padding_behind_the_end_is_no_new_token(row, pad, eos, count):
     config = types.SimpleNamespace(pad_token_id=pad, eos_token_id=eos)
     assert without_padding(row, config) == row[:count]
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "prompts"),
+    [
+        ("p.txt", "one\ntwo", ["one", "two"]),
+        ("p.txt", "\n one\r\n\n  \ntwo \n\n", [" one", "two "]),
+        ("p.txt", "\ufeffone\n", ["one"]),
+        ("p.txt", "a\u2028b\nc\n", ["a\u2028b", "c"]),
+        ("p.jsonl", '{"prompt": "a\\nb", "other": 1}\n\n{"prompt": "c"}\n', ["a\nb", "c"]),
+    ],
+)
+def test_a_file_holds_a_prompt_per_line(tmp_path, name, content, prompts):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_prompts(None, str(tmp_path / name)) == prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("p.txt", b"", "p.txt"),
+        ("p.txt", b"\n \n", "p.txt"),
+        ("p.txt", b"ab\xff", "byte 2"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt', "line 2 of"),
+        ("p.jsonl", b'{"text": "a"}\n', "line 1 of"),
+        ("p.jsonl", b'[1]\n{"prompt": 2}\n', "line 1 of"),
+        ("p.jsonl", b'{"prompt": " "}\n', "line 1 of"),
+        ("p.jsonl", b'{"prompt": "\\ud800"}\n', "line 1 of"),
+    ],
+)
+def test_a_bad_prompt_file_is_refused_with_the_line(tmp_path, name, content, match):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=match):
+        read_prompts(None, str(tmp_path / name))
+
+
+def test_prompts_come_from_the_command_line_or_standard_input(tmp_path):
+    assert read_prompts(["a", "b\nc"], None) == ["a", "b\nc"]
+    assert read_prompts(["-"], None, io.StringIO("a\nb\n")) == ["a", "b"]
+    assert read_prompts(None, "-", io.StringIO("a\nb\n")) == ["a", "b"]
+    assert read_prompts(None, None, io.StringIO("not a real file")) == [None]
+    with (tmp_path / "piped").open("w+") as piped:
+        assert read_prompts(None, None, piped) == [None]
+        piped.write("a\n")
+        piped.seek(0)
+        assert read_prompts(None, None, piped) == ["a"]
+    for wrong in ("", " ", "\udcff"):
+        with pytest.raises(ValueError, match="--prompt 2"):
+            read_prompts(["a", wrong], None)
+    with pytest.raises(ValueError, match="nowhere.txt"):
+        read_prompts(None, "nowhere.txt")
+
+
+def test_a_silent_pipe_is_not_waited_for():
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as stdin:
+        assert read_prompts(None, None, stdin) == [None]
+    os.close(writer)
