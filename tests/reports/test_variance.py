@@ -8,6 +8,7 @@ import torch
 
 from bd3lm_hf import cli
 from bd3lm_hf.cli import run_verb
+from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.evaluation.perplexity import perplexity
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
@@ -167,8 +168,11 @@ def test_batches_are_spread_over_the_text(tiny_tokenizer, text_file):
     batches = gradient_batches(str(text_file), tiny_tokenizer, length=16, size=2, count=3)
     assert [tuple(batch.shape) for batch in batches] == [(2, 16)] * 3
     assert len({tuple(row) for batch in batches for row in batch.tolist()}) > 1
-    with pytest.raises(ValueError, match="too few for 1000 batches of 2: give fewer or smaller batches"):
-        gradient_batches(str(text_file), tiny_tokenizer, length=16, size=2, count=1000)
+    whole = pack(load_text(str(text_file)), tiny_tokenizer, length=16, drop_last=True)["input_ids"]
+    batches = gradient_batches(str(text_file), tiny_tokenizer, length=16, size=1, count=len(whole))
+    assert [row for batch in batches for row in batch.tolist()] == whole[:]  # the last one, with padding, is left out
+    with pytest.raises(ValueError, match=f"too few for {len(whole) + 1} batches of 1: give fewer or smaller batches"):
+        gradient_batches(str(text_file), tiny_tokenizer, length=16, size=1, count=len(whole) + 1)
 
 
 @pytest.fixture
