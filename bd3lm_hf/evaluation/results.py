@@ -148,8 +148,7 @@ class ScoresFile(JsonLinesFile):
         remedy = "move the file away, or name another output"
         super().__init__(path, str(path), first_key="run", remedy=remedy, replace=restart, sync=True)
         self._runs: dict[str, dict[str, Any]] = {}  # identities
-        self._scores: dict[str, dict[int, SequenceScore]] = {}
-        self._seconds: dict[str, float] = {}
+        self._progress: dict[str, Progress] = {}
         self._finished: set[str] = set()
         self._waiting: dict[str, Any] = {}  # an entry that is not written yet
         self._last_write = 0.0
@@ -159,20 +158,20 @@ class ScoresFile(JsonLinesFile):
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise self.foreign_line(number) from error
         if restart:
-            for kept in (self._runs, self._scores, self._seconds, self._finished):
+            for kept in (self._runs, self._progress, self._finished):
                 kept.clear()
 
     def _take(self, entry: Mapping[str, Any]) -> None:
         run = entry["run"]
         if "identity" in entry:
-            self._runs[run], self._scores[run], self._seconds[run] = dict(entry["identity"]), {}, 0.0
+            self._runs[run], self._progress[run] = dict(entry["identity"]), Progress({}, 0.0)
         elif "finished" in entry:
             self._finished.add(run)
         else:
-            scores = self._scores[run]
+            scores, seconds = self._progress[run]
             for row, nll, count in entry["scores"]:
                 scores.setdefault(int(row), SequenceScore(int(row), float(nll), int(count)))
-            self._seconds[run] += entry["seconds"]
+            self._progress[run] = Progress(scores, seconds + entry["seconds"])
 
     def begin(self, identity: Mapping[str, Any]) -> Progress:
         """Return what the file holds of the run with this identity.
@@ -183,7 +182,7 @@ class ScoresFile(JsonLinesFile):
         identity = json.loads(json.dumps(identity))  # as it comes back from the file
         run = digest(identity)
         for other, old in self._runs.items():
-            if other == run or other in self._finished or not self._scores[other]:
+            if other == run or other in self._finished or not self._progress[other].scores:
                 continue
             differences = [
                 f"{name} was {old.get(name)} and is {identity.get(name)}"
@@ -191,13 +190,13 @@ class ScoresFile(JsonLinesFile):
                 if old.get(name) != identity.get(name)
             ]
             raise ValueError(
-                f"{self.path} holds {len(self._scores[other])} scores of another run that was interrupted: "
+                f"{self.path} holds {len(self._progress[other].scores)} scores of another run that was interrupted: "
                 f"{'; '.join(differences)}. Repeat that run to finish it, name another output, or drop its scores "
                 f"with --restart."
             )
         if run not in self._runs:
             self._write({"run": run, "identity": identity})
-        return Progress(dict(self._scores[run]), self._seconds[run])
+        return self._progress[run]
 
     def append(self, identity: Mapping[str, Any], scores: Sequence[SequenceScore], seconds: float) -> None:
         """Keep the scores of one more round of the run with this identity; they are on disk within a second."""

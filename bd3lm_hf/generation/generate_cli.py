@@ -221,32 +221,22 @@ def read_prompts(
     stdin = sys.stdin if stdin is None else stdin
     if texts and list(texts) != [STDIN]:
         return list(_checked((f"{flag} {number}", text) for number, text in enumerate(texts, start=1)))
-    if texts or file == STDIN:
-        return _lines(STDIN, _read_stdin(stdin))
-    if file is not None:
-        return _lines(file, _text_of(file, f"{flag}-file"))
-    if _is_piped(stdin):
-        text = _read_stdin(stdin)
-        if text.strip():
-            return _lines(STDIN, text)
+    name = STDIN if texts else file
+    if name is not None:
+        return _lines(name, _content(name, f"{flag}-file", stdin))
+    if _is_piped(stdin) and (text := _content(STDIN, "", stdin)).strip():
+        return _lines(STDIN, text)
     return [None]
 
 
-def _read_stdin(stdin: TextIO) -> str:
+def _content(file: str, flag: str, stdin: TextIO) -> str:
+    path, name = Path(file).expanduser(), "standard input" if file == STDIN else f"{flag} {file}"
+    if file != STDIN and not path.is_file():
+        raise ValueError(f"{name}: there is no such file.")
     try:
-        return stdin.read()
+        return stdin.read() if file == STDIN else path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"standard input is not UTF-8: byte {error.start} cannot be decoded.") from error
-
-
-def _text_of(file: str, flag: str) -> str:
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise ValueError(f"{flag} {file}: there is no such file.")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{flag} {file} is not UTF-8: byte {error.start} cannot be decoded.") from error
+        raise ValueError(f"{name} is not UTF-8: byte {error.start} cannot be decoded.") from error
 
 
 def _lines(file: str, text: str) -> list[str | None]:

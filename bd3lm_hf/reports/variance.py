@@ -144,16 +144,6 @@ class GradientVariance(NamedTuple):
     data: float  # over batches, of the gradient averaged over all noise; the same for all of them
 
 
-class _Sums:
-    """Running sums of the gradients at one number of noise samples."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.within: list[float] = []  # per batch, unbiased
-        self.between = 0.0  # sum over batches of |sum of gradients|^2
-        self.total: torch.Tensor | float = 0.0
-
-
 def gradient_variance(
     model: Any, batches: Sequence[torch.Tensor], draws: Sequence[int], *, repeats: int
 ) -> list[GradientVariance]:
@@ -174,39 +164,38 @@ def gradient_variance(
         raise ValueError(f"{len(batches)} batches of {repeats} noise seeds have no variance: give at least 2 of each.")
     model.train()
     generator = torch.Generator().manual_seed(0)
-    _gradient(model, batches[0], max(draws), generator)  # warms up, and does not count
-    sums = [_Sums() for _ in draws]
+    warm_up = _gradient(model, batches[0], max(draws), generator)  # does not count
+    total = warm_up.new_zeros(len(draws), len(warm_up))
+    seconds: list[list[float]] = [[] for _ in draws]
+    within: list[list[float]] = [[] for _ in draws]  # per batch, unbiased
+    between = [0.0] * len(draws)  # sum over batches of |sum of gradients|^2
     for ids in batches:
-        of_batch: list[torch.Tensor | float] = [0.0] * len(draws)
-        squares = [0.0] * len(draws)
+        of_batch, squares = torch.zeros_like(total), [0.0] * len(draws)
         for _ in range(repeats):
             for index, count in enumerate(draws):
                 started = time.perf_counter()
                 gradient = _gradient(model, ids, count, generator)
-                sums[index].seconds.append(time.perf_counter() - started)
-                of_batch[index] = of_batch[index] + gradient
+                seconds[index].append(time.perf_counter() - started)
+                of_batch[index] += gradient
                 squares[index] += _square(gradient)
-        for own, vector, square in zip(sums, of_batch, squares, strict=True):
-            own.within.append((square - _square(vector) / repeats) / (repeats - 1))
-            own.between += _square(vector)
-            own.total = own.total + vector
-    return _analyse(draws, sums, len(batches), repeats)
-
-
-def _analyse(draws: Sequence[int], sums: list[_Sums], batches: int, repeats: int) -> list[GradientVariance]:
-    noise = [statistics.mean(own.within) for own in sums]
-    of_means = [(own.between - _square(own.total) / batches) / (batches - 1) / repeats**2 for own in sums]
-    data = statistics.mean(mean - within / repeats for mean, within in zip(of_means, noise, strict=True))
+        for index, square in enumerate(squares):
+            within[index].append((square - _square(of_batch[index]) / repeats) / (repeats - 1))
+            between[index] += _square(of_batch[index])
+        total += of_batch
+    noise = list(map(statistics.mean, within))
+    spread = [own - _square(vector) / len(batches) for own, vector in zip(between, total, strict=True)]
+    of_means = [own / (len(batches) - 1) / repeats**2 for own in spread]
+    data = statistics.mean(mean - of_noise / repeats for mean, of_noise in zip(of_means, noise, strict=True))
     return [
         GradientVariance(
             count,
-            statistics.median(own.seconds),
-            statistics.median(mine / first for mine, first in zip(own.seconds, sums[0].seconds, strict=True)),
-            within,
-            statistics.stdev(own.within) / batches**0.5,
+            statistics.median(seconds[index]),
+            statistics.median(mine / first for mine, first in zip(seconds[index], seconds[0], strict=True)),
+            noise[index],
+            statistics.stdev(within[index]) / len(batches) ** 0.5,
             data,
         )
-        for count, own, within in zip(draws, sums, noise, strict=True)
+        for index, count in enumerate(draws)
     ]
 
 
@@ -221,8 +210,8 @@ def _gradient(model: Any, ids: torch.Tensor, draws: int, generator: torch.Genera
     return gradient
 
 
-def _square(vector: torch.Tensor | float) -> float:
-    return float(torch.as_tensor(vector).double().square().sum())
+def _square(vector: torch.Tensor) -> float:
+    return float(vector.double().square().sum())
 
 
 def gradient_batches(dataset: str, tokenizer: Any, *, length: int, size: int, count: int) -> list[torch.Tensor]:
