@@ -15,7 +15,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-from bd3lm_hf.argument_parser import integer
+from bd3lm_hf.argument_parser import integer, load_model_and_tokenizer
 from bd3lm_hf.generation.generate_cli import CHOICES, FIELDS
 
 
@@ -52,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) ->
     )
     limits.add_argument("--max-tokens", type=count, default=256, help="new tokens of a request that names no number")
     fields = parser.add_argument_group("generation", "defaults of all requests; without a flag, those of the folder")
-    fields.add_argument("--sampler", help=", ".join(CHOICES["sampler"][0]))
+    samplers, text = CHOICES["sampler"]
+    fields.add_argument("--sampler", choices=samplers, help=text)
     for name in _FIELDS:
         kind, text = FIELDS[name]
         fields.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
@@ -128,7 +129,6 @@ def load_app(arguments: argparse.Namespace, api_key: str | None) -> Any:
     """Load the model and return the application."""
     import torch
 
-    from bd3lm_hf.argument_parser import load_model_and_tokenizer
     from bd3lm_hf.checkpoints import check_generates
     from bd3lm_hf.serving.server import make_app
 

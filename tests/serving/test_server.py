@@ -414,7 +414,9 @@ def test_a_server_with_a_key_and_a_full_queue(folder_of, monkeypatch, caplog, ca
     assert KEY not in "".join((*lines, *capfd.readouterr()))
 
 
-@pytest.mark.parametrize("flag", [("--max-waiting", "0"), ("--port", "70000"), ("--nucleus-p", "2")])
+@pytest.mark.parametrize(
+    "flag", [("--max-waiting", "0"), ("--port", "70000"), ("--nucleus-p", "2"), ("--sampler", "x")]
+)
 def test_bad_flags_are_refused_before_a_model_is_loaded(capsys, flag):
     assert main(["serve", "no-such-model", *flag]) == 2
     message = capsys.readouterr().err
