@@ -6,11 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bd3lm_hf import cli
-from bd3lm_hf.cli import run_verb
 from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.evaluation.perplexity import perplexity
-from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.reports.variance import (
     EstimatorVariance,
@@ -85,30 +82,6 @@ def test_one_seed_and_an_estimator_that_the_model_has_not_are_refused(tiny_model
         estimator_variance(tiny_model, sequences, [Setting("magic")], num_seeds=2)
 
 
-def test_bench_measures_a_checkpoint(model_folder, text_file, capsys):
-    threads = ["--threads", str(torch.get_num_threads())]
-    of_text = ["--model", str(model_folder), "--dataset", str(text_file), "--batch-size", "1", "--batches", "1"]
-    run_verb("bench", ["--estimators", "published", "exact", *of_text, "--repeats", "2", *threads])
-    lines = capsys.readouterr().out.strip().splitlines()
-    assert [line.split(" | ")[0] for line in lines[3:]] == ["| published", "| exact"]
-    with pytest.raises(ValueError, match="held-out sequences, fewer than 90: give fewer batches"):
-        run_verb("bench", ["--estimators", "exact", *of_text[:-1], "90", *threads])
-    with pytest.raises(ValueError, match="--batch-size 0 --batches 1: give at least 1 of each"):
-        run_verb("bench", ["--estimators", "exact", *of_text, "--batch-size", "0", *threads])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--estimators", "exact"], "--estimators measures a trained model: name its folder with --model"),
-        (["--estimators", "exact", "--noise-draws", "2"], "two measurements: take one at a time"),
-    ],
-)
-def test_bench_refuses_what_it_can_not_measure(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        run_verb("bench", [*arguments, "--threads", str(torch.get_num_threads())])
-
-
 class Known(torch.nn.Module):
     """Its gradient is the mean of the ids plus the mean of the uniform token noise: both variances are known."""
 
@@ -157,13 +130,6 @@ def test_the_table_multiplies_variance_and_time():
     assert text[3] == "| 4 | 0.200 | 2.00 | 2 +- 0.1 | 2 | 0.50 | 0.80 |"
 
 
-@pytest.fixture
-def text_file(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("Every masked token is revealed once; every revealed token stays as it is.\n" * 200)
-    return path
-
-
 def test_batches_are_spread_over_the_text(tiny_tokenizer, text_file):
     batches = gradient_batches(str(text_file), tiny_tokenizer, length=16, size=2, count=3)
     assert [tuple(batch.shape) for batch in batches] == [(2, 16)] * 3
@@ -175,38 +141,39 @@ def test_batches_are_spread_over_the_text(tiny_tokenizer, text_file):
         gradient_batches(str(text_file), tiny_tokenizer, length=16, size=1, count=len(whole) + 1)
 
 
-@pytest.fixture
-def checkpoint(tiny_tokenizer, randomize, tmp_path):
-    sizes = {"block_size": 4, "model_length": 16, "hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "cond_dim": 8}
-    config = BD3LMConfig(vocab_size=len(tiny_tokenizer), mask_token_id=tiny_tokenizer.mask_token_id, **sizes)
-    randomize(BD3LMForMaskedLM(config)).save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
-
-
-def test_the_command_line_measures_a_checkpoint(checkpoint, text_file, capsys):
-    words = ["bench", "--noise-draws", "1", "2", "--model", checkpoint, "--dataset", str(text_file), "--threads", "1"]
-    assert cli.main([*words, "--batch-size", "2", "--batches", "3", "--repeats", "2"]) == 0
-    rows = capsys.readouterr().out.strip().splitlines()
-    assert [row.split(" | ")[0] for row in rows[-2:]] == ["| 1", "| 2"]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--noise-draws", "1"], "name its folder with --model"),
-        (["--noise-draws", "0", "--model", "x"], "--noise-draws 0 --batch-size 8: give at least 1"),
-        (["--noise-draws", "2", "--model", "./nowhere"], "--model ./nowhere: there is no such folder"),
-    ],
-)
-def test_what_can_not_be_measured_is_one_line_and_exit_code_2(capsys, words, message):
-    assert cli.main(["bench", "--threads", "1", *words]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
-
-
 def test_draws_that_share_no_clean_stream_are_refused(tiny_config, randomize):
     tiny_config.time_conditioning = True
     model = randomize(BD3LMForMaskedLM(tiny_config))
     with pytest.raises(ValueError, match="noise_draws=2 needs time_conditioning=False"):
         gradient_variance(model, [torch.full((2, 8), 5)] * 2, [1, 2], repeats=2)
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["--estimators", "published", "exact"], ["--noise-draws", "1", "2"]])
+def test_bench_measures_a_checkpoint(bd3lm, model_folder, text_file, words):
+    of_text = ["--model", model_folder, "--dataset", text_file, "--batches", 2, "--repeats", 2, "--threads", 1]
+    code, out, _ = bd3lm("bench", *words, *of_text, "--batch-size", 1)
+    assert code == 0 and [line.split(" | ")[0] for line in out.strip().splitlines()[-2:]] == [
+        f"| {w}" for w in words[1:]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--estimators exact", "--estimators measures a trained model: name its folder with --model"),
+        ("--estimators exact --noise-draws 2", "two measurements: take one at a time"),
+        ("--estimators exact --model MODEL --batch-size 0", "--batch-size 0 --batches 16: give at least 1 of each"),
+        ("--estimators exact --model MODEL", "held-out sequences, fewer than 128: give fewer batches"),
+        ("--noise-draws 1", "name its folder with --model"),
+        ("--noise-draws 0 --model x", "--noise-draws 0 --batch-size 8: give at least 1"),
+        ("--noise-draws 2 --model ./nowhere", "--model ./nowhere: there is no such folder"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line_and_exit_code_2(bd3lm, model_folder, text_file, words, message):
+    words = words.replace("MODEL", str(model_folder)).split()
+    code, _, error = bd3lm("bench", *words, "--dataset", text_file, "--threads", 1)
+    last = error.splitlines()[-1]  # after what the libraries show of their progress
+    assert code == 2 and last.startswith("error: ") and message in last and "Traceback" not in error
