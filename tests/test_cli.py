@@ -183,7 +183,8 @@ def test_the_traceback_is_shown_if_asked_for(failing):
 
 
 def test_a_plain_decoder_has_no_likelihood(bd3lm, gpt2_folder):
-    assert_refused(bd3lm("eval", "--model", gpt2_folder, "--dataset", gpt2_folder / "config.json"), "--init_from")
+    result = bd3lm("eval", "--model", gpt2_folder, "--dataset", gpt2_folder / "config.json")
+    assert_refused(result, "GPT2LMHeadModel", "--init_from")
 
 
 def test_our_own_warnings_are_shown_and_a_reader_that_stops_early_is_no_error(gpt2_folder):

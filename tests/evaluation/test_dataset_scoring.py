@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 from shared_models import special_ids
 from test_cli import assert_refused
-from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from two_processes import evaluation_of
 
@@ -357,13 +356,6 @@ def test_a_file_beside_the_output_that_holds_no_scores_is_refused(bd3lm, model_f
     (tmp_path / "x.scores.jsonl").write_text("notes\n")
     result = bd3lm("eval", "--model", "nowhere", "--dataset", text_file, "--output", tmp_path / "x.json")
     assert_refused(result, "x.scores.jsonl: line 1")
-
-
-def test_eval_refuses_a_model_that_it_can_not_score(bd3lm, tiny_tokenizer, text_file, tmp_path):
-    config = GPT2Config(vocab_size=320, n_positions=32, n_embd=8, n_layer=1, n_head=1)
-    folder = save(GPT2LMHeadModel(config), tiny_tokenizer, tmp_path / "gpt2")
-    result = bd3lm("eval", "--model", folder, "--dataset", text_file)
-    assert_refused(result, "GPT2LMHeadModel", "--init_from")
 
 
 def test_a_model_without_a_likelihood_is_pointed_to_what_can_be_measured(bd3lm, model_folder, text_file, monkeypatch):

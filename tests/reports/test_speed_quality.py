@@ -10,7 +10,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.evaluation.reference_model import CausalScore, ReferenceModel, reference_model_of
-from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.reports.speed_quality import (
     Point,
     compare_curves,
@@ -82,16 +81,6 @@ def test_given_tokens_are_continued_and_not_scored(tiny_model):
     assert [score.num_tokens for score in one.scores] == [6, 6]
 
 
-def test_texts_are_written_to_full_length_and_the_model_ends_texts_again_afterwards(tiny_config, randomize):
-    model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
-    with torch.no_grad():
-        model.backbone.output_layer.linear.bias[tiny_config.eos_token_id] += 10  # hardly anything but end tokens
-    (one,) = quality_curve(model, {"first_hitting": [{}]}, reference_model_of(model), num_samples=2, new_tokens=12)
-    assert {score.num_tokens for score in one.scores} == {12}
-    assert model.generation_config.eos_token_id == tiny_config.eos_token_id
-    assert model.generate(max_new_tokens=12).shape[1] < 13
-
-
 def test_texts_that_can_not_be_scored_are_refused(tiny_model):
     with pytest.raises(ValueError, match="new_tokens=32"):
         quality_curve(tiny_model, CURVES, reference_model_of(tiny_model), new_tokens=32)
@@ -105,11 +94,6 @@ def test_a_model_without_samplers_is_refused():
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------
-
-
-def test_a_setting_compared_with_itself_has_no_error():
-    one = point([10.0, 14.0, 9.0], [5, 5, 5])
-    assert compare_curves(one, one) == (1.0, 0.0)
 
 
 def test_the_error_of_a_ratio_is_that_of_pairs_of_texts():
