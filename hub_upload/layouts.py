@@ -100,7 +100,8 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of either kind of configuration under the names of a config.json."""
     if not isinstance(config.get("algo"), Mapping):
         return dict(config)
-    algo, model, noise, training = (_section(config, name) for name in ("algo", "model", "noise", "training"))
+    sections = (config.get(name) for name in ("algo", "model", "noise", "training"))
+    algo, model, noise, training = (section if isinstance(section, Mapping) else {} for section in sections)
     flat = {
         "algorithm": algo.get("name"),
         "hidden_dim": model.get("hidden_size"),
@@ -116,11 +117,6 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     # A value such as "${model.length}" refers to another; the sizes are in the weights.
     return {k: v for k, v in flat.items() if v is not None and not (isinstance(v, str) and v.startswith("${"))}
-
-
-def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    section = config.get(name)
-    return dict(section) if isinstance(section, Mapping) else {}
 
 
 def _sizes(weights: Mapping[str, torch.Tensor], given: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:

@@ -130,11 +130,9 @@ class SpeedMeter(TrainerCallback):
         return time.perf_counter()
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Start the clock."""
         self.started = self.now()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop the clock."""
         if self.started is not None:
             self.seconds += self.now() - self.started
 
@@ -348,13 +346,11 @@ class ResumableFlow(TrainerCallback):
         state.compute_steps(args, state.max_steps)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
-        """Delay the save."""
         if control.should_save and (float(state.epoch).is_integer() or state.global_step >= state.max_steps):
             control.should_save, self.waiting = False, True
         return control
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
-        """Save."""
         if self.waiting:
             control.should_save, self.waiting = True, False
         return control

@@ -95,10 +95,7 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
             the labels would not be the model's own (`compute_loss_func`, a collator with `mlm=True`).
     """
 
-    args: BD3LMTrainingArguments
-    model: Any
     data_collator: Any
-    eval_dataset: Any
 
     def __init__(
         self,
@@ -249,15 +246,13 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
         first = step * self.order.group_size + first_batch * self._train_batch_size
         rows = self.order.dataset_indices(first, batches * self._train_batch_size)
         listed = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
+        last = last_complete_checkpoint(self.args.output_dir)
+        saved = f"The last good checkpoint is {last}." if last else "No checkpoint had been saved yet."
         raise TrainingDivergedError(
             f"{what} is NaN or infinite at step {step + 1}, in the batch of training sequences {listed}: training "
-            f"stopped before the weights changed. {self._last_good()} Lower --learning_rate (now "
-            f"{self.args.learning_rate}), or look at these sequences."
+            f"stopped before the weights changed. {saved} Lower --learning_rate (now {self.args.learning_rate}), or "
+            f"look at these sequences."
         )
-
-    def _last_good(self) -> str:
-        last = last_complete_checkpoint(self.args.output_dir)
-        return f"The last good checkpoint is {last}." if last else "No checkpoint had been saved yet."
 
     # Resuming
 
