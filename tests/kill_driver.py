@@ -36,23 +36,10 @@ from bd3lm_hf.training.trainer import BD3LMTrainer, TrainingDivergedError
 
 # Saves and logs do not coincide; saves fall into the middle and on the end of epochs; the learning rate moves; dropout
 # draws from the global random state; an epoch of 22 sequences ends with a filled-up step.
-ARGUMENTS = {
-    "max_steps": 15,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "learning_rate": 1e-2,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 3,
-    "ema_decay": 0.9,
-    "logging_steps": 2,
-    "eval_strategy": "epoch",
-    "save_strategy": "steps",
-    "save_steps": 3,
-    "save_total_limit": 2,
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "seed": 5,
-}
+ARGUMENTS = {"max_steps": 15, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "seed": 5}
+ARGUMENTS |= {"learning_rate": 1e-2, "lr_scheduler_type": "cosine", "warmup_steps": 3, "ema_decay": 0.9}
+ARGUMENTS |= {"logging_steps": 2, "eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 3}
+ARGUMENTS |= {"save_total_limit": 2, "disable_tqdm": True, "use_cpu": True}
 SPEED = {"tokens_per_second", "tflops_per_second", "eval_runtime", "train_runtime"}
 SPEED |= {"train_samples_per_second", "train_steps_per_second"}
 

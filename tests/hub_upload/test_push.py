@@ -40,9 +40,7 @@ def expected(run_folder, tmp_path):
     return {name: path.read_bytes() for name, path in files_of(tmp_path / "expected").items()}
 
 
-def test_a_push_brings_the_files_of_a_dry_run_in_one_commit_and_the_next_has_nothing_to_do(
-    hub, bd3lm, run_folder, tmp_path
-):
+def test_a_push_is_one_commit_of_the_files_of_a_dry_run_and_is_not_repeated(hub, bd3lm, run_folder, tmp_path):
     code, out, err = bd3lm("push", run_folder, REPO, "--dry-run", tmp_path / "out", "--license", "mit")
     files = {name: path.read_bytes() for name, path in files_of(tmp_path / "out").items()}
     assert (code, err) == (0, "") and not hub.repos and all(f"{name}  " in out for name in files)
@@ -108,9 +106,7 @@ def test_a_pull_request_needs_a_branch_that_exists(hub, run_folder, options):
     ],
     ids=lambda value: str(value.status) if isinstance(value, Fault) else "",
 )
-def test_a_failed_push_is_one_line_and_changes_nothing_and_the_next_completes_it(
-    hub, bd3lm, run_folder, expected, fault, remedy
-):
+def test_a_failed_push_changes_nothing_and_the_next_completes_it(hub, bd3lm, run_folder, expected, fault, remedy):
     hub.faults.append(fault)
     code, out, err = bd3lm("push", run_folder, REPO)
     line = err.splitlines()[-1]
@@ -143,9 +139,7 @@ def test_a_commit_by_somebody_else_in_the_meantime_is_kept(hub, run_folder, monk
     assert push(run_folder, REPO, license="mit")[0].changed and "theirs.txt" in hub.repos[REPO].files()
 
 
-def test_the_card_is_valid_for_the_hub_and_the_model_verifies_and_generates_by_its_name(
-    hub, bd3lm, run_folder, expected
-):
+def test_the_card_is_valid_and_the_model_verifies_and_generates_by_its_name(hub, bd3lm, run_folder, expected):
     assert bd3lm("push", run_folder, REPO, "--private")[0] == 0
     ModelCard(expected["README.md"].decode()).validate()
     code, out, err = bd3lm("verify", REPO)
@@ -185,9 +179,7 @@ print("loaded")
 """
 
 
-def test_models_load_elsewhere_and_the_snippets_of_their_cards_run_without_a_question(
-    hub, tiny_tokenizer, randomize, tmp_path
-):
+def test_models_load_elsewhere_and_their_snippets_run_without_a_question(hub, tiny_tokenizer, randomize, tmp_path):
     sizes = {"model_length": 32, "hidden_dim": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2, "dropout": 0.0}
     fields = {**sizes, "vocab_size": len(tiny_tokenizer), **special_ids(tiny_tokenizer)}
     ids, expected = torch.tensor([[0, 5, 6, 7, 8, 9, 10, 11]]), {}
@@ -201,14 +193,10 @@ def test_models_load_elsewhere_and_the_snippets_of_their_cards_run_without_a_que
             expected[repo] = {"ids": ids, "inputs": inputs, "logits": model(ids, **inputs).logits}
     torch.save(expected, tmp_path / "expected.pt")
     shutil.copy(load_check.__file__, tmp_path / "bd3lm_check.py")
-    result = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(tmp_path / "expected.pt")],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": "", **hub.environment(tmp_path / "elsewhere")},
-    )
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "expected.pt")]
+    environment = {**os.environ, "PYTHONPATH": "", **hub.environment(tmp_path / "elsewhere")}
+    options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, **options)
     assert result.returncode == 0 and result.stdout.endswith("loaded\n"), result.stderr
     assert "Do you wish" not in result.stdout
     assert TOKEN not in result.stdout + result.stderr and not hub.holds(TOKEN)
@@ -251,9 +239,7 @@ def test_an_adapter_names_the_repository_of_its_base(hub, bd3lm, model_folder, t
     assert str(model_folder).encode() not in b"".join(files.values()) and "model.safetensors" not in files
 
 
-def test_a_folder_that_fails_the_check_is_not_uploaded_and_nothing_is_left_behind(
-    hub, bd3lm, run_folder, tmp_path, monkeypatch
-):
+def test_a_folder_that_fails_the_check_is_not_uploaded(hub, bd3lm, run_folder, tmp_path, monkeypatch):
     def refuse(folder, model):
         raise CheckError("AutoModel computes something else")
 

@@ -12,9 +12,8 @@ def arguments_of(folder, **fields) -> BD3LMTrainingArguments:
 
 def test_defaults_are_the_optimisation_of_the_paper():
     training = BD3LMTrainingArguments()
-    assert training.learning_rate == 3e-4
-    assert training.warmup_steps == 2500
-    assert training.lr_scheduler_type == "constant_with_warmup"
+    schedule = (training.learning_rate, training.warmup_steps, training.lr_scheduler_type)
+    assert schedule == (3e-4, 2500, "constant_with_warmup")
     assert (training.adam_beta1, training.adam_beta2, training.adam_epsilon) == (0.9, 0.999, 1e-8)
     assert (training.weight_decay, training.max_grad_norm) == (0.0, 1.0)
 
@@ -112,8 +111,10 @@ def test_the_global_batch_decides_the_accumulation(tmp_path, processes, device, 
     arguments = arguments_of(tmp_path, per_device_train_batch_size=device)
     arguments.global_batch_size = 512
     assert arguments._accumulation(processes) == accumulated
-    alone = arguments_of(tmp_path, per_device_train_batch_size=device, global_batch_size=512)
-    assert alone.gradient_accumulation_steps == 512 // device
+    for agreeing in (1, 512 // device):
+        batch = {"global_batch_size": 512, "gradient_accumulation_steps": agreeing}
+        alone = arguments_of(tmp_path, per_device_train_batch_size=device, **batch)
+        assert alone.gradient_accumulation_steps == 512 // device
 
 
 @pytest.mark.parametrize(
@@ -125,8 +126,3 @@ def test_a_global_batch_that_does_not_divide_names_the_nearest(tmp_path, process
     arguments.global_batch_size = requested
     with pytest.raises(ValueError, match=f"--global_batch_size {requested} .* {nearest}"):
         arguments._accumulation(processes)
-
-
-def test_an_accumulation_that_agrees_with_the_global_batch_is_taken(tmp_path):
-    both = arguments_of(tmp_path, global_batch_size=16, gradient_accumulation_steps=2)
-    assert both.gradient_accumulation_steps == 2

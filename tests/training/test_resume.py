@@ -180,17 +180,9 @@ def saved(tmp_path_factory):
 
 
 def test_a_run_may_change_its_length_its_layout_and_what_it_reports(saved, tmp_path, caplog):
-    trainer = make_trainer(
-        tmp_path / "elsewhere",
-        max_steps=4,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=4,
-        logging_steps=1,
-        eval_strategy="steps",
-        eval_steps=4,
-        save_strategy="no",
-        report_to="none",
-    )
+    layout = {"max_steps": 4, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    reports = {"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 4, "save_strategy": "no"}
+    trainer = make_trainer(tmp_path / "elsewhere", **layout, **reports, report_to="none")
     trainer.train(str(saved / "checkpoint-2"))
     assert trainer.state.global_step == 4
     assert "the run is resumed with another length: max_steps was 2 and is 4" in caplog.text
@@ -279,21 +271,17 @@ def test_a_stream_is_known_by_what_it_says_of_itself(tmp_path):
     assert trainer.fingerprint()["data"] == {"kind": "a stream", "length": 32}
 
 
-def test_an_identity_is_json_and_survives_a_newer_library(tmp_path):
-    identity = make_trainer(tmp_path).fingerprint()
+def test_an_identity_is_json_and_survives_a_newer_library_and_a_moved_interval(tmp_path):
+    trainer = make_trainer(tmp_path)
+    identity = trainer.fingerprint()
     assert json.loads(json.dumps(identity)) == identity
+    trainer.model.config.sampling_eps_min = 0.3
+    trainer.model.sampling_eps_min.fill_(0.3)
+    check_same_run("here", identity, trainer.fingerprint())
     newer = json.loads(json.dumps(identity))
     newer["model"]["field_of_a_later_version"] = 1
     check_same_run("here", identity, newer)
     check_same_run("here", newer, identity)
-
-
-def test_a_moved_interval_is_state_and_no_other_run(tmp_path):
-    trainer = make_trainer(tmp_path)
-    old = trainer.fingerprint()
-    trainer.model.config.sampling_eps_min = 0.3
-    trainer.model.sampling_eps_min.fill_(0.3)
-    check_same_run("here", old, trainer.fingerprint())
 
 
 def test_a_long_list_of_differences_is_cut():

@@ -41,9 +41,8 @@ def corpus(recipe) -> Path:
 @pytest.fixture(scope="module")
 def trained(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
-    return run(
-        [str(recipe), "--output_dir", str(folder), "--ema_decay", "0.9", "--max_steps", "30", "--eval_steps", "15"]
-    ), folder
+    words = ["--output_dir", str(folder), "--ema_decay", "0.9", "--max_steps", "30", "--eval_steps", "15"]
+    return run([str(recipe), *words]), folder
 
 
 # A run from end to end
@@ -73,9 +72,8 @@ def test_the_folder_holds_a_model_with_its_number_of_steps(trained):
 
 
 def test_the_layout_of_a_run_changes_no_noise(recipe, tmp_path):
-    layouts = [("4", "1"), ("2", "2")]
     losses = []
-    for rows, accumulated in layouts:
+    for rows, accumulated in (("4", "1"), ("2", "2")):
         words = ["--per_device_train_batch_size", rows, "--gradient_accumulation_steps", accumulated]
         words += ["--max_steps", "2", "--output_dir", str(tmp_path / rows)]
         words += ["--eval_strategy", "no", "--sample_tokens", "0"]
@@ -87,10 +85,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe, tmp_path):
     words = [str(recipe), "--ema_decay", "0.9", "--sample_tokens", "0", "--eval_strategy", "no"]
     words += ["--save_strategy", "steps", "--save_steps", "2"]
     whole = run([*words, "--output_dir", str(tmp_path / "whole")])
-    resumed = run(
-        [*words, "--output_dir", str(tmp_path / "again")]
-        + ["--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-2")]
-    )
+    words += ["--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-2")]
+    resumed = run([*words, "--output_dir", str(tmp_path / "again")])
     losses = [[entry["loss"] for entry in result.losses if "loss" in entry] for result in (whole, resumed)]
     assert losses[0] == losses[1] and len(losses[0]) == 4
     states = [load_model(str(tmp_path / name)).state_dict() for name in ("whole", "again")]

@@ -142,16 +142,14 @@ def test_an_adapter_is_uploaded_as_an_adapter(hub, uploading_trainer, monkeypatc
     assert "library_name: peft" in card and "base_model: me/base" in card
 
 
-def test_a_token_among_the_arguments_is_refused_without_being_shown(uploading_trainer):
-    with pytest.raises(ValueError, match="--hub_token") as caught:
-        uploading_trainer(hub_token="hf_secret")
-    assert "hf_secret" not in str(caught.value)
-
-
-@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
-def test_whole_checkpoints_are_not_for_the_hub(uploading_trainer, strategy):
-    with pytest.raises(ValueError, match=f"--hub_strategy {strategy}"):
-        uploading_trainer(hub_strategy=strategy)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("hub_token", "hf_secret"), ("hub_strategy", "checkpoint"), ("hub_strategy", "all_checkpoints")],
+)
+def test_tokens_are_no_arguments_and_whole_checkpoints_are_not_for_the_hub(uploading_trainer, name, value):
+    with pytest.raises(ValueError, match=f"--{name}") as caught:
+        uploading_trainer(**{name: value})
+    assert (value in str(caught.value)) is (name == "hub_strategy")
 
 
 def test_a_run_ends_with_an_upload_of_its_results(hub, text_file, tmp_path, caplog):
