@@ -98,9 +98,9 @@ def read_plan(argv: Sequence[str]) -> Plan:
     seeds = fields["seeds"] if isinstance(fields.get("seeds"), list) else [fields.get("seeds")]
     if not seeds or not all(isinstance(seed, int) for seed in seeds):
         raise ValueError(f"--seeds {fields.get('seeds')}: give at least one whole number.")
-    for name in ("num_texts", "text_length"):
-        if not isinstance(fields.get(name), int) or fields[name] < 1:
-            raise ValueError(f"{name}={fields.get(name)!r}: give a whole number of at least 1.")
+    for name, minimum in (("num_texts", 1), ("text_length", 2)):  # the first token of a text is given
+        if not isinstance(fields.get(name), int) or fields[name] < minimum:
+            raise ValueError(f"{name}={fields.get(name)!r}: give a whole number of at least {minimum}.")
     for name in ("judge", "output_dir"):
         if isinstance(fields.get(name), list):
             raise ValueError(f"--{name} {' '.join(map(str, fields[name]))}: give one value.")

@@ -123,6 +123,7 @@ def test_the_command_line_overrides_the_recipe(recipe):
         (["--models", "gpt"], "--models gpt: the recipe .* has ar, bd3lm-4"),
         (["--num_texts", "0"], "num_texts=0: give a whole number of at least 1"),
         (["--text_length", "x"], "text_length='x'"),
+        (["--text_length", "1"], "text_length=1: give a whole number of at least 2"),
         (["--max_stepps", "3"], "'max_stepps'"),
         (["--max_steps"], "--max_steps has no value"),
         (["--seeds", "1", "x"], "--seeds .*'x'"),
