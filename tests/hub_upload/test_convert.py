@@ -78,7 +78,8 @@ def test_a_published_folder_becomes_one_that_loads_by_itself(make_model, tmp_pat
     loaded = assert_same(tmp_path / "target", model)
     assert type(loaded) is CLASSES[kind][0]
     if kind == "bd3lm":
-        assert loaded.interval() == pytest.approx((0.3, 0.8))
+        interval = [loaded.config.sampling_eps_min, loaded.config.sampling_eps_max]
+        assert [*interval, *loaded.interval()] == pytest.approx([0.3, 0.8] * 2)
         assert loaded.config.block_size == model.config.block_size
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
 
@@ -148,7 +149,7 @@ def omegaconf(monkeypatch):
 
 def lightning_config(kind: str) -> dict:
     return {
-        "algo": {"name": kind, "cross_attn": kind == "bd3lm", "time_conditioning": kind == "sedd", "ignore_bos": True},
+        "algo": {"name": kind, "cross_attn": kind == "bd3lm", "time_conditioning": False, "ignore_bos": True},
         "model": {"hidden_size": 32, "length": 32, "cond_dim": 16, "n_blocks": 2, "n_heads": 2, "dropout": 0.1},
         "block_size": 4 if kind == "bd3lm" else "${model.length}",
         "noise": {"type": "loglinear"},

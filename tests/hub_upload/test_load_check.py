@@ -1,5 +1,6 @@
 """A folder that loads without bd3lm_hf passes the check in a process of its own; others do not, for a named reason."""
 
+import importlib
 import sys
 
 import pytest
@@ -115,3 +116,5 @@ def test_where_bd3lm_hf_was_imported_the_check_proves_nothing(monkeypatch):
         load_check.block_bd3lm_hf()
     monkeypatch.delitem(sys.modules, "bd3lm_hf")
     load_check.block_bd3lm_hf()
+    with pytest.raises(ImportError):
+        importlib.import_module("bd3lm_hf")

@@ -16,7 +16,7 @@ from bd3lm_hf import BD3LMForMaskedLM, SEDDForMaskedLM
 from bd3lm_hf.hub_upload import load_check
 from bd3lm_hf.hub_upload import push as push_module
 from bd3lm_hf.hub_upload.load_check import CheckError
-from bd3lm_hf.hub_upload.push import dry_run, push, push_saved_folder, write_repository
+from bd3lm_hf.hub_upload.push import dry_run, push, write_repository
 from bd3lm_hf.hub_upload.repo_files import files_of, kind_of
 from bd3lm_hf.modeling.saving_bd3lm import SelfContainedMixin
 
@@ -222,11 +222,6 @@ def test_without_the_package_push_to_hub_uploads_as_transformers_does(hub, model
     BD3LMForMaskedLM.from_pretrained(model_folder).push_to_hub(REPO)
     files = hub.repos[REPO].files()
     assert {"model.safetensors", "modeling_bd3lm.py"} < files.keys() and "manifest.json" not in files
-
-
-def test_a_folder_is_pushed_in_the_background(hub, run_folder):
-    job = push_saved_folder(run_folder, REPO, background=True, message="Later")
-    assert "/commit/" in job.result().url and hub.commits(REPO)[0]["summary"] == "Later"
 
 
 def test_an_adapter_names_the_repository_of_its_base(hub, bd3lm, model_folder, tmp_path):

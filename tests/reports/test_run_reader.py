@@ -42,13 +42,18 @@ def test_a_finished_run_is_read_from_its_results(tmp_path):
 
 
 def test_the_samples_of_a_run_are_those_that_its_callback_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(callbacks, "sample_text", lambda *_, prompt, **__: f"{prompt} text\n\nof lines")
+    monkeypatch.setattr(
+        callbacks, "sample_text", lambda *_, prompt, max_new_tokens, **__: f"{prompt} text\n\nof {max_new_tokens}"
+    )
     monkeypatch.setattr(callbacks, "sample_options", lambda *_: {})
-    sampler, args = callbacks.SampleCallback(None), BD3LMTrainingArguments(str(tmp_path), sample_prompt="The")
+    sampler, args = (
+        callbacks.SampleCallback(None),
+        BD3LMTrainingArguments(str(tmp_path), sample_prompt="The", sample_tokens=4),
+    )
     for step in (5, 10):
         sampler.on_evaluate(args, TrainerState(global_step=step), TrainerControl(), model=None)
     (tmp_path / "recipe.yaml").write_text("seed: 0\n", encoding="utf-8")
-    text = "The text\n\nof lines"
+    text = "The text\n\nof 4"
     assert read_run(tmp_path).samples == [RunSample("at step 5", text), RunSample("at step 10", text)]
 
 

@@ -224,14 +224,6 @@ def test_the_saved_model_is_the_average_and_says_so(make_trainer, tmp_path):
     assert (checkpoint / "ema.safetensors").is_file()
 
 
-def test_an_average_goes_on_from_a_checkpoint_bit_for_bit(make_trainer, tmp_path):
-    whole = trained(make_trainer(max_steps=4, save_strategy="steps", save_steps=2, ema_decay=0.9))
-    rest = make_trainer(max_steps=4, ema_decay=0.9)
-    rest.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    assert rest.average.updates == 4 and equal(rest.average.shadows, whole.average.shadows)
-    assert losses_of(rest) == losses_of(whole)
-
-
 def test_a_second_training_starts_a_new_average(make_trainer):
     trainer = trained(make_trainer(ema_decay=0.5))
     first = trainer.average

@@ -67,15 +67,6 @@ def collate(tiny_config):
     return NoiseCollator(PaddingCollator(2), tiny_config, seed=0, group_size=8)
 
 
-def test_noise_belongs_to_the_example_not_to_the_batch(collate):
-    examples = [{**row, EXAMPLE_INDEX: 100 + number} for number, row in enumerate(rows_of(8))]
-    whole = collate(examples)
-    parts = [collate(examples[start : start + 2]) for start in range(0, 8, 2)]
-    for name in ("block_noise", "token_noise", "count_noise"):
-        assert torch.equal(whole[name], torch.cat([part[name] for part in parts]))
-    assert whole["block_noise"].shape == (8, 8)
-
-
 @pytest.mark.parametrize("draws", [1, 3])
 def test_noise_does_not_change_with_a_longer_neighbour(tiny_config, draws):
     collate = NoiseCollator(PaddingCollator(2), tiny_config, seed=0, group_size=8, num_noise_samples=draws)

@@ -208,11 +208,6 @@ def test_a_resumed_run_does_not_repeat_its_first_evaluation(make_trainer):
     assert steps == [[0, 2], [0, 2]]
 
 
-def test_a_run_without_checkpoints_can_not_be_resumed(make_trainer, tmp_path):
-    with pytest.raises(ValueError, match=r"run has no complete checkpoint"):
-        make_trainer().train(resume_from_checkpoint=True)
-
-
 def test_a_small_disk_is_told_before_the_first_step(make_trainer, monkeypatch, caplog):
     monkeypatch.setattr("bd3lm_hf.run_folder.free_bytes", lambda folder: 1000)
     make_trainer(max_steps=1, save_strategy="no").train()
@@ -224,8 +219,7 @@ def test_a_small_disk_is_told_before_the_first_step(make_trainer, monkeypatch, c
 
 
 def test_a_checkpoint_is_uploaded_from_its_final_folder(make_trainer, tmp_path, monkeypatch):
-    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
-    uploads = []
+    trainer, uploads = make_trainer(max_steps=1, save_strategy="steps", save_steps=1), []
     push = "bd3lm_hf.training.uploads.UploadingTrainer._push_from_checkpoint"
     monkeypatch.setattr(push, lambda self, folder: uploads.append(folder))
     trainer.args.push_to_hub = True
