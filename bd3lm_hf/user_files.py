@@ -20,6 +20,19 @@ from typing import Any, BinaryIO
 import yaml
 
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+BASE_NAME = "base-model"  # in the folder of a run: what a plain decoder became, the base of its adapters
+LOCK_NAME = ".lock"  # in an output folder; `.NAME.lock` next to an output file
+
+
+# Small inputs
+
+
 _MAX_JSON_BYTES = 10_000_000  # ours have some kilobytes
 _MAX_YAML_BYTES = 1_000_000
 _MAX_VALUES = 100_000  # of a YAML file, whose aliases multiply: 480 bytes can stand for gigabytes
@@ -81,16 +94,6 @@ def _count_values(node: Any, counted: dict[int, float]) -> float:
         children = [child for pair in children for child in pair]
     counted[id(node)] = 1 + sum(_count_values(child, counted) for child in children)
     return counted[id(node)]
-
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-
-BASE_NAME = "base-model"  # in the folder of a run: what a plain decoder became, the base of its adapters
-LOCK_NAME = ".lock"  # in an output folder; `.NAME.lock` next to an output file
 
 
 # Which files may be replaced

@@ -151,7 +151,7 @@ def test_a_full_disk_is_reported_with_the_file_and_what_to_do():
         JsonLinesFile(full, "--output", first_key="index", remedy="").write_line({"index": 0})
 
 
-# --- small inputs --------
+# --- small inputs ----------------------------------------------------------------------------------------------------
 
 
 # Each line multiplies the values by ten: 480 bytes hold ten thousand million of them.
