@@ -21,7 +21,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from bd3lm_hf.auto_classes import is_unsupported_auto_class
 from bd3lm_hf.data.sources import exists, looks_like_path
 from bd3lm_hf.foreign_layouts import read_contract_config
-from bd3lm_hf.user_files import BASE_NAME, read_json
+from bd3lm_hf.user_files import BASE_NAME, find_fault, read_json
 
 
 if TYPE_CHECKING:
@@ -233,6 +233,9 @@ def _reading(name: str, argument: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:500]
         if isinstance(error, ValueError) and reason.startswith("attn_implementation="):
             raise ValueError(f"{argument} {name}: {reason}") from error  # an option is wrong, not a file
+        for file in sorted(Path(name).expanduser().glob("*")):
+            if fault := find_fault(file):
+                raise ValueError(f"{argument} {name} cannot be loaded: its {file.name} {fault}.") from error
         raise ValueError(
             f"{argument} {name} cannot be loaded; name a complete checkpoint: {type(error).__name__}: {reason}"
         ) from error

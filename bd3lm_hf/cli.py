@@ -1,20 +1,24 @@
 """The `bd3lm` command: a verb for each thing that the package does.
 
-Exit code 0 means that the work was done, 2 that the input was wrong, 1 that something else failed, 130 that Ctrl-C
-ended it. An error is one line on standard error; `--traceback` shows where it came from. The module of a verb is
-imported when the verb is used, and what is slow only once its arguments are in order.
+Exit code 0 means that the work was done, 2 that the input was wrong, 1 that something else failed, 130 or 143 that
+Ctrl-C or SIGTERM ended it. An error is one line on standard error; `--traceback` shows where it came from. The module
+of a verb is imported when the verb is used, and what is slow only once its arguments are in order.
 """
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import bd3lm_hf
 from bd3lm_hf.argument_parser import ArgumentParser, with_home
 from bd3lm_hf.printing import one_line
+from bd3lm_hf.user_files import advice_on
 
 
 class Verb(NamedTuple):
@@ -103,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     show_traceback = "--traceback" in words
     try:
-        _run([word for word in words if word != "--traceback"])
+        with _ending_on_sigterm():
+            _run([word for word in words if word != "--traceback"])
         sys.stdout.flush()
         return 0
     except SystemExit as stop:
@@ -112,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         return stop.code or 0
     except KeyboardInterrupt as stop:
-        return getattr(stop, "exit_code", 130)  # 143 if a SIGTERM stopped a training
+        return getattr(stop, "exit_code", 130)  # 143 after a SIGTERM
     except BrokenPipeError:
         # The reader, such as `head`, has what it wanted. Python would complain once more when it closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -125,8 +130,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         has_message = own_code is not None or isinstance(error, (ValueError, OSError))
         kind = "" if has_message else f"{type(error).__name__}: "
         advice = "" if is_expected else " (--traceback shows where)"
-        print(f"error: {one_line(f'{kind}{error}')}{advice}", file=sys.stderr)
+        print(f"error: {one_line(f'{kind}{error}')}{advice_on(error)}{advice}", file=sys.stderr)
         return own_code or (2 if is_expected else 1)
+
+
+class _Terminated(KeyboardInterrupt):
+    """A SIGTERM, which ends a verb as Ctrl-C does: what it leaves is complete, and nothing unfinished stays."""
+
+    exit_code = 143
+
+
+@contextlib.contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python lets no other thread set handlers
+        return
+    pid = os.getpid()
+
+    def end(signum: int, frame: Any) -> None:
+        if os.getpid() == pid:
+            raise _Terminated
+        signal.signal(signum, signal.SIG_DFL)  # in a worker process, which its parent ends
+        signal.raise_signal(signum)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def is_input_error(error: Exception) -> bool:

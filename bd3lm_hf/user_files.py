@@ -38,6 +38,25 @@ _MAX_YAML_BYTES = 1_000_000
 _MAX_VALUES = 100_000  # of a YAML file, whose aliases multiply: 480 bytes can stand for gigabytes
 
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def find_fault(path: str | Path) -> str:
+    """Return what keeps a file that is there from being read as what its name says, a predicate, or an empty string.
+
+    Libraries read a file without permission as one that is missing, and a pointer of Git LFS as a damaged one.
+    """
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                return "is a pointer of Git LFS, not the data: run `git lfs pull`"
+    except PermissionError:
+        return "cannot be read: there is no permission"
+    except OSError:
+        pass
+    return ""
+
+
 def read_json(path: str | Path, *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
     """Return the object in a JSON file.
 
@@ -176,6 +195,12 @@ _ADVICE = {
 }
 
 
+def advice_on(error: BaseException) -> str:
+    """Return what to do about a file that could not be written, where the error does not say it."""
+    advice = _ADVICE.get(getattr(error, "errno", None) or 0, "") if isinstance(error, OSError) else ""
+    return f" ({advice})" if advice and advice not in str(error) else ""
+
+
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """Name the file, which the system leaves out, in errors of writing to it."""
@@ -234,7 +259,7 @@ class JsonLinesFile:
         self._line_start = f'{{"{first_key}": '.encode()
         self._replace = replace
         self._size = 0  # bytes of complete lines
-        self._size_on_disk = 0  # also of an incomplete last line
+        self._size_on_disk = 0  # at most, with an incomplete last line
 
     def read_lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield the number of each line, counted from 1, and its object; all must be read before a line is written.
@@ -271,21 +296,21 @@ class JsonLinesFile:
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         if self._replace and not is_device(self.path):
             write_atomically(self.path, line)  # the old file stays until now
-            self._replace, self._size = False, 0
+            self._replace, self._size, self._size_on_disk = False, 0, len(line)
         else:
             with _naming(self.path), self.path.open("ab") as file:
                 if not is_device(self.path):
                     self._cut_incomplete_line(file)
+                self._size_on_disk = self._size + len(line)  # unless a signal interrupts what follows
                 file.write(line)
                 if self._sync:
                     file.flush()
                     os.fsync(file.fileno())
         self._size += len(line)
-        self._size_on_disk = self._size
 
     def _cut_incomplete_line(self, file: BinaryIO) -> None:
         size = os.fstat(file.fileno()).st_size
-        if size != self._size_on_disk:
+        if not self._size <= size <= self._size_on_disk:
             raise ValueError(
                 f"{self.label} has {size} bytes instead of {self._size_on_disk}: another process changed it. Run "
                 f"again to continue after what is there."

@@ -61,6 +61,15 @@ def test_truncated_weights_are_refused(tiny_model, tmp_path):
         load_model(str(tmp_path))
 
 
+def test_weights_that_are_a_pointer_of_git_lfs_are_named(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
+    )
+    with pytest.raises(ValueError, match=r"model\.safetensors is a pointer of Git LFS.*git lfs pull"):
+        load_model(str(tmp_path))
+
+
 def test_weights_that_are_not_finite_are_named(tiny_model):
     with torch.no_grad():
         tiny_model.get_output_embeddings().bias[1:3] = float("nan")

@@ -1,7 +1,9 @@
 """`bd3lm`: exit code 0 only on success, errors in one line."""
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -159,6 +161,11 @@ def failing(monkeypatch):
     [
         (ValueError("--length 0:\n\tsay more"), 2, "error: --length 0: say more\n"),
         (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'\n"),
+        (
+            OSError(errno.EFBIG, "too large"),
+            2,
+            "error: [Errno 27] too large (raise the limit of `ulimit -f` and run again)\n",
+        ),
         (OverflowError("too large"), 2, "error: OverflowError: too large\n"),
         (yaml.YAMLError("a\ttab"), 2, "error: YAMLError: a tab\n"),
         (SafetensorError("header"), 2, "error: SafetensorError: header\n"),
@@ -174,6 +181,21 @@ def test_every_error_of_every_verb_is_one_line(bd3lm, failing, error, code, line
     failing(error)
     found, out, err = bd3lm("verb")
     assert (found, out) == (code, "") and (err == line if line is not None else err.count("\n") == 1)
+
+
+def test_sigterm_ends_a_verb_as_ctrl_c_does_and_no_longer_than_it_runs(bd3lm, monkeypatch):
+    cleaned, before = [], signal.getsignal(signal.SIGTERM)
+
+    def run(words):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            cleaned.append(True)
+
+    monkeypatch.setattr(cli, "VERBS", {"verb": cli.Verb("failing:main", "")})
+    monkeypatch.setitem(sys.modules, "failing", types.SimpleNamespace(main=run))
+    assert bd3lm("verb")[0] == 143 and cleaned
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_traceback_is_shown_if_asked_for(failing):

@@ -143,6 +143,24 @@ def test_where_locks_are_missing_a_dead_process_does_not_count(tmp_path, monkeyp
         pass
 
 
+def test_a_line_that_a_signal_interrupted_may_be_written_again(tmp_path, monkeypatch):
+    file = JsonLinesFile(tmp_path / "lines.jsonl", "--output", first_key="index", remedy="", sync=True)
+    file.write_line({"index": 0})
+
+    def interrupted(descriptor):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", interrupted)
+        file.write_line({"index": 1})
+    file.write_line({"index": 1})
+    assert [row for _, row in file.read_lines()] == [{"index": 0}, {"index": 1}]
+    with (tmp_path / "lines.jsonl").open("a") as other:
+        other.write("more")
+    with pytest.raises(ValueError, match="another process changed it"):
+        file.write_line({"index": 2})
+
+
 def test_a_full_disk_is_reported_with_the_file_and_what_to_do():
     full = Path("/dev/full")
     with pytest.raises(OSError, match="make room.*'/dev/full'"):

@@ -285,6 +285,8 @@ class SplitFiles:
         except DatasetGenerationError as error:
             if isinstance(error.__cause__, ValueError) and (faults := find_faults(files, schema)):
                 raise row_error(faults) from None
+            if isinstance(error.__cause__, OSError):  # of the cache, whose disk may be full
+                raise error.__cause__ from error
             raise
         except ValueError as error:
             if "corresponds to no data" in str(error):

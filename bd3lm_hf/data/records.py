@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from bd3lm_hf.data.schemas import OBJECTS, RECORD_COLUMNS
 from bd3lm_hf.data.sources import COMPRESSIONS, ENDINGS, data_ending
+from bd3lm_hf.user_files import find_fault
 
 
 _MAX_PROBED = 100  # records that are looked at to find the columns of a file
@@ -35,7 +36,6 @@ _WIDE_ENCODINGS = {
 }
 
 _NUL = "holds a NUL byte: the file is binary, or UTF-16 without a byte order mark (iconv -f UTF-16LE -t UTF-8)"
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _NOT_UTF8 = "cannot be decoded: the file is not UTF-8, convert it (for instance with iconv -t UTF-8)"
 
 
@@ -55,15 +55,14 @@ def read_records(path: str | Path, columns: Sequence[str] | None = None) -> Iter
     """
     ending = data_ending(path)
     try:
-        with open(path, "rb") as file:
-            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                yield Record("the text", None, "is a pointer of Git LFS, not the data: run `git lfs pull`")
-                return
+        if fault := find_fault(path):
+            yield Record("the text", None, fault)
+            return
         if ending == ".parquet":
             yield from _parquet(path, columns)
             return
-        with _open(Path(path)) as stream:
-            yield from _READERS[ENDINGS[ending]](stream, ending)
+        with _open(Path(path)) as file:
+            yield from _READERS[ENDINGS[ending]](file, ending)
     except (OSError, EOFError, UnicodeError, lzma.LZMAError, pa.ArrowException, csv.Error) as error:
         yield Record("the rest", None, f"cannot be read: {error}")
 
