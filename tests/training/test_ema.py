@@ -97,18 +97,6 @@ def test_low_precision_weights_are_averaged_in_float32():
     assert torch.equal(model.weight, raw)
 
 
-def test_only_weights_that_train_are_averaged_and_buffers_stay(tiny_model):
-    trainable = [name for name, _ in tiny_model.named_parameters() if "blocks.1" in name]
-    for name, parameter in tiny_model.named_parameters():
-        parameter.requires_grad_(name in trainable)
-    average = WeightAverage(tiny_model, decay=0.9)
-    assert list(average.shadows) == trainable
-    tiny_model.sampling_eps_min.fill_(0.25)
-    average.update()
-    with average.swapped():
-        assert tiny_model.interval() == (0.25, 1.0)
-
-
 def test_an_exception_restores_the_weights_bit_for_bit():
     model = layer_of()
     average = WeightAverage(model, decay=0.5)

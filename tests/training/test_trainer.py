@@ -48,12 +48,6 @@ def test_the_seed_repeats_a_run_and_changes_it(make_trainer):
     assert first == second != other
 
 
-def test_a_second_epoch_has_new_noise(make_trainer):
-    trainer = trained(make_trainer(learning_rate=0.0, max_steps=2, rows=rows_of(8)))
-    first, second = losses_of(trainer)
-    assert first != second
-
-
 def test_the_speed_counts_operations_and_their_share_of_a_known_peak():
     meter = SpeedMeter(peak_flops=4e12)
     assert meter.since_last_log() == {}
