@@ -119,12 +119,10 @@ def write_repository(
         )
     write_contents(contents, source, target, max_shard_size=max_shard_size)
     check(target, contents.model)
-    base = contents.base
     if base_model is not None:
         name_base(target, base_model)
-        base = base_model
-    has_tokenizer = contents.tokenizer is not None
-    made = make_card(contents.model, source, repo_id, tokenizer=has_tokenizer, base=base, decay=contents.decay, **card)
+    card |= {"base": base_model or contents.base, "tokenizer": contents.tokenizer is not None, "decay": contents.decay}
+    made = make_card(contents.model, source, repo_id, **card)
     made.save(target / CARD_NAME)
     write_manifest(target)
     sizes = {name: path.stat().st_size for name, path in files_of(target).items()}
@@ -262,8 +260,8 @@ def _state(api: HfApi, repo_id: str, revision: str | None, *, create: bool) -> A
 
 def _outdated(api: HfApi, repo_id: str, commit: str, present: set[str]) -> set[str]:
     """Return the files of a repository that a push replaces: weights in any layout, and code of an earlier push."""
-    weights = {name for name in present if any(Path(name).match(pattern) for pattern in _OTHER_WEIGHTS)}
-    weights = {name for name in weights if "/" not in name}
+    top = {name for name in present if "/" not in name}
+    weights = {name for name in top if any(Path(name).match(pattern) for pattern in _OTHER_WEIGHTS)}
     if MANIFEST_NAME not in present:
         return weights
     path = api.hf_hub_download(repo_id, MANIFEST_NAME, revision=commit)
@@ -281,7 +279,6 @@ def push_saved_folder(
     token: str | bool | None = None,
     commit_message: str | None = None,
     commit_description: str | None = None,
-    message: str | None = None,
     background: bool = False,
     **options: Any,
 ) -> Any:
@@ -296,7 +293,7 @@ def push_saved_folder(
         The address of the repository, the commit or the pull request; with `background` a future of the [`Upload`],
         which has it as `url`.
     """
-    options |= {"message": message or commit_message, "description": commit_description, "tokenizer": False}
+    options |= {"message": commit_message, "description": commit_description, "tokenizer": False}
     done, contents = push(folder, repo_id, api=HfApi(token=token), background=background, **options)
     Path(folder, CARD_NAME).write_text(contents.card, encoding="utf-8")
     return done if background else done.url

@@ -132,7 +132,7 @@ class UploadingTrainer(Trainer):
     def _share(self, folder: str, message: str | None, **options: Any) -> Any:
         assert self.hub_model_id is not None
         options.setdefault("revision", self.args.hub_revision)
-        return push_saved_folder(folder, self.hub_model_id, message=message, **options)
+        return push_saved_folder(folder, self.hub_model_id, commit_message=message, **options)
 
 
 def _check_base(model: Any) -> None:
