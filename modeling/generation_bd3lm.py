@@ -435,6 +435,7 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         check_infill_arguments(kwargs)
         check_ids(input_ids, "input_ids")
         check_has_values(self, input_ids)
+        check_attention_mask(attention_mask, input_ids.shape)
         config, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
         self._validate_model_kwargs(model_kwargs)
         self._prepare_special_tokens(config, attention_mask is not None, device=self.device)
