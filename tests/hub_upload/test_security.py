@@ -18,6 +18,7 @@ COMPUTE = {
     "collections.abc", "contextlib", "copy", "dataclasses", "difflib", "functools", "inspect", "itertools", "math",
     "re", "types", "typing", "warnings", "weakref",
 }  # fmt: skip
+HARMLESS = {"torch.compile", "torch.jit.is_tracing"}
 NAMES_OF = {"os": {"PathLike"}, "threading": {"Lock", "current_thread", "main_thread"}}
 # What reaches outside by way of torch, which itself may be imported.
 OUTSIDE_TORCH = {
@@ -75,14 +76,17 @@ def forbidden(source: str) -> list[str]:
     """Return everything in a source text by which it could open, send, run or load something."""
     found = []
     tree = ast.parse(source)
+    parts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and dotted(node) in HARMLESS}
     for node in ast.walk(tree):
         found += forbidden_imports(node)
         if isinstance(node, ast.Name) and node.id in BUILTINS:
             found.append(node.id)
-        elif isinstance(node, ast.Attribute):
+        elif isinstance(node, ast.Attribute) and id(node) not in parts:
             name = dotted(node)
             head = name.partition(".")[0]
-            harmless = name == "torch.compile" or (head in NAMES_OF and node.attr in NAMES_OF[head])
+            harmless = head in NAMES_OF and node.attr in NAMES_OF[head]
+            if name in HARMLESS:
+                continue
             if head.startswith("BD3LM") and node.attr == "__subclasses__":  # the families of decoders
                 continue
             if name in ("static_step.__code__", "static_step.__globals__"):  # a copy of a function of ours, to compile
@@ -141,7 +145,7 @@ def test_code_that_travels_opens_and_runs_nothing(path):
         "from torch.hub import load_state_dict_from_url", "import torch.hub", "torch.hub.load('x', 'y')",
         "torch.save({}, 'x')", "torch.jit.load('x')", "tensor.numpy().tofile('x')", "torch.from_file('x')",
         "from torch.utils.cpp_extension import load_inline", "from transformers.utils.hub import cached_file",
-        "from transformers import pipelines",
+        "from transformers import pipelines", "jit = torch.jit",
         "from transformers.dynamic_module_utils import get_class_from_dynamic_module",
         "from huggingface_hub import hf_hub_download", "from safetensors.torch import load_file",
         "getattr(builtins, 'eval')", "getattr(torch, 'lo' + 'ad')", "().__class__.__base__.__subclasses__()",
@@ -158,6 +162,7 @@ def test_the_checker_finds_what_it_looks_for(snippet):
         "import torch\ntorch.compile(f)", "import os\ndef save(directory: str | os.PathLike): ...",
         "from .noise_bd3lm import check_interval", "from transformers.modeling_utils import PreTrainedModel",
         "from torch.nn.attention.flex_attention import flex_attention", "model.eval()", "re.compile('x')",
+        "torch.jit.is_tracing()",
         "self.load_state_dict(state)", "getattr(self.config, name)", "'open is a word in a text'",
     ],
 )  # fmt: skip
