@@ -350,10 +350,12 @@ def set_length(cache: StaticCache, tokens: int) -> None:
 
 def note_tokens(cache: Cache, token_ids: torch.Tensor | None, past: int) -> None:
     """Remember the tokens `(batch, length)` that were written after `past` cached ones; None: they are not known."""
-    known = getattr(cache, "token_ids", None)
-    if past and token_ids is not None:
-        fits = known is not None and known.shape[0] == len(token_ids) and known.shape[1] >= past
+    known: torch.Tensor | None = getattr(cache, "token_ids", None)
+    if past and known is not None and token_ids is not None:
+        fits = known.shape[0] == len(token_ids) and known.shape[1] >= past
         token_ids = torch.cat([known[:, :past], token_ids], dim=1) if fits else None
+    elif past:
+        token_ids = None
     vars(cache)["token_ids"] = token_ids
 
 

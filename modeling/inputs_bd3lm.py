@@ -375,10 +375,11 @@ def read_inputs(
     cache, commit, past = open_cache(
         past_key_values, use_cache, length, attention_mask, size, training=network.training
     )
-    if past and not torch.compiler.is_compiling():
-        check_rows(cache, len(embeds), config)
-    if commit and not torch.compiler.is_compiling():
-        note_tokens(cache, input_ids, past)
+    if cache is not None and not torch.compiler.is_compiling():
+        if past:
+            check_rows(cache, len(embeds), config)
+        if commit:
+            note_tokens(cache, input_ids, past)
     if clean_input_ids is not None and (cache is not None or clean_input_ids.shape != embeds.shape[:2]):
         raise ValueError(
             f"clean_input_ids of shape {tuple(clean_input_ids.shape)} must have the shape of the noisy input, "
