@@ -385,14 +385,16 @@ def check_tokens(cache: Cache, token_ids: torch.Tensor) -> None:
         ValueError: if a row of the text does not begin with the tokens of the cache.
     """
     known, held = getattr(cache, "token_ids", None), int(cache.get_seq_length())
-    if known is None or known.shape[1] < held or len(known) != len(token_ids):
+    if known is None or known.shape[1] < held:
         return
-    differ = (known[:, :held].to(token_ids.device) != token_ids[:, :held]).any(1).nonzero().flatten().tolist()
-    if differ:
-        raise ValueError(
-            f"past_key_values holds {held} tokens of another text than row {differ[0]} begins with: pass the whole "
-            f"text so far as input_ids, or leave the cache out."
-        )
+    # In any order: rows of a cache may have been selected, repeated or sorted since.
+    texts = {tuple(row) for row in known[:, :held].tolist()}
+    for number, row in enumerate(token_ids[:, :held].tolist()):
+        if tuple(row) not in texts:
+            raise ValueError(
+                f"past_key_values holds {held} tokens of another text than row {number} begins with: pass the whole "
+                f"text so far as input_ids, or leave the cache out."
+            )
 
 
 def check_cache(cache: Cache, buffer: "SequenceBuffer", config: Any) -> None:

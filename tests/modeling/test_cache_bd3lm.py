@@ -178,6 +178,12 @@ def test_a_cache_of_another_text_batch_or_model_is_refused(family):
     longer = torch.cat([other[None], first.sequences[:, 9:], other[None]], dim=1)
     with pytest.raises(ValueError, match="another text than row 0"):
         model.generate(longer, max_new_tokens=3, past_key_values=first.past_key_values)
+    both = torch.stack([prompt, other])
+    with torch.no_grad():
+        cache = model(both[:, :8], use_cache=True).past_key_values
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    swapped = model.generate(both.flip(0), max_new_tokens=3, past_key_values=cache)
+    assert torch.equal(swapped, model.generate(both.flip(0), max_new_tokens=3))
 
 
 def test_padded_rows_are_continued_if_they_begin_where_they_began(make_model):
