@@ -39,6 +39,27 @@ def check_transformers(installed: str) -> None:
 
 check_transformers(transformers.__version__)
 
+
+class OwnLossMixin:
+    """A model whose loss is not a function of logits and labels, and cannot be replaced by one."""
+
+    def loss_function(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse the loss that transformers gives every model, which compares each token with the one before it."""
+        raise ValueError(
+            f"{type(self).__name__} has no loss of logits and labels: call model(input_ids, labels=...) for its "
+            f"objective, or train it with `bd3lm train`."
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A property would not do: torch registers a module, such as nn.CrossEntropyLoss(), without asking it.
+        if name == "loss_function":
+            raise ValueError(
+                f"loss_function was assigned to a {type(self).__name__}, which computes its own objective and would "
+                f"never call it. Leave it out; a Trainer whose compute_loss is overridden can use another loss."
+            )
+        super().__setattr__(name, value)
+
+
 # Files whose code takes logits for something else. A frame's file name is all that is read of it: by its variables,
 # which security checks forbid, code could reach anything.
 _NEXT_TOKEN_CALLERS = re.compile(

@@ -18,6 +18,7 @@ from transformers.utils import can_return_tuple
 from .attention_bd3lm import block_causal_plan
 from .backbone_bd3lm import BD3LMLanguageModel, BD3LMModel, BD3LMOutput, register_auto_classes
 from .cache_bd3lm import check_rows, check_tokens, clear, drop_oldest
+from .compatibility_bd3lm import OwnLossMixin
 from .configuration_bd3lm import ARConfig
 from .decoding_bd3lm import BD3LMGenerateOutput
 from .decoding_state_bd3lm import pad_left
@@ -34,7 +35,7 @@ from .inputs_bd3lm import (
 )
 from .likelihood_bd3lm import LikelihoodMixin, ScoringRequest, TokenNLL
 from .logits_process_bd3lm import never_generated
-from .loss_bd3lm import OwnLossMixin, chunked_cross_entropy, cross_entropy, divide_by_count
+from .loss_bd3lm import chunked_cross_entropy, cross_entropy, divide_by_count
 from .samplers_bd3lm import Generators
 from .windows_bd3lm import WINDOWS
 

@@ -11,14 +11,14 @@ from transformers.utils import can_return_tuple
 
 from .backbone_bd3lm import BD3LMLanguageModel, BD3LMOutput, register_auto_classes
 from .cache_bd3lm import release_buffers
-from .compatibility_bd3lm import check_trainer
+from .compatibility_bd3lm import OwnLossMixin, check_trainer
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
 from .inputs_bd3lm import Documents, check_arguments, check_loss_arguments, find_documents, seeds_of_texts
 from .likelihood_bd3lm import LikelihoodMixin, ScoringRequest, TokenNLL, nelbo
 from .linear_bd3lm import release_prepacked
-from .loss_bd3lm import OwnLossMixin, denoising_loss
+from .loss_bd3lm import denoising_loss
 from .noise_bd3lm import check_interval, noise_from_arguments
 
 

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
+from .compatibility_bd3lm import OwnLossMixin
 from .configuration_ssdlm import SSDLMConfig
 from .generation_ssdlm import SSDLMGenerationConfig, SSDLMGenerationMixin
 from .inputs_bd3lm import (
@@ -29,7 +30,6 @@ from .inputs_bd3lm import (
     default_labels,
     seeds_of_texts,
 )
-from .loss_bd3lm import OwnLossMixin
 from .saving_bd3lm import SelfContainedModel
 from .simplex_ssdlm import almost_one_hot, noisy_logits, simplex_schedule
 
