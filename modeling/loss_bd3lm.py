@@ -385,6 +385,30 @@ def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if available and torch.is_autocast_enabled(device) else hidden.dtype
 
 
+# An eager step writes to the logits, which takes the fewest passes over them. Compiled, it would take the most: of
+# expressions the compiler makes one pass over the logits in the precision of the product, and keeps no float32.
+
+
+def _without_mask(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        token = torch.arange(logits.shape[1], device=logits.device)
+        return logits.masked_fill(token == mask_token_id, -torch.inf)
+    logits[:, mask_token_id] = -torch.inf
+    return logits
+
+
+def _logit_gradient(
+    logits: torch.Tensor, log_sum: torch.Tensor, target: torch.Tensor, coefficient: torch.Tensor
+) -> torch.Tensor:
+    """Return coefficient * (softmax - onehot), which may overwrite the logits."""
+    if torch.compiler.is_compiling():
+        token = torch.arange(logits.shape[1], device=logits.device)
+        return ((logits - log_sum).exp() - (token == target).float()) * coefficient
+    grad = logits.sub_(log_sum).exp_()
+    grad.scatter_add_(1, target, -torch.ones_like(coefficient))
+    return grad.mul_(coefficient)
+
+
 class _FusedHeadLoss(torch.autograd.Function):
     """Weighted cross-entropy of a linear head whose gradients are taken chunk by chunk in the forward pass.
 
@@ -415,18 +439,15 @@ class _FusedHeadLoss(torch.autograd.Function):
             rows, target = hidden[i : i + step].to(dtype), targets[i : i + step, None]
             coefficient = weights[i : i + step, None].float()
             logits = F.linear(rows, head, None if bias is None else bias.to(dtype)).float()
-            logits[:, mask_token_id] = -torch.inf
+            logits = _without_mask(logits, mask_token_id)
             log_sum = logits.logsumexp(dim=1, keepdim=True)
             # Not in place: compiled by torch 2.11, a result that was written to would get no gradient.
             total = total + ((log_sum - logits.gather(1, target)) * coefficient).sum()
             if not any(ctx.needs_input_grad[:3]):
                 continue
-            grad = logits.sub_(log_sum).exp_()
-            grad.scatter_add_(1, target, -torch.ones_like(coefficient))
-            grad *= coefficient
+            grad = _logit_gradient(logits, log_sum, target, coefficient).to(dtype)
             if grad_bias is not None:
-                grad_bias += grad.sum(0).to(grad_bias.dtype)
-            grad = grad.to(dtype)
+                grad_bias += grad.sum(0, dtype=grad_bias.dtype)
             if grad_hidden is not None:
                 grad_hidden[i : i + step] = grad @ head
             if grad_weight is not None:

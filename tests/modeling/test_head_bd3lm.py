@@ -57,6 +57,18 @@ def test_the_chunked_head_equals_plain_cross_entropy_over_full_logits(monkeypatc
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_compiled_head_has_the_loss_and_gradients_of_an_eager_one(monkeypatch, fresh_compiler, bias):
+    monkeypatch.setattr(loss_bd3lm, "_LOGIT_BUDGET", 7 * 48)
+    head, found = torch.nn.Linear(16, 48, bias=bias), []
+    hidden, targets, weights = head_inputs(head)
+    for function in (chunked_cross_entropy, torch.compile(chunked_cross_entropy, backend="aot_eager")):
+        loss = function(hidden, head, targets, weights, CONFIG)
+        found.append((loss, *torch.autograd.grad(loss * 0.3, [hidden, *head.parameters()])))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
 def test_what_needs_no_gradient_gets_none(frozen):
     head = torch.nn.Linear(16, 48)
