@@ -138,6 +138,7 @@ class BlockForward:
             positions = row * self.block_size + positions % self.block_size
         sigma = None
         if self.network.config.time_conditioning:
+            mask_prob = mask_prob.to(positions.device, non_blocking=True)
             if not fills_window(self.network.config):
                 # As in training, a sequence has the noise level of its first block, the lowest once it is finished.
                 mask_prob = mask_prob.masked_fill(self.row_start < begin, SAMPLING_EPS)
@@ -327,24 +328,26 @@ class BlockWriter:
         if self.do_sample:
             block.uniform = random_uniform(block.token_ids.shape, device, self.generator)
         for step in self.sampler.steps(state):
-            mask_prob = step.mask_prob.to(device, non_blocking=True)
-            logits = self.forward.logits(block.begin, step.positions.to(device, non_blocking=True), mask_prob)
+            placed = step.positions.to(device, non_blocking=True)
+            logits = self.forward.logits(block.begin, placed, step.mask_prob)
             self.row_forward_passes[step.positions // block.token_ids.shape[1]] += 1  # once for each row of the step
-            step, logits = self.sampler.select(state, step, logits)
+            selected, logits = self.sampler.select(state, step, logits)
+            if selected is not step:
+                step, placed = selected, selected.positions.to(device, non_blocking=True)
             if not step.positions.numel():
                 continue
-            positions = step.positions.to(device, non_blocking=True)
-            predicted = self._predict(block, step.positions, logits)
+            predicted = self._predict(block, step.positions, placed, logits)
             revealed = torch.ones_like(step.positions, dtype=torch.bool)
             if not self.sampler.is_parallel:
-                block.put(positions, predicted.tokens)
+                block.put(placed, predicted.tokens)
             else:
-                accepted = self.sampler.accept(state, step, predicted.tokens, predicted.scores)
-                block.put(positions, predicted.tokens.masked_fill(~accepted, self.config.mask_token_id))
+                on_device = step._replace(positions=placed)
+                accepted = self.sampler.accept(state, on_device, predicted.tokens, predicted.scores)
+                block.put(placed, torch.where(accepted, predicted.tokens, self.config.mask_token_id))
                 revealed = accepted.cpu()  # the one device synchronisation of a step
             state.masked.view(-1)[step.positions] = ~revealed
             if self.remask_fraction or self.trace is not None:
-                block.confidence.view(-1)[positions] = token_probability(predicted.scores, predicted.tokens)
+                block.confidence.view(-1)[placed] = token_probability(predicted.scores, predicted.tokens)
             self._record(block, step, predicted, revealed)
             if draft_streamer is not None and revealed[step.positions < block.token_ids.shape[1]].any():
                 draft_streamer.put_draft(self._draft(block))
@@ -381,14 +384,16 @@ class BlockWriter:
         draft = block.token_ids[0].cpu()
         return draft[block.is_new[0] & block.requested[0] & (draft != self.config.mask_token_id)]
 
-    def _predict(self, block: BlockState, positions: torch.Tensor, logits: torch.Tensor) -> Prediction:
-        """Choose a token for each of the `positions` `(positions,)` of a step.
+    def _predict(
+        self, block: BlockState, positions: torch.Tensor, placed: torch.Tensor, logits: torch.Tensor
+    ) -> Prediction:
+        """Choose a token for each of the `positions` `(positions,)` of a step, given also on the device.
 
         Processors that read the text score the positions of a row one after the other, each given the tokens just
         chosen to its left. A parallel sampler then accepts from the left only.
         """
         if not self.left_to_right:
-            return self._choose(block, positions, logits)
+            return self._choose(block, positions, placed, logits)
         row = positions // block.token_ids.shape[1]
         # Positions are in reading order, so searchsorted finds the first position of each row.
         turn = torch.arange(len(row)) - torch.searchsorted(row, row)  # of each position within its row
@@ -397,18 +402,20 @@ class BlockWriter:
         for number in range(int(turn.max()) + 1):
             current = (turn == number).nonzero().squeeze(1)
             at = current.to(logits.device, non_blocking=True)
-            chosen = self._choose(block, positions[current], logits[at])
-            block.put(positions[current].to(logits.device, non_blocking=True), chosen.tokens)
+            chosen = self._choose(block, positions[current], placed[at], logits[at])
+            block.put(placed[at], chosen.tokens)
             tokens[at], scores[at], raw[at] = chosen
         return Prediction(tokens, scores, raw)
 
-    def _choose(self, block: BlockState, positions: torch.Tensor, logits: torch.Tensor) -> Prediction:
+    def _choose(
+        self, block: BlockState, positions: torch.Tensor, placed: torch.Tensor, logits: torch.Tensor
+    ) -> Prediction:
         """Choose a token for each position, at most one of a row if processors read the text."""
         logits.index_fill_(1, self.processors.forbidden, -torch.inf)
         scores = self.processors(logits, *block.locate(positions))
         if not self.do_sample:
             return Prediction(scores.argmax(dim=-1), scores, logits)
-        uniform = block.uniform.view(-1)[positions.to(scores.device, non_blocking=True)]
+        uniform = block.uniform.view(-1)[placed]
         return Prediction(sample_categorical(scores, uniform, dtype=self.sampling_dtype), scores, logits)
 
 

@@ -160,7 +160,7 @@ class Step(NamedTuple):
 
     positions: torch.Tensor  # flat indices into (batch, block_size), in reading order: these are predicted
     mask_prob: torch.Tensor  # (batch,), probability of being masked; time-conditioned models read it
-    min_accepted: torch.Tensor | None = None  # (batch,), how many predictions must be accepted; None: all
+    min_accepted: torch.Tensor | None = None  # (batch,), how many predictions must be accepted; None: one of a row
 
 
 class Sampler:
@@ -292,11 +292,10 @@ class ParallelSampler(Sampler):
     def steps(self, state: RevealState) -> Iterator[Step]:
         number = 0
         while (positions := state.live_positions()).numel():
-            remaining = (state.masked & state.unfinished()).sum(1)
-            minimum = remaining.clamp(max=1)
+            minimum = None
             if self.num_steps is not None:
                 # Rounded up, so that the last step accepts everything that is left.
-                minimum = -(-remaining // (self.num_steps - number))
+                minimum = -(-(state.masked & state.unfinished()).sum(1) // (self.num_steps - number))
             yield Step(positions, state.masked.float().mean(1), minimum)
             number += 1
 
@@ -315,16 +314,18 @@ class ParallelSampler(Sampler):
     def accept(self, state: RevealState, step: Step, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         uncertainty = self.uncertainty(tokens, scores)
         positions = step.positions.to(uncertainty.device, non_blocking=True)
-        assert step.min_accepted is not None
-        minimum = step.min_accepted.to(uncertainty.device, non_blocking=True).unsqueeze(1)
         grid = uncertainty.new_full(state.masked.shape, torch.inf)
         grid.view(-1)[positions] = uncertainty
         # The most certain predictions first, or a run from the left.
         order = (grid.isinf().byte() if state.left_to_right else grid).argsort(dim=1, stable=True)
-        rank = torch.arange(grid.shape[1], device=grid.device)
         # cumprod: the first prediction outside the bound ends the run of accepted ones.
-        accepted = self.is_within_bound(grid.gather(1, order)).cumprod(dim=1).bool() | (rank < minimum)
-        return torch.zeros_like(accepted).scatter(1, order, accepted).view(-1)[positions]
+        accepted = self.is_within_bound(grid.gather(1, order)).cumprod(dim=1).bool()
+        if step.min_accepted is None:
+            accepted[:, 0] = True
+        else:
+            minimum = step.min_accepted.to(grid.device, non_blocking=True).unsqueeze(1)
+            accepted |= torch.arange(grid.shape[1], device=grid.device) < minimum
+        return torch.empty_like(accepted).scatter_(1, order, accepted).view(-1)[positions]
 
 
 class ConfidenceSampler(ParallelSampler):
@@ -341,7 +342,7 @@ class ConfidenceSampler(ParallelSampler):
         return -token_probability(scores, tokens)
 
     def is_within_bound(self, uncertainty: torch.Tensor) -> torch.Tensor:
-        return -uncertainty > self.threshold
+        return uncertainty < -self.threshold
 
 
 class EntropyBoundSampler(ParallelSampler):
