@@ -30,7 +30,12 @@ from .inputs_bd3lm import Layout, token_layout
 _TILE = 256  # queries of a tile, rounded up to whole blocks; measured on CPU: 128 spends more on copies and slices
 
 
-def automatic_attention(device: torch.device | None = None, *, has_triton: bool | None = None) -> str:
+_NARROWEST_FLEX_HEAD = 16  # the width of a head below which torch has no flex kernel
+
+
+def automatic_attention(
+    device: torch.device | None = None, *, head_dim: int = 64, has_triton: bool | None = None
+) -> str:
     """Return the meaning of `attn_implementation="auto"`: flex attention on a CUDA device with triton, else sdpa.
 
     Flex skips the three quarters of the doubled sequence that no query sees. Its kernel is compiled when it is first
@@ -38,10 +43,12 @@ def automatic_attention(device: torch.device | None = None, *, has_triton: bool 
 
     Args:
         device: by default the CUDA device, if there is one.
+        head_dim: width of a head of the model; narrow ones, which have no flex kernel, get sdpa.
         has_triton: whether triton is installed, which compiles the kernel; by default it is looked up.
     """
     cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
-    return "flex_attention" if cuda and (is_triton_available() if has_triton is None else has_triton) else "sdpa"
+    compiles = cuda and (is_triton_available() if has_triton is None else has_triton)
+    return "flex_attention" if compiles and head_dim >= _NARROWEST_FLEX_HEAD else "sdpa"
 
 
 def in_memory(tensor: torch.Tensor) -> torch.Tensor:

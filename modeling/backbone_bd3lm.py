@@ -81,7 +81,7 @@ class BD3LMPreTrainedModel(SelfContainedModel):
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
         if attn_implementation == "auto":
-            attn_implementation = automatic_attention()
+            attn_implementation = automatic_attention(head_dim=self.config.head_dim)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     @property

@@ -86,7 +86,10 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
                 f"'sdpa', or 'flex_attention' on a GPU."
             )
         if attn_implementation == "auto":
-            attn_implementation = automatic_attention() if self._supports_flex_attn else None
+            head_dim = (
+                getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+            )
+            attn_implementation = automatic_attention(head_dim=head_dim) if self._supports_flex_attn else None
         if attn_implementation == "flex_attention" and not self._supports_flex_attn:
             raise ValueError(
                 f"attn_implementation='flex_attention': {type(self).__bases__[-1].__name__} does not take its "

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
+from bd3lm_hf.modeling import attention_bd3lm
 from bd3lm_hf.modeling.attention_bd3lm import automatic_attention
 
 
@@ -163,11 +165,29 @@ def test_a_new_interval_is_compiled_into_the_step(make):
 
 
 @pytest.mark.parametrize(
-    ("device", "has_triton", "expected"),
-    [("cuda", True, "flex_attention"), ("cuda", False, "sdpa"), ("cpu", True, "sdpa"), ("mps", True, "sdpa")],
+    ("device", "has_triton", "head_dim", "expected"),
+    [
+        ("cuda", True, 16, "flex_attention"),
+        ("cuda", True, 8, "sdpa"),
+        ("cuda", False, 16, "sdpa"),
+        ("cpu", True, 16, "sdpa"),
+        ("mps", True, 16, "sdpa"),
+    ],
 )
-def test_auto_is_flex_attention_on_cuda_and_sdpa_elsewhere(device, has_triton, expected):
-    assert automatic_attention(torch.device(device), has_triton=has_triton) == expected
+def test_auto_is_flex_attention_on_cuda_where_it_has_a_kernel_and_sdpa_elsewhere(
+    device, has_triton, head_dim, expected
+):
+    assert automatic_attention(torch.device(device), head_dim=head_dim, has_triton=has_triton) == expected
+
+
+def test_auto_looks_at_the_width_of_the_heads(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention_bd3lm, "is_triton_available", lambda: True)
+    wide = BD3LMForMaskedLM._from_config(BD3LMConfig(**SIZES), attn_implementation="auto")
+    narrow = BD3LMForMaskedLM._from_config(BD3LMConfig(**SIZES | {"n_heads": 4}), attn_implementation="auto")
+    decoder = tiny_decoder("llama", attention="auto")  # 8 wide
+    found = [model.config._attn_implementation for model in (wide, narrow, decoder)]
+    assert found == ["flex_attention", "sdpa", "sdpa"]
 
 
 @pytest.mark.parametrize("name", ["bd3lm", "llama"])
