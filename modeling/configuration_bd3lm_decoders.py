@@ -196,6 +196,11 @@ def slides(config: Any) -> bool:
     return "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
 
 
+def head_dim_of(config: Any) -> int:
+    """Return the width of a decoder's attention heads."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def unsupported_reason(config: Any) -> str | None:
     """Return why a decoder with this configuration cannot denoise blocks; None if nothing is known against it."""
     kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
@@ -290,6 +295,7 @@ __all__ = [
     "BD3LMQwen3Config",
     "BD3LMSmolLM3Config",
     "CONTEXTS",
+    "head_dim_of",
     "slides",
     "unsupported_reason",
 ]

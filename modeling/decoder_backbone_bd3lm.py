@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from .attention_bd3lm import flex_attention_on_cpu, flex_mask, stream_visibility
 from .cache_bd3lm import StaticSlots, append_to_cache
-from .configuration_bd3lm_decoders import slides
+from .configuration_bd3lm_decoders import head_dim_of, slides
 from .inputs_bd3lm import Layout, may_read, read_inputs, token_layout
 from .windows_bd3lm import DecodingNetwork
 
@@ -226,8 +226,7 @@ class DecoderDecodingNetwork(DecodingNetwork):
     def key_value_shape(self) -> tuple[int, int]:
         """Heads of the cached keys and values, and the width of each."""
         heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
-        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        return heads, width
+        return heads, head_dim_of(self.config)
 
     def hidden(
         self,

@@ -41,6 +41,7 @@ from .configuration_bd3lm_decoders import (
     BD3LMQwen2Config,
     BD3LMQwen3Config,
     BD3LMSmolLM3Config,
+    head_dim_of,
 )
 from .decoder_backbone_bd3lm import (
     FLEX_ATTENTION,
@@ -86,10 +87,8 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
                 f"'sdpa', or 'flex_attention' on a GPU."
             )
         if attn_implementation == "auto":
-            head_dim = (
-                getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-            )
-            attn_implementation = automatic_attention(head_dim=head_dim) if self._supports_flex_attn else None
+            auto = automatic_attention(head_dim=head_dim_of(self.config))
+            attn_implementation = auto if self._supports_flex_attn else None
         if attn_implementation == "flex_attention" and not self._supports_flex_attn:
             raise ValueError(
                 f"attn_implementation='flex_attention': {type(self).__bases__[-1].__name__} does not take its "
