@@ -51,7 +51,7 @@ def find_fault(path: str | Path) -> str:
             if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 return "is a pointer of Git LFS, not the data: run `git lfs pull`"
     except PermissionError:
-        return "cannot be read: there is no permission"
+        return "cannot be read: permission denied"
     except OSError:
         pass
     return ""

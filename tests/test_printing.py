@@ -1,4 +1,4 @@
-"""What is printed shows neither secrets nor control characters, and how far a long command is."""
+"""Printing: secrets and control characters are left out, and long commands report their progress."""
 
 import sys
 
