@@ -1,5 +1,6 @@
 """The tiny configuration, tokenizer and model that all tests share, in a run that touches nothing outside itself."""
 
+import gc
 import os
 import tempfile
 import time
@@ -31,6 +32,12 @@ from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 
 # Models this small gain nothing from a second thread, and wait long for it on a busy machine.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # Trainers collect garbage often, and look each time at all that was imported unless it is set aside.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
