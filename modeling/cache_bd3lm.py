@@ -81,7 +81,9 @@ class BlockCacheLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, num_committed: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return views of finished and given tokens, of which the first `num_committed` become finished."""
-        if not self.is_initialized:
+        # Without tokens the buffers keep their rows when transformers selects or repeats those of a cache.
+        emptied = self.is_initialized and not self._length and len(self._buffers[0]) != len(key_states)
+        if not self.is_initialized or emptied:
             self.lazy_initialization(key_states, value_states)
         self.reserve(key_states.shape[2], key_states)
         begin, end = self._begin, self._begin + self._length

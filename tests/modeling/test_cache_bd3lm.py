@@ -277,6 +277,15 @@ def test_forgetting_and_selecting_rows_go_together():
     assert torch.equal(seen[1], torch.cat([value[[2, 0], :, 8:], new[1]], dim=2))
 
 
+def test_rows_may_leave_before_a_token_is_kept():
+    cache = BlockCache()
+    append_to_cache(cache, *states(4, batch=4), layer_idx=0, num_committed=0)
+    cache.batch_select_indices(torch.tensor([1, 3]))
+    key, value = states(4, 1, batch=2)
+    seen = append_to_cache(cache, key, value, layer_idx=0, num_committed=4)
+    assert torch.equal(seen[0], key) and torch.equal(cache.layers[0].values, value)
+
+
 @pytest.mark.parametrize("kind", [BlockCache, DynamicCache, StaticCache])
 def test_an_emptied_cache_takes_tokens_again(kind):
     cache = StaticCache(CONFIG, max_cache_len=36) if kind is StaticCache else kind()
