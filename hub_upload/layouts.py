@@ -159,7 +159,7 @@ def _type_of(fields: Mapping[str, Any], given: Mapping[str, Any], notes: list[st
     """Return the model type of a configuration; published ones have `bd3lm` or `mdlm` for several models."""
     if given.get("algorithm"):
         return str(given["algorithm"])
-    if given.get("causal") or not fields["adaln"]:
+    if given.get("causal", not fields["adaln"]):
         found, reason = "ar", "causal" if given.get("causal") else "its weights have no adaLN"
     elif given.get("time_conditioning") and not given.get("cross_attn"):
         found, reason = "sedd", "time-conditioned, with attention over the whole sequence"

@@ -41,6 +41,12 @@ def test_a_block_size_that_is_not_given_is_the_default_of_the_class(state, confi
     assert architecture_of(state, {"model_type": "bd3lm", **config}).fields["block_size"] == block_size
 
 
+@pytest.mark.parametrize(("config", "model_type"), [({}, "ar"), ({"causal": False}, "bd3lm")])
+def test_without_adaln_a_model_is_autoregressive_unless_its_configuration_says_otherwise(state, config, model_type):
+    plain = {name: tensor for name, tensor in state.items() if "sigma_map" not in name and "adaLN" not in name}
+    assert architecture_of(plain, {"model_type": "bd3lm", **config}).model_type == model_type
+
+
 @pytest.mark.parametrize("config", [{"model": {}}, {"model": 3, "noise": "x"}, {"training": [1]}])
 def test_sizes_that_cannot_be_inferred_are_named_and_other_types_ignored(state, config):
     with pytest.raises(ValueError, match="block_size"):
