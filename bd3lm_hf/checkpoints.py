@@ -130,6 +130,8 @@ def read_config(name: str, *, argument: str = "--model", trust_remote_code: bool
     """Return the configuration of a folder or hub name; arguments and errors as in [`load_model`]."""
     if looks_like_path(name) and not exists(name):
         raise ValueError(f"{argument} {name}: there is no such folder; name a checkpoint folder or a hub model.")
+    if Path(name).is_file():
+        raise ValueError(f"{argument} {name} is a file: name the folder of a checkpoint.")
     base = adapter_base(name)
     if base is not None:
         return read_config(base, argument=f"{argument} {name} on", trust_remote_code=trust_remote_code)

@@ -106,10 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb, and return the exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
     show_traceback = "--traceback" in words
+    signals: list[int] = []
     try:
-        with _ending_on_sigterm():
+        with _ending_on_signals(signals):
             _run([word for word in words if word != "--traceback"])
-        sys.stdout.flush()
+        print(end="", flush=True)  # where there is a standard output
         return 0
     except SystemExit as stop:
         if isinstance(stop.code, str):
@@ -123,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE, as other commands end
     except Exception as error:
+        if signals:  # native code that was being imported swallowed the interrupt, and was left half imported
+            return 128 + signals[0]
         if show_traceback:
             raise
         own_code = getattr(error, "exit_code", None)  # of an error that is neither wrong input nor a defect
@@ -141,7 +144,7 @@ class _Terminated(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
+def _ending_on_signals(received: list[int]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # Python lets no other thread set handlers
         return
@@ -149,15 +152,20 @@ def _ending_on_sigterm() -> Iterator[None]:
 
     def end(signum: int, frame: Any) -> None:
         if os.getpid() == pid:
-            raise _Terminated
-        signal.signal(signum, signal.SIG_DFL)  # in a worker process, which its parent ends
-        signal.raise_signal(signum)
+            received.append(signum)
+        elif signum == signal.SIGTERM:
+            signal.signal(signum, signal.SIG_DFL)  # in a worker process, which its parent ends
+            signal.raise_signal(signum)
+        raise _Terminated if signum == signal.SIGTERM else KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, end)
+    # A shell lets its background jobs ignore Ctrl-C.
+    ends = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in ends}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def is_input_error(error: Exception) -> bool:

@@ -7,7 +7,7 @@ gets one after its last id: GPT-2's becomes M = 50257 in a vocabulary of 50258, 
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -184,6 +184,13 @@ def complete_special_tokens(tokenizer: _Tokenizer) -> _Tokenizer:
 def encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the token ids of a text of any length; special tokens are only those that it names itself."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
+    """Return the token ids of a text to continue: without the end token that some tokenizers, as BERT's, add."""
+    ids, plain = list(tokenizer(text, **options)["input_ids"]), encode_plain(text, tokenizer)
+    is_added = plain and ids[-1] == tokenizer.eos_token_id and ids[:-1][-len(plain) :] == plain
+    return ids[:-1] if is_added else ids
 
 
 def limit_to_window(tokenizer: PreTrainedTokenizerBase, config: "BD3LMConfig") -> None:

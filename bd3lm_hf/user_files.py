@@ -134,6 +134,8 @@ def check_output_file(
     """
     path = Path(path)
     folder = path.absolute().parent
+    if str(path) == "-":
+        raise ValueError(f"{flag} - would be a file called '-', not standard output: name a file.")
     if not folder.is_dir():
         raise ValueError(f"{flag} {path}: the folder {folder} does not exist. Make it first.")
     if path.is_dir():

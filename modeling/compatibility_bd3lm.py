@@ -67,21 +67,26 @@ _NEXT_TOKEN_CALLERS = re.compile(
 )
 _TRAINER = re.compile(r"transformers[/\\]trainer\.py$")
 _CLASSIFIERS = re.compile(r"transformers[/\\]pipelines[/\\](text|token|zero_shot)_classification\.py$")
+_FILL_MASK = re.compile(r"transformers[/\\]pipelines[/\\]fill_mask\.py$")
 _INSTEAD_OF_NEXT_TOKENS = (
     "its logits are not next-token predictions, so every score would be wrong. Use `bd3lm harness` for the tasks of "
     "lm_eval, `bd3lm eval` for perplexity, or model.token_nll(input_ids)"
 )
 _INSTEAD_OF_CLASSES = "it has no classes. Use the pipelines text-generation and fill-mask"
+_INSTEAD_OF_MASK_PADDING = (
+    "it would take padding, which is the mask token here, for blanks. Set another tokenizer.pad_token, or pass one "
+    "text at a time"
+)
 
 
-def check_caller(config: Any) -> None:
-    """Refuse a call for logits from code that is known to read something else in them.
+def check_caller(config: Any, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+    """Refuse a call for logits from code that is known to read something else in them, or in the ids.
 
     Such code calls the model as one does who wants the logits of masked tokens: only the stack shows the difference.
 
     Raises:
         ValueError: if a harness or metric wants next-token predictions of a model that has none, or a pipeline wants
-            classes.
+            classes, or blanks of rows that are padded with the mask token.
     """
     if torch.compiler.is_compiling():
         return
@@ -89,8 +94,16 @@ def check_caller(config: Any) -> None:
         instead = _INSTEAD_OF_CLASSES if _CLASSIFIERS.search(file) else None
         if not config.causal and _NEXT_TOKEN_CALLERS.search(file):
             instead = _INSTEAD_OF_NEXT_TOKENS
+        if _FILL_MASK.search(file) and _pads_with_mask(input_ids, attention_mask, config.mask_token_id):
+            instead = _INSTEAD_OF_MASK_PADDING
         if instead is not None:
             raise ValueError(f"the code in {file} does not fit model_type={config.model_type!r}: {instead}.")
+
+
+def _pads_with_mask(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, mask_token_id: int) -> bool:
+    if input_ids is None or attention_mask is None:
+        return False
+    return bool(((input_ids == mask_token_id) & (attention_mask == 0)).any())
 
 
 def _calling_files() -> Iterator[str]:

@@ -95,7 +95,7 @@ class BlockGenerationMixin(_Generative):
         check_has_values(self, ids)
         if ids is not None:
             # transformers reads the last token, and drops a mask of ones whatever its shape.
-            if getattr(ids, "ndim", None) != 2 or not len(ids):
+            if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not len(ids):
                 check_ids(ids, "input_ids")
             if not ids.numel():
                 raise ValueError(_EMPTY_PROMPT)
@@ -140,6 +140,8 @@ class BlockGenerationMixin(_Generative):
             if config is not None:
                 check_known_fields(config, self.generation_config_class)
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if isinstance(prepared.eos_token_id, torch.Tensor):  # as transformers takes it, too
+            prepared.eos_token_id = prepared.eos_token_id.tolist()
         # top_k of the call, of the config that was passed, and of the model's own config.
         requested = (kwargs.get("top_k"), getattr(generation_config, "top_k", None), self.generation_config.top_k)
         if all(top_k is None for top_k in requested):

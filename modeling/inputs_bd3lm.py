@@ -387,7 +387,7 @@ def read_inputs(
         )
     check_attention_mask(attention_mask, (embeds.shape[0], past + length))
     if clean_input_ids is None and cache is None:
-        check_caller(config)
+        check_caller(config, input_ids, attention_mask)
         if input_ids is not None and not config.causal:
             warn_of_visible_tokens(network, input_ids, attention_mask, config.mask_token_id)
     # A causal model takes any positions after a cache: those of a window that has moved are not counted from 0.

@@ -119,6 +119,7 @@ class LikelihoodMixin:
         generator: Generators = None,
         noise: Noise | None = None,
         position_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
     ) -> TokenNLL:
         r"""Return the negative log-likelihood of every token in nats: exact, or a bound for models that denoise.
 
@@ -134,6 +135,7 @@ class LikelihoodMixin:
                 independent of its batch.
             noise: the noise of one `"sampled"` estimate, see [`Noise`], instead of a generator.
             position_ids: `(batch, length)`; where they start again at 0, another document begins, scored by itself.
+            token_type_ids: ignored; some tokenizers return them.
 
         Raises:
             ValueError: if the estimator is unknown or not available for this model, if `num_samples` is below 1, if

@@ -93,6 +93,8 @@ def test_a_tokenizer_can_come_from_elsewhere(bd3lm, model_folder, tiny_tokenizer
 def test_a_model_that_is_nowhere_is_refused(bd3lm, tmp_path):
     assert_refused(bd3lm("generate", "--model", tmp_path / "nowhere"), "there is no such folder")
     assert_refused(bd3lm("generate", "--model", "owner/nothing"), "--model owner/nothing")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert_refused(bd3lm("generate", "--model", tmp_path / "model.gguf"), "is a file", "folder")
 
 
 # --- the command itself ----------------------------------------------------------------------------------------------
@@ -183,19 +185,25 @@ def test_every_error_of_every_verb_is_one_line(bd3lm, failing, error, code, line
     assert (found, out) == (code, "") and (err == line if line is not None else err.count("\n") == 1)
 
 
-def test_sigterm_ends_a_verb_as_ctrl_c_does_and_no_longer_than_it_runs(bd3lm, monkeypatch):
-    cleaned, before = [], signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_a_signal_ends_a_verb_and_no_longer_than_it_runs(bd3lm, monkeypatch, number, code, swallowed):
+    cleaned, before = [], signal.getsignal(number)
 
     def run(words):
         try:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            if not swallowed:
+                raise
         finally:
             cleaned.append(True)
+        raise RecursionError("numpy was left half imported")
 
     monkeypatch.setattr(cli, "VERBS", {"verb": cli.Verb("failing:main", "")})
     monkeypatch.setitem(sys.modules, "failing", types.SimpleNamespace(main=run))
-    assert bd3lm("verb")[0] == 143 and cleaned
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert bd3lm("verb") == (code, "", "") and cleaned
+    assert signal.getsignal(number) is before
 
 
 def test_the_traceback_is_shown_if_asked_for(failing):

@@ -2,13 +2,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bd3lm_hf.tokenization import (
     SMALLEST_VOCABULARY,
     check_tokenizer_fits,
     complete_special_tokens,
+    encode_prompt,
     limit_to_window,
     load_tokenizer,
     train_tokenizer,
@@ -117,6 +118,16 @@ def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=rf"{tmp_path}.*'train'"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_prompt_does_not_end_with_the_end_token_that_a_tokenizer_adds() -> None:
+    tokenizer = complete_special_tokens(gpt2_like(cls_token="a", sep_token="b"))
+    around = processors.TemplateProcessing(single="a $A b", special_tokens=[("a", 1), ("b", 2)])
+    tokenizer.backend_tokenizer.post_processor = around
+    assert tokenizer("c d")["input_ids"] == [1, 3, 4, 2]
+    assert encode_prompt("c d", tokenizer) == [1, 3, 4]
+    assert encode_prompt("c b", tokenizer) == [1, 3, 2]  # which the text has itself
+    assert encode_prompt("c b", tokenizer, add_special_tokens=False) == [3, 2]
 
 
 def test_a_fitting_tokenizer_passes(trained: PreTrainedTokenizerFast) -> None:

@@ -18,6 +18,7 @@ from bd3lm_hf.generation.text_generation import generate_batch
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.loss_bd3lm import mean_move_chance
 from bd3lm_hf.run_folder import SAMPLES_NAME
+from bd3lm_hf.tokenization import encode_prompt
 
 
 # Dense bfloat16 TFLOP/s with float32 accumulation, from the makers' data sheets. The first entry whose words are all
@@ -170,7 +171,7 @@ def sample_text(
         prompt and continuation, without special tokens.
     """
     # An unprompted sample begins as training documents do.
-    ids = list(tokenizer(prompt)["input_ids"]) if prompt else [model.generation_config.bos_token_id]
+    ids = encode_prompt(prompt, tokenizer) if prompt else [model.generation_config.bos_token_id]
     was_training = model.training
     model.eval()
     try:

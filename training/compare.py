@@ -364,7 +364,7 @@ def main(argv: Sequence[str]) -> None:
     plan = read_plan(argv)
     try:
         rows = compare_models(plan)
-    except KeyboardInterrupt as error:
-        print(str(error) or "interrupted: complete runs are kept.", file=sys.stderr)
+    except KeyboardInterrupt:  # of training, it advises to resume a run, which here begins again
+        print("interrupted: complete runs are kept, and the same command continues.", file=sys.stderr)
         raise
     print(comparison_table(rows))

@@ -272,6 +272,8 @@ def _load_saved(spec: DatasetSpec, streaming: bool, default_split: str) -> Mappi
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise ValueError(f"The dataset {str(path)!r}, written by save_to_disk, cannot be read: {error}") from error
     parts = saved if isinstance(saved, DatasetDict) else {default_split: saved}
+    # A format such as pandas, which is saved too, changes the types of values and hides columns.
+    parts = {name: part.with_format(None) for name, part in parts.items()}
     return {name: part.to_iterable_dataset() if streaming else part for name, part in parts.items()}
 
 

@@ -174,7 +174,8 @@ class Messages(Schema):
             turns = _messages(record.get(column), column)
             messages += [{**turn, "weight": 0} if column == "prompt" and is_learned(turn) else turn for turn in turns]
         if not any(map(is_learned, messages)):
-            raise ValueError("has no message of the role 'assistant' to learn")
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+            raise ValueError(f"has no message of the role 'assistant' to learn; its roles are: {roles}")
         if "system" in self.columns and record.get("system"):
             system = {"role": "system", "content": _string(record, "system")}
             if messages[0]["role"] != "system":

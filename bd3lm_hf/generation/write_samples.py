@@ -38,6 +38,7 @@ from bd3lm_hf.generation.text_generation import (
     sample_seeds,
 )
 from bd3lm_hf.seeds import derived_seed
+from bd3lm_hf.tokenization import encode_prompt
 
 
 # Not in every version of transformers; without it a terminal shows finished tokens only.
@@ -146,7 +147,7 @@ def _encode(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[st
                 raise ValueError("the model has no bos_token_id to start a text from: give a --prompt.")
             ids = [begin]
         else:
-            ids = list(tokenizer(prompt)["input_ids"])
+            ids = encode_prompt(prompt, tokenizer)
         if len(ids) > window:
             raise ValueError(
                 f"a prompt has {len(ids)} tokens, more than the model's window of {window} tokens: shorten it "
@@ -194,6 +195,8 @@ def _write_traces(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase, trac
 
 def run_infill(arguments: argparse.Namespace) -> None:
     """Fill the gaps of texts with tokens: `bd3lm infill --model DIR --text "The quick ___ fox"`."""
+    if not arguments.gap:
+        raise ValueError("--gap '' would be a gap between any two characters: name what marks a gap.")
     texts = read_prompts(arguments.text, arguments.text_file, flag="--text")
     if texts == [None]:
         raise ValueError("name what to fill: a --text with gaps, or a --text-file.")

@@ -10,6 +10,7 @@ import torch
 from transformers import BatchEncoding, GenerationConfig
 
 from bd3lm_hf.seeds import derived_seed
+from bd3lm_hf.tokenization import encode_prompt
 
 
 # Arguments of `apply_chat_template` about tokenization, which is done here.
@@ -41,7 +42,7 @@ class PlainText:
         if self._mask and self._mask in text:
             ids = self._with_literal_masks(text, add_special_tokens)
         else:
-            ids = self._tokenizer_of_model(text, add_special_tokens=add_special_tokens)["input_ids"]
+            ids = encode_prompt(text, self._tokenizer_of_model, add_special_tokens=add_special_tokens)
         if not ids:
             raise ValueError("the prompt has no tokens: send some text.")
         data = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
@@ -54,11 +55,11 @@ class PlainText:
         ids: list[int] = parts[0] + [token for part in parts[1:] for token in literal + part]
         if not add_special_tokens:
             return ids
-        # The special tokens that this tokenizer puts around a text.
+        # The special tokens that this tokenizer puts before a text.
         example = encode("x", add_special_tokens=False)["input_ids"]
         framed: list[int] = encode("x")["input_ids"]
         at = next(at for at in range(len(framed)) if framed[at : at + len(example)] == example)
-        return framed[:at] + ids + framed[at + len(example) :]
+        return framed[:at] + ids
 
     def apply_chat_template(self, conversation: list[dict], **kwargs: Any) -> BatchEncoding:
         """Return the ids of a conversation in the model's chat format."""

@@ -173,6 +173,10 @@ def test_a_saved_dataset_is_read(tmp_path: Path, streaming: bool) -> None:
     assert texts_of(tmp_path / "both", "validation", streaming=streaming) == ["c"]
     parts["train"].save_to_disk(str(tmp_path / "parts/one"))
     assert len(texts_of(tmp_path / "parts/one")) == 1  # the other is held out
+    for kind, columns in (("pandas", None), ("torch", ["number"])):  # which is saved, too
+        numbered = parts["train"].add_column("number", [1, 2]).with_format(kind, columns=columns)
+        numbered.save_to_disk(str(tmp_path / kind))
+        assert {type(text) for text in texts_of(tmp_path / kind, streaming=streaming)} == {str}
     with pytest.raises(ValueError, match="one were written by save_to_disk"):
         load_text(str(tmp_path / "parts"))
     (tmp_path / "parts/one/data-00000-of-00001.arrow").write_bytes(b"damaged")

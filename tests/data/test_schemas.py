@@ -42,7 +42,11 @@ def test_columns_of_several_formats_are_refused() -> None:
         ("prompt_completion", {"a": "string", "b": "int64"}, "'prompt'; its columns are: a, b"),
         ("prompt_completion", {"prompt": OBJECTS, "completion": OBJECTS}, "'prompt' .*data_format='messages'"),
         ("messages", {"a": "string", "prompt": "string", "completion": "string"}, "'messages'; its columns are: a"),
-        ("text", {"a": "string", "b": "string"}, "Set text_column.*'prompt' and 'completion', or 'messages'.*: a, b"),
+        (
+            "text",
+            {"a": "string", "b": "string"},
+            "Set text_column.*'prompt' and 'completion', or 'messages'.*: a, b",
+        ),
         ("text", {"id": "string", "chats": OBJECTS}, "Set text_column.*: id, chats"),
         ("text", {"id": "string", "body": "dict"}, "Set text_column.*: id, body"),
         ("text", {"prompt": "string", "completions": "list<element: string>"}, "Set text_column.*: prompt, comp"),
@@ -148,7 +152,7 @@ def test_tool_calls_and_tools_are_kept_and_their_arguments_parsed() -> None:
         ([CHAT[0], {"content": "x"}], "without role"),
         ([{"role": "user", "content": [{"type": "image"}]}, CHAT[1]], "'image'"),
         ([{"from": "alien", "value": "x"}, CHAT[1]], "'alien'.*human"),
-        (CHAT[:1], "no message of the role 'assistant'"),
+        (CHAT[:1], "no message of the role 'assistant'.*: user"),
         ([{**CHAT[1], "weight": 0}], "no message of the role 'assistant'"),
     ],
 )

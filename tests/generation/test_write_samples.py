@@ -99,6 +99,7 @@ def test_texts_come_from_a_file_and_repeat_themselves_with_the_seed(infill, tmp_
         (("--text", "no gap"), "'no gap'"),
         (("--text", "a ___ " * 40), "more than the model's window of 32 tokens"),
         (("--text", "a ___", "--gap-tokens", 0), "--gap-tokens"),
+        (("--text", "a ___", "--gap", ""), "--gap"),
         (("--text", "a ___", "--text-file", "x"), "not allowed with argument"),
         (("--text", "a ___", "--max-new-tokens", 3), "unrecognized arguments"),
     ],

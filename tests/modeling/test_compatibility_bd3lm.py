@@ -203,6 +203,17 @@ def test_pipelines_that_want_classes_are_refused(family, task, tiny_tokenizer):
         classify("The quick fox", **({"candidate_labels": ["a", "b"]} if task.startswith("zero") else {}))
 
 
+def test_fill_mask_takes_no_padding_for_blanks(tiny_tokenizer):
+    fill = pipeline("fill-mask", model=model_of("bd3lm", tiny_tokenizer), tokenizer=tiny_tokenizer)
+    texts = ["The <mask> fox", "The quick brown <mask> jumps over"]
+    alone = [fill(text, top_k=1)[0]["token"] for text in texts]
+    assert [found[0]["token"] for found in fill(texts, top_k=1, batch_size=2)] == alone
+    tiny_tokenizer.pad_token = tiny_tokenizer.mask_token
+    assert [fill(text, top_k=1)[0]["token"] for text in texts] == alone
+    with pytest.raises(ValueError, match="tokenizer.pad_token"):
+        fill(texts, batch_size=2)
+
+
 def test_the_perplexity_metric_of_evaluate_is_refused():
     file = "/cache/evaluate_modules/metrics/evaluate-metric--perplexity/0123/perplexity.py"
     metric: dict = {}

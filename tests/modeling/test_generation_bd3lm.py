@@ -143,7 +143,8 @@ def test_rows_end_at_their_end_token_and_leave_the_others_alone(models, family, 
     plain = new_tokens(generate(model, **batch, max_new_tokens=15, **options, **many()))
     counts = {token: int((plain[:, :11] == token).any(1).sum()) for token in plain.unique().tolist()}
     stop = next(token for token, count in counts.items() if 3 <= count < 6)  # finished rows leave the network
-    output = generate(model, **batch, max_new_tokens=15, eos_token_id=[stop, 46], **options, **many())
+    ends = torch.tensor([stop, 46]) if sampled else [stop, 46]
+    output = generate(model, **batch, max_new_tokens=15, eos_token_id=ends, **options, **many())
     for row, text in zip(new_tokens(output).tolist(), plain.tolist(), strict=True):
         end = min((text.index(token) + 1 for token in (stop, 46) if token in text), default=15)
         assert row == (text[:end] + [PAD] * 15)[: len(row)]
@@ -293,6 +294,8 @@ def test_several_samples_of_one_prompt_differ_and_token_types_mean_nothing(model
     output = model.generate(**batch, max_new_tokens=9, token_type_ids=torch.zeros(3, 6), **arguments)
     assert torch.equal(output[:, :6], batch["input_ids"].repeat_interleave(3, dim=0))
     assert len({tuple(row) for row in output[:, 6:].tolist()}) == 9
+    nll = model.token_nll(**batch, token_type_ids=torch.zeros(3, 6), estimator="exact").nll
+    assert torch.equal(nll, model.token_nll(**batch, estimator="exact").nll)
 
 
 @pytest.mark.parametrize("pad", [PAD, EOS, None])

@@ -178,6 +178,7 @@ def model_of_any(family: str):
         (TEXT.float(), TEXT, "input_ids of dtype torch.float32.*long"),
         (TEXT, TEXT.float(), "labels of dtype torch.float32.*long"),
         (TEXT.tolist(), TEXT, "input_ids is a list.*return_tensors"),
+        (TEXT.numpy(), None, "input_ids is a ndarray.*return_tensors"),
         ({"input_ids": TEXT}, None, "input_ids is a dict.*batch"),
         (TEXT[0], TEXT[0], r"input_ids of shape \(8,\).*unsqueeze"),
         (TEXT[:0], TEXT[:0], r"input_ids of shape \(0, 8\)"),
