@@ -158,8 +158,10 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
             attention_mask = documents.mask
         generator = [torch.Generator().manual_seed(seed) for seed in seeds_of_texts(input_ids, labels)]
         samples = self.config.eval_noise_draws
+        # Where the estimators are sums over masks, a network that reads the noise level has only the sampled one.
+        estimator = "sampled" if self.config.time_conditioning and "exact" in self.estimators else "stratified"
         nll, mask = self.token_nll(
-            input_ids, attention_mask, labels=labels, estimator="stratified", num_samples=samples, generator=generator
+            input_ids, attention_mask, labels=labels, estimator=estimator, num_samples=samples, generator=generator
         )
         nll = nll.masked_fill(~mask.bool(), 0.0)
         # The Trainer counts labels; a first token that is only given (`ignore_bos`) has one, but is not scored.

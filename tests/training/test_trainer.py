@@ -308,9 +308,11 @@ def test_the_stock_trainer_evaluates_alike_and_predicts_the_nll_of_tokens(tiny_c
     assert evaluate(3)[0] == pytest.approx(exact, rel=0.02)
 
 
-@pytest.mark.parametrize("family", ["bd3lm", "sedd", "ar"])
-def test_the_stock_trainer_evaluates_packed_documents_as_rows_of_their_own(family, tmp_path):
-    model = make_family(family, model_length=32).float()
+@pytest.mark.parametrize(
+    "family, fields", [("bd3lm", {}), ("bd3lm", {"time_conditioning": True}), ("sedd", {}), ("ar", {})]
+)
+def test_the_stock_trainer_evaluates_packed_documents_as_rows_of_their_own(family, fields, tmp_path):
+    model = make_family(family, model_length=32, **fields).float()
     rows = [{"input_ids": row["input_ids"][: 9 + i % 4]} for i, row in enumerate(rows_of(6, seed=1))]
     options = {"use_cpu": True, "disable_tqdm": True, "per_device_eval_batch_size": 2}
     arguments = TrainingArguments(output_dir=str(tmp_path), **options)
