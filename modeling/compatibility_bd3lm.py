@@ -169,6 +169,7 @@ def check_not_next_token_training(network: torch.nn.Module, input_ids: torch.Ten
     if not vars(network)["_masks_seen"]:
         raise ValueError(
             "text without a mask token in training, and no labels: a next-token loss does not train a block-diffusion "
-            "model. Use transformers' Trainer or `bd3lm train`, which take the loss of the model; TRL's SFTTrainer "
-            "works with a compute_loss that returns model(**inputs).loss."
+            "model. Use `bd3lm train`, or transformers' Trainer with labels, which a "
+            "DataCollatorForLanguageModeling(tokenizer, mlm=False) makes; TRL's SFTTrainer works with a compute_loss "
+            "that returns model(**inputs).loss."
         )

@@ -96,6 +96,9 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
             )
         self.embed_sum = nn.Linear(config.vocab_size, config.hidden_dim, bias=False)
         self.timestep = TimestepLayer(config.hidden_dim)
+        # transformers fails to place a head that it splits between devices, as the head's bias is tied.
+        output = self.get_output_embeddings()
+        self._no_split_modules = [type(part).__name__ for part in self.model.children() if output in part.modules()]
         self._adopt_special_tokens()
         self.loss_type = None  # type: ignore[assignment]  # nothing is shifted
         self.post_init()

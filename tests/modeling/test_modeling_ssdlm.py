@@ -48,6 +48,14 @@ def test_the_network_is_the_published_one(published, recorded):
     torch.testing.assert_close(logits, recorded["train.logits"], atol=1e-4, rtol=0)
 
 
+def test_a_head_with_a_tied_bias_is_not_split_between_devices(published, tmp_path):
+    published.save_pretrained(tmp_path / "model")
+    size = sum(weight.numel() * weight.element_size() for weight in published.parameters())
+    options = {"device_map": "auto", "max_memory": {"cpu": size}, "offload_folder": str(tmp_path / "disk")}
+    placed = SSDLMForMaskedLM.from_pretrained(tmp_path / "model", **options)
+    assert {"disk", "cpu"} == {str(device) for device in placed.hf_device_map.values()}
+
+
 def test_a_trainer_evaluates_the_same_text_with_the_same_noise(tiny):
     ids = torch.randint(3, 19, (2, 12), generator=torch.Generator().manual_seed(0))
     count = {"num_items_in_batch": 12}
