@@ -22,6 +22,7 @@ for _name, _value in {
 import pytest
 import torch
 from filelock import FileLock
+from published import load_recorded
 from shared_models import TINY, randomized, special_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, set_seed
@@ -57,6 +58,12 @@ SENTENCES = (
     "Numbers such as 0, 1, 2, 345 and 6789 are text too, and so is naïve café prose.",
 )
 SPECIAL_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "mask_token": "<mask>"}
+
+
+@pytest.fixture(scope="module")
+def recorded(request) -> dict[str, torch.Tensor]:
+    """What the published code recorded, of the golden folder that a test file calls RECORDED."""
+    return load_recorded(request.module.RECORDED)
 
 
 @pytest.fixture
@@ -171,18 +178,9 @@ def make_trainer(tiny_config, randomize, tmp_path):
     from bd3lm_hf.training.trainer import BD3LMTrainer
 
     def make(model=None, rows=None, keywords=None, **arguments):
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 2,
-            "per_device_train_batch_size": 8,
-            "learning_rate": 1e-2,
-            "warmup_steps": 0,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "seed": 5,
-        }
+        defaults = {"output_dir": str(tmp_path / "run"), "max_steps": 2, "per_device_train_batch_size": 8, "seed": 5}
+        defaults |= {"learning_rate": 1e-2, "warmup_steps": 0, "logging_steps": 1, "save_strategy": "no"}
+        defaults |= {"disable_tqdm": True, "use_cpu": True}
         return BD3LMTrainer(
             model=model or randomize(BD3LMForMaskedLM(tiny_config)),
             args=BD3LMTrainingArguments(**{**defaults, **arguments}),

@@ -18,17 +18,9 @@ def load_recorded(folder: str) -> dict[str, torch.Tensor]:
 def published(folder: str, model_class, config_class, **fields):
     """The published weights of a golden folder in a model of ours."""
     sizes = json.loads((GOLDEN / folder / "config.json").read_text())["constructor"]
-    config = config_class(
-        vocab_size=sizes["vocab_size"],
-        model_length=sizes["length"],
-        hidden_dim=sizes["hidden_size"],
-        n_heads=sizes["n_heads"],
-        n_blocks=sizes["n_blocks"],
-        cond_dim=sizes["cond_dim"],
-        dropout=sizes["dropout"],
-        mask_token_id=sizes["mask_token_id"],
-        **fields,
-    )
+    names = {"model_length": "length", "hidden_dim": "hidden_size"}
+    names |= {name: name for name in ("vocab_size", "n_heads", "n_blocks", "cond_dim", "dropout", "mask_token_id")}
+    config = config_class(**{ours: sizes[theirs] for ours, theirs in names.items()}, **fields)
     model = model_class(config).eval()
     weights = load_file(GOLDEN / folder / "weights.safetensors")
     model.load_state_dict({f"backbone.{name}": value for name, value in weights.items()})

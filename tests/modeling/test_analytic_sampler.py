@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from published import load_recorded, published
+from published import published
 from published_scores import analytic_weights, denoising_weights, log_score
 
 from bd3lm_hf import SEDDConfig, SEDDForMaskedLM
@@ -14,17 +14,13 @@ from bd3lm_hf.modeling.noise_bd3lm import LogLinearNoise
 from bd3lm_hf.modeling.samplers_bd3lm import LAST_TIME, AnalyticSampler, RevealState, Step
 
 
+RECORDED = "06_mdlm_sedd"
 MASK = 40
 
 
 @pytest.fixture(scope="module")
-def recorded() -> dict[str, torch.Tensor]:
-    return load_recorded("06_mdlm_sedd")
-
-
-@pytest.fixture(scope="module")
 def model() -> SEDDForMaskedLM:
-    return published("06_mdlm_sedd", SEDDForMaskedLM, SEDDConfig)
+    return published(RECORDED, SEDDForMaskedLM, SEDDConfig)
 
 
 def make(mask_token_id: int = MASK, **fields) -> AnalyticSampler:

@@ -61,20 +61,10 @@ class ModelTester:
     vocab_size, hidden_size, num_hidden_layers, num_attention_heads = 99, 32, 2, 4
 
     def get_config(self) -> BD3LMConfig:
-        return BD3LMConfig(
-            vocab_size=self.vocab_size,
-            block_size=4,
-            model_length=16,
-            hidden_dim=self.hidden_size,
-            cond_dim=16,
-            n_blocks=self.num_hidden_layers,
-            n_heads=self.num_attention_heads,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=2,
-            # Not the last id, the default: the tests drop the last ids, which we refuse where the mask is among them.
-            mask_token_id=3,
-        )
+        sizes = {"vocab_size": self.vocab_size, "hidden_dim": self.hidden_size, "n_blocks": self.num_hidden_layers}
+        sizes |= {"n_heads": self.num_attention_heads, "cond_dim": 16, "block_size": 4, "model_length": 16}
+        # Not the last id, the default: the tests drop the last ids, which we refuse where the mask is among them.
+        return BD3LMConfig(**sizes, bos_token_id=0, eos_token_id=1, pad_token_id=2, mask_token_id=3)
 
     def prepare_config_and_inputs_for_common(self) -> tuple[BD3LMConfig, dict[str, torch.Tensor]]:
         input_ids = torch.randint(4, self.vocab_size, (self.batch_size, self.seq_length))

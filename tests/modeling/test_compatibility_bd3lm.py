@@ -73,13 +73,9 @@ for load in (
 
 def test_every_way_to_load_says_it_before_anything_else_fails(model_folder, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    result = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(model_folder), "4.57.1"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**environment, "HF_HOME": str(tmp_path / "home")},
-    )
+    environment["HF_HOME"] = str(tmp_path / "home")
+    command = [sys.executable, "-c", ELSEWHERE, str(model_folder), "4.57.1"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == 3 and all(line.startswith(LINE.format("4.57.1")) for line in lines), lines

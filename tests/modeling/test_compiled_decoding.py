@@ -6,7 +6,6 @@ import weakref
 
 import pytest
 import torch
-from decoders import tiny_decoder
 from generating import make_family
 from transformers.generation import CompileConfig
 
@@ -104,12 +103,6 @@ def test_what_a_call_left_in_the_buffers_is_not_seen_by_the_next(model, compiled
         model.generate(ids, **compiled)
         weight.copy_(kept)
     assert head.weight.isfinite().all() and torch.equal(model.generate(ids, **compiled), expected)
-
-
-def test_a_shifted_decoder_reads_the_state_of_the_block_before(compiled):
-    model = tiny_decoder("llama", alignment="shifted", eos_token_id=None, num_hidden_layers=1)
-    ids = prompts(2)
-    assert torch.equal(model.generate(ids, **compiled), plain(model, ids))
 
 
 def test_free_buffers_are_bounded_and_those_used_last_stay(tiny_config):

@@ -13,29 +13,23 @@ from bd3lm_hf.modeling.configuration_ssdlm import SSDLMConfig
 # The config.json of the published checkpoints, as their remote code writes it.
 PUBLISHED = {
     "_name_or_path": "kuleshov-group/bd3lm-owt-block_size4",
-    "adaln": True,
     "architectures": ["BD3LM"],
-    "attn_backend": "flex",
-    "auto_map": {"AutoConfig": "configuration_bd3lm.BD3LMConfig", "AutoModelForMaskedLM": "modeling_bd3lm.BD3LM"},
-    "block_size": 4,
-    "causal": False,
-    "cond_dim": 128,
-    "cross_attn": True,
-    "dropout": 0.1,
-    "hidden_dim": 768,
-    "model_length": 1024,
     "model_type": "bd3lm",
-    "n_blocks": 12,
-    "n_heads": 12,
-    "return_dict": False,
-    "sampling_eps_max": 0.999,
-    "sampling_eps_min": 0.001,
-    "time_conditioning": False,
-    "torch_dtype": "float32",
-    "transformers_version": "4.49.0",
-    "var_min": True,
-    "vocab_size": 50258,
 }
+PUBLISHED |= {"hidden_dim": 768, "n_blocks": 12, "n_heads": 12, "cond_dim": 128, "vocab_size": 50258, "dropout": 0.1}
+PUBLISHED |= {
+    "block_size": 4,
+    "model_length": 1024,
+    "adaln": True,
+    "causal": False,
+    "cross_attn": True,
+    "var_min": True,
+}
+PUBLISHED |= {"sampling_eps_max": 0.999, "sampling_eps_min": 0.001, "time_conditioning": False, "attn_backend": "flex"}
+PUBLISHED |= {
+    "auto_map": {"AutoConfig": "configuration_bd3lm.BD3LMConfig", "AutoModelForMaskedLM": "modeling_bd3lm.BD3LM"}
+}
+PUBLISHED |= {"return_dict": False, "torch_dtype": "float32", "transformers_version": "4.49.0"}
 
 REFUSED = {
     "no_vocabulary": ({"vocab_size": 0}, "vocab_size=0"),
@@ -120,11 +114,8 @@ def test_a_field_that_no_model_can_have_is_refused_with_its_remedy(fields, messa
         BD3LMConfig(**fields)
 
 
-def test_an_interval_that_a_block_cannot_meet_is_fine_without_resampling():
+def test_whole_numbers_are_probabilities_and_without_resampling_any_interval_is_fine():
     assert not BD3LMConfig(sampling_eps_min=0.55, sampling_eps_max=0.7).resample
-
-
-def test_a_whole_number_is_a_legal_probability():
     assert BD3LMConfig(dropout=0, sampling_eps_min=0, sampling_eps_max=1).dropout == 0
 
 
@@ -157,23 +148,11 @@ def test_sedd_in_the_published_layout_is_not_a_bd3lm(tmp_path):
     assert BD3LMConfig.from_pretrained(tmp_path).time_conditioning
 
 
-def test_a_published_config_gives_outputs_with_names_and_an_untied_head():
+def test_a_published_config_gives_outputs_with_names_and_an_untied_head_and_may_be_one_block():
     config = BD3LMConfig(**PUBLISHED, tie_word_embeddings=True)
-    assert config.return_dict is True
-    assert config.tie_word_embeddings is False
-
-
-def test_the_published_pretraining_config_is_one_full_block():
-    config = BD3LMConfig(**{**PUBLISHED, "block_size": 1024, "cross_attn": False, "attn_backend": "sdpa"})
-    assert config.num_blocks(1024) == 1
-
-
-def test_transformers_finds_the_published_config_by_its_model_type(tmp_path):
-    import bd3lm_hf  # noqa: F401  (registers the Auto classes)
-
-    fields = {name: value for name, value in PUBLISHED.items() if name != "auto_map"}
-    (tmp_path / "config.json").write_text(json.dumps(fields))
-    assert isinstance(AutoConfig.from_pretrained(tmp_path), BD3LMConfig)
+    assert config.return_dict is True and config.tie_word_embeddings is False
+    pretraining = BD3LMConfig(**{**PUBLISHED, "block_size": 1024, "cross_attn": False, "attn_backend": "sdpa"})
+    assert pretraining.num_blocks(1024) == 1
 
 
 def test_the_standard_names_of_sizes_read_and_write_ours():
@@ -195,29 +174,11 @@ def test_the_last_block_of_a_sequence_may_be_shorter(length, blocks):
 
 
 def test_every_field_survives_saving_and_loading(tmp_path):
-    config = BD3LMConfig(
-        vocab_size=64,
-        block_size=8,
-        model_length=64,
-        hidden_dim=24,
-        n_blocks=3,
-        n_heads=2,
-        cond_dim=12,
-        dropout=0.25,
-        time_conditioning=True,
-        mask_token_id=5,
-        noise="cosine",
-        var_min=False,
-        sampling_eps_min=0.25,
-        sampling_eps_max=0.75,
-        resample=True,
-        antithetic_sampling="published",
-        ignore_bos=False,
-        bos_token_id=1,
-        eos_token_id=[2, 3],
-        pad_token_id=5,
-        use_cache=False,
-    )
+    fields = {"vocab_size": 64, "block_size": 8, "model_length": 64, "hidden_dim": 24, "n_blocks": 3, "n_heads": 2}
+    fields |= {"cond_dim": 12, "dropout": 0.25, "time_conditioning": True, "mask_token_id": 5, "noise": "cosine"}
+    fields |= {"var_min": False, "sampling_eps_min": 0.25, "sampling_eps_max": 0.75, "resample": True}
+    fields |= {"antithetic_sampling": "published", "ignore_bos": False, "use_cache": False}
+    config = BD3LMConfig(**fields, bos_token_id=1, eos_token_id=[2, 3], pad_token_id=5)
     config.save_pretrained(tmp_path)
     loaded = BD3LMConfig.from_pretrained(tmp_path)
     before, after = config.to_dict(), loaded.to_dict()

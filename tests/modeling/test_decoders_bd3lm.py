@@ -128,14 +128,9 @@ def test_padding_does_not_change_the_loss(side, family, attention):
             apart += model(input_ids=text, labels=text, num_items_in_batch=10, **own).loss
             where = slice(0, length) if side == "right" else slice(8 - length, 8)
             rows[row, where], mask[row, where], tokens[row, where] = text[0], 1, own["token_noise"][0]
-        together = model(
-            input_ids=rows,
-            attention_mask=mask,
-            labels=rows.masked_fill(mask == 0, -100),
-            num_items_in_batch=10,
-            block_noise=noise.block_noise,
-            token_noise=tokens,
-        ).loss
+        inputs = {"input_ids": rows, "attention_mask": mask, "labels": rows.masked_fill(mask == 0, -100)}
+        own = {"block_noise": noise.block_noise, "token_noise": tokens}
+        together = model(**inputs, **own, num_items_in_batch=10).loss
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
 
 

@@ -58,13 +58,8 @@ def test_a_batch_of_unequal_prompts_is_each_prompt_alone(sampler, context, align
     generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
     together = write(model, rows, attention_mask=mask, sampler=sampler, do_sample=True, generator=generators)
     for number, length in enumerate(lengths):
-        alone = write(
-            model,
-            ids[number : number + 1, :length],
-            sampler=sampler,
-            do_sample=True,
-            generator=[torch.Generator().manual_seed(number)],
-        )
+        options = {"do_sample": True, "generator": [torch.Generator().manual_seed(number)]}
+        alone = write(model, ids[number : number + 1, :length], sampler=sampler, **options)
         assert torch.equal(together[number, 9:], alone[0, length:])
 
 

@@ -1,6 +1,5 @@
 """Denoising a block: the published trajectories, costs in forward passes and synchronisations, remasking, traces."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -134,18 +133,6 @@ def test_the_prompt_takes_one_forward_pass_and_a_moved_exact_window_one_per_bloc
     forwards.clear()
     generate(model, prompts_of([28])[0], max_new_tokens=12, window="exact")
     assert [tokens for _, tokens in forwards] == [28, 4, 4, 4, 4] * 3
-
-
-def test_ancestral_steps_that_reveal_nothing_take_no_forward_pass(model):
-    options = {"sampler": "ancestral", "max_new_tokens": 12, **sampled()}
-    # Two of four hits hardly fall into one of 5000 steps; the rows of a batch take their steps together.
-    for rows in (1, 8):
-        output = generate(model, ONE_BLOCK.expand(rows, -1), num_denoising_steps=5000, **options)
-        assert output.num_forward_passes == 12
-    few = generate(model, ONE_BLOCK, num_denoising_steps=4, **{**options, "max_new_tokens": 400}, use_cache=False)
-    # Of four steps, each is empty with probability (3/4)^4.
-    expected = 100 * 4 * (1 - 0.75**4)
-    assert abs(few.num_forward_passes - expected) < 5 * math.sqrt(100 * 4 * 0.32 * 0.68)
 
 
 def test_the_head_runs_at_the_positions_of_a_step_only(model, monkeypatch):

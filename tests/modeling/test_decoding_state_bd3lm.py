@@ -2,14 +2,12 @@
 
 import json
 import math
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from published_samplers import published_length
-from safetensors.torch import load_file
-from transformers.generation import MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
@@ -19,13 +17,13 @@ from bd3lm_hf.modeling.decoding_state_bd3lm import (
     SecondEosCriteria,
     SequenceBuffer,
     StopRules,
-    TextCriteria,
     token_entropy,
 )
 from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 
 
+RECORDED = "07_samplers"
 GOLDEN = Path(__file__).parents[1] / "golden" / "07_samplers"
 CASES = json.loads((GOLDEN / "config.json").read_text())["stop_cases"]
 GOLDEN_EOS = 95
@@ -44,13 +42,6 @@ def test_blocks_of_all_rows_end_at_the_same_columns():
     assert list(buffer.blocks()) == [4, 8]
 
 
-def test_either_side_of_padding_gives_the_same_buffer():
-    left = SequenceBuffer.from_prompts(IDS, REAL, 4, 4, MASK)
-    ids = torch.tensor([[9, 2, 2, 2, 2, 2], [3, 4, 5, 6, 7, 8]])
-    right = SequenceBuffer.from_prompts(ids, REAL.flip(1), 4, 4, MASK)
-    assert torch.equal(left.token_ids, right.token_ids) and torch.equal(left.row_start, right.row_start)
-
-
 def test_rows_with_equally_many_whole_blocks_need_no_mask():
     buffer = SequenceBuffer.from_prompts(IDS[:, 1:], torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]), 3, 4, MASK)
     assert buffer.key_valid is None
@@ -61,12 +52,6 @@ def test_rows_with_equally_many_whole_blocks_need_no_mask():
 def test_the_buffer_ends_with_the_block_of_the_last_token(new_tokens):
     buffer = SequenceBuffer.from_prompts(IDS[1:], None, new_tokens, 4, MASK)
     assert buffer.token_ids.shape[1] == (8 if new_tokens <= 2 else 12)
-
-
-def test_new_tokens_are_read_after_each_prompt():
-    buffer = SequenceBuffer.from_prompts(IDS, REAL, 4, 4, MASK)
-    buffer.token_ids = torch.arange(24).view(2, 12)
-    assert buffer.new_token_ids(4).tolist() == [[5, 6, 7, 8], [18, 19, 20, 21]]
 
 
 def stop_rules(text: list[list[int]], criteria: list, new_tokens: int = 8, **config) -> StopRules:
@@ -93,12 +78,6 @@ def test_a_row_ends_at_its_length_whatever_the_length_criterion_says():
     assert stop.update(0).tolist() == [5, 6, 7]
     assert not stop.all_finished
     assert stop.update(4).tolist() == [8, 9]
-    assert stop.all_finished
-
-
-def test_when_time_is_up_the_block_that_is_done_counts():
-    stop = stop_rules([[5, 6, 7, 8, 9, 10]], [MaxTimeCriteria(0.0, initial_timestamp=time.time() - 1)])
-    assert stop.update(0).tolist() == [5, 6, 7]
     assert stop.all_finished
 
 
@@ -165,11 +144,6 @@ def test_overlapping_blocks_fill_every_column_once(stride, new_tokens):
         assert buffer.first_block - int(buffer.row_start[row]) == alone.first_block
 
 
-@pytest.fixture(scope="module")
-def golden() -> dict[str, torch.Tensor]:
-    return load_file(GOLDEN / "tensors.safetensors")
-
-
 # --- The published cases ---------------------------------------------------------------------------------------------
 
 SINGLE = [case for case in CASES if "batch" not in case["what"]]
@@ -177,32 +151,32 @@ LONG = [case for case in SINGLE if "shorter" not in case["what"]]
 
 
 @pytest.mark.parametrize("case", LONG, ids=lambda case: case["what"])
-def test_a_single_text_stops_where_the_published_one_does(golden, case):
+def test_a_single_text_stops_where_the_published_one_does(recorded, case):
     name, var_length = f"stop.{case['case']}", case["var_length"]
-    ids = golden[f"{name}.in"].long()
+    ids = recorded[f"{name}.in"].long()
     criteria = [EntropyStopCriteria(4.0)] + [SecondEosCriteria(GOLDEN_EOS)] * var_length
-    assert StoppingCriteriaList(criteria)(ids, None).tolist() == [bool(golden[f"{name}.stop"])]
-    torch.testing.assert_close(token_entropy(ids[:, -256:])[0].float(), golden[f"{name}.entropy"], atol=1e-5, rtol=0)
+    assert StoppingCriteriaList(criteria)(ids, None).tolist() == [bool(recorded[f"{name}.stop"])]
+    torch.testing.assert_close(token_entropy(ids[:, -256:])[0].float(), recorded[f"{name}.entropy"], atol=1e-5, rtol=0)
     if var_length:  # else the published sampler does not cut, but throws the text away
         kept = published_length(ids, eos_token_id=GOLDEN_EOS)
-        assert kept.tolist() == [int(golden[f"{name}.out_len"])]
+        assert kept.tolist() == [int(recorded[f"{name}.out_len"])]
 
 
-def test_a_text_shorter_than_the_window_is_not_scored(golden):
+def test_a_text_shorter_than_the_window_is_not_scored(recorded):
     # Published, its negative length counts from the end; and the sampler never asks so early.
-    ids = golden["stop.10.in"].long()
+    ids = recorded["stop.10.in"].long()
     assert EntropyStopCriteria(4.0)(ids, None).tolist() == [False]
     assert published_length(ids).tolist() == [200]
     assert EntropyStopCriteria(4.0)(ids.repeat(1, 2)[:, :256], None).tolist() == [False]
     assert EntropyStopCriteria(4.0)(ids.repeat(1, 2)[:, :257], None).tolist() == [True]
 
 
-def test_rows_of_a_batch_are_scored_one_by_one(golden):
+def test_rows_of_a_batch_are_scored_one_by_one(recorded):
     # Published, the end tokens of all rows count together, and so do the frequencies.
-    ends = golden["stop.11.in"].long()
-    assert bool(golden["stop.11.stop"])
+    ends = recorded["stop.11.in"].long()
+    assert bool(recorded["stop.11.stop"])
     assert SecondEosCriteria(GOLDEN_EOS)(ends, None).tolist() == [False, False]
-    repetitive = golden["stop.12.in"].long()
+    repetitive = recorded["stop.12.in"].long()
     assert EntropyStopCriteria(4.0)(repetitive, None).tolist() == [True, False]
 
 
@@ -234,22 +208,9 @@ def test_any_of_several_end_tokens_counts():
     assert published_length(torch.tensor([[EOS, 7, 9], [7, 5, 6]]), eos_token_id=EOS).tolist() == [3, 3]
 
 
-def test_the_base_of_the_criteria_scores_nothing():
-    with pytest.raises(NotImplementedError):
-        TextCriteria()(torch.ones(1, 1), None)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((0.0, 256), "entropy_stop=0.0: give a positive number of nats.*or None"),
-        ((-1.0, 256), "entropy_stop=-1.0"),
-        ((4.0, 1), "entropy_stop_window=1: give at least 2 tokens"),
-    ],
-)
-def test_an_entropy_stop_that_can_not_work_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        EntropyStopCriteria(*arguments)
+def test_an_entropy_stop_that_cannot_work_is_refused():
+    with pytest.raises(ValueError, match="entropy_stop=0.0: give a positive number of nats"):
+        EntropyStopCriteria(0.0)
 
 
 # --- In generate -----------------------------------------------------------------------------------------------------
@@ -303,25 +264,12 @@ def test_a_row_ends_with_its_second_end_token(make_model, by_hand):
         assert new == whole[: ends[needed - 1]]
 
 
-def test_without_the_rule_a_row_ends_with_its_first_new_end_token(make_model):
-    model = make_model(eos_token_id=EOS, t1=3.0)
-    (new,) = texts(model, torch.tensor([[5, EOS, 7, 8]]))
-    assert new.count(EOS) == 1 and new[-1] == EOS
-
-
 def test_padding_that_is_also_the_end_token_is_not_counted(make_model):
     model = make_model(eos_token_id=EOS, t1=3.0)
     ids = torch.tensor([[EOS, EOS, EOS, 9], [5, 6, 7, 8]])
     real = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]])
-    output = model.generate(
-        ids,
-        attention_mask=real,
-        do_sample=True,
-        generator=torch.Generator().manual_seed(0),
-        max_new_tokens=24,
-        stop_at_second_eos=True,
-        pad_token_id=EOS,
-    )
+    options = {"do_sample": True, "generator": torch.Generator().manual_seed(0), "max_new_tokens": 24}
+    output = model.generate(ids, attention_mask=real, **options, stop_at_second_eos=True, pad_token_id=EOS)
     assert (output[:, 4:] == EOS).sum(1).min() >= 2
     assert (output[0, 4:] != EOS).any()
 

@@ -16,34 +16,22 @@ from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 
 
-DEFAULTS = {
-    "sampler": "first_hitting",
-    "num_denoising_steps": None,
-    "confidence_threshold": 0.9,
-    "entropy_bound": 0.1,
-    "remask_fraction": 0.0,
-    "nucleus_p": 1.0,
-    "sampling_dtype": "float32",
-    "window": "cached",
-    "entropy_stop": None,
-    "entropy_stop_window": 256,
-    "stop_at_second_eos": False,
-    "output_trace": False,
+# The default of every field, and another value.
+FIELDS = {
+    "sampler": ("first_hitting", "confidence"),
+    "num_denoising_steps": (None, 3),
+    "confidence_threshold": (0.9, 0.5),
+    "entropy_bound": (0.1, 0.25),
+    "remask_fraction": (0.0, 0.5),
+    "nucleus_p": (1.0, 0.9),
+    "sampling_dtype": ("float32", "float64"),
+    "window": ("cached", "exact"),
+    "entropy_stop": (None, 4.0),
+    "entropy_stop_window": (256, 64),
+    "stop_at_second_eos": (False, True),
+    "output_trace": (False, True),
 }
-OTHERS = {
-    "sampler": "confidence",
-    "num_denoising_steps": 3,
-    "confidence_threshold": 0.5,
-    "entropy_bound": 0.25,
-    "remask_fraction": 0.5,
-    "nucleus_p": 0.9,
-    "sampling_dtype": "float64",
-    "window": "exact",
-    "entropy_stop": 4.0,
-    "entropy_stop_window": 64,
-    "stop_at_second_eos": True,
-    "output_trace": True,
-}
+DEFAULTS, OTHERS = ({name: values[i] for name, values in FIELDS.items()} for i in range(2))
 
 
 def fields_of(config) -> dict:

@@ -16,6 +16,7 @@ from bd3lm_hf.modeling.generation_ssdlm import SimplexDraws
 
 
 FOLDER = GOLDEN / "11_ssdlm"
+PROMPT = prompts_of([5])[0][None]
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +84,9 @@ def test_the_whole_trajectory_is_the_published_one(monkeypatch):
     model.draws_class = Recorded
     logits, denoise = [], model.denoise
     monkeypatch.setattr(model, "denoise", lambda *a: logits.append(denoise(*a).clone()) or logits[-1].clone())
-    output = model.generate(
-        recorded["decode.context"],
-        max_new_tokens=20,
-        num_denoising_steps=6,
-        context="previous_block",
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    options = {"context": "previous_block", "eos_token_id": None, "return_dict_in_generate": True}
+    options |= {"max_new_tokens": 20, "num_denoising_steps": 6, "output_logits": True}
+    output = model.generate(recorded["decode.context"], **options)
     trajectory = torch.cat(logits).view(4, 6, 5, 41)
     torch.testing.assert_close(trajectory, recorded["decode.logits"], atol=1e-4, rtol=0)
     assert torch.equal(output.sequences[:, 4:], recorded["decode.ids"])
@@ -104,9 +99,8 @@ def test_the_whole_trajectory_is_the_published_one(monkeypatch):
 
 def test_the_slow_way_gives_the_same_text(model):
     """Algorithm 2 of SSD-LM by hand: no canvas, no cache of anything, one row."""
-    scale, steps, prompt = 5.0, 3, prompts_of([5])[0][None]
+    scale, steps, text = 5.0, 3, PROMPT
     generator = torch.Generator().manual_seed(3)
-    text = prompt
     for _ in range(2):
         x = scale * torch.randn((1, 4, 48), generator=generator)
         for t in range(steps, 0, -1):
@@ -123,7 +117,7 @@ def test_the_slow_way_gives_the_same_text(model):
                 clean = torch.where(kept, scale, -scale)
                 x = (a[0] / a[1]).sqrt() * clean + (1 - a[0] / a[1]).sqrt() * scale * z
         text = torch.cat([text, logits.argmax(-1)], dim=1)
-    output = generate(model, prompt, seed=3, projection="even", max_new_tokens=8)
+    output = generate(model, PROMPT, seed=3, projection="even", max_new_tokens=8)
     assert torch.equal(output.sequences, text)
 
 
@@ -156,9 +150,8 @@ def test_every_projection_writes_a_text_of_its_own_and_the_seed_decides_it(model
 
 
 def test_a_small_nucleus_is_the_likeliest_token(model):
-    prompt = prompts_of([5])[0][None]
     texts = [
-        generate(model, prompt, projection=projection, top_p=1e-6, do_sample=False).sequences
+        generate(model, PROMPT, projection=projection, top_p=1e-6, do_sample=False).sequences
         for projection in ("sampling", "even", "uneven")
     ]
     assert all(torch.equal(one, other) for one, other in pairwise(texts))
@@ -166,17 +159,15 @@ def test_a_small_nucleus_is_the_likeliest_token(model):
 
 def test_the_nucleus_is_chosen_once(model):
     """`top_p` is the projection's: as a logits processor too, the rest would be cut a second time."""
-    prompt = prompts_of([5])[0][None]
-    processors = model._get_logits_processor(SSDLMGenerationConfig(top_k=0), 5, encoder_input_ids=prompt, device="cpu")
+    processors = model._get_logits_processor(SSDLMGenerationConfig(top_k=0), 5, encoder_input_ids=PROMPT, device="cpu")
     assert len(processors) == 0
 
 
 def test_torchs_global_generator_serves_without_one(model):
-    prompt = prompts_of([5])[0][None]
     texts = []
     for _ in range(2):
         torch.manual_seed(7)
-        texts.append(generate(model, prompt, generator=None).sequences)
+        texts.append(generate(model, PROMPT, generator=None).sequences)
     assert torch.equal(*texts)
 
 
@@ -228,13 +219,9 @@ class Counting(LogitsProcessor):
 
 
 @pytest.mark.parametrize("projection", ["sampling", "even", "uneven"])
-def test_logits_processors_decide_what_may_be_written(model, projection):
-    output = generate(model, prompts_of([5])[0][None], projection=projection, logits_processor=[Only(11, 12)])
+def test_processors_decide_what_may_be_written_and_see_what_stands_to_the_left(model, projection):
+    output = generate(model, PROMPT, projection=projection, logits_processor=[Only(11, 12)])
     assert set(output.sequences[0, 5:].tolist()) <= {11, 12}
-
-
-@pytest.mark.parametrize("projection", ["sampling", "even", "uneven"])
-def test_processors_that_read_the_text_see_what_stands_to_the_left(model, projection):
     output = generate(model, torch.tensor([[9, 5], [2, 20]]), attention_mask=torch.tensor([[1, 1], [0, 1]]),
                    projection=projection, logits_processor=[Counting()])  # fmt: skip
     assert output.sequences[0, 2:].tolist() == list(range(6, 16))
@@ -242,19 +229,18 @@ def test_processors_that_read_the_text_see_what_stands_to_the_left(model, projec
 
 
 def test_transformers_own_constraints_hold(model):
-    prompt = prompts_of([5])[0][None]
-    free = generate(model, prompt).sequences[0, 5:]
-    banned = generate(model, prompt, bad_words_ids=[[int(free[0])]]).sequences[0, 5:]
+    free = generate(model, PROMPT).sequences[0, 5:]
+    banned = generate(model, PROMPT, bad_words_ids=[[int(free[0])]]).sequences[0, 5:]
     assert int(free[0]) not in banned.tolist()
-    text = generate(model, prompt, no_repeat_ngram_size=1, max_new_tokens=14).sequences[0].tolist()
+    text = generate(model, PROMPT, no_repeat_ngram_size=1, max_new_tokens=14).sequences[0].tolist()
     assert len(set(text[5:])) == 14
-    allowed = generate(model, prompt, prefix_allowed_tokens_fn=lambda row, prefix: [int(prefix[-1]) % 40 + 3])
+    allowed = generate(model, PROMPT, prefix_allowed_tokens_fn=lambda row, prefix: [int(prefix[-1]) % 40 + 3])
     assert allowed.sequences[0, 5:].tolist() == [(x % 40 + 3) for x in allowed.sequences[0, 4:-1].tolist()]
 
 
 def test_processors_that_leave_nothing_are_refused(model):
     with pytest.raises(ValueError, match="the logits processors forbid every token"):
-        generate(model, prompts_of([5])[0][None], logits_processor=[Only(47)])
+        generate(model, PROMPT, logits_processor=[Only(47)])
 
 
 def test_an_end_token_ends_its_row_and_the_others_go_on(model, seen):
@@ -272,21 +258,20 @@ def test_an_end_token_ends_its_row_and_the_others_go_on(model, seen):
 
 
 def test_all_ended_rows_end_the_call(model):
-    prompt = prompts_of([5])[0][None]
-    end = int(generate(model, prompt, max_new_tokens=4).sequences[0, 6])
-    output = generate(model, prompt, max_new_tokens=40, eos_token_id=end)
+    end = int(generate(model, PROMPT, max_new_tokens=4).sequences[0, 6])
+    output = generate(model, PROMPT, max_new_tokens=40, eos_token_id=end)
     assert output.num_forward_passes == 3 and output.sequences[0, -1] == end
 
 
 def test_text_is_streamed_block_by_block(model):
-    streamer, prompt = Recorder(), prompts_of([5])[0][None]
-    text = generate(model, prompt, streamer=streamer).sequences[0].tolist()
+    streamer = Recorder()
+    text = generate(model, PROMPT, streamer=streamer).sequences[0].tolist()
     assert [len(piece) for piece in streamer.puts] == [5, 4, 4, 2] and streamer.ended
     assert sum(streamer.puts, []) == text
 
 
 def test_scores_of_the_last_step_are_returned(model):
-    output = generate(model, prompts_of([5])[0][None], output_scores=True, output_logits=True, temperature=0.5)
+    output = generate(model, PROMPT, output_scores=True, output_logits=True, temperature=0.5)
     assert len(output.scores) == len(output.logits) == 10
     scores, logits = (torch.stack(kept, dim=1) for kept in (output.scores, output.logits))
     assert torch.equal(scores.argmax(-1), output.sequences[:, 5:])
@@ -305,19 +290,14 @@ def test_the_fields_survive_saving_and_loading(model, tmp_path):
         model.generation_config.projection = kept
     loaded = SSDLMForMaskedLM.from_pretrained(tmp_path).generation_config
     assert type(loaded) is SSDLMGenerationConfig
-    assert (loaded.projection, loaded.context, loaded.top_p, loaded.num_denoising_steps) == (
-        "uneven",
-        "all",
-        0.95,
-        1000,
-    )
+    kept = (loaded.projection, loaded.context, loaded.top_p, loaded.num_denoising_steps)
+    assert kept == ("uneven", "all", 0.95, 1000)
     assert loaded.do_sample is True and loaded.bos_token_id == 0
 
 
 def test_a_plain_generation_config_takes_the_models_fields(model):
-    prompt = prompts_of([5])[0][None]
     plain = GenerationConfig(max_new_tokens=4, num_denoising_steps=2)
-    assert model.generate(prompt, generation_config=plain).shape == (1, 9)
+    assert model.generate(PROMPT, generation_config=plain).shape == (1, 9)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import Noise
 
 
-CPU = torch.device("cpu")
 CONFIG = SimpleNamespace(vocab_size=48, mask_token_id=47)
 
 
@@ -92,15 +91,11 @@ def test_a_hook_on_the_head_is_called(tiny_model):
 
 def test_a_second_backward_through_the_fused_head_is_refused():
     head = torch.nn.Linear(16, 48)
-    loss = chunked_cross_entropy(*_with_head(head), CONFIG)
+    hidden, targets, weights = head_inputs(head)
+    loss = chunked_cross_entropy(hidden, head, targets, weights, CONFIG)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="can be taken once; run the forward pass again"):
         loss.backward()
-
-
-def _with_head(head: torch.nn.Linear):
-    hidden, targets, weights = head_inputs(head)
-    return hidden, head, targets, weights
 
 
 def test_no_rows_give_a_loss_of_zero_with_a_gradient():

@@ -154,13 +154,6 @@ def test_processors_read_each_text_from_its_first_token(model):
     assert Witness.contexts[2][0] == filled[0][:4]
 
 
-def test_bad_words_are_not_filled_in(model):
-    ids = torch.tensor([[5, M, M, M, M, M, M, M]])
-    plain = model.infill(ids)[0, 1:].tolist()
-    filled = model.infill(ids, bad_words_ids=[[token] for token in set(plain)])[0, 1:].tolist()
-    assert not set(filled) & set(plain)
-
-
 def test_a_trace_shows_the_gaps_only(model):
     batch = batch_of(TENSORS, "left")
     output = model.infill(**batch, return_dict_in_generate=True, output_trace=True)

@@ -1,10 +1,7 @@
 """Logits processors over many positions: the nucleus, and contexts that fit."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers.generation import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -19,13 +16,8 @@ from bd3lm_hf.modeling.decoding_state_bd3lm import SequenceBuffer
 from bd3lm_hf.modeling.logits_process_bd3lm import NucleusLogitsProcessor, PositionProcessors
 
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "07_samplers"
+RECORDED = "07_samplers"
 EXAMPLE = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, torch.Tensor]:
-    return load_file(GOLDEN / "tensors.safetensors")
 
 
 def kept(scores: torch.Tensor) -> set[int]:
@@ -33,8 +25,8 @@ def kept(scores: torch.Tensor) -> set[int]:
 
 
 @pytest.mark.parametrize("p", [0.9, 0.5])
-def test_the_nucleus_is_the_published_one(golden, p):
-    logits, ids, expected = golden["nucleus.logits"], golden["nucleus.x"], golden[f"nucleus.filtered_{p}"]
+def test_the_nucleus_is_the_published_one(recorded, p):
+    logits, ids, expected = recorded["nucleus.logits"], recorded["nucleus.x"], recorded[f"nucleus.filtered_{p}"]
     scores = logits.flatten(0, 1).clone()
     scores[:, 96] = -torch.inf  # the mask token has probability zero
     probabilities = NucleusLogitsProcessor(p)(None, scores).softmax(-1).view_as(logits)
@@ -46,16 +38,10 @@ def test_the_nucleus_is_the_published_one(golden, p):
             torch.testing.assert_close(probabilities[row, column], expected[row, column], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("p", "ours", "theirs"), [(0.9, {0, 1}, {0, 1, 2}), (0.7, {0}, {0, 1}), (0.99, {0, 1, 2}, {0, 1, 2, 3})]
-)
+@pytest.mark.parametrize(("p", "ours", "theirs"), [(0.9, {0, 1}, {0, 1, 2}), (0.7, {0}, {0, 1}), (0.01, {0}, {0})])
 def test_the_nucleus_drops_the_token_that_crosses_p_and_top_p_keeps_it(p, ours, theirs):
     assert kept(NucleusLogitsProcessor(p)(None, EXAMPLE.log())) == ours
     assert kept(TopPLogitsWarper(p)(None, EXAMPLE.log())) == theirs
-
-
-def test_the_most_likely_token_always_stays():
-    assert kept(NucleusLogitsProcessor(0.01)(None, EXAMPLE.log())) == {0}
 
 
 def test_a_flat_distribution_keeps_as_many_tokens_as_p_allows():

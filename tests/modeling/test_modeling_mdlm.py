@@ -3,19 +3,17 @@
 import pytest
 import torch
 from generating import MASK, make_family
-from published import load_recorded, published, recorded_noise
+from published import published, recorded_noise
 
 from bd3lm_hf import BD3LMForMaskedLM, MDLMConfig, MDLMForMaskedLM
 from bd3lm_hf.modeling.cache_bd3lm import BlockCache
 
 
-@pytest.fixture(scope="module")
-def recorded() -> dict[str, torch.Tensor]:
-    return load_recorded("06_mdlm_sedd")
+RECORDED = "06_mdlm_sedd"
 
 
 def test_logits_are_the_published_ones(recorded):
-    model = published("06_mdlm_sedd", MDLMForMaskedLM, MDLMConfig)
+    model = published(RECORDED, MDLMForMaskedLM, MDLMConfig)
     torch.testing.assert_close(model(recorded["xt"]).logits, recorded["mdlm.logits"], atol=1e-5, rtol=0)
 
 
@@ -24,7 +22,7 @@ def test_logits_are_the_published_ones(recorded):
     [("mdlm.full", False, False), ("mdlm.scale", True, False), ("mdlm.train", False, True)],
 )
 def test_losses_are_the_published_ones(recorded, case, scale, training):
-    model = published("06_mdlm_sedd", MDLMForMaskedLM, MDLMConfig, mdlm_loss_scale=scale).train(training)
+    model = published(RECORDED, MDLMForMaskedLM, MDLMConfig, mdlm_loss_scale=scale).train(training)
     loss = model(recorded["x0"], labels=recorded["x0"], **recorded_noise(recorded, case)).loss
     torch.testing.assert_close(loss, recorded[f"{case}.loss"], atol=1e-5, rtol=0)
 

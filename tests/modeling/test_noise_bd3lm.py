@@ -13,13 +13,10 @@ from bd3lm_hf.modeling.noise_bd3lm import (
     LogLinearNoise,
     Noise,
     check_reachable,
-    count_probabilities,
     draw_noise,
     mask_positions,
     mask_positions_within,
     noise_schedule,
-    per_token,
-    rank_in_block,
     stack_noise,
     stratify,
     times,
@@ -169,37 +166,6 @@ def test_a_token_is_masked_where_its_draw_is_at_most_the_chance_of_its_block():
     assert masked.tolist() == [[True, True, False, True, False]]
 
 
-def test_values_of_blocks_are_spread_over_the_tokens_of_each_row():
-    values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    assert per_token(values, torch.tensor([[0, 0, 1]])).tolist() == [[1, 1, 2], [3, 3, 4]]
-    assert per_token(values, torch.tensor([[0, 1, 1], [0, 0, 1]])).tolist() == [[1, 2, 2], [3, 3, 4]]
-
-
-def test_ranks_are_counted_within_a_block_among_the_given_tokens():
-    noise = torch.tensor([[0.9, 0.1, 0.5, 0.3, 0.2, 0.4]])
-    among = torch.tensor([[True, True, True, False, True, True]])
-    ranks = rank_in_block(noise, torch.tensor([[0, 0, 0, 1, 1, 1]]), among, 2)
-    assert ranks.tolist() == [[2, 0, 1, 2, 0, 1]]
-
-
-INTERVALS = [(0.3, 0.8), (0.45, 0.95), (0.5, 1.0), (0.001, 0.5), (0.25, 0.25), (0.0, 0.75)]
-
-
-@pytest.mark.parametrize("low, high", INTERVALS)
-@pytest.mark.parametrize("size", [4, 16])
-def test_the_mask_rate_of_every_block_lies_in_the_interval(low, high, size):
-    length, batch = 64, 64
-    noise = draw_noise(batch, length // size, length, generator=torch.Generator().manual_seed(0))
-    chance = times(noise.block_noise, low, high)
-    valid = torch.ones(batch, length, dtype=torch.bool)
-    masked = mask_positions_within(noise, chance, blocks_of(length, size), valid, low, high, block_size=size)
-    rate = masked.view(batch, -1, size).double().mean(-1)
-    least = low if low > 1e-3 else 0.0
-    assert rate.min() >= least - 1e-9
-    assert rate.max() <= high + 1e-9
-    assert rate.unique().numel() > 1 or low == high
-
-
 @pytest.mark.parametrize("draw", [0.0, 1 - 2**-24])
 def test_the_extreme_draws_of_the_count_stay_in_the_interval(draw):
     noise = Noise(torch.zeros(1, 1), torch.rand(1, 16), torch.full((1, 1), draw))
@@ -276,13 +242,3 @@ def test_an_interval_that_no_count_meets_is_refused(low, high, size):
 def test_an_interval_that_some_count_meets_is_accepted(low, high, size):
     check_reachable(low, high, size)
     check_reachable(torch.tensor(low).item(), torch.tensor(high).item(), size)
-
-
-def test_the_number_of_masked_tokens_is_binomial_unless_confined():
-    chance, sizes = torch.tensor([[0.3, 0.3]]), torch.tensor([[4.0, 2.0]])
-    found = count_probabilities(chance, sizes, 0.0, 1.0, max_size=4)
-    expected = [[math.comb(n, k) * 0.3**k * 0.7 ** (n - k) if k <= n else 0.0 for k in range(5)] for n in (4, 2)]
-    torch.testing.assert_close(found[0], torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-12)
-    confined = count_probabilities(chance, sizes, 0.4, 0.8, max_size=4)
-    allowed = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 0, 0, 0]])
-    torch.testing.assert_close(confined[0], found[0] * allowed / (found[0] * allowed).sum(-1, keepdim=True))

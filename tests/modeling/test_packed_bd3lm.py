@@ -118,11 +118,8 @@ def test_a_layer_that_is_more_than_a_float32_product_is_called_itself(change):
     torch.testing.assert_close(product(prepacked, layer, x), layer(x), atol=1e-5, rtol=0)
 
 
-def test_nothing_is_packed_for_another_device():
+def test_nothing_is_packed_for_another_device_a_gradient_another_precision_or_without_onednn():
     assert not packed(layer_of().to("meta")).products
-
-
-def test_nothing_is_packed_where_a_gradient_another_precision_or_no_onednn_is_asked_for():
     layer = layer_of()
     assert not PrepackedLinears(layer).products  # with a gradient
     with torch.autocast("cpu", torch.bfloat16):

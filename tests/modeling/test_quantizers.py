@@ -109,11 +109,8 @@ def test_trainers_of_trl_are_refused(models, tmp_path, tiny_tokenizer, name, tra
     rows = {"SFT": {"text": "the fox"}, "DPO": {"prompt": "the", "chosen": " fox", "rejected": " dog"}}[trainer]
     arguments = {"max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no"}
     config = getattr(trl, f"{trainer}Config")(output_dir=str(tmp_path / "run"), max_length=16, **arguments)
-    train = getattr(trl, f"{trainer}Trainer")(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
-        args=config,
-        train_dataset=Dataset.from_list([rows] * 4),
-        processing_class=tiny_tokenizer,
-    ).train
+    loaded, data = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), Dataset.from_list([rows] * 4)
+    trainer_class = getattr(trl, f"{trainer}Trainer")
+    train = trainer_class(loaded, args=config, train_dataset=data, processing_class=tiny_tokenizer).train
     with pytest.raises(ValueError, match="bd3lm train"):
         train()

@@ -1,7 +1,5 @@
 """Tokens are drawn with their probability, in either precision, and impossible ones never."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -16,7 +14,6 @@ from bd3lm_hf.modeling.samplers_bd3lm import (
 )
 
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "07_samplers"
 CPU = torch.device("cpu")
 
 

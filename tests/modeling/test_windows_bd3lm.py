@@ -137,15 +137,9 @@ class Work(TorchDispatchMode):
 
 def generate_long(model, tokens: int, **options) -> None:
     """A text that takes one pass per block."""
-    text = model.generate(
-        torch.full((1, 5), 7),
-        max_new_tokens=tokens,
-        do_sample=True,
-        sampler="confidence",
-        confidence_threshold=0.0,
-        generator=torch.Generator().manual_seed(0),
-        **options,
-    )
+    options |= {"do_sample": True, "sampler": "confidence", "confidence_threshold": 0.0}
+    generator = torch.Generator().manual_seed(0)
+    text = model.generate(torch.full((1, 5), 7), max_new_tokens=tokens, generator=generator, **options)
     assert text.shape == (1, 5 + tokens)
     assert len(text[0, -1000:].unique()) > 20 and not (text == MASK).any()
 
