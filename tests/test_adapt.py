@@ -92,24 +92,6 @@ def test_default_tokens_that_a_small_vocabulary_lacks_are_left_out():
         adapt_decoder(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, eos_token_id=100)))
 
 
-def test_adapters_merge_into_the_model(tokenizer):
-    model = adapt_decoder(stock(tokenizer, 3), tokenizer=tokenizer)
-    adapted = add_adapters(model, rank=2)
-    ids = random_ids()
-    adapted.train()(input_ids=ids, labels=ids).loss.backward()
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora" in name:
-                assert parameter.grad is not None
-                parameter.add_(0.1)
-        adapted.eval()
-        text = adapted.generate(ids, max_new_tokens=8, do_sample=False)
-        expected = adapted(ids).logits
-        merged = adapted.merge_and_unload()
-        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
-        assert torch.equal(merged.generate(ids, max_new_tokens=8, do_sample=False), text)
-
-
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])  # tied, untied, and a table called `wte`
 def test_the_row_of_the_mask_token_trains_with_adapters(family, tokenizer, tmp_path):
     fields = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
@@ -194,10 +176,3 @@ def test_attention_that_cannot_work_is_not_called_a_damaged_checkpoint(tokenizer
     with pytest.raises(ValueError, match="flash_attention_2.*sdpa") as caught:
         load_model(str(tmp_path), attn_implementation="flash_attention_2")
     assert str(tmp_path) in str(caught.value) and "cannot be loaded" not in str(caught.value)
-
-
-def test_a_next_token_loss_of_an_adapted_decoder_is_refused(tokenizer):
-    model, ids = adapt_decoder(stock(tokenizer), tokenizer=tokenizer).train(), random_ids()
-    with pytest.raises(ValueError, match="bd3lm train"):
-        model.base_model(input_ids=ids, use_cache=False)
-    assert torch.isfinite(model(ids, labels=ids).loss)

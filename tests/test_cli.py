@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -224,10 +223,3 @@ def test_our_own_warnings_are_shown_and_a_reader_that_stops_early_is_no_error(gp
     assert result.returncode == 141 and result.stdout.count("\n") == 1
     # The only line names the class, and how to train one with blocks.
     assert result.stderr.count("\n") == 1 and "GPT2LMHeadModel" in result.stderr and "--init_from" in result.stderr
-
-
-def test_the_command_runs_in_a_process_of_its_own():
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
-    command = [sys.executable, "-m", "bd3lm_hf.cli", "generate", "--max-new-tokens", "none"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert_refused((result.returncode, result.stdout, result.stderr), "none")

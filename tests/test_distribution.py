@@ -86,14 +86,10 @@ def assert_distributed(samples: torch.Tensor, exact: dict[tuple[int, ...], float
 
 def sample(model, ids: torch.Tensor, count: int, **arguments) -> torch.Tensor:
     """`count` new tokens behind each row."""
-    return model.generate(
-        ids,
-        attention_mask=(ids != PAD).long(),
-        max_new_tokens=count,
-        do_sample=True,
-        generator=torch.Generator().manual_seed(0),
-        **arguments,
-    )[:, ids.shape[1] :]
+    arguments |= {"do_sample": True, "generator": torch.Generator().manual_seed(0)}
+    return model.generate(ids, attention_mask=(ids != PAD).long(), max_new_tokens=count, **arguments)[
+        :, ids.shape[1] :
+    ]
 
 
 CONTEXT = [1, 0, 2]
@@ -140,13 +136,6 @@ def test_few_ancestral_steps_have_the_distribution_of_their_grid(model, steps):
     ids = torch.tensor([CONTEXT]).expand(SAMPLES, -1)
     samples = sample(model, ids, 3, sampler="ancestral", num_denoising_steps=steps)
     assert_distributed(samples, exact_block(model, CONTEXT, ancestral_plans(3, steps)))
-
-
-def test_both_precisions_give_the_same_samples(model):
-    ids = torch.tensor([CONTEXT]).expand(SAMPLES, -1)
-    narrow, wide = (sample(model, ids, 6, sampling_dtype=name) for name in ("float32", "float64"))
-    # The same uniform numbers: only those within a rounding error of a border can tell them apart.
-    assert (narrow != wide).sum() <= 1
 
 
 def test_a_position_that_is_predicted_again_is_not_drawn_again(model):

@@ -10,7 +10,6 @@ import random
 import shutil
 import struct
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +34,12 @@ FITTING: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("prompt_file", "text_file"), ("prompts.txt",)),
     **dict.fromkeys(("prompt", "text"), ("The quick ___ fox", "A ___")),
     **dict.fromkeys(("target", "dry_run"), ("fresh-folder",)),
-    "output": ("fresh.json", "fresh.jsonl", "fresh.html", "fresh.csv"),
-    "samples": ("fresh.jsonl",),
-    "plot": ("fresh.png",),
-    "trace": ("fresh.html", "fresh.json"),
-    "device": ("cpu",),
-    "repo": ("me/model",),
-    "runs": ("run", "fresh.json"),
-    "split": ("train", "validation"),
-    "revision": ("main",),
-    "gap": ("___",),
-    "gap_tokens": ("2",),
-    "length": ("8",),
-    "window": ("8",),
+    **dict.fromkeys(("length", "window"), ("8",)),
 }
+FITTING |= {"output": ("fresh.json", "fresh.jsonl", "fresh.html", "fresh.csv"), "trace": ("fresh.html", "fresh.json")}
+FITTING |= {"samples": ("fresh.jsonl",), "plot": ("fresh.png",), "runs": ("run", "fresh.json"), "repo": ("me/model",)}
+FITTING |= {"split": ("train", "validation"), "revision": ("main",), "device": ("cpu",)}
+FITTING |= {"gap": ("___",), "gap_tokens": ("2",)}
 # Words that keep what succeeds short, and those that such verbs need.
 SHORT: dict[str, list[str]] = {
     "generate": ["--model", "model", "--max-new-tokens", "3"],
@@ -238,16 +229,8 @@ def flip(rng: random.Random, folder: Path) -> None:
 
 
 def replace(rng: random.Random, folder: Path) -> None:
-    contents = (
-        b"",
-        b"{",
-        b"[]",
-        b"null",
-        b"[" * 100_000,
-        b'{"a": ' + b"9" * 6000 + b"}",
-        "{}".encode("utf-16"),
-        b"\xff",
-    )
+    wrong = (b"", b"{", b"[]", b"null", b"[" * 100_000, b'{"a": ' + b"9" * 6000 + b"}", b"\xff")
+    contents = (*wrong, "{}".encode("utf-16"))
     some_file(rng, folder).write_bytes(rng.choice(contents))
 
 
@@ -333,5 +316,5 @@ def test_a_damaged_model_is_refused_or_works(bd3lm, world, pristine, damage):
         shutil.copytree(pristine / "model", world / "model")
 
 
-def has_secret(folder: Path) -> Iterator[Path] | bool:
+def has_secret(folder: Path) -> bool:
     return any(SECRET in path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file())

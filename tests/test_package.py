@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import bd3lm_hf
 
@@ -260,13 +259,6 @@ def test_a_public_name_is_importable_and_announced(name):
 def test_every_announced_name_exists():
     assert [name for name in bd3lm_hf.__all__ if not hasattr(bd3lm_hf, name)] == []
     assert sorted(set(bd3lm_hf.__all__)) == sorted(bd3lm_hf.__all__)
-
-
-def test_the_auto_classes_know_the_model_once_the_package_is_imported(tiny_config):
-    assert type(AutoConfig.for_model("bd3lm")) is bd3lm_hf.BD3LMConfig
-    assert type(AutoModel.from_config(tiny_config)) is bd3lm_hf.BD3LMModel
-    for auto_class in (AutoModelForCausalLM, AutoModelForMaskedLM):
-        assert type(auto_class.from_config(tiny_config)) is bd3lm_hf.BD3LMForMaskedLM
 
 
 # Run by a fresh interpreter in a foreign folder; prints where the rooms were found.

@@ -31,12 +31,7 @@ METHODS = [
     (GenerationMixin, "_prepare_generation_config", ["generation_config"], "our defaults in generate"),
     (GenerationMixin, "_prepare_attention_mask_for_generation", ["inputs_tensor"], "padding that is the mask token"),
     (GenerationMixin, "_prepare_special_tokens", ["generation_config"], "infill"),
-    (
-        GenerationMixin,
-        "_prepare_cache_for_generation",
-        ["generation_config", "model_kwargs"],
-        "our caches in generate",
-    ),
+    (GenerationMixin, "_prepare_cache_for_generation", ["generation_config", "model_kwargs"], "our caches"),
     (GenerationMixin, "_validate_model_kwargs", ["model_kwargs"], "generator and other arguments of generate"),
     (GenerationMixin, "_get_logits_processor", ["generation_config"], "the nucleus of the paper"),
     (GenerationMixin, "_get_stopping_criteria", ["generation_config"], "the stop at low entropy"),

@@ -38,23 +38,23 @@ def test_a_folder_is_replaced_in_one_step(tmp_path):
     assert list((tmp_path / "staged").iterdir()) == []
 
 
-def test_published_files_leave_the_others(tmp_path):
+def test_published_files_leave_the_others_and_have_the_rights_of_new_files(tmp_path):
     (tmp_path / "staged" / "sub").mkdir(parents=True)
     (tmp_path / "staged" / "sub" / "a").write_text("new")
+    (tmp_path / "staged" / "model.safetensors").touch(mode=0o600)
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "b").write_text("other")
     publish_files(tmp_path / "staged", tmp_path / "target")
     assert (tmp_path / "target" / "sub" / "a").read_text() == "new"
     assert (tmp_path / "target" / "b").read_text() == "other"
+    mode = (tmp_path / "target" / "b").stat().st_mode
+    assert (tmp_path / "target" / "model.safetensors").stat().st_mode == mode
     assert not (tmp_path / "staged").exists()
 
 
-def test_a_new_or_empty_folder_is_free(tmp_path):
+def test_a_new_or_empty_folder_is_free_and_a_foreign_one_is_refused_unless_asked_for(tmp_path):
     check_output_dir(tmp_path / "new")
     check_output_dir(tmp_path)
-
-
-def test_a_foreign_folder_is_refused_unless_asked_for(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match=r"recipe\.yaml is missing.*--overwrite_output_dir"):
         check_output_dir(tmp_path)
@@ -80,11 +80,21 @@ def test_a_recipe_of_the_user_does_not_make_a_folder_ours(tmp_path):
     check_output_dir(tmp_path, resume=True)
 
 
-def test_the_model_of_an_earlier_run_is_not_lost_by_accident(tmp_path):
+@pytest.mark.parametrize(
+    ("leave", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").touch(), "--overwrite_output_dir"),
+        (
+            lambda folder: (folder / "checkpoint-7").mkdir(),
+            "checkpoint-7: continue it with --resume_from_checkpoint true",
+        ),
+    ],
+)
+def test_what_an_earlier_run_left_is_not_lost_by_accident(tmp_path, leave, message):
     (tmp_path / RECIPE_NAME).write_text(RECIPE_HEADER)
     check_output_dir(tmp_path)
-    (tmp_path / "model.safetensors").write_text("")
-    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+    leave(tmp_path)
+    with pytest.raises(ValueError, match=message):
         check_output_dir(tmp_path)
     check_output_dir(tmp_path, overwrite=True)
     check_output_dir(tmp_path, resume=True)
@@ -100,24 +110,6 @@ def test_only_one_process_trains_into_a_folder(tmp_path):
     with lock_output_dir(folder):
         (folder / "file").write_text("")
     assert [path.name for path in folder.iterdir()] == ["file"]
-
-
-def test_published_files_have_the_rights_of_new_files(tmp_path):
-    (tmp_path / "staged").mkdir()
-    (tmp_path / "staged" / "model.safetensors").touch(mode=0o600)
-    (tmp_path / "plain").touch()
-    publish_files(tmp_path / "staged", tmp_path / "target")
-    assert (tmp_path / "target" / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-def test_checkpoints_of_an_earlier_run_are_not_lost_by_accident(tmp_path):
-    (tmp_path / RECIPE_NAME).write_text(RECIPE_HEADER)
-    check_output_dir(tmp_path)
-    (tmp_path / "checkpoint-7").mkdir()
-    with pytest.raises(ValueError, match=r"checkpoint-7: continue it with --resume_from_checkpoint true"):
-        check_output_dir(tmp_path)
-    check_output_dir(tmp_path, resume=True)
-    check_output_dir(tmp_path, overwrite=True)
 
 
 def test_clearing_removes_checkpoints_of_our_runs_only(tmp_path):

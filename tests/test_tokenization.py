@@ -108,15 +108,12 @@ def test_a_vocabulary_smaller_than_the_bytes_is_refused() -> None:
     assert len(train_tokenizer(TEXTS, vocab_size=SMALLEST_VOCABULARY)) == SMALLEST_VOCABULARY
 
 
-def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=rf"{tmp_path}.*save_pretrained"):
-        load_tokenizer(str(tmp_path))
-
-
-def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=rf"{tmp_path}.*'train'"):
+@pytest.mark.parametrize(
+    ("name", "text", "part"), [("config.json", "{}", "save_pretrained"), ("tokenizer.json", "{", "'train'")]
+)
+def test_a_folder_without_a_tokenizer_or_with_a_broken_one_is_named(tmp_path: Path, name, text, part) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*{part}"):
         load_tokenizer(str(tmp_path))
 
 

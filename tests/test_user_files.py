@@ -26,14 +26,8 @@ class Killed(BaseException):
 def test_a_foreign_file_is_refused_unless_overwrite_is_given(tmp_path):
     path = tmp_path / "out.json"
     ours = is_json_with("model", "scores")
-    for content, free in (
-        (None, True),
-        ("", True),
-        ('{"model": 1, "scores": []}', True),
-        ('{"model": 1}', False),
-        ("notes", False),
-        ("[1]", False),
-    ):
+    contents = {None: True, "": True, '{"model": 1, "scores": []}': True}
+    for content, free in (contents | {'{"model": 1}': False, "notes": False, "[1]": False}).items():
         path.unlink(missing_ok=True)
         if content is not None:
             path.write_text(content)

@@ -202,11 +202,8 @@ def test_text8_of_the_hub_is_cut_here_unless_it_is_cut_already(tmp_path: Path, h
 def test_any_hub_name_and_configuration_are_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     Dataset.from_dict({"body": [f"text {i}" for i in range(50)]}).to_parquet(tmp_path / "train.parquet")
     asked = {}
-    monkeypatch.setattr(
-        documents,
-        "load_dataset",
-        lambda path, **settings: asked.update(settings, path=path) or load_dataset(str(tmp_path)),
-    )
+    load = lambda path, **settings: asked.update(settings, path=path) or load_dataset(str(tmp_path))  # noqa: E731
+    monkeypatch.setattr(documents, "load_dataset", load)
     train, held_out = (load_text("owner/set", split=s, config_name="small") for s in ("train", "validation"))
     assert (asked["path"], asked["name"]) == ("owner/set", "small")
     assert set(train["text"]).isdisjoint(held_out["text"])

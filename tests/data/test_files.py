@@ -104,15 +104,8 @@ def test_a_folder_of_the_exact_name_counts_before_the_file_and_the_file_before_o
 
 def test_hidden_files_and_descriptions_are_not_data(tmp_path: Path) -> None:
     ignored = [".hidden.jsonl", "._train.jsonl", ".cache/old.jsonl", "__MACOSX/train.jsonl", "dataset_infos.json"]
-    ignored += [
-        "state.json",
-        "dataset_dict.json",
-        "config.json",
-        "sub/metadata.json",
-        "README.md",
-        "license.txt",
-        "~$train.jsonl",
-    ]
+    ignored += ["state.json", "dataset_dict.json", "config.json", "sub/metadata.json"]
+    ignored += ["README.md", "license.txt", "~$train.jsonl"]
     for name in ignored:
         put(tmp_path / name, "no data")
     put(tmp_path / "data/train-00000-of-00001.jsonl", "a")

@@ -255,8 +255,6 @@ def test_another_prompt_changes_the_loss_and_padding_does_not(encode, model) -> 
     losses = [perplexity(model, [row], estimator="exact").nll for row in (one, other)]
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
     padded = {
-        "input_ids": one["input_ids"] + [2] * 8,
-        "labels": one["labels"] + [-100] * 8,
-        "attention_mask": one["attention_mask"] + [0] * 8,
+        name: one[name] + [fill] * 8 for name, fill in (("input_ids", 2), ("labels", -100), ("attention_mask", 0))
     }
     assert perplexity(model, [padded], estimator="exact").nll == pytest.approx(losses[0], rel=1e-5)

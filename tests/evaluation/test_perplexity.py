@@ -81,12 +81,8 @@ def test_the_batch_size_changes_rounding_only(model, sequences, estimator):
     for result in results[1:]:
         assert [score.row for score in result] == [score.row for score in results[0]]
         assert [score.num_tokens for score in result] == [score.num_tokens for score in results[0]]
-        torch.testing.assert_close(
-            torch.tensor([score.nll for score in result]),
-            torch.tensor([score.nll for score in results[0]]),
-            rtol=1e-5,
-            atol=1e-4,
-        )
+        scores = (torch.tensor([score.nll for score in scored]) for scored in (result, results[0]))
+        torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-4)
 
 
 def test_a_sequence_that_two_processes_scored_counts_once():
@@ -149,12 +145,6 @@ def test_the_first_token_is_never_scored_by_the_published_protocol(model, sequen
     model.config.ignore_bos = False
     assert perplexity(model, sequences, estimator="published")[:6] == expected[:6]
     assert perplexity(model, sequences, estimator="stratified").num_tokens == expected.num_tokens + len(sequences)
-
-
-def test_the_published_protocol_agrees_with_the_exact_bound_within_its_noise(model, sequences):
-    exact = perplexity(model, sequences, estimator="exact")
-    draws = torch.tensor([perplexity(model, sequences, estimator="published", seed=seed).nll for seed in range(40)])
-    assert abs(draws.mean().item() - exact.nll) < 4 * draws.std().item() / math.sqrt(40) + 0.01
 
 
 @pytest.mark.parametrize(

@@ -55,16 +55,6 @@ def test_the_published_perplexity_is_reproduced(golden_judge, case, batch_size):
         assert score.nll == pytest.approx(float((nlls.double() * valid).sum()), rel=1e-4)
 
 
-def test_texts_that_come_in_batches_have_the_perplexity_of_all(golden_judge):
-    tensors = load_file(GOLDEN / "tensors.safetensors")
-    texts = [GeneratedText(ids, 0) for case in SETTINGS["cases"] for ids in tensors[f"{case}.ids"].tolist()]
-    together = golden_judge.score(texts, batch_size=3)
-    apart = [golden_judge.score([text], indices=[number])[0] for number, text in enumerate(texts)]
-    assert [score.row for score in together] == [score.row for score in apart] == list(range(len(texts)))
-    for one, other in zip(together, apart, strict=True):
-        assert one.nll == pytest.approx(other.nll, rel=1e-5)
-
-
 @pytest.mark.parametrize("length", [1, 3, 8, 9, 11, 12, 13, 30])
 @pytest.mark.parametrize("window", [8, 7])
 def test_each_token_is_scored_by_one_window(length, window):

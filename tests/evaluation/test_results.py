@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from bd3lm_hf.evaluation.perplexity import Protocol, SequenceScore, score_sequences
+from bd3lm_hf.evaluation.perplexity import Protocol, SequenceScore
 from bd3lm_hf.evaluation.results import (
     FIELDS,
     Processes,
@@ -30,23 +30,9 @@ from bd3lm_hf.evaluation.results import (
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 
 
-RESULT = {
-    **dict.fromkeys(FIELDS),
-    "model": "folder/demo",
-    "dataset": "ptb",
-    "split": "validation",
-    "estimator": "stratified",
-    "num_samples": 4,
-    "bound": True,
-    "nll": 4.0,
-    "standard_error": 0.01,
-    "bits_per_token": 5.7708,
-    "bits_per_byte": None,
-    "perplexity": math.exp(4),
-    "num_tokens": 120,
-    "seed": 1,
-    "seconds": 2.5,
-}
+RESULT = {**dict.fromkeys(FIELDS), "model": "folder/demo", "dataset": "ptb", "split": "validation", "seed": 1}
+RESULT |= {"estimator": "stratified", "num_samples": 4, "bound": True, "nll": 4.0, "standard_error": 0.01}
+RESULT |= {"bits_per_token": 5.7708, "perplexity": math.exp(4), "num_tokens": 120, "seconds": 2.5}
 ROW = (
     "| demo | ptb (validation split) | stratified estimate of the bound, 4 noise samples | &le; 54.60 "
     "| 4.0000 &plusmn; 0.0100 | 5.7708 | unknown |"
@@ -59,13 +45,6 @@ def test_json_holds_the_last_result_and_no_nan(tmp_path):
     write_results(path, [{**RESULT, "standard_error": math.nan}])
     assert json.loads(path.read_text()) == {**RESULT, "standard_error": None}
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
-
-
-def test_json_of_a_suite_is_a_list(tmp_path):
-    write_results(tmp_path / "x.json", [RESULT, {**RESULT, "dataset": "lambada"}], "zero-shot")
-    report = json.loads((tmp_path / "x.json").read_text())
-    assert report["suite"] == "zero-shot"
-    assert [row["dataset"] for row in report["results"]] == ["ptb", "lambada"]
 
 
 def test_csv_grows_by_a_row_behind_one_header(tmp_path):
@@ -225,12 +204,6 @@ def sequences() -> list[list[int]]:
 def score(model, sequences, **arguments):
     protocol = Protocol("exact", 1, 0, len(sequences))
     return score_shared(model, sequences, protocol, batch_size=2, identity=RUN, **arguments)
-
-
-def test_shared_scores_are_those_of_the_library(sequences):
-    found = score(CountingModel(), sequences)
-    assert sorted(found.scores.values()) == score_sequences(CountingModel(), sequences, batch_size=2)
-    assert found.seconds > 0
 
 
 def test_a_bar_shows_how_far_it_is_and_where_it_went_on(path, sequences, capsys, monkeypatch):

@@ -31,30 +31,14 @@ def document(tiny_tokenizer) -> dict:
     samples = []
     for index, (prompt, text) in enumerate([("The quick", TEXT), ("A block", " is written.")]):
         prompt_ids, new_ids = tiny_tokenizer(prompt)["input_ids"], tiny_tokenizer(text)["input_ids"]
-        samples.append(
-            traced_sample(
-                tiny_tokenizer,
-                index=index,
-                prompt=prompt,
-                prompt_ids=prompt_ids,
-                new_ids=new_ids,
-                steps=backwards(prompt_ids, new_ids, mask),
-                mask_token_id=mask,
-            )
-        )
+        ids = {"prompt_ids": prompt_ids, "new_ids": new_ids, "steps": backwards(prompt_ids, new_ids, mask)}
+        samples.append(traced_sample(tiny_tokenizer, index=index, prompt=prompt, mask_token_id=mask, **ids))
     return document_of(tiny_tokenizer, samples)
 
 
 def document_of(tokenizer, samples) -> dict:
-    return trace_document(
-        tokenizer,
-        samples,
-        model="tiny",
-        sampler="confidence",
-        settings={"seed": 0},
-        mask_token_id=tokenizer.mask_token_id,
-        block_size=BLOCK,
-    )
+    ids = {"mask_token_id": tokenizer.mask_token_id, "block_size": BLOCK}
+    return trace_document(tokenizer, samples, model="tiny", sampler="confidence", settings={"seed": 0}, **ids)
 
 
 def backwards(prompt_ids, new_ids, mask):
@@ -170,15 +154,8 @@ def test_a_token_that_was_masked_and_written_again_is_told_even_if_it_came_out_t
 
 def sample_of(tokenizer, new_ids, steps) -> dict:
     """Sample 7, a text from nothing."""
-    return traced_sample(
-        tokenizer,
-        index=7,
-        prompt=None,
-        prompt_ids=[tokenizer.bos_token_id],
-        new_ids=new_ids,
-        steps=steps,
-        mask_token_id=tokenizer.mask_token_id,
-    )
+    ids = {"prompt_ids": [tokenizer.bos_token_id], "new_ids": new_ids, "mask_token_id": tokenizer.mask_token_id}
+    return traced_sample(tokenizer, index=7, prompt=None, steps=steps, **ids)
 
 
 def test_special_tokens_are_marked_and_what_stands_behind_the_end_is_left_out(tiny_tokenizer):

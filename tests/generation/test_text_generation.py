@@ -97,20 +97,9 @@ SETTINGS = {"seed": 3, "temperature": 0.5}
 
 
 def sample(index: int, settings: dict = SETTINGS) -> Sample:
-    return Sample(
-        index=index,
-        prompt=PROMPTS[index],
-        text=f"text {index}\u2028ä",
-        num_prompt_tokens=1,
-        num_tokens=2,
-        seed=3,
-        forwards=2,
-        batch_forwards=2,
-        tokens_per_forward=1.0,
-        seconds=0.1,
-        model="m",
-        settings=settings,
-    )
+    counts = {"num_prompt_tokens": 1, "num_tokens": 2, "forwards": 2, "batch_forwards": 2, "tokens_per_forward": 1.0}
+    made = {"index": index, "prompt": PROMPTS[index], "text": f"text {index}\u2028ä", "model": "m"}
+    return Sample(**made, **counts, seed=3, seconds=0.1, settings=settings)
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------
@@ -182,14 +171,8 @@ def test_the_old_file_stays_until_the_first_new_sample(path):
 @pytest.mark.parametrize(
     "content",
     [
-        *(
-            b"a text\n",
-            b"a text",
-            b'{"index": "0", "settings": {}}\n',
-            b'{"index": 0}\n',
-            b"[]\n",
-            b"\x89PNG\r\n\x1a\n",
-        ),
+        *(b"a text\n", b"a text", b"[]\n", b"\x89PNG\r\n\x1a\n"),
+        *(b'{"index": "0", "settings": {}}\n', b'{"index": 0}\n'),
         *(b'{"index": 0, "settings": 3}\n', b'{"results": 1}', b"\n", b"\x00\x00", b"[" * 100_000 + b"\n"),
     ],
 )

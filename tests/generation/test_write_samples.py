@@ -6,7 +6,7 @@ import pytest
 import torch
 from decoders import tiny_decoder
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bd3lm_hf.cli import main
 from bd3lm_hf.generation.write_samples import SEPARATOR, converse
@@ -47,13 +47,6 @@ def test_each_answer_follows_the_whole_conversation(chat_model, chat_tokenizer):
 def test_reset_forgets_and_exit_ends(chat_model, chat_tokenizer):
     messages = answer(chat_model, chat_tokenizer, ["hello", "/reset", "more", "/exit", "unread"])
     assert [m["content"] for m in messages if m["role"] == "user"] == ["more"]
-
-
-def test_a_pipeline_takes_lists_of_messages(chat_model, chat_tokenizer):
-    write = pipeline("text-generation", model=chat_model, tokenizer=chat_tokenizer)
-    conversation = [{"role": "user", "content": "hello"}]
-    written = write(conversation, max_new_tokens=4, do_sample=False)[0]["generated_text"]
-    assert written[:1] == conversation and written[1]["role"] == "assistant"
 
 
 def test_flags_that_mean_nothing_in_a_conversation_are_refused(capsys):

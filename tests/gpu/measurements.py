@@ -80,19 +80,9 @@ def bd3lm(settings: Settings, block_size: int = 4, length: int = 1024, **fields:
     """Return our network with random weights and no dropout, in float32, on the device."""
     size = settings.sizes
     torch.manual_seed(0)
-    model = BD3LMForMaskedLM(
-        BD3LMConfig(
-            vocab_size=settings.vocab_size,
-            block_size=block_size,
-            model_length=length,
-            hidden_dim=size["width"],
-            n_blocks=size["layers"],
-            n_heads=size["heads"],
-            dropout=0.0,
-            eos_token_id=None,
-            **fields,
-        )
-    )
+    sizes = {"hidden_dim": size["width"], "n_blocks": size["layers"], "n_heads": size["heads"], "model_length": length}
+    fields |= {"vocab_size": settings.vocab_size, "block_size": block_size, "dropout": 0.0, "eos_token_id": None}
+    model = BD3LMForMaskedLM(BD3LMConfig(**sizes, **fields))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.02)  # the zeros of a fresh model would make some products cheaper
@@ -104,19 +94,9 @@ def gpt2(settings: Settings, length: int = 1024) -> GPT2LMHeadModel:
     """Return transformers' GPT-2 of the same width and depth, without dropout, with sdpa attention."""
     size = settings.sizes
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=settings.vocab_size,
-        n_positions=2 * length,
-        n_embd=size["width"],
-        n_layer=size["layers"],
-        n_head=size["heads"],
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    sizes = {"n_embd": size["width"], "n_layer": size["layers"], "n_head": size["heads"], "n_positions": 2 * length}
+    ids = {"vocab_size": settings.vocab_size, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
+    config = GPT2Config(**sizes, **ids, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     return GPT2LMHeadModel._from_config(config, attn_implementation="sdpa").to(settings.device)
 
 

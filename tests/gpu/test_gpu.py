@@ -151,15 +151,8 @@ def test_every_sampler_writes_with_every_cache(make, options, cache):
     texts = []
     for _ in range(2):
         generator = torch.Generator().manual_seed(4)
-        text = model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=11,
-            do_sample=True,
-            generator=generator,
-            cache_implementation=cache,
-            **options,
-        )
+        given = {"max_new_tokens": 11, "do_sample": True, "generator": generator, "cache_implementation": cache}
+        text = model.generate(ids, attention_mask=mask, **given, **options)
         assert text.shape == (3, 20) and not (text[:, 9:] == model.config.mask_token_id).any()
         texts.append(text)
     assert torch.equal(*texts)

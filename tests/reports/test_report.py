@@ -26,14 +26,8 @@ def write_run(folder, *, perplexity=20.0, text=HARMFUL, dataset="python-docs", m
     for step in (10, 20, 30):
         log.append({"loss": 4 - step / 20, "tokens_per_second": 5000.0 + step, "step": step})
         log.append({"eval_nll": 3.5 - step / 50, "eval_standard_error": 0.1, "step": step})
-    score = {
-        "perplexity": perplexity,
-        "nll": 3.0,
-        "standard_error": 0.1,
-        "bits_per_byte": 1.5,
-        "num_tokens": 4096,
-        "num_sequences": 32,
-    }
+    score = {"perplexity": perplexity, "nll": 3.0, "standard_error": 0.1, "bits_per_byte": 1.5}
+    score |= {"num_tokens": 4096, "num_sequences": 32}
     results = {"losses": log, "after": score, "unigram_perplexity": 100.0, "text": text, "seed": 7, "steps": 30}
     results |= {"seconds": 12.3, "versions": {"torch": "2.13.0"}}
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
@@ -57,31 +51,13 @@ def write_json(path, content):
 
 
 def point(sampler: str, setting: dict, speed: float, perplexity: float) -> dict:
-    return {
-        "sampler": sampler,
-        "setting": setting,
-        "tokens_per_forward": speed,
-        "perplexity": perplexity,
-        "standard_error": 0.02,
-        "entropy": 3.0,
-    }
+    found = {"tokens_per_forward": speed, "perplexity": perplexity, "standard_error": 0.02, "entropy": 3.0}
+    return {"sampler": sampler, "setting": setting, **found}
 
 
-EVALUATION = {
-    "model": "models/tiny",
-    "dataset": "wikitext",
-    "split": "test",
-    "estimator": "stratified",
-    "num_samples": 4,
-    "nll": 3.2,
-    "perplexity": 24.5,
-    "standard_error": 0.01,
-    "bits_per_byte": None,
-    "num_tokens": 1000,
-    "num_sequences": 50,
-    "seed": 3,
-    "data_sha256": "0123456789abcdef",
-}
+EVALUATION = {"model": "models/tiny", "dataset": "wikitext", "split": "test", "seed": 3, "num_samples": 4}
+EVALUATION |= {"estimator": "stratified", "nll": 3.2, "perplexity": 24.5, "standard_error": 0.01, "num_tokens": 1000}
+EVALUATION |= {"num_sequences": 50, "bits_per_byte": None, "data_sha256": "0123456789abcdef"}
 QUALITY = {
     "judge": "gpt2",
     "points": [

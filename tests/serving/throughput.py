@@ -62,17 +62,8 @@ def write_model(folder: Path, layers: int, width: int) -> None:
     wrapped.save_pretrained(folder)
     torch.manual_seed(0)
     ids = {f"{name}_token_id": getattr(wrapped, f"{name}_token_id") for name in ("bos", "pad", "mask")}
-    config = BD3LMConfig(
-        vocab_size=8192,
-        hidden_dim=width,
-        n_blocks=layers,
-        n_heads=width // 64,
-        cond_dim=64,
-        model_length=1024,
-        block_size=4,
-        eos_token_id=None,
-        **ids,
-    )
+    sizes = {"vocab_size": 8192, "hidden_dim": width, "n_blocks": layers, "n_heads": width // 64, "cond_dim": 64}
+    config = BD3LMConfig(**sizes, **ids, model_length=1024, block_size=4, eos_token_id=None)
     BD3LMForMaskedLM(config).save_pretrained(folder)
 
 

@@ -36,21 +36,13 @@ def test_training_on_cuda_chooses_flex_attention_by_itself(device, model_type, e
     assert trains_by_flex(model_type, torch.device(device)) is expected
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("label_smoothing_factor", 0.1),
-        ("use_liger_kernel", True),
-        ("neftune_noise_alpha", 5.0),
-        ("average_tokens_across_devices", False),
-        ("train_sampling_strategy", "group_by_length"),
-        ("dataloader_drop_last", True),
-        ("bf16_full_eval", True),
-        ("batch_eval_metrics", True),
-        ("label_names", ["targets"]),
-        ("auto_find_batch_size", True),
-    ],
-)
+REPLACING = {"label_smoothing_factor": 0.1, "use_liger_kernel": True, "neftune_noise_alpha": 5.0}
+REPLACING |= {"average_tokens_across_devices": False, "train_sampling_strategy": "group_by_length"}
+REPLACING |= {"dataloader_drop_last": True, "bf16_full_eval": True, "batch_eval_metrics": True}
+REPLACING |= {"label_names": ["targets"], "auto_find_batch_size": True}
+
+
+@pytest.mark.parametrize(("field", "value"), REPLACING.items())
 def test_a_field_that_would_replace_the_loss_or_has_no_effect_is_refused(tmp_path, field, value):
     with pytest.raises(ValueError, match=f"--{field} "):
         arguments_of(tmp_path, **{field: value})

@@ -95,22 +95,8 @@ def test_the_shipped_recipe_names_the_papers_models():
 
 
 def test_the_command_line_overrides_the_recipe(recipe):
-    plan = read_plan(
-        [
-            str(recipe),
-            "--models",
-            "mdlm",
-            "--seeds",
-            "1",
-            "2",
-            "--max_steps=7",
-            "--output_dir",
-            "there",
-            "--interval_candidates",
-            "0.3-0.8",
-            "0.4-0.9",
-        ]
-    )
+    words = ["--models", "mdlm", "--seeds", "1", "2", "--max_steps=7", "--output_dir", "there"]
+    plan = read_plan([str(recipe), *words, "--interval_candidates", "0.3-0.8", "0.4-0.9"])
     assert list(plan.models) == ["mdlm"] and plan.seeds == [1, 2]
     assert plan.common["max_steps"] == 7 and str(plan.folder) == "there"
     assert plan.common["interval_candidates"] == ["0.3-0.8", "0.4-0.9"]

@@ -24,11 +24,6 @@ from bd3lm_hf.training.examples import (
 from bd3lm_hf.training.trainer import BD3LMTrainer
 
 
-def rows_of(count: int, length: int = 32) -> list[dict]:
-    ids = torch.randint(3, 47, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
-    return [{"input_ids": row, "labels": row} for row in ids]
-
-
 def test_an_epoch_visits_every_row_and_fills_the_last_step():
     order = EpochOrder([{"row": row} for row in range(10)], seed=0, group_size=4)
     items = [order[item] for item in EpochSampler(order)]

@@ -70,21 +70,12 @@ def test_models_without_a_count_of_their_own_have_none(config):
     assert training_flops(BD3LMForMaskedLM(OtherConfig(**config.to_dict())), 1, 64) is None
 
 
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA H100 80GB HBM3", 989.4),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA H200", 989.4),
-        ("NVIDIA RTX A5000", 111.1),
-        ("NVIDIA GeForce RTX 4090", 165.2),
-        ("NVIDIA L4", 121.0),
-        ("NVIDIA L40S", 362.0),
-        ("", 0.0),
-        ("Some other device", 0.0),
-    ],
-)
+PEAKS = {"NVIDIA A100-SXM4-80GB": 312.0, "NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H100 PCIe": 756.0}
+PEAKS |= {"NVIDIA H200": 989.4, "NVIDIA RTX A5000": 111.1, "NVIDIA GeForce RTX 4090": 165.2, "NVIDIA L4": 121.0}
+PEAKS |= {"NVIDIA L40S": 362.0, "": 0.0, "Some other device": 0.0}
+
+
+@pytest.mark.parametrize(("name", "peak"), PEAKS.items())
 def test_the_peak_is_known_by_the_name_of_the_device(name, peak):
     assert peak_tflops_of(name) == peak
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 from tiny_runs import assert_same_weights
 from transformers.utils import logging
 
@@ -34,14 +33,10 @@ from bd3lm_hf.training.loss_moments import BlockMoments
 from bd3lm_hf.training.trainer import BD3LMTrainer
 
 
+RECORDED = "05_clip_search"
 GOLDEN = Path(__file__).parents[1] / "golden" / "05_clip_search"
 PUBLISHED = json.loads((GOLDEN / "config.json").read_text())
 SCHEDULES = ("loglinear", "square", "square_root", "log", "cosine")
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, torch.Tensor]:
-    return load_file(GOLDEN / "tensors.safetensors")
 
 
 def rows_of(count: int, length: int = 32, seed: int = 0) -> list[list[int]]:
@@ -55,9 +50,9 @@ def model_of(config: BD3LMConfig, randomize, **changes) -> BD3LMForMaskedLM:
 # --- Parity with the published search --------------------------------------------------------------------------------
 
 
-def test_candidates_equal_the_published_ones(golden):
+def test_candidates_equal_the_published_ones(recorded):
     found = published_intervals(PUBLISHED["clip_search_widths"], PUBLISHED["clip_search_delta"])
-    assert torch.equal(torch.tensor(found, dtype=torch.float64), golden["intervals"])
+    assert torch.equal(torch.tensor(found, dtype=torch.float64), recorded["intervals"])
     assert found == [tuple(pair) for pair in PUBLISHED["candidates_block_size_gt_1"]] == candidate_intervals(4)
     assert candidate_intervals(1) == [tuple(pair) for pair in PUBLISHED["candidates_block_size_1"]]
 
@@ -70,13 +65,13 @@ def variances_of(block_nll: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("prefix", ["", "syn."])
-def test_variances_and_the_chosen_interval_equal_the_published_ones(golden, prefix):
-    variances = variances_of(golden[f"{prefix}block_nll"])
-    torch.testing.assert_close(variances.sum(1), golden[f"{prefix}var_sum"], rtol=1e-5, atol=0)
+def test_variances_and_the_chosen_interval_equal_the_published_ones(recorded, prefix):
+    variances = variances_of(recorded[f"{prefix}block_nll"])
+    torch.testing.assert_close(variances.sum(1), recorded[f"{prefix}var_sum"], rtol=1e-5, atol=0)
     chosen = candidate_intervals(4)[first_smallest(variances.sum(1))]
-    assert torch.equal(torch.tensor(chosen), golden[f"{prefix}selected"])
+    assert torch.equal(torch.tensor(chosen), recorded[f"{prefix}selected"])
     if not prefix:
-        torch.testing.assert_close(variances.mean(1), golden["var_logged"], rtol=1e-5, atol=0)
+        torch.testing.assert_close(variances.mean(1), recorded["var_logged"], rtol=1e-5, atol=0)
 
 
 # --- Candidates ------------------------------------------------------------------------------------------------------
