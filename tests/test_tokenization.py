@@ -133,19 +133,14 @@ def test_a_fitting_tokenizer_passes(trained: PreTrainedTokenizerFast) -> None:
     check_tokenizer_fits(gpt2_like(eos_token="<|endoftext|>"), config(11, 10))
 
 
-def test_a_model_with_fewer_ids_than_the_tokenizer_is_refused(trained: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match=r"299, .*vocab_size is 256.* 300"):
-        check_tokenizer_fits(trained, config(256, 255))
-
-
-def test_a_mask_id_other_than_the_tokenizers_is_refused(trained: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match=r"511.*'<\|mask\|>'.*mask_token_id=299"):
-        check_tokenizer_fits(trained, config(512, 511))
-
-
-def test_a_mask_id_that_is_an_ordinary_token_is_refused() -> None:
-    with pytest.raises(ValueError, match="mask_token_id 3 .*'c'"):
-        check_tokenizer_fits(gpt2_like(eos_token="<|endoftext|>"), config(11, 3))
+def test_a_vocabulary_or_a_mask_id_that_is_not_the_tokenizers_is_refused(trained: PreTrainedTokenizerFast) -> None:
+    for tokenizer, vocab_size, mask_token_id, message in (
+        (trained, 256, 255, r"299, .*vocab_size is 256.* 300"),
+        (trained, 512, 511, r"511.*'<\|mask\|>'.*mask_token_id=299"),
+        (gpt2_like(eos_token="<|endoftext|>"), 11, 3, "mask_token_id 3 .*'c'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_tokenizer_fits(tokenizer, config(vocab_size, mask_token_id))
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,11 @@ def test_every_row_reads_a_local_copy_in_the_hubs_schema(tmp_path: Path, name: s
         assert [row["text"] for row in dataset] == [clean(f"{RAW} {of} {i}") for i in range(6)]
 
 
-def test_openwebtext_validates_on_its_last_documents(tmp_path: Path, small_tail: None) -> None:
+def test_openwebtext_validates_on_its_last_documents(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     source = local_copy(tmp_path, DATASETS["openwebtext"])
+    with pytest.raises(ValueError, match="6 documents.* last 100000 "):
+        load_text("openwebtext", source=source)
+    request.getfixturevalue("small_tail")
     assert [text[-1] for text in load_text("openwebtext", source=source)["text"]] == list("0123")
     assert [text[-1] for text in load_text("openwebtext", split="validation", source=source)["text"]] == list("45")
 
@@ -70,12 +73,6 @@ def test_the_tail_of_a_stream_reads_the_last_files_alone(tmp_path: Path, tail: i
     assert found == [f"{i}{j}" for i in range(5) for j in "ab"][-tail:]
     with pytest.raises(ValueError, match="10 documents.* last 10 "):
         load_text(replace(spec, tail=10), streaming=True)
-
-
-def test_a_sample_smaller_than_the_tail_is_refused(tmp_path: Path) -> None:
-    source = local_copy(tmp_path, DATASETS["openwebtext"])
-    with pytest.raises(ValueError, match="6 documents.* last 100000 "):
-        load_text("openwebtext", source=source)
 
 
 def test_a_single_file_serves_a_dataset_of_one_split(tmp_path: Path) -> None:
@@ -242,14 +239,11 @@ def test_a_row_without_text_is_named_and_skipped_on_request(tmp_path: Path, stre
     assert [row["text"] for row in kept] == ["a", "b", "d"]
 
 
-def test_two_documents_are_too_few_for_a_test_split(tmp_path: Path) -> None:
-    Dataset.from_dict({"text": ["a", "b"]}).to_parquet(tmp_path / "two.parquet")
-    with pytest.raises(ValueError, match="'test' of .* is empty"):
-        load_text(str(tmp_path), split="test")
-
-
 def test_what_is_held_out_depends_on_what_the_source_has(tmp_path: Path) -> None:
     texts = [f"document {i}" for i in range(100)]
+    Dataset.from_dict({"text": texts[:2]}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="'test' of .* is empty"):
+        load_text(str(tmp_path), split="test")
     Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "train.parquet")
     assert 85 <= len(load_text(str(tmp_path))) <= 94
     assert len(load_text(str(tmp_path), split="test")) >= 1

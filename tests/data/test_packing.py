@@ -194,18 +194,13 @@ def test_settings_that_can_not_be_met_are_refused(documents: Dataset, tokenizer,
         pack(documents, tokenizer, **setting)
 
 
-def test_a_missing_text_column_lists_the_columns(tokenizer) -> None:
-    with pytest.raises(ValueError, match="'text', .*body, label"):
-        pack(Dataset.from_dict({"body": ["a"], "label": [1]}), tokenizer, length=4)
-
-
-def test_a_tokenizer_without_end_is_refused(documents: Dataset) -> None:
+def test_what_can_not_be_packed_at_once_is_refused(documents: Dataset, tokenizer) -> None:
     endless = train_tokenizer(TEXTS, vocab_size=300)
     endless.eos_token = None
-    with pytest.raises(ValueError, match="no eos_token"):
-        pack(documents, endless, length=16)
-
-
-def test_a_stream_is_not_packed_at_once(documents: Dataset, tokenizer) -> None:
-    with pytest.raises(ValueError, match="streaming.PackedStream"):
-        pack(documents.to_iterable_dataset(), tokenizer, length=16)
+    for data, reader, message in (
+        (Dataset.from_dict({"body": ["a"], "label": [1]}), tokenizer, "'text', .*body, label"),
+        (documents, endless, "no eos_token"),
+        (documents.to_iterable_dataset(), tokenizer, "streaming.PackedStream"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pack(data, reader, length=16)

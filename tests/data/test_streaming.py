@@ -96,18 +96,12 @@ def test_a_stream_resumes_more_than_once(tokenizer) -> None:
     assert got == expected
 
 
-def test_a_data_loader_batches_the_stream(tokenizer) -> None:
+def test_a_data_loader_batches_the_stream_in_its_own_process(tokenizer) -> None:
     loader = torch.utils.data.DataLoader(PackedStream(source(), tokenizer, length=32), batch_size=4)
-    batch = next(iter(loader))
-    assert {key: tuple(value.shape) for key, value in batch.items()} == dict.fromkeys(
-        ("input_ids", "labels", "attention_mask"), (4, 32)
-    )
-
-
-def test_several_loader_workers_are_refused(tokenizer) -> None:
-    stream = PackedStream(source(), tokenizer, length=32)
+    shapes = {key: tuple(value.shape) for key, value in next(iter(loader)).items()}
+    assert shapes == dict.fromkeys(("input_ids", "labels", "attention_mask"), (4, 32))
     with pytest.raises(ValueError, match="2 data loader workers .*dataloader_num_workers"):
-        list(torch.utils.data.DataLoader(stream, batch_size=4, num_workers=2))
+        list(torch.utils.data.DataLoader(loader.dataset, batch_size=4, num_workers=2))
 
 
 @pytest.mark.parametrize("texts", [["a"], [""]])

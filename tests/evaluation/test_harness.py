@@ -1,6 +1,5 @@
 """The adapter to the lm-evaluation-harness: its numbers are those of token_nll, from Python and the command line."""
 
-import builtins
 import functools
 import importlib
 import json
@@ -120,9 +119,8 @@ def test_tasks_run_through_the_harness_with_the_numbers_of_token_nll(model_folde
         text = f"{document['question']}{document['choices'][0]}, and the lazy dog sleeps on and on, token by token."
         for window in request_windows([0], tiny_tokenizer(text)["input_ids"], 32):
             labels = [-100] * window.num_context + window.ids[window.num_context :]
-            total += model.token_nll(
-                torch.tensor([window.ids]), labels=torch.tensor([labels]), estimator="exact"
-            ).nll.sum()
+            ids = torch.tensor([window.ids])
+            total += model.token_nll(ids, labels=torch.tensor([labels]), estimator="exact").nll.sum()
         bytes_in_all += len(text.encode())
     found = results["results"]["tiny_rolling"]["byte_perplexity,none"]
     assert found == pytest.approx(math.exp(total / bytes_in_all), rel=1e-5)
@@ -172,20 +170,12 @@ def test_the_command_names_our_model_where_none_is_named(monkeypatch):
     found = []
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: found.append(sys.argv))
     before = list(sys.argv)
-    for words in (
-        ["--tasks", "a", "--num-fewshot=2"],
-        ["run", "--tasks", "a"],
-        ["--model", "hf"],
-        ["ls", "tasks"],
-        ["run", "-h"],
-    ):
+    ours, model = [["--tasks", "a", "--num-fewshot=2"], ["run", "--tasks", "a"]], ["--model", "bd3lm"]
+    others = [["--model", "hf"], ["ls", "tasks"], ["run", "-h"]]
+    for words in (*ours, *others):
         run_harness(words)
-    model = ["--model", "bd3lm"]
-    assert found == [
-        ["lm_eval", "--tasks", "a", "--num_fewshot=2", *model],
-        ["lm_eval", "run", "--tasks", "a", *model],
-        *(["lm_eval", *words] for words in (["--model", "hf"], ["ls", "tasks"], ["run", "-h"])),
-    ]
+    expected = [["--tasks", "a", "--num_fewshot=2", *model], ["run", "--tasks", "a", *model], *others]
+    assert found == [["lm_eval", *words] for words in expected]
     assert sys.argv == before
 
 
@@ -200,14 +190,8 @@ def test_bad_input_of_the_command_is_one_line(bd3lm, quick_start, task_folder):
 
 
 def test_without_the_harness_the_package_works_and_the_adapter_names_the_remedy(monkeypatch, bd3lm):
-    real = builtins.__import__
-
-    def without(name, *arguments, **options):
-        if name.startswith("lm_eval"):
-            raise ModuleNotFoundError(name)
-        return real(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    for name in [name for name in sys.modules if name.startswith("lm_eval")]:
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "bd3lm_hf.evaluation.harness")
     monkeypatch.delattr(bd3lm_hf.evaluation, "harness")
     with pytest.raises(ImportError, match=r"the lm-evaluation-harness is needed: pip install 'bd3lm-hf\[harness\]'"):

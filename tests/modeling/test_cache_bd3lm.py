@@ -39,6 +39,8 @@ def cache(request):
 
 def test_only_committed_tokens_are_kept(cache):
     first, step, block = states(4, 1), states(6, 2), states(4, 3)
+    seen = append_to_cache(cache, *first, layer_idx=0, num_committed=0)  # of a cache that is empty and stays so
+    assert torch.equal(seen[0], first[0]) and torch.equal(seen[1], first[1]) and cache.get_seq_length() == 0
     append_to_cache(cache, *first, layer_idx=0, num_committed=4)
     # Two of six tokens are finished, the others are read once and leave no trace.
     seen = append_to_cache(cache, *step, layer_idx=0, num_committed=2)

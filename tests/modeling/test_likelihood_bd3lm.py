@@ -369,6 +369,13 @@ def test_a_few_tokens_behind_a_context_are_scored_exactly_at_any_block_size(rand
     assert score.nll[0].sum().item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_the_exact_sum_over_blocks_of_eight_is_still_made(tiny_config):
+    tiny_config.block_size = 8
+    model = BD3LMForMaskedLM(tiny_config).eval()
+    score = model.token_nll(random_ids(1, 16), estimator="exact")  # of which the first block begins with a given token
+    torch.testing.assert_close(score.nll, score.mask * math.log(47), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "family", [BD3LMForMaskedLM, ARForCausalLM, MDLMForMaskedLM, SEDDForMaskedLM, SSDLMForMaskedLM]
 )

@@ -1,5 +1,5 @@
-import builtins
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -29,9 +29,8 @@ def test_a_curve_holds_every_logged_number_and_a_picture(tmp_path):
     curve = json.loads((tmp_path / "training_curve.json").read_text(encoding="utf-8"))
     assert curve["eval_nll"] == {"steps": [50, 100], "values": [3.2, 3.2]}
     assert curve["loss"]["values"][0] == 3.5
-    assert {"interval_min", "interval_max", "interval_variance", "tokens_per_second", "mfu", "train_loss"} <= set(
-        curve
-    )
+    assert {"interval_min", "interval_max", "interval_variance", "tokens_per_second"} < curve.keys()
+    assert {"mfu", "train_loss"} < curve.keys()
     assert (tmp_path / "training_curve.png").read_bytes().startswith(PNG)
 
 
@@ -89,14 +88,7 @@ def test_an_empty_log_gives_no_picture(tmp_path):
 
 
 def test_without_matplotlib_there_is_a_line_and_no_picture(tmp_path, monkeypatch, caplog):
-    plain = builtins.__import__
-
-    def import_without(name, *arguments):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return plain(name, *arguments)
-
-    monkeypatch.setattr(builtins, "__import__", import_without)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     write_training_curve(log_of(100), tmp_path)
     assert "training_curve.png" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["training_curve.json"]

@@ -42,14 +42,11 @@ def test_a_finished_run_is_read_from_its_results(tmp_path):
 
 
 def test_the_samples_of_a_run_are_those_that_its_callback_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        callbacks, "sample_text", lambda *_, prompt, max_new_tokens, **__: f"{prompt} text\n\nof {max_new_tokens}"
-    )
+    text_of = lambda *_, prompt, max_new_tokens, **__: f"{prompt} text\n\nof {max_new_tokens}"  # noqa: E731
+    monkeypatch.setattr(callbacks, "sample_text", text_of)
     monkeypatch.setattr(callbacks, "sample_options", lambda *_: {})
-    sampler, args = (
-        callbacks.SampleCallback(None),
-        BD3LMTrainingArguments(str(tmp_path), sample_prompt="The", sample_tokens=4),
-    )
+    sampler = callbacks.SampleCallback(None)
+    args = BD3LMTrainingArguments(str(tmp_path), sample_prompt="The", sample_tokens=4)
     for step in (5, 10):
         sampler.on_evaluate(args, TrainerState(global_step=step), TrainerControl(), model=None)
     (tmp_path / "recipe.yaml").write_text("seed: 0\n", encoding="utf-8")

@@ -100,10 +100,15 @@ def test_the_parts_of_a_known_variance_are_found():
     assert results[0].time_ratio == 1.0 and results[1].seconds > 0
 
 
-@pytest.mark.parametrize(("batches", "repeats"), [(1, 5), (3, 1)])
-def test_a_variance_needs_two_of_each(tiny_model, batches, repeats):
-    with pytest.raises(ValueError, match=f"{batches} batches of {repeats} noise seeds have no variance"):
-        gradient_variance(tiny_model, [torch.full((2, 8), 5)] * batches, [1], repeats=repeats)
+def test_a_variance_needs_two_of_each_and_a_clean_stream_that_draws_share(tiny_config):
+    tiny_config.time_conditioning = True
+    for batches, draws, repeats, message in (
+        (1, [1], 5, "1 batches of 5 noise seeds have no variance"),
+        (3, [1], 1, "3 batches of 1 noise seeds have no variance"),
+        (2, [1, 2], 2, "noise_draws=2 needs time_conditioning=False"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gradient_variance(BD3LMForMaskedLM(tiny_config), [torch.full((2, 8), 5)] * batches, draws, repeats=repeats)
 
 
 def test_the_table_multiplies_variance_and_time():
@@ -123,13 +128,6 @@ def test_batches_are_spread_over_the_text(tiny_tokenizer, text_file):
     assert [row for batch in batches for row in batch.tolist()] == whole[:]  # the last one, with padding, is left out
     with pytest.raises(ValueError, match=f"too few for {len(whole) + 1} batches of 1: give fewer or smaller batches"):
         gradient_batches(str(text_file), tiny_tokenizer, length=16, size=1, count=len(whole) + 1)
-
-
-def test_draws_that_share_no_clean_stream_are_refused(tiny_config, randomize):
-    tiny_config.time_conditioning = True
-    model = randomize(BD3LMForMaskedLM(tiny_config))
-    with pytest.raises(ValueError, match="noise_draws=2 needs time_conditioning=False"):
-        gradient_variance(model, [torch.full((2, 8), 5)] * 2, [1, 2], repeats=2)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

@@ -316,9 +316,8 @@ def test_the_stock_trainer_evaluates_packed_documents_as_rows_of_their_own(famil
     rows = [{"input_ids": row["input_ids"][: 9 + i % 4]} for i, row in enumerate(rows_of(6, seed=1))]
     options = {"use_cpu": True, "disable_tqdm": True, "per_device_eval_batch_size": 2}
     arguments = TrainingArguments(output_dir=str(tmp_path), **options)
-    first, second = (
-        Trainer(model, arguments, data_collator=DataCollatorWithFlattening()).predict(rows) for _ in range(2)
-    )
+    trainer = Trainer(model, arguments, data_collator=DataCollatorWithFlattening())
+    first, second = trainer.predict(rows), trainer.predict(rows)
     assert first.metrics["test_loss"] == second.metrics["test_loss"]
     nll, mask = (torch.from_numpy(array) for array in first.predictions)
     if family == "ar":
