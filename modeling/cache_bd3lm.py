@@ -399,6 +399,21 @@ def check_tokens(cache: Cache, token_ids: torch.Tensor) -> None:
             )
 
 
+def last_clean(cache: Any) -> torch.Tensor:
+    """Return the hidden state of the last cached token, `(batch, 1, hidden_size)`.
+
+    Raises:
+        ValueError: if the cache has none, as one that another model has written.
+    """
+    kept = getattr(cache, "clean_hidden", None)
+    if kept is None:
+        raise ValueError(
+            "past_key_values holds no hidden state of its last token, from which alignment='shifted' predicts the "
+            "next one: pass a cache that this model has written, or leave it out."
+        )
+    return kept[:, -1:]
+
+
 def check_cache(cache: Cache, buffer: "SequenceBuffer", config: Any) -> None:
     """Refuse a cache that this text cannot continue.
 
@@ -421,6 +436,8 @@ def check_cache(cache: Cache, buffer: "SequenceBuffer", config: Any) -> None:
     if not held:
         return
     check_rows(cache, len(buffer.token_ids), config)
+    if getattr(config, "alignment", "same") != "same":
+        last_clean(cache)
     starts = getattr(cache, "row_start", None)
     aligned = (
         buffer.key_valid is None

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from .attention_bd3lm import flex_attention_on_cpu, flex_mask, stream_visibility
-from .cache_bd3lm import StaticSlots, append_to_cache
+from .cache_bd3lm import StaticSlots, append_to_cache, last_clean
 from .configuration_bd3lm_decoders import head_dim_of, slides
 from .inputs_bd3lm import Layout, may_read, read_inputs, token_layout
 from .windows_bd3lm import DecodingNetwork
@@ -205,7 +205,7 @@ class DecoderBackbone:
             )
         check_length(layout, self.config)
         mask = stream_mask(layout, self.config, embeds.dtype, first_query=past, causal_columns=past + commit)
-        before = _last_clean(cache) if self.shifted and past else None
+        before = last_clean(cache) if self.shifted and past else None
         outputs = self.run(embeds, layout.position_ids[:, past:], mask, cache, commit, **recorded)
         if self.shifted:
             states = cast(torch.Tensor, outputs.last_hidden_state)
@@ -281,7 +281,9 @@ class DecoderDecodingNetwork(DecodingNetwork):
             mask = mask.masked_fill(hidden.index_put((rows, slots[:finished]), later), -torch.inf)
         embeds = self.backbone.vocab_embed(input_ids)
         states = self.backbone.run(embeds, position_ids, mask, StaticSlots(cache, slots), finished).last_hidden_state
-        return self._block_states(cast(torch.Tensor, states), finished, cache)
+        # Nothing is cached before the first block of a text. Its first token is not predicted.
+        before = None if getattr(cache, "clean_hidden", None) is None else cache
+        return self._block_states(cast(torch.Tensor, states), finished, before)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return raw logits `(positions, vocab_size)` in float32."""
@@ -294,7 +296,7 @@ class DecoderDecodingNetwork(DecodingNetwork):
             return noisy
         if finished:
             return shift_right(noisy, states[:, finished - 1 : finished])
-        return shift_right(noisy, noisy[:, :1] if cache is None else _last_clean(cache))
+        return shift_right(noisy, noisy[:, :1] if cache is None else last_clean(cache))
 
 
 def _checkpoints_gradients(decoder: Any) -> bool:
@@ -304,17 +306,6 @@ def _checkpoints_gradients(decoder: Any) -> bool:
 def shift_right(hidden: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
     """Return hidden states `(..., length, width)` shifted right by one, with `first` `(..., 1, width)` in front."""
     return torch.cat([first, hidden[..., :-1, :]], dim=-2)
-
-
-def _last_clean(cache: Any) -> torch.Tensor:
-    """Return the hidden state of the last cached token, `(batch, 1, hidden_size)`."""
-    kept = getattr(cache, "clean_hidden", None)
-    if kept is None:
-        raise ValueError(
-            "past_key_values holds no hidden state of its last token, from which alignment='shifted' predicts the "
-            "next one: pass a cache that this model has written, or leave it out."
-        )
-    return kept[:, -1:]
 
 
 def _noisy_part(recorded: tuple[torch.Tensor, ...] | None, dim: int, length: int) -> tuple[torch.Tensor, ...] | None:
