@@ -269,15 +269,12 @@ def unigram_of(model: Any, sequences: TrainingSequences, batch_size: int) -> flo
 
 
 def text_from_folder(training: BD3LMTrainingArguments) -> str:
-    """Generate text as a user of the folder would: through the pipeline, with the code that was saved there."""
-    set_seed(0)
+    """Generate text as a user of the folder would: in the pipeline, with the code that was saved there."""
     unset_hf_deepspeed_config()  # ZeRO-3 would take the weights of every model that is loaded apart
     generator = pipeline("text-generation", model=training.output_dir, trust_remote_code=True)
     options = sample_options(generator.model, training.sample_nucleus_p)
-    if not training.sample_prompt:
-        return sample_text(generator.model, generator.tokenizer, max_new_tokens=training.sample_tokens, **options)
-    output = generator(training.sample_prompt, max_new_tokens=training.sample_tokens, do_sample=True, **options)
-    return output[0]["generated_text"]
+    options |= {"prompt": training.sample_prompt, "max_new_tokens": training.sample_tokens}
+    return sample_text(generator.model, generator.tokenizer, **options)
 
 
 # Before the first step

@@ -88,6 +88,11 @@ def quality_points(
         raise ValueError(f"{len(prompts)} texts give no standard error: ask for at least 2.")
     num_given = len(prompts[0])
     room = model.config.model_length - num_given
+    if room < 1:
+        raise ValueError(
+            f"prompts of {num_given} tokens fill the model's window of {model.config.model_length}: give shorter ones "
+            f"(--prompt-tokens)."
+        )
     new_tokens = room if new_tokens is None else new_tokens
     if not 0 < new_tokens <= room:
         raise ValueError(f"new_tokens={new_tokens}: after {num_given} tokens the model's window has room for {room}.")

@@ -169,6 +169,10 @@ def test_without_matplotlib_a_plot_is_refused_before_any_work(monkeypatch, bd3lm
         (("--plot", "q.txt"), "--plot q.txt: a picture's name ends in one of .png, .svg, .pdf"),
         (("--output", "no/folder/q.json"), "--output no/folder/q.json: the folder"),
         (("--greedy",), "--dataset"),
+        (
+            ("--dataset", "TEXT", "--prompt-tokens", 32, "--num-samples", 2),
+            "window of 32: give shorter ones (--prompt-tokens)",
+        ),
         (("--dataset", "TEXT", "--num-samples", 5000), "--num-samples 5000"),
         (("--judge", "./nowhere"), "--judge ./nowhere: there is no such folder"),
     ],
