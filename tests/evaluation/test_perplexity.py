@@ -171,22 +171,16 @@ def test_every_baseline_has_the_published_estimate_and_says_what_it_has_not(
                 check_estimator(model, estimator)
 
 
-def test_the_published_protocol_needs_a_model_that_takes_noise():
-    with pytest.raises(
-        ValueError, match="estimator='published' gives a model its noise, and the token_nll of Constant"
-    ):
-        check_estimator(ConstantModel(1.0), "published")
-
-
 def test_an_estimator_is_refused_before_a_text_is_scored(model):
-    with pytest.raises(ValueError, match="estimator='published' is one draw|num_samples=3"):
-        check_estimator(model, "published", num_samples=3)
     model.config.block_size = 16
-    with pytest.raises(
-        ValueError,
-        match=r"2\^16 - 1 forward passes; the limit is 8 tokens to score in a block.*Use estimator='stratified'",
+    passes = r"2\^16 - 1 forward passes; the limit is 8 tokens to score in a block.*Use estimator='stratified'"
+    for scorer, arguments, message in (
+        (ConstantModel(1.0), ("published",), "'published' gives a model its noise, and the token_nll of Constant"),
+        (model, ("published", 3), "estimator='published' is one draw|num_samples=3"),
+        (model, ("exact",), passes),
     ):
-        check_estimator(model, "exact")
+        with pytest.raises(ValueError, match=message):
+            check_estimator(scorer, *arguments)
 
 
 # --- What scoring leaves alone ---------------------------------------------------------------------------------------

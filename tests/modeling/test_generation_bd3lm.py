@@ -132,8 +132,10 @@ def test_a_row_is_what_it_is_alone(models, family, sampler, cache, sampled):
         assert output.num_forward_passes >= output.row_forward_passes.max()
 
 
-@EVERY
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize(
+    ("family", "sampler", "cache", "sampled"),
+    [*((*case, True) for case in MATRIX), *((*case, False) for case in WITH_ONE_CACHE)],
+)
 def test_rows_end_at_their_end_token_and_leave_the_others_alone(models, family, sampler, cache, sampled):
     model, options = models[family], options_of(sampler, cache)
     many = lambda: seeds(model, range(6)) if sampled else {}  # noqa: E731

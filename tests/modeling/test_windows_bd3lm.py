@@ -127,7 +127,7 @@ class Work(TorchDispatchMode):
 
     def put(self, value: torch.Tensor) -> None:
         self.counts.append(self.written)
-        if len(self.counts) % 60 == 0:
+        if len(self.counts) % 30 == 0:
             tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
             self.memory.append(sum(x.untyped_storage().nbytes() for x in tensors))
 
@@ -141,18 +141,18 @@ def generate_long(model, tokens: int, **options) -> None:
     generator = torch.Generator().manual_seed(0)
     text = model.generate(torch.full((1, 5), 7), max_new_tokens=tokens, generator=generator, **options)
     assert text.shape == (1, 5 + tokens)
-    assert len(text[0, -1000:].unique()) > 20 and not (text == MASK).any()
+    assert len(text[0, -500:].unique()) > 20 and not (text == MASK).any()
 
 
 @pytest.mark.parametrize("name", ["dynamic", "static"])
 def test_a_long_text_takes_the_same_work_and_memory_for_every_block(make_model, name):
     model = make_model(block_size=8)
     with Work() as work:
-        generate_long(model, 1000, cache_implementation=name, streamer=work)
+        generate_long(model, 500, cache_implementation=name, streamer=work)
     steps = [later - earlier for earlier, later in itertools.pairwise(work.counts)]
-    early, late = (sorted(steps[begin : begin + 25]) for begin in (10, 95))
+    early, late = (sorted(steps[begin : begin + 25]) for begin in (10, 35))
     assert early[:22] == late[:22]  # now and then the cache moves to the front
-    assert work.memory[-1] - work.memory[0] < 10_000
+    assert work.memory[-1] - work.memory[0] < 5_000
 
 
 @pytest.mark.slow
