@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 import transformers.modeling_utils
-from datasets import Dataset
 from shared_models import TINY
+from tiny_runs import rows_of
 from transformers import TrainerCallback, set_seed
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
@@ -74,19 +74,14 @@ class Poison(TrainerCallback):
             next(model.parameters()).data.fill_(float("nan"))
 
 
-def rows_of(count: int, seed: int) -> Dataset:
-    ids = torch.randint(3, 47, (count, 32), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Dataset.from_dict({"input_ids": ids, "labels": ids})
-
-
 def make_trainer(folder: Path, **arguments) -> BD3LMTrainer:
     args = BD3LMTrainingArguments(**{**ARGUMENTS, **arguments, "output_dir": str(folder)})
     set_seed(args.seed)
     return BD3LMTrainer(
         model=BD3LMForMaskedLM(BD3LMConfig(**{**TINY, "dropout": 0.1})),
         args=args,
-        train_dataset=rows_of(22, 0),
-        eval_dataset=rows_of(2, 1),
+        train_dataset=rows_of(22),
+        eval_dataset=rows_of(2, seed=1),
         callbacks=[MoveInterval()],
     )
 

@@ -3,10 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_runs import losses_of
+from tiny_runs import losses_of, rows_of
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from bd3lm_hf.checkpoints import adapter_base, add_adapters, load_model, merge_adapter
@@ -145,23 +144,13 @@ def test_an_adapted_layer_is_no_plain_linear_layer_until_it_is_merged(model) -> 
 # Training
 
 
-def rows_of(count: int) -> Dataset:
-    ids = batch(count)["input_ids"].tolist()
-    labels = [[-100] * 8 + row[8:] for row in ids]
-    return Dataset.from_dict({"input_ids": ids, "labels": labels, "attention_mask": [[1] * 32] * count})
-
-
-def arguments(folder: Path, **changes) -> dict:
-    given = {"output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
-    given |= {"warmup_steps": 0, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2, "seed": 5}
-    return given | {"disable_tqdm": True, "use_cpu": True, "report_to": []} | changes
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_only_adapter_weights_train_and_the_stock_trainer_can_do_it(model, base, tmp_path, checkpointing) -> None:
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4))
     before = {name: p.detach().clone() for name, p in adapted.named_parameters()}
-    settings = TrainingArguments(**arguments(tmp_path / "run", gradient_checkpointing=checkpointing))
+    options = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_strategy": "no"}
+    options |= {"disable_tqdm": True, "use_cpu": True, "gradient_checkpointing": checkpointing}
+    settings = TrainingArguments(str(tmp_path / "run"), **options)
     trainer = Trainer(model=adapted, args=settings, train_dataset=rows_of(16))
     trainer.train()
     moved = {name for name, p in adapted.named_parameters() if not torch.equal(p, before[name])}

@@ -2,14 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from datasets import Dataset
 
 from bd3lm_hf.data.documents import find_schema, load_rows
 from bd3lm_hf.data.instructions import encode_rows, texts_of
 from bd3lm_hf.data.schemas import Messages, PromptCompletion, TextRow
-from bd3lm_hf.evaluation.perplexity import perplexity
-from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 
 
 TURN = "{{ '<bos>' + m.role + ':' }}"
@@ -225,36 +222,3 @@ def test_formats_are_found_by_columns_and_rows_are_held_out(tmp_path: Path) -> N
     assert isinstance(find_schema(str(chats)), Messages)
     assert json.loads(load_rows(str(chats), Messages())["messages"][0])[:2] == CHAT[:2]
     assert isinstance(find_schema("python-docs"), TextRow)
-
-
-# To the loss
-
-
-@pytest.fixture
-def model(tiny_config, randomize, tiny_tokenizer):
-    tiny_config.vocab_size = len(tiny_tokenizer)
-    tiny_config.mask_token_id = tiny_tokenizer.mask_token_id
-    return randomize(BD3LMForMaskedLM(tiny_config)).eval()
-
-
-def test_perplexity_is_that_of_the_completion_given_the_prompt(encode, model, tiny_tokenizer) -> None:
-    rows = encode(("A block is", " written"), ("The quick", " brown fox"))
-    result = perplexity(model, rows, estimator="exact")
-    assert result.num_tokens == sum(label != -100 for row in rows for label in row["labels"])
-    by_hand = 0.0
-    for row in rows:
-        ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
-        nll, mask = model.token_nll(ids, labels=labels, estimator="exact")
-        assert mask.bool().equal(labels != -100)
-        by_hand += nll.sum().item()
-    assert result.nll * result.num_tokens == pytest.approx(by_hand, rel=1e-5)
-
-
-def test_another_prompt_changes_the_loss_and_padding_does_not(encode, model) -> None:
-    one, other = encode(("A block is", " written"), ("Every dog", " written"))
-    losses = [perplexity(model, [row], estimator="exact").nll for row in (one, other)]
-    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
-    padded = {
-        name: one[name] + [fill] * 8 for name, fill in (("input_ids", 2), ("labels", -100), ("attention_mask", 0))
-    }
-    assert perplexity(model, [padded], estimator="exact").nll == pytest.approx(losses[0], rel=1e-5)

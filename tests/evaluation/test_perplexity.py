@@ -210,6 +210,8 @@ def test_sequences_are_padded_on_the_right():
     assert batch.input_ids.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.context == {}
+    given = batch_of([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, [8]]).context["labels"]
+    assert given.tolist() == [[-100, 6, 7], [8, -100, -100]]
 
 
 def test_standard_error_is_that_of_a_ratio():

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from kill_driver import make_trainer, rows_of
+from kill_driver import make_trainer
 from peft import LoraConfig, get_peft_model
+from tiny_runs import rows_of
 from transformers import TrainerControl, TrainerState
 
 from bd3lm_hf.training.callbacks import ResumableFlow, RunningLoss
@@ -132,7 +133,7 @@ def test_a_loss_that_is_not_finite_on_one_of_two_processes_stops_both(two_proces
     done = two_processes("diverged", {"process": 1, "nan_after": 4})
     assert done.returncode != 0
     # The second process reads every second batch: with one sequence each, its first of step 5 has place 4 * 4 + 1.
-    row = EpochOrder(rows_of(22, 0), seed=5, group_size=4).permutation(0)[17].item()
+    row = EpochOrder(rows_of(22), seed=5, group_size=4).permutation(0)[17].item()
     message = f"the loss is NaN or infinite at step 5, in the batch of training sequences {row}: training stopped"
     assert done.stderr.count(message) == 2
     assert f"The last good checkpoint is {two_processes.folder / 'diverged' / 'checkpoint-3'}." in done.stderr
@@ -234,8 +235,8 @@ def test_other_adapters_are_another_model(tmp_path):
 
 
 def test_other_sequences_are_refused(saved, tmp_path):
-    fewer, other = rows_of(21, 0), rows_of(22, 3)
-    labelled = Dataset.from_list([{**row, "labels": [-100] + row["labels"][1:]} for row in rows_of(22, 0)])
+    fewer, other = rows_of(21), rows_of(22, seed=3)
+    labelled = Dataset.from_list([{**row, "labels": [-100] + row["labels"][1:]} for row in rows_of(22)])
     for rows, message in (
         (fewer, "data: sequences was 22 and is 21; data: sha256 of the sequences was"),
         (other, "another run: data: sha256 of the sequences was"),
