@@ -135,9 +135,9 @@ def _generate(
 
 
 def has_low_entropy(ids: Sequence[int], settings: Mapping[str, Any]) -> bool:
-    """Whether the last tokens of a text have an entropy below `entropy_stop`; a shorter text never has."""
+    """Whether the last tokens of a text have an entropy below `entropy_stop`; a text of only so many never has."""
     threshold, window = settings.get("entropy_stop"), settings.get("entropy_stop_window", 0)
-    return threshold is not None and len(ids) >= window and text_entropy(ids[-window:]) < threshold
+    return threshold is not None and len(ids) > window and text_entropy(ids[-window:]) < threshold
 
 
 def _scored(

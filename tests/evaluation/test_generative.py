@@ -8,7 +8,14 @@ import torch
 
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.evaluation import generative
-from bd3lm_hf.evaluation.generative import MAX_REDRAWS, distinct, mean_repetition, summary, text_entropy
+from bd3lm_hf.evaluation.generative import (
+    MAX_REDRAWS,
+    distinct,
+    has_low_entropy,
+    mean_repetition,
+    summary,
+    text_entropy,
+)
 from bd3lm_hf.evaluation.perplexity import summarize
 from bd3lm_hf.evaluation.reference_model import load_reference_model
 from bd3lm_hf.generation.text_generation import GeneratedText
@@ -198,3 +205,5 @@ def test_texts_of_low_entropy_are_generated_again_a_limited_number_of_times(scor
     for row in lines(tmp_path, "some.jsonl"):
         assert (row["ids"] == once[row["index"]]) == (entropies[row["index"]] >= bound) == (row["redraws"] == 0)
     assert report["entropy_stop"] == pytest.approx(bound) and "entropy_stop" not in plain
+    settings = {"entropy_stop": 4.0, "entropy_stop_window": 8}  # as published, a text is longer than the window
+    assert [has_low_entropy([1] * count, settings) for count in (7, 8, 9)] == [False, False, True]
