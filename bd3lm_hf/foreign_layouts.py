@@ -60,8 +60,8 @@ CONTRACTS = {
         mask_token_id=151665,
         alignment="shifted_noisy",
         end_token_ids=_QWEN_ENDS,
-        note="their sampler takes the first token of a block from the clean stream; it comes from the noisy stream "
-        "here, as in their training",
+        note="scores take the first token of a block from the noisy stream, as their training does; in generation the "
+        "block before it is finished, and both streams are the same",
     ),
 }
 
