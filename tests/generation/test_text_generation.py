@@ -9,12 +9,9 @@ import pytest
 import torch
 
 from bd3lm_hf.generation.text_generation import Sample, SamplesFile, generate_batch, open_samples
-from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, SEDDConfig
-from bd3lm_hf.modeling.configuration_ssdlm import SSDLMConfig
+from bd3lm_hf.modeling.configuration_bd3lm import ARConfig
 from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.modeling.modeling_sedd import SEDDForMaskedLM
-from bd3lm_hf.modeling.modeling_ssdlm import SSDLMForMaskedLM
 
 
 SEEDS = [11, 12, 13, 14]
@@ -67,24 +64,6 @@ def test_a_model_with_one_source_of_randomness_writes_texts_one_by_one(randomize
     alone = generate_batch(model, [[0, 7]], 6, seeds=SEEDS[2:3], do_sample=True)
     assert together[2].ids == alone[0].ids and together[0].ids != together[1].ids
     assert [text.forwards for text in together] == [6, 6, 6]
-
-
-def test_baselines_that_denoise_draw_by_row_too(randomize):
-    model = randomize(SEDDForMaskedLM(SEDDConfig(**SIZES, cond_dim=16))).eval()
-    together = generate_batch(model, [[0]] * 3, 15, seeds=SEEDS[:3], do_sample=True)
-    alone = [generate_batch(model, [[0]], 15, seeds=[seed], do_sample=True)[0] for seed in SEEDS[:3]]
-    assert [text.ids for text in together] == [text.ids for text in alone]
-
-
-def test_simplex_diffusion_generator_per_row_too(randomize):
-    sizes = {"hidden_dim": 16, "n_blocks": 1, "n_heads": 2}
-    config = SSDLMConfig(vocab_size=48, model_length=20, block_size=5, bos_token_id=0, **sizes)
-    model = randomize(SSDLMForMaskedLM(config)).eval()
-    how = {"do_sample": True, "num_denoising_steps": 3}
-    together = generate_batch(model, [[0]] * 3, 10, seeds=SEEDS[:3], **how)
-    alone = [generate_batch(model, [[0]], 10, seeds=[seed], **how)[0] for seed in SEEDS[:3]]
-    assert [(text.ids, text.forwards) for text in together] == [(text.ids, text.forwards) for text in alone]
-    assert together[0].forwards == 2 * 3
 
 
 def test_sources_that_do_not_fit_the_rows_are_refused(tiny_model):

@@ -93,11 +93,6 @@ def test_published_packing_is_chosen_by_name(corpus):
     assert any(0 in row["attention_mask"] for row in inputs("--dataset", corpus)[2].train)
 
 
-def test_workers_do_not_change_the_sequences(corpus):
-    one, two = (inputs("--dataset", corpus, "--num_proc", count)[2].train[:] for count in (1, 2))
-    assert one == two
-
-
 # Streams
 
 
