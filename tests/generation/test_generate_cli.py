@@ -99,25 +99,14 @@ def test_a_line_says_what_was_written_and_how(generate, model_folder, tmp_path):
     assert row["settings"] == settings
 
 
-def test_more_samples_extend_a_file_and_a_sample_depends_on_seed_and_number_only(generate, tmp_path):
-    whole, grown = tmp_path / "whole.jsonl", tmp_path / "grown.jsonl"
-    arguments = ["--prompt", "The fox", "--max-new-tokens", 8]
-    assert generate(*arguments, "--num-samples", 4, "--batch-size", 1, "--output", whole)[0] == 0
-    assert generate(*arguments, "--num-samples", 2, "--output", grown)[0] == 0
-    code, out, _ = generate(*arguments, "--num-samples", 4, "--batch-size", 3, "--output", grown)
-    assert code == 0 and out == f"4 samples in {grown}, 2 of an earlier run\n"
-    assert [row["text"] for row in rows_of(grown)] == [row["text"] for row in rows_of(whole)]
-
-
 def test_a_file_grows_by_samples_of_several_prompts_and_by_prompts(generate, tmp_path):
     output = tmp_path / "s.jsonl"
     arguments = ["--prompt", "The fox", "--prompt", "A", "--max-new-tokens", 8, "--output", output]
     assert generate(*arguments, "--num-samples", 2)[0] == 0
     before = output.read_bytes()
     code, out, _ = generate(*arguments, "--num-samples", 3)
-    assert (
-        code == 0 and out == f"6 samples in {output}, 4 of an earlier run\n" and output.read_bytes().startswith(before)
-    )
+    assert code == 0 and out == f"6 samples in {output}, 4 of an earlier run\n"
+    assert output.read_bytes().startswith(before)
     whole = tmp_path / "whole.jsonl"
     assert generate(*arguments[:-1], whole, "--num-samples", 3)[0] == 0
     assert texts_of(output) == texts_of(whole)
@@ -319,9 +308,7 @@ def test_an_autoregressive_model_writes_as_well(bd3lm, gpt2_folder, tmp_path):
     output = tmp_path / "samples.jsonl"
     arguments = ["generate", "--model", gpt2_folder, "--prompt", "The", "--num-samples", 2]
     assert bd3lm(*arguments, "--max-new-tokens", 5, "--output", output)[0] == 0
-    assert [(row["forwards"], row["num_tokens"] <= 5) for row in rows_of(output)] == [
-        (row["num_tokens"], True) for row in rows_of(output)
-    ]
+    assert all(row["forwards"] == row["num_tokens"] <= 5 for row in rows_of(output))
 
 
 @pytest.mark.parametrize(
