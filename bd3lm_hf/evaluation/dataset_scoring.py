@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from bd3lm_hf.data.documents import find_schema, load_rows, load_text
 from bd3lm_hf.data.instructions import encode_rows
 from bd3lm_hf.data.packing import bytes_per_token, evenly_spaced, pack
 from bd3lm_hf.data.schemas import TextRow
-from bd3lm_hf.data.sources import ENDINGS, SUITES, Flags, exists, find_spec, published_flags
+from bd3lm_hf.data.sources import ENDINGS, SUITES, DatasetSpec, Flags, exists, find_spec, published_flags
 from bd3lm_hf.evaluation.eval_cli import FIXED_SAMPLES, check
 from bd3lm_hf.evaluation.generative import check_files, evaluate_samples
 from bd3lm_hf.evaluation.perplexity import Perplexity, Protocol, check_estimator, summarize
@@ -225,13 +226,18 @@ def _sequences(
     flags = target.flags
     source = {"config_name": arguments.dataset_config, "source": target.source}
     options = {"split": flags.split, "skip_bad_rows": arguments.skip_bad_rows, **source}
-    schema = TextRow() if arguments.text_column else find_schema(target.name, **source)
+    dataset: str | DatasetSpec = target.name
+    # A file in place of a dataset of the table is the split that is scored.
+    if target.source is not None and Path(target.source).is_file() and not exists(target.name):
+        spec = find_spec(target.name)
+        dataset = replace(spec, splits={flags.split: "train"}) if spec.splits else spec
+    schema = TextRow() if arguments.text_column else find_schema(dataset, **source)
     if not isinstance(schema, TextRow):
         block_size = model.config.block_size
-        examples = load_rows(target.name, schema, **options)
+        examples = load_rows(dataset, schema, **options)
         rows = encode_rows(examples, schema, tokenizer, length=length, block_size=block_size)
         return ScoringSequences(_select(rows, arguments), None, {"split": flags.split})
-    documents = load_text(target.name, text_column=arguments.text_column, **options)
+    documents = load_text(dataset, text_column=arguments.text_column, **options)
     packed = pack(documents, tokenizer, length=length, **{k: v for k, v in flags._asdict().items() if k != "split"})
     size = bytes_per_token(documents, tokenizer, insert_eos=flags.insert_eos).bytes_per_token
     # All tokens of a sequence but the first are scored, and an end token that packing put there has no bytes.

@@ -213,8 +213,9 @@ def copies(tmp_path) -> Path:
         (folder / name / f"{split}.jsonl").write_text(text)
         (folder / name / "train.jsonl").write_text(text.replace("quick", "slow"))
     # A set may be a file as well.
-    shutil.move(folder / "lambada" / "test.jsonl", folder / "lambada.jsonl")
-    shutil.rmtree(folder / "lambada")
+    for name in ("lambada", "lm1b"):
+        shutil.move(folder / name / "test.jsonl", folder / f"{name}.jsonl")
+        shutil.rmtree(folder / name)
     return folder
 
 
@@ -263,10 +264,10 @@ def test_sets_that_can_not_be_had_are_named_before_any_is_scored(bd3lm, model_fo
 
 
 def test_copies_that_are_missing_are_named_before_the_model_is_loaded(bd3lm, copies):
-    for name in ("lm1b", "ptb"):
+    for name in ("ag_news", "ptb"):
         shutil.rmtree(copies / name)
     result = bd3lm("eval", "--model", "nowhere", "--suite", "zero-shot", "--suite-source", copies)
-    assert_refused(result, "has no copy of ptb, lm1b: a copy is a folder of that name")
+    assert_refused(result, "has no copy of ptb, ag_news: a copy is a folder of that name")
 
 
 def test_without_copies_and_network_every_set_is_named(bd3lm, model_folder):
