@@ -6,6 +6,7 @@ and the model is as fast as its base.
 """
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,7 +114,9 @@ def merge_adapter(base: Any, name: str) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(base, name).merge_and_unload().requires_grad_(True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses names that transformers has renamed
+            return PeftModel.from_pretrained(base, name).merge_and_unload().requires_grad_(True)
     except Exception as error:  # a damaged file makes the libraries raise nearly anything
         raise ValueError(
             f"The adapter {name!r} cannot be applied to its base model: {type(error).__name__}: {error}"
