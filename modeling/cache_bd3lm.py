@@ -436,8 +436,6 @@ def check_cache(cache: Cache, buffer: "SequenceBuffer", config: Any) -> None:
     if not held:
         return
     check_rows(cache, len(buffer.token_ids), config)
-    if getattr(config, "alignment", "same") != "same":
-        last_clean(cache)
     starts = getattr(cache, "row_start", None)
     aligned = (
         buffer.key_valid is None
@@ -455,6 +453,9 @@ def check_cache(cache: Cache, buffer: "SequenceBuffer", config: Any) -> None:
             f"past_key_values holds {held} tokens but the prompt has {shortest}: pass the whole text so "
             f"far as input_ids, the cached part included."
         )
+    # A finished block that is read before the first one is written leaves its own state.
+    if getattr(config, "alignment", "same") != "same" and shortest - held < buffer.block_size:
+        last_clean(cache)
     check_tokens(cache, buffer.token_ids)
 
 

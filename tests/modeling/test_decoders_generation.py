@@ -116,6 +116,16 @@ def test_weights_that_are_offloaded_score_and_write_the_same(family, tmp_path):
     torch.testing.assert_close(offloaded.token_nll(ids, estimator="exact").nll, expected)
 
 
+def test_a_cache_of_keys_and_values_alone_needs_a_block_to_read_where_predictions_are_shifted():
+    model, ids, cache = tiny_decoder("llama", alignment="shifted"), random_ids(2, 10), DynamicCache()
+    with torch.no_grad():
+        model(ids[:, :BLOCK], past_key_values=cache, use_cache=True)
+    del cache.clean_hidden  # as of a cache whose rows were put side by side
+    with pytest.raises(ValueError, match="holds no hidden state of its last token"):
+        write(model, ids[:, :6], past_key_values=cache)
+    assert torch.equal(write(model, ids, past_key_values=cache), write(model, ids))
+
+
 def test_learned_positions_end():
     with pytest.raises(ValueError, match="max_length=70"):
         write(tiny_decoder("gpt2"), random_ids(1, 6), max_new_tokens=64)
