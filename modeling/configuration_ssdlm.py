@@ -30,7 +30,8 @@ class SSDLMConfig(PreTrainedConfig):
         model_length (`int`, defaults to 200): tokens of a training sequence and of the window, the block included.
         one_hot_value (`float`, defaults to 5.0): K, the scale of the almost-one-hot logits and of the noise.
         num_train_timesteps (`int`, defaults to 5000): steps T of the training schedule.
-        bos_token_id, eos_token_id, pad_token_id, mask_token_id: special tokens; the mask is never generated.
+        bos_token_id, eos_token_id, pad_token_id, mask_token_id: special tokens of the encoder. The mask, by default
+            the last id as RoBERTa's, has no part in this diffusion.
 
     Raises:
         ValueError: if a block leaves no room for context in the window, K <= 0, T < 1, or the encoder is unknown or

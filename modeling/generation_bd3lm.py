@@ -73,6 +73,7 @@ class BlockGenerationMixin(_Generative):
     generator_per_row = True  # `generate` also takes a list of generators, one for each row of the batch
 
     generation_config_class: Any
+    masks_text = True  # new tokens begin as the mask token, which stands in no prompt and is never written
     _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]
 
     @property
@@ -154,7 +155,7 @@ class BlockGenerationMixin(_Generative):
     ) -> torch.Tensor:
         # Tokenizers without a padding token may be given the mask token as one. A mask token in a text is a blank:
         # without an attention_mask it must not be taken for padding.
-        if generation_config.pad_token_id == self.config.mask_token_id:
+        if self.masks_text and generation_config.pad_token_id == self.config.mask_token_id:
             return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
         return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, *args, **kwargs)
 
@@ -187,7 +188,8 @@ class BlockGenerationMixin(_Generative):
         if allowed is not None:
             # A row whose prefix is not revealed yet is scored in another call: the caller's function never sees it.
             def allowed_after(row: int, prefix: torch.Tensor) -> list[int]:
-                return [mask] if (prefix[input_ids_seq_length:] == mask).any() else allowed(row, prefix)
+                is_hidden = self.masks_text and (prefix[input_ids_seq_length:] == mask).any()
+                return [mask] if is_hidden else allowed(row, prefix)
 
             kwargs["prefix_allowed_tokens_fn"] = allowed_after
         return super()._get_logits_processor(generation_config, input_ids_seq_length, **kwargs)
@@ -264,7 +266,7 @@ class BlockGenerationMixin(_Generative):
                 "on one device first, or pass synced_gpus=False where every process holds whole weights."
             )
         self._check_prompt(input_ids, attention_mask, model_kwargs.get("generator"))
-        if ((input_ids == self.config.mask_token_id) & attention_mask.bool()).any():
+        if self.masks_text and ((input_ids == self.config.mask_token_id) & attention_mask.bool()).any():
             instead = "; model.infill(input_ids) does" if hasattr(self, "infill") else ""
             raise ValueError(
                 f"the prompt holds mask_token_id={self.config.mask_token_id}: generate continues a text and does not "

@@ -22,7 +22,7 @@ from .decoding_bd3lm import BD3LMGenerateOutput, ScoreRecord
 from .decoding_state_bd3lm import SequenceBuffer, StopRules, pad_left
 from .generation_bd3lm import BlockGenerationMixin, write_blocks
 from .generation_config_bd3lm import check_choice, check_count, check_probability
-from .logits_process_bd3lm import PositionProcessors, never_generated
+from .logits_process_bd3lm import PositionProcessors
 from .samplers_bd3lm import Generators, random_uniform, sample_categorical
 from .simplex_ssdlm import PROJECTIONS, noisy_logits, simplex_schedule
 
@@ -78,8 +78,8 @@ class SimplexWriter:
 
     Args:
         prompt: `(batch, width)`, padded on the left.
-        generation_config: read for `context`, `projection`, `top_p`, `num_denoising_steps`, the ids that are never
-            generated, and which scores are recorded.
+        generation_config: read for `context`, `projection`, `top_p`, `num_denoising_steps`, and which scores are
+            recorded.
         draws: source of the random numbers.
     """
 
@@ -93,8 +93,7 @@ class SimplexWriter:
         draws: SimplexDraws,
     ) -> None:
         self.model, self.buffer, self.draws = model, buffer, draws
-        forbidden = never_generated(model.config.mask_token_id, generation_config)
-        self.processors = PositionProcessors(processors, buffer, prompt, forbidden)
+        self.processors = PositionProcessors(processors, buffer, prompt)
         self.scale: float = model.config.one_hot_value
         self.num_steps: int = generation_config.num_denoising_steps
         self.top_p: float = generation_config.top_p
@@ -129,7 +128,6 @@ class SimplexWriter:
             normal = self.draws.normal(numbers, shape, device) if step > 1 else None
             logits = self.model.denoise(context, mask, noisy, t / self.num_steps)
             self.num_forward_passes += 1
-            logits.index_fill_(-1, self.processors.forbidden, -torch.inf)
             projected = torch.empty_like(logits)
             scores = self._choose(begin, live, logits, numbers, None if normal is None else projected)
             # 3. Less noise
@@ -238,9 +236,13 @@ def check_simplex_fields(config: Any) -> None:
 
 
 class SSDLMGenerationMixin(BlockGenerationMixin):
-    """`generate` for simplex diffusion. `generator` may be a list with one for each row of the batch."""
+    """`generate` for simplex diffusion. `generator` may be a list with one for each row of the batch.
+
+    As published, any token may be written, special tokens included; `suppress_tokens` takes those that must not be.
+    """
 
     generation_config_class = SSDLMGenerationConfig
+    masks_text = False
     draws_class = SimplexDraws  # source of the random numbers of a call
 
     def _prepare_generation_config(

@@ -137,8 +137,8 @@ class PositionProcessors:
         """
         if self.can_forbid_all and self._no_token_left:
             raise ValueError(
-                "the logits processors forbid every token at some position (the mask token is never generated, nor "
-                "is padding unless it is also the end token): loosen the constraints."
+                "the logits processors forbid every token at some position (a model that masks text writes "
+                "neither the mask token nor padding, unless that is also the end token): loosen the constraints."
             )
 
     def _process(self, scores: torch.Tensor, row: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
