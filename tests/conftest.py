@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -33,6 +34,9 @@ from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 
 # Models this small gain nothing from a second thread, and wait long for it on a busy machine.
 torch.set_num_threads(1)
+
+# A shell lets its background jobs, and so the processes that they start, ignore SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

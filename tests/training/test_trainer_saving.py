@@ -51,7 +51,6 @@ def test_a_signal_ends_a_run_with_a_checkpoint_to_resume_from(make_trainer, tmp_
 
 
 def test_signals_are_left_alone_on_request(make_trainer):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background starts without
     trainer = make_trainer(save_on_signal=False)
     trainer.add_callback(_Signal(signal.SIGINT, 1))
     with pytest.raises(KeyboardInterrupt) as error:
