@@ -269,7 +269,7 @@ def unigram_of(model: Any, sequences: TrainingSequences, batch_size: int) -> flo
 
 
 def text_from_folder(training: BD3LMTrainingArguments) -> str:
-    """Generate text as a user of the folder would: in the pipeline, with the code that was saved there."""
+    """Generate text with what a user's pipeline loads from the folder: the model by the code that was saved there."""
     unset_hf_deepspeed_config()  # ZeRO-3 would take the weights of every model that is loaded apart
     generator = pipeline("text-generation", model=training.output_dir, trust_remote_code=True)
     options = sample_options(generator.model, training.sample_nucleus_p)
