@@ -188,9 +188,11 @@ def encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
     """Return the token ids of a text to continue: without the end token that some tokenizers, as BERT's, add."""
-    ids, plain = list(tokenizer(text, **options)["input_ids"]), encode_plain(text, tokenizer)
-    is_added = plain and ids[-1] == tokenizer.eos_token_id and ids[:-1][-len(plain) :] == plain
-    return ids[:-1] if is_added else ids
+    ids = list(tokenizer(text, **options)["input_ids"])
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        return ids
+    plain = encode_plain(text, tokenizer)  # without it, if the text itself does not end so
+    return ids[:-1] if plain and ids[:-1][-len(plain) :] == plain else ids
 
 
 def limit_to_window(tokenizer: PreTrainedTokenizerBase, config: "BD3LMConfig") -> None:
