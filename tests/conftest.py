@@ -66,7 +66,7 @@ SPECIAL_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad
 
 @pytest.fixture(scope="module")
 def recorded(request) -> dict[str, torch.Tensor]:
-    """What the published code recorded, of the golden folder that a test file calls RECORDED."""
+    """Outputs of the published code, from the golden folder that the test file names as RECORDED."""
     return load_recorded(request.module.RECORDED)
 
 

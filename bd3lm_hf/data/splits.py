@@ -48,7 +48,7 @@ def split_to_read(splits: Sequence[str], spec: DatasetSpec, split: str) -> str:
     if origin is None or origin not in splits:
         raise ValueError(
             f"The dataset {spec.name!r} has no split {split!r}; its source has: {', '.join(splits)}"
-            + (f"; there are: {', '.join(spec.splits)}." if spec.splits else ". Save one of them by save_to_disk.")
+            + (f"; there are: {', '.join(spec.splits)}." if spec.splits else ". Save one of them and name its folder.")
         )
     return origin
 

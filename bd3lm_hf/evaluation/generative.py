@@ -135,7 +135,7 @@ def _generate(
 
 
 def has_low_entropy(ids: Sequence[int], settings: Mapping[str, Any]) -> bool:
-    """Whether the last tokens of a text have an entropy below `entropy_stop`; a text of only so many never has."""
+    """Whether the end of a text, which must be longer than `entropy_stop_window`, has less than `entropy_stop`."""
     threshold, window = settings.get("entropy_stop"), settings.get("entropy_stop_window", 0)
     return threshold is not None and len(ids) > window and text_entropy(ids[-window:]) < threshold
 

@@ -42,11 +42,7 @@ def test_columns_of_several_formats_are_refused() -> None:
         ("prompt_completion", {"a": "string", "b": "int64"}, "'prompt'; its columns are: a, b"),
         ("prompt_completion", {"prompt": OBJECTS, "completion": OBJECTS}, "'prompt' .*data_format='messages'"),
         ("messages", {"a": "string", "prompt": "string", "completion": "string"}, "'messages'; its columns are: a"),
-        (
-            "text",
-            {"a": "string", "b": "string"},
-            "Set text_column.*'prompt' and 'completion', or 'messages'.*: a, b",
-        ),
+        ("text", {"a": "string", "b": "string"}, "Set text_column.*'prompt' and 'completion', or 'messages'.*: a, b"),
         ("text", {"id": "string", "chats": OBJECTS}, "Set text_column.*: id, chats"),
         ("text", {"id": "string", "body": "dict"}, "Set text_column.*: id, body"),
         ("text", {"prompt": "string", "completions": "list<element: string>"}, "Set text_column.*: prompt, comp"),
