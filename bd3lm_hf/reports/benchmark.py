@@ -1,11 +1,10 @@
 """`bd3lm bench`: speed and memory of block diffusion next to a named rival, in one run.
 
 The rival is transformers' GPT-2 with its 124 M parameters; ours has the same width and depth, 170 M with its head.
-With `--decoder qwen3` it is the stock decoder, and ours is block diffusion on the same weights.
-Absolute times drift with the machine, so both are timed in turn and the figure to quote is the median of the pairwise
-ratios. Peak memory is that of a fresh process which does one thing only. `--noise-draws 1 2 4 --model M` measures the
-variance of the gradient instead, and `--estimators published stratified:4 exact --model M` that of estimates of the
-likelihood (`variance.py`).
+With `--decoder qwen3` the rival is the stock decoder, and ours is block diffusion on it. Absolute times drift with the
+machine, so both are timed in turn, and the figure to quote is the median of the pairwise ratios. Peak memory is
+measured in a fresh process that does nothing else. `--noise-draws 1 2 4 --model M` instead measures the variance of
+the gradient, `--estimators published stratified:4 exact --model M` that of likelihood estimates (`variance.py`).
 """
 
 import argparse
@@ -34,23 +33,23 @@ BATCH_SIZE = 2
 
 
 class TimedPair(NamedTuple):
-    """Our time over the rival's."""
+    """Our time relative to the rival's."""
 
     ours: float  # seconds, median
     rival: float  # seconds, median
     ratio: float  # median of the pairwise ratios
-    spread: tuple[float, float]  # least and greatest ratio
+    spread: tuple[float, float]  # smallest and largest ratio
 
 
 def build(name: str) -> PreTrainedModel:
-    """Return a model with random weights: `"bd3lm"`, `"gpt2"`, a decoder (`"qwen3"`) or block diffusion on it.
+    """Return a random model: `"bd3lm"`, `"gpt2"`, a decoder (`"qwen3"`) or block diffusion on one (`"bd3lm_qwen3"`).
 
-    The last is named `"bd3lm_qwen3"`. All have 12 layers of width 768 and no dropout (so they do the same work).
+    All have 12 layers of width 768 and no dropout, so they do the same work.
     """
     torch.manual_seed(0)
     if name == "gpt2":
         config = GPT2Config(vocab_size=VOCAB_SIZE, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        config.n_positions = 2048  # a prompt and 1,024 tokens after it
+        config.n_positions = 2048  # room for a prompt and 1,024 new tokens
         rival = GPT2LMHeadModel(config)
         rival.generation_config.eos_token_id = None
         rival.generation_config.pad_token_id = 0
@@ -78,7 +77,7 @@ def _build_decoder(name: str) -> PreTrainedModel:
 
 
 def training_step(model: PreTrainedModel, length: int) -> None:
-    """Forward and backward pass over a batch of two texts."""
+    """Run the forward and backward pass over a batch of two texts."""
     model.train()
     tokens = torch.randint(0, VOCAB_SIZE - 1, (BATCH_SIZE, length), generator=torch.Generator().manual_seed(0))
     model(input_ids=tokens, labels=tokens).loss.backward()
@@ -86,15 +85,15 @@ def training_step(model: PreTrainedModel, length: int) -> None:
 
 
 def generation(model: Any, new_tokens: int, batch_size: int = 1) -> None:
-    """Sample texts of exactly `new_tokens` tokens after a prompt of one block; both models cache."""
+    """Sample texts of exactly `new_tokens` tokens after a prompt of one block; both models use a cache."""
     model.eval()
     prompt = torch.arange(1, 5).expand(batch_size, -1)
-    written = model.generate(prompt, max_new_tokens=new_tokens, do_sample=True, top_k=0)
-    assert written.shape == (batch_size, 4 + new_tokens)
+    texts = model.generate(prompt, max_new_tokens=new_tokens, do_sample=True, top_k=0)
+    assert texts.shape == (batch_size, 4 + new_tokens)
 
 
 def compare_times(ours: Callable[[], None], rival: Callable[[], None], repeats: int) -> TimedPair:
-    """Time two tasks in turn, after one turn that does not count."""
+    """Time two tasks in turn, after one warm-up round."""
     times: list[tuple[float, float]] = []
     for _ in range(repeats + 1):
         pair = []
@@ -114,13 +113,13 @@ def compare_times(ours: Callable[[], None], rival: Callable[[], None], repeats: 
 
 
 def batch_gain(model: PreTrainedModel, new_tokens: int, batch_size: int, repeats: int) -> float:
-    """Tokens per second of a batch over those of a single text, the median of pairs."""
+    """Return the tokens per second of a batch relative to a single text, the median of pairs."""
     alone = functools.partial(generation, model, new_tokens)
     return batch_size / compare_times(functools.partial(alone, batch_size), alone, repeats).ratio
 
 
 def peak_memory(name: str, length: int) -> float:
-    """Peak resident memory in GB (10^9 bytes) of a fresh process that takes two training steps."""
+    """Return the peak resident memory, in GB (10^9 bytes), of a fresh process that takes two training steps."""
     code = (
         f"import torch; torch.set_num_threads({torch.get_num_threads()}); "
         "from bd3lm_hf.reports import benchmark as b; "
@@ -131,17 +130,17 @@ def peak_memory(name: str, length: int) -> float:
 
 
 def peak_of_process() -> float:
-    """Peak resident memory of this process in GB."""
+    """Return the peak resident memory of this process in GB."""
     status = Path("/proc/self/status")
     if status.is_file():
-        # getrusage would count the parent's peak too: Linux hands it on to a child.
+        # getrusage would include the parent's peak, which a child inherits on Linux.
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run `bd3lm bench`: measure what the arguments ask for and print it."""
+    """Run `bd3lm bench`: print the measurements that the arguments select."""
     if arguments.repeats < 1 or arguments.threads < 1:
         raise ValueError(f"--repeats {arguments.repeats} --threads {arguments.threads}: give at least 1 of each.")
     if min([*arguments.lengths, *arguments.new_tokens, *arguments.batch_sizes], default=1) < 1:
@@ -151,7 +150,7 @@ def run(arguments: argparse.Namespace) -> None:
         compare_with_rival(arguments)
         return
     if arguments.noise_draws is not None and arguments.estimators is not None:
-        raise ValueError("--noise-draws and --estimators are two measurements: take one at a time.")
+        raise ValueError("--noise-draws and --estimators are separate measurements: choose one.")
     flag = "--noise-draws" if arguments.estimators is None else "--estimators"
     if arguments.model is None:
         raise ValueError(f"{flag} measures a trained model: name its folder with --model.")
@@ -165,13 +164,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def compare_with_rival(arguments: argparse.Namespace) -> None:
-    """Print a table of ratios, in markdown."""
+    """Print a markdown table of times and ratios."""
     decoder = arguments.decoder
     names = ("bd3lm", "gpt2") if decoder is None else (f"bd3lm_{decoder}", decoder)
     titles = ("BD3-LM", "GPT-2") if decoder is None else names
     ours, rival = (build(name) for name in names)
     print(f"torch {torch.__version__}, {arguments.threads} CPU threads, float32, 12 layers of width 768, block size 4")
-    print(f"| task | {titles[0]} | {titles[1]} | ratio | least - greatest |\n|---|---|---|---|---|")
+    print(f"| task | {titles[0]} | {titles[1]} | ratio | min - max |\n|---|---|---|---|---|")
     for name, length, task in tasks(arguments):
         repeats = arguments.repeats if length < 1024 else -(-arguments.repeats // 2)
         result = compare_times(functools.partial(task, ours), functools.partial(task, rival), repeats)
@@ -187,15 +186,15 @@ def compare_with_rival(arguments: argparse.Namespace) -> None:
 
 
 def tasks(arguments: argparse.Namespace) -> Iterator[tuple[str, int, Callable[[PreTrainedModel], None]]]:
-    """Yield name, length and work of everything that is timed."""
+    """Yield the name, the length and the function of each timed task."""
     for length in arguments.lengths:
         yield f"training step, 2 x {length}", length, functools.partial(training_step, length=length)
     for count in arguments.new_tokens:
-        yield f"writing {count} tokens", count, functools.partial(generation, new_tokens=count)
+        yield f"generating {count} tokens", count, functools.partial(generation, new_tokens=count)
     for size in arguments.batch_sizes if arguments.new_tokens else []:
         count = arguments.new_tokens[0]
-        written = functools.partial(generation, new_tokens=count, batch_size=size)
-        yield f"writing {size} x {count} tokens", count, written
+        task = functools.partial(generation, new_tokens=count, batch_size=size)
+        yield f"generating {size} x {count} tokens", count, task
 
 
 if __name__ == "__main__":

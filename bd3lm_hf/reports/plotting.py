@@ -1,4 +1,4 @@
-"""The style of every picture, lines over the steps of training, and quality over forward passes."""
+"""The style of all figures, curves over training steps, and quality against tokens per forward pass."""
 
 import io
 import re
@@ -11,22 +11,22 @@ import numpy as np
 from bd3lm_hf.reports.run_reader import Named, finite
 
 
-#: Distinct in every common form of colour blindness, with a contrast of 3:1 and more; lines differ in form as well.
+#: Distinct in every common form of colour blindness, with a contrast of at least 3:1; line styles differ too.
 COLOURS = ("#0072b2", "#c4500a", "#007a5e", "#a84f86", "#82660a", "#4a4fa8", "#5f6368")
 _LINES, MARKERS = ("-", "--", "-.", ":"), "os^Dv"
 
-#: Text, axes and grid. In the page these, and the colours above, are variables that follow the reader's scheme.
+#: Text, axes and grid. In the page these and the colours above are CSS variables that follow the reader's scheme.
 INK, SOFT, GRID = "#1d2129", "#646b79", "#e2dfd8"
 VARIABLES = {INK: "ink", SOFT: "soft", GRID: "line", **{colour: f"c{n}" for n, colour in enumerate(COLOURS)}}
 FACE = 7.5, 3.9  # inches
 
 
 class Figure(NamedTuple):
-    """A drawing and what it shows."""
+    """A drawing and its caption."""
 
-    name: str  # of its file, without the ending
+    name: str  # of its file, without the extension
     caption: str
-    drawn: Any  # of matplotlib
+    drawn: Any  # a figure of matplotlib
 
 
 def check_matplotlib() -> None:
@@ -34,7 +34,7 @@ def check_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise ValueError("pictures need matplotlib: pip install 'bd3lm-hf[plots]'.") from error
+        raise ValueError("plots need matplotlib: pip install 'bd3lm-hf[plots]'.") from error
 
 
 class Line(NamedTuple):
@@ -71,8 +71,8 @@ def draw_lines(axes: Any, lines: Sequence[Line], *, smooth: bool = False, final:
 
 
 def _write_final_values(axes: Any, values: Sequence[float], form: str) -> None:
-    """Write values at their height outside of the axes, where they cross neither lines nor one another."""
-    axes.get_ylim()  # brings the limits up to date, on which the transformation depends
+    """Write values at their height to the right of the axes, where they overlap neither lines nor each other."""
+    axes.get_ylim()  # updates the limits, on which the transformation depends
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = [float(to_axes.transform((0, value))[1]) for value in values]
     lowest = -np.inf
@@ -90,21 +90,21 @@ def _write_final_values(axes: Any, values: Sequence[float], form: str) -> None:
 
 
 def speed_quality_figure(named: Named, number: int) -> Figure | None:
-    """Draw generative perplexity and entropy over the tokens of a forward pass, a curve per sampler."""
+    """Draw generative perplexity and entropy against tokens per forward pass, one curve per sampler."""
     points = [point for point in named.content["points"] if finite(point, "perplexity") is not None]
     if not points:
         return None
     caption = (
-        f"{named.name}: the cost of writing several tokens at once. Bars are one standard error; lower is better."
+        f"{named.name}: the cost of generating several tokens at once. Bars are one standard error; lower is better."
     )
     return Figure(f"quality-{number}", caption, draw_speed_quality(points, named.content["judge"], named.name))
 
 
 def draw_speed_quality(points: Sequence[Mapping[str, Any]], reference: str, title: str) -> Any:
-    """Return a drawing of generative perplexity (log axis) and, if it was measured, of entropy below.
+    """Return a drawing of generative perplexity (log axis) and, if it was measured, of entropy below it.
 
     Args:
-        points: measurements as a result file of `bd3lm quality` has them.
+        points: measurements, as in a result file of `bd3lm quality`.
         reference: name of the reference model.
     """
     from matplotlib.figure import Figure as Drawing
@@ -148,7 +148,7 @@ def draw_speed_quality(points: Sequence[Mapping[str, Any]], reference: str, titl
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Return colour and dashes of the line with this number."""
+    """Return the colour and dashes of the line with this index."""
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": _LINES[index % len(_LINES)]}
 
 
@@ -169,7 +169,7 @@ def new_axes() -> tuple[Any, Any]:
 
 
 def dress(axes: Any) -> None:
-    """Give axes the style of all pictures."""
+    """Apply the style of all figures to axes."""
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.patch.set_visible(False)
@@ -193,7 +193,7 @@ def as_svg(figure: Figure) -> str:
     """Return an SVG element that takes its colours from the page."""
     text = _saved(figure, "svg").decode()
     text = text[text.index("<svg") :]
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # names that several figures of a page would share
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # ids that several figures on a page would share
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
     width, height = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', text).groups()  # type: ignore[union-attr]
@@ -201,7 +201,7 @@ def as_svg(figure: Figure) -> str:
 
 
 def as_png(figure: Figure) -> bytes:
-    """Return a PNG on white."""
+    """Return a PNG with a white background."""
     return _saved(figure, "png")
 
 
@@ -209,18 +209,18 @@ def _saved(figure: Figure, kind: str) -> bytes:
     import matplotlib
 
     file = io.BytesIO()
-    # Two calls give the same bytes: no date, and names that depend on the figure alone.
+    # Two calls return the same bytes: no date, and ids that depend on the figure only.
     settings: Any = {"svg.hashsalt": figure.name, "svg.fonttype": "none", "font.family": "DejaVu Sans"}
     how: dict[str, Any] = {"metadata": {"Date": None}, "transparent": True} if kind == "svg" else {"dpi": 144}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name in a script that the font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # names in a script that the font lacks
         figure.drawn.savefig(file, format=kind, **how)
         figure.drawn.set_layout_engine("none")  # the layout is done; the other format shares it
     return file.getvalue()
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Return the running mean over a twentieth of the values, over fewer at the start and the end."""
+    """Return the running mean over a twentieth of the values, over fewer near the start and the end."""
     count, sums = len(values), np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(count)
     half = np.minimum(index, count // 40)

@@ -1,13 +1,13 @@
-"""`bd3lm report`: write a page and pictures of the results of runs and evaluations.
+"""`bd3lm report`: write a page of tables, figures and samples from the results of runs and evaluations.
 
 bd3lm report RUN... [--output report.html]
 
-RUN is the folder of a training run, finished or not; a folder that holds runs or results; or a result file: of eval,
-quality or compare (.json), or samples (.jsonl). The page needs no other file; its figures are also written as PNG.
-`report.html` renders and escapes the sections of the page.
+RUN is the folder of a training run, finished or not; a folder of runs or result files; or a result file of eval,
+quality or compare (.json), or of samples (.jsonl). The page needs no other file; its figures are also written as PNG.
+The template `report.html` renders and escapes the sections of the page.
 
-A table is made of records, which are mappings, and of columns, which name a field of them. Columns without a single
-value are left out.
+A table is made from records, which are mappings, and columns, each of which names a field of the records. Columns
+without any value are left out.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from bd3lm_hf.user_files import begins_with, check_output_file, write_atomically
 
 
 def write_report(paths: Sequence[Path], output: Path, *, overwrite: bool = False) -> list[Path]:
-    """Read, draw, and write the page and its pictures, `<name of the page>-<figure>.png`.
+    """Read the results and write the page and its figures, `<name of the page>-<figure>.png`.
 
-    Equal files give equal bytes: nothing in the page comes from a clock.
+    Equal inputs give equal bytes: nothing in the page depends on the time.
 
     Returns:
         The files, the page first.
@@ -40,7 +40,7 @@ def write_report(paths: Sequence[Path], output: Path, *, overwrite: bool = False
     is_ours = begins_with(b'<meta name="generator" content="bd3lm_hf')
     check_output_file(output, "--output", is_ours=is_ours, overwrite=overwrite)
     if output.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--output {output}: a report is a page, so its name ends in .html.")
+        raise ValueError(f"--output {output}: a report is an HTML page, so its name must end in .html.")
     check_matplotlib()
     text, figures = _render_named(paths)
     write_atomically(output, text)
@@ -58,26 +58,26 @@ def _render(paths: Sequence[Path]) -> tuple[str, dict[str, list[Figure]]]:
 
 
 def _render_named(paths: Sequence[Path]) -> tuple[str, dict[str, list[Figure]]]:
-    """Render the page, and name the file whose fields are missing or of another type if that fails."""
+    """Render the page; if that fails, name the file with a missing field or one of the wrong type."""
     try:
         return _render(paths)
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         if isinstance(error, ValueError) and any(str(path) in str(error) for path in paths):
             raise
-        # Fields are only used while drawing, long after their file was read: try one at a time.
+        # Fields are used only while drawing, long after their file was read: try each file alone.
         for path in paths:
             try:
                 _render([path])
             except Exception as reason:
                 raise ValueError(
-                    f"{path}: its results are damaged or not ours, with a field that is missing or of another type "
+                    f"{path}: its results are damaged or not ours: a field is missing or has the wrong type "
                     f"({type(reason).__name__}: {reason})."
                 ) from error
         raise
 
 
 def draw(material: Material) -> dict[str, list[Figure]]:
-    """Return every figure that there are numbers for, by section of the page."""
+    """Return every figure that has data, by section of the page."""
     noise = [intervals(material.runs), *(variances(run, n) for n, run in enumerate(material.runs, start=1))]
     samplers = [speed_quality_figure(named, number) for number, named in enumerate(material.qualities, start=1)]
     return {
@@ -94,9 +94,9 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{written[0]}, and {count} figure{'' if count == 1 else 's'} as {written[0].stem}-*.png")
 
 
-_MOST_SAMPLES = 8  # of a file of samples
+_MAX_SAMPLES = 8  # per samples file
 _LONGEST_SAMPLE = 4000  # characters
-# Fields of a result that tell what produced it.
+# Fields of a result that record what produced it.
 _HASHES = ("config_sha256", "weights_sha256", "model_weights", "tokenizer_sha256", "data_sha256")
 _ORIGIN = (
     *("seed", "seconds", "processes", "device", "dtype", "bd3lm_hf", "torch", "transformers", "datasets", "python"),
@@ -107,7 +107,7 @@ Record = Mapping[str, Any]
 
 
 class Cell(NamedTuple):
-    """A cell of a table; a number competes with the others of its column."""
+    """A cell of a table; its number competes with the others in its column."""
 
     text: str
     value: float | None = None
@@ -119,16 +119,16 @@ class Column(NamedTuple):
 
     title: str
     field: str  # of a record
-    form: str = ""  # format of a number; empty for text
-    best: Callable[[Iterable[float]], float] | None = None  # min or max, where the numbers compete
-    error: str = ""  # field of its standard error
+    form: str = ""  # format of the numbers; empty for text
+    best: Callable[[Iterable[float]], float] | None = None  # min or max, to mark the best number
+    error: str = ""  # field with the standard error
     scale: float = 1.0
 
 
 class Table(NamedTuple):
     """A table; its first column names the rows."""
 
-    columns: list[tuple[str, bool]]  # titles, and whether they have numbers
+    columns: list[tuple[str, bool]]  # title of each, and whether it has numbers
     rows: list[list[Cell]]
     title: str = ""
     note: str = ""
@@ -138,7 +138,7 @@ class Table(NamedTuple):
 class Section(NamedTuple):
     """A section of the page."""
 
-    name: str  # of its address
+    name: str  # of its anchor
     title: str
     note: str = ""
     figures: Sequence[Figure] = ()
@@ -178,7 +178,7 @@ def table(columns: Sequence[Column], records: Sequence[Record], *, group: str = 
     """Return a table in which the best number of each group of records is marked.
 
     Args:
-        group: field of the records that compete with one another; by default all of them do.
+        group: a field; only records with the same value of it compete. By default all do.
         texts: title, note and `is_folded` of the table.
     """
     kept, cells = [], []
@@ -208,7 +208,7 @@ def _cell(column: Column, record: Record) -> Cell:
 def _mark_best(cells: list[Cell], groups: list[str], best: Any) -> list[Cell]:
     marked = []
     for cell, group in zip(cells, groups, strict=True):
-        rivals = {its.value for its, where in zip(cells, groups, strict=True) if where == group} - {None}
+        rivals = {other.value for other, its_group in zip(cells, groups, strict=True) if its_group == group} - {None}
         is_best = best is not None and len(rivals) > 1 and cell.value == best(rivals)
         marked.append(cell._replace(is_best=is_best))
     return marked
@@ -219,28 +219,28 @@ def _mark_best(cells: list[Cell], groups: list[str], best: Any) -> list[Cell]:
 _PERPLEXITY = (
     "Lower is better. ≤ marks an upper bound, or an estimate of it from random noise: the model's perplexity is "
     "lower. ± is one standard error. The star marks the lowest of those scored on the same tokens. Perplexities "
-    "compare within one vocabulary only, bits per byte across vocabularies."
+    "can be compared within one vocabulary only, bits per byte across vocabularies."
 )
 _NOISE = (
-    "In training, a random share of each block is masked. How much that share varies decides how noisy the loss is. "
-    "The search measures the noise for several intervals and keeps the one where it is lowest."
+    "In training, a random share of each block is masked. How much that share varies determines how noisy the loss "
+    "is. The search measures the noise for several intervals and keeps the one where it is lowest."
 )
 _COMPARED = (
     "Models trained on the same text. ≤ marks an upper bound, or an estimate of it. Generative perplexity is that of "
     "their samples under one judge; it means little where the entropy is low, as in text that repeats itself."
 )
-_SCORED = "Samples scored by a judge. Figures compare under one judge only."
+_SCORED = "Samples scored by a judge. Numbers can be compared under the same judge only."
 
 
 def _final_score(run: Run) -> dict[str, Any]:
-    """Return the score of a run after training, with what it is a score of."""
+    """Return the score of a run after training, with its dataset and estimator."""
     about = {"model": run.name, "dataset": run.held_out, "estimator": run.estimator(final=True)}
     unigram = finite(run.results, "unigram_perplexity")
     return _scored({**(run.results.get("after") or {}), **about, "bound": not run.is_exact, "unigram": unigram})
 
 
 def _evaluation(result: Record) -> dict[str, Any]:
-    bound = result.get("bound", True) is not False  # of a result that does not say, nothing is claimed
+    bound = result.get("bound", True) is not False  # a result that does not say may be a bound
     about = {"model": _last_name(result.get("model")), "dataset": f"{result['dataset']} ({result.get('split')} split)"}
     estimator = describe_estimator(result.get("estimator"), result.get("num_samples"), bound=bound)
     return _scored({**result, **about, "estimator": estimator, "bound": bound})
@@ -347,11 +347,11 @@ def _quality(named: Named) -> Table:
 
 
 def _samples(material: Material) -> list[tuple[str, list[RunSample], int]]:
-    """Return the samples of each run and file, the last first, so that the state at the end is seen first."""
+    """Return the samples of each run and file, the latest first, so the final state comes first."""
     shown = []
     for name, samples in [*((run.name, run.samples) for run in material.runs), *material.samples]:
         if samples:
-            kept = [sample._replace(text=_cut(sample.text)) for sample in reversed(samples[-_MOST_SAMPLES:])]
+            kept = [sample._replace(text=_cut(sample.text)) for sample in reversed(samples[-_MAX_SAMPLES:])]
             shown.append((name, kept, len(samples) - len(kept)))
     return shown
 
@@ -362,7 +362,7 @@ def _cut(text: str) -> str:
 
 
 def _configuration(runs: Sequence[Run]) -> list[Table]:
-    """Return the fields of recipe and model, those in which the runs differ first."""
+    """Return the fields of recipe and model, first those in which the runs differ."""
     values = {run.name: {**run.config, **run.recipe} for run in runs}
     names = sorted({name for own in values.values() for name in own} - {"auto_map", "output_dir"})
     records = [{"": name, **{run: own.get(name) for run, own in values.items()}} for name in names]
@@ -377,7 +377,7 @@ def _configuration(runs: Sequence[Run]) -> list[Table]:
 
 
 def _versions(material: Material) -> list[Table]:
-    """Return the versions and seeds that produced the numbers, and the beginnings of hashes."""
+    """Return the versions and seeds that produced the numbers, with shortened hashes."""
     records: list[dict[str, Any]] = []
     for run in material.runs:
         facts = {

@@ -1,6 +1,6 @@
-"""Read what training runs, evaluations, comparisons and quality curves leave on disk; no model is loaded.
+"""Read the files of training runs, evaluations, comparisons and quality curves; no model is loaded.
 
-A run may still be training, or have been killed: what is there is read, and what is missing is named.
+A run may still be training, or have been killed: whatever exists is read, and what is missing is named.
 """
 
 import json
@@ -25,10 +25,10 @@ Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> steps, values
 
 
 _STATES = "checkpoint-*/trainer_state.json"
-_SIGNS = (RECIPE_NAME, RESULTS_NAME, SEARCH_NAME, _STATES)  # any of them makes a folder a run
+_RUN_FILES = (RECIPE_NAME, RESULTS_NAME, SEARCH_NAME, _STATES)  # a folder with any of them is a run
 _SAMPLE_HEAD, _SAMPLE_TAIL = "--- sample at step ", " ---"
 
-# Fields by which a result file is recognised, the most special first, and the list of `Material` that takes it.
+# List of `Material` -> fields that identify the result files it collects, the most specific first.
 _KINDS = {
     "qualities": {"judge", "points"},
     "suites": {"suite", "results"},
@@ -45,7 +45,7 @@ def finite(row: Mapping[str, Any], name: str) -> float | None:
 
 
 class RunSample(NamedTuple):
-    """A text that a model wrote."""
+    """A text that a model generated."""
 
     origin: str  # the step or the number of the text
     text: str
@@ -63,11 +63,11 @@ class Run:
     series: Series = field(default_factory=dict)
     searches: list[dict[str, Any]] = field(default_factory=list)
     samples: list[RunSample] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # sentences
+    missing: list[str] = field(default_factory=list)  # a sentence about each missing part
 
     @property
     def is_exact(self) -> bool:
-        """Whether scores of the model are likelihoods rather than bounds, as its class says."""
+        """Whether the model's scores are exact likelihoods rather than bounds, according to its class."""
         try:
             kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[self.config["model_type"]]]
         except KeyError:
@@ -78,12 +78,12 @@ class Run:
 
     @property
     def held_out(self) -> str:
-        """Dataset and split of the scores in training."""
-        dataset = f"{self.recipe.get('dataset', DEFAULT_DATASET)} (validation split)"  # a recipe leaves out defaults
+        """Dataset and split of the scores during training."""
+        dataset = f"{self.recipe.get('dataset', DEFAULT_DATASET)} (validation split)"  # a recipe omits defaults
         return str(self.results.get("held_out") or self.recipe.get("validation_dataset") or dataset)
 
     def estimator(self, *, final: bool) -> str:
-        """Return what the scores are: those of the evaluations, or the final one."""
+        """Describe the estimator of the evaluations during training, or of the final one."""
         if final and self.results.get("estimator"):
             return str(self.results["estimator"])
         name = self.recipe.get("eval_estimator", "stratified")
@@ -93,7 +93,7 @@ class Run:
 
 
 class Named(NamedTuple):
-    """The content of a result file under the name of the file."""
+    """The name and the content of a result file."""
 
     name: str
     content: Any
@@ -112,10 +112,10 @@ class Material:
 
 
 def read_material(paths: Sequence[Path]) -> Material:
-    """Read folders of runs, folders that hold such folders or result files, and result files.
+    """Read run folders, folders of runs or result files, and result files.
 
     Raises:
-        ValueError: if nothing is named, a path does not exist or has nothing to report on, or a file is broken.
+        ValueError: if no path is named, a path does not exist or has nothing to report, or a file is damaged.
     """
     if not paths:
         raise ValueError("name at least one run: the output folder of a training run, or a result file (.json).")
@@ -133,12 +133,12 @@ def read_material(paths: Sequence[Path]) -> Material:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a training run wrote to this folder."""
-    return folder.is_dir() and any(next(folder.glob(sign), None) is not None for sign in _SIGNS)
+    """Return whether a training run wrote to this folder."""
+    return folder.is_dir() and any(next(folder.glob(name), None) is not None for name in _RUN_FILES)
 
 
 def _expand(path: Path) -> list[Path]:
-    """Return the runs and result files that a path means; a file of a run means the run."""
+    """Return the runs and result files at a path; a file of a run refers to the run."""
     if path.is_file():
         return [path.parent if path.name in (RESULTS_NAME, SEARCH_NAME) and is_run(path.parent) else path]
     if is_run(path):
@@ -148,8 +148,8 @@ def _expand(path: Path) -> list[Path]:
     found += [child for child in inside if child.is_file() and child.suffix == ".json" and _kind(_read_json(child))]
     if not found:
         raise ValueError(
-            f"{path} is not a run and holds none: it has neither {', '.join(_SIGNS)} nor a result file (.json) of "
-            f"eval, quality or compare."
+            f"{path} is not a run and contains none: it has neither {', '.join(_RUN_FILES)} nor a result file (.json) "
+            f"of eval, quality or compare."
         )
     return found
 
@@ -160,7 +160,7 @@ def _read_into(material: Material, path: Path) -> None:
     elif path.suffix == ".jsonl":
         rows = _read_lines(path)
         if not rows or not all(isinstance(row.get("text"), str) for row in rows):
-            raise ValueError(f"{path} holds no samples: its lines have no `text`.")
+            raise ValueError(f"{path} contains no samples: its lines have no `text`.")
         texts = [RunSample(f"sample {row.get('index', number)}", row["text"]) for number, row in enumerate(rows)]
         material.samples.append(Named(path.stem, texts))
     else:
@@ -190,7 +190,7 @@ def read_run(folder: Path) -> Run:
     """Read the folder of a run.
 
     Raises:
-        ValueError: if a file is broken.
+        ValueError: if a file is damaged.
     """
     run = Run(name=folder.resolve().name, folder=folder)
     recipe = read_yaml(folder / RECIPE_NAME) if (folder / RECIPE_NAME).is_file() else {}
@@ -198,13 +198,13 @@ def read_run(folder: Path) -> Run:
     run.config, run.results = _read_object(folder / CONFIG_NAME), _read_object(folder / RESULTS_NAME)
     log = run.results.get("losses", [])
     if not run.results:
-        run.missing.append(f"{RESULTS_NAME} is not there: the run is still training, or was stopped")
+        run.missing.append(f"{RESULTS_NAME} is missing: the run is still training or was stopped")
         states = sorted(folder.glob(_STATES), key=lambda path: (len(path.parent.name), path.parent.name))
         if states:
-            run.missing.append(f"the curves reach to {states[-1].parent.name}")
+            run.missing.append(f"the curves end at {states[-1].parent.name}")
             log = _read_object(states[-1]).get("log_history", [])
         else:
-            run.missing.append("there are no curves yet: it has saved no checkpoint")
+            run.missing.append("there are no curves: it has not saved a checkpoint yet")
     run.series = series_of(log)
     if (folder / SEARCH_NAME).is_file():
         run.searches = _read_lines(folder / SEARCH_NAME)
@@ -230,7 +230,7 @@ def _read_samples(path: Path) -> list[RunSample]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a file of a run; empty without the file."""
+    """Return the JSON object in a file of a run, or an empty one if there is no such file."""
     return _check_object(_read_json(path), path, 1) if path.is_file() else {}
 
 
@@ -239,7 +239,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines; its writer may still be at the last one, which then has no end."""
+    """Return the objects of a JSON Lines file, except a last one that is still being written and has no newline."""
     lines = _read_text(path).split("\n")[:-1]
     return [_check_object(_parse(line, path, n), path, n) for n, line in enumerate(lines, start=1) if line.strip()]
 
@@ -267,7 +267,7 @@ def _read_text(path: Path) -> str:
 
 
 def series_of(log_history: Sequence[Mapping[str, Any]]) -> Series:
-    """Return every logged number over the steps; where a step was logged twice, the later entry counts."""
+    """Return every logged number by step; where a step was logged twice, the later entry wins."""
     found: dict[str, dict[int, float]] = {}
     for entry in log_history:
         for name, value in entry.items():

@@ -1,7 +1,7 @@
-"""Quality over speed: generative perplexity by how many tokens a sampler reveals per forward pass.
+"""Quality against speed: generative perplexity by how many tokens a sampler reveals per forward pass.
 
-A sampler that reveals several tokens in one forward pass samples them as if they were independent. A reference model
-that scores the texts measures what that costs; the entropy of their tokens, how varied they stay.
+A sampler that reveals several tokens in one forward pass samples them as if they were independent. The perplexity of
+the texts under a reference model measures what that costs; the entropy of their tokens, how varied they remain.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Point(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """A perplexity over another one."""
+    """The ratio of two perplexities."""
 
     value: float
     standard_error: float  # of the value
@@ -70,11 +70,11 @@ def quality_points(
     All texts have the same length: an end token does not end them, as in packed training text.
 
     Args:
-        curves: sampler -> fields of `generate`, the most cautious setting first.
-        prompts: token ids to continue, all of one length, a text for each; by default `num_samples` texts from
-            nothing.
-        new_tokens: of a text; by default as many as fit into the model's window.
-        generation: further fields of `generate`, the same for all.
+        curves: sampler -> fields of `generate`, the slowest setting first.
+        prompts: token ids to continue, all of the same length, one text each; by default `num_samples` texts begin
+            with the BOS token.
+        new_tokens: tokens per text; by default as many as fit into the model's window.
+        generation: further fields of `generate`, the same for all settings.
 
     Raises:
         ValueError: if the model has no samplers, a text is longer than its window, or there are too few texts for a
@@ -122,7 +122,7 @@ def quality_points(
 def _texts(
     model: Any, prompts: Sequence[list[int]], new_tokens: int, batch_size: int, seed: int, **fields: Any
 ) -> list[GeneratedText]:
-    """Generate a text for each prompt; it depends on the seed and its number only."""
+    """Generate a text for each prompt; it depends only on the seed and its index."""
     texts: list[GeneratedText] = []
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
@@ -132,7 +132,7 @@ def _texts(
 
 
 def compare_curves(point: Point, baseline: Point) -> Ratio:
-    """Return the perplexity of a point over that of a baseline with as many texts.
+    """Return the perplexity of a point relative to a baseline with the same number of texts.
 
     The error is that of the difference of two ratio estimates over pairs of texts, sqrt(n / (n - 1) sum_i d_i^2) with
     d_i = (nll_i - nll m_i) / sum m - (the same of the baseline), to first order.
@@ -147,7 +147,7 @@ def compare_curves(point: Point, baseline: Point) -> Ratio:
 
 
 def speed_quality_table(points: Sequence[Point]) -> str:
-    """Return a markdown table; the others are compared with the first point of all, and of each sampler."""
+    """Return a markdown table that compares each point with the first of all and the first of its sampler."""
     head = ("sampler", "setting", "tokens per forward", "in a batch", "perplexity", "over the first row")
     rows = []
     firsts: dict[str, Point] = {}
@@ -168,20 +168,20 @@ def speed_quality_table(points: Sequence[Point]) -> str:
 
 
 def plot_speed_quality(points: Sequence[Point], path: Path, *, judge: str) -> None:
-    """Draw generative perplexity and entropy over the tokens of a forward pass, a curve per sampler."""
+    """Draw generative perplexity and entropy against tokens per forward pass, one curve per sampler."""
     check_matplotlib()
-    title = f"quality over speed: {len(points[0].scores)} samples per setting"
+    title = f"quality against speed: {len(points[0].scores)} samples per setting"
     drawing = draw_speed_quality([point._asdict() for point in points], judge, title)
     kind = path.suffix.lower().removeprefix(".")
     content = io.BytesIO()
-    # The author, by which the command recognises its own file.
+    # The command recognises its own files by their author.
     metadata = {"Software" if kind == "png" else "Creator": "bd3lm_hf"}
     drawing.savefig(content, format=kind, dpi=144, metadata=metadata)
     write_atomically(path, content.getvalue())
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Generative perplexity by tokens per forward pass, for each sampler."""
+    """Run `bd3lm quality`: measure perplexity against tokens per forward pass for each sampler."""
     check_quality(arguments)
     if arguments.plot is not None:
         check_matplotlib()
@@ -189,7 +189,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def compare_samplers(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Measure every setting, print the table, write picture and data."""
+    """Measure every setting, print the table, and write the plot and the data."""
     reference, name = _reference_model(arguments, model, tokenizer)
     curves = {
         sampler: [{field: value} for value in getattr(arguments, field)] for sampler, (field, _) in CURVES.items()
@@ -212,7 +212,7 @@ def compare_samplers(arguments: argparse.Namespace, model: Any, tokenizer: PreTr
     ):
         points.append(point)
         if arguments.output is not None:
-            _write_points(arguments, points, name)  # what is finished stays if the command is stopped
+            _write_points(arguments, points, name)  # if the command is stopped, finished settings are kept
     shown = ["greedy"] if arguments.greedy else [f"{field} {fields[field]:g}" for field in SHARED_FIELDS]
     print(f"judge: {name}; {len(points[0].scores)} texts per setting, {', '.join(shown)}")
     print(speed_quality_table(points))
@@ -228,7 +228,7 @@ def _write_points(arguments: argparse.Namespace, points: Sequence[Point], judge:
 
 
 def _prompts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[list[int]] | None:
-    """Return beginnings of held-out sequences, spread over the dataset."""
+    """Return the beginnings of held-out sequences, spread over the dataset."""
     if arguments.dataset is None:
         return None
     if not sys.stderr.isatty():

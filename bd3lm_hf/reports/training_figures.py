@@ -30,18 +30,18 @@ from bd3lm_hf.user_files import write_atomically
 
 logger = logging.get_logger("bd3lm_hf.train")
 
-_MOST_SEARCHES = 6  # heat maps of a run, its first and last search among them
+_MAX_SEARCHES = 6  # heat maps per run, including those of its first and last search
 
 
 def curves(runs: Sequence[Run]) -> list[Figure]:
-    """Draw loss, held-out likelihood and speed over the steps, all runs in one figure each."""
+    """Draw loss, held-out likelihood and speed over the steps, one figure each with all runs."""
     about = "; ".join(dict.fromkeys(f"{run.held_out}, {run.estimator(final=False)}" for run in runs))
-    held_out = f"Negative log-likelihood of held-out text in training: {about}. Bands are one standard error."
+    held_out = f"Negative log-likelihood of held-out text during training: {about}. Bands are one standard error."
     figures = []
     for draw, name, caption in (
         (_training_loss, "training-loss", "Training loss; thin lines are the logged values, thick ones their mean."),
         (_held_out, "held-out", held_out),
-        (_speed, "speed", "Speed of training, without evaluation and saving."),
+        (_speed, "speed", "Training speed, without evaluation and saving."),
     ):
         figure, axes = new_axes()
         if draw(axes, runs):
@@ -53,7 +53,7 @@ def curves(runs: Sequence[Run]) -> list[Figure]:
 def _training_loss(axes: Any, runs: Sequence[Run]) -> bool:
     lines = _lines(runs, "loss")
     if lines:
-        # The first steps of a fresh model would flatten everything after them.
+        # The high losses of the first steps would flatten the rest of the curve.
         settled = np.concatenate([line.values[len(line.values) // 20 :] for line in lines])
         margin = 0.05 * (settled.max() - settled.min()) + 1e-9
         axes.set_ylim(settled.min() - margin, settled.max() + margin)
@@ -63,7 +63,7 @@ def _training_loss(axes: Any, runs: Sequence[Run]) -> bool:
 
 
 def _held_out(axes: Any, runs: Sequence[Run]) -> bool:
-    """Draw the likelihood at each evaluation, and that before and after training, which may have another estimator."""
+    """Draw the likelihood at each evaluation, and before and after training, where the estimator may differ."""
     lines = []
     for run in runs:
         for name in (name for name in run.series if name.startswith("eval_") and name.endswith("nll")):
@@ -117,7 +117,7 @@ def _interval(axes: Any, runs: Sequence[Run]) -> bool:
 
 
 def intervals(runs: Sequence[Run]) -> Figure | None:
-    """Draw the interval of mask rates that each run drew from, over its steps."""
+    """Draw the interval of mask rates of each run over its steps."""
     figure, axes = new_axes()
     if not _interval(axes, runs):
         return None
@@ -142,12 +142,12 @@ def write_training_curve(
     title: str = "",
     results: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the logged numbers of a run as JSON and, if matplotlib is installed, as a picture.
+    """Write the logged numbers of a run as JSON and, if matplotlib is installed, as a figure.
 
     Args:
         log_history: the entries of a `TrainerState`; those of a resumed run reach back to its start.
-        folder: gets `training_curve.json` and `training_curve.png`.
-        title: line above the picture.
+        folder: where `training_curve.json` and `training_curve.png` are written.
+        title: title of the figure.
         results: `before`, `after`, `steps` and `estimator` of the run, for the points before and after training.
     """
     folder = Path(folder)
@@ -182,13 +182,13 @@ def write_training_curve(
 
 
 def variances(run: Run, number: int) -> Figure | None:
-    """Draw heat maps of the variance of the loss over lower end and width, one for each of some searches."""
+    """Draw heat maps of the loss variance by lower end and width, each for one of at most `_MAX_SEARCHES` searches."""
     if not run.searches:
         return None
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure as Drawing
 
-    count = min(len(run.searches), _MOST_SEARCHES)
+    count = min(len(run.searches), _MAX_SEARCHES)
     shown = [run.searches[index] for index in np.linspace(0, len(run.searches) - 1, count).round().astype(int)]
     values = [value for search in shown for value in _grid(search)[2].ravel() if np.isfinite(value) and value > 0]
     if not values:
@@ -220,14 +220,14 @@ def variances(run: Run, number: int) -> Figure | None:
     bar.ax.yaxis.set_major_formatter("{x:g}")
     bar.ax.yaxis.set_minor_formatter("{x:g}")
     bar.outline.set_edgecolor(GRID)
-    caption = f"{run.name}: variance of the loss for each interval of mask rates; the star is the one that was chosen."
+    caption = f"{run.name}: variance of the loss for each interval of mask rates; the star marks the chosen one."
     return Figure(f"variance-{number}", caption, drawing)
 
 
 def draw_interval_search(
     candidates: Sequence[Sequence[float]], variances: Sequence[float], errors: Sequence[float], best: int, title: str
 ) -> Any:
-    """Return a drawing of the variance over the lower end of the interval, a line for each width.
+    """Return a drawing of the variance against the lower end of the interval, one line per width.
 
     Args:
         candidates: intervals of mask rates, the whole one first.
@@ -272,12 +272,12 @@ def _grid(search: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def _low_and_width(interval: Sequence[float]) -> tuple[float, float]:
-    """Return lower end and width of an interval, without the errors of its floats."""
+    """Return the lower end and the width of an interval, without rounding errors."""
     return round(interval[0], 2), round(interval[1] - interval[0], 2)
 
 
 def _lines(runs: Sequence[Run], name: str, *, errors: str = "") -> list[Line]:
-    """Return what the runs logged under a name, without values that are not finite."""
+    """Return the finite values that the runs logged under a name."""
     lines = []
     for run in runs:
         steps, values = run.series.get(name, (np.array([]), np.array([])))

@@ -1,10 +1,10 @@
-"""Variance for its time: of estimates of the likelihood, and of the gradient of a training step.
+"""Variance against time, for likelihood estimates and for the gradient of a training step.
 
-A mean over k estimates or steps has a k-th of the variance and takes k times the seconds. So variance times seconds
-compares methods at equal cost, and its root is the standard error that one second buys.
+A mean over k estimates or steps has 1/k of the variance and takes k times as long. So variance times seconds compares
+methods at equal cost, and its root is the standard error that one second buys.
 
-A step's gradient is random twice: in the text of its batch, and in the noise of that text. More noise samples for each
-clean pass lower the second part only.
+A gradient has two sources of randomness: the text of its batch and the noise on that text. More noise samples for each
+clean pass reduce only the second.
 """
 
 import math
@@ -39,17 +39,17 @@ class Setting(NamedTuple):
 
 
 class EstimatorVariance(NamedTuple):
-    """Spread of the mean NLL of a text under one setting."""
+    """The spread of the mean NLL under one setting."""
 
     setting: Setting
     nll: float  # mean over seeds, nats per token
     deviation: float  # over seeds, nats per token; the standard error of one estimate
-    seconds: float  # of one estimate, median; CPU time on a CPU
+    seconds: float  # per estimate, median; CPU time on a CPU
     num_seeds: int
 
     @property
     def error_of_a_second(self) -> float:
-        """Standard error of the mean of as many estimates as fit into a second."""
+        """Standard error of a mean of as many estimates as fit into one second."""
         return self.deviation * math.sqrt(self.seconds)
 
 
@@ -62,7 +62,7 @@ def estimator_variance(
         ValueError: if there are fewer than 2 seeds, or the model does not have an estimator.
     """
     if num_seeds < 2:
-        raise ValueError(f"{num_seeds} seeds have no standard error: give at least 2.")
+        raise ValueError(f"{num_seeds} seeds give no standard error: use at least 2.")
     for setting in settings:
         check_estimator(model, *setting)
     clock = time.process_time if model.device.type == "cpu" else time.perf_counter
@@ -95,7 +95,7 @@ def variance_table(results: Sequence[EstimatorVariance]) -> str:
 
 
 def read_estimator(text: str) -> Setting:
-    """Return the setting that a text means: `"stratified:4"` has four noise samples.
+    """Parse a setting: `"stratified:4"` has four noise samples.
 
     Raises:
         ValueError: if the colon is not followed by an integer >= 1.
@@ -114,14 +114,14 @@ def measure_variance(
     """Measure estimates of a checkpoint's likelihood on held-out sequences, spread over a dataset."""
     if min(batch_size, batches) < 1:
         raise ValueError(f"--batch-size {batch_size} --batches {batches}: give at least 1 of each.")
-    wanted = [read_estimator(text) for text in settings]
+    parsed = [read_estimator(text) for text in settings]
     model, tokenizer = _load(folder)
     rows = pack(load_text(dataset, split="validation"), tokenizer, length=model.config.model_length, drop_last=True)
     count = batch_size * batches
     if len(rows) < count:
         raise ValueError(f"{dataset} has {len(rows)} held-out sequences, fewer than {count}: give fewer batches.")
     chosen = list(evenly_spaced(rows, count))
-    return estimator_variance(model.eval(), chosen, wanted, num_seeds=repeats, batch_size=batch_size)
+    return estimator_variance(model.eval(), chosen, parsed, num_seeds=repeats, batch_size=batch_size)
 
 
 def _load(folder: str) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -134,37 +134,37 @@ def _load(folder: str) -> tuple[Any, PreTrainedTokenizerBase]:
 
 
 class GradientVariance(NamedTuple):
-    """Traces of covariances of the gradient of one step, at one number of noise samples."""
+    """Traces of the gradient's covariance for one number of noise samples."""
 
-    draws: int  # noise samples for each clean pass
-    seconds: float  # of a step, forward and backward; median
-    time_ratio: float  # to the first number of them; median over steps taken in turn
+    draws: int  # noise samples per clean pass
+    seconds: float  # per step, forward and backward; median
+    time_ratio: float  # relative to the first number of noise samples; median over steps taken in turn
     noise: float  # over the noise, at a fixed batch
     noise_error: float  # its standard error, over batches
-    data: float  # over batches, of the gradient averaged over all noise; the same for all of them
+    data: float  # over batches, of the gradient averaged over all noise; the same for every number of noise samples
 
 
 def gradient_variance(
     model: Any, batches: Sequence[torch.Tensor], draws: Sequence[int], *, repeats: int
 ) -> list[GradientVariance]:
-    """Measure on every batch `repeats` times for each number of noise samples, in turn.
+    """Measure each batch `repeats` times for each number of noise samples, in turn.
 
     Analysis of variance: the variance within batches is that of the noise; the variance of the batches' means is that
-    of the data and 1 / repeats of the noise's. Dropout, if the model has any, counts as noise.
+    of the data plus 1 / repeats of the noise's. Dropout, if the model has any, counts as noise.
 
     Args:
-        model: with weights that are worth a gradient: a fresh model's head is zero, and passes none on.
+        model: a trained one; a fresh model's head is zero, so no gradient passes through it.
         batches: token ids `(batch, length)`, at least 2.
-        repeats: noise seeds of each batch, at least 2.
+        repeats: noise seeds per batch, at least 2.
 
     Raises:
         ValueError: if there are fewer than 2 batches or repeats.
     """
     if len(batches) < 2 or repeats < 2:
-        raise ValueError(f"{len(batches)} batches of {repeats} noise seeds have no variance: give at least 2 of each.")
+        raise ValueError(f"{len(batches)} batches of {repeats} noise seeds have no variance: use at least 2 of each.")
     model.train()
     generator = torch.Generator().manual_seed(0)
-    warm_up = _gradient(model, batches[0], max(draws), generator)  # does not count
+    warm_up = _gradient(model, batches[0], max(draws), generator)  # not timed
     total = warm_up.new_zeros(len(draws), len(warm_up))
     seconds: list[list[float]] = [[] for _ in draws]
     within: list[list[float]] = [[] for _ in draws]  # per batch, unbiased
@@ -200,7 +200,7 @@ def gradient_variance(
 
 
 def _gradient(model: Any, ids: torch.Tensor, draws: int, generator: torch.Generator) -> torch.Tensor:
-    """Return the gradient of one training step, all parameters in one vector."""
+    """Return the gradient of one training step as one vector over all parameters."""
     batch, length = ids.shape
     noise = draw_noise(batch, model.config.num_blocks(length), length, num_noise_samples=draws, generator=generator)
     model.zero_grad(set_to_none=True)
@@ -228,7 +228,7 @@ def gradient_batches(dataset: str, tokenizer: Any, *, length: int, size: int, co
         )
     step = len(whole) // (size * count)
     chosen = torch.tensor(whole[: step * size * count : step])
-    # Neighbours in the text are alike: put them into different batches.
+    # Neighbouring sequences are similar: put them into different batches.
     return list(chosen.view(size, count, length).unbind(1))
 
 

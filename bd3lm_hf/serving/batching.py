@@ -1,7 +1,7 @@
 """Continuous batching: requests wait in a queue, and join and leave the running groups between blocks.
 
-Requests with the same settings are generated together, others in turn. A request's random numbers depend on its seed
-and on how much it has written, so its text does not depend on who else is served.
+Requests with the same settings are generated together; groups with different settings take turns. A request's random
+numbers depend only on its seed and its number of tokens so far, so its text does not depend on other requests.
 """
 
 import contextlib
@@ -14,29 +14,29 @@ from bd3lm_hf.serving.requests import Request
 from bd3lm_hf.serving.row_group import ROUND_TOKENS, RowGroup
 
 
-# Of the time of a block, and of seconds, that the worker waits for the next requests of clients it has just answered.
-_PATIENCE, _MOST_PATIENCE = 0.1, 0.05
+# How long the worker waits for the next requests of clients it has just answered: in block times, at most in seconds.
+_PATIENCE, _MAX_PATIENCE = 0.1, 0.05
 
 
 class QueueFullError(RuntimeError):
-    """More requests are waiting than the server takes."""
+    """The queue of waiting requests is full."""
 
 
 class ServerStoppedError(RuntimeError):
-    """The server answers no more requests."""
+    """The server no longer answers requests."""
 
 
 class Batcher:
-    """Writes the texts of all requests of one model, in a thread of its own.
+    """Generate the text of all requests to one model, in a separate thread.
 
     Args:
-        max_batch_size: requests that are generated at a time.
-        max_waiting: requests that wait for that; one more is refused.
+        max_batch_size: requests that are generated at the same time.
+        max_waiting: requests that may wait in the queue; further ones are refused.
 
     Raises:
         ValueError: if the model is not one of this package.
-        QueueFullError: by `submit`, if too many requests wait.
-        ServerStoppedError: by `submit`, after `close` or a fault of this class.
+        QueueFullError: by `submit`, if too many requests are waiting.
+        ServerStoppedError: by `submit`, after `close` or a crash of the worker.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, max_batch_size: int = 8, max_waiting: int = 64) -> None:
@@ -47,19 +47,19 @@ class Batcher:
             )
         self.model, self.tokenizer = model, tokenizer
         self.max_batch_size, self.max_waiting = max_batch_size, max_waiting
-        self.tokens = self.requests = 0  # written and finished so far
+        self.tokens = self.requests = 0  # generated tokens and finished requests so far
         self.busy_seconds = 0.0
-        self._answered = 0  # requests that the last call has ended
-        self._block_seconds = 0.0  # of the last call
+        self._answered = 0  # requests that the last call finished
+        self._block_seconds = 0.0  # time per block in the last call
         self._waiting: deque[Request] = deque()
-        self._groups: deque[RowGroup] = deque()  # the first one has its turn
+        self._groups: deque[RowGroup] = deque()  # the first one runs next
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="bd3lm-batcher", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request) -> Request:
-        """Queue a request; its callbacks tell the rest."""
+        """Queue a request; its callbacks report its text and its end."""
         with self._changed:
             if self._closed:
                 raise ServerStoppedError("the server has stopped: restart it, or try again later.")
@@ -70,7 +70,7 @@ class Batcher:
         return request
 
     def statistics(self) -> dict[str, float]:
-        """Return counts since the start and what is going on now."""
+        """Return totals since the start and the current load."""
         with self._changed:
             return {
                 "requests_finished": self.requests,
@@ -81,7 +81,7 @@ class Batcher:
             }
 
     def is_alive(self) -> bool:
-        """Return whether requests are taken and answered."""
+        """Return whether requests are accepted and answered."""
         return self._thread.is_alive() and not self._closed
 
     def close(self) -> None:
@@ -94,11 +94,11 @@ class Batcher:
     # --- The worker's thread -----------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        stranded: BaseException = ServerStoppedError("the server is shutting down")
+        reason: BaseException = ServerStoppedError("the server is shutting down")
         try:
             self._serve()
         except BaseException as error:
-            stranded = error  # a fault of this class: nobody may wait for an answer that never comes
+            reason = error  # a bug in this class: clients must not wait for an answer that never comes
             raise
         finally:
             with self._changed:
@@ -107,10 +107,10 @@ class Batcher:
                 self._groups.clear()
                 self._waiting.clear()
             for request in requests:
-                self._end(request, stranded)
+                self._end(request, reason)
 
     def _serve(self) -> None:
-        """Alternate between taking requests and a call for one of the groups, until the server closes."""
+        """Alternate between admitting requests and running one of the groups, until the server closes."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._groups or self._closed)
@@ -128,12 +128,12 @@ class Batcher:
                     self._groups.rotate(-1)
 
     def _wait_for_answered_clients(self) -> None:
-        """Wait a moment for the next requests of clients that have their answer.
+        """Wait a moment for the next requests of clients that were just answered.
 
         A block costs hardly more with their rows than without, and they would miss it by milliseconds.
         """
         answered, self._answered = self._answered, 0
-        patience = min(_PATIENCE * self._block_seconds, _MOST_PATIENCE)
+        patience = min(_PATIENCE * self._block_seconds, _MAX_PATIENCE)
         self._changed.wait_for(lambda: len(self._waiting) >= answered or self._closed, patience)
 
     def _num_running(self) -> int:
@@ -141,15 +141,15 @@ class Batcher:
 
     def _drop_cancelled(self) -> list[Request]:
         running = (request for group in self._groups for request in group.rows)
-        gone = [request for request in (*running, *self._waiting) if request.cancelled.is_set()]
+        cancelled = [request for request in (*running, *self._waiting) if request.cancelled.is_set()]
         for group in self._groups:
-            group.remove(gone)
+            group.remove(cancelled)
         self._groups = deque(group for group in self._groups if group.rows)
-        self._waiting = deque(request for request in self._waiting if request not in gone)
-        return gone
+        self._waiting = deque(request for request in self._waiting if request not in cancelled)
+        return cancelled
 
     def _admit(self) -> None:
-        """Let waiting requests run, first come first served: in a group that they fit, else in one of their own."""
+        """Start waiting requests in order of arrival: in the first group that accepts them, or else in a new one."""
         while self._waiting and self._num_running() < self.max_batch_size:
             request = self._waiting.popleft()
             group = next((group for group in self._groups if group.accepts(request)), None)
@@ -159,18 +159,18 @@ class Batcher:
             group.rows.append(request)
 
     def _write(self, group: RowGroup) -> None:
-        """Make one call for a group, and end the requests that are finished."""
+        """Run one call for a group and end its finished requests."""
         before, started = sum(len(request.written) for request in group.rows), time.perf_counter()
 
-        def wants_turn() -> bool:
+        def should_yield() -> bool:
             with self._changed:
                 written = sum(len(request.written) for request in group.rows) - before
-                others = len(self._groups) > 1 and written >= ROUND_TOKENS * len(group.rows)
-                joins = bool(self._waiting) and self._num_running() < self.max_batch_size
-                return others or joins or self._closed
+                round_is_over = len(self._groups) > 1 and written >= ROUND_TOKENS * len(group.rows)
+                can_admit = bool(self._waiting) and self._num_running() < self.max_batch_size
+                return round_is_over or can_admit or self._closed
 
         try:
-            blocks = group.write(wants_turn)
+            blocks = group.write(should_yield)
         except Exception as error:
             self._isolate(group, error)
             return
@@ -186,7 +186,7 @@ class Batcher:
             self._end(request, None)
 
     def _isolate(self, group: RowGroup, error: Exception) -> None:
-        """After an error go on with each row in a group of its own: one of them may be at fault."""
+        """Retry each row in its own group after an error: a single row may have caused it."""
         with self._changed:
             rows = list(group.rows)
             self._remove(group, rows)
@@ -197,14 +197,14 @@ class Batcher:
         if len(rows) == 1:
             self._end(rows[0], error)
 
-    def _remove(self, group: RowGroup, gone: list[Request]) -> None:
-        group.remove(gone)
+    def _remove(self, group: RowGroup, requests: list[Request]) -> None:
+        group.remove(requests)
         if not group.rows:
             self._groups.remove(group)
 
     def _end(self, request: Request, error: BaseException | None) -> None:
         self.requests += 1
         if request.on_end is not None:
-            # The client, or the loop that serves it, may be gone.
+            # The client's event loop may already be closed.
             with contextlib.suppress(RuntimeError):
                 request.on_end(error)

@@ -1,7 +1,7 @@
-"""The fields of a request: which are honoured and which are refused, and what messages a chat may have.
+"""Check the fields and messages of a request.
 
-OpenAI's schema has many fields that nothing here honours. One that would change the answer is refused by name, so that
-no answer is silently another one than was asked for.
+OpenAI's schema has many fields that this server does not honour. A field that would change the answer is refused by
+name; ignoring it would silently return something else.
 """
 
 import json
@@ -16,8 +16,8 @@ GENERATION_FIELDS = (
     *("sampler", "num_denoising_steps", "confidence_threshold", "entropy_bound", "nucleus_p", "remask_fraction"),
     *("window", "do_sample", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size"),
 )
-# Those that it may also set in `generation_config`. The others count the tokens of one call of `generate`, of which a
-# request takes several, or return what no answer holds.
+# Fields that it may also set in `generation_config`. The rest count tokens per `generate` call, and a request spans
+# several calls, or they request outputs that a response cannot carry.
 _CONFIG_FIELDS = (
     *GENERATION_FIELDS,
     *("bad_words_ids", "bos_token_id", "context", "eos_token_id", "epsilon_cutoff", "eta_cutoff", "max_new_tokens"),
@@ -34,7 +34,7 @@ _IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "stream_options", "parallel_tool_calls"),
     *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
 }
-# Values of other fields that ask for nothing.
+# Values of unsupported fields that do not change the answer.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -50,27 +50,27 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "modalities": (["text"],),
 }
-_MOST_TOKENS = 10**6
-# Field -> least and greatest value, and whether it is a whole number.
+_MAX_TOKENS = 10**6
+# Field -> minimum, maximum, and whether it must be an integer.
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "temperature": (0, 100, False),
     "top_p": (0, 1, False),
-    "frequency_penalty": (-0.99, 2, False),  # transformers multiplies by one more
-    "max_tokens": (1, _MOST_TOKENS, True),
-    "max_completion_tokens": (1, _MOST_TOKENS, True),
+    "frequency_penalty": (-0.99, 2, False),  # transformers adds 1 and uses it as the repetition penalty
+    "max_tokens": (1, _MAX_TOKENS, True),
+    "max_completion_tokens": (1, _MAX_TOKENS, True),
     "seed": (-(2**63), 2**64 - 1, True),
 }
 
 
 def check_fields(body: dict[str, Any], known: set[str]) -> None:
-    """Refuse what is not honoured.
+    """Refuse fields that are not honoured.
 
     Args:
-        body: without fields that are null.
+        body: the request without null fields.
         known: fields of OpenAI's schema.
 
     Raises:
-        HTTPException: 422 for an unknown field, 400 for one that is not supported or whose value does not fit.
+        HTTPException: 422 for an unknown field, 400 for an unsupported one or an invalid value.
     """
     unknown = sorted(set(body) - known - set(GENERATION_FIELDS))
     if unknown:
@@ -116,7 +116,7 @@ def own_fields(body: dict[str, Any], base: GenerationConfig) -> dict[str, Any]:
         base: the model's generation config.
 
     Raises:
-        HTTPException: if a field is unknown, or one that a request cannot set.
+        HTTPException: if a field is unknown or cannot be set by a request.
     """
     given = body.get("generation_config") or {}
     try:
@@ -134,14 +134,14 @@ def own_fields(body: dict[str, Any], base: GenerationConfig) -> dict[str, Any]:
     for name in set(given) - set(_CONFIG_FIELDS) - {"transformers_version"}:
         if given[name] not in (None, known[name]):
             raise HTTPException(400, f"generation_config: {name}={given[name]!r} is not supported: leave it out.")
-    _check_number("max_new_tokens", fields.get("max_new_tokens"), 1, _MOST_TOKENS, True)
+    _check_number("max_new_tokens", fields.get("max_new_tokens"), 1, _MAX_TOKENS, True)
     _check_stop("stop_strings", fields.get("stop_strings"))
     _check_flag("do_sample", fields.get("do_sample"))
     return {**fields, **direct}
 
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
-# Arguments of `apply_chat_template` that the server sets, and a template of the client's own.
+# Arguments of `apply_chat_template` that the server sets itself, and the template, which a client cannot replace.
 _NOT_FOR_TEMPLATE = (
     *("conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
     *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "load_audio_from_video"),
@@ -149,10 +149,10 @@ _NOT_FOR_TEMPLATE = (
 
 
 def checked_messages(messages: Any) -> list[dict[str, Any]]:
-    """Return the messages of a request without the fields that say nothing, which clients send back as null.
+    """Return the messages of a request without empty fields, which clients send back as null.
 
     Raises:
-        HTTPException: 400 if they are not a conversation of texts.
+        HTTPException: 400 if they are not a text conversation.
     """
     if not isinstance(messages, list) or not messages:
         raise HTTPException(400, "messages: expected a list of objects with a role and a content.")
@@ -160,20 +160,20 @@ def checked_messages(messages: Any) -> list[dict[str, Any]]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise HTTPException(400, f"messages[{index}]: expected an object with a role and a content.")
         if not _is_text(message.get("content")):
-            raise HTTPException(400, f"messages[{index}].content: expected a text or a list of text parts.")
+            raise HTTPException(400, f"messages[{index}].content: expected a string or a list of text parts.")
         calls = message.get("tool_calls") or []
         if not isinstance(calls, list) or not all(map(_is_tool_call, calls)):
             raise HTTPException(
                 400,
-                f"messages[{index}].tool_calls: expected a list of objects with a function, which has a name and "
-                f"arguments, a JSON object.",
+                f"messages[{index}].tool_calls: expected a list of objects with a function that has a name and "
+                f"arguments (a JSON object).",
             )
-    # transformers takes a message with `tool_calls`, even with none, for one without content.
+    # transformers drops the content of a message with `tool_calls`, even if that list is empty.
     return [{name: value for name, value in message.items() if value not in (None, [])} for message in messages]
 
 
 def check_template_fields(body: dict[str, Any]) -> None:
-    """Refuse tools and template arguments that the chat template cannot get."""
+    """Refuse malformed tools, and template arguments that a request cannot set."""
     tools, fields = body.get("tools", []), body.get("chat_template_kwargs", {})
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise HTTPException(400, f"tools={tools!r}: expected a list of objects.")

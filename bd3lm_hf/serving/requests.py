@@ -1,4 +1,4 @@
-"""One request: its prompt as tokens, the text that its new tokens stand for, where that ends, and what is final."""
+"""One request: encode its prompt, decode its new tokens, find where the text ends, and release what is final."""
 
 import secrets
 import threading
@@ -13,17 +13,17 @@ from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.tokenization import encode_prompt
 
 
-# Arguments of `apply_chat_template` about tokenization, which is done here.
-_OF_TOKENIZATION = ("tokenize", "return_tensors", "return_dict", "load_audio_from_video")
+# Arguments of `apply_chat_template` that concern tokenization, which is done here.
+_TOKENIZATION_ARGUMENTS = ("tokenize", "return_tensors", "return_dict", "load_audio_from_video")
 
 
 class PlainText:
-    """A tokenizer with the calls that transformers' handlers make, for text from others.
+    """A tokenizer for text sent by clients, with the interface that transformers' handlers call.
 
-    A literal mask token in such a text stays text, since blanks are known by position.
+    A literal mask token in such a text is encoded as plain characters, never as the mask token.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -36,9 +36,9 @@ class PlainText:
         """Return `input_ids` and `attention_mask`, `(1, length)`.
 
         Raises:
-            ValueError: if the text has no tokens, or half of a surrogate pair.
+            ValueError: if the text has no tokens or contains a lone surrogate.
         """
-        text.encode()  # a tokenizer calls such a text by another type
+        text.encode()  # a tokenizer's own error would claim that such a text is not a string
         if self._mask and self._mask in text:
             ids = self._with_literal_masks(text, add_special_tokens)
         else:
@@ -62,15 +62,15 @@ class PlainText:
         return framed[:at] + ids
 
     def apply_chat_template(self, conversation: list[dict], **kwargs: Any) -> BatchEncoding:
-        """Return the ids of a conversation in the model's chat format."""
-        kwargs = {name: value for name, value in kwargs.items() if name not in _OF_TOKENIZATION}
+        """Return the ids of a conversation, rendered with the model's chat template."""
+        kwargs = {name: value for name, value in kwargs.items() if name not in _TOKENIZATION_ARGUMENTS}
         text = self._tokenizer_of_model.apply_chat_template(conversation, tokenize=False, **kwargs)
         return self(text, add_special_tokens=False)
 
 
-# What a request brings itself; all other fields must agree for requests to be generated together.
+# Fields that may differ between requests that are generated together; all others must agree.
 _OWN_FIELDS = ("max_new_tokens", "max_length", "stop_strings", "_from_model_config", "_original_object_hash")
-# Decoded again for every new token, so that words and characters join; a character has few tokens.
+# The last tokens are decoded again with each new one, so multi-token characters and word boundaries come out right.
 _DECODED_TOKENS = 64
 
 
@@ -79,9 +79,9 @@ class Request:
     """One request from its prompt to its last token."""
 
     prompt: list[int]
-    config: GenerationConfig  # its `max_new_tokens` and `stop_strings` are those of this request alone
-    seed: int | None = None  # of its random numbers; None draws one
-    on_text: Callable[[str], None] | None = None  # gets each piece of text that is final; nothing is taken back
+    config: GenerationConfig  # `max_new_tokens` and `stop_strings` apply to this request only
+    seed: int | None = None  # None draws one
+    on_text: Callable[[str], None] | None = None  # called with each piece of text once it is final
     on_end: Callable[[BaseException | None], None] | None = None  # called once, from the worker's thread
     written: list[int] = field(default_factory=list)
     text: str = ""
@@ -92,26 +92,26 @@ class Request:
         if self.seed is None:
             self.seed = secrets.randbits(63)
         self.generator = torch.Generator()
-        # What two requests must share to be generated in one call.
+        # Requests with equal keys can be generated in one call.
         fields = {name: value for name, value in self.config.to_dict().items() if name not in _OWN_FIELDS}
         self.key = repr(sorted(fields.items()))
         ends = self.config.eos_token_id
-        self._ends = set(ends if isinstance(ends, list) else [ends]) - {None}
-        self._ends_left = 1  # end tokens until the text ends
+        self._end_tokens = set(ends if isinstance(ends, list) else [ends]) - {None}
+        self._ends_left = 1  # end tokens still to come before the text ends
         if getattr(self.config, "stop_at_second_eos", False):
-            self._ends_left = max(1, 2 - sum(token in self._ends for token in self.prompt))
+            self._ends_left = max(1, 2 - sum(token in self._end_tokens for token in self.prompt))
         self._final = 0  # characters of `text` that are final
         self._window = 0  # index in `written` of the first token that is decoded again
-        self._known = 0  # characters that the decoded tokens had when that index was set
-        self._tail = 0  # characters of `text` that come from tokens which are decoded again
+        self._known = 0  # characters that these tokens decoded to when that index was set
+        self._tail = 0  # characters at the end of `text` that the next decoding replaces
 
     def reseed(self) -> None:
-        """Start the random numbers of the next block, which depend on the seed and the number of tokens so far."""
+        """Seed the random numbers of the next block with the request's seed and its number of tokens so far."""
         self.generator.manual_seed(derived_seed("serve", cast(int, self.seed), len(self.written)))
 
     @property
     def remaining(self) -> int:
-        """Tokens that may still be written."""
+        """Number of tokens that the request may still get."""
         return cast(int, self.config.max_new_tokens) - len(self.written)
 
     @property
@@ -124,18 +124,18 @@ class Request:
         """Append new tokens, and end the request at an end token, a stop string or its limit.
 
         Args:
-            finished: end it after these tokens, as a stopping criterion of `generate` did.
+            finished: whether a stopping criterion of `generate` ended the row after these tokens.
         """
         if self.finish_reason is not None:
             return
         for token in tokens[: self.remaining]:
-            self._ends_left -= token in self._ends
+            self._ends_left -= token in self._end_tokens
             if self._ends_left == 0:
                 self.finish_reason = "stop"
                 break
             self.written.append(token)
         self._decode(tokenizer)
-        # What is final holds no stop string, nor the beginning of one.
+        # Final text contains no stop string and not the beginning of one, so the search starts after it.
         found = [at for at in (self.text.find(stop, self._final) for stop in self.stop_strings) if at >= 0]
         if found:
             self._cut(min(found), tokenizer)
@@ -147,7 +147,7 @@ class Request:
         self._show()
 
     def _decode(self, tokenizer: Any) -> None:
-        """Extend the text by the new tokens. Only the last tokens are decoded, so a text costs no time squared."""
+        """Append the text of the new tokens. Only the last tokens are decoded, so the cost is linear in the length."""
         decoded = tokenizer.decode(self.written[self._window :], skip_special_tokens=True)
         self.text = self.text[: len(self.text) - self._tail] + decoded[self._known :]
         self._tail = len(decoded) - self._known
@@ -168,7 +168,7 @@ class Request:
         self.text = self.text[:length]
 
     def _show(self) -> None:
-        """Hand on the text that is final: no character that lacks bytes, no possible start of a stop string."""
+        """Release final text: hold back incomplete characters and possible beginnings of a stop string."""
         stop = len(self.text)
         if self.finish_reason is None:
             stop -= max((_overlap(self.text, string) for string in self.stop_strings), default=0)

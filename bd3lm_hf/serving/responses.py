@@ -1,12 +1,13 @@
-"""Answers in OpenAI's form, and refusals before an endpoint sees a request.
+"""Responses in OpenAI's format, and checks before a request reaches an endpoint.
 
-Failures have no traceback. Where transformers' handlers differ from OpenAI's interface, their answers are changed:
+Failures are reported without a traceback. Where transformers' handlers differ from OpenAI's API, their answers are
+changed:
 
-- A streamed answer ends with the event `[DONE]`.
-- With `stream_options={"include_usage": true}` the counts are in an event of their own, which has no choices.
-  Otherwise they are in the last one that has a choice, as transformers sends them.
-- Fields of a choice that have no value are null, not missing.
-- An error is an object, and one before the first token is the response itself, with its status.
+- A stream ends with the event `[DONE]`.
+- With `stream_options={"include_usage": true}` the token counts come in a separate event without choices. Otherwise
+  they are in the last event with a choice, as transformers sends them.
+- Fields of a choice without a value are null, not missing.
+- An error is an object. Before the first token it is the response itself, with its status.
 """
 
 import asyncio
@@ -25,9 +26,9 @@ from jinja2 import TemplateError
 from bd3lm_hf.serving.batching import QueueFullError, ServerStoppedError
 
 
-# A wrong path and a wrong method, which the router refuses by an exception of its own.
+# Wrong path and wrong method, for which the router raises its own exception.
 _REFUSED_BY_ROUTER = (404, 405)
-# What generate, the tokenizer and the chat template say of a request's fields.
+# Raised by `generate`, the tokenizer and the chat template for invalid fields of a request.
 _BAD_INPUT = (ValueError, TypeError, KeyError, TemplateError)
 
 
@@ -47,7 +48,7 @@ def describe(error: BaseException) -> tuple[int, str]:
 
 
 def error_content(status: int, message: str) -> dict[str, Any]:
-    """Return what clients of OpenAI's interface read of an error."""
+    """Return an error in OpenAI's format."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"message": message, "type": kind, "param": None, "code": status}
 
@@ -59,7 +60,7 @@ def error_response(status: int, message: str) -> JSONResponse:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Let an application answer every failure in this form."""
+    """Make an application answer every failure in this format."""
 
     async def answer(_request: HTTPRequest, error: Exception) -> JSONResponse:
         return error_response(*describe(error))
@@ -73,7 +74,7 @@ _DONE = "data: [DONE]\n\n"
 
 
 def with_nulls(answer: dict[str, Any]) -> dict[str, Any]:
-    """Return an answer, or one event of it, whose choices have every field that clients read."""
+    """Add null fields that clients expect to the choices of an answer or of one event, and return it."""
     for choice in answer["choices"]:
         choice.setdefault("finish_reason", None)
         choice.setdefault("logprobs", None)
@@ -81,14 +82,14 @@ def with_nulls(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 async def openai_events(parts: AsyncGenerator[str, None], include_usage: bool) -> AsyncIterator[str]:
-    """Return the events of an answer, once its first text or its end is known.
+    """Return the event stream of an answer once its first text, or its end, has arrived.
 
     Args:
-        parts: what a handler of transformers streams.
-        include_usage: whether the counts get an event of their own.
+        parts: the stream of a transformers handler.
+        include_usage: whether the token counts get a separate event.
 
     Raises:
-        HTTPException: if the request fails before it has any text.
+        HTTPException: if the request fails before its first text.
     """
     events, begun = _parsed(parts), []
     async for event in events:
@@ -97,11 +98,11 @@ async def openai_events(parts: AsyncGenerator[str, None], include_usage: bool) -
         begun.append(event)
         if not _is_opening(event):
             break
-    return _written(begun, events, include_usage)
+    return _event_stream(begun, events, include_usage)
 
 
 async def _parsed(parts: AsyncGenerator[str, None]) -> AsyncGenerator[dict[str, Any], None]:
-    # Closed with this generator: that tells the handler that the client has left.
+    # Closing the stream with this generator tells the handler that the client has disconnected.
     async with contextlib.aclosing(parts):
         async for part in parts:
             for line in filter(None, part.split("\n\n")):
@@ -112,12 +113,12 @@ async def _parsed(parts: AsyncGenerator[str, None]) -> AsyncGenerator[dict[str, 
 
 
 def _is_opening(event: dict[str, Any]) -> bool:
-    """Whether an event only names the role of the speaker, which a chat begins with."""
+    """Return whether this is the first event of a chat, which only names the role of the speaker."""
     choice = event["choices"][0]
     return "role" in choice.get("delta", {}) and choice.get("finish_reason") is None
 
 
-async def _written(
+async def _event_stream(
     begun: list[dict[str, Any]], events: AsyncGenerator[dict[str, Any], None], include_usage: bool
 ) -> AsyncIterator[str]:
     async with contextlib.aclosing(events):
@@ -140,22 +141,22 @@ def _data(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-# Before an endpoint sees a request: the API key, a size limit, and JSON
+# Checks before a request reaches an endpoint: API key, size and JSON
 
 
-_MOST_BYTES = 10 * 2**20  # of a request
+_MAX_BYTES = 10 * 2**20  # of a request
 _OPEN_PATHS = ("/health",)  # need no key
 
 
 class Access:
-    """ASGI middleware in front of an application.
+    """ASGI middleware that checks each request before the application sees it.
 
-    It also stops the work for a client that leaves. Neither FastAPI nor uvicorn does that while an answer is not
+    It also stops the work for a client that disconnects. Neither FastAPI nor uvicorn does so for an answer that is not
     streamed.
 
     Args:
         app: the application.
-        api_key: which every request must carry; None for none.
+        api_key: the key that every request must carry; None disables the check.
     """
 
     def __init__(self, app: Any, api_key: str | None = None) -> None:
@@ -172,7 +173,7 @@ class Access:
             return
         body = await _read(receive)
         if body is None:
-            await error_response(413, f"the request has more than {_MOST_BYTES:,} bytes.")(scope, receive, send)
+            await error_response(413, f"the request has more than {_MAX_BYTES:,} bytes.")(scope, receive, send)
             return
         if scope["method"] == "POST" and (fault := _fault(body)) is not None:
             await error_response(400, fault)(scope, receive, send)
@@ -192,7 +193,7 @@ class Access:
         try:
             await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            pass  # by uvicorn, after a time of grace; raised again, it would be logged with a traceback
+            pass  # by uvicorn, after its grace period; re-raising it would log a traceback
         finally:
             left.cancel()
             if not answer.done():
@@ -202,20 +203,20 @@ class Access:
 
 
 async def _read(receive: Any) -> bytes | None:
-    """Return the body of a request; None if it is too long.
+    """Return the body of a request, or None if it is too long.
 
-    The rest of a long one is read and dropped: a client that is still sending when its connection is closed never sees
-    the answer.
+    The rest of a long body is read and dropped: a client that is still sending when its connection is closed never
+    sees the answer.
     """
     parts, size = [], 0
     while True:
         message = await receive()
         part = message.get("body", b"")
         size += len(part)
-        if size <= _MOST_BYTES:
+        if size <= _MAX_BYTES:
             parts.append(part)
         if message["type"] == "http.disconnect" or not message.get("more_body"):
-            return b"".join(parts) if size <= _MOST_BYTES else None
+            return b"".join(parts) if size <= _MAX_BYTES else None
 
 
 async def _disconnected(receive: Any) -> None:

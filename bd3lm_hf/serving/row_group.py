@@ -1,7 +1,7 @@
-"""Requests with the same settings, generated together: one call of `generate` for the next blocks of all of them.
+"""A group of requests with the same settings: one call of `generate` writes the next blocks of all of them.
 
-Rows join and leave between blocks. Each row's keys and values of finished blocks go with it, so nothing is read twice:
-the caches of a group's rows are put side by side again whenever its rows change.
+Rows join and leave between blocks. Each row brings the keys and values of its finished blocks, so nothing is computed
+twice: whenever the rows of a group change, their caches are joined again.
 """
 
 import copy
@@ -20,21 +20,21 @@ from bd3lm_hf.modeling.windows_bd3lm import fills_window
 from bd3lm_hf.serving.requests import Request
 
 
-ROUND_TOKENS = 32  # that a row gets before another group has its turn
+ROUND_TOKENS = 32  # tokens each row gets before another group runs
 
-_Row = tuple[Request, int]  # and the index of the first token of its text that the model still reads
+_Row = tuple[Request, int]  # a request and the index of the first of its tokens that the model still reads
 _Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, (1, heads, tokens, head_dim)
 
 
 class RowGroup:
     """The running requests with one set of settings.
 
-    How far a call goes depends on the model:
-    - A block-diffusion model ends its call after any block, and keeps the cache.
-    - One that has no cache of blocks (SSD-LM, time-conditioned models) does the same, and reads the text again.
-    - One whose block fills the window denoises a text as a whole; only rows of equal length share a call.
-    - An autoregressive model draws all rows with one generator: when sampled, a row is alone in its calls, which have
-      a fixed length, so that its text does not depend on what else is served.
+    The length of a call depends on the model:
+    - A block-diffusion model can end its call after any block, and keeps the cache.
+    - A model without a block cache (SSD-LM, time-conditioned models) can too, but reads the text again in every call.
+    - A model whose block fills the window denoises a text as a whole; only rows of equal length share a call.
+    - An autoregressive model draws all rows from one generator. A sampled row runs alone, in calls of fixed length, so
+      its text does not depend on other requests.
 
     Args:
         model: in evaluation mode.
@@ -47,64 +47,64 @@ class RowGroup:
         self.block_size = int(getattr(model.config, "block_size", None) or 1)
         self.window = window_of(model)
         if getattr(model.config, "has_learned_positions", False):
-            # A call asks for whole blocks after the longest row, which must have positions too.
+            # A call generates whole blocks after the longest row, and they need positions too.
             self.window = min(self.window, model.config.max_position_embeddings // self.block_size * self.block_size)
             self.window -= self.block_size
         self.in_one_piece = self.block_size >= self.window
         self.per_row: bool = model.generator_per_row
         self.has_block_cache = _has_block_cache(model)
-        self._cache: tuple[list[_Row], Any] | None = None  # of the last call, and its rows
+        self._cache: tuple[list[_Row], Any] | None = None  # rows of the last call and their cache
 
     def accepts(self, request: Request) -> bool:
-        """Return whether a request can join now without a change of anybody's text."""
+        """Return whether a request can join now without changing the text of any row."""
         first = self.rows[0]
         if first.key != request.key or (not self.per_row and (request.config.do_sample or _ends_early(request))):
             return False
         return not self.in_one_piece or (first.remaining == request.remaining and not first.written)
 
-    def remove(self, gone: list[Request]) -> None:
-        """Let requests leave."""
-        self.rows = [request for request in self.rows if request not in gone]
+    def remove(self, requests: list[Request]) -> None:
+        """Remove requests from the group."""
+        self.rows = [request for request in self.rows if request not in requests]
 
     @torch.inference_mode()
-    def write(self, wants_turn: Callable[[], bool]) -> int:
-        """Generate until a row ends or is cancelled, or until `wants_turn()` after a block. Rows take their tokens.
+    def write(self, should_yield: Callable[[], bool]) -> int:
+        """Append blocks to the rows until one ends or is cancelled, or `should_yield()` is true after a block.
 
         Returns:
-            the number of blocks of the call.
+            the number of blocks generated.
         """
         rows = [(request, self._start(request)) for request in self.rows]
         texts = [(request.prompt + request.written)[start:] for request, start in rows]
-        blocks = self._blocks(texts)
-        # Whether a call may end after any block without a change of the text.
+        max_blocks = self._max_blocks(texts)
+        # Whether the call can end after any block without changing the text.
         can_pause = self.per_row and not self.in_one_piece
-        turn = _Turn(self.rows, self.tokenizer, blocks, wants_turn if can_pause else lambda: False)
+        criteria = _RowCriteria(self.rows, self.tokenizer, max_blocks, should_yield if can_pause else lambda: False)
         cache = self._take_cache(rows, texts)
         for request in self.rows:
             request.reseed()
         generators: Any = [request.generator for request in self.rows]
         output = self.model.generate(
             **pad_left(texts, self.model.device),
-            generation_config=_call_config(self.rows[0].config, self._most_tokens(blocks)),
+            generation_config=_call_config(self.rows[0].config, self._max_new_tokens(max_blocks)),
             generator=generators if self.per_row else generators[0],
-            stopping_criteria=StoppingCriteriaList([turn]),
+            stopping_criteria=StoppingCriteriaList([criteria]),
             **({} if cache is None else {"past_key_values": cache}),
         )
-        turn.settle()
+        criteria.finish()
         kept = getattr(output, "past_key_values", None)
         if kept is not None and kept.get_seq_length() and (self.has_block_cache or len(self.rows) == 1):
             self._cache = (rows, kept)
-        return turn.num_blocks
+        return criteria.num_blocks
 
-    def _most_tokens(self, blocks: int | None) -> int:
+    def _max_new_tokens(self, max_blocks: int | None) -> int:
         longest = max(request.remaining for request in self.rows)
-        if blocks is None:
+        if max_blocks is None:
             return longest
-        # Whole blocks, as in a batch: a block of which less is requested would be denoised differently.
-        return min(-(-longest // self.block_size) + 1, blocks) * self.block_size
+        # Whole blocks: a block that is only partly requested would be denoised differently than in a batch.
+        return min(-(-longest // self.block_size) + 1, max_blocks) * self.block_size
 
-    def _blocks(self, texts: list[list[int]]) -> int | None:
-        """Return after how many blocks the call ends at the latest; None: at the end of the text."""
+    def _max_blocks(self, texts: list[list[int]]) -> int | None:
+        """Return the most blocks that the call may write; None if it runs to the end of the text."""
         if self.in_one_piece:
             return None
         if not self.per_row:
@@ -114,31 +114,31 @@ class RowGroup:
         return max(1, (self.window - max(map(len, texts)) // size * size) // size)
 
     def _start(self, request: Request) -> int:
-        """Return the first token of a row that the model still reads, a function of the row's length alone.
+        """Return the index of the first token that the model still reads, a function of the row's length alone.
 
-        With a cache, the window of a text that has outgrown it moves by a quarter, and is read again only then.
+        With a cache, a text that has outgrown the window moves it by a quarter at a time, and is read again only then.
         """
         length, size = len(request.prompt) + len(request.written), self.block_size
         if self.in_one_piece:
             return 0
         if request.written and getattr(request.config, "context", None) == "previous_block":
-            return length - size  # what an SSD-LM reads after its first block
+            return length - size  # after its first block, such an SSD-LM reads only the previous one
         exact = getattr(request.config, "window", None) == "exact" or (self.per_row and not self.has_block_cache)
         stride = size if exact else max(1, self.window // (4 * size)) * size
         too_many = length // size * size + size - self.window
         return max(0, -(-too_many // stride) * stride)
 
-    def _take_cache(self, now: list[_Row], texts: list[list[int]]) -> Any:
-        """Return the cache of what the rows have finished, up to the block before the one to be denoised."""
-        (rows, cache), self._cache = self._cache or ([], None), None
-        if rows == now:
+    def _take_cache(self, rows: list[_Row], texts: list[list[int]]) -> Any:
+        """Return a cache of the finished blocks of the rows, except the last one of each."""
+        (cached_rows, cache), self._cache = self._cache or ([], None), None
+        if cached_rows == rows:
             return cache
         if not self.has_block_cache:
             return None
-        size, kept = self.block_size, _split_cache(rows, cache)
+        size, kept = self.block_size, _split_cache(cached_rows, cache)
         # `generate` writes the last finished block together with the first step of the next one.
         finished = [text[: max(0, len(text) // size * size - size)] for text in texts]
-        layers = [kept.get(row, []) for row in now]
+        layers = [kept.get(row, []) for row in rows]
         unread = [
             index
             for index, (own, text) in enumerate(zip(layers, finished, strict=True))
@@ -152,7 +152,7 @@ class RowGroup:
         return _join_caches(self.model, layers, ends.max() - ends)
 
     def _read(self, tokens: list[int]) -> _Layers:
-        """Run finished blocks of one row, and return their keys and values."""
+        """Run the finished blocks of one row through the network and return their keys and values."""
         network, cache = self.model.decoding_network(), BlockCache(self.model.config)
         ids = torch.tensor([tokens], device=self.model.device)
         positions = torch.arange(len(tokens), device=self.model.device).unsqueeze(0)
@@ -161,13 +161,13 @@ class RowGroup:
         return [(layer.keys, layer.values) for layer in layers]
 
 
-class _Turn(BlockCriteria):
-    """Hands each block to its rows, and ends the call when one of them has ended or it is time for others."""
+class _RowCriteria(BlockCriteria):
+    """Pass each block to its rows; end the call when a row has ended or other requests should run."""
 
     def __init__(
-        self, rows: list[Request], tokenizer: Any, most_blocks: int | None, wants_turn: Callable[[], bool]
+        self, rows: list[Request], tokenizer: Any, max_blocks: int | None, should_yield: Callable[[], bool]
     ) -> None:
-        self.rows, self.tokenizer, self.most_blocks, self.wants_turn = list(rows), tokenizer, most_blocks, wants_turn
+        self.rows, self.tokenizer, self.max_blocks, self.should_yield = list(rows), tokenizer, max_blocks, should_yield
         self.num_blocks, self.ended = 0, False
 
     def end_block(self, new_tokens: list[list[int]], finished: list[bool]) -> bool:
@@ -176,13 +176,13 @@ class _Turn(BlockCriteria):
             request.take(tokens, self.tokenizer, has_ended)
             request.reseed()
         over = [request.finish_reason is not None or request.cancelled.is_set() for request in self.rows]
-        # A text that is denoised as a whole goes on while anybody wants it.
-        may_leave = all(over) if self.most_blocks is None else any(over)
-        self.ended = may_leave or self.num_blocks == self.most_blocks or self.wants_turn()
+        # Rows that are denoised as a whole stay together until all are over.
+        can_end = all(over) if self.max_blocks is None else any(over)
+        self.ended = can_end or self.num_blocks == self.max_blocks or self.should_yield()
         return self.ended
 
-    def settle(self) -> None:
-        """End the rows of a call that `generate` has ended by a criterion which it does not tell of."""
+    def finish(self) -> None:
+        """Finish the rows if `generate` ended the call on a criterion that it does not report."""
         if not self.ended:
             for request in self.rows:
                 request.take([], self.tokenizer, finished=True)
@@ -200,14 +200,14 @@ def _has_block_cache(model: Any) -> bool:
 
 
 def _ends_early(request: Request) -> bool:
-    """Whether rows end by a criterion that transformers' own loop does not tell of."""
+    """Return whether rows may stop on a criterion that transformers' own loop does not report."""
     return getattr(request.config, "entropy_stop", None) is not None or bool(
         getattr(request.config, "stop_at_second_eos", False)
     )
 
 
 def _call_config(config: GenerationConfig, tokens: int) -> GenerationConfig:
-    """Return the settings of one call, whose rows end by their own stop strings and limits."""
+    """Return the settings of one call; each row applies its own stop strings and limit."""
     made = copy.deepcopy(config)
     made.max_new_tokens, made.max_length, made.stop_strings = tokens, None, None
     made.return_dict_in_generate = True
@@ -218,7 +218,7 @@ def _call_config(config: GenerationConfig, tokens: int) -> GenerationConfig:
 
 
 def _split_cache(rows: list[_Row], cache: Any) -> dict[_Row, _Layers]:
-    """Return the part of each row, views of a cache in which rows may begin at different columns."""
+    """Split a cache into views, one per row; rows may begin at different columns."""
     if cache is None:
         return {}
     begins = [0] * len(rows) if cache.row_start is None else cache.row_start.tolist()
@@ -230,13 +230,13 @@ def _split_cache(rows: list[_Row], cache: Any) -> dict[_Row, _Layers]:
 
 
 def _join_caches(model: Any, rows: list[_Layers], starts: torch.Tensor) -> BlockCache:
-    """Return one cache for rows that begin at the columns `starts` and end at the same one."""
+    """Join rows into one cache; they begin at the columns `starts` and end at the same column."""
     cache = BlockCache(model.config)
     example = max(rows, key=lambda layers: layers[0][0].shape[2] if layers else 0)
     for index, pair in enumerate(example):
         joined = []
         for kind, longest in enumerate(pair):
-            # What is left of a row is never read, but a product with it must be finite.
+            # Columns before the start of a row are masked, but must be finite: they enter products.
             whole = longest.new_zeros(len(rows), *longest.shape[1:])
             for row, layers in enumerate(rows):
                 if layers:

@@ -19,9 +19,9 @@ from bd3lm_hf.argument_parser import integer, load_model_and_tokenizer
 from bd3lm_hf.generation.generate_cli import CHOICES, FIELDS
 
 
-_LIBRARIES = ("fastapi", "uvicorn", "openai")  # what transformers' server needs
+_LIBRARIES = ("fastapi", "uvicorn", "openai")  # required by transformers' server
 _KEY_VARIABLE = "BD3LM_API_KEY"
-# Fields of `generate` that have a flag, after `--sampler`.
+# Fields of `generate` that have a flag, besides `--sampler`.
 _FIELDS = ("num_denoising_steps", "confidence_threshold", "entropy_bound", "nucleus_p", "temperature")
 
 
@@ -29,29 +29,29 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) ->
     """Add the flags of `bd3lm serve`."""
     parser.description, parser.formatter_class = __doc__, argparse.RawTextHelpFormatter
     parser.add_argument("model", help="checkpoint folder or Hub name")
-    parser.set_defaults(tokenizer=None)  # that of the model
+    parser.set_defaults(tokenizer=None)  # the model's own
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; a public one needs an API key")
     parser.add_argument(
-        "--port", type=integer(0, 2**16 - 1), default=8000, help="port to listen on; 0 takes a free one"
+        "--port", type=integer(0, 2**16 - 1), default=8000, help="port to listen on; 0 picks a free one"
     )
     parser.add_argument(
         "--api-key",
-        help=f"what every request must carry; better in the variable {_KEY_VARIABLE}, which no process list shows",
+        help=f"key that every request must carry; safer in the variable {_KEY_VARIABLE}, out of process lists",
     )
-    parser.add_argument("--name", help="what requests call the model; the given MODEL by default")
+    parser.add_argument("--name", help="the model's name in requests; MODEL by default")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda:1, ...")
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="auto: as saved"
     )
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code of the folder; ours needs none")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code from the folder; ours needs none")
     limits = parser.add_argument_group("limits")
     count = integer(1)
-    limits.add_argument("--max-batch-size", type=count, default=8, help="requests that are written together")
+    limits.add_argument("--max-batch-size", type=count, default=8, help="requests generated together")
     limits.add_argument(
-        "--max-waiting", type=count, default=64, help="requests that wait; one more is answered with 429"
+        "--max-waiting", type=count, default=64, help="requests that may wait; further ones are answered with 429"
     )
-    limits.add_argument("--max-tokens", type=count, default=256, help="new tokens of a request that names no number")
-    fields = parser.add_argument_group("generation", "defaults of all requests; without a flag, those of the folder")
+    limits.add_argument("--max-tokens", type=count, default=256, help="new tokens for a request that sets no limit")
+    fields = parser.add_argument_group("generation", "defaults for all requests; otherwise those saved with the model")
     samplers, text = CHOICES["sampler"]
     fields.add_argument("--sampler", choices=samplers, help=text)
     for name in _FIELDS:
@@ -77,14 +77,14 @@ def run(arguments: argparse.Namespace) -> None:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
         try:
             server.run(sockets=[listener])
-        finally:  # Ctrl-C comes out of `run` as an exception
+        finally:  # `run` raises on Ctrl-C
             app.state.batcher.close()
     finally:
         listener.close()
 
 
 def check(arguments: argparse.Namespace) -> str | None:
-    """Refuse what cannot be served before anything is loaded, and return the API key."""
+    """Check the libraries and the host before anything is loaded, and return the API key."""
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"bd3lm serve needs {', '.join(missing)}: run `pip install 'bd3lm-hf[serve]'`.")
@@ -95,7 +95,7 @@ def check(arguments: argparse.Namespace) -> str | None:
     api_key = arguments.api_key or os.environ.get(_KEY_VARIABLE)
     if not _is_local(arguments.host) and not api_key:
         raise ValueError(
-            f"--host {arguments.host} can be reached from other machines: use --host 127.0.0.1, or require a key by "
+            f"--host {arguments.host} can be reached from other machines: use --host 127.0.0.1, or require a key with "
             f"{_KEY_VARIABLE} or --api-key."
         )
     return api_key
@@ -109,10 +109,10 @@ def _is_local(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket bound to the address, so that a port in use is named before a model is loaded.
+    """Return a socket bound to the address, so a port in use is reported before the model is loaded.
 
     Raises:
-        OSError: if the port is in use or the address is not one of this machine.
+        OSError: if the port is in use or the address does not belong to this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -154,10 +154,10 @@ def load_app(arguments: argparse.Namespace, api_key: str | None) -> Any:
         max_batch_size=arguments.max_batch_size,
         max_waiting=arguments.max_waiting,
     )
-    # One token, so that a model or a field that does not work is named now and not by the first request.
+    # Generate one token, so a model or a field that does not work is reported now and not at the first request.
     options = {"do_sample": True, **defaults}
     if getattr(model.generation_config, "num_denoising_steps", None):
-        options["num_denoising_steps"] = 1  # an SSD-LM takes a thousand
+        options["num_denoising_steps"] = 1  # an SSD-LM defaults to a thousand
     start = torch.full((1, 1), model.config.bos_token_id or 0, device=model.device)
     model.generate(start, max_new_tokens=1, **options)
     return app

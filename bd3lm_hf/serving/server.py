@@ -1,7 +1,7 @@
-"""transformers' server for the models of this package: its application and handlers, with our batching.
+"""Serve a model of this package with transformers' own server and our batching.
 
-What transformers' server lacks for us is added through its own classes: the generation manager of a model, the
-handlers of the two endpoints with the checks that they leave out, and middleware of its FastAPI application.
+What that server lacks is added by subclassing it: a generation manager, handlers of both endpoints with stricter
+checks, and middleware for its FastAPI application.
 """
 
 import asyncio
@@ -28,11 +28,11 @@ from bd3lm_hf.serving.requests import PlainText
 from bd3lm_hf.serving.responses import Access, add_error_handlers, describe, error_content, openai_events, with_nulls
 
 
-# Generation by our batching
+# Generation with our batching
 
 
 class _QueueStreamer:
-    """Puts final text into the queue that transformers' handlers read."""
+    """Put final text into the queue that transformers' handlers read."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -45,23 +45,23 @@ class _QueueStreamer:
         return 0 if self.request is None else len(self.request.written)
 
     def put(self, text: str) -> None:
-        """Show text; called from the batcher's thread."""
+        """Queue a piece of text; called from the batcher's thread."""
         self.loop.call_soon_threadsafe(self.queue.put_nowait, text)
 
     def end(self, error: BaseException | None) -> None:
         """End the stream, with an error if there is one."""
-        # transformers puts the message between quotes; `openai_events` reads it.
+        # transformers puts the message between quotes; `openai_events` parses it.
         item = None if error is None else _StreamError(json.dumps(json.dumps(error_content(*describe(error))))[1:-1])
         self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
 
     def cancel(self) -> None:
-        """Stop writing: the client has left."""
+        """Stop generating: the client has disconnected."""
         if self.request is not None:
             self.request.cancelled.set()
 
 
 class BatchedGeneration(BaseGenerateManager):
-    """Generation of one model for all requests, by a [`Batcher`]."""
+    """Generate for all requests to one model, through a [`Batcher`]."""
 
     def __init__(self, batcher: Batcher) -> None:
         self.batcher = batcher
@@ -76,7 +76,7 @@ class BatchedGeneration(BaseGenerateManager):
         request_id: str,
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue, Any]:
-        """Queue a request whose text is streamed."""
+        """Queue a request and return the queue that its text is streamed to."""
         streamer = _QueueStreamer(asyncio.get_running_loop())
         streamer.request = self._submit(inputs, gen_config, streamer.put, streamer.end)
         return streamer.queue, streamer
@@ -84,7 +84,7 @@ class BatchedGeneration(BaseGenerateManager):
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: dict, gen_config: GenerationConfig, request_id: str
     ) -> tuple[str, int, list[int]]:
-        """Queue a request and wait for its text; a client that leaves cancels it."""
+        """Queue a request and wait for its text; cancel it if the client disconnects."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future = loop.create_future()
 
@@ -123,7 +123,7 @@ class BatchedGeneration(BaseGenerateManager):
 
         def end(error: BaseException | None) -> None:
             if request.finish_reason == "stop":
-                # transformers' handlers take a text for cut off when it has as many tokens as this.
+                # transformers' handlers report a text of exactly this many tokens as cut off.
                 config.max_new_tokens = None
             on_end(error)
 
@@ -132,14 +132,14 @@ class BatchedGeneration(BaseGenerateManager):
 
 
 class OneModelState(GenerationState):
-    """The generation state of transformers' handlers, with one manager."""
+    """The generation state of transformers' handlers, with a single manager."""
 
     def __init__(self, manager: BatchedGeneration) -> None:
         super().__init__()
         self.manager = manager
 
     def use_continuous_batching(self, model: Any, modality: Modality) -> bool:
-        """Return False: transformers' own batching pages autoregressive caches."""
+        """Return False: transformers' own batching is for paged autoregressive caches."""
         return False
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> BaseGenerateManager:
@@ -147,7 +147,7 @@ class OneModelState(GenerationState):
         return self.manager
 
     def is_cb_alive(self) -> bool:
-        """Return whether requests are answered, for `/health`."""
+        """Return whether the server still answers requests, for `/health`."""
         return self.manager.batcher.is_alive()
 
 
@@ -155,15 +155,15 @@ class OneModelState(GenerationState):
 
 
 class _Handler:
-    """Mixed into transformers' handlers of both endpoints."""
+    """A mixin for transformers' handlers of both endpoints."""
 
-    defaults: dict[str, Any]  # fields of `generate` that replace those of the folder
-    max_tokens: int  # new tokens of a request that names no number
+    defaults: dict[str, Any]  # fields of `generate` that override those saved with the model
+    max_tokens: int  # new tokens for a request that sets no limit
     _valid_params_class: Any
 
     async def handle_request(self, body: dict, request_id: str) -> Any:
-        """Answer a request whose fields are known to fit."""
-        # A field that is null is one that is missing.
+        """Check the fields of a request and answer it."""
+        # A null field counts as missing.
         body = {name: value for name, value in body.items() if value is not None}
         check_fields(body, set(self._valid_params_class.__mutable_keys__))
         response = await super().handle_request(self._checked(body), request_id)  # type: ignore[misc]
@@ -174,27 +174,27 @@ class _Handler:
         return JSONResponse(with_nulls(json.loads(response.body)))
 
     def _checked(self, body: dict) -> dict:
-        """Return a body whose text is known to fit the endpoint."""
+        """Return the body after checking its prompt or messages."""
         raise NotImplementedError
 
     def _validate_request(self, body: dict) -> None:
-        pass  # `check_fields` says more
+        pass  # `check_fields` checks more
 
     def _build_generation_config(
         self, body: dict, model_generation_config: GenerationConfig, use_cb: bool = False
     ) -> GenerationConfig:
-        """Return the fields of a request on top of those of the command line, on top of those of the folder."""
+        """Return the request's fields over those of the command line, over those saved with the model."""
         ours = own_fields(body, model_generation_config)
         limits = {"max_new_tokens": self.max_tokens, "max_length": None}
-        # Sampling is what clients of this interface expect; temperature 0 turns it off.
+        # Clients of this API expect sampling; temperature 0 turns it off.
         fields = {"do_sample": True, **limits, **self.defaults, **ours}
         made = type(model_generation_config).from_dict({**model_generation_config.to_dict(), **fields})
         limit = made.max_new_tokens
-        # The seed is of this request alone; transformers' handler would set that of the whole process.
+        # The seed is this request's alone; transformers' handler would seed the whole process.
         rest = {name: value for name, value in body.items() if name not in ("generation_config", "seed")}
         config = super()._build_generation_config(rest, made, use_cb=use_cb)  # type: ignore[misc]
         if body.get("max_tokens") is None and body.get("max_completion_tokens") is None:
-            config.max_new_tokens = limit  # which transformers raises to 1,024
+            config.max_new_tokens = limit  # transformers raised it to 1,024
         if config.temperature == 0:
             config.temperature, config.do_sample = 1.0, False
         config.seed = body.get("seed")
@@ -202,19 +202,19 @@ class _Handler:
 
 
 class Completions(_Handler, CompletionHandler):
-    """Answers `/v1/completions`."""
+    """Answer `/v1/completions`."""
 
     def _checked(self, body: dict) -> dict:
         prompt = body.get("prompt", "")
         if isinstance(prompt, list) and len(prompt) == 1:
             (prompt,) = prompt
         if not isinstance(prompt, str):
-            raise HTTPException(400, "prompt: expected one text; token ids and several prompts are not supported.")
+            raise HTTPException(400, "prompt: expected one string; token ids and several prompts are not supported.")
         return {**body, "prompt": prompt}
 
 
 class Chat(_Handler, ChatCompletionHandler):
-    """Answers `/v1/chat/completions`."""
+    """Answer `/v1/chat/completions`."""
 
     def _checked(self, body: dict) -> dict:
         tokenizer = self.model_manager.load_model_and_processor("")[1]
@@ -227,12 +227,12 @@ class Chat(_Handler, ChatCompletionHandler):
 # The application
 
 
-# `/load_model` is what `transformers chat` asks first; here it only says that the model is ready.
+# `transformers chat` calls `/load_model` first; here it only reports that the model is ready.
 ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/load_model", "/health", "/metrics")
 
 
 class LoadedModel(ModelManager):
-    """transformers' model manager around a model that is loaded already, and never unloaded."""
+    """transformers' model manager for one model that is already loaded and never unloaded."""
 
     def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
         super().__init__(force_model=None)
@@ -240,7 +240,7 @@ class LoadedModel(ModelManager):
 
     @staticmethod
     def process_model_name(model_id: str) -> str:
-        """Return the name as it is: transformers would add a revision, and clients send back the name they got."""
+        """Return the name unchanged: transformers would append a revision, which clients do not send."""
         return model_id
 
     def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -248,20 +248,20 @@ class LoadedModel(ModelManager):
         return self._model, self._tokenizer
 
     def get_model_modality(self, model: Any, processor: Any = None) -> Modality:  # type: ignore[override]
-        """Return that of a language model."""
+        """Return the modality of a language model."""
         return Modality.LLM
 
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict]:  # type: ignore[override]
-        """Return the one model in the form of `/v1/models`."""
+        """Return the one model in the format of `/v1/models`."""
         return [{"owned_by": "", "id": self.force_model, "object": "model", "created": 0}]
 
     async def load_model_streaming(
         self, model_id_and_revision: str, gguf_file: str | None = None
     ) -> AsyncIterator[str]:
-        """Yield one event: the model is ready, or another one was asked for."""
+        """Yield one event: the model is ready, or the client asked for a different one."""
         event = {"status": "ready", "model": self.force_model, "cached": True}
         if model_id_and_revision != self.force_model:
-            event = {"status": "error", "message": f"this server has one model, {self.force_model}: name that."}
+            event = {"status": "error", "message": f"this server has one model, {self.force_model}: use that."}
         yield f"data: {json.dumps(event)}\n\n"
 
 
@@ -280,11 +280,11 @@ def make_app(
     Args:
         model: any model with `generate`, in evaluation mode.
         tokenizer: its tokenizer.
-        name: what requests call the model.
-        defaults: fields of `generate` that replace those of the folder.
-        max_tokens: new tokens of a request that names no number.
-        api_key: which every request must carry; None for none.
-        limits: of [`Batcher`].
+        name: the model's name in requests.
+        defaults: fields of `generate` that override those saved with the model.
+        max_tokens: new tokens for a request that sets no limit.
+        api_key: the key that every request must carry; None disables the check.
+        limits: passed to [`Batcher`].
 
     Raises:
         ValueError: if the model is not one of this package.
@@ -303,7 +303,7 @@ def make_app(
         systemone_handler=SystemOneHandler(manager, state),
         generation_state=state,
     )
-    # Routes of other kinds of models, and those that load and unload: this server has one model.
+    # Drop the routes for other kinds of models and for loading and unloading: this server has one model.
     app.router.routes = [route for route in app.router.routes if getattr(route, "path", "") in ROUTES]
     app.add_api_route("/v1/models/{name:path}", lambda name: _named_model(manager, name), methods=["GET"])
     app.add_api_route("/metrics", lambda: PlainTextResponse(_metrics(batcher)), methods=["GET"])
@@ -317,7 +317,7 @@ def _named_model(manager: LoadedModel, name: str) -> dict:
     for model in manager.get_gen_models():
         if model["id"] == name:
             return model
-    raise HTTPException(404, f"this server has one model, {manager.force_model}: name that.")
+    raise HTTPException(404, f"this server has one model, {manager.force_model}: use that.")
 
 
 def _metrics(batcher: Batcher) -> str:

@@ -42,10 +42,10 @@ def test_all_figures_stand_in_one_table(monkeypatch, tiny_model, capsys):
     lines = capsys.readouterr().out.strip().split("\n")
     assert [line.split(" | ")[0].strip("| ") for line in lines[3:]] == [
         "training step, 2 x 8, s",
-        "writing 5 tokens, s",
-        "writing 9 tokens, s",
-        "writing 2 x 5 tokens, s",
-        "writing 3 x 5 tokens, s",
+        "generating 5 tokens, s",
+        "generating 9 tokens, s",
+        "generating 2 x 5 tokens, s",
+        "generating 3 x 5 tokens, s",
         "tokens per second, batch 2 over batch 1",
         "tokens per second, batch 3 over batch 1",
         "peak memory of training, 2 x 8, GB",

@@ -132,7 +132,7 @@ def test_a_page_of_runs_holds_their_numbers_curves_and_samples(reported):
         "The lowest perplexity on held-out text is at most 20.0 (one: exact bound, python-docs (validation split)), "
         "5.0 times below"
     ) in shown.text
-    assert "held-out text in training: python-docs (validation split), stratified estimate of the bound" in shown.text
+    assert "during training: python-docs (validation split), stratified estimate of the bound" in shown.text
     assert shown.row("learning_rate") == ["learning_rate", "20.0", "25.0"]
     assert "early words" in shown.text
     assert shown.tags.count("svg") == 6  # loss, held-out, speed, interval, and the variances of each run
@@ -209,7 +209,7 @@ def test_what_a_run_lacks_is_said_on_the_page(tmp_path):
     run = write_run(tmp_path / "killed")
     (run / "results.json").unlink()
     shown = page_of(run)
-    assert "killed: results.json is not there" in shown.text
+    assert "killed: results.json is missing" in shown.text
     assert "The interval of mask rates" in shown.text  # what is there is shown
 
 
@@ -241,7 +241,7 @@ def test_the_colours_of_figures_have_a_twin_for_dark_pages(reported):
 def test_bad_output_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(ValueError, match=r"--output .*nowhere.report\.html: .*nowhere"):
         write_report([tmp_path / "missing"], tmp_path / "nowhere" / "report.html")
-    with pytest.raises(ValueError, match=r"--output .*report\.pdf: a report is a page, so its name ends in \.html"):
+    with pytest.raises(ValueError, match=r"--output .*report\.pdf: a report is an HTML page"):
         write_report([tmp_path / "missing"], tmp_path / "report.pdf")
 
 

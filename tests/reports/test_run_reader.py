@@ -78,15 +78,15 @@ def test_a_run_that_still_trains_shows_its_last_checkpoint(tmp_path):
         (folder / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
     run = read_run(tmp_path)
     assert run.series["loss"][0].tolist() == [5, 10]
-    absent = "results.json is not there: the run is still training, or was stopped"
-    assert run.missing == [absent, "the curves reach to checkpoint-10"]
+    absent = "results.json is missing: the run is still training or was stopped"
+    assert run.missing == [absent, "the curves end at checkpoint-10"]
 
 
 def test_a_search_that_is_being_written_is_left_out_and_missing_results_are_named(tmp_path):
     (tmp_path / "interval_search.jsonl").write_text(json.dumps(SEARCH) + '\n{"step": 20, "int', encoding="utf-8")
     run = read_run(tmp_path)
     assert run.searches == [SEARCH]
-    assert len(run.missing) == 2 and run.missing[0].startswith("results.json is not there")
+    assert len(run.missing) == 2 and run.missing[0].startswith("results.json is missing")
 
 
 def test_a_folder_of_runs_and_results_is_all_of_them(tmp_path):
@@ -143,7 +143,7 @@ def test_nothing_to_report_on_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json is not a result file"):
         read_material([tmp_path / "config.json"])
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"prompts\.jsonl holds no samples"):
+    with pytest.raises(ValueError, match=r"prompts\.jsonl contains no samples"):
         read_material([tmp_path / "prompts.jsonl"])
 
 

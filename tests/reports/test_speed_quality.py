@@ -166,7 +166,7 @@ def test_without_matplotlib_a_plot_is_refused_before_any_work(monkeypatch, bd3lm
         (("--new-tokens", 40), "new_tokens=40"),
         (("--confidence-threshold", 2), "--confidence-threshold: expected a number >= 0 and <= 1, got '2'"),
         (("--plot", "no/folder/q.png"), "--plot no/folder/q.png: the folder"),
-        (("--plot", "q.txt"), "--plot q.txt: a picture's name ends in one of .png, .svg, .pdf"),
+        (("--plot", "q.txt"), "--plot q.txt: the name of a plot must end in one of .png, .svg, .pdf"),
         (("--output", "no/folder/q.json"), "--output no/folder/q.json: the folder"),
         (("--greedy",), "--dataset"),
         (

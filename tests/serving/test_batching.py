@@ -164,7 +164,7 @@ def test_a_batch_takes_the_passes_of_its_longest_text_and_reads_nothing_twice(ma
 
 def test_the_next_requests_of_answered_clients_begin_together(make_model, serve, monkeypatch):
     monkeypatch.setattr(batching, "_PATIENCE", 1e6)
-    monkeypatch.setattr(batching, "_MOST_PATIENCE", 60)  # more than any thread takes to send a request
+    monkeypatch.setattr(batching, "_MAX_PATIENCE", 60)  # more than any thread takes to send a request
     model = make_model(pad_token_id=0)
     batcher, network = serve(model), Network(monkeypatch)
 
