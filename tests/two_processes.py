@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from decoders import random_ids, tiny_decoder
 from shared_models import TINY, randomized
@@ -58,7 +58,8 @@ class ShardedTrainer(BD3LMTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
-        state.distributed_type = DistributedType.FSDP
+        # Both, as accelerate does: its states copy one another.
+        PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP", reshard_after_forward=True
         )

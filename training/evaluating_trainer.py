@@ -86,7 +86,7 @@ class EvaluatingTrainer(AveragingTrainer):
 
     def _evaluate_on(self, dataset: Any, prefix: str) -> dict[str, float]:
         metrics = self._measure(dataset, prefix, with_tokens=self.compute_metrics is not None).metrics or {}
-        if self.args.interval_search and self.is_in_train and dataset is self._interval_dataset():
+        if self.args.interval_search and self.is_in_train and dataset is self._first_eval_dataset():
             self.search_interval(dataset)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -144,6 +144,23 @@ class EvaluatingTrainer(AveragingTrainer):
             scores = self._shared(sequence_losses, sequences, indices=indices)
         return self._summarize([SequenceScore(*score) for score in scores], SpeedMeter.now() - started)
 
+    def check_estimator(self, name: str) -> None:
+        """Score one held-out sequence per process, so that an estimator that does not fit fails before training.
+
+        Args:
+            name: of the argument that holds the estimator.
+
+        Raises:
+            ValueError: the model's own reason, after the flag.
+        """
+        dataset, estimator = self._first_eval_dataset(), getattr(self.args, name)
+        if dataset is None or not self.model.has_likelihood:
+            return
+        try:
+            self.score(dataset, estimator=estimator, indices=range(min(self.args.world_size, len(dataset))))
+        except ValueError as error:
+            raise ValueError(f"--{name} {estimator} does not fit: {error}") from error
+
     def _shared(self, measure: Any, sequences: Any, *, indices: Any = None, **options: Any) -> list[Any]:
         """Measure some sequences (all by default) by all processes together; every process gets all scores."""
         args = self.args
@@ -166,7 +183,7 @@ class EvaluatingTrainer(AveragingTrainer):
             return summarize_losses(scores, seconds=seconds)
         return summarize(scores, bytes_per_token=self.bytes_per_token, seconds=seconds)
 
-    def _interval_dataset(self) -> Any:
+    def _first_eval_dataset(self) -> Any:
         several = isinstance(self.eval_dataset, dict)
         return next(iter(self.eval_dataset.values())) if several else self.eval_dataset
 

@@ -132,6 +132,7 @@ def _run(arguments: RunArguments) -> TrainResult:
     estimator = training.final_estimator or training.eval_estimator
     if trainer.is_world_process_zero():
         print(summary_at_start(arguments, trainer, sequences, resume))
+    trainer.check_estimator("final_estimator" if training.final_estimator else "eval_estimator")
     unigram = None
     with trainer.averaged_weights() as whole:  # together, as the processes may each hold a part of the weights
         if trainer.is_world_process_zero() and model.has_likelihood:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import IntervalStrategy, PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, seed_worker
@@ -263,8 +263,8 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
             resume_from_checkpoint: a checkpoint folder, or True for the last complete one of `args.output_dir`.
 
         Raises:
-            ValueError: if no checkpoint is complete, or it belongs to another run (with the differences
-                in the message).
+            ValueError: if no checkpoint is complete, it belongs to another run (with the differences in the message),
+                or `args.eval_estimator` does not fit the model.
             TrainingStopped: if SIGINT or SIGTERM stopped the run (`args.save_on_signal`); a checkpoint is saved.
         """
         self.losses = RunningLoss(self.args.device, self.accelerator.gather)
@@ -282,6 +282,8 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
             self.args.ignore_data_skip = True  # a stream continues at the position in the checkpoint
         if self.args.save_strategy != SaveStrategy.NO and self.args.should_save:
             warn_if_disk_is_full(self.args.output_dir, needed=self._checkpoint_bytes)
+        if self.args.eval_strategy != IntervalStrategy.NO:
+            self.check_estimator("eval_estimator")
         try:
             output = super().train(checkpoint, *arguments, **keywords)
         finally:

@@ -290,7 +290,12 @@ def test_adapters_need_a_model_to_adapt_that_is_no_adapter_itself(recipe, traine
         (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint true:"),
         (["--resume_from_checkpoint", "no/such"], "no/such"),
         (["--hidden_dims", "16"], "did you mean '--hidden_dim'?"),
-        (["--eval_estimator", "guess", "--eval_strategy", "steps", "--eval_steps", "1"], "estimator='guess'"),
+        (["--eval_estimator", "guess", "--eval_strategy", "epoch"], "--eval_estimator guess"),
+        (
+            "--block_size 16 --final_estimator sampled --eval_strategy epoch --eval_estimator exact".split(),
+            "--eval_estimator exact does not fit: estimator='exact' at block_size=16",
+        ),
+        (["--time_conditioning", "true", "--final_estimator", "exact"], "--final_estimator exact"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(recipe, tmp_path, capsys, words, message):
