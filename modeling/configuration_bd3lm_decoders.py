@@ -49,8 +49,8 @@ class BD3LMDecoderConfigMixin(_Configuration):
             that is not a special token.
         alignment (`str`, defaults to `"same"`): which hidden state predicts the token at position i. `"same"`: the one
             at i. `"shifted"`: the one at i - 1, as the decoder was trained; for the first token of a block that is the
-            clean token before it. `"shifted_noisy"`: the one at i - 1 of the noisy stream throughout; in generation the
-            block before is finished, and its clean state is used.
+            clean token before it. `"shifted_noisy"`: the one at i - 1 of the noisy stream throughout. When generating,
+            the previous block is finished, so its clean state is used.
         context (`str`, defaults to `"block"`): the clean stream is block-causal, or with `"token"` causal, so that it
             stays the autoregressive model.
         ar_loss_weight (`float`, defaults to 0.0): with `context="token"`, weight of the next-token loss of the clean

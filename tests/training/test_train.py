@@ -292,7 +292,7 @@ def test_adapters_need_a_model_to_adapt_that_is_no_adapter_itself(recipe, traine
         (["--hidden_dims", "16"], "did you mean '--hidden_dim'?"),
         (["--eval_estimator", "guess", "--eval_strategy", "epoch"], "--eval_estimator guess"),
         (
-            "--block_size 16 --final_estimator sampled --eval_strategy epoch --eval_estimator exact".split(),
+            ["--block_size=16", "--final_estimator=sampled", "--eval_strategy=epoch", "--eval_estimator=exact"],
             "--eval_estimator exact does not fit: estimator='exact' at block_size=16",
         ),
         (["--time_conditioning", "true", "--final_estimator", "exact"], "--final_estimator exact"),
