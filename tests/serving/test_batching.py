@@ -312,6 +312,12 @@ def test_a_long_text_is_decoded_in_pieces_without_a_broken_character(make_model,
         stopped.take(tokens[first : first + size], Bytes())
     stopped.take(list("€; STOP and more".encode()), Bytes())
     assert (stopped.finish_reason, stopped.text, stopped.written) == ("stop", text, tokens)
+    # Wherever the stop string falls relative to the tokens that are no longer decoded.
+    for length in range(250, 264):
+        split, tokens = Request([1], config, 0), list(b"x" * length + b"STOP and more")
+        for first in range(0, len(tokens), size):
+            split.take(tokens[first : first + size], Bytes())
+        assert (split.finish_reason, split.text, len(split.written)) == ("stop", "x" * length, length)
 
 
 @pytest.mark.parametrize("field", [{}, {"entropy_stop": 5.0, "entropy_stop_window": 12}, {"stop_at_second_eos": True}])
