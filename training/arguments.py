@@ -1,4 +1,4 @@
-"""The fields of a run, in four groups (model, data, adapters, training), and checks that they do not contradict."""
+"""The fields of a run in four groups (model, data, adapters, training), and checks that they are consistent."""
 
 import os
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from bd3lm_hf.training.interval import METHODS, PUBLISHED_STEP, Interval, candid
 
 @dataclass
 class DataArguments:
-    """The text and how it becomes token sequences."""
+    """The text, and how it becomes token sequences."""
 
     dataset: str = field(
         default=DEFAULT_DATASET,
@@ -38,7 +38,7 @@ class DataArguments:
     )
     data_format: str | None = field(
         default=None,
-        metadata={"help": "text, prompt_completion or messages; by default found by the names of the columns."},
+        metadata={"help": "text, prompt_completion or messages; by default inferred from the column names."},
     )
     validation_dataset: str | None = field(
         default=None, metadata={"help": "Held-out text; by default the validation split of `dataset`."}
@@ -48,33 +48,33 @@ class DataArguments:
         default=False, metadata={"help": "Read the training text while training, for corpora larger than the disk."}
     )
     shuffle_buffer: int = field(
-        default=10_000, metadata={"help": "Size of the shuffle buffer of a stream, in sequences; 0: no shuffle."}
+        default=10_000, metadata={"help": "Size of a stream's shuffle buffer, in sequences; 0 disables shuffling."}
     )
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
+    num_proc: int | None = field(default=None, metadata={"help": "Number of processes that prepare the data."})
     tokenizer: str | None = field(
         default=None, metadata={"help": "Name or folder of a tokenizer; by default one is trained on the text."}
     )
-    vocab_size: int = field(default=4096, metadata={"help": "Vocabulary of a tokenizer trained here."})
+    vocab_size: int = field(default=4096, metadata={"help": "Vocabulary size of a tokenizer trained here."})
     packing: str = field(
         default="contiguous", metadata={"help": "contiguous, which loses no token, or published, as in the paper."}
     )
-    insert_train_eos: bool = field(default=True, metadata={"help": "End every training document with the end token."})
-    insert_valid_eos: bool = field(default=True, metadata={"help": "End every held-out document with the end token."})
+    insert_train_eos: bool = field(default=True, metadata={"help": "End every training document with EOS."})
+    insert_valid_eos: bool = field(default=True, metadata={"help": "End every held-out document with EOS."})
     insert_train_special: bool = field(
-        default=False, metadata={"help": "Put begin and end token around every training sequence."}
+        default=False, metadata={"help": "Put BOS and EOS around every training sequence."}
     )
     insert_valid_special: bool = field(
-        default=False, metadata={"help": "Put begin and end token around every held-out sequence."}
+        default=False, metadata={"help": "Put BOS and EOS around every held-out sequence."}
     )
     long_rows: str = field(
-        default="error", metadata={"help": "Prompts with completion longer than the model: error, or drop them."}
+        default="error", metadata={"help": "What to do with fine-tuning rows longer than model_length: error or drop."}
     )
     fill_turns: bool | None = field(
         default=None,
-        metadata={"help": "Fill the block that ends a turn with scored end tokens; by default for adapted decoders."},
+        metadata={"help": "Fill the block in which a turn ends with scored EOS; default: for adapted decoders only."},
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training sequences at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many held-out sequences at most."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training sequences."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most this many held-out sequences."})
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "vocab_size", "max_train_samples", "max_eval_samples", "num_proc")
@@ -95,8 +95,8 @@ class DataArguments:
             raise ValueError(f"--data_format {self.data_format} reads all rows at once: leave out --streaming.")
         if self.max_train_samples is not None:
             raise ValueError(
-                f"--max_train_samples {self.max_train_samples} counts sequences, and a stream has no count: set "
-                "--max_steps, and leave it out."
+                f"--max_train_samples {self.max_train_samples} has no effect on a stream: leave it out and set "
+                "--max_steps."
             )
         if self.max_eval_samples is None and self.validation_dataset is None:
             raise ValueError(
@@ -107,15 +107,15 @@ class DataArguments:
 
 @dataclass
 class ModelArguments:
-    """The network. A field left out takes the default of the model type, or the checkpoint's value."""
+    """The network. A field that is not set takes the default of the model type, or the checkpoint's value."""
 
     model_type: str = field(default="bd3lm", metadata={"help": "Model type, as in `AutoConfig.for_model`."})
     init_from: str | None = field(
         default=None,
         metadata={"aliases": ["--model_name_or_path"], "help": "Folder or hub name of weights to start from."},
     )
-    block_size: int | None = field(default=None, metadata={"help": "Tokens of a block; divides model_length."})
-    model_length: int | None = field(default=None, metadata={"help": "Tokens of a training sequence."})
+    block_size: int | None = field(default=None, metadata={"help": "Tokens per block; divides model_length."})
+    model_length: int | None = field(default=None, metadata={"help": "Tokens per training sequence."})
     hidden_dim: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
     n_blocks: int | None = field(default=None, metadata={"help": "Number of transformer layers."})
     n_heads: int | None = field(default=None, metadata={"help": "Number of attention heads."})
@@ -142,20 +142,20 @@ class ModelArguments:
         default=None, metadata={"help": "Noisy streams that share one clean stream in a step; the loss is their mean."}
     )
     masking: str | None = field(
-        default=None, metadata={"help": "Masks of a block: independent, or exact_k, which masks k of its n tokens."}
+        default=None, metadata={"help": "How a block is masked: independent, or exact_k, exactly k of its n tokens."}
     )
     complementary: bool | None = field(
-        default=None, metadata={"help": "Pair each noisy stream with one that masks the tokens which it shows."}
+        default=None, metadata={"help": "Pair each noisy stream with one that masks the other tokens."}
     )
     mask_token_id: int | None = field(
-        default=None, metadata={"help": "Decoders to adapt: id of the mask token, which is chosen otherwise."}
+        default=None, metadata={"help": "Decoders to adapt: id of the mask token; by default chosen automatically."}
     )
     alignment: str | None = field(
         default=None,
-        metadata={"help": "Decoders: what predicts a token: same, shifted or shifted_noisy."},
+        metadata={"help": "Decoders: which hidden state predicts a token: same, shifted or shifted_noisy."},
     )
     context: str | None = field(
-        default=None, metadata={"help": "Decoders: the clean stream is causal by block or by token."}
+        default=None, metadata={"help": "Decoders: whether the clean stream is causal by block or by token."}
     )
     ar_loss_weight: float | None = field(
         default=None, metadata={"help": "Decoders with context=token: weight of the next-token loss."}
@@ -168,7 +168,7 @@ class ModelArguments:
     )
     num_denoising_steps: int | None = field(
         default=None,
-        metadata={"help": "Denoising steps of a block when samples are generated; saved in the generation config."},
+        metadata={"help": "Denoising steps per block in generation; saved in the generation config."},
     )
 
     def __post_init__(self) -> None:
@@ -184,7 +184,7 @@ class ModelArguments:
 class LoraArguments:
     """Low-rank adapters (LoRA): only small matrices next to frozen weights are trained."""
 
-    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapters; without it all weights train."})
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapters; by default all weights train."})
     lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of the adapters."})
     lora_target_modules: list[str] | None = field(
@@ -198,7 +198,7 @@ class LoraArguments:
             raise ValueError(f"--lora_dropout {self.lora_dropout}: give a probability of at least 0 and below 1.")
         given = [item.name for item in fields(self)[1:] if getattr(self, item.name) != item.default]
         if self.lora_r is None and given:
-            raise ValueError(f"--{given[0]} is given without --lora_r: set the rank of the adapters, for instance 8.")
+            raise ValueError(f"--{given[0]} is given without --lora_r: set the rank of the adapters, for example 8.")
 
 
 @dataclass
@@ -217,24 +217,24 @@ class IntervalSearchArguments:
     )
     interval_search_step: float = field(
         default=PUBLISHED_STEP,
-        metadata={"help": "Distance of the lower ends of intervals of one width; the paper's 0.05 by default."},
+        metadata={"help": "Distance between lower ends of intervals of one width; by default the paper's 0.05."},
     )
     interval_candidates: list[str] | None = field(
-        default=None, metadata={"help": "Own intervals to compare with the whole one, such as 0.3-0.8 0.45-0.95."}
+        default=None, metadata={"help": "Custom intervals to compare with the whole one: 0.3-0.8 0.45-0.95."}
     )
     interval_search_batches: int = field(
-        default=100, metadata={"help": "Held-out batches (of all processes together) to look at."}
+        default=100, metadata={"help": "Held-out batches to measure on, each over all processes together."}
     )
     interval_search_method: str = field(
         default="shared",
-        metadata={"help": "shared: at most 12 noisy passes over a batch; published: one for each interval."},
+        metadata={"help": "shared: at most 12 noisy passes over a batch; published: one pass per interval."},
     )
     interval_search_fixed: bool = field(
-        default=False, metadata={"help": "Search and log, but keep the interval as it is."}
+        default=False, metadata={"help": "Search and log, but keep the current interval."}
     )
 
     def interval_list(self, block_size: int) -> list[Interval]:
-        """Return the candidates of a model with blocks of this size, the whole interval first."""
+        """Return the candidate intervals for a block size, the whole interval first."""
         return candidate_intervals(
             block_size,
             widths=self.interval_search_widths,
@@ -255,21 +255,21 @@ class IntervalSearchArguments:
             )
         for item in fields(IntervalSearchArguments):
             if not self.interval_search and getattr(self, item.name) != item.default:
-                raise ValueError(f"--{item.name} asks for a search of the interval: add --interval_search true.")
+                raise ValueError(f"--{item.name} needs an interval search: add --interval_search true.")
 
 
 _OWN_LOSS = "the loss is the model's own, and no other trains it to denoise"
 _OWN_EVALUATION = "evaluation scores tokens by their likelihood and keeps no logits"
 _OWN_ORDER = "the seed decides the order of the examples and their noise"
 
-# Fields of TrainingArguments that would replace the loss, or have no effect in our trainer: the values that change
-# nothing, and the reason to refuse any other. The first values are the defaults.
+# Fields of TrainingArguments that would replace the loss or have no effect in our trainer, with the values that change
+# nothing (the default first) and the reason to refuse all others.
 REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_smoothing_factor": ((0.0,), _OWN_LOSS),
     "use_liger_kernel": ((False,), _OWN_LOSS),
     "liger_kernel_config": ((None,), _OWN_LOSS),
     "average_tokens_across_devices": ((True,), "a step divides its loss by the tokens of all processes"),
-    "neftune_noise_alpha": ((None, 0.0), "the noise of a diffusion model is that of its schedule"),
+    "neftune_noise_alpha": ((None, 0.0), "a diffusion model adds only the noise of its schedule"),
     "prediction_loss_only": ((False,), _OWN_EVALUATION),
     "eval_do_concat_batches": ((True,), _OWN_EVALUATION),
     "eval_use_gather_object": ((False,), _OWN_EVALUATION),
@@ -282,13 +282,13 @@ REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "group_by_length": ((False,), _OWN_ORDER),
     "train_sampling_strategy": (("random",), _OWN_ORDER),
     "length_column_name": (("length",), _OWN_ORDER),
-    "dataloader_drop_last": ((False,), "the last step of an epoch is filled, so that no sequence is left out"),
+    "dataloader_drop_last": ((False,), "the last step of an epoch is filled up, so no sequence is left out"),
     "dataloader_in_order": ((True,), _OWN_ORDER),
-    "dataloader_multiprocessing_context": ((None,), "workers start as torch starts them by default"),
+    "dataloader_multiprocessing_context": ((None,), "workers are started in torch's default way"),
     "auto_find_batch_size": ((False,), "another batch size is another run; set --per_device_train_batch_size"),
     "logging_nan_inf_filter": ((False,), "a loss that is not finite stops the run"),
     "enable_jit_checkpoint": ((False,), "--save_on_signal saves a checkpoint when the run is stopped"),
-    "do_predict": ((False,), "score a saved model by `bd3lm eval`"),
+    "do_predict": ((False,), "score a saved model with `bd3lm eval`"),
 }
 
 
@@ -299,24 +299,20 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
     output_dir: str = field(default="bd3lm-output", metadata={"help": "Folder of the run."})
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "Train into output_dir although it holds files; checkpoints of an earlier run are removed."},
+        metadata={"help": "Train into output_dir even if it has files; checkpoints of an earlier run are removed."},
     )
     learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(
         default="constant_with_warmup", metadata={"help": "Learning-rate schedule, as in transformers."}
     )
     warmup_steps: float = field(
-        default=2500, metadata={"help": "Warm-up steps; below 1 a share of all optimizer steps."}
+        default=2500, metadata={"help": "Warm-up steps; a value below 1 is a share of all optimizer steps."}
     )
-    max_grad_norm: float = field(
-        default=1.0, metadata={"help": "Gradient norm above which gradients are scaled down."}
-    )
-    logging_steps: float = field(default=50, metadata={"help": "Log every so many optimizer steps."})
-    # A loss that is not finite stops the run (trainer.py); the filter would hide it from the log.
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Leave losses that are not finite out of logs."}
-    )
-    # All weights of our models take part in every step; looking for others costs a walk through the graph.
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which larger gradients are clipped."})
+    logging_steps: float = field(default=50, metadata={"help": "Log every this many optimizer steps."})
+    # A non-finite loss stops the run (trainer.py); the filter would hide it from the log.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave non-finite losses out of the log."})
+    # All weights of our models take part in every step; looking for unused ones costs a walk through the graph.
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Have DistributedDataParallel look for weights without a gradient."}
     )
@@ -327,8 +323,8 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
     global_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Sequences of one optimizer step over all processes; decides gradient_accumulation_steps. The "
-            "paper's 512 on any number of processes."
+            "help": "Sequences per optimizer step over all processes, such as the paper's 512; sets "
+            "gradient_accumulation_steps."
         },
     )
     ema_decay: float | None = field(
@@ -345,21 +341,19 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
         default=None,
         metadata={"help": "Estimator of the likelihood before and after training; eval_estimator by default."},
     )
-    eval_num_samples: int = field(default=1, metadata={"help": "Noise draws per held-out sequence."})
-    sample_prompt: str = field(
-        default="", metadata={"help": "Prompt of the sample that is generated at each evaluation."}
-    )
+    eval_num_samples: int = field(default=1, metadata={"help": "Noise samples per held-out sequence."})
+    sample_prompt: str = field(default="", metadata={"help": "Prompt of the sample generated at each evaluation."})
     sample_tokens: int = field(default=64, metadata={"help": "Tokens of that sample; 0 generates none."})
     sample_nucleus_p: float = field(
-        default=0.9, metadata={"help": "Nucleus that the tokens of samples come from; 1: the whole distribution."}
+        default=0.9, metadata={"help": "Nucleus probability for samples; 1 uses the whole distribution."}
     )
     save_on_signal: bool = field(
         default=True,
-        metadata={"help": "On Ctrl-C or SIGTERM finish the step, save a checkpoint, end with code 130 or 143."},
+        metadata={"help": "On Ctrl-C or SIGTERM finish the step, save a checkpoint, exit with code 130 or 143."},
     )
     peak_tflops: float | None = field(
         default=None,
-        metadata={"help": "Peak TFLOP/s of a device, for the FLOPs utilisation (MFU); known for common NVIDIA GPUs."},
+        metadata={"help": "Peak TFLOP/s of one device, for the utilisation (MFU); known for common NVIDIA GPUs."},
     )
 
     def __post_init__(self) -> None:
@@ -369,18 +363,18 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
         self._check_installed()
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched > 1 and (parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()):
-            # Several processes without a GPU talk through gloo, which transformers chooses only with use_cpu.
+            # Processes without a GPU communicate through gloo, which transformers selects only with use_cpu.
             self.use_cpu = True
         # The run's precision must agree with the launcher's DeepSpeed configuration.
         precision = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and os.environ.get("ACCELERATE_MIXED_PRECISION")
         self.bf16 = self.bf16 or precision == "bf16"
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation(launched)
-        chooses_copies = self.accelerator_config is not None
+        has_accelerator_config = self.accelerator_config is not None
         super().__post_init__()
-        if not chooses_copies:
-            # Batches in pinned memory are copied to a GPU while it still works on the last one.
-            accelerator: Any = self.accelerator_config  # by now an object of accelerate
+        if not has_accelerator_config:
+            # Batches in pinned memory are copied to a GPU while it still works on the previous one.
+            accelerator: Any = self.accelerator_config  # now an object of accelerate
             accelerator.non_blocking = self.dataloader_pin_memory
         if self.world_size != launched:
             raise ValueError(
@@ -417,13 +411,13 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
             )
         if self.n_gpu > 1:
             raise ValueError(
-                f"this process sees {self.n_gpu} GPUs, which needs one process for each: start them with `accelerate "
+                f"this process sees {self.n_gpu} GPUs, and each needs its own process: start them with `accelerate "
                 f"launch training/train.py`, or choose one GPU with CUDA_VISIBLE_DEVICES=0."
             )
 
     def _check_refused(self) -> None:
         for name, (accepted, reason) in REFUSED_FIELDS.items():
-            # A version of transformers may not have the field.
+            # Some versions of transformers do not have the field.
             value = getattr(self, name, accepted[0])
             if value not in accepted:
                 raise ValueError(f"--{name} {value} is not supported by this trainer: {reason}. Leave it out.")
@@ -443,7 +437,7 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
         """Return the number of accumulated batches that make up `global_batch_size`.
 
         Raises:
-            ValueError: if there is no such number, or another one was given.
+            ValueError: if there is no such number, or `gradient_accumulation_steps` contradicts it.
         """
         requested, device = self.global_batch_size or 0, self.per_device_train_batch_size
         batch = processes * device
@@ -463,7 +457,7 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
 
 
 def _check_reporters(names: Sequence[str]) -> None:
-    """Refuse a reporter that cannot work; transformers finds out after the data are made, and ends with a traceback.
+    """Refuse a reporter that cannot work; transformers would only fail after the data is prepared, with a traceback.
 
     Raises:
         ValueError: if a name is unknown, or its package is not installed.
@@ -472,7 +466,7 @@ def _check_reporters(names: Sequence[str]) -> None:
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             raise ValueError(f"--report_to has {unknown(name, [*INTEGRATION_TO_CALLBACK], 'reporter')}")
-        if name not in installed and name != "flyte":  # transformers does not look for it
+        if name not in installed and name != "flyte":  # transformers does not check whether it is installed
             raise ValueError(
                 f"--report_to {name}: the package {name} is not installed. Run `pip install {name}`, or report to "
                 f"{' or '.join([*installed, 'none'])}."

@@ -1,7 +1,7 @@
-"""The help pages of `bd3lm train` and `bd3lm compare`, which answer without torch.
+"""The help pages of `bd3lm train` and `bd3lm compare`, printed without importing torch.
 
-The fields of a run are those of dataclasses, ours and transformers' `TrainingArguments`. Importing either takes
-seconds, as it loads torch, so their names, defaults and help texts are read from the source instead.
+The fields of a run are those of our dataclasses and of transformers' `TrainingArguments`. Importing either loads torch
+and takes seconds, so their names, defaults and help texts are read from the source instead.
 """
 
 import ast
@@ -28,15 +28,15 @@ _GROUPS = {
 
 
 class FieldHelp(NamedTuple):
-    """A field of a dataclass as its source describes it."""
+    """A field of a dataclass, as described in the source."""
 
     name: str
-    default: str  # empty if there is none to show, or only running the code would tell
+    default: str  # empty if there is none, or if it is not a literal
     text: str
 
 
 def fields_in_source(path: Path) -> dict[str, list[FieldHelp]]:
-    """Return the fields of every class of a file that are declared by `field(default=..., metadata=...)`."""
+    """Return the annotated fields of every class in a file; defaults and help texts are those in `field(...)`."""
     classes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
     return {node.name: [_field(line) for line in node.body if isinstance(line, ast.AnnAssign)] for node in classes}
 
@@ -52,7 +52,7 @@ def _field(line: ast.AnnAssign) -> FieldHelp:
 
 
 def _constant(node: ast.expr | None) -> str:
-    """Return a literal as text; empty for None and for what is not a literal."""
+    """Return a literal as text; empty for None and for any other expression."""
     try:
         value = None if node is None else ast.literal_eval(node)
     except ValueError:
@@ -61,7 +61,7 @@ def _constant(node: ast.expr | None) -> str:
 
 
 def refused_names(path: Path = _OURS) -> set[str]:
-    """Return the keys of the table `REFUSED_FIELDS`, which the page leaves out."""
+    """Return the keys of the table `REFUSED_FIELDS`, which the help page omits."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "REFUSED_FIELDS":
             assert isinstance(node.value, ast.Dict)
@@ -70,12 +70,12 @@ def refused_names(path: Path = _OURS) -> set[str]:
 
 
 def train_help() -> str:
-    """Return the page of `bd3lm train`: our fields by group, then those inherited from transformers."""
+    """Return the help page of `bd3lm train`: our fields by group, then those inherited from transformers."""
     program = "python training/train.py" if Path(sys.argv[0]).name == "train.py" else "bd3lm train"
     lines = [
         f"usage: {program} [RECIPE] [--FIELD VALUE ...]",
         "",
-        "  RECIPE  a YAML file of fields, or the name of one that ships:",
+        "  RECIPE  a YAML file of fields, or the name of a built-in recipe:",
         f"          {_shipped(RECIPES)}. Default: {DEFAULT_RECIPE}.",
         "  A field on the command line overrides the recipe. Dashes and underscores are both accepted.",
     ]
@@ -89,7 +89,7 @@ def train_help() -> str:
 
 
 def _inherited() -> list[FieldHelp]:
-    found = find_spec("transformers")  # of a package without parents: nothing is imported
+    found = find_spec("transformers")  # imports nothing, since the package is top-level
     assert found is not None and found.submodule_search_locations is not None
     return fields_in_source(Path(found.submodule_search_locations[0]) / "training_args.py")["TrainingArguments"]
 
@@ -108,21 +108,21 @@ def _shipped(folder: Path) -> str:
 
 
 def compare_help() -> str:
-    """Return the page of `bd3lm compare`."""
+    """Return the help page of `bd3lm compare`."""
     return f"""\
 usage: bd3lm compare [RECIPE] [--models NAME ...] [--seeds N ...] [--FIELD VALUE ...]
 
-Train several models on the same text for the same number of tokens, let each write texts that a judge scores, and
-print one table. A run that is complete is not repeated.
+Train several models on the same text for the same number of tokens, score samples of each with a judge, and print one
+table. Completed runs are not repeated.
 
-  RECIPE         a YAML file that names the models and the fields in which they differ, or the name of one that ships:
+  RECIPE         a YAML file that lists the models and the fields in which they differ, or the name of a built-in one:
                  {_shipped(COMPARISONS)}. Default: paper.
-  --models       the models of the recipe to compare; by default all of them
+  --models       models of the recipe to compare; by default all of them
   --seeds        seeds of the runs
-  --num_texts    texts that each model writes
-  --text_length  tokens of a text
-  --judge        a model of the comparison, or a checkpoint, that scores the texts
-  --output_dir   folder of the runs and of comparison.json
+  --num_texts    samples per model
+  --text_length  tokens per sample
+  --judge        model of the comparison, or checkpoint, that scores the samples
+  --output_dir   folder for the runs and comparison.json
   --FIELD        any field of a run, see `bd3lm train --help`
 
 Dashes and underscores are both accepted."""

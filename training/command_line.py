@@ -1,4 +1,4 @@
-"""The command line of a run: a recipe plus overrides, read from one YAML file and from `--field value` words."""
+"""The command line of a run: a recipe plus overrides, from a YAML file and `--field value` words."""
 
 import json
 import re
@@ -30,11 +30,11 @@ _GROUPS: dict[str, Any] = {
 }
 
 _MODEL_FIELDS = [item.name for item in fields(ModelArguments)]
-# How the likelihood of blocks is searched and estimated, next to the fields of a model's configuration.
-_OF_BLOCKS = ("interval_", "final_estimator", "eval_estimator")
+# Beginnings of the training fields that only concern the likelihood of blocks.
+_LIKELIHOOD_FIELDS = ("interval_", "final_estimator", "eval_estimator")
 _INIT_FLAGS = ("--init_from", "--model_name_or_path")
 # Fields without effect while their strategy is `no`.
-_OF_STRATEGY = {
+_STRATEGY_FIELDS = {
     "save_strategy": ("save_steps", "save_total_limit", "save_only_model"),
     "eval_strategy": ("eval_steps",),
 }
@@ -47,16 +47,16 @@ class RunArguments(NamedTuple):
     data: DataArguments
     lora: LoraArguments
     training: BD3LMTrainingArguments
-    given: dict[str, Any]  # the fields that differ from the defaults, as they were written
+    given: dict[str, Any]  # fields that differ from the defaults, as they were written
 
 
 class _Parser(HfArgumentParser):
-    """`HfArgumentParser` whose errors are one `ValueError` instead of a page of usage and an exit."""
+    """An `HfArgumentParser` that raises `ValueError` instead of printing its usage and exiting."""
 
     given: dict[str, Any]
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        # The dataclasses derive further values from these, which a recipe must not repeat.
+        # Recorded here, before the dataclasses derive further values, which a recipe must not repeat.
         namespace, rest = super().parse_known_args(args, namespace)
         defaults = vars(super().parse_known_args([])[0])
         self.given = {name: value for name, value in vars(namespace).items() if value != defaults[name]}
@@ -67,7 +67,7 @@ class _Parser(HfArgumentParser):
 
 
 def field_names() -> list[str]:
-    """Return the names of all fields that a recipe or the command line may set."""
+    """Return the names of all fields that a recipe or the command line can set."""
     return [item.name for group in _GROUPS.values() for item in fields(group) if item.init]
 
 
@@ -75,13 +75,13 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments:
     """Read `[recipe.yaml] [--field value ...]`; the command line overrides the recipe, the recipe the defaults.
 
     Args:
-        argv: arguments without the program's name. The recipe is a file or the name of one that ships (`demo`);
-            without one the `demo` recipe is the base. Of a recipe for another model type than the command line's,
-            fields that this type does not share are left out, with a note.
+        argv: arguments without the program's name. The recipe is a file or the name of a built-in one, by default
+            `demo`. If the recipe is for another model type than the command line asks for, fields that the types do
+            not share are left out, with a warning.
 
     Raises:
-        ValueError: if the recipe is unreadable, a field is unknown (the nearest one is named), a field cannot take
-            its value, or fields contradict one another.
+        ValueError: if the recipe is unreadable, a field is unknown (the nearest one is named), a value is invalid, or
+            fields contradict one another.
     """
     argv = [with_underscores(word) for word in argv]
     if {"-h", "--help"} & set(argv):
@@ -92,10 +92,10 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments:
     recipe = read_recipe(name)
     flags = {word.partition("=")[0] for word in argv if word.startswith("--")}
     if not named and flags & set(_INIT_FLAGS):
-        # The demo's network would contradict the one that is loaded.
+        # The sizes of the demo's network would contradict those of the loaded one.
         recipe = {name: value for name, value in recipe.items() if name not in _MODEL_FIELDS}
     if "--dataset" in flags and not Path(name).is_file():
-        recipe.pop("sample_prompt", None)  # of a shipped recipe: it begins a text of the recipe's own dataset
+        recipe.pop("sample_prompt", None)  # the prompt of a built-in recipe suits its own dataset only
     recipe = fit_to_type(recipe, argv)
     words = [word for name, value in recipe.items() for word in _as_words(name, value)] + argv
     arguments = _parse(with_home(words))
@@ -108,7 +108,7 @@ def _parse(words: list[str]) -> RunArguments:
     try:
         found: Any = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
     except (TypeError, AttributeError, ImportError) as error:  # transformers checks some values only by using them
-        raise ValueError(f"a field has a value that it cannot take: {error}") from error
+        raise ValueError(f"a field has an invalid value: {error}") from error
     model, data, lora, training, rest = found
     if rest:
         raise ValueError(unknown(rest[0], [f"--{name}" for name in field_names()], "argument"))
@@ -116,17 +116,17 @@ def _parse(words: list[str]) -> RunArguments:
 
 
 def _check(arguments: RunArguments, recipe: Iterable[str], flags: Iterable[str]) -> None:
-    """Refuse fields that contradict one another across groups, or have no effect where they were given."""
+    """Refuse fields that contradict one another across groups, or have no effect."""
     training = arguments.training
     if arguments.data.streaming and training.max_steps < 1:
-        raise ValueError("--streaming reads text without an end to count epochs by: set --max_steps.")
+        raise ValueError("--streaming reads text of unknown length, which has no epochs to count: set --max_steps.")
     if arguments.lora.lora_r is not None and training.interval_search:
         raise ValueError(
             f"--interval_search with --lora_r {arguments.lora.lora_r}: an adapter does not keep the interval. Choose "
             f"it with --sampling_eps_min and --sampling_eps_max, or train all weights."
         )
-    for strategy, dependent in _OF_STRATEGY.items():
-        # The command line may switch off what a recipe sets, but one of them alone must not contradict itself.
+    for strategy, dependent in _STRATEGY_FIELDS.items():
+        # The command line may switch off what a recipe sets up, but neither may contradict itself.
         given = set(flags) | (set() if strategy in flags else set(recipe))
         idle = [name for name in dependent if name in given]
         if getattr(training, strategy) == IntervalStrategy.NO and idle:
@@ -139,9 +139,9 @@ def _check(arguments: RunArguments, recipe: Iterable[str], flags: Iterable[str])
 def fit_to_type(recipe: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
     """Return the fields of a recipe that fit the model type of the command line, if it differs from the recipe's.
 
-    Left out, with a note, are fields of the network that the type does not have or does not share
-    (`unshared_fields` of its configuration), and with them what concerns the likelihood of blocks. Fields of the
-    command line itself are not touched.
+    Fields of the network that the type does not have or does not share (`unshared_fields` of its configuration) are
+    left out with a warning; so are fields for the likelihood of blocks if it does not share `block_size`. Fields of
+    the command line itself are kept.
 
     Args:
         argv: the command line after the recipe.
@@ -157,17 +157,18 @@ def fit_to_type(recipe: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
         for name in recipe
         if name in unshared
         or (name in _MODEL_FIELDS and name not in own and not _has_field(config_class, name))
-        or ("block_size" in unshared and name.startswith(_OF_BLOCKS))
+        or ("block_size" in unshared and name.startswith(_LIKELIHOOD_FIELDS))
     ]
     if dropped:
         logger.warning(
-            f"--model_type {requested} leaves out what the recipe sets for another model type: {', '.join(dropped)}."
+            f"--model_type {requested} ignores fields that the recipe sets for another model type: "
+            f"{', '.join(dropped)}."
         )
     return {name: value for name, value in recipe.items() if name not in dropped}
 
 
 def _has_field(config_class: Any, name: str) -> bool:
-    stock = SHAPE_FIELDS.get(name) or name  # of a decoder, which is new here
+    stock = SHAPE_FIELDS.get(name) or name  # as a new decoder of transformers names it
     return any(hasattr(config_class, known) or known in config_class.attribute_map for known in (name, stock))
 
 
@@ -179,7 +180,7 @@ def _requested_type(argv: Sequence[str]) -> str | None:
 
 
 def find_recipe(name_or_path: str, folder: Path) -> Path:
-    """Return a YAML file, or the one of that name that ships in `folder`.
+    """Return the path of a YAML file, or of the built-in recipe of that name in `folder`.
 
     Raises:
         ValueError: if there is neither.
@@ -198,11 +199,11 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
     """Return the fields that a recipe sets.
 
     Args:
-        name_or_path: a YAML file, or the name of a recipe that ships with the package.
+        name_or_path: a YAML file, or the name of a built-in recipe.
 
     Raises:
-        ValueError: if there is no such recipe, it is not a YAML mapping, a field does not exist, or its value is of
-            another kind.
+        ValueError: if there is no such recipe, it is not a YAML mapping, a field does not exist, or its value has the
+            wrong type.
     """
     path = find_recipe(name_or_path, RECIPES)
     recipe = read_yaml(path) or {}
@@ -221,17 +222,17 @@ def _check_kind(path: Path, name: str, value: Any, kind: Any) -> None:
     """Refuse a value that the command line could not express for this field.
 
     Raises:
-        ValueError: if a field of one value has a list or a mapping, or a field of text has `yes` or `no`, which YAML
-            reads as true and false.
+        ValueError: if a single value is a list or a mapping, or a text is `yes` or `no`, which YAML reads as true and
+            false.
     """
     accepted = str(kind)
     if isinstance(value, list) and not re.search(r"\b(list|dict)\b", accepted):
-        raise ValueError(f"the recipe {path}: {name} takes one value, and has the list {_short(value)}.")
+        raise ValueError(f"the recipe {path}: {name} takes one value, not the list {_short(value)}.")
     if isinstance(value, dict) and "dict" not in accepted:
-        raise ValueError(f"the recipe {path}: {name} takes one value, and has the mapping {_short(value)}.")
+        raise ValueError(f"the recipe {path}: {name} takes one value, not the mapping {_short(value)}.")
     if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
-        raise ValueError(f"the recipe {path}: {name} takes a list of plain values, and has {_short(value)}.")
-    # `--resume_from_checkpoint true` is the last checkpoint.
+        raise ValueError(f"the recipe {path}: {name} takes a list of plain values, not {_short(value)}.")
+    # `--resume_from_checkpoint true` resumes from the last checkpoint.
     if isinstance(value, bool) and not re.search(r"\bbool\b", accepted) and name != "resume_from_checkpoint":
         raise ValueError(
             f"the recipe {path}: {name} is {value}, which is neither text nor a number: write it in quotes."
@@ -243,7 +244,7 @@ def _short(value: Any) -> str:
 
 
 def write_recipe(arguments: RunArguments, path: str | Path) -> None:
-    """Write the fields that were given as a recipe that repeats the run in another folder."""
+    """Write the fields that were set as a recipe that repeats the run in another folder."""
     left_out = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
     given = {name: value for name, value in arguments.given.items() if name not in left_out}
     text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
@@ -251,7 +252,7 @@ def write_recipe(arguments: RunArguments, path: str | Path) -> None:
 
 
 def _as_words(name: str, value: Any) -> list[str]:
-    """Return a recipe's field as command-line words, so that one parser checks both; `null` is the default."""
+    """Return a recipe's field as command-line words, so one parser checks both; `null` leaves the default."""
     if value is None:
         return []
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Load the inputs of a run: documents or rows of fine-tuning, a tokenizer, and sequences of the model's length."""
+"""Load the inputs of a run: documents or fine-tuning rows, a tokenizer, and sequences of the model's length."""
 
 import itertools
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from bd3lm_hf.training.arguments import DataArguments
 from bd3lm_hf.training.command_line import RunArguments
 
 
-_TOKENIZER_DOCUMENTS = 100_000  # of a stream, to train a tokenizer on: more would not change it much
+_TOKENIZER_DOCUMENTS = 100_000  # of a stream, to train a tokenizer on; more would hardly change it
 _DOCUMENTS_AT_ONCE = 100
 
 
@@ -32,7 +32,7 @@ class Documents(NamedTuple):
 
     train: Dataset | IterableDataset
     validation: Dataset | IterableDataset
-    schema: Schema  # `TextRow`, or one of fine-tuning
+    schema: Schema  # `TextRow`, or a fine-tuning schema
 
 
 class TrainingSequences(NamedTuple):
@@ -49,7 +49,7 @@ def load_documents(data: DataArguments) -> Documents:
     With `validation_dataset`, files are used whole: nothing is held out.
 
     Raises:
-        ValueError: as `load_text`; also if a stream is to hold something else than documents.
+        ValueError: as `load_text`; also if fine-tuning rows are to be streamed.
     """
     names: dict[str, Any] = {"train": data.dataset, "validation": data.validation_dataset or data.dataset}
     origins = {"train": {"config_name": data.dataset_config, "source": data.dataset_source}}
@@ -60,7 +60,7 @@ def load_documents(data: DataArguments) -> Documents:
             f"--dataset {data.dataset} holds {' and '.join(schema.names)}, which are read all at once: leave out "
             "--streaming."
         )
-    # With its own held-out text, a file is a training split as a whole.
+    # With separate held-out text, a file is used as a whole.
     if data.validation_dataset is not None:
         for split, name in names.items():
             if Path(name).expanduser().is_file():
@@ -93,7 +93,7 @@ def make_tokenizer(arguments: RunArguments, documents: Documents) -> Any:
     data, model = arguments.data, arguments.model
     tokenizer: list[Any] = [None]
     if arguments.training.process_index == 0:
-        # A checkpoint brings its tokenizer.
+        # A checkpoint comes with its tokenizer.
         name = data.tokenizer or model.init_from
         stock = None if model.init_from is None else read_config(model.init_from, argument="--init_from")
         if is_adaptable(stock):
@@ -116,7 +116,7 @@ def _training_texts(documents: Documents) -> Iterator[str]:
 def make_sequences(
     arguments: RunArguments, documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Any
 ) -> TrainingSequences:
-    """Return the sequences of both splits: of the model's length, or one for each row of fine-tuning."""
+    """Return the sequences of both splits: of the model's length, or one for each fine-tuning row."""
     data, training = arguments.data, arguments.training
     if not isinstance(documents.schema, TextRow):
         return _make_instructions(arguments, documents, tokenizer, config)
@@ -139,7 +139,7 @@ def make_sequences(
     held_out = documents.validation
     if isinstance(held_out, IterableDataset):
         assert data.max_eval_samples is not None  # DataArguments requires it
-        # Held-out sequences are kept in memory and scored at every evaluation, so a stream is cut.
+        # Held-out sequences are kept in memory and scored at every evaluation, so a stream is cut short.
         held_out = _first_documents(held_out, tokenizer, data.max_eval_samples * length)
     with training.main_process_first(desc="packing the held-out text"):
         validation = evenly_spaced(pack(held_out, tokenizer, **options, **flags["validation"]), data.max_eval_samples)
@@ -170,7 +170,7 @@ def _make_instructions(
 
 
 def _first_documents(stream: IterableDataset, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Dataset:
-    """Return the first documents of a stream, as many as have that number of tokens together."""
+    """Return the first documents of a stream, enough to have that many tokens together."""
     texts: list[str] = []
     documents, num_tokens = iter(stream), 0
     while num_tokens < tokens:

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__" and (_CHECKOUT / "setup.cfg").is_file():
-    # Run as a script: use the package this script belongs to, whether or not it, or another copy, is installed.
+    # Run as a script: use the package of this checkout, even if another copy is installed.
     sys.path.insert(0, str(_CHECKOUT))
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
     from bd3lm_hf.training.command_help import train_help  # answers before torch is imported
@@ -67,7 +67,7 @@ logger = logging.get_logger("bd3lm_hf.train")
 _COMPARED_SEQUENCES = 100_000  # enough to notice duplicates; a corpus may have millions
 _FEW_HELD_OUT = 10
 _MAX_SECONDS_BEFORE = 20.0
-_MAX_SHARE_BEFORE = 0.1  # of the time of training
+_MAX_SHARE_BEFORE = 0.1  # of the training time
 _UNIGRAM_SEQUENCES = 100_000  # enough for token frequencies; a corpus may have millions
 
 
@@ -82,7 +82,7 @@ class TrainResult:
     seed: int
     losses: list[dict[str, float]] = field(default_factory=list)  # the trainer's log
     held_out: str = ""  # dataset and split of the scores
-    estimator: str = ""  # what the scores are: the likelihood itself, its bound, or an estimate of the bound
+    estimator: str = ""  # of the scores: the exact likelihood, its bound, or an estimate of the bound
     before: Perplexity | HeldOutLoss | None = None
     after: Perplexity | HeldOutLoss | None = None
     unigram_perplexity: float | None = None
@@ -95,8 +95,8 @@ def run(argv: Sequence[str]) -> TrainResult:
     """Parse, load, train, evaluate, report.
 
     Raises:
-        ValueError: if the arguments, the data, the tokenizer or the checkpoint are wrong, or numbers are no longer
-            finite; the message names the value and the remedy.
+        ValueError: if the arguments, the data, the tokenizer or the checkpoint are invalid, or a loss or gradient is
+            no longer finite; the message names the value and the remedy.
         TrainingStopped: if a signal stopped the run.
     """
     # 1. Arguments: a recipe plus overrides
@@ -111,7 +111,7 @@ def _run(arguments: RunArguments) -> TrainResult:
     with training.main_process_first(desc="looking for a checkpoint"):
         resume = requested_checkpoint(training)
     check_start(arguments.model)
-    # A checkpoint of another folder continues here as in any new folder.
+    # A checkpoint from another folder does not make this folder one that is being continued.
     continues = resume is not None and Path(resume).resolve().parent == Path(training.output_dir).resolve()
     check_output_dir(training.output_dir, overwrite=training.overwrite_output_dir, resume=continues)
     set_seed(training.seed)
@@ -121,20 +121,20 @@ def _run(arguments: RunArguments) -> TrainResult:
         documents = load_documents(arguments.data)
     tokenizer = make_tokenizer(arguments, documents)
 
-    # 3. Model, which knows the tokenizer's special tokens, and sequences of its length
+    # 3. Model, which needs the tokenizer's special tokens, and sequences of its length
     model = make_model(arguments.model, tokenizer)
     if arguments.lora.lora_r is not None:
         check_lora(model, arguments.lora, arguments.model.init_from)
     sequences = make_sequences(arguments, documents, tokenizer, model.config)
 
-    # 4. Train. Nothing is written before this line
+    # 4. Train; nothing is written before this line
     trainer = make_trainer(arguments, model, tokenizer, sequences, fresh=not continues)
     estimator = training.final_estimator or training.eval_estimator
     if trainer.is_world_process_zero():
         print(summary_at_start(arguments, trainer, sequences, resume))
     trainer.check_estimator("final_estimator" if training.final_estimator else "eval_estimator")
     unigram = None
-    with trainer.averaged_weights() as whole:  # together, as the processes may each hold a part of the weights
+    with trainer.averaged_weights() as whole:  # in all processes, since each may hold only a part of the weights
         if trainer.is_world_process_zero() and model.has_likelihood:
             unigram = unigram_of(whole, sequences, training.eval_batch_size)
     before = score_before(trainer, sequences, estimator) if resume is None else None
@@ -171,16 +171,16 @@ def _run(arguments: RunArguments) -> TrainResult:
         result.seconds = time.perf_counter() - started
         report(result)
     if training.push_to_hub:
-        trainer.push_to_hub()  # with the results in its card
+        trainer.push_to_hub()  # after the results, which the model card shows
     end(trainer)
     return result
 
 
 @contextlib.contextmanager
 def locked_output_dir(training: BD3LMTrainingArguments) -> Iterator[None]:
-    """Keep other runs out of the output folder. The main process holds the lock; all of them fail if it cannot."""
+    """Lock the output folder against other runs. The main process holds the lock; all processes fail if it cannot."""
     with contextlib.ExitStack() as stack:
-        # An exception in one process would leave the others waiting for it, so its message is sent to all.
+        # An exception in one process would leave the others waiting, so its message is sent to all.
         failure: list[str | None] = [None]
         if training.process_index == 0:
             try:
@@ -194,7 +194,7 @@ def locked_output_dir(training: BD3LMTrainingArguments) -> Iterator[None]:
 
 
 def end(trainer: BD3LMTrainer) -> None:
-    """Leave the process group together, and drop the wrapped model first: with it, a process may never exit."""
+    """Leave the process group together. The wrapped model goes first: while it exists, a process may never exit."""
     accelerator = trainer.accelerator
     accelerator.wait_for_everyone()
     trainer.model_wrapped = trainer.model
@@ -205,15 +205,15 @@ def end(trainer: BD3LMTrainer) -> None:
 def make_trainer(
     arguments: RunArguments, model: Any, tokenizer: Any, sequences: TrainingSequences, *, fresh: bool
 ) -> BD3LMTrainer:
-    """Return the trainer, and make the folder it writes to, marked as ours by the run's recipe.
+    """Create the output folder, which the run's recipe marks as ours, and return the trainer.
 
     Args:
-        fresh: start again; checkpoints of an earlier run of ours are removed.
+        fresh: start again, and remove the checkpoints of an earlier run of ours.
     """
     training = arguments.training
     folder = Path(training.output_dir)
     if training.process_index == 0:
-        # Results and samples of an earlier run would be taken for those of this one.
+        # Results and samples of an earlier run would be mistaken for this one's.
         if fresh:
             clear_output_dir(folder)
             for name in (RESULTS_NAME, SAMPLES_NAME, SEARCH_NAME, PLOT_NAME):
@@ -241,7 +241,7 @@ def requested_checkpoint(training: BD3LMTrainingArguments) -> str | None:
     """Return the checkpoint of `--resume_from_checkpoint`: a folder, or the last one of the output folder for `true`.
 
     Raises:
-        ValueError: if there is none that is complete.
+        ValueError: if there is no such checkpoint, or it is incomplete.
     """
     requested = training.resume_from_checkpoint
     if requested is None or requested.lower() == "false":
@@ -259,9 +259,9 @@ def requested_checkpoint(training: BD3LMTrainingArguments) -> str | None:
 
 
 def unigram_of(model: Any, sequences: TrainingSequences, batch_size: int) -> float:
-    """Return the perplexity of token frequencies on the held-out tokens that the model is scored on."""
+    """Return the perplexity of a unigram model on the held-out tokens that the model is scored on."""
     if isinstance(sequences.train, PackedStream):
-        rows = itertools.islice(sequences.train, _UNIGRAM_SEQUENCES // 100)  # training reads them a second time
+        rows = itertools.islice(sequences.train, _UNIGRAM_SEQUENCES // 100)  # training reads them again
     else:
         rows = sequences.train.select(range(min(len(sequences.train), _UNIGRAM_SEQUENCES)))
     train_ids = [label for row in rows for label in row["labels"] if label != -100]
@@ -270,8 +270,8 @@ def unigram_of(model: Any, sequences: TrainingSequences, batch_size: int) -> flo
 
 
 def text_from_folder(training: BD3LMTrainingArguments) -> str:
-    """Generate text with what a user's pipeline loads from the folder: the model by the code that was saved there."""
-    unset_hf_deepspeed_config()  # ZeRO-3 would take the weights of every model that is loaded apart
+    """Generate text as a user would: with a pipeline that loads the folder and runs the code saved there."""
+    unset_hf_deepspeed_config()  # ZeRO-3 would shard the weights of every model that is loaded
     generator = pipeline("text-generation", model=training.output_dir, trust_remote_code=True)
     options = sample_options(generator.model, training.sample_nucleus_p)
     options |= {"prompt": training.sample_prompt, "max_new_tokens": training.sample_tokens}
@@ -309,8 +309,8 @@ def summary_at_start(
     }
     if len(sequences.validation) < _FEW_HELD_OUT:
         logger.warning(
-            f"the held-out set has {len(sequences.validation)} sequence(s), so its perplexity is hardly more than a "
-            f"guess: name more text with --validation_dataset."
+            f"the held-out set has {len(sequences.validation)} sequence(s), too few for a reliable perplexity: name "
+            f"more text with --validation_dataset."
         )
     return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
 
@@ -323,7 +323,7 @@ def held_out_text(data: DataArguments) -> str:
 def _describe_training(rows: Any, length: int) -> str:
     if isinstance(rows, PackedStream):
         return f"a stream of sequences of {length} tokens"
-    # Duplicates often come from a corpus that is read twice.
+    # Duplicates often come from reading a corpus twice.
     compared = min(len(rows), _COMPARED_SEQUENCES)
     distinct = len({tuple(row["input_ids"]) for row in itertools.islice(rows, compared)})
     if distinct < compared:
@@ -336,15 +336,15 @@ def _describe_training(rows: Any, length: int) -> str:
 
 
 def score_before(trainer: BD3LMTrainer, sequences: TrainingSequences, estimator: str) -> Perplexity | HeldOutLoss:
-    """Score the held-out sequences, or as many as fit into 20 s and a tenth of the run; all with `eval_on_start`.
+    """Score as many held-out sequences as fit into 20 s and a tenth of the run, or all of them with `eval_on_start`.
 
-    They are spread over the whole set, and each has the noise that it has in a score of all.
+    They are spread over the whole set, and each has the same noise as when the whole set is scored.
     """
     rows, args = sequences.validation, trainer.args
     count = min(len(rows), args.eval_batch_size * args.world_size)
     if not args.eval_on_start and count < len(rows):
         result = trainer.score(rows, estimator=estimator, indices=_spread(len(rows), count))
-        # The first score shows how fast the model is; it decides how many more sequences fit into the budget.
+        # The first score shows how fast the model is, and so how many sequences fit into the budget.
         budget = min(_MAX_SECONDS_BEFORE, _MAX_SHARE_BEFORE * _training_seconds(trainer, sequences))
         decided = [max(count, min(len(rows), int(count * budget / max(result.seconds, 1e-9))))]
         broadcast_object_list(decided)  # processes measure different times
@@ -361,7 +361,7 @@ def _spread(total: int, count: int) -> list[int]:
 
 
 def _training_seconds(trainer: BD3LMTrainer, sequences: TrainingSequences) -> float:
-    """Estimate the time of training: a step costs about three forward passes, of which one is timed here."""
+    """Estimate the training time: a step costs about three forward passes, and one is timed here."""
     args, model = trainer.args, trainer.model
     # A stream has no known length, and the timing below needs a likelihood: assume a long run.
     if isinstance(sequences.train, PackedStream) or not model.has_likelihood:
@@ -380,7 +380,7 @@ def _training_seconds(trainer: BD3LMTrainer, sequences: TrainingSequences) -> fl
 
 
 def report(result: TrainResult) -> None:
-    """Write `results.json` and the curve, and print the table and a sample."""
+    """Write `results.json` and the training curve, and print the table and a sample."""
     result.versions = {module.__name__: module.__version__ for module in (bd3lm_hf, torch, transformers, accelerate)}
     content = asdict(result)
     for name in ("before", "after"):
@@ -396,7 +396,7 @@ def report(result: TrainResult) -> None:
 
 
 def table(result: TrainResult) -> str:
-    """Return the held-out perplexity before and after training next to the unigram baseline; or the loss."""
+    """Return the held-out perplexity (or loss) before and after training, next to the unigram baseline."""
     if isinstance(result.after, HeldOutLoss):
         return _table_of_losses(result)
     rows = [("held-out text", "perplexity", "bits/byte", "nll +- s.e.", "sequences")]
@@ -421,8 +421,8 @@ def _table_of_losses(result: TrainResult) -> str:
         if isinstance(score, HeldOutLoss):
             lines.append(f"{name:<18}{_with_error(score.loss, score.standard_error):>18}")
     lines.append(
-        "No perplexity: this kind of model has no likelihood, and its loss does not compare with that of "
-        "another. Score its samples with `bd3lm eval --generative`."
+        "No perplexity: this kind of model has no likelihood, and losses of different models cannot be compared. "
+        "Score its samples with `bd3lm eval --generative`."
     )
     return "\n".join(lines)
 
@@ -443,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
         raise SystemExit(getattr(error, "exit_code", 130)) from None
     except (ValueError, OSError) as error:
         logger.debug("traceback", exc_info=True)
-        # A process may be alone with its failure to save; everything else happens to all of them.
+        # A single process may fail to save; any other error occurs in all of them.
         if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, SaveError):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

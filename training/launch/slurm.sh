@@ -1,13 +1,13 @@
 #!/bin/bash
-# Training on several machines under Slurm. Set what is below for your cluster, then, from the checkout:
+# Training on several machines under Slurm. Adapt the settings below to your cluster, then, from the checkout:
 #   sbatch --nodes 2 --gpus-per-node 8 training/launch/slurm.sh training/recipes/demo.yaml --output_dir runs/demo
-# What follows the script is given to training/train.py; with --resume_from_checkpoint true a job goes on where the last
+# Arguments after the script go to training/train.py; with --resume_from_checkpoint true a job continues where the last
 # one was cut off. One launcher per machine starts one process per GPU there.
 #SBATCH --job-name=bd3lm
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
-# Two minutes before the time is up (or at a preemption) a run finishes its step, saves a checkpoint and ends.
+# Two minutes before the time is up (or on preemption) a run finishes its step, saves a checkpoint and exits.
 #SBATCH --signal=TERM@120
 #SBATCH --output=slurm-%j.log
 set -euo pipefail
