@@ -226,14 +226,13 @@ class BlockSizeSchedule(NamedTuple):
         """Refuse sizes that do not fit a model.
 
         Raises:
-            ValueError: if the model has no blocks, or a size does not divide its window.
+            ValueError: if the model's configuration would be invalid with one of the sizes.
         """
         for size in self.sizes:
-            if config.model_length % size:
-                raise ValueError(
-                    f"--block_size_schedule: {size} does not divide model_length={config.model_length}: choose its "
-                    f"divisors."
-                )
+            try:
+                type(config).from_dict({**config.to_dict(), "block_size": size})
+            except ValueError as error:
+                raise ValueError(f"--block_size_schedule: {error}") from error
 
 
 class BlockSizeCallback(TrainerCallback):

@@ -267,7 +267,20 @@ def test_training_takes_each_size_and_saves_the_last(tiny_model, make_trainer, t
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["block_size"] == 8
 
 
-def test_a_size_that_does_not_divide_the_window_is_refused(tiny_model, tmp_path):
-    arguments = BD3LMTrainingArguments(output_dir=str(tmp_path), block_size_schedule="1:2,5:0", use_cpu=True)
-    with pytest.raises(ValueError, match="5 does not divide model_length=32"):
+@pytest.mark.parametrize(
+    ("changes", "size", "message"),
+    [
+        ({}, 5, "block_size=5 does not divide model_length=32"),
+        ({"block_size": 32, "cross_attn": False}, 4, "cross_attn=False with block_size=4"),
+        ({"resample": True, "sampling_eps_min": 0.55, "sampling_eps_max": 0.7}, 4, r"\[0.55, 0.7\] .* k / 4"),
+    ],
+)
+def test_a_later_size_that_does_not_fit_the_model_is_refused_before_training(
+    changes, size, message, tiny_model, tmp_path
+):
+    for name, value in changes.items():
+        setattr(tiny_model.config, name, value)
+    schedule = f"{tiny_model.config.block_size}:2,{size}:0"
+    arguments = BD3LMTrainingArguments(output_dir=str(tmp_path), block_size_schedule=schedule, use_cpu=True)
+    with pytest.raises(ValueError, match=f"--block_size_schedule: .*{message}"):
         BD3LMTrainer(tiny_model, arguments)
