@@ -322,4 +322,4 @@ def _named_model(manager: LoadedModel, name: str) -> dict:
 
 def _metrics(batcher: Batcher) -> str:
     """Return the counts in Prometheus' text format."""
-    return "".join(f"bd3lm_{name} {value:g}\n" for name, value in batcher.statistics().items())
+    return "".join(f"bd3lm_{name} {value}\n" for name, value in batcher.statistics().items())

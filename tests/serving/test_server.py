@@ -350,9 +350,12 @@ def test_what_can_be_looked_at(server):
     with pytest.raises(openai.NotFoundError, match="tiny"):
         client.models.retrieve("other")
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-    for path, text in (("/health", "ok"), ("/metrics", "bd3lm_tokens_generated ")):
+    batcher = server.app.state.batcher
+    batcher.tokens += 12_345_678
+    for path, text in (("/health", "ok"), ("/metrics", f"bd3lm_tokens_generated {batcher.tokens}\n")):
         connection.request("GET", path)
         assert text in connection.getresponse().read().decode()
+    batcher.tokens -= 12_345_678
     connection.request("GET", "/reset")
     assert connection.getresponse().status == 404
 
