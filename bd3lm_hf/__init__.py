@@ -1,6 +1,6 @@
 """Block diffusion language models (BD3-LM, arXiv 2503.09573) for the Hugging Face stack.
 
-Importing this package makes its model types known to the Auto classes of transformers.
+Importing this package registers its model types with transformers' Auto classes.
 """
 
 import configparser
@@ -23,15 +23,15 @@ def _is_our_checkout(folder: Path) -> bool:
     return parser.get("metadata", "name", fallback=None) == "bd3lm-hf"
 
 
-# A bare checkout keeps the rooms next to this folder, not inside it. Another project's setup.cfg there means that this
-# folder was copied into it.
+# In a bare checkout, some subpackages (modeling, training, ...) are next to this folder, not inside it. A setup.cfg of
+# another project there means that this folder was copied into that project.
 _PARENT = Path(__file__).resolve().parent.parent
 if _is_our_checkout(_PARENT):
     __path__.append(str(_PARENT))
 
 
-# The `bd3lm` command answers wrong arguments before it imports anything slow. So the model types are registered as
-# soon as transformers is there, which for most programs is already the case or follows in the next line.
+# The `bd3lm` command reports wrong arguments before it imports anything slow, so this package must not import
+# transformers. The model types are registered when something else does, or at once if it has been imported already.
 after_import("transformers", register_auto_classes)
 after_import("peft", register_lora_targets)
 

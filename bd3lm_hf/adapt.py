@@ -1,8 +1,8 @@
-"""Make a block-diffusion model of an autoregressive decoder: its class, its mask token, its weights.
+"""Turn an autoregressive decoder into a block-diffusion model: its class, its mask token, its weights.
 
-The mask token is chosen in this order, and the choice is logged:
+The mask token is the first of these that exists; the choice is logged:
 
-1. the tokenizer's own mask token;
+1. the tokenizer's own mask token, or its token `<|mask|>`;
 2. the first row of the embedding that no token uses, which many decoders have (Qwen3, Qwen2.5);
 3. a reserved token of the tokenizer (Llama 3, Gemma);
 4. a new row.
@@ -28,10 +28,10 @@ logger = logging.get_logger("bd3lm_hf.adapt")
 # `<|reserved_special_token_0|>`, `<unused7>`, `<SPECIAL_10>`, `[control_8]`, `<|dummy_3|>`, `<|extra_0|>`
 _RESERVED = re.compile(r"[<\[]\|?(reserved|unused|special|control|dummy|extra)\w*?_?\d+\|?[>\]]", re.IGNORECASE)
 
-#: A row whose norm is below this share of the mean norm has decayed in training, and gradients through it explode.
+#: A row whose norm is below this fraction of the mean has decayed in training; gradients through it explode.
 _DECAYED = 0.1
 
-#: Options that go to `from_pretrained`; everything else is a field of the process.
+#: Options for `from_pretrained`; all others are fields of the diffusion process.
 _LOADING = (
     *("attn_implementation", "cache_dir", "device_map", "dtype", "local_files_only", "max_memory", "offload_folder"),
     *("quantization_config", "revision", "subfolder", "token", "trust_remote_code"),
@@ -46,11 +46,11 @@ class MaskToken(NamedTuple):
     id: int
     text: str | None  # None without a tokenizer
     origin: str  # where it comes from, for the log
-    trained: bool  # the row was a mask token before, and is kept unless it has decayed
+    trained: bool  # the token was already a mask token: its row is kept unless it has decayed
 
 
 def is_adaptable(config: Any) -> bool:
-    """Return whether [`adapt_decoder`] takes a decoder with this configuration."""
+    """Return whether [`adapt_decoder`] accepts a decoder with this configuration."""
     return getattr(config, "model_type", None) in DECODERS and not unsupported_reason(config)
 
 
@@ -64,10 +64,10 @@ def adapt_decoder(
     context: str = "block",
     **process_fields: Any,
 ) -> Any:
-    """Return a block-diffusion model over a transformers decoder, with its weights and their names.
+    """Return a block-diffusion model with the weights of a transformers decoder, under the same names.
 
-    Dtype, tied weights, rotary settings and the generation config, lists of end tokens included, are kept. The model
-    has yet to be trained: what it writes at first is what an autoregressive model makes of masked text.
+    Dtype, tied weights, rotary settings and the generation config, including lists of end tokens, are kept. Train the
+    model before use: an autoregressive decoder has not learned to predict masked tokens.
 
     ```python
     >>> tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen3-0.6B")
@@ -76,17 +76,18 @@ def adapt_decoder(
     ```
 
     Args:
-        model_or_name: a decoder, a folder or a hub name. A model is used up: its modules go on in the new one.
-        block_size: tokens of a block.
+        model_or_name: a decoder, a folder or a hub name. A decoder is consumed: its modules move to the new model.
+        block_size: tokens per block.
         mask_token_id: overrides the choice of the mask token.
-        tokenizer: gets the mask token, in place. By default the one that comes with a name, for the choice only.
+        tokenizer: gets the mask token, in place. Without it, the mask token is chosen from the tokenizer that belongs
+            to the name.
         alignment, context: see [`BD3LMDecoderConfigMixin`].
-        process_fields: further fields of the configuration (`model_length`, `noise`, `sampling_eps_min`, ...), and
-            for a name options of `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
+        process_fields: more fields of the configuration (`model_length`, `noise`, `sampling_eps_min`, ...) and, with
+            a name, options of `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
 
     Raises:
-        ValueError: if the family is not supported (with the reason), a field does not exist or does not fit, or the
-            mask token is another special token.
+        ValueError: if the family is not supported (with the reason), a field does not exist or has an invalid value,
+            or the mask token is also another special token.
     """
     loading = {name: process_fields.pop(name) for name in _LOADING if name in process_fields}
     named = isinstance(model_or_name, str)
@@ -97,7 +98,7 @@ def adapt_decoder(
     tokenizer = own if tokenizer is None else tokenizer
     mask = _find_mask(mask_token_id, tokenizer, stock)
     if mask.trained and own is not None and own.mask_token_id is None:
-        # The caller gave the tokenizer this mask token: to the decoder it is as new as if it were chosen here.
+        # The caller added this mask token to the tokenizer: it is as new to the decoder as one that is chosen here.
         chosen = choose_mask(own, stock)
         mask = chosen if chosen.id == mask.id else mask._replace(trained=False)
     fields = {"block_size": block_size, "alignment": alignment, "context": context, **process_fields}
@@ -105,7 +106,7 @@ def adapt_decoder(
     if named:
         model = load_model(model_or_name, argument="adapt_decoder:", config=config, **loading)
     elif loading:
-        raise ValueError(f"{', '.join(loading)} is for a model that is loaded by name: leave it out for a model.")
+        raise ValueError(f"{', '.join(loading)} applies when a model is loaded by name: leave it out for a model.")
     else:
         model = _take_over(model_or_name, model_class, config, argument)
     _make_mask_row(model, mask, tokenizer)
@@ -119,32 +120,32 @@ def decoder_class(config: Any, argument: str) -> Any:
     """Return the block-diffusion class for a stock configuration.
 
     Raises:
-        ValueError: if there is none; the message has the reason and the supported families.
+        ValueError: if there is none, with the reason and the supported families.
     """
     found = getattr(config, "model_type", None)
     if isinstance(found, str) and found.startswith("bd3lm"):
         raise ValueError(f"{argument}: this is a block-diffusion model already (model_type={found!r}); load it.")
-    reason = unsupported_reason(config) or (None if found in DECODERS else "no family of this type is supported yet")
+    reason = unsupported_reason(config) or (None if found in DECODERS else "this type is not supported yet")
     if reason:
         raise ValueError(
-            f"{argument}: a decoder of model_type={found!r} cannot be adapted: {reason}. Supported are "
+            f"{argument}: a decoder with model_type={found!r} cannot be adapted: {reason}. Supported types: "
             f"{', '.join(DECODERS)}."
         )
     return DECODERS[str(found)]
 
 
 def decoder_config(stock: Any, mask: MaskToken, fields: dict[str, Any], argument: str) -> Any:
-    """Return the configuration of a decoder with the fields of the process.
+    """Return a decoder's configuration with the fields of the diffusion process.
 
     Raises:
-        ValueError: if a field does not exist or has a value that does not fit.
+        ValueError: if a field does not exist or has an invalid value.
     """
     config_class = DECODERS[stock.model_type].config_class
     unknown = [name for name in fields if name not in config_class.__dataclass_fields__]
     if unknown:
         raise ValueError(f"{argument}: {', '.join(unknown)} is not a field of a {config_class.__name__}.")
     kept = {k: v for k, v in stock.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
-    # A mask token in a new row is one that the vocabulary has yet to get.
+    # A mask token in a new row would fail the checks: the vocabulary grows only when the embedding is resized.
     config = config_class.from_dict(
         {**kept, "vocab_size": max(stock.vocab_size, mask.id + 1), **fields, "mask_token_id": mask.id}
     )
@@ -154,13 +155,13 @@ def decoder_config(stock: Any, mask: MaskToken, fields: dict[str, Any], argument
 
 
 def choose_mask(tokenizer: PreTrainedTokenizerBase | None, config: Any) -> MaskToken:
-    """Choose the mask token of a decoder, by the order at the head of this file.
+    """Choose the mask token of a decoder, in the order at the top of this file.
 
     Raises:
-        ValueError: if the tokenizer's mask token is also its padding, begin or end.
+        ValueError: if the tokenizer's mask token is also a BOS, EOS or padding token.
     """
     if tokenizer is None:
-        return MaskToken(config.vocab_size, None, "a new row, since no tokenizer is known", trained=False)
+        return MaskToken(config.vocab_size, None, "a new row, because there is no tokenizer", trained=False)
     if tokenizer.mask_token_id is not None:
         mask = MaskToken(tokenizer.mask_token_id, tokenizer.mask_token, "the tokenizer's own", trained=True)
         _check_mask(f"the tokenizer's mask token {mask.text} (id {mask.id})", mask.id, tokenizer, config)
@@ -179,13 +180,13 @@ def choose_mask(tokenizer: PreTrainedTokenizerBase | None, config: Any) -> MaskT
 
 
 def load_decoder_tokenizer(name: str, config: Any, mask_token_id: int | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a decoder with all the special tokens that a block-diffusion model of it needs.
+    """Load the tokenizer of a decoder, with all special tokens that a block-diffusion model needs.
 
     Args:
         mask_token_id: overrides the choice of the mask token.
 
     Raises:
-        ValueError: if the decoder has no tokenizer, or uses the mask token for another purpose too.
+        ValueError: if the decoder has no tokenizer, or the mask token is also another special token.
     """
     tokenizer = _tokenizer_of(name, {})
     if tokenizer is None:
@@ -195,10 +196,10 @@ def load_decoder_tokenizer(name: str, config: Any, mask_token_id: int | None = N
 
 
 def set_mask_token(tokenizer: PreTrainedTokenizerBase, mask: MaskToken) -> None:
-    """Give a tokenizer the mask token, in place.
+    """Set the mask token of a tokenizer, in place.
 
     Raises:
-        ValueError: if the token gets another id.
+        ValueError: if the tokenizer assigns it another id.
     """
     if tokenizer.mask_token_id == mask.id or mask.text is None:
         return
@@ -206,7 +207,7 @@ def set_mask_token(tokenizer: PreTrainedTokenizerBase, mask: MaskToken) -> None:
     if tokenizer.mask_token_id != mask.id:
         raise ValueError(
             f"the tokenizer gives its mask token the id {tokenizer.mask_token_id}, not mask_token_id={mask.id}: leave "
-            f"mask_token_id out, or name the id of a token that it has."
+            f"mask_token_id out, or give the id of a token in its vocabulary."
         )
 
 
@@ -217,11 +218,11 @@ def _find_mask(mask_token_id: int | None, tokenizer: PreTrainedTokenizerBase | N
 def _given_mask(mask_token_id: int, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> MaskToken:
     """Return the mask token that a caller asked for."""
     if isinstance(mask_token_id, bool) or not isinstance(mask_token_id, int) or mask_token_id < 0:
-        raise ValueError(f"mask_token_id={mask_token_id!r}: give the id of a token.")
+        raise ValueError(f"mask_token_id={mask_token_id!r} is not a token id: give an integer >= 0.")
     if mask_token_id >= config.vocab_size:
         raise ValueError(
             f"mask_token_id={mask_token_id} is outside the vocabulary of {config.vocab_size} ids: give one from 0 to "
-            f"{config.vocab_size - 1}, or leave it out, which adds a row where none is free."
+            f"{config.vocab_size - 1}, or leave it out, which adds a row if none is free."
         )
     _check_mask(f"mask_token_id={mask_token_id}", mask_token_id, tokenizer, config)
     text = None
@@ -231,12 +232,12 @@ def _given_mask(mask_token_id: int, tokenizer: PreTrainedTokenizerBase | None, c
     return MaskToken(mask_token_id, text, "as given", trained=False)
 
 
-def _check_mask(what: str, number: int, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> None:
+def _check_mask(label: str, number: int, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> None:
     for name, special in _special_ids(tokenizer, config).items():
         if special == number:
             raise ValueError(
-                f"{what} is also {name}: the mask must be a token of its own, or the model forgets what that token "
-                f"means. Name another with mask_token_id (`bd3lm train --mask_token_id`)."
+                f"{label} is also {name}: a mask token must have no other role, or the model forgets what the token "
+                f"means. Choose another with mask_token_id (`bd3lm train --mask_token_id`)."
             )
 
 
@@ -259,14 +260,14 @@ def _stock_config(model_or_name: Any, loading: dict[str, Any], argument: str) ->
     if not isinstance(model_or_name, str):
         config = getattr(model_or_name, "config", None)
         if config is None or not hasattr(model_or_name, "get_input_embeddings"):
-            raise ValueError(f"{argument}: give a transformers decoder, the folder of one, or its hub name.")
+            raise ValueError(f"{argument}: give a transformers decoder, its folder or its hub name.")
         return config
     return read_config(model_or_name, argument=argument, trust_remote_code=loading.get("trust_remote_code", False))
 
 
 def _tokenizer_of(name: str, loading: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     options = {k: loading[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in loading}
-    # Of a folder without a tokenizer transformers makes an empty one.
+    # For a folder without a tokenizer, transformers makes an empty one.
     if Path(name).is_dir() and not any(any(Path(name).glob(files)) for files in _TOKENIZER_FILES):
         return None
     try:
@@ -276,7 +277,7 @@ def _tokenizer_of(name: str, loading: dict[str, Any]) -> PreTrainedTokenizerBase
 
 
 def _take_over(model: Any, model_class: Any, config: Any, argument: str) -> Any:
-    """Return a model of another class around the modules of a decoder."""
+    """Return a model of `model_class` that takes over the modules of a decoder."""
     stock_class = model_class.__bases__[-1]
     if not isinstance(model, stock_class):
         raise ValueError(f"{argument}: give the whole language model, a {stock_class.__name__}.")
@@ -288,12 +289,12 @@ def _take_over(model: Any, model_class: Any, config: Any, argument: str) -> Any:
         setattr(adapted, name, module)
     adapted.watch_decoder()
     for module in adapted.modules():
-        # Stock layers read their attention from a configuration of their own.
+        # Stock layers keep a reference to the configuration, and read the attention implementation from it.
         if getattr(module, "config", None) is stock_config:
             module.config = config
     generation_config = copy.deepcopy(model.generation_config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        # Defaults of the family that the vocabulary lacks; see `_drop_default_tokens`.
+        # Defaults of the family that this vocabulary does not contain; see `_drop_default_tokens`.
         if getattr(config, name) is None and getattr(generation_config, name) == getattr(stock_config, name):
             setattr(generation_config, name, None)
     adapted.generation_config = generation_config
@@ -302,9 +303,9 @@ def _take_over(model: Any, model_class: Any, config: Any, argument: str) -> Any:
 
 @torch.no_grad()
 def _make_mask_row(model: Any, mask: MaskToken, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Make sure that the mask token has an embedding that training can start from: the mean of the used rows.
+    """Give the mask token an embedding that training can start from: the mean of the used rows.
 
-    The new row is the only one: further rows would be tokens that nobody has and the head could predict.
+    At most this row is added: the head could predict any further row, which would belong to no token.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     if mask.id >= rows:

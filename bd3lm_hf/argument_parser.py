@@ -1,6 +1,6 @@
-"""The argument parser of every verb: its errors, types of arguments, the flags of a model.
+"""The argument parser of all verbs: error messages, argument types, and the flags that choose a model.
 
-Imports nothing that is slow: `bd3lm VERB --help` must answer before torch is loaded.
+Imports nothing slow: `bd3lm VERB --help` must answer without loading torch.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from bd3lm_hf.printing import one_line
 
 
-LARGEST_INTEGER = 2**31 - 1  # counts and sizes above this are typing errors, and overflow the integers of torch
+LARGEST_INTEGER = 2**31 - 1  # counts and sizes above this are typos, and overflow the integers of torch
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -25,7 +25,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def with_underscores(word: str) -> str:
-    """Return a word whose flag is spelled with underscores: `--max-steps=3` as `--max_steps=3`."""
+    """Return a word with underscores in its flag: `--max-steps=3` becomes `--max_steps=3`."""
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")
@@ -36,9 +36,9 @@ _TEXT_FLAGS = ("--prompt", "--sample-prompt", "--text", "--gap")
 
 
 def with_home(words: Sequence[str]) -> list[str]:
-    """Return words whose values begin with the home folder where they began with `~`; text is left alone.
+    """Return the words with a leading `~` of their values expanded, except in text such as prompts.
 
-    A shell expands `--dataset ~/x`, but not `--dataset=~/x` or a path in quotes or in a recipe.
+    A shell expands `--dataset ~/x`, but not `--dataset=~/x` or a path in quotes.
     """
     expanded: list[str] = []
     for word in words:
@@ -102,25 +102,25 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
     parser.add_argument("--tokenizer", help="folder or hub name of the tokenizer, if the model comes without one")
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the model; ours needs none"
+        "--trust-remote-code", action="store_true", help="run code that comes with the model; not needed for ours"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
-    parser.add_argument("--seed", type=integer(-(2**62), 2**62), default=0)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (by default a GPU if there is one)")
+    parser.add_argument("--seed", type=integer(-(2**62), 2**62), default=0, help="random seed (0)")
 
 
 def load_model_and_tokenizer(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Return the model on its device, in evaluation mode, and its tokenizer.
 
     Raises:
-        ValueError: if the checkpoint cannot be read, lacks weights, has others or holds NaN, the tokenizer is missing
-            or belongs to another model, or this machine has no such device.
+        ValueError: if the checkpoint cannot be read or its weights are not complete and finite, the tokenizer is
+            missing or belongs to another model, or this machine has no such device.
     """
     from transformers.utils import logging
 
     from bd3lm_hf.checkpoints import find_device, load_model
     from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
 
-    # The libraries' own reports would drown the results; our warnings have loggers of their own.
+    # The libraries' own reports would drown out the results; our warnings have separate loggers.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     arguments.device = find_device(arguments.device)

@@ -1,6 +1,6 @@
-"""Registration of our model types with transformers' Auto classes and with peft, once these are imported.
+"""Register our model types with transformers' Auto classes and with peft, once these are imported.
 
-Each Auto class gets the class of a model type, or a refusal that names the right one.
+Each Auto class gets the class of a model type, or a stub whose error names the right Auto class.
 """
 
 import importlib
@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 
-# Only the standard library is imported at the top: the registration may run inside the first import of any module of
-# ours, and importing bd3lm_hf alone must not take seconds.
+# Only the standard library is imported at the top: registration can run during the first import of any of our modules,
+# and importing bd3lm_hf alone must not take seconds.
 
 
 class _AfterImport(MetaPathFinder):
@@ -51,7 +51,7 @@ class _AfterImport(MetaPathFinder):
 def after_import(library: str, action: Callable[[], None]) -> None:
     """Call `action` once, as soon as the top-level module `library` is imported; at once if it is already.
 
-    A submodule's import begins with that of its library, so the action never meets a half-imported one.
+    Importing a submodule imports the library first, so the action never sees a half-imported library.
     """
     if library in sys.modules:
         action()
@@ -60,7 +60,7 @@ def after_import(library: str, action: Callable[[], None]) -> None:
 
 
 class UnsupportedAutoClass:
-    """Takes the place of a model class in an Auto class that has none, and names the Auto class to use."""
+    """Stub for a model class that an Auto class does not have; its error names the Auto class to use."""
 
     config_class: Any
     message: str
@@ -74,17 +74,17 @@ class UnsupportedAutoClass:
 
 
 def unsupported_auto_class(model_class: Any, auto_class: str) -> type[UnsupportedAutoClass]:
-    """Return the class with which `auto_class` refuses checkpoints of `model_class`."""
+    """Return the stub with which `auto_class` refuses checkpoints of `model_class`."""
     config_class, name = model_class.config_class, model_class.__name__
     message = (
         f"{auto_class} has no class for model_type={config_class.model_type!r}: load it with AutoModelForCausalLM, "
-        f"which gives a {name}."
+        f"which returns a {name}."
     )
     return type(f"No{name}", (UnsupportedAutoClass,), {"config_class": config_class, "message": message})
 
 
 def is_unsupported_auto_class(found: Any) -> bool:
-    """Whether the class found by an Auto class only refuses to load."""
+    """Return whether the class found by an Auto class is a stub."""
     return isinstance(found, type) and issubclass(found, UnsupportedAutoClass)
 
 
@@ -101,20 +101,20 @@ def model_classes() -> tuple[Any, ...]:
 
 
 def _push_saved_folder(folder: Any, repo_id: str, **options: Any) -> Any:
-    # `model.push_to_hub`. The upload is a later room, so it is imported by name, and only when a model is pushed.
+    # For `model.push_to_hub`. `hub_upload` imports this package, so it is imported by name, and only for a push.
     push = importlib.import_module("bd3lm_hf.hub_upload.push")
     return push.push_saved_folder(folder, repo_id, **options)
 
 
 def _share_saved_weights(folder: Any) -> None:
-    # safetensors creates private files (0600): a colleague in a shared folder could not read the weights.
+    # safetensors creates private files (0600), so colleagues could not read the weights in a shared folder.
     config = Path(folder, "config.json")
     for weights in Path(folder).glob("model*.safetensors") if config.is_file() else ():
         shutil.copymode(config, weights)
 
 
 def register_auto_classes() -> None:
-    """Register every model type; a class names itself what each Auto class makes of its checkpoints."""
+    """Register every model type; each model class lists the Auto classes that support it."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
     from bd3lm_hf.foreign_layouts import adopt_published_decoding, contract_config_classes

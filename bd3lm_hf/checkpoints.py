@@ -1,8 +1,8 @@
-"""Load a checkpoint, and refuse weights that would score or train as garbage: missing, foreign or not finite.
+"""Load checkpoints, and refuse weights that would score or train as garbage: missing, unexpected or not finite.
 
 Low-rank adapters (LoRA, arXiv 2106.09685) come from the `peft` library. Adapted layers are no longer plain linear
-layers, so the network computes them one by one, exactly as peft does. Merged into the weights they are plain again,
-and the model is as fast as its base.
+layers, so the network computes them one by one, exactly as peft does. Once merged they are plain again, and the model
+is as fast as its base.
 """
 
 import re
@@ -28,7 +28,7 @@ from bd3lm_hf.user_files import BASE_NAME, find_fault, read_json
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# peft is imported where it is used: it takes seconds, and most commands need none of it.
+# peft is imported where it is used: its import takes seconds, and most commands do not need it.
 
 
 # Adapters
@@ -43,18 +43,18 @@ def add_adapters(
     targets: list[str] | None = None,
     train_mask_row: bool = False,
 ) -> "PeftModel":
-    """Return the model with adapters, the only weights that have gradients.
+    """Return the model with adapters; only they are trainable.
 
     Args:
-        rank: of the update of each adapted matrix.
+        rank: rank of the update of each adapted matrix.
         alpha: the update is scaled by `alpha / rank`.
-        dropout: on the input of the adapters.
-        targets: endings of the names of the adapted layers, or `["all-linear"]`, which is all but the head.
-        train_mask_row: train the embedding of the mask token too, and save it with the adapters. A decoder that has
+        dropout: dropout on the input of the adapters.
+        targets: name suffixes of the layers to adapt, or `["all-linear"]` for all but the head.
+        train_mask_row: also train the embedding of the mask token, and save it with the adapters. A decoder that has
             just been adapted has not learned it.
 
     Raises:
-        ValueError: if no layer has such a name.
+        ValueError: if no layer matches `targets`.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -66,7 +66,7 @@ def add_adapters(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
-        # An adapter of the whole table has this row too.
+        # An adapter on the whole embedding covers this row already.
         trainable_token_indices={table: [model.config.mask_token_id]}
         if train_mask_row and table not in (targets or ())
         else None,
@@ -76,7 +76,7 @@ def add_adapters(
     except ValueError as error:
         linears = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
         names = sorted({re.sub(r"^.*?(\w+(\.\d+)?)$", r"\1", name) for name in linears})
-        raise ValueError(f"{error} Linear layers of this model are called: {', '.join(names)}.") from error
+        raise ValueError(f"{error} The linear layers of this model are {', '.join(names)}.") from error
 
 
 def adapter_base(name: str) -> str | None:
@@ -87,7 +87,7 @@ def adapter_base(name: str) -> str | None:
     """
     try:
         found = find_adapter_config_file(name)
-    except OSError:  # neither a folder nor available from the Hub; loading it will say so
+    except OSError:  # neither a folder nor available from the Hub, which the caller's own loading reports
         return None
     if found is None:
         return None
@@ -95,18 +95,18 @@ def adapter_base(name: str) -> str | None:
         base = read_json(found).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(
-            f"The adapter {name!r} does not name the model that it was trained on: write it into its "
-            "adapter_config.json as base_model_name_or_path."
+            f"The adapter {name!r} does not name the model that it was trained on: set base_model_name_or_path in its "
+            "adapter_config.json."
         )
     if not exists(base):
-        # The folder of a run that has been moved, with the base that it wrote, or one of its checkpoints.
+        # `name` can be a run folder that has been moved, or one of its checkpoints; the run saved its base model.
         moved = [folder / BASE_NAME for folder in (Path(name), Path(name).parent) if (folder / BASE_NAME).is_dir()]
         return str(moved[0]) if moved and Path(base).name == BASE_NAME else base
     return base
 
 
 def merge_adapter(base: Any, name: str) -> Any:
-    """Return the base model with an adapter merged into its weights: a plain model again, all of it trainable.
+    """Return the base model with an adapter merged into its weights: a plain model, fully trainable.
 
     Raises:
         ValueError: if the adapter cannot be read, or belongs to another model.
@@ -125,8 +125,8 @@ def merge_adapter(base: Any, name: str) -> Any:
 
 logger = logging.get_logger("bd3lm_hf.checkpoints")
 
-# The buffers of the learned interval, which checkpoints of full diffusion lack; the configuration has it too.
-_MAY_LACK = {"sampling_eps_min", "sampling_eps_max"}
+# Buffers of the learned interval, which is in the configuration too. Checkpoints of full diffusion lack them.
+_OPTIONAL_BUFFERS = {"sampling_eps_min", "sampling_eps_max"}
 
 
 def read_config(name: str, *, argument: str = "--model", trust_remote_code: bool = False) -> Any:
@@ -139,7 +139,7 @@ def read_config(name: str, *, argument: str = "--model", trust_remote_code: bool
     if base is not None:
         return read_config(base, argument=f"{argument} {name} on", trust_remote_code=trust_remote_code)
     with _reading(name, argument):
-        # A published decoder of others first: Stable-DiffCoder looks like a Llama to AutoConfig.
+        # Published decoders of other projects first: Stable-DiffCoder looks like a Llama to AutoConfig.
         contract_config = read_contract_config(name, allow_unknown=trust_remote_code)
         return contract_config or AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
@@ -150,19 +150,20 @@ def load_model(
     argument: str = "--model",
     trust_remote_code: bool = False,
     config: Any = None,
-    spare: bool = False,
+    skip_unexpected: bool = False,
     **options: Any,
 ) -> Any:
-    """Load the model of a folder or hub name with every one of its weights; an adapter is merged into its base model.
+    """Load the model of a folder or hub name, with exactly its weights; merge an adapter into its base model.
 
     Args:
-        argument: what the user calls `name`, for messages.
-        config: instead of the checkpoint's own.
-        spare: leave out weights that the model does not have, such as the pooler of many encoders, with a warning.
+        argument: the flag that gave `name`, for messages.
+        config: replaces the checkpoint's own configuration.
+        skip_unexpected: skip weights that the model does not have, such as the pooler of many encoders, with a
+            warning.
         options: for `from_pretrained`, such as `attn_implementation`.
 
     Raises:
-        ValueError: if the checkpoint cannot be read, lacks weights, has others, or holds NaN.
+        ValueError: if the checkpoint cannot be read, weights are missing or unexpected, or any is not finite.
     """
     config = config or read_config(name, argument=argument, trust_remote_code=trust_remote_code)
     base = adapter_base(name)
@@ -172,35 +173,33 @@ def load_model(
     auto_class = _auto_class_of(config)
     for index in Path(name).glob("*.index.json"):
         read_shard_index(index)
-    # Weights of another shape are reported below, with their names.
+    # Weights of the wrong shape are reported below, by name.
     options |= {"trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with _reading(name, argument):
         model, info = auto_class.from_pretrained(name, config=config, **options)
-    _check_loading_info(info, f"{argument} {name}", spare=spare)
+    _check_loading_info(info, f"{argument} {name}", skip_unexpected=skip_unexpected)
     check_finite_weights(model, name)
     return model
 
 
 def read_shard_index(path: Path) -> dict[str, str]:
-    """Return the shard of every weight from the index of a sharded checkpoint.
+    """Return the shard of each weight, from the index of a sharded checkpoint.
 
     Raises:
-        ValueError: if the index is damaged, or names a file outside of its folder, which would be read from there.
+        ValueError: if the index is damaged, or names a file outside its folder, which transformers would read.
     """
     try:
         shards = read_json(path, max_bytes=100_000_000)["weight_map"]
         unsafe = [str(name) for name in shards.values() if name in ("", ".", "..") or re.search(r"[/\\:\0]", name)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not an index of weights ({type(error).__name__}: {error}).") from error
+        raise ValueError(f"{path} is not a weight index ({type(error).__name__}: {error}).") from error
     if unsafe:
-        raise ValueError(
-            f"{path} names {unsafe[0]!r}, which is not a file of its folder: do not trust this checkpoint."
-        )
+        raise ValueError(f"{path} names {unsafe[0]!r}, not a file in its folder: do not trust this checkpoint.")
     return shards
 
 
 def _auto_class_of(config: Any) -> Any:
-    # A masked language model of ours or of its own code; everything else is loaded as a causal one.
+    # A masked language model of this package or with remote code; everything else is loaded as a causal one.
     found = MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None)
     is_masked = found is not None and not is_unsupported_auto_class(found)
     if is_masked or "AutoModelForMaskedLM" in (getattr(config, "auto_map", None) or {}):
@@ -208,11 +207,11 @@ def _auto_class_of(config: Any) -> Any:
     return AutoModelForCausalLM
 
 
-def _check_loading_info(info: dict[str, Any], origin: str, *, spare: bool) -> None:
-    # Both or none: a checkpoint with one of them is damaged.
-    if set(info["missing_keys"]) >= _MAY_LACK:
-        info["missing_keys"] = set(info["missing_keys"]) - _MAY_LACK
-    if spare and info["unexpected_keys"]:
+def _check_loading_info(info: dict[str, Any], origin: str, *, skip_unexpected: bool) -> None:
+    # Both may be missing, but not one of them: that checkpoint is damaged.
+    if set(info["missing_keys"]) >= _OPTIONAL_BUFFERS:
+        info["missing_keys"] = set(info["missing_keys"]) - _OPTIONAL_BUFFERS
+    if skip_unexpected and info["unexpected_keys"]:
         logger.warning(f"{origin}: {', '.join(sorted(info['unexpected_keys']))} are left out.")
         info["unexpected_keys"] = set()
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -225,14 +224,14 @@ def _check_loading_info(info: dict[str, Any], origin: str, *, spare: bool) -> No
 
 @contextmanager
 def _reading(name: str, argument: str) -> Iterator[None]:
-    """Turn any failure to read the files of a checkpoint into one kind of error."""
+    """Turn any failure to read a checkpoint into a ValueError."""
     try:
         yield
     except UnpicklingError as error:
-        # Without the reason: torch's is a page of advice on how to run the code in the file.
+        # Without torch's reason, a page of advice on how to run the code in the file.
         raise ValueError(
-            f"{argument} {name} holds pickled weights with objects that are not tensors. They were not run: "
-            f"`bd3lm convert` names them. Save the weights alone where the file was made, as safetensors."
+            f"{argument} {name} has pickled objects that are not tensors. They were not executed; `bd3lm convert` "
+            f"names them. Save only the weights where the file was made, as safetensors."
         ) from error
     except Exception as error:  # a damaged file makes the libraries raise nearly anything
         reason = " ".join(str(error).split())[:500]
@@ -250,7 +249,7 @@ def _reading(name: str, argument: str) -> Iterator[None]:
 
 
 def find_device(name: str | None) -> torch.device:
-    """Return the device of a name; without one a GPU, or the CPU where there is none.
+    """Return the named device; by default a GPU, or the CPU if there is none.
 
     Raises:
         ValueError: if this machine has no such device.
@@ -262,46 +261,46 @@ def find_device(name: str | None) -> torch.device:
 
 
 def check_generates(model: Any, name: str) -> None:
-    """Refuse a model that cannot generate, and tell that a plain decoder generates one token after the other."""
+    """Refuse a model that cannot generate, and warn that a plain decoder generates one token at a time."""
     if not getattr(model, "can_generate", lambda: False)():
         raise ValueError(f"--model {name} is a {type(model).__name__}, which cannot generate: name a model that can.")
     if not hasattr(model, "token_nll"):
-        logger.warning(f"--model {name} is a {type(model).__name__}, so text is autoregressive. {how_to_adapt(name)}")
+        logger.warning(f"--model {name} is an autoregressive {type(model).__name__}. {how_to_adapt(name)}")
 
 
 def window_of(model: Any) -> int:
-    """Return how many tokens a model reads at once; a plain decoder has another name for it than our models."""
+    """Return how many tokens a model reads at once: `model_length`, or the limit of a plain decoder."""
     return getattr(model.config, "model_length", None) or model.config.max_position_embeddings
 
 
 def how_to_adapt(name: str) -> str:
-    """Return the advice that makes a block-diffusion model of a plain decoder."""
+    """Return advice on turning a plain decoder into a block-diffusion model."""
     return (
-        f"To make it a block-diffusion model, train it with `bd3lm train --init_from {name}`, or call adapt_decoder "
-        f"in Python."
+        f"To turn it into a block-diffusion model, train it with `bd3lm train --init_from {name}`, or call "
+        f"adapt_decoder in Python."
     )
 
 
 class NotFiniteError(ValueError):
-    """Weights that are no longer finite numbers."""
+    """Weights contain NaN or infinity."""
 
 
 def check_finite_weights(model: torch.nn.Module, origin: str) -> None:
     """Refuse a model whose weights or buffers hold NaN or infinity.
 
-    With sharded weights all processes must call this together, and all find the same.
+    With sharded weights, all processes must call this together; all get the same result.
 
     Args:
         origin: where the weights come from, for the message.
 
     Raises:
-        NotFiniteError: if there are any; the message names the first such tensor.
+        NotFiniteError: if one does; the message names the first such tensor.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
             raise NotFiniteError(
-                f"{count} of {tensor.numel()} numbers of {name} in {origin} are NaN or infinite: start from another "
+                f"{count} of {tensor.numel()} values of {name} in {origin} are NaN or infinite: start from another "
                 f"checkpoint."
             )

@@ -1,11 +1,11 @@
-"""Block-diffusion decoders that others published: which stock decoder their weights are, and how they were trained.
+"""Published block-diffusion decoders of other projects: the stock decoder of each, and how it was trained.
 
 All of them are stock transformers decoders with remote code that no longer runs on transformers 5. Only their
-`config.json` is read here: the weights have the names of the stock class, so a configuration of ours with the
-contract of the checkpoint is all that it takes. None of their code is run.
+`config.json` is read here: the weights have the names of the stock class, so all that they need is one of our
+configurations with the contract of the checkpoint. None of their code is run.
 
-Only functions import transformers: as soon as it is imported, the Auto classes are registered with the help of this
-module, which must be complete by then.
+Only functions import transformers, because its import registers the Auto classes, for which this module must already
+be complete.
 """
 
 import difflib
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Contract(NamedTuple):
-    """The terms that a published checkpoint was trained under. Fields of its `config.json` win over these values."""
+    """The settings that a published checkpoint was trained with; fields of its `config.json` override them."""
 
     name: str
     family: str  # the stock decoder whose weight names it has
@@ -29,7 +29,7 @@ class Contract(NamedTuple):
     mask_token_id: int | None = None  # None: the tokenizer's mask token
     alignment: str = "same"
     confidence_threshold: float = 0.9
-    end_token_ids: tuple[int, ...] = ()  # more than generation_config.json names
+    end_token_ids: tuple[int, ...] = ()  # in addition to those in generation_config.json
     note: str = ""
 
 
@@ -67,7 +67,7 @@ CONTRACTS = {
 
 #: Model type -> why a published block-diffusion checkpoint of this type cannot be read.
 UNREADABLE = {
-    "sdar_moe": "it has experts, which transformers 5 stores differently from its files",
+    "sdar_moe": "it has experts, which transformers 5 stores in another layout than its files",
     "llada2_moe": "its mixture of experts is not in transformers",
     "llada": "its architecture is not in transformers",
     "Dream": "it denoises whole sequences with an architecture that is not in transformers",
@@ -80,10 +80,10 @@ def find_contract(config: dict[str, Any], source: str = "") -> Contract | None:
     """Return the contract of a `config.json`; None if it is not a published block-diffusion decoder.
 
     Args:
-        source: folder or Hub name, which alone tells OPDLM from other checkpoints of its type.
+        source: folder or Hub name; only this distinguishes OPDLM from other checkpoints of its type.
 
     Raises:
-        ValueError: if the type is known, but cannot be read.
+        ValueError: if the type is known but cannot be read.
     """
     kind = config.get("model_type")
     if any("StableDiffcoder" in str(name) for name in config.get("architectures") or ()):  # a "llama" by its type
@@ -92,21 +92,21 @@ def find_contract(config: dict[str, Any], source: str = "") -> Contract | None:
         return _OPDLM
     if kind in UNREADABLE:
         raise ValueError(
-            f"model_type={kind!r} cannot be read: {UNREADABLE[kind]}. Readable are {', '.join(CONTRACTS)}."
+            f"model_type={kind!r} cannot be read: {UNREADABLE[kind]}. Readable types: {', '.join(CONTRACTS)}."
         )
     return CONTRACTS.get(kind) if isinstance(kind, str) else None
 
 
 def contract_config(config: dict[str, Any], source: str = "", **changes: Any) -> Any:
-    """Return our configuration of a published block-diffusion decoder, or None if it is none.
+    """Return our configuration of a published block-diffusion decoder, or None for any other model.
 
     Args:
         config: its `config.json`.
-        source: folder or Hub name, for the tokenizer if the mask token is neither in the file nor in the contract.
+        source: folder or Hub name, to read the tokenizer if neither the file nor the contract has the mask token.
         changes: fields that override both, such as `block_size`.
 
     Raises:
-        ValueError: if the mask token is unknown, or a field does not fit.
+        ValueError: if the mask token is unknown, or a field has an invalid value.
     """
     from bd3lm_hf.modeling.modeling_bd3lm_decoders import DECODERS
 
@@ -129,7 +129,7 @@ def contract_config(config: dict[str, Any], source: str = "", **changes: Any) ->
     mask = {**fields, **changes}["mask_token_id"]
     if isinstance(rows, int) and isinstance(mask, int) and not 0 <= mask < rows:
         raise ValueError(
-            f"mask_token_id={mask} is outside of the embedding of {rows} rows: it is a damaged {contract.name} "
+            f"mask_token_id={mask} is outside the embedding of {rows} rows: this is a damaged {contract.name} "
             f"checkpoint, or one with another mask token."
         )
     return config_class.from_dict({**fields, **changes})
@@ -154,7 +154,7 @@ def read_contract_config(name: str, *, allow_unknown: bool = False, **changes: A
     kind = config.get("model_type")
     if found is None and isinstance(kind, str) and kind not in CONFIG_MAPPING and not allow_unknown:
         near = difflib.get_close_matches(kind, [*CONTRACTS, *CONFIG_MAPPING.keys()], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f". Of other layouts, {', '.join(CONTRACTS)} are known."
+        hint = f"; did you mean {near[0]!r}?" if near else f". Known types of other layouts: {', '.join(CONTRACTS)}."
         raise ValueError(f"model_type={kind!r} is unknown{hint}")
     return found
 
@@ -172,7 +172,7 @@ def _read_config_dict(name: str) -> dict[str, Any]:
 
 
 def _mask_of_tokenizer(source: str) -> int:
-    """Return the id of the mask token from a tokenizer's files; the tokenizer itself would need the configuration."""
+    """Return the id of the mask token from a tokenizer's files: loading the tokenizer would need the configuration."""
     from transformers.utils import cached_file
 
     try:
@@ -211,9 +211,9 @@ def set_contract_mask(tokenizer: "PreTrainedTokenizerBase", config: Any) -> None
 
 
 def adopt_published_decoding(model: Any, name: str | os.PathLike[str]) -> None:
-    """Make the decoding that the checkpoint `name` was published with the default of `generate`, in place.
+    """Set the defaults of `generate` to the decoding that the checkpoint `name` was published with, in place.
 
-    A checkpoint in our own layout brings its generation config, and is left as it is.
+    A checkpoint in our own layout has its own generation config, which is left as it is.
     """
     contract = read_contract(str(name))
     if contract is None:
@@ -233,7 +233,7 @@ def decoder_layout_config(model: Any, layout: str) -> dict[str, Any]:
     """Return the `config.json` of a decoder of ours in the layout `"sdar"` or `"stock"`.
 
     Raises:
-        ValueError: if the model does not meet a condition of the layout; the message names the conditions.
+        ValueError: if the model does not meet a condition of the layout, with that condition.
     """
     from bd3lm_hf.modeling.configuration_bd3lm_decoders import BD3LMDecoderConfigMixin
 
@@ -246,10 +246,10 @@ def decoder_layout_config(model: Any, layout: str) -> dict[str, Any]:
     own = set(BD3LMDecoderConfigMixin.__dataclass_fields__) | {"auto_map", "requires_transformers"}
     fields = {name: value for name, value in config.to_dict().items() if name not in own}
     if layout == "sdar":
-        # SGLang has the mask token in its code, and aligns blocks with the start of the prompt, as we do.
+        # SGLang hard-codes the mask token, and aligns blocks with the start of the prompt, as we do.
         _check_conditions(config, layout, {"model_type": "bd3lm_qwen3", "alignment": "same", "context": "block"})
         _check_conditions(config, layout, {"mask_token_id": _SDAR.mask_token_id})
-        # Its readers know the form of transformers 4; without rope_theta they take 10,000.
+        # Its readers expect the form of transformers 4; without rope_theta they assume 10,000.
         rope = dict(fields.pop("rope_parameters"))
         fields |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": fields.pop("dtype")}
         fields["rope_scaling"] = None if rope.get("rope_type") == "default" else rope
@@ -275,8 +275,7 @@ def _check_conditions(config: Any, layout: str, conditions: dict[str, Any]) -> N
 
 
 def contract_config_classes() -> dict[str, Any]:
-    """Return a class for `AutoConfig` by model type, whose `from_dict` gives our configuration of such a decoder."""
-
+    """Return a class for `AutoConfig` by model type, whose `from_dict` returns our configuration of such a decoder."""
     from transformers import PreTrainedConfig
 
     def make(kind: str) -> Any:

@@ -1,4 +1,4 @@
-"""Text for people: lines without secrets, Markdown of foreign text, and how far a long command is."""
+"""Text for people: mask secrets, escape Markdown, report progress."""
 
 import re
 import sys
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 
-# Tokens that are recognised by their prefix: the Hub's, and those of services that people keep in the same shell.
+# Tokens with a known prefix: those of the Hub, and of services that people use in the same shell.
 _TOKEN = re.compile(r"\b(hf_|api_org_|sk-|gh[pousr]_|github_pat_|xox[abp]-)[\w-]{3,}")
-# The value of an option or header that carries a secret, whatever the value looks like.
+# The value of an option or header that contains a secret, whatever the value looks like.
 _SECRET = re.compile(
     r"((?:--?[\w-]*(?:token|api[-_]?key|password|secret)|authorization:)(?:=|\s+)(?:bearer\s+)?|\bbearer\s+)([^\s'\"]+)",
     re.IGNORECASE,
@@ -27,7 +27,7 @@ def mask_secrets(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text whose control characters are escaped, so that a name from a file cannot steer the terminal."""
+    """Return a text with control characters escaped, so a name from a file cannot control the terminal."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
@@ -39,13 +39,13 @@ def one_line(text: str) -> str:
 # Markdown
 
 
-_LONGEST = 200  # characters of a cell
+_LONGEST = 200  # characters in a cell
 _MARKUP = re.compile(r"([\\`*_\[\]<>|~#&!{}])")
 _PLAIN = re.compile(r"[\w .,:/+()±%-]*")
 
 
 def escape_markdown(value: Any) -> str:
-    """Return a value as one line of Markdown without markup; a long one is cut, so that it fits a cell."""
+    """Return a value as one line of Markdown without markup, truncated to fit a cell."""
     text = " ".join(str(value).split())
     text = printable(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
     # Numbers and plain words stay readable in the source.
@@ -53,7 +53,7 @@ def escape_markdown(value: Any) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table; cells are Markdown, so what is not ours goes through `escape_markdown` first."""
+    """Return a table. Cells are Markdown: escape untrusted text with `escape_markdown` first."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
@@ -64,13 +64,13 @@ _SECONDS_BETWEEN_LINES = 60
 
 
 class ProgressReport:
-    """Report progress on standard error.
+    """Report progress on standard error: a bar in a terminal, otherwise a line per minute.
 
     Args:
-        name: what is being done.
+        name: name of the task.
         total: number of items.
-        initial: how many were finished by an earlier run.
-        unit: what an item is called.
+        initial: items finished by an earlier run.
+        unit: name of an item.
         disable: report nothing.
     """
 
@@ -87,12 +87,12 @@ class ProgressReport:
         self._has_estimate = False
 
     def update(self, count: int = 1) -> None:
-        """Count finished items, and report if it is time."""
+        """Count finished items, and report if a report is due."""
         self.done += count
         self._bar.update(count)
         now = time.monotonic()
         left = (now - self._started) / max(1, self.done - self._initial) * (self.total - self.done)
-        # The first items give the estimate; a command of less than a minute reports nothing.
+        # The first items give an estimate; a command that takes less than a minute reports nothing.
         is_due = now - self._last >= _SECONDS_BETWEEN_LINES or (
             not self._has_estimate and left >= _SECONDS_BETWEEN_LINES
         )

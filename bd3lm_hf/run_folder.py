@@ -1,7 +1,7 @@
-"""The folder of a run: whether a run may write to it, and files that appear in it only when they are complete.
+"""The folder of a run: check that a run may write to it, and publish files in it only when they are complete.
 
-A checkpoint is written in a staging folder, marked complete with a list of its files, and renamed. If the run is
-killed, a folder `checkpoint-N` is then either whole or lacks something that its list names, and is not resumed from.
+A checkpoint is written to a staging folder, marked complete with a list of its files, and renamed. If the run is
+killed, a folder `checkpoint-N` is either complete, or lacks a file of its list and no run resumes from it.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from bd3lm_hf.user_files import BASE_NAME, LOCK_NAME, lock_output
 logger = logging.get_logger("bd3lm_hf.train")
 
 RECIPE_NAME = "recipe.yaml"  # of every run folder
-RECIPE_HEADER = "# Written by bd3lm train: the fields of this run."  # tells our recipe from a user's file of that name
+RECIPE_HEADER = "# Written by bd3lm train: the fields of this run."  # a user's file of the same name does not have it
 STAGING_NAME = ".incomplete"
 COMPLETE_NAME = "run.json"  # in every complete checkpoint: what a resumed run needs, and the list of files
 
@@ -47,12 +47,12 @@ class SaveError(OSError):
 
 
 def check_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume: bool = False) -> None:
-    """Refuse a folder that holds something a run would damage. Changes nothing.
+    """Refuse a folder with content that a run would damage. Changes nothing.
 
-    A folder is free when it does not exist, is empty, or holds a run of ours that saved nothing.
+    A folder is free if it does not exist, is empty, or belongs to a run of ours that saved nothing.
 
     Raises:
-        ValueError: if the path is a file, or the folder holds foreign files, or the model or checkpoints of a run.
+        ValueError: if the path is a file, or the folder has foreign files, or the model or checkpoints of a run.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
@@ -67,22 +67,22 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume:
     saved = [path.name for path in _replaced(folder) + checkpoints(folder)]
     if saved and not resume:
         raise ValueError(
-            f"--output_dir {folder} holds checkpoints of an earlier run, the last one {saved[-1]}: continue it "
-            f"with --resume_from_checkpoint true, name another folder, or drop it with --overwrite_output_dir."
+            f"--output_dir {folder} has checkpoints of an earlier run, the last one {saved[-1]}: continue it with "
+            f"--resume_from_checkpoint true, name another folder, or discard it with --overwrite_output_dir."
         )
     if not resume and any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
         raise ValueError(
-            f"--output_dir {folder} holds the model of an earlier run: name another folder, or replace it with "
+            f"--output_dir {folder} has the model of an earlier run: name another folder, or replace it with "
             f"--overwrite_output_dir."
         )
 
 
 @contextlib.contextmanager
 def lock_output_dir(output_dir: str | Path) -> Iterator[None]:
-    """Keep every other process from training into a folder, which is made; if it stays empty it goes again.
+    """Create a folder, and keep other processes from training into it; remove it again if it stays empty.
 
     Raises:
-        ValueError: if another process trains into it.
+        ValueError: if another process is training into it.
     """
     folder = Path(output_dir).absolute()
     if folder.exists() and not folder.is_dir():
@@ -99,7 +99,7 @@ def lock_output_dir(output_dir: str | Path) -> Iterator[None]:
 
 
 def is_run_folder(folder: str | Path) -> bool:
-    """Return whether a folder belongs to a run of ours: its recipe has our header, or is next to what we saved."""
+    """Return whether a folder belongs to a run of ours: its recipe has our header, or is next to files of a run."""
     recipe = Path(folder, RECIPE_NAME)
     try:
         with recipe.open("rb") as file:
@@ -127,18 +127,18 @@ def clear_output_dir(output_dir: str | Path) -> None:
 
 
 def staging_folder(output_dir: str | Path) -> Path:
-    """Return where files are written until they are complete, on the same file system as `output_dir`."""
+    """Return the folder for files that are not complete, on the same file system as `output_dir`."""
     return Path(output_dir) / STAGING_NAME
 
 
 def clear_staging(output_dir: str | Path) -> None:
-    """Remove what a run left unfinished, so that none of it gets into a later checkpoint."""
+    """Remove the unfinished files of a run, so none of them gets into a later checkpoint."""
     recover_output_dir(output_dir)
     shutil.rmtree(staging_folder(output_dir), ignore_errors=True)
 
 
 def recover_output_dir(output_dir: str | Path) -> None:
-    """Put back a checkpoint that was about to be replaced when its run was killed."""
+    """Restore a checkpoint that was about to be replaced when its run was killed."""
     for replaced in _replaced(output_dir):
         target = Path(output_dir) / replaced.name.removesuffix(_REPLACED)
         if not target.exists():
@@ -149,8 +149,8 @@ def recover_output_dir(output_dir: str | Path) -> None:
 def publish_folder(source: Path, target: Path) -> None:
     """Make a complete folder appear under its final name in one step.
 
-    An old folder of that name is kept next to `source` meanwhile; after a kill between the two renames,
-    [`recover_output_dir`] puts it back.
+    Meanwhile, an old folder of that name is kept next to `source`; after a kill between the two renames,
+    [`recover_output_dir`] restores it.
     """
     _flush(source)
     replaced = source.with_name(f"{target.name}{_REPLACED}")
@@ -189,7 +189,7 @@ def publish_files(source: Path, target: Path) -> None:
 
 
 def mark_complete(folder: Path, content: dict[str, Any]) -> None:
-    """Mark a checkpoint whose other files are all written: write `content`, and every file with its size."""
+    """Mark a checkpoint as complete, once all other files are written: record `content`, and every file's size."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / COMPLETE_NAME]
     files = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
     text = json.dumps({**content, "files": files}, indent=2, ensure_ascii=False)
@@ -216,7 +216,7 @@ def read_completion_mark(folder: str | Path) -> dict[str, Any]:
     """Return what [`mark_complete`] wrote into a checkpoint that a run can continue from.
 
     Raises:
-        ValueError: if the checkpoint is not complete (the message names what is missing), or holds the model only.
+        ValueError: if the checkpoint is not complete (with the reason), or contains only the model.
     """
     if reason := incomplete_because(folder):
         raise ValueError(f"{folder} is not a complete checkpoint: {reason}.")
@@ -230,7 +230,7 @@ def read_completion_mark(folder: str | Path) -> dict[str, Any]:
 
 
 def incomplete_because(folder: str | Path) -> str | None:
-    """Return what a checkpoint lacks, in words, or None if it is complete."""
+    """Return the reason why a checkpoint is not complete, or None if it is."""
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
@@ -244,7 +244,7 @@ def incomplete_because(folder: str | Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        # The size is enough to find what a full disk or a kill left; hashing would read all weights.
+        # The size is enough to detect files cut short by a full disk or a kill; hashing would read all weights.
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
     return None
@@ -257,7 +257,7 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """Return the complete checkpoint with the highest step; later ones are named in a warning and skipped."""
+    """Return the complete checkpoint with the highest step; later incomplete ones are skipped with a warning."""
     for path in reversed(checkpoints(output_dir)):
         reason = incomplete_because(path)
         if reason is None:
@@ -269,14 +269,14 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
 def remove_old_checkpoints(output_dir: str | Path, *, limit: int | None, keep: set[str]) -> None:
     """Remove the oldest checkpoints beyond `limit`, but none of `keep`.
 
-    A folder leaves its name before its files are deleted: a kill leaves no half-deleted checkpoint.
+    A folder is renamed before its files are deleted, so a kill leaves no half-deleted checkpoint.
     """
     if not limit or limit < 0:
         return
     # By time, as transformers removes them.
     ordered = sort_checkpoints(str(output_dir), use_mtime=True)
-    spare = [path for path in ordered if str(Path(path)) not in keep]
-    for path in spare[: max(0, len(ordered) - limit)]:
+    removable = [path for path in ordered if str(Path(path)) not in keep]
+    for path in removable[: max(0, len(ordered) - limit)]:
         discarded = staging_folder(output_dir) / f"{Path(path).name}.deleted"
         discarded.parent.mkdir(exist_ok=True)
         os.rename(path, discarded)
@@ -296,31 +296,31 @@ def _step(path: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def saving(what: str, output_dir: str | Path, *, needed: int) -> Iterator[None]:
-    """Turn a failure to write into one clear error, with the staging folder emptied.
+def saving(name: str, output_dir: str | Path, *, needed: int) -> Iterator[None]:
+    """Turn a failure to write into one clear error, and clear the staging folder.
 
     Args:
-        what: what is being saved, for the message.
-        needed: about how many bytes it takes.
+        name: name of the checkpoint or model to save, for the message.
+        needed: its approximate size in bytes.
 
     Raises:
-        SaveError: if writing failed. torch reports a full disk as RuntimeError, safetensors as an error of its own.
+        SaveError: if writing failed. torch reports a full disk as RuntimeError, safetensors with its own error.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        advice = _advice(error, output_dir, needed)  # before the staging folder frees what it takes
+        advice = _advice(error, output_dir, needed)  # before clearing the staging folder frees space
         clear_staging(output_dir)
         last = last_complete_checkpoint(output_dir)
         kept = f"The last complete checkpoint is {last}" if last else "No checkpoint had been saved yet"
         resume = "continue with --resume_from_checkpoint true" if last else "start again"
         raise SaveError(
-            f"cannot save {what} in {output_dir} ({type(error).__name__}: {error}). {kept}; {advice}, and {resume}."
+            f"cannot save {name} in {output_dir} ({type(error).__name__}: {error}). {kept}; {advice}, and {resume}."
         ) from error
 
 
 def _advice(error: Exception, output_dir: str | Path, needed: int) -> str:
-    """Return what to do about a failure to write, by its errno."""
+    """Return advice on a failure to write, by its errno."""
     found = re.search(r"os error (\d+)", str(error))  # how safetensors words it
     number = getattr(error, "errno", None) or (int(found[1]) if found else None)
     free = free_bytes(output_dir)
@@ -329,11 +329,11 @@ def _advice(error: Exception, output_dir: str | Path, needed: int) -> str:
     if number == errno.EDQUOT:
         return "the disk quota of this user is used up: delete files that are not needed"
     if number == errno.EFBIG:
-        return f"files may not be as large as about {as_size(needed)} here: raise the limit (`ulimit -f`)"
+        return f"it takes about {as_size(needed)}, more than a file may have: raise the limit (`ulimit -f`)"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"writing is not permitted: change the permissions of {output_dir}"
     if number == errno.ENOENT:
-        return "a file or folder was removed while it was written: leave the folder to this run"
+        return "a file or folder was removed while it was written: do not change the folder during a run"
     if number == errno.ENOSPC or free < needed:
         return f"it takes about {as_size(needed)}, and {as_size(free)} are free: make room"
     return "remove the cause"
@@ -374,9 +374,9 @@ def as_size(size: float) -> str:
 
 
 def _flush(folder: Path) -> None:
-    """Have contents and names on disk before the final name is: after a power cut it must not lead to half a file.
+    """Write contents and names to disk before the final rename, so no partial file gets that name in a power cut.
 
-    Some libraries create files that only the owner may read; all get the rights that the umask gives to new files.
+    Some libraries create files that only the owner can read; all get the permissions that the umask gives new files.
     """
     umask = os.umask(0o077)
     os.umask(umask)

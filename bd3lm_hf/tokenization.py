@@ -1,7 +1,7 @@
-"""Load or train the tokenizer, which always has a mask token.
+"""Load or train a tokenizer, which always has a mask token.
 
-The mask id M (paper, section 3) must not be a token of text. A tokenizer that has a mask token keeps it; any other
-gets one after its last id: GPT-2's becomes M = 50257 in a vocabulary of 50258, as in the published checkpoints.
+The mask id M (paper, section 3) must not occur in text. A tokenizer that has a mask token keeps it; any other gets one
+after its last id: for GPT-2, M = 50257 in a vocabulary of 50258, as in the published checkpoints.
 """
 
 import re
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _Tokenizer = TypeVar("_Tokenizer", bound=PreTrainedTokenizerBase)
 
-#: Name (like None) for a tokenizer that is trained on the corpus.
+#: Name that, like None, means a tokenizer trained on the corpus.
 TRAIN = "train"
 
 END_OF_TEXT = "<|endoftext|>"
@@ -29,7 +29,7 @@ MASK = "<|mask|>"
 SMALLEST_VOCABULARY = 256 + 3
 
 _MAX_TEMPLATE = 1_000_000
-# The code of a template without the text around it, and in it a number of seven digits or a power.
+# The code of a template without the text around it, and in that code a number of seven digits or more, or a power.
 _TEMPLATE_CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
 _HUGE = re.compile(r"\d{7,}|\*\*")
 
@@ -45,12 +45,12 @@ def load_tokenizer(
     """Load or train a tokenizer that has begin, end, padding and mask tokens and pads on the left.
 
     Args:
-        name_or_path: a folder, a hub name, or None or "train": train one on `texts`.
+        name_or_path: a folder or hub name; None or "train" trains a tokenizer on `texts`.
         texts: the corpus to train on; read only when training.
-        vocab_size: tokens of a trained tokenizer, the special ones included (a small corpus may yield fewer).
+        vocab_size: tokens of a trained tokenizer, including special tokens (a small corpus can yield fewer).
 
     Returns:
-        The tokenizer. If it is loaded, `complete_special_tokens` adds what it lacks.
+        The tokenizer. If it is loaded, `complete_special_tokens` adds missing tokens.
 
     Raises:
         ValueError: if there are no texts to train on, the vocabulary is too small, the folder has no tokenizer, or the
@@ -62,7 +62,7 @@ def load_tokenizer(
         return train_tokenizer(texts, vocab_size=vocab_size)
     if Path(name_or_path).is_dir() and not any((Path(name_or_path) / file).is_file() for file in _TOKENIZER_FILES):
         raise ValueError(
-            f"The folder {name_or_path!r} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); "
+            f"The folder {name_or_path!r} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); "
             "save the tokenizer there with tokenizer.save_pretrained, or name another tokenizer."
         )
     try:
@@ -73,7 +73,7 @@ def load_tokenizer(
     except Exception as error:  # a damaged file makes the libraries raise nearly anything
         raise ValueError(
             f"Cannot load the tokenizer {name_or_path!r}, neither from a folder nor from the hub (which needs a "
-            f"network connection). Name a folder, or {TRAIN!r} to train one on the corpus. The reason was: {error}"
+            f"network connection). Name a folder, or {TRAIN!r} to train one on the corpus. The reason: {error}"
         ) from error
     _check_chat_templates(tokenizer, name_or_path)
     if tokenizer.mask_token is None:
@@ -81,12 +81,12 @@ def load_tokenizer(
 
         config = read_contract_config(name_or_path, allow_unknown=True)
         if config is not None:
-            set_contract_mask(tokenizer, config)  # that of a published decoder of others
+            set_contract_mask(tokenizer, config)  # it belongs to a published decoder of another project
     return complete_special_tokens(tokenizer)
 
 
 def _check_chat_templates(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse a chat template with a number or power that only serves to fill the memory, as '%1000000000d' does."""
+    """Refuse a chat template with numbers or powers that could fill the memory, such as '%1000000000d'."""
     templates = tokenizer.chat_template or ""
     for template in templates.values() if isinstance(templates, dict) else [templates]:
         code = " ".join(_TEMPLATE_CODE.findall(template))
@@ -99,19 +99,19 @@ def _check_chat_templates(tokenizer: PreTrainedTokenizerBase, name: str) -> None
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE: any text survives a round trip, and the same texts give the same tokenizer.
 
-    Begin and end of text are one token, as in GPT-2. Packed text has an end between documents, so the model also sees
-    it before each document, and text without a prompt can start from it. The mask is the last id.
+    BOS and EOS are the same token, as in GPT-2. It separates the documents of packed text, so the model also sees it
+    before each document, and generation without a prompt can start from it. The mask token has the last id.
 
     Args:
         texts: the corpus, read once.
-        vocab_size: number of tokens, the special ones included.
+        vocab_size: number of tokens, including special tokens.
 
     Raises:
         ValueError: if `vocab_size` is too small for the bytes and the special tokens, or there is no text.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(
-            f"vocab_size is {vocab_size}; a byte-level tokenizer needs {SMALLEST_VOCABULARY} tokens at least "
+            f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least {SMALLEST_VOCABULARY} tokens "
             "(256 bytes, end of text, padding, mask)."
         )
     has_text = False
@@ -129,7 +129,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> PreTrain
         vocab_size=vocab_size - 1,  # the mask follows
         min_frequency=2,
         special_tokens=[END_OF_TEXT, PADDING],
-        # Sorted: the order of a set differs between processes, and with it the ids.
+        # Sorted, because the order of a set differs between processes, and the ids would differ with it.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -152,12 +152,12 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> PreTrain
 
 
 def complete_special_tokens(tokenizer: _Tokenizer) -> _Tokenizer:
-    """Add the special tokens that the tokenizer lacks, in place, and let it pad on the left, as `generate` needs it.
+    """Add missing special tokens to the tokenizer, in place, and make it pad on the left, as `generate` requires.
 
-    - begin and end: the classifier's begin and separator if it has them (BERT), else the one of the two that exists;
+    - begin and end: the classifier and separator tokens if it has them (BERT), else the one of the two that exists;
     - mask: a new token after the last id;
-    - padding: the end token, which keeps the vocabulary at its published size. Padding is never the mask token, not
-      even if the tokenizer says so: code that infers padding from ids would take every masked position for padding.
+    - padding: the end token, which keeps the vocabulary at its published size. Padding is never the mask token, even
+      if the tokenizer defines it so: code that infers padding from ids would treat masked positions as padding.
 
     Raises:
         ValueError: if the tokenizer has no token that could end a text.
@@ -182,21 +182,21 @@ def complete_special_tokens(tokenizer: _Tokenizer) -> _Tokenizer:
 
 
 def encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token ids of a text of any length; special tokens are only those that it names itself."""
+    """Return the token ids of a text of any length, without adding special tokens."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
-    """Return the token ids of a text to continue: without the end token that some tokenizers, as BERT's, add."""
+    """Return the token ids of a text to continue, without the end token that some tokenizers (BERT) add."""
     ids = list(tokenizer(text, **options)["input_ids"])
     if not ids or ids[-1] != tokenizer.eos_token_id:
         return ids
-    plain = encode_plain(text, tokenizer)  # without it, if the text itself does not end so
+    plain = encode_plain(text, tokenizer)  # ends with that token only if the text itself does
     return ids[:-1] if plain and ids[:-1][-len(plain) :] == plain else ids
 
 
 def limit_to_window(tokenizer: PreTrainedTokenizerBase, config: "BD3LMConfig") -> None:
-    """Set `model_max_length` to the model's window, to which `truncation=True` then cuts (in pipelines, too)."""
+    """Set `model_max_length` to the model's window, so `truncation=True` cuts to it (also in pipelines)."""
     tokenizer.model_max_length = config.model_length
 
 
@@ -206,14 +206,14 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, config: "BD3LMConfi
     Raises:
         ValueError: if the model has fewer token ids than the tokenizer, or another mask id.
     """
-    # Not the length: a vocabulary may have gaps.
+    # Not the length, because a vocabulary can have gaps.
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise ValueError(
             f"The tokenizer has token ids up to {largest}, but the model's vocab_size is {config.vocab_size}: set "
             f"vocab_size to {largest + 1} or more, or use the model's own tokenizer."
         )
-    mask_id = cast(int, config.mask_token_id)  # a configuration without one sets its own
+    mask_id = cast(int, config.mask_token_id)  # every configuration sets one
     if tokenizer.mask_token_id is not None and tokenizer.mask_token_id != mask_id:
         raise ValueError(
             f"The model's mask_token_id is {mask_id}, but the tokenizer's mask token {tokenizer.mask_token!r} has id "

@@ -1,8 +1,8 @@
-"""Files that users name: small inputs, which are read safely, and outputs, which replace nothing foreign.
+"""Files that users name: read small inputs safely, and write outputs without replacing foreign files.
 
-JSON and YAML may come from strangers: they are bounded in size and depth, and no key of a YAML file is there twice. An
+JSON and YAML can come from strangers: their size and depth are limited, and keys of a YAML file must be unique. An
 output may replace an empty file and a file of the same command. Any other file is foreign and stays, unless the user
-asks for it with `--overwrite`. Files of lines survive a kill, and have one writing process at a time.
+passes `--overwrite`. Files of lines survive a kill, and only one process writes them at a time.
 """
 
 import contextlib
@@ -26,25 +26,25 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
-BASE_NAME = "base-model"  # in the folder of a run: what a plain decoder became, the base of its adapters
+BASE_NAME = "base-model"  # in the folder of a run: the adapted decoder, to which its adapters belong
 LOCK_NAME = ".lock"  # in an output folder; `.NAME.lock` next to an output file
 
 
 # Small inputs
 
 
-_MAX_JSON_BYTES = 10_000_000  # ours have some kilobytes
+_MAX_JSON_BYTES = 10_000_000  # ours have a few kilobytes
 _MAX_YAML_BYTES = 1_000_000
-_MAX_VALUES = 100_000  # of a YAML file, whose aliases multiply: 480 bytes can stand for gigabytes
+_MAX_VALUES = 100_000  # in a YAML file with its aliases expanded: 480 bytes can become gigabytes
 
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def find_fault(path: str | Path) -> str:
-    """Return what keeps a file that is there from being read as what its name says, a predicate, or an empty string.
+    """Return why an existing file cannot be read, as a predicate, or an empty string.
 
-    Libraries read a file without permission as one that is missing, and a pointer of Git LFS as a damaged one.
+    Libraries report a file without permission as missing, and a pointer of Git LFS as damaged.
     """
     try:
         with open(path, "rb") as file:
@@ -61,7 +61,7 @@ def read_json(path: str | Path, *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str
     """Return the object in a JSON file.
 
     Raises:
-        ValueError: if the file is too large, is not valid JSON, or holds something else than an object.
+        ValueError: if the file is too large, is not valid JSON, or is not an object.
     """
     path = Path(path)
     try:
@@ -71,7 +71,7 @@ def read_json(path: str | Path, *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__} instead of an object.")
+        raise ValueError(f"{path} has a {type(content).__name__} instead of an object.")
     return content
 
 
@@ -79,16 +79,16 @@ def read_yaml(path: str | Path) -> Any:
     """Return the content of a small YAML file such as a recipe.
 
     Raises:
-        ValueError: if the file is not readable YAML, repeats a key, or is too large, with its aliases written out.
+        ValueError: if the file is not readable YAML, repeats a key, or is too large with its aliases expanded.
     """
     path = Path(path)
     if path.stat().st_size > _MAX_YAML_BYTES:
-        raise ValueError(f"{path} has more than {_MAX_YAML_BYTES:,} bytes, which is not a recipe.")
+        raise ValueError(f"{path} has more than {_MAX_YAML_BYTES:,} bytes, so it is not a recipe.")
     try:
         text = path.read_text(encoding="utf-8-sig")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is not None and _count_values(node, {}) > _MAX_VALUES:
-            raise ValueError(f"it has more than {_MAX_VALUES:,} values with its aliases written out.")
+            raise ValueError(f"it has more than {_MAX_VALUES:,} values with its aliases expanded.")
         return yaml.safe_load(text)
     except RecursionError:
         raise ValueError(f"{path} is not readable YAML: it is nested too deeply.") from None
@@ -100,16 +100,16 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def _count_values(node: Any, counted: dict[int, float]) -> float:
-    """Return the number of values below a node, those of an alias as often as it is used; refuse repeated keys."""
+    """Return the number of values below a node, with each use of an alias counted; refuse repeated keys."""
     if id(node) in counted:
         return counted[id(node)]
-    counted[id(node)] = math.inf  # until it is known: an alias to a node around it has no end
+    counted[id(node)] = math.inf  # until it is known: an alias to an enclosing node has no end
     children = node.value if isinstance(node, (yaml.SequenceNode, yaml.MappingNode)) else []
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in children if isinstance(key, yaml.ScalarNode)]
         repeated = [key for key, count in Counter(keys).items() if count > 1 and key != "<<"]
         if repeated:
-            raise ValueError(f"line {node.start_mark.line + 1}: the key {repeated[0]!r} is there twice.")
+            raise ValueError(f"line {node.start_mark.line + 1}: the key {repeated[0]!r} appears twice.")
         children = [child for pair in children for child in pair]
     counted[id(node)] = 1 + sum(_count_values(child, counted) for child in children)
     return counted[id(node)]
@@ -124,20 +124,20 @@ def check_output_file(
     """Refuse a file that cannot or must not be written, before any work. Changes nothing.
 
     Args:
-        flag: what the user calls the file, for messages.
-        is_ours: recognises a file that this command wrote earlier; None does not look at what is there (for callers
-            that check the content themselves).
+        flag: the flag that names the file, for messages.
+        is_ours: recognises a file that this command wrote earlier; None skips this check, for callers that check the
+            content themselves.
         overwrite: replace a foreign file too.
 
     Raises:
-        ValueError: if the folder does not exist or is not writable, the path is a folder, or a foreign file is there.
+        ValueError: if the folder does not exist or is not writable, or the path is a folder or a foreign file.
     """
     path = Path(path)
     folder = path.absolute().parent
     if str(path) == "-":
         raise ValueError(f"{flag} - would be a file called '-', not standard output: name a file.")
     if not folder.is_dir():
-        raise ValueError(f"{flag} {path}: the folder {folder} does not exist. Make it first.")
+        raise ValueError(f"{flag} {path}: the folder {folder} does not exist. Create it first.")
     if path.is_dir():
         raise ValueError(f"{flag} {path} is a folder: name a file.")
     if is_device(path):
@@ -154,7 +154,7 @@ def check_output_file(
 
 
 def is_json_with(*keys: str) -> Callable[[Path], bool]:
-    """Return a test whether a file is a JSON object with these keys."""
+    """Return a function that tests whether a file is a JSON object with these keys."""
 
     def is_ours(path: Path) -> bool:
         try:
@@ -167,7 +167,7 @@ def is_json_with(*keys: str) -> Callable[[Path], bool]:
 
 
 def begins_with(*marks: bytes) -> Callable[[Path], bool]:
-    """Return a test whether one of `marks` is within the first 4,096 bytes of a file."""
+    """Return a function that tests whether one of `marks` is in the first 4,096 bytes of a file."""
 
     def is_ours(path: Path) -> bool:
         try:
@@ -189,7 +189,7 @@ def is_device(path: str | Path) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-# What to do about a file that cannot be written.
+# Advice on a file that cannot be written.
 _ADVICE = {
     errno.ENOSPC: "make room and run again",
     errno.EDQUOT: "the quota is used up: make room and run again",
@@ -198,14 +198,14 @@ _ADVICE = {
 
 
 def advice_on(error: BaseException) -> str:
-    """Return what to do about a file that could not be written, where the error does not say it."""
+    """Return advice on a file that could not be written, unless the error already contains it."""
     advice = _ADVICE.get(getattr(error, "errno", None) or 0, "") if isinstance(error, OSError) else ""
     return f" ({advice})" if advice and advice not in str(error) else ""
 
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Name the file, which the system leaves out, in errors of writing to it."""
+    """Add the name of a file to errors of writing to it, which the system leaves out."""
     try:
         yield
     except OSError as error:
@@ -215,9 +215,9 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a small file that is afterwards either the old one or the new one, whatever happens.
+    """Write a small file so that `path` is either the old or the new file, whatever happens.
 
-    A symbolic link at `path` is replaced by the file; what it points to is not touched.
+    A symbolic link at `path` is replaced by the file; its target is not touched.
     """
     path = Path(path)
     data = content.encode("utf-8") if isinstance(content, str) else content
@@ -228,7 +228,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     unfinished = path.with_name(f".{path.name}.incomplete")
     unfinished.unlink(missing_ok=True)
     try:
-        # "x" does not follow a link that somebody else put there in the meantime.
+        # "x" does not follow a link that somebody else created there in the meantime.
         with _naming(path), unfinished.open("xb") as file:
             file.write(data)
         os.replace(unfinished, path)
@@ -241,17 +241,17 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 
 
 class JsonLinesFile:
-    """A file with an object per line, which grows while a command runs and is continued by the next run.
+    """A file with one JSON object per line, which grows while a command runs and which the next run continues.
 
     A killed run leaves at most one incomplete line, which the next line replaces. Use [`lock_output`] to keep other
     processes away.
 
     Args:
-        label: what the user calls the file, for messages.
+        label: the flag and name of the file, for messages.
         first_key: the first key of every object, by which an incomplete line is recognised as ours.
-        remedy: what to do about a foreign file.
-        replace: drop what the file holds; it stays until the first line is written.
-        sync: wait for the disk after each line, so that it also survives a power cut.
+        remedy: advice on a foreign file.
+        replace: discard the old content, which stays until the first line is written.
+        sync: wait for the disk after each line, so it also survives a power cut.
     """
 
     def __init__(
@@ -267,7 +267,7 @@ class JsonLinesFile:
         """Yield the number of each line, counted from 1, and its object; all must be read before a line is written.
 
         Raises:
-            ValueError: if a line is not an object, or the file ends in something else than the beginning of a line.
+            ValueError: if a line is not an object, or the file ends in anything but the beginning of one of our lines.
         """
         content = self.path.read_bytes() if self.path.exists() and not is_device(self.path) else b""
         self._size, self._size_on_disk = content.rfind(b"\n") + 1, len(content)
@@ -280,7 +280,7 @@ class JsonLinesFile:
             if not isinstance(row, dict):
                 raise self.foreign_line(number)
             yield number, row
-        # A foreign file without a line end would look like one incomplete line, and would be cut off.
+        # A foreign file without a newline would look like one incomplete line, and would be cut off.
         rest = content[self._size :]
         if rest[: len(self._line_start)] != self._line_start[: len(rest)]:
             raise self.foreign_line(number + 1)
@@ -290,7 +290,7 @@ class JsonLinesFile:
         return ValueError(f"{self.label}: line {number} was not written by this command; {self._remedy}.")
 
     def write_line(self, row: dict[str, Any]) -> None:
-        """Append an object; a kill after this returns does not lose it.
+        """Append an object; it is not lost if the process is killed after this returns.
 
         Raises:
             ValueError: if another process changed the file.
@@ -303,7 +303,7 @@ class JsonLinesFile:
             with _naming(self.path), self.path.open("ab") as file:
                 if not is_device(self.path):
                     self._cut_incomplete_line(file)
-                self._size_on_disk = self._size + len(line)  # unless a signal interrupts what follows
+                self._size_on_disk = self._size + len(line)  # or less, if a signal interrupts the write
                 file.write(line)
                 if self._sync:
                     file.flush()
@@ -315,7 +315,7 @@ class JsonLinesFile:
         if not self._size <= size <= self._size_on_disk:
             raise ValueError(
                 f"{self.label} has {size} bytes instead of {self._size_on_disk}: another process changed it. Run "
-                f"again to continue after what is there."
+                f"again to continue after its last line."
             )
         file.truncate(self._size)
 
@@ -323,7 +323,7 @@ class JsonLinesFile:
 # One process at a time
 
 
-# The locks of this process. A fork must not keep them alive: a data loader's worker may outlive a killed run.
+# The locks of this process. A fork must not keep them alive: a data loader's worker can outlive a killed run.
 _held: set[int] = set()
 
 
@@ -338,13 +338,13 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def lock_output(path: str | Path, flag: str) -> Iterator[None]:
-    """Keep every other process from writing to an output file or an existing output folder.
+    """Keep other processes from writing to an output file or an existing output folder.
 
-    The lock is a file with the process and host that hold it, and belongs to the process: it ends with it, even if
-    the process is killed. Where the file system has no locks, a file whose process is dead does not count.
+    The lock is a file that names the process and host that hold it. It ends with the process, even if that is killed.
+    On a file system without locks, the file of a dead process does not count.
 
     Args:
-        flag: what the user calls the file or folder, for messages.
+        flag: the flag that names the file or folder, for messages.
 
     Raises:
         ValueError: if another process holds the lock.
@@ -359,7 +359,7 @@ def lock_output(path: str | Path, flag: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # The name goes first: a process that opened the file before looks at the name again, see `_acquire`.
+        # The name is removed first: a process that opened the file before that checks the name, see `_acquire`.
         with contextlib.suppress(OSError):
             lock.unlink()
         if descriptor in _held:
@@ -376,7 +376,7 @@ def _acquire(lock: Path, output: str) -> int:
                     f"{output} is in use by {_holder(lock)}: wait until it ends, or name another output. (If there "
                     f"is no such process any more, remove {lock}.)"
                 )
-            # The holder may have removed the name between our opening and locking it.
+            # The holder may have removed the name after we opened the file and before we locked it.
             if _is_named(descriptor, lock):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
@@ -426,7 +426,7 @@ def _holder(lock: Path) -> str:
 
 def _is_alive(holder: dict[str, Any]) -> bool:
     if holder.get("host") != socket.gethostname():
-        return True  # not ours to find out
+        return True  # this machine cannot find out
     try:
         os.kill(holder["pid"], 0)
     except OSError as error:

@@ -46,7 +46,7 @@ def change_weights(folder: Path, change) -> None:
 @pytest.mark.parametrize(
     ("damage", "parts"),
     [
-        (lambda x: [p.unlink() for p in x.glob("token*")], ["holds no tokenizer"]),
+        (lambda x: [p.unlink() for p in x.glob("token*")], ["has no tokenizer"]),
         (lambda x: cut(x / "model.safetensors", 4000), ["SafetensorError", "name a complete checkpoint"]),
         (lambda x: cut(x / "model.safetensors", 4), ["SafetensorError", "name a complete checkpoint"]),
         (lambda x: (x / "model.safetensors").unlink(), ["no file named model.safetensors"]),

@@ -197,7 +197,7 @@ def test_a_checkpoint_is_put_back_when_the_kill_falls_between_two_renames(tmp_pa
     monkeypatch.undo()
     assert last_complete_checkpoint(tmp_path) is None
     (tmp_path / RECIPE_NAME).write_text(RECIPE_HEADER)
-    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+    with pytest.raises(ValueError, match="has checkpoints of an earlier run"):
         check_output_dir(tmp_path)
     recover_output_dir(tmp_path)
     assert read_completion_mark(old)["version"] == "old"

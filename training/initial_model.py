@@ -259,7 +259,7 @@ def start_around(head: Any, name: str, tokenizer: Any, fields: dict[str, Any], *
     """
     _check_known(head.config_class, fields)
     check_shape(name, fields)
-    encoder = load_model(name, argument="--init_from", spare=True, dtype=torch.float32, **options)
+    encoder = load_model(name, argument="--init_from", skip_unexpected=True, dtype=torch.float32, **options)
     return head.from_encoder(encoder, **_special_tokens(tokenizer), **fields)
 
 

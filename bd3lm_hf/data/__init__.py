@@ -1,4 +1,4 @@
-"""Datasets and corpora: read, split, packed and streamed."""
+"""Read, split, pack and stream datasets."""
 
 from importlib import import_module
 from typing import Any

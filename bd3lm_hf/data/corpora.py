@@ -1,8 +1,8 @@
-"""Embedded corpora: text that every Python interpreter carries, so that training needs no download.
+"""Embedded corpora: text that comes with every Python interpreter, so training needs no download.
 
-`python_docs` is English (the language reference and the documentation strings of the standard library), about 2 MB;
+`python_docs` is English (the language reference and the docstrings of the standard library), about 2 MB;
 `python_source` is code (the source files of the standard library), about 30 MB. The source files are read, never
-imported or run. The documents depend on the Python version only, not on the machine.
+imported or run. The documents depend only on the Python version, not on the machine.
 """
 
 import ast
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-#: Folders inside the standard library's folder that hold something else: what users installed, byte code, or
+#: Folders and files inside the standard library's folder that are not part of it: installed packages, bytecode, and
 #: settings of the machine on which Python was built.
 _FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "lib-dynload"})
 _FOREIGN_PREFIXES = ("config-", "_sysconfigdata", "_sysconfig_vars")
@@ -23,17 +23,17 @@ _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 
 
 class Document(NamedTuple):
-    """One document. `name` is the same on every machine and decides to which split the document belongs."""
+    """One document. `name` is the same on every machine and determines the split of the document."""
 
     name: str
     text: str
 
 
 def python_docs() -> list[Document]:
-    """Return the language reference (one document a topic), then the documentation strings (one document a module).
+    """Return the language reference (one document per topic), then the docstrings (one document per module).
 
     Returns:
-        Documents with distinct names and non-empty texts, in an order that depends on the Python version only.
+        Documents with distinct names and non-empty texts, in an order that depends only on the Python version.
 
     Raises:
         ValueError: if this Python was installed without its documentation topics or its source files.
@@ -42,7 +42,7 @@ def python_docs() -> list[Document]:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise ValueError(
-            "This Python has no module pydoc_data.topics, which holds the dataset 'python-docs'; install Python's "
+            "This Python has no module pydoc_data.topics, from which the dataset 'python-docs' is made; install the "
             "full standard library (on Debian: libpython3-stdlib), or name a text file as the dataset."
         ) from error
     documents = [Document(f"topic/{name}", text.strip()) for name, text in sorted(topics.items())]
@@ -50,10 +50,9 @@ def python_docs() -> list[Document]:
 
 
 def python_source() -> list[Document]:
-    """Return the source files of the standard library with its tests, one document a file.
+    """Return the source files of the standard library, including its tests, one document per file.
 
-    A few test files are broken on purpose (bytes that are not text in the declared encoding); they are left
-    out.
+    A few test files that are broken on purpose (not valid in their declared encoding) are left out.
 
     Raises:
         ValueError: if this Python was installed without its source files.
@@ -63,7 +62,7 @@ def python_source() -> list[Document]:
     return [document for document in documents if document.text.strip()]
 
 
-@functools.cache  # parsing takes seconds, and each split of the dataset asks for all documents
+@functools.cache  # parsing takes seconds, and each split of the dataset needs all documents
 def _module_documents() -> tuple[Document, ...]:
     root, documents = _standard_library(), []
     for path in _source_files(skip_tests=True):
@@ -114,13 +113,13 @@ def _documentation(module: str, source: str) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in old source files
             tree = ast.parse(source)
-    except (SyntaxError, ValueError):  # a file that is broken on purpose, or holds templates
+    except (SyntaxError, ValueError):  # a template, or a file that is broken on purpose
         return ""
     return "\n\n".join(f"{heading}\n\n{docstring}" for heading, docstring in _docstrings(tree, module))
 
 
 def _docstrings(node: ast.Module | ast.ClassDef, name: str) -> Iterator[tuple[str, str]]:
-    """Yield (heading, docstring) of a module or class and of all that it defines, in the order of the source."""
+    """Yield (heading, docstring) of a module or class and of everything that it defines, in source order."""
     docstring = ast.get_docstring(node)
     if docstring:
         yield name, docstring

@@ -1,8 +1,8 @@
 """Load datasets (paper, App. C.1): from the table of sources, from files, or from the hub.
 
-Every source becomes documents in one column, `text`, in up to three splits; `load_rows` reads rows of another schema
-in the same way. Missing splits are held out of the training split by a hash, so that the choice is the same on every
-machine. `bd3lm_hf.data.packing` makes sequences of documents.
+Every source becomes documents in a single column, `text`, in up to three splits; `load_rows` reads rows of other
+schemas in the same way. Missing splits are held out from the training split by a hash, so the choice is the same on
+every machine. `bd3lm_hf.data.packing` turns documents into sequences.
 """
 
 import logging
@@ -60,7 +60,7 @@ logger = logging.getLogger(__name__)
 
 _EMBEDDED = {"python-docs": python_docs, "python-source": python_source}
 
-#: Part of every cache key: raise it when the embedded documents, the hold-out or the chunks change.
+#: Part of every cache key: increase it when the embedded documents, the hold-out or the chunks change.
 _VERSION = 1
 
 
@@ -76,25 +76,25 @@ def load_text(
     cache_dir: str | None = None,
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
-    """Load the documents of one split, detokenized, in the one column `text`.
+    """Load the documents of one split, detokenized, as the column `text`.
 
-    Where a source has only a training split, documents are held out of it by the hash of their name (embedded
-    corpora) or text: 5 % for validation and 5 % for the test, each at least one; only validation if there is a
-    test split. A source of a single document is cut instead, into 90, 5 and 5 % of its characters at line ends. A
-    plain text file is one document.
+    If a source has only a training split, documents are held out from it by the hash of their name (embedded corpora)
+    or text: 5 % for validation and 5 % for test, at least one each; only validation if there is a test split. A source
+    with a single document is cut at line ends instead, into 90, 5 and 5 % of its characters. A plain text file is one
+    document.
 
     Args:
-        name_or_path: a name of the table `DATASETS` (or your own `DatasetSpec`), a data file (an ending of `ENDINGS`,
+        name_or_path: a name in the table `DATASETS` (or your own `DatasetSpec`), a data file (an ending in `ENDINGS`,
             possibly compressed), a folder of such files, a folder written by `save_to_disk`, or a hub repository
             `owner/name`. See `files_by_split` for the files of each split.
         split: "train", "validation" or "test".
-        text_column: column of the text, where the table does not say or its copy differs.
+        text_column: column of the text, if the table does not name it or your copy differs.
         config_name: configuration of a hub repository, or of its downloaded copy.
         source: a file, folder or hub repository to read instead of the one in the table, in the same schema.
         streaming: read while iterating instead of in advance; pack such a stream with `PackedStream`. A held-out split
-            may then be empty.
-        skip_bad_rows: skip rows that hold no text or cannot be read, with a warning; otherwise they are an error that
-            names file and line. A damaged page of a parquet file takes the rest of its row group with it.
+            can then be empty.
+        skip_bad_rows: skip rows that have no text or cannot be read, with a warning; otherwise raise an error with
+            file and line. After a damaged page of a parquet file, the rest of its row group is lost.
         cache_dir: where the datasets library keeps its files.
         num_proc: processes for detokenizing.
 
@@ -112,7 +112,7 @@ def load_text(
         dataset = dataset.map(_detokenize_batch, fn_kwargs={"name": spec.detokenizer}, **options)
     if spec.chunk:
         options = _map_options(dataset, spec.chunk, desc="Cutting")
-        # One document at a time: a single one may be as long as text8.
+        # One document at a time: it can be as long as text8.
         dataset = dataset.map(_chunk_batch, batch_size=1, fn_kwargs={"size": spec.chunk}, **options)
     return dataset
 
@@ -128,7 +128,7 @@ def load_rows(
     skip_bad_rows: bool = False,
     cache_dir: str | None = None,
 ) -> Dataset | IterableDataset:
-    """Load the rows of one split in the columns of a schema; the arguments are those of `load_text`.
+    """Load the rows of one split as the columns of a schema; the other arguments are those of `load_text`.
 
     Raises:
         ValueError: as `load_text`.
@@ -150,7 +150,7 @@ def load_rows(
     elif not spec.splits:
         dataset = hold_out(dataset, split, missing=held_out_splits(reader.splits))
     if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise ValueError(f"The split {split!r} of {spec.name!r} is empty: it has no document. Name another dataset.")
+        raise ValueError(f"The split {split!r} of {spec.name!r} is empty: it has no documents. Name another dataset.")
     return dataset
 
 
@@ -160,7 +160,7 @@ def find_schema(
     config_name: str | None = None,
     source: str | os.PathLike | None = None,
 ) -> Schema:
-    """Return the schema that the columns of a source have: text, or one of fine-tuning.
+    """Return the schema that fits the columns of a source: text, or one for fine-tuning.
 
     Raises:
         ValueError: as `load_text`; also if the columns fit several schemas.
@@ -169,7 +169,7 @@ def find_schema(
     if spec.path is None or spec.text_column is not None:
         return TextRow(spec.text_column)
     reader = _reader_of(spec, None, streaming=True)
-    # A split may be empty, but the one to train on is asked first.
+    # The training split first, then the others, because a split can be empty.
     for split in sorted(reader.splits, key=lambda name: name not in SPLIT_NAMES["train"]):
         if columns := reader.columns(split):
             return detect_schema(columns, spec.name)
@@ -179,7 +179,7 @@ def find_schema(
 def _spec_of(
     name_or_path: str | os.PathLike | DatasetSpec, source: str | os.PathLike | None, config_name: str | None
 ) -> DatasetSpec:
-    """Return the source to read, with the caller's arguments in place of the table's entries."""
+    """Return the source to read; the caller's arguments override the table's entries."""
     if isinstance(name_or_path, DatasetSpec):
         spec = name_or_path
     elif normal(name := os.fspath(name_or_path)) not in DATASETS and exists(name):
@@ -199,7 +199,7 @@ def _spec_of(
 
 
 def _load_embedded(name: str, split: str, cache_dir: str | None) -> Dataset:
-    """Load the split of an embedded corpus, whose documents are collected once for each Python and cached."""
+    """Load one split of an embedded corpus; its documents are collected once per Python version and cached."""
     documents = Dataset.from_generator(
         _embedded_rows,
         gen_kwargs={"corpus": name},
@@ -219,7 +219,7 @@ def _reader_of(spec: DatasetSpec, cache_dir: str | None, *, streaming: bool) -> 
     assert spec.path is not None
     if not exists(spec.path):
         return _Splits(spec, _load_hub(spec, streaming, cache_dir))
-    # A file in place of a hub repository with a single split, such as LAMBADA, is that split.
+    # A file that replaces a hub repository with a single split, such as LAMBADA, is that split.
     sources = set(spec.splits.values())
     default = sources.pop() if len(sources) == 1 else "train"
     if any((Path(spec.path).expanduser() / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -246,13 +246,13 @@ class _Splits:
         dataset, columns = self.parts[split], self.columns(split)
         schema, origin = schema.resolved(columns, self.name), f"the split {split!r} of {self.name!r}"
         if isinstance(dataset, Dataset) and isinstance(schema, TextRow):
-            dataset = _only_text(dataset, schema)  # the text stays where it is, in its files
+            dataset = _only_text(dataset, schema)  # the text is not copied: it stays in its files
             is_null = [pc.is_null(table["text"]).to_numpy() for table in dataset.with_format("arrow").iter(10_000)]
             bad = np.flatnonzero(np.concatenate([np.empty(0, bool), *is_null])).tolist()
             if bad and not skip_bad_rows:
                 raise row_error([f"Row {row} of {origin} has no text (null)" for row in bad])
             if bad:
-                logger.warning("Skipped %d rows without text of %s.", len(bad), origin)
+                logger.warning("Skipped %d rows without text in %s.", len(bad), origin)
                 dataset = dataset.select(np.setdiff1d(np.arange(len(dataset)), bad))
             return dataset
         return dataset.map(
@@ -272,7 +272,7 @@ def _load_saved(spec: DatasetSpec, streaming: bool, default_split: str) -> Mappi
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise ValueError(f"The dataset {str(path)!r}, written by save_to_disk, cannot be read: {error}") from error
     parts = saved if isinstance(saved, DatasetDict) else {default_split: saved}
-    # A format such as pandas, which is saved too, changes the types of values and hides columns.
+    # A saved format such as pandas changes the types of values and hides columns.
     parts = {name: part.with_format(None) for name, part in parts.items()}
     return {name: part.to_iterable_dataset() if streaming else part for name, part in parts.items()}
 
@@ -324,7 +324,7 @@ def _usable(
 
 
 def _only_text(dataset: Dataset, schema: TextRow) -> Dataset:
-    """Return the column of the text alone, under the name `text`."""
+    """Return only the text column, renamed to `text`."""
     column = schema.column
     assert column is not None
     dataset = dataset.select_columns([column])
@@ -332,10 +332,10 @@ def _only_text(dataset: Dataset, schema: TextRow) -> Dataset:
 
 
 def _map_options(dataset: Any, key: Any, **options: Any) -> dict[str, Any]:
-    """Return how texts are mapped in batches; key and options are for a dataset that is not a stream."""
+    """Return the options of a batched `map`; `key` and `options` apply only to datasets that are not streams."""
     if isinstance(dataset, IterableDataset):
         return {"batched": True}
-    # By default the key would be a hash of the code, which changes without changing the text.
+    # The default fingerprint is a hash of the code, which can change without changing the text.
     return {"batched": True, "new_fingerprint": Hasher.hash((_VERSION, dataset._fingerprint, key)), **options}
 
 

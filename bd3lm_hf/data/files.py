@@ -1,6 +1,6 @@
-"""Local files: which of them hold a split, and their usable rows; a faulty row is named with file and line.
+"""Read local files: find the files of each split, and their usable rows; report faulty rows with file and line.
 
-The words that name a split, repository cards, caching, streaming and resuming are those of `datasets`.
+The words for splits, repository cards, caching, streaming and resuming are those of `datasets`.
 """
 
 import logging
@@ -24,14 +24,14 @@ from bd3lm_hf.user_files import read_json
 
 logger = logging.getLogger(__name__)
 
-_MAX_SHOWN = 5  # faults that a message names
+_MAX_SHOWN = 5  # faults listed in a message
 
 _REMEDY = "repair the data, or skip such rows with skip_bad_rows=True."
 
-#: Part of every cache key: raise it when the meaning of a record changes.
+#: Part of every cache key: increase it when the meaning of a record changes.
 _VERSION = 2
 
-#: Word in a file's or folder's name -> split, as `datasets` has it. "Held out" is a validation split.
+#: Word in the name of a file or folder -> split, as in `datasets`. Every other word is a form of "held out".
 _SPLIT_OF_WORD = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
 
 # A word ends where no letter follows: "ptb.valid.txt", "my_test-2.jsonl", "testset.csv", but not "contest.txt".
@@ -53,7 +53,7 @@ _NOT_DATA = {
 
 
 class FaultyRow(NamedTuple):
-    """A record that cannot be used, and where it is."""
+    """A record that cannot be used, and its position."""
 
     file: str
     position: str
@@ -66,18 +66,18 @@ class FaultyRow(NamedTuple):
 def files_by_split(path: str, default_split: str, config_name: str | None = None) -> dict[str, list[str]]:
     """Return the data files of a file or folder by split.
 
-    The card of a downloaded dataset repository decides where it lists configurations. Otherwise a split is found by a
-    word in a name, between characters that are not letters: in a folder called exactly so ("test/"), in the file's
-    name ("ptb.valid.txt"), in that of a folder ("my-test/"), in this order. Hidden files and files that describe a
-    dataset are left out.
+    If the card of a downloaded dataset repository lists configurations, it decides. Otherwise the split is a word in a
+    name, delimited by characters that are not letters. Such words are looked for first in folders with exactly that
+    name ("test/"), then in the file's name ("ptb.valid.txt"), then in other folders' names ("my-test/"). Hidden files
+    and files that describe a dataset are left out.
 
     Args:
         default_split: split of the files whose names contain no such word.
         config_name: configuration of a repository card; None if there is only one, or a default.
 
     Raises:
-        ValueError: if there is no data file, if the choice is not clear (several formats, several configurations, a
-            name with words of several splits), or if all files are empty.
+        ValueError: if there are no data files, the choice is ambiguous (several formats, several configurations, a
+            name with words for several splits), or all files are empty.
     """
     root = Path(path).expanduser()
     files = _files_of_card(root, config_name)
@@ -92,11 +92,11 @@ def files_by_split(path: str, default_split: str, config_name: str | None = None
     endings = {data_ending(name) for name in names}
     if len({ENDINGS.get(ending, ending) for ending in endings}) > 1 or not endings <= set(ENDINGS):
         raise ValueError(
-            f"The folder {path!r} holds files of several kinds ({', '.join(sorted(endings))}); keep one kind in it, "
-            "or name a single file."
+            f"The folder {path!r} has files of several kinds ({', '.join(sorted(endings))}); keep one kind in it, or "
+            "name a single file."
         )
     if not any(Path(name).stat().st_size for name in names):
-        raise ValueError(f"The dataset {path!r} is empty: its files hold no byte. Name another file.")
+        raise ValueError(f"The dataset {path!r} is empty: all its files have 0 bytes. Name another file.")
     return files
 
 
@@ -104,18 +104,18 @@ def _data_files(root: Path) -> list[Path]:
     known = f"{', '.join(ENDINGS)} (also with {', '.join(COMPRESSIONS)})"
     if root.is_file():
         if data_ending(root) not in ENDINGS:
-            raise ValueError(f"The file {str(root)!r} is of no known kind; its name must end in one of: {known}.")
+            raise ValueError(f"The file {str(root)!r} is of an unknown kind; its name must end in one of: {known}.")
         return [root]
     entries = [entry for entry in sorted(root.rglob("*")) if not _is_ignored(entry.relative_to(root))]
     found = [entry for entry in entries if data_ending(entry) in ENDINGS and not entry.is_dir()]
     if broken := [entry.name for entry in found if not entry.exists()]:
-        raise ValueError(f"The folder {str(root)!r} holds links to files that are gone: {', '.join(broken)}.")
+        raise ValueError(f"The folder {str(root)!r} has broken links: {', '.join(broken)}. Repair or remove them.")
     if linked := [entry.name for entry in entries if entry.is_symlink() and entry.is_dir()]:
         logger.warning("Links to folders are not followed: %s in %s.", ", ".join(linked), root)
     if not found:
         saved = [file.parent.name for file in sorted(root.glob("*/state.json"))]
         hint = f" Its folders {', '.join(saved)} were written by save_to_disk: name one of them." if saved else ""
-        raise ValueError(f"The folder {str(root)!r} holds no file that ends in one of: {known}.{hint}")
+        raise ValueError(f"The folder {str(root)!r} has no file that ends in one of: {known}.{hint}")
     return found
 
 
@@ -126,14 +126,14 @@ def _is_ignored(relative: Path) -> bool:
 
 
 def _split_of(relative: Path) -> str | None:
-    """Return the split that the path of a file names."""
+    """Return the split that the path of a file names, or None."""
     file, *folders = (_WORD_BEGIN.sub("_", part).lower() for part in reversed(relative.parts))
     exact = [name for name in folders if _SPLIT_WORD.fullmatch(name)]
     for name in (*exact, file, *folders):
         splits = {_SPLIT_OF_WORD.get(word, "validation") for word in _SPLIT_WORD.findall(name)}
         if len(splits) > 1:
             raise ValueError(
-                f"The name {name!r} of {str(relative)!r} has words of several splits ({', '.join(sorted(splits))}): "
+                f"The name {name!r} of {str(relative)!r} has words for several splits ({', '.join(sorted(splits))}): "
                 "rename it."
             )
         if splits:
@@ -142,13 +142,13 @@ def _split_of(relative: Path) -> str | None:
 
 
 def _files_of_card(root: Path, config_name: str | None) -> dict[str, list[str]] | None:
-    """Return the files of a configuration in the card of a dataset repository, or None if there are none in it."""
+    """Return the files of a configuration in the card of a dataset repository, or None if it lists none."""
     card = root / "README.md"
     try:
         metadata = (metadata_load(card) or {}) if card.is_file() else {}
         configs = {entry.get("config_name", "default"): entry for entry in metadata.get("configs") or ()}
     except (AttributeError, TypeError, ValueError, YAMLError) as error:
-        raise ValueError(f"The metadata of {str(card)!r} cannot be read: {error}. Repair them.") from error
+        raise ValueError(f"The metadata of {str(card)!r} cannot be read: {error}. Repair it.") from error
     if not configs:
         _check_described(root, metadata)
         return None
@@ -184,7 +184,7 @@ def _check_described(root: Path, metadata: dict[str, Any]) -> None:
 
 
 def find_faults(files: Iterable[str], schema: Schema) -> list[FaultyRow]:
-    """Return all records of the files that cannot be used, with file and position."""
+    """Return all unusable records of the files, with file and position."""
     return [row for file in files for row in _checked(file, schema) if isinstance(row, FaultyRow)]
 
 
@@ -192,8 +192,8 @@ def usable_rows(files: Sequence[str], schema: Schema, skip_bad_rows: bool) -> It
     """Yield the rows of the files as the schema reads them.
 
     Raises:
-        ValueError: if a record cannot be read or does not follow the schema. With `skip_bad_rows` it is skipped with a
-            warning.
+        ValueError: if a record cannot be read or does not follow the schema. With `skip_bad_rows` it is skipped
+            instead, with a warning.
     """
     for file in files:
         for row in _checked(file, schema):
@@ -230,7 +230,7 @@ class SplitFiles:
         name: name of the dataset, for messages.
         files: files by split, as `files_by_split` returns them.
         streaming: read while iterating; every file is then a shard.
-        cut_single: a single document will be cut into splits, which a stream cannot do.
+        cut_single: a single document is to be cut into splits, which a stream cannot do.
         cache_dir: where the datasets library keeps its files.
     """
 
@@ -255,7 +255,7 @@ class SplitFiles:
         """Return the rows of a split in the schema's columns.
 
         Raises:
-            ValueError: if there are none, or one is faulty; a stream raises when it comes to the row.
+            ValueError: if there are none, or one is faulty; a stream raises when it reaches the row.
         """
         files = self.files[split]
         if self.streaming and self.cut_single and files == [self.name] and ENDINGS[data_ending(self.name)] == "text":
@@ -271,8 +271,8 @@ class SplitFiles:
         features = Features({name: Value("string") for name in schema.names})
         if self.streaming:
             return IterableDataset.from_generator(usable_rows, features=features, gen_kwargs=arguments)
+        # With the size and time of each file, so an edited file is read again.
         states = [(file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]
-        # With size and time of every file: an edited file is read again.
         key = (_VERSION, states, type(schema).__name__, vars(schema), skip_bad_rows)
         try:
             return Dataset.from_generator(
@@ -285,7 +285,7 @@ class SplitFiles:
         except DatasetGenerationError as error:
             if isinstance(error.__cause__, ValueError) and (faults := find_faults(files, schema)):
                 raise row_error(faults) from None
-            if isinstance(error.__cause__, OSError):  # of the cache, whose disk may be full
+            if isinstance(error.__cause__, OSError):  # from writing the cache, such as a full disk
                 raise error.__cause__ from error
             raise
         except ValueError as error:
@@ -298,5 +298,5 @@ class SplitFiles:
         choice = f"choose another split ({', '.join(others)})" if others else "name another dataset"
         return ValueError(
             f"The split {split!r} of {self.name!r} is empty: no usable row in {', '.join(self.files[split][:3])}. "
-            f"Fill it, or {choice}."
+            f"Add rows, or {choice}."
         )

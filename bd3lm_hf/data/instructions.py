@@ -1,9 +1,8 @@
-"""Fine-tuning rows as sequences: what is given, what is learned, and end tokens to the end of its block.
+"""Encode fine-tuning rows as sequences: given tokens, learned tokens, and end tokens that fill the last block.
 
-One row is one sequence and begins with its prompt: blocks are counted from there, as `generate` counts them. Given
-tokens have the label -100, so they are neither masked nor scored. After the last learned token follow end tokens, at
-least one and as many as fill the block. All of them are scored, because the model must learn how a block ends; nothing
-follows that block.
+One row is one sequence and begins with its prompt: blocks are counted from there, as in `generate`. Given tokens have
+the label -100, so they are neither masked nor scored. The text ends with at least one end token, and more of them fill
+its block. All are scored, because the model must learn how a block ends; the sequence ends with that block.
 """
 
 import itertools
@@ -25,10 +24,10 @@ from bd3lm_hf.data.schemas import Messages, Schema, is_learned
 
 logger = logging.getLogger(__name__)
 
-#: Part of every cache key: raise it when the encoding changes.
+#: Part of every cache key: increase it when the encoding changes.
 _VERSION = 2
 
-#: Names of what to do with rows that are longer than the model; nothing is ever cut.
+#: Ways to treat rows that are longer than the model's window; no row is ever cut.
 LONG_ROWS = ("error", "drop")
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -54,19 +53,19 @@ def encode_rows(
 ) -> Dataset:
     """Encode rows as sequences of whole blocks, with columns `input_ids`, `labels` and `attention_mask`.
 
-    A prompt and its completion are tokenized separately, as they are at generation, and without special tokens; an
-    empty prompt becomes the begin token. Messages, their tool calls and the row's tools are rendered by the chat
-    template of the tokenizer. Every turn of the assistant is learned, except those of `weight` 0; what follows the
-    last learned token is left out. The turns are found by the template's `{% generation %}` marks if it has them,
-    otherwise by the difference between the conversation rendered up to a turn and through it.
+    A prompt and its completion are tokenized separately, as in generation, and without special tokens; an empty prompt
+    becomes the BOS token. Messages, their tool calls and the row's tools are rendered with the chat template of the
+    tokenizer. Every turn of the assistant is learned, except those with `weight` 0; everything after the last learned
+    token is left out. Turns are found by the template's `{% generation %}` marks if it has them, otherwise by
+    comparing the conversation rendered up to a turn and through it.
 
     Args:
         rows: rows in that schema, as `load_rows` returns them.
         schema: `PromptCompletion` or `Messages`.
-        length: maximum number of tokens of a sequence, the end tokens included.
-        block_size: tokens of a block of the model.
-        fill_turns: also fill the block in which an earlier turn ends, so that the next turn begins with a block.
-            Otherwise a user's turn may begin in the block in which an answer ends, and is seen while that is denoised.
+        length: maximum number of tokens per sequence, including the end tokens.
+        block_size: tokens per block of the model.
+        fill_turns: also fill the block in which an earlier turn ends, so the next turn begins with a block. Otherwise
+            a user's turn can begin in the block in which an answer ends, and is visible while that is denoised.
         long_rows: "error", or "drop" rows that do not fit, with a warning that counts them.
         num_proc: worker processes; they do not change the result.
 
@@ -128,7 +127,7 @@ def _encode_row(
         is_last = position == last
         if not is_last and not (fill_turns and learned and not encoded.learned[position + 1]):
             continue
-        # A turn ends here: one end token at least after the last turn, then as many as fill the block.
+        # A turn ends here: at least one end token after the last turn, then as many as fill the block.
         missing = is_last and not (learned and token == end)
         count = missing + -(len(ids) + missing) % block_size
         ids += [end] * count
@@ -143,7 +142,7 @@ def _prompt_and_completion(row: dict[str, str], tokenizer: PreTrainedTokenizerBa
 
 
 def _conversation(row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Render a conversation and mark its learned tokens; what follows the last of them is left out."""
+    """Render a conversation and mark its learned tokens; everything after the last of them is left out."""
     messages = json.loads(row["messages"])
     learned_turns = {index: is_learned(m) for index, m in enumerate(messages) if m["role"] == "assistant"}
     for message in messages:
@@ -154,7 +153,7 @@ def _conversation(row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> En
     else:
         ids, learned = _rendered_turns(messages, learned_turns, tools, tokenizer)
     if not any(learned):
-        raise ValueError(f"The chat template writes no token of the assistant for the messages {_shown(messages)}.")
+        raise ValueError(f"The chat template renders no assistant tokens for the messages {_shown(messages)}.")
     last = len(learned) - 1 - learned[::-1].index(True)
     return Encoded(ids[: last + 1], learned[: last + 1])
 
@@ -162,7 +161,7 @@ def _conversation(row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> En
 def _marked_turns(
     messages: list[dict[str, Any]], is_turn_learned: list[bool], tools: list[Any] | None, tokenizer: Any
 ) -> Encoded:
-    """Find the turns of the assistant by the marks of the template."""
+    """Find the turns of the assistant by the `{% generation %}` marks of the template."""
     rendered = tokenizer.apply_chat_template(
         messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -172,8 +171,8 @@ def _marked_turns(
         turns = list(zip(edges[::2], edges[1::2], strict=True))
         if len(turns) != len(is_turn_learned):
             raise ValueError(
-                f"The chat template marks {len(turns)} of the assistant's {len(is_turn_learned)} turns, so that those "
-                f"of weight 0 cannot be found, in the messages {_shown(messages)}."
+                f"The chat template marks {len(turns)} of the assistant's {len(is_turn_learned)} turns, so those with "
+                f"weight 0 cannot be identified, in the messages {_shown(messages)}."
             )
         for (start, stop), keep in zip(turns, is_turn_learned, strict=True):
             learned[start:stop] = keep
@@ -183,10 +182,10 @@ def _marked_turns(
 def _rendered_turns(
     messages: list[dict[str, Any]], is_turn_learned: dict[int, bool], tools: list[Any] | None, tokenizer: Any
 ) -> Encoded:
-    """Find the turns of the assistant by what the template adds for each of them.
+    """Find the turns of the assistant by the text that the template adds for each of them.
 
-    The text is tokenized turn by turn, because a token of the whole may cross the border of a turn. A turn ends with
-    its first end token, as generation does; a line end that the template puts after it is given.
+    The text is tokenized turn by turn, because a token of the whole text can cross the border of a turn. A turn ends
+    with its first end token, as in generation; a newline that the template puts after it is given.
     """
     render = partial(tokenizer.apply_chat_template, tools=tools, tokenize=False)
     whole, done = render(messages), 0
@@ -198,7 +197,7 @@ def _rendered_turns(
         stop = _end_of_turn(messages, index, whole, render)
         if not (done <= len(prompt) <= (stop or 0) and whole.startswith(prompt)):
             raise ValueError(
-                f"The chat template writes the messages {_shown(messages)} differently with and without their turn "
+                f"The chat template renders the messages {_shown(messages)} differently with and without their turn "
                 f"{index}: mark the assistant's turns in it with {{% generation %}}."
             )
         prompt_ids = _tokens(tokenizer, whole[done : len(prompt)], control=True)
@@ -211,12 +210,12 @@ def _rendered_turns(
 
 
 def _end_of_turn(messages: list[dict[str, Any]], index: int, whole: str, render: Callable[..., str]) -> int | None:
-    """Return the character of the rendered conversation at which a turn ends, or None if it cannot be found."""
+    """Return the index of the character at which a turn ends in the whole conversation, or None if it is unknown."""
     through = render(messages[: index + 1])
     if whole.startswith(through):
         return len(through)
-    # Some templates write the last turn differently (Qwen3 puts an empty thought before it). Then the turn ends where
-    # the messages after it begin, whose length shows without the turn.
+    # Some templates render the last turn differently (Qwen3 puts an empty thought before it). Then the turn ends where
+    # the following messages begin, whose length is found by rendering them without the turn.
     following = list(itertools.takewhile(lambda message: message["role"] != "assistant", messages[index + 1 :]))
     before = render(messages[:index])
     added = render([*messages[:index], *following])[len(before) :]
@@ -226,7 +225,7 @@ def _end_of_turn(messages: list[dict[str, Any]], index: int, whole: str, render:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, control: bool) -> list[int]:
-    """Return the ids of a text. Only a template writes control tokens; their names in data are text."""
+    """Return the ids of a text. Only a template can write control tokens; their names in data are text."""
     encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=not control, verbose=False)
     return list(encoded["input_ids"])
 
@@ -240,7 +239,7 @@ def _fitting(encoded: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, 
     found = f"{len(long)} of {len(encoded)} rows have more than {length} tokens, up to {lengths.max()}"
     if not drop:
         raise ValueError(
-            f"{found}; the first begins with {start!r}. No row is cut: raise model_length, or leave such rows out "
+            f"{found}; the first begins with {start!r}. Rows are never cut: raise model_length, or drop such rows "
             "with long_rows='drop'."
         )
     if len(long) == len(encoded):

@@ -1,8 +1,8 @@
-"""Packing: documents of text become sequences of exactly `length` tokens (paper, App. C.1).
+"""Pack documents of text into sequences of exactly `length` tokens (paper, App. C.1).
 
-Contiguous packing, the default, cuts the one stream of all documents' tokens: no token is lost between documents, and
-the result does not depend on the number of workers or on batch sizes. Published packing is that of the reference
-implementation, whose remainders depend on both.
+Contiguous packing, the default, cuts the concatenated tokens of all documents: no token is lost between documents, and
+the result does not depend on the number of workers or the batch size. Published packing is that of the reference
+implementation, which drops remainders that depend on both.
 """
 
 import json
@@ -18,7 +18,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 
-#: Part of every cache key: raise it when the meaning of a packed dataset changes.
+#: Part of every cache key: increase it when the meaning of a packed dataset changes.
 _VERSION = 1
 
 #: Label of a position that is not scored.
@@ -40,11 +40,11 @@ class TextSize(NamedTuple):
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text for each token."""
+        """UTF-8 bytes of text per token."""
         return self.utf8_bytes / self.tokens
 
     def bits_per_byte(self, nats_per_token: float) -> float:
-        """Convert the mean loss to a unit that does not depend on the tokenizer."""
+        """Convert a mean loss to a unit that does not depend on the tokenizer."""
         return nats_per_token / math.log(2) / self.bytes_per_token
 
 
@@ -88,17 +88,17 @@ def pack(
 
     Args:
         dataset: documents in the column `text`, as `load_text` returns them.
-        length: tokens of a sequence.
-        packing: "contiguous" or "published" (see `pack_published`; `drop_last` is then always in force).
-        insert_eos: end every document with the end token (contiguous: every document that is not empty).
+        length: tokens per sequence.
+        packing: "contiguous" or "published" (see `pack_published`; it drops incomplete sequences in any case).
+        insert_eos: append an end token to every document (contiguous: to every document that is not empty).
         insert_special: put a begin token before and an end token after the tokens of every sequence.
-        drop_last: drop the last, incomplete sequence. Otherwise it is padded on the right, where the attention mask
-            is 0 and the label -100.
-        num_proc: worker processes. Changes the result of published packing only.
+        drop_last: drop the last, incomplete sequence. Otherwise it is padded on the right, with attention mask 0 and
+            label -100.
+        num_proc: worker processes. They change only the result of published packing.
 
     Raises:
         ValueError: if the packing is unknown, there is no column `text`, the tokenizer lacks a special token, the
-            length holds no text, or there are fewer tokens than one sequence.
+            length leaves no room for text, or there are fewer tokens than one sequence.
     """
     if packing not in PACKINGS:
         raise ValueError(f"packing is {packing!r}; it must be one of: {', '.join(PACKINGS)}.")
@@ -119,9 +119,9 @@ def pack(
     packed = PACKINGS[packing](tokenized, layout, drop_last=drop_last, num_proc=num_proc)
     if len(packed) == 0:
         raise ValueError(
-            f"Published packing drops the remainder of every {_ROWS_PER_BATCH} documents and worker, and of the "
-            f"dataset's {tokens} tokens nothing is left for sequences of length {length}: use "
-            "packing='contiguous', or fewer workers."
+            f"Published packing drops the remainder of every {_ROWS_PER_BATCH} documents of a worker, which leaves no "
+            f"sequence of length {length} of the dataset's {tokens} tokens: use packing='contiguous', or fewer "
+            "workers."
         )
     return packed
 
@@ -136,11 +136,11 @@ def tokenize(
 ) -> Dataset:
     """Tokenize every document into the column `input_ids`.
 
-    Names of special tokens that occur in a document are text: data never contain control tokens.
+    Names of special tokens in a document are tokenized as text: data never contains control tokens.
 
     Args:
-        eos: id to append to every document, or None.
-        end_empty: append it to documents without text too.
+        eos: id to append to every document that is not empty, or None.
+        end_empty: append it to empty documents too.
 
     Raises:
         ValueError: if there is no column `text`.
@@ -179,10 +179,10 @@ def pack_published(
 
 
 def bytes_per_token(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, insert_eos: bool = True) -> TextSize:
-    """Count documents, characters, UTF-8 bytes and tokens, which convert nats per token to bits per byte.
+    """Count documents, characters, UTF-8 bytes and tokens, to convert nats per token to bits per byte.
 
     Args:
-        insert_eos: count one end token for every document that is not empty, as contiguous packing inserts them.
+        insert_eos: count one end token for every document that is not empty, as contiguous packing appends them.
 
     Raises:
         ValueError: if there is no column `text`, or no text.
@@ -190,7 +190,7 @@ def bytes_per_token(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, ins
     eos = token_id(tokenizer, "eos") if insert_eos else None
     tokens = int(token_counts(tokenize(dataset, tokenizer, eos=eos)).sum())
     if tokens == 0:
-        raise ValueError(f"The dataset's {len(dataset)} documents hold no text; name another dataset.")
+        raise ValueError(f"The dataset's {len(dataset)} documents have no text; name another dataset.")
     characters = utf8_bytes = 0
     for table in dataset.with_format("arrow").iter(_ROWS_PER_BATCH):
         characters += pc.sum(pc.utf8_length(table["text"])).as_py()
@@ -199,7 +199,7 @@ def bytes_per_token(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, ins
 
 
 def evenly_spaced(rows: Dataset, max_rows: int | None) -> Dataset:
-    """Return at most `max_rows` rows at even distances, so that a part is as varied as the whole; None returns all."""
+    """Return at most `max_rows` evenly spaced rows, so a part is as varied as the whole; None returns all."""
     if max_rows is None or max_rows >= len(rows):
         return rows
     return rows.select([index * len(rows) // max_rows for index in range(max_rows)])
@@ -215,7 +215,7 @@ def tokenize_batch(
         split_special_tokens=True,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # documents longer than the model are not a fault: they will be cut
+        verbose=False,  # do not warn about documents longer than the model's window: they will be cut
     )["input_ids"]
     if eos is not None:
         for ids in documents:
@@ -228,11 +228,11 @@ def tokenize_batch(
 
 
 def _pack_contiguous(tokenized: Dataset, layout: PackingLayout, *, drop_last: bool, num_proc: int | None) -> Dataset:
-    """Cut the one stream of all tokens. Row i begins at token i * body, whichever worker or batch computes it."""
+    """Cut the concatenated tokens. Row i begins at token i * body, whichever worker or batch computes it."""
     ends = np.cumsum(token_counts(tokenized))
     rows = int(ends[-1]) // layout.body if drop_last else -(-int(ends[-1]) // layout.body)
     fingerprint = Hasher.hash((_VERSION, "contiguous", tokenized._fingerprint, layout, drop_last))
-    # Documents on disk are packed there, next to their tokens; those in memory, in memory.
+    # Documents on disk are packed on disk, next to their tokens; documents in memory are packed in memory.
     on_disk = [Path(file["filename"]).parent for file in tokenized.cache_files]
     return Dataset.from_dict({"row": range(rows)}).map(
         _contiguous_batch,
@@ -251,10 +251,10 @@ def _pack_contiguous(tokenized: Dataset, layout: PackingLayout, *, drop_last: bo
 def _contiguous_batch(
     batch: dict[str, list[int]], *, tokenized: Dataset, ends: np.ndarray, layout: PackingLayout
 ) -> dict[str, np.ndarray]:
-    """Return the sequences of consecutive rows; `ends` are the positions in the stream where the documents end."""
+    """Return the sequences of consecutive rows; `ends` are the positions in the stream at which documents end."""
     start = batch["row"][0] * layout.body
     stop = min((batch["row"][-1] + 1) * layout.body, int(ends[-1]))
-    # The documents that overlap [start, stop). One that ends at `start` is not among them.
+    # The documents that overlap [start, stop). One that ends at `start` does not.
     first = int(np.searchsorted(ends, start, side="right"))
     last = int(np.searchsorted(ends, stop, side="left"))
     tokens = pc.list_flatten(tokenized[first : last + 1]["input_ids"]).to_numpy()
@@ -265,7 +265,7 @@ def _contiguous_batch(
 
 
 def _pack_published(tokenized: Dataset, layout: PackingLayout, *, drop_last: bool, num_proc: int | None) -> Dataset:
-    """Pack every batch of a worker by itself; the incomplete remainders are dropped, whatever `drop_last` says."""
+    """Pack every batch of a worker separately; incomplete remainders are dropped regardless of `drop_last`."""
     return tokenized.map(
         _published_batch,
         batched=True,
@@ -286,7 +286,7 @@ def _published_batch(batch: dict[str, list[list[int]]], *, layout: PackingLayout
     return {"input_ids": rows, "labels": rows, "attention_mask": [[1] * layout.length for _ in rows]}
 
 
-#: Every packing by name.
+#: All packings by name.
 PACKINGS = {"contiguous": _pack_contiguous, "published": _pack_published}
 
 
@@ -303,13 +303,13 @@ def token_id(tokenizer: PreTrainedTokenizerBase, kind: str) -> int:
     if found is None:
         raise ValueError(
             f"The tokenizer {tokenizer.name_or_path!r} has no {kind}_token, which packing inserts: load it with "
-            f"load_tokenizer, which completes it, or set tokenizer.{kind}_token."
+            f"load_tokenizer, which adds one, or set tokenizer.{kind}_token."
         )
     return found
 
 
 def _published_id(tokenizer: PreTrainedTokenizerBase, kind: str) -> int:
-    """Return the first id of the encoded token: for BERT this is the classifier's token for both begin and end."""
+    """Return the first id of the encoded token: for BERT this is the classifier token for both BOS and EOS."""
     token_id(tokenizer, kind)
     return tokenizer.encode(getattr(tokenizer, f"{kind}_token"))[0]
 
@@ -334,8 +334,8 @@ def layout_of(
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a key of all that tokenization depends on, without the truncation and padding of earlier calls."""
-    # A tokenizer in Python has no serialized form, so its vocabulary and arguments stand for it.
+    """Return a key of everything that tokenization depends on, without the truncation and padding of earlier calls."""
+    # A pure Python tokenizer has no serialized form, so its vocabulary and arguments are used instead.
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return Hasher.hash((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs))
@@ -348,5 +348,5 @@ def token_counts(tokenized: Dataset) -> np.ndarray:
     """Return the number of tokens of each row, `(rows,)`."""
     tables = tokenized.with_format("arrow").iter(_ROWS_PER_BATCH)
     counts = [pc.list_value_length(table["input_ids"]).to_numpy() for table in tables]
-    # int64: a large corpus has more than 2^31 tokens, and their ends are sums of these.
+    # int64: sums of these counts exceed 2^31 for a large corpus.
     return np.concatenate([np.empty(0, np.int64), *counts])

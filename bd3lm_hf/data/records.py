@@ -1,8 +1,8 @@
-"""Records of data files (text, JSON, CSV, parquet), each with its line, and with a fault where it cannot be read.
+"""Read the records of data files (text, JSON, CSV, parquet), each with its position, or a fault if it is unreadable.
 
-One reader serves loading, streaming, error messages and `skip_bad_rows`, so that they cannot disagree. It parses JSON
-and CSV itself, because the readers of `datasets` re-spell strings that look like times, fill short CSV rows, and lose
-a whole file to one bad line.
+One reader serves loading, streaming, error messages and `skip_bad_rows`, so they cannot disagree. It parses JSON and
+CSV itself, because the readers of `datasets` reformat strings that look like times, fill short CSV rows, and lose a
+whole file to one bad line.
 """
 
 import codecs
@@ -25,9 +25,9 @@ from bd3lm_hf.data.sources import COMPRESSIONS, ENDINGS, data_ending
 from bd3lm_hf.user_files import find_fault
 
 
-_MAX_PROBED = 100  # records that are looked at to find the columns of a file
+_MAX_PROBED = 100  # records to read to find the columns of a file
 
-# Byte order mark -> encoding; the longer marks first, as that of UTF-16 begins one of UTF-32.
+# Byte order mark -> encoding; longer marks first, because a UTF-32 mark begins with that of UTF-16.
 _WIDE_ENCODINGS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -35,12 +35,12 @@ _WIDE_ENCODINGS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 
-_NUL = "holds a NUL byte: the file is binary, or UTF-16 without a byte order mark (iconv -f UTF-16LE -t UTF-8)"
-_NOT_UTF8 = "cannot be decoded: the file is not UTF-8, convert it (for instance with iconv -t UTF-8)"
+_NUL = "has a NUL byte: the file is binary, or UTF-16 without a byte order mark (iconv -f UTF-16LE -t UTF-8)"
+_NOT_UTF8 = "cannot be decoded: the file is not UTF-8; convert it (for instance with iconv -t UTF-8)"
 
 
 class Record(NamedTuple):
-    """One record of a file, or a fault that may cover several."""
+    """One record of a file, or a fault, which can cover several records."""
 
     position: str  # "line 5" of text, counted from 1; "row 4", counted from 0
     content: dict[str, Any] | None  # None if it cannot be read
@@ -48,10 +48,10 @@ class Record(NamedTuple):
 
 
 def read_records(path: str | Path, columns: Sequence[str] | None = None) -> Iterator[Record]:
-    """Yield all records of a data file, faults in their positions.
+    """Yield all records of a data file, with faults in place of unreadable ones.
 
     Args:
-        columns: columns that are needed, or None for all. Only parquet files leave out the others.
+        columns: columns to read, or None for all. Only parquet files can skip the others.
     """
     ending = data_ending(path)
     try:
@@ -68,9 +68,9 @@ def read_records(path: str | Path, columns: Sequence[str] | None = None) -> Iter
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open a file as UTF-8; its last ending may name a compression, and a byte order mark a wider encoding.
+    """Open a file as UTF-8, decompressed by its last ending and decoded by its byte order mark.
 
-    Arrow knows all compressions but one without further packages.
+    Arrow supports all compressions but xz without further packages.
     """
     ending = path.suffix.lower()
     if ending == ".xz":
@@ -79,7 +79,7 @@ def _open(path: Path) -> BinaryIO:
         file = io.BufferedReader(pa.input_stream(path, compression=COMPRESSIONS.get(ending)))
     start = file.peek(4)
     for mark, encoding in _WIDE_ENCODINGS.items():
-        if start.startswith(mark):  # as spreadsheets export; such files are small
+        if start.startswith(mark):  # exported by a spreadsheet, so the file is small
             return io.BytesIO(file.read().decode(encoding).encode("utf-8"))
     return cast(BinaryIO, file)
 
@@ -94,7 +94,7 @@ def columns_of(path: str | Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for record in itertools.islice(read_records(path), _MAX_PROBED):
         for name, value in (record.content or {}).items():
-            # The first value that is not null decides, unless there is text: then the others are faults.
+            # The first value that is not null decides, unless any is text: then the others are faults.
             kind = _kind(value)
             if kind == "string" or found.get(name, "null") == "null":
                 found[name] = kind
@@ -137,9 +137,9 @@ def _text(file: BinaryIO, _: str) -> Iterator[Record]:
 
 
 def _json(file: BinaryIO, ending: str) -> Iterator[Record]:
-    """Yield records line by line, or those of one document (a list of records, or an object that holds the list)."""
+    """Yield records line by line, or those of one document (a list of records, or an object that contains one)."""
     head: list[bytes] = []
-    filled = 0  # lines that are not blank, of which two show the layout
+    filled = 0  # lines that are not blank; two of them show the layout
     while filled < 2 and (line := file.readline()):
         line = line if head else line.removeprefix(codecs.BOM_UTF8)
         head.append(line)
@@ -170,7 +170,7 @@ def _document(document: Any, *, expand: bool) -> Iterator[Record]:
     if isinstance(document, dict) and expand and not RECORD_COLUMNS & set(document):
         lists = [name for name, value in document.items() if _kind(value) == OBJECTS]
         if len(lists) > 1:
-            yield Record("the text", None, f"holds several lists of records ({', '.join(lists)}): keep one of them")
+            yield Record("the text", None, f"has several lists of records ({', '.join(lists)}): keep one of them")
             return
         document = document[lists[0]] if lists else document
     for index, value in enumerate(document if isinstance(document, list) else [document]):
@@ -197,18 +197,18 @@ def _object(position: str, value: Any) -> Record:
 
 
 def _csv(file: BinaryIO, ending: str) -> Iterator[Record]:
-    """Yield the rows below the header, which decides among the delimiters: the one that makes most columns."""
-    # The limit of 128 kB is less than many documents have.
+    """Yield the rows below the header; the delimiter is the one that gives the header most columns."""
+    # Many documents are longer than the default limit of 128 kB.
     csv.field_size_limit(sys.maxsize)
     marks = "\t,;|" if ending == ".tsv" else ",;\t|"
-    # A byte that is not UTF-8 becomes a lone surrogate, so that it is a fault of its own row alone.
+    # A byte that is not UTF-8 becomes a lone surrogate, so only its own row is faulty.
     with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         header = lines.readline()
         if "\0" in header:
             yield Record("the header", None, _NUL)
             return
         delimiter = max(marks, key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
-        # Not strict, a quotation mark that nothing closes would swallow all later rows.
+        # Unless strict, an unclosed quotation mark would swallow all later rows.
         reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
         names = Counter(name for name in reader.fieldnames or () if name)
         if repeated := [name for name, count in names.items() if count > 1]:
@@ -237,7 +237,7 @@ def _csv_rows(reader: csv.DictReader) -> Iterator[Record]:
 
 
 def _parquet(path: str | Path, columns: Sequence[str] | None) -> Iterator[Record]:
-    """Yield rows by row group; a damaged page takes the rest of its group with it."""
+    """Yield rows by row group; after a damaged page, the rest of its group is lost."""
     file = pq.ParquetFile(path, page_checksum_verification=True)
     index = 0
     for group in range(file.num_row_groups):
@@ -253,9 +253,9 @@ def _parquet(path: str | Path, columns: Sequence[str] | None) -> Iterator[Record
 
 
 def _records_of(batch: pa.RecordBatch, index: int) -> Iterator[Record]:
-    """Yield the rows of a batch whose first one has this index in its file."""
+    """Yield the rows of a batch; `index` is that of its first row in the file."""
     try:
-        batch.validate(full=True)  # parquet is read without decoding its text
+        batch.validate(full=True)  # reading parquet does not check that its text is UTF-8
     except pa.ArrowException as error:
         if len(batch) == 1:
             yield Record(f"row {index}", None, f"cannot be read: {error}")

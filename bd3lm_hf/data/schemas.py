@@ -1,4 +1,4 @@
-"""Schemas: how a record of a source becomes columns of strings (text, prompt and completion, or messages).
+"""Schemas convert a record of a source to columns of strings: text, prompt and completion, or messages.
 
 A record is a mapping of column names to values, whichever file or repository it comes from.
 """
@@ -19,10 +19,10 @@ _SHAREGPT_ROLES = {
 
 _MESSAGE_COLUMNS = ("messages", "conversations")
 
-#: Kind of a column that holds lists of objects, such as messages.
+#: Kind of a column of lists of objects, such as messages.
 OBJECTS = "list of objects"
 
-#: How the kinds of columns begin that hold lists or objects.
+#: Prefixes of the kinds of columns with lists or objects.
 _NESTED = ("dict", "list", "struct", "large_list", "fixed_size_list", "map")
 
 #: Columns that mark a JSON object as a record, not as a document with records inside.
@@ -55,7 +55,7 @@ class Schema:
             origin: name of the dataset, for messages.
 
         Raises:
-            ValueError: if a column is missing or holds something else.
+            ValueError: if a column is missing or has values of another kind.
         """
         raise NotImplementedError
 
@@ -86,12 +86,12 @@ class TextRow(Schema):
         column = self.column
         if column is None and "text" in found:
             column = "text"
-        # Next to lists or objects, which may hold the text, a lone string is often an id.
+        # If there are lists or objects, they may contain the text: the only string is then often an id.
         if column is None and len(strings) == 1 and not any(kind.startswith(_NESTED) for kind in found.values()):
             column = strings[0]
         if column is None:
             raise ValueError(
-                f"Which column of {origin!r} holds the text? Set text_column. To fine-tune, name the columns 'prompt' "
+                f"Which column of {origin!r} is the text? Set text_column. To fine-tune, name the columns 'prompt' "
                 f"and 'completion', or 'messages'. Its columns are: {_listed(found)}."
             )
         if column not in found:
@@ -100,7 +100,7 @@ class TextRow(Schema):
             )
         if column not in strings and found[column] != "null":
             raise ValueError(
-                f"The column {column!r} of {origin!r} holds {found[column]}, not text; its columns are: "
+                f"The column {column!r} of {origin!r} has {found[column]}, not text; its columns are: "
                 f"{_listed(found)}."
             )
         return TextRow(column)
@@ -118,18 +118,18 @@ class PromptCompletion(Schema):
         for name in self.names:
             if name not in found:
                 raise ValueError(
-                    f"The dataset {origin!r} has no column {name!r}; its columns are: {_listed(found)}. Wanted are "
+                    f"The dataset {origin!r} has no column {name!r}; its columns are: {_listed(found)}. Expected are "
                     "'prompt' and 'completion'."
                 )
             if found[name] == OBJECTS:
                 raise ValueError(
-                    f"The column {name!r} of {origin!r} holds messages, not text: read it with data_format='messages'."
+                    f"The column {name!r} of {origin!r} has messages, not text: read it with data_format='messages'."
                 )
         _check_label(found, origin)
         if "system" in found:
             raise ValueError(
-                f"The dataset {origin!r} has a column 'system', which no prompt would contain: write it into the "
-                f"prompts, or use the column 'messages'."
+                f"The dataset {origin!r} has a column 'system', which would be ignored: write it into the prompts, or "
+                f"use the column 'messages'."
             )
         return self
 
@@ -141,9 +141,9 @@ class Messages(Schema):
     """Conversations: lists of objects with `role` and `content`, kept as JSON in the column `messages`.
 
     They are read from `messages`, from `conversations` (also with ShareGPT's `from` and `value`), or from `prompt` and
-    `completion` as TRL writes them; the assistant's turns of such a prompt get `weight` 0, which is OpenAI's mark of a
-    turn that is not learned. The tools of a dataset that has a column `tools` or, as OpenAI had it, `functions`, are
-    kept in the column `tools`. The text of a column `system` becomes the first message.
+    `completion` as TRL writes them. Assistant turns in such a prompt get `weight` 0, OpenAI's mark for turns that are
+    not learned. Tools, from a column `tools` or `functions` (OpenAI's older name), are kept in the column `tools`. The
+    text of a column `system` becomes the first message.
     """
 
     names: tuple[str, ...] = ("messages",)
@@ -161,7 +161,7 @@ class Messages(Schema):
         source = _message_source(found)
         if source is None:
             raise ValueError(
-                f"The dataset {origin!r} has no column 'messages'; its columns are: {_listed(found)}. Wanted is "
+                f"The dataset {origin!r} has no column 'messages'; its columns are: {_listed(found)}. Expected are "
                 "'messages' with role and content, 'conversations' with from and value, or lists of messages in "
                 "'prompt' and 'completion'."
             )
@@ -188,12 +188,12 @@ class Messages(Schema):
         return {name: _encodable(value, name) for name, value in strings.items()}
 
 
-#: Every schema by the name that users choose it by.
+#: All schemas, by the names that users choose them by.
 SCHEMAS: dict[str, type[Schema]] = {"text": TextRow, "prompt_completion": PromptCompletion, "messages": Messages}
 
 
 def detect_schema(found: Mapping[str, str], origin: str) -> Schema:
-    """Return the schema of a dataset with these columns: text, unless the columns are those of another one.
+    """Return the schema of a dataset with these columns: text, unless another one fits.
 
     Raises:
         ValueError: if several schemas fit.
@@ -209,16 +209,16 @@ def detect_schema(found: Mapping[str, str], origin: str) -> Schema:
 
 
 def is_learned(message: Mapping[str, Any]) -> bool:
-    """Return whether a message is a turn of the assistant that is learned."""
+    """Return whether a message is an assistant turn that is learned."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def _check_label(found: Mapping[str, str], origin: str) -> None:
-    """Refuse data of KTO, in which false marks a completion that is not to be learned."""
+    """Refuse KTO data, in which false marks a completion that must not be learned."""
     if found.get("label") == "bool":
         raise ValueError(
-            f"The dataset {origin!r} has a column 'label' of true and false, as preference data has: keep the rows to "
-            f"learn from, and remove the column."
+            f"The dataset {origin!r} has a boolean column 'label', like preference data: keep only the rows to learn "
+            f"from, and remove the column."
         )
 
 
@@ -226,7 +226,7 @@ def _check_label(found: Mapping[str, str], origin: str) -> None:
 
 
 def _message_source(found: Mapping[str, str]) -> tuple[str, ...] | None:
-    """Return the columns that hold the messages, or None if there are none."""
+    """Return the columns with the messages, or None if there are none."""
     for column in _MESSAGE_COLUMNS:
         if column in found:
             return (column,)
@@ -242,20 +242,20 @@ def _messages(value: Any, column: str) -> list[dict[str, Any]]:
 
 
 def _message(message: dict[str, Any], column: str) -> dict[str, Any]:
-    """Return one message in the form that chat templates read."""
+    """Convert one message to the form that chat templates expect."""
     if "from" in message:
         speaker = message.pop("from")
         if speaker not in _SHAREGPT_ROLES:
             raise ValueError(
-                f"has a message from {speaker!r} in the column {column!r}; known are: {', '.join(_SHAREGPT_ROLES)}"
+                f"has a message from {speaker!r} in the column {column!r}; known names: {', '.join(_SHAREGPT_ROLES)}"
             )
         called = "function_call" if speaker == "function_call" else "content"
         message = {"role": _SHAREGPT_ROLES[speaker], called: message.pop("value", None), **message}
     if not isinstance(message.get("role"), str):
-        raise ValueError(f"has a message without role in the column {column!r}")
+        raise ValueError(f"has a message without a role in the column {column!r}")
     if message["role"] == "function":
         message["role"] = "tool"
-    if "function_call" in message:  # what OpenAI had before tool_calls
+    if "function_call" in message:  # OpenAI's predecessor of tool_calls
         function = message.pop("function_call")
         with contextlib.suppress(TypeError, ValueError):
             function = json.loads(function)
@@ -265,12 +265,12 @@ def _message(message: dict[str, Any], column: str) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, list):
         content = _joined_parts(content, column)
-    # A message that calls a tool has no content. Templates print an empty string as nothing, but null as "None".
+    # A message that calls a tool can have no content. Templates render an empty string as nothing, but null as "None".
     if content is None and "tool_calls" in message:
         content = ""
     if not isinstance(content, str):
         raise ValueError(
-            f"has a message of the role {message['role']!r} without text in content, nor tool_calls, in the column "
+            f"has a message of the role {message['role']!r} with neither text in content nor tool_calls in the column "
             f"{column!r}"
         )
     return {**message, "content": content}
@@ -285,12 +285,12 @@ def _joined_parts(parts: list[Any], column: str) -> str:
 
 
 def _parse_arguments(call: Any) -> None:
-    """Turn the arguments of a tool call, which OpenAI writes as a string of JSON, into the object templates expect."""
+    """Convert the arguments of a tool call, which OpenAI writes as a JSON string, to the object templates expect."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict):
         raise ValueError(f"has a tool call that is not an object: {call!r}")
     if isinstance(function.get("arguments"), str):
-        # What is not JSON is learned as it is written.
+        # Arguments that are not JSON are learned as they are.
         with contextlib.suppress(ValueError):
             function["arguments"] = json.loads(function["arguments"])
 
@@ -306,14 +306,14 @@ def _tools(record: Mapping[str, Any]) -> str:
     if not tools:
         return ""
     if not isinstance(tools, list):
-        raise ValueError(f"holds {type(tools).__name__} in the column {column!r}, not a list")
+        raise ValueError(f"has {type(tools).__name__} in the column {column!r}, not a list")
     if column == "functions":
         tools = [{"type": "function", "function": function} for function in tools]
     return json.dumps(_without_nulls(tools), ensure_ascii=False, default=str)
 
 
 def _without_nulls(value: Any) -> Any:
-    """Drop the nulls with which a column of structs fills the fields that an object lacks."""
+    """Drop nulls: a column of structs has them for fields that an object lacks."""
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -327,17 +327,17 @@ def _string(record: Mapping[str, Any], column: str) -> str:
         return _encodable(value, column)
     if value is None:
         raise ValueError("has no text (null)" if column == "text" else f"has no text (null) in the column {column!r}")
-    raise ValueError(f"holds {type(value).__name__} in the column {column!r}, not text")
+    raise ValueError(f"has {type(value).__name__} in the column {column!r}, not text")
 
 
 def _encodable(value: str, column: str) -> str:
-    """Return the text, which JSON may spell with lone surrogates and a file with bytes that are not UTF-8."""
+    """Return the text; refuse lone surrogates, which JSON can contain, and bytes that are not UTF-8."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
         found = value[error.start]
         reason = "a byte that is not UTF-8" if "\udc80" <= found <= "\udcff" else f"the lone surrogate {found!a}"
-        raise ValueError(f"holds {reason} in the column {column!r}, at character {error.start}") from None
+        raise ValueError(f"has {reason} in the column {column!r}, at character {error.start}") from None
     return value
 
 

@@ -1,11 +1,11 @@
 """Tables of the paper's datasets: detokenizers, sources and evaluation suites (arXiv 2503.09573, Sec. 6, App. C).
 
-Detokenizers undo the tokenization that some evaluation corpora were published with (App. C.2). Each is one ordered
-table of replacements, applied from top to bottom. A plain string replaces every non-overlapping occurrence, a compiled
-pattern substitutes. The order matters: a rule sees the result of earlier rules.
+Detokenizers undo the tokenization that some evaluation corpora were published with (App. C.2). Each is a table of
+replacements (`str.replace` for a string, `sub` for a compiled pattern), applied from top to bottom. The order matters:
+a rule sees the result of earlier rules.
 
-How a document ends and whether a sequence begins and ends with special tokens changes a perplexity by several per
-cent, so these flags are part of a published number, as its dataset is.
+End tokens after documents and special tokens around sequences change perplexity by several percent, so these flags are
+as much a part of a published number as its dataset.
 """
 
 import difflib
@@ -25,7 +25,7 @@ def _spaced_marks(marks: str) -> tuple[Rule, ...]:
 
 
 def _trimmed_pairs(*pairs: tuple[str, str]) -> tuple[Rule, ...]:
-    """`( a )` -> `(a)`: no white space inside a pair of delimiters."""
+    """`( a )` -> `(a)`: no whitespace inside a pair of delimiters."""
     return tuple(
         (re.compile(rf"{re.escape(left)}\s*([^{re.escape(right)}]*?)\s*{re.escape(right)}"), rf"{left}\1{right}")
         for left, right in pairs
@@ -68,7 +68,7 @@ PENN_TREEBANK: tuple[Rule, ...] = (
     (" n't", "n't"),
     (" \n ", "\n"),
     ("\\/", "/"),
-    # Neighbours share a space, so that one pass leaves every second N; ten passes are the published number.
+    # Neighbours share a space, so one pass leaves every second N; the published code makes ten passes.
     *((" N ", " 1 "),) * 10,
     ("$ 1", "$1"),
     ("# 1", "#1"),
@@ -99,7 +99,7 @@ LAMBADA: tuple[Rule, ...] = (
     (re.compile(r"\A\s*"), "\n"),
 )
 
-#: Every detokenizer by name. Scientific papers pass through two tables, one after the other.
+#: All detokenizers by name. Scientific papers pass through two tables, one after the other.
 DETOKENIZERS: dict[str, tuple[Rule, ...]] = {
     "wikitext": WIKITEXT,
     "ptb": PENN_TREEBANK,
@@ -133,7 +133,7 @@ SPLITS = ("train", "validation", "test")
 # Datasets
 
 
-#: The branch in which the hub keeps the parquet version of datasets that were made by a script.
+#: The branch with the hub's parquet conversion of datasets that have a loading script.
 _CONVERTED = "refs/convert/parquet"
 
 
@@ -141,17 +141,17 @@ _CONVERTED = "refs/convert/parquet"
 class DatasetSpec:
     """One source of text."""
 
-    name: str  # that users type, as well as the aliases
+    name: str  # what users type; the aliases work too
     path: str | None = None  # hub repository; None for the embedded corpora
     config: str | None = None  # configuration of the repository
-    data_dir: str | None = None  # folder of the repository that is read
+    data_dir: str | None = None  # folder of the repository to read
     revision: str | None = None  # branch or commit of the repository
     text_column: str | None = None  # None looks for "text", then for the only column of strings
-    # Our split -> the source's. If empty, the source's own names are looked for, and a missing split is held out.
+    # Our split -> the source's. If empty, splits are found by their names, and missing ones are held out.
     splits: Mapping[str, str] = field(default_factory=dict)
-    tail: int = 0  # documents at the end of the training split that are the validation split instead
-    documents: int | None = None  # of the training split, which a stream with a tail must know in advance
-    chunk: int = 0  # characters of the pieces into which documents are cut; 0 leaves them whole
+    tail: int = 0  # documents at the end of the training split that form the validation split instead
+    documents: int | None = None  # number of documents in the training split, needed to stream it without the tail
+    chunk: int = 0  # cut documents into pieces of this many characters; 0 leaves them whole
     detokenizer: str | None = None  # a key of `DETOKENIZERS`
     aliases: tuple[str, ...] = ()
     note: str = ""  # what to do when the source cannot be read; part of the error message
@@ -161,7 +161,7 @@ _OWN_SPLITS = {split: split for split in SPLITS}
 _TRAIN_TEST = {"train": "train", "validation": "test", "test": "test"}
 
 _SCRIPT_NOTE = (
-    "This dataset was made by a script, which the datasets library no longer runs; the hub's parquet conversion of "
+    "This dataset has a loading script, which the datasets library no longer runs, so the hub's parquet conversion of "
     "it is read. If that is gone, download a parquet copy with the same columns and pass its folder as the source."
 )
 
@@ -272,12 +272,12 @@ COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "lzma"}
 
 
 def exists(path: str) -> bool:
-    """Return whether the path is a file or folder of this machine."""
+    """Return whether the path is a file or folder on this machine."""
     return Path(path).expanduser().exists()
 
 
 def data_ending(path: str | Path) -> str:
-    """Return the ending that names the format of a file, in lower case and without that of a compression."""
+    """Return the ending of a file name, in lower case and without that of a compression."""
     path = Path(path)
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
 
@@ -288,12 +288,12 @@ def looks_like_path(name: str) -> bool:
 
 
 def is_local(name: str) -> bool:
-    """Return whether the name is that of something on this machine, so that nobody else has it."""
+    """Return whether the name refers to something on this machine, which nobody else can load."""
     return exists(name) or looks_like_path(name)
 
 
 def normal(name: str) -> str:
-    """Return the form in which names of datasets are compared."""
+    """Normalize the name of a dataset, to compare names."""
     return name.lower().replace("_", "-")
 
 
@@ -302,7 +302,7 @@ DATASETS: dict[str, DatasetSpec] = {normal(name): row for row in _ROWS for name 
 
 
 def find_spec(name_or_path: str) -> DatasetSpec:
-    """Return the table's row of that name, or else that of the hub repository `owner/name`.
+    """Return the table's row with that name, or a new row for the hub repository `owner/name`.
 
     Raises:
         ValueError: if the name is neither.
@@ -314,7 +314,7 @@ def find_spec(name_or_path: str) -> DatasetSpec:
         raise ValueError(f"There is no file or folder {name_or_path!r}; check the path.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path):
         return DatasetSpec(name_or_path, path=name_or_path)
-    # A typing error gets the nearest name.
+    # Suggest the nearest name for a typo.
     near = difflib.get_close_matches(normal(name_or_path), DATASETS, n=1, cutoff=0.5)
     guess = f" Did you mean {DATASETS[near[0]].name!r}?" if near else ""
     raise ValueError(
@@ -344,7 +344,7 @@ class Suite(NamedTuple):
     sets: Mapping[str, Flags]
 
 
-#: In-domain evaluations by dataset; any other one has the published defaults, those of `Flags`.
+#: In-domain evaluations by dataset; all others have the published defaults, those of `Flags`.
 PUBLISHED: Mapping[str, Flags] = {"openwebtext": Flags(insert_special=False), "lm1b": Flags(split="test")}
 
 _ZERO_SHOT, _ZERO_SHOT_TEST = Flags(insert_eos=False), Flags(split="test", insert_eos=False)
@@ -352,7 +352,7 @@ _ZERO_SHOT, _ZERO_SHOT_TEST = Flags(insert_eos=False), Flags(split="test", inser
 #: By name. Zero-shot is Table 5, in the order of its columns.
 SUITES: Mapping[str, Suite] = {
     "zero-shot": Suite(
-        "the paper's Table 5: models of OpenWebText on eight other datasets",
+        "the paper's Table 5: eight datasets other than OpenWebText, on which the models were trained",
         1024,
         {
             "ptb": _ZERO_SHOT,

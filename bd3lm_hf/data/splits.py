@@ -1,7 +1,7 @@
-"""Splits: which of a source's splits is read for one of ours, and which documents are held out where one is missing.
+"""Splits: find a source's split for each of ours, or hold out documents for one that is missing.
 
-Documents are chosen by a hash, so that the choice is the same on every machine. Of a source with training documents
-only, 5 % are held out for validation and 5 % for the test.
+Documents are chosen by a hash, so the choice is the same on every machine. If a source has only training documents,
+5 % are held out for validation and 5 % for test.
 """
 
 import hashlib
@@ -14,33 +14,33 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from bd3lm_hf.data.sources import DatasetSpec
 
 
-#: Our split -> the names that sources have for it.
+#: Our split -> the names that sources use for it.
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
 
-#: Fraction of the documents that is held out for validation, and as much again for the test, where a source has none.
+#: Fraction of the documents to hold out for validation, and also for test, if a source has no such split.
 HELD_OUT = 0.05
 
 _SEPARATOR = "\x1e"  # between the columns of a row
 
 
 def _present(splits: Sequence[str], split: str) -> str | None:
-    """Return the source's name of a split, or None if it has none."""
+    """Return the source's name for a split, or None if it has no such split."""
     return next((name for name in SPLIT_NAMES[split] if name in splits), None)
 
 
 def held_out_splits(splits: Sequence[str]) -> list[str]:
-    """Return the splits to hold out of the training split: a missing validation, and then also a missing test."""
+    """Return the splits to hold out from the training split: validation if missing, and then also a missing test."""
     if _present(splits, "validation") is not None:
         return []
     return [split for split in ("validation", "test") if _present(splits, split) is None]
 
 
 def split_to_read(splits: Sequence[str], spec: DatasetSpec, split: str) -> str:
-    """Return the source's split to read: its own of that name, or the one out of which it is held."""
+    """Return the source's split to read: the split itself, or the one that it is held out from."""
     if spec.splits:
         origin = spec.splits.get(split)
     else:
@@ -57,13 +57,13 @@ def split_to_read(splits: Sequence[str], spec: DatasetSpec, split: str) -> str:
 
 
 def held_out_score(key: str) -> float:
-    """Return a number in [0, 1) that depends on the key alone; the smallest scores are held out."""
+    """Return a number in [0, 1) that depends only on the key; documents with the smallest scores are held out."""
     # 48 bits: a float holds such a fraction exactly, so the score is the same on every machine.
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
 
 
 def hold_out(dataset: Any, split: str, missing: list[str]) -> Any:
-    """Return the documents of one split of a source that has only training documents.
+    """Return one split of training documents, chosen by the hash of a document's text or of all columns of a row.
 
     Args:
         dataset: the training documents, a `Dataset` or `IterableDataset` whose columns are all strings.
@@ -71,10 +71,8 @@ def hold_out(dataset: Any, split: str, missing: list[str]) -> Any:
         missing: the splits that the source lacks, in the order in which they are held out.
 
     Returns:
-        The dataset's documents of that split. A single document is cut; of two or more, training and the splits
-        each get at least one, as far as they suffice. A stream is filtered document by document.
-
-    The hash is that of a document's text, or of all columns of a row.
+        The documents of that split. A single document is cut; if there are two or more, training and each split get
+        at least one as far as possible. A stream is filtered document by document.
     """
     if split not in ("train", *missing) or not missing:
         return dataset
@@ -93,8 +91,8 @@ def _in_part(row: dict[str, str], *, split: str, missing: list[str]) -> bool:
 
 
 def members(scores: np.ndarray, split: str, missing: list[str]) -> np.ndarray:
-    """Return the indices, in the source's order, of the split's documents; no split is left empty if enough exist."""
-    # Stable: equal documents have equal scores, and keep the order of the source.
+    """Return the indices of the split's documents in the source's order; no split is empty if there are enough."""
+    # Stable, because equal documents have equal scores: they keep the order of the source.
     order = np.argsort(scores, kind="stable")
     start, bounds = 0, {}
     for part, name in enumerate(missing):
@@ -108,9 +106,9 @@ def members(scores: np.ndarray, split: str, missing: list[str]) -> np.ndarray:
 
 
 def _cut(dataset: Dataset, split: str, missing: list[str]) -> Dataset:
-    """Cut a single document at the end of the line in which 90 and 95 % of its characters are reached.
+    """Cut a single document at the ends of the lines in which 90 and 95 % of its characters are reached.
 
-    A line whose end is nearer to the next cut is cut inside: text8 is a single line.
+    A line that goes on for more than half of the next part is cut inside: text8 is a single line.
     """
     text = dataset[0]["text"]
     length = len(text.rstrip("\n"))
@@ -129,15 +127,15 @@ def _cut(dataset: Dataset, split: str, missing: list[str]) -> Dataset:
 
 
 def head_or_tail(dataset: Any, spec: DatasetSpec, split: str) -> Any:
-    """Return all documents but the last `spec.tail` for training, otherwise those last ones."""
+    """Return all but the last `spec.tail` documents for training, and those last ones for another split."""
     streamed = isinstance(dataset, IterableDataset)
     if streamed and split != "train":
         return _tail_of_stream(dataset, spec)
     count = spec.documents if streamed else len(dataset)
     if count is None:
         raise ValueError(
-            f"The training split of {spec.name!r} is all but the last {spec.tail} documents of its source, and to "
-            "stream it their number must be known: load it without streaming, or pass a DatasetSpec with documents=..."
+            f"The training split of {spec.name!r} is all but the last {spec.tail} documents of its source, so "
+            "streaming needs their number: load it without streaming, or pass a DatasetSpec with documents=..."
         )
     _check_whole(count, spec)
     head = count - spec.tail
@@ -147,7 +145,7 @@ def head_or_tail(dataset: Any, spec: DatasetSpec, split: str) -> Any:
 def _tail_of_stream(dataset: IterableDataset, spec: DatasetSpec) -> IterableDataset:
     """Return the last documents of a stream; only the last files are read."""
     first, count = dataset.num_shards, 0
-    # From the last file back, until the files hold the tail.
+    # From the last file back, until the files contain the tail.
     while count < spec.tail and first > 0:
         first -= 1
         count += sum(1 for _ in dataset.shard(dataset.num_shards, first))
@@ -160,6 +158,6 @@ def _tail_of_stream(dataset: IterableDataset, spec: DatasetSpec) -> IterableData
 def _check_whole(count: int, spec: DatasetSpec) -> None:
     if count <= spec.tail:
         raise ValueError(
-            f"The source of {spec.name!r} has {count} documents, but the last {spec.tail} are its validation split: "
-            "it is not the whole dataset. Pass a DatasetSpec with a smaller tail."
+            f"The source of {spec.name!r} has {count} documents, but the last {spec.tail} are its validation split, "
+            "so it is not the whole dataset. Pass a DatasetSpec with a smaller tail."
         )

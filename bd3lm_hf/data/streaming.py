@@ -1,4 +1,4 @@
-"""Pack streams: corpora larger than the disk, shuffled, and resumed at the exact sequence."""
+"""Pack, shuffle and resume streams, for corpora larger than the disk."""
 
 import itertools
 import json
@@ -21,18 +21,18 @@ _DOCUMENTS_PER_READ = 64
 class PackedStream(torch.utils.data.IterableDataset):
     """Pack a stream of documents contiguously, shuffle it in a buffer, and resume at the exact sequence.
 
-    The buffer holds packed sequences and is part of the state, because a stream of the `datasets` library forgets its
-    own buffer when it resumes. Every process reads the whole stream: let accelerate give each process its part of
-    every batch (its default for iterable datasets), so that the data do not depend on the number of processes.
+    The buffer contains packed sequences and is part of the state, because streams of the `datasets` library lose their
+    own buffer when they resume. Every process reads the whole stream: let accelerate give each process its part of
+    every batch (its default for iterable datasets), so the data does not depend on the number of processes.
 
     Args:
         dataset: documents in the column `text`, as `load_text(..., streaming=True)` returns them.
         length, insert_eos, insert_special, drop_last: as for `pack`.
-        shuffle_buffer: sequences to shuffle among; 0 keeps the order.
+        shuffle_buffer: number of sequences to shuffle among; 0 keeps the order.
         seed: seed of the shuffle, together with the epoch (`set_epoch`).
 
     Raises:
-        ValueError: as `pack` (too few tokens are found when the stream ends); also with several data loader workers.
+        ValueError: as `pack` (for too few tokens, when the stream ends); also with several data loader workers.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         seed: int = 0,
     ) -> None:
         if shuffle_buffer < 0:
-            raise ValueError(f"shuffle_buffer is {shuffle_buffer}; it counts sequences and must be 0 or more.")
+            raise ValueError(f"shuffle_buffer is {shuffle_buffer}; this number of sequences must be 0 or more.")
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.eos = token_id(tokenizer, "eos") if insert_eos else None
@@ -65,7 +65,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         self._tokens = np.empty(0, np.int32)  # read, not yet cut
         self._buffer: list[np.ndarray] = []  # cut, not yet returned
         self._documents: Iterator[dict[str, str]] | None = None
-        self._ended = False  # the documents are all read
+        self._ended = False  # all documents have been read
         self._cut = 0  # sequences cut in this epoch
         self._random = np.random.default_rng((self.seed, self.epoch))
 
@@ -78,8 +78,8 @@ class PackedStream(torch.utils.data.IterableDataset):
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the latest sequence.
 
-        This is cheap enough for every step: it shares the stream's arrays, which are never changed. `write_position`
-        saves it to a file.
+        This is cheap enough for every step: it shares the stream's arrays, which are never modified in place.
+        `write_position` saves it to a file.
         """
         return {
             "settings": self._settings,
@@ -126,7 +126,7 @@ class PackedStream(torch.utils.data.IterableDataset):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that the sequences depend on besides the tokenizer, as far as it is known before reading."""
+        """Everything that the sequences depend on besides the tokenizer, as far as it is known before reading."""
         return {**self._settings, "files": self.dataset.num_shards}
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -143,7 +143,7 @@ class PackedStream(torch.utils.data.IterableDataset):
             yield self.layout.example(row)
 
     def _next_row(self) -> np.ndarray | None:
-        """Return the next sequence of the buffer, after filling it while there are documents."""
+        """Fill the buffer while there are documents, and return a sequence from it."""
         while len(self._buffer) <= self.shuffle_buffer:
             row = self._next_cut()
             if row is None:
@@ -152,7 +152,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         if not self._buffer:
             return None
         index = int(self._random.integers(len(self._buffer))) if self.shuffle_buffer else 0
-        # Swapped with the last one: taking it out of the middle would move all that follow.
+        # Swapped with the last one, because removing it from the middle would move all later ones.
         self._buffer[index], self._buffer[-1] = self._buffer[-1], self._buffer[index]
         return self._buffer.pop()
 
@@ -175,7 +175,7 @@ class PackedStream(torch.utils.data.IterableDataset):
     def _read(self) -> None:
         """Append the tokens of the next documents."""
         if self._documents is None:
-            # Without a shuffle, the order of the files also stays.
+            # Without a shuffle, the order of the files must not change either.
             self.dataset.set_epoch(self.epoch if self.shuffle_buffer else 0)
             self.dataset.load_state_dict(self._source)
             self._documents = iter(self.dataset)
@@ -193,7 +193,7 @@ class PackedStream(torch.utils.data.IterableDataset):
 
 
 def write_position(state: dict[str, Any], path: str | Path) -> None:
-    """Write a state of `PackedStream` to a file, some bytes for each buffered token."""
+    """Write a state of `PackedStream` to a file, with four bytes per buffered token."""
     arrays = {"tokens": state["tokens"], "buffer": np.concatenate([np.empty(0, np.int32), *state["buffer"]])}
     rest = {name: value for name, value in state.items() if name not in arrays}
     rest["lengths"] = [len(row) for row in state["buffer"]]

@@ -1,4 +1,4 @@
-"""Score a dataset, or each set of a suite: load the sequences, estimate the likelihood, write the results."""
+"""Score a dataset, or each dataset of a suite: load the sequences, estimate the likelihood, write the results."""
 
 import argparse
 import os
@@ -53,20 +53,20 @@ class Target(NamedTuple):
     """A dataset to score."""
 
     name: str
-    source: str | None  # to read in place of the table's
+    source: str | None  # overrides the source in the table of datasets
     flags: Flags
 
 
 class ScoringSequences(NamedTuple):
-    """The sequences of a dataset that are scored."""
+    """The sequences of a dataset to score."""
 
-    rows: Any  # a sequence of mappings with `input_ids` and perhaps `labels`
+    rows: Any  # a sequence of mappings with `input_ids` and optional `labels`
     bytes_per_token: float | None  # None if they are not running text
-    about: dict[str, Any]  # the split and how it was cut
+    about: dict[str, Any]  # the split, and how it was cut into sequences
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Score datasets: perplexity, an upper bound unless the model is autoregressive; or generated text."""
+    """Run `bd3lm eval`: score datasets, or generated text."""
     check(arguments)
     if arguments.generative:
         check_files(arguments)
@@ -77,19 +77,19 @@ def run(arguments: argparse.Namespace) -> None:
     check_outputs(arguments.output, overwrite=arguments.overwrite)
     if arguments.output:
         ScoresFile(_scores_path(arguments), restart=arguments.restart)
-    if _process_count() > 1:  # each on a device of its own
+    if _process_count() > 1:  # each on its own device
         device = find_device(arguments.device)
         state = PartialState(cpu=device.type == "cpu")
-        # A move from cpu to cpu:0 copies the weights to other addresses, and products then round differently.
+        # Moving from cpu to cpu:0 would copy the weights to other addresses, which changes the rounding of products.
         arguments.device = device if state.device.type == "cpu" else state.device
     score_datasets(arguments, *load_model_and_tokenizer(arguments))
 
 
 def score_datasets(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Score, print the results and write them; with several processes the first one does.
+    """Score datasets; the first process prints and writes the results.
 
-    1. Check that the model has the estimator.
-    2. Load the sequences of every dataset, so that a missing one is known before any is scored.
+    1. Check that the model supports the estimator.
+    2. Load the sequences of every dataset, so a missing dataset is reported before any is scored.
     3. Score, and print each result.
     4. Write the results.
     """
@@ -108,7 +108,7 @@ def score_datasets(arguments: argparse.Namespace, model: Any, tokenizer: PreTrai
     if is_first and arguments.window is None and length > model.config.model_length:
         logger.warning(
             f"--length {length} is longer than the model's window of {model.config.model_length} tokens: "
-            f"tokens attend to the whole sequence. --window {model.config.model_length} scores windows."
+            f"tokens attend to the whole sequence. Pass --window {model.config.model_length} to score windows."
         )
     with PartialState().local_main_process_first() if processes.size > 1 else nullcontext():
         loaded = _load(targets, arguments, model, tokenizer, length)
@@ -121,8 +121,8 @@ def score_datasets(arguments: argparse.Namespace, model: Any, tokenizer: PreTrai
             stack.enter_context(lock_output(_scores_path(arguments), "--output"))
             file = ScoresFile(_scores_path(arguments), restart=arguments.restart)
         for target, sequences in zip(targets, loaded, strict=True):
-            score, of_data = _score(arguments, model, sequences, about, file, processes)
-            result = {"dataset": target.name, **sequences.about, **about, **of_data, **score._asdict()}
+            score, data_hash = _score(arguments, model, sequences, about, file, processes)
+            result = {"dataset": target.name, **sequences.about, **about, **data_hash, **score._asdict()}
             results.append({name: result.get(name) for name in FIELDS})
             if is_first and arguments.suite is None:
                 print(_table(score, result))
@@ -130,7 +130,7 @@ def score_datasets(arguments: argparse.Namespace, model: Any, tokenizer: PreTrai
             return
         # 4. The results
         if arguments.suite is not None:
-            print(f"sequences of {length} tokens; the paper's have {SUITES[arguments.suite].length}")
+            print(f"sequences of {length} tokens (the paper: {SUITES[arguments.suite].length})")
             print(markdown(results))
         for path in arguments.output:
             write_results(path, results, arguments.suite)
@@ -140,7 +140,7 @@ def check_likelihood(model: Any, name: str) -> None:
     """Refuse a model without a likelihood."""
     if not hasattr(model, "token_nll"):
         raise ValueError(
-            f"--model {name} is a {type(model).__name__}, and bd3lm eval scores models with token_nll. "
+            f"--model {name} is a {type(model).__name__} without token_nll, which bd3lm eval needs. "
             f"{how_to_adapt(name)}"
         )
     if not model.has_likelihood:
@@ -166,7 +166,7 @@ def _targets(arguments: argparse.Namespace) -> list[Target]:
     """Return the datasets to score.
 
     Raises:
-        ValueError: if a name is unknown (with the nearest), or copies are missing, all at once.
+        ValueError: if a name is unknown (with the nearest known one), or copies are missing (with all of them).
     """
     if arguments.suite is None:
         name = arguments.dataset if exists(arguments.dataset) else find_spec(arguments.dataset).name
@@ -176,14 +176,14 @@ def _targets(arguments: argparse.Namespace) -> list[Target]:
     names = [find_spec(name).name for name in arguments.sets or sets]
     foreign = [name for name in names if name not in sets]
     if foreign:
-        raise ValueError(f"--sets {' '.join(foreign)}: the suite {arguments.suite} has {', '.join(sets)}.")
+        raise ValueError(f"--sets {' '.join(foreign)}: the datasets of {arguments.suite} are {', '.join(sets)}.")
     folder = arguments.suite_source
     copies = {name: None if folder is None else _copy(folder, name) for name in names}
     missing = [name for name, path in copies.items() if path is None and folder is not None]
     if missing:
         raise ValueError(
-            f"--suite-source {folder} has no copy of {', '.join(missing)}: a copy is a folder of that name, or a file "
-            f"of that name and one of {', '.join(ENDINGS)}. Or name the others with --sets."
+            f"--suite-source {folder} has no copy of {', '.join(missing)}: add a folder of that name, or a file of "
+            f"that name with one of the endings {', '.join(ENDINGS)}. Or score only the others with --sets."
         )
     return [Target(name, copies[name], _flags(arguments, sets[name])) for name in names]
 
@@ -194,7 +194,7 @@ def _copy(folder: Path, name: str) -> str | None:
 
 
 def _flags(arguments: argparse.Namespace, base: Flags) -> Flags:
-    """Return `base` with what the user set."""
+    """Return `base`, overridden by the flags that the user set."""
     chosen = {name: getattr(arguments, name, None) for name in Flags._fields}
     return base._replace(**{name: value for name, value in chosen.items() if value is not None})
 
@@ -222,12 +222,12 @@ def _load(
 def _sequences(
     target: Target, arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase, length: int
 ) -> ScoringSequences:
-    """Load one dataset. Of a prompt and its completion, or of messages, only what the model would write is scored."""
+    """Load one dataset. Prompts, and messages of others, are not scored: only text that the model would write is."""
     flags = target.flags
     source = {"config_name": arguments.dataset_config, "source": target.source}
     options = {"split": flags.split, "skip_bad_rows": arguments.skip_bad_rows, **source}
     dataset: str | DatasetSpec = target.name
-    # A file in place of a dataset of the table is the split that is scored.
+    # A file that replaces a dataset of the table is the split to score.
     if target.source is not None and Path(target.source).is_file() and not exists(target.name):
         spec = find_spec(target.name)
         dataset = replace(spec, splits={flags.split: "train"}) if spec.splits else spec
@@ -240,13 +240,13 @@ def _sequences(
     documents = load_text(dataset, text_column=arguments.text_column, **options)
     packed = pack(documents, tokenizer, length=length, **{k: v for k, v in flags._asdict().items() if k != "split"})
     size = bytes_per_token(documents, tokenizer, insert_eos=flags.insert_eos).bytes_per_token
-    # All tokens of a sequence but the first are scored, and an end token that packing put there has no bytes.
+    # All tokens but the first of a sequence are scored, and the end token that packing added has no bytes.
     text_share = (length - 2) / (length - 1) if flags.insert_special else 1.0
     return ScoringSequences(_select(packed, arguments), size * text_share, flags._asdict())
 
 
 def _select(rows: Dataset, arguments: argparse.Namespace) -> Any:
-    """Return at most `--max-sequences` rows, evenly spaced, cut into windows if `--window` asks for it."""
+    """Return at most `--max-sequences` rows, evenly spaced, cut into windows if `--window` is set."""
     rows = evenly_spaced(rows, arguments.max_sequences)
     if arguments.window is None:
         return rows
@@ -254,7 +254,7 @@ def _select(rows: Dataset, arguments: argparse.Namespace) -> Any:
 
 
 def split_into_windows(row: Mapping[str, Sequence[int]], size: int) -> Iterator[dict[str, list[int]]]:
-    """Yield windows of at most `size` tokens that move by half of it; each token is scored in one of them."""
+    """Yield windows of at most `size` tokens that move by half of it; each token is scored once."""
     ids, labels = list(row["input_ids"]), list(row.get("labels", row["input_ids"]))
     for begin, end, first in sliding_windows(len(ids), size):
         yield {"input_ids": ids[begin:end], "labels": [-100] * (first - begin) + labels[first:end]}
@@ -267,7 +267,7 @@ def _about_model(arguments: argparse.Namespace, model: Any, tokenizer: PreTraine
     """Return the part of a result that is the same for all datasets."""
     names = ("model", "suite", "seed", "batch_size", "max_sequences")
     is_exact = model.exact_likelihood
-    # An autoregressive model needs no estimate; the published protocol decides more than that.
+    # An autoregressive model is always exact, but the published protocol changes more than the estimate.
     estimator = "exact" if is_exact and arguments.estimator != "published" else arguments.estimator
     return {
         **{name: getattr(arguments, name) for name in names},
@@ -284,7 +284,7 @@ def _about_model(arguments: argparse.Namespace, model: Any, tokenizer: PreTraine
     }
 
 
-# The fields of a result that decide the scores.
+# The fields of a result that determine the scores.
 _SCORE_FIELDS = (
     *("model_class", "config_sha256", "weights_sha256", "dtype", "tokenizer_sha256", "length"),
     *("estimator", "num_samples", "seed"),
@@ -300,24 +300,24 @@ def _score(
     processes: Processes,
 ) -> tuple[Perplexity, dict[str, Any]]:
     """Return the result of one dataset, and the hash of its sequences."""
-    of_data = {"data_sha256": digest(data_identity(sequences.rows))}
+    data_hash = {"data_sha256": digest(data_identity(sequences.rows))}
     count = len(sequences.rows)
     progress = score_shared(
         model,
         sequences.rows,
         Protocol(arguments.estimator, arguments.num_samples or 1, arguments.seed, count),
         batch_size=arguments.batch_size,
-        identity={**{name: about[name] for name in _SCORE_FIELDS}, **of_data, "sequences": count},
+        identity={**{name: about[name] for name in _SCORE_FIELDS}, **data_hash, "sequences": count},
         file=file,
         processes=processes,
         progress=processes.rank == 0,
     )
     scores = progress.scores.values()
-    return summarize(scores, bytes_per_token=sequences.bytes_per_token, seconds=progress.seconds), of_data
+    return summarize(scores, bytes_per_token=sequences.bytes_per_token, seconds=progress.seconds), data_hash
 
 
 def _table(score: Perplexity, about: Mapping[str, Any]) -> str:
-    """Return the lines that describe one result: each number with what it is a number of."""
+    """Format one result for the terminal."""
     kind = describe_estimator(about["estimator"], about["num_samples"], bound=about["bound"])
     rows = [
         ("perplexity", f"{score.perplexity:.4f} ({kind})"),

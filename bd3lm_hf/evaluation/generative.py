@@ -1,9 +1,9 @@
-"""`bd3lm eval --generative`: text that a model generates from nothing, scored by a reference model, and counted.
+"""`bd3lm eval --generative`: generate text without a prompt, and score it with a reference model and text metrics.
 
-The paper's protocol (App. C.5, Table 7): texts of a set length, whose end tokens end nothing, are read by the
-reference model with its own tokenizer. A text whose last 256 tokens have an entropy below 4 nats is generated again,
-up to 10 times. Each text has a seed of its own and is scored and kept as soon as it is finished, so that a run
-continues where it was stopped, and no number depends on the size of a batch.
+The paper's protocol (App. C.5, Table 7): texts have a fixed length and do not stop at end tokens, and the reference
+model reads them with its own tokenizer. A text whose last 256 tokens have an entropy below 4 nats is generated again,
+up to 10 times. Each text has its own seed, and is scored and saved as soon as it is finished. So a run can continue
+where it was stopped, and no result depends on the batch size.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.user_files import check_output_file, is_json_with, write_atomically
 
 
-#: How often a text of low entropy is generated again.
+#: How often a text of low entropy is generated again at most.
 MAX_REDRAWS = 10
 
 _DISTINCT = (1, 2, 3)
@@ -38,18 +38,18 @@ _REPETITION = 4
 
 @dataclass
 class ScoredSample(Sample):
-    """One text, how it came about, and its score: a line of the samples file."""
+    """One text, how it was generated, and its score: a line of the samples file."""
 
-    ids: list[int]  # of the text, the token that begins it included
+    ids: list[int]  # including the BOS token
     nll: float  # under the reference model, summed over the tokens that it scored, nats
-    scored_tokens: int  # of the reference model
-    entropy: float  # of the frequencies of `ids`, nats
-    reference_entropy: float  # of the ids of the text in the reference model's tokens, nats
-    redraws: int  # how often the text was generated again because its entropy was too low
+    scored_tokens: int  # in the reference model's tokens
+    entropy: float  # of the token frequencies in `ids`, nats
+    reference_entropy: float  # the same for the reference model's tokens
+    redraws: int  # how often the text was generated again because of its low entropy
 
 
 def check_files(arguments: argparse.Namespace) -> None:
-    """Refuse files that cannot be written and a reference model that cannot be found, before any is loaded."""
+    """Refuse files that cannot be written and a missing reference model, before any model is loaded."""
     check_output_file(arguments.samples, "--samples")
     if arguments.output is not None:
         is_ours = is_json_with("judge", "generative_perplexity")
@@ -58,7 +58,7 @@ def check_files(arguments: argparse.Namespace) -> None:
 
 
 def evaluate_samples(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Generate, score, keep, and report."""
+    """Generate, score and save texts, and report the results."""
     check_generates(model, arguments.model)
     prompt = [model.generation_config.bos_token_id]
     if prompt == [None]:
@@ -84,13 +84,13 @@ def evaluate_samples(arguments: argparse.Namespace, model: Any, tokenizer: PreTr
         rows = file.rows()
     result = {**settings, "num_samples": count, **summary(rows), **library_versions()}
     print(_table(result))
-    print(f"{count} samples in {arguments.samples}" + (f", {kept} of an earlier run" if kept else ""))
+    print(f"{count} samples in {arguments.samples}" + (f", {kept} from an earlier run" if kept else ""))
     if arguments.output is not None:
         write_atomically(arguments.output, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 def _settings(arguments: argparse.Namespace, model: Any, reference: ReferenceModel, length: int) -> dict[str, Any]:
-    """Return what decides the texts and their scores; the number of texts and the size of a batch do not."""
+    """Return everything that determines the texts and their scores; their number and the batch size do not."""
     fields = {name: getattr(arguments, name) for name in (*CHOICES, *GENERATIVE_FIELDS)}
     if arguments.entropy_stop is not None:
         fields |= {"entropy_stop": arguments.entropy_stop, "entropy_stop_window": arguments.entropy_stop_window}
@@ -110,7 +110,7 @@ def _settings(arguments: argparse.Namespace, model: Any, reference: ReferenceMod
 def _generate(
     batch: Sequence[int], prompt: list[int], new_tokens: int, model: Any, settings: Mapping[str, Any]
 ) -> tuple[list[GeneratedText], list[int]]:
-    """Generate the texts of these numbers; those of low entropy again. Return them and how often each was."""
+    """Generate the texts of these indices, again while their entropy is low; return them and how often each was."""
     texts: dict[int, GeneratedText] = {}
     redraws = dict.fromkeys(batch, 0)
     missing = list(batch)
@@ -120,7 +120,7 @@ def _generate(
             model,
             [prompt] * len(missing),
             new_tokens,
-            # Every try has a seed of its own, whatever the others of its batch needed.
+            # Each attempt has its own seed, however many the rest of its batch needs.
             seeds=[derived_seed(seed, attempt) if attempt else seed for seed in seeds],
             stop_at_eos=settings["variable_length"],
             do_sample=True,
@@ -135,7 +135,7 @@ def _generate(
 
 
 def has_low_entropy(ids: Sequence[int], settings: Mapping[str, Any]) -> bool:
-    """Whether the end of a text, which must be longer than `entropy_stop_window`, has less than `entropy_stop`."""
+    """Return whether a text is longer than `entropy_stop_window`, and that last part has less than `entropy_stop`."""
     threshold, window = settings.get("entropy_stop"), settings.get("entropy_stop_window", 0)
     return threshold is not None and len(ids) > window and text_entropy(ids[-window:]) < threshold
 
@@ -173,23 +173,23 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         `generative_perplexity` over all scored tokens and the `standard_error` of its log (None for a single text),
-        `mean_perplexity` of the perplexities of texts (the figure in the paper's tables), `scored_tokens`, the mean
-        `entropy` of texts in nats and the `reference_entropy` of their ids in the reference model's tokens (the
-        figure in the paper's tables), `redrawn` (texts that were generated again because of their entropy) and
-        `low_entropy` (those that stayed below after the last try), `distinct_n`, the mean `repetition_4`, the
-        `lengths` of what was generated in tokens, `forwards_per_token` of a text that is generated alone and
-        `batch_forwards_per_token` of the batches it was in, `seconds_per_token` and `seconds` of generating.
+        `mean_perplexity` over texts (the figure in the paper's tables), `scored_tokens`, the mean `entropy` of texts
+        in nats and its `reference_entropy` in the reference model's tokens (the figure in the paper's tables),
+        `redrawn` (texts that were generated again because of their entropy) and `low_entropy` (those still below after
+        the last attempt), `distinct_n`, the mean `repetition_4`, the `lengths` of the continuations in tokens,
+        `forwards_per_token` of texts generated alone and `batch_forwards_per_token` of whole batches,
+        `seconds_per_token` and `seconds` of generation.
 
     Raises:
         ValueError: if no token was scored.
     """
     scores = [SequenceScore(row["index"], row["nll"], row["scored_tokens"]) for row in rows]
     result = summarize(scores)
-    # The begin token is given, not generated.
+    # The BOS token is given, not generated.
     new_ids = [row["ids"][row["num_prompt_tokens"] :] for row in rows]
     tokens, seconds = sum(map(len, new_ids)), math.fsum(row["seconds"] for row in rows)
     redraws = [row.get("redraws", 0) for row in rows]
-    # Lines of earlier versions have none.
+    # Lines written by earlier versions do not have it.
     entropies = [row["reference_entropy"] for row in rows if "reference_entropy" in row]
     return {
         "generative_perplexity": result.perplexity,
@@ -214,7 +214,7 @@ def _table(result: Mapping[str, Any]) -> str:
     error = result["standard_error"]
     spread = "" if error is None else f" +- {result['generative_perplexity'] * error:.2f}"
     entropy = result["reference_entropy"]
-    in_reference = "" if entropy is None else f", {entropy:.3f} in the tokens of the judge"
+    in_reference = "" if entropy is None else f", {entropy:.3f} in the judge's tokens"
     rows = [
         ("generative perplexity", f"{result['generative_perplexity']:.2f}{spread} (under {result['judge']})"),
         ("mean over texts", f"{result['mean_perplexity']:.2f}"),
@@ -242,13 +242,13 @@ def _percent(value: float | None) -> str:
 
 
 # Text metrics. A text is a sequence of token ids, of words, or of anything else that can be counted. A low generative
-# perplexity alone means little, because a reference model finds a text that repeats itself easy to predict.
+# perplexity alone means little, because repetitive text is easy to predict.
 
 
 def text_entropy(text: Sequence[Hashable]) -> float:
     """Return the entropy in nats of the token frequencies of a text; 0 for an empty one.
 
-    It falls when a text repeats itself. The published figure is the same number summed over the texts of a batch.
+    Repetition lowers it. The published figure is the same number summed over the texts of a batch.
     """
     total = len(text)
     return math.fsum(-n / total * math.log(n / total) for n in Counter(text).values()) if total else 0.0
@@ -260,26 +260,26 @@ def mean_entropy(texts: Sequence[Sequence[Hashable]]) -> float:
     Raises:
         ValueError: if there are no texts.
     """
-    check_some(texts)
+    check_not_empty(texts)
     return math.fsum(map(text_entropy, texts)) / len(texts)
 
 
 def distinct(texts: Sequence[Sequence[Hashable]], n: int) -> float | None:
-    """Return the fraction of distinct n-grams among those of all texts together (Li et al., arXiv 1510.03055).
+    """Return the fraction of distinct n-grams among all n-grams of all texts (Li et al., arXiv 1510.03055).
 
-    It falls with the number of texts and their length, so compare equal amounts only. None if no text has n tokens.
+    It falls with the number and length of texts, so compare only equal amounts. None if no text has n tokens.
 
     Raises:
         ValueError: if n is below 1.
     """
     if n < 1:
-        raise ValueError(f"n={n}: n-grams have at least 1 token.")
+        raise ValueError(f"n={n} must be at least 1.")
     found = [tuple(text[start : start + n]) for text in texts for start in range(len(text) - n + 1)]
     return len(set(found)) / len(found) if found else None
 
 
 def repetition(text: Sequence[Hashable], n: int = 4) -> float | None:
-    """Return the fraction of the n-grams of a text that occurred in it before (seq-rep-n, arXiv 1908.04319).
+    """Return the fraction of a text's n-grams that have occurred in it before (seq-rep-n, arXiv 1908.04319).
 
     None if the text has fewer than n tokens.
 
@@ -302,13 +302,13 @@ def lengths(texts: Sequence[Sequence[Hashable]]) -> dict[str, float]:
     Raises:
         ValueError: if there are no texts.
     """
-    check_some(texts)
+    check_not_empty(texts)
     counts = [len(text) for text in texts]
     middle = {"mean": statistics.fmean(counts), "median": statistics.median(counts)}
     return {**middle, "shortest": min(counts), "longest": max(counts)}
 
 
-def check_some(texts: Sequence[object]) -> None:
-    """Refuse to summarize no texts."""
+def check_not_empty(texts: Sequence[object]) -> None:
+    """Refuse an empty list of texts."""
     if not len(texts):
         raise ValueError("there are no texts: give at least one.")

@@ -1,11 +1,11 @@
 """BD3-LM models in the lm-evaluation-harness: `bd3lm harness --model_args pretrained=DIR --tasks ...`.
 
-The harness finds models in a registry of its own and imports no other package. Importing this module registers
-`bd3lm` there, for `lm_eval.simple_evaluate(model="bd3lm", ...)`. `bd3lm harness` is the `lm_eval` command after that
-import, with `--model bd3lm` if no model is named.
+The harness looks models up in its own registry and imports no other packages. Importing this module registers `bd3lm`
+there, for `lm_eval.simple_evaluate(model="bd3lm", ...)`. `bd3lm harness` runs the `lm_eval` command after that import,
+with `--model bd3lm` if no model is named.
 
 The log-likelihood of a continuation is the bound of `token_nll` with a clean context and a noised continuation (the
-exact value for an autoregressive model). It is summed over all masks if no block holds more than 8 scored tokens.
+exact value for an autoregressive model). It is summed over all masks if no block has more than 8 scored tokens.
 Otherwise `num_samples` stratified noise samples estimate it, the same ones for all choices of a question.
 """
 
@@ -33,7 +33,7 @@ class HarnessMissingError(ImportError, ValueError):
 
 
 try:
-    # Registers the harness's own models, which it does by itself only while the registry is empty.
+    # Registers the harness's own models, which the harness itself does only while its registry is empty.
     import lm_eval.models  # noqa: F401
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
@@ -52,7 +52,7 @@ _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion
 
 
 class RequestWindow(NamedTuple):
-    """Tokens that the model reads at once, of which the first are context."""
+    """Tokens that the model reads at once, beginning with the context."""
 
     ids: list[int]
     num_context: int
@@ -77,14 +77,14 @@ class GenerationRequest(NamedTuple):
 
 
 def request_windows(context: Sequence[int], continuation: Sequence[int], length: int) -> list[RequestWindow]:
-    """Return windows of at most `length` tokens in which each token of a continuation is scored once.
+    """Return windows of at most `length` tokens that score each token of a continuation once.
 
-    A continuation that fits is one window, whose context is cut at its beginning to make room. A longer one is
-    cut as the harness does: the first part has the last token of the context before it, the others the tokens
-    before them; the last one, which is shorter, has a context as long as possible.
+    A continuation that fits is one window, with the context truncated on the left. A longer one is split as in the
+    harness: each window has the one token before it as context, except that the last window, which is shorter, has as
+    much context as fits.
 
     Args:
-        context: not empty.
+        context: at least one token.
     """
     room = length - 1
     if len(continuation) <= room:
@@ -96,7 +96,7 @@ def request_windows(context: Sequence[int], continuation: Sequence[int], length:
 
 
 def question_seed(seed: int, request: Any) -> int:
-    """Return the seed of the question that a request belongs to: all choices of a question have the same."""
+    """Return the seed of the question that a request belongs to; all choices of a question share it."""
     question = [request.task_name, request.doc_id] if request.doc_id is not None else [request.args[0]]
     return derived_seed(seed, json.dumps(question))
 
@@ -107,7 +107,7 @@ def generation_request(options: dict[str, Any], new_tokens: int) -> GenerationRe
     Text is sampled with `do_sample`, or with a temperature above 0 if `do_sample` is not set.
 
     Args:
-        new_tokens: limit of a task that has none.
+        new_tokens: limit for tasks that do not set one.
 
     Raises:
         ValueError: if a stop string is not a string, or the limit is not an integer of at least 1.
@@ -130,7 +130,7 @@ def generation_request(options: dict[str, Any], new_tokens: int) -> GenerationRe
 
 
 def integer_field(name: str, value: Any) -> int:
-    """Return an argument, which may come as text, as an integer.
+    """Convert an argument, possibly a string, to an integer.
 
     Raises:
         ValueError: if it is not an integer of at least 1.
@@ -146,19 +146,19 @@ def integer_field(name: str, value: Any) -> int:
 
 @register_model("bd3lm")
 class BD3LMHarness(TemplateLM):
-    """Any model with `token_nll` and `generate`, as the harness calls it.
+    """Adapt any model with `token_nll` and `generate` to the harness.
 
-    Results depend on the model, the request and `seed`, and on the batch size by rounding at most.
+    Results depend on the model, the request and `seed`, and apart from rounding not on the batch size.
 
     Args:
         pretrained: folder or hub name, or a model.
         tokenizer: folder or hub name, or a tokenizer; by default that of `pretrained`.
-        estimator: of the log-likelihood: `"auto"` (see the module), or one of `token_nll`'s for all requests.
+        estimator: estimator of the log-likelihood: `"auto"` (see the module), or one of `token_nll` for all requests.
         num_samples: noise samples of an estimate that is not exact.
-        seed: of these, and of sampled text.
+        seed: seed of the noise samples and of sampled text.
         max_batch_size: unused; the harness's command passes it.
         max_length: tokens that the model reads at once; by default, and at most, its window.
-        max_gen_toks: tokens to generate if a task does not say.
+        max_gen_toks: tokens to generate if a task sets no limit.
         add_bos_token: begin every context with BOS; an empty context always has it.
         check_greedy: compute `is_greedy`, which takes one greedy text per context; otherwise it is reported as False.
         dtype, trust_remote_code: for loading.
@@ -188,7 +188,7 @@ class BD3LMHarness(TemplateLM):
     ) -> None:
         super().__init__()
         if unknown:
-            raise ValueError(f"{', '.join(unknown)}: the model has no such argument; see {type(self).__name__}.")
+            raise ValueError(f"{', '.join(unknown)}: there is no such argument; see {type(self).__name__}.")
         self.batch_size = integer_field("batch_size", batch_size)
         self.num_samples = integer_field("num_samples", num_samples)
         self.max_gen_toks = integer_field("max_gen_toks", max_gen_toks)
@@ -198,12 +198,12 @@ class BD3LMHarness(TemplateLM):
             raise ValueError("the adapter runs in one process: start it without accelerate launch or torchrun.")
         self.name = pretrained if isinstance(pretrained, str) else type(pretrained).__name__
         if isinstance(pretrained, str):
-            pretrained = os.path.expanduser(pretrained)  # no shell sees it
+            pretrained = os.path.expanduser(pretrained)  # the shell does not expand it inside --model_args
             tokenizer = pretrained if tokenizer is None else tokenizer
             options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": dtype}
             pretrained = load_model(pretrained, argument="pretrained", **options)
         elif tokenizer is None:
-            raise ValueError("a model comes without a tokenizer: give it as tokenizer=.")
+            raise ValueError("a model that is passed as an object needs a tokenizer: give it as tokenizer=.")
         self._device = _device(device)
         self.model = pretrained.to(self._device).eval()
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
@@ -216,7 +216,7 @@ class BD3LMHarness(TemplateLM):
         self.estimator, self.seed = estimator, seed
         self.add_bos_token, self.check_greedy = add_bos_token, check_greedy
 
-    # The interface that the harness asks of a model
+    # The interface that the harness expects
 
     @property
     def eot_token_id(self) -> int:
@@ -234,11 +234,11 @@ class BD3LMHarness(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
-        """Tokenize a text; special tokens are only those that it names itself."""
+        """Tokenize a text without adding special tokens."""
         return encode_plain(string, self.tokenizer)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render messages as one text by the tokenizer's template."""
+        """Render messages as text with the tokenizer's chat template."""
         return str(
             self.tokenizer.apply_chat_template(
                 chat_history,
@@ -264,7 +264,7 @@ class BD3LMHarness(TemplateLM):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation in nats; a lower bound unless the model is autoregressive.
 
-        The second value says whether the continuation is what `generate(do_sample=False)` writes after the context.
+        The second value is whether the continuation is what `generate(do_sample=False)` generates after the context.
 
         Raises:
             ValueError: if the model has no likelihood.
@@ -281,13 +281,13 @@ class BD3LMHarness(TemplateLM):
         return self._cached("loglikelihood_rolling", requests, self._sums(windows, seeds, disable_tqdm))
 
     def _cached(self, kind: str, requests: list[Any], results: list[Any]) -> list[Any]:
-        """Hand the results to the harness's cache, and return them."""
+        """Add the results to the harness's cache, and return them."""
         for request, result in zip(requests, results, strict=True):
             self.cache_hook.add_partial(kind, request.args, result)
         return results
 
     def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return the tokens of context and continuation; there is always a context."""
+        """Return the tokens of context and continuation; the context is never empty."""
         before, after = self._encode_pair(context, continuation) if context else ([], self.tok_encode(continuation))
         if not before and after[:1] == [self.prefix_token_id]:
             return after[:1], after[1:]
@@ -308,7 +308,7 @@ class BD3LMHarness(TemplateLM):
         seeds = [self.seed] * len(requests) if seeds is None else seeds
         windows = [request_windows(context, continuation, self.max_length) for _, context, continuation in requests]
         sums = self._sums(windows, seeds, disable_tqdm)
-        # The first window has the context as far as there is room for it.
+        # The first window has as much of the context as fits.
         contexts = [first.ids[: first.num_context] for first, *_ in windows]
         continuations = [continuation for _, _, continuation in requests]
         return list(zip(sums, self._are_greedy(contexts, continuations, disable_tqdm), strict=True))
@@ -323,11 +323,11 @@ class BD3LMHarness(TemplateLM):
                 f"pretrained={self.name} is a {type(self.model).__name__}, which has no likelihood: choose tasks "
                 f"whose output_type is generate_until."
             )
-        # Each window, its request and the seed of its noise.
+        # Each window, the index of its request and the seed of its noise.
         windows = [
-            (window, owner, derived_seed(seeds[owner], turn) if turn else seeds[owner])
-            for owner, own in enumerate(requests)
-            for turn, window in enumerate(own)
+            (window, index, derived_seed(seeds[index], part) if part else seeds[index])
+            for index, parts in enumerate(requests)
+            for part, window in enumerate(parts)
             if window.scored
         ]
         by_estimator: dict[str, list[int]] = {}
@@ -353,7 +353,7 @@ class BD3LMHarness(TemplateLM):
         return sums
 
     def estimator_of(self, window: RequestWindow) -> str:
-        """Return the estimator for one window, whatever the others have: exact if it takes few forward passes."""
+        """Return the estimator for one window, regardless of the others: exact if that takes few forward passes."""
         config = self.model.config
         if self.estimator != "auto":
             return self.estimator
@@ -374,7 +374,7 @@ class BD3LMHarness(TemplateLM):
         longest: Counter[tuple[int, ...]] = Counter()
         for context, continuation in zip(map(tuple, contexts), continuations, strict=True):
             longest[context] = max(longest[context], len(continuation))
-        # Prompts of one length and limit share a batch, so that none is padded or goes on for the sake of another.
+        # Only prompts of the same length and limit share a batch, so none is padded or continued further than needed.
         groups: dict[tuple[int, int], list[tuple[int, ...]]] = {}
         for prompt, count in longest.items():
             if count:
@@ -394,7 +394,7 @@ class BD3LMHarness(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the text generated after each context, up to the first stop string or end token.
 
-        A context keeps its last tokens, so that the new ones have room in the window, or half of the window.
+        A context is truncated on the left to leave room for the new tokens, but to no less than half of the window.
         """
         repeats: Counter[tuple[Any, ...]] = Counter()
         groups: dict[str, list[int]] = {}
@@ -404,7 +404,7 @@ class BD3LMHarness(TemplateLM):
             plan = generation_request(options, self.max_gen_toks)
             room = max(self.max_length - plan.new_tokens, self.max_length // 2)
             prompt = self._with_prefix(self.tok_encode(context))[-room:]
-            # A request that is repeated gets a seed of its own.
+            # Each repetition of a request gets its own seed.
             key = (request.task_name, request.doc_id, request.idx, context)
             seeds.append(derived_seed(question_seed(self.seed, request), repeats[key]))
             repeats[key] += 1
@@ -431,7 +431,7 @@ class BD3LMHarness(TemplateLM):
 
 
 def _device(name: str | None) -> torch.device:
-    """Return the named device, by default a GPU if there is one; the harness's command asks for one even without."""
+    """Return the named device, by default a GPU if there is one; the harness's command asks for CUDA regardless."""
     if torch.cuda.is_available():
         return torch.device(name or "cuda")
     if name is not None and name.startswith("cuda"):

@@ -1,12 +1,12 @@
-"""Scores of held-out sequences: perplexity, or the training loss of models that have no likelihood.
+"""Score held-out sequences: perplexity, or the training loss of models without a likelihood.
 
 Perplexity is exp of the mean negative log-likelihood per scored token. Any model with
 `token_nll(input_ids, attention_mask, estimator=, num_samples=, generator=)` can be scored. The estimators are the
-model's own and `"published"`, the protocol of the paper: one noise sample, whose times t on [1e-3, 1] are spread over
-the blocks of 16 sequences in order, and a first token that is never scored.
+model's own and `"published"`, the protocol of the paper: one noise sample, with times t on [1e-3, 1] stratified in
+order over the blocks of 16 sequences, and without a score for the first token.
 
-A model with `has_likelihood = False` is followed by the training loss of held-out sequences. It compares checkpoints
-of one model. It is not a bound on log p(x), so it does not compare different models.
+Models with `has_likelihood = False` get the training loss of held-out sequences instead. It is not a bound on
+log p(x), so it compares checkpoints of one model, not different models.
 """
 
 import functools
@@ -25,7 +25,7 @@ from bd3lm_hf.modeling.noise_bd3lm import Noise
 from bd3lm_hf.seeds import derived_seed
 
 
-PUBLISHED_BATCH = 16  # sequences over whose blocks the published protocol spreads its times
+PUBLISHED_BATCH = 16  # sequences over whose blocks the published protocol stratifies its times
 
 
 class Perplexity(NamedTuple):
@@ -34,8 +34,8 @@ class Perplexity(NamedTuple):
     nll: float  # mean per scored token, nats
     perplexity: float  # exp(nll)
     bits_per_token: float
-    bits_per_byte: float | None  # None if the bytes of a token are unknown
-    standard_error: float  # of nll: sequences as a random sample of text, noise included
+    bits_per_byte: float | None  # None if the number of bytes per token is unknown
+    standard_error: float  # of nll, with sequences as a random sample of text; includes the noise
     num_tokens: int  # scored tokens
     num_sequences: int
     seconds: float
@@ -52,22 +52,22 @@ class SequenceScore(NamedTuple):
 class TokenScores(NamedTuple):
     """The scores of the tokens of one sequence."""
 
-    index: int  # type: ignore[assignment]  # in place of `tuple.index`
+    index: int  # type: ignore[assignment]  # shadows `tuple.index`
     nll: list[float]  # nats; 0 where nothing is scored
     labels: list[int]  # -100 where nothing is scored
 
 
 class Protocol(NamedTuple):
-    """The protocol by which the sequences of a dataset are scored."""
+    """The settings for scoring the sequences of a dataset."""
 
     estimator: str
     num_samples: int
     seed: int
-    num_sequences: int  # of the dataset
+    num_sequences: int  # in the dataset
 
 
 class Batch(NamedTuple):
-    """Sequences of one length, and their indices in the dataset."""
+    """Sequences of equal length, and their indices in the dataset."""
 
     indices: list[int]
     rows: list[Any]
@@ -78,7 +78,7 @@ class ScoringBatch(NamedTuple):
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor  # 0 over padding
-    context: dict[str, torch.Tensor]  # `labels`, where -100 marks tokens that are given; empty if there are none
+    context: dict[str, torch.Tensor]  # `labels`, with -100 for tokens that are given; empty if none is
 
 
 # Perplexity
@@ -90,11 +90,11 @@ def perplexity(
     """Return the perplexity of all `sequences`.
 
     Args:
-        bytes_per_token: mean UTF-8 bytes of a token of this text, for `bits_per_byte`.
-        options: of [`score_sequences`].
+        bytes_per_token: mean number of UTF-8 bytes per token of this text, for `bits_per_byte`.
+        options: for [`score_sequences`].
 
     Raises:
-        ValueError: if there are no sequences, none has a scored token, or the batch size is below 1.
+        ValueError: if no token is scored, or the batch size is below 1.
     """
     start = time.perf_counter()
     scores = score_sequences(model, sequences, **options)
@@ -113,20 +113,20 @@ def score_sequences(
     progress: bool = False,
     score: Callable[..., list[Any]] | None = None,
 ) -> list[Any]:
-    """Score the sequences of a dataset, and return a [`SequenceScore`] of each by index.
+    """Return a [`SequenceScore`] for each sequence of a dataset, sorted by index.
 
-    The result depends on the model, the sequences, the estimator and `seed` only: every sequence has noise of its
-    own, so batch size and the number of processes change rounding at most.
+    The result depends only on the model, the sequences, the estimator and `seed`. Each sequence has its own noise, so
+    the batch size and the number of processes change nothing but rounding.
 
     Args:
         model: anything with `token_nll`. Its train or eval mode is restored.
         sequences: a dataset with `input_ids` (and `attention_mask`, `labels`), or sequences of token ids; rows may
             differ in length.
-        indices: score these only, so that several processes can share the work; all by default.
+        indices: score only these, so several processes can share the work; all by default.
         estimator: `"published"`, or `"sampled"`, `"stratified"` or `"exact"`, see the model's `token_nll`.
         num_samples: noise samples per sequence; unused by `"exact"`, and 1 for `"published"`.
-        seed: of the noise.
-        score: makes the scores of a batch, by default `score_batch`.
+        seed: seed of the noise.
+        score: returns the scores of a batch; by default `score_batch`.
 
     Raises:
         ValueError: if the batch size is below 1, or the model does not have the estimator.
@@ -144,13 +144,13 @@ def score_sequences(
 
 
 def score_tokens(model: Any, sequences: Sequence[Any], **options: Any) -> list[TokenScores]:
-    """Score the tokens of sequences; the arguments and the noise are those of [`score_sequences`]."""
+    """Score each token of the sequences, with the arguments and noise of [`score_sequences`]."""
     return score_sequences(model, sequences, score=_score_tokens_of_batch, **options)
 
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Put a module into evaluation mode, and restore its mode."""
+    """Put a module into evaluation mode, and restore its mode at the end."""
     was_training = isinstance(model, torch.nn.Module) and model.training
     if was_training:
         model.eval()
@@ -162,9 +162,9 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 def batches_of(sequences: Sequence[Any], indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
-    """Yield batches of sequences of one length: the noise of a sequence depends on its length with padding."""
+    """Yield batches of equally long sequences: padding would change the noise of a sequence."""
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: give at least 1.")
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
     waiting: dict[int, Batch] = {}
     for index in map(int, indices):
         row = sequences[index]
@@ -178,9 +178,9 @@ def batches_of(sequences: Sequence[Any], indices: Sequence[int], batch_size: int
 
 
 def score_batch(model: Any, batch: Batch, protocol: Protocol) -> list[SequenceScore]:
-    """Score some sequences of a dataset; the noise of each depends on its index and the protocol only."""
+    """Score one batch; the noise of each sequence depends only on its index and the protocol."""
     nll, mask, _ = _token_nll(model, batch, protocol)
-    # float64, so that the sum over thousands of tokens adds no rounding error of its own.
+    # float64, so summing thousands of tokens adds no rounding error.
     sums = (nll.double() * mask).sum(1).tolist()
     return list(map(SequenceScore, batch.indices, sums, mask.long().sum(1).tolist()))
 
@@ -201,8 +201,8 @@ def _token_nll(model: Any, batch: Batch, protocol: Protocol) -> tuple[torch.Tens
 
 
 def _noise_arguments(_: Any, indices: list[int], inputs: ScoringBatch, protocol: Protocol) -> dict[str, Any]:
-    """Return the arguments of `token_nll` for one of the model's estimators, with a generator for each sequence."""
-    # Generators on the CPU: a seed then means the same noise on every device.
+    """Return the arguments of `token_nll` for one of the model's estimators, with one generator per sequence."""
+    # CPU generators, so a seed gives the same noise on every device.
     seeds = (derived_seed(protocol.seed, index) for index in indices)
     return {
         "estimator": protocol.estimator,
@@ -215,7 +215,7 @@ def _noise_arguments(_: Any, indices: list[int], inputs: ScoringBatch, protocol:
 def _published_noise_arguments(
     model: Any, indices: list[int], inputs: ScoringBatch, protocol: Protocol
 ) -> dict[str, Any]:
-    """Return the arguments of `token_nll` for the paper's noise; the first token is given in any configuration."""
+    """Return the arguments of `token_nll` for the paper's noise; the first token is never scored."""
     length = inputs.input_ids.shape[1]
     blocks = model.config.num_blocks(length)
     noise = published_noise(indices, protocol.num_sequences, num_blocks=blocks, length=length, seed=protocol.seed)
@@ -229,12 +229,12 @@ def published_noise(
 ) -> Noise:
     """Return the noise of the sequences at `indices` of a dataset, as the published evaluation draws it.
 
-    The dataset is shuffled and cut into batches of 16. The N blocks of a batch get one time from each N-th of the
-    interval, in order: the k-th sequence has all its times in [k / 16, (k + 1) / 16). The random numbers of a sequence
-    depend on the seed and its index only.
+    The dataset is shuffled and split into batches of 16. The i-th of the N blocks of a batch gets a time from the i-th
+    of N equal parts of the interval, so the k-th sequence has all its times in [k / 16, (k + 1) / 16). The random
+    numbers of a sequence depend only on the seed and its index.
 
     Args:
-        num_sequences: of the dataset; its last batch may be smaller.
+        num_sequences: size of the dataset; its last batch may be smaller.
         num_blocks, length: of each sequence.
     """
     positions = _shuffled_positions(num_sequences, seed)
@@ -257,15 +257,15 @@ def _shuffled_positions(count: int, seed: int) -> torch.Tensor:
 
 
 def check_estimator(model: Any, estimator: str, num_samples: int = 1) -> None:
-    """Refuse an estimator that the model does not have, by scoring a sequence of two blocks.
+    """Refuse an estimator that the model does not support, by scoring a sequence of two blocks.
 
     Raises:
-        ValueError: the model's own reason, such as an exact sum over too many masks.
+        ValueError: if it does not, with the model's own reason, such as an exact sum over too many masks.
     """
     if estimator == "published" and "noise" not in inspect.signature(model.token_nll).parameters:
         raise ValueError(
-            f"estimator={estimator!r} gives a model its noise, and the token_nll of {type(model).__name__} takes "
-            f"none: choose another estimator."
+            f"estimator={estimator!r} needs a token_nll with the argument `noise`, which that of "
+            f"{type(model).__name__} does not have: choose another estimator."
         )
     token = 1 if model.config.mask_token_id == 0 else 0
     length = max(2, min(2 * model.config.block_size, model.config.model_length))
@@ -287,9 +287,9 @@ def summarize(
     num_tokens = sum(score.num_tokens for score in ordered)
     if not num_tokens:
         raise ValueError(
-            f"{len(ordered)} sequences hold no scored token, so there is no perplexity: give longer or more text."
+            f"there is no perplexity, because {len(ordered)} sequences have no scored token: give longer or more text."
         )
-    # fsum of sorted scores: the result does not depend on which process scored which sequence.
+    # fsum, so the result does not depend on which process scored which sequence.
     nll = math.fsum(score.nll for score in ordered) / num_tokens
     count = len(ordered)
     spread = math.fsum((score.nll - nll * score.num_tokens) ** 2 for score in ordered)
@@ -311,12 +311,12 @@ def summarize(
 
 
 def unigram_perplexity(train_ids: Iterable[int], eval_ids: Iterable[int], vocab_size: int) -> float:
-    """Return the perplexity of training frequencies alone, with one added to each count.
+    """Return the perplexity of a unigram model: training frequencies with add-one smoothing.
 
     Args:
         train_ids: token ids of the training text, any shape.
         eval_ids: the tokens to score, see [`scored_token_ids`].
-        vocab_size: number of ids; each gets one count by smoothing.
+        vocab_size: number of ids, each of which gets one extra count.
 
     Raises:
         ValueError: if there is nothing to score, or an id is outside the vocabulary.
@@ -341,8 +341,8 @@ def _counts(ids: Iterable[int], vocab_size: int) -> torch.Tensor:
 def scored_token_ids(model: Any, sequences: Sequence[Any], *, batch_size: int = 8) -> torch.Tensor:
     """Return the token ids `(num_tokens,)` of `sequences` that `model` scores, on the CPU.
 
-    A baseline that is compared with the model must score the same tokens: no padding, no given first token. This
-    costs one forward pass with one noise sample per sequence.
+    A baseline must score the same tokens as the model it is compared with: no padding, no given first token. This
+    takes one forward pass with one noise sample per sequence.
     """
     found = []
     for start in range(0, len(sequences), batch_size):
@@ -357,7 +357,7 @@ def batch_of(rows: Sequence[Any], device: torch.device | str = "cpu") -> Scoring
     """Stack sequences of any length.
 
     Args:
-        rows: mappings with `input_ids` and perhaps `attention_mask` and `labels`, or plain sequences of ids.
+        rows: mappings with `input_ids` and optional `attention_mask` and `labels`, or plain sequences of ids.
     """
 
     def stack(column: list[torch.Tensor], padding: int) -> torch.Tensor:
@@ -383,10 +383,10 @@ def _device_of(model: Any) -> torch.device:
 
 
 class HeldOutLoss(NamedTuple):
-    """The training objective on text that was not trained on."""
+    """The training loss on held-out text."""
 
     loss: float  # mean per labelled token, nats
-    standard_error: float  # of loss: sequences as a random sample of text, noise included
+    standard_error: float  # of loss, with sequences as a random sample of text; includes the noise
     num_tokens: int  # labelled tokens
     num_sequences: int
     seconds: float
@@ -403,23 +403,23 @@ def sequence_losses(
     seed: int = 0,
     progress: bool = False,
 ) -> list[SequenceScore]:
-    """Return the losses of the sequences at `indices` (all by default), so that several processes can share the work.
+    """Return the losses of the sequences at `indices` (all by default), so several processes can share the work.
 
-    Every sequence has noise of its own, a function of `seed` and its index: neither batch size nor the number of
-    processes changes the result.
+    The noise of a sequence depends only on `seed` and its index, so the batch size and the number of processes do not
+    change the result.
 
     Args:
         model: its `forward` returns a mean loss per labelled token, and takes the noise of each row. Its train or
             eval mode is restored.
         sequences: a dataset with `input_ids` (and `attention_mask`, `labels`), or sequences of token ids.
         num_samples: noise samples per sequence.
-        batch_size: noise samples that are computed at once.
+        batch_size: noise samples per forward pass.
 
     Raises:
         ValueError: if the batch size is below 1, or the model cannot learn from a sequence.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: give at least 1.")
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
     indices = range(len(sequences)) if indices is None else indices
     device = _device_of(model)
     scores = []

@@ -1,7 +1,7 @@
 """Generative perplexity: the per-token NLL of generated text under a reference model, in sliding windows.
 
-As published (arXiv 2503.09573, App. C.5): a window of 1024 tokens moves by 512, and a token after the first window is
-scored by the one window that has it in its last 512. The first token is never scored, nor is an end token.
+As published (arXiv 2503.09573, App. C.5): a window of 1024 tokens moves by 512, and each token after the first window
+is scored in the window that has it among its last 512. The first token and end tokens are never scored.
 """
 
 import math
@@ -21,22 +21,22 @@ from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.tokenization import encode_plain, load_tokenizer
 
 
-WINDOW = 1024  # tokens that a reference model reads at once, if its own window has room for them
+WINDOW = 1024  # tokens that a reference model reads at once, unless its own window is shorter
 
 
 class ReferenceModel:
     """Score generated text with a model that has `token_nll`.
 
     Args:
-        estimator: of the model's bound, see its `token_nll`; an autoregressive model is exact with any.
+        estimator: estimator of the model's bound, see its `token_nll`; an autoregressive model is exact with any.
         num_samples: noise samples of an estimate that is not exact.
-        window: tokens that the model reads at once; by default 1024, or fewer if it knows no more positions.
+        window: tokens that the model reads at once; by default 1024, or fewer if the model's own window is shorter.
         unscored: token ids that are never scored; as published, the reference model's end token.
-        retokenize: the tokenizers of the generating and of the reference model: text is decoded by the first and
-            encoded by the second. By default the reference model takes the ids as they are.
+        retokenize: the tokenizers of the generating model and of the reference model, to decode with the first and
+            encode with the second. By default the reference model reads the ids as they are.
 
     Raises:
-        ValueError: if the model has no likelihood, or no window of that size.
+        ValueError: if the model has no likelihood, or its window is shorter than `window`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ReferenceModel:
     ) -> None:
         if not model.has_likelihood:
             raise ValueError(f"a {type(model).__name__} has no likelihood: name a causal language model.")
-        # Without a limit in its configuration a model reads a window at least.
+        # A model without a limit in its configuration is assumed to read a full window.
         known = getattr(model.config, "max_position_embeddings", None) or WINDOW
         self.window = min(WINDOW, known) if window is None else window
         if not 2 <= self.window <= known:
@@ -61,7 +61,7 @@ class ReferenceModel:
 
     @property
     def weights(self) -> torch.nn.Module:
-        """The module that holds the weights."""
+        """The module with the weights."""
         return self.model.model if isinstance(self.model, CausalScore) else self.model
 
     def score(
@@ -75,15 +75,15 @@ class ReferenceModel:
         """Return the summed NLL of the new tokens of each text in nats, and how many of its tokens were scored.
 
         Args:
-            seed: of a bound that is estimated; the noise of a text is that of its index.
-            indices: of the texts; 0, 1, ... by default.
+            seed: seed of an estimated bound; the noise of a text also depends on its index.
+            indices: indices of the texts; 0, 1, ... by default.
         """
         indices = range(len(texts)) if indices is None else indices
         sums = {index: SequenceScore(index, 0.0, 0) for index in indices}
         windows = {index: list(self._windows(self.read(text))) for index, text in zip(indices, texts, strict=True)}
-        for turn in range(max(map(len, windows.values()), default=0)):
-            # The n-th windows of all texts are scored together; those of one text have different noise.
-            rows = {index: own[turn] for index, own in windows.items() if turn < len(own)}
+        for part in range(max(map(len, windows.values()), default=0)):
+            # The n-th windows of all texts are scored together; windows of the same text have different noise.
+            rows = {index: parts[part] for index, parts in windows.items() if part < len(parts)}
             scores = score_sequences(
                 self.model,
                 rows,  # type: ignore[arg-type]
@@ -91,14 +91,14 @@ class ReferenceModel:
                 estimator=self.estimator,
                 num_samples=self.num_samples,
                 batch_size=batch_size,
-                seed=derived_seed(seed, turn) if turn else seed,
+                seed=derived_seed(seed, part) if part else seed,
             )
             for index, nll, count in scores:
                 sums[index] = SequenceScore(index, sums[index].nll + nll, sums[index].num_tokens + count)
         return list(sums.values())
 
     def _windows(self, text: GeneratedText) -> Iterator[dict[str, list[int]]]:
-        """Yield the windows of a text in which a token is scored."""
+        """Yield the windows of a text that score at least one token."""
         for begin, end, first in sliding_windows(len(text.ids), self.window):
             first = max(first, text.num_given, 1)
             labels = [
@@ -111,13 +111,13 @@ class ReferenceModel:
     def read(self, text: GeneratedText) -> GeneratedText:
         """Return the text in the reference model's tokens, with its own begin token.
 
-        Special tokens that the reference model has under the same name stay; others are left out.
+        Special tokens that the reference model has under the same name are kept, others are dropped.
         """
         if self.retokenize is None:
             return text
         theirs, own = self.retokenize
         foreign = {i for i in theirs.all_special_ids if theirs.convert_ids_to_tokens(i) not in own.all_special_tokens}
-        # Prompt and new text are encoded apart, so that the border between them stays a border of tokens.
+        # Prompt and new text are encoded separately, so no token spans the border between them.
         prompt, new = (
             encode_plain(str(theirs.decode([token for token in ids if token not in foreign])), own)
             for ids in (text.ids[: text.num_given], text.new_ids)
@@ -127,7 +127,7 @@ class ReferenceModel:
 
 
 def _with_begin_token(prompt: list[int], new: list[int], tokenizer: PreTrainedTokenizerBase) -> GeneratedText:
-    """Return a text that begins with BOS, or else EOS, as a part of its prompt."""
+    """Return a text whose prompt begins with BOS, or with EOS if there is no BOS."""
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if begin is not None and (prompt or new)[:1] != [begin]:
         prompt = [begin, *prompt]
@@ -139,7 +139,7 @@ def sliding_windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:
 
     Each is (begin, end, first): the window is [begin, end), and it scores the positions from `first` on.
     """
-    # The first window scores all of its tokens, each later one those of its second half.
+    # The first window scores all of its tokens, later ones only their second half.
     stride = window // 2
     yield 0, min(window, length), 0
     for begin in range(stride, length - window + stride, stride):
@@ -147,7 +147,7 @@ def sliding_windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:
 
 
 class CausalScore(torch.nn.Module):
-    """Give a causal language model of transformers the method `token_nll`, computed from its logits: exact."""
+    """Give a causal language model of transformers an exact `token_nll`, computed from its logits."""
 
     has_likelihood = exact_likelihood = True
 
@@ -167,31 +167,31 @@ class CausalScore(torch.nn.Module):
         known = self.model.get_input_embeddings().num_embeddings
         if int(input_ids.max()) >= known:
             raise ValueError(
-                f"the text has the id {int(input_ids.max())}, but the reference model knows {known} ids: let it read "
-                f"the text with its own tokenizer."
+                f"the text has the token id {int(input_ids.max())}, but the reference model has only {known} ids: let "
+                f"it read the text with its own tokenizer."
             )
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
         nll = torch.zeros(input_ids.shape, device=input_ids.device)
-        for row, targets in enumerate(input_ids[:, 1:]):  # one by one: the logits in float32 are large
+        for row, targets in enumerate(input_ids[:, 1:]):  # row by row, because float32 logits are large
             nll[row, 1:] = F.cross_entropy(logits[row, :-1].float(), targets, reduction="none")
         mask = attention_mask if labels is None else attention_mask * (labels != -100)
         return TokenNLL(nll, F.pad(mask[:, 1:], (1, 0)))
 
 
 def reference_model_of(model: Any, **options: Any) -> ReferenceModel:
-    """Return a reference model by any causal model, or by a model's own bound.
+    """Return a reference model that uses the logits of any causal model, or a model's own bound.
 
-    The bound is exact up to blocks of 8 tokens; otherwise 8 noise samples estimate it.
+    The bound is exact for blocks of up to 8 tokens without time conditioning; otherwise 8 noise samples estimate it.
 
     Args:
-        options: of [`ReferenceModel`].
+        options: for [`ReferenceModel`].
 
     Raises:
         ValueError: if the model does not predict next tokens, or has no likelihood.
     """
     if not hasattr(model, "token_nll"):
         if not model.can_generate():
-            raise ValueError(f"a {type(model).__name__} predicts no next tokens: name a causal language model.")
+            raise ValueError(f"a {type(model).__name__} does not predict next tokens: name a causal language model.")
         model = CausalScore(model)
     elif model.has_likelihood and model.config.time_conditioning:
         options |= {"estimator": "sampled", "num_samples": 8}
@@ -212,9 +212,9 @@ def load_reference_model(
     """Load the reference model of a folder or hub name.
 
     Args:
-        tokenizer: of the model that generated the text.
-        as_text: let the reference model read text with its own tokenizer, as published; otherwise it takes the ids if
-            both have the same vocabulary.
+        tokenizer: tokenizer of the model that generated the text.
+        as_text: always re-tokenize with the reference model's own tokenizer, as published; otherwise only if the two
+            vocabularies differ.
         score_end: also score the reference model's end token.
 
     Raises:
@@ -242,12 +242,14 @@ def score_texts(
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
-    """Return the perplexity of texts or token ids under a reference model; see the metric for the arguments.
+    """Return the perplexity of texts or token ids under a reference model.
+
+    The arguments are those of the metric `generative_perplexity`.
 
     Returns:
-        `generative_perplexity` over all scored tokens, `mean_perplexity` of the perplexities of texts (the figure in
-        the paper's tables), the `perplexities` themselves (None if a text has no scored token), `num_tokens` scored
-        and the `standard_error` of the log of the first.
+        `generative_perplexity` over all scored tokens and the `standard_error` of its log, `mean_perplexity` over
+        texts (the figure in the paper's tables), the `perplexities` of texts (None if no token was scored), and
+        `num_tokens`, the number of scored tokens.
 
     Raises:
         ValueError: if no token is scored, the reference model cannot be loaded or has no likelihood, or a tokenizer
@@ -260,7 +262,7 @@ def score_texts(
     own = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     writer = load_tokenizer(writer) if isinstance(writer, str) else writer
     if own is None and (writer is not None or any(isinstance(text, str) for text in texts)):
-        raise ValueError("texts are read by the judge's tokenizer: give it as tokenizer=, or give token ids.")
+        raise ValueError("texts need the judge's tokenizer: give it as tokenizer=, or give token ids.")
     end = judge.config.eos_token_id if own is None else own.eos_token_id
     ends = () if score_end or end is None else end if isinstance(end, list) else (end,)
     retokenize = None if writer is None or own is None else (writer, own)
@@ -288,5 +290,5 @@ def _perplexity_of(score: SequenceScore) -> float | None:
 
 
 def mean_perplexity(scores: Sequence[SequenceScore]) -> float:
-    """Return the mean perplexity of texts, the figure in the paper's tables: every text has the same weight."""
+    """Return the mean perplexity over texts, all with the same weight: the figure in the paper's tables."""
     return statistics.fmean(value for value in map(_perplexity_of, scores) if value is not None)

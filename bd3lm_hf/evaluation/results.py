@@ -1,8 +1,8 @@
-"""Results of evaluations: what identifies a run, its scores on disk, and the tables.
+"""Identify evaluation runs, keep their scores on disk, and write tables of their results.
 
-The identity of a run is what its numbers depend on, as hashes and named values: the model, its weights, its
-vocabulary, the text. Scores of sequences are shared among processes and kept on disk, so that an interrupted
-evaluation continues where it stopped. Results are written as JSON (the last run), CSV and markdown (a row for each).
+The identity of a run is everything that its numbers depend on, as hashes and named values: model, weights, vocabulary,
+text. Sequences are scored by several processes and their scores kept on disk, so an interrupted evaluation continues
+where it stopped. Results are written as JSON (the last run), CSV and markdown (one row per run).
 """
 
 import csv
@@ -31,8 +31,8 @@ from bd3lm_hf.user_files import JsonLinesFile, check_output_file, is_json_with, 
 
 _DIGITS = 16
 
-# Fields of a configuration that say where a model comes from and how it runs, not what it computes. The interval of
-# noise levels is one of them: the search moves it during training, and it is stored with the weights.
+# Fields of a configuration that do not change what a model computes, only where it comes from and how it runs. The
+# clipping interval is excluded too: interval search changes it during training, and it is stored with the weights.
 _IGNORED_CONFIG = {
     *("_name_or_path", "architectures", "attn_backend", "auto_map", "dtype", "torch_dtype", "return_dict"),
     *("output_attentions", "output_hidden_states", "use_cache", "requires_transformers", "transformers_version"),
@@ -41,12 +41,12 @@ _IGNORED_CONFIG = {
 
 
 def config_identity(config: Any) -> dict[str, Any]:
-    """Return the fields of a configuration that decide what the model computes."""
+    """Return the fields of a configuration that determine what the model computes."""
     return {name: value for name, value in config.to_dict().items() if name not in _IGNORED_CONFIG}
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
-    """Return size and hash of the vocabulary; empty without a tokenizer."""
+    """Return the size and hash of the vocabulary; empty without a tokenizer."""
     if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
         return {}
     vocabulary = sorted(tokenizer.get_vocab().items())
@@ -57,15 +57,15 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
 
 
 def data_identity(rows: Any, *, sample: int | None = None) -> dict[str, Any]:
-    """Return number and hash of sequences; a stream has an `identity` of its own.
+    """Return the number and hash of sequences, or the `identity` of a stream.
 
     Args:
-        sample: hash so many of them, evenly spaced; all by default.
+        sample: hash at most this many, evenly spaced; all by default.
     """
     if not isinstance(rows, Sized):
         return {"kind": "a stream", **getattr(rows, "identity", {})}
     hashed = hashlib.sha256()
-    # Rounded up, so that at most `sample` rows are read.
+    # Rounded up, to read at most `sample` rows.
     step = 1 if sample is None else max(1, -(-len(rows) // sample))
     for index in range(0, len(rows), step):
         row = rows[index]  # type: ignore[index]
@@ -75,7 +75,7 @@ def data_identity(rows: Any, *, sample: int | None = None) -> dict[str, Any]:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """Return a hash of names, types, shapes and numbers of all weights, in the order of their names."""
+    """Return a hash of the names, dtypes, shapes and values of all weights, sorted by name."""
     hashed = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -91,7 +91,7 @@ def digest(value: Any) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions that a number may depend on, apart from model and text."""
+    """Return the library versions that a result can depend on."""
     others = {name: version(name) for name in ("torch", "transformers", "datasets")}
     return {"bd3lm_hf": bd3lm_hf.__version__, **others, "python": platform.python_version()}
 
@@ -103,17 +103,17 @@ _T = TypeVar("_T")
 
 
 class Processes(NamedTuple):
-    """The rank of this process among those that share the work."""
+    """The rank of this process, and the number of processes that share the work."""
 
     rank: int = 0
     size: int = 1
 
     def gather(self, items: list[_T]) -> list[_T]:
-        """Return the items of all processes, in each of them."""
+        """Return the items of all processes, in every process."""
         return gather_object(items) if self.size > 1 else items
 
     def broadcast(self, value: _T) -> _T:
-        """Return the first process's value, in each of them."""
+        """Return the first process's value, in every process."""
         return broadcast_object_list([value])[0] if self.size > 1 else value
 
 
@@ -124,24 +124,24 @@ class Progress(NamedTuple):
     """Progress of an evaluation."""
 
     scores: dict[int, SequenceScore]  # by index of the sequence
-    seconds: float  # spent on them
+    seconds: float  # time spent on these scores
 
 
-# Scores are written at most so often: every write waits for the disk, and with it all processes.
+# Scores are written at most this often, because all processes wait while one writes to the disk.
 _SECONDS_BETWEEN_WRITES = 1.0
 
 
 class ScoresFile(JsonLinesFile):
-    """The scores of runs, a line per write, after a line with the identity of the run.
+    """A file of scores: one line with the identity of each run, followed by one line per write.
 
-    A file holds the scores of any number of finished runs, as a table holds their results, and of at most one that was
-    interrupted. Another process must not write to it at the same time, see `lock_output`.
+    It contains any number of finished runs, as a table contains their results, and at most one interrupted run.
+    Lock it with `lock_output`: two processes must not write to it at the same time.
 
     Args:
-        restart: drop what the file holds.
+        restart: discard the content of the file.
 
     Raises:
-        ValueError: if the file holds something else.
+        ValueError: if it is not a file of scores.
     """
 
     def __init__(self, path: Path, *, restart: bool = False) -> None:
@@ -150,7 +150,7 @@ class ScoresFile(JsonLinesFile):
         self._runs: dict[str, dict[str, Any]] = {}  # identities
         self._progress: dict[str, Progress] = {}
         self._finished: set[str] = set()
-        self._waiting: dict[str, Any] = {}  # an entry that is not written yet
+        self._pending: dict[str, Any] = {}  # the entry that is not written yet
         self._last_write = 0.0
         for number, entry in self.read_lines():
             try:
@@ -174,12 +174,12 @@ class ScoresFile(JsonLinesFile):
             self._progress[run] = Progress(scores, seconds + entry["seconds"])
 
     def begin(self, identity: Mapping[str, Any]) -> Progress:
-        """Return what the file holds of the run with this identity.
+        """Return the progress of the run with this identity.
 
         Raises:
-            ValueError: if the file holds another run that was interrupted; the message names the differences.
+            ValueError: if the file contains another run that was interrupted, with the differences.
         """
-        identity = json.loads(json.dumps(identity))  # as it comes back from the file
+        identity = json.loads(json.dumps(identity))  # as it is read back from the file
         run = digest(identity)
         for other, old in self._runs.items():
             if other == run or other in self._finished or not self._progress[other].scores:
@@ -190,8 +190,8 @@ class ScoresFile(JsonLinesFile):
                 if old.get(name) != identity.get(name)
             ]
             raise ValueError(
-                f"{self.path} holds {len(self._progress[other].scores)} scores of another run that was interrupted: "
-                f"{'; '.join(differences)}. Repeat that run to finish it, name another output, or drop its scores "
+                f"{self.path} has {len(self._progress[other].scores)} scores of another run that was interrupted: "
+                f"{'; '.join(differences)}. Repeat that run to finish it, name another output, or discard its scores "
                 f"with --restart."
             )
         if run not in self._runs:
@@ -199,19 +199,19 @@ class ScoresFile(JsonLinesFile):
         return self._progress[run]
 
     def append(self, identity: Mapping[str, Any], scores: Sequence[SequenceScore], seconds: float) -> None:
-        """Keep the scores of one more round of the run with this identity; they are on disk within a second."""
-        waiting = self._waiting or {"run": digest(identity), "scores": [], "seconds": 0.0}
-        waiting["scores"] += [list(score) for score in scores]
-        waiting["seconds"] += seconds
-        self._waiting = waiting
+        """Add scores of the run with this identity; write them if the last write was a second ago or more."""
+        pending = self._pending or {"run": digest(identity), "scores": [], "seconds": 0.0}
+        pending["scores"] += [list(score) for score in scores]
+        pending["seconds"] += seconds
+        self._pending = pending
         if time.monotonic() - self._last_write >= _SECONDS_BETWEEN_WRITES:
             self.flush()
 
     def flush(self) -> None:
-        """Write the scores that wait."""
-        if self._waiting:
-            self._write(self._waiting)
-            self._waiting, self._last_write = {}, time.monotonic()
+        """Write the pending scores."""
+        if self._pending:
+            self._write(self._pending)
+            self._pending, self._last_write = {}, time.monotonic()
 
     def finish(self, identity: Mapping[str, Any]) -> None:
         """Mark the run with this identity as complete."""
@@ -235,17 +235,17 @@ def score_shared(
     processes: Processes = _SINGLE_PROCESS,
     progress: bool = False,
 ) -> Progress:
-    """Score all sequences, and return the scores in every process.
+    """Score all sequences in parallel, and return the scores in every process.
 
-    Batches are those of a single process, each given whole to one of them, so that the number of processes does not
-    even change rounding. A batch of which a score is missing in the file is scored again.
+    The batches are the same as in a single process, so the number of processes does not even change rounding. A batch
+    is scored again if the file lacks any of its scores.
 
     Args:
-        identity: what decides the scores, for the file.
-        file: of the first process, None in the others; None keeps nothing.
+        identity: everything that determines the scores, for the file.
+        file: the file of the first process; None in the others, or to keep no scores.
 
     Raises:
-        ValueError: if the file holds another run that was interrupted.
+        ValueError: if the file contains another run that was interrupted.
     """
     begun = processes.broadcast(_begin(file, identity))
     if isinstance(begun, ValueError):
@@ -257,10 +257,10 @@ def score_shared(
     report = ProgressReport("scoring", len(sequences), initial=len(scores), unit="sequence", disable=not progress)
     try:
         with report:
-            # A round is a batch for each process; in the last one some may have none.
-            while turn := list(itertools.islice(missing, processes.size)):
+            # Each round has one batch per process; in the last round some processes may have none.
+            while round_batches := list(itertools.islice(missing, processes.size)):
                 started = time.perf_counter()
-                own = turn[processes.rank : processes.rank + 1]
+                own = round_batches[processes.rank : processes.rank + 1]
                 found = processes.gather([score for batch in own for score in score_batch(model, batch, protocol)])
                 new = [SequenceScore(*score) for score in found if score[0] not in scores]
                 spent = time.perf_counter() - started
@@ -287,7 +287,7 @@ def _begin(file: ScoresFile | None, identity: Mapping[str, Any]) -> Progress | V
 # Tables of results
 
 
-#: The fields of every result, in the order of the columns of a CSV file.
+#: The fields of every result, in the column order of a CSV file.
 FIELDS = (
     *("model", "dataset", "split", "suite", "estimator", "num_samples", "bound", "nll", "standard_error"),
     *("bits_per_token", "bits_per_byte", "perplexity", "num_tokens", "num_sequences", "seconds", "seed"),
@@ -296,7 +296,7 @@ FIELDS = (
     *("bd3lm_hf", "torch", "transformers", "datasets", "python"),
 )
 
-#: Columns of a markdown table: the title, and the cell of a result.
+#: Columns of a markdown table: the title -> the cell of a result.
 _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "model": lambda row: escape_markdown(Path(row["model"]).name),
     "dataset": lambda row: escape_markdown(f"{row['dataset']} ({row['split']} split)"),
@@ -315,7 +315,7 @@ _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a table in which a perplexity that is an upper bound is marked so."""
+    """Return a markdown table, in which perplexities that are upper bounds are marked as such."""
     return markdown_table(list(_COLUMNS), [[cell(row) for cell in _COLUMNS.values()] for row in rows])
 
 
@@ -328,7 +328,7 @@ def check_outputs(paths: Sequence[Path], *, overwrite: bool = False) -> None:
     for path in paths:
         kind = path.suffix.lower()
         if kind not in _WRITERS:
-            raise ValueError(f"--output {path}: the name of a result ends in one of {', '.join(_WRITERS)}.")
+            raise ValueError(f"--output {path}: the name of a result must end in one of {', '.join(_WRITERS)}.")
         check_output_file(path, "--output", is_ours=_is_result if kind == ".json" else None, overwrite=overwrite)
         if path.exists() and not os.access(path, os.W_OK):
             raise ValueError(f"--output {path} cannot be written: no permission.")
@@ -347,10 +347,10 @@ def _is_result(path: Path) -> bool:
 
 
 def write_results(path: Path, rows: Sequence[Mapping[str, Any]], suite: str | None = None) -> None:
-    """Write results into a file of the kind that its name ends in.
+    """Write results in the format that the file name ends in.
 
     Args:
-        suite: the rows belong to this suite, and a JSON file holds them as a list.
+        suite: the suite of the rows, which JSON then stores as a list.
     """
     _WRITERS[path.suffix.lower()](path, rows, suite)
 
@@ -373,7 +373,7 @@ def _append_csv(path: Path, rows: Sequence[Mapping[str, Any]], suite: str | None
 
 def _append_markdown(path: Path, rows: Sequence[Mapping[str, Any]], suite: str | None) -> None:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    # Rows join the table that ends the file; after anything else a table begins.
+    # Append to a table at the end of the file; after anything else, start a new one.
     last = next((number for number in reversed(range(len(lines))) if not lines[number].startswith("|")), -1)
     head, added = markdown([]).splitlines(), markdown(rows).splitlines()
     if lines[last + 1 : last + 3] == head:
@@ -388,7 +388,7 @@ _WRITERS = {".json": _write_json, ".csv": _append_csv, ".md": _append_markdown}
 
 
 def describe_estimator(name: Any, num_samples: Any, *, bound: bool) -> str:
-    """Return what a score is: the likelihood itself, its bound, or an estimate of the bound from noise samples."""
+    """Describe a score: the likelihood itself, its bound, or an estimate of the bound from noise samples."""
     if not bound:
         return "exact likelihood"
     if name == "exact":

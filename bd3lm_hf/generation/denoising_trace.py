@@ -1,22 +1,22 @@
-"""Write the trace of a generated text, as data and as a page: the reverse process, one step per forward pass.
+"""Write the trace of a generated text as data or as a page: the reverse process, one step per forward pass.
 
 A trace (`trace.json`, and embedded in `trace.html`) is one JSON object:
 
-- `format`: `"bd3lm-trace"`; `version`: 1; `model`, `sampler`: names to show; `settings`: fields of the generation;
+- `format`: `"bd3lm-trace"`; `version`: 1; `model`, `sampler`: names to show; `settings`: generation settings;
   `block_size`; `mask_token_id`;
-- `vocabulary`: token id (a string, as in JSON) -> text, of the ids that were revealed and masked again;
-- `quantiles`: deciles of the probabilities of all revealed tokens, the least and the greatest included;
+- `vocabulary`: token id (a string, as JSON requires) -> text, for ids that were revealed and later masked again;
+- `quantiles`: deciles of the probabilities of all revealed tokens, from minimum to maximum;
 - `samples`: a list of objects with
     - `index`, `prompt` (null if there is none), `num_prompt_tokens`, `num_tokens` (new ones), `forwards` (forward
       passes that revealed a token of this sample), `tokens_per_forward`;
     - `ids`: all tokens of the text, the prompt's first; a *position* counts these from 0;
-    - `texts`: what each of them adds to the text; null for tokens that form a character only together;
-    - `characters`: `[start, stop, text]` of such tokens; `special`: positions of special tokens;
+    - `texts`: the characters that each token adds; null for tokens that only form a character together;
+    - `characters`: `[start, stop, text]` of each such group of tokens; `special`: positions of special tokens;
     - `blocks`: `[start, stop]` positions of each block's new tokens;
     - `opening`: the step that the page shows first, counted from 1;
-    - `steps`: each has the number of its `block`, and `changes`. A step with `forward` true is a forward pass and
-      what it revealed, `[position, id, confidence]` with the probability of each token. One with `forward` false is
-      what a corrector masked again before the next forward pass, `[position, null, null]`.
+    - `steps`: each has the number of its `block`, and `changes`. If `forward` is true, the changes are the tokens
+      that a forward pass revealed, `[position, id, confidence]` with the probability of each. If it is false, they
+      are the positions that a corrector masked again before the next forward pass, `[position, null, null]`.
 
 Before the first step all new tokens are masked; after the last one every position holds its id in `ids`.
 """
@@ -44,17 +44,17 @@ ENDINGS = (".html", ".json")
 # What an incomplete character decodes to.
 _REPLACEMENT = "�"
 
-# UTF-8 needs at most so many bytes, and a token has at least one.
+# In tokens: UTF-8 needs at most four bytes, and a token has at least one.
 _LONGEST_CHARACTER = 4
 
 
 class RowStep(NamedTuple):
     """One sample's part of a denoising step."""
 
-    block: int  # a number that the steps of a block share
+    block: int  # the same for all steps of a block
     positions: Sequence[int]  # of the block's tokens; negative: outside the text
-    tokens: Sequence[int]  # after the step, mask tokens included
-    confidence: Sequence[float | None]  # probability of each token that was revealed in this step, None for others
+    tokens: Sequence[int]  # after the step, including mask tokens
+    confidence: Sequence[float | None]  # probability of each token that this step revealed, None for the others
 
 
 def row_steps(trace: Iterable[Any], row: int, offset: int) -> Iterator[RowStep]:
@@ -76,20 +76,20 @@ def row_steps(trace: Iterable[Any], row: int, offset: int) -> Iterator[RowStep]:
 class Pieces(NamedTuple):
     """The characters that each token adds to a text."""
 
-    texts: list[str | None]  # None: a part of a character
-    characters: list[tuple[int, int, str]]  # start, stop and text of the characters that several tokens form
+    texts: list[str | None]  # None: part of a character
+    characters: list[tuple[int, int, str]]  # start, stop and text of each character that several tokens form
 
 
 def pieces(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> Pieces:
     """Split the decoded text among its tokens; joined in order, the pieces are the text.
 
-    A token is decoded after the one before it, so that spaces come out as in the whole text. Tokens that hold parts
-    of a character (bytes of a byte-level vocabulary) stay together until it is complete; bytes that form no character
-    become one replacement character each.
+    Each token is decoded together with the one before it, so spaces come out as in the whole text. Tokens that form a
+    character together (bytes of a byte-level vocabulary) stay together; bytes that form no character become one
+    replacement character each.
     """
     texts: list[str | None] = []
     characters: list[tuple[int, int, str]] = []
-    context = start = 0  # of the tokens that are decoded, and of those that are not yet split
+    context = start = 0  # the first token to decode, and the first that is not split yet
     while start < len(ids):
         before = _decode(tokenizer, ids[context:start])
         for stop in range(start + 1, min(start + _LONGEST_CHARACTER, len(ids)) + 1):
@@ -104,7 +104,7 @@ def pieces(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> Pieces:
         else:
             texts += [None] * (stop - start)
             characters.append((start, stop, text))
-        # After bytes that form no character the next token is decoded alone: they would swallow its own bytes.
+        # The token after bytes that form no character is decoded without them: they would swallow its bytes.
         context, start = stop if broken else start, stop
     return Pieces(texts, characters)
 
@@ -119,25 +119,25 @@ def traced_sample(
     steps: Iterable[RowStep],
     mask_token_id: int,
 ) -> dict[str, Any]:
-    """Return one entry of `samples`, without what the steps revealed after the end of the text (its EOS token).
+    """Return one entry of `samples`, without tokens that the steps revealed after the EOS token of the text.
 
     Raises:
-        ValueError: if the steps do not end at `new_ids`.
+        ValueError: if the steps do not result in `new_ids`.
     """
     ids = [*prompt_ids, *new_ids]
     # The token at each new position, as the steps are replayed.
     state = dict.fromkeys(range(len(prompt_ids), len(ids)), mask_token_id)
     blocks: dict[int, list[int]] = {}  # new positions of each block
-    owner: dict[int, int] = {}  # the block that wrote each position; windows that overlap hold some again
+    owner: dict[int, int] = {}  # the block that wrote each position
     recorded: list[dict[str, Any]] = []
     for step in steps:
-        # The first block that writes a position owns it: a window that overlaps shows it again, unchanged.
+        # The first block that writes a position owns it: overlapping windows show it again, unchanged.
         entries = (entry for entry in zip(*step[1:], strict=True) if entry[0] in state)
         inside = [entry for entry in entries if owner.setdefault(entry[0], step.block) == step.block]
         if not inside:
-            continue  # this row has ended, other rows of the batch continue
+            continue  # this row has ended, but other rows of the batch have not
         blocks.setdefault(step.block, [position for position, _, _ in inside])
-        # What is masked now, or revealed now, and held a token before, was masked in between.
+        # A position that had a token, and now is masked or revealed again, was masked in between.
         masked: list[list[Any]] = [
             [position, None, None]
             for position, token, confidence in inside
@@ -152,8 +152,8 @@ def traced_sample(
     if list(state.values()) != list(new_ids):
         wrong = next(position for position, token in state.items() if token != ids[position])
         raise ValueError(
-            f"the trace of sample {index} holds the token {state[wrong]} at position {wrong} where the text has "
-            f"{ids[wrong]}: give the steps and the text of one call."
+            f"the trace of sample {index} has token {state[wrong]} at position {wrong}, but the text has "
+            f"{ids[wrong]}: pass the steps and the text of the same call."
         )
     forwards = sum(step["forward"] for step in recorded)
     split = pieces(tokenizer, ids)
@@ -178,10 +178,10 @@ def traced_sample(
 def opening_step(blocks: Sequence[int]) -> int:
     """Return the step nearest to the middle that leaves its block partly masked, or the last one.
 
-    At such a step a reader sees finished text, a block in the making and masks at once.
+    Such a step shows finished text, a partly denoised block and masks at once.
 
     Args:
-        blocks: number of the block of each step.
+        blocks: block number of each step.
     """
     last = len(blocks)
     partly = (step for step in range(1, last) if blocks[step] == blocks[step - 1])
@@ -235,9 +235,9 @@ def _deciles(values: Sequence[float]) -> list[float]:
 
 
 def trace_page(document: dict[str, Any]) -> str:
-    """Return the trace as one page that needs nothing else: no network, no other file."""
+    """Return the trace as a self-contained page: no network, no other files."""
     template = resources.files("bd3lm_hf.generation").joinpath("denoising_trace.html").read_text(encoding="utf-8")
-    data = json.dumps(document, allow_nan=False)  # ASCII, so that line separators are escaped as well
+    data = json.dumps(document, allow_nan=False)  # ASCII, so line separators are escaped too
     # The text of a token must not end the element that holds the data, or begin a comment in it.
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")
@@ -248,7 +248,7 @@ def write_trace(document: dict[str, Any], path: Path) -> None:
     """Write a page (`.html`) or the data (`.json`).
 
     Raises:
-        ValueError: if the file name ends in neither.
+        ValueError: if the file name has another ending.
     """
     check_ending(path)
     is_page = path.suffix.lower() == ENDINGS[0]
@@ -256,9 +256,9 @@ def write_trace(document: dict[str, Any], path: Path) -> None:
 
 
 def check_ending(path: Path) -> None:
-    """Refuse a file name that is neither a page nor data."""
+    """Refuse a file name that does not end in one of `ENDINGS`."""
     if path.suffix.lower() not in ENDINGS:
-        raise ValueError(f"--trace {path}: the name of a trace ends in {' or '.join(ENDINGS)}.")
+        raise ValueError(f"--trace {path}: the name of a trace must end in {' or '.join(ENDINGS)}.")
 
 
 def _decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:

@@ -1,6 +1,6 @@
 """`bd3lm generate` and `bd3lm infill`: flags, prompts and checks. Imports nothing slow.
 
-`write_samples.py` does the work.
+The commands themselves are in `write_samples.py`.
 """
 
 import argparse
@@ -21,34 +21,34 @@ from bd3lm_hf.user_files import begins_with, check_output_file
 
 #: Fields of the generation config that have a flag: type and help.
 FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "num_denoising_steps": (integer(1), "steps of a block; by default as many as the sampler needs"),
-    "confidence_threshold": (number(1, allow_zero=True), "confidence: reveals what is more probable; 1: one by one"),
-    "entropy_bound": (number(allow_zero=True), "entropy_bound: nats of uncertainty that a step may reveal"),
-    "remask_fraction": (number(1, allow_zero=True), "share of a block that is masked and revealed once more"),
+    "num_denoising_steps": (integer(1), "denoising steps per block; by default as many as the sampler needs"),
+    "confidence_threshold": (number(1, allow_zero=True), "confidence: reveal tokens above this; 1: one at a time"),
+    "entropy_bound": (number(allow_zero=True), "entropy_bound: nats of uncertainty that one step may reveal"),
+    "remask_fraction": (number(1, allow_zero=True), "fraction of each block to mask and reveal again"),
     "window_stride": (integer(1), "MDLM, SEDD: tokens by which a full window moves; by default half of it"),
-    "temperature": (number(), "divides the logits; below 1 sharpens the choice"),
-    "top_k": (integer(0), "choose among the k most likely tokens; 0: all"),
-    "top_p": (number(1), "choose among the most likely tokens that together reach this probability"),
+    "temperature": (number(), "divides the logits; below 1 sharpens the distribution"),
+    "top_k": (integer(0), "sample from the k most likely tokens; 0: all"),
+    "top_p": (number(1), "sample from the most likely tokens that together reach this probability"),
     "nucleus_p": (number(1), "the paper's nucleus, which drops the token that crosses p; the paper uses 0.9"),
-    "repetition_penalty": (number(), "above 1 discourages tokens that occurred"),
-    "entropy_stop": (number(), "ends a text whose last tokens have a lower entropy in nats; the paper has 4"),
-    "entropy_stop_window": (integer(1), "how many tokens that looks at"),
-    "max_time": (number(), "seconds after which a batch ends with its current block"),
+    "repetition_penalty": (number(), "above 1 discourages tokens that have occurred"),
+    "entropy_stop": (number(), "stop when the last tokens have a lower entropy, in nats; the paper uses 4"),
+    "entropy_stop_window": (integer(1), "number of last tokens that --entropy-stop looks at"),
+    "max_time": (number(), "stop a batch after this many seconds, at the end of its current block"),
 }
 
-#: Fields with a flag that names a choice. Their values are keys of tables in `modeling`, which needs torch; a test
-#: compares them.
+#: Fields whose flag takes one of these values, the keys of tables in `modeling`. Copied, because `modeling` needs
+#: torch; a test compares them.
 CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "sampler": (
         ("first_hitting", "ancestral", "confidence", "entropy_bound", "analytic"),
-        "which masked positions to reveal when",
+        "decides which masked positions each step reveals",
     ),
     "sampling_dtype": (("float32", "float64"), "precision of the probabilities that tokens are sampled from"),
     "context": (("all", "previous_block"), "simplex diffusion: what a block is conditioned on"),
     "projection": (("sampling", "even", "uneven"), "simplex diffusion: how a step projects the logits"),
 }
 
-#: Fields and choices of `bd3lm infill`: the lengths and ends of gaps are given.
+#: Fields and choices of `bd3lm infill`: the rest decide where a text ends, but a gap has a given length.
 INFILL_FIELDS = [
     name for name in FIELDS if name not in ("window_stride", "entropy_stop", "entropy_stop_window", "max_time")
 ]
@@ -60,10 +60,10 @@ _BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Job:
-    """The arguments of `bd3lm generate`, after their checks."""
+    """The checked arguments of `bd3lm generate`."""
 
     model: str
-    prompts: list[str | None]  # None: from nothing
+    prompts: list[str | None]  # None: no prompt
     num_samples: int  # per prompt
     batch_size: int
     seed: int
@@ -75,12 +75,12 @@ class Job:
 
     @property
     def sample_prompts(self) -> list[str | None]:
-        """The prompt of each sample: the samples of a prompt one after the other."""
+        """The prompt of each sample; all samples of a prompt are adjacent."""
         return [prompt for prompt in self.prompts for _ in range(self.num_samples)]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return the settings that decide the texts, apart from the prompts."""
+        """The settings that determine the texts, apart from the prompts."""
         return {"model": self.model, "seed": self.seed, **self.generation}
 
 
@@ -94,13 +94,13 @@ def add_generate_arguments(parser: argparse.ArgumentParser, words: Sequence[str]
     )
     source.add_argument("--chat", action="store_true", help="answer messages typed in a terminal, until Ctrl-D")
     source.add_argument("--prompt-file", help="a prompt per line, or a .jsonl file with `prompt` in every object")
-    what.add_argument("--num-samples", type=integer(1), default=1, help="texts per prompt, or from nothing (1)")
-    what.add_argument("--max-new-tokens", type=integer(1), default=64)
+    what.add_argument("--num-samples", type=integer(1), default=1, help="texts per prompt, or without a prompt (1)")
+    what.add_argument("--max-new-tokens", type=integer(1), default=64, help="longest continuation, in tokens (64)")
     what.add_argument(
         "--batch-size",
         type=integer(1),
-        help=f"texts generated at once ({_BATCH_SIZE}, or 1 with --stream); a text depends on the seed and its "
-        f"number, and on its batch by rounding at most",
+        help=f"texts generated at once ({_BATCH_SIZE}, or 1 with --stream); apart from rounding, it does not change "
+        f"the texts",
     )
     how = parser.add_argument_group("how to generate")
     add_do_sample(how)
@@ -109,17 +109,17 @@ def add_generate_arguments(parser: argparse.ArgumentParser, words: Sequence[str]
         "--stop-at-second-eos",
         action="store_true",
         default=None,
-        help="the paper's rule: end with the second end token",
+        help="the paper's rule: stop at the second end token",
     )
     where = parser.add_argument_group("output")
     where.add_argument("--stream", action="store_true", help="show each text while it is generated")
     where.add_argument(
         "--output",
         type=Path,
-        help="samples file, a JSON object per line; a rerun continues after what is there, and may add samples per "
-        "prompt as in one larger run",
+        help="samples file, a JSON object per line; a rerun continues it, and can add samples per prompt as if from "
+        "one larger run",
     )
-    where.add_argument("--overwrite", action="store_true", help="replace the files that exist")
+    where.add_argument("--overwrite", action="store_true", help="replace existing files")
     where.add_argument(
         "--trace", type=Path, action="append", help="page (.html) or data (.json) that replays every denoising step"
     )
@@ -133,22 +133,22 @@ def add_infill_arguments(parser: argparse.ArgumentParser, words: Sequence[str] =
         "--text", action="append", help="text with gaps; may be repeated; - reads lines of standard input"
     )
     source.add_argument("--text-file", help="a text per line, or a .jsonl file with `prompt` in every object")
-    parser.add_argument("--gap", default="___", help="how a gap is written (___); the mask token is one too")
-    parser.add_argument("--gap-tokens", type=integer(1), default=1, help="tokens that fill a gap (1)")
+    parser.add_argument("--gap", default="___", help="what marks a gap (___); the mask token always does")
+    parser.add_argument("--gap-tokens", type=integer(1), default=1, help="tokens per gap (1)")
     how = parser.add_argument_group("how to fill")
     add_do_sample(how)
     add_sampling(how, INFILL_FIELDS)
 
 
 def add_do_sample(group: Any) -> None:
-    """Add `--do-sample` and `--greedy`, of which one may be given."""
+    """Add `--do-sample` and `--greedy`, which exclude each other."""
     choice = group.add_mutually_exclusive_group()
     choice.add_argument("--do-sample", action="store_true", default=True, help="sample tokens (default)")
     choice.add_argument("--greedy", dest="do_sample", action="store_false", help="take the most likely token")
 
 
 def add_sampling(group: Any, fields: Iterable[str]) -> None:
-    """Add the flags that decide how a text is sampled: `CHOICES`, and these of `FIELDS`."""
+    """Add the sampling flags: all `CHOICES`, and the given `FIELDS`."""
     for name, (values, text) in CHOICES.items():
         group.add_argument(f"--{name.replace('_', '-')}", choices=values, help=text)
     for name in fields:
@@ -157,9 +157,9 @@ def add_sampling(group: Any, fields: Iterable[str]) -> None:
 
 
 def plan(arguments: argparse.Namespace) -> Job:
-    """Read the prompts and refuse what cannot be done, before a model is loaded."""
+    """Read the prompts and refuse flags that contradict each other, before a model is loaded."""
     if arguments.stream and (arguments.batch_size or 1) > 1:
-        raise ValueError(f"--stream shows one text at a time: leave --batch-size {arguments.batch_size} out.")
+        raise ValueError(f"--stream shows one text at a time: leave out --batch-size {arguments.batch_size}.")
     if arguments.overwrite and arguments.output is None and not arguments.trace:
         raise ValueError("--overwrite replaces files: name one with --output or --trace.")
     for path in arguments.trace or ():
@@ -198,7 +198,7 @@ def check_chat_arguments(arguments: argparse.Namespace) -> None:
         "--trace": bool(arguments.trace),
     }
     if unfit := [name for name, is_given in given.items() if is_given]:
-        raise ValueError(f"--chat shows one answer after the other: leave out {', '.join(unfit)}.")
+        raise ValueError(f"--chat shows one answer at a time: leave out {', '.join(unfit)}.")
 
 
 # Prompts
@@ -212,11 +212,11 @@ def read_prompts(
 ) -> list[str | None]:
     """Return the prompts of `--prompt` (texts), `--prompt-file` (a name) or standard input; `[None]` without any.
 
-    A file holds one prompt per line; a line of a `.jsonl` file is an object with a `prompt`. Blank lines are skipped.
-    `"-"` is standard input, which is also read when nothing is named and something is piped in.
+    A file has one prompt per line; a line of a `.jsonl` file is an object with a `prompt`. Blank lines are skipped.
+    `"-"` is standard input, which is also read if no prompts are given and input is piped in.
 
     Raises:
-        ValueError: if a file is missing, without prompts or not UTF-8, a prompt is empty, or a line holds none.
+        ValueError: if a file is missing, has no prompts or is not UTF-8, or a prompt is missing or empty.
     """
     stdin = sys.stdin if stdin is None else stdin
     if texts and list(texts) != [STDIN]:
@@ -244,7 +244,7 @@ def _lines(file: str, text: str) -> list[str | None]:
     numbered = enumerate((line.removesuffix("\r") for line in text.split("\n")), start=1)
     lines = [(f"line {number} of {name}", line) for number, line in numbered if line.strip()]
     if not lines:
-        raise ValueError(f"{name} holds no prompt: write one prompt per line.")
+        raise ValueError(f"{name} has no prompts: write one per line.")
     is_json = file.lower().endswith(".jsonl")
     return list(_checked((position, _prompt_of(line, position) if is_json else line) for position, line in lines))
 
@@ -262,7 +262,7 @@ def _prompt_of(line: str, position: str) -> str:
 def _checked(prompts: Iterable[tuple[str, str]]) -> Iterable[str]:
     for position, text in prompts:
         if not text.strip():
-            raise ValueError(f"{position} is an empty prompt: remove it. Without a prompt, text starts from nothing.")
+            raise ValueError(f"{position} is an empty prompt: remove it. To start from nothing, give no prompt.")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -271,7 +271,7 @@ def _checked(prompts: Iterable[tuple[str, str]]) -> Iterable[str]:
 
 
 def _is_piped(stdin: TextIO) -> bool:
-    """Whether something was sent to standard input; an open but silent pipe is not waited for."""
+    """Return whether standard input has data; do not wait for an open but silent pipe."""
     try:
         mode = os.fstat(stdin.fileno()).st_mode
         return (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)) and bool(select.select([stdin], [], [], 0)[0])

@@ -1,8 +1,7 @@
-"""Generate text with a seed for each row, and keep it in a file of samples that the next run continues.
+"""Generate text with one seed per row, and save it in a samples file that a later run can continue.
 
-Alone or in a batch, a row is the same text. `generate_batch` is the one wrapper around `model.generate`: the generate
-command, generative evaluation, the quality curves, the comparison of models and the samples shown while training all
-call it.
+A row gives the same text alone and in a batch. `generate_batch` is the only wrapper around `model.generate`: the
+generate command, generative evaluation, quality curves, model comparison and samples during training all call it.
 """
 
 import contextlib
@@ -22,14 +21,14 @@ from bd3lm_hf.user_files import JsonLinesFile, check_output_file, lock_output
 
 
 class GeneratedText(NamedTuple):
-    """Prompt and continuation, and what generating it took."""
+    """A prompt and its continuation, with the cost of generating it."""
 
     ids: list[int]
     num_given: int  # tokens of the prompt
-    forwards: int = 0  # forward passes in which this row revealed a token: those that it takes when generated alone
-    batch_forwards: int = 0  # forward passes of its batch, which ends with its slowest row
-    seconds: float = 0.0  # its share of the time of its batch
-    steps: Sequence[RowStep] = ()  # if they were asked for
+    forwards: int = 0  # forward passes that revealed a token of this row, as many as when it is generated alone
+    batch_forwards: int = 0  # forward passes of the whole batch, which runs until its slowest row ends
+    seconds: float = 0.0  # this row's share of the batch's time
+    steps: Sequence[RowStep] = ()  # empty unless requested
 
     @property
     def new_ids(self) -> list[int]:
@@ -48,22 +47,21 @@ def generate_batch(
     one_by_one: bool = True,
     **generation: Any,
 ) -> list[GeneratedText]:
-    """Continue each prompt by `max_new_tokens` tokens; a row depends on its seed, and on its batch by rounding only.
+    """Continue each prompt by `max_new_tokens` tokens; apart from rounding, a row does not depend on its batch.
 
-    A model that draws the tokens of a batch from a single generator continues its prompts one by one, unless nothing
-    is drawn. The global random state stays as it was.
+    A model that samples a whole batch from a single generator continues its prompts one by one, unless it is greedy.
+    The global random state is left unchanged.
 
     Args:
         prompts: token ids.
-        seeds: one for each prompt.
-        stop_at_eos: an end token ends a text, which is then shorter; otherwise it is a token like any other, as in
-            packed training text.
+        seeds: one seed per prompt.
+        stop_at_eos: end a text at an end token; otherwise it is a token like any other, as in packed training text.
         keep_steps: return every denoising step.
         one_by_one: False lets a model with a single generator sample the batch together, from the first seed: faster,
-            but what a row gets depends on its batch.
+            but a row then depends on its batch.
         generation: arguments of `generate`.
     """
-    has_row_generators = getattr(model, "generator_per_row", False)  # a plain decoder has no such flag
+    has_row_generators = getattr(model, "generator_per_row", False)  # plain decoders do not have this attribute
     if one_by_one and len(prompts) > 1 and not has_row_generators and generation.get("do_sample"):
         return [
             generate_batch(
@@ -80,7 +78,7 @@ def generate_batch(
     inputs = pad_left(prompts, model.device, model.generation_config.pad_token_id or 0)
     if has_row_generators:
         generation["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
-    # Only the trace shows which steps revealed a token of which row.
+    # Only the trace shows which steps revealed tokens of which row.
     if keep_steps or (has_row_generators and hasattr(model.generation_config, "output_trace")):
         generation["output_trace"] = True
     started = time.perf_counter()
@@ -110,7 +108,7 @@ def without_padding(new_ids: list[int], config: Any) -> list[int]:
     while count and new_ids[count - 1] == padding:
         count -= 1
     if padding in ends and count < len(new_ids):
-        count += 1  # the first of them ended the text
+        count += 1  # the first one ended the text
     return new_ids[:count]
 
 
@@ -126,12 +124,12 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device, padding: in
 
 
 def _count_forwards(output: Any, row: int, num_new: int) -> tuple[int, int]:
-    """Return the forward passes of a row, and of its batch."""
-    # An autoregressive model counts none: it takes one for each token, and the batch goes on with its longest row.
+    """Return the number of forward passes of a row, and of its batch."""
+    # A plain decoder reports no count: it takes one forward pass per token.
     in_batch = output.get("num_forward_passes")
     if output.get("trace") is None:
         return in_batch or num_new, in_batch or num_new
-    # In the other steps the row waits for the batch.
+    # In all other steps the row only waits for the rest of the batch.
     return sum(bool(step.revealed[row].any()) for step in output.trace), in_batch or len(output.trace)
 
 
@@ -144,7 +142,7 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _eos_disabled(config: Any, disabled: bool) -> Iterator[None]:
-    # `generate` takes what a call leaves out, and what it sets to None, from the model's own fields.
+    # Passing `eos_token_id=None` is not enough: `generate` takes None from the model's own generation config.
     eos_token_id = config.eos_token_id
     if disabled:
         config.eos_token_id = None
@@ -162,20 +160,20 @@ _Sample = TypeVar("_Sample", bound="Sample")
 
 @dataclass
 class Sample:
-    """One text and how it came about: a line of the samples file."""
+    """One text and how it was generated: a line of the samples file."""
 
-    index: int  # its number in the file
-    prompt: str | None  # None: generated from nothing
-    text: str  # the prompt included
+    index: int  # position in the numbering of the file
+    prompt: str | None  # None: no prompt
+    text: str  # including the prompt
     num_prompt_tokens: int
-    num_tokens: int  # new ones, an end token included
+    num_tokens: int  # new tokens, including an end token
     seed: int
     forwards: int  # forward passes that this text takes when it is generated alone
-    batch_forwards: int  # forward passes of its batch
+    batch_forwards: int  # forward passes of the whole batch
     tokens_per_forward: float  # num_tokens / forwards
-    seconds: float  # its share of its batch's time
+    seconds: float  # this text's share of the batch's time
     model: str
-    settings: dict[str, Any]  # what decides the text, apart from the prompt
+    settings: dict[str, Any]  # everything that determines the text, apart from the prompt
 
     @classmethod
     def of(
@@ -191,8 +189,8 @@ class Sample:
         """Describe a generated text.
 
         Args:
-            settings: what decides the text; they have its `model` and `seed`.
-            fields: of a subclass.
+            settings: everything that determines the text, including its `model` and `seed`.
+            fields: fields that a subclass adds.
         """
         num_tokens = len(text.new_ids)
         return cls(
@@ -212,24 +210,24 @@ class Sample:
         )
 
 
-# Settings of earlier versions that do not decide a text.
+# Settings that earlier versions wrote, and that do not change a text.
 _IGNORED_SETTINGS = {"num_prompts", "num_samples", "batch_size", "samples_per_prompt"}
 
 
 class SamplesFile(JsonLinesFile):
-    """A file of samples, each on disk as soon as it is finished; a rerun continues after them.
+    """A samples file: each sample is on disk as soon as it is finished, and a rerun continues the file.
 
-    Use [`open_samples`], which keeps other processes away from the file.
+    Use [`open_samples`], which locks the file against other processes.
 
     Args:
-        prompts: that of each requested sample. Finished samples of a prompt are kept; the missing ones get the first
-            free indices, so that a file can grow by samples per prompt and by prompts.
-        settings: what decides the texts; a file with other settings is refused.
+        prompts: the prompt of each requested sample. Finished samples are kept, and missing ones get the first free
+            indices, so a file can grow by samples per prompt and by prompts.
+        settings: everything that determines the texts; a file with other settings is refused.
         overwrite: start again. The old file stays until the first sample is finished.
-        flag: what the user calls the file, for messages.
+        flag: the flag that named the file, for messages.
 
     Raises:
-        ValueError: if the folder does not exist, or the file holds something else, or samples of other settings.
+        ValueError: if the folder does not exist, or the file is not a samples file or has other settings.
     """
 
     def __init__(
@@ -273,17 +271,17 @@ class SamplesFile(JsonLinesFile):
             )
 
     def missing(self) -> dict[int, str | None]:
-        """Return the prompts of the requested samples that are not finished, by their indices."""
+        """Return the prompts of the requested samples that are not finished, keyed by index."""
         requested = zip(self.indices, self.prompts, strict=True)
         return {index: prompt for index, prompt in requested if index not in self.finished}
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the requested samples that are finished, in the order of the request."""
+        """Return the finished samples among the requested ones, in the order of the request."""
         rows = {row["index"]: row for _, row in self.read_lines()} if self.finished else {}
         return [rows[index] for index in self.indices if index in rows]
 
     def append(self, samples: Iterable[Sample]) -> None:
-        """Write samples that are not there yet, each on disk before the next is taken.
+        """Write the samples that the file does not have, each to disk before the next is taken.
 
         Raises:
             ValueError: if another process changed the file.
@@ -295,7 +293,7 @@ class SamplesFile(JsonLinesFile):
 
 
 def _assign_indices(prompts: Sequence[str | None], found: Mapping[int, str | None]) -> list[int]:
-    """Return an index for the sample of each prompt: of one that was found, or the next that is free."""
+    """Return the index of each prompt's sample: that of a sample in the file, or the next free one."""
     of_prompt: defaultdict[str | None, deque[int]] = defaultdict(deque)
     for index in sorted(found):
         of_prompt[found[index]].append(index)
@@ -304,15 +302,14 @@ def _assign_indices(prompts: Sequence[str | None], found: Mapping[int, str | Non
 
 
 def sample_seeds(seed: int, prompts: Sequence[str | None], indices: Sequence[int]) -> dict[int, int]:
-    """Return the seed of each sample by its index.
+    """Return the seed of each sample, keyed by index.
 
-    It follows from a count of the first samples of all prompts, then their second ones, and so on. So a file to which
-    samples are added has the texts of one larger run. Prompts that are added to several samples each would have other
-    texts in a fresh run.
+    Seeds count the first samples of all prompts, then all second samples, and so on. So adding samples per prompt
+    gives the texts of one larger run. Adding prompts gives them only as long as each prompt has one sample.
 
     Args:
-        seed: of the run.
-        prompts, indices: of each requested sample.
+        seed: seed of the run.
+        prompts, indices: prompt and index of each requested sample.
     """
     numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
     counts: Counter[str | None] = Counter()
@@ -332,10 +329,10 @@ def open_samples(
     overwrite: bool = False,
     flag: str = "--output",
 ) -> Iterator[SamplesFile]:
-    """Open a [`SamplesFile`] that no other process writes to at the same time.
+    """Open a [`SamplesFile`], locked against other processes.
 
     Raises:
-        ValueError: if another process does, or the file is refused.
+        ValueError: if another process has locked it, or the file is refused.
     """
     check_output_file(path, flag)
     with lock_output(path, flag):

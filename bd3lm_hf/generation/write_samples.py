@@ -1,6 +1,6 @@
-"""Generate the samples of a job, and write each as soon as it is finished: to the terminal, a file, a trace.
+"""Generate the samples of a job, and write each to the terminal or a file as soon as it is finished.
 
-Also fill the gaps of texts, and hold a conversation in a terminal, each answer shown while it is written.
+Also fill gaps in texts, and chat in a terminal.
 """
 
 import argparse
@@ -41,10 +41,10 @@ from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.tokenization import encode_prompt
 
 
-# Not in every version of transformers; without it a terminal shows finished tokens only.
+# Some versions of transformers do not have it; a terminal then shows finished tokens only.
 _DRAFT_STREAMER: type[TextStreamer] = getattr(transformers, "TextDiffusionStreamer", TextStreamer)
 
-#: Printed between texts on standard output, as a text may hold line ends.
+#: Printed between texts on standard output, because a text can contain newlines.
 SEPARATOR = "-" * 8
 
 
@@ -62,10 +62,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def write_samples(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Generate all samples of a job that are not finished yet; an interrupt keeps those that are."""
+    """Generate the samples of a job that are not finished yet; an interrupt keeps finished ones."""
     check_generates(model, job.model)
     if job.traces and not hasattr(model.generation_config, "output_trace"):
-        raise ValueError(f"--trace shows denoising steps, and a {type(model).__name__} takes none: leave it out.")
+        raise ValueError(f"--trace shows denoising steps; a {type(model).__name__} does not have them: leave it out.")
     encoded = _encode(job, model, tokenizer)
     with contextlib.ExitStack() as stack:
         file = None
@@ -73,7 +73,7 @@ def write_samples(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> N
             opened = open_samples(job.output, job.sample_prompts, job.settings, overwrite=job.overwrite)
             file = stack.enter_context(opened)
         if file and job.traces and not file.missing():
-            raise ValueError(f"--trace: all samples are in {job.output} already, so there is nothing to trace.")
+            raise ValueError(f"--trace: all samples are already in {job.output}, so there is nothing to trace.")
         traced: list[dict[str, Any]] = []
         try:
             _generate_all(job, encoded, file, traced, model, tokenizer)
@@ -132,12 +132,12 @@ def _generate_all(
                     tqdm.write(separator + sample.text, file=sys.stdout)
             bar.update(len(batch))
     if file is not None:
-        print(f"{count} samples in {job.output}" + (f", {kept} of an earlier run" if kept else ""))
+        print(f"{count} samples in {job.output}" + (f", {kept} from an earlier run" if kept else ""))
 
 
 def _encode(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str | None, list[int]]:
-    """Return the token ids of each prompt; without a prompt, the token that begins a text."""
-    # Our models read the end of a prompt that is longer, with a warning, or refuse it themselves.
+    """Return the token ids of each prompt: the BOS token for an absent prompt."""
+    # Our own models warn and read the end of a longer prompt, or refuse it themselves.
     window = math.inf if hasattr(model, "token_nll") else window_of(model)
     encoded: dict[str | None, list[int]] = {}
     for prompt in job.prompts:
@@ -170,7 +170,7 @@ def _traced(sample: Sample, text: GeneratedText, model: Any, tokenizer: PreTrain
 
 
 def _streamer(tokenizer: PreTrainedTokenizerBase, *, skip_prompt: bool = False) -> TextStreamer:
-    # Drafts are overwritten in place, which only a terminal can do.
+    # Drafts are overwritten in place, which only a terminal supports.
     kind = _DRAFT_STREAMER if sys.stdout.isatty() else TextStreamer
     return kind(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
 
@@ -196,15 +196,15 @@ def _write_traces(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase, trac
 def run_infill(arguments: argparse.Namespace) -> None:
     """Fill the gaps of texts with tokens: `bd3lm infill --model DIR --text "The quick ___ fox"`."""
     if not arguments.gap:
-        raise ValueError("--gap '' would be a gap between any two characters: name what marks a gap.")
+        raise ValueError("--gap '' would match between any two characters: give the text that marks a gap.")
     texts = read_prompts(arguments.text, arguments.text_file, flag="--text")
     if texts == [None]:
-        raise ValueError("name what to fill: a --text with gaps, or a --text-file.")
+        raise ValueError("there is no text to fill: give a --text with gaps, or a --text-file.")
     model, tokenizer = load_model_and_tokenizer(arguments)
     if not hasattr(model, "infill"):
         is_ours = hasattr(model, "token_nll")
         remedy = "Name a block-diffusion model." if is_ours else how_to_adapt(arguments.model)
-        raise ValueError(f"--model {arguments.model} is a {type(model).__name__}, which fills no gaps. {remedy}")
+        raise ValueError(f"--model {arguments.model} is a {type(model).__name__}, which cannot fill gaps. {remedy}")
     encoded = [_encode_gaps(str(text), arguments, model, tokenizer) for text in texts]
     fields = {name: getattr(arguments, name) for name in ("do_sample", *INFILL_CHOICES, *INFILL_FIELDS)}
     fields = {name: value for name, value in fields.items() if value is not None}
@@ -231,7 +231,7 @@ def _encode_gaps(text: str, arguments: argparse.Namespace, model: Any, tokenizer
 # Conversations
 
 
-#: What a user types instead of a message.
+#: Commands that a user can type instead of a message.
 RESET, END = "/reset", "/exit"
 
 
@@ -250,7 +250,7 @@ def converse(
 
     Args:
         generation: arguments of `generate`.
-        streamer: shows an answer while it is written.
+        streamer: shows each answer as it is generated.
 
     Raises:
         ValueError: if the tokenizer has no chat template.
@@ -278,21 +278,21 @@ def _answer(
     generation: Mapping[str, Any],
     streamer: Any,
 ) -> str:
-    written: Any = tokenizer.apply_chat_template(
+    encoded: Any = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    ids: torch.Tensor = written["input_ids"].to(model.device)
+    ids: torch.Tensor = encoded["input_ids"].to(model.device)
     sequences = model.generate(ids, streamer=streamer, **generation)
     return str(tokenizer.decode(sequences[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
 def _lines(stdin: TextIO) -> Iterator[str]:
-    """Yield the messages of a user, asking for each one in a terminal."""
-    asks = stdin.isatty()
-    if asks:
-        print(f"Type a message; {RESET} starts over, {END} or Ctrl-D ends.", file=sys.stderr)
+    """Yield the user's messages; print a prompt for each if standard input is a terminal."""
+    is_terminal = stdin.isatty()
+    if is_terminal:
+        print(f"Type a message; {RESET} starts over, {END} or Ctrl-D quits.", file=sys.stderr)
     while True:
-        if asks:
+        if is_terminal:
             print("> ", end="", file=sys.stderr, flush=True)
         line = stdin.readline()
         if not line or line.strip() == END:

@@ -1,7 +1,7 @@
 """Metrics of generated text as modules of the `evaluate` library, one folder each.
 
 metric = load_metric("generative_perplexity")        # or evaluate.load with the path of the folder; no network
-metric.add_batch(predictions=texts)                  # token ids or texts, batch by batch
+metric.add_batch(predictions=texts)                  # texts or token ids, batch by batch
 metric.compute(judge="gpt2-large")
 """
 
@@ -13,7 +13,7 @@ import datasets
 import evaluate
 from transformers import PreTrainedTokenizerBase
 
-from bd3lm_hf.evaluation.generative import check_some
+from bd3lm_hf.evaluation.generative import check_not_empty
 from bd3lm_hf.tokenization import encode_plain, load_tokenizer
 
 
@@ -24,12 +24,12 @@ METRICS = tuple(sorted(path.stem for path in _FOLDER.glob("*/*.py") if path.stem
 
 
 class TextMeasurement(evaluate.Measurement):
-    """Base of the modules, named as `metrics.TextMeasurement`: `evaluate` loads the first such class in a module."""
+    """Base class; modules do not import its name, because `evaluate` loads the first such class that they contain."""
 
-    #: What `compute` takes; a module appends its own arguments.
+    #: The arguments of `compute`; a module appends its own.
     inputs = """
     predictions: texts, or their token ids.
-    tokenizer: splits texts into tokens, an object or a name; by default they are split into words at white space.
+    tokenizer: splits texts into tokens, an object or a name; by default texts are split into words at whitespace.
 """
 
     def _info(self) -> evaluate.EvaluationModuleInfo:
@@ -48,7 +48,7 @@ def load_metric(name: str, **options: Any) -> evaluate.EvaluationModule:
     """Load a module by name.
 
     Args:
-        options: of `evaluate.load`.
+        options: for `evaluate.load`.
 
     Raises:
         ValueError: if the name is unknown.
@@ -61,12 +61,12 @@ def load_metric(name: str, **options: Any) -> evaluate.EvaluationModule:
 def split_texts(
     predictions: Sequence[Any], tokenizer: PreTrainedTokenizerBase | str | None = None
 ) -> list[Sequence[Hashable]]:
-    """Return the units of each text that are counted: its token ids, or its words without a tokenizer.
+    """Split each text into the units to count: token ids, or words if there is no tokenizer.
 
     Raises:
         ValueError: if there are no texts.
     """
-    check_some(predictions)
+    check_not_empty(predictions)
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer)
     return [

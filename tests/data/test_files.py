@@ -85,7 +85,7 @@ def test_links_that_lead_nowhere_are_refused_and_folders_behind_links_named(tmp_
     assert splits_of(tmp_path / "data") == {"train": ["train-0.jsonl"]}
     assert "not followed: more" in caplog.text
     (tmp_path / "data/train-1.jsonl").symlink_to(tmp_path / "gone.jsonl")
-    with pytest.raises(ValueError, match=r"gone: train-1\.jsonl"):
+    with pytest.raises(ValueError, match=r"broken links: train-1\.jsonl"):
         splits_of(tmp_path / "data")
 
 

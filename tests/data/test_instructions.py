@@ -159,7 +159,7 @@ def test_the_block_that_holds_the_end_of_a_turn_is_filled_on_request(
     ("template", "message"),
     [
         ("{{ messages | length }}" + PLAIN, "turn 1: .*generation"),
-        ("{% if false %}{% generation %}{% endgeneration %}{% endif %}nothing", "no token of the assistant"),
+        ("{% if false %}{% generation %}{% endgeneration %}{% endif %}nothing", "no assistant tokens"),
     ],
 )
 def test_a_template_that_hides_the_answers_is_refused(encode, tiny_tokenizer, template: str, message: str) -> None:

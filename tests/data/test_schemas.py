@@ -143,9 +143,9 @@ def test_tool_calls_and_tools_are_kept_and_their_arguments_parsed() -> None:
             (value, "list of messages with role and content in the column 'messages'")
             for value in (None, [], "hi", [1])
         ],
-        ([{"role": "user"}, CHAT[1]], "'user' without text"),
-        ([CHAT[0], {"role": "assistant", "content": None}], "'assistant' without text .*tool_calls"),
-        ([CHAT[0], {"content": "x"}], "without role"),
+        ([{"role": "user"}, CHAT[1]], "'user' with neither text"),
+        ([CHAT[0], {"role": "assistant", "content": None}], "'assistant' with neither text .*tool_calls"),
+        ([CHAT[0], {"content": "x"}], "without a role"),
         ([{"role": "user", "content": [{"type": "image"}]}, CHAT[1]], "'image'"),
         ([{"from": "alien", "value": "x"}, CHAT[1]], "'alien'.*human"),
         (CHAT[:1], "no message of the role 'assistant'.*: user"),
@@ -161,5 +161,5 @@ def test_completions_with_a_mark_of_preference_are_refused():
     columns = {"prompt": "string", "completion": "string"}
     assert PromptCompletion().resolved({**columns, "label": "int64"}, "rows")
     for schema, found in ((PromptCompletion(), columns), (Messages(), {"messages": OBJECTS})):
-        with pytest.raises(ValueError, match="'label'.*keep the rows"):
+        with pytest.raises(ValueError, match="'label'.*keep only the rows"):
             schema.resolved({**found, "label": "bool"}, "rows")

@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(scored, tmp_path, mon
     path = tmp_path / "samples.jsonl"
     path.write_bytes(path.read_bytes()[:-20])  # as if the kill had come while the second line was written
     code, report, out, _ = scored("--batch-size", 3)
-    assert code == 0 and calls == [2, 2, 3, 1] and "5 samples in samples.jsonl, 1 of an earlier run" in out
+    assert code == 0 and calls == [2, 2, 3, 1] and "5 samples in samples.jsonl, 1 from an earlier run" in out
     for name in NUMBERS:
         assert report[name] == pytest.approx(expected[name], rel=1e-5), name
     more = scored("--num-samples", 7)[1]

@@ -351,7 +351,7 @@ def test_a_machine_without_a_gpu_computes_on_its_cpu(model_folder, monkeypatch):
         ({"num_samples": 0}, "num_samples=0: give an integer"),
         ({"max_gen_toks": 1.5}, "max_gen_toks=1.5: give an integer"),
         ({"estimator": "best"}, "estimator='best' is unknown: choose one of auto, exact, stratified, sampled"),
-        ({"parallelize": True}, "parallelize: the model has no such argument; see BD3LMHarness"),
+        ({"parallelize": True}, "parallelize: there is no such argument; see BD3LMHarness"),
         ({"max_length": 33}, "max_length=33: the model reads from 2 to 32 tokens at once"),
     ],
 )
@@ -360,7 +360,7 @@ def test_arguments_without_meaning_are_refused(adapter, arguments, message):
         adapter(**arguments)
 
 
-def test_what_a_model_has_not_is_refused(adapter, tiny_tokenizer, monkeypatch):
+def test_requests_that_a_model_cannot_serve_are_refused(adapter, tiny_tokenizer, monkeypatch):
     lm = adapter()
     lm.model.has_likelihood = False
     message = "a BD3LMForMaskedLM, which has no likelihood: choose tasks whose output_type is generate_until"
@@ -369,7 +369,7 @@ def test_what_a_model_has_not_is_refused(adapter, tiny_tokenizer, monkeypatch):
     with pytest.raises(ValueError, match=message):
         lm.loglikelihood_rolling([asked("loglikelihood_rolling", "A block")], disable_tqdm=True)
     assert isinstance(lm.generate_until([asked("generate_until", "A", {"max_gen_toks": 3})], True)[0], str)
-    with pytest.raises(ValueError, match="a model comes without a tokenizer: give it as tokenizer="):
+    with pytest.raises(ValueError, match="needs a tokenizer: give it as tokenizer="):
         BD3LMHarness(lm.model)
     with pytest.raises(ValueError, match="until=3: give a string or a list of strings"):
         lm.generate_until([asked("generate_until", "A", {"until": 3})], True)

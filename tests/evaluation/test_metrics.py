@@ -77,9 +77,9 @@ def test_texts_are_read_by_the_judges_tokenizer(gpt2_folder, tiny_tokenizer):
     assert ends["num_tokens"] == by_text["num_tokens"] + 1
 
 
-def test_what_a_judge_needs_is_asked_for(golden_model, tmp_path):
+def test_a_missing_tokenizer_or_judge_is_named(golden_model, tmp_path):
     metric = load_metric("generative_perplexity")
-    with pytest.raises(ValueError, match="read by the judge's tokenizer: give it as tokenizer=, or give token ids"):
+    with pytest.raises(ValueError, match="judge's tokenizer: give it as tokenizer=, or give token ids"):
         metric.compute(predictions=["a text"], judge=golden_model)
     with pytest.raises(ValueError, match="judge .*nowhere: there is no such folder"):
         load_metric("generative_perplexity").compute(predictions=["a text"], judge=str(tmp_path / "nowhere"))
@@ -142,8 +142,8 @@ def test_lengths_have_mean_median_and_range():
     assert lengths([[1] * 3, [1], [1] * 5, [1] * 7]) == expected
 
 
-def test_what_can_not_be_counted_is_refused():
-    with pytest.raises(ValueError, match="n=0: n-grams have at least 1 token"):
+def test_empty_n_grams_and_no_texts_are_refused():
+    with pytest.raises(ValueError, match="n=0 must be at least 1"):
         distinct([[1]], 0)
     for count in (mean_entropy, lengths):
         with pytest.raises(ValueError, match="there are no texts: give at least one"):

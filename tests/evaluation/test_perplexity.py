@@ -175,7 +175,7 @@ def test_an_estimator_is_refused_before_a_text_is_scored(model):
     model.config.block_size = 16
     passes = r"2\^16 - 1 forward passes; the limit is 8 tokens to score in a block.*Use estimator='stratified'"
     for scorer, arguments, message in (
-        (ConstantModel(1.0), ("published",), "'published' gives a model its noise, and the token_nll of Constant"),
+        (ConstantModel(1.0), ("published",), "'published' needs .*noise.* of ConstantModel"),
         (model, ("published", 3), "estimator='published' is one draw|num_samples=3"),
         (model, ("exact",), passes),
     ):
@@ -238,8 +238,8 @@ def test_scored_tokens_are_those_that_the_model_counts(model, sequences):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: perplexity(ConstantModel(1.0), []), "0 sequences hold no scored token"),
-        (lambda: perplexity(ConstantModel(1.0), [[1]], batch_size=0), "batch_size=0: give at least 1"),
+        (lambda: perplexity(ConstantModel(1.0), []), "0 sequences have no scored token"),
+        (lambda: perplexity(ConstantModel(1.0), [[1]], batch_size=0), "batch_size=0 must be at least 1"),
         (lambda: unigram_perplexity([0], [], 3), "eval_ids is empty"),
         (lambda: unigram_perplexity([0], [3], 3), "token id 3 is outside the vocabulary of 3 ids"),
     ],
@@ -294,10 +294,10 @@ def test_a_score_is_the_mean_loss_over_the_draws(ssdlm, rows):
     assert score.nll / score.num_tokens == pytest.approx(expected, rel=0.03)
 
 
-def test_what_can_not_be_computed_is_refused(ssdlm, rows):
-    with pytest.raises(ValueError, match="batch_size=0: give at least 1"):
+def test_losses_that_cannot_be_computed_are_refused(ssdlm, rows):
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
         sequence_losses(ssdlm, rows, batch_size=0)
-    with pytest.raises(ValueError, match="0 sequences hold no scored token"):
+    with pytest.raises(ValueError, match="0 sequences have no scored token"):
         summarize_losses([])
     with pytest.raises(ValueError, match="a text of 4 tokens holds no context and block of 4"):
         sequence_losses(ssdlm, [[3, 4, 5, 6]])

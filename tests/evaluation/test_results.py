@@ -85,8 +85,8 @@ def test_names_with_markup_stay_text_in_their_cell(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("result.txt", r"--output .*result.txt: the name of a result ends in one of .json, .csv, .md"),
-        ("result", "the name of a result ends in one of"),
+        ("result.txt", r"--output .*result.txt: the name of a result must end in one of .json, .csv, .md"),
+        ("result", "the name of a result must end in one of"),
         ("no/folder/x.json", "--output .*no/folder/x.json"),
         ("folder.json", "is a folder: name a file"),
         ("other.csv", "other.csv is a table with other columns: name another file"),
@@ -259,7 +259,7 @@ def test_another_run_than_the_interrupted_one_is_refused_with_the_difference(pat
     file = ScoresFile(path)
     file.begin(RUN)
     file.append(RUN, [SequenceScore(0, 1.5, 3)], 0.5)
-    message = r"x.scores.jsonl holds 1 scores of another run .*interrupted: weights was a and is b\. .*--restart"
+    message = r"x.scores.jsonl has 1 scores of another run .*interrupted: weights was a and is b\. .*--restart"
     with pytest.raises(ValueError, match=message):
         ScoresFile(path).begin(OTHER)
 

@@ -166,7 +166,7 @@ def test_special_tokens_are_marked_and_what_stands_behind_the_end_is_left_out(ti
 
 
 def test_steps_of_another_text_are_refused(tiny_tokenizer):
-    with pytest.raises(ValueError, match="trace of sample 7 holds the token 50 at position 1 where the text has 51"):
+    with pytest.raises(ValueError, match="trace of sample 7 has token 50 at position 1, but the text has 51"):
         sample_of(tiny_tokenizer, [51], [RowStep(0, range(4), [0, 50, 52, 53], [0.5] * 4)])
 
 

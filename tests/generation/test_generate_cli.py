@@ -105,7 +105,7 @@ def test_a_file_grows_by_samples_of_several_prompts_and_by_prompts(generate, tmp
     assert generate(*arguments, "--num-samples", 2)[0] == 0
     before = output.read_bytes()
     code, out, _ = generate(*arguments, "--num-samples", 3)
-    assert code == 0 and out == f"6 samples in {output}, 4 of an earlier run\n"
+    assert code == 0 and out == f"6 samples in {output}, 4 from an earlier run\n"
     assert output.read_bytes().startswith(before)
     whole = tmp_path / "whole.jsonl"
     assert generate(*arguments[:-1], whole, "--num-samples", 3)[0] == 0
@@ -154,7 +154,7 @@ def test_an_interrupted_run_keeps_its_finished_samples(generate, monkeypatch, tm
     arguments = ["--num-samples", 5, "--batch-size", 1, "--max-new-tokens", 4, "--output", output]
     assert generate(*arguments) == (130, "", f"interrupted: 3 of 5 samples are in {output}\n")
     assert [row["index"] for row in rows_of(output)] == [0, 1, 2]
-    assert generate(*arguments)[1] == f"5 samples in {output}, 3 of an earlier run\n"
+    assert generate(*arguments)[1] == f"5 samples in {output}, 3 from an earlier run\n"
 
 
 # --- samplers and traces ---------------------------------------------------------------------------------------------
@@ -211,11 +211,11 @@ def test_a_trace_replays_every_sample_of_a_batch(generate, tmp_path):
 
 def test_a_trace_needs_a_model_that_denoises_and_something_to_write(generate, gpt2_folder, bd3lm, tmp_path):
     code, _, err = bd3lm("generate", "--model", gpt2_folder, "--prompt", "A", "--trace", tmp_path / "trace.html")
-    assert code == 2 and "--trace shows denoising steps, and a GPT2LMHeadModel takes none" in err
+    assert code == 2 and "--trace shows denoising steps; a GPT2LMHeadModel does not have them" in err
     arguments = ["--max-new-tokens", 4, "--output", tmp_path / "samples.jsonl"]
     assert generate(*arguments)[0] == 0
     code, _, err = generate(*arguments, "--trace", tmp_path / "trace.html")
-    assert code == 2 and "all samples are in" in err and "nothing to trace" in err
+    assert code == 2 and "all samples are already in" in err and "nothing to trace" in err
     assert not (tmp_path / "trace.html").exists()
 
 

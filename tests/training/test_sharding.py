@@ -87,7 +87,7 @@ def test_a_sharded_decoder_has_the_losses_and_the_gradients_of_the_whole_one(two
 
 
 def test_a_part_that_is_not_finite_is_found_by_every_process(by_hand):
-    message = "1 of 768 numbers of backbone.blocks.0.attn_qkv.weight in a shard are NaN"
+    message = "1 of 768 values of backbone.blocks.0.attn_qkv.weight in a shard are NaN"
     assert all(message in result["refused"] for result in by_hand)
 
 

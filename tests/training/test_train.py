@@ -168,7 +168,7 @@ def test_a_run_that_goes_on_elsewhere_leaves_the_checkpoints_of_others(saved, re
     assert [entry["step"] for entry in resumed.losses if "loss" in entry] == [1, 2, 3]
     with pytest.raises(SystemExit):
         main([*words, "--output_dir", str(elsewhere)])
-    assert "holds checkpoints of an earlier run, the last one checkpoint-3" in capsys.readouterr().err
+    assert "has checkpoints of an earlier run, the last one checkpoint-3" in capsys.readouterr().err
 
 
 # Ways of starting
@@ -326,9 +326,9 @@ def spoil_head(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (forget_tokenizer, "holds no tokenizer"),
+        (forget_tokenizer, "has no tokenizer"),
         (move_mask, "mask_token_id is 40"),
-        (spoil_head, "numbers of backbone.output_layer.linear.bias in .* are NaN"),
+        (spoil_head, "values of backbone.output_layer.linear.bias in .* are NaN"),
     ],
 )
 def test_a_broken_checkpoint_is_refused_before_training(trained, corpus, tmp_path, damage, message):

@@ -103,7 +103,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(make_trainer):
 def test_weights_that_are_not_finite_are_refused_before_training(tiny_config, make_trainer):
     model = BD3LMForMaskedLM(tiny_config)
     model.get_output_embeddings().bias.data[3] = float("inf")
-    with pytest.raises(NotFiniteError, match=r"1 of 48 numbers of .*bias in the model to train are NaN"):
+    with pytest.raises(NotFiniteError, match=r"1 of 48 values of .*bias in the model to train are NaN"):
         make_trainer(model=model)
 
 

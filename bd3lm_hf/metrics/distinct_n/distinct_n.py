@@ -7,7 +7,7 @@ from bd3lm_hf.evaluation.generative import distinct
 
 
 class DistinctN(metrics.TextMeasurement):
-    """Fraction of distinct n-grams among those of all texts, for each n; None if no text has n tokens."""
+    """Fraction of distinct n-grams among all n-grams of all texts, for each n; None if no text has n tokens."""
 
     inputs = metrics.TextMeasurement.inputs + "    n: lengths of the n-grams, by default 1, 2 and 3.\n"
 

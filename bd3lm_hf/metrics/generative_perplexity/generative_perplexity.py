@@ -11,14 +11,13 @@ class GenerativePerplexity(metrics.TextMeasurement):
 
     inputs = """
     predictions: texts, or their token ids.
-    judge: the reference model, a causal language model or a model with `token_nll`: an object, or the name of a
-        folder or hub model.
+    judge: the reference model, a causal language model or a model with `token_nll`: an object, a folder or a hub name.
     tokenizer: the reference model's, an object or a name; by default that of a model given by name. Texts need it.
-    writer: tokenizer of the model that generated the ids, if they are to be read as text by the reference model's
-        tokenizer; without it ids are those of the reference model.
-    window: tokens that the reference model reads at once; by default 1024, or fewer if it knows no more positions.
-    score_end: score the reference model's end token, which the published figure leaves out everywhere.
-    batch_size, seed, device: texts at once, seed of the noise of an estimated bound, and where to compute.
+    writer: tokenizer of the model that generated the ids, to re-tokenize them for the reference model; without it the
+        ids are those of the reference model.
+    window: tokens that the reference model reads at once; by default 1024, or fewer if its own window is shorter.
+    score_end: also score the reference model's end token, which the published figure never does.
+    batch_size, seed, device: texts scored at once, seed of the noise of an estimated bound, and device to use.
 """
 
     def _compute(self, predictions: list[Any], **options: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from bd3lm_hf.evaluation.generative import mean_repetition, repetition
 
 
 class Repetition(metrics.TextMeasurement):
-    """Fraction of the n-grams of each text that occurred in it before; None if a text has fewer than n tokens."""
+    """Fraction of the n-grams of each text that have occurred in it before; None for fewer than n tokens."""
 
     inputs = metrics.TextMeasurement.inputs + "    n: length of the n-grams, by default 4.\n"
 
