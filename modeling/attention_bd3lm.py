@@ -27,24 +27,24 @@ from .configuration_bd3lm import BD3LMConfig
 from .inputs_bd3lm import Layout, token_layout
 
 
-_TILE = 256  # queries of a tile, rounded up to whole blocks; measured on CPU: 128 spends more on copies and slices
+_TILE = 256  # queries per tile, rounded up to whole blocks; measured on CPU: 128 spends more on copies and slices
 
 
-_NARROWEST_FLEX_HEAD = 16  # the width of a head below which torch has no flex kernel
+_NARROWEST_FLEX_HEAD = 16  # torch has no flex kernel for narrower heads
 
 
 def automatic_attention(
     device: torch.device | None = None, *, head_dim: int = 64, has_triton: bool | None = None
 ) -> str:
-    """Return the meaning of `attn_implementation="auto"`: flex attention on a CUDA device with triton, else sdpa.
+    """Resolve `attn_implementation="auto"`: flex attention on a CUDA device with triton, else sdpa.
 
-    Flex skips the three quarters of the doubled sequence that no query sees. Its kernel is compiled when it is first
-    used, which pays in training; models that are loaded for anything else get transformers' default, sdpa.
+    Flex skips the three quarters of the doubled sequence that no query sees. Its kernel is compiled on first use,
+    which pays off in training; models loaded for anything else get transformers' default, sdpa.
 
     Args:
         device: by default the CUDA device, if there is one.
-        head_dim: width of a head of the model; narrow ones, which have no flex kernel, get sdpa.
-        has_triton: whether triton is installed, which compiles the kernel; by default it is looked up.
+        head_dim: width of the model's heads; narrow ones, which have no flex kernel, get sdpa.
+        has_triton: whether triton, which compiles the kernel, is installed; detected by default.
     """
     cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
     compiles = cuda and (is_triton_available() if has_triton is None else has_triton)
@@ -52,9 +52,9 @@ def automatic_attention(
 
 
 def in_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that compiled code writes to memory, and does not compute again in each kernel that reads it.
+    """Return a tensor that compiled code writes to memory instead of recomputing it in each kernel that reads it.
 
-    A view by explicit strides does that. A mask of flex attention could not read it otherwise (torch 2.11).
+    A view with explicit strides forces that. Otherwise a mask of flex attention could not read it (torch 2.11).
     """
     tensor = tensor.contiguous()
     return tensor.as_strided(tensor.shape, tensor.stride()) if torch.compiler.is_compiling() else tensor
@@ -79,9 +79,9 @@ class AttentionPlan(NamedTuple):
 def block_causal_plan(
     layout: Layout, length: int, block_size: int, *, implementation: str, dtype: torch.dtype
 ) -> AttentionPlan:
-    """Attention of the last `length` tokens of `layout` to all of them: own block and earlier blocks.
+    """Plan the attention of the last `length` tokens of `layout`, each to its own and all earlier blocks.
 
-    The tokens before them are the cache.
+    The tokens before them are in the cache.
     """
     total = layout.block_ids.shape[1]
     past = total - length
@@ -128,7 +128,7 @@ def two_stream_plan(
             )
             own = (max(0, start - padding_slack), min(length, stop + padding_slack))
             if sample == 0 and own[0] == 0 and length - num_visible_keys <= block_size:
-                num_visible_keys = length  # adjoining ranges are one view of the keys, others a copy
+                num_visible_keys = length  # adjacent ranges are one view of the keys, others a copy
             clean_mask = _allowed(layout, earlier, start, stop, (0, num_visible_keys), padding_sees_itself=False)
             own_mask = _allowed(layout, own_block, start, stop, own)
             mask = _additive(torch.cat([clean_mask, own_mask], -1), dtype)
@@ -158,7 +158,7 @@ def decoding_plan(
 ) -> AttentionPlan:
     """Plan the attention of a denoising step `[finished block ; noisy block]` after a cache of `past` tokens.
 
-    The noisy block sees everything; the finished one, whose keys are being written, sees all but the noisy block.
+    The noisy block sees everything; the finished one, whose keys are being written, sees everything but the noisy one.
 
     Args:
         finished: tokens of the finished block, 0 when it is already in the cache.
@@ -170,7 +170,7 @@ def decoding_plan(
     if finished:
         clean_mask = None
         if key_valid is not None:
-            # A row may have only padding here, which sees itself: no softmax may run over nothing.
+            # A row may be all padding here, which then sees itself: no softmax may run over an empty set.
             own = torch.arange(finished, device=key_valid.device)[:, None] + past
             itself = own == torch.arange(past + finished, device=key_valid.device)
             clean_mask = _additive(key_valid[:, None, None, : past + finished] | itself, dtype)
@@ -184,7 +184,7 @@ def decoding_plan(
 
 
 def slots_plan(mask: torch.Tensor, finished: int) -> AttentionPlan:
-    """Attention of a denoising step `[finished block ; noisy block]` to the slots of a cache of fixed size.
+    """Plan the attention of a denoising step `[finished block ; noisy block]` to the slots of a cache of fixed size.
 
     Args:
         mask: additive, `(batch or 1, 1, finished + block, slots)`.
@@ -215,16 +215,16 @@ class BD3LMAttention(nn.Module):
         past_key_values: Cache | None = None,
         commit: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend.
+        """Attend to the keys of each tile.
 
         Args:
             query: `(batch, heads, queries, head_dim)`.
             key, value: `(batch, heads, length, head_dim)`, of this forward pass.
-            past_key_values: cache whose keys come before those; read, and written to if `commit`.
+            past_key_values: cache whose keys precede these; read, and written to if `commit`.
             commit: leading positions of this pass to keep in the cache; the others leave no trace.
 
         Returns:
-            `(batch, queries, heads * head_dim)`, and the weights if the implementation gives them.
+            `(batch, queries, heads * head_dim)`, and the weights if the implementation returns them.
         """
         if past_key_values is not None:
             key, value = append_to_cache(past_key_values, key, value, self.layer_idx, commit)
@@ -232,13 +232,13 @@ class BD3LMAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         weights = None
-        if not tiles:  # only keys and values of these positions are wanted
+        if not tiles:  # only keys and values of these positions are needed
             return query.transpose(1, 2).flatten(2), weights
         sparse = isinstance(tiles[0].mask, BlockMask)
         if sparse and query.device.type == "cpu":
             attend = flex_attention_on_cpu
         elif self.config._attn_implementation == "flex_attention" and not sparse:
-            # A cached block needs no mask, or a dense one; neither pays for a sparse kernel.
+            # A denoising step needs no mask or a dense one, for which a sparse kernel does not pay off.
             attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
         outputs = []
         for tile in tiles:
@@ -266,7 +266,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out: softmax(Q K^T * scaling + mask) V, the softmax in float32."""
+    """Compute softmax(Q K^T * scaling + mask) V, with the softmax in float32."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -283,8 +283,7 @@ def flex_attention_on_cpu(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """flex attention as written, not compiled: on a CPU it is there to be compared with, and compiling it fails for
-    masks that depend on the batch."""
+    """Run flex attention uncompiled: on a CPU it is only a reference, and masks per batch row fail to compile."""
     if query.requires_grad:
         raise ValueError(
             "attn_implementation='flex_attention' has no backward pass on a CPU: use "
@@ -307,7 +306,7 @@ def _ranges(length: int, implementation: str, block_size: int) -> list[tuple[int
     if implementation == "eager":
         return [(0, length)]
     step = -(-_TILE // block_size) * block_size
-    # An exported program may be for every length: then it has a single tile.
+    # An exported program may have to serve every length, so it has a single tile.
     if torch.compiler.is_exporting():
         return [(0, length)]
     return [(start, min(start + step, length)) for start in range(0, length, step)]
@@ -338,14 +337,14 @@ def _sees_own_block(layout: Layout, batch: torch.Tensor, query: torch.Tensor, ke
 def _allowed(
     layout: Layout, see: Callable, start: int, stop: int, keys: tuple[int, int], padding_sees_itself: bool = True
 ) -> torch.Tensor:
-    """bool (batch or 1, 1, queries, keys) from a mask function of indices into the layout."""
+    """Return a bool mask `(batch or 1, 1, queries, keys)` from a mask function of indices into the layout."""
     device = layout.block_ids.device
     batch = torch.arange(layout.num_rows, device=device)[:, None, None]
     query = torch.arange(start, stop, device=device)[None, :, None]
     key = torch.arange(*keys, device=device)[None, None, :]
     seen = see(batch, query, key)
     if layout.valid is not None and padding_sees_itself:
-        # No softmax may run over nothing.
+        # No softmax may run over an empty set.
         seen = seen | (query == key)
     return seen.unsqueeze(1)
 
@@ -359,12 +358,12 @@ def _width(tile: Tile) -> int:
 
 
 def _merge(plan: AttentionPlan, total: int, dtype: torch.dtype, device: torch.device) -> AttentionPlan:
-    """One dense tile instead of several, so that eager attention returns whole weight matrices."""
+    """Merge the tiles into one dense tile, so that eager attention returns whole weight matrices."""
 
     def merged(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
         masks = []
         for tile in tiles:
-            mask = cast("torch.Tensor | None", tile.mask)  # of eager attention, dense
+            mask = cast("torch.Tensor | None", tile.mask)  # dense in eager attention
             if mask is None:
                 mask = torch.zeros(1, 1, tile.queries[1] - tile.queries[0], _width(tile), dtype=dtype, device=device)
             full = mask.new_full((*mask.shape[:3], total), -torch.inf)
@@ -391,14 +390,14 @@ def _select(states: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> torch.
 
 
 def _flex_tile(layout: Layout, num_streams: int, first_query: int) -> Tile:
-    """Attention of the queries from `first_query` on to all keys of `num_streams` streams as one sparse tile."""
+    """Return one sparse tile of the queries from `first_query` on and all keys of `num_streams` streams."""
     keys = num_streams * layout.block_ids.shape[1]
     return Tile((0, keys - first_query), ((0, keys),), flex_mask(layout, num_streams, first_query))
 
 
 def flex_mask(layout: Layout, num_streams: int, first_query: int, *, causal_columns: int = 0) -> BlockMask:
     """Return the sparse mask of flex attention for the queries from `first_query` on; see [`stream_visibility`]."""
-    # A fixed number, also in compiled code: torch 2.11 cannot compile flex attention for any length, only for each.
+    # A constant even in compiled code: torch 2.11 cannot compile flex attention for a dynamic length.
     length = len(range(layout.block_ids.shape[1]))
     keys, rows = num_streams * length, layout.num_rows
     if not layout.aligned:
@@ -415,8 +414,8 @@ def flex_mask(layout: Layout, num_streams: int, first_query: int, *, causal_colu
 def _flex_two_stream_plan(
     layout: Layout, block_size: int, num_noise_samples: int, clean_cached: bool
 ) -> AttentionPlan:
-    """The two-stream mask as one sparse mask over `[x_0 ; x_t]`; kept between steps when nothing is padded."""
-    if layout.aligned and not torch.compiler.is_compiling():  # tracing looks through a cache, with a warning
+    """Plan the two streams `[x_0 ; x_t]` as one sparse mask, which is cached between steps if nothing is padded."""
+    if layout.aligned and not torch.compiler.is_compiling():  # tracing ignores lru_cache, with a warning
         return _unpadded_flex_plan(
             layout.block_ids.shape[1], block_size, num_noise_samples, clean_cached, layout.block_ids.device
         )
@@ -427,7 +426,7 @@ def _flex_two_stream_plan(
 def _unpadded_flex_plan(
     length: int, block_size: int, num_noise_samples: int, clean_cached: bool, device: torch.device
 ) -> AttentionPlan:
-    # Kept masks serve training too, which a tensor of inference mode cannot.
+    # Cached masks are used in training too, where inference tensors cannot be.
     with torch.inference_mode(False):
         layout = token_layout(None, length, block_size, device=device)
         return _build_flex_plan(layout, num_noise_samples, clean_cached)
@@ -444,8 +443,8 @@ def _build_flex_plan(layout: Layout, num_noise_samples: int, clean_cached: bool)
 def stream_visibility(layout: Layout, *, first_query: int = 0, causal_columns: int = 0) -> Callable:
     """Return the mask function (row, head, query, key) of `[x_0 ; x_t ; x_t ...]`, each as long as `layout`.
 
-    All masks share this one piece of code and differ by the numbers and tensors that it holds. Padding and documents
-    are such tensors, so flex attention, once compiled for their shapes, is not compiled again for another batch.
+    All masks share this code and differ only in the numbers and tensors that it captures. Padding and documents are
+    captured tensors, so flex attention, once compiled for their shapes, is not compiled again for another batch.
 
     Args:
         first_query: index of the key at the position of query 0.
@@ -454,7 +453,7 @@ def stream_visibility(layout: Layout, *, first_query: int = 0, causal_columns: i
     length, block_ids, valid, document_ids = layout.block_ids.shape[1], *layout[1:]
 
     def at(values: torch.Tensor, batch: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        # All rows of the batch may share one. An index of tensors alone: a number would be sent to the device.
+        # All rows of the batch may share one. Indexed by tensors only: a number would be copied to the device.
         return values.squeeze(0)[position] if values.shape[0] == 1 else values[batch, position]
 
     def see(batch: torch.Tensor, head: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -471,6 +470,6 @@ def stream_visibility(layout: Layout, *, first_query: int = 0, causal_columns: i
             seen = seen & (at(document_ids, batch, q) == at(document_ids, batch, k))
         if valid is not None:
             seen = seen & at(valid, batch, k)
-        return seen | (query == key)  # no softmax may run over nothing
+        return seen | (query == key)  # no softmax may run over an empty set
 
     return see

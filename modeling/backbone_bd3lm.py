@@ -1,9 +1,9 @@
 """The network of BD3-LM and the baselines: loading, initialisation, backbone, head, clean and noisy streams.
 
-The two streams of block diffusion (arXiv 2503.09573, Sec. 3): the clean x_0, and noisy x_t that attend to it.
+Block diffusion has two kinds of streams (arXiv 2503.09573, Sec. 3): the clean x_0, and noisy x_t that attend to it.
 
-The clean stream needs only itself, so it can be computed once, as a cache or in the same pass, and serve any number of
-noisy streams. A text of one block has no earlier block to read: its noisy streams go alone.
+The clean stream attends only to itself, so it is computed once, as a cache or in the same pass, for any number of
+noisy streams. A text of one block has no earlier block to attend to, so its noisy streams run alone.
 """
 
 import math
@@ -47,11 +47,11 @@ class BD3LMOutput(ModelOutput):
         loss: scalar, nats per scored token, when `labels` are given.
         logits: `(batch, length, vocab_size)`, raw: no SUBS parameterisation; absent when `labels` are given, so that
             no `(batch, length, vocab_size)` tensor is ever built in training or gathered in evaluation.
-        nll, mask: `(batch, length)`, nats of each token and ones where it is scored; when a Trainer evaluates, in
+        nll, mask: `(batch, length)`, nats of each token and ones where it is scored; in a Trainer's evaluation, in
             place of the logits.
-        past_key_values: the cache, when one was used.
-        hidden_states: embeddings and the output of each layer, when asked for.
-        attentions: attention weights of each layer, when asked for (eager attention only).
+        past_key_values: the cache, if one was used.
+        hidden_states: embeddings and the output of each layer, if requested.
+        attentions: attention weights of each layer, if requested (eager attention only).
     """
 
     loss: torch.Tensor | None = None
@@ -93,23 +93,23 @@ class BD3LMPreTrainedModel(SelfContainedModel):
         return {**inputs, "timesteps": torch.tensor([0.1, 1.0])} if config.time_conditioning else inputs
 
     def get_submodule(self, target: str) -> nn.Module:
-        """Return a submodule as torch does; peft's prompt methods look here for the word embeddings, and are refused.
+        """Return a submodule as torch does; refuse peft's prompt methods, which look up the word embeddings here.
 
         Raises:
-            ValueError: if the table of the embeddings is looked up as a module.
+            ValueError: if the embedding table is looked up.
         """
         if target.endswith("vocab_embed.embedding"):
             raise ValueError(
-                "prompt tuning, prefix tuning and P-tuning put vectors without a token before a text, but the loss of "
-                "this model masks and scores tokens: use LoRA instead (peft.LoraConfig)."
+                "prompt tuning, prefix tuning and P-tuning prepend vectors that are not tokens, but the loss of this "
+                "model masks and scores tokens: use LoRA instead (peft.LoraConfig)."
             )
         return super().get_submodule(target)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The published initialisation: PyTorch's defaults, with adaLN and the head at zero.
+        """Initialise as published: PyTorch's defaults, with adaLN and the head at zero.
 
-        A fresh model has gates of zero, so every layer is the identity and the logits are uniform.
+        In a new model the gates are zero, so every layer is the identity and the logits are uniform.
         """
         if isinstance(module, BD3LMEmbedding):
             init.kaiming_uniform_(module.embedding, a=math.sqrt(5))
@@ -130,12 +130,12 @@ class BD3LMPreTrainedModel(SelfContainedModel):
             init.constant_(module.get_buffer("sampling_eps_max"), float(self.config.sampling_eps_max))
 
 
-# Of every layer and the final norm: the conditioning vector, or what adaLN computes from it.
+# For every layer and the final norm: the conditioning vector, or the adaLN modulation computed from it.
 Modulations = list[torch.Tensor | tuple[torch.Tensor | None, ...] | None]
 
 
 class BD3LMModel(BD3LMPreTrainedModel):
-    """The backbone: token ids to normed hidden states, ready for the head. Noise and losses are elsewhere."""
+    """The backbone: maps token ids to normed hidden states, ready for the head. Noise and losses are elsewhere."""
 
     def __init__(self, config: BD3LMConfig) -> None:
         super().__init__(config)
@@ -155,11 +155,11 @@ class BD3LMModel(BD3LMPreTrainedModel):
         self.vocab_embed = value
 
     def modulations(self, timesteps: torch.Tensor | None, device: torch.device) -> Modulations:
-        """Return what gives each layer and the final norm its shifts, scales and gates.
+        """Return the source of the shifts, scales and gates of each layer and of the final norm.
 
-        In training it is the conditioning vector, from which each layer computes its modulation when it is called.
-        Checkpointing recomputes it, and sharded weights are whole then. Otherwise it is the modulation itself,
-        computed once for a whole decode.
+        In training this is the conditioning vector, from which each layer computes its modulation when called: then
+        checkpointing recomputes it, and sharded weights are gathered. Otherwise it is the modulation itself, computed
+        once for a whole decode.
 
         Args:
             timesteps: noise levels sigma `(batch,)`, read only by time-conditioned models; the others, as published,
@@ -183,7 +183,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         return [layer.modulate(conditioning) for layer in layers]
 
     def stacked(self, modulations: Modulations) -> Modulations | torch.Tensor:
-        """Return modulations that are computed as one tensor, which [`run`] takes as well; others as they are."""
+        """Return computed modulations as one tensor, which [`run`] also accepts; return others unchanged."""
         parts = [part for layer in modulations if isinstance(layer, tuple) for part in layer if part is not None]
         return torch.stack(parts) if parts else modulations
 
@@ -200,7 +200,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> BaseModelOutputWithPast:
-        """One pass over the streams `[x_0 ; x_t]`, or over either alone, as `plan` says.
+        """Run one pass over the streams `[x_0 ; x_t]`, or over one of them, according to `plan`.
 
         Args:
             inputs_embeds: `(batch, length, hidden_dim)` of all streams.
@@ -214,7 +214,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         """
         no_output = output_indices is not None and not output_indices.numel()
         if no_output and output_indices is not None:
-            output_indices = output_indices.new_zeros(1)  # kernels of quantized layers crash on a product of no rows
+            output_indices = output_indices.new_zeros(1)  # kernels of quantized layers crash on zero rows
         if isinstance(modulations, torch.Tensor):
             modulations = unstack_modulations(modulations)
         cos, sin = self.rotary_emb(position_ids, torch.float32)
@@ -224,7 +224,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         attentions: tuple[torch.Tensor, ...] = ()
         for index, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=False)):
             if output_hidden_states:
-                # Without a stream to leave out, the tensor itself: a gradient reaches it, not a view of it.
+                # With no stream to skip, record the tensor itself: gradients reach it, but not a view of it.
                 recorded += (hidden_states[:, plan.skip :] if plan.skip else hidden_states,)
             hidden_states, weights = block(hidden_states, modulation, shared, index == len(self.blocks) - 1)
             if output_attentions:
@@ -234,7 +234,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         row = None if output_indices is None else output_indices // (inputs_embeds.shape[1] - plan.skip)
         hidden_states = self.output_layer.norm(hidden_states, modulations[-1], row)
         return BaseModelOutputWithPast(
-            # The graph of an empty result is kept: every process has a gradient to average.
+            # An empty result keeps its graph: every process needs a gradient to average.
             last_hidden_state=hidden_states[:0] if no_output else hidden_states,
             past_key_values=past_key_values,
             hidden_states=recorded or None,
@@ -256,7 +256,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Normed hidden states `(batch, length, hidden_dim)`; arguments as in [`BD3LMForMaskedLM.forward`]."""
+        """Return normed hidden states `(batch, length, hidden_dim)`; arguments as in [`BD3LMForMaskedLM.forward`]."""
         if use_cache is False and clean_input_ids is None and past_key_values is None:
             check_not_next_token_training(self, input_ids, self.config)
         embeds, layout, cache, commit, past = read_inputs(
@@ -294,10 +294,10 @@ class BD3LMModel(BD3LMPreTrainedModel):
 
 
 class BD3LMLanguageModel(BD3LMPreTrainedModel):
-    """A backbone with its head, which the models of this family share: BD3-LM and the baselines."""
+    """A backbone with its head, shared by BD3-LM and the baselines."""
 
     backbone_class: type[BD3LMModel] = BD3LMModel
-    # LoRA: attention and MLP of every layer. `mlp.0` also ends the name of a layer of the noise-level embedding.
+    # LoRA: attention and MLP of every layer. `mlp.0` also matches a layer of the noise-level embedding.
     lora_targets: tuple[str, ...] = ("attn_qkv", "attn_out", "mlp.0", "mlp.2")
 
     def __init__(self, config: BD3LMConfig) -> None:
@@ -323,11 +323,11 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
         self.backbone.output_layer.linear = value
 
     def logits_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return what makes logits of normed hidden states; a network that scales or caps its logits overrides it."""
+        """Return the map from normed hidden states to logits; networks that scale or cap their logits override it."""
         return self.get_output_embeddings()
 
     def clean_cache(self, input_ids: torch.Tensor, layout: Layout) -> BlockCache:
-        """Keys and values of the clean stream; its last layer needs nothing else."""
+        """Return keys and values of the clean stream; its last layer computes nothing else."""
         backbone, config, length = self.backbone, self.config, input_ids.shape[1]
         embeds, cache = backbone.vocab_embed(input_ids), BlockCache()
         plan = block_causal_plan(
@@ -356,7 +356,7 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
             x_0: `(batch, length)`, the clean stream that all of them attend to.
             masked_indices: flat indices into x_t.
             sigma: noise level `(batch,)` of each row, for time-conditioned models, which take one noise sample.
-            cache: what [`clean_cache`] gave; without it the clean stream is computed in this pass, with a gradient.
+            cache: from [`clean_cache`]; without it the clean stream is computed in this pass, with a gradient.
         """
         backbone, config = self.backbone, self.config
         if config.num_blocks(x_0.shape[1]) == 1:
@@ -391,7 +391,7 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
     ) -> torch.Tensor:
         """Return [`noisy_hidden`] for sequences of one block: `x_t` is `(batch * num_noise_samples, length)`."""
         backbone, config = self.backbone, self.config
-        if layout.num_rows > 1:  # a layout of one row serves all rows
+        if layout.num_rows > 1:  # a layout of one row applies to all rows
             many = (field is not None and field.shape[0] > 1 for field in layout)
             fields: Any = zip(layout, many, strict=True)
             layout = Layout(*(f.repeat_interleave(num_noise_samples, dim=0) if m else f for f, m in fields))
@@ -404,7 +404,7 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
 
 
 def register_auto_classes(head: type[BD3LMLanguageModel], *names: str) -> None:
-    """Have the Auto classes called `names` load a language model, `AutoModel` its backbone, in any saved folder."""
+    """Make the Auto classes called `names` load a language model, and `AutoModel` its backbone, from saved folders."""
     backbone = head.backbone_class
     classes: dict[str, type] = {"AutoConfig": head.config_class, "AutoModel": backbone, **dict.fromkeys(names, head)}
     head.auto_classes = backbone.auto_classes = classes

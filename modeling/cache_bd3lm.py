@@ -2,7 +2,7 @@
 
 A denoising step attends to the cache and to its own block, whose keys are stale as soon as a token is revealed. A
 `DynamicCache` would copy the whole cache for every such read. [`BlockCache`] has spare room after its last token,
-where a step puts its keys without counting them, and reads everything as one view.
+where a step writes its keys without counting them, and reads everything as one view.
 """
 
 import threading
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 class BlockCacheLayer(DynamicLayer):
     """One layer's keys and values `(batch, heads, tokens, head_dim)`, in buffers with room at both ends.
 
-    Dropping the oldest tokens only moves the beginning. When the room at the end is used up and the room at the front
-    is as large, the tokens move to the front. This copies one token per token written and takes memory for two
-    windows.
+    Dropping the oldest tokens only moves the beginning. When the room at the end is used up and the tokens fit into
+    the room at the front, they move there. This copies one token per token written and takes memory for two windows.
     """
 
     _spare = 256  # tokens of room to add when the buffers are full, in addition to doubling them
@@ -43,7 +42,7 @@ class BlockCacheLayer(DynamicLayer):
 
     @keys.setter
     def keys(self, states: torch.Tensor | None) -> None:
-        # transformers' crop, reorder_cache and batch selection assign first the keys and then the values.
+        # transformers' crop, reorder_cache and batch selection assign the keys first and then the values.
         if states is not None:
             self._begin, self._buffers = 0, (states, self._view(1))
 
@@ -67,7 +66,7 @@ class BlockCacheLayer(DynamicLayer):
         if self._begin + needed <= capacity:
             return
         buffers = self._buffers
-        # Moving to the front needs room that the tokens do not occupy themselves; else new, larger buffers.
+        # Tokens can only move into room that they do not occupy themselves; otherwise allocate larger buffers.
         if self._begin < self._length or needed > capacity:
             batch, heads, _, dim = like.shape
             shape = (batch, heads, max(2 * self._length, needed) + self._spare, dim)
@@ -80,8 +79,8 @@ class BlockCacheLayer(DynamicLayer):
     def append(
         self, key_states: torch.Tensor, value_states: torch.Tensor, num_committed: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return views of finished and given tokens, of which the first `num_committed` become finished."""
-        # Without tokens the buffers keep their rows when transformers selects or repeats those of a cache.
+        """Return views of finished and given keys and values; the first `num_committed` given ones become finished."""
+        # When transformers selects or repeats the rows of a cache, buffers without tokens keep their old rows.
         emptied = self.is_initialized and not self._length and len(self._buffers[0]) != len(key_states)
         if not self.is_initialized or emptied:
             self.lazy_initialization(key_states, value_states)
@@ -116,7 +115,7 @@ class BlockCache(DynamicCache):
     """A `DynamicCache` whose layers are [`BlockCacheLayer`]s.
 
     Attributes:
-        row_start: `(batch,)`, column at which each row begins; None if all begin at the first.
+        row_start: `(batch,)`, column at which each row begins; None if all begin at column 0.
     """
 
     def __init__(self, _config: PreTrainedConfig | None = None) -> None:
@@ -128,10 +127,10 @@ class BlockCache(DynamicCache):
 class StaticSlots:
     """A `StaticCache` during a step that writes its tokens to given slots and reads every slot, masked by the caller.
 
-    Nothing here depends on the number of cached tokens, so one compiled step serves all steps.
+    No shape depends on the number of cached tokens, so all steps share one compiled step.
 
     Args:
-        slots: `(length,)`, where the tokens of the step go.
+        slots: `(length,)`, the slots of the step's tokens.
     """
 
     def __init__(self, cache: StaticCache, slots: torch.Tensor) -> None:
@@ -160,14 +159,14 @@ def append_to_cache(
     """
     if isinstance(cache, StaticSlots):
         return cache.update(key_states, value_states, layer_idx)
-    layers: list[Any] = cache.layers  # transformers' type also names layers that hold no keys
+    layers: list[Any] = cache.layers  # transformers' type includes layers without keys
     if isinstance(cache, BlockCache):
         while len(layers) <= layer_idx:
             layers.append(BlockCacheLayer())
         return layers[layer_idx].append(key_states, value_states, num_committed)
     if num_committed:
         cache.update(key_states[:, :, :num_committed], value_states[:, :, :num_committed], layer_idx)
-    # A foreign cache cannot read without writing: tokens that are not kept are appended to a copy.
+    # Another cache cannot read without writing, so tokens that are not committed are appended to a copy.
     held = int(layers[layer_idx].get_seq_length()) if layer_idx < len(layers) else 0
     if not held:
         return key_states, value_states
@@ -182,9 +181,9 @@ def append_to_cache(
 
 
 class OwnStaticCache(StaticCache):
-    """A `StaticCache` that `generate` makes for itself, for texts of any length: the window and the noisy block.
+    """A `StaticCache` made by `generate`, with room for the window and the noisy block, so for texts of any length.
 
-    Its buffers come from [`StaticBuffers`] and go back there, unless a caller gets the cache.
+    Its buffers come from [`StaticBuffers`] and return there, unless a caller gets the cache.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -193,33 +192,33 @@ class OwnStaticCache(StaticCache):
         self.drop()
 
     def drop(self) -> None:
-        """Let go of the buffers."""
-        # Also for layers with a sliding window, which is never shorter than ours: the ring of slots moves by itself.
+        """Release the buffers."""
+        # Plain layers even for a sliding window, which is never shorter than ours: the ring of slots slides by itself.
         self.layers = [StaticLayer(max_cache_len=self.size) for _ in self.layers]
 
 
 class StaticBuffers:
-    """Keys and values of fixed size that no call of `generate` uses at the moment, to be used by the next one.
+    """A pool of keys and values of fixed size, which one call of `generate` leaves to the next.
 
-    Compiled code and recorded CUDA graphs know them by their addresses: with new ones, each call would record again.
+    Compiled code and CUDA graphs refer to them by address: with new ones, every call would record its graphs again.
 
     Args:
-        most_bytes: buffers kept in all; those used last are kept whatever their size.
+        most_bytes: limit on all free buffers; the most recently used set is kept whatever its size.
     """
 
     def __init__(self, most_bytes: int = 2**31) -> None:
         self.most_bytes = most_bytes
-        self._free: list[list[Any]] = []  # the layers of each set, the set used last at the end
-        self._lock = threading.Lock()  # two threads may generate at the same time, each in buffers of its own
+        self._free: list[list[Any]] = []  # the layers of each set, the most recently used set last
+        self._lock = threading.Lock()  # two threads can generate at the same time, each in its own buffers
 
     def take(self, cache: OwnStaticCache, like: torch.Tensor) -> None:
-        """Give buffers to a new cache, filled with zeros; `like` is keys of `(batch, heads, 0, head_dim)`."""
+        """Give zeroed buffers to a new cache; `like` has the shape of keys, `(batch, heads, 0, head_dim)`."""
         shape = (like.shape[0], like.shape[1], cache.size, like.shape[3])
         with self._lock:
             for index, (first, *_) in enumerate(self._free):
                 keys = first.keys
                 known = (keys.shape, keys.dtype, keys.device, keys.is_inference())
-                # Tensors of inference mode can only be written to inside of it.
+                # Inference tensors can only be written to in inference mode.
                 if known == (shape, like.dtype, like.device, torch.is_inference_mode_enabled()):
                     cache.layers = self._free.pop(index)
                     break
@@ -231,7 +230,7 @@ class StaticBuffers:
                 layer.lazy_initialization(like, like)
 
     def give_back(self, cache: OwnStaticCache) -> None:
-        """Keep the buffers of a cache that nobody else has, and drop the oldest ones beyond the limit."""
+        """Take back the buffers of a cache that no caller got, and drop the oldest ones beyond the limit."""
         layers: list[Any] = cache.layers
         cache.drop()
         with self._lock:
@@ -245,7 +244,7 @@ class StaticBuffers:
         return sum(layer.keys.nbytes + layer.values.nbytes for layers in self._free for layer in layers)
 
 
-# Of each model. A model that is gone takes its buffers with it; one that trains needs the memory.
+# Per model, and freed with it. Training releases them too, since it needs the memory.
 _BUFFERS: weakref.WeakKeyDictionary[nn.Module, StaticBuffers] = weakref.WeakKeyDictionary()
 
 
@@ -296,7 +295,7 @@ def open_cache(
     *,
     training: bool,
 ) -> tuple[Cache | None, int, int]:
-    """Return the cache of a forward pass, how many positions to write to it, and how many it holds."""
+    """Return the cache of a forward pass, the number of positions to write to it, and the number it holds."""
     if not (cache is None or isinstance(cache, Cache)):
         raise ValueError(f"past_key_values is a {type(cache).__name__}: pass a DynamicCache, or leave it out.")
     write = cache is not None if use_cache is None else use_cache
@@ -310,7 +309,7 @@ def open_cache(
 
 
 def _check_whole_blocks(width: int, attention_mask: torch.Tensor | None, block_size: int) -> None:
-    """Refuse to store a block that is not finished: its keys would never have seen the rest of it."""
+    """Refuse to store an unfinished block, whose keys have not seen the rest of it."""
     tokens = [width]
     if attention_mask is not None:
         if torch.compiler.is_compiling() or attention_mask.device.type != "cpu":
@@ -319,8 +318,8 @@ def _check_whole_blocks(width: int, attention_mask: torch.Tensor | None, block_s
     if any(count % block_size for count in tokens):
         raise ValueError(
             f"use_cache=True would store {tokens} tokens in all, which is not a whole number of blocks of "
-            f"{block_size}: a block is stored when it is finished, so pass whole blocks, or use_cache=False to read "
-            f"the cache only."
+            f"{block_size}: a block is stored when it is finished, so pass whole blocks, or use_cache=False to only "
+            f"read the cache."
         )
 
 
@@ -351,7 +350,7 @@ def set_length(cache: StaticCache, tokens: int) -> None:
 
 
 def note_tokens(cache: Cache, token_ids: torch.Tensor | None, past: int) -> None:
-    """Remember the tokens `(batch, length)` that were written after `past` cached ones; None: they are not known."""
+    """Remember the tokens `(batch, length)` that were written after `past` cached ones; None if they are not known."""
     known: torch.Tensor | None = getattr(cache, "token_ids", None)
     if past and known is not None and token_ids is not None:
         fits = known.shape[0] == len(token_ids) and known.shape[1] >= past
@@ -362,15 +361,15 @@ def note_tokens(cache: Cache, token_ids: torch.Tensor | None, past: int) -> None
 
 
 def check_rows(cache: Cache, rows: int, config: Any) -> None:
-    """Refuse a cache with tokens of another model or of another number of rows.
+    """Refuse a cache of another model or with another number of rows.
 
     Raises:
-        ValueError: if layers or rows are not those of the model and the batch.
+        ValueError: if its layers are not those of the model, or its rows not those of the batch.
     """
     layers: list[Any] = cache.layers
     if len(layers) != config.num_hidden_layers:
         raise ValueError(
-            f"past_key_values holds {len(layers)} layers but the model has {config.num_hidden_layers}: it is that of "
+            f"past_key_values holds {len(layers)} layers but the model has {config.num_hidden_layers}: it belongs to "
             f"another model. Leave it out."
         )
     if layers[0].keys.shape[0] != rows:
@@ -381,7 +380,7 @@ def check_rows(cache: Cache, rows: int, config: Any) -> None:
 
 
 def check_tokens(cache: Cache, token_ids: torch.Tensor) -> None:
-    """Refuse a cache that holds another text than `(batch, length)`, where its tokens are known.
+    """Refuse a cache whose tokens, if they are known, are not the beginning of the text `(batch, length)`.
 
     Raises:
         ValueError: if a row of the text does not begin with the tokens of the cache.
@@ -389,7 +388,7 @@ def check_tokens(cache: Cache, token_ids: torch.Tensor) -> None:
     known, held = getattr(cache, "token_ids", None), int(cache.get_seq_length())
     if known is None or known.shape[1] < held:
         return
-    # In any order: rows of a cache may have been selected, repeated or sorted since.
+    # In any order: the rows of the cache may since have been selected, repeated or sorted.
     texts = {tuple(row) for row in known[:, :held].tolist()}
     for number, row in enumerate(token_ids[:, :held].tolist()):
         if tuple(row) not in texts:
@@ -403,13 +402,13 @@ def last_clean(cache: Any) -> torch.Tensor:
     """Return the hidden state of the last cached token, `(batch, 1, hidden_size)`.
 
     Raises:
-        ValueError: if the cache has none, as one that another model has written.
+        ValueError: if the cache has none, as when another model wrote it.
     """
     kept = getattr(cache, "clean_hidden", None)
     if kept is None:
         raise ValueError(
             "past_key_values holds no hidden state of its last token, from which alignment='shifted' predicts the "
-            "next one: pass a cache that this model has written, or leave it out."
+            "next one: pass a cache that this model wrote, or leave it out."
         )
     return kept[:, -1:]
 
@@ -418,10 +417,10 @@ def check_cache(cache: Cache, buffer: "SequenceBuffer", config: Any) -> None:
     """Refuse a cache that this text cannot continue.
 
     Raises:
-        ValueError: if the cache is of another kind, too small, of another batch, model or text, longer than the
-            prompt, or has padding or part of a block.
+        ValueError: if the cache is of an unsupported kind, too small, of another batch, model or text, longer than the
+            prompt, or has other padding or part of a block.
     """
-    # Only layers that keep every token: sliding and quantized ones are classes of their own.
+    # Only layers that keep every token; sliding and quantized ones are subclasses.
     kinds = {DynamicCache: (DynamicLayer, BlockCacheLayer), StaticCache: (StaticLayer,)}
     kind = next((kind for kind in kinds if isinstance(cache, kind)), None)
     if kind is None or cache.offloading or any(type(layer) not in kinds[kind] for layer in cache.layers):
@@ -445,15 +444,14 @@ def check_cache(cache: Cache, buffer: "SequenceBuffer", config: Any) -> None:
     if not aligned or held % buffer.block_size:
         raise ValueError(
             f"past_key_values holds {held} tokens: a cache can be continued only if it holds whole blocks and the "
-            f"rows of the batch begin where they began in it, which padding changes. Leave it out to start without "
-            f"one."
+            f"rows of the batch are padded as they were in it. Leave it out to start without one."
         )
     if held > shortest:
         raise ValueError(
             f"past_key_values holds {held} tokens but the prompt has {shortest}: pass the whole text so "
             f"far as input_ids, the cached part included."
         )
-    # A finished block that is read before the first one is written leaves its own state.
+    # Without a finished block left to read, the next one is predicted from the state of the last cached token.
     if getattr(config, "alignment", "same") != "same" and shortest - held < buffer.block_size:
         last_clean(cache)
     check_tokens(cache, buffer.token_ids)

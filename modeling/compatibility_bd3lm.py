@@ -1,4 +1,4 @@
-"""Check what this code runs with: the installed transformers, and the code that calls a model.
+"""Check the installed version of transformers, and the code that calls a model.
 
 The version is checked when a saved folder is first imported.
 """
@@ -20,10 +20,10 @@ TRANSFORMERS_VERSIONS = f">={'.'.join(map(str, _FIRST))},<{'.'.join(map(str, _EN
 
 
 def check_transformers(installed: str) -> None:
-    """Refuse a version of transformers that this code was not written for.
+    """Refuse an unsupported version of transformers.
 
     Args:
-        installed: such as "5.23.0". A development version counts as the release that it becomes.
+        installed: such as "5.23.0". A development version counts as the release it leads to.
 
     Raises:
         ImportError: if the version is outside `TRANSFORMERS_VERSIONS`.
@@ -51,7 +51,7 @@ class OwnLossMixin:
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # A property would not do: torch registers a module, such as nn.CrossEntropyLoss(), without asking it.
+        # Not a property, which torch bypasses when it registers a module such as nn.CrossEntropyLoss().
         if name == "loss_function":
             raise ValueError(
                 f"loss_function was assigned to a {type(self).__name__}, which computes its own objective and would "
@@ -60,8 +60,8 @@ class OwnLossMixin:
         super().__setattr__(name, value)
 
 
-# Files whose code takes logits for something else. A frame's file name is all that is read of it: by its variables,
-# which security checks forbid, code could reach anything.
+# Files whose code misreads the logits. Only the file name of a frame is read: security checks forbid reading its
+# variables, through which code could reach anything.
 _NEXT_TOKEN_CALLERS = re.compile(
     r"lm_eval[/\\]models[/\\]huggingface\.py$|evaluate_modules[/\\].*[/\\]perplexity\.py$"
 )
@@ -74,19 +74,19 @@ _INSTEAD_OF_NEXT_TOKENS = (
 )
 _INSTEAD_OF_CLASSES = "it has no classes. Use the pipelines text-generation and fill-mask"
 _INSTEAD_OF_MASK_PADDING = (
-    "it would take padding, which is the mask token here, for blanks. Set another tokenizer.pad_token, or pass one "
+    "it would mistake padding, which is the mask token here, for blanks. Set another tokenizer.pad_token, or pass one "
     "text at a time"
 )
 
 
 def check_caller(config: Any, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
-    """Refuse a call for logits from code that is known to read something else in them, or in the ids.
+    """Refuse a call for logits from code that is known to misinterpret them or the ids.
 
-    Such code calls the model as one does who wants the logits of masked tokens: only the stack shows the difference.
+    The arguments of such a call are those of a call for the logits of masked tokens: only the stack differs.
 
     Raises:
-        ValueError: if a harness or metric wants next-token predictions of a model that has none, or a pipeline wants
-            classes, or blanks of rows that are padded with the mask token.
+        ValueError: if a harness or metric expects next-token predictions from a model without them, or a pipeline
+            expects classes, or fills blanks in rows that are padded with the mask token.
     """
     if torch.compiler.is_compiling():
         return
@@ -116,9 +116,9 @@ def _calling_files() -> Iterator[str]:
 def warn_of_visible_tokens(
     network: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, mask_token_id: int
 ) -> None:
-    """Warn once when there is nothing to denoise: a caller probably takes the outputs for next-token predictions.
+    """Warn once if there is nothing to denoise: the caller probably expects next-token predictions.
 
-    On an accelerator only the first call of a network is checked, as each check waits for the device.
+    On an accelerator only the first call of a network is checked, since each check waits for the device.
     """
     if torch.compiler.is_compiling() or input_ids.is_meta:
         return
@@ -131,7 +131,7 @@ def warn_of_visible_tokens(
         masked = masked & attention_mask.bool()
     if not masked.any():
         logger.warning_once(
-            f"A block-diffusion model was given a text without a mask token (mask_token_id={mask_token_id}). Its "
+            f"A block-diffusion model got a text without a mask token (mask_token_id={mask_token_id}). Its "
             f"outputs are not next-token predictions: each position sees its own token. Shifting them by one, as "
             f"TRL's SFTTrainer and DPOTrainer or lm_eval's hf model do, gives wrong losses and scores. Use "
             f"model(input_ids, labels=...) with the Trainer or `bd3lm train`, model.token_nll(input_ids) for scores, "
@@ -140,7 +140,7 @@ def warn_of_visible_tokens(
 
 
 def check_trainer(network: torch.nn.Module, input_ids: torch.Tensor | None, config: Any) -> None:
-    """Refuse a Trainer whose `compute_loss` takes the labels out of the batch and shifts the logits.
+    """Refuse a Trainer whose `compute_loss` removes the labels from the batch and shifts the logits.
 
     Raises:
         ValueError: see [`check_not_next_token_training`].
@@ -152,14 +152,14 @@ def check_trainer(network: torch.nn.Module, input_ids: torch.Tensor | None, conf
 
 
 def check_not_next_token_training(network: torch.nn.Module, input_ids: torch.Tensor | None, config: Any) -> None:
-    """Refuse the call of trainers that take a next-token loss of the states of clean text.
+    """Refuse calls of trainers that compute a next-token loss from the states of clean text.
 
     TRL's trainers never ask the model for its loss: they call `model.base_model` and shift its states by one. A block
     is bidirectional, so these states see the very token that they would be trained to predict.
 
     Raises:
-        ValueError: if a text without a mask token is given in training, and none with a mask token was before: a loss
-            of one's own may by chance have masked nothing.
+        ValueError: if a text in training has no mask token and no earlier one had any. After one that had, a custom
+            denoising loss may have masked nothing by chance.
     """
     if not (network.training and torch.is_grad_enabled()) or config.causal or input_ids is None:
         return
@@ -169,7 +169,7 @@ def check_not_next_token_training(network: torch.nn.Module, input_ids: torch.Ten
     if not vars(network)["_masks_seen"]:
         raise ValueError(
             "text without a mask token in training, and no labels: a next-token loss does not train a block-diffusion "
-            "model. Use `bd3lm train`, or transformers' Trainer with labels, which a "
-            "DataCollatorForLanguageModeling(tokenizer, mlm=False) makes; TRL's SFTTrainer works with a compute_loss "
-            "that returns model(**inputs).loss."
+            "model. Use `bd3lm train`, or transformers' Trainer with the labels of a "
+            "DataCollatorForLanguageModeling(tokenizer, mlm=False); TRL's SFTTrainer works with a compute_loss that "
+            "returns model(**inputs).loss."
         )

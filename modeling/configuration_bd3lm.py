@@ -1,6 +1,6 @@
-"""The configuration of a block-diffusion language model (BD3-LM, arXiv 2503.09573), validated when it is made."""
+"""Configurations of BD3-LM (arXiv 2503.09573) and of its baselines, validated on construction."""
 
-# First, so that a version of transformers that cannot run this code is named before any other import fails.
+# First, to report an unsupported version of transformers before any other import fails.
 from .compatibility_bd3lm import check_transformers  # noqa: F401
 
 
@@ -12,10 +12,10 @@ from transformers.configuration_utils import PreTrainedConfig
 from .noise_bd3lm import check_interval, check_noise_samples, noise_schedule
 
 
-# Where the authors' unclipped interval of noise levels begins.
+# Lower end of the authors' unclipped interval of noise levels.
 SAMPLING_EPS = 1e-3
 
-# Fields that only a model with several blocks in its window shares with BD3-LM.
+# Fields that only models with several blocks per window take over from a recipe for BD3-LM.
 _OF_BLOCKS = (
     "block_size",
     "sampling_eps_min",
@@ -27,13 +27,13 @@ _OF_BLOCKS = (
     "complementary",
 )
 
-# Every configuration saved by this code has these fields. A published one has not a single one of them.
+# Every configuration saved by this code has these fields; no published one has any of them.
 _NEVER_PUBLISHED = ("antithetic_sampling", "resample", "requires_transformers")
 
-# Beyond any model: such a size is a mistake, which building the model would answer after minutes or not at all.
+# Larger than any model: a mistake that building the model would reveal only after minutes, if at all.
 _LIMITS = {"vocab_size": 2**24, "model_length": 2**30, "hidden_dim": 2**16, "n_blocks": 1000, "cond_dim": 2**16}
 
-# Types of the fields, by the name that a message gives them; sizes are checked on their own.
+# Types of the fields, as error messages name them; `check_sizes` covers the sizes.
 _TYPES: dict[str, tuple[str, ...]] = {
     "a number": ("dropout", "sampling_eps_min", "sampling_eps_max", "one_hot_value"),
     "a whole number or None": ("mask_token_id", "bos_token_id", "pad_token_id"),
@@ -59,47 +59,48 @@ class BD3LMConfig(PreTrainedConfig):
 
     Args:
         vocab_size (`int`, defaults to 50258): size of the vocabulary, the mask token included.
-        block_size (`int`, defaults to 4): tokens of a block. 1 is an autoregressive model, `model_length` a masked
-            diffusion model. It shapes attention and noise only, never a parameter.
-        model_length (`int`, defaults to 1024): tokens of a training sequence and of the window when generating. A
+        block_size (`int`, defaults to 4): tokens per block. 1 gives an autoregressive model, `model_length` a masked
+            diffusion model. It affects attention and noise only, never the shape of a parameter.
+        model_length (`int`, defaults to 1024): tokens of a training sequence and of the window in generation. A
             multiple of `block_size`.
         hidden_dim (`int`, defaults to 768): width of the residual stream, a multiple of `n_heads`.
         n_blocks (`int`, defaults to 12): number of transformer layers.
-        n_heads (`int`, defaults to 12): number of attention heads; `hidden_dim / n_heads` is even (rotary halves).
+        n_heads (`int`, defaults to 12): number of attention heads; `hidden_dim / n_heads` must be even, since rotary
+            embeddings rotate pairs.
         cond_dim (`int`, defaults to 128): width of the noise-level embedding that drives adaLN.
         dropout (`float`, defaults to 0.1): dropout on both residual branches, in training only.
         adaln (`bool`, defaults to `True`): adaptive layer norm. `False` removes `sigma_map` and every
             `adaLN_modulation` from the weights.
-        time_conditioning (`bool`, defaults to `False`): feed the noise level sigma to adaLN. When `False` a constant
-            zero is fed, as the published models do, so adaLN is a learned constant of each layer.
+        time_conditioning (`bool`, defaults to `False`): feed the noise level sigma to adaLN. `False` feeds a constant
+            zero, as the published models do, so adaLN is a learned constant of each layer.
         cross_attn (`bool`, defaults to `True`): the noisy stream attends to the clean stream of earlier blocks.
             `False` is the published pre-training checkpoint: one full-length block, no clean stream.
         causal (`bool`, defaults to `False`): causal attention (the AR baseline); excludes `cross_attn`.
-        mask_token_id (`int`, *optional*): the absorbing state. Defaults to the last id, `vocab_size - 1`.
+        mask_token_id (`int`, *optional*): id of the absorbing state. Defaults to the last id, `vocab_size - 1`.
         noise (`str`, defaults to `"loglinear"`): noise schedule of training, see [`noise_schedule`].
-        var_min (`bool`, defaults to `True`): carry the learned interval as the buffers `sampling_eps_min` and
-            `sampling_eps_max` in the weights.
+        var_min (`bool`, defaults to `True`): save the learned interval with the weights, as the buffers
+            `sampling_eps_min` and `sampling_eps_max`.
         sampling_eps_min (`float`, defaults to 0.001): lower end of the interval of noise levels in training.
         sampling_eps_max (`float`, defaults to 1.0): upper end of that interval.
-        resample (`bool`, defaults to `False`): in training, draw masks whose rate in every block is in the interval.
+        resample (`bool`, defaults to `False`): in training, keep the mask rate of every block within the interval.
         antithetic_sampling (`str`, defaults to `"shuffled"`): how noise levels are stratified over the blocks of a
             batch: `"shuffled"`, `"published"` (row-major strata, ties the level to the position) or `"none"`.
         noise_draws (`int`, defaults to 1): noisy streams that share one clean stream in a training step; the loss is
             the mean over them. They share the clean stream's dropout too. Excludes `time_conditioning`.
-        eval_noise_draws (`int`, defaults to 1): noise samples of each sequence when a Trainer evaluates.
+        eval_noise_draws (`int`, defaults to 1): noise samples per sequence in a Trainer's evaluation.
         masking (`str`, defaults to `"independent"`): `"exact_k"` masks exactly k of the n tokens of a block, k uniform
             on 1..n, with the weight n/k: the same bound with less variance.
-        complementary (`bool`, defaults to `False`): in training, give each noisy stream a partner that masks the
-            tokens which it shows, so that a pair scores every token.
+        complementary (`bool`, defaults to `False`): in training, pair each noisy stream with one that masks exactly
+            the other tokens, so that a pair scores every token.
         ignore_bos (`bool`, defaults to `True`): the first token of a sequence is never masked and, outside training,
             never scored.
-        attn_backend (`str`, *optional*): attention kernel named by published checkpoints. Kept so that their
-            `config.json` loads; the kernel is chosen by transformers' `attn_implementation`.
+        attn_backend (`str`, *optional*): attention kernel named in published checkpoints; ignored. transformers'
+            `attn_implementation` chooses the kernel.
         bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): special tokens.
-        use_cache (`bool`, defaults to `True`): whether `generate` keeps keys and values of finished blocks.
+        use_cache (`bool`, defaults to `True`): whether `generate` caches keys and values of finished blocks.
 
     Raises:
-        ValueError: if no model can have a value, or several values together. The message names value and remedy.
+        ValueError: if a value, or a combination of values, is impossible. The message names the value and the remedy.
     """
 
     model_type = "bd3lm"
@@ -111,7 +112,7 @@ class BD3LMConfig(PreTrainedConfig):
         "max_position_embeddings": "model_length",
     }
 
-    # Fields that a recipe made for another model type chose for reasons that this type does not share.
+    # Fields that a recipe for another model type sets for reasons that do not apply to this one.
     unshared_fields: ClassVar[tuple[str, ...]] = ()
 
     vocab_size: int = 50258
@@ -148,7 +149,7 @@ class BD3LMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         # Published configs set return_dict=False, and some set tie_word_embeddings=True. The first would turn every
-        # output into a tuple. The second was never applied: their head is a separate matrix.
+        # output into a tuple. The second never took effect: their head is a separate matrix.
         self.return_dict = True
         self.tie_word_embeddings = False
         check_types(self)
@@ -161,10 +162,10 @@ class BD3LMConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return the configuration as transformers does, with the defaults of the code that wrote it.
+        """Return the configuration as transformers does; missing fields get the defaults of the code that wrote it.
 
         Raises:
-            ValueError: if it is the configuration of another model.
+            ValueError: if it is the configuration of another model type.
         """
         check_model_type(cls, config_dict)
         if cls is BD3LMConfig and not any(name in config_dict for name in _NEVER_PUBLISHED):
@@ -204,10 +205,10 @@ class BD3LMConfig(PreTrainedConfig):
         self.check_block_size()
 
     def check_block_size(self) -> None:
-        """Refuse a block size that does not fit the window. Models ask again when used: a config may have changed.
+        """Refuse a block size that does not fit the window. Models check again on use, since a config can change.
 
         Raises:
-            ValueError: if it is not a size, does not divide `model_length`, or is not that of the model type.
+            ValueError: if it is not an integer >= 1, does not divide `model_length`, or does not fit the model type.
         """
         check_sizes(self, "block_size", "model_length")
         if self.model_length % self.block_size:
@@ -230,7 +231,7 @@ class BD3LMConfig(PreTrainedConfig):
             if self.mask_token_id in ids:
                 raise ValueError(
                     f"{name}={getattr(self, name)} is also mask_token_id={self.mask_token_id}: the mask must be a "
-                    f"token of its own, so add one to the tokenizer and raise vocab_size by one."
+                    f"separate token, so add one to the tokenizer and raise vocab_size by one."
                 )
 
     def _check_noise(self) -> None:
@@ -266,7 +267,7 @@ class ARConfig(BD3LMConfig):
     """
     Configuration of an [`ARForCausalLM`]: the same layers with causal attention and without adaLN.
 
-    Takes the fields of [`BD3LMConfig`]. Those of noise and blocks have no effect: `block_size` is 1.
+    Takes the fields of [`BD3LMConfig`]. Those about noise and blocks have no effect: `block_size` is 1.
 
     Raises:
         ValueError: if a field contradicts an autoregressive model.
@@ -287,7 +288,7 @@ class ARConfig(BD3LMConfig):
         return 0
 
     def check_block_size(self) -> None:
-        """Refuse any other block size than 1."""
+        """Refuse any block size other than 1."""
         _check_required(self, {"block_size": 1}, "an autoregressive model has no blocks")
         super().check_block_size()
 
@@ -304,8 +305,8 @@ class MDLMConfig(BD3LMConfig):
     Takes the fields of [`BD3LMConfig`]; `block_size` is `model_length`.
 
     Args:
-        mdlm_loss_scale (`bool`, defaults to `False`): the noise of the checkpoints of Sahoo et al., masking
-            probability 0.999 t. Sets `noise`.
+        mdlm_loss_scale (`bool`, defaults to `False`): use the noise of Sahoo et al.'s checkpoints, whose masking
+            probability is 0.999 t; overrides `noise`.
 
     Raises:
         ValueError: if a field contradicts attention over the whole sequence.
@@ -327,7 +328,7 @@ class MDLMConfig(BD3LMConfig):
         super().__post_init__(**kwargs)
 
     def check_block_size(self) -> None:
-        """Refuse any other block size than `model_length`."""
+        """Refuse any block size other than `model_length`."""
         self._check_whole({"block_size": self.model_length})
         super().check_block_size()
 
@@ -346,7 +347,7 @@ class SEDDConfig(MDLMConfig):
     Takes the fields of [`MDLMConfig`].
 
     Raises:
-        ValueError: if a field contradicts a score, which depends on x_t and its noise level.
+        ValueError: if a field contradicts a score model, which is conditioned on the noise level.
     """
 
     model_type = "sedd"
@@ -361,10 +362,10 @@ class SEDDConfig(MDLMConfig):
 
 
 def check_masking(config: Any) -> None:
-    """Refuse a way of masking that contradicts other fields.
+    """Refuse a `masking` or `complementary` that contradicts other fields.
 
     Raises:
-        ValueError: if the way is unknown, or does not combine with another field.
+        ValueError: if `masking` is unknown, or if either excludes the value of another field.
     """
     if config.masking not in ("independent", "exact_k"):
         raise ValueError(f"masking={config.masking!r} is unknown: choose 'independent' or 'exact_k'.")
@@ -372,18 +373,18 @@ def check_masking(config: Any) -> None:
         for name in ("resample", "time_conditioning", "complementary"):
             if getattr(config, name):
                 raise ValueError(
-                    f"masking='exact_k' does not go with {name}=True: it draws the number of masked tokens and no "
-                    f"noise level. Set {name}=False or masking='independent'."
+                    f"masking='exact_k' excludes {name}=True: it draws the number of masked tokens, not a noise "
+                    f"level. Set {name}=False or masking='independent'."
                 )
     if config.complementary and config.time_conditioning:
-        raise ValueError("complementary=True needs time_conditioning=False: the two streams have two noise levels.")
+        raise ValueError("complementary=True needs time_conditioning=False: paired streams differ in noise level.")
 
 
 def check_sizes(config: Any, *names: str) -> None:
     """Refuse sizes that no model has.
 
     Raises:
-        ValueError: if a size is not a whole number, is below 1, or is beyond any model.
+        ValueError: if a size is not an integer, is below 1, or is larger than that of any model.
     """
     for name in names:
         value = getattr(config, name)
@@ -394,10 +395,10 @@ def check_sizes(config: Any, *names: str) -> None:
 
 
 def check_types(config: Any) -> None:
-    """Refuse fields of another type, which would fail much later and without their name.
+    """Refuse fields of the wrong type, which would otherwise fail much later, in an error that does not name them.
 
     Raises:
-        ValueError: if a field has another type than its documentation says.
+        ValueError: if a field is not of its documented type.
     """
     for expected, names in _TYPES.items():
         for name in names:

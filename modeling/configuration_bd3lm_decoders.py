@@ -1,7 +1,7 @@
-"""Configurations of block diffusion on transformers' own decoders: the family's fields, and those of the process.
+"""Configurations of block diffusion on transformers' decoders: the fields of the family plus those of the process.
 
-Each family has a class of its own, whose `model_type` is not the stock one: a folder of a stock type would be loaded
-as an autoregressive model where its code is not trusted, and would generate garbage.
+Each family has its own class, whose `model_type` differs from the stock one: where its code is not trusted, a folder
+of a stock type would load as an autoregressive model and generate garbage.
 """
 
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ from .configuration_bd3lm import SAMPLING_EPS, BD3LMConfig, check_model_type, ch
 #: Which hidden state predicts the token at position i: that at i, or that at i - 1, as in an autoregressive model.
 ALIGNMENTS = ("same", "shifted", "shifted_noisy")
 
-#: How clean tokens attend to one another: by blocks, or token by token, as in an autoregressive model.
+#: How clean tokens attend to one another: block by block, or token by token, as in an autoregressive model.
 CONTEXTS = ("block", "token")
 
 _RECURRENT = {"linear_attention", "conv", "mamba", "recurrent", "attention_mamba", "hybrid"}
 
 
-# To a type checker the base of the mixin is Any: each family brings its own fields.
+# Any to a type checker, since each family brings its own fields.
 _Configuration: Any = object
 
 
@@ -42,29 +42,29 @@ class BD3LMDecoderConfigMixin(_Configuration):
     The fields of block diffusion, for the configuration of a decoder.
 
     Args:
-        block_size (`int`, defaults to 4): tokens of a block.
-        model_length (`int`, *optional*): tokens of a training sequence, and of the window when generating. Defaults
-            to `max_position_embeddings`, or the sliding window where that is shorter, in whole blocks.
-        mask_token_id (`int`, *optional*): the absorbing state; [`adapt_decoder`] chooses one. Defaults to the last id
-            that is not a special token.
+        block_size (`int`, defaults to 4): tokens per block.
+        model_length (`int`, *optional*): tokens of a training sequence, and of the window in generation. Defaults to
+            `max_position_embeddings`, or the sliding window if that is shorter, rounded down to whole blocks.
+        mask_token_id (`int`, *optional*): id of the absorbing state; [`adapt_decoder`] chooses one. Defaults to the
+            last id that is not a special token.
         alignment (`str`, defaults to `"same"`): which hidden state predicts the token at position i. `"same"`: the one
             at i. `"shifted"`: the one at i - 1, as the decoder was trained; for the first token of a block that is the
-            clean token before it. `"shifted_noisy"`: the one at i - 1 of the noisy stream throughout. When generating,
-            the previous block is finished, so its clean state is used.
-        context (`str`, defaults to `"block"`): the clean stream is block-causal, or with `"token"` causal, so that it
-            stays the autoregressive model.
-        ar_loss_weight (`float`, defaults to 0.0): with `context="token"`, weight of the next-token loss of the clean
-            stream that is added to the loss.
-        noise, sampling_eps_min, sampling_eps_max, resample, antithetic_sampling, noise_draws, masking, complementary,
-            ignore_bos: as in [`BD3LMConfig`].
+            clean token before it. `"shifted_noisy"`: always the one at i - 1 of the noisy stream; in generation, where
+            the previous block is finished, its clean state is used.
+        context (`str`, defaults to `"block"`): `"block"` makes the clean stream block-causal; `"token"` makes it
+            causal, so that it remains the autoregressive model.
+        ar_loss_weight (`float`, defaults to 0.0): weight of the clean stream's next-token loss, which is added to the
+            loss; needs `context="token"`.
+        noise, sampling_eps_min, sampling_eps_max, resample, antithetic_sampling, noise_draws, eval_noise_draws,
+            masking, complementary, ignore_bos: as in [`BD3LMConfig`].
 
     Raises:
-        ValueError: if a field has a value, or a combination of values, that no model can have.
+        ValueError: if a value, or a combination of values, is impossible.
     """
 
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    # Which options of the objective the network has: constants.
+    # Options of the objective that are fixed for these networks.
     time_conditioning: ClassVar[bool] = False
     causal: ClassVar[bool] = False
     cross_attn: ClassVar[bool] = True
@@ -94,7 +94,7 @@ class BD3LMDecoderConfigMixin(_Configuration):
     _check_noise = BD3LMConfig._check_noise
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)  # of the family's configuration
+        super().__post_init__(**kwargs)  # that of the family
         self.return_dict = True
         for name in ("block_size", "noise_draws", "eval_noise_draws"):
             _check_positive(name, getattr(self, name))
@@ -109,13 +109,13 @@ class BD3LMDecoderConfigMixin(_Configuration):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return the configuration, as in transformers; one of another model type is an error, not a warning."""
+        """Return the configuration as transformers does; another model type is an error, not a warning."""
         check_model_type(cls, config_dict)
         return super().from_dict(config_dict, **kwargs)
 
     @property
     def longest(self) -> int:
-        """Tokens that any query may see: the positions the network has, or the narrowest sliding window."""
+        """Most tokens that every query can see: the positions of the network, or its sliding window if shorter."""
         windows = [self.sliding_window] if slides(self) else []
         return min([self.max_position_embeddings, *windows])
 
@@ -125,7 +125,7 @@ class BD3LMDecoderConfigMixin(_Configuration):
         return getattr(self, "rope_parameters", None) is None
 
     def _drop_default_tokens(self) -> None:
-        """Drop special tokens that are only the family's defaults, and that a smaller vocabulary does not have."""
+        """Drop special tokens that are only the family's defaults and do not exist in a smaller vocabulary."""
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             default = type(self).__dataclass_fields__[name].default
@@ -156,10 +156,10 @@ class BD3LMDecoderConfigMixin(_Configuration):
         self.check_block_size()
 
     def check_block_size(self) -> None:
-        """Refuse a block size that does not fit the window. Models ask again when used: a config may have changed.
+        """Refuse a block size that does not fit the window. Models check again on use, since a config can change.
 
         Raises:
-            ValueError: if it is not a size, or does not divide `model_length`.
+            ValueError: if it is not an integer >= 1, or does not divide `model_length`.
         """
         _check_positive("block_size", self.block_size)
         assert self.model_length is not None  # chosen on construction
@@ -176,8 +176,8 @@ class BD3LMDecoderConfigMixin(_Configuration):
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}.")
         if self.alignment != "same" and not self.ignore_bos:
             raise ValueError(
-                f"alignment={self.alignment!r} with ignore_bos=False: the first token of a text has no token before "
-                f"it to be predicted from, so set ignore_bos=True or alignment='same'."
+                f"alignment={self.alignment!r} with ignore_bos=False: the first token of a text has no predecessor to "
+                f"predict it from, so set ignore_bos=True or alignment='same'."
             )
         weight = self.ar_loss_weight
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
@@ -190,7 +190,7 @@ class BD3LMDecoderConfigMixin(_Configuration):
 
 
 def slides(config: Any) -> bool:
-    """Return whether some layer of a decoder sees a sliding window only."""
+    """Return whether any layer of a decoder has sliding-window attention."""
     if getattr(config, "sliding_window", None) is None:
         return False
     kinds = getattr(config, "layer_types", None)
@@ -206,11 +206,11 @@ def unsupported_reason(config: Any) -> str | None:
     """Return why a decoder with this configuration cannot denoise blocks; None if nothing is known against it."""
     kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
     if kinds & _RECURRENT or any(hasattr(config, name) for name in ("conv_kernel", "ssm_cfg", "mamba_d_state")):
-        return "it has recurrent or convolutional layers, which cannot be rewound and never see the right of a block"
+        return "it has recurrent or convolutional layers, which cannot be rewound or see later tokens of a block"
     if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder, and block diffusion needs one stack that reads and writes"
+        return "it is an encoder-decoder, and block diffusion needs a single stack"
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
-        return "its ALiBi attention takes distances from columns, not from positions, and two streams share positions"
+        return "its ALiBi attention measures distances in columns, but the two streams share positions"
     return None
 
 

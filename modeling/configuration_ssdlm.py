@@ -1,6 +1,6 @@
-"""The configuration of SSD-LM (arXiv 2210.17432), validated when it is made."""
+"""Configuration of SSD-LM (arXiv 2210.17432), validated on construction."""
 
-# First, so that a version of transformers that cannot run this code is named before any other import fails.
+# First, to report an unsupported version of transformers before any other import fails.
 from .compatibility_bd3lm import check_transformers  # noqa: F401
 
 
@@ -23,19 +23,19 @@ class SSDLMConfig(PreTrainedConfig):
         encoder_config (`PreTrainedConfig` or `dict`, *optional*): configuration of any masked language model of
             transformers that takes `inputs_embeds`. By default a RoBERTa of the sizes below; otherwise the sizes are
             taken from it.
-        vocab_size, hidden_dim, n_blocks, n_heads: of the RoBERTa made here; the defaults are roberta-large's.
-        dropout (`float`, *optional*): of hidden states and attention of the encoder, where it has
-            `hidden_dropout_prob`. By default the encoder's own, 0.1 for the RoBERTa made here.
-        block_size (`int`, defaults to 25): tokens that are denoised together.
+        vocab_size, hidden_dim, n_blocks, n_heads: sizes of the default RoBERTa; they default to roberta-large's.
+        dropout (`float`, *optional*): dropout of the encoder's hidden states and attention, if it has
+            `hidden_dropout_prob`. By default the encoder's own, 0.1 for the default RoBERTa.
+        block_size (`int`, defaults to 25): tokens per block, which are denoised together.
         model_length (`int`, defaults to 200): tokens of a training sequence and of the window, the block included.
         one_hot_value (`float`, defaults to 5.0): K, the scale of the almost-one-hot logits and of the noise.
         num_train_timesteps (`int`, defaults to 5000): steps T of the training schedule.
         bos_token_id, eos_token_id, pad_token_id, mask_token_id: special tokens of the encoder. The mask, by default
-            the last id as RoBERTa's, has no part in this diffusion.
+            the last id as in RoBERTa, plays no part in this diffusion.
 
     Raises:
-        ValueError: if a block leaves no room for context in the window, K <= 0, T < 1, or the encoder is unknown or
-            has other names for its dropout.
+        ValueError: if a block leaves no room for context in the window, K <= 0, T < 1, the encoder is unknown, or
+            `dropout` is given and the encoder has no `hidden_dropout_prob`.
     """
 
     model_type = "ssdlm"
@@ -59,7 +59,7 @@ class SSDLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # The encoder is made here, before transformers gives the sizes their common names.
+        # Before transformers maps the common names of the sizes, which the encoder needs.
         for name, common_name in ((ours, theirs) for theirs, ours in self.attribute_map.items() if theirs in kwargs):
             setattr(self, name, kwargs.pop(common_name))
         self._check()
@@ -69,8 +69,8 @@ class SSDLMConfig(PreTrainedConfig):
             self.encoder_config = _from_dict(self.encoder_config)
         if type(self.encoder_config) not in MODEL_FOR_MASKED_LM_MAPPING:
             raise ValueError(
-                f"encoder_config is a {type(self.encoder_config).__name__}, of which transformers has no masked "
-                f"language model: give one that it has, for instance a RobertaConfig."
+                f"encoder_config is a {type(self.encoder_config).__name__}, for which transformers has no masked "
+                f"language model: give another one, for instance a RobertaConfig."
             )
         super().__post_init__(**kwargs)  # it passes the attention implementation on to the encoder
         encoder = self.encoder_config
@@ -89,7 +89,7 @@ class SSDLMConfig(PreTrainedConfig):
             )
 
     def num_blocks(self, length: int) -> int:
-        """Return 2, the uniform numbers that decide the noise of a sequence: its step t and the start of its block."""
+        """Return 2, the uniform numbers per sequence: one for its step t, one for the start of its block."""
         return 2
 
     def _check(self) -> None:
@@ -101,10 +101,10 @@ class SSDLMConfig(PreTrainedConfig):
             raise ValueError(f"one_hot_value={self.one_hot_value}: the scale K of the simplex must be above 0.")
 
     def check_block_size(self) -> None:
-        """Refuse a block that leaves no room for context. Models ask again when used: a config may have changed.
+        """Refuse a block that leaves no room for context. Models check again on use, since a config can change.
 
         Raises:
-            ValueError: if it is not a size, or not below `model_length`.
+            ValueError: if it is not an integer >= 1, or not below `model_length`.
         """
         check_sizes(self, "block_size", "model_length")
         if self.block_size >= self.model_length:
@@ -119,8 +119,8 @@ class SSDLMConfig(PreTrainedConfig):
             self.dropout = own
         elif own is None:
             raise ValueError(
-                f"dropout={self.dropout}: a {type(encoder).__name__} has no hidden_dropout_prob that it could set; "
-                f"leave it out, and set the encoder's own fields in encoder_config."
+                f"dropout={self.dropout}: a {type(encoder).__name__} has no hidden_dropout_prob to set. Leave it "
+                f"out, and set the encoder's own fields in encoder_config."
             )
         else:
             encoder.hidden_dropout_prob = encoder.attention_probs_dropout_prob = self.dropout

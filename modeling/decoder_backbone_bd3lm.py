@@ -1,7 +1,7 @@
 """A stock decoder of transformers as the network of block diffusion.
 
-A stock decoder attends as a mask says and rotates as positions say. Both are given, so that the sequence `[x_0 ; x_t]`
-of two streams, or a block after a cache of finished blocks, goes through the stock layers in one call.
+A stock decoder attends as its mask says and rotates as its positions say. Both are passed, so that the sequence
+`[x_0 ; x_t]` of two streams, or a block after a cache of finished blocks, goes through the stock layers in one call.
 """
 
 import functools
@@ -20,7 +20,7 @@ from .inputs_bd3lm import Layout, may_read, read_inputs, token_layout
 from .windows_bd3lm import DecodingNetwork
 
 
-#: The attention of a decoder with attn_implementation="flex_attention", by its name in transformers.
+#: The name in transformers of the attention of a decoder with attn_implementation="flex_attention".
 FLEX_ATTENTION = "bd3lm_flex_attention"
 
 
@@ -32,10 +32,10 @@ def flex_attention_forward(
     attention_mask: torch.Tensor | BlockMask,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attend by flex attention as transformers does, where the mask is sparse.
+    """Run transformers' flex attention if the mask is sparse.
 
-    A cached block has a dense mask, which sdpa takes without compiling anything. On a CPU the sparse kernel runs as
-    written: compiled it takes a minute, and crashed (torch 2.13).
+    A denoising step has a dense mask, which sdpa accepts without compiling anything. On a CPU the sparse kernel runs
+    uncompiled: compiling it takes a minute, and the result crashed (torch 2.13).
     """
     if not isinstance(attention_mask, BlockMask):
         attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -50,8 +50,10 @@ AttentionInterface.register(FLEX_ATTENTION, flex_attention_forward)
 
 
 class StepCache:
-    """A cache as the stock layers see it in one forward pass: they read all of it, and it keeps the first `commit`
-    tokens of the pass. They call nothing but `update`, since masks and positions are given."""
+    """A cache as the stock layers see it in one forward pass, which reads all of it and commits the first tokens.
+
+    The layers call only `update`, since masks and positions are passed to them.
+    """
 
     def __init__(self, cache: Cache | StaticSlots, commit: int) -> None:
         self.cache, self.commit = cache, commit
@@ -66,12 +68,12 @@ class StepCache:
 class TwoStreamHidden(NamedTuple):
     """Hidden states of a pass over `[x_0 ; x_t]`."""
 
-    noisy: torch.Tensor  # (batch, num_noise_samples * length, hidden_size), aligned: that at i predicts token i
-    clean: torch.Tensor  # (batch, length, hidden_size), as they are; empty where a cache holds the clean stream
+    noisy: torch.Tensor  # (batch, num_noise_samples * length, hidden_size), aligned: the state at i predicts token i
+    clean: torch.Tensor  # (batch, length, hidden_size), not aligned; empty if a cache holds the clean stream
 
 
 class DecoderBackbone:
-    """A stock decoder called like a [`BD3LMModel`]: token ids to hidden states that the head makes logits of."""
+    """A stock decoder with the interface of a [`BD3LMModel`]: maps token ids to hidden states for the head."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.config = model, model.config
@@ -97,7 +99,7 @@ class DecoderBackbone:
         """Run the stock decoder once; `last_hidden_state` is `(batch, length, hidden_size)`.
 
         Args:
-            mask: additive `(batch or 1, 1, length, keys)`, or that of flex attention.
+            mask: additive `(batch or 1, 1, length, keys)`, or a sparse mask of flex attention.
             commit: leading positions to write to the cache; the others leave no trace in it.
             recorded: `output_hidden_states` and `output_attentions`.
 
@@ -107,7 +109,7 @@ class DecoderBackbone:
         decoder = self.model.base_model
         if cache is not None and decoder.training and _checkpoints_gradients(decoder):
             raise ValueError(
-                "a cache does not go with gradient checkpointing in train mode, where the layers would ignore it: "
+                "a cache cannot be used with gradient checkpointing in train mode, where the layers would ignore it: "
                 "call model.eval() before scoring or generating."
             )
         outputs = decoder(
@@ -137,7 +139,7 @@ class DecoderBackbone:
         cache: Any = None,
         **recorded: bool,
     ) -> tuple[TwoStreamHidden, BaseModelOutputWithPast]:
-        """Run `[x_0 ; x_t]`, or x_t alone after a cache of x_0, whose embeddings are given."""
+        """Run the embeddings of `[x_0 ; x_t]`, or of x_t alone after a cache of x_0."""
         check_length(layout, self.config)
         length = layout.block_ids.shape[1]
         streams = num_noise_samples + 1
@@ -158,8 +160,8 @@ class DecoderBackbone:
         """Align the hidden states of noisy streams, side by side, with the tokens that they predict.
 
         Args:
-            clean: hidden states of the clean stream, from which the first token of a block is predicted; None: there
-                is only one block.
+            clean: hidden states of the clean stream, which predict the first token of a block; None if there is only
+                one block.
         """
         if not self.shifted:
             return noisy
@@ -169,7 +171,7 @@ class DecoderBackbone:
         if clean is not None and self.config.alignment == "shifted":
             begins = (layout.position_ids % self.config.block_size == 0)[:, None, :, None]
             moved = torch.where(begins, shift_right(clean, clean[:, :1]).unsqueeze(1), moved)
-        # Nothing comes before the first token of a text: its logits are those of its own position, never scored.
+        # The first token of a text has no predecessor: its logits are those of its own position, and never scored.
         return torch.where((layout.position_ids == 0)[:, None, :, None], streams, moved).flatten(1, 2)
 
     def __call__(
@@ -184,8 +186,8 @@ class DecoderBackbone:
     ) -> BaseModelOutputWithPast:
         """Return hidden states `(batch, length, hidden_size)`; arguments as in [`BlockDiffusionMixin.forward`].
 
-        Without `clean_input_ids` and cache, every block is denoised given the ones before it as they stand. A decoder
-        has no use for `timesteps`.
+        Without `clean_input_ids` and a cache, every block is denoised given the blocks of `input_ids` before it.
+        `timesteps` is unused.
         """
         embeds, layout, cache, commit, past = read_inputs(
             self.model, input_ids=input_ids, clean_input_ids=clean_input_ids, **inputs
@@ -193,7 +195,7 @@ class DecoderBackbone:
         length = embeds.shape[1]
         requested = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         recorded = {name: value for name, value in requested.items() if value is not None}
-        # A causal clean stream and the blocks that are denoised need two streams, though they hold the same tokens.
+        # A causal context and the blocks to denoise need two streams, although their tokens are the same.
         causal_context = self.config.context == "token" and cache is None and length > 1
         if clean_input_ids is not None or causal_context:
             clean = embeds if clean_input_ids is None else self.vocab_embed(clean_input_ids)
@@ -215,7 +217,7 @@ class DecoderBackbone:
 
 
 class DecoderDecodingNetwork(DecodingNetwork):
-    """The forward passes of `generate` and `infill`, by a stock decoder."""
+    """The forward passes of `generate` and `infill`, with a stock decoder."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.config = model, model.config
@@ -224,7 +226,7 @@ class DecoderDecodingNetwork(DecodingNetwork):
 
     @property
     def key_value_shape(self) -> tuple[int, int]:
-        """Heads of the cached keys and values, and the width of each."""
+        """Number of heads of the cached keys and values, and the width of each."""
         heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
         return heads, head_dim_of(self.config)
 
@@ -274,7 +276,7 @@ class DecoderDecodingNetwork(DecodingNetwork):
         """Return the hidden states that predict the block; see [`DecodingNetwork.static_hidden`]."""
         finished = input_ids.shape[1] - self.config.block_size
         if self.config.context == "token" and finished > 1:
-            # The mask is block-causal; a clean token of this context sees nothing to its right.
+            # The mask is block-causal, but a clean token of this context sees nothing to its right.
             later = torch.ones(finished, finished, dtype=torch.bool, device=mask.device).triu(1)
             rows = torch.arange(finished, device=mask.device).unsqueeze(1)
             hidden = torch.zeros(mask.shape[2:], dtype=torch.bool, device=mask.device)
@@ -313,10 +315,10 @@ def _noisy_part(recorded: tuple[torch.Tensor, ...] | None, dim: int, length: int
 
 
 def check_length(layout: Layout, config: Any) -> None:
-    """Refuse a text that is longer than what the network can see of it.
+    """Refuse a text that is longer than the network can see.
 
     Raises:
-        ValueError: if it is longer than a sliding window or a table of positions.
+        ValueError: if it is longer than the sliding window or the table of learned positions.
     """
     limited = config.has_learned_positions or slides(config)
     if not limited or layout.block_ids.shape[1] <= config.longest:
@@ -343,12 +345,12 @@ def stream_mask(
     causal_columns: int | None = None,
     dense: bool = False,
 ) -> torch.Tensor | BlockMask:
-    """Return one mask for all queries from `first_query` on. Masks of unpadded rows are kept between steps.
+    """Return one mask for all queries from `first_query` on. Masks of unpadded rows are cached between steps.
 
     Args:
-        num_streams: x_0 and the noisy streams; 1 for x_0 alone.
+        num_streams: number of streams, x_0 included.
         causal_columns: leading tokens of x_0 that are causal in `context="token"`, by default all.
-        dense: give flex attention a dense mask too, for short passes that would wait for a sparse one.
+        dense: return a dense mask for flex attention too, as for short passes, where building a sparse one is slow.
 
     Returns:
         a sparse mask for flex attention, else an additive one `(batch or 1, 1, queries, keys)`.
@@ -357,14 +359,14 @@ def stream_mask(
     causal = 0 if config.context == "block" else length if causal_columns is None else causal_columns
     sparse = config._attn_implementation == FLEX_ATTENTION and not dense
     options = (num_streams, first_query, causal, sparse, dtype)
-    if layout.aligned and not torch.compiler.is_compiling():  # tracing looks through a cache, with a warning
+    if layout.aligned and not torch.compiler.is_compiling():  # tracing ignores lru_cache, with a warning
         return _aligned_stream_mask(length, config.block_size, layout.block_ids.device, *options)
     return _make_stream_mask(layout, *options)
 
 
 @functools.lru_cache(maxsize=16)
 def _aligned_stream_mask(length: int, block_size: int, device: torch.device, *options: Any) -> Any:
-    # Kept masks serve training too, which a tensor of inference mode cannot.
+    # Cached masks are used in training too, where inference tensors cannot be.
     with torch.inference_mode(False):
         return _make_stream_mask(token_layout(None, length, block_size, device=device), *options)
 

@@ -1,6 +1,6 @@
 """Denoise one block: forward pass, logits processors, sampler, remasking, trace (arXiv 2503.09573, Algorithm 2).
 
-A step predicts the positions that the sampler names. `windows_bd3lm.py` has the network's side of it.
+Each step predicts the positions that the sampler chooses. The network's forward passes are in `windows_bd3lm.py`.
 """
 
 from dataclasses import dataclass, field
@@ -32,19 +32,19 @@ from .windows_bd3lm import DecodingNetwork, fills_window, open_window
 class TraceStep(NamedTuple):
     """One denoising step of a block; tensors on the CPU, `(batch, block_size)`."""
 
-    block: int  # the same for all steps of a block; grows from block to block
+    block: int  # the same for all steps of a block; increases from block to block
     tokens: torch.Tensor  # after the step; the mask token where nothing is revealed
-    revealed: torch.Tensor  # bool, revealed in this step; tokens known before that are masked now were remasked
+    revealed: torch.Tensor  # bool, revealed in this step; a token known before and masked now was remasked
     confidence: torch.Tensor  # float, probability of a revealed token under the scores it was drawn from; else 0
-    columns: torch.Tensor  # column of `sequences`, -1 for none; of a row that stopped early some are past the end
+    columns: torch.Tensor  # column in `sequences`, -1 for none; can be past the end in a row that stopped early
 
 
 class Trace:
     """The denoising steps of one call.
 
     Args:
-        buffer: decoded by this call.
-        input_ids, attention_mask: `(batch, length)`, the prompts as given.
+        buffer: the buffer that the call decodes.
+        input_ids, attention_mask: `(batch, length)`, the prompts as passed.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ def _output_columns(
     """Return the column of the output for each column of the buffer, `(batch, columns)`, -1 for none."""
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     width, lengths = real.shape[1], real.sum(1, keepdim=True)
-    # Number of each column's token in its row, counted from the first token of the prompt.
+    # Index of each column's token in its row, counted from the first token of the prompt.
     number = torch.arange(buffer.token_ids.shape[1], device=real.device) - buffer.row_start.unsqueeze(1)
     prompt_columns = (~real).long().argsort(dim=1, stable=True)  # columns that hold tokens come first, in order
     inside = prompt_columns.gather(1, number.clamp(0, width - 1))
@@ -80,15 +80,15 @@ class BD3LMGenerateOutput(ModelOutput):
     """Output of `generate(return_dict_in_generate=True)`.
 
     Args:
-        sequences: `(batch, prompt + new)`, the prompts as given and the new tokens.
+        sequences: `(batch, prompt + new)`, the prompts as passed and the new tokens.
         scores: with `output_scores`, for each new token the processed scores `(batch, vocab_size)` it was drawn from.
-            Of SSD-LM those of the last step, of which it is the largest.
+            For SSD-LM those of the last step, whose argmax it is.
         logits: with `output_logits`, the same before processing.
         past_key_values: the cache of finished blocks, for the next call. Empty if the window has moved, or if rows
             that ended early were dropped: the next call then recomputes its prompt.
-        num_forward_passes: denoising forward passes of the whole batch, without the one over the prompts.
-        row_forward_passes: `(batch,)`, denoising forward passes that each row took part in, which is what the row
-            would need alone. Of block diffusion only.
+        num_forward_passes: denoising forward passes of the whole batch, not counting the one over the prompts.
+        row_forward_passes: `(batch,)`, denoising forward passes in which each row took part: as many as the row would
+            need alone. Only for block diffusion.
         tokens_per_forward: new tokens, without padding of finished rows, per row and forward pass of the batch.
         trace: with `output_trace`, every denoising step that reveals tokens.
     """
@@ -108,7 +108,7 @@ class BlockForward:
 
     Args:
         cache: written and read; None recomputes the whole window in every pass.
-        generation_config: read for how the window slides, and whether a step is compiled.
+        generation_config: decides how the window slides and whether a step is compiled.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class BlockForward:
         self.prepacked = PrepackedLinears(network.model, enabled=not self.window.compiled)
         self.count = 0  # denoising forward passes so far
         self._running = list(range(len(buffer.token_ids)))  # rows of the buffer that the network still runs on
-        self._row_index: torch.Tensor | None = None  # index of each row of the buffer among those
+        self._row_index: torch.Tensor | None = None  # index of each row of the buffer among these
 
     def logits(self, begin: int, positions: torch.Tensor, mask_prob: torch.Tensor) -> torch.Tensor:
         """Run one forward pass over the block at column `begin`.
@@ -134,20 +134,20 @@ class BlockForward:
         self.count += 1
         if self._row_index is not None:
             row = self._row_index[positions // self.block_size]
-            # Flat indices count the rows that the network still runs on.
+            # Flat indices count only the rows that the network still runs on.
             positions = row * self.block_size + positions % self.block_size
         sigma = None
         if self.network.config.time_conditioning:
             mask_prob = mask_prob.to(positions.device, non_blocking=True)
             if not fills_window(self.network.config):
-                # As in training, a sequence has the noise level of its first block, the lowest once it is finished.
+                # As in training, a sequence has the noise level of its first block: the lowest, once that is finished.
                 mask_prob = mask_prob.masked_fill(self.row_start < begin, SAMPLING_EPS)
             sigma = LogLinearNoise().sigma(mask_prob if self.window.rows is None else mask_prob[self.window.rows])
         with self.prepacked:
             return self.network.logits(self.window.hidden(begin, positions, sigma))
 
     def drop_finished(self, finished: torch.Tensor) -> None:
-        """Continue without the finished rows, once they are at least half of those that the network runs on.
+        """Drop the finished rows once they are at least half of those that the network runs on.
 
         Args:
             finished: bool `(batch,)` on the CPU.
@@ -166,7 +166,7 @@ class BlockForward:
         """Return the cache for a later call; empty if the window has moved or rows have been dropped.
 
         Args:
-            keep: whether the caller gets it. Otherwise its buffers may serve the next call.
+            keep: whether the caller gets it. Otherwise the next call can reuse its buffers.
         """
         return self.window.close(keep)
 
@@ -179,7 +179,7 @@ class ScoreRecord:
     steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def add(self, row: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
-        """Record values `(positions, vocab_size)` of new token number `index` of each `row`, both `(positions,)`."""
+        """Record values `(positions, vocab_size)` for the new token at `index` of each `row`, both `(positions,)`."""
         if self.requested:
             self.steps.append((row, index, values))
 
@@ -212,12 +212,12 @@ class BlockState:
     def __init__(self, buffer: SequenceBuffer, begin: int) -> None:
         size, token_ids = buffer.block_size, buffer.token_ids
         self.begin, self.token_ids = begin, token_ids[:, begin : begin + size]  # a view of the buffer
-        # (batch, block_size): which new token of its row each position is, and whether the output shows it.
+        # (batch, block_size): index of each position among the new tokens of its row, and whether it is output.
         self.index = begin + torch.arange(size) - buffer.prompt_end_cpu.unsqueeze(1)
         self.requested = self.index < buffer.max_new_tokens
         self.is_new = buffer.new_positions(begin)
         self.confidence = torch.zeros(self.token_ids.shape, device=token_ids.device)  # of revealed tokens
-        self.uniform = self.confidence  # the random number that each token is drawn with
+        self.uniform = self.confidence  # the random number with which each token is drawn
 
     def put(self, positions: torch.Tensor, tokens: torch.Tensor) -> None:
         """Set tokens `(positions,)` at flat indices into `(batch, block_size)`."""
@@ -225,7 +225,7 @@ class BlockState:
         self.token_ids[positions // size, positions % size] = tokens
 
     def locate(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the row of each flat index and which new token of its row it is, on the CPU."""
+        """Return the row of each flat index, and its index among the new tokens of that row, on the CPU."""
         return positions // self.token_ids.shape[1], self.index.view(-1)[positions]
 
 
@@ -233,14 +233,14 @@ class BlockWriter:
     """Denoise the blocks of a buffer with a network.
 
     Args:
-        model: its `samplers` fit what it predicts; its `decoding_network()` runs the forward passes.
+        model: has the `samplers` that suit its predictions, and `decoding_network()`, which runs the forward passes.
         prompt: `(batch, length)`, the text before the new tokens as logits processors see it.
         cache: written and read; None recomputes the whole window in every step.
-        trace: records every step; None: no trace is requested.
+        trace: records every step, unless None.
 
     Raises:
         ValueError: if remasking is combined with processors that read the text, the device lacks the sampling dtype,
-            or the sampler does not fit what the model predicts.
+            or the sampler does not suit the model's predictions.
     """
 
     def __init__(
@@ -264,9 +264,9 @@ class BlockWriter:
         if self.left_to_right and self.remask_fraction:
             names = ", ".join(sorted({type(p).__name__ for p in self.processors.text_readers}))
             raise ValueError(
-                f"remask_fraction={self.remask_fraction} does not combine with {names}: a processor that reads the "
-                f"text scores a token given all tokens to its left, which remasking would change afterwards. Leave "
-                f"one of them out, or set reads_text = False on a processor that ignores its input_ids."
+                f"remask_fraction={self.remask_fraction} excludes {names}: a processor that reads the text scores a "
+                f"token given all tokens to its left, which remasking would change afterwards. Leave one of them out, "
+                f"or set reads_text = False on a processor that ignores its input_ids."
             )
         self.sampling_dtype = SAMPLING_DTYPES[generation_config.sampling_dtype]
         if self.sampling_dtype.itemsize > wide_float(device).itemsize:
@@ -275,7 +275,7 @@ class BlockWriter:
                 f"move the model to another device."
             )
         self.forward = BlockForward(model.decoding_network(), buffer, cache, generation_config)
-        self.row_forward_passes = torch.zeros(len(buffer.token_ids), dtype=torch.long)  # that each row took part in
+        self.row_forward_passes = torch.zeros(len(buffer.token_ids), dtype=torch.long)  # in which each row took part
         self.sampler: Sampler = _sampler_class(generation_config.sampler, model)(generation_config, model.config)
         self.do_sample: bool = generation_config.do_sample
         recorded = bool(generation_config.return_dict_in_generate)
@@ -283,7 +283,7 @@ class BlockWriter:
         self.logits = ScoreRecord(recorded and bool(generation_config.output_logits))
 
     def statistics(self, new_tokens: int) -> dict[str, Any]:
-        """Return the fields of a generate output that say what `new_tokens` tokens of all rows have cost."""
+        """Return the fields of a generate output about the cost of `new_tokens` tokens, summed over all rows."""
         batch, count = len(self.row_forward_passes), self.forward.count
         return {
             "num_forward_passes": count,
@@ -295,12 +295,12 @@ class BlockWriter:
     def denoise(self, begin: int, finished: torch.Tensor, streamer: Any = None) -> None:
         """Reveal the masked tokens of the block at column `begin`.
 
-        1. Reveal the positions that the output shows, in the order of the sampler.
+        1. Reveal the positions that are output, in the order of the sampler.
         2. With `remask_fraction`, mask the least certain tokens of the block and reveal them once more.
 
         Args:
             finished: bool `(batch,)` on the CPU, rows to skip.
-            streamer: gets drafts of the first row, if it has a method `put_draft`.
+            streamer: receives drafts of the first row, if it has a method `put_draft`.
         """
         self.forward.drop_finished(finished)
         block = BlockState(self.buffer, begin)
@@ -319,10 +319,10 @@ class BlockWriter:
         self.processors.check_any_token_left()
 
     def _reveal(self, block: BlockState, state: RevealState, draft_streamer: Any) -> None:
-        """Take denoising steps until nothing requested is masked.
+        """Take denoising steps until no requested position is masked.
 
-        A position keeps one uniform number for all steps. A prediction that was not accepted is then not drawn a
-        second time, which would favour likely tokens, and a row does not depend on how many steps other rows take.
+        A position keeps one uniform number for all steps. So a prediction that was not accepted is not redrawn, which
+        would favour likely tokens, and a row does not depend on how many steps other rows take.
         """
         device = block.token_ids.device
         if self.do_sample:
@@ -330,7 +330,7 @@ class BlockWriter:
         for step in self.sampler.steps(state):
             placed = step.positions.to(device, non_blocking=True)
             logits = self.forward.logits(block.begin, placed, step.mask_prob)
-            self.row_forward_passes[step.positions // block.token_ids.shape[1]] += 1  # once for each row of the step
+            self.row_forward_passes[step.positions // block.token_ids.shape[1]] += 1  # once per row of the step
             selected, logits = self.sampler.select(state, step, logits)
             if selected is not step:
                 step, placed = selected, selected.positions.to(device, non_blocking=True)
@@ -353,7 +353,7 @@ class BlockWriter:
                 draft_streamer.put_draft(self._draft(block))
 
     def _record(self, block: BlockState, step: Step, predicted: Prediction, revealed: torch.Tensor) -> None:
-        """Record what was requested of a step, for the positions that it revealed."""
+        """Record the requested scores, logits and trace of a step, for the positions that it revealed."""
         if self.scores.requested or self.logits.requested:
             kept = revealed.nonzero().squeeze(1)
             row, index = block.locate(step.positions[kept])
@@ -368,9 +368,9 @@ class BlockWriter:
     def _remask(self, block: BlockState, revealed: torch.Tensor) -> torch.Tensor:
         """Mask the least certain fraction of the revealed positions, rounded down; bool `(batch, block_size)`.
 
-        A corrector in the manner of ReMDM (Wang et al., arXiv 2503.00307), once per block, so that it ends.
+        A corrector in the manner of ReMDM (Wang et al., arXiv 2503.00307), run once per block so that it terminates.
         """
-        # 1e-6: a product such as 0.29 * 100 = 28.999... means 29 tokens.
+        # 1e-6, since a product such as 0.29 * 100 = 28.999... means 29 tokens.
         count = (self.remask_fraction * revealed.sum(1, keepdim=True) + 1e-6).long()
         device = block.token_ids.device
         confidence = block.confidence.masked_fill(~revealed.to(device, non_blocking=True), torch.inf)
@@ -387,10 +387,10 @@ class BlockWriter:
     def _predict(
         self, block: BlockState, positions: torch.Tensor, placed: torch.Tensor, logits: torch.Tensor
     ) -> Prediction:
-        """Choose a token for each of the `positions` `(positions,)` of a step, given also on the device.
+        """Choose a token for each of the `positions` `(positions,)` of a step; `placed` has them on the device.
 
         Processors that read the text score the positions of a row one after the other, each given the tokens just
-        chosen to its left. A parallel sampler then accepts from the left only.
+        chosen to its left. A parallel sampler then accepts only from the left.
         """
         if not self.left_to_right:
             return self._choose(block, positions, placed, logits)
@@ -410,7 +410,7 @@ class BlockWriter:
     def _choose(
         self, block: BlockState, positions: torch.Tensor, placed: torch.Tensor, logits: torch.Tensor
     ) -> Prediction:
-        """Choose a token for each position, at most one of a row if processors read the text."""
+        """Choose a token for each position, at most one per row if processors read the text."""
         logits.index_fill_(1, self.processors.forbidden, -torch.inf)
         scores = self.processors(logits, *block.locate(positions))
         if not self.do_sample:
@@ -423,6 +423,6 @@ def _sampler_class(name: str, model: Any) -> type[Sampler]:
     if name not in model.samplers:
         choices = ", ".join(map(repr, model.samplers))
         raise ValueError(
-            f"sampler={name!r} does not fit what a {type(model).__name__} predicts: choose {choices}, or leave it out."
+            f"sampler={name!r} does not suit a {type(model).__name__}: choose {choices}, or leave it out."
         )
     return model.samplers[name]

@@ -1,8 +1,8 @@
 """The state of a batch that is decoded block by block: its token buffer, and which rows are finished.
 
 The published stop rules (arXiv 2503.09573, Sec. 6.2 and App. C.5) are stopping criteria here, applied to each row. The
-published sampler looks once per block, pools the rows of a batch, and also shortens the text. The criteria only end a
-row.
+published sampler checks once per block, pools the rows of a batch, and also truncates the text. The criteria only end
+a row.
 """
 
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from .noise_bd3lm import wide_float
 
 
 class TextCriteria(StoppingCriteria):
-    """A stopping criterion that reads the text and must not take padding for text."""
+    """A stopping criterion that reads the text and must not mistake padding for text."""
 
     def __call__(
         self, input_ids: torch.Tensor, scores: Any, padding: torch.Tensor | None = None, **kwargs: Any
@@ -34,7 +34,7 @@ class TextCriteria(StoppingCriteria):
 
         Args:
             input_ids: `(batch, length)`, the text so far.
-            padding: bool `(batch, length)`, True at the leading positions that hold no token; None: nowhere.
+            padding: bool `(batch, length)`, True at the leading positions without a token; None: no padding.
         """
         raise NotImplementedError
 
@@ -42,20 +42,20 @@ class TextCriteria(StoppingCriteria):
 class BlockCriteria(StoppingCriteria):
     """A stopping criterion that sees every row's new tokens after each block, and can end the whole batch there.
 
-    A row that ends earlier by another criterion has its last tokens in the block in which it ends.
+    A row that another criterion has ended gets its last tokens in the block in which it ends.
     """
 
     def end_block(self, new_tokens: list[list[int]], finished: list[bool]) -> bool:
         """Return whether the call ends after this block.
 
         Args:
-            new_tokens: of each row, since the block before.
-            finished: of each row, whether another criterion has ended it.
+            new_tokens: the tokens of each row since the previous block.
+            finished: whether another criterion has ended each row.
         """
         raise NotImplementedError
 
     def __call__(self, input_ids: torch.Tensor, scores: tuple[torch.Tensor, ...] | None, **kwargs: Any) -> Any:
-        """Take each token for a block, in transformers' own loop, which does not say which rows have ended."""
+        """Treat each token as a block, in transformers' own loop, which does not report which rows have ended."""
         ends = self.end_block(input_ids[:, -1:].tolist(), [False] * len(input_ids))
         return torch.full((len(input_ids),), ends, device=input_ids.device)
 
@@ -69,10 +69,10 @@ class EntropyStopCriteria(TextCriteria):
 
     Args:
         entropy: bound in nats; the published one is 4.0.
-        window: number of tokens that the entropy is taken of. Rows of at most this many tokens continue.
+        window: number of tokens over which the entropy is computed. Rows of at most this many tokens continue.
 
     Raises:
-        ValueError: if no text or every text would fall below the bound, or the window is shorter than 2 tokens.
+        ValueError: if the bound is not a positive number, or the window is shorter than 2 tokens.
     """
 
     def __init__(self, entropy: float, window: int = 256) -> None:
@@ -88,9 +88,9 @@ class EntropyStopCriteria(TextCriteria):
 
 
 class SecondEosCriteria(TextCriteria):
-    """End a row that holds two end tokens, the published rule for texts of any length.
+    """End a row that contains two end tokens, the published rule for texts of any length.
 
-    The first token counts if, as in GPT-2, the same token begins and ends a text.
+    The first token counts if the same token begins and ends a text, as in GPT-2.
 
     Args:
         eos_token_id: one id or several.
@@ -116,7 +116,7 @@ def token_entropy(input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def check_entropy_stop(entropy: Any, window: Any) -> None:
-    """Refuse an entropy stop that would end every text or none."""
+    """Refuse an entropy stop whose bound or window makes no sense."""
     if isinstance(entropy, bool) or not isinstance(entropy, (int, float)) or not entropy > 0:
         raise ValueError(
             f"entropy_stop={entropy!r}: give a positive number of nats (the published rule uses 4.0), or None to turn "
@@ -134,23 +134,23 @@ class SequenceBuffer:
     """The token ids of a batch, shifted so that the blocks of all rows end at the same columns.
 
     Row r starts at column `row_start[r]`, a multiple of the block size; rows with fewer full prompt blocks start
-    later. Positions to be generated hold the mask token, but are known by their column and never by that id: a prompt
-    or its padding may hold the mask token too.
+    later. Positions to generate hold the mask token, but are identified by their column, never by that id, which a
+    prompt or its padding may contain too.
     """
 
     token_ids: torch.Tensor  # (batch, columns)
     row_start: torch.Tensor  # (batch,), column of the first token of each row
-    prompt_lengths: torch.Tensor  # (batch,), tokens of each prompt; 0 where blanks are filled
+    prompt_lengths: torch.Tensor  # (batch,), tokens of each prompt; 0 when filling blanks
     first_block: int  # column of the first block that holds new tokens, the same for all rows
-    max_new_tokens: int  # of each row
+    max_new_tokens: int  # per row
     block_size: int
     key_valid: torch.Tensor | None  # bool (batch, columns); None if all rows start at column 0
-    blanks: torch.Tensor | None = None  # bool (batch, columns) on the CPU, to be filled; None: all after prompts
+    blanks: torch.Tensor | None = None  # bool (batch, columns) on the CPU, to be filled; None: all after the prompts
     stride: int | None = None  # columns from block to block if blocks overlap; None: block_size
 
     # Kept on the CPU: loops over blocks must not wait for the device.
     prompt_end_cpu: torch.Tensor = field(init=False)
-    last_start: int = field(init=False)  # column from which on every row has tokens
+    last_start: int = field(init=False)  # first column at which every row has a token
 
     def __post_init__(self) -> None:
         self.prompt_end_cpu, self.last_start = self.prompt_end.cpu(), int(self.row_start.max())
@@ -168,7 +168,7 @@ class SequenceBuffer:
         """Align prompts `(batch, length)`, padded on either side, with room for `max_new_tokens` each.
 
         Args:
-            stride: columns from block to block, at most `block_size`. If it is smaller, a block also holds the end of
+            stride: columns from block to block, at most `block_size`. If it is smaller, a block begins with the end of
                 the text before it.
         """
         batch = input_ids.shape[0]
@@ -179,7 +179,7 @@ class SequenceBuffer:
         full = (((lengths - block_size) // step + 1) * step).clamp(min=0)
         first_block = int(full.max())
         row_start = first_block - full
-        # The row that ends last decides the number of columns, in whole steps.
+        # The row that ends last determines the number of columns, in whole steps.
         end = int((row_start + lengths).max()) + max_new_tokens
         columns = block_size + max(0, -(-(end - block_size) // step) * step)
         if batch * columns > _LARGEST_BUFFER:
@@ -198,9 +198,9 @@ class SequenceBuffer:
     def from_blanks(
         cls, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, block_size: int, mask_token_id: int
     ) -> tuple["SequenceBuffer", torch.Tensor]:
-        """Align texts whose mask tokens are to be filled in. Also return which columns hold them, as a bool mask.
+        """Align texts whose mask tokens are to be filled in. Also return which columns are text, as a bool mask.
 
-        A text may end inside a block; the rest of that block is not part of the text and is not attended to.
+        A text can end inside a block; the rest of that block is not part of the text and is not attended to.
         """
         laid_out = cls.from_prompts(input_ids, attention_mask, 0, block_size, mask_token_id)
         token_ids, row_start = laid_out.token_ids, laid_out.row_start
@@ -247,7 +247,7 @@ class SequenceBuffer:
 
 
 def pad_left(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Move the padding of prompts `(batch, length)` to the left. Also return where it is, or None for no padding.
+    """Move the padding of prompts `(batch, length)` to the left. Also return its mask, or None without padding.
 
     Processors and criteria that read the text then find the new tokens right after it.
     """
@@ -265,10 +265,10 @@ class StopRules:
     Args:
         criteria: transformers' stopping criteria.
         prompt: `(batch, length)`, padded on the left.
-        padding: bool `(batch, length)`, True where the prompt has no token; None: nowhere.
+        padding: bool `(batch, length)`, True where the prompt has no token; None: no padding.
 
     Raises:
-        ValueError: if rows may end at different lengths and no token can pad them.
+        ValueError: if rows can end at different lengths and no token can pad them.
     """
 
     def __init__(
@@ -279,7 +279,7 @@ class StopRules:
         config: GenerationConfig,
         padding: torch.Tensor | None = None,
     ) -> None:
-        # Lengths are counted here, as blocks of unequal prompts end at unequal lengths. Time runs out once per block.
+        # Lengths are counted here, since blocks of unequal prompts end at unequal lengths. Time is checked per block.
         self.time_criteria = StoppingCriteriaList(c for c in criteria if isinstance(c, MaxTimeCriteria))
         self.block_criteria = [c for c in criteria if isinstance(c, BlockCriteria)]
         self.criteria = StoppingCriteriaList(
@@ -293,7 +293,7 @@ class StopRules:
         self.pad_token_id = pad if pad is not None else eos[0] if isinstance(eos, list) else eos
         if self.pad_token_id is None and batch > 1 and (self.criteria or self.time_criteria):
             raise ValueError(
-                "rows of a batch may stop at different lengths, and no token is set to pad them: set "
+                "rows of a batch can stop at different lengths, and no token is set to pad them: set "
                 "pad_token_id (or eos_token_id) in the generation config."
             )
         if self.criteria:
@@ -329,15 +329,15 @@ class StopRules:
         return buffer.new_token_ids(self.lengths.tolist()[0], before[0])[0]
 
     def _end_blocks(self, before: list[int]) -> bool:
-        """Show the block to the criteria that look at whole blocks, given how many new tokens each row had before."""
+        """Apply the block criteria to a block, given the number of new tokens that each row had before it."""
         lengths, finished = self.lengths.tolist(), self.finished.tolist()
         rows = self.buffer.new_token_ids(max(lengths)).tolist()
         tokens = [row[start:stop] for row, start, stop in zip(rows, before, lengths, strict=True)]
-        ends = [criterion.end_block(tokens, finished) for criterion in self.block_criteria]  # each sees the block
+        ends = [criterion.end_block(tokens, finished) for criterion in self.block_criteria]  # all must see the block
         return any(ends)
 
     def _first_ends(self, available: torch.Tensor) -> torch.Tensor:
-        """Return the number of new tokens at which a criterion first holds, `(batch,)`; larger than any if never."""
+        """Return the number of new tokens `(batch,)` at which a criterion is first met; more than all if never."""
         device, width = self._text.device, self._width
         first = min(self.lengths.masked_fill(self.finished, self.buffer.max_new_tokens).tolist())
         last = max(available.tolist())

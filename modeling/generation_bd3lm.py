@@ -1,7 +1,7 @@
 """`generate` and `infill`: hooks into transformers' GenerationMixin, and the loop over blocks.
 
-Only `_sample` is replaced, which greedy decoding and sampling share (arXiv 2503.09573, Algorithm 2). Preparation,
-logits processors, stopping criteria, streamers and the pipeline stay those of transformers.
+Only `_sample`, which greedy decoding and sampling share, is replaced (arXiv 2503.09573, Algorithm 2). Preparation,
+logits processors, stopping criteria, streamers and the pipeline are those of transformers.
 """
 
 import functools
@@ -38,7 +38,7 @@ from .windows_bd3lm import DecodingNetwork, compiles_by_default, fills_window
 
 logger = logging.get_logger(__name__)
 
-# transformers types the `self` of its mixin as a whole model, which another mixin is not: Any, for a type checker.
+# Any to a type checker: transformers types the `self` of its mixin as a whole model, which a mixin is not.
 _Generative: Any = GenerationMixin
 
 _EMPTY_PROMPT = (
@@ -47,11 +47,11 @@ _EMPTY_PROMPT = (
 
 
 def write_blocks(writer: Any, stop: StopRules, streamer: Any) -> None:
-    """Denoise block after block until all rows have ended.
+    """Denoise block after block until all rows have finished.
 
     Args:
-        writer: its `denoise(begin, finished, streamer)` fills the block at column `begin` of the buffer.
-        streamer: gets the new tokens of the first row after each block; None: there is none.
+        writer: has `denoise(begin, finished, streamer)`, which fills the block at column `begin` of the buffer.
+        streamer: receives the new tokens of the first row after each block, unless None.
     """
     for begin in stop.buffer.blocks():
         writer.denoise(begin, stop.finished, streamer)
@@ -65,37 +65,37 @@ def write_blocks(writer: Any, stop: StopRules, streamer: Any) -> None:
 
 
 class BlockGenerationMixin(_Generative):
-    """Preparation of `generate`, where transformers' own does not fit models that generate block by block.
+    """The preparation of `generate`, where transformers' own does not fit models that generate block by block.
 
-    A class names its `generation_config_class`, whose constructor has a default for every field that it adds.
+    A subclass sets `generation_config_class`, whose constructor must have a default for every field that it adds.
     """
 
-    generator_per_row = True  # `generate` also takes a list of generators, one for each row of the batch
+    generator_per_row = True  # `generate` also takes a list of generators, one per row of the batch
 
     generation_config_class: Any
-    masks_text = True  # new tokens begin as the mask token, which stands in no prompt and is never written
+    masks_text = True  # new tokens start as mask tokens, so prompts must not contain one and outputs never do
     _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]
 
     @property
     def generation_config(self) -> Any:
-        """Defaults of `generate`. A plain `GenerationConfig` may be assigned; missing fields take their defaults."""
+        """Defaults of `generate`. A plain `GenerationConfig` can be assigned; missing fields take their defaults."""
         return self._generation_config
 
     @generation_config.setter
     def generation_config(self, value: GenerationConfig | None) -> None:
-        # transformers assigns plain configs while it loads a model, and so do notebooks and trainers.
+        # transformers assigns plain configs while loading a model, and so do notebooks and trainers.
         if value is not None and not isinstance(value, self.generation_config_class):
             value = complete_generation_config(value, self.generation_config_class)
         self._generation_config = value
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(generation_config, Mapping):  # transformers fails at its first attribute
+        if isinstance(generation_config, Mapping):  # transformers would fail on its missing attributes
             generation_config, kwargs = None, {**generation_config, **kwargs}
         ids, mask = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("attention_mask")
         check_has_values(self, ids)
         if ids is not None:
-            # transformers reads the last token, and drops a mask of ones whatever its shape.
+            # Before transformers reads the last token, and drops a mask of ones whatever its shape.
             if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not len(ids):
                 check_ids(ids, "input_ids")
             if not ids.numel():
@@ -111,16 +111,16 @@ class BlockGenerationMixin(_Generative):
         self._adopt_special_tokens()
 
     def _adopt_special_tokens(self) -> None:
-        """Take special tokens that the generation config does not name from the model's config."""
+        """Fill in special tokens that the generation config does not set from the model's config."""
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(self.generation_config, name) is None:
                 setattr(self.generation_config, name, getattr(self.config, name, None))
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize as transformers does; the mask token, of which every block is made first, keeps its id.
+        """Resize as transformers does. The mask token keeps its id.
 
         Raises:
-            ValueError: if the new vocabulary would not hold the mask token.
+            ValueError: if the new vocabulary would not include the mask token.
         """
         self._check_keeps_mask_token(new_num_tokens)
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
@@ -141,20 +141,20 @@ class BlockGenerationMixin(_Generative):
             if config is not None:
                 check_known_fields(config, self.generation_config_class)
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        if isinstance(prepared.eos_token_id, torch.Tensor):  # as transformers takes it, too
+        if isinstance(prepared.eos_token_id, torch.Tensor):  # which transformers accepts
             prepared.eos_token_id = prepared.eos_token_id.tolist()
         # top_k of the call, of the config that was passed, and of the model's own config.
         requested = (kwargs.get("top_k"), getattr(generation_config, "top_k", None), self.generation_config.top_k)
         if all(top_k is None for top_k in requested):
-            prepared.top_k = 0  # transformers would cut the distribution at its 50 most likely tokens
+            prepared.top_k = 0  # transformers would keep only the 50 most likely tokens
         check_standard_fields(prepared, self.config.vocab_size)
         return prepared, model_kwargs
 
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: torch.Tensor, generation_config: Any, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        # Tokenizers without a padding token may be given the mask token as one. A mask token in a text is a blank:
-        # without an attention_mask it must not be taken for padding.
+        # Tokenizers without a padding token are often given the mask token as one. A mask token in a text is a blank
+        # and, without an attention_mask, must not be mistaken for padding.
         if self.masks_text and generation_config.pad_token_id == self.config.mask_token_id:
             return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
         return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, *args, **kwargs)
@@ -162,12 +162,11 @@ class BlockGenerationMixin(_Generative):
     def prepare_inputs_for_generation(
         self, input_ids: Any, generator: Generators = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Declare `generator` as an argument of `generate`: one `torch.Generator` for the call, or one per row, so
-        that a row does not depend on its batch."""
+        """Declare `generator` for `generate`: a `torch.Generator`, or one per row, to make rows independent."""
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        # Some tokenizers return token types, which mean nothing to these models.
+        # Some tokenizers return token types, which these models do not use.
         super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k != "token_type_ids"})
         check_generate_arguments(model_kwargs)
 
@@ -186,7 +185,8 @@ class BlockGenerationMixin(_Generative):
             )
         allowed, mask = prefix_allowed_tokens_fn, self.config.mask_token_id
         if allowed is not None:
-            # A row whose prefix is not revealed yet is scored in another call: the caller's function never sees it.
+            # Processors run on whole batches. The scores of a row whose prefix still has masks are not used, so the
+            # caller's function never sees it.
             def allowed_after(row: int, prefix: torch.Tensor) -> list[int]:
                 is_hidden = self.masks_text and (prefix[input_ids_seq_length:] == mask).any()
                 return [mask] if is_hidden else allowed(row, prefix)
@@ -205,17 +205,17 @@ class BlockGenerationMixin(_Generative):
         raise AttributeError(f"{type(self).__name__} has no continuous batching: call generate.")
 
     def _check_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generator: Generators) -> None:
-        """Refuse a prompt that the model cannot read, or generators that do not fit it, before any work."""
+        """Refuse a prompt that the model cannot read, or a wrong number of generators, before any work."""
         check_generators(generator, len(input_ids))
         check_attention_mask(attention_mask, input_ids.shape)
         real = attention_mask.bool()
         if not real.any(1).all():
             raise ValueError(_EMPTY_PROMPT)
-        # Once per call, a wait for the device.
+        # Waits for the device, once per call.
         check_vocabulary(input_ids[real].cpu(), self.config.vocab_size, "the prompt")
 
     def _check_fits_window(self, attention_mask: torch.Tensor) -> None:
-        """Refuse a text longer than the window, where no part of it may be left out."""
+        """Refuse a text longer than the window, for callers that cannot drop part of it."""
         longest = int(attention_mask.bool().sum(1).max())
         if longest > self.config.model_length:
             raise ValueError(
@@ -225,17 +225,17 @@ class BlockGenerationMixin(_Generative):
             )
 
     def _last_window(self, attention_mask: torch.Tensor, size: int, cache: Cache | None) -> torch.Tensor:
-        """Return the mask `(batch, length)` of the tokens that are read: of a long prompt its end.
+        """Return the mask `(batch, length)` of the tokens to read: of a prompt longer than the window only its end.
 
         Args:
-            size: tokens are left out in multiples of it, so that blocks begin where they began.
-            cache: of an earlier call, which must not hold anything then.
+            size: tokens are dropped in multiples of this, so that block borders do not move.
+            cache: that of an earlier call, which must be empty if tokens are dropped.
         """
         window, mask = self.config.model_length, attention_mask.long()
         if mask.shape[1] <= window:
             return mask
         lengths = mask.sum(1, keepdim=True)
-        # Rounded up to whole blocks, so that what is read fits the window.
+        # Rounded up to whole blocks, so that the rest fits the window.
         left_out = ((lengths - window + size - 1) // size * size).clamp(min=0)
         if left_out.any():
             if cache is not None and cache.get_seq_length() > 0:
@@ -255,22 +255,22 @@ class BlockGenerationMixin(_Generative):
         """Return the prompts and their attention mask on the model's device.
 
         Raises:
-            ValueError: if `generate` cannot continue them, or there is not one generator for each.
+            ValueError: if `generate` cannot continue them, or the number of generators is wrong.
         """
         check_ids(input_ids, "input_ids")
         input_ids, attention_mask = input_ids.long().to(self.device), model_kwargs.get("attention_mask")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
         if synced_gpus:
             raise ValueError(
-                "synced_gpus=True: generating from sharded weights (ZeRO-3, FSDP) is not supported; gather the model "
-                "on one device first, or pass synced_gpus=False where every process holds whole weights."
+                "synced_gpus=True: generating from sharded weights (ZeRO-3, FSDP) is not supported. Gather the model "
+                "on one device first, or pass synced_gpus=False if every process holds the whole weights."
             )
         self._check_prompt(input_ids, attention_mask, model_kwargs.get("generator"))
         if self.masks_text and ((input_ids == self.config.mask_token_id) & attention_mask.bool()).any():
             instead = "; model.infill(input_ids) does" if hasattr(self, "infill") else ""
             raise ValueError(
-                f"the prompt holds mask_token_id={self.config.mask_token_id}: generate continues a text and does not "
-                f"fill blanks in it{instead}. If the mask tokens are padding, pass an attention_mask."
+                f"the prompt contains mask_token_id={self.config.mask_token_id}: generate continues a text and does "
+                f"not fill blanks in it{instead}. If the mask tokens are padding, pass an attention_mask."
             )
         return input_ids, attention_mask
 
@@ -279,10 +279,10 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
     """`generate` and `infill` for block diffusion."""
 
     generation_config_class: type[BD3LMGenerationConfig] = BD3LMGenerationConfig
-    samplers: dict[str, type[Sampler]] = SAMPLERS  # those that fit what the network predicts
+    samplers: dict[str, type[Sampler]] = SAMPLERS  # those that suit the network's predictions
 
     def decoding_network(self) -> DecodingNetwork:
-        """Return the forward passes that decoding runs; models over other networks override this."""
+        """Return the forward passes of decoding; models with another network override this."""
         return DecodingNetwork(self)
 
     # --- Preparation, where transformers' own does not fit -----------------------------------------------------------
@@ -316,8 +316,7 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
                     "with the noise level. Leave the cache out."
                 )
         elif fills_window(self.config):
-            # A window is one block, denoised jointly: nothing in it is finished before the rest. The cache stays
-            # empty.
+            # A window is one block, denoised jointly: no part is finished before the rest, so the cache stays empty.
             cache = model_kwargs.pop("past_key_values", None)
             if cache is not None and cache.get_seq_length() > 0:
                 raise ValueError(
@@ -365,8 +364,8 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         1. Align the prompts so that the blocks of all rows end at the same columns.
         2. For each block, reveal its masked positions in the order of the sampler. The first step also writes the
            block before it to the cache.
-        3. End rows where a stopping criterion holds, and stream the block.
-        4. Put prompts and new tokens together.
+        3. End the rows that meet a stopping criterion, and stream the block.
+        4. Concatenate prompts and new tokens.
         """
         # 1. Align
         home = input_ids.device
@@ -385,7 +384,7 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         writer = BlockWriter(self, buffer, prompt, logits_processor, generation_config, cache, generator, trace)
         # 2. and 3. Denoise, stop and stream
         write_blocks(writer, stop, streamer)
-        # 4. Assemble
+        # 4. Concatenate
         cache = writer.forward.close(keep=bool(generation_config.return_dict_in_generate))
         sequences = torch.cat([input_ids, stop.new_tokens()], dim=1).to(home)
         if not generation_config.return_dict_in_generate:
@@ -413,8 +412,8 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         """Replace every mask token of a text, at any position.
 
         Blocks are filled from left to right, each jointly: a blank sees everything to its left, and to its right the
-        rest of its own block. If one token is missing, the greedy choice is that of `pipeline("fill-mask")`. An end
-        token in a blank is a token like any other.
+        rest of its own block. With a single blank, the greedy choice is that of `pipeline("fill-mask")`. An end token
+        in a blank has no special meaning.
 
         ```python
         >>> ids = tokenizer("The <mask> jumps over the <mask> dog", return_tensors="pt").input_ids
@@ -424,15 +423,15 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         Args:
             input_ids: `(batch, length)`, of at most `model_length` tokens. Rows without a mask token are unchanged.
             attention_mask: `(batch, length)`, zeros for padding. Without it `pad_token_id` marks padding, unless that
-                is the mask token: a mask token is then always a blank.
-            generation_config: as for `generate`; its fields on lengths and ends have no effect.
-            kwargs: its fields: `do_sample`, `sampler`, `temperature`, `nucleus_p`, `bad_words_ids`, ...
+                is also the mask token: a mask token is then always a blank.
+            generation_config: as for `generate`; its fields about lengths and stopping have no effect.
+            kwargs: fields of the generation config: `do_sample`, `sampler`, `temperature`, `nucleus_p`, ...
 
         Returns:
             the completed `input_ids`, or with `return_dict_in_generate` a [`BD3LMGenerateOutput`].
 
         Raises:
-            ValueError: if an argument concerns lengths or ends, or ids or lengths do not fit the model.
+            ValueError: if an argument concerns lengths or stopping, or if ids or lengths do not fit the model.
         """
         if isinstance(generation_config, Mapping):
             generation_config, kwargs = None, {**generation_config, **kwargs}
@@ -464,15 +463,14 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         trace = Trace(buffer, input_ids, attention_mask) if config.output_trace else None
         cached = config.use_cache and not self.config.time_conditioning and not fills_window(self.config)
         cache = cache_maker(config.cache_implementation)(self.config) if cached else None
-        # Processors count the context from the first token of each row: the prompt before the buffer is empty.
+        # The context of processors starts at the first token of each row, so the prompt before the buffer is empty.
         writer = BlockWriter(self, buffer, input_ids[:, :0], processors, config, cache, generator, trace)
         # 2. Fill block after block; those without a blank are only read.
         for begin in buffer.blocks():
             if buffer.new_positions(begin).any():
                 writer.denoise(begin, torch.zeros(len(input_ids), dtype=torch.bool))
         writer.forward.close(keep=False)
-        # 3. Put the texts back in their columns.
-        # Both in reading order.
+        # 3. Put the texts back in their columns; both sides are in reading order.
         sequences = input_ids.masked_scatter(attention_mask.bool(), buffer.token_ids[is_text]).to(home)
         if not config.return_dict_in_generate:
             return sequences

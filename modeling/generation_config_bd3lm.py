@@ -20,34 +20,34 @@ class BD3LMGenerationConfig(GenerationConfig):
             `"first_hitting"` and `"ancestral"` sample the model's distribution; `"confidence"` and `"entropy_bound"`
             reveal several tokens per forward pass where the model is certain. `"analytic"` is for models that predict
             scores (SEDD): their default and only sampler.
-        num_denoising_steps (`int`, *optional*): denoising steps of a block. `"ancestral"` spaces its grid by it (by
-            default one step per token of a block) and skips steps that reveal nothing. The others take at most this
-            many, by default as many as their rule needs.
-        confidence_threshold (`float`, defaults to 0.9): `"confidence"` reveals tokens that are more probable.
+        num_denoising_steps (`int`, *optional*): denoising steps per block. `"ancestral"` and `"analytic"` divide time
+            into this many steps (by default one per token of a block); `"ancestral"` skips those that reveal nothing,
+            `"analytic"` adds a last one. The others take at most this many, by default as many as their rule needs.
+        confidence_threshold (`float`, defaults to 0.9): `"confidence"` reveals tokens more probable than this.
         entropy_bound (`float`, defaults to 0.1): `"entropy_bound"` reveals the tokens of lowest entropy while the sum
-            of their entropies without the largest one, in nats, stays within it.
-        remask_fraction (`float`, defaults to 0.0): fraction of the tokens of a full block, the least probable ones,
-            that is masked and revealed again, once, by the same sampler. The prompt is never masked.
+            of their entropies without the largest one, in nats, stays within this bound.
+        remask_fraction (`float`, defaults to 0.0): after a block is filled, mask this fraction of its tokens, the
+            least probable ones, and reveal them again, once, with the same sampler. The prompt is never masked.
         nucleus_p (`float`, defaults to 1.0): the paper's nucleus: a token stays if the cumulative probability
             *including itself* is at most p, so the token that crosses p is dropped (`top_p` keeps it). The most likely
             token always stays. The paper samples with 0.9.
-        sampling_dtype (`str`, defaults to `"float32"`): precision of the probabilities that tokens are drawn from,
+        sampling_dtype (`str`, defaults to `"float32"`): precision of the probabilities from which tokens are drawn,
             `"float32"` or, as published, `"float64"`.
-        window_stride (`int`, *optional*): for models whose block fills the window: how many tokens the window moves
+        window_stride (`int`, *optional*): for models whose block fills the window: tokens by which the window moves
             when a text outgrows it. The last `model_length - window_stride` tokens are the context of the next ones.
             By default half of the window, the published 512 of 1024.
         window (`str`, defaults to `"cached"`): what a text longer than `model_length` attends to. `"cached"`, as
             published, keeps the keys and values of the blocks in the window: constant time per block, but deeper
-            layers' keys still contain information from blocks outside the window. `"exact"` recomputes a window that
-            has moved, once per block, so nothing outside it has any influence.
+            layers' keys still contain information from blocks outside the window. `"exact"` recomputes the window
+            once per block after it has moved, so nothing outside it has any influence.
         entropy_stop (`float`, *optional*): end a row when the entropy of its last tokens falls below this, in nats.
             The paper uses 4.0.
-        entropy_stop_window (`int`, defaults to 256): number of tokens that the entropy is taken of. Shorter texts
-            continue.
-        stop_at_second_eos (`bool`, defaults to `False`): end a row when it holds two end tokens, the prompt included,
-            instead of at the first new one.
+        entropy_stop_window (`int`, defaults to 256): number of last tokens over which the entropy is computed. Texts
+            of at most this length continue.
+        stop_at_second_eos (`bool`, defaults to `False`): end a row at its second end token, counting those of the
+            prompt, instead of at the first new one.
         output_trace (`bool`, defaults to `False`): with `return_dict_in_generate`, also return every denoising step.
-        kwargs: fields of `GenerationConfig`. `top_k` defaults to 0 here: sampling uses the whole distribution.
+        kwargs: fields of `GenerationConfig`. Here `top_k` defaults to 0: sampling uses the whole distribution.
 
     On one CUDA device, batches of up to 64 rows use a static cache and a compiled denoising step by default.
     `cache_implementation="dynamic"` or `disable_compile=True` turn this off.
@@ -80,7 +80,7 @@ class BD3LMGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> "BD3LMGenerationConfig":
-        # transformers then calls the constructor. A config made from a model config forgets its own fields on saving.
+        # transformers then calls the constructor. A config made from a model config would lose our fields on saving.
         raise NotImplementedError("call the constructor of BD3LMGenerationConfig instead.")
 
 
@@ -91,13 +91,13 @@ class SEDDGenerationConfig(BD3LMGenerationConfig):
 
 
 def complete_generation_config(config: GenerationConfig, kind: type[GenerationConfig]) -> GenerationConfig:
-    """Return a config of class `kind` with the fields of a plain config, and defaults for those that it lacks.
+    """Return a config of class `kind` with the fields of a plain config and defaults for the rest.
 
     Raises:
         ValueError: if the config has fields that `kind` does not know.
     """
     check_known_fields(config, kind)
-    # A config made from a model config forgets its own fields on saving, so that mark must go.
+    # A config marked as made from a model config would lose our fields on saving, so the mark is dropped.
     fields = {k: v for k, v in config.to_dict().items() if v is not None and k != "_from_model_config"}
     return kind(**{**kind().to_dict(), **fields})
 
@@ -108,9 +108,8 @@ def check_known_fields(config: GenerationConfig, kind: type[GenerationConfig]) -
     Raises:
         ValueError: if the config has a field that `kind` does not have.
     """
-    # The constructor sets every field, also those of transformers.
+    # The constructor sets every field, including those of transformers. An underscore marks its bookkeeping.
     known = vars(kind())
-    # A newer transformers may have written fields that this one drops, and its own classes know theirs.
     unknown = [name for name in vars(config) if name not in known and not name.startswith("_")]
     if unknown:
         close = {name: difflib.get_close_matches(name, known, n=1) for name in unknown}
@@ -118,7 +117,7 @@ def check_known_fields(config: GenerationConfig, kind: type[GenerationConfig]) -
         raise ValueError(f"generation_config has unknown fields: {', '.join(hints)}. Remove or rename them.")
 
 
-_LARGEST_STEPS = 2**20  # denoising steps of a block; grids of so many fit into memory
+_LARGEST_STEPS = 2**20  # denoising steps per block; a grid of this size still fits in memory
 
 
 def check_generation_fields(config: Any) -> None:
@@ -127,8 +126,8 @@ def check_generation_fields(config: Any) -> None:
     check_choice("sampling_dtype", config.sampling_dtype, SAMPLING_DTYPES)
     check_choice("window", config.window, WINDOWS)
     for name, meaning in (
-        ("window_stride", "the number of tokens the window moves"),
-        ("num_denoising_steps", "the denoising steps of a block"),
+        ("window_stride", "the number of tokens by which the window moves"),
+        ("num_denoising_steps", "the denoising steps per block"),
     ):
         if getattr(config, name) is not None:
             check_count(name, getattr(config, name), f"{meaning} (None for the default)")
@@ -148,8 +147,8 @@ def check_generation_fields(config: Any) -> None:
         check_entropy_stop(config.entropy_stop, config.entropy_stop_window)
 
 
-# Fields of transformers' own config -> smallest and largest value, and what they are. transformers looks at few of
-# them, and takes top_p=1.5 or num_return_sequences=0 for "not given".
+# Fields of transformers' own config -> their range and meaning. transformers checks few of them, and treats top_p=1.5
+# or num_return_sequences=0 as not given.
 _COUNTS = {
     "max_new_tokens": (1, "a number of new tokens"),
     "max_length": (1, "a number of tokens, the prompt included"),
@@ -177,7 +176,7 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begi
 
 
 def check_standard_fields(config: Any, vocab_size: int) -> None:
-    """Refuse values of transformers' own fields that it would ignore, or fail on later.
+    """Refuse values of transformers' own fields that it would ignore or fail on later.
 
     Raises:
         ValueError: if a number is outside its range, or a token id outside the vocabulary.
@@ -208,7 +207,7 @@ def check_standard_fields(config: Any, vocab_size: int) -> None:
             raise ValueError(f"{name}={ids!r}: the vocabulary ends with the id {vocab_size - 1}.")
 
 
-# Arguments of the forward pass that `generate` sets itself. It would ignore those of a caller.
+# Arguments of the forward pass that `generate` sets itself; it would ignore a caller's.
 _SET_BY_GENERATE = (
     "labels",
     "clean_input_ids",
@@ -222,7 +221,7 @@ _SET_BY_GENERATE = (
     "output_hidden_states",
 )
 
-# Arguments of `generate` about how long a text gets, how many there are and what else is returned.
+# Arguments of `generate` about the length and number of texts, streaming, caches and recorded scores.
 _NOT_FOR_INFILL = (
     "max_new_tokens",
     "max_length",
@@ -246,7 +245,7 @@ def check_generate_arguments(model_kwargs: dict[str, Any]) -> None:
     """Refuse arguments of the forward pass that `generate` would ignore.
 
     Raises:
-        ValueError: if one is given.
+        ValueError: if such an argument is given.
     """
     unfit = [name for name in _SET_BY_GENERATE if model_kwargs.get(name) is not None]
     if unfit:
@@ -257,15 +256,15 @@ def check_generate_arguments(model_kwargs: dict[str, Any]) -> None:
     if model_kwargs.get("position_ids") is not None:
         raise ValueError(
             "generate does not take position_ids: it counts the tokens of each row. Mark padding in attention_mask, "
-            "and give packed documents rows of their own."
+            "and put packed documents into separate rows."
         )
 
 
 def check_infill_arguments(kwargs: dict[str, Any]) -> None:
-    """Refuse arguments about lengths and ends, which `infill` does not have.
+    """Refuse arguments of `generate` that have no meaning for `infill`, such as lengths and stopping rules.
 
     Raises:
-        ValueError: if one is given.
+        ValueError: if such an argument is given.
     """
     unfit = [name for name in _NOT_FOR_INFILL if kwargs.get(name) is not None]
     if unfit:
@@ -276,7 +275,7 @@ def check_infill_arguments(kwargs: dict[str, Any]) -> None:
 
 
 def check_count(name: str, value: Any, meaning: str) -> None:
-    """Refuse a field that is not an integer from 1 to a bound that memory allows."""
+    """Refuse a field that is not an integer from 1 to the largest that memory allows."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST_STEPS:
         raise ValueError(f"{name}={value!r}: give {meaning}, an integer from 1 to {_LARGEST_STEPS}.")
 
@@ -298,10 +297,10 @@ def _is_number(value: Any) -> bool:
 
 
 def window_stride(config: Any, stride: int | None) -> int | None:
-    """Return how many tokens a window moves of a model whose block fills it, by default half; None for other models.
+    """Return by how many tokens a window moves if one block fills it, by default half of it; None for other models.
 
     Raises:
-        ValueError: if the stride exceeds the window, or the model's window moves by blocks.
+        ValueError: if the stride exceeds the window, or if it is given for a window that moves by blocks.
     """
     window = config.model_length
     if not fills_window(config):

@@ -1,7 +1,7 @@
 """`generate` of SSD-LM (arXiv 2210.17432, Sec. 3.3): denoise a block, project it, add the noise of the next level.
 
-A block begins as noise, x_T = K eps. For t = T, ..., 1 the network gives logits of the clean tokens, a projection P
-makes almost-one-hot vectors of them, and
+A block starts as noise, x_T = K eps. For t = T, ..., 1 the network predicts logits of the clean tokens, a projection P
+maps them to almost-one-hot vectors, and
 
     x_{t-1} = sqrt(abar_{t-1}) P(logits) + sqrt(1 - abar_{t-1}) K z,      z ~ N(0, 1).
 
@@ -31,12 +31,12 @@ CONTEXTS = ("all", "previous_block")
 
 
 class SimplexDraws:
-    """The random numbers of a call.
+    """The source of a call's random numbers.
 
     Args:
-        generator: one for the whole call, or one for each row of the batch, which makes a row independent of its
-            batch; by default torch's global one.
-        greedy: take the most likely tokens instead of drawing them.
+        generator: one for the whole call, or one per row, which makes a row independent of its batch; by default
+            torch's global one.
+        greedy: choose the most likely tokens instead of drawing them.
     """
 
     def __init__(self, generator: Generators = None, *, greedy: bool = False) -> None:
@@ -51,7 +51,7 @@ class SimplexDraws:
         return torch.randn((len(rows), *shape), generator=generator, device=home).to(device)
 
     def tokens(self, rows: Sequence[int], scores: torch.Tensor) -> torch.Tensor:
-        """Return a token for each of the log-probabilities `(rows * positions, vocab_size)`, row after row."""
+        """Return a token for each position, given log-probabilities `(rows * positions, vocab_size)`, row by row."""
         if self.greedy:
             return scores.argmax(dim=-1)
         positions = scores.shape[0] // len(rows)
@@ -63,7 +63,7 @@ class SimplexDraws:
 
 
 def lay_out_after(prompt: torch.Tensor, padding: torch.Tensor | None, new_tokens: int, config: Any) -> SequenceBuffer:
-    """Return a buffer whose blocks follow the prompts `(batch, width)`, which are padded on the left."""
+    """Return a buffer whose blocks follow the left-padded prompts `(batch, width)`."""
     batch, width = prompt.shape
     size = config.block_size
     columns = -(-new_tokens // size) * size
@@ -78,8 +78,8 @@ class SimplexWriter:
 
     Args:
         prompt: `(batch, width)`, padded on the left.
-        generation_config: read for `context`, `projection`, `top_p`, `num_denoising_steps`, and which scores are
-            recorded.
+        generation_config: read for `context`, `projection`, `top_p`, `num_denoising_steps`, and which scores to
+            record.
         draws: source of the random numbers.
     """
 
@@ -105,11 +105,11 @@ class SimplexWriter:
         self.num_forward_passes = 0
 
     def denoise(self, begin: int, finished: torch.Tensor, streamer: Any = None) -> None:
-        """Write the block at column `begin`, in the rows that are not finished.
+        """Generate the block at column `begin`, in the rows that are not finished.
 
-        1. The block is noise.
-        2. In each step the noise of the next level is drawn, the network gives logits, and processors score them.
-        3. The projection of the logits gets the noise. After the last step, the most likely tokens stay.
+        1. Start from noise.
+        2. In each step, draw the noise of the next level, compute logits, and apply the processors.
+        3. Add the noise to the projection of the logits; after the last step, keep the most likely tokens.
 
         Args:
             finished: bool `(batch,)` on the CPU.
@@ -140,9 +140,9 @@ class SimplexWriter:
         self.processors.check_any_token_left()
 
     def _context(self, begin: int, live: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the text before a block that the network sees, and its mask (None: no padding), `(rows, width)`."""
+        """Return the context of a block and its mask (None: no padding), both `(rows, width)`."""
         room = self.model.config.model_length - self.buffer.block_size
-        # The first block comes right after the prompt, which is its context as a whole.
+        # The context of the first block is the whole prompt, right before it.
         whole = self.sees_all_before or begin == self.buffer.first_block
         columns = slice(max(0 if whole else begin - self.buffer.block_size, begin - room), begin)
         context, valid = self.buffer.token_ids[live, columns], self.buffer.key_valid
@@ -153,7 +153,7 @@ class SimplexWriter:
     def _choose(
         self, begin: int, live: torch.Tensor, logits: torch.Tensor, numbers: list[int], projected: torch.Tensor | None
     ) -> torch.Tensor:
-        """Write the tokens that logits stand for into the block. Return scores `(rows, block_size, vocab_size)`.
+        """Choose the tokens of the block from its logits. Return scores `(rows, block_size, vocab_size)`.
 
         Processors that read the text score one column after the other, each given the tokens just chosen to its left.
 
@@ -177,7 +177,7 @@ class SimplexWriter:
     def _process(self, begin: int, numbers: list[int], logits: torch.Tensor) -> torch.Tensor:
         """Return the processed `(rows, columns, vocab_size)` logits of the columns from `begin` on.
 
-        Positions after the last requested token are not processed: they fill the block, but the output ends before.
+        Positions after the last requested token are not processed: they fill up the block but are not output.
         """
         index = begin - self.buffer.first_block + torch.arange(logits.shape[1])
         requested = int((index < self.buffer.max_new_tokens).sum())
@@ -192,20 +192,20 @@ class SSDLMGenerationConfig(GenerationConfig):
     """transformers' `GenerationConfig` with the fields of simplex diffusion.
 
     Args:
-        num_denoising_steps (`int`, defaults to 1000): steps T of a block, each one forward pass over context and
-            block. The block-diffusion paper compares 1000 and 25.
+        num_denoising_steps (`int`, defaults to 1000): steps T per block, each one forward pass over context and block.
+            The block-diffusion paper compares 1000 and 25.
         context (`str`, defaults to `"all"`): text that a block is conditioned on. `"all"`, the original: all text
-            before it, as far as the window `model_length` reaches. `"previous_block"`, as the block-diffusion paper
-            ran it: the block before it only, or the prompt for the first one.
+            before it that fits into the window of `model_length` tokens. `"previous_block"`, as in the block-diffusion
+            paper: only the block before it, or the prompt for the first one.
         projection (`str`, defaults to `"sampling"`): how logits become almost-one-hot vectors after a step.
             `"sampling"`: a token drawn from the nucleus. `"even"`: all tokens of the nucleus equally. `"uneven"`: the
             most likely token, and the others of the nucleus by their distance to it.
-        top_p (`float`, defaults to 0.95): probability of the nucleus that is projected on, the token that crosses it
-            included; 1 is the whole vocabulary. Not applied a second time as a logits processor.
+        top_p (`float`, defaults to 0.95): probability of the nucleus of the projection, the token that crosses it
+            included; 1 is the whole vocabulary. Not applied again as a logits processor.
         do_sample (`bool`, defaults to `True`): whether `"sampling"` draws its tokens or takes the most likely ones.
             The noise that is added after each step is always drawn, and the tokens of a block are always the most
             likely ones of the last step.
-        kwargs: fields of `GenerationConfig`. `top_k` defaults to 0 here: the nucleus is chosen from all tokens.
+        kwargs: fields of `GenerationConfig`. Here `top_k` defaults to 0: the nucleus is chosen from all tokens.
 
     Raises:
         ValueError: if a field has an invalid value; the message names the value and the remedy.
@@ -223,22 +223,22 @@ class SSDLMGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> "SSDLMGenerationConfig":
-        # transformers then calls the constructor. A config made from a model config forgets its own fields on reload.
-        raise NotImplementedError("an SSDLMGenerationConfig is made by its constructor, not from a model config.")
+        # transformers then calls the constructor. A config made from a model config would lose our fields on saving.
+        raise NotImplementedError("call the constructor of SSDLMGenerationConfig instead.")
 
 
 def check_simplex_fields(config: Any) -> None:
     """Validate the fields that [`SSDLMGenerationConfig`] adds, and `top_p`, which transformers does not."""
     check_choice("context", config.context, CONTEXTS)
     check_choice("projection", config.projection, PROJECTIONS)
-    check_count("num_denoising_steps", config.num_denoising_steps, "the denoising steps of a block")
+    check_count("num_denoising_steps", config.num_denoising_steps, "the denoising steps per block")
     check_probability("top_p", config.top_p, "is the whole vocabulary")
 
 
 class SSDLMGenerationMixin(BlockGenerationMixin):
-    """`generate` for simplex diffusion. `generator` may be a list with one for each row of the batch.
+    """`generate` for simplex diffusion. `generator` can be a list with one per row of the batch.
 
-    As published, any token may be written, special tokens included; `suppress_tokens` takes those that must not be.
+    As published, any token can be generated, special tokens included; list the unwanted ones in `suppress_tokens`.
     """
 
     generation_config_class = SSDLMGenerationConfig
@@ -263,11 +263,11 @@ class SSDLMGenerationMixin(BlockGenerationMixin):
         if unfit:
             raise ValueError(
                 f"generate does not take {', '.join(unfit)}: the encoder of an SSD-LM attends from the context to the "
-                f"noisy block, so that nothing of it can be kept. Leave it out."
+                f"noisy block, so nothing can be cached. Leave it out."
             )
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        # The projection has the nucleus.
+        # The projection applies the nucleus.
         top_p, generation_config.top_p = generation_config.top_p, 1.0
         try:
             return super()._get_logits_processor(generation_config, *args, **kwargs)
@@ -287,12 +287,12 @@ class SSDLMGenerationMixin(BlockGenerationMixin):
     ) -> BD3LMGenerateOutput | torch.Tensor:
         """Generate block by block.
 
-        1. Lay the prompts out so that they end together; the first block follows.
+        1. Align the prompts so that they end at the same column, where the first block begins.
         2. Denoise each block, given its context.
-        3. End rows where a stopping criterion holds, and stream the block.
-        4. Put prompts and new tokens together.
+        3. End the rows that meet a stopping criterion, and stream the block.
+        4. Concatenate prompts and new tokens.
         """
-        # 1. Lay out
+        # 1. Align
         home = input_ids.device
         input_ids, attention_mask = self._take_prompts(input_ids, model_kwargs, synced_gpus)
         self._check_fits_window(attention_mask)
@@ -303,7 +303,7 @@ class SSDLMGenerationMixin(BlockGenerationMixin):
         writer = SimplexWriter(self, buffer, prompt, logits_processor, generation_config, draws)
         # 2. and 3. Denoise, stop and stream
         write_blocks(writer, stop, streamer)
-        # 4. Assemble
+        # 4. Concatenate
         sequences = torch.cat([input_ids, stop.new_tokens()], dim=1).to(home)
         if not generation_config.return_dict_in_generate:
             return sequences

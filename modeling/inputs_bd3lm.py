@@ -1,4 +1,4 @@
-"""Check the inputs of a forward pass; positions, blocks and documents of its tokens."""
+"""Check the inputs of a forward pass, and find the positions, blocks and documents of its tokens."""
 
 import difflib
 import inspect
@@ -13,9 +13,9 @@ from .cache_bd3lm import check_rows, note_tokens, open_cache
 from .compatibility_bd3lm import check_caller, warn_of_visible_tokens
 
 
-# Read by transformers' wrapper of forward, or sent by tokenizers and generate without a meaning for these models.
+# Read by transformers' wrappers of forward, or passed by tokenizers and generate but not used by these models.
 _HARMLESS = {"return_dict", "output_hidden_states", "output_attentions", "token_type_ids", "cache_position"}
-# DataCollatorWithFlattening adds these for FlashAttention. They repeat what position_ids say.
+# DataCollatorWithFlattening adds these for FlashAttention. They repeat the information in position_ids.
 _WITH_POSITIONS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
@@ -42,25 +42,25 @@ def check_arguments(model: Any, given: dict[str, Any], position_ids: torch.Tenso
 def check_loss_arguments(
     labels: torch.Tensor | None, num_items_in_batch: Any, input_ids: torch.Tensor | None, **unused: Any
 ) -> None:
-    """Refuse labels without the text, with what the loss would ignore, or taken out of the batch on the way here.
+    """Refuse labels without ids or with arguments that the loss would ignore, and a number of items without labels.
 
     Raises:
-        ValueError: if there are labels but no ids, or an argument that only the logits depend on; if there is a number
-            of items without labels; see also [`check_ids`].
+        ValueError: if there are labels but no ids, or labels and an argument that affects only the logits; if there is
+            a number of items but no labels; see also [`check_ids`].
     """
     if labels is None:
-        if num_items_in_batch is not None:  # from a Trainer whose loss is computed outside of the model
+        if num_items_in_batch is not None:  # from a Trainer that computes the loss outside the model
             raise ValueError(
                 "num_items_in_batch was passed without labels, as by a Trainer with label_smoothing_factor or "
-                "compute_loss_func: this model computes its own loss. Leave these out, so that the labels reach it."
+                "compute_loss_func: this model computes its own loss. Leave these out so that the labels reach it."
             )
         return
     given = [name for name, value in unused.items() if value is not None]
     if given or input_ids is None:
         raise ValueError(
-            f"labels need input_ids and do not go with {', '.join(given) or 'None'}: the loss masks tokens of the "
-            f"clean text by itself. Pass input_ids and labels, or leave labels out for logits. Prompt and prefix "
-            f"tuning are not supported: use LoRA."
+            f"labels need input_ids{' and exclude ' if given else ''}{', '.join(given)}: the loss masks tokens of the "
+            f"clean text itself. Pass input_ids and labels, or leave labels out for logits. Prompt and prefix tuning "
+            f"are not supported: use LoRA."
         )
     check_ids(input_ids, "input_ids")
 
@@ -68,7 +68,7 @@ def check_loss_arguments(
 def check_token_ids(input_ids: torch.Tensor | None, vocab_size: int, name: str) -> None:
     """Refuse ids outside the vocabulary while the error can still be understood.
 
-    On an accelerator reading the ids would cost a synchronisation per step, and the device's own assertion fails.
+    On an accelerator, reading the ids would cost a synchronisation per step; there the device's own assertion fails.
 
     Raises:
         ValueError: see [`check_ids`]; or if an id is below 0 or not below `vocab_size`.
@@ -81,10 +81,10 @@ def check_token_ids(input_ids: torch.Tensor | None, vocab_size: int, name: str) 
 
 
 def check_has_values(model: Any, input_ids: Any) -> None:
-    """Refuse to compute values of tensors that have a shape only.
+    """Refuse to compute with tensors that have no values.
 
     Raises:
-        ValueError: if the ids, or the weights of a model that nothing moves to a device when needed, are on `meta`.
+        ValueError: if the ids are on `meta`, or the weights of a model that is not offloaded.
     """
     for name, device in (("input_ids", getattr(input_ids, "device", None)), ("the weights", model.device)):
         if getattr(device, "type", None) == "meta" and not getattr(model, "hf_device_map", None):
@@ -92,7 +92,7 @@ def check_has_values(model: Any, input_ids: Any) -> None:
 
 
 def check_vocabulary(ids: torch.Tensor, vocab_size: int, name: str) -> None:
-    """Refuse ids outside the vocabulary; reads them back.
+    """Refuse ids outside the vocabulary. Waits for the device.
 
     Raises:
         ValueError: if an id is below 0 or not below `vocab_size`.
@@ -102,7 +102,7 @@ def check_vocabulary(ids: torch.Tensor, vocab_size: int, name: str) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"{name} holds the id {low if low < 0 else high}, outside the vocabulary of {vocab_size} ids (0 to "
+            f"{name} contains the id {low if low < 0 else high}, outside the vocabulary of {vocab_size} ids (0 to "
             f"{vocab_size - 1}): use the tokenizer that the model was trained with."
         )
 
@@ -117,17 +117,17 @@ def check_ids(ids: Any, name: str) -> None:
         remedy = "its fields, model(**batch)" if isinstance(ids, Mapping) else 'tokenizer(..., return_tensors="pt")'
         raise ValueError(f"{name} is a {type(ids).__name__}, not a tensor: pass {remedy}.")
     if ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name} of dtype {ids.dtype}: give token ids as whole numbers, with {name}.long().")
+        raise ValueError(f"{name} of dtype {ids.dtype}: token ids are whole numbers, so pass {name}.long().")
     if not torch.compiler.is_compiling() and (ids.dim() != 2 or not ids.numel()):
         one = f": a single text is {name}.unsqueeze(0)" if ids.dim() == 1 and ids.numel() else ""
         raise ValueError(f"{name} of shape {tuple(ids.shape)}: pass texts of shape (batch, length){one}.")
 
 
 def check_attention_mask(attention_mask: torch.Tensor | None, shape: tuple[int, ...]) -> None:
-    """Refuse a mask of another shape or kind; `shape` is (batch, cached + given tokens).
+    """Refuse a mask of the wrong shape or kind; `shape` is (batch, cached + given tokens).
 
     Raises:
-        ValueError: if the mask is not a tensor, would be broadcast or cut, is additive, or counts documents.
+        ValueError: if the mask is not a tensor of this shape, is additive, or numbers packed documents.
     """
     if attention_mask is None:
         return
@@ -143,11 +143,11 @@ def check_attention_mask(attention_mask: torch.Tensor | None, shape: tuple[int, 
     other = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
     if other.numel():
         low, high = (float(end) for end in other.aminmax())
-        # Neither is true of a fraction or nan.
-        kind = ", as an additive mask does" if low < 0 else ""
-        kind = ", as one that numbers packed documents does (use position_ids)" if high > 1 else kind
+        # A fraction or nan is neither.
+        kind = ", like an additive mask" if low < 0 else ""
+        kind = ", like one that numbers packed documents (use position_ids)" if high > 1 else kind
         raise ValueError(
-            f"attention_mask holds {high if high > 1 else low:g}{kind}: give one 0 (padding) or 1 per token."
+            f"attention_mask contains {high if high > 1 else low:g}{kind}: give one 0 (padding) or 1 per token."
         )
 
 
@@ -162,7 +162,7 @@ def seeds_of_texts(input_ids: torch.Tensor, labels: torch.Tensor) -> list[int]:
     for row, row_labels in zip(input_ids.tolist(), labels.tolist(), strict=True):
         seed = 0
         for token, label in zip(row, row_labels, strict=True):
-            seed = (seed * 1_000_003 + token + 1) % 2**62 if label != -100 else seed  # a polynomial of the ids
+            seed = (seed * 1_000_003 + token + 1) % 2**62 if label != -100 else seed  # a polynomial hash
         seeds.append(seed)
     return seeds
 
@@ -175,13 +175,13 @@ def check_text(
     *,
     may_synchronize: bool | None = None,
 ) -> None:
-    """Refuse text that cannot be learned from or scored.
+    """Refuse text that cannot be trained on or scored.
 
-    Padding is not looked at: tokenizers without a padding token are often given the mask token for it.
+    Padding is not checked: tokenizers without a padding token are often given the mask token as one.
 
     Args:
-        may_synchronize: whether to wait for the device to look at ids; by default on a CPU only. Training cannot
-            afford to wait: its collator checks the batch on the CPU.
+        may_synchronize: whether to wait for the device to read ids; by default on a CPU only. Training cannot afford
+            to wait, so its collator checks the batch on the CPU.
 
     Raises:
         ValueError: if ids are outside the vocabulary, if the text contains mask tokens, or if the labels do not fit,
@@ -197,9 +197,9 @@ def check_text(
     for name, ids in (("input_ids", input_ids[valid]), ("labels", labels[scored])):
         if count := int((ids == config.mask_token_id).sum()):
             raise ValueError(
-                f"{name} hold mask_token_id={config.mask_token_id} in {count} positions that are not padding: the "
-                f"model draws its own masks over the clean text and gives the mask no probability. Pass the text "
-                f"itself (DataCollatorForLanguageModeling(..., mlm=False)), and mark padding in attention_mask."
+                f"{name} contain mask_token_id={config.mask_token_id} at {count} positions that are not padding: the "
+                f"model masks the clean text itself and never predicts the mask token. Pass the clean text "
+                f"(DataCollatorForLanguageModeling(..., mlm=False)), and mark padding in attention_mask."
             )
 
 
@@ -214,8 +214,8 @@ def check_labels(
     """Refuse labels that are not those of the text; see [`check_text`].
 
     Raises:
-        ValueError: see [`check_ids`]; if labels or attention mask have another shape, or if the labels are the text
-            shifted by one.
+        ValueError: see [`check_ids`]; if labels or attention mask have another shape than the ids, or if the labels
+            are the ids shifted by one.
     """
     check_ids(input_ids, "input_ids")
     check_ids(labels, "labels")
@@ -230,13 +230,13 @@ def check_labels(
     if torch.equal(labels[:, :-1][scored[:, :-1]], input_ids[:, 1:][scored[:, :-1]]):
         raise ValueError(
             "labels are input_ids shifted by one, as for next-token prediction: this model compares labels with the "
-            "token in the same position. Pass labels=input_ids, with -100 for context."
+            "token at the same position. Pass labels=input_ids, with -100 for context."
         )
 
 
 def may_read(device: torch.device, may_synchronize: bool | None = None) -> bool:
-    """Return whether values may be read back. By default only on a CPU, where reading does not wait for a device."""
-    # What is read while a call is traced would stay true for all inputs of the trace.
+    """Return whether values may be read back, by default only on a CPU, where reading does not wait for a device."""
+    # A value that is read during tracing would hold for all inputs of the trace.
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return not traced and (device.type == "cpu" if may_synchronize is None else may_synchronize)
 
@@ -246,12 +246,12 @@ def _valid_tokens(like: torch.Tensor, attention_mask: torch.Tensor | None) -> to
 
 
 class Layout(NamedTuple):
-    """Positions, blocks and padding of a stream. Blocks are counted from each row's first real token."""
+    """Positions, blocks, padding and documents of a stream. Blocks are counted from each row's first real token."""
 
     position_ids: torch.Tensor  # (batch or 1, length), rotary positions
     block_ids: torch.Tensor  # (batch or 1, length), position_ids // block_size
     valid: torch.Tensor | None  # bool (batch, length), False for padding; None when nothing is padded
-    document_ids: torch.Tensor | None = None  # (batch or 1, length) of packed documents, which see only themselves
+    document_ids: torch.Tensor | None = None  # (batch or 1, length), of packed documents, which see only themselves
 
     @property
     def aligned(self) -> bool:
@@ -260,7 +260,7 @@ class Layout(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """Rows of a mask: 1 where all rows of the batch share it."""
+        """Rows of an attention mask: 1 if all rows of the batch share it."""
         return self.block_ids.shape[0] if self.valid is None else self.valid.shape[0]
 
 
@@ -276,14 +276,14 @@ def token_layout(
     """Return the layout of `past + length` tokens.
 
     Args:
-        attention_mask: `(batch, past + length)`, ones for tokens and zeros for padding on either side. A row has its
-            positions and blocks as if it stood alone.
-        position_ids: `(batch or 1, length)`. Where they do not count on by one, another document begins, which has
-            blocks of its own and sees nothing of the others.
+        attention_mask: `(batch, past + length)`, ones for tokens and zeros for padding on either side. A row gets the
+            positions and blocks that it would have alone.
+        position_ids: `(batch or 1, length)`. Wherever a position is not its predecessor plus one, a new document
+            begins, which has its own blocks and does not see the others.
 
     Raises:
-        ValueError: if the positions do not fit the tokens, a document does not begin at position 0, or documents are
-            packed after a cache, whose documents are not known.
+        ValueError: if the positions do not fit the tokens, a document does not begin at position 0, or packed
+            documents follow a cache, whose documents are not known.
     """
     if attention_mask is not None and may_read(attention_mask.device) and bool(attention_mask.all()):
         attention_mask = None  # no padding: aligned tiles, masks shared by all rows
@@ -294,23 +294,23 @@ def token_layout(
         own = (valid.cumsum(1) - 1).clamp(min=0)
     if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != length):
         raise ValueError(f"position_ids of shape {tuple(position_ids.shape)}: give (batch or 1, {length}).")
-    # Training has no cache, and must not wait for the device to learn that there is one document only.
-    may_look = may_read(device, True if past else None)
-    if position_ids is not None and not (may_look and _counts_on(position_ids, own[:, past:], valid)):
+    # Training has no cache, and must not wait for the device to learn that there is only one document.
+    reads = may_read(device, True if past else None)
+    if position_ids is not None and not (reads and _equal_where_valid(position_ids, own[:, past:], valid)):
         if past:
-            raise ValueError("position_ids of several documents do not go with a cache: pass the documents apart.")
+            raise ValueError("position_ids of several documents exclude a cache: pass the documents separately.")
         return _packed_layout(position_ids, block_size, valid)
     return Layout(own, own // block_size, valid)
 
 
-def _counts_on(position_ids: torch.Tensor, own: torch.Tensor, valid: torch.Tensor | None) -> bool:
-    """Return whether given positions are those that each row has anyway."""
+def _equal_where_valid(position_ids: torch.Tensor, own: torch.Tensor, valid: torch.Tensor | None) -> bool:
+    """Return whether the given positions are those that each row has by default."""
     same = position_ids == own
     return bool((same if valid is None else same | ~valid[:, -same.shape[1] :]).all())
 
 
 def _packed_layout(position_ids: torch.Tensor, block_size: int, valid: torch.Tensor | None) -> Layout:
-    """Return the layout of documents side by side, each with positions of its own."""
+    """Return the layout of documents side by side, each with its own positions."""
     begins = torch.ones_like(position_ids, dtype=torch.bool)
     begins[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if may_read(position_ids.device, None):
@@ -321,7 +321,7 @@ def _packed_layout(position_ids: torch.Tensor, block_size: int, valid: torch.Ten
         _check_document_starts(position_ids, first)
     begins_block = begins | (position_ids % block_size == 0)
     if valid is not None:
-        begins_block = begins_block & valid  # padding begins nothing
+        begins_block = begins_block & valid  # padding begins no block
     block_ids = (begins_block.cumsum(1) - 1).clamp(min=0)
     return Layout(position_ids, block_ids, valid, begins.cumsum(1).expand_as(block_ids))
 
@@ -339,7 +339,7 @@ def _check_document_starts(position_ids: torch.Tensor, begins: torch.Tensor) -> 
 class NetworkInputs(NamedTuple):
     """The checked inputs of one call of a network."""
 
-    embeds: torch.Tensor  # (batch, length, hidden_size), of x_t, or of a text where there are no two streams
+    embeds: torch.Tensor  # (batch, length, hidden_size), of x_t, or of the text if there is one stream
     layout: Layout  # of the cached and the given tokens
     cache: Cache | None
     num_committed: int  # tokens to write to the cache: all or none
@@ -390,14 +390,14 @@ def read_inputs(
         check_caller(config, input_ids, attention_mask)
         if input_ids is not None and not config.causal:
             warn_of_visible_tokens(network, input_ids, attention_mask, config.mask_token_id)
-    # A causal model takes any positions after a cache: those of a window that has moved are not counted from 0.
+    # A causal model accepts any positions after a cache: those of a window that has moved are not counted from 0.
     packed = None if config.causal and past else position_ids
     layout = token_layout(attention_mask, length, size, past=past, device=embeds.device, position_ids=packed)
     return NetworkInputs(embeds, layout, cache, commit, past)
 
 
 class Documents(NamedTuple):
-    """Documents that were packed side by side, as rows of their own, padded on the right."""
+    """Packed documents as separate rows, padded on the right."""
 
     index: torch.Tensor  # type: ignore[assignment]  # (documents, longest), flat index of each token in the packed batch
     mask: torch.Tensor  # bool (documents, longest), False for padding
@@ -414,7 +414,7 @@ class Documents(NamedTuple):
 
 
 def check_positions(position_ids: torch.Tensor | None, shape: tuple[int, ...]) -> None:
-    """Refuse positions of another shape than the tokens; one row of them serves all rows.
+    """Refuse positions of another shape than the tokens; a single row of them applies to all rows.
 
     Raises:
         ValueError: if the shape is neither `(batch, length)` nor `(1, length)`.
@@ -426,7 +426,7 @@ def check_positions(position_ids: torch.Tensor | None, shape: tuple[int, ...]) -
 def find_documents(
     position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, shape: torch.Size
 ) -> Documents | None:
-    """Find documents that share a row: where positions start again, another one begins, as in padding-free batches.
+    """Find the documents packed into each row, as in padding-free batches: one begins wherever positions restart.
 
     A loss draws a noise level for each block of each document, so it separates the documents. This waits for the
     device once.
@@ -450,7 +450,7 @@ def find_documents(
     if int(begins.sum(1).max()) <= 1:
         return None
     packed = real.flatten().nonzero().squeeze(1)  # flat indices of all tokens
-    # A document's number is how many documents have begun before its tokens.
+    # The index of a document is the number of documents that begin before it.
     document = (begins.flatten().cumsum(0) - 1)[packed]
     column = position_ids.flatten()[packed]
     size = (int(document[-1]) + 1, int(column.max()) + 1)

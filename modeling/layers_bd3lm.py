@@ -56,14 +56,14 @@ class BD3LMLayerNorm(nn.Module):
     def forward(
         self, x: torch.Tensor, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Normalise `(..., dim)`; `shift` and `scale` are `(dim,)`, or broadcast over x where rows differ."""
-        # The weight is read here and nowhere else: offloaded weights exist only while their module is called.
+        """Normalise `(..., dim)`; `shift` and `scale` are `(dim,)`, or broadcast over x if rows differ."""
+        # The weight is read only here: offloaded weights exist only while their module is called.
         weight = self.weight.float()
         if scale is not None:
             weight = weight * (1 + scale.float())
         bias = None if shift is None else shift.float()
         if weight.dim() == 1:
-            # The same modulation for all rows is an affine layer norm: one kernel instead of three.
+            # With the same modulation for all rows this is an affine layer norm: one kernel instead of three.
             return F.layer_norm(x.float(), weight.shape, weight, bias, eps=1e-5).to(x.dtype)
         normed = F.layer_norm(x.float(), x.shape[-1:], eps=1e-5) * weight
         return (normed if bias is None else normed + bias).to(x.dtype)
@@ -72,8 +72,8 @@ class BD3LMLayerNorm(nn.Module):
 class BD3LMZeroLinear(nn.Linear):
     """A linear layer that starts at zero: adaLN and the head.
 
-    The layer itself says so, because transformers initialises custom code leaf by leaf: `_init_weights` never meets a
-    module that has no weights of its own.
+    It has its own class because transformers initialises custom code leaf by leaf: `_init_weights` is never called for
+    a module without weights, so a parent cannot zero its layers.
     """
 
 
@@ -97,8 +97,8 @@ class TimestepEmbedder(nn.Module):
 class BD3LMRotaryEmbedding(nn.Module):
     """Rotary positions. The published buffer `inv_freq` is saved with the weights, but not used.
 
-    A cast of the whole model to bfloat16 casts the buffer too and would rotate position 1023 by half a radian more. So
-    the angles are computed from their definition, in float64 where the device has it: exact at any position.
+    Casting the whole model to bfloat16 casts the buffer too, which would rotate position 1023 by half a radian more.
+    So the angles are computed from their definition, in float64 where the device has it: exact at any position.
     """
 
     inv_freq: torch.Tensor
@@ -117,7 +117,7 @@ class BD3LMRotaryEmbedding(nn.Module):
         """Return cosines and sines `(batch or 1, length, 1, head_dim / 2)` for positions `(batch or 1, length)`."""
         wide = wide_float(position_ids.device)
         angles = position_ids.to(wide).unsqueeze(-1) * self.frequencies(wide, position_ids.device)
-        # All layers read them, and on a GPU their arithmetic in float64 takes longer than the rest of a kernel.
+        # All layers read them; recomputed in a GPU kernel, their float64 arithmetic would take longer than the rest.
         cos, sin = (in_memory(x.to(dtype)) for x in (angles.cos(), angles.sin()))
         return cos.unsqueeze(2), sin.unsqueeze(2)
 
@@ -137,10 +137,10 @@ class ForwardContext:
     sin: torch.Tensor
     past_key_values: Cache | None = None
     commit: int = 0  # leading positions to write to the cache
-    output_indices: torch.Tensor | None = None  # flat indices of the positions that the head will read
+    output_indices: torch.Tensor | None = None  # flat indices of the positions that the head reads
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ForwardContext":
-        """Move the tensors, for layers that accelerate has put on several devices."""
+        """Move the tensors, for layers that accelerate has placed on several devices."""
 
         def move(x: Any) -> Any:
             return x.to(device, non_blocking=non_blocking) if isinstance(x, torch.Tensor) else x
@@ -202,17 +202,17 @@ class BD3LMBlock(GradientCheckpointingLayer):
         In the last layer only the positions after `plan.skip` are queried, and with `shared.output_indices` only those
         positions continue: the output is then `(output_indices, hidden_dim)`.
         """
-        # In training the modulation is computed inside the layer, where checkpointing recomputes it.
+        # In training the modulation is computed in the layer, where checkpointing recomputes it.
         mod = modulation if isinstance(modulation, Modulation) else self.modulate(modulation)
         skip = shared.plan.skip if last else 0
         tiles = shared.plan.last_tiles if last else shared.plan.tiles
         query, key, value = self._project(self.norm1(hidden_states, mod.shift1, mod.scale1), skip, shared)
         attended, weights = self.attention(query, key, value, tiles, shared.past_key_values, shared.commit)
         hidden_states = hidden_states[:, skip:] if skip else hidden_states
-        if not tiles:  # only keys and values are needed, and kernels of quantized layers crash on a product of no rows
+        if not tiles:  # only keys and values are needed, and kernels of quantized layers crash on zero rows
             return hidden_states, weights
         if last and shared.output_indices is not None:
-            # From here on only the positions that the head will read.
+            # From here on, only the positions that the head reads.
             row = shared.output_indices // hidden_states.shape[1]
             mod = Modulation(*(of_rows(x, row) for x in mod))
             hidden_states, attended = (x.flatten(0, 1)[shared.output_indices] for x in (hidden_states, attended))
@@ -229,8 +229,8 @@ class BD3LMBlock(GradientCheckpointingLayer):
         """Return queries (without the first `skip` positions), keys and values, `(batch, heads, length, head_dim)`."""
         layer = self.attn_qkv
         if is_plain_linear(layer) and (skip or torch.is_grad_enabled()):
-            # Skipped positions need no query. With a gradient, three results instead of one let queries and keys be
-            # freed once they are rotated; a common one would live on as long as the values.
+            # Skipped positions need no query. With a gradient, three results let queries and keys be freed once they
+            # are rotated; a single one would live as long as the values.
             inputs = (normed[:, skip:], normed, normed)
             query, key, value = (F.linear(x, w) for x, w in zip(inputs, layer.weight.chunk(3), strict=True))
         else:
@@ -246,7 +246,7 @@ class BD3LMBlock(GradientCheckpointingLayer):
 
 
 def split_modulation(modulation: torch.Tensor | None, parts: int) -> tuple[torch.Tensor | None, ...]:
-    """Split the output of adaLN, `(batch or 1, parts * hidden_dim)`; None for each part without adaLN."""
+    """Split the output of adaLN, `(batch or 1, parts * hidden_dim)`; return None for each part without adaLN."""
     if modulation is None:
         return (None,) * parts
     return (modulation[0] if modulation.shape[0] == 1 else modulation.unsqueeze(1)).chunk(parts, dim=-1)
@@ -260,7 +260,7 @@ def unstack_modulations(stacked: torch.Tensor) -> list[torch.Tensor | tuple[torc
 
 
 def of_rows(modulation: _Tensor, row: torch.Tensor) -> _Tensor:
-    """Spread a modulation over flattened positions, given the batch row of each."""
+    """Expand a modulation to flattened positions, given the batch row of each."""
     return modulation if modulation is None or modulation.dim() == 1 else modulation[row, 0]
 
 

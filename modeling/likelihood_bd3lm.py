@@ -1,4 +1,4 @@
-"""The likelihood of every token of a text, or a bound on it (arXiv 2503.09573, Eq. 8), and the protocol of models.
+"""Per-token likelihoods of text, or bounds on them (arXiv 2503.09573, Eq. 8), and the protocol of a language model.
 
 The three estimators of the bound, sampled, stratified and exact, differ in which masks of a block they evaluate and in
 the weights of these masks.
@@ -39,7 +39,7 @@ from .noise_bd3lm import (
 from .samplers_bd3lm import Generators, check_generators
 
 
-NoiseSource = Noise | Generators  # the noise itself, or what draws it
+NoiseSource = Noise | Generators  # the noise itself, or the generators to draw it from
 
 #: The exact bound sums over all masks of a block: 2^tokens - 1 forward passes.
 MAX_EXACT_TOKENS = 8
@@ -54,7 +54,7 @@ class TokenNLL(NamedTuple):
 
 
 class LanguageModel(Protocol):
-    """A language model as training, evaluation, generation and upload see it; a new family implements this.
+    """The interface that training, evaluation, generation and upload need; a new family implements it.
 
     [`LikelihoodMixin`] and [`BlockGenerationMixin`] implement all of it on top of a few hooks.
     """
@@ -62,11 +62,11 @@ class LanguageModel(Protocol):
     config: Any
     generation_config: Any
     has_likelihood: bool  # False: `token_nll` raises, and held-out text is scored by the training loss
-    generator_per_row: bool  # `generate` also takes a list of generators, one for each row of the batch
+    generator_per_row: bool  # `generate` also takes a list of generators, one per row of the batch
 
     @property
     def exact_likelihood(self) -> bool:
-        """Whether `token_nll` is the likelihood itself and not a bound."""
+        """Whether `token_nll` is the likelihood itself rather than a bound."""
 
     @property
     def carries_interval(self) -> bool:
@@ -74,9 +74,9 @@ class LanguageModel(Protocol):
 
     @property
     def num_noise_samples(self) -> int:
-        """Noise samples of each training sequence."""
+        """Number of noise samples per training sequence."""
 
-    # Any arguments, so that their one definition is that of the mixin.
+    # Untyped arguments, so that only the mixin defines them.
     def token_nll(self, *args: Any, **kwargs: Any) -> TokenNLL:
         """Score every token, see [`LikelihoodMixin.token_nll`]."""
 
@@ -96,7 +96,7 @@ class ScoringRequest(NamedTuple):
 
 
 class LikelihoodMixin:
-    """The verb `token_nll`, with one signature for all language models; a subclass implements `_token_nll`."""
+    """The method `token_nll`, with one signature for all language models; a subclass implements `_token_nll`."""
 
     config: Any
     training: bool
@@ -105,7 +105,7 @@ class LikelihoodMixin:
 
     @property
     def exact_likelihood(self) -> bool:
-        """Whether `token_nll` is the likelihood itself and not a bound: blocks of one token are autoregressive."""
+        """Whether `token_nll` is the likelihood itself rather than a bound, as for blocks of one token."""
         return bool(self.config.block_size == 1)
 
     def token_nll(
@@ -121,26 +121,26 @@ class LikelihoodMixin:
         position_ids: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
     ) -> TokenNLL:
-        r"""Return the negative log-likelihood of every token in nats: exact, or a bound for models that denoise.
+        r"""Return the negative log-likelihood of every token in nats: exact, or a bound for denoising models.
 
         Args:
             input_ids: `(batch, length)`, the text.
             attention_mask: `(batch, length)`, zeros for padding on either side.
-            labels: `(batch, length)`, the text again, with -100 for context, which is neither masked nor scored. By
-                default every token is scored except padding.
+            labels: `(batch, length)`, a copy of `input_ids` with -100 for context, which is neither masked nor scored.
+                By default every token is scored except padding.
             estimator: `"sampled"`, `"stratified"` or `"exact"`, see [`nelbo`]. An autoregressive model is exact with
                 any of them; a score-entropy model has no exact sum.
-            num_samples: noise samples of each block, for the two random estimators.
-            generator: source of randomness, or a list with one for each row, which makes the score of a row
-                independent of its batch.
+            num_samples: noise samples per block, for the two random estimators.
+            generator: source of randomness, or a list of one per row, which makes the score of a row independent of
+                its batch.
             noise: the noise of one `"sampled"` estimate, see [`Noise`], instead of a generator.
-            position_ids: `(batch, length)`; where they start again at 0, another document begins, scored by itself.
+            position_ids: `(batch or 1, length)`; where they restart at 0, a new document begins, scored separately.
             token_type_ids: ignored; some tokenizers return them.
 
         Raises:
             ValueError: if the estimator is unknown or not available for this model, if `num_samples` is below 1, if
                 a block has too many tokens for the exact sum, if ids are outside the vocabulary, if the text contains
-                mask tokens, or if the noise does not fit the estimate or the batch.
+                mask tokens, or if the noise or the generators do not fit the estimate or the batch.
         """
         if estimator not in self.estimators:
             raise ValueError(
@@ -151,7 +151,7 @@ class LikelihoodMixin:
         check_ids(input_ids, "input_ids")
         check_has_values(self, input_ids)
         check_attention_mask(attention_mask, input_ids.shape)
-        # 1. Packed documents become rows of their own, which are scored by a second call.
+        # 1. Split packed documents into rows, scored by a second call
         documents = find_documents(position_ids, attention_mask, input_ids.shape)
         if documents is not None:
             labels = default_labels(input_ids, attention_mask) if labels is None else labels
@@ -162,12 +162,12 @@ class LikelihoodMixin:
             return TokenNLL(*(documents.join(values, input_ids.shape) for values in scores))
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples}: give at least 1.")
-        # 2. The noise, or what it is drawn from, and the text are checked before any forward pass.
+        # 2. Check the noise or generators and the text before any forward pass
         check_generators(generator, input_ids.shape[0])
         source = noise_or_generator(noise, generator, estimator, num_samples, input_ids.shape, self.config)
         labels = default_labels(input_ids, attention_mask) if labels is None else labels
         check_text(self.config, input_ids, labels, attention_mask, may_synchronize=True)
-        # 3. The estimator of the model
+        # 3. Run the model's estimator
         with torch.no_grad():
             return self._token_nll(ScoringRequest(input_ids, attention_mask, labels, estimator, num_samples, source))
 
@@ -185,17 +185,17 @@ def nelbo(model: DenoisingNetwork, request: ScoringRequest) -> TokenNLL:
     \\(1 / (k \binom nk)\\).
 
     - `"sampled"`, the paper's: t stratified over the blocks of the batch on [1e-3, 1], the weight of the model's noise
-      schedule (1/t), `num_samples` draws. It leaves out the times below 1e-3, and with them the masks below
-      move_chance(1e-3): 0.1 % masked for `loglinear`, `square` and `log`, where the bias is of that order, but 3 %
-      for `square_root`, whose expectation is up to 3 % too low. `cosine` is up to 1 % too low, since its published
-      weight adds eps to the denominator.
+      schedule (1/t), `num_samples` samples. It leaves out times below 1e-3, and with them mask rates below
+      move_chance(1e-3): about 0.1 % for `loglinear`, `square` and `log`, where the bias is of that order, but 3 % for
+      `square_root`, whose expectation is up to 3 % too low. `cosine` is up to 1 % too low, since its published weight
+      adds eps to the denominator.
     - `"stratified"`: k uniform on 1..n, a uniform mask of that size, weight n/k. Unbiased because k has probability
       1/n instead of weight 1/k. No sample is wasted on an empty mask and no weight exceeds n, so the variance is
       lower. The samples of one block spread k over 1..n.
-    - `"exact"`: the sum over all 2^n - 1 masks of each block; no randomness. n is at most 8.
+    - `"exact"`: the sum over all 2^n - 1 masks of each block, without randomness. n is at most 8.
 
     The clean stream is computed once for all samples. A model of block size 1 has a single mask per block, so every
-    estimator gives its exact autoregressive likelihood. Call it without gradients.
+    estimator gives its exact autoregressive likelihood. Call it under `torch.no_grad()`.
     """
     config, input_ids = model.config, request.input_ids
     if request.estimator != "sampled" and config.time_conditioning:
@@ -220,17 +220,17 @@ def noise_or_generator(
     shape: torch.Size,
     config: PreTrainedConfig,
 ) -> NoiseSource:
-    """Return the noise that a caller passed for a batch of `shape`, or else the generator.
+    """Return the noise that a caller passed for a batch of `shape`, or the generator if there is none.
 
     Raises:
-        ValueError: if the noise is not that of one sampled estimate, or does not fit the batch.
+        ValueError: if the noise is not for a single sampled estimate, or does not fit the batch.
     """
     if noise is None:
         return generator
     if estimator != "sampled" or num_samples != 1 or noise.num_noise_samples != 1:
         raise ValueError(
             f"noise with num_noise_samples={noise.num_noise_samples}, estimator={estimator!r} and "
-            f"num_samples={num_samples} do not fit: noise is that of one sampled estimate. Use estimator='sampled' "
+            f"num_samples={num_samples} do not fit: noise is for a single sampled estimate. Use estimator='sampled' "
             f"with one sample, or leave noise out."
         )
     return noise_from_arguments(*noise, shape, config)
@@ -240,7 +240,7 @@ class MaskSample(NamedTuple):
     """One mask for every block of a batch."""
 
     masked: torch.Tensor  # bool (batch, length)
-    weights: torch.Tensor  # (batch, length), weight of each position's loss, the share of this sample included
+    weights: torch.Tensor  # (batch, length), weight of each position's loss, including the sample's share of the mean
     move_chance: torch.Tensor | None  # (batch, num_blocks), for time conditioning
 
 
@@ -266,11 +266,11 @@ def stratified_masks(
     """Draw the number k of masked tokens, spread over 1..n; weight n/k."""
     block_ids = layout.block_ids
     sizes = tokens_per_block(scored.maskable, block_ids, model.config.num_blocks(scored.counted.shape[1]))
-    # Also drawn for a single sample, which does not read it: the noise of a seed must not depend on their number.
+    # Drawn even for a single sample, which ignores it, so that the noise of a seed does not depend on `num_samples`.
     shift = noise_of_batch(model, scored, "none", source).block_noise
     for sample in range(num_samples):
         noise = noise_of_batch(model, scored, "shuffled", source)
-        # A single sample is stratified over the blocks of the batch; several are spread over each block's own 1..n.
+        # A single sample is stratified over the blocks of the batch; several are spread over 1..n in each block.
         quantile = noise.block_noise if num_samples == 1 else (sample + shift) / num_samples
         count = torch.minimum((quantile * sizes).floor() + 1, sizes)
         weights = per_token(sizes / count.clamp(min=1), block_ids) / num_samples
@@ -282,19 +282,19 @@ def _exact(
 ) -> Iterator[MaskSample]:
     """Yield every mask of a block once, with the weight 1 / (k C(n, k)).
 
-    The maskable tokens of a block are numbered, so that a few tokens after a context cost few forward passes at any
-    block size.
+    Masks range over the maskable tokens of a block only, so a few tokens after a context cost few forward passes at
+    any block size.
     """
     batch, length = scored.counted.shape
     block_ids, num_blocks = layout.block_ids.expand(batch, -1), model.config.num_blocks(length)
     wide = wide_float(block_ids.device)
-    # Only maskable tokens count: a given first token or a prompt adds no masks.
+    # Only maskable tokens count: a BOS token or a prompt adds no masks.
     n = tokens_per_block(scored.maskable, block_ids, num_blocks).to(wide)
     most = int(n.max())
     if most > MAX_EXACT_TOKENS:
         raise ValueError(
             f"estimator='exact' at block_size={model.config.block_size} needs 2^{most} - 1 forward passes; the limit "
-            f"is {MAX_EXACT_TOKENS} tokens to score in a block, {2**MAX_EXACT_TOKENS - 1} passes. Use "
+            f"is {MAX_EXACT_TOKENS} scored tokens per block, {2**MAX_EXACT_TOKENS - 1} passes. Use "
             f"estimator='stratified' with num_samples."
         )
     # Positions increase along a row, so ranking them numbers the maskable tokens of each block from left to right.
@@ -304,9 +304,9 @@ def _exact(
         for pattern in range(1, 2**most):
             masked = ((torch.tensor(pattern, device=number.device) >> number) & 1 > 0) & scored.maskable
             k = tokens_per_block(masked, block_ids, num_blocks).to(wide)
-            # The weight 1 / (k C(n, k)) of [`nelbo`]; by lgamma, as n differs from block to block.
+            # The weight 1 / (k C(n, k)) of [`nelbo`], by lgamma since n differs from block to block.
             log_binomial = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
-            # A pattern with more tokens than a block has equals one without these: count it once.
+            # A pattern that masks tokens beyond the end of a block repeats a shorter one: count it once.
             weights = torch.where(k == pattern.bit_count(), (-log_binomial).exp() / k.clamp(min=1), 0.0)
             masked = masked & (per_token(weights, block_ids) > 0)
             yield MaskSample(masked, per_token(weights, block_ids).float(), None)
@@ -318,7 +318,7 @@ _ESTIMATORS = {"sampled": _sampled, "stratified": stratified_masks, "exact": _ex
 
 
 def noise_of_batch(model: DenoisingNetwork, scored: LossMask, order: str, source: NoiseSource) -> Noise:
-    """Return the noise of a batch. With a generator per row, each has the noise that it would have alone, unpadded."""
+    """Return the noise of a batch. With a generator per row, each row gets the noise it would get alone, unpadded."""
     batch, length = scored.valid.shape
     device, blocks = scored.valid.device, model.config.num_blocks(length)
     if isinstance(source, Noise):
@@ -330,8 +330,8 @@ def noise_of_batch(model: DenoisingNetwork, scored: LossMask, order: str, source
     valid = scored.valid.cpu()
     for row, generator in enumerate(source):
         tokens = int(valid[row].sum())
-        # As for a whole window, so that texts with the same beginning are compared with the same noise, whatever their
-        # length. Strata in published order must be those of the text's own blocks.
+        # Drawn for a whole window, so that texts of any length with the same beginning get the same noise there. In
+        # published order the strata depend on the number of blocks, which must be that of the text.
         drawn = tokens if order == "published" else max(tokens, model.config.model_length)
         own = draw_noise(1, model.config.num_blocks(drawn), drawn, order=order, generator=generator)
         own_blocks = model.config.num_blocks(tokens)
@@ -344,15 +344,15 @@ def noise_of_batch(model: DenoisingNetwork, scored: LossMask, order: str, source
 def mask_losses(
     model: DenoisingNetwork, input_ids: torch.Tensor, layout: Layout, samples: Iterator[MaskSample]
 ) -> Iterator[tuple[MaskSample, torch.Tensor]]:
-    """Yield -log p(x_0 | x_t) of the tokens that each sample masks, `(batch, length)`, zero elsewhere; unweighted.
+    """Yield unweighted -log p(x_0 | x_t) of the tokens that each sample masks, `(batch, length)`, zero elsewhere.
 
-    The clean stream is computed once for all samples, unless the model is time-conditioned. Iterate without gradients.
+    The clean stream is computed once for all samples, unless the model is time-conditioned. Iterate under `no_grad`.
     """
     batch, length = input_ids.shape
     conditioned, single_block = model.config.time_conditioning, model.config.num_blocks(length) == 1
-    # A cache holds the clean stream at one noise level. A single block has no earlier block to read.
+    # A cache holds the clean stream at one noise level only. A single block has no earlier block to read.
     cache = None if conditioned or single_block else model.clean_cache(input_ids, layout)
-    # Several samples of a text share a forward pass, up to a number of tokens that a CPU processes efficiently.
+    # Several samples of a text share a forward pass, up to the number of tokens that a CPU processes efficiently.
     group_size = 1 if conditioned else max(1, _TOKEN_BUDGET // (batch * length))
     for group in _grouped(samples, group_size):
         masked = torch.stack([sample.masked for sample in group], dim=1)

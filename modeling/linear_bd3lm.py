@@ -1,10 +1,10 @@
-"""Special cases of the linear layer: sharded weights, prepacked weights, and which layers may be taken apart.
+"""Special cases of linear layers: sharded weights, prepacked weights, and which layers' weights can be used directly.
 
 Sharded weights (FSDP2, DeepSpeed ZeRO-3) are whole only while their module is called: both libraries gather them in
-hooks around `forward`, and count on every process making the same calls.
+hooks around `forward`, and rely on every process making the same calls.
 
-Prepacked weights make products of a few rows on a CPU cheap. A denoising step multiplies the rows of a block with
-every weight. With weights as PyTorch stores them, 4 rows cost twice and 8 rows three times what 1 row costs. Packed
+Prepacked weights make products with a few rows cheap on a CPU. A denoising step multiplies the rows of a block with
+every weight. With weights as PyTorch stores them, 4 rows cost twice and 8 rows three times as much as 1 row. Packed
 once in the order in which oneDNN reads them, they all cost the same.
 """
 
@@ -19,13 +19,13 @@ from torch import nn
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether a module has weights of its own that are whole only while it is called."""
-    # FSDP2 gives the modules that it manages this method; ZeRO-3 gives the weights an id.
+    """Return whether the module's own weights are whole only while it is called."""
+    # FSDP2 adds this method to the modules that it manages; ZeRO-3 adds an id to the weights.
     return hasattr(module, "unshard") or any(hasattr(p, "ds_id") for p in module.parameters(recurse=False))
 
 
 def call_as(module: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `function` instead of `module.forward`, with the module's hooks around it: its weights are whole."""
+    """Call `function` instead of `module.forward`, within the module's hooks, which make its weights whole."""
     # On the instance: `module(...)` runs its hooks and then this function.
     module.forward = function
     try:
@@ -34,13 +34,13 @@ def call_as(module: nn.Module, function: Callable[..., Any], *arguments: Any) ->
         del module.forward
 
 
-_MIN_WEIGHTS = 2**18  # with fewer, which fit a core's cache, the call costs more than it saves
-_ROWS = 32  # number of rows that the packing is chosen for; measured to serve 1 to about 100 rows well
+_MIN_WEIGHTS = 2**18  # fewer fit into a core's cache, and the call costs more than it saves
+_ROWS = 32  # number of rows for which the packing is optimised; measured to suit 1 to about 100 rows
 
 
 class _Packed(NamedTuple):
     state: tuple[int, int]  # address and version of the weight that was packed
-    probe: torch.Tensor  # what the weight makes of a fixed vector
+    probe: torch.Tensor  # product of the weight and a fixed vector
     weight: torch.Tensor
 
 
@@ -51,12 +51,12 @@ _PACKED: "weakref.WeakKeyDictionary[nn.Module, _Packed]" = weakref.WeakKeyDictio
 class PrepackedLinears:
     """Context manager in which a model's large linear layers compute with prepacked weights.
 
-    Packed are float32 weights of plain layers on an x86 CPU, outside of autograd. They take as much memory as the
+    It packs float32 weights of plain layers on an x86 CPU, outside autograd. The copies take as much memory as the
     weights, are kept for the next decode, and are packed again when the weights have changed. Within
     `torch.backends.mkldnn.flags(enabled=False)` nothing is packed.
 
     Args:
-        model: its layers in evaluation mode are packed.
+        model: the model whose layers in eval mode are packed.
         enabled: False packs nothing.
     """
 
@@ -71,7 +71,7 @@ class PrepackedLinears:
 
     def __exit__(self, *exception: object) -> None:
         for layer in self.products:
-            vars(layer).pop("forward", None)  # another thread may have left first
+            vars(layer).pop("forward", None)  # another thread may have removed it
 
 
 def _packed_product(layer: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ def release_prepacked(model: nn.Module) -> None:
 
 
 def _has_packed_products() -> bool:
-    """Whether oneDNN has the instructions that this was measured with, in full precision and outside of autograd."""
+    """Return whether oneDNN has the instructions this was measured with, in full precision and outside autograd."""
     return (
         torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
@@ -113,8 +113,8 @@ def _is_packable(layer: nn.Module) -> bool:
 
 def _pack(layer: nn.Module) -> torch.Tensor:
     weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-    # A write through `weight.data` changes neither address nor version, so the weight itself is checked too, by one
-    # product: the cost of a token, where packing costs as much as several.
+    # A write through `weight.data` changes neither address nor version, so the weight itself is checked too, with one
+    # product: it costs as much as one token, and packing as much as several.
     state, probe = (weight.data_ptr(), weight._version), F.linear(_probe(weight.shape[1]), weight)
     packed = _PACKED.get(layer)
     if packed is None or packed.state != state or not torch.equal(packed.probe, probe):
@@ -129,7 +129,7 @@ def _probe(width: int) -> torch.Tensor:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module computes x W^T + b from a weight that may be read, and nothing else.
+    """Return whether a module computes x W^T + b from a weight that can be read directly, and nothing else.
 
     Layers that are quantized, offloaded, sharded, pruned, hooked or wrapped by PEFT are not plain: call them.
     """
@@ -140,15 +140,15 @@ def is_plain_linear(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in vars(module)  # replaced on the instance, as accelerate's offloading does
     )
-    # Quantized and sharded weights have a class of their own, pruned ones are not among the parameters.
+    # Quantized and sharded weights have their own classes; pruned ones are not among the parameters.
     weight = module._parameters.get("weight")
     return type(module).forward is nn.Linear.forward and type(weight) is nn.Parameter and not extended
 
 
 def compute_dtype(layer: nn.Module, default: torch.dtype) -> torch.dtype:
-    """Return the precision that a linear layer takes its inputs in; `default` where its weight does not show it."""
+    """Return the precision in which a linear layer takes its inputs; `default` if its weight does not show it."""
     weight = getattr(layer, "weight", None)
-    # The weight of a quantized layer is a method, has an integer type, or one of 8 bits, in which nothing is computed.
+    # The weight of a quantized layer is a method, or of an integer or 8-bit type, in which nothing is computed.
     if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.element_size() > 1:
         return weight.dtype
     return default

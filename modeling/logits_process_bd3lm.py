@@ -32,7 +32,7 @@ from .noise_bd3lm import wide_float
 
 
 class NucleusLogitsProcessor(LogitsProcessor):
-    """Keep the nucleus of the published samplers: ranks whose cumulative probability, own included, is at most p.
+    """Keep the nucleus of the published samplers: tokens whose cumulative probability, including theirs, is at most p.
 
     The most probable token always stays. transformers' `top_p` also keeps the token that crosses p.
     """
@@ -50,7 +50,7 @@ class NucleusLogitsProcessor(LogitsProcessor):
         return scores.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
 
 
-# Processors that read the scores only, and leave at least one token.
+# Processors that read only the scores and keep at least one token.
 _KEEPS_ONE = (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -65,10 +65,10 @@ _KEEPS_ONE = (
     TypicalLogitsWarper,
 )
 
-# Processors that read the scores only: they serve all positions in one call.
+# Processors that read only the scores, so one call serves all positions.
 _READS_SCORES = (*_KEEPS_ONE, SuppressTokensLogitsProcessor)
 
-# Processors that also read how long the text is, but not its tokens.
+# Processors that also read the length of the text, but not its tokens.
 _READS_LENGTH = (
     ExponentialDecayLengthPenalty,
     ForcedBOSTokenLogitsProcessor,
@@ -84,17 +84,17 @@ def _reads_scores_only(processor: Any) -> bool:
 
 
 class PositionProcessors:
-    """The logits processors of a call, for positions of a block instead of the ends of texts.
+    """The logits processors of a call, applied to positions of a block instead of the ends of texts.
 
-    A processor that reads the scores only gets those of all positions in one call, `(positions, vocab_size)`, along
+    A processor that reads only the scores gets those of all positions in one call, `(positions, vocab_size)`, along
     with the prompts. The others are called once per column of the output with whole batches: `(batch, vocab_size)`
-    scores and all tokens to the left. Rows without a position in that column hold zeros, and their context may hold
-    mask tokens.
+    scores and all tokens to the left. The scores of rows without a position in that column are zeros, and their
+    context may contain mask tokens.
 
     An unknown processor is assumed to read the text, unless it has an attribute `reads_text = False`.
 
     Args:
-        buffer: holds the tokens to the left of a position.
+        buffer: has the tokens to the left of a position.
         prompt: `(batch, length)`, the text before the new tokens.
         forbidden: ids that are never generated, see [`never_generated`].
     """
@@ -110,7 +110,7 @@ class PositionProcessors:
         self.forbidden = torch.tensor(forbidden, dtype=torch.long, device=prompt.device)
         # These need every token to the left of a position, so decoding must go from left to right.
         self.text_readers = [p for p in processors if not _reads_scores_only(p) and not isinstance(p, _READS_LENGTH)]
-        # The warpers always keep a token. Only for the others is it worth a device synchronisation per block to ask.
+        # Warpers always keep a token. Only for the others is a check worth a device synchronisation per block.
         self.can_forbid_all = any(not isinstance(p, _KEEPS_ONE) for p in processors)
         self._no_token_left = torch.zeros((), dtype=torch.bool, device=prompt.device)  # at some position so far
 
@@ -118,7 +118,7 @@ class PositionProcessors:
         """Return processed scores `(positions, vocab_size)` of logits that give forbidden ids no probability.
 
         Args:
-            row, index: `(positions,)` on the CPU, the row of each position and which new token of its row it is.
+            row, index: `(positions,)` on the CPU, the row of each position, and its index among the row's new tokens.
         """
         if not self.processors:
             return logits
@@ -137,7 +137,7 @@ class PositionProcessors:
         """
         if self.can_forbid_all and self._no_token_left:
             raise ValueError(
-                "the logits processors forbid every token at some position (a model that masks text writes "
+                "the logits processors forbid every token at some position (a model that masks text generates "
                 "neither the mask token nor padding, unless that is also the end token): loosen the constraints."
             )
 

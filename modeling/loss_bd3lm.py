@@ -1,9 +1,9 @@
 """The training loss: the negative evidence lower bound of block diffusion (arXiv 2503.09573, Eq. 8 and Algorithm 1).
 
-Noise belongs to the example. In training it is not drawn here: the collator draws it with each example, from the seed
-and the example's index (`training/examples.py`), and the batch carries it as `block_noise`, `token_noise` and
-`count_noise`. So it depends neither on the layout of batches and processes nor on a resume. Only a batch without noise
-gets its noise here, from torch's global generator.
+In training the noise is not drawn here. The collator draws it for each example, from the seed and the example's index
+(`training/examples.py`), and the batch carries it as `block_noise`, `token_noise` and `count_noise`. So it depends on
+neither the layout of batches and processes nor a resume. Only a batch without noise gets it here, from torch's global
+generator.
 
 For a block x_0^b given the clean blocks before it,
 
@@ -11,7 +11,7 @@ For a block x_0^b given the clean blocks before it,
 
 with w(t) = alpha'_t / (1 - alpha_t), which is 1/t for the log-linear schedule. SUBS parameterisation: the mask token
 has probability zero, and unmasked tokens are carried over, so they add nothing. The head therefore computes logits of
-masked positions only, in chunks, and a (batch, length, vocabulary) tensor never exists.
+masked positions only, in chunks, and a `(batch, length, vocab_size)` tensor never exists.
 """
 
 import functools
@@ -44,12 +44,12 @@ from .noise_bd3lm import (
 )
 
 
-#: Makes logits `(rows, vocab_size)` of normed hidden states `(rows, hidden_dim)`.
+#: Maps normed hidden states `(rows, hidden_dim)` to logits `(rows, vocab_size)`.
 LogitsHead = Callable[[torch.Tensor], torch.Tensor]
 
 
 class DenoisingNetwork(Protocol):
-    """The part of a model that loss and likelihood use; [`BD3LMLanguageModel`] implements it."""
+    """The part of a model that the loss and the likelihood use; [`BD3LMLanguageModel`] implements it."""
 
     config: Any
     training: bool
@@ -78,7 +78,7 @@ class LossMask(NamedTuple):
     """Which tokens of a batch take part in the loss; all bool `(batch, length)`."""
 
     counted: torch.Tensor  # in the denominator of the mean
-    maskable: torch.Tensor  # may be masked
+    maskable: torch.Tensor  # can be masked
     valid: torch.Tensor  # not padding
 
 
@@ -96,24 +96,23 @@ def denoising_loss(
 ) -> torch.Tensor:
     """Return the objective of Algorithm 1 in nats per token: a scalar with a gradient, the mean over noise samples.
 
-    1. Which tokens count: labels other than -100. The first token of a sequence is never masked under
-       `config.ignore_bos`; as published it still counts in the mean of training, but not in that of evaluation.
-    2. A time t for each block, from the model's interval in train mode, from [1e-3, 1] in eval mode, and the masked
+    1. Count the tokens whose labels are not -100. Under `config.ignore_bos` the first token of a sequence is never
+       masked; as published, it still counts in the mean of training, but not in that of evaluation.
+    2. Draw a time t for each block, from the model's interval in train mode or [1e-3, 1] in eval mode, and the masked
        positions of each noise sample: those of `noise`, or `config.noise_draws` in train mode and one in eval mode.
-    3. x_t of each noise sample, next to one clean stream for all of them, and hidden states of masked positions only.
-    4. The weighted cross-entropy, divided by the number of counted tokens or by `num_items_in_batch`.
+    3. Run the x_t of all noise samples with one shared clean stream; keep the hidden states of masked positions only.
+    4. Divide the weighted cross-entropy by the number of counted tokens or by `num_items_in_batch`.
 
-    With an interval [beta, omega] other than [1e-3, 1] the value is not a bound: it covers only a part of the noise
-    levels, and its weight is as published, not as in the paper. There a clipped schedule has mask rates
-    beta + (omega - beta) t for t over [0, 1], so alpha' is a constant of the interval (Sec. 5.2 states it as
+    With an interval [beta, omega] other than [1e-3, 1] the value is not a bound: it covers only part of the noise
+    levels, and its weight is that of the published code, not of the paper. In the paper a clipped schedule has mask
+    rates beta + (omega - beta) t for t over [0, 1], so alpha' is a constant of the interval (Sec. 5.2 states it as
     1/(beta - omega)) and scales all weights alike. The published code leaves this constant out: the weight stays w(t),
-    and is 1 throughout when the interval starts above 0.5. One constant for all tokens changes no minimum, and Adam
-    divides it out again; it does change the size of the loss, and of the gradient that `max_grad_norm` is compared
-    with.
+    and is 1 throughout when the interval starts above 0.5. One constant for all tokens moves no minimum, and Adam
+    divides it out again, but it changes the size of the loss and of the gradient norm that `max_grad_norm` clips.
 
     Args:
         may_synchronize: whether to wait for the device to learn how many positions are masked. By default on a CPU
-            only; elsewhere an index of fixed size is padded, see [`masked_indices`].
+            only; elsewhere the indices are padded to a fixed number, see [`masked_indices`].
     """
     config = model.config
     check_text(config, input_ids, labels, attention_mask, may_synchronize=may_synchronize)
@@ -127,7 +126,7 @@ def denoising_loss(
     num_noise_samples = masked.shape[1] // length
     check_noise_samples(num_noise_samples, config.time_conditioning)
     # 3. Hidden states of the masked positions
-    # A block of one token, of which packed documents may have many, is masked whole by an exact number.
+    # Packed documents can have many blocks of one token, which `exact_k` always masks.
     packed = layout.document_ids is not None and config.masking == "exact_k"
     bound = 1.0 if packed else move_chance_bound(config, low, high, model.training)
     indices, is_masked = masked_indices(masked, bound, config, may_synchronize)
@@ -139,7 +138,7 @@ def denoising_loss(
     coefficients = weights.flatten()[indices] / num_noise_samples
     if is_masked is not None:
         targets = targets.clamp(min=0)
-        coefficients = torch.where(is_masked == 0, 0.0, coefficients * is_masked)  # a weight of 1/0 stays out
+        coefficients = torch.where(is_masked == 0, 0.0, coefficients * is_masked)  # keeps out a weight of 1/0
     total = chunked_cross_entropy(hidden, model.logits_head(), targets, coefficients, config)
     return divide_by_count(total, scored.counted, num_items_in_batch)
 
@@ -147,7 +146,7 @@ def denoising_loss(
 def divide_by_count(
     total: torch.Tensor, counted: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:
-    """Return the mean of a summed loss over the tokens `counted`, or over the items of all batches of a step."""
+    """Divide a summed loss by the number of `counted` tokens, or by `num_items_in_batch` if given."""
     count = counted.sum() if num_items_in_batch is None else num_items_in_batch
     return total / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
 
@@ -155,15 +154,16 @@ def divide_by_count(
 def masked_indices(
     masked: torch.Tensor, bound: float, config: PreTrainedConfig, may_synchronize: bool | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return flat indices of the masked positions, and which of the indices are masked ones (None: all).
+    """Return flat indices of the masked positions, and a float mask of the indices in use (None: all).
 
-    `nonzero` waits for the device, since the size of its result is data. Without it the index has a size that follows
-    from the shape alone: the expected number of masked positions and a margin that independent blocks of n tokens
-    exceed with a probability below 1e-12 (Hoeffding). Should noise made by hand exceed it, the loss is nan.
+    `nonzero` waits for the device, since the size of its result depends on the data. Where that is not allowed, the
+    number of indices follows from the shape alone: the expected number of masked positions plus a margin that
+    independent blocks exceed with a probability below 1e-12 (Hoeffding). If hand-made noise exceeds it, the loss is
+    nan.
 
     Args:
         masked: bool `(batch, length)`.
-        bound: the largest mean of the masking probability over the batch.
+        bound: upper bound on the mean masking probability of the batch.
     """
     if may_read(masked.device, may_synchronize):
         return masked.flatten().nonzero().squeeze(1), None
@@ -172,7 +172,7 @@ def masked_indices(
     capacity = min(total, math.ceil(bound * total + margin))
     flat = masked.flatten()
     slot = flat.long().cumsum(0) - 1
-    # What is not masked, or has no slot left, is written to one spare slot at the end.
+    # Unmasked positions, and masked ones beyond the capacity, go to a spare slot at the end.
     slot = torch.where(flat & (slot < capacity), slot, capacity)
     indices = torch.zeros(capacity + 1, dtype=torch.long, device=flat.device)
     indices = indices.scatter_(0, slot, torch.arange(total, device=flat.device))[:capacity]
@@ -190,7 +190,7 @@ def move_chance_bound(config: PreTrainedConfig, low: float, high: float, trainin
     return high if config.resample and clips(low, high) else mean_move_chance(config.noise, low, high)
 
 
-@torch.compiler.assume_constant_result  # it decides shapes, so tracing must not turn it into a tensor
+@torch.compiler.assume_constant_result  # decides shapes, so tracing must not turn it into a tensor
 def mean_move_chance(noise: str, low: float, high: float) -> float:
     """Return the mean masking probability of a schedule over times t uniform on [low, high]."""
     return _mean_move_chance(noise, low, high)
@@ -202,7 +202,7 @@ def _mean_move_chance(noise: str, low: float, high: float) -> float:
 
 
 def loss_mask(layout: Layout, labels: torch.Tensor, *, ignore_bos: bool, training: bool) -> LossMask:
-    """Return which tokens count and which may be masked, from labels `(batch, length)` and padding."""
+    """Return which tokens count and which can be masked, given labels `(batch, length)` and padding."""
     valid = torch.ones_like(labels, dtype=torch.bool) if layout.valid is None else layout.valid
     counted = (labels != -100) & valid
     if not ignore_bos:
@@ -229,11 +229,11 @@ def corrupt(
     *,
     training: bool | None = None,
 ) -> Corruption:
-    """Draw the masked positions of a batch at times in [low, high].
+    """Mask a batch at times in [low, high], with the given noise or, if None, new noise.
 
     Args:
-        training: whether `config.resample` truncates the mask rates, as it does in training; the model's mode by
-            default.
+        training: whether `config.resample` truncates the mask rates, as it does in training; by default the model's
+            mode.
     """
     config, training = model.config, model.training if training is None else training
     batch, length = scored.counted.shape
@@ -245,7 +245,7 @@ def corrupt(
     elif device.type == "cpu" and noise.block_noise.shape[-1] < _num_blocks(layout, config):
         raise ValueError(
             f"block_noise of shape {tuple(noise.block_noise.shape)} does not fit {_num_blocks(layout, config)} blocks "
-            f"of packed documents: give one column for each, or leave the noise out."
+            f"of packed documents: give one column per block, or leave the noise out."
         )
     # The noise samples of a sequence are one long row of num_noise_samples * blocks blocks.
     num_noise_samples = noise.num_noise_samples
@@ -270,9 +270,9 @@ def corrupt(
 
 
 def _num_blocks(layout: Layout, config: PreTrainedConfig) -> int:
-    """Return the blocks of a row; packed documents may have more of them, as each ends with a shorter one.
+    """Return the number of blocks in a row, which is larger for packed documents, as each can end in a short block.
 
-    Counting them would wait for an accelerator: there, packed rows get noise for as many blocks as tokens.
+    Counting those would wait for an accelerator, so there a packed row gets noise for as many blocks as tokens.
     """
     length = layout.block_ids.shape[1]
     usual = config.num_blocks(length)
@@ -284,29 +284,29 @@ def _num_blocks(layout: Layout, config: PreTrainedConfig) -> int:
 def _with_complements(
     found: Corruption, level: NoiseLevel, block_ids: torch.Tensor, maskable: torch.Tensor, low: float
 ) -> Corruption:
-    """Add to each noisy stream the one that masks what it shows, so that a pair scores every token.
+    """Add to each noisy stream its complement, which masks exactly the other tokens: a pair scores every token.
 
-    The partner's tokens are masked with probability p' = 1 - p. The bound is an integral over dp / p, whatever the
-    schedule, so the partner has the weight (dp / dt) / (1 - p), held finite where p approaches 1.
+    The complement masks a token with probability p' = 1 - p. The bound is an integral over dp / p, whatever the
+    schedule, so the complement has the weight (dp / dt) / (1 - p), kept finite where p approaches 1.
     """
     masked, weights, move_chance = found
     shown = (1 - move_chance).clamp(min=SAMPLING_EPS)
-    partner = torch.ones_like(shown) if low > 0.5 else level.move_rate / shown
+    complement = torch.ones_like(shown) if low > 0.5 else level.move_rate / shown
     return Corruption(
         torch.cat([masked, maskable & ~masked], dim=1),
-        torch.cat([weights, per_token(partner, block_ids)], dim=1),
+        torch.cat([weights, per_token(complement, block_ids)], dim=1),
         torch.cat([move_chance, 1 - move_chance], dim=1),
     )
 
 
 def evaluation_interval(config: PreTrainedConfig) -> tuple[float, float]:
-    """Return the noise levels over which the bound is taken: all of them."""
-    # At block size 1 a full mask is the whole bound: the exact autoregressive likelihood.
+    """Return the interval of times over which the bound is taken: the full one."""
+    # At block size 1 the full mask alone gives the exact autoregressive likelihood.
     return (1.0, 1.0) if config.block_size == 1 else (SAMPLING_EPS, 1.0)
 
 
 def sigma_of(config: PreTrainedConfig, move_chance: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the noise level of a sequence, as published that of its first block."""
+    """Return the noise level `(batch,)` of each sequence, as published that of its first block; None if not read."""
     if not config.time_conditioning or move_chance is None:
         return None
     return LogLinearNoise().sigma(move_chance[:, 0])
@@ -321,7 +321,7 @@ _ACCELERATOR_LOGIT_BUDGET = 2**27
 def cross_entropy(
     hidden: torch.Tensor, head: LogitsHead, targets: torch.Tensor, config: PreTrainedConfig
 ) -> torch.Tensor:
-    """Return -log p(target) of each row in float32, the mask token having probability zero; `(rows,)`.
+    """Return -log p(target) `(rows,)` in float32, with probability zero for the mask token.
 
     Runs in chunks of logits, for evaluation; see [`chunked_cross_entropy`] for training.
     """
@@ -336,13 +336,13 @@ def cross_entropy(
 def chunked_cross_entropy(
     hidden: torch.Tensor, head: LogitsHead, targets: torch.Tensor, weights: torch.Tensor, config: PreTrainedConfig
 ) -> torch.Tensor:
-    """Return sum_i weights_i * -log p(target_i), differentiable, never holding more than a chunk of logits.
+    """Return sum_i weights_i * -log p(target_i), differentiable, with only one chunk of logits in memory at a time.
 
     Args:
         hidden: `(rows, hidden_dim)`.
-        head: makes logits of hidden states. A plain `nn.Linear` gets its gradient while its logits are alive; any
-            other callable, such as a head wrapped by PEFT or one that scales or caps its logits, is recomputed chunk
-            by chunk in the backward pass.
+        head: maps hidden states to logits. A plain `nn.Linear` gets its gradient while its logits are alive; any other
+            callable, such as a head wrapped by PEFT or one that scales or caps its logits, is recomputed chunk by
+            chunk in the backward pass.
         targets, weights: `(rows,)`; the weights are constants.
         config: read for `vocab_size` and `mask_token_id`.
     """
@@ -355,8 +355,8 @@ def chunked_cross_entropy(
         if is_plain_linear(head):
             return fused(hidden)
         if is_sharded(head):
-            # One call for all chunks: processes with more masked tokens than others would gather the weights more
-            # often than these, and wait for ever.
+            # One call for all chunks: a process with more masked tokens than another would gather the weights more
+            # often, and wait forever.
             return call_as(head, fused, hidden)
     total = hidden.sum() * 0.0
     for i in range(0, hidden.shape[0], step):
@@ -378,15 +378,15 @@ def _chunk_losses(hidden: torch.Tensor, head: LogitsHead, targets: torch.Tensor,
 
 
 def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """Return the precision of autocast where it is on, else that of `hidden`."""
+    """Return autocast's precision if it is on, else that of `hidden`."""
     device = hidden.device.type
-    # torch 2.11 cannot trace the question; it is traced for devices that have autocast.
+    # torch 2.11 cannot trace `is_autocast_available`; devices that code is compiled for have autocast.
     available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     return torch.get_autocast_dtype(device) if available and torch.is_autocast_enabled(device) else hidden.dtype
 
 
-# An eager step writes to the logits, which takes the fewest passes over them. Compiled, it would take the most: of
-# expressions the compiler makes one pass over the logits in the precision of the product, and keeps no float32.
+# Eager code takes the fewest passes over the logits by writing to them in place. Compiled code would take the most: it
+# fuses out-of-place expressions into one pass over the logits in the product's precision, without a float32 copy.
 
 
 def _without_mask(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
@@ -410,10 +410,10 @@ def _logit_gradient(
 
 
 class _FusedHeadLoss(torch.autograd.Function):
-    """Weighted cross-entropy of a linear head whose gradients are taken chunk by chunk in the forward pass.
+    """Weighted cross-entropy of a linear head whose gradients are computed chunk by chunk in the forward pass.
 
     The loss is a scalar and the weights are constants, so the gradient with respect to the logits is known as soon as
-    they are: weight * (softmax - onehot). Taking it there costs no recomputation and no memory beyond one chunk.
+    they are: weight * (softmax - onehot). Computing it there needs no recomputation and no memory beyond one chunk.
     """
 
     @staticmethod
@@ -428,7 +428,7 @@ class _FusedHeadLoss(torch.autograd.Function):
         step: int,
     ) -> torch.Tensor:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        # Under autocast all three products run in its precision, also the in-place one, which autocast leaves alone.
+        # Under autocast all three products run in its precision, even the in-place one, which autocast does not cast.
         dtype = _product_dtype(hidden)
         head = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -441,7 +441,7 @@ class _FusedHeadLoss(torch.autograd.Function):
             logits = F.linear(rows, head, None if bias is None else bias.to(dtype)).float()
             logits = _without_mask(logits, mask_token_id)
             log_sum = logits.logsumexp(dim=1, keepdim=True)
-            # Not in place: compiled by torch 2.11, a result that was written to would get no gradient.
+            # Not in place: compiled by torch 2.11, a result updated in place would get no gradient.
             total = total + ((log_sum - logits.gather(1, target)) * coefficient).sum()
             if not any(ctx.needs_input_grad[:3]):
                 continue
@@ -461,7 +461,7 @@ class _FusedHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the gradient of the head's loss can be taken once; run the forward pass again.")
+            raise RuntimeError("the head's loss supports a single backward pass: run the forward pass again.")
         # In place, since the head's gradient is as large as the head.
         grads = [None if g is None else g.mul_(grad_output.to(g.dtype)) for g in ctx.gradients]
         ctx.gradients = None

@@ -1,7 +1,7 @@
 """The autoregressive baseline of BD3-LM (arXiv 2503.09573, Sec. 6): the same layers, causal and without adaLN.
 
-log p(x) = sum over i of log p(x_i | x_<i); the first token of a text is given. As published, the vocabulary keeps the
-mask token, which has probability zero.
+log p(x) = sum over i of log p(x_i | x_<i), conditioned on the first token of a text. As published, the vocabulary
+keeps the mask token, which has probability zero.
 """
 
 import contextlib
@@ -47,11 +47,11 @@ class ARModel(BD3LMModel):
 
 
 class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLanguageModel):
-    """Autoregressive language model: exact likelihoods by `token_nll`, text by `generate` with an exact cache.
+    """Autoregressive language model: `token_nll` gives exact likelihoods, `generate` uses an exact cache.
 
-    Longer texts than `model_length` continue in a window that slides by one token. With `window="cached"` the keys and
-    values of its tokens are kept: one token per pass, though those of deeper layers still contain information from
-    tokens that have left. With `window="exact"`, as published, or without a cache, each pass reads the whole
+    Texts longer than `model_length` continue in a window that slides by one token. `window="cached"` keeps the keys
+    and values of its tokens: one token per pass, though those of deeper layers still contain information from tokens
+    that have left the window. With `window="exact"`, as published, or without a cache, each pass reads the whole
     window again.
     """
 
@@ -81,7 +81,7 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> BD3LMGenerateOutput | torch.Tensor:
-        """Generate token by token with transformers' own loop; rows may be padded on either side."""
+        """Generate token by token with transformers' own loop; rows can be padded on either side."""
         _refuse_denoising(generation_config)
         home = input_ids.device
         input_ids, attention_mask = self._take_prompts(input_ids, model_kwargs, synced_gpus)
@@ -89,8 +89,8 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         self._check_cache(model_kwargs.get("past_key_values"), prompt)
         model_kwargs["attention_mask"] = attention_mask if padding is None else (~padding).long()
         model_kwargs.pop("position_ids", None)  # they were made before the padding moved
-        model_kwargs.pop("tokenizer", None)  # of stop_strings, whose criterion has it already
-        # A prompt longer than the window is read again for each token, as no cache has slid over it.
+        model_kwargs.pop("tokenizer", None)  # for stop_strings, whose criterion has it already
+        # A prompt longer than the window is read again for each token, since no cache has slid over it.
         exact = WINDOWS[generation_config.window] or prompt.shape[1] > self.config.model_length
         criteria = _CountingCriteria(stopping_criteria)
         with _seeded(model_kwargs.pop("generator", None), self.device):
@@ -133,7 +133,7 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         generator: Generators = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Prepare inputs as transformers does; of a text longer than the window the last `model_length` tokens."""
+        """Prepare inputs as transformers does, but only the last `model_length` tokens of a longer text."""
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -154,7 +154,7 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         length = inputs["input_ids"].shape[1]
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         drop_oldest(past_key_values, max(0, int(past_key_values.get_seq_length()) + length - window))
-        # The keys that stay were rotated at the positions that their tokens have in the whole text.
+        # The cached keys were rotated at the positions of their tokens in the whole text.
         return {**inputs, "position_ids": (real.long().cumsum(1) - 1).clamp(min=0)[:, -length:]}
 
     def _prepare_cache_for_generation(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> None:
@@ -162,8 +162,8 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
             value = getattr(generation_config, name)
             if value is not None and value != "dynamic":
                 raise ValueError(
-                    f"{name}={value!r} does not fit an autoregressive model of this library: its cache grows with the "
-                    f"text until the window is full. Leave it out."
+                    f"{name}={value!r} is not supported by the autoregressive models of this library, whose cache "
+                    f"grows with the text until the window is full. Leave it out."
                 )
         super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
@@ -176,7 +176,7 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         if held >= prompt.shape[1]:
             raise ValueError(
                 f"past_key_values holds {held} tokens but the prompt has {prompt.shape[1]}: pass the whole text so "
-                f"far as input_ids, the cached part included, and at least one token more."
+                f"far as input_ids, the cached part and at least one more token."
             )
         check_tokens(cache, prompt)
 
@@ -206,15 +206,15 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         Args:
             input_ids: `(batch, length)`; with a cache, the tokens after the cached ones.
             attention_mask: `(batch, cached + length)`, zeros for padding on either side.
-            labels: `(batch, length)`, the text itself, not shifted; -100 marks context. The loss is the mean
-                negative log-likelihood in nats of the labelled tokens that have a token before them.
-            position_ids: `(batch or 1, length)`; where they start again at 0, another document begins, which sees
-                nothing of the others. By default counted from each row's first token.
-            logits_to_keep: give the logits of the last so many positions, or of the positions in a tensor; 0: of all.
+            labels: `(batch, length)`, the text itself, not shifted; -100 marks context. The loss is the mean negative
+                log-likelihood in nats of the labelled tokens that have a token before them.
+            position_ids: `(batch or 1, length)`; where they restart at 0, a new document begins, which does not see
+                the others. By default counted from each row's first token.
+            logits_to_keep: number of last positions, or tensor of positions, whose logits are returned; 0 for all.
             num_items_in_batch: tokens to divide the summed loss by, when a step spans several batches or processes.
 
         Raises:
-            ValueError: if ids are outside the vocabulary, or labels come without input_ids.
+            ValueError: if ids are outside the vocabulary, or labels are passed without input_ids.
         """
         check_arguments(self, kwargs, position_ids)
         check_loss_arguments(
@@ -226,7 +226,7 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
             check_positions(position_ids, input_ids.shape)
             batch = (input_ids, labels, attention_mask)
             if not (self.training or torch.is_grad_enabled()) and num_items_in_batch is not None:
-                # As a Trainer evaluates: it also takes what `predict` and `compute_metrics` get.
+                # A Trainer's evaluation, which passes the other outputs to `predict` and `compute_metrics`.
                 check_text(self.config, *batch)
                 nll, mask = self._score(*batch, position_ids)
                 loss = divide_by_count(nll.sum(), mask.bool(), num_items_in_batch)
@@ -294,9 +294,9 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         return token_layout(attention_mask, length, 1, device=device, position_ids=position_ids)
 
     def _predicted(self, labels: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Return which labelled tokens have a token of their document before them, bool `(batch, length)`."""
+        """Return which labelled tokens follow a token of their document, bool `(batch, length)`."""
         predicted = labels != -100
-        # The first token has nothing before it, and neither has the first one after padding.
+        # The first token has no predecessor, and neither has the first one after padding.
         predicted[:, 0] = False
         if layout.valid is not None:
             predicted &= layout.valid
@@ -306,18 +306,18 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         return predicted
 
     def _indices(self, predicted: torch.Tensor) -> torch.Tensor:
-        """Return flat indices of all predicted tokens; where values may not be read, of all but first tokens."""
+        """Return flat indices of the predicted tokens; where values may not be read, of all but first tokens."""
         if may_read(predicted.device):
             return predicted.flatten().nonzero().squeeze(1)
         return torch.arange(predicted.numel(), device=predicted.device).view_as(predicted)[:, 1:].flatten()
 
     def _hidden_before(self, indices: torch.Tensor, input_ids: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Return the hidden states of the positions before those of flat indices, `(rows, hidden_dim)`."""
+        """Return the hidden states of the positions before flat indices, `(indices, hidden_dim)`."""
         embeds = self.backbone.vocab_embed(input_ids)
         options = {"implementation": self.config._attn_implementation, "dtype": embeds.dtype}
         plan = block_causal_plan(layout, input_ids.shape[1], 1, **options)
         modulations = self.backbone.modulations(None, input_ids.device)
-        # The hidden state before a token predicts it: flat indices move by one, as no first token is among them.
+        # The hidden state before a token predicts it. No index is that of a row's first token, so `- 1` is safe.
         outputs = self.backbone.run(embeds, layout.position_ids, plan, modulations, output_indices=indices - 1)
         return cast(torch.Tensor, outputs.last_hidden_state)
 
@@ -339,32 +339,32 @@ class _CountingCriteria(StoppingCriteriaList):
 
     @property
     def tokens_per_row(self) -> float:
-        """New tokens without padding of finished rows, mean over rows."""
+        """Mean number of new tokens per row, without the padding of finished rows."""
         assert self._tokens is not None and self._running is not None
         return float(self._tokens) / len(self._running)
 
 
 def _refuse_denoising(generation_config: Any) -> None:
-    """Refuse generation fields that only a denoising model can follow."""
+    """Refuse generation fields that only apply to denoising models."""
     given, plain = vars(generation_config), vars(BD3LMGenerationConfig())
     for name in ("sampler", "num_denoising_steps", "remask_fraction", "window_stride", "output_trace"):
         value = given[name]
         if value != plain[name]:
             raise ValueError(
-                f"{name}={value!r} is for models that denoise: an autoregressive model generates token by token. "
-                f"Leave it out."
+                f"{name}={value!r} is for denoising models: an autoregressive model generates token by token. Leave "
+                f"it out."
             )
 
 
 @contextlib.contextmanager
 def _seeded(generator: Generators, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators, which transformers' loop draws from, by `generator`; restore them afterwards."""
+    """Seed torch's global generators, which transformers' loop uses, from `generator`; restore them afterwards."""
     if generator is None:
         yield
         return
     if not isinstance(generator, torch.Generator):
         raise ValueError(
-            "a generator per row does not fit an autoregressive model, whose rows are sampled together: give a single "
+            "an autoregressive model samples all rows together and cannot use a generator per row: pass a single "
             "torch.Generator."
         )
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
@@ -373,7 +373,7 @@ def _seeded(generator: Generators, device: torch.device) -> Iterator[None]:
             torch.default_generator.manual_seed(seed)
             yield
         return
-    # `torch.manual_seed` would seed every device of the machine, and only this one is restored.
+    # `torch.manual_seed` would seed every device of the machine, but only this one is restored.
     module = torch.get_device_module(device)
     with torch.random.fork_rng([device], device_type=device.type), module.device(device):
         torch.default_generator.manual_seed(seed)

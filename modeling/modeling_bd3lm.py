@@ -1,4 +1,4 @@
-"""Block diffusion over any network, and BD3-LM: the published network (arXiv 2503.09573) with its weight names."""
+"""The block-diffusion mixin for any network, and BD3-LM (arXiv 2503.09573) with the published weight names."""
 
 import os
 from collections.abc import Callable
@@ -23,20 +23,19 @@ from .noise_bd3lm import check_interval, noise_from_arguments
 
 
 class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
-    """The objective, the likelihood and `generate` of block diffusion, over any network.
+    """The objective, the likelihood and `generate` of block diffusion, for any network.
 
-    A class adds the network: `backbone`, which is called and run as a [`BD3LMModel`] is, `noisy_hidden` and
-    `clean_cache` for the two streams, a `config` with the fields of the process, and `logits_head` where the head is
-    more than its linear layer.
+    A subclass provides the network: a `backbone` with the interface of [`BD3LMModel`], `noisy_hidden` and
+    `clean_cache` for the two streams, a `config` with the fields of the diffusion process, and `logits_head` if its
+    head is more than a linear layer.
     """
 
     generation_config_class = BD3LMGenerationConfig
     accepts_loss_kwargs = True
     sampling_eps_min: torch.Tensor
     sampling_eps_max: torch.Tensor
-    # The interval as it was last read, and the buffers with their versions that it was read from. Compiled code reads
-    # the text: a text is a constant to torch.compile, while floats that change would become symbols, which cannot
-    # decide shapes.
+    # The interval as last read, and the buffers it was read from, with their versions. It is kept as a string because
+    # torch.compile treats a string as a constant; floats that change would become symbols, which cannot decide shapes.
     _interval_text: str = ""
     _interval_source: tuple[torch.Tensor, torch.Tensor, list[int]] | None = None
 
@@ -69,28 +68,28 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
 
         Args:
             input_ids: `(batch, length)`. With `labels`, the clean text x_0. With `clean_input_ids`, the noisy x_t.
-                Alone, a text with mask tokens to be predicted, each block given itself and those to its left.
+                Otherwise, text with mask tokens to predict, each block conditioned on itself and the blocks before it.
             attention_mask: `(batch, length)`, ones for tokens and zeros for padding on either side; with a cache
                 `(batch, cached + length)`. Blocks are counted from each row's first token.
-            labels: `(batch, length)`. Gives the loss: the paper's training objective in train mode (noise levels from
-                the learned interval), its bound on the negative log-likelihood in eval mode, both in nats per scored
-                token. Where labels are -100 a token is context: never masked, never scored.
-            clean_input_ids: `(batch, length)`, the clean text that x_t was made of.
+            labels: `(batch, length)`. If given, the output is the loss: the paper's training objective in train mode
+                (noise levels from the learned interval), its bound on the negative log-likelihood in eval mode, both
+                in nats per scored token. Tokens labelled -100 are context: never masked, never scored.
+            clean_input_ids: `(batch, length)`, the clean text x_0 whose noisy version is `input_ids`.
             timesteps: noise levels sigma `(batch,)`; read only if `config.time_conditioning`.
-            past_key_values: cache of finished blocks. `use_cache=True` writes the given blocks to it,
+            past_key_values: cache of finished blocks. `use_cache=True` appends the blocks of `input_ids` to it,
                 `use_cache=False` only reads it.
-            position_ids: `(batch or 1, length)`, for documents that are packed into one row, as
-                `DataCollatorWithFlattening` does: where they do not count on by one, another document begins. It has
-                blocks of its own and sees nothing of the others.
-            block_noise, token_noise, count_noise: the uniform numbers that decide the noise of the loss, see
+            position_ids: `(batch or 1, length)`, for documents packed into one row, as by
+                `DataCollatorWithFlattening`. Wherever a position is not its predecessor plus one, a new document
+                begins, which has its own blocks and does not attend to the others.
+            block_noise, token_noise, count_noise: the uniform numbers that determine the noise of the loss, see
                 [`Noise`]. With `(batch, num_noise_samples, ...)` the loss is the mean over the samples. By default
                 torch's global generator draws them, `config.noise_draws` samples in train mode.
             num_items_in_batch: tokens to divide the summed loss by, when a step spans several batches or processes.
-                In eval mode without gradients, as a Trainer evaluates, the output then has the `nll` and `mask` of
-                every token, with noise that depends on the text alone, `config.eval_noise_draws` samples of it.
+                In eval mode without gradients, as in a Trainer's evaluation, the output then also has the `nll` and
+                `mask` of every token, from `config.eval_noise_draws` noise samples that depend on the text alone.
 
         Raises:
-            ValueError: if ids are outside the vocabulary, if arguments exclude one another or are unknown.
+            ValueError: if ids are outside the vocabulary, or if arguments are unknown or exclude one another.
         """
         check_arguments(self, kwargs, position_ids)
         check_loss_arguments(
@@ -105,14 +104,14 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
         self.config.check_block_size()
         if labels is not None:
             assert input_ids is not None  # checked
-            # A Trainer evaluates with `num_items_in_batch` and without gradients; it has no generator to pass.
+            # A Trainer evaluates without gradients, passes `num_items_in_batch` and cannot pass a generator.
             evaluates = not (self.training or torch.is_grad_enabled()) and num_items_in_batch is not None
             if evaluates and block_noise is None and token_noise is None:
                 documents = find_documents(position_ids, attention_mask, input_ids.shape)
                 return self._scored_output(input_ids, labels, attention_mask, num_items_in_batch, documents)
             layout = {} if position_ids is None else {"position_ids": position_ids}
             if self.config.time_conditioning:
-                # A row has one noise level, so documents with several become rows of their own.
+                # A row has a single noise level, so each packed document becomes its own row.
                 documents, layout = find_documents(position_ids, attention_mask, input_ids.shape), {}
                 if documents is not None:
                     input_ids, labels = documents.split(input_ids, 0), documents.split(labels, -100)
@@ -149,7 +148,7 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
         count: Any,
         documents: Documents | None,
     ) -> BD3LMOutput:
-        """Score a batch as a Trainer evaluates it: the same text has the same noise, wherever it is in the dataset."""
+        """Score a batch for a Trainer's evaluation: a text gets the same noise wherever it is in the dataset."""
         shape = input_ids.shape
         if attention_mask is not None:
             labels = labels.masked_fill(attention_mask == 0, -100)
@@ -158,13 +157,13 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
             attention_mask = documents.mask
         generator = [torch.Generator().manual_seed(seed) for seed in seeds_of_texts(input_ids, labels)]
         samples = self.config.eval_noise_draws
-        # Where the estimators are sums over masks, a network that reads the noise level has only the sampled one.
+        # Stratifying masks mixes noise levels, which a time-conditioned network cannot take; SEDD stratifies levels.
         estimator = "sampled" if self.config.time_conditioning and "exact" in self.estimators else "stratified"
         nll, mask = self.token_nll(
             input_ids, attention_mask, labels=labels, estimator=estimator, num_samples=samples, generator=generator
         )
         nll = nll.masked_fill(~mask.bool(), 0.0)
-        # The Trainer counts labels; a first token that is only given (`ignore_bos`) has one, but is not scored.
+        # The Trainer counts labels, including those of first tokens, which `ignore_bos` leaves unscored.
         labelled, scored = (labels != -100).sum(), mask.sum()
         loss = nll.sum() / count * labelled / scored.clamp(min=1)
         if documents is not None:
@@ -175,8 +174,7 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
         return nelbo(self, request)
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> Any:
-        # A cast of the whole model moves the interval but does not round it: 1e-3 in bfloat16 is another number, and
-        # the whole interval would count as a clipped one.
+        # Casting the model moves the interval but must not round it: 0.45 would be 0.4492 in bfloat16.
         interval = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, buffer in interval.items():
@@ -191,18 +189,18 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
 
     @property
     def carries_interval(self) -> bool:
-        """Whether the weights carry an interval of noise levels."""
+        """Whether the weights include an interval of noise levels."""
         return self.config.var_min
 
     @property
     def num_noise_samples(self) -> int:
-        """Noise samples of each training sequence."""
+        """Number of noise samples per training sequence."""
         return self.config.noise_draws
 
     def interval(self) -> tuple[float, float]:
-        """Return the interval of noise levels that training draws from.
+        """Return the interval from which training draws noise levels.
 
-        Compiled code takes it as it was when `train`, `set_interval` or this was last called outside of it.
+        Compiled code sees the value that `train`, `set_interval` or an eager call of this method last read.
         """
         if not torch.compiler.is_compiling():
             self._read_interval()
@@ -210,26 +208,25 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
         return float(low), float(high)
 
     def _read_interval(self) -> None:
-        """Read the interval of the weights, or of the config.
+        """Read the interval from the weights, or from the config if the weights have none.
 
-        Reading a number from a GPU waits for it, and training asks in every step, so it is read after a change only.
+        Reading a number from a GPU synchronises, and training asks at every step, so it is read only after a change.
         """
         if not self.config.var_min or self.sampling_eps_min.is_meta:
             self._interval_text = f"{float(self.config.sampling_eps_min)} {float(self.config.sampling_eps_max)}"
             return
         low, high = self.sampling_eps_min, self.sampling_eps_max
-        counts = not (low.is_inference() or high.is_inference())  # tensors of inference mode count no changes
-        source = (low, high, [low._version, high._version]) if counts else None
+        versioned = not (low.is_inference() or high.is_inference())  # inference tensors have no version counter
+        source = (low, high, [low._version, high._version]) if versioned else None
         known = self._interval_source
         if known is None or source is None or known[0] is not low or known[1] is not high or known[2] != source[2]:
             self._interval_text, self._interval_source = f"{float(low)} {float(high)}", source
 
     def set_interval(self, low: float, high: float) -> None:
-        """Draw the noise levels of training from [low, high] from now on. Weights and config save the interval.
+        """Set the interval [low, high] from which training draws noise levels, in the weights and in the config.
 
         Raises:
-            ValueError: if it is not an interval inside [0, 1], or, with `config.resample`, contains no mask rate of a
-                block.
+            ValueError: if it is not an interval within [0, 1], or with `config.resample` contains no k / block_size.
         """
         check_interval(low, high, self.config.block_size, truncated=self.config.resample)
         self.config.sampling_eps_min, self.config.sampling_eps_max = low, high
@@ -241,13 +238,13 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as transformers does, with the interval of the weights in `config.json`."""
         if self.carries_interval:
-            # The shortest decimal of a float32, so that 0.95 is not also spelled 0.949999988.
+            # Seven digits, so 0.95 is not written as its float32, 0.949999988.
             low, high = (float(f"{end:.7g}") for end in self.interval())
             self.config.sampling_eps_min, self.config.sampling_eps_max = low, high
         if getattr(self, "hf_quantizer", None) is None:
             super().save_pretrained(save_directory, *args, **kwargs)
             return
-        # torchao cannot read tensors back that are in no layer: these weights leave the interval to `config.json`.
+        # torchao cannot load a tensor that belongs to no layer, so here only `config.json` has the interval.
         hook = self.register_state_dict_post_hook(_drop_interval)
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
@@ -276,13 +273,13 @@ class BD3LMForMaskedLM(BlockDiffusionMixin, BD3LMLanguageModel, GenerationMixin)
         super().__init__(config)
         if config.causal:
             raise ValueError(
-                "causal=True is an autoregressive model: its class is ARForCausalLM with an ARConfig, which `bd3lm "
-                "convert` makes of a published checkpoint. For block diffusion set causal=False."
+                "causal=True is an autoregressive model: use ARForCausalLM with an ARConfig (`bd3lm convert` makes "
+                "one from a published checkpoint), or set causal=False for block diffusion."
             )
         if config.var_min:
             self.register_buffer("sampling_eps_min", torch.tensor(float(config.sampling_eps_min)))
             self.register_buffer("sampling_eps_max", torch.tensor(float(config.sampling_eps_max)))
-        # `generate` takes the special tokens of the model's config unless the generation config names others.
+        # `generate` uses the special tokens of the model's config unless the generation config sets its own.
         self._adopt_special_tokens()
         # The loss is not shifted, so Trainer must count all labels, not labels[1:].
         self.loss_type = None  # type: ignore[assignment]

@@ -1,13 +1,12 @@
 """Block diffusion on transformers' own decoders: Llama, Qwen, Mistral, GPT-2 and others, with their weight names.
 
-No modelling code is copied. A stock decoder attends as a mask says and rotates as positions say; both are given, so
-that the sequence `[x_0 ; x_t]` of two streams, or a block after a cache of finished blocks, goes through the stock
-layers in one call. Objective, likelihood, samplers and the loop over blocks are those of [`BD3LMForMaskedLM`].
+No modelling code is copied: the stock layers run with our masks and positions, see [`DecoderBackbone`]. Objective,
+likelihood, samplers and the loop over blocks are those of [`BD3LMForMaskedLM`].
 
-    visible(query, key) =   the key is a token, not padding, and of the query's document, and
+    visible(query, key) =   the key is not padding, is in the query's document, and
         clean  -> clean     its block is not later (context="block"), or it is not later itself (context="token")
         noisy  -> clean     its block is earlier
-        noisy  -> noisy     it is of the query's block and noise sample
+        noisy  -> noisy     it is in the query's block and noise sample
 """
 
 from collections.abc import Callable
@@ -58,13 +57,13 @@ from .saving_bd3lm import SelfContainedMixin
 
 
 class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
-    """Block diffusion for a stock class of transformers; goes before it in the list of bases."""
+    """Block diffusion for a stock class of transformers. List this mixin before that class."""
 
     _supports_flash_attn = False
     _can_compile_fullgraph = True
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-    # bd3lm_hf sets it: gives a published checkpoint in another layout the decoding that it was published with.
+    # Set by bd3lm_hf: applies the decoding settings published with a checkpoint in another layout.
     adopt_published_decoding: Callable[..., Any] | None = None
 
     def __init__(self, config: Any) -> None:
@@ -83,15 +82,15 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
     def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
         if "flash" in str(attn_implementation):
             raise ValueError(
-                f"attn_implementation={attn_implementation!r}: FlashAttention takes no mask of two streams. Use "
-                f"'sdpa', or 'flex_attention' on a GPU."
+                f"attn_implementation={attn_implementation!r}: FlashAttention does not support the mask of two "
+                f"streams. Use 'sdpa', or 'flex_attention' on a GPU."
             )
         if attn_implementation == "auto":
             auto = automatic_attention(head_dim=head_dim_of(self.config))
             attn_implementation = auto if self._supports_flex_attn else None
         if attn_implementation == "flex_attention" and not self._supports_flex_attn:
             raise ValueError(
-                f"attn_implementation='flex_attention': {type(self).__bases__[-1].__name__} does not take its "
+                f"attn_implementation='flex_attention': {type(self).__bases__[-1].__name__} does not support its "
                 f"masks. Use 'sdpa' or 'eager'."
             )
         found = super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
@@ -105,12 +104,12 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
             self.adopt_published_decoding(name)
 
     def watch_decoder(self) -> None:
-        """Check every call of the stock decoder: trainers that bypass this class take a next-token loss from it."""
+        """Check every call of the stock decoder: trainers that bypass this class compute a next-token loss from it."""
         self.base_model.register_forward_pre_hook(_check_direct_call, with_kwargs=True)
 
     @property
     def backbone(self) -> DecoderBackbone:
-        """The stock decoder, called like the backbone of BD3-LM."""
+        """The stock decoder, with the interface of BD3-LM's backbone."""
         return DecoderBackbone(self)
 
     @property
@@ -121,7 +120,7 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
         return {"input_ids": torch.randint(0, self.config.vocab_size, (2, length), generator=generator)}
 
     def decoding_network(self) -> DecoderDecodingNetwork:
-        """Return the forward passes of `generate`."""
+        """Return the forward passes of `generate` and `infill`."""
         return DecoderDecodingNetwork(self)
 
     def _sample(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -129,18 +128,18 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
         positions = self.config.max_position_embeddings // self.config.block_size * self.config.block_size
         if self.config.has_learned_positions and generation_config.max_length > positions:
             raise ValueError(
-                f"max_length={generation_config.max_length} exceeds the {positions} positions that this "
-                f"{self.config.model_type} has learned: ask for fewer new tokens, or shorten the prompt."
+                f"max_length={generation_config.max_length} exceeds the {positions} learned positions of this "
+                f"{self.config.model_type}: ask for fewer new tokens, or shorten the prompt."
             )
         return super()._sample(input_ids, *args, **kwargs)
 
     def logits_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return the head, a function from hidden states to logits, with the family's soft cap."""
+        """Return the head, a map from hidden states to logits, with the family's soft cap."""
         head, cap = self.get_output_embeddings(), getattr(self.config, "final_logit_softcapping", None)
         return head if cap is None else lambda hidden: cap * torch.tanh(head(hidden) / cap)
 
     def objective(self, *batch: Any, **layout: Any) -> torch.Tensor:
-        """Return the loss of a batch, in training with the next-token loss of the clean stream where it has a weight.
+        """Return the loss of a batch; in training, add the clean stream's next-token loss, times `ar_loss_weight`.
 
         Both are sums divided by the same number of tokens; see [`denoising_loss`].
         """
@@ -153,7 +152,7 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
         )
 
     def clean_cache(self, input_ids: torch.Tensor, layout: Layout) -> BlockCache:
-        """Return keys and values of the clean stream, and its hidden states where the alignment needs them."""
+        """Return keys and values of the clean stream, and its hidden states if the alignment needs them."""
         backbone, cache, length = self.backbone, BlockCache(), input_ids.shape[1]
         check_length(layout, self.config)
         embeds = backbone.vocab_embed(input_ids)
@@ -192,7 +191,7 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
 
 
 def _check_direct_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Check calls of the stock decoder by others than [`DecoderBackbone`], which passes embeddings, never ids."""
+    """Check calls of the stock decoder that do not come from [`DecoderBackbone`], which never passes ids."""
     input_ids = args[0] if args else kwargs.get("input_ids")
     if input_ids is not None:
         check_not_next_token_training(decoder, input_ids, decoder.config)
@@ -200,7 +199,7 @@ def _check_direct_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 class _TwoLossNetwork:
-    """A model for one call of the loss, which keeps the clean hidden states for the next-token loss."""
+    """A model during one call of the loss, which keeps the clean hidden states for the next-token loss."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.training = model, model.config, model.training
@@ -228,7 +227,7 @@ class _TwoLossNetwork:
         noise: Any = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Return the loss of each scored token given those before it, over the denominator of [`denoising_loss`]."""
+        """Return the loss of all scored tokens, each given those before it, with [`denoising_loss`]'s denominator."""
         own = {"ignore_bos": self.config.ignore_bos, "training": self.training}
         predicted = loss_mask(self.layout, labels, ignore_bos=True, training=False).counted[:, 1:]
         indices, is_predicted = masked_indices(predicted, 1.0, self.config)

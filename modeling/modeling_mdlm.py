@@ -1,6 +1,6 @@
 """Masked diffusion (MDLM, arXiv 2406.07524), a baseline of BD3-LM: a single block, as long as the text.
 
-Objective, likelihood and samplers are those of block diffusion, without an earlier block to attend to.
+Objective, likelihood and samplers are those of block diffusion with no earlier block to attend to.
 """
 
 from typing import Any

@@ -3,7 +3,7 @@
 The network gives the score s(x_t, sigma)_v, an estimate of the ratio p_t(x_t with v at a position) / p_t(x_t). With
 the mask absorbing, only masked positions have ratios to learn. Log-scores are, as published,
 
-    log s_v = logits_v - log(e^sigma - 1) - log(V - 1),     and 0 for the token that x_t holds.
+    log s_v = logits_v - log(e^sigma - 1) - log(V - 1),     and 0 for the current token of x_t.
 
 Score entropy (Eq. 5): at a masked position whose clean token is x_0, with the true ratio r = 1 / (e^sigma - 1),
 
@@ -54,27 +54,27 @@ def score_entropy(
 
 
 class SEDDModel(MDLMModel):
-    """The backbone with attention over the whole sequence and a noise level for each."""
+    """The backbone with attention over the whole sequence, conditioned on the noise level of each sequence."""
 
     config_class = SEDDConfig
 
 
 class SEDDForMaskedLM(BD3LMForMaskedLM):
-    """Score entropy language model. `model(x_t, timesteps=sigma).logits` are raw; they attend to the whole text.
+    """Score entropy language model. `model(x_t, timesteps=sigma).logits` are raw, with attention over the whole text.
 
-    `generate` samples by the scores, see [`AnalyticSampler`]: one forward pass per step, and one that reveals what is
-    left. Logits processors see the logits of the tokens, which are log-scores up to a constant: they shape which token
-    a position gets, but not when. Prompts, windows and stop rules are as for masked diffusion.
+    `generate` samples by the scores, see [`AnalyticSampler`]: one forward pass per step, and a last one that reveals
+    the rest. Logits processors see the logits of the tokens, which are log-scores up to a constant: they affect which
+    token a position gets, but not when. Prompts, windows and stopping rules are as for masked diffusion.
     """
 
     config_class = SEDDConfig
     backbone_class = SEDDModel
     generation_config_class = SEDDGenerationConfig
     samplers = SCORE_SAMPLERS
-    estimators = ("sampled", "stratified")  # no sum over masks: a score depends on a continuous noise level
+    estimators = ("sampled", "stratified")  # no exact sum over masks: a score depends on a continuous noise level
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        # The sampler of scores applies the nucleus itself: it depends on the noise level.
+        # The score sampler applies the nucleus itself, since it depends on the noise level.
         processors = super()._get_logits_processor(*args, **kwargs)
         return LogitsProcessorList(p for p in processors if not isinstance(p, NucleusLogitsProcessor))
 
@@ -96,10 +96,10 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
         return divide_by_count(losses.sum(), scored.counted, num_items_in_batch)
 
     def _token_nll(self, request: ScoringRequest) -> TokenNLL:
-        """Bound the negative log-likelihood by noise levels t drawn on [1e-3, 1].
+        """Bound the negative log-likelihood with times t drawn on [1e-3, 1].
 
-        `"sampled"` stratifies the t of each sample over the batch, `"stratified"` spreads those of a text evenly over
-        the interval.
+        `"sampled"` stratifies the t of each sample over the batch; `"stratified"` spaces the t of each text evenly
+        over the interval.
         """
         input_ids, config, num_samples = request.input_ids, self.config, request.num_samples
         layout = token_layout(request.attention_mask, input_ids.shape[1], config.block_size, device=input_ids.device)
@@ -109,8 +109,8 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
         for sample in range(num_samples):
             noise = noise_of_batch(self, scored, config.antithetic_sampling, request.source)
             if request.estimator == "stratified" and num_samples > 1:
-                # One uniform number per row shifts an even grid of levels: unbiased, and each n-th of the interval is
-                # hit once.
+                # One uniform number per row shifts an even grid of times: unbiased, with one time in each n-th of the
+                # interval.
                 shift = noise.block_noise if shift is None else shift
                 noise = noise._replace(block_noise=(sample + shift) / num_samples)
             losses, indices = self._losses(input_ids, layout, scored, noise)
@@ -147,7 +147,7 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
             (hidden[i : i + step], targets[i : i + step], sigma[i : i + step]) for i in range(0, hidden.shape[0], step)
         ]
         losses = [checkpoint(of_chunk, *part, use_reentrant=False) for part in parts]
-        # Without a masked position the loss is zero, but every process needs a gradient to average.
+        # With no masked position the loss is zero, but every process still needs a gradient to average.
         return torch.cat(losses) if losses else hidden.sum(-1) * 0.0
 
 

@@ -1,8 +1,8 @@
 """SSD-LM (arXiv 2210.17432): a masked-LM encoder that denoises the next block on the vocabulary simplex.
 
-The encoder sees the word embeddings of the context, then those of the noisy block: W softmax(x_t) + v (t / T), with a
-linear layer W from the vocabulary and a linear layer v of the progress. It is trained by the cross-entropy of the
-block's tokens at a random noise level (Eq. 7). Its likelihood is not tractable.
+The encoder sees the word embeddings of the context, then those of the noisy block: W softmax(x_t) + v (t / T), with
+linear layers W of the vocabulary and v of the progress. It is trained with the cross-entropy of the block's tokens at
+a random noise level (Eq. 7). Its likelihood is not tractable.
 """
 
 import copy
@@ -40,9 +40,9 @@ class SSDLMOutput(ModelOutput):
 
     Args:
         loss: scalar, nats per token, when `labels` are given.
-        logits: `(batch, block, vocab_size)` of the block's clean tokens.
-        nll, mask: `(batch, length)`, as a Trainer evaluates: cross-entropy of the tokens of the block that was
-            denoised, and which tokens these are.
+        logits: `(batch, block, vocab_size)`, of the block's clean tokens.
+        nll, mask: `(batch, length)`, in a Trainer's evaluation: cross-entropy of the tokens of the denoised block, and
+            ones where these are.
     """
 
     loss: torch.Tensor | None = None
@@ -52,7 +52,7 @@ class SSDLMOutput(ModelOutput):
 
 
 class TimestepLayer(nn.Module):
-    """A linear layer of one number, the progress t / T. Not an `nn.Linear`: no quantizer can pack a single column."""
+    """A linear layer of one number, the progress t / T. Not an `nn.Linear`: quantizers cannot pack a single column."""
 
     def __init__(self, hidden_dim: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
     main_input_name = "input_ids"
     generation_config_class = SSDLMGenerationConfig
     accepts_loss_kwargs = True
-    has_likelihood = False  # the loss is not a bound on it
+    has_likelihood = False  # its loss does not bound the likelihood
     exact_likelihood = False
     carries_interval = False
     num_noise_samples = 1
@@ -91,12 +91,12 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
         self.model = AutoModelForMaskedLM.from_config(config.encoder_config)
         if "inputs_embeds" not in inspect.signature(self.model.forward).parameters:
             raise ValueError(
-                f"a {type(self.model).__name__} takes no inputs_embeds, through which a simplex enters the encoder: "
+                f"a {type(self.model).__name__} takes no inputs_embeds, through which the simplex enters the encoder: "
                 f"choose a masked language model that does, for instance roberta."
             )
         self.embed_sum = nn.Linear(config.vocab_size, config.hidden_dim, bias=False)
         self.timestep = TimestepLayer(config.hidden_dim)
-        # transformers fails to place a head that it splits between devices, as the head's bias is tied.
+        # transformers cannot split the head between devices, since its bias is tied.
         output = self.get_output_embeddings()
         self._no_split_modules = [type(part).__name__ for part in self.model.children() if output in part.modules()]
         self._adopt_special_tokens()
@@ -107,11 +107,11 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
     def from_encoder(cls, encoder: PreTrainedModel, **fields: Any) -> "SSDLMForMaskedLM":
         """Make a model around the weights of a trained masked language model, such as RoBERTa.
 
-        The simplex layer begins as the encoder's word embeddings, the timestep layer fresh.
+        The simplex layer starts as the encoder's word embeddings, the timestep layer is new.
 
         Args:
             encoder: a masked language model of transformers; its weights are copied.
-            fields: of the configuration, other than `encoder_config`.
+            fields: fields of the configuration other than `encoder_config`.
 
         Raises:
             ValueError: if the encoder is not a masked language model, or if the fields do not fit it.
@@ -119,7 +119,7 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
         model = cls(cls.config_class(encoder_config=copy.deepcopy(encoder.config), **fields))
         if type(model.model) is not type(encoder):
             raise ValueError(
-                f"a {type(encoder).__name__} is not a masked language model: give a {type(model.model).__name__}, "
+                f"a {type(encoder).__name__} is not a masked language model: pass a {type(model.model).__name__}, "
                 f"which predicts tokens."
             )
         model.model.load_state_dict(encoder.state_dict())
@@ -159,15 +159,15 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
         self.model.set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize as transformers does; in the simplex layer new tokens begin as their word embeddings, too.
+        """Resize as transformers does; new tokens of the simplex layer start as their word embeddings.
 
         Raises:
-            ValueError: if the new vocabulary would not hold the mask token.
+            ValueError: if the new vocabulary would not include the mask token.
         """
         config = self.config
         self._check_keeps_mask_token(new_num_tokens)
         words = self.model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        # transformers resizes the encoder only: the simplex layer has a column for each token, too.
+        # transformers resizes only the encoder, but the simplex layer also has a column per token.
         old, size = self.embed_sum.weight.data, words.num_embeddings
         if size != config.vocab_size:
             weight = words.weight.data.T.to(old, copy=True)
@@ -195,16 +195,16 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
 
         Args:
             input_ids: `(batch, length)`: the context, or with `labels` the whole training text.
-            attention_mask: `(batch, length)`, zeros for padding after (or before) each row's tokens.
-            labels: `(batch, length)`; gives the loss: a block of each text is denoised after the tokens before it.
-                Where labels are -100 a token is context only.
+            attention_mask: `(batch, length)`, zeros for padding on either side.
+            labels: `(batch, length)`. If given, the output is the loss of one random block per text, denoised given
+                the tokens before it. Tokens labelled -100 are context only.
             noisy_logits: `(batch, block, vocab_size)`, the block's x_t.
-            timesteps: `(batch,)`, its progress t / T.
-            block_noise: `(batch, 2)` uniform numbers that decide the step t and the length of the context,
-                `count_noise` the seed of the Gaussian noise; without them torch's global generator draws both.
-                `token_noise` is unused.
-            num_items_in_batch: labelled tokens of all batches of a step. In eval mode without gradients, as a Trainer
-                evaluates, the noise then depends on the text alone.
+            timesteps: `(batch,)`, the progress t / T of the block.
+            block_noise, count_noise: `(batch, 2)` uniform numbers that determine the step t and the length of the
+                context, and the seed of the Gaussian noise; by default torch's global generator draws them.
+            token_noise: unused.
+            num_items_in_batch: labelled tokens of all batches of a step. In eval mode without gradients, as in a
+                Trainer's evaluation, the noise then depends on the text alone.
 
         Raises:
             ValueError: if neither a block nor labels are given, or if a text is too short for a context and a block.
@@ -213,7 +213,7 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
         check_loss_arguments(labels, num_items_in_batch, input_ids, noisy_logits=noisy_logits, timesteps=timesteps)
         self.config.check_block_size()
         if input_ids is None:
-            raise ValueError("input_ids are missing: pass the context of the block, or with labels a text.")
+            raise ValueError("input_ids are missing: pass the context of the block, or a text with labels.")
         check_attention_mask(attention_mask, input_ids.shape)
         if labels is not None:
             check_labels(self.config, input_ids, labels, attention_mask)
@@ -284,8 +284,8 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
         longest = lengths - config.block_size  # of the contexts
         if (longest < 1).any():
             raise ValueError(
-                f"a text of {int(lengths.min())} tokens holds no context and block of {config.block_size}: pack "
-                f"longer texts, or choose a smaller block_size."
+                f"a text of {int(lengths.min())} tokens is too short for context and a block of {config.block_size}: "
+                f"pack longer texts, or choose a smaller block_size."
             )
         # 1. The step, and where the block begins
         uniform, seeds = self._draws(noise, batch, input_ids.device)
@@ -304,12 +304,11 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
         context = context[:, : int(begin.max())]
         logits = self.denoise(ids[:, : context.shape[1]], context.long(), noisy, t / config.num_train_timesteps)
         token_losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")
-        # Mean over the block, then weighted by the labelled tokens of the text: long texts count more, as in other
-        # losses.
+        # Mean over the block, weighted by the labelled tokens of the text: long texts count more, as in other losses.
         losses = token_losses.sum(1) / (targets != -100).sum(1).clamp(min=1)
         labelled = (labels != -100).sum(1)
         count = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        columns = order.gather(1, columns)  # those of the batch, whose padding may come first
+        columns = order.gather(1, columns)  # those of input_ids, where padding may come first
         nll = torch.zeros(input_ids.shape, device=ids.device).scatter(1, columns, token_losses.detach())
         mask = torch.zeros_like(input_ids).scatter(1, columns, (targets != -100).to(input_ids.dtype))
         return (losses * labelled).sum() / count, nll, mask
@@ -332,14 +331,14 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
         return block_noise.to(device), (high * 2**24 + low).tolist()
 
     def _normal(self, seeds: list[int], like: torch.Tensor) -> torch.Tensor:
-        """Draw standard normal numbers; those of a row depend on its seed only, not on its batch or the device."""
+        """Draw standard normal numbers; those of a row depend on its seed, not on its batch or the device."""
         normal = torch.empty(like.shape, pin_memory=like.device.type == "cuda")
         for row, seed in zip(normal, seeds, strict=True):
             torch.randn(row.shape, generator=torch.Generator().manual_seed(seed), out=row)
         return normal.to(like.device, like.dtype, non_blocking=True)
 
     def token_nll(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse, as the likelihood is not tractable.
+        """Refuse, since the likelihood is not tractable.
 
         Raises:
             ValueError: always.

@@ -1,4 +1,4 @@
-"""Noise schedules and the forward process q(x_t | x_0): a noise level per block, masking (arXiv 2503.09573).
+"""Noise schedules and the forward process q(x_t | x_0), with a noise level per block (arXiv 2503.09573).
 
 A schedule (Table 8) maps a time t in [0, 1] to `move_chance`, the probability 1 - alpha_t that a token is masked, and
 to the weight of the token's loss. A training step draws one time t per block, stratified over the batch (Algorithm 1),
@@ -71,7 +71,7 @@ class LogLinearNoise(NoiseSchedule):
 class TotalNoise(LogLinearNoise):
     """The log-linear schedule written in total noise: move_chance = 1 - exp(-sigma(t)) = (1 - eps) t.
 
-    The authors' `mdlm_loss_scale`, with which MDLM (arXiv 2406.07524) and SEDD were trained; the weight is 1/t again.
+    The authors' `mdlm_loss_scale`, used to train MDLM (arXiv 2406.07524) and SEDD; the weight is 1/t again.
     """
 
     def move_chance(self, t: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ class PowerNoise(NoiseSchedule):
         return (t**self.exponent).clamp(min=self.eps)
 
     def move_rate(self, t: torch.Tensor) -> torch.Tensor:
-        # As published, the derivative of t^exponent also where move_chance is held at eps.
+        # As published, the derivative of t^exponent even where move_chance is clamped to eps.
         return self.exponent * t ** (self.exponent - 1)
 
 
@@ -138,7 +138,7 @@ _SCHEDULES: dict[str, NoiseSchedule] = {
 def noise_schedule(name: str) -> NoiseSchedule:
     """Return the schedule called `name`: `loglinear`, `square`, `square_root`, `log` or `cosine` (paper, Table 8).
 
-    `total_noise` is the log-linear one as `mdlm_loss_scale` writes it.
+    `total_noise` is the log-linear schedule in the form of `mdlm_loss_scale`.
 
     Raises:
         ValueError: if no schedule has this name.
@@ -153,19 +153,18 @@ _UNCLIPPED = 1.01e-3
 
 
 class Noise(NamedTuple):
-    """The uniform numbers on [0, 1) that decide the noise of a batch.
+    """The uniform numbers on [0, 1) that determine the noise of a batch.
 
-    Several noise samples of each sequence are one more axis after the batch: `(batch, num_noise_samples, num_blocks)`,
-    for example.
+    Several noise samples per sequence add an axis after the batch: `(batch, num_noise_samples, num_blocks)`.
     """
 
     block_noise: torch.Tensor  # (batch, num_blocks), becomes the time t of each block
     token_noise: torch.Tensor  # (batch, length), a token is masked where it is at most move_chance
-    count_noise: torch.Tensor  # (batch, num_blocks), number of masked tokens where the mask rate is truncated
+    count_noise: torch.Tensor  # (batch, num_blocks), gives the number of masked tokens where mask rates are truncated
 
     @property
     def num_noise_samples(self) -> int:
-        """Noise samples of each sequence."""
+        """Number of noise samples per sequence."""
         return self.block_noise.shape[1] if self.block_noise.dim() == 3 else 1
 
     def side_by_side(self) -> "Noise":
@@ -180,12 +179,12 @@ def noise_from_arguments(
     shape: torch.Size,
     config: Any,
 ) -> Noise | None:
-    """Return the noise that a caller passed for a batch of `shape` (batch, length), or None without any.
+    """Return the noise that a caller passed for a batch of `shape` (batch, length), or None if there is none.
 
-    Its shape decides how many noise samples each sequence has, whatever `config.noise_draws` is.
+    Its shape, not `config.noise_draws`, sets the number of noise samples.
 
     Raises:
-        ValueError: if only a part is passed, or a wrong shape. `count_noise` may be left out unless `config.resample`.
+        ValueError: if a part is missing (`count_noise` only under `config.resample`) or has the wrong shape.
     """
     if block_noise is None and token_noise is None and count_noise is None:
         return None
@@ -208,7 +207,7 @@ def check_noise_samples(num_noise_samples: int, time_conditioning: bool) -> None
     """Refuse several noisy streams that cannot share a clean one.
 
     Raises:
-        ValueError: if a model whose clean stream depends on the noise level has several.
+        ValueError: if there are several and the clean stream depends on the noise level.
     """
     if num_noise_samples > 1 and time_conditioning:
         raise ValueError(
@@ -229,16 +228,16 @@ def draw_noise(
 ) -> Noise:
     """Draw the noise of one batch, its block noise stratified over all blocks of the batch (Algorithm 1).
 
-    The numbers are drawn on the device of the generator, the CPU by default, and then moved: a seed gives the same
-    noise on every device.
+    The numbers are drawn on the generator's device, by default the CPU, and then moved: a seed gives the same noise
+    on every device.
 
     Args:
-        num_noise_samples: of each sequence. Unless `order` is `"none"` they are stratified too, see [`stack_noise`].
+        num_noise_samples: noise samples per sequence, stratified too unless `order` is `"none"`, see [`stack_noise`].
         order: `"shuffled"` gives each block a random stratum; `"published"` assigns the strata in row-major order, so
             that row k has all its levels in [k / batch, (k + 1) / batch); `"none"` draws independently.
-        generator: source of randomness; torch's global one on the CPU by default.
+        generator: source of randomness; by default torch's global one on the CPU.
     """
-    # A CUDA generator gives other numbers than a CPU one of the same seed, so the default is the CPU.
+    # A CUDA generator and a CPU one give different numbers for the same seed, so the default is always the CPU.
     home = torch.device("cpu") if generator is None else generator.device
 
     def uniform(size: int) -> torch.Tensor:
@@ -253,7 +252,7 @@ def draw_noise(
 
 
 def stack_noise(samples: Sequence[Noise], *, spread: bool = True) -> Noise:
-    """Stack several noise samples of a batch along a new axis; a single one is returned as it is.
+    """Stack several noise samples of a batch along a new axis; return a single one unchanged.
 
     Args:
         spread: move the block noise of the d-th of n samples into [d / n, (d + 1) / n). Every block then has one time
@@ -284,22 +283,22 @@ def stratify(
         strata = torch.arange(count, device=uniform.device)
     else:
         strata = torch.randperm(count, device=uniform.device, **_source(generator))
-    # Dividing before adding follows the published arithmetic; float32 rounding may reach 1, which is still a time.
+    # Dividing before adding follows the published arithmetic. Rounding in float32 can give 1, which is a valid time.
     return uniform / count + strata.view_as(uniform) / count
 
 
 def _source(generator: torch.Generator | None) -> dict[str, Any]:
-    """Return the argument for a generator. Compiled code of varying lengths cannot draw with `generator=None`."""
+    """Return `generator` as a keyword unless it is None, with which compiled code of varying lengths cannot draw."""
     return {} if generator is None else {"generator": generator}
 
 
 def times(uniform: torch.Tensor, low: float | torch.Tensor, high: float | torch.Tensor) -> torch.Tensor:
-    """Return times t in [low, high] for numbers on [0, 1), of the same shape; the interval [1, 1] gives ones."""
+    """Map numbers on [0, 1) to times t in [low, high], of the same shape; the interval [1, 1] gives ones."""
     return uniform * (high - low) + low
 
 
 def per_token(per_block: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
-    """Spread values of blocks `(batch, num_blocks)` over tokens, for block indices `(batch or 1, length)`."""
+    """Expand values of blocks `(batch, num_blocks)` to tokens, given block indices `(batch or 1, length)`."""
     return per_block.gather(1, block_ids.expand(per_block.shape[0], -1))
 
 
@@ -329,16 +328,16 @@ def mask_positions_within(
     *,
     block_size: int,
 ) -> torch.Tensor:
-    """Return masked positions as [`mask_positions`] does, given that every block has a masked fraction in [low, high].
+    """Return masked positions as [`mask_positions`] does, but with a masked fraction in [low, high] in every block.
 
-    The published code redraws a block until it fits. The number of masked tokens of a block is binomial, and given the
-    number every subset is equally likely; so drawing the number from the truncated binomial, then a uniform subset of
+    The published code redraws a block until it fits. The number of masked tokens in a block is binomial, and given the
+    number every subset is equally likely. So drawing the number from the truncated binomial, then a uniform subset of
     that size, gives the same distribution in one try. A bound at the end of the unclipped interval (low <= 1e-3,
-    high = 1) is not enforced, as published. A shorter last block may exceed the bounds by rounding.
+    high = 1) is not enforced, as published. A shorter last block can exceed the bounds by rounding.
 
     Args:
-        valid: bool `(batch, length)`, tokens that exist; padding belongs to no block.
-        low, high: bounds of the masked fraction. See [`check_reachable`].
+        valid: bool `(batch, length)`, False for padding, which belongs to no block.
+        low, high: bounds of the masked fraction, see [`check_reachable`].
         block_size: the largest number of tokens in a block.
     """
     sizes = tokens_per_block(valid, block_ids, move_chance.shape[1])
@@ -360,9 +359,9 @@ def mask_exact_numbers(
     """Mask exactly k of the n maskable tokens of a block, k uniform on 1..n, with the weight n / k.
 
     The expectation is that of independent masks with the weight 1/t, since the integral of
-    1/t C(n, k) t^k (1 - t)^(n - k) over t is 1/k. No block is left without a masked token, no weight exceeds n, and
-    k is stratified as the times are. On a clipped interval k is the rounded-up share t of n, and above 0.5 the weight
-    is 1, as for independent masks.
+    1/t C(n, k) t^k (1 - t)^(n - k) over t is 1/k. Every block has a masked token, no weight exceeds n, and k is
+    stratified like the times. On a clipped interval k is t n rounded up, and if the interval starts above 0.5 the
+    weight is 1, as for independent masks.
 
     Args:
         maskable: bool `(batch, length)`.
@@ -379,10 +378,10 @@ def mask_exact_numbers(
 
 
 def rank_in_block(noise: torch.Tensor, block_ids: torch.Tensor, among: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    """Rank the numbers of the tokens `among` of each block, the smallest first; all `(batch, length)`."""
+    """Rank the numbers of the tokens `among` within each block, smallest first; all `(batch, length)`."""
     batch, length = noise.shape
     block_ids = block_ids.expand(batch, -1)
-    # Sorted by number, then stably by block: tokens that are left out come last in their block.
+    # Sorted by number, then stably by block; tokens not in `among` come last in their block.
     order = torch.where(among, noise, 2.0).argsort(dim=1, stable=True)
     order = order.gather(1, block_ids.gather(1, order).argsort(dim=1, stable=True))
     sizes = torch.zeros(batch, num_blocks, dtype=torch.long, device=noise.device)
@@ -396,13 +395,13 @@ def rank_in_block(noise: torch.Tensor, block_ids: torch.Tensor, among: torch.Ten
 def count_probabilities(
     move_chance: torch.Tensor, sizes: torch.Tensor, low: float, high: float, *, max_size: int
 ) -> torch.Tensor:
-    """Return the probability that k of a block's tokens are masked, given a masked fraction in [low, high].
+    """Return the probability that k of a block's tokens are masked, conditioned on a masked fraction in [low, high].
 
     Args:
         move_chance: masking probability of each block, `(batch, num_blocks)`.
         sizes: tokens of each block, `(batch, num_blocks)`.
-        low, high: bounds as in [`mask_positions_within`]; 0 and 1 leave the plain binomial.
-        max_size: the largest size; passed so that no size is read back from a device.
+        low, high: bounds as in [`mask_positions_within`]; 0 and 1 give the plain binomial.
+        max_size: the largest size, passed to avoid reading one back from a device.
 
     Returns:
         `(batch, num_blocks, max_size + 1)` over k = 0, 1, ..., float64 where the device has it.
@@ -418,14 +417,14 @@ def count_probabilities(
     # Float32 end points such as 0.3 must not lose the k that equals them exactly.
     minimum = torch.ceil(low * n - 1e-6) if low > _UNCLIPPED else torch.zeros_like(n)
     maximum = torch.floor(high * n + 1e-6) if high < 1 else n
-    # A short last block may contain no count inside the bounds: then both counts next to them are allowed.
+    # A short last block may have no count within the bounds: then the counts next to them are allowed.
     empty = minimum > maximum
     minimum, maximum = torch.where(empty, maximum, minimum), torch.where(empty, minimum, maximum)
     return log_pmf.masked_fill((k < minimum) | (k > maximum) | (k > n), -torch.inf).softmax(-1)
 
 
 def clips(low: float, high: float) -> bool:
-    """Whether an interval of noise levels leaves out a part of the whole one, [1e-3, 1]."""
+    """Return whether an interval of noise levels leaves out part of the full one, [1e-3, 1]."""
     return low > _UNCLIPPED or high < 1
 
 
@@ -436,7 +435,7 @@ def check_interval(low: float, high: float, block_size: int, *, truncated: bool)
         truncated: the mask rate of every block must be in the interval (`config.resample`).
 
     Raises:
-        ValueError: if the interval is reversed, not inside [0, 1], or, if truncated, met by no mask rate of a block.
+        ValueError: if the interval is reversed, not within [0, 1], ends at 0, or, if `truncated`, is not reachable.
     """
     if not 0.0 <= low <= high <= 1.0 or high == 0.0:
         raise ValueError(
@@ -457,5 +456,5 @@ def check_reachable(low: float, high: float, block_size: int) -> None:
     maximum = math.floor(high * block_size + 1e-6) if high < 1 else block_size
     if minimum > maximum:
         raise ValueError(
-            f"the interval [{low}, {high}] holds no mask rate k / {block_size}: widen it, or set resample=False."
+            f"the interval [{low}, {high}] contains no mask rate k / {block_size}: widen it, or set resample=False."
         )

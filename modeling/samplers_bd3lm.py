@@ -1,9 +1,9 @@
 """The order in which the masked positions of a block are revealed, one class per published rule, and token sampling.
 
-A sampler yields the positions that a denoising step predicts. First-hitting and ancestral sampling know them before
-any probability, so they plan the whole block at once and the network's head runs at these positions only. The parallel
-samplers predict all masked positions and accept some. The state of a sampler lives on the CPU: a step waits for the
-device only to learn which predictions were accepted.
+For each denoising step a sampler yields the positions to predict. First-hitting and ancestral sampling choose them
+before any prediction, so they plan the whole block at once, and the network's head runs at these positions only. The
+parallel samplers predict all masked positions and accept some. The state of a sampler lives on the CPU: a step waits
+for the device only to learn which predictions were accepted.
 """
 
 import math
@@ -18,21 +18,21 @@ from .logits_process_bd3lm import NucleusLogitsProcessor
 from .noise_bd3lm import LogLinearNoise, noise_schedule, wide_float
 
 
-# Precision of the probabilities that tokens are drawn from, by its name in the generation config.
+# Values of `sampling_dtype` in the generation config -> precision of the probabilities.
 SAMPLING_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 Generators = torch.Generator | list[torch.Generator] | None  # one for the batch, or one per row
 
 LAST_TIME = 1e-5  # where the published grid of the analytic sampler ends, before the rest is revealed
 
-_FAR = 1e4  # nats by which a token outside the nucleus is less likely: drawn only if all others are forbidden
+_FAR = 1e4  # nats subtracted from tokens outside the nucleus, so they are drawn only if all others are forbidden
 
 
 def random_uniform(shape: Sequence[int], device: torch.device, generator: Generators = None) -> torch.Tensor:
     """Return uniform numbers on [0, 1) on `device`, in float64 where the device has it.
 
-    They are drawn where the generator lives, by default on the CPU, so that a seed gives the same numbers on every
-    device. With a generator for each row of `shape`, a row gets the numbers that it would get alone.
+    They are drawn on the generator's device, by default the CPU, so that a seed gives the same numbers on every
+    device. With one generator per row of `shape`, each row gets the numbers that it would get alone.
     """
     if isinstance(generator, list):
         return torch.stack([random_uniform(shape[1:], device, row_generator) for row_generator in generator])
@@ -60,16 +60,16 @@ def sample_categorical(
 ) -> torch.Tensor:
     """Draw one token per row of unnormalised log-probabilities `(rows, vocab_size)` by inverting the CDF.
 
-    This takes one uniform number per row instead of one per token of the vocabulary, and on a CPU a tenth of the time
-    of `torch.multinomial` or a Gumbel race. It also lacks their weakness in float32: the smallest number that a race
-    can draw bounds its tail, which sharpens the distribution (Zheng et al., arXiv 2409.02908).
+    This needs one uniform number per row instead of one per token of the vocabulary, and on a CPU a tenth of the time
+    of `torch.multinomial` or Gumbel-max sampling. It also avoids their weakness in float32, where the smallest number
+    that can be drawn truncates the tail and so sharpens the distribution (Zheng et al., arXiv 2409.02908).
 
     Args:
         uniform: `(rows,)` on [0, 1).
-        dtype: of the probabilities; they are summed in float64 where the device has it. A token of probability zero is
-            never drawn.
-        in_groups: sum the vocabulary in groups side by side and draw a group first, as is done by default except on a
-            CPU: an accelerator sums a row in one thread block, which takes longer than everything else here.
+        dtype: precision of the probabilities, which are summed in float64 where the device has it. A token of
+            probability zero is never drawn.
+        in_groups: sum groups of the vocabulary in parallel and draw a group first. The default except on a CPU: an
+            accelerator sums a row in one thread block, which would take longer than everything else here.
     """
     probability = scores.to(dtype).softmax(dim=-1)
     target = uniform.to(wide_float(scores.device)).unsqueeze(1)
@@ -81,25 +81,25 @@ def sample_categorical(
     cumulative = _cumulative(totals)
     group = _invert_cdf(cumulative, target)
     total = totals.gather(1, group)
-    # Where the number falls within its group is as random as the number itself.
+    # The position of the number within its group is again uniform.
     target = ((target * cumulative[:, -1:] - cumulative.gather(1, group)) / total + 1).clamp(0, 1)
     token = _invert_cdf(_cumulative(groups.take_along_dim(group.unsqueeze(2), dim=1).squeeze(1)), target)
     return (group * size + token).squeeze(1)
 
 
 def _cumulative(weights: torch.Tensor) -> torch.Tensor:
-    """Return the sums of weights `(rows, n)` from the left, in float64 where the device has it."""
+    """Return the cumulative sums of weights `(rows, n)`, in float64 where the device has it."""
     wide = wide_float(weights.device)
     cumulative = weights.cumsum(dim=-1, dtype=wide)
     if wide == torch.float64 and weights.device.type == "cpu":
         return cumulative
-    # A parallel sum may rise or fall by a rounding error where nothing is added, which would make a step of the CDF
-    # at a token of probability zero.
+    # A parallel sum can change by a rounding error where nothing is added, which would give a token of probability
+    # zero a step in the CDF.
     return cumulative.masked_fill(weights == 0, 0).cummax(dim=-1).values
 
 
 def _invert_cdf(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the index `(rows, 1)` of the step that `target` `(rows, 1)` on [0, 1] falls on; it has a height."""
+    """Return the index `(rows, 1)` of the step of the CDF that contains `target` `(rows, 1)` on [0, 1]."""
     # Below the total even after rounding; from the right, so that the step found has a positive height.
     target = target * cumulative[:, -1:] * (1 - 4 * torch.finfo(cumulative.dtype).eps)
     return torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[1] - 1)
@@ -112,20 +112,20 @@ def token_probability(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tenso
 
 @dataclass
 class RevealState:
-    """The positions of a block that are to be revealed, for all rows of a batch; tensors on the CPU."""
+    """The positions of a block to reveal, for all rows of a batch; tensors on the CPU."""
 
-    masked: torch.Tensor  # bool (batch, block_size), still to be revealed; kept up to date by the writer
+    masked: torch.Tensor  # bool (batch, block_size), still to be revealed; updated by the writer
     requested: torch.Tensor  # bool (batch, block_size): a row is done when these are revealed
-    do_sample: bool = True  # without it positions are revealed from left to right, so that a text is reproducible
-    left_to_right: bool = False  # always, as processors that read the text need it
+    do_sample: bool = True  # without it, positions are revealed from left to right, so that a text is reproducible
+    left_to_right: bool = False  # even when sampling, for processors that read the text
     generator: Generators = None
     mask_prob: float = 1.0  # probability of being masked before the first step
 
     def candidates(self) -> torch.Tensor:
-        """Return which positions may be predicted, bool `(batch, block_size)`.
+        """Return which positions can be predicted, bool `(batch, block_size)`.
 
-        These include positions after the requested ones, as their tokens influence the others. From left to right they
-        would come last and cannot.
+        These include positions after the requested ones, whose tokens influence the others. From left to right they
+        are excluded: they would come last and influence nothing.
         """
         return self.masked & self.requested if self.left_to_right else self.masked
 
@@ -142,14 +142,13 @@ class RevealState:
 
         They are independent and uniform, or evenly spaced from left to right without `do_sample`.
         """
-        # Number of each masked position among those of its row, from the left.
+        # Rank of each masked position in its row, from the left.
         rank = self.masked.cumsum(1) - 1
         if not self.do_sample:
             return 1 - (rank.double() + 0.5) / self.masked.sum(1, keepdim=True).clamp(min=1)
         keys = random_uniform(self.masked.shape, self.masked.device, self.generator)
         if self.left_to_right:
-            # The same random numbers, handed out from left to right: positions are revealed in that order, at random
-            # times.
+            # The same random numbers, sorted: positions are revealed from left to right, at random times.
             keys = torch.where(self.masked, keys, -1.0).sort(dim=1, descending=True).values
             keys = keys.gather(1, rank.clamp(min=0))
         return keys
@@ -160,15 +159,15 @@ class Step(NamedTuple):
 
     positions: torch.Tensor  # flat indices into (batch, block_size), in reading order: these are predicted
     mask_prob: torch.Tensor  # (batch,), probability of being masked; time-conditioned models read it
-    min_accepted: torch.Tensor | None = None  # (batch,), how many predictions must be accepted; None: one of a row
+    min_accepted: torch.Tensor | None = None  # (batch,), how many predictions must be accepted; None: one per row
 
 
 class Sampler:
-    """A rule for the order of revealing.
+    """A rule for the order in which positions are revealed.
 
     Args:
-        generation_config: read for the fields that the rule names.
-        config: of the model.
+        generation_config: read for the fields of the rule.
+        config: the configuration of the model.
     """
 
     is_parallel = False  # whether `accept` chooses among the predictions
@@ -178,11 +177,11 @@ class Sampler:
         self.noise, self.time_conditioning = noise_schedule(config.noise), bool(config.time_conditioning)
 
     def steps(self, state: RevealState) -> Iterator[Step]:
-        """Yield each step of a block after the one before has been taken."""
+        """Yield the steps of a block, each after the previous one has been taken."""
         raise NotImplementedError
 
     def select(self, state: RevealState, step: Step, logits: torch.Tensor) -> tuple[Step, torch.Tensor]:
-        """Return the positions of a step for which tokens are drawn, and their logits; by default all of them.
+        """Return the positions of a step at which to draw tokens, and their logits; by default all of them.
 
         Args:
             logits: `(positions, vocab_size)`, raw.
@@ -209,9 +208,9 @@ class HittingSampler(Sampler):
         raise NotImplementedError
 
     def steps(self, state: RevealState) -> Iterator[Step]:
-        """Yield the steps of all rows side by side. A step that reveals nothing of a row is left out."""
+        """Yield the steps of all rows side by side. A row skips the steps in which it reveals nothing."""
         hit_step, mask_prob = self.hits(state)
-        # Steps in which a row reveals nothing are left out: number its steps without gaps.
+        # Number the remaining steps of each row without gaps.
         number = _dense_rank(hit_step.masked_fill(~state.masked, torch.iinfo(hit_step.dtype).max))
         # A row is done after the step that reveals its last requested position.
         last = number.masked_fill(~(state.masked & state.requested), -1).amax(1, keepdim=True)
@@ -249,11 +248,11 @@ class FirstHittingSampler(HittingSampler):
 def hitting_times(count: torch.Tensor, length: int, uniform: torch.Tensor | None = None) -> torch.Tensor:
     """Return when `count` masked tokens `(batch, 1)` are hit, from t = 1: t <- t * u^(1 / n) with n still masked.
 
-    Time is the probability that a token is masked. In this time a masked token is hit at a uniform time under every
-    noise schedule, so the hitting times are those of the log-linear one.
+    Time is the probability that a token is masked. Measured this way, a masked token is hit at a uniform time under
+    every noise schedule, so the hitting times are those of the log-linear one.
 
     Args:
-        uniform: random numbers `(batch, length)`; without them each time has its expectation, t * n / (n + 1).
+        uniform: random numbers `(batch, length)`; without them each time is its expectation, t * n / (n + 1).
 
     Returns:
         `(batch, length)`.
@@ -267,8 +266,8 @@ class AncestralSampler(HittingSampler):
     """Take `num_denoising_steps` steps from t = 1 to 0; by default as many as a block has tokens.
 
     From t to s = t - 1 / steps a masked token stays masked with probability move_chance(s) / move_chance(t) (Sahoo et
-    al., arXiv 2406.07524, Eq. 6), in the last step never. The products of these factors are the distribution of the
-    step that reveals a position, so that step is drawn first. Steps that reveal nothing cost no forward pass.
+    al., arXiv 2406.07524, Eq. 6), in the last step never. The products of these factors give the distribution of the
+    step that reveals a position, so that step is drawn up front. Steps that reveal nothing cost no forward pass.
     """
 
     def hits(self, state: RevealState) -> tuple[torch.Tensor, torch.Tensor]:
@@ -304,7 +303,7 @@ class ParallelSampler(Sampler):
         raise NotImplementedError
 
     def is_within_bound(self, uncertainty: torch.Tensor) -> torch.Tensor:
-        """Return which predictions may be accepted, given that all before them are.
+        """Return which predictions can be accepted if all before them are.
 
         Args:
             uncertainty: `(batch, block_size)` in the order of acceptance; infinity where a position has no prediction.
@@ -316,7 +315,7 @@ class ParallelSampler(Sampler):
         positions = step.positions.to(uncertainty.device, non_blocking=True)
         grid = uncertainty.new_full(state.masked.shape, torch.inf)
         grid.view(-1)[positions] = uncertainty
-        # The most certain predictions first, or a run from the left.
+        # The most certain predictions first, or those from the left.
         order = (grid.isinf().byte() if state.left_to_right else grid).argsort(dim=1, stable=True)
         # cumprod: the first prediction outside the bound ends the run of accepted ones.
         accepted = self.is_within_bound(grid.gather(1, order)).cumprod(dim=1).bool()
@@ -331,7 +330,7 @@ class ParallelSampler(Sampler):
 class ConfidenceSampler(ParallelSampler):
     """Reveal the tokens that are more probable than `confidence_threshold` (Wu et al., arXiv 2505.22618).
 
-    The probability is that under the processed scores, which the token was drawn from.
+    Probabilities are those of the processed scores, from which the token was drawn.
     """
 
     def __init__(self, generation_config: Any, config: Any) -> None:
@@ -373,8 +372,8 @@ class AnalyticSampler(Sampler):
     masked, the product over the steps, falls to that number.
 
     As published, `nucleus_p` applies to scores and mask together, normalised: it slows the first steps, in which the
-    mask is nearly certain. Other processors see the logits of the tokens only. They decide which token a position
-    gets, and not when. If they read the text, positions wait for those to their left.
+    mask is nearly certain. Other processors see only the logits of the tokens. They affect which token a position
+    gets, but not when. If they read the text, positions wait for those to their left.
     """
 
     def __init__(self, generation_config: Any, config: Any) -> None:
@@ -384,7 +383,7 @@ class AnalyticSampler(Sampler):
 
     def steps(self, state: RevealState) -> Iterator[Step]:
         self._key = state.hitting_keys()
-        self._masked_prob = torch.ones_like(self._key)  # of each position, of still being masked
+        self._masked_prob = torch.ones_like(self._key)  # probability that each position is still masked
         count = self.num_steps or self._key.shape[1]
         times = state.mask_prob * torch.linspace(1, LAST_TIME, count + 1, dtype=self._key.dtype)
         levels = LogLinearNoise().sigma(times).tolist()
@@ -408,7 +407,7 @@ class AnalyticSampler(Sampler):
         return step._replace(positions=step.positions[kept]), scores[kept.to(scores.device, non_blocking=True)]
 
     def _apply_nucleus(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return token logits cut off at the nucleus, and the probability `(positions,)` that each is revealed."""
+        """Return token logits confined to the nucleus, and the probability `(positions,)` that each is revealed."""
         scores = logits.clone()
         scores[:, self.mask_token_id] = -torch.inf
         # log-scores are logits - log(e^sigma - 1) - log(V - 1), see `modeling_sedd.py`.
@@ -429,7 +428,7 @@ class AnalyticSampler(Sampler):
 
 
 def _dense_rank(values: torch.Tensor) -> torch.Tensor:
-    """For each entry count the distinct smaller values of its row."""
+    """Return for each entry the number of distinct smaller values in its row."""
     ordered, order = values.sort(dim=1)
     rank = torch.zeros_like(values)
     rank[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).cumsum(1)
@@ -443,5 +442,5 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "entropy_bound": EntropyBoundSampler,
 }
 
-# For networks that predict scores, ratios of probabilities, instead of tokens.
+# For networks that predict scores (ratios of probabilities) instead of tokens.
 SCORE_SAMPLERS: dict[str, type[Sampler]] = {"analytic": AnalyticSampler}

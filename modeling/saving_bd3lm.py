@@ -10,14 +10,14 @@ from transformers.modeling_utils import PreTrainedModel
 from .compatibility_bd3lm import TRANSFORMERS_VERSIONS
 
 
-# To a type checker the base of a mixin is not a whole model: it is Any.
+# Any to a type checker, which would not accept a mixin as a whole model.
 _Saveable: Any = object
 
 
 class SelfContainedMixin(_Saveable):
-    """Saves the code of a model with its weights; goes before the model class in the list of bases."""
+    """Save a model's code with its weights. List this mixin before the model class."""
 
-    auto_classes: dict[str, type] = {}  # Auto class -> the class that it loads a checkpoint with
+    auto_classes: dict[str, type] = {}  # Auto class -> the class it loads
     # Uploads a saved folder. Set by bd3lm_hf, which need not be installed where this code runs.
     push_saved_folder: Callable[..., Any] | None = None
     # Gives saved weights the file permissions of `config.json`. Also set by bd3lm_hf.
@@ -37,8 +37,8 @@ class SelfContainedMixin(_Saveable):
 
     @property
     def device(self) -> torch.device:
-        """Return the device as transformers does; of offloaded weights, the one that computes with them."""
-        # accelerate's offloading leaves meta tensors; a hook of each module knows where it runs.
+        """Return the device as transformers does; for offloaded weights, the device that computes with them."""
+        # accelerate's offloading leaves meta tensors; a hook on each module knows where it runs.
         device = super().device
         if device.type != "meta":
             return device

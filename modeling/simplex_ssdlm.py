@@ -22,7 +22,7 @@ _OFFSET = 1e-4
 class SimplexNoise(NamedTuple):
     """Quantities of the cosine schedule at steps t of T; each field has the shape of t."""
 
-    alpha_bar: torch.Tensor  # fraction of the signal's variance that is left at t
+    alpha_bar: torch.Tensor  # remaining fraction of the signal's variance at t
     alpha_bar_before: torch.Tensor  # the same at t - 1
 
 
@@ -43,8 +43,8 @@ def almost_one_hot(input_ids: torch.Tensor, vocab_size: int, scale: float) -> to
 
 
 def noisy_logits(clean: torch.Tensor, alpha_bar: torch.Tensor, normal: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return x_t for x_0 and standard normal numbers, all `(batch, length, vocab_size)`; `alpha_bar` is `(batch,)`."""
-    # The noise has the scale of the signal, K, so the variances of both add up to a constant.
+    """Return x_t of x_0 and standard normal numbers, all `(batch, length, vocab_size)`; `alpha_bar` is `(batch,)`."""
+    # The noise has the scale K of the signal, so their variances add up to a constant.
     alpha_bar = alpha_bar.view(-1, 1, 1)
     return alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * scale * normal
 
@@ -58,16 +58,16 @@ def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 class Projection(NamedTuple):
-    """Logits brought back to almost-one-hot vectors."""
+    """Logits projected back onto almost-one-hot vectors."""
 
     logits: torch.Tensor  # (..., vocab_size)
-    input_ids: torch.Tensor  # (...), the most likely token of each
+    input_ids: torch.Tensor  # (...), the drawn or most likely token of each
 
 
 def project_by_sampling(
     logits: torch.Tensor, scale: float, top_p: float, draw: Callable[[torch.Tensor], torch.Tensor]
 ) -> Projection:
-    """Draw one token from the nucleus: +scale there, -scale elsewhere.
+    """Draw one token from the nucleus and give it +scale, all others -scale.
 
     Args:
         draw: maps log-probabilities `(rows, vocab_size)` to a token for each row, `(rows,)`.
@@ -78,13 +78,13 @@ def project_by_sampling(
 
 
 def project_evenly(logits: torch.Tensor, scale: float, top_p: float, _draw: Any = None) -> Projection:
-    """Give every token of the nucleus +scale, the others -scale: multi-hot vectors."""
+    """Give every token of the nucleus +scale and all others -scale: multi-hot vectors."""
     inside = nucleus(logits, top_p)
     return Projection(torch.where(inside, float(scale), -float(scale)).to(logits.dtype), logits.argmax(dim=-1))
 
 
 def project_unevenly(logits: torch.Tensor, scale: float, top_p: float, _draw: Any = None) -> Projection:
-    """Give the most likely token +scale; the others of the nucleus keep their distance to it, down to -scale."""
+    """Give the most likely token +scale; other tokens of the nucleus keep their distance to it, down to -scale."""
     inside = nucleus(logits, top_p)
     best = logits.amax(dim=-1, keepdim=True)
     kept = (logits - best + scale).clamp(min=-scale)

@@ -1,6 +1,6 @@
 """The sliding window that a denoising step attends to, recomputed in every step or kept in a key-value cache.
 
-The window holds `model_length` tokens, the noisy block included. When a text outgrows it, the oldest block leaves.
+The window holds `model_length` tokens, the noisy block included. When a text outgrows it, the oldest block is dropped.
 Rotary attention depends on distances only, so keys that were rotated at their absolute position stay valid.
 
 A finished block is written to the cache by the first denoising step of the next block, so a block costs as many
@@ -36,20 +36,20 @@ from .inputs_bd3lm import token_layout
 
 
 class DecodingNetwork:
-    """The forward passes that decoding asks of a model. Windows, samplers, stop rules and traces use nothing else.
+    """The forward passes of a model that decoding needs. Windows, samplers, stop rules and traces use nothing else.
 
-    A model over another network returns a subclass of this from `decoding_network()`. It overrides `hidden`,
+    A model with another network returns a subclass of this from `decoding_network()`. It overrides `hidden`,
     `static_hidden`, `logits` and `key_value_shape`; its config has `block_size`, `model_length`, `mask_token_id`,
     `vocab_size`, `num_hidden_layers` and `time_conditioning`.
 
     Args:
-        model: in evaluation mode or not; it is not changed.
+        model: in train or eval mode; it is not changed.
     """
 
     def __init__(self, model: Any) -> None:
         self.model, self.config = model, model.config
         self.dtype, self.device = model.dtype, model.device
-        # Without time conditioning adaLN has the same input in every step: compute its output once.
+        # Without time conditioning adaLN has the same input in every step, so its output is computed once.
         timed = model.config.time_conditioning
         self.modulations = None if timed else model.backbone.modulations(None, self.device)
         # One tensor for a CUDA graph, which copies each of its inputs before every run.
@@ -57,7 +57,7 @@ class DecodingNetwork:
 
     @property
     def key_value_shape(self) -> tuple[int, int]:
-        """Heads of the cached keys and values, and the width of each."""
+        """Number of heads of the cached keys and values, and the width of each."""
         return self.config.n_heads, self.config.head_dim
 
     def hidden(
@@ -81,8 +81,8 @@ class DecodingNetwork:
             input_ids: `(batch, length)`, finished blocks followed by the noisy block.
             position_ids: `(batch or 1, length)`, counted from the first token of each row.
             key_valid: bool `(batch, num_cached + length)`, False where a row has no token; None: no padding.
-            positions: flat indices into `(batch, block_size)`, the noisy block. None: `input_ids` has finished blocks
-                only, which are to be written to the cache.
+            positions: flat indices into `(batch, block_size)`, the noisy block. None: `input_ids` are finished blocks
+                only, to be written to the cache.
             num_cached: tokens in the cache.
             num_committed: leading tokens of `input_ids` to write to the cache; the others must leave no trace in it.
             num_out_of_window: oldest tokens of the cache that the noisy block does not see.
@@ -108,14 +108,14 @@ class DecodingNetwork:
         slots: torch.Tensor,
         cache: StaticCache,
     ) -> torch.Tensor:
-        """Return hidden states `(batch, block_size, hidden_dim)` of the last block, by a cache of fixed size.
+        """Return hidden states `(batch, block_size, hidden_dim)` of the last block, with a cache of fixed size.
 
         Shapes do not depend on how many tokens are cached, so the step can be compiled.
 
         Args:
             input_ids: `(batch, length)`, the noisy block, in its first step preceded by the block to be cached.
             mask: additive, `(batch or 1, 1, length, cache slots)`.
-            slots: `(length,)`, the cache slots that the keys and values of `input_ids` are written to.
+            slots: `(length,)`, the cache slots to which the keys and values of `input_ids` are written.
         """
         backbone = self.model.backbone
         return backbone.run(
@@ -135,7 +135,7 @@ class DecodingNetwork:
         self, length: int, num_cached: int, key_valid: torch.Tensor | None, noisy: bool, num_out_of_window: int
     ) -> AttentionPlan:
         size = self.config.block_size
-        # With at most one finished block a plan without large masks serves.
+        # With at most one finished block, a plan without large masks suffices.
         finished = length - size if noisy else length
         if noisy and finished <= size:
             return decoding_plan(
@@ -144,7 +144,7 @@ class DecodingNetwork:
         layout = token_layout(key_valid, length, size, past=num_cached, device=self.device)
         options = {"implementation": self.config._attn_implementation, "dtype": self.dtype}
         tiles = block_causal_plan(layout, length, size, **options).tiles
-        # Of finished blocks the last layer only has to give keys and values.
+        # For finished blocks the last layer only computes keys and values.
         last = decoding_plan(num_cached + finished, 0, size, key_valid, self.dtype).last_tiles if noisy else ()
         return AttentionPlan(tiles, last, finished)
 
@@ -175,12 +175,12 @@ class Window:
         return self._forward(max(0, stop - self.config.model_length), stop, 0, positions, sigma)
 
     def keep_rows(self, kept: torch.Tensor) -> bool:
-        """Continue with some of the rows only, given their indices. False if the cache cannot drop the others."""
+        """Continue with only the rows at the given indices. Return False if the cache cannot drop the others."""
         self.rows = kept if self.rows is None else self.rows[kept]
         return True
 
     def close(self, keep: bool = True) -> Cache | None:
-        """Return the cache for a later call; without `keep` nobody gets it."""
+        """Return the cache for a later call; without `keep` the caller discards it."""
         return self.cache
 
     def _forward(
@@ -211,7 +211,7 @@ class Window:
     def _key_valid(self, start: int, stop: int) -> torch.Tensor | None:
         """Return the valid-token mask, bool `(batch, stop - start)`, or None without padding."""
         valid = self.buffer.key_valid
-        # Only texts that are infilled have padding to the right of the last row's start.
+        # Only infilled texts have padding to the right of the last row's start.
         if valid is None or (self.buffer.blanks is None and start >= self.buffer.last_start):
             return None
         return self._select_rows(valid[:, start:stop])
@@ -238,7 +238,7 @@ class CachedWindow(Window):
         if self.exact and oldest > self.first:
             clear(self.cache)
             self.first, self.held = oldest, 0
-        # Only the block before the noisy one can share its forward pass; older ones are the prompt, in one pass.
+        # Only the block before the noisy one can share its forward pass; older ones, the prompt, get one of their own.
         if begin - (self.first + self.held) > self.size:
             self._prefill(self.first + self.held, begin)
         hidden = self._step(begin, begin - (self.first + self.held), positions, sigma)
@@ -249,7 +249,7 @@ class CachedWindow(Window):
         return hidden
 
     def close(self, keep: bool = True) -> Cache:
-        """Return the cache, emptied if it lacks rows or if its keys stand at positions that no later prompt has."""
+        """Return the cache, emptied if it lacks rows or the first tokens, so that no later call can continue it."""
         if self.first or self.rows is not None:
             clear(self.cache)
         note_tokens(self.cache, self.buffer.token_ids[:, : self.held], past=0)
@@ -289,10 +289,10 @@ class CachedWindow(Window):
 class StaticWindow(CachedWindow):
     """Keep finished blocks and the noisy one in a ring of fixed size, so that every step has the same shapes.
 
-    Column c is in slot (c - origin) modulo the size of the ring. A mask says which slots a query sees.
+    Column c is in slot (c - origin) modulo the size of the ring. A mask selects the slots that a query sees.
 
     Args:
-        step: [`static_step`], or the same compiled.
+        step: [`static_step`], or its compiled version.
     """
 
     cache: StaticCache
@@ -317,7 +317,7 @@ class StaticWindow(CachedWindow):
                 layer.lazy_initialization(empty, empty)
 
     def close(self, keep: bool = True) -> Cache:
-        """Return the cache; without `keep` its buffers serve the next call, and it comes back without any."""
+        """Return the cache; without `keep` return it empty, and leave its buffers to the next call."""
         if isinstance(self.cache, OwnStaticCache) and self._is_own and not keep:
             static_buffers(self.network.model).give_back(self.cache)
             return self.cache
@@ -337,7 +337,7 @@ class StaticWindow(CachedWindow):
         start, stop = begin - num_committed, begin + self.size
         hidden = self.step(
             self.network,
-            # A copy: the strides of a view contain the length of the text, for which the step would be compiled again.
+            # A copy: the strides of a view depend on the length of the text, and new ones would recompile the step.
             self._ids(start, stop).clone(memory_format=torch.contiguous_format),
             *self._placement(begin, num_committed),
             self.cache,
@@ -346,7 +346,7 @@ class StaticWindow(CachedWindow):
             set_length(self.cache, begin - self.first)
             cache: Any = self.cache
             if self.compiled and getattr(cache, "clean_hidden", None) is not None:
-                # All steps of the block read it, and what a CUDA graph returns is overwritten by its next run.
+                # All steps of the block read it, but the next run of a CUDA graph overwrites what this one returned.
                 cache.clean_hidden = cache.clean_hidden.clone()
         return hidden.flatten(0, 1)[positions]
 
@@ -356,7 +356,7 @@ class StaticWindow(CachedWindow):
         if self._placed is None or self._placed[0] != key:
             start, stop = begin - num_committed, begin + self.size
             columns = torch.arange(start, stop, device=self.buffer.token_ids.device)
-            # Unpadded batches have one row of positions. A row for each keeps the shapes of padded ones.
+            # Unpadded batches have a single row of positions; expanding it gives the same shape as in padded ones.
             position_ids = self._position_ids(start, stop).expand(len(self.buffer.token_ids), -1).contiguous()
             slots = (columns - self.origin) % self.slots
             self._placed = (key, (position_ids, self._make_mask(begin, num_committed), slots))
@@ -364,7 +364,7 @@ class StaticWindow(CachedWindow):
 
     def _make_mask(self, begin: int, num_committed: int) -> torch.Tensor:
         """Return an additive mask `(batch, 1, num_committed + block_size, slots)`."""
-        # Slots are reused, so which column a slot holds follows from the block being denoised.
+        # Slots are reused, so the column that a slot holds depends on the block being denoised.
         stop, device, valid = begin + self.size, self.buffer.token_ids.device, self.buffer.key_valid
         slot = torch.arange(self.slots, device=device)
         column = stop - 1 - (stop - 1 - self.origin - slot) % self.slots  # the latest column that this slot holds
@@ -387,7 +387,7 @@ def static_step(network: DecodingNetwork, *inputs: Any) -> torch.Tensor:
     return network.static_hidden(*inputs)
 
 
-WINDOWS = {"cached": False, "exact": True}  # by its name in the generation config: is a moved window recomputed?
+WINDOWS = {"cached": False, "exact": True}  # `window` in the generation config -> whether a moved one is recomputed
 
 
 def open_window(
@@ -415,9 +415,9 @@ _LARGEST_STATIC_BATCH = 64  # larger batches keep a GPU busy without compilation
 
 
 def compiles_by_default(model: Any, generation_config: Any, batch_size: int) -> bool:
-    """Whether a static cache and a compiled denoising step are the default: on one CUDA device, for small batches.
+    """Return whether a static cache and a compiled step are the default: on one CUDA device, for small batches.
 
-    Such batches are bound by kernel launches. `cache_implementation="dynamic"` and `disable_compile=True` opt out.
+    Small batches are bound by kernel launches. `cache_implementation="dynamic"` and `disable_compile=True` opt out.
     """
     return (
         model.device.type == "cuda"
@@ -430,27 +430,27 @@ def compiles_by_default(model: Any, generation_config: Any, batch_size: int) -> 
 
 
 def _is_compiled(device: torch.device, generation_config: Any) -> bool:
-    """Whether to compile: where transformers does by default, elsewhere only with a `compile_config`."""
+    """Return whether to compile: where transformers does by default, elsewhere only with a `compile_config`."""
     if generation_config.disable_compile:
         return False
     return generation_config.compile_config is not None or device.type in ("cuda", "xpu")
 
 
-# The compiled step of each model, shape and way of compiling, those used last at the end. Code that was compiled for
-# one must not be counted with that for another: torch gives up on a function after 8 versions of it.
+# Compiled steps by model, then by shape and compile options, the most recently used last. They must not share a code
+# object: torch gives up on one after 8 compiled versions.
 _STEPS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Callable]] = weakref.WeakKeyDictionary()
-_MOST_STEPS = 16  # of a model; a server has one for each size of its batches
+_MOST_STEPS = 16  # per model; a server has one for each batch size
 _STEPS_LOCK = threading.Lock()
 
 
 def _compiled_step(network: DecodingNetwork, shape: tuple[int, int], config: CompileConfig) -> Callable:
-    """Return [`static_step`] compiled for batches of a shape, the same function in every call.
+    """Return [`static_step`] compiled for batches of a shape, the same function on every call.
 
     Args:
         shape: rows of the batch and slots of the cache.
     """
     options = config.to_dict()
-    options["dynamic"] = bool(options["dynamic"])  # by default a graph for each shape, of which a text has two
+    options["dynamic"] = bool(options["dynamic"])  # by default one graph per shape; a text has two shapes
     if options["mode"] == "reduce-overhead" and threading.current_thread() is not threading.main_thread():
         options["mode"] = "default"  # torch records CUDA graphs in the thread that imported it, and fails elsewhere
     key = (shape, network.dtype, network.device, repr(options))
@@ -458,9 +458,9 @@ def _compiled_step(network: DecodingNetwork, shape: tuple[int, int], config: Com
         steps = _STEPS.setdefault(network.model, {})
         step = steps.pop(key, None)
         if step is None:
-            # The same function with a code object of its own, which is what torch counts versions by.
-            own: Any = types.FunctionType(static_step.__code__.replace(), static_step.__globals__)
-            step = torch.compile(own, **options)
+            # A copy with its own code object, by which torch counts versions.
+            copy: Any = types.FunctionType(static_step.__code__.replace(), static_step.__globals__)
+            step = torch.compile(copy, **options)
         steps[key] = step
         while len(steps) > _MOST_STEPS:
             steps.pop(next(iter(steps)))
@@ -468,5 +468,5 @@ def _compiled_step(network: DecodingNetwork, shape: tuple[int, int], config: Com
 
 
 def fills_window(config: Any) -> bool:
-    """Whether a block is as long as the window, so that nothing in it is finished early and could be cached."""
+    """Return whether a block is as long as the window, so that no part is finished early and could be cached."""
     return bool(config.block_size == config.model_length)

@@ -147,7 +147,7 @@ def quantized_cache() -> QuantizedCache:
     ("cache", "lengths", "message"),
     [
         (cache_with(6), [9], "holds 6 tokens: a cache can be continued only if it holds whole blocks"),
-        (cache_with(4, rows=2), [9, 5], "which padding changes"),
+        (cache_with(4, rows=2), [9, 5], "padded as they were"),
         (cache_with(12), [9], "holds 12 tokens but the prompt has 9: pass the whole text"),
         (cache_with(8), [7], "holds 8 tokens but the prompt has 7"),
         (cache_with(4), [9, 9], "holds 1 rows but the batch has 2.*batch_repeat_interleave"),
@@ -201,7 +201,7 @@ def test_padded_rows_are_continued_if_they_begin_where_they_began(make_model):
     options = {"max_new_tokens": 4, "do_sample": False, "past_key_values": first.past_key_values}
     assert torch.equal(model.generate(first.sequences, attention_mask=mask, **options), whole)
     rows = {"input_ids": first.sequences.flip(0), "attention_mask": mask.flip(0)}
-    with pytest.raises(ValueError, match="which padding changes"):
+    with pytest.raises(ValueError, match="padded as they were"):
         model.generate(**rows, **options)
 
 

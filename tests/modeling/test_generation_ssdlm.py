@@ -339,7 +339,7 @@ def test_arguments_that_do_not_fit_are_refused(model, arguments, message):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ([[3, 48]], "the prompt holds the id 48, outside the vocabulary of 48"),
+        ([[3, 48]], "the prompt contains the id 48, outside the vocabulary of 48"),
         ([[3] * 25], "the prompt has 25 tokens, more than the model's window model_length=24"),
     ],
 )

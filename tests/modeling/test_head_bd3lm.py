@@ -94,7 +94,7 @@ def test_a_second_backward_through_the_fused_head_is_refused():
     hidden, targets, weights = head_inputs(head)
     loss = chunked_cross_entropy(hidden, head, targets, weights, CONFIG)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="can be taken once; run the forward pass again"):
+    with pytest.raises(RuntimeError, match="single backward pass: run the forward pass again"):
         loss.backward()
 
 

@@ -194,7 +194,7 @@ def test_the_fill_mask_pipeline_agrees(tiny_tokenizer):
         ({"attention_mask": torch.zeros(1, 3)}, "empty prompt"),
         ({"attention_mask": [[1, 1, 1]]}, "attention_mask is a list"),
         ({"input_ids": torch.tensor([5, M])}, r"input_ids of shape \(2,\): pass texts of shape \(batch, length\)"),
-        ({"input_ids": torch.tensor([[5, 48, M]])}, "holds the id 48, outside the vocabulary"),
+        ({"input_ids": torch.tensor([[5, 48, M]])}, "contains the id 48, outside the vocabulary"),
         ({"input_ids": torch.full((1, 33), M)}, "the prompt has 33 tokens, more than the model's window"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,

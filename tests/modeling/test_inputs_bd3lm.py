@@ -141,7 +141,7 @@ def test_masks_that_number_documents_and_positions_that_do_not_fit_are_refused(m
     ids = torch.arange(3, 11).expand(2, -1)
     numbered = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2]] * 2)
     for call in (model, model.token_nll, lambda ids, **given: model.generate(ids, max_new_tokens=2, **given)):
-        with pytest.raises(ValueError, match="attention_mask holds 2.*position_ids"):
+        with pytest.raises(ValueError, match="attention_mask contains 2.*position_ids"):
             call(ids, attention_mask=numbered)
     padded = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]] * 2)
     for position_ids, mask in (
@@ -222,9 +222,9 @@ def test_tensors_without_values_are_refused_where_values_are_needed(family):
     assert model(ids, labels=ids).loss.is_meta
 
 
-@pytest.mark.parametrize(("value", "message"), [(0.5, "0.5:"), (math.nan, "nan:"), (-1e4, "-10000, as an additive")])
+@pytest.mark.parametrize(("value", "message"), [(0.5, "0.5:"), (math.nan, "nan:"), (-1e4, "-10000, like an additive")])
 def test_a_mask_of_neither_0_nor_1_is_refused(value, message):
-    with pytest.raises(ValueError, match=f"attention_mask holds {message}"):
+    with pytest.raises(ValueError, match=f"attention_mask contains {message}"):
         model_of("bd3lm")(TEXT, attention_mask=torch.full((2, 8), value))
 
 

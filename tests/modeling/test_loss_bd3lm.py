@@ -447,8 +447,8 @@ WITH_MASK = TEXT.index_put((torch.tensor(1), torch.tensor(3)), torch.tensor(47))
     ("ids", "labels", "message"),
     [
         (TEXT, TEXT[:, 1:], r"labels of shape \(2, 8\).*\(2, 9\)"),
-        (WITH_MASK, WITH_MASK, "input_ids hold mask_token_id=47 in 1 .*mlm=False"),
-        (WITH_MASK, WITH_MASK.masked_fill(WITH_MASK == 47, -100), "input_ids hold mask_token_id=47 in 1 .*mlm=False"),
+        (WITH_MASK, WITH_MASK, "input_ids contain mask_token_id=47.*mlm=False"),
+        (WITH_MASK, WITH_MASK.masked_fill(WITH_MASK == 47, -100), "input_ids contain mask_token_id=47.*mlm=False"),
         (TEXT[:, :-1], TEXT[:, 1:], "shifted by one.*labels=input_ids"),
         (TEXT[:, :-1], F.pad(TEXT[:, 1:-1], (0, 1), value=-100), "shifted by one.*labels=input_ids"),
     ],

@@ -132,12 +132,12 @@ def test_a_cached_window_of_one_layer_equals_recomputation():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sampler": "confidence"}, "sampler='confidence' is for models that denoise"),
-        ({"num_denoising_steps": 2}, "num_denoising_steps=2 is for models that denoise"),
-        ({"window_stride": 2}, "window_stride=2 is for models that denoise"),
-        ({"do_sample": True, "generator": [torch.Generator()] * 2}, "a generator per row does not fit"),
-        ({"cache_implementation": "static"}, "cache_implementation='static' does not fit an autoregressive model"),
-        ({"compile_config": CompileConfig()}, "compile_config=.* does not fit an autoregressive model"),
+        ({"sampler": "confidence"}, "sampler='confidence' is for denoising models"),
+        ({"num_denoising_steps": 2}, "num_denoising_steps=2 is for denoising models"),
+        ({"window_stride": 2}, "window_stride=2 is for denoising models"),
+        ({"do_sample": True, "generator": [torch.Generator()] * 2}, "cannot use a generator per row"),
+        ({"cache_implementation": "static"}, "cache_implementation='static' is not supported by the autoregressive"),
+        ({"compile_config": CompileConfig()}, "compile_config=.* is not supported by the autoregressive"),
     ],
 )
 def test_what_it_can_not_do_is_refused(model, fields, message):

@@ -456,15 +456,15 @@ def test_ids_outside_the_vocabulary_are_refused_by_name(tiny_model, bad):
     ids, wrong = random_ids(1, 8), random_ids(1, 8)
     wrong[0, 5] = bad
     remedy = rf"the id {bad}, outside the vocabulary of 48 ids \(0 to 47\): use the tokenizer that"
-    with pytest.raises(ValueError, match=f"^input_ids holds {remedy}"):
+    with pytest.raises(ValueError, match=f"^input_ids contains {remedy}"):
         tiny_model(wrong)
-    with pytest.raises(ValueError, match=f"^clean_input_ids holds {remedy}"):
+    with pytest.raises(ValueError, match=f"^clean_input_ids contains {remedy}"):
         tiny_model(input_ids=ids, clean_input_ids=wrong)
-    with pytest.raises(ValueError, match=f"^input_ids holds {remedy}"):
+    with pytest.raises(ValueError, match=f"^input_ids contains {remedy}"):
         tiny_model(input_ids=wrong, labels=ids)
-    with pytest.raises(ValueError, match=f"^labels holds {remedy}"):
+    with pytest.raises(ValueError, match=f"^labels contains {remedy}"):
         tiny_model(input_ids=ids, labels=wrong)
-    with pytest.raises(ValueError, match=f"^input_ids holds {remedy}"):
+    with pytest.raises(ValueError, match=f"^input_ids contains {remedy}"):
         tiny_model.token_nll(wrong)
 
 
@@ -516,7 +516,7 @@ def test_what_is_no_interval_cannot_be_set(tiny_model, interval):
     with pytest.raises(ValueError, match=f"sampling_eps_min={interval[0]}, sampling_eps_max={interval[1]}"):
         tiny_model.set_interval(*interval)
     tiny_model.config.resample = True
-    with pytest.raises(ValueError, match="holds no mask rate k / 4"):
+    with pytest.raises(ValueError, match="contains no mask rate k / 4"):
         tiny_model.set_interval(0.55, 0.7)
     assert tiny_model.interval() == before
     assert tiny_model.config.sampling_eps_max == 1.0

@@ -187,7 +187,7 @@ def test_the_sizes_have_their_common_names_too():
     [
         (lambda tiny, ids: tiny.token_nll(ids), "SSD-LM has no tractable likelihood"),
         (lambda tiny, ids: tiny(ids), "a context alone has no logits: pass noisy_logits and timesteps"),
-        (lambda tiny, ids: tiny(ids[:, :4], labels=ids[:, :4]), "a text of 4 tokens holds no context and block of 4"),
+        (lambda tiny, ids: tiny(ids[:, :4], labels=ids[:, :4]), "a text of 4 tokens .* block of 4"),
         (
             lambda tiny, ids: tiny(ids, labels=ids, block_noise=torch.rand(1, 3), count_noise=torch.rand(1, 2)),
             r"block_noise of shape \(1, 3\).*give \(1, 2\) for each",
@@ -212,7 +212,7 @@ def test_calls_that_do_not_fit_are_refused(tiny, call, message):
         ({"one_hot_value": -5}, "one_hot_value=-5: the scale K of the simplex must be above 0"),
         ({"num_train_timesteps": 0}, "num_train_timesteps=0: give a whole number of at least 1"),
         ({"encoder_config": {"model_type": "nothing"}}, "encoder_config has model_type='nothing'"),
-        ({"encoder_config": {"model_type": "gpt2"}}, "encoder_config is a GPT2Config, of which .* no masked language"),
+        ({"encoder_config": {"model_type": "gpt2"}}, "encoder_config is a GPT2Config.* no masked language"),
         (
             {"encoder_config": AutoConfig.for_model("distilbert"), "dropout": 0.2},
             "dropout=0.2: a DistilBertConfig has no hidden_dropout_prob",

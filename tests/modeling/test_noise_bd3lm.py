@@ -233,7 +233,7 @@ def test_padding_is_never_masked_and_does_not_count_in_the_rate():
 
 @pytest.mark.parametrize("low, high, size", [(0.3, 0.4, 4), (0.55, 0.7, 4), (0.1, 0.9, 1)])
 def test_an_interval_that_no_count_meets_is_refused(low, high, size):
-    message = rf"the interval \[{low}, {high}\] holds no mask rate k / {size}: widen it, or set resample=False"
+    message = rf"the interval \[{low}, {high}\] contains no mask rate k / {size}: widen it, or set resample=False"
     with pytest.raises(ValueError, match=message):
         check_reachable(low, high, size)
 

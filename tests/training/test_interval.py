@@ -129,7 +129,7 @@ def test_candidates_that_are_no_intervals_are_refused(arguments, message):
 def test_a_candidate_that_no_mask_rate_meets_is_refused_by_name(tiny_config, randomize):
     candidates = candidate_intervals(4, own=[(0.3, 0.8), (0.55, 0.7)])
     check_searchable(model_of(tiny_config, randomize), candidates)
-    with pytest.raises(ValueError, match=r"the interval \[0.55\d*, 0.69\d*\] holds no mask rate k / 4"):
+    with pytest.raises(ValueError, match=r"the interval \[0.55\d*, 0.69\d*\] contains no mask rate k / 4"):
         check_searchable(model_of(tiny_config, randomize, resample=True), candidates)
 
 
@@ -399,5 +399,5 @@ def test_a_search_that_cannot_be_is_refused_before_training(tiny_config, randomi
     with pytest.raises(ValueError, match="this BD3LMForMaskedLM has none"):
         BD3LMTrainer(model=model_of(tiny_config, randomize, var_min=False), args=arguments)
     arguments.interval_candidates = ["0.55-0.7"]
-    with pytest.raises(ValueError, match="holds no mask rate k / 4"):
+    with pytest.raises(ValueError, match="contains no mask rate k / 4"):
         BD3LMTrainer(model=model_of(tiny_config, randomize, resample=True), args=arguments)

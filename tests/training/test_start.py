@@ -147,7 +147,7 @@ def test_special_tokens_that_the_checkpoint_leaves_open_are_the_tokenizers(check
         ({"sampling_eps_max": 0.2}, "sampling_eps_min=0.4.*, sampling_eps_max=0.2"),
         (
             {"resample": True, "sampling_eps_min": 0.55, "sampling_eps_max": 0.7},
-            r"the interval \[0.55, 0.7\] holds no mask rate k / 4",
+            r"the interval \[0.55, 0.7\] contains no mask rate k / 4",
         ),
     ],
 )
