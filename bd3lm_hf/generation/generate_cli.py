@@ -137,7 +137,7 @@ def add_infill_arguments(parser: argparse.ArgumentParser, words: Sequence[str] =
     parser.add_argument("--gap-tokens", type=integer(1), default=1, help="tokens per gap (1)")
     how = parser.add_argument_group("how to fill")
     add_do_sample(how)
-    add_sampling(how, INFILL_FIELDS)
+    add_sampling(how, INFILL_FIELDS, INFILL_CHOICES)
 
 
 def add_do_sample(group: Any) -> None:
@@ -147,9 +147,10 @@ def add_do_sample(group: Any) -> None:
     choice.add_argument("--greedy", dest="do_sample", action="store_false", help="take the most likely token")
 
 
-def add_sampling(group: Any, fields: Iterable[str]) -> None:
-    """Add the sampling flags: all `CHOICES`, and the given `FIELDS`."""
-    for name, (values, text) in CHOICES.items():
+def add_sampling(group: Any, fields: Iterable[str], choices: Iterable[str] = CHOICES) -> None:
+    """Add the sampling flags of these `FIELDS` and `CHOICES`."""
+    for name in choices:
+        values, text = CHOICES[name]
         group.add_argument(f"--{name.replace('_', '-')}", choices=values, help=text)
     for name in fields:
         kind, text = FIELDS[name]

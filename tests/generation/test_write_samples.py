@@ -95,6 +95,7 @@ def test_texts_come_from_a_file_and_repeat_themselves_with_the_seed(infill, tmp_
         (("--text", "a ___", "--gap", ""), "--gap"),
         (("--text", "a ___", "--text-file", "x"), "not allowed with argument"),
         (("--text", "a ___", "--max-new-tokens", 3), "unrecognized arguments"),
+        (("--text", "a ___", "--context", "all"), "unrecognized arguments"),  # used to be ignored
     ],
 )
 def test_bad_input_is_refused_in_one_line(infill, arguments, part):
