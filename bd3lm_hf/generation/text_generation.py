@@ -25,7 +25,7 @@ class GeneratedText(NamedTuple):
 
     ids: list[int]
     num_given: int  # tokens of the prompt
-    forwards: int = 0  # forward passes that revealed a token of this row, as many as when it is generated alone
+    forwards: int = 0  # forward passes that this row took part in, as many as when it is generated alone
     batch_forwards: int = 0  # forward passes of the whole batch, which runs until its slowest row ends
     seconds: float = 0.0  # this row's share of the batch's time
     steps: Sequence[RowStep] = ()  # empty unless requested
@@ -78,8 +78,7 @@ def generate_batch(
     inputs = pad_left(prompts, model.device, model.generation_config.pad_token_id or 0)
     if has_row_generators:
         generation["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
-    # Only the trace shows which steps revealed tokens of which row.
-    if keep_steps or (has_row_generators and hasattr(model.generation_config, "output_trace")):
+    if keep_steps:
         generation["output_trace"] = True
     started = time.perf_counter()
     with _eos_disabled(model.generation_config, not stop_at_eos), _seeded(model.device, seeds[0]):
@@ -91,10 +90,11 @@ def generate_batch(
         )
     seconds = (time.perf_counter() - started) / len(prompts)
     width = inputs["input_ids"].shape[1]
+    block_size = getattr(model.config, "block_size", 1)  # plain decoders do not have it
     texts = []
     for row, (prompt, ids) in enumerate(zip(prompts, output.sequences.tolist(), strict=True)):
         new_ids = without_padding(ids[width:], model.generation_config) if stop_at_eos else ids[width:]
-        forwards, batch_forwards = _count_forwards(output, row, len(new_ids))
+        forwards, batch_forwards = _count_forwards(output, row, len(new_ids), len(ids) - width, block_size)
         steps = list(row_steps(output.trace, row, width - len(prompt))) if keep_steps else []
         texts.append(GeneratedText([*prompt, *new_ids], len(prompt), forwards, batch_forwards, seconds, steps))
     return texts
@@ -123,14 +123,14 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device, padding: in
     return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
-def _count_forwards(output: Any, row: int, num_new: int) -> tuple[int, int]:
-    """Return the number of forward passes of a row, and of its batch."""
+def _count_forwards(output: Any, row: int, num_new: int, num_columns: int, block_size: int) -> tuple[int, int]:
+    """Return the number of forward passes of a row, and of its batch, which generated `num_columns` tokens."""
     # A plain decoder reports no count: it takes one forward pass per token.
-    in_batch = output.get("num_forward_passes")
-    if output.get("trace") is None:
-        return in_batch or num_new, in_batch or num_new
-    # In all other steps the row only waits for the rest of the batch.
-    return sum(bool(step.revealed[row].any()) for step in output.trace), in_batch or len(output.trace)
+    in_batch = output.get("num_forward_passes") or num_columns
+    if output.get("row_forward_passes") is not None:
+        return int(output.row_forward_passes[row]), in_batch
+    # Every block takes the same number of forward passes.
+    return in_batch * -(-num_new // block_size) // max(1, -(-num_columns // block_size)), in_batch
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from bd3lm_hf.generation.text_generation import Sample, SamplesFile, generate_batch, open_samples
 from bd3lm_hf.modeling.configuration_bd3lm import ARConfig
@@ -64,6 +65,23 @@ def test_a_model_with_one_source_of_randomness_writes_texts_one_by_one(randomize
     alone = generate_batch(model, [[0, 7]], 6, seeds=SEEDS[2:3], do_sample=True)
     assert together[2].ids == alone[0].ids and together[0].ids != together[1].ids
     assert [text.forwards for text in together] == [6, 6, 6]
+
+
+@pytest.mark.parametrize("kind", ["ours", "stock"])
+def test_a_text_that_ends_early_takes_fewer_forward_passes_than_its_batch(randomize, kind):
+    if kind == "ours":
+        model = randomize(ARForCausalLM(ARConfig(**SIZES))).eval()
+    else:
+        fields = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "bos_token_id": 0, "eos_token_id": 0}
+        model = randomize(GPT2LMHeadModel(GPT2Config(vocab_size=48, **fields))).eval()
+    prompts = [[0, token] for token in range(5, 21)]
+    whole = generate_batch(model, prompts, 12, seeds=range(16), do_sample=False)
+    assert {text.forwards for text in whole} == {text.batch_forwards for text in whole} == {12}
+    model.generation_config.eos_token_id = whole[0].new_ids[2]
+    ended = generate_batch(model, prompts, 12, seeds=range(16), do_sample=False, stop_at_eos=True)
+    assert [text.forwards for text in ended] == [len(text.new_ids) for text in ended]
+    longest = max(len(text.new_ids) for text in ended)
+    assert ended[0].forwards < longest and {text.batch_forwards for text in ended} == {longest}
 
 
 def test_sources_that_do_not_fit_the_rows_are_refused(tiny_model):
