@@ -154,7 +154,7 @@ def _json(file: BinaryIO, ending: str) -> Iterator[Record]:
         return
     try:
         document = json.loads(b"".join(content).decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         records = list(_json_lines(content))
         if any(record.content is not None for record in records):
             yield from records
@@ -186,7 +186,7 @@ def _json_lines(lines: Iterable[bytes]) -> Iterator[Record]:
 def _json_line(position: str, line: bytes) -> Record:
     try:
         return _object(position, json.loads(line.decode("utf-8")))
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
         return Record(position, None, f"is not JSON: {error}")
 
 

@@ -257,7 +257,7 @@ def _message(message: dict[str, Any], column: str) -> dict[str, Any]:
         message["role"] = "tool"
     if "function_call" in message:  # OpenAI's predecessor of tool_calls
         function = message.pop("function_call")
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(TypeError, ValueError, RecursionError):
             function = json.loads(function)
         message["tool_calls"] = [{"type": "function", "function": function}]
     for call in message.get("tool_calls", ()):
@@ -291,7 +291,7 @@ def _parse_arguments(call: Any) -> None:
         raise ValueError(f"has a tool call that is not an object: {call!r}")
     if isinstance(function.get("arguments"), str):
         # Arguments that are not JSON are learned as they are.
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             function["arguments"] = json.loads(function["arguments"])
 
 
@@ -301,7 +301,7 @@ def _tools(record: Mapping[str, Any]) -> str:
     value = record.get(column)
     try:
         tools = json.loads(value) if isinstance(value, str) and value else value
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"has a column {column!r} that is not JSON: {error}") from None
     if not tools:
         return ""

@@ -173,6 +173,7 @@ FAULTS = {
     6: ({"other": "x"}, "null"),
     7: ("[1]", "list"),
     8: ('{"text": "\\ud800"}', "surrogate '\\ud800'"),
+    9: ('{"text": ' + 100_000 * "[", "recursion"),
 }
 BAD = [fault for fault, _ in FAULTS.values()]
 LINES = [{"text": "first"}, *BAD[:2], "", *BAD[2:], {"text": "good"}]
@@ -192,6 +193,11 @@ def test_every_fault_of_a_line_is_named_with_file_and_line_and_skipped_on_reques
     refused(tmp_path, r"Line 1 of .*train\.jsonl'.*skip_bad_rows=True")
     assert loaded(tmp_path, skip_bad_rows=True) == ["good"]
     assert f"Skipped: Line 5 of {str(path)!r} " in caplog.text
+
+
+def test_a_document_that_is_nested_too_deeply_is_a_fault(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(100_000 * "[" + 100_000 * "]")
+    refused(tmp_path / "rows.json", "not JSON: .*recursion")
 
 
 @pytest.mark.parametrize("ending", ["txt", "json"])

@@ -129,6 +129,9 @@ def test_tool_calls_and_tools_are_kept_and_their_arguments_parsed() -> None:
     messages = read(messages=[CHAT[0], call, result, CHAT[1]])
     assert messages[1]["content"] == ""
     assert messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": None, "days": 2}
+    deep = 100_000 * "["
+    (message,) = read(messages=[{**call, "tool_calls": [{"function": {"name": "weather", "arguments": deep}}]}])
+    assert message["tool_calls"][0]["function"]["arguments"] == deep
     schema = Messages().resolved({"messages": OBJECTS, "tools": OBJECTS}, "set")
     tools = [{"function": {"name": "weather"}}]
     for value in (tools, json.dumps(tools)):
