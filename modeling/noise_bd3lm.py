@@ -288,7 +288,7 @@ def stratify(
 
 
 def _source(generator: torch.Generator | None) -> dict[str, Any]:
-    """Return `generator` as a keyword unless it is None, with which compiled code of varying lengths cannot draw."""
+    """Return the keyword `generator`, omitted if None, which fails in compiled code of varying lengths."""
     return {} if generator is None else {"generator": generator}
 
 

@@ -458,7 +458,7 @@ def _compiled_step(network: DecodingNetwork, shape: tuple[int, int], config: Com
         steps = _STEPS.setdefault(network.model, {})
         step = steps.pop(key, None)
         if step is None:
-            # A copy with its own code object, by which torch counts versions.
+            # A copy with its own code object: torch counts compiled versions per code object.
             copy: Any = types.FunctionType(static_step.__code__.replace(), static_step.__globals__)
             step = torch.compile(copy, **options)
         steps[key] = step
