@@ -20,7 +20,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-from .configuration_bd3lm import SAMPLING_EPS, BD3LMConfig, check_model_type, check_types
+from .configuration_bd3lm import SAMPLING_EPS, BD3LMConfig, check_model_type, check_sizes, check_types
 
 
 #: Which hidden state predicts the token at position i: that at i, or that at i - 1, as in an autoregressive model.
@@ -96,8 +96,7 @@ class BD3LMDecoderConfigMixin(_Configuration):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # that of the family
         self.return_dict = True
-        for name in ("block_size", "noise_draws", "eval_noise_draws"):
-            _check_positive(name, getattr(self, name))
+        check_sizes(self, "block_size", "noise_draws", "eval_noise_draws")
         check_types(self)
         self._drop_default_tokens()
         self._choose_length()
@@ -146,7 +145,7 @@ class BD3LMDecoderConfigMixin(_Configuration):
                 f"block_size={self.block_size} is longer than the {longest} tokens that this {self.model_type} can "
                 f"see: choose a smaller block_size."
             )
-        _check_positive("model_length", self.model_length)
+        check_sizes(self, "model_length")
         if self.model_length > longest:
             why = f"sliding_window={longest}" if slides(self) else f"max_position_embeddings={longest}"
             raise ValueError(
@@ -161,7 +160,7 @@ class BD3LMDecoderConfigMixin(_Configuration):
         Raises:
             ValueError: if it is not an integer >= 1, or does not divide `model_length`.
         """
-        _check_positive("block_size", self.block_size)
+        check_sizes(self, "block_size")
         assert self.model_length is not None  # chosen on construction
         if self.model_length % self.block_size:
             nearest = max(self.block_size, self.model_length // self.block_size * self.block_size)
@@ -212,11 +211,6 @@ def unsupported_reason(config: Any) -> str | None:
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         return "its ALiBi attention measures distances in columns, but the two streams share positions"
     return None
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}: give a whole number of at least 1.")
 
 
 class BD3LMLlamaConfig(BD3LMDecoderConfigMixin, LlamaConfig):
