@@ -51,7 +51,7 @@ from .decoder_backbone_bd3lm import (
     stream_mask,
 )
 from .inputs_bd3lm import Layout
-from .loss_bd3lm import chunked_cross_entropy, denoising_loss, loss_mask, masked_indices
+from .loss_bd3lm import chunked_cross_entropy, denoising_loss, divide_by_count, loss_mask, masked_indices
 from .modeling_bd3lm import BlockDiffusionMixin
 from .saving_bd3lm import SelfContainedMixin
 
@@ -228,15 +228,14 @@ class _TwoLossNetwork:
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Return the loss of all scored tokens, each given those before it, with [`denoising_loss`]'s denominator."""
-        own = {"ignore_bos": self.config.ignore_bos, "training": self.training}
         predicted = loss_mask(self.layout, labels, ignore_bos=True, training=False).counted[:, 1:]
         indices, is_predicted = masked_indices(predicted, 1.0, self.config)
         targets = labels[:, 1:].flatten()[indices].clamp(min=0)
         hidden = self.clean_hidden[:, :-1].flatten(0, 1)[indices]
         weights = torch.ones(targets.shape, device=targets.device) if is_predicted is None else is_predicted
         total = chunked_cross_entropy(hidden, self.logits_head(), targets, weights, self.config)
-        counted = loss_mask(self.layout, labels, **own).counted.sum().clamp(min=1)
-        return total / (counted if num_items_in_batch is None else num_items_in_batch)
+        scored = loss_mask(self.layout, labels, ignore_bos=self.config.ignore_bos, training=self.training)
+        return divide_by_count(total, scored.counted, num_items_in_batch)
 
 
 class BD3LMLlamaForMaskedLM(BD3LMDecoderMixin, LlamaForCausalLM):
