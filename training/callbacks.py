@@ -1,4 +1,4 @@
-"""Callbacks of a run: speed and utilisation (MFU), samples, signals that stop it, and what resuming needs."""
+"""Callbacks of a run: speed and utilisation (MFU), samples, stopping on signals, and exact resuming."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from bd3lm_hf.run_folder import SAMPLES_NAME
 from bd3lm_hf.tokenization import encode_prompt
 
 
-# Dense bfloat16 TFLOP/s with float32 accumulation, from the makers' data sheets. The first entry whose words are all
+# Dense bfloat16 TFLOP/s with float32 accumulation, from the vendors' data sheets. The first entry whose words are all
 # in the name of the device is used.
 _PEAK_TFLOPS = {
     "B200": 2250.0,
@@ -44,7 +44,7 @@ _PEAK_TFLOPS = {
 
 
 def num_parameters(model: nn.Module, *, only_trainable: bool = False) -> int:
-    """Count the parameters of a model, also those that DeepSpeed ZeRO-3 replaces by empty tensors."""
+    """Count the parameters of a model, including those that DeepSpeed ZeRO-3 replaces with empty tensors."""
     parameters = [p for p in model.parameters() if p.requires_grad or not only_trainable]
     return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
@@ -54,10 +54,10 @@ def forward_flops(
 ) -> tuple[float, float]:
     """Return the operations of the training forward pass over one sequence: those of weights, and those of attention.
 
-    A multiplication and an addition count as two. Only what the mathematics needs is counted: nothing that gradient
-    checkpointing repeats, and of attention the pairs that the block-causal masks allow. The clean stream leaves out
-    its last layer's queries, MLP and head. Of the noisy stream only masked positions pass the last layer's output
-    projection and MLP, and the head. Embeddings, norms and adaLN are not counted.
+    A multiplication and an addition count as two. Only what the mathematics needs is counted: no recomputation by
+    gradient checkpointing, and only the attention pairs that the block-causal masks allow. The clean stream skips the
+    last layer's queries and MLP, and the head. In the noisy stream only masked positions pass through the last layer's
+    output projection and MLP, and the head. Embeddings, norms and adaLN are not counted.
 
     Args:
         length: tokens of the sequence.
@@ -76,20 +76,19 @@ def forward_flops(
 
 
 def attended_pairs(length: int, block_size: int) -> int:
-    """Return the query-key pairs of one stream: a token sees earlier blocks and its own, whichever its stream."""
+    """Return the number of query-key pairs of one stream. In either stream a token sees its block and earlier ones."""
     blocks, rest = divmod(length, block_size)
     return block_size**2 * blocks * (blocks + 1) // 2 + rest * length
 
 
 def training_flops(model: Any, batch: int, length: int) -> int | None:
-    """Return the operations of forward and backward over `batch` sequences; None for models that are not counted here.
+    """Return the operations of forward and backward pass over `batch` sequences; None for other architectures.
 
-    A backward pass takes the forward's operations once for the gradient of the inputs and once for that of the
-    weights, of which frozen weights need none. The masked tokens are counted in expectation, over the model's current
-    interval of noise levels.
+    A backward pass repeats the forward's operations once for the gradient of the inputs and once for that of the
+    trained weights. The number of masked tokens is its expectation over the model's current interval of noise levels.
     """
     config = model.config
-    if type(config) is not BD3LMConfig:  # wrappers of the model have the same one, other architectures a subclass
+    if type(config) is not BD3LMConfig:  # a wrapped model has the same class, other architectures a subclass
         return None
     masked = mean_move_chance(config.noise, *model.interval()) * length
     weights, attention = forward_flops(config, length, masked, num_noise_samples=config.noise_draws)
@@ -127,7 +126,7 @@ class SpeedMeter(TrainerCallback):
 
     @staticmethod
     def now() -> float:
-        """Return the seconds of a clock that never goes back."""
+        """Return the time of a monotonic clock, in seconds."""
         return time.perf_counter()
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -140,7 +139,7 @@ class SpeedMeter(TrainerCallback):
     def since_last_log(self) -> dict[str, float]:
         """Return means since the last call: `tokens_per_second`, rounded to whole tokens, and `tflops_per_second`.
 
-        Where the peak is known also `mfu`, the share of it that is used. Empty before the first step.
+        If the peak is known, also `mfu`, the share of it that is used. Empty before the first step.
         """
         if not self.seconds:
             return {}
@@ -154,7 +153,7 @@ class SpeedMeter(TrainerCallback):
 
 
 def sample_options(model: Any, nucleus_p: float) -> dict[str, Any]:
-    """Return the nucleus as the argument that the model's `generate` takes it by."""
+    """Return the nucleus under the argument name that the model's `generate` takes."""
     config = model.generation_config
     return {"nucleus_p": nucleus_p} if hasattr(config, "nucleus_p") else {"top_p": nucleus_p}
 
@@ -162,7 +161,7 @@ def sample_options(model: Any, nucleus_p: float) -> dict[str, Any]:
 def sample_text(
     model: Any, tokenizer: Any, *, prompt: str = "", max_new_tokens: int = 64, seed: int = 0, **options: Any
 ) -> str:
-    """Continue `prompt` (or start from nothing); torch's random state stays as it was.
+    """Continue `prompt`, or start a new text if it is empty; torch's random state does not change.
 
     Args:
         options: for `generate`.
@@ -204,7 +203,7 @@ class TrainingStopped(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, 143 after SIGTERM, as shells have it."""
+        """130 after Ctrl-C, 143 after SIGTERM, as in a shell."""
         return 128 + self.signum
 
 
@@ -214,7 +213,7 @@ class SignalCallback(TrainerCallback):
     Signals reach processes at different moments, so the trainer sets `agreed` for all of them at the same step.
     """
 
-    # Launchers pass on a signal that the terminal has already sent. That copy is not the user's second signal.
+    # Launchers forward a signal that the terminal has already sent. That copy is not the user's second signal.
     _COPY_SECONDS = 3.0
 
     def __init__(self) -> None:
@@ -224,12 +223,12 @@ class SignalCallback(TrainerCallback):
         self._handlers: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Take over the signals, where Python allows it: in the main thread."""
+        """Install the handlers, in the main thread only."""
         self.received, self.agreed, pid = None, False, os.getpid()
 
         def receive(signum: int, frame: Any) -> None:
             if os.getpid() != pid:
-                return  # a worker of the data loader, which the step still needs
+                return  # a data loader's worker, which the current step still needs
             if self.received is None:
                 self.received, self._received_at = signum, time.monotonic()
                 if state.is_world_process_zero:
@@ -241,7 +240,7 @@ class SignalCallback(TrainerCallback):
                 self.restore()
                 signal.raise_signal(signum)
 
-        # Python runs signal handlers in the main thread only, and lets no other one set them.
+        # Python lets no other thread set signal handlers.
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[signum] = signal.signal(signum, receive)
@@ -253,7 +252,7 @@ class SignalCallback(TrainerCallback):
         return control
 
     def restore(self) -> None:
-        """Restore the handlers that were there before."""
+        """Restore the previous handlers."""
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
         self._handlers = {}
@@ -292,8 +291,8 @@ class RunningLoss:
     from that of the uninterrupted run wherever a save does not coincide with a log.
 
     Args:
-        device: where the losses live.
-        gather: gives every process the numbers of all of them, `(1,)` -> `(processes,)`.
+        device: device of the losses.
+        gather: collects the values of all processes on each of them, `(1,)` -> `(processes,)`.
     """
 
     def __init__(self, device: torch.device, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -303,7 +302,7 @@ class RunningLoss:
         self.logged_total = 0.0  # mean over the processes, summed over the steps up to logged_step
 
     def add(self, loss: torch.Tensor) -> None:
-        """Add the part of one micro-batch in the loss of its optimizer step, a scalar."""
+        """Add a micro-batch's share of the loss of its optimizer step, a scalar."""
         self.sum += loss
 
     def mean_since_last_log(self, step: int) -> float:
@@ -321,12 +320,12 @@ class RunningLoss:
         return (self.logged_total + self.gather(self.sum).mean().item()) / max(1, step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, as JSON; the same on every process."""
+        """Return the state that a resumed run needs, as JSON; it is the same on every process."""
         sums = self.gather(self.sum).tolist()
         return {"sums": sums, "logged_step": self.logged_step, "logged_total": self.logged_total}
 
     def load_state_dict(self, state: dict[str, Any], process: int, processes: int) -> None:
-        """Continue from a checkpoint. With another number of processes each takes the mean of the sums."""
+        """Continue from a checkpoint. If the number of processes has changed, each takes the mean of the sums."""
         sums = state["sums"]
         self.sum.fill_(sums[process] if len(sums) == processes else sum(sums) / len(sums))
         self.logged_step, self.logged_total = state["logged_step"], state["logged_total"]
@@ -343,7 +342,7 @@ class ResumableFlow(TrainerCallback):
         self.waiting = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Log, evaluate and save as often as the arguments say, not as often as the resumed state does."""
+        """Log, evaluate and save as often as the arguments say, which may differ from the resumed state."""
         state.compute_steps(args, state.max_steps)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:

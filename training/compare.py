@@ -1,8 +1,8 @@
 """`bd3lm compare`: train several models on the same text for the same number of tokens, and put them in one table.
 
-1. Read the recipe: what is compared, with which seeds, and the fields that are common to all.
-2. Train each model with each seed; a run that is complete is not repeated.
-3. Generate samples with each, and score them by a reference model, the judge.
+1. Read the recipe: the models, the seeds, and the fields that all runs share.
+2. Train each model with each seed; completed runs are not repeated.
+3. Generate samples with each, and score them with a reference model, the judge.
 4. Print the table and write it next to the runs.
 """
 
@@ -39,14 +39,14 @@ logger = logging.get_logger("bd3lm_hf.compare")
 PAPER = "paper"
 
 TABLE_NAME = "comparison.json"
-# Tells our recipe of a run from a file of that name that somebody else wrote.
+# Distinguishes our recipe of a run from a foreign file of that name.
 _RECIPE_HEADER = "# Written by bd3lm compare: the fields of this run."
 _TEXTS_PER_BATCH = 16
 _OWN_FIELDS = ("models", "seeds", "num_texts", "text_length", "judge")
 
 
 class Plan(NamedTuple):
-    """The runs to compare, and how."""
+    """The runs to compare, and how to compare them."""
 
     models: Mapping[str, Mapping[str, Any]]  # name -> the fields in which it differs
     seeds: Sequence[int]
@@ -63,7 +63,7 @@ class ComparedModel(NamedTuple):
     model: str
     seed: int
     perplexity: float | None  # of held-out text; None without a likelihood
-    exact: bool  # whether the perplexity is exact and not an upper bound
+    exact: bool  # whether the perplexity is exact, not an upper bound
     training_tokens: int
     training_tokens_per_second: float | None  # None if the run was too short to log it
     generative_perplexity: float  # of its samples, under the judge
@@ -119,7 +119,7 @@ def read_plan(argv: Sequence[str]) -> Plan:
 
 
 def _check_order(models: Mapping[str, Any], chosen: Sequence[str]) -> None:
-    """Refuse a model that starts from another one of the comparison which is not trained before it."""
+    """Refuse a model that starts from another model of the comparison that is not trained before it."""
     for number, name in enumerate(chosen):
         start = models[name].get("init_from")
         if start in models and start not in chosen[:number]:
@@ -144,13 +144,13 @@ def _overrides(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _value(words: Sequence[str]) -> Any:
-    """Return a value of the command line as a recipe has it; several words are a list."""
+    """Parse command-line words as a value in a recipe; several words make a list."""
     values = [yaml.safe_load(word) for word in words]
     return values if len(values) > 1 else values[0]
 
 
 def compare_models(plan: Plan) -> list[ComparedModel]:
-    """Train the models without a complete run, generate samples with all of them, and score these."""
+    """Train the models that have no complete run, generate samples with all models, and score them."""
     _check_files(plan)
     _check_runs(plan)
     results: dict[tuple[str, int], dict[str, Any]] = {}
@@ -158,7 +158,7 @@ def compare_models(plan: Plan) -> list[ComparedModel]:
     for seed in plan.seeds:
         for name in plan.models:
             results[name, seed] = _trained(plan, name, seed)
-            # Complete runs count as fast ones, so the estimate is low after a restart.
+            # Runs completed earlier count as fast ones, so the estimate is low after a restart.
             left = (time.monotonic() - started) / len(results) * (runs - len(results))
             logger.warning("run %d of %d is complete; about %.0f min left to train", len(results), runs, left / 60)
     rows: list[ComparedModel] = []
@@ -185,7 +185,7 @@ def compare_models(plan: Plan) -> list[ComparedModel]:
                 estimator=result.get("estimator", ""),
             )
         )
-        # After every model, so that a comparison that is stopped keeps what it has.
+        # After every model, so that an interrupted comparison keeps its results.
         write_atomically(plan.folder / TABLE_NAME, json.dumps([row._asdict() for row in rows], indent=2) + "\n")
     return rows
 
@@ -227,7 +227,7 @@ def _is_table(path: Path) -> bool:
 
 
 def _check_runs(plan: Plan) -> None:
-    """Refuse the values that a run would refuse, before the first run writes or trains anything."""
+    """Refuse values that any run would refuse, before the first run writes or trains anything."""
     with TemporaryDirectory() as folder:
         for name in plan.models:
             recipe = Path(folder, f"{name}.yaml")
@@ -256,7 +256,7 @@ def _trained(plan: Plan, name: str, seed: int) -> dict[str, Any]:
 
 
 def _steps(plan: Plan, results: Mapping[tuple[str, int], Mapping[str, Any]], name: str, seed: int) -> int:
-    """Return the steps that the weights of a run took, those of the model that it starts from included."""
+    """Return the training steps of a run's weights, including those of the model that it starts from."""
     start = plan.models[name].get("init_from")
     before = _steps(plan, results, start, seed) if start is not None and start in plan.models else 0
     return before + int(results[name, seed]["steps"])
@@ -293,7 +293,7 @@ class Samples(NamedTuple):
 def generate_samples(model: Any, count: int, length: int, *, seed: int) -> Samples:
     """Generate `count` samples of `length` tokens from the BOS token and the whole distribution."""
     ends = model.config.eos_token_id
-    # Many decoders have no BOS token: the token that ends a document separates it from the next.
+    # Many decoders have no BOS token: their samples start with EOS, which separates documents.
     begin = model.config.bos_token_id
     if begin is None:
         begin = ends[0] if isinstance(ends, list) else ends
@@ -321,7 +321,7 @@ def generate_samples(model: Any, count: int, length: int, *, seed: int) -> Sampl
 
 
 def comparison_table(rows: Sequence[ComparedModel]) -> str:
-    """Return the comparison as markdown: means over seeds, with the range of several."""
+    """Return the comparison as markdown: means over seeds, and the range if there are several."""
     lines = [
         "| model | held-out perplexity | generative perplexity | entropy | forwards per token | in a batch "
         "| ms per token | training tokens/s |",
@@ -360,11 +360,11 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Compare as the words of the command line say; `bd3lm_hf.cli` reports errors and has the help."""
+    """Run `bd3lm compare` with these arguments; `bd3lm_hf.cli` reports errors and shows the help."""
     plan = read_plan(argv)
     try:
         rows = compare_models(plan)
-    except KeyboardInterrupt:  # of training, it advises to resume a run, which here begins again
-        print("interrupted: complete runs are kept, and the same command continues.", file=sys.stderr)
+    except KeyboardInterrupt:  # its own message advises to resume a run, but here that run starts again
+        print("interrupted: complete runs are kept; repeat the command to continue.", file=sys.stderr)
         raise
     print(comparison_table(rows))

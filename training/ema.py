@@ -1,11 +1,11 @@
 """An exponential moving average of the weights, as published: shadow -= (1 - d) (shadow - weight) after every step.
 
 With warm-up the decay of update n, counted from 1, is d = min(decay, (1 + n) / (10 + n)). Evaluation, text samples and
-the saved model use the average. Training continues from the raw weights: a checkpoint holds both, so that a resumed
-run repeats an uninterrupted one. `weights.json` in every saved folder says which weights it holds.
+the saved model use the average. Training continues from the raw weights: a checkpoint contains both, so that a resumed
+run repeats an uninterrupted one. `weights.json` in every saved folder says which weights it contains.
 
-torch's `AveragedModel` does not serve here: it keeps a second model in the precision of the weights, frozen ones
-included, copies the weights in its first update, and cannot be made of sharded weights.
+torch's `AveragedModel` does not work here: it keeps a second model in the precision of the weights, frozen ones
+included, copies the weights in its first update, and does not support sharded weights.
 """
 
 import json
@@ -34,9 +34,9 @@ logger = logging.get_logger("bd3lm_hf.train")
 
 
 class WeightAverage:
-    """The averages of a model's trainable weights, in float32; of sharded weights the part of this process.
+    """The averages of a model's trainable weights, in float32; for sharded weights the part of this process.
 
-    Buffers are not averaged: the model keeps those of its interval.
+    Buffers are not averaged: the model keeps its interval of noise levels.
 
     Args:
         model: prepared for training, so that its parameters are those that the optimizer changes.
@@ -66,7 +66,7 @@ class WeightAverage:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Put the averages into the model, and restore its own weights afterwards, whatever happens."""
+        """Put the averages into the model, and restore its own weights afterwards, even after an error."""
         reshard(self.model)
         weights = {name: local_part(p) for name, p in self.parameters.items()}
         raw = {name: tensor.clone() for name, tensor in weights.items()}
@@ -84,9 +84,9 @@ class WeightAverage:
             tensor.copy_(values[name])
 
     def save(self, folder: str | Path, *, write: bool = True) -> None:
-        """Write `ema.safetensors`. All processes take part, and those that should `write` do.
+        """Write `ema.safetensors`. All processes must call this; only those with `write` write.
 
-        It holds the averages by the names of their parameters and, as metadata, the number of updates.
+        The file contains the averages by parameter name and, as metadata, the number of updates.
         """
         tensors = {}
         for name, shadow in self.shadows.items():
@@ -108,7 +108,7 @@ class WeightAverage:
         if not path.is_file():
             raise ValueError(
                 f"the checkpoint {folder} holds no {EMA_NAME}: its run kept no average, so --ema_decay {self.decay} "
-                f"cannot go on from it. Resume with --ema_decay 0, or start a new run with --init_from {folder}."
+                f"cannot continue from it. Resume with --ema_decay 0, or start a new run with --init_from {folder}."
             )
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
@@ -131,31 +131,31 @@ class WeightAverage:
 
 
 def _sort_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file, whose order changes from one process to the next."""
+    """Sort the metadata of a safetensors file, whose order varies between processes."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # else another version writes it more densely: leave it
+        if len(text) <= size:  # else another version of safetensors writes it more compactly: leave it
             file.seek(8)
             file.write(text.ljust(size))
 
 
 class AverageCallback(TrainerCallback):
-    """Keep the average of the model that a Trainer trains, as `average` once training has begun."""
+    """Keep the average of a Trainer's model; `average` is set once training has begun."""
 
     def __init__(self, decay: float, warmup: bool) -> None:
         self.decay, self.warmup = decay, warmup
         self.average: WeightAverage | None = None
 
     def start(self, model: Any) -> WeightAverage:
-        """Begin at the weights of `model`."""
+        """Start an average at the weights of `model`."""
         self.average = WeightAverage(model, decay=self.decay, warmup=self.warmup)
         return self.average
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Begin, unless a checkpoint's average is being continued."""
+        """Start, unless a checkpoint's average is being continued."""
         if self.average is None or not state.global_step:
             self.start(kwargs["model"])
 
@@ -177,8 +177,8 @@ class AveragingTrainer(Trainer):
     """transformers' Trainer with an average of the weights, also under DDP, FSDP2 and DeepSpeed ZeRO-2.
 
     Args:
-        as in transformers' `Trainer`; `args` is a [`BD3LMTrainingArguments`], of which `ema_decay` and `ema_warmup`
-        are read here.
+        as in transformers' `Trainer`; `args` is a [`BD3LMTrainingArguments`], whose `ema_decay` and `ema_warmup` are
+        used here.
     """
 
     args: BD3LMTrainingArguments
@@ -192,15 +192,15 @@ class AveragingTrainer(Trainer):
         self._evaluated: Any = None  # the model with averaged weights, while they are in use
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Make the accelerator, refuse ways of sharding that would fail later, and keep noise in float32."""
+        """Create the accelerator, refuse kinds of sharding that would fail later, and keep noise in float32."""
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled:
             prepare_fsdp(self.accelerator.state.fsdp_plugin)
         stage = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
         if stage == 3 and self.args.ema_decay:
             raise ValueError(
-                f"--ema_decay {self.args.ema_decay} is not kept under DeepSpeed ZeRO-3, which keeps the weights "
-                f"outside of torch's parameters: use FSDP2 (training/launch/fsdp2.yaml) or ZeRO-2, or --ema_decay 0."
+                f"--ema_decay {self.args.ema_decay} is not supported with DeepSpeed ZeRO-3, which keeps the weights "
+                f"outside torch's parameters: use FSDP2 (training/launch/fsdp2.yaml) or ZeRO-2, or --ema_decay 0."
             )
 
     @property
@@ -210,10 +210,10 @@ class AveragingTrainer(Trainer):
 
     @contextmanager
     def averaged_weights(self) -> Iterator[Any]:
-        """Use the averaged weights: yield the model to evaluate, and restore the raw weights whatever happens.
+        """Yield the model to evaluate, with the averaged weights; restore the raw weights even after an error.
 
-        It is the trained model itself, or with sharded weights a whole copy, which every process may use without the
-        others. Without an average it has the raw weights. All processes enter together.
+        It is the trained model itself, or if its weights are sharded a whole copy, which each process can use alone.
+        Without an average it has the raw weights. All processes must enter together.
         """
         if self._evaluated is not None:
             yield self._evaluated
@@ -225,7 +225,7 @@ class AveragingTrainer(Trainer):
                 # FSDP and DeepSpeed leave the model on the CPU until training begins.
                 model.to(self.args.device)
             self._evaluated = whole_model(model) if sharded else model
-            # Callbacks get the weights that are evaluated.
+            # Callbacks get the model that is evaluated.
             self.callback_handler.model, trained = self._evaluated, self.callback_handler.model
             try:
                 yield self._evaluated
@@ -243,7 +243,7 @@ class AveragingTrainer(Trainer):
         if self.averaging is not None:
             self.averaging.start(self.model).load(checkpoint)
         elif Path(checkpoint, EMA_NAME).is_file():
-            logger.warning(f"{checkpoint} holds averaged weights, which this run drops: it has no --ema_decay.")
+            logger.warning(f"{checkpoint} has averaged weights, which this run drops: it has no --ema_decay.")
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -277,23 +277,23 @@ class AveragingTrainer(Trainer):
             Path(folder, WEIGHTS_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-# Weights that are spread over processes (FSDP2, DeepSpeed ZeRO-3). All processes must call what gathers them
+# Sharded weights (FSDP2, DeepSpeed ZeRO-3). All processes must call the functions that gather them
 
 
 def has_shards(model: nn.Module) -> bool:
-    """Whether any weight of a model is split over several processes."""
+    """Return whether any weight of a model is sharded over several processes."""
     return any(map(is_sharded, model.modules()))
 
 
 def reshard(model: nn.Module) -> None:
-    """Drop gathered copies of weights: FSDP2 keeps some after a forward pass, and changes would not reach them."""
+    """Drop gathered copies of weights: FSDP2 keeps some after a forward pass, and they would miss later changes."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def prepare_fsdp(plugin: Any) -> None:
-    """Have accelerate's FSDP plugin keep noise and loss in float32.
+    """Make accelerate's FSDP plugin keep noise and loss in float32.
 
     Raises:
         ValueError: if the plugin has version 1, which flattens the weights.
@@ -303,29 +303,29 @@ def prepare_fsdp(plugin: Any) -> None:
             f"fsdp_version {plugin.fsdp_version} is not supported: use 2, as in training/launch/fsdp2.yaml."
         )
     if plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = spare_float32(plugin.mixed_precision_policy)
+        plugin.mixed_precision_policy = keep_float32(plugin.mixed_precision_policy)
 
 
-def spare_float32(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
+def keep_float32(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
     """Return a policy that computes in low precision, but keeps noise, loss and sums of gradients in float32."""
     return replace(policy, cast_forward_inputs=False, output_dtype=None, reduce_dtype=torch.float32)
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the part of a tensor that this process holds; it shares the memory."""
+    """Return the part of a tensor that this process holds, sharing its memory."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def part_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the part of a whole tensor that this process holds when it is spread as `like` is."""
+    """Return the part of a whole tensor that this process would hold if it were sharded as `like` is."""
     if isinstance(like, DTensor):
         tensor = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return local_part(tensor)
 
 
 def whole(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the whole tensor, gathered from parts that are spread as `like` is."""
+    """Return the whole tensor, gathered from parts that are sharded as `like` is."""
     if not isinstance(like, DTensor):
         return part
     shape, stride = like.shape, like.stride()
@@ -333,22 +333,22 @@ def whole(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def whole_model(model: Any) -> Any:
-    """Return a copy of a sharded model with every weight whole, which runs without the other processes.
+    """Return a copy of a sharded model with whole weights, which runs without the other processes.
 
-    This takes the memory of the weights, a fraction of what training takes with gradients and moments.
+    It takes the memory of the weights, a fraction of what training takes with gradients and moments.
 
     Raises:
         ValueError: if the model is wrapped, for example by PEFT.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"a {type(model).__name__} cannot be evaluated while its weights are spread over processes: train it "
+            f"a {type(model).__name__} cannot be evaluated while its weights are sharded over processes: train it "
             f"with DDP (training/launch/ddp.yaml)."
         )
     reshard(model)
-    # `fully_shard` replaces the class of a model by a subclass, which could not be saved.
+    # `fully_shard` replaces the class of a model with a subclass, which could not be saved.
     plain: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-    # Without memory for weights that are replaced below.
+    # Allocate nothing for weights that are replaced below.
     with torch.device("meta"):
         copy: Any = plain(model.config)
     copy.generation_config = model.generation_config
@@ -365,8 +365,8 @@ def whole_model(model: Any) -> Any:
 
 
 def _gathered(parameter: nn.Parameter) -> Any:
-    """Return a context in which a weight that ZeRO-3 spreads is whole."""
+    """Return a context in which a weight sharded by ZeRO-3 is whole."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
-    # Not one of our requirements. A model has such weights only if deepspeed is installed.
+    # deepspeed is not a requirement of ours, but a model has such weights only if it is installed.
     return import_module("deepspeed").zero.GatheredParameters([parameter])

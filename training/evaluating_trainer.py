@@ -1,7 +1,7 @@
-"""`EvaluatingTrainer`: evaluation by likelihood in place of logits, with noise that depends on the sequence alone.
+"""`EvaluatingTrainer`: evaluation by likelihood instead of logits, with noise that depends on the sequence alone.
 
-Held-out sequences are scored with `model.token_nll`, so that one evaluation compares with the next, and the best
-checkpoint is the best. `compute_metrics` and `predict` receive the NLL of every token and the mask of scored tokens.
+Held-out sequences are scored with `model.token_nll` and the same noise each time, so evaluations can be compared to
+find the best checkpoint. `compute_metrics` and `predict` receive the NLL of every token and the mask of scored tokens.
 """
 
 from typing import Any
@@ -28,10 +28,10 @@ from bd3lm_hf.training.interval import IntervalSearch, interval_metrics, record_
 
 
 class EvaluatingTrainer(AveragingTrainer):
-    """A Trainer that evaluates by likelihood; of a model that has none (`has_likelihood = False`), by its loss.
+    """A Trainer that evaluates by likelihood, or by loss if the model has no likelihood (`has_likelihood = False`).
 
     Args:
-        bytes_per_token: mean UTF-8 bytes of a token of the held-out text, for bits per byte.
+        bytes_per_token: mean UTF-8 bytes per token of the held-out text, for bits per byte.
 
     Raises:
         ValueError: if `compute_metrics` is given for a model without a likelihood, or `preprocess_logits_for_metrics`
@@ -59,10 +59,10 @@ class EvaluatingTrainer(AveragingTrainer):
     ) -> dict[str, float]:
         """Score held-out sequences with the averaged weights, on all processes; log nll, perplexity and bits.
 
-        Of a model without a likelihood only the loss is logged. With `compute_metrics`, its metrics are logged too.
+        For a model without a likelihood only the loss is logged. With `compute_metrics`, its metrics are logged too.
 
-        In training, with `args.interval_search`, the interval of noise levels is then searched on the (first) held-out
-        set of the run.
+        During training, `args.interval_search` then searches the interval of noise levels on the (first) held-out set
+        of the run.
 
         Args:
             eval_dataset: sequences, a mapping of names to sequences, or one such name; `self.eval_dataset` by default.
@@ -130,10 +130,10 @@ class EvaluatingTrainer(AveragingTrainer):
     def score(self, sequences: Any, *, estimator: str | None = None, indices: Any = None) -> Perplexity | HeldOutLoss:
         """Return the perplexity of `sequences` under the averaged weights; processes share the work and the result.
 
-        Of a model without a likelihood it is the loss.
+        For a model without a likelihood, return the loss.
 
         Args:
-            estimator: as in `token_nll`; `args.eval_estimator` by default. A loss has none.
+            estimator: as in `token_nll`; `args.eval_estimator` by default. Unused for a loss.
             indices: score these sequences only. The noise of a sequence depends on its index, not on the others.
         """
         started = SpeedMeter.now()
@@ -162,11 +162,11 @@ class EvaluatingTrainer(AveragingTrainer):
             raise ValueError(f"--{name} {estimator} does not fit: {error}") from error
 
     def _shared(self, measure: Any, sequences: Any, *, indices: Any = None, **options: Any) -> list[Any]:
-        """Measure some sequences (all by default) by all processes together; every process gets all scores."""
+        """Measure some sequences (by default all) on all processes together; every process gets all scores."""
         args = self.args
         indices = range(len(sequences)) if indices is None else indices
         options |= {
-            # Every world_size-th sequence: processes have equal work, whatever the order of lengths.
+            # Every world_size-th sequence, so that processes have equal work even if lengths are sorted.
             "indices": indices[args.process_index :: args.world_size],
             "num_samples": args.eval_num_samples,
             "batch_size": args.eval_batch_size,
@@ -190,9 +190,9 @@ class EvaluatingTrainer(AveragingTrainer):
     def search_interval(self, sequences: Any) -> IntervalSearch:
         """Choose the interval of noise levels by the losses of `sequences`; every process adopts and returns the same.
 
-        The losses are those of the averaged weights, as published; the trained model adopts the interval.
-        Logs the winner and its variance, and writes every candidate's to the output folder. A batch of the statistic
-        is one evaluation batch of all processes together. With `args.interval_search_fixed` the model keeps its own.
+        The losses are those of the averaged weights, as published; the trained model adopts the interval, unless
+        `args.interval_search_fixed` is set. The winner and its variance are logged, and every candidate's variance is
+        written to the output folder. A batch of the statistic is one evaluation batch of all processes together.
         """
         args = self.args
         with self.averaged_weights() as model, self.accelerator.autocast():
@@ -209,7 +209,7 @@ class EvaluatingTrainer(AveragingTrainer):
         if not args.interval_search_fixed:
             trained = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             if args.torch_compile and trained.interval() != found.interval:
-                # An interval is part of the compiled code, of which torch keeps 8 versions before it gives up.
+                # The interval is part of the compiled code, and torch gives up after 8 versions of it.
                 torch.compiler.reset()
             trained.set_interval(*found.interval)
         self.log(interval_metrics(found))
@@ -227,7 +227,7 @@ def _stack(tokens: list[TokenScores]) -> tuple[tuple[Any, Any], Any]:
 
 
 def _metrics(result: Perplexity | HeldOutLoss) -> dict[str, float]:
-    """Return what is logged of an evaluation."""
+    """Return the logged numbers of an evaluation."""
     measured = {"standard_error": result.standard_error, "runtime": result.seconds}
     if isinstance(result, HeldOutLoss):
         return {"loss": result.loss, **measured}

@@ -1,10 +1,10 @@
-"""The order of training examples, their noise and the size of their blocks, whatever the layout of a run.
+"""The order of training examples, their noise and their block size, independent of the layout of a run.
 
 The global index of an example is `epoch * examples_per_epoch + position in the epoch's order`. One process with batch
 8, two with batch 4, and four accumulated batches of 2 therefore take the same optimizer steps with the same noise.
 
-A curriculum of block sizes begins with small blocks, which are close to an autoregressive model, and goes on to larger
-ones. A block size shapes attention and noise, never a weight, so it may change from step to step.
+A curriculum of block sizes begins with small blocks, which are close to an autoregressive model, and continues with
+larger ones. The block size affects attention and noise but no weight, so it can change from step to step.
 """
 
 import functools
@@ -32,7 +32,7 @@ class EpochOrder(Dataset):
 
     Items are addressed by `(global index, dataset index)` pairs, which [`EpochSampler`] yields; each item is the
     example with its global index under `"example_index"`. The last step of an epoch is filled with the first examples
-    of the same permutation, under indices of their own, so that no example is ever left out.
+    of the same permutation, under new global indices, so that no example is ever left out.
 
     Args:
         examples: a sized dataset of mappings.
@@ -57,7 +57,7 @@ class EpochOrder(Dataset):
         return -(-len(self.examples) // self.group_size) * self.group_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next; accelerate calls this on the dataset of its loaders."""
+        """Set the epoch of the next iteration; accelerate calls this on the dataset of its loaders."""
         self.epoch = epoch
 
     def permutation(self, epoch: int) -> torch.Tensor:
@@ -119,11 +119,11 @@ class EndlessStream(IterableDataset):
         """Start at a recorded position.
 
         Raises:
-            ValueError: if the position belongs to another stream, or to steps of another size.
+            ValueError: if the position belongs to another stream, or the step size has changed.
         """
         if position["group_size"] != self.group_size:
             raise ValueError(
-                f"The position of the stream was recorded with {position['group_size']} sequences a step, but it is "
+                f"The position of the stream was recorded with {position['group_size']} sequences per step, but it is "
                 f"now {self.group_size}: resume with the same global batch size, or start a new run."
             )
         self.stream.load_state_dict(position)
@@ -147,12 +147,12 @@ class EndlessStream(IterableDataset):
 
     def _pass_from(self, index: int) -> Iterator[dict[str, Any]]:
         """Yield the rest of a pass."""
-        # A pass may begin inside a step, as its length need not be a multiple of the step's.
+        # A pass may begin inside a step, since its length need not be a multiple of the step size.
         examples = iter(self.stream)
         while True:
+            # The position before the first example of a step is the position after the previous step.
             if index % self.group_size == 0:
                 self._record(index // self.group_size)
-            # The position before the first example of a step is that after the step before it.
             example = next(examples, None)
             if example is None:
                 return
@@ -176,7 +176,7 @@ class PaddingCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        # Fine-tuning examples bring labels, packed text only ids; both become the same three columns.
+        # Fine-tuning examples have labels, packed text only ids; both become the same three columns.
         columns: dict[str, list[torch.Tensor]] = {"input_ids": [], "labels": [], "attention_mask": []}
         for example in examples:
             ids = torch.as_tensor(example["input_ids"], dtype=torch.long)
@@ -192,21 +192,21 @@ class PaddingCollator:
 
 
 class BlockSizeSchedule(NamedTuple):
-    """Block sizes, each with the number of optimizer steps that it lasts; the last one lasts until the end."""
+    """Block sizes, each with its number of optimizer steps; the last one lasts until the end."""
 
     sizes: tuple[int, ...]
     steps: tuple[int, ...]
 
     @classmethod
     def parse(cls, text: str) -> "BlockSizeSchedule":
-        """Read `size:steps,size:steps,...`, for example `1:500,4:500,16:0`; the last number of steps is 0.
+        """Parse `size:steps,size:steps,...`, for example `1:500,4:500,16:0`; the last number of steps is 0.
 
         Raises:
-            ValueError: if it is written differently.
+            ValueError: if the text has another form.
         """
         stages = [re.fullmatch(r"(\d+):(\d+)", stage.strip()) for stage in text.split(",")]
         sizes, steps = ([int(stage[k]) for stage in stages if stage] for k in (1, 2))
-        # Only the last stage has 0 steps, so any other would never be left.
+        # 0 steps mean until the end, so they are for the last stage only.
         if not all(stages) or min(sizes) < 1 or min(steps[:-1], default=1) < 1 or steps[-1] != 0:
             raise ValueError(
                 f"--block_size_schedule {text}: write size:steps for each stage, with 0 steps for the last, which "
@@ -215,7 +215,7 @@ class BlockSizeSchedule(NamedTuple):
         return cls(tuple(sizes), tuple(steps))
 
     def size_at(self, step: int) -> int:
-        """Return the block size of the optimizer step after `step` steps."""
+        """Return the block size of the optimizer step that follows `step` steps."""
         for size, steps in zip(self.sizes[:-1], self.steps, strict=False):
             if step < steps:
                 return size
@@ -236,7 +236,7 @@ class BlockSizeSchedule(NamedTuple):
 
 
 class BlockSizeCallback(TrainerCallback):
-    """Set the block size of the model before each step, and the last one at the end, which is then saved."""
+    """Set the block size of the model before each step, and at the end the last size, which is saved."""
 
     def __init__(self, schedule: BlockSizeSchedule) -> None:
         self.schedule = schedule
@@ -249,7 +249,7 @@ class BlockSizeCallback(TrainerCallback):
 
 
 class NoiseCollator:
-    """Add to a batch the noise of its examples: `block_noise`, `token_noise` and `count_noise`.
+    """Add the noise of its examples to a batch: `block_noise`, `token_noise` and `count_noise`.
 
     It also checks the text on the CPU, where that costs no synchronisation.
 
@@ -260,9 +260,9 @@ class NoiseCollator:
             without noise, which has no blocks, gets none.
         seed: fixes the noise of all examples.
         group_size: examples of one optimizer step; noise levels are stratified over them.
-        num_noise_samples: noise samples of each example; more than one are an axis of their own after the batch.
+        num_noise_samples: noise samples of each example; more than one get their own axis after the batch.
         check: refuses a faulty batch, see [`check_text`].
-        schedule: block sizes by optimizer step; batches are made before their step begins.
+        schedule: block sizes by optimizer step, which `config` does not show yet: batches are made in advance.
     """
 
     def __init__(
@@ -280,13 +280,13 @@ class NoiseCollator:
         self.seed, self.group_size, self.num_noise_samples = seed, group_size, num_noise_samples
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        # The index belongs to the noise: the collator that stacks columns, perhaps a caller's own, does not know it.
+        # The index is only for the noise: the inner collator, perhaps a caller's own, does not know it.
         indices = [int(example[EXAMPLE_INDEX]) for example in examples]
         batch = self.collate([{k: v for k, v in example.items() if k != EXAMPLE_INDEX} for example in examples])
         input_ids = batch["input_ids"]
         self.check(self.config, input_ids, batch.get("labels", input_ids), batch.get("attention_mask"))
         length, longest = input_ids.shape[1], self.config.model_length
-        blocks, most_blocks = (self._num_blocks(tokens, indices[0] // self.group_size) for tokens in (length, longest))
+        blocks, max_blocks = (self._num_blocks(tokens, indices[0] // self.group_size) for tokens in (length, longest))
         if not blocks:
             return batch
         if length > longest:
@@ -298,7 +298,7 @@ class NoiseCollator:
             indices,
             seed=self.seed,
             group_size=self.group_size,
-            num_blocks=most_blocks,
+            num_blocks=max_blocks,
             length=longest,
             num_noise_samples=self.num_noise_samples,
         )
@@ -323,7 +323,7 @@ def noise_of_examples(
         indices: global index of each example.
         group_size: examples of one optimizer step, over all processes.
         num_noise_samples: noise samples of each example, which are stratified too, see [`stack_noise`]. The first one
-            takes the random numbers that a single one would take.
+            uses the same random numbers as a single one.
 
     Returns:
         [`Noise`] on the CPU, one row for each example.
@@ -335,10 +335,10 @@ def noise_of_examples(
         for index, generator in zip(indices, generators, strict=True):
             group, slot = divmod(int(index), group_size)
             strata = _strata_of_group(seed, group, sample, group_size * num_blocks)
-            # One call for all three kinds of noise: the numbers of an example are the same whatever the batch.
+            # One call for all three kinds of noise, so the numbers of an example do not depend on its batch.
             uniform = torch.rand(2 * num_blocks + length, generator=generator)
             block, count, token = uniform.split([num_blocks, num_blocks, length])
-            # The example's blocks have their own slots of the group's permutation: each stratum is hit once per step.
+            # Each block has its own slot in the group's permutation, so each stratum is hit exactly once per step.
             in_stratum = block + strata[slot * num_blocks : (slot + 1) * num_blocks]
             per_example.append(Noise(in_stratum / (group_size * num_blocks), token, count))
         samples.append(Noise(*(torch.stack(field) for field in zip(*per_example, strict=True))))

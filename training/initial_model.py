@@ -1,8 +1,8 @@
 """The model that a run starts from: a new one, a checkpoint (perhaps of another block size), or a stock decoder.
 
-The paper trains 850,000 steps at block = length and 150,000 more at the block size it wants. A block size shapes
-attention and noise, never a weight, so training continues with all weights. What was learned about the noise of the
-old blocks, their interval of noise levels, is dropped.
+The paper trains 850,000 steps at block = length and 150,000 more at the final block size. The block size affects
+attention and noise but no weight, so training continues with all weights. Only the interval of noise levels, which was
+learned for the old block size, is dropped.
 """
 
 import os
@@ -26,13 +26,13 @@ from bd3lm_hf.user_files import BASE_NAME
 
 logger = logging.get_logger("bd3lm_hf.train")
 
-# Defaults for decoders that are adapted.
+# Defaults for adapted decoders.
 _DECODER_BLOCK, _DECODER_LENGTH = 4, 1024
 
 _INTERVAL = ("sampling_eps_min", "sampling_eps_max")
 
-# Fields that decide the shape of the weights or the inputs that they were trained with, and their names in
-# transformers' own models. Any other field may change.
+# Fields that determine the shape of the weights or the inputs they were trained with, and their names in transformers'
+# own models. Any other field may change.
 SHAPE_FIELDS = {
     "hidden_dim": "hidden_size",
     "n_blocks": "num_hidden_layers",
@@ -44,7 +44,7 @@ SHAPE_FIELDS = {
 
 
 def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
-    """Return a new model of the requested type, or that of a checkpoint with its fields overridden.
+    """Return a new model of the requested type, or a checkpoint's model with some of its fields overridden.
 
     Raises:
         ValueError: if the model type is unknown or has no such field, weights are missing, unexpected or not finite,
@@ -52,7 +52,7 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
     """
     keywords: dict[str, Any] = {}
     implementation = arguments.attn_implementation
-    # An encoder that SSD-LM is built around has transformers' attention, and so has every model on a CPU.
+    # With `auto`, the encoder in an SSD-LM and every model on a CPU keep transformers' default attention.
     if implementation != "auto" or trains_by_flex(arguments.model_type, PartialState().device):
         keywords["attn_implementation"] = implementation
     head, name, fields = model_class(arguments.model_type), arguments.init_from, arguments.config_fields()
@@ -75,8 +75,8 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
 def _check_new_model(model_type: str, fields: dict[str, Any]) -> None:
     if not hasattr(model_class(model_type), "token_nll"):
         raise ValueError(
-            f"--model_type {model_type} is not a model type of this package: a model of another type is trained from "
-            f"its weights, with --init_from."
+            f"--model_type {model_type} is not a model type of this package: to train a model of another type, start "
+            f"from its weights with --init_from."
         )
     # The vocabulary is not known yet; these tokens fit any model type.
     tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "mask_token_id": 3}
@@ -84,7 +84,7 @@ def _check_new_model(model_type: str, fields: dict[str, Any]) -> None:
 
 
 def trains_by_flex(model_type: str, device: torch.device) -> bool:
-    """Return whether `--attn_implementation auto` chooses flex attention where it can, as it does on CUDA."""
+    """Return whether `--attn_implementation auto` may select flex attention: on CUDA, for all models but SSD-LM."""
     return device.type == "cuda" and not hasattr(model_class(model_type), "from_encoder")
 
 
@@ -96,7 +96,7 @@ def check_memory(config: Any) -> None:
     """
     if not hasattr(os, "sysconf"):
         return
-    # A coarse check against typing errors: without it the system would kill the process without a message.
+    # A coarse check for typos: without it the system would kill the process without a message.
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     needed = 4 * 12 * config.num_hidden_layers * config.hidden_size**2
     if needed > memory:
@@ -107,12 +107,12 @@ def check_memory(config: Any) -> None:
 
 
 def check_start(arguments: ModelArguments) -> None:
-    """Refuse a start that cannot work, before any text is loaded.
+    """Refuse an initial model that cannot work, before any text is loaded.
 
     Raises:
-        ValueError: if the checkpoint cannot be read, is a decoder of a family that is not supported, or contradicts
-            the fields; of a new model, if its type is unknown or is not trained from the start, or its fields do not
-            fit together or into memory.
+        ValueError: if the checkpoint cannot be read, is a decoder of an unsupported family, or contradicts the fields;
+            or if a new model has an unknown type or one that cannot be trained from scratch, or its fields contradict
+            one another or do not fit into memory.
     """
     name = arguments.init_from
     config = None if name is None else read_config(name, argument="--init_from")
@@ -134,15 +134,15 @@ def _is_ours(config: Any) -> bool:
 
 
 def check_shape(name: str, fields: dict[str, Any]) -> None:
-    """Refuse fields that contradict the shape of a checkpoint's network; a recipe may repeat it.
+    """Refuse fields that contradict the shape of a checkpoint's network; a recipe may repeat the shape.
 
-    Only the configuration is read, so that a run can call this before it loads any text.
+    Only the configuration is read, so a run can call this before it loads any text.
 
     Raises:
         ValueError: if there is such a field, or the checkpoint cannot be read.
     """
     config = read_config(name, argument="--init_from")
-    # An encoder or a stock decoder has transformers' names for the same sizes.
+    # An encoder or a stock decoder uses transformers' names for the same sizes.
     own = {
         field: getattr(config, field, getattr(config, other or field, None)) for field, other in SHAPE_FIELDS.items()
     }
@@ -150,7 +150,7 @@ def check_shape(name: str, fields: dict[str, Any]) -> None:
     if wrong:
         raise ValueError(
             f"--{wrong[0]} {fields[wrong[0]]} contradicts --init_from {name}, whose {wrong[0]} is "
-            f"{own[wrong[0]]}: the checkpoint decides the shape of the network, so leave out "
+            f"{own[wrong[0]]}: the checkpoint determines the shape of the network, so leave out "
             f"{', '.join('--' + field for field in wrong)}."
         )
 
@@ -158,15 +158,15 @@ def check_shape(name: str, fields: dict[str, Any]) -> None:
 def start_from(name: str, tokenizer: Any, fields: dict[str, Any], **options: Any) -> Any:
     """Return the model of a checkpoint with some fields of its configuration changed.
 
-    - Every weight is kept, and every weight must be there; only the two buffers of the interval may be missing.
+    - All weights are kept, and none may be missing except the two buffers of the interval.
     - If sequences now have more than one block, the noisy stream attends to a clean one (`cross_attn=True`).
-    - An interval of noise levels belongs to the block size it was learned at. At another block size training starts
+    - An interval of noise levels belongs to the block size it was learned for. At another block size training starts
       from the interval in `fields`, or from the whole one, [1e-3, 1]; at the same one the checkpoint's is kept.
-    - Special tokens that the configuration leaves open are the tokenizer's.
+    - Special tokens that the configuration does not set are the tokenizer's.
 
     Args:
         name: folder or hub name.
-        tokenizer: of the text to train on.
+        tokenizer: tokenizer of the training text.
         fields: configuration fields, `block_size` and `model_length` among them.
         options: for `from_pretrained`, such as `attn_implementation`.
 
@@ -181,12 +181,12 @@ def start_from(name: str, tokenizer: Any, fields: dict[str, Any], **options: Any
     changes = fields | _missing_tokens(old, tokenizer)
     check_tokenizer_fits(tokenizer, old)
     if isinstance(old, BD3LMConfig):
-        changes = _of_new_blocks(old, changes)
+        changes = _with_implied_changes(old, changes)
     elif isinstance(old, BD3LMDecoderConfigMixin) and changes.get("block_size", old.block_size) != old.block_size:
         changes = {"sampling_eps_min": SAMPLING_EPS, "sampling_eps_max": 1.0, **changes}
-    # A new configuration, not changed fields of the old one: its checks refuse what does not fit together.
+    # A new configuration instead of changed fields in the old one: creating it checks that the fields fit together.
     config = type(old).from_dict({**old.to_dict(), **changes})
-    # Also if the checkpoint is in half precision: optimizers need all digits, and --bf16 is an option of training.
+    # float32 even if the checkpoint is in half precision: optimizers need all digits, and --bf16 is a training option.
     model = load_model(name, argument="--init_from", config=config, dtype=torch.float32, **options)
     if any(end in changes for end in _INTERVAL):
         kept = model.interval()
@@ -209,10 +209,10 @@ def _start_from_decoder(name: str, stock: Any, tokenizer: Any, fields: dict[str,
         ValueError: if its family is not supported, or a field does not fit.
     """
     decoder_class(stock, f"--init_from {name}")
-    # The shape is the decoder's; its configuration has other names for it, and its own dropout.
+    # The shape is the decoder's; its configuration uses other names for it, and has its own dropout.
     process = {field: value for field, value in fields.items() if field not in (*SHAPE_FIELDS, "dropout")}
     if "model_length" not in process:
-        # Decoders have positions for far longer texts than training with two streams fits into memory.
+        # Decoders have positions for far longer texts than training with two streams can fit into memory.
         size = process.get("block_size", _DECODER_BLOCK)
         process["model_length"] = min(_DECODER_LENGTH, stock.max_position_embeddings) // size * size
         logger.warning(
@@ -223,10 +223,10 @@ def _start_from_decoder(name: str, stock: Any, tokenizer: Any, fields: dict[str,
 
 
 def decoder_shape(config_class: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a new network in the words of a decoder's configuration.
+    """Return the fields of a new network under the names of a decoder's configuration.
 
-    What goes with the width follows from it, as in our own network: an MLP four times as wide, and a key and value
-    head for every head.
+    Other sizes follow from the width, as in our own network: an MLP four times as wide, and one key and value head per
+    attention head.
     """
     named = {SHAPE_FIELDS.get(field) or field: value for field, value in fields.items()}
     width, heads = named.get("hidden_size"), named.get("num_attention_heads", config_class().num_attention_heads)
@@ -236,8 +236,8 @@ def decoder_shape(config_class: Any, fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in follows.items() if hasattr(config_class, name)} | named
 
 
-def _of_new_blocks(old: BD3LMConfig, changes: dict[str, Any]) -> dict[str, Any]:
-    """Return `changes` and the fields that follow from them."""
+def _with_implied_changes(old: BD3LMConfig, changes: dict[str, Any]) -> dict[str, Any]:
+    """Return `changes` and the changes that a new block size implies."""
     block_size = changes.get("block_size", old.block_size)
     if not old.causal and block_size != changes.get("model_length", old.model_length):
         changes = {"cross_attn": True, **changes}
@@ -247,15 +247,15 @@ def _of_new_blocks(old: BD3LMConfig, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def start_around(head: Any, name: str, tokenizer: Any, fields: dict[str, Any], **options: Any) -> Any:
-    """Return a new model around the weights of a trained encoder, such as RoBERTa; its other layers are new.
+    """Return a new model around a trained encoder, such as RoBERTa; its other layers are new.
 
     Args:
-        head: class of the model, with a `from_encoder`.
+        head: class of the model, with `from_encoder`.
         name: folder or hub name of the encoder, with its tokenizer.
         fields: configuration fields of the new model.
 
     Raises:
-        ValueError: if the model lacks a field, the encoder contradicts it, or weights are missing.
+        ValueError: if the model lacks a field, the encoder contradicts one, or weights are missing.
     """
     _check_known(head.config_class, fields)
     check_shape(name, fields)
@@ -270,8 +270,8 @@ def check_lora(model: Any, lora: LoraArguments, start: str | None) -> None:
         start: the checkpoint that the model was loaded from.
 
     Raises:
-        ValueError: if the model is new (its weights would stay random), is an adapter itself (its name would mean its
-            base alone), or has another block size than the checkpoint (an adapter does not store it).
+        ValueError: if the model is new (its weights would stay random), is an adapter itself (its name would refer to
+            its base alone), or has another block size than the checkpoint (an adapter does not store it).
     """
     assert lora.lora_r is not None
     if start is None:
@@ -282,9 +282,9 @@ def check_lora(model: Any, lora: LoraArguments, start: str | None) -> None:
             f"merged model first (PeftModel.merge_and_unload), or leave out --lora_r to train all its weights."
         )
     config = read_config(start, argument="--init_from")
-    if is_adaptable(config):  # its blocks are those of the base that this run writes
+    if is_adaptable(config):  # this run saves a base with the requested block size
         return
-    block_size = getattr(config, "block_size", None)  # None: an encoder, from which SSD-LM starts
+    block_size = getattr(config, "block_size", None)  # None for an encoder, which SSD-LM is built around
     if block_size != model.config.block_size:
         raise ValueError(
             f"--block_size {model.config.block_size} with --lora_r: an adapter is used with the configuration of "
@@ -297,8 +297,8 @@ def with_adapters(
 ) -> Any:
     """Return the model with adapters.
 
-    An adapter names one base model, which must be a block-diffusion model. One that was adapted from a plain decoder
-    is therefore written into the folder of the run, once. The embedding of its mask token, which is new, trains too.
+    An adapter names one base model, which must be a block-diffusion model. A base adapted from a plain decoder is
+    therefore saved once, in the folder of the run. Its new embedding of the mask token is trained too.
 
     Args:
         start: the checkpoint that the model was loaded from.
@@ -368,9 +368,9 @@ def _special_tokens(tokenizer: Any, *names: str) -> dict[str, int | None]:
 
 
 def _missing_tokens(config: Any, tokenizer: Any) -> dict[str, int | None]:
-    """Return the special tokens that a configuration leaves open, from the tokenizer.
+    """Return the tokenizer's special tokens that a configuration does not set.
 
-    An id outside of the vocabulary is the default of a larger one, and counts as left open.
+    An id outside the vocabulary is the default of a larger one, and counts as not set.
     """
     found = _special_tokens(tokenizer, "bos", "eos", "pad")
     known = {name: getattr(config, name, None) for name in found}

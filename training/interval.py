@@ -65,13 +65,13 @@ def candidate_intervals(
     step: float = PUBLISHED_STEP,
     own: Sequence[Interval] = (),
 ) -> list[Interval]:
-    """List the intervals to compare: the whole one, then those of each width inside [0, 1], then `own` ones.
+    """Return the intervals to compare: the whole one, then those of each width inside [0, 1], then `own` ones.
 
     At block size 1, as published, the only other candidate is [1, 1], at which the loss is the exact likelihood.
 
     Args:
         widths: widths to search; by default the published ones, unless `own` intervals are given.
-        step: distance of the lower ends.
+        step: distance between lower ends.
         own: further intervals; end points are rounded to float32, as the model holds them, and raised to 1e-3.
 
     Raises:
@@ -93,16 +93,16 @@ def candidate_intervals(
         found = [WHOLE] if own else [WHOLE, (1, 1)]
     else:
         found = [interval for interval in published_intervals(widths, step) if interval[1] <= 1]
-    # The model holds its interval as float32 buffers: compare the intervals that it can hold.
+    # The model stores its interval in float32 buffers: compare intervals that it can store.
     rounded = torch.tensor(list(own)).reshape(-1, 2).maximum(torch.tensor(SAMPLING_EPS)).tolist()
     return list(dict.fromkeys(found + [(low, high) for low, high in rounded]))
 
 
 def parse_interval(text: str) -> Interval:
-    """Return `"0.3-0.8"` as (0.3, 0.8).
+    """Parse an interval: `"0.3-0.8"` is (0.3, 0.8).
 
     Raises:
-        ValueError: if these are not two numbers.
+        ValueError: if the text is not two numbers.
     """
     match = _INTERVAL.fullmatch(text)
     if match is None:
@@ -111,7 +111,7 @@ def parse_interval(text: str) -> Interval:
 
 
 def check_searchable(model: Any, candidates: Sequence[Interval]) -> None:
-    """Refuse a search whose winner could not be written to the model or trained with.
+    """Refuse a search whose winner could not be stored in the model or used in training.
 
     Raises:
         ValueError: if the model carries no interval, or does not save it, or a candidate contains no mask rate of a
@@ -120,7 +120,7 @@ def check_searchable(model: Any, candidates: Sequence[Interval]) -> None:
     if not model.carries_interval:
         raise ValueError(
             f"interval_search needs a model that carries its interval of noise levels, and this "
-            f"{type(model).__name__} has none: use a block-diffusion model with var_min=True, or leave the search out."
+            f"{type(model).__name__} has none: use a block-diffusion model with var_min=True, or leave out the search."
         )
     if model.config.masking == "exact_k":
         raise ValueError(
@@ -129,8 +129,8 @@ def check_searchable(model: Any, candidates: Sequence[Interval]) -> None:
         )
     if isinstance(model, PeftModel):
         raise ValueError(
-            "interval_search would find an interval that a checkpoint of adapters does not keep: set one on the base "
-            "model (set_interval), or leave the search out."
+            "interval_search would find an interval that a checkpoint of adapters does not store: set one on the base "
+            "model (set_interval), or leave out the search."
         )
     constant = [f"{low:g}-{high:g}" for low, high in candidates if 0.5 < low < high]
     if constant:
@@ -155,7 +155,7 @@ def first_smallest(variances: torch.Tensor) -> int:
     if not all(map(math.isfinite, values)):
         raise NotFiniteError(
             f"the loss variances of {sum(not math.isfinite(value) for value in values)} of {len(values)} intervals "
-            f"are NaN or infinite: no interval can be chosen by this model. Start from an earlier checkpoint."
+            f"are NaN or infinite: this model cannot choose an interval. Start from an earlier checkpoint."
         )
     return values.index(min(values))
 
@@ -186,7 +186,7 @@ def variance_of_sums(sums: MomentSums) -> torch.Tensor:
     n = sums.blocks
     pairs = sums.first.square() - sums.first_squared
     variance = sums.second / n - pairs / (n * (n - 1))
-    # Control variate: an interval with too many of the draws has moments that are too large in proportion.
+    # Control variate: an interval that got too many of the draws has proportionally too large moments.
     return variance + (sums.first / n).square() * (sums.zeroth / n - 1)
 
 
@@ -225,7 +225,7 @@ class IntervalSearch(NamedTuple):
 
 
 def choose_method(name: str, config: Any, candidates: Sequence[Interval]) -> SharedDraws | PassPerInterval:
-    """Return the method called `name`; for a time-conditioned model the one that uses the levels of each interval.
+    """Return the method called `name`; for a time-conditioned model always [`PassPerInterval`].
 
     Raises:
         ValueError: if no method has this name.
@@ -256,7 +256,7 @@ def search_intervals(
     """Measure the variance of the training loss under every candidate interval; the model is not changed.
 
     The result depends on the model, the sequences, `batch_size` and `seed`, not on the number of processes: batch b
-    holds the sequences from `b * batch_size` on, and every sequence has its own source of noise.
+    has the sequences from `b * batch_size` on, and every sequence has its own generator.
 
     ```python
     >>> found = search_intervals(model, held_out_rows)
@@ -270,7 +270,7 @@ def search_intervals(
         method: `"shared"` (at most 12 noisy passes over a batch) or `"published"` (one for each candidate).
         batch_size: sequences of a batch, over all processes.
         max_batches: batches to use.
-        share: index of this process and number of processes that share the work. All of them get the result.
+        share: index of this process, and number of processes that share the work. Every process gets the result.
 
     Raises:
         ValueError: if the method is unknown, a count is below 1, or no batch has two blocks to score.
@@ -324,7 +324,7 @@ def _measure_batch(
     """Measure the part of a batch that belongs to this process."""
     process, processes = share
     own = list(batch[process::processes])
-    # Sharded weights need the same forward passes on every process: one with a row less repeats the first row.
+    # Sharded weights need the same forward passes on every process: one with a row fewer repeats the first row.
     rows = own if len(own) == -(-len(batch) // processes) else [*own, batch[0]]
     device = next(model.parameters()).device
     input_ids, attention_mask, context = batch_of([sequences[row] for row in rows], device)
@@ -340,7 +340,7 @@ def _measure_batch(
 
 
 def interval_metrics(found: IntervalSearch) -> dict[str, float]:
-    """Return the numbers of a search that are logged. Variances are those of a block's mean loss, in nats squared."""
+    """Return the logged numbers of a search. Variances are those of a block's mean loss, in nats squared."""
     low, high = found.interval
     variances = found.variances.tolist()
     return {
@@ -355,12 +355,12 @@ def interval_metrics(found: IntervalSearch) -> dict[str, float]:
 def record_search(found: IntervalSearch, folder: str | Path, *, step: int, adopted: bool) -> None:
     """Append the search to `interval_search.jsonl` and draw `interval_search.png`.
 
-    Lines of this step or a later one, which a run wrote before it was resumed, are replaced. Without matplotlib no
-    plot is drawn, with one warning. The plot has the variance over the lower end, a line for each width, and standard
-    errors.
+    Lines of this step or a later one, which a run wrote before it was resumed, are replaced. Without matplotlib there
+    is one warning and no plot. The plot shows the variance and its standard error against the lower end, one line per
+    width.
 
     Args:
-        adopted: whether the model draws from the winner from now on.
+        adopted: whether the model uses the winner from now on.
     """
     path = Path(folder) / SEARCH_NAME
     # A resumed run repeats the searches after its checkpoint.

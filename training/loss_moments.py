@@ -32,7 +32,7 @@ _NODES = 512  # of the quadrature over t; resolves the binomial of a block of a 
 class BlockMoments(NamedTuple):
     """Estimated moments of the loss of each block, all float64 `(intervals, blocks)`; unbiased for each block."""
 
-    zeroth: torch.Tensor  # estimates 1; its error is in proportion to those of the other two
+    zeroth: torch.Tensor  # estimates 1; its error is proportional to those of the other two
     first: torch.Tensor  # E[X]
     second: torch.Tensor  # E[X^2]
 
@@ -66,11 +66,11 @@ class PassPerInterval:
     """Estimate moments as published: a noisy pass with its own masks for each interval, after one clean pass.
 
     With `config.resample` the mask rates are truncated as in training: an interval from 1e-3 has no lower bound. (The
-    published search rounds 1e-3 to float32 and then does bound it, so that it sees no empty mask there.)
+    published search rounds 1e-3 to float32 and then does apply the bound, so it never sees an empty mask there.)
 
     Args:
         config: the model's configuration.
-        intervals: those to compare.
+        intervals: the intervals to compare.
     """
 
     def __init__(self, config: Any, intervals: Sequence[Interval]) -> None:
@@ -95,12 +95,12 @@ class PassPerInterval:
 class SharedDraws:
     """Estimate moments for all intervals from at most `MAX_PASSES` noisy passes, over the number k of masked tokens.
 
-    A pass per k where the block has no more than `passes` tokens; else one k from each of `passes` strata of 1..n. No
-    pass is spent on k = 0, whose loss is zero.
+    There is one pass per k if a block has at most `passes` tokens, otherwise one k from each of `passes` strata of
+    1..n. k = 0 needs no pass, since its loss is zero.
 
     Args:
         config: the model's configuration.
-        intervals: those to compare.
+        intervals: the intervals to compare.
         passes: noisy passes over a batch.
 
     Raises:
@@ -138,14 +138,14 @@ class SharedDraws:
         return BlockMoments(*moments.mT)
 
     def _table_of_blocks(self, sizes: torch.Tensor, maskable: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `(kinds, 3, intervals, k)` for the kinds of blocks in a batch, and the kind of each block."""
+        """Return a table `(kinds, 3, intervals, k)` for the kinds of blocks in a batch, and the kind of each block."""
         # Most blocks of a batch are of one kind, so a table per kind is cheaper than one per block.
         kinds, rows = torch.stack([sizes, maskable], dim=1).unique(dim=0, return_inverse=True)
         tables = [self._table(*kind).permute(2, 0, 1) for kind in kinds.tolist()]
         return torch.nn.utils.rnn.pad_sequence(tables, batch_first=True).permute(0, 2, 3, 1), rows
 
     def _table(self, size: int, maskable: int) -> torch.Tensor:
-        """Return `(3, intervals, maskable + 1)`, kept for the next batch."""
+        """Return the table of one kind, `(3, intervals, maskable + 1)`, cached for later batches."""
         if (size, maskable) not in self._tables:
             schedule, truncated = noise_schedule(self.config.noise), self.config.resample
             levels = [
@@ -167,7 +167,7 @@ def level_moments(
         size: tokens of the block.
         maskable: tokens of the block that may stay masked; the others (a given first token, a prompt) are masked and
             then shown again, as in the loss.
-        truncated: the masked fraction of the block is inside the interval (`config.resample`).
+        truncated: whether the masked fraction of the block is inside the interval (`config.resample`).
 
     Returns:
         float64 `(3, maskable + 1)`; row 0 sums to 1.

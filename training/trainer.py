@@ -1,8 +1,8 @@
-"""`BD3LMTrainer`: transformers' Trainer for models with the verbs `token_nll` and `generate`.
+"""`BD3LMTrainer`: transformers' Trainer for models with the methods `token_nll` and `generate`.
 
-It adds what needs a loop: noise that does not depend on the layout of a run, an early stop when numbers are no longer
-finite or a signal arrives, checkpoints that appear only when they are complete, and exact resume from them. The
-average of the weights is in `ema.py`, evaluation by likelihood in `evaluating_trainer.py`.
+It adds noise that does not depend on the layout of a run, stopping when a number is no longer finite or a signal
+arrives, checkpoints that appear only when they are complete, and exact resuming. The average of the weights is in
+`ema.py`, evaluation by likelihood in `evaluating_trainer.py`.
 """
 
 import json
@@ -65,7 +65,7 @@ from bd3lm_hf.training.uploads import UploadingTrainer
 
 logger = logging.get_logger("bd3lm_hf.train")
 
-POSITION_NAME = "stream.npz"  # in a checkpoint: the position from which the stream of training text continues
+POSITION_NAME = "stream.npz"  # in a checkpoint: the position at which the stream of training text continues
 
 _HASHED_SEQUENCES = 1024
 
@@ -75,7 +75,7 @@ _TRAINING = (
     "neftune_noise_alpha",
 )
 
-# Schedules that take the number of all steps. A run may be prolonged, but their learning rates then change.
+# A resumed run may have another length, but then schedules that depend on it change.
 _LENGTH = ("max_steps", "num_train_epochs")
 
 
@@ -91,8 +91,8 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
     [`EvaluatingTrainer`]; `args` is a [`BD3LMTrainingArguments`].
 
     Raises:
-        ValueError: if the model has no `token_nll` or no `generate`, holds weights that are not finite, or the loss or
-            the labels would not be the model's own (`compute_loss_func`, a collator with `mlm=True`).
+        ValueError: if the model has no `token_nll` or no `generate`, has non-finite weights, or the loss or the labels
+            would not be the model's own (`compute_loss_func`, a collator with `mlm=True`).
     """
 
     data_collator: Any
@@ -111,9 +111,9 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
             raise ValueError(
                 f"{type(data_collator).__name__}(mlm=True) masks the text, which the loss masks again: pass mlm=False."
             )
-        for verb in ("token_nll", "generate"):
-            if not hasattr(model, verb):
-                raise ValueError(f"a {type(model).__name__} has no `{verb}`: train a language model of this package.")
+        for name in ("token_nll", "generate"):
+            if not hasattr(model, name):
+                raise ValueError(f"a {type(model).__name__} has no `{name}`: train a language model of this package.")
         check_finite_weights(model, "the model to train")
         if args is not None and args.interval_search:
             check_searchable(model, args.interval_list(model.config.block_size))
@@ -173,8 +173,8 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
         )
         loader = self.accelerator.prepare(loader)
         if sampler is None:
-            # A loader draws a seed from torch's global generator when it begins. A resumed run begins once more, and
-            # must not take one number more than an uninterrupted one.
+            # A loader draws a seed from torch's global generator when it starts. A resumed run starts it once more,
+            # and must not draw one number more than an uninterrupted run.
             loader.base_dataloader.generator = torch.Generator()
         return loader
 
@@ -196,11 +196,11 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # Noise stays in float32 under DeepSpeed: bfloat16 has 128 numbers in [0.5, 1), and noise levels would collide.
+        # Keep noise in float32 under DeepSpeed: bfloat16 has 128 numbers in [0.5, 1), and noise levels would collide.
         noise = {name: inputs[name].to(self.args.device) for name in NOISE if name in inputs}
         return {**super()._prepare_inputs(inputs), **noise}
 
-    # Numbers that are not finite
+    # Non-finite numbers
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         """Run one micro-batch, forward and backward, and record whether its loss is finite."""
@@ -224,16 +224,16 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
         return norm
 
     def _stop_if_not_finite(self, norm: torch.Tensor | float | None) -> None:
-        # Filled on the device, where a copy from the host would wait for it.
+        # Filled on the device: a copy from the host would wait for it.
         signalled = torch.full((), self.signals.received is not None, device=self.args.device)
-        answers = torch.stack([*self._finite, signalled])
+        flags = torch.stack([*self._finite, signalled])
         self._finite = []
-        # Every process takes part and reads the same answers, so all of them stop together, and at the same step.
-        answers = self.accelerator.gather(answers).view(self.args.world_size, -1).cpu()
-        self.signals.agreed = bool(answers[:, -1].any())
-        finite = answers[:, :-1]
+        # Every process reads the flags of all processes, so all of them stop together at the same step.
+        flags = self.accelerator.gather(flags).view(self.args.world_size, -1).cpu()
+        self.signals.agreed = bool(flags[:, -1].any())
+        finite = flags[:, :-1]
         if not bool(finite.all()):
-            # Batches of a step go to the processes in turn, which gives the number of this one within the step.
+            # The batches of a step go to the processes in turn, which gives the index of this one in the step.
             process, batch = (~finite).nonzero()[0].tolist()
             self._stop("the loss", batch * self.args.world_size + process, 1)
         # With float16 an overflowing gradient is routine: the loss scaler skips that step.
@@ -272,7 +272,7 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
         checkpoint = None
         if resume_from_checkpoint:
             checkpoint = str(checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir))
-            # The mark of completion holds the fingerprint of the run that wrote the checkpoint, and its losses.
+            # The completion mark contains the fingerprint and the losses of the run that wrote the checkpoint.
             mark = read_completion_mark(checkpoint)
             check_same_run(checkpoint, mark, self._fingerprint)
             self.losses.load_state_dict(mark["losses"], self.args.process_index, self.args.world_size)
@@ -293,11 +293,11 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
         return output
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return everything that decides the numbers of a run, as JSON: sections of named values.
+        """Return everything that determines the numbers of a run, as JSON: sections of named values.
 
-        The optimizer's state holds the old learning rate, so a new one would silently be ignored. The length of a run,
-        its layout on processes, and what it logs, evaluates and saves may change. The interval of noise levels is
-        excluded: interval search changes it during training, and it is stored with the weights.
+        The optimizer's state contains the old learning rate, so a new one would silently be ignored. The length of a
+        run, its layout over processes, and what it logs, evaluates and saves may change. The interval of noise levels
+        is excluded: interval search changes it during training, and it is stored with the weights.
         """
         args, model = self.args, self.model
         parameters = {"parameters": num_parameters(model)}
@@ -305,7 +305,7 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
         training = {name: getattr(args, name, None) for name in _TRAINING}
         training |= {"global batch size": self.get_total_train_batch_size(args)}
         training |= {"seed": args.seed, "data_seed": self.data_seed}
-        if args.ema_decay:  # a run without an average has no file of it to resume from
+        if args.ema_decay:  # a run without an average saves none to resume from
             training |= {"ema_decay": args.ema_decay, "ema_warmup": args.ema_warmup}
         fingerprint = {
             "model": config_identity(model.config) | parameters,
@@ -314,10 +314,10 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
             "training": training,
             "length": {name: getattr(args, name) for name in _LENGTH},
         }
-        return json.loads(json.dumps(fingerprint, default=str))  # as it is read back from a file
+        return json.loads(json.dumps(fingerprint, default=str))  # as it will be read from a file
 
     def stop_if_signalled(self) -> None:
-        """Raise [`TrainingStopped`] if a signal arrived that stopped training, or came too late to do so."""
+        """Raise [`TrainingStopped`] if a signal stopped training, or arrived too late to stop it."""
         if not self.signals.agreed and self.signals.received is None:
             return
         last = last_complete_checkpoint(self.args.output_dir)
@@ -334,7 +334,7 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
                 callback.training_bar = None
 
     def _run_epoch(self, *arguments: Any, **keywords: Any) -> None:
-        # The Trainer checks after a step whether a run is over; one that resumes at its end must not take another.
+        # The Trainer checks whether a run is over only after a step; a run resumed at its end must not take another.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*arguments, **keywords)
         else:
@@ -347,14 +347,14 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
     # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the training speed since the last log, and with losses that resuming does not change."""
+        """Log with the training speed since the last log, and with losses that resuming does not change."""
         if "loss" in logs:
             logs["loss"] = self.losses.mean_since_last_log(self.state.global_step)
             logs |= self.speed.since_last_log()
         if "train_loss" in logs:
             logs["train_loss"] = self.losses.mean_of_run(self.state.global_step)
         if isinstance(self.order, EndlessStream):
-            # The Trainer counts epochs from the resumed step, and cannot know those of a stream.
+            # The Trainer counts epochs from the resumed step, and does not know the epochs of a stream.
             self.state.epoch = self.state.global_step / self.state.max_steps
         super().log(logs, start_time)
 
@@ -363,7 +363,7 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model, code, tokenizer and generation config; old files stay until the new ones are complete.
 
-        These are the averaged weights, a checkpoint's (`_internal_call`) the raw ones; `weights.json` says which.
+        The averaged weights are saved, in a checkpoint (`_internal_call`) the raw ones; `weights.json` says which.
         """
         if _internal_call:
             check_finite_weights(self.model, f"the model after step {self.state.global_step}")
@@ -374,7 +374,7 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
             self.upload_model("Model save")
 
     def write_model(self, folder: str | Path) -> None:
-        """Save the model as [`save_model`] does, without an upload."""
+        """Save the model as [`save_model`] does, but do not upload it."""
         check_finite_weights(self.model, f"the model after step {self.state.global_step}")
         target = Path(folder)
         staging = staging_folder(target) / "model"
@@ -425,26 +425,26 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
             self._push_from_checkpoint(str(target))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The Trainer would send the staging folder, which is gone before the upload is done.
+        # The Trainer would upload the staging folder, which is gone before the upload is done.
         if not self._staging:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _empty_staging(self, folder: Path) -> None:
-        # Files that a killed run left there must not get into this one's.
+        # Files left there by a killed run must not be published with this one's.
         if self.args.should_save:
             clear_staging(folder)
         self.accelerator.wait_for_everyone()
 
     @property
     def _checkpoint_bytes(self) -> int:
-        """Estimate the size of a checkpoint: weights, and float32 moments and averages of those that are trained."""
+        """Estimate the size of a checkpoint: the weights, plus float32 moments and averages of the trained ones."""
         weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
-        bytes_of_each = 8 if self.averaging is None else 12
-        return weights + bytes_of_each * num_parameters(self.model, only_trainable=True)
+        bytes_per_trained = 8 if self.averaging is None else 12
+        return weights + bytes_per_trained * num_parameters(self.model, only_trainable=True)
 
 
 def check_same_run(checkpoint: str | Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Refuse to resume from the checkpoint of another run. A run of another length gets its own message.
+    """Refuse to resume from the checkpoint of another run; warn if only the length differs.
 
     Args:
         old: fingerprint in the checkpoint.
@@ -454,12 +454,12 @@ def check_same_run(checkpoint: str | Path, old: dict[str, Any], new: dict[str, A
         ValueError: if they differ; the message has both values.
     """
     sections = ("model", "tokenizer", "data", "training")
-    # The length may differ: a run may be prolonged.
+    # The length may differ: a run can be extended.
     differences = [text for section in sections for text in _compare(section, old, new)]
     if differences:
         more = f", and {len(differences) - 6} more" if len(differences) > 6 else ""
         raise ValueError(
-            f"{checkpoint} belongs to another run: {'; '.join(differences[:6])}{more}. Go on with the old values, or "
+            f"{checkpoint} belongs to another run: {'; '.join(differences[:6])}{more}. Restore the old values, or "
             f"start a new run from its weights with --init_from {checkpoint} and another --output_dir."
         )
     for text in _compare("length", old, new):

@@ -1,6 +1,6 @@
-"""Uploads of a Trainer with `push_to_hub`: the same files as `bd3lm push`, and nothing else of the output folder.
+"""Uploads of a Trainer with `push_to_hub`: the same files as `bd3lm push`, and nothing else from the output folder.
 
-transformers would send the whole folder with pickled arguments and a model card of its own.
+transformers would upload the whole folder, including pickled arguments, and its own model card.
 """
 
 from concurrent.futures import Future
@@ -56,7 +56,7 @@ class UploadingTrainer(Trainer):
 
         Args:
             language, license, tags: metadata.
-            model_name: unused, as are the others: the card has the name of the repository.
+            model_name, others: unused; the card has the name of the repository.
         """
         if not self.is_world_process_zero():
             return
@@ -84,7 +84,7 @@ class UploadingTrainer(Trainer):
             kwargs: `language`, `license` and `tags` of the model card.
 
         Returns:
-            The address of the commit, or a future whose result has it as `url` if not `blocking`; None in all but the
+            The URL of the commit or, if not `blocking`, a future whose result has it as `url`; None in all but the
             main process.
 
         Raises:
@@ -93,7 +93,7 @@ class UploadingTrainer(Trainer):
         """
         if self.hub_model_id is None:
             if private is not None:
-                self.args.hub_private_repo = private  # earlier versions of transformers take it only from here
+                self.args.hub_private_repo = private  # earlier versions of transformers read it only from here
             self.init_hf_repo(token=token)
         self.write_model(self.args.output_dir)
         options: dict[str, Any] = {name: kwargs[name] for name in ("language", "license") if name in kwargs}
@@ -136,12 +136,12 @@ class UploadingTrainer(Trainer):
 
 
 def _check_base(model: Any) -> None:
-    """Refuse to train an adapter that could not be uploaded in the end, as its base model is a local folder."""
+    """Refuse to train an adapter that could not be uploaded because its base model is a local folder."""
     for config in getattr(model, "peft_config", {}).values():
         base = str(config.base_model_name_or_path)
         if is_local(base):
             raise ValueError(
-                f"--push_to_hub: the base of this adapter is the local folder {base}, which nobody else has. Leave "
+                f"--push_to_hub: the base of this adapter is the local folder {base}, which others cannot load. Leave "
                 f"the argument out, push the base, and then the adapter with `bd3lm push --base-model`."
             )
 

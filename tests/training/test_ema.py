@@ -229,7 +229,7 @@ def test_dropping_an_average_is_said(make_trainer, tmp_path, caplog, monkeypatch
     make_trainer(max_steps=2, save_strategy="steps", save_steps=1, ema_decay=0.9).train()
     monkeypatch.setattr(logging.getLogger("bd3lm_hf"), "propagate", True)
     make_trainer(max_steps=3).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
-    assert "holds averaged weights, which this run drops" in caplog.text
+    assert "has averaged weights, which this run drops" in caplog.text
 
 
 def test_the_best_checkpoints_average_is_saved(make_trainer, tmp_path):
@@ -262,5 +262,5 @@ def test_an_average_of_zero_3_is_refused(make_trainer, monkeypatch):
         self.is_deepspeed_enabled, self.is_fsdp_enabled = True, False
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", enable)
-    with pytest.raises(ValueError, match=r"--ema_decay 0\.9 is not kept under DeepSpeed ZeRO-3, .*: use FSDP2"):
+    with pytest.raises(ValueError, match=r"--ema_decay 0\.9 is not supported with DeepSpeed ZeRO-3, .*: use FSDP2"):
         make_trainer(ema_decay=0.9)

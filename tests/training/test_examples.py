@@ -145,7 +145,7 @@ def test_a_stream_goes_on_behind_any_step_with_the_same_examples(stream, step):
     rest = stream()
     rest.resume(whole.position(step))
     assert taken(iter(rest), 60) == expected
-    with pytest.raises(ValueError, match="recorded with 8 sequences a step, but it is now 4"):
+    with pytest.raises(ValueError, match="recorded with 8 sequences per step, but it is now 4"):
         stream(group_size=4).resume(whole.position(step))
 
 

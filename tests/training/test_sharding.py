@@ -20,10 +20,10 @@ from bd3lm_hf.modeling.loss_bd3lm import chunked_cross_entropy
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.training.ema import (
     has_shards,
+    keep_float32,
     local_part,
     part_like,
     prepare_fsdp,
-    spare_float32,
     whole,
     whole_model,
 )
@@ -256,7 +256,7 @@ def test_the_old_fsdp_is_refused_and_noise_loss_and_sums_of_gradients_stay_in_fl
     with pytest.raises(ValueError, match=r"fsdp_version 1 is not supported: use 2, as in training/launch/fsdp2\.yaml"):
         prepare_fsdp(plugin)
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
-    assert spare_float32(low) == MixedPrecisionPolicy(
+    assert keep_float32(low) == MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
     )
     plugin = SimpleNamespace(fsdp_version=2, mixed_precision_policy=None)
