@@ -46,7 +46,7 @@ TWO_LOSSES = {"context": "token", "ar_loss_weight": 0.5, "alignment": "shifted"}
 
 @pytest.fixture
 def make(randomize):
-    """Return a function that makes a model of a name in training mode."""
+    """Return a function that builds a model by name, in train mode."""
 
     def build(name: str, **fields: Any) -> Any:
         if name == "llama":
@@ -62,7 +62,7 @@ def graphs() -> int:
 
 
 class BlockingCopies(TorchDispatchMode):
-    """Copies from the CPU that the host waits for: those of tensors, since a number goes as an argument."""
+    """Record copies from the CPU that the host waits for: those of tensors, since numbers are passed as arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def test_a_training_step_reads_nothing_from_the_device_and_waits_for_no_copy(mak
 
 
 def batch_of(model: Any, inputs: str, step: int) -> dict[str, torch.Tensor]:
-    """Return a batch of three rows with noise; of documents every token is masked, whatever the noise."""
+    """Return a batch of three rows with noise; in documents every token is masked, whatever the noise."""
     ids = random_ids(3, 32, seed=step).clamp(max=46)
     batch = {"input_ids": ids, **{key: value.roll(step, 0) for key, value in INPUTS[inputs].items()}}
     labels = ids.masked_fill(batch.get("attention_mask", torch.ones(())) == 0, -100)
@@ -172,7 +172,7 @@ def test_auto_is_flex_attention_on_cuda_where_it_has_a_kernel_and_sdpa_elsewhere
     assert automatic_attention(torch.device(device), head_dim=head_dim, has_triton=has_triton) == expected
 
 
-def test_auto_looks_at_the_width_of_the_heads(monkeypatch):
+def test_auto_depends_on_the_width_of_the_heads(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(attention_bd3lm, "is_triton_available", lambda: True)
     wide = BD3LMForMaskedLM._from_config(BD3LMConfig(**SIZES), attn_implementation="auto")
@@ -183,7 +183,7 @@ def test_auto_looks_at_the_width_of_the_heads(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["bd3lm", "llama"])
-def test_auto_may_be_asked_for_wherever_an_implementation_is_named_and_any_other_choice_wins(make, name, tmp_path):
+def test_auto_is_accepted_wherever_an_implementation_is_and_never_overrides_another(make, name, tmp_path):
     make(name).save_pretrained(tmp_path)
     for asked in ("auto", "eager", "sdpa", None):
         model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=asked)

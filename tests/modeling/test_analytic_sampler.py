@@ -1,4 +1,4 @@
-"""The analytic sampler of scores: the published law of each step, with one number per position."""
+"""The analytic sampler of scores: the published distribution of each step, with one number per position."""
 
 import math
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def round_of(masked: torch.Tensor, seed: int = 0, **fields) -> RevealState:
 
 
 def published_nucleus(log_scores: torch.Tensor, p: float) -> torch.Tensor:
-    """The score that the published sampler goes on with: normalised and cut off at p, the mask included."""
+    """Return the score that the published sampler uses: normalised and cut off at p, the mask included."""
     probabilities = log_scores.double().softmax(-1)
     ranked, order = probabilities.sort(dim=-1, descending=True)
     kept = ranked.cumsum(-1) <= p
@@ -46,8 +46,8 @@ def published_nucleus(log_scores: torch.Tensor, p: float) -> torch.Tensor:
 @pytest.mark.parametrize("nucleus_p", [1.0, 0.99, 0.9, 0.5])
 @pytest.mark.parametrize("step", [0, 1, 2, None])
 @pytest.mark.parametrize("loudness", [0.0, 4.0, -4.0])
-def test_a_step_has_the_published_law(model, recorded, step, nucleus_p, loudness):
-    # Scores louder than true ratios reveal a position more than surely: the mask has a negative weight, which is none.
+def test_a_step_has_the_published_distribution(model, recorded, step, nucleus_p, loudness):
+    # Scores above true ratios reveal a position with a probability above 1; the mask's negative weight counts as zero.
     x_t, final = recorded["xt"], step is None
     sigma_t, sigma_s = recorded[f"sedd.step{step or 0}.sigma"][0].double()
     sigmas = sigma_t.expand(len(x_t))
@@ -58,17 +58,17 @@ def test_a_step_has_the_published_law(model, recorded, step, nucleus_p, loudness
         weights = denoising_weights(score, x_t, sigmas, MASK)
     else:
         weights = analytic_weights(score, x_t, sigmas, sigma_s.expand(len(x_t)), MASK)
-    law = weights[x_t == MASK].clamp(min=0)
-    known = law.sum(1) > 0  # in the last step no token may be left but the mask: the published law is then undefined
+    expected = weights[x_t == MASK].clamp(min=0)
+    known = expected.sum(1) > 0  # in the last step possibly no token but the mask is left, which leaves it undefined
     assert known.all() or final
-    law = law[known] / law[known].sum(1, keepdim=True)
+    expected = expected[known] / expected[known].sum(1, keepdim=True)
 
     sampler = make(nucleus_p=nucleus_p)
     sampler._sigma, sampler._rise = float(sigma_t), math.inf if final else math.expm1(float(sigma_t - sigma_s))
-    scores, chance = sampler._apply_nucleus(logits[x_t == MASK])
-    ours = chance.double().unsqueeze(1) * scores.double().softmax(1)
-    ours[:, MASK] = 1 - chance.double()
-    torch.testing.assert_close(ours[known], law, atol=1e-5, rtol=0)
+    scores, reveal_prob = sampler._apply_nucleus(logits[x_t == MASK])
+    ours = reveal_prob.double().unsqueeze(1) * scores.double().softmax(1)
+    ours[:, MASK] = 1 - reveal_prob.double()
+    torch.testing.assert_close(ours[known], expected, atol=1e-5, rtol=0)
     assert (scores.softmax(1)[:, MASK] == 0).all()
 
 
@@ -93,7 +93,7 @@ def test_a_token_outside_the_nucleus_is_never_drawn_and_still_there_when_the_oth
     torch.testing.assert_close(scores[:, 1:3].softmax(1), logits[:, 1:3].softmax(1), atol=1e-3, rtol=0)
 
 
-def test_a_step_within_the_capped_noise_level_reveals_only_what_the_nucleus_leaves_no_mask_for():
+def test_a_step_within_the_capped_noise_level_reveals_only_positions_whose_nucleus_excludes_the_mask():
     sampler = make(mask_token_id=3, nucleus_p=0.5)
     sampler._sigma, sampler._rise = 3.0, 0.0
     assert sampler._apply_nucleus(torch.tensor([[9.0, 2.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))[1].tolist() == [1.0, 0.0]
@@ -129,7 +129,7 @@ def test_rows_that_are_done_are_not_predicted_and_steps_end_with_the_last_mask()
 
 
 def revealed(sampler: AnalyticSampler, work: RevealState, logits: torch.Tensor) -> torch.Tensor:
-    """The number of the step that reveals each position, where all logits `(vocab_size,)` are the same."""
+    """Return the step that reveals each position, if all positions have the same logits `(vocab_size,)`."""
     when = torch.full(work.masked.shape, -1)
     for number, step in enumerate(sampler.steps(work)):
         narrowed, kept = sampler.select(work, step, logits.expand(len(step.positions), -1))
@@ -144,7 +144,7 @@ TRUE = torch.tensor([0.5, 0.3, 0.2, 1.0]).log() + math.log(3)
 
 
 def test_true_scores_reveal_a_position_in_each_step_of_time_equally_often():
-    # As the ancestral sampler: the probability of a hit is that of the time that passes.
+    # As in the ancestral sampler, the probability of a hit is the share of time that passes.
     when = revealed(
         make(mask_token_id=3, num_denoising_steps=5), round_of(torch.ones(4000, 5, dtype=torch.bool)), TRUE
     )
@@ -153,12 +153,12 @@ def test_true_scores_reveal_a_position_in_each_step_of_time_equally_often():
     assert ((counts[:5] - 4000).abs() < 5 * 57).all() and counts[5] < 5
 
 
-def test_without_chance_positions_are_revealed_evenly_from_left_to_right():
+def test_without_sampling_positions_are_revealed_evenly_from_left_to_right():
     work = round_of(torch.ones(1, 8, dtype=torch.bool), do_sample=False)
     assert revealed(make(mask_token_id=3, num_denoising_steps=4), work, TRUE).tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]]
 
 
-def test_a_reader_gets_positions_from_left_to_right():
+def test_text_readers_get_positions_from_left_to_right():
     work = round_of(torch.ones(50, 8, dtype=torch.bool), left_to_right=True)
     logits = TRUE.expand(50 * 8, -1) + 2 * torch.randn(50 * 8, 1, generator=torch.Generator().manual_seed(1))
     sampler, done = make(mask_token_id=3, num_denoising_steps=6), torch.zeros(50, 8, dtype=torch.bool)
@@ -166,5 +166,5 @@ def test_a_reader_gets_positions_from_left_to_right():
         narrowed, _ = sampler.select(work, step, logits[step.positions])
         work.masked.view(-1)[narrowed.positions] = False
         done.view(-1)[narrowed.positions] = True
-        assert (done == done.cumprod(1).bool()).all()  # a run from the left
+        assert (done == done.cumprod(1).bool()).all()  # from the left
     assert done.all()

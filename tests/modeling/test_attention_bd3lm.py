@@ -38,7 +38,7 @@ def padded_mask(length: int) -> torch.Tensor:
 
 
 def dense(tiles: tuple[Tile, ...], rows: int, queries: int, keys: int) -> torch.Tensor:
-    """Return what tiles allow, bool `(rows, queries, keys)`; each query must be served by exactly one tile."""
+    """Return what tiles allow, bool `(rows, queries, keys)`; each query must be in exactly one tile."""
     allowed = torch.zeros(rows, queries, keys, dtype=torch.bool)
     served = torch.zeros(queries, dtype=torch.long)
     for tile in tiles:
@@ -103,7 +103,7 @@ def test_the_two_stream_plan_equals_the_rule(implementation, block_size, padded,
 @pytest.mark.parametrize("block_size", [1, 4, 8, 16])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("past", [0, 8, 10])
-def test_the_block_causal_plan_equals_the_rule_behind_any_cache(implementation, block_size, padded, past, small_tiles):
+def test_the_block_causal_plan_equals_the_rule_after_any_cache(implementation, block_size, padded, past, small_tiles):
     for length in (1, 4, 7, 24) if implementation != "flex_attention" else (7,):
         given = padded_mask(past + length) if padded else torch.ones(1, past + length)
         layout = token_layout(
@@ -192,7 +192,7 @@ def test_sdpa_and_flex_equal_eager(tiny_model, length, padded, small_tiles, inte
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention has gradients on a GPU only")
 @pytest.mark.parametrize("padded", [False, True])
 def test_flex_attention_on_a_gpu_gives_the_loss_and_gradients_of_sdpa(tiny_model, padded):
-    # The compiled kernels ask for heads of at least 16, which the tiny model has.
+    # The compiled kernels need heads of at least 16, which the tiny model has.
     model, ids = tiny_model.cuda().train(), random_ids(3, 160).cuda()
     mask = padded_mask(160).cuda() if padded else None
     noise = {name: value.cuda() for name, value in draw_noise(3, 40, 160)._asdict().items()}
@@ -217,7 +217,7 @@ def test_training_with_flex_attention_on_a_cpu_is_refused_with_a_remedy(tiny_mod
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_a_block_sees_nothing_of_other_noisy_blocks_nor_of_this_and_later_clean_blocks(
+def test_a_noisy_block_does_not_see_other_noisy_blocks_or_its_own_and_later_clean_blocks(
     tiny_model, implementation, small_tiles
 ):
     tiny_model.set_attn_implementation(implementation)
@@ -277,7 +277,7 @@ def test_a_padded_row_gives_the_logits_of_the_row_alone(
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_a_row_of_padding_alone_gives_finite_numbers(tiny_model, implementation):
+def test_a_row_of_only_padding_gives_finite_numbers(tiny_model, implementation):
     tiny_model.set_attn_implementation(implementation)
     ids, mask = random_ids(2, 12), torch.ones(2, 12, dtype=torch.long)
     mask[0] = 0

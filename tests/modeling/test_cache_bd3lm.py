@@ -39,7 +39,7 @@ def cache(request):
 
 def test_only_committed_tokens_are_kept(cache):
     first, step, block = states(4, 1), states(6, 2), states(4, 3)
-    seen = append_to_cache(cache, *first, layer_idx=0, num_committed=0)  # of a cache that is empty and stays so
+    seen = append_to_cache(cache, *first, layer_idx=0, num_committed=0)  # the cache is empty and stays empty
     assert torch.equal(seen[0], first[0]) and torch.equal(seen[1], first[1]) and cache.get_seq_length() == 0
     append_to_cache(cache, *first, layer_idx=0, num_committed=4)
     # Two of six tokens are finished, the others are read once and leave no trace.
@@ -87,7 +87,7 @@ def test_reading_copies_no_finished_token():
     ],
     ids=["crop", "reorder", "repeat", "select"],
 )
-def test_what_transformers_does_to_a_cache_gives_the_same_as_on_a_dynamic_cache(change):
+def test_cache_operations_of_transformers_equal_those_on_a_dynamic_cache(change):
     cache, reference = BlockCache(), DynamicCache()
     for layer in range(2):
         for step in range(2):
@@ -119,7 +119,7 @@ def test_a_cache_of_left_padded_rows_gives_the_logits_of_the_rows_alone(tiny_mod
             torch.testing.assert_close(last[row], alone, rtol=0, atol=1e-5)
 
 
-# --- Which caches generate takes -------------------------------------------------------------------------------------
+# --- The caches that generate accepts --------------------------------------------------------------------------------
 
 
 def cache_with(tokens: int, cache=None, rows: int = 1) -> DynamicCache:
@@ -130,14 +130,14 @@ def cache_with(tokens: int, cache=None, rows: int = 1) -> DynamicCache:
 
 
 def sliding_cache() -> DynamicCache:
-    """A cache that forgets tokens by a rule of its own."""
+    """Return a cache that drops tokens by its own rule."""
     cache = DynamicCache()
     cache.layers.append(DynamicSlidingWindowLayer(sliding_window=8))
     return cache
 
 
 def quantized_cache() -> QuantizedCache:
-    """A cache made without its constructor, whose quantizing backend is another library."""
+    """Return a cache made without its constructor, which needs another library."""
     cache = QuantizedCache.__new__(QuantizedCache)
     cache.offloading, cache.layers = False, []
     return cache
@@ -192,7 +192,7 @@ def test_a_cache_of_another_text_batch_or_model_is_refused(family):
     assert torch.equal(swapped, model.generate(both.flip(0), max_new_tokens=3))
 
 
-def test_padded_rows_are_continued_if_they_begin_where_they_began(make_model):
+def test_padded_rows_are_continued_if_they_begin_at_the_same_columns(make_model):
     model, batch = make_model(pad_token_id=0), batch_of(prompts_of([9, 5]), "left")
     whole = model.generate(**batch, max_new_tokens=11, do_sample=False)
     first = model.generate(**batch, max_new_tokens=7, do_sample=False, return_dict_in_generate=True)
@@ -214,7 +214,7 @@ def test_padded_rows_are_continued_if_they_begin_where_they_began(make_model):
         ("sliding_window", "cannot hold finished blocks"),
     ],
 )
-def test_a_cache_that_block_diffusion_can_not_use_is_refused_by_name(name, reason):
+def test_a_cache_that_block_diffusion_cannot_use_is_refused_by_name(name, reason):
     with pytest.raises(ValueError, match=f"cache_implementation='{name}' does not fit.*{reason}.*use_cache=False"):
         cache_maker(name)
 
@@ -230,7 +230,7 @@ def test_a_cache_is_made_by_name(name, kind):
 # --- Any number of tokens --------------------------------------------------------------------------------------------
 
 
-def test_a_cache_that_forgets_as_it_grows_stays_where_it_is():
+def test_a_cache_that_drops_tokens_as_it_grows_keeps_its_buffers():
     # A window of 64 tokens slides over 8,000: the buffers neither grow nor move, and few tokens are moved in them.
     cache, reference = BlockCache(), None
     addresses, moved = set(), 0
@@ -255,14 +255,14 @@ def test_a_cache_that_forgets_as_it_grows_stays_where_it_is():
 def test_tokens_move_to_new_buffers_where_they_would_overwrite_themselves():
     layer, (key, value) = BlockCacheLayer(), states(1000)
     layer.append(key, value, 1000)
-    layer.drop_first(100)  # the room that this gives is smaller than what is held
+    layer.drop_first(100)  # the room that this frees is smaller than the tokens that remain
     address = layer._buffers[0].data_ptr()
     keys, values = layer.append(*states(300, 1), 300)
     assert layer._buffers[0].data_ptr() != address
     assert torch.equal(keys[:, :, :900], key[:, :, 100:]) and torch.equal(values[:, :, :900], value[:, :, 100:])
 
 
-def test_forgetting_and_selecting_rows_go_together():
+def test_tokens_can_be_dropped_and_rows_selected():
     cache, (key, value) = BlockCache(), states(16, batch=3)
     append_to_cache(cache, key, value, layer_idx=0, num_committed=16)
     layer = cache.layers[0]
@@ -275,7 +275,7 @@ def test_forgetting_and_selecting_rows_go_together():
     assert torch.equal(seen[1], torch.cat([value[[2, 0], :, 8:], new[1]], dim=2))
 
 
-def test_rows_may_leave_before_a_token_is_kept():
+def test_rows_can_be_dropped_before_a_token_is_committed():
     cache = BlockCache()
     append_to_cache(cache, *states(4, batch=4), layer_idx=0, num_committed=0)
     cache.batch_select_indices(torch.tensor([1, 3]))
@@ -285,13 +285,13 @@ def test_rows_may_leave_before_a_token_is_kept():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_emptied_cache_takes_tokens_again(kind):
+def test_an_emptied_cache_can_be_filled_again(kind):
     cache = new_cache(kind)
     for layer in range(2):
         append_to_cache(cache, *states(8, batch=2), layer_idx=layer, num_committed=8)
     clear(cache)
     assert cache.get_seq_length() == 0
-    batch = 2 if kind is StaticCache else 5  # a cache that grows is free for a batch of any size
+    batch = 2 if kind is StaticCache else 5  # a cache that grows then fits a batch of any size
     key, value = states(4, 1, batch=batch)
     for layer in range(2):
         seen = append_to_cache(cache, key, value, layer_idx=layer, num_committed=4)
@@ -306,7 +306,7 @@ def test_a_static_cache_can_be_shortened():
     assert int(cache.get_seq_length()) == 4
 
 
-def test_slots_are_written_where_they_are_said_to_be():
+def test_tokens_are_written_to_the_given_slots():
     cache = StaticCache(CONFIG, max_cache_len=36)
     append_to_cache(cache, *states(8, 1), layer_idx=0, num_committed=8)
     key, value = states(4, 2)

@@ -1,6 +1,6 @@
 """transformers' own common model tests, run on our models: saving, loading, casting, training, attention, embeddings.
 
-They are no part of the installed library. `make test-slow` unpacks them from its source distribution and names the
+They are not part of the installed library. `make test-slow` unpacks them from its source distribution and names the
 folder in BD3LM_TRANSFORMERS_SOURCE.
 """
 
@@ -32,14 +32,14 @@ FOUND = "BD3LM_TRANSFORMERS_SOURCE" in os.environ and (TESTS / "test_modeling_co
 
 
 def load_common_tests() -> types.ModuleType:
-    """transformers' `tests/test_modeling_common.py`, in a package of its own that cannot meet another `tests`."""
+    """Load transformers' `tests/test_modeling_common.py` in a package that cannot clash with another `tests`."""
 
     def module(name: str, **contents: object) -> None:
         sys.modules[name] = types.ModuleType(name)
         vars(sys.modules[name]).update(contents)
 
     module("transformers_tests", __path__=[str(TESTS)])
-    # The distribution leaves out the subfolders. Two of their mixins are asked for by name: these add no test.
+    # The distribution lacks the subfolders, of which two mixins are imported by name. These empty ones add no test.
     module("transformers_tests.exporters")
     module("transformers_tests.exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
     module("transformers_tests.generation")
@@ -47,7 +47,7 @@ def load_common_tests() -> types.ModuleType:
     return importlib.import_module("transformers_tests.test_modeling_common")
 
 
-def test_the_common_tests_of_transformers_are_at_hand():
+def test_the_common_tests_of_transformers_are_available():
     assert FOUND, (
         "transformers' common model tests are missing: run `make test-slow`, which unpacks the source distribution of "
         f"the installed version (BD3LM_TRANSFORMERS_SOURCE={os.environ.get('BD3LM_TRANSFORMERS_SOURCE', '')!r})."
@@ -55,7 +55,7 @@ def test_the_common_tests_of_transformers_are_at_hand():
 
 
 class ModelTester:
-    """What the common tests ask of a model: its sizes, a configuration and inputs."""
+    """The sizes, the configuration and the inputs that the common tests ask for."""
 
     batch_size, seq_length, is_training = 3, 8, True
     vocab_size, hidden_size, num_hidden_layers, num_attention_heads = 99, 32, 2, 4
@@ -63,7 +63,7 @@ class ModelTester:
     def get_config(self) -> BD3LMConfig:
         sizes = {"vocab_size": self.vocab_size, "hidden_dim": self.hidden_size, "n_blocks": self.num_hidden_layers}
         sizes |= {"n_heads": self.num_attention_heads, "cond_dim": 16, "block_size": 4, "model_length": 16}
-        # Not the last id, the default: the tests drop the last ids, which we refuse where the mask is among them.
+        # Not the last id, the default: the tests drop the last ids, which we refuse if the mask is among them.
         return BD3LMConfig(**sizes, bos_token_id=0, eos_token_id=1, pad_token_id=2, mask_token_id=3)
 
     def prepare_config_and_inputs_for_common(self) -> tuple[BD3LMConfig, dict[str, torch.Tensor]]:
@@ -72,7 +72,7 @@ class ModelTester:
 
 
 class DecoderTester(ModelTester):
-    """The same for block diffusion on a decoder of transformers."""
+    """The same, for block diffusion on a decoder of transformers."""
 
     def __init__(self, family: str, model_class: type) -> None:
         self.family, self.model_class = family, model_class
@@ -83,9 +83,9 @@ class DecoderTester(ModelTester):
 
 
 def initialise_informatively(model: BD3LMPreTrainedModel, module: torch.nn.Module) -> None:
-    """The published initialisation, but what it sets to zero, adaLN and the head, is drawn at random.
+    """Initialise as published, but draw at random what is published as zero: adaLN and the head.
 
-    A fresh model gives the same output for every input, and no comparison of outputs could fail on it.
+    A new model gives the same output for every input, so no comparison of outputs could fail.
     """
     PUBLISHED_INITIALISATION(model, module)
     if isinstance(module, torch.nn.Linear) and not module.weight.any():
@@ -95,18 +95,18 @@ def initialise_informatively(model: BD3LMPreTrainedModel, module: torch.nn.Modul
 
 if FOUND:
     common = load_common_tests()
-    # The tests look a class up by name to know that it has no loss; ours is not in transformers' own table.
+    # The tests look up by name which classes have no loss; ours is not in transformers' own table.
     common.MODEL_MAPPING_NAMES = {**common.MODEL_MAPPING_NAMES, "bd3lm": "BD3LMModel"}
 
     class OfBlockDiffusion(common.ModelTesterMixin):
-        """The common tests, with what they need to know of block diffusion."""
+        """The common tests, adapted to block diffusion."""
 
         def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
-            # The common version gives labels to the class names of transformers' own masked language models only.
+            # The common version only gives labels to transformers' own masked language models, by class name.
             inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
             if not return_labels or model_class is BD3LMModel:
                 return inputs
-            # The noise is given too: the tests expect two passes over the same inputs to give the same loss.
+            # The noise is passed too: the tests expect two passes over the same inputs to give the same loss.
             batch, length = inputs["input_ids"].shape
             blocks = self.model_tester.get_config().num_blocks(length)
             generator = torch.Generator().manual_seed(0)
@@ -120,7 +120,7 @@ if FOUND:
 
     class TestBD3LM(OfBlockDiffusion, unittest.TestCase):
         all_model_classes = (BD3LMModel, BD3LMForMaskedLM)
-        # Asks that `_init_weights` reaches every weight, which the tests demand of recent models only.
+        # Requires that `_init_weights` reaches every weight, which the tests demand only of recent models.
         test_can_init_all_missing_weights_before_2023 = True
 
         def setUp(self) -> None:

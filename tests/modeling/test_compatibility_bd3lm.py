@@ -26,7 +26,7 @@ LINE = "the code of this model needs transformers >=5.12,<6, but {} is installed
 
 
 @pytest.mark.parametrize("version", ["5.12", "5.12.0", "5.12.0.dev0", "5.23.0", "5.100.1rc1"])
-def test_the_versions_of_the_range_are_taken(version):
+def test_versions_in_the_range_are_accepted(version):
     check_transformers(version)
     assert SpecifierSet(TRANSFORMERS_VERSIONS).contains(version, prereleases=True) or "dev" in version
 
@@ -38,7 +38,7 @@ def test_other_versions_are_refused_in_one_line(version):
     assert str(caught.value).startswith(LINE.format(version)) and "\n" not in str(caught.value)
 
 
-def test_the_package_asks_for_the_same_versions():
+def test_the_package_requires_the_same_versions():
     setup = configparser.ConfigParser()
     setup.read(Path(bd3lm_hf.__file__).parent.parent / "setup.cfg", encoding="utf-8")
     requirements = map(Requirement, setup["options"]["install_requires"].split("\n")[1:])
@@ -51,12 +51,12 @@ def test_a_saved_folder_states_the_versions(model_folder):
     assert saved == Path(compatibility_bd3lm.__file__).read_bytes()
 
 
-# Another transformers than the one that runs, also one that lacks what the code imports.
+# Pretend that another version of transformers is installed, one without a class that the code imports.
 ELSEWHERE = """
 import sys
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
-# The import of `pipeline` makes these modules once more.
+# The import of `pipeline` creates these modules a second time.
 sys.modules["transformers"].__version__ = sys.argv[2]
 del sys.modules["transformers.configuration_utils"].PreTrainedConfig
 for load in (
@@ -71,7 +71,7 @@ for load in (
 """
 
 
-def test_every_way_to_load_says_it_before_anything_else_fails(model_folder, tmp_path):
+def test_every_way_to_load_reports_the_version_before_anything_else_fails(model_folder, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["HF_HOME"] = str(tmp_path / "home")
     command = [sys.executable, "-c", ELSEWHERE, str(model_folder), "4.57.1"]
@@ -89,7 +89,7 @@ def test_the_check_is_the_first_thing_that_a_configuration_imports(name):
 
 
 def model_of(family: str, tokenizer=None):
-    """A model in float32, with the vocabulary of a tokenizer."""
+    """Return a model in float32, with the vocabulary of a tokenizer."""
     fields = {} if tokenizer is None else {"vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id}
     if family == "llama":
         return tiny_decoder("llama", **fields)
@@ -129,7 +129,7 @@ def test_logits_of_a_text_without_masks_warn_once(family, warnings_logged):
 
 
 class ShiftingTrainer(Trainer):
-    """Takes the labels out of the batch, and a next-token loss of the logits."""
+    """Remove the labels from the batch, and compute a next-token loss from the logits."""
 
     def compute_loss(self, model, inputs, **kwargs):
         logits, labels = model(inputs["input_ids"]).logits[:, :-1], inputs.pop("labels")[:, 1:]
@@ -146,14 +146,14 @@ def test_a_trainer_that_shifts_the_logits_itself_is_refused(family, tmp_path):
         ]
         arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none")
         train = ShiftingTrainer(model_of(family), arguments, train_dataset=rows).train
-        if masks or family == "ar":  # with masks it may be a denoising loss of one's own
+        if masks or family == "ar":  # with masks it may be a custom denoising loss
             train()
         else:
             with pytest.raises(ValueError, match="next-token loss"):
                 train()
 
 
-def test_denoising_caching_scoring_and_writing_do_not_warn(warnings_logged):
+def test_denoising_caching_scoring_and_generating_do_not_warn(warnings_logged):
     model, ids = model_of("bd3lm"), torch.arange(3, 11).unsqueeze(0)
     masked = ids.index_fill(1, torch.tensor([5]), 47)
     model(masked)
@@ -166,7 +166,7 @@ def test_denoising_caching_scoring_and_writing_do_not_warn(warnings_logged):
     model.infill(masked)
     model_of("ar")(ids)
     assert not warnings_logged()
-    # The masks of padding are nothing to denoise.
+    # Mask tokens that are padding are not to be denoised.
     model(masked, torch.ones_like(ids).index_fill(1, torch.tensor([5]), 0))
     assert warnings_logged()
 
@@ -193,13 +193,13 @@ def test_the_hf_model_of_lm_eval_scores_an_autoregressive_model(tiny_tokenizer):
 
 @pytest.mark.parametrize("family", ["bd3lm", "ar", "llama"])
 @pytest.mark.parametrize("task", ["text-classification", "token-classification", "zero-shot-classification"])
-def test_pipelines_that_want_classes_are_refused(family, task, tiny_tokenizer):
+def test_pipelines_that_expect_classes_are_refused(family, task, tiny_tokenizer):
     classify = pipeline(task, model=model_of(family, tiny_tokenizer), tokenizer=tiny_tokenizer)
     with pytest.raises(ValueError, match="has no classes.*text-generation"):
         classify("The quick fox", **({"candidate_labels": ["a", "b"]} if task.startswith("zero") else {}))
 
 
-def test_fill_mask_takes_no_padding_for_blanks(tiny_tokenizer):
+def test_fill_mask_does_not_mistake_padding_for_blanks(tiny_tokenizer):
     fill = pipeline("fill-mask", model=model_of("bd3lm", tiny_tokenizer), tokenizer=tiny_tokenizer)
     texts = ["The <mask> fox", "The quick brown <mask> jumps over"]
     alone = [fill(text, top_k=1)[0]["token"] for text in texts]

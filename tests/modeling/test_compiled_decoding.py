@@ -1,4 +1,4 @@
-"""Compiled denoising steps: one for each shape for all calls, in buffers that calls pass on, also between threads."""
+"""Compiled denoising steps: one per shape for all calls, in buffers that calls reuse, with several threads too."""
 
 import gc
 import threading
@@ -56,7 +56,7 @@ def test_each_shape_is_compiled_once_for_all_calls(model, compiled, graphs):
     assert counts == [2, 2, 4, 4, 4]  # with and without a block to write
 
 
-def test_more_shapes_than_torch_allows_of_one_function_stay_compiled(model, compiled, graphs):
+def test_more_shapes_than_torch_allows_for_one_function_stay_compiled(model, compiled, graphs):
     with torch._dynamo.config.patch(recompile_limit=2):
         for rows in range(1, 5):
             model.generate(prompts(rows), **{**compiled, "max_new_tokens": 8})
@@ -77,7 +77,7 @@ def test_threads_that_generate_at_the_same_time_do_not_disturb_each_other(model,
         assert torch.equal(texts[seed], plain(model, prompts(2, seed)))
 
 
-def test_a_cache_that_a_caller_holds_serves_no_other_call(model, compiled):
+def test_a_cache_that_a_caller_holds_is_not_reused(model, compiled):
     first = model.generate(prompts(2), return_dict_in_generate=True, **compiled)
     held = [layer.keys.clone() for layer in first.past_key_values.layers]
     model.generate(prompts(2, seed=1), **compiled)
@@ -87,13 +87,13 @@ def test_a_cache_that_a_caller_holds_serves_no_other_call(model, compiled):
     assert first.past_key_values.layers[0].is_initialized
 
 
-def test_buffers_of_inference_mode_serve_no_other_mode(model, compiled):
+def test_buffers_of_inference_mode_are_not_used_outside_it(model, compiled):
     with torch.inference_mode():
         inside = model.generate(prompts(2), **compiled)
     assert torch.equal(inside, model.generate(prompts(2), **compiled))
 
 
-def test_what_a_call_left_in_the_buffers_is_not_seen_by_the_next(model, compiled):
+def test_a_call_does_not_see_what_earlier_ones_left_in_the_buffers(model, compiled):
     ids = prompts(2)
     expected = plain(model, ids)
     head, weight = model.get_output_embeddings(), model.backbone.blocks[0].attn_qkv.weight
@@ -105,7 +105,7 @@ def test_what_a_call_left_in_the_buffers_is_not_seen_by_the_next(model, compiled
     assert head.weight.isfinite().all() and torch.equal(model.generate(ids, **compiled), expected)
 
 
-def test_free_buffers_are_bounded_and_those_used_last_stay(tiny_config):
+def test_free_buffers_are_bounded_and_the_most_recently_used_are_kept(tiny_config):
     one = torch.empty(1, 2, 0, 16)
     cache = OwnStaticCache(tiny_config)
     size = 2 * 2 * 2 * cache.size * 16 * 4  # layers, keys and values, heads, slots, width, bytes
@@ -117,13 +117,13 @@ def test_free_buffers_are_bounded_and_those_used_last_stay(tiny_config):
         addresses.setdefault(rows, []).append(cache.layers[0].keys.data_ptr())
         buffers.give_back(cache)
         assert not cache.layers[0].is_initialized
-    assert buffers.num_bytes <= 3 * size  # that of four rows went when that of one row came back
+    assert buffers.num_bytes <= 3 * size  # those of four rows were dropped when those of one row came back
     cache = OwnStaticCache(tiny_config)
     buffers.take(cache, one)
     assert cache.layers[0].keys.data_ptr() == addresses[1][-1] and not cache.layers[0].keys.any()
 
 
-def test_a_model_that_is_gone_or_trains_keeps_no_buffers(make_model, compiled):
+def test_a_deleted_or_training_model_keeps_no_buffers(make_model, compiled):
     model = make_model(n_blocks=1)
     model.generate(prompts(2), **compiled)
     assert windows_bd3lm.static_buffers(model).num_bytes

@@ -1,4 +1,4 @@
-"""The configuration: every field that no model can have is refused with its remedy; published files load unchanged."""
+"""The configuration: impossible fields are refused with a remedy; published files load unchanged."""
 
 import dataclasses
 import json
@@ -100,7 +100,7 @@ WRONG_TYPES = {
 
 @pytest.mark.parametrize("config", [BD3LMConfig, ARConfig, MDLMConfig, SEDDConfig, SSDLMConfig])
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in WRONG_TYPES.items() for value in values])
-def test_a_field_of_another_type_or_size_is_refused_by_name(config, name, value):
+def test_a_field_of_the_wrong_type_or_size_is_refused_by_name(config, name, value):
     known = {field.name: field.default for field in dataclasses.fields(config)}
     if name not in known or (value is None and known[name] is None):
         pytest.skip(f"{config.__name__} takes {name}={value!r}")
@@ -109,12 +109,12 @@ def test_a_field_of_another_type_or_size_is_refused_by_name(config, name, value)
 
 
 @pytest.mark.parametrize("fields, message", REFUSED.values(), ids=REFUSED.keys())
-def test_a_field_that_no_model_can_have_is_refused_with_its_remedy(fields, message):
+def test_an_impossible_field_is_refused_with_a_remedy(fields, message):
     with pytest.raises(ValueError, match=message):
         BD3LMConfig(**fields)
 
 
-def test_whole_numbers_are_probabilities_and_without_resampling_any_interval_is_fine():
+def test_whole_numbers_are_probabilities_and_without_resampling_any_interval_is_valid():
     assert not BD3LMConfig(sampling_eps_min=0.55, sampling_eps_max=0.7).resample
     assert BD3LMConfig(dropout=0, sampling_eps_min=0, sampling_eps_max=1).dropout == 0
 
@@ -144,11 +144,11 @@ def test_sedd_in_the_published_layout_is_not_a_bd3lm(tmp_path):
         with pytest.raises(ValueError, match="SEDD.*--model-type sedd"):
             loader.from_pretrained(tmp_path)
     config = BD3LMConfig(**{name: value for name, value in fields.items() if name != "auto_map"})
-    config.save_pretrained(tmp_path)  # by this code: a BD3-LM of one block that says so
+    config.save_pretrained(tmp_path)  # written by this code: a BD3-LM with one block, as it says
     assert BD3LMConfig.from_pretrained(tmp_path).time_conditioning
 
 
-def test_a_published_config_gives_outputs_with_names_and_an_untied_head_and_may_be_one_block():
+def test_a_published_config_gives_named_outputs_and_an_untied_head_and_can_be_one_block():
     config = BD3LMConfig(**PUBLISHED, tie_word_embeddings=True)
     assert config.return_dict is True and config.tie_word_embeddings is False
     pretraining = BD3LMConfig(**{**PUBLISHED, "block_size": 1024, "cross_attn": False, "attn_backend": "sdpa"})
@@ -169,7 +169,7 @@ def test_the_mask_is_the_last_id_unless_it_is_named():
 
 
 @pytest.mark.parametrize("length, blocks", [(1, 1), (4, 1), (5, 2), (1024, 256), (1025, 257)])
-def test_the_last_block_of_a_sequence_may_be_shorter(length, blocks):
+def test_the_last_block_of_a_sequence_can_be_shorter(length, blocks):
     assert BD3LMConfig(block_size=4).num_blocks(length) == blocks
 
 

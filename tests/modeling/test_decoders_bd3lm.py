@@ -41,7 +41,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_mask_is_the_table_of_the_method(name, attention, context):
+def test_the_mask_equals_the_table_of_the_method(name, attention, context):
     mask, positions = LAYOUTS[name]
     config = tiny_decoder("llama", attention, context=context, block_size=2).config
     given = None if positions is None else torch.tensor([positions])
@@ -52,7 +52,7 @@ def test_the_mask_is_the_table_of_the_method(name, attention, context):
     tokens = [(stream, column) for stream in range(3) for column in range(7)]
     for i, query in enumerate(tokens):
         if not mask[query[1]]:
-            continue  # nothing reads what padding sees
+            continue  # outputs of padding are never read
         for j, key in enumerate(tokens):
             if attention == "sdpa":
                 seen = bool(made[0, 0, i, j] == 0)
@@ -91,7 +91,7 @@ def test_a_causal_context_is_the_stock_model(family, attention):
         model.load_state_dict(stock.state_dict())
         with torch.no_grad():
             logits = stock(ids).logits[:, :-1]
-            # The mask token has no probability in block diffusion.
+            # The mask token has probability zero in block diffusion.
             logits[..., MASK] = -torch.inf
             expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
             if alignment == "shifted":
@@ -282,7 +282,7 @@ def test_two_losses_are_the_same_with_an_index_of_fixed_size():
     model = tiny_decoder("qwen3", context="token", ar_loss_weight=0.5, alignment="shifted").train()
     ids, losses, found = random_ids(16, LENGTH), [], []
     mask = torch.ones_like(ids)
-    mask[::2, :3] = 0  # index 0, which fills the index up, is padding
+    mask[::2, :3] = 0  # index 0, which fills up the indices, is padding
     for waits in (True, False):
         torch.manual_seed(3)
         loss = model.objective(ids, ids.masked_fill(mask == 0, -100), mask, may_synchronize=waits)
@@ -294,7 +294,7 @@ def test_two_losses_are_the_same_with_an_index_of_fixed_size():
 
 
 def test_the_next_token_loss_is_that_of_the_stock_model():
-    """With every token masked and one token a block, both losses are the autoregressive one."""
+    """With every token masked and blocks of one token, both losses are the autoregressive one."""
     model = tiny_decoder("qwen3", context="token", ar_loss_weight=0.5, alignment="shifted", block_size=1).train()
     model.set_interval(1.0, 1.0)
     ids = random_ids()
@@ -306,7 +306,7 @@ def test_the_next_token_loss_is_that_of_the_stock_model():
 
 @every_decoder
 def test_a_next_token_loss_of_the_stock_decoder_is_refused(family):
-    # What TRL's trainers call: the states of `base_model`, which they shift by one.
+    # TRL's trainers call `base_model` and shift its states by one.
     model, ids = tiny_decoder(family).train(), random_ids()
     with pytest.raises(ValueError, match="bd3lm train"):
         model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)

@@ -1,4 +1,4 @@
-"""Text from stock decoders: every sampler, cache and alignment writes what recomputing everything would."""
+"""Text from stock decoders: every sampler, cache and alignment generates what recomputing everything would."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def write(model, ids, **options):
 
 
 def by_hand(model, ids, tokens):
-    """Write greedily from left to right with whole two-stream passes."""
+    """Generate greedily from left to right with whole two-stream passes."""
     stop = ids.shape[1] + tokens
     text = torch.cat([ids, ids.new_full((len(ids), -(-stop // BLOCK) * BLOCK - ids.shape[1]), MASK)], dim=1)
     for column in range(ids.shape[1], stop):
@@ -77,7 +77,7 @@ def test_text_beyond_the_window_does_not_depend_on_the_kind_of_cache(context, al
 
 
 @pytest.mark.parametrize("alignment", ["same", "shifted"])
-def test_a_cache_goes_on_where_it_ended(alignment):
+def test_a_returned_cache_is_continued(alignment):
     model, ids = tiny_decoder("qwen3", alignment=alignment), random_ids(2, 6)
     first = write(model, ids, max_new_tokens=10, return_dict_in_generate=True)
     assert first.past_key_values.get_seq_length() == 12
@@ -96,7 +96,7 @@ def test_infill_completes_gaps_in_place(alignment):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
-def test_a_compiled_step_writes_the_same_text(family, backend):
+def test_a_compiled_step_generates_the_same_text(family, backend):
     model, ids = tiny_decoder(family, context="token", alignment="shifted"), random_ids(2, 6)
     options = {"cache_implementation": "static", "max_new_tokens": 12}
     compiled = write(model, ids, compile_config=CompileConfig(backend=backend, fullgraph=True), **options)
@@ -104,7 +104,7 @@ def test_a_compiled_step_writes_the_same_text(family, backend):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_weights_that_are_offloaded_score_and_write_the_same(family, tmp_path):
+def test_offloaded_weights_score_and_generate_the_same(family, tmp_path):
     model, ids = tiny_decoder(family, alignment="shifted"), random_ids(2, 6)
     model.save_pretrained(tmp_path / "model")
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
@@ -116,23 +116,23 @@ def test_weights_that_are_offloaded_score_and_write_the_same(family, tmp_path):
     torch.testing.assert_close(offloaded.token_nll(ids, estimator="exact").nll, expected)
 
 
-def test_a_cache_of_keys_and_values_alone_needs_a_block_to_read_where_predictions_are_shifted():
+def test_a_shifted_model_needs_a_block_to_read_after_a_cache_without_hidden_states():
     model, ids, cache = tiny_decoder("llama", alignment="shifted"), random_ids(2, 10), DynamicCache()
     with torch.no_grad():
         model(ids[:, :BLOCK], past_key_values=cache, use_cache=True)
-    del cache.clean_hidden  # as of a cache whose rows were put side by side
+    del cache.clean_hidden  # as in a cache whose rows were concatenated
     with pytest.raises(ValueError, match="holds no hidden state of its last token"):
         write(model, ids[:, :6], past_key_values=cache)
     assert torch.equal(write(model, ids, past_key_values=cache), write(model, ids))
 
 
-def test_learned_positions_end():
+def test_text_beyond_the_learned_positions_is_refused():
     with pytest.raises(ValueError, match="max_length=70"):
         write(tiny_decoder("gpt2"), random_ids(1, 6), max_new_tokens=64)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_precisions_score_and_write(dtype):
+def test_other_precisions_score_and_generate(dtype):
     model, ids = tiny_decoder("llama").to(dtype), random_ids()
     assert torch.isfinite(model.token_nll(ids, estimator="stratified").nll).all()
     assert write(model, ids).shape == (2, 21)

@@ -150,7 +150,7 @@ def test_the_head_runs_at_the_positions_of_a_step_only(model, monkeypatch):
 @pytest.mark.parametrize(
     "options", [{}, {"use_cache": False}, {"window": "exact"}, {"cache_implementation": "static"}]
 )
-def test_finished_rows_leave_the_network_by_halves(model, forwards, options):
+def test_finished_rows_are_dropped_when_they_are_half(model, forwards, options):
     prompts = prompts_of([6, 13, 5, 9, 1, 16, 7, 8])
     batch = batch_of(prompts)
     plain = new_tokens(generate(model, **batch, max_new_tokens=30))
@@ -163,7 +163,7 @@ def test_finished_rows_leave_the_network_by_halves(model, forwards, options):
     forwards.clear()
     output = generate(model, **batch, max_new_tokens=30, eos_token_id=stops, **options)
     rows = [rows for rows, _ in forwards]
-    for row, prompt in enumerate(prompts[:3]):  # before it leaves, a finished row takes part in no step either
+    for row, prompt in enumerate(prompts[:3]):  # before it is dropped, a finished row takes part in no step either
         alone = generate(model, prompt, max_new_tokens=30, eos_token_id=stops, **options)
         assert output.row_forward_passes[row] == alone.row_forward_passes[0]
     static = "cache_implementation" in options  # another batch size would be compiled again
@@ -176,10 +176,10 @@ def test_finished_rows_leave_the_network_by_halves(model, forwards, options):
 
 
 class Synchronisations(TorchDispatchMode):
-    """Count what makes the CPU wait for a device: reads of values that come from the network, directly or not.
+    """Count the waits of the CPU for a device: reads of values that come from the network, directly or not.
 
-    On a CPU no tensor says where it would live, so everything that is computed from the network's logits counts as on
-    the device until `.cpu()`, which is one wait.
+    On a CPU a tensor does not show on which device it would be, so everything computed from the network's logits
+    counts as on the device until `.cpu()`, which is one wait.
     """
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "unique_consecutive", "equal")
@@ -242,7 +242,7 @@ def test_a_denoising_step_waits_for_the_device_at_most_once(monkeypatch, sampler
 
 @SAMPLER
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 1.0])
-def test_remasking_ends_and_touches_no_prompt(model, sampler, fraction):
+def test_remasking_terminates_and_leaves_prompts_alone(model, sampler, fraction):
     batch, options = batch_of(prompts_of([1, 4, 6])), {"sampler": sampler, **FIELDS[sampler], **sampled()}
     output = generate(model, **batch, **options, remask_fraction=fraction, output_trace=True)
     assert torch.equal(output.sequences[:, :6], batch["input_ids"])
@@ -270,7 +270,7 @@ def test_the_least_probable_tokens_are_remasked(model):
 
 
 def test_remasking_makes_a_block_more_probable(model):
-    # A remasked token is predicted again with all others of its block in sight.
+    # A remasked token is predicted again given all others of its block.
     ids = torch.tensor([[token] for token in range(3, 40)])
 
     def pseudo_likelihood(text: torch.Tensor) -> float:
@@ -288,7 +288,7 @@ def test_remasking_makes_a_block_more_probable(model):
     assert pseudo_likelihood(again) > pseudo_likelihood(plain)
 
 
-def test_remasking_does_not_combine_with_processors_that_read_the_text(model):
+def test_remasking_excludes_processors_that_read_the_text(model):
     with pytest.raises(ValueError, match="remask_fraction=0.5.*RepetitionPenaltyLogitsProcessor"):
         generate(model, ONE_BLOCK, remask_fraction=0.5, repetition_penalty=1.2)
     generate(model, ONE_BLOCK, remask_fraction=0.5, logits_processor=[TemperatureLogitsWarper(0.7)])
@@ -299,7 +299,7 @@ def test_remasking_does_not_combine_with_processors_that_read_the_text(model):
 
 @torch.no_grad()
 def with_penalty(model, prompt: list[int], count: int, threshold: float) -> tuple[list[int], int]:
-    """Confidence with a repetition penalty by hand: in a step a run from the left, token by token."""
+    """Sample by confidence with a repetition penalty, by hand: each step accepts token by token from the left."""
     penalty, steps, text, size = RepetitionPenaltyLogitsProcessor(1.5), 0, list(prompt), model.config.block_size
     while len(text) < len(prompt) + count:
         stop = len(text) // size * size + size
@@ -318,7 +318,7 @@ def with_penalty(model, prompt: list[int], count: int, threshold: float) -> tupl
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.2, 0.9])
-def test_parallel_samplers_accept_a_run_from_the_left_where_processors_read_the_text(threshold):
+def test_parallel_samplers_accept_from_the_left_if_processors_read_the_text(threshold):
     model = make_family("bd3lm", block_size=8, model_length=32)
     fields = {"sampler": "confidence", "confidence_threshold": threshold, "repetition_penalty": 1.5}
     for prompt in prompts_of([1, 4, 6]):

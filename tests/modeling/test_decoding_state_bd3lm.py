@@ -55,7 +55,7 @@ def test_the_buffer_ends_with_the_block_of_the_last_token(new_tokens):
 
 
 def stop_rules(text: list[list[int]], criteria: list, new_tokens: int = 8, **config) -> StopRules:
-    """Rules for rows whose prompt is one token, in blocks of 4 that are all written."""
+    """Return rules for rows whose prompt is one token, in blocks of 4 that are all filled."""
     rows = torch.tensor(text)
     buffer = SequenceBuffer.from_prompts(torch.full((len(rows), 1), 9), None, new_tokens, 4, MASK)
     buffer.token_ids[:, 1 : 1 + rows.shape[1]] = rows
@@ -118,7 +118,7 @@ def test_the_end_token_pads_where_no_padding_token_is_known():
     assert stop.new_tokens().tolist() == [[EOS, EOS, EOS], [5, 6, EOS]]
 
 
-def test_rows_that_may_stop_apart_need_a_padding_token():
+def test_rows_that_can_end_at_different_lengths_need_a_padding_token():
     with pytest.raises(ValueError, match="set pad_token_id"):
         stop_rules([[5], [6]], [EosTokenCriteria(EOS)], pad_token_id=None)
 
@@ -157,13 +157,13 @@ def test_a_single_text_stops_where_the_published_one_does(recorded, case):
     criteria = [EntropyStopCriteria(4.0)] + [SecondEosCriteria(GOLDEN_EOS)] * var_length
     assert StoppingCriteriaList(criteria)(ids, None).tolist() == [bool(recorded[f"{name}.stop"])]
     torch.testing.assert_close(token_entropy(ids[:, -256:])[0].float(), recorded[f"{name}.entropy"], atol=1e-5, rtol=0)
-    if var_length:  # else the published sampler does not cut, but throws the text away
+    if var_length:  # otherwise the published sampler discards the text instead of truncating it
         kept = published_length(ids, eos_token_id=GOLDEN_EOS)
         assert kept.tolist() == [int(recorded[f"{name}.out_len"])]
 
 
 def test_a_text_shorter_than_the_window_is_not_scored(recorded):
-    # Published, its negative length counts from the end; and the sampler never asks so early.
+    # In the published code its negative length counts from the end, but the sampler never checks so early.
     ids = recorded["stop.10.in"].long()
     assert EntropyStopCriteria(4.0)(ids, None).tolist() == [False]
     assert published_length(ids).tolist() == [200]
@@ -172,7 +172,7 @@ def test_a_text_shorter_than_the_window_is_not_scored(recorded):
 
 
 def test_rows_of_a_batch_are_scored_one_by_one(recorded):
-    # Published, the end tokens of all rows count together, and so do the frequencies.
+    # In the published code the end tokens of all rows count together, and so do the frequencies.
     ends = recorded["stop.11.in"].long()
     assert bool(recorded["stop.11.stop"])
     assert SecondEosCriteria(GOLDEN_EOS)(ends, None).tolist() == [False, False]
@@ -190,7 +190,7 @@ def test_the_entropy_of_a_text_is_that_of_its_frequencies():
     torch.testing.assert_close(token_entropy(ids), expected)
 
 
-def test_padding_is_no_text():
+def test_padding_is_not_text():
     ids = torch.tensor([[PAD, PAD, 5, 5, 5], [PAD, 5, 5, 5, 5]])
     padding = ids == PAD
     assert EntropyStopCriteria(0.5, window=3)(ids, None, padding=padding).tolist() == [False, True]
@@ -218,7 +218,7 @@ def test_an_entropy_stop_that_cannot_work_is_refused():
 
 @pytest.fixture
 def make_model(tiny_config, randomize):
-    """A function `(loud tokens: weight, ...) -> model` that writes these tokens most of the time."""
+    """Return a function `(t5=weight, ...) -> model` whose model generates these tokens most of the time."""
 
     def make(eos_token_id: int | None = None, **loud: float) -> BD3LMForMaskedLM:
         fields = {**tiny_config.to_diff_dict(), "eos_token_id": eos_token_id, "mask_token_id": None}
@@ -232,21 +232,21 @@ def make_model(tiny_config, randomize):
 
 
 def texts(model, ids, **arguments) -> list[list[int]]:
-    """The new tokens of each row, without padding."""
+    """Return the new tokens of each row, without padding."""
     arguments = {"do_sample": True, "generator": torch.Generator().manual_seed(0), "max_new_tokens": 24, **arguments}
     output = model.generate(ids, attention_mask=(ids != PAD).long(), **arguments)[:, ids.shape[1] :]
     return [[token for token in row if token != PAD] for row in output.tolist()]
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_a_degenerate_row_ends_and_the_others_go_on(make_model, by_hand):
+def test_a_degenerate_row_ends_and_the_others_continue(make_model, by_hand):
     model = make_model(t5=30.0)
     diverse = [9, 10, 11, 12, 13, 14, 15, 16]
     ids = torch.tensor([[PAD] * 7 + [9], [PAD] * 3 + [5] * 5, diverse])
     stop = {"entropy_stop": 0.6, "entropy_stop_window": 8}
     if by_hand:
         stop = {"stopping_criteria": [EntropyStopCriteria(0.6, window=8)]}
-    # Of eight tokens one is another: 0.38 nats; two: 0.97. A row is scored when it has nine.
+    # One different token among eight: 0.38 nats; two: 0.97. A row is checked once it has nine.
     assert [len(row) for row in texts(model, ids, **stop)] == [8, 4, 7]
     assert [len(row) for row in texts(model, ids)] == [24] * 3
 

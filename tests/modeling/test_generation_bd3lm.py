@@ -1,4 +1,4 @@
-"""`generate` for every model family, sampler, cache and window, against a plain loop, and as transformers' own."""
+"""`generate` for every model family, sampler, cache and window, against a plain loop and transformers' behaviour."""
 
 import asyncio
 import re
@@ -52,7 +52,7 @@ MATRIX = [
     *(("ar", None, cache) for cache in ("none", "dynamic", "dynamic-exact")),
 ]
 EVERY = pytest.mark.parametrize(("family", "sampler", "cache"), MATRIX, ids=lambda value: value or "greedy")
-# For what is decided after the network: its cache makes no difference.
+# For what is decided after the network, where the cache makes no difference.
 WITH_ONE_CACHE = [case for case in MATRIX if case[2] == ("none" if case[0] in ("mdlm", "sedd") else "dynamic")]
 EVERY_SAMPLER = pytest.mark.parametrize(
     ("family", "sampler", "cache"), WITH_ONE_CACHE, ids=lambda value: value or "greedy"
@@ -73,7 +73,7 @@ def model(models):
 
 @pytest.fixture
 def speaker(tiny_tokenizer):
-    """A model of the tiny tokenizer's vocabulary."""
+    """Return a model with the tiny tokenizer's vocabulary."""
     names = ("bos_token_id", "pad_token_id", "mask_token_id")
     ids = {name: getattr(tiny_tokenizer, name) for name in names}
     return make_family("bd3lm", vocab_size=len(tiny_tokenizer), model_length=32, **ids)
@@ -88,7 +88,7 @@ def seed(value: int) -> torch.Generator:
 
 
 def seeds(model, rows: list[int]):
-    """A generator for each row, where the family takes them."""
+    """Return a generator per row, if the family supports them."""
     return {"do_sample": True, "generator": [seed(row) for row in rows]} if model.generator_per_row else {}
 
 
@@ -112,7 +112,7 @@ def test_greedy_text_is_that_of_a_plain_loop(models, family, sampler, cache):
 
 @EVERY
 @pytest.mark.parametrize("sampled", [False, True])
-def test_a_row_is_what_it_is_alone(models, family, sampler, cache, sampled):
+def test_a_row_of_a_batch_is_generated_as_if_alone(models, family, sampler, cache, sampled):
     model, options = models[family], options_of(sampler, cache)
     prompts = prompts_of(LENGTHS[family])
     side = "right" if sampled else "left"
@@ -142,7 +142,7 @@ def test_rows_end_at_their_end_token_and_leave_the_others_alone(models, family, 
     batch = batch_of(prompts_of([1, 6, 8, 3, 5, 5]))
     plain = new_tokens(generate(model, **batch, max_new_tokens=15, **options, **many()))
     counts = {token: int((plain[:, :11] == token).any(1).sum()) for token in plain.unique().tolist()}
-    stop = next(token for token, count in counts.items() if 3 <= count < 6)  # finished rows leave the network
+    stop = next(token for token, count in counts.items() if 3 <= count < 6)  # finished rows are dropped
     ends = torch.tensor([stop, 46]) if sampled else [stop, 46]
     output = generate(model, **batch, max_new_tokens=15, eos_token_id=ends, **options, **many())
     for row, text in zip(new_tokens(output).tolist(), plain.tolist(), strict=True):
@@ -194,7 +194,7 @@ def test_processors_see_the_text_to_the_left_and_constraints_hold(models, family
 
 
 @EVERY_SAMPLER
-def test_scores_are_what_tokens_are_drawn_from(models, family, sampler, cache):
+def test_tokens_are_drawn_from_the_returned_scores(models, family, sampler, cache):
     options = {**options_of(sampler, cache), "temperature": 0.5, "do_sample": True, "output_scores": True}
     output = generate(models[family], **batch_of(prompts_of([1, 6])), **options, generator=seed(0))
     assert len(output.scores) == len(output.logits) == 11
@@ -270,7 +270,7 @@ def test_without_a_prompt_the_text_begins_with_bos(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32, None])
-def test_an_attention_mask_of_any_type_is_understood_and_otherwise_inferred(model, dtype):
+def test_an_attention_mask_can_have_any_type_and_is_inferred_if_missing(model, dtype):
     batch = batch_of(prompts_of([1, 6]))
     mask = None if dtype is None else batch["attention_mask"].to(dtype)
     expected = model.generate(**batch, max_new_tokens=5)
@@ -278,7 +278,7 @@ def test_an_attention_mask_of_any_type_is_understood_and_otherwise_inferred(mode
 
 
 @FAMILY
-def test_padding_that_is_the_mask_token_is_known_by_the_attention_mask_only(models, family):
+def test_only_the_attention_mask_identifies_padding_that_is_the_mask_token(models, family):
     model, batch = make_family(family, pad_token_id=MASK), batch_of(prompts_of([1, 6]))
     padded = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, MASK)
     output = model.generate(padded, attention_mask=batch["attention_mask"], max_new_tokens=5, pad_token_id=MASK)
@@ -288,7 +288,7 @@ def test_padding_that_is_the_mask_token_is_known_by_the_attention_mask_only(mode
         model.generate(padded, max_new_tokens=5)
 
 
-def test_several_samples_of_one_prompt_differ_and_token_types_mean_nothing(model):
+def test_several_samples_of_one_prompt_differ_and_token_types_are_ignored(model):
     batch = batch_of(prompts_of([1, 3, 6]))
     arguments = {"do_sample": True, "num_return_sequences": 3, "generator": seed(0)}
     output = model.generate(**batch, max_new_tokens=9, token_type_ids=torch.zeros(3, 6), **arguments)
@@ -323,7 +323,7 @@ def test_mask_and_padding_are_never_generated(pad):
     ids=str,
 )
 @pytest.mark.parametrize("sampled", [True, False])
-def test_standard_processors_serve_rows_of_unequal_length(model, arguments, sampled):
+def test_standard_processors_work_on_rows_of_unequal_length(model, arguments, sampled):
     arguments = {**arguments, "do_sample": sampled, "generator": seed(0), "max_new_tokens": 9}
     output = model.generate(**batch_of(prompts_of([1, 4, 6])), **arguments)[:, 6:]
     assert output.shape[0] == 3 and output.shape[1] <= 9 and not (output == MASK).any()
@@ -377,7 +377,7 @@ def test_stop_strings_end_each_row_at_the_token_that_completes_them(speaker, tin
     assert min(ends) < 20
 
 
-def test_max_time_keeps_the_block_that_is_done(model):
+def test_max_time_keeps_the_finished_block(model):
     output = generate(model, PROMPT, max_new_tokens=24, max_time=1e-6)
     assert torch.equal(output.sequences, generate(model, PROMPT, max_new_tokens=2).sequences)
 
@@ -467,7 +467,7 @@ def test_a_plain_config_can_be_assigned_passed_and_saved(models, family, tmp_pat
     (tmp_path / "generation_config.json").unlink()
     loaded = type(model).from_pretrained(tmp_path)
     assert (loaded.generation_config.pad_token_id, loaded.generation_config.nucleus_p) == (PAD, 1.0)
-    loaded.save_pretrained(tmp_path / "again")  # one made from config.json forgets its own fields
+    loaded.save_pretrained(tmp_path / "again")  # one made from config.json would lose our fields
     again = type(model).from_pretrained(tmp_path / "again").generation_config
     assert again.sampler == loaded.generation_config.sampler
 
@@ -544,19 +544,19 @@ def test_continuous_batching_is_hidden_and_refused(model):
     ("family", "left_out", "window"),
     [
         ("bd3lm", 16, {"window": "exact"}),
-        ("bd3lm", 16, {"window": "cached"}),  # whose keys would remember more, if more were read
+        ("bd3lm", 16, {"window": "cached"}),  # whose keys would contain more, if more were read
         ("mdlm", 16, {}),
         ("sedd", 16, {}),
         ("ar", 15, {"window": "exact"}),
     ],
 )
-def test_of_a_prompt_beyond_the_window_the_end_is_read(models, family, left_out, window):
+def test_only_the_end_of_a_prompt_beyond_the_window_is_read(models, family, left_out, window):
     model, options = models[family], {"max_new_tokens": 6, **window}
     long, short = prompts_of([model.config.model_length + 15, 3], seed=1)
     output = generate(model, long, **options)
     assert torch.equal(output.sequences[0, : len(long)], long)
     assert_same(output, generate(model, long[left_out:], **options))
-    # Next to a short prompt each row is what it is alone.
+    # Next to a short prompt, each row is the same as alone.
     both = generate(model, **batch_of([long, short]), **options)
     assert torch.equal(both.sequences[0], output.sequences[0])
     assert torch.equal(new_tokens(both)[1], new_tokens(generate(model, short, **options))[0])

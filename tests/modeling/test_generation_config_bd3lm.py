@@ -1,4 +1,4 @@
-"""The fields of block diffusion: defaults, refusals, and a long life in files and pipelines."""
+"""The generation fields of block diffusion: defaults, refusals, and round trips through files and pipelines."""
 
 import inspect
 import math
@@ -131,7 +131,7 @@ def test_a_pipeline_takes_the_fields_from_the_checkpoint_and_from_its_call(tiny_
     ],
     ids=str,
 )
-def test_fields_without_a_meaning_are_refused(tiny_model, fields, message):
+def test_meaningless_fields_are_refused(tiny_model, fields, message):
     with pytest.raises(ValueError, match=message):
         BD3LMGenerationConfig(**fields)
     with pytest.raises(ValueError, match=message):
@@ -198,7 +198,7 @@ def test_values_of_standard_fields_outside_their_range_are_refused(family):
             limit = {} if name == "max_length" else {"max_new_tokens": 2}
             with pytest.raises(ValueError, match=rf"{name}.*{re.escape(str(value))}"):
                 model.generate(ids, **{"do_sample": True, **limit, name: value})
-            with pytest.raises(ValueError, match=name):  # also of a config that is passed
+            with pytest.raises(ValueError, match=name):  # including those of a config that is passed
                 model.generate(ids, GenerationConfig(**{"do_sample": True, **limit, name: value}))
 
 

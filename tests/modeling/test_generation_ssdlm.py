@@ -34,7 +34,7 @@ def model():
 
 
 def generate(model, prompt, *, seed=0, **arguments):
-    """Greedy about nothing: three steps a block, seeded."""
+    """Generate with three steps per block, seeded."""
     arguments = {"max_new_tokens": 10, "num_denoising_steps": 3, "return_dict_in_generate": True, **arguments}
     if "generator" not in arguments:
         arguments["generator"] = torch.Generator().manual_seed(seed)
@@ -65,7 +65,7 @@ def test_the_whole_trajectory_is_the_published_one(monkeypatch):
     model.load_state_dict(load_file(FOLDER / "weights.safetensors"))
 
     class Recorded(SimplexDraws):
-        """The published draws: a block's first noise, then each step's noise and tokens."""
+        """Return the published draws: a block's first noise, then each step's noise and tokens."""
 
         def __init__(self, generator, *, greedy):
             assert not greedy
@@ -96,8 +96,8 @@ def test_the_whole_trajectory_is_the_published_one(monkeypatch):
     torch.testing.assert_close(last, recorded["decode.logits"][:, 5], atol=1e-4, rtol=0)
 
 
-def test_the_slow_way_gives_the_same_text(model):
-    """Algorithm 2 of SSD-LM by hand: no canvas, no cache of anything, one row."""
+def test_a_plain_implementation_gives_the_same_text(model):
+    """Compare with Algorithm 2 of SSD-LM by hand: one row, without a buffer or a cache."""
     scale, steps, text = 5.0, 3, PROMPT
     generator = torch.Generator().manual_seed(3)
     for _ in range(2):
@@ -140,14 +140,14 @@ def test_the_context_is_as_long_as_the_window_leaves_room(model, seen):
 
 
 @pytest.mark.parametrize("projection", ["sampling", "even", "uneven"])
-def test_every_projection_writes_a_text_of_its_own_and_the_seed_decides_it(model, projection):
+def test_every_projection_generates_a_different_text_which_the_seed_determines(model, projection):
     prompt = prompts_of([5])[0].repeat(2, 1)
     first, again, other = (generate(model, prompt, seed=seed, projection=projection).sequences for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first[0], first[1])
     assert first.shape == (2, 15)
 
 
-def test_a_small_nucleus_is_the_likeliest_token(model):
+def test_a_small_nucleus_is_the_most_likely_token(model):
     texts = [
         generate(model, PROMPT, projection=projection, top_p=1e-6, do_sample=False).sequences
         for projection in ("sampling", "even", "uneven")
@@ -156,12 +156,12 @@ def test_a_small_nucleus_is_the_likeliest_token(model):
 
 
 def test_the_nucleus_is_chosen_once(model):
-    """`top_p` is the projection's: as a logits processor too, the rest would be cut a second time."""
+    """`top_p` belongs to the projection: applied as a logits processor too, it would cut the distribution twice."""
     processors = model._get_logits_processor(SSDLMGenerationConfig(top_k=0), 5, encoder_input_ids=PROMPT, device="cpu")
     assert len(processors) == 0
 
 
-def test_torchs_global_generator_serves_without_one(model):
+def test_torchs_global_generator_is_the_default(model):
     texts = []
     for _ in range(2):
         torch.manual_seed(7)
@@ -174,7 +174,7 @@ def test_torchs_global_generator_serves_without_one(model):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("context", ["all", "previous_block"])
-def test_with_a_generator_for_each_row_a_batch_writes_what_each_prompt_would_alone(model, side, context):
+def test_with_a_generator_per_row_a_batch_equals_its_prompts_alone(model, side, context):
     prompts = prompts_of([3, 9, 6])
     batch = batch_of(prompts, side)
     generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
@@ -210,14 +210,14 @@ class Only(LogitsProcessor):
 
 
 class Counting(LogitsProcessor):
-    """The next token is the last one plus one: it must see every token to the left of its position."""
+    """Allow only the last token plus one, which requires every token to the left."""
 
     def __call__(self, input_ids, scores):
         return torch.full_like(scores, -torch.inf).scatter(1, input_ids[:, -1:] + 1, 0.0)
 
 
 @pytest.mark.parametrize("projection", ["sampling", "even", "uneven"])
-def test_processors_decide_what_may_be_written_and_see_what_stands_to_the_left(model, projection):
+def test_processors_constrain_tokens_and_see_the_text_to_the_left(model, projection):
     output = generate(model, PROMPT, projection=projection, logits_processor=[Only(11, 12)])
     assert set(output.sequences[0, 5:].tolist()) <= {11, 12}
     output = generate(model, torch.tensor([[9, 5], [2, 20]]), attention_mask=torch.tensor([[1, 1], [0, 1]]),
@@ -241,12 +241,12 @@ def test_special_tokens_are_tokens_like_others(model):
     assert text[:2] == [3, 47] and set(text[2:]) == {2, 47}
 
 
-def test_processors_that_leave_nothing_are_refused(model):
+def test_processors_that_leave_no_token_are_refused(model):
     with pytest.raises(ValueError, match="the logits processors forbid every token"):
         generate(model, PROMPT, logits_processor=[Only()])
 
 
-def test_an_end_token_ends_its_row_and_the_others_go_on(model, seen):
+def test_an_end_token_ends_its_row_and_the_others_continue(model, seen):
     batch = torch.stack(prompts_of([5, 5]))
     generators = lambda: [torch.Generator().manual_seed(seed) for seed in (1, 8)]  # noqa: E731
     free = generate(model, batch, generator=generators(), max_new_tokens=12).sequences[:, 5:]
@@ -260,7 +260,7 @@ def test_an_end_token_ends_its_row_and_the_others_go_on(model, seen):
     assert output.tokens_per_forward == pytest.approx((first + 1 + 12) / 9 / 2)
 
 
-def test_all_ended_rows_end_the_call(model):
+def test_the_call_ends_when_all_rows_have_ended(model):
     end = int(generate(model, PROMPT, max_new_tokens=4).sequences[0, 6])
     output = generate(model, PROMPT, max_new_tokens=40, eos_token_id=end)
     assert output.num_forward_passes == 3 and output.sequences[0, -1] == end
@@ -314,7 +314,7 @@ def test_a_plain_generation_config_takes_the_models_fields(model):
         ({"context": "none"}, "context='none' is unknown: choose one of all, previous_block"),
     ],
 )
-def test_fields_without_a_meaning_are_refused(model, fields, message):
+def test_meaningless_fields_are_refused(model, fields, message):
     with pytest.raises(ValueError, match=message):
         model.generate(torch.tensor([[3, 4]]), max_new_tokens=4, **fields)
     with pytest.raises(ValueError, match=message):
@@ -343,6 +343,6 @@ def test_arguments_that_do_not_fit_are_refused(model, arguments, message):
         ([[3] * 25], "the prompt has 25 tokens, more than the model's window model_length=24"),
     ],
 )
-def test_prompts_that_can_not_be_continued_are_refused(model, prompt, message):
+def test_prompts_that_cannot_be_continued_are_refused(model, prompt, message):
     with pytest.raises(ValueError, match=message):
         model.generate(torch.tensor(prompt), max_new_tokens=4, num_denoising_steps=1)

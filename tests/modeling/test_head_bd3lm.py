@@ -1,4 +1,4 @@
-"""The head in chunks, and that it sees masked positions only."""
+"""The head runs in chunks and sees masked positions only."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ CONFIG = SimpleNamespace(vocab_size=48, mask_token_id=47)
 
 
 class ScaledHead(torch.nn.Linear):
-    """A head that is no plain linear layer."""
+    """A head that is not a plain linear layer."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return super().forward(hidden) * 1.5
@@ -49,7 +49,7 @@ def test_the_chunked_head_equals_plain_cross_entropy_over_full_logits(monkeypatc
     with torch.no_grad():
         torch.testing.assert_close(cross_entropy(hidden, head, targets, CONFIG), each)
     parameters = [hidden, *head.parameters()]
-    # A factor behind the loss, as gradient accumulation and loss scaling have it.
+    # A factor after the loss, as in gradient accumulation and loss scaling.
     for a, b in zip(
         torch.autograd.grad(found * 0.3, parameters), torch.autograd.grad(expected * 0.3, parameters), strict=True
     ):

@@ -54,7 +54,7 @@ def test_a_text_is_filled_as_by_hand(block_size, options):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_row_of_a_batch_is_filled_as_if_it_stood_alone(model, side, sampler):
+def test_a_row_of_a_batch_is_filled_as_if_alone(model, side, sampler):
     batch = batch_of(TENSORS, side)
     filled = model.infill(**batch, sampler=sampler)
     assert filled.shape == batch["input_ids"].shape
@@ -65,7 +65,7 @@ def test_a_row_of_a_batch_is_filled_as_if_it_stood_alone(model, side, sampler):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", ["mdlm", "sedd"])
-def test_a_window_of_one_block_is_filled_as_if_it_stood_alone(family, side):
+def test_a_window_of_one_block_is_filled_as_if_alone(family, side):
     model = make_family(family, model_length=12)
     batch = batch_of(TENSORS, side)
     filled = model.infill(**batch)
@@ -76,7 +76,7 @@ def test_a_window_of_one_block_is_filled_as_if_it_stood_alone(family, side):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("remask", [0.0, 0.7])
-def test_what_is_given_stays_and_every_gap_is_filled(model, sampler, remask):
+def test_given_tokens_stay_and_every_gap_is_filled(model, sampler, remask):
     batch = batch_of(TENSORS, "left")
     filled = model.infill(**batch, sampler=sampler, remask_fraction=remask, do_sample=True)
     given = batch["input_ids"] != MASK
@@ -199,6 +199,6 @@ def test_the_fill_mask_pipeline_agrees(tiny_tokenizer):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_what_can_not_be_filled_is_refused(model, arguments, message):
+def test_texts_that_cannot_be_filled_are_refused(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         model.infill(**{"input_ids": torch.tensor([[5, M, 7]]), **arguments})

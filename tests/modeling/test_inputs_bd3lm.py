@@ -21,7 +21,7 @@ def model_of(family: str):
 
 
 def apart() -> tuple[torch.Tensor, torch.Tensor]:
-    """The documents as rows of their own, and their mask."""
+    """Return the documents as separate rows, and their mask."""
     width = max(map(len, DOCUMENTS))
     ids = torch.tensor([document + [2] * (width - len(document)) for document in DOCUMENTS])
     return ids, torch.tensor([[1] * len(d) + [0] * (width - len(d)) for d in DOCUMENTS])
@@ -74,7 +74,7 @@ def test_packed_documents_are_scored_as_if_alone(family, packed):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_positions_that_a_row_has_anyway_change_nothing(family):
+def test_default_positions_change_nothing(family):
     model, (ids, mask) = model_of(family), apart()
     given = {**options_of(family, 3), "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     with torch.no_grad():
@@ -180,7 +180,7 @@ def model_of_any(family: str):
     ],
 )
 @pytest.mark.parametrize("family", [*FAMILIES, "ssdlm", "llama"])
-def test_what_is_not_a_batch_of_its_own_tokens_is_refused(family, ids, labels, message):
+def test_inputs_that_are_not_a_batch_of_tokens_are_refused(family, ids, labels, message):
     model = model_of_any(family)
     if labels is not None:
         with pytest.raises(ValueError, match=message):
@@ -193,7 +193,7 @@ def test_what_is_not_a_batch_of_its_own_tokens_is_refused(family, ids, labels, m
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "ssdlm", "llama"])
-def test_32_bit_ids_are_those_of_64_bits(family):
+def test_32_bit_ids_give_the_results_of_64_bit_ids(family):
     model = model_of_any(family).eval()  # without dropout
     noise = {} if family == "ar" else {"block_noise": torch.full((2, model.config.num_blocks(8)), 0.7)}
     noise |= {"count_noise": torch.full((2, 2), 0.5)} if family == "ssdlm" else {}
@@ -223,7 +223,7 @@ def test_tensors_without_values_are_refused_where_values_are_needed(family):
 
 
 @pytest.mark.parametrize(("value", "message"), [(0.5, "0.5:"), (math.nan, "nan:"), (-1e4, "-10000, like an additive")])
-def test_a_mask_of_neither_0_nor_1_is_refused(value, message):
+def test_a_mask_with_other_values_than_0_and_1_is_refused(value, message):
     with pytest.raises(ValueError, match=f"attention_mask contains {message}"):
         model_of("bd3lm")(TEXT, attention_mask=torch.full((2, 8), value))
 
@@ -232,7 +232,7 @@ def test_a_mask_of_neither_0_nor_1_is_refused(value, message):
     ("family", "size"),
     [("bd3lm", 5), ("bd3lm", 0), ("bd3lm", 4.0), ("ar", 2), ("mdlm", 16), ("sedd", 8), ("ssdlm", 32), ("llama", 5)],
 )
-def test_a_block_size_that_was_changed_later_is_checked_when_the_model_is_used(family, size):
+def test_a_block_size_that_is_changed_later_is_checked_on_use(family, size):
     model = model_of_any(family)
     model.config.block_size = size
     calls = [lambda: model(TEXT, labels=TEXT), lambda: model(TEXT), lambda: model.generate(TEXT, max_new_tokens=2)]

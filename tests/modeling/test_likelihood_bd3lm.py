@@ -99,7 +99,7 @@ def orders_nll(model: BD3LMForMaskedLM, ids: torch.Tensor, block: list[int]) -> 
     return torch.stack(totals) if block else torch.zeros(1, dtype=torch.float64)
 
 
-def test_the_bound_is_the_mean_over_reveal_orders_and_lies_above_the_true_likelihood(toy):
+def test_the_bound_is_the_mean_over_reveal_orders_and_above_the_true_likelihood(toy):
     # First-hitting reveals tokens in a uniformly random order: its likelihood is the mean over orders.
     model, ids = toy
     mean = true = 0.0
@@ -167,7 +167,7 @@ def test_more_samples_lower_the_spread(randomize):
         return (values - values.median()).abs().mean()
 
     assert spread(scores("sampled", 4)) < 0.65 * spread(scores("sampled", 1))
-    # Draws of one block are spread over 1..n, which beats independent ones.
+    # The samples of one block are spread over 1..n, which beats independent ones.
     assert scores("stratified", 3).var() < 0.9 * scores("stratified", 1).var() / 3
 
 
@@ -180,7 +180,7 @@ def test_several_samples_are_the_mean_of_single_ones(tiny_model):
     assert not torch.equal(single[0], single[1])
 
 
-def test_scores_do_not_depend_on_how_many_draws_share_a_pass(tiny_model, monkeypatch):
+def test_scores_do_not_depend_on_how_many_samples_share_a_pass(tiny_model, monkeypatch):
     ids, found = random_ids(2, 14), []
     for budget in (1, 100, 2**14):
         monkeypatch.setattr(likelihood_bd3lm, "_TOKEN_BUDGET", budget)
@@ -198,7 +198,7 @@ def test_scores_do_not_depend_on_how_many_draws_share_a_pass(tiny_model, monkeyp
 
 
 @pytest.mark.parametrize("conditioned", [False, True])
-def test_the_sampled_score_of_one_draw_is_the_evaluation_loss(make_model, conditioned):
+def test_the_sampled_score_of_one_sample_is_the_evaluation_loss(make_model, conditioned):
     model, ids = make_model(time_conditioning=conditioned), random_ids(4, 16)
     torch.manual_seed(0)
     score = model.token_nll(ids)
@@ -305,7 +305,7 @@ def test_the_score_of_the_published_draws_equals_the_published_one_token_by_toke
     assert (found.mask * recorded.get("mask_pad" if name == "bs4.pad" else "mask_ones")).equal(token_mask)
 
 
-def test_given_draws_are_those_of_a_source(tiny_model):
+def test_noise_can_be_passed_instead_of_its_generator(tiny_model):
     ids = random_ids(3, 16)
     expected = tiny_model.token_nll(ids, generator=torch.Generator().manual_seed(0))
     given = draw_noise(3, 4, 16, generator=torch.Generator().manual_seed(0))
@@ -341,7 +341,7 @@ def test_scores_that_cannot_be_computed_are_refused(fields, arguments, message):
         model.token_nll(random_ids(2, 16), **arguments)
 
 
-def test_texts_of_any_length_share_the_draws_of_their_common_blocks(tiny_model):
+def test_texts_of_any_length_share_the_noise_of_their_common_blocks(tiny_model):
     ids = random_ids(1, 31)
     scores = []
     for length in (12, 31):
@@ -352,7 +352,7 @@ def test_texts_of_any_length_share_the_draws_of_their_common_blocks(tiny_model):
     assert (scores[0] > 0).sum() > 6
 
 
-def test_a_few_tokens_behind_a_context_are_scored_exactly_at_any_block_size(randomize):
+def test_a_few_tokens_after_a_context_are_scored_exactly_at_any_block_size(randomize):
     model = toy_model(randomize, 12)
     ids = torch.tensor([[2, 0, 1, 2, 1, 0, 0, 2, 1, 1, 2]]).repeat(2, 1)
     labels = ids.clone()
@@ -369,10 +369,12 @@ def test_a_few_tokens_behind_a_context_are_scored_exactly_at_any_block_size(rand
     assert score.nll[0].sum().item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_exact_sum_over_blocks_of_eight_is_still_made(tiny_config):
+def test_the_exact_sum_over_blocks_of_eight_is_still_computed(tiny_config):
     tiny_config.block_size = 8
     model = BD3LMForMaskedLM(tiny_config).eval()
-    score = model.token_nll(random_ids(1, 16), estimator="exact")  # of which the first block begins with a given token
+    score = model.token_nll(
+        random_ids(1, 16), estimator="exact"
+    )  # the first block begins with a token that is not scored
     torch.testing.assert_close(score.nll, score.mask * math.log(47), rtol=0, atol=1e-4)
 
 

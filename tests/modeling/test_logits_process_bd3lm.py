@@ -54,7 +54,7 @@ def test_a_flat_distribution_keeps_as_many_tokens_as_p_allows():
 
 
 class Recorder(LogitsProcessor):
-    """Remembers what it was shown, and adds the width of the context to all scores."""
+    """Record the arguments, and add the width of the context to all scores."""
 
     def __init__(self, reads_text: bool = True) -> None:
         self.reads_text = reads_text
@@ -102,6 +102,6 @@ def test_a_processor_that_reads_the_length_gets_that_of_each_position():
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_a_processor_reads_is_known_or_taken_to_be_all(processor, reading, forbidding):
+def test_an_unknown_processor_is_assumed_to_read_the_text(processor, reading, forbidding):
     processors = processors_of(processor)
     assert (bool(processors.text_readers), processors.can_forbid_all) == (reading, forbidding)

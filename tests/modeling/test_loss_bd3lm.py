@@ -123,8 +123,8 @@ def test_gradients_equal_the_published_ones(recorded):
 
 @pytest.mark.parametrize("name", ["bs4.val", "bs1.val"])
 def test_published_validation_losses_are_ours_at_one_time_per_block(recorded, name):
-    # The draws of these cases were not recorded. What was masked can be read off, and with it each block's time,
-    # which must be in its stratum: the published order assigns strata to the blocks row by row.
+    # The noise of these cases was not recorded. The masked tokens and each block's time can be read off the losses.
+    # The time must be in its stratum: the published order assigns strata to the blocks row by row.
     model, size, compared = golden_model(name), PUBLISHED["cases"][name]["block_size"], 0
     for batch, (ids, mask) in enumerate(((recorded["x0"], "mask_ones"), (recorded["x0"].flip(0), "mask_pad"))):
         published = recorded[f"{name}.nlls"][batch].view(-1, size)
@@ -174,7 +174,7 @@ def test_the_loss_is_the_weighted_cross_entropy_of_the_masked_tokens(tiny_model,
 
 
 @pytest.mark.parametrize("schedule", ["square", "square_root", "log", "cosine"])
-def test_the_loss_takes_chance_and_weight_from_the_schedule(tiny_config, randomize, schedule):
+def test_the_loss_takes_probability_and_weight_from_the_schedule(tiny_config, randomize, schedule):
     tiny_config.noise = schedule
     model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
     ids, noise = random_ids(2, 16), given_noise(2, 4, 16)
@@ -234,7 +234,7 @@ def test_training_draws_as_configured_from_the_models_interval_and_evaluation_on
     assert of_evaluation.min() < 0.1 and of_evaluation.max() > 0.9
 
 
-def test_resampling_confines_the_mask_rates_of_training_and_of_nothing_else(tiny_config):
+def test_resampling_truncates_the_mask_rates_of_training_only(tiny_config):
     tiny_config.resample, tiny_config.block_size = True, 16
     model = BD3LMForMaskedLM(tiny_config)
     ids = random_ids(64, 32)
@@ -277,7 +277,7 @@ def test_context_is_never_masked_and_never_scored_but_read(tiny_model):
     labels = ids.clone()
     labels[:, :6] = -100  # ends inside the second block
     labels[1, 10] = -100
-    noise = Noise(torch.ones(2, 4), torch.zeros(2, 16), torch.zeros(2, 4))  # masks all it may
+    noise = Noise(torch.ones(2, 4), torch.zeros(2, 16), torch.zeros(2, 4))  # masks everything maskable
     for training in (True, False):
         masked, _, _ = masked_of(tiny_model.train(training), labels, noise=noise)
         assert torch.equal(masked, labels != -100)
@@ -394,7 +394,7 @@ def test_a_step_that_does_not_wait_for_the_device_has_the_same_loss_and_gradient
         torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_noise_that_masks_more_than_its_law_allows_gives_no_number_without_a_wait(tiny_model):
+def test_noise_that_masks_more_than_expected_gives_nan_without_a_wait(tiny_model):
     ids = random_ids(32, 32)
     noise = Noise(torch.full((32, 8), 0.01), torch.zeros(32, 32), torch.zeros(32, 8))
     for waits in (True, False):

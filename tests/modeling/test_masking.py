@@ -41,7 +41,7 @@ def test_a_pair_of_streams_masks_every_token_once(tiny_model):
     first, second = masked.split(32, dim=1)
     assert (first ^ second).all()
     assert torch.isfinite(weights).all() and not (weights == 1).all()
-    tiny_model.set_interval(0.55, 0.95)  # above one half the published weight is one, of both streams
+    tiny_model.set_interval(0.55, 0.95)  # above one half the published weight is one, for both streams
     assert (draw(tiny_model, torch.randint(3, 40, (8, 32)), complementary=True).weights == 1).all()
 
 

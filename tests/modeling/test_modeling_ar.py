@@ -40,7 +40,7 @@ def test_likelihoods_and_loss_are_the_published_ones(golden):
 
 
 def test_the_probabilities_of_all_texts_sum_to_one():
-    # The chain rule, and the mask token has no share.
+    # By the chain rule; the mask token has probability zero.
     model = make_family("ar", vocab_size=4, pad_token_id=None)
     texts = torch.tensor([(0, *rest) for rest in itertools.product(range(3), repeat=3)])
     total = (-model.token_nll(texts).nll.sum(1)).exp().sum()
@@ -59,7 +59,7 @@ def test_the_loss_equals_that_of_full_logits(model):
     torch.testing.assert_close(half, expected / 2, atol=1e-5, rtol=0)
 
 
-def test_only_the_wanted_logits_are_computed(model):
+def test_only_the_requested_logits_are_computed(model):
     ids = torch.randint(0, 11, (2, 7), generator=torch.Generator().manual_seed(3))
     whole = model(ids).logits
     torch.testing.assert_close(model(ids, logits_to_keep=2).logits, whole[:, -2:])
@@ -78,7 +78,7 @@ PROMPTS = torch.tensor([[11, 12, 13, 14, 15], [6, 7, 8, 9, 10]])
 
 @torch.no_grad()
 def continued(model, prompt: list[int], count: int) -> list[int]:
-    """Greedy text by the plainest means: the last `model_length` tokens are read again for each one."""
+    """Return greedy text by rereading the last `model_length` tokens for each new one."""
     text = list(prompt)
     for _ in range(count):
         logits = model(torch.tensor([text[-model.config.model_length :]])).logits[0, -1]
@@ -101,7 +101,7 @@ def test_tokens_are_counted_until_their_row_ends(model):
     assert output.tokens_per_forward == pytest.approx((first.index(end) + 1 + 12) / 2 / 12)
 
 
-def test_padding_is_never_written_unless_it_ends_a_text(model):
+def test_padding_is_never_generated_unless_it_ends_a_text(model):
     with torch.no_grad():
         model.get_output_embeddings().bias[2] = 50.0
     for end in (None, 5):
@@ -118,12 +118,12 @@ def test_a_text_beyond_the_window_equals_recomputation(model, fields):
 def test_a_cached_window_slides_and_is_exact_until_it_does(model):
     output = model.generate(PROMPTS, max_new_tokens=30, return_dict_in_generate=True)
     assert output.sequences.shape == (2, 35) and output.num_forward_passes == 30
-    assert output.past_key_values.get_seq_length() == 0  # its keys stand at positions that no later prompt has
+    assert output.past_key_values.get_seq_length() == 0  # its keys were rotated at positions that no later prompt has
     assert output.sequences[:, :17].tolist() == [continued(model, row, 12) for row in PROMPTS.tolist()]
 
 
 def test_a_cached_window_of_one_layer_equals_recomputation():
-    # Keys of the first layer know of their own token alone, so here a kept key is an exact one at any position.
+    # Keys of the first layer depend on their own token only, so here a cached key is exact at any position.
     model = make_family("ar", n_blocks=1)
     written = model.generate(PROMPTS, max_new_tokens=40)
     assert written.tolist() == [continued(model, row, 40) for row in PROMPTS.tolist()]
@@ -140,7 +140,7 @@ def test_a_cached_window_of_one_layer_equals_recomputation():
         ({"compile_config": CompileConfig()}, "compile_config=.* is not supported by the autoregressive"),
     ],
 )
-def test_what_it_can_not_do_is_refused(model, fields, message):
+def test_unsupported_options_are_refused(model, fields, message):
     with pytest.raises(ValueError, match=message):
         model.generate(PROMPTS, max_new_tokens=2, **fields)
 

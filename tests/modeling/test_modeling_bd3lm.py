@@ -197,7 +197,7 @@ def test_without_var_min_the_interval_is_the_config_and_no_buffer(tiny_config):
 # --- Saving and loading ----------------------------------------------------------------------------------------------
 
 
-def test_a_saved_model_comes_back_with_every_number(tiny_model, tmp_path):
+def test_a_saved_model_loads_with_identical_weights(tiny_model, tmp_path):
     tiny_model.sampling_eps_min.fill_(0.25)
     tiny_model.save_pretrained(tmp_path)
     loaded, report = BD3LMForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -350,7 +350,7 @@ def test_a_vocabulary_without_the_mask_is_refused(tiny_model, tokens):
     assert tiny_model.get_input_embeddings().weight.shape[0] == 48
 
 
-def test_a_vocabulary_may_shrink_behind_the_mask(tiny_config, randomize):
+def test_a_vocabulary_can_shrink_after_the_mask(tiny_config, randomize):
     tiny_config.mask_token_id = 3
     model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
     ids = torch.randint(4, 30, (1, 8))
@@ -375,14 +375,14 @@ def test_input_and_output_embeddings_are_the_models_own_and_untied(tiny_model):
 # --- The forward pass's arguments ------------------------------------------------------------------------------------
 
 
-def test_embeddings_may_be_given_instead_of_ids(tiny_model):
+def test_embeddings_can_be_passed_instead_of_ids(tiny_model):
     ids = random_ids(2, 8)
     with torch.no_grad():
         embeds = tiny_model.get_input_embeddings()(ids)
         assert torch.equal(tiny_model(inputs_embeds=embeds).logits, tiny_model(ids).logits)
 
 
-def test_outputs_may_be_asked_for_as_a_tuple(tiny_model):
+def test_outputs_can_be_requested_as_a_tuple(tiny_model):
     ids = random_ids(2, 8)
     with torch.no_grad():
         found = tiny_model(ids, return_dict=False)
@@ -502,7 +502,7 @@ def test_an_interval_that_is_set_is_saved_with_weights_and_config(tiny_model, tm
     assert BD3LMForMaskedLM(loaded.config).interval() == tiny_model.interval()
 
 
-def test_a_saved_config_says_the_interval_that_the_weights_carry(tiny_model, tmp_path):
+def test_a_saved_config_has_the_interval_of_the_weights(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path / "whole")
     assert BD3LMConfig.from_pretrained(tmp_path / "whole").sampling_eps_min == 1e-3  # not the nearest float32
     tiny_model.sampling_eps_max.fill_(0.75)
@@ -511,7 +511,7 @@ def test_a_saved_config_says_the_interval_that_the_weights_carry(tiny_model, tmp
 
 
 @pytest.mark.parametrize("interval", [(0.8, 0.3), (-0.1, 0.5), (0.5, 1.1), (0.0, 0.0)])
-def test_what_is_no_interval_cannot_be_set(tiny_model, interval):
+def test_an_invalid_interval_cannot_be_set(tiny_model, interval):
     before = tiny_model.interval()
     with pytest.raises(ValueError, match=f"sampling_eps_min={interval[0]}, sampling_eps_max={interval[1]}"):
         tiny_model.set_interval(*interval)

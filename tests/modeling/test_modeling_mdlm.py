@@ -84,7 +84,7 @@ PROMPTS = torch.tensor([[11, 12, 13], [4, 5, 6]])
     ],
     ids=str,
 )
-def test_block_diffusion_with_one_block_writes_the_same(fields):
+def test_block_diffusion_with_one_block_generates_the_same(fields):
     def write(model) -> tuple[torch.Tensor, int]:
         generator = torch.Generator().manual_seed(4)
         options = {"do_sample": True, "generator": generator, "return_dict_in_generate": True, **fields}

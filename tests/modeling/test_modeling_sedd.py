@@ -81,7 +81,7 @@ def test_the_loss_in_chunks_equals_the_loss_at_once(recorded, monkeypatch):
         torch.testing.assert_close(in_chunks, once, atol=1e-5, rtol=1e-5)
 
 
-def test_both_estimators_agree_and_more_draws_vary_less(model, recorded):
+def test_both_estimators_agree_and_more_samples_vary_less(model, recorded):
     ids = recorded["x0"]
 
     def totals(estimator: str, num_samples: int, count: int) -> torch.Tensor:

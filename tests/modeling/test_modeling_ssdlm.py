@@ -124,12 +124,12 @@ def test_tokens_without_a_label_are_context_only(tiny):
     assert tiny(ids, labels=labels, **noise).loss == 0
 
 
-def test_the_simplex_enters_at_first_as_the_words_do():
+def test_the_simplex_layer_starts_as_the_word_embeddings():
     model = SSDLMForMaskedLM(SSDLMConfig(**SIZES, block_size=4, model_length=16))
     assert torch.equal(model.embed_sum.weight, model.get_input_embeddings().weight.T)
 
 
-def test_another_encoder_serves_as_well(tmp_path):
+def test_another_encoder_works(tmp_path):
     encoder = BertConfig(
         vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
     )
@@ -168,7 +168,7 @@ def test_the_vocabulary_can_grow_and_the_simplex_with_it(randomize, size, tmp_pa
     assert loaded(**loaded.dummy_inputs).logits.shape == (2, 4, size)
 
 
-def test_an_encoder_without_a_head_is_no_encoder_to_diffuse_with():
+def test_an_encoder_without_a_head_is_refused():
     encoder = AutoModel.from_config(AutoConfig.for_model("roberta", vocab_size=20, hidden_size=16, num_hidden_layers=1,
                                                          num_attention_heads=2, intermediate_size=32))  # fmt: skip
     with pytest.raises(ValueError, match="a RobertaModel .*RobertaForMaskedLM"):

@@ -1,4 +1,4 @@
-"""The forward process: schedules, stratified times, masks, and masks whose rate is confined to an interval."""
+"""The forward process: schedules, stratified times, masks, and masks with a truncated rate."""
 
 import json
 import math
@@ -63,7 +63,7 @@ def test_the_noise_level_sigma_equals_the_published_one(golden_schedules):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_move_rate_is_the_derivative_of_the_move_chance(name):
-    # Away from t = 0, where two schedules hold the chance at 1e-3.
+    # Away from t = 0, where two schedules clamp the probability to 1e-3.
     t = torch.linspace(0.05, 1.0, 200, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(noise_schedule(name).move_chance(t).sum(), t)
     torch.testing.assert_close(noise_schedule(name).move_rate(t), slope, rtol=1e-10, atol=1e-12)
@@ -86,7 +86,7 @@ def test_an_unknown_schedule_is_refused_with_the_known_ones():
 
 
 @pytest.mark.parametrize("order, label", [("published", "anti"), ("none", "iid")])
-def test_times_equal_the_published_ones_from_the_same_draws(golden_times, order, label):
+def test_times_equal_the_published_ones_for_the_same_noise(golden_times, order, label):
     config, tensors = golden_times
     compared = 0
     for length, size in config["cases"]:
@@ -132,7 +132,7 @@ def test_the_same_generator_gives_the_same_noise():
 
 @pytest.mark.parametrize("order", ["shuffled", "published"])
 @pytest.mark.parametrize("draws", [1, 2, 3, 4])
-def test_draws_hit_every_stratum_once_and_every_block_has_one_time_in_each_part(order, draws):
+def test_samples_hit_every_stratum_once_and_every_block_has_one_time_in_each_part(order, draws):
     generator = torch.Generator().manual_seed(0)
     noise = draw_noise(4, 6, 24, num_noise_samples=draws, order=order, generator=generator)
     axis = (draws,) if draws > 1 else ()
@@ -143,14 +143,14 @@ def test_draws_hit_every_stratum_once_and_every_block_has_one_time_in_each_part(
     assert torch.equal(parts.view(4, draws, 6), torch.arange(draws).view(1, -1, 1).expand(4, -1, 6))
 
 
-def test_independent_draws_are_not_spread():
+def test_independent_samples_are_not_spread():
     noise = draw_noise(50, 4, 4, num_noise_samples=2, order="none", generator=torch.Generator().manual_seed(0))
     parts = (noise.block_noise * 2).floor()
     assert 0.4 < parts[:, 0].mean() < 0.6 and 0.4 < parts[:, 1].mean() < 0.6
 
 
 @pytest.mark.parametrize("draws", [1, 2])
-def test_draws_are_put_side_by_side_in_the_order_of_their_axis(draws):
+def test_samples_are_put_side_by_side_in_the_order_of_their_axis(draws):
     noise = draw_noise(2, 3, 12, num_noise_samples=draws, generator=torch.Generator().manual_seed(5))
     assert noise.num_noise_samples == draws and stack_noise([noise]) is noise
     for field, joined in zip(noise, noise.side_by_side(), strict=True):
@@ -160,14 +160,14 @@ def test_draws_are_put_side_by_side_in_the_order_of_their_axis(draws):
 # --- Masks -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_token_is_masked_where_its_draw_is_at_most_the_chance_of_its_block():
+def test_a_token_is_masked_if_its_noise_is_at_most_the_probability_of_its_block():
     noise = Noise(torch.zeros(1, 2), torch.tensor([[0.0, 0.5, 0.51, 0.2, 0.21]]), torch.zeros(1, 2))
     masked = mask_positions(noise, torch.tensor([[0.5, 0.2]]), torch.tensor([[0, 0, 0, 1, 1]]))
     assert masked.tolist() == [[True, True, False, True, False]]
 
 
 @pytest.mark.parametrize("draw", [0.0, 1 - 2**-24])
-def test_the_extreme_draws_of_the_count_stay_in_the_interval(draw):
+def test_extreme_count_noise_stays_in_the_interval(draw):
     noise = Noise(torch.zeros(1, 1), torch.rand(1, 16), torch.full((1, 1), draw))
     valid = torch.ones(1, 16, dtype=torch.bool)
     masked = mask_positions_within(noise, torch.tensor([[0.5]]), blocks_of(16, 16), valid, 0.3, 0.8, block_size=16)
@@ -178,7 +178,7 @@ def test_the_extreme_draws_of_the_count_stay_in_the_interval(draw):
     ("low", "high", "chance", "size"),
     [(0.3, 0.8, 0.4, 4), (0.5, 1.0, 0.55, 4), (0.001, 0.5, 0.45, 4), (0.35, 0.75, 0.5, 5)],
 )
-def test_confined_masks_have_the_distribution_of_redrawing_until_the_rate_fits(low, high, chance, size):
+def test_truncated_masks_have_the_distribution_of_redrawing_until_the_rate_fits(low, high, chance, size):
     draws = 40_000
     generator = torch.Generator().manual_seed(0)
     noise = draw_noise(draws, 1, size, generator=generator)
@@ -188,7 +188,7 @@ def test_confined_masks_have_the_distribution_of_redrawing_until_the_rate_fits(l
     )
     patterns = (masked.long() * 2 ** torch.arange(size)).sum(1)
     observed = torch.bincount(patterns, minlength=2**size).double()
-    # The law of rejection sampling: independent coins, given that the number of heads fits.
+    # The distribution of rejection sampling: independent coins, given that the number of heads fits.
     law = torch.zeros(2**size, dtype=torch.float64)
     for k in range(size + 1):
         fits = (low <= 1e-3 or k >= low * size - 1e-9) and k <= high * size + 1e-9
@@ -202,7 +202,7 @@ def test_confined_masks_have_the_distribution_of_redrawing_until_the_rate_fits(l
     assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
 
 
-def test_a_shorter_last_block_is_confined_to_its_own_length():
+def test_a_shorter_last_block_is_truncated_by_its_own_length():
     noise = draw_noise(200, 2, 6, generator=torch.Generator().manual_seed(0))
     full = torch.ones(200, 6, dtype=torch.bool)
     masked = mask_positions_within(noise, torch.full((200, 2), 0.5), blocks_of(6, 4), full, 0.5, 0.75, block_size=4)

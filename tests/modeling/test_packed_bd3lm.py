@@ -1,4 +1,4 @@
-"""Packed weights give the plain products, follow every change of the weights, and stand aside where they must."""
+"""Packed weights give the plain products, follow every change of weights, and are not used where they must not be."""
 
 import copy
 import gc
@@ -53,7 +53,7 @@ def test_a_packed_product_is_the_product(shape, bias):
 
 
 @pytest.mark.parametrize("batch", [[13], [1, 6, 12]])
-def test_a_text_written_with_packed_weights_is_the_plain_one(make_model, monkeypatch, batch):
+def test_a_text_generated_with_packed_weights_is_the_plain_one(make_model, monkeypatch, batch):
     model, used = make_model(), []
     close = BlockForward.close
     monkeypatch.setattr(
@@ -70,14 +70,14 @@ def test_a_text_written_with_packed_weights_is_the_plain_one(make_model, monkeyp
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_layers_that_a_core_can_keep_are_left_as_they_are(monkeypatch):
+def test_layers_that_fit_into_a_cores_cache_are_not_packed(monkeypatch):
     monkeypatch.undo()
     small, large = layer_of(), layer_of(1024, 256)
     assert list(packed(small, large).products) == [large]
 
 
 class Negative(nn.Parameter):
-    """A weight of a class of its own, as quantized and sharded ones are."""
+    """A weight with its own class, like quantized and sharded ones."""
 
 
 def _hooked(layer: nn.Linear) -> nn.Linear:
@@ -110,7 +110,7 @@ def _inferred(layer: nn.Linear) -> nn.Linear:
     [_hooked, _wrapped, _replaced, _reclassed, _inferred, nn.Module.train, nn.Module.double, nn.Module.bfloat16],
     ids=lambda change: change.__name__,
 )
-def test_a_layer_that_is_more_than_a_float32_product_is_called_itself(change):
+def test_a_layer_that_is_more_than_a_float32_product_is_not_packed(change):
     layer = change(layer_of())
     prepacked = packed(layer)
     assert layer not in prepacked.products
@@ -189,7 +189,7 @@ def test_training_frees_packed_weights(make_model):
     assert not any(module in linear_bd3lm._PACKED for module in model.modules())
 
 
-def test_packed_weights_are_no_part_of_the_model(make_model, tmp_path):
+def test_packed_weights_are_not_part_of_the_model(make_model, tmp_path):
     model = make_model()
     names, prompt = list(model.state_dict()), prompts_of([5])[0][None]
     expected = generate(model, input_ids=prompt).sequences

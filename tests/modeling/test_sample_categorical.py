@@ -34,8 +34,8 @@ def test_tokens_are_drawn_with_their_probability(dtype, in_groups):
 
 
 def test_both_precisions_draw_from_the_same_distribution_of_a_large_vocabulary():
-    # The probability with which a token is drawn is the length of its piece of [0, 1), which is known exactly: no
-    # sample of any size could tell the two apart.
+    # The probability of a token is the length of its piece of [0, 1), which is known exactly; no sample of any size
+    # could show the difference.
     scores = 3 * torch.randn(1, 50_258, generator=seed(0))
     exact = scores.double().softmax(-1).cumsum(-1)[0]
     narrow = scores.softmax(-1).cumsum(-1, dtype=torch.float64)[0]
@@ -53,12 +53,12 @@ def test_both_precisions_draw_from_the_same_distribution_of_a_large_vocabulary()
 
 
 @pytest.mark.parametrize("in_groups", [False, True])
-def test_a_draw_in_float32_where_float64_is_missing_spares_impossible_tokens(monkeypatch, in_groups):
+def test_without_float64_impossible_tokens_are_still_never_drawn(monkeypatch, in_groups):
     monkeypatch.setattr(samplers_bd3lm, "wide_float", lambda device: torch.float32)
     cumsum = torch.Tensor.cumsum
 
     def in_parallel(self, *args, **kwargs):
-        """A sum whose rounding differs from position to position, as on a GPU."""
+        """Return a sum whose rounding differs from position to position, as on a GPU."""
         total = cumsum(self, *args, **kwargs)
         return total + 1e-3 * (torch.arange(total.shape[-1]) % 2)
 
@@ -72,7 +72,7 @@ def test_a_draw_in_float32_where_float64_is_missing_spares_impossible_tokens(mon
 @pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53])
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64])
 @pytest.mark.parametrize("in_groups", [False, True])
-def test_the_extreme_draws_give_tokens_that_can_be(monkeypatch, uniform, wide, in_groups):
+def test_extreme_uniform_numbers_give_possible_tokens(monkeypatch, uniform, wide, in_groups):
     # The largest number below 1 is 1 in float32.
     monkeypatch.setattr(samplers_bd3lm, "wide_float", lambda device: wide)
     scores = torch.randn(64, 1000, generator=seed(0))
@@ -99,13 +99,13 @@ def test_the_probability_of_a_token_ignores_the_scale_of_its_scores():
     torch.testing.assert_close(token_probability(scores, torch.tensor([1, 2])), expected)
 
 
-def test_a_row_with_a_source_of_its_own_gets_the_numbers_that_it_would_get_alone():
+def test_a_row_with_its_own_generator_gets_the_numbers_that_it_would_get_alone():
     together = random_uniform((2, 5), CPU, [seed(3), seed(4)])
     alone = [random_uniform((1, 5), CPU, source)[0] for source in (seed(3), seed(4))]
     assert torch.equal(together, torch.stack(alone)) and not torch.equal(*alone)
 
 
-def test_a_list_of_sources_has_one_for_each_row():
+def test_a_list_of_generators_has_one_per_row():
     check_generators([torch.Generator()] * 2, 2)
     check_generators(torch.Generator(), 2)
     with pytest.raises(ValueError, match="3 generators for 2 rows: pass one per row, or a single one"):

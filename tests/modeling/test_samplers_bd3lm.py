@@ -33,7 +33,7 @@ def state_of(masked: torch.Tensor, **fields) -> RevealState:
 
 
 def positions_of(sampler: Sampler, state: RevealState) -> list[list[int]]:
-    """The positions of each step, where all predictions are accepted."""
+    """Return the positions of each step, if all predictions are accepted."""
     positions = []
     for step in sampler.steps(state):
         state.masked.view(-1)[step.positions] = False
@@ -74,7 +74,7 @@ def test_first_hitting_reveals_one_position_per_row_and_step():
 
 
 @pytest.mark.parametrize("fields", [{"do_sample": False}, {"left_to_right": True}], ids=str)
-def test_without_chance_or_for_a_reader_positions_are_revealed_from_left_to_right(fields):
+def test_without_sampling_or_for_text_readers_positions_are_revealed_from_left_to_right(fields):
     masked = torch.tensor([[False, True, True, False, True]])
     assert positions_of(make("first_hitting"), state_of(masked, **fields)) == [[1], [2], [4]]
 
@@ -114,7 +114,7 @@ def test_the_hitting_time_reproduces_the_published_one(recorded):
         torch.testing.assert_close(times[0].float(), expected, atol=1e-6, rtol=0)
 
 
-def test_without_chance_the_hitting_time_is_its_mean():
+def test_without_sampling_the_hitting_time_is_its_mean():
     count = torch.full((100_000, 1), 5)
     uniform = torch.rand(100_000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     drawn = hitting_times(count, 5, uniform).mean(0)
@@ -147,7 +147,7 @@ def test_a_position_is_revealed_with_the_probability_of_its_step(noise, steps):
     assert left == 0  # nothing is masked in the end
 
 
-def test_a_step_in_which_nothing_of_a_row_is_hit_is_left_out():
+def test_a_row_skips_steps_that_reveal_nothing():
     for value in range(20):
         masked = torch.ones(2, 4, dtype=torch.bool)
         state = state_of(masked, seed=value)
@@ -162,12 +162,12 @@ def test_a_step_in_which_nothing_of_a_row_is_hit_is_left_out():
 @pytest.mark.parametrize(
     ("steps", "expected"), [(4, [[0, 1], [2, 3], [4, 5], [6, 7]]), (None, [[i] for i in range(8)])]
 )
-def test_without_chance_the_steps_share_a_block_evenly(steps, expected):
+def test_without_sampling_the_steps_share_a_block_evenly(steps, expected):
     masked = torch.ones(1, 8, dtype=torch.bool)
     assert positions_of(make("ancestral", num_denoising_steps=steps), state_of(masked, do_sample=False)) == expected
 
 
-def test_a_reader_gets_the_drawn_steps_from_left_to_right():
+def test_text_readers_get_the_drawn_steps_from_left_to_right():
     masked = torch.ones(1, 32, dtype=torch.bool)
     when, _ = make("ancestral", num_denoising_steps=5).hits(state_of(masked, left_to_right=True))
     chance, _ = make("ancestral", num_denoising_steps=5).hits(state_of(masked))
@@ -178,7 +178,7 @@ def test_a_reader_gets_the_drawn_steps_from_left_to_right():
 
 
 def scores_of(certainty: list[float], vocab: int = 11) -> torch.Tensor:
-    """A row of scores per position; its first token has the given probability, the others share the rest."""
+    """Return a row of scores per position; its first token has the given probability, the others share the rest."""
     first = torch.tensor(certainty).unsqueeze(1)
     return torch.cat([first, ((1 - first) / (vocab - 1)).expand(-1, vocab - 1)], dim=1).log()
 
@@ -209,14 +209,14 @@ def test_confidence_reveals_what_is_more_probable_than_its_threshold_and_one_at_
 
 
 @pytest.mark.parametrize("name", ["confidence", "entropy_bound"])
-def test_a_reader_gets_a_run_from_the_left(name):
+def test_for_text_readers_predictions_are_accepted_from_the_left(name):
     sampler = make(name, confidence_threshold=0.8, entropy_bound=0.025)
     certain = 0.999
     masked = [[True, True, True, True], [False, True, True, True]]
     certainty = [certain, certain, 0.1, certain, 0.1, 0.1, certain]
     assert accepted(sampler, masked, certainty, left_to_right=True)[4:] == [True, False, False]
     run = accepted(sampler, masked, certainty, left_to_right=True)[:4]
-    # Two certain tokens and any third one tell little about one another; a fourth would be too much.
+    # Two certain tokens and any third one are nearly independent; a fourth would exceed the bound.
     assert run == ([True, True, False, False] if name == "confidence" else [True, True, True, False])
 
 
@@ -244,7 +244,7 @@ def test_entropy_bound_takes_positions_while_their_mutual_information_is_bounded
 @pytest.mark.parametrize("name", ["confidence", "entropy_bound"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 9])
 def test_with_a_number_of_steps_enough_are_accepted_to_finish_in_time(name, steps):
-    # Nothing is certain, so that a step accepts no more than it must.
+    # Nothing is certain, so a step accepts only the minimum.
     sampler = make(name, num_denoising_steps=steps, confidence_threshold=1.0, entropy_bound=0.0)
     state = state_of(torch.tensor([[True] * 5, [False, True, True, False, False]]))
     sizes = []

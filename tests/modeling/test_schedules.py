@@ -1,4 +1,4 @@
-"""All five noise schedules train, score and write."""
+"""All five noise schedules train, score and generate."""
 
 import itertools
 
@@ -121,7 +121,7 @@ def test_the_other_likelihoods_do_not_depend_on_the_schedule(toy, randomize, est
 
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_text_of_the_same_seed_is_the_same_under_every_schedule(tiny_config, randomize, monkeypatch, conditioned):
-    # A token is hit when its uniform time comes; measured in the masking probability no schedule changes that.
+    # Measured in masking probability, a token is hit at a uniform time under every schedule.
     tiny_config.time_conditioning, texts, levels = conditioned, [], []
     for name in SCHEDULES:
         tiny_config.noise = name

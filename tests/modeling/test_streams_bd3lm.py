@@ -1,4 +1,4 @@
-"""Several noisy streams next to one clean stream, and noisy streams that need none."""
+"""Several noisy streams that share a clean stream, and noisy streams without one."""
 
 import pytest
 import torch
@@ -16,13 +16,13 @@ def noise_of(model: BD3LMForMaskedLM, ids: torch.Tensor, draws: int) -> Noise:
 
 
 def lengths_of_first_layer(model: BD3LMForMaskedLM) -> list[int]:
-    """Fills with the number of positions that enter the network in each pass from now on."""
+    """Return a list that records how many positions enter the network in each pass from now on."""
     seen: list[int] = []
     model.backbone.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[:2].numel()))
     return seen
 
 
-# --- Several draws ---------------------------------------------------------------------------------------------------
+# --- Several samples -------------------------------------------------------------------------------------------------
 
 PADDED = torch.ones(3, 18, dtype=torch.long)
 PADDED[0, :3] = 0
@@ -42,7 +42,7 @@ CASES = {
 
 
 def case_of(name: str, tiny_config, randomize):
-    """A training model, and the arguments of its loss without noise."""
+    """Return a model in train mode, and the arguments of its loss without noise."""
     inputs, fields = CASES[name]
     for field, value in fields.items():
         setattr(tiny_config, field, value)
@@ -60,7 +60,7 @@ def case_of(name: str, tiny_config, randomize):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("case", CASES)
-def test_the_loss_of_several_draws_is_the_mean_of_single_ones_with_its_gradient(
+def test_the_loss_of_several_samples_is_the_mean_of_single_ones_with_its_gradient(
     tiny_config, randomize, case, implementation
 ):
     model, arguments = case_of(case, tiny_config, randomize)
@@ -77,13 +77,13 @@ def test_the_loss_of_several_draws_is_the_mean_of_single_ones_with_its_gradient(
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=2e-6, msg=name)
 
 
-def test_the_clean_stream_enters_the_network_once_for_all_draws(tiny_model):
+def test_the_clean_stream_enters_the_network_once_for_all_samples(tiny_model):
     seen, ids = lengths_of_first_layer(tiny_model), random_ids(2, 16)
     tiny_model(input_ids=ids, labels=ids, **noise_of(tiny_model, ids, 3)._asdict()).loss.backward()
     assert seen == [2 * (1 + 3) * 16]
 
 
-def test_draws_of_a_time_conditioned_model_can_not_share_a_clean_stream(tiny_config, randomize):
+def test_samples_of_a_time_conditioned_model_cannot_share_a_clean_stream(tiny_config, randomize):
     tiny_config.time_conditioning = True
     model = randomize(BD3LMForMaskedLM(tiny_config)).train()
     ids = random_ids(2, 8)
@@ -144,7 +144,7 @@ def test_a_time_conditioned_text_of_one_block_feeds_the_noise_level_of_each_row(
 
 
 @pytest.mark.parametrize("prompts", [[1], [2, 6]])
-def test_generation_has_the_noise_level_of_training_that_of_the_first_block(make_model, prompts):
+def test_generation_has_the_noise_level_of_the_first_block_as_in_training(make_model, prompts):
     model, levels = make_model(time_conditioning=True), []
     model.backbone.sigma_map.register_forward_pre_hook(lambda module, inputs: levels.append(inputs[0].clone()))
     width = max(prompts)

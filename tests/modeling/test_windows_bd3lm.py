@@ -103,7 +103,7 @@ def test_an_exact_window_gives_what_recomputing_it_in_every_step_gives(make_mode
     exact = generate(model, **batch, max_new_tokens=61, window="exact", past_key_values=new_cache(kind, model))
     assert_same(exact, generate(model, **batch, max_new_tokens=61, use_cache=False))
     cached = generate(model, **batch, max_new_tokens=61)
-    if block_size < 32:  # with one block in the window nothing is left that could know of earlier ones
+    if block_size < 32:  # with one block in the window, no key is left that could contain earlier blocks
         assert not torch.equal(cached.sequences, exact.sequences)
 
 
@@ -111,7 +111,7 @@ def test_an_exact_window_gives_what_recomputing_it_in_every_step_gives(make_mode
 
 
 class Work(TorchDispatchMode):
-    """A streamer that counts the numbers that operations write, and what tensors there are, after each block."""
+    """A streamer that counts, after each block, the numbers that operations have written and the tensors in memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Work(TorchDispatchMode):
 
 
 def generate_long(model, tokens: int, **options) -> None:
-    """A text that takes one pass per block."""
+    """Generate a text with one pass per block."""
     options |= {"do_sample": True, "sampler": "confidence", "confidence_threshold": 0.0}
     generator = torch.Generator().manual_seed(0)
     text = model.generate(torch.full((1, 5), 7), max_new_tokens=tokens, generator=generator, **options)
@@ -219,7 +219,7 @@ def test_small_batches_on_cuda_are_compiled_by_default(monkeypatch, device, batc
         assert not compiles_by_default(model, BD3LMGenerationConfig(**fields), batch_size)
 
 
-def test_a_compiled_step_is_asked_for_and_can_be_refused(make_model, monkeypatch):
+def test_compilation_is_requested_and_can_be_disabled(make_model, monkeypatch):
     model, asked = make_model(), []
     monkeypatch.setattr(torch, "compile", lambda function, **options: [asked.append(options), function][1])
     prompt = prompts_of([5])[0][None]
@@ -228,13 +228,13 @@ def test_a_compiled_step_is_asked_for_and_can_be_refused(make_model, monkeypatch
     generate(
         model, input_ids=prompt, cache_implementation="static", compile_config=CompileConfig(), disable_compile=True
     )
-    assert not asked  # on a CPU, as in transformers, only when it is asked for
+    assert not asked  # on a CPU, as in transformers, only on request
     generate(model, input_ids=prompt, cache_implementation="static", compile_config=CompileConfig(mode="default"))
     assert [options["mode"] for options in asked] == ["default"] and asked[0]["dynamic"] is False
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_compiled_step_writes_the_same_text(make_model, fresh_compiler, backend):
+def test_a_compiled_step_generates_the_same_text(make_model, fresh_compiler, backend):
     model, prompt = make_model(n_blocks=1), prompts_of([13])[0][None]
     config = CompileConfig(backend=backend, fullgraph=True)
     compiled = generate(model, prompt, max_new_tokens=61, cache_implementation="static", compile_config=config)
@@ -261,7 +261,7 @@ def test_a_returned_cache_is_continued(make_model, kind):
 @pytest.mark.parametrize("window", ["cached", "exact"])
 @pytest.mark.parametrize("kind", CACHES)
 def test_a_cache_whose_window_has_moved_comes_back_empty(make_model, kind, window):
-    # Its keys stand at positions that no later prompt has.
+    # Its keys were rotated at positions that no later prompt has.
     model = make_model()
     given = {"past_key_values": new_cache(kind, model), "window": window}
     first = generate(model, input_ids=prompts_of([9])[0][None], max_new_tokens=40, **given)
@@ -291,8 +291,8 @@ def test_a_cache_holds_what_the_output_shows(make_model):
 
 @pytest.mark.parametrize("family", ["mdlm", "sedd"])
 @pytest.mark.parametrize("stride", [None, 1, 3, 7])
-def test_beyond_a_single_window_a_text_goes_on_as_from_its_last_tokens(family, stride):
-    # The reference: every window on its own, with what it holds of the text as its prompt.
+def test_beyond_a_single_window_a_text_continues_from_its_last_tokens(family, stride):
+    # The reference: every window on its own, with its part of the text as prompt.
     model, window, text = make_family(family), 8, torch.tensor([[5, 6, 7]])
     output, step = generate(model, text, max_new_tokens=17, window_stride=stride), stride or window // 2
     num_forward_passes, end = 0, text.shape[1] + 17
