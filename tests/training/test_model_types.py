@@ -33,7 +33,7 @@ def test_what_is_left_out_is_said(monkeypatch):
     monkeypatch.setattr("bd3lm_hf.training.initial_model.logger.warning", notes.append)
     parse_arguments(["--model_type=ar"])
     left_out = "block_size, sampling_eps_min, sampling_eps_max, final_estimator"
-    assert notes == [f"--model_type ar leaves out what the recipe sets for another model type: {left_out}."]
+    assert notes == [f"--model_type ar ignores fields that the recipe sets for another model type: {left_out}."]
 
 
 def test_nothing_is_left_out_of_a_recipe_for_its_own_type(tmp_path):

@@ -206,7 +206,7 @@ def test_a_run_may_change_its_length_its_layout_and_what_it_reports(saved, tmp_p
 )
 def test_a_run_with_another_optimisation_is_refused(saved, tmp_path, change, difference):
     trainer = make_trainer(tmp_path, **change)
-    message = f"checkpoint-2 belongs to another run: {difference}. Go on with the old values, or start a new run"
+    message = f"checkpoint-2 belongs to another run: {difference}. Restore the old values, or start a new run"
     with pytest.raises(ValueError, match=message):
         trainer.train(str(saved / "checkpoint-2"))
 
