@@ -4,9 +4,9 @@ The clean stream x_0 is block-causal: a token sees its own and earlier blocks. T
 tokens of earlier blocks and the noisy tokens of its own block. A forward pass concatenates the streams as
 `[x_0 ; x_t]`, several noise samples one after the other, after whatever a cache already holds.
 
-Attention is computed in tiles: a range of queries against the few key ranges that any of them may see. The eager
-implementation uses one tile, the plain twin of the others; sdpa skips what no query of a tile sees; flex attention
-uses one tile with a sparse block mask.
+Attention is computed in tiles: a range of queries against the few ranges of keys that any of them can see. The eager
+implementation uses one tile, as a reference for the others; sdpa skips keys that no query of a tile sees; flex
+attention uses one tile with a sparse block mask.
 """
 
 import contextlib

@@ -157,9 +157,9 @@ class BD3LMModel(BD3LMPreTrainedModel):
     def modulations(self, timesteps: torch.Tensor | None, device: torch.device) -> Modulations:
         """Return the source of the shifts, scales and gates of each layer and of the final norm.
 
-        In training this is the conditioning vector, from which each layer computes its modulation when called: then
-        checkpointing recomputes it, and sharded weights are gathered. Otherwise it is the modulation itself, computed
-        once for a whole decode.
+        With gradients or sharded weights this is the conditioning vector, from which each layer computes its
+        modulation when called: then checkpointing recomputes it, and sharded weights are gathered. Otherwise it is the
+        modulation itself, computed once for a whole decode.
 
         Args:
             timesteps: noise levels sigma `(batch,)`, read only by time-conditioned models; the others, as published,

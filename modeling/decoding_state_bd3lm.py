@@ -42,7 +42,7 @@ class TextCriteria(StoppingCriteria):
 class BlockCriteria(StoppingCriteria):
     """A stopping criterion that sees every row's new tokens after each block, and can end the whole batch there.
 
-    A row that another criterion has ended gets its last tokens in the block in which it ends.
+    The last tokens of a row that another criterion ends come with the block in which it ends.
     """
 
     def end_block(self, new_tokens: list[list[int]], finished: list[bool]) -> bool:

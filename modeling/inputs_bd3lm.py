@@ -249,7 +249,7 @@ class Layout(NamedTuple):
     """Positions, blocks, padding and documents of a stream. Blocks are counted from each row's first real token."""
 
     position_ids: torch.Tensor  # (batch or 1, length), rotary positions
-    block_ids: torch.Tensor  # (batch or 1, length), position_ids // block_size
+    block_ids: torch.Tensor  # (batch or 1, length), the index of each token's block in its row
     valid: torch.Tensor | None  # bool (batch, length), False for padding; None when nothing is padded
     document_ids: torch.Tensor | None = None  # (batch or 1, length), of packed documents, which see only themselves
 

@@ -47,7 +47,7 @@ _TOKEN_BUDGET = 2**14  # noisy tokens of one forward pass when scoring
 
 
 class TokenNLL(NamedTuple):
-    """A bound on the negative log-likelihood of each token; `nll.sum() / mask.sum()` is the mean in nats."""
+    """The negative log-likelihood of each token or a bound on it; `nll.sum() / mask.sum()` is the mean in nats."""
 
     nll: torch.Tensor  # float32 (batch, length), nats, zero where mask is zero
     mask: torch.Tensor  # float32 (batch, length), 1 where a token is scored
@@ -179,8 +179,8 @@ class LikelihoodMixin:
 def nelbo(model: DenoisingNetwork, request: ScoringRequest) -> TokenNLL:
     r"""Bound the negative log-likelihood of every token of a text from above (Eq. 8).
 
-    All estimators have the expectation of Eq. 8 with t over (0, 1], which does not depend on the noise schedule: given
-    that k of the n maskable tokens of a block are masked, all \\(\binom{n}{k}\\) masks are equally likely, and
+    All estimators target Eq. 8 with t over (0, 1], whose value does not depend on the noise schedule: given that k of
+    the n maskable tokens of a block are masked, all \\(\binom{n}{k}\\) masks are equally likely, and
     \\(\int_0^1 \frac1t \binom nk t^k (1-t)^{n-k} dt = \frac1k\\). So a mask with k tokens has the weight
     \\(1 / (k \binom nk)\\).
 

@@ -9,7 +9,7 @@ For a block x_0^b given the clean blocks before it,
 
     -log p(x_0^b | x_0^<b)  <=  E_t E_{x_t}  w(t) * sum over masked positions of -log p(x_0 | x_t^b, x_0^<b),
 
-with w(t) = alpha'_t / (1 - alpha_t), which is 1/t for the log-linear schedule. SUBS parameterisation: the mask token
+with w(t) = -alpha'_t / (1 - alpha_t), which is 1/t for the log-linear schedule. SUBS parameterisation: the mask token
 has probability zero, and unmasked tokens are carried over, so they add nothing. The head therefore computes logits of
 masked positions only, in chunks, and a `(batch, length, vocab_size)` tensor never exists.
 """

@@ -130,7 +130,7 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
         hidden = self.noisy_hidden(x_t, input_ids, layout, indices, sigma)
         sigma_of_index = sigma[indices // input_ids.shape[1]]
         losses = self._score_entropies(hidden, input_ids.flatten()[indices], sigma_of_index)
-        # -loss_scaling is alpha'_t / (1 - alpha_t); times 1 / ratio it is d sigma / dt.
+        # The weight is -alpha'_t / (1 - alpha_t); times 1 / ratio it is d sigma / dt.
         losses = losses * weights.flatten()[indices] * torch.expm1(sigma_of_index)
         return losses if is_masked is None else torch.where(is_masked == 0, 0.0, losses * is_masked), indices
 

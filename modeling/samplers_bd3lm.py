@@ -401,7 +401,7 @@ class AnalyticSampler(Sampler):
         # A position is revealed when the probability that it is still masked falls to its random number.
         self._masked_prob.view(-1)[step.positions] *= 1 - reveal_prob.cpu()
         revealed = self._masked_prob <= self._key
-        if state.left_to_right:  # a run from the left
+        if state.left_to_right:  # only up to the first position that is not revealed
             revealed &= (revealed | ~state.candidates()).cumprod(dim=1).bool()
         kept = revealed.view(-1)[step.positions].nonzero().squeeze(1)
         return step._replace(positions=step.positions[kept]), scores[kept.to(scores.device, non_blocking=True)]
