@@ -38,7 +38,7 @@ _TEXT_FLAGS = ("--prompt", "--sample-prompt", "--text", "--gap")
 def with_home(words: Sequence[str]) -> list[str]:
     """Return the words with a leading `~` of their values expanded, except in text such as prompts.
 
-    A shell expands `--dataset ~/x`, but not `--dataset=~/x` or a path in quotes.
+    A shell expands `--dataset ~/x`, but not `--dataset=~/x` or a path in quotes or in a recipe.
     """
     expanded: list[str] = []
     for word in words:

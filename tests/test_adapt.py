@@ -1,4 +1,4 @@
-"""adapt_decoder: the choice of the mask token, what is kept of the decoder, and what is refused."""
+"""adapt_decoder chooses a mask token, keeps the decoder's settings, and refuses decoders that it does not support."""
 
 import io
 import logging
@@ -25,7 +25,7 @@ from bd3lm_hf.tokenization import MASK
 
 @pytest.fixture
 def tokenizer():
-    """A tokenizer of 63 words, of which id 0 begins and ends a text; it has no mask token."""
+    """A tokenizer of 63 words without a mask token; id 0 is both BOS and EOS."""
     words = {"<|endoftext|>": 0, **{f"w{number}": number for number in range(1, 63)}}
     backend = Tokenizer(models.WordLevel(words, unk_token="w1"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -33,14 +33,14 @@ def tokenizer():
 
 
 def stock(tokenizer, rows=0, **fields):
-    """Return a decoder with some rows more than the tokenizer has tokens."""
+    """Return a decoder with `rows` more rows than the tokenizer has tokens."""
     eos = tokenizer.eos_token_id
     sizes = {"vocab_size": len(tokenizer) + rows, "bos_token_id": eos, "eos_token_id": [eos, 1], "pad_token_id": None}
     return tiny_stock("qwen3", **sizes, **fields)
 
 
 @pytest.mark.parametrize("rows", [0, 5])
-def test_the_mask_is_a_free_row_or_else_a_new_one(tokenizer, rows):
+def test_the_mask_token_is_a_free_row_if_there_is_one(tokenizer, rows):
     decoder = stock(tokenizer, rows)
     before = decoder.get_input_embeddings().weight.detach().clone()
     model = adapt_decoder(decoder, tokenizer=tokenizer)
@@ -84,7 +84,7 @@ def test_a_name_keeps_dtype_rope_and_generation_config(tmp_path, tokenizer):
     assert model.generation_config.temperature == 0.7
 
 
-def test_default_tokens_that_a_small_vocabulary_lacks_are_left_out():
+def test_default_tokens_outside_a_small_vocabulary_are_dropped():
     model = adapt_decoder(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)))
     assert (model.config.eos_token_id, model.config.bos_token_id, model.config.vocab_size) == (None, None, 65)
     assert model.generate(random_ids(), max_new_tokens=4).shape == (2, 16)
@@ -158,11 +158,11 @@ def plain_folder(tmp_path, tokenizer):
     [
         (["eval", "--dataset", "python-docs"], 2),  # it has no bound to score
         (["infill", "--text", "w3 ___ w4"], 2),
-        (["generate", "--max-new-tokens", "2"], 0),  # as what it is
+        (["generate", "--max-new-tokens", "2"], 0),  # autoregressively
         (["generate", "--chat", "--max-new-tokens", "2"], 0),
     ],
 )
-def test_a_plain_decoder_is_told_how_to_become_one(plain_folder, monkeypatch, capsys, caplog, words, code):
+def test_a_plain_decoder_gets_advice_on_how_to_adapt_it(plain_folder, monkeypatch, capsys, caplog, words, code):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     monkeypatch.setattr(logging.getLogger("bd3lm_hf"), "propagate", True)
     monkeypatch.setattr("sys.stdin", io.StringIO("w5 w6\n"))
@@ -171,7 +171,7 @@ def test_a_plain_decoder_is_told_how_to_become_one(plain_folder, monkeypatch, ca
     assert f"--init_from {plain_folder}" in told and "Qwen3ForCausalLM" in told
 
 
-def test_attention_that_cannot_work_is_not_called_a_damaged_checkpoint(tokenizer, tmp_path):
+def test_an_invalid_attention_implementation_is_not_reported_as_a_damaged_checkpoint(tokenizer, tmp_path):
     adapt_decoder(stock(tokenizer), tokenizer=tokenizer).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="flash_attention_2.*sdpa") as caught:
         load_model(str(tmp_path), attn_implementation="flash_attention_2")

@@ -14,7 +14,7 @@ from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.training.trainer import BD3LMTrainer
 
 
-# peft asks transformers an old question.
+# peft uses a deprecated attribute of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 
@@ -31,7 +31,7 @@ def model(base):
 
 
 def fill(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
-    """Give the adapters something to say: fresh ones change nothing."""
+    """Fill the adapters with random numbers: fresh ones change nothing."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -72,7 +72,7 @@ def test_all_linear_adapts_everything_but_the_head(model) -> None:
     assert "backbone.output_layer.linear" not in names
 
 
-def test_a_name_that_no_layer_has_is_refused_with_the_names(model) -> None:
+def test_an_unknown_layer_name_is_refused_with_the_known_names(model) -> None:
     with pytest.raises(ValueError, match=r"q_proj.* are adaLN_modulation, attn_out, attn_qkv, linear, mlp\.0"):
         add_adapters(model, rank=2, targets=["q_proj"])
 
@@ -131,7 +131,7 @@ def test_the_gradients_of_adapters_are_those_of_the_merged_weights(base, targets
     assert checked == len(adapted.targeted_module_names)
 
 
-def test_an_adapted_layer_is_no_plain_linear_layer_until_it_is_merged(model) -> None:
+def test_an_adapted_layer_is_not_a_plain_linear_layer_until_it_is_merged(model) -> None:
     adapted = add_adapters(model, rank=2, targets=["linear", "attn_out"])
     inside = adapted.get_base_model()
     assert not is_plain_linear(inside.get_output_embeddings())
@@ -189,7 +189,7 @@ def test_our_trainer_evaluates_saves_and_resumes_adapters(our_trainer, base, tmp
     assert whole.score(whole.eval_dataset).nll == pytest.approx(rest.score(rest.eval_dataset).nll, abs=1e-6)
 
 
-def test_adapters_do_not_keep_an_interval_so_none_is_searched(our_trainer) -> None:
+def test_adapters_do_not_save_an_interval_so_none_is_searched(our_trainer) -> None:
     with pytest.raises(ValueError, match="interval that a checkpoint of adapters does not keep"):
         our_trainer(interval_search=True)
 
@@ -213,7 +213,7 @@ def test_a_saved_adapter_is_loaded_merged_wherever_a_model_is_named(base, saved,
     assert loss_of(loaded.eval()).item() == pytest.approx(loss_of(adapted).item(), rel=1e-5)
 
 
-def test_an_adapter_without_its_base_says_so(base, saved) -> None:
+def test_an_adapter_without_its_base_is_refused(base, saved) -> None:
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     with pytest.raises(ValueError, match="does not name the model that it was trained on"):

@@ -1,4 +1,4 @@
-"""Messages of the command line are one line, and show neither secrets nor control characters."""
+"""Error messages of the command line are one line without secrets and control characters."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def test_a_parser_error_is_one_masked_line_with_exit_code_2(capsys):
     assert err.startswith("error: ") and "bd3lm push --help" in err
 
 
-def test_the_home_folder_is_found_wherever_a_path_begins_with_it(monkeypatch):
+def test_a_leading_tilde_of_a_path_is_expanded_wherever_it_is(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     words = ["~/recipe.yaml", "--dataset=~/text", "--output", "~/out", "--prompt", "~/x is a path", "--text=~/x"]
     expanded = ["/home/me/recipe.yaml", "--dataset=/home/me/text", "--output", "/home/me/out", *words[4:]]

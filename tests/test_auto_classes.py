@@ -1,4 +1,4 @@
-"""A saved folder is all that a machine with transformers needs; with bd3lm_hf imported it needs no remote code."""
+"""A saved folder loads with transformers alone; with bd3lm_hf imported it needs no remote code."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def folder(make_folder) -> Path:
     return make_folder("bd3lm")
 
 
-# What a foreign process runs: bd3lm_hf cannot be imported there. Reads the folders' names from the command line.
+# Code for a process that cannot import bd3lm_hf. It reads the folders' names from the command line.
 ELSEWHERE = """
 import json
 import sys
@@ -125,7 +125,7 @@ def check(folder, expected):
 
 def read_config(folder):
     config = json.loads((folder / "config.json").read_text())
-    config.get("encoder_config", {}).pop("dtype", None)  # known once it is loaded
+    config.get("encoder_config", {}).pop("dtype", None)  # set by loading
     return config
 
 for folder in map(Path, sys.argv[1:]):
@@ -195,7 +195,7 @@ def test_every_auto_class_is_named_in_the_config(make_speaker, tmp_path, part):
 
 def test_a_foreign_auto_map_is_replaced(make_speaker, tmp_path):
     speaker = make_speaker("bd3lm")
-    # As published: a module that is not there, a class that has another name, and one of another repository.
+    # As published: a missing module, a class with another name, and one from another repository.
     speaker.config.auto_map = {
         "AutoConfig": "configuration.BD3LMConfig",
         "AutoModelForMaskedLM": "owner/name--modeling_bd3lm.BD3LM",
@@ -223,7 +223,7 @@ def test_every_family_is_its_own_class_with_the_package_imported(make_speaker, f
 
 
 @pytest.mark.parametrize("family", ["bd3lm", "ssdlm"])
-def test_the_text_generation_pipeline_trims_to_what_was_asked(make_folder, family):
+def test_the_text_generation_pipeline_returns_the_requested_length(make_folder, family):
     write = pipeline("text-generation", model=str(make_folder(family)))
     ids = write("A block is", max_new_tokens=6, return_tensors=True)[0]["generated_token_ids"]
     assert len(ids) <= len(write.tokenizer("A block is").input_ids) + 6
@@ -252,7 +252,7 @@ def test_sampling_in_the_pipeline_keeps_the_saved_nucleus_and_adds_no_top_k(fold
     assert (seen[0].do_sample, seen[0].nucleus_p, seen[0].top_k) == (True, 0.9, 0)
 
 
-def test_simplex_diffusion_has_choices_of_its_own_on_the_command_line(make_folder, bd3lm):
+def test_simplex_diffusion_has_its_own_choices_on_the_command_line(make_folder, bd3lm):
     words = ["--prompt", "A block", "--max-new-tokens", 6]
     own = ["--num-denoising-steps", 2, "--context", "previous_block", "--projection", "uneven", "--top-p", 0.8]
     ssdlm = make_folder("ssdlm")
@@ -275,7 +275,7 @@ def ar_folder(tmp_path):
 
 
 @pytest.mark.parametrize("trust", [False, True])
-def test_a_masked_language_model_is_not_made_of_an_autoregressive_one(ar_folder, trust):
+def test_an_autoregressive_model_is_not_loaded_as_a_masked_language_model(ar_folder, trust):
     message = "AutoModelForMaskedLM has no class for model_type='ar': load it with AutoModelForCausalLM, .*AR"
     with pytest.raises(ValueError, match=message):
         AutoModelForMaskedLM.from_pretrained(ar_folder, trust_remote_code=trust)

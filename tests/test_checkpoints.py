@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from bd3lm_hf.checkpoints import load_model, read_config
 
 
-def test_the_configuration_may_be_another_one(tiny_model, tmp_path):
+def test_the_configuration_can_be_overridden(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     config = read_config(str(tmp_path))
     assert config.block_size == 4

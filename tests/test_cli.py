@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from bd3lm_hf import cli
 
 
-# Their flags are fields of classes of transformers, or those of lm_eval; their help is a page of its own.
+# Their flags are fields of classes of transformers, or those of lm_eval; they have their own help page.
 PARSED_WITH_TORCH = {"train", "compare", "harness"}
 
 
@@ -89,7 +89,7 @@ def test_a_tokenizer_can_come_from_elsewhere(bd3lm, model_folder, tiny_tokenizer
     assert bd3lm(*arguments)[0] == 0
 
 
-def test_a_model_that_is_nowhere_is_refused(bd3lm, tmp_path):
+def test_a_missing_model_is_refused(bd3lm, tmp_path):
     assert_refused(bd3lm("generate", "--model", tmp_path / "nowhere"), "there is no such folder")
     assert_refused(bd3lm("generate", "--model", "owner/nothing"), "--model owner/nothing")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
@@ -118,7 +118,7 @@ for verb in VERBS:
     assert (result.stdout, result.stderr) == ("", "")
 
 
-def test_the_rest_of_the_line_is_that_of_the_verb(bd3lm, monkeypatch):
+def test_the_words_after_a_verb_are_passed_to_it(bd3lm, monkeypatch):
     seen = []
     for verb, (words, expected) in {
         "train": (["recipe.yaml", "--max_steps", "3"], ["recipe.yaml", "--max_steps", "3"]),
@@ -186,7 +186,7 @@ def test_every_error_of_every_verb_is_one_line(bd3lm, failing, error, code, line
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("swallowed", [False, True])
-def test_a_signal_ends_a_verb_and_no_longer_than_it_runs(bd3lm, monkeypatch, number, code, swallowed):
+def test_a_signal_ends_a_verb_only_while_it_runs(bd3lm, monkeypatch, number, code, swallowed):
     cleaned, before = [], signal.getsignal(number)
 
     def run(words):
@@ -205,7 +205,7 @@ def test_a_signal_ends_a_verb_and_no_longer_than_it_runs(bd3lm, monkeypatch, num
     assert signal.getsignal(number) is before
 
 
-def test_the_traceback_is_shown_if_asked_for(failing):
+def test_the_traceback_is_shown_on_request(failing):
     failing(ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
         cli.main(["verb", "--traceback"])
@@ -216,10 +216,10 @@ def test_a_plain_decoder_has_no_likelihood(bd3lm, gpt2_folder):
     assert_refused(result, "GPT2LMHeadModel", "--init_from")
 
 
-def test_our_own_warnings_are_shown_and_a_reader_that_stops_early_is_no_error(gpt2_folder):
+def test_our_own_warnings_are_shown_and_a_closed_pipe_is_not_an_error(gpt2_folder):
     command = f"{sys.executable} -m bd3lm_hf.cli generate --model {gpt2_folder} --num-samples 40 --batch-size 1"
     shell = ["bash", "-c", f"set -o pipefail; {command} --prompt A --max-new-tokens 2 | head -1"]
     result = subprocess.run(shell, capture_output=True, text=True, timeout=300)
     assert result.returncode == 141 and result.stdout.count("\n") == 1
-    # The only line names the class, and how to train one with blocks.
+    # The only line names the class, and how to train a block-diffusion model from it.
     assert result.stderr.count("\n") == 1 and "GPT2LMHeadModel" in result.stderr and "--init_from" in result.stderr

@@ -1,4 +1,4 @@
-"""Published block-diffusion decoders load as the stock class under the mask they were trained with, and go back."""
+"""Published block-diffusion decoders equal their stock class under the mask they were trained with, both ways."""
 
 import json
 
@@ -26,7 +26,7 @@ from bd3lm_hf.tokenization import load_tokenizer
 MASK, BLOCK = 300, 4
 IDS = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 SIZES = {**decoders.SIZES, **IDS, "rope_theta": 500.0}
-SMALL = {"hidden_size": 4, "intermediate_size": 4}  # of models with a whole vocabulary
+SMALL = {"hidden_size": 4, "intermediate_size": 4}  # for models with a full vocabulary
 STOCK = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=False)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True)),
@@ -124,7 +124,7 @@ def test_the_auto_classes_load_them_without_running_their_code(write, layout):
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_greedy_decoding_is_an_independent_loop_over_the_stock_class(write, layout):
+def test_greedy_decoding_equals_an_independent_loop_over_the_stock_class(write, layout):
     folder, stock = write(layout, sharpness=10.0)
     model, prompt, new = load_model(str(folder)).eval(), IDS[:, :6], 10
     model.generation_config.eos_token_id = None
@@ -162,7 +162,7 @@ def test_greedy_decoding_is_an_independent_loop_over_the_stock_class(write, layo
         ({"model_type": "sdarr", "auto_map": {}}, "sdar"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(bd3lm, write, tmp_path, fields, part):
+def test_an_invalid_checkpoint_is_refused_in_one_line(bd3lm, write, tmp_path, fields, part):
     folder, _ = write("sdar", **fields)
     for command in (("generate", "--model", folder, "--prompt", "A"), ("convert", folder, tmp_path / "ours")):
         code, _, err = bd3lm(*command)
@@ -312,7 +312,7 @@ def test_a_round_trip_to_sdar_gives_the_same_bits(write, tmp_path):
     assert configs[0] == configs[1]
 
 
-def test_an_autoregressive_decoder_comes_out_as_it_went_in(randomize, tmp_path):
+def test_an_autoregressive_decoder_survives_a_round_trip(randomize, tmp_path):
     from bd3lm_hf.adapt import adapt_decoder
 
     stock = randomize(LlamaForCausalLM(LlamaConfig(**SIZES))).eval()
@@ -325,7 +325,7 @@ def test_an_autoregressive_decoder_comes_out_as_it_went_in(randomize, tmp_path):
     assert type(loaded) is LlamaForCausalLM
     with torch.no_grad():
         logits = loaded(IDS).logits
-    # Only the row of the mask token is new.
+    # Only the row of the mask token differs.
     torch.testing.assert_close(logits[..., :MASK], expected[..., :MASK], atol=1e-5, rtol=1e-5)
     weights, ours = loaded.state_dict(), model.state_dict()
     assert all(torch.equal(weights[name], ours[name]) for name in weights)
@@ -342,7 +342,7 @@ def test_an_autoregressive_decoder_comes_out_as_it_went_in(randomize, tmp_path):
         ("sdar", {"context": "token"}, "stock", "alignment='same' without ar_loss_weight"),
     ],
 )
-def test_a_model_that_does_not_meet_a_layout_is_refused(bd3lm, write, tmp_path, layout, fields, target, part):
+def test_a_model_that_does_not_fit_a_layout_is_refused(bd3lm, write, tmp_path, layout, fields, target, part):
     folder, _ = write(layout)
     if fields:
         convert(str(folder), tmp_path / "ours")

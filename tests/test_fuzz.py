@@ -27,7 +27,7 @@ HOSTILE = (
     *("0", "-1", "1.5", "9" * 25, "1e400", "nan", "inf", "x", "None", "[1]", "{}", "\x1b[2K\rintact", "\0", "é\udcff"),
     *("meta", "cuda:99", "notes.txt", "data.json", "picture.png", "empty", "rows.jsonl", "broken.safetensors"),
 )
-# Values that fit, by the name of what they are for; those of other flags are choices or numbers.
+# Valid values by the name of the flag; those of other flags are choices or numbers.
 FITTING: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("model", "judge", "tokenizer", "source", "folder", "model_folder"), ("model",)),
     **dict.fromkeys(("dataset", "dataset_source", "suite_source"), ("text.txt", "rows.jsonl")),
@@ -40,7 +40,7 @@ FITTING |= {"output": ("fresh.json", "fresh.jsonl", "fresh.html", "fresh.csv"), 
 FITTING |= {"samples": ("fresh.jsonl",), "plot": ("fresh.png",), "runs": ("run", "fresh.json"), "repo": ("me/model",)}
 FITTING |= {"split": ("train", "validation"), "revision": ("main",), "device": ("cpu",)}
 FITTING |= {"gap": ("___",), "gap_tokens": ("2",)}
-# Words that keep what succeeds short, and those that such verbs need.
+# Words that keep successful commands short, and words that those verbs need.
 SHORT: dict[str, list[str]] = {
     "generate": ["--model", "model", "--max-new-tokens", "3"],
     "infill": ["--model", "model", "--text", "A ___ is"],
@@ -66,7 +66,7 @@ LINES |= {"report": 40, "quality": 15, "serve": 30, "bench": 30, "train": 24, "c
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory, _tiny_tokenizer_json) -> Path:
-    """A folder with a model, a run, texts, and files of somebody else."""
+    """A folder with a model, a run, texts, and foreign files."""
     from conftest import make_tiny_tokenizer
 
     world = tmp_path_factory.mktemp("pristine")
@@ -102,7 +102,7 @@ def world(pristine, tmp_path, monkeypatch, no_load_check) -> Path:
 
 
 def files_in(folder: Path) -> dict[str, int]:
-    """Return a checksum of every file, and of every link what it leads to; 0 for a folder."""
+    """Return a checksum of every file, the target of every link, and 0 for a folder."""
     found = {}
     for path in sorted(folder.rglob("*")):
         content = str(path.readlink()).encode() if path.is_symlink() else path.read_bytes() if path.is_file() else b""
@@ -111,7 +111,7 @@ def files_in(folder: Path) -> dict[str, int]:
 
 
 def restore(world: Path, pristine: Path, before: dict[str, int]) -> None:
-    """Make the world again what it was."""
+    """Restore the original files."""
     after = files_in(world)
     for name in sorted(after, reverse=True):
         path = world / name
@@ -123,13 +123,13 @@ def restore(world: Path, pristine: Path, before: dict[str, int]) -> None:
 
 
 def run_and_check(bd3lm: Any, world: Path, words: list[str], before: dict[str, int], ours: set[str]) -> int:
-    """Run a command line: 0 or 2, one line of error, and no other change than of what it was told to write."""
+    """Run a command line: check that it exits with 0 or 2, prints one line of error, and changes only its outputs."""
     outside = files_in(world.parent / "outside")
     code, out, err = bd3lm(*words)
     lines = err.splitlines()
     if code == 2:
         assert [line.startswith("error: ") for line in lines].index(True) == len(lines) - 1, err
-    # `verify` says by 1 that a folder differs, or cannot be downloaded.
+    # `verify` exits with 1 if a folder differs or cannot be downloaded.
     assert code in ((0, 1, 2) if words[0] == "verify" else (0, 2)), err
     assert "Traceback" not in err and "\x1b[2K" not in out + err and SECRET not in out + err
     after = files_in(world)
@@ -146,7 +146,7 @@ def run_and_check(bd3lm: Any, world: Path, words: list[str], before: dict[str, i
 
 
 def value_of(rng: random.Random, action: argparse.Action) -> str:
-    """Return a value for a flag that mostly fits."""
+    """Return a mostly valid value for a flag."""
     if rng.random() < 0.3:
         return rng.choice(HOSTILE)
     if action.choices is not None:
@@ -155,7 +155,7 @@ def value_of(rng: random.Random, action: argparse.Action) -> str:
 
 
 def command_line(rng: random.Random, verb: str, parser: argparse.ArgumentParser | None) -> list[str]:
-    """Return words: what the verb needs, a few random flags, and sometimes a typing error."""
+    """Return the words that a verb needs, a few random flags, and sometimes a typo."""
     words = [*SHORT.get(verb, []), *rng.choice(WRONG.get(verb, ([],)))]
     actions = [action for action in parser._actions if action.dest not in ("help", "traceback")] if parser else []
     for action in actions:
@@ -186,7 +186,7 @@ def test_a_command_line_ends_well(bd3lm, world, pristine, verb):
     for _ in range(LINES[verb]):
         words = command_line(rng, verb, parser)
         print(words)
-        # Outputs that are not named have names of their own.
+        # Outputs that are not named have default names.
         ours = {word.partition("=")[2] or word for word in words} | {"samples.jsonl", "report.html", "fresh"}
         run_and_check(bd3lm, world, words, before, ours - {"", "."})
         restore(world, pristine, before)

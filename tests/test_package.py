@@ -1,4 +1,4 @@
-"""The house: rooms that import one way, a package that installs three ways, and pins that agree with the ranges."""
+"""Packaging: rooms that import in one direction, a package that installs in three ways, pins inside their ranges."""
 
 import ast
 import configparser
@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("modeling", "bd3lm_hf", "hub_upload", "training")  # each may import itself and those before it
 PACKAGES = {room: room if room == "bd3lm_hf" else f"bd3lm_hf.{room}" for room in ROOMS}
 MODULE = r"bd3lm_hf(\.\w+)+"
-# The only imports of a later room, each made when it is asked for: `model.push_to_hub`, and the verbs of the command.
+# The only imports of a later room, made on demand: for `model.push_to_hub`, and the verbs of the command.
 UPWARD = {"bd3lm_hf/auto_classes.py": "bd3lm_hf.hub_upload.push", "bd3lm_hf/cli.py": "bd3lm_hf.*"}
-TRAVELS_WITH = {"torch", "transformers"}  # all that the code on the Hub may ask of its user's machine
+TRAVELS_WITH = {"torch", "transformers"}  # the only libraries that code on the Hub may require
 
 
 @functools.cache
@@ -56,7 +56,7 @@ def package_of(path: Path, room: str) -> str:
 
 
 def room_of(name: str) -> str | None:
-    """The room that an imported name lives in; None for another library."""
+    """The room of an imported name; None for another library."""
     head, _, rest = name.partition(".")
     if head != "bd3lm_hf":
         return None
@@ -138,7 +138,7 @@ def test_modeling_imports_only_torch_transformers_and_the_standard_library():
 
 
 def test_modeling_imports_its_own_files_in_the_form_that_save_pretrained_follows():
-    # `from .x import y` is copied beside the weights; `from . import x` and absolute imports are not.
+    # `from .x import y` is copied next to the weights; `from . import x` and absolute imports are not.
     wrong = []
     for path in source_files("modeling"):
         for node in parsed(path):
@@ -284,7 +284,7 @@ for room in ("", ".modeling", ".training", ".hub_upload"):
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A copy of what a clone holds of the package: a build in the real checkout would leave files behind."""
+    """A copy of the package's files in a clone: a build in the real checkout would leave files behind."""
     copy = tmp_path_factory.mktemp("clone")
     for room in ROOMS:
         shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))
@@ -296,7 +296,7 @@ def checkout(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def fresh_python(tmp_path) -> Path:
-    """An interpreter of its own that sees the libraries of this one, but not what is editable-installed here."""
+    """A separate interpreter that has the libraries of this one, but not our editable install."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
     python = tmp_path / "env" / "bin" / "python"
     site = subprocess.run(
@@ -364,7 +364,7 @@ HEAVY = ("torch", "transformers", "datasets", "evaluate", "peft", "accelerate", 
 
 
 def imported(code: str) -> list[str]:
-    """Run code in a process of its own and return which of the heavy libraries it imported."""
+    """Run code in a separate process, and return which of the heavy libraries it imported."""
     code = f"import sys\n{code}\nprint('imported:', *[name for name in {HEAVY} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""Printing: secrets and control characters are left out, and long commands report their progress."""
+"""Printing: secrets are masked, control characters escaped, and long commands report their progress."""
 
 import sys
 
@@ -34,7 +34,7 @@ def test_the_token_of_this_machine_is_masked_whatever_it_looks_like(monkeypatch)
 
 
 @pytest.mark.parametrize("text", ["--tokenizer gpt2", "--max-new-tokens 12", "the token ids reach 320", "hf_"])
-def test_ordinary_words_stay(text):
+def test_ordinary_words_are_kept(text):
     assert mask_secrets(text) == text
 
 
@@ -44,7 +44,7 @@ def test_control_characters_and_line_ends_cannot_forge_output():
 
 @pytest.fixture
 def lines_of(monkeypatch, capsys):
-    """A function `(seconds per item, items) -> lines` on a clock that only the items move."""
+    """A function `(seconds per item, items) -> lines` with a clock that only items advance."""
 
     def run(seconds: float, total: int, **options) -> list[str]:
         clock = [0.0]
@@ -65,10 +65,10 @@ def test_the_first_line_is_an_estimate_and_each_minute_has_one(lines_of):
     assert [line.split()[1] for line in lines] == ["1", "7", "13", "19", "25"]
 
 
-def test_what_an_earlier_run_did_takes_no_time(lines_of):
+def test_items_of_an_earlier_run_do_not_change_the_estimate(lines_of):
     assert "about 2 min left" in lines_of(10, 30, initial=16)[0]
 
 
 @pytest.mark.parametrize(("seconds", "total", "options"), [(1, 30, {}), (10, 30, {"disable": True})])
-def test_a_short_command_and_a_silent_one_say_nothing(lines_of, seconds, total, options):
+def test_a_short_command_and_a_disabled_report_print_nothing(lines_of, seconds, total, options):
     assert lines_of(seconds, total, **options) == []

@@ -38,7 +38,7 @@ def test_a_folder_is_replaced_in_one_step(tmp_path):
     assert list((tmp_path / "staged").iterdir()) == []
 
 
-def test_published_files_leave_the_others_and_have_the_rights_of_new_files(tmp_path):
+def test_published_files_leave_others_alone_and_get_the_permissions_of_new_files(tmp_path):
     (tmp_path / "staged" / "sub").mkdir(parents=True)
     (tmp_path / "staged" / "sub" / "a").write_text("new")
     (tmp_path / "staged" / "model.safetensors").touch(mode=0o600)
@@ -52,7 +52,7 @@ def test_published_files_leave_the_others_and_have_the_rights_of_new_files(tmp_p
     assert not (tmp_path / "staged").exists()
 
 
-def test_a_new_or_empty_folder_is_free_and_a_foreign_one_is_refused_unless_asked_for(tmp_path):
+def test_a_new_or_empty_folder_is_free_and_a_foreign_one_is_refused_without_overwrite(tmp_path):
     check_output_dir(tmp_path / "new")
     check_output_dir(tmp_path)
     (tmp_path / "thesis.tex").write_text("x")
@@ -63,7 +63,7 @@ def test_a_new_or_empty_folder_is_free_and_a_foreign_one_is_refused_unless_asked
     assert (tmp_path / "thesis.tex").read_text() == "x"
 
 
-def test_a_file_is_no_output_folder(tmp_path):
+def test_a_file_is_not_an_output_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file: name a folder"):
         check_output_dir(tmp_path / "file")
@@ -76,7 +76,7 @@ def test_a_recipe_of_the_user_does_not_make_a_folder_ours(tmp_path):
         check_output_dir(tmp_path)
     clear_output_dir(tmp_path)
     assert (tmp_path / "checkpoint-7").is_dir()
-    mark_complete(tmp_path / "checkpoint-7", {"resumable": True})  # as earlier versions left their folders
+    mark_complete(tmp_path / "checkpoint-7", {"resumable": True})  # as in folders of earlier versions
     check_output_dir(tmp_path, resume=True)
 
 
@@ -90,7 +90,7 @@ def test_a_recipe_of_the_user_does_not_make_a_folder_ours(tmp_path):
         ),
     ],
 )
-def test_what_an_earlier_run_left_is_not_lost_by_accident(tmp_path, leave, message):
+def test_the_files_of_an_earlier_run_are_not_lost_by_accident(tmp_path, leave, message):
     (tmp_path / RECIPE_NAME).write_text(RECIPE_HEADER)
     check_output_dir(tmp_path)
     leave(tmp_path)
@@ -135,7 +135,7 @@ def make_checkpoint(folder, step, **content):
     return checkpoint
 
 
-def test_a_sealed_checkpoint_is_complete_and_keeps_its_content(tmp_path):
+def test_a_marked_checkpoint_is_complete_and_keeps_its_content(tmp_path):
     checkpoint = make_checkpoint(tmp_path, 3, seed=5)
     assert incomplete_because(checkpoint) is None
     assert read_completion_mark(checkpoint)["seed"] == 5
@@ -152,7 +152,7 @@ def test_a_sealed_checkpoint_is_complete_and_keeps_its_content(tmp_path):
         (lambda folder: (folder / "weights").write_text("w" * 1234), "weights has 1,234 bytes instead of 7"),
     ],
 )
-def test_a_checkpoint_that_lost_something_is_not_complete(tmp_path, damage, reason):
+def test_a_checkpoint_with_missing_data_is_not_complete(tmp_path, damage, reason):
     earlier, checkpoint = make_checkpoint(tmp_path, 3), make_checkpoint(tmp_path, 12)
     damage(checkpoint)
     assert incomplete_because(checkpoint) == reason
@@ -177,10 +177,10 @@ def test_a_checkpoint_with_the_model_only_is_not_resumed(tmp_path):
 
 
 class Killed(BaseException):
-    """What stands for a SIGKILL."""
+    """Simulates a SIGKILL."""
 
 
-def test_a_checkpoint_is_put_back_when_the_kill_falls_between_two_renames(tmp_path, monkeypatch):
+def test_a_checkpoint_is_restored_after_a_kill_between_two_renames(tmp_path, monkeypatch):
     old = make_checkpoint(tmp_path, 3, version="old")
     new = make_checkpoint(tmp_path / STAGING_NAME, 3, version="new")
     rename, calls = os.rename, []
@@ -229,7 +229,7 @@ def test_a_replaced_checkpoint_does_not_come_back(tmp_path, monkeypatch):
     assert read_completion_mark(old)["version"] == "new"
 
 
-def test_a_model_killed_while_it_is_published_has_no_weights_rather_than_foreign_ones(tmp_path, monkeypatch):
+def test_a_kill_while_a_model_is_published_leaves_no_weights_rather_than_old_ones(tmp_path, monkeypatch):
     source, target = tmp_path / "source", tmp_path / "target"
     for folder, text in ((source, "new"), (target, "old")):
         folder.mkdir()
@@ -250,7 +250,7 @@ def test_a_model_killed_while_it_is_published_has_no_weights_rather_than_foreign
     assert (target / "notes.bin").read_text() == "foreign"
 
 
-def test_old_checkpoints_leave_their_name_before_they_are_deleted(tmp_path, monkeypatch):
+def test_old_checkpoints_are_renamed_before_they_are_deleted(tmp_path, monkeypatch):
     for step in (3, 6, 9, 12):
         make_checkpoint(tmp_path, step)
     rmtree, names = shutil.rmtree, []
@@ -302,7 +302,7 @@ def test_other_errors_pass_through_saving(tmp_path):
         raise KeyError
 
 
-def test_a_disk_that_is_too_small_is_told_before_training(tmp_path, caplog):
+def test_a_disk_that_is_too_small_is_reported_before_training(tmp_path, caplog):
     warn_if_disk_is_full(tmp_path / "not" / "yet", needed=1)
     assert not caplog.records
     warn_if_disk_is_full(tmp_path, needed=10**18)

@@ -81,7 +81,7 @@ def test_a_tokenizer_keeps_the_special_tokens_that_it_has() -> None:
     assert len(tokenizer) == 10
 
 
-def test_a_completed_tokenizer_survives_saving_and_knows_the_window(tmp_path: Path) -> None:
+def test_a_completed_tokenizer_survives_saving_and_has_the_window(tmp_path: Path) -> None:
     tokenizer = complete_special_tokens(gpt2_like(eos_token="<|endoftext|>"))
     limit_to_window(tokenizer, SimpleNamespace(model_length=4))
     tokenizer.save_pretrained(tmp_path)

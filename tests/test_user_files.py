@@ -20,7 +20,7 @@ from bd3lm_hf.user_files import (
 
 
 class Killed(BaseException):
-    """Stands for a SIGKILL."""
+    """Simulates a SIGKILL."""
 
 
 def test_a_foreign_file_is_refused_unless_overwrite_is_given(tmp_path):
@@ -40,7 +40,7 @@ def test_a_foreign_file_is_refused_unless_overwrite_is_given(tmp_path):
         check_output_file(path, "--output", is_ours=ours, overwrite=True)
 
 
-def test_a_mark_in_the_head_of_a_file_tells_that_it_is_ours(tmp_path):
+def test_a_mark_near_the_start_of_a_file_shows_that_it_is_ours(tmp_path):
     page, picture = tmp_path / "a.html", tmp_path / "b.png"
     page.write_text('<html><meta name="generator" content="bd3lm_hf">')
     picture.write_bytes(b"\x89PNG" + bytes(100))
@@ -57,7 +57,7 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path, name):
 
 
 def test_a_device_is_written_to_and_never_replaced():
-    reader, writer = os.openpty()  # a device of this test alone: replacing a shared one would break the machine
+    reader, writer = os.openpty()  # only this test uses it: replacing a shared device would break the machine
     try:
         device = os.ttyname(writer)
         check_output_file(device, "--output", is_ours=lambda path: False)
@@ -120,7 +120,7 @@ def test_one_process_at_a_time_writes_to_an_output(tmp_path, name, end):
     assert os.listdir(tmp_path) == []
 
 
-def test_where_locks_are_missing_a_dead_process_does_not_count(tmp_path, monkeypatch):
+def test_without_file_locks_the_lock_of_a_dead_process_is_ignored(tmp_path, monkeypatch):
     monkeypatch.setattr("bd3lm_hf.user_files.fcntl", None)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -166,7 +166,7 @@ def test_a_full_disk_is_reported_with_the_file_and_what_to_do():
 # --- small inputs ----------------------------------------------------------------------------------------------------
 
 
-# Each line multiplies the values by ten: 480 bytes hold ten thousand million of them.
+# Each line multiplies the values by ten: 480 bytes expand to ten billion values.
 BOMB = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
 )
@@ -200,7 +200,7 @@ def test_aliases_and_merges_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", "[" * 100_000, '{"a": "' + "x" * 100 + '"}'])
-def test_json_of_strangers_is_an_object_of_a_bounded_size(tmp_path, text):
+def test_json_must_be_an_object_of_limited_size(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"config\.json"):

@@ -171,7 +171,7 @@ def _files_of_card(root: Path, config_name: str | None) -> dict[str, list[str]] 
 
 
 def _check_described(root: Path, metadata: dict[str, Any]) -> None:
-    """Refuse a repository that describes several configurations, each in a folder, as older ones do."""
+    """Refuse a repository that describes several configurations in separate folders, as older repositories do."""
     described = metadata.get("dataset_info") or []
     names = {entry.get("config_name") for entry in described} if isinstance(described, list) else set()
     if (infos := root / "dataset_infos.json").is_file():

@@ -222,7 +222,7 @@ def _load(
 def _sequences(
     target: Target, arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase, length: int
 ) -> ScoringSequences:
-    """Load one dataset. Prompts, and messages of others, are not scored: only text that the model would write is."""
+    """Load one dataset. Of prompts with completions and of messages, only the model's part is scored."""
     flags = target.flags
     source = {"config_name": arguments.dataset_config, "source": target.source}
     options = {"split": flags.split, "skip_bad_rows": arguments.skip_bad_rows, **source}

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) ->
 def _add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to score")
     what.add_argument("--dataset", help="name, file, folder or hub name")
-    what.add_argument("--split", help="train, validation (default) or test")
+    what.add_argument("--split", help="train, validation (default, unless published) or test")
     what.add_argument("--dataset-config", help="configuration of a hub dataset")
     what.add_argument("--dataset-source", help="file, folder or hub name to read a named dataset from")
     what.add_argument("--text-column", help="column of the text, if it is not obvious")
@@ -64,7 +64,10 @@ def _add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--suite-source", type=Path, help="folder of local copies: one folder or file per dataset")
     what.add_argument("--packing", choices=PACKING_NAMES, help="how to cut sequences (contiguous, unless published)")
     what.add_argument(
-        "--insert-eos", action=argparse.BooleanOptionalAction, default=None, help="put EOS after each document (yes)"
+        "--insert-eos",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="put EOS after each document (yes, except in a suite)",
     )
     what.add_argument(
         "--insert-special",

@@ -110,7 +110,7 @@ def _settings(arguments: argparse.Namespace, model: Any, reference: ReferenceMod
 def _generate(
     batch: Sequence[int], prompt: list[int], new_tokens: int, model: Any, settings: Mapping[str, Any]
 ) -> tuple[list[GeneratedText], list[int]]:
-    """Generate the texts of these indices, again while their entropy is low; return them and how often each was."""
+    """Generate the texts of these indices, again while their entropy is low; return them and their redraws."""
     texts: dict[int, GeneratedText] = {}
     redraws = dict.fromkeys(batch, 0)
     missing = list(batch)
@@ -135,7 +135,7 @@ def _generate(
 
 
 def has_low_entropy(ids: Sequence[int], settings: Mapping[str, Any]) -> bool:
-    """Return whether a text is longer than `entropy_stop_window`, and that last part has less than `entropy_stop`."""
+    """Return whether the last `entropy_stop_window` tokens of a longer text have less entropy than `entropy_stop`."""
     threshold, window = settings.get("entropy_stop"), settings.get("entropy_stop_window", 0)
     return threshold is not None and len(ids) > window and text_entropy(ids[-window:]) < threshold
 

@@ -48,7 +48,7 @@ CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "projection": (("sampling", "even", "uneven"), "simplex diffusion: how a step projects the logits"),
 }
 
-#: Fields and choices of `bd3lm infill`: the rest decide where a text ends, but a gap has a given length.
+#: Fields and choices of `bd3lm infill`, without those that decide where a text ends or belong to other models.
 INFILL_FIELDS = [
     name for name in FIELDS if name not in ("window_stride", "entropy_stop", "entropy_stop_window", "max_time")
 ]

@@ -124,7 +124,7 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device, padding: in
 
 
 def _count_forwards(output: Any, row: int, num_new: int, num_columns: int, block_size: int) -> tuple[int, int]:
-    """Return the number of forward passes of a row, and of its batch, which generated `num_columns` tokens."""
+    """Return the number of forward passes of a row, and of its batch, whose longest row has `num_columns` tokens."""
     # A plain decoder reports no count: it takes one forward pass per token.
     in_batch = output.get("num_forward_passes") or num_columns
     if output.get("row_forward_passes") is not None:

@@ -33,7 +33,7 @@ def test_names_are_distinct_and_texts_are_not_empty(docs: list[Document], source
         assert all(document.text.strip() for document in documents)
 
 
-def test_the_documentation_holds_topics_modules_and_signatures(docs: list[Document]) -> None:
+def test_the_documentation_has_topics_modules_and_signatures(docs: list[Document]) -> None:
     texts = {document.name: document.text for document in docs}
     assert "assert" in texts["topic/assert"]
     assert texts["module/textwrap"].startswith("textwrap\n\nText wrapping and filling.")
@@ -41,7 +41,7 @@ def test_the_documentation_holds_topics_modules_and_signatures(docs: list[Docume
     assert "textwrap.TextWrapper.wrap(self, text)" in texts["module/textwrap"]
 
 
-def test_tests_and_installed_packages_are_no_documentation(docs: list[Document]) -> None:
+def test_tests_and_installed_packages_are_not_documentation(docs: list[Document]) -> None:
     parts = {part for document in docs for part in document.name.replace("/", ".").split(".")}
     assert parts.isdisjoint({"test", "tests", "idle_test", "site-packages"})
 

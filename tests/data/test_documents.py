@@ -16,7 +16,7 @@ RAW = 'The team \'s captain , who was 21 , said : " we won ! " It rained .'
 
 
 def local_copy(folder: Path, spec: DatasetSpec, rows: int = 6) -> str:
-    """A tiny sample in the schema of the row: every split of the source as a parquet file."""
+    """A tiny sample with the columns of the source: a parquet file for each of its splits."""
     for name in set(spec.splits.values()) or {"train", "validation", "test"}:
         texts = [f"{RAW} {name} {i}" for i in range(rows)]
         table = Dataset.from_dict({"label": range(rows), spec.text_column or "text": texts})
@@ -62,8 +62,8 @@ def test_a_stream_with_a_tail_needs_the_number_of_documents(tmp_path: Path, smal
 
 
 @pytest.mark.parametrize("tail", [1, 3, 4, 5, 9])
-def test_the_tail_of_a_stream_reads_the_last_files_alone(tmp_path: Path, tail: int) -> None:
-    for i in range(5):  # two documents a file
+def test_the_tail_of_a_stream_reads_only_the_last_files(tmp_path: Path, tail: int) -> None:
+    for i in range(5):  # two documents per file
         lines = [json.dumps({"text": f"{i}{j}"}) for j in "ab"]
         (tmp_path / f"train-{i}.jsonl").write_text("\n".join(lines))
     spec = replace(DATASETS["openwebtext"], path=str(tmp_path), tail=tail, documents=10)
@@ -75,7 +75,7 @@ def test_the_tail_of_a_stream_reads_the_last_files_alone(tmp_path: Path, tail: i
         load_text(replace(spec, tail=10), streaming=True)
 
 
-def test_a_single_file_serves_a_dataset_of_one_split(tmp_path: Path) -> None:
+def test_a_single_file_can_replace_a_dataset_with_one_split(tmp_path: Path) -> None:
     path = tmp_path / "lambada_test.jsonl"
     path.write_text('{"text": "“Go,” he said "}\n')
     assert load_text("lambada", split="test", source=str(path))["text"][:] == ['\n"Go," he said']
@@ -124,7 +124,7 @@ def test_a_hub_dataset_that_cannot_be_loaded_says_what_to_do(
         load_text(name)
 
 
-#: Columns of the hub's repositories next to the text, and one example of each.
+#: The other columns of the hub's repositories, with an example of each.
 OTHER_COLUMNS = {
     "ag_news": {"label": 2},
     "scientific_papers_arxiv": {"abstract": "An abstract.", "section_names": "introduction\nmethod"},
@@ -133,7 +133,7 @@ OTHER_COLUMNS = {
 
 
 def repository(folder: Path, spec: DatasetSpec) -> None:
-    """A tiny copy of a hub repository in its own layout: a folder of each configuration, a folder of each split."""
+    """A tiny copy of a hub repository in its own layout: a folder per configuration, a folder per split."""
     configuration = spec.data_dir or spec.config or "."
     metadata = []
     for split in sorted(set(spec.splits.values()) or {"train"}):
@@ -151,7 +151,7 @@ def repository(folder: Path, spec: DatasetSpec) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
-    """Replace the hub by the test's folder; return what it is asked for."""
+    """Replace the hub by the test's folder; return the requested arguments."""
     asked: dict = {}
 
     def load(path: str, **settings):
@@ -183,7 +183,7 @@ def test_every_row_reads_its_hub_repository(
     assert {key: hub[key] for key in wanted} == wanted
 
 
-def test_text8_of_the_hub_is_cut_here_unless_it_is_cut_already(tmp_path: Path, hub: dict) -> None:
+def test_text8_from_the_hub_is_cut_unless_it_already_has_splits(tmp_path: Path, hub: dict) -> None:
     repository(tmp_path, DATASETS["text8"])
     assert [sum(map(len, load_text("text8", split=split)["text"])) for split in documents.SPLITS] == [5400, 300, 300]
     for split, text in (("validation", "v" * 300), ("test", "t" * 10)):
@@ -265,7 +265,7 @@ def test_a_split_that_the_source_lacks_is_refused(tmp_path: Path) -> None:
         load_text("lambada", source=local_copy(tmp_path / "copy", DATASETS["lambada"]))
 
 
-def test_detokenized_text_is_found_again_in_the_cache(tmp_path: Path) -> None:
+def test_detokenized_text_is_cached(tmp_path: Path) -> None:
     source = local_copy(tmp_path, DATASETS["ptb"])
     files = [load_text("ptb", source=source).cache_files[0]["filename"] for _ in range(2)]
     assert files[0] == files[1]

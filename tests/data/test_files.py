@@ -24,7 +24,7 @@ configs:
 
 
 def put(path: Path, *texts: str) -> Path:
-    """Write texts as the rows of a file of JSON lines, or as a file of text."""
+    """Write texts as rows of a JSON lines file, or as a text file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = texts if path.suffix in (".txt", ".md") else [json.dumps({"text": text}) for text in texts]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -40,7 +40,7 @@ def splits_of(root: Path) -> dict[str, list[str]]:
     return {split: sorted(Path(file).relative_to(root).as_posix() for file in files) for split, files in found.items()}
 
 
-# Which files are data, and of which split
+# Data files and their splits
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_words_between_marks_name_a_split(tmp_path: Path, split: str, word: str,
 
 
 @pytest.mark.parametrize("name", ["contest.txt", "latest-strain.txt", "devel.txt", "mytests/evaluate.txt"])
-def test_words_inside_words_name_no_split(tmp_path: Path, name: str) -> None:
+def test_words_inside_words_do_not_name_a_split(tmp_path: Path, name: str) -> None:
     put(tmp_path / name, "x")
     put(tmp_path / "test.txt", "x")
     assert splits_of(tmp_path) == {"train": [name], "test": ["test.txt"]}
@@ -78,7 +78,7 @@ def test_a_capital_begins_a_word(tmp_path: Path) -> None:
     assert splits_of(tmp_path) == {"train": ["myTrain.txt"], "test": ["myTest.txt"], "validation": ["MyDevSet.txt"]}
 
 
-def test_links_that_lead_nowhere_are_refused_and_folders_behind_links_named(tmp_path: Path, caplog) -> None:
+def test_broken_links_are_refused_and_links_to_folders_named(tmp_path: Path, caplog) -> None:
     put(tmp_path / "elsewhere/a.jsonl", "a")
     put(tmp_path / "data/train-0.jsonl", "a")
     (tmp_path / "data/more").symlink_to(tmp_path / "elsewhere")
@@ -89,7 +89,7 @@ def test_links_that_lead_nowhere_are_refused_and_folders_behind_links_named(tmp_
         splits_of(tmp_path / "data")
 
 
-def test_a_folder_of_the_exact_name_counts_before_the_file_and_the_file_before_other_folders(tmp_path: Path) -> None:
+def test_a_folder_of_the_exact_name_wins_over_the_file_and_the_file_over_other_folders(tmp_path: Path) -> None:
     for name in ("train/eval-methods.txt", "test/train of thought.txt", "my-test/train.txt", "train-data/valid.txt"):
         put(tmp_path / name, "x")
     assert splits_of(tmp_path) == {
@@ -114,7 +114,7 @@ def test_hidden_files_and_descriptions_are_not_data(tmp_path: Path) -> None:
     assert splits_of(tmp_path) == {"train": ["data/train-00000-of-00001.jsonl"]}
 
 
-def test_a_card_decides_on_files_and_configurations(tmp_path: Path) -> None:
+def test_a_card_decides_the_files_and_configurations(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(CARD.format("en"))
     put(tmp_path / "a/validation.jsonl", "a")
     put(tmp_path / "b/x.jsonl", "b")
@@ -166,7 +166,7 @@ def test_a_saved_dataset_is_read(tmp_path: Path, streaming: bool) -> None:
     assert texts_of(tmp_path / "both", "validation", streaming=streaming) == ["c"]
     parts["train"].save_to_disk(str(tmp_path / "parts/one"))
     assert len(texts_of(tmp_path / "parts/one")) == 1  # the other is held out
-    for kind, columns in (("pandas", None), ("torch", ["number"])):  # which is saved, too
+    for kind, columns in (("pandas", None), ("torch", ["number"])):  # the format is saved too
         numbered = parts["train"].add_column("number", [1, 2]).with_format(kind, columns=columns)
         numbered.save_to_disk(str(tmp_path / kind))
         assert {type(text) for text in texts_of(tmp_path / kind, streaming=streaming)} == {str}
@@ -177,7 +177,7 @@ def test_a_saved_dataset_is_read(tmp_path: Path, streaming: bool) -> None:
         load_text(str(tmp_path / "parts/one"))
 
 
-def test_what_holds_no_data_is_refused_with_the_known_endings(tmp_path: Path) -> None:
+def test_paths_without_data_are_refused_with_the_known_endings(tmp_path: Path) -> None:
     (tmp_path / "data.xml").write_text("<a/>")
     for path in (tmp_path / "data.xml", tmp_path):
         with pytest.raises(ValueError, match=r"\.txt, .*\.parquet .*\.gz"):
@@ -231,7 +231,7 @@ def test_a_text_file_is_one_document_cut_into_three(tmp_path: Path) -> None:
         load_text(str(path), streaming=True)
 
 
-def test_a_folder_of_text_files_is_one_document_a_file(tmp_path: Path) -> None:
+def test_a_folder_of_text_files_has_one_document_per_file(tmp_path: Path) -> None:
     for i, text in enumerate(TEXTS):
         put(tmp_path / f"part {i}.{'md' if i % 2 else 'txt'}", text, "second line")
     found = [text for split in ("train", "validation", "test") for text in texts_of(tmp_path, split)]

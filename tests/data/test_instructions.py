@@ -69,7 +69,7 @@ def test_end_tokens_fill_the_last_block_and_are_learned_there(encode, tiny_token
         assert row["input_ids"][used:] == row["labels"][used:] == [tiny_tokenizer.eos_token_id] * ends
 
 
-def test_an_empty_prompt_is_the_begin_token_from_which_text_is_written(encode, tiny_tokenizer) -> None:
+def test_an_empty_prompt_becomes_the_begin_token(encode, tiny_tokenizer) -> None:
     (row,) = encode(("", "text"))
     assert row["input_ids"][0] == tiny_tokenizer.bos_token_id
     assert given(tiny_tokenizer, row) == "<bos>"
@@ -91,7 +91,7 @@ def test_with_marks_every_turn_of_the_assistant_is_learned(encode, tiny_tokenize
     assert row["input_ids"][-1] == tiny_tokenizer.eos_token_id
 
 
-def test_what_follows_the_last_answer_is_left_out(encode, tiny_tokenizer) -> None:
+def test_everything_after_the_last_answer_is_left_out(encode, tiny_tokenizer) -> None:
     tiny_tokenizer.chat_template = MARKED
     one, two = encode(CHAT[:2], CHAT[:3])
     assert one == two
@@ -120,7 +120,7 @@ def test_without_marks_every_turn_is_found_by_what_the_template_adds(encode, tin
 
 
 def test_a_template_with_another_last_turn_is_read(encode, tiny_tokenizer) -> None:
-    """As Qwen3's, which puts an empty thought before the last answer and joins the results of tools."""
+    """The template is like Qwen3's: it puts an empty thought before the last answer and joins the results of tools."""
     answer = "{{ '<bos>assistant:' + ('<think>' if loop.last else '') + m.content }}{% for c in m.tool_calls or [] %}"
     answer += "{{ '<call>' + c.function.name + c.function.arguments | tojson }}{% endfor %}{{ '<eos>\n' }}"
     template = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{% if m.role == 'assistant' %}"
@@ -140,7 +140,7 @@ def test_a_template_with_another_last_turn_is_read(encode, tiny_tokenizer) -> No
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
 @pytest.mark.parametrize("block_size", [1, 4, 8])
-def test_the_block_that_holds_the_end_of_a_turn_is_filled_on_request(
+def test_the_block_in_which_a_turn_ends_is_filled_on_request(
     encode, tiny_tokenizer, template: str, block_size: int
 ) -> None:
     tiny_tokenizer.chat_template = template
@@ -151,7 +151,7 @@ def test_the_block_that_holds_the_end_of_a_turn_is_filled_on_request(
     assert len(stops) == 2 and all(stop % block_size == 0 for stop in stops)
     for stop in stops:
         ends = next(count for count in range(1, stop) if labels[stop - 1 - count] != end)
-        assert 1 <= ends <= block_size  # the turn's own end and the rest of its block, nothing beyond
+        assert 1 <= ends <= block_size  # the turn's own end and the rest of its block, no more
     assert [i for i in row["input_ids"] if i != end] == [i for i in plain["input_ids"] if i != end]
 
 
@@ -200,7 +200,7 @@ def test_the_result_does_not_depend_on_workers(encode, num_proc) -> None:
     assert encode(*rows, num_proc=num_proc)[:] == encode(*rows)[:]
 
 
-def test_texts_to_train_a_tokenizer_on_are_all_parts() -> None:
+def test_a_tokenizer_is_trained_on_all_parts_of_a_row() -> None:
     assert list(texts_of(Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}), PromptCompletion())) == ["a", "b"]
     rows = Dataset.from_dict({"messages": [json.dumps(CHAT)]})
     assert list(texts_of(rows, Messages())) == ["one?", "two.", "three?", "four."]

@@ -32,7 +32,7 @@ def on_disk(folder: Path) -> Dataset:
 
 
 def stream_of(texts: list[str], tokenizer) -> list[int]:
-    """The one stream of tokens: every document that is not empty, with an end after it."""
+    """All tokens in one stream: every document that is not empty, followed by an end token."""
     return [token for text in texts if text for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
 
 
@@ -56,7 +56,7 @@ def test_packing_loses_no_token(documents: Dataset, tokenizer, length: int) -> N
     assert unpacked(pack(documents, tokenizer, length=length)) == stream_of(TEXTS, tokenizer)
 
 
-def test_text_comes_back_from_the_packed_sequences(documents: Dataset, tokenizer) -> None:
+def test_packed_sequences_decode_to_the_text(documents: Dataset, tokenizer) -> None:
     packed = pack(documents, tokenizer, length=16, insert_eos=False)
     assert tokenizer.decode(unpacked(packed)) == "".join(TEXTS)
 
@@ -93,7 +93,7 @@ def test_packing_does_not_depend_on_workers_or_batch_sizes(
     once = pack(documents, tokenizer, length=16).to_dict()
     assert pack(documents, tokenizer, length=16, num_proc=2).to_dict() == once
     monkeypatch.setattr(packing, "_ROWS_PER_BATCH", 5)
-    monkeypatch.setattr(packing, "_VERSION", -1)  # past the cache
+    monkeypatch.setattr(packing, "_VERSION", -1)  # bypass the cache
     assert pack(documents, tokenizer, length=16).to_dict() == once
 
 
@@ -125,7 +125,7 @@ def test_names_of_special_tokens_in_a_document_are_text(tokenizer) -> None:
     assert tokenizer.decode(ids) == text
 
 
-def test_packed_sequences_are_found_again_and_every_setting_counts(tmp_path: Path, tokenizer) -> None:
+def test_packed_sequences_are_cached_by_all_settings(tmp_path: Path, tokenizer) -> None:
     documents = on_disk(tmp_path)
     others = ({}, {"insert_eos": False}, {"insert_special": True}, {"drop_last": True}, {"packing": "published"})
     settings = [{"length": 17}, *({"length": 16, **other} for other in others)]
@@ -140,14 +140,14 @@ def test_packed_sequences_are_found_again_and_every_setting_counts(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("count", "kept"), [(10, 9), (10, 10), (1000, 999), (7, 3), (5, None), (5, 8)])
-def test_a_part_has_the_exact_size_and_even_distances(count: int, kept: int | None) -> None:
+def test_a_part_has_the_exact_size_and_is_evenly_spaced(count: int, kept: int | None) -> None:
     rows = evenly_spaced(Dataset.from_dict({"row": range(count)}), kept)["row"][:]
     assert len(rows) == min(count, kept or count)
     gaps = np.diff([*rows, count])
     assert rows[0] == 0 and set(gaps) <= {count // len(rows), -(-count // len(rows))}
 
 
-def test_bytes_a_token_turn_nats_into_bits_a_byte(documents: Dataset, tokenizer) -> None:
+def test_bytes_per_token_convert_nats_to_bits_per_byte(documents: Dataset, tokenizer) -> None:
     size = bytes_per_token(documents, tokenizer)
     assert size.documents == len(TEXTS)
     assert size.characters == sum(map(len, TEXTS))
@@ -166,7 +166,7 @@ def test_fewer_tokens_than_a_sequence_are_refused(tokenizer) -> None:
             pack(short, tokenizer, length=16, packing=name)
 
 
-def test_an_empty_data_set_is_refused(tokenizer) -> None:
+def test_an_empty_dataset_is_refused(tokenizer) -> None:
     for texts in ([], ["", ""]):
         empty = Dataset.from_dict({"text": np.array(texts, dtype=str)})
         with pytest.raises(ValueError, match=rf"0 tokens in {len(texts)} documents"):
@@ -175,7 +175,7 @@ def test_an_empty_data_set_is_refused(tokenizer) -> None:
         bytes_per_token(empty, tokenizer)
 
 
-def test_published_packing_that_leaves_nothing_says_why(tmp_path: Path, tokenizer) -> None:
+def test_published_packing_that_leaves_nothing_is_refused_with_the_reason(tmp_path: Path, tokenizer) -> None:
     documents = Dataset.from_dict({"text": ["abcdefgh", "ijklmnop"]})
     with pytest.raises(ValueError, match="packing='contiguous'"):
         pack(documents, tokenizer, length=12, packing="published", num_proc=2)
@@ -189,12 +189,12 @@ def test_published_packing_that_leaves_nothing_says_why(tmp_path: Path, tokenize
         ({"length": 2, "insert_special": True}, "length is 2.* 3"),
     ],
 )
-def test_settings_that_can_not_be_met_are_refused(documents: Dataset, tokenizer, setting: dict, message: str) -> None:
+def test_impossible_settings_are_refused(documents: Dataset, tokenizer, setting: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pack(documents, tokenizer, **setting)
 
 
-def test_what_can_not_be_packed_at_once_is_refused(documents: Dataset, tokenizer) -> None:
+def test_datasets_that_cannot_be_packed_are_refused(documents: Dataset, tokenizer) -> None:
     endless = train_tokenizer(TEXTS, vocab_size=300)
     endless.eos_token = None
     for data, reader, message in (

@@ -28,7 +28,7 @@ COMPRESS = {
 
 
 def json_lines(path: Path, rows: list) -> Path:
-    """Write rows, of which strings are written as they are."""
+    """Write rows as JSON, but strings as they are."""
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
     return path
 
@@ -38,7 +38,7 @@ def contents(path: Path) -> list:
 
 
 def loaded(folder: Path, **settings) -> list[str]:
-    """Texts of the training split, equal whether streamed or not."""
+    """Texts of the training split, the same with and without streaming."""
     whole, streamed = (
         [row["text"] for row in load_text(str(folder), streaming=streaming, **settings)] for streaming in (False, True)
     )
@@ -53,7 +53,7 @@ def refused(folder: Path, message: str) -> None:
 
 
 def damaged_parquet(path: Path, group: int = 1, *, hidden: bool = False) -> Path:
-    """Four groups of ten rows; a page of one of them is overwritten, with text if the damage is to be hidden."""
+    """Four groups of ten rows with one page overwritten, by valid text if the damage is to be hidden."""
     options = {"row_group_size": 10, "use_dictionary": False, "write_page_checksum": True, "compression": "none"}
     pq.write_table(pa.table({"text": TEXTS}), path, **options)
     column = pq.ParquetFile(path).metadata.row_group(group).column(0)
@@ -105,12 +105,12 @@ DOCUMENTS = [
 
 
 @pytest.mark.parametrize("content", DOCUMENTS)
-def test_json_holds_records_by_line_in_a_list_or_inside_a_field(tmp_path: Path, content: str) -> None:
+def test_json_has_records_by_line_in_a_list_or_inside_a_field(tmp_path: Path, content: str) -> None:
     (tmp_path / "b.json").write_text(content, "utf-8")
     assert contents(tmp_path / "b.json") == [{"text": "a"}, {"text": "b"}]
 
 
-def test_a_record_that_holds_a_list_is_one_record(tmp_path: Path) -> None:
+def test_a_record_that_contains_a_list_is_one_record(tmp_path: Path) -> None:
     record = {"messages": [{"role": "user", "content": "a"}], "id": 1}
     (tmp_path / "one.json").write_text(json.dumps(record, indent=1))
     assert contents(tmp_path / "one.json") == [record]
@@ -134,7 +134,7 @@ def test_a_csv_file_of_one_column_and_words_for_null_are_text(tmp_path: Path) ->
     assert [row["text"] for row in contents(tmp_path / "a.csv")] == ["null", "NA", "12", "2020-01-01"]
 
 
-def test_text_that_looks_like_a_time_and_other_columns_of_any_type_change_nothing(tmp_path: Path) -> None:
+def test_text_that_looks_like_a_time_is_kept_whatever_the_other_columns_are(tmp_path: Path) -> None:
     texts = ["2020-01-01T00:00:00", "2021-02-03 04:05:06"]
     others = [1, {"a": [None, "x"]}]
     rows = [{"text": text, "other": other} for text, other in zip(texts, others, strict=True)]
@@ -211,7 +211,7 @@ def test_a_document_that_is_not_utf8_is_named_with_the_byte(tmp_path: Path, endi
         load_text(str(tmp_path / f"latin.{ending}"))
 
 
-def test_a_byte_that_is_not_utf8_is_a_fault_of_its_own_row(tmp_path: Path) -> None:
+def test_a_byte_that_is_not_utf8_is_a_fault_of_its_row_only(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_bytes(b"id,text\n1,good\n2,b\xe9d\n\xe9,fine\n")
     (tmp_path / "dev.csv").write_text("text,\nx,\n")
     refused(tmp_path, r"Line 3 of .*'text'")
@@ -227,7 +227,7 @@ def test_a_byte_that_is_not_utf8_is_a_fault_of_its_own_row(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("line", "fault"), [("1,2,3", "3 fields, not 2"), ("1", "1 fields, not 2"), ('1,"b" c', "CSV")]
 )
-def test_a_malformed_csv_line_is_named_and_takes_no_other_along(tmp_path: Path, line: str, fault: str) -> None:
+def test_a_malformed_csv_line_is_named_and_others_are_read(tmp_path: Path, line: str, fault: str) -> None:
     (tmp_path / "rows.csv").write_text(f"id,text\n1,a\n{line}\n2,b\n")
     records = list(read_records(tmp_path / "rows.csv"))
     assert records[1].position == "line 3" and fault in records[1].fault
@@ -255,12 +255,12 @@ def test_a_damaged_page_is_named_with_its_rows_and_skipped_on_request(tmp_path: 
 
 def test_damage_that_reads_as_text_is_found_by_the_checksum(tmp_path: Path) -> None:
     path = damaged_parquet(tmp_path / "rows.parquet", group=3, hidden=True)
-    assert pq.read_table(path)["text"][39].as_py() != TEXTS[39]  # nobody else notices
+    assert pq.read_table(path)["text"][39].as_py() != TEXTS[39]  # nothing else detects it
     refused(path, "Rows 30 to 39 of")
 
 
 @pytest.mark.parametrize("ending", ["parquet", "json", "txt", "jsonl.gz"])
-def test_an_unreadable_file_is_skipped_with_the_others_left(tmp_path: Path, ending: str) -> None:
+def test_an_unreadable_file_is_skipped_and_the_others_read(tmp_path: Path, ending: str) -> None:
     for name, target in (("a", "train-1"), ("b", "train-2"), ("x", "validation")):
         path = tmp_path / f"{target}.{ending}"
         row = json.dumps({"text": name})
@@ -308,7 +308,7 @@ def test_rows_of_another_schema_are_checked_by_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv", "a.jsonl", "a.json", "a.csv.gz", "a.jsonl.xz"])
-def test_a_byte_order_mark_tells_the_encoding(tmp_path: Path, name: str, encoding: str) -> None:
+def test_a_byte_order_mark_determines_the_encoding(tmp_path: Path, name: str, encoding: str) -> None:
     rows = [{"text": "naïve", "id": "1"}, {"text": "café", "id": "2"}]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     content = {"txt": "naïve\n", "csv": "text,id\nnaïve,1\ncafé,2\n", "tsv": "text\tid\nnaïve\t1\ncafé\t2\n"}

@@ -10,7 +10,7 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city
 
 
 def read(**record) -> list[dict]:
-    """The messages of a record, after the choice of its columns."""
+    """The messages of a record, with its columns chosen first."""
     kinds = {name: OBJECTS if isinstance(value, list) else "string" for name, value in record.items()}
     return json.loads(Messages().resolved(kinds, "set").read(record)["messages"])
 
@@ -48,7 +48,7 @@ def test_columns_of_several_formats_are_refused() -> None:
         ("text", {"prompt": "string", "completions": "list<element: string>"}, "Set text_column.*: prompt, comp"),
     ],
 )
-def test_columns_that_do_not_fit_are_listed_with_those_that_would(schema: str, found: dict, named: str) -> None:
+def test_wrong_columns_are_listed_with_the_expected_ones(schema: str, found: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         SCHEMAS[schema]().resolved(found, "set")
 
@@ -116,7 +116,7 @@ def test_a_column_of_system_messages_is_read_or_refused() -> None:
         PromptCompletion().resolved(dict.fromkeys(("system", "prompt", "completion"), "string"), "rows")
 
 
-def test_of_a_prompt_of_messages_no_turn_is_learned() -> None:
+def test_no_turn_of_a_prompt_is_learned() -> None:
     messages = read(prompt=[*CHAT, CHAT[0]], completion=CHAT[1:])
     assert [message.get("weight") for message in messages] == [None, 0, None, None]
     with pytest.raises(ValueError, match="'assistant'"):
@@ -160,7 +160,7 @@ def test_a_record_that_is_not_a_conversation_is_refused(messages: object, named:
         Messages().read({"messages": messages})
 
 
-def test_completions_with_a_mark_of_preference_are_refused():
+def test_preference_data_is_refused():
     columns = {"prompt": "string", "completion": "string"}
     assert PromptCompletion().resolved({**columns, "label": "int64"}, "rows")
     for schema, found in ((PromptCompletion(), columns), (Messages(), {"messages": OBJECTS})):

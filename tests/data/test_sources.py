@@ -38,7 +38,7 @@ def test_an_unknown_name_suggests_the_nearest_one() -> None:
 
 
 @pytest.mark.parametrize("path", ["./missing", "missing.txt", "/no/such/folder", "~/missing.jsonl"])
-def test_a_missing_file_is_called_a_missing_file(path: str) -> None:
+def test_a_missing_file_is_reported_as_missing(path: str) -> None:
     with pytest.raises(ValueError, match="no file or folder '(.*missing.*|/no/)"):
         load_text(path)
     with pytest.raises(ValueError, match="'lm1b'"):
@@ -62,7 +62,7 @@ def test_every_detokenizer_has_golden_cases() -> None:
 
 
 @pytest.mark.parametrize("corpus", sorted(DETOKENIZERS))
-def test_plain_text_is_left_alone(corpus: str) -> None:
+def test_plain_text_is_not_changed(corpus: str) -> None:
     text = "Plain text, with marks: none; of them spaced (at all)."
     assert detokenizer(corpus)(text).lstrip("\n") == text
 

@@ -24,14 +24,14 @@ def test_the_score_is_the_first_six_bytes_of_the_hash() -> None:
 
 
 @pytest.mark.parametrize("missing", [BOTH, ["validation"]])
-def test_the_parts_hold_every_document_once_in_its_order(missing: list[str]) -> None:
+def test_the_parts_have_every_document_once_in_order(missing: list[str]) -> None:
     found = parts(TEXTS, missing)
     assert sorted(text for part in found.values() for text in part) == sorted(TEXTS)
     assert all(part == sorted(part, key=TEXTS.index) for part in found.values())
     assert all(0.5 * HELD_OUT < len(found[name]) / len(TEXTS) < 1.5 * HELD_OUT for name in missing)
 
 
-def test_a_document_stays_in_its_part_whatever_the_others_are() -> None:
+def test_the_part_of_a_document_does_not_depend_on_the_others() -> None:
     assert set(parts(TEXTS[:500], BOTH)["validation"]) == set(parts(TEXTS, BOTH)["validation"]) & set(TEXTS[:500])
 
 
@@ -50,14 +50,14 @@ def test_a_split_that_is_not_missing_is_left_alone() -> None:
 
 @pytest.mark.parametrize("count", range(3, 12))
 @pytest.mark.parametrize("shift", [0.0, 0.9])
-def test_of_three_documents_or_more_every_part_gets_one(count: int, shift: float) -> None:
+def test_every_part_gets_one_of_three_or_more_documents(count: int, shift: float) -> None:
     scores = np.random.default_rng(count).random(count) * 0.04 + shift  # all below, or all above the thresholds
     sizes = {split: len(members(scores, split, BOTH)) for split in ("train", *BOTH)}
     assert min(sizes.values()) >= 1
     assert sum(sizes.values()) == count
 
 
-def test_of_two_documents_one_is_for_training_and_one_for_validation() -> None:
+def test_two_documents_are_one_for_training_and_one_for_validation() -> None:
     found = {split: len(part) for split, part in parts(["a", "b"], BOTH).items()}
     assert found == {"train": 1, "validation": 1, "test": 0}
 

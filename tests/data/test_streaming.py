@@ -20,7 +20,7 @@ def source(texts: list[str] = TEXTS) -> IterableDataset:
 
 
 def rows(stream, count: int | None = None) -> list[tuple[int, ...]]:
-    """The next `count` sequences, or all that remain; a stream that was broken off stays where it is."""
+    """The next `count` sequences, or all that remain; the position of a stream that is cut short is kept."""
     found = []
     for example in stream:
         found.append(tuple(example["input_ids"].tolist()))
@@ -31,7 +31,7 @@ def rows(stream, count: int | None = None) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("insert_special", [False, True])
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_a_stream_gives_what_packing_at_once_gives(tokenizer, insert_special: bool, drop_last: bool) -> None:
+def test_a_stream_gives_the_same_sequences_as_packing(tokenizer, insert_special: bool, drop_last: bool) -> None:
     settings = {"length": 32, "insert_special": insert_special, "drop_last": drop_last}
     at_once = pack(Dataset.from_dict({"text": TEXTS}), tokenizer, **settings)
     streamed = list(PackedStream(source(), tokenizer, **settings))
@@ -47,7 +47,7 @@ def test_the_shuffle_keeps_every_sequence_and_changes_their_order(tokenizer) -> 
     assert sorted(shuffled) == sorted(ordered)
 
 
-def test_the_shuffle_depends_on_seed_and_epoch_alone(tokenizer) -> None:
+def test_the_shuffle_depends_only_on_seed_and_epoch(tokenizer) -> None:
     def shuffled(seed: int, epoch: int) -> list[tuple[int, ...]]:
         stream = PackedStream(source(), tokenizer, length=32, shuffle_buffer=40, seed=seed)
         stream.set_epoch(epoch)
@@ -61,7 +61,7 @@ def test_the_shuffle_depends_on_seed_and_epoch_alone(tokenizer) -> None:
 
 @pytest.mark.parametrize("shuffle_buffer", [0, 40])
 @pytest.mark.parametrize("taken", [0, 1, 57, "all but 3", "all"])
-def test_a_stream_resumes_at_the_very_sequence(tokenizer, tmp_path, shuffle_buffer: int, taken: int | str) -> None:
+def test_a_stream_resumes_at_the_exact_sequence(tokenizer, tmp_path, shuffle_buffer: int, taken: int | str) -> None:
     def fresh() -> PackedStream:
         stream = PackedStream(source(), tokenizer, length=32, shuffle_buffer=shuffle_buffer, seed=3)
         stream.set_epoch(1)
@@ -72,14 +72,14 @@ def test_a_stream_resumes_at_the_very_sequence(tokenizer, tmp_path, shuffle_buff
     broken_off = fresh()
     before = rows(broken_off, count) if count else []
     write_position(broken_off.state_dict(), tmp_path / "stream.npz")
-    rows(broken_off)  # what it goes on with does not change what was written
+    rows(broken_off)  # continuing does not change the saved position
     state = read_position(tmp_path / "stream.npz")
     resumed = PackedStream(source(), tokenizer, length=32, shuffle_buffer=shuffle_buffer, seed=3)
     resumed.load_state_dict(state)
-    resumed.set_epoch(0)  # what a trainer does before a pass does not disturb it
+    resumed.set_epoch(0)  # a trainer does this before each epoch; it does not change the position
     assert before + rows(resumed) == expected
     resumed.set_epoch(1)
-    assert rows(resumed) == expected  # the pass after the resumed one is a whole one
+    assert rows(resumed) == expected  # the epoch after the resumed one is complete
 
 
 def test_a_stream_resumes_more_than_once(tokenizer) -> None:
@@ -116,7 +116,7 @@ def test_a_negative_buffer_is_refused(tokenizer) -> None:
         PackedStream(source(), tokenizer, length=32, shuffle_buffer=-1)
 
 
-def test_recorded_positions_stay_what_they_were_while_the_stream_goes_on(tokenizer) -> None:
+def test_recorded_positions_do_not_change_while_the_stream_continues(tokenizer) -> None:
     stream = PackedStream(source(), tokenizer, length=32, shuffle_buffer=10, seed=3)
     expected, states = [], []
     for example in stream:
@@ -146,7 +146,7 @@ def test_the_position_of_another_stream_is_refused(tokenizer, change: dict, mess
         other.load_state_dict(state)
 
 
-def test_a_stream_that_breaks_off_says_where(tokenizer) -> None:
+def test_a_stream_that_breaks_off_reports_where(tokenizer) -> None:
     def broken():
         yield {"text": "one " * 100}
         raise OSError("connection reset")

@@ -1,4 +1,4 @@
-"""`bd3lm eval`: what it says is what the library computes, and what cannot be done is refused before work begins."""
+"""`bd3lm eval` prints what the library computes, and refuses wrong arguments before any work."""
 
 import csv
 import json
@@ -77,12 +77,12 @@ def loaded(folder: Path):
     return load_model_and_tokenizer(cli.make_verb_parser("eval").parse_args(["--model", str(folder)]))
 
 
-def test_eval_scores_at_most_so_many_sequences(run):
+def test_eval_scores_at_most_max_sequences(run):
     assert run("--split", "train", "--max-sequences", 3, "--num-samples", 2)["num_sequences"] <= 3
-    assert run("--split", "train", "--max-sequences", 1)["standard_error"] is None  # not a NaN, which is no JSON
+    assert run("--split", "train", "--max-sequences", 1)["standard_error"] is None  # NaN is not valid JSON
 
 
-def test_two_runs_give_equal_numbers_and_say_what_they_depend_on(run):
+def test_two_runs_give_equal_numbers_and_record_what_they_depend_on(run):
     results = [run("--seed", seed, name=name) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
     differences = {key for key in results[0] if results[0][key] != results[1][key]}
     assert differences <= {"seconds", "out"}
@@ -93,7 +93,7 @@ def test_two_runs_give_equal_numbers_and_say_what_they_depend_on(run):
     assert results[0]["seed"] == 1 and results[0]["device"] == "cpu"
 
 
-def test_an_interrupted_run_goes_on_and_another_one_is_refused(
+def test_an_interrupted_run_continues_and_another_one_is_refused(
     bd3lm, model_folder, text_file, tmp_path, monkeypatch, run
 ):
     expected = run("--split", "train", "--batch-size", 2, name="whole")
@@ -110,7 +110,7 @@ def test_an_interrupted_run_goes_on_and_another_one_is_refused(
     done = False
     monkeypatch.setattr(BD3LMForMaskedLM, "token_nll", recording)
     assert bd3lm(*given, "--output", output)[0] == 130
-    assert lengths == [1, 2, 2, 2]  # a look at the estimator, two batches, and one that was lost
+    assert lengths == [1, 2, 2, 2]  # the check of the estimator, two batches, and the one that was lost
     done = True
     refused = bd3lm(*given, "--output", output, "--seed", 1)
     assert_refused(refused, "x.scores.jsonl has 4 scores of another run", "seed was 0 and is 1", "--restart")
@@ -124,7 +124,7 @@ def test_an_interrupted_run_goes_on_and_another_one_is_refused(
 
 
 @pytest.mark.parametrize("estimator", ["published", "stratified"])
-def test_two_processes_give_the_number_of_one(bd3lm, two_processes, tmp_path, estimator):
+def test_two_processes_give_the_result_of_one(bd3lm, two_processes, tmp_path, estimator):
     folder, results = two_processes
     assert [result["eval"] for result in results] == [[0, 0], [0, 0]]
     shared = json.loads((folder / f"eval-{estimator}.json").read_text())
@@ -164,7 +164,7 @@ def test_the_perplexity_of_an_autoregressive_model_is_that_of_transformers_loss(
     ids, labels = (torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels"))
     with torch.no_grad():
         logits = model(input_ids=ids).logits
-    # As published, the mask has a column of its own and no probability.
+    # As published, the mask has its own column and no probability.
     logits[..., tiny_tokenizer.mask_token_id] = -torch.inf
     loss = ForCausalLMLoss(logits, labels, vocab_size=len(tiny_tokenizer))
     assert result["nll"] == pytest.approx(loss.item(), rel=1e-5)
@@ -183,7 +183,7 @@ def test_a_given_prompt_is_not_scored(run, tmp_path):
 # --- The published protocol and the suite ----------------------------------------------------------------------------
 
 
-def test_the_published_protocol_cuts_texts_as_published_unless_told_otherwise(run):
+def test_the_published_protocol_cuts_texts_as_published_by_default(run):
     result = run("--estimator", "published")
     found = {name: result[name] for name in ("packing", "insert_eos", "insert_special", "num_samples")}
     assert found == {"packing": "published", "insert_eos": True, "insert_special": True, "num_samples": None}
@@ -199,7 +199,7 @@ WORDS = "The quick brown fox jumps over the lazy dog, and the lazy dog sleeps on
 
 @pytest.fixture
 def copies(tmp_path) -> Path:
-    """Tiny copies of the suite's sets in the columns, files and splits of their sources."""
+    """Tiny copies of the suite's datasets, with the columns, files and splits of their sources."""
     folder = tmp_path / "copies"
     columns = {"ptb": "sentence", "scientific_papers_pubmed": "article", "scientific_papers_arxiv": "article"}
     others = {"scientific_papers_pubmed": {"abstract": "no"}, "scientific_papers_arxiv": {"abstract": "no"}}
@@ -212,7 +212,7 @@ def copies(tmp_path) -> Path:
         text = "\n".join(map(json.dumps, rows))
         (folder / name / f"{split}.jsonl").write_text(text)
         (folder / name / "train.jsonl").write_text(text.replace("quick", "slow"))
-    # A set may be a file as well.
+    # A copy can also be a file.
     for name in ("lambada", "lm1b"):
         shutil.move(folder / name / "test.jsonl", folder / f"{name}.jsonl")
         shutil.rmtree(folder / name)
@@ -238,14 +238,14 @@ def test_the_suite_is_one_table_with_the_published_flags(bd3lm, model_folder, co
     assert len(table.splitlines()) == 10 and "| ptb (validation split) |" in table and table.count("| &le; ") == 8
     rows = list(csv.DictReader(outputs[1].read_text().splitlines()))
     assert [row["nll"] for row in rows] == [str(row["nll"]) for row in report["results"]]
-    # A set alone with the same flags gives the same number.
+    # A single dataset with the same flags gives the same result.
     flags = ["--packing", "published", "--no-insert-eos", "--insert-special", "--estimator", "published"]
     alone = ["--dataset", "ptb", "--dataset-source", copies / "ptb", "--output", tmp_path / "ptb.json"]
     assert bd3lm("eval", "--model", model_folder, *alone, *flags)[0] == 0
     assert json.loads((tmp_path / "ptb.json").read_text())["nll"] == report["results"][0]["nll"]
 
 
-def test_sets_of_the_suite_can_be_named_and_estimated_otherwise(bd3lm, model_folder, copies, tmp_path):
+def test_datasets_and_estimator_of_a_suite_can_be_chosen(bd3lm, model_folder, copies, tmp_path):
     given = ["--suite", "zero-shot", "--suite-source", copies, "--sets", "lambada", "ptb", "--estimator", "exact"]
     assert bd3lm("eval", "--model", model_folder, *given, "--output", tmp_path / "x.json")[0] == 0
     rows = json.loads((tmp_path / "x.json").read_text())["results"]
@@ -270,7 +270,7 @@ def test_copies_that_are_missing_are_named_before_the_model_is_loaded(bd3lm, cop
     assert_refused(result, "has no copy of ptb, ag_news:", "--sets")
 
 
-def test_without_copies_and_network_every_set_is_named(bd3lm, model_folder):
+def test_without_copies_and_network_every_dataset_is_named(bd3lm, model_folder):
     result = bd3lm("eval", "--model", model_folder, "--suite", "zero-shot", "--sets", "ptb", "lambada")
     assert_refused(result, "2 of the 2 datasets", "ptb (", "lambada (")
 
@@ -318,7 +318,7 @@ def test_eval_refuses_bad_arguments_before_it_looks_at_the_model(bd3lm, text_fil
         (("--length", 600, "--estimator", "published"), "fewer than one sequence of 598"),
     ],
 )
-def test_eval_refuses_text_that_it_can_not_score(bd3lm, model_folder, text_file, arguments, part):
+def test_eval_refuses_text_that_it_cannot_score(bd3lm, model_folder, text_file, arguments, part):
     assert_refused(bd3lm("eval", "--model", model_folder, "--dataset", text_file, *arguments), part)
 
 
@@ -329,13 +329,13 @@ def test_an_empty_split_is_refused(bd3lm, model_folder, tmp_path):
     assert_refused(result, "validation.parquet")
 
 
-def test_a_file_beside_the_output_that_holds_no_scores_is_refused(bd3lm, model_folder, text_file, tmp_path):
+def test_a_file_next_to_the_output_without_scores_is_refused(bd3lm, model_folder, text_file, tmp_path):
     (tmp_path / "x.scores.jsonl").write_text("notes\n")
     result = bd3lm("eval", "--model", "nowhere", "--dataset", text_file, "--output", tmp_path / "x.json")
     assert_refused(result, "x.scores.jsonl: line 1")
 
 
-def test_a_model_without_a_likelihood_is_pointed_to_what_can_be_measured(bd3lm, model_folder, text_file, monkeypatch):
+def test_a_model_without_a_likelihood_gets_advice_on_what_can_be_measured(bd3lm, model_folder, text_file, monkeypatch):
     monkeypatch.setattr(BD3LMForMaskedLM, "has_likelihood", False, raising=False)
     result = bd3lm("eval", "--model", model_folder, "--dataset", text_file)
     assert_refused(result, "is a BD3LMForMaskedLM, which has no likelihood", "bd3lm eval --generative")
@@ -350,7 +350,7 @@ def test_an_exact_sum_of_too_many_passes_is_refused_with_its_cost(
     assert_refused(result, "2^16 - 1", "block_size=16", "stratified")
 
 
-def test_long_sequences_are_scored_in_windows_on_demand(run):
+def test_long_sequences_are_scored_in_windows_on_request(run):
     whole, windows, short = (
         run("--estimator", "exact", "--length", *more) for more in ([64], [64, "--window", 32], [32])
     )

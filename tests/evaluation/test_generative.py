@@ -27,7 +27,7 @@ NUMBERS += ("distinct_2", "distinct_3", "repetition_4", "lengths", "forwards_per
 
 @pytest.fixture
 def scored(bd3lm, model_folder, gpt2_folder, tmp_path, monkeypatch):
-    """A function `(*arguments) -> (exit code, report or None, stdout, stderr)`, in a folder of its own."""
+    """A function `(*arguments) -> (exit code, report or None, stdout, stderr)`, in a separate folder."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
@@ -76,7 +76,7 @@ def test_numbers_do_not_depend_on_the_size_of_a_batch(scored, tmp_path):
         assert one[name] == pytest.approx(all_at_once[name], rel=1e-5), name
 
 
-def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(scored, tmp_path, monkeypatch):
+def test_a_killed_run_continues_and_gives_the_results_of_an_uninterrupted_one(scored, tmp_path, monkeypatch):
     expected = scored("--samples", "whole.jsonl")[1]
     write, calls = generative.generate_batch, []
 
@@ -89,7 +89,7 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(scored, tmp_path, mon
     monkeypatch.setattr(generative, "generate_batch", killed)
     assert scored("--batch-size", 2)[0] == 130
     path = tmp_path / "samples.jsonl"
-    path.write_bytes(path.read_bytes()[:-20])  # as if the kill had come while the second line was written
+    path.write_bytes(path.read_bytes()[:-20])  # as if the second line was being written during the kill
     code, report, out, _ = scored("--batch-size", 3)
     assert code == 0 and calls == [2, 2, 3, 1] and "5 samples in samples.jsonl, 1 from an earlier run" in out
     for name in NUMBERS:
@@ -121,7 +121,7 @@ def test_texts_of_a_changed_run_are_refused(scored, model_folder, tmp_path):
 
 
 @pytest.mark.parametrize("unfit", [("--sampler", "analytic"), ("--context", "all"), ("--window-stride", 4)])
-def test_a_refused_run_leaves_the_samples_that_it_was_to_overwrite(scored, tmp_path, unfit):
+def test_a_refused_run_keeps_the_samples_that_it_would_have_overwritten(scored, tmp_path, unfit):
     assert scored()[0] == 0
     before = (tmp_path / "samples.jsonl").read_bytes()
     code, _, _, err = scored("--overwrite", *unfit)
@@ -129,7 +129,7 @@ def test_a_refused_run_leaves_the_samples_that_it_was_to_overwrite(scored, tmp_p
     assert (tmp_path / "samples.jsonl").read_bytes() == before
 
 
-def test_an_end_token_ends_a_text_only_where_it_may(scored, model_folder, tmp_path):
+def test_an_end_token_ends_a_text_only_with_variable_length(scored, model_folder, tmp_path):
     model = load_model(str(model_folder))
     with torch.no_grad():
         model.get_output_embeddings().bias[1] += 6
@@ -142,7 +142,7 @@ def test_an_end_token_ends_a_text_only_where_it_may(scored, model_folder, tmp_pa
         assert text["ids"][-1] == 1 or len(text["ids"]) == 16
 
 
-def test_a_diffusion_model_can_judge(scored, model_folder):
+def test_a_diffusion_model_can_be_the_judge(scored, model_folder):
     code, report, _, _ = scored("--judge", model_folder)
     assert code == 0 and report["judge_estimator"] == "exact" and report["generative_perplexity"] > 1
 
@@ -172,7 +172,7 @@ def test_bad_input_is_refused_before_a_text_is_written(scored, monkeypatch, argu
     assert err.startswith("error: ") and err.count("\n") == 1 and part in err
 
 
-def test_a_judge_is_asked_for_and_has_to_be_complete(bd3lm, model_folder, gpt2_folder, monkeypatch):
+def test_a_judge_is_required_and_must_be_complete(bd3lm, model_folder, gpt2_folder, monkeypatch):
     monkeypatch.setattr(generative, "generate_batch", None)
     code, _, err = bd3lm("eval", "--generative", "--model", model_folder)
     assert code == 2 and "--generative needs a --judge: the folder or hub name of a language model" in err
@@ -181,7 +181,7 @@ def test_a_judge_is_asked_for_and_has_to_be_complete(bd3lm, model_folder, gpt2_f
     assert code == 2 and f"--judge {gpt2_folder}" in err
 
 
-def test_a_model_that_can_not_start_a_text_is_refused(scored, model_folder, monkeypatch):
+def test_a_model_without_a_bos_token_is_refused(scored, model_folder, monkeypatch):
     monkeypatch.setattr(generative, "generate_batch", None)
     for name in ("generation_config.json", "config.json"):
         path = model_folder / name
@@ -194,11 +194,11 @@ def test_texts_of_low_entropy_are_generated_again_a_limited_number_of_times(scor
     window = ["--entropy-stop-window", 8, "--num-samples", 3]
     _, plain, _, _ = scored("--samples", "plain.jsonl", *window[2:])
     once = {row["index"]: row["ids"] for row in lines(tmp_path, "plain.jsonl")}
-    # No text of 8 tokens has more than ln 8 nats: each is generated again until the last try.
+    # No text of 8 tokens has more than ln 8 nats: each is generated again until the last attempt.
     code, report, out, _ = scored("--samples", "never.jsonl", "--entropy-stop", 9, *window)
     assert code == 0 and (report["redrawn"], report["low_entropy"]) == (3, 3) and "3 texts, 3 of them" in out
     assert {row["redraws"] for row in lines(tmp_path, "never.jsonl")} == {MAX_REDRAWS}
-    # A bound between the entropies of the texts changes those below it, and no other.
+    # A bound between the entropies of the texts changes only those below it.
     entropies = {index: text_entropy(ids[-8:]) for index, ids in once.items()}
     bound = sorted(entropies.values())[-1] - 1e-4
     code, report, _, _ = scored("--samples", "some.jsonl", "--entropy-stop", bound, *window)

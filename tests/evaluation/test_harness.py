@@ -134,7 +134,7 @@ def test_tasks_run_through_the_harness_with_the_numbers_of_token_nll(model_folde
 
 @pytest.fixture
 def quick_start(monkeypatch):
-    """The harness without the ten thousand tasks that it brings, whose index takes it half a minute."""
+    """The harness without its own ten thousand tasks, which take half a minute to index."""
     monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
 
 
@@ -158,7 +158,7 @@ def test_the_command_evaluates(bd3lm, quick_start, model_folder, task_folder, tm
 
 
 @pytest.mark.slow
-def test_the_command_runs_in_a_process_of_its_own(model_folder, task_folder, tmp_path):
+def test_the_command_runs_in_a_separate_process(model_folder, task_folder, tmp_path):
     command = [sys.executable, "-m", "bd3lm_hf.cli", *command_line(model_folder, task_folder, tmp_path / "r.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(bd3lm_hf.__file__).parents[1])}
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
@@ -166,7 +166,7 @@ def test_the_command_runs_in_a_process_of_its_own(model_folder, task_folder, tmp
     assert "|tiny_choice|" in result.stdout.replace(" ", "") and list(tmp_path.glob("r*.json"))
 
 
-def test_the_command_names_our_model_where_none_is_named(monkeypatch):
+def test_the_command_adds_our_model_if_none_is_named(monkeypatch):
     found = []
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: found.append(sys.argv))
     before = list(sys.argv)
@@ -189,7 +189,7 @@ def test_bad_input_of_the_command_is_one_line(bd3lm, quick_start, task_folder):
     assert code == 2 and err.rstrip().splitlines()[-1].startswith("error: pretrained ./nowhere: there is no such")
 
 
-def test_without_the_harness_the_package_works_and_the_adapter_names_the_remedy(monkeypatch, bd3lm):
+def test_without_the_harness_the_package_works_and_the_adapter_says_what_to_install(monkeypatch, bd3lm):
     for name in [name for name in sys.modules if name.startswith("lm_eval")]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "bd3lm_hf.evaluation.harness")
@@ -203,7 +203,7 @@ def test_without_the_harness_the_package_works_and_the_adapter_names_the_remedy(
 # --- likelihoods -----------------------------------------------------------------------------------------------------
 
 
-def test_a_continuation_is_noised_behind_a_clean_context(adapter, tiny_tokenizer):
+def test_a_continuation_is_noised_after_a_clean_context(adapter, tiny_tokenizer):
     lm = adapter()
     ((found, _),) = score(lm, ("The lazy dog ", "sleeps on."))
     before, behind = (tiny_tokenizer(text)["input_ids"] for text in ("The lazy dog", " sleeps on."))
@@ -228,11 +228,11 @@ def test_results_do_not_depend_on_the_batch(adapter, arguments):
         assert rolling[other] == pytest.approx(rolling[0], rel=1e-5)
 
 
-def test_the_choices_of_a_question_share_their_draws(adapter):
+def test_the_choices_of_a_question_share_their_noise(adapter):
     lm = adapter(estimator="stratified", num_samples=2, check_greedy=False, batch_size=200)
     same, again = (score(lm, ("A block is", " written"), doc=3)[0][0] for _ in range(2))
     assert same == again != score(lm, ("A block is", " written"), doc=4)[0][0]
-    # Differences of choices that share their draws vary less over questions than of those that do not.
+    # Differences between choices vary less over questions if the choices share their noise.
     first, second = ("The dog", " sleeps on and on"), ("The dog", " sleeps on and, and")
     numbers = range(60)
     wanted = [(first, doc) for doc in numbers] + [(second, doc) for doc in numbers]
@@ -244,7 +244,7 @@ def test_the_choices_of_a_question_share_their_draws(adapter):
     assert abs((ones - twos).mean().item() - (one - two)) < 5 * (ones - twos).std().item() / math.sqrt(60)
 
 
-def test_the_sum_is_exact_where_it_takes_few_passes(tiny_tokenizer, randomize):
+def test_the_sum_is_exact_if_it_takes_few_forward_passes(tiny_tokenizer, randomize):
     model = of_class(BD3LMForMaskedLM, BD3LMConfig, tiny_tokenizer, randomize, block_size=16, cond_dim=8)
     lm = BD3LMHarness(model, tokenizer=tiny_tokenizer, device="cpu")
     assert lm.estimator_of(RequestWindow(list(range(20)), 4)) == "stratified"
@@ -255,7 +255,7 @@ def test_the_sum_is_exact_where_it_takes_few_passes(tiny_tokenizer, randomize):
     assert few == pytest.approx(score(estimate, ("A block is written from noise", " and"))[0][0], rel=0.02)
 
 
-def test_an_autoregressive_model_is_exact_and_one_told_the_noise_level_is_sampled(tiny_tokenizer, randomize):
+def test_an_autoregressive_model_is_exact_and_a_time_conditioned_one_is_sampled(tiny_tokenizer, randomize):
     model = of_class(ARForCausalLM, ARConfig, tiny_tokenizer, randomize)
     lm = BD3LMHarness(model, tokenizer=tiny_tokenizer, device="cpu")
     window = RequestWindow(list(range(30)), 1)
@@ -269,7 +269,7 @@ def test_an_autoregressive_model_is_exact_and_one_told_the_noise_level_is_sample
     assert lm.estimator_of(window) == "sampled" and math.isfinite(score(lm, ("The lazy", " dog"))[0][0])
 
 
-def test_what_generate_writes_greedily_is_greedy(make_model, tiny_tokenizer):
+def test_a_greedy_continuation_is_recognised(make_model, tiny_tokenizer):
     model = make_model(vocab_size=len(tiny_tokenizer), mask_token_id=3, block_size=4)
     lm = BD3LMHarness(model, tokenizer=tiny_tokenizer, device="cpu")
     context = tiny_tokenizer("A block is")["input_ids"]
@@ -327,7 +327,7 @@ def test_texts_end_with_the_first_string_that_ends_them(make_model, tiny_tokeniz
     assert cut == whole[: min(whole.find(stop) for stop in stops)]
 
 
-def test_a_repeated_request_gets_texts_of_its_own(make_model, tiny_tokenizer):
+def test_a_repeated_request_gets_different_texts(make_model, tiny_tokenizer):
     model = make_model(vocab_size=len(tiny_tokenizer), mask_token_id=3, block_size=4)
     lm = BD3LMHarness(model, tokenizer=tiny_tokenizer, device="cpu")
     request = asked("generate_until", "A block is", {"max_gen_toks": 8, "do_sample": True}, doc=0)
@@ -338,7 +338,7 @@ def test_a_repeated_request_gets_texts_of_its_own(make_model, tiny_tokenizer):
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_a_machine_without_a_gpu_computes_on_its_cpu(model_folder, monkeypatch):
+def test_a_machine_without_a_gpu_uses_its_cpu(model_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in (None, "cuda:0", "cpu"):
         assert BD3LMHarness(str(model_folder), device=name).device == torch.device("cpu")
@@ -355,7 +355,7 @@ def test_a_machine_without_a_gpu_computes_on_its_cpu(model_folder, monkeypatch):
         ({"max_length": 33}, "max_length=33: the model reads from 2 to 32 tokens at once"),
     ],
 )
-def test_arguments_without_meaning_are_refused(adapter, arguments, message):
+def test_invalid_arguments_are_refused(adapter, arguments, message):
     with pytest.raises(ValueError, match=message):
         adapter(**arguments)
 
@@ -383,7 +383,7 @@ def test_requests_that_a_model_cannot_serve_are_refused(adapter, tiny_tokenizer,
 
 @pytest.mark.parametrize("given", [1, 5, 40])
 @pytest.mark.parametrize("written", [0, 1, 7, 8, 15, 16, 40])
-def test_each_token_is_scored_once_in_windows_that_the_model_has(given, written):
+def test_each_token_is_scored_once_in_windows_that_fit_the_model(given, written):
     text = list(range(given + written))
     found = request_windows(text[:given], text[given:], 8)
     assert [token for window in found for token in window.ids[window.num_context :]] == text[given:]
@@ -394,7 +394,7 @@ def test_each_token_is_scored_once_in_windows_that_the_model_has(given, written)
         assert len(found[-1].ids) == min(8, len(text))
 
 
-def test_the_words_of_a_task_are_put_into_those_of_generate():
+def test_the_options_of_a_task_are_translated_to_those_of_generate():
     for options, expected in (
         ({"until": "x", "temperature": 0.0, "top_p": 0.5}, (7, ("x",), {"do_sample": False})),
         ({"max_new_tokens": 3, "temperature": 0.5}, (3, (), {"temperature": 0.5, "do_sample": True})),

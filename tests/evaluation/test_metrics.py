@@ -1,4 +1,4 @@
-"""The modules of the `evaluate` library: loaded by path, without network, with the numbers of the package."""
+"""The modules for the `evaluate` library load by path, without network, and give the numbers of the package."""
 
 import json
 import math
@@ -87,7 +87,7 @@ def test_a_missing_tokenizer_or_judge_is_named(golden_model, tmp_path):
         load_metric("bleu")
 
 
-def test_diversity_is_that_of_ids_of_tokens_or_of_words(tiny_tokenizer):
+def test_diversity_counts_ids_tokens_or_words(tiny_tokenizer):
     texts = ["the dog the dog the dog", "the fox"]
     ids = [tiny_tokenizer(text)["input_ids"] for text in texts]
     assert load_metric("distinct_n").compute(predictions=texts, n=(1, 2)) == {"distinct_1": 3 / 8, "distinct_2": 3 / 6}

@@ -38,7 +38,7 @@ class _TokenNLL(NamedTuple):
 
 
 class ConstantModel:
-    """Gives every token but padding the same loss; has nothing but the verb `token_nll`."""
+    """Gives every token but padding the same loss; its only method is `token_nll`."""
 
     def __init__(self, nll: float) -> None:
         self.nll = nll
@@ -76,7 +76,7 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "stratified", "exact", "published"])
-def test_the_batch_size_changes_rounding_only(model, sequences, estimator):
+def test_the_batch_size_changes_only_rounding(model, sequences, estimator):
     results = [score_sequences(model, sequences, estimator=estimator, batch_size=size, seed=3) for size in (1, 3, 7)]
     for result in results[1:]:
         assert [score.row for score in result] == [score.row for score in results[0]]
@@ -105,7 +105,7 @@ def test_estimates_agree_with_the_exact_bound_within_their_noise(model, sequence
 # --- The published protocol ------------------------------------------------------------------------------------------
 
 
-def test_published_times_are_dealt_to_a_batch_in_order():
+def test_published_times_are_assigned_to_a_batch_in_order():
     noise = published_noise(range(40), 40, num_blocks=3, length=12, seed=5)
     positions = torch.randperm(40, generator=torch.Generator().manual_seed(5))
     for first, size in ((0, 16), (16, 16), (32, 8)):
@@ -155,7 +155,7 @@ def test_the_first_token_is_never_scored_by_the_published_protocol(model, sequen
         (ARForCausalLM, ARConfig, "published stratified sampled exact"),
     ],
 )
-def test_every_baseline_has_the_published_estimate_and_says_what_it_has_not(
+def test_every_baseline_has_the_published_estimate_and_refuses_others_by_name(
     tiny_config, randomize, sequences, model_class, config_class, estimators
 ):
     names = ("vocab_size", "model_length", "hidden_dim", "cond_dim", "n_blocks", "n_heads", "dropout")
@@ -186,7 +186,7 @@ def test_an_estimator_is_refused_before_a_text_is_scored(model):
 # --- What scoring leaves alone ---------------------------------------------------------------------------------------
 
 
-def test_evaluation_leaves_the_mode_and_the_random_state_alone(model, sequences):
+def test_evaluation_restores_the_mode_and_the_random_state(model, sequences):
     model.train()
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -260,7 +260,7 @@ def ssdlm(randomize) -> SSDLMForMaskedLM:
 
 @pytest.fixture
 def rows() -> list[dict[str, list[int]]]:
-    """Texts of several lengths; of one, the beginning is given."""
+    """Texts of several lengths; the beginning of one is given."""
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(3, 19, (length,), generator=generator).tolist() for length in (16, 9, 16, 12, 7)]
     rows = [{"input_ids": ids, "labels": list(ids)} for ids in texts]
@@ -271,19 +271,19 @@ def rows() -> list[dict[str, list[int]]]:
 def test_batches_and_processes_change_nothing(ssdlm, rows):
     ssdlm.train()
     whole = sequence_losses(ssdlm, rows, num_samples=3, batch_size=2, seed=1)
-    assert ssdlm.training  # as it was, and without dropout in between
+    assert ssdlm.training  # restored; there was no dropout in between
     parts = [
         score
         for share in (range(0, 5, 2), range(1, 5, 2))
         for score in sequence_losses(ssdlm, rows, indices=share, num_samples=3, batch_size=8, seed=1)
     ]
-    first, second = summarize_losses(whole), summarize_losses(parts + parts[:1])  # a row that comes twice counts once
+    first, second = summarize_losses(whole), summarize_losses(parts + parts[:1])  # a repeated row counts once
     assert first.loss == pytest.approx(second.loss, rel=1e-6)
     assert (first.num_sequences, first.num_tokens) == (second.num_sequences, second.num_tokens) == (5, 55)
     assert summarize_losses(sequence_losses(ssdlm, rows, num_samples=3, seed=2)).loss != first.loss
 
 
-def test_a_score_is_the_mean_loss_over_the_draws(ssdlm, rows):
+def test_a_score_is_the_mean_loss_over_the_noise_samples(ssdlm, rows):
     (score,) = sequence_losses(ssdlm, rows[:1], num_samples=4000, batch_size=4000, seed=3)
     ssdlm.eval()
     ids = torch.tensor([rows[0]["input_ids"]]).expand(4000, -1)

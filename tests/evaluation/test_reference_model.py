@@ -1,4 +1,4 @@
-"""Judges of generated text: the published windows and rules, any causal model, and what they refuse."""
+"""Reference models: the published windows and rules, any causal model, and invalid arguments."""
 
 import json
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_a_model_scores_itself_exactly_up_to_blocks_of_8(tiny_model, tiny_config
     assert (reference_model_of(timed).estimator, reference_model_of(timed).num_samples) == ("sampled", 8)
 
 
-def test_any_causal_model_can_judge():
+def test_any_causal_model_can_be_a_judge():
     model = gpt2()
     texts = [GeneratedText([0, 5, 6, 7], 1), GeneratedText([0, 300, 12, 9, 10], 3)]
     scores = ReferenceModel(CausalScore(model)).score(texts, seed=0, batch_size=2)
@@ -101,21 +101,21 @@ def test_a_judge_of_another_vocabulary_reads_the_text(tiny_tokenizer):
     assert scores[0].nll == pytest.approx(scores[1].nll)
 
 
-def test_special_tokens_that_both_have_stay_and_others_are_left_out(tiny_tokenizer):
+def test_special_tokens_of_both_tokenizers_are_kept_and_others_dropped(tiny_tokenizer):
     other = type(tiny_tokenizer)(
         tokenizer_object=tiny_tokenizer.backend_tokenizer, bos_token="<bos>", eos_token="<eos>"
     )
     judge = ReferenceModel(CausalScore(gpt2()), retokenize=(tiny_tokenizer, other))
     read = judge.read(GeneratedText([0, *tiny_tokenizer("The dog")["input_ids"], 1, 2, 0], 1))
     assert read == GeneratedText([0, *tiny_tokenizer("The dog")["input_ids"], 1, 0], 1)
-    # A text that does not begin as the judge's texts do is given their beginning.
+    # A text that does not begin with the judge's begin token gets one.
     assert (
         judge.read(GeneratedText(tiny_tokenizer("The dog")["input_ids"], 0))[:2]
         == read._replace(ids=read.ids[:-2])[:2]
     )
 
 
-def test_an_autoregressive_model_of_ours_judges_by_its_exact_likelihood(randomize):
+def test_our_autoregressive_model_scores_with_its_exact_likelihood(randomize):
     model = randomize(
         ARForCausalLM(ARConfig(vocab_size=48, model_length=32, hidden_dim=32, n_blocks=2, n_heads=2))
     ).eval()
@@ -130,7 +130,7 @@ def test_an_autoregressive_model_of_ours_judges_by_its_exact_likelihood(randomiz
     assert score.num_tokens == 49 and score.nll == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_an_estimated_bound_has_the_noise_of_the_texts_number(tiny_config, randomize):
+def test_the_noise_of_an_estimated_bound_depends_on_the_index_of_the_text(tiny_config, randomize):
     model = randomize(BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), "block_size": 16}))).eval()
     judge = reference_model_of(model)
     texts = [GeneratedText([0, *range(5 + shift, 25 + shift)], 1) for shift in range(3)]
@@ -167,7 +167,7 @@ def test_ids_and_windows_beyond_the_limits_of_a_judge_are_refused():
             reference_model_of(gpt2(), window=window)
 
 
-def test_a_text_without_a_token_to_score_has_none():
+def test_a_text_without_a_token_to_score_counts_zero():
     assert reference_model_of(gpt2(), unscored=[5]).score(
         [GeneratedText([0, 5, 5], 1), GeneratedText([4], 0), GeneratedText([], 0)]
     ) == [(0, 0.0, 0), (1, 0.0, 0), (2, 0.0, 0)]

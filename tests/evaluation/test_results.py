@@ -39,7 +39,7 @@ ROW = (
 )
 
 
-def test_json_holds_the_last_result_and_no_nan(tmp_path):
+def test_json_contains_the_last_result_and_no_nan(tmp_path):
     path = tmp_path / "result.json"
     write_results(path, [RESULT])
     write_results(path, [{**RESULT, "standard_error": math.nan}])
@@ -47,7 +47,7 @@ def test_json_holds_the_last_result_and_no_nan(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_csv_grows_by_a_row_behind_one_header(tmp_path):
+def test_csv_grows_by_a_row_below_one_header(tmp_path):
     path = tmp_path / "results.csv"
     for seed in (1, 2):
         write_results(path, [{**RESULT, "seed": seed}])
@@ -57,7 +57,7 @@ def test_csv_grows_by_a_row_behind_one_header(tmp_path):
     check_outputs([path])
 
 
-def test_markdown_rows_join_the_table_that_ends_the_file(tmp_path):
+def test_markdown_rows_are_appended_to_the_table_at_the_end_of_the_file(tmp_path):
     path = tmp_path / "results.md"
     write_results(path, [RESULT])
     write_results(path, [{**RESULT, "model": "other", "bound": False}])
@@ -67,7 +67,7 @@ def test_markdown_rows_join_the_table_that_ends_the_file(tmp_path):
     assert path.read_text().splitlines()[:3] == markdown([RESULT]).splitlines()
 
 
-def test_markdown_behind_other_text_is_a_new_table(tmp_path):
+def test_markdown_after_other_text_is_a_new_table(tmp_path):
     path = tmp_path / "notes.md"
     path.write_text("# Notes\n\n| a | b |\n|---|---|\n| 1 | 2 |\n")
     write_results(path, [RESULT])
@@ -122,7 +122,7 @@ def test_a_saved_and_loaded_model_has_the_same_configuration(tiny_model, tmp_pat
     assert config_identity(BD3LMForMaskedLM.from_pretrained(tmp_path).config) == before
 
 
-def test_the_weights_have_one_digest_wherever_they_are_kept(tiny_model, tmp_path):
+def test_the_digest_does_not_depend_on_where_the_weights_are_saved(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     assert weights_digest(BD3LMForMaskedLM.from_pretrained(tmp_path)) == weights_digest(tiny_model)
 
@@ -136,7 +136,7 @@ def test_a_changed_weight_type_or_name_changes_the_digest(tiny_model):
     assert len(found) == 4
 
 
-def test_a_configuration_is_what_the_model_computes(tiny_config):
+def test_only_fields_that_change_the_model_identify_a_configuration(tiny_config):
     before = digest(config_identity(tiny_config))
     tiny_config._name_or_path, tiny_config.architectures = "elsewhere", ["X"]
     assert digest(config_identity(tiny_config)) == before
@@ -144,18 +144,18 @@ def test_a_configuration_is_what_the_model_computes(tiny_config):
     assert digest(config_identity(tiny_config)) != before
 
 
-def test_every_sequence_counts_unless_a_sample_is_asked_for():
+def test_every_sequence_is_hashed_unless_a_sample_is_requested():
     assert data_identity(rows()) == data_identity(rows())
     assert data_identity(rows(change=3)) != data_identity(rows())
     assert data_identity(rows(6), sample=3) == data_identity(rows(6, change=3), sample=3)
     assert data_identity(rows(6), sample=3) != data_identity(rows(6, change=2), sample=3)
 
 
-def test_a_stream_says_itself_what_it_is():
+def test_a_stream_without_an_identity_is_only_called_a_stream():
     assert data_identity(iter([])) == {"kind": "a stream"}
 
 
-def test_a_tokenizer_is_its_vocabulary(tiny_tokenizer):
+def test_a_tokenizer_is_identified_by_its_vocabulary(tiny_tokenizer):
     before = tokenizer_identity(tiny_tokenizer)
     assert before["tokens"] == len(tiny_tokenizer)
     tiny_tokenizer.add_tokens(["<new>"])
@@ -163,7 +163,7 @@ def test_a_tokenizer_is_its_vocabulary(tiny_tokenizer):
     assert tokenizer_identity(None) == {}
 
 
-def test_the_versions_are_those_that_are_loaded():
+def test_the_versions_are_those_of_the_loaded_libraries():
     versions = library_versions()
     assert versions["torch"] == torch.__version__
     assert set(versions) == {"bd3lm_hf", "torch", "transformers", "datasets", "python"}
@@ -179,7 +179,7 @@ class _TokenNLL(NamedTuple):
 
 
 class CountingModel:
-    """Gives every token its id as loss, counts the batches, and dies at the one it is told to."""
+    """Gives every token its id as loss, counts batches, and fails at a given one."""
 
     def __init__(self, dies_at: int | None = None) -> None:
         self.batches, self.dies_at = [], dies_at
@@ -206,7 +206,7 @@ def score(model, sequences, **arguments):
     return score_shared(model, sequences, protocol, batch_size=2, identity=RUN, **arguments)
 
 
-def test_a_bar_shows_how_far_it_is_and_where_it_went_on(path, sequences, capsys, monkeypatch):
+def test_a_bar_shows_the_progress_and_where_the_run_continued(path, sequences, capsys, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         score(CountingModel(dies_at=4), sequences, file=ScoresFile(path))
     capsys.readouterr()
@@ -217,14 +217,14 @@ def test_a_bar_shows_how_far_it_is_and_where_it_went_on(path, sequences, capsys,
     assert capsys.readouterr().err == ""
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_stopped(path, sequences):
+def test_an_interrupted_evaluation_continues_where_it_stopped(path, sequences):
     whole = CountingModel()
     expected = score(whole, sequences).scores
     first, second = CountingModel(dies_at=4), CountingModel()
     with pytest.raises(KeyboardInterrupt):
         score(first, sequences, file=ScoresFile(path))
     assert score(second, sequences, file=ScoresFile(path)).scores == expected
-    # The batches are those of an undisturbed run, so that not even rounding differs.
+    # The batches are those of an uninterrupted run, so not even rounding differs.
     assert first.batches[:3] + second.batches == whole.batches
     again = CountingModel()
     found = score(again, sequences, file=ScoresFile(path))
@@ -233,7 +233,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(path, sequences):
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40])
-def test_what_a_kill_leaves_of_a_line_is_cut_off(path, sequences, cut):
+def test_an_incomplete_line_after_a_kill_is_cut_off(path, sequences, cut):
     with pytest.raises(KeyboardInterrupt):
         score(CountingModel(dies_at=4), sequences, file=ScoresFile(path))
     whole = path.read_bytes()
@@ -243,7 +243,7 @@ def test_what_a_kill_leaves_of_a_line_is_cut_off(path, sequences, cut):
     assert all(json.loads(line)["run"] for line in path.read_text().splitlines())
 
 
-def test_finished_runs_lie_beside_each_other(path):
+def test_a_file_can_have_several_finished_runs(path):
     file = ScoresFile(path)
     for run, nll in ((RUN, 1.5), (OTHER, 2.5)):
         file.begin(run)
@@ -264,12 +264,12 @@ def test_another_run_than_the_interrupted_one_is_refused_with_the_difference(pat
         ScoresFile(path).begin(OTHER)
 
 
-def test_a_restart_drops_what_was_kept(path):
+def test_a_restart_discards_the_scores(path):
     file = ScoresFile(path)
     file.begin(RUN)
     file.append(RUN, [SequenceScore(0, 1.5, 3)], 0.5)
     again = ScoresFile(path, restart=True)
-    assert path.exists()  # nothing is lost before there is something in its place
+    assert path.exists()  # nothing is lost until there is a replacement
     assert again.begin(OTHER).scores == {}
     assert [json.loads(line)["identity"] for line in path.read_text().splitlines()] == [OTHER]
 
@@ -277,14 +277,14 @@ def test_a_restart_drops_what_was_kept(path):
 @pytest.mark.parametrize(
     "content", ["text\n", "[1]\n", '{"run": "x"}\n', '{"run": "x", "scores": [[0, 1.0, 2]], "seconds": 1}\n', "3\n"]
 )
-def test_a_file_with_something_else_in_it_is_refused(path, content):
+def test_a_file_that_is_not_a_scores_file_is_refused(path, content):
     path.write_text(content)
     with pytest.raises(ValueError, match="line 1"):
         ScoresFile(path)
 
 
 class Threads(Processes):
-    """Processes that are threads, which meet in every exchange."""
+    """Processes simulated by threads, which meet in every exchange."""
 
     def gather(self, items):
         return [item for theirs in self._exchange(items) for item in theirs]
@@ -333,7 +333,7 @@ class MeasuredFile(ScoresFile):
         super().write_line(entry)
 
 
-def test_what_is_written_grows_with_the_scores_not_with_their_square(tmp_path):
+def test_the_bytes_written_grow_linearly_with_the_scores(tmp_path):
     written = []
     for rounds in (100, 200):
         path = tmp_path / f"{rounds}.jsonl"

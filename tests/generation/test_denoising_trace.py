@@ -1,4 +1,4 @@
-"""A trace replays to the text it is of, and its page is complete, harmless and shows what happened."""
+"""A trace replays to its text, and its page is complete, harmless and shows every step."""
 
 import html.parser
 import json
@@ -26,7 +26,7 @@ TEXT = "The lazy dog, naïve café prose: 日本 🙂 \n\n</script><b>&amp;</b><
 
 @pytest.fixture
 def document(tiny_tokenizer) -> dict:
-    """Two samples; in the first a wrong token is written and taken back, and a character spans several tokens."""
+    """Two samples; in the first a wrong token is revealed and masked again, and a character spans several tokens."""
     mask = tiny_tokenizer.mask_token_id
     samples = []
     for index, (prompt, text) in enumerate([("The quick", TEXT), ("A block", " is written.")]):
@@ -42,7 +42,7 @@ def document_of(tokenizer, samples) -> dict:
 
 
 def backwards(prompt_ids, new_ids, mask):
-    """Steps that reveal each block from its end, two tokens at once; the very first token is wrong before."""
+    """Steps that reveal each block from its end, two tokens at once; the first token is wrong at first."""
     ids, first = [*prompt_ids, *new_ids], len(prompt_ids)
     steps = []
     for begin in range(first // BLOCK * BLOCK, len(ids), BLOCK):
@@ -62,7 +62,7 @@ def backwards(prompt_ids, new_ids, mask):
 
 
 def replay(sample) -> list[list[int | None]]:
-    """What all positions hold, step by step."""
+    """The tokens at all positions, step by step."""
     first = sample["num_prompt_tokens"]
     state = sample["ids"][:first] + [None] * sample["num_tokens"]
     states = [list(state)]
@@ -70,7 +70,7 @@ def replay(sample) -> list[list[int | None]]:
         start, stop = sample["blocks"][step["block"]]
         for position, token, confidence in step["changes"]:
             assert start <= position < stop
-            assert (state[position] is None) == step["forward"]  # only masks are revealed, only tokens masked
+            assert (state[position] is None) == step["forward"]  # only masks are revealed, only tokens are masked
             assert 0 <= confidence <= 1 if step["forward"] else token is confidence is None
             state[position] = token
         states.append(list(state))
@@ -136,7 +136,7 @@ def test_a_trace_replays_from_all_masks_to_the_text(document):
         assert covered == list(range(sample["num_prompt_tokens"], len(sample["ids"])))
 
 
-def test_a_token_that_returned_to_mask_is_told_between_two_passes(document, tiny_tokenizer):
+def test_a_token_that_is_masked_again_is_recorded_between_two_forward_passes(document, tiny_tokenizer):
     sample = document["samples"][0]
     first = sample["num_prompt_tokens"]
     assert sample["steps"][0] == {"block": 0, "forward": True, "changes": [[first, 40, 0.25]]}
@@ -145,7 +145,7 @@ def test_a_token_that_returned_to_mask_is_told_between_two_passes(document, tiny
     assert document["vocabulary"] == {"40": tiny_tokenizer.decode([40])}
 
 
-def test_a_token_that_was_masked_and_written_again_is_told_even_if_it_came_out_the_same(tiny_tokenizer):
+def test_a_token_that_is_masked_and_revealed_again_is_recorded_even_if_it_is_the_same(tiny_tokenizer):
     steps = [RowStep(0, [0, 1], [0, 50], [None, 0.5]), RowStep(0, [0, 1], [0, 50], [None, 0.75])]
     sample = sample_of(tiny_tokenizer, [50], steps)
     assert [step["changes"] for step in sample["steps"]] == [[[1, 50, 0.5]], [[1, None, None]], [[1, 50, 0.75]]]
@@ -153,12 +153,12 @@ def test_a_token_that_was_masked_and_written_again_is_told_even_if_it_came_out_t
 
 
 def sample_of(tokenizer, new_ids, steps) -> dict:
-    """Sample 7, a text from nothing."""
+    """Sample 7, a text without a prompt."""
     ids = {"prompt_ids": [tokenizer.bos_token_id], "new_ids": new_ids, "mask_token_id": tokenizer.mask_token_id}
     return traced_sample(tokenizer, index=7, prompt=None, steps=steps, **ids)
 
 
-def test_special_tokens_are_marked_and_what_stands_behind_the_end_is_left_out(tiny_tokenizer):
+def test_special_tokens_are_marked_and_tokens_after_the_end_are_left_out(tiny_tokenizer):
     eos = tiny_tokenizer.eos_token_id
     sample = sample_of(tiny_tokenizer, [50, eos], [RowStep(8, range(4), [0, 50, eos, 60], [None, 0.5, 0.5, 0.5])])
     assert sample["special"] == [0, 2] and sample["texts"][2] == "<eos>"
@@ -190,7 +190,7 @@ def test_a_trace_of_nothing_is_refused(tiny_tokenizer):
         document_of(tiny_tokenizer, [])
 
 
-def test_a_file_name_says_whether_it_is_page_or_data(document, tmp_path):
+def test_the_ending_of_a_file_name_decides_between_page_and_data(document, tmp_path):
     write_trace(document, tmp_path / "trace.json")
     assert json.loads((tmp_path / "trace.json").read_text()) == document
     write_trace(document, tmp_path / "trace.HTML")
@@ -221,7 +221,7 @@ class Page(html.parser.HTMLParser):
             self.scripts[-1] += data
 
 
-def test_the_page_holds_the_whole_trace_whatever_the_tokens_say(document):
+def test_the_page_contains_the_whole_trace_whatever_the_tokens_are(document):
     page = Page(trace_page(document))
     data, script = page.scripts
     assert json.loads(data) == document
@@ -244,12 +244,12 @@ def test_every_control_of_the_page_has_a_name(document):
     controls = [attrs for tag, attrs in page.elements if tag in ("button", "input", "select")]
     assert len(controls) == 9
     for attrs in controls:
-        assert attrs.get("aria-label") or attrs["id"] in labelled or attrs["id"] == "play"  # its text says it
+        assert attrs.get("aria-label") or attrs["id"] in labelled or attrs["id"] == "play"  # its text is its name
 
 
 @pytest.fixture
 def browse(tmp_path, document):
-    """A function `(fragment) -> Page` of what a browser has made of the page at this address."""
+    """A function `(fragment) -> Page` that returns the page at this address as a browser renders it."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("there is no Chromium on this machine")

@@ -1,4 +1,4 @@
-"""`bd3lm generate`: every sample comes out once, on disk as soon as it is finished, and says how it was made."""
+"""`bd3lm generate`: every sample is written once, as soon as it is finished, with the settings that it came from."""
 
 import io
 import json
@@ -29,19 +29,19 @@ def generate(bd3lm, model_folder):
 
 
 def rows_of(path: Path) -> list[dict]:
-    # By newline alone: a text may hold other characters that end a line.
+    # Only at newlines: a text can contain other line separators.
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_text_can_start_from_nothing(generate, tmp_path):
+def test_a_text_can_start_without_a_prompt(generate, tmp_path):
     output = tmp_path / "samples.jsonl"
     assert generate("--max-new-tokens", 8, "--nucleus-p", 0.9, "--num-samples", 3, "--output", output)[0] == 0
     rows = rows_of(output)
     assert [row["prompt"] for row in rows] == [None] * 3 and len({row["text"] for row in rows}) == 3
-    assert {row["num_prompt_tokens"] for row in rows} == {1}  # the token that begins a text
+    assert {row["num_prompt_tokens"] for row in rows} == {1}  # the BOS token
 
 
 def texts_of(path) -> set:
@@ -54,7 +54,7 @@ def test_prompts_come_from_a_file(generate, tmp_path):
     assert out == generate("--prompt", "The fox", "--prompt", "A block", "--max-new-tokens", 4)[1]
 
 
-def test_the_text_is_what_the_library_writes(generate, model_folder, tmp_path):
+def test_the_text_is_what_the_library_generates(generate, model_folder, tmp_path):
     output = tmp_path / "samples.jsonl"
     arguments = ["--prompt", "The lazy dog", "--prompt", "A", "--max-new-tokens", 10, "--seed", 5, "--top-k", 9]
     assert generate(*arguments, "--temperature", 0.8, "--output", output)[0] == 0
@@ -69,7 +69,7 @@ def test_the_text_is_what_the_library_writes(generate, model_folder, tmp_path):
     assert all(0 < row["forwards"] <= row["batch_forwards"] for row in rows)
 
 
-def test_the_choices_are_those_of_the_library():
+def test_the_choices_equal_those_of_the_library():
     tables = {"sampler": {**SAMPLERS, **SCORE_SAMPLERS}, "sampling_dtype": SAMPLING_DTYPES}
     tables |= {"context": CONTEXTS, "projection": PROJECTIONS}
     assert {name: values for name, (values, _) in generate_cli.CHOICES.items()} == {
@@ -85,7 +85,7 @@ def test_several_texts_are_separated(generate):
 # --- the samples file ------------------------------------------------------------------------------------------------
 
 
-def test_a_line_says_what_was_written_and_how(generate, model_folder, tmp_path):
+def test_a_line_has_the_text_and_how_it_was_generated(generate, model_folder, tmp_path):
     output = tmp_path / "samples.jsonl"
     arguments = ["--prompt", "The fox", "--max-new-tokens", 6, "--seed", 7, "--temperature", 0.5, "--batch-size", 2]
     code, out, _ = generate(*arguments, "--output", output)
@@ -114,12 +114,12 @@ def test_a_file_grows_by_samples_of_several_prompts_and_by_prompts(generate, tmp
     rows = rows_of(output)
     prompts = [*["The fox"] * 2, *["A"] * 2, "The fox", "A", *["Every"] * 3]
     assert [(row["index"], row["prompt"]) for row in rows] == list(enumerate(prompts))
-    assert len({row["text"] for row in rows}) == 9  # every sample has a seed of its own
+    assert len({row["text"] for row in rows}) == 9  # every sample has its own seed
     code, _, err = generate("--prompt", "A", "--max-new-tokens", 8, "--output", output)
     assert code == 2 and "prompt is 'The fox' there" in err and "--overwrite" in err
 
 
-def test_of_a_long_prompt_the_end_is_read(generate, tmp_path):
+def test_only_the_end_of_a_long_prompt_is_read(generate, tmp_path):
     prompt = "The quick brown fox " * 30
     code, out, err = generate("--prompt", prompt, "--max-new-tokens", 3)
     assert code == 0 and out.startswith(prompt) and not err.startswith("error")
@@ -133,7 +133,7 @@ def test_other_settings_need_another_file_or_overwriting(generate, tmp_path):
     before = output.read_bytes()
     code, _, err = generate(*arguments, "--seed", 2)
     assert code == 2 and "(seed is 1 there and 2 now)" in err and output.read_bytes() == before
-    # The old file stays when the model refuses, before or while it generates.
+    # The old file is kept if the model refuses, before or during generation.
     for refused in (["--prompt", "A <mask> fox"], ["--sampler", "analytic"]):
         assert generate(*arguments, "--seed", 2, "--overwrite", *refused)[0] == 2
         assert output.read_bytes() == before
@@ -176,7 +176,7 @@ def test_an_interrupted_run_keeps_its_finished_samples(generate, monkeypatch, tm
 )
 def test_every_sampler_and_its_fields_can_be_chosen(generate, tmp_path, flags, settings, forwards):
     output = tmp_path / "samples.jsonl"
-    # Two blocks of prompt, three blocks to write.
+    # Two blocks of prompt, three blocks to generate.
     assert generate("--prompt", "AAAAAAAA", "--max-new-tokens", 12, *flags, "--output", output)[0] == 0
     (row,) = rows_of(output)
     assert row["num_prompt_tokens"] == 8 and row["num_tokens"] == 12
@@ -235,7 +235,7 @@ def test_drafts_are_shown_in_a_terminal_only(generate, monkeypatch):
     assert "\033" not in plain
     yellow, clear = "\033[33m", "\0338\033[J"
     assert drafts.count(yellow) >= 6 and drafts.count(clear) == drafts.count(yellow)
-    assert drafts.split(clear)[-1].strip() in plain  # what stays is the text
+    assert drafts.split(clear)[-1].strip() in plain  # the last draft is the text
 
 
 def test_a_long_run_shows_its_progress_in_a_terminal_only(generate, monkeypatch, tmp_path):
@@ -244,7 +244,7 @@ def test_a_long_run_shows_its_progress_in_a_terminal_only(generate, monkeypatch,
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     err = generate(*arguments, "--overwrite")[2]
     assert "generating" in err and "0/3" in err
-    assert "generating" not in generate("--max-new-tokens", 4)[2]  # one batch is no long run
+    assert "generating" not in generate("--max-new-tokens", 4)[2]  # one batch is not a long run
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def test_bad_input_is_refused_in_one_line(generate, arguments, part):
     assert err.startswith("error: ") and err.count("\n") == 1 and part in err
 
 
-def test_what_is_wrong_with_the_line_is_said_before_a_model_is_loaded(bd3lm):
+def test_wrong_arguments_are_reported_before_a_model_is_loaded(bd3lm):
     code, _, err = bd3lm("generate", "--model", "nowhere/at/all", "--overwrite")
     assert code == 2 and "--overwrite" in err
 
@@ -304,7 +304,7 @@ def test_a_model_without_a_begin_token_needs_a_prompt(generate, model_folder):
 # --- other models ----------------------------------------------------------------------------------------------------
 
 
-def test_an_autoregressive_model_writes_as_well(bd3lm, gpt2_folder, tmp_path):
+def test_an_autoregressive_model_can_generate_too(bd3lm, gpt2_folder, tmp_path):
     output = tmp_path / "samples.jsonl"
     arguments = ["generate", "--model", gpt2_folder, "--prompt", "The", "--num-samples", 2]
     assert bd3lm(*arguments, "--max-new-tokens", 5, "--output", output)[0] == 0
@@ -324,7 +324,7 @@ def test_an_autoregressive_model_writes_as_well(bd3lm, gpt2_folder, tmp_path):
         ([5, 6], None, None, 2),
     ],
 )
-def test_padding_behind_the_end_is_no_new_token(row, pad, eos, count):
+def test_padding_after_the_end_is_not_a_new_token(row, pad, eos, count):
     config = types.SimpleNamespace(pad_token_id=pad, eos_token_id=eos)
     assert without_padding(row, config) == row[:count]
 

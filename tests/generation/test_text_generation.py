@@ -1,4 +1,4 @@
-"""Texts are the same alone and in any batch; a samples file keeps every finished one, and touches no other file."""
+"""Texts are the same alone and in any batch; a samples file keeps all finished ones, and foreign files are kept."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_a_sampled_text_does_not_depend_on_its_batch(make_model, fields):
     assert all(text.ids[:3] == [0, 5, 6] and len(text.new_ids) == 13 for text in together)
 
 
-def test_texts_are_written_to_full_length_and_the_model_ends_texts_again_afterwards(tiny_config, randomize):
+def test_texts_have_full_length_and_the_end_token_is_restored_afterwards(tiny_config, randomize):
     model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
     with torch.no_grad():
         model.backbone.output_layer.linear.bias[tiny_config.eos_token_id] += 5
@@ -58,7 +58,7 @@ def test_texts_are_written_to_full_length_and_the_model_ends_texts_again_afterwa
         assert text.new_ids == full.new_ids[:end]
 
 
-def test_a_model_with_one_source_of_randomness_writes_texts_one_by_one(randomize):
+def test_a_model_with_a_single_generator_writes_texts_one_by_one(randomize):
     model = randomize(ARForCausalLM(ARConfig(**SIZES))).eval()
     assert not model.generator_per_row
     together = generate_batch(model, [[0, 7]] * 3, 6, seeds=SEEDS[:3], do_sample=True)
@@ -84,7 +84,7 @@ def test_a_text_that_ends_early_takes_fewer_forward_passes_than_its_batch(random
     assert ended[0].forwards < longest and {text.batch_forwards for text in ended} == {longest}
 
 
-def test_sources_that_do_not_fit_the_rows_are_refused(tiny_model):
+def test_a_wrong_number_of_generators_is_refused(tiny_model):
     with pytest.raises(ValueError, match="1 generators for 2 rows"):
         tiny_model.generate(torch.zeros(2, 1, dtype=torch.long), max_new_tokens=4, generator=[torch.Generator()])
 
@@ -119,7 +119,7 @@ def test_samples_are_lines_of_json_that_a_second_run_finds(path):
     assert [row["index"] for row in SamplesFile(path, PROMPTS, SETTINGS).rows()] == [0, 1, 2]
 
 
-def test_half_a_line_of_a_killed_run_is_cut_off(path):
+def test_an_incomplete_line_of_a_killed_run_is_cut_off(path):
     SamplesFile(path, PROMPTS, SETTINGS).append([sample(0), sample(1)])
     whole = path.read_bytes()
     for cut in range(1, 40):
@@ -173,7 +173,7 @@ def test_the_old_file_stays_until_the_first_new_sample(path):
         *(b'{"index": 0, "settings": 3}\n', b'{"results": 1}', b"\n", b"\x00\x00", b"[" * 100_000 + b"\n"),
     ],
 )
-def test_a_file_of_something_else_stays_as_it_is(path, content):
+def test_a_file_that_is_not_ours_is_not_changed(path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="--samples .*--overwrite"):
         SamplesFile(path, PROMPTS, SETTINGS, flag="--samples")

@@ -1,4 +1,4 @@
-"""A model answers the lines of a terminal, and fills the gaps of texts."""
+"""A model answers messages from a terminal, and fills gaps in texts."""
 
 import io
 
@@ -77,7 +77,7 @@ def test_a_gap_is_filled_as_the_library_fills_it(infill, model_folder):
     assert infill("--text", "The [.] fox", "--gap", "[.]", "--greedy", "--gap_tokens", 2)[1] == out
 
 
-def test_texts_come_from_a_file_and_repeat_themselves_with_the_seed(infill, tmp_path):
+def test_texts_come_from_a_file_and_are_reproduced_by_the_seed(infill, tmp_path):
     (tmp_path / "texts.txt").write_text("The ___ fox\n\nA ___ is written\n")
     first, second, other = (infill("--text-file", tmp_path / "texts.txt", "--seed", seed)[1] for seed in (1, 1, 2))
     assert first == second != other
