@@ -235,12 +235,12 @@ def incomplete_because(folder: str | Path) -> str | None:
     if not folder.is_dir():
         return "there is no such folder"
     try:
-        files = json.loads((folder / COMPLETE_NAME).read_text(encoding="utf-8"))["files"]
+        files = json.loads((folder / COMPLETE_NAME).read_text(encoding="utf-8"))["files"].items()
     except FileNotFoundError:
         return f"it has no {COMPLETE_NAME}, which is written last"
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {COMPLETE_NAME} is damaged"
-    for name, size in files.items():
+    for name, size in files:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"

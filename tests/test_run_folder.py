@@ -148,6 +148,8 @@ def test_a_marked_checkpoint_is_complete_and_keeps_its_content(tmp_path):
         (lambda folder: shutil.rmtree(folder), "there is no such folder"),
         (lambda folder: (folder / COMPLETE_NAME).unlink(), "it has no run.json, which is written last"),
         (lambda folder: (folder / COMPLETE_NAME).write_text('{"files'), "its run.json is damaged"),
+        (lambda folder: (folder / COMPLETE_NAME).write_text("[]"), "its run.json is damaged"),
+        (lambda folder: (folder / COMPLETE_NAME).write_text('{"files": []}'), "its run.json is damaged"),
         (lambda folder: (folder / "sub" / "state").unlink(), "sub/state is missing"),
         (lambda folder: (folder / "weights").write_text("w" * 1234), "weights has 1,234 bytes instead of 7"),
     ],
