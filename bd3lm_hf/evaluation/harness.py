@@ -137,7 +137,7 @@ def integer_field(name: str, value: Any) -> int:
     """
     try:
         number = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = 0
     if number < 1 or number != float(value):
         raise ValueError(f"{name}={value!r}: give an integer >= 1.")
