@@ -9,6 +9,7 @@ The mask token is the first of these that exists; the choice is logged:
 """
 
 import copy
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,6 +90,8 @@ def adapt_decoder(
         ValueError: if the family is not supported (with the reason), a field does not exist or has an invalid value,
             or the mask token is also another special token.
     """
+    if isinstance(model_or_name, os.PathLike):
+        model_or_name = os.fspath(model_or_name)
     loading = {name: process_fields.pop(name) for name in _LOADING if name in process_fields}
     named = isinstance(model_or_name, str)
     argument = f"adapt_decoder({model_or_name!r})" if named else f"adapt_decoder of a {type(model_or_name).__name__}"

@@ -77,7 +77,7 @@ def test_a_name_keeps_dtype_rope_and_generation_config(tmp_path, tokenizer):
     decoder.generation_config.update(do_sample=True, temperature=0.7)
     decoder.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model = adapt_decoder(str(tmp_path), block_size=8, model_length=32, alignment="shifted")
+    model = adapt_decoder(tmp_path, block_size=8, model_length=32, alignment="shifted")
     assert (model.dtype, model.config.block_size, model.config.alignment) == (torch.bfloat16, 8, "shifted")
     assert model.config.rope_parameters["rope_theta"] == 5e5
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, 1]
