@@ -166,7 +166,7 @@ def is_json_with(*keys: str) -> Callable[[Path], bool]:
     return is_ours
 
 
-def begins_with(*marks: bytes) -> Callable[[Path], bool]:
+def has_mark(*marks: bytes) -> Callable[[Path], bool]:
     """Return a function that tests whether one of `marks` is in the first 4,096 bytes of a file."""
 
     def is_ours(path: Path) -> bool:

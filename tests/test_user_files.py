@@ -9,8 +9,8 @@ import pytest
 from bd3lm_hf.user_files import (
     LOCK_NAME,
     JsonLinesFile,
-    begins_with,
     check_output_file,
+    has_mark,
     is_json_with,
     lock_output,
     read_json,
@@ -44,7 +44,7 @@ def test_a_mark_near_the_start_of_a_file_shows_that_it_is_ours(tmp_path):
     page, picture = tmp_path / "a.html", tmp_path / "b.png"
     page.write_text('<html><meta name="generator" content="bd3lm_hf">')
     picture.write_bytes(b"\x89PNG" + bytes(100))
-    ours = begins_with(b'content="bd3lm_hf"')
+    ours = has_mark(b'content="bd3lm_hf"')
     assert ours(page)
     assert not ours(picture)
 

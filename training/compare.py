@@ -31,7 +31,7 @@ from bd3lm_hf.training.command_help import COMPARISONS
 from bd3lm_hf.training.command_line import field_names, find_recipe, parse_arguments
 from bd3lm_hf.training.initial_model import model_class
 from bd3lm_hf.training.train import run
-from bd3lm_hf.user_files import begins_with, read_yaml, write_atomically
+from bd3lm_hf.user_files import has_mark, read_yaml, write_atomically
 
 
 logger = logging.get_logger("bd3lm_hf.compare")
@@ -204,7 +204,7 @@ def _fields(plan: Plan, name: str, seed: int) -> dict[str, Any]:
 
 def _check_files(plan: Plan) -> None:
     """Refuse to replace files that no comparison wrote; recipes of finished runs may lack the header."""
-    marked = begins_with(_RECIPE_HEADER.encode())
+    marked = has_mark(_RECIPE_HEADER.encode())
     table = plan.folder / TABLE_NAME
     foreign = [table] if table.exists() and not _is_table(table) else []
     for folder in (_folder(plan, name, seed) for seed in plan.seeds for name in plan.models):

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from bd3lm_hf.argument_parser import add_model_arguments, integer, number
 from bd3lm_hf.generation.denoising_trace import check_ending
-from bd3lm_hf.user_files import begins_with, check_output_file
+from bd3lm_hf.user_files import check_output_file, has_mark
 
 
 #: Fields of the generation config that have a flag: type and help.
@@ -165,7 +165,7 @@ def plan(arguments: argparse.Namespace) -> Job:
         raise ValueError("--overwrite replaces files: name one with --output or --trace.")
     for path in arguments.trace or ():
         check_ending(path)
-        is_ours = begins_with(b"<title>Denoising, block by block</title>", b'{"format": "bd3lm-trace"')
+        is_ours = has_mark(b"<title>Denoising, block by block</title>", b'{"format": "bd3lm-trace"')
         check_output_file(path, "--trace", is_ours=is_ours, overwrite=arguments.overwrite)
     if arguments.output is not None:
         check_output_file(arguments.output, "--output")

@@ -22,7 +22,7 @@ from bd3lm_hf.evaluation.results import describe_estimator
 from bd3lm_hf.reports.plotting import Figure, as_png, as_svg, check_matplotlib, speed_quality_figure
 from bd3lm_hf.reports.run_reader import Material, Named, Run, RunSample, finite, read_material
 from bd3lm_hf.reports.training_figures import curves, intervals, variances
-from bd3lm_hf.user_files import begins_with, check_output_file, write_atomically
+from bd3lm_hf.user_files import check_output_file, has_mark, write_atomically
 
 
 def write_report(paths: Sequence[Path], output: Path, *, overwrite: bool = False) -> list[Path]:
@@ -37,7 +37,7 @@ def write_report(paths: Sequence[Path], output: Path, *, overwrite: bool = False
         ValueError: if the output cannot be written, matplotlib is missing, or a file cannot be read (see
             `read_material`).
     """
-    is_ours = begins_with(b'<meta name="generator" content="bd3lm_hf')
+    is_ours = has_mark(b'<meta name="generator" content="bd3lm_hf')
     check_output_file(output, "--output", is_ours=is_ours, overwrite=overwrite)
     if output.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--output {output}: a report is an HTML page, so its name must end in .html.")
