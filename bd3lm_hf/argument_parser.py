@@ -7,6 +7,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -22,6 +23,16 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the message and exit."""
         self.exit(2, f"error: {one_line(message)} (see {self.prog} --help)\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse all words, and suggest the nearest flag for one that does not exist."""
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            flags = re.findall(r"--[\w-]+", self.format_usage())
+            nearest = difflib.get_close_matches(rest[0].partition("=")[0], flags, n=1)
+            hint = f": did you mean {nearest[0]}?" if nearest else ""
+            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        return parsed
 
 
 def with_underscores(word: str) -> str:
