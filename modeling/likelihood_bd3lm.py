@@ -126,8 +126,8 @@ class LikelihoodMixin:
         Args:
             input_ids: `(batch, length)`, the text.
             attention_mask: `(batch, length)`, zeros for padding on either side.
-            labels: `(batch, length)`, a copy of `input_ids` with -100 for context, which is neither masked nor scored.
-                By default every token is scored except padding.
+            labels: `(batch, length)`, the tokens to score, usually a copy of `input_ids`, with -100 for context, which
+                is neither masked nor scored. By default every token is scored except padding.
             estimator: `"sampled"`, `"stratified"` or `"exact"`, see [`nelbo`]. An autoregressive model is exact with
                 any of them; a score-entropy model has no exact sum.
             num_samples: noise samples per block, for the two random estimators.
@@ -207,7 +207,7 @@ def nelbo(model: DenoisingNetwork, request: ScoringRequest) -> TokenNLL:
     scored = loss_mask(layout, request.labels, ignore_bos=config.ignore_bos, training=False)
     samples = _ESTIMATORS[request.estimator](model, layout, scored, request.num_samples, request.source)
     nll = torch.zeros(input_ids.shape, device=input_ids.device)
-    for sample, losses in mask_losses(model, input_ids, layout, samples):
+    for sample, losses in mask_losses(model, input_ids, layout, samples, request.labels):
         nll += losses * sample.weights
     return TokenNLL(nll, scored.counted.float())
 
@@ -342,13 +342,21 @@ def noise_of_batch(model: DenoisingNetwork, scored: LossMask, order: str, source
 
 
 def mask_losses(
-    model: DenoisingNetwork, input_ids: torch.Tensor, layout: Layout, samples: Iterator[MaskSample]
+    model: DenoisingNetwork,
+    input_ids: torch.Tensor,
+    layout: Layout,
+    samples: Iterator[MaskSample],
+    labels: torch.Tensor | None = None,
 ) -> Iterator[tuple[MaskSample, torch.Tensor]]:
     """Yield unweighted -log p(x_0 | x_t) of the tokens that each sample masks, `(batch, length)`, zero elsewhere.
 
     The clean stream is computed once for all samples, unless the model is time-conditioned. Iterate under `no_grad`.
+
+    Args:
+        labels: `(batch, length)`, the targets where tokens are masked; by default the text.
     """
     batch, length = input_ids.shape
+    targets = input_ids if labels is None else labels
     conditioned, single_block = model.config.time_conditioning, model.config.num_blocks(length) == 1
     # A cache holds the clean stream at one noise level only. A single block has no earlier block to read.
     cache = None if conditioned or single_block else model.clean_cache(input_ids, layout)
@@ -363,7 +371,7 @@ def mask_losses(
         # An index into (batch, sample, position) belongs to the token (batch, position).
         token = indices // (len(group) * length) * length + indices % length
         losses = torch.zeros(masked.numel(), device=input_ids.device)
-        losses[indices] = cross_entropy(hidden, model.logits_head(), input_ids.flatten()[token], model.config)
+        losses[indices] = cross_entropy(hidden, model.logits_head(), targets.flatten()[token], model.config)
         yield from zip(group, losses.view(masked.shape).unbind(1), strict=True)
 
 

@@ -283,7 +283,7 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         nll = torch.zeros(input_ids.shape, device=input_ids.device)
         indices = predicted.flatten().nonzero().squeeze(1)
         hidden = self._hidden_before(indices, input_ids, layout)
-        nll[predicted] = cross_entropy(hidden, self.logits_head(), input_ids[predicted], self.config)
+        nll[predicted] = cross_entropy(hidden, self.logits_head(), labels[predicted], self.config)
         return TokenNLL(nll, predicted.float())
 
     def _layout(

@@ -92,7 +92,7 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
         scored = loss_mask(layout, labels, ignore_bos=self.config.ignore_bos, training=self.training)
         if noise is None:
             noise = noise_of_batch(self, scored, self.config.antithetic_sampling, None)
-        losses, _ = self._losses(input_ids, layout, scored, noise)
+        losses, _ = self._losses(input_ids, labels, layout, scored, noise)
         return divide_by_count(losses.sum(), scored.counted, num_items_in_batch)
 
     def _token_nll(self, request: ScoringRequest) -> TokenNLL:
@@ -113,12 +113,12 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
                 # interval.
                 shift = noise.block_noise if shift is None else shift
                 noise = noise._replace(block_noise=(sample + shift) / num_samples)
-            losses, indices = self._losses(input_ids, layout, scored, noise)
+            losses, indices = self._losses(input_ids, request.labels, layout, scored, noise)
             nll.index_add_(0, indices, losses.float() / num_samples)
         return TokenNLL(nll.view_as(input_ids), scored.counted.float())
 
     def _losses(
-        self, input_ids: torch.Tensor, layout: Layout, scored: LossMask, noise: Noise
+        self, input_ids: torch.Tensor, labels: torch.Tensor, layout: Layout, scored: LossMask, noise: Noise
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weighted losses of the masked positions and their flat indices, both `(masked_indices,)`."""
         low, high = self.interval() if self.training else (SAMPLING_EPS, 1.0)
@@ -129,7 +129,8 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
         sigma = LogLinearNoise().sigma(move_chance[:, 0])
         hidden = self.noisy_hidden(x_t, input_ids, layout, indices, sigma)
         sigma_of_index = sigma[indices // input_ids.shape[1]]
-        losses = self._score_entropies(hidden, input_ids.flatten()[indices], sigma_of_index)
+        targets = labels.flatten()[indices].clamp(min=0)  # index 0, which fills up the indices, may be context
+        losses = self._score_entropies(hidden, targets, sigma_of_index)
         # The weight is -alpha'_t / (1 - alpha_t); times 1 / ratio it is d sigma / dt.
         losses = losses * weights.flatten()[indices] * torch.expm1(sigma_of_index)
         return losses if is_masked is None else torch.where(is_masked == 0, 0.0, losses * is_masked), indices

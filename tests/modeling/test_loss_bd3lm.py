@@ -459,6 +459,19 @@ def test_labels_that_are_not_those_of_the_text_are_refused(family, ids, labels, 
             call()
 
 
+def test_labels_that_differ_from_the_input_are_also_scored_by_token_nll_and_a_trainers_evaluation(family):
+    ids, shift = random_ids(2, 16, seed=1), torch.arange(16) % 2
+    labels = (ids + 7 * shift) % 47
+    generators = [[torch.Generator().manual_seed(seed) for seed in (0, 1)] for _ in range(2)]
+    with torch.no_grad():
+        for score in (
+            lambda labels: family.eval()(ids, labels=labels, num_items_in_batch=32).nll,
+            lambda labels: family.token_nll(ids, labels=labels, generator=generators.pop()).nll,
+        ):
+            changed = score(ids) != score(labels)
+            assert changed.any() and not changed[:, shift == 0].any()
+
+
 def test_a_loss_outside_the_model_is_refused(family):
     with pytest.raises(ValueError, match="label_smoothing_factor or compute_loss_func"):
         family.train()(input_ids=random_ids(2, 8), num_items_in_batch=torch.tensor(16))
