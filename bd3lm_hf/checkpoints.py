@@ -286,7 +286,7 @@ class NotFiniteError(ValueError):
 
 
 def check_finite_weights(model: torch.nn.Module, origin: str) -> None:
-    """Refuse a model whose weights or buffers hold NaN or infinity.
+    """Refuse a model whose weights or buffers contain NaN or infinity.
 
     With sharded weights, all processes must call this together; all get the same result.
 

@@ -157,8 +157,8 @@ def _ending_on_signals(received: list[int]) -> Iterator[None]:
         raise _Terminated if signum == signal.SIGTERM else KeyboardInterrupt
 
     # A shell starts background jobs with Ctrl-C ignored; that must stay so.
-    ends = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, end) for number in ends}
+    handled = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in handled}
     try:
         yield
     finally:

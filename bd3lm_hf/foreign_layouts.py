@@ -23,7 +23,7 @@ class Contract(NamedTuple):
     """The settings that a published checkpoint was trained with; fields of its `config.json` override them."""
 
     name: str
-    family: str  # the stock decoder whose weight names it has
+    family: str  # the stock decoder with the same weight names
     block_size: int | None
     block_size_field: str = "block_size"  # in its config.json
     mask_token_id: int | None = None  # None: the tokenizer's mask token

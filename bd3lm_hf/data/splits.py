@@ -96,9 +96,9 @@ def members(scores: np.ndarray, split: str, missing: list[str]) -> np.ndarray:
     order = np.argsort(scores, kind="stable")
     start, bounds = 0, {}
     for part, name in enumerate(missing):
-        spare = len(scores) - 1 - start  # training keeps a document
-        spare = max(spare - (len(missing) - 1 - part), min(spare, 1), 0)  # and so does each later part
-        count = min(max(int((scores < HELD_OUT * (part + 1)).sum()) - start, 1), spare)
+        available = len(scores) - 1 - start  # training keeps a document
+        available = max(available - (len(missing) - 1 - part), min(available, 1), 0)  # and so does each later part
+        count = min(max(int((scores < HELD_OUT * (part + 1)).sum()) - start, 1), available)
         bounds[name] = (start, start + count)
         start += count
     first, last = bounds.get(split, (start, len(scores)))
@@ -108,7 +108,7 @@ def members(scores: np.ndarray, split: str, missing: list[str]) -> np.ndarray:
 def _cut(dataset: Dataset, split: str, missing: list[str]) -> Dataset:
     """Cut a single document at the ends of the lines in which 90 and 95 % of its characters are reached.
 
-    A line that goes on for more than half of the next part is cut inside: text8 is a single line.
+    A line that extends past the middle of the next part is cut inside: text8 is a single line.
     """
     text = dataset[0]["text"]
     length = len(text.rstrip("\n"))

@@ -14,7 +14,7 @@ from bd3lm_hf.generation.generate_cli import FIELDS, add_sampling
 
 #: Estimators of the likelihood.
 ESTIMATORS: Mapping[str, str] = {
-    "stratified": "ours: unbiased, low variance (default)",
+    "stratified": "ours, unbiased with low variance (default)",
     "exact": "sum over all masks of each block, for blocks of up to 8 tokens",
     "sampled": "the paper's noise, independent for each sequence",
     "published": "the paper's protocol, with the dataset's published flags (default of a suite)",

@@ -415,8 +415,8 @@ class BD3LMHarness(TemplateLM):
         with tqdm(total=len(requests), desc="texts", disable=disable_tqdm) as bar:
             for numbers in groups.values():
                 for batch in chunks(numbers, self.batch_size):
-                    own = [prompts[number] for number in batch], [seeds[number] for number in batch]
-                    for number, text in zip(batch, self._generate(plans[batch[0]], *own), strict=True):
+                    inputs = [prompts[number] for number in batch], [seeds[number] for number in batch]
+                    for number, text in zip(batch, self._generate(plans[batch[0]], *inputs), strict=True):
                         results[number] = text
                     bar.update(len(batch))
         return self._cached("generate_until", requests, results)

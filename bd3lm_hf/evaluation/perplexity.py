@@ -264,8 +264,8 @@ def check_estimator(model: Any, estimator: str, num_samples: int = 1) -> None:
     """
     if estimator == "published" and "noise" not in inspect.signature(model.token_nll).parameters:
         raise ValueError(
-            f"estimator={estimator!r} needs a token_nll with the argument `noise`, which that of "
-            f"{type(model).__name__} does not have: choose another estimator."
+            f"estimator={estimator!r} passes `noise` to token_nll, which a {type(model).__name__} does not accept: "
+            f"choose another estimator."
         )
     token = 1 if model.config.mask_token_id == 0 else 0
     length = max(2, min(2 * model.config.block_size, model.config.model_length))

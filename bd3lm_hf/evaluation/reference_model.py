@@ -115,11 +115,11 @@ class ReferenceModel:
         """
         if self.retokenize is None:
             return text
-        theirs, own = self.retokenize
-        foreign = {i for i in theirs.all_special_ids if theirs.convert_ids_to_tokens(i) not in own.all_special_tokens}
+        writer, own = self.retokenize
+        foreign = {i for i in writer.all_special_ids if writer.convert_ids_to_tokens(i) not in own.all_special_tokens}
         # Prompt and new text are encoded separately, so no token spans the border between them.
         prompt, new = (
-            encode_plain(str(theirs.decode([token for token in ids if token not in foreign])), own)
+            encode_plain(str(writer.decode([token for token in ids if token not in foreign])), own)
             for ids in (text.ids[: text.num_given], text.new_ids)
         )
         read = _with_begin_token(prompt, new, own)

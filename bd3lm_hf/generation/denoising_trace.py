@@ -18,7 +18,7 @@ A trace (`trace.json`, and embedded in `trace.html`) is one JSON object:
       that a forward pass revealed, `[position, id, confidence]` with the probability of each. If it is false, they
       are the positions that a corrector masked again before the next forward pass, `[position, null, null]`.
 
-Before the first step all new tokens are masked; after the last one every position holds its id in `ids`.
+Before the first step all new tokens are masked; after the last step every position has its id from `ids`.
 """
 
 import json

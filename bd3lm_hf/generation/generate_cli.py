@@ -22,7 +22,7 @@ from bd3lm_hf.user_files import check_output_file, has_mark
 #: Fields of the generation config that have a flag: type and help.
 FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "num_denoising_steps": (integer(1), "denoising steps per block; by default as many as the sampler needs"),
-    "confidence_threshold": (number(1, allow_zero=True), "confidence: reveal tokens above this; 1: one at a time"),
+    "confidence_threshold": (number(1, allow_zero=True), "confidence: reveal above this probability; 1: one by one"),
     "entropy_bound": (number(allow_zero=True), "entropy_bound: nats of uncertainty that one step may reveal"),
     "remask_fraction": (number(1, allow_zero=True), "fraction of each block to mask and reveal again"),
     "window_stride": (integer(1), "MDLM, SEDD: tokens by which a full window moves; by default half of it"),
@@ -94,7 +94,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser, words: Sequence[str]
     )
     source.add_argument("--chat", action="store_true", help="answer messages typed in a terminal, until Ctrl-D")
     source.add_argument("--prompt-file", help="a prompt per line, or a .jsonl file with `prompt` in every object")
-    what.add_argument("--num-samples", type=integer(1), default=1, help="texts per prompt, or without a prompt (1)")
+    what.add_argument("--num-samples", type=integer(1), default=1, help="number of texts, for each prompt (1)")
     what.add_argument("--max-new-tokens", type=integer(1), default=64, help="longest continuation, in tokens (64)")
     what.add_argument(
         "--batch-size",

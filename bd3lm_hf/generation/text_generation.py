@@ -294,11 +294,11 @@ class SamplesFile(JsonLinesFile):
 
 def _assign_indices(prompts: Sequence[str | None], found: Mapping[int, str | None]) -> list[int]:
     """Return the index of each prompt's sample: that of a sample in the file, or the next free one."""
-    of_prompt: defaultdict[str | None, deque[int]] = defaultdict(deque)
+    by_prompt: defaultdict[str | None, deque[int]] = defaultdict(deque)
     for index in sorted(found):
-        of_prompt[found[index]].append(index)
+        by_prompt[found[index]].append(index)
     free = itertools.filterfalse(found.__contains__, itertools.count())
-    return [of_prompt[prompt].popleft() if of_prompt[prompt] else next(free) for prompt in prompts]
+    return [by_prompt[prompt].popleft() if by_prompt[prompt] else next(free) for prompt in prompts]
 
 
 def sample_seeds(seed: int, prompts: Sequence[str | None], indices: Sequence[int]) -> dict[int, int]:

@@ -175,7 +175,7 @@ def test_an_estimator_is_refused_before_a_text_is_scored(model):
     model.config.block_size = 16
     passes = r"2\^16 - 1 forward passes; the limit is 8 scored tokens per block.*Use estimator='stratified'"
     for scorer, arguments, message in (
-        (ConstantModel(1.0), ("published",), "'published' needs .*noise.* of ConstantModel"),
+        (ConstantModel(1.0), ("published",), "'published' .*noise.* ConstantModel"),
         (model, ("published", 3), "estimator='published' is one draw|num_samples=3"),
         (model, ("exact",), passes),
     ):

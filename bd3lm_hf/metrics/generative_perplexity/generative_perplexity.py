@@ -12,7 +12,7 @@ class GenerativePerplexity(metrics.TextMeasurement):
     inputs = """
     predictions: texts, or their token ids.
     judge: the reference model, a causal language model or a model with `token_nll`: an object, a folder or a hub name.
-    tokenizer: the reference model's, an object or a name; by default that of a model given by name. Texts need it.
+    tokenizer: the reference model's, an object or a name; by default that of a model given by name. Needed for texts.
     writer: tokenizer of the model that generated the ids, to re-tokenize them for the reference model; without it the
         ids are those of the reference model.
     window: tokens that the reference model reads at once; by default 1024, or fewer if its own window is shorter.
