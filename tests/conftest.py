@@ -40,7 +40,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    # Trainers collect garbage often, and look each time at all that was imported unless it is set aside.
+    # Trainers collect garbage often, and would examine everything that was imported each time.
     gc.collect()
     gc.freeze()
 
@@ -162,7 +162,7 @@ def model_folder(tiny_config, tiny_tokenizer, randomize, tmp_path) -> Path:
 
 @pytest.fixture
 def gpt2_folder(tiny_tokenizer, tmp_path) -> Path:
-    """A model of transformers' own with the tiny tokenizer."""
+    """A stock model of transformers with the tiny tokenizer."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=32, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
@@ -205,7 +205,7 @@ def text_file(tmp_path) -> Path:
 
 @pytest.fixture
 def bd3lm(capsys):
-    """A function `(*arguments) -> (exit code, stdout, stderr)` that leaves the libraries as talkative as they were."""
+    """A function `(*arguments) -> (exit code, stdout, stderr)` that restores the verbosity of the libraries."""
     import datasets
 
     from bd3lm_hf import cli
@@ -244,7 +244,7 @@ def two_processes(tmp_path_factory):
 
 @pytest.fixture
 def no_load_check(monkeypatch):
-    """Leave the check in a process of its own out of pushes: it takes seconds, and has its own tests."""
+    """Skip the check of a push in a separate process: it takes seconds, and has its own tests."""
     from bd3lm_hf.hub_upload.push import write_repository
 
     monkeypatch.setitem(write_repository.__kwdefaults__, "check", lambda folder, model: None)
