@@ -160,7 +160,7 @@ _COUNTS = {
     "encoder_no_repeat_ngram_size": (0, "a number of tokens (0 allows repetitions)"),
 }
 _NUMBERS = {
-    "temperature": (0.0, None, "a number above 0 (for the most likely token do_sample=False)"),
+    "temperature": (0.0, None, "a number above 0 (for greedy decoding, do_sample=False)"),
     "repetition_penalty": (0.0, None, "a number above 0 (1 has no effect)"),
     "encoder_repetition_penalty": (0.0, None, "a number above 0 (1 has no effect)"),
     "max_time": (0.0, None, "a number of seconds above 0"),
@@ -181,11 +181,11 @@ def check_standard_fields(config: Any, vocab_size: int) -> None:
     Raises:
         ValueError: if a number is outside its range, or a token id outside the vocabulary.
     """
-    for name, (least, meaning) in _COUNTS.items():
+    for name, (minimum, meaning) in _COUNTS.items():
         value = getattr(config, name, None)
         is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
-        if value is not None and not (is_whole and value >= least):
-            raise ValueError(f"{name}={value!r}: give {meaning}, an integer from {least}.")
+        if value is not None and not (is_whole and value >= minimum):
+            raise ValueError(f"{name}={value!r}: give {meaning}, an integer from {minimum}.")
     for name, (low, high, meaning) in _NUMBERS.items():
         value = getattr(config, name, None)
         may_be_zero = name in _MAY_BE_ZERO or (name == "temperature" and not config.do_sample)
@@ -202,8 +202,8 @@ def check_standard_fields(config: Any, vocab_size: int) -> None:
         raise ValueError(f"do_sample={config.do_sample!r}: give True or False.")
     for name in _IDS:
         ids = getattr(config, name, None)
-        beyond = [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and i >= vocab_size]
-        if beyond:
+        outside = [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and i >= vocab_size]
+        if outside:
             raise ValueError(f"{name}={ids!r}: the vocabulary ends with the id {vocab_size - 1}.")
 
 
@@ -247,10 +247,10 @@ def check_generate_arguments(model_kwargs: dict[str, Any]) -> None:
     Raises:
         ValueError: if such an argument is given.
     """
-    unfit = [name for name in _SET_BY_GENERATE if model_kwargs.get(name) is not None]
-    if unfit:
+    given = [name for name in _SET_BY_GENERATE if model_kwargs.get(name) is not None]
+    if given:
         raise ValueError(
-            f"generate does not take {', '.join(unfit)}: call the model itself for losses, attentions and hidden "
+            f"generate does not take {', '.join(given)}: call the model itself for losses, attentions and hidden "
             f"states."
         )
     if model_kwargs.get("position_ids") is not None:
@@ -266,10 +266,10 @@ def check_infill_arguments(kwargs: dict[str, Any]) -> None:
     Raises:
         ValueError: if such an argument is given.
     """
-    unfit = [name for name in _NOT_FOR_INFILL if kwargs.get(name) is not None]
-    if unfit:
+    given = [name for name in _NOT_FOR_INFILL if kwargs.get(name) is not None]
+    if given:
         raise ValueError(
-            f"infill does not take {', '.join(unfit)}: it replaces mask tokens and does not change the length of a "
+            f"infill does not take {', '.join(given)}: it replaces mask tokens and does not change the length of a "
             f"text. Leave it out, or call generate to continue a text."
         )
 

@@ -255,14 +255,14 @@ class SSDLMGenerationMixin(BlockGenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        given = {
+        arguments = {
             "past_key_values": model_kwargs.get("past_key_values"),
             "cache_implementation": generation_config.cache_implementation,
         }
-        unfit = [name for name, value in given.items() if value is not None]
-        if unfit:
+        given = [name for name, value in arguments.items() if value is not None]
+        if given:
             raise ValueError(
-                f"generate does not take {', '.join(unfit)}: the encoder of an SSD-LM attends from the context to the "
+                f"generate does not take {', '.join(given)}: the encoder of an SSD-LM attends from the context to the "
                 f"noisy block, so nothing can be cached. Leave it out."
             )
 

@@ -290,10 +290,10 @@ def _exact(
     wide = wide_float(block_ids.device)
     # Only maskable tokens count: a BOS token or a prompt adds no masks.
     n = tokens_per_block(scored.maskable, block_ids, num_blocks).to(wide)
-    most = int(n.max())
-    if most > MAX_EXACT_TOKENS:
+    n_max = int(n.max())
+    if n_max > MAX_EXACT_TOKENS:
         raise ValueError(
-            f"estimator='exact' at block_size={model.config.block_size} needs 2^{most} - 1 forward passes; the limit "
+            f"estimator='exact' at block_size={model.config.block_size} needs 2^{n_max} - 1 forward passes; the limit "
             f"is {MAX_EXACT_TOKENS} scored tokens per block, {2**MAX_EXACT_TOKENS - 1} passes. Use "
             f"estimator='stratified' with num_samples."
         )
@@ -301,7 +301,7 @@ def _exact(
     number = rank_in_block((layout.position_ids / length).expand(batch, -1), block_ids, scored.maskable, num_blocks)
 
     def masks() -> Iterator[MaskSample]:
-        for pattern in range(1, 2**most):
+        for pattern in range(1, 2**n_max):
             masked = ((torch.tensor(pattern, device=number.device) >> number) & 1 > 0) & scored.maskable
             k = tokens_per_block(masked, block_ids, num_blocks).to(wide)
             # The weight 1 / (k C(n, k)) of [`nelbo`], by lgamma since n differs from block to block.

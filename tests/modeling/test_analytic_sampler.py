@@ -29,8 +29,8 @@ def make(mask_token_id: int = MASK, **fields) -> AnalyticSampler:
 
 
 def round_of(masked: torch.Tensor, seed: int = 0, **fields) -> RevealState:
-    wanted = torch.ones_like(masked)
-    return RevealState(masked.clone(), wanted, **{"generator": torch.Generator().manual_seed(seed), **fields})
+    requested = torch.ones_like(masked)
+    return RevealState(masked.clone(), requested, **{"generator": torch.Generator().manual_seed(seed), **fields})
 
 
 def published_nucleus(log_scores: torch.Tensor, p: float) -> torch.Tensor:
@@ -78,8 +78,8 @@ def test_where_no_token_is_in_the_nucleus_a_position_stays_masked_until_the_last
     sampler._sigma, sampler._rise = 0.01, 0.5
     assert sampler._apply_nucleus(logits)[1].tolist() == [0.0]
     sampler._rise = math.inf
-    scores, chance = sampler._apply_nucleus(logits)
-    assert chance.tolist() == [1.0]
+    scores, reveal_prob = sampler._apply_nucleus(logits)
+    assert reveal_prob.tolist() == [1.0]
     torch.testing.assert_close(scores[:, :3].softmax(1), logits[:, :3].softmax(1), atol=1e-3, rtol=0)
     assert scores[0, 3] == -torch.inf
 

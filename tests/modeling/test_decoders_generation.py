@@ -160,8 +160,8 @@ def test_samples_follow_the_joint_distribution_of_the_model(alignment):
     torch.manual_seed(0)
     written = write(model, prompt.expand(rows, -1), max_new_tokens=2, do_sample=True)[:, 2:]
     counts = torch.bincount(written[:, 0] * 6 + written[:, 1], minlength=36).float()
-    wanted = expected.flatten() * rows
-    chosen = wanted > 0
+    expected_counts = expected.flatten() * rows
+    chosen = expected_counts > 0
     assert not counts[~chosen].any()
-    statistic = ((counts - wanted)[chosen] ** 2 / wanted[chosen]).sum()
+    statistic = ((counts - expected_counts)[chosen] ** 2 / expected_counts[chosen]).sum()
     assert statistic < 37.7  # chi-square with 15 degrees of freedom, p = 0.001

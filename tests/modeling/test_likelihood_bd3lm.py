@@ -65,8 +65,8 @@ def integrated_bound(model, ids, maskable, low: float = 0.0) -> torch.Tensor:
     bound = torch.zeros(ids.shape[1], dtype=torch.float64)
     for block in blocks_of(model, ids, maskable):
         for size in range(1, len(block) + 1):
-            chance = times**size * (1 - times) ** (len(block) - size) / times
-            mean = float((chance * weights / 2).sum())
+            integrand = times**size * (1 - times) ** (len(block) - size) / times
+            mean = float((integrand * weights / 2).sum())
             for subset in itertools.combinations(block, size):
                 bound += mean * subset_nll(model, ids, subset)
     return bound
@@ -285,7 +285,7 @@ def test_any_length_can_be_scored(tiny_model, length):
         assert score.nll.isfinite().all() and (score.nll >= 0).all() and not score.nll.requires_grad
 
 
-# --- Given draws -----------------------------------------------------------------------------------------------------
+# --- Given noise -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["bs4.full", "bs8.full", "bs16.full", "bs4.pad", "bs4.keep_bos"])
@@ -295,9 +295,9 @@ def test_the_score_of_the_published_draws_equals_the_published_one_token_by_toke
     fields = {"block_size": case["block_size"], "ignore_bos": case["ignore_bos"]}
     model = BD3LMForMaskedLM(BD3LMConfig(**{**cases["constructor"], **fields})).eval()
     model.load_state_dict(load_file(GOLDEN / "01_bd3lm" / "weights.safetensors"))
-    draws = recorded_noise(recorded, name)
+    given = recorded_noise(recorded, name)
     times = (recorded[f"{name}.t"][:, :: case["block_size"]] - 1e-3) / (1 - 1e-3)
-    noise = Noise(times, draws["token_noise"], torch.zeros_like(times))
+    noise = Noise(times, given["token_noise"], torch.zeros_like(times))
     # The published code never scores padding but does attend to it, and so does this call.
     found = model.token_nll(recorded["x0"], noise=noise)
     token_mask = recorded[f"{name}.token_mask"]

@@ -52,10 +52,10 @@ def golden_noise(recorded: dict[str, torch.Tensor], name: str) -> Noise:
 def test_masks_and_probabilities_from_the_published_draws_equal_the_published_ones(recorded, name):
     case, model = PUBLISHED["cases"][name], golden_model(name)
     labels = recorded["x0"]
-    masked, _, chance = masked_of(
+    masked, _, move_chance = masked_of(
         model, labels, noise=golden_noise(recorded, name), interval=(case["eps_min"], case["eps_max"])
     )
-    per_token = chance.repeat_interleave(case["block_size"], dim=1)
+    per_token = move_chance.repeat_interleave(case["block_size"], dim=1)
     torch.testing.assert_close(per_token, recorded[f"{name}.p"], rtol=0, atol=1e-7)
     assert torch.equal(torch.where(masked, 96, labels), recorded[f"{name}.model_input"][:, :32])
 
@@ -179,8 +179,8 @@ def test_the_loss_takes_probability_and_weight_from_the_schedule(tiny_config, ra
     model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
     ids, noise = random_ids(2, 16), given_noise(2, 4, 16)
     level = noise_schedule(schedule)(noise["block_noise"] * (1 - 1e-3) + 1e-3)
-    chance, weight = (x.repeat_interleave(4, dim=1) for x in (level.move_chance, -level.loss_scaling))
-    masked = noise["token_noise"] <= chance
+    move_chance, weight = (x.repeat_interleave(4, dim=1) for x in (level.move_chance, -level.loss_scaling))
+    masked = noise["token_noise"] <= move_chance
     masked[:, 0] = False
     with torch.no_grad():
         nll = nll_of(model, torch.where(masked, 47, ids), ids)
@@ -192,12 +192,12 @@ def test_a_time_conditioned_loss_feeds_the_noise_level_of_the_first_block(tiny_c
     tiny_config.time_conditioning = True
     model = randomize(BD3LMForMaskedLM(tiny_config), std=0.3).eval()  # so that the noise level matters
     ids, noise = random_ids(3, 16), given_noise(3, 4, 16)
-    masked, weights, chance = masked_of(model, ids, noise=Noise(**noise))
-    sigma = LogLinearNoise().sigma(chance[:, 0])
+    masked, weights, move_chance = masked_of(model, ids, noise=Noise(**noise))
+    sigma = LogLinearNoise().sigma(move_chance[:, 0])
     with torch.no_grad():
         nll = nll_of(model, torch.where(masked, 47, ids), ids, timesteps=sigma)
         loss = model(input_ids=ids, labels=ids, **noise).loss
-        last = LogLinearNoise().sigma(chance[:, -1])
+        last = LogLinearNoise().sigma(move_chance[:, -1])
         other = nll_of(model, torch.where(masked, 47, ids), ids, timesteps=last)
     torch.testing.assert_close(loss, ((nll * weights).sum() / 45).float(), rtol=1e-5, atol=0)
     assert abs((other * weights).sum() / (nll * weights).sum() - 1) > 1e-3

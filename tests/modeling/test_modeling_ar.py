@@ -71,7 +71,7 @@ def test_labels_without_a_text_are_refused(model):
         model(inputs_embeds=torch.zeros(1, 4, 32), labels=torch.zeros(1, 4, dtype=torch.long))
 
 
-# Writing
+# --- Generation ------------------------------------------------------------------------------------------------------
 
 PROMPTS = torch.tensor([[11, 12, 13, 14, 15], [6, 7, 8, 9, 10]])
 
@@ -89,8 +89,8 @@ def continued(model, prompt: list[int], count: int) -> list[int]:
 
 def test_tokens_are_counted_until_their_row_ends(model):
     def write(**arguments):
-        draws = {"do_sample": True, "temperature": 2.0, "generator": torch.Generator().manual_seed(0)}
-        return model.generate(PROMPTS, max_new_tokens=12, return_dict_in_generate=True, **draws, **arguments)
+        sampling = {"do_sample": True, "temperature": 2.0, "generator": torch.Generator().manual_seed(0)}
+        return model.generate(PROMPTS, max_new_tokens=12, return_dict_in_generate=True, **sampling, **arguments)
 
     free = write(eos_token_id=None, pad_token_id=2)
     assert free.tokens_per_forward == 1.0

@@ -67,7 +67,7 @@ def test_a_text_beyond_the_window_is_refused():
             call()
 
 
-# Writing
+# --- Generation ------------------------------------------------------------------------------------------------------
 
 PROMPTS = torch.tensor([[11, 12, 13], [4, 5, 6]])
 

@@ -108,7 +108,7 @@ def test_a_noise_level_is_required(model, recorded):
         model(recorded["xt"])
 
 
-# Writing
+# --- Generation ------------------------------------------------------------------------------------------------------
 
 PROMPTS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 

@@ -71,10 +71,10 @@ def test_the_move_rate_is_the_derivative_of_the_move_chance(name):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_masks_more_as_time_passes_and_everything_at_the_end(name):
-    chance = noise_schedule(name).move_chance(torch.linspace(0, 1, 1001, dtype=torch.float64))
-    assert (chance.diff() >= 0).all()
-    assert chance[0] <= 1e-3 + 1e-12
-    assert chance[-1] == pytest.approx(1.0, abs=1e-12)
+    mask_prob = noise_schedule(name).move_chance(torch.linspace(0, 1, 1001, dtype=torch.float64))
+    assert (mask_prob.diff() >= 0).all()
+    assert mask_prob[0] <= 1e-3 + 1e-12
+    assert mask_prob[-1] == pytest.approx(1.0, abs=1e-12)
 
 
 def test_an_unknown_schedule_is_refused_with_the_known_ones():
@@ -127,20 +127,20 @@ def test_the_same_generator_gives_the_same_noise():
     assert [tuple(field.shape) for field in first] == [(2, 3), (2, 12), (2, 3)]
 
 
-# --- Several draws ---------------------------------------------------------------------------------------------------
+# --- Several noise samples -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["shuffled", "published"])
-@pytest.mark.parametrize("draws", [1, 2, 3, 4])
-def test_samples_hit_every_stratum_once_and_every_block_has_one_time_in_each_part(order, draws):
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 4])
+def test_samples_hit_every_stratum_once_and_every_block_has_one_time_in_each_part(order, num_samples):
     generator = torch.Generator().manual_seed(0)
-    noise = draw_noise(4, 6, 24, num_noise_samples=draws, order=order, generator=generator)
-    axis = (draws,) if draws > 1 else ()
+    noise = draw_noise(4, 6, 24, num_noise_samples=num_samples, order=order, generator=generator)
+    axis = (num_samples,) if num_samples > 1 else ()
     assert [tuple(field.shape) for field in noise] == [(4, *axis, 6), (4, *axis, 24), (4, *axis, 6)]
-    strata = (noise.block_noise.double() * 24 * draws).floor().long()
-    assert sorted(strata.flatten().tolist()) == list(range(24 * draws))
-    parts = (noise.block_noise * draws).floor().long()
-    assert torch.equal(parts.view(4, draws, 6), torch.arange(draws).view(1, -1, 1).expand(4, -1, 6))
+    strata = (noise.block_noise.double() * 24 * num_samples).floor().long()
+    assert sorted(strata.flatten().tolist()) == list(range(24 * num_samples))
+    parts = (noise.block_noise * num_samples).floor().long()
+    assert torch.equal(parts.view(4, num_samples, 6), torch.arange(num_samples).view(1, -1, 1).expand(4, -1, 6))
 
 
 def test_independent_samples_are_not_spread():
@@ -149,12 +149,12 @@ def test_independent_samples_are_not_spread():
     assert 0.4 < parts[:, 0].mean() < 0.6 and 0.4 < parts[:, 1].mean() < 0.6
 
 
-@pytest.mark.parametrize("draws", [1, 2])
-def test_samples_are_put_side_by_side_in_the_order_of_their_axis(draws):
-    noise = draw_noise(2, 3, 12, num_noise_samples=draws, generator=torch.Generator().manual_seed(5))
-    assert noise.num_noise_samples == draws and stack_noise([noise]) is noise
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_samples_are_put_side_by_side_in_the_order_of_their_axis(num_samples):
+    noise = draw_noise(2, 3, 12, num_noise_samples=num_samples, generator=torch.Generator().manual_seed(5))
+    assert noise.num_noise_samples == num_samples and stack_noise([noise]) is noise
     for field, joined in zip(noise, noise.side_by_side(), strict=True):
-        assert torch.equal(joined, field if draws == 1 else torch.cat([field[:, 0], field[:, 1]], dim=1))
+        assert torch.equal(joined, field if num_samples == 1 else torch.cat([field[:, 0], field[:, 1]], dim=1))
 
 
 # --- Masks -----------------------------------------------------------------------------------------------------------
@@ -175,26 +175,28 @@ def test_extreme_count_noise_stays_in_the_interval(draw):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "chance", "size"),
+    ("low", "high", "mask_prob", "size"),
     [(0.3, 0.8, 0.4, 4), (0.5, 1.0, 0.55, 4), (0.001, 0.5, 0.45, 4), (0.35, 0.75, 0.5, 5)],
 )
-def test_truncated_masks_have_the_distribution_of_redrawing_until_the_rate_fits(low, high, chance, size):
-    draws = 40_000
+def test_truncated_masks_have_the_distribution_of_redrawing_until_the_rate_fits(low, high, mask_prob, size):
+    num_samples = 40_000
     generator = torch.Generator().manual_seed(0)
-    noise = draw_noise(draws, 1, size, generator=generator)
-    full = torch.ones(draws, size, dtype=torch.bool)
+    noise = draw_noise(num_samples, 1, size, generator=generator)
+    full = torch.ones(num_samples, size, dtype=torch.bool)
     masked = mask_positions_within(
-        noise, torch.full((draws, 1), chance), blocks_of(size, size), full, low, high, block_size=size
+        noise, torch.full((num_samples, 1), mask_prob), blocks_of(size, size), full, low, high, block_size=size
     )
     patterns = (masked.long() * 2 ** torch.arange(size)).sum(1)
     observed = torch.bincount(patterns, minlength=2**size).double()
     # The distribution of rejection sampling: independent coins, given that the number of heads fits.
-    law = torch.zeros(2**size, dtype=torch.float64)
+    distribution = torch.zeros(2**size, dtype=torch.float64)
     for k in range(size + 1):
         fits = (low <= 1e-3 or k >= low * size - 1e-9) and k <= high * size + 1e-9
         for positions in combinations(range(size), k):
-            law[sum(2**position for position in positions)] = fits * chance**k * (1 - chance) ** (size - k)
-    expected = draws * law / law.sum()
+            distribution[sum(2**position for position in positions)] = (
+                fits * mask_prob**k * (1 - mask_prob) ** (size - k)
+            )
+    expected = num_samples * distribution / distribution.sum()
     assert observed[expected == 0].sum() == 0
     possible = expected > 0
     chi_square = ((observed - expected)[possible] ** 2 / expected[possible]).sum().item()

@@ -135,14 +135,14 @@ def test_a_time_conditioned_model_gets_the_hitting_times():
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_a_position_is_revealed_with_the_probability_of_its_step(noise, steps):
     sampler, masked = make("ancestral", noise, num_denoising_steps=steps), torch.ones(20_000, 2, dtype=torch.bool)
-    when, chance = sampler.hits(state_of(masked))
+    when, mask_prob = sampler.hits(state_of(masked))
     left, schedule = 40_000.0, noise_schedule(noise)
     for step in range(steps):
         t, s = (torch.tensor(1 - k / steps, dtype=torch.float64) for k in (step, step + 1))
         stays = float(schedule.move_chance(s) / schedule.move_chance(t)) if step < steps - 1 else 0.0
         here = when == step
         assert abs(int(here.sum()) - left * (1 - stays)) <= 5 * math.sqrt(left * stays * (1 - stays) + 1e-9)
-        torch.testing.assert_close(chance[here], torch.full_like(chance[here], float(schedule.move_chance(t))))
+        torch.testing.assert_close(mask_prob[here], torch.full_like(mask_prob[here], float(schedule.move_chance(t))))
         left -= int(here.sum())
     assert left == 0  # nothing is masked in the end
 
@@ -170,8 +170,8 @@ def test_without_sampling_the_steps_share_a_block_evenly(steps, expected):
 def test_text_readers_get_the_drawn_steps_from_left_to_right():
     masked = torch.ones(1, 32, dtype=torch.bool)
     when, _ = make("ancestral", num_denoising_steps=5).hits(state_of(masked, left_to_right=True))
-    chance, _ = make("ancestral", num_denoising_steps=5).hits(state_of(masked))
-    assert when[0].tolist() == sorted(chance[0].tolist()) != chance[0].tolist()
+    drawn, _ = make("ancestral", num_denoising_steps=5).hits(state_of(masked))
+    assert when[0].tolist() == sorted(drawn[0].tolist()) != drawn[0].tolist()
 
 
 # --- Parallel samplers -----------------------------------------------------------------------------------------------

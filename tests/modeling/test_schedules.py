@@ -97,8 +97,8 @@ def test_the_sampled_likelihood_has_the_expectation_of_its_schedule(toy, randomi
     model = randomize(BD3LMForMaskedLM(toy), seed=2, std=0.2).eval()
     sums = losses_by_count(model)
     expected, bound = expectation(name, sums), model.token_nll(torch.tensor(TEXT), estimator="exact").nll.sum().item()
-    least, most = BIAS[name]
-    assert least < expected / bound - 1 < most
+    low, high = BIAS[name]
+    assert low < expected / bound - 1 < high
     ids = torch.tensor(TEXT).repeat(10_000, 1)
     rows = model.token_nll(ids, generator=torch.Generator().manual_seed(0)).nll.double().sum(1)
     error = rows.std().item() / len(rows) ** 0.5
@@ -146,8 +146,8 @@ def test_text_of_the_same_seed_is_the_same_under_every_schedule(tiny_config, ran
         return
     for seen in levels:
         assert torch.equal(torch.stack(seen), torch.stack(levels[0]))
-    chance = 1 - torch.exp(-torch.stack(levels[0]))
-    assert ((chance > 0) & (chance < 1)).all()
+    mask_prob = 1 - torch.exp(-torch.stack(levels[0]))
+    assert ((mask_prob > 0) & (mask_prob < 1)).all()
     # Within a block fewer and fewer tokens are masked; the next block starts again.
-    assert (chance[1:2] < chance[:1]).all()
+    assert (mask_prob[1:2] < mask_prob[:1]).all()
     assert levels[0][0].max() <= LogLinearNoise().sigma_max

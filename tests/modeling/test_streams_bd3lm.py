@@ -8,10 +8,14 @@ from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import LogLinearNoise, Noise, draw_noise
 
 
-def noise_of(model: BD3LMForMaskedLM, ids: torch.Tensor, draws: int) -> Noise:
+def noise_of(model: BD3LMForMaskedLM, ids: torch.Tensor, num_samples: int) -> Noise:
     generator = torch.Generator().manual_seed(0)
     return draw_noise(
-        ids.shape[0], model.config.num_blocks(ids.shape[1]), ids.shape[1], num_noise_samples=draws, generator=generator
+        ids.shape[0],
+        model.config.num_blocks(ids.shape[1]),
+        ids.shape[1],
+        num_noise_samples=num_samples,
+        generator=generator,
     )
 
 
@@ -109,14 +113,14 @@ def test_a_text_of_one_block_is_scored_without_a_clean_stream(tiny_config, rando
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids, attention_mask=mask, num_items_in_batch=1, **noise._asdict()).loss
         assert seen == [3 * 18]
-        chance = noise.block_noise * (1 - 1e-3) + 1e-3
+        move_chance = noise.block_noise * (1 - 1e-3) + 1e-3
         first = mask.cumsum(1) == 1
-        masked = (noise.token_noise <= chance) & (mask == 1) & ~first
+        masked = (noise.token_noise <= move_chance) & (mask == 1) & ~first
         x_t = ids.masked_fill(masked, 47)
         logits = model(input_ids=x_t, clean_input_ids=ids, attention_mask=mask).logits
     logits[..., 47] = -torch.inf
     nll = -logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    torch.testing.assert_close(loss, (nll / chance)[masked].sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss, (nll / move_chance)[masked].sum(), rtol=1e-5, atol=0)
 
 
 def test_the_likelihood_of_one_block_needs_no_clean_stream(tiny_config, randomize):
@@ -151,9 +155,9 @@ def test_generation_has_the_noise_level_of_the_first_block_as_in_training(make_m
     ids = torch.full((len(prompts), width), 5)
     mask = torch.tensor([[0] * (width - n) + [1] * n for n in prompts])
     model.generate(ids, attention_mask=mask, max_new_tokens=10, eos_token_id=None, do_sample=False)
-    least = LogLinearNoise().sigma(torch.tensor(1e-3))
+    lowest = LogLinearNoise().sigma(torch.tensor(1e-3))
     seen = torch.stack(levels)
     first = [4 - n if n < 4 else 0 for n in prompts]  # masked tokens of the first block, revealed one in each step
     for row, steps in enumerate(first):
-        others = seen[:, row].isclose(least)
+        others = seen[:, row].isclose(lowest)
         assert int((~others).sum()) == steps and bool(others[steps:].all())
