@@ -1,7 +1,7 @@
 """The model card: architecture, training data and scores of a model, from the files of its run.
 
-The metadata are huggingface_hub's `ModelCardData`; the held-out perplexity is a model index. Text from files of the
-run is escaped: a card is shown on a web page.
+The metadata is huggingface_hub's `ModelCardData`, with the held-out perplexity as its model index. Text from files of
+the run is escaped, since a card is shown on a web page.
 """
 
 import math
@@ -29,7 +29,7 @@ _CITATION = """\
   year      = {2025},
   url       = {https://arxiv.org/abs/2503.09573}
 }"""
-# The recipe fields that are published. Others may hold folders, names of machines and logins.
+# Recipe fields that are published. Others may contain folders, host names and logins.
 _TRAINING = {
     "max_steps": "requested optimizer steps",
     "num_train_epochs": "requested epochs",
@@ -48,7 +48,7 @@ _TRAINING = {
 _FACTS = {
     "model_type": "model type",
     "block_size": "block size",
-    "model_length": "tokens of a training sequence",
+    "model_length": "tokens per training sequence",
     "num_hidden_layers": "layers",
     "hidden_size": "width",
     "num_attention_heads": "attention heads",
@@ -73,12 +73,12 @@ def make_card(
     """Return the card of a model.
 
     Args:
-        source: folder of the model; its `recipe.yaml`, `results.json` and `weights.json` are read if they exist. A
-            checkpoint takes the recipe of its run.
-        repo_id: repository that the snippets load.
+        source: folder of the model; its `recipe.yaml`, `results.json` and `weights.json` are read if they exist. For a
+            checkpoint, the recipe of its run is read.
+        repo_id: repository that the code examples load.
         tokenizer: whether the model has one.
-        base: repository of the base model of an adapter.
-        decay: of the average that was loaded instead of a checkpoint's weights; `weights.json` describes the latter.
+        base: repository of an adapter's base model.
+        decay: decay of the average that was loaded instead of the checkpoint's weights described in `weights.json`.
         license: in the Hub's spelling, such as "apache-2.0".
 
     Raises:
@@ -127,7 +127,7 @@ def make_card(
 
 
 def _read_run(source: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Return recipe (None without a run) and results of a folder's run; a checkpoint has no results of its own."""
+    """Return the recipe (None without a run) and results of a folder's run; a checkpoint has no results."""
     if (source / RECIPE_NAME).is_file():
         return _read_recipe(source / RECIPE_NAME), _read_json(source / RESULTS_NAME)
     if (source.parent / RECIPE_NAME).is_file():
@@ -145,7 +145,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _hub_dataset(name: str) -> str | None:
-    """Return the repository of a dataset; None for embedded text and files."""
+    """Return the Hub repository of a dataset; None for local files and the text that comes with Python."""
     try:
         return None if is_local(name) else find_spec(name).path
     except ValueError:
@@ -198,8 +198,8 @@ def _data(dataset: str | None, hub_dataset: str | None) -> str:
     if hub_dataset is not None:
         return f"{escape_markdown(dataset)}: [{escape_markdown(hub_dataset)}](https://huggingface.co/datasets/{quote(hub_dataset)})."
     if is_local(dataset):
-        return f"A file or folder of its trainer, {escape_markdown(Path(dataset).name)}, which is not published here."
-    return f"`{dataset}`, the text that bd3lm_hf finds in every Python installation."
+        return f"A local file or folder, {escape_markdown(Path(dataset).name)}, which is not published here."
+    return f"`{dataset}`, text that comes with every Python installation."
 
 
 def _evaluation(recipe: dict[str, Any], results: dict[str, Any], dataset: str | None) -> str:
@@ -235,7 +235,7 @@ def _short(dataset: str) -> str:
 
 
 def _number(value: Any, digits: int) -> str:
-    """Format a number of a results file; empty for anything else."""
+    """Format a number from a results file; return an empty string for anything else."""
     return f"{value:,.{digits}f}" if isinstance(value, int | float) else ""
 
 

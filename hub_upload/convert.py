@@ -2,9 +2,9 @@
 
 1. Read weights, configuration and tokenizer of the source, without running any of its code.
 2. Choose the weights: the exponential moving average if there is one, as in the published checkpoints.
-3. Make the configuration; what it lacks is inferred from the weights, and printed.
-4. Load the weights into a model of that type: a missing or unexpected one is an error.
-5. Save, load what was saved, and compare the logits.
+3. Make the configuration; missing fields are inferred from the weights, and printed.
+4. Load the weights into a model of that type; a missing or unexpected weight is an error.
+5. Save, load the result, and compare the logits.
 """
 
 import argparse
@@ -29,13 +29,13 @@ from bd3lm_hf.printing import printable
 from bd3lm_hf.tokenization import check_tokenizer_fits, limit_to_window, load_tokenizer
 
 
-# The fields of a published config.json, with the authors' names (their export script's order).
+# The fields of a published config.json, with the authors' names and in the order of their export script.
 _PUBLISHED_FIELDS = (
     *("block_size", "vocab_size", "model_length", "cross_attn", "adaln", "causal", "hidden_dim", "cond_dim"),
     *("n_blocks", "n_heads", "dropout", "time_conditioning", "var_min", "sampling_eps_min", "sampling_eps_max"),
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
-# The tokenizers of the published checkpoints, by the size of the vocabulary with the mask token.
+# The tokenizers of the published checkpoints, by the size of the vocabulary, including the mask token.
 _KNOWN_TOKENIZERS = {50258: "gpt2", 30522: "bert-base-uncased"}
 
 
@@ -48,7 +48,7 @@ class Conversion(NamedTuple):
 
     @classmethod
     def of(cls, model: Any, notes: list[str]) -> "Conversion":
-        """Return the result that is this model."""
+        """Return the result for a converted model."""
         return cls(model.config.model_type, sum(parameter.numel() for parameter in model.parameters()), notes)
 
 
@@ -64,15 +64,15 @@ def convert(
     """Convert a checkpoint to a folder for `from_pretrained`, with its code.
 
     Args:
-        source: a folder with `config.json` and weights, the name of one on the Hub, or a Lightning `.ckpt` file. A
+        source: a folder with `config.json` and weights, the name of a Hub repository, or a Lightning `.ckpt` file. A
             masked language model with the layers of SSD-LM next to it becomes one model. Decoders of
             [`bd3lm_hf.foreign_layouts`] become ours under the weight names of their stock class.
-        target: folder to write; it must not exist or be empty.
-        weights: `"ema"` or `"raw"` of a `.ckpt` file; `"auto"` takes the average if there is one.
+        target: folder to write; it must be empty or not exist.
+        weights: weights to take from a `.ckpt` file: `"ema"`, `"raw"`, or `"auto"`, the average if there is one.
         tokenizer: folder or name, if the source has none.
         model_type: `bd3lm`, `ar`, `mdlm` or `sedd`, if the source does not determine it.
         process_fields: `block_size` and `mask_token_id` of a decoder. Published block-diffusion decoders have them
-            in their files; an autoregressive one, which is adapted, gets blocks of 4 and a mask token by default.
+            in their files; an autoregressive decoder, which is adapted, by default gets blocks of 4 and a mask token.
 
     Raises:
         ValueError: if the source cannot be read, weights are missing, unexpected or not finite, the model type
@@ -129,7 +129,7 @@ def _convert_decoder(source: str, target: Path, tokenizer: str | None, fields: d
             check_links(Path(source), "SRC")
             check_pickled_weights(Path(source))
         config = read_contract_config(source, **fields)
-        # Missing, unexpected and misshapen weights are errors of `load_model`: the names are those of the stock class.
+        # `load_model` refuses missing, unexpected and misshapen weights: the names are those of the stock class.
         model = load_model(source, argument="SRC", config=config).eval()
         loaded_tokenizer = _load_tokenizer(Path(source), tokenizer)
         if loaded_tokenizer is not None:
@@ -141,7 +141,7 @@ def _convert_decoder(source: str, target: Path, tokenizer: str | None, fields: d
     ]
     notes += [note for note in (contract.note,) if note]
     if loaded_tokenizer is None:
-        notes.append("SRC has no tokenizer: name the one that it was trained with by --tokenizer")
+        notes.append("SRC has no tokenizer: name the one it was trained with, using --tokenizer")
     return Conversion.of(model, notes)
 
 
@@ -177,12 +177,12 @@ def _is_decoder(source: str) -> bool:
         return False
     try:
         return is_adaptable(AutoConfig.from_pretrained(source))
-    except Exception:  # of another layout, or damaged, which the reader of the source names
+    except Exception:  # another layout, or damaged, which reading the source reports
         return False
 
 
 def _adapt(source: str, target: Path, tokenizer: str | None, fields: dict[str, Any]) -> Conversion:
-    """Convert an autoregressive decoder of transformers; it has yet to be trained."""
+    """Convert an autoregressive decoder of transformers; the result still has to be trained."""
     config = read_config(source, argument="SRC")
     with new_folder(target, "DST") as folder:
         loaded = load_decoder_tokenizer(tokenizer or source, config, fields.get("mask_token_id"))
@@ -248,7 +248,7 @@ def _choose_weights(source: Source, requested: str) -> tuple[dict[str, torch.Ten
         raise ValueError(f"weights={requested!r}: choose 'ema', 'raw' or 'auto'.")
     if source.average is None:
         if requested == "ema":
-            raise ValueError("--weights ema: this checkpoint holds no moving average. Leave --weights out.")
+            raise ValueError("--weights ema: this checkpoint has no moving average. Leave --weights out.")
         return source.weights, []
     if requested == "raw":
         return source.weights, ["the raw weights were taken, not their moving average"]
@@ -256,7 +256,7 @@ def _choose_weights(source: Source, requested: str) -> tuple[dict[str, torch.Ten
     names = [name for name in source.weights if name.startswith("backbone.") and not name.endswith(BUFFERS)]
     if len(names) != len(source.average) or not all(isinstance(t, torch.Tensor) for t in source.average):
         raise ValueError(
-            f"The moving average holds {len(source.average)} tensors for {len(names)} parameters: take the raw "
+            f"The moving average has {len(source.average)} tensors for {len(names)} parameters: take the raw "
             f"weights with --weights raw."
         )
     averaged = dict(source.weights)
@@ -289,17 +289,17 @@ def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], sour
 
 
 def _under_every_name(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return weights with all names of each tied tensor; a checkpoint may hold only one of them."""
+    """Return the weights under all names of each tied tensor; a checkpoint may have only one of them."""
     names: dict[int, list[str]] = {}
     for name, tensor in own.items():
         # Tied tensors share their memory.
         names.setdefault(tensor.data_ptr(), []).append(name)
     tied = dict(weights)
     for same in names.values():
-        held = [name for name in same if name in weights]
-        if any(not torch.equal(weights[held[0]], weights[name]) for name in held[1:]):
-            raise ValueError(f"The weights {' and '.join(held)} differ, but the model ties them.")
-        tied |= {name: weights[held[0]] for name in same if held}
+        present = [name for name in same if name in weights]
+        if any(not torch.equal(weights[present[0]], weights[name]) for name in present[1:]):
+            raise ValueError(f"The weights {' and '.join(present)} differ, but the model ties them.")
+        tied |= {name: weights[present[0]] for name in same if present}
     return tied
 
 
@@ -339,7 +339,7 @@ def _save_checked(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder:
         tokenizer.save_pretrained(folder)
     inputs = dict(model.dummy_inputs)
     if (mask := getattr(model.config, "mask_token_id", None)) is not None:
-        # As in use: a text without a blank is warned about.
+        # The model warns about a text without a mask token.
         inputs["input_ids"] = inputs["input_ids"].index_fill(1, torch.tensor([1], device=model.device), mask)
     logits = model(**inputs).logits
     loaded = load_model(str(folder), argument="the converted folder").eval()

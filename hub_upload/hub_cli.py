@@ -1,4 +1,4 @@
-"""The flags of `bd3lm convert`, `push` and `verify`; modules of these names do the work. Imports nothing slow."""
+"""The flags of `bd3lm convert`, `push` and `verify`; the modules of these names do the work. Imports nothing slow."""
 
 import argparse
 import re
@@ -22,11 +22,11 @@ def add_convert_arguments(parser: argparse.ArgumentParser, words: Sequence[str] 
     parser.add_argument("target", metavar="DST", help="folder to write")
     layouts = ("bd3lm_hf", "published", "sdar", "stock")
     parser.add_argument("--to", default="bd3lm_hf", choices=layouts, help="layout to write")
-    parser.add_argument("--weights", default="auto", choices=WEIGHTS, help="of a .ckpt file")
+    parser.add_argument("--weights", default="auto", choices=WEIGHTS, help="weights to take from a .ckpt file")
     parser.add_argument("--tokenizer", help="folder or name, if the source has none")
     parser.add_argument("--model-type", help="bd3lm, ar, mdlm or sedd, if the source does not determine it")
-    parser.add_argument("--block-size", type=int, help="of a decoder, if its files do not have it")
-    parser.add_argument("--mask-token-id", type=int, help="of a published decoder, if its files do not have it")
+    parser.add_argument("--block-size", type=int, help="block size of a decoder, if its files do not set it")
+    parser.add_argument("--mask-token-id", type=int, help="mask token of a decoder, if its files do not set it")
 
 
 def add_push_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) -> None:
@@ -37,10 +37,10 @@ def add_push_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = (
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--revision", help="branch to write to, created if it does not exist")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request")
-    parser.add_argument("--message", help="message of the commit")
+    parser.add_argument("--message", help="commit message")
     parser.add_argument("--dry-run", type=Path, metavar="OUT", help="write the files to this folder, upload nothing")
     parser.add_argument("--max-shard-size", type=_shard_size, default=MAX_SHARD_SIZE, help="split larger weights")
-    parser.add_argument("--weights", default="auto", choices=WEIGHTS, help="of a checkpoint that has an average")
+    parser.add_argument("--weights", default="auto", choices=WEIGHTS, help="weights to take if there is an average")
     parser.add_argument("--base-model", help="repository of an adapter's base model")
     parser.add_argument("--license", help="license of the model, in the Hub's spelling, such as apache-2.0")
     parser.add_argument("--token", type=_no_token, help=argparse.SUPPRESS)
@@ -52,7 +52,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser, words: Sequence[str] =
     parser.description = "Verify that the files of a shared model are those that were pushed."
     parser.add_argument("folder", metavar="DIR", help="folder, or name of a repository on the Hub")
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
-    parser.add_argument("--strict", action="store_true", help="exit with code 1 for code of another version too")
+    parser.add_argument("--strict", action="store_true", help="also exit with code 1 for code of another version")
 
 
 def _shard_size(text: str) -> str:

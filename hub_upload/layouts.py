@@ -1,10 +1,10 @@
-"""The published checkpoint layouts: their files, and model type and fields from configuration and weights.
+"""The published checkpoint layouts: read their files, and find model type and fields in configuration and weights.
 
 Published configurations omit fields, or name them differently in each repository. Sizes are taken from the weights.
 
-BD3-LM, AR, MDLM and SEDD share one layout. SSD-LM (arXiv 2210.17432) has its own: a masked language model, with two
-extra layers in pickles next to it: `embed_sum_layer.pt`, the linear layer from the simplex to the hidden size, and
-`timestep_layer.pt`, that of the diffusion progress.
+BD3-LM, AR, MDLM and SEDD share one layout. SSD-LM (arXiv 2210.17432) has its own: a masked language model and, in
+pickles next to it, two extra linear layers: `embed_sum_layer.pt`, from the simplex to the hidden size, and
+`timestep_layer.pt`, for the diffusion progress.
 """
 
 import re
@@ -36,7 +36,7 @@ BUFFERS = ("rotary_emb.inv_freq", "sampling_eps_min", "sampling_eps_max")
 _BERT_VOCABULARY, _BERT_MASK = 30522, 103  # bert-base-uncased, of the authors' LM1B models
 _MODEL_LENGTH = 1024  # of all published checkpoints
 _PREFIX = "backbone."
-# Of the published SSD-LM, whose configuration is that of its encoder.
+# Of the published SSD-LM, whose configuration describes only its encoder.
 _SSDLM_BLOCK_SIZE, _SSDLM_LENGTH = 25, 200
 # File -> the layer's name in our model, and its tensors.
 _SSDLM_LAYERS = {
@@ -59,8 +59,8 @@ class Source(NamedTuple):
     weights: dict[str, torch.Tensor]  # named as published: `backbone.`...
     average: list[torch.Tensor] | None  # moving averages of the parameters, in their order
     config: dict[str, Any]  # a config.json, or the hyper-parameters
-    folder: Path | None  # that may hold a tokenizer
-    architecture: Architecture | None = None  # if the layout alone determines it
+    folder: Path | None  # where a tokenizer may be
+    architecture: Architecture | None = None  # set if the layout alone determines it
 
 
 def architecture_of(
@@ -92,7 +92,7 @@ def architecture_of(
         fields["mask_token_id"] = given["mask_token_id"]
     elif fields["vocab_size"] == _BERT_VOCABULARY:
         fields["mask_token_id"] = _BERT_MASK
-        notes.append(f"mask_token_id={_BERT_MASK}, as in bert-base-uncased, whose size the vocabulary has")
+        notes.append(f"mask_token_id={_BERT_MASK}, as in bert-base-uncased, which has a vocabulary of this size")
     return Architecture(kind, fields, notes)
 
 
@@ -115,7 +115,7 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
             for name in ("cross_attn", "time_conditioning", "ignore_bos", "mdlm_loss_scale", "var_min")
         },
     }
-    # A value such as "${model.length}" refers to another; the sizes are in the weights.
+    # A value such as "${model.length}" refers to another field; the sizes are in the weights.
     return {k: v for k, v in flat.items() if v is not None and not (isinstance(v, str) and v.startswith("${"))}
 
 
@@ -156,7 +156,7 @@ def _sizes(weights: Mapping[str, torch.Tensor], given: Mapping[str, Any], notes:
 
 
 def _type_of(fields: Mapping[str, Any], given: Mapping[str, Any], notes: list[str]) -> str:
-    """Return the model type of a configuration; published ones have `bd3lm` or `mdlm` for several models."""
+    """Return the model type of a configuration; published ones say `bd3lm` or `mdlm` for several models."""
     if given.get("algorithm"):
         return str(given["algorithm"])
     if given.get("causal", not fields["adaln"]):
@@ -178,7 +178,7 @@ def _fit_to_type(
         size = given.get("block_size")
         if size is None:
             size = _default_block_size(given)
-            notes.append(f"block_size={size}, the default of the class that the configuration belongs to")
+            notes.append(f"block_size={size}, the default of its configuration class")
         cross = given.get("cross_attn")
         fields |= {"block_size": size, "cross_attn": size != fields["model_length"] if cross is None else cross}
         fields["var_min"] = "sampling_eps_min" in weights
@@ -219,8 +219,8 @@ def read_simplex(
         config: its `config.json`.
 
     Raises:
-        ValueError: if a layer is missing or holds other tensors or objects, or the encoder is not a masked language
-            model.
+        ValueError: if a layer is missing or contains other tensors or objects, or the encoder is not a masked
+            language model.
     """
     notes: list[str] = []
     weights = {}
@@ -237,11 +237,11 @@ def read_simplex(
         raise ValueError(f"SRC {folder}: model_type={kind!r} in config.json is not a masked language model.")
     own = {name: value for name, value in config.items() if name not in ("_name_or_path", "auto_map")}
     if own.get("vocab_size") != vocab_size:
-        # The original enlarges the embeddings to its tokenizer.
+        # The original code enlarges the embeddings to fit its tokenizer.
         notes.append(f"vocab_size={vocab_size} as in the weights; the configuration has {own.get('vocab_size')}")
         own["vocab_size"] = vocab_size
     length = _ssdlm_length(own, kind)
-    notes.append(f"block_size={_SSDLM_BLOCK_SIZE} and model_length={length}, those of the published model if they fit")
+    notes.append(f"block_size={_SSDLM_BLOCK_SIZE} and model_length={length}, as in the published model where they fit")
     fields = {"encoder_config": own, "vocab_size": vocab_size}
     fields |= {"block_size": _SSDLM_BLOCK_SIZE, "model_length": length}
     special = (f"{name}_token_id" for name in ("bos", "eos", "pad"))
@@ -251,15 +251,15 @@ def read_simplex(
 
 def _read_layer(path: Path, layer: str, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        raise ValueError(f"SRC {path.parent} holds no {path.name}, which is part of the layout of SSD-LM.")
+        raise ValueError(f"SRC {path.parent} has no {path.name}, which is part of the layout of SSD-LM.")
     found = {str(name).removeprefix("module."): tensor for name, tensor in read_checkpoint(path).items()}
     if set(found) != set(names) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
-        raise ValueError(f"{path} holds {', '.join(sorted(found)) or 'nothing'} instead of {', '.join(names)}.")
+        raise ValueError(f"{path} contains {', '.join(sorted(found)) or 'nothing'} instead of {', '.join(names)}.")
     return {f"{layer}.{name}": tensor.float() for name, tensor in found.items()}
 
 
 def _ssdlm_length(config: Mapping[str, Any], kind: str) -> int:
-    """Return the published length, or the number of positions that the encoder has."""
+    """Return the published length, or the number of the encoder's positions if that is smaller."""
     positions = config.get("max_position_embeddings")
     # RoBERTa's positions start after its padding id.
     offset = (config.get("pad_token_id") or 0) + 1 if issubclass(CONFIG_MAPPING[kind], RobertaConfig) else 0
@@ -273,7 +273,7 @@ def read_source(source: str) -> Source:
     """Return weights and configuration of a file, a folder or a repository.
 
     Raises:
-        ValueError: if there is nothing of that name, or it cannot be read.
+        ValueError: if the source does not exist or cannot be read.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -286,14 +286,14 @@ def read_source(source: str) -> Source:
         return _read_folder(Path(snapshot_download(source)))
     except OSError as error:
         raise ValueError(
-            f"SRC {source} is neither a local file or folder nor can it be downloaded from the Hub: "
+            f"SRC {source} is not a local file or folder and cannot be downloaded from the Hub: "
             f"{type(error).__name__}: {one_line(str(error))}"
         ) from error
 
 
 def _read_folder(folder: Path) -> Source:
     if not (folder / "config.json").is_file():
-        raise ValueError(f"SRC {folder} holds no config.json: name the folder of a checkpoint, or a .ckpt file.")
+        raise ValueError(f"SRC {folder} has no config.json: name the folder of a checkpoint, or a .ckpt file.")
     check_links(folder, "SRC")
     config = read_json(folder / "config.json")
     weights = _read_weights(folder)
@@ -312,7 +312,7 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     elif pickled.is_file():
         return read_checkpoint(pickled)
     else:
-        raise ValueError(f"SRC {folder} holds no weights: one of {', '.join(WEIGHT_FILES)} is needed.")
+        raise ValueError(f"SRC {folder} has no weights: one of {', '.join(WEIGHT_FILES)} is needed.")
     weights: dict[str, torch.Tensor] = {}
     for shard in shards:
         try:
@@ -328,7 +328,7 @@ def _read_lightning(path: Path) -> Source:
     contents = read_checkpoint(path)
     if not isinstance(contents.get("state_dict"), dict):
         names = ", ".join(map(str, contents))[:200] or "nothing"
-        raise ValueError(f"SRC {path} holds no state_dict, only {names}: name a Lightning checkpoint.")
+        raise ValueError(f"SRC {path} has no state_dict, only {names}: name a Lightning checkpoint.")
     weights = _published_names(contents["state_dict"])
     for name in BUFFERS[1:]:
         if name not in weights and isinstance(contents.get(name), torch.Tensor):
@@ -341,7 +341,7 @@ def _read_lightning(path: Path) -> Source:
 
 
 def _published_names(weights: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return tensors under their names without the parts that compiling and wrapping add."""
+    """Return tensors under their names, without the prefixes that compiling and wrapping add."""
     named = {}
     for name, tensor in weights.items():
         if isinstance(tensor, torch.Tensor):
@@ -350,6 +350,6 @@ def _published_names(weights: dict[str, Any]) -> dict[str, torch.Tensor]:
                 name = name.replace(part, "")
             named[name] = tensor
     if named and not any(name.startswith("backbone.") for name in named):
-        # The backbone was saved alone. The interval belongs to the whole model.
+        # Only the backbone was saved. The interval belongs to the whole model.
         named = {n if n in BUFFERS[1:] else f"backbone.{n}": t for n, t in named.items()}
     return named

@@ -1,8 +1,8 @@
 """Check that a folder loads without bd3lm_hf, as on somebody else's machine, before it is uploaded.
 
 `check_loads_alone` runs this file as a script in an isolated process: `python -I load_check.py FOLDER PROBE THREADS`.
-It loads the folder by every Auto class, computes, and generates. The probe holds inputs and the outputs of the model
-in memory.
+It loads the folder with every Auto class, runs the model, and generates. The probe contains the inputs, and the
+outputs of the model in memory.
 """
 
 import os
@@ -25,20 +25,20 @@ NEW_TOKENS = 4
 class CheckError(RuntimeError):
     """A folder does not load without bd3lm_hf as the model that it was saved from."""
 
-    exit_code = 1  # the input was right
+    exit_code = 1  # the arguments were valid
 
 
 def check_loads_alone(folder: Path, model: Any) -> None:
     """Load a folder in an isolated process with each Auto class, and compare with the model that was saved.
 
     Outputs and greedy text must be equal bit for bit; then the text-generation pipeline runs. The process has no
-    module of this checkout, no Python variables of the environment, no login, no cached code and no network.
+    modules of this checkout, no Python environment variables, no login, no cached code and no network.
 
     Args:
         model: in memory; a `PeftModel` for the folder of an adapter.
 
     Raises:
-        CheckError: if the folder does not load, or computes something else.
+        CheckError: if the folder does not load, or its outputs differ.
     """
     with tempfile.TemporaryDirectory(prefix="bd3lm-check-", ignore_cleanup_errors=True) as home:
         probe = Path(home) / "probe.safetensors"
@@ -62,10 +62,10 @@ def check_loads_alone(folder: Path, model: Any) -> None:
 
 
 def isolated_environment(home: str) -> dict[str, str]:
-    """Return the environment of the check: no token, no settings of the Hub's client, caches in `home`."""
+    """Return the environment of the check: no token, no settings of the Hub client, caches in `home`."""
     kept = {name: value for name, value in os.environ.items() if "TOKEN" not in name and not name.startswith("HF_")}
     own = {"HF_HOME": home, "HF_MODULES_CACHE": str(Path(home) / "modules"), "HF_HUB_OFFLINE": "1"}
-    # The base of an adapter was downloaded to this cache just before.
+    # The base of an adapter was just downloaded to this cache.
     return kept | own | {"HF_HUB_CACHE": HF_HUB_CACHE, "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUTF8": "1"}
 
 
@@ -78,7 +78,7 @@ def make_probe(model: Any) -> dict[str, torch.Tensor]:
         inputs["input_ids"][:, -1] = whole.config.mask_token_id  # else it warns that there is nothing to denoise
     probe = {f"inputs.{name}": tensor for name, tensor in inputs.items()} | {"prompt": prompt}
     for name, cls in whole.auto_classes.items():
-        # An adapter was trained with a head, so it is only loaded by classes that have one.
+        # An adapter was trained with a head, so only classes with a head load it.
         part = model if type(whole) is cls else None if is_adapter else whole.base_model
         if isinstance(part, (cls, PeftModel)):
             outputs = model_outputs(part, inputs, prompt)
@@ -109,14 +109,14 @@ def block_bd3lm_hf() -> None:
         raise RuntimeError(
             f"bd3lm_hf was imported here already, from {imported.__file__}: the check would prove nothing."
         )
-    sys.modules["bd3lm_hf"] = None  # type: ignore[assignment]  # Python's own mark of a package that is not there
+    sys.modules["bd3lm_hf"] = None  # type: ignore[assignment]  # Python's own marker of a missing package
 
 
 def model_outputs(model: Any, inputs: dict[str, torch.Tensor], prompt: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return a model's `first` output and, if it can generate, `text`: the prompt with a greedy continuation."""
     model = model.eval()
     with torch.no_grad():
-        # Copied to memory that torch aligns: kernels may round differently on the weights of a mapped file.
+        # Copied to memory that torch aligns: kernels may round differently on weights in a memory-mapped file.
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
         outputs = {"first": model(**inputs)[0]}
@@ -148,7 +148,7 @@ def check(folder: str, probe: dict[str, torch.Tensor], code: str = "transformers
             raise RuntimeError(f"{auto_class} loads {type(model).__name__} from code that is not in the folder")
         for name, tensor in model_outputs(model, inputs, probe["prompt"]).items():
             if not torch.equal(tensor, probe[f"expected.{auto_class}.{name}"]):
-                raise RuntimeError(f"{auto_class} computes something else than the model that was saved ({name})")
+                raise RuntimeError(f"{auto_class} computes other outputs than the saved model ({name})")
     if any(Path(folder).glob("tokenizer*")):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         source = model if (Path(folder) / "adapter_config.json").is_file() else folder

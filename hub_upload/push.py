@@ -42,7 +42,7 @@ from bd3lm_hf.user_files import read_json
 
 
 _MESSAGE = "Upload model"
-# Weights in another layout: transformers would load them instead of the new ones, or keep them for nothing.
+# Weights in another layout: transformers would load them instead of the new ones, or ignore them.
 _OTHER_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*")
 
 # The HTTP library's own base class; which library that is depends on the version of huggingface_hub.
@@ -57,7 +57,7 @@ _REMEDIES = {
     413: "the Hub does not accept files of this size: lower --max-shard-size",
     429: "too many requests: push again later",
 }
-# If only the answer was lost, the commit exists.
+# If only the response was lost, the commit exists.
 _LATER = "try again later: a commit is all or nothing, and files that have arrived are not sent again"
 
 
@@ -74,7 +74,7 @@ class Upload(NamedTuple):
     """The result of an upload."""
 
     url: str  # of the repository, the commit or the pull request
-    changed: bool  # False if the repository already held these files
+    changed: bool  # False if the repository already had these files
     removed: list[str]  # files of an earlier push that the model no longer has
 
 
@@ -130,10 +130,10 @@ def write_repository(
 
 
 def dry_run(source: str | Path, repo_id: str, target: Path, **options: Any) -> RepoContents:
-    """Write the exact files that [`push`] would upload to `target`; they appear when all are complete.
+    """Write the exact files that [`push`] would upload to `target`; they appear only when all are complete.
 
     Raises:
-        ValueError: if an argument is wrong, or the target is not empty.
+        ValueError: if an argument is invalid, or the target is not empty.
         CheckError: if the written files do not load without bd3lm_hf.
     """
     check_repo_id(repo_id)
@@ -157,7 +157,7 @@ def push(
     background: bool = False,
     **options: Any,
 ) -> tuple[Any, RepoContents]:
-    """Upload a model in one commit; files that the repository already holds are not sent again.
+    """Upload a model in one commit; files that the repository already has are not sent again.
 
     Args:
         source: as in [`write_repository`].
@@ -165,17 +165,17 @@ def push(
         private: visibility of a new repository.
         revision: branch, created if it does not exist; "main" by default.
         create_pr: open a pull request instead.
-        message: of the commit.
-        description: of the commit.
+        message: message of the commit.
+        description: description of the commit.
         api: client of the Hub; by default with the token of the environment or the login.
         background: return as soon as the files are written and checked.
-        options: of [`write_repository`].
+        options: passed to [`write_repository`].
 
     Returns:
         The [`Upload`], or with `background` a future of it, and the files.
 
     Raises:
-        ValueError: if an argument is wrong or nobody is logged in; found before any network access.
+        ValueError: if an argument is invalid or there is no login; checked before any network access.
         CheckError: if the written files do not load without bd3lm_hf.
         HubError: if the Hub or the network failed; the repository is unchanged.
     """
@@ -215,11 +215,12 @@ def upload(
 ) -> Upload:
     """Bring a repository to the state of a folder in one commit; create it, and the branch, if they do not exist.
 
-    Other files in the repository stay, except for weights that the folder does not hold and code of an earlier push.
+    Other files in the repository stay, except for weights that are not in the folder and code of an earlier push.
 
     Raises:
-        HubError: if the Hub or the network failed, or the repository was changed meanwhile. It is unchanged.
-        ValueError: if the folder holds a file that is never uploaded.
+        HubError: if the Hub or the network failed, or somebody else changed the repository meanwhile. Nothing is
+            committed then.
+        ValueError: if the folder contains a file that is never uploaded.
     """
     files = files_of(folder)
     if unknown := [name for name in files if kind_of(name) is None]:
@@ -228,11 +229,11 @@ def upload(
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         state = _state(api, repo_id, revision, create=not create_pr)
         present = {entry.rfilename for entry in state.siblings or ()}
-        # Weights in another layout would be loaded in place of the new ones.
+        # Weights in another layout would be loaded instead of the new ones.
         removed = sorted(_outdated(api, repo_id, str(state.sha), present) - files.keys())
         operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
         operations += [CommitOperationDelete(name) for name in removed]
-        # Not `upload_folder`: with hf_xet it makes several commits. This one drops unchanged files by itself, and
+        # Not `upload_folder`, which makes several commits with hf_xet. This call drops unchanged files by itself, and
         # makes no commit if nothing is left.
         commit = api.create_commit(
             repo_id,
@@ -248,7 +249,7 @@ def upload(
 
 
 def _state(api: HfApi, repo_id: str, revision: str | None, *, create: bool) -> Any:
-    """Return what the Hub knows of a branch, which is created if it does not exist."""
+    """Return the Hub's description of a branch, which is created if it does not exist."""
     try:
         return api.repo_info(repo_id, revision=revision)
     except RevisionNotFoundError:
@@ -267,7 +268,7 @@ def _outdated(api: HfApi, repo_id: str, commit: str, present: set[str]) -> set[s
     path = api.hf_hub_download(repo_id, MANIFEST_NAME, revision=commit)
     try:
         listed = set(read_json(path)["files"])
-    except (ValueError, KeyError, TypeError):  # a file of that name that is not ours
+    except (ValueError, KeyError, TypeError):  # a foreign file of that name
         return weights
     return weights | {name for name in listed & present if name.endswith(".py")}
 
@@ -282,7 +283,7 @@ def push_saved_folder(
     background: bool = False,
     **options: Any,
 ) -> Any:
-    """[`push`] with the argument names of transformers; the model card is left in the folder.
+    """Call [`push`] with the argument names of transformers, and write the model card into the folder.
 
     Args:
         folder: a saved model; its tokenizer is uploaded if there is one.
@@ -290,8 +291,8 @@ def push_saved_folder(
         background: return a future as soon as the files are written and checked.
 
     Returns:
-        The address of the repository, the commit or the pull request; with `background` a future of the [`Upload`],
-        which has it as `url`.
+        The URL of the repository, the commit or the pull request; with `background` a future of the [`Upload`], which
+        has it as `url`.
     """
     options |= {"message": commit_message, "description": commit_description, "tokenizer": False}
     done, contents = push(folder, repo_id, api=HfApi(token=token), background=background, **options)
@@ -303,9 +304,9 @@ def push_saved_folder(
 
 
 class HubError(OSError):
-    """The Hub or the network failed. Unless only the answer was lost, the repository is unchanged."""
+    """The Hub or the network failed. Unless only the response was lost, the repository is unchanged."""
 
-    exit_code = 1  # the input was right
+    exit_code = 1  # the arguments were valid
 
 
 @contextmanager
@@ -363,7 +364,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def listing(contents: RepoContents) -> str:
-    """Format the files with their sizes, then what was left out and chosen."""
+    """Format the files with their sizes, then the files left out and the notes."""
     width = max(map(len, contents.sizes))
     lines = [f"{name:<{width}}  {as_size(size):>12}" for name, size in contents.sizes.items()]
     lines.append(f"{f'{len(contents.sizes)} files':<{width}}  {as_size(sum(contents.sizes.values())):>12}")
@@ -375,6 +376,6 @@ def listing(contents: RepoContents) -> str:
 def summary(done: Upload, repo_id: str) -> str:
     """Describe the result of an upload in one line."""
     if not done.changed:
-        return f"nothing to do: {repo_id} already holds these files"
+        return f"nothing to do: {repo_id} already has these files"
     removed = f", removed {', '.join(done.removed)}" if done.removed else ""
     return f"uploaded{removed}: {printable(done.url)}"

@@ -30,7 +30,7 @@ from bd3lm_hf.run_folder import COMPLETE_NAME, EMA_NAME, incomplete_because, las
 from bd3lm_hf.tokenization import check_tokenizer_fits, limit_to_window, load_tokenizer
 
 
-CODE = Path(_MODELING).resolve().parent  # the code that travels with a model
+CODE = Path(_MODELING).resolve().parent  # the code that is saved with a model
 CARD_NAME = "README.md"
 MANIFEST_NAME = "manifest.json"
 
@@ -60,18 +60,18 @@ ALLOWED = {
     "model card": (CARD_NAME,),
     "manifest": (MANIFEST_NAME,),
 }
-# Apart from the card: files that the Hub and its users keep in a repository, and no loader reads.
+# Files that no manifest lists: its own, and those that users and the Hub may edit and no loader reads.
 NOT_LISTED = {CARD_NAME, MANIFEST_NAME, ".gitattributes", "LICENSE", "LICENSE.md", "LICENSE.txt"}
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "model.pt", "*.ckpt")
 
 
 class ModelContents(NamedTuple):
-    """The model, tokenizer and origin that a folder holds."""
+    """The model and tokenizer of a folder, and their origin."""
 
     model: Any  # a model, or the `PeftModel` of an adapter on its base
     tokenizer: PreTrainedTokenizerBase | None
-    base: str | None  # base model that an adapter names
+    base: str | None  # base model of an adapter
     decay: float | None  # of the weight average that was loaded instead of a checkpoint's weights
     notes: list[str]  # choices that were made
 
@@ -85,7 +85,7 @@ def kind_of(name: str) -> str | None:
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """Return every file of a folder by its name in a repository."""
+    """Return every file of a folder, by its name in a repository."""
     found = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {path.relative_to(folder).as_posix(): path for path in found}
 
@@ -97,23 +97,23 @@ def check_source(folder: Path, *, tokenizer: bool = True, base_model: str | None
     """Refuse a folder that cannot be shared, by the names of its files.
 
     Raises:
-        ValueError: if the folder does not exist, holds no model, only pickled weights, no tokenizer, or a link that
-            leaves it; if it is an incomplete checkpoint, or an adapter whose base nobody else has.
+        ValueError: if the folder does not exist, has no model, only pickled weights, no tokenizer, or a link that
+            leaves it; if it is an incomplete checkpoint, or an adapter whose base others cannot load.
     """
     if not folder.is_dir():
-        raise ValueError(f"DIR {folder}: there is no such folder. Name one that holds a model.")
+        raise ValueError(f"DIR {folder}: there is no such folder. Name the folder of a model.")
     adapter = (folder / _ADAPTER_FILES[0]).is_file()
     if not adapter and not (folder / "config.json").is_file():
         last = last_complete_checkpoint(folder)
         hint = f"its last checkpoint is {last}" if last else "name the folder of a run or a checkpoint"
-        raise ValueError(f"DIR {folder} holds no config.json and no adapter_config.json: {hint}.")
+        raise ValueError(f"DIR {folder} has no config.json and no adapter_config.json: {hint}.")
     if (folder / COMPLETE_NAME).is_file() and (reason := incomplete_because(folder)):
         raise ValueError(f"DIR {folder} is an incomplete checkpoint: {reason}. Name another one.")
     _check_weights(folder, _ADAPTER_FILES[1:] if adapter else ALLOWED["weights"][:2])
     check_links(folder, "DIR")
     if tokenizer and not any(kind_of(name) == "tokenizer" for name in files_of(folder)):
         raise ValueError(
-            f"DIR {folder} holds no tokenizer: save the one that the model was trained with there "
+            f"DIR {folder} has no tokenizer: save the one that the model was trained with there "
             f"(tokenizer.save_pretrained), or pass --no-tokenizer."
         )
     if adapter:
@@ -123,9 +123,9 @@ def check_source(folder: Path, *, tokenizer: bool = True, base_model: str | None
 
 
 def check_links(folder: Path, argument: str) -> None:
-    """Refuse a model folder in which a link leads to a file elsewhere, whose content would be copied or uploaded.
+    """Refuse a model folder with a link to a file elsewhere, whose content would be copied or uploaded.
 
-    The Hub's own cache is made of links from `snapshots/REVISION` to `blobs`, which are allowed.
+    The Hub's own cache consists of links from `snapshots/REVISION` to `blobs`, which are allowed.
 
     Raises:
         ValueError: if a file that a model is read from is a link out of the folder.
@@ -136,12 +136,12 @@ def check_links(folder: Path, argument: str) -> None:
         if not path.is_symlink() or any(path.resolve().is_relative_to(root) for root in allowed):
             continue
         name = path.relative_to(folder).as_posix()
-        # A linked folder brings its templates along.
+        # A linked folder would bring its templates along.
         read = kind_of(name) or kind_of(f"{name}/a.jinja") or any(fnmatch.fnmatch(name, p) for p in _PICKLES)
         if read or name.endswith(".pt"):
             raise ValueError(
-                f"{argument} {folder}: {name} is a symbolic link to a file outside of the folder. Replace it by a "
-                f"copy if you know what it holds."
+                f"{argument} {folder}: {name} is a symbolic link to a file outside of the folder. Replace it with a "
+                f"copy if you know what it contains."
             )
 
 
@@ -151,10 +151,10 @@ def _check_weights(folder: Path, patterns: Iterable[str]) -> None:
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ValueError(
-            f"DIR {folder} holds only pickled weights ({', '.join(pickles)}), which run code when they are loaded: "
+            f"DIR {folder} has only pickled weights ({', '.join(pickles)}), which run code when they are loaded: "
             f"convert them to safetensors with `bd3lm convert {folder} DST`, and push DST."
         )
-    raise ValueError(f"DIR {folder} holds no weights: none of {', '.join(patterns)} exists.")
+    raise ValueError(f"DIR {folder} has no weights: none of {', '.join(patterns)} exists.")
 
 
 def _check_base(folder: Path, base_model: str | None) -> None:
@@ -163,8 +163,8 @@ def _check_base(folder: Path, base_model: str | None) -> None:
         raise ValueError(f"--base-model {base_model} is a local folder: name the repository that others will load.")
     if base_model is None and is_local(base):
         raise ValueError(
-            f"DIR {folder} is an adapter on {base}, a folder that nobody else has: push that first, and name its "
-            f"repository with --base-model."
+            f"DIR {folder} is an adapter on {base}, a local folder that others cannot load: push that first, and name "
+            f"its repository with --base-model."
         )
 
 
@@ -176,12 +176,12 @@ def read_contents(folder: Path, *, tokenizer: bool = True, weights: str = "auto"
 
     Args:
         tokenizer: whether a tokenizer is required; otherwise it is loaded if there is one.
-        weights: of a checkpoint that holds both, `"ema"` takes the average of the weights, `"raw"` those that training
-            continues from, and `"auto"` the average if there is one, as in the published checkpoints.
+        weights: `"ema"` takes a checkpoint's average of the weights, `"raw"` the weights that training continues from,
+            and `"auto"` the average if there is one, as in the published checkpoints.
 
     Raises:
         ValueError: if weights are missing, unexpected or not finite, the tokenizer cannot be read or does not fit the
-            model, or it holds no average.
+            model, or there is no average to take.
     """
     loaded_tokenizer = None
     if tokenizer or any(kind_of(name) == "tokenizer" for name in files_of(folder)):
@@ -194,7 +194,7 @@ def read_contents(folder: Path, *, tokenizer: bool = True, weights: str = "auto"
         check_finite_weights(model, str(folder))
     average = folder / EMA_NAME
     if weights == "ema" and (base is not None or not average.is_file()):
-        raise ValueError(f"--weights ema: {folder} holds no {EMA_NAME} of a whole model. Leave --weights out.")
+        raise ValueError(f"--weights ema: {folder} has no {EMA_NAME} of a whole model. Leave --weights out.")
     if average.is_file() and (base is not None or weights == "raw"):
         notes.append(f"the raw weights were taken, not the average in {EMA_NAME}")
     elif average.is_file():
@@ -216,7 +216,7 @@ def _load_average(model: Any, path: Path) -> float:
                 average = file.get_tensor(name)
                 if name not in parameters or parameters[name].shape != average.shape:
                     raise ValueError(
-                        f"{path} holds an average of {name} {tuple(average.shape)}, which this model does not have: "
+                        f"{path} has an average of {name} {tuple(average.shape)}, which this model does not have: "
                         f"take the raw weights with --weights raw."
                     )
                 parameters[name].copy_(average)
@@ -273,7 +273,7 @@ def write_manifest(folder: Path) -> dict[str, Any]:
 
 
 def left_out(source: Path, target: Path) -> list[str]:
-    """Return the files and folders of `source` that are not uploaded; a folder is one name that ends in a slash."""
+    """Return the files and folders of `source` that are not uploaded; a folder is listed once, with a slash."""
     kept = files_of(target)
     return sorted(
         f"{path.name}/" if path.is_dir() else path.name
@@ -286,7 +286,7 @@ def left_out(source: Path, target: Path) -> list[str]:
 def new_folder(target: Path, argument: str) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` if the block ends without an error, and is removed otherwise.
 
-    It is made next to the target under a random name, so that nobody can prepare a link there in a shared folder.
+    It is created next to the target under a random name, so nobody can plant a link there in a shared folder.
 
     Raises:
         ValueError: if the target is a file, a symbolic link, or a folder that is not empty.

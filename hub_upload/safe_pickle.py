@@ -2,8 +2,8 @@
 
 A `.ckpt` file is a pickle, and a pickle is a program. This unpickler provides the functions that rebuild tensors and
 the containers of a state dict. Built-in types and classes of the libraries that write such checkpoints become records
-of what was stored; anything else is refused by name. Sizes are bounded by the size of the file: small files that
-unfold to gigabytes are refused before they do.
+of what was stored; anything else is refused by name. Sizes are bounded by the size of the file: small files that would
+expand to gigabytes are refused before they do.
 """
 
 import collections
@@ -59,7 +59,7 @@ class InertObject:
 
 
 def _ordered_dict(*arguments: Any) -> dict[Any, Any]:
-    if arguments:  # a copy for a few bytes of pickle, which torch never writes
+    if arguments:  # would copy data for a few bytes of pickle; torch never writes this
         raise pickle.UnpicklingError("collections.OrderedDict with arguments")
     return collections.OrderedDict()
 
@@ -70,7 +70,7 @@ def _default_dict(factory: Any = None) -> dict[Any, Any]:
 
 def _rebuild_tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: Any) -> Any:
     tensor = torch._utils._rebuild_tensor_v2(storage, offset, size, stride, *rest)
-    # Strides of 0 let four bytes stand for any number of values.
+    # Strides of 0 let four bytes represent any number of values.
     if tensor.numel() * tensor.element_size() > storage._untyped_storage.nbytes():
         raise pickle.UnpicklingError(f"a tensor of shape {tuple(size)}, which is larger than its data")
     return tensor
@@ -102,8 +102,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return the contents of a `.ckpt` or `.bin` file, without running any code in it.
 
     Raises:
-        ValueError: if the file is not an archive as torch writes them since 1.6, is larger inside than outside, is a
-            TorchScript program, or holds an object that is neither a tensor nor known; the message names it.
+        ValueError: if the file is not an archive as written by torch 1.6 or later, expands beyond its size, is a
+            TorchScript program, or contains an object that is neither a tensor nor known; the message names it.
     """
     _check_archive(path)
     reader = types.ModuleType("restricted_pickle")
@@ -122,13 +122,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}") from error
     if not isinstance(contents, dict):
         raise ValueError(
-            f"{path} holds a {type(contents).__name__} instead of a checkpoint: a dict with a state_dict."
+            f"{path} contains a {type(contents).__name__} instead of a checkpoint: a dict with a state_dict."
         )
     return contents
 
 
 def check_pickled_weights(folder: Path) -> None:
-    """Refuse a model folder without safetensors whose pickles hold more than tensors.
+    """Refuse a model folder without safetensors whose pickles contain more than tensors.
 
     Raises:
         ValueError: as by [`read_checkpoint`].
@@ -139,7 +139,7 @@ def check_pickled_weights(folder: Path) -> None:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse what torch.save does not write, from the directory of the archive alone."""
+    """Refuse an archive that torch.save would not write; only its directory is read."""
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not a checkpoint that torch.save wrote (torch 1.6 or later).")
     try:
@@ -150,11 +150,11 @@ def _check_archive(path: Path) -> None:
     names = {entry.filename.rpartition("/")[2] for entry in entries}
     if "constants.pkl" in names:
         raise ValueError(f"{path} is a TorchScript program, which runs when it is read: name a .ckpt file.")
-    # torch does not compress, so that an archive is never larger inside than outside.
+    # torch does not compress, so the contents are never larger than the archive.
     total = sum(entry.file_size for entry in entries)
     if total > path.stat().st_size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise ValueError(
-            f"{path} unfolds to {total:,} bytes from {path.stat().st_size:,}: torch.save never compresses."
+            f"{path} expands to {total:,} bytes from {path.stat().st_size:,}: torch.save never compresses."
         )
     if any(entry.file_size > _MAX_PROGRAM for entry in entries if entry.filename.endswith("data.pkl")):
         raise ValueError(f"{path} has a pickle of more than {_MAX_PROGRAM:,} bytes without its tensors.")
@@ -163,15 +163,15 @@ def _check_archive(path: Path) -> None:
 def plain(value: Any) -> Any:
     """Return a configuration record as dicts, lists and values.
 
-    OmegaConf's containers keep theirs in `_content`, its nodes in `_val`.
+    OmegaConf's containers keep their values in `_content`, its nodes in `_val`.
 
     Raises:
-        ValueError: if the record is cyclic, or unfolds to more values than hyper-parameters have.
+        ValueError: if the record is cyclic, or expands to more values than hyper-parameters have.
     """
     try:
         return _plain(value, iter(range(_MAX_VALUES)))
     except (RecursionError, StopIteration):
-        raise ValueError(f"The hyper-parameters are cyclic, or unfold to more than {_MAX_VALUES:,} values.") from None
+        raise ValueError(f"The hyper-parameters are cyclic, or expand to more than {_MAX_VALUES:,} values.") from None
 
 
 def _plain(value: Any, budget: Any) -> Any:

@@ -1,8 +1,8 @@
 """`bd3lm verify DIR`: hash the files of a folder again, and name those that differ from its manifest.
 
-The manifest lists size and SHA-256 of every file that decides what a model computes, and the version that wrote them.
-It excludes the model card, which people edit. Nothing in it depends on time or place: the same model has the same
-manifest. It finds damage and changes, but does not prove who wrote the files.
+The manifest lists size and SHA-256 of every file that determines what a model computes, and the version that wrote
+them. It excludes the model card, which people edit. Nothing in it depends on time or place: the same model has the
+same manifest. It reveals damage and changes, but does not prove who wrote the files.
 """
 
 import argparse
@@ -29,13 +29,13 @@ class ManifestDifference(NamedTuple):
     missing: list[str]
     changed: list[str]
     extra: list[str]
-    num_files: int  # that the manifest lists
-    version: str  # of the bd3lm_hf that wrote it, as the file says
+    num_files: int  # files in the manifest
+    version: str  # of the bd3lm_hf that wrote it, according to the manifest
     other_code: list[str]  # code files that differ from those of this version
 
     @property
     def intact(self) -> bool:
-        """Whether the folder holds exactly the listed files."""
+        """Whether the folder contains exactly the listed files."""
         return not (self.missing or self.changed or self.extra)
 
 
@@ -43,15 +43,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a folder.
 
     Raises:
-        ValueError: if there is none, or it is damaged.
+        ValueError: if it is missing or damaged.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        raise ValueError(f"DIR {folder} holds no {MANIFEST_NAME}: only folders that `bd3lm push` wrote have one.")
+        raise ValueError(f"DIR {folder} has no {MANIFEST_NAME}: only folders that `bd3lm push` wrote have one.")
     try:
         content = read_json(path)
         for name, entry in content["files"].items():
-            # A manifest of a stranger must not name files elsewhere, in the spelling of any system.
+            # An untrusted manifest must not name files elsewhere, in the path syntax of any system.
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
                 raise ValueError(f"it lists {name!r}, which is outside of the folder")
             if not isinstance(entry["size"], int) or not isinstance(entry["sha256"], str):
@@ -72,7 +72,7 @@ def compare_with_manifest(folder: Path) -> ManifestDifference:
     content = read_manifest(folder)
     present = {name: path for name, path in files_of(folder).items() if name.split("/")[0] not in _CLIENT_FOLDERS}
     listed = content["files"]
-    # The size is compared first: it costs no reading.
+    # Sizes are compared first, which needs no reading.
     changed = [
         name
         for name, entry in listed.items()
@@ -111,7 +111,7 @@ def model_folder(name: str, revision: str | None = None) -> Path:
 
 
 def report(difference: ManifestDifference) -> str:
-    """Format a difference, a line for every file; names from the folder are printed escaped."""
+    """Format a difference, one line per file; names from the folder are escaped."""
     lines = [f"{kind}: {name}" for kind in ("missing", "changed", "extra") for name in getattr(difference, kind)]
     state = "intact" if difference.intact else "NOT INTACT"
     lines.append(f"{state}: {difference.num_files} files, written by bd3lm_hf {difference.version}")
