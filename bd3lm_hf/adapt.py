@@ -265,7 +265,7 @@ def _stock_config(model_or_name: Any, loading: dict[str, Any], argument: str) ->
         if config is None or not hasattr(model_or_name, "get_input_embeddings"):
             raise ValueError(f"{argument}: give a transformers decoder, its folder or its hub name.")
         return config
-    return read_config(model_or_name, argument=argument, trust_remote_code=loading.get("trust_remote_code", False))
+    return read_config(model_or_name, argument=argument, **loading)
 
 
 def _tokenizer_of(name: str, loading: dict[str, Any]) -> PreTrainedTokenizerBase | None:

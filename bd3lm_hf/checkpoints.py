@@ -129,7 +129,11 @@ logger = logging.get_logger("bd3lm_hf.checkpoints")
 _OPTIONAL_BUFFERS = {"sampling_eps_min", "sampling_eps_max"}
 
 
-def read_config(name: str, *, argument: str = "--model", trust_remote_code: bool = False) -> Any:
+# Options that choose the files of a folder or hub name.
+_FILE_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+
+
+def read_config(name: str, *, argument: str = "--model", trust_remote_code: bool = False, **options: Any) -> Any:
     """Return the configuration of a folder or hub name; arguments and errors as in [`load_model`]."""
     if looks_like_path(name) and not exists(name):
         raise ValueError(f"{argument} {name}: there is no such folder; name a checkpoint folder or a hub model.")
@@ -138,10 +142,11 @@ def read_config(name: str, *, argument: str = "--model", trust_remote_code: bool
     base = adapter_base(name)
     if base is not None:
         return read_config(base, argument=f"{argument} {name} on", trust_remote_code=trust_remote_code)
+    files = {key: options[key] for key in _FILE_OPTIONS if key in options}
     with _reading(name, argument):
         # Published decoders of other projects first: Stable-DiffCoder looks like a Llama to AutoConfig.
-        contract_config = read_contract_config(name, allow_unknown=trust_remote_code)
-        return contract_config or AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        contract_config = read_contract_config(name, allow_unknown=trust_remote_code, files=files)
+        return contract_config or AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **files)
 
 
 def load_model(
@@ -165,13 +170,13 @@ def load_model(
     Raises:
         ValueError: if the checkpoint cannot be read, weights are missing or unexpected, or any is not finite.
     """
-    config = config or read_config(name, argument=argument, trust_remote_code=trust_remote_code)
+    config = config or read_config(name, argument=argument, trust_remote_code=trust_remote_code, **options)
     base = adapter_base(name)
     if base is not None:
         options |= {"trust_remote_code": trust_remote_code, "config": config}
         return merge_adapter(load_model(base, argument=f"{argument} {name} on", **options), name)
     auto_class = _auto_class_of(config)
-    for index in Path(name).glob("*.index.json"):
+    for index in Path(name, options.get("subfolder") or "").glob("*.index.json"):
         read_shard_index(index)
     # Weights of the wrong shape are reported below, by name.
     options |= {"trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True, "output_loading_info": True}

@@ -140,8 +140,14 @@ def read_contract(name: str) -> Contract | None:
     return find_contract(_read_config_dict(name), name)
 
 
-def read_contract_config(name: str, *, allow_unknown: bool = False, **changes: Any) -> Any:
+def read_contract_config(
+    name: str, *, allow_unknown: bool = False, files: dict[str, Any] | None = None, **changes: Any
+) -> Any:
     """Return our configuration of a folder or Hub name; None if it is not a published block-diffusion decoder.
+
+    Args:
+        files: options that choose the files of `name`, such as `revision`.
+        changes: as in [`contract_config`].
 
     Raises:
         ValueError: as in [`contract_config`]; unless `allow_unknown`, if the model type is unknown, with the nearest
@@ -149,7 +155,7 @@ def read_contract_config(name: str, *, allow_unknown: bool = False, **changes: A
     """
     from transformers import CONFIG_MAPPING
 
-    config = _read_config_dict(name)
+    config = _read_config_dict(name, **files or {})
     found = contract_config(config, name, **changes)
     kind = config.get("model_type")
     if found is None and isinstance(kind, str) and kind not in CONFIG_MAPPING and not allow_unknown:
@@ -159,11 +165,11 @@ def read_contract_config(name: str, *, allow_unknown: bool = False, **changes: A
     return found
 
 
-def _read_config_dict(name: str) -> dict[str, Any]:
+def _read_config_dict(name: str, **files: Any) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
     try:
-        config = PreTrainedConfig.get_config_dict(name)[0]
+        config = PreTrainedConfig.get_config_dict(name, **files)[0]
     except OSError:  # a missing file is reported by the caller's own loading
         return {}
     except RecursionError as error:

@@ -84,6 +84,13 @@ def test_a_name_keeps_dtype_rope_and_generation_config(tmp_path, tokenizer):
     assert model.generation_config.temperature == 0.7
 
 
+def test_the_configuration_is_read_from_the_subfolder_of_the_weights(tmp_path, tokenizer):
+    decoder = stock(tokenizer, 3)
+    decoder.save_pretrained(tmp_path / "part")
+    model = adapt_decoder(tmp_path, subfolder="part", tokenizer=tokenizer)
+    assert torch.equal(model.get_output_embeddings().weight[:60], decoder.get_output_embeddings().weight[:60])
+
+
 def test_default_tokens_outside_a_small_vocabulary_are_dropped():
     model = adapt_decoder(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)))
     assert (model.config.eos_token_id, model.config.bos_token_id, model.config.vocab_size) == (None, None, 65)
