@@ -358,6 +358,8 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_refused()
+        batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        check_minimum(self, 1, *batches)
         if self.block_size_schedule is not None:
             BlockSizeSchedule.parse(self.block_size_schedule)
         self._check_installed()

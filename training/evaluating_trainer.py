@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 import torch
 from accelerate.utils import gather_object
-from transformers.trainer_utils import EvalPrediction, PredictionOutput
+from transformers.trainer_utils import EvalPrediction, IntervalStrategy, PredictionOutput
 
 from bd3lm_hf.evaluation.perplexity import (
     HeldOutLoss,
@@ -144,7 +144,7 @@ class EvaluatingTrainer(AveragingTrainer):
             scores = self._shared(sequence_losses, sequences, indices=indices)
         return self._summarize([SequenceScore(*score) for score in scores], SpeedMeter.now() - started)
 
-    def check_estimator(self, name: str) -> None:
+    def check_estimator(self, name: str) -> Perplexity | HeldOutLoss:
         """Score one held-out sequence per process, so that an estimator that does not fit fails before training.
 
         Args:
@@ -154,12 +154,28 @@ class EvaluatingTrainer(AveragingTrainer):
             ValueError: the model's own reason, after the flag.
         """
         dataset, estimator = self._first_eval_dataset(), getattr(self.args, name)
-        if dataset is None or not self.model.has_likelihood:
-            return
         try:
-            self.score(dataset, estimator=estimator, indices=range(min(self.args.world_size, len(dataset))))
+            return self.score(dataset, estimator=estimator, indices=range(min(self.args.world_size, len(dataset))))
         except ValueError as error:
+            if not self.model.has_likelihood:
+                raise
             raise ValueError(f"--{name} {estimator} does not fit: {error}") from error
+
+    def check_evaluation(self) -> None:
+        """Check the estimator and `metric_for_best_model` before training; both are first used after many steps.
+
+        Raises:
+            ValueError: if the estimator does not fit the model, or evaluation has no such metric.
+        """
+        args = self.args
+        if args.eval_strategy == IntervalStrategy.NO or self.eval_dataset is None:
+            return
+        metrics = list(_metrics(self.check_estimator("eval_estimator")))
+        if isinstance(self.eval_dataset, dict):
+            metrics = [f"{part}_{name}" for part in self.eval_dataset for name in metrics]
+        chosen = args.metric_for_best_model
+        if chosen and self.compute_metrics is None and chosen.removeprefix("eval_") not in metrics:
+            raise ValueError(f"--metric_for_best_model {chosen}: choose one of {', '.join(metrics)}.")
 
     def _shared(self, measure: Any, sequences: Any, *, indices: Any = None, **options: Any) -> list[Any]:
         """Measure some sequences (by default all) on all processes together; every process gets all scores."""

@@ -52,6 +52,7 @@ from bd3lm_hf.run_folder import (
     lock_output_dir,
     recover_output_dir,
 )
+from bd3lm_hf.tokenization import encode_prompt
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments, DataArguments
 from bd3lm_hf.training.callbacks import SampleCallback, TrainingStopped, num_parameters, sample_options, sample_text
 from bd3lm_hf.training.command_line import RunArguments, parse_arguments, write_recipe
@@ -123,6 +124,7 @@ def _run(arguments: RunArguments) -> TrainResult:
 
     # 3. Model, which needs the tokenizer's special tokens, and sequences of its length
     model = make_model(arguments.model, tokenizer)
+    check_sample_prompt(training, model, tokenizer)
     if arguments.lora.lora_r is not None:
         check_lora(model, arguments.lora, arguments.model.init_from)
     sequences = make_sequences(arguments, documents, tokenizer, model.config)
@@ -235,6 +237,16 @@ def make_trainer(
     if training.sample_tokens:
         trainer.add_callback(SampleCallback(tokenizer))
     return trainer
+
+
+def check_sample_prompt(training: BD3LMTrainingArguments, model: Any, tokenizer: Any) -> None:
+    """Refuse a `--sample_prompt` that `generate` would refuse at the first evaluation."""
+    if not training.sample_prompt or not training.sample_tokens:
+        return
+    ids = encode_prompt(training.sample_prompt, tokenizer)
+    if not ids or (getattr(model, "masks_text", False) and model.config.mask_token_id in ids):
+        problem = "has the mask token, which only `bd3lm infill` fills" if ids else "has no tokens"
+        raise ValueError(f"--sample_prompt {training.sample_prompt!r} {problem}: choose another text.")
 
 
 def requested_checkpoint(training: BD3LMTrainingArguments) -> str | None:

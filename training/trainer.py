@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import IntervalStrategy, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, seed_worker
@@ -264,7 +264,7 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
 
         Raises:
             ValueError: if no checkpoint is complete, it belongs to another run (with the differences in the message),
-                or `args.eval_estimator` does not fit the model.
+                or `args.eval_estimator` or `args.metric_for_best_model` does not fit.
             TrainingStopped: if SIGINT or SIGTERM stopped the run (`args.save_on_signal`); a checkpoint is saved.
         """
         self.losses = RunningLoss(self.args.device, self.accelerator.gather)
@@ -282,8 +282,7 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
             self.args.ignore_data_skip = True  # a stream continues at the position in the checkpoint
         if self.args.save_strategy != SaveStrategy.NO and self.args.should_save:
             warn_if_disk_is_full(self.args.output_dir, needed=self._checkpoint_bytes)
-        if self.args.eval_strategy != IntervalStrategy.NO:
-            self.check_estimator("eval_estimator")
+        self.check_evaluation()
         try:
             output = super().train(checkpoint, *arguments, **keywords)
         finally:

@@ -296,6 +296,13 @@ def test_adapters_need_a_model_to_adapt_that_is_no_adapter_itself(recipe, traine
             "--eval_estimator exact does not fit: estimator='exact' at block_size=16",
         ),
         (["--time_conditioning", "true", "--final_estimator", "exact"], "--final_estimator exact"),
+        (
+            ["--metric_for_best_model", "f1", "--eval_strategy", "epoch"],
+            "--metric_for_best_model f1: choose one of loss",
+        ),
+        (["--sample_prompt", "a <|mask|>"], "--sample_prompt 'a <|mask|>'"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0"),
+        (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size 0"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(recipe, tmp_path, capsys, words, message):
