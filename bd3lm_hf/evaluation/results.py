@@ -367,8 +367,7 @@ def _append_csv(path: Path, rows: Sequence[Mapping[str, Any]], suite: str | None
     if not path.exists() or not path.stat().st_size:
         writer.writeheader()
     writer.writerows({name: _finite(row.get(name)) for name in FIELDS} for row in rows)
-    with path.open("a", encoding="utf-8", newline="") as file:
-        file.write(text.getvalue())
+    _append_lines(path, text.getvalue())
 
 
 def _append_markdown(path: Path, rows: Sequence[Mapping[str, Any]], suite: str | None) -> None:
@@ -380,8 +379,14 @@ def _append_markdown(path: Path, rows: Sequence[Mapping[str, Any]], suite: str |
         added = added[len(head) :]
     elif lines:
         added = ["", *added]
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n".join(added) + "\n")
+    _append_lines(path, "\n".join(added) + "\n")
+
+
+def _append_lines(path: Path, text: str) -> None:
+    # An edited file may lack the newline at its end.
+    is_complete = not path.exists() or not path.stat().st_size or path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8", newline="") as file:
+        file.write(text if is_complete else f"\n{text}")
 
 
 _WRITERS = {".json": _write_json, ".csv": _append_csv, ".md": _append_markdown}

@@ -57,6 +57,19 @@ def test_csv_grows_by_a_row_below_one_header(tmp_path):
     check_outputs([path])
 
 
+@pytest.mark.parametrize("name", ["results.csv", "results.md"])
+def test_a_row_is_not_appended_to_an_unfinished_line(tmp_path, name):
+    path = tmp_path / name
+    for _ in range(2):
+        write_results(path, [RESULT])
+    expected = path.read_text()
+    path.unlink()
+    write_results(path, [RESULT])
+    path.write_text(path.read_text().rstrip("\n"))  # as an editor may save it
+    write_results(path, [RESULT])
+    assert path.read_text() == expected
+
+
 def test_markdown_rows_are_appended_to_the_table_at_the_end_of_the_file(tmp_path):
     path = tmp_path / "results.md"
     write_results(path, [RESULT])
