@@ -6,6 +6,7 @@
 4. Print the table and write it next to the runs.
 """
 
+import functools
 import json
 import statistics
 import sys
@@ -22,10 +23,11 @@ from transformers.utils import logging
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.evaluation.generative import mean_entropy
 from bd3lm_hf.evaluation.perplexity import summarize
-from bd3lm_hf.evaluation.reference_model import ReferenceModel, reference_model_of
+from bd3lm_hf.evaluation.reference_model import load_reference_model
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
 from bd3lm_hf.run_folder import RESULTS_NAME, is_run_folder
 from bd3lm_hf.seeds import derived_seed
+from bd3lm_hf.tokenization import load_tokenizer
 from bd3lm_hf.training.arguments import ModelArguments
 from bd3lm_hf.training.command_help import COMPARISONS
 from bd3lm_hf.training.command_line import field_names, find_recipe, parse_arguments
@@ -153,6 +155,8 @@ def compare_models(plan: Plan) -> list[ComparedModel]:
     """Train the models that have no complete run, generate samples with all models, and score them."""
     _check_files(plan)
     _check_runs(plan)
+    if plan.judge not in plan.models:
+        load_judge(plan.judge, load_tokenizer(plan.judge))  # an error now, not after the training
     results: dict[tuple[str, int], dict[str, Any]] = {}
     started, runs = time.monotonic(), len(plan.seeds) * len(plan.models)
     for seed in plan.seeds:
@@ -163,8 +167,10 @@ def compare_models(plan: Plan) -> list[ComparedModel]:
             logger.warning("run %d of %d is complete; about %.0f min left to train", len(results), runs, left / 60)
     rows: list[ComparedModel] = []
     for (name, seed), result in results.items():
-        judge = _judge(plan, seed)
-        model = load_model(str(_folder(plan, name, seed))).eval()
+        folder = str(_folder(plan, name, seed))
+        judge = str(_folder(plan, plan.judge, seed)) if plan.judge in plan.models else plan.judge
+        reference = load_judge(judge, load_tokenizer(folder))
+        model = load_model(folder).eval()
         samples = generate_samples(model, plan.num_texts, plan.text_length, seed=seed)
         texts = samples.ids.tolist()
         tokens = _steps(plan, results, name, seed) * result["global_batch_size"] * model.config.model_length
@@ -176,7 +182,7 @@ def compare_models(plan: Plan) -> list[ComparedModel]:
                 exact=model.exact_likelihood,
                 training_tokens=tokens,
                 training_tokens_per_second=_speed(result),
-                generative_perplexity=summarize(judge.score([GeneratedText(ids, 1) for ids in texts])).perplexity,
+                generative_perplexity=summarize(reference.score([GeneratedText(ids, 1) for ids in texts])).perplexity,
                 entropy=mean_entropy(texts),
                 forwards_per_token=samples.forwards_per_token,
                 batch_forwards_per_token=samples.batch_forwards_per_token,
@@ -262,16 +268,13 @@ def _steps(plan: Plan, results: Mapping[tuple[str, int], Mapping[str, Any]], nam
     return before + int(results[name, seed]["steps"])
 
 
-def _judge(plan: Plan, seed: int) -> ReferenceModel:
-    name = str(_folder(plan, plan.judge, seed)) if plan.judge in plan.models else plan.judge
-    model = load_model(name, argument="--judge").eval()
-    _check_judge(plan.judge, model)
-    return reference_model_of(model)
+# A judge with another vocabulary reads the texts with its own tokenizer.
+load_judge = functools.partial(load_reference_model, as_text=False, score_end=True)
 
 
-def _check_judge(name: str, model: Any) -> None:
-    """Refuse a judge (a model, or its class) without a likelihood."""
-    if not model.has_likelihood:
+def _check_judge(name: str, model_type: Any) -> None:
+    """Refuse a model of the comparison as a judge if it will have no likelihood."""
+    if not model_type.has_likelihood:
         raise ValueError(f"--judge {name} has no likelihood to score texts by: name another model of the comparison.")
 
 

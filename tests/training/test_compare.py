@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from bd3lm_hf.cli import main as bd3lm
 from bd3lm_hf.training.compare import ComparedModel, comparison_table, generate_samples, read_plan
@@ -65,6 +66,22 @@ def test_a_run_too_short_to_log_its_speed_is_compared_without_it(recipe, tmp_pat
     assert bd3lm(words) == 0
     assert json.loads((tmp_path / "comparison.json").read_text())[0]["training_tokens_per_second"] is None
     assert "| unknown |" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_vocabulary_judges_and_a_missing_one_is_refused_before_training(
+    recipe, tmp_path, capsys, tiny_tokenizer
+):
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "judge")
+    tiny_tokenizer.save_pretrained(tmp_path / "judge")
+    words = ["compare", str(recipe), "--models", "ar", "--output_dir", str(tmp_path / "runs"), "--judge"]
+    assert bd3lm([*words, str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    assert bd3lm([*words, str(tmp_path / "judge")]) == 0
+    (row,) = json.loads((tmp_path / "runs" / "comparison.json").read_text())
+    assert 100 < row["generative_perplexity"] < 1000
 
 
 def test_a_model_starts_from_the_weights_of_another_one(recipe, tmp_path, capsys):
