@@ -208,7 +208,7 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
     path = find_recipe(name_or_path, RECIPES)
     recipe = read_yaml(path) or {}
     if not isinstance(recipe, dict):
-        raise ValueError(f"the recipe {path} holds a {type(recipe).__name__}: write one `field: value` per line.")
+        raise ValueError(f"the recipe {path} is a {type(recipe).__name__}: write one `field: value` per line.")
     kinds = {name: kind for group in _GROUPS.values() for name, kind in get_type_hints(group).items()}
     known = field_names()
     for name, value in recipe.items():

@@ -148,10 +148,10 @@ class EvaluatingTrainer(AveragingTrainer):
         """Score one held-out sequence per process, so that an estimator that does not fit fails before training.
 
         Args:
-            name: of the argument that holds the estimator.
+            name: the training argument that names the estimator.
 
         Raises:
-            ValueError: the model's own reason, after the flag.
+            ValueError: if the estimator does not fit the model.
         """
         dataset, estimator = self._first_eval_dataset(), getattr(self.args, name)
         try:

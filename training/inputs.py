@@ -57,7 +57,7 @@ def load_documents(data: DataArguments) -> Documents:
     schema = _schema(data)
     if data.streaming and not isinstance(schema, TextRow):
         raise ValueError(
-            f"--dataset {data.dataset} holds {' and '.join(schema.names)}, which are read all at once: leave out "
+            f"--dataset {data.dataset} has {' and '.join(schema.names)}, which are read all at once: leave out "
             "--streaming."
         )
     # With separate held-out text, a file is used as a whole.

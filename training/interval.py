@@ -72,7 +72,7 @@ def candidate_intervals(
     Args:
         widths: widths to search; by default the published ones, unless `own` intervals are given.
         step: distance between lower ends.
-        own: further intervals; end points are rounded to float32, as the model holds them, and raised to 1e-3.
+        own: further intervals; end points are rounded to float32, as the model stores them, and raised to 1e-3.
 
     Raises:
         ValueError: if a width is outside (0, 1], the step not above 0, or an interval reversed or not inside [0, 1].

@@ -112,7 +112,7 @@ def _run(arguments: RunArguments) -> TrainResult:
     with training.main_process_first(desc="looking for a checkpoint"):
         resume = requested_checkpoint(training)
     check_start(arguments.model)
-    # A checkpoint from another folder does not make this folder one that is being continued.
+    # With a checkpoint from another folder, this folder is that of a new run.
     continues = resume is not None and Path(resume).resolve().parent == Path(training.output_dir).resolve()
     check_output_dir(training.output_dir, overwrite=training.overwrite_output_dir, resume=continues)
     set_seed(training.seed)
