@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from bd3lm_hf.data.streaming import PackedStream
+from bd3lm_hf.modeling.configuration_bd3lm import SAMPLING_EPS
 from bd3lm_hf.modeling.inputs_bd3lm import check_text
 from bd3lm_hf.modeling.noise_bd3lm import Noise, stack_noise
 from bd3lm_hf.seeds import derived_seed
@@ -236,13 +237,21 @@ class BlockSizeSchedule(NamedTuple):
 
 
 class BlockSizeCallback(TrainerCallback):
-    """Set the block size of the model before each step, and at the end the last size, which is saved."""
+    """Set the block size of the model before each step, and at the end the last size, which is saved.
+
+    An interval of noise levels that was searched at one size is dropped with it: the whole one is used until the next
+    search.
+    """
 
     def __init__(self, schedule: BlockSizeSchedule) -> None:
         self.schedule = schedule
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        kwargs["model"].config.block_size = self.schedule.size_at(state.global_step)
+        model, step = kwargs["model"], state.global_step
+        model.config.block_size = self.schedule.size_at(step)
+        searches = args.interval_search and not args.interval_search_fixed
+        if searches and step and self.schedule.size_at(step - 1) != model.config.block_size:
+            model.set_interval(SAMPLING_EPS, 1.0)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         kwargs["model"].config.block_size = self.schedule.sizes[-1]

@@ -267,6 +267,21 @@ def test_training_takes_each_size_and_saves_the_last(tiny_model, make_trainer, t
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["block_size"] == 8
 
 
+def test_a_searched_interval_is_dropped_with_its_block_size(tiny_model, make_trainer):
+    seen = []
+    objective = tiny_model.objective
+
+    def record(*batch, **layout):
+        seen.append((tiny_model.config.block_size, *tiny_model.interval()))
+        return objective(*batch, **layout)
+
+    tiny_model.objective = record
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "interval_search": True}
+    make_trainer(tiny_model, block_size_schedule="1:2,4:0", max_steps=3, **evaluated).train()
+    # Block size 1 compares the whole interval with the full mask, whose losses vary less.
+    assert seen == [pytest.approx(step) for step in ((1, 1e-3, 1), (1, 1, 1), (4, 1e-3, 1))]
+
+
 @pytest.mark.parametrize(
     ("changes", "size", "message"),
     [
