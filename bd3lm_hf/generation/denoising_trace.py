@@ -125,9 +125,40 @@ def traced_sample(
         ValueError: if the steps do not result in `new_ids`.
     """
     ids = [*prompt_ids, *new_ids]
-    # The token at each new position, as the steps are replayed.
+    # The token at each new position.
     state = dict.fromkeys(range(len(prompt_ids), len(ids)), mask_token_id)
-    blocks: dict[int, list[int]] = {}  # new positions of each block
+    recorded, blocks = _replay(steps, state, mask_token_id)
+    if list(state.values()) != list(new_ids):
+        wrong = next(position for position, token in state.items() if token != ids[position])
+        raise ValueError(
+            f"the trace of sample {index} has token {state[wrong]} at position {wrong}, but the text has "
+            f"{ids[wrong]}: pass the steps and the text of the same call."
+        )
+    forwards = sum(step["forward"] for step in recorded)
+    split = pieces(tokenizer, ids)
+    special = set(tokenizer.all_special_ids)
+    return {
+        "index": index,
+        "prompt": prompt,
+        "num_prompt_tokens": len(prompt_ids),
+        "num_tokens": len(new_ids),
+        "forwards": forwards,
+        "tokens_per_forward": len(new_ids) / max(1, forwards),
+        "ids": ids,
+        "texts": split.texts,
+        "characters": [list(character) for character in split.characters],
+        "special": [position for position, token in enumerate(ids) if token in special],
+        "blocks": [[positions[0], positions[-1] + 1] for positions in blocks],
+        "opening": opening_step([step["block"] for step in recorded]),
+        "steps": recorded,
+    }
+
+
+def _replay(
+    steps: Iterable[RowStep], state: dict[int, int], mask_token_id: int
+) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """Apply all steps to `state`, and return them as `samples` has them, and the new positions of each block."""
+    blocks: dict[int, list[int]] = {}
     owner: dict[int, int] = {}  # the block that wrote each position
     recorded: list[dict[str, Any]] = []
     for step in steps:
@@ -149,30 +180,7 @@ def traced_sample(
         for changes, forward in ((masked, False), (shown, True)):
             if changes:
                 recorded.append({"block": len(blocks) - 1, "forward": forward, "changes": changes})
-    if list(state.values()) != list(new_ids):
-        wrong = next(position for position, token in state.items() if token != ids[position])
-        raise ValueError(
-            f"the trace of sample {index} has token {state[wrong]} at position {wrong}, but the text has "
-            f"{ids[wrong]}: pass the steps and the text of the same call."
-        )
-    forwards = sum(step["forward"] for step in recorded)
-    split = pieces(tokenizer, ids)
-    special = set(tokenizer.all_special_ids)
-    return {
-        "index": index,
-        "prompt": prompt,
-        "num_prompt_tokens": len(prompt_ids),
-        "num_tokens": len(new_ids),
-        "forwards": forwards,
-        "tokens_per_forward": len(new_ids) / max(1, forwards),
-        "ids": ids,
-        "texts": split.texts,
-        "characters": [list(character) for character in split.characters],
-        "special": [position for position, token in enumerate(ids) if token in special],
-        "blocks": [[positions[0], positions[-1] + 1] for positions in blocks.values()],
-        "opening": opening_step([step["block"] for step in recorded]),
-        "steps": recorded,
-    }
+    return recorded, list(blocks.values())
 
 
 def opening_step(blocks: Sequence[int]) -> int:

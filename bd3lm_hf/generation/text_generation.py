@@ -63,18 +63,9 @@ def generate_batch(
     """
     has_row_generators = getattr(model, "generator_per_row", False)  # plain decoders do not have this attribute
     if one_by_one and len(prompts) > 1 and not has_row_generators and generation.get("do_sample"):
-        return [
-            generate_batch(
-                model,
-                [prompt],
-                max_new_tokens,
-                seeds=[seed],
-                stop_at_eos=stop_at_eos,
-                keep_steps=keep_steps,
-                **generation,
-            )[0]
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
+        options = {"stop_at_eos": stop_at_eos, "keep_steps": keep_steps, **generation}
+        rows = zip(prompts, seeds, strict=True)
+        return [generate_batch(model, [ids], max_new_tokens, seeds=[seed], **options)[0] for ids, seed in rows]
     inputs = pad_left(prompts, model.device, model.generation_config.pad_token_id or 0)
     if has_row_generators:
         generation["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -82,12 +73,7 @@ def generate_batch(
         generation["output_trace"] = True
     started = time.perf_counter()
     with _eos_disabled(model.generation_config, not stop_at_eos), _seeded(model.device, seeds[0]):
-        output = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            return_dict_in_generate=True,
-            **generation,
-        )
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **generation)
     seconds = (time.perf_counter() - started) / len(prompts)
     width = inputs["input_ids"].shape[1]
     block_size = getattr(model.config, "block_size", 1)  # plain decoders do not have it
