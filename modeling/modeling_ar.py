@@ -167,6 +167,11 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
                 )
         super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
+    @property
+    def infill(self) -> Any:
+        # The state at a mask token predicts the token after it: infilling as block diffusion does would be wrong.
+        raise AttributeError(f"{type(self).__name__} has no infill: it generates from left to right only.")
+
     def _check_cache(self, cache: Cache | None, prompt: torch.Tensor) -> None:
         """Refuse a cache that this prompt `(batch, length)` cannot continue."""
         held = 0 if cache is None else int(cache.get_seq_length())

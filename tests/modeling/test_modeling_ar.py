@@ -145,6 +145,12 @@ def test_unsupported_options_are_refused(model, fields, message):
         model.generate(PROMPTS, max_new_tokens=2, **fields)
 
 
+def test_infilling_is_not_offered(model):
+    assert not hasattr(model, "infill")
+    with pytest.raises(ValueError, match=r"mask_token_id=47.*blanks in it\. If"):
+        model.generate(PROMPTS.index_fill(1, torch.tensor([2]), 47), max_new_tokens=2)
+
+
 def test_stop_strings_end_a_text(tiny_tokenizer):
     model = make_family("ar", vocab_size=len(tiny_tokenizer), mask_token_id=tiny_tokenizer.mask_token_id)
     ids = torch.tensor([[5, 6, 7]])
