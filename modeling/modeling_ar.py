@@ -352,7 +352,8 @@ class _CountingCriteria(StoppingCriteriaList):
 def _refuse_denoising(generation_config: Any) -> None:
     """Refuse generation fields that only apply to denoising models."""
     given, plain = vars(generation_config), vars(BD3LMGenerationConfig())
-    for name in ("sampler", "num_denoising_steps", "remask_fraction", "window_stride", "output_trace"):
+    fields = ("sampler", "num_denoising_steps", "remask_fraction", "sampling_dtype", "window_stride", "output_trace")
+    for name in fields:
         value = given[name]
         if value != plain[name]:
             raise ValueError(

@@ -135,6 +135,7 @@ def test_a_cached_window_of_one_layer_equals_recomputation():
         ({"sampler": "confidence"}, "sampler='confidence' is for denoising models"),
         ({"num_denoising_steps": 2}, "num_denoising_steps=2 is for denoising models"),
         ({"window_stride": 2}, "window_stride=2 is for denoising models"),
+        ({"sampling_dtype": "float64"}, "sampling_dtype='float64' is for denoising models"),
         ({"do_sample": True, "generator": [torch.Generator()] * 2}, "cannot use a generator per row"),
         ({"cache_implementation": "static"}, "cache_implementation='static' is not supported by the autoregressive"),
         ({"compile_config": CompileConfig()}, "compile_config=.* is not supported by the autoregressive"),
