@@ -406,7 +406,7 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         generation_config: GenerationConfig | None = None,
         *,
         logits_processor: LogitsProcessorList | list[Any] | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         **kwargs: Any,
     ) -> BD3LMGenerateOutput | torch.Tensor:
         """Replace every mask token of a text, at any position.
@@ -425,6 +425,7 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
             attention_mask: `(batch, length)`, zeros for padding. Without it `pad_token_id` marks padding, unless that
                 is also the mask token: a mask token is then always a blank.
             generation_config: as for `generate`; its fields about lengths and stopping have no effect.
+            generator: a `torch.Generator`, or one per row, to make rows independent.
             kwargs: fields of the generation config: `do_sample`, `sampler`, `temperature`, `nucleus_p`, ...
 
         Returns:
