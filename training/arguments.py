@@ -396,6 +396,8 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
     def _check_values(self) -> None:
         check_minimum(self, 1, "eval_num_samples")
         check_minimum(self, 0, "sample_tokens")
+        if self.max_steps < 1 and not self.num_train_epochs > 0:
+            raise ValueError(f"--num_train_epochs {self.num_train_epochs}: give a number above 0, or set --max_steps.")
         if not 0 < self.sample_nucleus_p <= 1:
             raise ValueError(f"--sample_nucleus_p {self.sample_nucleus_p}: expected a probability above 0, up to 1.")
         self._check_hub()

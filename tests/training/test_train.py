@@ -301,6 +301,7 @@ def test_adapters_need_a_model_to_adapt_that_is_no_adapter_itself(recipe, traine
             "--metric_for_best_model f1: choose one of loss",
         ),
         (["--sample_prompt", "a <|mask|>"], "--sample_prompt 'a <|mask|>'"),
+        (["--num_train_epochs", "nan", "--max_steps", "-1"], "--num_train_epochs nan"),
         (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0"),
         (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size 0"),
     ],
