@@ -97,7 +97,8 @@ class BD3LMConfig(PreTrainedConfig):
         attn_backend (`str`, *optional*): attention kernel named in published checkpoints; ignored. transformers'
             `attn_implementation` chooses the kernel.
         bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): special tokens.
-        use_cache (`bool`, defaults to `True`): whether `generate` caches keys and values of finished blocks.
+        use_cache (`bool`, defaults to `True`): not read, since a Trainer sets it to `False`. `generate` has its own
+            argument `use_cache`.
 
     Raises:
         ValueError: if a value, or a combination of values, is impossible. The message names the value and the remedy.
