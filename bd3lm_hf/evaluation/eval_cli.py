@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bd3lm_hf.argument_parser import add_model_arguments, integer, number, with_underscores
 from bd3lm_hf.generation.generate_cli import FIELDS, add_sampling
@@ -63,18 +64,9 @@ def _add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--sets", nargs="+", metavar="NAME", help="score only these datasets of the suite")
     what.add_argument("--suite-source", type=Path, help="folder of local copies: one folder or file per dataset")
     what.add_argument("--packing", choices=PACKING_NAMES, help="how to cut sequences (contiguous, unless published)")
-    what.add_argument(
-        "--insert-eos",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="put EOS after each document (yes, except in a suite)",
-    )
-    what.add_argument(
-        "--insert-special",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="put BOS and EOS around each sequence (no, unless published)",
-    )
+    switch: Any = {"action": argparse.BooleanOptionalAction, "default": None}
+    what.add_argument("--insert-eos", **switch, help="put EOS after each document (yes, except in a suite)")
+    what.add_argument("--insert-special", **switch, help="put BOS and EOS around sequences (no, unless published)")
     what.add_argument("--length", type=integer(1), help="tokens per sequence; by default the model's window")
     what.add_argument(
         "--window",
