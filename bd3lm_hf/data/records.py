@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import lzma
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -198,8 +197,8 @@ def _object(position: str, value: Any) -> Record:
 
 def _csv(file: BinaryIO, ending: str) -> Iterator[Record]:
     """Yield the rows below the header; the delimiter is the one that gives the header most columns."""
-    # Many documents are longer than the default limit of 128 kB.
-    csv.field_size_limit(sys.maxsize)
+    # Many documents are longer than the default limit of 128 kB. This is the largest limit on Windows.
+    csv.field_size_limit(2**31 - 1)
     marks = "\t,;|" if ending == ".tsv" else ",;\t|"
     # A byte that is not UTF-8 becomes a lone surrogate, so only its own row is faulty.
     with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
