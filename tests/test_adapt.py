@@ -91,6 +91,19 @@ def test_the_configuration_is_read_from_the_subfolder_of_the_weights(tmp_path, t
     assert torch.equal(model.get_output_embeddings().weight[:60], decoder.get_output_embeddings().weight[:60])
 
 
+def test_a_decoder_can_be_offloaded_to_the_disk(tmp_path, tokenizer):
+    stock(tokenizer, 3).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    parts = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    device_map = {**dict.fromkeys(parts, "cpu"), "model.layers": "disk"}
+    options = {"device_map": device_map, "offload_folder": tmp_path / "offloaded"}
+    offloaded = adapt_decoder(tmp_path, **options)
+    assert any(weight.is_meta for weight in offloaded.parameters())
+    whole = adapt_decoder(tmp_path)
+    ids = random_ids()
+    assert torch.equal(offloaded.token_nll(ids, estimator="exact").nll, whole.token_nll(ids, estimator="exact").nll)
+
+
 def test_default_tokens_outside_a_small_vocabulary_are_dropped():
     model = adapt_decoder(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)))
     assert (model.config.eos_token_id, model.config.bos_token_id, model.config.vocab_size) == (None, None, 65)
