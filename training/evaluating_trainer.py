@@ -112,8 +112,7 @@ class EvaluatingTrainer(AveragingTrainer):
         labels: Any = None
         if with_tokens:
             tokens = self._shared(score_tokens, dataset, estimator=self.args.eval_estimator)
-            # The perplexity of the tokens that compute_metrics receives, so that both describe the same forward
-            # passes.
+            # Scored from the tokens that compute_metrics receives, so that both describe the same forward passes.
             scores = [SequenceScore(t.index, sum(t.nll), len(t.nll) - t.labels.count(-100)) for t in tokens]
             result: Any = self._summarize(scores, SpeedMeter.now() - started)
             predictions, labels = _stack(tokens)

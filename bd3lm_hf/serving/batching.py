@@ -14,7 +14,8 @@ from bd3lm_hf.serving.requests import Request
 from bd3lm_hf.serving.row_group import ROUND_TOKENS, RowGroup
 
 
-# How long the worker waits for the next requests of clients it has just answered: in block times, at most in seconds.
+# How long the worker waits for the next requests of clients it has just answered: a share of a block's time, and the
+# maximum in seconds.
 _PATIENCE, _MAX_PATIENCE = 0.1, 0.05
 
 

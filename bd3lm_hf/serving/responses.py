@@ -185,7 +185,7 @@ class Access:
         return secrets.compare_digest(given, (self.api_key or "").encode())
 
     async def _answer(self, body: bytes, scope: Any, receive: Any, send: Any) -> None:
-        """Run the application until it has answered, the client has left, or the server shuts down."""
+        """Run the application until it has answered, the client disconnects, or the server shuts down."""
         messages: asyncio.Queue[Any] = asyncio.Queue()
         messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
         answer = asyncio.create_task(self.app(scope, messages.get, send))
