@@ -24,12 +24,13 @@ import pytest
 import torch
 from filelock import FileLock
 from published import load_recorded
-from shared_models import TINY, randomized, special_ids
+from shared_models import TINY, randomized, special_ids, tiny_bd3lm, tiny_gpt2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, set_seed
 from transformers.utils import logging
 
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 
 
 # Models this small gain nothing from a second thread, and wait long for it on a busy machine.
@@ -85,8 +86,6 @@ def randomize():
 @pytest.fixture
 def tiny_model(tiny_config, randomize):
     """A `BD3LMForMaskedLM` of `tiny_config` in evaluation mode, with informative seeded weights."""
-    from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-
     return randomize(BD3LMForMaskedLM(tiny_config)).eval()
 
 
@@ -114,8 +113,7 @@ def make_model():
     return lambda **fields: make_family("bd3lm", seed=0, **{"model_length": 32, **fields}).float()
 
 
-@pytest.fixture(scope="session")
-def _tiny_tokenizer_json() -> str:
+def train_tiny_tokenizer() -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -127,6 +125,11 @@ def _tiny_tokenizer_json() -> str:
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
     return tokenizer.to_str()
+
+
+@pytest.fixture(scope="session")
+def _tiny_tokenizer_json() -> str:
+    return train_tiny_tokenizer()
 
 
 def make_tiny_tokenizer(tokenizer_json: str) -> PreTrainedTokenizerFast:
@@ -149,12 +152,9 @@ def tiny_tokenizer(_tiny_tokenizer_json) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def model_folder(tiny_config, tiny_tokenizer, randomize, tmp_path) -> Path:
+def model_folder(tiny_tokenizer, tmp_path) -> Path:
     """A checkpoint of a model that reads and writes the text of the tiny tokenizer."""
-    from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-
-    fields = {"vocab_size": len(tiny_tokenizer), **special_ids(tiny_tokenizer)}
-    model = randomize(BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), **fields}))).eval()
+    model = tiny_bd3lm(vocab_size=len(tiny_tokenizer), **special_ids(tiny_tokenizer))
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
@@ -163,11 +163,7 @@ def model_folder(tiny_config, tiny_tokenizer, randomize, tmp_path) -> Path:
 @pytest.fixture
 def gpt2_folder(tiny_tokenizer, tmp_path) -> Path:
     """A stock model of transformers with the tiny tokenizer."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=32, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
-        tmp_path / "gpt2"
-    )
+    tiny_gpt2().save_pretrained(tmp_path / "gpt2")
     tiny_tokenizer.save_pretrained(tmp_path / "gpt2")
     return tmp_path / "gpt2"
 
@@ -177,7 +173,6 @@ def make_trainer(tiny_config, randomize, tmp_path):
     """A function that makes a trainer of the same tiny random model on the same 16 sequences."""
     from tiny_runs import rows_of
 
-    from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
     from bd3lm_hf.training.arguments import BD3LMTrainingArguments
     from bd3lm_hf.training.trainer import BD3LMTrainer
 

@@ -56,14 +56,14 @@ def tiny_decoder(family: str, attention: str = "sdpa", **fields: Any) -> Any:
     return _randomize(model_class._from_config(config, attn_implementation=attention))
 
 
-def save_stock(family: str, folder: Path) -> Path:
+def save_stock(family: str, folder: Path, **fields: Any) -> Path:
     """Save a tiny stock decoder with a tokenizer that has a chat template and no mask token."""
     words = {"<|end|>": END, "user": USER, "assistant": ASSISTANT, **{f"w{number}": number for number in range(3, 60)}}
     backend = Tokenizer(models.WordLevel(words, unk_token="w3"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", chat_template=_TEMPLATE)
     tokenizer.save_pretrained(folder)
-    tiny_stock(family, bos_token_id=None, eos_token_id=END, pad_token_id=None).save_pretrained(folder)
+    tiny_stock(family, bos_token_id=None, eos_token_id=END, pad_token_id=None, **fields).save_pretrained(folder)
     return folder
 
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from shared_models import CLASSES
+from shared_models import CLASSES, randomized
 
 
 PAD, MASK = 2, 47  # of the tiny configuration
@@ -21,11 +21,8 @@ def make_family(family: str, seed: int = 2, **fields):
     (model_class, config_class), sizes = CLASSES[family], FAMILIES[family]
     ids = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": PAD}
     known = {"vocab_size": 48, "hidden_dim": 32, "cond_dim": 16, "n_blocks": 2, "n_heads": 2, "dropout": 0.0}
-    model = model_class(config_class(**{**known, **ids, **sizes, **fields})).eval()
-    generator = torch.Generator().manual_seed(seed)
+    model = randomized(model_class(config_class(**{**known, **ids, **sizes, **fields})), seed).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + ("norm" in name))
         # Masked positions differ by what they attend to: make that large, and what they share small.
         model.backbone.vocab_embed.embedding.mul_(4)[model.config.mask_token_id] = 0
         for layer in model.backbone.blocks:

@@ -1,14 +1,23 @@
 """Random text of the tiny configuration, noise and a plain loss, for the tests of losses and likelihoods."""
 
 import torch
+from shared_models import randomized
 
 from bd3lm_hf.modeling.attention_bd3lm import token_layout
+from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.loss_bd3lm import Corruption, corrupt, loss_mask
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import Noise, draw_noise
 
 
 MASK = 47
+
+
+def toy_model(block_size: int, **fields) -> BD3LMForMaskedLM:
+    """A model of three tokens and the mask (3) that is far from uniform."""
+    sizes = {"vocab_size": 4, "model_length": 12, "hidden_dim": 8, "cond_dim": 8, "n_blocks": 2, "n_heads": 2}
+    config = BD3LMConfig(**sizes, block_size=block_size, dropout=0.0, **fields)
+    return randomized(BD3LMForMaskedLM(config), seed=2, std=0.2).eval()
 
 
 def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -1,13 +1,15 @@
 """The tiny network of all tests and its weights, and folders as training leaves them."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from bd3lm_hf import ARConfig, BD3LMConfig, MDLMConfig, SEDDConfig
+from bd3lm_hf import ARConfig, BD3LMConfig, MDLMConfig, SEDDConfig, SSDLMConfig, SSDLMForMaskedLM
 from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.modeling_mdlm import MDLMForMaskedLM
@@ -47,6 +49,35 @@ def randomized(model: torch.nn.Module, seed: int = 0, std: float = 0.1) -> Any:
 def special_ids(tokenizer: Any) -> dict[str, int]:
     """The fields of a configuration that name the special tokens of a tokenizer."""
     return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "mask")}
+
+
+def tiny_bd3lm(std: float = 0.1, **fields: Any) -> Any:
+    """A `BD3LMForMaskedLM` of `TINY` and other fields in evaluation mode, with informative seeded weights."""
+    return randomized(BD3LMForMaskedLM(BD3LMConfig(**{**TINY, **fields})), std=std).eval()
+
+
+def tiny_ssdlm(**fields: Any) -> Any:
+    """An SSD-LM of one layer in evaluation mode, which writes in two steps a block."""
+    sizes = {"vocab_size": 48, "hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "block_size": 4, "model_length": 16}
+    model = SSDLMForMaskedLM(SSDLMConfig(**{**sizes, **fields})).eval()
+    model.generation_config.num_denoising_steps = 2
+    return model
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    """A causal model of transformers' own, whose vocabulary is as large as that of the tiny tokenizer."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=64, n_embd=8, n_layer=1, n_head=1)).eval()
+
+
+class Attack:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (f"touch {self.path}",)
 
 
 def add_run(folder: Path, **recipe: Any) -> Path:

@@ -87,9 +87,8 @@ def assert_distributed(samples: torch.Tensor, exact: dict[tuple[int, ...], float
 def sample(model, ids: torch.Tensor, count: int, **arguments) -> torch.Tensor:
     """`count` new tokens behind each row."""
     arguments |= {"do_sample": True, "generator": torch.Generator().manual_seed(0)}
-    return model.generate(ids, attention_mask=(ids != PAD).long(), max_new_tokens=count, **arguments)[
-        :, ids.shape[1] :
-    ]
+    texts = model.generate(ids, attention_mask=(ids != PAD).long(), max_new_tokens=count, **arguments)
+    return texts[:, ids.shape[1] :]
 
 
 CONTEXT = [1, 0, 2]

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from bd3lm_hf.data.streaming import PackedStream
+from bd3lm_hf.tokenization import train_tokenizer
+
 
 SENTENCES = (
     "A block is written from noise, token by token, and then it is never touched again. ",
@@ -19,6 +22,13 @@ def rows_of(count: int, length: int = 32, seed: int = 0) -> Dataset:
     """Sequences of the tiny configuration."""
     ids = torch.randint(3, 47, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
     return Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": [[1] * length] * count})
+
+
+def packed_stream(length: int = 32) -> PackedStream:
+    """A shuffled stream of some thirty short sequences of text, always the same."""
+    texts = [f"document {i} says: " + "so it goes, " * (i % 5) for i in range(40)]
+    source = Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=2)
+    return PackedStream(source, train_tokenizer(texts, vocab_size=300), length=length, shuffle_buffer=6, seed=3)
 
 
 def trained(trainer: Any) -> Any:

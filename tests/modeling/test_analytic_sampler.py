@@ -72,8 +72,9 @@ def test_a_step_has_the_published_distribution(model, recorded, step, nucleus_p,
     assert (scores.softmax(1)[:, MASK] == 0).all()
 
 
-def test_where_no_token_is_in_the_nucleus_a_position_stays_masked_until_the_last_step():
+def test_a_small_nucleus_decides_which_tokens_are_drawn_and_which_positions_stay_masked():
     sampler = make(mask_token_id=3, nucleus_p=0.5)
+    # No token is in the nucleus: the position stays masked until the last step.
     logits = torch.tensor([[-20.0, -19.0, -21.0, 0.0]])
     sampler._sigma, sampler._rise = 0.01, 0.5
     assert sampler._apply_nucleus(logits)[1].tolist() == [0.0]
@@ -82,21 +83,15 @@ def test_where_no_token_is_in_the_nucleus_a_position_stays_masked_until_the_last
     assert reveal_prob.tolist() == [1.0]
     torch.testing.assert_close(scores[:, :3].softmax(1), logits[:, :3].softmax(1), atol=1e-3, rtol=0)
     assert scores[0, 3] == -torch.inf
-
-
-def test_a_token_outside_the_nucleus_is_never_drawn_and_still_there_when_the_others_are_forbidden():
-    sampler = make(mask_token_id=3, nucleus_p=0.5)
-    sampler._sigma, sampler._rise = 3.0, 0.5
+    # A token outside of it is never drawn, and still there when the others are forbidden.
     logits = torch.tensor([[9.0, 2.0, 1.0, 0.0]])
+    sampler._sigma, sampler._rise = 3.0, 0.5
     scores, _ = sampler._apply_nucleus(logits)
     assert scores.softmax(1).tolist() == [[1.0, 0.0, 0.0, 0.0]]
     torch.testing.assert_close(scores[:, 1:3].softmax(1), logits[:, 1:3].softmax(1), atol=1e-3, rtol=0)
-
-
-def test_a_step_within_the_capped_noise_level_reveals_only_positions_whose_nucleus_excludes_the_mask():
-    sampler = make(mask_token_id=3, nucleus_p=0.5)
-    sampler._sigma, sampler._rise = 3.0, 0.0
-    assert sampler._apply_nucleus(torch.tensor([[9.0, 2.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))[1].tolist() == [1.0, 0.0]
+    # A step within the capped noise level reveals only what the nucleus leaves no mask for.
+    sampler._rise = 0.0
+    assert sampler._apply_nucleus(torch.cat([logits, torch.zeros(1, 4)]))[1].tolist() == [1.0, 0.0]
 
 
 def test_the_grid_is_the_published_one_and_ends_with_a_denoising():
@@ -145,9 +140,8 @@ TRUE = torch.tensor([0.5, 0.3, 0.2, 1.0]).log() + math.log(3)
 
 def test_true_scores_reveal_a_position_in_each_step_of_time_equally_often():
     # As in the ancestral sampler, the probability of a hit is the share of time that passes.
-    when = revealed(
-        make(mask_token_id=3, num_denoising_steps=5), round_of(torch.ones(4000, 5, dtype=torch.bool)), TRUE
-    )
+    sampler, work = make(mask_token_id=3, num_denoising_steps=5), round_of(torch.ones(4000, 5, dtype=torch.bool))
+    when = revealed(sampler, work, TRUE)
     counts = when.flatten().bincount(minlength=6)
     # The capped noise level at t = 1 takes a thousandth of the first step; a binomial of mean 4000 has deviation 57.
     assert ((counts[:5] - 4000).abs() < 5 * 57).all() and counts[5] < 5

@@ -140,10 +140,8 @@ class ShiftingTrainer(Trainer):
 def test_a_trainer_that_shifts_the_logits_itself_is_refused(family, tmp_path):
     texts = torch.randint(3, 46, (4, 8)).tolist()
     for masks in (0, 1):
-        rows = [
-            {"input_ids": [model_of(family).config.mask_token_id] * masks + ids, "labels": [3] * masks + ids}
-            for ids in texts
-        ]
+        first = [model_of(family).config.mask_token_id] * masks
+        rows = [{"input_ids": first + ids, "labels": [3] * masks + ids} for ids in texts]
         arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none")
         train = ShiftingTrainer(model_of(family), arguments, train_dataset=rows).train
         if masks or family == "ar":  # with masks it may be a custom denoising loss

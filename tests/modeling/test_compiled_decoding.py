@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from generating import make_family
+from generating import assert_same, batch_of, generate, make_family, prompts_of
 from transformers.generation import CompileConfig
 
 from bd3lm_hf.modeling import windows_bd3lm
@@ -39,6 +39,10 @@ def compiled(graphs):
     return {"cache_implementation": "static", "compile_config": config, "do_sample": False, "max_new_tokens": 20}
 
 
+# (prompts of unequal length, new tokens), of one shape each for a number of rows; some outgrow the window.
+CALLS = [([13], 9), ([6], 61), ([1, 6, 13, 32], 61), ([5], 30), ([5, 5, 9, 9], 30)]
+
+
 def prompts(rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 40, (rows, 9), generator=torch.Generator().manual_seed(seed))
 
@@ -47,11 +51,11 @@ def plain(model, ids: torch.Tensor, **options) -> torch.Tensor:
     return model.generate(ids, do_sample=False, max_new_tokens=20, cache_implementation="dynamic", **options)
 
 
-def test_each_shape_is_compiled_once_for_all_calls(model, compiled, graphs):
+def test_a_step_is_compiled_once_for_all_calls_of_as_many_rows(model, compiled, graphs):
     counts = []
-    for call, rows in enumerate((1, 1, 3, 1, 3)):
-        ids = prompts(rows, call)
-        assert torch.equal(model.generate(ids, **compiled), plain(model, ids))
+    for lengths, tokens in CALLS:
+        batch = {**batch_of(prompts_of(lengths)), "max_new_tokens": tokens}
+        assert_same(generate(model, **{**compiled, **batch}), generate(model, **batch))
         counts.append(len(graphs))
     assert counts == [2, 2, 4, 4, 4]  # with and without a block to write
 

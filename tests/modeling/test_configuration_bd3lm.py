@@ -11,25 +11,14 @@ from bd3lm_hf.modeling.configuration_ssdlm import SSDLMConfig
 
 
 # The config.json of the published checkpoints, as their remote code writes it.
-PUBLISHED = {
-    "_name_or_path": "kuleshov-group/bd3lm-owt-block_size4",
-    "architectures": ["BD3LM"],
-    "model_type": "bd3lm",
-}
-PUBLISHED |= {"hidden_dim": 768, "n_blocks": 12, "n_heads": 12, "cond_dim": 128, "vocab_size": 50258, "dropout": 0.1}
-PUBLISHED |= {
-    "block_size": 4,
-    "model_length": 1024,
-    "adaln": True,
-    "causal": False,
-    "cross_attn": True,
-    "var_min": True,
-}
-PUBLISHED |= {"sampling_eps_max": 0.999, "sampling_eps_min": 0.001, "time_conditioning": False, "attn_backend": "flex"}
-PUBLISHED |= {
-    "auto_map": {"AutoConfig": "configuration_bd3lm.BD3LMConfig", "AutoModelForMaskedLM": "modeling_bd3lm.BD3LM"}
-}
-PUBLISHED |= {"return_dict": False, "torch_dtype": "float32", "transformers_version": "4.49.0"}
+PUBLISHED = json.loads("""{
+  "_name_or_path": "kuleshov-group/bd3lm-owt-block_size4", "architectures": ["BD3LM"], "model_type": "bd3lm",
+  "auto_map": {"AutoConfig": "configuration_bd3lm.BD3LMConfig", "AutoModelForMaskedLM": "modeling_bd3lm.BD3LM"},
+  "vocab_size": 50258, "block_size": 4, "model_length": 1024, "attn_backend": "flex", "hidden_dim": 768,
+  "n_blocks": 12, "n_heads": 12, "cond_dim": 128, "dropout": 0.1, "adaln": true, "causal": false,
+  "cross_attn": true, "var_min": true, "time_conditioning": false, "sampling_eps_max": 0.999,
+  "sampling_eps_min": 0.001, "return_dict": false, "torch_dtype": "float32", "transformers_version": "4.49.0"
+}""")
 
 REFUSED = {
     "no_vocabulary": ({"vocab_size": 0}, "vocab_size=0"),
@@ -126,6 +115,10 @@ def test_the_published_config_loads_unchanged(tmp_path):
     assert {name: getattr(config, name) for name in same} == {name: PUBLISHED[name] for name in same}
     assert config.mask_token_id == 50257
     assert config.num_blocks(1024) == 256
+    config = BD3LMConfig(**PUBLISHED, tie_word_embeddings=True)  # outputs have names, and the head is not tied
+    assert config.return_dict is True and config.tie_word_embeddings is False
+    pretraining = BD3LMConfig(**{**PUBLISHED, "block_size": 1024, "cross_attn": False, "attn_backend": "sdpa"})
+    assert pretraining.num_blocks(1024) == 1
 
 
 @pytest.mark.parametrize("ours", [False, True])
@@ -146,13 +139,6 @@ def test_sedd_in_the_published_layout_is_not_a_bd3lm(tmp_path):
     config = BD3LMConfig(**{name: value for name, value in fields.items() if name != "auto_map"})
     config.save_pretrained(tmp_path)  # written by this code: a BD3-LM with one block, as it says
     assert BD3LMConfig.from_pretrained(tmp_path).time_conditioning
-
-
-def test_a_published_config_gives_named_outputs_and_an_untied_head_and_can_be_one_block():
-    config = BD3LMConfig(**PUBLISHED, tie_word_embeddings=True)
-    assert config.return_dict is True and config.tie_word_embeddings is False
-    pretraining = BD3LMConfig(**{**PUBLISHED, "block_size": 1024, "cross_attn": False, "attn_backend": "sdpa"})
-    assert pretraining.num_blocks(1024) == 1
 
 
 def test_the_standard_names_of_sizes_read_and_write_ours():

@@ -39,12 +39,8 @@ def test_greedy_text_is_that_of_whole_two_stream_passes(family, attention):
         # A processor that reads the text makes the sampler go from left to right.
         options = {"repetition_penalty": 1.0 + 1e-9}
         expected = by_hand(model, ids, 9)
-        for cache in (
-            {},
-            {"use_cache": False},
-            {"cache_implementation": "static"},
-            {"past_key_values": DynamicCache()},
-        ):
+        static = {"cache_implementation": "static"}
+        for cache in ({}, {"use_cache": False}, static, {"past_key_values": DynamicCache()}):
             assert torch.equal(write(model, ids, **options, **cache), expected), (context, alignment, cache)
 
 
@@ -67,10 +63,8 @@ def test_a_batch_of_unequal_prompts_is_each_prompt_alone(sampler, context, align
 @pytest.mark.parametrize(("context", "alignment"), OBJECTIVES)
 def test_text_beyond_the_window_does_not_depend_on_the_kind_of_cache(context, alignment, window, prompt):
     model, ids = tiny_decoder("llama", context=context, alignment=alignment, model_length=16), random_ids(2, prompt)
-    dynamic, static = (
-        write(model, ids, max_new_tokens=30, window=window, cache_implementation=kind)
-        for kind in ("dynamic", "static")
-    )
+    options, kinds = {"max_new_tokens": 30, "window": window}, ("dynamic", "static")
+    dynamic, static = (write(model, ids, cache_implementation=kind, **options) for kind in kinds)
     assert torch.equal(dynamic, static)
     if window == "exact":
         assert torch.equal(write(model, ids, max_new_tokens=30, use_cache=False), dynamic)

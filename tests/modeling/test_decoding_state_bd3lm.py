@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from published_samplers import published_length
+from published import published_length
+from shared_models import tiny_bd3lm
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.decoding_state_bd3lm import (
     BlockCriteria,
     EntropyStopCriteria,
@@ -20,7 +20,6 @@ from bd3lm_hf.modeling.decoding_state_bd3lm import (
     token_entropy,
 )
 from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
-from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 
 
 RECORDED = "07_samplers"
@@ -118,12 +117,9 @@ def test_the_end_token_pads_where_no_padding_token_is_known():
     assert stop.new_tokens().tolist() == [[EOS, EOS, EOS], [5, 6, EOS]]
 
 
-def test_rows_that_can_end_at_different_lengths_need_a_padding_token():
+def test_only_rows_that_can_end_at_different_lengths_need_a_padding_token():
     with pytest.raises(ValueError, match="set pad_token_id"):
         stop_rules([[5], [6]], [EosTokenCriteria(EOS)], pad_token_id=None)
-
-
-def test_rows_of_one_length_need_no_padding_token():
     stop = stop_rules([[5, 6, 7], [6, 7, 8]], [MaxLengthCriteria(9)], new_tokens=2, pad_token_id=None)
     stop.update(0)
     assert stop.new_tokens().tolist() == [[5, 6], [6, 7]]
@@ -190,45 +186,27 @@ def test_the_entropy_of_a_text_is_that_of_its_frequencies():
     torch.testing.assert_close(token_entropy(ids), expected)
 
 
-def test_padding_is_not_text():
+def test_padding_is_not_text_and_any_of_several_end_tokens_counts():
     ids = torch.tensor([[PAD, PAD, 5, 5, 5], [PAD, 5, 5, 5, 5]])
     padding = ids == PAD
     assert EntropyStopCriteria(0.5, window=3)(ids, None, padding=padding).tolist() == [False, True]
     ends = torch.tensor([[EOS, EOS, 5, EOS, 6], [5, EOS, 5, 5, EOS]])
     assert SecondEosCriteria(EOS)(ends, None).tolist() == [True, True]
-    assert SecondEosCriteria(EOS)(ends, None, padding=torch.tensor([[1, 1, 0, 0, 0], [0] * 5]).bool()).tolist() == [
-        False,
-        True,
-    ]
-
-
-def test_any_of_several_end_tokens_counts():
-    criteria = SecondEosCriteria([EOS, 7])
-    assert criteria(torch.tensor([[EOS, 5, 7], [7, 5, 6]]), None).tolist() == [True, False]
-    assert published_length(torch.tensor([[EOS, 7, 9], [7, 5, 6]]), eos_token_id=EOS).tolist() == [3, 3]
-
-
-def test_an_entropy_stop_that_cannot_work_is_refused():
-    with pytest.raises(ValueError, match="entropy_stop=0.0: give a positive number of nats"):
-        EntropyStopCriteria(0.0)
+    padding = torch.tensor([[1, 1, 0, 0, 0], [0] * 5]).bool()
+    assert SecondEosCriteria(EOS)(ends, None, padding=padding).tolist() == [False, True]
+    several = SecondEosCriteria([EOS, 7])
+    assert several(torch.tensor([[EOS, 5, 7], [7, 5, 6]]), None).tolist() == [True, False]
 
 
 # --- In generate -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def make_model(tiny_config, randomize):
-    """Return a function `(t5=weight, ...) -> model` whose model generates these tokens most of the time."""
-
-    def make(eos_token_id: int | None = None, **loud: float) -> BD3LMForMaskedLM:
-        fields = {**tiny_config.to_diff_dict(), "eos_token_id": eos_token_id, "mask_token_id": None}
-        model = randomize(BD3LMForMaskedLM(BD3LMConfig(**fields))).eval()
-        with torch.no_grad():
-            for token, weight in loud.items():
-                model.get_output_embeddings().bias[int(token[1:])] = weight
-        return model
-
-    return make
+def writer_of(token: int, weight: float, eos_token_id: int | None = None):
+    """Return a model that generates a token most of the time."""
+    model = tiny_bd3lm(eos_token_id=eos_token_id)
+    with torch.no_grad():
+        model.get_output_embeddings().bias[token] = weight
+    return model
 
 
 def texts(model, ids, **arguments) -> list[list[int]]:
@@ -239,21 +217,20 @@ def texts(model, ids, **arguments) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_a_degenerate_row_ends_and_the_others_continue(make_model, by_hand):
-    model = make_model(t5=30.0)
+def test_a_degenerate_row_ends_and_the_others_continue(by_hand):
+    model = writer_of(5, 30.0)
     diverse = [9, 10, 11, 12, 13, 14, 15, 16]
     ids = torch.tensor([[PAD] * 7 + [9], [PAD] * 3 + [5] * 5, diverse])
-    stop = {"entropy_stop": 0.6, "entropy_stop_window": 8}
-    if by_hand:
-        stop = {"stopping_criteria": [EntropyStopCriteria(0.6, window=8)]}
+    own = {"stopping_criteria": [EntropyStopCriteria(0.6, window=8)]}
+    stop = own if by_hand else {"entropy_stop": 0.6, "entropy_stop_window": 8}
     # One different token among eight: 0.38 nats; two: 0.97. A row is checked once it has nine.
     assert [len(row) for row in texts(model, ids, **stop)] == [8, 4, 7]
     assert [len(row) for row in texts(model, ids)] == [24] * 3
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_a_row_ends_with_its_second_end_token(make_model, by_hand):
-    model = make_model(eos_token_id=None if by_hand else EOS, t1=3.0)
+def test_a_row_ends_with_its_second_end_token(by_hand):
+    model = writer_of(EOS, 3.0, eos_token_id=None if by_hand else EOS)
     ids = torch.tensor([[PAD, PAD, 9, 10], [5, EOS, 7, 8], [5, 6, 7, 8]])
     stop = {"stopping_criteria": [SecondEosCriteria(EOS)]} if by_hand else {"stop_at_second_eos": True}
     plain = texts(model, ids, eos_token_id=None)
@@ -264,8 +241,8 @@ def test_a_row_ends_with_its_second_end_token(make_model, by_hand):
         assert new == whole[: ends[needed - 1]]
 
 
-def test_padding_that_is_also_the_end_token_is_not_counted(make_model):
-    model = make_model(eos_token_id=EOS, t1=3.0)
+def test_padding_that_is_also_the_end_token_is_not_counted():
+    model = writer_of(EOS, 3.0, eos_token_id=EOS)
     ids = torch.tensor([[EOS, EOS, EOS, 9], [5, 6, 7, 8]])
     real = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]])
     options = {"do_sample": True, "generator": torch.Generator().manual_seed(0), "max_new_tokens": 24}
@@ -274,6 +251,6 @@ def test_padding_that_is_also_the_end_token_is_not_counted(make_model):
     assert (output[0, 4:] != EOS).any()
 
 
-def test_the_second_end_token_needs_one(make_model):
+def test_the_second_end_token_needs_one():
     with pytest.raises(ValueError, match="stop_at_second_eos=True needs an end token: set eos_token_id"):
-        make_model().generate(torch.tensor([[5]]), max_new_tokens=4, stop_at_second_eos=True)
+        tiny_bd3lm(eos_token_id=None).generate(torch.tensor([[5]]), max_new_tokens=4, stop_at_second_eos=True)

@@ -20,13 +20,8 @@ from generating import (
     plain_loop,
     prompts_of,
 )
-from transformers import (
-    AsyncTextIteratorStreamer,
-    GenerationConfig,
-    LogitsProcessor,
-    TextIteratorStreamer,
-    TextStreamer,
-)
+from transformers import GenerationConfig, LogitsProcessor
+from transformers.generation.streamers import AsyncTextIteratorStreamer, TextIteratorStreamer, TextStreamer
 
 from bd3lm_hf import BD3LMGenerationConfig
 from bd3lm_hf.modeling.cache_bd3lm import BlockCache
@@ -51,12 +46,11 @@ MATRIX = [
     ("sedd", "analytic", "none"),
     *(("ar", None, cache) for cache in ("none", "dynamic", "dynamic-exact")),
 ]
-EVERY = pytest.mark.parametrize(("family", "sampler", "cache"), MATRIX, ids=lambda value: value or "greedy")
+NAMES, BY_NAME = ("family", "sampler", "cache"), {"ids": lambda value: value or "greedy"}
+EVERY = pytest.mark.parametrize(NAMES, MATRIX, **BY_NAME)
 # For what is decided after the network, where the cache makes no difference.
 WITH_ONE_CACHE = [case for case in MATRIX if case[2] == ("none" if case[0] in ("mdlm", "sedd") else "dynamic")]
-EVERY_SAMPLER = pytest.mark.parametrize(
-    ("family", "sampler", "cache"), WITH_ONE_CACHE, ids=lambda value: value or "greedy"
-)
+EVERY_SAMPLER = pytest.mark.parametrize(NAMES, WITH_ONE_CACHE, **BY_NAME)
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 LENGTHS = {"bd3lm": [1, 4, 13, 16], "mdlm": [1, 5, 8], "sedd": [1, 5, 8], "ar": [1, 6, 16]}
 
@@ -236,6 +230,8 @@ def test_a_time_conditioned_model_generates_with_every_sampler(sampler, noise):
         assert torch.equal(output[row, : len(alone)], alone) and (output[row, len(alone) :] == PAD).all()
     sample = new_tokens(generate(model, PROMPT, **options, do_sample=True, remask_fraction=0.5))
     assert not torch.isin(sample, torch.tensor([MASK, PAD])).any()
+    with pytest.raises(ValueError, match="past_key_values.*time_conditioning=True"):
+        generate(model, PROMPT, past_key_values=BlockCache())
 
 
 # --- Lengths and prompts ---------------------------------------------------------------------------------------------
@@ -527,11 +523,6 @@ def test_what_does_not_fit_a_single_window_is_refused(models, family):
     other = "analytic" if family == "mdlm" else "first_hitting"
     with pytest.raises(ValueError, match=f"sampler='{other}'.*{type(models[family]).__name__}"):
         generate(models[family], PROMPT, sampler=other)
-
-
-def test_a_time_conditioned_model_takes_no_cache():
-    with pytest.raises(ValueError, match="past_key_values.*time_conditioning=True"):
-        generate(make_family("bd3lm", time_conditioning=True), PROMPT, past_key_values=BlockCache())
 
 
 def test_continuous_batching_is_hidden_and_refused(model):

@@ -1,5 +1,6 @@
 """The generation fields of block diffusion: defaults, refusals, and round trips through files and pipelines."""
 
+import functools
 import inspect
 import math
 import re
@@ -8,9 +9,9 @@ import pytest
 import torch
 from decoders import tiny_decoder
 from generating import make_family
+from shared_models import special_ids, tiny_bd3lm, tiny_ssdlm
 from transformers import AutoModelForMaskedLM, GenerationConfig, pipeline
 
-from bd3lm_hf import SSDLMConfig, SSDLMForMaskedLM
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
@@ -48,9 +49,7 @@ def test_the_defaults_are_those_of_the_paper(tiny_model):
         (GenerationConfig(top_k=9), {}, 9),
     ):
         assert tiny_model._prepare_generation_config(config, **arguments)[0].top_k == top_k
-
-
-def test_all_fields_are_arguments_of_generate(tiny_model):
+    # All fields are arguments of `generate`.
     prepared, rest = tiny_model._prepare_generation_config(None, return_dict_in_generate=True, **OTHERS)
     assert fields_of(prepared) == OTHERS and not rest
 
@@ -84,10 +83,9 @@ def test_all_config_fields_are_arguments_of_from_pretrained(tiny_model, tmp_path
         BD3LMForMaskedLM.from_pretrained(tmp_path, samplr="confidence")
 
 
-def test_a_pipeline_takes_the_fields_from_the_checkpoint_and_from_its_call(tiny_tokenizer, tiny_config, randomize):
-    ids = {name: getattr(tiny_tokenizer, name) for name in ("bos_token_id", "pad_token_id", "mask_token_id")}
-    config = {**tiny_config.to_diff_dict(), **ids, "eos_token_id": None, "vocab_size": len(tiny_tokenizer)}
-    model = randomize(BD3LMForMaskedLM(BD3LMConfig(**config))).eval()
+def test_a_pipeline_takes_the_fields_from_the_checkpoint_and_from_its_call(tiny_tokenizer):
+    ids = {**special_ids(tiny_tokenizer), "eos_token_id": None}
+    model = tiny_bd3lm(vocab_size=len(tiny_tokenizer), **ids)
     model.generation_config.sampler, model.generation_config.confidence_threshold = "confidence", 0.0
     passes = []
     run = model.backbone.run
@@ -138,17 +136,12 @@ def test_meaningless_fields_are_refused(tiny_model, fields, message):
         tiny_model.generate(torch.tensor([[5]]), max_new_tokens=2, return_dict_in_generate=True, **fields)
 
 
-def test_whole_numbers_are_numbers():
-    config = BD3LMGenerationConfig(confidence_threshold=1, entropy_bound=0, remask_fraction=0, nucleus_p=1)
-    assert (config.confidence_threshold, config.nucleus_p) == (1, 1)
-
-
 def test_a_generation_config_is_not_made_from_a_model_config(tiny_config):
     with pytest.raises(NotImplementedError, match="constructor"):
         BD3LMGenerationConfig.from_model_config(tiny_config)
 
 
-def test_a_dict_as_generation_config_names_fields(make_model):
+def test_a_dict_as_generation_config_names_fields_and_misspelt_ones_are_refused(make_model):
     model, ids = make_model(), torch.tensor([[5, 6, 7]])
     expected = model.generate(ids, max_new_tokens=9, sampler="confidence", confidence_threshold=0.0)
     fields = {"max_new_tokens": 5, "sampler": "confidence", "confidence_threshold": 0.0}
@@ -158,14 +151,10 @@ def test_a_dict_as_generation_config_names_fields(make_model):
     assert torch.equal(named, model.infill(blanks, remask_fraction=1.0))
     with pytest.raises(ValueError, match="smapler"):
         model.generate(ids, generation_config={"smapler": "confidence"})
-
-
-def test_a_misspelt_field_set_on_the_model_is_refused(make_model):
-    model = make_model()
     model.generation_config.smapler = "confidence"
-    for call in (model.generate, model.infill):
+    for call, given in ((model.generate, ids), (model.infill, blanks)):
         with pytest.raises(ValueError, match="smapler .did you mean sampler"):
-            call(torch.tensor([[5, 6, 47 if call == model.infill else 7]]))
+            call(given)
 
 
 OUTSIDE = {
@@ -192,7 +181,8 @@ OUTSIDE = {
 
 @pytest.mark.parametrize("family", ["bd3lm", "ar", "mdlm", "sedd", "llama", "ssdlm"])
 def test_values_of_standard_fields_outside_their_range_are_refused(family):
-    model, ids = _tiny(family), torch.tensor([[5, 6, 7]])
+    others = {"ssdlm": tiny_ssdlm, "llama": functools.partial(tiny_decoder, "llama")}
+    model, ids = others.get(family, functools.partial(make_family, family))().float(), torch.tensor([[5, 6, 7]])
     for name, values in OUTSIDE.items():
         for value in values:
             limit = {} if name == "max_length" else {"max_new_tokens": 2}
@@ -205,14 +195,7 @@ def test_values_of_standard_fields_outside_their_range_are_refused(family):
 def test_the_ends_of_the_ranges_are_allowed(tiny_model):
     ids = torch.tensor([[5, 6, 7]])
     edges = {"top_p": 1.0, "min_p": 0.0, "epsilon_cutoff": 0.0, "typical_p": 1.0, "top_k": 0, "min_new_tokens": 0}
+    edges |= {"confidence_threshold": 1, "entropy_bound": 0, "remask_fraction": 0, "nucleus_p": 1}  # whole numbers
     assert tiny_model.generate(ids, do_sample=True, max_new_tokens=1, **edges).shape == (1, 4)
-    assert torch.equal(
-        *(tiny_model.generate(ids, max_new_tokens=4, do_sample=False, **t) for t in ({}, {"temperature": 0.0}))
-    )
-
-
-def _tiny(family: str):
-    if family == "ssdlm":
-        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-        return SSDLMForMaskedLM(SSDLMConfig(vocab_size=48, block_size=4, model_length=16, **sizes)).eval()
-    return tiny_decoder("llama") if family == "llama" else make_family(family).float()
+    greedy = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(tiny_model.generate(ids, **greedy), tiny_model.generate(ids, **greedy, temperature=0.0))

@@ -1,13 +1,11 @@
 """SSD-LM's `generate`: the published trajectory, contexts and projections, batches, processors, ends, and refusals."""
 
-import json
 from itertools import pairwise
 
 import pytest
 import torch
 from generating import Recorder, batch_of, prompts_of
-from published import GOLDEN, load_recorded
-from safetensors.torch import load_file
+from published import published_ssdlm
 from transformers import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessor
 
@@ -15,7 +13,7 @@ from bd3lm_hf import SSDLMConfig, SSDLMForMaskedLM, SSDLMGenerationConfig
 from bd3lm_hf.modeling.generation_ssdlm import SimplexDraws
 
 
-FOLDER = GOLDEN / "11_ssdlm"
+RECORDED = "11_ssdlm"
 PROMPT = prompts_of([5])[0][None]
 
 
@@ -57,12 +55,8 @@ def seen(model, monkeypatch):
 # --- The published trajectory ----------------------------------------------------------------------------------------
 
 
-def test_the_whole_trajectory_is_the_published_one(monkeypatch):
-    recorded = load_recorded("11_ssdlm")
-    settings = json.loads((FOLDER / "config.json").read_text())
-    encoder = {"model_type": "roberta", **settings["constructor"]}
-    model = SSDLMForMaskedLM(SSDLMConfig(encoder_config=encoder, block_size=5, model_length=20)).eval()
-    model.load_state_dict(load_file(FOLDER / "weights.safetensors"))
+def test_the_whole_trajectory_is_the_published_one(recorded, monkeypatch):
+    model = published_ssdlm()
 
     class Recorded(SimplexDraws):
         """Return the published draws: a block's first noise, then each step's noise and tokens."""
@@ -108,9 +102,8 @@ def test_a_plain_implementation_gives_the_same_text(model):
                 logits = model(text, noisy_logits=x, timesteps=torch.tensor([t / steps])).logits
             if z is not None:
                 probability, order = logits.softmax(-1).sort(descending=True)
-                kept = torch.zeros_like(logits, dtype=torch.bool).scatter(
-                    -1, order, probability.cumsum(-1) - probability < 0.95
-                )
+                crossing = probability.cumsum(-1) - probability < 0.95
+                kept = torch.zeros_like(crossing).scatter(-1, order, crossing)
                 a = [torch.cos(torch.tensor((s / steps + 1e-4) / (1 + 1e-4) * torch.pi / 2)) ** 2 for s in (t - 1, 0)]
                 clean = torch.where(kept, scale, -scale)
                 x = (a[0] / a[1]).sqrt() * clean + (1 - a[0] / a[1]).sqrt() * scale * z
@@ -131,9 +124,7 @@ def test_a_block_sees_all_text_before_it_or_the_block_before_it(model, seen):
     text = generate(model, prompt, max_new_tokens=11, context="previous_block").sequences[0]
     assert [call[0].shape[1] for call in seen] == [6] * 3 + [4] * 6
     assert torch.equal(seen[-1][0][0], text[10:14])
-
-
-def test_the_context_is_as_long_as_the_window_leaves_room(model, seen):
+    seen.clear()  # the context is as long as the window leaves room
     text = generate(model, prompts_of([18])[0][None], max_new_tokens=8).sequences[0]
     assert [call[0].shape[1] for call in seen] == [18] * 3 + [20] * 3
     assert torch.equal(seen[-1][0][0], text[2:22])
@@ -147,26 +138,25 @@ def test_every_projection_generates_a_different_text_which_the_seed_determines(m
     assert first.shape == (2, 15)
 
 
-def test_a_small_nucleus_is_the_most_likely_token(model):
+def test_a_small_nucleus_is_the_most_likely_token_and_chosen_once(model):
     texts = [
         generate(model, PROMPT, projection=projection, top_p=1e-6, do_sample=False).sequences
         for projection in ("sampling", "even", "uneven")
     ]
     assert all(torch.equal(one, other) for one, other in pairwise(texts))
-
-
-def test_the_nucleus_is_chosen_once(model):
-    """`top_p` belongs to the projection: applied as a logits processor too, it would cut the distribution twice."""
+    # `top_p` belongs to the projection: applied as a logits processor too, it would cut the distribution twice.
     processors = model._get_logits_processor(SSDLMGenerationConfig(top_k=0), 5, encoder_input_ids=PROMPT, device="cpu")
     assert len(processors) == 0
 
 
-def test_torchs_global_generator_is_the_default(model):
+def test_torchs_global_generator_is_the_default_and_texts_without_a_prompt_begin_with_the_first_token(model):
     texts = []
     for _ in range(2):
         torch.manual_seed(7)
         texts.append(generate(model, PROMPT, generator=None).sequences)
     assert torch.equal(*texts)
+    output = model.generate(max_new_tokens=5, num_denoising_steps=2)
+    assert output.shape == (1, 6) and output[0, 0] == 0
 
 
 # --- Batches ---------------------------------------------------------------------------------------------------------
@@ -178,18 +168,11 @@ def test_with_a_generator_per_row_a_batch_equals_its_prompts_alone(model, side, 
     prompts = prompts_of([3, 9, 6])
     batch = batch_of(prompts, side)
     generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
-    many = generate(
-        model, batch["input_ids"], attention_mask=batch["attention_mask"], generator=generators, context=context
-    )
+    many = generate(model, batch.pop("input_ids"), **batch, generator=generators, context=context)
     assert many.num_forward_passes == 9
     for row, prompt in enumerate(prompts):
         alone = generate(model, prompt[None], seed=row, context=context).sequences[0]
         assert torch.equal(many.sequences[row, 9:], alone[len(prompt) :])
-
-
-def test_texts_without_a_prompt_begin_with_the_first_token(model):
-    output = model.generate(max_new_tokens=5, num_denoising_steps=2)
-    assert output.shape == (1, 6) and output[0, 0] == 0
 
 
 # --- Processors, ends, streams ---------------------------------------------------------------------------------------
@@ -236,12 +219,9 @@ def test_transformers_own_constraints_hold(model):
     assert allowed.sequences[0, 5:].tolist() == [(x % 40 + 3) for x in allowed.sequences[0, 4:-1].tolist()]
 
 
-def test_special_tokens_are_tokens_like_others(model):
+def test_special_tokens_are_tokens_like_others_and_processors_that_leave_none_are_refused(model):
     text = generate(model, torch.tensor([[3, 47]]), logits_processor=[Only(2, 47)]).sequences[0].tolist()
     assert text[:2] == [3, 47] and set(text[2:]) == {2, 47}
-
-
-def test_processors_that_leave_no_token_are_refused(model):
     with pytest.raises(ValueError, match="the logits processors forbid every token"):
         generate(model, PROMPT, logits_processor=[Only()])
 
@@ -258,10 +238,7 @@ def test_an_end_token_ends_its_row_and_the_others_continue(model, seen):
     assert torch.equal(output.sequences[1, 5:], free[1])
     assert [len(context) for context, *_ in seen] == [2] * 3 + [1] * 6  # an ended row costs nothing more
     assert output.tokens_per_forward == pytest.approx((first + 1 + 12) / 9 / 2)
-
-
-def test_the_call_ends_when_all_rows_have_ended(model):
-    end = int(generate(model, PROMPT, max_new_tokens=4).sequences[0, 6])
+    end = int(generate(model, PROMPT, max_new_tokens=4).sequences[0, 6])  # of all rows: it ends the call
     output = generate(model, PROMPT, max_new_tokens=40, eos_token_id=end)
     assert output.num_forward_passes == 3 and output.sequences[0, -1] == end
 
@@ -296,9 +273,6 @@ def test_the_fields_survive_saving_and_loading(model, tmp_path):
     kept = (loaded.projection, loaded.context, loaded.top_p, loaded.num_denoising_steps)
     assert kept == ("uneven", "all", 0.95, 1000)
     assert loaded.do_sample is True and loaded.bos_token_id == 0
-
-
-def test_a_plain_generation_config_takes_the_models_fields(model):
     plain = GenerationConfig(max_new_tokens=4, num_denoising_steps=2)
     assert model.generate(PROMPT, generation_config=plain).shape == (1, 9)
 
@@ -329,20 +303,11 @@ def test_meaningless_fields_are_refused(model, fields, message):
         ({"noisy_logits": torch.zeros(2, 4, 48)}, "generate does not take noisy_logits"),
         ({"num_beams": 2}, "num_beams=2"),
         ({"guidance_scale": 2.0}, "guidance_scale=2.0"),
+        ({"input_ids": torch.tensor([[3, 48]])}, "the prompt contains the id 48, outside the vocabulary of 48"),
+        ({"input_ids": torch.full((1, 25), 3)}, "the prompt has 25 tokens, more than .* window model_length=24"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(model, arguments, message):
+    given = {"input_ids": torch.tensor([[3, 4], [5, 6]]), "max_new_tokens": 4, "num_denoising_steps": 1}
     with pytest.raises(ValueError, match=message):
-        model.generate(torch.tensor([[3, 4], [5, 6]]), max_new_tokens=4, num_denoising_steps=1, **arguments)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        ([[3, 48]], "the prompt contains the id 48, outside the vocabulary of 48"),
-        ([[3] * 25], "the prompt has 25 tokens, more than the model's window model_length=24"),
-    ],
-)
-def test_prompts_that_cannot_be_continued_are_refused(model, prompt, message):
-    with pytest.raises(ValueError, match=message):
-        model.generate(torch.tensor(prompt), max_new_tokens=4, num_denoising_steps=1)
+        model.generate(**{**given, **arguments})

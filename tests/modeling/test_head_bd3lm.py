@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from noisy_text import given_noise, masked_of, random_ids
+from shared_models import tiny_bd3lm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bd3lm_hf.modeling import loss_bd3lm
 from bd3lm_hf.modeling.linear_bd3lm import is_plain_linear
 from bd3lm_hf.modeling.loss_bd3lm import chunked_cross_entropy, cross_entropy
-from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import Noise
 
 
@@ -50,10 +50,8 @@ def test_the_chunked_head_equals_plain_cross_entropy_over_full_logits(monkeypatc
         torch.testing.assert_close(cross_entropy(hidden, head, targets, CONFIG), each)
     parameters = [hidden, *head.parameters()]
     # A factor after the loss, as in gradient accumulation and loss scaling.
-    for a, b in zip(
-        torch.autograd.grad(found * 0.3, parameters), torch.autograd.grad(expected * 0.3, parameters), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    ours, theirs = (torch.autograd.grad(loss * 0.3, parameters) for loss in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -64,8 +62,7 @@ def test_a_compiled_head_has_the_loss_and_gradients_of_an_eager_one(monkeypatch,
     for function in (chunked_cross_entropy, torch.compile(chunked_cross_entropy, backend="aot_eager")):
         loss = function(hidden, head, targets, weights, CONFIG)
         found.append((loss, *torch.autograd.grad(loss * 0.3, [hidden, *head.parameters()])))
-    for eager, compiled in zip(*found, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
@@ -124,8 +121,8 @@ class LargestLogits(TorchDispatchMode):
 
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("draws", [1, 3])
-def test_training_never_builds_logits_of_the_whole_batch(tiny_config, randomize, monkeypatch, plain, draws):
-    model = randomize(BD3LMForMaskedLM(tiny_config)).train()
+def test_training_never_builds_logits_of_the_whole_batch(randomize, monkeypatch, plain, draws):
+    model = tiny_bd3lm().train()
     if not plain:
         model.set_output_embeddings(randomize(ScaledHead(32, 48)))
     ids, noise = random_ids(8, 32), given_noise(8, 8, 32, draws=draws)

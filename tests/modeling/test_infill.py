@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 from generating import MASK, PAD, batch_of, make_family
+from shared_models import tiny_bd3lm
 from transformers import LogitsProcessor, pipeline
 
-from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS
 
@@ -53,24 +53,15 @@ def test_a_text_is_filled_as_by_hand(block_size, options):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_row_of_a_batch_is_filled_as_if_alone(model, side, sampler):
-    batch = batch_of(TENSORS, side)
-    filled = model.infill(**batch, sampler=sampler)
+@pytest.mark.parametrize(
+    ("family", "options"), [*(("bd3lm", {"sampler": sampler}) for sampler in SAMPLERS), ("mdlm", {}), ("sedd", {})]
+)
+def test_a_row_of_a_batch_is_filled_as_if_alone(family, options, side):
+    model, batch = make_family(family, model_length=12), batch_of(TENSORS, side)
+    filled = model.infill(**batch, **options)
     assert filled.shape == batch["input_ids"].shape
     for row, real, text in zip(filled, batch["attention_mask"].bool(), TEXTS, strict=True):
-        assert torch.equal(row[real], model.infill(torch.tensor([text]), sampler=sampler)[0])
-        assert (row[~real] == PAD).all()
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", ["mdlm", "sedd"])
-def test_a_window_of_one_block_is_filled_as_if_alone(family, side):
-    model = make_family(family, model_length=12)
-    batch = batch_of(TENSORS, side)
-    filled = model.infill(**batch)
-    for row, real, text in zip(filled, batch["attention_mask"].bool(), TEXTS, strict=True):
-        assert torch.equal(row[real], model.infill(torch.tensor([text]))[0])
+        assert torch.equal(row[real], model.infill(torch.tensor([text]), **options)[0])
         assert (row[~real] == PAD).all() and not (row == MASK).any()
 
 
@@ -103,22 +94,17 @@ def test_blocks_without_a_gap_cost_no_pass(model):
     assert nothing.num_forward_passes == 0 and nothing.sequences.tolist() == [[5, 6, 7]]
 
 
-def test_padding_is_inferred_where_no_mask_is_given(model):
+def test_padding_is_inferred_where_no_mask_is_given_and_a_text_may_fill_the_window(model):
     batch = batch_of(TENSORS, "left")
     assert torch.equal(model.infill(batch["input_ids"]), model.infill(**batch))
-
-
-def test_a_text_that_fills_the_window_is_filled(model):
     ids = torch.full((2, 32), 5)
     ids[:, ::3] = MASK
     assert not (model.infill(ids) == MASK).any()
 
 
-def test_samples_of_a_gap_have_the_distribution_of_the_model(tiny_config, randomize):
+def test_samples_of_a_gap_have_the_distribution_of_the_model():
     # Two gaps around a given token; each of them equally likely to be filled first.
-    sizes = {"vocab_size": 4, "block_size": 3, "model_length": 6, "mask_token_id": None}
-    config = BD3LMConfig(**{**tiny_config.to_diff_dict(), **sizes, **dict.fromkeys(NO_IDS)})
-    model = randomize(BD3LMForMaskedLM(config), std=0.15).eval()
+    model = tiny_bd3lm(std=0.15, vocab_size=4, block_size=3, model_length=6, **dict.fromkeys(NO_IDS))
     states = {}
     for first, last in itertools.product(range(4), repeat=2):
         with torch.no_grad():

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from noisy_text import given_noise, nll_of, random_ids
-from published import GOLDEN, load_recorded, recorded_noise
-from safetensors.torch import load_file
-from shared_models import TINY
+from noisy_text import given_noise, nll_of, random_ids, toy_model
+from published import GOLDEN, published_bd3lm, recorded_noise
+from shared_models import TINY, tiny_bd3lm
 
 from bd3lm_hf.modeling import likelihood_bd3lm
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
@@ -25,20 +24,17 @@ from bd3lm_hf.modeling.modeling_ssdlm import SSDLMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import Noise, draw_noise
 
 
+RECORDED = "02_bd3lm_loss"
+
+
 # --- token_nll on a toy whose bound is computed by brute force -------------------------------------------------------
 
 
 @pytest.fixture(params=[(2, 4), (3, 6), (3, 5), (2, 5)], ids=lambda p: f"block{p[0]}-length{p[1]}")
-def toy(request, randomize) -> tuple[BD3LMForMaskedLM, torch.Tensor]:
-    """Three tokens and the mask, blocks of 2 or 3, the last one possibly shorter; a model that is far from uniform."""
+def toy(request) -> tuple[BD3LMForMaskedLM, torch.Tensor]:
+    """A toy model in blocks of 2 or 3, the last one possibly shorter, and a text."""
     block_size, length = request.param
-    return toy_model(randomize, block_size), torch.tensor([[2, 0, 1, 2, 1, 0]])[:, :length]
-
-
-def toy_model(randomize, block_size: int, **fields) -> BD3LMForMaskedLM:
-    sizes = {"vocab_size": 4, "model_length": 12, "hidden_dim": 8, "cond_dim": 8, "n_blocks": 2, "n_heads": 2}
-    config = BD3LMConfig(**sizes, block_size=block_size, dropout=0.0, **fields)
-    return randomize(BD3LMForMaskedLM(config), seed=2, std=0.2).eval()
+    return toy_model(block_size), torch.tensor([[2, 0, 1, 2, 1, 0]])[:, :length]
 
 
 def blocks_of(model: BD3LMForMaskedLM, ids: torch.Tensor, maskable: torch.Tensor) -> list[list[int]]:
@@ -112,8 +108,8 @@ def test_the_bound_is_the_mean_over_reveal_orders_and_above_the_true_likelihood(
     assert bound > true + 1e-3
 
 
-def test_the_likelihood_that_is_bounded_sums_to_one(randomize):
-    model, total, bound_total = toy_model(randomize, 2), 0.0, 0.0
+def test_the_likelihood_that_is_bounded_sums_to_one():
+    model, total, bound_total = toy_model(2), 0.0, 0.0
     for block in itertools.product(range(3), repeat=2):
         ids = torch.tensor([[1, 2, *block]])
         total += (-orders_nll(model, ids, [2, 3])).exp().mean().item()
@@ -142,20 +138,15 @@ def test_the_random_estimators_are_unbiased(toy, estimator, num_samples):
 
 def test_the_stratified_estimator_has_a_lower_variance(toy):
     model, ids = toy
-    variance = {
-        estimator: model.token_nll(
-            ids.repeat(2000, 1), estimator=estimator, generator=torch.Generator().manual_seed(0)
-        )
-        .nll.sum(1)
-        .var()
-        .item()
-        for estimator in ("sampled", "stratified")
-    }
-    assert variance["stratified"] < variance["sampled"] / 2
+    sampled, stratified = (
+        model.token_nll(ids.repeat(2000, 1), estimator=name, generator=torch.Generator().manual_seed(0)).nll.sum(1)
+        for name in ("sampled", "stratified")
+    )
+    assert stratified.var() < sampled.var() / 2
 
 
-def test_more_samples_lower_the_spread(randomize):
-    model, ids = toy_model(randomize, 3), torch.tensor([[2, 0, 1, 2, 1, 0]]).repeat(2000, 1)
+def test_more_samples_lower_the_spread():
+    model, ids = toy_model(3), torch.tensor([[2, 0, 1, 2, 1, 0]]).repeat(2000, 1)
 
     def scores(estimator: str, num_samples: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -171,30 +162,26 @@ def test_more_samples_lower_the_spread(randomize):
     assert scores("stratified", 3).var() < 0.9 * scores("stratified", 1).var() / 3
 
 
-def test_several_samples_are_the_mean_of_single_ones(tiny_model):
+def test_several_samples_are_the_mean_of_single_ones_whose_draws_may_be_given(tiny_model):
     ids = random_ids(2, 16)
     together = tiny_model.token_nll(ids, num_samples=3, generator=torch.Generator().manual_seed(0)).nll
     generator = torch.Generator().manual_seed(0)
     single = [tiny_model.token_nll(ids, generator=generator).nll for _ in range(3)]
     torch.testing.assert_close(together, sum(single) / 3, rtol=1e-5, atol=1e-5)
     assert not torch.equal(single[0], single[1])
+    given = draw_noise(2, 4, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(tiny_model.token_nll(ids, noise=given).nll, single[0])
 
 
 def test_scores_do_not_depend_on_how_many_samples_share_a_pass(tiny_model, monkeypatch):
     ids, found = random_ids(2, 14), []
     for budget in (1, 100, 2**14):
         monkeypatch.setattr(likelihood_bd3lm, "_TOKEN_BUDGET", budget)
-        found.append(
-            [
-                tiny_model.token_nll(ids, estimator="exact").nll,
-                tiny_model.token_nll(
-                    ids, estimator="stratified", num_samples=5, generator=torch.Generator().manual_seed(0)
-                ).nll,
-            ]
-        )
-    for scores in found[1:]:
-        for score, expected in zip(scores, found[0], strict=True):
-            torch.testing.assert_close(score, expected, rtol=0, atol=1e-5)
+        draws = {"num_samples": 5, "generator": torch.Generator().manual_seed(0)}
+        found.append(tiny_model.token_nll(ids, estimator="exact").nll)
+        found.append(tiny_model.token_nll(ids, estimator="stratified", **draws).nll)
+    torch.testing.assert_close(found[2:4], found[:2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[4:], found[:2], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("conditioned", [False, True])
@@ -225,9 +212,8 @@ def test_a_generator_for_each_row_makes_its_score_independent_of_the_batch(tiny_
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "stratified", "exact"])
-def test_at_block_size_one_every_estimator_is_the_autoregressive_likelihood(tiny_config, randomize, estimator):
-    tiny_config.block_size = 1
-    model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
+def test_at_block_size_one_every_estimator_is_the_autoregressive_likelihood(estimator):
+    model = tiny_bd3lm(block_size=1)
     ids = random_ids(2, 9)
     expected = torch.zeros(2, 9)
     with torch.no_grad():
@@ -289,12 +275,9 @@ def test_any_length_can_be_scored(tiny_model, length):
 
 
 @pytest.mark.parametrize("name", ["bs4.full", "bs8.full", "bs16.full", "bs4.pad", "bs4.keep_bos"])
-def test_the_score_of_the_published_draws_equals_the_published_one_token_by_token(name):
-    cases = json.loads((GOLDEN / "02_bd3lm_loss" / "config.json").read_text())
-    case, recorded = cases["cases"][name], load_recorded("02_bd3lm_loss")
-    fields = {"block_size": case["block_size"], "ignore_bos": case["ignore_bos"]}
-    model = BD3LMForMaskedLM(BD3LMConfig(**{**cases["constructor"], **fields})).eval()
-    model.load_state_dict(load_file(GOLDEN / "01_bd3lm" / "weights.safetensors"))
+def test_the_score_of_the_published_draws_equals_the_published_one_token_by_token(recorded, name):
+    case = json.loads((GOLDEN / RECORDED / "config.json").read_text())["cases"][name]
+    model = published_bd3lm(case["block_size"], ignore_bos=case["ignore_bos"])
     given = recorded_noise(recorded, name)
     times = (recorded[f"{name}.t"][:, :: case["block_size"]] - 1e-3) / (1 - 1e-3)
     noise = Noise(times, given["token_noise"], torch.zeros_like(times))
@@ -303,13 +286,6 @@ def test_the_score_of_the_published_draws_equals_the_published_one_token_by_toke
     token_mask = recorded[f"{name}.token_mask"]
     torch.testing.assert_close(found.nll * token_mask, recorded[f"{name}.nlls"], rtol=2e-5, atol=2e-5)
     assert (found.mask * recorded.get("mask_pad" if name == "bs4.pad" else "mask_ones")).equal(token_mask)
-
-
-def test_noise_can_be_passed_instead_of_its_generator(tiny_model):
-    ids = random_ids(3, 16)
-    expected = tiny_model.token_nll(ids, generator=torch.Generator().manual_seed(0))
-    given = draw_noise(3, 4, 16, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(tiny_model.token_nll(ids, noise=given).nll, expected.nll)
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------
@@ -352,8 +328,8 @@ def test_texts_of_any_length_share_the_noise_of_their_common_blocks(tiny_model):
     assert (scores[0] > 0).sum() > 6
 
 
-def test_a_few_tokens_after_a_context_are_scored_exactly_at_any_block_size(randomize):
-    model = toy_model(randomize, 12)
+def test_a_few_tokens_after_a_context_are_scored_exactly_at_any_block_size():
+    model = toy_model(12)
     ids = torch.tensor([[2, 0, 1, 2, 1, 0, 0, 2, 1, 1, 2]]).repeat(2, 1)
     labels = ids.clone()
     labels[:, :7] = -100
@@ -369,12 +345,9 @@ def test_a_few_tokens_after_a_context_are_scored_exactly_at_any_block_size(rando
     assert score.nll[0].sum().item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_exact_sum_over_blocks_of_eight_is_still_computed(tiny_config):
-    tiny_config.block_size = 8
-    model = BD3LMForMaskedLM(tiny_config).eval()
-    score = model.token_nll(
-        random_ids(1, 16), estimator="exact"
-    )  # the first block begins with a token that is not scored
+def test_the_exact_sum_over_blocks_of_eight_is_still_computed():
+    model = BD3LMForMaskedLM(BD3LMConfig(**{**TINY, "block_size": 8})).eval()
+    score = model.token_nll(random_ids(1, 16), estimator="exact")  # of which the first block begins with a given token
     torch.testing.assert_close(score.nll, score.mask * math.log(47), rtol=0, atol=1e-4)
 
 

@@ -83,16 +83,12 @@ def test_an_exported_or_traced_model_serves_other_batches_lengths_and_padding(fa
         torch.testing.assert_close(output["logits"][padded.bool()], expected)
 
 
-def test_saved_weights_have_the_permissions_of_the_umask(make_model, tmp_path):
+def test_a_saved_folder_has_the_permissions_of_the_umask_and_at_most_twenty_code_files_and_loads(make_model, tmp_path):
     old = os.umask(0o022)
     try:
         make_model().save_pretrained(tmp_path)
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o644
-
-
-def test_a_saved_folder_has_at_most_twenty_code_files_and_loads(make_model, tmp_path):
-    make_model().save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("*.py"))) <= 20
     assert AutoModelForMaskedLM.from_pretrained(tmp_path)(IDS).logits.shape == (1, 8, 48)

@@ -2,12 +2,13 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from noisy_text import random_ids, some_masked
+from published import GOLDEN, published_bd3lm
 from safetensors.torch import load_file, save_file
+from shared_models import tiny_bd3lm
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
 
 import bd3lm_hf  # noqa: F401  (registers the Auto classes)
@@ -19,19 +20,12 @@ from bd3lm_hf.modeling.noise_bd3lm import draw_noise
 
 
 RECORDED = "01_bd3lm"
-GOLDEN = Path(__file__).parents[1] / "golden" / "01_bd3lm"
-VARIANTS = json.loads((GOLDEN / "config.json").read_text())["variants"]
+VARIANTS = json.loads((GOLDEN / RECORDED / "config.json").read_text())["variants"]
 TOLERANCE = {"rtol": 0, "atol": 2e-5}
 
 
 def golden_model(variant: str, block_size: int) -> BD3LMForMaskedLM:
-    config = BD3LMConfig(**{**VARIANTS[variant]["constructor"], "block_size": block_size})
-    weights = load_file(GOLDEN / "weights.safetensors")
-    if not config.adaln:
-        weights = {k: v for k, v in weights.items() if "sigma_map" not in k and "adaLN_modulation" not in k}
-    model = BD3LMForMaskedLM(config)
-    model.load_state_dict(weights, strict=True)
-    return model.eval()
+    return published_bd3lm(**{**VARIANTS[variant]["constructor"], "block_size": block_size})
 
 
 # --- Parity with the published model ---------------------------------------------------------------------------------
@@ -73,10 +67,9 @@ def test_cached_logits_equal_the_published_ones(recorded, variant, block_size, c
 
 @pytest.mark.parametrize("variant", ["adaln", "noadaln"])
 def test_hidden_states_equal_the_published_ones(recorded, variant):
+    streams = {"input_ids": recorded["xt"], "clean_input_ids": recorded["x0"]}
     with torch.no_grad():
-        output = golden_model(variant, 4)(
-            input_ids=recorded["xt"], clean_input_ids=recorded["x0"], output_hidden_states=True
-        )
+        output = golden_model(variant, 4)(**streams, output_hidden_states=True)
     compared = [name for name in recorded if name.startswith(f"{variant}.bs4.hidden.")]
     assert len(compared) >= 2 and len(output.hidden_states) == 3
     for name in compared:
@@ -87,7 +80,8 @@ def test_hidden_states_equal_the_published_ones(recorded, variant):
 def test_a_published_folder_loads_with_no_missing_and_no_unexpected_key(recorded, tmp_path):
     constructor = {**VARIANTS["adaln"]["constructor"], "block_size": 8}
     (tmp_path / "config.json").write_text(json.dumps({**constructor, "model_type": "bd3lm", "return_dict": False}))
-    save_file(load_file(GOLDEN / "weights.safetensors"), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    weights = load_file(GOLDEN / RECORDED / "weights.safetensors")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model, report = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     assert model.interval() == pytest.approx((0.45, 0.95))
@@ -133,14 +127,6 @@ def assert_published_initialisation(model: torch.nn.Module, part: str = "") -> N
             assert 0 < parameter.abs().max() <= 1 / math.sqrt(fan_in) * 1.0001, name
 
 
-def assert_uniform_logits(model: BD3LMForMaskedLM) -> None:
-    ids = random_ids(2, 12)
-    with torch.no_grad():
-        for logits in (model(ids).logits, model(input_ids=some_masked(ids), clean_input_ids=ids).logits):
-            assert logits.shape == (2, 12, 48)
-            assert not logits.any()
-
-
 @pytest.mark.parametrize(
     "make", [BD3LMForMaskedLM, AutoModelForMaskedLM.from_config, AutoModelForCausalLM.from_config]
 )
@@ -148,7 +134,10 @@ def test_a_new_model_is_initialised_as_published_and_gives_uniform_logits(tiny_c
     model = make(tiny_config).eval()
     assert type(model) is BD3LMForMaskedLM
     assert_published_initialisation(model)
-    assert_uniform_logits(model)
+    ids = random_ids(2, 12)
+    with torch.no_grad():
+        for logits in (model(ids).logits, model(input_ids=some_masked(ids), clean_input_ids=ids).logits):
+            assert logits.shape == (2, 12, 48) and not logits.any()
 
 
 def test_a_backbone_made_by_an_auto_class_is_initialised_as_published(tiny_config):
@@ -175,16 +164,6 @@ def test_what_a_checkpoint_lacks_is_initialised_as_published(tiny_model, tmp_pat
     assert_published_initialisation(loaded, dropped)
 
 
-def test_the_interval_of_a_checkpoint_without_buffers_comes_from_its_config(tiny_config, tmp_path):
-    tiny_config.sampling_eps_min, tiny_config.sampling_eps_max = 0.3, 0.8
-    model = BD3LMForMaskedLM(tiny_config)
-    assert model.interval() == pytest.approx((0.3, 0.8))
-    model.save_pretrained(tmp_path)
-    weights = {k: v for k, v in load_file(tmp_path / "model.safetensors").items() if "sampling_eps" not in k}
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert BD3LMForMaskedLM.from_pretrained(tmp_path).interval() == pytest.approx((0.3, 0.8))
-
-
 def test_without_var_min_the_interval_is_the_config_and_no_buffer(tiny_config):
     tiny_config.var_min, tiny_config.sampling_eps_max = False, 0.75
     model = BD3LMForMaskedLM(tiny_config)
@@ -198,17 +177,14 @@ def test_without_var_min_the_interval_is_the_config_and_no_buffer(tiny_config):
 
 
 def test_a_saved_model_loads_with_identical_weights(tiny_model, tmp_path):
-    tiny_model.sampling_eps_min.fill_(0.25)
     tiny_model.save_pretrained(tmp_path)
     loaded, report = BD3LMForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(report.values())
-    assert not loaded.training
+    assert not any(report.values()) and not loaded.training
     for name, value in tiny_model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     ids = random_ids(2, 16)
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, tiny_model(ids).logits)
-    assert loaded.interval() == (0.25, 1.0)
 
 
 def test_a_model_made_on_the_meta_device_is_complete_once_its_weights_are_loaded(tiny_model):
@@ -350,9 +326,8 @@ def test_a_vocabulary_without_the_mask_is_refused(tiny_model, tokens):
     assert tiny_model.get_input_embeddings().weight.shape[0] == 48
 
 
-def test_a_vocabulary_can_shrink_after_the_mask(tiny_config, randomize):
-    tiny_config.mask_token_id = 3
-    model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
+def test_a_vocabulary_can_shrink_after_the_mask():
+    model = tiny_bd3lm(mask_token_id=3)
     ids = torch.randint(4, 30, (1, 8))
     with torch.no_grad():
         before = model(ids).logits
@@ -375,26 +350,21 @@ def test_input_and_output_embeddings_are_the_models_own_and_untied(tiny_model):
 # --- The forward pass's arguments ------------------------------------------------------------------------------------
 
 
-def test_embeddings_can_be_passed_instead_of_ids(tiny_model):
+def test_embeddings_a_tuple_and_an_unused_noise_level_give_the_same_logits(tiny_model):
     ids = random_ids(2, 8)
     with torch.no_grad():
-        embeds = tiny_model.get_input_embeddings()(ids)
-        assert torch.equal(tiny_model(inputs_embeds=embeds).logits, tiny_model(ids).logits)
-
-
-def test_outputs_can_be_requested_as_a_tuple(tiny_model):
-    ids = random_ids(2, 8)
-    with torch.no_grad():
-        found = tiny_model(ids, return_dict=False)
-        assert isinstance(found, tuple)
         output = tiny_model(ids)
-        assert torch.equal(found[0], output.logits) and output.hidden_states is None
+        assert output.hidden_states is None
+        embeds = tiny_model.get_input_embeddings()(ids)
+        assert torch.equal(tiny_model(inputs_embeds=embeds).logits, output.logits)
+        found = tiny_model(ids, return_dict=False)
+        assert isinstance(found, tuple) and torch.equal(found[0], output.logits)
         assert isinstance(tiny_model.backbone(ids, return_dict=False), tuple)
+        assert torch.equal(tiny_model(ids, timesteps=torch.tensor([0.1, 3.0])).logits, output.logits)
 
 
-def test_a_time_conditioned_model_reads_the_noise_level_of_each_row(tiny_config, randomize):
-    tiny_config.time_conditioning = True
-    model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
+def test_a_time_conditioned_model_reads_the_noise_level_of_each_row():
+    model = tiny_bd3lm(time_conditioning=True)
     ids = random_ids(2, 8)
     x_t = some_masked(ids)
     with torch.no_grad():
@@ -409,15 +379,8 @@ def test_a_time_conditioned_model_reads_the_noise_level_of_each_row(tiny_config,
         model(ids)
 
 
-def test_a_model_without_time_conditioning_ignores_the_noise_level(tiny_model):
-    ids = random_ids(2, 8)
-    with torch.no_grad():
-        assert torch.equal(tiny_model(ids, timesteps=torch.tensor([0.1, 3.0])).logits, tiny_model(ids).logits)
-
-
-def test_dropout_is_active_in_training_only(tiny_config, randomize):
-    tiny_config.dropout = 0.5
-    model = randomize(BD3LMForMaskedLM(tiny_config))
+def test_dropout_is_active_in_training_only():
+    model = tiny_bd3lm(dropout=0.5).train()
     ids = random_ids(2, 8)
     with torch.no_grad():
         assert torch.equal(model.eval()(ids).logits, model(ids).logits)
@@ -432,10 +395,7 @@ def test_dropout_is_active_in_training_only(tiny_config, randomize):
     ("arguments", "message"),
     [
         ({}, "pass exactly one of input_ids and inputs_embeds"),
-        (
-            {"input_ids": random_ids(1, 4), "inputs_embeds": torch.zeros(1, 4, 32)},
-            "pass exactly one of input_ids and inputs_embeds",
-        ),
+        ({"input_ids": random_ids(1, 4), "inputs_embeds": torch.zeros(1, 4, 32)}, "pass exactly one of"),
         (
             {"input_ids": random_ids(1, 4), "clean_input_ids": random_ids(1, 8)},
             r"clean_input_ids of shape \(1, 8\) must have the shape of the noisy input, \(1, 4\)",
@@ -493,6 +453,10 @@ def test_storing_rows_that_end_inside_a_block_is_refused(tiny_model):
 
 
 def test_an_interval_that_is_set_is_saved_with_weights_and_config(tiny_model, tmp_path):
+    tiny_model.sampling_eps_max.fill_(0.75)
+    tiny_model.save_pretrained(tmp_path)
+    saved = BD3LMConfig.from_pretrained(tmp_path)  # what the weights carry, and not the nearest float32
+    assert (saved.sampling_eps_min, saved.sampling_eps_max) == (1e-3, 0.75)
     tiny_model.set_interval(0.3, 0.8)
     assert tiny_model.interval() == (pytest.approx(0.3), pytest.approx(0.8))
     tiny_model.save_pretrained(tmp_path)
@@ -500,14 +464,6 @@ def test_an_interval_that_is_set_is_saved_with_weights_and_config(tiny_model, tm
     assert loaded.interval() == tiny_model.interval()
     assert (loaded.config.sampling_eps_min, loaded.config.sampling_eps_max) == (0.3, 0.8)
     assert BD3LMForMaskedLM(loaded.config).interval() == tiny_model.interval()
-
-
-def test_a_saved_config_has_the_interval_of_the_weights(tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path / "whole")
-    assert BD3LMConfig.from_pretrained(tmp_path / "whole").sampling_eps_min == 1e-3  # not the nearest float32
-    tiny_model.sampling_eps_max.fill_(0.75)
-    tiny_model.save_pretrained(tmp_path / "clipped")
-    assert BD3LMConfig.from_pretrained(tmp_path / "clipped").sampling_eps_max == 0.75
 
 
 @pytest.mark.parametrize("interval", [(0.8, 0.3), (-0.1, 0.5), (0.5, 1.1), (0.0, 0.0)])

@@ -85,12 +85,9 @@ def test_both_estimators_agree_and_more_samples_vary_less(model, recorded):
     ids = recorded["x0"]
 
     def totals(estimator: str, num_samples: int, count: int) -> torch.Tensor:
-        generators = (torch.Generator().manual_seed(seed) for seed in range(count))
-        scores = (
-            model.token_nll(ids, estimator=estimator, num_samples=num_samples, generator=generator)
-            for generator in generators
-        )
-        return torch.stack([score.nll.sum() for score in scores])
+        options = {"estimator": estimator, "num_samples": num_samples}
+        sources = (torch.Generator().manual_seed(seed) for seed in range(count))
+        return torch.stack([model.token_nll(ids, generator=source, **options).nll.sum() for source in sources])
 
     single, spread = totals("sampled", 1, 200), totals("stratified", 8, 40)
     error = (single.var() / len(single) + spread.var() / len(spread)).sqrt()
@@ -98,24 +95,8 @@ def test_both_estimators_agree_and_more_samples_vary_less(model, recorded):
     assert spread.var() < single.var() / 4
 
 
-def test_an_exact_likelihood_is_refused(model, recorded):
+def test_an_exact_likelihood_is_refused_and_a_noise_level_required(model, recorded):
     with pytest.raises(ValueError, match="estimator='exact'.* sampled, stratified"):
         model.token_nll(recorded["x0"], estimator="exact")
-
-
-def test_a_noise_level_is_required(model, recorded):
     with pytest.raises(ValueError, match="time_conditioning=True: pass timesteps"):
         model(recorded["xt"])
-
-
-# --- Generation ------------------------------------------------------------------------------------------------------
-
-PROMPTS = torch.tensor([[1, 2, 3], [4, 5, 6]])
-
-
-def test_the_sampler_of_a_score_is_the_default_and_the_only_one(model, tmp_path):
-    assert model.generation_config.sampler == "analytic"
-    model.save_pretrained(tmp_path)
-    loaded = SEDDForMaskedLM.from_pretrained(tmp_path)
-    assert loaded.generation_config.sampler == "analytic"
-    assert loaded.generate(PROMPTS, max_new_tokens=4).equal(model.generate(PROMPTS, max_new_tokens=4))

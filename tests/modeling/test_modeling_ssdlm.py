@@ -1,11 +1,9 @@
 """SSD-LM: parity of the network and its training step, padding, seeded noise, and what is refused."""
 
-import json
-
 import pytest
 import torch
-from published import GOLDEN
-from safetensors.torch import load_file
+from published import published_ssdlm
+from shared_models import tiny_ssdlm
 from transformers import AutoConfig, AutoModel, BertConfig
 
 from bd3lm_hf.modeling.configuration_ssdlm import SSDLMConfig
@@ -13,34 +11,27 @@ from bd3lm_hf.modeling.modeling_ssdlm import SSDLMForMaskedLM
 
 
 RECORDED = "11_ssdlm"
-FOLDER = GOLDEN / "11_ssdlm"
 SIZES = {"vocab_size": 20, "hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "dropout": 0.0}
 
 
 @pytest.fixture(scope="module")
 def published() -> SSDLMForMaskedLM:
-    encoder = {"model_type": "roberta", **json.loads((FOLDER / "config.json").read_text())["constructor"]}
-    config = SSDLMConfig(encoder_config=encoder, block_size=5, model_length=20, num_train_timesteps=1000)
-    model = SSDLMForMaskedLM(config).eval()
-    model.load_state_dict(load_file(FOLDER / "weights.safetensors"))
-    return model
+    return published_ssdlm(num_train_timesteps=1000)
 
 
 @pytest.fixture
 def tiny(randomize) -> SSDLMForMaskedLM:
-    return randomize(SSDLMForMaskedLM(SSDLMConfig(**SIZES, block_size=4, model_length=16))).eval()
+    return randomize(tiny_ssdlm(**SIZES))
 
 
 def test_the_network_is_the_published_one(published, recorded):
-    torch.testing.assert_close(
-        published.embed_sum(recorded["train.simplex"]), recorded["train.simplex_embeds"], atol=1e-5, rtol=0
-    )
+    embedded = published.embed_sum(recorded["train.simplex"])
+    torch.testing.assert_close(embedded, recorded["train.simplex_embeds"], atol=1e-5, rtol=0)
     progress = (recorded["train.t"] / 1000).view(-1, 1, 1)
     torch.testing.assert_close(published.timestep(progress), recorded["train.timestep_embeds"], atol=1e-5, rtol=0)
     context = recorded["train.input_ids"][:, : int(recorded["train.context_size"])]
-    logits = published(
-        context, noisy_logits=recorded["train.noisy_logits"], timesteps=recorded["train.t"] / 1000
-    ).logits
+    noisy, times = recorded["train.noisy_logits"], recorded["train.t"] / 1000
+    logits = published(context, noisy_logits=noisy, timesteps=times).logits
     torch.testing.assert_close(logits, recorded["train.logits"], atol=1e-4, rtol=0)
 
 
@@ -125,14 +116,13 @@ def test_tokens_without_a_label_are_context_only(tiny):
 
 
 def test_the_simplex_layer_starts_as_the_word_embeddings():
-    model = SSDLMForMaskedLM(SSDLMConfig(**SIZES, block_size=4, model_length=16))
+    model = tiny_ssdlm(**SIZES)
     assert torch.equal(model.embed_sum.weight, model.get_input_embeddings().weight.T)
 
 
 def test_another_encoder_works(tmp_path):
-    encoder = BertConfig(
-        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    encoder = BertConfig(vocab_size=20, **sizes)
     model = SSDLMForMaskedLM(SSDLMConfig(encoder_config=encoder, block_size=4, model_length=16)).eval()
     model.save_pretrained(tmp_path)
     loaded = SSDLMForMaskedLM.from_pretrained(tmp_path).eval()
@@ -156,7 +146,7 @@ def test_dropout_is_the_encoders_unless_it_is_given():
 
 @pytest.mark.parametrize("size", [22, 18])
 def test_the_vocabulary_can_grow_and_the_simplex_with_it(randomize, size, tmp_path):
-    model = randomize(SSDLMForMaskedLM(SSDLMConfig(**SIZES, block_size=4, model_length=16, mask_token_id=3)))
+    model = randomize(tiny_ssdlm(**SIZES, mask_token_id=3))
     before = model.embed_sum.weight.clone()
     model.resize_token_embeddings(size)
     kept = min(size, 20)
@@ -232,7 +222,7 @@ def test_an_encoder_without_inputs_embeds_is_refused(monkeypatch):
 
     monkeypatch.setattr("bd3lm_hf.modeling.modeling_ssdlm.AutoModelForMaskedLM.from_config", lambda config: Encoder())
     with pytest.raises(ValueError, match="a Encoder takes no inputs_embeds"):
-        SSDLMForMaskedLM(SSDLMConfig(**SIZES, block_size=4, model_length=16))
+        tiny_ssdlm(**SIZES)
 
 
 def test_recomputing_activations_changes_no_gradient(tiny):

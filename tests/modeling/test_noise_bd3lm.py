@@ -3,11 +3,10 @@
 import json
 import math
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from published import GOLDEN, load_recorded
 
 from bd3lm_hf.modeling.noise_bd3lm import (
     LogLinearNoise,
@@ -23,19 +22,8 @@ from bd3lm_hf.modeling.noise_bd3lm import (
 )
 
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+RECORDED = "03_noise"
 SCHEDULES = ["loglinear", "square", "square_root", "log", "cosine"]
-
-
-@pytest.fixture(scope="module")
-def golden_schedules():
-    return load_file(GOLDEN / "03_noise" / "tensors.safetensors")
-
-
-@pytest.fixture(scope="module")
-def golden_times():
-    config = json.loads((GOLDEN / "04_sample_t" / "config.json").read_text())
-    return config, load_file(GOLDEN / "04_sample_t" / "tensors.safetensors")
 
 
 def blocks_of(length: int, size: int) -> torch.Tensor:
@@ -46,19 +34,19 @@ def blocks_of(length: int, size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_schedule_equals_the_published_one(golden_schedules, name):
-    level = noise_schedule(name)(golden_schedules["t"])
-    torch.testing.assert_close(level.move_chance, golden_schedules[f"{name}.move_chance"], rtol=2e-6, atol=2e-7)
-    torch.testing.assert_close(level.loss_scaling, golden_schedules[f"{name}.loss_scaling"], rtol=2e-5, atol=2e-6)
+def test_a_schedule_equals_the_published_one(recorded, name):
+    level = noise_schedule(name)(recorded["t"])
+    torch.testing.assert_close(level.move_chance, recorded[f"{name}.move_chance"], rtol=2e-6, atol=2e-7)
+    torch.testing.assert_close(level.loss_scaling, recorded[f"{name}.loss_scaling"], rtol=2e-5, atol=2e-6)
 
 
-def test_the_noise_level_sigma_equals_the_published_one(golden_schedules):
-    noise, t = LogLinearNoise(), golden_schedules["t"]
-    torch.testing.assert_close(noise.total_noise(t), golden_schedules["loglinear.total_noise"], rtol=2e-5, atol=2e-6)
-    torch.testing.assert_close(noise.rate_noise(t), golden_schedules["loglinear.rate_noise"], rtol=2e-5, atol=2e-6)
-    torch.testing.assert_close(noise.sigma(t), golden_schedules["sigma_from_p"], rtol=2e-5, atol=2e-6)
+def test_the_noise_level_sigma_equals_the_published_one(recorded):
+    noise, t = LogLinearNoise(), recorded["t"]
+    torch.testing.assert_close(noise.total_noise(t), recorded["loglinear.total_noise"], rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(noise.rate_noise(t), recorded["loglinear.rate_noise"], rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(noise.sigma(t), recorded["sigma_from_p"], rtol=2e-5, atol=2e-6)
     # The published cap is computed in float32, hence 6.907768 instead of 6.907755.
-    assert noise.sigma_max == pytest.approx(golden_schedules["loglinear.sigma_max"].item(), abs=2e-5)
+    assert noise.sigma_max == pytest.approx(recorded["loglinear.sigma_max"].item(), abs=2e-5)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -86,9 +74,9 @@ def test_an_unknown_schedule_is_refused_with_the_known_ones():
 
 
 @pytest.mark.parametrize("order, label", [("published", "anti"), ("none", "iid")])
-def test_times_equal_the_published_ones_for_the_same_noise(golden_times, order, label):
-    config, tensors = golden_times
-    compared = 0
+def test_times_equal_the_published_ones_for_the_same_noise(order, label):
+    config = json.loads((GOLDEN / "04_sample_t" / "config.json").read_text())
+    tensors, compared = load_recorded("04_sample_t"), 0
     for length, size in config["cases"]:
         name = f"L{length}.bs{size}"
         uniform = stratify(tensors[f"{name}.u"], order=order)
@@ -160,6 +148,16 @@ def test_samples_are_put_side_by_side_in_the_order_of_their_axis(num_samples):
 # --- Masks -----------------------------------------------------------------------------------------------------------
 
 
+def confined_masks(
+    rows: int, length: int, size: int, low: float, high: float, mask_prob: float = 0.5, real: int | None = None
+) -> torch.Tensor:
+    """Seeded masks `(rows, length)` of blocks of `size` whose rate is truncated; padding follows `real` tokens."""
+    blocks = -(-length // size)
+    noise = draw_noise(rows, blocks, length, generator=torch.Generator().manual_seed(0))
+    probs, valid = torch.full((rows, blocks), mask_prob), (torch.arange(length) < (real or length)).expand(rows, -1)
+    return mask_positions_within(noise, probs, blocks_of(length, size), valid, low, high, block_size=size)
+
+
 def test_a_token_is_masked_if_its_noise_is_at_most_the_probability_of_its_block():
     noise = Noise(torch.zeros(1, 2), torch.tensor([[0.0, 0.5, 0.51, 0.2, 0.21]]), torch.zeros(1, 2))
     masked = mask_positions(noise, torch.tensor([[0.5, 0.2]]), torch.tensor([[0, 0, 0, 1, 1]]))
@@ -180,12 +178,7 @@ def test_extreme_count_noise_stays_in_the_interval(draw):
 )
 def test_truncated_masks_have_the_distribution_of_redrawing_until_the_rate_fits(low, high, mask_prob, size):
     num_samples = 40_000
-    generator = torch.Generator().manual_seed(0)
-    noise = draw_noise(num_samples, 1, size, generator=generator)
-    full = torch.ones(num_samples, size, dtype=torch.bool)
-    masked = mask_positions_within(
-        noise, torch.full((num_samples, 1), mask_prob), blocks_of(size, size), full, low, high, block_size=size
-    )
+    masked = confined_masks(num_samples, size, size, low, high, mask_prob)
     patterns = (masked.long() * 2 ** torch.arange(size)).sum(1)
     observed = torch.bincount(patterns, minlength=2**size).double()
     # The distribution of rejection sampling: independent coins, given that the number of heads fits.
@@ -204,32 +197,17 @@ def test_truncated_masks_have_the_distribution_of_redrawing_until_the_rate_fits(
     assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
 
 
-def test_a_shorter_last_block_is_truncated_by_its_own_length():
-    noise = draw_noise(200, 2, 6, generator=torch.Generator().manual_seed(0))
-    full = torch.ones(200, 6, dtype=torch.bool)
-    masked = mask_positions_within(noise, torch.full((200, 2), 0.5), blocks_of(6, 4), full, 0.5, 0.75, block_size=4)
-    first, last = masked[:, :4].sum(1), masked[:, 4:].sum(1)
-    assert set(first.tolist()) == {2, 3}
-    assert set(last.tolist()) == {1}
-
-
-def test_a_last_block_that_no_rate_fits_is_masked_by_the_nearest_counts():
-    noise = draw_noise(200, 2, 5, generator=torch.Generator().manual_seed(0))
-    full = torch.ones(200, 5, dtype=torch.bool)
-    masked = mask_positions_within(noise, torch.full((200, 2), 0.5), blocks_of(5, 4), full, 0.5, 0.75, block_size=4)
-    assert set(masked[:, 4].tolist()) == {False, True}
+def test_a_shorter_last_block_is_truncated_by_its_own_length_or_to_the_nearest_counts():
+    masked = confined_masks(200, 6, 4, 0.5, 0.75)
+    assert set(masked[:, :4].sum(1).tolist()) == {2, 3}
+    assert set(masked[:, 4:].sum(1).tolist()) == {1}
+    assert set(confined_masks(200, 5, 4, 0.5, 0.75)[:, 4].tolist()) == {False, True}  # no rate fits one token
 
 
 def test_padding_is_never_masked_and_does_not_count_in_the_rate():
-    batch, length, size = 300, 12, 4
-    valid = torch.ones(batch, length, dtype=torch.bool)
-    valid[:, 10:] = False
-    noise = draw_noise(batch, 3, length, generator=torch.Generator().manual_seed(0))
-    masked = mask_positions_within(
-        noise, torch.full((batch, 3), 0.5), blocks_of(length, size), valid, 0.5, 0.5, block_size=size
-    )
+    masked = confined_masks(300, 12, 4, 0.5, 0.5, real=10)
     assert not masked[:, 10:].any()
-    assert masked[:, :8].view(batch, 2, size).sum(-1).eq(2).all()
+    assert masked[:, :8].view(300, 2, 4).sum(-1).eq(2).all()
     assert masked[:, 8:10].sum(-1).eq(1).all()
 
 

@@ -56,9 +56,8 @@ def test_a_packed_product_is_the_product(shape, bias):
 def test_a_text_generated_with_packed_weights_is_the_plain_one(make_model, monkeypatch, batch):
     model, used = make_model(), []
     close = BlockForward.close
-    monkeypatch.setattr(
-        BlockForward, "close", lambda self, **how: [used.append(self.prepacked.products), close(self, **how)][1]
-    )
+    watched = lambda self, **how: [used.append(self.prepacked.products), close(self, **how)][1]  # noqa: E731
+    monkeypatch.setattr(BlockForward, "close", watched)
     batch = batch_of(prompts_of(batch), "left")
     fast = generate(model, **batch, max_new_tokens=40)
     with torch.backends.mkldnn.flags(enabled=False):

@@ -11,9 +11,8 @@ import pytest
 import torch
 from decoders import random_ids, tiny_decoder, tiny_stock
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from shared_models import tiny_bd3lm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
-
-from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -23,11 +22,9 @@ BITS = {"8 bit": {"load_in_8bit": True}, "nf4": NF4, "nf4 twice": {**NF4, "bnb_4
 
 
 @pytest.fixture
-def models(tiny_config, randomize):
+def models():
     """The network of the paper, an adapted Llama, and the stock Llama to compare with."""
-    sizes = {"hidden_dim": 128, "cond_dim": 64, "mask_token_id": None}
-    config = BD3LMConfig(**{**tiny_config.to_diff_dict(), **sizes})
-    ours = randomize(BD3LMForMaskedLM(config)).eval()
+    ours = tiny_bd3lm(hidden_dim=128, cond_dim=64)
     return {"bd3lm": ours, "llama": tiny_decoder("llama", **SIZES), "stock": tiny_stock("llama", **SIZES)}
 
 

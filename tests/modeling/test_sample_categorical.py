@@ -5,13 +5,7 @@ import torch
 
 from bd3lm_hf.modeling import samplers_bd3lm
 from bd3lm_hf.modeling.noise_bd3lm import wide_float
-from bd3lm_hf.modeling.samplers_bd3lm import (
-    SAMPLING_DTYPES,
-    check_generators,
-    random_uniform,
-    sample_categorical,
-    token_probability,
-)
+from bd3lm_hf.modeling.samplers_bd3lm import SAMPLING_DTYPES, random_uniform, sample_categorical, token_probability
 
 
 CPU = torch.device("cpu")
@@ -86,6 +80,10 @@ def test_uniform_numbers_follow_their_generator():
     assert torch.equal(first, second) and first.shape == (2, 3) and first.dtype == torch.float64
     torch.manual_seed(5)
     assert torch.equal(random_uniform((2, 3), CPU), first)
+    # A row with a source of its own gets the numbers that it would get alone.
+    together = random_uniform((2, 5), CPU, [seed(3), seed(4)])
+    alone = [random_uniform((1, 5), CPU, source)[0] for source in (seed(3), seed(4))]
+    assert torch.equal(together, torch.stack(alone)) and not torch.equal(*alone)
 
 
 def test_a_device_without_float64_gets_float32():
@@ -97,16 +95,3 @@ def test_the_probability_of_a_token_ignores_the_scale_of_its_scores():
     scores = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.0, 0.9]]).log() + 5.0
     expected = torch.tensor([0.3, 0.9])
     torch.testing.assert_close(token_probability(scores, torch.tensor([1, 2])), expected)
-
-
-def test_a_row_with_its_own_generator_gets_the_numbers_that_it_would_get_alone():
-    together = random_uniform((2, 5), CPU, [seed(3), seed(4)])
-    alone = [random_uniform((1, 5), CPU, source)[0] for source in (seed(3), seed(4))]
-    assert torch.equal(together, torch.stack(alone)) and not torch.equal(*alone)
-
-
-def test_a_list_of_generators_has_one_per_row():
-    check_generators([torch.Generator()] * 2, 2)
-    check_generators(torch.Generator(), 2)
-    with pytest.raises(ValueError, match="3 generators for 2 rows: pass one per row, or a single one"):
-        check_generators([torch.Generator()] * 3, 2)

@@ -9,12 +9,7 @@ import torch
 
 from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
 from bd3lm_hf.modeling.noise_bd3lm import noise_schedule
-from bd3lm_hf.modeling.samplers_bd3lm import (
-    SAMPLERS,
-    RevealState,
-    Sampler,
-    hitting_times,
-)
+from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS, RevealState, Sampler, hitting_times
 
 
 RECORDED = "07_samplers"
@@ -52,13 +47,9 @@ def test_every_masked_position_is_revealed_once_and_no_other(name, fields):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_nothing_masked_takes_no_step(name):
+def test_nothing_masked_takes_no_step_and_from_left_to_right_nothing_after_the_requested_positions_does(name):
     assert not positions_of(make(name), state_of(torch.zeros(2, 4, dtype=torch.bool)))
     assert not positions_of(make(name), state_of(MASKED, requested=torch.zeros_like(MASKED)))
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_from_left_to_right_nothing_after_the_requested_positions_is_predicted(name):
     requested = torch.tensor([[True, True, False, False]])
     state = state_of(torch.ones(1, 4, dtype=torch.bool), requested=requested, left_to_right=True)
     assert sorted(sum(positions_of(make(name), state), [])) == [0, 1]
@@ -186,10 +177,8 @@ def scores_of(certainty: list[float], vocab: int = 11) -> torch.Tensor:
 def accepted(sampler: Sampler, masked: list[list[bool]], certainty: list[float], **fields) -> list[bool]:
     """Return which predictions the first step accepts, for the masked positions in reading order."""
     state = state_of(torch.tensor(masked), **fields)
-    scores = scores_of(certainty)
-    return sampler.accept(
-        state, next(iter(sampler.steps(state))), torch.zeros(len(scores), dtype=torch.long), scores
-    ).tolist()
+    step, scores = next(iter(sampler.steps(state))), scores_of(certainty)
+    return sampler.accept(state, step, torch.zeros(len(scores), dtype=torch.long), scores).tolist()
 
 
 @pytest.mark.parametrize(
@@ -201,9 +190,7 @@ def accepted(sampler: Sampler, masked: list[list[bool]], certainty: list[float],
         (1.0, [[True] * 3], [0.3, 0.5, 0.4], [1]),
     ],
 )
-def test_confidence_reveals_what_is_more_probable_than_its_threshold_and_one_at_least(
-    threshold, masked, certainty, expected
-):
+def test_confidence_reveals_what_exceeds_its_threshold_and_one_at_least(threshold, masked, certainty, expected):
     found = accepted(make("confidence", confidence_threshold=threshold), masked, certainty)
     assert [index for index, is_accepted in enumerate(found) if is_accepted] == expected
 

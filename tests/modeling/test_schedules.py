@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from noisy_text import random_ids
+from noisy_text import random_ids, toy_model
+from shared_models import tiny_bd3lm
 
-from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import LogLinearNoise, draw_noise, noise_schedule
 
@@ -19,9 +19,8 @@ SCHEDULES = ["loglinear", "square", "square_root", "log", "cosine"]
 
 @pytest.mark.parametrize(("conditioned", "resample"), [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_the_loss_and_its_gradient_are_finite_on_every_interval(tiny_config, randomize, name, conditioned, resample):
-    tiny_config.noise, tiny_config.time_conditioning, tiny_config.resample = name, conditioned, resample
-    model = randomize(BD3LMForMaskedLM(tiny_config)).train()
+def test_the_loss_and_its_gradient_are_finite_on_every_interval(name, conditioned, resample):
+    model = tiny_bd3lm(noise=name, time_conditioning=conditioned, resample=resample).train()
     ids = random_ids(4, 18)
     noise = draw_noise(4, 5, 18, generator=torch.Generator().manual_seed(0))
     # Both ends of the interval are times too.
@@ -37,9 +36,8 @@ def test_the_loss_and_its_gradient_are_finite_on_every_interval(tiny_config, ran
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_model_learns_under_every_schedule(tiny_config, randomize, name):
-    tiny_config.noise, tiny_config.noise_draws = name, 2
-    model, ids = randomize(BD3LMForMaskedLM(tiny_config)), random_ids(8, 16)
+def test_a_model_learns_under_every_schedule(name):
+    model, ids = tiny_bd3lm(noise=name, noise_draws=2).train(), random_ids(8, 16)
     optimizer, before = torch.optim.Adam(model.parameters(), lr=1e-2), model.token_nll(ids, estimator="exact").nll
     for _ in range(30):
         optimizer.zero_grad()
@@ -54,12 +52,6 @@ TEXT = [[2, 0, 1, 2, 1, 0]]
 # Expectation of the published estimator over the bound, minus 1, for the toy below. It averages t over [1e-3, 1].
 BIAS = {"loglinear": (-1e-3, 1e-3), "square": (0, 2e-3), "square_root": (-0.035, -0.01)}
 BIAS |= {"log": (-2e-3, 1e-3), "cosine": (-8e-3, -1e-3)}
-
-
-@pytest.fixture(scope="module")
-def toy() -> BD3LMConfig:
-    sizes = {"vocab_size": 4, "block_size": 3, "model_length": 12, "hidden_dim": 8, "cond_dim": 8}
-    return BD3LMConfig(**sizes, n_blocks=2, n_heads=2, dropout=0.0)
 
 
 def losses_by_count(model: BD3LMForMaskedLM) -> list[list[float]]:
@@ -92,9 +84,8 @@ def expectation(name: str, sums: list[list[float]]) -> float:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_the_sampled_likelihood_has_the_expectation_of_its_schedule(toy, randomize, name):
-    toy.noise = name
-    model = randomize(BD3LMForMaskedLM(toy), seed=2, std=0.2).eval()
+def test_the_sampled_likelihood_has_the_expectation_of_its_schedule(name):
+    model = toy_model(3, noise=name)
     sums = losses_by_count(model)
     expected, bound = expectation(name, sums), model.token_nll(torch.tensor(TEXT), estimator="exact").nll.sum().item()
     low, high = BIAS[name]
@@ -107,12 +98,11 @@ def test_the_sampled_likelihood_has_the_expectation_of_its_schedule(toy, randomi
 
 
 @pytest.mark.parametrize("estimator", ["stratified", "exact"])
-def test_the_other_likelihoods_do_not_depend_on_the_schedule(toy, randomize, estimator):
+def test_the_other_likelihoods_do_not_depend_on_the_schedule(estimator):
     ids, scores = torch.tensor(TEXT).repeat(3, 1), []
     for name in SCHEDULES:
-        toy.noise = name
-        model = randomize(BD3LMForMaskedLM(toy), seed=2, std=0.2).eval()
-        scores.append(model.token_nll(ids, estimator=estimator, generator=torch.Generator().manual_seed(0)).nll)
+        source = torch.Generator().manual_seed(0)
+        scores.append(toy_model(3, noise=name).token_nll(ids, estimator=estimator, generator=source).nll)
     assert all(torch.equal(score, scores[0]) for score in scores)
 
 
@@ -120,12 +110,11 @@ def test_the_other_likelihoods_do_not_depend_on_the_schedule(toy, randomize, est
 
 
 @pytest.mark.parametrize("conditioned", [False, True])
-def test_text_of_the_same_seed_is_the_same_under_every_schedule(tiny_config, randomize, monkeypatch, conditioned):
+def test_text_of_the_same_seed_is_the_same_under_every_schedule(monkeypatch, conditioned):
     # Measured in masking probability, a token is hit at a uniform time under every schedule.
-    tiny_config.time_conditioning, texts, levels = conditioned, [], []
+    texts, levels = [], []
     for name in SCHEDULES:
-        tiny_config.noise = name
-        model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
+        model = tiny_bd3lm(noise=name, time_conditioning=conditioned)
         seen, modulations = [], model.backbone.modulations
 
         def record(sigma, device, seen=seen, modulations=modulations):
@@ -134,9 +123,8 @@ def test_text_of_the_same_seed_is_the_same_under_every_schedule(tiny_config, ran
 
         monkeypatch.setattr(model.backbone, "modulations", record)
         torch.manual_seed(0)
-        texts.append(
-            model.generate(torch.tensor([[5, 6], [7, 8]]), max_new_tokens=10, do_sample=True, eos_token_id=None)
-        )
+        options = {"max_new_tokens": 10, "do_sample": True, "eos_token_id": None}
+        texts.append(model.generate(torch.tensor([[5, 6], [7, 8]]), **options))
         levels.append(seen)
     assert texts[0].shape == (2, 12)
     assert not (texts[0] == 47).any()

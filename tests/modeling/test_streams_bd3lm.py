@@ -3,6 +3,7 @@
 import pytest
 import torch
 from noisy_text import gradients, random_ids
+from shared_models import tiny_bd3lm
 
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import LogLinearNoise, Noise, draw_noise
@@ -10,12 +11,9 @@ from bd3lm_hf.modeling.noise_bd3lm import LogLinearNoise, Noise, draw_noise
 
 def noise_of(model: BD3LMForMaskedLM, ids: torch.Tensor, num_samples: int) -> Noise:
     generator = torch.Generator().manual_seed(0)
+    rows, length = ids.shape
     return draw_noise(
-        ids.shape[0],
-        model.config.num_blocks(ids.shape[1]),
-        ids.shape[1],
-        num_noise_samples=num_samples,
-        generator=generator,
+        rows, model.config.num_blocks(length), length, num_noise_samples=num_samples, generator=generator
     )
 
 
@@ -38,20 +36,20 @@ CASES = {
     "prompt": ({"length": 18, "prompt": 6}, {}),
     "clipped": ({}, {"sampling_eps_min": 0.3, "sampling_eps_max": 0.8}),
     "weight one": ({}, {"sampling_eps_min": 0.55, "sampling_eps_max": 0.95}),
-    "resampled": ({"length": 18, "attention_mask": PADDED}, {"sampling_eps_min": 0.25, "sampling_eps_max": 0.5}),
+    "resampled": (
+        {"length": 18, "attention_mask": PADDED},
+        {"resample": True, "sampling_eps_min": 0.25, "sampling_eps_max": 0.5},
+    ),
     "cosine": ({}, {"noise": "cosine"}),
     "one block": ({"attention_mask": PADDED[:, :16]}, {"block_size": 32}),
     "block size one": ({"length": 7}, {"block_size": 1}),
 }
 
 
-def case_of(name: str, tiny_config, randomize):
+def case_of(name: str):
     """Return a model in train mode, and the arguments of its loss without noise."""
     inputs, fields = CASES[name]
-    for field, value in fields.items():
-        setattr(tiny_config, field, value)
-    tiny_config.resample = name == "resampled"
-    model = randomize(BD3LMForMaskedLM(tiny_config)).train()
+    model = tiny_bd3lm(**fields).train()
     ids = random_ids(3, inputs.get("length", 16))
     labels = ids.clone()
     labels[:, : inputs.get("prompt", 0)] = -100
@@ -64,10 +62,8 @@ def case_of(name: str, tiny_config, randomize):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("case", CASES)
-def test_the_loss_of_several_samples_is_the_mean_of_single_ones_with_its_gradient(
-    tiny_config, randomize, case, implementation
-):
-    model, arguments = case_of(case, tiny_config, randomize)
+def test_the_loss_of_several_samples_is_the_mean_of_single_ones_with_its_gradient(case, implementation):
+    model, arguments = case_of(case)
     model.set_attn_implementation(implementation)
     noise = noise_of(model, arguments["input_ids"], 3)
     together = model(**arguments, **noise._asdict()).loss
@@ -87,9 +83,8 @@ def test_the_clean_stream_enters_the_network_once_for_all_samples(tiny_model):
     assert seen == [2 * (1 + 3) * 16]
 
 
-def test_samples_of_a_time_conditioned_model_cannot_share_a_clean_stream(tiny_config, randomize):
-    tiny_config.time_conditioning = True
-    model = randomize(BD3LMForMaskedLM(tiny_config)).train()
+def test_samples_of_a_time_conditioned_model_cannot_share_a_clean_stream():
+    model = tiny_bd3lm(time_conditioning=True).train()
     ids = random_ids(2, 8)
     message = "noise_draws=2 needs time_conditioning=False: .*the clean stream.*Set noise_draws=1"
     with pytest.raises(ValueError, match=message):
@@ -104,9 +99,8 @@ def test_samples_of_a_time_conditioned_model_cannot_share_a_clean_stream(tiny_co
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
 @pytest.mark.parametrize("cross_attn", [True, False])
-def test_a_text_of_one_block_is_scored_without_a_clean_stream(tiny_config, randomize, implementation, cross_attn):
-    tiny_config.block_size, tiny_config.cross_attn = 32, cross_attn
-    model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
+def test_a_text_of_one_block_is_scored_without_a_clean_stream(implementation, cross_attn):
+    model = tiny_bd3lm(block_size=32, cross_attn=cross_attn)
     model.set_attn_implementation(implementation)
     seen, ids, mask = lengths_of_first_layer(model), random_ids(3, 18), PADDED
     noise = noise_of(model, ids, 1)
@@ -123,9 +117,8 @@ def test_a_text_of_one_block_is_scored_without_a_clean_stream(tiny_config, rando
     torch.testing.assert_close(loss, (nll / move_chance)[masked].sum(), rtol=1e-5, atol=0)
 
 
-def test_the_likelihood_of_one_block_needs_no_clean_stream(tiny_config, randomize):
-    tiny_config.block_size = 8
-    model, ids = randomize(BD3LMForMaskedLM(tiny_config)).eval(), random_ids(2, 8)
+def test_the_likelihood_of_one_block_needs_no_clean_stream():
+    model, ids = tiny_bd3lm(block_size=8), random_ids(2, 8)
     seen = lengths_of_first_layer(model)
     alone = model.token_nll(ids, estimator="exact")
     assert sum(seen) == 2 * 8 * 127  # the first token is given
@@ -134,9 +127,8 @@ def test_the_likelihood_of_one_block_needs_no_clean_stream(tiny_config, randomiz
     torch.testing.assert_close(both.nll[:, :8], alone.nll, rtol=1e-5, atol=1e-5)
 
 
-def test_a_time_conditioned_text_of_one_block_feeds_the_noise_level_of_each_row(tiny_config, randomize):
-    tiny_config.block_size, tiny_config.time_conditioning = 32, True
-    model = randomize(BD3LMForMaskedLM(tiny_config), std=0.3).train()
+def test_a_time_conditioned_text_of_one_block_feeds_the_noise_level_of_each_row():
+    model = tiny_bd3lm(std=0.3, block_size=32, time_conditioning=True).train()
     ids = random_ids(3, 16)
     noise = noise_of(model, ids, 1)._asdict()
     whole = model(input_ids=ids, labels=ids, num_items_in_batch=1, **noise).loss

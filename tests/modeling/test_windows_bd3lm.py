@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from generating import MASK, assert_same, batch_of, generate, make_family, new_tokens, prompts_of
 from plain_network import plain_logits
-from safetensors.torch import load_file
+from published import published_bd3lm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CompileConfig, DynamicCache, LogitsProcessorList, StaticCache
 
 from bd3lm_hf.modeling.cache_bd3lm import BlockCache
-from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.decoding_bd3lm import BlockWriter
 from bd3lm_hf.modeling.decoding_state_bd3lm import SequenceBuffer
 from bd3lm_hf.modeling.generation_config_bd3lm import BD3LMGenerationConfig
@@ -24,7 +23,7 @@ from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.windows_bd3lm import compiles_by_default
 
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "01_bd3lm"
+RECORDED = "01_bd3lm"
 CACHES = [BlockCache, DynamicCache, StaticCache]
 
 
@@ -78,21 +77,15 @@ def test_a_text_beyond_the_window_follows_the_published_cache(make_model, block_
         (None, "cached", "slide_logits_window"),
     ],
 )
-def test_the_moving_window_reproduces_the_published_logits(kind, window, name):
-    golden = load_file(GOLDEN / "tensors.safetensors")
-    config = BD3LMConfig(
-        vocab_size=97, model_length=32, block_size=16, hidden_dim=64, cond_dim=16, n_blocks=2, n_heads=4
-    )
-    model = BD3LMForMaskedLM(config).eval()
-    model.load_state_dict(load_file(GOLDEN / "weights.safetensors"))
-    ids = golden["adaln.bs16.slide_ids"]
+def test_the_moving_window_reproduces_the_published_logits(recorded, kind, window, name):
+    model, ids = published_bd3lm(16), recorded["adaln.bs16.slide_ids"]
     buffer = SequenceBuffer.from_prompts(ids[:, :32], None, 16, 16, 96)
     buffer.token_ids[:] = ids
     cache, options = None if kind is None else new_cache(kind, model), BD3LMGenerationConfig(window=window)
     writer = BlockWriter(model, buffer, ids[:, :32], LogitsProcessorList(), options, cache)
     with torch.no_grad():
         rows = [writer.forward.logits(32, torch.tensor([position]), torch.ones(1)) for position in range(16)]
-    torch.testing.assert_close(torch.stack(rows, 1), golden[f"adaln.bs16.{name}"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.stack(rows, 1), recorded[f"adaln.bs16.{name}"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", CACHES)
@@ -185,21 +178,6 @@ def test_a_static_cache_larger_than_needed_or_uneven_is_a_ring(make_model):
     )
 
 
-def test_a_step_is_compiled_twice_for_batches_of_all_lengths(make_model, fresh_compiler):
-    model, graphs = make_model(n_blocks=1), []
-
-    def backend(graph, inputs, **kwargs):
-        graphs.append(graph)
-        return graph
-
-    options = {"cache_implementation": "static", "compile_config": CompileConfig(backend=backend, fullgraph=True)}
-    for lengths, tokens in (([13] * 4, 9), ([1, 6, 13, 32], 61), ([5, 5, 9, 9], 30)):
-        batch = batch_of(prompts_of(lengths))
-        compiled = generate(model, **batch, max_new_tokens=tokens, **options)
-        assert len(graphs) == 2  # with and without a block to write
-        assert_same(compiled, generate(model, **batch, max_new_tokens=tokens))
-
-
 @pytest.mark.parametrize(
     ("device", "batch_size", "fields", "expected"),
     [
@@ -223,13 +201,12 @@ def test_compilation_is_requested_and_can_be_disabled(make_model, monkeypatch):
     model, asked = make_model(), []
     monkeypatch.setattr(torch, "compile", lambda function, **options: [asked.append(options), function][1])
     prompt = prompts_of([5])[0][None]
-    generate(model, input_ids=prompt, cache_implementation="static")
-    generate(model, input_ids=prompt, compile_config=CompileConfig())  # a cache that grows has no fixed shapes
-    generate(
-        model, input_ids=prompt, cache_implementation="static", compile_config=CompileConfig(), disable_compile=True
-    )
+    static, config = {"cache_implementation": "static"}, CompileConfig(mode="default")
+    generate(model, input_ids=prompt, **static)
+    generate(model, input_ids=prompt, compile_config=config)  # a cache that grows has no fixed shapes
+    generate(model, input_ids=prompt, **static, compile_config=config, disable_compile=True)
     assert not asked  # on a CPU, as in transformers, only on request
-    generate(model, input_ids=prompt, cache_implementation="static", compile_config=CompileConfig(mode="default"))
+    generate(model, input_ids=prompt, **static, compile_config=config)
     assert [options["mode"] for options in asked] == ["default"] and asked[0]["dynamic"] is False
 
 
