@@ -191,10 +191,8 @@ def describe(settings: Settings) -> dict[str, Any]:
 def write_results(settings: Settings, rows: Sequence[dict[str, Any]]) -> None:
     """Write what is known so far, whole."""
     about = describe(settings)
-    files = {
-        "gpu-check.json": json.dumps({"about": about, "rows": list(rows)}, indent=2),
-        "gpu-check.md": markdown(about, rows),
-    }
+    files = {"gpu-check.json": json.dumps({"about": about, "rows": list(rows)}, indent=2)}
+    files["gpu-check.md"] = markdown(about, rows)
     for name, text in files.items():
         part = settings.output / f"{name}.part"
         part.write_text(text + "\n", encoding="utf-8")
@@ -205,13 +203,7 @@ def markdown(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """Return the tables, one for each part."""
     lines = [f"Measured on: {about['device']}, torch {about['torch']}, transformers {about['transformers']}."]
     for part in dict.fromkeys(row["part"] for row in rows):
-        lines += [
-            "",
-            f"### {part}",
-            "",
-            "| what | ours | rival | ratio | goal | met | note |",
-            "|---|---|---|---|---|---|---|",
-        ]
+        lines += ["", f"### {part}", "", "| what | ours | rival | ratio | goal | met | note |", "|" + "---|" * 7]
         for row in rows:
             if row["part"] == part:
                 rival = f"{_number(row['rival'], row['unit'])} ({row['rival_name']})" if row["rival_name"] else ""

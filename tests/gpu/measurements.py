@@ -6,6 +6,7 @@ failure loses nothing.
 
 import contextlib
 import fcntl
+import functools
 import gc
 import importlib.util
 import json
@@ -109,19 +110,16 @@ class Textbook(nn.Module):
         self.heads, width = size["heads"], size["width"]
         self.embed = nn.Embedding(settings.vocab_size, width)
         self.positions = nn.Embedding(length, width)
-        layer = {"norm1": nn.LayerNorm, "norm2": nn.LayerNorm}
-        self.layers = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    **{name: make(width) for name, make in layer.items()},
-                    "qkv": nn.Linear(width, 3 * width),
-                    "out": nn.Linear(width, width),
-                    "up": nn.Linear(width, 4 * width),
-                    "down": nn.Linear(4 * width, width),
-                }
-            )
-            for _ in range(size["layers"])
-        )
+        linear = {
+            "qkv": (width, 3 * width),
+            "out": (width, width),
+            "up": (width, 4 * width),
+            "down": (4 * width, width),
+        }
+        self.layers = nn.ModuleList()
+        for _ in range(size["layers"]):
+            norms = {name: nn.LayerNorm(width) for name in ("norm1", "norm2")}
+            self.layers.append(nn.ModuleDict(norms | {name: nn.Linear(*sizes) for name, sizes in linear.items()}))
         self.head = nn.Linear(width, settings.vocab_size)
         block = torch.arange(length) // block_size
         clean, own, earlier = block[:, None] >= block, block[:, None] == block, block[:, None] > block
@@ -343,12 +341,8 @@ def measure_likelihood(settings: Settings) -> Iterator[Row]:
         for part in ids.split(8):
             model.token_nll(part, estimator=estimator, num_samples=num_samples, generator=generator)
 
-    works = (
-        lambda: score("sampled"),
-        lambda: score("exact"),
-        lambda: score("stratified"),
-        lambda: score("stratified", 2),
-    )
+    estimates = (("sampled",), ("exact",), ("stratified",), ("stratified", 2))
+    works = [functools.partial(score, *estimate) for estimate in estimates]
     warm_up(settings, *works, times=1)
     with quiet(settings):
         one, exact, single, double = medians(settings, *works)

@@ -62,9 +62,7 @@ def test_the_block_that_ends_a_turn_is_filled_for_decoders(fill, decoder, conver
 
 
 @pytest.mark.parametrize("mask_token_id", [None, 12])
-def test_the_mask_token_of_a_run_is_a_new_row_with_the_mean_of_the_others(
-    mask_token_id, decoder, conversations, tmp_path
-):
+def test_the_mask_token_of_a_run_is_a_new_row_of_mean_weights(mask_token_id, decoder, conversations, tmp_path):
     more = [] if mask_token_id is None else ["--mask_token_id", str(mask_token_id)]
     arguments = parse_arguments(words_of(decoder, conversations, tmp_path, *more)[1:])
     tokenizer = make_tokenizer(arguments, load_documents(arguments.data))
@@ -95,9 +93,7 @@ def test_a_family_that_is_not_supported_is_refused_before_text_is_read(tmp_path)
         check_start(ModelArguments(init_from=str(tmp_path)))
 
 
-def test_adapters_on_a_plain_decoder_have_the_base_that_the_run_writes(
-    decoder, conversations, tmp_path, capsys, no_load_check
-):
+def test_adapters_on_a_plain_decoder_have_the_base_of_the_run(decoder, conversations, tmp_path, capsys, no_load_check):
     words = words_of(decoder, conversations, tmp_path / "run", "--lora_r", "2", "--learning_rate", "0.1")
     assert bd3lm(words) == 0
     run = tmp_path / "run"

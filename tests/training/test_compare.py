@@ -6,7 +6,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from bd3lm_hf.cli import main as bd3lm
 from bd3lm_hf.training.compare import ComparedModel, comparison_table, generate_samples, read_plan
@@ -61,31 +60,19 @@ def test_models_are_trained_once_and_compared_in_one_table(recipe, tmp_path, cap
     assert "holds a run with another max_steps" in capsys.readouterr().err
 
 
-def test_a_run_too_short_to_log_its_speed_is_compared_without_it(recipe, tmp_path, capsys):
-    words = ["compare", str(recipe), "--models", "ar", "--output_dir", str(tmp_path), "--logging_steps", "10"]
-    assert bd3lm(words) == 0
-    assert json.loads((tmp_path / "comparison.json").read_text())[0]["training_tokens_per_second"] is None
-    assert "| unknown |" in capsys.readouterr().out
-
-
 def test_a_checkpoint_of_another_vocabulary_judges_and_a_missing_one_is_refused_before_training(
-    recipe, tmp_path, capsys, tiny_tokenizer
+    recipe, tmp_path, capsys, gpt2_folder
 ):
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "judge")
-    tiny_tokenizer.save_pretrained(tmp_path / "judge")
     words = ["compare", str(recipe), "--models", "ar", "--output_dir", str(tmp_path / "runs"), "--judge"]
     assert bd3lm([*words, str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err and not (tmp_path / "runs").exists()
-    assert bd3lm([*words, str(tmp_path / "judge")]) == 0
+    assert bd3lm([*words, str(gpt2_folder)]) == 0
     (row,) = json.loads((tmp_path / "runs" / "comparison.json").read_text())
     assert 100 < row["generative_perplexity"] < 1000
 
 
 def test_a_model_starts_from_the_weights_of_another_one(recipe, tmp_path, capsys):
-    content = yaml.safe_load(recipe.read_text())
+    content = {**yaml.safe_load(recipe.read_text()), "logging_steps": 10}
     decoder = {"model_type": "bd3lm_llama", "block_size": 1, "alignment": "shifted", "context": "token"}
     adapted = {"init_from": "ar", "block_size": 4, "alignment": "same", "context": "block", "max_steps": 1}
     content["models"] = {"ar": decoder, "adapted": {**adapted, "learning_rate": 0.0}}
@@ -94,10 +81,11 @@ def test_a_model_starts_from_the_weights_of_another_one(recipe, tmp_path, capsys
     assert bd3lm(["compare", str(tmp_path / "adapt.yaml"), "--output_dir", str(tmp_path / "runs")]) == 0
     ar, adapted = json.loads((tmp_path / "runs" / "comparison.json").read_text())
     assert (ar["exact"], adapted["exact"]) == (True, False)
+    assert ar["training_tokens_per_second"] is None  # a run too short to log its speed
+    assert "| unknown |" in capsys.readouterr().out
     assert (ar["training_tokens"], adapted["training_tokens"]) == (2 * 4 * 16, 3 * 4 * 16)
-    first, second = (
-        load_file(tmp_path / "runs" / f"{name}-seed3" / "model.safetensors") for name in ("ar", "adapted")
-    )
+    folders = (tmp_path / "runs" / f"{name}-seed3" for name in ("ar", "adapted"))
+    first, second = (load_file(folder / "model.safetensors") for folder in folders)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(ValueError, match="adapted starts from ar"):
         read_plan([str(tmp_path / "adapt.yaml"), "--models", "adapted"])

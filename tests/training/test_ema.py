@@ -1,11 +1,11 @@
 import json
 import logging
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from published import GOLDEN, load_recorded
 from safetensors.torch import load_file, save_file
 from tiny_runs import losses_of, rows_of, trained
 from torch import nn
@@ -17,9 +17,6 @@ from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.run_folder import EMA_NAME
 from bd3lm_hf.training.ema import AverageCallback, WeightAverage
 from bd3lm_hf.training.interval import search_intervals
-
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "09_ema"
 
 
 def layer_of(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -47,7 +44,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize(("warmup", "shadow"), [(True, "shadow"), (False, "shadow_const")])
 def test_the_average_is_the_published_one(warmup, shadow):
-    golden, settings = load_file(GOLDEN / "tensors.safetensors"), json.loads((GOLDEN / "config.json").read_text())
+    golden, settings = load_recorded("09_ema"), json.loads((GOLDEN / "09_ema" / "config.json").read_text())
     model = nn.ParameterList([nn.Parameter(golden[f"init.{i}"].clone()) for i in range(2)])
     decay = settings["decay"] if warmup else settings["constant_decay"]
     average = WeightAverage(model, decay=decay, warmup=warmup)
@@ -171,6 +168,8 @@ def test_evaluation_scores_and_shows_the_averaged_weights(make_trainer):
     assert trainer.state.log_history[-2]["eval_nll"] == pytest.approx(expected.nll, rel=1e-6)
     assert equal(weights_of(trainer.model), raw)
     assert trainer.score(rows_of(6, seed=1)).nll == pytest.approx(expected.nll, rel=1e-6)
+    first = trainer.average
+    assert trained(trainer).average is not first and trainer.average.updates == 2  # each training has its own
 
 
 def test_the_interval_is_searched_with_the_averaged_weights_for_the_trained_model(make_trainer, monkeypatch):
@@ -212,12 +211,6 @@ def test_the_saved_model_is_the_average_and_says_so(make_trainer, tmp_path):
     assert (checkpoint / "ema.safetensors").is_file()
 
 
-def test_a_second_training_starts_a_new_average(make_trainer):
-    trainer = trained(make_trainer(ema_decay=0.5))
-    first = trainer.average
-    assert trained(trainer).average is not first and trainer.average.updates == 2
-
-
 def test_a_checkpoint_without_an_average_can_not_be_resumed_with_one(make_trainer, tmp_path):
     make_trainer(max_steps=2, save_strategy="steps", save_steps=1).train()
     message = r"checkpoint-1 holds no ema\.safetensors: .* --ema_decay 0\.9 .*--ema_decay 0,"
@@ -232,13 +225,14 @@ def test_dropping_an_average_is_said(make_trainer, tmp_path, caplog, monkeypatch
     assert "has averaged weights, which this run drops" in caplog.text
 
 
-def test_the_best_checkpoints_average_is_saved(make_trainer, tmp_path):
+def test_the_best_checkpoint_is_kept_and_its_average_saved(make_trainer, tmp_path):
     steps = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     # The best has the largest loss, so that it is not the last one.
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
-    trainer = trained(make_trainer(max_steps=3, ema_decay=0.5, **steps, **best))
-    assert Path(trainer.state.best_model_checkpoint).name != "checkpoint-3"
-    best = load_file(Path(trainer.state.best_model_checkpoint) / "ema.safetensors")
+    trainer = trained(make_trainer(max_steps=3, ema_decay=0.5, save_total_limit=1, **steps, **best))
+    kept = tmp_path / "run" / f"checkpoint-{trainer.state.best_global_step}"
+    assert trainer.state.best_model_checkpoint == str(kept) and kept.name != "checkpoint-3"
+    best = load_file(kept / "ema.safetensors")
     trainer.save_model()
     assert equal(weights_of(BD3LMForMaskedLM.from_pretrained(tmp_path / "run")), best)
 

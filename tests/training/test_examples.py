@@ -4,12 +4,10 @@ import math
 
 import pytest
 import torch
-from datasets import Dataset
+from tiny_runs import packed_stream
 from two_processes import STEPS, train
 
-from bd3lm_hf.data.streaming import PackedStream
 from bd3lm_hf.modeling.configuration_bd3lm import ARConfig
-from bd3lm_hf.tokenization import train_tokenizer
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.examples import (
     EXAMPLE_INDEX,
@@ -24,31 +22,18 @@ from bd3lm_hf.training.examples import (
 from bd3lm_hf.training.trainer import BD3LMTrainer
 
 
-def test_an_epoch_visits_every_row_and_fills_the_last_step():
+def test_an_epoch_visits_every_row_fills_the_last_step_and_has_its_own_order_and_indices():
     order = EpochOrder([{"row": row} for row in range(10)], seed=0, group_size=4)
-    items = [order[item] for item in EpochSampler(order)]
-    assert len(items) == len(order) == len(EpochSampler(order)) == 12
-    assert {item["row"] for item in items} == set(range(10))
-    assert [item[EXAMPLE_INDEX] for item in items] == list(range(12))
-
-
-def test_every_epoch_has_its_own_order_and_indices():
-    order = EpochOrder([{"row": row} for row in range(8)], seed=0, group_size=4)
     first = [order[item] for item in EpochSampler(order)]
     order.set_epoch(1)
     second = [order[item] for item in EpochSampler(order)]
+    assert len(first) == len(order) == len(EpochSampler(order)) == 12
+    assert {item["row"] for item in first} == {item["row"] for item in second} == set(range(10))
+    assert [item[EXAMPLE_INDEX] for item in first + second] == list(range(24))
     assert [item["row"] for item in first] != [item["row"] for item in second]
-    assert [item[EXAMPLE_INDEX] for item in second] == list(range(8, 16))
-
-
-def test_a_data_set_smaller_than_a_step_is_repeated():
-    order = EpochOrder([{"row": 0}, {"row": 1}], seed=0, group_size=5)
-    assert len(order) == 5 and set(order.permutation(0).tolist()) == {0, 1}
-
-
-def test_the_rows_of_a_batch_can_be_named():
-    order = EpochOrder([{"row": row} for row in range(8)], seed=3, group_size=4)
-    assert order.dataset_indices(10, 3) == order.permutation(1)[2:5].tolist()
+    assert order.dataset_indices(14, 3) == order.permutation(1)[2:5].tolist() == [item["row"] for item in second[2:5]]
+    small = EpochOrder([{"row": 0}, {"row": 1}], seed=0, group_size=5)  # fewer rows than a step has are repeated
+    assert len(small) == 5 and set(small.permutation(0).tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize(("rows", "message"), [([], "0 sequences"), (iter([{}]), "list_iterator without a length")])
@@ -109,15 +94,7 @@ def test_the_mask_token_may_be_padding(collate):
 @pytest.fixture
 def stream():
     """A function that makes a stream of some thirty short sequences, always the same."""
-    texts = [f"document {i} says: " + "so it goes, " * (i % 5) for i in range(40)]
-    tokenizer = train_tokenizer(texts, vocab_size=300)
-
-    def make(group_size: int = 8) -> EndlessStream:
-        source = Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=2)
-        packed = PackedStream(source, tokenizer, length=32, shuffle_buffer=6, seed=3)
-        return EndlessStream(packed, group_size=group_size)
-
-    return make
+    return lambda group_size=8: EndlessStream(packed_stream(), group_size=group_size)
 
 
 def taken(examples, count: int) -> list[tuple[int, tuple[int, ...]]]:

@@ -9,13 +9,7 @@ from torch.utils.flop_counter import flop_registry
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.loss_bd3lm import mean_move_chance
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.training.callbacks import (
-    attended_pairs,
-    forward_flops,
-    peak_flops,
-    peak_tflops_of,
-    training_flops,
-)
+from bd3lm_hf.training.callbacks import attended_pairs, forward_flops, peak_flops, peak_tflops_of, training_flops
 
 
 class FlopCounter(TorchDispatchMode):

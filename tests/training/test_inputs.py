@@ -97,9 +97,8 @@ def test_published_packing_is_chosen_by_name(corpus):
 
 
 def test_a_stream_trains_on_its_documents_and_holds_the_others_in_memory(corpus):
-    documents, tokenizer, sequences = inputs(
-        "--dataset", corpus, "--streaming", "true", "--max_eval_samples", 6, "--shuffle_buffer", 0
-    )
+    words = ["--dataset", corpus, "--streaming", "true", "--max_eval_samples", 6, "--shuffle_buffer", 0]
+    documents, tokenizer, sequences = inputs(*words)
     assert isinstance(documents.train, IterableDataset) and isinstance(sequences.train, PackedStream)
     assert len(sequences.validation) == 6
     whole = inputs("--dataset", corpus, "--tokenizer", "train", "--max_eval_samples", 1000)

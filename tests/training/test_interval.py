@@ -3,16 +3,17 @@
 import json
 import math
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from published import GOLDEN
+from shared_models import tiny_bd3lm
 from tiny_runs import assert_same_weights
 from transformers.utils import logging
 
 from bd3lm_hf.checkpoints import NotFiniteError
-from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, BD3LMConfig
+from bd3lm_hf.modeling.configuration_bd3lm import ARConfig
 from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import count_probabilities, noise_schedule
@@ -34,8 +35,7 @@ from bd3lm_hf.training.trainer import BD3LMTrainer
 
 
 RECORDED = "05_clip_search"
-GOLDEN = Path(__file__).parents[1] / "golden" / "05_clip_search"
-PUBLISHED = json.loads((GOLDEN / "config.json").read_text())
+PUBLISHED = json.loads((GOLDEN / RECORDED / "config.json").read_text())
 SCHEDULES = ("loglinear", "square", "square_root", "log", "cosine")
 
 
@@ -43,8 +43,8 @@ def rows_of(count: int, length: int = 32, seed: int = 0) -> list[list[int]]:
     return torch.randint(3, 47, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def model_of(config: BD3LMConfig, randomize, **changes) -> BD3LMForMaskedLM:
-    return randomize(BD3LMForMaskedLM(BD3LMConfig(**{**config.to_dict(), **changes})), std=0.3).eval()
+def model_of(**fields) -> BD3LMForMaskedLM:
+    return tiny_bd3lm(std=0.3, **fields)
 
 
 # --- Parity with the published search --------------------------------------------------------------------------------
@@ -126,34 +126,34 @@ def test_candidates_that_are_no_intervals_are_refused(arguments, message):
         candidate_intervals(4, **arguments)
 
 
-def test_a_candidate_that_no_mask_rate_meets_is_refused_by_name(tiny_config, randomize):
+def test_a_candidate_that_no_mask_rate_meets_is_refused_by_name():
     candidates = candidate_intervals(4, own=[(0.3, 0.8), (0.55, 0.7)])
-    check_searchable(model_of(tiny_config, randomize), candidates)
+    check_searchable(model_of(), candidates)
     with pytest.raises(ValueError, match=r"the interval \[0.55\d*, 0.69\d*\] contains no mask rate k / 4"):
-        check_searchable(model_of(tiny_config, randomize, resample=True), candidates)
+        check_searchable(model_of(resample=True), candidates)
 
 
-def test_published_candidates_are_met_at_every_block_size(tiny_config, randomize):
+def test_published_candidates_are_met_at_every_block_size():
     for size in (1, 2, 4, 8, 16, 32):
-        model = model_of(tiny_config, randomize, resample=True, block_size=size)
+        model = model_of(resample=True, block_size=size)
         check_searchable(model, candidate_intervals(size))
 
 
-def test_a_model_without_an_interval_or_independent_masks_is_refused(tiny_config, randomize):
+def test_a_model_without_an_interval_or_independent_masks_is_refused():
     for model in (
-        model_of(tiny_config, randomize, var_min=False),
+        model_of(var_min=False),
         ARForCausalLM(ARConfig(vocab_size=8, hidden_dim=8, n_heads=2, n_blocks=1)),
     ):
         with pytest.raises(ValueError, match=f"this {type(model).__name__} has none: use .* with var_min=True"):
             check_searchable(model, [WHOLE])
     with pytest.raises(ValueError, match="masking='exact_k'.*--masking independent"):
-        check_searchable(model_of(tiny_config, randomize, masking="exact_k"), [WHOLE])
+        check_searchable(model_of(masking="exact_k"), [WHOLE])
 
 
-def test_a_candidate_with_a_constant_weight_is_warned_about(tiny_config, randomize, monkeypatch):
+def test_a_candidate_with_a_constant_weight_is_warned_about(monkeypatch):
     warnings = []
     monkeypatch.setattr(logging.get_logger("bd3lm_hf.interval"), "warning", warnings.append)
-    check_searchable(model_of(tiny_config, randomize), [WHOLE, (0.6, 0.9), (1.0, 1.0)])
+    check_searchable(model_of(), [WHOLE, (0.6, 0.9), (1.0, 1.0)])
     assert len(warnings) == 1 and "interval_candidates 0.6-0.9 start above 0.5" in warnings[0]
 
 
@@ -170,9 +170,8 @@ def test_the_expected_variance_of_independent_losses_is_that_of_draws():
     generator = torch.Generator().manual_seed(0)
     mean, spread = torch.rand(6, generator=generator).double() * 3, torch.rand(6, generator=generator).double() + 0.5
     draws = mean + spread * torch.randn(200_000, 6, generator=generator, dtype=torch.float64)
-    expected = variance_of_sums(
-        sum_moments(BlockMoments(torch.ones(1, 6), mean.unsqueeze(0), (mean**2 + spread**2).unsqueeze(0)))
-    )
+    moments = BlockMoments(torch.ones(1, 6), mean.unsqueeze(0), (mean**2 + spread**2).unsqueeze(0))
+    expected = variance_of_sums(sum_moments(moments))
     assert draws.var(1).mean().item() == pytest.approx(expected.item(), rel=5e-3)
 
 
@@ -206,9 +205,9 @@ def fourth_moment_bounds(model: BD3LMForMaskedLM, rows: list[list[int]], candida
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("changes", [{}, {"block_size": 16, "resample": True, "noise": "square_root"}], ids=str)
-def test_shared_draws_and_a_pass_per_interval_agree_within_their_standard_error(tiny_config, randomize, changes):
-    model, rows = model_of(tiny_config, randomize, n_blocks=1, hidden_dim=16, **changes), rows_of(96)
+def test_shared_draws_and_a_pass_per_interval_agree_within_their_standard_error():
+    changes = {"block_size": 16, "resample": True, "noise": "square_root", "n_blocks": 1, "hidden_dim": 16}
+    model, rows = model_of(**changes), rows_of(96)
     ways = {}
     for method, seeds in (("shared", 2), ("published", 6)):
         found = [search_intervals(model, rows, method=method, batch_size=24, seed=seed) for seed in range(seeds)]
@@ -230,24 +229,23 @@ def test_shared_draws_and_a_pass_per_interval_agree_within_their_standard_error(
     assert (shared.std(1) / published.std(1)).median() < 0.5
 
 
-@pytest.mark.parametrize("method", ["shared", "published"])
+@pytest.mark.parametrize(("method", "resample"), [("shared", True), ("published", False)])
 @pytest.mark.parametrize("noise", SCHEDULES)
-@pytest.mark.parametrize("resample", [False, True])
-def test_every_schedule_can_be_searched(tiny_config, randomize, method, noise, resample):
-    model = model_of(tiny_config, randomize, n_blocks=1, noise=noise, resample=resample)
+def test_every_schedule_can_be_searched(method, noise, resample):
+    model = model_of(n_blocks=1, noise=noise, resample=resample)
     found = search_intervals(model, rows_of(8), method=method, batch_size=4)
     assert (found.batch_variances > 0).all()
     assert (found.batch_variances.shape, found.num_blocks) == ((36, 2), 64)
 
 
-def test_the_exact_likelihood_is_chosen_at_block_size_one(tiny_config, randomize):
-    found = search_intervals(model_of(tiny_config, randomize, block_size=1, resample=True), rows_of(8))
+def test_the_exact_likelihood_is_chosen_at_block_size_one():
+    found = search_intervals(model_of(block_size=1, resample=True), rows_of(8))
     assert (found.interval, found.noisy_passes) == ((1, 1), 1)
     assert found.variances[1] < 0.1 * found.variances[0]
 
 
-def test_a_search_is_repeated_by_its_seed_and_changes_nothing(tiny_config, randomize):
-    model, rows = model_of(tiny_config, randomize, dropout=0.5).train(), rows_of(6)
+def test_a_search_is_repeated_by_its_seed_and_changes_nothing():
+    model, rows = model_of(dropout=0.5).train(), rows_of(6)
     before, state = model.interval(), torch.get_rng_state()
     first, second, other = (search_intervals(model, rows, batch_size=4, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first.batch_variances, second.batch_variances)
@@ -271,10 +269,10 @@ def test_own_candidates_are_compared(tiny_model):
     assert found.standard_errors.isnan().all()  # a single batch
 
 
-def test_a_time_conditioned_model_is_measured_interval_by_interval_and_told(tiny_config, randomize, monkeypatch):
+def test_a_time_conditioned_model_is_measured_interval_by_interval_and_told(monkeypatch):
     messages = []
     monkeypatch.setattr(interval_module.logger, "warning_once", messages.append)
-    model = model_of(tiny_config, randomize, time_conditioning=True)
+    model = model_of(time_conditioning=True)
     found = search_intervals(model, rows_of(4))
     assert found.noisy_passes == 36
     assert len(messages) == 1 and "time_conditioning=True" in messages[0]
@@ -303,8 +301,8 @@ def test_a_search_that_cannot_be_made_is_refused(tiny_model, rows, arguments, me
 
 @pytest.mark.parametrize("method", ["shared", "published"])
 @pytest.mark.parametrize("processes", [2, 3])
-def test_a_shared_search_equals_one_process(tiny_config, randomize, monkeypatch, processes, method):
-    model, rows = model_of(tiny_config, randomize, n_blocks=1), rows_of(7)  # the last batch is uneven
+def test_a_shared_search_equals_one_process(monkeypatch, processes, method):
+    model, rows = model_of(n_blocks=1), rows_of(7)  # the last batch is uneven
     alone = search_intervals(model, rows, method=method, batch_size=4)
     parts: list[torch.Tensor] = []
     monkeypatch.setattr(interval_module, "gather_object", lambda part: (parts.extend(part), list(parts))[1])
@@ -319,26 +317,15 @@ def test_a_shared_search_equals_one_process(tiny_config, randomize, monkeypatch,
 
 
 @pytest.fixture
-def trainer_of(make_trainer, tiny_config, randomize):
+def trainer_of(make_trainer):
     """A function that makes a trainer which searches after every second of its four steps."""
     search = {"interval_search": True, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
     shape = {"hidden_dim": 16, "n_blocks": 1}
-    return lambda **arguments: make_trainer(model=model_of(tiny_config, randomize, **shape), **{**search, **arguments})
+    return lambda **arguments: make_trainer(model=model_of(**shape), **{**search, **arguments})
 
 
 def searches_of(trainer: BD3LMTrainer) -> list[dict]:
     return [entry for entry in trainer.state.log_history if "interval_min" in entry]
-
-
-def test_training_adopts_the_interval_at_each_evaluation(trainer_of):
-    trainer = trainer_of()
-    trainer.train()
-    entries = searches_of(trainer)
-    assert [entry["step"] for entry in entries] == [2, 4]
-    assert trainer.model.interval() == (entries[-1]["interval_min"], entries[-1]["interval_max"])
-    assert trainer.model.interval() in candidate_intervals(4)[1:]
-    for entry in entries:
-        assert 0 < entry["interval_variance"] < entry["interval_variance_full"]
 
 
 def test_a_training_step_draws_from_the_adopted_interval(trainer_of, monkeypatch):
@@ -350,54 +337,53 @@ def test_a_training_step_draws_from_the_adopted_interval(trainer_of, monkeypatch
     assert seen[-1] == (pytest.approx(0.45), pytest.approx(0.95))
 
 
-def test_the_interval_travels_with_weights_and_config_and_into_a_resumed_run(trainer_of, tmp_path):
+def test_an_adopted_interval_travels_with_weights_and_config_and_into_a_resumed_run(trainer_of, tmp_path):
     whole = trainer_of(output_dir=str(tmp_path / "whole"), save_strategy="steps", save_steps=2)
     whole.train()
+    first, last = searches_of(whole)
+    assert (first["step"], last["step"]) == (2, 4)
+    assert whole.model.interval() == (last["interval_min"], last["interval_max"])
+    assert whole.model.interval() in candidate_intervals(4)[1:]
+    assert all(0 < entry["interval_variance"] < entry["interval_variance_full"] for entry in (first, last))
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     loaded = BD3LMForMaskedLM.from_pretrained(checkpoint)
-    first = searches_of(whole)[0]
     assert loaded.interval() == (first["interval_min"], first["interval_max"])
     assert (loaded.config.sampling_eps_min, loaded.config.sampling_eps_max) == loaded.interval()
     rest = trainer_of()
     rest.train(resume_from_checkpoint=str(checkpoint))
     for name in ("interval_min", "interval_max", "interval_variance"):
-        assert searches_of(rest)[-1][name] == searches_of(whole)[-1][name]
+        assert searches_of(rest)[-1][name] == last[name]
     assert_same_weights(whole.model, rest.model)
 
 
 def test_a_fixed_interval_is_searched_and_kept_and_only_training_searches(trainer_of):
-    trainer = trainer_of(interval_search_fixed=True)
+    trainer = trainer_of(interval_search_fixed=True, max_steps=2)
     before = trainer.model.interval()
     trainer.evaluate()
     assert not searches_of(trainer)
     trainer.train()
-    assert len(searches_of(trainer)) == 2 and trainer.model.interval() == before
+    assert len(searches_of(trainer)) == 1 and trainer.model.interval() == before
 
 
-def test_of_several_held_out_sets_the_first_is_searched(trainer_of):
-    trainer = trainer_of(eval_steps=4)
+def test_of_several_held_out_sets_the_first_is_searched_also_in_bfloat16(trainer_of):
+    trainer = trainer_of(bf16=True, max_steps=2)
     several = {name: Dataset.from_dict({"input_ids": rows_of(6)}) for name in ("one", "two")}
     trainer.eval_dataset = several
     searched, inner = [], trainer.search_interval
     trainer.search_interval = lambda sequences: (searched.append(sequences), inner(sequences))[1]
-    trainer.train()
-    assert [sequences is several["one"] for sequences in searched] == [True]
-
-
-def test_bfloat16_training_searches_too(trainer_of):
-    trainer = trainer_of(bf16=True, max_steps=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.train()
+    assert [sequences is several["one"] for sequences in searched] == [True]
     assert math.isfinite(searches_of(trainer)[0]["interval_variance"])
 
 
-def test_a_search_that_cannot_be_is_refused_before_training(tiny_config, randomize, tmp_path):
+def test_a_search_that_cannot_be_is_refused_before_training(tmp_path):
     arguments = BD3LMTrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, eval_strategy="steps", eval_steps=1, interval_search=True
     )
     with pytest.raises(ValueError, match="this BD3LMForMaskedLM has none"):
-        BD3LMTrainer(model=model_of(tiny_config, randomize, var_min=False), args=arguments)
+        BD3LMTrainer(model=model_of(var_min=False), args=arguments)
     arguments.interval_candidates = ["0.55-0.7"]
     with pytest.raises(ValueError, match="contains no mask rate k / 4"):
-        BD3LMTrainer(model=model_of(tiny_config, randomize, resample=True), args=arguments)
+        BD3LMTrainer(model=model_of(resample=True), args=arguments)

@@ -41,16 +41,12 @@ def test_every_configuration_is_tested():
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_accelerate_reads_the_configuration(name):
+def test_accelerate_reads_the_configuration_which_says_how_it_is_started(name):
     arguments, configuration = read(name)
     assert (configuration.distributed_type, arguments.mixed_precision) == TYPES[name]
     assert arguments.use_fsdp == (name == "fsdp2")
     assert arguments.use_deepspeed == name.startswith("deepspeed")
     assert configuration.num_machines == 1
-
-
-@pytest.mark.parametrize("name", TYPES)
-def test_the_configuration_says_how_it_is_started(name):
     text = (LAUNCH / f"{name}.yaml").read_text(encoding="utf-8")
     assert f"accelerate launch --config_file training/launch/{name}.yaml" in text.replace("#   ", "")
 

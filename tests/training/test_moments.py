@@ -1,13 +1,14 @@
 """The moments of a block's loss: the integral over t, the draws that all intervals share, and their plain twins."""
 
+import functools
+
 import pytest
 import torch
 from noisy_text import random_ids
+from shared_models import tiny_bd3lm
 
-from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.likelihood_bd3lm import MaskSample, mask_losses, noise_of_batch
 from bd3lm_hf.modeling.loss_bd3lm import corrupt
-from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import count_probabilities, draw_noise, noise_schedule
 from bd3lm_hf.training.interval import candidate_intervals
 from bd3lm_hf.training.loss_moments import BlockMoments, HeldOut, PassPerInterval, SharedDraws, held_out, level_moments
@@ -18,11 +19,8 @@ INTERVALS = [(1e-3, 1.0), (1e-3, 0.5), (0.3, 0.8), (0.45, 0.95), (0.55, 0.95)]
 
 
 @pytest.fixture
-def make_model(tiny_config, randomize):
-    def make(**changes) -> BD3LMForMaskedLM:
-        return randomize(BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_dict(), **changes})), std=0.3).eval()
-
-    return make
+def make_model():
+    return functools.partial(tiny_bd3lm, std=0.3)
 
 
 def text_of(model, ids: torch.Tensor, attention_mask=None, labels=None) -> HeldOut:
@@ -104,10 +102,8 @@ def test_the_moments_of_the_weight_are_the_frequencies_of_the_losses_own_draws(m
     labels = ids.clone()
     labels[:, 5] = -100  # a given token inside the second block; the first block has a given first token
     batch = text_of(model, ids[:1], labels=labels[:1])
-    scored = batch.scored._replace(
-        maskable=batch.scored.maskable.expand(rows, -1), valid=batch.scored.valid.expand(rows, -1)
-    )
-    scored = scored._replace(counted=scored.maskable)
+    maskable, valid = (mask.expand(rows, -1) for mask in (batch.scored.maskable, batch.scored.valid))
+    scored = batch.scored._replace(maskable=maskable, valid=valid, counted=maskable)
     noise = draw_noise(rows, 3, 10, order="none", generator=torch.Generator().manual_seed(0))
     masked, weights, _ = corrupt(model, batch.layout, scored, noise, *interval, training=True)
     for block, (start, stop, maskable) in enumerate([(0, 4, 3), (4, 8, 3), (8, 10, 2)]):

@@ -7,14 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_runs import save_recipe
-from transformers import (
-    AutoModelForMaskedLM,
-    BertConfig,
-    BertForMaskedLM,
-    RobertaConfig,
-    RobertaForMaskedLM,
-    RobertaModel,
-)
+from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
+from transformers.models.roberta import RobertaConfig, RobertaForMaskedLM, RobertaModel
 
 from bd3lm_hf import SSDLMForMaskedLM
 from bd3lm_hf.checkpoints import load_model
@@ -63,32 +57,23 @@ def test_a_run_reports_losses_and_says_that_there_is_no_perplexity(trained):
     assert f"{result.after.loss:.3f} +- {result.after.standard_error:.3f}" in printed
     assert "No perplexity" in printed
     assert "--- sample at step 30 ---\nA block" in (folder / "samples.txt").read_text(encoding="utf-8")
-
-
-def test_the_folder_holds_a_model_with_its_number_of_steps(trained):
-    model = load_model(str(trained[1]))
+    model = load_model(str(folder))
     assert type(model) is SSDLMForMaskedLM and model.generation_config.num_denoising_steps == 3
     assert (model.config.n_blocks, model.config.hidden_dim, model.config.block_size) == (1, 16, 4)
 
 
-def test_the_layout_of_a_run_changes_no_noise(recipe, tmp_path):
-    losses = []
-    for rows, accumulated in (("4", "1"), ("2", "2")):
-        words = ["--per_device_train_batch_size", rows, "--gradient_accumulation_steps", accumulated]
-        words += ["--max_steps", "2", "--output_dir", str(tmp_path / rows)]
-        words += ["--eval_strategy", "no", "--sample_tokens", "0"]
-        losses.append([entry["loss"] for entry in run([str(recipe), *words]).losses if "loss" in entry])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def test_a_resumed_run_is_the_uninterrupted_one(recipe, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one_and_the_layout_of_a_run_changes_no_noise(recipe, tmp_path):
     words = [str(recipe), "--ema_decay", "0.9", "--sample_tokens", "0", "--eval_strategy", "no"]
     words += ["--save_strategy", "steps", "--save_steps", "2"]
-    whole = run([*words, "--output_dir", str(tmp_path / "whole")])
-    words += ["--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-2")]
-    resumed = run([*words, "--output_dir", str(tmp_path / "again")])
-    losses = [[entry["loss"] for entry in result.losses if "loss" in entry] for result in (whole, resumed)]
-    assert losses[0] == losses[1] and len(losses[0]) == 4
+    resume = ["--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-2")]
+    layout = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--max_steps", "2"]
+    results = [
+        run([*words, *more, "--output_dir", str(tmp_path / name)])
+        for name, more in (("whole", []), ("again", resume), ("parts", layout))
+    ]
+    whole, resumed, parts = ([entry["loss"] for entry in result.losses if "loss" in entry] for result in results)
+    assert whole == resumed and len(whole) == 4
+    assert parts == pytest.approx(whole[:2], rel=1e-4)
     states = [load_model(str(tmp_path / name)).state_dict() for name in ("whole", "again")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 

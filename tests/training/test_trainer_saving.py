@@ -34,8 +34,8 @@ class _Signal(TrainerCallback):
             os.kill(os.getpid(), self.signum)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("step", [1, 2])  # in an epoch of two steps, and in its last
+# In an epoch of two steps, and in its last.
+@pytest.mark.parametrize(("signum", "code", "step"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 2)])
 def test_a_signal_ends_a_run_with_a_checkpoint_to_resume_from(make_trainer, tmp_path, signum, code, step):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     whole = trained(make_trainer(max_steps=5, output_dir=str(tmp_path / "whole")))
@@ -75,9 +75,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_trainer,
 
 def test_the_named_sequences_are_those_of_the_failing_batch(make_trainer):
     rows = rows_of(16).to_list()
-    trainer = make_trainer(
-        rows=Dataset.from_list(rows), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4
-    )
+    layout = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    trainer = make_trainer(rows=Dataset.from_list(rows), max_steps=1, **layout)
     seen = []
     inner = trainer.compute_loss
 
@@ -107,16 +106,6 @@ def test_weights_that_are_not_finite_are_refused_before_training(tiny_config, ma
         make_trainer(model=model)
 
 
-def test_weights_that_are_not_finite_are_never_saved(make_trainer, tmp_path):
-    trainer = make_trainer()
-    trainer.save_model()
-    before = (tmp_path / "run" / "model.safetensors").read_bytes()
-    next(trainer.model.parameters()).data.view(-1)[0] = float("nan")
-    with pytest.raises(NotFiniteError, match="the model after step 0"):
-        trainer.save_model()
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
-
-
 def test_a_model_without_the_two_verbs_is_refused():
     with pytest.raises(ValueError, match="a Linear has no `token_nll`"):
         BD3LMTrainer(model=torch.nn.Linear(2, 2))
@@ -126,68 +115,59 @@ def test_a_model_without_the_two_verbs_is_refused():
 
 
 def test_a_checkpoint_loads_by_itself_and_nothing_unfinished_stays(make_trainer, tmp_path):
-    trainer = trained(make_trainer(max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2))
     folder = tmp_path / "run"
+    for name in ("checkpoint-3", "checkpoint-9", "model"):  # of a run that was killed
+        (folder / ".incomplete" / name).mkdir(parents=True)
+        (folder / ".incomplete" / name / "rng_state_1.pth").write_text("foreign")
+    trainer = trained(make_trainer(max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2))
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-3", "checkpoint-4"]
     assert json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
     assert_same_weights(trainer.model, BD3LMForMaskedLM.from_pretrained(folder / "checkpoint-4"))
     assert {"modeling_bd3lm.py", "generation_config.json"} <= {path.name for path in folder.glob("checkpoint-4/*")}
-
-
-def test_the_best_checkpoint_is_kept_and_found(make_trainer, tmp_path):
-    steps = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    # With this learning rate it gets worse from the first step on.
-    options = {"max_steps": 4, "save_total_limit": 1, "load_best_model_at_end": True, "learning_rate": 1.0}
-    trainer = trained(make_trainer(**options, **steps))
-    best = tmp_path / "run" / f"checkpoint-{trainer.state.best_global_step}"
-    assert trainer.state.best_model_checkpoint == str(best) and best.is_dir()
+    trainer.save_model()
+    assert not (folder / ".incomplete").exists() and not list(folder.rglob("rng_state_1.pth"))
 
 
 def fail(*arguments, **keywords):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [
-        "transformers.modeling_utils.PreTrainedModel.save_pretrained",
-        "transformers.trainer.Trainer._save_optimizer_and_scheduler",
-        "transformers.trainer.Trainer._save_rng_state",
-        "transformers.TrainerState.save_to_json",
-        "bd3lm_hf.training.trainer.mark_complete",
-        "bd3lm_hf.training.trainer.publish_folder",
-    ],
+STAGES = (
+    "transformers.modeling_utils.PreTrainedModel.save_pretrained",
+    "transformers.trainer.Trainer._save_optimizer_and_scheduler",
+    "transformers.trainer.Trainer._save_rng_state",
+    "transformers.TrainerState.save_to_json",
+    "bd3lm_hf.training.trainer.mark_complete",
+    "bd3lm_hf.training.trainer.publish_folder",
 )
-def test_a_full_disk_at_any_stage_leaves_the_last_checkpoint_and_no_debris(make_trainer, tmp_path, monkeypatch, stage):
+
+
+def test_a_full_disk_at_any_stage_leaves_the_last_checkpoint_and_no_debris(make_trainer, tmp_path, monkeypatch):
     make_trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoint-1").iterdir()}
-    trainer = make_trainer(max_steps=3, save_strategy="steps", save_steps=1)
+    last = tmp_path / "run" / "checkpoint-1"
+    before = {path.name: path.read_bytes() for path in last.iterdir()}
+    for stage in STAGES:
+        trainer = make_trainer(max_steps=3, save_strategy="steps", save_steps=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(stage, fail)
+            with pytest.raises(SaveError, match=r"cannot save checkpoint-2.*No space left.*checkpoint-1; "):
+                trainer.train(resume_from_checkpoint=True)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-1"], stage
+        assert {path.name: path.read_bytes() for path in last.iterdir()} == before, stage
+
+
+def test_a_model_that_cannot_be_saved_or_is_not_finite_leaves_the_old_one(make_trainer, tmp_path, monkeypatch):
+    trainer, weights = make_trainer(), tmp_path / "run" / "model.safetensors"
+    trainer.save_model()
+    before = weights.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(stage, fail)
-        with pytest.raises(SaveError, match=r"cannot save checkpoint-2.*No space left.*checkpoint-1; "):
-            trainer.train(resume_from_checkpoint=True)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoint-1").iterdir()} == before
-
-
-def test_a_model_that_can_not_be_saved_leaves_the_old_one(make_trainer, tmp_path, monkeypatch):
-    trainer = make_trainer()
-    trainer.save_model()
-    before = (tmp_path / "run" / "model.safetensors").read_bytes()
-    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
-    with pytest.raises(SaveError, match="cannot save the model in .*No checkpoint had been saved yet"):
+        patch.setattr("transformers.modeling_utils.safe_save_file", fail)
+        with pytest.raises(SaveError, match="cannot save the model in .*No checkpoint had been saved yet"):
+            trainer.save_model()
+    next(trainer.model.parameters()).data.view(-1)[0] = float("nan")
+    with pytest.raises(NotFiniteError, match="the model after step 0"):
         trainer.save_model()
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
-
-
-def test_what_a_killed_run_left_behind_gets_into_no_checkpoint(make_trainer, tmp_path):
-    left = tmp_path / "run" / ".incomplete"
-    for name in ("checkpoint-1", "checkpoint-9", "model"):
-        (left / name).mkdir(parents=True)
-        (left / name / "rng_state_1.pth").write_text("foreign")
-    trainer = trained(make_trainer(max_steps=1, save_strategy="steps", save_steps=1))
-    trainer.save_model()
-    assert not left.exists() and not list((tmp_path / "run").rglob("rng_state_1.pth"))
+    assert weights.read_bytes() == before
 
 
 def test_a_finished_run_takes_no_further_step(make_trainer):
@@ -216,12 +196,3 @@ def test_a_small_disk_is_told_before_the_first_step(make_trainer, monkeypatch, c
     assert "but only 1.0 kB are free" in caplog.text
     saved = sum(path.stat().st_size for path in (Path(trainer.args.output_dir) / "checkpoint-1").rglob("*"))
     assert 0.3 * saved < trainer._checkpoint_bytes < saved
-
-
-def test_a_checkpoint_is_uploaded_from_its_final_folder(make_trainer, tmp_path, monkeypatch):
-    trainer, uploads = make_trainer(max_steps=1, save_strategy="steps", save_steps=1), []
-    push = "bd3lm_hf.training.uploads.UploadingTrainer._push_from_checkpoint"
-    monkeypatch.setattr(push, lambda self, folder: uploads.append(folder))
-    trainer.args.push_to_hub = True
-    trainer.train()
-    assert uploads == [str(tmp_path / "run" / "checkpoint-1")]

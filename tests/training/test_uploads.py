@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 from hub_server import TOKEN, USER, Fault
-from shared_models import special_ids
+from shared_models import special_ids, tiny_bd3lm
 from transformers.utils.hub import PushInProgress
 
-from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
+from bd3lm_hf import BD3LMForMaskedLM
 from bd3lm_hf.checkpoints import add_adapters
 from bd3lm_hf.hub_upload import repo_files
 from bd3lm_hf.hub_upload.push import dry_run
@@ -23,10 +23,9 @@ EXAMPLES = [{"input_ids": list(range(4, 20)), "labels": list(range(4, 20))} for 
 
 
 @pytest.fixture
-def uploading_trainer(make_trainer, tiny_config, tiny_tokenizer, randomize):
+def uploading_trainer(make_trainer, tiny_tokenizer):
     def make(adapt=None, **options):
-        fields = {"vocab_size": len(tiny_tokenizer), **special_ids(tiny_tokenizer)}
-        model = randomize(BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), **fields})))
+        model = tiny_bd3lm(vocab_size=len(tiny_tokenizer), **special_ids(tiny_tokenizer))
         options = {"max_steps": 1, "push_to_hub": True, "hub_model_id": REPO, **options}
         keywords = {"processing_class": tiny_tokenizer}
         return make_trainer(adapt(model) if adapt else model, EXAMPLES, keywords, **options)
@@ -119,23 +118,20 @@ def refuse(*arguments, **options):
     raise RuntimeError("no")
 
 
-def test_an_adapter_on_a_folder_is_refused_before_it_is_trained(hub, uploading_trainer, tmp_path, model_folder):
+def test_an_adapter_is_uploaded_as_one_if_its_base_has_a_repository(hub, uploading_trainer, monkeypatch, model_folder):
     def adapt(model):
         return add_adapters(BD3LMForMaskedLM.from_pretrained(model_folder), rank=2)
+
+    def adapt_shared(model):
+        adapted = adapt(model)
+        adapted.peft_config["default"].base_model_name_or_path = "me/base"
+        return adapted
 
     with pytest.raises(ValueError, match="--push_to_hub: .* --base-model"):
         uploading_trainer(adapt)
     assert not hub.repos
-
-
-def test_an_adapter_is_uploaded_as_an_adapter(hub, uploading_trainer, monkeypatch, model_folder):
-    def adapt(model):
-        adapted = add_adapters(BD3LMForMaskedLM.from_pretrained(model_folder), rank=2)
-        adapted.peft_config["default"].base_model_name_or_path = "me/base"
-        return adapted
-
     monkeypatch.setattr(repo_files, "load_model", lambda *a, **k: BD3LMForMaskedLM.from_pretrained(model_folder))
-    uploading_trainer(adapt).save_model()
+    uploading_trainer(adapt_shared).save_model()
     files = hub.repos[REPO].files()
     assert "adapter_model.safetensors" in files and "model.safetensors" not in files
     card = files["README.md"].decode()
