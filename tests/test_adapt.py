@@ -7,15 +7,8 @@ import pytest
 import torch
 from decoders import random_ids, tiny_stock
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    MambaConfig,
-    PreTrainedTokenizerFast,
-    T5Config,
-)
+from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, PreTrainedTokenizerFast, T5Config
+from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
 
 from bd3lm_hf import adapt_decoder
 from bd3lm_hf.checkpoints import add_adapters, load_model

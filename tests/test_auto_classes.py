@@ -9,14 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from shared_models import CLASSES, special_ids
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    BertConfig,
-    pipeline,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, pipeline
 
 import bd3lm_hf
 from bd3lm_hf import ARConfig, ARForCausalLM, SSDLMConfig, SSDLMForMaskedLM
@@ -186,23 +179,19 @@ def test_the_code_that_is_needed_is_saved_and_nothing_else(make_speaker, tmp_pat
         assert (tmp_path / name).read_bytes() == (MODELING / name).read_bytes()
 
 
-@pytest.mark.parametrize("part", ["whole model", "backbone"])
-def test_every_auto_class_is_named_in_the_config(make_speaker, tmp_path, part):
-    model = make_speaker("bd3lm") if part == "whole model" else make_speaker("bd3lm").backbone
-    model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
-
-
-def test_a_foreign_auto_map_is_replaced(make_speaker, tmp_path):
+def test_every_auto_class_is_named_in_the_config_and_a_foreign_map_is_replaced(make_speaker, tmp_path):
     speaker = make_speaker("bd3lm")
+    speaker.save_pretrained(tmp_path / "whole")
+    speaker.backbone.save_pretrained(tmp_path / "backbone")
     # As published: a missing module, a class with another name, and one from another repository.
     speaker.config.auto_map = {
         "AutoConfig": "configuration.BD3LMConfig",
         "AutoModelForMaskedLM": "owner/name--modeling_bd3lm.BD3LM",
         "AutoModelForSequenceClassification": "modeling.Else",
     }
-    speaker.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+    speaker.save_pretrained(tmp_path / "foreign")
+    for name in ("whole", "backbone", "foreign"):
+        assert json.loads((tmp_path / name / "config.json").read_text())["auto_map"] == AUTO_MAP
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -25,8 +25,7 @@ def test_an_interval_that_the_weights_lack_comes_from_the_configuration(tiny_mod
 
 def test_weights_that_are_a_pointer_of_git_lfs_are_named(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
-    )
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
     with pytest.raises(ValueError, match=r"model\.safetensors is a pointer of Git LFS.*git lfs pull"):
         load_model(str(tmp_path))

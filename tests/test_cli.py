@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bd3lm_hf import cli
+from bd3lm_hf.argument_parser import ArgumentParser, with_home
 
 
 # Their flags are fields of classes of transformers, or those of lm_eval; they have their own help page.
@@ -118,16 +120,46 @@ for verb in VERBS:
     assert (result.stdout, result.stderr) == ("", "")
 
 
-def test_the_words_after_a_verb_are_passed_to_it(bd3lm, monkeypatch):
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A function `(main, verb="verb") -> None` that makes `bd3lm verb` call `main`."""
+
+    def replace(main, verb="verb"):
+        monkeypatch.setattr(cli, "VERBS", {verb: cli.Verb("stand_in:main", "")})
+        monkeypatch.setitem(sys.modules, "stand_in", types.SimpleNamespace(main=main))
+
+    return replace
+
+
+def test_the_words_after_a_verb_are_passed_to_it(bd3lm, stand_in):
     seen = []
     for verb, (words, expected) in {
         "train": (["recipe.yaml", "--max_steps", "3"], ["recipe.yaml", "--max_steps", "3"]),
         "bench": (["--new_tokens=3", "--", "--a_b"], ["--new-tokens=3", "--", "--a_b"]),
     }.items():
-        module = types.SimpleNamespace(main=seen.append)
-        monkeypatch.setattr(cli, "VERBS", {verb: cli.Verb("stand_in:main", "")})
-        monkeypatch.setitem(sys.modules, "stand_in", module)
+        stand_in(seen.append, verb)
         assert bd3lm(verb, *words)[0] == 0 and seen.pop() == expected
+
+
+SECRET = "hf_" + "abcDEF123456"
+
+
+def test_a_parser_error_is_one_masked_line_with_exit_code_2_and_the_nearest_flag(capsys):
+    parser = ArgumentParser(prog="bd3lm push")
+    parser.add_argument("--token")
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args([f"--tokne={SECRET}", "a\nb"])
+    err = capsys.readouterr().err
+    assert "did you mean --token?" in err
+    assert stop.value.code == 2 and err.count("\n") == 1 and SECRET not in err
+    assert err.startswith("error: ") and "bd3lm push --help" in err
+
+
+def test_a_leading_tilde_of_a_path_is_expanded_wherever_it_is(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["~/recipe.yaml", "--dataset=~/text", "--output", "~/out", "--prompt", "~/x is a path", "--text=~/x"]
+    expanded = ["/home/me/recipe.yaml", "--dataset=/home/me/text", "--output", "/home/me/out", *words[4:]]
+    assert with_home(words) == expanded
 
 
 def test_eval_of_generated_text_has_its_own_flags(bd3lm, tmp_path):
@@ -141,20 +173,6 @@ def test_a_verb_is_needed(bd3lm):
     code, out, err = bd3lm()
     assert code == 0 and not err and [verb for verb in cli.VERBS if f"  {verb} " in out] == list(cli.VERBS)
     assert bd3lm("--version")[1].startswith("bd3lm ")
-
-
-@pytest.fixture
-def failing(monkeypatch):
-    """A function `(error) -> None` that makes `bd3lm verb` raise an error."""
-
-    def fail_with(error: BaseException) -> None:
-        def run(words):
-            raise error
-
-        monkeypatch.setattr(cli, "VERBS", {"verb": cli.Verb("failing:main", "")})
-        monkeypatch.setitem(sys.modules, "failing", types.SimpleNamespace(main=run))
-
-    return fail_with
 
 
 @pytest.mark.parametrize(
@@ -178,15 +196,15 @@ def failing(monkeypatch):
         (KeyboardInterrupt(), 130, ""),
     ],
 )
-def test_every_error_of_every_verb_is_one_line(bd3lm, failing, error, code, line):
-    failing(error)
+def test_every_error_of_every_verb_is_one_line(bd3lm, stand_in, error, code, line):
+    stand_in(Mock(side_effect=error))
     found, out, err = bd3lm("verb")
     assert (found, out) == (code, "") and (err == line if line is not None else err.count("\n") == 1)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("swallowed", [False, True])
-def test_a_signal_ends_a_verb_only_while_it_runs(bd3lm, monkeypatch, number, code, swallowed):
+def test_a_signal_ends_a_verb_only_while_it_runs(bd3lm, stand_in, number, code, swallowed):
     cleaned, before = [], signal.getsignal(number)
 
     def run(words):
@@ -199,14 +217,13 @@ def test_a_signal_ends_a_verb_only_while_it_runs(bd3lm, monkeypatch, number, cod
             cleaned.append(True)
         raise RecursionError("numpy was left half imported")
 
-    monkeypatch.setattr(cli, "VERBS", {"verb": cli.Verb("failing:main", "")})
-    monkeypatch.setitem(sys.modules, "failing", types.SimpleNamespace(main=run))
+    stand_in(run)
     assert bd3lm("verb") == (code, "", "") and cleaned
     assert signal.getsignal(number) is before
 
 
-def test_the_traceback_is_shown_on_request(failing):
-    failing(ZeroDivisionError())
+def test_the_traceback_is_shown_on_request(stand_in):
+    stand_in(Mock(side_effect=ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         cli.main(["verb", "--traceback"])
 

@@ -6,16 +6,12 @@ import decoders
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from shared_models import Attack
+from test_cli import assert_refused
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.models.llama import LlamaConfig, LlamaForCausalLM
+from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.foreign_layouts import CONTRACTS, UNREADABLE, adopt_published_decoding
@@ -165,8 +161,7 @@ def test_greedy_decoding_equals_an_independent_loop_over_the_stock_class(write, 
 def test_an_invalid_checkpoint_is_refused_in_one_line(bd3lm, write, tmp_path, fields, part):
     folder, _ = write("sdar", **fields)
     for command in (("generate", "--model", folder, "--prompt", "A"), ("convert", folder, tmp_path / "ours")):
-        code, _, err = bd3lm(*command)
-        assert code == 2 and part in err and err.count("\n") == 1, err
+        assert_refused(bd3lm(*command), part)
     assert not (tmp_path / "ours").exists()
 
 
@@ -177,23 +172,13 @@ def test_damaged_and_hostile_weights_are_refused(bd3lm, write, tmp_path):
         changed = {name: tensor for name, tensor in weights.items() if name != damage}
         changed |= {"extra": torch.zeros(1)} if damage == "extra" else {}
         save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
-        code, _, err = bd3lm("convert", folder, tmp_path / "ours")
-        assert code == 2 and part in err and err.count("\n") == 1
+        assert_refused(bd3lm("convert", folder, tmp_path / "ours"), part)
     (folder / "model.safetensors").unlink()
     for file in ("../x.safetensors", "absent.safetensors"):
         index = {"metadata": {}, "weight_map": dict.fromkeys(weights, file)}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         for command in (("generate", "--model", folder, "--prompt", "A"), ("convert", folder, tmp_path / "ours")):
-            code, _, err = bd3lm(*command)
-            assert code == 2 and file in err and err.count("\n") == 1, err
-
-
-class Attack:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
+            assert_refused(bd3lm(*command), file)
 
 
 def test_pickled_weights_are_read_if_they_are_only_tensors(bd3lm, write, tmp_path):
@@ -204,10 +189,8 @@ def test_pickled_weights_are_read_if_they_are_only_tensors(bd3lm, write, tmp_pat
     found = load_file(tmp_path / "ours" / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in stock.state_dict().items())
     torch.save({**stock.state_dict(), "lm_head.weight": Attack(tmp_path / "touched")}, folder / "pytorch_model.bin")
-    code, _, err = bd3lm("convert", folder, tmp_path / "other")
-    assert code == 2 and "io.open" in err and "safetensors" in err and err.count("\n") == 1, err
-    code, _, err = bd3lm("generate", "--model", folder, "--prompt", "A")
-    assert code == 2 and "bd3lm convert" in err and "safetensors" in err and err.count("\n") == 1, err
+    assert_refused(bd3lm("convert", folder, tmp_path / "other"), "system", "safetensors")
+    assert_refused(bd3lm("generate", "--model", folder, "--prompt", "A"), "bd3lm convert", "safetensors")
     assert not (tmp_path / "touched").exists() and not (tmp_path / "other").exists()
 
 
@@ -312,25 +295,6 @@ def test_a_round_trip_to_sdar_gives_the_same_bits(write, tmp_path):
     assert configs[0] == configs[1]
 
 
-def test_an_autoregressive_decoder_survives_a_round_trip(randomize, tmp_path):
-    from bd3lm_hf.adapt import adapt_decoder
-
-    stock = randomize(LlamaForCausalLM(LlamaConfig(**SIZES))).eval()
-    with torch.no_grad():
-        expected = stock(IDS).logits
-    model = adapt_decoder(stock, BLOCK, mask_token_id=MASK, alignment="shifted", context="token")
-    model.save_pretrained(tmp_path / "ours")
-    to_decoder(str(tmp_path / "ours"), tmp_path / "stock", "stock")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
-    assert type(loaded) is LlamaForCausalLM
-    with torch.no_grad():
-        logits = loaded(IDS).logits
-    # Only the row of the mask token differs.
-    torch.testing.assert_close(logits[..., :MASK], expected[..., :MASK], atol=1e-5, rtol=1e-5)
-    weights, ours = loaded.state_dict(), model.state_dict()
-    assert all(torch.equal(weights[name], ours[name]) for name in weights)
-
-
 @pytest.mark.parametrize(
     ("layout", "fields", "target", "part"),
     [
@@ -349,13 +313,10 @@ def test_a_model_that_does_not_fit_a_layout_is_refused(bd3lm, write, tmp_path, l
         folder = tmp_path / "ours"
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | fields))
-    code, _, err = bd3lm("convert", folder, tmp_path / "out", "--to", target)
-    assert code == 2 and part in err and err.count("\n") == 1
+    assert_refused(bd3lm("convert", folder, tmp_path / "out", "--to", target), part)
     assert not (tmp_path / "out").exists()
 
 
 def test_fields_of_decoders_are_refused_for_other_checkpoints(bd3lm, model_folder, tmp_path):
-    code, _, err = bd3lm("convert", model_folder, tmp_path / "out", "--block-size", "8")
-    assert code == 2 and "--block-size" in err
-    code, _, err = bd3lm("convert", model_folder, tmp_path / "out", "--to", "sdar")
-    assert code == 2 and "--to sdar" in err and "'bd3lm'" in err
+    assert_refused(bd3lm("convert", model_folder, tmp_path / "out", "--block-size", "8"), "--block-size")
+    assert_refused(bd3lm("convert", model_folder, tmp_path / "out", "--to", "sdar"), "--to sdar", "'bd3lm'")

@@ -82,25 +82,18 @@ def upward(room: str) -> set[tuple[str, str]]:
     }
 
 
-def test_imports_are_resolved_to_the_room_they_come_from(tmp_path):
+def test_imports_and_module_names_in_strings_are_resolved_to_the_room_they_come_from(tmp_path):
     file = tmp_path / "sample.py"
-    file.write_text(
-        "import torch\nfrom .noise_bd3lm import x\nfrom .. import training\ndef f():\n    from ..cli import main\n"
-    )
-    found = [(name, room_of(name)) for _, name in imports(file, "bd3lm_hf.modeling")]
-    assert found == [
+    relative = "from .noise_bd3lm import x\nfrom .. import training\ndef f():\n    from ..cli import main\n"
+    strings = 'load("bd3lm_hf.training.train")\nlogger("bd3lm_hf.train")\n"see bd3lm_hf.training.train"\n'
+    file.write_text(f"import torch\n{relative}{strings}")
+    assert [(name, room_of(name)) for _, name in imports(file, "bd3lm_hf.modeling")] == [
         ("torch", None),
         ("bd3lm_hf.modeling.noise_bd3lm.x", "modeling"),
         ("bd3lm_hf.training", "training"),
         ("bd3lm_hf.cli.main", "bd3lm_hf"),
     ]
-
-
-def test_module_names_in_strings_are_found(tmp_path):
-    file = tmp_path / "sample.py"
-    file.write_text('load("bd3lm_hf.training.train")\nlogger("bd3lm_hf.train")\n"see bd3lm_hf.training.train"\n')
-    found = [(line, room_of(name)) for line, name in module_strings(file)]
-    assert found == [(1, "training"), (2, "bd3lm_hf")]
+    assert [(line, room_of(name)) for line, name in module_strings(file)] == [(6, "training"), (7, "bd3lm_hf")]
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -152,10 +145,6 @@ def test_modeling_imports_its_own_files_in_the_form_that_save_pretrained_follows
     assert not wrong
 
 
-def test_modeling_is_flat():
-    assert [path for path in (ROOT / "modeling").rglob("*.py") if path.parent != ROOT / "modeling"] == []
-
-
 def test_no_file_in_training_shadows_a_library():
     # `python training/train.py` puts training/ first on the path.
     libraries = set(importlib.metadata.packages_distributions()) | sys.stdlib_module_names
@@ -163,9 +152,10 @@ def test_no_file_in_training_shadows_a_library():
     assert not names & (libraries - set(ROOMS))
 
 
-def test_tests_is_no_package_and_the_root_has_no_conftest():
-    assert not (ROOT / "tests" / "__init__.py").exists()
-    assert not (ROOT / "conftest.py").exists()
+def test_every_room_is_typed_and_modeling_is_flat_and_tests_is_no_package():
+    assert [room for room in ROOMS if not (ROOT / room / "py.typed").is_file()] == []
+    assert [path for path in (ROOT / "modeling").rglob("*.py") if path.parent != ROOT / "modeling"] == []
+    assert not (ROOT / "tests" / "__init__.py").exists() and not (ROOT / "conftest.py").exists()
 
 
 @pytest.fixture(scope="module")
@@ -191,10 +181,6 @@ def test_every_file_that_is_not_python_is_installed_too(setup_cfg):
                 continue
             missing.append(f"{room}/{name}")
     assert not missing
-
-
-def test_every_room_says_that_it_is_typed():
-    assert [room for room in ROOMS if not (ROOT / room / "py.typed").is_file()] == []
 
 
 def pins() -> dict[str, str]:
@@ -224,21 +210,14 @@ def test_every_library_that_is_imported_is_required(setup_cfg):
     assert not missing
 
 
-def test_every_requirement_is_pinned_inside_its_range(setup_cfg):
+def test_every_requirement_is_a_range_and_pinned_inside_it(setup_cfg):
     pinned = pins()
+    assert next(iter(pinned)) == "torch"  # the Makefile installs it first and alone
     for requirement in requirements(setup_cfg):
         name = requirement.name.lower().replace("_", "-")
         assert name in pinned, f"{name} has no pin in constraints.txt"
         assert requirement.specifier.contains(pinned[name]), f"{name}=={pinned[name]} is outside {requirement}"
-
-
-def test_installing_the_package_pins_nothing_on_its_user(setup_cfg):
-    assert [str(r) for r in requirements(setup_cfg) if any(s.operator in ("==", "===") for s in r.specifier)] == []
-
-
-def test_torch_is_the_first_pin():
-    # The Makefile installs it first and alone.
-    assert next(iter(pins())) == "torch"
+        assert not {"==", "==="} & {part.operator for part in requirement.specifier}, f"{requirement} binds its user"
 
 
 def test_the_version_is_written_once(setup_cfg):
@@ -246,19 +225,17 @@ def test_the_version_is_written_once(setup_cfg):
     assert importlib.metadata.version("bd3lm-hf") == bd3lm_hf.__version__
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["BD3LMConfig", "BD3LMForMaskedLM", "BD3LMGenerationConfig", "BD3LMModel", "SSDLMConfig", "SSDLMForMaskedLM"]
-    + ["SSDLMGenerationConfig", "TokenNLL", "noise_schedule"],
-)
-def test_a_public_name_is_importable_and_announced(name):
-    assert name in bd3lm_hf.__all__
-    assert getattr(bd3lm_hf, name).__module__.startswith("bd3lm_hf.modeling.")
+PUBLIC = {"BD3LMConfig", "BD3LMForMaskedLM", "BD3LMGenerationConfig", "BD3LMModel", "SSDLMConfig", "SSDLMForMaskedLM"}
+PUBLIC |= {"SSDLMGenerationConfig", "TokenNLL", "noise_schedule"}
 
 
-def test_every_announced_name_exists():
+def test_public_names_are_announced_once_and_exist_and_no_other_does():
+    assert set(bd3lm_hf.__all__) >= PUBLIC and set(dir(bd3lm_hf)) > PUBLIC
+    assert all(getattr(bd3lm_hf, name).__module__.startswith("bd3lm_hf.modeling.") for name in PUBLIC)
     assert [name for name in bd3lm_hf.__all__ if not hasattr(bd3lm_hf, name)] == []
     assert sorted(set(bd3lm_hf.__all__)) == sorted(bd3lm_hf.__all__)
+    with pytest.raises(AttributeError, match="'NoSuchModel'"):
+        bd3lm_hf.NoSuchModel  # noqa: B018
 
 
 # Run by a fresh interpreter in a foreign folder; prints where the rooms were found.
@@ -348,12 +325,8 @@ def test_an_editable_install_uses_the_rooms_of_the_checkout(checkout, fresh_pyth
 
 
 @pytest.mark.slow
-def test_a_bare_checkout_needs_only_its_root_on_the_path(checkout, fresh_python, tmp_path):
+def test_a_bare_checkout_needs_only_its_root_on_the_path_and_works_from_it(checkout, fresh_python, tmp_path):
     assert locations(fresh_python, tmp_path, PYTHONPATH=str(checkout)) == rooms_in(checkout)
-
-
-@pytest.mark.slow
-def test_a_checkout_works_from_its_own_root(checkout, fresh_python):
     assert locations(fresh_python, checkout) == rooms_in(checkout)
 
 
@@ -397,11 +370,3 @@ for first in (
         os._exit(0)
 """
     assert "transformers" not in imported(forks)
-
-
-def test_a_missing_public_name_is_an_attribute_error():
-    import bd3lm_hf
-
-    with pytest.raises(AttributeError, match="'NoSuchModel'"):
-        bd3lm_hf.NoSuchModel  # noqa: B018
-    assert "BD3LMForMaskedLM" in dir(bd3lm_hf)

@@ -63,12 +63,5 @@ def test_the_first_line_is_an_estimate_and_each_minute_has_one(lines_of):
     lines = lines_of(10, 30)
     assert "1 of 30 sequences, about 5 min left" in lines[0]
     assert [line.split()[1] for line in lines] == ["1", "7", "13", "19", "25"]
-
-
-def test_items_of_an_earlier_run_do_not_change_the_estimate(lines_of):
-    assert "about 2 min left" in lines_of(10, 30, initial=16)[0]
-
-
-@pytest.mark.parametrize(("seconds", "total", "options"), [(1, 30, {}), (10, 30, {"disable": True})])
-def test_a_short_command_and_a_disabled_report_print_nothing(lines_of, seconds, total, options):
-    assert lines_of(seconds, total, **options) == []
+    assert "about 2 min left" in lines_of(10, 30, initial=16)[0]  # what an earlier run did takes no time
+    assert lines_of(1, 30) == lines_of(10, 30, disable=True) == []  # a short command and a silent one

@@ -91,9 +91,8 @@ def test_a_private_attribute_exists(owner, name, feature):
 
 def test_the_loss_of_our_models_is_not_shifted_by_the_trainer():
     # `loss_type` is public, but nothing says that None keeps the Trainer from counting shifted labels.
-    assert "_loss_shifts_labels" in inspect.getsource(transformers.trainer) or "loss_type" in inspect.getsource(
-        transformers.trainer
-    )
+    source = inspect.getsource(transformers.trainer)
+    assert "_loss_shifts_labels" in source or "loss_type" in source
 
 
 def test_lm_eval_calls_what_the_harness_overrides():

@@ -52,7 +52,7 @@ def test_published_files_leave_others_alone_and_get_the_permissions_of_new_files
     assert not (tmp_path / "staged").exists()
 
 
-def test_a_new_or_empty_folder_is_free_and_a_foreign_one_is_refused_without_overwrite(tmp_path):
+def test_a_new_or_empty_folder_is_free_and_a_file_or_a_foreign_folder_is_refused_without_overwrite(tmp_path):
     check_output_dir(tmp_path / "new")
     check_output_dir(tmp_path)
     (tmp_path / "thesis.tex").write_text("x")
@@ -61,12 +61,8 @@ def test_a_new_or_empty_folder_is_free_and_a_foreign_one_is_refused_without_over
     check_output_dir(tmp_path, overwrite=True)
     clear_output_dir(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "x"
-
-
-def test_a_file_is_not_an_output_folder(tmp_path):
-    (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file: name a folder"):
-        check_output_dir(tmp_path / "file")
+        check_output_dir(tmp_path / "thesis.tex")
 
 
 def test_a_recipe_of_the_user_does_not_make_a_folder_ours(tmp_path):

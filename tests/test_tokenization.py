@@ -37,23 +37,22 @@ def trained() -> PreTrainedTokenizerFast:
     return train_tokenizer(TEXTS, vocab_size=300)
 
 
-def test_a_trained_tokenizer_has_the_special_tokens_and_the_mask_last(trained: PreTrainedTokenizerFast) -> None:
+def test_a_trained_tokenizer_has_special_tokens_and_is_always_the_same(
+    trained: PreTrainedTokenizerFast,
+) -> None:
     assert len(trained) == 300
     assert trained.mask_token_id == 299
     assert None not in (trained.bos_token_id, trained.eos_token_id, trained.pad_token_id)
     assert len({trained.eos_token_id, trained.pad_token_id, trained.mask_token_id}) == 3
     assert trained.padding_side == "left"
+    again = load_tokenizer("train", texts=iter(TEXTS), vocab_size=300)
+    assert again.backend_tokenizer.to_str() == trained.backend_tokenizer.to_str()
 
 
 def test_any_text_survives_a_round_trip(trained: PreTrainedTokenizerFast) -> None:
     ids = trained(STRANGE, split_special_tokens=True)["input_ids"]
     assert trained.decode(ids) == STRANGE
     assert not {trained.mask_token_id, trained.eos_token_id} & set(ids)
-
-
-def test_training_twice_gives_the_same_tokenizer(trained: PreTrainedTokenizerFast) -> None:
-    again = load_tokenizer("train", texts=iter(TEXTS), vocab_size=300)
-    assert again.backend_tokenizer.to_str() == trained.backend_tokenizer.to_str()
 
 
 def test_a_saved_tokenizer_comes_back_the_same(trained: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -90,21 +89,15 @@ def test_a_completed_tokenizer_survives_saving_and_has_the_window(tmp_path: Path
     assert len(loaded("a b c d e f", truncation=True)["input_ids"]) == 4
 
 
-def test_a_tokenizer_that_cannot_end_a_text_is_refused() -> None:
-    with pytest.raises(ValueError, match="tokenizer.eos_token"):
-        complete_special_tokens(gpt2_like())
-
-
-def test_training_needs_texts() -> None:
-    with pytest.raises(ValueError, match="texts="):
-        load_tokenizer(None)
-    with pytest.raises(ValueError, match="no text"):
-        load_tokenizer(None, texts=["", ""])
-
-
-def test_a_vocabulary_smaller_than_the_bytes_is_refused() -> None:
-    with pytest.raises(ValueError, match=rf"vocab_size is 100.* {SMALLEST_VOCABULARY} "):
-        train_tokenizer(TEXTS, vocab_size=100)
+def test_no_end_token_no_texts_and_a_vocabulary_smaller_than_the_bytes_are_refused() -> None:
+    for make, message in (
+        (lambda: complete_special_tokens(gpt2_like()), "tokenizer.eos_token"),
+        (lambda: load_tokenizer(None), "texts="),
+        (lambda: load_tokenizer(None, texts=["", ""]), "no text"),
+        (lambda: train_tokenizer(TEXTS, vocab_size=100), rf"vocab_size is 100.* {SMALLEST_VOCABULARY} "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
     assert len(train_tokenizer(TEXTS, vocab_size=SMALLEST_VOCABULARY)) == SMALLEST_VOCABULARY
 
 

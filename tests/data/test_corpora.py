@@ -27,10 +27,12 @@ def test_the_documentation_is_two_megabytes_of_english_in_hundreds_of_documents(
     assert text.count(" the ") > 10_000
 
 
-def test_names_are_distinct_and_texts_are_not_empty(docs: list[Document], sources: list[Document]) -> None:
+def test_names_are_distinct_texts_are_not_empty_and_nothing_depends_on_the_place_of_python(docs, sources) -> None:
     for documents in (docs, sources):
         assert len({document.name for document in documents}) == len(documents)
         assert all(document.text.strip() for document in documents)
+        assert not any(sysconfig.get_path("stdlib") in document.name for document in documents)
+    assert not any("_sysconfigdata" in document.name for document in sources)
 
 
 def test_the_documentation_has_topics_modules_and_signatures(docs: list[Document]) -> None:
@@ -39,22 +41,11 @@ def test_the_documentation_has_topics_modules_and_signatures(docs: list[Document
     assert texts["module/textwrap"].startswith("textwrap\n\nText wrapping and filling.")
     assert "textwrap.dedent(text)\n\nRemove any common leading whitespace" in texts["module/textwrap"]
     assert "textwrap.TextWrapper.wrap(self, text)" in texts["module/textwrap"]
-
-
-def test_tests_and_installed_packages_are_not_documentation(docs: list[Document]) -> None:
-    parts = {part for document in docs for part in document.name.replace("/", ".").split(".")}
+    parts = {part for name in texts for part in name.replace("/", ".").split(".")}
     assert parts.isdisjoint({"test", "tests", "idle_test", "site-packages"})
 
 
-def test_no_document_depends_on_where_python_is_installed(docs: list[Document], sources: list[Document]) -> None:
-    root = sysconfig.get_path("stdlib")
-    assert not any(root in document.name for document in docs + sources)
-    assert not any("_sysconfigdata" in document.name for document in sources)
-
-
-def test_the_sources_are_python_files_and_larger_than_the_documentation(
-    docs: list[Document], sources: list[Document]
-) -> None:
+def test_the_sources_are_python_files_and_larger_than_the_documentation(docs, sources) -> None:
     texts = {document.name: document.text for document in sources}
     assert "def dedent(text):" in texts["textwrap.py"]
     assert all(name.endswith(".py") for name in texts)
@@ -71,13 +62,10 @@ def test_another_process_finds_the_same_documents_and_imports_none_of_the_module
     assert printed.split() == [hashlib.sha256(repr(docs).encode()).hexdigest(), "set()"]
 
 
-def test_a_python_without_source_files_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_python_without_source_files_or_topics_says_what_to_do(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(ValueError, match="source files"):
         python_source()
-
-
-def test_a_python_without_topics_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(ValueError, match="pydoc_data.topics.*python-docs"):
         python_docs()

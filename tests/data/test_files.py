@@ -197,9 +197,7 @@ def test_an_empty_file_is_an_empty_dataset(tmp_path: Path, ending: str) -> None:
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("content", ["", "\n\n"])
-def test_an_empty_split_is_named_with_the_others_and_leaves_them_usable(
-    tmp_path: Path, streaming: bool, content: str
-) -> None:
+def test_an_empty_split_is_named_and_leaves_the_others_usable(tmp_path: Path, streaming: bool, content: str) -> None:
     put(tmp_path / "train.jsonl", *TEXTS)
     (tmp_path / "test.jsonl").write_text(content)
     with pytest.raises(ValueError, match=r"'test' .*test\.jsonl.*\(train\)"):

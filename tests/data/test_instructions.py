@@ -59,9 +59,8 @@ def test_the_prompt_is_given_and_the_completion_is_learned(encode, tiny_tokenize
 @pytest.mark.parametrize("block_size", [1, 4, 8])
 def test_end_tokens_fill_the_last_block_and_are_learned_there(encode, tiny_tokenizer, block_size) -> None:
     completions = [" x" * count for count in range(9)]
-    for completion, row in zip(
-        completions, encode(*(("ab", text) for text in completions), block_size=block_size), strict=True
-    ):
+    rows = encode(*(("ab", text) for text in completions), block_size=block_size)
+    for completion, row in zip(completions, rows, strict=True):
         used = len(tiny_tokenizer("ab")["input_ids"]) + len(tiny_tokenizer(completion)["input_ids"])
         ends = len(row["input_ids"]) - used
         assert 1 <= ends <= block_size
@@ -89,12 +88,8 @@ def test_with_marks_every_turn_of_the_assistant_is_learned(encode, tiny_tokenize
     assert text.removeprefix("two.<eos>four.<eos>").replace("<eos>", "") == ""
     assert given(tiny_tokenizer, row) == "<bos>user:one?<eos>\n<bos>assistant:\n<bos>user:three?<eos>\n<bos>assistant:"
     assert row["input_ids"][-1] == tiny_tokenizer.eos_token_id
-
-
-def test_everything_after_the_last_answer_is_left_out(encode, tiny_tokenizer) -> None:
-    tiny_tokenizer.chat_template = MARKED
     one, two = encode(CHAT[:2], CHAT[:3])
-    assert one == two
+    assert one == two  # what follows the last answer is left out
 
 
 def test_a_turn_of_weight_0_is_given(encode, tiny_tokenizer) -> None:
@@ -140,9 +135,7 @@ def test_a_template_with_another_last_turn_is_read(encode, tiny_tokenizer) -> No
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
 @pytest.mark.parametrize("block_size", [1, 4, 8])
-def test_the_block_in_which_a_turn_ends_is_filled_on_request(
-    encode, tiny_tokenizer, template: str, block_size: int
-) -> None:
+def test_the_block_in_which_a_turn_ends_is_filled_on_request(encode, tiny_tokenizer, template, block_size) -> None:
     tiny_tokenizer.chat_template = template
     (plain,), (row,) = (encode(CHAT, block_size=block_size, fill_turns=fill) for fill in (False, True))
     end = tiny_tokenizer.eos_token_id
@@ -160,16 +153,12 @@ def test_the_block_in_which_a_turn_ends_is_filled_on_request(
     [
         ("{{ messages | length }}" + PLAIN, "turn 1: .*generation"),
         ("{% if false %}{% generation %}{% endgeneration %}{% endif %}nothing", "no assistant tokens"),
+        (None, "no chat template.*prompt and completion"),
     ],
 )
-def test_a_template_that_hides_the_answers_is_refused(encode, tiny_tokenizer, template: str, message: str) -> None:
+def test_a_template_that_is_missing_or_hides_the_answers_is_refused(encode, tiny_tokenizer, template, message):
     tiny_tokenizer.chat_template = template
     with pytest.raises(ValueError, match=message):
-        encode(CHAT)
-
-
-def test_messages_need_a_chat_template(encode) -> None:
-    with pytest.raises(ValueError, match="no chat template.*prompt and completion"):
         encode(CHAT)
 
 

@@ -9,21 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from shared_models import special_ids
+from shared_models import CLASSES, special_ids
 from test_cli import assert_refused
 from transformers.loss.loss_utils import ForCausalLMLoss
 from two_processes import evaluation_of
 
-from bd3lm_hf import (
-    ARConfig,
-    ARForCausalLM,
-    BD3LMConfig,
-    MDLMConfig,
-    MDLMForMaskedLM,
-    SEDDConfig,
-    SEDDForMaskedLM,
-    cli,
-)
+from bd3lm_hf import ARConfig, ARForCausalLM, BD3LMConfig, cli
 from bd3lm_hf.argument_parser import load_model_and_tokenizer
 from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.data.sources import SUITES
@@ -64,17 +55,14 @@ def test_eval_prints_and_writes_what_the_library_computes(run, model_folder, tex
     result = run("--estimator", "exact")
     assert f"{result['perplexity']:.4f}" in result["out"] and "(exact bound)" in result["out"]
     assert result["estimator"] == "exact" and result["split"] == "validation" and result["length"] == 32
-    model, tokenizer = loaded(model_folder)
+    arguments = cli.make_verb_parser("eval").parse_args(["--model", str(model_folder)])
+    model, tokenizer = load_model_and_tokenizer(arguments)
     rows = pack(load_text(str(text_file), split="validation"), tokenizer, length=32)
     expected = perplexity(model, rows, estimator="exact")
     assert result["nll"] == expected.nll
     assert result["standard_error"] == expected.standard_error
     assert result["num_tokens"] == expected.num_tokens and result["bits_per_byte"] > 0
     assert result["bits_per_token"] == pytest.approx(result["nll"] / math.log(2))
-
-
-def loaded(folder: Path):
-    return load_model_and_tokenizer(cli.make_verb_parser("eval").parse_args(["--model", str(folder)]))
 
 
 def test_eval_scores_at_most_max_sequences(run):
@@ -93,9 +81,7 @@ def test_two_runs_give_equal_numbers_and_record_what_they_depend_on(run):
     assert results[0]["seed"] == 1 and results[0]["device"] == "cpu"
 
 
-def test_an_interrupted_run_continues_and_another_one_is_refused(
-    bd3lm, model_folder, text_file, tmp_path, monkeypatch, run
-):
+def test_an_interrupted_run_continues_but_not_another(bd3lm, model_folder, text_file, tmp_path, monkeypatch, run):
     expected = run("--split", "train", "--batch-size", 2, name="whole")
     output = tmp_path / "x.json"
     given = ["eval", "--model", model_folder, "--dataset", text_file, "--split", "train", "--batch-size", 2]
@@ -135,19 +121,15 @@ def test_two_processes_give_the_result_of_one(bd3lm, two_processes, tmp_path, es
     scores = (folder / f"eval-{estimator}.scores.jsonl").read_text().splitlines()
     written = [score for line in scores for score in json.loads(line).get("scores", ())]
     assert sorted(row for row, _, _ in written) == list(range(shared["num_sequences"]))
-
-
-def test_a_refusal_reaches_every_process(two_processes):
-    assert [result["refused"] for result in two_processes[1]] == [2, 2]
+    assert [result["refused"] for result in results] == [2, 2]
 
 
 # --- Sanity ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("model_class", "config_class"), [(MDLMForMaskedLM, MDLMConfig), (SEDDForMaskedLM, SEDDConfig)]
-)
-def test_the_baselines_are_scored_by_the_same_command(run, tiny_tokenizer, tmp_path, model_class, config_class):
+@pytest.mark.parametrize("family", ["mdlm", "sedd"])
+def test_the_baselines_are_scored_by_the_same_command(run, tiny_tokenizer, tmp_path, family):
+    model_class, config_class = CLASSES[family]
     folder = save(model_class(config_of(tiny_tokenizer, config_class)), tiny_tokenizer, tmp_path / "baseline")
     result = run("--split", "train", "--num-samples", 8, model=folder)
     assert result["perplexity"] == pytest.approx(319, rel=0.1)
@@ -155,9 +137,7 @@ def test_the_baselines_are_scored_by_the_same_command(run, tiny_tokenizer, tmp_p
     assert run("--split", "train", "--estimator", "published", model=folder, name="published")["nll"] > 0
 
 
-def test_the_perplexity_of_an_autoregressive_model_is_that_of_transformers_loss(
-    run, tiny_tokenizer, text_file, randomize, tmp_path
-):
+def test_an_autoregressive_perplexity_is_that_of_transformers(run, tiny_tokenizer, text_file, randomize, tmp_path):
     model = randomize(ARForCausalLM(config_of(tiny_tokenizer, ARConfig))).eval()
     result = run("--split", "train", model=save(model, tiny_tokenizer, tmp_path / "ar"))
     rows = pack(load_text(str(text_file), split="train"), tiny_tokenizer, length=32)
@@ -341,9 +321,7 @@ def test_a_model_without_a_likelihood_gets_advice_on_what_can_be_measured(bd3lm,
     assert_refused(result, "is a BD3LMForMaskedLM, which has no likelihood", "bd3lm eval --generative")
 
 
-def test_an_exact_sum_of_too_many_passes_is_refused_with_its_cost(
-    bd3lm, tiny_tokenizer, text_file, tmp_path, monkeypatch
-):
+def test_an_exact_sum_of_too_many_passes_is_refused(bd3lm, tiny_tokenizer, text_file, tmp_path, monkeypatch):
     folder = save(BD3LMForMaskedLM(config_of(tiny_tokenizer, block_size=16)), tiny_tokenizer, tmp_path / "b16")
     monkeypatch.setattr(dataset_scoring, "load_text", lambda *a, **b: pytest.fail("the text was read"))
     result = bd3lm("eval", "--model", folder, "--dataset", text_file, "--estimator", "exact")
@@ -351,9 +329,8 @@ def test_an_exact_sum_of_too_many_passes_is_refused_with_its_cost(
 
 
 def test_long_sequences_are_scored_in_windows_on_request(run):
-    whole, windows, short = (
-        run("--estimator", "exact", "--length", *more) for more in ([64], [64, "--window", 32], [32])
-    )
+    lengths = ([64], [64, "--window", 32], [32])
+    whole, windows, short = (run("--estimator", "exact", "--length", *length) for length in lengths)
     assert whole["num_tokens"] == windows["num_tokens"]  # every token once
     assert len({whole["nll"], windows["nll"], short["nll"]}) == 3
     assert run("--estimator", "exact", "--length", 32, "--window", 32)["nll"] == short["nll"]

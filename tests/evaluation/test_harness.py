@@ -16,6 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 from shared_models import special_ids
+from test_cli import assert_refused
 
 import bd3lm_hf
 from bd3lm_hf.checkpoints import load_model
@@ -143,18 +144,14 @@ def command_line(model_folder, task_folder, output) -> list[str]:
     return [*arguments, "--device", "cpu", "--include_path", str(task_folder), "--output_path", str(output)]
 
 
-def assert_evaluated(out, output):
-    assert "bd3lm ({'pretrained'" in out and "|tiny_choice|" in out.replace(" ", "")
-    (written,) = output.parent.glob("results*.json")
-    results = json.loads(written.read_text())
-    assert results["results"]["tiny_choice"]["acc,none"] in (0.0, 0.5, 1.0)
-    assert results["config"]["num_samples"] == 4 and results["config"]["estimator"] == "auto"
-
-
 def test_the_command_evaluates(bd3lm, quick_start, model_folder, task_folder, tmp_path):
     code, out, err = bd3lm(*command_line(model_folder, task_folder, tmp_path / "results.json"))
     assert code == 0, err
-    assert_evaluated(out, tmp_path / "results.json")
+    assert "bd3lm ({'pretrained'" in out and "|tiny_choice|" in out.replace(" ", "")
+    (written,) = tmp_path.glob("results*.json")
+    results = json.loads(written.read_text())
+    assert results["results"]["tiny_choice"]["acc,none"] in (0.0, 0.5, 1.0)
+    assert results["config"]["num_samples"] == 4 and results["config"]["estimator"] == "auto"
 
 
 @pytest.mark.slow
@@ -177,10 +174,7 @@ def test_the_command_adds_our_model_if_none_is_named(monkeypatch):
     expected = [["--tasks", "a", "--num_fewshot=2", *model], ["run", "--tasks", "a", *model], *others]
     assert found == [["lm_eval", *words] for words in expected]
     assert sys.argv == before
-
-
-def test_the_harness_keeps_its_own_models():
-    assert get_model("bd3lm") is BD3LMHarness and get_model("dummy").__name__ == "DummyLM"
+    assert get_model("bd3lm") is BD3LMHarness and get_model("dummy").__name__ == "DummyLM"  # it keeps its own
 
 
 def test_bad_input_of_the_command_is_one_line(bd3lm, quick_start, task_folder):
@@ -196,8 +190,7 @@ def test_without_the_harness_the_package_works_and_the_adapter_says_what_to_inst
     monkeypatch.delattr(bd3lm_hf.evaluation, "harness")
     with pytest.raises(ImportError, match=r"the lm-evaluation-harness is needed: pip install 'bd3lm-hf\[harness\]'"):
         importlib.import_module("bd3lm_hf.evaluation.harness")
-    code, _, err = bd3lm("harness", "--tasks", "a")
-    assert code == 2 and "pip install 'bd3lm-hf[harness]'" in err and err.count("\n") == 1
+    assert_refused(bd3lm("harness", "--tasks", "a"), "pip install 'bd3lm-hf[harness]'")
 
 
 # --- likelihoods -----------------------------------------------------------------------------------------------------
@@ -299,9 +292,8 @@ def test_a_text_longer_than_the_window_is_the_sum_of_its_windows(adapter, tiny_t
     (rolled,) = lm.loglikelihood_rolling([asked("loglikelihood_rolling", text)], disable_tqdm=True)
     found = request_windows([0], tiny_tokenizer(text)["input_ids"], 12)
     assert len(found) > 2
-    parts = lm._loglikelihood_tokens(
-        [(("", ""), w.ids[: w.num_context], w.ids[w.num_context :]) for w in found], disable_tqdm=True
-    )
+    requests = [(("", ""), w.ids[: w.num_context], w.ids[w.num_context :]) for w in found]
+    parts = lm._loglikelihood_tokens(requests, disable_tqdm=True)
     assert rolled == pytest.approx(sum(value for value, _ in parts), rel=1e-5)
     assert score(lm, ("", text))[0][0] == pytest.approx(rolled, rel=1e-5)
 
@@ -316,9 +308,8 @@ def test_texts_end_with_the_first_string_that_ends_them(make_model, tiny_tokeniz
     for size in (1, 4):
         lm = BD3LMHarness(model, tokenizer=tiny_tokenizer, device="cpu", batch_size=size)
         wanted = {"max_gen_toks": 12, "temperature": 0.8, "until": []}
-        texts[size] = lm.generate_until(
-            [asked("generate_until", p, wanted, doc=n) for n, p in enumerate(prompts)], True
-        )
+        requests = [asked("generate_until", p, wanted, doc=n) for n, p in enumerate(prompts)]
+        texts[size] = lm.generate_until(requests, True)
     assert texts[1] == texts[4] and len(set(texts[1])) == 4
     whole = texts[1][0]
     stops = [letter for letter in whole[2:] if letter.isascii() and letter.isalnum()][:2]

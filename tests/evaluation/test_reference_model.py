@@ -1,12 +1,12 @@
 """Reference models: the published windows and rules, any causal model, and invalid arguments."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from published import GOLDEN, published_gpt2
+from shared_models import tiny_bd3lm, tiny_gpt2
+from transformers import BertConfig, BertForMaskedLM
 
 from bd3lm_hf.evaluation.perplexity import summarize
 from bd3lm_hf.evaluation.reference_model import (
@@ -17,25 +17,17 @@ from bd3lm_hf.evaluation.reference_model import (
     sliding_windows,
 )
 from bd3lm_hf.generation.text_generation import GeneratedText
-from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, BD3LMConfig
+from bd3lm_hf.modeling.configuration_bd3lm import ARConfig
 from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
-from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "08_gen_ppl"
-SETTINGS = json.loads((GOLDEN / "config.json").read_text())
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=64, n_embd=8, n_layer=1, n_head=1)).eval()
+RECORDED = "08_gen_ppl"
+SETTINGS = json.loads((GOLDEN / RECORDED / "config.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def golden_judge() -> ReferenceModel:
-    model = GPT2LMHeadModel(GPT2Config(**SETTINGS["constructor"])).eval()
-    model.load_state_dict(load_file(GOLDEN / "weights.safetensors"), strict=False)
-    return reference_model_of(model, unscored=[SETTINGS["eos_token_id"]])
+    return reference_model_of(published_gpt2(), unscored=[SETTINGS["eos_token_id"]])
 
 
 # --- as published ----------------------------------------------------------------------------------------------------
@@ -43,14 +35,13 @@ def golden_judge() -> ReferenceModel:
 
 @pytest.mark.parametrize("case", SETTINGS["cases"])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_published_perplexity_is_reproduced(golden_judge, case, batch_size):
-    tensors = load_file(GOLDEN / "tensors.safetensors")
-    rows = tensors[f"{case}.ids"].tolist()
+def test_the_published_perplexity_is_reproduced(golden_judge, recorded, case, batch_size):
+    rows = recorded[f"{case}.ids"].tolist()
     scores = golden_judge.score([GeneratedText(ids, 0) for ids in rows], batch_size=batch_size)
     result = summarize(scores)
-    assert result.perplexity == pytest.approx(tensors[f"{case}.ppl"].item(), rel=1e-4)
-    assert result.num_tokens == int(tensors[f"{case}.length"].item())
-    for score, nlls, valid in zip(scores, tensors[f"{case}.nlls"], tensors[f"{case}.valid"], strict=True):
+    assert result.perplexity == pytest.approx(recorded[f"{case}.ppl"].item(), rel=1e-4)
+    assert result.num_tokens == int(recorded[f"{case}.length"].item())
+    for score, nlls, valid in zip(scores, recorded[f"{case}.nlls"], recorded[f"{case}.valid"], strict=True):
         assert score.num_tokens == int(valid.sum())
         assert score.nll == pytest.approx(float((nlls.double() * valid).sum()), rel=1e-4)
 
@@ -58,27 +49,24 @@ def test_the_published_perplexity_is_reproduced(golden_judge, case, batch_size):
 @pytest.mark.parametrize("length", [1, 3, 8, 9, 11, 12, 13, 30])
 @pytest.mark.parametrize("window", [8, 7])
 def test_each_token_is_scored_by_one_window(length, window):
-    scored = [
-        position for begin, end, first in sliding_windows(length, window) for position in range(max(first, begin), end)
-    ]
-    assert scored == list(range(length))
-    for begin, end, first in sliding_windows(length, window):
+    windows = sliding_windows(length, window)
+    assert [at for begin, end, first in windows for at in range(max(first, begin), end)] == list(range(length))
+    for begin, end, first in windows:
         assert end - begin <= window and (first == 0 or first - begin >= window // 2)
 
 
 # --- The reference model ---------------------------------------------------------------------------------------------
 
 
-def test_a_model_scores_itself_exactly_up_to_blocks_of_8(tiny_model, tiny_config):
-    assert reference_model_of(tiny_model).estimator == "exact"
-    large = BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), "block_size": 16}))
-    assert (reference_model_of(large).estimator, reference_model_of(large).num_samples) == ("stratified", 8)
-    timed = BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), "time_conditioning": True}))
-    assert (reference_model_of(timed).estimator, reference_model_of(timed).num_samples) == ("sampled", 8)
+def test_a_model_scores_itself_exactly_up_to_blocks_of_8():
+    assert reference_model_of(tiny_bd3lm()).estimator == "exact"
+    for fields, estimator in (({"block_size": 16}, "stratified"), ({"time_conditioning": True}, "sampled")):
+        judge = reference_model_of(tiny_bd3lm(**fields))
+        assert (judge.estimator, judge.num_samples) == (estimator, 8)
 
 
 def test_any_causal_model_can_be_a_judge():
-    model = gpt2()
+    model = tiny_gpt2()
     texts = [GeneratedText([0, 5, 6, 7], 1), GeneratedText([0, 300, 12, 9, 10], 3)]
     scores = ReferenceModel(CausalScore(model)).score(texts, seed=0, batch_size=2)
     assert [score.num_tokens for score in scores] == [3, 2]
@@ -90,7 +78,7 @@ def test_any_causal_model_can_be_a_judge():
 
 
 def test_a_judge_of_another_vocabulary_reads_the_text(tiny_tokenizer):
-    judge = ReferenceModel(CausalScore(gpt2()), retokenize=(tiny_tokenizer, tiny_tokenizer))
+    judge = ReferenceModel(CausalScore(tiny_gpt2()), retokenize=(tiny_tokenizer, tiny_tokenizer))
     ids = tiny_tokenizer("The lazy dog sleeps on.")["input_ids"]
     letters = [token for letter in "The lazy dog sleeps on." for token in tiny_tokenizer(letter)["input_ids"]]
     assert len(letters) > len(ids)
@@ -102,23 +90,19 @@ def test_a_judge_of_another_vocabulary_reads_the_text(tiny_tokenizer):
 
 
 def test_special_tokens_of_both_tokenizers_are_kept_and_others_dropped(tiny_tokenizer):
-    other = type(tiny_tokenizer)(
-        tokenizer_object=tiny_tokenizer.backend_tokenizer, bos_token="<bos>", eos_token="<eos>"
-    )
-    judge = ReferenceModel(CausalScore(gpt2()), retokenize=(tiny_tokenizer, other))
+    special = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    other = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer, **special)
+    judge = ReferenceModel(CausalScore(tiny_gpt2()), retokenize=(tiny_tokenizer, other))
     read = judge.read(GeneratedText([0, *tiny_tokenizer("The dog")["input_ids"], 1, 2, 0], 1))
     assert read == GeneratedText([0, *tiny_tokenizer("The dog")["input_ids"], 1, 0], 1)
     # A text that does not begin with the judge's begin token gets one.
-    assert (
-        judge.read(GeneratedText(tiny_tokenizer("The dog")["input_ids"], 0))[:2]
-        == read._replace(ids=read.ids[:-2])[:2]
-    )
+    begun = judge.read(GeneratedText(tiny_tokenizer("The dog")["input_ids"], 0))
+    assert begun[:2] == read._replace(ids=read.ids[:-2])[:2]
 
 
 def test_our_autoregressive_model_scores_with_its_exact_likelihood(randomize):
-    model = randomize(
-        ARForCausalLM(ARConfig(vocab_size=48, model_length=32, hidden_dim=32, n_blocks=2, n_heads=2))
-    ).eval()
+    sizes = {"vocab_size": 48, "model_length": 32, "hidden_dim": 32, "n_blocks": 2, "n_heads": 2}
+    model = randomize(ARForCausalLM(ARConfig(**sizes))).eval()
     judge = reference_model_of(model)
     ids = torch.randint(3, 47, (50,), generator=torch.Generator().manual_seed(0)).tolist()
     assert judge.estimator == "exact" and judge.window == 32
@@ -130,9 +114,8 @@ def test_our_autoregressive_model_scores_with_its_exact_likelihood(randomize):
     assert score.num_tokens == 49 and score.nll == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_noise_of_an_estimated_bound_depends_on_the_index_of_the_text(tiny_config, randomize):
-    model = randomize(BD3LMForMaskedLM(BD3LMConfig(**{**tiny_config.to_diff_dict(), "block_size": 16}))).eval()
-    judge = reference_model_of(model)
+def test_the_noise_of_an_estimated_bound_depends_on_the_index_of_the_text():
+    judge = reference_model_of(tiny_bd3lm(block_size=16))
     texts = [GeneratedText([0, *range(5 + shift, 25 + shift)], 1) for shift in range(3)]
     scores = judge.score(texts, seed=1, batch_size=3)
     (alone,) = judge.score(texts[2:], seed=1, indices=[2])
@@ -161,13 +144,13 @@ def test_a_model_that_cannot_be_a_judge_is_refused(tiny_tokenizer, tmp_path):
 
 def test_ids_and_windows_beyond_the_limits_of_a_judge_are_refused():
     with pytest.raises(ValueError, match="token id 320, .* 320 ids"):
-        reference_model_of(gpt2()).score([GeneratedText([0, 320], 1)])
+        reference_model_of(tiny_gpt2()).score([GeneratedText([0, 320], 1)])
     for window in (1, 65):
         with pytest.raises(ValueError, match=f"window={window}: .* from 2 to 64"):
-            reference_model_of(gpt2(), window=window)
+            reference_model_of(tiny_gpt2(), window=window)
 
 
 def test_a_text_without_a_token_to_score_counts_zero():
-    assert reference_model_of(gpt2(), unscored=[5]).score(
+    assert reference_model_of(tiny_gpt2(), unscored=[5]).score(
         [GeneratedText([0, 5, 5], 1), GeneratedText([4], 0), GeneratedText([], 0)]
     ) == [(0, 0.0, 0), (1, 0.0, 0), (2, 0.0, 0)]

@@ -5,12 +5,12 @@ import json
 import math
 import sys
 import threading
-from typing import NamedTuple
 
 import pytest
 import torch
 from datasets import Dataset
 
+from bd3lm_hf import TokenNLL
 from bd3lm_hf.evaluation.perplexity import Protocol, SequenceScore
 from bd3lm_hf.evaluation.results import (
     FIELDS,
@@ -128,16 +128,12 @@ def rows(count: int = 5, change: int | None = None) -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
-def test_a_saved_and_loaded_model_has_the_same_configuration(tiny_model, tmp_path):
+def test_a_saved_and_loaded_model_has_the_same_configuration_and_weights(tiny_model, tmp_path):
     before = config_identity(tiny_model.config)
     tiny_model.save_pretrained(tmp_path)
-    assert config_identity(tiny_model.config) == before
-    assert config_identity(BD3LMForMaskedLM.from_pretrained(tmp_path).config) == before
-
-
-def test_the_digest_does_not_depend_on_where_the_weights_are_saved(tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path)
-    assert weights_digest(BD3LMForMaskedLM.from_pretrained(tmp_path)) == weights_digest(tiny_model)
+    loaded = BD3LMForMaskedLM.from_pretrained(tmp_path)
+    assert config_identity(tiny_model.config) == config_identity(loaded.config) == before
+    assert weights_digest(loaded) == weights_digest(tiny_model)
 
 
 def test_a_changed_weight_type_or_name_changes_the_digest(tiny_model):
@@ -162,9 +158,6 @@ def test_every_sequence_is_hashed_unless_a_sample_is_requested():
     assert data_identity(rows(change=3)) != data_identity(rows())
     assert data_identity(rows(6), sample=3) == data_identity(rows(6, change=3), sample=3)
     assert data_identity(rows(6), sample=3) != data_identity(rows(6, change=2), sample=3)
-
-
-def test_a_stream_without_an_identity_is_only_called_a_stream():
     assert data_identity(iter([])) == {"kind": "a stream"}
 
 
@@ -186,11 +179,6 @@ RUN = {"weights": "a", "seed": 0}
 OTHER = {"weights": "b", "seed": 0}
 
 
-class _TokenNLL(NamedTuple):
-    nll: torch.Tensor
-    mask: torch.Tensor
-
-
 class CountingModel:
     """Gives every token its id as loss, counts batches, and fails at a given one."""
 
@@ -201,7 +189,7 @@ class CountingModel:
         self.batches.append(input_ids[:, 0].tolist())
         if len(self.batches) == self.dies_at:
             raise KeyboardInterrupt
-        return _TokenNLL(input_ids.float(), attention_mask.float())
+        return TokenNLL(input_ids.float(), attention_mask.float())
 
 
 @pytest.fixture
@@ -268,19 +256,13 @@ def test_a_file_can_have_several_finished_runs(path):
     assert again.begin(OTHER).seconds == 0.5
 
 
-def test_another_run_than_the_interrupted_one_is_refused_with_the_difference(path):
+def test_another_run_than_the_interrupted_one_is_refused_with_the_difference_unless_restarted(path):
     file = ScoresFile(path)
     file.begin(RUN)
     file.append(RUN, [SequenceScore(0, 1.5, 3)], 0.5)
     message = r"x.scores.jsonl has 1 scores of another run .*interrupted: weights was a and is b\. .*--restart"
     with pytest.raises(ValueError, match=message):
         ScoresFile(path).begin(OTHER)
-
-
-def test_a_restart_discards_the_scores(path):
-    file = ScoresFile(path)
-    file.begin(RUN)
-    file.append(RUN, [SequenceScore(0, 1.5, 3)], 0.5)
     again = ScoresFile(path, restart=True)
     assert path.exists()  # nothing is lost until there is a replacement
     assert again.begin(OTHER).scores == {}

@@ -80,17 +80,12 @@ def replay(sample) -> list[list[int | None]]:
 # --- texts of tokens -------------------------------------------------------------------------------------------------
 
 
-def joined(split) -> str:
-    texts = dict(enumerate(split.texts))
-    texts.update({start: text for start, _, text in split.characters})
-    return "".join(texts[number] or "" for number in range(len(split.texts)))
-
-
 def test_the_pieces_of_a_text_join_to_the_text(tiny_tokenizer):
     ids = tiny_tokenizer(TEXT)["input_ids"]
     split = pieces(tiny_tokenizer, ids)
     assert len(split.texts) == len(ids)
-    assert joined(split) == TEXT == tiny_tokenizer.decode(ids)
+    texts = dict(enumerate(split.texts)) | {start: text for start, _, text in split.characters}
+    assert "".join(texts[number] or "" for number in range(len(ids))) == TEXT == tiny_tokenizer.decode(ids)
 
 
 def test_bytes_of_one_character_stay_together(tiny_tokenizer):
@@ -165,9 +160,11 @@ def test_special_tokens_are_marked_and_tokens_after_the_end_are_left_out(tiny_to
     assert sample["steps"] == [{"block": 0, "forward": True, "changes": [[1, 50, 0.5], [2, eos, 0.5]]}]
 
 
-def test_steps_of_another_text_are_refused(tiny_tokenizer):
+def test_steps_of_another_text_and_a_trace_of_nothing_are_refused(tiny_tokenizer):
     with pytest.raises(ValueError, match="trace of sample 7 has token 50 at position 1, but the text has 51"):
         sample_of(tiny_tokenizer, [51], [RowStep(0, range(4), [0, 50, 52, 53], [0.5] * 4)])
+    with pytest.raises(ValueError, match="needs at least one sample"):
+        document_of(tiny_tokenizer, [])
 
 
 @pytest.mark.parametrize(
@@ -183,11 +180,6 @@ def test_colours_follow_the_quantiles_of_the_probabilities(document):
     shown = sorted(probability for _, _, probability in changes if probability is not None)
     assert len(document["quantiles"]) == 11 and document["quantiles"] == sorted(document["quantiles"])
     assert (document["quantiles"][0], document["quantiles"][-1]) == (shown[0], shown[-1])
-
-
-def test_a_trace_of_nothing_is_refused(tiny_tokenizer):
-    with pytest.raises(ValueError, match="needs at least one sample"):
-        document_of(tiny_tokenizer, [])
 
 
 def test_the_ending_of_a_file_name_decides_between_page_and_data(document, tmp_path):
@@ -228,10 +220,7 @@ def test_the_page_contains_the_whole_trace_whatever_the_tokens_are(document):
     assert "</script><b>" in "".join(text or "" for text in json.loads(data)["samples"][0]["texts"])
     assert not set("<>&") & set(data) and data.isascii()
     assert "JSON.parse" in script and "innerHTML" not in script and "eval" not in script
-
-
-def test_the_page_needs_no_other_file_and_forbids_the_network(document):
-    page = Page(trace_page(document))
+    # It needs no other file, and forbids the network.
     assert not [attrs for _, attrs in page.elements if {"src", "href", "srcset", "action"} & set(attrs)]
     assert "@import" not in trace_page(document) and "url(" not in trace_page(document)
     policy = [attrs["content"] for tag, attrs in page.elements if attrs.get("http-equiv")]
@@ -294,7 +283,7 @@ class Tokens(html.parser.HTMLParser):
 
 
 @pytest.mark.slow
-def test_a_browser_shows_the_steps_of_a_sample(browse, document):
+def test_a_browser_shows_the_step_of_the_sample_that_the_address_names(browse, document):
     sample = document["samples"][0]
     first, wrong = sample["num_prompt_tokens"], document["vocabulary"]["40"]
 
@@ -320,9 +309,6 @@ def test_a_browser_shows_the_steps_of_a_sample(browse, document):
     assert "".join(text for _, text in end.tokens).replace("↵", "") == "The quick" + TEXT
     assert end.texts["where"] == "step {0} of {0}".format(len(sample["steps"]))
 
-
-@pytest.mark.slow
-def test_a_browser_shows_the_sample_that_the_address_names(browse, document):
     shown = Tokens(browse("sample=1&step=last"))
     assert "".join(text for _, text in shown.tokens) == "A block is written."
     assert f"tokens per forward{document['samples'][1]['tokens_per_forward']:.2f}" in shown.texts["facts"]

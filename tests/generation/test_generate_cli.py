@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_cli import assert_refused
 from transformers import AutoTokenizer
 
 from bd3lm_hf.generation import generate_cli
@@ -77,11 +78,6 @@ def test_the_choices_equal_those_of_the_library():
     }
 
 
-def test_several_texts_are_separated(generate):
-    out = generate("--prompt", "A block is", "--num-samples", 3, "--max-new-tokens", 5)[1]
-    assert out.count(f"\n{SEPARATOR}\n") == 2 and not out.startswith(SEPARATOR)
-
-
 # --- the samples file ------------------------------------------------------------------------------------------------
 
 
@@ -131,8 +127,8 @@ def test_other_settings_need_another_file_or_overwriting(generate, tmp_path):
     arguments = ["--max-new-tokens", 4, "--output", output]
     assert generate(*arguments, "--seed", 1)[0] == 0
     before = output.read_bytes()
-    code, _, err = generate(*arguments, "--seed", 2)
-    assert code == 2 and "(seed is 1 there and 2 now)" in err and output.read_bytes() == before
+    assert_refused(generate(*arguments, "--seed", 2), "(seed is 1 there and 2 now)")
+    assert output.read_bytes() == before
     # The old file is kept if the model refuses, before or during generation.
     for refused in (["--prompt", "A <mask> fox"], ["--sampler", "analytic"]):
         assert generate(*arguments, "--seed", 2, "--overwrite", *refused)[0] == 2
@@ -214,17 +210,19 @@ def test_a_trace_needs_a_model_that_denoises_and_something_to_write(generate, gp
     assert code == 2 and "--trace shows denoising steps; a GPT2LMHeadModel does not have them" in err
     arguments = ["--max-new-tokens", 4, "--output", tmp_path / "samples.jsonl"]
     assert generate(*arguments)[0] == 0
-    code, _, err = generate(*arguments, "--trace", tmp_path / "trace.html")
-    assert code == 2 and "all samples are already in" in err and "nothing to trace" in err
+    finished = generate(*arguments, "--trace", tmp_path / "trace.html")
+    assert_refused(finished, "all samples are already in", "nothing to trace")
     assert not (tmp_path / "trace.html").exists()
 
 
 # --- what a person sees ----------------------------------------------------------------------------------------------
 
 
-def test_a_stream_shows_several_texts_one_after_the_other(generate):
+def test_several_texts_are_separated_and_a_stream_shows_one_after_the_other(generate):
     arguments = ["--prompt", "A block is", "--prompt", "The", "--num-samples", 2, "--max-new-tokens", 6]
-    assert generate(*arguments, "--stream")[1] == generate(*arguments, "--batch-size", 1)[1]
+    out = generate(*arguments, "--batch-size", 1)[1]
+    assert out.count(f"\n{SEPARATOR}\n") == 3 and not out.startswith(SEPARATOR)
+    assert generate(*arguments, "--stream")[1] == out
 
 
 def test_drafts_are_shown_in_a_terminal_only(generate, monkeypatch):
@@ -281,23 +279,17 @@ def test_a_long_run_shows_its_progress_in_a_terminal_only(generate, monkeypatch,
         (("--device", "tpu9"), "--device tpu9"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(generate, arguments, part):
-    code, out, err = generate(*arguments)
+def test_bad_input_is_refused_in_one_line_before_a_model_is_loaded(bd3lm, arguments, part):
+    code, out, err = bd3lm("generate", "--model", "nowhere/at/all", *arguments)
     assert code == 2 and not out
     assert err.startswith("error: ") and err.count("\n") == 1 and part in err
-
-
-def test_wrong_arguments_are_reported_before_a_model_is_loaded(bd3lm):
-    code, _, err = bd3lm("generate", "--model", "nowhere/at/all", "--overwrite")
-    assert code == 2 and "--overwrite" in err
 
 
 def test_a_model_without_a_begin_token_needs_a_prompt(generate, model_folder):
     for name in ("config.json", "generation_config.json"):
         fields = json.loads((model_folder / name).read_text())
         (model_folder / name).write_text(json.dumps({**fields, "bos_token_id": None}))
-    code, _, err = generate()
-    assert code == 2 and "no bos_token_id to start a text from: give a --prompt" in err
+    assert_refused(generate(), "no bos_token_id to start a text from: give a --prompt")
     assert generate("--prompt", "A", "--max-new-tokens", 3)[0] == 0
 
 

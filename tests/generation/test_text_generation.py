@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared_models import tiny_bd3lm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bd3lm_hf.generation.text_generation import Sample, SamplesFile, generate_batch, open_samples
 from bd3lm_hf.modeling.configuration_bd3lm import ARConfig
 from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
-from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 
 
 SEEDS = [11, 12, 13, 14]
@@ -34,9 +34,8 @@ def test_a_sampled_text_does_not_depend_on_its_batch(make_model, fields):
     model = make_model(block_size=4)
     prompts = [[0, 5, 6]] * 4
     together = generate_batch(model, prompts, 13, seeds=SEEDS, do_sample=True, **fields)
-    pairs = [
-        generate_batch(model, prompts[:2], 13, seeds=SEEDS[at : at + 2], do_sample=True, **fields) for at in (0, 2)
-    ]
+    options = {"do_sample": True, **fields}
+    pairs = [generate_batch(model, prompts[:2], 13, seeds=SEEDS[at : at + 2], **options) for at in (0, 2)]
     alone = [generate_batch(model, prompts[:1], 13, seeds=[seed], do_sample=True, **fields)[0] for seed in SEEDS]
     expected = [(text.ids, text.forwards) for text in alone]
     assert [(text.ids, text.forwards) for text in together] == expected
@@ -45,8 +44,8 @@ def test_a_sampled_text_does_not_depend_on_its_batch(make_model, fields):
     assert all(text.ids[:3] == [0, 5, 6] and len(text.new_ids) == 13 for text in together)
 
 
-def test_texts_have_full_length_and_the_end_token_is_restored_afterwards(tiny_config, randomize):
-    model = randomize(BD3LMForMaskedLM(tiny_config)).eval()
+def test_texts_have_full_length_and_the_end_token_is_restored_afterwards(tiny_config):
+    model = tiny_bd3lm()
     with torch.no_grad():
         model.backbone.output_layer.linear.bias[tiny_config.eos_token_id] += 5
     whole = generate_batch(model, [[0]] * 4, 12, seeds=SEEDS, do_sample=True)
@@ -82,11 +81,6 @@ def test_a_text_that_ends_early_takes_fewer_forward_passes_than_its_batch(random
     assert [text.forwards for text in ended] == [len(text.new_ids) for text in ended]
     longest = max(len(text.new_ids) for text in ended)
     assert ended[0].forwards < longest and {text.batch_forwards for text in ended} == {longest}
-
-
-def test_a_wrong_number_of_generators_is_refused(tiny_model):
-    with pytest.raises(ValueError, match="1 generators for 2 rows"):
-        tiny_model.generate(torch.zeros(2, 1, dtype=torch.long), max_new_tokens=4, generator=[torch.Generator()])
 
 
 PROMPTS = [None, "one", "two"]

@@ -29,6 +29,10 @@ PUBLISHED = {
     "sedd as bd3lm": {"model_type": "bd3lm", "time_conditioning": True, "cross_attn": False, "adaln": True, **SIZES},
     "bd3lm without block size": {"model_type": "bd3lm", "architectures": ["BD3LM"], "cross_attn": True, **SIZES},
 }
+# A pretraining checkpoint stays block diffusion.
+PUBLISHED["bd3lm without clean stream"] = {**PUBLISHED["bd3lm"], "block_size": 32, "cross_attn": False}
+OF_THE_MODEL = {"bd3lm without block size": {"block_size": 1}}
+OF_THE_MODEL["bd3lm without clean stream"] = {"block_size": 32, "cross_attn": False}
 
 
 @pytest.fixture
@@ -72,7 +76,7 @@ def logits_of(model) -> torch.Tensor:
 @pytest.mark.parametrize("layout", list(PUBLISHED))
 def test_a_published_folder_becomes_one_that_loads_by_itself(make_model, tmp_path, layout, weights_file):
     kind = layout.split()[0]
-    model = make_model(kind, **({"block_size": 1} if "without" in layout else {}))
+    model = make_model(kind, **OF_THE_MODEL.get(layout, {}))
     source = write_folder(tmp_path / "source", layout, model.state_dict(), weights_file)
     assert convert(str(source), tmp_path / "target").model_type == kind
     loaded = assert_same(tmp_path / "target", model)
@@ -93,15 +97,6 @@ def test_shards_are_put_together(make_model, tmp_path):
     weight_map = {n: "ab"[i % 2] + ".safetensors" for i, n in enumerate(names)}
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     convert(str(source), tmp_path / "target")
-    assert_same(tmp_path / "target", model)
-
-
-def test_a_pretraining_checkpoint_without_a_clean_stream_stays_block_diffusion(make_model, tmp_path):
-    model = make_model("bd3lm", block_size=32, cross_attn=False)
-    source = write_folder(tmp_path / "source", "bd3lm", model.state_dict())
-    config = {**PUBLISHED["bd3lm"], "block_size": 32, "cross_attn": False}
-    (source / "config.json").write_text(json.dumps(config))
-    assert convert(str(source), tmp_path / "target").model_type == "bd3lm"
     assert_same(tmp_path / "target", model)
 
 
@@ -171,9 +166,7 @@ def write_lightning(path, model, average, config, compiled=False):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", list(CLASSES))
-def test_a_lightning_checkpoint_gives_its_average_or_its_raw_weights(
-    make_model, randomize, omegaconf, tmp_path, kind, compiled
-):
+def test_a_lightning_checkpoint_gives_average_or_raw(make_model, randomize, omegaconf, tmp_path, kind, compiled):
     model, average = make_model(kind), randomize(make_model(kind), seed=1)
     source = write_lightning(tmp_path / "last.ckpt", model, average, omegaconf(lightning_config(kind)), compiled)
     for weights, expected in (("auto", average), ("raw", model)):

@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
-from decoders import save_stock
+from decoders import random_ids, save_stock
 from hub_server import USER
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, pipeline
 
 from bd3lm_hf.hub_upload.convert import convert
 from bd3lm_hf.hub_upload.load_check import check_loads_alone
@@ -19,25 +19,21 @@ REPO = f"{USER}/decoder"
 
 
 @pytest.fixture
-def stock(tmp_path):
-    return save_stock("qwen3", tmp_path / "stock")
-
-
-@pytest.fixture
-def blocks(stock, bd3lm, tmp_path):
+def blocks(bd3lm, tmp_path):
     """The block-diffusion model that a stock decoder became."""
-    code, _, err = bd3lm("convert", stock, tmp_path / "blocks", "--block-size", "4")
+    code, _, err = bd3lm("convert", save_stock("qwen3", tmp_path / "stock"), tmp_path / "blocks", "--block-size", "4")
     assert (code, err) == (0, "")
     return tmp_path / "blocks"
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])  # tied, untied, and with other names
 def test_a_decoder_that_stays_autoregressive_converts_back(family, bd3lm, tmp_path):
-    stock, blocks = save_stock(family, tmp_path / "stock"), tmp_path / "blocks"
+    fields = {} if family == "gpt2" else {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    stock, blocks = save_stock(family, tmp_path / "stock", **fields), tmp_path / "blocks"
     convert(str(stock), blocks, block_size=4, context="token", alignment="shifted")
     assert bd3lm("convert", blocks, tmp_path / "back", "--to", "stock")[0] == 0
-    config = AutoConfig.from_pretrained(tmp_path / "back")
-    assert config.model_type == AutoConfig.from_pretrained(stock).model_type
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (stock, tmp_path / "back"))
+    assert type(after) is type(before)
     weights, there, back = (load_file(folder / "model.safetensors") for folder in (stock, blocks, tmp_path / "back"))
     assert weights.keys() == there.keys() == back.keys()
     mask = load_tokenizer(str(blocks)).mask_token_id
@@ -45,6 +41,9 @@ def test_a_decoder_that_stays_autoregressive_converts_back(family, bd3lm, tmp_pa
         # The mask's row is new.
         used = torch.arange(len(tensor)) != mask if re.search(r"embed_tokens|wte|lm_head", name) else slice(None)
         assert torch.equal(there[name][used], tensor[used]) and torch.equal(back[name], there[name]), name
+    used, ids = torch.arange(before.config.vocab_size) != mask, random_ids().clamp(max=mask - 1)
+    with torch.no_grad():
+        torch.testing.assert_close(after(ids).logits[..., used], before(ids).logits[..., used], atol=1e-5, rtol=1e-5)
 
 
 def test_a_pushed_decoder_is_verified_and_loads_without_this_package(blocks, hub, bd3lm, tmp_path):

@@ -70,10 +70,8 @@ def test_the_vocabulary_of_bert_has_its_mask_inside():
 def layers() -> dict[str, dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    return {
-        "embed_sum_layer.pt": {"weight": draw(16, 320)},
-        "timestep_layer.pt": {"weight": draw(16, 1), "bias": draw(16)},
-    }
+    timestep = {"weight": draw(16, 1), "bias": draw(16)}
+    return {"embed_sum_layer.pt": {"weight": draw(16, 320)}, "timestep_layer.pt": timestep}
 
 
 @pytest.fixture

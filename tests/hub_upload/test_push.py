@@ -11,6 +11,7 @@ import torch
 from hub_server import TOKEN, USER, Fault
 from huggingface_hub import ModelCard, constants
 from shared_models import JUNK, add_run, make_adapter, special_ids
+from test_cli import assert_refused
 
 from bd3lm_hf import BD3LMForMaskedLM, SEDDForMaskedLM
 from bd3lm_hf.hub_upload import load_check
@@ -58,25 +59,20 @@ def test_a_push_is_one_commit_of_the_files_of_a_dry_run_and_is_not_repeated(hub,
 
 def test_only_changed_files_are_sent_and_those_of_an_earlier_push_are_removed(hub, bd3lm, run_folder):
     push(run_folder, REPO)
+    repo = hub.repos[REPO]
     for name in ("app.py", "pytorch_model.bin", "onnx/model.bin"):
-        hub.repos[REPO].put(name, b"theirs")
-    path = hub.repos[REPO]
-    stale = path.files()["manifest.json"].replace(b'"noise_bd3lm.py"', b'"gone_bd3lm.py"')
-    path.put("manifest.json", stale)
-    path.put("gone_bd3lm.py", b"old")
+        repo.put(name, b"theirs")
+    stale = repo.files()["manifest.json"].replace(b'"noise_bd3lm.py"', b'"gone_bd3lm.py"')
+    repo.put("manifest.json", b"[]")  # of somebody else: it removes nothing
+    done, _ = push(run_folder, REPO)
+    assert done.changed and done.removed == ["pytorch_model.bin"] and repo.files()["app.py"] == b"theirs"
+    for name, content in (("pytorch_model.bin", b"theirs"), ("manifest.json", stale), ("gone_bd3lm.py", b"old")):
+        repo.put(name, content)
     code, out, _ = bd3lm("push", run_folder, REPO, "--max-shard-size", "20KB")
     assert code == 0 and "removed gone_bd3lm.py, model.safetensors, pytorch_model.bin" in out
-    files = path.files()
+    files = repo.files()
     assert {"app.py", "onnx/model.bin", "model.safetensors.index.json", "noise_bd3lm.py"} < files.keys()
     assert not {"gone_bd3lm.py", "model.safetensors", "pytorch_model.bin"} & files.keys()
-
-
-def test_a_manifest_of_somebody_else_removes_nothing(hub, run_folder):
-    push(run_folder, REPO)
-    hub.repos[REPO].put("manifest.json", b"[]")
-    hub.repos[REPO].put("app.py", b"theirs")
-    done, _ = push(run_folder, REPO)
-    assert done.changed and done.removed == [] and hub.repos[REPO].files()["app.py"] == b"theirs"
 
 
 def test_branches_and_pull_requests_leave_main_alone(hub, bd3lm, run_folder, expected):
@@ -226,8 +222,7 @@ def test_without_the_package_push_to_hub_uploads_as_transformers_does(hub, model
 
 def test_an_adapter_names_the_repository_of_its_base(hub, bd3lm, model_folder, tmp_path):
     folder = make_adapter(model_folder, tmp_path / "adapter")
-    code, _, err = bd3lm("push", folder, REPO)
-    assert code == 2 and "--base-model" in err
+    assert_refused(bd3lm("push", folder, REPO), "--base-model")
     assert bd3lm("push", folder, REPO, "--base-model", "me/base")[0] == 0
     files = hub.repos[REPO].files()
     assert b'"base_model_name_or_path": "me/base"' in files["adapter_config.json"]
@@ -275,8 +270,7 @@ def test_without_a_login_nothing_is_written_but_a_dry_run_works(bd3lm, run_folde
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(push_module, "get_token", lambda: None)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "no-such-folder"))
-    code, _, err = bd3lm("push", run_folder, REPO)
-    assert code == 2 and "hf auth login" in err and err.count("\n") == 1
+    assert_refused(bd3lm("push", run_folder, REPO), "hf auth login")
     contents = dry_run(run_folder, REPO, tmp_path / "out", check=no_check)
     assert contents.sizes == {name: path.stat().st_size for name, path in files_of(tmp_path / "out").items()}
     assert all(kind_of(name) for name in contents.sizes)
@@ -285,8 +279,8 @@ def test_without_a_login_nothing_is_written_but_a_dry_run_works(bd3lm, run_folde
 def test_a_missing_tokenizer_is_refused_unless_there_is_none(hub, bd3lm, model_folder):
     for path in model_folder.glob("tokenizer*"):
         path.unlink()
-    code, _, err = bd3lm("push", model_folder, REPO)
-    assert code == 2 and "--no-tokenizer" in err and not hub.repos
+    assert_refused(bd3lm("push", model_folder, REPO), "--no-tokenizer")
+    assert not hub.repos
     assert bd3lm("push", model_folder, REPO, "--no-tokenizer")[0] == 0
     assert "tokenizer.json" not in hub.repos[REPO].files()
 

@@ -1,11 +1,12 @@
 """Checkpoints are read as data: code in them is named and not run, and small files do not unfold to gigabytes."""
 
-import os
 import pickle
 import zipfile
 
 import pytest
 import torch
+from shared_models import Attack
+from test_cli import assert_refused
 
 from bd3lm_hf.hub_upload.safe_pickle import InertObject, plain, read_checkpoint
 
@@ -19,22 +20,13 @@ def with_program(path, program, compression=zipfile.ZIP_STORED):
     return path
 
 
-class Attack:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "evil.ckpt"])
 def test_code_in_a_checkpoint_is_named_and_not_run(bd3lm, tmp_path, file):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "config.json").write_text('{"model_type": "bd3lm"}')
     torch.save({"state_dict": {}, "hyper_parameters": Attack(tmp_path / "was-run")}, tmp_path / "source" / file)
     source = tmp_path / "source" / (file if file.endswith(".ckpt") else "")
-    code, _, err = bd3lm("convert", source, tmp_path / "target")
-    assert code == 2 and "system" in err and err.count("\n") == 1
+    assert_refused(bd3lm("convert", source, tmp_path / "target"), "system")
     # The model's own loader refuses it too, without torch's page of advice.
     code, _, err = bd3lm("generate", "--model", tmp_path / "source", "--prompt", "A")
     assert code == 2 and err.count("\n") == 1 and len(err) < 600 and str(tmp_path / "source") in err
@@ -95,8 +87,7 @@ def test_a_torchscript_program_is_refused(tmp_path):
 def test_other_files_are_refused(bd3lm, tmp_path, program):
     (tmp_path / "text.ckpt").write_bytes(program)
     for path in (tmp_path / "text.ckpt", with_program(tmp_path / "file.ckpt", program)):
-        code, _, err = bd3lm("convert", path, tmp_path / "target")
-        assert code == 2 and path.name in err and err.count("\n") == 1
+        assert_refused(bd3lm("convert", path, tmp_path / "target"), path.name)
 
 
 def test_records_become_plain_values_unless_they_are_cyclic_or_explode():

@@ -259,14 +259,6 @@ def test_the_command_writes_the_page_and_says_where(tmp_path, capsys):
     assert (tmp_path / "page-quality-1.png").read_bytes().startswith(PNG)
 
 
-def test_the_verb_ends_with_code_2_and_one_line_without_a_run(bd3lm):
-    code, _, error = bd3lm("report")
-    assert (code, error.splitlines()) == (
-        2,
-        ["error: name at least one run: the output folder of a training run, or a result file (.json)."],
-    )
-
-
 @pytest.mark.slow
 def test_a_browser_shows_the_page_without_complaint(reported, tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -291,9 +283,7 @@ def test_a_browser_shows_the_page_without_complaint(reported, tmp_path):
         {"generative_perplexity": []},
     ],
 )
-def test_results_with_fields_of_another_type_are_refused_by_their_file_and_the_old_page_stays(
-    bd3lm, tmp_path, content
-):
+def test_results_with_fields_of_another_type_are_refused_and_the_old_page_stays(bd3lm, tmp_path, content):
     (tmp_path / "bad.json").write_text(json.dumps(content))
     (tmp_path / "page.html").write_text('<!doctype html><meta name="generator" content="bd3lm_hf">')
     before = (tmp_path / "page.html").read_text()

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from shared_models import tiny_gpt2
 
 from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.evaluation.reference_model import CausalScore, ReferenceModel, reference_model_of
@@ -17,11 +17,6 @@ from bd3lm_hf.reports.speed_quality import (
     quality_points,
     speed_quality_table,
 )
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=64, n_embd=8, n_layer=1, n_head=1)).eval()
 
 
 def quality_curve(*arguments, **options) -> list[Point]:
@@ -59,10 +54,8 @@ def test_bolder_settings_write_more_tokens_per_forward(tiny_model):
 def test_tokens_per_forward_do_not_depend_on_the_batch(tiny_model):
     curves = {"confidence": [{"confidence_threshold": 0.04}]}
     options = {"num_samples": 4, "new_tokens": 31, "do_sample": False}
-    ones, fours = (
-        quality_curve(tiny_model, curves, reference_model_of(tiny_model), batch_size=size, **options)[0]
-        for size in (1, 4)
-    )
+    judge = reference_model_of(tiny_model)
+    ones, fours = (quality_curve(tiny_model, curves, judge, batch_size=size, **options)[0] for size in (1, 4))
     assert ones.tokens_per_forward == fours.tokens_per_forward > 1
     assert ones.perplexity == pytest.approx(fours.perplexity, rel=1e-5)
 
@@ -90,7 +83,7 @@ def test_texts_that_can_not_be_scored_are_refused(tiny_model):
 
 def test_a_model_without_samplers_is_refused():
     with pytest.raises(ValueError, match="a GPT2LMHeadModel has no samplers to compare: name a block-diffusion model"):
-        quality_curve(gpt2(), CURVES, ReferenceModel(CausalScore(gpt2())))
+        quality_curve(tiny_gpt2(), CURVES, ReferenceModel(CausalScore(tiny_gpt2())))
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------

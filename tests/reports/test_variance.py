@@ -31,10 +31,8 @@ def test_the_deviation_is_that_of_the_library_s_estimates_over_seeds(tiny_model,
     settings = [Setting("published"), Setting("stratified", 2), Setting("exact")]
     results = estimator_variance(tiny_model, sequences, settings, num_seeds=4)
     for (estimator, draws), result in zip(settings, results, strict=True):
-        nlls = [
-            perplexity(tiny_model, sequences, estimator=estimator, num_samples=draws, seed=seed).nll
-            for seed in range(4)
-        ]
+        options = {"estimator": estimator, "num_samples": draws}
+        nlls = [perplexity(tiny_model, sequences, seed=seed, **options).nll for seed in range(4)]
         assert result.deviation == pytest.approx(torch.tensor(nlls).std().item(), rel=1e-3, abs=1e-6)
         assert result.nll == pytest.approx(sum(nlls) / 4)
         assert result.seconds > 0 and result.num_seeds == 4
@@ -48,9 +46,7 @@ def test_four_times_the_seconds_at_half_the_error_are_the_same_precision():
     lines = variance_table([one, four, EstimatorVariance(Setting("exact"), 4.0, 0.0, 9.0, 8)]).splitlines()
     assert lines[3] == "| stratified, 4 noise samples | 4.0000 | 0.1000 | 4.000 | 0.2000 | 1.000 |"
     assert lines[4].endswith("| 0.0000 | 0.000 |") and len(lines) == 5
-
-
-def test_a_first_line_without_an_error_has_nothing_to_compare_with():
+    # A first line without an error has nothing to compare with.
     lines = variance_table([EstimatorVariance(Setting("exact"), 4.0, 0.0, 1.0, 8)] * 2).splitlines()
     assert all(line.endswith("| nan |") for line in lines[2:])
     assert math.isnan(float(lines[2].split("|")[-2]))
@@ -59,12 +55,9 @@ def test_a_first_line_without_an_error_has_nothing_to_compare_with():
 def test_a_setting_is_an_estimator_and_its_draws():
     assert read_estimator("exact") == Setting("exact") == ("exact", 1)
     assert read_estimator("stratified:4") == Setting("stratified", 4)
-
-
-@pytest.mark.parametrize("text", ["stratified:", "stratified:0", "stratified:many", "stratified:-1"])
-def test_draws_that_are_none_are_refused(text):
-    with pytest.raises(ValueError, match=f"--estimators {text}: .*>= 1"):
-        read_estimator(text)
+    for text in ("stratified:", "stratified:0", "stratified:many", "stratified:-1"):
+        with pytest.raises(ValueError, match=f"--estimators {text}: .*>= 1"):
+            read_estimator(text)
 
 
 def test_one_seed_and_an_estimator_that_the_model_has_not_are_refused(tiny_model, sequences):
@@ -112,9 +105,8 @@ def test_a_variance_needs_two_of_each_and_a_clean_stream_that_draws_share(tiny_c
 
 
 def test_the_table_multiplies_variance_and_time():
-    text = gradient_table(
-        [GradientVariance(1, 0.1, 1.0, 8.0, 0.5, 2.0), GradientVariance(4, 0.2, 2.0, 2.0, 0.1, 2.0)]
-    ).splitlines()
+    results = [GradientVariance(1, 0.1, 1.0, 8.0, 0.5, 2.0), GradientVariance(4, 0.2, 2.0, 2.0, 0.1, 2.0)]
+    text = gradient_table(results).splitlines()
     assert text[2] == "| 1 | 0.100 | 1.00 | 8 +- 0.5 | 2 | 1.00 | 1.00 |"
     assert text[3] == "| 4 | 0.200 | 2.00 | 2 +- 0.1 | 2 | 0.50 | 0.80 |"
 
@@ -137,9 +129,8 @@ def test_batches_are_spread_over_the_text(tiny_tokenizer, text_file):
 def test_bench_measures_a_checkpoint(bd3lm, model_folder, text_file, words):
     of_text = ["--model", model_folder, "--dataset", text_file, "--batches", 2, "--repeats", 2, "--threads", 1]
     code, out, _ = bd3lm("bench", *words, *of_text, "--batch-size", 1)
-    assert code == 0 and [line.split(" | ")[0] for line in out.strip().splitlines()[-2:]] == [
-        f"| {w}" for w in words[1:]
-    ]
+    first_cells = [line.split(" | ")[0] for line in out.strip().splitlines()[-2:]]
+    assert code == 0 and first_cells == [f"| {word}" for word in words[1:]]
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import tracemalloc
 import pytest
 import torch
 from decoders import tiny_decoder
-from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig
+from generating import make_family
+from shared_models import tiny_ssdlm
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from bd3lm_hf import ARConfig, ARForCausalLM, SSDLMConfig, SSDLMForMaskedLM
 from bd3lm_hf.modeling.windows_bd3lm import DecodingNetwork
 from bd3lm_hf.serving import batching, row_group
 from bd3lm_hf.serving.batching import Batcher, QueueFullError, Request
@@ -72,15 +73,6 @@ def serve():
 CALLS = [([1, 2, 3], 50), ([5] * 13, 7), (list(range(9)), 60), ([7], 33)]
 
 
-def ssdlm():
-    sizes = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    encoder = RobertaConfig(**sizes, intermediate_size=64, max_position_embeddings=64, pad_token_id=2)
-    fields = {"vocab_size": 48, "block_size": 4, "model_length": 32, "mask_token_id": 47, "pad_token_id": 2}
-    model = SSDLMForMaskedLM(SSDLMConfig(encoder_config=encoder.to_dict(), **fields)).eval()
-    model.generation_config.num_denoising_steps = 3
-    return model
-
-
 MODELS = {
     "bd3lm": lambda make_model: make_model(pad_token_id=0),
     "exact window": lambda make_model: with_field(make_model(pad_token_id=0), "window", "exact"),
@@ -89,21 +81,18 @@ MODELS = {
     "qwen3": lambda make_model: tiny_decoder("qwen3", eos_token_id=None),
     "llama": lambda make_model: tiny_decoder("llama", eos_token_id=None, context="token", alignment="shifted"),
     "gpt2": lambda make_model: tiny_decoder("gpt2", eos_token_id=None, alignment="shifted_noisy"),
-    "ssdlm": lambda make_model: ssdlm(),
-    "ssdlm, previous block": lambda make_model: with_field(ssdlm(), "context", "previous_block"),
+    "ssdlm": lambda make_model: tiny_ssdlm(model_length=32, eos_token_id=None),
+    "ssdlm, previous block": lambda make_model: with_field(
+        tiny_ssdlm(model_length=32, eos_token_id=None), "context", "previous_block"
+    ),
     "one block": lambda make_model: make_model(pad_token_id=0, block_size=32),
-    "ar": lambda make_model: autoregressive(),
+    "ar": lambda make_model: make_family("ar", model_length=32),
 }
 
 
 def with_field(model, name, value):
     setattr(model.generation_config, name, value)
     return model
-
-
-def autoregressive():
-    sizes = {"vocab_size": 48, "model_length": 32, "hidden_dim": 32, "n_blocks": 2, "n_heads": 2}
-    return ARForCausalLM(ARConfig(**sizes, eos_token_id=None, pad_token_id=0)).eval()
 
 
 @pytest.mark.parametrize("name", list(MODELS))

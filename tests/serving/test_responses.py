@@ -10,10 +10,7 @@ pytest.importorskip("fastapi")
 
 from fastapi import HTTPException  # noqa: E402
 
-from bd3lm_hf.serving.responses import (
-    error_content,  # noqa: E402
-    openai_events,  # noqa: E402
-)
+from bd3lm_hf.serving.responses import error_content, openai_events  # noqa: E402
 
 
 ROLE = {"choices": [{"index": 0, "delta": {"role": "assistant"}}]}

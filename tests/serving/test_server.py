@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 
 import pytest
 
@@ -43,23 +44,24 @@ class Server:
     def client(self, key="none"):
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, timeout=60)
 
+    @contextmanager
+    def answer(self, method, path, data=None, **headers):
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+            connection.request(method, path, data, {"Content-Type": "application/json", **headers})
+            yield connection.getresponse()
+
     def post(self, body, path="/v1/completions", **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        data = body if isinstance(body, str) else json.dumps(body)
-        connection.request("POST", path, data, {"Content-Type": "application/json", **headers})
-        answer = connection.getresponse()
-        content = json.loads(answer.read())
-        connection.close()
-        return answer.status, content
+        with self.answer("POST", path, body if isinstance(body, str) else json.dumps(body), **headers) as answer:
+            return answer.status, json.loads(answer.read())
+
+    def get(self, path):
+        with self.answer("GET", path) as answer:
+            return answer.status, answer.read().decode()
 
     def events(self, body, path):
         """Return the content type and the events of a streamed answer, as they are sent."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        data = json.dumps({**body, "stream": True})
-        connection.request("POST", path, data, {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        parts = answer.read().decode().split("\n\n")
-        connection.close()
+        with self.answer("POST", path, json.dumps({**body, "stream": True})) as answer:
+            parts = answer.read().decode().split("\n\n")
         assert parts.pop() == "" and all(part.startswith("data: ") for part in parts)
         return answer.getheader("Content-Type"), [part.removeprefix("data: ") for part in parts]
 
@@ -96,9 +98,8 @@ def folder_of(tmp_path_factory, _tiny_tokenizer_json):
 
 @pytest.fixture(scope="module")
 def server(folder_of):
-    server = Server(folder_of())
-    yield server
-    server.close()
+    with closing(Server(folder_of())) as server:
+        yield server
 
 
 def test_a_completion_is_reproducible_counted_and_the_same_when_streamed(server):
@@ -148,32 +149,22 @@ def test_an_answer_can_be_sent_back_as_clients_dump_it(server):
     assert "tool_calls" in messages[-1]
 
 
-def check_chat(server):
-    client = server.client()
-    options = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 12, "seed": 1}
-    answer = client.chat.completions.create(**options)
-    chunks = list(client.chat.completions.create(**options, stream=True))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer.choices[0].message.content != ""
-    assert chunks[-1].choices[0].finish_reason == answer.choices[0].finish_reason == "length"
-    assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens == 12
-
-
-def test_a_chat_and_its_stream(server):
-    check_chat(server)
-
-
-@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
-def test_a_decoder_completes_and_chats(folder_of, family):
-    server = Server(folder_of(family))
-    try:
-        check_chat(server)
+@pytest.mark.parametrize("family", ["ar", "mdlm", "sedd", "qwen3", "gpt2"])
+def test_every_family_completes_and_chats(folder_of, family):
+    with closing(Server(folder_of(family))) as server:
+        client = server.client()
+        options = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 12, "seed": 1}
+        answer = client.chat.completions.create(**options)
+        chunks = list(client.chat.completions.create(**options, stream=True))
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert text == answer.choices[0].message.content != ""
+        assert chunks[-1].choices[0].finish_reason == answer.choices[0].finish_reason == "length"
+        assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens == 12
         body = {"prompt": "The dog", "max_tokens": 40, "seed": 7}
         (status, answer), (_, again) = server.post(body), server.post(body)
         assert status == 200 and answer["choices"] == again["choices"]
-        chunks = list(server.client().completions.create(model="tiny", **body, stream=True))
+        chunks = list(client.completions.create(model="tiny", **body, stream=True))
         assert "".join(chunk.choices[0].text for chunk in chunks) == answer["choices"][0]["text"]
-    finally:
-        server.close()
 
 
 def test_transformers_chat_talks_to_the_server(server, monkeypatch, capsys):
@@ -285,9 +276,8 @@ def test_messages_that_are_none_and_a_model_without_a_template(server, folder_of
     ):
         status, answer = server.post(fields, "/v1/chat/completions")
         assert status == 400 and named in answer["error"]["message"]
-    plain = Server(folder_of(chat=False))
-    status, answer = plain.post({"messages": [{"role": "user", "content": "hi"}]}, "/v1/chat/completions")
-    plain.close()
+    with closing(Server(folder_of(chat=False))) as plain:
+        status, answer = plain.post({"messages": [user]}, "/v1/chat/completions")
     assert status == 400 and "chat template" in answer["error"]["message"]
 
 
@@ -320,24 +310,17 @@ def test_sixteen_clients_at_once_get_what_each_gets_alone(server):
         assert list(pool.map(ask, range(16))) == alone
 
 
-def test_a_client_that_leaves_cancels_its_request(server):
-    stream = server.client().completions.create(model="tiny", prompt="a", max_tokens=100_000, stream=True)
-    next(iter(stream))
-    stream.close()
-    deadline = time.monotonic() + 30
-    while server.app.state.batcher.statistics()["requests_running"] and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert server.app.state.batcher.statistics()["requests_running"] == 0
-
-
-def test_a_client_that_hangs_up_before_its_answer_cancels_its_request(server):
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-    body = json.dumps({"prompt": "a", "max_tokens": 100_000})
-    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_cancels_its_request(server, stream):
     statistics = server.app.state.batcher.statistics
-    while not statistics()["requests_running"]:
-        time.sleep(0.01)
-    connection.close()
+    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)) as connection:
+        body = json.dumps({"prompt": "a", "max_tokens": 100_000, "stream": stream})
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        while not statistics()["requests_running"]:
+            time.sleep(0.01)
+        if stream:
+            with connection.getresponse() as answer:
+                assert answer.readline().startswith(b"data: ")
     deadline = time.monotonic() + 30
     while statistics()["requests_running"] and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -349,41 +332,23 @@ def test_what_can_be_looked_at(server):
     assert [model.id for model in client.models.list()] == [client.models.retrieve("tiny").id] == ["tiny"]
     with pytest.raises(openai.NotFoundError, match="tiny"):
         client.models.retrieve("other")
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     batcher = server.app.state.batcher
     batcher.tokens += 12_345_678
-    for path, text in (("/health", "ok"), ("/metrics", f"bd3lm_tokens_generated {batcher.tokens}\n")):
-        connection.request("GET", path)
-        assert text in connection.getresponse().read().decode()
+    assert f"bd3lm_tokens_generated {batcher.tokens}\n" in server.get("/metrics")[1]
     batcher.tokens -= 12_345_678
-    connection.request("GET", "/reset")
-    assert connection.getresponse().status == 404
-
-
-@pytest.mark.parametrize("family", ["ar", "mdlm", "sedd"])
-def test_every_family_is_served(folder_of, family):
-    server = Server(folder_of(family))
-    body = {"prompt": "The dog", "max_tokens": 9, "seed": 2}
-    answers = [server.post(body) for _ in range(2)]
-    server.close()
-    assert answers[0][0] == 200 and answers[0][1]["usage"]["completion_tokens"] == 9
-    assert answers[0][1]["choices"] == answers[1][1]["choices"]
+    assert "ok" in server.get("/health")[1] and server.get("/reset")[0] == 404
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_server_whose_worker_has_died_says_so(folder_of, monkeypatch):
-    server = Server(folder_of())
-
     def broken():
         raise OSError("a fault that no request has caused")
 
-    monkeypatch.setattr(server.app.state.batcher, "_admit", broken)
-    assert [server.post({"prompt": "a"})[0] for _ in range(2)] == [500, 503]
-    assert server.post({"prompt": "a", "stream": True})[0] == 503
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-    connection.request("GET", "/health")
-    assert connection.getresponse().status == 503
-    server.close()
+    with closing(Server(folder_of())) as server:
+        monkeypatch.setattr(server.app.state.batcher, "_admit", broken)
+        assert [server.post({"prompt": "a"})[0] for _ in range(2)] == [500, 503]
+        assert server.post({"prompt": "a", "stream": True})[0] == 503
+        assert server.get("/health")[0] == 503
 
 
 def test_a_server_with_a_key_and_a_full_queue(folder_of, monkeypatch, caplog, capfd):

@@ -44,24 +44,15 @@ def make_parser() -> argparse.ArgumentParser:
 def write_model(folder: Path, layers: int, width: int) -> None:
     """Write a BD3-LM of random weights with the tokenizer of the tests."""
     import torch
-    from conftest import SENTENCES, SPECIAL_TOKENS
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from conftest import make_tiny_tokenizer, train_tiny_tokenizer
 
     from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = list(SPECIAL_TOKENS.values())
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
-    wrapped.save_pretrained(folder)
+    tokenizer = make_tiny_tokenizer(train_tiny_tokenizer())
+    tokenizer.model_max_length = 1024
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    ids = {f"{name}_token_id": getattr(wrapped, f"{name}_token_id") for name in ("bos", "pad", "mask")}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "pad", "mask")}
     sizes = {"vocab_size": 8192, "hidden_dim": width, "n_blocks": layers, "n_heads": width // 64, "cond_dim": 64}
     config = BD3LMConfig(**sizes, **ids, model_length=1024, block_size=4, eos_token_id=None)
     BD3LMForMaskedLM(config).save_pretrained(folder)
