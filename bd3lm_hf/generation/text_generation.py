@@ -93,8 +93,9 @@ def without_padding(new_ids: list[int], config: Any) -> list[int]:
     count = len(new_ids)
     while count and new_ids[count - 1] == padding:
         count -= 1
-    if padding in ends and count < len(new_ids):
-        count += 1  # the first one ended the text
+    # If padding is an end token too, the first one ended the text, unless another end token did.
+    if padding in ends and count < len(new_ids) and not (count and new_ids[count - 1] in ends):
+        count += 1
     return new_ids[:count]
 
 

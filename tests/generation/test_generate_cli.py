@@ -312,6 +312,8 @@ def test_an_autoregressive_model_can_generate_too(bd3lm, gpt2_folder, tmp_path):
         ([5, 6, 2, 2], 2, 1, 2),  # a stop string did
         ([5, 1, 1, 1], 1, 1, 2),
         ([5, 1, 1, 1], None, [1, 3], 2),
+        ([5, 3, 1, 1], None, [1, 3], 2),
+        ([5, 3, 1, 1], 1, [3, 1], 2),  # as Qwen: padding is one of two end tokens
         ([5, 6, 1], 1, 1, 3),
         ([5, 6], None, None, 2),
     ],
