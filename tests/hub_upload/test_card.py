@@ -37,7 +37,7 @@ def run_snippet(snippet, folder):
 
 
 def table_of(card):
-    """Return the cells of all tables, by their first."""
+    """Return the rows of all tables, by their first cell."""
     lines = [line for line in card.text.splitlines() if line.startswith("| ")]
     return {cells[0]: cells[1:] for cells in ([c.strip() for c in line.strip("|").split("|")] for line in lines)}
 

@@ -114,7 +114,7 @@ def test_published_folders_that_say_what_they_are_load_as_they_are(make_model, t
 
 @pytest.fixture
 def omegaconf(monkeypatch):
-    """Classes of the names and the pickled form of OmegaConf's, which is not installed."""
+    """Classes with the names and the pickled form of OmegaConf's, which is not installed."""
     modules = {name: types.ModuleType(name) for name in ("omegaconf", "omegaconf.dictconfig", "omegaconf.nodes")}
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)

@@ -164,7 +164,7 @@ def test_missing_unexpected_misshapen_and_untied_weights_are_errors(source, laye
         ("embed_sum_layer.pt", None, "embed_sum_layer.pt.*SSD-LM"),
     ],
 )
-def test_layers_that_hold_something_else_are_refused(source, tmp_path, file, content, message):
+def test_layers_with_other_contents_are_refused(source, tmp_path, file, content, message):
     (source / file).unlink()
     if content is not None:
         torch.save(content, source / file)

@@ -1,4 +1,4 @@
-"""A folder that loads without bd3lm_hf passes the check in a process of its own; others do not, for a named reason."""
+"""A folder that loads without bd3lm_hf passes the check in a separate process; others fail for a named reason."""
 
 import importlib
 import sys
@@ -36,7 +36,7 @@ def test_a_folder_that_lacks_code_does_not_pass(model_folder, contents):
         check_loads_alone(model_folder, contents.model)
 
 
-def test_a_process_that_dies_in_silence_is_reported_by_its_exit_code(model_folder, contents, monkeypatch, tmp_path):
+def test_a_process_that_dies_silently_is_reported_by_its_exit_code(model_folder, contents, monkeypatch, tmp_path):
     dies = tmp_path / "dies.py"
     dies.write_text("import sys; sys.exit(9)")
     monkeypatch.setattr(load_check, "__file__", str(dies))
@@ -53,7 +53,7 @@ def test_the_process_inherits_no_token(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["first", "text"])
-def test_a_model_that_computes_something_else_is_found(model_folder, contents, part):
+def test_a_model_with_other_outputs_is_found(model_folder, contents, part):
     probe = make_probe(contents.model)
     names = {name.split(".")[1] for name in probe if name.startswith("expected.")}
     assert names == {"AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"}

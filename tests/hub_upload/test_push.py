@@ -36,7 +36,7 @@ def run_folder(model_folder):
 
 @pytest.fixture
 def expected(run_folder, tmp_path):
-    """The files that a push of `run_folder` brings to the Hub."""
+    """The files that a push of `run_folder` uploads."""
     dry_run(run_folder, REPO, tmp_path / "expected", check=no_check)
     return {name: path.read_bytes() for name, path in files_of(tmp_path / "expected").items()}
 
@@ -198,7 +198,7 @@ def test_models_load_elsewhere_and_their_snippets_run_without_a_question(hub, ti
     assert TOKEN not in result.stdout + result.stderr and not hub.holds(TOKEN)
 
 
-def test_save_pretrained_and_push_to_hub_bring_what_push_does(hub, run_folder, expected):
+def test_save_pretrained_and_push_to_hub_upload_what_push_does(hub, run_folder, expected):
     model = BD3LMForMaskedLM.from_pretrained(run_folder)
     model.save_pretrained(run_folder, push_to_hub=True, repo_id=REPO, commit_message="Mine")
     assert hub.repos[REPO].files() == expected and hub.commits(REPO)[0]["summary"] == "Mine"

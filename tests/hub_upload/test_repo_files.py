@@ -1,4 +1,4 @@
-"""A repository holds exactly what a model needs; folders that cannot be shared are refused by their file names."""
+"""A repository contains exactly what a model needs; folders that cannot be shared are refused by their file names."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def test_an_autoregressive_model_brings_its_own_code(tmp_path, tiny_tokenizer, r
 
 
 @pytest.mark.parametrize(("weights", "shift"), [("auto", 1.0), ("ema", 1.0), ("raw", 0.0)])
-def test_of_a_checkpoint_the_average_is_taken_unless_raw_weights_are_requested(model_folder, written, weights, shift):
+def test_the_average_of_a_checkpoint_is_taken_unless_raw_weights_are_requested(model_folder, written, weights, shift):
     raw = load_file(model_folder / "model.safetensors")
     average = {name: t + 1.0 for name, t in raw.items() if "sampling_eps" not in name and "inv_freq" not in name}
     save_file(average, model_folder / "ema.safetensors", metadata={"decay": "0.9"})

@@ -1,4 +1,4 @@
-"""Checkpoints are read as data: code in them is named and not run, and small files do not unfold to gigabytes."""
+"""Checkpoints are read as data: code in them is named and not run, and small files do not expand to gigabytes."""
 
 import pickle
 import zipfile

@@ -1,4 +1,4 @@
-"""Code that travels with a model opens and runs nothing; only the restricted reader unpickles."""
+"""The code saved with a model opens and runs nothing; only the restricted reader unpickles."""
 
 import ast
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def dotted(node: ast.AST) -> str:
 
 
 def forbidden_imports(node: ast.AST) -> Iterator[str]:
-    """Yield the imports that code which travels must not have."""
+    """Yield the forbidden imports of code that is saved with a model."""
     if isinstance(node, ast.Import):
         for alias in node.names:
             if alias.name not in COMPUTE | {"torch", "transformers"} | NAMES_OF.keys():
@@ -73,7 +73,7 @@ def outside(name: str) -> bool:
 
 
 def forbidden(source: str) -> list[str]:
-    """Return everything in a source text by which it could open, send, run or load something."""
+    """Return everything in a source text that could open, send, run or load something."""
     found = []
     tree = ast.parse(source)
     parts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and dotted(node) in HARMLESS}

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says."""
+"""The benchmark measures what it claims to measure."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from bd3lm_hf.reports import benchmark
 
 @pytest.fixture
 def sleep(monkeypatch):
-    """A function that lets the seconds of the benchmark's clock pass."""
+    """A function that advances the benchmark's clock by some seconds."""
     now = [0.0]
     monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     return lambda seconds: now.append(now.pop() + seconds)
@@ -31,7 +31,7 @@ def test_the_gain_of_a_batch_is_in_tokens_per_second(monkeypatch, sleep):
     assert benchmark.batch_gain(None, 64, 8, repeats=3) == 4.0
 
 
-def test_all_figures_stand_in_one_table(monkeypatch, tiny_model, capsys):
+def test_one_table_has_all_figures(monkeypatch, tiny_model, capsys):
     tiny_model.generation_config.eos_token_id = None
     monkeypatch.setattr(benchmark, "build", lambda name: tiny_model)
     monkeypatch.setattr(benchmark, "VOCAB_SIZE", tiny_model.config.vocab_size)
@@ -54,7 +54,7 @@ def test_all_figures_stand_in_one_table(monkeypatch, tiny_model, capsys):
     assert all(parameter.grad is None for parameter in tiny_model.parameters())
 
 
-def test_a_decoder_is_measured_beside_its_stock_class(monkeypatch, capsys):
+def test_a_decoder_is_measured_next_to_its_stock_class(monkeypatch, capsys):
     built = []
     monkeypatch.setattr(benchmark, "build", lambda name: built.append(name))
     run_verb("bench", ["--decoder", "qwen3", "--lengths", "--new-tokens", "--batch-sizes", "--threads", "1"])

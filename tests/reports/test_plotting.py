@@ -87,7 +87,7 @@ def test_an_empty_log_gives_no_picture(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["training_curve.json"]
 
 
-def test_without_matplotlib_there_is_a_line_and_no_picture(tmp_path, monkeypatch, caplog):
+def test_without_matplotlib_there_is_a_warning_and_no_picture(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     write_training_curve(log_of(100), tmp_path)
     assert "training_curve.png" in caplog.text

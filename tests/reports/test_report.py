@@ -1,4 +1,4 @@
-"""A report is one complete page, harmless and the same each time, with all that its files hold."""
+"""A report is one complete, harmless and reproducible page with everything that its files contain."""
 
 import html.parser
 import json
@@ -20,7 +20,7 @@ HARMFUL = "</pre><script>alert(1)</script>&amp; @TITLE@ <!-- $x$"
 
 
 def write_run(folder, *, perplexity=20.0, text=HARMFUL, dataset="python-docs", model_type="bd3lm"):
-    """A finished run with everything that a run can leave behind."""
+    """A finished run with everything that a run can write."""
     folder.mkdir(parents=True)
     log: list[dict] = []
     for step in (10, 20, 30):
@@ -174,7 +174,7 @@ def test_a_page_of_an_evaluation_has_its_row_and_its_origin(tmp_path):
     assert "svg" not in shown.tags
 
 
-def test_an_exact_result_of_a_suite_has_no_sign_and_competes_within_its_data_set(tmp_path):
+def test_an_exact_result_of_a_suite_has_no_sign_and_competes_within_its_dataset(tmp_path):
     rows = [{**EVALUATION, "bound": False}, {**EVALUATION, "dataset": "ptb", "perplexity": 90.0}]
     rows.append({**EVALUATION, "model": "other", "perplexity": None, "nll": None})
     shown = page_of(write_json(tmp_path / "suite.json", {"suite": "zero-shot", "results": rows}))
@@ -205,7 +205,7 @@ def test_quality_comparison_written_texts_and_samples_have_sections(tmp_path):
     assert "tokens per forward pass" in shown.text
 
 
-def test_what_a_run_lacks_is_said_on_the_page(tmp_path):
+def test_the_page_names_what_a_run_lacks(tmp_path):
     run = write_run(tmp_path / "killed")
     (run / "results.json").unlink()
     shown = page_of(run)
@@ -230,7 +230,7 @@ def test_the_best_of_each_group_is_marked_and_of_one_alone_none():
     assert [row[1] for row in made.rows] == [Cell("2.0", 2.0), Cell("1.0", 1.0, is_best=True), Cell("0.5", 0.5)]
 
 
-def test_the_colours_of_figures_have_a_twin_for_dark_pages(reported):
+def test_the_colours_of_figures_have_counterparts_for_dark_pages(reported):
     text = (reported / "report.html").read_text(encoding="utf-8")
     drawn, style = text[text.index("<main>") :], text[: text.index("</style>")]
     for colour, variable in plotting.VARIABLES.items():

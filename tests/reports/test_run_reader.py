@@ -1,4 +1,4 @@
-"""What runs leave behind is read as far as it is there, and what is broken is named with its place."""
+"""Whatever a run has written is read, and damaged files are named with the line."""
 
 import json
 import math
@@ -101,7 +101,7 @@ def test_a_folder_of_runs_and_results_is_all_of_them(tmp_path):
     assert [named.name for named in material.comparisons] == ["comparison"]
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
+def test_runs_with_the_same_name_are_distinguished(tmp_path):
     for parent in ("x", "y"):
         folder = tmp_path / parent / "run"
         folder.mkdir(parents=True)
@@ -126,7 +126,7 @@ def test_a_broken_file_is_named_with_its_line(tmp_path, name, text, message):
         read_material([tmp_path])
 
 
-def test_bytes_that_are_no_text_are_named_with_their_line(tmp_path):
+def test_bytes_that_are_not_text_are_named_with_their_line(tmp_path):
     (tmp_path / "samples.jsonl").write_bytes(b'{"text": "a"}\n\xff\n')
     with pytest.raises(ValueError, match=r"samples.jsonl, line 2: this is not UTF-8"):
         read_material([tmp_path / "samples.jsonl"])
@@ -147,7 +147,7 @@ def test_nothing_to_report_on_is_refused(tmp_path):
         read_material([tmp_path / "prompts.jsonl"])
 
 
-def test_a_number_that_is_none_is_not_shown_as_one():
+def test_a_value_that_is_not_a_number_is_not_shown_as_one():
     row = {"a": 1, "b": math.nan, "c": None, "d": "3"}
     assert [finite(row, name) for name in "abcde"] == [1.0, None, None, None, None]
 

@@ -1,4 +1,4 @@
-"""Quality over forwards: what is counted, who judges, and how far two settings lie apart."""
+"""Quality against forward passes: what is counted, which model judges, and how far two settings differ."""
 
 import json
 import math
@@ -38,12 +38,12 @@ def point(nll: list[float], counts: list[int], sampler: str = "first_hitting", *
 # --- writing and counting --------------------------------------------------------------------------------------------
 
 
-def test_bolder_settings_write_more_tokens_per_forward(tiny_model):
+def test_bolder_settings_generate_more_tokens_per_forward(tiny_model):
     points = quality_curve(
         tiny_model, CURVES, reference_model_of(tiny_model), num_samples=3, new_tokens=15, batch_size=2, do_sample=True
     )
     assert [(one.sampler, one.setting) for one in points] == [(s, c) for s, cs in CURVES.items() for c in cs]
-    # 15 tokens behind the first one: four blocks, the first one with 3 of them.
+    # 15 tokens after the first one: four blocks, the first of which has 3 of them.
     assert [one.tokens_per_forward for one in points] == [1.0, 15 / 4, 1.0, 15 / 4]
     for one in points:
         assert len(one.scores) == 3 and {score.num_tokens for score in one.scores} == {15}
@@ -74,7 +74,7 @@ def test_given_tokens_are_continued_and_not_scored(tiny_model):
     assert [score.num_tokens for score in one.scores] == [6, 6]
 
 
-def test_texts_that_can_not_be_scored_are_refused(tiny_model):
+def test_texts_that_cannot_be_scored_are_refused(tiny_model):
     with pytest.raises(ValueError, match="new_tokens=32"):
         quality_curve(tiny_model, CURVES, reference_model_of(tiny_model), new_tokens=32)
     with pytest.raises(ValueError, match="1 texts give no standard error: ask for at least 2"):

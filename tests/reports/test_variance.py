@@ -1,4 +1,4 @@
-"""The standard error of an estimate for its time; the variance of a gradient, taken apart into text and noise."""
+"""Standard error of an estimate against its time; the variance of a gradient, split into text and noise."""
 
 import math
 from types import SimpleNamespace
@@ -60,7 +60,7 @@ def test_a_setting_is_an_estimator_and_its_draws():
             read_estimator(text)
 
 
-def test_one_seed_and_an_estimator_that_the_model_has_not_are_refused(tiny_model, sequences):
+def test_one_seed_and_an_unsupported_estimator_are_refused(tiny_model, sequences):
     with pytest.raises(ValueError, match="1 seeds give no standard error"):
         estimator_variance(tiny_model, sequences, [Setting("exact")], num_seeds=1)
     with pytest.raises(ValueError, match="estimator='magic' .* BD3LMForMaskedLM"):

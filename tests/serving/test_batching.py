@@ -1,4 +1,4 @@
-"""Rows join and leave a batch, and each gets the text that it gets alone."""
+"""Rows join and leave a batch, and each gets the text that it would get alone."""
 
 import copy
 import gc
@@ -18,7 +18,7 @@ from bd3lm_hf.serving.batching import Batcher, QueueFullError, Request
 
 
 class Letters:
-    """A tokenizer of one character a token."""
+    """A tokenizer with one token per character."""
 
     def decode(self, ids, skip_special_tokens=True):
         return "".join(chr(40 + number) for number in ids)
@@ -96,7 +96,7 @@ def with_field(model, name, value):
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_a_text_does_not_depend_on_who_else_is_served(make_model, serve, name):
+def test_a_text_does_not_depend_on_other_requests(make_model, serve, name):
     model = MODELS[name](make_model)
     batcher = serve(model)
 
@@ -178,7 +178,7 @@ def test_the_next_requests_of_answered_clients_begin_together(make_model, serve,
     assert network.passes == 2 * passes
 
 
-def test_groups_in_turn_go_on_with_their_own_caches(make_model, serve, monkeypatch):
+def test_groups_that_take_turns_keep_their_caches(make_model, serve, monkeypatch):
     # Within one window, so that nothing is read again when a group has its next turn.
     model = make_model(pad_token_id=0, model_length=256)
     batcher, read = serve(model), []
@@ -239,7 +239,7 @@ def test_greedy_rounds_give_the_text_of_one_call(make_model, serve, count):
     assert run(serve(model), caller)[0] == Letters().decode(whole[0, 5:].tolist())
 
 
-def test_requests_with_other_settings_wait_and_a_fault_is_that_of_one_row(make_model, serve):
+def test_requests_with_other_settings_wait_and_an_error_ends_one_row_only(make_model, serve):
     model = make_model(pad_token_id=0)
     batcher = serve(model)
     callers = [
@@ -275,7 +275,7 @@ def test_a_model_of_another_library_is_refused_by_name():
 
 
 class Bytes:
-    """A tokenizer of one byte a token, whose characters may need several."""
+    """A tokenizer with one token per byte, so a character may need several."""
 
     def decode(self, ids, skip_special_tokens=True):
         return bytes(ids).decode("utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""Streams of transformers' handlers become events in OpenAI's form."""
+"""Streams of transformers' handlers become events in OpenAI's format."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ FAULT = {"error": json.dumps(error_content(400, "top_k"))}
 
 
 class Handler:
-    """Streams events, several in a part, and notes when a client leaves."""
+    """Stream events, several per part, and record when a client disconnects."""
 
     def __init__(self, *parts):
         self.parts, self.closed = parts, False

@@ -1,4 +1,4 @@
-"""A server that is killed starts again on the same port, and its key is in nothing that it writes."""
+"""A killed server starts again on the same port, and never writes its key anywhere."""
 
 import signal
 

@@ -260,7 +260,7 @@ def test_a_body_that_is_too_large_is_refused(server):
     assert status == 413 and "bytes" in answer["error"]["message"]
 
 
-def test_messages_that_are_none_and_a_model_without_a_template(server, folder_of):
+def test_invalid_messages_and_a_model_without_a_template_are_refused(server, folder_of):
     user = {"role": "user", "content": "hi"}
     for fields, named in (
         ({}, "messages"),
@@ -281,7 +281,7 @@ def test_messages_that_are_none_and_a_model_without_a_template(server, folder_of
     assert status == 400 and "chat template" in answer["error"]["message"]
 
 
-def test_a_prompt_beyond_the_window_is_refused_and_a_mask_token_in_one_is_text(server):
+def test_a_prompt_beyond_the_window_is_refused_and_a_literal_mask_token_is_text(server):
     for body, path in (
         ({"prompt": "The dog sleeps. " * 40}, "/v1/completions"),
         ({"messages": [{"role": "user", "content": "The dog sleeps. " * 40}]}, "/v1/chat/completions"),
@@ -293,7 +293,7 @@ def test_a_prompt_beyond_the_window_is_refused_and_a_mask_token_in_one_is_text(s
     assert status == 200 and answer["usage"]["completion_tokens"] == 8 and "<mask>" not in answer["choices"][0]["text"]
 
 
-def test_a_stop_string_in_the_last_token_allowed_is_not_a_cut(server):
+def test_a_stop_string_in_the_last_allowed_token_is_not_a_cut(server):
     body = {"prompt": "The dog", "max_tokens": 30, "seed": 7}
     text = server.post(body)[1]["choices"][0]["text"]
     end = server.post({**body, "stop": text[-1] if text.count(text[-1]) == 1 else text[-6:]})[1]
@@ -327,7 +327,7 @@ def test_a_client_that_leaves_cancels_its_request(server, stream):
     assert statistics()["requests_running"] == 0
 
 
-def test_what_can_be_looked_at(server):
+def test_models_health_and_metrics_are_served(server):
     client = server.client()
     assert [model.id for model in client.models.list()] == [client.models.retrieve("tiny").id] == ["tiny"]
     with pytest.raises(openai.NotFoundError, match="tiny"):
@@ -340,7 +340,7 @@ def test_what_can_be_looked_at(server):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_server_whose_worker_has_died_says_so(folder_of, monkeypatch):
+def test_a_server_whose_worker_has_died_answers_503(folder_of, monkeypatch):
     def broken():
         raise OSError("a fault that no request has caused")
 

@@ -1,4 +1,4 @@
-"""Measure what a batch is worth to a server: tokens per second of one client and of several at once.
+"""Measure what a server gains from batching: tokens per second of one client and of several at once.
 
 python tests/serving/throughput.py                       # random weights, 8 layers x 512
 python tests/serving/throughput.py --model bd3lm-demo --clients 1 8 --new-tokens 128
@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def write_model(folder: Path, layers: int, width: int) -> None:
-    """Write a BD3-LM of random weights with the tokenizer of the tests."""
+    """Write a BD3-LM with random weights and the tokenizer of the tests."""
     import torch
     from conftest import make_tiny_tokenizer, train_tiny_tokenizer
 
@@ -59,7 +59,7 @@ def write_model(folder: Path, layers: int, width: int) -> None:
 
 
 class Server:
-    """`bd3lm serve` in a process of its own.
+    """`bd3lm serve` in a separate process.
 
     Args:
         stderr: file for its messages; none by default.

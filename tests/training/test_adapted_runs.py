@@ -79,7 +79,7 @@ def test_the_mask_token_of_a_run_is_a_new_row_of_mean_weights(mask_token_id, dec
 @pytest.mark.parametrize(
     ("flags", "message"), [(["--mask_token_id", "0"], "mask_token_id=0.*eos"), (["--mask_token_id", "64"], "64")]
 )
-def test_a_mask_token_that_cannot_be_is_refused(flags, message, decoder, conversations, tmp_path):
+def test_an_impossible_mask_token_is_refused(flags, message, decoder, conversations, tmp_path):
     arguments = parse_arguments(words_of(decoder, conversations, tmp_path, *flags)[1:])
     with pytest.raises(ValueError, match=message):
         make_tokenizer(arguments, load_documents(arguments.data))

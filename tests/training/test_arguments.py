@@ -18,7 +18,7 @@ def test_defaults_are_the_optimisation_of_the_paper():
     assert (training.weight_decay, training.max_grad_norm) == (0.0, 1.0)
 
 
-def test_a_gpu_gets_its_batches_while_it_works_and_a_fused_optimizer(tmp_path):
+def test_a_gpu_gets_asynchronous_copies_and_a_fused_optimizer(tmp_path):
     training = arguments_of(tmp_path, use_cpu=False)
     assert training.dataloader_pin_memory and training.accelerator_config.non_blocking
     assert training.optim == "adamw_torch_fused"

@@ -133,7 +133,7 @@ def test_a_value_that_a_run_refuses_leaves_nothing_on_disk(recipe, tmp_path, cap
 
 
 @pytest.mark.parametrize("name", ["comparison.json", "ssdlm-seed3.yaml"])
-def test_a_file_of_somebody_else_is_not_replaced(recipe, tmp_path, capsys, name):
+def test_a_foreign_file_is_not_replaced(recipe, tmp_path, capsys, name):
     (tmp_path / name).write_text("mine")
     assert bd3lm(["compare", str(recipe), "--models", "ar", "ssdlm", "--output_dir", str(tmp_path)]) == 2
     assert name in capsys.readouterr().err and (tmp_path / name).read_text() == "mine"

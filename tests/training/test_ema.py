@@ -147,7 +147,7 @@ def test_a_step_that_the_loss_scaler_skipped_is_no_update():
 
 
 class _Weights(TrainerCallback):
-    """Keeps the weights of every evaluation."""
+    """Record the weights of every evaluation."""
 
     def __init__(self) -> None:
         self.seen = []
@@ -211,14 +211,14 @@ def test_the_saved_model_is_the_average_and_says_so(make_trainer, tmp_path):
     assert (checkpoint / "ema.safetensors").is_file()
 
 
-def test_a_checkpoint_without_an_average_can_not_be_resumed_with_one(make_trainer, tmp_path):
+def test_a_checkpoint_without_an_average_cannot_be_resumed_with_one(make_trainer, tmp_path):
     make_trainer(max_steps=2, save_strategy="steps", save_steps=1).train()
     message = r"checkpoint-1 holds no ema\.safetensors: .* --ema_decay 0\.9 .*--ema_decay 0,"
     with pytest.raises(ValueError, match=message):
         make_trainer(max_steps=3, ema_decay=0.9).train(str(tmp_path / "run" / "checkpoint-1"))
 
 
-def test_dropping_an_average_is_said(make_trainer, tmp_path, caplog, monkeypatch):
+def test_dropping_an_average_is_warned_about(make_trainer, tmp_path, caplog, monkeypatch):
     make_trainer(max_steps=2, save_strategy="steps", save_steps=1, ema_decay=0.9).train()
     monkeypatch.setattr(logging.getLogger("bd3lm_hf"), "propagate", True)
     make_trainer(max_steps=3).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
@@ -237,7 +237,7 @@ def test_the_best_checkpoint_is_kept_and_its_average_saved(make_trainer, tmp_pat
     assert equal(weights_of(BD3LMForMaskedLM.from_pretrained(tmp_path / "run")), best)
 
 
-def test_of_a_model_with_adapters_only_these_are_averaged(make_trainer, tmp_path):
+def test_only_the_adapters_of_a_model_are_averaged(make_trainer, tmp_path):
     adapted = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["attn_qkv"]))
     trainer = trained(make_trainer(model=adapted, ema_decay=0.5, save_strategy="steps", save_steps=2))
     assert trainer.average.shadows and all("lora" in name for name in trainer.average.shadows)

@@ -114,7 +114,7 @@ def test_a_stream_counts_its_examples_over_all_passes(stream):
 
 
 @pytest.mark.parametrize("step", [0, 1, 5, 13])
-def test_a_stream_goes_on_behind_any_step_with_the_same_examples(stream, step):
+def test_a_stream_continues_after_any_step_with_the_same_examples(stream, step):
     whole = stream()
     rows = iter(whole)
     taken(rows, step * 8 + 9)  # the loader is up to a step ahead of what was trained on
@@ -154,7 +154,7 @@ def test_the_first_of_several_draws_takes_the_random_numbers_of_a_single_one():
         assert torch.equal(getattr(several, name)[:, 0], getattr(single, name) / scale)
 
 
-def test_groups_examples_and_seeds_have_noise_of_their_own():
+def test_groups_examples_and_seeds_have_their_own_noise():
     noise = noise_of_examples(range(64), seed=0, **LAYOUT)
     for field in noise:
         assert len({tuple(row) for row in field.tolist()}) == 64

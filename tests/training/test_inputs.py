@@ -110,7 +110,7 @@ def test_a_stream_trains_on_its_documents_and_holds_the_others_in_memory(corpus)
     assert sequences.bytes_per_token > 1
 
 
-def test_a_stream_may_be_validated_on_a_set_of_its_own(corpus, tmp_path):
+def test_a_stream_can_be_validated_on_another_dataset(corpus, tmp_path):
     (tmp_path / "other.jsonl").write_text(json.dumps({"text": SENTENCE * 9}) + "\n")
     words = ["--dataset", corpus, "--streaming", "true", "--validation_dataset", tmp_path / "other.jsonl"]
     documents, _, sequences = inputs(*words)

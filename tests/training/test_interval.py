@@ -77,7 +77,7 @@ def test_variances_and_the_chosen_interval_equal_the_published_ones(recorded, pr
 # --- Candidates ------------------------------------------------------------------------------------------------------
 
 
-def test_widths_are_searched_only_when_asked_for_beside_own_intervals():
+def test_widths_are_searched_next_to_own_intervals_only_on_request():
     own = [(0.3, 0.8)]
     assert candidate_intervals(4, own=own) == [WHOLE, (0.30000001192092896, 0.800000011920929)]
     assert len(candidate_intervals(4, own=own, widths=[0.9])) == 1 + 3 + 1
@@ -121,7 +121,7 @@ def test_an_interval_is_read_from_text():
         ({"own": [(0.0, 0.0)]}, "interval_candidates 0.0-0.0"),
     ],
 )
-def test_candidates_that_are_no_intervals_are_refused(arguments, message):
+def test_candidates_that_are_not_intervals_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         candidate_intervals(4, **arguments)
 
@@ -160,7 +160,7 @@ def test_a_candidate_with_a_constant_weight_is_warned_about(monkeypatch):
 # --- The statistic ---------------------------------------------------------------------------------------------------
 
 
-def test_the_earlier_of_equals_is_chosen_and_nothing_from_what_is_no_number():
+def test_the_first_of_equals_is_chosen_and_non_finite_variances_are_refused():
     assert first_smallest(torch.tensor([3.0, 1.0, 2.0, 1.0])) == 1
     with pytest.raises(NotFiniteError, match="of 1 of 3 intervals are NaN or infinite"):
         first_smallest(torch.tensor([1.0, math.nan, 2.0]))

@@ -28,7 +28,7 @@ def test_a_recipe_of_blocks_serves_the_baselines(model_type, recipe):
     assert not arguments.training.interval_search and arguments.training.final_estimator is None
 
 
-def test_what_is_left_out_is_said(monkeypatch, tmp_path):
+def test_ignored_fields_are_named(monkeypatch, tmp_path):
     notes = []
     monkeypatch.setattr("bd3lm_hf.training.initial_model.logger.warning", notes.append)
     parse_arguments(["--model_type=ar"])

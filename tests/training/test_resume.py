@@ -1,4 +1,4 @@
-"""Runs that are killed by SIGKILL in the middle of what they do resume exactly; other runs are refused."""
+"""Runs killed by SIGKILL at any moment resume exactly; other runs are refused."""
 
 import json
 import random
@@ -25,7 +25,7 @@ LAUNCH = DRIVER.parent.parent / "training" / "launch" / "cpu2.yaml"
 
 
 class Driver:
-    """Carries out plans of kills, each in one interpreter, and gives what came of each case."""
+    """Carry out plans of kills, each in one interpreter, and return the outcome of each case."""
 
     def __init__(self, folder: Path) -> None:
         self.parent, self.folder, self.errors, self.calls = folder, folder, "", 0

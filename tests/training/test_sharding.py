@@ -1,4 +1,4 @@
-"""Weights that lie in parts on two processes; the runs themselves are in `two_processes.py`."""
+"""Weights sharded over two processes; the runs themselves are in `two_processes.py`."""
 
 import filecmp
 import json
@@ -120,7 +120,7 @@ def test_a_sharded_run_resumes_bit_for_bit(two_processes):
         assert all(torch.equal(resumed[key], tensor) for key, tensor in whole_run.items()), name
 
 
-def test_low_precision_is_close_and_spares_noise_loss_and_saved_weights(two_processes, alone):
+def test_low_precision_is_close_and_keeps_noise_loss_and_saved_weights_in_float32(two_processes, alone):
     folder, results = two_processes
     for result in results:
         bf16 = result["bf16"]
@@ -162,7 +162,7 @@ def test_a_copy_is_equal_and_shares_nothing():
         assert one.data_ptr() != other.data_ptr(), name
 
 
-def test_weights_that_zero_3_spreads_are_gathered_for_a_copy(monkeypatch):
+def test_weights_that_zero_3_shards_are_gathered_for_a_copy(monkeypatch):
     model = tiny_model().eval()
     expected, spread = scores(model), model.backbone.blocks[0].attn_qkv.weight
     values, spread.data, spread.ds_id, gathered = spread.data, torch.empty(0), 3, []

@@ -17,7 +17,7 @@ BUFFERS = {"sampling_eps_min", "sampling_eps_max"}
 
 @pytest.fixture
 def checkpoint(tiny_tokenizer, randomize, tmp_path):
-    """A function that saves a checkpoint for the tiny tokenizer as others write it, and returns its folder."""
+    """A function that saves a checkpoint for the tiny tokenizer as other programs write it, and returns its folder."""
 
     def save(*, without=(), **fields) -> str:
         settings = {"hidden_dim": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2, "dropout": 0.0, "model_length": 32}
@@ -43,7 +43,7 @@ FULL_DIFFUSION = {
 
 @pytest.mark.parametrize("case", FULL_DIFFUSION)
 @pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_full_diffusion_goes_on_in_blocks_with_every_weight(checkpoint, tiny_tokenizer, case, block_size):
+def test_full_diffusion_continues_in_blocks_with_every_weight(checkpoint, tiny_tokenizer, case, block_size):
     fields, without = FULL_DIFFUSION[case]
     folder = checkpoint(block_size=32, without=without, **fields)
     model = start_from(folder, tiny_tokenizer, {"block_size": block_size})
@@ -61,7 +61,7 @@ def test_full_diffusion_goes_on_in_blocks_with_every_weight(checkpoint, tiny_tok
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_full_diffusion_that_goes_on_as_such_stays_what_it_was(checkpoint, tiny_tokenizer):
+def test_full_diffusion_continued_as_such_is_unchanged(checkpoint, tiny_tokenizer):
     folder = checkpoint(block_size=32, cross_attn=False, var_min=False)
     model = start_from(folder, tiny_tokenizer, {"resample": False})
     assert (model.config.cross_attn, model.config.var_min, model.config.block_size) == (False, False, 32)
@@ -123,14 +123,14 @@ def test_a_longer_window_turns_full_diffusion_into_blocks(checkpoint, tiny_token
     assert (model.config.block_size, model.config.model_length, model.config.cross_attn) == (32, 64, True)
 
 
-def test_a_checkpoint_in_half_precision_goes_on_in_single_precision(checkpoint, tiny_tokenizer, tmp_path):
+def test_a_checkpoint_in_half_precision_continues_in_single_precision(checkpoint, tiny_tokenizer, tmp_path):
     folder = checkpoint(block_size=4)
     BD3LMForMaskedLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
     model = start_from(str(tmp_path / "half"), tiny_tokenizer, {})
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_special_tokens_that_the_checkpoint_leaves_open_are_the_tokenizers(checkpoint, tiny_tokenizer):
+def test_special_tokens_that_the_checkpoint_does_not_set_are_the_tokenizers(checkpoint, tiny_tokenizer):
     config = start_from(checkpoint(block_size=4, eos_token_id=7), tiny_tokenizer, {}).config
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 7, 2)
 

@@ -46,7 +46,7 @@ def trained(recipe, tmp_path_factory):
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's environment without anything that would put the checkout on the path."""
+    """The environment of this process without anything that would put the checkout on the path."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return {**kept, "OMP_NUM_THREADS": "1", **changes}
 
@@ -84,7 +84,7 @@ def test_a_run_leaves_its_curve_and_a_sample_of_each_evaluation(trained):
     assert "--- sample at step 2 ---\nA block" in (trained[1] / "samples.txt").read_text(encoding="utf-8")
 
 
-def test_full_diffusion_goes_on_in_small_blocks_as_the_paper_trains(recipe, corpus, tmp_path):
+def test_full_diffusion_continues_in_small_blocks_as_the_paper_trains(recipe, corpus, tmp_path):
     words = ["--block_size", "32", "--final_estimator", "stratified", "--sample_tokens", "0"]
     run([str(recipe), *words, "--output_dir", str(tmp_path / "full")])
     words = ["--init_from", str(tmp_path / "full"), "--block_size", "4", "--dataset", str(corpus), "--use_cpu"]
@@ -139,7 +139,7 @@ def test_a_run_is_resumed_from_the_last_checkpoint_that_is_complete(recipe, tmp_
         run([*words, "--resume_from_checkpoint", str(folder / "checkpoint-2")])
 
 
-def test_a_run_that_goes_on_elsewhere_leaves_the_checkpoints_of_others(recipe, tmp_path, capsys):
+def test_a_run_that_continues_elsewhere_keeps_the_original_checkpoints(recipe, tmp_path, capsys):
     run([str(recipe), "--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--save_strategy", "steps"])
     saved = tmp_path / "run" / "checkpoint-1"
     words = [str(recipe), "--resume_from_checkpoint", str(saved), "--save_strategy", "steps", "--save_steps", "1"]
@@ -196,7 +196,7 @@ def test_two_processes_take_the_same_steps_as_one(two_processes, alone):
         torch.testing.assert_close(weights[name], others[name], rtol=0, atol=1e-6, msg=name)
 
 
-def test_two_processes_read_a_stream_as_one_does_and_go_on_where_it_was(two_processes, alone):
+def test_two_processes_read_a_stream_as_one_does_and_resume_where_it_was(two_processes, alone):
     losses = logged(alone[1]["stream"], "loss")
     assert len(losses) == 5
     for results in two_processes[1]:
@@ -235,7 +235,7 @@ def test_adapters_learn_completions_and_write_them(trained, pairs, tmp_path, cap
     assert (scored["nll"], scored["bits_per_byte"]) == (pytest.approx(result.after.nll, rel=1e-4), None)
 
 
-def test_adapters_need_a_model_to_adapt_that_is_no_adapter_itself(recipe, trained, pairs, tmp_path):
+def test_adapters_need_a_model_that_is_not_an_adapter_itself(recipe, trained, pairs, tmp_path):
     with pytest.raises(ValueError, match="--lora_r 4 adapts a trained model: name one with --init_from"):
         run([str(recipe), "--lora_r", "4", "--output_dir", str(tmp_path / "run")])
     words = ["--init_from", str(trained[1]), "--dataset", str(pairs), "--lora_r", "2", "--max_steps", "1"]

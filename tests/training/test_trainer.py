@@ -196,7 +196,7 @@ def test_a_loss_of_another_or_masked_text_is_refused(make_trainer, keywords, val
 # Precision, checkpointing, compilation
 
 
-def test_bfloat16_spares_the_noise_and_stays_close(make_trainer):
+def test_bfloat16_keeps_the_noise_in_float32_and_stays_close(make_trainer):
     plain, low = make_trainer(), make_trainer(bf16=True)
     dtypes, gradients = set(), []
 
@@ -213,7 +213,7 @@ def test_bfloat16_spares_the_noise_and_stays_close(make_trainer):
     assert next(low.model.parameters()).dtype == torch.float32
 
 
-def test_deepspeeds_precision_spares_the_noise(make_trainer, monkeypatch):
+def test_deepspeeds_precision_keeps_the_noise_in_float32(make_trainer, monkeypatch):
     trainer = make_trainer()
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.is_deepspeed_enabled = True

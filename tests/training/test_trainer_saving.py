@@ -106,7 +106,7 @@ def test_weights_that_are_not_finite_are_refused_before_training(tiny_config, ma
         make_trainer(model=model)
 
 
-def test_a_model_without_the_two_verbs_is_refused():
+def test_a_model_without_the_two_methods_is_refused():
     with pytest.raises(ValueError, match="a Linear has no `token_nll`"):
         BD3LMTrainer(model=torch.nn.Linear(2, 2))
 
@@ -188,7 +188,7 @@ def test_a_resumed_run_does_not_repeat_its_first_evaluation(make_trainer):
     assert steps == [[0, 2], [0, 2]]
 
 
-def test_a_small_disk_is_told_before_the_first_step(make_trainer, monkeypatch, caplog):
+def test_a_small_disk_is_reported_before_the_first_step(make_trainer, monkeypatch, caplog):
     monkeypatch.setattr("bd3lm_hf.run_folder.free_bytes", lambda folder: 1000)
     make_trainer(max_steps=1, save_strategy="no").train()
     assert not caplog.records

@@ -142,7 +142,7 @@ def test_an_adapter_is_uploaded_as_one_if_its_base_has_a_repository(hub, uploadi
     ("name", "value"),
     [("hub_token", "hf_secret"), ("hub_strategy", "checkpoint"), ("hub_strategy", "all_checkpoints")],
 )
-def test_tokens_are_no_arguments_and_whole_checkpoints_are_not_for_the_hub(uploading_trainer, name, value):
+def test_tokens_as_arguments_and_uploads_of_whole_checkpoints_are_refused(uploading_trainer, name, value):
     with pytest.raises(ValueError, match=f"--{name}") as caught:
         uploading_trainer(**{name: value})
     assert (value in str(caught.value)) is (name == "hub_strategy")
