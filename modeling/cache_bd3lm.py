@@ -393,7 +393,7 @@ def check_tokens(cache: Cache, token_ids: torch.Tensor) -> None:
     for number, row in enumerate(token_ids[:, :held].tolist()):
         if tuple(row) not in texts:
             raise ValueError(
-                f"past_key_values holds {held} tokens of another text than row {number} begins with: pass the whole "
+                f"past_key_values holds {held} tokens of another text than row {number}: pass the whole "
                 f"text so far as input_ids, or leave the cache out."
             )
 

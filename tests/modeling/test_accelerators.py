@@ -1,7 +1,7 @@
 """Training on an accelerator, as far as a CPU can show it: no step waits for the device or is compiled again.
 
-The meta device takes the place of the accelerator: it is not a CPU, and it has no values, so an attempt to read one
-fails. Where values are compared, compiled code takes its place: neither looks at values to choose its way.
+The meta device replaces the accelerator: it is not a CPU and has no values, so reading one fails. Where values are
+compared, compiled code replaces it: neither branches on values.
 """
 
 from typing import Any
@@ -117,7 +117,7 @@ def batch_of(model: Any, inputs: str, step: int) -> dict[str, torch.Tensor]:
         ("bd3lm, flex", "documents"),
         ("ar", "padding"),
         ("llama", "documents"),
-        # The other pairs find no further way through the code; each compiles for seconds.
+        # The other pairs take no other path through the code, and each compiles for seconds.
         pytest.param("bd3lm, flex", "padding", marks=pytest.mark.slow),
         pytest.param("ar", "documents", marks=pytest.mark.slow),
         pytest.param("llama", "padding", marks=pytest.mark.slow),

@@ -20,12 +20,12 @@ LENGTHS = [1, 3, 4, 7, 32, 45]
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 8 queries, so that short sequences have several."""
+    """Set tiles of 8 queries, so that short sequences have several."""
     monkeypatch.setattr(attention_bd3lm, "_TILE", 8)
 
 
 def padded_mask(length: int) -> torch.Tensor:
-    """Rows without padding, with padding on the left and on the right, `(3, length)`."""
+    """Return rows without padding, with padding on the left and on the right, `(3, length)`."""
     mask = torch.ones(3, length, dtype=torch.long)
     mask[1, : length // 3] = 0
     mask[2, length - length // 3 :] = 0
@@ -53,7 +53,7 @@ def dense(tiles: tuple[Tile, ...], rows: int, queries: int, keys: int) -> torch.
 
 
 def rule(attention_mask: torch.Tensor, block_size: int, num_noise_samples: int) -> torch.Tensor:
-    """The published rule over `[x_0 ; x_t ; x_t ; ...]`, from the blocks of two tokens; padding sees nothing."""
+    """Return the published rule over `[x_0 ; x_t ; ...]`, given the blocks of two tokens; padding sees nothing."""
     real = attention_mask.bool()
     block = (real.long().cumsum(1) - 1) // block_size
     earlier, own = block[:, :, None] > block[:, None, :], block[:, :, None] == block[:, None, :]

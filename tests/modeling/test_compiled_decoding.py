@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 @pytest.fixture
 def model():
-    """A model of one layer, which compiles in half the time of two."""
+    """Return a model of one layer, which compiles in half the time of two."""
     return make_family("bd3lm", model_length=32, n_blocks=1)
 
 
@@ -29,7 +29,7 @@ def graphs():
 
 @pytest.fixture
 def compiled(graphs):
-    """Options of `generate` for a step whose graphs are counted."""
+    """Return options of `generate` for a step whose graphs are counted."""
 
     def backend(graph, inputs, **options):
         graphs.append(graph)

@@ -28,7 +28,7 @@ def model():
 
 @pytest.fixture
 def forwards(model, monkeypatch) -> list[tuple[int, int]]:
-    """Rows and tokens of every forward pass of the network."""
+    """Record the rows and tokens of every forward pass of the network."""
     shapes: list[tuple[int, int]] = []
     run = model.backbone.run
 

@@ -94,12 +94,12 @@ def test_greedy_text_is_that_of_a_plain_loop(models, family, sampler, cache):
     # Keys that a moving window keeps differ from recomputed ones: test_windows_bd3lm.py has their reference.
     size, moves = models[family].config.block_size, family == "mdlm" or "exact" in cache or cache == "none"
     for prompt in prompts_of([1, 6, 13 if family == "bd3lm" else 8][: 2 + moves]):
-        # To the end of a block, so that the loop's last block is requested as a whole.
+        # To the end of a block, so that the loop's last block is requested in full.
         count = 2 * size - len(prompt) % size if family == "bd3lm" else 13 - len(prompt)
         output = generate(models[family], prompt, max_new_tokens=count, **options_of(sampler, cache))
         expected, steps = plain_loop(models[family], prompt, count, sampler)
         assert new_tokens(output)[0].tolist() == expected
-        if family == "bd3lm":  # the last window of masked diffusion is not requested as a whole
+        if family == "bd3lm":  # the last window of masked diffusion is not requested in full
             assert output.num_forward_passes == output.row_forward_passes[0] == steps
             assert output.tokens_per_forward == count / steps
 

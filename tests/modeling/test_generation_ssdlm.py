@@ -19,7 +19,7 @@ PROMPT = prompts_of([5])[0][None]
 
 @pytest.fixture(scope="module")
 def model():
-    """A tiny model whose texts vary: bos 0, eos 1, pad 2, mask 47, blocks of 4 in a window of 24."""
+    """Return a tiny model whose texts vary: bos 0, eos 1, pad 2, mask 47, blocks of 4 in a window of 24."""
     sizes = {"vocab_size": 48, "hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "dropout": 0.0}
     special = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 2}
     model = SSDLMForMaskedLM(SSDLMConfig(**sizes, **special, block_size=4, model_length=24)).eval()

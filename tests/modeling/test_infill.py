@@ -31,7 +31,7 @@ def model() -> BD3LMForMaskedLM:
 
 
 def filled_by_hand(model, text: list[int]) -> list[int]:
-    """From left to right, one greedy token per forward pass over the text up to the end of its block."""
+    """Fill from left to right, one greedy token per forward pass over the text up to the end of its block."""
     text, size = list(text), model.config.block_size
     for position in range(len(text)):
         if text[position] == MASK:

@@ -44,7 +44,7 @@ def blocks_of(model: BD3LMForMaskedLM, ids: torch.Tensor, maskable: torch.Tensor
 
 
 def subset_nll(model: BD3LMForMaskedLM, ids: torch.Tensor, subset: tuple[int, ...]) -> torch.Tensor:
-    """-log p of the tokens at `subset`, masked together, given the rest of their block and all earlier blocks."""
+    """Return -log p of the tokens at `subset`, masked together, given the rest of the block and all earlier blocks."""
     x_t = ids.clone()
     x_t[0, list(subset)] = 3
     with torch.no_grad():
@@ -52,7 +52,7 @@ def subset_nll(model: BD3LMForMaskedLM, ids: torch.Tensor, subset: tuple[int, ..
 
 
 def integrated_bound(model, ids, maskable, low: float = 0.0) -> torch.Tensor:
-    """Eq. 8 by quadrature: the mean over t of 1/t * sum over masks of their probability times the masked tokens' NLL.
+    """Integrate Eq. 8: the mean over t of 1/t * sum over masks of their probability times the masked tokens' NLL.
 
     The integrand is a polynomial in t of degree below the block size, so 16 Gauss-Legendre nodes are exact.
     """
@@ -87,7 +87,7 @@ def test_the_exact_estimator_equals_the_integral_of_the_bound(toy, context):
 
 
 def orders_nll(model: BD3LMForMaskedLM, ids: torch.Tensor, block: list[int]) -> torch.Tensor:
-    """-log p of a block along every order of revealing one token at a time."""
+    """Return -log p of a block along every order of revealing one token at a time."""
     totals = [
         sum(subset_nll(model, ids, order[step:])[order[step]] for step in range(len(order)))
         for order in itertools.permutations(block)

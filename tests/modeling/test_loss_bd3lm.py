@@ -401,7 +401,7 @@ def test_the_head_multiplies_in_the_precision_of_autocast(tiny_model):
 
 @pytest.fixture(params=["bd3lm", "mdlm", "sedd", "ar"])
 def family(request):
-    """A tiny model of each family with a likelihood; 48 ids, mask 47."""
+    """Return a tiny model of each family with a likelihood; 48 ids, mask 47."""
     return make_family(request.param, model_length=16)
 
 

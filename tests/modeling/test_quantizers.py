@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits, by the libraries that people use: as close to the full model as a stock Llama's are.
+"""Weights in 8 and 4 bits, with the common libraries: as close to the full model as those of a stock Llama.
 
 They are optional, and not among the pins: `make test-slow` installs them where it can.
 """

@@ -55,7 +55,7 @@ BIAS |= {"log": (-2e-3, 1e-3), "cosine": (-8e-3, -1e-3)}
 
 
 def losses_by_count(model: BD3LMForMaskedLM) -> list[list[float]]:
-    """For each block and each k, the summed -log p of all masks with k tokens; the first token is never masked."""
+    """Return for each block and k the summed -log p of all masks with k tokens; the first token is never masked."""
     ids, found = torch.tensor(TEXT), []
     for block in ([1, 2], [3, 4, 5]):
         sums = [0.0]

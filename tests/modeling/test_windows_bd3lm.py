@@ -39,8 +39,8 @@ def new_cache(kind: type, model):
 def published_text(model: BD3LMForMaskedLM, prompt: torch.Tensor, count: int) -> tuple[torch.Tensor, list]:
     """Return the greedy text of the published cache, and the logits of each new token.
 
-    Its keys and values are those of the time when their block was finished, so a token sees the window that ended
-    with its own block.
+    Its keys and values were computed when their block was finished, so a token sees the window that ended with its own
+    block.
     """
     config, text, logits = model.config, prompt, []
     while len(logits) < count:
