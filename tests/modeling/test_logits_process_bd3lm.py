@@ -66,7 +66,7 @@ class Recorder(LogitsProcessor):
 
 
 def processors_of(*processors) -> PositionProcessors:
-    """Return them for two rows: a prompt of 2 and new tokens 10, 11, ..., and a prompt of 5 and 20, 21, ..."""
+    """Return processors for two rows: a prompt of 2 and new tokens 10, 11, ..., and a prompt of 5 and 20, 21, ..."""
     prompt = torch.tensor([[2, 2, 2, 8, 9], [3, 4, 5, 6, 7]])
     buffer = SequenceBuffer.from_prompts(prompt, (prompt != 2).long(), 4, 4, 47)
     buffer.token_ids[0, 6:], buffer.token_ids[1, 5:] = torch.arange(10, 16), torch.arange(20, 27)
