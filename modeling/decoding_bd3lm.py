@@ -44,13 +44,11 @@ class Trace:
 
     Args:
         buffer: the buffer that the call decodes.
-        input_ids, attention_mask: `(batch, length)`, the prompts as passed.
+        attention_mask: `(batch, length)`, ones where the prompts have tokens.
     """
 
-    def __init__(
-        self, buffer: SequenceBuffer, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> None:
-        self.columns = _output_columns(buffer, input_ids, attention_mask).cpu()
+    def __init__(self, buffer: SequenceBuffer, attention_mask: torch.Tensor) -> None:
+        self.columns = _output_columns(buffer, attention_mask.bool()).cpu()
         self.steps: list[TraceStep] = []
 
     def add(self, begin: int, block: torch.Tensor, revealed: torch.Tensor, confidence: torch.Tensor) -> None:
@@ -60,11 +58,12 @@ class Trace:
         self.steps.append(TraceStep(begin, block.cpu().clone(), revealed, confidence, columns))
 
 
-def _output_columns(
-    buffer: SequenceBuffer, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Return the column of the output for each column of the buffer, `(batch, columns)`, -1 for none."""
-    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+def _output_columns(buffer: SequenceBuffer, real: torch.Tensor) -> torch.Tensor:
+    """Return the column of the output for each column of the buffer, `(batch, columns)`, -1 for none.
+
+    Args:
+        real: bool `(batch, length)`, False for padding of the prompts.
+    """
     width, lengths = real.shape[1], real.sum(1, keepdim=True)
     # Index of each column's token in its row, counted from the first token of the prompt.
     number = torch.arange(buffer.token_ids.shape[1], device=real.device) - buffer.row_start.unsqueeze(1)

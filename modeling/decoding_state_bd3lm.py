@@ -196,7 +196,7 @@ class SequenceBuffer:
 
     @classmethod
     def from_blanks(
-        cls, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, block_size: int, mask_token_id: int
+        cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, block_size: int, mask_token_id: int
     ) -> tuple["SequenceBuffer", torch.Tensor]:
         """Align texts whose mask tokens are to be filled in. Also return which columns are text, as a bool mask.
 
@@ -246,12 +246,12 @@ class SequenceBuffer:
         return self.token_ids.gather(1, columns.clamp(max=self.token_ids.shape[1] - 1))
 
 
-def pad_left(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def pad_left(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Move the padding of prompts `(batch, length)` to the left. Also return its mask, or None without padding.
 
     Processors and criteria that read the text then find the new tokens right after it.
     """
-    if attention_mask is None or bool(attention_mask.all()):
+    if bool(attention_mask.all()):
         return input_ids, None
     order = attention_mask.bool().long().argsort(dim=1, stable=True)
     return input_ids.gather(1, order), ~attention_mask.bool().gather(1, order)

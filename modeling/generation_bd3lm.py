@@ -380,7 +380,7 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         prompt, padding = pad_left(input_ids, attention_mask)
         stop = StopRules(stopping_criteria, prompt, buffer, generation_config, padding)
         generator = model_kwargs.get("generator")
-        trace = Trace(buffer, input_ids, read) if generation_config.output_trace else None
+        trace = Trace(buffer, read) if generation_config.output_trace else None
         writer = BlockWriter(self, buffer, prompt, logits_processor, generation_config, cache, generator, trace)
         # 2. and 3. Denoise, stop and stream
         write_blocks(writer, stop, streamer)
@@ -461,7 +461,7 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         buffer, is_text = SequenceBuffer.from_blanks(
             input_ids, attention_mask, self.config.block_size, self.config.mask_token_id
         )
-        trace = Trace(buffer, input_ids, attention_mask) if config.output_trace else None
+        trace = Trace(buffer, attention_mask) if config.output_trace else None
         cached = config.use_cache and not self.config.time_conditioning and not fills_window(self.config)
         cache = cache_maker(config.cache_implementation)(self.config) if cached else None
         # The context of processors starts at the first token of each row, so the prompt before the buffer is empty.

@@ -362,7 +362,7 @@ def test_columns_of_the_buffer_are_found_in_the_output(real, blanks, expected):
     real, token_ids = torch.tensor(real), torch.zeros(2, 7, dtype=torch.long)
     blanks = None if blanks is None else token_ids.bool()
     buffer = SequenceBuffer(token_ids, torch.tensor([2, 0]), real.sum(1), 0, 7, 1, None, blanks)
-    assert Trace(buffer, real, real).columns.tolist() == expected
+    assert Trace(buffer, real).columns.tolist() == expected
 
 
 def test_masked_diffusion_takes_a_step_per_token_and_score_entropy_at_most_one_more_than_requested():
