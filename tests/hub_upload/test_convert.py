@@ -15,7 +15,7 @@ from bd3lm_hf.hub_upload.convert import convert, to_published
 
 
 SIZES = {"vocab_size": 48, "model_length": 32, "hidden_dim": 32, "cond_dim": 16, "n_blocks": 2, "n_heads": 2}
-# What the repositories' configurations say (each leaves out other things).
+# The repositories' configurations (each omits different fields).
 PUBLISHED = {
     "bd3lm": {
         **{"model_type": "bd3lm", "architectures": ["BD3LM"], "attn_backend": "flex", "return_dict": False},
@@ -289,7 +289,7 @@ def test_what_is_next_to_the_target_does_not_matter_and_a_target_in_use_stays(ma
     assert sorted(path.name for path in tmp_path.iterdir()) == [".incomplete", "source", "target"]
 
 
-# And back
+# Converting back
 
 
 def test_a_model_of_ours_travels_to_the_published_layout_and_back(make_model, tiny_tokenizer, tmp_path):

@@ -63,7 +63,7 @@ def test_only_changed_files_are_sent_and_those_of_an_earlier_push_are_removed(hu
     for name in ("app.py", "pytorch_model.bin", "onnx/model.bin"):
         repo.put(name, b"theirs")
     stale = repo.files()["manifest.json"].replace(b'"noise_bd3lm.py"', b'"gone_bd3lm.py"')
-    repo.put("manifest.json", b"[]")  # of somebody else: it removes nothing
+    repo.put("manifest.json", b"[]")  # a foreign one, which removes nothing
     done, _ = push(run_folder, REPO)
     assert done.changed and done.removed == ["pytorch_model.bin"] and repo.files()["app.py"] == b"theirs"
     for name, content in (("pytorch_model.bin", b"theirs"), ("manifest.json", stale), ("gone_bd3lm.py", b"old")):

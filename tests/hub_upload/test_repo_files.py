@@ -212,7 +212,7 @@ def test_a_new_folder_replaces_nothing_follows_no_link_and_leaves_nothing_behind
     with pytest.raises(RuntimeError, match="stop"), new_folder(tmp_path / "out", "DST") as folder:
         (folder / "half").write_text("")
         raise RuntimeError("stop")
-    # Something appears under the name in the meantime.
+    # Something else appears under that name in the meantime.
     with pytest.raises(OSError), new_folder(tmp_path / "late", "DST"):
         (tmp_path / "late").mkdir()
         (tmp_path / "late" / "theirs").write_text("")

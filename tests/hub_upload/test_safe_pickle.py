@@ -27,7 +27,7 @@ def test_code_in_a_checkpoint_is_named_and_not_run(bd3lm, tmp_path, file):
     torch.save({"state_dict": {}, "hyper_parameters": Attack(tmp_path / "was-run")}, tmp_path / "source" / file)
     source = tmp_path / "source" / (file if file.endswith(".ckpt") else "")
     assert_refused(bd3lm("convert", source, tmp_path / "target"), "system")
-    # The model's own loader refuses it too, without torch's page of advice.
+    # The model's own loader refuses it too, without torch's long advice.
     code, _, err = bd3lm("generate", "--model", tmp_path / "source", "--prompt", "A")
     assert code == 2 and err.count("\n") == 1 and len(err) < 600 and str(tmp_path / "source") in err
     assert not (tmp_path / "was-run").exists() and not (tmp_path / "target").exists()

@@ -20,13 +20,13 @@ COMPUTE = {
 }  # fmt: skip
 HARMLESS = {"torch.compile", "torch.jit.is_tracing"}
 NAMES_OF = {"os": {"PathLike"}, "threading": {"Lock", "current_thread", "main_thread"}}
-# What reaches outside by way of torch, which itself may be imported.
+# Names through which torch, which itself may be imported, reaches outside.
 OUTSIDE_TORCH = {
     "hub", "package", "save", "load", "jit", "multiprocessing", "from_file", "UntypedStorage", "classes",
     "cpp_extension", "export", "serialization",
 }  # fmt: skip
 BUILTINS = {"open", "eval", "exec", "compile", "__import__", "input", "breakpoint", "globals", "__builtins__"}
-# By these an object reaches a file, a process or another module's code, whatever it is called.
+# Through these an object of any name reaches a file, a process or another module's code.
 METHODS = {
     "open", "read_text", "read_bytes", "write_text", "write_bytes", "write", "unlink", "mkdir", "rmdir", "touch",
     "system", "popen", "urlopen", "connect", "tofile", "fromfile", "import_module", "load_module", "exec_module",
@@ -94,8 +94,8 @@ def forbidden(source: str) -> list[str]:
             if head in NAMES_OF and not harmless or node.attr in METHODS or (name and outside(name)):
                 found.append(name or node.attr)
         elif isinstance(node, ast.Call) and dotted(node.func) in ("getattr", "setattr", "delattr"):
-            # A name that is put together could be any of the above, but not on an object that has none of them.
-            # A class has no more than its instances have.
+            # A computed name could be any of the above, except on an object that has none of them.
+            # A class has no more names than its instances.
             target = node.args[0]
             if isinstance(target, ast.Call) and dotted(target.func) == "type":
                 target = target.args[0]

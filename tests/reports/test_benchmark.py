@@ -72,7 +72,7 @@ def test_peak_memory_is_that_of_two_training_steps(monkeypatch, tiny_model, caps
     steps = []
 
     def run(command, **options):
-        exec(command[-1], {})  # else in a process of its own
+        exec(command[-1], {})  # otherwise in a separate process
         return SimpleNamespace(stdout=capsys.readouterr().out)
 
     monkeypatch.setattr(benchmark.subprocess, "run", run)

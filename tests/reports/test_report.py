@@ -155,7 +155,7 @@ def test_the_page_needs_nothing_else_and_no_text_of_a_file_becomes_a_part_of_it(
     assert not {"script", "link", "iframe", "img", "b-"} & set(shown.tags)
     assert "i" not in shown.tags
     assert all(re.match("#|data:", address) for address in shown.addresses)
-    assert HARMFUL in shown.text  # as text, the field of the template in it left alone
+    assert HARMFUL in shown.text  # as text, without evaluating the template field in it
     assert shown.open == []
 
 
@@ -210,7 +210,7 @@ def test_the_page_names_what_a_run_lacks(tmp_path):
     (run / "results.json").unlink()
     shown = page_of(run)
     assert "killed: results.json is missing" in shown.text
-    assert "The interval of mask rates" in shown.text  # what is there is shown
+    assert "The interval of mask rates" in shown.text  # what exists is shown
 
 
 def test_losses_that_are_not_finite_and_single_points_are_drawn(tmp_path):

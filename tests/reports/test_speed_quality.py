@@ -96,7 +96,7 @@ def test_the_error_of_a_ratio_is_that_of_pairs_of_texts():
     counts = [10] * 400
     ratio = compare_curves(point((base + shift).tolist(), counts), point(base.tolist(), counts))
     assert ratio.value == pytest.approx(math.exp(shift.mean().item() / 10), rel=1e-6)
-    # What both share does not count: the error is that of the shift alone.
+    # What both share cancels: only the shift has an error.
     assert ratio.standard_error == pytest.approx(ratio.value * shift.std().item() / 10 / 20, rel=1e-3)
 
 

@@ -85,7 +85,7 @@ def test_the_parts_of_a_known_variance_are_found():
     batches = [torch.randint(0, 3, (2, 8), generator=generator) for _ in range(400)]
     results = gradient_variance(Known(), batches, [1, 4], repeats=5)
     for result, draws in zip(results, (1, 4), strict=True):
-        expected = 2 / 12 / (2 * 8 * draws)  # of two equal parameters
+        expected = 2 / 12 / (2 * 8 * draws)  # two equal parameters
         assert result.noise == pytest.approx(expected, abs=4 * result.noise_error)
         assert result.noise_error < 0.1 * expected
         assert result.data == pytest.approx(2 * (2 / 3) / 16, rel=0.3)
@@ -148,5 +148,5 @@ def test_bench_measures_a_checkpoint(bd3lm, model_folder, text_file, words):
 def test_what_cannot_be_measured_is_one_line_and_exit_code_2(bd3lm, model_folder, text_file, words, message):
     words = words.replace("MODEL", str(model_folder)).split()
     code, _, error = bd3lm("bench", *words, "--dataset", text_file, "--threads", 1)
-    last = error.splitlines()[-1]  # after what the libraries show of their progress
+    last = error.splitlines()[-1]  # after the libraries' progress output
     assert code == 2 and last.startswith("error: ") and message in last and "Traceback" not in error

@@ -110,7 +110,7 @@ def test_a_text_does_not_depend_on_other_requests(make_model, serve, name):
     assert [len(text) for text in alone] == [count for _, count in CALLS]
     assert all("".join(caller.shown) == text for caller, text in zip(together, alone, strict=True))
     assert [caller.request.finish_reason for caller in together] == ["length"] * 4
-    # Each joins while the one before it is being written.
+    # Each joins while the previous one is being generated.
     staggered = callers()
     for caller, next_one in zip(staggered, staggered[1:], strict=False):
         caller.after_first_text = lambda request=next_one.request: batcher.submit(request)
@@ -143,7 +143,7 @@ def test_a_batch_takes_the_passes_of_its_longest_text_and_reads_nothing_twice(ma
     batcher, network = serve(model), Network(monkeypatch)
     prompts = [[1] * (1 + 5 * row) for row in range(8)]
     alone = [network.of(batcher, [Caller(model, prompt, 48, seed)]) for seed, prompt in enumerate(prompts)]
-    # A row that begins within a block may need a step more than its neighbours; the prompts are read one by one.
+    # A row that begins within a block may need one step more than the others; the prompts are read one by one.
     passes, tokens = network.of(batcher, [Caller(model, prompt, 48, seed) for seed, prompt in enumerate(prompts)])
     longest = max(count for count, _ in alone)
     assert passes <= longest + 4 + len(prompts)

@@ -25,7 +25,7 @@ def test_a_killed_server_starts_again_on_its_port(model_folder, tmp_path, monkey
         assert server.port == port
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0, timeout=60)
         texts.append(client.completions.create(**options).choices[0].text)
-        # It is killed while it writes.
+        # It is killed while it generates.
         stream = iter(client.completions.create(**{**options, "max_tokens": 100_000}, stream=True))
         next(stream)
         server.process.send_signal(number)

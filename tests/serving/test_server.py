@@ -145,7 +145,7 @@ def test_an_answer_can_be_sent_back_as_clients_dump_it(server):
     client, messages = server.client(), [{"role": "user", "content": "Hello"}]
     for _ in range(2):  # the window has room for two answers
         answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=2, seed=1)
-        messages.append(answer.choices[0].message.model_dump())  # with all its fields that are null
+        messages.append(answer.choices[0].message.model_dump())  # with all its null fields
     assert "tool_calls" in messages[-1]
 
 
@@ -172,7 +172,7 @@ def test_transformers_chat_talks_to_the_server(server, monkeypatch, capsys):
     typed = iter(["The dog", "!clear", "A block of text", "!exit"])
     monkeypatch.setattr(chat.RichInterface, "input", lambda self: next(typed))
     monkeypatch.setattr(chat.RichInterface, "confirm", lambda self, message: False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # else it calls nobody
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # else it makes no calls
     shown, show = [], chat.RichInterface.stream_output
 
     async def recorded(interface, stream):

@@ -18,7 +18,7 @@ from bd3lm_hf.training.inputs import load_documents, make_sequences, make_tokeni
 from bd3lm_hf.user_files import BASE_NAME
 
 
-# peft asks transformers an old question.
+# peft calls a deprecated function of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 

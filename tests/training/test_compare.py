@@ -43,13 +43,13 @@ def test_models_are_trained_once_and_compared_in_one_table(recipe, tmp_path, cap
     assert [row["exact"] for row in rows] == [True, False, False, False, False]
     assert {row["training_tokens"] for row in rows} == {2 * 4 * 16}
     for row in rows:
-        # After two steps nobody is far from the uniform distribution over 300 ids.
+        # After two steps every model is close to the uniform distribution over 300 ids.
         assert 100 < row["generative_perplexity"] < 1000 and row["seconds_per_token"] > 0
         assert 0 < row["entropy"] <= torch.tensor(12.0).log() + 1e-6
     for row in rows[:4]:
         assert 100 < row["perplexity"] < 1000 and 0 < row["forwards_per_token"] <= row["batch_forwards_per_token"]
         assert f"| {row['model']} | {'' if row['exact'] else '<= '}{row['perplexity']:.1f} |" in printed
-    # It has no likelihood, and three steps for each of three blocks that hold eleven tokens.
+    # It has no likelihood, and takes three steps for each of the three blocks that cover eleven tokens.
     assert rows[4]["perplexity"] is None and rows[4]["forwards_per_token"] == pytest.approx(9 / 11)
     assert "| ssdlm | none |" in printed and "`none` a model without a likelihood" in printed
     trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/model.safetensors")}
@@ -152,7 +152,7 @@ def test_means_and_ranges_are_printed_and_bounds_are_marked():
         about = {"dataset": "a book (validation split)", "estimator": "exact bound"}
         return ComparedModel(model, seed, perplexity, exact, 1000, 10.0, 50.0, 2.0, 1.0, 1.0, 0.001, **about)
 
-    unnamed = row("c", 1, None, False)._replace(dataset="", estimator="")  # of a run before results named their text
+    unnamed = row("c", 1, None, False)._replace(dataset="", estimator="")  # from a run before results named their text
     text = comparison_table([row("a", 1, 10.0, True), row("a", 2, 12.0, True), row("b", 1, 20.0, False), unnamed])
     assert "| a | 11.0 (10.0 - 12.0) | 50.0 | 2.00 | 1.00 |" in text
     assert "| b | <= 20.0 |" in text and "| c | none | 50.0 |" in text

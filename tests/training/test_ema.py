@@ -59,9 +59,9 @@ def test_the_average_is_the_published_one(warmup, shadow):
 
 
 def test_the_metadata_of_a_saved_average_is_in_order(tmp_path):
-    # Otherwise equal averages have files of another hash: the order of the metadata changes with the process.
+    # Otherwise equal averages have files with different hashes: the order of the metadata varies between processes.
     average = WeightAverage(layer_of(), decay=0.99)
-    average.save(tmp_path, write=False)  # of a process that does not write
+    average.save(tmp_path, write=False)  # as in a process that does not write
     assert not list(tmp_path.iterdir())
     average.save(tmp_path)
     content = (tmp_path / EMA_NAME).read_bytes()

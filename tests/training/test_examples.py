@@ -117,7 +117,7 @@ def test_a_stream_counts_its_examples_over_all_passes(stream):
 def test_a_stream_continues_after_any_step_with_the_same_examples(stream, step):
     whole = stream()
     rows = iter(whole)
-    taken(rows, step * 8 + 9)  # the loader is up to a step ahead of what was trained on
+    taken(rows, step * 8 + 9)  # the loader is up to a step ahead of training
     expected = taken(iter(stream()), step * 8 + 60)[step * 8 :]
     rest = stream()
     rest.resume(whole.position(step))

@@ -17,7 +17,7 @@ class FlopCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights = self.attention = 0  # batched products are those of attention
+        self.weights = self.attention = 0  # only attention uses batched products
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))

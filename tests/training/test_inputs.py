@@ -102,7 +102,7 @@ def test_a_stream_trains_on_its_documents_and_holds_the_others_in_memory(corpus)
     assert isinstance(documents.train, IterableDataset) and isinstance(sequences.train, PackedStream)
     assert len(sequences.validation) == 6
     whole = inputs("--dataset", corpus, "--tokenizer", "train", "--max_eval_samples", 1000)
-    # Held out by the hash of a document, as without a stream, but the smallest hashes of all are not known.
+    # Held out by the hash of a document, as without a stream, but a stream cannot know the smallest hashes of all.
     assert set(whole[0].validation["text"]).issubset(row["text"] for row in documents.validation)
     ids = [row["input_ids"].tolist() for row in sequences.train]
     first = next(iter(documents.train))["text"]
@@ -139,7 +139,7 @@ def pairs(tmp_path) -> Path:
 def test_prompts_and_completions_are_found_by_their_columns(pairs):
     documents, tokenizer, sequences = inputs("--dataset", pairs, "--max_train_samples", 50, length=128)
     assert isinstance(documents.schema, PromptCompletion)
-    assert len(sequences.train) == 50 and sequences.bytes_per_token is None  # of some more
+    assert len(sequences.train) == 50 and sequences.bytes_per_token is None  # out of a few more
     for row in sequences.validation:
         first = row["labels"].index(next(label for label in row["labels"] if label != -100))
         assert re.fullmatch(r"Count .*:", tokenizer.decode(row["input_ids"][:first]))

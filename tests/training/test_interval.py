@@ -88,7 +88,7 @@ def test_candidates_are_what_a_model_would_hold(tiny_model):
     for low, high in candidate_intervals(4, own=[(0.0, 0.7), (0.123, 0.456)])[1:]:
         tiny_model.set_interval(low, high)
         assert tiny_model.interval() == (low, high)
-    assert candidate_intervals(4, own=[(0, 0.5)])[1] == (0.0010000000474974513, 0.5)  # raised to the least level
+    assert candidate_intervals(4, own=[(0, 0.5)])[1] == (0.0010000000474974513, 0.5)  # raised to the lowest level
 
 
 def test_published_intervals_that_reach_beyond_one_are_not_searched():
@@ -216,16 +216,16 @@ def test_shared_draws_and_a_pass_per_interval_agree_within_their_standard_error(
     assert (shared.shape, published.shape) == ((36, 8), (36, 24))
     difference = shared.mean(1) - published.mean(1)
     error = (shared.var(1) / shared.shape[1] + published.var(1) / published.shape[1]).sqrt()
-    # Losses near the level 1e-3 are rare and weigh up to 1000: some thousand draws do not tell their own spread.
+    # Losses near the level 1e-3 are rare and weigh up to 1000: a few thousand draws do not show their own spread.
     losses = 96 * model.config.num_blocks(32) * 6
     rare = torch.tensor([low < 0.01 for low, _ in candidate_intervals(4)])
     error[rare] = (fourth_moment_bounds(model, rows, candidate_intervals(4))[rare] / losses).sqrt()
     assert (difference / error).abs().max() < 4
-    # The choice: what one way prefers is not worse by the other's numbers than its own standard error.
+    # By the published statistic, the interval of shared draws is worse by less than two standard errors, if at all.
     best = {method: first_smallest(variances.sum(1)) for method, variances in ways.items()}
     gap = published[best["shared"]] - published[best["published"]]
     assert best["shared"] == best["published"] or gap.mean() < 2 * gap.std() / gap.numel() ** 0.5
-    # One search by shared draws tells more than one of the published kind, in a third of the passes.
+    # One search with shared draws is more precise than a published one, with a third of the passes.
     assert (shared.std(1) / published.std(1)).median() < 0.5
 
 

@@ -60,7 +60,7 @@ def test_fsdp2_shards_layers_and_saves_what_can_be_resumed(monkeypatch):
     assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
     assert plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
     assert plugin.auto_wrap_policy is transformer_auto_wrap_policy
-    assert plugin.transformer_cls_names_to_wrap is None  # then those of the model
+    assert plugin.transformer_cls_names_to_wrap is None  # so the model's own are used
     assert BD3LMForMaskedLM._no_split_modules == ["BD3LMBlock"]
     prepare_fsdp(plugin)
 
@@ -89,7 +89,7 @@ def test_deepspeed_takes_what_a_run_decides_from_the_run(monkeypatch, stage):
 def test_under_deepspeed_the_launchers_precision_is_the_runs(monkeypatch, tmp_path, deepspeed, precision, bf16):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", deepspeed or "false")
-    # transformers itself would ask for DeepSpeed's package.
+    # transformers itself would require the deepspeed package.
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)
     monkeypatch.setattr(BD3LMTrainingArguments, "world_size", 1)
     fields = {"output_dir": str(tmp_path), "report_to": [], "accelerator_config": SimpleNamespace(split_batches=False)}

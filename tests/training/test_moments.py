@@ -125,7 +125,7 @@ def test_shared_draws_are_unbiased_for_every_block(make_model, passes):
     model, draws = make_model(), 1000
     ids = random_ids(2, 8)
     expected = exact_moments(model, text_of(model, ids), INTERVALS)
-    with torch.no_grad():  # each row has noise of its own
+    with torch.no_grad():  # each row has its own noise
         found = SharedDraws(model.config, INTERVALS, passes=passes)(model, text_of(model, ids.repeat(draws, 1)))
     found = torch.stack(found).view(3, len(INTERVALS), draws, 4)
     mean, error = found.mean(2), found.std(2) / draws**0.5
@@ -162,7 +162,7 @@ def test_padding_prompts_and_short_blocks_do_not_change_what_a_row_gives(make_mo
             parts.append(measure(model, alone))
     for field, name in enumerate(BlockMoments._fields):
         expected = torch.cat([part[field] for part in parts], dim=1)
-        assert expected.shape[1] == 3 + 3 + 3  # the block that is all prompt is none
+        assert expected.shape[1] == 3 + 3 + 3  # the block that is all prompt does not count
         torch.testing.assert_close(whole[field], expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
@@ -201,7 +201,7 @@ def test_36_intervals_take_at_most_12_noisy_passes_and_one_clean_one(make_model,
         assert taken == (clean, noisy) and measure.passes == noisy
 
 
-# The published way
+# The published method
 
 
 @pytest.mark.parametrize("changes", [{}, {"resample": True}, {"time_conditioning": True}, {"noise": "cosine"}])

@@ -31,7 +31,7 @@ class Driver:
         self.parent, self.folder, self.errors, self.calls = folder, folder, "", 0
 
     def __call__(self, plan: list[list[dict]]) -> list[dict]:
-        # A folder of its own, or a case would go on from the same one of an earlier plan.
+        # A separate folder, or a case would resume from the same case of an earlier plan.
         self.calls += 1
         self.folder = self.parent / str(self.calls)
         done = subprocess.run([sys.executable, DRIVER, self.folder, json.dumps(plan)], capture_output=True, text=True)
@@ -67,7 +67,7 @@ def test_a_run_that_was_killed_or_found_the_disk_full_resumes_to_the_very_bits_o
         # after the last step, while the model is published
         [{"event": "os.rename model.safetensors"}],
     ]
-    # Bytes that the weights do not fit into; then some that they do, but not the optimizer's state.
+    # Too few bytes for the weights; then enough for them, but not for the optimizer's state.
     full_disks = [[{"file_bytes": 60_000}], [{"file_bytes": 200_000}]]
     whole, *outcomes = run_plan([[], *kills, *full_disks])
     # Logs, evaluations and saves (every 3 steps) do not coincide.
@@ -132,7 +132,7 @@ def test_two_processes_of_which_one_is_killed_resume_exactly(two_processes, whol
 def test_a_loss_that_is_not_finite_on_one_of_two_processes_stops_both(two_processes, whole_of_two):
     done = two_processes("diverged", {"process": 1, "nan_after": 4})
     assert done.returncode != 0
-    # The second process reads every second batch: with one sequence each, its first of step 5 has place 4 * 4 + 1.
+    # The second process reads every second batch: with one sequence each, its first of step 5 has index 4 * 4 + 1.
     row = EpochOrder(rows_of(22), seed=5, group_size=4).permutation(0)[17].item()
     message = f"the loss is NaN or infinite at step 5, in the batch of training sequences {row}: training stopped"
     assert done.stderr.count(message) == 2

@@ -64,7 +64,7 @@ def test_a_sharded_model_scores_and_averages_like_the_whole_one(by_hand):
         close(result["inside"], inside, 1e-5)
         close(result["copied"], inside, 1e-5)
         assert torch.equal(result["after"], result["raw"])
-        # What is not finite in a part of one process is found by both.
+        # A non-finite number in one process's part is found by both.
         assert "1 of 768 values of backbone.blocks.0.attn_qkv.weight in a shard are NaN" in result["refused"]
 
 
@@ -102,7 +102,7 @@ def test_a_sharded_run_saves_the_weights_and_the_files_of_a_whole_one(two_proces
         for key, tensor in expected.items():
             close(saved[key], tensor)
         assert BD3LMForMaskedLM.from_pretrained((sharded / name).parent).config.block_size == 4
-    # What the search wrote holds numbers and times of its run.
+    # The files of the search contain numbers and times of their own run.
     names = {path.name for path in plain.iterdir() if path.is_file() and "interval_search" not in path.name}
     assert names <= {path.name for path in sharded.iterdir()}
     for name in names - {"model.safetensors", "training_args.bin"}:
@@ -175,7 +175,7 @@ def test_weights_that_zero_3_shards_are_gathered_for_a_copy(monkeypatch):
         spread.data.zero_()
         spread.data = torch.empty(0)
 
-    # `deepspeed.zero` is a name in the package, no module that could be imported.
+    # `deepspeed.zero` is a name in the package, not a module that could be imported.
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(GatheredParameters=gather)))
     assert has_shards(model)
     copy = whole_model(model)

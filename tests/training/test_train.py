@@ -92,7 +92,7 @@ def test_full_diffusion_continues_in_small_blocks_as_the_paper_trains(recipe, co
     words += ["--per_device_train_batch_size", "4", "--max_eval_samples", "4", "--logging_steps", "1"]
     words += ["--final_estimator", "exact", "--eval_strategy", "no", "--sample_tokens", "0"]
     result = run([*words, "--output_dir", str(tmp_path / "blocks")])
-    # It starts where the old weights stand when they read the text in blocks of 4.
+    # It starts from the score of the old weights on the text in blocks of 4.
     old = BD3LMForMaskedLM.from_pretrained(tmp_path / "full", block_size=4)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "full")
     rows = pack(load_text(str(corpus), split="validation"), tokenizer, length=32)
@@ -152,11 +152,11 @@ def test_a_run_that_continues_elsewhere_keeps_the_original_checkpoints(recipe, t
     assert "has checkpoints of an earlier run, the last one checkpoint-3" in capsys.readouterr().err
 
 
-# Ways of starting
+# Ways to start a run
 
 
 def test_the_script_runs_from_its_own_folder_where_nothing_is_installed(tmp_path):
-    # -S hides site-packages' .pth files, an editable install among them; the libraries come by PYTHONPATH.
+    # -S hides site-packages' .pth files, including an editable install; the libraries come from PYTHONPATH.
     libraries = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
     done = call("-S", SCRIPT.name, "--dataset", tmp_path / "no.txt", cwd=SCRIPT.parent, PYTHONPATH=libraries)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "no.txt" in done.stderr, done.stderr

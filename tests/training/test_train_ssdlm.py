@@ -16,7 +16,7 @@ from bd3lm_hf.evaluation.perplexity import HeldOutLoss
 from bd3lm_hf.training.train import run, table
 
 
-# peft asks transformers an old question.
+# peft calls a deprecated function of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 

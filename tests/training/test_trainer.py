@@ -23,7 +23,7 @@ def test_accumulated_batches_equal_one_batch_since_tokens_are_counted(tiny_confi
     tiny_config.noise_draws, rows = draws, rows_of(8).to_list()
     for row in rows[::3]:  # sequences with a long given part weigh less
         row["labels"] = [-100] * 24 + row["labels"][24:]
-    # Plain gradient descent: Adam's division by the gradient's size would blow rounding up.
+    # Plain gradient descent: Adam's division by the gradient's size would amplify rounding.
     settings = [{"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size} for size in (8, batch)]
     whole, parts = (trained(make_trainer(rows=Dataset.from_list(rows), optim="sgd", **fields)) for fields in settings)
     assert losses_of(parts) == pytest.approx(losses_of(whole), abs=1e-6)

@@ -58,7 +58,7 @@ def test_signals_are_left_alone_on_request(make_trainer):
     assert not isinstance(error.value, TrainingStopped)
 
 
-# Numbers that are not finite
+# Non-finite numbers
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_trainer, tmp_path):
@@ -116,7 +116,7 @@ def test_a_model_without_the_two_methods_is_refused():
 
 def test_a_checkpoint_loads_by_itself_and_nothing_unfinished_stays(make_trainer, tmp_path):
     folder = tmp_path / "run"
-    for name in ("checkpoint-3", "checkpoint-9", "model"):  # of a run that was killed
+    for name in ("checkpoint-3", "checkpoint-9", "model"):  # left by a killed run
         (folder / ".incomplete" / name).mkdir(parents=True)
         (folder / ".incomplete" / name / "rng_state_1.pth").write_text("foreign")
     trainer = trained(make_trainer(max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2))
