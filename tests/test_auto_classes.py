@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from shared_models import CLASSES, special_ids
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, pipeline
+from shared_models import CLASSES, special_ids, tiny_ssdlm
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, pipeline
 
 import bd3lm_hf
 from bd3lm_hf import ARConfig, ARForCausalLM, SSDLMConfig, SSDLMForMaskedLM
@@ -33,18 +33,12 @@ def make_speaker(tiny_tokenizer, randomize):
     """A function `(family) -> model` whose vocabulary is that of the tiny tokenizer, with a window of 16 tokens."""
 
     def make(family: str):
+        fields = special_ids(tiny_tokenizer) | {"model_length": 16, "vocab_size": len(tiny_tokenizer)}
+        if family == "ssdlm":
+            return randomize(tiny_ssdlm(**fields))
         model_class, config_class = FAMILIES[family]
-        fields = special_ids(tiny_tokenizer) | {"model_length": 16}
-        if family == "ssdlm":
-            sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-            encoder = BertConfig(vocab_size=len(tiny_tokenizer), **sizes)
-            config = SSDLMConfig(encoder_config=encoder, block_size=4, **fields)
-        else:
-            config = config_class(**{**SIZES, "vocab_size": len(tiny_tokenizer), "dropout": 0.0, **fields})
-        model = randomize(model_class(config)).eval()
-        if family == "ssdlm":
-            model.generation_config.num_denoising_steps = 3
-        elif family == "bd3lm":
+        model = randomize(model_class(config_class(**{**SIZES, "dropout": 0.0, **fields}))).eval()
+        if family == "bd3lm":
             model.generation_config.nucleus_p = 0.9
         return model
 

@@ -20,12 +20,9 @@ K, TOP_P = 5.0, 0.95
 
 def test_the_schedule_is_the_published_one(recorded):
     schedule = simplex_schedule(recorded["sched.t"], 1000)
-    for ours, name in (
-        (schedule.alpha_bar, "alpha_t_bar"),
-        (schedule.alpha_bar_before, "alpha_t_minus_bar"),
-        (schedule.alpha_bar / schedule.alpha_bar_before, "alpha_t"),
-    ):
-        torch.testing.assert_close(ours, recorded[f"sched.{name}"], atol=1e-6, rtol=1e-5)
+    found = (schedule.alpha_bar, schedule.alpha_bar_before, schedule.alpha_bar / schedule.alpha_bar_before)
+    published = tuple(recorded[f"sched.{name}"] for name in ("alpha_t_bar", "alpha_t_minus_bar", "alpha_t"))
+    torch.testing.assert_close(found, published, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("project", "name"), [(project_evenly, "even"), (project_unevenly, "uneven")])

@@ -11,10 +11,8 @@ from bd3lm_hf.modeling.noise_bd3lm import LogLinearNoise, Noise, draw_noise
 
 def noise_of(model: BD3LMForMaskedLM, ids: torch.Tensor, num_samples: int) -> Noise:
     generator = torch.Generator().manual_seed(0)
-    rows, length = ids.shape
-    return draw_noise(
-        rows, model.config.num_blocks(length), length, num_noise_samples=num_samples, generator=generator
-    )
+    shape = (len(ids), model.config.num_blocks(ids.shape[1]), ids.shape[1])
+    return draw_noise(*shape, num_noise_samples=num_samples, generator=generator)
 
 
 def lengths_of_first_layer(model: BD3LMForMaskedLM) -> list[int]:
