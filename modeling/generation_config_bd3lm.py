@@ -2,14 +2,18 @@
 
 import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from transformers.generation import GenerationConfig
+from transformers.utils import logging
 
 from .decoding_state_bd3lm import check_entropy_stop
 from .samplers_bd3lm import SAMPLERS, SAMPLING_DTYPES, SCORE_SAMPLERS
 from .windows_bd3lm import WINDOWS, fills_window
+
+
+logger = logging.get_logger(__name__)
 
 
 class BD3LMGenerationConfig(GenerationConfig):
@@ -205,6 +209,21 @@ def check_standard_fields(config: Any, vocab_size: int) -> None:
         outside = [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and i >= vocab_size]
         if outside:
             raise ValueError(f"{name}={ids!r}: the vocabulary ends with the id {vocab_size - 1}.")
+
+
+def warn_of_unused_fields(given: Mapping[str, Any], config: Any) -> None:
+    """Warn once about fields of one sampler in a call of `generate` that uses another sampler.
+
+    Args:
+        given: arguments of the call; a model's own configuration may hold the fields of several samplers.
+        config: the configuration that the call uses.
+    """
+    for name, sampler in (("confidence_threshold", "confidence"), ("entropy_bound", "entropy_bound")):
+        used = getattr(config, "sampler", None)
+        if given.get(name) is not None and used != sampler:
+            logger.warning_once(
+                f"{name}={given[name]} has no effect with sampler={used!r}: pass sampler={sampler!r} to use it."
+            )
 
 
 # Arguments of the forward pass that `generate` sets itself; it would ignore a caller's.

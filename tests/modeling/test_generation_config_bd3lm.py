@@ -157,6 +157,16 @@ def test_a_dict_as_generation_config_names_fields_and_misspelt_ones_are_refused(
             call(given)
 
 
+@pytest.mark.parametrize(("sampler", "warns"), [({}, True), ({"sampler": "confidence"}, False)])
+def test_a_field_of_another_sampler_warns_but_not_if_the_models_own_configuration_has_it(
+    make_model, caplog, sampler, warns
+):
+    model, ids = make_model(), torch.tensor([[5, 6, 7]])
+    model.generation_config.entropy_bound = 0.25
+    model.generate(ids, max_new_tokens=1, confidence_threshold=0.123, **sampler)
+    assert ("confidence_threshold=0.123" in caplog.text) is warns and "entropy_bound" not in caplog.text
+
+
 OUTSIDE = {
     "max_new_tokens": (0, -4, 2.5),
     "max_length": (-1,),
