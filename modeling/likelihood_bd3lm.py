@@ -154,6 +154,11 @@ class LikelihoodMixin:
         # 1. Split packed documents into rows, scored by a second call
         documents = find_documents(position_ids, attention_mask, input_ids.shape)
         if documents is not None:
+            if isinstance(generator, list):
+                raise ValueError(
+                    f"generator is a list of {len(generator)}, and position_ids put several documents in a row: pass "
+                    f"a single generator, or score each document as a row of its own."
+                )
             labels = default_labels(input_ids, attention_mask) if labels is None else labels
             ids, labels = documents.split(input_ids, 0), documents.split(labels, -100)
             options: dict[str, Any] = {"estimator": estimator, "num_samples": num_samples}

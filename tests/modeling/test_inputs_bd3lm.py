@@ -134,6 +134,9 @@ def test_masks_that_number_documents_and_positions_that_do_not_fit_are_refused(m
         for call in (model, functools.partial(model, labels=ids), model.token_nll):
             with pytest.raises(ValueError, match="position_ids"):
                 call(ids, attention_mask=mask, position_ids=position_ids)
+    packed, generators = torch.arange(8)[None] % 4, [torch.Generator() for _ in ids]
+    with pytest.raises(ValueError, match=f"list of {len(ids)}, and position_ids"):
+        model.token_nll(ids, position_ids=packed, generator=generators)
     with pytest.raises(ValueError, match="generate does not take position_ids"):
         model.generate(ids, position_ids=torch.arange(8)[None], max_new_tokens=2)
     with pytest.raises(ValueError, match="bd3lm train"):
