@@ -28,7 +28,7 @@ from .generation_config_bd3lm import (
     check_known_fields,
     check_standard_fields,
     complete_generation_config,
-    warn_of_unused_fields,
+    warn_about_unused_fields,
     window_stride,
 )
 from .inputs_bd3lm import check_attention_mask, check_has_values, check_ids, check_vocabulary
@@ -147,7 +147,7 @@ class BlockGenerationMixin(_Generative):
         if all(top_k is None for top_k in requested):
             prepared.top_k = 0  # transformers would keep only the 50 most likely tokens
         check_standard_fields(prepared, self.config.vocab_size)
-        warn_of_unused_fields(kwargs, prepared)
+        warn_about_unused_fields(kwargs, prepared)
         return prepared, model_kwargs
 
     def _prepare_attention_mask_for_generation(

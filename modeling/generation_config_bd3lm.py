@@ -211,7 +211,7 @@ def check_standard_fields(config: Any, vocab_size: int) -> None:
             raise ValueError(f"{name}={ids!r}: the vocabulary ends with the id {vocab_size - 1}.")
 
 
-def warn_of_unused_fields(given: Mapping[str, Any], config: Any) -> None:
+def warn_about_unused_fields(given: Mapping[str, Any], config: Any) -> None:
     """Warn once about fields of one sampler in a call of `generate` that uses another sampler.
 
     Args:

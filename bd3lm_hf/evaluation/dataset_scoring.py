@@ -95,7 +95,10 @@ def score_datasets(arguments: argparse.Namespace, model: Any, tokenizer: PreTrai
     """
     # 1. The model
     check_likelihood(model, arguments.model)
-    check_estimator(model, arguments.estimator, arguments.num_samples or 1)
+    try:
+        check_estimator(model, arguments.estimator, arguments.num_samples or 1)
+    except ValueError as error:
+        raise ValueError(f"--estimator {arguments.estimator} does not fit: {error}") from error
     if not sys.stderr.isatty():
         disable_progress_bars()
     processes = Processes()

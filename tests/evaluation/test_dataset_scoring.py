@@ -325,7 +325,7 @@ def test_an_exact_sum_of_too_many_passes_is_refused(bd3lm, tiny_tokenizer, text_
     folder = save(BD3LMForMaskedLM(config_of(tiny_tokenizer, block_size=16)), tiny_tokenizer, tmp_path / "b16")
     monkeypatch.setattr(dataset_scoring, "load_text", lambda *a, **b: pytest.fail("the text was read"))
     result = bd3lm("eval", "--model", folder, "--dataset", text_file, "--estimator", "exact")
-    assert_refused(result, "2^16 - 1", "block_size=16", "stratified")
+    assert_refused(result, "--estimator exact", "2^16 - 1", "block_size=16", "stratified")
 
 
 def test_long_sequences_are_scored_in_windows_on_request(run):
