@@ -261,7 +261,7 @@ for room in ("", ".modeling", ".training", ".hub_upload"):
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A copy of the package's files in a clone: a build in the real checkout would leave files behind."""
+    """A copy of the package's files in a clone: a build in the real checkout would leave files in it."""
     copy = tmp_path_factory.mktemp("clone")
     for room in ROOMS:
         shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))

@@ -143,7 +143,7 @@ class EvaluatingTrainer(AveragingTrainer):
             scores = self._shared(sequence_losses, sequences, indices=indices)
         return self._summarize([SequenceScore(*score) for score in scores], SpeedMeter.now() - started)
 
-    def check_estimator(self, name: str) -> Perplexity | HeldOutLoss:
+    def check_estimator(self, name: str) -> None:
         """Score one held-out sequence per process, so that an estimator that does not fit fails before training.
 
         Args:
@@ -153,11 +153,13 @@ class EvaluatingTrainer(AveragingTrainer):
             ValueError: if the estimator does not fit the model.
         """
         dataset, estimator = self._first_eval_dataset(), getattr(self.args, name)
+        if not self.model.has_likelihood:
+            return
+        indices = range(min(self.args.world_size, len(dataset)))
         try:
-            return self.score(dataset, estimator=estimator, indices=range(min(self.args.world_size, len(dataset))))
+            # Not summarized: these sequences may have no scored token.
+            self._shared(score_sequences, dataset, indices=indices, estimator=estimator)
         except ValueError as error:
-            if not self.model.has_likelihood:
-                raise
             raise ValueError(f"--{name} {estimator} does not fit: {error}") from error
 
     def check_evaluation(self) -> None:
@@ -169,7 +171,10 @@ class EvaluatingTrainer(AveragingTrainer):
         args = self.args
         if args.eval_strategy == IntervalStrategy.NO or self.eval_dataset is None:
             return
-        metrics = list(_metrics(self.check_estimator("eval_estimator")))
+        self.check_estimator("eval_estimator")
+        if type(self).evaluate is not EvaluatingTrainer.evaluate:
+            return  # a subclass may have metrics of its own
+        metrics = list(_metrics(self._summarize([SequenceScore(0, 0.0, 1)], 0.0)))
         if isinstance(self.eval_dataset, dict):
             metrics = [f"{part}_{name}" for part in self.eval_dataset for name in metrics]
         chosen = args.metric_for_best_model

@@ -154,6 +154,27 @@ def test_several_held_out_sets_are_evaluated_by_name(make_trainer):
         trainer.evaluate()
 
 
+def test_the_check_before_training_allows_unscored_rows_and_metrics_of_several_sets_or_a_subclass(make_trainer):
+    rows = rows_of(3, seed=1).to_list()
+    rows[0]["labels"] = [-100] * len(rows[0]["labels"])
+    evaluation = {"eval_strategy": "steps", "eval_steps": 2}
+    for metric in ("eval_one_ppl", "one_pp"):
+        trainer = make_trainer(**evaluation, metric_for_best_model=metric)
+        trainer.eval_dataset = {"one": Dataset.from_list(rows)}
+        if metric == "eval_one_ppl":
+            trainer.train()
+        else:
+            with pytest.raises(ValueError, match="--metric_for_best_model one_pp: choose one of one_loss"):
+                trainer.check_evaluation()
+
+            class OwnMetrics(type(trainer)):
+                def evaluate(self, *args, **kwargs):
+                    return {**super().evaluate(*args, **kwargs), "one_pp": 1.0}
+
+            trainer.__class__ = OwnMetrics
+            trainer.check_evaluation()
+
+
 def test_predictions_are_the_nll_of_tokens_and_the_mask(make_trainer):
     rows = rows_of(6, seed=1).to_list()
     rows[1] = {name: values[:20] for name, values in rows[1].items()}
