@@ -164,7 +164,7 @@ def choose_mask(tokenizer: PreTrainedTokenizerBase | None, config: Any) -> MaskT
         ValueError: if the tokenizer's mask token is also a BOS, EOS or padding token.
     """
     if tokenizer is None:
-        return MaskToken(config.vocab_size, None, "a new row, because there is no tokenizer", trained=False)
+        return MaskToken(config.vocab_size, None, "a new row, since no tokenizer was given", trained=False)
     if tokenizer.mask_token_id is not None:
         mask = MaskToken(tokenizer.mask_token_id, tokenizer.mask_token, "the tokenizer's own", trained=True)
         _check_mask(f"the tokenizer's mask token {mask.text} (id {mask.id})", mask.id, tokenizer, config)

@@ -175,7 +175,7 @@ def push(
         The [`Upload`], or with `background` a future of it, and the files.
 
     Raises:
-        ValueError: if an argument is invalid or there is no login; checked before any network access.
+        ValueError: if an argument is invalid or you are not logged in; checked before any network access.
         CheckError: if the written files do not load without bd3lm_hf.
         HubError: if the Hub or the network failed; the repository is unchanged.
     """

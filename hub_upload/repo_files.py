@@ -181,7 +181,7 @@ def read_contents(folder: Path, *, tokenizer: bool = True, weights: str = "auto"
 
     Raises:
         ValueError: if weights are missing, unexpected or not finite, the tokenizer cannot be read or does not fit the
-            model, or there is no average to take.
+            model, or averaged weights are requested and missing.
     """
     loaded_tokenizer = None
     if tokenizer or any(kind_of(name) == "tokenizer" for name in files_of(folder)):

@@ -287,7 +287,7 @@ def summarize(
     num_tokens = sum(score.num_tokens for score in ordered)
     if not num_tokens:
         raise ValueError(
-            f"there is no perplexity, because {len(ordered)} sequences have no scored token: give longer or more text."
+            f"perplexity is undefined: {len(ordered)} sequences have no scored token. Give longer or more text."
         )
     # fsum, so the result does not depend on which process scored which sequence.
     nll = math.fsum(score.nll for score in ordered) / num_tokens

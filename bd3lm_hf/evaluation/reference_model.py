@@ -127,7 +127,7 @@ class ReferenceModel:
 
 
 def _with_begin_token(prompt: list[int], new: list[int], tokenizer: PreTrainedTokenizerBase) -> GeneratedText:
-    """Return a text whose prompt begins with BOS, or with EOS if there is no BOS."""
+    """Return a text whose prompt begins with BOS, or with EOS if the tokenizer has no BOS."""
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if begin is not None and (prompt or new)[:1] != [begin]:
         prompt = [begin, *prompt]

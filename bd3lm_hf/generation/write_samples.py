@@ -199,7 +199,7 @@ def run_infill(arguments: argparse.Namespace) -> None:
         raise ValueError("--gap '' would match between any two characters: give the text that marks a gap.")
     texts = read_prompts(arguments.text, arguments.text_file, flag="--text")
     if texts == [None]:
-        raise ValueError("there is no text to fill: give a --text with gaps, or a --text-file.")
+        raise ValueError("nothing to fill: give a --text with gaps, or a --text-file.")
     model, tokenizer = load_model_and_tokenizer(arguments)
     if not hasattr(model, "infill"):
         is_ours = hasattr(model, "token_nll")

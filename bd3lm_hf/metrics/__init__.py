@@ -61,7 +61,7 @@ def load_metric(name: str, **options: Any) -> evaluate.EvaluationModule:
 def split_texts(
     predictions: Sequence[Any], tokenizer: PreTrainedTokenizerBase | str | None = None
 ) -> list[Sequence[Hashable]]:
-    """Split each text into the units to count: token ids, or words if there is no tokenizer.
+    """Split each text into the units to count: token ids, or words without a tokenizer.
 
     Raises:
         ValueError: if there are no texts.
