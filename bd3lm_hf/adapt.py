@@ -21,7 +21,7 @@ from transformers.utils import logging
 from bd3lm_hf.checkpoints import load_model, read_config
 from bd3lm_hf.modeling.configuration_bd3lm_decoders import unsupported_reason
 from bd3lm_hf.modeling.modeling_bd3lm_decoders import DECODERS
-from bd3lm_hf.tokenization import MASK, complete_special_tokens
+from bd3lm_hf.tokenization import MASK, complete_special_tokens, first_free_id, has_tokenizer, set_mask_token
 
 
 logger = logging.get_logger("bd3lm_hf.adapt")
@@ -38,14 +38,11 @@ _LOADING = (
     *("quantization_config", "revision", "subfolder", "token", "trust_remote_code"),
 )
 
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
-
 
 class MaskToken(NamedTuple):
     """The mask token of a decoder."""
 
     id: int
-    text: str | None  # None without a tokenizer
     origin: str  # where it comes from, for the log
     trained: bool  # the token was already a mask token: its row is kept unless it has decayed
 
@@ -114,7 +111,7 @@ def adapt_decoder(
         model = _take_over(model_or_name, model_class, config, argument)
     _make_mask_row(model, mask, tokenizer)
     if tokenizer is not None:
-        set_mask_token(tokenizer, mask)
+        set_mask_token(tokenizer, mask.id)
     logger.warning("mask token: id %d, %s.", mask.id, mask.origin)
     return model
 
@@ -164,22 +161,22 @@ def choose_mask(tokenizer: PreTrainedTokenizerBase | None, config: Any) -> MaskT
         ValueError: if the tokenizer's mask token is also a BOS, EOS or padding token.
     """
     if tokenizer is None:
-        return MaskToken(config.vocab_size, None, "a new row, since no tokenizer was given", trained=False)
+        return MaskToken(config.vocab_size, "a new row, since no tokenizer was given", trained=False)
     if tokenizer.mask_token_id is not None:
-        mask = MaskToken(tokenizer.mask_token_id, tokenizer.mask_token, "the tokenizer's own", trained=True)
-        _check_mask(f"the tokenizer's mask token {mask.text} (id {mask.id})", mask.id, tokenizer, config)
-        return mask
+        number = tokenizer.mask_token_id
+        _check_mask(f"the tokenizer's mask token {tokenizer.mask_token} (id {number})", number, tokenizer, config)
+        return MaskToken(number, "the tokenizer's own", trained=True)
     known = tokenizer.get_vocab().get(MASK)
     if known is not None and known < config.vocab_size:
-        return MaskToken(known, MASK, f"the tokenizer's token {MASK}", trained=False)
-    free = _first_free_id(tokenizer)
+        return MaskToken(known, f"the tokenizer's token {MASK}", trained=False)
+    free = first_free_id(tokenizer)
     if free < config.vocab_size:
-        return MaskToken(free, MASK, "the first row of the embedding that no token uses", trained=False)
+        return MaskToken(free, "the first row of the embedding that no token uses", trained=False)
     reserved = ((number, token) for token, number in tokenizer.get_vocab().items() if _RESERVED.fullmatch(token))
     for number, token in sorted(reserved):
         if number < config.vocab_size and number not in _special_ids(tokenizer, config).values():
-            return MaskToken(number, token, f"the tokenizer's reserved token {token}", trained=False)
-    return MaskToken(free, MASK, "a new row", trained=False)
+            return MaskToken(number, f"the tokenizer's reserved token {token}", trained=False)
+    return MaskToken(free, "a new row", trained=False)
 
 
 def load_decoder_tokenizer(name: str, config: Any, mask_token_id: int | None = None) -> PreTrainedTokenizerBase:
@@ -194,32 +191,14 @@ def load_decoder_tokenizer(name: str, config: Any, mask_token_id: int | None = N
     tokenizer = _tokenizer_of(name, {})
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer: name one with --tokenizer.")
-    set_mask_token(tokenizer, _find_mask(mask_token_id, tokenizer, config))
+    set_mask_token(tokenizer, _find_mask(mask_token_id, tokenizer, config).id)
     return complete_special_tokens(tokenizer)
 
 
-def set_mask_token(tokenizer: PreTrainedTokenizerBase, mask: MaskToken) -> None:
-    """Set the mask token of a tokenizer, in place.
-
-    Raises:
-        ValueError: if the tokenizer assigns it another id.
-    """
-    if tokenizer.mask_token_id == mask.id or mask.text is None:
-        return
-    tokenizer.add_special_tokens({"mask_token": mask.text})
-    if tokenizer.mask_token_id != mask.id:
-        raise ValueError(
-            f"the tokenizer gives its mask token the id {tokenizer.mask_token_id}, not mask_token_id={mask.id}: leave "
-            f"mask_token_id out, or give the id of a token in its vocabulary."
-        )
-
-
 def _find_mask(mask_token_id: int | None, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> MaskToken:
-    return choose_mask(tokenizer, config) if mask_token_id is None else _given_mask(mask_token_id, tokenizer, config)
-
-
-def _given_mask(mask_token_id: int, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> MaskToken:
-    """Return the mask token that a caller asked for."""
+    """Return the mask token that a caller asked for, or else choose one."""
+    if mask_token_id is None:
+        return choose_mask(tokenizer, config)
     if isinstance(mask_token_id, bool) or not isinstance(mask_token_id, int) or mask_token_id < 0:
         raise ValueError(f"mask_token_id={mask_token_id!r} is not a token id: give an integer >= 0.")
     if mask_token_id >= config.vocab_size:
@@ -228,11 +207,7 @@ def _given_mask(mask_token_id: int, tokenizer: PreTrainedTokenizerBase | None, c
             f"{config.vocab_size - 1}, or leave it out, which adds a row if none is free."
         )
     _check_mask(f"mask_token_id={mask_token_id}", mask_token_id, tokenizer, config)
-    text = None
-    if tokenizer is not None:
-        known = tokenizer.convert_ids_to_tokens(mask_token_id) if mask_token_id < _first_free_id(tokenizer) else None
-        text = MASK if known is None else str(known)
-    return MaskToken(mask_token_id, text, "as given", trained=False)
+    return MaskToken(mask_token_id, "as given", trained=False)
 
 
 def _check_mask(label: str, number: int, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> None:
@@ -255,10 +230,6 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase | None, config: Any) -> dict
     return found
 
 
-def _first_free_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    return max(tokenizer.get_vocab().values()) + 1
-
-
 def _stock_config(model_or_name: Any, loading: dict[str, Any], argument: str) -> Any:
     if not isinstance(model_or_name, str):
         config = getattr(model_or_name, "config", None)
@@ -270,8 +241,7 @@ def _stock_config(model_or_name: Any, loading: dict[str, Any], argument: str) ->
 
 def _tokenizer_of(name: str, loading: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     options = {k: loading[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in loading}
-    # For a folder without a tokenizer, transformers makes an empty one.
-    if Path(name).is_dir() and not any(any(Path(name).glob(files)) for files in _TOKENIZER_FILES):
+    if Path(name).is_dir() and not has_tokenizer(Path(name)):
         return None
     try:
         return AutoTokenizer.from_pretrained(name, **options)
@@ -313,7 +283,7 @@ def _make_mask_row(model: Any, mask: MaskToken, tokenizer: PreTrainedTokenizerBa
     rows = model.get_input_embeddings().weight.shape[0]
     if mask.id >= rows:
         model.resize_token_embeddings(mask.id + 1, mean_resizing=False)
-    used = rows if tokenizer is None else min(rows, _first_free_id(tokenizer))
+    used = rows if tokenizer is None else min(rows, first_free_id(tokenizer))
     # Tied weights are the same parameter.
     tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     for weight in dict.fromkeys(tables):

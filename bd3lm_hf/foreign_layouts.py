@@ -12,11 +12,7 @@ import difflib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from typing import Any, NamedTuple
 
 
 class Contract(NamedTuple):
@@ -195,25 +191,6 @@ def _mask_of_tokenizer(source: str) -> int:
             f"The mask token of {source} is unknown: mask_token_id is not in its config.json, and its tokenizer has "
             f"no mask token. Name it with --mask-token-id."
         ) from error
-
-
-def set_contract_mask(tokenizer: "PreTrainedTokenizerBase", config: Any) -> None:
-    """Give the tokenizer of a published decoder its mask token, in place: the token of that id, or a new one.
-
-    Raises:
-        ValueError: if the next free id of the tokenizer is not that of the mask.
-    """
-    if tokenizer.mask_token_id == config.mask_token_id:
-        return
-    known = tokenizer.get_vocab()
-    free = max(known.values()) + 1
-    names = {number: text for text, number in known.items()}
-    tokenizer.add_special_tokens({"mask_token": names.get(config.mask_token_id, "<|mask|>")})
-    if tokenizer.mask_token_id != config.mask_token_id:
-        raise ValueError(
-            f"mask_token_id={config.mask_token_id} is neither a token of the tokenizer nor its next free id, {free}: "
-            f"use the tokenizer that the model came with."
-        )
 
 
 def adopt_published_decoding(model: Any, name: str | os.PathLike[str]) -> None:

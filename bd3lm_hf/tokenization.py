@@ -39,6 +39,11 @@ _TOKENIZER_FILES = (
 )
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder has the files of a tokenizer; for one without, transformers makes an empty tokenizer."""
+    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
+
+
 def load_tokenizer(
     name_or_path: str | None = None, *, texts: Iterable[str] | None = None, vocab_size: int = 4096
 ) -> PreTrainedTokenizerBase:
@@ -60,7 +65,7 @@ def load_tokenizer(
         if texts is None:
             raise ValueError("A tokenizer cannot be trained without a corpus: pass texts=..., or name a tokenizer.")
         return train_tokenizer(texts, vocab_size=vocab_size)
-    if Path(name_or_path).is_dir() and not any((Path(name_or_path) / file).is_file() for file in _TOKENIZER_FILES):
+    if Path(name_or_path).is_dir() and not has_tokenizer(Path(name_or_path)):
         raise ValueError(
             f"The folder {name_or_path!r} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); "
             "save the tokenizer there with tokenizer.save_pretrained, or name another tokenizer."
@@ -77,11 +82,11 @@ def load_tokenizer(
         ) from error
     _check_chat_templates(tokenizer, name_or_path)
     if tokenizer.mask_token is None:
-        from bd3lm_hf.foreign_layouts import read_contract_config, set_contract_mask  # imports all decoders
+        from bd3lm_hf.foreign_layouts import read_contract_config  # imports all decoders
 
         config = read_contract_config(name_or_path, allow_unknown=True)
         if config is not None:
-            set_contract_mask(tokenizer, config)  # it belongs to a published decoder of another project
+            set_mask_token(tokenizer, config.mask_token_id)  # it belongs to a published decoder of another project
     return complete_special_tokens(tokenizer)
 
 
@@ -181,6 +186,28 @@ def complete_special_tokens(tokenizer: _Tokenizer) -> _Tokenizer:
     return tokenizer
 
 
+def set_mask_token(tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> None:
+    """Make the token of this id the mask token of a tokenizer, in place; add one if the id is the next free one.
+
+    Raises:
+        ValueError: if the id is neither.
+    """
+    free = first_free_id(tokenizer)
+    known = tokenizer.convert_ids_to_tokens(mask_token_id) if mask_token_id < free else None
+    if tokenizer.mask_token_id != mask_token_id:
+        tokenizer.add_special_tokens({"mask_token": MASK if known is None else str(known)})
+    if tokenizer.mask_token_id != mask_token_id:
+        raise ValueError(
+            f"mask_token_id={mask_token_id} is neither a token of the tokenizer nor its next free id, {free}: leave "
+            f"it out, or use the tokenizer that the model came with."
+        )
+
+
+def first_free_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id after the largest one; not the number of tokens, because a vocabulary can have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the token ids of a text of any length, without adding special tokens."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -206,8 +233,7 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, config: "BD3LMConfi
     Raises:
         ValueError: if the model has fewer token ids than the tokenizer, or another mask id.
     """
-    # Not the length, because a vocabulary can have gaps.
-    largest = max(tokenizer.get_vocab().values())
+    largest = first_free_id(tokenizer) - 1
     if largest >= config.vocab_size:
         raise ValueError(
             f"The tokenizer has token ids up to {largest}, but the model's vocab_size is {config.vocab_size}: set "

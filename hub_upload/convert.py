@@ -26,7 +26,7 @@ from bd3lm_hf.hub_upload.layouts import BUFFERS, WEIGHT_FILES, Architecture, Sou
 from bd3lm_hf.hub_upload.repo_files import check_links, new_folder
 from bd3lm_hf.hub_upload.safe_pickle import check_pickled_weights
 from bd3lm_hf.printing import printable
-from bd3lm_hf.tokenization import check_tokenizer_fits, limit_to_window, load_tokenizer
+from bd3lm_hf.tokenization import check_tokenizer_fits, has_tokenizer, limit_to_window, load_tokenizer
 
 
 # The fields of a published config.json, with the authors' names and in the order of their export script.
@@ -34,7 +34,6 @@ _PUBLISHED_FIELDS = (
     *("block_size", "vocab_size", "model_length", "cross_attn", "adaln", "causal", "hidden_dim", "cond_dim"),
     *("n_blocks", "n_heads", "dropout", "time_conditioning", "var_min", "sampling_eps_min", "sampling_eps_max"),
 )
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 # The tokenizers of the published checkpoints, by the size of the vocabulary, including the mask token.
 _KNOWN_TOKENIZERS = {50258: "gpt2", 30522: "bert-base-uncased"}
 
@@ -80,8 +79,9 @@ def convert(
     """
     # An unknown type is refused here, unless the caller names it.
     reading = {"allow_unknown": model_type is not None, **process_fields}
-    if not Path(source).expanduser().is_file() and read_contract_config(source, **reading) is not None:
-        return _convert_decoder(source, Path(target), tokenizer, process_fields)
+    config = None if Path(source).expanduser().is_file() else read_contract_config(source, **reading)
+    if config is not None:
+        return _convert_decoder(source, Path(target), tokenizer, config)
     if _is_decoder(source):
         return _adapt(source, Path(target), tokenizer, process_fields)
     if process_fields:
@@ -120,7 +120,7 @@ def _convert_published(
     return Conversion.of(model, [*notes, *architecture.notes])
 
 
-def _convert_decoder(source: str, target: Path, tokenizer: str | None, fields: dict[str, Any]) -> Conversion:
+def _convert_decoder(source: str, target: Path, tokenizer: str | None, config: Any) -> Conversion:
     """Convert a published block-diffusion decoder: a stock decoder with a contract, see [`foreign_layouts`]."""
     contract = read_contract(source)
     assert contract is not None
@@ -128,7 +128,6 @@ def _convert_decoder(source: str, target: Path, tokenizer: str | None, fields: d
         if Path(source).is_dir():
             check_links(Path(source), "SRC")
             check_pickled_weights(Path(source))
-        config = read_contract_config(source, **fields)
         # `load_model` refuses missing, unexpected and misshapen weights: the names are those of the stock class.
         model = load_model(source, argument="SRC", config=config).eval()
         loaded_tokenizer = _load_tokenizer(Path(source), tokenizer)
@@ -322,7 +321,7 @@ def _make_config(architecture: Architecture, tokenizer: PreTrainedTokenizerBase 
 def _load_tokenizer(folder: Path | None, name: str | None = None) -> PreTrainedTokenizerBase | None:
     if name is not None:
         return load_tokenizer(name)
-    if folder is not None and any((folder / file).is_file() for file in _TOKENIZER_FILES):
+    if folder is not None and has_tokenizer(folder):
         return load_tokenizer(str(folder))
     return None
 
@@ -359,9 +358,9 @@ def run(arguments: argparse.Namespace) -> None:
     elif arguments.to != "bd3lm_hf":
         done = to_decoder(arguments.source, arguments.target, arguments.to)
     else:
-        options = {name: getattr(arguments, name) for name in ("weights", "tokenizer", "model_type")}
-        process = {name: getattr(arguments, name) for name in ("block_size", "mask_token_id")}
-        options |= {name: value for name, value in process.items() if value is not None}
+        given = {name: getattr(arguments, name) for name in ("weights", "tokenizer", "model_type")}
+        given |= {name: getattr(arguments, name) for name in ("block_size", "mask_token_id")}
+        options = {name: value for name, value in given.items() if value is not None}
         done = convert(arguments.source, arguments.target, **options)
     for note in done.notes:
         print(f"note: {printable(note)}")

@@ -27,7 +27,7 @@ from bd3lm_hf.data.sources import is_local
 from bd3lm_hf.hub_upload.hub_cli import MAX_SHARD_SIZE
 from bd3lm_hf.modeling import __file__ as _MODELING
 from bd3lm_hf.run_folder import COMPLETE_NAME, EMA_NAME, incomplete_because, last_complete_checkpoint, publish_folder
-from bd3lm_hf.tokenization import check_tokenizer_fits, limit_to_window, load_tokenizer
+from bd3lm_hf.tokenization import check_tokenizer_fits, has_tokenizer, limit_to_window, load_tokenizer
 
 
 CODE = Path(_MODELING).resolve().parent  # the code that is saved with a model
@@ -111,7 +111,7 @@ def check_source(folder: Path, *, tokenizer: bool = True, base_model: str | None
         raise ValueError(f"DIR {folder} is an incomplete checkpoint: {reason}. Name another one.")
     _check_weights(folder, _ADAPTER_FILES[1:] if adapter else ALLOWED["weights"][:2])
     check_links(folder, "DIR")
-    if tokenizer and not any(kind_of(name) == "tokenizer" for name in files_of(folder)):
+    if tokenizer and not has_tokenizer(folder):
         raise ValueError(
             f"DIR {folder} has no tokenizer: save the one that the model was trained with there "
             f"(tokenizer.save_pretrained), or pass --no-tokenizer."
@@ -184,7 +184,7 @@ def read_contents(folder: Path, *, tokenizer: bool = True, weights: str = "auto"
             model, or averaged weights are requested and missing.
     """
     loaded_tokenizer = None
-    if tokenizer or any(kind_of(name) == "tokenizer" for name in files_of(folder)):
+    if tokenizer or has_tokenizer(folder):
         loaded_tokenizer = load_tokenizer(str(folder))
     base = adapter_base(str(folder))
     model = load_model(base or str(folder), argument="DIR" if base is None else f"DIR {folder} on")
