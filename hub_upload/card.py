@@ -20,15 +20,6 @@ from bd3lm_hf.user_files import read_json, read_yaml
 
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
-_CITATION = """\
-@inproceedings{arriola2025block,
-  title     = {Block Diffusion: Interpolating Between Autoregressive and Diffusion Language Models},
-  author    = {Marianne Arriola and Aaron Gokaslan and Justin T. Chiu and Zhihan Yang and Zhixuan Qi and Jiaqi Han and
-               Subham Sekhar Sahoo and Volodymyr Kuleshov},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2025},
-  url       = {https://arxiv.org/abs/2503.09573}
-}"""
 # Recipe fields that are published. Others may contain folders, host names and logins.
 _TRAINING = {
     "max_steps": "requested optimizer steps",
@@ -118,8 +109,7 @@ def make_card(
         training=_training(recipe, results, weights),
         data=_data(dataset, hub_dataset),
         evaluation=_evaluation(recipe, results, dataset),
-        window=_window(whole.config),
-        citation=_CITATION,
+        length=whole.config.model_length,
     )
 
 
@@ -128,16 +118,11 @@ def make_card(
 
 def _read_run(source: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Return the recipe (None without a run) and results of a folder's run; a checkpoint has no results."""
-    if (source / RECIPE_NAME).is_file():
-        return _read_recipe(source / RECIPE_NAME), _read_json(source / RESULTS_NAME)
-    if (source.parent / RECIPE_NAME).is_file():
-        return _read_recipe(source.parent / RECIPE_NAME), {}
-    return None, {}
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    recipe = read_yaml(path)
-    return recipe if isinstance(recipe, dict) else {}
+    run = next((folder for folder in (source, source.parent) if (folder / RECIPE_NAME).is_file()), None)
+    if run is None:
+        return None, {}
+    recipe = read_yaml(run / RECIPE_NAME)
+    return recipe if isinstance(recipe, dict) else {}, _read_json(source / RESULTS_NAME) if run == source else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -263,11 +248,6 @@ def _eval_results(
         for metric, label in _METRICS.items()
         if isinstance(score.get(metric), float) and math.isfinite(score[metric])
     ]
-
-
-def _window(config: Any) -> str:
-    length = getattr(config, "model_length", None)
-    return f"It was trained on sequences of {length:,} tokens." if length else "Its training length is not recorded."
 
 
 def _table(rows: Sequence[tuple[Any, ...]], head: Sequence[str] | None = None) -> str:
