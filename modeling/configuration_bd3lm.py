@@ -446,11 +446,3 @@ def _check_required(config: BD3LMConfig, required: dict[str, Any], reason: str) 
 
 for _config in (BD3LMConfig, ARConfig, MDLMConfig, SEDDConfig):
     _config.register_for_auto_class()
-
-__all__ = [
-    "ARConfig",
-    "BD3LMConfig",
-    "MDLMConfig",
-    "SAMPLING_EPS",
-    "SEDDConfig",
-]

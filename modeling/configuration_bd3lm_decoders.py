@@ -275,22 +275,3 @@ class BD3LMGemma3TextConfig(BD3LMDecoderConfigMixin, Gemma3TextConfig):
 
 for _config in BD3LMDecoderConfigMixin.__subclasses__():
     _config.register_for_auto_class()
-
-__all__ = [
-    "ALIGNMENTS",
-    "BD3LMDecoderConfigMixin",
-    "BD3LMGPT2Config",
-    "BD3LMGemma3TextConfig",
-    "BD3LMGraniteConfig",
-    "BD3LMLlamaConfig",
-    "BD3LMMistralConfig",
-    "BD3LMOlmo2Config",
-    "BD3LMPhi3Config",
-    "BD3LMQwen2Config",
-    "BD3LMQwen3Config",
-    "BD3LMSmolLM3Config",
-    "CONTEXTS",
-    "head_dim_of",
-    "slides",
-    "unsupported_reason",
-]

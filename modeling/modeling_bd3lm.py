@@ -287,5 +287,3 @@ class BD3LMForMaskedLM(BlockDiffusionMixin, BD3LMLanguageModel, GenerationMixin)
 
 
 register_auto_classes(BD3LMForMaskedLM, "AutoModelForMaskedLM", "AutoModelForCausalLM")
-
-__all__ = ["BD3LMForMaskedLM", "BlockDiffusionMixin"]

@@ -167,12 +167,10 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
         layout: Layout,
         masked_indices: torch.Tensor,
         sigma: torch.Tensor | None = None,
-        *,
-        cache: BlockCache | None = None,
-        num_noise_samples: int = 1,
+        **streams: Any,
     ) -> torch.Tensor:
         """Return the hidden states that predict the masked tokens; see [`BD3LMLanguageModel.noisy_hidden`]."""
-        hidden = self.stream_hidden(x_t, x_0, layout, cache=cache, num_noise_samples=num_noise_samples)
+        hidden = self.stream_hidden(x_t, x_0, layout, **streams)
         return hidden.noisy.flatten(0, 1)[masked_indices]
 
     def stream_hidden(
@@ -201,23 +199,16 @@ def _check_direct_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, An
 class _TwoLossNetwork:
     """A model during one call of the loss, which keeps the clean hidden states for the next-token loss."""
 
+    noisy_hidden = BD3LMDecoderMixin.noisy_hidden
+
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.training = model, model.config, model.training
         self.clean_cache, self.logits_head = model.clean_cache, model.logits_head
 
-    def noisy_hidden(
-        self,
-        x_t: torch.Tensor,
-        x_0: torch.Tensor,
-        layout: Layout,
-        masked_indices: torch.Tensor,
-        sigma: torch.Tensor | None,
-        **streams: Any,
-    ) -> torch.Tensor:
-        """Return the hidden states that predict the masked tokens."""
+    def stream_hidden(self, x_t: torch.Tensor, x_0: torch.Tensor, layout: Layout, **streams: Any) -> TwoStreamHidden:
         hidden = self.model.stream_hidden(x_t, x_0, layout, **streams)
         self.clean_hidden, self.layout = hidden.clean, layout
-        return hidden.noisy.flatten(0, 1)[masked_indices]
+        return hidden
 
     def next_token_loss(
         self,
@@ -311,18 +302,3 @@ for _kind in DECODERS.values():
         **dict.fromkeys(("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"), _kind),
     }
     _kind.register_for_auto_class("AutoModelForMaskedLM")
-
-__all__ = [
-    "BD3LMGPT2ForMaskedLM",
-    "BD3LMGemma3ForMaskedLM",
-    "BD3LMGraniteForMaskedLM",
-    "BD3LMLlamaForMaskedLM",
-    "BD3LMMistralForMaskedLM",
-    "BD3LMOlmo2ForMaskedLM",
-    "BD3LMPhi3ForMaskedLM",
-    "BD3LMQwen2ForMaskedLM",
-    "BD3LMQwen3ForMaskedLM",
-    "BD3LMSmolLM3ForMaskedLM",
-    "BD3LMDecoderMixin",
-    "DECODERS",
-]
