@@ -373,6 +373,9 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation(launched)
         has_accelerator_config = self.accelerator_config is not None
+        for suffix in ("", "_kwargs"):  # newer versions of transformers warn about the name that all versions know
+            if getattr(self, f"activation_checkpointing{suffix}", False) is None:
+                setattr(self, f"activation_checkpointing{suffix}", getattr(self, f"gradient_checkpointing{suffix}"))
         super().__post_init__()
         if not has_accelerator_config:
             # Batches in pinned memory are copied to a GPU while it still works on the previous one.

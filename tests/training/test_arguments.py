@@ -18,6 +18,13 @@ def test_defaults_are_the_optimisation_of_the_paper():
     assert (training.weight_decay, training.max_grad_norm) == (0.0, 1.0)
 
 
+def test_gradient_checkpointing_is_the_name_in_every_version_of_transformers(tmp_path, recwarn):
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    training = arguments_of(tmp_path, **settings)
+    assert training.gradient_checkpointing and training.gradient_checkpointing_kwargs == {"use_reentrant": True}
+    assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
+
+
 def test_a_gpu_gets_asynchronous_copies_and_a_fused_optimizer(tmp_path):
     training = arguments_of(tmp_path, use_cpu=False)
     assert training.dataloader_pin_memory and training.accelerator_config.non_blocking
