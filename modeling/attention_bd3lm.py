@@ -13,7 +13,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,7 +28,6 @@ from .inputs_bd3lm import Layout, token_layout
 
 
 _TILE = 256  # queries per tile, rounded up to whole blocks; measured on CPU: 128 spends more on copies and slices
-
 
 _NARROWEST_FLEX_HEAD = 16  # torch has no flex kernel for narrower heads
 
@@ -88,13 +87,11 @@ def block_causal_plan(
     if not torch.compiler.is_exporting() and layout.aligned and past % block_size == 0 and length <= block_size:
         return _plan((Tile((0, length), ((0, total),), None),))
     if implementation == "flex_attention":
-        return _plan((_flex_tile(layout, 1, past),))
-    see = functools.partial(_sees_clean, layout, strict=False)
+        return _plan((_whole_tile(layout, block_size, implementation, dtype, 1, past),))
     tiles = []
     for start, stop in _ranges(length, implementation, block_size):
-        num_visible_keys = min(total, past + stop + _padding_slack(layout, block_size, past))
-        mask = _additive(_allowed(layout, see, past + start, past + stop, (0, num_visible_keys)), dtype)
-        tiles.append(Tile((start, stop), ((0, num_visible_keys),), mask))
+        keys = ((0, min(total, past + stop + _padding_slack(layout, block_size, past))),)
+        tiles.append(Tile((start, stop), keys, _dense_mask(layout, (past + start, past + stop), keys, dtype)))
     return _plan(tuple(tiles))
 
 
@@ -114,11 +111,12 @@ def two_stream_plan(
     see the clean keys of their own and earlier blocks.
     """
     length = layout.block_ids.shape[1]
-    if implementation == "flex_attention":
-        return _flex_two_stream_plan(layout, block_size, num_noise_samples, clean_cached)
+    # Eager attention returns whole weight matrices; after a cache, one for all noise samples would be too large.
+    if implementation == "flex_attention" or (implementation == "eager" and not clean_cached):
+        whole = functools.partial(_whole_tile, layout, block_size, implementation, dtype, 1 + num_noise_samples)
+        last = (whole(length),)
+        return _plan(last) if clean_cached else AttentionPlan((whole(0),), last, length)
     padding_slack = _padding_slack(layout, block_size, 0)
-    earlier = functools.partial(_sees_clean, layout, strict=True)
-    own_block = functools.partial(_sees_own_block, layout)
     noisy: list[Tile] = []
     for sample in range(num_noise_samples):
         for start, stop in _ranges(length, implementation, block_size):
@@ -129,22 +127,15 @@ def two_stream_plan(
             own = (max(0, start - padding_slack), min(length, stop + padding_slack))
             if sample == 0 and own[0] == 0 and length - num_visible_keys <= block_size:
                 num_visible_keys = length  # adjacent ranges are one view of the keys, others a copy
-            clean_mask = _allowed(layout, earlier, start, stop, (0, num_visible_keys), padding_sees_itself=False)
-            own_mask = _allowed(layout, own_block, start, stop, own)
-            mask = _additive(torch.cat([clean_mask, own_mask], -1), dtype)
             offset = (1 + sample) * length
             keys = _joined((0, num_visible_keys), (offset + own[0], offset + own[1]))
+            mask = _dense_mask(layout, (offset + start, offset + stop), keys, dtype)
             noisy.append(Tile((sample * length + start, sample * length + stop), keys, mask))
     if clean_cached:
-        return AttentionPlan(tuple(noisy), tuple(noisy), 0)
+        return _plan(tuple(noisy))
     clean = block_causal_plan(layout, length, block_size, implementation=implementation, dtype=dtype).tiles
     shifted = tuple(t._replace(queries=(t.queries[0] + length, t.queries[1] + length)) for t in noisy)
-    plan = AttentionPlan(clean + shifted, tuple(noisy), length)
-    return (
-        _merge(plan, (1 + num_noise_samples) * length, dtype, layout.block_ids.device)
-        if implementation == "eager"
-        else plan
-    )
+    return AttentionPlan(clean + shifted, tuple(noisy), length)
 
 
 def decoding_plan(
@@ -234,12 +225,8 @@ class BD3LMAttention(nn.Module):
         weights = None
         if not tiles:  # only keys and values of these positions are needed
             return query.transpose(1, 2).flatten(2), weights
-        sparse = isinstance(tiles[0].mask, BlockMask)
-        if sparse and query.device.type == "cpu":
-            attend = flex_attention_on_cpu
-        elif self.config._attn_implementation == "flex_attention" and not sparse:
-            # A denoising step needs no mask or a dense one, for which a sparse kernel does not pay off.
-            attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        if self.config._attn_implementation == "flex_attention":
+            attend = flex_attention_forward
         outputs = []
         for tile in tiles:
             out, weights = attend(
@@ -272,6 +259,28 @@ def eager_attention_forward(
         scores = scores + attention_mask
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def flex_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | BlockMask | None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run transformers' flex attention if the mask is sparse.
+
+    A denoising step has no mask or a dense one, which sdpa accepts without compiling anything. On a CPU the sparse
+    kernel runs uncompiled: compiling it takes a minute, and the result crashed (torch 2.13).
+    """
+    if not isinstance(attention_mask, BlockMask):
+        attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    elif query.device.type == "cpu":
+        attend = flex_attention_on_cpu
+    else:
+        attend = ALL_ATTENTION_FUNCTIONS["flex_attention"]
+    return attend(module, query, key, value, attention_mask, **options)
 
 
 def flex_attention_on_cpu(
@@ -317,62 +326,8 @@ def _padding_slack(layout: Layout, block_size: int, past: int) -> int:
     return 0 if layout.aligned and past % block_size == 0 else block_size - 1
 
 
-def _sees_clean(
-    layout: Layout, batch: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *, strict: bool
-) -> torch.Tensor:
-    row = batch if layout.block_ids.shape[0] > 1 else 0
-    own, other = layout.block_ids[row, query], layout.block_ids[row, key]
-    seen = own > other if strict else own >= other
-    if layout.document_ids is not None:
-        seen = seen & (layout.document_ids[row, query] == layout.document_ids[row, key])
-    return seen if layout.valid is None else seen & layout.valid[batch, key]
-
-
-def _sees_own_block(layout: Layout, batch: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    row = batch if layout.block_ids.shape[0] > 1 else 0
-    seen = layout.block_ids[row, query] == layout.block_ids[row, key]
-    return seen if layout.valid is None else seen & layout.valid[batch, key]
-
-
-def _allowed(
-    layout: Layout, see: Callable, start: int, stop: int, keys: tuple[int, int], padding_sees_itself: bool = True
-) -> torch.Tensor:
-    """Return a bool mask `(batch or 1, 1, queries, keys)` from a mask function of indices into the layout."""
-    device = layout.block_ids.device
-    batch = torch.arange(layout.num_rows, device=device)[:, None, None]
-    query = torch.arange(start, stop, device=device)[None, :, None]
-    key = torch.arange(*keys, device=device)[None, None, :]
-    seen = see(batch, query, key)
-    if layout.valid is not None and padding_sees_itself:
-        # No softmax may run over an empty set.
-        seen = seen | (query == key)
-    return seen.unsqueeze(1)
-
-
 def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, -torch.inf)
-
-
-def _width(tile: Tile) -> int:
-    return sum(stop - start for start, stop in tile.keys)
-
-
-def _merge(plan: AttentionPlan, total: int, dtype: torch.dtype, device: torch.device) -> AttentionPlan:
-    """Merge the tiles into one dense tile, so that eager attention returns whole weight matrices."""
-
-    def merged(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
-        masks = []
-        for tile in tiles:
-            mask = cast("torch.Tensor | None", tile.mask)  # dense in eager attention
-            if mask is None:
-                mask = torch.zeros(1, 1, tile.queries[1] - tile.queries[0], _width(tile), dtype=dtype, device=device)
-            full = mask.new_full((*mask.shape[:3], total), -torch.inf)
-            ranges = torch.cat([torch.arange(*r, device=mask.device) for r in tile.keys])
-            masks.append(full.index_copy(3, ranges, mask))
-        mask = torch.cat(masks, dim=2)
-        return (Tile((0, mask.shape[2]), ((0, total),), mask),)
-
-    return AttentionPlan(merged(plan.tiles), merged(plan.last_tiles), plan.skip)
 
 
 def _joined(first: tuple[int, int], second: tuple[int, int]) -> tuple[tuple[int, int], ...]:
@@ -389,14 +344,51 @@ def _select(states: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> torch.
     return torch.cat([states[:, :, start:stop] for start, stop in ranges], dim=2)
 
 
-def _flex_tile(layout: Layout, num_streams: int, first_query: int) -> Tile:
-    """Return one sparse tile of the queries from `first_query` on and all keys of `num_streams` streams."""
-    keys = num_streams * layout.block_ids.shape[1]
-    return Tile((0, keys - first_query), ((0, keys),), flex_mask(layout, num_streams, first_query))
+def _whole_tile(
+    layout: Layout, block_size: int, implementation: str, dtype: torch.dtype, num_streams: int, first_query: int
+) -> Tile:
+    """Return one tile of the queries from `first_query` on and all keys of `num_streams` streams."""
+    keys, sparse = num_streams * layout.block_ids.shape[1], implementation == "flex_attention"
+    mask = stream_mask(layout, block_size, dtype, num_streams=num_streams, first_query=first_query, sparse=sparse)
+    return Tile((0, keys - first_query), ((0, keys),), mask)
 
 
-def flex_mask(layout: Layout, num_streams: int, first_query: int, *, causal_columns: int = 0) -> BlockMask:
-    """Return the sparse mask of flex attention for the queries from `first_query` on; see [`stream_visibility`]."""
+def stream_mask(
+    layout: Layout,
+    block_size: int,
+    dtype: torch.dtype,
+    *,
+    num_streams: int = 1,
+    first_query: int = 0,
+    causal_columns: int = 0,
+    sparse: bool = False,
+) -> torch.Tensor | BlockMask:
+    """Return one mask for all queries from `first_query` on. Masks of unpadded rows are cached between steps.
+
+    Args:
+        num_streams: number of streams, x_0 included.
+        causal_columns: as in [`stream_visibility`].
+        sparse: return the mask of flex attention instead of an additive one `(batch or 1, 1, queries, keys)`.
+    """
+    options = (num_streams, first_query, causal_columns, sparse, dtype)
+    if layout.aligned and not torch.compiler.is_compiling():  # tracing ignores lru_cache, with a warning
+        return _aligned_stream_mask(layout.block_ids.shape[1], block_size, layout.block_ids.device, *options)
+    return _make_stream_mask(layout, *options)
+
+
+@functools.lru_cache(maxsize=16)
+def _aligned_stream_mask(length: int, block_size: int, device: torch.device, *options: Any) -> Any:
+    # Cached masks are used in training too, where inference tensors cannot be.
+    with torch.inference_mode(False):
+        return _make_stream_mask(token_layout(None, length, block_size, device=device), *options)
+
+
+def _make_stream_mask(
+    layout: Layout, num_streams: int, first_query: int, causal_columns: int, sparse: bool, dtype: torch.dtype
+) -> torch.Tensor | BlockMask:
+    if not sparse:
+        keys = num_streams * layout.block_ids.shape[1]
+        return _dense_mask(layout, (first_query, keys), ((0, keys),), dtype, causal_columns)
     # A constant even in compiled code: torch 2.11 cannot compile flex attention for a dynamic length.
     length = len(range(layout.block_ids.shape[1]))
     keys, rows = num_streams * length, layout.num_rows
@@ -411,33 +403,20 @@ def flex_mask(layout: Layout, num_streams: int, first_query: int, *, causal_colu
     return create_block_mask(see, batch, None, keys - first_query, keys, device=layout.block_ids.device)
 
 
-def _flex_two_stream_plan(
-    layout: Layout, block_size: int, num_noise_samples: int, clean_cached: bool
-) -> AttentionPlan:
-    """Plan the two streams `[x_0 ; x_t]` as one sparse mask, which is cached between steps if nothing is padded."""
-    if layout.aligned and not torch.compiler.is_compiling():  # tracing ignores lru_cache, with a warning
-        return _unpadded_flex_plan(
-            layout.block_ids.shape[1], block_size, num_noise_samples, clean_cached, layout.block_ids.device
-        )
-    return _build_flex_plan(layout, num_noise_samples, clean_cached)
-
-
-@functools.lru_cache(maxsize=16)
-def _unpadded_flex_plan(
-    length: int, block_size: int, num_noise_samples: int, clean_cached: bool, device: torch.device
-) -> AttentionPlan:
-    # Cached masks are used in training too, where inference tensors cannot be.
-    with torch.inference_mode(False):
-        layout = token_layout(None, length, block_size, device=device)
-        return _build_flex_plan(layout, num_noise_samples, clean_cached)
-
-
-def _build_flex_plan(layout: Layout, num_noise_samples: int, clean_cached: bool) -> AttentionPlan:
-    length = layout.block_ids.shape[1]
-    last = _flex_tile(layout, 1 + num_noise_samples, length)
-    if clean_cached:
-        return AttentionPlan((last,), (last,), 0)
-    return AttentionPlan((_flex_tile(layout, 1 + num_noise_samples, 0),), (last,), length)
+def _dense_mask(
+    layout: Layout,
+    queries: tuple[int, int],
+    keys: tuple[tuple[int, int], ...],
+    dtype: torch.dtype,
+    causal_columns: int = 0,
+) -> torch.Tensor:
+    """Return an additive mask `(batch or 1, 1, queries, keys)` of ranges of the streams; see [`stream_visibility`]."""
+    device = layout.block_ids.device
+    row = torch.arange(layout.num_rows, device=device)[:, None, None]
+    query = torch.arange(*queries, device=device)[None, :, None]
+    key = torch.cat([torch.arange(*ends, device=device) for ends in keys])[None, None, :]
+    see = stream_visibility(layout, causal_columns=causal_columns)
+    return _additive(see(row, None, query, key).unsqueeze(1), dtype)
 
 
 def stream_visibility(layout: Layout, *, first_query: int = 0, causal_columns: int = 0) -> Callable:

@@ -4,16 +4,15 @@ A stock decoder attends as its mask says and rotates as its positions say. Both 
 `[x_0 ; x_t]` of two streams, or a block after a cache of finished blocks, goes through the stock layers in one call.
 """
 
-import functools
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.modeling_utils import AttentionInterface
 
-from .attention_bd3lm import flex_attention_on_cpu, flex_mask, stream_visibility
+from .attention_bd3lm import flex_attention_forward, stream_mask
 from .cache_bd3lm import StaticSlots, append_to_cache, last_clean
 from .configuration_bd3lm_decoders import head_dim_of, slides
 from .inputs_bd3lm import Layout, may_read, read_inputs, token_layout
@@ -22,28 +21,6 @@ from .windows_bd3lm import DecodingNetwork
 
 #: The name in transformers of the attention of a decoder with attn_implementation="flex_attention".
 FLEX_ATTENTION = "bd3lm_flex_attention"
-
-
-def flex_attention_forward(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | BlockMask,
-    **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run transformers' flex attention if the mask is sparse.
-
-    A denoising step has a dense mask, which sdpa accepts without compiling anything. On a CPU the sparse kernel runs
-    uncompiled: compiling it takes a minute, and the result crashed (torch 2.13).
-    """
-    if not isinstance(attention_mask, BlockMask):
-        attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    elif query.device.type == "cpu":
-        attend = flex_attention_on_cpu
-    else:
-        attend = ALL_ATTENTION_FUNCTIONS["flex_attention"]
-    return attend(module, query, key, value, attention_mask, **options)
 
 
 AttentionInterface.register(FLEX_ATTENTION, flex_attention_forward)
@@ -143,7 +120,7 @@ class DecoderBackbone:
         check_length(layout, self.config)
         length = layout.block_ids.shape[1]
         streams = num_noise_samples + 1
-        mask = stream_mask(
+        mask = decoder_mask(
             layout, self.config, embeds.dtype, num_streams=streams, first_query=0 if cache is None else length
         )
         positions = layout.position_ids.repeat(1, streams if cache is None else num_noise_samples)
@@ -206,7 +183,7 @@ class DecoderBackbone:
                 attentions=_noisy_part(outputs.attentions, 2, length),
             )
         check_length(layout, self.config)
-        mask = stream_mask(layout, self.config, embeds.dtype, first_query=past, causal_columns=past + commit)
+        mask = decoder_mask(layout, self.config, embeds.dtype, first_query=past, causal_columns=past + commit)
         before = last_clean(cache) if self.shifted and past else None
         outputs = self.run(embeds, layout.position_ids[:, past:], mask, cache, commit, **recorded)
         if self.shifted:
@@ -247,7 +224,7 @@ class DecoderDecodingNetwork(DecodingNetwork):
         length, size = input_ids.shape[1], self.config.block_size
         finished = length if positions is None else length - size
         layout = token_layout(key_valid, length, size, past=num_cached, device=input_ids.device)
-        mask = stream_mask(
+        mask = decoder_mask(
             layout,
             self.config,
             self.dtype,
@@ -335,50 +312,28 @@ def check_length(layout: Layout, config: Any) -> None:
         )
 
 
-def stream_mask(
+def decoder_mask(
     layout: Layout,
     config: Any,
     dtype: torch.dtype,
     *,
-    num_streams: int = 1,
-    first_query: int = 0,
     causal_columns: int | None = None,
     dense: bool = False,
+    **streams: int,
 ) -> torch.Tensor | BlockMask:
-    """Return one mask for all queries from `first_query` on. Masks of unpadded rows are cached between steps.
+    """Return the mask of a decoder's context, see [`stream_mask`]; sparse for flex attention, else additive.
 
     Args:
-        num_streams: number of streams, x_0 included.
         causal_columns: leading tokens of x_0 that are causal in `context="token"`, by default all.
         dense: return a dense mask for flex attention too, as for short passes, where building a sparse one is slow.
-
-    Returns:
-        a sparse mask for flex attention, else an additive one `(batch or 1, 1, queries, keys)`.
+        streams: `num_streams` and `first_query`.
     """
-    length = layout.block_ids.shape[1]
-    causal = 0 if config.context == "block" else length if causal_columns is None else causal_columns
-    sparse = config._attn_implementation == FLEX_ATTENTION and not dense
-    options = (num_streams, first_query, causal, sparse, dtype)
-    if layout.aligned and not torch.compiler.is_compiling():  # tracing ignores lru_cache, with a warning
-        return _aligned_stream_mask(length, config.block_size, layout.block_ids.device, *options)
-    return _make_stream_mask(layout, *options)
-
-
-@functools.lru_cache(maxsize=16)
-def _aligned_stream_mask(length: int, block_size: int, device: torch.device, *options: Any) -> Any:
-    # Cached masks are used in training too, where inference tensors cannot be.
-    with torch.inference_mode(False):
-        return _make_stream_mask(token_layout(None, length, block_size, device=device), *options)
-
-
-def _make_stream_mask(
-    layout: Layout, num_streams: int, first_query: int, causal: int, sparse: bool, dtype: torch.dtype
-) -> torch.Tensor | BlockMask:
-    if sparse:
-        return flex_mask(layout, num_streams, first_query, causal_columns=causal)
-    device, keys = layout.block_ids.device, num_streams * layout.block_ids.shape[1]
-    is_visible = stream_visibility(layout, first_query=first_query, causal_columns=causal)
-    row = torch.arange(layout.num_rows, device=device)[:, None, None]
-    query = torch.arange(keys - first_query, device=device)[None, :, None]
-    visible = is_visible(row, None, query, torch.arange(keys, device=device)[None, None, :]).unsqueeze(1)
-    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, -torch.inf)
+    causal = layout.block_ids.shape[1] if causal_columns is None else causal_columns
+    return stream_mask(
+        layout,
+        config.block_size,
+        dtype,
+        causal_columns=0 if config.context == "block" else causal,
+        sparse=config._attn_implementation == FLEX_ATTENTION and not dense,
+        **streams,
+    )

@@ -48,7 +48,7 @@ from .decoder_backbone_bd3lm import (
     DecoderDecodingNetwork,
     TwoStreamHidden,
     check_length,
-    stream_mask,
+    decoder_mask,
 )
 from .inputs_bd3lm import Layout
 from .loss_bd3lm import chunked_cross_entropy, denoising_loss, divide_by_count, loss_mask, masked_indices
@@ -156,7 +156,7 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
         backbone, cache, length = self.backbone, BlockCache(), input_ids.shape[1]
         check_length(layout, self.config)
         embeds = backbone.vocab_embed(input_ids)
-        mask = stream_mask(layout, self.config, embeds.dtype)
+        mask = decoder_mask(layout, self.config, embeds.dtype)
         backbone.run(embeds, layout.position_ids, mask, cache, length)
         return cache
 

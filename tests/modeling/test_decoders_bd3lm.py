@@ -7,7 +7,7 @@ from decoders import BLOCK, FAMILIES, LENGTH, MASK, masked, random_ids, tiny_dec
 from generating import make_family
 from safetensors.torch import load_file
 
-from bd3lm_hf.modeling.decoder_backbone_bd3lm import stream_mask
+from bd3lm_hf.modeling.decoder_backbone_bd3lm import decoder_mask
 from bd3lm_hf.modeling.inputs_bd3lm import token_layout
 from bd3lm_hf.modeling.noise_bd3lm import Noise
 
@@ -47,7 +47,7 @@ def test_the_mask_equals_the_table_of_the_method(name, attention, context):
     config = tiny_decoder("llama", attention, context=context, block_size=2).config
     given = None if positions is None else torch.tensor([positions])
     layout = token_layout(torch.tensor([mask]), 7, 2, device=torch.device("cpu"), position_ids=given)
-    made = stream_mask(layout, config, torch.float32, num_streams=3)
+    made = decoder_mask(layout, config, torch.float32, num_streams=3)
     own = positions or (torch.tensor(mask).cumsum(0) - 1).clamp(min=0).tolist()
     documents = [sum(own[k] != own[k - 1] + 1 for k in range(1, i + 1)) if positions else 0 for i in range(7)]
     tokens = [(stream, column) for stream in range(3) for column in range(7)]
