@@ -3,7 +3,7 @@
 Each step predicts the positions that the sampler chooses. The network's forward passes are in `windows_bd3lm.py`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +48,16 @@ class Trace:
     """
 
     def __init__(self, buffer: SequenceBuffer, attention_mask: torch.Tensor) -> None:
-        self.columns = _output_columns(buffer, attention_mask.bool()).cpu()
+        real = attention_mask.bool()
+        width, lengths = real.shape[1], real.sum(1, keepdim=True)
+        # Index of each column's token in its row, counted from the first token of the prompt.
+        number = torch.arange(buffer.token_ids.shape[1], device=real.device) - buffer.row_start.unsqueeze(1)
+        prompt_columns = (~real).long().argsort(dim=1, stable=True)  # columns that hold tokens come first, in order
+        inside = prompt_columns.gather(1, number.clamp(0, width - 1))
+        # New tokens follow the last column of the prompt, padded or not. Texts with blanks do not grow.
+        after = width + number - lengths if buffer.blanks is None else torch.full_like(number, -1)
+        # (batch, columns): the column of the output for each column of the buffer, -1 for none.
+        self.columns = torch.where(number < lengths, inside, after).masked_fill(number < 0, -1).cpu()
         self.steps: list[TraceStep] = []
 
     def add(self, begin: int, block: torch.Tensor, revealed: torch.Tensor, confidence: torch.Tensor) -> None:
@@ -56,22 +65,6 @@ class Trace:
         columns = self.columns[:, begin : begin + block.shape[1]]
         confidence = confidence.cpu().masked_fill(~revealed, 0.0)
         self.steps.append(TraceStep(begin, block.cpu().clone(), revealed, confidence, columns))
-
-
-def _output_columns(buffer: SequenceBuffer, real: torch.Tensor) -> torch.Tensor:
-    """Return the column of the output for each column of the buffer, `(batch, columns)`, -1 for none.
-
-    Args:
-        real: bool `(batch, length)`, False for padding of the prompts.
-    """
-    width, lengths = real.shape[1], real.sum(1, keepdim=True)
-    # Index of each column's token in its row, counted from the first token of the prompt.
-    number = torch.arange(buffer.token_ids.shape[1], device=real.device) - buffer.row_start.unsqueeze(1)
-    prompt_columns = (~real).long().argsort(dim=1, stable=True)  # columns that hold tokens come first, in order
-    inside = prompt_columns.gather(1, number.clamp(0, width - 1))
-    # New tokens follow the last column of the prompt, padded or not. Texts with blanks do not grow.
-    after = width + number - lengths if buffer.blanks is None else torch.full_like(number, -1)
-    return torch.where(number < lengths, inside, after).masked_fill(number < 0, -1)
 
 
 @dataclass
@@ -161,40 +154,32 @@ class BlockForward:
         row_index[self._running] = torch.arange(len(kept))
         self._row_index = row_index.to(device)
 
-    def close(self, keep: bool = True) -> Cache | None:
-        """Return the cache for a later call; empty if the window has moved or rows have been dropped.
 
-        Args:
-            keep: whether the caller gets it. Otherwise the next call can reuse its buffers.
-        """
-        return self.window.close(keep)
-
-
-@dataclass
 class ScoreRecord:
-    """Scores or logits of each new token, recorded if requested."""
+    """The scores and logits of each new token, recorded if the generation config requests them."""
 
-    requested: bool
-    steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    def __init__(self, generation_config: Any) -> None:
+        requested = {"scores": generation_config.output_scores, "logits": generation_config.output_logits}
+        self.names = [name for name in requested if requested[name] and generation_config.return_dict_in_generate]
+        self.steps: list[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]] = []
 
-    def add(self, row: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
-        """Record values `(positions, vocab_size)` for the new token at `index` of each `row`, both `(positions,)`."""
-        if self.requested:
-            self.steps.append((row, index, values))
+    def add(self, row: torch.Tensor, index: torch.Tensor, **values: torch.Tensor) -> None:
+        """Record `scores` and `logits` `(positions, vocab_size)` of the new token at `index` of each `row`."""
+        self.steps.append((row, index, {name: values[name] for name in self.names}))
 
-    def result(self, batch: int, count: int) -> tuple[torch.Tensor, ...] | None:
+    def result(self, batch: int, count: int) -> dict[str, tuple[torch.Tensor, ...]]:
         """Return `(batch, vocab_size)` for each of the first `count` new tokens; zeros where a row had ended."""
-        if not self.requested:
-            return None
-        if not self.steps:
-            return ()
-        recorded = self.steps[0][2].new_zeros(count, batch, self.steps[0][2].shape[1])
-        for row, index, values in self.steps:
-            # A block may reach beyond the last token of the output.
-            inside = (index < count).nonzero().squeeze(1)
-            at = (index[inside].to(recorded.device), row[inside].to(recorded.device))
-            recorded[at] = values[inside.to(recorded.device)]
-        return tuple(recorded)
+        results = {}
+        for name in self.names:
+            like = self.steps[0][2][name]
+            recorded = like.new_zeros(count, batch, like.shape[1])
+            for row, index, values in self.steps:
+                # A block may reach beyond the last token of the output.
+                inside = (index < count).nonzero().squeeze(1)
+                at = (index[inside].to(recorded.device), row[inside].to(recorded.device))
+                recorded[at] = values[name][inside.to(recorded.device)]
+            results[name] = tuple(recorded)
+        return results
 
 
 class Prediction(NamedTuple):
@@ -275,11 +260,23 @@ class BlockWriter:
             )
         self.forward = BlockForward(model.decoding_network(), buffer, cache, generation_config)
         self.row_forward_passes = torch.zeros(len(buffer.token_ids), dtype=torch.long)  # in which each row took part
-        self.sampler: Sampler = _sampler_class(generation_config.sampler, model)(generation_config, model.config)
+        if generation_config.sampler not in model.samplers:
+            choices = ", ".join(map(repr, model.samplers))
+            raise ValueError(
+                f"sampler={generation_config.sampler!r} does not suit a {type(model).__name__}: choose {choices}, or "
+                f"leave it out."
+            )
+        self.sampler: Sampler = model.samplers[generation_config.sampler](generation_config, model.config)
         self.do_sample: bool = generation_config.do_sample
-        recorded = bool(generation_config.return_dict_in_generate)
-        self.scores = ScoreRecord(recorded and bool(generation_config.output_scores))
-        self.logits = ScoreRecord(recorded and bool(generation_config.output_logits))
+        self.record = ScoreRecord(generation_config)
+
+    def close(self, keep: bool) -> Cache | None:
+        """Return the cache for a later call; empty if the window has moved or rows have been dropped.
+
+        Args:
+            keep: whether the caller gets it. Otherwise the next call can reuse its buffers.
+        """
+        return self.forward.window.close(keep)
 
     def statistics(self, new_tokens: int) -> dict[str, Any]:
         """Return the fields of a generate output about the cost of `new_tokens` tokens, summed over all rows."""
@@ -353,12 +350,11 @@ class BlockWriter:
 
     def _record(self, block: BlockState, step: Step, predicted: Prediction, revealed: torch.Tensor) -> None:
         """Record the requested scores, logits and trace of a step, for the positions that it revealed."""
-        if self.scores.requested or self.logits.requested:
+        if self.record.names:
             kept = revealed.nonzero().squeeze(1)
             row, index = block.locate(step.positions[kept])
             kept = kept.to(predicted.scores.device, non_blocking=True)
-            self.scores.add(row, index, predicted.scores[kept])
-            self.logits.add(row, index, predicted.logits[kept])
+            self.record.add(row, index, scores=predicted.scores[kept], logits=predicted.logits[kept])
         if self.trace is not None:
             grid = torch.zeros(block.token_ids.shape, dtype=torch.bool)
             grid.view(-1)[step.positions] = revealed
@@ -416,12 +412,3 @@ class BlockWriter:
             return Prediction(scores.argmax(dim=-1), scores, logits)
         uniform = block.uniform.view(-1)[placed]
         return Prediction(sample_categorical(scores, uniform, dtype=self.sampling_dtype), scores, logits)
-
-
-def _sampler_class(name: str, model: Any) -> type[Sampler]:
-    if name not in model.samplers:
-        choices = ", ".join(map(repr, model.samplers))
-        raise ValueError(
-            f"sampler={name!r} does not suit a {type(model).__name__}: choose {choices}, or leave it out."
-        )
-    return model.samplers[name]

@@ -6,7 +6,7 @@ logits processors, stopping criteria, streamers and the pipeline are those of tr
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -45,28 +45,20 @@ _Generative: Any = GenerationMixin
 _EMPTY_PROMPT = "empty prompt: give every row a token, or call generate without input_ids to start from bos_token_id."
 
 
-def write_blocks(writer: Any, stop: StopRules, streamer: Any) -> None:
-    """Denoise block after block until all rows have finished.
+class Prompts(NamedTuple):
+    """The prompts of a call on the model's device, each `(batch, length)`."""
 
-    Args:
-        writer: has `denoise(begin, finished, streamer)`, which fills the block at column `begin` of the buffer.
-        streamer: receives the new tokens of the first row after each block, unless None.
-    """
-    for begin in stop.buffer.blocks():
-        writer.denoise(begin, stop.finished, streamer)
-        streamed = stop.update(begin)
-        if streamer is not None and streamed.numel():
-            streamer.put(streamed.cpu())
-        if stop.all_finished:
-            break
-    if streamer is not None:
-        streamer.end()
+    input_ids: torch.Tensor  # as passed
+    attention_mask: torch.Tensor
+    left: torch.Tensor  # padded on the left
+    padding: torch.Tensor | None  # bool, True at the padding of `left`; None: no padding
 
 
 class BlockGenerationMixin(_Generative):
-    """The preparation of `generate`, where transformers' own does not fit models that generate block by block.
+    """`generate` for models that generate block by block.
 
-    A subclass sets `generation_config_class`, whose constructor must have a default for every field that it adds.
+    A subclass sets `generation_config_class`, whose constructor must have a default for every field that it adds, and
+    has `open_writer`.
     """
 
     generator_per_row = True  # `generate` also takes a list of generators, one per row of the batch
@@ -74,6 +66,8 @@ class BlockGenerationMixin(_Generative):
     generation_config_class: Any
     masks_text = True  # new tokens start as mask tokens, so prompts must not contain one and outputs never do
     _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]
+
+    # --- Preparation, where transformers' own does not fit -----------------------------------------------------------
 
     @property
     def generation_config(self) -> Any:
@@ -249,10 +243,8 @@ class BlockGenerationMixin(_Generative):
             )
         return mask * (mask.cumsum(1) > left_out)
 
-    def _take_prompts(
-        self, input_ids: torch.Tensor, model_kwargs: dict[str, Any], synced_gpus: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the prompts and their attention mask on the model's device.
+    def _take_prompts(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any], synced_gpus: bool) -> Prompts:
+        """Return the prompts of a call.
 
         Raises:
             ValueError: if `generate` cannot continue them, or the number of generators is wrong.
@@ -272,7 +264,61 @@ class BlockGenerationMixin(_Generative):
                 f"the prompt contains mask_token_id={self.config.mask_token_id}: generate continues a text and does "
                 f"not fill blanks in it{instead}. If the mask tokens are padding, pass an attention_mask."
             )
-        return input_ids, attention_mask
+        return Prompts(input_ids, attention_mask, *pad_left(input_ids, attention_mask))
+
+    # --- Decoding ----------------------------------------------------------------------------------------------------
+
+    def open_writer(
+        self, prompts: Prompts, processors: LogitsProcessorList, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> Any:
+        """Align the prompts in a buffer. Return what denoises its blocks, with the methods of a [`BlockWriter`]."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> BD3LMGenerateOutput | torch.Tensor:
+        """Generate block by block (Algorithm 2).
+
+        1. Align the prompts.
+        2. Denoise each block, given the text before it.
+        3. End the rows that meet a stopping criterion, and stream the block.
+        4. Concatenate prompts and new tokens.
+        """
+        # 1. Align
+        prompts, home = self._take_prompts(input_ids, model_kwargs, synced_gpus), input_ids.device
+        writer = self.open_writer(prompts, logits_processor, generation_config, model_kwargs)
+        stop = StopRules(stopping_criteria, prompts.left, writer.buffer, generation_config, prompts.padding)
+        for begin in writer.buffer.blocks():
+            # 2. Denoise
+            writer.denoise(begin, stop.finished, streamer)
+            # 3. Stop and stream
+            streamed = stop.update(begin)
+            if streamer is not None and streamed.numel():
+                streamer.put(streamed.cpu())
+            if stop.all_finished:
+                break
+        if streamer is not None:
+            streamer.end()
+        # 4. Concatenate
+        cache = writer.close(keep=bool(generation_config.return_dict_in_generate))
+        new_tokens = stop.new_tokens()
+        sequences = torch.cat([prompts.input_ids, new_tokens], dim=1).to(home)
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return BD3LMGenerateOutput(
+            sequences=sequences,
+            past_key_values=cache,
+            **writer.record.result(*new_tokens.shape),
+            **writer.statistics(int(stop.lengths.sum())),
+        )
 
 
 class BD3LMGenerationMixin(BlockGenerationMixin):
@@ -348,55 +394,20 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
 
     # --- Decoding ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _sample(
-        self,
-        input_ids: torch.Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> BD3LMGenerateOutput | torch.Tensor:
-        """Generate block by block (Algorithm 2).
-
-        1. Align the prompts so that the blocks of all rows end at the same columns.
-        2. For each block, reveal its masked positions in the order of the sampler. The first step also writes the
-           block before it to the cache.
-        3. End the rows that meet a stopping criterion, and stream the block.
-        4. Concatenate prompts and new tokens.
-        """
-        # 1. Align
-        home = input_ids.device
-        input_ids, attention_mask = self._take_prompts(input_ids, model_kwargs, synced_gpus)
-        stride = window_stride(self.config, generation_config.window_stride)
+    def open_writer(
+        self, prompts: Prompts, processors: LogitsProcessorList, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> BlockWriter:
+        # The blocks of all rows end at the same columns.
         cache = model_kwargs.get("past_key_values")
-        read = self._last_window(attention_mask, stride or self.config.block_size, cache)
-        max_new_tokens = generation_config.max_length - input_ids.shape[1]
+        stride = window_stride(self.config, generation_config.window_stride)
+        read = self._last_window(prompts.attention_mask, stride or self.config.block_size, cache)
+        max_new_tokens = generation_config.max_length - prompts.input_ids.shape[1]
         buffer = SequenceBuffer.from_prompts(
-            input_ids, read, max_new_tokens, self.config.block_size, self.config.mask_token_id, stride
+            prompts.input_ids, read, max_new_tokens, self.config.block_size, self.config.mask_token_id, stride
         )
-        prompt, padding = pad_left(input_ids, attention_mask)
-        stop = StopRules(stopping_criteria, prompt, buffer, generation_config, padding)
         generator = model_kwargs.get("generator")
         trace = Trace(buffer, read) if generation_config.output_trace else None
-        writer = BlockWriter(self, buffer, prompt, logits_processor, generation_config, cache, generator, trace)
-        # 2. and 3. Denoise, stop and stream
-        write_blocks(writer, stop, streamer)
-        # 4. Concatenate
-        cache = writer.forward.close(keep=bool(generation_config.return_dict_in_generate))
-        sequences = torch.cat([input_ids, stop.new_tokens()], dim=1).to(home)
-        if not generation_config.return_dict_in_generate:
-            return sequences
-        count = sequences.shape[1] - input_ids.shape[1]
-        return BD3LMGenerateOutput(
-            sequences=sequences,
-            scores=writer.scores.result(len(input_ids), count),
-            logits=writer.logits.result(len(input_ids), count),
-            past_key_values=cache,
-            **writer.statistics(int(stop.lengths.sum())),
-        )
+        return BlockWriter(self, buffer, prompts.left, processors, generation_config, cache, generator, trace)
 
     @torch.no_grad()
     def infill(
@@ -470,7 +481,7 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         for begin in buffer.blocks():
             if buffer.new_positions(begin).any():
                 writer.denoise(begin, torch.zeros(len(input_ids), dtype=torch.bool))
-        writer.forward.close(keep=False)
+        writer.close(keep=False)
         # 3. Put the texts back in their columns; both sides are in reading order.
         sequences = input_ids.masked_scatter(attention_mask.bool(), buffer.token_ids[is_text]).to(home)
         if not config.return_dict_in_generate:

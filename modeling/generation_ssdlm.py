@@ -9,18 +9,16 @@ The block's tokens are the most likely ones of the last step, t = 1.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers.generation import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList
-from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from .decoding_bd3lm import BD3LMGenerateOutput, ScoreRecord
-from .decoding_state_bd3lm import SequenceBuffer, StopRules, pad_left
-from .generation_bd3lm import BlockGenerationMixin, write_blocks
+from .decoding_bd3lm import ScoreRecord
+from .decoding_state_bd3lm import SequenceBuffer
+from .generation_bd3lm import BlockGenerationMixin, Prompts
 from .generation_config_bd3lm import check_choice, check_count, check_probability
 from .logits_process_bd3lm import PositionProcessors
 from .samplers_bd3lm import Generators, random_uniform, sample_categorical
@@ -30,57 +28,15 @@ from .simplex_ssdlm import PROJECTIONS, noisy_logits, simplex_schedule
 CONTEXTS = ("all", "previous_block")
 
 
-class SimplexDraws:
-    """The source of a call's random numbers.
-
-    Args:
-        generator: one for the whole call, or one per row, which makes a row independent of its batch; by default
-            torch's global one.
-        greedy: choose the most likely tokens instead of drawing them.
-    """
-
-    def __init__(self, generator: Generators = None, *, greedy: bool = False) -> None:
-        self.generator, self.greedy = generator, greedy
-
-    def normal(self, rows: Sequence[int], shape: tuple[int, int], device: torch.device) -> torch.Tensor:
-        """Return standard normal numbers `(rows, *shape)` for these rows of the batch."""
-        generator = self._of(rows)
-        if isinstance(generator, list):
-            return torch.stack([torch.randn(shape, generator=own, device=own.device).to(device) for own in generator])
-        home = device if generator is None else generator.device
-        return torch.randn((len(rows), *shape), generator=generator, device=home).to(device)
-
-    def tokens(self, rows: Sequence[int], scores: torch.Tensor) -> torch.Tensor:
-        """Return a token for each position, given log-probabilities `(rows * positions, vocab_size)`, row by row."""
-        if self.greedy:
-            return scores.argmax(dim=-1)
-        positions = scores.shape[0] // len(rows)
-        uniform = random_uniform((len(rows), positions), scores.device, self._of(rows))
-        return sample_categorical(scores, uniform.flatten())
-
-    def _of(self, rows: Sequence[int]) -> Generators:
-        return [self.generator[row] for row in rows] if isinstance(self.generator, list) else self.generator
-
-
-def lay_out_after(prompt: torch.Tensor, padding: torch.Tensor | None, new_tokens: int, config: Any) -> SequenceBuffer:
-    """Return a buffer whose blocks follow the left-padded prompts `(batch, width)`."""
-    batch, width = prompt.shape
-    size = config.block_size
-    columns = -(-new_tokens // size) * size
-    text = F.pad(prompt, (0, columns), value=config.mask_token_id)
-    start = prompt.new_zeros(batch) if padding is None else padding.sum(1)
-    valid = None if padding is None else F.pad(~padding, (0, columns), value=True)
-    return SequenceBuffer(text, start, width - start, width, new_tokens, size, valid)
-
-
 class SimplexWriter:
     """Denoise the blocks of a buffer with a model.
 
     Args:
         prompt: `(batch, width)`, padded on the left.
-        generation_config: read for `context`, `projection`, `top_p`, `num_denoising_steps`, and which scores to
-            record.
-        draws: source of the random numbers.
+        generation_config: read for `context`, `projection`, `top_p`, `num_denoising_steps`, `do_sample`, and which
+            scores to record.
+        generator: one for the whole call, or one per row, which makes a row independent of its batch; by default
+            torch's global one.
     """
 
     def __init__(
@@ -90,19 +46,26 @@ class SimplexWriter:
         prompt: torch.Tensor,
         processors: LogitsProcessorList,
         generation_config: Any,
-        draws: SimplexDraws,
+        generator: Generators = None,
     ) -> None:
-        self.model, self.buffer, self.draws = model, buffer, draws
+        self.model, self.buffer, self.generator = model, buffer, generator
         self.processors = PositionProcessors(processors, buffer, prompt)
         self.scale: float = model.config.one_hot_value
         self.num_steps: int = generation_config.num_denoising_steps
         self.top_p: float = generation_config.top_p
         self.project = PROJECTIONS[generation_config.projection]
         self.sees_all_before: bool = generation_config.context == "all"
-        recorded = bool(generation_config.return_dict_in_generate)
-        self.scores = ScoreRecord(recorded and bool(generation_config.output_scores))
-        self.logits = ScoreRecord(recorded and bool(generation_config.output_logits))
+        self.do_sample: bool = generation_config.do_sample
+        self.record = ScoreRecord(generation_config)
         self.num_forward_passes = 0
+
+    def close(self, keep: bool) -> None:
+        """Return None, since nothing can be cached."""
+
+    def statistics(self, new_tokens: int) -> dict[str, Any]:
+        """Return the fields of a generate output about the cost of `new_tokens` tokens, summed over all rows."""
+        tokens_per_forward = new_tokens / self.num_forward_passes / len(self.buffer.token_ids)
+        return {"num_forward_passes": self.num_forward_passes, "tokens_per_forward": tokens_per_forward}
 
     def denoise(self, begin: int, finished: torch.Tensor, streamer: Any = None) -> None:
         """Generate the block at column `begin`, in the rows that are not finished.
@@ -121,11 +84,11 @@ class SimplexWriter:
         context, mask = self._context(begin, live)
         shape = (size, self.model.config.vocab_size)
         # 1. Noise
-        noisy = self.scale * self.draws.normal(numbers, shape, device)
+        noisy = self.scale * self._normal(numbers, shape, device)
         for step in range(self.num_steps, 0, -1):
             t = torch.full((len(numbers),), float(step), device=device)
             # 2. Logits. The noise is drawn before the tokens, as published.
-            normal = self.draws.normal(numbers, shape, device) if step > 1 else None
+            normal = self._normal(numbers, shape, device) if step > 1 else None
             logits = self.model.denoise(context, mask, noisy, t / self.num_steps)
             self.num_forward_passes += 1
             projected = torch.empty_like(logits)
@@ -135,9 +98,28 @@ class SimplexWriter:
                 alpha_bar = simplex_schedule(t, self.num_steps).alpha_bar_before
                 noisy = noisy_logits(projected, alpha_bar, normal, self.scale)
         index = (begin - self.buffer.first_block + torch.arange(size)).repeat(len(rows))
-        self.scores.add(rows.repeat_interleave(size), index, scores.flatten(0, 1))
-        self.logits.add(rows.repeat_interleave(size), index, logits.flatten(0, 1))
+        values = {"scores": scores.flatten(0, 1), "logits": logits.flatten(0, 1)}
+        self.record.add(rows.repeat_interleave(size), index, **values)
         self.processors.check_any_token_left()
+
+    def _normal(self, rows: list[int], shape: tuple[int, int], device: torch.device) -> torch.Tensor:
+        """Return standard normal numbers `(rows, *shape)` for these rows of the batch."""
+        generator = self._generators(rows)
+        if isinstance(generator, list):
+            return torch.stack([torch.randn(shape, generator=own, device=own.device).to(device) for own in generator])
+        home = device if generator is None else generator.device
+        return torch.randn((len(rows), *shape), generator=generator, device=home).to(device)
+
+    def _draw(self, rows: list[int], scores: torch.Tensor) -> torch.Tensor:
+        """Return a token for each position, given log-probabilities `(rows * positions, vocab_size)`, row by row."""
+        if not self.do_sample:
+            return scores.argmax(dim=-1)
+        shape = (len(rows), scores.shape[0] // len(rows))
+        uniform = random_uniform(shape, scores.device, self._generators(rows))
+        return sample_categorical(scores, uniform.flatten())
+
+    def _generators(self, rows: list[int]) -> Generators:
+        return [self.generator[row] for row in rows] if isinstance(self.generator, list) else self.generator
 
     def _context(self, begin: int, live: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the context of a block and its mask (None: no padding), both `(rows, width)`."""
@@ -169,7 +151,7 @@ class SimplexWriter:
             if projected is None:
                 tokens = part.argmax(dim=-1)
             else:
-                draw = functools.partial(self.draws.tokens, numbers)
+                draw = functools.partial(self._draw, numbers)
                 projected[:, columns], tokens = self.project(part, self.scale, self.top_p, draw)
             self.buffer.token_ids[live, begin + columns.start : begin + columns.stop] = tokens
         return scores
@@ -243,7 +225,6 @@ class SSDLMGenerationMixin(BlockGenerationMixin):
 
     generation_config_class = SSDLMGenerationConfig
     masks_text = False
-    draws_class = SimplexDraws  # source of the random numbers of a call
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
@@ -274,44 +255,17 @@ class SSDLMGenerationMixin(BlockGenerationMixin):
         finally:
             generation_config.top_p = top_p
 
-    @torch.no_grad()
-    def _sample(
-        self,
-        input_ids: torch.Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> BD3LMGenerateOutput | torch.Tensor:
-        """Generate block by block.
-
-        1. Align the prompts so that they end at the same column, where the first block begins.
-        2. Denoise each block, given its context.
-        3. End the rows that meet a stopping criterion, and stream the block.
-        4. Concatenate prompts and new tokens.
-        """
-        # 1. Align
-        home = input_ids.device
-        input_ids, attention_mask = self._take_prompts(input_ids, model_kwargs, synced_gpus)
-        self._check_fits_window(attention_mask)
-        prompt, padding = pad_left(input_ids, attention_mask)
-        buffer = lay_out_after(prompt, padding, generation_config.max_length - input_ids.shape[1], self.config)
-        stop = StopRules(stopping_criteria, prompt, buffer, generation_config, padding)
-        draws = self.draws_class(model_kwargs.get("generator"), greedy=not generation_config.do_sample)
-        writer = SimplexWriter(self, buffer, prompt, logits_processor, generation_config, draws)
-        # 2. and 3. Denoise, stop and stream
-        write_blocks(writer, stop, streamer)
-        # 4. Concatenate
-        sequences = torch.cat([input_ids, stop.new_tokens()], dim=1).to(home)
-        if not generation_config.return_dict_in_generate:
-            return sequences
-        count = sequences.shape[1] - input_ids.shape[1]
-        return BD3LMGenerateOutput(
-            sequences=sequences,
-            scores=writer.scores.result(len(input_ids), count),
-            logits=writer.logits.result(len(input_ids), count),
-            num_forward_passes=writer.num_forward_passes,
-            tokens_per_forward=float(stop.lengths.sum()) / writer.num_forward_passes / len(input_ids),
-        )
+    def open_writer(
+        self, prompts: Prompts, processors: LogitsProcessorList, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> SimplexWriter:
+        self._check_fits_window(prompts.attention_mask)
+        prompt, padding = prompts.left, prompts.padding
+        # The prompts end at the same column, where the first block begins.
+        (batch, width), size = prompt.shape, self.config.block_size
+        max_new_tokens = generation_config.max_length - width
+        columns = -(-max_new_tokens // size) * size
+        text = F.pad(prompt, (0, columns), value=self.config.mask_token_id)
+        start = prompt.new_zeros(batch) if padding is None else padding.sum(1)
+        valid = None if padding is None else F.pad(~padding, (0, columns), value=True)
+        buffer = SequenceBuffer(text, start, width - start, width, max_new_tokens, size, valid)
+        return SimplexWriter(self, buffer, prompt, processors, generation_config, model_kwargs.get("generator"))

@@ -21,7 +21,6 @@ from .cache_bd3lm import check_rows, check_tokens, clear, drop_oldest
 from .compatibility_bd3lm import OwnLossMixin
 from .configuration_bd3lm import ARConfig
 from .decoding_bd3lm import BD3LMGenerateOutput
-from .decoding_state_bd3lm import pad_left
 from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
 from .inputs_bd3lm import (
@@ -83,11 +82,10 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
     ) -> BD3LMGenerateOutput | torch.Tensor:
         """Generate token by token with transformers' own loop; rows can be padded on either side."""
         _refuse_denoising(generation_config)
-        home = input_ids.device
-        input_ids, attention_mask = self._take_prompts(input_ids, model_kwargs, synced_gpus)
-        prompt, padding = pad_left(input_ids, attention_mask)
+        prompts, home = self._take_prompts(input_ids, model_kwargs, synced_gpus), input_ids.device
+        prompt, padding = prompts.left, prompts.padding
         self._check_cache(model_kwargs.get("past_key_values"), prompt)
-        model_kwargs["attention_mask"] = attention_mask if padding is None else (~padding).long()
+        model_kwargs["attention_mask"] = prompts.attention_mask if padding is None else (~padding).long()
         model_kwargs.pop("position_ids", None)  # they were made before the padding moved
         model_kwargs.pop("tokenizer", None)  # for stop_strings, whose criterion has it already
         # A prompt longer than the window is read again for each token, since no cache has slid over it.
@@ -104,10 +102,10 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
                 exact_window=exact,
                 **model_kwargs,
             )
-        width = input_ids.shape[1]
+        width = prompt.shape[1]
         generated = result if isinstance(result, torch.Tensor) else result.sequences
         num_new = generated.shape[1] - width
-        sequences = torch.cat([input_ids, generated[:, width:]], dim=1).to(home)
+        sequences = torch.cat([prompts.input_ids, generated[:, width:]], dim=1).to(home)
         if isinstance(result, torch.Tensor):
             return sequences
         # A cache over which the window has slid lacks the oldest tokens, so a later call must not continue from it.

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessor
 
 from bd3lm_hf import SSDLMConfig, SSDLMForMaskedLM, SSDLMGenerationConfig
-from bd3lm_hf.modeling.generation_ssdlm import SimplexDraws
+from bd3lm_hf.modeling.generation_ssdlm import SimplexWriter
 
 
 RECORDED = "11_ssdlm"
@@ -58,24 +58,12 @@ def seen(model, monkeypatch):
 def test_the_whole_trajectory_is_the_published_one(recorded, monkeypatch):
     model = published_ssdlm()
 
-    class Recorded(SimplexDraws):
-        """Return the published draws: a block's first noise, then each step's noise and tokens."""
-
-        def __init__(self, generator, *, greedy):
-            assert not greedy
-            steps = [(block, step) for block in range(4) for step in range(6)]
-            noise = [recorded["decode.init_normal"][block] if step < 0 else recorded["decode.step_normal"][block, step]
-                     for block in range(4) for step in range(-1, 5)]  # fmt: skip
-            self.noise = iter(noise)
-            self.drawn = iter([recorded["decode.sampled_ids"][at] for at in steps if at[1] < 5])
-
-        def normal(self, rows, shape, device):
-            return next(self.noise).view(1, *shape)
-
-        def tokens(self, rows, scores):
-            return next(self.drawn)
-
-    model.draws_class = Recorded
+    # The published draws: a block's first noise, then each step's noise and tokens.
+    first, later, drawn = (recorded[f"decode.{name}"] for name in ("init_normal", "step_normal", "sampled_ids"))
+    noise = iter([x for block in range(4) for x in (first[block], *later[block, :5])])
+    tokens = iter([x for block in range(4) for x in drawn[block, :5]])
+    monkeypatch.setattr(SimplexWriter, "_normal", lambda self, rows, shape, device: next(noise).view(1, *shape))
+    monkeypatch.setattr(SimplexWriter, "_draw", lambda self, rows, scores: next(tokens))
     logits, denoise = [], model.denoise
     monkeypatch.setattr(model, "denoise", lambda *a: logits.append(denoise(*a).clone()) or logits[-1].clone())
     options = {"context": "previous_block", "eos_token_id": None, "return_dict_in_generate": True}
