@@ -22,12 +22,10 @@ from .decoding_bd3lm import BD3LMGenerateOutput, BlockWriter, Trace
 from .decoding_state_bd3lm import EntropyStopCriteria, SecondEosCriteria, SequenceBuffer, StopRules, pad_left
 from .generation_config_bd3lm import (
     BD3LMGenerationConfig,
-    check_generate_arguments,
-    check_generation_fields,
-    check_infill_arguments,
     check_known_fields,
     check_standard_fields,
     complete_generation_config,
+    refuse_arguments,
     warn_about_unused_fields,
     window_stride,
 )
@@ -141,6 +139,9 @@ class BlockGenerationMixin(_Generative):
         if all(top_k is None for top_k in requested):
             prepared.top_k = 0  # transformers would keep only the 50 most likely tokens
         check_standard_fields(prepared, self.config.vocab_size)
+        self.generation_config_class.check_fields(prepared)
+        if getattr(prepared, "output_trace", False) and not prepared.return_dict_in_generate:
+            raise ValueError("output_trace=True needs return_dict_in_generate=True: a plain tensor has no trace.")
         warn_about_unused_fields(kwargs, prepared)
         return prepared, model_kwargs
 
@@ -162,7 +163,7 @@ class BlockGenerationMixin(_Generative):
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         # Some tokenizers return token types, which these models do not use.
         super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k != "token_type_ids"})
-        check_generate_arguments(model_kwargs)
+        refuse_arguments("generate", model_kwargs)
 
     def _get_logits_processor(
         self,
@@ -333,15 +334,6 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
 
     # --- Preparation, where transformers' own does not fit -----------------------------------------------------------
 
-    def _prepare_generation_config(
-        self, generation_config: GenerationConfig | None, **kwargs: Any
-    ) -> tuple[Any, dict]:
-        prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        check_generation_fields(prepared)
-        if prepared.output_trace and not prepared.return_dict_in_generate:
-            raise ValueError("output_trace=True needs return_dict_in_generate=True: a plain tensor has no trace.")
-        return prepared, model_kwargs
-
     def _prepare_cache_for_generation(
         self,
         generation_config: GenerationConfig,
@@ -447,7 +439,7 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         """
         if isinstance(generation_config, Mapping):
             generation_config, kwargs = None, {**generation_config, **kwargs}
-        check_infill_arguments(kwargs)
+        refuse_arguments("infill", kwargs)
         check_ids(input_ids, "input_ids")
         check_has_values(self, input_ids)
         check_attention_mask(attention_mask, input_ids.shape)

@@ -16,7 +16,25 @@ from .windows_bd3lm import WINDOWS, fills_window
 logger = logging.get_logger(__name__)
 
 
-class BD3LMGenerationConfig(GenerationConfig):
+class BlockGenerationConfig(GenerationConfig):
+    """transformers' `GenerationConfig` with more fields."""
+
+    @staticmethod
+    def check_fields(config: Any) -> None:
+        """Validate the fields that this class adds, in a config of any class."""
+        raise NotImplementedError
+
+    def validate(self, *args: Any, **kwargs: Any) -> None:
+        super().validate(*args, **kwargs)
+        self.check_fields(self)
+
+    @classmethod
+    def from_model_config(cls, model_config: Any) -> "BlockGenerationConfig":
+        # transformers then calls the constructor. A config made from a model config would lose our fields on saving.
+        raise NotImplementedError(f"call the constructor of {cls.__name__} instead.")
+
+
+class BD3LMGenerationConfig(BlockGenerationConfig):
     """transformers' `GenerationConfig` with the fields of block diffusion.
 
     Args:
@@ -78,14 +96,29 @@ class BD3LMGenerationConfig(GenerationConfig):
         self.output_trace = kwargs.pop("output_trace", False)
         super().__init__(**kwargs)
 
-    def validate(self, *args: Any, **kwargs: Any) -> None:
-        super().validate(*args, **kwargs)
-        check_generation_fields(self)
-
-    @classmethod
-    def from_model_config(cls, model_config: Any) -> "BD3LMGenerationConfig":
-        # transformers then calls the constructor. A config made from a model config would lose our fields on saving.
-        raise NotImplementedError("call the constructor of BD3LMGenerationConfig instead.")
+    @staticmethod
+    def check_fields(config: Any) -> None:
+        check_choice("sampler", config.sampler, {**SAMPLERS, **SCORE_SAMPLERS})
+        check_choice("sampling_dtype", config.sampling_dtype, SAMPLING_DTYPES)
+        check_choice("window", config.window, WINDOWS)
+        for name, meaning in (
+            ("window_stride", "the number of tokens by which the window moves"),
+            ("num_denoising_steps", "the denoising steps per block"),
+        ):
+            if getattr(config, name) is not None:
+                check_count(name, getattr(config, name), f"{meaning} (None for the default)")
+        for name, highest, meaning in (
+            ("confidence_threshold", 1.0, "a probability from 0 (reveal all at once) to 1 (one token per step)"),
+            ("entropy_bound", math.inf, "a number of nats, 0 (one token per step) or more"),
+            ("remask_fraction", 1.0, "a fraction of the tokens of a block, from 0 (none) to 1"),
+        ):
+            _check_number(name, getattr(config, name), highest, meaning, may_be_zero=True)
+        check_probability("nucleus_p", config.nucleus_p, "keeps all tokens")
+        for name in ("stop_at_second_eos", "output_trace"):
+            if not isinstance(getattr(config, name), bool):
+                raise ValueError(f"{name}={getattr(config, name)!r}: give True or False.")
+        if config.entropy_stop is not None:
+            check_entropy_stop(config.entropy_stop, config.entropy_stop_window)
 
 
 class SEDDGenerationConfig(BD3LMGenerationConfig):
@@ -124,35 +157,8 @@ def check_known_fields(config: GenerationConfig, kind: type[GenerationConfig]) -
 _LARGEST_STEPS = 2**20  # denoising steps per block; a grid of this size still fits in memory
 
 
-def check_generation_fields(config: Any) -> None:
-    """Validate the fields that [`BD3LMGenerationConfig`] adds."""
-    check_choice("sampler", config.sampler, {**SAMPLERS, **SCORE_SAMPLERS})
-    check_choice("sampling_dtype", config.sampling_dtype, SAMPLING_DTYPES)
-    check_choice("window", config.window, WINDOWS)
-    for name, meaning in (
-        ("window_stride", "the number of tokens by which the window moves"),
-        ("num_denoising_steps", "the denoising steps per block"),
-    ):
-        if getattr(config, name) is not None:
-            check_count(name, getattr(config, name), f"{meaning} (None for the default)")
-    for name, low, high, meaning in (
-        ("confidence_threshold", 0.0, 1.0, "a probability from 0 (reveal all at once) to 1 (one token per step)"),
-        ("entropy_bound", 0.0, None, "a number of nats, 0 (one token per step) or more"),
-        ("remask_fraction", 0.0, 1.0, "a fraction of the tokens of a block, from 0 (none) to 1"),
-    ):
-        value = getattr(config, name)
-        if not _is_number(value) or value < low or (high is not None and value > high):
-            raise ValueError(f"{name}={value!r}: give {meaning}.")
-    check_probability("nucleus_p", config.nucleus_p, "keeps all tokens")
-    for name in ("stop_at_second_eos", "output_trace"):
-        if not isinstance(getattr(config, name), bool):
-            raise ValueError(f"{name}={getattr(config, name)!r}: give True or False.")
-    if config.entropy_stop is not None:
-        check_entropy_stop(config.entropy_stop, config.entropy_stop_window)
-
-
-# Fields of transformers' own config -> their range and meaning. transformers checks few of them, and treats top_p=1.5
-# or num_return_sequences=0 as not given.
+# Fields of transformers' own config -> their smallest or largest value and meaning. transformers checks few of them,
+# and treats top_p=1.5 or num_return_sequences=0 as not given.
 _COUNTS = {
     "max_new_tokens": (1, "a number of new tokens"),
     "max_length": (1, "a number of tokens, the prompt included"),
@@ -164,16 +170,16 @@ _COUNTS = {
     "encoder_no_repeat_ngram_size": (0, "a number of tokens (0 allows repetitions)"),
 }
 _NUMBERS = {
-    "temperature": (0.0, None, "a number above 0 (for greedy decoding, do_sample=False)"),
-    "repetition_penalty": (0.0, None, "a number above 0 (1 has no effect)"),
-    "encoder_repetition_penalty": (0.0, None, "a number above 0 (1 has no effect)"),
-    "max_time": (0.0, None, "a number of seconds above 0"),
-    "top_p": (0.0, 1.0, "a probability (1 keeps all tokens)"),
-    "top_h": (0.0, 1.0, "a number above 0 and at most 1 (1 keeps all tokens)"),
-    "min_p": (0.0, 1.0, "a probability (0 keeps all tokens)"),
-    "typical_p": (0.0, 1.0, "a probability above 0 (1 keeps all tokens)"),
-    "epsilon_cutoff": (0.0, 1.0, "a probability (0 keeps all tokens)"),
-    "eta_cutoff": (0.0, 1.0, "a probability (0 keeps all tokens)"),
+    "temperature": (math.inf, "a number above 0 (for greedy decoding, do_sample=False)"),
+    "repetition_penalty": (math.inf, "a number above 0 (1 has no effect)"),
+    "encoder_repetition_penalty": (math.inf, "a number above 0 (1 has no effect)"),
+    "max_time": (math.inf, "a number of seconds above 0"),
+    "top_p": (1.0, "a probability (1 keeps all tokens)"),
+    "top_h": (1.0, "a number above 0 and at most 1 (1 keeps all tokens)"),
+    "min_p": (1.0, "a probability (0 keeps all tokens)"),
+    "typical_p": (1.0, "a probability above 0 (1 keeps all tokens)"),
+    "epsilon_cutoff": (1.0, "a probability (0 keeps all tokens)"),
+    "eta_cutoff": (1.0, "a probability (0 keeps all tokens)"),
 }
 _MAY_BE_ZERO = {"top_p", "min_p", "epsilon_cutoff", "eta_cutoff"}
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens")
@@ -190,13 +196,10 @@ def check_standard_fields(config: Any, vocab_size: int) -> None:
         is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
         if value is not None and not (is_whole and value >= minimum):
             raise ValueError(f"{name}={value!r}: give {meaning}, an integer from {minimum}.")
-    for name, (low, high, meaning) in _NUMBERS.items():
-        value = getattr(config, name, None)
-        may_be_zero = name in _MAY_BE_ZERO or (name == "temperature" and not config.do_sample)
-        if value is None or (may_be_zero and value == 0):
-            continue
-        if not _is_number(value) or value <= low or (high is not None and value > high):
-            raise ValueError(f"{name}={value!r}: give {meaning}.")
+    for name, (highest, meaning) in _NUMBERS.items():
+        if (value := getattr(config, name, None)) is not None:
+            may_be_zero = name in _MAY_BE_ZERO or (name == "temperature" and not config.do_sample)
+            _check_number(name, value, highest, meaning, may_be_zero=may_be_zero)
     if config.num_beams not in (1, None):
         raise ValueError(
             f"num_beams={config.num_beams!r}: these models have no beam search. Draw several texts with "
@@ -226,71 +229,53 @@ def warn_about_unused_fields(given: Mapping[str, Any], config: Any) -> None:
             )
 
 
-# Arguments of the forward pass that `generate` sets itself; it would ignore a caller's.
-_SET_BY_GENERATE = (
-    "labels",
-    "clean_input_ids",
-    "noisy_logits",
-    "timesteps",
-    "block_noise",
-    "token_noise",
-    "count_noise",
-    "num_items_in_batch",
-    "output_attentions",
-    "output_hidden_states",
-)
-
-# Arguments of `generate` about the length and number of texts, streaming, caches and recorded scores.
-_NOT_FOR_INFILL = (
-    "max_new_tokens",
-    "max_length",
-    "min_new_tokens",
-    "min_length",
-    "max_time",
-    "stop_strings",
-    "stopping_criteria",
-    "stop_at_second_eos",
-    "entropy_stop",
-    "num_beams",
-    "num_return_sequences",
-    "streamer",
-    "past_key_values",
-    "output_scores",
-    "output_logits",
-)
-
-
-def check_generate_arguments(model_kwargs: dict[str, Any]) -> None:
-    """Refuse arguments of the forward pass that `generate` would ignore.
-
-    Raises:
-        ValueError: if such an argument is given.
-    """
-    given = [name for name in _SET_BY_GENERATE if model_kwargs.get(name) is not None]
-    if given:
-        raise ValueError(
-            f"generate does not take {', '.join(given)}: call the model itself for losses, attentions and hidden "
-            f"states."
-        )
-    if model_kwargs.get("position_ids") is not None:
-        raise ValueError(
-            "generate does not take position_ids: it counts the tokens of each row. Mark padding in attention_mask, "
-            "and put packed documents into separate rows."
-        )
+# Method -> the reason why it takes none of these arguments.
+_REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
+    "generate": {
+        "call the model itself for losses, attentions and hidden states.": (
+            "labels",
+            "clean_input_ids",
+            "noisy_logits",
+            "timesteps",
+            "block_noise",
+            "token_noise",
+            "count_noise",
+            "num_items_in_batch",
+            "output_attentions",
+            "output_hidden_states",
+        ),
+        "it counts the tokens of each row. Mark padding in attention_mask, and put packed documents into separate "
+        "rows.": ("position_ids",),
+    },
+    "infill": {
+        "it replaces mask tokens and does not change the length of a text. Leave it out, or call generate to continue "
+        "a text.": (
+            "max_new_tokens",
+            "max_length",
+            "min_new_tokens",
+            "min_length",
+            "max_time",
+            "stop_strings",
+            "stopping_criteria",
+            "stop_at_second_eos",
+            "entropy_stop",
+            "num_beams",
+            "num_return_sequences",
+            "streamer",
+            "past_key_values",
+            "output_scores",
+            "output_logits",
+        ),
+    },
+}
 
 
-def check_infill_arguments(kwargs: dict[str, Any]) -> None:
-    """Refuse arguments of `generate` that have no meaning for `infill`, such as lengths and stopping rules.
-
-    Raises:
-        ValueError: if such an argument is given.
-    """
-    given = [name for name in _NOT_FOR_INFILL if kwargs.get(name) is not None]
-    if given:
-        raise ValueError(
-            f"infill does not take {', '.join(given)}: it replaces mask tokens and does not change the length of a "
-            f"text. Leave it out, or call generate to continue a text."
-        )
+def refuse_arguments(method: str, given: Mapping[str, Any]) -> None:
+    """Refuse arguments that `generate` or `infill` would ignore."""
+    for reason, names in _REFUSED[method].items():
+        refused = [name for name in names if given.get(name) is not None]
+        if refused:
+            raise ValueError(f"{method} does not take {', '.join(refused)}: {reason}")
 
 
 def check_count(name: str, value: Any, meaning: str) -> None:
@@ -301,8 +286,7 @@ def check_count(name: str, value: Any, meaning: str) -> None:
 
 def check_probability(name: str, value: Any, meaning: str) -> None:
     """Refuse a field that is not above 0 and at most 1."""
-    if not _is_number(value) or not 0.0 < value <= 1.0:
-        raise ValueError(f"{name}={value!r}: give a probability above 0 and at most 1 (1 {meaning}).")
+    _check_number(name, value, 1.0, f"a probability above 0 and at most 1 (1 {meaning})")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
@@ -311,8 +295,10 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _check_number(name: str, value: Any, highest: float, meaning: str, *, may_be_zero: bool = False) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not (0 < value <= highest or (may_be_zero and value == 0)):
+        raise ValueError(f"{name}={value!r}: give {meaning}.")
 
 
 def window_stride(config: Any, stride: int | None) -> int | None:
@@ -332,19 +318,3 @@ def window_stride(config: Any, stride: int | None) -> int | None:
     if stride is not None and stride > window:
         raise ValueError(f"window_stride={stride} would skip tokens: give at most the window, model_length={window}.")
     return stride or max(1, window // 2)
-
-
-__all__ = [
-    "BD3LMGenerationConfig",
-    "SEDDGenerationConfig",
-    "check_choice",
-    "check_count",
-    "check_generate_arguments",
-    "check_generation_fields",
-    "check_infill_arguments",
-    "check_known_fields",
-    "check_probability",
-    "check_standard_fields",
-    "complete_generation_config",
-    "window_stride",
-]

@@ -19,7 +19,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from .decoding_bd3lm import ScoreRecord
 from .decoding_state_bd3lm import SequenceBuffer
 from .generation_bd3lm import BlockGenerationMixin, Prompts
-from .generation_config_bd3lm import check_choice, check_count, check_probability
+from .generation_config_bd3lm import BlockGenerationConfig, check_choice, check_count, check_probability
 from .logits_process_bd3lm import PositionProcessors
 from .samplers_bd3lm import Generators, random_uniform, sample_categorical
 from .simplex_ssdlm import PROJECTIONS, noisy_logits, simplex_schedule
@@ -170,7 +170,7 @@ class SimplexWriter:
         return torch.cat([scores.view(len(numbers), requested, -1), logits[:, requested:]], dim=1)
 
 
-class SSDLMGenerationConfig(GenerationConfig):
+class SSDLMGenerationConfig(BlockGenerationConfig):
     """transformers' `GenerationConfig` with the fields of simplex diffusion.
 
     Args:
@@ -199,22 +199,12 @@ class SSDLMGenerationConfig(GenerationConfig):
         self.projection = kwargs.pop("projection", "sampling")
         super().__init__(**{"top_p": 0.95, "do_sample": True, **kwargs})
 
-    def validate(self, *args: Any, **kwargs: Any) -> None:
-        super().validate(*args, **kwargs)
-        check_simplex_fields(self)
-
-    @classmethod
-    def from_model_config(cls, model_config: Any) -> "SSDLMGenerationConfig":
-        # transformers then calls the constructor. A config made from a model config would lose our fields on saving.
-        raise NotImplementedError("call the constructor of SSDLMGenerationConfig instead.")
-
-
-def check_simplex_fields(config: Any) -> None:
-    """Validate the fields that [`SSDLMGenerationConfig`] adds, and `top_p`, which transformers does not."""
-    check_choice("context", config.context, CONTEXTS)
-    check_choice("projection", config.projection, PROJECTIONS)
-    check_count("num_denoising_steps", config.num_denoising_steps, "the denoising steps per block")
-    check_probability("top_p", config.top_p, "is the whole vocabulary")
+    @staticmethod
+    def check_fields(config: Any) -> None:
+        check_choice("context", config.context, CONTEXTS)
+        check_choice("projection", config.projection, PROJECTIONS)
+        check_count("num_denoising_steps", config.num_denoising_steps, "the denoising steps per block")
+        check_probability("top_p", config.top_p, "is the whole vocabulary")
 
 
 class SSDLMGenerationMixin(BlockGenerationMixin):
@@ -225,13 +215,6 @@ class SSDLMGenerationMixin(BlockGenerationMixin):
 
     generation_config_class = SSDLMGenerationConfig
     masks_text = False
-
-    def _prepare_generation_config(
-        self, generation_config: GenerationConfig | None, **kwargs: Any
-    ) -> tuple[Any, dict]:
-        prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        check_simplex_fields(prepared)
-        return prepared, model_kwargs
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
