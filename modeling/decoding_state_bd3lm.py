@@ -22,21 +22,10 @@ from .noise_bd3lm import wide_float
 
 
 class TextCriteria(StoppingCriteria):
-    """A stopping criterion that reads the text and must not mistake padding for text."""
+    """A stopping criterion that must not mistake padding for text.
 
-    def __call__(
-        self, input_ids: torch.Tensor, scores: Any, padding: torch.Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        return self.ends(input_ids, padding)
-
-    def ends(self, input_ids: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-        """Return which rows end here, bool `(batch,)`.
-
-        Args:
-            input_ids: `(batch, length)`, the text so far.
-            padding: bool `(batch, length)`, True at the leading positions without a token; None: no padding.
-        """
-        raise NotImplementedError
+    Calls pass `padding`, bool `(batch, length)`, True at the leading positions without a token; None: no padding.
+    """
 
 
 class BlockCriteria(StoppingCriteria):
@@ -79,7 +68,7 @@ class EntropyStopCriteria(TextCriteria):
         check_entropy_stop(entropy, window)
         self.entropy, self.window = entropy, window
 
-    def ends(self, input_ids: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, padding: Any = None, **kwargs: Any) -> Any:
         if input_ids.shape[1] <= self.window:
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         degenerate = token_entropy(input_ids[:, -self.window :]) < self.entropy
@@ -99,7 +88,7 @@ class SecondEosCriteria(TextCriteria):
     def __init__(self, eos_token_id: int | list[int] | torch.Tensor) -> None:
         self.eos_token_id = torch.as_tensor(eos_token_id).reshape(-1)
 
-    def ends(self, input_ids: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, padding: Any = None, **kwargs: Any) -> Any:
         is_eos = torch.isin(input_ids, self.eos_token_id.to(input_ids.device))
         return (is_eos if padding is None else is_eos & ~padding).sum(dim=1) >= 2
 

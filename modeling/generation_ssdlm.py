@@ -22,7 +22,7 @@ from .generation_bd3lm import BlockGenerationMixin, Prompts
 from .generation_config_bd3lm import BlockGenerationConfig, check_choice, check_count, check_probability
 from .logits_process_bd3lm import PositionProcessors
 from .samplers_bd3lm import Generators, random_uniform, sample_categorical
-from .simplex_ssdlm import PROJECTIONS, noisy_logits, simplex_schedule
+from .simplex_ssdlm import PROJECTIONS, noisy_logits, simplex_alpha_bar
 
 
 CONTEXTS = ("all", "previous_block")
@@ -95,7 +95,7 @@ class SimplexWriter:
             scores = self._choose(begin, live, logits, numbers, None if normal is None else projected)
             # 3. Less noise
             if normal is not None:
-                alpha_bar = simplex_schedule(t, self.num_steps).alpha_bar_before
+                alpha_bar = simplex_alpha_bar(t - 1, self.num_steps)
                 noisy = noisy_logits(projected, alpha_bar, normal, self.scale)
         index = (begin - self.buffer.first_block + torch.arange(size)).repeat(len(rows))
         values = {"scores": scores.flatten(0, 1), "logits": logits.flatten(0, 1)}

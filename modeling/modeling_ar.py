@@ -263,9 +263,11 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         position_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         check_text(self.config, input_ids, labels, attention_mask)
-        layout = self._layout(input_ids, attention_mask, position_ids)
-        predicted = self._predicted(labels, layout)
-        indices = self._indices(predicted)
+        layout, predicted = self._predicted(input_ids, labels, attention_mask, position_ids)
+        if may_read(predicted.device):
+            indices = predicted.flatten().nonzero().squeeze(1)
+        else:  # all tokens but the first of each row, weighted by whether they are predicted
+            indices = torch.arange(predicted.numel(), device=predicted.device).view_as(predicted)[:, 1:].flatten()
         hidden = self._hidden_before(indices, input_ids, layout)
         weights, targets = predicted.flatten()[indices].float(), labels.flatten()[indices].clamp(min=0)
         total = chunked_cross_entropy(hidden, self.logits_head(), targets, weights, self.config)
@@ -281,23 +283,24 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None = None,
     ) -> TokenNLL:
-        layout = self._layout(input_ids, attention_mask, position_ids)
-        predicted = self._predicted(labels, layout)
+        layout, predicted = self._predicted(input_ids, labels, attention_mask, position_ids)
         nll = torch.zeros(input_ids.shape, device=input_ids.device)
         indices = predicted.flatten().nonzero().squeeze(1)
         hidden = self._hidden_before(indices, input_ids, layout)
         nll[predicted] = cross_entropy(hidden, self.logits_head(), labels[predicted], self.config)
         return TokenNLL(nll, predicted.float())
 
-    def _layout(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None = None
-    ) -> Layout:
+    def _predicted(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> tuple[Layout, torch.Tensor]:
+        """Return the layout, and which labelled tokens follow a token of their document, bool `(batch, length)`."""
         # Causal attention is block-causal attention over blocks of one token.
         length, device = input_ids.shape[1], input_ids.device
-        return token_layout(attention_mask, length, 1, device=device, position_ids=position_ids)
-
-    def _predicted(self, labels: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Return which labelled tokens follow a token of their document, bool `(batch, length)`."""
+        layout = token_layout(attention_mask, length, 1, device=device, position_ids=position_ids)
         predicted = labels != -100
         # The first token has no predecessor, and neither has the first one after padding.
         predicted[:, 0] = False
@@ -306,13 +309,7 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
             predicted[:, 1:] &= layout.valid[:, :-1]
         if layout.document_ids is not None:
             predicted[:, 1:] &= layout.document_ids[:, 1:] == layout.document_ids[:, :-1]
-        return predicted
-
-    def _indices(self, predicted: torch.Tensor) -> torch.Tensor:
-        """Return flat indices of the predicted tokens; where values may not be read, of all but first tokens."""
-        if may_read(predicted.device):
-            return predicted.flatten().nonzero().squeeze(1)
-        return torch.arange(predicted.numel(), device=predicted.device).view_as(predicted)[:, 1:].flatten()
+        return layout, predicted
 
     def _hidden_before(self, indices: torch.Tensor, input_ids: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Return the hidden states of the positions before flat indices, `(indices, hidden_dim)`."""

@@ -31,7 +31,7 @@ from .inputs_bd3lm import (
     seeds_of_texts,
 )
 from .saving_bd3lm import SelfContainedModel
-from .simplex_ssdlm import almost_one_hot, noisy_logits, simplex_schedule
+from .simplex_ssdlm import almost_one_hot, noisy_logits, simplex_alpha_bar
 
 
 @dataclass
@@ -297,7 +297,7 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
         targets = labels.gather(1, columns).long()
         clean = almost_one_hot(ids.gather(1, columns), config.vocab_size, config.one_hot_value)
         normal = self._normal(seeds, clean)
-        alpha_bar = simplex_schedule(t, config.num_train_timesteps).alpha_bar
+        alpha_bar = simplex_alpha_bar(t, config.num_train_timesteps)
         noisy = noisy_logits(clean, alpha_bar, normal, config.one_hot_value)
         # 3. Its cross-entropy after the context
         context = torch.arange(width, device=ids.device) < begin.unsqueeze(1)

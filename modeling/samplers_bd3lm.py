@@ -166,13 +166,14 @@ class Sampler:
     """A rule for the order in which positions are revealed.
 
     Args:
-        generation_config: read for the fields of the rule.
+        generation_config: has the fields of the rule.
         config: the configuration of the model.
     """
 
     is_parallel = False  # whether `accept` chooses among the predictions
 
     def __init__(self, generation_config: Any, config: Any) -> None:
+        self.fields, self.config = generation_config, config
         self.num_steps: int | None = generation_config.num_denoising_steps
         self.noise, self.time_conditioning = noise_schedule(config.noise), bool(config.time_conditioning)
 
@@ -333,15 +334,11 @@ class ConfidenceSampler(ParallelSampler):
     Probabilities are those of the processed scores, from which the token was drawn.
     """
 
-    def __init__(self, generation_config: Any, config: Any) -> None:
-        super().__init__(generation_config, config)
-        self.threshold: float = generation_config.confidence_threshold
-
     def uncertainty(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return -token_probability(scores, tokens)
 
     def is_within_bound(self, uncertainty: torch.Tensor) -> torch.Tensor:
-        return uncertainty < -self.threshold
+        return uncertainty < -self.fields.confidence_threshold
 
 
 class EntropyBoundSampler(ParallelSampler):
@@ -351,15 +348,11 @@ class EntropyBoundSampler(ParallelSampler):
     revealed while that sum is within `entropy_bound`, in nats. Entropies are those of the processed scores.
     """
 
-    def __init__(self, generation_config: Any, config: Any) -> None:
-        super().__init__(generation_config, config)
-        self.bound: float = generation_config.entropy_bound
-
     def uncertainty(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return torch.special.entr(scores.softmax(dim=-1)).sum(dim=-1)
 
     def is_within_bound(self, uncertainty: torch.Tensor) -> torch.Tensor:
-        return uncertainty.cumsum(dim=1) - uncertainty.cummax(dim=1).values <= self.bound
+        return uncertainty.cumsum(dim=1) - uncertainty.cummax(dim=1).values <= self.fields.entropy_bound
 
 
 class AnalyticSampler(Sampler):
@@ -375,11 +368,6 @@ class AnalyticSampler(Sampler):
     mask is nearly certain. Other processors see only the logits of the tokens. They affect which token a position
     gets, but not when. If they read the text, positions wait for those to their left.
     """
-
-    def __init__(self, generation_config: Any, config: Any) -> None:
-        super().__init__(generation_config, config)
-        self.nucleus_p: float = generation_config.nucleus_p
-        self.mask_token_id: int = config.mask_token_id
 
     def steps(self, state: RevealState) -> Iterator[Step]:
         self._key = state.hitting_keys()
@@ -408,17 +396,17 @@ class AnalyticSampler(Sampler):
 
     def _apply_nucleus(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return token logits confined to the nucleus, and the probability `(positions,)` that each is revealed."""
-        scores = logits.clone()
-        scores[:, self.mask_token_id] = -torch.inf
+        scores, mask = logits.clone(), self.config.mask_token_id
+        scores[:, mask] = -torch.inf
         # log-scores are logits - log(e^sigma - 1) - log(V - 1), see `modeling_sedd.py`.
         shift = math.log(math.expm1(self._sigma)) + math.log(logits.shape[1] - 1)
         certain = torch.zeros(len(scores), dtype=torch.bool, device=logits.device)
         odds = scores  # against the mask, whose score is 1
-        if self.nucleus_p < 1.0:
+        if self.fields.nucleus_p < 1.0:
             ranked = scores - shift
-            ranked[:, self.mask_token_id] = 0.0
-            outside = NucleusLogitsProcessor(self.nucleus_p)(None, ranked).isneginf()
-            certain = outside[:, self.mask_token_id]
+            ranked[:, mask] = 0.0
+            outside = NucleusLogitsProcessor(self.fields.nucleus_p)(None, ranked).isneginf()
+            certain = outside[:, mask]
             odds = scores.masked_fill(outside, -torch.inf)
             scores = torch.where(outside, scores - _FAR, scores)
         if self._rise == math.inf:

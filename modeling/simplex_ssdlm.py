@@ -19,21 +19,13 @@ import torch
 _OFFSET = 1e-4
 
 
-class SimplexNoise(NamedTuple):
-    """Quantities of the cosine schedule at steps t of T; each field has the shape of t."""
-
-    alpha_bar: torch.Tensor  # remaining fraction of the signal's variance at t
-    alpha_bar_before: torch.Tensor  # the same at t - 1
-
-
-def simplex_schedule(t: torch.Tensor, num_steps: int) -> SimplexNoise:
-    """Return the cosine schedule at steps `t`, from 1 to `num_steps`."""
+def simplex_alpha_bar(t: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """Return the remaining fraction of the signal's variance at steps `t`, from 0 to `num_steps`."""
 
     def signal(step: torch.Tensor) -> torch.Tensor:
         return torch.cos((step / num_steps + _OFFSET) / (1 + _OFFSET) * math.pi / 2) ** 2
 
-    at_zero = signal(torch.zeros_like(t))
-    return SimplexNoise(signal(t) / at_zero, signal(t - 1) / at_zero)
+    return signal(t) / signal(torch.zeros_like(t))
 
 
 def almost_one_hot(input_ids: torch.Tensor, vocab_size: int, scale: float) -> torch.Tensor:
