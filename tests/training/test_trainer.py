@@ -175,6 +175,18 @@ def test_the_check_before_training_allows_unscored_rows_and_metrics_of_several_s
             trainer.check_evaluation()
 
 
+def test_each_estimator_is_tried_once_before_training(make_trainer, monkeypatch):
+    trainer = make_trainer(eval_strategy="steps", eval_steps=2, final_estimator="exact")
+    tried, shared = [], trainer._shared
+    monkeypatch.setattr(
+        trainer, "_shared", lambda *args, **options: tried.append(options["estimator"]) or shared(*args, **options)
+    )
+    for name in ("final_estimator", "eval_estimator"):
+        trainer.check_estimator(name)
+    trainer.check_evaluation()
+    assert tried == ["exact", "stratified"]
+
+
 def test_predictions_are_the_nll_of_tokens_and_the_mask(make_trainer):
     rows = rows_of(6, seed=1).to_list()
     rows[1] = {name: values[:20] for name, values in rows[1].items()}
