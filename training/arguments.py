@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from accelerate.utils import is_deepspeed_available, parse_flag_from_env
 from transformers import IntervalStrategy, TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy
 
@@ -20,61 +21,44 @@ from bd3lm_hf.training.examples import BlockSizeSchedule
 from bd3lm_hf.training.interval import METHODS, PUBLISHED_STEP, Interval, candidate_intervals, parse_interval
 
 
+def option(default: Any, text: str, *, aliases: list[str] | None = None) -> Any:
+    """Return a field with its help text; typed as any value, where `HfArg` is typed as a field."""
+    return HfArg(default=default, help=text, aliases=aliases)
+
+
 @dataclass
 class DataArguments:
     """The text, and how it becomes token sequences."""
 
-    dataset: str = field(
-        default=DEFAULT_DATASET,
-        metadata={"help": "Dataset name (python-docs, the default, or openwebtext, ...), file, folder, or hub name."},
+    dataset: str = option(
+        DEFAULT_DATASET, "Dataset name (python-docs, the default, or openwebtext, ...), file, folder, or hub name."
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_source: str | None = field(
-        default=None,
-        metadata={"help": "File, folder or hub name to read instead of the dataset's own source, in the same schema."},
+    dataset_config: str | None = option(None, "Configuration of a hub dataset.")
+    dataset_source: str | None = option(
+        None, "File, folder or hub name to read instead of the dataset's own source, in the same schema."
     )
-    text_column: str | None = field(
-        default=None, metadata={"help": "Column of the text; by default `text`, or the only column of strings."}
+    text_column: str | None = option(None, "Column of the text; by default `text`, or the only column of strings.")
+    data_format: str | None = option(
+        None, "text, prompt_completion or messages; by default inferred from the column names."
     )
-    data_format: str | None = field(
-        default=None,
-        metadata={"help": "text, prompt_completion or messages; by default inferred from the column names."},
+    validation_dataset: str | None = option(None, "Held-out text; by default the validation split of `dataset`.")
+    skip_bad_rows: bool = option(False, "Skip records that cannot be read, with a warning.")
+    streaming: bool = option(False, "Read the training text while training, for corpora larger than the disk.")
+    shuffle_buffer: int = option(10_000, "Size of a stream's shuffle buffer, in sequences; 0 disables shuffling.")
+    num_proc: int | None = option(None, "Number of processes that prepare the data.")
+    tokenizer: str | None = option(None, "Name or folder of a tokenizer; by default one is trained on the text.")
+    vocab_size: int = option(4096, "Vocabulary size of a tokenizer trained here.")
+    packing: str = option("contiguous", "contiguous, which loses no token, or published, as in the paper.")
+    insert_train_eos: bool = option(True, "End every training document with EOS.")
+    insert_valid_eos: bool = option(True, "End every held-out document with EOS.")
+    insert_train_special: bool = option(False, "Put BOS and EOS around every training sequence.")
+    insert_valid_special: bool = option(False, "Put BOS and EOS around every held-out sequence.")
+    long_rows: str = option("error", "What to do with fine-tuning rows longer than model_length: error or drop.")
+    fill_turns: bool | None = option(
+        None, "Fill the block in which a turn ends with scored EOS; default: for adapted decoders only."
     )
-    validation_dataset: str | None = field(
-        default=None, metadata={"help": "Held-out text; by default the validation split of `dataset`."}
-    )
-    skip_bad_rows: bool = field(default=False, metadata={"help": "Skip records that cannot be read, with a warning."})
-    streaming: bool = field(
-        default=False, metadata={"help": "Read the training text while training, for corpora larger than the disk."}
-    )
-    shuffle_buffer: int = field(
-        default=10_000, metadata={"help": "Size of a stream's shuffle buffer, in sequences; 0 disables shuffling."}
-    )
-    num_proc: int | None = field(default=None, metadata={"help": "Number of processes that prepare the data."})
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Name or folder of a tokenizer; by default one is trained on the text."}
-    )
-    vocab_size: int = field(default=4096, metadata={"help": "Vocabulary size of a tokenizer trained here."})
-    packing: str = field(
-        default="contiguous", metadata={"help": "contiguous, which loses no token, or published, as in the paper."}
-    )
-    insert_train_eos: bool = field(default=True, metadata={"help": "End every training document with EOS."})
-    insert_valid_eos: bool = field(default=True, metadata={"help": "End every held-out document with EOS."})
-    insert_train_special: bool = field(
-        default=False, metadata={"help": "Put BOS and EOS around every training sequence."}
-    )
-    insert_valid_special: bool = field(
-        default=False, metadata={"help": "Put BOS and EOS around every held-out sequence."}
-    )
-    long_rows: str = field(
-        default="error", metadata={"help": "What to do with fine-tuning rows longer than model_length: error or drop."}
-    )
-    fill_turns: bool | None = field(
-        default=None,
-        metadata={"help": "Fill the block in which a turn ends with scored EOS; default: for adapted decoders only."},
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training sequences."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most this many held-out sequences."})
+    max_train_samples: int | None = option(None, "Use at most this many training sequences.")
+    max_eval_samples: int | None = option(None, "Use at most this many held-out sequences.")
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "vocab_size", "max_train_samples", "max_eval_samples", "num_proc")
@@ -109,66 +93,42 @@ class DataArguments:
 class ModelArguments:
     """The network. A field that is not set takes the default of the model type, or the checkpoint's value."""
 
-    model_type: str = field(default="bd3lm", metadata={"help": "Model type, as in `AutoConfig.for_model`."})
-    init_from: str | None = field(
-        default=None,
-        metadata={"aliases": ["--model_name_or_path"], "help": "Folder or hub name of weights to start from."},
+    model_type: str = option("bd3lm", "Model type, as in `AutoConfig.for_model`.")
+    init_from: str | None = option(
+        None, "Folder or hub name of weights to start from.", aliases=["--model_name_or_path"]
     )
-    block_size: int | None = field(default=None, metadata={"help": "Tokens per block; divides model_length."})
-    model_length: int | None = field(default=None, metadata={"help": "Tokens per training sequence."})
-    hidden_dim: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
-    n_blocks: int | None = field(default=None, metadata={"help": "Number of transformer layers."})
-    n_heads: int | None = field(default=None, metadata={"help": "Number of attention heads."})
-    cond_dim: int | None = field(default=None, metadata={"help": "Width of the noise-level embedding."})
-    dropout: float | None = field(default=None, metadata={"help": "Dropout of the residual branches."})
-    noise: str | None = field(
-        default=None, metadata={"help": "Noise schedule: loglinear, square, ... (paper, Table 8)."}
+    block_size: int | None = option(None, "Tokens per block; divides model_length.")
+    model_length: int | None = option(None, "Tokens per training sequence.")
+    hidden_dim: int | None = option(None, "Width of the residual stream.")
+    n_blocks: int | None = option(None, "Number of transformer layers.")
+    n_heads: int | None = option(None, "Number of attention heads.")
+    cond_dim: int | None = option(None, "Width of the noise-level embedding.")
+    dropout: float | None = option(None, "Dropout of the residual branches.")
+    noise: str | None = option(None, "Noise schedule: loglinear, square, ... (paper, Table 8).")
+    adaln: bool | None = option(None, "Adaptive layer norm.")
+    time_conditioning: bool | None = option(None, "Feed the noise level to the network.")
+    sampling_eps_min: float | None = option(None, "Lower end of the interval of noise levels.")
+    sampling_eps_max: float | None = option(None, "Upper end of the interval of noise levels.")
+    resample: bool | None = option(None, "Keep the mask rate of every block in the interval.")
+    antithetic_sampling: str | None = option(None, "Stratification of the noise levels: shuffled, published or none.")
+    noise_draws: int | None = option(
+        None, "Noisy streams that share one clean stream in a step; the loss is their mean."
     )
-    adaln: bool | None = field(default=None, metadata={"help": "Adaptive layer norm."})
-    time_conditioning: bool | None = field(default=None, metadata={"help": "Feed the noise level to the network."})
-    sampling_eps_min: float | None = field(
-        default=None, metadata={"help": "Lower end of the interval of noise levels."}
+    masking: str | None = option(None, "How a block is masked: independent, or exact_k, exactly k of its n tokens.")
+    complementary: bool | None = option(None, "Pair each noisy stream with one that masks the other tokens.")
+    mask_token_id: int | None = option(
+        None, "Decoders to adapt: id of the mask token; by default chosen automatically."
     )
-    sampling_eps_max: float | None = field(
-        default=None, metadata={"help": "Upper end of the interval of noise levels."}
+    alignment: str | None = option(
+        None, "Decoders: which hidden state predicts a token: same, shifted or shifted_noisy."
     )
-    resample: bool | None = field(
-        default=None, metadata={"help": "Keep the mask rate of every block in the interval."}
+    context: str | None = option(None, "Decoders: whether the clean stream is causal by block or by token.")
+    ar_loss_weight: float | None = option(None, "Decoders with context=token: weight of the next-token loss.")
+    attn_implementation: str = option(
+        "auto", "Attention kernel: eager, sdpa, flex_attention, or auto: flex_attention on CUDA, else sdpa."
     )
-    antithetic_sampling: str | None = field(
-        default=None, metadata={"help": "Stratification of the noise levels: shuffled, published or none."}
-    )
-    noise_draws: int | None = field(
-        default=None, metadata={"help": "Noisy streams that share one clean stream in a step; the loss is their mean."}
-    )
-    masking: str | None = field(
-        default=None, metadata={"help": "How a block is masked: independent, or exact_k, exactly k of its n tokens."}
-    )
-    complementary: bool | None = field(
-        default=None, metadata={"help": "Pair each noisy stream with one that masks the other tokens."}
-    )
-    mask_token_id: int | None = field(
-        default=None, metadata={"help": "Decoders to adapt: id of the mask token; by default chosen automatically."}
-    )
-    alignment: str | None = field(
-        default=None,
-        metadata={"help": "Decoders: which hidden state predicts a token: same, shifted or shifted_noisy."},
-    )
-    context: str | None = field(
-        default=None, metadata={"help": "Decoders: whether the clean stream is causal by block or by token."}
-    )
-    ar_loss_weight: float | None = field(
-        default=None, metadata={"help": "Decoders with context=token: weight of the next-token loss."}
-    )
-    attn_implementation: str = field(
-        default="auto",
-        metadata={
-            "help": "Attention kernel: eager, sdpa, flex_attention, or auto: flex_attention on CUDA, else sdpa."
-        },
-    )
-    num_denoising_steps: int | None = field(
-        default=None,
-        metadata={"help": "Denoising steps per block in generation; saved in the generation config."},
+    num_denoising_steps: int | None = option(
+        None, "Denoising steps per block in generation; saved in the generation config."
     )
 
     def __post_init__(self) -> None:
@@ -184,12 +144,11 @@ class ModelArguments:
 class LoraArguments:
     """Low-rank adapters (LoRA): only small matrices next to frozen weights are trained."""
 
-    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapters; by default all weights train."})
-    lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of the adapters."})
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Names of the adapted layers, or all-linear; by default attention and MLP of every layer."},
+    lora_r: int | None = option(None, "Rank of the adapters; by default all weights train.")
+    lora_alpha: int = option(16, "Adapters are scaled by lora_alpha / lora_r.")
+    lora_dropout: float = option(0.0, "Dropout in front of the adapters.")
+    lora_target_modules: list[str] | None = option(
+        None, "Names of the adapted layers, or all-linear; by default attention and MLP of every layer."
     )
 
     def __post_init__(self) -> None:
@@ -205,33 +164,23 @@ class LoraArguments:
 class IntervalSearchArguments:
     """The search for the interval of noise levels, at each evaluation; see `training/interval.py`."""
 
-    interval_search: bool = field(
-        default=False,
-        metadata={"help": "At each evaluation, adopt the interval of noise levels whose losses vary least."},
+    interval_search: bool = option(
+        False, "At each evaluation, adopt the interval of noise levels whose losses vary least."
     )
-    interval_search_widths: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Widths to search; by default the paper's, 0.5 to 0.9, unless interval_candidates is given."
-        },
+    interval_search_widths: list[float] | None = option(
+        None, "Widths to search; by default the paper's, 0.5 to 0.9, unless interval_candidates is given."
     )
-    interval_search_step: float = field(
-        default=PUBLISHED_STEP,
-        metadata={"help": "Distance between lower ends of intervals of one width; by default the paper's 0.05."},
+    interval_search_step: float = option(
+        PUBLISHED_STEP, "Distance between lower ends of intervals of one width; by default the paper's 0.05."
     )
-    interval_candidates: list[str] | None = field(
-        default=None, metadata={"help": "Custom intervals to compare with the whole one: 0.3-0.8 0.45-0.95."}
+    interval_candidates: list[str] | None = option(
+        None, "Custom intervals to compare with the whole one: 0.3-0.8 0.45-0.95."
     )
-    interval_search_batches: int = field(
-        default=100, metadata={"help": "Held-out batches to measure on, each over all processes together."}
+    interval_search_batches: int = option(100, "Held-out batches to measure on, each over all processes together.")
+    interval_search_method: str = option(
+        "shared", "shared: at most 12 noisy passes over a batch; published: one pass per interval."
     )
-    interval_search_method: str = field(
-        default="shared",
-        metadata={"help": "shared: at most 12 noisy passes over a batch; published: one pass per interval."},
-    )
-    interval_search_fixed: bool = field(
-        default=False, metadata={"help": "Search and log, but keep the current interval."}
-    )
+    interval_search_fixed: bool = option(False, "Search and log, but keep the current interval.")
 
     def interval_list(self, block_size: int) -> list[Interval]:
         """Return the candidate intervals for a block size, the whole interval first."""
@@ -296,64 +245,45 @@ REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
 class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
     """transformers' `TrainingArguments` with the paper's optimisation as defaults (AdamW, 2,500 warm-up steps)."""
 
-    output_dir: str = field(default="bd3lm-output", metadata={"help": "Folder of the run."})
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={"help": "Train into output_dir even if it has files; checkpoints of an earlier run are removed."},
+    output_dir: str = option("bd3lm-output", "Folder of the run.")
+    overwrite_output_dir: bool = option(
+        False, "Train into output_dir even if it has files; checkpoints of an earlier run are removed."
     )
-    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(
-        default="constant_with_warmup", metadata={"help": "Learning-rate schedule, as in transformers."}
-    )
-    warmup_steps: float = field(
-        default=2500, metadata={"help": "Warm-up steps; a value below 1 is a share of all optimizer steps."}
-    )
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which larger gradients are clipped."})
-    logging_steps: float = field(default=50, metadata={"help": "Log every this many optimizer steps."})
+    learning_rate: float = option(3e-4, "Peak learning rate.")
+    lr_scheduler_type: str = option("constant_with_warmup", "Learning-rate schedule, as in transformers.")
+    warmup_steps: float = option(2500, "Warm-up steps; a value below 1 is a share of all optimizer steps.")
+    max_grad_norm: float = option(1.0, "Norm to which larger gradients are clipped.")
+    logging_steps: float = option(50, "Log every this many optimizer steps.")
     # A non-finite loss stops the run (trainer.py); the filter would hide it from the log.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave non-finite losses out of the log."})
+    logging_nan_inf_filter: bool = option(False, "Leave non-finite losses out of the log.")
     # All weights of our models take part in every step; looking for unused ones costs a walk through the graph.
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Have DistributedDataParallel look for weights without a gradient."}
+    ddp_find_unused_parameters: bool | None = option(
+        False, "Have DistributedDataParallel look for weights without a gradient."
     )
-    block_size_schedule: str | None = field(
-        default=None,
-        metadata={"help": "Block sizes with their steps, 1:500,4:500,16:0; the last one lasts until the end."},
+    block_size_schedule: str | None = option(
+        None, "Block sizes with their steps, 1:500,4:500,16:0; the last one lasts until the end."
     )
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Sequences per optimizer step over all processes, such as the paper's 512; sets "
-            "gradient_accumulation_steps."
-        },
+    global_batch_size: int | None = option(
+        None,
+        "Sequences per optimizer step over all processes, such as the paper's 512; sets gradient_accumulation_steps.",
     )
-    ema_decay: float | None = field(
-        default=None,
-        metadata={"help": "Evaluate and save an exponential moving average of the weights; the paper's is 0.9999."},
+    ema_decay: float | None = option(
+        None, "Evaluate and save an exponential moving average of the weights; the paper's is 0.9999."
     )
-    ema_warmup: bool = field(
-        default=True, metadata={"help": "Start the average with a lower decay, (1 + n) / (10 + n) in update n."}
+    ema_warmup: bool = option(True, "Start the average with a lower decay, (1 + n) / (10 + n) in update n.")
+    eval_estimator: str = option("stratified", "Likelihood estimator of evaluations: sampled, stratified or exact.")
+    final_estimator: str | None = option(
+        None, "Estimator of the likelihood before and after training; eval_estimator by default."
     )
-    eval_estimator: str = field(
-        default="stratified", metadata={"help": "Likelihood estimator of evaluations: sampled, stratified or exact."}
+    eval_num_samples: int = option(1, "Noise samples per held-out sequence.")
+    sample_prompt: str = option("", "Prompt of the sample generated at each evaluation.")
+    sample_tokens: int = option(64, "Tokens of that sample; 0 generates none.")
+    sample_nucleus_p: float = option(0.9, "Nucleus probability for samples; 1 uses the whole distribution.")
+    save_on_signal: bool = option(
+        True, "On Ctrl-C or SIGTERM finish the step, save a checkpoint, exit with code 130 or 143."
     )
-    final_estimator: str | None = field(
-        default=None,
-        metadata={"help": "Estimator of the likelihood before and after training; eval_estimator by default."},
-    )
-    eval_num_samples: int = field(default=1, metadata={"help": "Noise samples per held-out sequence."})
-    sample_prompt: str = field(default="", metadata={"help": "Prompt of the sample generated at each evaluation."})
-    sample_tokens: int = field(default=64, metadata={"help": "Tokens of that sample; 0 generates none."})
-    sample_nucleus_p: float = field(
-        default=0.9, metadata={"help": "Nucleus probability for samples; 1 uses the whole distribution."}
-    )
-    save_on_signal: bool = field(
-        default=True,
-        metadata={"help": "On Ctrl-C or SIGTERM finish the step, save a checkpoint, exit with code 130 or 143."},
-    )
-    peak_tflops: float | None = field(
-        default=None,
-        metadata={"help": "Peak TFLOP/s of one device, for the utilisation (MFU); known for common NVIDIA GPUs."},
+    peak_tflops: float | None = option(
+        None, "Peak TFLOP/s of one device, for the utilisation (MFU); known for common NVIDIA GPUs."
     )
 
     def __post_init__(self) -> None:

@@ -36,19 +36,22 @@ class FieldHelp(NamedTuple):
 
 
 def fields_in_source(path: Path) -> dict[str, list[FieldHelp]]:
-    """Return the annotated fields of every class in a file; defaults and help texts are those in `field(...)`."""
+    """Return the annotated fields of every class in a file, ours with `option(default, text)` or with `field(...)`."""
     classes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
     return {node.name: [_field(line) for line in node.body if isinstance(line, ast.AnnAssign)] for node in classes}
 
 
 def _field(line: ast.AnnAssign) -> FieldHelp:
     assert isinstance(line.target, ast.Name)
-    arguments = {word.arg: word.value for word in line.value.keywords} if isinstance(line.value, ast.Call) else {}
-    default, metadata = arguments.get("default"), arguments.get("metadata")
-    texts = {}
-    if isinstance(metadata, ast.Dict):
-        texts = {_constant(key): _constant(value) for key, value in zip(metadata.keys, metadata.values, strict=True)}
-    return FieldHelp(line.target.id, _constant(default), " ".join(texts.get("help", "").split()))
+    default = text = None
+    if isinstance(line.value, ast.Call) and line.value.args:
+        default, text = line.value.args
+    elif isinstance(line.value, ast.Call):
+        words = {word.arg: word.value for word in line.value.keywords}
+        default, metadata = words.get("default"), words.get("metadata")
+        if isinstance(metadata, ast.Dict):
+            text = dict(zip(map(_constant, metadata.keys), metadata.values, strict=True)).get("help")
+    return FieldHelp(line.target.id, _constant(default), " ".join(_constant(text).split()))
 
 
 def _constant(node: ast.expr | None) -> str:
