@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_deepspeed_available, parse_flag_from_env
-from transformers import IntervalStrategy, TrainingArguments
+from transformers import IntervalStrategy, SchedulerType, TrainingArguments, get_scheduler
 from transformers.hf_argparser import HfArg
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy
@@ -334,6 +334,7 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
         if not 0 < self.sample_nucleus_p <= 1:
             raise ValueError(f"--sample_nucleus_p {self.sample_nucleus_p}: expected a probability above 0, up to 1.")
         self._check_hub()
+        self._check_schedule()
         self._check_interval_search(evaluates=self.eval_strategy != IntervalStrategy.NO)
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise ValueError(f"--peak_tflops {self.peak_tflops}: give a number above 0, or leave it out.")
@@ -351,6 +352,23 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
                 f"this process sees {self.n_gpu} GPUs, and each needs its own process: start them with `accelerate "
                 f"launch training/train.py`, or choose one GPU with CUDA_VISIBLE_DEVICES=0."
             )
+
+    def _check_schedule(self) -> None:
+        """Create the learning-rate schedule once; transformers does so only after the data is prepared."""
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=max(0.0, self.learning_rate))
+        constant = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
+        try:
+            if self.lr_scheduler_kwargs and self.lr_scheduler_type in constant:
+                raise ValueError("it takes no arguments")
+            steps = max(1, self.max_steps)
+            warmup = self.get_warmup_steps(steps)
+            options: Any = self.lr_scheduler_kwargs
+            get_scheduler(self.lr_scheduler_type, optimizer, warmup, steps, options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"--lr_scheduler_kwargs {self.lr_scheduler_kwargs} does not fit --lr_scheduler_type "
+                f"{SchedulerType(self.lr_scheduler_type).value}: {error}. Give arguments of that schedule."
+            ) from error
 
     def _check_refused(self) -> None:
         for name, (accepted, reason) in REFUSED_FIELDS.items():
