@@ -16,7 +16,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 from transformers.utils import logging
 
@@ -24,9 +23,9 @@ from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.evaluation.generative import mean_entropy
 from bd3lm_hf.evaluation.perplexity import summarize
 from bd3lm_hf.evaluation.reference_model import load_reference_model
-from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
+from bd3lm_hf.generation.text_generation import GeneratedText, generate_texts
+from bd3lm_hf.printing import markdown_table
 from bd3lm_hf.run_folder import RESULTS_NAME, is_run_folder
-from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.tokenization import load_tokenizer
 from bd3lm_hf.training.arguments import ModelArguments
 from bd3lm_hf.training.command_help import COMPARISONS
@@ -115,7 +114,11 @@ def read_plan(argv: Sequence[str]) -> Plan:
     models = {name: models[name] for name in chosen}
     judge = str(fields.get("judge") or next(iter(models)))
     if judge in models:
-        _check_judge(judge, model_class({**common, **models[judge]}.get("model_type", ModelArguments.model_type)))
+        kind = model_class({**common, **models[judge]}.get("model_type", ModelArguments.model_type))
+        if not kind.has_likelihood:
+            raise ValueError(
+                f"--judge {judge} has no likelihood to score texts by: name another model of the comparison."
+            )
     folder = Path(str(fields.get("output_dir", "bd3lm-comparison")))
     return Plan(models, seeds, fields["num_texts"], fields["text_length"], judge, common, folder)
 
@@ -172,7 +175,9 @@ def compare_models(plan: Plan) -> list[ComparedModel]:
         reference = load_judge(judge, load_tokenizer(folder))
         model = load_model(folder).eval()
         samples = generate_samples(model, plan.num_texts, plan.text_length, seed=seed)
-        texts = samples.ids.tolist()
+        tokens_of_one = plan.text_length - 1
+        new_tokens = len(samples) * tokens_of_one
+        firsts = samples[::_TEXTS_PER_BATCH]  # one of each batch
         tokens = _steps(plan, results, name, seed) * result["global_batch_size"] * model.config.model_length
         rows.append(
             ComparedModel(
@@ -182,11 +187,11 @@ def compare_models(plan: Plan) -> list[ComparedModel]:
                 exact=model.exact_likelihood,
                 training_tokens=tokens,
                 training_tokens_per_second=_speed(result),
-                generative_perplexity=summarize(reference.score([GeneratedText(ids, 1) for ids in texts])).perplexity,
-                entropy=mean_entropy(texts),
-                forwards_per_token=samples.forwards_per_token,
-                batch_forwards_per_token=samples.batch_forwards_per_token,
-                seconds_per_token=samples.seconds_per_token,
+                generative_perplexity=summarize(reference.score(samples)).perplexity,
+                entropy=mean_entropy([text.ids for text in samples]),
+                forwards_per_token=sum(text.forwards for text in samples) / new_tokens,
+                batch_forwards_per_token=sum(text.batch_forwards for text in firsts) / (len(firsts) * tokens_of_one),
+                seconds_per_token=sum(text.seconds for text in samples) / new_tokens,
                 dataset=result.get("held_out", ""),
                 estimator=result.get("estimator", ""),
             )
@@ -272,64 +277,28 @@ def _steps(plan: Plan, results: Mapping[tuple[str, int], Mapping[str, Any]], nam
 load_judge = functools.partial(load_reference_model, as_text=False, score_end=True)
 
 
-def _check_judge(name: str, model_type: Any) -> None:
-    """Refuse a model of the comparison as a judge if it will have no likelihood."""
-    if not model_type.has_likelihood:
-        raise ValueError(f"--judge {name} has no likelihood to score texts by: name another model of the comparison.")
-
-
 def _speed(result: Mapping[str, Any]) -> float | None:
     """Return the median training speed of the log in tokens per second; None if it was never logged."""
     speeds = [entry["tokens_per_second"] for entry in result["losses"] if "tokens_per_second" in entry]
     return statistics.median(speeds) if speeds else None
 
 
-class Samples(NamedTuple):
-    """Unprompted samples of a model, and their mean costs."""
-
-    ids: torch.Tensor  # (samples, length)
-    forwards_per_token: float  # of a sample that is generated alone
-    batch_forwards_per_token: float
-    seconds_per_token: float
-
-
-def generate_samples(model: Any, count: int, length: int, *, seed: int) -> Samples:
+def generate_samples(model: Any, count: int, length: int, *, seed: int) -> list[GeneratedText]:
     """Generate `count` samples of `length` tokens from the BOS token and the whole distribution."""
     ends = model.config.eos_token_id
     # Many decoders have no BOS token: their samples start with EOS, which separates documents.
     begin = model.config.bos_token_id
     if begin is None:
         begin = ends[0] if isinstance(ends, list) else ends
-    texts: list[GeneratedText] = []
-    batch_forwards = batches = 0
-    for first in range(0, count, _TEXTS_PER_BATCH):
-        numbers = range(first, min(first + _TEXTS_PER_BATCH, count))
-        batch = generate_batch(
-            model,
-            [[begin]] * len(numbers),
-            length - 1,
-            seeds=[derived_seed(seed, number) for number in numbers],
-            one_by_one=False,  # the speed of a batch is compared
-            do_sample=True,
-        )
-        texts += batch
-        batch_forwards, batches = batch_forwards + batch[0].batch_forwards, batches + 1
-    new_tokens = length - 1
-    return Samples(
-        torch.tensor([text.ids for text in texts]),
-        sum(text.forwards for text in texts) / (count * new_tokens),
-        batch_forwards / (batches * new_tokens),
-        sum(text.seconds for text in texts) / (count * new_tokens),
-    )
+    # Not one by one, since the speed of a batch is compared.
+    options: dict[str, Any] = {"batch_size": _TEXTS_PER_BATCH, "one_by_one": False, "do_sample": True}
+    return generate_texts(model, [[begin]] * count, length - 1, seed=seed, **options)
 
 
 def comparison_table(rows: Sequence[ComparedModel]) -> str:
     """Return the comparison as markdown: means over seeds, and the range if there are several."""
-    lines = [
-        "| model | held-out perplexity | generative perplexity | entropy | forwards per token | in a batch "
-        "| ms per token | training tokens/s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = ("model", "held-out perplexity", "generative perplexity", "entropy", "forwards per token", "in a batch")
+    table = []
     for name in dict.fromkeys(row.model for row in rows):
         mine = [row for row in rows if row.model == name]
         sign = "" if all(row.exact for row in mine) else "<= "
@@ -344,15 +313,15 @@ def comparison_table(rows: Sequence[ComparedModel]) -> str:
             _spread([1000 * row.seconds_per_token for row in mine], 2),
             _spread(speeds, 0) if speeds else "unknown",
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        table.append([name, *cells])
     seeds = len({row.seed for row in rows})
     tokens = ", ".join(f"{n:,}" for n in sorted({row.training_tokens for row in rows}))
     scored = "; ".join(dict.fromkeys(f"{row.dataset}, {row.estimator}" for row in rows if row.dataset))
-    lines.append(
-        f"\nHeld-out text: {scored}. {tokens} training tokens, {seeds} seed{'s' if seeds > 1 else ''}; `<=` marks an "
+    note = (
+        f"Held-out text: {scored}. {tokens} training tokens, {seeds} seed{'s' if seeds > 1 else ''}; `<=` marks an "
         "upper bound, `none` a model without a likelihood."
     )
-    return "\n".join(lines)
+    return f"{markdown_table([*head, 'ms per token', 'training tokens/s'], table)}\n\n{note}"
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

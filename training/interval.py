@@ -22,7 +22,7 @@ from bd3lm_hf.checkpoints import NotFiniteError
 from bd3lm_hf.evaluation.perplexity import batch_of
 from bd3lm_hf.modeling.configuration_bd3lm import SAMPLING_EPS
 from bd3lm_hf.modeling.noise_bd3lm import check_interval
-from bd3lm_hf.reports.training_figures import draw_interval_search
+from bd3lm_hf.reports.figures import draw_interval_search
 from bd3lm_hf.run_folder import SEARCH_NAME
 from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.training.loss_moments import BlockMoments, HeldOut, Interval, PassPerInterval, SharedDraws, held_out
@@ -367,20 +367,11 @@ def record_search(found: IntervalSearch, folder: str | Path, *, step: int, adopt
     path.parent.mkdir(parents=True, exist_ok=True)
     earlier = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     lines = [line for line in earlier if json.loads(line)["step"] < step]
-    lines.append(json.dumps({"step": step, "adopted": adopted, **_entry(found)}))
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    errors, title = found.standard_errors.nan_to_num().tolist(), f"Interval search at step {step}"
-    try:
-        drawing = draw_interval_search(found.candidates, found.variances.tolist(), errors, found.best, title)
-        drawing.savefig(path.with_name(PLOT_NAME))
-    except ImportError:
-        logger.warning_once(f"no {PLOT_NAME}: matplotlib is not installed. The numbers are in {path}.")
-
-
-def _entry(found: IntervalSearch) -> dict[str, Any]:
     errors = [error if math.isfinite(error) else None for error in found.standard_errors.tolist()]
     rows = zip(found.candidates, found.variances.tolist(), errors, strict=True)
-    return {
+    search = {
+        "step": step,
+        "adopted": adopted,
         "interval": found.interval,
         "batches": found.batch_variances.shape[1],
         "blocks": found.num_blocks,
@@ -390,3 +381,8 @@ def _entry(found: IntervalSearch) -> dict[str, Any]:
             {"interval": interval, "variance": variance, "standard_error": error} for interval, variance, error in rows
         ],
     }
+    path.write_text("".join(f"{line}\n" for line in [*lines, json.dumps(search)]), encoding="utf-8")
+    try:
+        draw_interval_search(search, f"Interval search at step {step}").savefig(path.with_name(PLOT_NAME), dpi=144)
+    except ImportError:
+        logger.warning_once(f"no {PLOT_NAME}: matplotlib is not installed. The numbers are in {path}.")

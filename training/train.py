@@ -40,7 +40,7 @@ import bd3lm_hf
 from bd3lm_hf.data.streaming import PackedStream
 from bd3lm_hf.evaluation.perplexity import HeldOutLoss, Perplexity, scored_token_ids, unigram_perplexity
 from bd3lm_hf.evaluation.results import describe_estimator
-from bd3lm_hf.reports.training_figures import write_training_curve
+from bd3lm_hf.reports.figures import write_training_curve
 from bd3lm_hf.run_folder import (
     RECIPE_NAME,
     RESULTS_NAME,

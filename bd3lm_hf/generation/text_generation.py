@@ -86,6 +86,18 @@ def generate_batch(
     return texts
 
 
+def generate_texts(
+    model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, *, batch_size: int, seed: int, **generation: Any
+) -> list[GeneratedText]:
+    """Continue each prompt, in batches of [`generate_batch`]; the seed of a text follows from `seed` and its index."""
+    seeds = [derived_seed(seed, index) for index in range(len(prompts))]
+    texts: list[GeneratedText] = []
+    for first in range(0, len(prompts), batch_size):
+        batch = slice(first, first + batch_size)
+        texts += generate_batch(model, prompts[batch], new_tokens, seeds=seeds[batch], **generation)
+    return texts
+
+
 def without_padding(new_ids: list[int], config: Any) -> list[int]:
     """Return a row's new tokens without the padding after its end."""
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]

@@ -19,9 +19,17 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, StrictUndefined
 
 from bd3lm_hf.evaluation.results import describe_estimator
-from bd3lm_hf.reports.plotting import Figure, as_png, as_svg, check_matplotlib, speed_quality_figure
+from bd3lm_hf.reports.figures import (
+    Figure,
+    as_svg,
+    check_matplotlib,
+    curves,
+    intervals,
+    rendered,
+    variances,
+)
 from bd3lm_hf.reports.run_reader import Material, Named, Run, RunSample, finite, read_material
-from bd3lm_hf.reports.training_figures import curves, intervals, variances
+from bd3lm_hf.reports.speed_quality import speed_quality_figure
 from bd3lm_hf.user_files import check_output_file, has_mark, write_atomically
 
 
@@ -47,7 +55,7 @@ def write_report(paths: Sequence[Path], output: Path, *, overwrite: bool = False
     written = [output]
     for figure in (figure for group in figures.values() for figure in group):
         written.append(output.with_name(f"{output.stem}-{figure.name}.png"))
-        write_atomically(written[-1], as_png(figure))
+        write_atomically(written[-1], rendered(figure, "png"))
     return written
 
 

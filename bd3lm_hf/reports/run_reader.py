@@ -5,6 +5,7 @@ A run may still be training, or have been killed: whatever exists is read, and w
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> steps, values
 
 _STATES = "checkpoint-*/trainer_state.json"
 _RUN_FILES = (RECIPE_NAME, RESULTS_NAME, SEARCH_NAME, _STATES)  # a folder with any of them is a run
-_SAMPLE_HEAD, _SAMPLE_TAIL = "--- sample at step ", " ---"
+_SAMPLE_HEAD = re.compile(r"^--- sample at step (.*) ---$\n?", re.MULTILINE)
 
 # List of `Material` -> fields that identify the result files it collects, the most specific first.
 _KINDS = {
@@ -145,7 +146,8 @@ def _expand(path: Path) -> list[Path]:
         return [path]
     inside = sorted(path.iterdir())
     found = [child for child in inside if is_run(child)]
-    found += [child for child in inside if child.is_file() and child.suffix == ".json" and _kind(_read_json(child))]
+    results = (child for child in inside if child.is_file() and child.suffix == ".json")
+    found += [child for child in results if _kind(_parse(_read_text(child), child))]
     if not found:
         raise ValueError(
             f"{path} is not a run and contains none: it has neither {', '.join(_RUN_FILES)} nor a result file (.json) "
@@ -164,7 +166,7 @@ def _read_into(material: Material, path: Path) -> None:
         texts = [RunSample(f"sample {row.get('index', number)}", row["text"]) for number, row in enumerate(rows)]
         material.samples.append(Named(path.stem, texts))
     else:
-        content = _read_json(path)
+        content = _parse(_read_text(path), path)
         kind = _kind(content)
         if kind is None:
             raise ValueError(
@@ -216,46 +218,32 @@ def read_run(folder: Path) -> Run:
 
 def _read_samples(path: Path) -> list[RunSample]:
     """Return the samples that a run wrote at its evaluations."""
-    samples: list[RunSample] = []
-    lines: list[str] = []
-    for line in _read_text(path).splitlines() if path.is_file() else []:
-        if line.startswith(_SAMPLE_HEAD) and line.endswith(_SAMPLE_TAIL):
-            step = line.removeprefix(_SAMPLE_HEAD).removesuffix(_SAMPLE_TAIL)
-            samples.append(RunSample(f"at step {step}", ""))
-            lines = []
-        elif samples:
-            lines.append(line)
-            samples[-1] = samples[-1]._replace(text="\n".join(lines))
-    return samples
+    _, *parts = _SAMPLE_HEAD.split(_read_text(path)) if path.is_file() else [""]
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [RunSample(f"at step {step}", text.removesuffix("\n")) for step, text in pairs]
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file of a run, or an empty one if there is no such file."""
-    return _check_object(_read_json(path), path, 1) if path.is_file() else {}
-
-
-def _read_json(path: Path) -> Any:
-    return _parse(_read_text(path), path, 1)
+    content: dict[str, Any] = _parse(_read_text(path), path, kind=dict) if path.is_file() else {}
+    return content
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a JSON Lines file, except a last one that is still being written and has no newline."""
     lines = _read_text(path).split("\n")[:-1]
-    return [_check_object(_parse(line, path, n), path, n) for n, line in enumerate(lines, start=1) if line.strip()]
+    return [_parse(line, path, n, kind=dict) for n, line in enumerate(lines, start=1) if line.strip()]
 
 
-def _check_object(content: Any, path: Path, line: int) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}, line {line}: expected a JSON object.")
-    return content
-
-
-def _parse(text: str, path: Path, line: int) -> Any:
+def _parse(text: str, path: Path, line: int = 1, *, kind: type = object) -> Any:
     try:
-        return json.loads(text)
+        content = json.loads(text)
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         raise ValueError(f"{path}, line {line}: this is not JSON ({error.msg}). Repair or remove the file.") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path}, line {line}: expected a JSON object.")
+    return content
 
 
 def _read_text(path: Path) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from datasets import disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
@@ -23,11 +24,24 @@ from bd3lm_hf.data.packing import evenly_spaced
 from bd3lm_hf.evaluation.generative import mean_entropy
 from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_model, reference_model_of
-from bd3lm_hf.generation.text_generation import GeneratedText, generate_batch
+from bd3lm_hf.generation.text_generation import generate_texts
 from bd3lm_hf.printing import ProgressReport, markdown_table
-from bd3lm_hf.reports.plotting import check_matplotlib, draw_speed_quality
+from bd3lm_hf.reports.figures import (
+    FACE,
+    GRID,
+    INK,
+    MARKERS,
+    Figure,
+    add_legend,
+    check_matplotlib,
+    dress,
+    line_style,
+    new_drawing,
+    plain_label,
+    plain_ticks,
+)
 from bd3lm_hf.reports.reports_cli import CURVES, SHARED_FIELDS, check_quality
-from bd3lm_hf.seeds import derived_seed
+from bd3lm_hf.reports.run_reader import Named, finite
 from bd3lm_hf.user_files import write_atomically
 
 
@@ -97,13 +111,14 @@ def quality_points(
     if not 0 < new_tokens <= room:
         raise ValueError(f"new_tokens={new_tokens}: after {num_given} tokens the model's window has room for {room}.")
     settings = [(sampler, dict(setting)) for sampler, settings in curves.items() for setting in settings]
+    batches: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
     with ProgressReport("quality", len(settings), unit="setting", disable=not progress) as report:
         for sampler, setting in settings:
             fields = {**generation, **{name: value for name, value in setting.items() if value is not None}}
             started = time.perf_counter()
-            texts = _texts(model, prompts, new_tokens, batch_size, seed, sampler=sampler, **fields)
+            texts = generate_texts(model, prompts, new_tokens, **batches, sampler=sampler, **fields)
             seconds = time.perf_counter() - started
-            scores = judge.score(texts, seed=seed, batch_size=batch_size)
+            scores = judge.score(texts, **batches)
             result = summarize(scores)
             yield Point(
                 sampler=sampler,
@@ -117,18 +132,6 @@ def quality_points(
                 scores=scores,
             )
             report.update()
-
-
-def _texts(
-    model: Any, prompts: Sequence[list[int]], new_tokens: int, batch_size: int, seed: int, **fields: Any
-) -> list[GeneratedText]:
-    """Generate a text for each prompt; it depends only on the seed and its index."""
-    texts: list[GeneratedText] = []
-    for first in range(0, len(prompts), batch_size):
-        batch = prompts[first : first + batch_size]
-        seeds = [derived_seed(seed, first + number) for number in range(len(batch))]
-        texts += generate_batch(model, batch, new_tokens, seeds=seeds, **fields)
-    return texts
 
 
 def compare_curves(point: Point, baseline: Point) -> Ratio:
@@ -180,17 +183,74 @@ def plot_speed_quality(points: Sequence[Point], path: Path, *, judge: str) -> No
     write_atomically(path, content.getvalue())
 
 
+def speed_quality_figure(named: Named, number: int) -> Figure | None:
+    """Draw generative perplexity and entropy against tokens per forward pass, one curve per sampler."""
+    points = [point for point in named.content["points"] if finite(point, "perplexity") is not None]
+    if not points:
+        return None
+    caption = (
+        f"{named.name}: the cost of generating several tokens at once. Bars are one standard error; lower is better."
+    )
+    return Figure(f"quality-{number}", caption, draw_speed_quality(points, named.content["judge"], named.name))
+
+
+def draw_speed_quality(points: Sequence[Mapping[str, Any]], reference: str, title: str) -> Any:
+    """Return a drawing of generative perplexity (log axis) and, if it was measured, of entropy below it.
+
+    Args:
+        points: measurements, as in a result file of `bd3lm quality`.
+        reference: name of the reference model.
+    """
+    entropies = [finite(point, "entropy") for point in points]
+    with_entropy = any(entropy is not None for entropy in entropies)
+    width, height = FACE
+    drawing = new_drawing(width, height * (1.5 if with_entropy else 1))
+    grid = drawing.subplots(1 + with_entropy, 1, sharex=True, squeeze=False, height_ratios=(2, 1)[: 1 + with_entropy])
+    axes = grid[0, 0]
+    first = points[0]["perplexity"]
+    axes.axhspan(first, 1.05 * first, color=GRID, alpha=0.6, zorder=0, label="within 5 % of the first point")
+    for index, sampler in enumerate(dict.fromkeys(point["sampler"] for point in points)):
+        mine = [point for point in points if point["sampler"] == sampler]
+        style = {**line_style(index), "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
+        tokens = [point["tokens_per_forward"] for point in mine]
+        axes.errorbar(
+            tokens,
+            [point["perplexity"] for point in mine],
+            yerr=[point["perplexity"] * (finite(point, "standard_error") or 0.0) for point in mine],
+            capsize=3,
+            label=plain_label(sampler),
+            **style,
+        )
+        if with_entropy:
+            entropy = [np.nan if (value := finite(point, "entropy")) is None else value for point in mine]
+            grid[1, 0].plot(tokens, entropy, **style)
+    axes.set_yscale("log")
+    plain_ticks(axes.yaxis)
+    axes.set_ylabel(f"generative perplexity\nunder {plain_label(reference)}")
+    axes.set_title(plain_label(title), loc="left", fontsize=11, color=INK)
+    for each in grid[:, 0]:
+        dress(each)
+        each.margins(x=0.08)
+    if with_entropy:
+        grid[1, 0].set_ylabel("entropy (nats)")
+    grid[-1, 0].set_xlabel("tokens per forward pass")
+    add_legend(axes)
+    return drawing
+
+
 def run(arguments: argparse.Namespace) -> None:
-    """Run `bd3lm quality`: measure perplexity against tokens per forward pass for each sampler."""
+    """Run `bd3lm quality`: measure every setting of each sampler, print the table, and write the plot and the data."""
     check_quality(arguments)
     if arguments.plot is not None:
         check_matplotlib()
-    compare_samplers(arguments, *load_model_and_tokenizer(arguments))
-
-
-def compare_samplers(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Measure every setting, print the table, and write the plot and the data."""
-    reference, name = _reference_model(arguments, model, tokenizer)
+    model, tokenizer = load_model_and_tokenizer(arguments)
+    if arguments.judge is None:
+        reference = reference_model_of(model)
+        name = f"the model itself ({reference.estimator} bound)"
+    else:
+        options = {"device": model.device, "trust_remote_code": arguments.trust_remote_code}
+        reference = load_reference_model(arguments.judge, tokenizer, **options, as_text=False, score_end=True)
+        name = Path(arguments.judge).name
     curves = {
         sampler: [{field: value} for value in getattr(arguments, field)] for sampler, (field, _) in CURVES.items()
     }
@@ -240,14 +300,3 @@ def _prompts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) 
             f"{arguments.prompt_tokens} tokens; ask for fewer."
         )
     return [list(row["input_ids"]) for row in evenly_spaced(rows, arguments.num_samples)]
-
-
-def _reference_model(
-    arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase
-) -> tuple[ReferenceModel, str]:
-    if arguments.judge is None:
-        reference = reference_model_of(model)
-        return reference, f"the model itself ({reference.estimator} bound)"
-    options = {"device": model.device, "trust_remote_code": arguments.trust_remote_code}
-    reference = load_reference_model(arguments.judge, tokenizer, **options, as_text=False, score_end=True)
-    return reference, Path(arguments.judge).name

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from bd3lm_hf.cli import run_verb
-from bd3lm_hf.reports import plotting
+from bd3lm_hf.reports import figures
 from bd3lm_hf.reports.report import Cell, Column, draw, page, table, write_report
 from bd3lm_hf.reports.run_reader import read_material
 
@@ -233,7 +233,7 @@ def test_the_best_of_each_group_is_marked_and_of_one_alone_none():
 def test_the_colours_of_figures_have_counterparts_for_dark_pages(reported):
     text = (reported / "report.html").read_text(encoding="utf-8")
     drawn, style = text[text.index("<main>") :], text[: text.index("</style>")]
-    for colour, variable in plotting.VARIABLES.items():
+    for colour, variable in figures.VARIABLES.items():
         assert colour not in drawn
         assert f"--{variable}: light-dark({colour}, #" in style
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from bd3lm_hf.reports import run_reader
-from bd3lm_hf.reports.plotting import smoothed
+from bd3lm_hf.reports.figures import smoothed
 from bd3lm_hf.reports.run_reader import RunSample, finite, read_material, read_run, series_of
 from bd3lm_hf.training import callbacks
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments

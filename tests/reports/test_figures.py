@@ -4,9 +4,9 @@ import sys
 import numpy as np
 import pytest
 
-from bd3lm_hf.reports.plotting import Line, draw_lines, draw_speed_quality
+from bd3lm_hf.reports.figures import Line, curves, draw_lines, write_training_curve
 from bd3lm_hf.reports.run_reader import Run, series_of
-from bd3lm_hf.reports.training_figures import curves, write_training_curve
+from bd3lm_hf.reports.speed_quality import draw_speed_quality
 
 
 PNG = b"\x89PNG"

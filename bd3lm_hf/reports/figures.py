@@ -1,0 +1,441 @@
+"""The style of all figures, and those of training: curves over the steps, and the search for the interval."""
+
+import io
+import json
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers.utils import logging
+
+from bd3lm_hf.reports.run_reader import Run, finite, series_of
+from bd3lm_hf.run_folder import CURVE_NAME
+from bd3lm_hf.user_files import write_atomically
+
+
+logger = logging.get_logger("bd3lm_hf.train")
+
+
+#: Distinct in every common form of colour blindness, with a contrast of at least 3:1; line styles differ too.
+COLOURS = ("#0072b2", "#c4500a", "#007a5e", "#a84f86", "#82660a", "#4a4fa8", "#5f6368")
+_LINES, MARKERS = ("-", "--", "-.", ":"), "os^Dv"
+
+#: Text, axes and grid. In the page these and the colours above are CSS variables that follow the reader's scheme.
+INK, SOFT, GRID = "#1d2129", "#646b79", "#e2dfd8"
+VARIABLES = {INK: "ink", SOFT: "soft", GRID: "line", **{colour: f"c{n}" for n, colour in enumerate(COLOURS)}}
+FACE = 7.5, 3.9  # inches
+
+_MAX_SEARCHES = 6  # heat maps per run, including those of its first and last search
+
+
+class Figure(NamedTuple):
+    """A drawing and its caption."""
+
+    name: str  # of its file, without the extension
+    caption: str
+    drawn: Any  # a figure of matplotlib
+
+
+def check_matplotlib() -> None:
+    """Check that matplotlib is installed."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ValueError("plots need matplotlib: pip install 'bd3lm-hf[plots]'.") from error
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """Return the colour and dashes of the line with this index."""
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": _LINES[index % len(_LINES)]}
+
+
+def plain_label(name: str) -> str:
+    """Return a name that matplotlib neither reads as a formula nor hides."""
+    escaped = name.replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped
+
+
+def new_drawing(width: float, height: float) -> Any:
+    """Return an empty figure of matplotlib, with sizes in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def dress(axes: Any) -> None:
+    """Apply the style of all figures to axes."""
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.patch.set_visible(False)
+    axes.tick_params(which="both", colors=SOFT, labelsize=9)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(SOFT)
+
+
+def plain_ticks(axis: Any) -> None:
+    """Write the ticks of a logarithmic axis as plain numbers."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}")
+
+
+def add_legend(axes: Any) -> None:
+    """Add a legend above the axes, where it covers no line."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 1 if len(labels) < 4 else 2 if len(labels) < 9 else 3
+    axes.figure.legend(
+        handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=INK
+    )
+
+
+def as_svg(figure: Figure) -> str:
+    """Return an SVG element that takes its colours from the page."""
+    text = rendered(figure, "svg").decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # ids that several figures on a page would share
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, f"var(--{variable})")
+    width, height = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', text).groups()  # type: ignore[union-attr]
+    return text.replace(f'width="{width}pt" height="{height}pt"', 'role="img"', 1)
+
+
+def rendered(figure: Figure, kind: str) -> bytes:
+    """Return an SVG without a background, or a PNG with a white one."""
+    import matplotlib
+
+    file = io.BytesIO()
+    # Two calls return the same bytes: no date, and ids that depend on the figure only.
+    settings: Any = {"svg.hashsalt": figure.name, "svg.fonttype": "none", "font.family": "DejaVu Sans"}
+    how: dict[str, Any] = {"metadata": {"Date": None}, "transparent": True} if kind == "svg" else {"dpi": 144}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # names in a script that the font lacks
+        figure.drawn.savefig(file, format=kind, **how)
+        figure.drawn.set_layout_engine("none")  # the layout is done; the other format shares it
+    return file.getvalue()
+
+
+# Curves over the optimizer steps
+
+
+class Line(NamedTuple):
+    """Values over the optimizer steps."""
+
+    label: str
+    steps: np.ndarray
+    values: np.ndarray
+    errors: np.ndarray | None = None  # one standard error
+
+
+def draw_lines(axes: Any, lines: Sequence[Line], *, smooth: bool = False, final: str = "{:.4g}") -> None:
+    """Draw lines with bands of one standard error, and write each final value to the right of the axes.
+
+    Args:
+        smooth: draw the values thinly and their running mean on top.
+        final: format of the final value.
+    """
+    for index, line in enumerate(lines):
+        style = line_style(index)
+        marker = MARKERS[index % len(MARKERS)] if len(line.steps) < 30 else None
+        if smooth:
+            axes.plot(line.steps, line.values, color=style["color"], alpha=0.3, linewidth=1)
+        values = smoothed(line.values) if smooth else line.values
+        style |= {"marker": marker, "markersize": 4, "linewidth": 1.8, "label": plain_label(line.label)}
+        axes.plot(line.steps, values, **style)
+        if line.errors is not None:
+            band = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
+            axes.fill_between(line.steps, values - line.errors, values + line.errors, **band)
+    axes.set_xlim(left=0, right=1.02 * max([1, *(line.steps[-1] for line in lines)]))
+    axes.set_xlabel("optimizer steps")
+    _write_final_values(axes, [smoothed(line.values)[-1] if smooth else line.values[-1] for line in lines], final)
+
+
+def _write_final_values(axes: Any, values: Sequence[float], form: str) -> None:
+    """Write values at their height to the right of the axes, where they overlap neither lines nor each other."""
+    axes.get_ylim()  # updates the limits, on which the transformation depends
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = [float(to_axes.transform((0, value))[1]) for value in values]
+    lowest = -np.inf
+    for index in np.argsort(heights):
+        lowest = max(heights[index], lowest + 0.06)
+        axes.annotate(
+            form.format(values[index]),
+            (1.01, lowest),
+            xycoords="axes fraction",
+            va="center",
+            fontsize=8,
+            color=line_style(int(index))["color"],
+            annotation_clip=False,
+        )
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Return the running mean over a twentieth of the values, over fewer near the start and the end."""
+    count, sums = len(values), np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(count)
+    half = np.minimum(index, count // 40)
+    stop = np.minimum(count, index + half + 1)
+    return (sums[stop] - sums[index - half]) / (stop - index + half)
+
+
+def curves(runs: Sequence[Run]) -> list[Figure]:
+    """Draw loss, held-out likelihood and speed over the steps, one figure each with all runs."""
+    about = "; ".join(dict.fromkeys(f"{run.held_out}, {run.estimator(final=False)}" for run in runs))
+    held_out = f"Negative log-likelihood of held-out text during training: {about}. Bands are one standard error."
+    loss = "Training loss; thin lines are the logged values, thick ones their mean."
+    found = [
+        _over_steps(_training_loss, runs, "training-loss", loss),
+        _over_steps(_held_out, runs, "held-out", held_out),
+        _over_steps(_speed, runs, "speed", "Training speed, without evaluation and saving."),
+    ]
+    return [figure for figure in found if figure is not None]
+
+
+def intervals(runs: Sequence[Run]) -> Figure | None:
+    """Draw the interval of mask rates of each run over its steps."""
+    caption = "The interval of mask rates that each search found best: its lower and upper end."
+    return _over_steps(_interval, runs, "interval", caption)
+
+
+def _over_steps(
+    draw: Callable[[Any, Sequence[Run]], bool], runs: Sequence[Run], name: str, caption: str
+) -> Figure | None:
+    drawing = new_drawing(*FACE)
+    axes = drawing.add_subplot()
+    dress(axes)
+    if not draw(axes, runs):
+        return None
+    add_legend(axes)
+    return Figure(name, caption, drawing)
+
+
+def _training_loss(axes: Any, runs: Sequence[Run]) -> bool:
+    lines = _lines(runs, "loss")
+    if lines:
+        # The high losses of the first steps would flatten the rest of the curve.
+        settled = np.concatenate([line.values[len(line.values) // 20 :] for line in lines])
+        margin = 0.05 * (settled.max() - settled.min()) + 1e-9
+        axes.set_ylim(settled.min() - margin, settled.max() + margin)
+        axes.set_ylabel("loss (nats per token)")
+        draw_lines(axes, lines, smooth=True)
+    return bool(lines)
+
+
+def _held_out(axes: Any, runs: Sequence[Run]) -> bool:
+    """Draw the likelihood at each evaluation, and before and after training, where the estimator may differ."""
+    lines = []
+    for run in runs:
+        for name in (name for name in run.series if name.startswith("eval_") and name.endswith("nll")):
+            part = name.removeprefix("eval_").removesuffix("nll").strip("_")
+            found = _lines([run], name, errors=f"{name.removesuffix('nll')}standard_error")
+            about = ", ".join(filter(None, (run.name, part, run.estimator(final=False))))
+            lines += [line._replace(label=about) for line in found]
+    if lines:
+        axes.set_ylabel("negative log-likelihood\n(nats per token)")
+        for index, run in enumerate(runs):
+            _draw_ends(axes, run, line_style(index)["color"])
+        draw_lines(axes, lines)
+    return bool(lines)
+
+
+def _draw_ends(axes: Any, run: Run, colour: str) -> None:
+    """Mark the scores at step 0 and after training."""
+    ends = ((0, run.results.get("before")), (run.results.get("steps"), run.results.get("after")))
+    points = [(step, nll) for step, score in ends if step is not None and (nll := finite(score or {}, "nll"))]
+    if points:
+        style: dict[str, Any] = {"color": colour, "marker": "D", "markerfacecolor": "none", "linestyle": ""}
+        about = ", ".join(filter(None, (run.name, "before and after training", run.estimator(final=True))))
+        axes.plot(*zip(*points, strict=True), **style, clip_on=False, label=plain_label(about))
+
+
+def _speed(axes: Any, runs: Sequence[Run]) -> bool:
+    lines = _lines(runs, "tokens_per_second")
+    if lines:
+        axes.set_ylim(0, 1.12 * max(1, *(line.values.max() for line in lines)))
+        axes.set_ylabel("tokens per second")
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        draw_lines(axes, lines, final="{:,.0f}")
+    return bool(lines)
+
+
+def _interval(axes: Any, runs: Sequence[Run]) -> bool:
+    for index, run in enumerate(runs):
+        if not run.searches:
+            continue
+        steps = [search["step"] for search in run.searches]
+        low, high = zip(*(search["interval"] for search in run.searches), strict=True)
+        style = {**line_style(index), "where": "post", "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
+        axes.fill_between(steps, low, high, step="post", color=style["color"], alpha=0.1, linewidth=0)
+        axes.step(steps, low, **style, label=plain_label(run.name))
+        axes.step(steps, high, **style)
+    axes.set_ylim(-0.02, 1.04)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("mask rate (share of a block's tokens)")
+    return bool(axes.lines)
+
+
+_PANELS = (
+    (_training_loss, "training loss"),
+    (_held_out, "held-out negative log-likelihood"),
+    (_interval, "interval of noise levels"),
+    (_speed, "speed"),
+)
+
+
+def write_training_curve(
+    log_history: Sequence[Mapping[str, Any]],
+    folder: str | Path,
+    *,
+    title: str = "",
+    results: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the logged numbers of a run as JSON and, if matplotlib is installed, as a figure.
+
+    Args:
+        log_history: the entries of a `TrainerState`; those of a resumed run reach back to its start.
+        folder: where `training_curve.json` and `training_curve.png` are written.
+        title: title of the figure.
+        results: `before`, `after`, `steps` and `estimator` of the run, for the points before and after training.
+    """
+    folder = Path(folder)
+    run = Run(name="", folder=folder, series=series_of(log_history), results=dict(results or {}))
+    content = {name: {"steps": x.tolist(), "values": y.tolist()} for name, (x, y) in run.series.items()}
+    write_atomically(folder / CURVE_NAME, json.dumps(content) + "\n")
+    picture = Path(CURVE_NAME).with_suffix(".png").name
+    try:
+        check_matplotlib()
+    except ValueError:
+        logger.warning(f"{picture} is not drawn without matplotlib: pip install 'bd3lm-hf[plots]'.")
+        return
+    if {"interval_min", "interval_max"} <= run.series.keys():
+        (steps, low), (_, high) = run.series["interval_min"], run.series["interval_max"]
+        run.searches = [{"step": s, "interval": ends} for s, *ends in zip(steps, low, high, strict=True)]
+    drawing = new_drawing(11, 6.6)
+    drawn = 0
+    for draw, name in _PANELS:
+        axes = drawing.add_subplot(2, 2, drawn + 1)
+        if draw(axes, [run]):
+            dress(axes)
+            axes.set_title(name, loc="left")
+            drawn += 1
+        else:
+            axes.remove()
+    if not drawn:
+        return
+    drawing.suptitle(title.replace("$", r"\$"), fontsize=11)
+    drawing.savefig(folder / picture, dpi=144)
+
+
+def _lines(runs: Sequence[Run], name: str, *, errors: str = "") -> list[Line]:
+    """Return the finite values that the runs logged under a name."""
+    lines = []
+    for run in runs:
+        steps, values = run.series.get(name, (np.array([]), np.array([])))
+        kept = np.isfinite(values)
+        if kept.any():
+            _, deviations = run.series.get(errors, (None, np.array([])))
+            band = deviations[kept] if len(deviations) == len(values) else None
+            lines.append(Line(run.name, steps[kept], values[kept], band))
+    return lines
+
+
+# The search for the interval
+
+
+def variances(run: Run, number: int) -> Figure | None:
+    """Draw heat maps of the loss variance by lower end and width, each for one of at most `_MAX_SEARCHES` searches."""
+    if not run.searches:
+        return None
+    from matplotlib.colors import LogNorm
+
+    count = min(len(run.searches), _MAX_SEARCHES)
+    shown = [run.searches[index] for index in np.linspace(0, len(run.searches) - 1, count).round().astype(int)]
+    grids = [_grid(search) for search in shown]
+    values = [value for *_, variance in grids for value in variance.ravel() if np.isfinite(value) and value > 0]
+    if not values:
+        return None
+    columns = min(3, count)
+    rows = -(-count // columns)
+    drawing = new_drawing(2.35 * columns + 1.1, 2.3 * rows + 0.5)
+    every: Any = drawing.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    norm = LogNorm(min(values), max(max(values), min(values) * 1.01))
+    mesh: Any = None
+    for axes, search, grid in zip(every.ravel(), shown, grids, strict=False):
+        mesh = axes.pcolormesh(*grid, norm=norm, cmap="viridis", shading="nearest")
+        axes.plot(
+            *_low_and_width(search["interval"]), marker="*", markersize=13, color="white", markeredgecolor="black"
+        )
+        kept = "" if search.get("adopted", True) else ", not adopted"
+        axes.set_title(f"step {search['step']:,}{kept}", fontsize=9, color=INK)
+    for axes in every.ravel():
+        dress(axes)
+        axes.grid(visible=False)
+    for axes in every.ravel()[count:]:
+        axes.set_visible(False)
+    drawing.supxlabel("lower end of the interval (mask rate)", fontsize=10, color=INK)
+    drawing.supylabel("width of the interval", fontsize=10, color=INK)
+    bar = drawing.colorbar(mesh, ax=every, shrink=0.9)
+    bar.set_label("variance of a block's loss (nats²)", color=INK)
+    bar.ax.tick_params(which="both", colors=SOFT, labelsize=8)
+    plain_ticks(bar.ax.yaxis)
+    bar.outline.set_edgecolor(GRID)
+    caption = f"{run.name}: variance of the loss for each interval of mask rates; the star marks the chosen one."
+    return Figure(f"variance-{number}", caption, drawing)
+
+
+def draw_interval_search(search: Mapping[str, Any], title: str) -> Any:
+    """Return a drawing of the variance against the lower end of the interval, one line per width.
+
+    Args:
+        search: a line of `interval_search.jsonl`; its first candidate is the whole interval.
+    """
+    drawing = new_drawing(8, 5)
+    axes = drawing.subplots()
+    dress(axes)
+    whole, *others = search["candidates"]
+    axes.axhline(whole["variance"], color=SOFT, linestyle="--", label=f"{_ends(whole)}, the whole interval")
+    by_width: dict[float, list[Mapping[str, Any]]] = {}
+    for each in sorted(others, key=lambda each: each["interval"][0]):
+        by_width.setdefault(_low_and_width(each["interval"])[1], []).append(each)
+    for number, (width, members) in enumerate(sorted(by_width.items())):
+        style = {**line_style(number), "marker": "o", "markersize": 4, "linewidth": 1.2, "capsize": 2}
+        axes.errorbar(
+            [each["interval"][0] for each in members],
+            [each["variance"] for each in members],
+            [each["standard_error"] or 0.0 for each in members],
+            label=f"width {width:g}",
+            **style,
+        )
+    best = next(each for each in search["candidates"] if each["interval"] == search["interval"])
+    chosen = f"chosen: {_ends(best)}, variance {best['variance']:.3g}"
+    star: dict[str, Any] = {"marker": "*", "markersize": 16, "color": INK, "linestyle": "none", "zorder": 3}
+    axes.plot([best["interval"][0]], [best["variance"]], label=chosen, **star)
+    if min(each["variance"] for each in search["candidates"]) > 0:
+        axes.set_yscale("log")
+        plain_ticks(axes.yaxis)
+    axes.set_xlabel("lower end of the interval of noise levels")
+    axes.set_ylabel("variance of the loss of a block (nats²)")
+    axes.set_title(title)
+    add_legend(axes)
+    return drawing
+
+
+def _grid(search: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return lower ends, widths, and variances `(widths, lower ends)` with NaN where no interval was tried."""
+    tried = {_low_and_width(each["interval"]): finite(each, "variance") for each in search["candidates"]}
+    low, width = (np.array(sorted({key[side] for key in tried})) for side in (0, 1))
+    table = [[tried.get((left, across)) for left in low.tolist()] for across in width.tolist()]
+    return low, width, np.array(table, dtype=float)
+
+
+def _ends(candidate: Mapping[str, Any]) -> str:
+    return "[{:.3g}, {:.3g}]".format(*candidate["interval"])
+
+
+def _low_and_width(interval: Sequence[float]) -> tuple[float, float]:
+    """Return the lower end and the width of an interval, without rounding errors."""
+    return round(interval[0], 2), round(interval[1] - interval[0], 2)
