@@ -144,7 +144,7 @@ def make_sequences(
     with training.main_process_first(desc="packing the held-out text"):
         validation = evenly_spaced(pack(held_out, tokenizer, **options, **flags["validation"]), data.max_eval_samples)
     size = bytes_per_token(held_out, tokenizer, insert_eos=data.insert_valid_eos)
-    return TrainingSequences(train, validation, size.bytes_per_token)
+    return TrainingSequences(train, validation, size)
 
 
 def _make_instructions(

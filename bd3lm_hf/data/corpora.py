@@ -57,45 +57,34 @@ def python_source() -> list[Document]:
     Raises:
         ValueError: if this Python was installed without its source files.
     """
-    root = _standard_library()
-    documents = (Document(_relative(path, root), _read_source(path)) for path in _source_files(skip_tests=False))
+    documents = (Document(name, _read_source(path)) for name, path in _source_files(skip_tests=False).items())
     return [document for document in documents if document.text.strip()]
 
 
 @functools.cache  # parsing takes seconds, and each split of the dataset needs all documents
 def _module_documents() -> tuple[Document, ...]:
-    root, documents = _standard_library(), []
-    for path in _source_files(skip_tests=True):
-        parts = path.relative_to(root).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+    documents = []
+    for file, path in _source_files(skip_tests=True).items():
+        name = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         documents.append(Document(f"module/{name}", _documentation(name, _read_source(path))))
     return tuple(documents)
 
 
-def _standard_library() -> Path:
+def _source_files(*, skip_tests: bool) -> dict[str, Path]:
+    """Return the standard library's `.py` files by relative path in POSIX form, sorted by it."""
     root = Path(sysconfig.get_path("stdlib"))
     if not (root / "ast.py").is_file():
         raise ValueError(
             f"The standard library's source files are not in {str(root)!r} (Python was installed without them); "
             "use a Python that has them, or name a text file as the dataset."
         )
-    return root
-
-
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
-
-
-def _source_files(*, skip_tests: bool) -> list[Path]:
-    """Return the standard library's `.py` files, sorted by relative path in POSIX form."""
-    root = _standard_library()
     skipped = _FOREIGN_FOLDERS | _TEST_FOLDERS if skip_tests else _FOREIGN_FOLDERS
-
-    def is_source(path: Path) -> bool:
-        parts = path.relative_to(root).parts
-        return skipped.isdisjoint(parts) and not any(part.startswith(_FOREIGN_PREFIXES) for part in parts)
-
-    return sorted(filter(is_source, root.rglob("*.py")), key=lambda path: _relative(path, root))
+    files = {}
+    for path in root.rglob("*.py"):
+        relative = path.relative_to(root)
+        if skipped.isdisjoint(relative.parts) and not any(p.startswith(_FOREIGN_PREFIXES) for p in relative.parts):
+            files[relative.as_posix()] = path
+    return dict(sorted(files.items()))
 
 
 def _read_source(path: Path) -> str:

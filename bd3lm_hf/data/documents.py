@@ -31,8 +31,8 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from bd3lm_hf.data.corpora import python_docs, python_source
-from bd3lm_hf.data.files import SplitFiles, files_by_split, row_error
-from bd3lm_hf.data.records import kinds_of
+from bd3lm_hf.data.files import SplitFiles, files_by_split, row_error, usable_rows
+from bd3lm_hf.data.records import Record, kinds_of
 from bd3lm_hf.data.schemas import Schema, TextRow, detect_schema
 from bd3lm_hf.data.sources import (
     DATASETS,
@@ -137,10 +137,8 @@ def load_rows(
         raise ValueError(f"split is {split!r}; it must be one of: {', '.join(SPLITS)}.")
     spec = _spec_of(name_or_path, source, config_name)
     if spec.path is None:
-        dataset = _load_embedded(spec.name, split, cache_dir)
-        resolved = schema.resolved(kinds_of(dataset.features.arrow_schema), spec.name)
-        assert isinstance(resolved, TextRow)  # the corpora have no columns of another schema
-        dataset = _only_text(dataset, resolved)
+        parts = {split: _load_embedded(spec.name, split, cache_dir)}
+        dataset = _Splits(spec, parts).read(split, schema, skip_bad_rows=skip_bad_rows)
         return dataset.to_iterable_dataset() if streaming else dataset
     reader = _reader_of(spec, cache_dir, streaming=streaming)
     origin = split_to_read(reader.splits, spec, split)
@@ -199,7 +197,7 @@ def _spec_of(
 
 
 def _load_embedded(name: str, split: str, cache_dir: str | None) -> Dataset:
-    """Load one split of an embedded corpus; its documents are collected once per Python version and cached."""
+    """Load one split of an embedded corpus, whose documents are collected once per Python version."""
     documents = Dataset.from_generator(
         _embedded_rows,
         gen_kwargs={"corpus": name},
@@ -246,7 +244,10 @@ class _Splits:
         dataset, columns = self.parts[split], self.columns(split)
         schema, origin = schema.resolved(columns, self.name), f"the split {split!r} of {self.name!r}"
         if isinstance(dataset, Dataset) and isinstance(schema, TextRow):
-            dataset = _only_text(dataset, schema)  # the text is not copied: it stays in its files
+            # The text is not copied: it stays in its files.
+            (column,) = schema.columns
+            dataset = dataset.select_columns([column])
+            dataset = dataset if column == "text" else dataset.rename_column(column, "text")
             is_null = [pc.is_null(table["text"]).to_numpy() for table in dataset.with_format("arrow").iter(10_000)]
             bad = np.flatnonzero(np.concatenate([np.empty(0, bool), *is_null])).tolist()
             if bad and not skip_bad_rows:
@@ -308,27 +309,10 @@ def _usable(
     batch: dict[str, list[Any]], indices: list[int], *, schema: Schema, origin: str, skip_bad_rows: bool
 ) -> dict[str, list[str]]:
     """Return the rows of a batch that the schema can read."""
-    columns: dict[str, list[str]] = {name: [] for name in schema.names}
-    for offset, index in enumerate(indices):
-        try:
-            row = schema.read({name: values[offset] for name, values in batch.items()})
-        except ValueError as error:
-            fault = f"Row {index} of {origin} {error}"
-            if not skip_bad_rows:
-                raise row_error([fault]) from None
-            logger.warning("Skipped: %s.", fault)
-        else:
-            for name, value in row.items():
-                columns[name].append(value)
-    return columns
-
-
-def _only_text(dataset: Dataset, schema: TextRow) -> Dataset:
-    """Return only the text column, renamed to `text`."""
-    column = schema.column
-    assert column is not None
-    dataset = dataset.select_columns([column])
-    return dataset if column == "text" else dataset.rename_column(column, "text")
+    contents = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    records = [Record(f"row {index}", content) for index, content in zip(indices, contents, strict=True)]
+    rows = list(usable_rows(records, origin, schema, skip_bad_rows=skip_bad_rows))
+    return {name: [row[name] for row in rows] for name in schema.names}
 
 
 def _map_options(dataset: Any, key: Any, **options: Any) -> dict[str, Any]:

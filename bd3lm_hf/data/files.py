@@ -6,8 +6,9 @@ The words for splits, repository cards, caching, streaming and resuming are thos
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset_builder
 from datasets.data_files import FILES_TO_IGNORE, SPLIT_KEYWORDS
@@ -16,7 +17,7 @@ from datasets.fingerprint import Hasher
 from huggingface_hub import metadata_load
 from yaml import YAMLError
 
-from bd3lm_hf.data.records import columns_of, read_records
+from bd3lm_hf.data.records import Record, columns_of, read_records
 from bd3lm_hf.data.schemas import Schema, TextRow
 from bd3lm_hf.data.sources import COMPRESSIONS, ENDINGS, data_ending
 from bd3lm_hf.user_files import read_json
@@ -50,17 +51,6 @@ _NOT_DATA = {
         for ending in (".md", ".txt")
     ),
 }
-
-
-class FaultyRow(NamedTuple):
-    """A record that cannot be used, and its position."""
-
-    file: str
-    position: str
-    fault: str
-
-    def __str__(self) -> str:
-        return f"{self.position.capitalize()} of {self.file!r} {self.fault}"
 
 
 def files_by_split(path: str, default_split: str, config_name: str | None = None) -> dict[str, list[str]]:
@@ -183,62 +173,69 @@ def _check_described(root: Path, metadata: dict[str, Any]) -> None:
         )
 
 
-def find_faults(files: Iterable[str], schema: Schema) -> list[FaultyRow]:
-    """Return all unusable records of the files, with file and position."""
-    return [row for file in files for row in _checked(file, schema) if isinstance(row, FaultyRow)]
-
-
-def usable_rows(files: Sequence[str], schema: Schema, skip_bad_rows: bool) -> Iterator[dict[str, str]]:
-    """Yield the rows of the files as the schema reads them.
+def usable_rows(
+    records: Iterable[Record], origin: str, schema: Schema, *, skip_bad_rows: bool
+) -> Iterator[dict[str, str]]:
+    """Yield the records as the schema reads them.
 
     Raises:
         ValueError: if a record cannot be read or does not follow the schema. With `skip_bad_rows` it is skipped
             instead, with a warning.
     """
-    for file in files:
-        for row in _checked(file, schema):
-            if not isinstance(row, FaultyRow):
-                yield row
-            elif skip_bad_rows:
-                logger.warning("Skipped: %s.", row)
-            else:
-                raise row_error([row])
+    for row in _checked(records, origin, schema):
+        if isinstance(row, dict):
+            yield row
+        elif skip_bad_rows:
+            logger.warning("Skipped: %s.", row)
+        else:
+            raise row_error([row])
 
 
-def row_error(faults: Sequence[object]) -> ValueError:
+def _checked(records: Iterable[Record], origin: str, schema: Schema) -> Iterator[dict[str, str] | str]:
+    """Yield each record as the schema reads it, or its fault, such as "Line 5 of 'a.csv' has 3 fields, not 2"."""
+    for record in records:
+        fault = record.fault
+        if record.content is not None:
+            try:
+                yield schema.read(record.content)
+                continue
+            except ValueError as error:
+                fault = str(error)
+        yield f"{record.position.capitalize()} of {origin} {fault}"
+
+
+def find_faults(files: Iterable[str], schema: Schema) -> list[str]:
+    """Return all faults of the files' records, each with file and position."""
+    checked = (row for file in files for row in _checked(read_records(file, schema.columns), repr(file), schema))
+    return [row for row in checked if isinstance(row, str)]
+
+
+def row_error(faults: Sequence[str]) -> ValueError:
     """Return the error for records that cannot be used."""
     more = len(faults) - _MAX_SHOWN
-    shown = "; ".join(map(str, faults[:_MAX_SHOWN])) + (f"; and {more} more" if more > 0 else "")
+    shown = "; ".join(faults[:_MAX_SHOWN]) + (f"; and {more} more" if more > 0 else "")
     return ValueError(f"{shown}: {_REMEDY}")
 
 
-def _checked(file: str, schema: Schema) -> Iterator[dict[str, str] | FaultyRow]:
-    for record in read_records(file, schema.columns):
-        if record.content is None:
-            yield FaultyRow(file, record.position, record.fault)
-            continue
-        try:
-            yield schema.read(record.content)
-        except ValueError as error:
-            yield FaultyRow(file, record.position, str(error))
+def _rows_of_files(files: Sequence[str], schema: Schema, skip_bad_rows: bool) -> Iterator[dict[str, str]]:
+    for file in files:
+        yield from usable_rows(read_records(file, schema.columns), repr(file), schema, skip_bad_rows=skip_bad_rows)
 
 
+@dataclass
 class SplitFiles:
-    """Read data files split by split.
+    """Read data files split by split."""
 
-    Args:
-        name: name of the dataset, for messages.
-        files: files by split, as `files_by_split` returns them.
-        streaming: read while iterating; every file is then a shard.
-        cut_single: a single document is to be cut into splits, which a stream cannot do.
-        cache_dir: where the datasets library keeps its files.
-    """
+    name: str  # of the dataset, for messages
+    files: dict[str, list[str]]  # by split, as `files_by_split` returns them
+    streaming: bool  # read while iterating; every file is then a shard
+    cut_single: bool  # a single document is to be cut into splits, which a stream cannot do
+    cache_dir: str | None  # where the datasets library keeps its files
 
-    def __init__(
-        self, name: str, files: dict[str, list[str]], *, streaming: bool, cut_single: bool, cache_dir: str | None
-    ) -> None:
-        self.name, self.files, self.splits = name, files, list(files)
-        self.streaming, self.cut_single, self.cache_dir = streaming, cut_single, cache_dir
+    @property
+    def splits(self) -> list[str]:
+        """The names of the splits."""
+        return list(self.files)
 
     def columns(self, split: str) -> dict[str, str]:
         """Return the columns of the first file of a split that has any, and the kind of each.
@@ -270,13 +267,13 @@ class SplitFiles:
         arguments = {"files": list(files), "schema": schema, "skip_bad_rows": skip_bad_rows}
         features = Features({name: Value("string") for name in schema.names})
         if self.streaming:
-            return IterableDataset.from_generator(usable_rows, features=features, gen_kwargs=arguments)
+            return IterableDataset.from_generator(_rows_of_files, features=features, gen_kwargs=arguments)
         # With the size and time of each file, so an edited file is read again.
         states = [(file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]
         key = (_VERSION, states, type(schema).__name__, vars(schema), skip_bad_rows)
         try:
             return Dataset.from_generator(
-                usable_rows,
+                _rows_of_files,
                 features=features,
                 gen_kwargs=arguments,
                 cache_dir=self.cache_dir,

@@ -6,7 +6,6 @@ implementation, which drops remainders that depend on both.
 """
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,24 +27,6 @@ IGNORED = -100
 FEATURES = Features(input_ids=List(Value("int32")), labels=List(Value("int32")), attention_mask=List(Value("int8")))
 
 _ROWS_PER_BATCH = 1000  # documents, or sequences
-
-
-class TextSize(NamedTuple):
-    """Size of a dataset in four units; `tokens` includes the end tokens between documents."""
-
-    documents: int
-    characters: int
-    utf8_bytes: int
-    tokens: int
-
-    @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token."""
-        return self.utf8_bytes / self.tokens
-
-    def bits_per_byte(self, nats_per_token: float) -> float:
-        """Convert a mean loss to a unit that does not depend on the tokenizer."""
-        return nats_per_token / math.log(2) / self.bytes_per_token
 
 
 class PackingLayout(NamedTuple):
@@ -178,8 +159,8 @@ def pack_published(
     return [[begin, *piece, end] for piece in pieces] if insert_special else pieces
 
 
-def bytes_per_token(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, insert_eos: bool = True) -> TextSize:
-    """Count documents, characters, UTF-8 bytes and tokens, to convert nats per token to bits per byte.
+def bytes_per_token(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, insert_eos: bool = True) -> float:
+    """Return the mean number of UTF-8 bytes per token, to convert nats per token to bits per byte.
 
     Args:
         insert_eos: count one end token for every document that is not empty, as contiguous packing appends them.
@@ -191,11 +172,8 @@ def bytes_per_token(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, ins
     tokens = int(token_counts(tokenize(dataset, tokenizer, eos=eos)).sum())
     if tokens == 0:
         raise ValueError(f"The dataset's {len(dataset)} documents have no text; name another dataset.")
-    characters = utf8_bytes = 0
-    for table in dataset.with_format("arrow").iter(_ROWS_PER_BATCH):
-        characters += pc.sum(pc.utf8_length(table["text"])).as_py()
-        utf8_bytes += pc.sum(pc.binary_length(table["text"])).as_py()
-    return TextSize(len(dataset), characters, utf8_bytes, tokens)
+    tables = dataset.with_format("arrow").iter(_ROWS_PER_BATCH)
+    return sum(pc.sum(pc.binary_length(table["text"])).as_py() for table in tables) / tokens
 
 
 def evenly_spaced(rows: Dataset, max_rows: int | None) -> Dataset:
@@ -208,7 +186,7 @@ def evenly_spaced(rows: Dataset, max_rows: int | None) -> Dataset:
 def tokenize_batch(
     batch: dict[str, list[str]], *, tokenizer: PreTrainedTokenizerBase, eos: int | None, end_empty: bool
 ) -> dict[str, list[list[int]]]:
-    """Tokenize a batch of texts, for `Dataset.map`; the arguments are those of `tokenize`."""
+    """Tokenize a batch of texts; the arguments are those of `tokenize`."""
     documents = tokenizer(
         batch["text"],
         add_special_tokens=False,

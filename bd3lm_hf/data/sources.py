@@ -366,8 +366,3 @@ SUITES: Mapping[str, Suite] = {
         },
     ),
 }
-
-
-def published_flags(name: str) -> Flags:
-    """Return the flags of an in-domain evaluation on the dataset of that name."""
-    return PUBLISHED.get(name, Flags())

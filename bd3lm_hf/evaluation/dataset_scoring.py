@@ -20,7 +20,7 @@ from bd3lm_hf.data.documents import find_schema, load_rows, load_text
 from bd3lm_hf.data.instructions import encode_rows
 from bd3lm_hf.data.packing import bytes_per_token, evenly_spaced, pack
 from bd3lm_hf.data.schemas import TextRow
-from bd3lm_hf.data.sources import ENDINGS, SUITES, DatasetSpec, Flags, exists, find_spec, published_flags
+from bd3lm_hf.data.sources import ENDINGS, PUBLISHED, SUITES, DatasetSpec, Flags, exists, find_spec
 from bd3lm_hf.evaluation.eval_cli import FIXED_SAMPLES, check
 from bd3lm_hf.evaluation.generative import check_files, evaluate_samples
 from bd3lm_hf.evaluation.perplexity import Perplexity, Protocol, check_estimator, summarize
@@ -173,7 +173,7 @@ def _targets(arguments: argparse.Namespace) -> list[Target]:
     """
     if arguments.suite is None:
         name = arguments.dataset if exists(arguments.dataset) else find_spec(arguments.dataset).name
-        base = published_flags(name) if arguments.estimator == "published" else _OUR_FLAGS
+        base = PUBLISHED.get(name, Flags()) if arguments.estimator == "published" else _OUR_FLAGS
         return [Target(arguments.dataset, arguments.dataset_source, _flags(arguments, base))]
     sets = SUITES[arguments.suite].sets
     names = [find_spec(name).name for name in arguments.sets or sets]
@@ -242,7 +242,7 @@ def _sequences(
         return ScoringSequences(_select(rows, arguments), None, {"split": flags.split})
     documents = load_text(dataset, text_column=arguments.text_column, **options)
     packed = pack(documents, tokenizer, length=length, **{k: v for k, v in flags._asdict().items() if k != "split"})
-    size = bytes_per_token(documents, tokenizer, insert_eos=flags.insert_eos).bytes_per_token
+    size = bytes_per_token(documents, tokenizer, insert_eos=flags.insert_eos)
     # All tokens but the first of a sequence are scored, and the end token that packing added has no bytes.
     text_share = (length - 2) / (length - 1) if flags.insert_special else 1.0
     return ScoringSequences(_select(packed, arguments), size * text_share, flags._asdict())

@@ -13,7 +13,6 @@ from bd3lm_hf.data.sources import (
     Flags,
     detokenizer,
     find_spec,
-    published_flags,
 )
 
 
@@ -89,6 +88,6 @@ def test_every_published_evaluation_is_one_of_a_known_dataset():
 
 
 def test_in_domain_flags_are_those_of_the_dataset_or_the_published_defaults():
-    assert published_flags("openwebtext") == Flags("validation", "published", True, False)
-    assert published_flags("lm1b") == Flags("test", "published", True, True)
-    assert published_flags("my.txt") == Flags("validation", "published", True, True)
+    assert PUBLISHED["openwebtext"] == Flags("validation", "published", True, False)
+    assert PUBLISHED["lm1b"] == Flags("test", "published", True, True)
+    assert Flags() == Flags("validation", "published", True, True)
