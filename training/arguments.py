@@ -14,9 +14,8 @@ from transformers.trainer_utils import HubStrategy
 
 from bd3lm_hf.argument_parser import check_minimum, unknown
 from bd3lm_hf.data.instructions import LONG_ROWS
-from bd3lm_hf.data.packing import PACKINGS
 from bd3lm_hf.data.schemas import SCHEMAS
-from bd3lm_hf.data.sources import DEFAULT_DATASET
+from bd3lm_hf.data.sources import DEFAULT_DATASET, PACKINGS
 from bd3lm_hf.training.examples import BlockSizeSchedule
 from bd3lm_hf.training.interval import METHODS, PUBLISHED_STEP, Interval, candidate_intervals, parse_interval
 

@@ -16,6 +16,8 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from bd3lm_hf.data.sources import PACKINGS
+
 
 #: Part of every cache key: increase it when the meaning of a packed dataset changes.
 _VERSION = 1
@@ -97,7 +99,9 @@ def pack(
             f"The dataset has {tokens} tokens in {len(dataset)} documents, fewer than one sequence of {layout.body} "
             f"(length {length}): name a larger dataset or a smaller length."
         )
-    packed = PACKINGS[packing](tokenized, layout, drop_last=drop_last, num_proc=num_proc)
+    if packing == "contiguous":
+        return _pack_contiguous(tokenized, layout, drop_last=drop_last, num_proc=num_proc)
+    packed = _pack_published(tokenized, layout, num_proc=num_proc)
     if len(packed) == 0:
         raise ValueError(
             f"Published packing drops the remainder of every {_ROWS_PER_BATCH} documents of a worker, which leaves no "
@@ -242,8 +246,8 @@ def _contiguous_batch(
     return {key: np.stack([example[key] for example in examples]) for key in FEATURES}
 
 
-def _pack_published(tokenized: Dataset, layout: PackingLayout, *, drop_last: bool, num_proc: int | None) -> Dataset:
-    """Pack every batch of a worker separately; incomplete remainders are dropped regardless of `drop_last`."""
+def _pack_published(tokenized: Dataset, layout: PackingLayout, *, num_proc: int | None) -> Dataset:
+    """Pack every batch of a worker separately; incomplete remainders are dropped."""
     return tokenized.map(
         _published_batch,
         batched=True,
@@ -262,10 +266,6 @@ def _published_batch(batch: dict[str, list[list[int]]], *, layout: PackingLayout
     begin, end = (layout.begin[0], layout.end[0]) if special else (0, 0)
     rows = pack_published(batch["input_ids"], length=layout.length, begin=begin, end=end, insert_special=special)
     return {"input_ids": rows, "labels": rows, "attention_mask": [[1] * layout.length for _ in rows]}
-
-
-#: All packings by name.
-PACKINGS = {"contiguous": _pack_contiguous, "published": _pack_published}
 
 
 # Special tokens and keys of the cache

@@ -327,6 +327,9 @@ def find_spec(name_or_path: str) -> DatasetSpec:
 # Evaluations of the paper
 
 
+PACKINGS = ("contiguous", "published")  # see `packing.py`
+
+
 class Flags(NamedTuple):
     """Flags of an evaluation: the split, and how its text becomes sequences."""
 
@@ -339,7 +342,6 @@ class Flags(NamedTuple):
 class Suite(NamedTuple):
     """Datasets that are scored together."""
 
-    about: str
     length: int  # tokens of a sequence in the paper
     sets: Mapping[str, Flags]
 
@@ -349,10 +351,9 @@ PUBLISHED: Mapping[str, Flags] = {"openwebtext": Flags(insert_special=False), "l
 
 _ZERO_SHOT, _ZERO_SHOT_TEST = Flags(insert_eos=False), Flags(split="test", insert_eos=False)
 
-#: By name. Zero-shot is Table 5, in the order of its columns.
+#: By name. Zero-shot is Table 5, in the order of its columns: the models were trained on none of them.
 SUITES: Mapping[str, Suite] = {
     "zero-shot": Suite(
-        "the paper's Table 5: eight datasets other than OpenWebText, on which the models were trained",
         1024,
         {
             "ptb": _ZERO_SHOT,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3lm_hf.argument_parser import add_model_arguments, integer, number, with_underscores
+from bd3lm_hf.data.sources import PACKINGS, SUITES
 from bd3lm_hf.generation.generate_cli import FIELDS, add_sampling
 
 
@@ -23,10 +24,6 @@ ESTIMATORS: Mapping[str, str] = {
 
 #: Estimators with a fixed number of noise samples, and why.
 FIXED_SAMPLES = {"exact": "uses no noise", "published": "uses one noise sample"}
-
-# Keys of tables in modules that import `datasets`, which is slow; a test compares them.
-SUITE_NAMES = ("zero-shot",)
-PACKING_NAMES = ("contiguous", "published")
 
 # A suite sets these for each of its datasets.
 _DATASET_FLAGS = ("dataset", "dataset_config", "dataset_source", "text_column", "split")
@@ -58,12 +55,12 @@ def _add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--skip-bad-rows", action="store_true", help="skip rows that cannot be read, with a warning")
     what.add_argument(
         "--suite",
-        choices=SUITE_NAMES,
+        choices=tuple(SUITES),
         help="several datasets in one table (zero-shot: the paper's Table 5, eight datasets other than OpenWebText)",
     )
     what.add_argument("--sets", nargs="+", metavar="NAME", help="score only these datasets of the suite")
     what.add_argument("--suite-source", type=Path, help="folder of local copies: one folder or file per dataset")
-    what.add_argument("--packing", choices=PACKING_NAMES, help="how to cut sequences (contiguous, unless published)")
+    what.add_argument("--packing", choices=PACKINGS, help="how to cut sequences (contiguous, unless published)")
     switch: Any = {"action": argparse.BooleanOptionalAction, "default": None}
     what.add_argument("--insert-eos", **switch, help="put EOS after each document (yes, except in a suite)")
     what.add_argument("--insert-special", **switch, help="put BOS and EOS around sequences (no, unless published)")

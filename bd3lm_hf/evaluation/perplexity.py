@@ -194,34 +194,21 @@ def _score_tokens_of_batch(model: Any, batch: Batch, protocol: Protocol) -> list
 @torch.no_grad()
 def _token_nll(model: Any, batch: Batch, protocol: Protocol) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return NLL, mask of scored tokens, and token ids, each `(batch, length)`."""
-    inputs = batch_of(batch.rows, _device_of(model))
-    noise = _published_noise_arguments if protocol.estimator == "published" else _noise_arguments
-    arguments = noise(model, batch.indices, inputs, protocol)
-    return *model.token_nll(inputs.input_ids, inputs.attention_mask, **arguments), inputs.input_ids
-
-
-def _noise_arguments(_: Any, indices: list[int], inputs: ScoringBatch, protocol: Protocol) -> dict[str, Any]:
-    """Return the arguments of `token_nll` for one of the model's estimators, with one generator per sequence."""
-    # CPU generators, so a seed gives the same noise on every device.
-    seeds = (derived_seed(protocol.seed, index) for index in indices)
-    return {
-        "estimator": protocol.estimator,
-        "num_samples": protocol.num_samples,
-        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-        **inputs.context,
-    }
-
-
-def _published_noise_arguments(
-    model: Any, indices: list[int], inputs: ScoringBatch, protocol: Protocol
-) -> dict[str, Any]:
-    """Return the arguments of `token_nll` for the paper's noise; the first token is never scored."""
-    length = inputs.input_ids.shape[1]
-    blocks = model.config.num_blocks(length)
-    noise = published_noise(indices, protocol.num_sequences, num_blocks=blocks, length=length, seed=protocol.seed)
-    labels = inputs.context.get("labels", inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)).clone()
-    labels[:, 0] = -100
-    return {"estimator": "sampled", "num_samples": protocol.num_samples, "noise": noise, "labels": labels}
+    ids, attention_mask, context = batch_of(batch.rows, _device_of(model))
+    arguments: dict[str, Any] = {"num_samples": protocol.num_samples, **context}
+    if protocol.estimator == "published":
+        length, count = ids.shape[1], protocol.num_sequences
+        blocks = model.config.num_blocks(length)
+        noise = published_noise(batch.indices, count, num_blocks=blocks, length=length, seed=protocol.seed)
+        labels = context.get("labels", ids.masked_fill(attention_mask == 0, -100)).clone()
+        labels[:, 0] = -100  # the first token is never scored
+        arguments |= {"estimator": "sampled", "noise": noise, "labels": labels}
+    else:
+        # One generator per sequence, on the CPU, so a seed gives the same noise on every device.
+        seeds = (derived_seed(protocol.seed, index) for index in batch.indices)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        arguments |= {"estimator": protocol.estimator, "generator": generators}
+    return *model.token_nll(ids, attention_mask, **arguments), ids
 
 
 def published_noise(

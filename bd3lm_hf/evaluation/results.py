@@ -150,6 +150,7 @@ class ScoresFile(JsonLinesFile):
         self._runs: dict[str, dict[str, Any]] = {}  # identities
         self._progress: dict[str, Progress] = {}
         self._finished: set[str] = set()
+        self._run = ""  # the run that has begun
         self._pending: dict[str, Any] = {}  # the entry that is not written yet
         self._last_write = 0.0
         for number, entry in self.read_lines():
@@ -174,7 +175,7 @@ class ScoresFile(JsonLinesFile):
             self._progress[run] = Progress(scores, seconds + entry["seconds"])
 
     def begin(self, identity: Mapping[str, Any]) -> Progress:
-        """Return the progress of the run with this identity.
+        """Begin or continue the run with this identity, and return its progress.
 
         Raises:
             ValueError: if the file contains another run that was interrupted, with the differences.
@@ -196,14 +197,14 @@ class ScoresFile(JsonLinesFile):
             )
         if run not in self._runs:
             self._write({"run": run, "identity": identity})
+        self._run = run
         return self._progress[run]
 
-    def append(self, identity: Mapping[str, Any], scores: Sequence[SequenceScore], seconds: float) -> None:
-        """Add scores of the run with this identity; write them if the last write was a second ago or more."""
-        pending = self._pending or {"run": digest(identity), "scores": [], "seconds": 0.0}
-        pending["scores"] += [list(score) for score in scores]
-        pending["seconds"] += seconds
-        self._pending = pending
+    def append(self, scores: Sequence[SequenceScore], seconds: float) -> None:
+        """Add scores of the run; write them if the last write was a second ago or more."""
+        self._pending = self._pending or {"run": self._run, "scores": [], "seconds": 0.0}
+        self._pending["scores"] += [list(score) for score in scores]
+        self._pending["seconds"] += seconds
         if time.monotonic() - self._last_write >= _SECONDS_BETWEEN_WRITES:
             self.flush()
 
@@ -213,11 +214,11 @@ class ScoresFile(JsonLinesFile):
             self._write(self._pending)
             self._pending, self._last_write = {}, time.monotonic()
 
-    def finish(self, identity: Mapping[str, Any]) -> None:
-        """Mark the run with this identity as complete."""
+    def finish(self) -> None:
+        """Mark the run as complete."""
         self.flush()
-        if digest(identity) not in self._finished:
-            self._write({"run": digest(identity), "finished": True})
+        if self._run not in self._finished:
+            self._write({"run": self._run, "finished": True})
 
     def _write(self, entry: dict[str, Any]) -> None:
         self.write_line(entry)
@@ -265,7 +266,7 @@ def score_shared(
                 new = [SequenceScore(*score) for score in found if score[0] not in scores]
                 spent = time.perf_counter() - started
                 if file is not None:
-                    file.append(identity, new, spent)
+                    file.append(new, spent)
                 scores.update({score.row: score for score in new})
                 seconds += spent
                 report.update(len(new))
@@ -273,7 +274,7 @@ def score_shared(
         if file is not None:
             file.flush()
     if file is not None:
-        file.finish(identity)
+        file.finish()
     return Progress(scores, seconds)
 
 

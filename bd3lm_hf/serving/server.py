@@ -7,6 +7,7 @@ checks, and middleware for its FastAPI application.
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
@@ -23,9 +24,19 @@ from transformers.cli.serving.utils import BaseGenerateManager, GenerationState,
 
 from bd3lm_hf.checkpoints import window_of
 from bd3lm_hf.serving.batching import Batcher, Request
-from bd3lm_hf.serving.request_fields import check_fields, check_template_fields, checked_messages, own_fields
+from bd3lm_hf.serving.openai_api import (
+    Access,
+    add_error_handlers,
+    check_fields,
+    check_template_fields,
+    checked_messages,
+    describe,
+    error_content,
+    openai_events,
+    own_fields,
+    with_nulls,
+)
 from bd3lm_hf.serving.requests import PlainText
-from bd3lm_hf.serving.responses import Access, add_error_handlers, describe, error_content, openai_events, with_nulls
 
 
 # Generation with our batching
@@ -85,19 +96,15 @@ class BatchedGeneration(BaseGenerateManager):
         self, model: Any, processor: Any, inputs: dict, gen_config: GenerationConfig, request_id: str
     ) -> tuple[str, int, list[int]]:
         """Queue a request and wait for its text; cancel it if the client disconnects."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future = loop.create_future()
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # a client that disconnects cancels the wait, not the worker's answer
 
         def end(error: BaseException | None) -> None:
-            def settle() -> None:
-                if not done.done():
-                    done.set_result(None) if error is None else done.set_exception(error)
-
-            loop.call_soon_threadsafe(settle)
+            done.set_result(None) if error is None else done.set_exception(error)
 
         request = self._submit(inputs, gen_config, None, end)
         try:
-            await done
+            await asyncio.wrap_future(done)
         except asyncio.CancelledError:
             request.cancelled.set()
             raise

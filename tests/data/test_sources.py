@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 
 from bd3lm_hf.data.documents import load_text
-from bd3lm_hf.data.packing import PACKINGS
 from bd3lm_hf.data.sources import (
     DATASETS,
     DETOKENIZERS,
+    PACKINGS,
     PUBLISHED,
     SUITES,
     Flags,

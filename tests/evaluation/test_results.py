@@ -248,8 +248,8 @@ def test_a_file_can_have_several_finished_runs(path):
     file = ScoresFile(path)
     for run, nll in ((RUN, 1.5), (OTHER, 2.5)):
         file.begin(run)
-        file.append(run, [SequenceScore(0, nll, 3)], 0.5)
-        file.finish(run)
+        file.append([SequenceScore(0, nll, 3)], 0.5)
+        file.finish()
     again = ScoresFile(path)
     assert again.begin(RUN).scores == {0: SequenceScore(0, 1.5, 3)}
     assert again.begin(OTHER).scores == {0: SequenceScore(0, 2.5, 3)}
@@ -259,7 +259,7 @@ def test_a_file_can_have_several_finished_runs(path):
 def test_another_run_than_the_interrupted_one_is_refused_with_the_difference_unless_restarted(path):
     file = ScoresFile(path)
     file.begin(RUN)
-    file.append(RUN, [SequenceScore(0, 1.5, 3)], 0.5)
+    file.append([SequenceScore(0, 1.5, 3)], 0.5)
     message = r"x.scores.jsonl has 1 scores of another run .*interrupted: weights was a and is b\. .*--restart"
     with pytest.raises(ValueError, match=message):
         ScoresFile(path).begin(OTHER)
@@ -335,7 +335,7 @@ def test_the_bytes_written_grow_linearly_with_the_scores(tmp_path):
         file = MeasuredFile(path)
         file.begin(RUN)
         for number in range(rounds):
-            file.append(RUN, [SequenceScore(number, 1.0, 2)], 0.1)
+            file.append([SequenceScore(number, 1.0, 2)], 0.1)
             file.flush()
         written.append(file.written)
         assert path.stat().st_size < 2 * file.written and len(ScoresFile(path).begin(RUN).scores) == rounds

@@ -10,7 +10,7 @@ pytest.importorskip("fastapi")
 
 from fastapi import HTTPException  # noqa: E402
 
-from bd3lm_hf.serving.responses import error_content, openai_events  # noqa: E402
+from bd3lm_hf.serving.openai_api import error_content, openai_events  # noqa: E402
 
 
 ROLE = {"choices": [{"index": 0, "delta": {"role": "assistant"}}]}
