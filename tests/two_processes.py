@@ -242,7 +242,7 @@ def run_two_processes(folder: Path) -> None:
     # What an interrupted run with another seed left there is for the first process to see, and for both to obey.
     interrupted = ScoresFile(folder / "eval-refused.scores.jsonl")
     interrupted.begin({"seed": 0})
-    interrupted.append({"seed": 0}, [SequenceScore(0, 1.0, 1)], 1.0)
+    interrupted.append([SequenceScore(0, 1.0, 1)], 1.0)
     # Both are forks of a process that imports everything once.
     torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["two_processes"])
     context = torch.multiprocessing.start_processes(
