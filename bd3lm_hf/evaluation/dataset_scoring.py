@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         evaluate_samples(arguments, *load_model_and_tokenizer(arguments))
         return
     # Unknown datasets and outputs that cannot be written are refused before a model is loaded.
-    _targets(arguments)
+    targets = _targets(arguments)
     check_outputs(arguments.output, overwrite=arguments.overwrite)
     if arguments.output:
         ScoresFile(_scores_path(arguments), restart=arguments.restart)
@@ -82,10 +82,12 @@ def run(arguments: argparse.Namespace) -> None:
         state = PartialState(cpu=device.type == "cpu")
         # Moving from cpu to cpu:0 would copy the weights to other addresses, which changes the rounding of products.
         arguments.device = device if state.device.type == "cpu" else state.device
-    score_datasets(arguments, *load_model_and_tokenizer(arguments))
+    score_datasets(targets, arguments, *load_model_and_tokenizer(arguments))
 
 
-def score_datasets(arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def score_datasets(
+    targets: list[Target], arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Score datasets; the first process prints and writes the results.
 
     1. Check that the model supports the estimator.
@@ -107,7 +109,7 @@ def score_datasets(arguments: argparse.Namespace, model: Any, tokenizer: PreTrai
         processes = Processes(state.process_index, state.num_processes)
     is_first = processes.rank == 0
     # 2. The sequences
-    targets, length = _targets(arguments), arguments.length or model.config.model_length
+    length = arguments.length or model.config.model_length
     if is_first and arguments.window is None and length > model.config.model_length:
         logger.warning(
             f"--length {length} is longer than the model's window of {model.config.model_length} tokens: "
@@ -258,9 +260,9 @@ def _select(rows: Dataset, arguments: argparse.Namespace) -> Any:
 
 def split_into_windows(row: Mapping[str, Sequence[int]], size: int) -> Iterator[dict[str, list[int]]]:
     """Yield windows of at most `size` tokens that move by half of it; each token is scored once."""
-    ids, labels = list(row["input_ids"]), list(row.get("labels", row["input_ids"]))
-    for begin, end, first in sliding_windows(len(ids), size):
-        yield {"input_ids": ids[begin:end], "labels": [-100] * (first - begin) + labels[first:end]}
+    for begin, end, first in sliding_windows(len(row["input_ids"]), size):
+        window = {name: list(row[name][begin:end]) for name in ("input_ids", "attention_mask")}
+        yield {**window, "labels": [-100] * (first - begin) + list(row["labels"][first:end])}
 
 
 # Scores and results

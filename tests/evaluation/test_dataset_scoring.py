@@ -334,3 +334,11 @@ def test_long_sequences_are_scored_in_windows_on_request(run):
     assert whole["num_tokens"] == windows["num_tokens"]  # every token once
     assert len({whole["nll"], windows["nll"], short["nll"]}) == 3
     assert run("--estimator", "exact", "--length", 32, "--window", 32)["nll"] == short["nll"]
+
+
+def test_padding_is_hidden_in_windows_too(tiny_model):
+    ids = [5, 6, 7, 8, 9, 10]
+    row = {"input_ids": ids + [0] * 10, "labels": ids + [-100] * 10, "attention_mask": [1] * 6 + [0] * 10}
+    windows = list(dataset_scoring.split_into_windows(row, 16))
+    found = [perplexity(tiny_model, rows, estimator="exact").nll for rows in ([row], windows, [ids])]
+    assert found == pytest.approx([found[2]] * 3)
