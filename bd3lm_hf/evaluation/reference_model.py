@@ -109,21 +109,23 @@ class ReferenceModel:
                 yield {"input_ids": text.ids[begin:end], "labels": labels}
 
     def read(self, text: GeneratedText) -> GeneratedText:
-        """Return the text in the reference model's tokens, with its own begin token.
+        """Return the text in the reference model's tokens."""
+        return text if self.retokenize is None else _retokenized(text, *self.retokenize)
 
-        Special tokens that the reference model has under the same name are kept, others are dropped.
-        """
-        if self.retokenize is None:
-            return text
-        writer, own = self.retokenize
-        foreign = {i for i in writer.all_special_ids if writer.convert_ids_to_tokens(i) not in own.all_special_tokens}
-        # Prompt and new text are encoded separately, so no token spans the border between them.
-        prompt, new = (
-            encode_plain(str(writer.decode([token for token in ids if token not in foreign])), own)
-            for ids in (text.ids[: text.num_given], text.new_ids)
-        )
-        read = _with_begin_token(prompt, new, own)
-        return text._replace(ids=read.ids, num_given=read.num_given)
+
+def _retokenized(text: GeneratedText, writer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> GeneratedText:
+    """Return a text of the tokenizer `writer` in the tokens of `own`, with its begin token.
+
+    Special tokens that `own` has under the same name are kept, others are dropped.
+    """
+    foreign = {i for i in writer.all_special_ids if writer.convert_ids_to_tokens(i) not in own.all_special_tokens}
+    # Prompt and new text are encoded separately, so no token spans the border between them.
+    prompt, new = (
+        encode_plain(str(writer.decode([token for token in ids if token not in foreign])), own)
+        for ids in (text.ids[: text.num_given], text.new_ids)
+    )
+    read = _with_begin_token(prompt, new, own)
+    return text._replace(ids=read.ids, num_given=read.num_given)
 
 
 def _with_begin_token(prompt: list[int], new: list[int], tokenizer: PreTrainedTokenizerBase) -> GeneratedText:
@@ -265,14 +267,14 @@ def score_texts(
         raise ValueError("texts need the judge's tokenizer: give it as tokenizer=, or give token ids.")
     end = judge.config.eos_token_id if own is None else own.eos_token_id
     ends = () if score_end or end is None else end if isinstance(end, list) else (end,)
-    retokenize = None if writer is None or own is None else (writer, own)
-    reference = reference_model_of(judge, window=window, unscored=ends, retokenize=retokenize)
-    read = [
-        _with_begin_token([], encode_plain(text, own), own)  # type: ignore[arg-type]  # there is one, see above
-        if isinstance(text, str)
-        else GeneratedText(list(text), 0)
-        for text in texts
-    ]
+    reference = reference_model_of(judge, window=window, unscored=ends)
+    read = []
+    for text in texts:
+        if isinstance(text, str):
+            read.append(_with_begin_token([], encode_plain(text, own), own))  # type: ignore[arg-type]  # see above
+        else:
+            ids = GeneratedText(list(text), 0)
+            read.append(ids if writer is None or own is None else _retokenized(ids, writer, own))
     scores = reference.score(read, seed=seed, batch_size=batch_size)
     result = summarize(scores)
     return {

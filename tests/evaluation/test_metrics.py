@@ -13,6 +13,7 @@ from bd3lm_hf.evaluation.generative import distinct, lengths, mean_entropy, mean
 from bd3lm_hf.evaluation.reference_model import reference_model_of
 from bd3lm_hf.generation.text_generation import GeneratedText
 from bd3lm_hf.metrics import METRICS, load_metric
+from bd3lm_hf.tokenization import train_tokenizer
 
 
 FOLDER = Path(bd3lm_hf.__file__).parent / "metrics"
@@ -69,6 +70,8 @@ def test_texts_are_read_by_the_judges_tokenizer(gpt2_folder, tiny_tokenizer):
     letters = [[0, *(i for letter in text for i in tiny_tokenizer(letter)["input_ids"])] for text in texts[:1]]
     again = metric.compute(predictions=letters, judge=model, tokenizer=tiny_tokenizer, writer=str(gpt2_folder))
     assert again["perplexities"] == pytest.approx(by_ids["perplexities"][:1])
+    other = train_tokenizer(["x"], vocab_size=280)  # the writer's ids are of no concern to a text
+    assert metric.compute(predictions=texts, judge=str(gpt2_folder), writer=other) == by_text
     ends = metric.compute(predictions=texts, judge=str(gpt2_folder), score_end=True)
     assert ends["num_tokens"] == by_text["num_tokens"] + 1
 
