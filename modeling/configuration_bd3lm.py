@@ -17,14 +17,8 @@ SAMPLING_EPS = 1e-3
 
 # Fields that only models with several blocks per window take over from a recipe for BD3-LM.
 _OF_BLOCKS = (
-    "block_size",
-    "sampling_eps_min",
-    "sampling_eps_max",
-    "resample",
-    "antithetic_sampling",
-    "noise_draws",
-    "masking",
-    "complementary",
+    *("block_size", "sampling_eps_min", "sampling_eps_max", "resample", "antithetic_sampling", "noise_draws"),
+    *("masking", "complementary"),
 )
 
 # Every configuration saved by this code has these fields; no published one has any of them.
@@ -38,16 +32,8 @@ _TYPES: dict[str, tuple[str, ...]] = {
     "a number": ("dropout", "sampling_eps_min", "sampling_eps_max", "one_hot_value"),
     "a whole number or None": ("mask_token_id", "bos_token_id", "pad_token_id"),
     "True or False": (
-        "adaln",
-        "time_conditioning",
-        "cross_attn",
-        "causal",
-        "var_min",
-        "resample",
-        "complementary",
-        "ignore_bos",
-        "use_cache",
-        "mdlm_loss_scale",
+        *("adaln", "time_conditioning", "cross_attn", "causal", "var_min", "resample", "complementary", "ignore_bos"),
+        *("use_cache", "mdlm_loss_scale"),
     ),
     "a name": ("noise",),
 }
@@ -115,6 +101,9 @@ class BD3LMConfig(PreTrainedConfig):
 
     # Fields that a recipe for another model type sets for reasons that do not apply to this one.
     unshared_fields: ClassVar[tuple[str, ...]] = ()
+
+    # Field -> the value that a model of this type needs, and the reason.
+    _required: ClassVar[dict[str, tuple[Any, str]]] = {}
 
     vocab_size: int = 50258
     block_size: int = 4
@@ -212,6 +201,13 @@ class BD3LMConfig(PreTrainedConfig):
             ValueError: if it is not an integer >= 1, does not divide `model_length`, or does not fit the model type.
         """
         check_sizes(self, "block_size", "model_length")
+        for name, (value, reason) in self._required.items():
+            value = self.model_length if value == "model_length" else value
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does not fit model_type={self.model_type!r}: {reason}, so leave "
+                    f"it out (it is {value!r}), or use another model type, for instance bd3lm."
+                )
         if self.model_length % self.block_size:
             blocks = -(-self.model_length // self.block_size)
             raise ValueError(
@@ -244,7 +240,16 @@ class BD3LMConfig(PreTrainedConfig):
             raise ValueError(
                 f"antithetic_sampling={self.antithetic_sampling!r}: choose 'shuffled', 'published' or 'none'."
             )
-        check_masking(self)
+        if self.masking not in ("independent", "exact_k"):
+            raise ValueError(f"masking={self.masking!r} is unknown: choose 'independent' or 'exact_k'.")
+        for name in ("resample", "time_conditioning", "complementary"):
+            if self.masking == "exact_k" and getattr(self, name):
+                raise ValueError(
+                    f"masking='exact_k' excludes {name}=True: it draws the number of masked tokens, not a noise "
+                    f"level. Set {name}=False or masking='independent'."
+                )
+        if self.complementary and self.time_conditioning:
+            raise ValueError("complementary=True needs time_conditioning=False: paired streams differ in noise level.")
 
     def _check_flags(self) -> None:
         if self.causal and self.cross_attn:
@@ -276,6 +281,11 @@ class ARConfig(BD3LMConfig):
 
     model_type = "ar"
     unshared_fields: ClassVar[tuple[str, ...]] = (*_OF_BLOCKS, "adaln", "time_conditioning", "noise")
+    _required: ClassVar[dict[str, tuple[Any, str]]] = {
+        "block_size": (1, "an autoregressive model has no blocks"),
+        "causal": (True, "an autoregressive model has causal attention"),
+        "time_conditioning": (False, "an autoregressive model has no noise level"),
+    }
 
     block_size: int = 1
     adaln: bool = False
@@ -287,16 +297,6 @@ class ARConfig(BD3LMConfig):
     def num_blocks(self, length: int) -> int:
         """Return 0: a sequence has no noise levels."""
         return 0
-
-    def check_block_size(self) -> None:
-        """Refuse any block size other than 1."""
-        _check_required(self, {"block_size": 1}, "an autoregressive model has no blocks")
-        super().check_block_size()
-
-    def _check_flags(self) -> None:
-        required = {"causal": True, "time_conditioning": False}
-        _check_required(self, required, "an autoregressive model has causal attention and no noise level")
-        super()._check_flags()
 
 
 class MDLMConfig(BD3LMConfig):
@@ -315,6 +315,11 @@ class MDLMConfig(BD3LMConfig):
 
     model_type = "mdlm"
     unshared_fields: ClassVar[tuple[str, ...]] = _OF_BLOCKS
+    _required: ClassVar[dict[str, tuple[Any, str]]] = {
+        "block_size": ("model_length", "it attends to the whole sequence at once"),
+        "causal": (False, "it attends to the whole sequence at once"),
+        "cross_attn": (False, "it attends to the whole sequence at once"),
+    }
 
     block_size: int | None = None  # type: ignore[assignment]  # until __post_init__
     cross_attn: bool = False
@@ -328,18 +333,6 @@ class MDLMConfig(BD3LMConfig):
             self.noise = "total_noise"
         super().__post_init__(**kwargs)
 
-    def check_block_size(self) -> None:
-        """Refuse any block size other than `model_length`."""
-        self._check_whole({"block_size": self.model_length})
-        super().check_block_size()
-
-    def _check_flags(self) -> None:
-        self._check_whole({"causal": False, "cross_attn": False})
-        super()._check_flags()
-
-    def _check_whole(self, required: dict[str, Any]) -> None:
-        _check_required(self, required, f"{self.model_type} attends to the whole sequence at once")
-
 
 class SEDDConfig(MDLMConfig):
     """
@@ -352,33 +345,13 @@ class SEDDConfig(MDLMConfig):
     """
 
     model_type = "sedd"
-
     unshared_fields: ClassVar[tuple[str, ...]] = (*_OF_BLOCKS, "adaln", "time_conditioning")
+    _required: ClassVar[dict[str, tuple[Any, str]]] = {
+        **MDLMConfig._required,
+        "time_conditioning": (True, "a score depends on the noise level"),
+    }
 
     time_conditioning: bool = True
-
-    def _check_flags(self) -> None:
-        super()._check_flags()
-        _check_required(self, {"time_conditioning": True}, "a score depends on the noise level")
-
-
-def check_masking(config: Any) -> None:
-    """Refuse a `masking` or `complementary` that contradicts other fields.
-
-    Raises:
-        ValueError: if `masking` is unknown, or if either excludes the value of another field.
-    """
-    if config.masking not in ("independent", "exact_k"):
-        raise ValueError(f"masking={config.masking!r} is unknown: choose 'independent' or 'exact_k'.")
-    if config.masking == "exact_k":
-        for name in ("resample", "time_conditioning", "complementary"):
-            if getattr(config, name):
-                raise ValueError(
-                    f"masking='exact_k' excludes {name}=True: it draws the number of masked tokens, not a noise "
-                    f"level. Set {name}=False or masking='independent'."
-                )
-    if config.complementary and config.time_conditioning:
-        raise ValueError("complementary=True needs time_conditioning=False: paired streams differ in noise level.")
 
 
 def check_sizes(config: Any, *names: str) -> None:
@@ -433,15 +406,6 @@ def check_model_type(config_class: type[PreTrainedConfig], config_dict: dict[str
             f"this is a configuration of model_type={found!r}, not of a {config_class.__name__}: load it, and the "
             f"model, with AutoConfig and AutoModelForCausalLM, which know the class of each model type."
         )
-
-
-def _check_required(config: BD3LMConfig, required: dict[str, Any], reason: str) -> None:
-    for name, value in required.items():
-        if getattr(config, name) != value:
-            raise ValueError(
-                f"{name}={getattr(config, name)!r} does not fit model_type={config.model_type!r}: {reason}, so leave "
-                f"it out (it is {value!r}), or use another model type, for instance bd3lm."
-            )
 
 
 for _config in (BD3LMConfig, ARConfig, MDLMConfig, SEDDConfig):

@@ -313,12 +313,8 @@ def _packed_layout(position_ids: torch.Tensor, block_size: int, valid: torch.Ten
     """Return the layout of documents side by side, each with its own positions."""
     begins = torch.ones_like(position_ids, dtype=torch.bool)
     begins[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if may_read(position_ids.device, None):
-        first = begins
-        if valid is not None:
-            first = begins & valid
-            first[:, 1:] |= valid[:, 1:] & ~valid[:, :-1]  # the first token after padding begins a document
-        _check_document_starts(position_ids, first)
+    if may_read(position_ids.device):
+        _document_starts(position_ids, valid)
     begins_block = begins | (position_ids % block_size == 0)
     if valid is not None:
         begins_block = begins_block & valid  # padding begins no block
@@ -326,7 +322,12 @@ def _packed_layout(position_ids: torch.Tensor, block_size: int, valid: torch.Ten
     return Layout(position_ids, block_ids, valid, begins.cumsum(1).expand_as(block_ids))
 
 
-def _check_document_starts(position_ids: torch.Tensor, begins: torch.Tensor) -> None:
+def _document_starts(position_ids: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Find the first token of each document, bool `(batch, length)`; refuse one that is not at position 0."""
+    valid = torch.ones_like(position_ids, dtype=torch.bool) if valid is None else valid
+    begins = valid.clone()
+    # A token begins a document after padding, or where its position does not follow the one before.
+    begins[:, 1:] &= ~valid[:, :-1] | (position_ids[:, 1:] != position_ids[:, :-1] + 1)
     starts = position_ids.expand(begins.shape)[begins]
     wrong = starts[starts != 0]
     if wrong.numel():
@@ -334,6 +335,7 @@ def _check_document_starts(position_ids: torch.Tensor, begins: torch.Tensor) -> 
             f"position_ids begin a document at position {int(wrong[0])}: count the tokens of each document from 0, or "
             f"leave position_ids out."
         )
+    return begins
 
 
 class NetworkInputs(NamedTuple):
@@ -402,9 +404,10 @@ class Documents(NamedTuple):
     index: torch.Tensor  # type: ignore[assignment]  # (documents, longest), flat index of each token in the packed batch
     mask: torch.Tensor  # bool (documents, longest), False for padding
 
-    def split(self, packed: torch.Tensor, padding: int) -> torch.Tensor:
-        """Return values of packed tokens `(batch, length)` as `(documents, longest)`."""
-        return packed.flatten()[self.index].masked_fill(~self.mask, padding)
+    def split(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return ids, labels and attention mask of the documents, `(documents, longest)`."""
+        ids, labels = (packed.flatten()[self.index] for packed in (input_ids, labels))
+        return ids.masked_fill(~self.mask, 0), labels.masked_fill(~self.mask, -100), self.mask
 
     def join(self, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """Return values of documents `(documents, longest)` at their packed positions, zero elsewhere."""
@@ -441,12 +444,8 @@ def find_documents(
         return None
     check_positions(position_ids, shape)
     position_ids = position_ids.expand(shape)
-    real = torch.ones(shape, dtype=torch.bool, device=position_ids.device)
-    real = real if attention_mask is None else attention_mask.bool()
-    begins = real.clone()
-    # A token begins a document after padding, or where its position does not follow the one before.
-    begins[:, 1:] &= ~real[:, :-1] | (position_ids[:, 1:] != position_ids[:, :-1] + 1)
-    _check_document_starts(position_ids, begins)
+    real = _valid_tokens(position_ids, attention_mask)
+    begins = _document_starts(position_ids, real)
     if int(begins.sum(1).max()) <= 1:
         return None
     packed = real.flatten().nonzero().squeeze(1)  # flat indices of all tokens

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
-from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_bd3lm import SAMPLING_EPS
 from .inputs_bd3lm import (
@@ -160,16 +159,24 @@ class LikelihoodMixin:
                     f"a single generator, or score each document as a row of its own."
                 )
             labels = default_labels(input_ids, attention_mask) if labels is None else labels
-            ids, labels = documents.split(input_ids, 0), documents.split(labels, -100)
+            ids, labels, mask = documents.split(input_ids, labels)
             options: dict[str, Any] = {"estimator": estimator, "num_samples": num_samples}
             options |= {"generator": generator, "noise": noise}
-            scores = self.token_nll(ids, documents.mask, labels=labels, **options)
+            scores = self.token_nll(ids, mask, labels=labels, **options)
             return TokenNLL(*(documents.join(values, input_ids.shape) for values in scores))
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples}: give at least 1.")
         # 2. Check the noise or generators and the text before any forward pass
         check_generators(generator, input_ids.shape[0])
-        source = noise_or_generator(noise, generator, estimator, num_samples, input_ids.shape, self.config)
+        source: NoiseSource = generator
+        if noise is not None:
+            if estimator != "sampled" or num_samples != 1 or noise.num_noise_samples != 1:
+                raise ValueError(
+                    f"noise with num_noise_samples={noise.num_noise_samples}, estimator={estimator!r} and "
+                    f"num_samples={num_samples} do not fit: noise is for a single sampled estimate. Use "
+                    f"estimator='sampled' with one sample, or leave noise out."
+                )
+            source = noise_from_arguments(*noise, input_ids.shape, self.config)
         labels = default_labels(input_ids, attention_mask) if labels is None else labels
         check_text(self.config, input_ids, labels, attention_mask, may_synchronize=True)
         # 3. Run the model's estimator
@@ -215,30 +222,6 @@ def nelbo(model: DenoisingNetwork, request: ScoringRequest) -> TokenNLL:
     for sample, losses in mask_losses(model, input_ids, layout, samples, request.labels):
         nll += losses * sample.weights
     return TokenNLL(nll, scored.counted.float())
-
-
-def noise_or_generator(
-    noise: Noise | None,
-    generator: Generators,
-    estimator: str,
-    num_samples: int,
-    shape: torch.Size,
-    config: PreTrainedConfig,
-) -> NoiseSource:
-    """Return the noise that a caller passed for a batch of `shape`, or the generator if there is none.
-
-    Raises:
-        ValueError: if the noise is not for a single sampled estimate, or does not fit the batch.
-    """
-    if noise is None:
-        return generator
-    if estimator != "sampled" or num_samples != 1 or noise.num_noise_samples != 1:
-        raise ValueError(
-            f"noise with num_noise_samples={noise.num_noise_samples}, estimator={estimator!r} and "
-            f"num_samples={num_samples} do not fit: noise is for a single sampled estimate. Use estimator='sampled' "
-            f"with one sample, or leave noise out."
-        )
-    return noise_from_arguments(*noise, shape, config)
 
 
 class MaskSample(NamedTuple):

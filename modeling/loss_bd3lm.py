@@ -54,18 +54,9 @@ class DenoisingNetwork(Protocol):
     config: Any
     training: bool
 
-    def noisy_hidden(
-        self,
-        x_t: torch.Tensor,
-        x_0: torch.Tensor,
-        layout: Layout,
-        masked_indices: torch.Tensor,
-        sigma: torch.Tensor | None,
-        *,
-        cache: Any = None,
-        num_noise_samples: int = 1,
-    ) -> torch.Tensor:
-        """Return hidden states at the masked positions of the noisy streams."""
+    # Untyped arguments, so that only the models define them.
+    def noisy_hidden(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return hidden states at masked positions of the noisy streams; see [`BD3LMLanguageModel.noisy_hidden`]."""
 
     def clean_cache(self, input_ids: torch.Tensor, layout: Layout) -> Any:
         """Return the cache of the clean stream."""

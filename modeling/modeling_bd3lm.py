@@ -15,7 +15,7 @@ from .compatibility_bd3lm import OwnLossMixin, check_trainer
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
-from .inputs_bd3lm import Documents, check_arguments, check_loss_arguments, find_documents, seeds_of_texts
+from .inputs_bd3lm import check_arguments, check_loss_arguments, find_documents, seeds_of_texts
 from .likelihood_bd3lm import LikelihoodMixin, ScoringRequest, TokenNLL, nelbo
 from .linear_bd3lm import release_prepacked
 from .loss_bd3lm import denoising_loss
@@ -107,15 +107,13 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
             # A Trainer evaluates without gradients, passes `num_items_in_batch` and cannot pass a generator.
             evaluates = not (self.training or torch.is_grad_enabled()) and num_items_in_batch is not None
             if evaluates and block_noise is None and token_noise is None:
-                documents = find_documents(position_ids, attention_mask, input_ids.shape)
-                return self._scored_output(input_ids, labels, attention_mask, num_items_in_batch, documents)
+                return self._scored_output(input_ids, labels, attention_mask, num_items_in_batch, position_ids)
             layout = {} if position_ids is None else {"position_ids": position_ids}
             if self.config.time_conditioning:
                 # A row has a single noise level, so each packed document becomes its own row.
                 documents, layout = find_documents(position_ids, attention_mask, input_ids.shape), {}
                 if documents is not None:
-                    input_ids, labels = documents.split(input_ids, 0), documents.split(labels, -100)
-                    attention_mask = documents.mask
+                    input_ids, labels, attention_mask = documents.split(input_ids, labels)
             noise = noise_from_arguments(block_noise, token_noise, count_noise, input_ids.shape, self.config)
             batch = (input_ids, labels, attention_mask, noise, num_items_in_batch)
             return BD3LMOutput(loss=self.objective(*batch, **layout))
@@ -146,15 +144,15 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
         labels: torch.Tensor,
         attention_mask: torch.Tensor | None,
         count: Any,
-        documents: Documents | None,
+        position_ids: torch.Tensor | None,
     ) -> BD3LMOutput:
         """Score a batch for a Trainer's evaluation: a text gets the same noise wherever it is in the dataset."""
         shape = input_ids.shape
+        documents = find_documents(position_ids, attention_mask, shape)
         if attention_mask is not None:
             labels = labels.masked_fill(attention_mask == 0, -100)
         if documents is not None:
-            input_ids, labels = documents.split(input_ids, 0), documents.split(labels, -100)
-            attention_mask = documents.mask
+            input_ids, labels, attention_mask = documents.split(input_ids, labels)
         generator = [torch.Generator().manual_seed(seed) for seed in seeds_of_texts(input_ids, labels)]
         samples = self.config.eval_noise_draws
         # Stratifying masks mixes noise levels, which a time-conditioned network cannot take; SEDD stratifies levels.

@@ -337,7 +337,7 @@ def mask_positions_within(
 
     Args:
         valid: bool `(batch, length)`, False for padding, which belongs to no block.
-        low, high: bounds of the masked fraction, see [`check_reachable`].
+        low, high: bounds of the masked fraction, see [`check_interval`].
         block_size: the largest number of tokens in a block.
     """
     sizes = tokens_per_block(valid, block_ids, move_chance.shape[1])
@@ -435,26 +435,17 @@ def check_interval(low: float, high: float, block_size: int, *, truncated: bool)
         truncated: the mask rate of every block must be in the interval (`config.resample`).
 
     Raises:
-        ValueError: if the interval is reversed, not within [0, 1], ends at 0, or, if `truncated`, is not reachable.
+        ValueError: if the interval is reversed, not within [0, 1], ends at 0, or, if `truncated`, contains no
+            k / block_size.
     """
     if not 0.0 <= low <= high <= 1.0 or high == 0.0:
         raise ValueError(
             f"sampling_eps_min={low}, sampling_eps_max={high} is not an interval of noise levels: give "
             f"0 <= sampling_eps_min <= sampling_eps_max <= 1 with sampling_eps_max > 0."
         )
-    if truncated:
-        check_reachable(low, high, block_size)
-
-
-def check_reachable(low: float, high: float, block_size: int) -> None:
-    """Refuse an interval of mask rates that no number of masked tokens of a block can meet.
-
-    Raises:
-        ValueError: if no k / block_size is in [low, high].
-    """
     minimum = math.ceil(low * block_size - 1e-6) if low > _UNCLIPPED else 0
     maximum = math.floor(high * block_size + 1e-6) if high < 1 else block_size
-    if minimum > maximum:
+    if truncated and minimum > maximum:
         raise ValueError(
             f"the interval [{low}, {high}] contains no mask rate k / {block_size}: widen it, or set resample=False."
         )

@@ -62,6 +62,11 @@ REFUSED = {
     "time_without_adaln": ({"time_conditioning": True, "adaln": False}, "time_conditioning=True"),
     "no_draws": ({"noise_draws": 0}, "noise_draws=0"),
     "half_a_draw": ({"noise_draws": 1.5}, "noise_draws"),
+    "unknown_masking": ({"masking": "all"}, "masking='all'"),
+    "exact_k_resampled": ({"masking": "exact_k", "resample": True}, "resample=True"),
+    "exact_k_at_a_noise_level": ({"masking": "exact_k", "time_conditioning": True}, "time_conditioning=True"),
+    "exact_k_in_pairs": ({"masking": "exact_k", "complementary": True}, "complementary=True"),
+    "pairs_at_a_noise_level": ({"complementary": True, "time_conditioning": True}, "time_conditioning=False"),
     "draws_that_share_no_clean_stream": ({"noise_draws": 4, "time_conditioning": True}, "noise_draws=4"),
 }
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from published import GOLDEN, load_recorded
 
+from bd3lm_hf.modeling.inputs_bd3lm import token_layout
+from bd3lm_hf.modeling.loss_bd3lm import corrupt, loss_mask
 from bd3lm_hf.modeling.noise_bd3lm import (
     LogLinearNoise,
     Noise,
-    check_reachable,
+    check_interval,
     draw_noise,
     mask_positions,
     mask_positions_within,
@@ -215,10 +217,50 @@ def test_padding_is_never_masked_and_does_not_count_in_the_rate():
 def test_an_interval_that_no_count_meets_is_refused(low, high, size):
     message = rf"the interval \[{low}, {high}\] contains no mask rate k / {size}: widen it, or set resample=False"
     with pytest.raises(ValueError, match=message):
-        check_reachable(low, high, size)
+        check_interval(low, high, size, truncated=True)
 
 
 @pytest.mark.parametrize("low, high, size", [(1e-3, 1.0, 1), (0.5, 1.0, 1), (0.3, 0.3, 10), (0.25, 0.3, 4)])
 def test_an_interval_that_some_count_meets_is_accepted(low, high, size):
-    check_reachable(low, high, size)
-    check_reachable(torch.tensor(low).item(), torch.tensor(high).item(), size)
+    check_interval(low, high, size, truncated=True)
+    check_interval(torch.tensor(low).item(), torch.tensor(high).item(), size, truncated=True)
+
+
+# --- Exact numbers, and complementary streams ------------------------------------------------------------------------
+
+
+def corrupted(model, ids, **fields):
+    for name, value in fields.items():
+        setattr(model.config, name, value)
+    layout = token_layout(None, ids.shape[1], model.config.block_size, device=ids.device)
+    scored = loss_mask(layout, ids, ignore_bos=False, training=True)
+    return corrupt(model.train(), layout, scored, None, *model.interval())
+
+
+def test_exact_k_masks_every_block_with_the_weight_of_its_number(tiny_model):
+    ids = torch.randint(3, 40, (64, 32))
+    masked, weights, _ = corrupted(tiny_model, ids, masking="exact_k")
+    counts = masked.view(64, 8, 4).sum(-1)
+    assert counts.unique(return_counts=True)[1].tolist() == [128] * 4  # stratified: 512 blocks over k = 1..4
+    torch.testing.assert_close(weights.view(64, 8, 4), (4 / counts).unsqueeze(-1).expand(-1, -1, 4))
+
+
+@pytest.mark.parametrize("fields", [{"masking": "exact_k"}, {"complementary": True}])
+def test_the_expected_loss_is_the_exact_bound(tiny_model, fields):
+    ids = torch.randint(3, 40, (1, 8))
+    for name, value in fields.items():
+        setattr(tiny_model.config, name, value)
+    exact = tiny_model.token_nll(ids, estimator="exact")
+    rows = ids.expand(4096, -1)
+    with torch.no_grad():
+        loss = tiny_model.train()(input_ids=rows, labels=rows, num_items_in_batch=4096).loss
+    torch.testing.assert_close(loss, exact.nll.sum(), rtol=0.02, atol=0.0)
+
+
+def test_a_pair_of_streams_masks_every_token_once(tiny_model):
+    masked, weights, _ = corrupted(tiny_model, torch.randint(3, 40, (8, 32)), complementary=True)
+    first, second = masked.split(32, dim=1)
+    assert (first ^ second).all()
+    assert torch.isfinite(weights).all() and not (weights == 1).all()
+    tiny_model.set_interval(0.55, 0.95)  # above one half the published weight is one, for both streams
+    assert (corrupted(tiny_model, torch.randint(3, 40, (8, 32)), complementary=True).weights == 1).all()
