@@ -52,35 +52,30 @@ if TYPE_CHECKING:
     from bd3lm_hf.modeling.modeling_ssdlm import SSDLMForMaskedLM
     from bd3lm_hf.modeling.noise_bd3lm import noise_schedule
 
-# The module of each public name, imported when the name is first used.
-_MODULES = {
-    "adapt_decoder": "bd3lm_hf.adapt",
-    "ARConfig": "configuration_bd3lm",
-    "ARForCausalLM": "modeling_ar",
-    "BD3LMConfig": "configuration_bd3lm",
-    "BD3LMForMaskedLM": "modeling_bd3lm",
-    "BD3LMGenerationConfig": "generation_config_bd3lm",
-    "BD3LMModel": "backbone_bd3lm",
-    "EntropyStopCriteria": "decoding_state_bd3lm",
-    "MDLMConfig": "configuration_bd3lm",
-    "MDLMForMaskedLM": "modeling_mdlm",
-    "SEDDConfig": "configuration_bd3lm",
-    "SEDDForMaskedLM": "modeling_sedd",
-    "SEDDGenerationConfig": "generation_config_bd3lm",
-    "SSDLMConfig": "configuration_ssdlm",
-    "SSDLMForMaskedLM": "modeling_ssdlm",
-    "SSDLMGenerationConfig": "generation_ssdlm",
-    "SecondEosCriteria": "decoding_state_bd3lm",
-    "TokenNLL": "likelihood_bd3lm",
-    "noise_schedule": "noise_bd3lm",
+# The public names of each module, which is imported when one of them is first used.
+_NAMES = {
+    "adapt": ("adapt_decoder",),
+    "modeling.backbone_bd3lm": ("BD3LMModel",),
+    "modeling.configuration_bd3lm": ("ARConfig", "BD3LMConfig", "MDLMConfig", "SEDDConfig"),
+    "modeling.configuration_ssdlm": ("SSDLMConfig",),
+    "modeling.decoding_state_bd3lm": ("EntropyStopCriteria", "SecondEosCriteria"),
+    "modeling.generation_config_bd3lm": ("BD3LMGenerationConfig", "SEDDGenerationConfig"),
+    "modeling.generation_ssdlm": ("SSDLMGenerationConfig",),
+    "modeling.likelihood_bd3lm": ("TokenNLL",),
+    "modeling.modeling_ar": ("ARForCausalLM",),
+    "modeling.modeling_bd3lm": ("BD3LMForMaskedLM",),
+    "modeling.modeling_mdlm": ("MDLMForMaskedLM",),
+    "modeling.modeling_sedd": ("SEDDForMaskedLM",),
+    "modeling.modeling_ssdlm": ("SSDLMForMaskedLM",),
+    "modeling.noise_bd3lm": ("noise_schedule",),
 }
+_MODULES = {name: f"bd3lm_hf.{module}" for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = _MODULES[name]
-    value = getattr(importlib.import_module(module if "." in module else f"bd3lm_hf.modeling.{module}"), name)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 
