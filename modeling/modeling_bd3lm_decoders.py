@@ -27,21 +27,10 @@ from transformers import (
 )
 
 from .attention_bd3lm import automatic_attention
+from .backbone_bd3lm import BD3LMPreTrainedModel
 from .cache_bd3lm import BlockCache
 from .compatibility_bd3lm import check_not_next_token_training, warn_of_visible_tokens
-from .configuration_bd3lm_decoders import (
-    BD3LMGemma3TextConfig,
-    BD3LMGPT2Config,
-    BD3LMGraniteConfig,
-    BD3LMLlamaConfig,
-    BD3LMMistralConfig,
-    BD3LMOlmo2Config,
-    BD3LMPhi3Config,
-    BD3LMQwen2Config,
-    BD3LMQwen3Config,
-    BD3LMSmolLM3Config,
-    head_dim_of,
-)
+from .configuration_bd3lm_decoders import BD3LMDecoderConfigMixin, head_dim_of
 from .decoder_backbone_bd3lm import (
     FLEX_ATTENTION,
     DecoderBackbone,
@@ -61,6 +50,7 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
 
     _supports_flash_attn = False
     _can_compile_fullgraph = True
+    dummy_inputs = BD3LMPreTrainedModel.dummy_inputs
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     # Set by bd3lm_hf: applies the decoding settings published with a checkpoint in another layout.
@@ -111,13 +101,6 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
     def backbone(self) -> DecoderBackbone:
         """The stock decoder, with the interface of BD3-LM's backbone."""
         return DecoderBackbone(self)
-
-    @property
-    def dummy_inputs(self) -> dict[str, torch.Tensor]:
-        """Seeded inputs of a forward pass without a loss, on the CPU."""
-        generator = torch.Generator().manual_seed(0)
-        length = min(self.config.model_length, 4 * self.config.block_size)
-        return {"input_ids": torch.randint(0, self.config.vocab_size, (2, length), generator=generator)}
 
     def decoding_network(self) -> DecoderDecodingNetwork:
         """Return the forward passes of `generate` and `infill`."""
@@ -229,74 +212,63 @@ class _TwoLossNetwork:
         return divide_by_count(total, scored.counted, num_items_in_batch)
 
 
+# The configuration class of each is that of its model type, see below.
+
+
 class BD3LMLlamaForMaskedLM(BD3LMDecoderMixin, LlamaForCausalLM):
     """Block diffusion on a [`LlamaForCausalLM`]."""
-
-    config_class = BD3LMLlamaConfig
 
 
 class BD3LMQwen2ForMaskedLM(BD3LMDecoderMixin, Qwen2ForCausalLM):
     """Block diffusion on a [`Qwen2ForCausalLM`]."""
 
-    config_class = BD3LMQwen2Config
-
 
 class BD3LMQwen3ForMaskedLM(BD3LMDecoderMixin, Qwen3ForCausalLM):
     """Block diffusion on a [`Qwen3ForCausalLM`]."""
-
-    config_class = BD3LMQwen3Config
 
 
 class BD3LMMistralForMaskedLM(BD3LMDecoderMixin, MistralForCausalLM):
     """Block diffusion on a [`MistralForCausalLM`]."""
 
-    config_class = BD3LMMistralConfig
-
 
 class BD3LMSmolLM3ForMaskedLM(BD3LMDecoderMixin, SmolLM3ForCausalLM):
     """Block diffusion on a [`SmolLM3ForCausalLM`]."""
-
-    config_class = BD3LMSmolLM3Config
 
 
 class BD3LMGPT2ForMaskedLM(BD3LMDecoderMixin, GPT2LMHeadModel):
     """Block diffusion on a [`GPT2LMHeadModel`]."""
 
-    config_class = BD3LMGPT2Config
     lora_targets = ("c_attn", "c_proj", "c_fc")
 
 
 class BD3LMPhi3ForMaskedLM(BD3LMDecoderMixin, Phi3ForCausalLM):
     """Block diffusion on a [`Phi3ForCausalLM`]."""
 
-    config_class = BD3LMPhi3Config
     lora_targets = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 
 class BD3LMOlmo2ForMaskedLM(BD3LMDecoderMixin, Olmo2ForCausalLM):
     """Block diffusion on a [`Olmo2ForCausalLM`]."""
 
-    config_class = BD3LMOlmo2Config
-
 
 class BD3LMGraniteForMaskedLM(BD3LMDecoderMixin, GraniteForCausalLM):
     """Block diffusion on a [`GraniteForCausalLM`]."""
-
-    config_class = BD3LMGraniteConfig
 
 
 class BD3LMGemma3ForMaskedLM(BD3LMDecoderMixin, Gemma3ForCausalLM):
     """Block diffusion on a [`Gemma3ForCausalLM`]."""
 
-    config_class = BD3LMGemma3TextConfig
-
 
 #: Model type of a stock decoder -> its class for block diffusion.
-DECODERS: dict[str, Any] = {
-    kind.config_class.model_type.removeprefix("bd3lm_"): kind for kind in BD3LMDecoderMixin.__subclasses__()
-}
+DECODERS: dict[str, Any] = {}
+_CONFIGURATIONS = {config.model_type: config for config in BD3LMDecoderConfigMixin.__subclasses__()}
 
-for _kind in DECODERS.values():
+_stock: Any
+_kind: Any
+for _kind in BD3LMDecoderMixin.__subclasses__():
+    _stock = _kind.__bases__[-1]
+    DECODERS[_stock.config_class.model_type] = _kind
+    _kind.config_class = _CONFIGURATIONS[f"bd3lm_{_stock.config_class.model_type}"]
     _kind.auto_classes = {
         "AutoConfig": _kind.config_class,
         **dict.fromkeys(("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"), _kind),
