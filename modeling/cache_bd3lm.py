@@ -324,7 +324,7 @@ def _check_whole_blocks(width: int, attention_mask: torch.Tensor | None, block_s
 
 
 def drop_oldest(cache: Cache, tokens: int) -> None:
-    """Drop the oldest tokens of a cache that grows."""
+    """Drop the oldest tokens of a cache that grows. One of fixed size is a ring, which overwrites them."""
     for layer in cache.layers:
         if isinstance(layer, BlockCacheLayer):
             layer.drop_first(tokens)
@@ -361,11 +361,7 @@ def note_tokens(cache: Cache, token_ids: torch.Tensor | None, past: int) -> None
 
 
 def check_rows(cache: Cache, rows: int, config: Any) -> None:
-    """Refuse a cache of another model or with another number of rows.
-
-    Raises:
-        ValueError: if its layers are not those of the model, or its rows not those of the batch.
-    """
+    """Refuse a cache of another model or with another number of rows."""
     layers: list[Any] = cache.layers
     if len(layers) != config.num_hidden_layers:
         raise ValueError(
@@ -380,11 +376,7 @@ def check_rows(cache: Cache, rows: int, config: Any) -> None:
 
 
 def check_tokens(cache: Cache, token_ids: torch.Tensor) -> None:
-    """Refuse a cache whose tokens, if they are known, are not the beginning of the text `(batch, length)`.
-
-    Raises:
-        ValueError: if a row of the text does not begin with the tokens of the cache.
-    """
+    """Refuse a cache whose tokens, if they are known, are not the beginning of the text `(batch, length)`."""
     known, held = getattr(cache, "token_ids", None), int(cache.get_seq_length())
     if known is None or known.shape[1] < held:
         return
@@ -416,9 +408,8 @@ def last_clean(cache: Any) -> torch.Tensor:
 def check_cache(cache: Cache, buffer: "SequenceBuffer", config: Any) -> None:
     """Refuse a cache that this text cannot continue.
 
-    Raises:
-        ValueError: if the cache is of an unsupported kind, too small, of another batch, model or text, longer than the
-            prompt, or has other padding or part of a block.
+    It may be of an unsupported kind, too small, of another batch, model or text, longer than the prompt, or have other
+    padding or part of a block.
     """
     # Only layers that keep every token; sliding and quantized ones are subclasses.
     kinds = {DynamicCache: (DynamicLayer, BlockCacheLayer), StaticCache: (StaticLayer,)}

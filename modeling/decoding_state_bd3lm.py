@@ -5,7 +5,7 @@ published sampler checks once per block, pools the rows of a batch, and also tru
 a row.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -195,13 +195,11 @@ class SequenceBuffer:
         token_ids, row_start = laid_out.token_ids, laid_out.row_start
         column = torch.arange(token_ids.shape[1], device=input_ids.device)
         is_text = (column >= row_start.unsqueeze(1)) & (column < laid_out.prompt_end.unsqueeze(1))
-        buffer = cls(
-            token_ids,
-            row_start,
+        buffer = replace(
+            laid_out,
             prompt_lengths=torch.zeros_like(row_start),
             first_block=0,
             max_new_tokens=token_ids.shape[1],
-            block_size=block_size,
             key_valid=None if bool(is_text.all()) else is_text,
             blanks=((token_ids == mask_token_id) & is_text).cpu(),
         )

@@ -24,7 +24,6 @@ from .generation_config_bd3lm import (
     BD3LMGenerationConfig,
     check_known_fields,
     check_standard_fields,
-    complete_generation_config,
     refuse_arguments,
     warn_about_unused_fields,
     window_stride,
@@ -75,8 +74,12 @@ class BlockGenerationMixin(_Generative):
     @generation_config.setter
     def generation_config(self, value: GenerationConfig | None) -> None:
         # transformers assigns plain configs while loading a model, and so do notebooks and trainers.
-        if value is not None and not isinstance(value, self.generation_config_class):
-            value = complete_generation_config(value, self.generation_config_class)
+        kind = self.generation_config_class
+        if value is not None and not isinstance(value, kind):
+            check_known_fields(value, kind)
+            # A config marked as made from a model config would lose our fields on saving, so the mark is dropped.
+            fields = {k: v for k, v in value.to_dict().items() if v is not None and k != "_from_model_config"}
+            value = kind(**{**kind().to_dict(), **fields})
         self._generation_config = value
 
     @functools.wraps(GenerationMixin.generate)
@@ -245,11 +248,7 @@ class BlockGenerationMixin(_Generative):
         return mask * (mask.cumsum(1) > left_out)
 
     def _take_prompts(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any], synced_gpus: bool) -> Prompts:
-        """Return the prompts of a call.
-
-        Raises:
-            ValueError: if `generate` cannot continue them, or the number of generators is wrong.
-        """
+        """Return the prompts of a call, which are refused if `generate` cannot continue them."""
         check_ids(input_ids, "input_ids")
         input_ids, attention_mask = input_ids.long().to(self.device), model_kwargs.get("attention_mask")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)

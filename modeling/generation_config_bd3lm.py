@@ -127,24 +127,8 @@ class SEDDGenerationConfig(BD3LMGenerationConfig):
     default_sampler = "analytic"
 
 
-def complete_generation_config(config: GenerationConfig, kind: type[GenerationConfig]) -> GenerationConfig:
-    """Return a config of class `kind` with the fields of a plain config and defaults for the rest.
-
-    Raises:
-        ValueError: if the config has fields that `kind` does not know.
-    """
-    check_known_fields(config, kind)
-    # A config marked as made from a model config would lose our fields on saving, so the mark is dropped.
-    fields = {k: v for k, v in config.to_dict().items() if v is not None and k != "_from_model_config"}
-    return kind(**{**kind().to_dict(), **fields})
-
-
 def check_known_fields(config: GenerationConfig, kind: type[GenerationConfig]) -> None:
-    """Refuse fields that no code would read, such as misspelt ones.
-
-    Raises:
-        ValueError: if the config has a field that `kind` does not have.
-    """
+    """Refuse fields that `kind` does not have, such as misspelt ones: no code would read them."""
     # The constructor sets every field, including those of transformers. An underscore marks its bookkeeping.
     known = vars(kind())
     unknown = [name for name in vars(config) if name not in known and not name.startswith("_")]
@@ -186,11 +170,7 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begi
 
 
 def check_standard_fields(config: Any, vocab_size: int) -> None:
-    """Refuse values of transformers' own fields that it would ignore or fail on later.
-
-    Raises:
-        ValueError: if a number is outside its range, or a token id outside the vocabulary.
-    """
+    """Refuse values of transformers' own fields that it would ignore or fail on later."""
     for name, (minimum, meaning) in _COUNTS.items():
         value = getattr(config, name, None)
         is_whole = hasattr(value, "__index__") and not isinstance(value, bool)

@@ -5,27 +5,8 @@ from typing import Any
 
 import torch
 from transformers.generation import GenerationConfig
-from transformers.generation.logits_process import (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    ExponentialDecayLengthPenalty,
-    ForcedBOSTokenLogitsProcessor,
-    ForcedEOSTokenLogitsProcessor,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    SuppressTokensAtBeginLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopHLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers.generation import logits_process as standard
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from .decoding_state_bd3lm import SequenceBuffer
 from .noise_bd3lm import wide_float
@@ -52,30 +33,30 @@ class NucleusLogitsProcessor(LogitsProcessor):
 
 # Processors that read only the scores and keep at least one token.
 _KEEPS_ONE = (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    MinPLogitsWarper,
+    standard.EpsilonLogitsWarper,
+    standard.EtaLogitsWarper,
+    standard.InfNanRemoveLogitsProcessor,
+    standard.LogitNormalization,
+    standard.MinPLogitsWarper,
     NucleusLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopHLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
+    standard.TemperatureLogitsWarper,
+    standard.TopHLogitsWarper,
+    standard.TopKLogitsWarper,
+    standard.TopPLogitsWarper,
+    standard.TypicalLogitsWarper,
 )
 
 # Processors that read only the scores, so one call serves all positions.
-_READS_SCORES = (*_KEEPS_ONE, SuppressTokensLogitsProcessor)
+_READS_SCORES = (*_KEEPS_ONE, standard.SuppressTokensLogitsProcessor)
 
 # Processors that also read the length of the text, but not its tokens.
 _READS_LENGTH = (
-    ExponentialDecayLengthPenalty,
-    ForcedBOSTokenLogitsProcessor,
-    ForcedEOSTokenLogitsProcessor,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    SuppressTokensAtBeginLogitsProcessor,
+    standard.ExponentialDecayLengthPenalty,
+    standard.ForcedBOSTokenLogitsProcessor,
+    standard.ForcedEOSTokenLogitsProcessor,
+    standard.MinLengthLogitsProcessor,
+    standard.MinNewTokensLengthLogitsProcessor,
+    standard.SuppressTokensAtBeginLogitsProcessor,
 )
 
 
@@ -130,11 +111,7 @@ class PositionProcessors:
         return scores
 
     def check_any_token_left(self) -> None:
-        """Refuse constraints that forbade every token of a position.
-
-        Raises:
-            ValueError: if a position so far had no token left.
-        """
+        """Refuse constraints that forbade every token of a position so far."""
         if self.can_forbid_all and self._no_token_left:
             raise ValueError(
                 "the logits processors forbid every token at some position (a model that masks text generates "

@@ -325,22 +325,19 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
 class _CountingCriteria(StoppingCriteriaList):
     """Stopping criteria that also count the tokens of rows that have not ended."""
 
-    def __init__(self, criteria: StoppingCriteriaList) -> None:
-        super().__init__(criteria)
-        self._running: torch.Tensor | None = None  # bool (batch,)
-        self._tokens: torch.Tensor | None = None  # scalar
+    _running: Any = True  # then bool (batch,)
+    _tokens: Any = 0  # then a scalar tensor
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         done = cast(torch.Tensor, super().__call__(input_ids, scores, **kwargs))
-        running = torch.ones_like(done) if self._running is None else self._running
-        self._tokens = running.sum() + (0 if self._tokens is None else self._tokens)
+        running = torch.ones_like(done) & self._running
+        self._tokens = self._tokens + running.sum()
         self._running = running & ~done
         return done
 
     @property
     def tokens_per_row(self) -> float:
         """Mean number of new tokens per row, without the padding of finished rows."""
-        assert self._tokens is not None and self._running is not None
         return float(self._tokens) / len(self._running)
 
 
@@ -349,11 +346,10 @@ def _refuse_denoising(generation_config: Any) -> None:
     given, plain = vars(generation_config), vars(BD3LMGenerationConfig())
     fields = ("sampler", "num_denoising_steps", "remask_fraction", "sampling_dtype", "window_stride", "output_trace")
     for name in fields:
-        value = given[name]
-        if value != plain[name]:
+        if given[name] != plain[name]:
             raise ValueError(
-                f"{name}={value!r} is for denoising models: an autoregressive model generates token by token. Leave "
-                f"it out."
+                f"{name}={given[name]!r} is for denoising models: an autoregressive model generates token by token. "
+                f"Leave it out."
             )
 
 

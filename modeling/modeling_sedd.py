@@ -144,12 +144,9 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
 
         # Chunks bound the logits that are alive at a time; checkpointing drops them until the backward pass.
         step = max(1, _LOGIT_BUDGET // self.config.vocab_size)
-        parts = [
-            (hidden[i : i + step], targets[i : i + step], sigma[i : i + step]) for i in range(0, hidden.shape[0], step)
-        ]
-        losses = [checkpoint(of_chunk, *part, use_reentrant=False) for part in parts]
-        # With no masked position the loss is zero, but every process still needs a gradient to average.
-        return torch.cat(losses) if losses else hidden.sum(-1) * 0.0
+        parts = zip(hidden.split(step), targets.split(step), sigma.split(step), strict=True)
+        # Without a masked position there is one empty part: every process needs a gradient to average.
+        return torch.cat([checkpoint(of_chunk, *part, use_reentrant=False) for part in parts])
 
 
 register_auto_classes(SEDDForMaskedLM, "AutoModelForMaskedLM", "AutoModelForCausalLM")

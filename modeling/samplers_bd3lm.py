@@ -42,11 +42,7 @@ def random_uniform(shape: Sequence[int], device: torch.device, generator: Genera
 
 
 def check_generators(generator: Generators, batch: int) -> None:
-    """Refuse a list of generators that does not have one per row.
-
-    Raises:
-        ValueError: if the number of generators is not `batch`.
-    """
+    """Refuse a list of generators that does not have one per row of the batch."""
     if isinstance(generator, list) and len(generator) != batch:
         raise ValueError(f"{len(generator)} generators for {batch} rows: pass one per row, or a single one.")
 

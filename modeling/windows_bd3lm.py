@@ -194,19 +194,17 @@ class Window:
     ) -> Any:
         """Run columns [start, stop) after the cached ones, which begin at column `first`."""
         first = first if self.cache is not None else start
-        ids, position_ids = self._ids(start, stop), self._position_ids(start, stop)
+        ids, position_ids = (
+            self._select_rows(self.buffer.token_ids[:, start:stop]),
+            self.buffer.position_ids(start, stop),
+        )
+        if len(position_ids) > 1:
+            position_ids = self._select_rows(position_ids)
         options = {"cache": self.cache, "num_cached": self.held, "sigma": sigma, **options}
         return self.network.hidden(ids, position_ids, self._key_valid(first, stop), positions, **options)
 
     def _select_rows(self, states: torch.Tensor) -> torch.Tensor:
         return states if self.rows is None else states[self.rows]
-
-    def _ids(self, start: int, stop: int) -> torch.Tensor:
-        return self._select_rows(self.buffer.token_ids[:, start:stop])
-
-    def _position_ids(self, start: int, stop: int) -> torch.Tensor:
-        position_ids = self.buffer.position_ids(start, stop)
-        return position_ids if len(position_ids) == 1 else self._select_rows(position_ids)
 
     def _key_valid(self, start: int, stop: int) -> torch.Tensor | None:
         """Return the valid-token mask, bool `(batch, stop - start)`, or None without padding."""
@@ -243,7 +241,7 @@ class CachedWindow(Window):
             self._prefill(self.first + self.held, begin)
         hidden = self._step(begin, begin - (self.first + self.held), positions, sigma)
         if not self.exact and oldest > self.first:  # so that the next step fits into the window
-            self._drop_oldest(oldest - self.first)
+            drop_oldest(self.cache, oldest - self.first)
             self.first = oldest
         self.held = begin - self.first
         return hidden
@@ -281,9 +279,6 @@ class CachedWindow(Window):
             num_out_of_window=max(0, stop - self.first - self.config.model_length),
         )
         return hidden
-
-    def _drop_oldest(self, tokens: int) -> None:
-        drop_oldest(self.cache, tokens)
 
 
 class StaticWindow(CachedWindow):
@@ -338,7 +333,7 @@ class StaticWindow(CachedWindow):
         hidden = self.step(
             self.network,
             # A copy: the strides of a view depend on the length of the text, and new ones would recompile the step.
-            self._ids(start, stop).clone(memory_format=torch.contiguous_format),
+            self.buffer.token_ids[:, start:stop].clone(memory_format=torch.contiguous_format),
             *self._placement(begin, num_committed),
             self.cache,
         )
@@ -357,7 +352,7 @@ class StaticWindow(CachedWindow):
             start, stop = begin - num_committed, begin + self.size
             columns = torch.arange(start, stop, device=self.buffer.token_ids.device)
             # Unpadded batches have a single row of positions; expanding it gives the same shape as in padded ones.
-            position_ids = self._position_ids(start, stop).expand(len(self.buffer.token_ids), -1).contiguous()
+            position_ids = self.buffer.position_ids(start, stop).expand(len(self.buffer.token_ids), -1).contiguous()
             slots = (columns - self.origin) % self.slots
             self._placed = (key, (position_ids, self._make_mask(begin, num_committed), slots))
         return self._placed[1]
@@ -378,9 +373,6 @@ class StaticWindow(CachedWindow):
         seen = torch.cat([finished, noisy.expand(-1, -1, self.size, -1)], dim=2)
         return torch.zeros(seen.shape, dtype=self.network.dtype, device=device).masked_fill(~seen, -torch.inf)
 
-    def _drop_oldest(self, tokens: int) -> None:
-        pass  # the ring overwrites them
-
 
 def static_step(network: DecodingNetwork, *inputs: Any) -> torch.Tensor:
     """Run [`DecodingNetwork.static_hidden`]."""
@@ -393,11 +385,7 @@ WINDOWS = {"cached": False, "exact": True}  # `window` in the generation config 
 def open_window(
     network: DecodingNetwork, buffer: SequenceBuffer, cache: Cache | None, generation_config: Any
 ) -> Window:
-    """Return the window that fits a cache.
-
-    Raises:
-        ValueError: if the cache cannot continue this text.
-    """
+    """Return the window that fits a cache, which is refused if it cannot continue this text."""
     if cache is None:
         return Window(network, buffer)
     check_cache(cache, buffer, network.config)
@@ -405,7 +393,9 @@ def open_window(
     if not isinstance(cache, StaticCache):
         return CachedWindow(network, buffer, cache, exact)
     step: Callable = static_step
-    if _is_compiled(network.device, generation_config):
+    # As in transformers, by default only on these devices.
+    wanted = generation_config.compile_config is not None or network.device.type in ("cuda", "xpu")
+    if wanted and not generation_config.disable_compile:
         shape = (len(buffer.token_ids), cache.layers[0].max_cache_len)  # type: ignore[union-attr]
         step = _compiled_step(network, shape, generation_config.compile_config or CompileConfig())
     return StaticWindow(network, buffer, cache, exact, step)
@@ -427,13 +417,6 @@ def compiles_by_default(model: Any, generation_config: Any, batch_size: int) -> 
         and getattr(model, "hf_quantizer", None) is None
         and is_triton_available()
     )
-
-
-def _is_compiled(device: torch.device, generation_config: Any) -> bool:
-    """Return whether to compile: where transformers does by default, elsewhere only with a `compile_config`."""
-    if generation_config.disable_compile:
-        return False
-    return generation_config.compile_config is not None or device.type in ("cuda", "xpu")
 
 
 # Compiled steps by model, then by shape and compile options, the most recently used last. They must not share a code
