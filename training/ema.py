@@ -53,7 +53,6 @@ class WeightAverage:
         self.shadows = {name: local_part(p).float().clone() for name, p in self.parameters.items()}
 
     def decay_of(self, update: int) -> float:
-        """Return the decay of an update, counted from 1."""
         return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
 
     @torch.no_grad()
@@ -68,20 +67,16 @@ class WeightAverage:
     def swapped(self) -> Iterator[None]:
         """Put the averages into the model, and restore its own weights afterwards, even after an error."""
         reshard(self.model)
-        weights = {name: local_part(p) for name, p in self.parameters.items()}
-        raw = {name: tensor.clone() for name, tensor in weights.items()}
+        weights = [local_part(p) for p in self.parameters.values()]
+        raw = [tensor.clone() for tensor in weights]
         try:
-            self._fill(weights, self.shadows)
+            for weight, shadow in zip(weights, self.shadows.values(), strict=True):
+                weight.copy_(shadow)
             yield
         finally:
             reshard(self.model)
-            self._fill(weights, raw)
-
-    @staticmethod
-    @torch.no_grad()
-    def _fill(weights: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
-        for name, tensor in weights.items():
-            tensor.copy_(values[name])
+            for weight, own in zip(weights, raw, strict=True):
+                weight.copy_(own)
 
     def save(self, folder: str | Path, *, write: bool = True) -> None:
         """Write `ema.safetensors`. All processes must call this; only those with `write` write.
@@ -150,7 +145,6 @@ class AverageCallback(TrainerCallback):
         self.average: WeightAverage | None = None
 
     def start(self, model: Any) -> WeightAverage:
-        """Start an average at the weights of `model`."""
         self.average = WeightAverage(model, decay=self.decay, warmup=self.warmup)
         return self.average
 
@@ -163,14 +157,6 @@ class AverageCallback(TrainerCallback):
         """Update, unless the loss scaler of float16 skipped the step."""
         if self.average is not None and not getattr(kwargs["optimizer"], "step_was_skipped", False):
             self.average.update()
-
-
-def describe_weights(average: WeightAverage | None, step: int) -> dict[str, Any]:
-    """Return the content of `weights.json`: "average" or "raw" `weights`, the `step`, and settings of the average."""
-    if average is None:
-        return {"weights": "raw", "step": step}
-    settings = {"ema_decay": average.decay, "ema_warmup": average.warmup, "ema_updates": average.updates}
-    return {"weights": "average", "step": step, **settings}
 
 
 class AveragingTrainer(Trainer):
@@ -273,7 +259,10 @@ class AveragingTrainer(Trainer):
         else:
             super().save_model(folder, _internal_call=True)
         if self.args.should_save:
-            content = describe_weights(average, self.state.global_step)
+            content: dict[str, Any] = {"weights": "raw" if average is None else "average", "step": self.state.global_step}
+            if average is not None:
+                content |= {"ema_decay": average.decay, "ema_warmup": average.warmup}
+                content |= {"ema_updates": average.updates}
             Path(folder, WEIGHTS_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -36,23 +36,28 @@ def add_bench_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = 
     parser.description = (
         "Measure speed and memory next to transformers' models, or the variance of gradients or likelihood estimates."
     )
-    parser.add_argument("--lengths", type=int, nargs="*", default=[256, 1024], help="training lengths, batch 2")
-    parser.add_argument("--new-tokens", type=int, nargs="*", default=[64, 1024], help="tokens to generate, batch 1")
+    count = integer(1)
+    parser.add_argument("--lengths", type=count, nargs="*", default=[256, 1024], help="training lengths, batch 2")
+    parser.add_argument("--new-tokens", type=count, nargs="*", default=[64, 1024], help="tokens to generate, batch 1")
     parser.add_argument(
-        "--batch-sizes", type=int, nargs="*", default=[8], help="larger batches, for the first of these lengths"
+        "--batch-sizes", type=count, nargs="*", default=[8], help="larger batches, for the first of these lengths"
     )
     parser.add_argument("--decoder", metavar="TYPE", help="compare block diffusion on this decoder with the stock one")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds per pair; half as many from length 1,024")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--noise-draws", type=int, nargs="+", help="measure the gradient's variance for these numbers")
+    parser.add_argument(
+        "--repeats", type=count, default=5, help="timed rounds per pair; half as many from length 1,024"
+    )
+    parser.add_argument("--threads", type=count, default=2, help="CPU threads")
+    parser.add_argument(
+        "--noise-draws", type=count, nargs="+", help="measure the gradient's variance for these numbers"
+    )
     parser.add_argument(
         "--estimators", nargs="+", help="measure standard error and time, for example: published stratified:4 exact"
     )
     of_both = "with --noise-draws or --estimators"
     parser.add_argument("--model", help=f"{of_both}: a trained checkpoint")
     parser.add_argument("--dataset", default="python-docs", help=f"{of_both}: name, file, folder or hub name")
-    parser.add_argument("--batch-size", type=int, default=8, help=f"{of_both}: sequences per batch")
-    parser.add_argument("--batches", type=int, default=16, help=f"{of_both}: number of batches")
+    parser.add_argument("--batch-size", type=count, default=8, help=f"{of_both}: sequences per batch")
+    parser.add_argument("--batches", type=count, default=16, help=f"{of_both}: number of batches")
 
 
 def add_quality_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) -> None:

@@ -1,12 +1,27 @@
-"""The benchmark measures what it claims to measure."""
+"""The benchmark measures what it claims to measure; variances are split into those of text and noise."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bd3lm_hf.cli import run_verb
+from bd3lm_hf.data import load_text, pack
+from bd3lm_hf.evaluation.perplexity import perplexity
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.reports import benchmark
+from bd3lm_hf.reports.benchmark import (
+    EstimatorVariance,
+    GradientVariance,
+    Setting,
+    estimator_variance,
+    gradient_batches,
+    gradient_table,
+    gradient_variance,
+    read_estimator,
+    variance_table,
+)
 
 
 @pytest.fixture
@@ -89,8 +104,136 @@ def test_peak_memory_counts_bytes():
     assert benchmark.peak_of_process() >= block.numel() * 4 / 1e9
 
 
-def test_a_batch_of_nothing_and_no_repeats_are_refused():
-    with pytest.raises(ValueError, match="--batch-sizes: give whole numbers of at least 1"):
-        run_verb("bench", ["--batch-sizes", "0"])
-    with pytest.raises(ValueError, match="--repeats 0 --threads 2: give at least 1"):
-        run_verb("bench", ["--repeats", "0"])
+# --- variance against time --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sequences() -> list[list[int]]:
+    return torch.randint(3, 47, (6, 32), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def test_the_deviation_is_that_of_the_library_s_estimates_over_seeds(tiny_model, sequences):
+    settings = [Setting("published"), Setting("stratified", 2), Setting("exact")]
+    results = estimator_variance(tiny_model, sequences, settings, num_seeds=4)
+    for (estimator, draws), result in zip(settings, results, strict=True):
+        options = {"estimator": estimator, "num_samples": draws}
+        nlls = [perplexity(tiny_model, sequences, seed=seed, **options).nll for seed in range(4)]
+        assert result.deviation == pytest.approx(torch.tensor(nlls).std().item(), rel=1e-3, abs=1e-6)
+        assert result.nll == pytest.approx(sum(nlls) / 4)
+        assert result.seconds > 0 and result.num_seeds == 4
+    assert results[2].deviation == 0
+
+
+def test_four_times_the_seconds_at_half_the_error_are_the_same_precision():
+    one = EstimatorVariance(Setting("stratified"), 4.0, 0.2, 1.0, 8)
+    four = EstimatorVariance(Setting("stratified", 4), 4.0, 0.1, 4.0, 8)
+    assert one.error_of_a_second == pytest.approx(four.error_of_a_second)
+    lines = variance_table([one, four, EstimatorVariance(Setting("exact"), 4.0, 0.0, 9.0, 8)]).splitlines()
+    assert lines[3] == "| stratified, 4 noise samples | 4.0000 | 0.1000 | 4.000 | 0.2000 | 1.000 |"
+    assert lines[4].endswith("| 0.0000 | 0.000 |") and len(lines) == 5
+    # A first line without an error has nothing to compare with.
+    lines = variance_table([EstimatorVariance(Setting("exact"), 4.0, 0.0, 1.0, 8)] * 2).splitlines()
+    assert all(line.endswith("| nan |") for line in lines[2:])
+    assert math.isnan(float(lines[2].split("|")[-2]))
+
+
+def test_a_setting_is_an_estimator_and_its_draws():
+    assert read_estimator("exact") == Setting("exact") == ("exact", 1)
+    assert read_estimator("stratified:4") == Setting("stratified", 4)
+    for text in ("stratified:", "stratified:0", "stratified:many", "stratified:-1"):
+        with pytest.raises(ValueError, match=f"--estimators {text}: .*>= 1"):
+            read_estimator(text)
+
+
+def test_one_seed_and_an_unsupported_estimator_are_refused(tiny_model, sequences):
+    with pytest.raises(ValueError, match="1 seeds give no standard error"):
+        estimator_variance(tiny_model, sequences, [Setting("exact")], num_seeds=1)
+    with pytest.raises(ValueError, match="estimator='magic' .* BD3LMForMaskedLM"):
+        estimator_variance(tiny_model, sequences, [Setting("magic")], num_seeds=2)
+
+
+class Known(torch.nn.Module):
+    """Its gradient is the mean of the ids plus the mean of the uniform token noise: both variances are known."""
+
+    config = SimpleNamespace(num_blocks=lambda length: -(-length // 4))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+
+    def forward(self, input_ids, labels, block_noise, token_noise, count_noise):
+        return SimpleNamespace(loss=self.weight.sum() * (input_ids.float().mean() + token_noise.mean()))
+
+
+def test_the_parts_of_a_known_variance_are_found():
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(0, 3, (2, 8), generator=generator) for _ in range(400)]
+    results = gradient_variance(Known(), batches, [1, 4], repeats=5)
+    for result, draws in zip(results, (1, 4), strict=True):
+        expected = 2 / 12 / (2 * 8 * draws)  # two equal parameters
+        assert result.noise == pytest.approx(expected, abs=4 * result.noise_error)
+        assert result.noise_error < 0.1 * expected
+        assert result.data == pytest.approx(2 * (2 / 3) / 16, rel=0.3)
+    assert results[0].data == results[1].data
+    assert results[0].time_ratio == 1.0 and results[1].seconds > 0
+
+
+def test_a_variance_needs_two_of_each_and_a_clean_stream_that_draws_share(tiny_config):
+    tiny_config.time_conditioning = True
+    for batches, draws, repeats, message in (
+        (1, [1], 5, "1 batches of 5 noise seeds have no variance"),
+        (3, [1], 1, "3 batches of 1 noise seeds have no variance"),
+        (2, [1, 2], 2, "noise_draws=2 needs time_conditioning=False"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gradient_variance(BD3LMForMaskedLM(tiny_config), [torch.full((2, 8), 5)] * batches, draws, repeats=repeats)
+
+
+def test_the_table_multiplies_variance_and_time():
+    results = [GradientVariance(1, 0.1, 1.0, 8.0, 0.5, 2.0), GradientVariance(4, 0.2, 2.0, 2.0, 0.1, 2.0)]
+    text = gradient_table(results).splitlines()
+    assert text[2] == "| 1 | 0.100 | 1.00 | 8 +- 0.5 | 2 | 1.00 | 1.00 |"
+    assert text[3] == "| 4 | 0.200 | 2.00 | 2 +- 0.1 | 2 | 0.50 | 0.80 |"
+
+
+def test_batches_are_spread_over_the_text(tiny_tokenizer, text_file):
+    batches = gradient_batches(str(text_file), tiny_tokenizer, length=16, size=2, count=3)
+    assert [tuple(batch.shape) for batch in batches] == [(2, 16)] * 3
+    assert len({tuple(row) for batch in batches for row in batch.tolist()}) > 1
+    whole = pack(load_text(str(text_file)), tiny_tokenizer, length=16, drop_last=True)["input_ids"]
+    batches = gradient_batches(str(text_file), tiny_tokenizer, length=16, size=1, count=len(whole))
+    assert [row for batch in batches for row in batch.tolist()] == whole[:]  # the last one, with padding, is left out
+    with pytest.raises(ValueError, match=f"too few for {len(whole) + 1} batches of 1: give fewer or smaller batches"):
+        gradient_batches(str(text_file), tiny_tokenizer, length=16, size=1, count=len(whole) + 1)
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["--estimators", "published", "exact"], ["--noise-draws", "1", "2"]])
+def test_bench_measures_a_checkpoint(bd3lm, model_folder, text_file, words):
+    of_text = ["--model", model_folder, "--dataset", text_file, "--batches", 2, "--repeats", 2, "--threads", 1]
+    code, out, _ = bd3lm("bench", *words, *of_text, "--batch-size", 1)
+    first_cells = [line.split(" | ")[0] for line in out.strip().splitlines()[-2:]]
+    assert code == 0 and first_cells == [f"| {word}" for word in words[1:]]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--estimators exact", "--estimators measures a trained model: name its folder with --model"),
+        ("--estimators exact --noise-draws 2", "separate measurements: choose one"),
+        ("--batch-size 0", "--batch-size: expected an integer >= 1, got '0'"),
+        ("--batch-sizes 2 0", "--batch-sizes: expected an integer >= 1, got '0'"),
+        ("--repeats 0", "--repeats: expected an integer >= 1, got '0'"),
+        ("--estimators exact --model MODEL", "held-out sequences, fewer than 128: give fewer batches"),
+        ("--noise-draws 1", "name its folder with --model"),
+        ("--noise-draws 0 --model x", "--noise-draws: expected an integer >= 1, got '0'"),
+        ("--noise-draws 2 --model ./nowhere", "--model ./nowhere: there is no such folder"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line_and_exit_code_2(bd3lm, model_folder, text_file, words, message):
+    words = words.replace("MODEL", str(model_folder)).split()
+    code, _, error = bd3lm("bench", *words, "--dataset", text_file, "--threads", 1)
+    last = error.splitlines()[-1]  # after the libraries' progress output
+    assert code == 2 and last.startswith("error: ") and message in last and "Traceback" not in error
