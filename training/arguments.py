@@ -388,11 +388,7 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
             )
 
     def _accumulation(self, processes: int) -> int:
-        """Return the number of accumulated batches that make up `global_batch_size`.
-
-        Raises:
-            ValueError: if there is no such number, or `gradient_accumulation_steps` contradicts it.
-        """
+        """Return the number of accumulated batches that make up `global_batch_size`."""
         requested, device = self.global_batch_size or 0, self.per_device_train_batch_size
         batch = processes * device
         if requested < 1 or requested % batch:
@@ -411,11 +407,7 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
 
 
 def _check_reporters(names: Sequence[str]) -> None:
-    """Refuse a reporter that cannot work; transformers would only fail after the data is prepared, with a traceback.
-
-    Raises:
-        ValueError: if a name is unknown, or its package is not installed.
-    """
+    """Refuse a reporter that cannot work; transformers would only fail after the data is prepared."""
     installed = get_available_reporting_integrations()
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:

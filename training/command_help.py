@@ -88,13 +88,10 @@ def train_help() -> str:
         lines += ["", f"{title}:"]
         lines += [line for name in group for line in _page(classes[name], leave_out=refused)]
     lines += ["", "-" * 79, "inherited from transformers' TrainingArguments (see its documentation):"]
-    return "\n".join([*lines, *_page(_inherited(), leave_out=ours | refused)])
-
-
-def _inherited() -> list[FieldHelp]:
     found = find_spec("transformers")  # imports nothing, since the package is top-level
     assert found is not None and found.submodule_search_locations is not None
-    return fields_in_source(Path(found.submodule_search_locations[0]) / "training_args.py")["TrainingArguments"]
+    theirs = fields_in_source(Path(found.submodule_search_locations[0]) / "training_args.py")["TrainingArguments"]
+    return "\n".join([*lines, *_page(theirs, leave_out=ours | refused)])
 
 
 def _page(fields: list[FieldHelp], *, leave_out: Container[str]) -> list[str]:

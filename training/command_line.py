@@ -219,12 +219,7 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
 
 
 def _check_kind(path: Path, name: str, value: Any, kind: Any) -> None:
-    """Refuse a value that the command line could not express for this field.
-
-    Raises:
-        ValueError: if a single value is a list or a mapping, or a text is `yes` or `no`, which YAML reads as true and
-            false.
-    """
+    """Refuse a value that the command line could not express for this field: YAML reads `yes` and `no` as booleans."""
     accepted = str(kind)
     if isinstance(value, list) and not re.search(r"\b(list|dict)\b", accepted):
         raise ValueError(f"the recipe {path}: {name} takes one value, not the list {_short(value)}.")

@@ -110,7 +110,10 @@ def read_plan(argv: Sequence[str]) -> Plan:
     for name in (*common, *(field for model in models.values() for field in model)):
         if name not in field_names():
             raise ValueError(f"{name!r} is not a field of a run or one of {', '.join(_OWN_FIELDS)}: see --help.")
-    _check_order(models, chosen)
+    for number, name in enumerate(chosen):
+        start = models[name].get("init_from")
+        if start in models and start not in chosen[:number]:
+            raise ValueError(f"{name} starts from {start} (init_from): name {start} before it.")
     models = {name: models[name] for name in chosen}
     judge = str(fields.get("judge") or next(iter(models)))
     if judge in models:
@@ -121,14 +124,6 @@ def read_plan(argv: Sequence[str]) -> Plan:
             )
     folder = Path(str(fields.get("output_dir", "bd3lm-comparison")))
     return Plan(models, seeds, fields["num_texts"], fields["text_length"], judge, common, folder)
-
-
-def _check_order(models: Mapping[str, Any], chosen: Sequence[str]) -> None:
-    """Refuse a model that starts from another model of the comparison that is not trained before it."""
-    for number, name in enumerate(chosen):
-        start = models[name].get("init_from")
-        if start in models and start not in chosen[:number]:
-            raise ValueError(f"{name} starts from {start} (init_from): name {start} before it.")
 
 
 def _overrides(words: Sequence[str]) -> dict[str, list[str]]:

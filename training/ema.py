@@ -259,9 +259,9 @@ class AveragingTrainer(Trainer):
         else:
             super().save_model(folder, _internal_call=True)
         if self.args.should_save:
-            content: dict[str, Any] = {"weights": "raw" if average is None else "average", "step": self.state.global_step}
+            content: dict[str, Any] = {"weights": "raw", "step": self.state.global_step}
             if average is not None:
-                content |= {"ema_decay": average.decay, "ema_warmup": average.warmup}
+                content |= {"weights": "average", "ema_decay": average.decay, "ema_warmup": average.warmup}
                 content |= {"ema_updates": average.updates}
             Path(folder, WEIGHTS_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

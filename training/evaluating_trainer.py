@@ -83,14 +83,12 @@ class EvaluatingTrainer(AveragingTrainer):
                 metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
         with self.averaged_weights():
-            return self._evaluate_on(dataset, metric_key_prefix)
-
-    def _evaluate_on(self, dataset: Any, prefix: str) -> dict[str, float]:
-        metrics = self._measure(dataset, prefix, with_tokens=self.compute_metrics is not None).metrics or {}
-        if self.args.interval_search and self.is_in_train and dataset is self._first_eval_dataset():
-            self.search_interval(dataset)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            with_tokens = self.compute_metrics is not None
+            metrics = self._measure(dataset, metric_key_prefix, with_tokens=with_tokens).metrics or {}
+            if self.args.interval_search and self.is_in_train and dataset is self._first_eval_dataset():
+                self.search_interval(dataset)
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def predict(

@@ -141,24 +141,17 @@ class EndlessStream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         index = self.start
         while True:
-            for example in self._pass_from(index):
-                yield example
+            # A pass may begin inside a step, since its length need not be a multiple of the step size.
+            examples = iter(self.stream)
+            while True:
+                # The position before the first example of a step is the position after the previous step.
+                if index % self.group_size == 0:
+                    self._record(index // self.group_size)
+                if (example := next(examples, None)) is None:
+                    break
+                yield {**example, EXAMPLE_INDEX: index}
                 index += 1
             self.stream.set_epoch(self.stream.epoch + 1)
-
-    def _pass_from(self, index: int) -> Iterator[dict[str, Any]]:
-        """Yield the rest of a pass."""
-        # A pass may begin inside a step, since its length need not be a multiple of the step size.
-        examples = iter(self.stream)
-        while True:
-            # The position before the first example of a step is the position after the previous step.
-            if index % self.group_size == 0:
-                self._record(index // self.group_size)
-            example = next(examples, None)
-            if example is None:
-                return
-            yield {**example, EXAMPLE_INDEX: index}
-            index += 1
 
     def _record(self, step: int) -> None:
         self._positions[step] = self.stream.state_dict()

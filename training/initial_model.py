@@ -203,11 +203,6 @@ def start_from(name: str, tokenizer: Any, fields: dict[str, Any], **options: Any
 
 
 def _start_from_decoder(name: str, stock: Any, tokenizer: Any, fields: dict[str, Any], **options: Any) -> Any:
-    """Return a stock decoder as a block-diffusion model.
-
-    Raises:
-        ValueError: if its family is not supported, or a field does not fit.
-    """
     decoder_class(stock, f"--init_from {name}")
     # The shape is the decoder's; its configuration uses other names for it, and has its own dropout.
     process = {field: value for field, value in fields.items() if field not in (*SHAPE_FIELDS, "dropout")}

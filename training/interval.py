@@ -160,34 +160,23 @@ def first_smallest(variances: torch.Tensor) -> int:
     return values.index(min(values))
 
 
-class MomentSums(NamedTuple):
-    """[`BlockMoments`] summed over the blocks of a batch, which several processes may share; `(candidates,)` each."""
-
-    blocks: torch.Tensor
-    zeroth: torch.Tensor
-    first: torch.Tensor
-    first_squared: torch.Tensor
-    second: torch.Tensor
+def sum_moments(moments: BlockMoments) -> torch.Tensor:
+    """Return number, zeroth, first, squared first and second moment, summed over blocks, `(5, candidates)`."""
+    zeroth, first, second = moments
+    return torch.stack([torch.ones_like(first), zeroth, first, first.square(), second]).double().sum(-1)
 
 
-def sum_moments(moments: BlockMoments) -> MomentSums:
-    """Sum the moments over blocks."""
-    count = torch.full((moments.first.shape[0],), float(moments.first.shape[1]), dtype=torch.float64)
-    columns = (moments.zeroth, moments.first, moments.first.square(), moments.second)
-    return MomentSums(count, *(column.sum(1) for column in columns))
-
-
-def variance_of_sums(sums: MomentSums) -> torch.Tensor:
-    """Return the expected unbiased variance of the losses of N blocks, `(candidates,)`, from moments of each block.
+def variance_of_sums(sums: torch.Tensor) -> torch.Tensor:
+    """Return the expected unbiased variance of the losses of N blocks, `(...)`, from sums of moments `(5, ...)`.
 
     For blocks with independent losses it is mean(E[X^2]) - sum_{i != j} E[X_i] E[X_j] / (N (N - 1)). With a single
     draw of each loss this is the unbiased variance of the draws itself. NaN for fewer than two blocks.
     """
-    n = sums.blocks
-    pairs = sums.first.square() - sums.first_squared
-    variance = sums.second / n - pairs / (n * (n - 1))
+    n, zeroth, first, first_squared, second = sums
+    pairs = first.square() - first_squared
+    variance = second / n - pairs / (n * (n - 1))
     # Control variate: an interval that got too many of the draws has proportionally too large moments.
-    return variance + (sums.first / n).square() * (sums.zeroth / n - 1)
+    return variance + (first / n).square() * (zeroth / n - 1)
 
 
 # The search
@@ -294,20 +283,20 @@ def search_intervals(
     if not sums:
         raise ValueError("an interval search needs held-out sequences: there are 0.")
     # Sums of moments add up over processes; variances would not.
-    total = torch.stack([torch.stack(each) for each in sums])  # (batches, fields, candidates)
+    total = torch.stack(sums, dim=1)  # (5, batches, candidates)
     if share[1] > 1:
         total = torch.stack(gather_object([total])).sum(0)
     # A variance needs two blocks: batches with fewer are left out.
-    total = total[total[:, 0, 0] >= 2]
-    if not len(total):
+    total = total[:, total[0, :, 0] >= 2]
+    if not total.shape[1]:
         raise ValueError(
             "an interval search needs batches of at least two blocks with something to score: give longer or more "
             "held-out sequences, or a larger batch."
         )
     return IntervalSearch(
         candidates=list(candidates),
-        batch_variances=variance_of_sums(MomentSums(*total.unbind(1))).T.contiguous(),
-        num_blocks=int(total[:, 0, 0].sum()),
+        batch_variances=variance_of_sums(total).T.contiguous(),
+        num_blocks=int(total[0, :, 0].sum()),
         noisy_passes=measure.passes,
         seconds=time.perf_counter() - started,
     )
@@ -320,7 +309,7 @@ def _measure_batch(
     batch: range,
     seed: int,
     share: tuple[int, int],
-) -> MomentSums:
+) -> torch.Tensor:
     """Measure the part of a batch that belongs to this process."""
     process, processes = share
     own = list(batch[process::processes])

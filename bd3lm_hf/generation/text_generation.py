@@ -72,7 +72,9 @@ def generate_batch(
     if keep_steps:
         generation["output_trace"] = True
     started = time.perf_counter()
-    with _eos_disabled(model.generation_config, not stop_at_eos), _seeded(model.device, seeds[0]):
+    devices = [model.device] if model.device.type == "cuda" else []
+    with _eos_disabled(model.generation_config, not stop_at_eos), torch.random.fork_rng(devices):
+        torch.manual_seed(seeds[0])
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **generation)
     seconds = (time.perf_counter() - started) / len(prompts)
     width = inputs["input_ids"].shape[1]
@@ -130,13 +132,6 @@ def _count_forwards(output: Any, row: int, num_new: int, num_columns: int, block
         return int(output.row_forward_passes[row]), in_batch
     # Every block takes the same number of forward passes.
     return in_batch * -(-num_new // block_size) // max(1, -(-num_columns // block_size)), in_batch
-
-
-@contextlib.contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 @contextlib.contextmanager

@@ -59,13 +59,6 @@ class Point(NamedTuple):
     scores: list[SequenceScore]
 
 
-class Ratio(NamedTuple):
-    """The ratio of two perplexities."""
-
-    value: float
-    standard_error: float  # of the value
-
-
 def quality_points(
     model: Any,
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
@@ -134,8 +127,8 @@ def quality_points(
             report.update()
 
 
-def compare_curves(point: Point, baseline: Point) -> Ratio:
-    """Return the perplexity of a point relative to a baseline with the same number of texts.
+def compare_curves(point: Point, baseline: Point) -> tuple[float, float]:
+    """Return the perplexity of a point relative to a baseline with as many texts, and its standard error.
 
     The error is that of the difference of two ratio estimates over pairs of texts, sqrt(n / (n - 1) sum_i d_i^2) with
     d_i = (nll_i - nll m_i) / sum m - (the same of the baseline), to first order.
@@ -146,7 +139,7 @@ def compare_curves(point: Point, baseline: Point) -> Ratio:
         residuals.append([(score.nll - mean * score.num_tokens) / total for score in one.scores])
     count, value = len(point.scores), point.perplexity / baseline.perplexity
     spread = math.fsum((ours - base) ** 2 for ours, base in zip(*residuals, strict=True))
-    return Ratio(value, value * math.sqrt(count / (count - 1) * spread))
+    return value, value * math.sqrt(count / (count - 1) * spread)
 
 
 def speed_quality_table(points: Sequence[Point]) -> str:
@@ -163,7 +156,7 @@ def speed_quality_table(points: Sequence[Point]) -> str:
             f"{point.tokens_per_forward:.2f}",
             f"{point.tokens_per_batch_forward:.2f}",
             f"{point.perplexity:.2f} +- {point.perplexity * point.standard_error:.2f}",
-            *(f"{ratio.value:.3f} +- {ratio.standard_error:.3f}" for ratio in ratios),
+            *("{:.3f} +- {:.3f}".format(*ratio) for ratio in ratios),
             f"{point.entropy:.2f}",
         ]
         rows.append(cells)
