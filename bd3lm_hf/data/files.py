@@ -20,6 +20,7 @@ from yaml import YAMLError
 from bd3lm_hf.data.records import Record, columns_of, read_records
 from bd3lm_hf.data.schemas import Schema, TextRow
 from bd3lm_hf.data.sources import COMPRESSIONS, ENDINGS, data_ending
+from bd3lm_hf.data.splits import SPLIT_NAMES, held_out_splits
 from bd3lm_hf.user_files import read_json
 
 
@@ -234,7 +235,6 @@ class SplitFiles:
 
     @property
     def splits(self) -> list[str]:
-        """The names of the splits."""
         return list(self.files)
 
     def columns(self, split: str) -> dict[str, str]:
@@ -255,14 +255,15 @@ class SplitFiles:
             ValueError: if there are none, or one is faulty; a stream raises when it reaches the row.
         """
         files = self.files[split]
-        if self.streaming and self.cut_single and files == [self.name] and ENDINGS[data_ending(self.name)] == "text":
-            raise ValueError(
-                f"The file {self.name!r} is one document, which a stream cannot cut into training and held-out text: "
-                "load it without streaming, or put files into a folder."
-            )
         columns = self.columns(split)
         if not columns:
             raise self._empty_split(split)
+        is_cut = self.cut_single and split in SPLIT_NAMES["train"] and held_out_splits(self.splits)
+        if self.streaming and is_cut and len(files) == 1 and ENDINGS[data_ending(files[0])] == "text":
+            raise ValueError(
+                f"The file {files[0]!r} is one document, which a stream cannot cut into training and held-out text: "
+                "load it without streaming, or put several files into a folder."
+            )
         schema = schema.resolved(columns, self.name)
         arguments = {"files": list(files), "schema": schema, "skip_bad_rows": skip_bad_rows}
         features = Features({name: Value("string") for name in schema.names})

@@ -86,7 +86,8 @@ def encode_rows(
     encode = _conversation if isinstance(schema, Messages) else _prompt_and_completion
     end = token_id(tokenizer, "eos")
     options = {"end": end, "block_size": block_size, "fill_turns": fill_turns}
-    key = (_VERSION, rows._fingerprint, tokenizer_key(tokenizer), tokenizer.chat_template, options)
+    template = (tokenizer.chat_template, tokenizer.special_tokens_map)
+    key = (_VERSION, rows._fingerprint, tokenizer_key(tokenizer), template, options)
     encoded = rows.map(
         _encode_row,
         remove_columns=rows.column_names,

@@ -220,13 +220,21 @@ def test_files_of_rows_are_split_by_document(tmp_path: Path, ending: str, stream
     assert len(found[0]) > 30
 
 
-def test_a_text_file_is_one_document_cut_into_three(tmp_path: Path) -> None:
+def test_a_text_file_is_one_document_cut_into_three(tmp_path: Path, monkeypatch) -> None:
     path = put(tmp_path / "book.txt", *TEXTS)
     pieces = [texts_of(path, split) for split in ("train", "validation", "test")]
     assert [len(piece) for piece in pieces] == [1, 1, 1]
     assert "".join(piece[0] for piece in pieces) == path.read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for name in (path, "./book.txt", tmp_path):  # the last is a folder with nothing else
+        with pytest.raises(ValueError, match=r"book\.txt' is one document"):
+            load_text(str(name), streaming=True)
     with pytest.raises(ValueError, match=r"book\.txt' is one document"):
-        load_text(str(path), streaming=True)
+        load_text("text8", source="book.txt", streaming=True)
+    put(tmp_path / "test.txt", "a test")
+    assert texts_of(tmp_path, "test", streaming=True) == ["a test\n"]
+    put(tmp_path / "valid.txt", "held out")
+    assert texts_of(tmp_path, streaming=True) == [path.read_text(encoding="utf-8")]
 
 
 def test_a_folder_of_text_files_has_one_document_per_file(tmp_path: Path) -> None:

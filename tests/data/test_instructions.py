@@ -74,6 +74,15 @@ def test_an_empty_prompt_becomes_the_begin_token(encode, tiny_tokenizer) -> None
     assert given(tiny_tokenizer, row) == "<bos>"
 
 
+def test_rows_are_encoded_again_after_a_change_of_the_special_tokens(tmp_path: Path, tiny_tokenizer) -> None:
+    Dataset.from_dict({"prompt": [""], "completion": ["text"]}).save_to_disk(str(tmp_path))
+    rows = Dataset.load_from_disk(str(tmp_path))
+    for token in ("<bos>", "<eos>"):
+        tiny_tokenizer.bos_token = token
+        (row,) = encode_rows(rows, PromptCompletion(), tiny_tokenizer, length=64, block_size=4)
+        assert row["input_ids"][0] == tiny_tokenizer.bos_token_id
+
+
 def test_names_of_control_tokens_in_data_are_text(encode, tiny_tokenizer) -> None:
     (row,) = encode(("say <mask>", " <eos> no"))
     assert tiny_tokenizer.mask_token_id not in row["input_ids"]
