@@ -136,10 +136,10 @@ def integer_field(name: str, value: Any) -> int:
         ValueError: if it is not an integer of at least 1.
     """
     try:
-        number = int(value)
+        number = int(value) if int(value) == float(value) else 0
     except (TypeError, ValueError, OverflowError):
         number = 0
-    if number < 1 or number != float(value):
+    if number < 1:
         raise ValueError(f"{name}={value!r}: give an integer >= 1.")
     return number
 
@@ -220,7 +220,6 @@ class BD3LMHarness(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
         return int(self.tokenizer.eos_token_id)
 
     @property

@@ -342,6 +342,7 @@ def test_a_machine_without_a_gpu_uses_its_cpu(model_folder, monkeypatch):
         ({"num_samples": 0}, "num_samples=0: give an integer"),
         ({"max_gen_toks": 1.5}, "max_gen_toks=1.5: give an integer"),
         ({"max_gen_toks": float("inf")}, "max_gen_toks=inf: give an integer"),
+        ({"max_gen_toks": 10**400}, "max_gen_toks=1000.*: give an integer"),
         ({"estimator": "best"}, "estimator='best' is unknown: choose one of auto, exact, stratified, sampled"),
         ({"parallelize": True}, "parallelize: there is no such argument; see BD3LMHarness"),
         ({"max_length": 33}, "max_length=33: the model reads from 2 to 32 tokens at once"),
