@@ -234,7 +234,6 @@ class _Splits:
         self.splits = list(parts)
 
     def columns(self, split: str) -> dict[str, str]:
-        """Return the columns of a split and the kind of each."""
         # A stream that declares no features is read until its first rows show them.
         dataset = self.parts[split]
         features = dataset.features if dataset.features is not None else dataset._resolve_features().features

@@ -201,23 +201,17 @@ _ROWS = (
             "pieces of 256. Any copy of the file text8 will do: pass it, named text8.txt, as the source."
         ),
     ),
-    DatasetSpec(
-        "wikitext2",
-        path="Salesforce/wikitext",
-        config="wikitext-2-raw-v1",
-        text_column="text",
-        splits=_OWN_SPLITS,
-        detokenizer="wikitext",
-        aliases=("wikitext-2",),
-    ),
-    DatasetSpec(
-        "wikitext103",
-        path="Salesforce/wikitext",
-        config="wikitext-103-raw-v1",
-        text_column="text",
-        splits=_OWN_SPLITS,
-        detokenizer="wikitext",
-        aliases=("wikitext-103",),
+    *(
+        DatasetSpec(
+            f"wikitext{size}",
+            path="Salesforce/wikitext",
+            config=f"wikitext-{size}-raw-v1",
+            text_column="text",
+            splits=_OWN_SPLITS,
+            detokenizer="wikitext",
+            aliases=(f"wikitext-{size}",),
+        )
+        for size in (2, 103)
     ),
     DatasetSpec(
         "ptb",

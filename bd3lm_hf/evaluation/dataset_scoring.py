@@ -207,7 +207,6 @@ def _flags(arguments: argparse.Namespace, base: Flags) -> Flags:
 def _load(
     targets: list[Target], arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase, length: int
 ) -> list[ScoringSequences]:
-    """Load the sequences of all datasets."""
     loaded, reasons = [], []
     for target in targets:
         try:
@@ -322,7 +321,6 @@ def _score(
 
 
 def _table(score: Perplexity, about: Mapping[str, Any]) -> str:
-    """Format one result for the terminal."""
     kind = describe_estimator(about["estimator"], about["num_samples"], bound=about["bound"])
     rows = [
         ("perplexity", f"{score.perplexity:.4f} ({kind})"),

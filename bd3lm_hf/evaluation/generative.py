@@ -78,8 +78,8 @@ def evaluate_samples(arguments: argparse.Namespace, model: Any, tokenizer: PreTr
         with ProgressReport("generating", count, initial=kept) as progress:
             for begin in range(0, len(missing), arguments.batch_size):
                 batch = missing[begin : begin + arguments.batch_size]
-                texts, redraws = _generate(batch, prompt, length - 1, model, settings)
-                file.append(_scored(batch, texts, redraws, reference, tokenizer, settings))
+                texts = _generate(batch, prompt, length - 1, model, settings)
+                file.append(_scored(texts, reference, tokenizer, settings))
                 progress.update(len(batch))
         rows = file.rows()
     result = {**settings, "num_samples": count, **summary(rows), **library_versions()}
@@ -109,10 +109,9 @@ def _settings(arguments: argparse.Namespace, model: Any, reference: ReferenceMod
 
 def _generate(
     batch: Sequence[int], prompt: list[int], new_tokens: int, model: Any, settings: Mapping[str, Any]
-) -> tuple[list[GeneratedText], list[int]]:
-    """Generate the texts of these indices, again while their entropy is low; return them and their redraws."""
-    texts: dict[int, GeneratedText] = {}
-    redraws = dict.fromkeys(batch, 0)
+) -> dict[int, tuple[GeneratedText, int]]:
+    """Generate the texts of these indices, again while their entropy is low; return each with its redraws."""
+    texts: dict[int, tuple[GeneratedText, int]] = {}
     missing = list(batch)
     for attempt in range(MAX_REDRAWS + 1):
         seeds = [derived_seed(settings["seed"], index) for index in missing]
@@ -126,12 +125,11 @@ def _generate(
             do_sample=True,
             **{name: settings[name] for name in (*CHOICES, *GENERATIVE_FIELDS) if name in settings},
         )
-        texts.update(zip(missing, new, strict=True))
-        redraws.update(dict.fromkeys(missing, attempt))
-        missing = [index for index in missing if has_low_entropy(texts[index].ids, settings)]
+        texts.update((index, (text, attempt)) for index, text in zip(missing, new, strict=True))
+        missing = [index for index, text in zip(missing, new, strict=True) if has_low_entropy(text.ids, settings)]
         if not missing:
             break
-    return [texts[index] for index in batch], list(redraws.values())
+    return texts
 
 
 def has_low_entropy(ids: Sequence[int], settings: Mapping[str, Any]) -> bool:
@@ -141,15 +139,14 @@ def has_low_entropy(ids: Sequence[int], settings: Mapping[str, Any]) -> bool:
 
 
 def _scored(
-    batch: Sequence[int],
-    texts: Sequence[GeneratedText],
-    redraws: Sequence[int],
+    texts: Mapping[int, tuple[GeneratedText, int]],
     reference: ReferenceModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: Mapping[str, Any],
 ) -> Iterator[ScoredSample]:
-    scores = reference.score(texts, seed=settings["seed"], batch_size=len(batch), indices=batch)
-    for index, text, score, count in zip(batch, texts, scores, redraws, strict=True):
+    generated = [text for text, _ in texts.values()]
+    scores = reference.score(generated, seed=settings["seed"], batch_size=len(texts), indices=list(texts))
+    for (index, (text, redraws)), score in zip(texts.items(), scores, strict=True):
         yield ScoredSample.of(
             text,
             tokenizer,
@@ -161,7 +158,7 @@ def _scored(
             scored_tokens=score.num_tokens,
             entropy=text_entropy(text.ids),
             reference_entropy=text_entropy(reference.read(text).ids),
-            redraws=count,
+            redraws=redraws,
         )
 
 

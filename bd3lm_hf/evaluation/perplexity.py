@@ -379,58 +379,46 @@ class HeldOutLoss(NamedTuple):
     seconds: float
 
 
-@torch.no_grad()
 def sequence_losses(
-    model: Any,
-    sequences: Sequence[Any],
-    *,
-    indices: Sequence[int] | None = None,
-    num_samples: int = 1,
-    batch_size: int = 8,
-    seed: int = 0,
-    progress: bool = False,
+    model: Any, sequences: Sequence[Any], *, batch_size: int = 8, **options: Any
 ) -> list[SequenceScore]:
-    """Return the losses of the sequences at `indices` (all by default), so several processes can share the work.
-
-    The noise of a sequence depends only on `seed` and its index, so the batch size and the number of processes do not
-    change the result.
+    """Return the losses of sequences, with the arguments and noise of [`score_sequences`] except its estimator.
 
     Args:
-        model: its `forward` returns a mean loss per labelled token, and takes the noise of each row. Its train or
-            eval mode is restored.
-        sequences: a dataset with `input_ids` (and `attention_mask`, `labels`), or sequences of token ids.
-        num_samples: noise samples per sequence.
-        batch_size: noise samples per forward pass.
+        model: its `forward` returns a mean loss per labelled token, and takes the noise of each row.
+        batch_size: noise samples of a sequence per forward pass.
 
     Raises:
         ValueError: if the batch size is below 1, or the model cannot learn from a sequence.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
-    indices = range(len(sequences)) if indices is None else indices
-    device = _device_of(model)
-    scores = []
-    with _evaluating(model):
-        for index in tqdm(indices, desc="losses", leave=False, disable=not progress):
-            input_ids, attention_mask, context = batch_of([sequences[index]], device)
-            labels = context.get("labels", input_ids).masked_fill(attention_mask == 0, -100)
-            count = int((labels != -100).sum())
-            length, blocks = input_ids.shape[1], model.config.num_blocks(input_ids.shape[1])
-            generator = torch.Generator().manual_seed(derived_seed(seed, int(index)))
-            noise = torch.rand((num_samples, 2 * blocks + length), generator=generator)
-            total = 0.0
-            for part in noise.split(batch_size):
-                fields = part.to(device).split([blocks, length, blocks], dim=1)
-                rows = len(part)
-                loss = model(
-                    input_ids=input_ids.expand(rows, -1),
-                    attention_mask=attention_mask.expand(rows, -1),
-                    labels=labels.expand(rows, -1),
-                    **Noise(*fields)._asdict(),
-                ).loss
-                total += float(loss) * rows
-            scores.append(SequenceScore(int(index), total / num_samples * count, count))
-    return sorted(scores)
+    score = functools.partial(_score_loss, samples_at_once=batch_size)
+    return score_sequences(model, sequences, batch_size=1, score=score, **options)
+
+
+@torch.no_grad()
+def _score_loss(model: Any, batch: Batch, protocol: Protocol, *, samples_at_once: int) -> list[SequenceScore]:
+    """Score a single sequence by the mean loss over its noise samples."""
+    (index,), device = batch.indices, _device_of(model)
+    input_ids, attention_mask, context = batch_of(batch.rows, device)
+    labels = context.get("labels", input_ids).masked_fill(attention_mask == 0, -100)
+    count = int((labels != -100).sum())
+    length, blocks = input_ids.shape[1], model.config.num_blocks(input_ids.shape[1])
+    generator = torch.Generator().manual_seed(derived_seed(protocol.seed, index))
+    noise = torch.rand((protocol.num_samples, 2 * blocks + length), generator=generator)
+    total = 0.0
+    for part in noise.split(samples_at_once):
+        fields = part.to(device).split([blocks, length, blocks], dim=1)
+        rows = len(part)
+        loss = model(
+            input_ids=input_ids.expand(rows, -1),
+            attention_mask=attention_mask.expand(rows, -1),
+            labels=labels.expand(rows, -1),
+            **Noise(*fields)._asdict(),
+        ).loss
+        total += float(loss) * rows
+    return [SequenceScore(index, total / protocol.num_samples * count, count)]
 
 
 def summarize_losses(scores: Iterable[SequenceScore], *, seconds: float = 0.0) -> HeldOutLoss:

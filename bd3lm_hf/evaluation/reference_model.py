@@ -61,7 +61,6 @@ class ReferenceModel:
 
     @property
     def weights(self) -> torch.nn.Module:
-        """The module with the weights."""
         return self.model.model if isinstance(self.model, CausalScore) else self.model
 
     def score(

@@ -63,7 +63,6 @@ class RowGroup:
         return not self.in_one_piece or (first.remaining == request.remaining and not first.written)
 
     def remove(self, requests: list[Request]) -> None:
-        """Remove requests from the group."""
         self.rows = [request for request in self.rows if request not in requests]
 
     @torch.inference_mode()

@@ -52,7 +52,6 @@ class _QueueStreamer:
 
     @property
     def total_tokens(self) -> int:
-        """New tokens so far."""
         return 0 if self.request is None else len(self.request.written)
 
     def put(self, text: str) -> None:
@@ -111,7 +110,6 @@ class BatchedGeneration(BaseGenerateManager):
         return request.text, len(request.prompt), request.written
 
     def stop(self) -> None:
-        """End all requests."""
         self.batcher.close()
 
     def _submit(
@@ -150,7 +148,6 @@ class OneModelState(GenerationState):
         return False
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> BaseGenerateManager:
-        """Return the one manager."""
         return self.manager
 
     def is_cb_alive(self) -> bool:
@@ -251,11 +248,9 @@ class LoadedModel(ModelManager):
         return model_id
 
     def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Return the model and its tokenizer."""
         return self._model, self._tokenizer
 
     def get_model_modality(self, model: Any, processor: Any = None) -> Modality:  # type: ignore[override]
-        """Return the modality of a language model."""
         return Modality.LLM
 
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict]:  # type: ignore[override]
@@ -286,12 +281,10 @@ def make_app(
 
     Args:
         model: any model with `generate`, in evaluation mode.
-        tokenizer: its tokenizer.
         name: the model's name in requests.
-        defaults: fields of `generate` that override those saved with the model.
-        max_tokens: new tokens for a request that sets no limit.
+        defaults, max_tokens: for the handlers of both endpoints.
         api_key: the key that every request must carry; None disables the check.
-        limits: passed to [`Batcher`].
+        limits: for [`Batcher`].
 
     Raises:
         ValueError: if the model is not one of this package.
