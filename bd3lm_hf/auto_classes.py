@@ -118,8 +118,8 @@ def register_auto_classes() -> None:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
     from bd3lm_hf.foreign_layouts import adopt_published_decoding, contract_config_classes
+    from bd3lm_hf.modeling.compatibility_bd3lm import SelfContainedMixin
     from bd3lm_hf.modeling.modeling_bd3lm_decoders import BD3LMDecoderMixin
-    from bd3lm_hf.modeling.saving_bd3lm import SelfContainedMixin
 
     SelfContainedMixin.push_saved_folder = staticmethod(_push_saved_folder)
     SelfContainedMixin.share_saved_weights = staticmethod(_share_saved_weights)

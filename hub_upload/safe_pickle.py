@@ -49,13 +49,8 @@ class InertObject:
         self.items[key] = value
 
     def append(self, value: Any) -> None:
-        """Record an item of a list."""
+        """Record an item of a list; pickle also calls this where a list would be extended."""
         self.items[len(self.items)] = value
-
-    def extend(self, values: Any) -> None:
-        """Record items of a list."""
-        for value in values:
-            self.append(value)
 
 
 def _ordered_dict(*arguments: Any) -> dict[Any, Any]:

@@ -17,11 +17,12 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .attention_bd3lm import AttentionPlan, automatic_attention, block_causal_plan, two_stream_plan
 from .cache_bd3lm import BlockCache
-from .compatibility_bd3lm import check_not_next_token_training
+from .compatibility_bd3lm import SelfContainedMixin, check_not_next_token_training
 from .configuration_bd3lm import BD3LMConfig
 from .inputs_bd3lm import Layout, read_inputs
 from .layers_bd3lm import (
@@ -36,7 +37,6 @@ from .layers_bd3lm import (
     unstack_modulations,
 )
 from .linear_bd3lm import is_sharded
-from .saving_bd3lm import SelfContainedModel
 
 
 @dataclass
@@ -63,7 +63,7 @@ class BD3LMOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class BD3LMPreTrainedModel(SelfContainedModel):
+class BD3LMPreTrainedModel(SelfContainedMixin, PreTrainedModel):
     """Loading, saving and initialisation shared by the models on this backbone."""
 
     config_class = BD3LMConfig
@@ -358,48 +358,28 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
             sigma: noise level `(batch,)` of each row, for time-conditioned models, which take one noise sample.
             cache: from [`clean_cache`]; without it the clean stream is computed in this pass, with a gradient.
         """
-        backbone, config = self.backbone, self.config
-        if config.num_blocks(x_0.shape[1]) == 1:
-            return self._single_block_hidden(
-                x_t.view(-1, x_0.shape[1]), layout, masked_indices, sigma, num_noise_samples
+        backbone, config, length = self.backbone, self.config, x_0.shape[1]
+        if config.num_blocks(length) == 1:  # no earlier block to attend to
+            layout, cache = layout.repeat_rows(num_noise_samples), None
+            embeds, positions = backbone.vocab_embed(x_t.view(-1, length)), layout.position_ids
+            options = {"implementation": config._attn_implementation, "dtype": embeds.dtype}
+            plan = block_causal_plan(layout, length, config.block_size, **options)
+        else:
+            embeds = backbone.vocab_embed(x_t if cache is not None else torch.cat([x_0, x_t], dim=1))
+            plan = two_stream_plan(
+                layout,
+                config.block_size,
+                num_noise_samples=num_noise_samples,
+                clean_cached=cache is not None,
+                implementation=config._attn_implementation,
+                dtype=embeds.dtype,
             )
-        ids = x_t if cache is not None else torch.cat([x_0, x_t], dim=1)
-        embeds = backbone.vocab_embed(ids)
-        plan = two_stream_plan(
-            layout,
-            config.block_size,
-            num_noise_samples=num_noise_samples,
-            clean_cached=cache is not None,
-            implementation=config._attn_implementation,
-            dtype=embeds.dtype,
-        )
-        # Not a sum with a bool, which torch 2.11 cannot trace for inputs of several lengths.
-        positions = layout.position_ids.repeat(1, num_noise_samples + (1 if cache is None else 0))
+            # Not a sum with a bool, which torch 2.11 cannot trace for inputs of several lengths.
+            positions = layout.position_ids.repeat(1, num_noise_samples + (1 if cache is None else 0))
         modulations = backbone.modulations(sigma, x_t.device)
         outputs = backbone.run(
             embeds, positions, plan, modulations, past_key_values=cache, output_indices=masked_indices
         )
-        return cast(torch.Tensor, outputs.last_hidden_state)
-
-    def _single_block_hidden(
-        self,
-        x_t: torch.Tensor,
-        layout: Layout,
-        masked_indices: torch.Tensor,
-        sigma: torch.Tensor | None,
-        num_noise_samples: int,
-    ) -> torch.Tensor:
-        """Return [`noisy_hidden`] for sequences of one block: `x_t` is `(batch * num_noise_samples, length)`."""
-        backbone, config = self.backbone, self.config
-        if layout.num_rows > 1:  # a layout of one row applies to all rows
-            many = (field is not None and field.shape[0] > 1 for field in layout)
-            fields: Any = zip(layout, many, strict=True)
-            layout = Layout(*(f.repeat_interleave(num_noise_samples, dim=0) if m else f for f, m in fields))
-        embeds = backbone.vocab_embed(x_t)
-        options = {"implementation": config._attn_implementation, "dtype": embeds.dtype}
-        plan = block_causal_plan(layout, x_t.shape[1], config.block_size, **options)
-        modulations = backbone.modulations(sigma, x_t.device)
-        outputs = backbone.run(embeds, layout.position_ids, plan, modulations, output_indices=masked_indices)
         return cast(torch.Tensor, outputs.last_hidden_state)
 
 

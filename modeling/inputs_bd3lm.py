@@ -263,6 +263,12 @@ class Layout(NamedTuple):
         """Rows of an attention mask: 1 if all rows of the batch share it."""
         return self.block_ids.shape[0] if self.valid is None else self.valid.shape[0]
 
+    def repeat_rows(self, times: int) -> "Layout":
+        """Return the layout of a batch in which each row is repeated; a field of one row still applies to all."""
+        many = (field is not None and field.shape[0] > 1 for field in self)
+        fields: Any = zip(self, many, strict=True)
+        return Layout(*(f.repeat_interleave(times, dim=0) if m else f for f, m in fields))
+
 
 def token_layout(
     attention_mask: torch.Tensor | None,

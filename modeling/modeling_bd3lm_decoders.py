@@ -29,7 +29,7 @@ from transformers import (
 from .attention_bd3lm import automatic_attention
 from .backbone_bd3lm import BD3LMPreTrainedModel
 from .cache_bd3lm import BlockCache
-from .compatibility_bd3lm import check_not_next_token_training, warn_of_visible_tokens
+from .compatibility_bd3lm import SelfContainedMixin, check_not_next_token_training, warn_of_visible_tokens
 from .configuration_bd3lm_decoders import BD3LMDecoderConfigMixin, head_dim_of
 from .decoder_backbone_bd3lm import (
     FLEX_ATTENTION,
@@ -42,7 +42,6 @@ from .decoder_backbone_bd3lm import (
 from .inputs_bd3lm import Layout
 from .loss_bd3lm import chunked_cross_entropy, denoising_loss, divide_by_count, loss_mask, masked_indices
 from .modeling_bd3lm import BlockDiffusionMixin
-from .saving_bd3lm import SelfContainedMixin
 
 
 class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):

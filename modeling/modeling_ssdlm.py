@@ -19,7 +19,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .compatibility_bd3lm import OwnLossMixin
+from .compatibility_bd3lm import OwnLossMixin, SelfContainedMixin
 from .configuration_ssdlm import SSDLMConfig
 from .generation_ssdlm import SSDLMGenerationConfig, SSDLMGenerationMixin
 from .inputs_bd3lm import (
@@ -30,7 +30,6 @@ from .inputs_bd3lm import (
     default_labels,
     seeds_of_texts,
 )
-from .saving_bd3lm import SelfContainedModel
 from .simplex_ssdlm import almost_one_hot, noisy_logits, simplex_alpha_bar
 
 
@@ -63,7 +62,7 @@ class TimestepLayer(nn.Module):
         return F.linear(progress, self.weight, self.bias)
 
 
-class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedModel):
+class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedMixin, PreTrainedModel):
     """Semi-autoregressive simplex diffusion over any masked-LM encoder of transformers.
 
     ```python

@@ -19,7 +19,7 @@ from bd3lm_hf.hub_upload import push as push_module
 from bd3lm_hf.hub_upload.load_check import CheckError
 from bd3lm_hf.hub_upload.push import dry_run, push, write_repository
 from bd3lm_hf.hub_upload.repo_files import files_of, kind_of
-from bd3lm_hf.modeling.saving_bd3lm import SelfContainedMixin
+from bd3lm_hf.modeling.compatibility_bd3lm import SelfContainedMixin
 
 
 REPO = f"{USER}/model"
