@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_cli import assert_refused
+from test_denoising_trace import replay
 from transformers import AutoTokenizer
 
 from bd3lm_hf.generation import generate_cli
@@ -195,13 +196,7 @@ def test_a_trace_replays_every_sample_of_a_batch(generate, tmp_path):
         assert sample["num_prompt_tokens"] == row["num_prompt_tokens"] and sample["num_tokens"] == row["num_tokens"]
         assert sample["forwards"] <= row["forwards"] <= row["batch_forwards"]
         assert any(not step["forward"] for step in sample["steps"])
-        positions = [position for start, stop in sample["blocks"] for position in range(start, stop)]
-        assert positions == list(range(sample["num_prompt_tokens"], len(sample["ids"])))
-        assert all((start % 4 == 0 or start == positions[0]) and stop - start <= 4 for start, stop in sample["blocks"])
-        state = {}
-        for step in sample["steps"]:
-            state.update({position: token for position, token, _ in step["changes"]})
-        assert [state[place] for place in positions] == sample["ids"][sample["num_prompt_tokens"] :]
+        assert replay(sample)[-1] == sample["ids"]
     assert json.dumps(document["samples"][3]["ids"]) in page.read_text()
 
 
@@ -267,6 +262,7 @@ def test_a_long_run_shows_its_progress_in_a_terminal_only(generate, monkeypatch,
         (("--max-time", -3), "--max-time: expected a number > 0"),
         (("--sampler", "magic"), "invalid choice: 'magic'"),
         (("--stream", "--batch-size", 2), "--batch-size 2"),
+        (("--chat", "--num-samples", 3), "--num-samples"),
         (("--greedy", "--do-sample"), "not allowed with argument"),
         (("--prompts", "a b c"), "unrecognized arguments"),
         (("--output", "no/folder/s.jsonl"), "--output no/folder/s.jsonl"),

@@ -8,7 +8,6 @@ from decoders import tiny_decoder
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from bd3lm_hf.cli import main
 from bd3lm_hf.generation.write_samples import SEPARATOR, converse
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 
@@ -47,11 +46,6 @@ def test_each_answer_follows_the_whole_conversation(chat_model, chat_tokenizer):
 def test_reset_forgets_and_exit_ends(chat_model, chat_tokenizer):
     messages = answer(chat_model, chat_tokenizer, ["hello", "/reset", "more", "/exit", "unread"])
     assert [m["content"] for m in messages if m["role"] == "user"] == ["more"]
-
-
-def test_flags_that_mean_nothing_in_a_conversation_are_refused(capsys):
-    assert main(["generate", "--model", "any", "--chat", "--num-samples", "3"]) == 2
-    assert "--num-samples" in capsys.readouterr().err
 
 
 def test_a_tokenizer_without_a_template_is_refused(chat_model, chat_tokenizer):

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from test_cli import change_weights
 from tiny_runs import save_recipe
 from transformers import AutoTokenizer
 from two_processes import run_recipes
@@ -23,6 +24,7 @@ from bd3lm_hf.training.command_line import read_recipe
 from bd3lm_hf.training.train import TrainResult, main, run, score_before, summary_at_start
 
 
+HEAD = "backbone.output_layer.linear.bias"
 SCRIPT = Path(__file__).resolve().parents[2] / "training" / "train.py"
 
 
@@ -117,11 +119,8 @@ def test_a_run_that_searches_its_interval_writes_numbers_and_a_plot(recipe, tmp_
     searches = [json.loads(line) for line in lines]
     assert [(search["step"], len(search["candidates"])) for search in searches] == [(1, 3), (2, 3)]
     assert (tmp_path / "run" / "interval_search.png").read_bytes().startswith(b"\x89PNG")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    weights, ends = load_file(tmp_path / "run" / "model.safetensors"), ("sampling_eps_min", "sampling_eps_max")
-    ways = [logged(result, name)[-1] for name in ("interval_min", "interval_max")], [config[end] for end in ends]
-    for interval in (*ways, [weights[end].item() for end in ends]):
-        assert interval == pytest.approx(searches[-1]["interval"])
+    ends = [logged(result, name)[-1] for name in ("interval_min", "interval_max")]
+    assert ends == pytest.approx(searches[-1]["interval"])
 
 
 def test_a_run_is_resumed_from_the_last_checkpoint_that_is_complete(recipe, tmp_path, caplog):
@@ -134,9 +133,6 @@ def test_a_run_is_resumed_from_the_last_checkpoint_that_is_complete(recipe, tmp_
     assert "checkpoint-3 is not complete and is skipped: optimizer.pt has 3 bytes instead of" in caplog.text
     assert logged(resumed, "loss") == logged(whole, "loss")
     assert resumed.after.nll == whole.after.nll
-    (folder / "checkpoint-2" / "config.json").unlink()
-    with pytest.raises(ValueError, match="checkpoint-2.*: config.json is missing"):
-        run([*words, "--resume_from_checkpoint", str(folder / "checkpoint-2")])
 
 
 def test_a_run_that_continues_elsewhere_keeps_the_original_checkpoints(recipe, tmp_path, capsys):
@@ -269,7 +265,6 @@ def test_adapters_need_a_model_that_is_not_an_adapter_itself(recipe, trained, pa
         (["--init_from", "no/such/folder"], "no/such/folder"),
         (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint true:"),
         (["--resume_from_checkpoint", "no/such"], "no/such"),
-        (["--hidden_dims", "16"], "did you mean '--hidden_dim'?"),
         (["--eval_estimator", "guess", "--eval_strategy", "epoch"], "--eval_estimator guess"),
         (
             ["--block_size=16", "--final_estimator=sampled", "--eval_strategy=epoch", "--eval_estimator=exact"],
@@ -295,28 +290,18 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(recipe, tmp_path, capsys, w
     assert message in lines[-1] and not any("Traceback" in line for line in lines)
 
 
-def forget_tokenizer(folder: Path) -> None:
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
-
-
-def move_mask(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"mask_token_id": 40}))
-
-
-def spoil_head(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights["backbone.output_layer.linear.bias"].fill_(float("nan"))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (forget_tokenizer, "has no tokenizer"),
-        (move_mask, "mask_token_id is 40"),
-        (spoil_head, "values of backbone.output_layer.linear.bias in .* are NaN"),
+        (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "has no tokenizer"),
+        (
+            lambda folder: BD3LMConfig.from_pretrained(folder, mask_token_id=40).save_pretrained(folder),
+            "mask_token_id is 40",
+        ),
+        (
+            lambda folder: change_weights(folder, lambda weights: weights[HEAD].fill_(float("nan"))),
+            f"values of {HEAD} in .* are NaN",
+        ),
     ],
 )
 def test_a_broken_checkpoint_is_refused_before_training(trained, corpus, tmp_path, damage, message):
