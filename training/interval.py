@@ -26,6 +26,7 @@ from bd3lm_hf.reports.figures import draw_interval_search
 from bd3lm_hf.run_folder import SEARCH_NAME
 from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.training.loss_moments import BlockMoments, HeldOut, Interval, PassPerInterval, SharedDraws, held_out
+from bd3lm_hf.user_files import write_atomically
 
 
 logger = logging.get_logger("bd3lm_hf.interval")
@@ -370,7 +371,7 @@ def record_search(found: IntervalSearch, folder: str | Path, *, step: int, adopt
             {"interval": interval, "variance": variance, "standard_error": error} for interval, variance, error in rows
         ],
     }
-    path.write_text("".join(f"{line}\n" for line in [*lines, json.dumps(search)]), encoding="utf-8")
+    write_atomically(path, "".join(f"{line}\n" for line in [*lines, json.dumps(search)]))
     try:
         draw_interval_search(search, f"Interval search at step {step}").savefig(path.with_name(PLOT_NAME), dpi=144)
     except ImportError:

@@ -1,5 +1,6 @@
 import json
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -51,6 +52,15 @@ def test_a_resumed_run_replaces_the_lines_it_writes_again(tmp_path):
         record_search(search_of(), tmp_path, step=step, adopted=True)
     record_search(search_of(), tmp_path, step=20, adopted=False)
     assert [(line["step"], line["adopted"]) for line in lines_of(tmp_path)] == [(10, True), (20, False)]
+
+
+def test_a_kill_while_a_search_is_written_leaves_the_earlier_ones(tmp_path, monkeypatch):
+    record_search(search_of(), tmp_path, step=10, adopted=True)
+    before = lines_of(tmp_path)
+    monkeypatch.setattr("os.replace", Mock(side_effect=KeyboardInterrupt))  # the last thing that happens to a new file
+    with pytest.raises(KeyboardInterrupt):
+        record_search(search_of(), tmp_path, step=20, adopted=True)
+    assert lines_of(tmp_path) == before
 
 
 @pytest.mark.parametrize("candidates", [None, [(1e-3, 1), (1, 1)], [(1e-3, 1), (0.3, 0.8), (0.45, 0.95), (0.4, 0.6)]])
