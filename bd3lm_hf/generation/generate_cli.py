@@ -167,6 +167,8 @@ def plan(arguments: argparse.Namespace) -> Job:
         check_ending(path)
         is_ours = has_mark(b"<title>Denoising, block by block</title>", b'{"format": "bd3lm-trace"')
         check_output_file(path, "--trace", is_ours=is_ours, overwrite=arguments.overwrite)
+        if arguments.output is not None and path.absolute() == arguments.output.absolute():
+            raise ValueError(f"--trace {path} would replace the samples of --output: name another file.")
     if arguments.output is not None:
         check_output_file(arguments.output, "--output")
     return Job(
