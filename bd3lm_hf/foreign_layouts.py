@@ -114,8 +114,8 @@ def contract_config(config: dict[str, Any], source: str = "", **changes: Any) ->
     fields = {name: value for name, value in config.items() if name not in ignored}
     if fields.get("mask_token_id") is None:
         fields["mask_token_id"] = contract.mask_token_id
-    if fields["mask_token_id"] is None:
-        fields["mask_token_id"] = changes.get("mask_token_id") or _mask_of_tokenizer(source)
+    if fields["mask_token_id"] is None and changes.get("mask_token_id") is None:
+        fields["mask_token_id"] = _mask_of_tokenizer(source)
     fields |= {
         "block_size": config.get(contract.block_size_field) or contract.block_size,
         "alignment": contract.alignment,

@@ -94,6 +94,8 @@ def _check_chat_templates(tokenizer: PreTrainedTokenizerBase, name: str) -> None
     """Refuse a chat template with numbers or powers that could fill the memory, such as '%1000000000d'."""
     templates = tokenizer.chat_template or ""
     for template in templates.values() if isinstance(templates, dict) else [templates]:
+        if not isinstance(template, str):
+            raise ValueError(f"The chat template of {name!r} is a {type(template).__name__}, not a text: replace it.")
         code = " ".join(_TEMPLATE_CODE.findall(template))
         found = None if len(template) > _MAX_TEMPLATE else _HUGE.search(code)
         if len(template) > _MAX_TEMPLATE or found:

@@ -12,7 +12,7 @@ MAX_SHARD_SIZE = "5GB"
 #: Which weights of a checkpoint to take, if it has an average.
 WEIGHTS = ("auto", "ema", "raw")
 
-_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]I?B", re.IGNORECASE)
+_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) -> None:

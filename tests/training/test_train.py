@@ -259,6 +259,7 @@ def test_adapters_need_a_model_that_is_not_an_adapter_itself(recipe, trained, pa
         (["--noise", "linear"], "noise='linear'"),
         (["--model_type", "bd3ln"], "--model_type bd3ln is unknown"),
         (["--dataset", "nowhere.txt"], "nowhere.txt"),
+        (["--packing", "\x1b[2K hf_abcdef"], "--packing \\x1b[2K hf_***: choose one of"),
         (["--text_column", "body"], "has no column 'body'"),
         (["--vocab_size", "20"], "vocab_size is 20"),
         (["--tokenizer", "no/such/folder"], "no/such/folder"),
