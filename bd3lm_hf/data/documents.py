@@ -101,7 +101,7 @@ def load_text(
     Raises:
         ValueError: if the dataset, split or column is unknown, a file or row cannot be read, or the dataset is empty.
     """
-    spec = _spec_of(name_or_path, source, config_name)
+    spec = spec_of(name_or_path, source, config_name)
     schema = TextRow(text_column or spec.text_column)
     dataset: Any = load_rows(
         spec, schema, split=split, streaming=streaming, skip_bad_rows=skip_bad_rows, cache_dir=cache_dir
@@ -135,7 +135,7 @@ def load_rows(
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it must be one of: {', '.join(SPLITS)}.")
-    spec = _spec_of(name_or_path, source, config_name)
+    spec = spec_of(name_or_path, source, config_name)
     if spec.path is None:
         parts = {split: _load_embedded(spec.name, split, cache_dir)}
         dataset = _Splits(spec, parts).read(split, schema, skip_bad_rows=skip_bad_rows)
@@ -163,7 +163,7 @@ def find_schema(
     Raises:
         ValueError: as `load_text`; also if the columns fit several schemas.
     """
-    spec = _spec_of(name_or_path, source, config_name)
+    spec = spec_of(name_or_path, source, config_name)
     if spec.path is None or spec.text_column is not None:
         return TextRow(spec.text_column)
     reader = _reader_of(spec, None, streaming=True)
@@ -174,10 +174,16 @@ def find_schema(
     raise ValueError(f"The dataset {spec.name!r} is empty: none of its files has a row. Name another one.")
 
 
-def _spec_of(
-    name_or_path: str | os.PathLike | DatasetSpec, source: str | os.PathLike | None, config_name: str | None
+def spec_of(
+    name_or_path: str | os.PathLike | DatasetSpec,
+    source: str | os.PathLike | None = None,
+    config_name: str | None = None,
 ) -> DatasetSpec:
-    """Return the source to read; the caller's arguments override the table's entries."""
+    """Return the source to read; the caller's arguments override the table's entries.
+
+    Raises:
+        ValueError: if there is no such dataset or file, or no such configuration.
+    """
     if isinstance(name_or_path, DatasetSpec):
         spec = name_or_path
     elif normal(name := os.fspath(name_or_path)) not in DATASETS and exists(name):
@@ -255,6 +261,9 @@ class _Splits:
                 logger.warning("Skipped %d rows without text in %s.", len(bad), origin)
                 dataset = dataset.select(np.setdiff1d(np.arange(len(dataset)), bad))
             return dataset
+        if isinstance(dataset, Dataset):  # other columns, such as images, would be decoded too
+            columns = {name: columns[name] for name in schema.columns if name in columns}
+            dataset = dataset.select_columns(list(columns))
         return dataset.map(
             partial(_usable, schema=schema, origin=origin, skip_bad_rows=skip_bad_rows),
             batched=True,

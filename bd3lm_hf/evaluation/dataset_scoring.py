@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from bd3lm_hf.argument_parser import load_model_and_tokenizer
 from bd3lm_hf.checkpoints import find_device, how_to_adapt
-from bd3lm_hf.data.documents import find_schema, load_rows, load_text
+from bd3lm_hf.data.documents import find_schema, load_rows, load_text, spec_of
 from bd3lm_hf.data.instructions import encode_rows
 from bd3lm_hf.data.packing import bytes_per_token, evenly_spaced, pack
 from bd3lm_hf.data.schemas import TextRow
@@ -174,7 +174,7 @@ def _targets(arguments: argparse.Namespace) -> list[Target]:
         ValueError: if a name is unknown (with the nearest known one), or copies are missing (with all of them).
     """
     if arguments.suite is None:
-        name = arguments.dataset if exists(arguments.dataset) else find_spec(arguments.dataset).name
+        name = spec_of(arguments.dataset).name
         base = PUBLISHED.get(name, Flags()) if arguments.estimator == "published" else _OUR_FLAGS
         return [Target(arguments.dataset, arguments.dataset_source, _flags(arguments, base))]
     sets = SUITES[arguments.suite].sets

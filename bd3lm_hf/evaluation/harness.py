@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from bd3lm_hf.checkpoints import load_model
+from bd3lm_hf.checkpoints import load_model, window_of
 from bd3lm_hf.evaluation.perplexity import batch_of, batches_of
 from bd3lm_hf.evaluation.results import weights_digest
 from bd3lm_hf.generation.text_generation import generate_batch
@@ -209,7 +209,7 @@ class BD3LMHarness(TemplateLM):
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         if hasattr(self.model.config, "mask_token_id"):
             check_tokenizer_fits(self.tokenizer, self.model.config)
-        window = self.model.config.model_length
+        window = window_of(self.model)
         self.max_length = window if max_length is None else integer_field("max_length", max_length)
         if not 2 <= self.max_length <= window:
             raise ValueError(f"max_length={max_length}: the model reads from 2 to {window} tokens at once.")

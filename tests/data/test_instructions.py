@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, Image, Value
 
 from bd3lm_hf.data.documents import find_schema, load_rows
 from bd3lm_hf.data.instructions import encode_rows, texts_of
@@ -220,3 +220,12 @@ def test_formats_are_found_by_columns_and_rows_are_held_out(tmp_path: Path) -> N
     assert isinstance(find_schema(str(chats)), Messages)
     assert json.loads(load_rows(str(chats), Messages())["messages"][0])[:2] == CHAT[:2]
     assert isinstance(find_schema("python-docs"), TextRow)
+
+
+def test_columns_that_are_not_read_are_not_decoded(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    images = [{"bytes": b"not an image", "path": None}] * 40
+    columns = {"prompt": [f"p{i}" for i in range(40)], "completion": ["c"] * 40, "image": images}
+    features = Features(prompt=Value("string"), completion=Value("string"), image=Image())
+    Dataset.from_dict(columns, features=features).save_to_disk(str(tmp_path / "set"))
+    assert load_rows(str(tmp_path / "set"), PromptCompletion()).column_names == ["prompt", "completion"]

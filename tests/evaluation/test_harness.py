@@ -335,6 +335,14 @@ def test_a_machine_without_a_gpu_uses_its_cpu(model_folder, monkeypatch):
         assert BD3LMHarness(str(model_folder), device=name).device == torch.device("cpu")
 
 
+def test_a_plain_decoder_writes_but_has_no_likelihood(gpt2_folder):
+    lm = BD3LMHarness(str(gpt2_folder), device="cpu")
+    assert lm.max_length == lm.model.config.max_position_embeddings
+    assert isinstance(lm.generate_until([asked("generate_until", "A", {"max_gen_toks": 3})], True)[0], str)
+    with pytest.raises(ValueError, match="has no likelihood"):
+        score(lm, ("A", " block"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
