@@ -3,6 +3,7 @@
 import http.client
 import json
 import logging
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ pytest.importorskip("transformers.cli.serving.server")
 
 from decoders import tiny_decoder  # noqa: E402
 from shared_models import CLASSES  # noqa: E402
+from throughput import Server as ServerProcess  # noqa: E402
 
 from bd3lm_hf.cli import main, make_verb_parser, run_verb  # noqa: E402
 from bd3lm_hf.serving import serve_cli  # noqa: E402
@@ -403,3 +405,30 @@ def test_a_port_in_use_and_a_field_that_the_model_lacks(server, folder_of):
         run_verb("serve", ["no-such-model", "--port", str(server.port)])
     with pytest.raises(ValueError, match="entropy_bound"):
         run_verb("serve", [str(folder_of("ar")), "--port", "0", "--sampler", "entropy_bound"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_server_starts_again_on_its_port(model_folder, tmp_path, monkeypatch, number):
+    monkeypatch.setenv("BD3LM_API_KEY", KEY)
+    options, texts, port = {"model": "model", "prompt": "The dog", "max_tokens": 12, "seed": 3}, [], 0
+    for _ in range(2):
+        with open(tmp_path / "messages", "a") as messages:
+            server = ServerProcess(str(model_folder), messages, port)
+        port = port or server.port
+        assert server.port == port
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0, timeout=60)
+        texts.append(client.completions.create(**options).choices[0].text)
+        # It is killed while it generates.
+        stream = iter(client.completions.create(**{**options, "max_tokens": 100_000}, stream=True))
+        next(stream)
+        server.process.send_signal(number)
+        server.process.wait(timeout=30)
+        with pytest.raises(openai.APIConnectionError):
+            client.completions.create(**options)
+        assert server.process.stdout is not None
+        with server.process.stdout as output:
+            assert KEY not in output.read()
+    assert texts[0] == texts[1] != ""
+    written = (tmp_path / "messages").read_text()
+    assert KEY not in written and "Traceback" not in written
