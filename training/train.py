@@ -40,6 +40,7 @@ import bd3lm_hf
 from bd3lm_hf.data.streaming import PackedStream
 from bd3lm_hf.evaluation.perplexity import HeldOutLoss, Perplexity, scored_token_ids, unigram_perplexity
 from bd3lm_hf.evaluation.results import describe_estimator
+from bd3lm_hf.printing import one_line
 from bd3lm_hf.reports.figures import write_training_curve
 from bd3lm_hf.run_folder import (
     RECIPE_NAME,
@@ -457,7 +458,7 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
         logger.debug("traceback", exc_info=True)
         # A single process may fail to save; any other error occurs in all of them.
         if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, SaveError):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {one_line(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
