@@ -254,12 +254,14 @@ def test_a_text_ends_at_the_end_tokens_of_the_folder_and_of_the_layout(write):
 
 
 def test_the_mask_token_comes_from_the_tokenizer_if_the_configuration_has_none(write, tiny_tokenizer, tmp_path):
-    folder, _ = write("a2d-qwen3", mask_token_id=None)
+    folder, _ = write("a2d-qwen3", mask_token_id=None, bos_token_id=4)
     with pytest.raises(ValueError, match="--mask-token-id"):
         convert(str(folder), tmp_path / "ours")
-    assert convert(str(folder), tmp_path / "named", mask_token_id=310, block_size=8).model_type == "bd3lm_qwen3"
-    config = load_model(str(tmp_path / "named")).config
-    assert (config.mask_token_id, config.block_size) == (310, 8)
+    for mask in (310, 0):
+        named = tmp_path / f"mask-{mask}"
+        assert convert(str(folder), named, mask_token_id=mask, block_size=8).model_type == "bd3lm_qwen3"
+        config = load_model(str(named)).config
+        assert (config.mask_token_id, config.block_size) == (mask, 8)
     tiny_tokenizer.save_pretrained(folder)
     convert(str(folder), tmp_path / "ours")
     assert load_model(str(tmp_path / "ours")).config.mask_token_id == tiny_tokenizer.mask_token_id

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,4 +149,13 @@ def test_a_chat_template_that_fills_the_memory_is_refused(tiny_tokenizer, tmp_pa
     tiny_tokenizer.chat_template = template
     tiny_tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="chat template"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("template", [5, {"a": None}])
+def test_a_chat_template_that_is_not_a_text_is_refused(tiny_tokenizer, tmp_path, template):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    with pytest.raises(ValueError, match="chat template .*(int|NoneType)"):
         load_tokenizer(str(tmp_path))

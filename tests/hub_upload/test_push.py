@@ -252,7 +252,7 @@ def test_a_folder_that_fails_the_check_is_not_uploaded(hub, bd3lm, run_folder, t
         (("./nowhere", "a/b/c"), "'a/b/c'"),
         (("./nowhere", REPO), "nowhere"),
         (("RUN", REPO, "--message", " "), "--message"),
-        (("RUN", REPO, "--max-shard-size", "big"), "'big'"),
+        (("./nowhere", REPO, "--max-shard-size", "5GiB"), "'5GiB'"),
         (("RUN", REPO, "--weights", "ema"), "--weights ema"),
         (("RUN", REPO, "--base-model", "me/base"), "--base-model me/base"),
         (("RUN", REPO, "--token", "hf_secret12"), "HF_TOKEN"),
