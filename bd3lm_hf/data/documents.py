@@ -276,6 +276,8 @@ class _Splits:
 def _load_saved(spec: DatasetSpec, streaming: bool, default_split: str) -> Mapping[str, Any]:
     """Load what `save_to_disk` wrote, a dataset or a dictionary of splits."""
     path = Path(spec.path or "").expanduser()
+    if spec.config is not None:
+        raise ValueError(f"config_name is {spec.config!r}, but {str(path)!r} has no configurations; leave it out.")
     try:
         saved = load_from_disk(str(path))
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:

@@ -172,6 +172,8 @@ def test_a_saved_dataset_is_read(tmp_path: Path, streaming: bool) -> None:
         assert {type(text) for text in texts_of(tmp_path / kind, streaming=streaming)} == {str}
     with pytest.raises(ValueError, match="one were written by save_to_disk"):
         load_text(str(tmp_path / "parts"))
+    with pytest.raises(ValueError, match="config_name is 'en'"):
+        load_text(str(tmp_path / "both"), config_name="en", streaming=streaming)
     (tmp_path / "parts/one/data-00000-of-00001.arrow").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="one'.* save_to_disk, cannot be read"):
         load_text(str(tmp_path / "parts/one"))
