@@ -245,7 +245,7 @@ def _message(message: dict[str, Any], column: str) -> dict[str, Any]:
     """Convert one message to the form that chat templates expect."""
     if "from" in message:
         speaker = message.pop("from")
-        if speaker not in _SHAREGPT_ROLES:
+        if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
             raise ValueError(
                 f"has a message from {speaker!r} in the column {column!r}; known names: {', '.join(_SHAREGPT_ROLES)}"
             )
@@ -260,7 +260,10 @@ def _message(message: dict[str, Any], column: str) -> dict[str, Any]:
         with contextlib.suppress(TypeError, ValueError, RecursionError):
             function = json.loads(function)
         message["tool_calls"] = [{"type": "function", "function": function}]
-    for call in message.get("tool_calls", ()):
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, list):
+        raise ValueError(f"has a message with tool_calls {calls!r}, not a list, in the column {column!r}")
+    for call in calls:
         _parse_arguments(call)
     content = message.get("content")
     if isinstance(content, list):

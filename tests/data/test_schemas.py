@@ -151,6 +151,8 @@ def test_tool_calls_and_tools_are_kept_and_their_arguments_parsed() -> None:
         ([CHAT[0], {"content": "x"}], "without a role"),
         ([{"role": "user", "content": [{"type": "image"}]}, CHAT[1]], "'image'"),
         ([{"from": "alien", "value": "x"}, CHAT[1]], "'alien'.*human"),
+        ([{"from": ["human"], "value": "x"}, CHAT[1]], r"\['human'\].*human"),
+        ([CHAT[0], {**CHAT[1], "tool_calls": 3}], "tool_calls 3, not a list"),
         (CHAT[:1], "no message of the role 'assistant'.*: user"),
         ([{**CHAT[1], "weight": 0}], "no message of the role 'assistant'"),
     ],
