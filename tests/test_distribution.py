@@ -158,15 +158,6 @@ def baseline(model_class, config_class, **fields):
     return model
 
 
-def test_autoregressive_samples_have_the_distribution_of_the_model():
-    model = baseline(ARForCausalLM, ARConfig)
-    texts = torch.tensor([[1, *rest] for rest in itertools.product(range(3), repeat=3)])
-    probability = (-model.token_nll(texts).nll.double().sum(1)).exp()
-    exact = {tuple(text[1:]): float(p) for text, p in zip(texts.tolist(), probability, strict=True)}
-    assert math.isclose(sum(exact.values()), 1.0, abs_tol=1e-5)
-    assert_distributed(sample(model, torch.ones(SAMPLES, 1, dtype=torch.long), 3), exact)
-
-
 @torch.no_grad()
 def chain_rule(model, prompt: list[int], count: int) -> dict[tuple[int, ...], float]:
     """The distribution of `count` tokens behind a prompt, each from a pass of its own over the window before it."""
@@ -245,15 +236,3 @@ def test_score_samples_have_the_distribution_of_the_published_weights(steps, nuc
     expected = SAMPLES * torch.tensor(list(exact.values()), dtype=torch.float64)[reachable]
     freedom = int(reachable.sum()) - 1
     assert ((counts - expected) ** 2 / expected).sum() < freedom + 4 * math.sqrt(2 * freedom)
-
-
-def test_score_samples_of_many_steps_have_the_joint_distribution_of_the_model():
-    # The limit of many steps; a single one is far from it.
-    model = baseline(SEDDForMaskedLM, SEDDConfig)
-    limit = torch.tensor(list(score_chain(model, 150).values()))
-    near = torch.tensor(list(score_chain(model, 30).values()))
-    far = torch.tensor(list(score_chain(model, 1).values()))
-    samples = sample(model, torch.ones(SAMPLES // 3, 1, dtype=torch.long), 3, num_denoising_steps=30)
-    found = (samples @ torch.tensor([9, 3, 1])).bincount(minlength=27) / len(samples)
-    assert (near - limit).abs().sum() / 2 < 0.02
-    assert (found - limit).abs().sum() / 2 < 0.05 < (far - limit).abs().sum() / 2

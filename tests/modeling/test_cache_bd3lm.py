@@ -53,19 +53,6 @@ def test_only_committed_tokens_are_kept(cache):
     assert cache.get_seq_length() == 6
 
 
-def test_a_cache_that_grows_many_times_keeps_every_token():
-    cache, reference = BlockCache(), DynamicCache()
-    for step in range(150):
-        new = states(4, step, batch=1)
-        seen = append_to_cache(cache, *new, layer_idx=0, num_committed=4)
-        expected = append_to_cache(reference, *new, layer_idx=0, num_committed=4)
-        if step % 37 == 0:
-            assert torch.equal(seen[0], expected[0]) and torch.equal(seen[1], expected[1])
-    assert cache.get_seq_length() == 600
-    assert torch.equal(cache.layers[0].keys, reference.layers[0].keys)
-    assert torch.equal(cache.layers[0].values, reference.layers[0].values)
-
-
 def test_reading_copies_no_finished_token():
     cache = BlockCache()
     append_to_cache(cache, *states(8), layer_idx=0, num_committed=8)
@@ -129,17 +116,10 @@ def cache_with(tokens: int, cache=None, rows: int = 1) -> DynamicCache:
     return cache
 
 
-def sliding_cache() -> DynamicCache:
-    """Return a cache that drops tokens by its own rule."""
-    cache = DynamicCache()
-    cache.layers.append(DynamicSlidingWindowLayer(sliding_window=8))
-    return cache
-
-
-def quantized_cache() -> QuantizedCache:
-    """Return a cache made without its constructor, which needs another library."""
-    cache = QuantizedCache.__new__(QuantizedCache)
-    cache.offloading, cache.layers = False, []
+def cache_of(kind: type, *layers):
+    """Return a cache made without its constructor, which for some needs another library."""
+    cache = kind.__new__(kind)
+    cache.offloading, cache.layers = False, list(layers)
     return cache
 
 
@@ -155,8 +135,12 @@ def quantized_cache() -> QuantizedCache:
         (StaticCache(CONFIG, max_cache_len=35), [32], r"rows of 35 tokens.*needs .* rows of 36: .*max_cache_len=36"),
         (StaticCache(BD3LMConfig(), max_cache_len=36), [9], "StaticCache of 12 layers .* needs 2 layers"),
         (cache_with(4, StaticCache(CONFIG, max_cache_len=36)), [9, 9], "for 1 rows .* needs 2 layers for 2 rows"),
-        (quantized_cache(), [9], "is a QuantizedCache, which cannot hold finished blocks"),
-        (sliding_cache(), [9], "is a DynamicCache, which cannot hold finished blocks: pass the cache"),
+        (cache_of(QuantizedCache), [9], "is a QuantizedCache, which cannot hold finished blocks"),
+        (
+            cache_of(DynamicCache, DynamicSlidingWindowLayer(sliding_window=8)),
+            [9],
+            "is a DynamicCache, which cannot hold finished blocks: pass the cache",
+        ),
         (DynamicCache(offloading=True), [9], "is a DynamicCache with offloading, which cannot hold finished blocks"),
     ],
 )

@@ -239,25 +239,6 @@ def test_the_least_probable_tokens_are_remasked(model):
     assert set(again.nonzero().flatten().tolist()) == set(confidence.argsort()[:2].tolist())
 
 
-def test_remasking_makes_a_block_more_probable(model):
-    # A remasked token is predicted again given all others of its block.
-    ids = torch.tensor([[token] for token in range(3, 40)])
-
-    def pseudo_likelihood(text: torch.Tensor) -> float:
-        total = 0.0
-        for position in range(4, 8):
-            masked = text.clone()
-            masked[:, position] = MASK
-            with torch.no_grad():
-                scores = model(masked).logits[:, position].log_softmax(-1)
-            total += float(scores.gather(1, text[:, position : position + 1]).sum())
-        return total
-
-    options = {"sampler": "confidence", "confidence_threshold": 0.0, "max_new_tokens": 7}
-    plain, again = (generate(model, ids, **options, remask_fraction=share).sequences for share in (0.0, 0.5))
-    assert pseudo_likelihood(again) > pseudo_likelihood(plain)
-
-
 def test_remasking_excludes_processors_that_read_the_text(model):
     with pytest.raises(ValueError, match="remask_fraction=0.5.*RepetitionPenaltyLogitsProcessor"):
         generate(model, ONE_BLOCK, remask_fraction=0.5, repetition_penalty=1.2)

@@ -1,6 +1,5 @@
 """`generate` for every model family, sampler, cache and window, against a plain loop and transformers' behaviour."""
 
-import asyncio
 import re
 import threading
 
@@ -21,7 +20,7 @@ from generating import (
     prompts_of,
 )
 from transformers import GenerationConfig, LogitsProcessor
-from transformers.generation.streamers import AsyncTextIteratorStreamer, TextIteratorStreamer, TextStreamer
+from transformers.generation.streamers import TextIteratorStreamer, TextStreamer
 
 from bd3lm_hf import BD3LMGenerationConfig
 from bd3lm_hf.modeling.cache_bd3lm import BlockCache
@@ -407,14 +406,6 @@ def test_streamed_text_is_the_decoded_result(speaker, tiny_tokenizer, capsys):
     pieces = list(streamer)
     thread.join()
     assert "".join(pieces) == tiny_tokenizer.decode(result["ids"][0, ids.shape[1] :]) and len(pieces) > 2
-
-    async def listen() -> tuple[list[str], torch.Tensor]:
-        streamer = AsyncTextIteratorStreamer(tiny_tokenizer, skip_prompt=True, timeout=60)
-        task = asyncio.create_task(asyncio.to_thread(speaker.generate, ids, streamer=streamer, **arguments))
-        return [piece async for piece in streamer], await task
-
-    pieces, output = asyncio.run(listen())
-    assert "".join(pieces) == tiny_tokenizer.decode(output[0, ids.shape[1] :]) and len(pieces) > 2
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
