@@ -185,10 +185,13 @@ class DecoderBackbone:
         check_length(layout, self.config)
         mask = decoder_mask(layout, self.config, embeds.dtype, first_query=past, causal_columns=past + commit)
         before = last_clean(cache) if self.shifted and past else None
-        outputs = self.run(embeds, layout.position_ids[:, past:], mask, cache, commit, **recorded)
+        positions = layout.position_ids[:, past:]
+        outputs = self.run(embeds, positions, mask, cache, commit, **recorded)
         if self.shifted:
             states = cast(torch.Tensor, outputs.last_hidden_state)
-            outputs.last_hidden_state = shift_right(states, states[:, :1] if before is None else before)
+            moved = shift_right(states, states[:, :1] if before is None else before)
+            # As in `_aligned`: a text after padding or another document has no predecessor.
+            outputs.last_hidden_state = torch.where((positions == 0).unsqueeze(-1), states, moved)
         outputs.past_key_values = cache
         return outputs
 

@@ -117,22 +117,28 @@ def test_a_single_block_sees_all_of_itself(family, attention):
 @every_attention
 @every_decoder
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_does_not_change_the_loss(side, family, attention):
+def test_padding_and_packing_change_neither_the_loss_nor_the_logits(side, family, attention):
     model, ids, lengths = tiny_decoder(family, attention, alignment="shifted"), random_ids(2, 8), (8, 5)
     noise = Noise(torch.rand(2, 2), torch.rand(2, 8), torch.rand(2, 2))
     rows, mask, tokens = torch.zeros_like(ids), torch.zeros_like(ids), torch.zeros(2, 8)
-    apart = 0.0
+    apart, logits = 0.0, []
     with torch.no_grad():
         for row, length in enumerate(lengths):
             own = {"block_noise": noise.block_noise[row, None], "token_noise": noise.token_noise[row, None, :length]}
             text = ids[row, None, :length]
             apart += model(input_ids=text, labels=text, num_items_in_batch=10, **own).loss
+            logits.append(model(text).logits[0])
             where = slice(0, length) if side == "right" else slice(8 - length, 8)
             rows[row, where], mask[row, where], tokens[row, where] = text[0], 1, own["token_noise"][0]
         inputs = {"input_ids": rows, "attention_mask": mask, "labels": rows.masked_fill(mask == 0, -100)}
         own = {"block_noise": noise.block_noise, "token_noise": tokens}
         together = model(**inputs, **own, num_items_in_batch=10).loss
+        padded = model(rows, attention_mask=mask).logits[mask.bool()]
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        packed = model(rows[mask.bool()][None], position_ids=positions).logits[0]
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+    for found in (padded, packed):
+        torch.testing.assert_close(found, torch.cat(logits), atol=1e-5, rtol=1e-4)
 
 
 @every_decoder
