@@ -152,23 +152,16 @@ class SpeedMeter(TrainerCallback):
         return speed
 
 
-def sample_options(model: Any, nucleus_p: float) -> dict[str, Any]:
-    """Return the nucleus under the argument name that the model's `generate` takes."""
-    config = model.generation_config
-    return {"nucleus_p": nucleus_p} if hasattr(config, "nucleus_p") else {"top_p": nucleus_p}
-
-
 def sample_text(
-    model: Any, tokenizer: Any, *, prompt: str = "", max_new_tokens: int = 64, seed: int = 0, **options: Any
+    model: Any, tokenizer: Any, *, prompt: str = "", max_new_tokens: int = 64, nucleus_p: float = 1.0, seed: int = 0
 ) -> str:
     """Continue `prompt`, or start a new text if it is empty; torch's random state does not change.
-
-    Args:
-        options: for `generate`.
 
     Returns:
         prompt and continuation, without special tokens.
     """
+    name = "nucleus_p" if hasattr(model.generation_config, "nucleus_p") else "top_p"
+    nucleus: dict[str, Any] = {name: nucleus_p}
     # An unprompted sample begins as training documents do.
     ids = encode_prompt(prompt, tokenizer) if prompt else [model.generation_config.bos_token_id]
     was_training = model.training
@@ -183,7 +176,7 @@ def sample_text(
             do_sample=True,
             # Only one process generates: its weights are whole, even if training shards them over processes.
             synced_gpus=False,
-            **options,
+            **nucleus,
         )
     finally:
         model.train(was_training)
@@ -273,8 +266,8 @@ class SampleCallback(TrainerCallback):
             self.tokenizer,
             prompt=args.sample_prompt,
             max_new_tokens=args.sample_tokens,
+            nucleus_p=args.sample_nucleus_p,
             seed=args.seed,
-            **sample_options(kwargs["model"], args.sample_nucleus_p),
         )
         entry = f"--- sample at step {state.global_step} ---\n{text}\n"
         tqdm.write(entry)

@@ -72,17 +72,6 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
     return model
 
 
-def _check_new_model(model_type: str, fields: dict[str, Any]) -> None:
-    if not hasattr(model_class(model_type), "token_nll"):
-        raise ValueError(
-            f"--model_type {model_type} is not a model type of this package: to train a model of another type, start "
-            f"from its weights with --init_from."
-        )
-    # The vocabulary is not known yet; these tokens fit any model type.
-    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "mask_token_id": 3}
-    check_memory(new_config(model_type, vocab_size=300, **tokens, **fields))
-
-
 def trains_by_flex(model_type: str, device: torch.device) -> bool:
     """Return whether `--attn_implementation auto` may select flex attention: on CUDA, for all models but SSD-LM."""
     return device.type == "cuda" and not hasattr(model_class(model_type), "from_encoder")
@@ -121,11 +110,19 @@ def check_start(arguments: ModelArguments) -> None:
             f"--mask_token_id {arguments.mask_token_id} is for a plain decoder named by --init_from: any other model "
             f"has the mask token of its tokenizer, so leave it out."
         )
+    kind = model_class(arguments.model_type)
     if name is None:
-        _check_new_model(arguments.model_type, arguments.config_fields())
+        if not hasattr(kind, "token_nll"):
+            raise ValueError(
+                f"--model_type {arguments.model_type} is not a model type of this package: to train a model of "
+                f"another type, start from its weights with --init_from."
+            )
+        # The vocabulary is not known yet; these tokens fit any model type.
+        tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "mask_token_id": 3}
+        check_memory(new_config(arguments.model_type, vocab_size=300, **tokens, **arguments.config_fields()))
         return
     check_shape(name, arguments.config_fields())
-    if not (hasattr(model_class(arguments.model_type), "from_encoder") or _is_ours(config)):
+    if not (hasattr(kind, "from_encoder") or _is_ours(config)):
         decoder_class(config, f"--init_from {name}")
 
 

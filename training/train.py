@@ -55,7 +55,7 @@ from bd3lm_hf.run_folder import (
 )
 from bd3lm_hf.tokenization import encode_prompt
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments, DataArguments
-from bd3lm_hf.training.callbacks import SampleCallback, TrainingStopped, num_parameters, sample_options, sample_text
+from bd3lm_hf.training.callbacks import SampleCallback, TrainingStopped, num_parameters, sample_text
 from bd3lm_hf.training.command_line import RunArguments, parse_arguments, write_recipe
 from bd3lm_hf.training.initial_model import check_lora, check_start, make_model, with_adapters
 from bd3lm_hf.training.inputs import TrainingSequences, load_documents, make_sequences, make_tokenizer
@@ -286,9 +286,8 @@ def text_from_folder(training: BD3LMTrainingArguments) -> str:
     """Generate text as a user would: with a pipeline that loads the folder and runs the code saved there."""
     unset_hf_deepspeed_config()  # ZeRO-3 would shard the weights of every model that is loaded
     generator = pipeline("text-generation", model=training.output_dir, trust_remote_code=True)
-    options = sample_options(generator.model, training.sample_nucleus_p)
-    options |= {"prompt": training.sample_prompt, "max_new_tokens": training.sample_tokens}
-    return sample_text(generator.model, generator.tokenizer, **options)
+    options: dict[str, Any] = {"prompt": training.sample_prompt, "max_new_tokens": training.sample_tokens}
+    return sample_text(generator.model, generator.tokenizer, nucleus_p=training.sample_nucleus_p, **options)
 
 
 # Before the first step

@@ -106,7 +106,8 @@ class UploadingTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
-        return self._share(self.args.output_dir, message, **options)
+        options.setdefault("revision", self.args.hub_revision)
+        return push_saved_folder(self.args.output_dir, self.hub_model_id, commit_message=message, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # A failed upload of a checkpoint must not end the run: it is logged, and training continues.
@@ -118,8 +119,9 @@ class UploadingTrainer(Trainer):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         message = f"Training in progress, step {self.state.global_step}"
+        options: dict[str, Any] = {"revision": self.args.hub_revision, "background": True}
         try:
-            job = self._share(checkpoint_folder, message, background=True)
+            job = push_saved_folder(checkpoint_folder, self.hub_model_id, commit_message=message, **options)
         except (OSError, ValueError, RuntimeError) as error:
             logger.warning(f"{checkpoint_folder} was not uploaded: {error}")
             return
@@ -128,11 +130,6 @@ class UploadingTrainer(Trainer):
             self.push_in_progress.jobs.append(job)
         else:
             self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]  # transformers passes lists too
-
-    def _share(self, folder: str, message: str | None, **options: Any) -> Any:
-        assert self.hub_model_id is not None
-        options.setdefault("revision", self.args.hub_revision)
-        return push_saved_folder(folder, self.hub_model_id, commit_message=message, **options)
 
 
 def _check_base(model: Any) -> None:

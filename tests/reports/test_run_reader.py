@@ -44,7 +44,6 @@ def test_a_finished_run_is_read_from_its_results(tmp_path):
 def test_the_samples_of_a_run_are_those_that_its_callback_writes(tmp_path, monkeypatch):
     text_of = lambda *_, prompt, max_new_tokens, **__: f"{prompt} text\n\nof {max_new_tokens}"  # noqa: E731
     monkeypatch.setattr(callbacks, "sample_text", text_of)
-    monkeypatch.setattr(callbacks, "sample_options", lambda *_: {})
     sampler = callbacks.SampleCallback(None)
     args = BD3LMTrainingArguments(str(tmp_path), sample_prompt="The", sample_tokens=4)
     for step in (5, 10):
