@@ -32,6 +32,7 @@ EMA_NAME = "ema.safetensors"  # in a checkpoint, next to the weights that traini
 WEIGHTS_NAME = "weights.json"  # in every saved folder: which weights these are
 RESULTS_NAME = "results.json"
 SAMPLES_NAME = "samples.txt"
+SAMPLE_HEAD = re.compile(r"^--- sample at step (\d+) ---\n", re.MULTILINE)  # in it, before each sample
 CURVE_NAME = "training_curve.json"
 SEARCH_NAME = "interval_search.jsonl"
 

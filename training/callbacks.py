@@ -17,8 +17,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from bd3lm_hf.generation.text_generation import generate_batch
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.loss_bd3lm import mean_move_chance
-from bd3lm_hf.run_folder import SAMPLES_NAME
+from bd3lm_hf.run_folder import SAMPLE_HEAD, SAMPLES_NAME
 from bd3lm_hf.tokenization import encode_prompt
+from bd3lm_hf.user_files import write_atomically
 
 
 # Dense bfloat16 TFLOP/s with float32 accumulation, from the vendors' data sheets. The first entry whose words are all
@@ -271,10 +272,12 @@ class SampleCallback(TrainerCallback):
         )
         entry = f"--- sample at step {state.global_step} ---\n{text}\n"
         tqdm.write(entry)
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / SAMPLES_NAME).open("a", encoding="utf-8") as file:
-            file.write(entry)
+        path = Path(args.output_dir, SAMPLES_NAME)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        earlier = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
+        # A resumed run repeats the samples after its checkpoint.
+        repeated = (head.start() for head in SAMPLE_HEAD.finditer(earlier) if int(head[1]) >= state.global_step)
+        write_atomically(path, earlier[: next(repeated, None)] + entry)
 
 
 class RunningLoss:

@@ -5,7 +5,6 @@ A run may still be training, or have been killed: whatever exists is read, and w
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers.utils import CONFIG_NAME
 from bd3lm_hf.data.sources import DEFAULT_DATASET
 from bd3lm_hf.evaluation.results import describe_estimator
 from bd3lm_hf.modeling.likelihood_bd3lm import LikelihoodMixin
-from bd3lm_hf.run_folder import RECIPE_NAME, RESULTS_NAME, SAMPLES_NAME, SEARCH_NAME
+from bd3lm_hf.run_folder import RECIPE_NAME, RESULTS_NAME, SAMPLE_HEAD, SAMPLES_NAME, SEARCH_NAME
 from bd3lm_hf.user_files import read_yaml
 
 
@@ -27,7 +26,6 @@ Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> steps, values
 
 _STATES = "checkpoint-*/trainer_state.json"
 _RUN_FILES = (RECIPE_NAME, RESULTS_NAME, SEARCH_NAME, _STATES)  # a folder with any of them is a run
-_SAMPLE_HEAD = re.compile(r"^--- sample at step (.*) ---$\n?", re.MULTILINE)
 
 # List of `Material` -> fields that identify the result files it collects, the most specific first.
 _KINDS = {
@@ -218,7 +216,7 @@ def read_run(folder: Path) -> Run:
 
 def _read_samples(path: Path) -> list[RunSample]:
     """Return the samples that a run wrote at its evaluations."""
-    _, *parts = _SAMPLE_HEAD.split(_read_text(path)) if path.is_file() else [""]
+    _, *parts = SAMPLE_HEAD.split(_read_text(path)) if path.is_file() else [""]
     pairs = zip(parts[::2], parts[1::2], strict=True)
     return [RunSample(f"at step {step}", text.removesuffix("\n")) for step, text in pairs]
 

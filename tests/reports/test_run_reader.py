@@ -46,7 +46,7 @@ def test_the_samples_of_a_run_are_those_that_its_callback_writes(tmp_path, monke
     monkeypatch.setattr(callbacks, "sample_text", text_of)
     sampler = callbacks.SampleCallback(None)
     args = BD3LMTrainingArguments(str(tmp_path), sample_prompt="The", sample_tokens=4)
-    for step in (5, 10):
+    for step in (5, 10, 15, 10):  # the last one after the run was resumed from step 5
         sampler.on_evaluate(args, TrainerState(global_step=step), TrainerControl(), model=None)
     (tmp_path / "recipe.yaml").write_text("seed: 0\n", encoding="utf-8")
     text = "The text\n\nof 4"
