@@ -2,7 +2,9 @@
 
 import gc
 import os
+import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -220,6 +222,22 @@ def bd3lm(capsys):
     logging.set_verbosity(verbosity)
     logging.enable_progress_bar()
     datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """A function `(address) -> (page, messages)` that renders a page in Chromium, as text."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("there is no Chromium on this machine")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    options += ["--enable-logging=stderr", "--dump-dom"]
+
+    def run(address: str) -> tuple[str, str]:
+        done = subprocess.run([program, *options, address], capture_output=True, timeout=120, check=True)
+        return done.stdout.decode(), done.stderr.decode()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 import html.parser
 import json
-import shutil
-import subprocess
 
 import pytest
 
@@ -236,23 +234,6 @@ def test_every_control_of_the_page_has_a_name(document):
         assert attrs.get("aria-label") or attrs["id"] in labelled or attrs["id"] == "play"  # its text is its name
 
 
-@pytest.fixture
-def browse(tmp_path, document):
-    """A function `(fragment) -> Page` that returns the page at this address as a browser renders it."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("there is no Chromium on this machine")
-    write_trace(document, tmp_path / "trace.html")
-
-    def run(fragment: str) -> str:
-        options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-        address = f"{(tmp_path / 'trace.html').as_uri()}#{fragment}"
-        done = subprocess.run([browser, *options, "--dump-dom", address], capture_output=True, timeout=120, check=True)
-        return done.stdout.decode()
-
-    return run
-
-
 class Tokens(html.parser.HTMLParser):
     """Class and text of each token, and the texts of elements with an id."""
 
@@ -283,32 +264,36 @@ class Tokens(html.parser.HTMLParser):
 
 
 @pytest.mark.slow
-def test_a_browser_shows_the_step_of_the_sample_that_the_address_names(browse, document):
+def test_a_browser_shows_the_step_of_the_sample_that_the_address_names(browser, document, tmp_path):
+    write_trace(document, tmp_path / "trace.html")
     sample = document["samples"][0]
     first, wrong = sample["num_prompt_tokens"], document["vocabulary"]["40"]
 
-    opened = Tokens(browse(""))
+    def browse(fragment: str) -> Tokens:
+        return Tokens(browser(f"{(tmp_path / 'trace.html').as_uri()}#{fragment}")[0])
+
+    opened = browse("")
     assert opened.texts["where"] == f"step {sample['opening']} of {len(sample['steps'])}"
     kinds = {"masked" in classes for classes, _ in opened.tokens[first:]}
     assert kinds == {True, False}
 
-    start = Tokens(browse("sample=0&step=0"))
+    start = browse("sample=0&step=0")
     assert "".join(text for _, text in start.tokens[:first]) == "The quick"
     assert all("masked" in classes for classes, _ in start.tokens[first:])
     assert start.texts["where"] == f"step 0 of {len(sample['steps'])}"
 
-    written = Tokens(browse("sample=0&step=1"))
+    written = browse("sample=0&step=1")
     assert written.tokens[first] == ({"token", "revealed"}, wrong)
     assert written.texts["happened"] == f"Block 1 of {len(sample['blocks'])}: “{wrong}” at 25 %"
 
-    taken = Tokens(browse("sample=0&step=2"))
+    taken = browse("sample=0&step=2")
     assert taken.tokens[first][0] == {"token", "masked", "taken"}
     assert taken.texts["happened"].endswith(f"back to mask “{wrong}”")
 
-    end = Tokens(browse("sample=0&step=last"))
+    end = browse("sample=0&step=last")
     assert "".join(text for _, text in end.tokens).replace("↵", "") == "The quick" + TEXT
     assert end.texts["where"] == "step {0} of {0}".format(len(sample["steps"]))
 
-    shown = Tokens(browse("sample=1&step=last"))
+    shown = browse("sample=1&step=last")
     assert "".join(text for _, text in shown.tokens) == "A block is written."
     assert f"tokens per forward{document['samples'][1]['tokens_per_forward']:.2f}" in shown.texts["facts"]

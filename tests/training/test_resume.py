@@ -287,11 +287,6 @@ def alone() -> RunningLoss:
     return RunningLoss(torch.device("cpu"), lambda x: x)
 
 
-def of_two(other: float) -> RunningLoss:
-    """The first of two processes, the other having summed `other`."""
-    return RunningLoss(torch.device("cpu"), lambda x: torch.cat([x, torch.tensor([other])]))
-
-
 def test_the_mean_is_over_the_steps_since_the_last_log():
     losses = alone()
     for loss in (1.0, 2.0, 6.0):
@@ -304,7 +299,7 @@ def test_the_mean_is_over_the_steps_since_the_last_log():
 
 
 def test_each_process_gets_its_own_sum_back_and_another_number_of_them_the_mean():
-    losses = of_two(7.0)
+    losses = RunningLoss(torch.device("cpu"), lambda x: torch.cat([x, torch.tensor([7.0])]))
     losses.add(torch.tensor(3.0))
     state = losses.state_dict()
     assert state["sums"] == [3.0, 7.0]
