@@ -88,7 +88,7 @@ def columns_of(path: str | Path) -> dict[str, str]:
     if data_ending(path) == ".parquet":
         try:
             return kinds_of(pq.read_schema(path))
-        except (OSError, pa.ArrowException):
+        except (OSError, UnicodeError, pa.ArrowException):
             return {}
     found: dict[str, str] = {}
     for record in itertools.islice(read_records(path), _MAX_PROBED):

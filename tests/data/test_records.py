@@ -254,6 +254,13 @@ def test_damage_that_reads_as_text_is_found_by_the_checksum(tmp_path: Path) -> N
     refused(path, "Rows 30 to 39 of")
 
 
+def test_a_damaged_column_name_is_named_with_its_file(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"body": TEXTS}), tmp_path / "rows.parquet")
+    content = (tmp_path / "rows.parquet").read_bytes()
+    (tmp_path / "rows.parquet").write_bytes(content.replace(b"body", b"b\xdbdy"))
+    refused(tmp_path / "rows.parquet", "The rest of .*rows.parquet' cannot be read")
+
+
 @pytest.mark.parametrize("ending", ["parquet", "json", "txt", "jsonl.gz"])
 def test_an_unreadable_file_is_skipped_and_the_others_read(tmp_path: Path, ending: str) -> None:
     for name, target in (("a", "train-1"), ("b", "train-2"), ("x", "validation")):
