@@ -171,8 +171,9 @@ class Request:
         """Release final text: hold back incomplete characters and possible beginnings of a stop string."""
         stop = len(self.text)
         if self.finish_reason is None:
-            stop -= max((_overlap(self.text, string) for string in self.stop_strings), default=0)
-            stop = min(stop, len(self.text.rstrip("\ufffd")))
+            # A stop string can begin before an incomplete character and go on with it.
+            complete = self.text.rstrip("\ufffd")
+            stop = len(complete) - max((_overlap(complete, string) for string in self.stop_strings), default=0)
         if stop > self._final:
             piece, self._final = self.text[self._final : stop], stop
             if self.on_text is not None:

@@ -301,7 +301,15 @@ def test_a_long_text_is_decoded_in_pieces_without_a_broken_character(make_model,
         stopped.take(tokens[first : first + size], Bytes())
     stopped.take(list("€; STOP and more".encode()), Bytes())
     assert (stopped.finish_reason, stopped.text, stopped.written) == ("stop", text, tokens)
+    # The bytes of its last character come one by one.
+    config.stop_strings = ["b€"]
+    split = Request([1], config, 0, shown.append)
+    shown.clear()
+    for token in "ab€c".encode():
+        split.take([token], Bytes())
+    assert (split.finish_reason, split.text, shown) == ("stop", "a", ["a"])
     # Wherever the stop string falls relative to the tokens that are no longer decoded.
+    config.stop_strings = ["STOP"]
     for length in range(250, 264):
         split, tokens = Request([1], config, 0), list(b"x" * length + b"STOP and more")
         for first in range(0, len(tokens), size):
