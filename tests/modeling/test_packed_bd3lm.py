@@ -11,7 +11,7 @@ from generating import batch_of, generate, prompts_of
 from torch import nn
 
 from bd3lm_hf.modeling import linear_bd3lm
-from bd3lm_hf.modeling.decoding_bd3lm import BlockForward
+from bd3lm_hf.modeling.decoding_bd3lm import BlockWriter
 from bd3lm_hf.modeling.linear_bd3lm import PrepackedLinears, release_prepacked
 
 
@@ -55,9 +55,9 @@ def test_a_packed_product_is_the_product(shape, bias):
 @pytest.mark.parametrize("batch", [[13], [1, 6, 12]])
 def test_a_text_generated_with_packed_weights_is_the_plain_one(make_model, monkeypatch, batch):
     model, used = make_model(), []
-    close = BlockForward.close
-    watched = lambda self, **how: [used.append(self.prepacked.products), close(self, **how)][1]  # noqa: E731
-    monkeypatch.setattr(BlockForward, "close", watched)
+    close = BlockWriter.close
+    watched = lambda self, **how: [used.append(self.forward.prepacked.products), close(self, **how)][1]  # noqa: E731
+    monkeypatch.setattr(BlockWriter, "close", watched)
     batch = batch_of(prompts_of(batch), "left")
     fast = generate(model, **batch, max_new_tokens=40)
     with torch.backends.mkldnn.flags(enabled=False):
