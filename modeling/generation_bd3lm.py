@@ -190,6 +190,10 @@ class BlockGenerationMixin(_Generative):
                 return [mask] if is_hidden else allowed(row, prefix)
 
             kwargs["prefix_allowed_tokens_fn"] = allowed_after
+        model_kwargs = kwargs.get("model_kwargs") or {}
+        if (real := model_kwargs.get("attention_mask")) is not None:
+            # Processors see prompts padded on the left, and the repetition penalty must find where each begins.
+            kwargs["model_kwargs"] = {**model_kwargs, "attention_mask": (real != 0).long().sort(dim=1).values}
         return super()._get_logits_processor(generation_config, input_ids_seq_length, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:

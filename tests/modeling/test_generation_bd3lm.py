@@ -357,6 +357,16 @@ def test_min_new_tokens_and_forced_ends_are_exact_for_every_row(sampled):
     assert new_tokens(generate(same, PROMPT)).tolist() == [[EOS]]  # padding that is also the end token ends a text
 
 
+@FAMILY
+def test_a_repetition_penalty_sees_padding_on_neither_side(family):
+    model = make_family(family, eos_token_id=EOS, pad_token_id=EOS)
+    options = {"repetition_penalty": 3.0, "output_scores": True, "max_new_tokens": 2}
+    left, right = batch_of(prompts_of([2, 6])), batch_of(prompts_of([2, 6]), "right")
+    padding = lambda batch: batch["input_ids"].masked_fill(batch["attention_mask"] == 0, EOS)  # noqa: E731
+    first, second = (generate(model, **{**batch, "input_ids": padding(batch)}, **options) for batch in (left, right))
+    assert torch.equal(first.scores[0], second.scores[0])
+
+
 def test_stop_strings_end_each_row_at_the_token_that_completes_them(speaker, tiny_tokenizer):
     tiny_tokenizer.padding_side = "left"
     batch = dict(tiny_tokenizer(["A block", "The quick brown"], return_tensors="pt", padding=True))
