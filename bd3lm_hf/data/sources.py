@@ -156,6 +156,10 @@ class DatasetSpec:
     aliases: tuple[str, ...] = ()
     note: str = ""  # what to do when the source cannot be read; part of the error message
 
+    def __post_init__(self) -> None:
+        if self.detokenizer is not None:
+            detokenizer(self.detokenizer)  # refuses an unknown name
+
 
 _OWN_SPLITS = {split: split for split in SPLITS}
 _TRAIN_TEST = {"train": "train", "validation": "test", "test": "test"}

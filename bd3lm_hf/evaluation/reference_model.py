@@ -93,6 +93,8 @@ class ReferenceModel:
                 seed=derived_seed(seed, part) if part else seed,
             )
             for index, nll, count in scores:
+                if not math.isfinite(nll):
+                    raise ValueError(f"the reference model scores text {index} as {nll}: load it in float32.")
                 sums[index] = SequenceScore(index, sums[index].nll + nll, sums[index].num_tokens + count)
         return list(sums.values())
 

@@ -16,6 +16,7 @@ changed:
 import asyncio
 import contextlib
 import json
+import re
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
@@ -386,8 +387,9 @@ class Access:
         await self._answer(body, scope, receive, send)
 
     def _has_key(self, scope: Any) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ").strip()
-        return secrets.compare_digest(given, (self.api_key or "").encode())
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        key = re.sub(rb"^bearer ", b"", given, flags=re.IGNORECASE).strip()  # HTTP ignores the case of a scheme
+        return secrets.compare_digest(key, (self.api_key or "").encode())
 
     async def _answer(self, body: bytes, scope: Any, receive: Any, send: Any) -> None:
         """Run the application until it has answered, the client disconnects, or the server shuts down."""

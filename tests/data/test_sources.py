@@ -10,6 +10,7 @@ from bd3lm_hf.data.sources import (
     PACKINGS,
     PUBLISHED,
     SUITES,
+    DatasetSpec,
     Flags,
     detokenizer,
     find_spec,
@@ -65,7 +66,7 @@ def test_plain_text_is_not_changed(corpus: str) -> None:
 def test_every_detokenizer_has_golden_cases_and_an_unknown_one_lists_the_known_ones() -> None:
     assert set(GOLDEN) == set(DETOKENIZERS)
     with pytest.raises(ValueError, match=r"'nltk'.* wikitext, ptb, lm1b"):
-        detokenizer("nltk")
+        DatasetSpec("mine", detokenizer="nltk")
 
 
 # The published evaluations

@@ -150,6 +150,13 @@ def test_ids_and_windows_beyond_the_limits_of_a_judge_are_refused():
             reference_model_of(tiny_gpt2(), window=window)
 
 
+def test_a_score_that_is_not_a_number_is_refused():
+    judge = tiny_gpt2()
+    judge.transformer.wte.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="text 0 as nan"):
+        reference_model_of(judge).score([GeneratedText([0, 5], 1)])
+
+
 def test_a_text_without_a_token_to_score_counts_zero():
     assert reference_model_of(tiny_gpt2(), unscored=[5]).score(
         [GeneratedText([0, 5, 5], 1), GeneratedText([4], 0), GeneratedText([], 0)]

@@ -364,7 +364,7 @@ def test_a_server_with_a_key_and_a_full_queue(folder_of, monkeypatch, caplog, ca
         server.client("wrong").completions.create(model="tiny", prompt="a")
     faults = ({"prompt": "a", "n": 2}, {"prompt": [1]}, {"prompt": "a", "model": "other"}, "{", {"prompt": "a " * 90})
     for fault in faults:
-        status, answer = server.post(fault, Authorization=f"Bearer {KEY}")
+        status, answer = server.post(fault, Authorization=f"bearer {KEY}")
         assert status == 400 and KEY not in str(answer)
     client = server.client(KEY)
     assert client.completions.create(model="tiny", prompt="a", max_tokens=2).usage.completion_tokens == 2
