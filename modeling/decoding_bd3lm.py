@@ -40,12 +40,7 @@ class TraceStep(NamedTuple):
 
 
 class Trace:
-    """The denoising steps of one call.
-
-    Args:
-        buffer: the buffer that the call decodes.
-        attention_mask: `(batch, length)`, ones where the prompts have tokens.
-    """
+    """The denoising steps of one call, whose prompts have tokens where `attention_mask` `(batch, length)` is 1."""
 
     def __init__(self, buffer: SequenceBuffer, attention_mask: torch.Tensor) -> None:
         real = attention_mask.bool()
@@ -139,11 +134,7 @@ class BlockForward:
             return self.network.logits(self.window.hidden(begin, positions, sigma))
 
     def drop_finished(self, finished: torch.Tensor) -> None:
-        """Drop the finished rows once they are at least half of those that the network runs on.
-
-        Args:
-            finished: bool `(batch,)` on the CPU.
-        """
+        """Drop the finished rows, bool `(batch,)` on the CPU, once they are half of those that the network runs on."""
         is_finished = finished.tolist()
         kept = [index for index, row in enumerate(self._running) if not is_finished[row]]
         device = self.network.device
