@@ -229,7 +229,7 @@ def browser(tmp_path):
     """A function `(address) -> (page, messages)` that renders a page in Chromium, as text."""
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
-        pytest.skip("there is no Chromium on this machine")
+        pytest.skip("Chromium is not installed")
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     options += ["--enable-logging=stderr", "--dump-dom"]
 

@@ -160,7 +160,7 @@ def baseline(model_class, config_class, **fields):
 
 @torch.no_grad()
 def chain_rule(model, prompt: list[int], count: int) -> dict[tuple[int, ...], float]:
-    """The distribution of `count` tokens behind a prompt, each from a pass of its own over the window before it."""
+    """The distribution of `count` tokens after a prompt, each from a pass of its own over the window before it."""
     result = dict.fromkeys(itertools.product(range(3), repeat=count), 1.0)
     for outcome in result:
         text = list(prompt)

@@ -199,10 +199,10 @@ def test_without_the_harness_the_package_works_and_the_adapter_says_what_to_inst
 def test_a_continuation_is_noised_after_a_clean_context(adapter, tiny_tokenizer):
     lm = adapter()
     ((found, _),) = score(lm, ("The lazy dog ", "sleeps on."))
-    before, behind = (tiny_tokenizer(text)["input_ids"] for text in ("The lazy dog", " sleeps on."))
-    ids, labels = torch.tensor([before + behind]), torch.tensor([[-100] * len(before) + behind])
+    context, continuation = (tiny_tokenizer(text)["input_ids"] for text in ("The lazy dog", " sleeps on."))
+    ids, labels = torch.tensor([context + continuation]), torch.tensor([[-100] * len(context) + continuation])
     exact = lm.model.token_nll(ids, labels=labels, estimator="exact")
-    assert exact.mask.sum() == len(behind)
+    assert exact.mask.sum() == len(continuation)
     assert found == pytest.approx(-exact.nll.sum().item(), rel=1e-5)
 
 
@@ -254,8 +254,8 @@ def test_an_autoregressive_model_is_exact_and_a_time_conditioned_one_is_sampled(
     window = RequestWindow(list(range(30)), 1)
     assert lm.estimator_of(window) == "exact"
     ((found, _),) = score(lm, ("The lazy", " dog"))
-    before, behind = (tiny_tokenizer(text)["input_ids"] for text in ("The lazy", " dog"))
-    nll = model.token_nll(torch.tensor([before + behind])).nll[0, len(before) :]
+    context, continuation = (tiny_tokenizer(text)["input_ids"] for text in ("The lazy", " dog"))
+    nll = model.token_nll(torch.tensor([context + continuation])).nll[0, len(context) :]
     assert found == pytest.approx(-nll.sum().item(), rel=1e-5)
     sedd = of_class(SEDDForMaskedLM, SEDDConfig, tiny_tokenizer, randomize, cond_dim=8)
     lm = BD3LMHarness(sedd, tokenizer=tiny_tokenizer, device="cpu", check_greedy=False)
