@@ -35,6 +35,7 @@ PLOT_NAME = "interval_search.png"
 
 PUBLISHED_WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
 PUBLISHED_STEP = 0.05
+_SMALLEST_STEP = 0.001  # a thousand intervals of each width
 WHOLE: Interval = (SAMPLING_EPS, 1)  # the first candidate of every search
 
 METHODS: dict[str, type[SharedDraws] | type[PassPerInterval]] = {"shared": SharedDraws, "published": PassPerInterval}
@@ -76,15 +77,15 @@ def candidate_intervals(
         own: further intervals; end points are rounded to float32, as the model stores them, and raised to 1e-3.
 
     Raises:
-        ValueError: if a width is outside (0, 1], the step not above 0, or an interval reversed or not inside [0, 1].
+        ValueError: if a width is outside (0, 1], the step below 0.001, or an interval reversed or not inside [0, 1].
     """
     if widths is None:
         widths = () if own else PUBLISHED_WIDTHS
     for width in widths:
         if not 0 < width <= 1:
             raise ValueError(f"interval_search_widths {width}: give widths above 0 and up to 1.")
-    if not step > 0:
-        raise ValueError(f"interval_search_step {step}: give a step above 0.")
+    if not step >= _SMALLEST_STEP:
+        raise ValueError(f"interval_search_step {step}: give a step of at least {_SMALLEST_STEP}.")
     for low, high in own:
         if not 0 <= low <= high <= 1 or high == 0:
             raise ValueError(

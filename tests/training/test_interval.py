@@ -114,7 +114,7 @@ def test_an_interval_is_read_from_text():
     [
         ({"widths": [0.5, 0.0]}, "interval_search_widths 0.0: give widths above 0 and up to 1"),
         ({"widths": [1.5]}, "interval_search_widths 1.5"),
-        ({"step": 0.0}, "interval_search_step 0.0: give a step above 0"),
+        ({"step": 1e-9}, "interval_search_step 1e-09: .* at least 0.001"),
         ({"step": math.nan}, "interval_search_step nan"),
         ({"own": [(0.8, 0.3)]}, "interval_candidates 0.8-0.3: write the lower end first"),
         ({"own": [(0.3, 1.2)]}, "interval_candidates 0.3-1.2: .*inside \\[0, 1\\]"),
