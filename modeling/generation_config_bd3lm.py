@@ -185,6 +185,9 @@ def check_standard_fields(config: Any, vocab_size: int) -> None:
             f"num_beams={config.num_beams!r}: these models have no beam search. Draw several texts with "
             f"do_sample=True and num_return_sequences."
         )
+    for name in ("penalty_alpha", "prompt_lookup_num_tokens", "dola_layers", "constraints", "force_words_ids"):
+        if (value := getattr(config, name, None)) is not None:
+            raise ValueError(f"{name}={value!r}: these models have only greedy search and sampling. Leave it out.")
     if config.do_sample not in (True, False, None):
         raise ValueError(f"do_sample={config.do_sample!r}: give True or False.")
     for name in _IDS:
