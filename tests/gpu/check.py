@@ -10,6 +10,7 @@ in `gpu-check.json`, `gpu-check.md` (tables for BENCHMARKS.md) and, with matplot
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -36,6 +37,7 @@ from measurements import Row, Settings  # noqa: E402
 
 
 BUDGET = 540.0  # seconds of the whole check
+LENGTHS = (1024, 2048, 4096)  # of the comparison with a dense mask
 
 
 def run_tests(settings: Settings) -> Iterator[Row]:
@@ -80,7 +82,8 @@ PARTS = {
     "training": Part(measurements.measure_training, BUDGET),
     "generation": Part(measurements.measure_generation, BUDGET),
     "likelihood": Part(measurements.measure_likelihood, BUDGET),
-    "attention": Part(measurements.measure_attention, BUDGET),
+    # One part per length, which compile side by side.
+    **{f"attention-{n}": Part(functools.partial(measurements.measure_attention, length=n), BUDGET) for n in LENGTHS},
 }
 
 
@@ -174,6 +177,15 @@ def run_here(names: Sequence[str], settings: Settings) -> Iterator[list[dict[str
         others = [pool.submit(run_part, name, settings) for name in names if not PARTS[name].timed]
         yield from (run_part(name, settings) for name in names if PARTS[name].timed)
         yield from (other.result() for other in others)
+
+
+def growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row that says whether the gain over a dense mask grows with the length, if all lengths are measured."""
+    gains = [row["ratio"] for row in rows if row["part"].startswith("attention-") and row["ratio"] is not None]
+    if len(gains) < len(LENGTHS):
+        return []
+    row = Row("gain over a dense mask, longest", gains[-1], unit="x", goal="grows", met=gains == sorted(gains))
+    return [{"part": f"attention-{LENGTHS[-1]}", **row._asdict()}]
 
 
 def describe(settings: Settings) -> dict[str, Any]:
@@ -275,6 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in run_here(names, settings) if arguments.tiny else run_parts(names, settings, arguments.budget):
         rows += part
         write_results(settings, rows)
+    rows += growth(rows)
+    write_results(settings, rows)
     plot(settings, rows)
     print(settings.output / "gpu-check.md")
     return int(any(row["met"] is False for row in rows))

@@ -54,8 +54,8 @@ def noise_of(ids, block_size=4):
 @pytest.mark.parametrize("padded", [False, True])
 def test_flex_equals_eager(make, dtype, padded):
     losses, gradients = [], []
-    for implementation in ("eager", "flex_attention"):
-        model = make(implementation, dtype).train()
+    for implementation, precision in (("eager", torch.float32), ("eager", dtype), ("flex_attention", dtype)):
+        model = make(implementation, precision).train()
         ids, mask = batch_of(length=160, padded=padded)  # several of flex attention's own tiles
         labels = ids.masked_fill(mask == 0, -100)
         with torch.set_grad_enabled(CUDA):  # flex has no backward pass on a CPU
@@ -63,9 +63,11 @@ def test_flex_equals_eager(make, dtype, padded):
         if CUDA:
             losses[-1].backward()
             gradients.append(torch.cat([p.grad.flatten().float() for p in model.parameters()]))
-    torch.testing.assert_close(losses[1], losses[0], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(losses[2], losses[1], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     if CUDA:
-        assert (gradients[1] - gradients[0]).norm() < 10 * TOLERANCE[dtype] * gradients[0].norm()
+        # Rounding to bfloat16 moves the gradients of these random weights by up to a half, whatever the attention.
+        eager, flex = ((found - gradients[0]).norm() / gradients[0].norm() for found in gradients[1:])
+        assert flex < 2 * eager + 1e-3
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
