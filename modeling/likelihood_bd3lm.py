@@ -238,7 +238,8 @@ def _sampled(
     """Draw t on [1e-3, 1] as published; a single full mask at block size 1."""
     config = model.config
     if config.block_size == 1:
-        yield MaskSample(scored.maskable, scored.maskable.float(), None)
+        # All tokens are masked at t = 1, the noise level of a time-conditioned model.
+        yield MaskSample(scored.maskable, scored.maskable.float(), torch.ones_like(scored.counted[:, :1]).float())
         return
     for _ in range(num_samples):
         noise = noise_of_batch(model, scored, config.antithetic_sampling, source)

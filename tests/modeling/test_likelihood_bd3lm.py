@@ -184,9 +184,9 @@ def test_scores_do_not_depend_on_how_many_samples_share_a_pass(tiny_model, monke
     torch.testing.assert_close(found[4:], found[:2], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("conditioned", [False, True])
-def test_the_sampled_score_of_one_sample_is_the_evaluation_loss(make_model, conditioned):
-    model, ids = make_model(time_conditioning=conditioned), random_ids(4, 16)
+@pytest.mark.parametrize("fields", [{}, {"time_conditioning": True}, {"time_conditioning": True, "block_size": 1}])
+def test_the_sampled_score_of_one_sample_is_the_evaluation_loss(make_model, fields):
+    model, ids = make_model(**fields), random_ids(4, 16)
     torch.manual_seed(0)
     score = model.token_nll(ids)
     torch.manual_seed(0)
