@@ -9,6 +9,7 @@ import torch
 
 from .backbone_bd3lm import BD3LMModel, register_auto_classes
 from .configuration_bd3lm import MDLMConfig
+from .inputs_bd3lm import may_read
 from .modeling_bd3lm import BD3LMForMaskedLM
 
 
@@ -17,14 +18,16 @@ class MDLMModel(BD3LMModel):
 
     config_class = MDLMConfig
 
-    def run(self, inputs_embeds: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        length = inputs_embeds.shape[1]
-        if length > self.config.model_length:
-            raise ValueError(
-                f"a text of {length} tokens does not fit the window, model_length={self.config.model_length}, of a "
-                f"model that attends to all of it at once: cut it into windows."
-            )
-        return super().run(inputs_embeds, *args, **kwargs)
+    def run(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        window, length = self.config.model_length, inputs_embeds.shape[1]
+        if length > window and may_read(position_ids.device, True):
+            length = int(position_ids.max()) + 1  # packed documents are each counted from their start
+            if length > window:
+                raise ValueError(
+                    f"a text of {length} tokens does not fit the window, model_length={window}, of a model that "
+                    f"attends to all of it at once: cut it into windows."
+                )
+        return super().run(inputs_embeds, position_ids, *args, **kwargs)
 
 
 class MDLMForMaskedLM(BD3LMForMaskedLM):

@@ -65,6 +65,17 @@ def test_a_text_beyond_the_window_is_refused():
             call()
 
 
+def test_packed_documents_exceed_the_window_only_together():
+    model = make_family("mdlm").eval()
+    ids = torch.randint(3, 47, (1, 14), generator=torch.Generator().manual_seed(0))
+    noise = {"block_noise": torch.rand(1, 2), "token_noise": torch.rand(1, 14)}
+    with torch.no_grad():
+        packed = model(ids, labels=ids, position_ids=torch.arange(14).unsqueeze(0) % 7, **noise).loss
+        rows = {"block_noise": noise["block_noise"].view(2, 1), "token_noise": noise["token_noise"].view(2, 7)}
+        apart = model(ids.view(2, 7), labels=ids.view(2, 7), **rows).loss
+    torch.testing.assert_close(packed, apart)
+
+
 def test_a_cache_that_holds_a_text_is_refused():
     model, cache = two_models()[0], BlockCache()
     model(torch.arange(8).unsqueeze(0), past_key_values=cache, use_cache=True)
