@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .attention_bd3lm import AttentionPlan, automatic_attention, block_causal_plan, two_stream_plan
 from .cache_bd3lm import BlockCache
@@ -37,6 +37,9 @@ from .layers_bd3lm import (
     unstack_modulations,
 )
 from .linear_bd3lm import is_sharded
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -227,8 +230,13 @@ class BD3LMModel(BD3LMPreTrainedModel):
                 # With no stream to skip, record the tensor itself: gradients reach it, but not a view of it.
                 recorded += (hidden_states[:, plan.skip :] if plan.skip else hidden_states,)
             hidden_states, weights = block(hidden_states, modulation, shared, index == len(self.blocks) - 1)
-            if output_attentions:
+            if output_attentions and weights is not None:
                 attentions += (weights,)
+        if output_attentions and not attentions:
+            logger.warning_once(
+                f"output_attentions=True has no effect with {self.config._attn_implementation} attention: load the "
+                f"model with attn_implementation='eager'."
+            )
         if output_hidden_states:
             recorded += (hidden_states,)
         row = None if output_indices is None else output_indices // (inputs_embeds.shape[1] - plan.skip)

@@ -269,6 +269,11 @@ def test_attentions_are_whole_matrices_whose_rows_sum_to_one(tiny_model):
     assert [tuple(weights.shape[2:]) for weights in two.attentions] == [(20, 20), (10, 20)]
 
 
+def test_attentions_that_an_implementation_does_not_return_are_reported(tiny_model, caplog):
+    assert tiny_model(random_ids(1, 8), output_attentions=True).attentions is None
+    assert "output_attentions=True has no effect with sdpa" in caplog.text
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 def test_packed_documents_have_the_logits_of_each_alone(tiny_model, attention, interpreted):
     tiny_model.set_attn_implementation(attention)
