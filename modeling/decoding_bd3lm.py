@@ -72,7 +72,7 @@ class BD3LMGenerateOutput(ModelOutput):
             For SSD-LM those of the last step, whose argmax it is.
         logits: with `output_logits`, the same before processing.
         past_key_values: the cache of finished blocks, for the next call. Empty if the window has moved, or if rows
-            that ended early were dropped: the next call then recomputes its prompt.
+            ended early, in the middle of a block or dropped: the next call then recomputes its prompt.
         num_forward_passes: denoising forward passes of the whole batch, not counting the one over the prompts.
         row_forward_passes: `(batch,)`, denoising forward passes in which each row took part: as many as the row would
             need alone. Only for block diffusion.

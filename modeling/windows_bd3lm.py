@@ -21,7 +21,6 @@ from transformers.utils import is_triton_available
 
 from .attention_bd3lm import AttentionPlan, block_causal_plan, decoding_plan, slots_plan
 from .cache_bd3lm import (
-    BlockCache,
     OwnStaticCache,
     StaticSlots,
     check_cache,
@@ -247,12 +246,15 @@ class CachedWindow(Window):
         return hidden
 
     def close(self, keep: bool = True) -> Cache:
-        """Return the cache, emptied if it lacks rows or the first tokens, so that no later call can continue it."""
-        if self.first or self.rows is not None:
+        """Return the cache, emptied if no later call can continue it.
+
+        It may lack rows or the first tokens. Or a row ended in the middle of a block that longer rows finished.
+        """
+        last = int((self.buffer.prompt_end_cpu + self.buffer.max_new_tokens).min())
+        if self.first or self.rows is not None or self.held > last:
             clear(self.cache)
         note_tokens(self.cache, self.buffer.token_ids[:, : self.held], past=0)
-        if isinstance(self.cache, BlockCache):
-            self.cache.row_start = None if self.buffer.key_valid is None else self.buffer.row_start
+        vars(self.cache)["row_start"] = None if self.buffer.key_valid is None else self.buffer.row_start
         return self.cache
 
     def keep_rows(self, kept: torch.Tensor) -> bool:

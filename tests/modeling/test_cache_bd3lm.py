@@ -176,10 +176,12 @@ def test_a_cache_of_another_text_batch_or_model_is_refused(family):
     assert torch.equal(swapped, model.generate(both.flip(0), max_new_tokens=3))
 
 
-def test_padded_rows_are_continued_if_they_begin_at_the_same_columns(make_model):
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_padded_rows_are_continued_if_they_begin_at_the_same_columns(make_model, kind):
     model, batch = make_model(pad_token_id=0), batch_of(prompts_of([9, 5]), "left")
     whole = model.generate(**batch, max_new_tokens=11, do_sample=False)
-    first = model.generate(**batch, max_new_tokens=7, do_sample=False, return_dict_in_generate=True)
+    returned = {"cache_implementation": kind, "return_dict_in_generate": True}
+    first = model.generate(**batch, max_new_tokens=7, do_sample=False, **returned)
     assert first.past_key_values.row_start.tolist() == [0, 4]
     mask = torch.cat([batch["attention_mask"], torch.ones(2, 7, dtype=torch.long)], dim=1)
     options = {"max_new_tokens": 4, "do_sample": False, "past_key_values": first.past_key_values}
@@ -187,6 +189,17 @@ def test_padded_rows_are_continued_if_they_begin_at_the_same_columns(make_model)
     rows = {"input_ids": first.sequences.flip(0), "attention_mask": mask.flip(0)}
     with pytest.raises(ValueError, match="padded as they were"):
         model.generate(**rows, **options)
+
+
+def test_a_row_that_ends_in_a_block_that_others_finished_is_continued(make_model):
+    model, batch = make_model(block_size=8, pad_token_id=0), batch_of(prompts_of([7, 2]), "left")
+    static = {"cache_implementation": "static", "return_dict_in_generate": True}
+    first = model.generate(**batch, max_new_tokens=3, do_sample=False, **static)
+    longer = torch.cat([first.sequences, torch.stack(prompts_of([3, 3], seed=1))], dim=1)
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, 6, dtype=torch.long)], dim=1)
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    continued = model.generate(longer, past_key_values=first.past_key_values, **options)
+    assert torch.equal(continued, model.generate(longer, **options))
 
 
 @pytest.mark.parametrize(
