@@ -279,6 +279,7 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedMixin, P
         config, (batch, width) = self.config, input_ids.shape
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         order = (~real).long().argsort(dim=1, stable=True)  # padding comes last
+        labels = labels.masked_fill(~real, -100)
         ids, labels, lengths = input_ids.gather(1, order), labels.gather(1, order), real.sum(1)
         longest = lengths - config.block_size  # of the contexts
         if (longest < 1).any():
