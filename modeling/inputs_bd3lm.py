@@ -241,6 +241,13 @@ def may_read(device: torch.device, may_synchronize: bool | None = None) -> bool:
     return not traced and (device.type == "cpu" if may_synchronize is None else may_synchronize)
 
 
+def padding_mask(attention_mask: torch.Tensor | None, may_synchronize: bool | None = None) -> torch.Tensor | None:
+    """Return None instead of a mask of ones, if it may be read: without padding, all rows share faster masks."""
+    if attention_mask is not None and may_read(attention_mask.device, may_synchronize) and bool(attention_mask.all()):
+        return None
+    return attention_mask
+
+
 def _valid_tokens(like: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     return torch.ones_like(like, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
 
@@ -291,8 +298,7 @@ def token_layout(
         ValueError: if the positions do not fit the tokens, a document does not begin at position 0, or packed
             documents follow a cache, whose documents are not known.
     """
-    if attention_mask is not None and may_read(attention_mask.device) and bool(attention_mask.all()):
-        attention_mask = None  # no padding: aligned tiles, masks shared by all rows
+    attention_mask = padding_mask(attention_mask)
     valid = None if attention_mask is None else attention_mask.bool()
     if valid is None:
         own = torch.arange(past + length, device=device).unsqueeze(0)

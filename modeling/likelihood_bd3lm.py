@@ -19,6 +19,7 @@ from .inputs_bd3lm import (
     check_text,
     default_labels,
     find_documents,
+    padding_mask,
     token_layout,
 )
 from .loss_bd3lm import DenoisingNetwork, LossMask, cross_entropy, loss_mask, sigma_of
@@ -177,6 +178,7 @@ class LikelihoodMixin:
                     f"estimator='sampled' with one sample, or leave noise out."
                 )
             source = noise_from_arguments(*noise, input_ids.shape, self.config)
+        attention_mask = padding_mask(attention_mask, may_synchronize=True)
         labels = default_labels(input_ids, attention_mask) if labels is None else labels
         check_text(self.config, input_ids, labels, attention_mask, may_synchronize=True)
         # 3. Run the model's estimator

@@ -162,6 +162,9 @@ class EndlessStream(IterableDataset):
 class PaddingCollator:
     """Stack examples of token ids, padded on the right; padding has no attention and no label.
 
+    A batch without padding has no attention mask. A GPU cannot see without waiting that a mask is all ones, and would
+    use the slower masks of padded rows.
+
     Args:
         pad_token_id: id of padding, which no loss ever sees.
     """
@@ -179,10 +182,13 @@ class PaddingCollator:
             for column, value in zip(columns.values(), (ids, labels, mask), strict=True):
                 column.append(value)
         padding = {"input_ids": self.pad_token_id, "labels": -100, "attention_mask": 0}
-        return {
+        batch = {
             name: torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=padding[name])
             for name, column in columns.items()
         }
+        if bool(batch["attention_mask"].all()):
+            del batch["attention_mask"]
+        return batch
 
 
 class BlockSizeSchedule(NamedTuple):

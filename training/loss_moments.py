@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bd3lm_hf.modeling.inputs_bd3lm import Layout, check_text, default_labels, token_layout
+from bd3lm_hf.modeling.inputs_bd3lm import Layout, check_text, default_labels, padding_mask, token_layout
 from bd3lm_hf.modeling.likelihood_bd3lm import MaskSample, mask_losses, noise_of_batch, stratified_masks
 from bd3lm_hf.modeling.loss_bd3lm import LossMask, corrupt, loss_mask
 from bd3lm_hf.modeling.noise_bd3lm import NoiseSchedule, clips, count_probabilities, noise_schedule
@@ -55,6 +55,7 @@ def held_out(
 ) -> HeldOut:
     """Return a batch for [`SharedDraws`] and [`PassPerInterval`]; all tensors are `(batch, length)`."""
     config = model.config
+    attention_mask = padding_mask(attention_mask, may_synchronize=True)
     labels = default_labels(input_ids, attention_mask) if labels is None else labels
     check_text(config, input_ids, labels, attention_mask, may_synchronize=True)
     layout = token_layout(attention_mask, input_ids.shape[1], config.block_size, device=input_ids.device)

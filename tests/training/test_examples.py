@@ -63,11 +63,12 @@ def test_padding_has_no_label_and_no_attention():
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 2, 2]]
     assert batch["labels"].tolist() == [[5, 6, 7], [-100, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert "attention_mask" not in PaddingCollator(2)([{"input_ids": [5, 6], "attention_mask": [1, 1]}] * 2)
 
 
 def test_a_model_without_blocks_gets_no_noise():
     collate = NoiseCollator(PaddingCollator(), ARConfig(vocab_size=48), seed=0, group_size=2)
-    assert set(collate([{"input_ids": [5, 6], EXAMPLE_INDEX: 0}])) == {"input_ids", "labels", "attention_mask"}
+    assert set(collate([{"input_ids": [5, 6], EXAMPLE_INDEX: 0}])) == {"input_ids", "labels"}
 
 
 @pytest.mark.parametrize(
