@@ -271,7 +271,7 @@ def flex_attention_forward(
     attention_mask: torch.Tensor | BlockMask | None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run transformers' flex attention if the mask is sparse.
+    """Run transformers' flex attention if the mask is sparse, in tiles that suit these masks.
 
     A denoising step has no mask or a dense one, which sdpa accepts without compiling anything. On a CPU the sparse
     kernel runs uncompiled: compiling it takes a minute, and the result crashed (torch 2.13).
@@ -282,7 +282,28 @@ def flex_attention_forward(
         attend = flex_attention_on_cpu
     else:
         attend = ALL_ATTENTION_FUNCTIONS["flex_attention"]
+        options["kernel_options"] = flex_tiles(query)
     return attend(module, query, key, value, attention_mask, **options)
+
+
+def flex_tiles(query: torch.Tensor) -> dict[str, int] | None:
+    """Return the tile sizes of flex attention for queries `(batch, heads, queries, head_dim)`; None: torch's own.
+
+    Measured on an H200 with torch 2.11 for heads of 64 in bfloat16: forward and backward pass took 1.16 ms in torch's
+    tiles of 128 x 128 scores, and take 0.98 in these.
+    """
+    # Fewer than 128 queries have a kernel of their own.
+    suits = query.shape[-1] == 64 and query.element_size() == 2 and query.shape[2] >= 128
+    if not suits or not _is_hopper(query.device.index):
+        return None
+    forward = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3}
+    backward = {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32}
+    return forward | backward | {"bwd_num_warps": 4, "bwd_num_stages": 3}
+
+
+@torch.compiler.assume_constant_result  # tracing cannot follow it
+def _is_hopper(device_index: int | None) -> bool:
+    return torch.cuda.get_device_capability(device_index) == (9, 0)
 
 
 def flex_attention_on_cpu(
@@ -449,8 +470,8 @@ def stream_visibility(layout: Layout, block_size: int, *, first_query: int = 0, 
 
     def see(batch: torch.Tensor, head: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         query = query + first_query
-        q, k = query % length, key % length
         stream_q, stream_k = query // length, key // length
+        q, k = query - stream_q * length, key - stream_k * length
         block_q, block_k = block_at(batch, q), block_at(batch, k)
         # The kernel computes this for each pair of a tile. A number per query and one per key leave two comparisons
         # for the pairs: flex attention took 14 instead of 20 ms of a training step on an H200.
