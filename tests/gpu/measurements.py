@@ -398,6 +398,7 @@ def measure_runs(settings: Settings) -> Iterator[Row]:
         else:
             fields = [str(ROOT / "training/recipes/python-source.yaml"), "--bf16", "true", "--max_steps", "1500"]
             fields += ["--eval_steps", "500", "--save_steps", "1500", "--logging_steps", "50", "--sample_tokens", "0"]
+            fields += ["--torch_compile", "true", "--dataloader_num_workers", "4"]
         started = time.perf_counter()
         results = run_training(settings, f"run-{model_type}", [*fields, "--model_type", model_type])
         note = f"{time.perf_counter() - started:.0f} s while other parts ran"
