@@ -205,22 +205,6 @@ def test_every_family_is_its_own_class_with_the_package_imported(make_speaker, f
     assert type(AutoConfig.from_pretrained(tmp_path)) is config_class
 
 
-@pytest.mark.parametrize("family", ["bd3lm", "ssdlm"])
-def test_the_text_generation_pipeline_returns_the_requested_length(make_folder, family):
-    write = pipeline("text-generation", model=str(make_folder(family)))
-    ids = write("A block is", max_new_tokens=6, return_tensors=True)[0]["generated_token_ids"]
-    assert len(ids) <= len(write.tokenizer("A block is").input_ids) + 6
-
-
-def test_the_text_generation_pipeline_stops_at_strings(folder):
-    write = pipeline("text-generation", model=str(folder))
-    arguments = {"max_new_tokens": 12, "return_full_text": False, "do_sample": False, "repetition_penalty": 9.0}
-    plain = write("A block is", **arguments)[0]["generated_text"]
-    stop = next(c for c in plain if c.isascii() and c.isalnum())
-    text = write("A block is", stop_strings=[stop], tokenizer=write.tokenizer, **arguments)[0]["generated_text"]
-    assert plain.startswith(text) and stop in text and len(text) < len(plain)
-
-
 def test_sampling_in_the_pipeline_keeps_the_saved_nucleus_and_adds_no_top_k(folder, monkeypatch):
     write = pipeline("text-generation", model=str(folder))
     prepare, seen = write.model._prepare_generation_config, []

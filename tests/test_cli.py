@@ -225,11 +225,6 @@ def test_the_traceback_is_shown_on_request(stand_in):
         cli.main(["verb", "--traceback"])
 
 
-def test_a_plain_decoder_has_no_likelihood(bd3lm, gpt2_folder):
-    result = bd3lm("eval", "--model", gpt2_folder, "--dataset", gpt2_folder / "config.json")
-    assert_refused(result, "GPT2LMHeadModel", "--init_from")
-
-
 def test_our_own_warnings_are_shown_and_a_closed_pipe_is_not_an_error(gpt2_folder):
     command = f"{sys.executable} -m bd3lm_hf.cli generate --model {gpt2_folder} --num-samples 40 --batch-size 1"
     shell = ["bash", "-c", f"set -o pipefail; {command} --prompt A --max-new-tokens 2 | head -1"]

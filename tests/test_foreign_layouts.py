@@ -14,7 +14,7 @@ from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
 from bd3lm_hf.checkpoints import load_model
-from bd3lm_hf.foreign_layouts import CONTRACTS, UNREADABLE, adopt_published_decoding
+from bd3lm_hf.foreign_layouts import UNREADABLE, adopt_published_decoding
 from bd3lm_hf.hub_upload.convert import convert, to_decoder
 from bd3lm_hf.tokenization import load_tokenizer
 
@@ -272,11 +272,6 @@ def test_a_tokenizer_without_a_mask_token_gets_that_of_the_contract(write, tiny_
     folder, _ = write("fast-dllm", mask_token_id=310)
     tiny_tokenizer.save_pretrained(folder)
     assert load_tokenizer(str(folder)).mask_token_id == 310
-
-
-def test_every_contract_has_a_family_and_a_threshold():
-    assert set(CONTRACTS) == {"sdar", "a2d-qwen3", "a2d-qwen2", "a2d-llama", "Fast_dLLM_Qwen"}
-    assert all(contract.family in STOCK for contract in CONTRACTS.values())
 
 
 def test_a_round_trip_to_sdar_gives_the_same_bits(write, tmp_path):

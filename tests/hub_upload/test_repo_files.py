@@ -11,7 +11,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from shared_models import JUNK, add_run, make_adapter
 
-from bd3lm_hf import ARConfig, ARForCausalLM
 from bd3lm_hf.checkpoints import NotFiniteError
 from bd3lm_hf.hub_upload.repo_files import (
     CODE,
@@ -67,14 +66,6 @@ def test_large_weights_are_split_and_load_again(model_folder, written):
     tensors = {name: t for shard in shards for name, t in load_file(folder / shard).items()}
     state = contents.model.state_dict()
     assert tensors.keys() == state.keys() and all(torch.equal(tensors[name], state[name]) for name in state)
-
-
-def test_an_autoregressive_model_brings_its_own_code(tmp_path, tiny_tokenizer, randomize, written):
-    config = ARConfig(vocab_size=len(tiny_tokenizer), model_length=32, hidden_dim=32, n_blocks=1, n_heads=2)
-    randomize(ARForCausalLM(config)).save_pretrained(tmp_path / "ar")
-    folder, _ = written(tmp_path / "ar", tokenizer=False)
-    assert (folder / "modeling_ar.py").is_file() and not (folder / "modeling_sedd.py").is_file()
-    assert not (folder / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize(("weights", "shift"), [("auto", 1.0), ("ema", 1.0), ("raw", 0.0)])

@@ -138,15 +138,6 @@ def revealed(sampler: AnalyticSampler, work: RevealState, logits: torch.Tensor) 
 TRUE = torch.tensor([0.5, 0.3, 0.2, 1.0]).log() + math.log(3)
 
 
-def test_true_scores_reveal_a_position_in_each_step_of_time_equally_often():
-    # As in the ancestral sampler, the probability of a hit is the share of time that passes.
-    sampler, work = make(mask_token_id=3, num_denoising_steps=5), round_of(torch.ones(4000, 5, dtype=torch.bool))
-    when = revealed(sampler, work, TRUE)
-    counts = when.flatten().bincount(minlength=6)
-    # The capped noise level at t = 1 takes a thousandth of the first step; a binomial of mean 4000 has deviation 57.
-    assert ((counts[:5] - 4000).abs() < 5 * 57).all() and counts[5] < 5
-
-
 def test_without_sampling_positions_are_revealed_evenly_from_left_to_right():
     work = round_of(torch.ones(1, 8, dtype=torch.bool), do_sample=False)
     assert revealed(make(mask_token_id=3, num_denoising_steps=4), work, TRUE).tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]]
