@@ -193,74 +193,49 @@ def test_the_ending_of_a_file_name_decides_between_page_and_data(document, tmp_p
 
 
 class Page(html.parser.HTMLParser):
-    """The elements of a page and the contents of its scripts."""
+    """The elements of a page: the name, the attributes and the texts of each."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.elements: list[tuple[str, dict]] = []
-        self.scripts: list[str] = []
+        self.elements: list[tuple[str, dict, list[str]]] = []
+        self._open: list[list[str]] = []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag == "script":
-            self.scripts.append("")
+        self.elements.append((tag, dict(attrs), []))
+        if tag not in ("meta", "input", "option"):  # without an end
+            self._open.append(self.elements[-1][2])
+
+    def handle_endtag(self, tag):
+        if tag != "option":
+            self._open.pop()
 
     def handle_data(self, data):
-        if self.elements and self.elements[-1][0] == "script":
-            self.scripts[-1] += data
+        for texts in self._open:
+            texts.append(data)
 
 
 def test_the_page_contains_the_whole_trace_whatever_the_tokens_are(document):
     page = Page(trace_page(document))
-    data, script = page.scripts
+    data, script = ("".join(texts) for tag, _, texts in page.elements if tag == "script")
     assert json.loads(data) == document
     assert "</script><b>" in "".join(text or "" for text in json.loads(data)["samples"][0]["texts"])
     assert not set("<>&") & set(data) and data.isascii()
     assert "JSON.parse" in script and "innerHTML" not in script and "eval" not in script
     # It needs no other file, and forbids the network.
-    assert not [attrs for _, attrs in page.elements if {"src", "href", "srcset", "action"} & set(attrs)]
+    assert not [attrs for _, attrs, _ in page.elements if {"src", "href", "srcset", "action"} & set(attrs)]
     assert "@import" not in trace_page(document) and "url(" not in trace_page(document)
-    policy = [attrs["content"] for tag, attrs in page.elements if attrs.get("http-equiv")]
+    policy = [attrs["content"] for _, attrs, _ in page.elements if attrs.get("http-equiv")]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"]
 
 
 def test_every_control_of_the_page_has_a_name(document):
     page = Page(trace_page(document))
-    labelled = {attrs["for"] for tag, attrs in page.elements if tag == "label"}
-    controls = [attrs for tag, attrs in page.elements if tag in ("button", "input", "select")]
+    labelled = {attrs["for"] for tag, attrs, _ in page.elements if tag == "label"}
+    controls = [attrs for tag, attrs, _ in page.elements if tag in ("button", "input", "select")]
     assert len(controls) == 9
     for attrs in controls:
         assert attrs.get("aria-label") or attrs["id"] in labelled or attrs["id"] == "play"  # its text is its name
-
-
-class Tokens(html.parser.HTMLParser):
-    """Class and text of each token, and the texts of elements with an id."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tokens: list[tuple[set[str], str]] = []
-        self.texts: dict[str, str] = {}
-        self._open: list[str | None] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        if "data-position" in attrs:
-            self.tokens.append((set(attrs["class"].split()), ""))
-        if tag not in ("meta", "input", "option"):
-            self._open.append("token" if "data-position" in attrs else attrs.get("id"))
-
-    def handle_endtag(self, tag):
-        if tag not in ("meta", "input", "option"):
-            self._open.pop()
-
-    def handle_data(self, data):
-        if self._open and self._open[-1] == "token":
-            classes, text = self.tokens.pop()
-            self.tokens.append((classes, text + data))
-        for name in filter(None, self._open):
-            self.texts[name] = self.texts.get(name, "") + data
 
 
 @pytest.mark.slow
@@ -269,31 +244,34 @@ def test_a_browser_shows_the_step_of_the_sample_that_the_address_names(browser, 
     sample = document["samples"][0]
     first, wrong = sample["num_prompt_tokens"], document["vocabulary"]["40"]
 
-    def browse(fragment: str) -> Tokens:
-        return Tokens(browser(f"{(tmp_path / 'trace.html').as_uri()}#{fragment}")[0])
+    def browse(fragment: str) -> tuple[list[set[str]], list[str], dict[str, str]]:
+        """Return the classes and the texts of the tokens, and the texts of the elements with an id."""
+        page = Page(browser(f"{(tmp_path / 'trace.html').as_uri()}#{fragment}")[0])
+        found = [(attrs, "".join(texts)) for _, attrs, texts in page.elements]
+        tokens = [(set(attrs["class"].split()), text) for attrs, text in found if "data-position" in attrs]
+        classes, texts = map(list, zip(*tokens, strict=True))
+        return classes, texts, {attrs["id"]: text for attrs, text in found if "id" in attrs}
 
-    opened = browse("")
-    assert opened.texts["where"] == f"step {sample['opening']} of {len(sample['steps'])}"
-    kinds = {"masked" in classes for classes, _ in opened.tokens[first:]}
-    assert kinds == {True, False}
+    classes, _, shown = browse("")
+    assert shown["where"] == f"step {sample['opening']} of {len(sample['steps'])}"
+    assert {"masked" in kinds for kinds in classes[first:]} == {True, False}
 
-    start = browse("sample=0&step=0")
-    assert "".join(text for _, text in start.tokens[:first]) == "The quick"
-    assert all("masked" in classes for classes, _ in start.tokens[first:])
-    assert start.texts["where"] == f"step 0 of {len(sample['steps'])}"
+    classes, texts, shown = browse("sample=0&step=0")
+    assert "".join(texts[:first]) == "The quick" and all("masked" in kinds for kinds in classes[first:])
+    assert shown["where"] == f"step 0 of {len(sample['steps'])}"
 
-    written = browse("sample=0&step=1")
-    assert written.tokens[first] == ({"token", "revealed"}, wrong)
-    assert written.texts["happened"] == f"Block 1 of {len(sample['blocks'])}: “{wrong}” at 25 %"
+    classes, texts, shown = browse("sample=0&step=1")
+    assert (classes[first], texts[first]) == ({"token", "revealed"}, wrong)
+    assert shown["happened"] == f"Block 1 of {len(sample['blocks'])}: “{wrong}” at 25 %"
 
-    taken = browse("sample=0&step=2")
-    assert taken.tokens[first][0] == {"token", "masked", "taken"}
-    assert taken.texts["happened"].endswith(f"back to mask “{wrong}”")
+    classes, _, shown = browse("sample=0&step=2")
+    assert classes[first] == {"token", "masked", "taken"}
+    assert shown["happened"].endswith(f"back to mask “{wrong}”")
 
-    end = browse("sample=0&step=last")
-    assert "".join(text for _, text in end.tokens).replace("↵", "") == "The quick" + TEXT
-    assert end.texts["where"] == "step {0} of {0}".format(len(sample["steps"]))
+    _, texts, shown = browse("sample=0&step=last")
+    assert "".join(texts).replace("↵", "") == "The quick" + TEXT
+    assert shown["where"] == "step {0} of {0}".format(len(sample["steps"]))
 
-    shown = browse("sample=1&step=last")
-    assert "".join(text for _, text in shown.tokens) == "A block is written."
-    assert f"tokens per forward{document['samples'][1]['tokens_per_forward']:.2f}" in shown.texts["facts"]
+    _, texts, shown = browse("sample=1&step=last")
+    assert "".join(texts) == "A block is written."
+    assert f"tokens per forward{document['samples'][1]['tokens_per_forward']:.2f}" in shown["facts"]

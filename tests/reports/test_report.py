@@ -74,12 +74,10 @@ class Page(html.parser.HTMLParser):
         self.open: list[str] = []
         self.addresses: list[str] = []
         self.rows: list[list[str]] = []
-        self.best: list[str] = []
         self.text = ""
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        attributes = dict(attrs)
         self.tags.append(tag)
         self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
         if tag not in ("meta", "br"):
@@ -88,11 +86,6 @@ class Page(html.parser.HTMLParser):
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
-            self.best.append(attributes.get("class") or "")
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
