@@ -104,20 +104,6 @@ def server(folder_of):
         yield server
 
 
-def test_a_completion_is_reproducible_counted_and_the_same_when_streamed(server):
-    client = server.client()
-    options = {"model": "tiny", "prompt": "The dog", "max_tokens": 40, "seed": 7}
-    answer, again = client.completions.create(**options), client.completions.create(**options)
-    assert answer.choices[0].text == again.choices[0].text != ""
-    assert answer.choices[0].finish_reason == "length" and answer.usage.completion_tokens == 40
-    chunks = list(client.completions.create(**options, stream=True))
-    assert "".join(chunk.choices[0].text for chunk in chunks) == answer.choices[0].text
-    assert len(chunks) > 2  # a window of 32 tokens has several rounds
-    assert chunks[-1].choices[0].finish_reason == "length"
-    other = client.completions.create(**{**options, "seed": 8})
-    assert other.choices[0].text != answer.choices[0].text
-
-
 PROMPT, MESSAGES = {"prompt": "The dog"}, {"messages": [{"role": "user", "content": "The dog"}]}
 
 
@@ -133,6 +119,7 @@ def test_events_are_those_of_openai(server, path, asked, own_event):
     assert [event["usage"] for event in events if "usage" in event] == [events[-1]["usage"]] == [whole["usage"]]
     assert bool(events[-1]["choices"]) != own_event
     choices = [choice for event in events for choice in event["choices"]]
+    assert len(choices) > 2  # a window of 32 tokens has several rounds
     assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["length"]
     assert {choice["logprobs"] for choice in [*choices, *whole["choices"]]} == {None}
     if asked is PROMPT:
@@ -151,7 +138,7 @@ def test_an_answer_can_be_sent_back_as_clients_dump_it(server):
     assert "tool_calls" in messages[-1]
 
 
-@pytest.mark.parametrize("family", ["ar", "mdlm", "sedd", "qwen3", "gpt2"])
+@pytest.mark.parametrize("family", ["bd3lm", "ar", "mdlm", "sedd", "qwen3", "gpt2"])
 def test_every_family_completes_and_chats(folder_of, family):
     with closing(Server(folder_of(family))) as server:
         client = server.client()
@@ -163,8 +150,8 @@ def test_every_family_completes_and_chats(folder_of, family):
         assert chunks[-1].choices[0].finish_reason == answer.choices[0].finish_reason == "length"
         assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens == 12
         body = {"prompt": "The dog", "max_tokens": 40, "seed": 7}
-        (status, answer), (_, again) = server.post(body), server.post(body)
-        assert status == 200 and answer["choices"] == again["choices"]
+        (status, answer), (_, again), (_, other) = (server.post({**body, "seed": seed}) for seed in (7, 7, 8))
+        assert status == 200 and answer["choices"] == again["choices"] != other["choices"]
         chunks = list(client.completions.create(model="tiny", **body, stream=True))
         assert "".join(chunk.choices[0].text for chunk in chunks) == answer["choices"][0]["text"]
 
@@ -207,7 +194,7 @@ def test_a_stop_string_is_left_out(server):
     pieces = [text[at : at + 5] for at in range(3, len(text) - 5, 7)]
     stops = [text[len(text) // 2], *(piece for piece in pieces if "\ufffd" not in piece)]
     assert len(stops) > 1  # the longer ones begin in one token and end in another
-    for stop in stops:
+    for stop in (*stops, text[-6:]):  # the last one ends with the last token that is allowed
         answer = client.completions.create(**options, stop=["never", stop])
         assert answer.choices[0].text == text[: text.index(stop)] and answer.choices[0].finish_reason == "stop"
         chunks = list(client.completions.create(**options, stop=stop, stream=True))
@@ -293,13 +280,6 @@ def test_a_prompt_beyond_the_window_is_refused_and_a_literal_mask_token_is_text(
             assert status == 400 and "window of 32" in answer["error"]["message"]
     status, answer = server.post({"prompt": "A <mask> b", "max_tokens": 8, "seed": 0})
     assert status == 200 and answer["usage"]["completion_tokens"] == 8 and "<mask>" not in answer["choices"][0]["text"]
-
-
-def test_a_stop_string_in_the_last_allowed_token_is_not_a_cut(server):
-    body = {"prompt": "The dog", "max_tokens": 30, "seed": 7}
-    text = server.post(body)[1]["choices"][0]["text"]
-    end = server.post({**body, "stop": text[-1] if text.count(text[-1]) == 1 else text[-6:]})[1]
-    assert end["choices"][0]["finish_reason"] == "stop"
 
 
 def test_sixteen_clients_at_once_get_what_each_gets_alone(server):
