@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
-from shared_models import CLASSES, special_ids
+from shared_models import special_ids
 from test_cli import assert_refused
 from transformers.loss.loss_utils import ForCausalLMLoss
 from two_processes import evaluation_of
@@ -127,16 +126,6 @@ def test_two_processes_give_the_result_of_one(bd3lm, two_processes, tmp_path, es
 # --- Sanity ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["mdlm", "sedd"])
-def test_the_baselines_are_scored_by_the_same_command(run, tiny_tokenizer, tmp_path, family):
-    model_class, config_class = CLASSES[family]
-    folder = save(model_class(config_of(tiny_tokenizer, config_class)), tiny_tokenizer, tmp_path / "baseline")
-    result = run("--split", "train", "--num-samples", 8, model=folder)
-    assert result["perplexity"] == pytest.approx(319, rel=0.1)
-    assert result["model_class"] == model_class.__name__ and result["bound"] and result["num_samples"] == 8
-    assert run("--split", "train", "--estimator", "published", model=folder, name="published")["nll"] > 0
-
-
 def test_an_autoregressive_perplexity_is_that_of_transformers(run, tiny_tokenizer, text_file, randomize, tmp_path):
     model = randomize(ARForCausalLM(config_of(tiny_tokenizer, ARConfig))).eval()
     result = run("--split", "train", model=save(model, tiny_tokenizer, tmp_path / "ar"))
@@ -150,14 +139,7 @@ def test_an_autoregressive_perplexity_is_that_of_transformers(run, tiny_tokenize
     assert result["nll"] == pytest.approx(loss.item(), rel=1e-5)
     assert result["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-4)
     assert result["estimator"] == "exact" and not result["bound"] and result["num_samples"] is None
-
-
-def test_a_given_prompt_is_not_scored(run, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    rows = [{"prompt": "The quick brown fox", "completion": " jumps."}] * 6
-    path.write_text("\n".join(map(json.dumps, rows)))
-    result = run("--split", "train", data=path)
-    assert 0 < result["num_tokens"] < 6 * 10 and result["packing"] is None and result["bits_per_byte"] is None
+    assert result["model_class"] == "ARForCausalLM"
 
 
 # --- The published protocol and the suite ----------------------------------------------------------------------------
@@ -310,13 +292,6 @@ def test_eval_refuses_bad_arguments_before_it_looks_at_the_model(bd3lm, text_fil
 )
 def test_eval_refuses_text_that_it_cannot_score(bd3lm, model_folder, text_file, arguments, part):
     assert_refused(bd3lm("eval", "--model", model_folder, "--dataset", text_file, *arguments), part)
-
-
-def test_an_empty_split_is_refused(bd3lm, model_folder, tmp_path):
-    Dataset.from_dict({"text": []}).to_parquet(tmp_path / "data" / "validation.parquet")
-    Dataset.from_dict({"text": ["x"]}).to_parquet(tmp_path / "data" / "train.parquet")
-    result = bd3lm("eval", "--model", model_folder, "--dataset", tmp_path / "data")
-    assert_refused(result, "validation.parquet")
 
 
 def test_a_file_next_to_the_output_without_scores_is_refused(bd3lm, model_folder, text_file, tmp_path):
