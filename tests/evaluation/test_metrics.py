@@ -81,7 +81,7 @@ def test_a_missing_tokenizer_or_judge_is_named(golden_model, tmp_path):
     with pytest.raises(ValueError, match="judge's tokenizer: give it as tokenizer=, or give token ids"):
         metric.compute(predictions=["a text"], judge=golden_model)
     with pytest.raises(ValueError, match="judge .*nowhere: there is no such folder"):
-        load_metric("generative_perplexity").compute(predictions=["a text"], judge=str(tmp_path / "nowhere"))
+        metric.compute(predictions=["a text"], judge=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="'bleu'.* distinct_n, generative_perplexity"):
         load_metric("bleu")
 

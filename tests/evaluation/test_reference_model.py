@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from generating import make_family
 from published import GOLDEN, published_gpt2
-from shared_models import tiny_bd3lm, tiny_gpt2
+from shared_models import tiny_bd3lm, tiny_gpt2, tiny_ssdlm
 from transformers import BertConfig, BertForMaskedLM
 
 from bd3lm_hf.evaluation.perplexity import summarize
@@ -17,8 +18,6 @@ from bd3lm_hf.evaluation.reference_model import (
     sliding_windows,
 )
 from bd3lm_hf.generation.text_generation import GeneratedText
-from bd3lm_hf.modeling.configuration_bd3lm import ARConfig
-from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
 
 
 RECORDED = "08_gen_ppl"
@@ -100,16 +99,13 @@ def test_special_tokens_of_both_tokenizers_are_kept_and_others_dropped(tiny_toke
     assert begun[:2] == read._replace(ids=read.ids[:-2])[:2]
 
 
-def test_our_autoregressive_model_scores_with_its_exact_likelihood(randomize):
-    sizes = {"vocab_size": 48, "model_length": 32, "hidden_dim": 32, "n_blocks": 2, "n_heads": 2}
-    model = randomize(ARForCausalLM(ARConfig(**sizes))).eval()
+def test_our_autoregressive_model_scores_with_its_exact_likelihood():
+    model = make_family("ar", model_length=32).float()
     judge = reference_model_of(model)
     ids = torch.randint(3, 47, (50,), generator=torch.Generator().manual_seed(0)).tolist()
     assert judge.estimator == "exact" and judge.window == 32
-    first, second = torch.tensor([ids[:32]]), torch.tensor([ids[16:48]])
-    third = torch.tensor([ids[32:]])
-    expected = model.token_nll(first).nll.sum() + model.token_nll(second).nll[0, 16:].sum()
-    expected += model.token_nll(third).nll[0, 16:].sum()
+    first, second, third = (model.token_nll(torch.tensor([ids[at : at + 32]])).nll[0] for at in (0, 16, 32))
+    expected = first.sum() + second[16:].sum() + third[16:].sum()
     (score,) = judge.score([GeneratedText(ids, 0)])
     assert score.num_tokens == 49 and score.nll == pytest.approx(expected.item(), rel=1e-5)
 
@@ -127,14 +123,8 @@ def test_the_noise_of_an_estimated_bound_depends_on_the_index_of_the_text():
 
 
 def test_a_model_that_cannot_be_a_judge_is_refused(tiny_tokenizer, tmp_path):
-    class NoLikelihood:
-        has_likelihood, config = False, None
-
-        def token_nll(self):
-            raise AssertionError
-
-    with pytest.raises(ValueError, match="a NoLikelihood has no likelihood"):
-        reference_model_of(NoLikelihood())
+    with pytest.raises(ValueError, match="a SSDLMForMaskedLM has no likelihood"):
+        reference_model_of(tiny_ssdlm())
     bert = BertForMaskedLM(BertConfig(vocab_size=320, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
     bert.save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)

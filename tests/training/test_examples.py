@@ -230,30 +230,27 @@ def test_other_schedules_are_refused(text, tmp_path):
         BD3LMTrainingArguments(output_dir=str(tmp_path), block_size_schedule=text)
 
 
-def test_training_takes_each_size_and_saves_the_last(tiny_model, make_trainer, tmp_path):
-    seen = []
-    objective = tiny_model.objective
+@pytest.fixture
+def seen(tiny_model):
+    """The block size and the interval of each training step."""
+    steps, objective = [], tiny_model.objective
 
     def record(*batch, **layout):
-        seen.append(tiny_model.config.block_size)
+        steps.append((tiny_model.config.block_size, *tiny_model.interval()))
         return objective(*batch, **layout)
 
     tiny_model.objective = record
+    return steps
+
+
+def test_training_takes_each_size_and_saves_the_last(seen, tiny_model, make_trainer, tmp_path):
     make_trainer(tiny_model, block_size_schedule="1:2,4:1,8:0", max_steps=5, per_device_train_batch_size=2).train()
-    assert seen == [1, 1, 4, 8, 8]
+    assert [size for size, *_ in seen] == [1, 1, 4, 8, 8]
     tiny_model.save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["block_size"] == 8
 
 
-def test_a_searched_interval_is_dropped_with_its_block_size(tiny_model, make_trainer):
-    seen = []
-    objective = tiny_model.objective
-
-    def record(*batch, **layout):
-        seen.append((tiny_model.config.block_size, *tiny_model.interval()))
-        return objective(*batch, **layout)
-
-    tiny_model.objective = record
+def test_a_searched_interval_is_dropped_with_its_block_size(seen, tiny_model, make_trainer):
     evaluated = {"eval_strategy": "steps", "eval_steps": 1, "interval_search": True}
     make_trainer(tiny_model, block_size_schedule="1:2,4:0", max_steps=3, **evaluated).train()
     # Block size 1 compares the whole interval with the full mask, whose losses vary less.
@@ -268,9 +265,7 @@ def test_a_searched_interval_is_dropped_with_its_block_size(tiny_model, make_tra
         ({"resample": True, "sampling_eps_min": 0.55, "sampling_eps_max": 0.7}, 4, r"\[0.55, 0.7\] .* k / 4"),
     ],
 )
-def test_a_later_size_that_does_not_fit_the_model_is_refused_before_training(
-    changes, size, message, tiny_model, tmp_path
-):
+def test_a_later_size_that_does_not_fit_is_refused_before_training(changes, size, message, tiny_model, tmp_path):
     for name, value in changes.items():
         setattr(tiny_model.config, name, value)
     schedule = f"{tiny_model.config.block_size}:2,{size}:0"
