@@ -146,39 +146,26 @@ def test_bytes_per_token_count_utf8_and_end_tokens(documents: Dataset, tokenizer
     assert bytes_per_token(documents, tokenizer, insert_eos=False) == num_bytes / without_ends
 
 
-def test_fewer_tokens_than_a_sequence_are_refused(tokenizer) -> None:
-    short = Dataset.from_dict({"text": ["a", "b", "c"]})
-    for name in ("contiguous", "published"):
-        with pytest.raises(ValueError, match="6 tokens in 3 documents.* 16"):
-            pack(short, tokenizer, length=16, packing=name)
-
-
-def test_an_empty_dataset_is_refused(tokenizer) -> None:
-    for texts in ([], ["", ""]):
-        empty = Dataset.from_dict({"text": np.array(texts, dtype=str)})
-        with pytest.raises(ValueError, match=rf"0 tokens in {len(texts)} documents"):
-            pack(empty, tokenizer, length=16)
-    with pytest.raises(ValueError, match="2 documents"):
-        bytes_per_token(empty, tokenizer)
-
-
-def test_published_packing_that_leaves_nothing_is_refused_with_the_reason(tmp_path: Path, tokenizer) -> None:
-    documents = Dataset.from_dict({"text": ["abcdefgh", "ijklmnop"]})
-    with pytest.raises(ValueError, match="packing='contiguous'"):
-        pack(documents, tokenizer, length=12, packing="published", num_proc=2)
-
-
 @pytest.mark.parametrize(
-    ("setting", "message"),
+    ("texts", "setting", "message"),
     [
-        ({"length": 16, "packing": "random"}, "'random'.*: contiguous, published"),
-        ({"length": 0}, "length is 0.* 1 tokens"),
-        ({"length": 2, "insert_special": True}, "length is 2.* 3"),
+        (["a", "b", "c"], {}, "6 tokens in 3 documents.* 16"),
+        (["a", "b", "c"], {"packing": "published"}, "6 tokens in 3 documents.* 16"),
+        ([], {}, "0 tokens in 0 documents"),
+        (["", ""], {}, "0 tokens in 2 documents"),
+        (["abcdefgh", "ijklmnop"], {"length": 12, "packing": "published", "num_proc": 2}, "packing='contiguous'"),
+        (TEXTS, {"packing": "random"}, "'random'.*: contiguous, published"),
+        (TEXTS, {"length": 0}, "length is 0.* 1 tokens"),
+        (TEXTS, {"length": 2, "insert_special": True}, "length is 2.* 3"),
     ],
 )
-def test_impossible_settings_are_refused(documents: Dataset, tokenizer, setting: dict, message: str) -> None:
+def test_what_gives_no_sequence_is_refused(tokenizer, texts: list[str], setting: dict, message: str) -> None:
+    documents = Dataset.from_dict({"text": np.array(texts, dtype=str)})
     with pytest.raises(ValueError, match=message):
-        pack(documents, tokenizer, **setting)
+        pack(documents, tokenizer, **{"length": 16, **setting})
+    if not any(texts):
+        with pytest.raises(ValueError, match=f"{len(texts)} documents"):
+            bytes_per_token(documents, tokenizer)
 
 
 def test_datasets_that_cannot_be_packed_are_refused(documents: Dataset, tokenizer) -> None:

@@ -142,10 +142,7 @@ def test_tool_calls_and_tools_are_kept_and_their_arguments_parsed() -> None:
 @pytest.mark.parametrize(
     ("messages", "named"),
     [
-        *[
-            (value, "list of messages with role and content in the column 'messages'")
-            for value in (None, [], "hi", [1])
-        ],
+        *((value, "list of messages with role and content in the column") for value in (None, [], "hi", [1])),
         ([{"role": "user"}, CHAT[1]], "'user' with neither text"),
         ([CHAT[0], {"role": "assistant", "content": None}], "'assistant' with neither text .*tool_calls"),
         ([CHAT[0], {"content": "x"}], "without a role"),

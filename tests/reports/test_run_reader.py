@@ -101,12 +101,11 @@ def test_a_folder_of_runs_and_results_is_all_of_them(tmp_path):
 
 
 def test_runs_with_the_same_name_are_distinguished(tmp_path):
-    for parent in ("x", "y"):
-        folder = tmp_path / parent / "run"
+    folders = [tmp_path / parent / "run" for parent in ("x", "y")]
+    for folder in folders:
         folder.mkdir(parents=True)
         (folder / "recipe.yaml").write_text("seed: 1\n", encoding="utf-8")
-    material = read_material([tmp_path / "x" / "run", tmp_path / "y" / "run"])
-    assert [run.name for run in material.runs] == ["x/run", "y/run"]
+    assert [run.name for run in read_material(folders).runs] == ["x/run", "y/run"]
 
 
 @pytest.mark.parametrize(
@@ -119,39 +118,34 @@ def test_runs_with_the_same_name_are_distinguished(tmp_path):
         ("recipe.yaml", "seed: 1\nmodel: [3\n", r"recipe.yaml, line 3"),
     ],
 )
-def test_a_broken_file_is_named_with_its_line(tmp_path, name, text, message):
+def test_a_broken_file_of_a_run_is_named_with_its_line(tmp_path, name, text, message):
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         read_material([tmp_path])
 
 
-def test_bytes_that_are_not_text_are_named_with_their_line(tmp_path):
-    (tmp_path / "samples.jsonl").write_bytes(b'{"text": "a"}\n\xff\n')
-    with pytest.raises(ValueError, match=r"samples.jsonl, line 2: this is not UTF-8"):
-        read_material([tmp_path / "samples.jsonl"])
-
-
-def test_nothing_to_report_on_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("samples.jsonl", b'{"text": "a"}\n\xff\n', r"samples\.jsonl, line 2: this is not UTF-8"),
+        ("config.json", b'{"model_type": "bd3lm"}', r"config\.json is not a result file"),
+        ("prompts.jsonl", b'{"prompt": "a"}\n', r"prompts\.jsonl contains no samples"),
+        ("nowhere", None, "nowhere: there is no such file or folder"),
+        ("", None, r"is not a run.*recipe\.yaml, results\.json"),
+    ],
+)
+def test_what_cannot_be_reported_on_is_refused(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_material([tmp_path / name])
     with pytest.raises(ValueError, match="name at least one run"):
         read_material([])
-    with pytest.raises(ValueError, match="nowhere: there is no such file or folder"):
-        read_material([tmp_path / "nowhere"])
-    with pytest.raises(ValueError, match=r"is not a run.*recipe\.yaml, results\.json"):
-        read_material([tmp_path])
-    (tmp_path / "config.json").write_text('{"model_type": "bd3lm"}', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"config\.json is not a result file"):
-        read_material([tmp_path / "config.json"])
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"prompts\.jsonl contains no samples"):
-        read_material([tmp_path / "prompts.jsonl"])
 
 
 def test_a_value_that_is_not_a_number_is_not_shown_as_one():
     row = {"a": 1, "b": math.nan, "c": None, "d": "3"}
     assert [finite(row, name) for name in "abcde"] == [1.0, None, None, None, None]
-
-
-# --- a log becomes numbers over the steps ----------------------------------------------------------------------------
 
 
 def test_a_step_that_was_logged_twice_counts_once():

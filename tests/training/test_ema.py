@@ -39,9 +39,6 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# The average
-
-
 @pytest.mark.parametrize(("warmup", "shadow"), [(True, "shadow"), (False, "shadow_const")])
 def test_the_average_is_the_published_one(warmup, shadow):
     golden, settings = load_recorded("09_ema"), json.loads((GOLDEN / "09_ema" / "config.json").read_text())
@@ -113,26 +110,18 @@ def test_a_decay_outside_of_zero_to_one_is_refused(decay):
         WeightAverage(layer_of(), decay=decay)
 
 
-# Its file
-
-
 @pytest.mark.parametrize(
-    ("tensors", "message"),
+    ("shapes", "message"),
     [
-        ({"weight": torch.zeros(2, 3)}, r"averages of other weights than this run trains; they differ in bias"),
-        (
-            {"weight": torch.zeros(5, 3), "bias": torch.zeros(2)},
-            r"an average of weight of shape \(5, 3\), but this run trains one of \(2, 3\)",
-        ),
+        ({"weight": (2, 3)}, r"averages of other weights than this run trains; they differ in bias"),
+        ({"weight": (5, 3), "bias": (2,)}, r"weight of shape \(5, 3\), but this run trains one of \(2, 3\)"),
     ],
 )
-def test_the_average_of_another_model_is_refused(tmp_path, tensors, message):
+def test_the_average_of_another_model_is_refused(tmp_path, shapes, message):
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
     save_file(tensors, tmp_path / EMA_NAME, metadata={"updates": "1"})
     with pytest.raises(ValueError, match=message):
         WeightAverage(layer_of(), decay=0.9).load(tmp_path)
-
-
-# In a training loop
 
 
 def test_a_step_that_the_loss_scaler_skipped_is_no_update():

@@ -93,7 +93,6 @@ def test_the_wrong_class_names_the_right_ones(model_class, config_class, tmp_pat
         (MDLMConfig, {"cross_attn": True}, "cross_attn=True does not fit model_type='mdlm'"),
         (MDLMConfig, {"causal": True}, "causal=True does not fit model_type='mdlm'"),
         (MDLMConfig, {"block_size": 4}, r"block_size=4 does not fit model_type='mdlm': .*leave it out \(it is 1024\)"),
-        (BD3LMConfig, {"causal": True}, "causal=True contradicts cross_attn=True"),
     ],
 )
 def test_contradictory_flags_are_refused(config_class, fields, message):

@@ -274,10 +274,7 @@ def test_adapters_need_a_model_that_is_not_an_adapter_itself(recipe, trained, pa
             "--eval_estimator exact does not fit: estimator='exact' at block_size=16",
         ),
         (["--time_conditioning", "true", "--final_estimator", "exact"], "--final_estimator exact"),
-        (
-            ["--metric_for_best_model", "f1", "--eval_strategy", "epoch"],
-            "--metric_for_best_model f1: choose one of loss",
-        ),
+        (["--metric_for_best_model=f1", "--eval_strategy=epoch"], "--metric_for_best_model f1: choose one of loss"),
         (["--sample_prompt", "a <|mask|>"], "--sample_prompt 'a <|mask|>'"),
         (["--num_train_epochs", "nan", "--max_steps", "-1"], "--num_train_epochs nan"),
         (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0"),
@@ -297,14 +294,8 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(recipe, tmp_path, capsys, w
     ("damage", "message"),
     [
         (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "has no tokenizer"),
-        (
-            lambda folder: BD3LMConfig.from_pretrained(folder, mask_token_id=40).save_pretrained(folder),
-            "mask_token_id is 40",
-        ),
-        (
-            lambda folder: change_weights(folder, lambda weights: weights[HEAD].fill_(float("nan"))),
-            f"values of {HEAD} in .* are NaN",
-        ),
+        (lambda x: BD3LMConfig.from_pretrained(x, mask_token_id=40).save_pretrained(x), "mask_token_id is 40"),
+        (lambda x: change_weights(x, lambda w: w[HEAD].fill_(torch.nan)), f"values of {HEAD} in .* are NaN"),
     ],
 )
 def test_a_broken_checkpoint_is_refused_before_training(trained, corpus, tmp_path, damage, message):
