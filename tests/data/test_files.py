@@ -40,9 +40,6 @@ def splits_of(root: Path) -> dict[str, list[str]]:
     return {split: sorted(Path(file).relative_to(root).as_posix() for file in files) for split, files in found.items()}
 
 
-# Data files and their splits
-
-
 @pytest.mark.parametrize(
     ("split", "word"),
     [
@@ -206,9 +203,6 @@ def test_an_empty_split_is_named_and_leaves_the_others_usable(tmp_path: Path, st
         load_text(str(tmp_path), split="test", streaming=streaming)
     assert find_schema(str(tmp_path)).names == ("text",)
     assert set(texts_of(tmp_path, streaming=streaming)) < set(TEXTS)
-
-
-# Their rows
 
 
 @pytest.mark.parametrize("streaming", [False, True])

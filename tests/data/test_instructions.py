@@ -204,9 +204,6 @@ def test_a_tokenizer_is_trained_on_all_parts_of_a_row() -> None:
     assert list(texts_of(rows, Messages())) == ["one?", "two.", "three?", "four."]
 
 
-# From files
-
-
 def test_formats_are_found_by_columns_and_rows_are_held_out(tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"prompt": f"p{i}", "completion": f"c{i}", "n": i}) + "\n" for i in range(60)))

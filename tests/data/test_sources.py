@@ -45,9 +45,6 @@ def test_a_missing_file_is_reported_as_missing(path: str) -> None:
         load_text("lm1b", source=path)
 
 
-# Detokenizers
-
-
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/10_data/detokenize.json").read_text(encoding="utf-8"))
 CASES = [(corpus, case["input"], case["output"]) for corpus, cases in GOLDEN.items() for case in cases]
 
@@ -67,9 +64,6 @@ def test_every_detokenizer_has_golden_cases_and_an_unknown_one_lists_the_known_o
     assert set(GOLDEN) == set(DETOKENIZERS)
     with pytest.raises(ValueError, match=r"'nltk'.* wikitext, ptb, lm1b"):
         DatasetSpec("mine", detokenizer="nltk")
-
-
-# The published evaluations
 
 
 def test_the_zero_shot_suite_has_the_eight_sets_of_the_paper():

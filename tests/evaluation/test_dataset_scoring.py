@@ -123,9 +123,6 @@ def test_two_processes_give_the_result_of_one(bd3lm, two_processes, tmp_path, es
     assert [result["refused"] for result in results] == [2, 2]
 
 
-# --- Sanity ----------------------------------------------------------------------------------------------------------
-
-
 def test_an_autoregressive_perplexity_is_that_of_transformers(run, tiny_tokenizer, text_file, randomize, tmp_path):
     model = randomize(ARForCausalLM(config_of(tiny_tokenizer, ARConfig))).eval()
     result = run("--split", "train", model=save(model, tiny_tokenizer, tmp_path / "ar"))

@@ -100,9 +100,6 @@ def test_diversity_counts_ids_tokens_or_words(tiny_tokenizer):
         assert load_metric(name).compute(predictions=texts, tokenizer=tiny_tokenizer) == by_ids
 
 
-# --- the counts, by hand ---------------------------------------------------------------------------------------------
-
-
 def test_repetition_lowers_the_entropy_of_a_text():
     assert text_entropy([5] * 9) == text_entropy([]) == 0
     assert text_entropy([1, 2, 3, 4]) == pytest.approx(math.log(4))

@@ -79,9 +79,6 @@ def test_the_seed_decides_an_estimate_which_agrees_with_the_exact_bound_within_i
     assert abs(draws.mean() - exact.nll) < 4 * draws.std() / math.sqrt(len(draws)) + 1e-6
 
 
-# --- The published protocol ------------------------------------------------------------------------------------------
-
-
 def test_published_times_are_assigned_to_a_batch_in_order():
     noise = published_noise(range(40), 40, num_blocks=3, length=12, seed=5)
     positions = torch.randperm(40, generator=torch.Generator().manual_seed(5))
@@ -150,9 +147,6 @@ def test_an_estimator_is_refused_before_a_text_is_scored(model):
             check_estimator(scorer, *arguments)
 
 
-# --- What scoring leaves alone ---------------------------------------------------------------------------------------
-
-
 def test_evaluation_restores_the_mode_and_the_random_state(model, sequences):
     model.train()
     state = torch.get_rng_state()
@@ -213,9 +207,6 @@ def test_scored_tokens_are_those_that_the_model_counts(model, sequences):
 def test_bad_input_is_refused_with_its_value(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-# --- the held-out loss of models without a likelihood ----------------------------------------------------------------
 
 
 @pytest.fixture

@@ -29,9 +29,6 @@ def golden_judge() -> ReferenceModel:
     return reference_model_of(published_gpt2(), unscored=[SETTINGS["eos_token_id"]])
 
 
-# --- as published ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("case", SETTINGS["cases"])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_published_perplexity_is_reproduced(golden_judge, recorded, case, batch_size):
@@ -52,9 +49,6 @@ def test_each_token_is_scored_by_one_window(length, window):
     assert [at for begin, end, first in windows for at in range(max(first, begin), end)] == list(range(length))
     for begin, end, first in windows:
         assert end - begin <= window and (first == 0 or first - begin >= window // 2)
-
-
-# --- The reference model ---------------------------------------------------------------------------------------------
 
 
 def test_a_model_scores_itself_exactly_up_to_blocks_of_8():
@@ -117,9 +111,6 @@ def test_the_noise_of_an_estimated_bound_depends_on_the_index_of_the_text():
     (alone,) = judge.score(texts[2:], seed=1, indices=[2])
     assert alone.nll == pytest.approx(scores[2].nll, rel=1e-5)
     assert judge.score(texts[2:], seed=2, indices=[2])[0].nll != pytest.approx(scores[2].nll, rel=1e-5)
-
-
-# --- what is refused -------------------------------------------------------------------------------------------------
 
 
 def test_a_model_that_cannot_be_a_judge_is_refused(tiny_tokenizer, tmp_path):

@@ -118,9 +118,6 @@ def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
         check_outputs([tmp_path / "x.json"])
 
 
-# --- hashes of what decides a number ---------------------------------------------------------------------------------
-
-
 def rows(count: int = 5, change: int | None = None) -> Dataset:
     ids = [[number, 7, 8] for number in range(count)]
     if change is not None:

@@ -75,9 +75,6 @@ def replay(sample) -> list[list[int | None]]:
     return states
 
 
-# --- texts of tokens -------------------------------------------------------------------------------------------------
-
-
 def test_the_pieces_of_a_text_join_to_the_text(tiny_tokenizer):
     ids = tiny_tokenizer(TEXT)["input_ids"]
     split = pieces(tiny_tokenizer, ids)
@@ -112,9 +109,6 @@ def test_a_position_belongs_to_the_first_of_the_windows_that_hold_it(tiny_tokeni
     sample = traced_sample(tiny_tokenizer, mask_token_id=mask, **arguments)
     assert sample["blocks"] == [[1, 4], [4, 6]]
     assert replay(sample)[-1] == [10, 11, 12, 13, 14, 15]
-
-
-# --- the data --------------------------------------------------------------------------------------------------------
 
 
 def test_a_trace_replays_from_all_masks_to_the_text(document):
@@ -187,9 +181,6 @@ def test_the_ending_of_a_file_name_decides_between_page_and_data(document, tmp_p
     assert (tmp_path / "trace.HTML").read_text().startswith("<!doctype html>")
     with pytest.raises(ValueError, match="trace.txt"):
         write_trace(document, tmp_path / "trace.txt")
-
-
-# --- the page --------------------------------------------------------------------------------------------------------
 
 
 class Page(html.parser.HTMLParser):

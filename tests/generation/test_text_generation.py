@@ -93,9 +93,6 @@ def sample(index: int, settings: dict = SETTINGS) -> Sample:
     return Sample(**made, **counts, seed=3, seconds=0.1, settings=settings)
 
 
-# --- samples ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def path(tmp_path) -> Path:
     return tmp_path / "samples.jsonl"

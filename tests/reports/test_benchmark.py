@@ -104,9 +104,6 @@ def test_peak_memory_counts_bytes():
     assert benchmark.peak_of_process() >= block.numel() * 4 / 1e9
 
 
-# --- variance against time --------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def sequences() -> list[list[int]]:
     return torch.randint(3, 47, (6, 32), generator=torch.Generator().manual_seed(0)).tolist()
@@ -205,9 +202,6 @@ def test_batches_are_spread_over_the_text(tiny_tokenizer, text_file):
     assert [row for batch in batches for row in batch.tolist()] == whole[:]  # the last one, with padding, is left out
     with pytest.raises(ValueError, match=f"too few for {len(whole) + 1} batches of 1: give fewer or smaller batches"):
         gradient_batches(str(text_file), tiny_tokenizer, length=16, size=1, count=len(whole) + 1)
-
-
-# --- the command line ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("words", [["--estimators", "published", "exact"], ["--noise-draws", "1", "2"]])

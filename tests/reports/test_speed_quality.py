@@ -36,9 +36,6 @@ def point(nll: list[float], counts: list[int], sampler: str = "first_hitting", *
     return Point(sampler, setting, 1.0, 1.0, result.perplexity, result.standard_error, 2.0, 1.0, scores)
 
 
-# --- writing and counting --------------------------------------------------------------------------------------------
-
-
 def test_bolder_settings_generate_more_tokens_per_forward(tiny_model):
     points = quality_curve(
         tiny_model, CURVES, reference_model_of(tiny_model), num_samples=3, new_tokens=15, batch_size=2, do_sample=True
@@ -87,9 +84,6 @@ def test_a_model_without_samplers_is_refused():
         quality_curve(tiny_gpt2(), CURVES, ReferenceModel(CausalScore(tiny_gpt2())))
 
 
-# --- comparing -------------------------------------------------------------------------------------------------------
-
-
 def test_the_error_of_a_ratio_is_that_of_pairs_of_texts():
     generator = torch.Generator().manual_seed(0)
     base = 20 + 3 * torch.randn(400, generator=generator)
@@ -113,8 +107,6 @@ def test_the_table_compares_with_the_first_row_and_with_each_samplers_first():
     assert cells[4][1] == "confidence_threshold 0.5"
     assert cells[4][5].startswith(f"{math.exp(1):.3f}") and cells[4][6].startswith(f"{math.exp(-1):.3f}")
 
-
-# --- the command -----------------------------------------------------------------------------------------------------
 
 FEW = ("--num-samples", 2, "--new-tokens", 7, "--num-denoising-steps", 4, 1, "--entropy-bound")
 TWO = (*FEW, "--confidence-threshold", 1, 0)

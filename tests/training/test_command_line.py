@@ -20,9 +20,6 @@ def recipe(tmp_path):
     return write
 
 
-# Recipes and overrides
-
-
 def test_the_demo_is_the_base_without_a_recipe():
     demo = read_recipe("demo")
     arguments = parse_arguments([])
@@ -102,9 +99,6 @@ def test_a_written_recipe_repeats_the_run(recipe, tmp_path):
     assert set(read_recipe(str(tmp_path / "again.yaml"))) == given
 
 
-# Help
-
-
 def test_help_lists_our_fields_first_and_names_recipe_and_program(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         parse_arguments(["--help"])
@@ -132,9 +126,6 @@ def test_the_fields_of_the_help_are_those_of_the_classes():
         if item.name in described and item.default is not None:
             assert described[item.name].default == str(item.default)
             assert described[item.name].text == item.metadata["help"]
-
-
-# Refusals
 
 
 @pytest.mark.parametrize(

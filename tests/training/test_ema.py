@@ -132,9 +132,6 @@ def test_a_step_that_the_loss_scaler_skipped_is_no_update():
     assert average.updates == 1
 
 
-# --- in the trainer --------------------------------------------------------------------------------------------------
-
-
 class _Weights(TrainerCallback):
     """Record the weights of every evaluation."""
 

@@ -89,9 +89,6 @@ def test_the_mask_token_may_be_padding(collate):
     assert padded["labels"].tolist() == [[5, -100]]
 
 
-# Streams
-
-
 @pytest.fixture
 def stream():
     """A function that makes a stream of some thirty short sequences, always the same."""
@@ -126,8 +123,6 @@ def test_a_stream_continues_after_any_step_with_the_same_examples(stream, step):
     with pytest.raises(ValueError, match="recorded with 8 sequences per step, but it is now 4"):
         stream(group_size=4).resume(whole.position(step))
 
-
-# --- The noise itself -----------------------------------------------------------------------------------------------
 
 LAYOUT = {"group_size": 8, "num_blocks": 4, "length": 16}
 
@@ -174,9 +169,6 @@ def test_the_noise_of_neighbouring_examples_is_not_correlated():
         assert abs(values.mean()) < 4 / math.sqrt(12 * values.numel())
 
 
-# The same run in several layouts, see also two_processes.py
-
-
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory, two_processes):
     """The same run in one process with one batch of 8, with four of 2, and in two processes with batches of 4."""
@@ -214,9 +206,6 @@ def test_all_layouts_take_the_same_steps(layouts):
             torch.testing.assert_close(other["average"][name], average, rtol=0, atol=1e-6, msg=name)
     for name, average in layouts[2]["average"].items():
         assert torch.equal(average, layouts[3]["average"][name]), name
-
-
-# Block sizes that grow in training
 
 
 def test_a_schedule_gives_the_size_of_each_step():

@@ -68,9 +68,6 @@ def test_the_configuration_of_a_hub_dataset_is_asked_for(monkeypatch):
     assert asked == [("owner/set", "small")]
 
 
-# Packing
-
-
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_end_tokens_and_special_tokens_are_chosen_for_each_split(corpus, split):
     plain = inputs("--dataset", corpus, "--insert_train_eos", "false", "--insert_valid_eos", "false")
@@ -91,9 +88,6 @@ def test_published_packing_is_chosen_by_name(corpus):
     sequences = inputs("--dataset", corpus, "--packing", "published")[2]
     assert all(row["attention_mask"] == [1] * 32 for row in sequences.train)  # its remainder is dropped
     assert any(0 in row["attention_mask"] for row in inputs("--dataset", corpus)[2].train)
-
-
-# Streams
 
 
 def test_a_stream_trains_on_its_documents_and_holds_the_others_in_memory(corpus):
@@ -123,9 +117,6 @@ def test_a_stream_of_prompts_is_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(ValueError, match="prompt and completion.*--streaming"):
         documents_of(tmp_path / "rows.jsonl", "--streaming", "true")
-
-
-# Fine-tuning
 
 
 @pytest.fixture

@@ -96,9 +96,6 @@ def test_under_deepspeed_the_launchers_precision_is_the_runs(monkeypatch, tmp_pa
     assert bool(BD3LMTrainingArguments(**fields).bf16) == bool(bf16)
 
 
-# Slurm
-
-
 SCRIPT = LAUNCH / "slurm.sh"
 
 

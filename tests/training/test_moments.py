@@ -55,9 +55,6 @@ def exact_moments(model, batch: HeldOut, intervals, powers=(1, 2)) -> torch.Tens
     return found.flatten(2)[:, :, batch.scored.maskable.view(rows, blocks, size).any(-1).flatten()]
 
 
-# The integral over t
-
-
 @pytest.mark.parametrize("confined", [False, True])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_moments_of_the_weight_are_their_integrals(name, confined):
@@ -115,9 +112,6 @@ def test_the_moments_of_the_weight_are_the_frequencies_of_the_losses_own_draws(m
             values = weight.pow(power) * torch.nn.functional.one_hot(k, maskable + 1).T
             error = (values.mean(1) - expected[power]) / (values.std(1) / rows**0.5).clamp(min=1e-9)
             assert error.abs().max() < 4, (block, power)
-
-
-# Shared draws
 
 
 @pytest.mark.parametrize("passes", [4, 3, 1])
@@ -199,9 +193,6 @@ def test_36_intervals_take_at_most_12_noisy_passes_and_one_clean_one(make_model,
         with monkeypatch.context() as patch:
             taken = passes_of(model, patch, measure, text_of(model, random_ids(2, 32)))
         assert taken == (clean, noisy) and measure.passes == noisy
-
-
-# The published method
 
 
 @pytest.mark.parametrize("changes", [{}, {"resample": True}, {"time_conditioning": True}, {"noise": "cosine"}])

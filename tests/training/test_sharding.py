@@ -32,9 +32,6 @@ def alone(tmp_path_factory):
     return folder, train(folder, per_device_train_batch_size=2)
 
 
-# torch's own fully_shard
-
-
 @pytest.fixture(scope="module")
 def by_hand(two_processes):
     return [result["by hand"] for result in two_processes[1]]
@@ -78,9 +75,6 @@ def test_a_sharded_decoder_has_the_losses_and_the_gradients_of_the_whole_one(two
     nll = model.eval().token_nll(random_ids(2), estimator="exact").nll
     for result in results:
         close(result["nll"], nll.detach(), 1e-5)
-
-
-# The trainer
 
 
 def test_a_sharded_run_takes_the_same_steps(two_processes, alone):
@@ -132,9 +126,6 @@ def test_low_precision_is_close_and_keeps_noise_loss_and_saved_weights_in_float3
                 assert torch.equal(drawn, alone[1]["seen"][key][name])
     weights = load_file(folder / "bf16" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-
-
-# Without processes
 
 
 def test_an_unsharded_model_is_its_own_part_and_whole():

@@ -39,9 +39,6 @@ def trained(recipe, tmp_path_factory):
     return run([str(recipe), *words]), folder
 
 
-# A run from end to end
-
-
 def test_a_run_reports_losses_and_says_that_there_is_no_perplexity(trained):
     result, folder = trained
     assert isinstance(result.before, HeldOutLoss) and isinstance(result.after, HeldOutLoss)
@@ -94,9 +91,6 @@ def test_a_search_of_the_interval_is_refused(recipe, tmp_path):
     words = ["--interval_search", "true", "--output_dir", str(tmp_path / "run")]
     with pytest.raises(ValueError, match="interval_search needs a model that carries its interval"):
         run([str(recipe), *words])
-
-
-# Around an encoder
 
 
 @pytest.fixture

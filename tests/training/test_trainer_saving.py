@@ -20,9 +20,6 @@ from bd3lm_hf.training.callbacks import TrainingStopped
 from bd3lm_hf.training.trainer import BD3LMTrainer, TrainingDivergedError
 
 
-# Signals
-
-
 class _Signal(TrainerCallback):
     """Sends this process a signal during a step."""
 
@@ -56,9 +53,6 @@ def test_signals_are_left_alone_on_request(make_trainer):
     with pytest.raises(KeyboardInterrupt) as error:
         trainer.train()
     assert not isinstance(error.value, TrainingStopped)
-
-
-# Non-finite numbers
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_trainer, tmp_path):
@@ -109,9 +103,6 @@ def test_weights_that_are_not_finite_are_refused_before_training(tiny_config, ma
 def test_a_model_without_the_two_methods_is_refused():
     with pytest.raises(ValueError, match="a Linear has no `token_nll`"):
         BD3LMTrainer(model=torch.nn.Linear(2, 2))
-
-
-# Saving
 
 
 def test_a_checkpoint_loads_by_itself_and_nothing_unfinished_stays(make_trainer, tmp_path):
