@@ -1,11 +1,12 @@
 """The model: parity with the published one, initialisation, saving and loading, precision, compilation, bad input."""
 
+import functools
 import json
 import math
 
 import pytest
 import torch
-from noisy_text import random_ids, some_masked
+from noisy_text import gradients, random_ids, some_masked
 from published import GOLDEN, published_bd3lm
 from safetensors.torch import load_file, save_file
 from shared_models import tiny_bd3lm
@@ -127,27 +128,19 @@ def assert_published_initialisation(model: torch.nn.Module, part: str = "") -> N
             assert 0 < parameter.abs().max() <= 1 / math.sqrt(fan_in) * 1.0001, name
 
 
-@pytest.mark.parametrize(
-    "make", [BD3LMForMaskedLM, AutoModelForMaskedLM.from_config, AutoModelForCausalLM.from_config]
-)
-def test_a_new_model_is_initialised_as_published_and_gives_uniform_logits(tiny_config, make):
-    model = make(tiny_config).eval()
-    assert type(model) is BD3LMForMaskedLM
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM])
+def test_a_new_model_is_initialised_as_published_and_gives_uniform_logits(tiny_config, auto_class):
+    model = auto_class.from_config(tiny_config).eval()
+    assert type(model) is (BD3LMModel if auto_class is AutoModel else BD3LMForMaskedLM)
     assert_published_initialisation(model)
     ids = random_ids(2, 12)
     with torch.no_grad():
-        for logits in (model(ids).logits, model(input_ids=some_masked(ids), clean_input_ids=ids).logits):
-            assert logits.shape == (2, 12, 48) and not logits.any()
-
-
-def test_a_backbone_made_by_an_auto_class_is_initialised_as_published(tiny_config):
-    model = AutoModel.from_config(tiny_config).eval()
-    assert type(model) is BD3LMModel
-    assert_published_initialisation(model)
-    with torch.no_grad():
-        hidden = model(random_ids(1, 8)).last_hidden_state
-    assert hidden.shape == (1, 8, 32)
-    torch.testing.assert_close(hidden.std(-1, correction=0), torch.ones(1, 8), rtol=0.02, atol=0)
+        for output in (model(ids), model(input_ids=some_masked(ids), clean_input_ids=ids)):
+            if auto_class is AutoModel:
+                hidden = output.last_hidden_state
+                torch.testing.assert_close(hidden.std(-1, correction=0), torch.ones(2, 12), rtol=0.02, atol=0)
+            else:
+                assert output.logits.shape == (2, 12, 48) and not output.logits.any()
 
 
 @pytest.mark.parametrize("dropped", ["adaLN_modulation", "output_layer.linear", "mlp", "vocab_embed", "norm"])
@@ -176,17 +169,6 @@ def test_without_var_min_the_interval_is_the_config_and_no_buffer(tiny_config):
 # --- Saving and loading ----------------------------------------------------------------------------------------------
 
 
-def test_a_saved_model_loads_with_identical_weights(tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path)
-    loaded, report = BD3LMForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(report.values()) and not loaded.training
-    for name, value in tiny_model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value), name
-    ids = random_ids(2, 16)
-    with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, tiny_model(ids).logits)
-
-
 def test_a_model_made_on_the_meta_device_is_complete_once_its_weights_are_loaded(tiny_model):
     with torch.device("meta"):
         model = BD3LMForMaskedLM(tiny_model.config)
@@ -196,16 +178,6 @@ def test_a_model_made_on_the_meta_device_is_complete_once_its_weights_are_loaded
     ids = random_ids(1, 9)
     with torch.no_grad():
         assert torch.equal(model.eval()(ids).logits, tiny_model(ids).logits)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_model_loaded_in_half_precision_keeps_what_must_be_exact(tiny_model, tmp_path, dtype):
-    tiny_model.sampling_eps_min.fill_(0.45)
-    tiny_model.save_pretrained(tmp_path)
-    loaded = BD3LMForMaskedLM.from_pretrained(tmp_path, dtype=dtype)
-    assert {p.dtype for p in loaded.parameters()} == {dtype}
-    assert torch.equal(loaded.sampling_eps_min, torch.tensor(0.45))
-    assert torch.equal(loaded.backbone.rotary_emb.inv_freq, tiny_model.backbone.rotary_emb.inv_freq)
 
 
 # --- Precision -------------------------------------------------------------------------------------------------------
@@ -286,16 +258,12 @@ def test_gradient_checkpointing_gives_equal_gradients(tiny_model, use_reentrant)
     for checkpointing in (False, True):
         if checkpointing:
             tiny_model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        tiny_model.zero_grad()
         calls.clear()
         loss = tiny_model(input_ids=ids, labels=ids, **noise).loss
-        loss.backward()
+        found.append((loss, gradients(tiny_model, loss)))
         assert len(calls) == (2 if checkpointing else 1)  # the layer is computed again in the backward pass
-        found.append((loss.detach(), {name: p.grad.clone() for name, p in tiny_model.named_parameters()}))
-    assert torch.equal(found[0][0], found[1][0])
-    for name, gradient in found[0][1].items():
-        assert gradient.any(), name
-        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-5, atol=1e-8)
+    assert torch.equal(found[0][0], found[1][0]) and all(gradient.any() for gradient in found[0][1].values())
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-5, atol=1e-8)
 
 
 # --- Embeddings ------------------------------------------------------------------------------------------------------
@@ -312,10 +280,8 @@ def test_a_larger_vocabulary_keeps_the_mask_and_the_old_logits(tiny_model, tmp_p
     assert (tiny_model.config.vocab_size, tiny_model.config.mask_token_id) == (61, 47)
     tiny_model.save_pretrained(tmp_path)
     loaded, report = BD3LMForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(report.values())
-    assert loaded.config.mask_token_id == 47
-    loss = loaded.train()(input_ids=ids, labels=torch.full_like(ids, 60)).loss
-    assert loss.isfinite()
+    assert not any(report.values()) and loaded.config.mask_token_id == 47
+    assert loaded.train()(input_ids=ids, labels=torch.full_like(ids, 60)).loss.isfinite()
 
 
 @pytest.mark.parametrize("tokens", [47, 10])
@@ -394,59 +360,43 @@ def test_dropout_is_active_in_training_only():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "pass exactly one of input_ids and inputs_embeds"),
-        ({"input_ids": random_ids(1, 4), "inputs_embeds": torch.zeros(1, 4, 32)}, "pass exactly one of"),
-        (
-            {"input_ids": random_ids(1, 4), "clean_input_ids": random_ids(1, 8)},
-            r"clean_input_ids of shape \(1, 8\) must have the shape of the noisy input, \(1, 4\)",
-        ),
-        (
-            {"input_ids": random_ids(1, 4), "clean_input_ids": random_ids(1, 4), "past_key_values": BlockCache()},
-            "clean_input_ids.*cache",
-        ),
+        ({"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
+        ({"inputs_embeds": torch.zeros(1, 4, 32)}, "exactly one of input_ids and inputs_embeds"),
+        ({"clean_input_ids": random_ids(1, 8)}, r"clean_input_ids of shape \(1, 8\) .*noisy input, \(1, 4\)"),
+        ({"clean_input_ids": random_ids(1, 4), "past_key_values": BlockCache()}, "clean_input_ids.*cache"),
     ],
 )
 def test_inputs_that_contradict_each_other_are_refused(tiny_model, arguments, message):
     with pytest.raises(ValueError, match=message):
-        tiny_model(**arguments)
+        tiny_model(**{"input_ids": random_ids(1, 4), **arguments})
 
 
 @pytest.mark.parametrize("bad", [48, -1])
 def test_ids_outside_the_vocabulary_are_refused_by_name(tiny_model, bad):
     ids, wrong = random_ids(1, 8), random_ids(1, 8)
     wrong[0, 5] = bad
-    remedy = rf"the id {bad}, outside the vocabulary of 48 ids \(0 to 47\): use the tokenizer that"
-    with pytest.raises(ValueError, match=f"^input_ids contains {remedy}"):
-        tiny_model(wrong)
-    with pytest.raises(ValueError, match=f"^clean_input_ids contains {remedy}"):
-        tiny_model(input_ids=ids, clean_input_ids=wrong)
-    with pytest.raises(ValueError, match=f"^input_ids contains {remedy}"):
-        tiny_model(input_ids=wrong, labels=ids)
-    with pytest.raises(ValueError, match=f"^labels contains {remedy}"):
-        tiny_model(input_ids=ids, labels=wrong)
-    with pytest.raises(ValueError, match=f"^input_ids contains {remedy}"):
-        tiny_model.token_nll(wrong)
+    for name, call in (
+        ("input_ids", lambda: tiny_model(wrong)),
+        ("clean_input_ids", lambda: tiny_model(input_ids=ids, clean_input_ids=wrong)),
+        ("input_ids", lambda: tiny_model(input_ids=wrong, labels=ids)),
+        ("labels", lambda: tiny_model(input_ids=ids, labels=wrong)),
+        ("input_ids", lambda: tiny_model.token_nll(wrong)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} contains the id {bad}, outside .*0 to 47.: use the tokenizer"):
+            call()
 
 
-@pytest.mark.parametrize("past, length", [(0, 6), (4, 3), (4, 5)])
-def test_storing_part_of_a_block_is_refused(tiny_model, past, length):
-    cache = BlockCache()
+@pytest.mark.parametrize(("past", "length", "padding"), [(0, 6, 0), (4, 3, 0), (4, 5, 0), (4, 4, 3)])
+def test_part_of_a_block_is_read_but_not_stored(tiny_model, past, length, padding):
+    ids, cache = random_ids(2, past + length), BlockCache()
+    mask = torch.ones_like(ids)
     if past:
-        tiny_model(random_ids(1, past), past_key_values=cache, use_cache=True)
-    message = rf"would store \[{past + length}\] tokens.*blocks of 4: .*use_cache=False"
-    with pytest.raises(ValueError, match=message):
-        tiny_model(random_ids(1, length), past_key_values=cache, use_cache=True)
-    # Reading is fine.
-    assert tiny_model(random_ids(1, length), past_key_values=cache, use_cache=False).logits.shape == (1, length, 48)
-
-
-def test_storing_rows_that_end_inside_a_block_is_refused(tiny_model):
-    mask = torch.ones(2, 8, dtype=torch.long)
-    mask[0, :3] = 0
-    with pytest.raises(ValueError, match="blocks of 4: .*use_cache=False"):
-        tiny_model(random_ids(2, 8), attention_mask=mask, use_cache=True)
-    mask[0, 3] = 0
-    assert tiny_model(random_ids(2, 8), attention_mask=mask, use_cache=True).past_key_values.get_seq_length() == 8
+        tiny_model(ids[:, :past], past_key_values=cache, use_cache=True)
+    mask[0, :padding] = 0  # this row ends inside a block
+    last = {"input_ids": ids[:, past:], "attention_mask": mask, "past_key_values": cache}
+    with pytest.raises(ValueError, match=rf"would store \[.*{past + length}\] tokens.*blocks of 4: .*use_cache=False"):
+        tiny_model(**last, use_cache=True)
+    assert tiny_model(**last, use_cache=False).logits.shape == (2, length, 48)
 
 
 # --- The interval of noise levels ------------------------------------------------------------------------------------
@@ -478,12 +428,16 @@ def test_an_invalid_interval_cannot_be_set(tiny_model, interval):
     assert tiny_model.config.sampling_eps_max == 1.0
 
 
-@pytest.mark.parametrize("cast", [lambda model: model.to(torch.bfloat16), lambda model: model.half()])
-def test_a_cast_of_the_model_does_not_round_its_interval(tiny_model, cast):
-    tiny_model.sampling_eps_min.fill_(0.45)
-    tiny_model.sampling_eps_max.fill_(0.95)
-    expected = tiny_model.interval()
-    assert cast(tiny_model) is tiny_model
-    assert tiny_model.get_output_embeddings().weight.dtype != torch.float32
-    assert tiny_model.interval() == expected
-    assert tiny_model.to("meta").sampling_eps_min.device.type == "meta"
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("how", ["loaded", "cast", "method"])
+def test_half_precision_keeps_what_must_be_exact(tiny_model, tmp_path, dtype, how):
+    tiny_model.set_interval(0.45, 0.95)
+    expected, frequencies = tiny_model.interval(), tiny_model.backbone.rotary_emb.inv_freq.clone()
+    tiny_model.save_pretrained(tmp_path)
+    half = {torch.bfloat16: tiny_model.bfloat16, torch.float16: tiny_model.half}[dtype]
+    loaded = functools.partial(BD3LMForMaskedLM.from_pretrained, tmp_path, dtype=dtype)
+    model = {"loaded": loaded, "cast": lambda: tiny_model.to(dtype), "method": half}[how]()
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model.interval() == expected
+    assert how != "loaded" or torch.equal(model.backbone.rotary_emb.inv_freq, frequencies)
+    assert model.to("meta").sampling_eps_min.device.type == "meta"
