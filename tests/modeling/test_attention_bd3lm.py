@@ -160,12 +160,6 @@ def test_two_streams_equal_a_doubled_sequence(
     torch.testing.assert_close(logits, doubled_logits(tiny_model, x_t, x_0), rtol=0, atol=1e-5)
 
 
-def test_training_with_flex_attention_on_a_cpu_is_refused_with_a_remedy(tiny_model):
-    tiny_model.set_attn_implementation("flex_attention")
-    with pytest.raises(ValueError, match="flex_attention.*CPU.*sdpa"):
-        tiny_model(input_ids=random_ids(2, 8), labels=random_ids(2, 8)).loss.backward()
-
-
 # --- No leak ---------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from decoders import tiny_decoder
 from generating import assert_same, batch_of, generate, make_family, prompts_of
 from transformers.generation import CompileConfig
 
@@ -58,6 +59,16 @@ def test_a_step_is_compiled_once_for_all_calls_of_as_many_rows(model, compiled, 
         assert_same(generate(model, **{**compiled, **batch}), generate(model, **batch))
         counts.append(len(graphs))
     assert counts == [2, 2, 4, 4, 4]  # with and without a block to write
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["bd3lm", "qwen3", "gpt2"])
+def test_a_step_compiled_by_another_backend_generates_the_same_text(model, family, backend):
+    if family != "bd3lm":
+        model = tiny_decoder(family, context="token", alignment="shifted")
+    batch, config = {"input_ids": prompts(2), "max_new_tokens": 40}, CompileConfig(backend=backend, fullgraph=True)
+    compiled = generate(model, **batch, cache_implementation="static", compile_config=config)
+    assert_same(compiled, generate(model, **batch))
 
 
 def test_more_shapes_than_torch_allows_for_one_function_stay_compiled(model, compiled, graphs):

@@ -117,28 +117,35 @@ def test_a_single_block_sees_all_of_itself(family, attention):
 @every_attention
 @every_decoder
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_and_packing_change_neither_the_loss_nor_the_logits(side, family, attention):
-    model, ids, lengths = tiny_decoder(family, attention, alignment="shifted"), random_ids(2, 8), (8, 5)
-    noise = Noise(torch.rand(2, 2), torch.rand(2, 8), torch.rand(2, 2))
+@pytest.mark.parametrize("fields", [{}, {"context": "token", "ar_loss_weight": 0.5}], ids=["block", "token"])
+def test_padding_and_packing_change_no_loss_score_or_logit(fields, side, family, attention):
+    model = tiny_decoder(family, attention, alignment="shifted", **fields).train()  # the second loss is of training
+    noise, ids, lengths = Noise(torch.rand(2, 2), torch.rand(2, 8), torch.rand(2, 2)), random_ids(2, 8), (8, 5)
     rows, mask, tokens = torch.zeros_like(ids), torch.zeros_like(ids), torch.zeros(2, 8)
-    apart, logits = 0.0, []
+    apart, logits, scores = 0.0, [], []
     with torch.no_grad():
         for row, length in enumerate(lengths):
             own = {"block_noise": noise.block_noise[row, None], "token_noise": noise.token_noise[row, None, :length]}
             text = ids[row, None, :length]
             apart += model(input_ids=text, labels=text, num_items_in_batch=10, **own).loss
             logits.append(model(text).logits[0])
+            scores.append(model.token_nll(text, estimator="exact").nll[0])
             where = slice(0, length) if side == "right" else slice(8 - length, 8)
             rows[row, where], mask[row, where], tokens[row, where] = text[0], 1, own["token_noise"][0]
         inputs = {"input_ids": rows, "attention_mask": mask, "labels": rows.masked_fill(mask == 0, -100)}
         own = {"block_noise": noise.block_noise, "token_noise": tokens}
         together = model(**inputs, **own, num_items_in_batch=10).loss
         padded = model(rows, attention_mask=mask).logits[mask.bool()]
-        positions = torch.cat([torch.arange(length) for length in lengths])[None]
-        packed = model(rows[mask.bool()][None], position_ids=positions).logits[0]
-    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+        scored = model.token_nll(rows, mask, estimator="exact").nll[mask.bool()]
+        text, positions = rows[mask.bool()][None], torch.cat([torch.arange(length) for length in lengths])[None]
+        packed = model(text, position_ids=positions).logits[0]
+        given = Noise(noise.block_noise.view(1, 4), tokens[mask.bool()][None], noise.count_noise.view(1, 4))
+        packed_loss = model.objective(text, text, None, given, 10, position_ids=positions)
+    for found in (together, packed_loss):
+        torch.testing.assert_close(found, apart, atol=1e-5, rtol=1e-5)
     for found in (padded, packed):
         torch.testing.assert_close(found, torch.cat(logits), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(scored, torch.cat(scores), atol=1e-5, rtol=1e-5)
 
 
 @every_decoder
@@ -230,17 +237,6 @@ def test_every_way_of_masking_has_the_exact_bound_as_its_mean(family):
         assert sum(losses) / 8 == pytest.approx((expected.nll.sum() / 7).item(), rel=0.02), fields
 
 
-@every_attention
-@every_decoder
-def test_a_batch_scores_as_its_rows_alone(family, attention):
-    model, ids = tiny_decoder(family, attention, context="token", alignment="shifted"), random_ids(3, LENGTH)
-    mask = (torch.arange(LENGTH) >= torch.tensor([0, 3, 7]).unsqueeze(1)).long()
-    together = model.token_nll(ids, mask, estimator="exact").nll
-    for row, valid in enumerate(mask.bool()):
-        alone = model.token_nll(ids[row : row + 1, valid], estimator="exact").nll
-        torch.testing.assert_close(together[row : row + 1, valid], alone, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -258,31 +254,6 @@ def test_a_batch_scores_as_its_rows_alone(family, attention):
 def test_contradictory_fields_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         tiny_decoder("qwen3", **fields)
-
-
-@every_attention
-@every_decoder
-def test_packed_documents_have_the_loss_of_each_alone(family, attention):
-    fields = {"context": "token", "ar_loss_weight": 0.5, "alignment": "shifted"}
-    model, lengths = tiny_decoder(family, attention, **fields).train(), (6, 5)
-    ids = random_ids(1, sum(lengths))
-    texts, starts = ids.split(lengths, dim=1), (0, 6)
-    tokens, blocks = torch.rand(1, 11), torch.rand(1, 4)
-    packed = torch.tensor([[*range(6), *range(5)]])
-    with torch.no_grad():
-        apart = sum(
-            model(
-                input_ids=text,
-                labels=text,
-                num_items_in_batch=11,
-                block_noise=blocks[:, 2 * n : 2 * n + 2],
-                token_noise=tokens[:, start : start + text.shape[1]],
-            ).loss
-            for n, (text, start) in enumerate(zip(texts, starts, strict=True))
-        )
-        model.config.noise_draws = 1
-        together = model.objective(ids, ids, None, Noise(blocks, tokens, blocks), 11, position_ids=packed)
-    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
 
 
 def test_two_losses_are_the_same_with_an_index_of_fixed_size():

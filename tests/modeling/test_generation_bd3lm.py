@@ -19,7 +19,9 @@ from generating import (
     plain_loop,
     prompts_of,
 )
+from shared_models import special_ids
 from transformers import GenerationConfig, LogitsProcessor
+from transformers.generation import streamers
 from transformers.generation.streamers import TextIteratorStreamer, TextStreamer
 
 from bd3lm_hf import BD3LMGenerationConfig
@@ -65,11 +67,10 @@ def model(models):
 
 
 @pytest.fixture
-def speaker(tiny_tokenizer):
-    """Return a model with the tiny tokenizer's vocabulary."""
-    names = ("bos_token_id", "pad_token_id", "mask_token_id")
-    ids = {name: getattr(tiny_tokenizer, name) for name in names}
-    return make_family("bd3lm", vocab_size=len(tiny_tokenizer), model_length=32, **ids)
+def speaker(request, tiny_tokenizer):
+    """Return a model with the tiny tokenizer's vocabulary; its family can be a parameter."""
+    ids = {**special_ids(tiny_tokenizer), "eos_token_id": None}
+    return make_family(getattr(request, "param", "bd3lm"), vocab_size=len(tiny_tokenizer), model_length=32, **ids)
 
 
 def options_of(sampler: str | None, cache: str) -> dict:
@@ -367,11 +368,13 @@ def test_a_repetition_penalty_sees_padding_on_neither_side(family):
     assert torch.equal(first.scores[0], second.scores[0])
 
 
+@pytest.mark.parametrize("speaker", ["bd3lm", "ar"], indirect=True)
 def test_stop_strings_end_each_row_at_the_token_that_completes_them(speaker, tiny_tokenizer):
     tiny_tokenizer.padding_side = "left"
     batch = dict(tiny_tokenizer(["A block", "The quick brown"], return_tensors="pt", padding=True))
     batch.pop("token_type_ids", None)
-    arguments = {"max_new_tokens": 20, "repetition_penalty": 9.0, **batch}
+    # Without an end token, transformers' loop would not pad a row after its stop string.
+    arguments = {"max_new_tokens": 20, "repetition_penalty": 9.0, "eos_token_id": 1, **batch}
     plain = new_tokens(generate(speaker, **arguments))
     stop = next(c for c in tiny_tokenizer.decode(plain[0, 3:]) if c.isascii() and c.isalnum())
     output = new_tokens(generate(speaker, **arguments, stop_strings=[stop], tokenizer=tiny_tokenizer))
@@ -420,7 +423,6 @@ def test_streamed_text_is_the_decoded_result(speaker, tiny_tokenizer, capsys):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_terminal_shows_drafts_and_ends_with_the_text(speaker, tiny_tokenizer, capsys, sampler):
-    streamers = pytest.importorskip("transformers.generation.streamers")
     if not hasattr(streamers, "TextDiffusionStreamer"):
         pytest.skip("this transformers has no TextDiffusionStreamer")
     ids = tiny_tokenizer("A block", return_tensors="pt").input_ids

@@ -180,16 +180,16 @@ def test_the_loss_takes_probability_and_weight_from_the_schedule(schedule):
     torch.testing.assert_close(loss, ((nll * weight).sum() / 30).float(), rtol=1e-5, atol=0)
 
 
-def test_a_time_conditioned_loss_feeds_the_noise_level_of_the_first_block():
-    model = tiny_bd3lm(std=0.3, time_conditioning=True)  # so that the noise level matters
-    ids, noise = random_ids(3, 16), given_noise(3, 4, 16)
+@pytest.mark.parametrize("block_size", [4, 32])
+def test_a_time_conditioned_loss_feeds_the_noise_level_of_the_first_block_of_each_row(block_size):
+    model = tiny_bd3lm(std=0.3, time_conditioning=True, block_size=block_size)  # so that the noise level matters
+    ids, noise = random_ids(3, 16), given_noise(3, model.config.num_blocks(16), 16)
     masked, weights, move_chance = masked_of(model, ids, noise=Noise(**noise))
-    sigma = LogLinearNoise().sigma(move_chance[:, 0])
+    sigma = LogLinearNoise().sigma(move_chance)
     with torch.no_grad():
-        nll = nll_of(model, torch.where(masked, 47, ids), ids, timesteps=sigma)
+        nll = nll_of(model, torch.where(masked, 47, ids), ids, timesteps=sigma[:, 0])
         loss = model(input_ids=ids, labels=ids, **noise).loss
-        last = LogLinearNoise().sigma(move_chance[:, -1])
-        other = nll_of(model, torch.where(masked, 47, ids), ids, timesteps=last)
+        other = nll_of(model, torch.where(masked, 47, ids), ids, timesteps=sigma[:, -1].flip(0))
     torch.testing.assert_close(loss, ((nll * weights).sum() / 45).float(), rtol=1e-5, atol=0)
     assert abs((other * weights).sum() / (nll * weights).sum() - 1) > 1e-3
 

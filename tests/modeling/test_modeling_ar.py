@@ -137,12 +137,3 @@ def test_infilling_is_not_offered(model):
     assert not hasattr(model, "infill")
     with pytest.raises(ValueError, match=r"mask_token_id=47.*blanks in it\. If"):
         model.generate(PROMPTS.index_fill(1, torch.tensor([2]), 47), max_new_tokens=2)
-
-
-def test_stop_strings_end_a_text(tiny_tokenizer):
-    model = make_family("ar", vocab_size=len(tiny_tokenizer), mask_token_id=tiny_tokenizer.mask_token_id)
-    ids = torch.tensor([[5, 6, 7]])
-    whole = model.generate(ids, max_new_tokens=8)[0, 3:]
-    options = {"stop_strings": [tiny_tokenizer.decode(whole[2])], "tokenizer": tiny_tokenizer}
-    ended = model.generate(ids, max_new_tokens=8, **options)[0, 3:]
-    assert torch.equal(ended, whole[: len(ended)]) and len(ended) <= 3

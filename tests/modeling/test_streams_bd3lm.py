@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from noisy_text import gradients, random_ids
+from noisy_text import gradients, masked_of, nll_of, random_ids
 from shared_models import tiny_bd3lm
 
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
@@ -102,17 +102,12 @@ def test_a_text_of_one_block_is_scored_without_a_clean_stream(implementation, cr
     model.set_attn_implementation(implementation)
     seen, ids, mask = lengths_of_first_layer(model), random_ids(3, 18), PADDED
     noise = noise_of(model, ids, 1)
+    masked, weights, _ = masked_of(model, ids, mask, noise)
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids, attention_mask=mask, num_items_in_batch=1, **noise._asdict()).loss
         assert seen == [3 * 18]
-        move_chance = noise.block_noise * (1 - 1e-3) + 1e-3
-        first = mask.cumsum(1) == 1
-        masked = (noise.token_noise <= move_chance) & (mask == 1) & ~first
-        x_t = ids.masked_fill(masked, 47)
-        logits = model(input_ids=x_t, clean_input_ids=ids, attention_mask=mask).logits
-    logits[..., 47] = -torch.inf
-    nll = -logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    torch.testing.assert_close(loss, (nll / move_chance)[masked].sum(), rtol=1e-5, atol=0)
+        nll = nll_of(model, ids.masked_fill(masked, 47), ids, attention_mask=mask)
+    torch.testing.assert_close(loss, (nll * weights).sum().float(), rtol=1e-5, atol=0)
 
 
 def test_the_likelihood_of_one_block_needs_no_clean_stream():
@@ -123,18 +118,6 @@ def test_the_likelihood_of_one_block_needs_no_clean_stream():
     # The same block before another one, which it cannot see, has a clean stream.
     both = model.token_nll(torch.cat([ids, ids], dim=1), estimator="exact")
     torch.testing.assert_close(both.nll[:, :8], alone.nll, rtol=1e-5, atol=1e-5)
-
-
-def test_a_time_conditioned_text_of_one_block_feeds_the_noise_level_of_each_row():
-    model = tiny_bd3lm(std=0.3, block_size=32, time_conditioning=True).train()
-    ids = random_ids(3, 16)
-    noise = noise_of(model, ids, 1)._asdict()
-    whole = model(input_ids=ids, labels=ids, num_items_in_batch=1, **noise).loss
-    rows = []
-    for one in (slice(row, row + 1) for row in range(3)):
-        own = {name: field[one] for name, field in noise.items()}
-        rows.append(model(input_ids=ids[one], labels=ids[one], num_items_in_batch=1, **own).loss)
-    torch.testing.assert_close(whole, sum(rows), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("prompts", [[1], [2, 6]])

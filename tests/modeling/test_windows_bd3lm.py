@@ -210,14 +210,6 @@ def test_compilation_is_requested_and_can_be_disabled(make_model, monkeypatch):
     assert [options["mode"] for options in asked] == ["default"] and asked[0]["dynamic"] is False
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_compiled_step_generates_the_same_text(make_model, fresh_compiler, backend):
-    model, prompt = make_model(n_blocks=1), prompts_of([13])[0][None]
-    config = CompileConfig(backend=backend, fullgraph=True)
-    compiled = generate(model, prompt, max_new_tokens=61, cache_implementation="static", compile_config=config)
-    assert_same(compiled, generate(model, prompt, max_new_tokens=61))
-
-
 # --- The next turn ---------------------------------------------------------------------------------------------------
 
 
