@@ -95,6 +95,12 @@ class BD3LMPreTrainedModel(SelfContainedMixin, PreTrainedModel):
         inputs = {"input_ids": torch.randint(0, config.vocab_size, (2, length), generator=generator)}
         return {**inputs, "timesteps": torch.tensor([0.1, 1.0])} if config.time_conditioning else inputs
 
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Count the parameters; transformers finds the embedding table only in an `nn.Embedding`."""
+        table = cast(BD3LMEmbedding, self.get_input_embeddings()).embedding
+        excluded = exclude_embeddings and (table.requires_grad or not only_trainable)
+        return super().num_parameters(only_trainable) - (table.numel() if excluded else 0)
+
     def get_submodule(self, target: str) -> nn.Module:
         """Return a submodule as torch does; refuse peft's prompt methods, which look up the word embeddings here.
 

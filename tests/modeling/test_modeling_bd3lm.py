@@ -301,6 +301,14 @@ def test_a_vocabulary_can_shrink_after_the_mask():
         torch.testing.assert_close(model(ids).logits, before[..., :30], rtol=0, atol=1e-6)
 
 
+def test_parameters_are_counted_with_and_without_the_embedding_table(tiny_model):
+    table = tiny_model.get_input_embeddings().embedding
+    assert tiny_model.num_parameters() - tiny_model.num_parameters(exclude_embeddings=True) == table.numel()
+    table.requires_grad_(False)
+    trained = tiny_model.num_parameters(only_trainable=True)
+    assert trained == tiny_model.num_parameters(only_trainable=True, exclude_embeddings=True)
+
+
 def test_input_and_output_embeddings_are_the_models_own_and_untied(tiny_model):
     assert tiny_model.get_input_embeddings() is tiny_model.backbone.vocab_embed
     assert tiny_model.get_output_embeddings() is tiny_model.backbone.output_layer.linear
