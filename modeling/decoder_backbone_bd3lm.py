@@ -203,6 +203,9 @@ class DecoderDecodingNetwork(DecodingNetwork):
         self.model, self.config = model, model.config
         self.dtype, self.device = model.dtype, model.device
         self.backbone: DecoderBackbone = model.backbone
+        rope = getattr(model.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            self.rope_switch = rope["original_max_position_embeddings"]
 
     @property
     def key_value_shape(self) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, StaticCache
 from transformers.generation import CompileConfig
-from transformers.utils import is_triton_available
+from transformers.utils import is_triton_available, logging
 
 from .attention_bd3lm import AttentionPlan, block_causal_plan, decoding_plan, slots_plan
 from .cache_bd3lm import (
@@ -32,6 +32,9 @@ from .cache_bd3lm import (
 )
 from .decoding_state_bd3lm import SequenceBuffer
 from .inputs_bd3lm import token_layout
+
+
+logger = logging.get_logger(__name__)
 
 
 class DecodingNetwork:
@@ -53,6 +56,8 @@ class DecodingNetwork:
         self.modulations = None if timed else model.backbone.modulations(None, self.device)
         # One tensor for a CUDA graph, which copies each of its inputs before every run.
         self.static_modulations = None if timed else model.backbone.stacked(self.modulations)
+
+    rope_switch: int | None = None  # texts longer than this are rotated in another way
 
     @property
     def key_value_shape(self) -> tuple[int, int]:
@@ -388,6 +393,13 @@ def open_window(
     network: DecodingNetwork, buffer: SequenceBuffer, cache: Cache | None, generation_config: Any
 ) -> Window:
     """Return the window that fits a cache, which is refused if it cannot continue this text."""
+    columns, switch = buffer.token_ids.shape[1], network.rope_switch
+    if cache is not None and switch is not None and buffer.first_block <= switch < columns:
+        logger.warning_once(
+            f"The text grows past original_max_position_embeddings={switch}, where longrope rotates all earlier tokens "
+            f"anew, so nothing is cached. At most {switch} tokens, prompt included, are generated faster."
+        )
+        cache = None
     if cache is None:
         return Window(network, buffer)
     check_cache(cache, buffer, network.config)

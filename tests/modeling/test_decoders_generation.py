@@ -116,6 +116,20 @@ def test_text_beyond_the_learned_positions_is_refused():
         write(tiny_decoder("gpt2"), random_ids(1, 6), max_new_tokens=64)
 
 
+@pytest.mark.parametrize(("prompt", "tokens", "cached"), [(6, 9, False), (9, 3, False), (4, 4, True), (13, 3, True)])
+def test_text_that_grows_past_the_switch_of_longrope_is_not_cached(prompt, tokens, cached):
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 8}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    model = tiny_decoder("qwen3", rope_parameters=rope)
+    ids, options = random_ids(2, prompt), {"max_new_tokens": tokens, "return_dict_in_generate": True}
+    options |= {"output_logits": True, "repetition_penalty": 1.0 + 1e-9}
+    expected = write(model, ids, **options, use_cache=False)
+    for kind in ("dynamic", "static"):
+        output = write(model, ids, **options, cache_implementation=kind)
+        assert (output.past_key_values is not None) is cached
+        torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_precisions_score_and_generate(dtype):
     model, ids = tiny_decoder("llama").to(dtype), random_ids()
