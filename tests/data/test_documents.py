@@ -146,9 +146,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", [name for name in HUB if DATASETS[name.replace("_", "-")].splits])
-def test_every_row_reads_its_hub_repository(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: dict, name: str, streaming: bool
-) -> None:
+def test_every_row_reads_its_hub_repository(tmp_path: Path, monkeypatch, hub, name: str, streaming: bool) -> None:
     spec = DATASETS[name.replace("_", "-")]
     if spec.tail:
         spec = replace(spec, tail=2, documents=6)

@@ -178,9 +178,7 @@ BAD = [fault for fault, _ in FAULTS.values()]
 LINES = [{"text": "first"}, *BAD[:2], "", *BAD[2:], {"text": "good"}]
 
 
-def test_every_fault_of_a_line_is_named_with_file_and_line_and_skipped_on_request(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_every_fault_of_a_line_is_named_with_file_and_line_and_skipped_on_request(tmp_path: Path, caplog) -> None:
     path = json_lines(tmp_path / "train.jsonl", LINES)
     content = path.read_bytes().replace(b"first", b"first\xe9", 1)
     path.write_bytes(content)

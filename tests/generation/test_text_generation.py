@@ -7,16 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from shared_models import tiny_bd3lm
-from transformers import GPT2Config, GPT2LMHeadModel
+from generating import make_family
+from shared_models import randomized, tiny_bd3lm, tiny_gpt2
 
 from bd3lm_hf.generation.text_generation import Sample, SamplesFile, generate_batch, open_samples
-from bd3lm_hf.modeling.configuration_bd3lm import ARConfig
-from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
 
 
 SEEDS = [11, 12, 13, 14]
-SIZES = {"vocab_size": 48, "model_length": 16, "hidden_dim": 32, "n_blocks": 2, "n_heads": 2}
 
 
 @pytest.mark.parametrize(
@@ -57,8 +54,8 @@ def test_texts_have_full_length_and_the_end_token_is_restored_afterwards(tiny_co
         assert text.new_ids == full.new_ids[:end]
 
 
-def test_a_model_with_a_single_generator_writes_texts_one_by_one(randomize):
-    model = randomize(ARForCausalLM(ARConfig(**SIZES))).eval()
+def test_a_model_with_a_single_generator_writes_texts_one_by_one():
+    model = make_family("ar")
     assert not model.generator_per_row
     together = generate_batch(model, [[0, 7]] * 3, 6, seeds=SEEDS[:3], do_sample=True)
     alone = generate_batch(model, [[0, 7]], 6, seeds=SEEDS[2:3], do_sample=True)
@@ -67,12 +64,8 @@ def test_a_model_with_a_single_generator_writes_texts_one_by_one(randomize):
 
 
 @pytest.mark.parametrize("kind", ["ours", "stock"])
-def test_a_text_that_ends_early_takes_fewer_forward_passes_than_its_batch(randomize, kind):
-    if kind == "ours":
-        model = randomize(ARForCausalLM(ARConfig(**SIZES))).eval()
-    else:
-        fields = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "bos_token_id": 0, "eos_token_id": 0}
-        model = randomize(GPT2LMHeadModel(GPT2Config(vocab_size=48, **fields))).eval()
+def test_a_text_that_ends_early_takes_fewer_forward_passes_than_its_batch(kind):
+    model = make_family("ar") if kind == "ours" else randomized(tiny_gpt2())
     prompts = [[0, token] for token in range(5, 21)]
     whole = generate_batch(model, prompts, 12, seeds=range(16), do_sample=False)
     assert {text.forwards for text in whole} == {text.batch_forwards for text in whole} == {12}

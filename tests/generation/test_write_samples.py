@@ -4,25 +4,17 @@ import io
 
 import pytest
 import torch
-from decoders import tiny_decoder
+from decoders import save_stock, tiny_decoder
 from test_cli import assert_refused
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from bd3lm_hf.generation.write_samples import SEPARATOR, converse
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 
 
-TEMPLATE = "{% for m in messages %}{{ m.content }} w8 {% endfor %}{% if add_generation_prompt %}w7{% endif %}"
-
-
 @pytest.fixture
-def chat_tokenizer():
-    words = {"<eos>": 0, **{f"w{number}": number for number in range(1, 63)}, "<mask>": 63}
-    backend = Tokenizer(models.WordLevel(words, unk_token="w5"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"bos_token": "<eos>", "eos_token": "<eos>", "pad_token": "<eos>", "mask_token": "<mask>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE, **special)
+def chat_tokenizer(tmp_path):
+    return AutoTokenizer.from_pretrained(save_stock("qwen3", tmp_path))
 
 
 @pytest.fixture
@@ -37,9 +29,8 @@ def answer(model, tokenizer, lines):
 def test_each_answer_follows_the_whole_conversation(chat_model, chat_tokenizer):
     messages = answer(chat_model, chat_tokenizer, ["hello", "", "more"])
     assert [m["role"] for m in messages] == ["user", "assistant"] * 2
-    ids = chat_tokenizer.apply_chat_template(
-        messages[:3], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )["input_ids"]
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": False}
+    ids = chat_tokenizer.apply_chat_template(messages[:3], **options)
     text = chat_model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
     assert messages[3]["content"] == chat_tokenizer.decode(text, skip_special_tokens=True).strip()
 

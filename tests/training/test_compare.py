@@ -60,9 +60,7 @@ def test_models_are_trained_once_and_compared_in_one_table(recipe, tmp_path, cap
     assert "holds a run with another max_steps" in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_another_vocabulary_judges_and_a_missing_one_is_refused_before_training(
-    recipe, tmp_path, capsys, gpt2_folder
-):
+def test_a_checkpoint_of_another_vocabulary_judges_and_a_missing_one_is_refused(recipe, tmp_path, capsys, gpt2_folder):
     words = ["compare", str(recipe), "--models", "ar", "--output_dir", str(tmp_path / "runs"), "--judge"]
     assert bd3lm([*words, str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err and not (tmp_path / "runs").exists()

@@ -1,15 +1,16 @@
 """The search for the clipped interval: parity, candidates, both ways of measuring, processes, the trainer's hook."""
 
+import functools
 import json
 import math
 import warnings
 
 import pytest
+import tiny_runs
 import torch
 from datasets import Dataset
 from published import GOLDEN
 from shared_models import tiny_bd3lm
-from tiny_runs import assert_same_weights
 from transformers.utils import logging
 
 from bd3lm_hf.checkpoints import NotFiniteError
@@ -37,14 +38,11 @@ from bd3lm_hf.training.trainer import BD3LMTrainer
 RECORDED = "05_clip_search"
 PUBLISHED = json.loads((GOLDEN / RECORDED / "config.json").read_text())
 SCHEDULES = ("loglinear", "square", "square_root", "log", "cosine")
+model_of = functools.partial(tiny_bd3lm, std=0.3)
 
 
-def rows_of(count: int, length: int = 32, seed: int = 0) -> list[list[int]]:
-    return torch.randint(3, 47, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def model_of(**fields) -> BD3LMForMaskedLM:
-    return tiny_bd3lm(std=0.3, **fields)
+def rows_of(count: int, length: int = 32) -> list[list[int]]:
+    return tiny_runs.rows_of(count, length)["input_ids"][:]
 
 
 # --- Parity with the published search --------------------------------------------------------------------------------
@@ -126,17 +124,13 @@ def test_candidates_that_are_not_intervals_are_refused(arguments, message):
         candidate_intervals(4, **arguments)
 
 
-def test_a_candidate_that_no_mask_rate_meets_is_refused_by_name():
+def test_a_candidate_that_no_mask_rate_meets_is_refused_by_name_and_the_published_ones_are_met():
     candidates = candidate_intervals(4, own=[(0.3, 0.8), (0.55, 0.7)])
     check_searchable(model_of(), candidates)
     with pytest.raises(ValueError, match=r"the interval \[0.55\d*, 0.69\d*\] contains no mask rate k / 4"):
         check_searchable(model_of(resample=True), candidates)
-
-
-def test_published_candidates_are_met_at_every_block_size():
     for size in (1, 2, 4, 8, 16, 32):
-        model = model_of(resample=True, block_size=size)
-        check_searchable(model, candidate_intervals(size))
+        check_searchable(model_of(resample=True, block_size=size), candidate_intervals(size))
 
 
 def test_a_model_without_an_interval_or_independent_masks_is_refused():
@@ -353,7 +347,7 @@ def test_an_adopted_interval_travels_with_weights_and_config_and_into_a_resumed_
     rest.train(resume_from_checkpoint=str(checkpoint))
     for name in ("interval_min", "interval_max", "interval_variance"):
         assert searches_of(rest)[-1][name] == last[name]
-    assert_same_weights(whole.model, rest.model)
+    tiny_runs.assert_same_weights(whole.model, rest.model)
 
 
 def test_a_fixed_interval_is_searched_and_kept_and_only_training_searches(trainer_of):

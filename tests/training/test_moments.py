@@ -16,11 +16,7 @@ from bd3lm_hf.training.loss_moments import BlockMoments, HeldOut, PassPerInterva
 
 SCHEDULES = ("loglinear", "square", "square_root", "log", "cosine")
 INTERVALS = [(1e-3, 1.0), (1e-3, 0.5), (0.3, 0.8), (0.45, 0.95), (0.55, 0.95)]
-
-
-@pytest.fixture
-def make_model():
-    return functools.partial(tiny_bd3lm, std=0.3)
+make_model = functools.partial(tiny_bd3lm, std=0.3)
 
 
 def text_of(model, ids: torch.Tensor, attention_mask=None, labels=None) -> HeldOut:
@@ -93,7 +89,7 @@ def test_an_interval_of_one_point_is_that_point():
 
 @pytest.mark.parametrize("resample", [False, True])
 @pytest.mark.parametrize("interval", [(0.3, 0.8), (0.55, 0.95), (1e-3, 0.5)])
-def test_the_moments_of_the_weight_are_the_frequencies_of_the_losses_own_draws(make_model, interval, resample):
+def test_the_moments_of_the_weight_are_the_frequencies_of_the_losses_own_draws(interval, resample):
     model, rows = make_model(resample=resample), 40_000
     ids = random_ids(1, 10).expand(rows, -1)
     labels = ids.clone()
@@ -115,7 +111,7 @@ def test_the_moments_of_the_weight_are_the_frequencies_of_the_losses_own_draws(m
 
 
 @pytest.mark.parametrize("passes", [4, 3, 1])
-def test_shared_draws_are_unbiased_for_every_block(make_model, passes):
+def test_shared_draws_are_unbiased_for_every_block(passes):
     model, draws = make_model(), 1000
     ids = random_ids(2, 8)
     expected = exact_moments(model, text_of(model, ids), INTERVALS)
@@ -129,7 +125,7 @@ def test_shared_draws_are_unbiased_for_every_block(make_model, passes):
     assert (((mean - truth).abs() - 1e-6 * truth) / error.clamp(min=1e-12)).max() < 4.5
 
 
-def test_with_a_pass_for_every_count_the_zeroth_moment_is_exact(make_model):
+def test_with_a_pass_for_every_count_the_zeroth_moment_is_exact():
     model = make_model(ignore_bos=False)
     with torch.no_grad():
         found = SharedDraws(model.config, INTERVALS)(model, text_of(model, random_ids(2, 16)))
@@ -137,7 +133,7 @@ def test_with_a_pass_for_every_count_the_zeroth_moment_is_exact(make_model):
 
 
 @pytest.mark.parametrize("method", [SharedDraws, PassPerInterval])
-def test_padding_prompts_and_short_blocks_do_not_change_what_a_row_gives(make_model, method):
+def test_padding_prompts_and_short_blocks_do_not_change_what_a_row_gives(method):
     model = make_model(resample=True)
     ids = random_ids(3, 16)
     mask = torch.ones_like(ids)
@@ -161,7 +157,7 @@ def test_padding_prompts_and_short_blocks_do_not_change_what_a_row_gives(make_mo
 
 
 @pytest.mark.parametrize("method", [SharedDraws, PassPerInterval])
-def test_a_batch_with_nothing_to_score_gives_no_block(make_model, method):
+def test_a_batch_with_nothing_to_score_gives_no_block(method):
     model, ids = make_model(), random_ids(2, 8)
     with torch.no_grad():
         found = method(model.config, INTERVALS)(model, text_of(model, ids, labels=torch.full_like(ids, -100)))
@@ -185,7 +181,7 @@ def passes_of(model, monkeypatch, measure, batch) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(("block_size", "passes"), [(1, 1), (4, 4), (8, 8), (16, 12), (32, 12)])
-def test_36_intervals_take_at_most_12_noisy_passes_and_one_clean_one(make_model, monkeypatch, block_size, passes):
+def test_36_intervals_take_at_most_12_noisy_passes_and_one_clean_one(monkeypatch, block_size, passes):
     model, intervals = make_model(block_size=block_size), candidate_intervals(4)
     clean = int(block_size < 32)  # a lone block has no clean text before it
     for method, noisy in ((SharedDraws, passes), (PassPerInterval, len(intervals))):
@@ -196,7 +192,7 @@ def test_36_intervals_take_at_most_12_noisy_passes_and_one_clean_one(make_model,
 
 
 @pytest.mark.parametrize("changes", [{}, {"resample": True}, {"time_conditioning": True}, {"noise": "cosine"}])
-def test_the_published_way_sums_up_to_the_training_loss(make_model, changes):
+def test_the_published_way_sums_up_to_the_training_loss(changes):
     model, ids = make_model(**changes), random_ids(2, 16)
     batch = text_of(model, ids)
     with torch.no_grad():
@@ -211,6 +207,6 @@ def test_the_published_way_sums_up_to_the_training_loss(make_model, changes):
     assert torch.equal(found.second, found.first**2)
 
 
-def test_draws_are_not_shared_by_a_model_that_reads_the_noise_level(make_model):
+def test_draws_are_not_shared_by_a_model_that_reads_the_noise_level():
     with pytest.raises(ValueError, match="time_conditioning=True gives other losses at each noise level"):
         SharedDraws(make_model(time_conditioning=True).config, INTERVALS)
