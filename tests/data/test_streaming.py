@@ -62,10 +62,10 @@ def test_a_stream_resumes_at_the_exact_sequence(tokenizer, tmp_path, shuffle_buf
 
     expected = rows(fresh())
     count = {"all but 3": len(expected) - 3, "all": len(expected)}.get(taken, taken)
-    broken_off = fresh()
-    before = rows(broken_off, count) if count else []
-    position = broken_off.state_dict()
-    rows(broken_off)  # continuing does not change the recorded position
+    stream = fresh()
+    examples = iter(stream)
+    before, position = rows(examples, count), stream.state_dict()
+    rows(examples)  # continuing does not change the recorded position
     write_position(position, tmp_path / "stream.npz")
     resumed = PackedStream(source(), tokenizer, length=32, shuffle_buffer=shuffle_buffer, seed=3)
     resumed.load_state_dict(read_position(tmp_path / "stream.npz"))
