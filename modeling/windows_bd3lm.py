@@ -396,7 +396,7 @@ def open_window(
     columns, switch = buffer.token_ids.shape[1], network.rope_switch
     if cache is not None and switch is not None and buffer.first_block <= switch < columns:
         logger.warning_once(
-            f"The text grows past original_max_position_embeddings={switch}, where longrope rotates all earlier tokens "
+            f"The text grows past original_max_position_embeddings={switch}, where longrope rotates earlier tokens "
             f"anew, so nothing is cached. At most {switch} tokens, prompt included, are generated faster."
         )
         cache = None
