@@ -53,10 +53,7 @@ def change_weights(folder: Path, change) -> None:
         (lambda x: (x / "model.safetensors").unlink(), ["no file named model.safetensors"]),
         (lambda x: (x / "config.json").unlink(), ["config.json"]),
         (lambda x: (x / "config.json").write_text("{"), ["config.json"]),
-        (
-            lambda x: BD3LMConfig.from_pretrained(x, mask_token_id=100).save_pretrained(x),
-            ["mask_token_id is 100"],
-        ),
+        (lambda x: BD3LMConfig.from_pretrained(x, mask_token_id=100).save_pretrained(x), ["mask_token_id is 100"]),
         (
             lambda x: change_weights(x, lambda w: w.pop("backbone.output_layer.linear.bias")),
             ["1 missing weights (backbone.output_layer.linear.bias)", "checkpoint of another model"],
@@ -99,7 +96,7 @@ def test_a_missing_model_is_refused(bd3lm, tmp_path):
 
 
 def test_help_and_wrong_flags_need_nothing_slow():
-    slow = ("torch", "transformers", "datasets", "evaluate", "peft", "accelerate")
+    slow = ("torch", "transformers", "datasets", "evaluate", "peft", "accelerate", "pyarrow")
     code = f"""
 import contextlib, io, sys
 from bd3lm_hf.cli import VERBS, main

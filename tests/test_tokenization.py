@@ -38,9 +38,7 @@ def trained() -> PreTrainedTokenizerFast:
     return train_tokenizer(TEXTS, vocab_size=300)
 
 
-def test_a_trained_tokenizer_has_special_tokens_and_is_always_the_same(
-    trained: PreTrainedTokenizerFast,
-) -> None:
+def test_a_trained_tokenizer_has_special_tokens_and_is_always_the_same(trained: PreTrainedTokenizerFast) -> None:
     assert len(trained) == 300
     assert trained.mask_token_id == 299
     assert None not in (trained.bos_token_id, trained.eos_token_id, trained.pad_token_id)
