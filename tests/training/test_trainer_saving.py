@@ -161,15 +161,6 @@ def test_a_model_that_cannot_be_saved_or_is_not_finite_leaves_the_old_one(make_t
     assert weights.read_bytes() == before
 
 
-def test_a_finished_run_takes_no_further_step(make_trainer):
-    # Three steps end in the middle of an epoch of two.
-    whole = trained(make_trainer(max_steps=3, save_strategy="steps", save_steps=2))
-    again = make_trainer(max_steps=3, save_strategy="no")
-    again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 3 and losses_of(again) == losses_of(whole)
-    assert_same_weights(whole.model, again.model)
-
-
 def test_a_resumed_run_does_not_repeat_its_first_evaluation(make_trainer):
     options = {"max_steps": 2, "eval_on_start": True, "eval_strategy": "steps", "eval_steps": 2}
     whole = trained(make_trainer(save_strategy="steps", save_steps=1, **options))
