@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from generating import make_family
 from shared_models import special_ids
 from test_cli import assert_refused
 from transformers.loss.loss_utils import ForCausalLMLoss
 from two_processes import evaluation_of
 
-from bd3lm_hf import ARConfig, ARForCausalLM, BD3LMConfig, cli
+from bd3lm_hf import ARForCausalLM, cli
 from bd3lm_hf.argument_parser import load_model_and_tokenizer
 from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.data.sources import SUITES
@@ -36,15 +37,11 @@ def run(bd3lm, model_folder, text_file, tmp_path):
     return score
 
 
-def save(model, tokenizer, folder: Path) -> Path:
-    model.save_pretrained(folder)
+def save(family: str, tokenizer, folder: Path, **fields) -> Path:
+    fields |= {"vocab_size": len(tokenizer), "model_length": 32, **special_ids(tokenizer)}
+    make_family(family, **fields).float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def config_of(tokenizer, config_class=BD3LMConfig, **fields):
-    sizes = {"model_length": 32, "hidden_dim": 32, "n_blocks": 2, "n_heads": 2, "cond_dim": 16, "dropout": 0.0}
-    return config_class(vocab_size=len(tokenizer), **special_ids(tokenizer), **{**sizes, **fields})
 
 
 # --- What it says ----------------------------------------------------------------------------------------------------
@@ -123,13 +120,13 @@ def test_two_processes_give_the_result_of_one(bd3lm, two_processes, tmp_path, es
     assert [result["refused"] for result in results] == [2, 2]
 
 
-def test_an_autoregressive_perplexity_is_that_of_transformers(run, tiny_tokenizer, text_file, randomize, tmp_path):
-    model = randomize(ARForCausalLM(config_of(tiny_tokenizer, ARConfig))).eval()
-    result = run("--split", "train", model=save(model, tiny_tokenizer, tmp_path / "ar"))
+def test_an_autoregressive_perplexity_is_that_of_transformers(run, tiny_tokenizer, text_file, tmp_path):
+    folder = save("ar", tiny_tokenizer, tmp_path / "ar")
+    result = run("--split", "train", model=folder)
     rows = pack(load_text(str(text_file), split="train"), tiny_tokenizer, length=32)
     ids, labels = (torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels"))
     with torch.no_grad():
-        logits = model(input_ids=ids).logits
+        logits = ARForCausalLM.from_pretrained(folder)(input_ids=ids).logits
     # As published, the mask has its own column and no probability.
     logits[..., tiny_tokenizer.mask_token_id] = -torch.inf
     loss = ForCausalLMLoss(logits, labels, vocab_size=len(tiny_tokenizer))
@@ -304,7 +301,7 @@ def test_a_model_without_a_likelihood_gets_advice_on_what_can_be_measured(bd3lm,
 
 
 def test_an_exact_sum_of_too_many_passes_is_refused(bd3lm, tiny_tokenizer, text_file, tmp_path, monkeypatch):
-    folder = save(BD3LMForMaskedLM(config_of(tiny_tokenizer, block_size=16)), tiny_tokenizer, tmp_path / "b16")
+    folder = save("bd3lm", tiny_tokenizer, tmp_path / "b16", block_size=16)
     monkeypatch.setattr(dataset_scoring, "load_text", lambda *a, **b: pytest.fail("the text was read"))
     result = bd3lm("eval", "--model", folder, "--dataset", text_file, "--estimator", "exact")
     assert_refused(result, "--estimator exact", "2^16 - 1", "block_size=16", "stratified")

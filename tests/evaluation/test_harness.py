@@ -12,6 +12,7 @@ from pathlib import Path
 import lm_eval
 import pytest
 import torch
+from generating import make_family
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
@@ -22,10 +23,6 @@ import bd3lm_hf
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.evaluation.eval_cli import run_harness
 from bd3lm_hf.evaluation.harness import BD3LMHarness, RequestWindow, generation_request, request_windows
-from bd3lm_hf.modeling.configuration_bd3lm import ARConfig, BD3LMConfig, SEDDConfig
-from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
-from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.modeling.modeling_sedd import SEDDForMaskedLM
 
 
 DOCUMENTS = [
@@ -77,10 +74,9 @@ def adapter(model_folder):
     return lambda **arguments: BD3LMHarness(str(model_folder), device="cpu", **arguments)
 
 
-def of_class(model_class, config_class, tiny_tokenizer, randomize, **fields):
-    sizes = {"model_length": 32, "hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "dropout": 0.0}
-    config = config_class(vocab_size=len(tiny_tokenizer), **special_ids(tiny_tokenizer), **sizes, **fields)
-    return randomize(model_class(config)).eval()
+def of_family(family, tokenizer, **fields):
+    fields |= {"vocab_size": len(tokenizer), "model_length": 32, **special_ids(tokenizer)}
+    return make_family(family, **fields).float()
 
 
 def asked(kind, *arguments, doc=None, index=0):
@@ -227,8 +223,8 @@ def test_the_choices_of_a_question_share_their_noise(adapter):
     assert abs((ones - twos).mean().item() - (one - two)) < 5 * (ones - twos).std().item() / math.sqrt(60)
 
 
-def test_the_sum_is_exact_if_it_takes_few_forward_passes(tiny_tokenizer, randomize):
-    model = of_class(BD3LMForMaskedLM, BD3LMConfig, tiny_tokenizer, randomize, block_size=16, cond_dim=8)
+def test_the_sum_is_exact_if_it_takes_few_forward_passes(tiny_tokenizer):
+    model = of_family("bd3lm", tiny_tokenizer, block_size=16)
     lm = BD3LMHarness(model, tokenizer=tiny_tokenizer, device="cpu")
     assert lm.estimator_of(RequestWindow(list(range(20)), 4)) == "stratified"
     assert lm.estimator_of(RequestWindow(list(range(24)), 8)) == "exact"  # eight in each of two blocks
@@ -238,8 +234,8 @@ def test_the_sum_is_exact_if_it_takes_few_forward_passes(tiny_tokenizer, randomi
     assert few == pytest.approx(score(estimate, ("A block is written from noise", " and"))[0][0], rel=0.02)
 
 
-def test_an_autoregressive_model_is_exact_and_a_time_conditioned_one_is_sampled(tiny_tokenizer, randomize):
-    model = of_class(ARForCausalLM, ARConfig, tiny_tokenizer, randomize)
+def test_an_autoregressive_model_is_exact_and_a_time_conditioned_one_is_sampled(tiny_tokenizer):
+    model = of_family("ar", tiny_tokenizer)
     lm = BD3LMHarness(model, tokenizer=tiny_tokenizer, device="cpu")
     window = RequestWindow(list(range(30)), 1)
     assert lm.estimator_of(window) == "exact"
@@ -247,8 +243,7 @@ def test_an_autoregressive_model_is_exact_and_a_time_conditioned_one_is_sampled(
     context, continuation = (tiny_tokenizer(text)["input_ids"] for text in ("The lazy", " dog"))
     nll = model.token_nll(torch.tensor([context + continuation])).nll[0, len(context) :]
     assert found == pytest.approx(-nll.sum().item(), rel=1e-5)
-    sedd = of_class(SEDDForMaskedLM, SEDDConfig, tiny_tokenizer, randomize, cond_dim=8)
-    lm = BD3LMHarness(sedd, tokenizer=tiny_tokenizer, device="cpu", check_greedy=False)
+    lm = BD3LMHarness(of_family("sedd", tiny_tokenizer), tokenizer=tiny_tokenizer, device="cpu", check_greedy=False)
     assert lm.estimator_of(window) == "sampled" and math.isfinite(score(lm, ("The lazy", " dog"))[0][0])
 
 
