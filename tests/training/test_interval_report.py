@@ -23,12 +23,9 @@ def lines_of(folder) -> list[dict]:
 
 def test_a_log_follows_the_winner_and_the_whole_interval():
     found = search_of()
-    variances = {
-        "interval_variance": found.variances.min().item(),
-        "interval_variance_full": found.variances[0].item(),
-    }
-    ends = dict(zip(("interval_min", "interval_max"), found.interval, strict=True))
-    assert interval.interval_metrics(found) == {**ends, **variances, "interval_search_runtime": 1.5}
+    expected = dict(zip(("interval_min", "interval_max"), found.interval, strict=True))
+    expected |= {"interval_variance": found.variances.min(), "interval_variance_full": found.variances[0]}
+    assert interval.interval_metrics(found) == {**expected, "interval_search_runtime": 1.5}
 
 
 def test_a_search_is_a_line_with_every_candidate(tmp_path):

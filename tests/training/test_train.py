@@ -47,15 +47,11 @@ def trained(recipe, tmp_path_factory):
     return result, folder
 
 
-def environment(**changes: str) -> dict[str, str]:
-    """The environment of this process without anything that would put the checkout on the path."""
+def call(*words: object, cwd: Path, **changes: str) -> subprocess.CompletedProcess:
+    """Run Python without anything in its environment that would put the checkout on the path."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return {**kept, "OMP_NUM_THREADS": "1", **changes}
-
-
-def call(*words: object, cwd: Path | None = None, **changes: str) -> subprocess.CompletedProcess:
-    options = {"cwd": cwd, "env": environment(**changes), "capture_output": True, "text": True}
-    return subprocess.run([sys.executable, *map(str, words)], **options)
+    environment = {**kept, "OMP_NUM_THREADS": "1", **changes}
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def logged(result: TrainResult, key: str) -> list[float]:
