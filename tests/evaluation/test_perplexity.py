@@ -19,7 +19,6 @@ from bd3lm_hf.evaluation.perplexity import (
     summarize_losses,
     unigram_perplexity,
 )
-from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.noise_bd3lm import stratify
 
 
@@ -32,11 +31,6 @@ class ConstantModel:
     def token_nll(self, input_ids, attention_mask, *, estimator, num_samples, generator=None, labels=None):
         mask = attention_mask.float() if labels is None else (labels != -100).float()
         return TokenNLL(self.nll * mask, mask)
-
-
-@pytest.fixture
-def model(tiny_model) -> BD3LMForMaskedLM:
-    return tiny_model
 
 
 @pytest.fixture
@@ -62,8 +56,9 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "stratified", "exact", "published"])
-def test_the_batch_size_changes_only_rounding(model, sequences, estimator):
-    results = [score_sequences(model, sequences, estimator=estimator, batch_size=size, seed=3) for size in (1, 3, 7)]
+def test_the_batch_size_changes_only_rounding(tiny_model, sequences, estimator):
+    options = {"estimator": estimator, "seed": 3}
+    results = [score_sequences(tiny_model, sequences, batch_size=size, **options) for size in (1, 3, 7)]
     for result in results[1:]:
         assert [score.row for score in result] == [score.row for score in results[0]]
         assert [score.num_tokens for score in result] == [score.num_tokens for score in results[0]]
@@ -71,9 +66,9 @@ def test_the_batch_size_changes_only_rounding(model, sequences, estimator):
         torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-4)
 
 
-def test_the_seed_decides_an_estimate_which_agrees_with_the_exact_bound_within_its_noise(model, sequences):
-    exact = perplexity(model, sequences, estimator="exact")
-    found = [perplexity(model, sequences, num_samples=2, seed=seed).nll for seed in (*range(8), 0)]
+def test_the_seed_decides_an_estimate_which_agrees_with_the_exact_bound_within_its_noise(tiny_model, sequences):
+    exact = perplexity(tiny_model, sequences, estimator="exact")
+    found = [perplexity(tiny_model, sequences, num_samples=2, seed=seed).nll for seed in (*range(8), 0)]
     assert found[0] == found[8] and len(set(found)) == 8
     draws = torch.tensor(found[:8])
     assert abs(draws.mean() - exact.nll) < 4 * draws.std() / math.sqrt(len(draws)) + 1e-6
@@ -101,23 +96,23 @@ def test_the_published_noise_of_a_sequence_does_not_depend_on_who_scores_it():
     assert not torch.equal(other.block_noise, part.block_noise[:1])
 
 
-def test_the_published_estimate_is_the_evaluation_loss_at_its_noise(model, sequences):
+def test_the_published_estimate_is_the_evaluation_loss_at_its_noise(tiny_model, sequences):
     rows = [sequence for sequence in sequences if len(sequence) == 32] * 5
     assert len(rows) > PUBLISHED_BATCH
-    result = perplexity(model, rows, estimator="published", seed=2)
+    result = perplexity(tiny_model, rows, estimator="published", seed=2)
     noise = published_noise(range(len(rows)), len(rows), num_blocks=8, length=32, seed=2)
     ids = torch.tensor(rows)
     with torch.no_grad():
-        loss = model(input_ids=ids, labels=ids, **noise._asdict()).loss
+        loss = tiny_model(input_ids=ids, labels=ids, **noise._asdict()).loss
     assert result.nll == pytest.approx(loss.item(), rel=1e-5)
     assert result.num_tokens == 31 * len(rows)
 
 
-def test_the_first_token_is_never_scored_by_the_published_protocol(model, sequences):
-    expected = perplexity(model, sequences, estimator="published")
-    model.config.ignore_bos = False
-    assert perplexity(model, sequences, estimator="published")[:6] == expected[:6]
-    assert perplexity(model, sequences, estimator="stratified").num_tokens == expected.num_tokens + len(sequences)
+def test_the_first_token_is_never_scored_by_the_published_protocol(tiny_model, sequences):
+    expected = perplexity(tiny_model, sequences, estimator="published")
+    tiny_model.config.ignore_bos = False
+    assert perplexity(tiny_model, sequences, estimator="published")[:6] == expected[:6]
+    assert perplexity(tiny_model, sequences, estimator="stratified").num_tokens == expected.num_tokens + len(sequences)
 
 
 @pytest.mark.parametrize("family", ["mdlm", "sedd", "ar"])
@@ -135,23 +130,23 @@ def test_every_baseline_has_the_published_estimate_and_refuses_others_by_name(ra
                 check_estimator(model, estimator)
 
 
-def test_an_estimator_is_refused_before_a_text_is_scored(model):
-    model.config.block_size = 16
+def test_an_estimator_is_refused_before_a_text_is_scored(tiny_model):
+    tiny_model.config.block_size = 16
     passes = r"2\^16 - 1 forward passes; the limit is 8 scored tokens per block.*Use estimator='stratified'"
     for scorer, arguments, message in (
         (ConstantModel(1.0), ("published",), "'published' .*noise.* ConstantModel"),
-        (model, ("published", 3), "estimator='published' is one draw|num_samples=3"),
-        (model, ("exact",), passes),
+        (tiny_model, ("published", 3), "estimator='published' is one draw|num_samples=3"),
+        (tiny_model, ("exact",), passes),
     ):
         with pytest.raises(ValueError, match=message):
             check_estimator(scorer, *arguments)
 
 
-def test_evaluation_restores_the_mode_and_the_random_state(model, sequences):
-    model.train()
+def test_evaluation_restores_the_mode_and_the_random_state(tiny_model, sequences):
+    tiny_model.train()
     state = torch.get_rng_state()
-    perplexity(model, sequences[:2])
-    assert model.training
+    perplexity(tiny_model, sequences[:2])
+    assert tiny_model.training
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -188,9 +183,9 @@ def test_the_unigram_baseline_adds_one_to_every_count():
     assert unigram_perplexity([0, 0, 1], torch.tensor([0, 2]), 3) == pytest.approx(expected)
 
 
-def test_scored_tokens_are_those_that_the_model_counts(model, sequences):
-    tokens = scored_token_ids(model, sequences, batch_size=3)
-    assert len(tokens) == perplexity(model, sequences).num_tokens
+def test_scored_tokens_are_those_that_the_model_counts(tiny_model, sequences):
+    tokens = scored_token_ids(tiny_model, sequences, batch_size=3)
+    assert len(tokens) == perplexity(tiny_model, sequences).num_tokens
     # The first token of each sequence is given.
     assert tokens.tolist() == [token for sequence in sequences for token in sequence[1:]]
 
@@ -202,6 +197,9 @@ def test_scored_tokens_are_those_that_the_model_counts(model, sequences):
         (lambda: perplexity(ConstantModel(1.0), [[1]], batch_size=0), "batch_size=0 must be at least 1"),
         (lambda: unigram_perplexity([0], [], 3), "eval_ids is empty"),
         (lambda: unigram_perplexity([0], [3], 3), "token id 3 is outside the vocabulary of 3 ids"),
+        (lambda: sequence_losses(tiny_ssdlm(), [[1] * 8], batch_size=0), "batch_size=0 must be at least 1"),
+        (lambda: sequence_losses(tiny_ssdlm(), [[3, 4, 5, 6]]), "a text of 4 tokens .* block of 4"),
+        (lambda: summarize_losses([]), "0 sequences have no scored token"),
     ],
 )
 def test_bad_input_is_refused_with_its_value(call, message):
@@ -248,12 +246,3 @@ def test_a_score_is_the_mean_loss_over_the_noise_samples(ssdlm, rows):
         expected = ssdlm(input_ids=ids, labels=ids).loss.item()
     assert score.num_tokens == 16
     assert score.nll / score.num_tokens == pytest.approx(expected, rel=0.03)
-
-
-def test_losses_that_cannot_be_computed_are_refused(ssdlm, rows):
-    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
-        sequence_losses(ssdlm, rows, batch_size=0)
-    with pytest.raises(ValueError, match="0 sequences have no scored token"):
-        summarize_losses([])
-    with pytest.raises(ValueError, match="a text of 4 tokens .* block of 4"):
-        sequence_losses(ssdlm, [[3, 4, 5, 6]])
