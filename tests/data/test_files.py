@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from bd3lm_hf.data.documents import find_schema, load_text
 from bd3lm_hf.data.files import files_by_split
@@ -155,8 +155,6 @@ def test_a_pointer_of_git_lfs_is_not_data(tmp_path: Path, ending: str) -> None:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_saved_dataset_is_read(tmp_path: Path, streaming: bool) -> None:
-    from datasets import DatasetDict
-
     parts = {"train": Dataset.from_dict({"text": ["a", "b"]}), "valid": Dataset.from_dict({"text": ["c"]})}
     DatasetDict(parts).save_to_disk(str(tmp_path / "both"))
     assert texts_of(tmp_path / "both", streaming=streaming) == ["a", "b"]

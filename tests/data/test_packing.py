@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 
 from bd3lm_hf.data import packing
 from bd3lm_hf.data.packing import bytes_per_token, evenly_spaced, pack, pack_published, tokenize
@@ -95,8 +96,6 @@ def test_published_packing_ends_empty_documents_too_and_drops_the_remainder(docu
 
 
 def test_published_packing_takes_the_first_id_of_the_encoded_token(documents: Dataset) -> None:
-    from tokenizers.processors import TemplateProcessing
-
     bert_like = train_tokenizer(TEXTS, vocab_size=300)
     bert_like.add_tokens(["[CLS]", "[SEP]"])
     first = bert_like.convert_tokens_to_ids("[CLS]")

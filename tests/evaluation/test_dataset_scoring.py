@@ -153,10 +153,8 @@ def test_the_published_protocol_cuts_texts_as_published_by_default(run):
 def test_a_name_of_the_table_has_its_flags_even_if_a_folder_is_called_so(tmp_path, monkeypatch):
     (tmp_path / "owt").mkdir()
     monkeypatch.chdir(tmp_path)
-    arguments = cli.make_verb_parser("eval").parse_args(
-        ["--model", "x", "--dataset", "owt", "--estimator", "published"]
-    )
-    (target,) = dataset_scoring._targets(arguments)
+    words = ["--model", "x", "--dataset", "owt", "--estimator", "published"]
+    (target,) = dataset_scoring._targets(cli.make_verb_parser("eval").parse_args(words))
     assert not target.flags.insert_special  # as for OpenWebText
 
 

@@ -17,7 +17,8 @@ uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("transformers.cli.serving.server")
 
 from decoders import tiny_decoder  # noqa: E402
-from shared_models import CLASSES  # noqa: E402
+from generating import make_family  # noqa: E402
+from shared_models import CLASSES, special_ids  # noqa: E402
 from throughput import Server as ServerProcess  # noqa: E402
 
 from bd3lm_hf.cli import main, make_verb_parser, run_verb  # noqa: E402
@@ -82,16 +83,9 @@ def folder_of(tmp_path_factory, _tiny_tokenizer_json):
         tokenizer = make_tiny_tokenizer(_tiny_tokenizer_json)
         if chat:
             tokenizer.chat_template = TEMPLATE
-        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id", "mask_token_id")}
-        ids |= {"vocab_size": len(tokenizer), "eos_token_id": None}
-        if family in CLASSES:
-            head, config = CLASSES[family]
-            fields = {"block_size": 4} if family == "bd3lm" else {}
-            sizes = {"hidden_dim": 32, "n_blocks": 2, "n_heads": 2, "cond_dim": 8, "model_length": 32}
-            model = head(config(**sizes, **ids, **fields))
-        else:
-            model = tiny_decoder(family, **ids)
-        model.save_pretrained(folder)
+        fields = {"vocab_size": len(tokenizer), **special_ids(tokenizer), "eos_token_id": None, "model_length": 32}
+        make = make_family if family in CLASSES else tiny_decoder
+        make(family, **fields).float().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
 

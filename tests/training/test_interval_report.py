@@ -63,12 +63,9 @@ def test_a_kill_while_a_search_is_written_leaves_the_earlier_ones(tmp_path, monk
 @pytest.mark.parametrize("candidates", [None, [(1e-3, 1), (1, 1)], [(1e-3, 1), (0.3, 0.8), (0.45, 0.95), (0.4, 0.6)]])
 @pytest.mark.parametrize("batches", [1, 3])
 def test_the_plot_shows_a_line_for_each_width_and_the_winner(tmp_path, monkeypatch, candidates, batches):
-    figure_module = pytest.importorskip("matplotlib.figure")
-    seen = []
-    inner = figure_module.Figure.savefig
-    monkeypatch.setattr(
-        figure_module.Figure, "savefig", lambda self, *a, **k: (seen.append(self), inner(self, *a, **k))
-    )
+    figure_class = pytest.importorskip("matplotlib.figure").Figure
+    seen, inner = [], figure_class.savefig
+    monkeypatch.setattr(figure_class, "savefig", lambda self, *a, **k: (seen.append(self), inner(self, *a, **k)))
     found = search_of(batches, candidates)
     record_search(found, tmp_path, step=7, adopted=True)
     assert (tmp_path / PLOT_NAME).read_bytes().startswith(b"\x89PNG")
