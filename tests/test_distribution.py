@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from decoders import tiny_decoder
 from published_scores import analytic_weights, denoising_weights, log_score
 from shared_models import randomized
 
@@ -146,6 +147,15 @@ def test_a_position_that_is_predicted_again_is_not_drawn_again(model):
     samples = sample(flat, ids, 3, sampler="confidence", confidence_threshold=0.5)
     counts = samples.flatten().bincount(minlength=3) / (3 * SAMPLES)
     torch.testing.assert_close(counts, torch.tensor([0.96, 0.03, 0.01]), atol=5 * 0.001, rtol=0)
+
+
+@pytest.mark.parametrize("alignment", ["same", "shifted"])
+def test_samples_of_an_adapted_decoder_have_the_joint_distribution_too(alignment):
+    fields = {"vocab_size": 5, "mask_token_id": 3, "pad_token_id": PAD, "bos_token_id": None, "eos_token_id": None}
+    decoder = tiny_decoder("llama", **fields, block_size=3, model_length=9, alignment=alignment)
+    decoder.get_output_embeddings().weight.data.mul_(2)  # so that the samplers' distributions differ
+    samples = sample(decoder, torch.tensor([CONTEXT]).expand(SAMPLES, -1), 3)
+    assert_distributed(samples, exact_block(decoder, CONTEXT, hitting_plans(3)))
 
 
 # The baselines, of the same three tokens

@@ -5,6 +5,7 @@ A new version of a library may change them without notice. A failure here names 
 
 import ast
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 
 import accelerate
@@ -22,12 +23,7 @@ LIBRARY_CLASSES = (GenerationMixin, PreTrainedModel, PreTrainedConfig, Trainer, 
 
 # (owner, name, its parameters, the feature that depends on it)
 METHODS = [
-    (
-        GenerationMixin,
-        "_sample",
-        ["input_ids", "logits_processor", "stopping_criteria", "generation_config"],
-        "generate",
-    ),
+    (GenerationMixin, "_sample", ["logits_processor", "stopping_criteria", "generation_config"], "generate"),
     (GenerationMixin, "_prepare_generation_config", ["generation_config"], "our defaults in generate"),
     (GenerationMixin, "_prepare_attention_mask_for_generation", ["inputs_tensor"], "padding that is the mask token"),
     (GenerationMixin, "_prepare_special_tokens", ["generation_config"], "infill"),
@@ -123,18 +119,26 @@ def test_the_operations_of_prepacked_weights_exist(name):
 UNRELATED = {"_prefill"}  # ours by the same name, in classes that are not the library's
 
 
+def nodes() -> Iterator[ast.AST]:
+    """Every node of the source of the rooms."""
+    for room in ("bd3lm_hf", "modeling", "hub_upload", "training"):
+        for path in (ROOT / room).rglob("*.py"):
+            yield from ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def private(names: set[str]) -> set[str]:
+    return {name for name in names if name.startswith("_") and not name.startswith("__")}
+
+
 def private_names() -> set[str]:
     """Private methods that the rooms define or call on `super()`, if a class of a library has them too."""
     names = set()
-    for room in ("bd3lm_hf", "modeling", "hub_upload", "training"):
-        for path in (ROOT / room).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.ClassDef):
-                    names |= {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
-                elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "super()":
-                    names.add(node.attr)
-    private = {name for name in names if name.startswith("_") and not name.startswith("__")}
-    return {name for name in private - UNRELATED if any(hasattr(owner, name) for owner in LIBRARY_CLASSES)}
+    for node in nodes():
+        if isinstance(node, ast.ClassDef):
+            names |= {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "super()":
+            names.add(node.attr)
+    return {name for name in private(names) - UNRELATED if any(hasattr(owner, name) for owner in LIBRARY_CLASSES)}
 
 
 def test_every_private_method_of_a_library_is_listed():
@@ -149,18 +153,16 @@ NAMED_ELSEWHERE = {"_linear_pointwise", "_reorder_linear_weight", "_StreamError"
 def foreign_attributes() -> set[str]:
     """Private names that the rooms read, as an attribute or by an import, and define nowhere."""
     read, defined = set(), set()
-    for room in ("bd3lm_hf", "modeling", "hub_upload", "training"):
-        for path in (ROOT / room).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Attribute):
-                    (read if isinstance(node.ctx, ast.Load) else defined).add(node.attr)
-                elif isinstance(node, ast.ImportFrom):
-                    read |= {alias.name for alias in node.names}
-                elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                    defined.add(node.name)
-                elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                    defined.add(node.id)
-    return {name for name in read - defined if name.startswith("_") and not name.startswith("__")}
+    for node in nodes():
+        if isinstance(node, ast.Attribute):
+            (read if isinstance(node.ctx, ast.Load) else defined).add(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            read |= {alias.name for alias in node.names}
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            defined.add(node.id)
+    return private(read - defined)
 
 
 def test_every_private_attribute_of_a_library_is_listed():

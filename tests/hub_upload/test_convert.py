@@ -58,6 +58,12 @@ def write_folder(folder, kind, state, weights_file="model.safetensors"):
     return folder
 
 
+@pytest.fixture
+def source(make_model, tmp_path):
+    """A published folder of masked diffusion."""
+    return write_folder(tmp_path / "source", "mdlm", make_model("mdlm").state_dict())
+
+
 def assert_same(folder, model):
     """Check that a folder holds the model, and return what is loaded from it."""
     loaded = AutoModelForCausalLM.from_pretrained(folder)
@@ -90,13 +96,10 @@ def test_a_published_folder_becomes_one_that_loads_by_itself(make_model, tmp_pat
 
 def test_shards_are_put_together(make_model, tmp_path):
     model = make_model("mdlm")
-    state = model.state_dict()
-    names = sorted(state)
-    source = write_folder(tmp_path / "source", "mdlm", {n: state[n] for n in names[::2]}, "a.safetensors")
-    save_file({n: state[n] for n in names[1::2]}, source / "b.safetensors")
-    weight_map = {n: "ab"[i % 2] + ".safetensors" for i, n in enumerate(names)}
-    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    convert(str(source), tmp_path / "target")
+    model.save_pretrained(tmp_path / "source", max_shard_size="30KB")
+    assert (tmp_path / "source" / "model.safetensors.index.json").is_file()
+    (tmp_path / "source" / "config.json").write_text(json.dumps(PUBLISHED["mdlm"]))
+    convert(str(tmp_path / "source"), tmp_path / "target")
     assert_same(tmp_path / "target", model)
 
 
@@ -237,17 +240,14 @@ def write_index(content):
         (write_index('{"weight_map": {"a": "../x.safetensors"}}'), "../x.safetensors"),
     ],
 )
-def test_a_damaged_or_hostile_folder_is_refused_in_one_line(bd3lm, make_model, tmp_path, damage, part):
-    state = make_model("mdlm").state_dict()
-    source = write_folder(tmp_path / "source", "mdlm", state)
-    damage(state, source)
+def test_a_damaged_or_hostile_folder_is_refused_in_one_line(bd3lm, source, tmp_path, damage, part):
+    damage(load_file(source / "model.safetensors"), source)
     code, _, err = bd3lm("convert", source, tmp_path / "target")
     assert code == 2 and re.search(part, err) and err.count("\n") == 1 and err.startswith("error: ")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_link_out_of_the_folder_is_refused(make_model, tmp_path):
-    source = write_folder(tmp_path / "source", "mdlm", make_model("mdlm").state_dict())
+def test_a_link_out_of_the_folder_is_refused(source, tmp_path):
     (source / "model.safetensors").rename(tmp_path / "private.safetensors")
     (source / "model.safetensors").symlink_to(tmp_path / "private.safetensors")
     with pytest.raises(ValueError, match="model.safetensors"):
@@ -263,8 +263,7 @@ def test_a_link_out_of_the_folder_is_refused(make_model, tmp_path):
         ({"weights": "ema"}, "--weights ema"),
     ],
 )
-def test_options_that_contradict_the_source_are_refused(make_model, tmp_path, options, part):
-    source = write_folder(tmp_path / "source", "mdlm", make_model("mdlm").state_dict())
+def test_options_that_contradict_the_source_are_refused(source, tmp_path, options, part):
     with pytest.raises(ValueError, match=part):
         convert(str(source), tmp_path / "target", **options)
     assert not (tmp_path / "target").exists()
@@ -276,8 +275,7 @@ def test_a_source_that_does_not_exist_is_named(tmp_path, name):
         convert(name, tmp_path / "target")
 
 
-def test_what_is_next_to_the_target_does_not_matter_and_a_target_in_use_stays(make_model, tmp_path):
-    source = write_folder(tmp_path / "source", "mdlm", make_model("mdlm").state_dict())
+def test_what_is_next_to_the_target_does_not_matter_and_a_target_in_use_stays(source, tmp_path):
     (tmp_path / ".incomplete" / "target.converted").mkdir(parents=True)
     (tmp_path / ".incomplete" / "target.converted" / "theirs").write_text("theirs")
     convert(str(source), tmp_path / "target")

@@ -135,32 +135,3 @@ def test_other_precisions_score_and_generate(dtype):
     model, ids = tiny_decoder("llama").to(dtype), random_ids()
     assert torch.isfinite(model.token_nll(ids, estimator="stratified").nll).all()
     assert write(model, ids).shape == (2, 21)
-
-
-@pytest.mark.parametrize("alignment", ["same", "shifted"])
-def test_samples_follow_the_joint_distribution_of_the_model(alignment):
-    """First-hitting reveals the two tokens of a block in either order, each with probability 1/2."""
-    fields = {"vocab_size": 6, "mask_token_id": 5, "block_size": 2, "alignment": alignment, "ignore_bos": True}
-    model, rows = tiny_decoder("llama", **fields), 6_000
-    prompt, tokens = torch.tensor([[3, 4]]), [1, 2, 3, 4]  # 0 is padding, 5 the mask
-
-    def probabilities(first, second):
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([[3, 4, first, second]]), clean_input_ids=clean).logits[0, 2:]
-        logits[:, [0, 5]] = -torch.inf
-        return logits.softmax(-1)
-
-    clean = torch.tensor([[3, 4, 1, 1]])
-    start = probabilities(5, 5)
-    expected = torch.zeros(6, 6)
-    for x in tokens:
-        expected[x] += 0.5 * start[0, x] * probabilities(x, 5)[1]
-        expected[:, x] += 0.5 * start[1, x] * probabilities(5, x)[0]
-    torch.manual_seed(0)
-    written = write(model, prompt.expand(rows, -1), max_new_tokens=2, do_sample=True)[:, 2:]
-    counts = torch.bincount(written[:, 0] * 6 + written[:, 1], minlength=36).float()
-    expected_counts = expected.flatten() * rows
-    chosen = expected_counts > 0
-    assert not counts[~chosen].any()
-    statistic = ((counts - expected_counts)[chosen] ** 2 / expected_counts[chosen]).sum()
-    assert statistic < 37.7  # chi-square with 15 degrees of freedom, p = 0.001
