@@ -9,6 +9,7 @@ The mask token is the first of these that exists; the choice is logged:
 """
 
 import copy
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -35,7 +36,7 @@ _DECAYED = 0.1
 #: Options for `from_pretrained`; all others are fields of the diffusion process.
 _LOADING = (
     *("attn_implementation", "cache_dir", "device_map", "dtype", "local_files_only", "max_memory", "offload_folder"),
-    *("quantization_config", "revision", "subfolder", "token", "trust_remote_code"),
+    *("quantization_config", "revision", "subfolder", "token", "torch_dtype", "trust_remote_code"),
 )
 
 
@@ -105,8 +106,8 @@ def adapt_decoder(
     config = decoder_config(stock, mask, fields, argument)
     if named:
         model = load_model(model_or_name, argument="adapt_decoder:", config=config, **loading)
-    elif loading:
-        raise ValueError(f"{', '.join(loading)} applies when a model is loaded by name: leave it out for a model.")
+    elif built := [*loading, *(name for name in process_fields if hasattr(stock, name) and "token_id" not in name)]:
+        raise ValueError(f"{', '.join(built)} applies when a model is loaded by name: leave it out for a model.")
     else:
         model = _take_over(model_or_name, model_class, config, argument)
     _make_mask_row(model, mask, tokenizer)
@@ -141,7 +142,8 @@ def decoder_config(stock: Any, mask: MaskToken, fields: dict[str, Any], argument
         ValueError: if a field does not exist or has an invalid value.
     """
     config_class = DECODERS[stock.model_type].config_class
-    unknown = [name for name in fields if name not in config_class.__dataclass_fields__]
+    known = {field.name for field in dataclasses.fields(config_class)}  # without the options that are fixed
+    unknown = [name for name in fields if name not in known]
     if unknown:
         raise ValueError(f"{argument}: {', '.join(unknown)} is not a field of a {config_class.__name__}.")
     kept = {k: v for k, v in stock.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}

@@ -173,6 +173,9 @@ class BD3LMDecoderConfigMixin(_Configuration):
         for name, choices in (("alignment", ALIGNMENTS), ("context", CONTEXTS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}.")
+        for name in ("time_conditioning", "causal", "cross_attn", "var_min"):
+            if getattr(self, name) != (fixed := getattr(type(self), name)):
+                raise ValueError(f"{name}={getattr(self, name)!r}: for decoders this is {fixed}. Leave it out.")
         if self.alignment != "same" and not self.ignore_bos:
             raise ValueError(
                 f"alignment={self.alignment!r} with ignore_bos=False: the first token of a text has no predecessor to "

@@ -75,6 +75,8 @@ def test_a_name_keeps_dtype_rope_and_generation_config(tmp_path, tokenizer):
     assert model.config.rope_parameters["rope_theta"] == 5e5
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, 1]
     assert model.generation_config.temperature == 0.7
+    for spelling in ("dtype", "torch_dtype"):
+        assert adapt_decoder(tmp_path, **{spelling: "float16"}).dtype == torch.float16
 
 
 def test_the_configuration_is_read_from_the_subfolder_of_the_weights(tmp_path, tokenizer):
@@ -135,6 +137,9 @@ def test_the_row_of_the_mask_token_trains_with_adapters(family, tokenizer, tmp_p
         ({"block_size": 128}, "block_size=128"),
         ({"colour": "red"}, "colour"),
         ({"dtype": torch.float16}, "dtype"),
+        ({"attention_dropout": 0.5}, "attention_dropout"),
+        ({"var_min": True}, "var_min"),
+        ({"dropout": 0.1}, "dropout"),
     ],
 )
 def test_fields_that_do_not_fit_are_refused(tokenizer, fields, message):

@@ -247,6 +247,7 @@ def test_every_way_of_masking_has_the_exact_bound_as_its_mean(family):
         ({"alignment": "left"}, "alignment='left'"),
         ({"context": "all"}, "context='all'"),
         ({"alignment": "shifted", "ignore_bos": False}, "ignore_bos=False"),
+        ({"time_conditioning": True}, "time_conditioning=True"),
         ({"ar_loss_weight": 0.2}, "ar_loss_weight=0.2"),
         ({"mask_token_id": 2}, "mask_token_id=2"),
     ],
