@@ -46,16 +46,6 @@ def test_a_text_can_start_without_a_prompt(generate, tmp_path):
     assert {row["num_prompt_tokens"] for row in rows} == {1}  # the BOS token
 
 
-def texts_of(path) -> set:
-    return {(row["prompt"], row["text"]) for row in rows_of(path)}
-
-
-def test_prompts_come_from_a_file(generate, tmp_path):
-    (tmp_path / "prompts.txt").write_text("The fox\nA block\n")
-    _, out, _ = generate("--prompt-file", tmp_path / "prompts.txt", "--max-new-tokens", 4)
-    assert out == generate("--prompt", "The fox", "--prompt", "A block", "--max-new-tokens", 4)[1]
-
-
 def test_the_text_is_what_the_library_generates(generate, model_folder, tmp_path):
     output = tmp_path / "samples.jsonl"
     arguments = ["--prompt", "The lazy dog", "--prompt", "A", "--max-new-tokens", 10, "--seed", 5, "--top-k", 9]
@@ -106,7 +96,8 @@ def test_a_file_grows_by_samples_of_several_prompts_and_by_prompts(generate, tmp
     assert output.read_bytes().startswith(before)
     whole = tmp_path / "whole.jsonl"
     assert generate(*arguments[:-1], whole, "--num-samples", 3)[0] == 0
-    assert texts_of(output) == texts_of(whole)
+    texts, expected = ({(row["prompt"], row["text"]) for row in rows_of(path)} for path in (output, whole))
+    assert texts == expected
     assert generate(*arguments, "--prompt", "Every", "--num-samples", 3)[0] == 0
     rows = rows_of(output)
     prompts = [*["The fox"] * 2, *["A"] * 2, "The fox", "A", *["Every"] * 3]

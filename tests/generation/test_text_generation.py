@@ -103,17 +103,6 @@ def test_samples_are_lines_of_json_that_a_second_run_finds(path):
     assert [row["index"] for row in SamplesFile(path, PROMPTS, SETTINGS).rows()] == [0, 1, 2]
 
 
-def test_an_incomplete_line_of_a_killed_run_is_cut_off(path):
-    SamplesFile(path, PROMPTS, SETTINGS).append([sample(0), sample(1)])
-    whole = path.read_bytes()
-    for cut in range(1, 40):
-        path.write_bytes(whole[: -len(whole.splitlines(keepends=True)[1])] + whole.splitlines()[1][:cut])
-        file = SamplesFile(path, PROMPTS, SETTINGS)
-        assert file.finished == {0}
-        file.append([sample(1)])
-        assert path.read_bytes() == whole
-
-
 def test_each_sample_is_on_disk_before_the_next_is_taken(path):
     def samples():
         for index in range(3):
