@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -60,15 +61,10 @@ def test_tokens_per_forward_do_not_depend_on_the_batch(tiny_model):
 
 def test_given_tokens_are_continued_and_not_scored(tiny_model):
     prompts = [[0, 5, 6, 7, 8], [0, 9, 10, 11, 12]]
-    texts = []
-
-    class Listening(ReferenceModel):
-        def score(self, given, **options):
-            texts.extend(given)
-            return super().score(given, **options)
-
-    (one,) = quality_curve(tiny_model, {"first_hitting": [{}]}, Listening(tiny_model), prompts=prompts, new_tokens=6)
-    assert [text.ids[: text.num_given] for text in texts] == prompts
+    judge = ReferenceModel(tiny_model)
+    judge.score = Mock(wraps=judge.score)
+    (one,) = quality_curve(tiny_model, {"first_hitting": [{}]}, judge, prompts=prompts, new_tokens=6)
+    assert [text.ids[: text.num_given] for text in judge.score.call_args.args[0]] == prompts
     assert [score.num_tokens for score in one.scores] == [6, 6]
 
 

@@ -132,22 +132,13 @@ def test_a_step_that_the_loss_scaler_skipped_is_no_update():
     assert average.updates == 1
 
 
-class _Weights(TrainerCallback):
-    """Record the weights of every evaluation."""
-
-    def __init__(self) -> None:
-        self.seen = []
-
-    def on_evaluate(self, args, state, control, model=None, **kwargs):
-        self.seen.append(weights_of(model))
-
-
 def test_evaluation_scores_and_shows_the_averaged_weights(make_trainer):
-    trainer, watch = make_trainer(ema_decay=0.5, eval_strategy="steps", eval_steps=1), _Weights()
-    trainer.add_callback(watch)
+    trainer, seen = make_trainer(ema_decay=0.5, eval_strategy="steps", eval_steps=1), []
+    trainer.add_callback(TrainerCallback())
+    trainer.callback_handler.callbacks[-1].on_evaluate = lambda *_, model, **__: seen.append(weights_of(model))
     trainer.train()
     raw = weights_of(trainer.model)
-    assert equal(watch.seen[-1], trainer.average.shadows) and not equal(watch.seen[-1], raw)
+    assert equal(seen[-1], trainer.average.shadows) and not equal(seen[-1], raw)
     with trainer.averaged_weights() as model, trainer.averaged_weights() as again:
         assert model is again is trainer.model
         expected = perplexity(model, rows_of(6, seed=1), batch_size=8, seed=5)

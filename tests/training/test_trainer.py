@@ -8,6 +8,7 @@ from generating import make_family
 from kill_driver import Poison
 from tiny_runs import assert_same_weights, losses_of, packed_stream, rows_of, trained
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from two_processes import Words
 
 from bd3lm_hf.evaluation.perplexity import perplexity
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
@@ -258,13 +259,9 @@ def test_compiled_runs_take_the_same_steps(make_trainer, tmp_path):
 
 
 def test_a_sample_leaves_the_random_state_and_the_mode_alone(tiny_model):
-    class Tokenizer:
-        def decode(self, ids, skip_special_tokens):
-            return " ".join(map(str, torch.as_tensor(ids).tolist()))
-
     model = tiny_model.train()
     state = torch.get_rng_state()
-    first, second = (sample_text(model, Tokenizer(), max_new_tokens=5, seed=1, nucleus_p=0.9) for _ in range(2))
+    first, second = (sample_text(model, Words(), max_new_tokens=5, seed=1, nucleus_p=0.9) for _ in range(2))
     assert first == second and len(first.split()) <= 6 and model.training
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -119,10 +120,7 @@ def test_a_checkpoint_loads_by_itself_and_nothing_unfinished_stays(make_trainer,
     assert not (folder / ".incomplete").exists() and not list(folder.rglob("rng_state_1.pth"))
 
 
-def fail(*arguments, **keywords):
-    raise OSError(28, "No space left on device")
-
-
+fail = Mock(side_effect=OSError(28, "No space left on device"))
 STAGES = (
     "transformers.modeling_utils.PreTrainedModel.save_pretrained",
     "transformers.trainer.Trainer._save_optimizer_and_scheduler",

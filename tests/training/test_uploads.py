@@ -4,6 +4,7 @@ import logging
 import queue
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from hub_server import TOKEN, USER, Fault
@@ -109,13 +110,9 @@ def test_a_run_survives_a_hub_that_fails_but_its_last_upload_must_succeed(hub, u
     assert "an upload in the background failed" in warning and REPO in warning
     with pytest.raises(OSError, match=REPO):
         trainer.save_model()
-    monkeypatch.setattr(uploads, "push_saved_folder", refuse)
+    monkeypatch.setattr(uploads, "push_saved_folder", Mock(side_effect=RuntimeError("no")))
     uploading_trainer(save_strategy="steps", save_steps=1, overwrite_output_dir=True).train()
     assert "checkpoint-1 was not uploaded: no" in warnings.get(timeout=30)
-
-
-def refuse(*arguments, **options):
-    raise RuntimeError("no")
 
 
 def test_an_adapter_is_uploaded_as_one_if_its_base_has_a_repository(hub, uploading_trainer, monkeypatch, model_folder):
