@@ -328,10 +328,18 @@ class MDLMConfig(BD3LMConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.block_size is None:
-            self.block_size = self.model_length
+            self.block_size = kwargs.get("max_position_embeddings", self.model_length)
         if self.mdlm_loss_scale:
             self.noise = "total_noise"
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the configuration as [`BD3LMConfig`] does; the block is as long as a `model_length` in `kwargs`."""
+        length = kwargs.get("model_length", kwargs.get("max_position_embeddings"))
+        if length is not None:
+            kwargs.setdefault("block_size", length)
+        return super().from_dict(config_dict, **kwargs)
 
 
 class SEDDConfig(MDLMConfig):

@@ -92,6 +92,15 @@ WRONG_TYPES = {
 }
 
 
+@pytest.mark.parametrize("name", ["model_length", "max_position_embeddings"])
+@pytest.mark.parametrize("config", [MDLMConfig, SEDDConfig])
+def test_the_block_of_masked_diffusion_is_as_long_as_any_given_window(config, name, tmp_path):
+    made = config(**{name: 64})
+    made.save_pretrained(tmp_path)
+    for found, length in ((made, 64), (config.from_pretrained(tmp_path, **{name: 16}), 16)):
+        assert (found.model_length, found.block_size) == (length, length)
+
+
 @pytest.mark.parametrize("config", [BD3LMConfig, ARConfig, MDLMConfig, SEDDConfig, SSDLMConfig])
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in WRONG_TYPES.items() for value in values])
 def test_a_field_of_the_wrong_type_or_size_is_refused_by_name(config, name, value):
