@@ -92,7 +92,7 @@ def block_causal_plan(
     for start, stop in _ranges(length, implementation, block_size):
         keys = ((0, min(total, past + stop + _padding_slack(layout, block_size, past))),)
         tiles.append(
-            Tile((start, stop), keys, _dense_mask(layout, block_size, (past + start, past + stop), keys, dtype))
+            Tile((start, stop), keys, _dense_mask(layout, block_size, 1, (past + start, past + stop), keys, dtype))
         )
     return _plan(tuple(tiles))
 
@@ -131,7 +131,8 @@ def two_stream_plan(
                 num_visible_keys = length  # adjacent ranges are one view of the keys, others a copy
             offset = (1 + sample) * length
             keys = _joined((0, num_visible_keys), (offset + own[0], offset + own[1]))
-            mask = _dense_mask(layout, block_size, (offset + start, offset + stop), keys, dtype)
+            queries = (offset + start, offset + stop)
+            mask = _dense_mask(layout, block_size, 1 + num_noise_samples, queries, keys, dtype)
             noisy.append(Tile((sample * length + start, sample * length + stop), keys, mask))
     if clean_cached:
         return _plan(tuple(noisy))
@@ -417,17 +418,11 @@ def _make_stream_mask(
 ) -> torch.Tensor | BlockMask:
     if not sparse:
         keys = num_streams * layout.block_ids.shape[1]
-        return _dense_mask(layout, block_size, (first_query, keys), ((0, keys),), dtype, causal_columns)
+        return _dense_mask(layout, block_size, num_streams, (first_query, keys), ((0, keys),), dtype, causal_columns)
     # A constant even in compiled code: torch 2.11 cannot compile flex attention for a dynamic length.
     length = len(range(layout.block_ids.shape[1]))
     keys, rows = num_streams * length, layout.num_rows
-    if not layout.aligned:
-        layout = layout._replace(
-            block_ids=in_memory(layout.block_ids.int()),  # the kernel compares 32-bit numbers faster
-            valid=None if layout.valid is None else in_memory(layout.valid),
-            document_ids=None if layout.document_ids is None else in_memory(layout.document_ids.int()),
-        )
-    see = stream_visibility(layout, block_size, first_query=first_query, causal_columns=causal_columns)
+    see = stream_visibility(layout, block_size, num_streams, first_query=first_query, causal_columns=causal_columns)
     batch = None if rows == 1 else rows
     return create_block_mask(see, batch, None, keys - first_query, keys, device=layout.block_ids.device)
 
@@ -435,6 +430,7 @@ def _make_stream_mask(
 def _dense_mask(
     layout: Layout,
     block_size: int,
+    num_streams: int,
     queries: tuple[int, int],
     keys: tuple[tuple[int, int], ...],
     dtype: torch.dtype,
@@ -445,46 +441,74 @@ def _dense_mask(
     row = torch.arange(layout.num_rows, device=device)[:, None, None]
     query = torch.arange(*queries, device=device)[None, :, None]
     key = torch.cat([torch.arange(*ends, device=device) for ends in keys])[None, None, :]
-    see = stream_visibility(layout, block_size, causal_columns=causal_columns)
+    see = stream_visibility(layout, block_size, num_streams, causal_columns=causal_columns)
     return _additive(see(row, None, query, key).unsqueeze(1), dtype)
 
 
-def stream_visibility(layout: Layout, block_size: int, *, first_query: int = 0, causal_columns: int = 0) -> Callable:
+def stream_visibility(
+    layout: Layout, block_size: int, num_streams: int = 1, *, first_query: int = 0, causal_columns: int = 0
+) -> Callable:
     """Return the mask function (row, head, query, key) of `[x_0 ; x_t ; x_t ...]`, each as long as `layout`.
 
     All masks share this code and differ only in the numbers and tensors that it captures. Padding and documents are
     captured tensors, so flex attention, once compiled for their shapes, is not compiled again for another batch.
 
+    A kernel computes it for each pair of a tile, and runs out of registers easily: when it compared the blocks, padding
+    and documents of the keys, the forward pass of a layer over padded rows took 0.4 to 18 ms, instead of 0.3 (16 x 1,024
+    tokens on an H200). So a key has a single number, its rank, to compare with those of the query.
+
     Args:
         first_query: index of the key at the position of query 0.
         causal_columns: leading tokens of x_0 that see nothing to their right, as in an autoregressive model.
     """
-    length, block_ids, valid, document_ids = layout.block_ids.shape[1], *layout[1:]
+    length = layout.block_ids.shape[1]
+    ranks, blocks, first_blocks = (None, None, None) if layout.aligned else _ranks(layout, num_streams)
 
     def at(values: torch.Tensor, batch: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         # All rows of the batch may share one. Indexed by tensors only: a number would be copied to the device.
         return values.squeeze(0)[position] if values.shape[0] == 1 else values[batch, position]
 
-    def block_at(batch: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        return position // block_size if layout.aligned else at(block_ids, batch, position)
+    def block_at(batch: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        if blocks is None:  # computed faster than read
+            return (index - index // length * length) // block_size
+        return at(blocks, batch, index)
+
+    def rank_at(batch: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        if ranks is None:
+            return index // length * length + block_at(batch, index)
+        return at(ranks, batch, index)
 
     def see(batch: torch.Tensor, head: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         query = query + first_query
-        stream_q, stream_k = query // length, key // length
-        q, k = query - stream_q * length, key - stream_k * length
-        block_q, block_k = block_at(batch, q), block_at(batch, k)
-        # The kernel computes this for each pair of a tile. A number per query and one per key leave two comparisons
-        # for the pairs: flex attention took 14 instead of 20 ms of a training step on an H200.
-        clean_block = torch.where(stream_k == 0, block_k, length)  # no query sees a block of this number
-        earlier = clean_block < block_q
-        own = stream_q * length + block_q == stream_k * length + block_k
+        rank = rank_at(batch, key)
+        earlier = rank < block_at(batch, query)
+        if first_blocks is not None:
+            earlier = earlier & (rank >= at(first_blocks, batch, query))
+        own = rank == rank_at(batch, query)
         if causal_columns:
-            own = own & ((query >= causal_columns) | (k <= q))
-        seen = earlier | own
-        if document_ids is not None:
-            seen = seen & (at(document_ids, batch, q) == at(document_ids, batch, k))
-        if valid is None:
-            return seen
-        return seen & at(valid, batch, k) | (query == key)  # no softmax may run over an empty set
+            own = own & ((query >= causal_columns) | (key <= query))
+        return earlier | own
 
     return see
+
+
+def _ranks(layout: Layout, num_streams: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return numbers `(batch or 1, num_streams * length)` that decide which keys a query sees.
+
+    Returns:
+        The rank of each token: its block for x_0, so that earlier blocks have lower ranks; a higher number that only
+        its block shares for x_t; and one of its own for padding, which sees itself, since no softmax may run over an
+        empty set. Then the block of each token. Then the first block of its document, None without documents.
+    """
+    length = layout.block_ids.shape[1]
+    block = layout.block_ids.int()
+    stream = torch.arange(num_streams, dtype=torch.int32, device=block.device)
+    ranks = (stream[:, None] * length + block.unsqueeze(1)).flatten(1)
+    if layout.valid is not None:
+        index = torch.arange(num_streams * length, dtype=torch.int32, device=block.device)
+        ranks = torch.where(layout.valid.repeat(1, num_streams), ranks, num_streams * length + index)
+    first = None
+    if layout.document_ids is not None:
+        begins = layout.document_ids.diff(dim=1, prepend=layout.document_ids[:, :1] - 1) != 0
+        first = in_memory(torch.where(begins, block, 0).cummax(1).values.repeat(1, num_streams))
+    return in_memory(ranks), in_memory(block.repeat(1, num_streams)), first
