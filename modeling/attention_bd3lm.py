@@ -453,9 +453,9 @@ def stream_visibility(
     All masks share this code and differ only in the numbers and tensors that it captures. Padding and documents are
     captured tensors, so flex attention, once compiled for their shapes, is not compiled again for another batch.
 
-    A kernel computes it for each pair of a tile, and runs out of registers easily: when it compared the blocks, padding
-    and documents of the keys, the forward pass of a layer over padded rows took 0.4 to 18 ms, instead of 0.3 (16 x 1,024
-    tokens on an H200). So a key has a single number, its rank, to compare with those of the query.
+    A kernel computes it for each pair of a tile, and runs out of registers easily: when it compared the blocks,
+    padding and documents of the keys, the forward pass of a layer over padded rows took 0.4 to 18 ms, instead of 0.3
+    (16 x 1,024 tokens on an H200). So a key has a single number, its rank, to compare with those of the query.
 
     Args:
         first_query: index of the key at the position of query 0.
