@@ -62,7 +62,8 @@ def test_eval_prints_and_writes_what_the_library_computes(run, model_folder, tex
 
 
 def test_eval_scores_at_most_max_sequences(run):
-    assert run("--split", "train", "--max-sequences", 3, "--num-samples", 2)["num_sequences"] <= 3
+    result = run("--split", "train", "--max-sequences", 3, "--num-samples", 2)
+    assert result["num_sequences"] <= 3 and result["num_samples"] == 2
     assert run("--split", "train", "--max-sequences", 1)["standard_error"] is None  # NaN is not valid JSON
 
 
