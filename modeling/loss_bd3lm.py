@@ -428,6 +428,9 @@ class _FusedHeadLoss(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device, dtype=torch.float32)
         for i in range(0, hidden.shape[0], step):
             rows, target = hidden[i : i + step].to(dtype), targets[i : i + step, None]
+            if i and torch.compiler.is_compiling():
+                # Wait for the chunk before: otherwise one kernel would compute several, all in memory at a time.
+                rows = rows + torch.where(total.isnan(), total, 0.0).to(dtype)
             coefficient = weights[i : i + step, None].float()
             logits = F.linear(rows, head, None if bias is None else bias.to(dtype)).float()
             logits = _without_mask(logits, mask_token_id)
