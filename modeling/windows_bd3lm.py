@@ -397,7 +397,7 @@ def open_window(
     if cache is not None and switch is not None and buffer.first_block <= switch < columns:
         logger.warning_once(
             f"The text grows past original_max_position_embeddings={switch}, where longrope rotates earlier tokens "
-            f"anew, so nothing is cached. At most {switch} tokens, prompt included, are generated faster."
+            f"again, so nothing is cached. At most {switch} tokens, prompt included, are generated faster."
         )
         cache = None
     if cache is None:
