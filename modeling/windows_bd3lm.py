@@ -396,8 +396,8 @@ def open_window(
     columns, switch = buffer.token_ids.shape[1], network.rope_switch
     if cache is not None and switch is not None and buffer.first_block <= switch < columns:
         logger.warning_once(
-            f"The text grows past original_max_position_embeddings={switch}, where longrope rotates earlier tokens "
-            f"again, so nothing is cached. At most {switch} tokens, prompt included, are generated faster."
+            f"The text grows past original_max_position_embeddings={switch}, where longrope changes the rotation "
+            f"of earlier tokens, so nothing is cached. At most {switch} tokens, prompt included, are generated faster."
         )
         cache = None
     if cache is None:
