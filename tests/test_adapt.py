@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from decoders import random_ids, tiny_stock
+from decoders import random_ids, save_stock, tiny_stock
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, PreTrainedTokenizerFast, T5Config
 from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
@@ -161,32 +161,22 @@ def test_other_architectures_are_refused_with_the_reason(tmp_path, config, messa
         adapt_decoder(str(tmp_path))
 
 
-@pytest.fixture
-def plain_folder(tmp_path, tokenizer):
-    """A stock decoder that chats, and a tokenizer with a mask token."""
-    tokenizer.add_special_tokens({"mask_token": MASK})
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-    stock(tokenizer).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    return str(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("words", "code"),
     [
         (["eval", "--dataset", "python-docs"], 2),  # it has no bound to score
         (["infill", "--text", "w3 ___ w4"], 2),
-        (["generate", "--max-new-tokens", "2"], 0),  # autoregressively
+        (["generate", "--prompt", "w5", "--max-new-tokens", "2"], 0),  # autoregressively
         (["generate", "--chat", "--max-new-tokens", "2"], 0),
     ],
 )
-def test_a_plain_decoder_gets_advice_on_how_to_adapt_it(plain_folder, monkeypatch, capsys, caplog, words, code):
+def test_a_plain_decoder_gets_advice_on_how_to_adapt_it(tmp_path, monkeypatch, capsys, caplog, words, code):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     monkeypatch.setattr(logging.getLogger("bd3lm_hf"), "propagate", True)
     monkeypatch.setattr("sys.stdin", io.StringIO("w5 w6\n"))
-    assert main([*words, "--model", plain_folder]) == code
+    assert main([*words, "--model", str(save_stock("qwen3", tmp_path))]) == code
     told = capsys.readouterr().err + caplog.text
-    assert f"--init_from {plain_folder}" in told and "Qwen3ForCausalLM" in told
+    assert f"--init_from {tmp_path}" in told and "Qwen3ForCausalLM" in told
 
 
 def test_an_invalid_attention_implementation_is_not_reported_as_a_damaged_checkpoint(tokenizer, tmp_path):

@@ -178,9 +178,14 @@ class Killed(BaseException):
     """Simulates a SIGKILL."""
 
 
-def test_a_checkpoint_is_restored_after_a_kill_between_two_renames(tmp_path, monkeypatch):
-    old = make_checkpoint(tmp_path, 3, version="old")
-    new = make_checkpoint(tmp_path / STAGING_NAME, 3, version="new")
+@pytest.fixture
+def versions(tmp_path):
+    """A checkpoint, and the one that is to replace it."""
+    return make_checkpoint(tmp_path, 3, version="old"), make_checkpoint(tmp_path / STAGING_NAME, 3, version="new")
+
+
+def test_a_checkpoint_is_restored_after_a_kill_between_two_renames(versions, tmp_path, monkeypatch):
+    old, new = versions
     rename, calls = os.rename, []
 
     def rename_once(source, target):
@@ -201,10 +206,8 @@ def test_a_checkpoint_is_restored_after_a_kill_between_two_renames(tmp_path, mon
     assert read_completion_mark(old)["version"] == "old"
 
 
-def test_a_failure_between_two_renames_keeps_the_old_checkpoint(tmp_path, monkeypatch):
-    old = make_checkpoint(tmp_path, 3, version="old")
-    new = make_checkpoint(tmp_path / STAGING_NAME, 3, version="new")
-    rename = os.rename
+def test_a_failure_between_two_renames_keeps_the_old_checkpoint(versions, tmp_path, monkeypatch):
+    (old, new), rename = versions, os.rename
 
     def fail_for_the_new(source, target):
         if source == new:
@@ -218,9 +221,8 @@ def test_a_failure_between_two_renames_keeps_the_old_checkpoint(tmp_path, monkey
     assert not (tmp_path / STAGING_NAME).exists()
 
 
-def test_a_replaced_checkpoint_does_not_come_back(tmp_path, monkeypatch):
-    old = make_checkpoint(tmp_path, 3, version="old")
-    new = make_checkpoint(tmp_path / STAGING_NAME, 3, version="new")
+def test_a_replaced_checkpoint_does_not_come_back(versions, tmp_path, monkeypatch):
+    old, new = versions
     monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **keywords: None)  # killed before the old one is removed
     publish_folder(new, old)
     recover_output_dir(tmp_path)

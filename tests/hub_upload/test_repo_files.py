@@ -143,12 +143,7 @@ def test_a_folder_that_cannot_be_shared_is_refused(model_folder, damage, part):
         check_source(model_folder)
 
 
-def test_weights_that_are_not_finite_and_tokenizers_that_do_not_fit_are_refused(model_folder):
-    config = (model_folder / "config.json").read_text()
-    (model_folder / "config.json").write_text(json.dumps({**json.loads(config), "mask_token_id": 9}))
-    with pytest.raises(ValueError, match="mask_token_id is 9"):
-        read_contents(model_folder)
-    (model_folder / "config.json").write_text(config)
+def test_weights_that_are_not_finite_are_refused(model_folder):
     weights = load_file(model_folder / "model.safetensors")
     weights["backbone.vocab_embed.embedding"][0, 0] = float("nan")
     save_file(weights, model_folder / "model.safetensors", metadata={"format": "pt"})

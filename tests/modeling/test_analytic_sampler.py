@@ -11,7 +11,7 @@ from published_scores import analytic_weights, denoising_weights, log_score
 from bd3lm_hf import SEDDConfig, SEDDForMaskedLM
 from bd3lm_hf.modeling.generation_config_bd3lm import SEDDGenerationConfig
 from bd3lm_hf.modeling.noise_bd3lm import LogLinearNoise
-from bd3lm_hf.modeling.samplers_bd3lm import LAST_TIME, AnalyticSampler, RevealState, Step
+from bd3lm_hf.modeling.samplers_bd3lm import LAST_TIME, AnalyticSampler, RevealState
 
 
 RECORDED = "06_mdlm_sedd"
@@ -123,24 +123,19 @@ def test_rows_that_are_done_are_not_predicted_and_steps_end_with_the_last_mask()
     assert next(steps, None) is None
 
 
-def revealed(sampler: AnalyticSampler, work: RevealState, logits: torch.Tensor) -> torch.Tensor:
-    """Return the step that reveals each position, if all positions have the same logits `(vocab_size,)`."""
-    when = torch.full(work.masked.shape, -1)
-    for number, step in enumerate(sampler.steps(work)):
-        narrowed, kept = sampler.select(work, step, logits.expand(len(step.positions), -1))
-        assert isinstance(narrowed, Step) and len(kept) == len(narrowed.positions)
-        when.view(-1)[narrowed.positions] = number
-        work.masked.view(-1)[narrowed.positions] = False
-    return when
-
-
 # Scores of true ratios: log s_v = log p_v - log(e^sigma - 1).
 TRUE = torch.tensor([0.5, 0.3, 0.2, 1.0]).log() + math.log(3)
 
 
 def test_without_sampling_positions_are_revealed_evenly_from_left_to_right():
-    work = round_of(torch.ones(1, 8, dtype=torch.bool), do_sample=False)
-    assert revealed(make(mask_token_id=3, num_denoising_steps=4), work, TRUE).tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]]
+    sampler, work = make(mask_token_id=3, num_denoising_steps=4), round_of(torch.ones(1, 8).bool(), do_sample=False)
+    revealed = []
+    for step in sampler.steps(work):
+        narrowed, kept = sampler.select(work, step, TRUE.expand(len(step.positions), -1))
+        assert len(kept) == len(narrowed.positions)
+        work.masked.view(-1)[narrowed.positions] = False
+        revealed.append(narrowed.positions.tolist())
+    assert revealed == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 def test_text_readers_get_positions_from_left_to_right():

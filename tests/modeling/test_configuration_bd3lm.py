@@ -22,9 +22,6 @@ PUBLISHED = json.loads("""{
 
 REFUSED = {
     "no_vocabulary": ({"vocab_size": 0}, "vocab_size=0"),
-    "size_that_is_text": ({"hidden_dim": "768"}, "hidden_dim='768'"),
-    "size_that_is_a_float": ({"block_size": 2.0}, r"block_size=2\.0"),
-    "size_that_is_a_bool": ({"n_heads": True}, "n_heads=True"),
     "negative_layers": ({"n_blocks": -1}, "n_blocks=-1"),
     "no_conditioning_width": ({"cond_dim": 0}, "cond_dim=0"),
     "no_length": ({"model_length": 0}, "model_length=0"),
@@ -86,6 +83,7 @@ WRONG_TYPES = {
     "causal": [0],
     "use_cache": ["True"],
     "n_blocks": ["2", 10**6],
+    "n_heads": [True, 2.0],
     "hidden_dim": [768.0, 10**9],
     "vocab_size": [10**12],
     "model_length": [10**12],

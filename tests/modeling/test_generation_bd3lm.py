@@ -44,21 +44,23 @@ CACHES = {
 MATRIX = [
     *(("bd3lm", sampler, cache) for sampler in SAMPLERS for cache in CACHES),
     *(("mdlm", sampler, "none") for sampler in SAMPLERS),
+    *(("timed", sampler, "none") for sampler in SAMPLERS),
     ("sedd", "analytic", "none"),
     *(("ar", None, cache) for cache in ("none", "dynamic", "dynamic-exact")),
 ]
 NAMES, BY_NAME = ("family", "sampler", "cache"), {"ids": lambda value: value or "greedy"}
 EVERY = pytest.mark.parametrize(NAMES, MATRIX, **BY_NAME)
 # For what is decided after the network, where the cache makes no difference.
-WITH_ONE_CACHE = [case for case in MATRIX if case[2] == ("none" if case[0] in ("mdlm", "sedd") else "dynamic")]
+WITH_ONE_CACHE = [case for case in MATRIX if case[2] == ("dynamic" if case[0] in ("bd3lm", "ar") else "none")]
 EVERY_SAMPLER = pytest.mark.parametrize(NAMES, WITH_ONE_CACHE, **BY_NAME)
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
-LENGTHS = {"bd3lm": [1, 4, 13, 16], "mdlm": [1, 5, 8], "sedd": [1, 5, 8], "ar": [1, 6, 16]}
+LENGTHS = {"bd3lm": [1, 4, 13, 16], "timed": [1, 6, 12, 5], "mdlm": [1, 5, 8], "sedd": [1, 5, 8], "ar": [1, 6, 16]}
 
 
 @pytest.fixture(scope="module")
 def models():
-    return {family: make_family(family) for family in FAMILIES}
+    timed = make_family("bd3lm", time_conditioning=True, noise="cosine")
+    return {family: make_family(family) for family in FAMILIES} | {"timed": timed}
 
 
 @pytest.fixture
@@ -216,22 +218,13 @@ def test_tokens_are_streamed_once_and_drafts_show_new_ones(models, family, sampl
     assert bool(streamer.drafts) == (family != "ar")
 
 
-@pytest.mark.parametrize("noise", ["loglinear", "cosine"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_time_conditioned_model_generates_with_every_sampler(sampler, noise):
-    model, prompts = make_family("bd3lm", time_conditioning=True, noise=noise), prompts_of([1, 6, 12, 5])
-    options = {"sampler": sampler, **FIELDS[sampler], "max_new_tokens": 15}
-    many = generate(model, **batch_of(prompts), **options)
-    assert many.past_key_values is None
-    stop = int(new_tokens(many)[0, 2])
-    output = new_tokens(generate(model, **batch_of(prompts), **options, eos_token_id=stop))
-    for row, prompt in enumerate(prompts):
-        alone = new_tokens(generate(model, prompt, **options, eos_token_id=stop))[0]
-        assert torch.equal(output[row, : len(alone)], alone) and (output[row, len(alone) :] == PAD).all()
-    sample = new_tokens(generate(model, PROMPT, **options, do_sample=True, remask_fraction=0.5))
-    assert not torch.isin(sample, torch.tensor([MASK, PAD])).any()
+def test_a_time_conditioned_model_remasks_and_has_no_cache(models, sampler):
+    options = {"sampler": sampler, **FIELDS[sampler], "do_sample": True, "remask_fraction": 0.5}
+    output = generate(models["timed"], PROMPT, **options)
+    assert output.past_key_values is None and not torch.isin(new_tokens(output), torch.tensor([MASK, PAD])).any()
     with pytest.raises(ValueError, match="past_key_values.*time_conditioning=True"):
-        generate(model, PROMPT, past_key_values=BlockCache())
+        generate(models["timed"], PROMPT, past_key_values=BlockCache())
 
 
 # --- Lengths and prompts ---------------------------------------------------------------------------------------------
