@@ -12,7 +12,7 @@ from shared_models import CLASSES, special_ids, tiny_ssdlm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, pipeline
 
 import bd3lm_hf
-from bd3lm_hf import ARConfig, ARForCausalLM, SSDLMConfig, SSDLMForMaskedLM
+from bd3lm_hf import ARConfig, SSDLMConfig, SSDLMForMaskedLM
 
 
 MODELING = Path(bd3lm_hf.modeling.__file__).parent
@@ -234,17 +234,11 @@ def test_simplex_diffusion_has_its_own_choices_on_the_command_line(make_folder, 
 # --- an Auto class that does not fit ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def ar_folder(tmp_path):
-    config = ARConfig(vocab_size=12, model_length=8, hidden_dim=16, n_blocks=1, n_heads=2)
-    ARForCausalLM(config).save_pretrained(tmp_path)
-    return tmp_path
-
-
 @pytest.mark.parametrize("trust", [False, True])
-def test_an_autoregressive_model_is_not_loaded_as_a_masked_language_model(ar_folder, trust):
+def test_an_autoregressive_model_is_not_loaded_as_a_masked_language_model(make_speaker, tmp_path, trust):
+    make_speaker("ar").save_pretrained(tmp_path)
     message = "AutoModelForMaskedLM has no class for model_type='ar': load it with AutoModelForCausalLM, .*AR"
     with pytest.raises(ValueError, match=message):
-        AutoModelForMaskedLM.from_pretrained(ar_folder, trust_remote_code=trust)
+        AutoModelForMaskedLM.from_pretrained(tmp_path, trust_remote_code=trust)
     with pytest.raises(ValueError, match=message):
         AutoModelForMaskedLM.from_config(ARConfig())

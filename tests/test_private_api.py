@@ -48,15 +48,13 @@ METHODS = [
     (torch.nn.Module, "_apply", ["fn", "recurse"], "the interval of noise levels keeps its digits in a cast"),
 ]
 
+HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 # (owner, name, the feature that depends on it)
 ATTRIBUTES = [
     (torch, "_foreach_lerp_", "updates of averages"),
     (torch._utils, "_rebuild_tensor_v2", "reading published checkpoints without running their code"),
     (torch._utils, "_rebuild_parameter", "reading published checkpoints without running their code"),
-    (torch.nn.Linear(1, 1), "_forward_hooks", "a layer with hooks is called, not read"),
-    (torch.nn.Linear(1, 1), "_forward_pre_hooks", "a layer with hooks is called, not read"),
-    (torch.nn.Linear(1, 1), "_backward_hooks", "a layer with hooks is called, not read"),
-    (torch.nn.Linear(1, 1), "_backward_pre_hooks", "a layer with hooks is called, not read"),
+    *((torch.nn.Linear(1, 1), f"_{name}_hooks", "a layer with hooks is called, not read") for name in HOOKS),
     (torch.nn.Linear(1, 1), "_buffers", "the interval of noise levels"),
     (torch.nn.Linear(1, 1), "_parameters", "sharded weights"),
     (torch.ones(1), "_version", "prepacked weights notice a change"),

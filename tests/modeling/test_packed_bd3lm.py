@@ -128,34 +128,17 @@ def test_nothing_is_packed_for_another_device_a_gradient_another_precision_or_wi
     assert packed(layer).products
 
 
-def _in_place(layer: nn.Linear) -> None:
-    with torch.no_grad():
-        layer.weight[7, 3] += 1.0
+CHANGES = {
+    "in place": lambda layer: layer.weight.detach()[7, 3].add_(1.0),
+    "through data": lambda layer: layer.weight.data[7, 3].add_(1.0),  # which no version counter sees
+    "permuted": lambda layer: layer.weight.data.copy_(layer.weight.data.flip(0)),
+    "exchanged": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.detach() + 1.0)),
+    "loaded": lambda layer: layer.load_state_dict({name: value + 1.0 for name, value in layer.state_dict().items()}),
+    "bias": lambda layer: layer.bias.data.add_(1.0),
+}
 
 
-def _through_data(layer: nn.Linear) -> None:
-    layer.weight.data[7, 3] += 1.0  # which no version counter sees
-
-
-def _permuted(layer: nn.Linear) -> None:
-    layer.weight.data.copy_(layer.weight.data.flip(0))
-
-
-def _exchanged(layer: nn.Linear) -> None:
-    layer.weight = nn.Parameter(layer.weight.detach() + 1.0)
-
-
-def _loaded(layer: nn.Linear) -> None:
-    layer.load_state_dict({name: value + 1.0 for name, value in layer.state_dict().items()})
-
-
-def _bias(layer: nn.Linear) -> None:
-    layer.bias.data += 1.0
-
-
-@pytest.mark.parametrize(
-    "change", [_in_place, _through_data, _permuted, _exchanged, _loaded, _bias], ids=lambda change: change.__name__
-)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_packed_weights_follow_every_change(change):
     layer, x = layer_of(), torch.randn(4, 96, generator=torch.Generator().manual_seed(1))
     before = product(packed(layer), layer, x)
