@@ -38,10 +38,18 @@ def cut(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
-def change_weights(folder: Path, change) -> None:
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+def weights(change):
+    """Return a function that changes the weights of a folder."""
+
+    def save_changed(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return save_changed
+
+
+BIAS, TABLE = "backbone.output_layer.linear.bias", "backbone.vocab_embed.embedding"
 
 
 @pytest.mark.parametrize(
@@ -54,22 +62,10 @@ def change_weights(folder: Path, change) -> None:
         (lambda x: (x / "config.json").unlink(), ["config.json"]),
         (lambda x: (x / "config.json").write_text("{"), ["config.json"]),
         (lambda x: BD3LMConfig.from_pretrained(x, mask_token_id=100).save_pretrained(x), ["mask_token_id is 100"]),
-        (
-            lambda x: change_weights(x, lambda w: w.pop("backbone.output_layer.linear.bias")),
-            ["1 missing weights (backbone.output_layer.linear.bias)", "checkpoint of another model"],
-        ),
-        (
-            lambda x: change_weights(x, lambda w: w.update(other=torch.zeros(1))),
-            ["1 unexpected weights (other)", "checkpoint of another model"],
-        ),
-        (
-            lambda x: change_weights(x, lambda w: w.update({"backbone.vocab_embed.embedding": torch.zeros(3, 3)})),
-            ["1 mismatched weights (backbone.vocab_embed.embedding)"],
-        ),
-        (
-            lambda x: change_weights(x, lambda w: w["backbone.vocab_embed.embedding"].fill_(torch.nan)),
-            ["backbone.vocab_embed.embedding in", "are NaN or infinite"],
-        ),
+        (weights(lambda w: w.pop(BIAS)), [f"1 missing weights ({BIAS})", "checkpoint of another model"]),
+        (weights(lambda w: w.update(x=torch.zeros(1))), ["1 unexpected weights (x)", "checkpoint of another model"]),
+        (weights(lambda w: w.update({TABLE: torch.zeros(3, 3)})), [f"1 mismatched weights ({TABLE})"]),
+        (weights(lambda w: w[TABLE].fill_(torch.nan)), [f"{TABLE} in", "are NaN or infinite"]),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(bd3lm, model_folder, damage, parts):

@@ -136,11 +136,7 @@ def cache_of(kind: type, *layers):
         (StaticCache(BD3LMConfig(), max_cache_len=36), [9], "StaticCache of 12 layers .* needs 2 layers"),
         (cache_with(4, StaticCache(CONFIG, max_cache_len=36)), [9, 9], "for 1 rows .* needs 2 layers for 2 rows"),
         (cache_of(QuantizedCache), [9], "is a QuantizedCache, which cannot hold finished blocks"),
-        (
-            cache_of(DynamicCache, DynamicSlidingWindowLayer(sliding_window=8)),
-            [9],
-            "is a DynamicCache, which cannot hold finished blocks: pass the cache",
-        ),
+        (cache_of(DynamicCache, DynamicSlidingWindowLayer(sliding_window=8)), [9], "DynamicCache, which cannot hold"),
         (DynamicCache(offloading=True), [9], "is a DynamicCache with offloading, which cannot hold finished blocks"),
     ],
 )

@@ -187,10 +187,7 @@ def test_the_sizes_have_their_common_names_too():
             lambda tiny, ids: tiny(ids, labels=ids, block_noise=torch.rand(1, 3), count_noise=torch.rand(1, 2)),
             r"block_noise of shape \(1, 3\).*give \(1, 2\) for each",
         ),
-        (
-            lambda tiny, ids: tiny.resize_token_embeddings(19),
-            r"resize_token_embeddings\(19\).* mask_token_id=19: keep at least 20",
-        ),
+        (lambda tiny, ids: tiny.resize_token_embeddings(19), r"embeddings\(19\).* mask_token_id=19: keep at least 20"),
     ],
 )
 def test_calls_that_do_not_fit_are_refused(tiny, call, message):
@@ -208,10 +205,7 @@ def test_calls_that_do_not_fit_are_refused(tiny, call, message):
         ({"num_train_timesteps": 0}, "num_train_timesteps=0: give a whole number of at least 1"),
         ({"encoder_config": {"model_type": "nothing"}}, "encoder_config has model_type='nothing'"),
         ({"encoder_config": {"model_type": "gpt2"}}, "encoder_config is a GPT2Config.* no masked language"),
-        (
-            {"encoder_config": AutoConfig.for_model("distilbert"), "dropout": 0.2},
-            "dropout=0.2: a DistilBertConfig has no hidden_dropout_prob",
-        ),
+        ({"encoder_config": AutoConfig.for_model("distilbert"), "dropout": 0.2}, "dropout=0.2: a DistilBertConfig"),
         ({"encoder_config": AutoConfig.for_model("roberta", max_position_embeddings=17)}, "give at most 15"),
     ],
 )
