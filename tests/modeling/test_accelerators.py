@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
 from bd3lm_hf.modeling import attention_bd3lm
-from bd3lm_hf.modeling.attention_bd3lm import automatic_attention
+from bd3lm_hf.modeling.attention_bd3lm import automatic_attention, flex_tiles
 
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -170,6 +170,22 @@ def test_a_new_interval_is_compiled_into_the_step(make):
 def test_auto_is_flex_attention_on_cuda_where_it_has_a_kernel_and_sdpa_elsewhere(device, has_triton, head_dim):
     expected = "flex_attention" if (device, has_triton, head_dim) == ("cuda", True, 16) else "sdpa"
     assert automatic_attention(torch.device(device), head_dim=head_dim, has_triton=has_triton) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "queries", "head_dim", "dtype", "chosen"),
+    [
+        ((9, 0), 128, 64, torch.bfloat16, True),
+        ((8, 0), 128, 64, torch.bfloat16, False),
+        ((9, 0), 127, 64, torch.bfloat16, False),
+        ((9, 0), 128, 32, torch.bfloat16, False),
+        ((9, 0), 128, 64, torch.float32, False),
+    ],
+)
+def test_tiles_are_chosen_only_where_they_were_measured(monkeypatch, capability, queries, head_dim, dtype, chosen):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    query, value = torch.empty(1, 1, queries, head_dim), torch.empty(1, 1, 128, head_dim, dtype=dtype)
+    assert (flex_tiles(query, value) is not None) == chosen
 
 
 def test_auto_depends_on_the_width_of_the_heads(monkeypatch):
