@@ -458,6 +458,7 @@ def stream_visibility(
     (16 x 1,024 tokens on an H200). So a key has a single number, its rank, to compare with those of the query.
 
     Args:
+        num_streams: number of streams, x_0 included.
         first_query: index of the key at the position of query 0.
         causal_columns: leading tokens of x_0 that see nothing to their right, as in an autoregressive model.
     """
@@ -493,12 +494,13 @@ def stream_visibility(
 
 
 def _ranks(layout: Layout, num_streams: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return numbers `(batch or 1, num_streams * length)` that decide which keys a query sees.
+    """Return three numbers of each token, all `(batch or 1, num_streams * length)`, that decide which keys a query sees.
 
     Returns:
-        The rank of each token: its block for x_0, so that earlier blocks have lower ranks; a higher number that only
-        its block shares for x_t; and one of its own for padding, which sees itself, since no softmax may run over an
-        empty set. Then the block of each token. Then the first block of its document, None without documents.
+        The rank. In x_0 it is the token's block; in x_t it is higher, and the same for all tokens of a block; padding
+        has one for each token, which sees itself, since no softmax may run over an empty set.
+        The token's block.
+        The first block of its document; None without documents.
     """
     length = layout.block_ids.shape[1]
     block = layout.block_ids.int()
