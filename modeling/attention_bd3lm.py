@@ -494,7 +494,7 @@ def stream_visibility(
 
 
 def _ranks(layout: Layout, num_streams: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return three numbers of each token, all `(batch or 1, num_streams * length)`, that decide which keys a query sees.
+    """Return three numbers of each token, `(batch or 1, num_streams * length)`, that decide which keys a query sees.
 
     Returns:
         The rank. In x_0 it is the token's block; in x_t it is higher, and the same for all tokens of a block; padding

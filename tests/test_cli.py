@@ -38,7 +38,7 @@ def cut(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
-def weights(change):
+def changed_weights(change):
     """Return a function that changes the weights of a folder."""
 
     def save_changed(folder: Path) -> None:
@@ -62,10 +62,13 @@ BIAS, TABLE = "backbone.output_layer.linear.bias", "backbone.vocab_embed.embeddi
         (lambda x: (x / "config.json").unlink(), ["config.json"]),
         (lambda x: (x / "config.json").write_text("{"), ["config.json"]),
         (lambda x: BD3LMConfig.from_pretrained(x, mask_token_id=100).save_pretrained(x), ["mask_token_id is 100"]),
-        (weights(lambda w: w.pop(BIAS)), [f"1 missing weights ({BIAS})", "checkpoint of another model"]),
-        (weights(lambda w: w.update(x=torch.zeros(1))), ["1 unexpected weights (x)", "checkpoint of another model"]),
-        (weights(lambda w: w.update({TABLE: torch.zeros(3, 3)})), [f"1 mismatched weights ({TABLE})"]),
-        (weights(lambda w: w[TABLE].fill_(torch.nan)), [f"{TABLE} in", "are NaN or infinite"]),
+        (changed_weights(lambda w: w.pop(BIAS)), [f"1 missing weights ({BIAS})", "checkpoint of another model"]),
+        (
+            changed_weights(lambda w: w.update(x=torch.zeros(1))),
+            ["1 unexpected weights (x)", "checkpoint of another model"],
+        ),
+        (changed_weights(lambda w: w.update({TABLE: torch.zeros(3, 3)})), [f"1 mismatched weights ({TABLE})"]),
+        (changed_weights(lambda w: w[TABLE].fill_(torch.nan)), [f"{TABLE} in", "are NaN or infinite"]),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(bd3lm, model_folder, damage, parts):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cli import weights
+from test_cli import changed_weights
 from tiny_runs import save_recipe
 from transformers import AutoTokenizer
 from two_processes import run_recipes
@@ -291,7 +291,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(recipe, tmp_path, capsys, w
     [
         (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "has no tokenizer"),
         (lambda x: BD3LMConfig.from_pretrained(x, mask_token_id=40).save_pretrained(x), "mask_token_id is 40"),
-        (weights(lambda w: w[HEAD].fill_(torch.nan)), f"values of {HEAD} in .* are NaN"),
+        (changed_weights(lambda w: w[HEAD].fill_(torch.nan)), f"values of {HEAD} in .* are NaN"),
     ],
 )
 def test_a_broken_checkpoint_is_refused_before_training(trained, corpus, tmp_path, damage, message):
