@@ -10,7 +10,6 @@ import errno
 import json
 import math
 import os
-import socket
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,12 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import yaml
-
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from filelock import FileLock, Timeout
 
 
 BASE_NAME = "base-model"  # in the folder of a run: the adapted decoder, to which its adapters belong
@@ -323,25 +317,11 @@ class JsonLinesFile:
 # One process at a time
 
 
-# The locks of this process. A fork must not keep them alive: a data loader's worker can outlive a killed run.
-_held: set[int] = set()
-
-
-def _release_in_child() -> None:
-    while _held:
-        os.close(_held.pop())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_release_in_child)
-
-
 @contextlib.contextmanager
 def lock_output(path: str | Path, flag: str) -> Iterator[None]:
     """Keep other processes from writing to an output file or an existing output folder.
 
-    The lock is a file that names the process and host that hold it. It ends with the process, even if that is killed.
-    On a file system without locks, the file of a dead process does not count.
+    The lock ends with the process, even if that is killed while a worker that it forked lives on.
 
     Args:
         flag: the flag that names the file or folder, for messages.
@@ -353,82 +333,18 @@ def lock_output(path: str | Path, flag: str) -> Iterator[None]:
     if is_device(path):
         yield
         return
-    lock = path / LOCK_NAME if path.is_dir() else path.with_name(f".{path.name}{LOCK_NAME}")
-    descriptor = _acquire(lock, f"{flag} {path}")
-    _held.add(descriptor)
+    file = path / LOCK_NAME if path.is_dir() else path.with_name(f".{path.name}{LOCK_NAME}")
+    lock = FileLock(file, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{flag} {path} is in use by another process: wait until it ends, or name another output."
+        ) from None
     try:
         yield
     finally:
-        # The name is removed first: a process that opened the file before that checks the name, see `_acquire`.
+        # The name is removed first: a process that opened the file before that finds that it has no name any more.
         with contextlib.suppress(OSError):
-            lock.unlink()
-        if descriptor in _held:
-            _held.discard(descriptor)
-            os.close(descriptor)
-
-
-def _acquire(lock: Path, output: str) -> int:
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        try:
-            if not _try_lock(descriptor):
-                raise ValueError(
-                    f"{output} is in use by {_holder(lock)}: wait until it ends, or name another output. (If there "
-                    f"is no such process any more, remove {lock}.)"
-                )
-            # The holder may have removed the name after we opened the file and before we locked it.
-            if _is_named(descriptor, lock):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    if fcntl is not None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
-                raise
-    holder = _read_holder(os.pread(descriptor, 4096, 0) if hasattr(os, "pread") else os.read(descriptor, 4096))
-    return holder is None or not _is_alive(holder)
-
-
-def _is_named(descriptor: int, lock: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(lock))
-    except FileNotFoundError:
-        return False
-
-
-def _read_holder(content: bytes) -> dict[str, Any] | None:
-    try:
-        holder = json.loads(content)
-    except ValueError:
-        return None
-    return holder if isinstance(holder, dict) and isinstance(holder.get("pid"), int) else None
-
-
-def _holder(lock: Path) -> str:
-    try:
-        holder = _read_holder(lock.read_bytes())
-    except OSError:
-        holder = None
-    return "another process" if holder is None else f"process {holder['pid']} on {holder.get('host')}"
-
-
-def _is_alive(holder: dict[str, Any]) -> bool:
-    if holder.get("host") != socket.gethostname():
-        return True  # this machine cannot find out
-    try:
-        os.kill(holder["pid"], 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)
-    return True
+            file.unlink()
+        lock.release()

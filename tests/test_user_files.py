@@ -1,5 +1,5 @@
-import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -93,48 +93,61 @@ def test_links_are_not_followed_when_writing(tmp_path):
 
 SOURCE = str(Path(check_output_file.__code__.co_filename).parent)
 HOLD = """
-import sys
+import os, sys, time
 sys.path.insert(0, sys.argv[2])  # without the package, whose import takes seconds
 from user_files import lock_output
 with lock_output(sys.argv[1], "--output"):
-    print("locked", flush=True)
+    worker = os.fork()
+    if not worker:  # like the worker of a data loader
+        time.sleep(600)
+    print("locked", worker, flush=True)
     sys.stdin.read()
 """
 
 
 @pytest.mark.parametrize("name", ["", "samples.jsonl"])
 @pytest.mark.parametrize("end", ["release", "kill"])
-def test_one_process_at_a_time_writes_to_an_output(tmp_path, name, end):
+def test_one_process_at_a_time_writes_to_an_output_even_if_its_workers_live_on(tmp_path, name, end):
     path = tmp_path / name
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", HOLD, str(path), SOURCE], **pipes) as holder:
-        assert holder.stdout.readline() == "locked\n"
-        with pytest.raises(ValueError, match=f"--output .*process {holder.pid} on "), lock_output(path, "--output"):
-            pass
-        if end == "kill":
-            holder.kill()
-        holder.stdin.close()
-        holder.wait()
-    with lock_output(path, "--output"):
-        pass
-    assert os.listdir(tmp_path) == []
+        word, worker = holder.stdout.readline().split()
+        try:
+            with pytest.raises(ValueError, match=f"--output {path} is in use"), lock_output(path, "--output"):
+                pass
+            if end == "kill":
+                holder.kill()
+            holder.stdin.close()
+            holder.wait()
+            with lock_output(path, "--output"):
+                pass
+        finally:
+            os.kill(int(worker), signal.SIGKILL)
+    assert word == "locked" and os.listdir(tmp_path) == []
 
 
-def test_without_file_locks_the_lock_of_a_dead_process_is_ignored(tmp_path, monkeypatch):
-    monkeypatch.setattr("bd3lm_hf.user_files.fcntl", None)
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    lock = tmp_path / LOCK_NAME
-    with lock_output(tmp_path, "--output"):
-        holder = json.loads(lock.read_text())
-        with pytest.raises(ValueError, match=f"process {os.getpid()} "), lock_output(tmp_path, "--output"):
+def test_the_lock_of_a_file_that_has_been_removed_does_not_count(tmp_path, monkeypatch):
+    lock, open_file = tmp_path / LOCK_NAME, os.open
+
+    def open_and_remove(path, *arguments, **options):
+        descriptor = open_file(path, *arguments, **options)
+        if Path(path) == lock:
+            lock.unlink()  # as another process does that ends now
+        return descriptor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", open_and_remove)
+        with pytest.raises(ValueError, match="is in use"), lock_output(tmp_path, "--output"):
             pass
-    lock.write_text(json.dumps({**holder, "pid": ended.pid}))
     with lock_output(tmp_path, "--output"):
+        assert lock.exists()
+
+
+def test_a_link_in_place_of_a_lock_is_not_followed(tmp_path):
+    (tmp_path / LOCK_NAME).symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="symbolic links"), lock_output(tmp_path, "--output"):
         pass
-    lock.write_text(json.dumps({**holder, "host": "elsewhere"}))
-    with pytest.raises(ValueError, match="elsewhere"), lock_output(tmp_path, "--output"):
-        pass
+    assert not (tmp_path / "victim").exists()
 
 
 def test_a_line_that_a_signal_interrupted_may_be_written_again(tmp_path, monkeypatch):
