@@ -235,8 +235,8 @@ def _reading(name: str, argument: str) -> Iterator[None]:
     except UnpicklingError as error:
         # Without torch's reason, a page of advice on how to run the code in the file.
         raise ValueError(
-            f"{argument} {name} has pickled objects that are not tensors. They were not executed; `bd3lm convert` "
-            f"names them. Save only the weights where the file was made, as safetensors."
+            f"{argument} {name} has pickled objects that are not tensors. They were not executed. Save only the "
+            f"weights where the file was made, as safetensors."
         ) from error
     except Exception as error:  # a damaged file makes the libraries raise nearly anything
         reason = " ".join(str(error).split())[:500]

@@ -24,7 +24,6 @@ from bd3lm_hf.checkpoints import check_finite_weights, load_model, read_config
 from bd3lm_hf.foreign_layouts import CONTRACTS, decoder_layout_config, read_contract, read_contract_config
 from bd3lm_hf.hub_upload.layouts import BUFFERS, WEIGHT_FILES, Architecture, Source, architecture_of, read_source
 from bd3lm_hf.hub_upload.repo_files import check_links, new_folder
-from bd3lm_hf.hub_upload.safe_pickle import check_pickled_weights
 from bd3lm_hf.printing import printable
 from bd3lm_hf.tokenization import check_tokenizer_fits, has_tokenizer, limit_to_window, load_tokenizer
 
@@ -127,7 +126,6 @@ def _convert_decoder(source: str, target: Path, tokenizer: str | None, config: A
     with new_folder(target, "DST") as folder:
         if Path(source).is_dir():
             check_links(Path(source), "SRC")
-            check_pickled_weights(Path(source))
         # `load_model` refuses missing, unexpected and misshapen weights: the names are those of the stock class.
         model = load_model(source, argument="SRC", config=config).eval()
         loaded_tokenizer = _load_tokenizer(Path(source), tokenizer)

@@ -8,7 +8,8 @@ pickles next to it, two extra linear layers: `embed_sum_layer.pt`, from the simp
 """
 
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,6 @@ from transformers.models.roberta.configuration_roberta import RobertaConfig
 from bd3lm_hf.checkpoints import read_shard_index
 from bd3lm_hf.data.sources import looks_like_path
 from bd3lm_hf.hub_upload.repo_files import check_links
-from bd3lm_hf.hub_upload.safe_pickle import plain, read_checkpoint
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.configuration_ssdlm import SSDLMConfig
 from bd3lm_hf.printing import one_line
@@ -43,6 +43,16 @@ _SSDLM_LAYERS = {
     "embed_sum_layer.pt": ("embed_sum", ("weight",)),
     "timestep_layer.pt": ("timestep", ("weight", "bias")),
 }
+
+# Pickled objects next to the weights (configurations, tokenizers, loop states) of which only the state is kept, by the
+# beginning of their names.
+_INERT = (
+    *("omegaconf.", "hydra.", "lightning.", "pytorch_lightning.", "lightning_fabric.", "transformers.", "tokenizers."),
+    *("builtins.bool", "builtins.bytes", "builtins.dict", "builtins.float", "builtins.frozenset", "builtins.int"),
+    *("builtins.list", "builtins.long", "builtins.slice", "builtins.str", "builtins.tuple"),
+    *("typing.Any", "enum.Enum", "pathlib.PosixPath", "collections.defaultdict"),
+)
+_MAX_VALUES = 100_000  # in hyper-parameters
 
 
 class Architecture(NamedTuple):
@@ -353,3 +363,76 @@ def _published_names(weights: dict[str, Any]) -> dict[str, torch.Tensor]:
         # Only the backbone was saved. The interval belongs to the whole model.
         named = {n if n in BUFFERS[1:] else f"backbone.{n}": t for n, t in named.items()}
     return named
+
+
+# Pickles. A pickle is a program: torch's restricted reader rebuilds tensors and plain values, and calls nothing else
+
+
+class InertObject:
+    """The state of a pickled object that was not constructed."""
+
+    state: Any = None
+
+    def __new__(cls, *arguments: Any) -> "InertObject":
+        """Ignore the arguments."""
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the contents of a `.ckpt` or `.bin` file, without running any code in it.
+
+    Raises:
+        ValueError: if the file is not an archive as written by torch 1.6 or later, expands beyond its size, or has an
+            object that is neither a tensor nor known; the message names it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch does not compress, so the contents are never larger than the archive.
+            total = sum(entry.file_size for entry in archive.infolist())
+        if total > path.stat().st_size:
+            raise ValueError(f"it expands to {total:,} bytes from {path.stat().st_size:,}")
+        inert: dict[str, Any] = dict.fromkeys(torch.serialization.get_unsafe_globals_in_checkpoint(path), InertObject)
+        if unknown := [name for name in inert if not name.startswith(_INERT)]:
+            raise ValueError(f"{', '.join(unknown)} in it is neither a tensor nor a known part of a checkpoint")
+        inert["collections.defaultdict"] = lambda *factory: {}
+        with torch.serialization.safe_globals([(kind, name) for name, kind in inert.items()]):
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises whatever its program runs into
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of torch 1.6 or later ({type(error).__name__}: {error}). Nothing "
+            f"in it was run: save the weights alone where the file was made, as safetensors."
+        ) from error
+    if not isinstance(contents, dict):
+        raise ValueError(
+            f"{path} contains a {type(contents).__name__} instead of a checkpoint: a dict with a state_dict."
+        )
+    return contents
+
+
+def plain(value: Any) -> Any:
+    """Return a configuration as dicts, lists and values.
+
+    OmegaConf's containers keep their values in `_content`, its nodes in `_val`.
+
+    Raises:
+        ValueError: if the configuration is cyclic, or expands to more values than hyper-parameters have.
+    """
+    try:
+        return _plain(value, iter(range(_MAX_VALUES)))
+    except (RecursionError, StopIteration):
+        raise ValueError(f"The hyper-parameters are cyclic, or expand to more than {_MAX_VALUES:,} values.") from None
+
+
+def _plain(value: Any, budget: Iterator[int]) -> Any:
+    next(budget)
+    if isinstance(value, InertObject):
+        state = value.state if isinstance(value.state, dict) else {}
+        return _plain(state.get("_content", state.get("_val", state)), budget)
+    if isinstance(value, dict):
+        return {str(_plain(key, budget)): _plain(item, budget) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, budget) for item in value]
+    return value

@@ -183,8 +183,8 @@ def test_pickled_weights_are_read_if_they_are_only_tensors(bd3lm, write, tmp_pat
     found = load_file(tmp_path / "ours" / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in stock.state_dict().items())
     torch.save({**stock.state_dict(), "lm_head.weight": Attack(tmp_path / "touched")}, folder / "pytorch_model.bin")
-    assert_refused(bd3lm("convert", folder, tmp_path / "other"), "system", "safetensors")
-    assert_refused(bd3lm("generate", "--model", folder, "--prompt", "A"), "bd3lm convert", "safetensors")
+    assert_refused(bd3lm("convert", folder, tmp_path / "other"), "not executed", "safetensors")
+    assert_refused(bd3lm("generate", "--model", folder, "--prompt", "A"), "not executed", "safetensors")
     assert not (tmp_path / "touched").exists() and not (tmp_path / "other").exists()
 
 

@@ -1,16 +1,19 @@
-"""Model type and fields are inferred from weights and configuration; the two-part layout of SSD-LM becomes one."""
+"""Fields are inferred from weights and configuration; SSD-LM's two parts become one; pickles are read as data."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shared_models import Attack
+from test_cli import assert_refused
 from transformers import AutoModelForCausalLM, RobertaConfig, RobertaForMaskedLM
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, SSDLMForMaskedLM
 from bd3lm_hf.hub_upload.convert import convert
-from bd3lm_hf.hub_upload.layouts import architecture_of
+from bd3lm_hf.hub_upload.layouts import InertObject, architecture_of, plain, read_checkpoint
 
 
 @pytest.fixture
@@ -186,3 +189,68 @@ def test_a_vocabulary_that_was_enlarged_is_that_of_the_weights(source, tmp_path)
     (source / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
     done = convert(str(source), tmp_path / "ours")
     assert any("vocab_size=320" in note and "300" in note for note in done.notes)
+
+
+# Pickles
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "evil.ckpt"])
+def test_code_in_a_checkpoint_is_named_and_not_run(bd3lm, tmp_path, file):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text('{"model_type": "bd3lm"}')
+    torch.save({"state_dict": {}, "hyper_parameters": Attack(tmp_path / "was-run")}, tmp_path / "source" / file)
+    source = tmp_path / "source" / (file if file.endswith(".ckpt") else "")
+    assert_refused(bd3lm("convert", source, tmp_path / "target"), "system")
+    # The model's own loader refuses it too, without torch's long advice.
+    code, _, err = bd3lm("generate", "--model", tmp_path / "source", "--prompt", "A")
+    assert code == 2 and err.count("\n") == 1 and len(err) < 600 and str(tmp_path / "source") in err
+    assert not (tmp_path / "was-run").exists() and not (tmp_path / "target").exists()
+
+
+def archive_of(path: Path, program: bytes, compression: int = zipfile.ZIP_STORED) -> Path:
+    """Write a checkpoint whose pickle is `program`."""
+    torch.save({}, path.with_suffix(".tmp"))
+    with zipfile.ZipFile(path.with_suffix(".tmp")) as old, zipfile.ZipFile(path, "w", compression) as new:
+        for entry in old.namelist():
+            new.writestr(entry, program if entry.endswith("data.pkl") else old.read(entry))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("program", "part"),
+    [
+        (b"cbuiltins\neval\n.", "builtins.eval"),
+        (b"cos\nopen\n.", "os.open"),
+        (b"\x80\x02}q\x00.", "state_dict"),
+        (b"\x80\x02]q\x00h\x00a.", "list"),
+        *((program, "cannot be read") for program in (b"", b"(", b"P1\n.")),
+    ],
+)
+def test_other_programs_and_files_are_refused(bd3lm, tmp_path, program, part):
+    archive_of(tmp_path / "archive.ckpt", program)
+    (tmp_path / "file.ckpt").write_bytes(program)
+    assert_refused(bd3lm("convert", tmp_path / "archive.ckpt", tmp_path / "target"), "archive.ckpt", part)
+    assert_refused(bd3lm("convert", tmp_path / "file.ckpt", tmp_path / "target"), "file.ckpt", "cannot be read")
+
+
+def test_programs_of_torchscript_and_archives_that_expand_are_refused(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.ckpt")
+    bomb = b"\x80\x02X" + (10**8).to_bytes(4, "little") + b"a" * 10**8 + b"."
+    archive_of(tmp_path / "bomb.ckpt", bomb, zipfile.ZIP_DEFLATED)
+    for name, part in (("script.ckpt", "torchscript"), ("bomb.ckpt", "expands to 100,0")):
+        with pytest.raises(ValueError, match=part):
+            read_checkpoint(tmp_path / name)
+
+
+def test_records_become_plain_values_unless_they_are_cyclic_or_explode():
+    node, record = InertObject(), InertObject()
+    node.state, record.state = {"_val": 1}, {"_content": {"a": node, "b": [1, "x"]}, "_parent": None}
+    assert plain({"config": record}) == {"config": {"a": 1, "b": [1, "x"]}}
+    cyclic: list = []
+    cyclic.append(cyclic)
+    laughs: list = ["ha"]
+    for _ in range(40):
+        laughs = [laughs, laughs]
+    for hostile in (cyclic, laughs):
+        with pytest.raises(ValueError, match="hyper-parameters"):
+            plain(hostile)
