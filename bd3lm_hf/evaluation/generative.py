@@ -12,7 +12,6 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -23,10 +22,10 @@ from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_model, mean_perplexity
 from bd3lm_hf.evaluation.results import library_versions, weights_digest
 from bd3lm_hf.generation.generate_cli import CHOICES
-from bd3lm_hf.generation.text_generation import GeneratedText, Sample, generate_batch, open_samples
+from bd3lm_hf.generation.text_generation import GeneratedText, SamplesFile, generate_batch, sample_row
 from bd3lm_hf.printing import ProgressReport
 from bd3lm_hf.seeds import derived_seed
-from bd3lm_hf.user_files import check_output_file, is_json_with, write_atomically
+from bd3lm_hf.user_files import check_output_file, is_json_with, lock_output, write_atomically
 
 
 #: How often a text of low entropy is generated again at most.
@@ -34,18 +33,6 @@ MAX_REDRAWS = 10
 
 _DISTINCT = (1, 2, 3)
 _REPETITION = 4
-
-
-@dataclass
-class ScoredSample(Sample):
-    """One text, how it was generated, and its score: a line of the samples file."""
-
-    ids: list[int]  # including the BOS token
-    nll: float  # under the reference model, summed over the tokens that it scored, nats
-    scored_tokens: int  # in the reference model's tokens
-    entropy: float  # of the token frequencies in `ids`, nats
-    reference_entropy: float  # the same for the reference model's tokens
-    redraws: int  # how often the text was generated again because of its low entropy
 
 
 def check_files(arguments: argparse.Namespace) -> None:
@@ -70,9 +57,10 @@ def evaluate_samples(arguments: argparse.Namespace, model: Any, tokenizer: PreTr
     length = arguments.length or window_of(model)
     settings = _settings(arguments, model, reference, length)
     count = arguments.num_samples
-    with open_samples(
-        arguments.samples, [None] * count, settings, overwrite=arguments.overwrite, flag="--samples"
-    ) as file:
+    with lock_output(arguments.samples, "--samples"):
+        file = SamplesFile(
+            arguments.samples, [None] * count, settings, overwrite=arguments.overwrite, flag="--samples"
+        )
         missing = list(file.missing())
         kept = count - len(missing)
         with ProgressReport("generating", count, initial=kept) as progress:
@@ -143,23 +131,20 @@ def _scored(
     reference: ReferenceModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: Mapping[str, Any],
-) -> Iterator[ScoredSample]:
+) -> Iterator[dict[str, Any]]:
+    """Yield the lines of the samples file."""
     generated = [text for text, _ in texts.values()]
     scores = reference.score(generated, seed=settings["seed"], batch_size=len(texts), indices=list(texts))
     for (index, (text, redraws)), score in zip(texts.items(), scores, strict=True):
-        yield ScoredSample.of(
-            text,
-            tokenizer,
-            index=index,
-            prompt=None,
-            settings=settings,
-            ids=text.ids,
-            nll=score.nll,
-            scored_tokens=score.num_tokens,
-            entropy=text_entropy(text.ids),
-            reference_entropy=text_entropy(reference.read(text).ids),
-            redraws=redraws,
-        )
+        yield {
+            **sample_row(text, tokenizer, index=index, prompt=None, settings=settings),
+            "ids": text.ids,  # including the BOS token
+            "nll": score.nll,  # under the reference model, summed over the tokens that it scored, nats
+            "scored_tokens": score.num_tokens,  # in the reference model's tokens
+            "entropy": text_entropy(text.ids),  # of the token frequencies, nats
+            "reference_entropy": text_entropy(reference.read(text).ids),  # the same for the reference model's tokens
+            "redraws": redraws,  # how often the text was generated again because of its low entropy
+        }
 
 
 # The report

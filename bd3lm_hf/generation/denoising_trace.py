@@ -34,6 +34,8 @@ from bd3lm_hf.user_files import write_atomically
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from bd3lm_hf.generation.text_generation import GeneratedText
+
 
 FORMAT = "bd3lm-trace"
 VERSION = 1
@@ -111,43 +113,31 @@ def pieces(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> Pieces:
 
 def traced_sample(
     tokenizer: "PreTrainedTokenizerBase",
+    text: "GeneratedText",
     *,
     index: int,
     prompt: str | None,
-    prompt_ids: Sequence[int],
-    new_ids: Sequence[int],
-    steps: Iterable[RowStep],
     mask_token_id: int,
 ) -> dict[str, Any]:
-    """Return one entry of `samples`, without tokens that the steps revealed after the EOS token of the text.
-
-    Raises:
-        ValueError: if the steps do not result in `new_ids`.
-    """
-    ids = [*prompt_ids, *new_ids]
+    """Return one entry of `samples`, without tokens that the steps revealed after the EOS token of the text."""
     # The token at each new position.
-    state = dict.fromkeys(range(len(prompt_ids), len(ids)), mask_token_id)
-    recorded, blocks = _replay(steps, state, mask_token_id)
-    if list(state.values()) != list(new_ids):
-        wrong = next(position for position, token in state.items() if token != ids[position])
-        raise ValueError(
-            f"the trace of sample {index} has token {state[wrong]} at position {wrong}, but the text has "
-            f"{ids[wrong]}: pass the steps and the text of the same call."
-        )
+    state = dict.fromkeys(range(text.num_given, len(text.ids)), mask_token_id)
+    recorded, blocks = _replay(text.steps, state, mask_token_id)
+    assert list(state.values()) == text.new_ids, "the steps are those of another text"
     forwards = sum(step["forward"] for step in recorded)
-    split = pieces(tokenizer, ids)
+    split = pieces(tokenizer, text.ids)
     special = set(tokenizer.all_special_ids)
     return {
         "index": index,
         "prompt": prompt,
-        "num_prompt_tokens": len(prompt_ids),
-        "num_tokens": len(new_ids),
+        "num_prompt_tokens": text.num_given,
+        "num_tokens": len(text.new_ids),
         "forwards": forwards,
-        "tokens_per_forward": len(new_ids) / max(1, forwards),
-        "ids": ids,
+        "tokens_per_forward": len(text.new_ids) / max(1, forwards),
+        "ids": text.ids,
         "texts": split.texts,
         "characters": [list(character) for character in split.characters],
-        "special": [position for position, token in enumerate(ids) if token in special],
+        "special": [position for position, token in enumerate(text.ids) if token in special],
         "blocks": [[positions[0], positions[-1] + 1] for positions in blocks],
         "opening": opening_step([step["block"] for step in recorded]),
         "steps": recorded,
@@ -209,13 +199,7 @@ def trace_document(
     mask_token_id: int,
     block_size: int,
 ) -> dict[str, Any]:
-    """Return a whole trace as described at the top of this file.
-
-    Raises:
-        ValueError: if there are no samples.
-    """
-    if not samples:
-        raise ValueError("a trace needs at least one sample.")
+    """Return a whole trace as described at the top of this file."""
     masked_again, probabilities = set(), []
     for sample in samples:
         for step in sample["steps"]:
@@ -253,20 +237,9 @@ def trace_page(document: dict[str, Any]) -> str:
 
 
 def write_trace(document: dict[str, Any], path: Path) -> None:
-    """Write a page (`.html`) or the data (`.json`).
-
-    Raises:
-        ValueError: if the file name has another ending.
-    """
-    check_ending(path)
+    """Write a page (`.html`), or else the data (`.json`)."""
     is_page = path.suffix.lower() == ENDINGS[0]
     write_atomically(path, trace_page(document) if is_page else json.dumps(document, allow_nan=False) + "\n")
-
-
-def check_ending(path: Path) -> None:
-    """Refuse a file name that does not end in one of `ENDINGS`."""
-    if path.suffix.lower() not in ENDINGS:
-        raise ValueError(f"--trace {path}: the name of a trace must end in {' or '.join(ENDINGS)}.")
 
 
 def _decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:

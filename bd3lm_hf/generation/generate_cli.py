@@ -10,12 +10,11 @@ import select
 import stat
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from bd3lm_hf.argument_parser import add_model_arguments, integer, number
-from bd3lm_hf.generation.denoising_trace import check_ending
+from bd3lm_hf.generation.denoising_trace import ENDINGS
 from bd3lm_hf.user_files import check_output_file, has_mark
 
 
@@ -58,32 +57,6 @@ _OTHER_FIELDS = ("max_new_tokens", "do_sample", "stop_at_second_eos")
 _BATCH_SIZE = 8
 
 
-@dataclass(frozen=True)
-class Job:
-    """The checked arguments of `bd3lm generate`."""
-
-    model: str
-    prompts: list[str | None]  # None: no prompt
-    num_samples: int  # per prompt
-    batch_size: int
-    seed: int
-    generation: dict[str, Any] = field(default_factory=dict)  # arguments of `generate`
-    stream: bool = False
-    output: Path | None = None
-    overwrite: bool = False
-    traces: list[Path] = field(default_factory=list)
-
-    @property
-    def sample_prompts(self) -> list[str | None]:
-        """The prompt of each sample; all samples of a prompt are adjacent."""
-        return [prompt for prompt in self.prompts for _ in range(self.num_samples)]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings that determine the texts, apart from the prompts."""
-        return {"model": self.model, "seed": self.seed, **self.generation}
-
-
 def add_generate_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) -> None:
     """Add the flags of `bd3lm generate`."""
     add_model_arguments(parser)
@@ -121,7 +94,11 @@ def add_generate_arguments(parser: argparse.ArgumentParser, words: Sequence[str]
     )
     where.add_argument("--overwrite", action="store_true", help="replace existing files")
     where.add_argument(
-        "--trace", type=Path, action="append", help="page (.html) or data (.json) that replays every denoising step"
+        "--trace",
+        type=Path,
+        action="append",
+        default=[],
+        help="page (.html) or data (.json) that replays every denoising step",
     )
 
 
@@ -157,37 +134,32 @@ def add_sampling(group: Any, fields: Iterable[str], choices: Iterable[str] = CHO
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
 
 
-def plan(arguments: argparse.Namespace) -> Job:
-    """Read the prompts and refuse flags that contradict each other, before a model is loaded."""
+def plan(arguments: argparse.Namespace) -> list[str | None]:
+    """Refuse flags that contradict each other, and return the prompt of each sample, before a model is loaded.
+
+    All samples of a prompt are adjacent. The batch size gets its default.
+    """
     if arguments.stream and (arguments.batch_size or 1) > 1:
         raise ValueError(f"--stream shows one text at a time: leave out --batch-size {arguments.batch_size}.")
+    arguments.batch_size = arguments.batch_size or (1 if arguments.stream else _BATCH_SIZE)
     if arguments.overwrite and arguments.output is None and not arguments.trace:
         raise ValueError("--overwrite replaces files: name one with --output or --trace.")
-    for path in arguments.trace or ():
-        check_ending(path)
+    for path in arguments.trace:
+        if path.suffix.lower() not in ENDINGS:
+            raise ValueError(f"--trace {path}: the name of a trace must end in {' or '.join(ENDINGS)}.")
         is_ours = has_mark(b"<title>Denoising, block by block</title>", b'{"format": "bd3lm-trace"')
         check_output_file(path, "--trace", is_ours=is_ours, overwrite=arguments.overwrite)
         if arguments.output is not None and path.absolute() == arguments.output.absolute():
             raise ValueError(f"--trace {path} would replace the samples of --output: name another file.")
     if arguments.output is not None:
         check_output_file(arguments.output, "--output")
-    return Job(
-        model=arguments.model,
-        prompts=read_prompts(arguments.prompt, arguments.prompt_file),
-        num_samples=arguments.num_samples,
-        batch_size=arguments.batch_size or (1 if arguments.stream else _BATCH_SIZE),
-        seed=arguments.seed,
-        generation=generation_fields(arguments),
-        stream=arguments.stream,
-        output=arguments.output,
-        overwrite=arguments.overwrite,
-        traces=arguments.trace or [],
-    )
+    prompts = read_prompts(arguments.prompt, arguments.prompt_file)
+    return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
 
 
 def generation_fields(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `generate` that were given."""
-    chosen = {name: getattr(arguments, name) for name in (*_OTHER_FIELDS, *CHOICES, *FIELDS)}
+    chosen = {name: getattr(arguments, name, None) for name in (*_OTHER_FIELDS, *CHOICES, *FIELDS)}
     return {name: value for name, value in chosen.items() if value is not None}
 
 
@@ -198,7 +170,7 @@ def check_chat_arguments(arguments: argparse.Namespace) -> None:
         "--batch-size": arguments.batch_size is not None,
         "--output": arguments.output is not None,
         "--overwrite": arguments.overwrite,
-        "--trace": bool(arguments.trace),
+        "--trace": arguments.trace != [],
     }
     if unfit := [name for name, is_given in given.items() if is_given]:
         raise ValueError(f"--chat shows one answer at a time: leave out {', '.join(unfit)}.")
@@ -210,9 +182,7 @@ def check_chat_arguments(arguments: argparse.Namespace) -> None:
 STDIN = "-"  # the name that means standard input
 
 
-def read_prompts(
-    texts: Sequence[str] | None, file: str | None, stdin: TextIO | None = None, *, flag: str = "--prompt"
-) -> list[str | None]:
+def read_prompts(texts: Sequence[str] | None, file: str | None, *, flag: str = "--prompt") -> list[str | None]:
     """Return the prompts of `--prompt` (texts), `--prompt-file` (a name) or standard input; `[None]` without any.
 
     A file has one prompt per line; a line of a `.jsonl` file is an object with a `prompt`. Blank lines are skipped.
@@ -221,23 +191,22 @@ def read_prompts(
     Raises:
         ValueError: if a file is missing, has no prompts or is not UTF-8, or a prompt is missing or empty.
     """
-    stdin = sys.stdin if stdin is None else stdin
     if texts and list(texts) != [STDIN]:
         return list(_checked((f"{flag} {number}", text) for number, text in enumerate(texts, start=1)))
     name = STDIN if texts else file
     if name is not None:
-        return _lines(name, _content(name, f"{flag}-file", stdin))
-    if _is_piped(stdin) and (text := _content(STDIN, "", stdin)).strip():
+        return _lines(name, _content(name, f"{flag}-file"))
+    if _is_piped(sys.stdin) and (text := _content(STDIN, "")).strip():
         return _lines(STDIN, text)
     return [None]
 
 
-def _content(file: str, flag: str, stdin: TextIO) -> str:
+def _content(file: str, flag: str) -> str:
     path, name = Path(file).expanduser(), "standard input" if file == STDIN else f"{flag} {file}"
     if file != STDIN and not path.is_file():
         raise ValueError(f"{name}: there is no such file.")
     try:
-        return stdin.read() if file == STDIN else path.read_text(encoding="utf-8-sig")
+        return sys.stdin.read() if file == STDIN else path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8: byte {error.start} cannot be decoded.") from error
 

@@ -9,15 +9,14 @@ import itertools
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
 from bd3lm_hf.generation.denoising_trace import RowStep, row_steps
 from bd3lm_hf.seeds import derived_seed
-from bd3lm_hf.user_files import JsonLinesFile, check_output_file, lock_output
+from bd3lm_hf.user_files import JsonLinesFile
 
 
 class GeneratedText(NamedTuple):
@@ -149,69 +148,37 @@ def _eos_disabled(config: Any, disabled: bool) -> Iterator[None]:
 # Files of samples
 
 
-_Sample = TypeVar("_Sample", bound="Sample")
+def sample_row(
+    text: GeneratedText, tokenizer: Any, *, index: int, prompt: str | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Describe a generated text: a line of the samples file.
 
-
-@dataclass
-class Sample:
-    """One text and how it was generated: a line of the samples file."""
-
-    index: int  # position in the numbering of the file
-    prompt: str | None  # None: no prompt
-    text: str  # including the prompt
-    num_prompt_tokens: int
-    num_tokens: int  # new tokens, including an end token
-    seed: int
-    forwards: int  # forward passes that this text takes when it is generated alone
-    batch_forwards: int  # forward passes of the whole batch
-    tokens_per_forward: float  # num_tokens / forwards
-    seconds: float  # this text's share of the batch's time
-    model: str
-    settings: dict[str, Any]  # everything that determines the text, apart from the prompt
-
-    @classmethod
-    def of(
-        cls: type[_Sample],
-        text: GeneratedText,
-        tokenizer: Any,
-        *,
-        index: int,
-        prompt: str | None,
-        settings: Mapping[str, Any],
-        **fields: Any,
-    ) -> _Sample:
-        """Describe a generated text.
-
-        Args:
-            settings: everything that determines the text, including its `model` and `seed`.
-            fields: fields that a subclass adds.
-        """
-        num_tokens = len(text.new_ids)
-        return cls(
-            index=index,
-            prompt=prompt,
-            text=str(tokenizer.decode(text.ids, skip_special_tokens=True)),
-            num_prompt_tokens=text.num_given,
-            num_tokens=num_tokens,
-            seed=settings["seed"],
-            forwards=text.forwards,
-            batch_forwards=text.batch_forwards,
-            tokens_per_forward=num_tokens / max(1, text.forwards),
-            seconds=text.seconds,
-            model=settings["model"],
-            settings=dict(settings),
-            **fields,
-        )
-
-
-# Settings that earlier versions wrote, and that do not change a text.
-_IGNORED_SETTINGS = {"num_prompts", "num_samples", "batch_size", "samples_per_prompt"}
+    Args:
+        index: position in the numbering of the file.
+        prompt: None if there is none.
+        settings: everything that determines the text apart from the prompt, including its `model` and `seed`.
+    """
+    num_tokens = len(text.new_ids)
+    return {
+        "index": index,
+        "prompt": prompt,
+        "text": tokenizer.decode(text.ids, skip_special_tokens=True),  # including the prompt
+        "num_prompt_tokens": text.num_given,
+        "num_tokens": num_tokens,  # new tokens, including an end token
+        "seed": settings["seed"],
+        "forwards": text.forwards,
+        "batch_forwards": text.batch_forwards,
+        "tokens_per_forward": num_tokens / max(1, text.forwards),
+        "seconds": text.seconds,
+        "model": settings["model"],
+        "settings": dict(settings),
+    }
 
 
 class SamplesFile(JsonLinesFile):
     """A samples file: each sample is on disk as soon as it is finished, and a rerun continues the file.
 
-    Use [`open_samples`], which locks the file against other processes.
+    Hold [`lock_output`] meanwhile, so that no other process writes to it.
 
     Args:
         prompts: the prompt of each requested sample. Finished samples are kept, and missing ones get the first free
@@ -221,7 +188,7 @@ class SamplesFile(JsonLinesFile):
         flag: the flag that named the file, for messages.
 
     Raises:
-        ValueError: if the folder does not exist, or the file is not a samples file or has other settings.
+        ValueError: if the file is not a samples file or has other settings.
     """
 
     def __init__(
@@ -237,7 +204,6 @@ class SamplesFile(JsonLinesFile):
         super().__init__(path, f"{flag} {path}", first_key="index", remedy=remedy, replace=overwrite)
         self.prompts, self.settings = prompts, settings
         self._requested = set(prompts)
-        check_output_file(path, flag)
         found: dict[int, str | None] = {}
         for number, row in () if overwrite else self.read_lines():
             self._check(number, row)
@@ -249,8 +215,7 @@ class SamplesFile(JsonLinesFile):
     def _check(self, number: int, row: dict[str, Any]) -> None:
         if not isinstance(row.get("index"), int) or not isinstance(row.get("settings"), dict):
             raise self.foreign_line(number)
-        old = {name: value for name, value in row["settings"].items() if name not in _IGNORED_SETTINGS}
-        new = dict(self.settings)
+        old, new = row["settings"], dict(self.settings)
         if row.get("prompt") not in self._requested:
             old["prompt"], new["prompt"] = row.get("prompt"), self.prompts[min(row["index"], len(self.prompts) - 1)]
         differences = [
@@ -274,16 +239,15 @@ class SamplesFile(JsonLinesFile):
         rows = {row["index"]: row for _, row in self.read_lines()} if self.finished else {}
         return [rows[index] for index in self.indices if index in rows]
 
-    def append(self, samples: Iterable[Sample]) -> None:
-        """Write the samples that the file does not have, each to disk before the next is taken.
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write missing samples, each to disk before the next is taken.
 
         Raises:
             ValueError: if another process changed the file.
         """
-        for sample in samples:
-            if sample.index not in self.finished:
-                self.write_line(asdict(sample))
-                self.finished.add(sample.index)
+        for row in rows:
+            self.write_line(row)
+            self.finished.add(row["index"])
 
 
 def _assign_indices(prompts: Sequence[str | None], found: Mapping[int, str | None]) -> list[int]:
@@ -312,22 +276,3 @@ def sample_seeds(seed: int, prompts: Sequence[str | None], indices: Sequence[int
         seeds[index] = derived_seed(seed, counts[prompt] * len(numbers) + numbers[prompt])
         counts[prompt] += 1
     return seeds
-
-
-@contextlib.contextmanager
-def open_samples(
-    path: Path,
-    prompts: Sequence[str | None],
-    settings: dict[str, Any],
-    *,
-    overwrite: bool = False,
-    flag: str = "--output",
-) -> Iterator[SamplesFile]:
-    """Open a [`SamplesFile`], locked against other processes.
-
-    Raises:
-        ValueError: if another process has locked it, or the file is refused.
-    """
-    check_output_file(path, flag)
-    with lock_output(path, flag):
-        yield SamplesFile(path, prompts, settings, overwrite=overwrite, flag=flag)

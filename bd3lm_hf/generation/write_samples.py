@@ -21,24 +21,15 @@ from bd3lm_hf.checkpoints import check_generates, how_to_adapt, window_of
 from bd3lm_hf.generation.denoising_trace import trace_document, traced_sample, write_trace
 from bd3lm_hf.generation.generate_cli import (
     FIELDS,
-    INFILL_CHOICES,
-    INFILL_FIELDS,
-    Job,
     check_chat_arguments,
     generation_fields,
     plan,
     read_prompts,
 )
-from bd3lm_hf.generation.text_generation import (
-    GeneratedText,
-    Sample,
-    SamplesFile,
-    generate_batch,
-    open_samples,
-    sample_seeds,
-)
+from bd3lm_hf.generation.text_generation import SamplesFile, generate_batch, sample_row, sample_seeds
 from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.tokenization import encode_prompt
+from bd3lm_hf.user_files import lock_output
 
 
 # Some versions of transformers do not have it; a terminal then shows finished tokens only.
@@ -57,116 +48,103 @@ def run(arguments: argparse.Namespace) -> None:
         streamer = _streamer(tokenizer, skip_prompt=True)
         converse(model, tokenizer, generation_fields(arguments), seed=arguments.seed, streamer=streamer)
         return
-    job = plan(arguments)
-    write_samples(job, *load_model_and_tokenizer(arguments))
+    prompts = plan(arguments)
+    write_samples(arguments, prompts, *load_model_and_tokenizer(arguments))
 
 
-def write_samples(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Generate the samples of a job that are not finished yet; an interrupt keeps finished ones."""
-    check_generates(model, job.model)
-    if job.traces and not hasattr(model.generation_config, "output_trace"):
+def write_samples(
+    arguments: argparse.Namespace, prompts: list[str | None], model: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Generate the samples that are not finished yet; an interrupt keeps finished ones.
+
+    Args:
+        prompts: the prompt of each sample.
+    """
+    check_generates(model, arguments.model)
+    if arguments.trace and not hasattr(model.generation_config, "output_trace"):
         raise ValueError(f"--trace shows denoising steps; a {type(model).__name__} does not have them: leave it out.")
-    encoded = _encode(job, model, tokenizer)
-    with contextlib.ExitStack() as stack:
-        file = None
-        if job.output is not None:
-            opened = open_samples(job.output, job.sample_prompts, job.settings, overwrite=job.overwrite)
-            file = stack.enter_context(opened)
-        if file and job.traces and not file.missing():
-            raise ValueError(f"--trace: all samples are already in {job.output}, so there is nothing to trace.")
+    settings = {"model": arguments.model, "seed": arguments.seed, **generation_fields(arguments)}
+    output = arguments.output
+    with contextlib.nullcontext() if output is None else lock_output(output, "--output"):
+        file = None if output is None else SamplesFile(output, prompts, settings, overwrite=arguments.overwrite)
+        if file and arguments.trace and not file.missing():
+            raise ValueError(f"--trace: all samples are already in {output}, so there is nothing to trace.")
         traced: list[dict[str, Any]] = []
         try:
-            _generate_all(job, encoded, file, traced, model, tokenizer)
+            _generate_all(arguments, prompts, settings, file, traced, model, tokenizer)
         except KeyboardInterrupt:
             if file is not None:
-                count = len(job.sample_prompts)
-                print(
-                    f"interrupted: {count - len(file.missing())} of {count} samples are in {job.output}",
-                    file=sys.stderr,
-                )
+                kept = len(prompts) - len(file.missing())
+                print(f"interrupted: {kept} of {len(prompts)} samples are in {output}", file=sys.stderr)
             raise
         finally:
             if traced:
-                _write_traces(job, model, tokenizer, traced)
+                _write_traces(arguments, model, tokenizer, traced)
 
 
 def _generate_all(
-    job: Job,
-    encoded: dict[str | None, list[int]],
+    arguments: argparse.Namespace,
+    prompts: list[str | None],
+    settings: dict[str, Any],
     file: SamplesFile | None,
     traced: list[dict[str, Any]],
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    indices = list(range(len(job.sample_prompts))) if file is None else file.indices
-    seeds = sample_seeds(job.seed, job.sample_prompts, indices)
-    prompts = dict(enumerate(job.sample_prompts)) if file is None else file.missing()
-    missing, count = list(prompts), len(job.sample_prompts)
+    encoded = {prompt: _encode(prompt, model, tokenizer) for prompt in dict.fromkeys(prompts)}
+    indices = list(range(len(prompts))) if file is None else file.indices
+    seeds = sample_seeds(arguments.seed, prompts, indices)
+    prompt_of = dict(enumerate(prompts)) if file is None else file.missing()
+    missing, count = list(prompt_of), len(prompts)
     kept = count - len(missing)
-    is_shown = sys.stderr.isatty() and not job.stream and len(missing) > job.batch_size
+    is_shown = sys.stderr.isatty() and not arguments.stream and len(missing) > arguments.batch_size
     with tqdm(total=count, initial=kept, desc="generating", unit="text", disable=not is_shown, leave=False) as bar:
-        for begin in range(0, len(missing), job.batch_size):
-            batch = missing[begin : begin + job.batch_size]
-            if job.stream and batch[0] > 0:
+        for begin in range(0, len(missing), arguments.batch_size):
+            batch = missing[begin : begin + arguments.batch_size]
+            if arguments.stream and batch[0] > 0:
                 print(SEPARATOR)
             texts = generate_batch(
                 model,
-                [encoded[prompts[index]] for index in batch],
+                [encoded[prompt_of[index]] for index in batch],
                 seeds=[seeds[index] for index in batch],
                 stop_at_eos=True,
-                keep_steps=bool(job.traces),
-                streamer=_streamer(tokenizer) if job.stream else None,
-                **job.generation,
+                keep_steps=bool(arguments.trace),
+                streamer=_streamer(tokenizer) if arguments.stream else None,
+                **generation_fields(arguments),
             )
-            samples = [
-                Sample.of(text, tokenizer, index=index, prompt=prompts[index], settings=job.settings)
-                for index, text in zip(batch, texts, strict=True)
-            ]
-            if job.traces:
-                traced += [_traced(*pair, model, tokenizer) for pair in zip(samples, texts, strict=True)]
+            rows = []
+            for index, text in zip(batch, texts, strict=True):
+                about: dict[str, Any] = {"index": index, "prompt": prompt_of[index]}
+                rows.append(sample_row(text, tokenizer, **about, settings=settings))
+                if arguments.trace:
+                    traced.append(traced_sample(tokenizer, text, **about, mask_token_id=model.config.mask_token_id))
             if file is not None:
-                file.append(samples)
-            elif not job.stream:
-                for sample in samples:
-                    separator = f"{SEPARATOR}\n" if sample.index else ""
-                    tqdm.write(separator + sample.text, file=sys.stdout)
+                file.append(rows)
+            elif not arguments.stream:
+                for row in rows:
+                    separator = f"{SEPARATOR}\n" if row["index"] else ""
+                    tqdm.write(separator + row["text"], file=sys.stdout)
             bar.update(len(batch))
     if file is not None:
-        print(f"{count} samples in {job.output}" + (f", {kept} from an earlier run" if kept else ""))
+        print(f"{count} samples in {file.path}" + (f", {kept} from an earlier run" if kept else ""))
 
 
-def _encode(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str | None, list[int]]:
-    """Return the token ids of each prompt: the BOS token for an absent prompt."""
+def _encode(prompt: str | None, model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids of a prompt: the BOS token for an absent one."""
+    if prompt is None:
+        begin = model.generation_config.bos_token_id
+        if begin is None:
+            raise ValueError("the model has no bos_token_id to start a text from: give a --prompt.")
+        return [begin]
+    ids = encode_prompt(prompt, tokenizer)
     # Our own models warn and read the end of a longer prompt, or refuse it themselves.
     window = math.inf if hasattr(model, "token_nll") else window_of(model)
-    encoded: dict[str | None, list[int]] = {}
-    for prompt in job.prompts:
-        if prompt is None:
-            begin = model.generation_config.bos_token_id
-            if begin is None:
-                raise ValueError("the model has no bos_token_id to start a text from: give a --prompt.")
-            ids = [begin]
-        else:
-            ids = encode_prompt(prompt, tokenizer)
-        if len(ids) > window:
-            raise ValueError(
-                f"a prompt has {len(ids)} tokens, more than the model's window of {window} tokens: shorten it "
-                f"({str(prompt)[:40]!r} ...)."
-            )
-        encoded[prompt] = ids
-    return encoded
-
-
-def _traced(sample: Sample, text: GeneratedText, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    return traced_sample(
-        tokenizer,
-        index=sample.index,
-        prompt=sample.prompt,
-        prompt_ids=text.ids[: text.num_given],
-        new_ids=text.new_ids,
-        steps=text.steps,
-        mask_token_id=model.config.mask_token_id,
-    )
+    if len(ids) > window:
+        raise ValueError(
+            f"a prompt has {len(ids)} tokens, more than the model's window of {window} tokens: shorten it "
+            f"({prompt[:40]!r} ...)."
+        )
+    return ids
 
 
 def _streamer(tokenizer: PreTrainedTokenizerBase, *, skip_prompt: bool = False) -> TextStreamer:
@@ -175,18 +153,20 @@ def _streamer(tokenizer: PreTrainedTokenizerBase, *, skip_prompt: bool = False) 
     return kind(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
 
 
-def _write_traces(job: Job, model: Any, tokenizer: PreTrainedTokenizerBase, traced: list[dict[str, Any]]) -> None:
-    shown = {name: value for name, value in job.generation.items() if name in FIELDS}
+def _write_traces(
+    arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase, traced: list[dict[str, Any]]
+) -> None:
+    shown = {name: value for name, value in generation_fields(arguments).items() if name in FIELDS}
     document = trace_document(
         tokenizer,
         traced,
-        model=Path(job.model).name,
-        sampler=job.generation.get("sampler") or model.generation_config.sampler,
-        settings={**shown, "do_sample": job.generation["do_sample"], "seed": job.seed},
+        model=Path(arguments.model).name,
+        sampler=arguments.sampler or model.generation_config.sampler,
+        settings={**shown, "do_sample": arguments.do_sample, "seed": arguments.seed},
         mask_token_id=model.config.mask_token_id,
         block_size=model.config.block_size,
     )
-    for path in job.traces:
+    for path in arguments.trace:
         write_trace(document, path)
 
 
@@ -206,8 +186,7 @@ def run_infill(arguments: argparse.Namespace) -> None:
         remedy = "Name a block-diffusion model." if is_ours else how_to_adapt(arguments.model)
         raise ValueError(f"--model {arguments.model} is a {type(model).__name__}, which cannot fill gaps. {remedy}")
     encoded = [_encode_gaps(str(text), arguments, model, tokenizer) for text in texts]
-    fields = {name: getattr(arguments, name) for name in ("do_sample", *INFILL_CHOICES, *INFILL_FIELDS)}
-    fields = {name: value for name, value in fields.items() if value is not None}
+    fields = generation_fields(arguments)
     for number, ids in enumerate(encoded):
         if number:
             print(SEPARATOR)
@@ -267,23 +246,14 @@ def converse(
             messages.clear()
             continue
         messages.append({"role": "user", "content": line})
-        messages.append({"role": "assistant", "content": _answer(model, tokenizer, messages, generation, streamer)})
+        encoded: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        ids: torch.Tensor = encoded["input_ids"].to(model.device)
+        sequences = model.generate(ids, streamer=streamer, **generation)
+        answer = str(tokenizer.decode(sequences[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+        messages.append({"role": "assistant", "content": answer})
     return messages
-
-
-def _answer(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, str]],
-    generation: Mapping[str, Any],
-    streamer: Any,
-) -> str:
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    ids: torch.Tensor = encoded["input_ids"].to(model.device)
-    sequences = model.generate(ids, streamer=streamer, **generation)
-    return str(tokenizer.decode(sequences[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
 def _lines(stdin: TextIO) -> Iterator[str]:

@@ -16,6 +16,7 @@ from bd3lm_hf.generation.denoising_trace import (
     traced_sample,
     write_trace,
 )
+from bd3lm_hf.generation.text_generation import GeneratedText
 
 
 BLOCK = 4
@@ -29,14 +30,11 @@ def document(tiny_tokenizer) -> dict:
     samples = []
     for index, (prompt, text) in enumerate([("The quick", TEXT), ("A block", " is written.")]):
         prompt_ids, new_ids = tiny_tokenizer(prompt)["input_ids"], tiny_tokenizer(text)["input_ids"]
-        ids = {"prompt_ids": prompt_ids, "new_ids": new_ids, "steps": backwards(prompt_ids, new_ids, mask)}
-        samples.append(traced_sample(tiny_tokenizer, index=index, prompt=prompt, mask_token_id=mask, **ids))
-    return document_of(tiny_tokenizer, samples)
-
-
-def document_of(tokenizer, samples) -> dict:
-    ids = {"mask_token_id": tokenizer.mask_token_id, "block_size": BLOCK}
-    return trace_document(tokenizer, samples, model="tiny", sampler="confidence", settings={"seed": 0}, **ids)
+        steps = backwards(prompt_ids, new_ids, mask)
+        traced = GeneratedText([*prompt_ids, *new_ids], len(prompt_ids), steps=steps)
+        samples.append(traced_sample(tiny_tokenizer, traced, index=index, prompt=prompt, mask_token_id=mask))
+    options = {"settings": {"seed": 0}, "mask_token_id": mask, "block_size": BLOCK}
+    return trace_document(tiny_tokenizer, samples, model="tiny", sampler="confidence", **options)
 
 
 def backwards(prompt_ids, new_ids, mask):
@@ -100,15 +98,13 @@ def test_bytes_that_form_no_character_are_shown_one_by_one(tiny_tokenizer):
 
 
 def test_a_position_belongs_to_the_first_of_the_windows_that_hold_it(tiny_tokenizer):
-    mask = tiny_tokenizer.mask_token_id
     steps = [
-        RowStep(0, range(4), [10, 11, 12, 13], [None, 0.5, 0.5, 0.5]),
+        RowStep(0, range(4), [0, 11, 12, 13], [None, 0.5, 0.5, 0.5]),
         RowStep(2, range(2, 6), [12, 13, 14, 15], [None, None, 0.5, 0.5]),
     ]
-    arguments = {"index": 0, "prompt": "", "prompt_ids": [10], "new_ids": [11, 12, 13, 14, 15], "steps": steps}
-    sample = traced_sample(tiny_tokenizer, mask_token_id=mask, **arguments)
+    sample = sample_of(tiny_tokenizer, [11, 12, 13, 14, 15], steps)
     assert sample["blocks"] == [[1, 4], [4, 6]]
-    assert replay(sample)[-1] == [10, 11, 12, 13, 14, 15]
+    assert replay(sample)[-1] == [0, 11, 12, 13, 14, 15]
 
 
 def test_a_trace_replays_from_all_masks_to_the_text(document):
@@ -141,8 +137,8 @@ def test_a_token_that_is_masked_and_revealed_again_is_recorded_even_if_it_is_the
 
 def sample_of(tokenizer, new_ids, steps) -> dict:
     """Sample 7, a text without a prompt."""
-    ids = {"prompt_ids": [tokenizer.bos_token_id], "new_ids": new_ids, "mask_token_id": tokenizer.mask_token_id}
-    return traced_sample(tokenizer, index=7, prompt=None, steps=steps, **ids)
+    text = GeneratedText([tokenizer.bos_token_id, *new_ids], 1, steps=steps)
+    return traced_sample(tokenizer, text, index=7, prompt=None, mask_token_id=tokenizer.mask_token_id)
 
 
 def test_special_tokens_are_marked_and_tokens_after_the_end_are_left_out(tiny_tokenizer):
@@ -150,13 +146,6 @@ def test_special_tokens_are_marked_and_tokens_after_the_end_are_left_out(tiny_to
     sample = sample_of(tiny_tokenizer, [50, eos], [RowStep(8, range(4), [0, 50, eos, 60], [None, 0.5, 0.5, 0.5])])
     assert sample["special"] == [0, 2] and sample["texts"][2] == "<eos>"
     assert sample["steps"] == [{"block": 0, "forward": True, "changes": [[1, 50, 0.5], [2, eos, 0.5]]}]
-
-
-def test_steps_of_another_text_and_a_trace_of_nothing_are_refused(tiny_tokenizer):
-    with pytest.raises(ValueError, match="trace of sample 7 has token 50 at position 1, but the text has 51"):
-        sample_of(tiny_tokenizer, [51], [RowStep(0, range(4), [0, 50, 52, 53], [0.5] * 4)])
-    with pytest.raises(ValueError, match="needs at least one sample"):
-        document_of(tiny_tokenizer, [])
 
 
 @pytest.mark.parametrize(
@@ -179,8 +168,6 @@ def test_the_ending_of_a_file_name_decides_between_page_and_data(document, tmp_p
     assert json.loads((tmp_path / "trace.json").read_text()) == document
     write_trace(document, tmp_path / "trace.HTML")
     assert (tmp_path / "trace.HTML").read_text().startswith("<!doctype html>")
-    with pytest.raises(ValueError, match="trace.txt"):
-        write_trace(document, tmp_path / "trace.txt")
 
 
 class Page(html.parser.HTMLParser):

@@ -22,6 +22,7 @@ from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS, SAMPLING_DTYPES, SCORE_SAMPLERS
 from bd3lm_hf.modeling.simplex_ssdlm import PROJECTIONS
 from bd3lm_hf.seeds import derived_seed
+from bd3lm_hf.user_files import lock_output
 
 
 @pytest.fixture
@@ -105,6 +106,11 @@ def test_a_file_grows_by_samples_of_several_prompts_and_by_prompts(generate, tmp
     assert len({row["text"] for row in rows}) == 9  # every sample has its own seed
     refused = generate("--prompt", "A", "--max-new-tokens", 8, "--output", output)
     assert_refused(refused, "prompt is 'The fox' there", "--overwrite")
+
+
+def test_a_file_that_another_process_continues_is_refused(generate, tmp_path):
+    with lock_output(tmp_path / "samples.jsonl", "--output"):
+        assert_refused(generate("--output", tmp_path / "samples.jsonl"), "--output", str(os.getpid()))
 
 
 def test_only_the_end_of_a_long_prompt_is_read(generate, tmp_path):
@@ -338,16 +344,17 @@ def test_a_bad_prompt_file_is_refused_with_the_line(tmp_path, name, content, mat
         read_prompts(None, str(tmp_path / name))
 
 
-def test_prompts_come_from_the_command_line_or_standard_input(tmp_path):
+def test_prompts_come_from_the_command_line_or_standard_input(tmp_path, monkeypatch):
     assert read_prompts(["a", "b\nc"], None) == ["a", "b\nc"]
-    assert read_prompts(["-"], None, io.StringIO("a\nb\n")) == ["a", "b"]
-    assert read_prompts(None, "-", io.StringIO("a\nb\n")) == ["a", "b"]
-    assert read_prompts(None, None, io.StringIO("not a real file")) == [None]
+    for texts, file, prompts in ((["-"], None, ["a", "b"]), (None, "-", ["a", "b"]), (None, None, [None])):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n"))  # not a real file
+        assert read_prompts(texts, file) == prompts
     with (tmp_path / "piped").open("w+") as piped:
-        assert read_prompts(None, None, piped) == [None]
+        monkeypatch.setattr(sys, "stdin", piped)
+        assert read_prompts(None, None) == [None]
         piped.write("a\n")
         piped.seek(0)
-        assert read_prompts(None, None, piped) == ["a"]
+        assert read_prompts(None, None) == ["a"]
     for wrong in ("", " ", "\udcff"):
         with pytest.raises(ValueError, match="--prompt 2"):
             read_prompts(["a", wrong], None)
@@ -355,8 +362,9 @@ def test_prompts_come_from_the_command_line_or_standard_input(tmp_path):
         read_prompts(None, "nowhere.txt")
 
 
-def test_a_silent_pipe_is_not_waited_for():
+def test_a_silent_pipe_is_not_waited_for(monkeypatch):
     reader, writer = os.pipe()
     with os.fdopen(reader) as stdin:
-        assert read_prompts(None, None, stdin) == [None]
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert read_prompts(None, None) == [None]
     os.close(writer)
