@@ -156,7 +156,7 @@ def foreign_attributes() -> set[str]:
             (read if isinstance(node.ctx, ast.Load) else defined).add(node.attr)
         elif isinstance(node, ast.ImportFrom):
             read |= {alias.name for alias in node.names}
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             defined.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             defined.add(node.id)
