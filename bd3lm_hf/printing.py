@@ -2,7 +2,6 @@
 
 import re
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,58 +59,16 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # Progress
 
 
-_SECONDS_BETWEEN_LINES = 60
+def progress_bar(name: str, total: int, *, initial: int = 0, unit: str = "text", disable: bool = False) -> Any:
+    """Return a progress bar on standard error, which disappears at the end.
 
-
-class ProgressReport:
-    """Report progress on standard error: a bar in a terminal, otherwise a line per minute.
+    Outside a terminal it is printed once per minute, and never by a shorter command.
 
     Args:
-        name: name of the task.
-        total: number of items.
         initial: items finished by an earlier run.
         unit: name of an item.
-        disable: report nothing.
     """
+    from tqdm.auto import tqdm  # only where something is shown: it costs a tenth of a second
 
-    def __init__(self, name: str, total: int, *, initial: int = 0, unit: str = "text", disable: bool = False) -> None:
-        self.name, self.total, self.unit = name, total, unit
-        self.done = self._initial = initial
-        self._started = self._last = time.monotonic()
-        self._lines = not disable and not sys.stderr.isatty()
-        from tqdm.auto import tqdm  # only where something is shown: it costs a tenth of a second
-
-        self._bar = tqdm(
-            total=total, initial=initial, desc=name, unit=unit, leave=False, disable=disable or self._lines
-        )
-        self._has_estimate = False
-
-    def update(self, count: int = 1) -> None:
-        """Count finished items, and report if a report is due."""
-        self.done += count
-        self._bar.update(count)
-        now = time.monotonic()
-        left = (now - self._started) / max(1, self.done - self._initial) * (self.total - self.done)
-        # The first items give an estimate; a command that takes less than a minute reports nothing.
-        is_due = now - self._last >= _SECONDS_BETWEEN_LINES or (
-            not self._has_estimate and left >= _SECONDS_BETWEEN_LINES
-        )
-        if self._lines and is_due and self.done < self.total:
-            print(
-                f"{self.name}: {self.done} of {self.total} {self.unit}s, about {_duration(left)} left",
-                file=sys.stderr,
-                flush=True,
-            )
-            self._has_estimate, self._last = True, now
-
-    def __enter__(self) -> "ProgressReport":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    interval = {} if sys.stderr.isatty() else {"mininterval": 60, "maxinterval": 60, "delay": 60}
+    return tqdm(total=total, initial=initial, desc=name, unit=unit, leave=False, disable=disable, **interval)

@@ -1,11 +1,10 @@
-"""Printing: secrets are masked, control characters escaped, and long commands report their progress."""
+"""Printing: secrets are masked, control characters escaped, and long commands show their progress."""
 
 import sys
 
 import pytest
 
-from bd3lm_hf import printing
-from bd3lm_hf.printing import ProgressReport, mask_secrets, one_line
+from bd3lm_hf.printing import mask_secrets, one_line, progress_bar
 
 
 SECRET = "hf_" + "abcDEF123456"
@@ -42,26 +41,18 @@ def test_control_characters_and_line_ends_cannot_forge_output():
     assert one_line("bad\nname \x1b[2K\rintact é") == "bad name \\x1b[2K intact é"
 
 
-@pytest.fixture
-def lines_of(monkeypatch, capsys):
-    """A function `(seconds per item, items) -> lines` with a clock that only items advance."""
-
-    def run(seconds: float, total: int, **options) -> list[str]:
-        clock = [0.0]
-        monkeypatch.setattr(printing.time, "monotonic", lambda: clock[0])
-        monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
-        with ProgressReport("scoring", total, unit="sequence", **options) as report:
-            for _ in range(total - options.get("initial", 0)):
-                clock[0] += seconds
-                report.update()
-        return capsys.readouterr().err.splitlines()
-
-    return run
-
-
-def test_the_first_line_is_an_estimate_and_each_minute_has_one(lines_of):
-    lines = lines_of(10, 30)
-    assert "1 of 30 sequences, about 5 min left" in lines[0]
-    assert [line.split()[1] for line in lines] == ["1", "7", "13", "19", "25"]
-    assert "about 2 min left" in lines_of(10, 30, initial=16)[0]  # what an earlier run did takes no time
-    assert lines_of(1, 30) == lines_of(10, 30, disable=True) == []  # a short command and a silent one
+@pytest.mark.parametrize(("terminal", "seconds", "shown"), [(True, 1, True), (False, 1, False), (False, 61, True)])
+def test_a_bar_is_shown_at_once_in_a_terminal_and_after_a_minute_elsewhere(
+    monkeypatch, capsys, terminal, seconds, shown
+):
+    clock = [0.0]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with progress_bar("scoring", 30, initial=10, unit="sequence") as bar:
+        clock[0] = bar.start_t
+        monkeypatch.setattr(bar, "_time", lambda: clock[0])
+        clock[0] += seconds
+        bar.update()
+    assert ("scoring:  37%" in capsys.readouterr().err) == shown
+    with progress_bar("scoring", 30, disable=True) as bar:
+        bar.update()
+    assert capsys.readouterr().err == ""

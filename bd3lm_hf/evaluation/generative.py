@@ -23,7 +23,7 @@ from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_m
 from bd3lm_hf.evaluation.results import library_versions, weights_digest
 from bd3lm_hf.generation.generate_cli import CHOICES
 from bd3lm_hf.generation.text_generation import GeneratedText, SamplesFile, generate_batch, sample_row
-from bd3lm_hf.printing import ProgressReport
+from bd3lm_hf.printing import progress_bar
 from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.user_files import check_output_file, is_json_with, lock_output, write_atomically
 
@@ -63,12 +63,12 @@ def evaluate_samples(arguments: argparse.Namespace, model: Any, tokenizer: PreTr
         )
         missing = list(file.missing())
         kept = count - len(missing)
-        with ProgressReport("generating", count, initial=kept) as progress:
+        with progress_bar("generating", count, initial=kept) as bar:
             for begin in range(0, len(missing), arguments.batch_size):
                 batch = missing[begin : begin + arguments.batch_size]
                 texts = _generate(batch, prompt, length - 1, model, settings)
                 file.append(_scored(texts, reference, tokenizer, settings))
-                progress.update(len(batch))
+                bar.update(len(batch))
         rows = file.rows()
     result = {**settings, "num_samples": count, **summary(rows), **library_versions()}
     print(_table(result))

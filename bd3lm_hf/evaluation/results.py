@@ -25,7 +25,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 import bd3lm_hf
 from bd3lm_hf.evaluation.perplexity import Protocol, SequenceScore, batches_of, score_batch
-from bd3lm_hf.printing import ProgressReport, escape_markdown, markdown_table
+from bd3lm_hf.printing import escape_markdown, markdown_table, progress_bar
 from bd3lm_hf.user_files import JsonLinesFile, check_output_file, is_json_with, write_atomically
 
 
@@ -255,9 +255,9 @@ def score_shared(
     done = frozenset(scores)
     batches = batches_of(sequences, range(len(sequences)), batch_size)
     missing = (batch for batch in batches if not done.issuperset(batch.indices))
-    report = ProgressReport("scoring", len(sequences), initial=len(scores), unit="sequence", disable=not progress)
+    bar = progress_bar("scoring", len(sequences), initial=len(scores), unit="sequence", disable=not progress)
     try:
-        with report:
+        with bar:
             # Each round has one batch per process; in the last round some processes may have none.
             while round_batches := list(itertools.islice(missing, processes.size)):
                 started = time.perf_counter()
@@ -269,7 +269,7 @@ def score_shared(
                     file.append(new, spent)
                 scores.update({score.row: score for score in new})
                 seconds += spent
-                report.update(len(new))
+                bar.update(len(new))
     finally:
         if file is not None:
             file.flush()

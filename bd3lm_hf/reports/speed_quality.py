@@ -25,7 +25,7 @@ from bd3lm_hf.evaluation.generative import mean_entropy
 from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_model, reference_model_of
 from bd3lm_hf.generation.text_generation import generate_texts
-from bd3lm_hf.printing import ProgressReport, markdown_table
+from bd3lm_hf.printing import markdown_table, progress_bar
 from bd3lm_hf.reports.figures import (
     FACE,
     GRID,
@@ -105,7 +105,7 @@ def quality_points(
         raise ValueError(f"new_tokens={new_tokens}: after {num_given} tokens the model's window has room for {room}.")
     settings = [(sampler, dict(setting)) for sampler, settings in curves.items() for setting in settings]
     batches: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
-    with ProgressReport("quality", len(settings), unit="setting", disable=not progress) as report:
+    with progress_bar("quality", len(settings), unit="setting", disable=not progress) as bar:
         for sampler, setting in settings:
             fields = {**generation, **{name: value for name, value in setting.items() if value is not None}}
             started = time.perf_counter()
@@ -124,7 +124,7 @@ def quality_points(
                 seconds=seconds,
                 scores=scores,
             )
-            report.update()
+            bar.update()
 
 
 def compare_curves(point: Point, baseline: Point) -> tuple[float, float]:
