@@ -245,13 +245,10 @@ class JsonLinesFile:
         first_key: the first key of every object, by which an incomplete line is recognised as ours.
         remedy: advice on a foreign file.
         replace: discard the old content, which stays until the first line is written.
-        sync: wait for the disk after each line, so it also survives a power cut.
     """
 
-    def __init__(
-        self, path: Path, label: str, *, first_key: str, remedy: str, replace: bool = False, sync: bool = False
-    ) -> None:
-        self.path, self.label, self._remedy, self._sync = path, label, remedy, sync
+    def __init__(self, path: Path, label: str, *, first_key: str, remedy: str, replace: bool = False) -> None:
+        self.path, self.label, self._remedy = path, label, remedy
         self._line_start = f'{{"{first_key}": '.encode()
         self._replace = replace
         self._size = 0  # bytes of complete lines
@@ -299,9 +296,6 @@ class JsonLinesFile:
                     self._cut_incomplete_line(file)
                 self._size_on_disk = self._size + len(line)  # or less, if a signal interrupts the write
                 file.write(line)
-                if self._sync:
-                    file.flush()
-                    os.fsync(file.fileno())
         self._size += len(line)
 
     def _cut_incomplete_line(self, file: BinaryIO) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -151,14 +152,19 @@ def test_a_link_in_place_of_a_lock_is_not_followed(tmp_path):
 
 
 def test_a_line_that_a_signal_interrupted_may_be_written_again(tmp_path, monkeypatch):
-    file = JsonLinesFile(tmp_path / "lines.jsonl", "--output", first_key="index", remedy="", sync=True)
+    file = JsonLinesFile(tmp_path / "lines.jsonl", "--output", first_key="index", remedy="")
     file.write_line({"index": 0})
 
-    def interrupted(descriptor):
+    open_file = Path.open
+
+    @contextlib.contextmanager
+    def interrupted(path, mode):
+        with open_file(path, mode) as file:
+            yield file
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "fsync", interrupted)
+        patch.setattr(Path, "open", interrupted)
         file.write_line({"index": 1})
     file.write_line({"index": 1})
     assert [row for _, row in file.read_lines()] == [{"index": 0}, {"index": 1}]

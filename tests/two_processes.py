@@ -23,8 +23,6 @@ from transformers import PreTrainedModel
 
 from bd3lm_hf import cli
 from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights
-from bd3lm_hf.evaluation.perplexity import SequenceScore
-from bd3lm_hf.evaluation.results import ScoresFile
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.tokenization import train_tokenizer
@@ -226,8 +224,12 @@ def work(rank: int, port: int, folder: str) -> None:
             cli.main(evaluation_of(out, out / f"eval-{estimator}.json", "--estimator", estimator))
             for estimator in ("published", "stratified")
         ],
-        "refused": cli.main(evaluation_of(out, out / "eval-refused.json", "--seed", "1")),
     }
+    if rank == 0:  # as an interrupted run leaves it; the other process has to continue it too
+        lines = (out / "eval-stratified.scores.jsonl").read_text().splitlines(keepends=True)
+        (out / "eval-resumed.scores.jsonl").write_text("".join(lines[:3]))
+    torch.distributed.barrier()
+    results["eval"].append(cli.main(evaluation_of(out, out / "eval-resumed.json", "--estimator", "stratified")))
     torch.save(results, out / f"results-{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -239,10 +241,6 @@ def run_two_processes(folder: Path) -> None:
         port = listener.getsockname()[1]
     save_scored(folder)
     save_recipe(folder)
-    # What an interrupted run with another seed left there is for the first process to see, and for both to obey.
-    interrupted = ScoresFile(folder / "eval-refused.scores.jsonl")
-    interrupted.begin({"seed": 0})
-    interrupted.append([SequenceScore(0, 1.0, 1)], 1.0)
     # Both are forks of a process that imports everything once.
     torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["two_processes"])
     context = torch.multiprocessing.start_processes(

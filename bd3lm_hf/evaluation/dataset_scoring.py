@@ -1,10 +1,9 @@
 """Score a dataset, or each dataset of a suite: load the sequences, estimate the likelihood, write the results."""
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +26,6 @@ from bd3lm_hf.evaluation.perplexity import Perplexity, Protocol, check_estimator
 from bd3lm_hf.evaluation.reference_model import sliding_windows
 from bd3lm_hf.evaluation.results import (
     FIELDS,
-    Processes,
     ScoresFile,
     check_outputs,
     config_identity,
@@ -77,11 +75,10 @@ def run(arguments: argparse.Namespace) -> None:
     check_outputs(arguments.output, overwrite=arguments.overwrite)
     if arguments.output:
         ScoresFile(_scores_path(arguments), restart=arguments.restart)
-    if _process_count() > 1:  # each on its own device
-        device = find_device(arguments.device)
-        state = PartialState(cpu=device.type == "cpu")
-        # Moving from cpu to cpu:0 would copy the weights to other addresses, which changes the rounding of products.
-        arguments.device = device if state.device.type == "cpu" else state.device
+    processes = PartialState(cpu=find_device(arguments.device).type == "cpu")
+    # Moving from cpu to cpu:0 would copy the weights to other addresses, which changes the rounding of products.
+    if processes.num_processes > 1 and processes.device.type != "cpu":
+        arguments.device = processes.device  # each has its own
     score_datasets(targets, arguments, *load_model_and_tokenizer(arguments))
 
 
@@ -103,11 +100,8 @@ def score_datasets(
         raise ValueError(f"--estimator {arguments.estimator} does not fit: {error}") from error
     if not sys.stderr.isatty():
         disable_progress_bars()
-    processes = Processes()
-    if _process_count() > 1:
-        state = PartialState()
-        processes = Processes(state.process_index, state.num_processes)
-    is_first = processes.rank == 0
+    processes = PartialState()
+    is_first = processes.is_main_process
     # 2. The sequences
     length = arguments.length or model.config.model_length
     if is_first and arguments.window is None and length > model.config.model_length:
@@ -115,10 +109,10 @@ def score_datasets(
             f"--length {length} is longer than the model's window of {model.config.model_length} tokens: "
             f"tokens attend to the whole sequence. Pass --window {model.config.model_length} to score windows."
         )
-    with PartialState().local_main_process_first() if processes.size > 1 else nullcontext():
+    with processes.local_main_process_first():
         loaded = _load(targets, arguments, model, tokenizer, length)
     # 3. The scores
-    about = _about_model(arguments, model, tokenizer) | {"length": length, "processes": processes.size}
+    about = _about_model(arguments, model, tokenizer) | {"length": length, "processes": processes.num_processes}
     results = []
     with ExitStack() as stack:
         file = None
@@ -126,7 +120,7 @@ def score_datasets(
             stack.enter_context(lock_output(_scores_path(arguments), "--output"))
             file = ScoresFile(_scores_path(arguments), restart=arguments.restart)
         for target, sequences in zip(targets, loaded, strict=True):
-            score, data_hash = _score(arguments, model, sequences, about, file, processes)
+            score, data_hash = _score(arguments, model, sequences, about, file)
             result = {"dataset": target.name, **sequences.about, **about, **data_hash, **score._asdict()}
             results.append({name: result.get(name) for name in FIELDS})
             if is_first and arguments.suite is None:
@@ -153,10 +147,6 @@ def check_likelihood(model: Any, name: str) -> None:
             f"--model {name} is a {type(model).__name__}, which has no likelihood: score the text that it generates "
             f"with bd3lm eval --generative."
         )
-
-
-def _process_count() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _scores_path(arguments: argparse.Namespace) -> Path:
@@ -301,7 +291,6 @@ def _score(
     sequences: ScoringSequences,
     about: Mapping[str, Any],
     file: ScoresFile | None,
-    processes: Processes,
 ) -> tuple[Perplexity, dict[str, Any]]:
     """Return the result of one dataset, and the hash of its sequences."""
     data_hash = {"data_sha256": digest(data_identity(sequences.rows))}
@@ -313,8 +302,7 @@ def _score(
         batch_size=arguments.batch_size,
         identity={**{name: about[name] for name in _SCORE_FIELDS}, **data_hash, "sequences": count},
         file=file,
-        processes=processes,
-        progress=processes.rank == 0,
+        progress=PartialState().is_main_process,
     )
     scores = progress.scores.values()
     return summarize(scores, bytes_per_token=sequences.bytes_per_token, seconds=progress.seconds), data_hash

@@ -17,10 +17,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence, Sized
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 import bd3lm_hf
@@ -96,28 +97,7 @@ def library_versions() -> dict[str, str]:
     return {"bd3lm_hf": bd3lm_hf.__version__, **others, "python": platform.python_version()}
 
 
-_T = TypeVar("_T")
-
-
 # Scores, shared among processes and kept on disk
-
-
-class Processes(NamedTuple):
-    """The rank of this process, and the number of processes that share the work."""
-
-    rank: int = 0
-    size: int = 1
-
-    def gather(self, items: list[_T]) -> list[_T]:
-        """Return the items of all processes, in every process."""
-        return gather_object(items) if self.size > 1 else items
-
-    def broadcast(self, value: _T) -> _T:
-        """Return the first process's value, in every process."""
-        return broadcast_object_list([value])[0] if self.size > 1 else value
-
-
-_SINGLE_PROCESS = Processes()
 
 
 class Progress(NamedTuple):
@@ -127,14 +107,10 @@ class Progress(NamedTuple):
     seconds: float  # time spent on these scores
 
 
-# Scores are written at most this often, because all processes wait while one writes to the disk.
-_SECONDS_BETWEEN_WRITES = 1.0
-
-
 class ScoresFile(JsonLinesFile):
-    """A file of scores: one line with the identity of each run, followed by one line per write.
+    """A file of scores: one line with the identity of each run, followed by one line per round of batches.
 
-    It contains any number of finished runs, as a table contains their results, and at most one interrupted run.
+    It keeps the scores of any number of runs, as a table keeps their results, and any of them can be continued.
     Lock it with `lock_output`: two processes must not write to it at the same time.
 
     Args:
@@ -146,79 +122,38 @@ class ScoresFile(JsonLinesFile):
 
     def __init__(self, path: Path, *, restart: bool = False) -> None:
         remedy = "move the file away, or name another output"
-        super().__init__(path, str(path), first_key="run", remedy=remedy, replace=restart, sync=True)
-        self._runs: dict[str, dict[str, Any]] = {}  # identities
+        super().__init__(path, str(path), first_key="run", remedy=remedy, replace=restart)
         self._progress: dict[str, Progress] = {}
-        self._finished: set[str] = set()
         self._run = ""  # the run that has begun
-        self._pending: dict[str, Any] = {}  # the entry that is not written yet
-        self._last_write = 0.0
         for number, entry in self.read_lines():
             try:
                 self._take(entry)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise self.foreign_line(number) from error
         if restart:
-            for kept in (self._runs, self._progress, self._finished):
-                kept.clear()
+            self._progress.clear()
 
     def _take(self, entry: Mapping[str, Any]) -> None:
         run = entry["run"]
         if "identity" in entry:
-            self._runs[run], self._progress[run] = dict(entry["identity"]), Progress({}, 0.0)
-        elif "finished" in entry:
-            self._finished.add(run)
-        else:
+            self._progress[run] = Progress({}, 0.0)
+        elif "finished" not in entry:  # a mark of earlier versions
             scores, seconds = self._progress[run]
-            for row, nll, count in entry["scores"]:
-                scores.setdefault(int(row), SequenceScore(int(row), float(nll), int(count)))
+            scores |= {
+                int(row): SequenceScore(int(row), float(nll), int(count)) for row, nll, count in entry["scores"]
+            }
             self._progress[run] = Progress(scores, seconds + entry["seconds"])
 
     def begin(self, identity: Mapping[str, Any]) -> Progress:
-        """Begin or continue the run with this identity, and return its progress.
-
-        Raises:
-            ValueError: if the file contains another run that was interrupted, with the differences.
-        """
-        identity = json.loads(json.dumps(identity))  # as it is read back from the file
-        run = digest(identity)
-        for other, old in self._runs.items():
-            if other == run or other in self._finished or not self._progress[other].scores:
-                continue
-            differences = [
-                f"{name} was {old.get(name)} and is {identity.get(name)}"
-                for name in {**old, **identity}
-                if old.get(name) != identity.get(name)
-            ]
-            raise ValueError(
-                f"{self.path} has {len(self._progress[other].scores)} scores of another run that was interrupted: "
-                f"{'; '.join(differences)}. Repeat that run to finish it, name another output, or discard its scores "
-                f"with --restart."
-            )
-        if run not in self._runs:
-            self._write({"run": run, "identity": identity})
-        self._run = run
-        return self._progress[run]
+        """Begin or continue the run with this identity, and return its progress."""
+        self._run = digest(identity)
+        if self._run not in self._progress:
+            self._write({"run": self._run, "identity": dict(identity)})
+        return self._progress[self._run]
 
     def append(self, scores: Sequence[SequenceScore], seconds: float) -> None:
-        """Add scores of the run; write them if the last write was a second ago or more."""
-        self._pending = self._pending or {"run": self._run, "scores": [], "seconds": 0.0}
-        self._pending["scores"] += [list(score) for score in scores]
-        self._pending["seconds"] += seconds
-        if time.monotonic() - self._last_write >= _SECONDS_BETWEEN_WRITES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the pending scores."""
-        if self._pending:
-            self._write(self._pending)
-            self._pending, self._last_write = {}, time.monotonic()
-
-    def finish(self) -> None:
-        """Mark the run as complete."""
-        self.flush()
-        if self._run not in self._finished:
-            self._write({"run": self._run, "finished": True})
+        """Add scores of the run."""
+        self._write({"run": self._run, "scores": [list(score) for score in scores], "seconds": seconds})
 
     def _write(self, entry: dict[str, Any]) -> None:
         self.write_line(entry)
@@ -233,7 +168,6 @@ def score_shared(
     batch_size: int,
     identity: Mapping[str, Any],
     file: ScoresFile | None = None,
-    processes: Processes = _SINGLE_PROCESS,
     progress: bool = False,
 ) -> Progress:
     """Score all sequences in parallel, and return the scores in every process.
@@ -244,45 +178,27 @@ def score_shared(
     Args:
         identity: everything that determines the scores, for the file.
         file: the file of the first process; None in the others, or to keep no scores.
-
-    Raises:
-        ValueError: if the file contains another run that was interrupted.
     """
-    begun = processes.broadcast(_begin(file, identity))
-    if isinstance(begun, ValueError):
-        raise begun
-    scores, seconds = dict(begun.scores), begun.seconds
+    processes = PartialState()
+    (begun,) = broadcast_object_list([None if file is None else file.begin(identity)])
+    scores, seconds = ({}, 0.0) if begun is None else (dict(begun.scores), begun.seconds)
     done = frozenset(scores)
     batches = batches_of(sequences, range(len(sequences)), batch_size)
     missing = (batch for batch in batches if not done.issuperset(batch.indices))
-    bar = progress_bar("scoring", len(sequences), initial=len(scores), unit="sequence", disable=not progress)
-    try:
-        with bar:
-            # Each round has one batch per process; in the last round some processes may have none.
-            while round_batches := list(itertools.islice(missing, processes.size)):
-                started = time.perf_counter()
-                own = round_batches[processes.rank : processes.rank + 1]
-                found = processes.gather([score for batch in own for score in score_batch(model, batch, protocol)])
-                new = [SequenceScore(*score) for score in found if score[0] not in scores]
-                spent = time.perf_counter() - started
-                if file is not None:
-                    file.append(new, spent)
-                scores.update({score.row: score for score in new})
-                seconds += spent
-                bar.update(len(new))
-    finally:
-        if file is not None:
-            file.flush()
-    if file is not None:
-        file.finish()
+    with progress_bar("scoring", len(sequences), initial=len(scores), unit="sequence", disable=not progress) as bar:
+        # Each round has one batch per process; in the last round some processes may have none.
+        while round_batches := list(itertools.islice(missing, processes.num_processes)):
+            started = time.perf_counter()
+            own = round_batches[processes.process_index : processes.process_index + 1]
+            found = gather_object([score for batch in own for score in score_batch(model, batch, protocol)])
+            new = [SequenceScore(*score) for score in found if score[0] not in scores]
+            spent = time.perf_counter() - started
+            if file is not None:
+                file.append(new, spent)
+            scores |= {score.row: score for score in new}
+            seconds += spent
+            bar.update(len(new))
     return Progress(scores, seconds)
-
-
-def _begin(file: ScoresFile | None, identity: Mapping[str, Any]) -> Progress | ValueError:
-    try:
-        return Progress({}, 0.0) if file is None else file.begin(identity)
-    except ValueError as error:
-        return error  # for every process to raise
 
 
 # Tables of results
