@@ -170,23 +170,20 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     # The BOS token is given, not generated.
     new_ids = [row["ids"][row["num_prompt_tokens"] :] for row in rows]
     tokens, seconds = sum(map(len, new_ids)), math.fsum(row["seconds"] for row in rows)
-    redraws = [row.get("redraws", 0) for row in rows]
-    # Lines written by earlier versions do not have it.
-    entropies = [row["reference_entropy"] for row in rows if "reference_entropy" in row]
     return {
         "generative_perplexity": result.perplexity,
         "standard_error": None if math.isnan(result.standard_error) else result.standard_error,
         "mean_perplexity": mean_perplexity(scores),
         "scored_tokens": result.num_tokens,
         "entropy": math.fsum(row["entropy"] for row in rows) / len(rows),
-        "reference_entropy": math.fsum(entropies) / len(rows) if len(entropies) == len(rows) else None,
-        "redrawn": sum(count > 0 for count in redraws),
+        "reference_entropy": math.fsum(row["reference_entropy"] for row in rows) / len(rows),
+        "redrawn": sum(row["redraws"] > 0 for row in rows),
         "low_entropy": sum(has_low_entropy(row["ids"], row["settings"]) for row in rows),
         **{f"distinct_{n}": distinct(new_ids, n) for n in _DISTINCT},
         f"repetition_{_REPETITION}": mean_repetition(new_ids, _REPETITION),
         "lengths": lengths(new_ids),
         "forwards_per_token": sum(row["forwards"] for row in rows) / max(1, tokens),
-        "batch_forwards_per_token": sum(row.get("batch_forwards", row["forwards"]) for row in rows) / max(1, tokens),
+        "batch_forwards_per_token": sum(row["batch_forwards"] for row in rows) / max(1, tokens),
         "seconds_per_token": seconds / max(1, tokens),
         "seconds": seconds,
     }
@@ -195,13 +192,11 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _table(result: Mapping[str, Any]) -> str:
     error = result["standard_error"]
     spread = "" if error is None else f" +- {result['generative_perplexity'] * error:.2f}"
-    entropy = result["reference_entropy"]
-    in_reference = "" if entropy is None else f", {entropy:.3f} in the judge's tokens"
     rows = [
         ("generative perplexity", f"{result['generative_perplexity']:.2f}{spread} (under {result['judge']})"),
         ("mean over texts", f"{result['mean_perplexity']:.2f}"),
         ("scored tokens", f"{result['scored_tokens']} in {result['num_samples']} texts"),
-        ("entropy", f"{result['entropy']:.3f} nats{in_reference}"),
+        ("entropy", f"{result['entropy']:.3f} nats, {result['reference_entropy']:.3f} in the judge's tokens"),
         *((f"distinct {n}-grams", _percent(result[f"distinct_{n}"])) for n in _DISTINCT),
         (f"repeated {_REPETITION}-grams", _percent(result[f"repetition_{_REPETITION}"])),
         ("length", "mean {mean:.1f}, median {median:g}, {shortest} to {longest} tokens".format(**result["lengths"])),

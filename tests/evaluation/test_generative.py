@@ -141,7 +141,8 @@ def test_a_diffusion_model_can_be_the_judge(scored, model_folder):
 
 def test_a_single_text_has_no_standard_error():
     row = {"index": 0, "nll": 2.0, "scored_tokens": 2, "ids": [0, 5, 5], "num_prompt_tokens": 1, "seconds": 1.0}
-    found = summary([{**row, "forwards": 2, "entropy": 0.5, "settings": {}}])
+    row |= {"forwards": 2, "batch_forwards": 2, "entropy": 0.5, "reference_entropy": 0.5, "redraws": 0}
+    found = summary([{**row, "settings": {}}])
     assert found["standard_error"] is None and found["generative_perplexity"] == pytest.approx(math.e)
     assert found["distinct_3"] is None and found["repetition_4"] is None and found["seconds_per_token"] == 0.5
 
