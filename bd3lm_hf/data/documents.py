@@ -31,14 +31,15 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from bd3lm_hf.data.corpora import python_docs, python_source
-from bd3lm_hf.data.files import SplitFiles, files_by_split, row_error, usable_rows
-from bd3lm_hf.data.records import Record, kinds_of
+from bd3lm_hf.data.records import Record, columns_of, kinds_of, row_error, rows_of_files, usable_rows
 from bd3lm_hf.data.schemas import Schema, TextRow, detect_schema
 from bd3lm_hf.data.sources import (
     DATASETS,
     DETOKENIZERS,
+    ENDINGS,
     SPLITS,
     DatasetSpec,
+    data_ending,
     detokenizer,
     exists,
     find_spec,
@@ -47,6 +48,7 @@ from bd3lm_hf.data.sources import (
 )
 from bd3lm_hf.data.splits import (
     SPLIT_NAMES,
+    files_by_split,
     head_or_tail,
     held_out_score,
     held_out_splits,
@@ -63,6 +65,9 @@ _EMBEDDED = {"python-docs": python_docs, "python-source": python_source}
 #: Part of every cache key: increase it when the embedded documents, the hold-out or the chunks change.
 _VERSION = 1
 
+#: Part of the cache key of files: increase it when the meaning of a record changes.
+_FILES_VERSION = 2
+
 
 def load_text(
     name_or_path: str | os.PathLike | DatasetSpec,
@@ -73,7 +78,6 @@ def load_text(
     source: str | os.PathLike | None = None,
     streaming: bool = False,
     skip_bad_rows: bool = False,
-    cache_dir: str | None = None,
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
     """Load the documents of one split, detokenized, as the column `text`.
@@ -95,7 +99,6 @@ def load_text(
             can then be empty.
         skip_bad_rows: skip rows that have no text or cannot be read, with a warning; otherwise raise an error with
             file and line. After a damaged page of a parquet file, the rest of its row group is lost.
-        cache_dir: where the datasets library keeps its files.
         num_proc: processes for detokenizing.
 
     Raises:
@@ -103,9 +106,7 @@ def load_text(
     """
     spec = spec_of(name_or_path, source, config_name)
     schema = TextRow(text_column or spec.text_column)
-    dataset: Any = load_rows(
-        spec, schema, split=split, streaming=streaming, skip_bad_rows=skip_bad_rows, cache_dir=cache_dir
-    )
+    dataset: Any = load_rows(spec, schema, split=split, streaming=streaming, skip_bad_rows=skip_bad_rows)
     if spec.detokenizer:
         rules = [(str(old), new) for old, new in DETOKENIZERS[spec.detokenizer]]
         options = _map_options(dataset, rules, num_proc=num_proc, desc="Detokenizing")
@@ -126,7 +127,6 @@ def load_rows(
     source: str | os.PathLike | None = None,
     streaming: bool = False,
     skip_bad_rows: bool = False,
-    cache_dir: str | None = None,
 ) -> Dataset | IterableDataset:
     """Load the rows of one split as the columns of a schema; the other arguments are those of `load_text`.
 
@@ -137,10 +137,10 @@ def load_rows(
         raise ValueError(f"split is {split!r}; it must be one of: {', '.join(SPLITS)}.")
     spec = spec_of(name_or_path, source, config_name)
     if spec.path is None:
-        parts = {split: _load_embedded(spec.name, split, cache_dir)}
+        parts = {split: _load_embedded(spec.name, split)}
         dataset = _Splits(spec, parts).read(split, schema, skip_bad_rows=skip_bad_rows)
         return dataset.to_iterable_dataset() if streaming else dataset
-    reader = _reader_of(spec, cache_dir, streaming=streaming)
+    reader = _reader_of(spec, streaming=streaming)
     origin = split_to_read(reader.splits, spec, split)
     dataset = reader.read(origin, schema, skip_bad_rows=skip_bad_rows)
     if spec.tail:
@@ -166,7 +166,7 @@ def find_schema(
     spec = spec_of(name_or_path, source, config_name)
     if spec.path is None or spec.text_column is not None:
         return TextRow(spec.text_column)
-    reader = _reader_of(spec, None, streaming=True)
+    reader = _reader_of(spec, streaming=True)
     # The training split first, then the others, because a split can be empty.
     for split in sorted(reader.splits, key=lambda name: name not in SPLIT_NAMES["train"]):
         if columns := reader.columns(split):
@@ -202,12 +202,11 @@ def spec_of(
     return spec
 
 
-def _load_embedded(name: str, split: str, cache_dir: str | None) -> Dataset:
+def _load_embedded(name: str, split: str) -> Dataset:
     """Load one split of an embedded corpus, whose documents are collected once per Python version."""
     documents = Dataset.from_generator(
         _embedded_rows,
         gen_kwargs={"corpus": name},
-        cache_dir=cache_dir,
         fingerprint=Hasher.hash((_VERSION, name, sys.version)),
     )
     scores = np.array([held_out_score(name) for name in documents["name"]])
@@ -219,17 +218,70 @@ def _embedded_rows(corpus: str) -> Iterator[dict[str, str]]:
         yield document._asdict()
 
 
-def _reader_of(spec: DatasetSpec, cache_dir: str | None, *, streaming: bool) -> "SplitFiles | _Splits":
+def _reader_of(spec: DatasetSpec, *, streaming: bool) -> "_LocalFiles | _Splits":
     assert spec.path is not None
     if not exists(spec.path):
-        return _Splits(spec, _load_hub(spec, streaming, cache_dir))
+        return _Splits(spec, _load_hub(spec, streaming))
     # A file that replaces a hub repository with a single split, such as LAMBADA, is that split.
     sources = set(spec.splits.values())
     default = sources.pop() if len(sources) == 1 else "train"
     if any((Path(spec.path).expanduser() / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _Splits(spec, _load_saved(spec, streaming, default))
-    files = files_by_split(spec.path, default, spec.config)
-    return SplitFiles(spec.name, files, streaming=streaming, cut_single=not spec.splits, cache_dir=cache_dir)
+    return _LocalFiles(spec, files_by_split(spec.path, default, spec.config), streaming=streaming)
+
+
+class _LocalFiles:
+    """Data files by split; every file is a shard of a stream."""
+
+    def __init__(self, spec: DatasetSpec, files: dict[str, list[str]], *, streaming: bool) -> None:
+        self.spec, self.files, self.streaming = spec, files, streaming
+        self.splits = list(files)
+
+    def columns(self, split: str) -> dict[str, str]:
+        # Those of the first file that has any.
+        columns = next(filter(None, map(columns_of, self.files[split])), {})
+        if not columns:
+            next(rows_of_files(self.files[split], TextRow(), skip_bad_rows=False), None)  # reports the first fault
+        return columns
+
+    def read(self, split: str, schema: Schema, *, skip_bad_rows: bool) -> Dataset | IterableDataset:
+        files = self.files[split]
+        columns = self.columns(split)
+        if not columns:
+            raise self._empty_split(split)
+        is_cut = not self.spec.splits and split in SPLIT_NAMES["train"] and held_out_splits(self.splits)
+        if self.streaming and is_cut and len(files) == 1 and ENDINGS[data_ending(files[0])] == "text":
+            raise ValueError(
+                f"The file {files[0]!r} is one document, which a stream cannot cut into training and held-out text: "
+                "load it without streaming, or put several files into a folder."
+            )
+        schema = schema.resolved(columns, self.spec.name)
+        arguments = {"files": list(files), "schema": schema, "skip_bad_rows": skip_bad_rows}
+        features = Features({name: Value("string") for name in schema.names})
+        if self.streaming:
+            return IterableDataset.from_generator(rows_of_files, features=features, gen_kwargs=arguments)
+        # With the size and time of each file, so an edited file is read again.
+        states = [(file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]
+        key = Hasher.hash((_FILES_VERSION, states, type(schema).__name__, vars(schema), skip_bad_rows))
+        try:
+            return Dataset.from_generator(rows_of_files, features=features, gen_kwargs=arguments, fingerprint=key)
+        except DatasetGenerationError as error:
+            # A faulty row, or a failure to write the cache, such as a full disk.
+            if isinstance(error.__cause__, (ValueError, OSError)):
+                raise error.__cause__ from None
+            raise
+        except ValueError as error:
+            if "corresponds to no data" in str(error):
+                raise self._empty_split(split) from error
+            raise
+
+    def _empty_split(self, split: str) -> ValueError:
+        others = [name for name in self.splits if name != split and self.columns(name)]
+        choice = f"choose another split ({', '.join(others)})" if others else "name another dataset"
+        return ValueError(
+            f"The split {split!r} of {self.spec.name!r} is empty: no usable row in "
+            f"{', '.join(self.files[split][:3])}. Add rows, or {choice}."
+        )
 
 
 class _Splits:
@@ -256,7 +308,7 @@ class _Splits:
             is_null = [pc.is_null(table["text"]).to_numpy() for table in dataset.with_format("arrow").iter(10_000)]
             bad = np.flatnonzero(np.concatenate([np.empty(0, bool), *is_null])).tolist()
             if bad and not skip_bad_rows:
-                raise row_error([f"Row {row} of {origin} has no text (null)" for row in bad])
+                raise row_error(f"Row {bad[0]} of {origin} has no text (null)")
             if bad:
                 logger.warning("Skipped %d rows without text in %s.", len(bad), origin)
                 dataset = dataset.select(np.setdiff1d(np.arange(len(dataset)), bad))
@@ -288,7 +340,7 @@ def _load_saved(spec: DatasetSpec, streaming: bool, default_split: str) -> Mappi
     return {name: part.to_iterable_dataset() if streaming else part for name, part in parts.items()}
 
 
-def _load_hub(spec: DatasetSpec, streaming: bool, cache_dir: str | None) -> Mapping[str, Any]:
+def _load_hub(spec: DatasetSpec, streaming: bool) -> Mapping[str, Any]:
     assert spec.path is not None
     try:
         parts = load_dataset(
@@ -297,7 +349,6 @@ def _load_hub(spec: DatasetSpec, streaming: bool, cache_dir: str | None) -> Mapp
             data_dir=spec.data_dir,
             revision=spec.revision,
             streaming=streaming,
-            cache_dir=cache_dir,
         )
     except (DatasetGenerationError, OSError, ValueError, RuntimeError) as error:
         if "Config name is missing" in str(error):

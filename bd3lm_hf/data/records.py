@@ -10,6 +10,7 @@ import csv
 import io
 import itertools
 import json
+import logging
 import lzma
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,10 +20,12 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bd3lm_hf.data.schemas import OBJECTS, RECORD_COLUMNS
+from bd3lm_hf.data.schemas import OBJECTS, RECORD_COLUMNS, Schema
 from bd3lm_hf.data.sources import COMPRESSIONS, ENDINGS, data_ending
 from bd3lm_hf.user_files import find_fault
 
+
+logger = logging.getLogger(__name__)
 
 _MAX_PROBED = 100  # records to read to find the columns of a file
 
@@ -44,6 +47,42 @@ class Record(NamedTuple):
     position: str  # "line 5" of text, counted from 1; "row 4", counted from 0
     content: dict[str, Any] | None  # None if it cannot be read
     fault: str = ""  # a predicate, such as "is not JSON: ..."
+
+
+def usable_rows(
+    records: Iterable[Record], origin: str, schema: Schema, *, skip_bad_rows: bool
+) -> Iterator[dict[str, str]]:
+    """Yield the records as the schema reads them.
+
+    Raises:
+        ValueError: if a record cannot be read or does not follow the schema. With `skip_bad_rows` it is skipped
+            instead, with a warning.
+    """
+    for record in records:
+        fault = record.fault
+        if record.content is not None:
+            try:
+                row = schema.read(record.content)
+            except ValueError as error:
+                fault = str(error)
+            else:
+                yield row
+                continue
+        fault = f"{record.position.capitalize()} of {origin} {fault}"
+        if not skip_bad_rows:
+            raise row_error(fault)
+        logger.warning("Skipped: %s.", fault)
+
+
+def row_error(fault: str) -> ValueError:
+    """Return the error for a record that cannot be used."""
+    return ValueError(f"{fault}: repair the data, or skip such rows with skip_bad_rows=True.")
+
+
+def rows_of_files(files: Iterable[str], schema: Schema, skip_bad_rows: bool) -> Iterator[dict[str, str]]:
+    """Yield the rows of data files, as [`usable_rows`] does."""
+    for file in files:
+        yield from usable_rows(read_records(file, schema.columns), repr(file), schema, skip_bad_rows=skip_bad_rows)
 
 
 def read_records(path: str | Path, columns: Sequence[str] | None = None) -> Iterator[Record]:

@@ -1,18 +1,28 @@
-"""Splits: find a source's split for each of ours, or hold out documents for one that is missing.
+"""Splits: find the data files of each, and hold out documents for one that is missing.
 
-Documents are chosen by a hash, so the choice is the same on every machine. If a source has only training documents,
-5 % are held out for validation and 5 % for test.
+The words for splits and the repository cards are those of `datasets`. Held-out documents are chosen by a hash, so the
+choice is the same on every machine. If a source has only training documents, 5 % are held out for validation and 5 %
+for test.
 """
 
 import hashlib
+import logging
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset_builder
+from datasets.data_files import FILES_TO_IGNORE, SPLIT_KEYWORDS
+from huggingface_hub import metadata_load
+from yaml import YAMLError
 
-from bd3lm_hf.data.sources import DatasetSpec
+from bd3lm_hf.data.sources import COMPRESSIONS, ENDINGS, DatasetSpec, data_ending
+from bd3lm_hf.user_files import read_json
 
+
+logger = logging.getLogger(__name__)
 
 #: Our split -> the names that sources use for it.
 SPLIT_NAMES = {
@@ -25,6 +35,153 @@ SPLIT_NAMES = {
 HELD_OUT = 0.05
 
 _SEPARATOR = "\x1e"  # between the columns of a row
+
+
+# Files
+
+
+#: Word in the name of a file or folder -> split, as in `datasets`. Every other word is a form of "held out".
+_SPLIT_OF_WORD = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
+
+# A word ends where no letter follows: "ptb.valid.txt", "my_test-2.jsonl", "testset.csv", but not "contest.txt".
+_SPLIT_WORD = re.compile(rf"(?<![^\W\d_])({'|'.join(_SPLIT_OF_WORD)}|h[eo]ld[-._ ]?out)(?:set)?(?![^\W\d_])")
+
+# "myTest" has two words.
+_WORD_BEGIN = re.compile(r"(?<=[a-z])(?=[A-Z])")
+
+#: Files that describe a dataset or a repository, in lower case.
+_NOT_DATA = {
+    *(name.lower() for name in FILES_TO_IGNORE),
+    *("state.json", "metadata.json", "manifest.json", "croissant.json", "citation.md", "requirements.txt"),
+    *(
+        f"{name}{ending}"
+        for name in ("readme", "license", "licence", "notice", "changelog")
+        for ending in (".md", ".txt")
+    ),
+}
+
+
+def files_by_split(path: str, default_split: str, config_name: str | None = None) -> dict[str, list[str]]:
+    """Return the data files of a file or folder by split.
+
+    If the card of a downloaded dataset repository lists configurations, it decides. Otherwise the split is a word in a
+    name, delimited by characters that are not letters. Such words are looked for first in folders with exactly that
+    name ("test/"), then in the file's name ("ptb.valid.txt"), then in other folders' names ("my-test/"). Hidden files
+    and files that describe a dataset are left out.
+
+    Args:
+        default_split: split of the files whose names contain no such word.
+        config_name: configuration of a repository card; None if there is only one, or a default.
+
+    Raises:
+        ValueError: if there are no data files, the choice is ambiguous (several formats, several configurations, a
+            name with words for several splits), or all files are empty.
+    """
+    root = Path(path).expanduser()
+    files = _files_of_card(root, config_name)
+    if files is None:
+        if config_name is not None:
+            raise ValueError(f"config_name is {config_name!r}, but {path!r} has no configurations; leave it out.")
+        files = {}
+        for file in _data_files(root):
+            split = default_split if root.is_file() else _split_of(file.relative_to(root)) or default_split
+            files.setdefault(split, []).append(str(file))
+    names = [name for group in files.values() for name in group]
+    endings = {data_ending(name) for name in names}
+    if len({ENDINGS.get(ending, ending) for ending in endings}) > 1 or not endings <= set(ENDINGS):
+        raise ValueError(
+            f"The folder {path!r} has files of several kinds ({', '.join(sorted(endings))}); keep one kind in it, or "
+            "name a single file."
+        )
+    if not any(Path(name).stat().st_size for name in names):
+        raise ValueError(f"The dataset {path!r} is empty: all its files have 0 bytes. Name another file.")
+    return files
+
+
+def _data_files(root: Path) -> list[Path]:
+    known = f"{', '.join(ENDINGS)} (also with {', '.join(COMPRESSIONS)})"
+    if root.is_file():
+        if data_ending(root) not in ENDINGS:
+            raise ValueError(f"The file {str(root)!r} is of an unknown kind; its name must end in one of: {known}.")
+        return [root]
+    entries = [entry for entry in sorted(root.rglob("*")) if not _is_ignored(entry.relative_to(root))]
+    found = [entry for entry in entries if data_ending(entry) in ENDINGS and not entry.is_dir()]
+    if broken := [entry.name for entry in found if not entry.exists()]:
+        raise ValueError(f"The folder {str(root)!r} has broken links: {', '.join(broken)}. Repair or remove them.")
+    if linked := [entry.name for entry in entries if entry.is_symlink() and entry.is_dir()]:
+        logger.warning("Links to folders are not followed: %s in %s.", ", ".join(linked), root)
+    if not found:
+        saved = [file.parent.name for file in sorted(root.glob("*/state.json"))]
+        hint = f" Its folders {', '.join(saved)} were written by save_to_disk: name one of them." if saved else ""
+        raise ValueError(f"The folder {str(root)!r} has no file that ends in one of: {known}.{hint}")
+    return found
+
+
+def _is_ignored(relative: Path) -> bool:
+    """Return whether a file is hidden, inside a hidden or special folder, or describes a dataset."""
+    # "~$" begins the lock file of a document that is open in an office program.
+    return relative.name.lower() in _NOT_DATA or any(part.startswith((".", "__", "~$")) for part in relative.parts)
+
+
+def _split_of(relative: Path) -> str | None:
+    """Return the split that the path of a file names, or None."""
+    file, *folders = (_WORD_BEGIN.sub("_", part).lower() for part in reversed(relative.parts))
+    exact = [name for name in folders if _SPLIT_WORD.fullmatch(name)]
+    for name in (*exact, file, *folders):
+        splits = {_SPLIT_OF_WORD.get(word, "validation") for word in _SPLIT_WORD.findall(name)}
+        if len(splits) > 1:
+            raise ValueError(
+                f"The name {name!r} of {str(relative)!r} has words for several splits ({', '.join(sorted(splits))}): "
+                "rename it."
+            )
+        if splits:
+            return splits.pop()
+    return None
+
+
+def _files_of_card(root: Path, config_name: str | None) -> dict[str, list[str]] | None:
+    """Return the files of a configuration in the card of a dataset repository, or None if it lists none."""
+    card = root / "README.md"
+    try:
+        metadata = (metadata_load(card) or {}) if card.is_file() else {}
+        configs = {entry.get("config_name", "default"): entry for entry in metadata.get("configs") or ()}
+    except (AttributeError, TypeError, ValueError, YAMLError) as error:
+        raise ValueError(f"The metadata of {str(card)!r} cannot be read: {error}. Repair it.") from error
+    if not configs:
+        _check_described(root, metadata)
+        return None
+    default = [name for name, entry in configs.items() if entry.get("default") or name == "default"]
+    if config_name is None and len(configs) > 1 and not default:
+        raise ValueError(
+            f"The dataset {str(root)!r} has several configurations ({', '.join(configs)}): choose one with "
+            "config_name (--dataset_config)."
+        )
+    chosen = config_name or (default or list(configs))[0]
+    if chosen not in configs:
+        raise ValueError(
+            f"config_name is {config_name!r}, but {str(root)!r} has the configurations {', '.join(configs)}."
+        )
+    try:
+        files = load_dataset_builder(str(root), name=chosen).config.data_files
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The configuration {chosen!r} of {str(card)!r} names no data: {error}") from error
+    return {str(split): sorted(group) for split, group in files.items()}
+
+
+def _check_described(root: Path, metadata: dict[str, Any]) -> None:
+    """Refuse a repository that describes several configurations in separate folders, as older repositories do."""
+    described = metadata.get("dataset_info") or []
+    names = {entry.get("config_name") for entry in described} if isinstance(described, list) else set()
+    if (infos := root / "dataset_infos.json").is_file():
+        names |= read_json(infos).keys()
+    folders = sorted(name for name in names if name and (root / name).is_dir())
+    if len(folders) > 1:
+        raise ValueError(
+            f"The dataset {str(root)!r} has configurations in folders ({', '.join(folders)}): name one of them."
+        )
+
+
+# Splits of a source
 
 
 def _present(splits: Sequence[str], split: str) -> str | None:

@@ -5,6 +5,7 @@ import datetime
 import gzip
 import json
 import lzma
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,9 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from bd3lm_hf.data.documents import load_rows, load_text
-from bd3lm_hf.data.files import find_faults, row_error
-from bd3lm_hf.data.records import columns_of, read_records
-from bd3lm_hf.data.schemas import OBJECTS, PromptCompletion, TextRow
+from bd3lm_hf.data.records import columns_of, read_records, rows_of_files
+from bd3lm_hf.data.schemas import OBJECTS, PromptCompletion
 
 
 TEXTS = [f"text {i}" for i in range(40)]
@@ -183,12 +183,10 @@ def test_every_fault_of_a_line_is_named_with_file_and_line_and_skipped_on_reques
     content = path.read_bytes().replace(b"first", b"first\xe9", 1)
     path.write_bytes(content)
     json_lines(tmp_path / "validation.jsonl", [{"text": "x"}])
-    found = find_faults([str(path)], TextRow())
-    for fault, (line, reason) in zip(found, [(1, ""), *((n, why) for n, (_, why) in FAULTS.items())], strict=True):
-        assert fault.startswith(f"Line {line} of {str(path)!r} ") and reason in fault
     refused(tmp_path, r"Line 1 of .*train\.jsonl'.*skip_bad_rows=True")
     assert loaded(tmp_path, skip_bad_rows=True) == ["good"]
-    assert f"Skipped: Line 5 of {str(path)!r} " in caplog.text
+    for line, reason in ((1, ""), *((n, why) for n, (_, why) in FAULTS.items())):
+        assert re.search(rf"Skipped: Line {line} of {re.escape(repr(str(path)))} .*{re.escape(reason)}", caplog.text)
 
 
 def test_a_document_that_is_nested_too_deeply_is_a_fault(tmp_path: Path) -> None:
@@ -291,17 +289,11 @@ def test_a_file_whose_rows_are_all_faulty_is_empty_when_they_are_skipped(tmp_pat
         load_text(str(tmp_path), skip_bad_rows=True)
 
 
-def test_many_faults_are_counted_and_few_are_named() -> None:
-    message = str(row_error([f"Row {i} is bad" for i in range(9)]))
-    assert "Row 4 is bad; and 4 more: " in message
-    assert "Row 5" not in message
-    assert "more" not in str(row_error(["Row 0 is bad"]))
-
-
 def test_rows_of_another_schema_are_checked_by_it(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": None}, {"prompt": "b", "completion": "c"}]
-    (fault,) = find_faults([str(json_lines(tmp_path / "train.jsonl", rows))], PromptCompletion())
-    assert fault.startswith("Line 1 of ") and "null" in fault and "'completion'" in fault
+    path = str(json_lines(tmp_path / "train.jsonl", rows))
+    with pytest.raises(ValueError, match="Line 1 of .*null.*'completion'"):
+        list(rows_of_files([path], PromptCompletion(), skip_bad_rows=False))
     json_lines(tmp_path / "dev.jsonl", rows[1:])
     assert load_rows(str(tmp_path), PromptCompletion(), skip_bad_rows=True).to_list() == rows[1:]
 
