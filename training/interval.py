@@ -22,7 +22,7 @@ from bd3lm_hf.checkpoints import NotFiniteError
 from bd3lm_hf.evaluation.perplexity import batch_of
 from bd3lm_hf.modeling.configuration_bd3lm import SAMPLING_EPS
 from bd3lm_hf.modeling.noise_bd3lm import check_interval
-from bd3lm_hf.reports.figures import draw_interval_search
+from bd3lm_hf.reports.figures import draw_searches
 from bd3lm_hf.run_folder import SEARCH_NAME
 from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.training.loss_moments import BlockMoments, HeldOut, Interval, PassPerInterval, SharedDraws, held_out
@@ -374,6 +374,6 @@ def record_search(found: IntervalSearch, folder: str | Path, *, step: int, adopt
     }
     write_atomically(path, "".join(f"{line}\n" for line in [*lines, json.dumps(search)]))
     try:
-        draw_interval_search(search, f"Interval search at step {step}").savefig(path.with_name(PLOT_NAME), dpi=144)
+        draw_searches([search]).savefig(path.with_name(PLOT_NAME), dpi=144)
     except ImportError:
         logger.warning_once(f"no {PLOT_NAME}: matplotlib is not installed. The numbers are in {path}.")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers.utils import logging
 
-from bd3lm_hf.reports.run_reader import Run, finite, series_of
+from bd3lm_hf.reports.run_reader import Run, finite
 from bd3lm_hf.run_folder import CURVE_NAME
 from bd3lm_hf.user_files import write_atomically
 
@@ -130,12 +130,12 @@ class Line(NamedTuple):
     errors: np.ndarray | None = None  # one standard error
 
 
-def draw_lines(axes: Any, lines: Sequence[Line], *, smooth: bool = False, final: str = "{:.4g}") -> None:
-    """Draw lines with bands of one standard error, and write each final value to the right of the axes.
+def draw_lines(axes: Any, lines: Sequence[Line], *, smooth: bool = False, last: str = "{:.4g}") -> None:
+    """Draw lines with bands of one standard error; their labels end with the last values.
 
     Args:
         smooth: draw the values thinly and their running mean on top.
-        final: format of the final value.
+        last: format of the last value.
     """
     for index, line in enumerate(lines):
         style = line_style(index)
@@ -143,33 +143,14 @@ def draw_lines(axes: Any, lines: Sequence[Line], *, smooth: bool = False, final:
         if smooth:
             axes.plot(line.steps, line.values, color=style["color"], alpha=0.3, linewidth=1)
         values = smoothed(line.values) if smooth else line.values
-        style |= {"marker": marker, "markersize": 4, "linewidth": 1.8, "label": plain_label(line.label)}
+        label = f"{plain_label(line.label)}, last {last.format(values[-1])}"
+        style |= {"marker": marker, "markersize": 4, "linewidth": 1.8, "label": label}
         axes.plot(line.steps, values, **style)
         if line.errors is not None:
             band = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
             axes.fill_between(line.steps, values - line.errors, values + line.errors, **band)
-    axes.set_xlim(left=0, right=1.02 * max([1, *(line.steps[-1] for line in lines)]))
+    axes.set_xlim(left=0)
     axes.set_xlabel("optimizer steps")
-    _write_final_values(axes, [smoothed(line.values)[-1] if smooth else line.values[-1] for line in lines], final)
-
-
-def _write_final_values(axes: Any, values: Sequence[float], form: str) -> None:
-    """Write values at their height to the right of the axes, where they overlap neither lines nor each other."""
-    axes.get_ylim()  # updates the limits, on which the transformation depends
-    to_axes = axes.transData + axes.transAxes.inverted()
-    heights = [float(to_axes.transform((0, value))[1]) for value in values]
-    lowest = -np.inf
-    for index in np.argsort(heights):
-        lowest = max(heights[index], lowest + 0.06)
-        axes.annotate(
-            form.format(values[index]),
-            (1.01, lowest),
-            xycoords="axes fraction",
-            va="center",
-            fontsize=8,
-            color=line_style(int(index))["color"],
-            annotation_clip=False,
-        )
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -257,7 +238,7 @@ def _speed(axes: Any, runs: Sequence[Run]) -> bool:
         axes.set_ylim(0, 1.12 * max(1, *(line.values.max() for line in lines)))
         axes.set_ylabel("tokens per second")
         axes.yaxis.set_major_formatter("{x:,.0f}")
-        draw_lines(axes, lines, final="{:,.0f}")
+        draw_lines(axes, lines, last="{:,.0f}")
     return bool(lines)
 
 
@@ -302,7 +283,7 @@ def write_training_curve(
         results: `before`, `after`, `steps` and `estimator` of the run, for the points before and after training.
     """
     folder = Path(folder)
-    run = Run(name="", folder=folder, series=series_of(log_history), results=dict(results or {}))
+    run = Run(name=folder.resolve().name, folder=folder, log=log_history, results=dict(results or {}))
     content = {name: {"steps": x.tolist(), "values": y.tolist()} for name, (x, y) in run.series.items()}
     write_atomically(folder / CURVE_NAME, json.dumps(content) + "\n")
     picture = Path(CURVE_NAME).with_suffix(".png").name
@@ -321,6 +302,7 @@ def write_training_curve(
         if draw(axes, [run]):
             dress(axes)
             axes.set_title(name, loc="left")
+            axes.legend(frameon=False, fontsize=8, labelcolor=INK)
             drawn += 1
         else:
             axes.remove()
@@ -347,60 +329,47 @@ def _lines(runs: Sequence[Run], name: str, *, errors: str = "") -> list[Line]:
 
 
 def variances(run: Run, number: int) -> Figure | None:
-    """Draw heat maps of the loss variance by lower end and width, each for one of at most `_MAX_SEARCHES` searches."""
+    """Draw the loss variance of the intervals that a run compared, in at most `_MAX_SEARCHES` of its searches."""
     if not run.searches:
         return None
-    from matplotlib.colors import LogNorm
-
     count = min(len(run.searches), _MAX_SEARCHES)
     shown = [run.searches[index] for index in np.linspace(0, len(run.searches) - 1, count).round().astype(int)]
-    grids = [_grid(search) for search in shown]
-    values = [value for *_, variance in grids for value in variance.ravel() if np.isfinite(value) and value > 0]
-    if not values:
-        return None
-    columns = min(3, count)
-    rows = -(-count // columns)
-    drawing = new_drawing(2.35 * columns + 1.1, 2.3 * rows + 0.5)
-    every: Any = drawing.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    norm = LogNorm(min(values), max(max(values), min(values) * 1.01))
-    mesh: Any = None
-    for axes, search, grid in zip(every.ravel(), shown, grids, strict=False):
-        mesh = axes.pcolormesh(*grid, norm=norm, cmap="viridis", shading="nearest")
-        axes.plot(
-            *_low_and_width(search["interval"]), marker="*", markersize=13, color="white", markeredgecolor="black"
-        )
-        kept = "" if search.get("adopted", True) else ", not adopted"
-        axes.set_title(f"step {search['step']:,}{kept}", fontsize=9, color=INK)
-    for axes in every.ravel():
-        dress(axes)
-        axes.grid(visible=False)
-    for axes in every.ravel()[count:]:
-        axes.set_visible(False)
-    drawing.supxlabel("lower end of the interval (mask rate)", fontsize=10, color=INK)
-    drawing.supylabel("width of the interval", fontsize=10, color=INK)
-    bar = drawing.colorbar(mesh, ax=every, shrink=0.9)
-    bar.set_label("variance of a block's loss (nats²)", color=INK)
-    bar.ax.tick_params(which="both", colors=SOFT, labelsize=8)
-    plain_ticks(bar.ax.yaxis)
-    bar.outline.set_edgecolor(GRID)
     caption = f"{run.name}: variance of the loss for each interval of mask rates; the star marks the chosen one."
-    return Figure(f"variance-{number}", caption, drawing)
+    return Figure(f"variance-{number}", caption, draw_searches(shown))
 
 
-def draw_interval_search(search: Mapping[str, Any], title: str) -> Any:
-    """Return a drawing of the variance against the lower end of the interval, one line per width.
+def draw_searches(searches: Sequence[Mapping[str, Any]]) -> Any:
+    """Return a drawing with a panel per search: variance against the lower end of the interval, one line per width.
 
     Args:
-        search: a line of `interval_search.jsonl`; its first candidate is the whole interval.
+        searches: lines of `interval_search.jsonl`; the first candidate of each is the whole interval.
     """
-    drawing = new_drawing(8, 5)
-    axes = drawing.subplots()
+    columns = min(3, len(searches))
+    rows = -(-len(searches) // columns)
+    drawing = new_drawing(8, 2.5 + 2.5 * rows)
+    panels = drawing.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for axes, search in zip(panels, searches, strict=False):
+        _draw_search(axes, search)
+    for axes in panels[len(searches) :]:
+        axes.set_visible(False)
+    if all(each["variance"] > 0 for search in searches for each in search["candidates"]):
+        panels[0].set_yscale("log")
+        for axes in panels:
+            plain_ticks(axes.yaxis)
+    drawing.supxlabel("lower end of the interval (mask rate)", fontsize=10, color=INK)
+    drawing.supylabel("variance of a block's loss (nats²)", fontsize=10, color=INK)
+    add_legend(panels[0])
+    return drawing
+
+
+def _draw_search(axes: Any, search: Mapping[str, Any]) -> None:
     dress(axes)
     whole, *others = search["candidates"]
-    axes.axhline(whole["variance"], color=SOFT, linestyle="--", label=f"{_ends(whole)}, the whole interval")
+    axes.axhline(whole["variance"], color=SOFT, linestyle="--", label="the whole interval")
     by_width: dict[float, list[Mapping[str, Any]]] = {}
     for each in sorted(others, key=lambda each: each["interval"][0]):
-        by_width.setdefault(_low_and_width(each["interval"])[1], []).append(each)
+        low, high = each["interval"]
+        by_width.setdefault(round(high - low, 2), []).append(each)
     for number, (width, members) in enumerate(sorted(by_width.items())):
         style = {**line_style(number), "marker": "o", "markersize": 4, "linewidth": 1.2, "capsize": 2}
         axes.errorbar(
@@ -411,31 +380,8 @@ def draw_interval_search(search: Mapping[str, Any], title: str) -> Any:
             **style,
         )
     best = next(each for each in search["candidates"] if each["interval"] == search["interval"])
-    chosen = f"chosen: {_ends(best)}, variance {best['variance']:.3g}"
     star: dict[str, Any] = {"marker": "*", "markersize": 16, "color": INK, "linestyle": "none", "zorder": 3}
-    axes.plot([best["interval"][0]], [best["variance"]], label=chosen, **star)
-    if min(each["variance"] for each in search["candidates"]) > 0:
-        axes.set_yscale("log")
-        plain_ticks(axes.yaxis)
-    axes.set_xlabel("lower end of the interval of noise levels")
-    axes.set_ylabel("variance of the loss of a block (nats²)")
-    axes.set_title(title)
-    add_legend(axes)
-    return drawing
-
-
-def _grid(search: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return lower ends, widths, and variances `(widths, lower ends)` with NaN where no interval was tried."""
-    tried = {_low_and_width(each["interval"]): finite(each, "variance") for each in search["candidates"]}
-    low, width = (np.array(sorted({key[side] for key in tried})) for side in (0, 1))
-    table = [[tried.get((left, across)) for left in low.tolist()] for across in width.tolist()]
-    return low, width, np.array(table, dtype=float)
-
-
-def _ends(candidate: Mapping[str, Any]) -> str:
-    return "[{:.3g}, {:.3g}]".format(*candidate["interval"])
-
-
-def _low_and_width(interval: Sequence[float]) -> tuple[float, float]:
-    """Return the lower end and the width of an interval, without rounding errors."""
-    return round(interval[0], 2), round(interval[1] - interval[0], 2)
+    axes.plot([best["interval"][0]], [best["variance"]], label="chosen", **star)
+    kept = "" if search.get("adopted", True) else ", not adopted"
+    title = "step {:,}: [{:.3g}, {:.3g}]".format(search["step"], *best["interval"])
+    axes.set_title(f"{title}{kept}", fontsize=9, color=INK)

@@ -50,38 +50,21 @@ def write_report(paths: Sequence[Path], output: Path, *, overwrite: bool = False
     if output.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--output {output}: a report is an HTML page, so its name must end in .html.")
     check_matplotlib()
-    text, figures = _render_named(paths)
+    material = read_material(paths)
+    try:
+        figures = draw(material)
+        text = page(material, figures)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(  # fields are read only while drawing, long after their file was opened
+            f"{', '.join(map(str, paths))}: results are damaged or not ours: a field is missing or has the wrong type "
+            f"({type(error).__name__}: {error})."
+        ) from error
     write_atomically(output, text)
     written = [output]
     for figure in (figure for group in figures.values() for figure in group):
         written.append(output.with_name(f"{output.stem}-{figure.name}.png"))
         write_atomically(written[-1], rendered(figure, "png"))
     return written
-
-
-def _render(paths: Sequence[Path]) -> tuple[str, dict[str, list[Figure]]]:
-    material = read_material(paths)
-    figures = draw(material)
-    return page(material, figures), figures
-
-
-def _render_named(paths: Sequence[Path]) -> tuple[str, dict[str, list[Figure]]]:
-    """Render the page; if that fails, name the file with a missing field or one of the wrong type."""
-    try:
-        return _render(paths)
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        if isinstance(error, ValueError) and any(str(path) in str(error) for path in paths):
-            raise
-        # Fields are used only while drawing, long after their file was read: try each file alone.
-        for path in paths:
-            try:
-                _render([path])
-            except Exception as reason:
-                raise ValueError(
-                    f"{path}: its results are damaged or not ours: a field is missing or has the wrong type "
-                    f"({type(reason).__name__}: {reason})."
-                ) from error
-        raise
 
 
 def draw(material: Material) -> dict[str, list[Figure]]:

@@ -3,6 +3,7 @@
 A run may still be training, or have been killed: whatever exists is read, and what is missing is named.
 """
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,7 @@ from bd3lm_hf.data.sources import DEFAULT_DATASET
 from bd3lm_hf.evaluation.results import describe_estimator
 from bd3lm_hf.modeling.likelihood_bd3lm import LikelihoodMixin
 from bd3lm_hf.run_folder import RECIPE_NAME, RESULTS_NAME, SAMPLE_HEAD, SAMPLES_NAME, SEARCH_NAME
-from bd3lm_hf.user_files import read_yaml
-
-
-Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> steps, values
+from bd3lm_hf.user_files import read_json, read_yaml
 
 
 _STATES = "checkpoint-*/trainer_state.json"
@@ -34,6 +32,7 @@ _KINDS = {
     "generated": {"generative_perplexity"},
     "evaluations": {"dataset", "perplexity", "nll"},
 }
+_MAX_BYTES = 2**30  # of a file of a run; its log has an entry for every logged step
 _COMPARED = {"model", "seed", "perplexity", "generative_perplexity"}
 
 
@@ -59,10 +58,23 @@ class Run:
     recipe: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
-    series: Series = field(default_factory=dict)
+    log: Sequence[Mapping[str, Any]] = ()  # the entries of a `TrainerState`
     searches: list[dict[str, Any]] = field(default_factory=list)
     samples: list[RunSample] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # a sentence about each missing part
+
+    @functools.cached_property
+    def series(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """The steps and the values of every logged number; where a step was logged twice, the later entry wins."""
+        found: dict[str, dict[int, float]] = {}
+        for entry in self.log:
+            for name, value in entry.items():
+                if name not in ("step", "epoch") and isinstance(value, (int, float)):
+                    found.setdefault(name, {})[int(entry.get("step", 0))] = float(value)
+        return {
+            name: (np.array(sorted(points)), np.array([points[step] for step in sorted(points)]))
+            for name, points in found.items()
+        }
 
     @property
     def is_exact(self) -> bool:
@@ -145,7 +157,7 @@ def _expand(path: Path) -> list[Path]:
     inside = sorted(path.iterdir())
     found = [child for child in inside if is_run(child)]
     results = (child for child in inside if child.is_file() and child.suffix == ".json")
-    found += [child for child in results if _kind(_parse(_read_text(child), child))]
+    found += [child for child in results if _kind(_parse(child.read_bytes(), str(child)))]
     if not found:
         raise ValueError(
             f"{path} is not a run and contains none: it has neither {', '.join(_RUN_FILES)} nor a result file (.json) "
@@ -159,12 +171,12 @@ def _read_into(material: Material, path: Path) -> None:
         material.runs.append(read_run(path))
     elif path.suffix == ".jsonl":
         rows = _read_lines(path)
-        if not rows or not all(isinstance(row.get("text"), str) for row in rows):
+        if not rows or not all(isinstance(row, dict) and isinstance(row.get("text"), str) for row in rows):
             raise ValueError(f"{path} contains no samples: its lines have no `text`.")
         texts = [RunSample(f"sample {row.get('index', number)}", row["text"]) for number, row in enumerate(rows)]
         material.samples.append(Named(path.stem, texts))
     else:
-        content = _parse(_read_text(path), path)
+        content = _parse(path.read_bytes(), str(path))
         kind = _kind(content)
         if kind is None:
             raise ValueError(
@@ -183,6 +195,8 @@ def _kind(content: Any) -> str | None:
         is_comparison = bool(content) and all(isinstance(row, dict) and row.keys() >= _COMPARED for row in content)
         return "comparisons" if is_comparison else None
     fields = content.keys() if isinstance(content, dict) else set()
+    if "suite" in fields and not isinstance(content.get("results"), list):
+        return None
     return next((kind for kind, known in _KINDS.items() if known <= fields), None)
 
 
@@ -196,16 +210,15 @@ def read_run(folder: Path) -> Run:
     recipe = read_yaml(folder / RECIPE_NAME) if (folder / RECIPE_NAME).is_file() else {}
     run.recipe = recipe if isinstance(recipe, dict) else {}
     run.config, run.results = _read_object(folder / CONFIG_NAME), _read_object(folder / RESULTS_NAME)
-    log = run.results.get("losses", [])
+    run.log = run.results.get("losses", [])
     if not run.results:
         run.missing.append(f"{RESULTS_NAME} is missing: the run is still training or was stopped")
         states = sorted(folder.glob(_STATES), key=lambda path: (len(path.parent.name), path.parent.name))
         if states:
             run.missing.append(f"the curves end at {states[-1].parent.name}")
-            log = _read_object(states[-1]).get("log_history", [])
+            run.log = _read_object(states[-1]).get("log_history", [])
         else:
             run.missing.append("there are no curves: it has not saved a checkpoint yet")
-    run.series = series_of(log)
     if (folder / SEARCH_NAME).is_file():
         run.searches = _read_lines(folder / SEARCH_NAME)
     run.samples = _read_samples(folder / SAMPLES_NAME)
@@ -216,50 +229,25 @@ def read_run(folder: Path) -> Run:
 
 def _read_samples(path: Path) -> list[RunSample]:
     """Return the samples that a run wrote at its evaluations."""
-    _, *parts = SAMPLE_HEAD.split(_read_text(path)) if path.is_file() else [""]
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    _, *parts = SAMPLE_HEAD.split(text)
     pairs = zip(parts[::2], parts[1::2], strict=True)
     return [RunSample(f"at step {step}", text.removesuffix("\n")) for step, text in pairs]
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file of a run, or an empty one if there is no such file."""
-    content: dict[str, Any] = _parse(_read_text(path), path, kind=dict) if path.is_file() else {}
-    return content
+    return read_json(path, max_bytes=_MAX_BYTES) if path.is_file() else {}
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON Lines file, except a last one that is still being written and has no newline."""
-    lines = _read_text(path).split("\n")[:-1]
-    return [_parse(line, path, n, kind=dict) for n, line in enumerate(lines, start=1) if line.strip()]
+def _read_lines(path: Path) -> list[Any]:
+    """Return the content of a JSON Lines file, except a last line that is still being written and has no newline."""
+    lines = enumerate(path.read_bytes().split(b"\n")[:-1], start=1)
+    return [_parse(line, f"{path}, line {number}") for number, line in lines if line.strip()]
 
 
-def _parse(text: str, path: Path, line: int = 1, *, kind: type = object) -> Any:
+def _parse(text: bytes, name: str) -> Any:
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        line += error.lineno - 1
-        raise ValueError(f"{path}, line {line}: this is not JSON ({error.msg}). Repair or remove the file.") from error
-    if not isinstance(content, kind):
-        raise ValueError(f"{path}, line {line}: expected a JSON object.")
-    return content
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: this is not UTF-8.") from error
-
-
-def series_of(log_history: Sequence[Mapping[str, Any]]) -> Series:
-    """Return every logged number by step; where a step was logged twice, the later entry wins."""
-    found: dict[str, dict[int, float]] = {}
-    for entry in log_history:
-        for name, value in entry.items():
-            if name not in ("step", "epoch") and isinstance(value, (int, float)):
-                found.setdefault(name, {})[int(entry.get("step", 0))] = float(value)
-    return {
-        name: (np.array(sorted(points)), np.array([points[step] for step in sorted(points)]))
-        for name, points in found.items()
-    }
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not valid JSON: {error}. Repair or remove the file.") from error

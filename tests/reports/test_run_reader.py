@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from bd3lm_hf.reports import run_reader
 from bd3lm_hf.reports.figures import smoothed
-from bd3lm_hf.reports.run_reader import RunSample, finite, read_material, read_run, series_of
+from bd3lm_hf.reports.run_reader import Run, RunSample, finite, read_material, read_run
 from bd3lm_hf.training import callbacks
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 
@@ -65,7 +64,7 @@ def test_the_samples_of_a_run_are_those_that_its_callback_writes(tmp_path, monke
     ],
 )
 def test_a_likelihood_is_exact_where_the_class_of_the_model_says_so(tmp_path, config, is_exact):
-    assert run_reader.Run("a run", tmp_path, config=config).is_exact is is_exact
+    assert Run("a run", tmp_path, config=config).is_exact is is_exact
 
 
 def test_a_run_that_still_trains_shows_its_last_checkpoint(tmp_path):
@@ -111,10 +110,8 @@ def test_runs_with_the_same_name_are_distinguished(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("results.json", '{"steps": 3,\n "losses": oops}', r"results.json, line 2: this is not JSON"),
-        ("results.json", '{"steps": {}\n "seed": 3}', r"results.json, line 2: this is not JSON"),
-        ("interval_search.jsonl", '{"step": 1}\n{"step"\n{}\n', r"interval_search.jsonl, line 2: this is not JSON"),
-        ("interval_search.jsonl", '{"step": 1}\n3\n', r"interval_search.jsonl, line 2: expected a JSON object"),
+        ("results.json", '{"steps": 3,\n "losses": oops}', r"results.json is not valid JSON: .*line 2"),
+        ("interval_search.jsonl", '{"step": 1}\n{"step"\n{}\n', r"interval_search.jsonl, line 2 is not valid JSON"),
         ("recipe.yaml", "seed: 1\nmodel: [3\n", r"recipe.yaml, line 3"),
     ],
 )
@@ -127,9 +124,10 @@ def test_a_broken_file_of_a_run_is_named_with_its_line(tmp_path, name, text, mes
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("samples.jsonl", b'{"text": "a"}\n\xff\n', r"samples\.jsonl, line 2: this is not UTF-8"),
+        ("samples.jsonl", b'{"text": "a"}\n\xff\n', r"samples\.jsonl, line 2 is not valid JSON: 'utf-8'"),
         ("config.json", b'{"model_type": "bd3lm"}', r"config\.json is not a result file"),
         ("prompts.jsonl", b'{"prompt": "a"}\n', r"prompts\.jsonl contains no samples"),
+        ("numbers.jsonl", b"3\n", r"numbers\.jsonl contains no samples"),
         ("nowhere", None, "nowhere: there is no such file or folder"),
         ("", None, r"is not a run.*recipe\.yaml, results\.json"),
     ],
@@ -148,8 +146,9 @@ def test_a_value_that_is_not_a_number_is_not_shown_as_one():
     assert [finite(row, name) for name in "abcde"] == [1.0, None, None, None, None]
 
 
-def test_a_step_that_was_logged_twice_counts_once():
-    steps, values = series_of([{"loss": 4.0, "step": 2}, {"loss": 3.0, "step": 1}, {"loss": 5.0, "step": 2}])["loss"]
+def test_a_step_that_was_logged_twice_counts_once(tmp_path):
+    log = [{"loss": 4.0, "step": 2}, {"loss": 3.0, "step": 1}, {"loss": 5.0, "step": 2}]
+    steps, values = Run("a run", tmp_path, log=log).series["loss"]
     assert (steps.tolist(), values.tolist()) == ([1, 2], [3.0, 5.0])
 
 
