@@ -87,7 +87,9 @@ VERBS = {
         f"{_HUB}.push:run", "upload a model so that anyone can load it", f"{_HUB}.hub_cli:add_push_arguments"
     ),
     "verify": Verb(
-        f"{_HUB}.verify:run", "check a shared model against what was pushed", f"{_HUB}.hub_cli:add_verify_arguments"
+        f"{_HUB}.push:run_verify",
+        "check a shared model against what was pushed",
+        f"{_HUB}.hub_cli:add_verify_arguments",
     ),
 }
 

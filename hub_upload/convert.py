@@ -268,21 +268,13 @@ def _choose_weights(source: Source, requested: str) -> tuple[dict[str, torch.Ten
 
 
 def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
-    own = model.state_dict()
-    weights = _under_every_name(own, weights)
-    problems = []
-    for kind, names in (("missing", own.keys() - weights.keys()), ("unexpected", weights.keys() - own.keys())):
-        if names:
-            problems.append(f"{len(names)} {kind} ({', '.join(sorted(names)[:8])}{', ...' if len(names) > 8 else ''})")
-    wrong = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
-    if wrong:
-        problems.append(f"{len(wrong)} of another shape ({', '.join(sorted(wrong)[:8])})")
-    if problems:
+    try:
+        model.load_state_dict(_under_every_name(model.state_dict(), weights))
+    except RuntimeError as error:  # it lists missing, unexpected and misshapen weights
         raise ValueError(
-            f"The weights of {source} do not fit {type(model).__name__}: {'; '.join(problems)}. If that is the wrong "
-            f"type, name the right one with --model-type."
-        )
-    model.load_state_dict(weights)
+            f"The weights of {source} do not fit. {error} If that is the wrong type, name the right one with "
+            f"--model-type."
+        ) from error
 
 
 def _under_every_name(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The flags of `bd3lm convert`, `push` and `verify`; the modules of these names do the work. Imports nothing slow."""
+"""The flags of `bd3lm convert`, `push` and `verify`; convert.py and push.py do the work. Imports nothing slow."""
 
 import argparse
 import re

@@ -5,6 +5,8 @@
 3. Load them in a process that cannot import bd3lm_hf, and compare outputs.
 4. Add the model card and the manifest.
 5. Upload in one commit, or write to a folder (`--dry-run`).
+
+`bd3lm verify DIR` hashes the files of a folder again, and names those that differ from its manifest.
 """
 
 import argparse
@@ -15,30 +17,39 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RevisionNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
+import bd3lm_hf
+from bd3lm_hf.data.sources import is_local
 from bd3lm_hf.hub_upload.card import make_card
 from bd3lm_hf.hub_upload.hub_cli import MAX_SHARD_SIZE
 from bd3lm_hf.hub_upload.load_check import check_loads_alone
 from bd3lm_hf.hub_upload.repo_files import (
     CARD_NAME,
     MANIFEST_NAME,
+    ManifestDifference,
     check_source,
+    compare_with_manifest,
     files_of,
-    kind_of,
     left_out,
     name_base,
     new_folder,
     read_contents,
+    read_manifest,
     write_contents,
     write_manifest,
 )
 from bd3lm_hf.printing import one_line, printable
 from bd3lm_hf.run_folder import as_size, free_bytes
-from bd3lm_hf.user_files import read_json
 
 
 _MESSAGE = "Upload model"
@@ -220,11 +231,8 @@ def upload(
     Raises:
         HubError: if the Hub or the network failed, or somebody else changed the repository meanwhile. Nothing is
             committed then.
-        ValueError: if the folder contains a file that is never uploaded.
     """
-    files = files_of(folder)
-    if unknown := [name for name in files if kind_of(name) is None]:
-        raise ValueError(f"{', '.join(unknown)} in {folder}: files of this kind are never uploaded.")
+    files = files_of(folder)  # of allowed kinds, which `write_contents` checked
     with hub_errors(f"Cannot write to {repo_id}"):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         state = _state(api, repo_id, revision, create=not create_pr)
@@ -265,12 +273,12 @@ def _outdated(api: HfApi, repo_id: str, commit: str, present: set[str]) -> set[s
     weights = {name for name in top if any(Path(name).match(pattern) for pattern in _OTHER_WEIGHTS)}
     if MANIFEST_NAME not in present:
         return weights
-    path = api.hf_hub_download(repo_id, MANIFEST_NAME, revision=commit)
+    path = Path(api.hf_hub_download(repo_id, MANIFEST_NAME, revision=commit))
     try:
-        listed = set(read_json(path)["files"])
-    except (ValueError, KeyError, TypeError):  # a foreign file of that name
+        listed = read_manifest(path.parent)["files"]
+    except ValueError:  # a foreign file of that name
         return weights
-    return weights | {name for name in listed & present if name.endswith(".py")}
+    return weights | {name for name in listed.keys() & present if name.endswith(".py")}
 
 
 def push_saved_folder(
@@ -379,3 +387,49 @@ def summary(done: Upload, repo_id: str) -> str:
         return f"nothing to do: {repo_id} already has these files"
     removed = f", removed {', '.join(done.removed)}" if done.removed else ""
     return f"uploaded{removed}: {printable(done.url)}"
+
+
+# Verify
+
+
+def model_folder(name: str, revision: str | None = None) -> Path:
+    """Return a local folder, or download a repository and return its folder.
+
+    Raises:
+        ValueError: if there is no such folder or repository.
+        OSError, httpx.HTTPError: if the download failed.
+    """
+    if Path(name).expanduser().is_dir():
+        if revision is not None:
+            raise ValueError(f"--revision {revision}: {name} is a local folder, which has no revisions.")
+        return Path(name).expanduser()
+    if is_local(name):
+        raise ValueError(f"DIR {name}: there is no such folder.")
+    try:
+        return Path(snapshot_download(name, revision=revision))
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        repository = name if revision is None else f"{name} at {revision}"
+        raise ValueError(f"DIR {repository} is neither a local folder nor a repository that you may read.") from error
+
+
+def verification_report(difference: ManifestDifference) -> str:
+    """Format a difference, one line per file; names from the folder are escaped."""
+    lines = [f"{kind}: {name}" for kind in ("missing", "changed", "extra") for name in getattr(difference, kind)]
+    state = "intact" if difference.intact else "NOT INTACT"
+    lines.append(f"{state}: {difference.num_files} files, written by bd3lm_hf {difference.version}")
+    if difference.other_code:
+        files = ", ".join(difference.other_code)
+        lines.append(f"code: differs from bd3lm_hf {bd3lm_hf.__version__} in {files}; read it before you run it")
+    else:
+        lines.append(f"code: that of bd3lm_hf {bd3lm_hf.__version__}")
+    return "\n".join(map(printable, lines))
+
+
+def run_verify(arguments: argparse.Namespace) -> None:
+    """Run `bd3lm verify`; exit with code 1 if the folder differs."""
+    with hub_errors(f"Cannot download {arguments.folder}"):
+        folder = model_folder(arguments.folder, arguments.revision)
+    difference = compare_with_manifest(folder)
+    print(verification_report(difference))
+    if not difference.intact or (arguments.strict and difference.other_code):
+        raise SystemExit(1)

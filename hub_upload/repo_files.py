@@ -3,6 +3,10 @@
 A run folder also contains optimizer states, logs and pickles, which must not be uploaded. So no file is copied: the
 model is loaded and saved again, which writes its weights, this version's code and its configurations. Everything else
 in the folder is left out and listed.
+
+`manifest.json` lists size and SHA-256 of every file that determines what a model computes, and the version that wrote
+them. It excludes the model card, which people edit. Nothing in it depends on time or place: the same model has the
+same manifest. It reveals damage and changes, but does not prove who wrote the files.
 """
 
 import fnmatch
@@ -28,6 +32,7 @@ from bd3lm_hf.hub_upload.hub_cli import MAX_SHARD_SIZE
 from bd3lm_hf.modeling import __file__ as _MODELING
 from bd3lm_hf.run_folder import COMPLETE_NAME, EMA_NAME, incomplete_because, last_complete_checkpoint, publish_folder
 from bd3lm_hf.tokenization import check_tokenizer_fits, has_tokenizer, limit_to_window, load_tokenizer
+from bd3lm_hf.user_files import read_json
 
 
 CODE = Path(_MODELING).resolve().parent  # the code that is saved with a model
@@ -52,6 +57,7 @@ ALLOWED = {
 # Files that no manifest lists: its own, and those that users and the Hub may edit and no loader reads.
 NOT_LISTED = {CARD_NAME, MANIFEST_NAME, ".gitattributes", "LICENSE", "LICENSE.md", "LICENSE.txt"}
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_CLIENT_FOLDERS = (".cache", ".git")  # written by the Hub's client and by git
 _PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "model.pt", "*.ckpt")
 
 
@@ -243,24 +249,6 @@ def name_base(folder: Path, base_model: str) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """Return size in bytes and SHA-256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        # In pieces, because weights may be larger than the memory.
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return {"size": file.tell(), "sha256": digest.hexdigest()}
-
-
-def write_manifest(folder: Path) -> dict[str, Any]:
-    """Write `manifest.json` for the files of a folder, and return its content."""
-    files = {name: describe(path) for name, path in files_of(folder).items() if name not in NOT_LISTED}
-    content = {"bd3lm_hf": bd3lm_hf.__version__, "files": files}
-    (folder / MANIFEST_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return content
-
-
 def left_out(source: Path, target: Path) -> list[str]:
     """Return the files and folders of `source` that are not uploaded; a folder is listed once, with a slash."""
     kept = files_of(target)
@@ -296,3 +284,78 @@ def new_folder(target: Path, argument: str) -> Iterator[Path]:
         publish_folder(folder, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+# The manifest
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return size in bytes and SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        # In pieces, because weights may be larger than the memory.
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return {"size": file.tell(), "sha256": digest.hexdigest()}
+
+
+def write_manifest(folder: Path) -> dict[str, Any]:
+    """Write `manifest.json` for the files of a folder, and return its content."""
+    files = {name: describe(path) for name, path in files_of(folder).items() if name not in NOT_LISTED}
+    content = {"bd3lm_hf": bd3lm_hf.__version__, "files": files}
+    (folder / MANIFEST_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return content
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a folder.
+
+    Raises:
+        ValueError: if it is missing or damaged.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise ValueError(f"DIR {folder} has no {MANIFEST_NAME}: only folders that `bd3lm push` wrote have one.")
+    try:
+        content = read_json(path)
+        return {"bd3lm_hf": str(content["bd3lm_hf"]), "files": dict(content["files"])}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is damaged ({reason}): get the folder again from its source.") from error
+
+
+class ManifestDifference(NamedTuple):
+    """The difference between a folder and its manifest; names in order."""
+
+    missing: list[str]
+    changed: list[str]
+    extra: list[str]
+    num_files: int  # files in the manifest
+    version: str  # of the bd3lm_hf that wrote it, according to the manifest
+    other_code: list[str]  # code files that differ from those of this version
+
+    @property
+    def intact(self) -> bool:
+        """Whether the folder contains exactly the listed files."""
+        return not (self.missing or self.changed or self.extra)
+
+
+def compare_with_manifest(folder: Path) -> ManifestDifference:
+    """Hash the files of a folder again. Only files that are found in it are read, whatever the manifest lists.
+
+    Raises:
+        ValueError: if the manifest is missing or damaged.
+    """
+    content = read_manifest(folder)
+    present = {name: path for name, path in files_of(folder).items() if name.split("/")[0] not in _CLIENT_FOLDERS}
+    listed = content["files"]
+    code = [name for name in present if name.endswith(".py")]
+    other = [n for n in code if not (CODE / n).is_file() or (CODE / n).read_bytes() != present[n].read_bytes()]
+    return ManifestDifference(
+        missing=sorted(listed.keys() - present.keys()),
+        changed=sorted(name for name in listed.keys() & present.keys() if describe(present[name]) != listed[name]),
+        extra=sorted(present.keys() - listed.keys() - NOT_LISTED),
+        num_files=len(listed),
+        version=content["bd3lm_hf"],
+        other_code=sorted(other),
+    )

@@ -144,14 +144,14 @@ def changed(source: Path, change) -> None:
 def test_missing_unexpected_misshapen_and_untied_weights_are_errors(source, layers, tmp_path):
     target = tmp_path / "ours"
     changed(source, lambda weights: weights.pop("lm_head.dense.weight"))
-    with pytest.raises(ValueError, match=r"1 missing \(model.lm_head.dense.weight\)"):
+    with pytest.raises(ValueError, match=r"Missing .*\n.*model.lm_head.dense.weight"):
         convert(str(source), target)
     changed(source, lambda weights: weights.update({"lm_head.dense.weight": torch.zeros(16, 16), "x": torch.ones(1)}))
-    with pytest.raises(ValueError, match=r"1 unexpected \(model.x\)"):
+    with pytest.raises(ValueError, match=r"Unexpected .*\"model.x\""):
         convert(str(source), target)
     changed(source, lambda weights: weights.pop("x"))
     torch.save({"weight": torch.zeros(8, 320)}, source / "embed_sum_layer.pt")
-    with pytest.raises(ValueError, match=r"1 of another shape \(embed_sum.weight\)"):
+    with pytest.raises(ValueError, match=r"size mismatch for embed_sum.weight"):
         convert(str(source), target)
     changed(source, lambda weights: weights.update({"lm_head.decoder.weight": torch.zeros(320, 16)}))
     with pytest.raises(ValueError, match="word_embeddings.weight and model.lm_head.decoder.weight"):

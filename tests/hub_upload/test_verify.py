@@ -7,8 +7,7 @@ import pytest
 from test_cli import assert_refused
 
 import bd3lm_hf
-from bd3lm_hf.hub_upload.repo_files import MANIFEST_NAME, files_of, write_manifest
-from bd3lm_hf.hub_upload.verify import read_manifest
+from bd3lm_hf.hub_upload.repo_files import MANIFEST_NAME, files_of, read_manifest, write_manifest
 
 
 @pytest.fixture
@@ -78,15 +77,9 @@ def test_a_manifest_cannot_steer_the_terminal(bd3lm, folder):
     assert code == 1 and "\x1b" not in out and "\r" not in out and "\\x1b[2K" in out
 
 
-@pytest.mark.parametrize("name", ["../other", "/etc/passwd", "a/../../b", "..\\other"])
-def test_a_manifest_does_not_lead_out_of_its_folder(bd3lm, folder, name):
-    change_manifest(folder, files={name: {"size": 1, "sha256": ""}})
-    assert_refused(bd3lm("verify", folder), MANIFEST_NAME, "outside")
-
-
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", "{}", '{"bd3lm_hf": "1", "files": {"a": {}}}', '{"bd3lm_hf": 1, "files": [1]}', "[" * 100_000, "\xff"],
+    ["{", "[]", "{}", '{"bd3lm_hf": 1, "files": [1]}', "[" * 100_000, "\xff"],
     ids=lambda text: text[:12],
 )
 def test_a_damaged_manifest_is_refused_in_one_line(bd3lm, folder, text):
