@@ -144,7 +144,7 @@ def changed(source: Path, change) -> None:
 def test_missing_unexpected_misshapen_and_untied_weights_are_errors(source, layers, tmp_path):
     target = tmp_path / "ours"
     changed(source, lambda weights: weights.pop("lm_head.dense.weight"))
-    with pytest.raises(ValueError, match=r"Missing .*\n.*model.lm_head.dense.weight"):
+    with pytest.raises(ValueError, match=r"Missing .*model.lm_head.dense.weight"):
         convert(str(source), target)
     changed(source, lambda weights: weights.update({"lm_head.dense.weight": torch.zeros(16, 16), "x": torch.ones(1)}))
     with pytest.raises(ValueError, match=r"Unexpected .*\"model.x\""):
