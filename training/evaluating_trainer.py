@@ -53,7 +53,6 @@ class EvaluatingTrainer(AveragingTrainer):
             raise ValueError(f"compute_metrics needs the NLL of tokens, which a {type(model).__name__} does not have.")
         super().__init__(model, *arguments, **keywords)
         self.bytes_per_token = bytes_per_token
-        self._fitting_estimators: set[str] = set()
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -152,7 +151,7 @@ class EvaluatingTrainer(AveragingTrainer):
             ValueError: if the estimator does not fit the model.
         """
         dataset, estimator = self._first_eval_dataset(), getattr(self.args, name)
-        if not self.model.has_likelihood or estimator in self._fitting_estimators:
+        if not self.model.has_likelihood:
             return
         indices = range(min(self.args.world_size, len(dataset)))
         try:
@@ -160,7 +159,6 @@ class EvaluatingTrainer(AveragingTrainer):
             self._shared(score_sequences, dataset, indices=indices, estimator=estimator)
         except ValueError as error:
             raise ValueError(f"--{name} {estimator} does not fit: {error}") from error
-        self._fitting_estimators.add(estimator)
 
     def check_evaluation(self) -> None:
         """Check the estimator and `metric_for_best_model` before training; both are first used after many steps.

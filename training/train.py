@@ -66,10 +66,8 @@ from bd3lm_hf.user_files import write_atomically
 
 logger = logging.get_logger("bd3lm_hf.train")
 
-_COMPARED_SEQUENCES = 100_000  # enough to notice duplicates; a corpus may have millions
 _FEW_HELD_OUT = 10
-_MAX_SECONDS_BEFORE = 20.0
-_MAX_SHARE_BEFORE = 0.1  # of the training time
+_SCORED_BEFORE = 100  # held-out sequences
 _UNIGRAM_SEQUENCES = 100_000  # enough for token frequencies; a corpus may have millions
 
 
@@ -296,10 +294,11 @@ def text_from_folder(training: BD3LMTrainingArguments) -> str:
 def summary_at_start(
     arguments: RunArguments, trainer: BD3LMTrainer, sequences: TrainingSequences, resume: str | None
 ) -> str:
-    """Describe a run before its first step, and warn about duplicates and a tiny held-out set."""
+    """Describe a run before its first step, and warn about a tiny held-out set."""
     training, data, model = arguments.training, arguments.data, trainer.model
     parameters, trained = num_parameters(model), num_parameters(model, only_trainable=True)
     length = model.config.model_length
+    count = "a stream of" if isinstance(sequences.train, PackedStream) else f"{len(sequences.train):,}"
     batch = trainer.get_total_train_batch_size(training)
     precision = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
     if training.max_steps > 0:
@@ -312,7 +311,7 @@ def summary_at_start(
     lines = {
         "model": f"{model.config.model_type}, {parameters:,} parameters"
         + ("" if trained == parameters else f", {trained:,} of them trained"),
-        "text": f"{data.dataset}: {_describe_training(sequences.train, length)}",
+        "text": f"{data.dataset}: {count} sequences of up to {length} tokens",
         "held out": f"{len(sequences.validation):,} sequences of {held_out_text(data)}",
         "steps": f"{steps:,} of {batch:,} sequences ({batch * length:,} tokens)",
         "device": f"{training.device}, {precision}, {training.world_size} process(es)",
@@ -332,60 +331,14 @@ def held_out_text(data: DataArguments) -> str:
     return data.validation_dataset or f"{data.dataset} (validation split)"
 
 
-def _describe_training(rows: Any, length: int) -> str:
-    if isinstance(rows, PackedStream):
-        return f"a stream of sequences of {length} tokens"
-    # Duplicates often come from reading a corpus twice.
-    compared = min(len(rows), _COMPARED_SEQUENCES)
-    distinct = len({tuple(row["input_ids"]) for row in itertools.islice(rows, compared)})
-    if distinct < compared:
-        logger.warning(
-            f"{compared - distinct:,} of {compared:,} training sequences are copies of others: the model sees them "
-            f"more often than the rest."
-        )
-    of_first = "" if compared == len(rows) else f" among the first {compared:,}"
-    return f"{len(rows):,} sequences of up to {length} tokens, {distinct:,} distinct{of_first}"
-
-
 def score_before(trainer: BD3LMTrainer, sequences: TrainingSequences, estimator: str) -> Perplexity | HeldOutLoss:
-    """Score as many held-out sequences as fit into 20 s and a tenth of the run, or all of them with `eval_on_start`.
+    """Score 100 held-out sequences that are spread over the whole set, or all of them with `eval_on_start`.
 
-    They are spread over the whole set, and each has the same noise as when the whole set is scored.
+    Each has the same noise as when the whole set is scored.
     """
-    rows, args = sequences.validation, trainer.args
-    count = min(len(rows), args.eval_batch_size * args.world_size)
-    if not args.eval_on_start and count < len(rows):
-        result = trainer.score(rows, estimator=estimator, indices=_spread(len(rows), count))
-        # The first score shows how fast the model is, and so how many sequences fit into the budget.
-        budget = min(_MAX_SECONDS_BEFORE, _MAX_SHARE_BEFORE * _training_seconds(trainer, sequences))
-        decided = [max(count, min(len(rows), int(count * budget / max(result.seconds, 1e-9))))]
-        broadcast_object_list(decided)  # processes measure different times
-        if decided[0] == count:
-            return result
-        count = decided[0]
-    else:
-        count = len(rows)
-    return trainer.score(rows, estimator=estimator, indices=_spread(len(rows), count))
-
-
-def _spread(total: int, count: int) -> list[int]:
-    return [i * total // count for i in range(count)]
-
-
-def _training_seconds(trainer: BD3LMTrainer, sequences: TrainingSequences) -> float:
-    """Estimate the training time: a step costs about three forward passes, and one is timed here."""
-    args, model = trainer.args, trainer.model
-    # A stream has no known length, and the timing below needs a likelihood: assume a long run.
-    if isinstance(sequences.train, PackedStream) or not model.has_likelihood:
-        return float("inf")
-    batch = min(args.per_device_train_batch_size * args.world_size, len(sequences.train))
-    started = time.perf_counter()
-    trainer.score(sequences.train, estimator="sampled", indices=list(range(batch)))
-    forward = time.perf_counter() - started
-    steps: float = args.max_steps
-    if steps < 1:
-        steps = args.num_train_epochs * len(sequences.train) / trainer.get_total_train_batch_size(args)
-    return 3 * forward * steps * args.gradient_accumulation_steps
+    rows = sequences.validation
+    count = len(rows) if trainer.args.eval_on_start else min(len(rows), _SCORED_BEFORE)
+    return trainer.score(rows, estimator=estimator, indices=[i * len(rows) // count for i in range(count)])
 
 
 # At the end

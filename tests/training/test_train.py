@@ -16,10 +16,9 @@ from two_processes import run_recipes
 
 from bd3lm_hf.cli import main as cli
 from bd3lm_hf.data import load_text, pack
-from bd3lm_hf.evaluation.perplexity import Perplexity, perplexity
+from bd3lm_hf.evaluation.perplexity import perplexity
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.training import train
 from bd3lm_hf.training.command_line import read_recipe
 from bd3lm_hf.training.train import TrainResult, main, run, score_before, summary_at_start
 
@@ -317,31 +316,14 @@ def test_the_demo_beats_the_unigram_baseline_within_its_time(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "demo").mask_token_id is not None
 
 
-# What a run prints before its first step, and how much of the held-out text it scores
+# Before the first step
 
 
-class Scorer:
-    """A trainer whose scores take a second for each sequence."""
-
-    def __init__(self, eval_on_start: bool) -> None:
-        self.args = SimpleNamespace(eval_batch_size=2, world_size=1, eval_on_start=eval_on_start)
-        self.scored: list[list[int]] = []
-
-    def score(self, rows, *, estimator, indices):
-        self.scored.append(indices)
-        numbers = {"bits_per_token": 1.4, "bits_per_byte": None, "standard_error": 0.1, "num_tokens": 10}
-        return Perplexity(1.0, 2.7, num_sequences=len(indices), seconds=float(len(indices)), **numbers)
-
-
-@pytest.mark.parametrize(
-    ("training_seconds", "on_start", "count"),  # a tenth, one batch at least, 20 s at most; all on request
-    [(50.0, False, 5), (1.0, False, 2), (10_000.0, False, 20), (float("inf"), False, 20), (1.0, True, 100)],
-)
-def test_scoring_before_the_first_step_has_a_budget(monkeypatch, training_seconds, on_start, count):
-    monkeypatch.setattr(train, "_training_seconds", lambda *run: training_seconds)
-    trainer, sequences = Scorer(on_start), SimpleNamespace(validation=range(100))
-    assert score_before(trainer, sequences, "exact").num_sequences == count
-    assert trainer.scored[-1] == [i * 100 // count for i in range(count)]  # spread over the whole set
+@pytest.mark.parametrize(("on_start", "count"), [(False, 100), (True, 250)])
+def test_scores_before_the_first_step_are_spread_over_the_whole_set(on_start, count):
+    trainer = SimpleNamespace(args=SimpleNamespace(eval_on_start=on_start), score=lambda *rows, **options: options)
+    scored = score_before(trainer, SimpleNamespace(validation=range(250)), "exact")
+    assert scored == {"estimator": "exact", "indices": [i * 250 // count for i in range(count)]}
 
 
 def test_the_summary_counts_what_a_run_is_made_of(tiny_model, caplog):
@@ -349,11 +331,10 @@ def test_the_summary_counts_what_a_run_is_made_of(tiny_model, caplog):
     data = SimpleNamespace(dataset="books", validation_dataset=None)
     arguments = SimpleNamespace(training=training, data=data, model=SimpleNamespace(init_from=None))
     trainer = SimpleNamespace(model=tiny_model, get_total_train_batch_size=lambda args: 8)
-    rows = [{"input_ids": [number % 30] * 32} for number in range(40)]
-    sequences = SimpleNamespace(train=rows, validation=rows[:3])
+    sequences = SimpleNamespace(train=range(40), validation=range(3))
     text = summary_at_start(arguments, trainer, sequences, resume="out/checkpoint-5")
     count = sum(parameter.numel() for parameter in tiny_model.parameters())
-    parts = (f"{count:,} parameters", "40 sequences", "30 distinct", "3 sequences of books", "7 of 8 sequences")
+    parts = (f"{count:,} parameters", "40 sequences", "3 sequences of books", "7 of 8 sequences")
     for part in (*parts, "256 tokens", "cpu, bfloat16", "out/checkpoint-5"):
         assert part in text
-    assert "10 of 40 training sequences" in caplog.text and "3 sequence(s)" in caplog.text
+    assert "3 sequence(s)" in caplog.text

@@ -1,5 +1,4 @@
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -160,16 +159,6 @@ def test_the_check_before_training_allows_unscored_rows_and_metrics_of_several_s
 
     own.__class__ = OwnMetrics
     own.check_evaluation()
-
-
-def test_each_estimator_is_tried_once_before_training(make_trainer, monkeypatch):
-    trainer = make_trainer(eval_strategy="steps", eval_steps=2, final_estimator="exact")
-    shared = Mock(wraps=trainer._shared)
-    monkeypatch.setattr(trainer, "_shared", shared)
-    for name in ("final_estimator", "eval_estimator"):
-        trainer.check_estimator(name)
-    trainer.check_evaluation()
-    assert [call.kwargs["estimator"] for call in shared.call_args_list] == ["exact", "stratified"]
 
 
 def test_predictions_are_the_nll_of_tokens_and_the_mask(make_trainer):
