@@ -6,6 +6,7 @@
 4. Print the table and write it next to the runs.
 """
 
+import argparse
 import functools
 import json
 import statistics
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import yaml
 from transformers.utils import logging
 
+from bd3lm_hf.argument_parser import ArgumentParser, integer, with_underscores
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.evaluation.generative import mean_entropy
 from bd3lm_hf.evaluation.perplexity import summarize
@@ -43,7 +45,7 @@ TABLE_NAME = "comparison.json"
 # Distinguishes our recipe of a run from a foreign file of that name.
 _RECIPE_HEADER = "# Written by bd3lm compare: the fields of this run."
 _TEXTS_PER_BATCH = 16
-_OWN_FIELDS = ("models", "seeds", "num_texts", "text_length", "judge")
+_OWN_FIELDS = ("seeds", "num_texts", "text_length", "judge", "output_dir")
 
 
 class Plan(NamedTuple):
@@ -72,81 +74,64 @@ class ComparedModel(NamedTuple):
     forwards_per_token: float  # of a sample that is generated alone
     batch_forwards_per_token: float  # of its batch, which ends with its slowest row
     seconds_per_token: float  # in batches
-    dataset: str = ""  # of the perplexity, with its split
-    estimator: str = ""
+    dataset: str  # of the perplexity, with its split
+    estimator: str
 
 
 def read_plan(argv: Sequence[str]) -> Plan:
     """Read `[recipe] [--field value ...]`; `--models` and `--seeds` take several values.
 
     Raises:
-        ValueError: if the recipe cannot be read, does not name a model, leaves nothing to compare, or a model starts
-            from one that is not trained before it.
+        ValueError: if the recipe cannot be read, does not name a model, or a model starts from one that is not trained
+            before it.
+        SystemExit: if a flag or its value is wrong.
     """
-    words = list(argv)
+    words = [with_underscores(word) for word in argv]
     name = words.pop(0) if words and not words[0].startswith("-") else PAPER
     path = find_recipe(name, COMPARISONS)
     recipe = read_yaml(path)
-    models = recipe.get("models") if isinstance(recipe, dict) else None
+    models = recipe.pop("models", None) if isinstance(recipe, dict) else None
     if not isinstance(models, dict) or not models or not all(isinstance(model, dict) for model in models.values()):
         raise ValueError(f"the recipe {path} names no models: write `models:` with one `name: {{field: value}}` each.")
-    given = _overrides(words)
-    chosen = given.pop("models", list(models))
+    # The recipe's own fields come first, as words, so that one parser checks both.
+    own = {name: recipe.pop(name) for name in _OWN_FIELDS if name in recipe}
+    listed = {name: value if isinstance(value, list) else [value] for name, value in own.items()}
+    from_recipe = [word for name, values in listed.items() for word in (f"--{name}", *map(str, values))]
+    given = vars(_make_parser().parse_args([*from_recipe, *words]))
+    chosen = given.pop("models") or list(models)
+    seeds, num_texts, text_length, judge, folder = (given.pop(name) for name in _OWN_FIELDS)
+    # Everything else is a field of the runs, which check it before any training.
+    common = recipe | {name: values if len(values) > 1 else values[0] for name, values in given.items()}
     for name in chosen:
         if name not in models:
             raise ValueError(f"--models {name}: the recipe {path} has {', '.join(models)}.")
-    fields = recipe | {name: _value(values) for name, values in given.items()}
-    seeds = fields["seeds"] if isinstance(fields.get("seeds"), list) else [fields.get("seeds")]
-    if not seeds or not all(isinstance(seed, int) for seed in seeds):
-        raise ValueError(f"--seeds {fields.get('seeds')}: give at least one whole number.")
-    for name, minimum in (("num_texts", 1), ("text_length", 2)):  # the first token of a text is given
-        if not isinstance(fields.get(name), int) or fields[name] < minimum:
-            raise ValueError(f"{name}={fields.get(name)!r}: give a whole number of at least {minimum}.")
-    for name in ("judge", "output_dir"):
-        if isinstance(fields.get(name), list):
-            raise ValueError(f"--{name} {' '.join(map(str, fields[name]))}: give one value.")
-    # Everything else is a field of the runs, checked before any training.
-    common = {name: value for name, value in fields.items() if name not in (*_OWN_FIELDS, "output_dir")}
-    for name in (*common, *(field for model in models.values() for field in model)):
-        if name not in field_names():
-            raise ValueError(f"{name!r} is not a field of a run or one of {', '.join(_OWN_FIELDS)}: see --help.")
     for number, name in enumerate(chosen):
         start = models[name].get("init_from")
         if start in models and start not in chosen[:number]:
             raise ValueError(f"{name} starts from {start} (init_from): name {start} before it.")
     models = {name: models[name] for name in chosen}
-    judge = str(fields.get("judge") or next(iter(models)))
+    judge = judge or next(iter(models))
     if judge in models:
         kind = model_class({**common, **models[judge]}.get("model_type", ModelArguments.model_type))
         if not kind.has_likelihood:
             raise ValueError(
                 f"--judge {judge} has no likelihood to score texts by: name another model of the comparison."
             )
-    folder = Path(str(fields.get("output_dir", "bd3lm-comparison")))
-    return Plan(models, seeds, fields["num_texts"], fields["text_length"], judge, common, folder)
+    return Plan(models, seeds, num_texts, text_length, judge, common, folder)
 
 
-def _overrides(words: Sequence[str]) -> dict[str, list[str]]:
-    """Return the values of each `--field value ...`."""
-    found: dict[str, list[str]] = {}
-    for word in words:
-        if word.startswith("--"):
-            name, _, value = word.removeprefix("--").replace("-", "_").partition("=")
-            found[name] = [value] if value else []
-        elif found:
-            found[next(reversed(found))].append(word)
-        else:
-            raise ValueError(f"{word!r} follows no --field: write --field value.")
-    for name, values in found.items():
-        if not values:
-            raise ValueError(f"--{name} has no value: write --{name} value.")
-    return found
-
-
-def _value(words: Sequence[str]) -> Any:
-    """Parse command-line words as a value in a recipe; several words make a list."""
-    values = [yaml.safe_load(word) for word in words]
-    return values if len(values) > 1 else values[0]
+def _make_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="bd3lm compare", allow_abbrev=False, add_help=False)
+    parser.add_argument("--models", nargs="+")
+    parser.add_argument("--seeds", nargs="+", type=int, required=True)
+    parser.add_argument("--num_texts", type=integer(1), required=True)
+    parser.add_argument("--text_length", type=integer(2), required=True)  # the first token of a text is given
+    parser.add_argument("--judge")
+    parser.add_argument("--output_dir", type=Path, default=Path("bd3lm-comparison"))
+    for name in field_names():
+        if name != "output_dir":
+            parser.add_argument(f"--{name}", nargs="+", type=yaml.safe_load, default=argparse.SUPPRESS)
+    return parser
 
 
 def compare_models(plan: Plan) -> list[ComparedModel]:
@@ -187,8 +172,8 @@ def compare_models(plan: Plan) -> list[ComparedModel]:
                 forwards_per_token=sum(text.forwards for text in samples) / new_tokens,
                 batch_forwards_per_token=sum(text.batch_forwards for text in firsts) / (len(firsts) * tokens_of_one),
                 seconds_per_token=sum(text.seconds for text in samples) / new_tokens,
-                dataset=result.get("held_out", ""),
-                estimator=result.get("estimator", ""),
+                dataset=result["held_out"],
+                estimator=result["estimator"],
             )
         )
         # After every model, so that an interrupted comparison keeps its results.
@@ -209,14 +194,12 @@ def _fields(plan: Plan, name: str, seed: int) -> dict[str, Any]:
 
 
 def _check_files(plan: Plan) -> None:
-    """Refuse to replace files that no comparison wrote; recipes of finished runs may lack the header."""
+    """Refuse to replace files that no comparison wrote."""
     marked = has_mark(_RECIPE_HEADER.encode())
     table = plan.folder / TABLE_NAME
-    foreign = [table] if table.exists() and not _is_table(table) else []
-    for folder in (_folder(plan, name, seed) for seed in plan.seeds for name in plan.models):
-        recipe = folder.with_suffix(".yaml")
-        if recipe.exists() and not marked(recipe) and not is_run_folder(folder):
-            foreign.append(recipe)
+    recipes = [_folder(plan, name, seed).with_suffix(".yaml") for seed in plan.seeds for name in plan.models]
+    foreign = [recipe for recipe in recipes if recipe.exists() and not marked(recipe)]
+    foreign += [table] if table.exists() and not _is_table(table) else []
     if foreign:
         raise ValueError(
             f"{', '.join(map(str, foreign))}: not written by bd3lm compare. Name another --output_dir, or remove it."
@@ -311,7 +294,7 @@ def comparison_table(rows: Sequence[ComparedModel]) -> str:
         table.append([name, *cells])
     seeds = len({row.seed for row in rows})
     tokens = ", ".join(f"{n:,}" for n in sorted({row.training_tokens for row in rows}))
-    scored = "; ".join(dict.fromkeys(f"{row.dataset}, {row.estimator}" for row in rows if row.dataset))
+    scored = "; ".join(dict.fromkeys(f"{row.dataset}, {row.estimator}" for row in rows))
     note = (
         f"Held-out text: {scored}. {tokens} training tokens, {seeds} seed{'s' if seeds > 1 else ''}; `<=` marks an "
         "upper bound, `none` a model without a likelihood."
