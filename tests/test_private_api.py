@@ -52,8 +52,6 @@ HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 # (owner, name, the feature that depends on it)
 ATTRIBUTES = [
     (torch, "_foreach_lerp_", "updates of averages"),
-    (torch._utils, "_rebuild_tensor_v2", "reading published checkpoints without running their code"),
-    (torch._utils, "_rebuild_parameter", "reading published checkpoints without running their code"),
     *((torch.nn.Linear(1, 1), f"_{name}_hooks", "a layer with hooks is called, not read") for name in HOOKS),
     (torch.nn.Linear(1, 1), "_buffers", "the interval of noise levels"),
     (torch.nn.Linear(1, 1), "_parameters", "sharded weights"),
@@ -99,7 +97,6 @@ def test_lm_eval_calls_what_the_harness_overrides():
 IN_THE_SOURCE = [
     (transformers.trainer, "_train_batch_size", "batches of a stream"),
     (accelerate.hooks, "_hf_hook", "the device of offloaded weights"),
-    (torch.storage, "_untyped_storage", "the size of a tensor in a published checkpoint"),
 ]
 
 
