@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,14 +28,13 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from bd3lm_hf.checkpoints import load_model
-from bd3lm_hf.data import load_text, pack
-from bd3lm_hf.data.packing import evenly_spaced
 from bd3lm_hf.evaluation.perplexity import check_estimator, perplexity
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.modeling_bd3lm_decoders import DECODERS
 from bd3lm_hf.modeling.noise_bd3lm import draw_noise
 from bd3lm_hf.printing import markdown_table
+from bd3lm_hf.reports.speed_quality import text_sequences
 from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
 
 
@@ -188,24 +187,13 @@ def tasks(arguments: argparse.Namespace) -> Iterator[tuple[str, int, Callable[[P
 # Estimates of the likelihood
 
 
-class Setting(NamedTuple):
-    """An estimator and its number of noise samples."""
-
-    estimator: str
-    num_samples: int = 1
-
-    def __str__(self) -> str:
-        return self.estimator if self.num_samples == 1 else f"{self.estimator}, {self.num_samples} noise samples"
-
-
 class EstimatorVariance(NamedTuple):
     """The spread of the mean NLL under one setting."""
 
-    setting: Setting
+    setting: str  # as the user typed it
     nll: float  # mean over seeds, nats per token
     deviation: float  # over seeds, nats per token; the standard error of one estimate
     seconds: float  # per estimate, median; CPU time on a CPU
-    num_seeds: int
 
     @property
     def error_of_a_second(self) -> float:
@@ -214,22 +202,30 @@ class EstimatorVariance(NamedTuple):
 
 
 def estimator_variance(
-    model: Any, sequences: Sequence[Any], settings: Sequence[Setting], *, num_seeds: int, batch_size: int = 8
+    model: Any,
+    sequences: Sequence[Any],
+    settings: Mapping[str, tuple[str, int]],
+    *,
+    num_seeds: int,
+    batch_size: int = 8,
 ) -> list[EstimatorVariance]:
     """Score the sequences with each setting and `num_seeds` seeds, in turn.
+
+    Args:
+        settings: name -> estimator and number of noise samples, as `read_estimator` returns them.
 
     Raises:
         ValueError: if there are fewer than 2 seeds, or the model does not have an estimator.
     """
     if num_seeds < 2:
         raise ValueError(f"{num_seeds} seeds give no standard error: use at least 2.")
-    for setting in settings:
-        check_estimator(model, *setting)
+    for estimator, num_samples in settings.values():
+        check_estimator(model, estimator, num_samples)
     clock = time.process_time if model.device.type == "cpu" else time.perf_counter
     found: list[list[float]] = [[] for _ in settings]
     seconds: list[list[float]] = [[] for _ in settings]
     for seed in range(num_seeds):
-        for index, (estimator, num_samples) in enumerate(settings):
+        for index, (estimator, num_samples) in enumerate(settings.values()):
             started = clock()
             result = perplexity(
                 model, sequences, estimator=estimator, num_samples=num_samples, batch_size=batch_size, seed=seed
@@ -237,7 +233,7 @@ def estimator_variance(
             seconds[index].append(clock() - started)
             found[index].append(result.nll)
     return [
-        EstimatorVariance(setting, statistics.mean(nlls), statistics.stdev(nlls), statistics.median(spent), num_seeds)
+        EstimatorVariance(setting, statistics.mean(nlls), statistics.stdev(nlls), statistics.median(spent))
         for setting, nlls, spent in zip(settings, found, seconds, strict=True)
     ]
 
@@ -250,34 +246,22 @@ def variance_table(results: Sequence[EstimatorVariance]) -> str:
     for result in results:
         cost = (result.error_of_a_second / first.error_of_a_second) ** 2 if first.deviation else math.nan
         cells = [f"{result.nll:.4f}", f"{result.deviation:.4f}", f"{result.seconds:.3f}"]
-        rows.append([str(result.setting), *cells, f"{result.error_of_a_second:.4f}", f"{cost:.3f}"])
+        rows.append([result.setting, *cells, f"{result.error_of_a_second:.4f}", f"{cost:.3f}"])
     return markdown_table([*head, "variance x time"], rows)
 
 
-def read_estimator(text: str) -> Setting:
-    """Parse a setting: `"stratified:4"` has four noise samples.
+def read_estimator(text: str) -> tuple[str, int]:
+    """Return the estimator and its number of noise samples: `"stratified:4"` has four.
 
     Raises:
         ValueError: if the colon is not followed by an integer >= 1.
     """
     estimator, colon, number = text.partition(":")
     if not colon:
-        return Setting(estimator)
+        return estimator, 1
     if not number.isdecimal() or int(number) < 1:
         raise ValueError(f"--estimators {text}: expected an integer >= 1 after the colon.")
-    return Setting(estimator, int(number))
-
-
-def held_out_sequences(dataset: str, tokenizer: Any, *, length: int, count: int) -> list[Any]:
-    """Return `count` held-out sequences, spread over the dataset.
-
-    Raises:
-        ValueError: if the text is too short.
-    """
-    rows = pack(load_text(dataset, split="validation"), tokenizer, length=length, drop_last=True)
-    if len(rows) < count:
-        raise ValueError(f"{dataset} has {len(rows)} held-out sequences, fewer than {count}: give fewer batches.")
-    return list(evenly_spaced(rows, count))
+    return estimator, int(number)
 
 
 # The gradient of a training step
@@ -364,24 +348,6 @@ def _square(vector: torch.Tensor) -> float:
     return float(vector.double().square().sum())
 
 
-def gradient_batches(dataset: str, tokenizer: Any, *, length: int, size: int, count: int) -> list[torch.Tensor]:
-    """Return `count` batches `(size, length)` of training text, spread over the dataset.
-
-    Raises:
-        ValueError: if the text is too short.
-    """
-    whole = pack(load_text(dataset, split="train"), tokenizer, length=length, drop_last=True)["input_ids"]
-    if len(whole) < size * count:
-        raise ValueError(
-            f"{dataset} has {len(whole)} sequences of {length} tokens, too few for {count} batches of {size}: give "
-            f"fewer or smaller batches, or more text."
-        )
-    step = len(whole) // (size * count)
-    chosen = torch.tensor(whole[: step * size * count : step])
-    # Neighbouring sequences are similar: put them into different batches.
-    return list(chosen.view(size, count, length).unbind(1))
-
-
 def gradient_table(results: Sequence[GradientVariance]) -> str:
     """Return a markdown table; variance times time is relative to the first line."""
     first = results[0]
@@ -406,24 +372,23 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.noise_draws is None and arguments.estimators is None:
         compare_with_rival(arguments)
         return
-    if arguments.noise_draws is not None and arguments.estimators is not None:
-        raise ValueError("--noise-draws and --estimators are separate measurements: choose one.")
-    flag = "--noise-draws" if arguments.estimators is None else "--estimators"
     if arguments.model is None:
+        flag = "--noise-draws" if arguments.estimators is None else "--estimators"
         raise ValueError(f"{flag} measures a trained model: name its folder with --model.")
-    settings = [read_estimator(text) for text in arguments.estimators or ()]
+    settings = {text: read_estimator(text) for text in arguments.estimators or ()}
     model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
     check_tokenizer_fits(tokenizer, model.config)
     size, batches, repeats = arguments.batch_size, arguments.batches, arguments.repeats
     options = {"batch_size": size, "batches": batches, "repeats": repeats}
     print(f"torch {torch.__version__}, {arguments.threads} CPU threads, {arguments.model}, {options}")
+    split, length = "validation" if settings else "train", model.config.model_length
+    texts = text_sequences(arguments.dataset, tokenizer, split=split, length=length, count=size * batches)
     if settings:
-        rows = held_out_sequences(arguments.dataset, tokenizer, length=model.config.model_length, count=size * batches)
-        print(variance_table(estimator_variance(model.eval(), rows, settings, num_seeds=repeats, batch_size=size)))
+        print(variance_table(estimator_variance(model.eval(), texts, settings, num_seeds=repeats, batch_size=size)))
     else:
-        length = model.config.model_length
-        texts = gradient_batches(arguments.dataset, tokenizer, length=length, size=size, count=batches)
-        print(gradient_table(gradient_variance(model, texts, arguments.noise_draws, repeats=repeats)))
+        # Neighbouring sequences are similar: put them into different batches.
+        grouped = torch.tensor(texts).view(size, batches, length).unbind(1)
+        print(gradient_table(gradient_variance(model, grouped, arguments.noise_draws, repeats=repeats)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The style of all figures, and those of training: curves over the steps, and the search for the interval."""
+"""All figures and their style: curves over the steps, the search for the interval, quality against speed."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers.utils import logging
 
-from bd3lm_hf.reports.run_reader import Run, finite
+from bd3lm_hf.reports.run_reader import Named, Run, finite
 from bd3lm_hf.run_folder import CURVE_NAME
 from bd3lm_hf.user_files import write_atomically
 
@@ -385,3 +385,61 @@ def _draw_search(axes: Any, search: Mapping[str, Any]) -> None:
     kept = "" if search.get("adopted", True) else ", not adopted"
     title = "step {:,}: [{:.3g}, {:.3g}]".format(search["step"], *best["interval"])
     axes.set_title(f"{title}{kept}", fontsize=9, color=INK)
+
+
+# Quality against speed
+
+
+def speed_quality_figure(named: Named, number: int) -> Figure | None:
+    """Draw generative perplexity and entropy against tokens per forward pass, one curve per sampler."""
+    points = [point for point in named.content["points"] if finite(point, "perplexity") is not None]
+    if not points:
+        return None
+    caption = (
+        f"{named.name}: the cost of generating several tokens at once. Bars are one standard error; lower is better."
+    )
+    return Figure(f"quality-{number}", caption, draw_speed_quality(points, named.content["judge"], named.name))
+
+
+def draw_speed_quality(points: Sequence[Mapping[str, Any]], reference: str, title: str) -> Any:
+    """Return a drawing of generative perplexity (log axis) and, if it was measured, of entropy below it.
+
+    Args:
+        points: measurements, as in a result file of `bd3lm quality`.
+        reference: name of the reference model.
+    """
+    entropies = [finite(point, "entropy") for point in points]
+    with_entropy = any(entropy is not None for entropy in entropies)
+    width, height = FACE
+    drawing = new_drawing(width, height * (1.5 if with_entropy else 1))
+    grid = drawing.subplots(1 + with_entropy, 1, sharex=True, squeeze=False, height_ratios=(2, 1)[: 1 + with_entropy])
+    axes = grid[0, 0]
+    first = points[0]["perplexity"]
+    axes.axhspan(first, 1.05 * first, color=GRID, alpha=0.6, zorder=0, label="within 5 % of the first point")
+    for index, sampler in enumerate(dict.fromkeys(point["sampler"] for point in points)):
+        mine = [point for point in points if point["sampler"] == sampler]
+        style = {**line_style(index), "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
+        tokens = [point["tokens_per_forward"] for point in mine]
+        axes.errorbar(
+            tokens,
+            [point["perplexity"] for point in mine],
+            yerr=[point["perplexity"] * (finite(point, "standard_error") or 0.0) for point in mine],
+            capsize=3,
+            label=plain_label(sampler),
+            **style,
+        )
+        if with_entropy:
+            entropy = [np.nan if (value := finite(point, "entropy")) is None else value for point in mine]
+            grid[1, 0].plot(tokens, entropy, **style)
+    axes.set_yscale("log")
+    plain_ticks(axes.yaxis)
+    axes.set_ylabel(f"generative perplexity\nunder {plain_label(reference)}")
+    axes.set_title(plain_label(title), loc="left", fontsize=11, color=INK)
+    for each in grid[:, 0]:
+        dress(each)
+        each.margins(x=0.08)
+    if with_entropy:
+        grid[1, 0].set_ylabel("entropy (nats)")
+    grid[-1, 0].set_xlabel("tokens per forward pass")
+    add_legend(axes)
+    return drawing

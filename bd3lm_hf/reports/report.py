@@ -26,10 +26,10 @@ from bd3lm_hf.reports.figures import (
     curves,
     intervals,
     rendered,
+    speed_quality_figure,
     variances,
 )
-from bd3lm_hf.reports.run_reader import Material, Named, Run, RunSample, finite, read_material
-from bd3lm_hf.reports.speed_quality import speed_quality_figure
+from bd3lm_hf.reports.run_reader import Material, Named, Run, RunSample, describe_setting, finite, read_material
 from bd3lm_hf.user_files import check_output_file, has_mark, write_atomically
 
 
@@ -329,8 +329,7 @@ def _quality(named: Named) -> Table:
     ]
     about, points = named.content, []
     for point in about["points"]:
-        fields = ", ".join(f"{name} {value}" for name, value in point["setting"].items() if value is not None)
-        points.append({**_with_spread(point, "perplexity"), "fields": fields or "default"})
+        points.append({**_with_spread(point, "perplexity"), "fields": describe_setting(point["setting"])})
     count = "Samples" if about.get("num_samples") is None else f"{about['num_samples']} samples per setting"
     prompts = "without prompts" if about.get("dataset") is None else f"that continue text of {about['dataset']}"
     note = f"{count} of {_last_name(about.get('model'))} {prompts}, scored by the judge {about['judge']}."

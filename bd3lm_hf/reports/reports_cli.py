@@ -47,10 +47,11 @@ def add_bench_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = 
         "--repeats", type=count, default=5, help="timed rounds per pair; half as many from length 1,024"
     )
     parser.add_argument("--threads", type=count, default=2, help="CPU threads")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--noise-draws", type=count, nargs="+", help="measure the gradient's variance for these numbers"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--estimators", nargs="+", help="measure standard error and time, for example: published stratified:4 exact"
     )
     of_both = "with --noise-draws or --estimators"

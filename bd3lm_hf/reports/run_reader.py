@@ -42,6 +42,11 @@ def finite(row: Mapping[str, Any], name: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
+def describe_setting(setting: Mapping[str, Any]) -> str:
+    """Return the fields of a sampler that are set, for a table."""
+    return ", ".join(f"{name} {value}" for name, value in setting.items() if value is not None) or "default"
+
+
 class RunSample(NamedTuple):
     """A text that a model generated."""
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from datasets import disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
@@ -26,22 +25,9 @@ from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_model, reference_model_of
 from bd3lm_hf.generation.text_generation import generate_texts
 from bd3lm_hf.printing import markdown_table, progress_bar
-from bd3lm_hf.reports.figures import (
-    FACE,
-    GRID,
-    INK,
-    MARKERS,
-    Figure,
-    add_legend,
-    check_matplotlib,
-    dress,
-    line_style,
-    new_drawing,
-    plain_label,
-    plain_ticks,
-)
+from bd3lm_hf.reports.figures import check_matplotlib, draw_speed_quality
 from bd3lm_hf.reports.reports_cli import CURVES, SHARED_FIELDS, check_quality
-from bd3lm_hf.reports.run_reader import Named, finite
+from bd3lm_hf.reports.run_reader import describe_setting
 from bd3lm_hf.user_files import write_atomically
 
 
@@ -84,25 +70,20 @@ def quality_points(
         generation: further fields of `generate`, the same for all settings.
 
     Raises:
-        ValueError: if the model has no samplers, a text is longer than its window, or there are too few texts for a
-            standard error.
+        ValueError: if the model has no samplers, or a text is longer than its window.
     """
     if not hasattr(model.generation_config, "output_trace"):
         raise ValueError(f"a {type(model).__name__} has no samplers to compare: name a block-diffusion model.")
     if prompts is None:
         prompts = [[model.generation_config.bos_token_id]] * num_samples
-    if len(prompts) < 2:
-        raise ValueError(f"{len(prompts)} texts give no standard error: ask for at least 2.")
-    num_given = len(prompts[0])
-    room = model.config.model_length - num_given
-    if room < 1:
-        raise ValueError(
-            f"prompts of {num_given} tokens fill the model's window of {model.config.model_length}: give shorter ones "
-            f"(--prompt-tokens)."
-        )
+    window = model.config.model_length
+    room = window - len(prompts[0])
     new_tokens = room if new_tokens is None else new_tokens
     if not 0 < new_tokens <= room:
-        raise ValueError(f"new_tokens={new_tokens}: after {num_given} tokens the model's window has room for {room}.")
+        raise ValueError(
+            f"new_tokens={new_tokens}: after {len(prompts[0])} given tokens the model's window of {window} tokens "
+            f"has room for {room}. Give shorter prompts (--prompt-tokens) or ask for fewer tokens (--new-tokens)."
+        )
     settings = [(sampler, dict(setting)) for sampler, settings in curves.items() for setting in settings]
     batches: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
     with progress_bar("quality", len(settings), unit="setting", disable=not progress) as bar:
@@ -152,7 +133,7 @@ def speed_quality_table(points: Sequence[Point]) -> str:
         ratios = [compare_curves(point, points[0]), compare_curves(point, first)]
         cells = [
             point.sampler,
-            ", ".join(f"{name} {value}" for name, value in point.setting.items() if value is not None) or "default",
+            describe_setting(point.setting),
             f"{point.tokens_per_forward:.2f}",
             f"{point.tokens_per_batch_forward:.2f}",
             f"{point.perplexity:.2f} +- {point.perplexity * point.standard_error:.2f}",
@@ -165,7 +146,6 @@ def speed_quality_table(points: Sequence[Point]) -> str:
 
 def plot_speed_quality(points: Sequence[Point], path: Path, *, judge: str) -> None:
     """Draw generative perplexity and entropy against tokens per forward pass, one curve per sampler."""
-    check_matplotlib()
     title = f"quality against speed: {len(points[0].scores)} samples per setting"
     drawing = draw_speed_quality([point._asdict() for point in points], judge, title)
     kind = path.suffix.lower().removeprefix(".")
@@ -174,61 +154,6 @@ def plot_speed_quality(points: Sequence[Point], path: Path, *, judge: str) -> No
     metadata = {"Software" if kind == "png" else "Creator": "bd3lm_hf"}
     drawing.savefig(content, format=kind, dpi=144, metadata=metadata)
     write_atomically(path, content.getvalue())
-
-
-def speed_quality_figure(named: Named, number: int) -> Figure | None:
-    """Draw generative perplexity and entropy against tokens per forward pass, one curve per sampler."""
-    points = [point for point in named.content["points"] if finite(point, "perplexity") is not None]
-    if not points:
-        return None
-    caption = (
-        f"{named.name}: the cost of generating several tokens at once. Bars are one standard error; lower is better."
-    )
-    return Figure(f"quality-{number}", caption, draw_speed_quality(points, named.content["judge"], named.name))
-
-
-def draw_speed_quality(points: Sequence[Mapping[str, Any]], reference: str, title: str) -> Any:
-    """Return a drawing of generative perplexity (log axis) and, if it was measured, of entropy below it.
-
-    Args:
-        points: measurements, as in a result file of `bd3lm quality`.
-        reference: name of the reference model.
-    """
-    entropies = [finite(point, "entropy") for point in points]
-    with_entropy = any(entropy is not None for entropy in entropies)
-    width, height = FACE
-    drawing = new_drawing(width, height * (1.5 if with_entropy else 1))
-    grid = drawing.subplots(1 + with_entropy, 1, sharex=True, squeeze=False, height_ratios=(2, 1)[: 1 + with_entropy])
-    axes = grid[0, 0]
-    first = points[0]["perplexity"]
-    axes.axhspan(first, 1.05 * first, color=GRID, alpha=0.6, zorder=0, label="within 5 % of the first point")
-    for index, sampler in enumerate(dict.fromkeys(point["sampler"] for point in points)):
-        mine = [point for point in points if point["sampler"] == sampler]
-        style = {**line_style(index), "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
-        tokens = [point["tokens_per_forward"] for point in mine]
-        axes.errorbar(
-            tokens,
-            [point["perplexity"] for point in mine],
-            yerr=[point["perplexity"] * (finite(point, "standard_error") or 0.0) for point in mine],
-            capsize=3,
-            label=plain_label(sampler),
-            **style,
-        )
-        if with_entropy:
-            entropy = [np.nan if (value := finite(point, "entropy")) is None else value for point in mine]
-            grid[1, 0].plot(tokens, entropy, **style)
-    axes.set_yscale("log")
-    plain_ticks(axes.yaxis)
-    axes.set_ylabel(f"generative perplexity\nunder {plain_label(reference)}")
-    axes.set_title(plain_label(title), loc="left", fontsize=11, color=INK)
-    for each in grid[:, 0]:
-        dress(each)
-        each.margins(x=0.08)
-    if with_entropy:
-        grid[1, 0].set_ylabel("entropy (nats)")
-    grid[-1, 0].set_xlabel("tokens per forward pass")
-    add_legend(axes)
-    return drawing
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -250,12 +175,16 @@ def run(arguments: argparse.Namespace) -> None:
     fields = {"do_sample": not arguments.greedy}
     if not arguments.greedy:
         fields |= {field: getattr(arguments, field) for field in SHARED_FIELDS}
+    prompts = None
+    if arguments.dataset is not None:
+        size = {"length": arguments.prompt_tokens, "count": arguments.num_samples}
+        prompts = text_sequences(arguments.dataset, tokenizer, split="validation", **size)
     points = []
     for point in quality_points(
         model,
         curves,
         reference,
-        prompts=_prompts(arguments, tokenizer),
+        prompts=prompts,
         num_samples=arguments.num_samples,
         new_tokens=arguments.new_tokens,
         batch_size=arguments.batch_size,
@@ -280,16 +209,20 @@ def _write_points(arguments: argparse.Namespace, points: Sequence[Point], judge:
     write_atomically(arguments.output, json.dumps(report, indent=2) + "\n")
 
 
-def _prompts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[list[int]] | None:
-    """Return the beginnings of held-out sequences, spread over the dataset."""
-    if arguments.dataset is None:
-        return None
+def text_sequences(
+    dataset: str, tokenizer: PreTrainedTokenizerBase, *, split: str, length: int, count: int
+) -> list[list[int]]:
+    """Return the token ids of `count` sequences of a split, spread over it.
+
+    Raises:
+        ValueError: if it has fewer.
+    """
     if not sys.stderr.isatty():
         disable_progress_bars()
-    rows = pack(load_text(arguments.dataset, split="validation"), tokenizer, length=arguments.prompt_tokens)
-    if len(rows) < arguments.num_samples:
+    rows = pack(load_text(dataset, split=split), tokenizer, length=length, drop_last=True)
+    if len(rows) < count:
         raise ValueError(
-            f"--num-samples {arguments.num_samples}: the dataset has {len(rows)} sequences of "
-            f"{arguments.prompt_tokens} tokens; ask for fewer."
+            f"--dataset {dataset}: its {split} split has {len(rows)} sequences of {length} tokens, fewer than the "
+            f"{count} requested: ask for fewer, or name a larger dataset."
         )
-    return [list(row["input_ids"]) for row in evenly_spaced(rows, arguments.num_samples)]
+    return evenly_spaced(rows, count)["input_ids"][:]

@@ -4,9 +4,8 @@ import sys
 import numpy as np
 import pytest
 
-from bd3lm_hf.reports.figures import Line, curves, draw_lines, write_training_curve
+from bd3lm_hf.reports.figures import Line, curves, draw_lines, draw_speed_quality, write_training_curve
 from bd3lm_hf.reports.run_reader import Run
-from bd3lm_hf.reports.speed_quality import draw_speed_quality
 
 
 PNG = b"\x89PNG"

@@ -10,14 +10,15 @@ import torch
 from shared_models import tiny_gpt2
 from test_cli import assert_refused
 
+from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.evaluation.reference_model import CausalScore, ReferenceModel, reference_model_of
 from bd3lm_hf.reports.speed_quality import (
     Point,
     compare_curves,
-    plot_speed_quality,
     quality_points,
     speed_quality_table,
+    text_sequences,
 )
 
 
@@ -66,11 +67,6 @@ def test_given_tokens_are_continued_and_not_scored(tiny_model):
     (one,) = quality_curve(tiny_model, {"first_hitting": [{}]}, judge, prompts=prompts, new_tokens=6)
     assert [text.ids[: text.num_given] for text in judge.score.call_args.args[0]] == prompts
     assert [score.num_tokens for score in one.scores] == [6, 6]
-
-
-def test_a_single_text_is_refused(tiny_model):
-    with pytest.raises(ValueError, match="1 texts give no standard error: ask for at least 2"):
-        quality_curve(tiny_model, CURVES, reference_model_of(tiny_model), num_samples=1)
 
 
 def test_a_model_without_samplers_is_refused():
@@ -131,12 +127,17 @@ def test_the_command_continues_held_out_text(bd3lm, model_folder, text_file):
     assert out.count("| first_hitting |") == 2 and "confidence" not in out
 
 
+def test_sequences_are_spread_over_the_text_and_without_padding(tiny_tokenizer, text_file):
+    whole = pack(load_text(str(text_file)), tiny_tokenizer, length=16, drop_last=True)["input_ids"][:]
+    for count in (3, len(whole)):
+        found = text_sequences(str(text_file), tiny_tokenizer, split="train", length=16, count=count)
+        assert found == [whole[index * len(whole) // count] for index in range(count)]
+
+
 def test_without_matplotlib_a_plot_is_refused_before_any_work(monkeypatch, bd3lm, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     refused = bd3lm("quality", "--model", "nowhere/at/all", "--plot", tmp_path / "q.png")
     assert_refused(refused, "matplotlib: pip install 'bd3lm-hf[plots]'")
-    with pytest.raises(ValueError, match="matplotlib"):
-        plot_speed_quality([point([1.0, 2.0], [1, 1])], tmp_path / "q.png", judge="a judge")
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_without_matplotlib_a_plot_is_refused_before_any_work(monkeypatch, bd3lm
         (("--output", "no/folder/q.json"), "--output no/folder/q.json: the folder"),
         (("--greedy",), "--dataset"),
         (("--dataset", "TEXT", "--prompt-tokens", 32, "--num-samples", 2), "window of 32"),
-        (("--dataset", "TEXT", "--num-samples", 5000), "--num-samples 5000"),
+        (("--dataset", "TEXT", "--num-samples", 5000), "fewer than the 5000 requested"),
         (("--judge", "./nowhere"), "--judge ./nowhere: there is no such folder"),
     ],
 )
