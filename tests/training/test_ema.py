@@ -55,19 +55,6 @@ def test_the_average_is_the_published_one(warmup, shadow):
     assert average.updates == settings["updates"]
 
 
-def test_the_metadata_of_a_saved_average_is_in_order(tmp_path):
-    # Otherwise equal averages have files with different hashes: the order of the metadata varies between processes.
-    average = WeightAverage(layer_of(), decay=0.99)
-    average.save(tmp_path, write=False)  # as in a process that does not write
-    assert not list(tmp_path.iterdir())
-    average.save(tmp_path)
-    content = (tmp_path / EMA_NAME).read_bytes()
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    assert header["__metadata__"] == {"updates": "0", "decay": "0.99", "warmup": "true"}
-    assert list(header["__metadata__"]) == ["decay", "updates", "warmup"]
-    assert torch.equal(load_file(tmp_path / EMA_NAME)["weight"], average.shadows["weight"])
-
-
 def test_warm_up_ends_at_the_decay():
     average = WeightAverage(layer_of(), decay=0.9999)
     assert average.decay_of(1) == 2 / 11
@@ -104,23 +91,11 @@ def test_an_exception_restores_the_weights_bit_for_bit():
     assert equal(weights_of(model), raw) and equal(average.shadows, shadows)
 
 
-@pytest.mark.parametrize("decay", [1.0, -0.1, 0.0, 2])
-def test_a_decay_outside_of_zero_to_one_is_refused(decay):
-    with pytest.raises(ValueError, match=f"ema_decay={decay}.* between 0 and 1"):
-        WeightAverage(layer_of(), decay=decay)
-
-
-@pytest.mark.parametrize(
-    ("shapes", "message"),
-    [
-        ({"weight": (2, 3)}, r"averages of other weights than this run trains; they differ in bias"),
-        ({"weight": (5, 3), "bias": (2,)}, r"weight of shape \(5, 3\), but this run trains one of \(2, 3\)"),
-    ],
-)
-def test_the_average_of_another_model_is_refused(tmp_path, shapes, message):
+@pytest.mark.parametrize("shapes", [{"weight": (2, 3)}, {"weight": (5, 3), "bias": (2,)}])
+def test_the_average_of_another_model_is_refused(tmp_path, shapes):
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
     save_file(tensors, tmp_path / EMA_NAME, metadata={"updates": "1"})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="averages of other weights than this run trains"):
         WeightAverage(layer_of(), decay=0.9).load(tmp_path)
 
 

@@ -18,7 +18,7 @@ from two_processes import BATCH, DECODERS, STEPS, decoder, one_pass, scores, tin
 from bd3lm_hf.modeling.linear_bd3lm import call_as, is_sharded
 from bd3lm_hf.modeling.loss_bd3lm import chunked_cross_entropy
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.training.ema import has_shards, keep_float32, local_part, part_like, prepare_fsdp, whole, whole_model
+from bd3lm_hf.training.ema import has_shards, local_part, part_like, prepare_fsdp, whole, whole_model
 
 
 def close(one: torch.Tensor, other: torch.Tensor, atol: float = 1e-6) -> None:
@@ -224,7 +224,9 @@ def test_the_old_fsdp_is_refused_and_noise_loss_and_sums_of_gradients_stay_in_fl
     with pytest.raises(ValueError, match=r"fsdp_version 1 is not supported: use 2, as in training/launch/fsdp2\.yaml"):
         prepare_fsdp(plugin)
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
-    assert keep_float32(low) == MixedPrecisionPolicy(
+    plugin = SimpleNamespace(fsdp_version=2, mixed_precision_policy=low)
+    prepare_fsdp(plugin)
+    assert plugin.mixed_precision_policy == MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
     )
     plugin = SimpleNamespace(fsdp_version=2, mixed_precision_policy=None)
