@@ -230,6 +230,39 @@ def read_completion_mark(folder: str | Path) -> dict[str, Any]:
     return mark
 
 
+def check_same_run(checkpoint: str | Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Refuse to resume from the checkpoint of another run; warn if only the length differs.
+
+    Args:
+        old: fingerprint in the checkpoint.
+        new: fingerprint of the run that resumes from it.
+
+    Raises:
+        ValueError: if they differ; the message has both values.
+    """
+    sections = ("model", "tokenizer", "data", "training")
+    # The length may differ: a run can be extended.
+    differences = [text for section in sections for text in _compare(section, old, new)]
+    if differences:
+        more = f", and {len(differences) - 6} more" if len(differences) > 6 else ""
+        raise ValueError(
+            f"{checkpoint} belongs to another run: {'; '.join(differences[:6])}{more}. Restore the old values, or "
+            f"start a new run from its weights with --init_from {checkpoint} and another --output_dir."
+        )
+    for text in _compare("length", old, new):
+        logger.warning(f"the run is resumed with another {text}. Schedules that depend on it change.")
+
+
+def _compare(section: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    # A field that only one of two versions of a library has is not a difference.
+    before, now = old.get(section, {}), new.get(section, {})
+    return [
+        f"{section}: {name} was {before[name]} and is {now[name]}"
+        for name in before
+        if name in now and before[name] != now[name]
+    ]
+
+
 def incomplete_because(folder: str | Path) -> str | None:
     """Return the reason why a checkpoint is not complete, or None if it is."""
     folder = Path(folder)

@@ -68,12 +68,6 @@ class EpochOrder(Dataset):
         order = torch.randperm(len(self.examples), generator=generator)
         return order.repeat(-(-len(self) // len(order)))[: len(self)]
 
-    def dataset_indices(self, first: int, count: int) -> list[int]:
-        """Return the dataset indices of `count` consecutive global indices of one epoch, for messages."""
-        epoch, position = divmod(first, len(self))
-        indices: list[int] = self.permutation(epoch)[position : position + count].tolist()
-        return indices
-
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
         global_index, dataset_index = item
         return {**self.examples[dataset_index], EXAMPLE_INDEX: global_index}
@@ -133,10 +127,6 @@ class EndlessStream(IterableDataset):
     def position(self, step: int) -> dict[str, Any]:
         """Return the position of the stream after optimizer step `step`, one of the latest."""
         return {"step": step, "group_size": self.group_size, **self._positions[step]}
-
-    def dataset_indices(self, first: int, count: int) -> list[int]:
-        """Return the positions in the stream of `count` consecutive global indices, for messages."""
-        return list(range(first, first + count))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         index = self.start

@@ -1,13 +1,14 @@
 """`BD3LMTrainer`: transformers' Trainer for models with the methods `token_nll` and `generate`.
 
 It adds noise that does not depend on the layout of a run, stopping when a number is no longer finite or a signal
-arrives, checkpoints that appear only when they are complete, and exact resuming. The average of the weights is in
-`ema.py`, evaluation by likelihood in `evaluating_trainer.py`.
+arrives, checkpoints that appear only when they are complete, exact resuming, and uploads of nothing but the model. The
+average of the weights is in `ema.py`, evaluation by likelihood in `evaluating_trainer.py`.
 """
 
 import json
 import math
 import signal
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,18 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, seed_worker
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, TrainOutput, seed_worker
 from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
 
 from bd3lm_hf.checkpoints import NotFiniteError, check_finite_weights
+from bd3lm_hf.data.sources import is_local
 from bd3lm_hf.data.streaming import PackedStream, read_position, write_position
 from bd3lm_hf.evaluation.results import config_identity, data_identity, tokenizer_identity
+from bd3lm_hf.hub_upload.push import push_saved_folder
 from bd3lm_hf.modeling.inputs_bd3lm import check_labels, check_text
 from bd3lm_hf.run_folder import (
+    check_same_run,
     checkpoint_to_resume,
     clear_staging,
     last_complete_checkpoint,
@@ -60,7 +65,6 @@ from bd3lm_hf.training.examples import (
     PaddingCollator,
 )
 from bd3lm_hf.training.interval import check_searchable
-from bd3lm_hf.training.uploads import UploadingTrainer
 
 
 logger = logging.get_logger("bd3lm_hf.train")
@@ -71,8 +75,7 @@ _HASHED_SEQUENCES = 1024
 
 _TRAINING = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
-    "neftune_noise_alpha",
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
 )
 
 # A resumed run may have another length, but then schedules that depend on it change.
@@ -83,19 +86,23 @@ class TrainingDivergedError(NotFiniteError):
     """A loss or a gradient is no longer a finite number."""
 
 
-class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
+class BD3LMTrainer(EvaluatingTrainer):
     """Trainer of language models whose loss is a sum over noisy tokens divided by `num_items_in_batch`.
 
     Training examples come in a seeded order and carry their noise (see `training/examples.py`), so a run depends on
     the seed and the global batch only. The arguments are those of transformers' `Trainer` and of
-    [`EvaluatingTrainer`]; `args` is a [`BD3LMTrainingArguments`].
+    [`EvaluatingTrainer`]; `args` is a [`BD3LMTrainingArguments`]. With `args.push_to_hub` it uploads the same files as
+    `bd3lm push`, where transformers would upload the whole output folder, with pickled arguments.
 
     Raises:
         ValueError: if the model has no `token_nll` or no `generate`, has non-finite weights, or the loss or the labels
-            would not be the model's own (`compute_loss_func`, a collator with `mlm=True`).
+            would not be the model's own (`compute_loss_func`, a collator with `mlm=True`), or if `args.push_to_hub` is
+            set for an adapter on a model that is not on the Hub.
     """
 
     data_collator: Any
+    hub_model_id: Any
+    push_in_progress: Any
 
     def __init__(
         self,
@@ -115,6 +122,8 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
             if not hasattr(model, name):
                 raise ValueError(f"a {type(model).__name__} has no `{name}`: train a language model of this package.")
         check_finite_weights(model, "the model to train")
+        if args is not None and args.push_to_hub:
+            _check_base(model)
         if args is not None and args.interval_search:
             check_searchable(model, args.interval_list(model.config.block_size))
         pad_token_id = model.config.pad_token_id
@@ -226,32 +235,23 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
     def _stop_if_not_finite(self, norm: torch.Tensor | float | None) -> None:
         # Filled on the device: a copy from the host would wait for it.
         signalled = torch.full((), self.signals.received is not None, device=self.args.device)
-        flags = torch.stack([*self._finite, signalled])
+        flags = torch.stack([torch.stack(self._finite).all(), signalled])
         self._finite = []
         # Every process reads the flags of all processes, so all of them stop together at the same step.
-        flags = self.accelerator.gather(flags).view(self.args.world_size, -1).cpu()
-        self.signals.agreed = bool(flags[:, -1].any())
-        finite = flags[:, :-1]
-        if not bool(finite.all()):
-            # The batches of a step go to the processes in turn, which gives the index of this one in the step.
-            process, batch = (~finite).nonzero()[0].tolist()
-            self._stop("the loss", batch * self.args.world_size + process, 1)
+        flags = self.accelerator.gather(flags).view(-1, 2).cpu()
+        self.signals.agreed = bool(flags[:, 1].any())
+        if not bool(flags[:, 0].all()):
+            self._stop("the loss")
         # With float16 an overflowing gradient is routine: the loss scaler skips that step.
         if norm is not None and not self.args.fp16 and not math.isfinite(float(norm)):
-            self._stop("the gradient", 0, finite.numel())
+            self._stop("the gradient")
 
-    def _stop(self, what: str, first_batch: int, batches: int) -> None:
-        assert self.order is not None
-        step = self.state.global_step
-        first = step * self.order.group_size + first_batch * self._train_batch_size
-        rows = self.order.dataset_indices(first, batches * self._train_batch_size)
-        listed = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
+    def _stop(self, what: str) -> None:
         last = last_complete_checkpoint(self.args.output_dir)
         saved = f"The last good checkpoint is {last}." if last else "No checkpoint had been saved yet."
         raise TrainingDivergedError(
-            f"{what} is NaN or infinite at step {step + 1}, in the batch of training sequences {listed}: training "
-            f"stopped before the weights changed. {saved} Lower --learning_rate (now {self.args.learning_rate}), or "
-            f"look at these sequences."
+            f"{what} is NaN or infinite at step {self.state.global_step + 1}: training stopped before the weights "
+            f"changed. {saved} Lower --learning_rate (now {self.args.learning_rate})."
         )
 
     # Resuming
@@ -423,11 +423,6 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The Trainer would upload the staging folder, which is gone before the upload is done.
-        if not self._staging:
-            super()._push_from_checkpoint(checkpoint_folder)
-
     def _empty_staging(self, folder: Path) -> None:
         # Files left there by a killed run must not be published with this one's.
         if self.args.should_save:
@@ -441,35 +436,83 @@ class BD3LMTrainer(UploadingTrainer, EvaluatingTrainer):
         bytes_per_trained = 8 if self.averaging is None else 12
         return weights + bytes_per_trained * num_parameters(self.model, only_trainable=True)
 
+    # Uploads
 
-def check_same_run(checkpoint: str | Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Refuse to resume from the checkpoint of another run; warn if only the length differs.
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the model and upload it as `bd3lm push` does, in one commit.
 
-    Args:
-        old: fingerprint in the checkpoint.
-        new: fingerprint of the run that resumes from it.
+        Args:
+            kwargs: `language`, `license` and `tags` of the model card.
 
-    Raises:
-        ValueError: if they differ; the message has both values.
-    """
-    sections = ("model", "tokenizer", "data", "training")
-    # The length may differ: a run can be extended.
-    differences = [text for section in sections for text in _compare(section, old, new)]
-    if differences:
-        more = f", and {len(differences) - 6} more" if len(differences) > 6 else ""
-        raise ValueError(
-            f"{checkpoint} belongs to another run: {'; '.join(differences[:6])}{more}. Restore the old values, or "
-            f"start a new run from its weights with --init_from {checkpoint} and another --output_dir."
-        )
-    for text in _compare("length", old, new):
-        logger.warning(f"the run is resumed with another {text}. Schedules that depend on it change.")
+        Returns:
+            The URL of the commit or, if not `blocking`, a future whose result has it as `url`; None in all but the
+            main process.
+
+        Raises:
+            OSError: if the Hub or the network failed.
+            RuntimeError: if the saved folder does not load without bd3lm_hf.
+        """
+        if self.hub_model_id is None:
+            if private is not None:
+                self.args.hub_private_repo = private  # earlier versions of transformers read it only from here
+            self.init_hf_repo(token=token)
+        self.write_model(self.args.output_dir)
+        options: dict[str, Any] = {name: kwargs[name] for name in ("language", "license") if name in kwargs}
+        tags = kwargs.get("tags") or []
+        options |= {"tags": [tags] if isinstance(tags, str) else tags, "background": not blocking, "token": token}
+        return self.upload_model(commit_message, revision=revision or self.args.hub_revision, **options)
+
+    def upload_model(self, message: str | None, **options: Any) -> Any:
+        """Upload the output folder in the main process; arguments and errors as in `push_saved_folder`."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        options.setdefault("revision", self.args.hub_revision)
+        return push_saved_folder(self.args.output_dir, self.hub_model_id, commit_message=message, **options)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The Trainer also calls this for the staging folder, which is gone before an upload is done.
+        if self._staging or not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        # One upload at a time, unless hub_always_push asks for every checkpoint.
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        options: dict[str, Any] = {"revision": self.args.hub_revision, "background": True}
+        try:
+            job = push_saved_folder(checkpoint_folder, self.hub_model_id, commit_message=message, **options)
+        except (OSError, ValueError, RuntimeError) as error:  # must not end the run
+            logger.warning(f"{checkpoint_folder} was not uploaded: {error}")
+            return
+        job.add_done_callback(_log_failure)
+        if busy:
+            self.push_in_progress.jobs.append(job)
+        else:
+            self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]  # transformers passes lists too
 
 
-def _compare(section: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    # A field that only one of two versions of a library has is not a difference.
-    before, now = old.get(section, {}), new.get(section, {})
-    return [
-        f"{section}: {name} was {before[name]} and is {now[name]}"
-        for name in before
-        if name in now and before[name] != now[name]
-    ]
+def _check_base(model: Any) -> None:
+    """Refuse to train an adapter that could not be uploaded because its base model is a local folder."""
+    for config in getattr(model, "peft_config", {}).values():
+        base = str(config.base_model_name_or_path)
+        if is_local(base):
+            raise ValueError(
+                f"--push_to_hub: the base of this adapter is the local folder {base}, which others cannot load. Leave "
+                f"the argument out, push the base, and then the adapter with `bd3lm push --base-model`."
+            )
+
+
+def _log_failure(job: Future) -> None:
+    if not job.cancelled() and (error := job.exception()) is not None:
+        logger.warning(f"an upload in the background failed: {error}")

@@ -15,9 +15,8 @@ from peft import LoraConfig, get_peft_model
 from tiny_runs import rows_of
 from transformers import TrainerControl, TrainerState
 
+from bd3lm_hf.run_folder import check_same_run
 from bd3lm_hf.training.callbacks import ResumableFlow, RunningLoss
-from bd3lm_hf.training.examples import EpochOrder
-from bd3lm_hf.training.trainer import check_same_run
 
 
 DRIVER = Path(__file__).parents[1] / "kill_driver.py"
@@ -132,10 +131,7 @@ def test_two_processes_of_which_one_is_killed_resume_exactly(two_processes, whol
 def test_a_loss_that_is_not_finite_on_one_of_two_processes_stops_both(two_processes, whole_of_two):
     done = two_processes("diverged", {"process": 1, "nan_after": 4})
     assert done.returncode != 0
-    # The second process reads every second batch: with one sequence each, its first of step 5 has index 4 * 4 + 1.
-    row = EpochOrder(rows_of(22), seed=5, group_size=4).permutation(0)[17].item()
-    message = f"the loss is NaN or infinite at step 5, in the batch of training sequences {row}: training stopped"
-    assert done.stderr.count(message) == 2
+    assert done.stderr.count("the loss is NaN or infinite at step 5: training stopped") == 2
     assert f"The last good checkpoint is {two_processes.folder / 'diverged' / 'checkpoint-3'}." in done.stderr
     assert two_processes("diverged", {}).returncode == 0
     check_is_the_whole_run(two_processes.outcome("diverged"), whole_of_two)

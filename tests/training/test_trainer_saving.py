@@ -8,9 +8,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from datasets import Dataset
 from kill_driver import Poison
-from tiny_runs import assert_same_weights, losses_of, rows_of, trained
+from tiny_runs import assert_same_weights, losses_of, trained
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -59,31 +58,12 @@ def test_signals_are_left_alone_on_request(make_trainer):
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_trainer, tmp_path):
     trainer = make_trainer(max_steps=5, save_strategy="steps", save_steps=2)
     trainer.add_callback(Poison(3))
-    message = r"the loss is NaN or infinite at step 4, in the batch of training sequences [\d, ]+: .*"
-    message += r"last good checkpoint is .*checkpoint-2\. Lower --learning_rate \(now 0.01\)"
+    message = "the loss is NaN or infinite at step 4: .*last good checkpoint is .*checkpoint-2.* --learning_rate"
     with pytest.raises(TrainingDivergedError, match=message):
         trainer.train()
     last = get_last_checkpoint(str(tmp_path / "run"))
     assert Path(last).name == "checkpoint-2"
     check_finite_weights(BD3LMForMaskedLM.from_pretrained(last), last)
-
-
-def test_the_named_sequences_are_those_of_the_failing_batch(make_trainer):
-    rows = rows_of(16).to_list()
-    layout = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    trainer = make_trainer(rows=Dataset.from_list(rows), max_steps=1, **layout)
-    seen = []
-    inner = trainer.compute_loss
-
-    def loss_of(model, inputs, *arguments, **keywords):
-        seen.append([rows.index(next(r for r in rows if r["input_ids"] == x)) for x in inputs["input_ids"].tolist()])
-        loss = inner(model, inputs, *arguments, **keywords)
-        return loss * float("inf") if len(seen) == 3 else loss
-
-    trainer.compute_loss = loss_of
-    with pytest.raises(TrainingDivergedError, match="training sequences") as error:
-        trainer.train()
-    assert f"training sequences {', '.join(map(str, seen[2]))}:" in str(error.value)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(make_trainer):

@@ -16,7 +16,8 @@ from bd3lm_hf.checkpoints import add_adapters
 from bd3lm_hf.hub_upload import repo_files
 from bd3lm_hf.hub_upload.push import dry_run
 from bd3lm_hf.hub_upload.repo_files import files_of
-from bd3lm_hf.training import train, uploads
+from bd3lm_hf.training import train
+from bd3lm_hf.training import trainer as trainer_module
 
 
 REPO = f"{USER}/model"
@@ -63,14 +64,6 @@ def test_push_to_hub_saves_and_uploads_with_its_own_message_and_metadata(hub, up
     assert trainer.push_to_hub(blocking=False).result().url.startswith(hub.endpoint)
 
 
-def test_the_card_of_the_folder_is_ours(hub, uploading_trainer, tmp_path):
-    trainer = uploading_trainer()
-    trainer.write_model(tmp_path / "run")
-    trainer.create_model_card(license="mit", language="en", model_name="ignored", dataset="ignored")
-    text = (tmp_path / "run" / "README.md").read_text()
-    assert "license: mit" in text and "language: en" in text and "## How to use" in text and "ignored" not in text
-
-
 def test_checkpoints_are_uploaded_in_the_background_with_their_averaged_weights(hub, uploading_trainer, tmp_path):
     trainer = uploading_trainer(save_strategy="steps", save_steps=1, ema_decay=0.5, learning_rate=0.1, warmup_steps=0)
     trainer.train()
@@ -101,7 +94,7 @@ def test_a_checkpoint_is_skipped_while_an_upload_is_in_progress(hub, uploading_t
 
 def test_a_run_survives_a_hub_that_fails_but_its_last_upload_must_succeed(hub, uploading_trainer, monkeypatch):
     warnings: queue.Queue[str] = queue.Queue()  # the thread of an upload warns once its job has ended
-    monkeypatch.setattr(uploads.logger, "warning", warnings.put)
+    monkeypatch.setattr(trainer_module.logger, "warning", warnings.put)
     hub.faults.append(Fault("POST", "/commit/", 503))
     trainer = uploading_trainer(save_strategy="steps", save_steps=1)
     trainer.train()
@@ -110,7 +103,7 @@ def test_a_run_survives_a_hub_that_fails_but_its_last_upload_must_succeed(hub, u
     assert "an upload in the background failed" in warning and REPO in warning
     with pytest.raises(OSError, match=REPO):
         trainer.save_model()
-    monkeypatch.setattr(uploads, "push_saved_folder", Mock(side_effect=RuntimeError("no")))
+    monkeypatch.setattr(trainer_module, "push_saved_folder", Mock(side_effect=RuntimeError("no")))
     uploading_trainer(save_strategy="steps", save_steps=1, overwrite_output_dir=True).train()
     assert "checkpoint-1 was not uploaded: no" in warnings.get(timeout=30)
 
