@@ -1,7 +1,4 @@
-"""Register our model types with transformers' Auto classes and with peft, once these are imported.
-
-Each Auto class gets the class of a model type, or a stub whose error names the right Auto class.
-"""
+"""Register our model types with transformers' Auto classes and with peft, once these are imported."""
 
 import importlib
 import shutil
@@ -11,7 +8,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 
 # Only the standard library is imported at the top: registration can run during the first import of any of our modules,
@@ -59,35 +56,6 @@ def after_import(library: str, action: Callable[[], None]) -> None:
         sys.meta_path.insert(0, _AfterImport(library, action))
 
 
-class UnsupportedAutoClass:
-    """Stub for a model class that an Auto class does not have; its error names the Auto class to use."""
-
-    config_class: Any
-    message: str
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse to load."""
-        raise ValueError(cls.message)
-
-    _from_config = from_pretrained
-
-
-def unsupported_auto_class(model_class: Any, auto_class: str) -> type[UnsupportedAutoClass]:
-    """Return the stub with which `auto_class` refuses checkpoints of `model_class`."""
-    config_class, name = model_class.config_class, model_class.__name__
-    message = (
-        f"{auto_class} has no class for model_type={config_class.model_type!r}: load it with AutoModelForCausalLM, "
-        f"which returns a {name}."
-    )
-    return type(f"No{name}", (UnsupportedAutoClass,), {"config_class": config_class, "message": message})
-
-
-def is_unsupported_auto_class(found: Any) -> bool:
-    """Return whether the class found by an Auto class is a stub."""
-    return isinstance(found, type) and issubclass(found, UnsupportedAutoClass)
-
-
 def model_classes() -> tuple[Any, ...]:
     """Return the main class of every model type."""
     from bd3lm_hf.modeling.modeling_ar import ARForCausalLM
@@ -131,11 +99,8 @@ def register_auto_classes() -> None:
         config_class = model_class.config_class
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         for auto_class in auto_classes:
-            name = auto_class.__name__
-            if name in model_class.auto_classes:
-                auto_class.register(config_class, model_class.auto_classes[name], exist_ok=True)
-            elif auto_class is AutoModelForMaskedLM:
-                auto_class.register(config_class, unsupported_auto_class(model_class, name), exist_ok=True)
+            if (found := model_class.auto_classes.get(auto_class.__name__)) is not None:
+                auto_class.register(config_class, found, exist_ok=True)
 
 
 def register_lora_targets() -> None:

@@ -19,7 +19,6 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from bd3lm_hf.auto_classes import is_unsupported_auto_class
 from bd3lm_hf.data.sources import exists, looks_like_path
 from bd3lm_hf.foreign_layouts import read_contract_config
 from bd3lm_hf.user_files import BASE_NAME, find_fault, read_json
@@ -205,9 +204,8 @@ def read_shard_index(path: Path) -> dict[str, str]:
 
 def _auto_class_of(config: Any) -> Any:
     # A masked language model of this package or with remote code; everything else is loaded as a causal one.
-    found = MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None)
-    is_masked = found is not None and not is_unsupported_auto_class(found)
-    if is_masked or "AutoModelForMaskedLM" in (getattr(config, "auto_map", None) or {}):
+    has_remote_class = "AutoModelForMaskedLM" in (getattr(config, "auto_map", None) or {})
+    if has_remote_class or type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         return AutoModelForMaskedLM
     return AutoModelForCausalLM
 

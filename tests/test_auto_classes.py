@@ -12,7 +12,7 @@ from shared_models import CLASSES, special_ids, tiny_ssdlm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, pipeline
 
 import bd3lm_hf
-from bd3lm_hf import ARConfig, SSDLMConfig, SSDLMForMaskedLM
+from bd3lm_hf import SSDLMConfig, SSDLMForMaskedLM
 
 
 MODELING = Path(bd3lm_hf.modeling.__file__).parent
@@ -229,16 +229,3 @@ def test_simplex_diffusion_has_its_own_choices_on_the_command_line(make_folder, 
         value = "confidence" if flag == "sampler" else "even"
         code, _, errors = bd3lm("generate", "--model", folder, *words, f"--{flag}", value)
         assert code == 2 and flag in errors and "Traceback" not in errors
-
-
-# --- an Auto class that does not fit ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("trust", [False, True])
-def test_an_autoregressive_model_is_not_loaded_as_a_masked_language_model(make_speaker, tmp_path, trust):
-    make_speaker("ar").save_pretrained(tmp_path)
-    message = "AutoModelForMaskedLM has no class for model_type='ar': load it with AutoModelForCausalLM, .*AR"
-    with pytest.raises(ValueError, match=message):
-        AutoModelForMaskedLM.from_pretrained(tmp_path, trust_remote_code=trust)
-    with pytest.raises(ValueError, match=message):
-        AutoModelForMaskedLM.from_config(ARConfig())
