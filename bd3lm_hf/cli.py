@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import bd3lm_hf
 from bd3lm_hf.argument_parser import ArgumentParser, with_home
 from bd3lm_hf.printing import one_line
-from bd3lm_hf.user_files import advice_on
 
 
 class Verb(NamedTuple):
@@ -133,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         has_message = own_code is not None or isinstance(error, (ValueError, OSError))
         kind = "" if has_message else f"{type(error).__name__}: "
         advice = "" if is_expected else " (--traceback shows where)"
-        print(f"error: {one_line(f'{kind}{error}')}{advice_on(error)}{advice}", file=sys.stderr)
+        print(f"error: {one_line(f'{kind}{error}')}{advice}", file=sys.stderr)
         return own_code or (2 if is_expected else 1)
 
 

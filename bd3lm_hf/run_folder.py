@@ -100,18 +100,12 @@ def lock_output_dir(output_dir: str | Path) -> Iterator[None]:
 
 
 def is_run_folder(folder: str | Path) -> bool:
-    """Return whether a folder belongs to a run of ours: its recipe has our header, or is next to files of a run."""
-    recipe = Path(folder, RECIPE_NAME)
+    """Return whether a folder belongs to a run of ours: its recipe has our header."""
     try:
-        with recipe.open("rb") as file:
-            if file.read(len(RECIPE_HEADER)) == RECIPE_HEADER.encode():
-                return True
+        with Path(folder, RECIPE_NAME).open("rb") as file:
+            return file.read(len(RECIPE_HEADER)) == RECIPE_HEADER.encode()
     except OSError:
         return False
-    # Recipes of earlier versions have no header.
-    if Path(folder, WEIGHTS_NAME).is_file():
-        return True
-    return any((path / COMPLETE_NAME).is_file() for path in checkpoints(folder))
 
 
 def clear_output_dir(output_dir: str | Path) -> None:
@@ -343,34 +337,15 @@ def saving(name: str, output_dir: str | Path, *, needed: int) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        advice = _advice(error, output_dir, needed)  # before clearing the staging folder frees space
+        free = free_bytes(output_dir)  # before clearing the staging folder frees space
         clear_staging(output_dir)
         last = last_complete_checkpoint(output_dir)
         kept = f"The last complete checkpoint is {last}" if last else "No checkpoint had been saved yet"
         resume = "continue with --resume_from_checkpoint true" if last else "start again"
         raise SaveError(
-            f"cannot save {name} in {output_dir} ({type(error).__name__}: {error}). {kept}; {advice}, and {resume}."
+            f"cannot save {name} in {output_dir} ({type(error).__name__}: {error}). {kept}; it takes about "
+            f"{as_size(needed)}, and {as_size(free)} are free: remove the cause, and {resume}."
         ) from error
-
-
-def _advice(error: Exception, output_dir: str | Path, needed: int) -> str:
-    """Return advice on a failure to write, by its errno."""
-    found = re.search(r"os error (\d+)", str(error))  # how safetensors words it
-    number = getattr(error, "errno", None) or (int(found[1]) if found else None)
-    free = free_bytes(output_dir)
-    if number == errno.ENOSPC and free >= needed and _free_inodes(output_dir) == 0:
-        return "the disk has space but no free inodes: delete files that are not needed"
-    if number == errno.EDQUOT:
-        return "the disk quota of this user is used up: delete files that are not needed"
-    if number == errno.EFBIG:
-        return f"it takes about {as_size(needed)}, more than a file may have: raise the limit (`ulimit -f`)"
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"writing is not permitted: change the permissions of {output_dir}"
-    if number == errno.ENOENT:
-        return "a file or folder was removed while it was written: do not change the folder during a run"
-    if number == errno.ENOSPC or free < needed:
-        return f"it takes about {as_size(needed)}, and {as_size(free)} are free: make room"
-    return "remove the cause"
 
 
 def warn_if_disk_is_full(output_dir: str | Path, *, needed: int) -> None:
@@ -389,13 +364,6 @@ def free_bytes(folder: str | Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-def _free_inodes(folder: str | Path) -> int | None:
-    try:
-        return os.statvfs(folder).f_favail
-    except (AttributeError, OSError):  # Windows, or no such folder
-        return None
 
 
 def as_size(size: float) -> str:

@@ -6,7 +6,6 @@ passes `--overwrite`. Files of lines survive a kill, and only one process writes
 """
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -183,29 +182,14 @@ def is_device(path: str | Path) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-# Advice on a file that cannot be written.
-_ADVICE = {
-    errno.ENOSPC: "make room and run again",
-    errno.EDQUOT: "the quota is used up: make room and run again",
-    errno.EFBIG: "raise the limit of `ulimit -f` and run again",
-}
-
-
-def advice_on(error: BaseException) -> str:
-    """Return advice on a file that could not be written, unless the error already contains it."""
-    advice = _ADVICE.get(getattr(error, "errno", None) or 0, "") if isinstance(error, OSError) else ""
-    return f" ({advice})" if advice and advice not in str(error) else ""
-
-
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """Add the name of a file to errors of writing to it, which the system leaves out."""
     try:
         yield
     except OSError as error:
-        if error.filename is not None or error.errno not in _ADVICE:
-            raise
-        raise OSError(error.errno, f"{error.strerror}, {_ADVICE[error.errno]}", str(path)) from error
+        error.filename = error.filename or str(path)
+        raise
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:

@@ -1,6 +1,5 @@
 """`bd3lm`: exit code 0 only on success, errors in one line."""
 
-import errno
 import signal
 import subprocess
 import sys
@@ -173,11 +172,6 @@ def test_a_verb_is_needed(bd3lm):
     [
         (ValueError("--length 0:\n\tsay more"), 2, "error: --length 0: say more\n"),
         (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'\n"),
-        (
-            OSError(errno.EFBIG, "too large"),
-            2,
-            "error: [Errno 27] too large (raise the limit of `ulimit -f` and run again)\n",
-        ),
         (OverflowError("too large"), 2, "error: OverflowError: too large\n"),
         (yaml.YAMLError("a\ttab"), 2, "error: YAMLError: a tab\n"),
         (SafetensorError("header"), 2, "error: SafetensorError: header\n"),

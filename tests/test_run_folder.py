@@ -72,8 +72,6 @@ def test_a_recipe_of_the_user_does_not_make_a_folder_ours(tmp_path):
         check_output_dir(tmp_path)
     clear_output_dir(tmp_path)
     assert (tmp_path / "checkpoint-7").is_dir()
-    mark_complete(tmp_path / "checkpoint-7", {"resumable": True})  # as in folders of earlier versions
-    check_output_dir(tmp_path, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -268,30 +266,15 @@ def test_old_checkpoints_are_renamed_before_they_are_deleted(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("error", "needed", "advice"),
-    [
-        (OSError(errno.ENOSPC, "full"), 10**18, "1000000.0 TB.*make room"),
-        (OSError(errno.ENOSPC, "full"), 1, "make room"),
-        (OSError(errno.EFBIG, "too large"), 1, "ulimit -f"),
-        (OSError(errno.EACCES, "denied"), 1, "permissions"),
-        (RuntimeError("writer"), 10**18, "make room"),
-        (SafetensorError("File too large (os error 27)"), 1, "ulimit -f"),
-    ],
+    "error", [OSError(errno.ENOSPC, "full"), RuntimeError("writer"), SafetensorError("File too large (os error 27)")]
 )
-def test_a_failure_to_save_is_one_clear_error_and_leaves_no_debris(tmp_path, error, needed, advice):
+def test_a_failure_to_save_is_one_clear_error_and_leaves_no_debris(tmp_path, error):
     make_checkpoint(tmp_path, 3)
     (tmp_path / STAGING_NAME / "checkpoint-6").mkdir(parents=True)
-    message = f"checkpoint-6.*{type(error).__name__}.*checkpoint-3.*{advice}.*--resume_from_checkpoint true"
-    with pytest.raises(SaveError, match=message), saving("checkpoint-6", tmp_path, needed=needed):
+    message = f"checkpoint-6.*{type(error).__name__}.*checkpoint-3.* 1000000.0 TB.*--resume_from_checkpoint true"
+    with pytest.raises(SaveError, match=message), saving("checkpoint-6", tmp_path, needed=10**18):
         raise error
     assert not (tmp_path / STAGING_NAME).exists()
-
-
-def test_a_disk_without_inodes_is_not_called_full(tmp_path, monkeypatch):
-    used_up = os.statvfs_result((4096, 4096, 10**9, 10**9, 10**9, 10**6, 0, 0, 0, 255))
-    monkeypatch.setattr(os, "statvfs", lambda path: used_up)
-    with pytest.raises(SaveError, match="inodes"), saving("it", tmp_path, needed=1):
-        raise OSError(errno.ENOSPC, "full")
 
 
 def test_other_errors_pass_through_saving(tmp_path):
