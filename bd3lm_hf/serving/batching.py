@@ -1,22 +1,41 @@
 """Continuous batching: requests wait in a queue, and join and leave the running groups between blocks.
 
-Requests with the same settings are generated together; groups with different settings take turns. A request's random
-numbers depend only on its seed and its number of tokens so far, so its text does not depend on other requests.
+Requests with the same settings form a group: one call of `generate` writes the next blocks of all its rows. Groups
+with different settings take turns. A request's random numbers depend only on its seed and its number of tokens so far,
+so its text does not depend on other requests.
+
+Each row brings the keys and values of its finished blocks, so nothing is computed twice: whenever the rows of a group
+change, their caches are joined again.
 """
 
 import contextlib
+import copy
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
+import torch
+from transformers import GenerationConfig, StoppingCriteriaList
+
+from bd3lm_hf.checkpoints import window_of
+from bd3lm_hf.generation.text_generation import pad_left
+from bd3lm_hf.modeling.cache_bd3lm import BlockCache
+from bd3lm_hf.modeling.decoding_state_bd3lm import BlockCriteria
+from bd3lm_hf.modeling.linear_bd3lm import PrepackedLinears
+from bd3lm_hf.modeling.windows_bd3lm import fills_window
 from bd3lm_hf.serving.requests import Request
-from bd3lm_hf.serving.row_group import ROUND_TOKENS, RowGroup
 
 
 # How long the worker waits for the next requests of clients it has just answered: a share of a block's time, and the
 # maximum in seconds.
 _PATIENCE, _MAX_PATIENCE = 0.1, 0.05
+
+_ROUND_TOKENS = 32  # tokens each row gets before another group runs
+
+_Row = tuple[Request, int]  # a request and the index of the first of its tokens that the model still reads
+_Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, (1, heads, tokens, head_dim)
 
 
 class QueueFullError(RuntimeError):
@@ -104,9 +123,7 @@ class Batcher:
         finally:
             with self._changed:
                 self._closed = True
-                requests = [*(row for group in self._groups for row in group.rows), *self._waiting]
-                self._groups.clear()
-                self._waiting.clear()
+                requests = self._requests()
             for request in requests:
                 self._end(request, reason)
 
@@ -118,11 +135,9 @@ class Batcher:
                 self._wait_for_answered_clients()
                 if self._closed:
                     return
-                cancelled = self._drop_cancelled()
+                self._drop_cancelled()
                 self._admit()
                 group = self._groups[0] if self._groups else None
-            for request in cancelled:
-                self._end(request, None)
             if group is not None:
                 self._write(group)
                 if self._groups and self._groups[0] is group:
@@ -137,17 +152,16 @@ class Batcher:
         patience = min(_PATIENCE * self._block_seconds, _MAX_PATIENCE)
         self._changed.wait_for(lambda: len(self._waiting) >= answered or self._closed, patience)
 
+    def _requests(self) -> list[Request]:
+        return [*(request for group in self._groups for request in group.rows), *self._waiting]
+
     def _num_running(self) -> int:
         return sum(len(group.rows) for group in self._groups)
 
-    def _drop_cancelled(self) -> list[Request]:
-        running = (request for group in self._groups for request in group.rows)
-        cancelled = [request for request in (*running, *self._waiting) if request.cancelled.is_set()]
-        for group in self._groups:
-            group.remove(cancelled)
-        self._groups = deque(group for group in self._groups if group.rows)
-        self._waiting = deque(request for request in self._waiting if request not in cancelled)
-        return cancelled
+    def _drop_cancelled(self) -> None:
+        for request in self._requests():
+            if request.cancelled.is_set():
+                self._end(request, None)
 
     def _admit(self) -> None:
         """Start waiting requests in order of arrival: in the first group that accepts them, or else in a new one."""
@@ -155,18 +169,18 @@ class Batcher:
             request = self._waiting.popleft()
             group = next((group for group in self._groups if group.accepts(request)), None)
             if group is None:
-                group = RowGroup(self.model, self.tokenizer)
-                self._groups.append(group)
-            group.rows.append(request)
+                self._groups.append(RowGroup(self.model, self.tokenizer, request))
+            else:
+                group.rows.append(request)
 
-    def _write(self, group: RowGroup) -> None:
+    def _write(self, group: "RowGroup") -> None:
         """Run one call for a group and end its finished requests."""
         before, started = sum(len(request.written) for request in group.rows), time.perf_counter()
 
         def should_yield() -> bool:
             with self._changed:
                 written = sum(len(request.written) for request in group.rows) - before
-                round_is_over = len(self._groups) > 1 and written >= ROUND_TOKENS * len(group.rows)
+                round_is_over = len(self._groups) > 1 and written >= _ROUND_TOKENS * len(group.rows)
                 can_admit = bool(self._waiting) and self._num_running() < self.max_batch_size
                 return round_is_over or can_admit or self._closed
 
@@ -181,31 +195,246 @@ class Batcher:
             self._block_seconds = seconds / max(1, blocks)
             self.tokens += sum(len(request.written) for request in group.rows) - before
             ended = [request for request in group.rows if request.finish_reason is not None]
-            self._remove(group, ended)
             self._answered = len(ended)
         for request in ended:
             self._end(request, None)
 
-    def _isolate(self, group: RowGroup, error: Exception) -> None:
+    def _isolate(self, group: "RowGroup", error: Exception) -> None:
         """Retry each row in its own group after an error: a single row may have caused it."""
+        if len(group.rows) == 1:
+            self._end(group.rows[0], error)
+            return
         with self._changed:
-            rows = list(group.rows)
-            self._remove(group, rows)
-            for request in rows if len(rows) > 1 else ():
-                alone = RowGroup(self.model, self.tokenizer)
-                alone.rows.append(request)
-                self._groups.append(alone)
-        if len(rows) == 1:
-            self._end(rows[0], error)
-
-    def _remove(self, group: RowGroup, requests: list[Request]) -> None:
-        group.remove(requests)
-        if not group.rows:
             self._groups.remove(group)
+            for request in group.rows:
+                self._groups.append(RowGroup(self.model, self.tokenizer, request))
 
     def _end(self, request: Request, error: BaseException | None) -> None:
-        self.requests += 1
+        with self._changed:
+            for group in self._groups:
+                group.rows = [row for row in group.rows if row is not request]
+            self._groups = deque(group for group in self._groups if group.rows)
+            self._waiting = deque(waiting for waiting in self._waiting if waiting is not request)
+            self.requests += 1
         if request.on_end is not None:
             # The client's event loop may already be closed.
             with contextlib.suppress(RuntimeError):
                 request.on_end(error)
+
+
+class RowGroup:
+    """The running requests with one set of settings.
+
+    The length of a call depends on the model:
+    - A block-diffusion model can end its call after any block, and keeps the cache.
+    - A model without a block cache (SSD-LM, time-conditioned models) can too, but reads the text again in every call.
+    - A model whose block fills the window denoises a text as a whole; only rows of equal length share a call.
+    - An autoregressive model draws all rows from one generator. A sampled row runs alone, in calls of fixed length, so
+      its text does not depend on other requests.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: decodes the text of the requests.
+        first: the first request.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, first: Request) -> None:
+        self.model, self.tokenizer, self.rows = model, tokenizer, [first]
+        self.block_size = int(getattr(model.config, "block_size", None) or 1)
+        self.window = window_of(model)
+        if getattr(model.config, "has_learned_positions", False):
+            # A call generates whole blocks after the longest row, and they need positions too.
+            self.window = min(self.window, model.config.max_position_embeddings // self.block_size * self.block_size)
+            self.window -= self.block_size
+        self.in_one_piece = self.block_size >= self.window
+        self.per_row: bool = model.generator_per_row
+        self.has_block_cache = _has_block_cache(model)
+        self._cache: tuple[list[_Row], Any] | None = None  # rows of the last call and their cache
+
+    def accepts(self, request: Request) -> bool:
+        """Return whether a request can join now without changing the text of any row."""
+        first = self.rows[0]
+        if first.key != request.key or (not self.per_row and (request.config.do_sample or _ends_early(request))):
+            return False
+        return not self.in_one_piece or (first.remaining == request.remaining and not first.written)
+
+    @torch.inference_mode()
+    def write(self, should_yield: Callable[[], bool]) -> int:
+        """Append blocks to the rows until one ends or is cancelled, or `should_yield()` is true after a block.
+
+        Returns:
+            the number of blocks generated.
+        """
+        rows = [(request, self._start(request)) for request in self.rows]
+        texts = [(request.prompt + request.written)[start:] for request, start in rows]
+        max_blocks = self._max_blocks(texts)
+        # Whether the call can end after any block without changing the text.
+        can_pause = self.per_row and not self.in_one_piece
+        criteria = _RowCriteria(self.rows, self.tokenizer, max_blocks, should_yield if can_pause else lambda: False)
+        cache = self._take_cache(rows, texts)
+        for request in self.rows:
+            request.reseed()
+        generators: Any = [request.generator for request in self.rows]
+        output = self.model.generate(
+            **pad_left(texts, self.model.device),
+            generation_config=_call_config(self.rows[0].config, self._max_new_tokens(max_blocks)),
+            generator=generators if self.per_row else generators[0],
+            stopping_criteria=StoppingCriteriaList([criteria]),
+            **({} if cache is None else {"past_key_values": cache}),
+        )
+        criteria.finish()
+        kept = getattr(output, "past_key_values", None)
+        if kept is not None and kept.get_seq_length() and (self.has_block_cache or len(self.rows) == 1):
+            self._cache = (rows, kept)
+        return criteria.num_blocks
+
+    def _max_new_tokens(self, max_blocks: int | None) -> int:
+        longest = max(request.remaining for request in self.rows)
+        if max_blocks is None:
+            return longest
+        # Whole blocks: a block that is only partly requested would be denoised differently than in a batch.
+        return min(-(-longest // self.block_size) + 1, max_blocks) * self.block_size
+
+    def _max_blocks(self, texts: list[list[int]]) -> int | None:
+        """Return the most blocks that the call may write; None if it runs to the end of the text."""
+        if self.in_one_piece:
+            return None
+        if not self.per_row:
+            return _ROUND_TOKENS
+        # No row outgrows its window within a call.
+        size = self.block_size
+        return max(1, (self.window - max(map(len, texts)) // size * size) // size)
+
+    def _start(self, request: Request) -> int:
+        """Return the index of the first token that the model still reads, a function of the row's length alone.
+
+        With a cache, a text that has outgrown the window moves it by a quarter at a time, and is read again only then.
+        """
+        length, size = len(request.prompt) + len(request.written), self.block_size
+        if self.in_one_piece:
+            return 0
+        if request.written and getattr(request.config, "context", None) == "previous_block":
+            return length - size  # after its first block, such an SSD-LM reads only the previous one
+        exact = getattr(request.config, "window", None) == "exact" or (self.per_row and not self.has_block_cache)
+        stride = size if exact else max(1, self.window // (4 * size)) * size
+        too_many = length // size * size + size - self.window
+        return max(0, -(-too_many // stride) * stride)
+
+    def _take_cache(self, rows: list[_Row], texts: list[list[int]]) -> Any:
+        """Return a cache of the finished blocks of the rows, except the last one of each."""
+        (cached_rows, cache), self._cache = self._cache or ([], None), None
+        if cached_rows == rows:
+            return cache
+        if not self.has_block_cache:
+            return None
+        size, kept = self.block_size, _split_cache(cached_rows, cache)
+        # `generate` writes the last finished block together with the first step of the next one.
+        finished = [text[: max(0, len(text) // size * size - size)] for text in texts]
+        layers = [kept.get(row, []) for row in rows]
+        unread = [
+            index
+            for index, (own, text) in enumerate(zip(layers, finished, strict=True))
+            if (own[0][0].shape[2] if own else 0) != len(text)
+        ]
+        if unread:
+            with PrepackedLinears(self.model):
+                for index in unread:
+                    layers[index] = self._read(finished[index])
+        ends = torch.tensor([len(text) // size * size for text in texts], device=self.model.device)
+        return _join_caches(self.model, layers, ends.max() - ends)
+
+    def _read(self, tokens: list[int]) -> _Layers:
+        """Run the finished blocks of one row through the network and return their keys and values."""
+        network, cache = self.model.decoding_network(), BlockCache(self.model.config)
+        ids = torch.tensor([tokens], device=self.model.device)
+        positions = torch.arange(len(tokens), device=self.model.device).unsqueeze(0)
+        network.hidden(ids, positions, None, None, cache=cache, num_committed=len(tokens))
+        layers: list[Any] = cache.layers
+        return [(layer.keys, layer.values) for layer in layers]
+
+
+class _RowCriteria(BlockCriteria):
+    """Pass each block to its rows; end the call when a row has ended or other requests should run."""
+
+    def __init__(
+        self, rows: list[Request], tokenizer: Any, max_blocks: int | None, should_yield: Callable[[], bool]
+    ) -> None:
+        self.rows, self.tokenizer, self.max_blocks, self.should_yield = list(rows), tokenizer, max_blocks, should_yield
+        self.num_blocks, self.ended = 0, False
+
+    def end_block(self, new_tokens: list[list[int]], finished: list[bool]) -> bool:
+        self.num_blocks += 1
+        for request, tokens, has_ended in zip(self.rows, new_tokens, finished, strict=True):
+            request.take(tokens, self.tokenizer, has_ended)
+            request.reseed()
+        over = [request.finish_reason is not None or request.cancelled.is_set() for request in self.rows]
+        # Rows that are denoised as a whole stay together until all are over.
+        can_end = all(over) if self.max_blocks is None else any(over)
+        self.ended = can_end or self.num_blocks == self.max_blocks or self.should_yield()
+        return self.ended
+
+    def finish(self) -> None:
+        """Finish the rows if `generate` ended the call on a criterion that it does not report."""
+        if not self.ended:
+            for request in self.rows:
+                request.take([], self.tokenizer, finished=True)
+
+
+def _has_block_cache(model: Any) -> bool:
+    return (
+        hasattr(model, "decoding_network")
+        and model.generator_per_row
+        and not model.config.time_conditioning  # keys depend on the noise level
+        and not fills_window(model.config)
+        and model.generation_config.use_cache is not False
+        and model.generation_config.cache_implementation in (None, "dynamic")
+    )
+
+
+def _ends_early(request: Request) -> bool:
+    """Return whether rows may stop on a criterion that transformers' own loop does not report."""
+    return getattr(request.config, "entropy_stop", None) is not None or bool(
+        getattr(request.config, "stop_at_second_eos", False)
+    )
+
+
+def _call_config(config: GenerationConfig, tokens: int) -> GenerationConfig:
+    """Return the settings of one call; each row applies its own stop strings and limit."""
+    made = copy.deepcopy(config)
+    made.max_new_tokens, made.max_length, made.stop_strings = tokens, None, None
+    made.return_dict_in_generate = True
+    if made.pad_token_id is None:
+        ends = made.eos_token_id
+        made.pad_token_id = ends[0] if isinstance(ends, list) else 0 if ends is None else ends
+    return made
+
+
+def _split_cache(rows: list[_Row], cache: Any) -> dict[_Row, _Layers]:
+    """Split a cache into views, one per row; rows may begin at different columns."""
+    if cache is None:
+        return {}
+    begins = [0] * len(rows) if cache.row_start is None else cache.row_start.tolist()
+    parts = {}
+    for index, (row, begin) in enumerate(zip(rows, begins, strict=True)):
+        part = (slice(index, index + 1), slice(None), slice(begin, None))
+        parts[row] = [(layer.keys[part], layer.values[part]) for layer in cache.layers]
+    return parts
+
+
+def _join_caches(model: Any, rows: list[_Layers], starts: torch.Tensor) -> BlockCache:
+    """Join rows into one cache; they begin at the columns `starts` and end at the same column."""
+    cache = BlockCache(model.config)
+    example = max(rows, key=lambda layers: layers[0][0].shape[2] if layers else 0)
+    for index, pair in enumerate(example):
+        joined = []
+        for kind, longest in enumerate(pair):
+            # Columns before the start of a row are masked, but must be finite: they enter products.
+            whole = longest.new_zeros(len(rows), *longest.shape[1:])
+            for row, layers in enumerate(rows):
+                if layers:
+                    own = layers[index][kind][0]
+                    whole[row, :, longest.shape[2] - own.shape[1] :] = own
+            joined.append(whole)
+        cache.update(joined[0], joined[1], index)
+    cache.row_start = starts if starts.any() else None
+    return cache

@@ -1,4 +1,4 @@
-"""One request: encode its prompt, decode its new tokens, find where the text ends, and release what is final."""
+"""One request: decode its new tokens, find where the text ends, and release what is final."""
 
 import secrets
 import threading
@@ -7,65 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from transformers import BatchEncoding, GenerationConfig
+from transformers import GenerationConfig
 
 from bd3lm_hf.seeds import derived_seed
-from bd3lm_hf.tokenization import encode_prompt
-
-
-# Arguments of `apply_chat_template` that concern tokenization, which is done here.
-_TOKENIZATION_ARGUMENTS = ("tokenize", "return_tensors", "return_dict", "load_audio_from_video")
-
-
-class PlainText:
-    """A tokenizer for text sent by clients, with the interface that transformers' handlers call.
-
-    A literal mask token in such a text is encoded as plain characters, never as the mask token.
-
-    Args:
-        tokenizer: the model's tokenizer.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer_of_model, self._mask = tokenizer, getattr(tokenizer, "mask_token", None)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer_of_model, name)
-
-    def __call__(self, text: str, *, add_special_tokens: bool = True, **kwargs: Any) -> BatchEncoding:
-        """Return `input_ids` and `attention_mask`, `(1, length)`.
-
-        Raises:
-            ValueError: if the text has no tokens or contains a lone surrogate.
-        """
-        text.encode()  # a tokenizer's own error would claim that such a text is not a string
-        if self._mask and self._mask in text:
-            ids = self._with_literal_masks(text, add_special_tokens)
-        else:
-            ids = encode_prompt(text, self._tokenizer_of_model, add_special_tokens=add_special_tokens)
-        if not ids:
-            raise ValueError("the prompt has no tokens: send some text.")
-        data = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-        return BatchEncoding(data)
-
-    def _with_literal_masks(self, text: str, add_special_tokens: bool) -> list[int]:
-        encode = self._tokenizer_of_model
-        literal = encode(self._mask, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        parts = [encode(part, add_special_tokens=False)["input_ids"] for part in text.split(self._mask)]
-        ids: list[int] = parts[0] + [token for part in parts[1:] for token in literal + part]
-        if not add_special_tokens:
-            return ids
-        # The special tokens that this tokenizer puts before a text.
-        example = encode("x", add_special_tokens=False)["input_ids"]
-        framed: list[int] = encode("x")["input_ids"]
-        at = next(at for at in range(len(framed)) if framed[at : at + len(example)] == example)
-        return framed[:at] + ids
-
-    def apply_chat_template(self, conversation: list[dict], **kwargs: Any) -> BatchEncoding:
-        """Return the ids of a conversation, rendered with the model's chat template."""
-        kwargs = {name: value for name, value in kwargs.items() if name not in _TOKENIZATION_ARGUMENTS}
-        text = self._tokenizer_of_model.apply_chat_template(conversation, tokenize=False, **kwargs)
-        return self(text, add_special_tokens=False)
 
 
 # Fields that may differ between requests that are generated together; all others must agree.
@@ -103,7 +47,7 @@ class Request:
         self._final = 0  # characters of `text` that are final
         self._window = 0  # index in `written` of the first token that is decoded again
         self._known = 0  # characters that these tokens decoded to when that index was set
-        self._tail = 0  # characters at the end of `text` that the next decoding replaces
+        self._settled = ""  # `text` when that index was set
 
     def reseed(self) -> None:
         """Seed the random numbers of the next block with the request's seed and its number of tokens so far."""
@@ -149,12 +93,11 @@ class Request:
     def _decode(self, tokenizer: Any) -> None:
         """Append the text of the new tokens. Only the last tokens are decoded, so the cost is linear in the length."""
         decoded = tokenizer.decode(self.written[self._window :], skip_special_tokens=True)
-        self.text = self.text[: len(self.text) - self._tail] + decoded[self._known :]
-        self._tail = len(decoded) - self._known
+        self.text = self._settled + decoded[self._known :]
         if len(self.written) - self._window > 4 * _DECODED_TOKENS and not decoded.endswith("\ufffd"):
             self._window = len(self.written) - _DECODED_TOKENS
             self._known = len(tokenizer.decode(self.written[self._window :], skip_special_tokens=True))
-            self._tail = 0
+            self._settled = self.text
 
     def _cut(self, length: int, tokenizer: Any) -> None:
         """Keep the first `length` characters, and the tokens that they need."""

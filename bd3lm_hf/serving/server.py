@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import Any
 
+import torch
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from transformers import GenerationConfig
+from transformers import BatchEncoding, GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -23,7 +24,7 @@ from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import BaseGenerateManager, GenerationState, Modality, _StreamError
 
 from bd3lm_hf.checkpoints import window_of
-from bd3lm_hf.serving.batching import Batcher, Request
+from bd3lm_hf.serving.batching import Batcher
 from bd3lm_hf.serving.openai_api import (
     Access,
     add_error_handlers,
@@ -36,7 +37,8 @@ from bd3lm_hf.serving.openai_api import (
     own_fields,
     with_nulls,
 )
-from bd3lm_hf.serving.requests import PlainText
+from bd3lm_hf.serving.requests import Request
+from bd3lm_hf.tokenization import encode_plain, encode_prompt
 
 
 # Generation with our batching
@@ -229,6 +231,49 @@ class Chat(_Handler, ChatCompletionHandler):
 
 
 # The application
+
+
+class PlainText:
+    """A tokenizer for text sent by clients, with the interface that transformers' handlers call.
+
+    A literal mask token in such a text is encoded as plain characters, never as the mask token.
+
+    Args:
+        tokenizer: the model's tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer_of_model = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer_of_model, name)
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True, **kwargs: Any) -> BatchEncoding:
+        """Return `input_ids` and `attention_mask`, `(1, length)`.
+
+        Raises:
+            ValueError: if the text has no tokens or contains a lone surrogate.
+        """
+        text.encode()  # a tokenizer's own error would claim that such a text is not a string
+        tokenizer = self._tokenizer_of_model
+        ids = encode_prompt(text, tokenizer, add_special_tokens=add_special_tokens)
+        if tokenizer.mask_token in text:
+            literal = tokenizer(tokenizer.mask_token, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            first, *others = (encode_plain(part, tokenizer) for part in text.split(tokenizer.mask_token))
+            ids = first + [token for part in others for token in literal + part]
+            if add_special_tokens:
+                # The special tokens that this tokenizer puts before a text.
+                ids = encode_prompt("x", tokenizer)[: -len(encode_plain("x", tokenizer))] + ids
+        if not ids:
+            raise ValueError("the prompt has no tokens: send some text.")
+        data = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        return BatchEncoding(data)
+
+    def apply_chat_template(self, conversation: list[dict], **kwargs: Any) -> BatchEncoding:
+        """Return the ids of a conversation, rendered with the model's chat template."""
+        # The caller's arguments for tokenization do not fit text.
+        kwargs |= {"tokenize": False, "return_dict": False, "return_tensors": None}
+        return self(self._tokenizer_of_model.apply_chat_template(conversation, **kwargs), add_special_tokens=False)
 
 
 # `transformers chat` calls `/load_model` first; here it only reports that the model is ready.

@@ -13,8 +13,9 @@ from shared_models import tiny_ssdlm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bd3lm_hf.modeling.windows_bd3lm import DecodingNetwork
-from bd3lm_hf.serving import batching, row_group
-from bd3lm_hf.serving.batching import Batcher, QueueFullError, Request
+from bd3lm_hf.serving import batching
+from bd3lm_hf.serving.batching import Batcher, QueueFullError
+from bd3lm_hf.serving.requests import Request
 
 
 class Letters:
@@ -182,7 +183,7 @@ def test_groups_that_take_turns_keep_their_caches(make_model, serve, monkeypatch
     # Within one window, so that nothing is read again when a group has its next turn.
     model = make_model(pad_token_id=0, model_length=256)
     batcher, read = serve(model), []
-    monkeypatch.setattr(row_group.RowGroup, "_read", lambda group, tokens: read.append(tokens))
+    monkeypatch.setattr(batching.RowGroup, "_read", lambda group, tokens: read.append(tokens))
 
     def callers():
         return [Caller(model, [1, 2], 120, seed=1), Caller(model, [3], 120, do_sample=False)]
