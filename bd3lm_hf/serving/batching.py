@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from bd3lm_hf.checkpoints import window_of
@@ -35,7 +36,7 @@ _PATIENCE, _MAX_PATIENCE = 0.1, 0.05
 _ROUND_TOKENS = 32  # tokens each row gets before another group runs
 
 _Row = tuple[Request, int]  # a request and the index of the first of its tokens that the model still reads
-_Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, (1, heads, tokens, head_dim)
+_Layers = list[tuple[torch.Tensor, torch.Tensor]]  # a row's keys and values of each layer, (tokens, heads, head_dim)
 
 
 class QueueFullError(RuntimeError):
@@ -78,7 +79,7 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="bd3lm-batcher", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request) -> Request:
+    def submit(self, request: Request) -> None:
         """Queue a request; its callbacks report its text and its end."""
         with self._changed:
             if self._closed:
@@ -87,7 +88,6 @@ class Batcher:
                 raise QueueFullError(f"{len(self._waiting)} requests are waiting already: try again later.")
             self._waiting.append(request)
             self._changed.notify()
-        return request
 
     def statistics(self) -> dict[str, float]:
         """Return totals since the start and the current load."""
@@ -327,14 +327,15 @@ class RowGroup:
             return cache
         if not self.has_block_cache:
             return None
-        size, kept = self.block_size, _split_cache(cached_rows, cache)
+        size = self.block_size
+        kept = {} if cache is None else dict(zip(cached_rows, _split_cache(cache, len(cached_rows)), strict=True))
         # `generate` writes the last finished block together with the first step of the next one.
         finished = [text[: max(0, len(text) // size * size - size)] for text in texts]
         layers = [kept.get(row, []) for row in rows]
         unread = [
             index
             for index, (own, text) in enumerate(zip(layers, finished, strict=True))
-            if (own[0][0].shape[2] if own else 0) != len(text)
+            if (len(own[0][0]) if own else 0) != len(text)
         ]
         if unread:
             with PrepackedLinears(self.model):
@@ -349,8 +350,7 @@ class RowGroup:
         ids = torch.tensor([tokens], device=self.model.device)
         positions = torch.arange(len(tokens), device=self.model.device).unsqueeze(0)
         network.hidden(ids, positions, None, None, cache=cache, num_committed=len(tokens))
-        layers: list[Any] = cache.layers
-        return [(layer.keys, layer.values) for layer in layers]
+        return _split_cache(cache, 1)[0]
 
 
 class _RowCriteria(BlockCriteria):
@@ -409,32 +409,26 @@ def _call_config(config: GenerationConfig, tokens: int) -> GenerationConfig:
     return made
 
 
-def _split_cache(rows: list[_Row], cache: Any) -> dict[_Row, _Layers]:
+def _split_cache(cache: Any, num_rows: int) -> list[_Layers]:
     """Split a cache into views, one per row; rows may begin at different columns."""
-    if cache is None:
-        return {}
-    begins = [0] * len(rows) if cache.row_start is None else cache.row_start.tolist()
-    parts = {}
-    for index, (row, begin) in enumerate(zip(rows, begins, strict=True)):
-        part = (slice(index, index + 1), slice(None), slice(begin, None))
-        parts[row] = [(layer.keys[part], layer.values[part]) for layer in cache.layers]
-    return parts
+    begins = [0] * num_rows if cache.row_start is None else cache.row_start.tolist()
+    # (tokens, batch, heads, head_dim)
+    layers = [(layer.keys.permute(2, 0, 1, 3), layer.values.permute(2, 0, 1, 3)) for layer in cache.layers]
+    return [[(keys[begin:, row], values[begin:, row]) for keys, values in layers] for row, begin in enumerate(begins)]
 
 
 def _join_caches(model: Any, rows: list[_Layers], starts: torch.Tensor) -> BlockCache:
     """Join rows into one cache; they begin at the columns `starts` and end at the same column."""
     cache = BlockCache(model.config)
-    example = max(rows, key=lambda layers: layers[0][0].shape[2] if layers else 0)
-    for index, pair in enumerate(example):
-        joined = []
-        for kind, longest in enumerate(pair):
-            # Columns before the start of a row are masked, but must be finite: they enter products.
-            whole = longest.new_zeros(len(rows), *longest.shape[1:])
-            for row, layers in enumerate(rows):
-                if layers:
-                    own = layers[index][kind][0]
-                    whole[row, :, longest.shape[2] - own.shape[1] :] = own
-            joined.append(whole)
-        cache.update(joined[0], joined[1], index)
+    # A row without a finished block has no layers.
+    for index, example in enumerate(max(rows, key=len)):
+        # The padding before a row is masked, but must be finite: it enters products.
+        keys, values = (
+            pad_sequence(
+                [row[index][kind] if row else example[kind][:0] for row in rows], batch_first=True, padding_side="left"
+            ).transpose(1, 2)
+            for kind in (0, 1)
+        )
+        cache.update(keys, values, index)
     cache.row_start = starts if starts.any() else None
     return cache

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bd3lm_hf.argument_parser import integer, load_model_and_tokenizer
-from bd3lm_hf.generation.generate_cli import CHOICES, FIELDS
+from bd3lm_hf.generation.generate_cli import CHOICES, FIELDS, generation_fields
 
 
 _LIBRARIES = ("fastapi", "uvicorn", "openai")  # required by transformers' server
@@ -138,8 +138,7 @@ def load_app(arguments: argparse.Namespace, api_key: str | None) -> Any:
     check_generates(model, arguments.model)
     if arguments.dtype != "auto":
         model = model.to(getattr(torch, arguments.dtype))
-    defaults = {name: getattr(arguments, name) for name in ("sampler", *_FIELDS)}
-    defaults = {name: value for name, value in defaults.items() if value is not None}
+    defaults = generation_fields(arguments)
     unknown = sorted(set(defaults) - set(model.generation_config.to_dict()))
     if unknown:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)

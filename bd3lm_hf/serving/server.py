@@ -6,8 +6,7 @@ checks, and middleware for its FastAPI application.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
+from collections.abc import AsyncIterator
 from typing import Any
 
 import torch
@@ -47,14 +46,16 @@ from bd3lm_hf.tokenization import encode_plain, encode_prompt
 class _QueueStreamer:
     """Put final text into the queue that transformers' handlers read."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
+    request: Request
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[Any] = asyncio.Queue()
-        self.request: Request | None = None
+        self.error: BaseException | None = None
 
     @property
     def total_tokens(self) -> int:
-        return 0 if self.request is None else len(self.request.written)
+        return len(self.request.written)
 
     def put(self, text: str) -> None:
         """Queue a piece of text; called from the batcher's thread."""
@@ -62,14 +63,17 @@ class _QueueStreamer:
 
     def end(self, error: BaseException | None) -> None:
         """End the stream, with an error if there is one."""
+        self.error = error
+        if self.request.finish_reason == "stop":
+            # transformers' handlers report a text of exactly this many tokens as cut off.
+            self.request.config.max_new_tokens = None
         # transformers puts the message between quotes; `openai_events` parses it.
         item = None if error is None else _StreamError(json.dumps(json.dumps(error_content(*describe(error))))[1:-1])
         self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
 
     def cancel(self) -> None:
         """Stop generating: the client has disconnected."""
-        if self.request is not None:
-            self.request.cancelled.set()
+        self.request.cancelled.set()
 
 
 class BatchedGeneration(BaseGenerateManager):
@@ -89,53 +93,34 @@ class BatchedGeneration(BaseGenerateManager):
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue, Any]:
         """Queue a request and return the queue that its text is streamed to."""
-        streamer = _QueueStreamer(asyncio.get_running_loop())
-        streamer.request = self._submit(inputs, gen_config, streamer.put, streamer.end)
+        (prompt,) = inputs["input_ids"].tolist()
+        if len(prompt) > self.window:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens, more than the window of {self.window}: shorten the prompt."
+            )
+        streamer = _QueueStreamer()
+        seed = gen_config.__dict__.pop("seed", None)
+        streamer.request = Request(prompt, gen_config, seed, streamer.put, streamer.end)
+        self.batcher.submit(streamer.request)
         return streamer.queue, streamer
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: dict, gen_config: GenerationConfig, request_id: str
     ) -> tuple[str, int, list[int]]:
         """Queue a request and wait for its text; cancel it if the client disconnects."""
-        done: Future[None] = Future()
-        done.set_running_or_notify_cancel()  # a client that disconnects cancels the wait, not the worker's answer
-
-        def end(error: BaseException | None) -> None:
-            done.set_result(None) if error is None else done.set_exception(error)
-
-        request = self._submit(inputs, gen_config, None, end)
+        queue, streamer = self.generate_streaming(model, processor, inputs, gen_config, request_id)
         try:
-            await asyncio.wrap_future(done)
+            while isinstance(await queue.get(), str):
+                pass
         except asyncio.CancelledError:
-            request.cancelled.set()
+            streamer.cancel()
             raise
-        return request.text, len(request.prompt), request.written
+        if streamer.error is not None:
+            raise streamer.error
+        return streamer.request.text, len(streamer.request.prompt), streamer.request.written
 
     def stop(self) -> None:
         self.batcher.close()
-
-    def _submit(
-        self,
-        inputs: dict,
-        config: GenerationConfig,
-        on_text: Callable[[str], None] | None,
-        on_end: Callable[[BaseException | None], None],
-    ) -> Request:
-        (prompt,) = inputs["input_ids"].tolist()
-        if len(prompt) > self.window:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens, more than the window of {self.window}: shorten the prompt."
-            )
-        request = Request(prompt, config, config.__dict__.pop("seed", None), on_text)
-
-        def end(error: BaseException | None) -> None:
-            if request.finish_reason == "stop":
-                # transformers' handlers report a text of exactly this many tokens as cut off.
-                config.max_new_tokens = None
-            on_end(error)
-
-        request.on_end = end
-        return self.batcher.submit(request)
 
 
 class OneModelState(GenerationState):
