@@ -144,7 +144,7 @@ def read_config(name: str, *, argument: str = "--model", trust_remote_code: bool
     files = {key: options[key] for key in _FILE_OPTIONS if key in options}
     with _reading(name, argument):
         # Published decoders of other projects first: Stable-DiffCoder looks like a Llama to AutoConfig.
-        contract_config = read_contract_config(name, allow_unknown=trust_remote_code, files=files)
+        contract_config = read_contract_config(name, files=files)
         return contract_config or AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **files)
 
 

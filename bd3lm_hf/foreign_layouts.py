@@ -8,10 +8,7 @@ Only functions import transformers, because its import registers the Auto classe
 be complete.
 """
 
-import difflib
-import json
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -136,9 +133,7 @@ def read_contract(name: str) -> Contract | None:
     return find_contract(_read_config_dict(name), name)
 
 
-def read_contract_config(
-    name: str, *, allow_unknown: bool = False, files: dict[str, Any] | None = None, **changes: Any
-) -> Any:
+def read_contract_config(name: str, *, files: dict[str, Any] | None = None, **changes: Any) -> Any:
     """Return our configuration of a folder or Hub name; None if it is not a published block-diffusion decoder.
 
     Args:
@@ -146,19 +141,9 @@ def read_contract_config(
         changes: as in [`contract_config`].
 
     Raises:
-        ValueError: as in [`contract_config`]; unless `allow_unknown`, if the model type is unknown, with the nearest
-            known one.
+        ValueError: as in [`contract_config`].
     """
-    from transformers import CONFIG_MAPPING
-
-    config = _read_config_dict(name, **files or {})
-    found = contract_config(config, name, **changes)
-    kind = config.get("model_type")
-    if found is None and isinstance(kind, str) and kind not in CONFIG_MAPPING and not allow_unknown:
-        near = difflib.get_close_matches(kind, [*CONTRACTS, *CONFIG_MAPPING.keys()], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f". Known types of other layouts: {', '.join(CONTRACTS)}."
-        raise ValueError(f"model_type={kind!r} is unknown{hint}")
-    return found
+    return contract_config(_read_config_dict(name, **files or {}), name, **changes)
 
 
 def _read_config_dict(name: str, **files: Any) -> dict[str, Any]:
@@ -174,23 +159,19 @@ def _read_config_dict(name: str, **files: Any) -> dict[str, Any]:
 
 
 def _mask_of_tokenizer(source: str) -> int:
-    """Return the id of the mask token from a tokenizer's files: loading the tokenizer would need the configuration."""
-    from transformers.utils import cached_file
+    """Return the id of the tokenizer's mask token; `AutoTokenizer` would need the configuration to load it."""
+    from transformers import PreTrainedTokenizerFast
 
     try:
-        settings = json.loads(Path(str(cached_file(source, "tokenizer_config.json"))).read_text(encoding="utf-8"))
-        token = settings["mask_token"]
-        text = token["content"] if isinstance(token, dict) else token
-        for number, entry in (settings.get("added_tokens_decoder") or {}).items():
-            if entry["content"] == text:
-                return int(number)
-        content = json.loads(Path(str(cached_file(source, "tokenizer.json"))).read_text(encoding="utf-8"))
-        return next(entry["id"] for entry in content["added_tokens"] if entry["content"] == text)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+        found = PreTrainedTokenizerFast.from_pretrained(source).mask_token_id
+    except Exception:  # a damaged file makes the libraries raise nearly anything
+        found = None
+    if found is None:
         raise ValueError(
             f"The mask token of {source} is unknown: mask_token_id is not in its config.json, and its tokenizer has "
             f"no mask token. Name it with --mask-token-id."
-        ) from error
+        )
+    return found
 
 
 def adopt_published_decoding(model: Any, name: str | os.PathLike[str]) -> None:

@@ -84,7 +84,7 @@ def load_tokenizer(
     if tokenizer.mask_token is None:
         from bd3lm_hf.foreign_layouts import read_contract_config  # imports all decoders
 
-        config = read_contract_config(name_or_path, allow_unknown=True)
+        config = read_contract_config(name_or_path)
         if config is not None:
             set_mask_token(tokenizer, config.mask_token_id)  # it belongs to a published decoder of another project
     return complete_special_tokens(tokenizer)

@@ -76,9 +76,7 @@ def convert(
         ValueError: if the source cannot be read, weights are missing, unexpected or not finite, the model type
             contradicts the weights, or the target is in use.
     """
-    # An unknown type is refused here, unless the caller names it.
-    reading = {"allow_unknown": model_type is not None, **process_fields}
-    config = None if Path(source).expanduser().is_file() else read_contract_config(source, **reading)
+    config = None if Path(source).expanduser().is_file() else read_contract_config(source, **process_fields)
     if config is not None:
         return _convert_decoder(source, Path(target), tokenizer, config)
     if _is_decoder(source):
