@@ -16,8 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import bd3lm_hf
-from bd3lm_hf.argument_parser import ArgumentParser, with_home
-from bd3lm_hf.printing import one_line
+from bd3lm_hf.console import ArgumentParser, one_line, with_home
 
 
 class Verb(NamedTuple):

@@ -13,8 +13,8 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from bd3lm_hf.console import escape_markdown, markdown_table
 from bd3lm_hf.data.sources import DEFAULT_DATASET, find_spec, is_local
-from bd3lm_hf.printing import escape_markdown, markdown_table
 from bd3lm_hf.run_folder import RECIPE_NAME, RESULTS_NAME, WEIGHTS_NAME
 from bd3lm_hf.user_files import read_json, read_yaml
 

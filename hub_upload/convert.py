@@ -21,10 +21,10 @@ from transformers.utils import logging
 import bd3lm_hf  # noqa: F401  (registers the model types)
 from bd3lm_hf.adapt import adapt_decoder, is_adaptable, load_decoder_tokenizer
 from bd3lm_hf.checkpoints import check_finite_weights, load_model, read_config
+from bd3lm_hf.console import printable
 from bd3lm_hf.foreign_layouts import CONTRACTS, decoder_layout_config, read_contract, read_contract_config
 from bd3lm_hf.hub_upload.layouts import BUFFERS, WEIGHT_FILES, Architecture, Source, architecture_of, read_source
 from bd3lm_hf.hub_upload.repo_files import check_links, new_folder
-from bd3lm_hf.printing import printable
 from bd3lm_hf.tokenization import check_tokenizer_fits, has_tokenizer, limit_to_window, load_tokenizer
 
 

@@ -21,11 +21,11 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.models.roberta.configuration_roberta import RobertaConfig
 
 from bd3lm_hf.checkpoints import read_shard_index
+from bd3lm_hf.console import one_line
 from bd3lm_hf.data.sources import looks_like_path
 from bd3lm_hf.hub_upload.repo_files import check_links
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.configuration_ssdlm import SSDLMConfig
-from bd3lm_hf.printing import one_line
 from bd3lm_hf.user_files import read_json
 
 

@@ -55,7 +55,7 @@ def check_loads_alone(folder: Path, model: Any) -> None:
         )
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
-        from bd3lm_hf.printing import one_line  # not at the top: the isolated process imports this file
+        from bd3lm_hf.console import one_line  # not at the top: the isolated process imports this file
 
         reason = one_line(lines[-1]) if lines else f"exit code {result.returncode}"
         raise CheckError(f"The folder does not load without bd3lm_hf, so nothing was uploaded: {reason}")

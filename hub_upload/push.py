@@ -29,6 +29,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 import bd3lm_hf
+from bd3lm_hf.console import one_line, printable
 from bd3lm_hf.data.sources import is_local
 from bd3lm_hf.hub_upload.card import make_card
 from bd3lm_hf.hub_upload.hub_cli import MAX_SHARD_SIZE
@@ -48,7 +49,6 @@ from bd3lm_hf.hub_upload.repo_files import (
     write_contents,
     write_manifest,
 )
-from bd3lm_hf.printing import one_line, printable
 from bd3lm_hf.run_folder import as_size, free_bytes
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bd3lm_hf import BD3LMConfig, cli
-from bd3lm_hf.argument_parser import ArgumentParser, with_home
+from bd3lm_hf.console import ArgumentParser, with_home
 
 
 # Their flags are fields of classes of transformers, or those of lm_eval; they have their own help page.

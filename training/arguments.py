@@ -12,7 +12,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy
 
-from bd3lm_hf.argument_parser import check_minimum, unknown
+from bd3lm_hf.console import check_minimum, unknown
 from bd3lm_hf.data.instructions import LONG_ROWS
 from bd3lm_hf.data.schemas import SCHEMAS
 from bd3lm_hf.data.sources import DEFAULT_DATASET, PACKINGS

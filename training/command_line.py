@@ -12,7 +12,7 @@ import yaml
 from transformers import CONFIG_MAPPING, HfArgumentParser, IntervalStrategy
 from transformers.utils import logging
 
-from bd3lm_hf.argument_parser import unknown, with_home, with_underscores
+from bd3lm_hf.console import unknown, with_home, with_underscores
 from bd3lm_hf.run_folder import RECIPE_HEADER
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments, DataArguments, LoraArguments, ModelArguments
 from bd3lm_hf.training.command_help import DEFAULT_RECIPE, RECIPES, train_help

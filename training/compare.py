@@ -20,13 +20,12 @@ from typing import Any, NamedTuple
 import yaml
 from transformers.utils import logging
 
-from bd3lm_hf.argument_parser import ArgumentParser, integer, with_underscores
 from bd3lm_hf.checkpoints import load_model
+from bd3lm_hf.console import ArgumentParser, integer, markdown_table, with_underscores
 from bd3lm_hf.evaluation.generative import mean_entropy
 from bd3lm_hf.evaluation.perplexity import summarize
 from bd3lm_hf.evaluation.reference_model import load_reference_model
 from bd3lm_hf.generation.text_generation import GeneratedText, generate_texts
-from bd3lm_hf.printing import markdown_table
 from bd3lm_hf.run_folder import RESULTS_NAME, is_run_folder
 from bd3lm_hf.tokenization import load_tokenizer
 from bd3lm_hf.training.arguments import ModelArguments

@@ -37,10 +37,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 
 import bd3lm_hf
+from bd3lm_hf.console import one_line
 from bd3lm_hf.data.streaming import PackedStream
 from bd3lm_hf.evaluation.perplexity import HeldOutLoss, Perplexity, scored_token_ids, unigram_perplexity
 from bd3lm_hf.evaluation.results import describe_estimator
-from bd3lm_hf.printing import one_line
 from bd3lm_hf.reports.figures import write_training_curve
 from bd3lm_hf.run_folder import (
     RECIPE_NAME,

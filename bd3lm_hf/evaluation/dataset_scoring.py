@@ -13,8 +13,8 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from bd3lm_hf.argument_parser import load_model_and_tokenizer
 from bd3lm_hf.checkpoints import find_device, how_to_adapt
+from bd3lm_hf.console import load_model_and_tokenizer
 from bd3lm_hf.data.documents import find_schema, load_rows, load_text, spec_of
 from bd3lm_hf.data.instructions import encode_rows
 from bd3lm_hf.data.packing import bytes_per_token, evenly_spaced, pack

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bd3lm_hf.argument_parser import add_model_arguments, integer, number, with_underscores
+from bd3lm_hf.console import add_model_arguments, integer, number, with_underscores
 from bd3lm_hf.data.sources import PACKINGS, SUITES
 from bd3lm_hf.generation.generate_cli import FIELDS, add_sampling
 

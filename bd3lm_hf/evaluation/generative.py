@@ -17,13 +17,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from bd3lm_hf.checkpoints import check_generates, read_config, window_of
+from bd3lm_hf.console import progress_bar
 from bd3lm_hf.evaluation.eval_cli import GENERATIVE_FIELDS
 from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_model, mean_perplexity
 from bd3lm_hf.evaluation.results import library_versions, weights_digest
 from bd3lm_hf.generation.generate_cli import CHOICES
 from bd3lm_hf.generation.text_generation import GeneratedText, SamplesFile, generate_batch, sample_row
-from bd3lm_hf.printing import progress_bar
 from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.user_files import check_output_file, is_json_with, lock_output, write_atomically
 

@@ -25,8 +25,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 import bd3lm_hf
+from bd3lm_hf.console import escape_markdown, markdown_table, progress_bar
 from bd3lm_hf.evaluation.perplexity import Protocol, SequenceScore, batches_of, score_batch
-from bd3lm_hf.printing import escape_markdown, markdown_table, progress_bar
 from bd3lm_hf.user_files import JsonLinesFile, check_output_file, is_json_with, write_atomically
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from bd3lm_hf.argument_parser import add_model_arguments, integer, number
+from bd3lm_hf.console import add_model_arguments, integer, number
 from bd3lm_hf.generation.denoising_trace import ENDINGS
 from bd3lm_hf.user_files import check_output_file, has_mark
 

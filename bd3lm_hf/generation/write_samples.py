@@ -16,8 +16,8 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from bd3lm_hf.argument_parser import load_model_and_tokenizer
 from bd3lm_hf.checkpoints import check_generates, how_to_adapt, window_of
+from bd3lm_hf.console import load_model_and_tokenizer
 from bd3lm_hf.generation.denoising_trace import trace_document, traced_sample, write_trace
 from bd3lm_hf.generation.generate_cli import (
     FIELDS,

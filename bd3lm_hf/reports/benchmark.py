@@ -28,12 +28,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from bd3lm_hf.checkpoints import load_model
+from bd3lm_hf.console import markdown_table
 from bd3lm_hf.evaluation.perplexity import check_estimator, perplexity
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.modeling_bd3lm_decoders import DECODERS
 from bd3lm_hf.modeling.noise_bd3lm import draw_noise
-from bd3lm_hf.printing import markdown_table
 from bd3lm_hf.reports.speed_quality import text_sequences
 from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
 

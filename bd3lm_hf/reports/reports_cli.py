@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bd3lm_hf.argument_parser import add_model_arguments, integer
+from bd3lm_hf.console import add_model_arguments, integer
 from bd3lm_hf.generation.generate_cli import FIELDS
 from bd3lm_hf.user_files import check_output_file, is_json_with
 

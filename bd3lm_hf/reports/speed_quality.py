@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 from datasets import disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
-from bd3lm_hf.argument_parser import load_model_and_tokenizer
+from bd3lm_hf.console import load_model_and_tokenizer, markdown_table, progress_bar
 from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.data.packing import evenly_spaced
 from bd3lm_hf.evaluation.generative import mean_entropy
 from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
 from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_model, reference_model_of
 from bd3lm_hf.generation.text_generation import generate_texts
-from bd3lm_hf.printing import markdown_table, progress_bar
 from bd3lm_hf.reports.figures import check_matplotlib, draw_speed_quality
 from bd3lm_hf.reports.reports_cli import CURVES, SHARED_FIELDS, check_quality
 from bd3lm_hf.reports.run_reader import describe_setting

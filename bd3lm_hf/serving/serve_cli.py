@@ -15,7 +15,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-from bd3lm_hf.argument_parser import integer, load_model_and_tokenizer
+from bd3lm_hf.console import integer, load_model_and_tokenizer
 from bd3lm_hf.generation.generate_cli import CHOICES, FIELDS, generation_fields
 
 

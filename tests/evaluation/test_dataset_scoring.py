@@ -15,7 +15,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from two_processes import evaluation_of
 
 from bd3lm_hf import ARForCausalLM, cli
-from bd3lm_hf.argument_parser import load_model_and_tokenizer
+from bd3lm_hf.console import load_model_and_tokenizer
 from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.data.sources import SUITES
 from bd3lm_hf.evaluation import dataset_scoring

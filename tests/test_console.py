@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from bd3lm_hf.printing import mask_secrets, one_line, progress_bar
+from bd3lm_hf.console import mask_secrets, one_line, progress_bar
 
 
 SECRET = "hf_" + "abcDEF123456"
