@@ -63,7 +63,7 @@ ATTRIBUTES = [
     (datasets.Dataset.from_dict({"a": [1]}).to_iterable_dataset(), "_resolve_features", "columns of a stream"),
     (accelerate.optimizer.AcceleratedOptimizer, "step_was_skipped", "averages skip the steps that float16 skips"),
     (transformers.utils.hub, "PushInProgress", "uploads in the background"),
-    (transformers.integrations.integration_utils, "INTEGRATION_TO_CALLBACK", "the check of --report_to"),
+    (transformers.integrations.integration_utils, "get_available_reporting_integrations", "the check of --report_to"),
 ]
 
 

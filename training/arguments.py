@@ -1,18 +1,18 @@
 """The fields of a run in four groups (model, data, adapters, training), and checks that they are consistent."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from accelerate.utils import is_deepspeed_available, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments, get_scheduler
 from transformers.hf_argparser import HfArg
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy
 
-from bd3lm_hf.console import check_minimum, unknown
+from bd3lm_hf.console import check_minimum
 from bd3lm_hf.data.instructions import LONG_ROWS
 from bd3lm_hf.data.schemas import SCHEMAS
 from bd3lm_hf.data.sources import DEFAULT_DATASET, PACKINGS
@@ -20,9 +20,10 @@ from bd3lm_hf.training.examples import BlockSizeSchedule
 from bd3lm_hf.training.interval import METHODS, PUBLISHED_STEP, Interval, candidate_intervals, parse_interval
 
 
-def option(default: Any, text: str, *, aliases: list[str] | None = None) -> Any:
+def option(default: Any, text: str, *, aliases: list[str] | None = None, choices: Iterable[str] | None = None) -> Any:
     """Return a field with its help text; typed as any value, where `HfArg` is typed as a field."""
-    return HfArg(default=default, help=text, aliases=aliases)
+    metadata = None if choices is None else {"choices": choices}  # for argparse
+    return HfArg(default=default, help=text, aliases=aliases, metadata=metadata)
 
 
 @dataclass
@@ -38,7 +39,7 @@ class DataArguments:
     )
     text_column: str | None = option(None, "Column of the text; by default `text`, or the only column of strings.")
     data_format: str | None = option(
-        None, "text, prompt_completion or messages; by default inferred from the column names."
+        None, "text, prompt_completion or messages; by default inferred from the column names.", choices=SCHEMAS
     )
     validation_dataset: str | None = option(None, "Held-out text; by default the validation split of `dataset`.")
     skip_bad_rows: bool = option(False, "Skip records that cannot be read, with a warning.")
@@ -47,12 +48,16 @@ class DataArguments:
     num_proc: int | None = option(None, "Number of processes that prepare the data.")
     tokenizer: str | None = option(None, "Name or folder of a tokenizer; by default one is trained on the text.")
     vocab_size: int = option(4096, "Vocabulary size of a tokenizer trained here.")
-    packing: str = option("contiguous", "contiguous, which loses no token, or published, as in the paper.")
+    packing: str = option(
+        "contiguous", "contiguous, which loses no token, or published, as in the paper.", choices=PACKINGS
+    )
     insert_train_eos: bool = option(True, "End every training document with EOS.")
     insert_valid_eos: bool = option(True, "End every held-out document with EOS.")
     insert_train_special: bool = option(False, "Put BOS and EOS around every training sequence.")
     insert_valid_special: bool = option(False, "Put BOS and EOS around every held-out sequence.")
-    long_rows: str = option("error", "What to do with fine-tuning rows longer than model_length: error or drop.")
+    long_rows: str = option(
+        "error", "What to do with fine-tuning rows longer than model_length: error or drop.", choices=LONG_ROWS
+    )
     fill_turns: bool | None = option(
         None, "Fill the block in which a turn ends with scored EOS; default: for adapted decoders only."
     )
@@ -62,10 +67,6 @@ class DataArguments:
     def __post_init__(self) -> None:
         check_minimum(self, 1, "vocab_size", "max_train_samples", "max_eval_samples", "num_proc")
         check_minimum(self, 0, "shuffle_buffer")
-        for name, names in (("packing", PACKINGS), ("long_rows", LONG_ROWS), ("data_format", (None, *SCHEMAS))):
-            value = getattr(self, name)
-            if value not in names:
-                raise ValueError(f"--{name} {value}: choose one of {', '.join(filter(None, names))}.")
         if self.data_format not in (None, "text") and self.text_column is not None:
             raise ValueError(f"--text_column {self.text_column} contradicts --data_format {self.data_format}.")
         if self.streaming:
@@ -177,7 +178,7 @@ class IntervalSearchArguments:
     )
     interval_search_batches: int = option(100, "Held-out batches to measure on, each over all processes together.")
     interval_search_method: str = option(
-        "shared", "shared: at most 12 noisy passes over a batch; published: one pass per interval."
+        "shared", "shared: at most 12 noisy passes over a batch; published: one pass per interval.", choices=METHODS
     )
     interval_search_fixed: bool = option(False, "Search and log, but keep the current interval.")
 
@@ -193,10 +194,6 @@ class IntervalSearchArguments:
     def _check_interval_search(self, *, evaluates: bool) -> None:
         self.interval_list(block_size=4)
         check_minimum(self, 1, "interval_search_batches")
-        if self.interval_search_method not in METHODS:
-            raise ValueError(
-                f"--interval_search_method {self.interval_search_method}: choose one of {', '.join(METHODS)}."
-            )
         if self.interval_search and not evaluates:
             raise ValueError(
                 "--interval_search true searches at each evaluation: set --eval_strategy to steps or epoch."
@@ -291,7 +288,6 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
         check_minimum(self, 1, *batches)
         if self.block_size_schedule is not None:
             BlockSizeSchedule.parse(self.block_size_schedule)
-        self._check_installed()
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched > 1 and (parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()):
             # Processes without a GPU communicate through gloo, which transformers selects only with use_cpu.
@@ -317,14 +313,6 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
             )
         self._check_values()
 
-    def _check_installed(self) -> None:
-        if self.deepspeed is not None and not is_deepspeed_available():
-            raise ValueError("--deepspeed: the package deepspeed is not installed. Run `pip install deepspeed`.")
-        if self.ddp_backend is not None and not torch.distributed.is_backend_available(self.ddp_backend):
-            raise ValueError(
-                f"--ddp_backend {self.ddp_backend}: this torch has no such backend. Leave it out for nccl or gloo."
-            )
-
     def _check_values(self) -> None:
         check_minimum(self, 1, "eval_num_samples")
         check_minimum(self, 0, "sample_tokens")
@@ -337,8 +325,13 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
         self._check_interval_search(evaluates=self.eval_strategy != IntervalStrategy.NO)
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise ValueError(f"--peak_tflops {self.peak_tflops}: give a number above 0, or leave it out.")
-        if self.report_to:
-            _check_reporters(self.report_to)
+        # transformers would only fail after the data is prepared. It does not check whether flyte is installed.
+        installed = get_available_reporting_integrations()
+        if missing := set(self.report_to) - {*installed, "flyte"}:
+            raise ValueError(
+                f"--report_to {' '.join(sorted(missing))}: not installed, or not a reporter of transformers. Choose "
+                f"from {', '.join([*installed, 'none'])}."
+            )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema_decay {self.ema_decay}: give a number from 0 (no average) to below 1.")
         if getattr(self.accelerator_config, "split_batches", False):
@@ -404,16 +397,3 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
                 f"{requested}, which takes {steps}: leave it out."
             )
         return steps
-
-
-def _check_reporters(names: Sequence[str]) -> None:
-    """Refuse a reporter that cannot work; transformers would only fail after the data is prepared."""
-    installed = get_available_reporting_integrations()
-    for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise ValueError(f"--report_to has {unknown(name, [*INTEGRATION_TO_CALLBACK], 'reporter')}")
-        if name not in installed and name != "flyte":  # transformers does not check whether it is installed
-            raise ValueError(
-                f"--report_to {name}: the package {name} is not installed. Run `pip install {name}`, or report to "
-                f"{' or '.join([*installed, 'none'])}."
-            )

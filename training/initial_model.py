@@ -5,7 +5,6 @@ attention and noise but no weight, so training continues with all weights. Only 
 learned for the old block size, is dropped.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from bd3lm_hf.adapt import adapt_decoder, decoder_class, is_adaptable
 from bd3lm_hf.checkpoints import adapter_base, add_adapters, load_model, read_config
 from bd3lm_hf.modeling.configuration_bd3lm import SAMPLING_EPS, BD3LMConfig
 from bd3lm_hf.modeling.configuration_bd3lm_decoders import BD3LMDecoderConfigMixin
-from bd3lm_hf.run_folder import as_size, publish_folder, staging_folder
+from bd3lm_hf.run_folder import publish_folder, staging_folder
 from bd3lm_hf.tokenization import check_tokenizer_fits, limit_to_window
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments, LoraArguments, ModelArguments
 from bd3lm_hf.user_files import BASE_NAME
@@ -77,31 +76,13 @@ def trains_by_flex(model_type: str, device: torch.device) -> bool:
     return device.type == "cuda" and not hasattr(model_class(model_type), "from_encoder")
 
 
-def check_memory(config: Any) -> None:
-    """Refuse a network whose layers alone do not fit into the memory of this machine.
-
-    Raises:
-        ValueError: if their float32 weights take more than all of it.
-    """
-    if not hasattr(os, "sysconf"):
-        return
-    # A coarse check for typos: without it the system would kill the process without a message.
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = 4 * 12 * config.num_hidden_layers * config.hidden_size**2
-    if needed > memory:
-        raise ValueError(
-            f"--hidden_dim {config.hidden_size} and --n_blocks {config.num_hidden_layers} make a network of "
-            f"{as_size(needed)}, and this machine has {as_size(memory)} of memory: choose smaller ones."
-        )
-
-
 def check_start(arguments: ModelArguments) -> None:
     """Refuse an initial model that cannot work, before any text is loaded.
 
     Raises:
         ValueError: if the checkpoint cannot be read, is a decoder of an unsupported family, or contradicts the fields;
             or if a new model has an unknown type or one that cannot be trained from scratch, or its fields contradict
-            one another or do not fit into memory.
+            one another.
     """
     name = arguments.init_from
     config = None if name is None else read_config(name, argument="--init_from")
@@ -119,7 +100,7 @@ def check_start(arguments: ModelArguments) -> None:
             )
         # The vocabulary is not known yet; these tokens fit any model type.
         tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "mask_token_id": 3}
-        check_memory(new_config(arguments.model_type, vocab_size=300, **tokens, **arguments.config_fields()))
+        new_config(arguments.model_type, vocab_size=300, **tokens, **arguments.config_fields())
         return
     check_shape(name, arguments.config_fields())
     if not (hasattr(kind, "from_encoder") or _is_ours(config)):
@@ -171,7 +152,6 @@ def start_from(name: str, tokenizer: Any, fields: dict[str, Any], **options: Any
         ValueError: if fields or the tokenizer do not fit the checkpoint, or weights are missing, unexpected, of
             another shape or not finite.
     """
-    check_shape(name, fields)
     old = read_config(name, argument="--init_from")
     if not _is_ours(old):
         return _start_from_decoder(name, old, tokenizer, fields, **options)
@@ -250,7 +230,6 @@ def start_around(head: Any, name: str, tokenizer: Any, fields: dict[str, Any], *
         ValueError: if the model lacks a field, the encoder contradicts one, or weights are missing.
     """
     _check_known(head.config_class, fields)
-    check_shape(name, fields)
     encoder = load_model(name, argument="--init_from", skip_unexpected=True, dtype=torch.float32, **options)
     return head.from_encoder(encoder, **_special_tokens(tokenizer), **fields)
 

@@ -96,9 +96,9 @@ def test_processes_that_would_each_train_alone_are_refused(monkeypatch, tmp_path
 def test_a_reporter_must_be_installed(monkeypatch):
     installed = "bd3lm_hf.training.arguments.get_available_reporting_integrations"
     monkeypatch.setattr(installed, lambda: ["tensorboard"])
-    with pytest.raises(ValueError, match="--report_to wandb.*pip install wandb.*tensorboard"):
+    with pytest.raises(ValueError, match="--report_to wandb: not installed.*tensorboard, none"):
         BD3LMTrainingArguments(report_to="wandb")
-    with pytest.raises(ValueError, match="--report_to .*'wandbb'.*'wandb'"):
+    with pytest.raises(ValueError, match="--report_to wandbb"):
         BD3LMTrainingArguments(report_to="wandbb")
     assert BD3LMTrainingArguments(report_to="tensorboard").report_to == ["tensorboard"]
     monkeypatch.setattr(installed, lambda: ["tensorboard", "wandb"])

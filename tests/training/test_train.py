@@ -251,12 +251,11 @@ def test_adapters_need_a_model_that_is_not_an_adapter_itself(recipe, trained, pa
     [
         # A new model is checked before any text is loaded.
         (["--block_size", "5", "--dataset", "nowhere.txt"], "block_size=5 does not divide model_length=32"),
-        (["--hidden_dim", "65536", "--n_blocks", "64"], "--hidden_dim 65536 and --n_blocks 64"),
         (["--n_heads", "3"], "hidden_dim=16 is not divisible by n_heads=3"),
         (["--noise", "linear"], "noise='linear'"),
         (["--model_type", "bd3ln"], "--model_type bd3ln is unknown"),
         (["--dataset", "nowhere.txt"], "nowhere.txt"),
-        (["--packing", "\x1b[2K hf_abcdef"], "--packing \\x1b[2K hf_***: choose one of"),
+        (["--packing", "\x1b[2K hf_abcdef"], "'\\x1b[2K hf_***' (choose from"),
         (["--text_column", "body"], "has no column 'body'"),
         (["--vocab_size", "20"], "vocab_size is 20"),
         (["--tokenizer", "no/such/folder"], "no/such/folder"),
