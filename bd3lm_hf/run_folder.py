@@ -324,12 +324,11 @@ def _step(path: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def saving(name: str, output_dir: str | Path, *, needed: int) -> Iterator[None]:
+def saving(name: str, output_dir: str | Path) -> Iterator[None]:
     """Turn a failure to write into one clear error, and clear the staging folder.
 
     Args:
         name: name of the checkpoint or model to save, for the message.
-        needed: its approximate size in bytes.
 
     Raises:
         SaveError: if writing failed. torch reports a full disk as RuntimeError, safetensors with its own error.
@@ -337,33 +336,14 @@ def saving(name: str, output_dir: str | Path, *, needed: int) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        free = free_bytes(output_dir)  # before clearing the staging folder frees space
         clear_staging(output_dir)
         last = last_complete_checkpoint(output_dir)
         kept = f"The last complete checkpoint is {last}" if last else "No checkpoint had been saved yet"
         resume = "continue with --resume_from_checkpoint true" if last else "start again"
         raise SaveError(
-            f"cannot save {name} in {output_dir} ({type(error).__name__}: {error}). {kept}; it takes about "
-            f"{as_size(needed)}, and {as_size(free)} are free: remove the cause, and {resume}."
+            f"cannot save {name} in {output_dir} ({type(error).__name__}: {error}). {kept}; remove the cause, and "
+            f"{resume}."
         ) from error
-
-
-def warn_if_disk_is_full(output_dir: str | Path, *, needed: int) -> None:
-    """Warn before training starts that a checkpoint of `needed` bytes will not fit."""
-    free = free_bytes(output_dir)
-    if free < needed:
-        logger.warning(
-            f"a checkpoint takes about {as_size(needed)}, but only {as_size(free)} are free for {output_dir}: make "
-            f"room before the first is saved."
-        )
-
-
-def free_bytes(folder: str | Path) -> int:
-    """Return the free space of the file system of a folder, which need not exist yet."""
-    path = Path(folder).absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
 
 
 def as_size(size: float) -> str:

@@ -49,7 +49,7 @@ from bd3lm_hf.hub_upload.repo_files import (
     write_contents,
     write_manifest,
 )
-from bd3lm_hf.run_folder import as_size, free_bytes
+from bd3lm_hf.run_folder import as_size
 
 
 _MESSAGE = "Upload model"
@@ -122,12 +122,6 @@ def write_repository(
     """
     check_source(source, tokenizer=tokenizer, base_model=base_model)
     contents = read_contents(source, tokenizer=tokenizer, weights=weights)
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in contents.model.state_dict().values())
-    if (free := free_bytes(target)) < needed:
-        raise ValueError(
-            f"The upload needs about {as_size(needed)} on disk, but only {as_size(free)} are free for {target}: free "
-            f"some space, or set TMPDIR to a folder on another disk."
-        )
     write_contents(contents, source, target, max_shard_size=max_shard_size)
     check(target, contents.model)
     if base_model is not None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, TrainOutput, seed_worker
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, seed_worker
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
@@ -40,7 +40,6 @@ from bd3lm_hf.run_folder import (
     remove_old_checkpoints,
     saving,
     staging_folder,
-    warn_if_disk_is_full,
 )
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.callbacks import (
@@ -280,8 +279,6 @@ class BD3LMTrainer(EvaluatingTrainer):
         if isinstance(self.train_dataset, PackedStream):
             self._stream_folder = checkpoint
             self.args.ignore_data_skip = True  # a stream continues at the position in the checkpoint
-        if self.args.save_strategy != SaveStrategy.NO and self.args.should_save:
-            warn_if_disk_is_full(self.args.output_dir, needed=self._checkpoint_bytes)
         self.check_evaluation()
         try:
             output = super().train(checkpoint, *arguments, **keywords)
@@ -377,7 +374,7 @@ class BD3LMTrainer(EvaluatingTrainer):
         check_finite_weights(self.model, f"the model after step {self.state.global_step}")
         target = Path(folder)
         staging = staging_folder(target) / "model"
-        with saving("the model", target, needed=self._checkpoint_bytes):
+        with saving("the model", target):
             self._empty_staging(target)
             self.save_averaged_weights(str(staging))
             self.accelerator.wait_for_everyone()
@@ -395,7 +392,7 @@ class BD3LMTrainer(EvaluatingTrainer):
         folder = Path(self._get_output_dir(trial))
         target = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staged = staging_folder(folder) / target.name
-        with saving(target.name, folder, needed=self._checkpoint_bytes):
+        with saving(target.name, folder):
             self._empty_staging(folder)
             self._staging = True
             try:
@@ -428,13 +425,6 @@ class BD3LMTrainer(EvaluatingTrainer):
         if self.args.should_save:
             clear_staging(folder)
         self.accelerator.wait_for_everyone()
-
-    @property
-    def _checkpoint_bytes(self) -> int:
-        """Estimate the size of a checkpoint: the weights, plus float32 moments and averages of the trained ones."""
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
-        bytes_per_trained = 8 if self.averaging is None else 12
-        return weights + bytes_per_trained * num_parameters(self.model, only_trainable=True)
 
     # Uploads
 

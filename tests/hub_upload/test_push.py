@@ -285,13 +285,6 @@ def test_a_missing_tokenizer_is_refused_unless_there_is_none(hub, bd3lm, model_f
     assert "tokenizer.json" not in hub.repos[REPO].files()
 
 
-def test_a_full_disk_is_found_before_anything_is_written(run_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(push_module, "free_bytes", lambda folder: 1000)
-    with pytest.raises(ValueError, match=r"1.0 kB are free.*TMPDIR"):
-        write_repository(run_folder, tmp_path / "out", REPO, check=no_check)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("fault", [None, Fault("POST", "/commit/", 500)])
 def test_a_token_appears_only_in_the_header(hub, bd3lm, run_folder, tmp_path, monkeypatch, caplog, fault):
     monkeypatch.setattr(constants, "HF_DEBUG", True)

@@ -146,13 +146,3 @@ def test_a_resumed_run_does_not_repeat_its_first_evaluation(make_trainer):
     rest.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-1"))
     steps = [[entry["step"] for entry in run.state.log_history if "eval_nll" in entry] for run in (whole, rest)]
     assert steps == [[0, 2], [0, 2]]
-
-
-def test_a_small_disk_is_reported_before_the_first_step(make_trainer, monkeypatch, caplog):
-    monkeypatch.setattr("bd3lm_hf.run_folder.free_bytes", lambda folder: 1000)
-    make_trainer(max_steps=1, save_strategy="no").train()
-    assert not caplog.records
-    trainer = trained(make_trainer(max_steps=1, save_strategy="steps", save_steps=5))
-    assert "but only 1.0 kB are free" in caplog.text
-    saved = sum(path.stat().st_size for path in (Path(trainer.args.output_dir) / "checkpoint-1").rglob("*"))
-    assert 0.3 * saved < trainer._checkpoint_bytes < saved
