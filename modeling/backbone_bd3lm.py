@@ -34,9 +34,9 @@ from .layers_bd3lm import (
     BD3LMZeroLinear,
     ForwardContext,
     TimestepEmbedder,
+    is_sharded,
     unstack_modulations,
 )
-from .linear_bd3lm import is_sharded
 
 
 logger = logging.get_logger(__name__)

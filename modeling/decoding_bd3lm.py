@@ -13,7 +13,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .configuration_bd3lm import SAMPLING_EPS
 from .decoding_state_bd3lm import SequenceBuffer
-from .linear_bd3lm import PrepackedLinears
+from .layers_bd3lm import PrepackedLinears
 from .logits_process_bd3lm import PositionProcessors, never_generated
 from .noise_bd3lm import LogLinearNoise, wide_float
 from .samplers_bd3lm import (

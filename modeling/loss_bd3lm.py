@@ -27,7 +27,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_bd3lm import SAMPLING_EPS
 from .inputs_bd3lm import Layout, check_text, may_read, token_layout
-from .linear_bd3lm import call_as, is_plain_linear, is_sharded
+from .layers_bd3lm import call_as, is_plain_linear, is_sharded
 from .noise_bd3lm import (
     LogLinearNoise,
     Noise,

@@ -16,8 +16,8 @@ from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
 from .inputs_bd3lm import check_arguments, check_loss_arguments, find_documents, seeds_of_texts
+from .layers_bd3lm import release_prepacked
 from .likelihood_bd3lm import LikelihoodMixin, ScoringRequest, TokenNLL, nelbo
-from .linear_bd3lm import release_prepacked
 from .loss_bd3lm import denoising_loss
 from .noise_bd3lm import check_interval, noise_from_arguments
 

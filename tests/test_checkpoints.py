@@ -11,7 +11,7 @@ from tiny_runs import losses_of, rows_of
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from bd3lm_hf.checkpoints import adapter_base, add_adapters, load_model, merge_adapter, read_config
-from bd3lm_hf.modeling.linear_bd3lm import is_plain_linear
+from bd3lm_hf.modeling.layers_bd3lm import is_plain_linear
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.training.trainer import BD3LMTrainer
 

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
-from bd3lm_hf.modeling.linear_bd3lm import is_sharded
+from bd3lm_hf.modeling.layers_bd3lm import is_sharded
 from bd3lm_hf.run_folder import EMA_NAME, WEIGHTS_NAME
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 

@@ -24,7 +24,7 @@ from bd3lm_hf.checkpoints import window_of
 from bd3lm_hf.generation.text_generation import pad_left
 from bd3lm_hf.modeling.cache_bd3lm import BlockCache
 from bd3lm_hf.modeling.decoding_state_bd3lm import BlockCriteria
-from bd3lm_hf.modeling.linear_bd3lm import PrepackedLinears
+from bd3lm_hf.modeling.layers_bd3lm import PrepackedLinears
 from bd3lm_hf.modeling.windows_bd3lm import fills_window
 from bd3lm_hf.serving.requests import Request
 

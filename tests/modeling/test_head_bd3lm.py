@@ -10,7 +10,7 @@ from shared_models import tiny_bd3lm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bd3lm_hf.modeling import loss_bd3lm
-from bd3lm_hf.modeling.linear_bd3lm import is_plain_linear
+from bd3lm_hf.modeling.layers_bd3lm import is_plain_linear
 from bd3lm_hf.modeling.loss_bd3lm import chunked_cross_entropy, cross_entropy
 from bd3lm_hf.modeling.noise_bd3lm import Noise
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from generating import batch_of, generate, prompts_of
 from torch import nn
 
-from bd3lm_hf.modeling import linear_bd3lm
+from bd3lm_hf.modeling import layers_bd3lm
 from bd3lm_hf.modeling.decoding_bd3lm import BlockWriter
-from bd3lm_hf.modeling.linear_bd3lm import PrepackedLinears, release_prepacked
+from bd3lm_hf.modeling.layers_bd3lm import PrepackedLinears, release_prepacked
 
 
 pytestmark = pytest.mark.skipif(
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def pack_small_layers(monkeypatch):
-    monkeypatch.setattr(linear_bd3lm, "_MIN_WEIGHTS", 1)
+    monkeypatch.setattr(layers_bd3lm, "_MIN_WEIGHTS", 1)
 
 
 def layer_of(inputs: int = 96, outputs: int = 80, bias: bool = True) -> nn.Linear:
@@ -149,26 +149,26 @@ def test_packed_weights_follow_every_change(change):
 
 
 def test_weights_are_packed_once_and_freed_with_their_layer():
-    layer, known = layer_of(), len(linear_bd3lm._PACKED)
+    layer, known = layer_of(), len(layers_bd3lm._PACKED)
     first, second = packed(layer), packed(layer)
     assert first.products[layer].args[1] is second.products[layer].args[1]
-    assert len(linear_bd3lm._PACKED) == known + 1
+    assert len(layers_bd3lm._PACKED) == known + 1
     del layer, first, second
     gc.collect()
-    assert len(linear_bd3lm._PACKED) <= known
+    assert len(layers_bd3lm._PACKED) <= known
 
 
 def test_training_frees_packed_weights(make_model):
     model = make_model()
     generate(model, input_ids=prompts_of([5])[0][None])
-    assert model.get_output_embeddings() in linear_bd3lm._PACKED
+    assert model.get_output_embeddings() in layers_bd3lm._PACKED
     model.train()
-    assert not any(module in linear_bd3lm._PACKED for module in model.modules())
+    assert not any(module in layers_bd3lm._PACKED for module in model.modules())
     generate(model, input_ids=prompts_of([5])[0][None])  # a model in training mode is not packed either
-    assert not any(module in linear_bd3lm._PACKED for module in model.modules())
+    assert not any(module in layers_bd3lm._PACKED for module in model.modules())
     generate(model.eval(), input_ids=prompts_of([5])[0][None])
     release_prepacked(model)
-    assert not any(module in linear_bd3lm._PACKED for module in model.modules())
+    assert not any(module in layers_bd3lm._PACKED for module in model.modules())
 
 
 def test_packed_weights_are_not_part_of_the_model(make_model, tmp_path):

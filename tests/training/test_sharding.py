@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from two_processes import BATCH, DECODERS, STEPS, decoder, one_pass, scores, tiny_model, train
 
-from bd3lm_hf.modeling.linear_bd3lm import call_as, is_sharded
+from bd3lm_hf.modeling.layers_bd3lm import call_as, is_sharded
 from bd3lm_hf.modeling.loss_bd3lm import chunked_cross_entropy
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.training.ema import has_shards, local_part, part_like, prepare_fsdp, whole, whole_model
