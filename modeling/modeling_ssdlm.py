@@ -21,7 +21,13 @@ from transformers.utils import can_return_tuple
 
 from .compatibility_bd3lm import OwnLossMixin, SelfContainedMixin
 from .configuration_ssdlm import SSDLMConfig
-from .generation_ssdlm import SSDLMGenerationConfig, SSDLMGenerationMixin
+from .generation_ssdlm import (
+    SSDLMGenerationConfig,
+    SSDLMGenerationMixin,
+    almost_one_hot,
+    noisy_logits,
+    simplex_alpha_bar,
+)
 from .inputs_bd3lm import (
     check_arguments,
     check_attention_mask,
@@ -30,7 +36,6 @@ from .inputs_bd3lm import (
     default_labels,
     seeds_of_texts,
 )
-from .simplex_ssdlm import almost_one_hot, noisy_logits, simplex_alpha_bar
 
 
 @dataclass

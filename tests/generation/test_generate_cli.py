@@ -17,10 +17,9 @@ from bd3lm_hf.generation import generate_cli
 from bd3lm_hf.generation.generate_cli import read_prompts
 from bd3lm_hf.generation.text_generation import without_padding
 from bd3lm_hf.generation.write_samples import SEPARATOR
-from bd3lm_hf.modeling.generation_ssdlm import CONTEXTS
+from bd3lm_hf.modeling.generation_ssdlm import CONTEXTS, PROJECTIONS
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS, SAMPLING_DTYPES, SCORE_SAMPLERS
-from bd3lm_hf.modeling.simplex_ssdlm import PROJECTIONS
 from bd3lm_hf.seeds import derived_seed
 from bd3lm_hf.user_files import lock_output
 
