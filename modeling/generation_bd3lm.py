@@ -24,7 +24,8 @@ from .generation_config_bd3lm import (
     BD3LMGenerationConfig,
     check_known_fields,
     check_standard_fields,
-    refuse_arguments,
+    refuse_arguments_of_forward,
+    refuse_arguments_of_generate,
     warn_about_unused_fields,
     window_stride,
 )
@@ -166,7 +167,7 @@ class BlockGenerationMixin(_Generative):
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         # Some tokenizers return token types, which these models do not use.
         super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k != "token_type_ids"})
-        refuse_arguments("generate", model_kwargs)
+        refuse_arguments_of_forward(model_kwargs)
 
     def _get_logits_processor(
         self,
@@ -442,7 +443,7 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         """
         if isinstance(generation_config, Mapping):
             generation_config, kwargs = None, {**generation_config, **kwargs}
-        refuse_arguments("infill", kwargs)
+        refuse_arguments_of_generate(kwargs)
         check_ids(input_ids, "input_ids")
         check_has_values(self, input_ids)
         check_attention_mask(attention_mask, input_ids.shape)

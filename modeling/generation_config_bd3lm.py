@@ -141,31 +141,24 @@ def check_known_fields(config: GenerationConfig, kind: type[GenerationConfig]) -
 _LARGEST_STEPS = 2**20  # denoising steps per block; a grid of this size still fits in memory
 
 
-# Fields of transformers' own config -> their smallest or largest value and meaning. transformers checks few of them,
-# and treats top_p=1.5 or num_return_sequences=0 as not given.
+# Fields that transformers has but does not check: it treats top_p=1.5 or num_return_sequences=0 as not given. To each
+# belongs its smallest or largest value, and its meaning.
 _COUNTS = {
     "max_new_tokens": (1, "a number of new tokens"),
-    "max_length": (1, "a number of tokens, the prompt included"),
     "min_new_tokens": (0, "a number of new tokens"),
     "min_length": (0, "a number of tokens, the prompt included"),
     "num_return_sequences": (1, "a number of texts per prompt"),
-    "top_k": (0, "a number of tokens (0 keeps all)"),
     "no_repeat_ngram_size": (0, "a number of tokens (0 allows repetitions)"),
     "encoder_no_repeat_ngram_size": (0, "a number of tokens (0 allows repetitions)"),
 }
 _NUMBERS = {
-    "temperature": (math.inf, "a number above 0 (for greedy decoding, do_sample=False)"),
-    "repetition_penalty": (math.inf, "a number above 0 (1 has no effect)"),
-    "encoder_repetition_penalty": (math.inf, "a number above 0 (1 has no effect)"),
     "max_time": (math.inf, "a number of seconds above 0"),
     "top_p": (1.0, "a probability (1 keeps all tokens)"),
-    "top_h": (1.0, "a number above 0 and at most 1 (1 keeps all tokens)"),
-    "min_p": (1.0, "a probability (0 keeps all tokens)"),
     "typical_p": (1.0, "a probability above 0 (1 keeps all tokens)"),
     "epsilon_cutoff": (1.0, "a probability (0 keeps all tokens)"),
     "eta_cutoff": (1.0, "a probability (0 keeps all tokens)"),
 }
-_MAY_BE_ZERO = {"top_p", "min_p", "epsilon_cutoff", "eta_cutoff"}
+_MAY_BE_ZERO = {"top_p", "epsilon_cutoff", "eta_cutoff"}
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens")
 
 
@@ -178,16 +171,7 @@ def check_standard_fields(config: Any, vocab_size: int) -> None:
             raise ValueError(f"{name}={value!r}: give {meaning}, an integer from {minimum}.")
     for name, (highest, meaning) in _NUMBERS.items():
         if (value := getattr(config, name, None)) is not None:
-            may_be_zero = name in _MAY_BE_ZERO or (name == "temperature" and not config.do_sample)
-            _check_number(name, value, highest, meaning, may_be_zero=may_be_zero)
-    if config.num_beams not in (1, None):
-        raise ValueError(
-            f"num_beams={config.num_beams!r}: these models have no beam search. Draw several texts with "
-            f"do_sample=True and num_return_sequences."
-        )
-    for name in ("penalty_alpha", "prompt_lookup_num_tokens", "dola_layers", "constraints", "force_words_ids"):
-        if (value := getattr(config, name, None)) is not None:
-            raise ValueError(f"{name}={value!r}: these models have only greedy search and sampling. Leave it out.")
+            _check_number(name, value, highest, meaning, may_be_zero=name in _MAY_BE_ZERO)
     if config.do_sample not in (True, False, None):
         raise ValueError(f"do_sample={config.do_sample!r}: give True or False.")
     for name in _IDS:
@@ -212,53 +196,34 @@ def warn_about_unused_fields(given: Mapping[str, Any], config: Any) -> None:
             )
 
 
-# Method -> the reason why it takes none of these arguments.
-_REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
-    "generate": {
-        "call the model itself for losses, attentions and hidden states.": (
-            "labels",
-            "clean_input_ids",
-            "noisy_logits",
-            "timesteps",
-            "block_noise",
-            "token_noise",
-            "count_noise",
-            "num_items_in_batch",
-            "output_attentions",
-            "output_hidden_states",
-        ),
-        "it counts the tokens of each row. Mark padding in attention_mask, and put packed documents into separate "
-        "rows.": ("position_ids",),
-    },
-    "infill": {
-        "it replaces mask tokens and does not change the length of a text. Leave it out, or call generate to continue "
-        "a text.": (
-            "max_new_tokens",
-            "max_length",
-            "min_new_tokens",
-            "min_length",
-            "max_time",
-            "stop_strings",
-            "stopping_criteria",
-            "stop_at_second_eos",
-            "entropy_stop",
-            "num_beams",
-            "num_return_sequences",
-            "streamer",
-            "past_key_values",
-            "output_scores",
-            "output_logits",
-        ),
-    },
-}
+# Arguments that are not fields of the generation config. Others of `forward` would be ignored.
+_TAKEN = {"input_ids", "attention_mask", "past_key_values", "generator", "token_type_ids"}
+
+# `infill` does not change the length of a text, and returns neither scores nor a cache.
+_NOT_FOR_INFILL = (
+    *("max_new_tokens", "max_length", "min_new_tokens", "min_length", "max_time", "num_beams", "num_return_sequences"),
+    *("stop_strings", "stop_at_second_eos", "entropy_stop", "past_key_values", "output_scores", "output_logits"),
+)
 
 
-def refuse_arguments(method: str, given: Mapping[str, Any]) -> None:
-    """Refuse arguments that `generate` or `infill` would ignore."""
-    for reason, names in _REFUSED[method].items():
-        refused = [name for name in names if given.get(name) is not None]
-        if refused:
-            raise ValueError(f"{method} does not take {', '.join(refused)}: {reason}")
+def refuse_arguments_of_forward(given: Mapping[str, Any]) -> None:
+    """Refuse arguments of `forward` that `generate` and `infill` would ignore."""
+    refused = [name for name, value in given.items() if value is not None and name not in _TAKEN]
+    if refused:
+        raise ValueError(
+            f"generation does not take {', '.join(refused)}: call the model itself for losses, attentions and hidden "
+            f"states. Mark padding in attention_mask, and put packed documents into separate rows."
+        )
+
+
+def refuse_arguments_of_generate(given: Mapping[str, Any]) -> None:
+    """Refuse arguments that `infill` would ignore."""
+    refused = [name for name in _NOT_FOR_INFILL if given.get(name) is not None]
+    if refused:
+        raise ValueError(
+            f"infill does not take {', '.join(refused)}: it replaces mask tokens and does not change the length of a "
+            f"text. Leave it out, or call generate to continue a text."
+        )
 
 
 def check_count(name: str, value: Any, meaning: str) -> None:

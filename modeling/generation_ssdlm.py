@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers.generation import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList
 
 from .decoding_bd3lm import ScoreRecord
@@ -294,19 +293,8 @@ class SSDLMGenerationMixin(BlockGenerationMixin):
     generation_config_class = SSDLMGenerationConfig
     masks_text = False
 
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        arguments = {
-            "past_key_values": model_kwargs.get("past_key_values"),
-            "cache_implementation": generation_config.cache_implementation,
-        }
-        given = [name for name, value in arguments.items() if value is not None]
-        if given:
-            raise ValueError(
-                f"generate does not take {', '.join(given)}: the encoder of an SSD-LM attends from the context to the "
-                f"noisy block, so nothing can be cached. Leave it out."
-            )
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """Prepare none: the encoder attends from the context to the noisy block, so nothing can be cached."""
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         # The projection applies the nucleus.

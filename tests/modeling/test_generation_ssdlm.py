@@ -6,7 +6,7 @@ import pytest
 import torch
 from generating import Recorder, batch_of, prompts_of
 from published import published_ssdlm
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 from transformers.generation.logits_process import LogitsProcessor
 
 from bd3lm_hf import SSDLMConfig, SSDLMForMaskedLM, SSDLMGenerationConfig
@@ -344,9 +344,8 @@ def test_meaningless_fields_are_refused(model, fields, message):
     ("arguments", "message"),
     [
         ({"generator": [torch.Generator()]}, "1 generators for 2 rows"),
-        ({"cache_implementation": "static"}, "generate does not take cache_implementation"),
-        ({"noisy_logits": torch.zeros(2, 4, 48)}, "generate does not take noisy_logits"),
-        ({"num_beams": 2}, "num_beams=2"),
+        ({"past_key_values": DynamicCache()}, "past_key_values"),
+        ({"noisy_logits": torch.zeros(2, 4, 48)}, "generation does not take noisy_logits"),
         ({"guidance_scale": 2.0}, "guidance_scale=2.0"),
         ({"input_ids": torch.tensor([[3, 48]])}, "the prompt contains the id 48, outside the vocabulary of 48"),
         ({"input_ids": torch.full((1, 25), 3)}, "the prompt has 25 tokens, more than .* window model_length=24"),

@@ -171,7 +171,7 @@ def test_the_fill_mask_pipeline_agrees(tiny_tokenizer):
     ("arguments", "message"),
     [
         ({"max_new_tokens": 3}, "infill does not take max_new_tokens: it replaces mask tokens"),
-        ({"num_beams": 2, "stop_strings": ["a"]}, "infill does not take stop_strings, num_beams"),
+        ({"num_beams": 2, "stop_strings": ["a"]}, "infill does not take num_beams, stop_strings"),
         ({"output_scores": True}, "does not take output_scores"),
         ({"labels": torch.ones(1, 3)}, "does not take labels"),
         ({"samplr": "confidence"}, "samplr"),

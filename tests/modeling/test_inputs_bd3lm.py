@@ -137,7 +137,7 @@ def test_masks_that_number_documents_and_positions_that_do_not_fit_are_refused(m
     packed, generators = torch.arange(8)[None] % 4, [torch.Generator() for _ in ids]
     with pytest.raises(ValueError, match=f"list of {len(ids)}, and position_ids"):
         model.token_nll(ids, position_ids=packed, generator=generators)
-    with pytest.raises(ValueError, match="generate does not take position_ids"):
+    with pytest.raises(ValueError, match="generation does not take position_ids"):
         model.generate(ids, position_ids=torch.arange(8)[None], max_new_tokens=2)
     with pytest.raises(ValueError, match="bd3lm train"):
         model.loss_function(logits=model(ids).logits, labels=ids, vocab_size=48)
