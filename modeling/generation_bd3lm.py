@@ -29,7 +29,7 @@ from .generation_config_bd3lm import (
     warn_about_unused_fields,
     window_stride,
 )
-from .inputs_bd3lm import check_attention_mask, check_has_values, check_ids, check_vocabulary
+from .inputs_bd3lm import check_attention_mask, check_ids, check_vocabulary
 from .logits_process_bd3lm import NucleusLogitsProcessor
 from .samplers_bd3lm import SAMPLERS, Generators, Sampler, check_generators
 from .windows_bd3lm import DecodingNetwork, compiles_by_default, fills_window
@@ -88,13 +88,11 @@ class BlockGenerationMixin(_Generative):
         if isinstance(generation_config, Mapping):  # transformers would fail on its missing attributes
             generation_config, kwargs = None, {**generation_config, **kwargs}
         ids, mask = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("attention_mask")
-        check_has_values(self, ids)
         if ids is not None:
             # Before transformers reads the last token, and drops a mask of ones whatever its shape.
-            if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not len(ids):
-                check_ids(ids, "input_ids")
-            if not ids.numel():
+            if isinstance(ids, torch.Tensor) and ids.dim() == 2 and len(ids) and not ids.numel():
                 raise ValueError(_EMPTY_PROMPT)
+            check_ids(ids, "input_ids")
             check_attention_mask(mask, ids.shape)
         return super().generate(inputs, generation_config, *args, **kwargs)
 
@@ -210,7 +208,6 @@ class BlockGenerationMixin(_Generative):
     def _check_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generator: Generators) -> None:
         """Refuse a prompt that the model cannot read, or a wrong number of generators, before any work."""
         check_generators(generator, len(input_ids))
-        check_attention_mask(attention_mask, input_ids.shape)
         real = attention_mask.bool()
         if not real.any(1).all():
             raise ValueError(_EMPTY_PROMPT)
@@ -254,7 +251,6 @@ class BlockGenerationMixin(_Generative):
 
     def _take_prompts(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any], synced_gpus: bool) -> Prompts:
         """Return the prompts of a call, which are refused if `generate` cannot continue them."""
-        check_ids(input_ids, "input_ids")
         input_ids, attention_mask = input_ids.long().to(self.device), model_kwargs.get("attention_mask")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
         if synced_gpus:
@@ -445,7 +441,6 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
             generation_config, kwargs = None, {**generation_config, **kwargs}
         refuse_arguments_of_generate(kwargs)
         check_ids(input_ids, "input_ids")
-        check_has_values(self, input_ids)
         check_attention_mask(attention_mask, input_ids.shape)
         config, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
         self._validate_model_kwargs(model_kwargs)

@@ -1,6 +1,5 @@
 """Check the inputs of a forward pass, and find the positions, blocks and documents of its tokens."""
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -27,16 +26,11 @@ def check_arguments(model: Any, given: dict[str, Any], position_ids: torch.Tenso
     """
     harmless = _HARMLESS if position_ids is None else _HARMLESS | _WITH_POSITIONS
     unknown = sorted(name for name, value in given.items() if value is not None and name not in harmless)
-    if not unknown:
-        return
-    known = [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind != p.VAR_KEYWORD]
-    # A misspelt argument is the usual cause.
-    close = difflib.get_close_matches(unknown[0], known, 1)
-    raise ValueError(
-        f"{type(model).__name__} takes no argument {', '.join(map(repr, unknown))}"
-        + (f"; did you mean {close[0]!r}? " if close else ". ")
-        + f"It takes {', '.join(known)}."
-    )
+    if unknown:
+        known = [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind != p.VAR_KEYWORD]
+        raise ValueError(
+            f"{type(model).__name__} takes no argument {', '.join(map(repr, unknown))}: it takes {', '.join(known)}."
+        )
 
 
 def check_loss_arguments(
@@ -78,17 +72,6 @@ def check_token_ids(input_ids: torch.Tensor | None, vocab_size: int, name: str) 
     check_ids(input_ids, name)
     if not torch.compiler.is_compiling() and input_ids.device.type == "cpu":
         check_vocabulary(input_ids, vocab_size, name)
-
-
-def check_has_values(model: Any, input_ids: Any) -> None:
-    """Refuse to compute with tensors that have no values.
-
-    Raises:
-        ValueError: if the ids are on `meta`, or the weights of a model that is not offloaded.
-    """
-    for name, device in (("input_ids", getattr(input_ids, "device", None)), ("the weights", model.device)):
-        if getattr(device, "type", None) == "meta" and not getattr(model, "hf_device_map", None):
-            raise ValueError(f"{name} are on the device 'meta' and have no values: load them first.")
 
 
 def check_vocabulary(ids: torch.Tensor, vocab_size: int, name: str) -> None:

@@ -14,7 +14,6 @@ from .configuration_bd3lm import SAMPLING_EPS
 from .inputs_bd3lm import (
     Layout,
     check_attention_mask,
-    check_has_values,
     check_ids,
     check_text,
     default_labels,
@@ -149,7 +148,6 @@ class LikelihoodMixin:
             )
         self.config.check_block_size()
         check_ids(input_ids, "input_ids")
-        check_has_values(self, input_ids)
         check_attention_mask(attention_mask, input_ids.shape)
         # 1. Split packed documents into rows, scored by a second call
         documents = find_documents(position_ids, attention_mask, input_ids.shape)

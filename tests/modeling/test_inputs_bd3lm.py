@@ -73,10 +73,10 @@ def test_the_loss_of_a_padding_free_batch_is_that_of_its_documents(family, mode,
 
 @pytest.mark.parametrize("family", [*FAMILIES, "ssdlm"])
 @pytest.mark.parametrize("part", ["head", "backbone"])
-def test_an_unknown_argument_is_refused_with_the_nearest_name(family, part):
+def test_an_unknown_argument_is_refused_with_the_known_ones(family, part):
     model, ids = (tiny_ssdlm() if family == "ssdlm" else model_of(family)), torch.arange(3, 11).unsqueeze(0)
     called = model if part == "head" or family == "ssdlm" else model.backbone
-    with pytest.raises(ValueError, match=r"'attn_mask'.*'attention_mask'"):
+    with pytest.raises(ValueError, match="'attn_mask': it takes input_ids, attention_mask"):
         called(ids, attn_mask=torch.ones_like(ids))
 
 
@@ -189,19 +189,6 @@ def test_32_bit_ids_give_the_results_of_64_bit_ids(family):
         assert torch.equal(*scores)
     written = [model.generate(ids, max_new_tokens=3, generator=source.manual_seed(0)) for ids in (TEXT, TEXT.int())]
     assert torch.equal(*written) and written[1].dtype == torch.int64
-
-
-@pytest.mark.parametrize("family", [*FAMILIES, "llama"])
-def test_tensors_without_values_are_refused_where_values_are_needed(family):
-    model, ids = model_of_any(family), TEXT.to("meta")
-    with pytest.raises(ValueError, match="input_ids are on the device 'meta'"):
-        model.generate(ids)
-    model = model.to("meta")
-    calls = [model.generate, model.token_nll, *([] if family == "ar" else [model.infill])]
-    for call in calls:
-        with pytest.raises(ValueError, match="the weights are on the device 'meta'"):
-            call(TEXT)
-    assert model(ids, labels=ids).loss.is_meta
 
 
 @pytest.mark.parametrize(("value", "message"), [(0.5, "0.5:"), (math.nan, "nan:"), (-1e4, "-10000, like an additive")])
