@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_triton_available
 
-from .cache_bd3lm import append_to_cache
+from .cache_bd3lm import StepCache
 from .configuration_bd3lm import BD3LMConfig
 from .inputs_bd3lm import Layout, token_layout
 
@@ -206,22 +205,20 @@ class BD3LMAttention(nn.Module):
         key: torch.Tensor,
         value: torch.Tensor,
         tiles: tuple[Tile, ...],
-        past_key_values: Cache | None = None,
-        commit: int = 0,
+        cache: StepCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend to the keys of each tile.
 
         Args:
             query: `(batch, heads, queries, head_dim)`.
             key, value: `(batch, heads, length, head_dim)`, of this forward pass.
-            past_key_values: cache whose keys precede these; read, and written to if `commit`.
-            commit: leading positions of this pass to keep in the cache; the others leave no trace.
+            cache: has the keys that precede these.
 
         Returns:
             `(batch, queries, heads * head_dim)`, and the weights if the implementation returns them.
         """
-        if past_key_values is not None:
-            key, value = append_to_cache(past_key_values, key, value, self.layer_idx, commit)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )

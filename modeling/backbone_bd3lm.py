@@ -21,7 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 
 from .attention_bd3lm import AttentionPlan, automatic_attention, block_causal_plan, two_stream_plan
-from .cache_bd3lm import BlockCache
+from .cache_bd3lm import BlockCache, StepCache
 from .compatibility_bd3lm import SelfContainedMixin, check_not_next_token_training
 from .configuration_bd3lm import BD3LMConfig
 from .inputs_bd3lm import Layout, read_inputs
@@ -203,8 +203,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         plan: AttentionPlan,
         modulations: Modulations | torch.Tensor,
         *,
-        past_key_values: Cache | None = None,
-        commit: int = 0,
+        cache: StepCache | None = None,
         output_indices: torch.Tensor | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -227,7 +226,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         if isinstance(modulations, torch.Tensor):
             modulations = unstack_modulations(modulations)
         cos, sin = self.rotary_emb(position_ids, torch.float32)
-        shared = ForwardContext(plan, cos, sin, past_key_values, commit, output_indices)
+        shared = ForwardContext(plan, cos, sin, cache, output_indices)
         hidden_states = inputs_embeds
         recorded: tuple[torch.Tensor, ...] = ()
         attentions: tuple[torch.Tensor, ...] = ()
@@ -250,7 +249,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         return BaseModelOutputWithPast(
             # An empty result keeps its graph: every process needs a gradient to average.
             last_hidden_state=hidden_states[:0] if no_output else hidden_states,
-            past_key_values=past_key_values,
+            past_key_values=None if cache is None else cache.cache,
             hidden_states=recorded or None,
             attentions=attentions or None,
         )
@@ -273,7 +272,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         """Return normed hidden states `(batch, length, hidden_dim)`; arguments as in [`BD3LMForMaskedLM.forward`]."""
         if use_cache is False and clean_input_ids is None and past_key_values is None:
             check_not_next_token_training(self, input_ids, self.config)
-        embeds, layout, cache, commit, past = read_inputs(
+        embeds, layout, cache, past = read_inputs(
             self,
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -298,8 +297,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
             position_ids,
             plan,
             self.modulations(timesteps, embeds.device),
-            past_key_values=cache,
-            commit=commit,
+            cache=cache,
             output_hidden_states=bool(
                 self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
             ),
@@ -340,7 +338,7 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
         """Return the map from normed hidden states to logits; networks that scale or cap their logits override it."""
         return self.get_output_embeddings()
 
-    def clean_cache(self, input_ids: torch.Tensor, layout: Layout) -> BlockCache:
+    def clean_cache(self, input_ids: torch.Tensor, layout: Layout) -> StepCache:
         """Return keys and values of the clean stream; its last layer computes nothing else."""
         backbone, config, length = self.backbone, self.config, input_ids.shape[1]
         embeds, cache = backbone.vocab_embed(input_ids), BlockCache()
@@ -349,8 +347,8 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
         )
         plan = AttentionPlan(plan.tiles, (), length)
         modulations = backbone.modulations(None, input_ids.device)
-        backbone.run(embeds, layout.position_ids, plan, modulations, past_key_values=cache, commit=length)
-        return cache
+        backbone.run(embeds, layout.position_ids, plan, modulations, cache=StepCache(cache, length))
+        return StepCache(cache)
 
     def noisy_hidden(
         self,
@@ -360,7 +358,7 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
         masked_indices: torch.Tensor,
         sigma: torch.Tensor | None,
         *,
-        cache: BlockCache | None = None,
+        cache: StepCache | None = None,
         num_noise_samples: int = 1,
     ) -> torch.Tensor:
         """Return normed hidden states at the masked positions of the noisy streams, `(masked_indices, hidden_dim)`.
@@ -391,9 +389,7 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
             # Not a sum with a bool, which torch 2.11 cannot trace for inputs of several lengths.
             positions = layout.position_ids.repeat(1, num_noise_samples + (1 if cache is None else 0))
         modulations = backbone.modulations(sigma, x_t.device)
-        outputs = backbone.run(
-            embeds, positions, plan, modulations, past_key_values=cache, output_indices=masked_indices
-        )
+        outputs = backbone.run(embeds, positions, plan, modulations, cache=cache, output_indices=masked_indices)
         return cast(torch.Tensor, outputs.last_hidden_state)
 
 

@@ -124,7 +124,44 @@ class BlockCache(DynamicCache):
         self.row_start: torch.Tensor | None = None
 
 
-class StaticSlots:
+class StepCache:
+    """A cache as layers see it in one forward pass, which reads all of it and adds the first `num_committed` tokens.
+
+    Layers call only `update`, since masks and positions are passed to them. Any transformers cache works; only
+    [`BlockCache`] avoids a copy of the cache per call.
+    """
+
+    def __init__(self, cache: Cache, num_committed: int = 0) -> None:
+        self.cache: Any = cache
+        self.num_committed = num_committed
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values `[cache ; given]` of one layer, and write the first `num_committed` given tokens."""
+        count = self.num_committed
+        layers: list[Any] = self.cache.layers  # transformers' type includes layers without keys
+        if isinstance(self.cache, BlockCache):
+            while len(layers) <= layer_idx:
+                layers.append(BlockCacheLayer())
+            return layers[layer_idx].append(key_states, value_states, count)
+        if count:
+            self.cache.update(key_states[:, :, :count], value_states[:, :, :count], layer_idx)
+        # Another cache cannot read without writing, so tokens that are not committed are appended to a copy.
+        held = int(layers[layer_idx].get_seq_length()) if layer_idx < len(layers) else 0
+        if not held:
+            return key_states, value_states
+        # A cache of fixed size has unused room after its tokens.
+        past = (layers[layer_idx].keys[:, :, :held], layers[layer_idx].values[:, :, :held])
+        if count == key_states.shape[2]:
+            return past
+        return (
+            torch.cat([past[0], key_states[:, :, count:]], dim=2),
+            torch.cat([past[1], value_states[:, :, count:]], dim=2),
+        )
+
+
+class StaticSlots(StepCache):
     """A `StaticCache` during a step that writes its tokens to given slots and reads every slot, masked by the caller.
 
     No shape depends on the number of cached tokens, so all steps share one compiled step.
@@ -133,51 +170,18 @@ class StaticSlots:
         slots: `(length,)`, the slots of the step's tokens.
     """
 
-    def __init__(self, cache: StaticCache, slots: torch.Tensor) -> None:
-        self.cache, self.slots = cache, slots
+    def __init__(self, cache: StaticCache, slots: torch.Tensor, num_committed: int = 0) -> None:
+        super().__init__(cache, num_committed)
+        self.slots = slots
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write to the slots. Return keys and values of all slots, `(batch, heads, slots, head_dim)`."""
-        layer: Any = self.cache.layers[layer_idx]
+        layer = self.cache.layers[layer_idx]
         layer.keys.index_copy_(2, self.slots, key_states)
         layer.values.index_copy_(2, self.slots, value_states)
         return layer.keys, layer.values
-
-
-def append_to_cache(
-    cache: Cache | StaticSlots,
-    key_states: torch.Tensor,
-    value_states: torch.Tensor,
-    layer_idx: int,
-    num_committed: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values `[cache ; given]` of one layer, and write the first `num_committed` given tokens to it.
-
-    Any transformers cache works; only [`BlockCache`] avoids a copy of the cache per call.
-    """
-    if isinstance(cache, StaticSlots):
-        return cache.update(key_states, value_states, layer_idx)
-    layers: list[Any] = cache.layers  # transformers' type includes layers without keys
-    if isinstance(cache, BlockCache):
-        while len(layers) <= layer_idx:
-            layers.append(BlockCacheLayer())
-        return layers[layer_idx].append(key_states, value_states, num_committed)
-    if num_committed:
-        cache.update(key_states[:, :, :num_committed], value_states[:, :, :num_committed], layer_idx)
-    # Another cache cannot read without writing, so tokens that are not committed are appended to a copy.
-    held = int(layers[layer_idx].get_seq_length()) if layer_idx < len(layers) else 0
-    if not held:
-        return key_states, value_states
-    # A cache of fixed size has unused room after its tokens.
-    past = (layers[layer_idx].keys[:, :, :held], layers[layer_idx].values[:, :, :held])
-    if num_committed == key_states.shape[2]:
-        return past
-    return (
-        torch.cat([past[0], key_states[:, :, num_committed:]], dim=2),
-        torch.cat([past[1], value_states[:, :, num_committed:]], dim=2),
-    )
 
 
 class OwnStaticCache(StaticCache):
@@ -258,16 +262,11 @@ def release_buffers(model: nn.Module) -> None:
     _BUFFERS.pop(model, None)
 
 
-# Values of `cache_implementation`.
+# Values of `cache_implementation`. Every step would move an offloaded cache over the bus, or dequantize one.
 _MAKERS: dict[str | None, Callable[[PreTrainedConfig], Cache]] = {
     None: BlockCache,
     "dynamic": BlockCache,
     "static": OwnStaticCache,
-}
-_REFUSED = {
-    "offloaded": "every denoising step reads the keys of all layers, which would cross the bus once per step",
-    "offloaded_static": "every denoising step reads the keys of all layers, which would cross the bus once per step",
-    "quantized": "every denoising step would dequantize the whole cache, and the rounding would change the text",
 }
 
 
@@ -278,10 +277,10 @@ def cache_maker(name: str | None) -> Callable[[PreTrainedConfig], Cache]:
         ValueError: if block diffusion cannot use this cache, or would be slower with it.
     """
     if name not in _MAKERS:
-        reason = _REFUSED.get(name or "", "it cannot hold finished blocks")
         raise ValueError(
-            f"cache_implementation={name!r} does not fit block diffusion: {reason}. Choose 'dynamic' (exact, bounded "
-            f"by the window) or 'static', or pass use_cache=False, which needs no memory."
+            f"cache_implementation={name!r} does not fit block diffusion, where every denoising step reads all keys: "
+            f"choose 'dynamic' (exact, bounded by the window) or 'static', or pass use_cache=False, which needs no "
+            f"memory."
         )
     return _MAKERS[name]
 
@@ -294,18 +293,17 @@ def open_cache(
     block_size: int,
     *,
     training: bool,
-) -> tuple[Cache | None, int, int]:
-    """Return the cache of a forward pass, the number of positions to write to it, and the number it holds."""
-    if not (cache is None or isinstance(cache, Cache)):
-        raise ValueError(f"past_key_values is a {type(cache).__name__}: pass a DynamicCache, or leave it out.")
+) -> tuple[StepCache | None, int]:
+    """Return the cache of a forward pass, which keeps all of its tokens or none, and the number it holds."""
     write = cache is not None if use_cache is None else use_cache
     if cache is None:
-        cache = BlockCache() if write and not training else None
-        write = cache is not None
-    past = 0 if cache is None else int(cache.get_seq_length())
+        if not write or training:
+            return None, 0
+        cache = BlockCache()
+    past = int(cache.get_seq_length())
     if write:
         _check_whole_blocks(past + length, attention_mask, block_size)
-    return cache, length if write else 0, past
+    return StepCache(cache, length if write else 0), past
 
 
 def _check_whole_blocks(width: int, attention_mask: torch.Tensor | None, block_size: int) -> None:
@@ -390,13 +388,13 @@ def check_tokens(cache: Cache, token_ids: torch.Tensor) -> None:
             )
 
 
-def last_clean(cache: Any) -> torch.Tensor:
+def last_clean(cache: StepCache) -> torch.Tensor:
     """Return the hidden state of the last cached token, `(batch, 1, hidden_size)`.
 
     Raises:
         ValueError: if the cache has none, as when another model wrote it.
     """
-    kept = getattr(cache, "clean_hidden", None)
+    kept = getattr(cache.cache, "clean_hidden", None)
     if kept is None:
         raise ValueError(
             "past_key_values holds no hidden state of its last token, from which alignment='shifted' predicts the "
@@ -444,7 +442,7 @@ def check_cache(cache: Cache, buffer: "SequenceBuffer", config: Any) -> None:
         )
     # Without a finished block left to read, the next one is predicted from the state of the last cached token.
     if getattr(config, "alignment", "same") != "same" and shortest - held < buffer.block_size:
-        last_clean(cache)
+        last_clean(StepCache(cache))
     check_tokens(cache, buffer.token_ids)
 
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
-from transformers.cache_utils import Cache, StaticCache
+from transformers.cache_utils import StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import AttentionInterface
 
 from .attention_bd3lm import flex_attention_forward, stream_mask
-from .cache_bd3lm import StaticSlots, append_to_cache, last_clean
+from .cache_bd3lm import StaticSlots, StepCache, last_clean
 from .configuration_bd3lm_decoders import head_dim_of, slides
 from .inputs_bd3lm import Layout, may_read, read_inputs, token_layout
 from .windows_bd3lm import DecodingNetwork
@@ -24,22 +24,6 @@ FLEX_ATTENTION = "bd3lm_flex_attention"
 
 
 AttentionInterface.register(FLEX_ATTENTION, flex_attention_forward)
-
-
-class StepCache:
-    """A cache as the stock layers see it in one forward pass, which reads all of it and commits the first tokens.
-
-    The layers call only `update`, since masks and positions are passed to them.
-    """
-
-    def __init__(self, cache: Cache | StaticSlots, commit: int) -> None:
-        self.cache, self.commit = cache, commit
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values `[cache ; given]` of a layer."""
-        return append_to_cache(self.cache, key_states, value_states, layer_idx, self.commit)
 
 
 class TwoStreamHidden(NamedTuple):
@@ -69,15 +53,13 @@ class DecoderBackbone:
         inputs_embeds: torch.Tensor,
         position_ids: torch.Tensor,
         mask: torch.Tensor | BlockMask,
-        cache: Cache | StaticSlots | None = None,
-        commit: int = 0,
+        cache: StepCache | None = None,
         **recorded: bool,
     ) -> BaseModelOutputWithPast:
         """Run the stock decoder once; `last_hidden_state` is `(batch, length, hidden_size)`.
 
         Args:
             mask: additive `(batch or 1, 1, length, keys)`, or a sparse mask of flex attention.
-            commit: leading positions to write to the cache; the others leave no trace in it.
             recorded: `output_hidden_states` and `output_attentions`.
 
         Raises:
@@ -93,7 +75,7 @@ class DecoderBackbone:
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=None if cache is None else StepCache(cache, commit),
+            past_key_values=cache,
             use_cache=False,
             return_dict=True,
             **recorded,
@@ -102,9 +84,8 @@ class DecoderBackbone:
         if divisor:
             # Granite divides its logits. Its head has no bias, so the hidden states can be divided instead.
             outputs.last_hidden_state = outputs.last_hidden_state / divisor
-        if commit and self.shifted and cache is not None:
-            holder: Any = cache.cache if isinstance(cache, StaticSlots) else cache
-            holder.clean_hidden = outputs.last_hidden_state[:, :commit]
+        if cache is not None and cache.num_committed and self.shifted:
+            cache.cache.clean_hidden = outputs.last_hidden_state[:, : cache.num_committed]
         return outputs
 
     def two_streams(
@@ -113,7 +94,7 @@ class DecoderBackbone:
         layout: Layout,
         *,
         num_noise_samples: int = 1,
-        cache: Any = None,
+        cache: StepCache | None = None,
         **recorded: bool,
     ) -> tuple[TwoStreamHidden, BaseModelOutputWithPast]:
         """Run the embeddings of `[x_0 ; x_t]`, or of x_t alone after a cache of x_0."""
@@ -128,7 +109,7 @@ class DecoderBackbone:
         hidden = cast(torch.Tensor, outputs.last_hidden_state)
         split = 0 if cache is not None else length
         clean, noisy = hidden[:, :split], hidden[:, split:]
-        before = clean if cache is None else cache.clean_hidden if self.shifted else None
+        before = clean if cache is None else cache.cache.clean_hidden if self.shifted else None
         return TwoStreamHidden(self._aligned(noisy, before, layout, num_noise_samples), clean), outputs
 
     def _aligned(
@@ -166,7 +147,7 @@ class DecoderBackbone:
         Without `clean_input_ids` and a cache, every block is denoised given the blocks of `input_ids` before it.
         `timesteps` is unused.
         """
-        embeds, layout, cache, commit, past = read_inputs(
+        embeds, layout, cache, past = read_inputs(
             self.model, input_ids=input_ids, clean_input_ids=clean_input_ids, **inputs
         )
         length = embeds.shape[1]
@@ -183,16 +164,17 @@ class DecoderBackbone:
                 attentions=_noisy_part(outputs.attentions, 2, length),
             )
         check_length(layout, self.config)
-        mask = decoder_mask(layout, self.config, embeds.dtype, first_query=past, causal_columns=past + commit)
+        causal = past + (0 if cache is None else cache.num_committed)
+        mask = decoder_mask(layout, self.config, embeds.dtype, first_query=past, causal_columns=causal)
         before = last_clean(cache) if self.shifted and past else None
         positions = layout.position_ids[:, past:]
-        outputs = self.run(embeds, positions, mask, cache, commit, **recorded)
+        outputs = self.run(embeds, positions, mask, cache, **recorded)
         if self.shifted:
             states = cast(torch.Tensor, outputs.last_hidden_state)
             moved = shift_right(states, states[:, :1] if before is None else before)
             # As in `_aligned`: a text after padding or another document has no predecessor.
             outputs.last_hidden_state = torch.where((positions == 0).unsqueeze(-1), states, moved)
-        outputs.past_key_values = cache
+        outputs.past_key_values = None if cache is None else cache.cache
         return outputs
 
 
@@ -220,9 +202,8 @@ class DecoderDecodingNetwork(DecodingNetwork):
         key_valid: torch.Tensor | None,
         positions: torch.Tensor | None,
         *,
-        cache: Cache | None = None,
+        cache: StepCache | None = None,
         num_cached: int = 0,
-        num_committed: int = 0,
         num_out_of_window: int = 0,
         sigma: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
@@ -242,7 +223,7 @@ class DecoderDecodingNetwork(DecodingNetwork):
             mask = cast(torch.Tensor, mask).clone()
             mask[:, :, finished:, :num_out_of_window] = -torch.inf
         embeds = self.backbone.vocab_embed(input_ids)
-        states = self.backbone.run(embeds, position_ids, mask, cache, num_committed).last_hidden_state
+        states = self.backbone.run(embeds, position_ids, mask, cache).last_hidden_state
         if positions is None:
             return None
         before = cache if num_cached else None
@@ -265,16 +246,17 @@ class DecoderDecodingNetwork(DecodingNetwork):
             hidden = torch.zeros(mask.shape[2:], dtype=torch.bool, device=mask.device)
             mask = mask.masked_fill(hidden.index_put((rows, slots[:finished]), later), -torch.inf)
         embeds = self.backbone.vocab_embed(input_ids)
-        states = self.backbone.run(embeds, position_ids, mask, StaticSlots(cache, slots), finished).last_hidden_state
+        step = StaticSlots(cache, slots, finished)
+        states = self.backbone.run(embeds, position_ids, mask, step).last_hidden_state
         # Nothing is cached before the first block of a text. Its first token is not predicted.
-        before = None if getattr(cache, "clean_hidden", None) is None else cache
+        before = None if getattr(cache, "clean_hidden", None) is None else step
         return self._block_states(cast(torch.Tensor, states), finished, before)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return raw logits `(positions, vocab_size)` in float32."""
         return self.model.logits_head()(hidden).float()
 
-    def _block_states(self, states: torch.Tensor, finished: int, cache: Cache | None) -> torch.Tensor:
+    def _block_states(self, states: torch.Tensor, finished: int, cache: StepCache | None) -> torch.Tensor:
         """Return the states that predict the tokens of the block, `(batch, block_size, hidden_size)`."""
         noisy = states[:, finished:]
         if not self.backbone.shifted:

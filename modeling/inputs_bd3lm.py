@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
-from .cache_bd3lm import check_rows, note_tokens, open_cache
+from .cache_bd3lm import StepCache, check_rows, note_tokens, open_cache
 from .compatibility_bd3lm import check_caller, warn_of_visible_tokens
 
 
@@ -338,8 +338,7 @@ class NetworkInputs(NamedTuple):
 
     embeds: torch.Tensor  # (batch, length, hidden_size), of x_t, or of the text if there is one stream
     layout: Layout  # of the cached and the given tokens
-    cache: Cache | None
-    num_committed: int  # tokens to write to the cache: all or none
+    cache: StepCache | None
     past: int  # tokens in the cache
 
 
@@ -369,14 +368,12 @@ def read_inputs(
     embeds = inputs_embeds if input_ids is None else network.get_input_embeddings()(input_ids)
     assert embeds is not None  # one of them is given
     length, size = embeds.shape[1], config.block_size
-    cache, commit, past = open_cache(
-        past_key_values, use_cache, length, attention_mask, size, training=network.training
-    )
+    cache, past = open_cache(past_key_values, use_cache, length, attention_mask, size, training=network.training)
     if cache is not None and not torch.compiler.is_compiling():
         if past:
-            check_rows(cache, len(embeds), config)
-        if commit:
-            note_tokens(cache, input_ids, past)
+            check_rows(cache.cache, len(embeds), config)
+        if cache.num_committed:
+            note_tokens(cache.cache, input_ids, past)
     if clean_input_ids is not None and (cache is not None or clean_input_ids.shape != embeds.shape[:2]):
         raise ValueError(
             f"clean_input_ids of shape {tuple(clean_input_ids.shape)} must have the shape of the noisy input, "
@@ -390,7 +387,7 @@ def read_inputs(
     # A causal model accepts any positions after a cache: those of a window that has moved are not counted from 0.
     packed = None if config.causal and past else position_ids
     layout = token_layout(attention_mask, length, size, past=past, device=embeds.device, position_ids=packed)
-    return NetworkInputs(embeds, layout, cache, commit, past)
+    return NetworkInputs(embeds, layout, cache, past)
 
 
 class Documents(NamedTuple):

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_bd3lm import AttentionPlan, BD3LMAttention, Tile, in_memory
+from .cache_bd3lm import StepCache
 from .configuration_bd3lm import BD3LMConfig
 from .noise_bd3lm import wide_float
 
@@ -138,8 +138,7 @@ class ForwardContext:
     plan: AttentionPlan
     cos: torch.Tensor
     sin: torch.Tensor
-    past_key_values: Cache | None = None
-    commit: int = 0  # leading positions to write to the cache
+    cache: StepCache | None = None
     output_indices: torch.Tensor | None = None  # flat indices of the positions that the head reads
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ForwardContext":
@@ -210,7 +209,7 @@ class BD3LMBlock(GradientCheckpointingLayer):
         skip = shared.plan.skip if last else 0
         tiles = shared.plan.last_tiles if last else shared.plan.tiles
         query, key, value = self._project(self.norm1(hidden_states, mod.shift1, mod.scale1), skip, shared)
-        attended, weights = self.attention(query, key, value, tiles, shared.past_key_values, shared.commit)
+        attended, weights = self.attention(query, key, value, tiles, shared.cache)
         hidden_states = hidden_states[:, skip:] if skip else hidden_states
         if not tiles:  # only keys and values are needed, and kernels of quantized layers crash on zero rows
             return hidden_states, weights

@@ -28,7 +28,7 @@ from transformers import (
 
 from .attention_bd3lm import automatic_attention
 from .backbone_bd3lm import BD3LMPreTrainedModel
-from .cache_bd3lm import BlockCache
+from .cache_bd3lm import BlockCache, StepCache
 from .compatibility_bd3lm import SelfContainedMixin, check_not_next_token_training, warn_of_visible_tokens
 from .configuration_bd3lm_decoders import BD3LMDecoderConfigMixin, head_dim_of
 from .decoder_backbone_bd3lm import (
@@ -133,14 +133,14 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
             *batch
         )
 
-    def clean_cache(self, input_ids: torch.Tensor, layout: Layout) -> BlockCache:
-        """Return keys and values of the clean stream, and its hidden states if the alignment needs them."""
+    def clean_cache(self, input_ids: torch.Tensor, layout: Layout) -> StepCache:
+        """Return keys and values of the clean stream, with its hidden states if the alignment needs them."""
         backbone, cache, length = self.backbone, BlockCache(), input_ids.shape[1]
         check_length(layout, self.config)
         embeds = backbone.vocab_embed(input_ids)
         mask = decoder_mask(layout, self.config, embeds.dtype)
-        backbone.run(embeds, layout.position_ids, mask, cache, length)
-        return cache
+        backbone.run(embeds, layout.position_ids, mask, StepCache(cache, length))
+        return StepCache(cache)
 
     def noisy_hidden(
         self,
@@ -161,7 +161,7 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
         x_0: torch.Tensor,
         layout: Layout,
         *,
-        cache: BlockCache | None = None,
+        cache: StepCache | None = None,
         num_noise_samples: int = 1,
     ) -> TwoStreamHidden:
         """Return all hidden states of both streams."""

@@ -23,6 +23,7 @@ from .attention_bd3lm import AttentionPlan, block_causal_plan, decoding_plan, sl
 from .cache_bd3lm import (
     OwnStaticCache,
     StaticSlots,
+    StepCache,
     check_cache,
     clear,
     drop_oldest,
@@ -71,9 +72,8 @@ class DecodingNetwork:
         key_valid: torch.Tensor | None,
         positions: torch.Tensor | None,
         *,
-        cache: Cache | None = None,
+        cache: StepCache | None = None,
         num_cached: int = 0,
-        num_committed: int = 0,
         num_out_of_window: int = 0,
         sigma: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
@@ -88,7 +88,6 @@ class DecodingNetwork:
             positions: flat indices into `(batch, block_size)`, the noisy block. None: `input_ids` are finished blocks
                 only, to be written to the cache.
             num_cached: tokens in the cache.
-            num_committed: leading tokens of `input_ids` to write to the cache; the others must leave no trace in it.
             num_out_of_window: oldest tokens of the cache that the noisy block does not see.
             sigma: noise levels `(batch,)`, for time-conditioned models only.
         """
@@ -98,8 +97,7 @@ class DecodingNetwork:
             position_ids,
             plan,
             self.modulations if sigma is None else self.model.backbone.modulations(sigma, self.device),
-            past_key_values=cache,
-            commit=num_committed,
+            cache=cache,
             output_indices=positions,
         )
         return None if positions is None else outputs.last_hidden_state
@@ -127,7 +125,7 @@ class DecodingNetwork:
             position_ids,
             slots_plan(mask, input_ids.shape[1] - self.config.block_size),
             self.static_modulations,
-            past_key_values=StaticSlots(cache, slots),
+            cache=StaticSlots(cache, slots),
         ).last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -194,17 +192,17 @@ class Window:
         first: int,
         positions: torch.Tensor | None,
         sigma: torch.Tensor | None,
+        num_committed: int = 0,
         **options: Any,
     ) -> Any:
-        """Run columns [start, stop) after the cached ones, which begin at column `first`."""
+        """Run columns [start, stop) after the cached ones, which begin at `first`. Cache the first `num_committed`."""
         first = first if self.cache is not None else start
-        ids, position_ids = (
-            self._select_rows(self.buffer.token_ids[:, start:stop]),
-            self.buffer.position_ids(start, stop),
-        )
+        ids, position_ids = self.buffer.token_ids[:, start:stop], self.buffer.position_ids(start, stop)
+        ids = self._select_rows(ids)
         if len(position_ids) > 1:
             position_ids = self._select_rows(position_ids)
-        options = {"cache": self.cache, "num_cached": self.held, "sigma": sigma, **options}
+        cache = None if self.cache is None else StepCache(self.cache, num_committed)
+        options = {"cache": cache, "num_cached": self.held, "sigma": sigma, **options}
         return self.network.hidden(ids, position_ids, self._key_valid(first, stop), positions, **options)
 
     def _select_rows(self, states: torch.Tensor) -> torch.Tensor:

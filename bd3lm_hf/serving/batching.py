@@ -22,7 +22,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from bd3lm_hf.checkpoints import window_of
 from bd3lm_hf.generation.text_generation import pad_left
-from bd3lm_hf.modeling.cache_bd3lm import BlockCache
+from bd3lm_hf.modeling.cache_bd3lm import BlockCache, StepCache
 from bd3lm_hf.modeling.decoding_state_bd3lm import BlockCriteria
 from bd3lm_hf.modeling.layers_bd3lm import PrepackedLinears
 from bd3lm_hf.modeling.windows_bd3lm import fills_window
@@ -349,7 +349,7 @@ class RowGroup:
         network, cache = self.model.decoding_network(), BlockCache(self.model.config)
         ids = torch.tensor([tokens], device=self.model.device)
         positions = torch.arange(len(tokens), device=self.model.device).unsqueeze(0)
-        network.hidden(ids, positions, None, None, cache=cache, num_committed=len(tokens))
+        network.hidden(ids, positions, None, None, cache=StepCache(cache, len(tokens)))
         return _split_cache(cache, 1)[0]
 
 
