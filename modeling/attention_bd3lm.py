@@ -74,13 +74,12 @@ class AttentionPlan(NamedTuple):
     skip: int
 
 
-def block_causal_plan(
-    layout: Layout, length: int, block_size: int, *, implementation: str, dtype: torch.dtype
-) -> AttentionPlan:
+def block_causal_plan(layout: Layout, length: int, config: Any, dtype: torch.dtype) -> AttentionPlan:
     """Plan the attention of the last `length` tokens of `layout`, each to its own and all earlier blocks.
 
     The tokens before them are in the cache.
     """
+    block_size, implementation = config.block_size, config._attn_implementation
     total = layout.block_ids.shape[1]
     past = total - length
     if not torch.compiler.is_exporting() and layout.aligned and past % block_size == 0 and length <= block_size:
@@ -97,13 +96,7 @@ def block_causal_plan(
 
 
 def two_stream_plan(
-    layout: Layout,
-    block_size: int,
-    *,
-    num_noise_samples: int = 1,
-    clean_cached: bool = False,
-    implementation: str,
-    dtype: torch.dtype,
+    layout: Layout, config: Any, dtype: torch.dtype, *, num_noise_samples: int = 1, clean_cached: bool = False
 ) -> AttentionPlan:
     """Plan the attention of `[x_0 ; x_t]`, or of `x_t` alone when the cache holds x_0.
 
@@ -111,6 +104,7 @@ def two_stream_plan(
     queries see the clean keys of earlier blocks and the noisy keys of their own block and noise sample; clean queries
     see the clean keys of their own and earlier blocks.
     """
+    block_size, implementation = config.block_size, config._attn_implementation
     length = layout.block_ids.shape[1]
     # Eager attention returns whole weight matrices; after a cache, one for all noise samples would be too large.
     if implementation == "flex_attention" or (implementation == "eager" and not clean_cached):
@@ -135,7 +129,7 @@ def two_stream_plan(
             noisy.append(Tile((sample * length + start, sample * length + stop), keys, mask))
     if clean_cached:
         return _plan(tuple(noisy))
-    clean = block_causal_plan(layout, length, block_size, implementation=implementation, dtype=dtype).tiles
+    clean = block_causal_plan(layout, length, config, dtype).tiles
     shifted = tuple(t._replace(queries=(t.queries[0] + length, t.queries[1] + length)) for t in noisy)
     return AttentionPlan(clean + shifted, tuple(noisy), length)
 

@@ -285,11 +285,10 @@ class BD3LMModel(BD3LMPreTrainedModel):
         )
         length = embeds.shape[1]
         position_ids = layout.position_ids[:, past:] if position_ids is None else position_ids
-        options = {"implementation": self.config._attn_implementation, "dtype": embeds.dtype}
         if clean_input_ids is None or length <= self.config.block_size:
-            plan = block_causal_plan(layout, length, self.config.block_size, **options)
+            plan = block_causal_plan(layout, length, self.config, embeds.dtype)
         else:
-            plan = two_stream_plan(layout, self.config.block_size, **options)
+            plan = two_stream_plan(layout, self.config, embeds.dtype)
             embeds = torch.cat([self.vocab_embed(clean_input_ids), embeds], dim=1)
             position_ids = torch.cat([position_ids, position_ids], dim=1)
         return self.run(
@@ -342,10 +341,7 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
         """Return keys and values of the clean stream; its last layer computes nothing else."""
         backbone, config, length = self.backbone, self.config, input_ids.shape[1]
         embeds, cache = backbone.vocab_embed(input_ids), BlockCache()
-        plan = block_causal_plan(
-            layout, length, config.block_size, implementation=config._attn_implementation, dtype=embeds.dtype
-        )
-        plan = AttentionPlan(plan.tiles, (), length)
+        plan = AttentionPlan(block_causal_plan(layout, length, config, embeds.dtype).tiles, (), length)
         modulations = backbone.modulations(None, input_ids.device)
         backbone.run(embeds, layout.position_ids, plan, modulations, cache=StepCache(cache, length))
         return StepCache(cache)
@@ -374,18 +370,11 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
         if config.num_blocks(length) == 1:  # no earlier block to attend to
             layout, cache = layout.repeat_rows(num_noise_samples), None
             embeds, positions = backbone.vocab_embed(x_t.view(-1, length)), layout.position_ids
-            options = {"implementation": config._attn_implementation, "dtype": embeds.dtype}
-            plan = block_causal_plan(layout, length, config.block_size, **options)
+            plan = block_causal_plan(layout, length, config, embeds.dtype)
         else:
             embeds = backbone.vocab_embed(x_t if cache is not None else torch.cat([x_0, x_t], dim=1))
-            plan = two_stream_plan(
-                layout,
-                config.block_size,
-                num_noise_samples=num_noise_samples,
-                clean_cached=cache is not None,
-                implementation=config._attn_implementation,
-                dtype=embeds.dtype,
-            )
+            streams = {"num_noise_samples": num_noise_samples, "clean_cached": cache is not None}
+            plan = two_stream_plan(layout, config, embeds.dtype, **streams)
             # Not a sum with a bool, which torch 2.11 cannot trace for inputs of several lengths.
             positions = layout.position_ids.repeat(1, num_noise_samples + (1 if cache is None else 0))
         modulations = backbone.modulations(sigma, x_t.device)

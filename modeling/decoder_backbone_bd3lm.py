@@ -252,10 +252,6 @@ class DecoderDecodingNetwork(DecodingNetwork):
         before = None if getattr(cache, "clean_hidden", None) is None else step
         return self._block_states(cast(torch.Tensor, states), finished, before)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return raw logits `(positions, vocab_size)` in float32."""
-        return self.model.logits_head()(hidden).float()
-
     def _block_states(self, states: torch.Tensor, finished: int, cache: StepCache | None) -> torch.Tensor:
         """Return the states that predict the tokens of the block, `(batch, block_size, hidden_size)`."""
         noisy = states[:, finished:]

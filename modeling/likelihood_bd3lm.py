@@ -6,7 +6,7 @@ the weights of these masks.
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 
@@ -21,15 +21,15 @@ from .inputs_bd3lm import (
     padding_mask,
     token_layout,
 )
-from .loss_bd3lm import DenoisingNetwork, LossMask, cross_entropy, loss_mask, sigma_of
+from .loss_bd3lm import Corruption, DenoisingNetwork, LossMask, cross_entropy, loss_mask, sigma_of
 from .noise_bd3lm import (
     Noise,
     draw_noise,
+    mask_exact_numbers,
     mask_positions,
     noise_from_arguments,
     noise_schedule,
     per_token,
-    random_subset,
     rank_in_block,
     times,
     tokens_per_block,
@@ -95,7 +95,7 @@ class ScoringRequest(NamedTuple):
 
 
 class LikelihoodMixin:
-    """The method `token_nll`, with one signature for all language models; a subclass implements `_token_nll`."""
+    """The method `token_nll`, with one signature for all language models."""
 
     config: Any
     training: bool
@@ -184,8 +184,8 @@ class LikelihoodMixin:
             return self._token_nll(ScoringRequest(input_ids, attention_mask, labels, estimator, num_samples, source))
 
     def _token_nll(self, request: ScoringRequest) -> TokenNLL:
-        """Score checked input; see [`token_nll`]."""
-        raise NotImplementedError
+        """Score checked input; see [`token_nll`]. A model that does not denoise, or predicts scores, overrides it."""
+        return nelbo(cast(DenoisingNetwork, self), request)
 
 
 def nelbo(model: DenoisingNetwork, request: ScoringRequest) -> TokenNLL:
@@ -224,51 +224,41 @@ def nelbo(model: DenoisingNetwork, request: ScoringRequest) -> TokenNLL:
     return TokenNLL(nll, scored.counted.float())
 
 
-class MaskSample(NamedTuple):
-    """One mask for every block of a batch."""
-
-    masked: torch.Tensor  # bool (batch, length)
-    weights: torch.Tensor  # (batch, length), weight of each position's loss, including the sample's share of the mean
-    move_chance: torch.Tensor | None  # (batch, num_blocks), for time conditioning
-
-
 def _sampled(
     model: DenoisingNetwork, layout: Layout, scored: LossMask, num_samples: int, source: NoiseSource
-) -> Iterator[MaskSample]:
+) -> Iterator[Corruption]:
     """Draw t on [1e-3, 1] as published; a single full mask at block size 1."""
     config = model.config
     if config.block_size == 1:
         # All tokens are masked at t = 1, the noise level of a time-conditioned model.
-        yield MaskSample(scored.maskable, scored.maskable.float(), torch.ones_like(scored.counted[:, :1]).float())
+        yield Corruption(scored.maskable, scored.maskable.float(), torch.ones_like(scored.counted[:, :1]).float())
         return
     for _ in range(num_samples):
         noise = noise_of_batch(model, scored, config.antithetic_sampling, source)
         level = noise_schedule(config.noise)(times(noise.block_noise, SAMPLING_EPS, 1.0))
         masked = mask_positions(noise, level.move_chance, layout.block_ids) & scored.maskable
         weights = per_token(-level.loss_scaling, layout.block_ids) / num_samples
-        yield MaskSample(masked, weights, level.move_chance)
+        yield Corruption(masked, weights, level.move_chance)
 
 
 def stratified_masks(
     model: DenoisingNetwork, layout: Layout, scored: LossMask, num_samples: int, source: NoiseSource
-) -> Iterator[MaskSample]:
+) -> Iterator[Corruption]:
     """Draw the number k of masked tokens, spread over 1..n; weight n/k."""
-    block_ids = layout.block_ids
-    sizes = tokens_per_block(scored.maskable, block_ids, model.config.num_blocks(scored.counted.shape[1]))
     # Drawn even for a single sample, which ignores it, so that the noise of a seed does not depend on `num_samples`.
     shift = noise_of_batch(model, scored, "none", source).block_noise
     for sample in range(num_samples):
         noise = noise_of_batch(model, scored, "shuffled", source)
         # A single sample is stratified over the blocks of the batch; several are spread over 1..n in each block.
-        quantile = noise.block_noise if num_samples == 1 else (sample + shift) / num_samples
-        count = torch.minimum((quantile * sizes).floor() + 1, sizes)
-        weights = per_token(sizes / count.clamp(min=1), block_ids) / num_samples
-        yield MaskSample(random_subset(noise, count, block_ids, scored.maskable), weights, None)
+        if num_samples > 1:
+            noise = noise._replace(block_noise=(sample + shift) / num_samples)
+        masked, weights = mask_exact_numbers(noise, layout.block_ids, scored.maskable, SAMPLING_EPS, 1.0)
+        yield Corruption(masked, per_token(weights, layout.block_ids) / num_samples, None)
 
 
 def _exact(
     model: DenoisingNetwork, layout: Layout, scored: LossMask, _num_samples: int, _source: NoiseSource
-) -> Iterator[MaskSample]:
+) -> Iterator[Corruption]:
     """Yield every mask of a block once, with the weight 1 / (k C(n, k)).
 
     Masks range over the maskable tokens of a block only, so a few tokens after a context cost few forward passes at
@@ -289,7 +279,7 @@ def _exact(
     # Positions increase along a row, so ranking them numbers the maskable tokens of each block from left to right.
     number = rank_in_block((layout.position_ids / length).expand(batch, -1), block_ids, scored.maskable, num_blocks)
 
-    def masks() -> Iterator[MaskSample]:
+    def masks() -> Iterator[Corruption]:
         for pattern in range(1, 2**n_max):
             masked = ((torch.tensor(pattern, device=number.device) >> number) & 1 > 0) & scored.maskable
             k = tokens_per_block(masked, block_ids, num_blocks).to(wide)
@@ -298,7 +288,7 @@ def _exact(
             # A pattern that masks tokens beyond the end of a block repeats a shorter one: count it once.
             weights = torch.where(k == pattern.bit_count(), (-log_binomial).exp() / k.clamp(min=1), 0.0)
             masked = masked & (per_token(weights, block_ids) > 0)
-            yield MaskSample(masked, per_token(weights, block_ids).float(), None)
+            yield Corruption(masked, per_token(weights, block_ids).float(), None)
 
     return masks()
 
@@ -334,9 +324,9 @@ def mask_losses(
     model: DenoisingNetwork,
     input_ids: torch.Tensor,
     layout: Layout,
-    samples: Iterator[MaskSample],
+    samples: Iterator[Corruption],
     labels: torch.Tensor | None = None,
-) -> Iterator[tuple[MaskSample, torch.Tensor]]:
+) -> Iterator[tuple[Corruption, torch.Tensor]]:
     """Yield unweighted -log p(x_0 | x_t) of the tokens that each sample masks, `(batch, length)`, zero elsewhere.
 
     The clean stream is computed once for all samples, unless the model is time-conditioned. Iterate under `no_grad`.
@@ -351,7 +341,7 @@ def mask_losses(
     cache = None if conditioned or single_block else model.clean_cache(input_ids, layout)
     # Several samples of a text share a forward pass, up to the number of tokens that a CPU processes efficiently.
     group_size = 1 if conditioned else max(1, _TOKEN_BUDGET // (batch * length))
-    for group in _grouped(samples, group_size):
+    while group := list(itertools.islice(samples, group_size)):
         masked = torch.stack([sample.masked for sample in group], dim=1)
         indices = masked.flatten().nonzero().squeeze(1)
         x_t = torch.where(masked, model.config.mask_token_id, input_ids.unsqueeze(1)).flatten(1)
@@ -362,8 +352,3 @@ def mask_losses(
         losses = torch.zeros(masked.numel(), device=input_ids.device)
         losses[indices] = cross_entropy(hidden, model.logits_head(), targets.flatten()[token], model.config)
         yield from zip(group, losses.view(masked.shape).unbind(1), strict=True)
-
-
-def _grouped(samples: Iterator[MaskSample], size: int) -> Iterator[list[MaskSample]]:
-    while group := list(itertools.islice(samples, size)):
-        yield group

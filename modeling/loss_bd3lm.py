@@ -207,7 +207,7 @@ class Corruption(NamedTuple):
 
     masked: torch.Tensor  # bool (batch, num_noise_samples * length)
     weights: torch.Tensor  # (batch, num_noise_samples * length), weight of each position's loss
-    move_chance: torch.Tensor  # (batch, num_noise_samples * num_blocks), masking probability
+    move_chance: Any  # (batch, num_noise_samples * num_blocks), masking probability; None where it is not read
 
 
 def corrupt(
@@ -246,7 +246,7 @@ def corrupt(
     maskable = scored.maskable.repeat(1, num_noise_samples)
     if config.masking == "exact_k":
         masked, weights = mask_exact_numbers(noise, block_ids, maskable, low, high)
-        return Corruption(masked, per_token(weights, block_ids), torch.zeros_like(weights))
+        return Corruption(masked, per_token(weights, block_ids), None)
     level = noise_schedule(config.noise)(times(noise.block_noise, low, high))
     if config.resample and training and clips(low, high):
         valid, size = scored.valid.repeat(1, num_noise_samples), config.block_size

@@ -314,8 +314,7 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
     def _hidden_before(self, indices: torch.Tensor, input_ids: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Return the hidden states of the positions before flat indices, `(indices, hidden_dim)`."""
         embeds = self.backbone.vocab_embed(input_ids)
-        options = {"implementation": self.config._attn_implementation, "dtype": embeds.dtype}
-        plan = block_causal_plan(layout, input_ids.shape[1], 1, **options)
+        plan = block_causal_plan(layout, input_ids.shape[1], self.config, embeds.dtype)
         modulations = self.backbone.modulations(None, input_ids.device)
         # The hidden state before a token predicts it. No index is that of a row's first token, so `- 1` is safe.
         outputs = self.backbone.run(embeds, layout.position_ids, plan, modulations, output_indices=indices - 1)

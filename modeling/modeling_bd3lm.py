@@ -17,7 +17,7 @@ from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
 from .inputs_bd3lm import check_arguments, check_loss_arguments, find_documents, seeds_of_texts
 from .layers_bd3lm import release_prepacked
-from .likelihood_bd3lm import LikelihoodMixin, ScoringRequest, TokenNLL, nelbo
+from .likelihood_bd3lm import LikelihoodMixin
 from .loss_bd3lm import denoising_loss
 from .noise_bd3lm import check_interval, noise_from_arguments
 
@@ -167,9 +167,6 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
         if documents is not None:
             nll, mask = documents.join(nll, shape), documents.join(mask, shape)
         return BD3LMOutput(loss=loss, nll=nll, mask=mask.long())
-
-    def _token_nll(self, request: ScoringRequest) -> TokenNLL:
-        return nelbo(self, request)
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> Any:
         # Casting the model moves the interval but must not round it: 0.45 would be 0.4492 in bfloat16.

@@ -42,7 +42,7 @@ class DecodingNetwork:
     """The forward passes of a model that decoding needs. Windows, samplers, stop rules and traces use nothing else.
 
     A model with another network returns a subclass of this from `decoding_network()`. It overrides `hidden`,
-    `static_hidden`, `logits` and `key_value_shape`; its config has `block_size`, `model_length`, `mask_token_id`,
+    `static_hidden` and `key_value_shape`; its config has `block_size`, `model_length`, `mask_token_id`,
     `vocab_size`, `num_hidden_layers` and `time_conditioning`.
 
     Args:
@@ -130,7 +130,7 @@ class DecodingNetwork:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return raw logits `(positions, vocab_size)` in float32."""
-        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
+        logits: torch.Tensor = self.model.logits_head()(hidden)
         return logits.float()
 
     def _plan(
@@ -144,8 +144,7 @@ class DecodingNetwork:
                 num_cached, finished, size, key_valid, self.dtype, num_out_of_window=num_out_of_window
             )
         layout = token_layout(key_valid, length, size, past=num_cached, device=self.device)
-        options = {"implementation": self.config._attn_implementation, "dtype": self.dtype}
-        tiles = block_causal_plan(layout, length, size, **options).tiles
+        tiles = block_causal_plan(layout, length, self.config, self.dtype).tiles
         # For finished blocks the last layer only computes keys and values.
         last = decoding_plan(num_cached + finished, 0, size, key_valid, self.dtype).last_tiles if noisy else ()
         return AttentionPlan(tiles, last, finished)

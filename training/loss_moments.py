@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from bd3lm_hf.modeling.inputs_bd3lm import Layout, check_text, default_labels, padding_mask, token_layout
-from bd3lm_hf.modeling.likelihood_bd3lm import MaskSample, mask_losses, noise_of_batch, stratified_masks
-from bd3lm_hf.modeling.loss_bd3lm import LossMask, corrupt, loss_mask
+from bd3lm_hf.modeling.likelihood_bd3lm import mask_losses, noise_of_batch, stratified_masks
+from bd3lm_hf.modeling.loss_bd3lm import Corruption, LossMask, corrupt, loss_mask
 from bd3lm_hf.modeling.noise_bd3lm import NoiseSchedule, clips, count_probabilities, noise_schedule
 
 
@@ -87,10 +87,10 @@ class PassPerInterval:
         first = torch.stack(losses)
         return BlockMoments(torch.ones_like(first), first, first.square())
 
-    def _masks(self, model: Any, batch: HeldOut) -> Iterator[MaskSample]:
+    def _masks(self, model: Any, batch: HeldOut) -> Iterator[Corruption]:
         for low, high in self.intervals:
             noise = noise_of_batch(model, batch.scored, self.config.antithetic_sampling, batch.generators)
-            yield MaskSample(*corrupt(model, batch.layout, batch.scored, noise, low, high, training=True))
+            yield corrupt(model, batch.layout, batch.scored, noise, low, high, training=True)
 
 
 class SharedDraws:

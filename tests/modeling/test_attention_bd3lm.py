@@ -1,5 +1,7 @@
 """The attention plans: every fast plan equals the rule, nothing leaks, and padding changes nothing."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,10 @@ LENGTHS = [1, 3, 4, 7, 32, 45]
 def small_tiles(monkeypatch):
     """Set tiles of 8 queries, so that short sequences have several."""
     monkeypatch.setattr(attention_bd3lm, "_TILE", 8)
+
+
+def config_of(block_size: int, implementation: str) -> SimpleNamespace:
+    return SimpleNamespace(block_size=block_size, _attn_implementation=implementation)
 
 
 def padded_mask(length: int) -> torch.Tensor:
@@ -77,10 +83,9 @@ def test_the_two_stream_plan_equals_the_rule(implementation, block_size, padded,
         for num_noise_samples in (1, 2) if length < 45 else (1,):
             given = padded_mask(length) if padded else torch.ones(1, length)
             layout = token_layout(given if padded else None, length, block_size, device=CPU)
-            options = {"dtype": torch.float32, "implementation": implementation}
-            options["num_noise_samples"] = num_noise_samples
-            plan = two_stream_plan(layout, block_size, **options)
-            cached = two_stream_plan(layout, block_size, clean_cached=True, **options)
+            arguments = (layout, config_of(block_size, implementation), torch.float32)
+            plan = two_stream_plan(*arguments, num_noise_samples=num_noise_samples)
+            cached = two_stream_plan(*arguments, num_noise_samples=num_noise_samples, clean_cached=True)
             expected, total = rule(given, block_size, num_noise_samples), (1 + num_noise_samples) * length
             real = given.bool().repeat(1, 1 + num_noise_samples)
             rows = len(given)
@@ -100,7 +105,7 @@ def test_the_block_causal_plan_equals_the_rule_after_any_cache(implementation, b
         given = padded_mask(past + length) if padded else torch.ones(1, past + length)
         seen = (given, past + length) if padded else (None, length)
         layout = token_layout(*seen, block_size, past=past, device=CPU)
-        plan = block_causal_plan(layout, length, block_size, implementation=implementation, dtype=torch.float32)
+        plan = block_causal_plan(layout, length, config_of(block_size, implementation), torch.float32)
         expected = rule(given, block_size, 0)[:, past:]
         real = given.bool()[:, past:]
         assert torch.equal(dense(plan.tiles, len(given), length, past + length)[real], expected[real])
@@ -108,7 +113,7 @@ def test_the_block_causal_plan_equals_the_rule_after_any_cache(implementation, b
 
 def test_sdpa_reads_no_key_that_no_query_of_its_tile_sees(small_tiles):
     layout = token_layout(None, 64, 4, device=CPU)
-    plan = two_stream_plan(layout, 4, implementation="sdpa", dtype=torch.float32)
+    plan = two_stream_plan(layout, config_of(4, "sdpa"), torch.float32)
     pairs = sum((t.queries[1] - t.queries[0]) * sum(b - a for a, b in t.keys) for t in plan.tiles)
     assert pairs < 0.45 * (2 * 64) ** 2
 

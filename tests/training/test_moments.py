@@ -7,8 +7,8 @@ import torch
 from noisy_text import random_ids
 from shared_models import tiny_bd3lm
 
-from bd3lm_hf.modeling.likelihood_bd3lm import MaskSample, mask_losses, noise_of_batch
-from bd3lm_hf.modeling.loss_bd3lm import corrupt
+from bd3lm_hf.modeling.likelihood_bd3lm import mask_losses, noise_of_batch
+from bd3lm_hf.modeling.loss_bd3lm import Corruption, corrupt
 from bd3lm_hf.modeling.noise_bd3lm import count_probabilities, draw_noise, noise_schedule
 from bd3lm_hf.training.interval import candidate_intervals
 from bd3lm_hf.training.loss_moments import BlockMoments, HeldOut, PassPerInterval, SharedDraws, held_out, level_moments
@@ -31,7 +31,7 @@ def exact_moments(model, batch: HeldOut, intervals, powers=(1, 2)) -> torch.Tens
     size, blocks = config.block_size, config.num_blocks(length)
     place = torch.arange(length) % size
     masks = [((torch.tensor(p) >> place) & 1 > 0).expand(rows, -1) for p in range(1, 2**size)]
-    draws = (MaskSample(mask & batch.scored.maskable, torch.ones(rows, length), None) for mask in masks)
+    draws = (Corruption(mask & batch.scored.maskable, torch.ones(rows, length), None) for mask in masks)
     found = torch.zeros(len(powers), len(intervals), rows, blocks, dtype=torch.float64)
     maskable = batch.scored.maskable.double().view(rows, blocks, size)
     for mask, (draw, losses) in zip(masks, mask_losses(model, batch.input_ids, batch.layout, draws), strict=True):
