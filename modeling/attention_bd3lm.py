@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import is_triton_available
 
 from .cache_bd3lm import StepCache
 from .configuration_bd3lm import BD3LMConfig
@@ -27,26 +26,6 @@ from .inputs_bd3lm import Layout, token_layout
 
 
 _TILE = 256  # queries per tile, rounded up to whole blocks; measured on CPU: 128 spends more on copies and slices
-
-_NARROWEST_FLEX_HEAD = 16  # torch has no flex kernel for narrower heads
-
-
-def automatic_attention(
-    device: torch.device | None = None, *, head_dim: int = 64, has_triton: bool | None = None
-) -> str:
-    """Resolve `attn_implementation="auto"`: flex attention on a CUDA device with triton, else sdpa.
-
-    Flex skips the three quarters of the doubled sequence that no query sees. Its kernel is compiled on first use,
-    which pays off in training; models loaded for anything else get transformers' default, sdpa.
-
-    Args:
-        device: by default the CUDA device, if there is one.
-        head_dim: width of the model's heads; narrow ones, which have no flex kernel, get sdpa.
-        has_triton: whether triton, which compiles the kernel, is installed; detected by default.
-    """
-    cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
-    compiles = cuda and (is_triton_available() if has_triton is None else has_triton)
-    return "flex_attention" if compiles and head_dim >= _NARROWEST_FLEX_HEAD else "sdpa"
 
 
 def in_memory(tensor: torch.Tensor) -> torch.Tensor:

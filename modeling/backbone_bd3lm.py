@@ -18,9 +18,9 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import can_return_tuple, is_triton_available, logging
 
-from .attention_bd3lm import AttentionPlan, automatic_attention, block_causal_plan, two_stream_plan
+from .attention_bd3lm import AttentionPlan, block_causal_plan, two_stream_plan
 from .cache_bd3lm import BlockCache, StepCache
 from .compatibility_bd3lm import SelfContainedMixin, check_not_next_token_training
 from .configuration_bd3lm import BD3LMConfig
@@ -40,6 +40,21 @@ from .layers_bd3lm import (
 
 
 logger = logging.get_logger(__name__)
+
+_NARROWEST_FLEX_HEAD = 16  # torch has no flex kernel for narrower heads
+
+
+def automatic_attention(head_dim: int) -> str:
+    """Resolve `attn_implementation="auto"`: flex attention on a CUDA device with triton, else sdpa.
+
+    Flex skips the three quarters of the doubled sequence that no query sees. Its kernel is compiled on first use,
+    which pays off in training; models loaded for anything else get transformers' default, sdpa.
+
+    Args:
+        head_dim: width of the model's heads; narrow ones, which have no flex kernel, get sdpa.
+    """
+    compiles = torch.cuda.is_available() and is_triton_available()
+    return "flex_attention" if compiles and head_dim >= _NARROWEST_FLEX_HEAD else "sdpa"
 
 
 @dataclass
@@ -84,7 +99,7 @@ class BD3LMPreTrainedModel(SelfContainedMixin, PreTrainedModel):
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
         if attn_implementation == "auto":
-            attn_implementation = automatic_attention(head_dim=self.config.head_dim)
+            attn_implementation = automatic_attention(self.config.head_dim)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     @property

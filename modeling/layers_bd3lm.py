@@ -30,14 +30,6 @@ _Tensor = TypeVar("_Tensor", torch.Tensor, torch.Tensor | None)
 class BD3LMEmbedding(nn.Embedding):
     """An embedding whose table is called `embedding` in the weights, as published, and `weight` in code."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
-        nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx = self.max_norm = None
-        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
-        self.embedding = nn.Parameter(torch.empty(num_embeddings, embedding_dim))
-        self.reset_parameters()
-
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         return self.embedding

@@ -83,7 +83,6 @@ def denoising_loss(
     *,
     interval: tuple[float, float] = (SAMPLING_EPS, 1.0),
     position_ids: torch.Tensor | None = None,
-    may_synchronize: bool | None = None,
 ) -> torch.Tensor:
     """Return the objective of Algorithm 1 in nats per token: a scalar with a gradient, the mean over noise samples.
 
@@ -100,13 +99,9 @@ def denoising_loss(
     1/(beta - omega)) and scales all weights alike. The published code leaves this constant out: the weight stays w(t),
     and is 1 throughout when the interval starts above 0.5. One constant for all tokens moves no minimum, and Adam
     divides it out again, but it changes the size of the loss and of the gradient norm that `max_grad_norm` clips.
-
-    Args:
-        may_synchronize: whether to wait for the device to learn how many positions are masked. By default on a CPU
-            only; elsewhere the indices are padded to a fixed number, see [`masked_indices`].
     """
     config = model.config
-    check_text(config, input_ids, labels, attention_mask, may_synchronize=may_synchronize)
+    check_text(config, input_ids, labels, attention_mask)
     # 1. Which tokens count
     length, device = input_ids.shape[1], input_ids.device
     layout = token_layout(attention_mask, length, config.block_size, device=device, position_ids=position_ids)
@@ -120,7 +115,7 @@ def denoising_loss(
     # Packed documents can have many blocks of one token, which `exact_k` always masks.
     packed = layout.document_ids is not None and config.masking == "exact_k"
     bound = 1.0 if packed else move_chance_bound(config, low, high, model.training)
-    indices, is_masked = masked_indices(masked, bound, config, may_synchronize)
+    indices, is_masked = masked_indices(masked, bound, config)
     x_t = torch.where(masked, config.mask_token_id, input_ids.repeat(1, num_noise_samples))
     sigma = sigma_of(config, move_chance)
     hidden = model.noisy_hidden(x_t, input_ids, layout, indices, sigma, num_noise_samples=num_noise_samples)
@@ -143,7 +138,7 @@ def divide_by_count(
 
 
 def masked_indices(
-    masked: torch.Tensor, bound: float, config: PreTrainedConfig, may_synchronize: bool | None = None
+    masked: torch.Tensor, bound: float, config: PreTrainedConfig
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return flat indices of the masked positions, and a float mask of the indices in use (None: all).
 
@@ -156,7 +151,7 @@ def masked_indices(
         masked: bool `(batch, length)`.
         bound: upper bound on the mean masking probability of the batch.
     """
-    if may_read(masked.device, may_synchronize):
+    if may_read(masked.device):
         return masked.flatten().nonzero().squeeze(1), None
     total = masked.numel()
     margin = math.sqrt(0.5 * math.log(1e12) * total * config.block_size)

@@ -26,8 +26,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from .attention_bd3lm import automatic_attention
-from .backbone_bd3lm import BD3LMPreTrainedModel
+from .backbone_bd3lm import BD3LMPreTrainedModel, automatic_attention
 from .cache_bd3lm import BlockCache, StepCache
 from .compatibility_bd3lm import SelfContainedMixin, check_not_next_token_training, warn_of_visible_tokens
 from .configuration_bd3lm_decoders import BD3LMDecoderConfigMixin, head_dim_of
@@ -75,7 +74,7 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
                 f"streams. Use 'sdpa', or 'flex_attention' on a GPU."
             )
         if attn_implementation == "auto":
-            auto = automatic_attention(head_dim=head_dim_of(self.config))
+            auto = automatic_attention(head_dim_of(self.config))
             attn_implementation = auto if self._supports_flex_attn else None
         if attn_implementation == "flex_attention" and not self._supports_flex_attn:
             raise ValueError(

@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
-from bd3lm_hf.modeling import attention_bd3lm
-from bd3lm_hf.modeling.attention_bd3lm import automatic_attention, flex_tiles
+from bd3lm_hf.modeling import backbone_bd3lm
+from bd3lm_hf.modeling.attention_bd3lm import flex_tiles
+from bd3lm_hf.modeling.backbone_bd3lm import automatic_attention
 
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -164,14 +165,6 @@ def test_a_new_interval_is_compiled_into_the_step(make):
         assert graphs() == min(number + 1, 2)
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu", "mps"])
-@pytest.mark.parametrize("has_triton", [True, False])
-@pytest.mark.parametrize("head_dim", [16, 8])
-def test_auto_is_flex_attention_on_cuda_where_it_has_a_kernel_and_sdpa_elsewhere(device, has_triton, head_dim):
-    expected = "flex_attention" if (device, has_triton, head_dim) == ("cuda", True, 16) else "sdpa"
-    assert automatic_attention(torch.device(device), head_dim=head_dim, has_triton=has_triton) == expected
-
-
 @pytest.mark.parametrize(
     ("capability", "queries", "head_dim", "dtype", "chosen"),
     [
@@ -188,14 +181,15 @@ def test_tiles_are_chosen_only_where_they_were_measured(monkeypatch, capability,
     assert (flex_tiles(query, value) is not None) == chosen
 
 
-def test_auto_depends_on_the_width_of_the_heads(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(attention_bd3lm, "is_triton_available", lambda: True)
+@pytest.mark.parametrize(("cuda", "triton"), [(True, True), (True, False), (False, True)])
+def test_auto_is_flex_attention_on_cuda_where_it_has_a_kernel_and_sdpa_elsewhere(monkeypatch, cuda, triton):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(backbone_bd3lm, "is_triton_available", lambda: triton)
     wide = BD3LMForMaskedLM._from_config(BD3LMConfig(**SIZES), attn_implementation="auto")
     narrow = BD3LMForMaskedLM._from_config(BD3LMConfig(**SIZES | {"n_heads": 4}), attn_implementation="auto")
     decoder = tiny_decoder("llama", attention="auto")  # 8 wide
     found = [model.config._attn_implementation for model in (wide, narrow, decoder)]
-    assert found == ["flex_attention", "sdpa", "sdpa"]
+    assert found == ["flex_attention" if cuda and triton else "sdpa", "sdpa", "sdpa"]
 
 
 @pytest.mark.parametrize("name", ["bd3lm", "llama"])
@@ -203,7 +197,7 @@ def test_auto_is_accepted_wherever_an_implementation_is_and_never_overrides_anot
     make(name).save_pretrained(tmp_path)
     for asked in ("auto", "eager", "sdpa", None):
         model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=asked)
-        assert model.config._attn_implementation == (automatic_attention() if asked == "auto" else asked or "sdpa")
+        assert model.config._attn_implementation == (automatic_attention(16) if asked == "auto" else asked or "sdpa")
     model.set_attn_implementation("eager")
     model.set_attn_implementation("auto")
-    assert model.config._attn_implementation == automatic_attention()
+    assert model.config._attn_implementation == automatic_attention(16)

@@ -347,26 +347,28 @@ def test_a_bfloat16_model_trains_with_a_finite_loss_even_at_large_logits(tiny_mo
     ],
     ids=str,
 )
-def test_a_step_that_does_not_wait_for_the_device_has_the_same_loss_and_gradients(fields, interval):
+def test_a_step_that_does_not_wait_for_the_device_has_the_same_loss_and_gradients(monkeypatch, fields, interval):
     # That it does not wait is shown by test_accelerators.py.
     model, ids, found = tiny_bd3lm(**fields).train(), random_ids(16, 32), []
     labels = ids.clone()
     labels[:4, :9] = -100
     for waits in (True, False):
         torch.manual_seed(3)
-        loss = denoising_loss(model, ids, labels, interval=interval, may_synchronize=waits)
+        monkeypatch.setattr(loss_bd3lm, "may_read", lambda device, waits=waits: waits)
+        loss = denoising_loss(model, ids, labels, interval=interval)
         found.append((loss.detach(), gradients(model, loss)))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=0)
     for name, gradient in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_noise_that_masks_more_than_expected_gives_nan_without_a_wait(tiny_model):
+def test_noise_that_masks_more_than_expected_gives_nan_without_a_wait(tiny_model, monkeypatch):
     ids = random_ids(32, 32)
     noise = Noise(torch.full((32, 8), 0.01), torch.zeros(32, 32), torch.zeros(32, 8))
     for waits in (True, False):
-        options = {"noise": noise, "interval": (1e-3, 0.1), "may_synchronize": waits}
-        assert denoising_loss(tiny_model.train(), ids, ids, **options).isfinite() == waits
+        monkeypatch.setattr(loss_bd3lm, "may_read", lambda device, waits=waits: waits)
+        loss = denoising_loss(tiny_model.train(), ids, ids, noise=noise, interval=(1e-3, 0.1))
+        assert loss.isfinite() == waits
 
 
 def test_the_interval_is_read_from_the_device_only_after_a_change(tiny_model, monkeypatch):
