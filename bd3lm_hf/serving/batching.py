@@ -216,6 +216,7 @@ class Batcher:
             self._groups = deque(group for group in self._groups if group.rows)
             self._waiting = deque(waiting for waiting in self._waiting if waiting is not request)
             self.requests += 1
+            request.error = error
         if request.on_end is not None:
             # The client's event loop may already be closed.
             with contextlib.suppress(RuntimeError):
@@ -420,15 +421,11 @@ def _split_cache(cache: Any, num_rows: int) -> list[_Layers]:
 def _join_caches(model: Any, rows: list[_Layers], starts: torch.Tensor) -> BlockCache:
     """Join rows into one cache; they begin at the columns `starts` and end at the same column."""
     cache = BlockCache(model.config)
-    # A row without a finished block has no layers.
     for index, example in enumerate(max(rows, key=len)):
+        nothing = tuple(states[:0] for states in example)  # of a row without a finished block, which has no layers
+        of_rows = zip(*(row[index] if row else nothing for row in rows), strict=True)
         # The padding before a row is masked, but must be finite: it enters products.
-        keys, values = (
-            pad_sequence(
-                [row[index][kind] if row else example[kind][:0] for row in rows], batch_first=True, padding_side="left"
-            ).transpose(1, 2)
-            for kind in (0, 1)
-        )
-        cache.update(keys, values, index)
+        keys, values = (pad_sequence(list(states), batch_first=True, padding_side="left") for states in of_rows)
+        cache.update(keys.transpose(1, 2), values.transpose(1, 2), index)
     cache.row_start = starts if starts.any() else None
     return cache

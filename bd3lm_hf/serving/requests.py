@@ -30,6 +30,7 @@ class Request:
     written: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
+    error: BaseException | None = None  # why it ended without a finish reason
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
@@ -48,6 +49,15 @@ class Request:
         self._window = 0  # index in `written` of the first token that is decoded again
         self._known = 0  # characters that these tokens decoded to when that index was set
         self._settled = ""  # `text` when that index was set
+
+    @property
+    def total_tokens(self) -> int:
+        """Number of new tokens, as the streamers of transformers' server name it."""
+        return len(self.written)
+
+    def cancel(self) -> None:
+        """Stop generating: the client has disconnected."""
+        self.cancelled.set()
 
     def reseed(self) -> None:
         """Seed the random numbers of the next block with the request's seed and its number of tokens so far."""

@@ -43,39 +43,6 @@ from bd3lm_hf.tokenization import encode_plain, encode_prompt
 # Generation with our batching
 
 
-class _QueueStreamer:
-    """Put final text into the queue that transformers' handlers read."""
-
-    request: Request
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[Any] = asyncio.Queue()
-        self.error: BaseException | None = None
-
-    @property
-    def total_tokens(self) -> int:
-        return len(self.request.written)
-
-    def put(self, text: str) -> None:
-        """Queue a piece of text; called from the batcher's thread."""
-        self.loop.call_soon_threadsafe(self.queue.put_nowait, text)
-
-    def end(self, error: BaseException | None) -> None:
-        """End the stream, with an error if there is one."""
-        self.error = error
-        if self.request.finish_reason == "stop":
-            # transformers' handlers report a text of exactly this many tokens as cut off.
-            self.request.config.max_new_tokens = None
-        # transformers puts the message between quotes; `openai_events` parses it.
-        item = None if error is None else _StreamError(json.dumps(json.dumps(error_content(*describe(error))))[1:-1])
-        self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
-
-    def cancel(self) -> None:
-        """Stop generating: the client has disconnected."""
-        self.request.cancelled.set()
-
-
 class BatchedGeneration(BaseGenerateManager):
     """Generate for all requests to one model, through a [`Batcher`]."""
 
@@ -92,32 +59,46 @@ class BatchedGeneration(BaseGenerateManager):
         request_id: str,
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue, Any]:
-        """Queue a request and return the queue that its text is streamed to."""
+        """Queue a request and return the queue that its text is streamed to, and the request."""
         (prompt,) = inputs["input_ids"].tolist()
         if len(prompt) > self.window:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens, more than the window of {self.window}: shorten the prompt."
             )
-        streamer = _QueueStreamer()
-        seed = gen_config.__dict__.pop("seed", None)
-        streamer.request = Request(prompt, gen_config, seed, streamer.put, streamer.end)
-        self.batcher.submit(streamer.request)
-        return streamer.queue, streamer
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+
+        def put(item: Any) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, item)  # called from the batcher's thread
+
+        def end(error: BaseException | None) -> None:
+            if request.finish_reason == "stop":
+                # transformers' handlers report a text of exactly this many tokens as cut off.
+                gen_config.max_new_tokens = None
+            if error is None:
+                put(None)
+                return
+            # transformers puts the message between quotes; `openai_events` parses it.
+            put(_StreamError(json.dumps(json.dumps(error_content(*describe(error))))[1:-1]))
+
+        request = Request(prompt, gen_config, gen_config.__dict__.pop("seed", None), put, end)
+        self.batcher.submit(request)
+        return queue, request
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: dict, gen_config: GenerationConfig, request_id: str
     ) -> tuple[str, int, list[int]]:
         """Queue a request and wait for its text; cancel it if the client disconnects."""
-        queue, streamer = self.generate_streaming(model, processor, inputs, gen_config, request_id)
+        queue, request = self.generate_streaming(model, processor, inputs, gen_config, request_id)
         try:
             while isinstance(await queue.get(), str):
                 pass
         except asyncio.CancelledError:
-            streamer.cancel()
+            request.cancel()
             raise
-        if streamer.error is not None:
-            raise streamer.error
-        return streamer.request.text, len(streamer.request.prompt), streamer.request.written
+        if request.error is not None:
+            raise request.error
+        return request.text, len(request.prompt), request.written
 
     def stop(self) -> None:
         self.batcher.close()
@@ -129,10 +110,6 @@ class OneModelState(GenerationState):
     def __init__(self, manager: BatchedGeneration) -> None:
         super().__init__()
         self.manager = manager
-
-    def use_continuous_batching(self, model: Any, modality: Modality) -> bool:
-        """Return False: transformers' own batching is for paged autoregressive caches."""
-        return False
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> BaseGenerateManager:
         return self.manager
