@@ -182,30 +182,29 @@ def intervals(runs: Sequence[Run]) -> Figure | None:
 
 
 def _over_steps(
-    draw: Callable[[Any, Sequence[Run]], bool], runs: Sequence[Run], name: str, caption: str
+    draw: Callable[[Any, Sequence[Run]], None], runs: Sequence[Run], name: str, caption: str
 ) -> Figure | None:
     drawing = new_drawing(*FACE)
     axes = drawing.add_subplot()
     dress(axes)
-    if not draw(axes, runs):
+    draw(axes, runs)
+    if not axes.lines:
         return None
     add_legend(axes)
     return Figure(name, caption, drawing)
 
 
-def _training_loss(axes: Any, runs: Sequence[Run]) -> bool:
-    lines = _lines(runs, "loss")
-    if lines:
+def _training_loss(axes: Any, runs: Sequence[Run]) -> None:
+    if lines := _lines(runs, "loss"):
         # The high losses of the first steps would flatten the rest of the curve.
         settled = np.concatenate([line.values[len(line.values) // 20 :] for line in lines])
         margin = 0.05 * (settled.max() - settled.min()) + 1e-9
         axes.set_ylim(settled.min() - margin, settled.max() + margin)
         axes.set_ylabel("loss (nats per token)")
         draw_lines(axes, lines, smooth=True)
-    return bool(lines)
 
 
-def _held_out(axes: Any, runs: Sequence[Run]) -> bool:
+def _held_out(axes: Any, runs: Sequence[Run]) -> None:
     """Draw the likelihood at each evaluation, and before and after training, where the estimator may differ."""
     lines = []
     for run in runs:
@@ -219,7 +218,6 @@ def _held_out(axes: Any, runs: Sequence[Run]) -> bool:
         for index, run in enumerate(runs):
             _draw_ends(axes, run, line_style(index)["color"])
         draw_lines(axes, lines)
-    return bool(lines)
 
 
 def _draw_ends(axes: Any, run: Run, colour: str) -> None:
@@ -232,31 +230,26 @@ def _draw_ends(axes: Any, run: Run, colour: str) -> None:
         axes.plot(*zip(*points, strict=True), **style, clip_on=False, label=plain_label(about))
 
 
-def _speed(axes: Any, runs: Sequence[Run]) -> bool:
-    lines = _lines(runs, "tokens_per_second")
-    if lines:
+def _speed(axes: Any, runs: Sequence[Run]) -> None:
+    if lines := _lines(runs, "tokens_per_second"):
         axes.set_ylim(0, 1.12 * max(1, *(line.values.max() for line in lines)))
         axes.set_ylabel("tokens per second")
         axes.yaxis.set_major_formatter("{x:,.0f}")
         draw_lines(axes, lines, last="{:,.0f}")
-    return bool(lines)
 
 
-def _interval(axes: Any, runs: Sequence[Run]) -> bool:
-    for index, run in enumerate(runs):
-        if not run.searches:
-            continue
-        steps = [search["step"] for search in run.searches]
-        low, high = zip(*(search["interval"] for search in run.searches), strict=True)
+def _interval(axes: Any, runs: Sequence[Run]) -> None:
+    ends = zip(_lines(runs, "interval_min"), _lines(runs, "interval_max"), strict=True)
+    for index, (low, high) in enumerate(ends):
         style = {**line_style(index), "where": "post", "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
-        axes.fill_between(steps, low, high, step="post", color=style["color"], alpha=0.1, linewidth=0)
-        axes.step(steps, low, **style, label=plain_label(run.name))
-        axes.step(steps, high, **style)
+        area = {"step": "post", "color": style["color"], "alpha": 0.1, "linewidth": 0}
+        axes.fill_between(low.steps, low.values, high.values, **area)
+        axes.step(low.steps, low.values, **style, label=plain_label(low.label))
+        axes.step(high.steps, high.values, **style)
     axes.set_ylim(-0.02, 1.04)
     axes.set_xlim(left=0)
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("mask rate (share of a block's tokens)")
-    return bool(axes.lines)
 
 
 _PANELS = (
@@ -292,21 +285,17 @@ def write_training_curve(
     except ValueError:
         logger.warning(f"{picture} is not drawn without matplotlib: pip install 'bd3lm-hf[plots]'.")
         return
-    if {"interval_min", "interval_max"} <= run.series.keys():
-        (steps, low), (_, high) = run.series["interval_min"], run.series["interval_max"]
-        run.searches = [{"step": s, "interval": ends} for s, *ends in zip(steps, low, high, strict=True)]
     drawing = new_drawing(11, 6.6)
-    drawn = 0
     for draw, name in _PANELS:
-        axes = drawing.add_subplot(2, 2, drawn + 1)
-        if draw(axes, [run]):
-            dress(axes)
-            axes.set_title(name, loc="left")
-            axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-            drawn += 1
-        else:
+        axes = drawing.add_subplot(2, 2, len(drawing.axes) + 1)
+        draw(axes, [run])
+        if not axes.lines:
             axes.remove()
-    if not drawn:
+            continue
+        dress(axes)
+        axes.set_title(name, loc="left")
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    if not drawing.axes:
         return
     drawing.suptitle(title.replace("$", r"\$"), fontsize=11)
     drawing.savefig(folder / picture, dpi=144)

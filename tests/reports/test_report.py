@@ -24,6 +24,7 @@ def write_run(folder, *, perplexity=20.0, text=HARMFUL, dataset="python-docs", m
     for step in (10, 20, 30):
         log.append({"loss": 4 - step / 20, "tokens_per_second": 5000.0 + step, "step": step})
         log.append({"eval_nll": 3.5 - step / 50, "eval_standard_error": 0.1, "step": step})
+        log.append({"interval_min": 0.5, "interval_max": 1.0, "step": step})
     score = {"perplexity": perplexity, "nll": 3.0, "standard_error": 0.1, "bits_per_byte": 1.5}
     score |= {"num_tokens": 4096, "num_sequences": 32}
     results = {"losses": log, "after": score, "unigram_perplexity": 100.0, "text": text, "seed": 7, "steps": 30}
@@ -201,7 +202,7 @@ def test_the_page_names_what_a_run_lacks(tmp_path):
     (run / "results.json").unlink()
     shown = page_of(run)
     assert "killed: results.json is missing" in shown.text
-    assert "The interval of mask rates" in shown.text  # what exists is shown
+    assert "the star marks the chosen one" in shown.text  # what exists is shown
 
 
 def test_losses_that_are_not_finite_and_single_points_are_drawn(tmp_path):
