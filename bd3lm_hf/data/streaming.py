@@ -27,7 +27,7 @@ class PackedStream(torch.utils.data.IterableDataset):
 
     Args:
         dataset: documents in the column `text`, as `load_text(..., streaming=True)` returns them.
-        length, insert_eos, insert_special, drop_last: as for `pack`.
+        length, insert_eos, insert_special: as for `pack`.
         shuffle_buffer: number of sequences to shuffle among; 0 keeps the order.
         seed: seed of the shuffle, together with the epoch (`set_epoch`).
 
@@ -43,7 +43,6 @@ class PackedStream(torch.utils.data.IterableDataset):
         length: int,
         insert_eos: bool = True,
         insert_special: bool = False,
-        drop_last: bool = False,
         shuffle_buffer: int = 0,
         seed: int = 0,
     ) -> None:
@@ -53,7 +52,6 @@ class PackedStream(torch.utils.data.IterableDataset):
         self.tokenizer = tokenizer
         self.eos = token_id(tokenizer, "eos") if insert_eos else None
         self.layout = layout_of(tokenizer, length, insert_special)
-        self.drop_last = drop_last
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
         self.epoch = 0
@@ -166,7 +164,7 @@ class PackedStream(torch.utils.data.IterableDataset):
                 f"The stream ended after {body} tokens, fewer than one sequence of {self.layout.body} (length "
                 f"{self.layout.length}): name a larger dataset or a smaller length."
             )
-        if body == 0 or (body < self.layout.body and self.drop_last):
+        if body == 0:
             return None
         row, self._tokens = self._tokens[:body], self._tokens[body:]
         self._cut += 1

@@ -25,39 +25,49 @@ WINDOW = 1024  # tokens that a reference model reads at once, unless its own win
 
 
 class ReferenceModel:
-    """Score generated text with a model that has `token_nll`.
+    """Score generated text with the logits of any causal model, or with a model's own bound.
+
+    The bound is exact for blocks of up to 8 tokens without time conditioning; otherwise 8 noise samples estimate it.
 
     Args:
-        estimator: estimator of the model's bound, see its `token_nll`; an autoregressive model is exact with any.
-        num_samples: noise samples of an estimate that is not exact.
+        model: a causal language model, or a model with `token_nll`.
         window: tokens that the model reads at once; by default 1024, or fewer if the model's own window is shorter.
         unscored: token ids that are never scored; as published, the reference model's end token.
         retokenize: the tokenizers of the generating model and of the reference model, to decode with the first and
             encode with the second. By default the reference model reads the ids as they are.
 
     Raises:
-        ValueError: if the model has no likelihood, or its window is shorter than `window`.
+        ValueError: if the model does not predict next tokens or has no likelihood, or its window is shorter than
+            `window`.
     """
 
     def __init__(
         self,
         model: Any,
         *,
-        estimator: str = "exact",
-        num_samples: int = 1,
         window: int | None = None,
         unscored: Collection[int] = (),
         retokenize: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
     ) -> None:
-        if not model.has_likelihood:
+        self.estimator, self.num_samples = "exact", 1
+        if not hasattr(model, "token_nll"):
+            if not model.can_generate():
+                raise ValueError(
+                    f"a {type(model).__name__} does not predict next tokens: name a causal language model."
+                )
+            model = CausalScore(model)
+        elif not model.has_likelihood:
             raise ValueError(f"a {type(model).__name__} has no likelihood: name a causal language model.")
+        elif model.config.time_conditioning:
+            self.estimator, self.num_samples = "sampled", 8
+        elif model.config.block_size > MAX_EXACT_TOKENS:
+            self.estimator, self.num_samples = "stratified", 8
         # A model without a limit in its configuration is assumed to read a full window.
         known = getattr(model.config, "max_position_embeddings", None) or WINDOW
         self.window = min(WINDOW, known) if window is None else window
         if not 2 <= self.window <= known:
-            raise ValueError(f"window={self.window}: the reference model reads from 2 to {known} tokens at once.")
-        self.model, self.estimator, self.num_samples = model, estimator, num_samples
-        self.unscored, self.retokenize = frozenset(unscored), retokenize
+            raise ValueError(f"window={window}: the reference model reads from 2 to {known} tokens at once.")
+        self.model, self.unscored, self.retokenize = model, frozenset(unscored), retokenize
 
     @property
     def weights(self) -> torch.nn.Module:
@@ -181,28 +191,6 @@ class CausalScore(torch.nn.Module):
         return TokenNLL(nll, F.pad(mask[:, 1:], (1, 0)))
 
 
-def reference_model_of(model: Any, **options: Any) -> ReferenceModel:
-    """Return a reference model that uses the logits of any causal model, or a model's own bound.
-
-    The bound is exact for blocks of up to 8 tokens without time conditioning; otherwise 8 noise samples estimate it.
-
-    Args:
-        options: for [`ReferenceModel`].
-
-    Raises:
-        ValueError: if the model does not predict next tokens, or has no likelihood.
-    """
-    if not hasattr(model, "token_nll"):
-        if not model.can_generate():
-            raise ValueError(f"a {type(model).__name__} does not predict next tokens: name a causal language model.")
-        model = CausalScore(model)
-    elif model.has_likelihood and model.config.time_conditioning:
-        options |= {"estimator": "sampled", "num_samples": 8}
-    elif model.has_likelihood and model.config.block_size > MAX_EXACT_TOKENS:
-        options |= {"estimator": "stratified", "num_samples": 8}
-    return ReferenceModel(model, **options)
-
-
 def load_reference_model(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -228,7 +216,7 @@ def load_reference_model(
     unscored = () if score_end or own.eos_token_id is None else (own.eos_token_id,)
     retokenize = (tokenizer, own) if as_text or own.get_vocab() != tokenizer.get_vocab() else None
     try:
-        return reference_model_of(model, unscored=unscored, retokenize=retokenize)
+        return ReferenceModel(model, unscored=unscored, retokenize=retokenize)
     except ValueError as error:
         raise ValueError(f"--judge {name}: {error}") from error
 
@@ -268,7 +256,7 @@ def score_texts(
         raise ValueError("texts need the judge's tokenizer: give it as tokenizer=, or give token ids.")
     end = judge.config.eos_token_id if own is None else own.eos_token_id
     ends = () if score_end or end is None else end if isinstance(end, list) else (end,)
-    reference = reference_model_of(judge, window=window, unscored=ends)
+    reference = ReferenceModel(judge, window=window, unscored=ends)
     read = []
     for text in texts:
         if isinstance(text, str):

@@ -22,7 +22,7 @@ from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.data.packing import evenly_spaced
 from bd3lm_hf.evaluation.generative import mean_entropy
 from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
-from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_model, reference_model_of
+from bd3lm_hf.evaluation.reference_model import ReferenceModel, load_reference_model
 from bd3lm_hf.generation.text_generation import generate_texts
 from bd3lm_hf.reports.figures import check_matplotlib, draw_speed_quality
 from bd3lm_hf.reports.reports_cli import CURVES, SHARED_FIELDS, check_quality
@@ -162,7 +162,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_matplotlib()
     model, tokenizer = load_model_and_tokenizer(arguments)
     if arguments.judge is None:
-        reference = reference_model_of(model)
+        reference = ReferenceModel(model)
         name = f"the model itself ({reference.estimator} bound)"
     else:
         options = {"device": model.device, "trust_remote_code": arguments.trust_remote_code}

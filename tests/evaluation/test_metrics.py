@@ -10,7 +10,7 @@ from transformers import GPT2LMHeadModel
 
 import bd3lm_hf
 from bd3lm_hf.evaluation.generative import distinct, lengths, mean_entropy, mean_repetition, repetition, text_entropy
-from bd3lm_hf.evaluation.reference_model import reference_model_of
+from bd3lm_hf.evaluation.reference_model import ReferenceModel
 from bd3lm_hf.generation.text_generation import GeneratedText
 from bd3lm_hf.metrics import METRICS, load_metric
 from bd3lm_hf.tokenization import train_tokenizer
@@ -50,7 +50,7 @@ def test_batches_that_are_added_are_scored_together(golden_model):
     for row in rows:
         metric.add_batch(predictions=[row])
     result = metric.compute(judge=golden_model, batch_size=2)
-    scores = reference_model_of(golden_model, unscored=[52]).score([GeneratedText(row, 0) for row in rows])
+    scores = ReferenceModel(golden_model, unscored=[52]).score([GeneratedText(row, 0) for row in rows])
     total, count = math.fsum(score.nll for score in scores), sum(score.num_tokens for score in scores)
     each = [math.exp(score.nll / score.num_tokens) for score in scores]
     assert result["generative_perplexity"] == pytest.approx(math.exp(total / count))

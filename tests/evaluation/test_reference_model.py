@@ -11,10 +11,8 @@ from transformers import BertConfig, BertForMaskedLM
 
 from bd3lm_hf.evaluation.perplexity import summarize
 from bd3lm_hf.evaluation.reference_model import (
-    CausalScore,
     ReferenceModel,
     load_reference_model,
-    reference_model_of,
     sliding_windows,
 )
 from bd3lm_hf.generation.text_generation import GeneratedText
@@ -26,7 +24,7 @@ SETTINGS = json.loads((GOLDEN / RECORDED / "config.json").read_text())
 
 @pytest.fixture(scope="module")
 def golden_judge() -> ReferenceModel:
-    return reference_model_of(published_gpt2(), unscored=[SETTINGS["eos_token_id"]])
+    return ReferenceModel(published_gpt2(), unscored=[SETTINGS["eos_token_id"]])
 
 
 @pytest.mark.parametrize("case", SETTINGS["cases"])
@@ -52,16 +50,16 @@ def test_each_token_is_scored_by_one_window(length, window):
 
 
 def test_a_model_scores_itself_exactly_up_to_blocks_of_8():
-    assert reference_model_of(tiny_bd3lm()).estimator == "exact"
+    assert ReferenceModel(tiny_bd3lm()).estimator == "exact"
     for fields, estimator in (({"block_size": 16}, "stratified"), ({"time_conditioning": True}, "sampled")):
-        judge = reference_model_of(tiny_bd3lm(**fields))
+        judge = ReferenceModel(tiny_bd3lm(**fields))
         assert (judge.estimator, judge.num_samples) == (estimator, 8)
 
 
 def test_any_causal_model_can_be_a_judge():
     model = tiny_gpt2()
     texts = [GeneratedText([0, 5, 6, 7], 1), GeneratedText([0, 300, 12, 9, 10], 3)]
-    scores = ReferenceModel(CausalScore(model)).score(texts, seed=0, batch_size=2)
+    scores = ReferenceModel(model).score(texts, seed=0, batch_size=2)
     assert [score.num_tokens for score in scores] == [3, 2]
     for text, score in zip(texts, scores, strict=True):
         ids = torch.tensor([text.ids])
@@ -71,7 +69,7 @@ def test_any_causal_model_can_be_a_judge():
 
 
 def test_a_judge_of_another_vocabulary_reads_the_text(tiny_tokenizer):
-    judge = ReferenceModel(CausalScore(tiny_gpt2()), retokenize=(tiny_tokenizer, tiny_tokenizer))
+    judge = ReferenceModel(tiny_gpt2(), retokenize=(tiny_tokenizer, tiny_tokenizer))
     ids = tiny_tokenizer("The lazy dog sleeps on.")["input_ids"]
     letters = [token for letter in "The lazy dog sleeps on." for token in tiny_tokenizer(letter)["input_ids"]]
     assert len(letters) > len(ids)
@@ -85,7 +83,7 @@ def test_a_judge_of_another_vocabulary_reads_the_text(tiny_tokenizer):
 def test_special_tokens_of_both_tokenizers_are_kept_and_others_dropped(tiny_tokenizer):
     special = {"bos_token": "<bos>", "eos_token": "<eos>"}
     other = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer, **special)
-    judge = ReferenceModel(CausalScore(tiny_gpt2()), retokenize=(tiny_tokenizer, other))
+    judge = ReferenceModel(tiny_gpt2(), retokenize=(tiny_tokenizer, other))
     read = judge.read(GeneratedText([0, *tiny_tokenizer("The dog")["input_ids"], 1, 2, 0], 1))
     assert read == GeneratedText([0, *tiny_tokenizer("The dog")["input_ids"], 1, 0], 1)
     # A text that does not begin with the judge's begin token gets one.
@@ -95,7 +93,7 @@ def test_special_tokens_of_both_tokenizers_are_kept_and_others_dropped(tiny_toke
 
 def test_our_autoregressive_model_scores_with_its_exact_likelihood():
     model = make_family("ar", model_length=32).float()
-    judge = reference_model_of(model)
+    judge = ReferenceModel(model)
     ids = torch.randint(3, 47, (50,), generator=torch.Generator().manual_seed(0)).tolist()
     assert judge.estimator == "exact" and judge.window == 32
     first, second, third = (model.token_nll(torch.tensor([ids[at : at + 32]])).nll[0] for at in (0, 16, 32))
@@ -105,7 +103,7 @@ def test_our_autoregressive_model_scores_with_its_exact_likelihood():
 
 
 def test_the_noise_of_an_estimated_bound_depends_on_the_index_of_the_text():
-    judge = reference_model_of(tiny_bd3lm(block_size=16))
+    judge = ReferenceModel(tiny_bd3lm(block_size=16))
     texts = [GeneratedText([0, *range(5 + shift, 25 + shift)], 1) for shift in range(3)]
     scores = judge.score(texts, seed=1, batch_size=3)
     (alone,) = judge.score(texts[2:], seed=1, indices=[2])
@@ -115,7 +113,7 @@ def test_the_noise_of_an_estimated_bound_depends_on_the_index_of_the_text():
 
 def test_a_model_that_cannot_be_a_judge_is_refused(tiny_tokenizer, tmp_path):
     with pytest.raises(ValueError, match="a SSDLMForMaskedLM has no likelihood"):
-        reference_model_of(tiny_ssdlm())
+        ReferenceModel(tiny_ssdlm())
     bert = BertForMaskedLM(BertConfig(vocab_size=320, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
     bert.save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
@@ -125,20 +123,20 @@ def test_a_model_that_cannot_be_a_judge_is_refused(tiny_tokenizer, tmp_path):
 
 def test_ids_and_windows_beyond_the_limits_of_a_judge_are_refused():
     with pytest.raises(ValueError, match="token id 320, .* 320 ids"):
-        reference_model_of(tiny_gpt2()).score([GeneratedText([0, 320], 1)])
+        ReferenceModel(tiny_gpt2()).score([GeneratedText([0, 320], 1)])
     for window in (1, 65):
         with pytest.raises(ValueError, match=f"window={window}: .* from 2 to 64"):
-            reference_model_of(tiny_gpt2(), window=window)
+            ReferenceModel(tiny_gpt2(), window=window)
 
 
 def test_a_score_that_is_not_a_number_is_refused():
     judge = tiny_gpt2()
     judge.transformer.wte.weight.data[0] = torch.nan
     with pytest.raises(ValueError, match="text 0 as nan"):
-        reference_model_of(judge).score([GeneratedText([0, 5], 1)])
+        ReferenceModel(judge).score([GeneratedText([0, 5], 1)])
 
 
 def test_a_text_without_a_token_to_score_counts_zero():
-    assert reference_model_of(tiny_gpt2(), unscored=[5]).score(
+    assert ReferenceModel(tiny_gpt2(), unscored=[5]).score(
         [GeneratedText([0, 5, 5], 1), GeneratedText([4], 0), GeneratedText([], 0)]
     ) == [(0, 0.0, 0), (1, 0.0, 0), (2, 0.0, 0)]

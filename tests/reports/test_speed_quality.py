@@ -12,7 +12,7 @@ from test_cli import assert_refused
 
 from bd3lm_hf.data import load_text, pack
 from bd3lm_hf.evaluation.perplexity import SequenceScore, summarize
-from bd3lm_hf.evaluation.reference_model import CausalScore, ReferenceModel, reference_model_of
+from bd3lm_hf.evaluation.reference_model import ReferenceModel
 from bd3lm_hf.reports.speed_quality import (
     Point,
     compare_curves,
@@ -40,7 +40,7 @@ def point(nll: list[float], counts: list[int], sampler: str = "first_hitting", *
 
 def test_bolder_settings_generate_more_tokens_per_forward(tiny_model):
     points = quality_curve(
-        tiny_model, CURVES, reference_model_of(tiny_model), num_samples=3, new_tokens=15, batch_size=2, do_sample=True
+        tiny_model, CURVES, ReferenceModel(tiny_model), num_samples=3, new_tokens=15, batch_size=2, do_sample=True
     )
     assert [(one.sampler, one.setting) for one in points] == [(s, c) for s, cs in CURVES.items() for c in cs]
     # 15 tokens after the first one: four blocks, the first of which has 3 of them.
@@ -54,7 +54,7 @@ def test_bolder_settings_generate_more_tokens_per_forward(tiny_model):
 def test_tokens_per_forward_do_not_depend_on_the_batch(tiny_model):
     curves = {"confidence": [{"confidence_threshold": 0.04}]}
     options = {"num_samples": 4, "new_tokens": 31, "do_sample": False}
-    judge = reference_model_of(tiny_model)
+    judge = ReferenceModel(tiny_model)
     ones, fours = (quality_curve(tiny_model, curves, judge, batch_size=size, **options)[0] for size in (1, 4))
     assert ones.tokens_per_forward == fours.tokens_per_forward > 1
     assert ones.perplexity == pytest.approx(fours.perplexity, rel=1e-5)
@@ -71,7 +71,7 @@ def test_given_tokens_are_continued_and_not_scored(tiny_model):
 
 def test_a_model_without_samplers_is_refused():
     with pytest.raises(ValueError, match="a GPT2LMHeadModel has no samplers to compare: name a block-diffusion model"):
-        quality_curve(tiny_gpt2(), CURVES, ReferenceModel(CausalScore(tiny_gpt2())))
+        quality_curve(tiny_gpt2(), CURVES, ReferenceModel(tiny_gpt2()))
 
 
 def test_the_error_of_a_ratio_is_that_of_pairs_of_texts():
