@@ -73,17 +73,25 @@ def run(arguments: argparse.Namespace) -> None:
     # Unknown datasets and outputs that cannot be written are refused before a model is loaded.
     targets = _targets(arguments)
     check_outputs(arguments.output, overwrite=arguments.overwrite)
-    if arguments.output:
-        ScoresFile(_scores_path(arguments), restart=arguments.restart)
     processes = PartialState(cpu=find_device(arguments.device).type == "cpu")
     # Moving from cpu to cpu:0 would copy the weights to other addresses, which changes the rounding of products.
     if processes.num_processes > 1 and processes.device.type != "cpu":
         arguments.device = processes.device  # each has its own
-    score_datasets(targets, arguments, *load_model_and_tokenizer(arguments))
+    file = None
+    with ExitStack() as stack:
+        if arguments.output and processes.is_main_process:
+            path = arguments.output[0].with_suffix(".scores.jsonl")
+            stack.enter_context(lock_output(path, "--output"))
+            file = ScoresFile(path, restart=arguments.restart)
+        score_datasets(targets, arguments, *load_model_and_tokenizer(arguments), file)
 
 
 def score_datasets(
-    targets: list[Target], arguments: argparse.Namespace, model: Any, tokenizer: PreTrainedTokenizerBase
+    targets: list[Target],
+    arguments: argparse.Namespace,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    file: ScoresFile | None,
 ) -> None:
     """Score datasets; the first process prints and writes the results.
 
@@ -114,25 +122,20 @@ def score_datasets(
     # 3. The scores
     about = _about_model(arguments, model, tokenizer) | {"length": length, "processes": processes.num_processes}
     results = []
-    with ExitStack() as stack:
-        file = None
-        if arguments.output and is_first:
-            stack.enter_context(lock_output(_scores_path(arguments), "--output"))
-            file = ScoresFile(_scores_path(arguments), restart=arguments.restart)
-        for target, sequences in zip(targets, loaded, strict=True):
-            score, data_hash = _score(arguments, model, sequences, about, file)
-            result = {"dataset": target.name, **sequences.about, **about, **data_hash, **score._asdict()}
-            results.append({name: result.get(name) for name in FIELDS})
-            if is_first and arguments.suite is None:
-                print(_table(score, result))
-        if not is_first:
-            return
-        # 4. The results
-        if arguments.suite is not None:
-            print(f"sequences of {length} tokens (the paper: {SUITES[arguments.suite].length})")
-            print(markdown(results))
-        for path in arguments.output:
-            write_results(path, results, arguments.suite)
+    for target, sequences in zip(targets, loaded, strict=True):
+        score, data_hash = _score(arguments, model, sequences, about, file)
+        result = {"dataset": target.name, **sequences.about, **about, **data_hash, **score._asdict()}
+        results.append({name: result.get(name) for name in FIELDS})
+        if is_first and arguments.suite is None:
+            print(_table(score, result))
+    if not is_first:
+        return
+    # 4. The results
+    if arguments.suite is not None:
+        print(f"sequences of {length} tokens (the paper: {SUITES[arguments.suite].length})")
+        print(markdown(results))
+    for path in arguments.output:
+        write_results(path, results, arguments.suite)
 
 
 def check_likelihood(model: Any, name: str) -> None:
@@ -147,11 +150,6 @@ def check_likelihood(model: Any, name: str) -> None:
             f"--model {name} is a {type(model).__name__}, which has no likelihood: score the text that it generates "
             f"with bd3lm eval --generative."
         )
-
-
-def _scores_path(arguments: argparse.Namespace) -> Path:
-    first: Path = arguments.output[0]
-    return first.with_suffix(".scores.jsonl")
 
 
 # The datasets and their sequences
