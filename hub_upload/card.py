@@ -171,8 +171,7 @@ def _training(recipe: dict[str, Any], results: dict[str, Any], weights: dict[str
     for name, label in (("steps", "optimizer steps"), ("global_batch_size", "sequences per step"), ("seed", "seed")):
         if results.get(name) is not None:
             rows.append((label, results[name]))
-    versions = results.get("versions")
-    if isinstance(versions, dict) and versions:
+    if versions := results.get("versions"):
         rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
     return _table(rows) if rows else ""
 
@@ -190,8 +189,7 @@ def _data(dataset: str | None, hub_dataset: str | None) -> str:
 def _evaluation(recipe: dict[str, Any], results: dict[str, Any], dataset: str | None) -> str:
     rows = []
     for name, label in (("before", "before training"), ("after", "after training")):
-        score = _score(results, name)
-        if score:
+        if score := results.get(name):
             # A model without a likelihood has a loss instead.
             nats = f"{_number(score.get('nll', score.get('loss')), 4)} ± {_number(score.get('standard_error'), 4)}"
             rows.append((label, _number(score.get("perplexity"), 2), nats, _number(score.get("bits_per_byte"), 4)))
@@ -199,16 +197,11 @@ def _evaluation(recipe: dict[str, Any], results: dict[str, Any], dataset: str | 
         return ""
     if results.get("unigram_perplexity") is not None:
         rows.append(("unigram model", _number(results["unigram_perplexity"], 2), "", ""))
-    scored = _score(results, "after") or _score(results, "before")
+    scored = results.get("after") or results["before"]
     count = f"{_number(scored.get('num_tokens'), 0)} tokens in {_number(scored.get('num_sequences'), 0)} sequences"
     origin = "held-out text" if dataset is None else f"the held-out split of {escape_markdown(_short(dataset))}"
     text = f"On {count} of {origin}, with the estimator `{_estimator(recipe)}`."
     return _table(rows, head=("", "perplexity", "nats per token ± s.e.", "bits per byte")) + f"\n\n{text}"
-
-
-def _score(results: dict[str, Any], name: str) -> dict[str, Any]:
-    score = results.get(name)
-    return score if isinstance(score, dict) else {}
 
 
 def _estimator(recipe: dict[str, Any]) -> str:
@@ -219,15 +212,14 @@ def _short(dataset: str) -> str:
     return Path(dataset).name if is_local(dataset) else dataset
 
 
-def _number(value: Any, digits: int) -> str:
-    """Format a number from a results file; return an empty string for anything else."""
-    return f"{value:,.{digits}f}" if isinstance(value, int | float) else ""
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
 
 
 def _eval_results(
     recipe: dict[str, Any], results: dict[str, Any], dataset: str | None, hub_dataset: str | None
 ) -> list[EvalResult]:
-    score = _score(results, "after")
+    score = results.get("after") or {}
     if dataset is None:
         return []
     name = _short(dataset)
@@ -246,7 +238,7 @@ def _eval_results(
             metric_args=arguments,
         )
         for metric, label in _METRICS.items()
-        if isinstance(score.get(metric), float) and math.isfinite(score[metric])
+        if score.get(metric) is not None and math.isfinite(score[metric])
     ]
 
 

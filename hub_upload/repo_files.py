@@ -39,24 +39,18 @@ CODE = Path(_MODELING).resolve().parent  # the code that is saved with a model
 CARD_NAME = "README.md"
 MANIFEST_NAME = "manifest.json"
 
-#: All files that are ever uploaded, by kind; of code, only the files of `modeling/`.
-ALLOWED = {
-    "weights": (
-        *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
-        "adapter_model.safetensors",
-    ),
-    "configuration": ("config.json", "generation_config.json", "adapter_config.json"),
-    "tokenizer": (
-        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-        *("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-        *("chat_template.jinja", "additional_chat_templates/*.jinja"),
-    ),
-    "model card": (CARD_NAME,),
-    "manifest": (MANIFEST_NAME,),
-}
+_WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+#: All files that are ever uploaded; of code, only the files of `modeling/`.
+ALLOWED = (
+    *(*_WEIGHTS, "model.safetensors.index.json", *_ADAPTER_FILES, "config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja", CARD_NAME, MANIFEST_NAME),
+)
 # Files that no manifest lists: its own, and those that users and the Hub may edit and no loader reads.
 NOT_LISTED = {CARD_NAME, MANIFEST_NAME, ".gitattributes", "LICENSE", "LICENSE.md", "LICENSE.txt"}
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _CLIENT_FOLDERS = (".cache", ".git")  # written by the Hub's client and by git
 _PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "model.pt", "*.ckpt")
 
@@ -71,12 +65,11 @@ class ModelContents(NamedTuple):
     notes: list[str]  # choices that were made
 
 
-def kind_of(name: str) -> str | None:
-    """Return the kind of an allowed file, such as "weights" or "code"; None for a file that is never uploaded."""
+def is_allowed(name: str) -> bool:
+    """Return whether a file may be uploaded."""
     if name.endswith(".py"):
-        return "code" if "/" not in name and name != "__init__.py" and (CODE / name).is_file() else None
-    kinds = (kind for kind, patterns in ALLOWED.items() for p in patterns if fnmatch.fnmatchcase(name, p))
-    return next(kinds, None)
+        return "/" not in name and name != "__init__.py" and (CODE / name).is_file()
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in ALLOWED)
 
 
 def files_of(folder: Path) -> dict[str, Path]:
@@ -104,7 +97,7 @@ def check_source(folder: Path, *, tokenizer: bool = True, base_model: str | None
         raise ValueError(f"DIR {folder} has no config.json and no adapter_config.json: {hint}.")
     if (folder / COMPLETE_NAME).is_file() and (reason := incomplete_because(folder)):
         raise ValueError(f"DIR {folder} is an incomplete checkpoint: {reason}. Name another one.")
-    _check_weights(folder, _ADAPTER_FILES[1:] if adapter else ALLOWED["weights"][:2])
+    _check_weights(folder, _ADAPTER_FILES[1:] if adapter else _WEIGHTS)
     check_links(folder, "DIR")
     if tokenizer and not has_tokenizer(folder):
         raise ValueError(
@@ -132,7 +125,7 @@ def check_links(folder: Path, argument: str) -> None:
             continue
         name = path.relative_to(folder).as_posix()
         # A linked folder would bring its templates along.
-        read = kind_of(name) or kind_of(f"{name}/a.jinja") or any(fnmatch.fnmatch(name, p) for p in _PICKLES)
+        read = is_allowed(name) or is_allowed(f"{name}/a.jinja") or any(fnmatch.fnmatch(name, p) for p in _PICKLES)
         if read or name.endswith(".pt"):
             raise ValueError(
                 f"{argument} {folder}: {name} is a symbolic link to a file outside of the folder. Replace it with a "
@@ -238,7 +231,7 @@ def write_contents(
     if contents.tokenizer is not None:
         limit_to_window(contents.tokenizer, contents.model.config)
         contents.tokenizer.save_pretrained(target)
-    if unknown := [name for name in files_of(target) if kind_of(name) is None]:
+    if unknown := [name for name in files_of(target) if not is_allowed(name)]:
         raise ValueError(f"DIR {source} is not a model of bd3lm_hf: saving it wrote {', '.join(unknown)}.")
 
 

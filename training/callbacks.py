@@ -125,17 +125,12 @@ class SpeedMeter(TrainerCallback):
         self.seconds = 0.0
         self.started: float | None = None
 
-    @staticmethod
-    def now() -> float:
-        """Return the time of a monotonic clock, in seconds."""
-        return time.perf_counter()
-
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.started = self.now()
+        self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.started is not None:
-            self.seconds += self.now() - self.started
+            self.seconds += time.perf_counter() - self.started
 
     def since_last_log(self) -> dict[str, float]:
         """Return means since the last call: `tokens_per_second`, rounded to whole tokens, and `tflops_per_second`.

@@ -11,7 +11,6 @@ import functools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -140,13 +139,10 @@ def compare_models(plan: Plan) -> list[ComparedModel]:
     if plan.judge not in plan.models:
         load_judge(plan.judge, load_tokenizer(plan.judge))  # an error now, not after the training
     results: dict[tuple[str, int], dict[str, Any]] = {}
-    started, runs = time.monotonic(), len(plan.seeds) * len(plan.models)
     for seed in plan.seeds:
         for name in plan.models:
             results[name, seed] = _trained(plan, name, seed)
-            # Runs completed earlier count as fast ones, so the estimate is low after a restart.
-            left = (time.monotonic() - started) / len(results) * (runs - len(results))
-            logger.warning("run %d of %d is complete; about %.0f min left to train", len(results), runs, left / 60)
+            logger.warning("run %d of %d is complete", len(results), len(plan.seeds) * len(plan.models))
     rows: list[ComparedModel] = []
     for (name, seed), result in results.items():
         folder = str(_folder(plan, name, seed))
@@ -234,7 +230,6 @@ def _trained(plan: Plan, name: str, seed: int) -> dict[str, Any]:
             raise ValueError(
                 f"{folder} holds a run with another {', '.join(changed)}: name another --output_dir, or remove it."
             )
-        logger.warning("%s is complete", folder)
     else:
         recipe.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(recipe, f"{_RECIPE_HEADER}\n{yaml.safe_dump(fields, sort_keys=False)}")

@@ -4,6 +4,7 @@ Held-out sequences are scored with `model.token_nll` and the same noise each tim
 find the best checkpoint. `compute_metrics` and `predict` receive the NLL of every token and the mask of scored tokens.
 """
 
+import time
 from typing import Any
 
 import numpy
@@ -22,7 +23,6 @@ from bd3lm_hf.evaluation.perplexity import (
     summarize,
     summarize_losses,
 )
-from bd3lm_hf.training.callbacks import SpeedMeter
 from bd3lm_hf.training.ema import AveragingTrainer
 from bd3lm_hf.training.interval import IntervalSearch, interval_metrics, record_search, search_intervals
 
@@ -105,14 +105,14 @@ class EvaluatingTrainer(AveragingTrainer):
         return output
 
     def _measure(self, dataset: Any, prefix: str, *, with_tokens: bool) -> PredictionOutput:
-        started = SpeedMeter.now()
+        started = time.perf_counter()
         predictions: Any = None
         labels: Any = None
         if with_tokens:
             tokens = self._shared(score_tokens, dataset, estimator=self.args.eval_estimator)
             # Scored from the tokens that compute_metrics receives, so that both describe the same forward passes.
             scores = [SequenceScore(t.index, sum(t.nll), len(t.nll) - t.labels.count(-100)) for t in tokens]
-            result: Any = self._summarize(scores, SpeedMeter.now() - started)
+            result: Any = self._summarize(scores, time.perf_counter() - started)
             predictions, labels = _stack(tokens)
         else:
             result = self.score(dataset)
@@ -133,13 +133,13 @@ class EvaluatingTrainer(AveragingTrainer):
             estimator: as in `token_nll`; `args.eval_estimator` by default. Unused for a loss.
             indices: score these sequences only. The noise of a sequence depends on its index, not on the others.
         """
-        started = SpeedMeter.now()
+        started = time.perf_counter()
         if self.model.has_likelihood:
             estimator = estimator or self.args.eval_estimator
             scores = self._shared(score_sequences, sequences, indices=indices, estimator=estimator)
         else:
             scores = self._shared(sequence_losses, sequences, indices=indices)
-        return self._summarize([SequenceScore(*score) for score in scores], SpeedMeter.now() - started)
+        return self._summarize([SequenceScore(*score) for score in scores], time.perf_counter() - started)
 
     def check_estimator(self, name: str) -> None:
         """Score one held-out sequence per process, so that an estimator that does not fit fails before training.

@@ -61,7 +61,10 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
         fields |= {"vocab_size": max(tokenizer.get_vocab().values()) + 1, **_special_tokens(tokenizer)}
         model = AutoModelForCausalLM.from_config(new_config(arguments.model_type, **fields), **keywords)
     elif hasattr(head, "from_encoder") and not isinstance(config, head.config_class):
-        model = start_around(head, name, tokenizer, fields, **keywords)
+        # A new model around a trained encoder, such as RoBERTa.
+        _check_known(head.config_class, fields)
+        encoder = load_model(name, argument="--init_from", skip_unexpected=True, dtype=torch.float32, **keywords)
+        model = head.from_encoder(encoder, **_special_tokens(tokenizer), **fields)
     else:
         model = start_from(name, tokenizer, fields, **keywords)
     check_tokenizer_fits(tokenizer, model.config)
@@ -216,22 +219,6 @@ def _with_implied_changes(old: BD3LMConfig, changes: dict[str, Any]) -> dict[str
     if block_size == old.block_size:
         return changes
     return {"var_min": True, "sampling_eps_min": SAMPLING_EPS, "sampling_eps_max": 1.0, **changes}
-
-
-def start_around(head: Any, name: str, tokenizer: Any, fields: dict[str, Any], **options: Any) -> Any:
-    """Return a new model around a trained encoder, such as RoBERTa; its other layers are new.
-
-    Args:
-        head: class of the model, with `from_encoder`.
-        name: folder or hub name of the encoder, with its tokenizer.
-        fields: configuration fields of the new model.
-
-    Raises:
-        ValueError: if the model lacks a field, the encoder contradicts one, or weights are missing.
-    """
-    _check_known(head.config_class, fields)
-    encoder = load_model(name, argument="--init_from", skip_unexpected=True, dtype=torch.float32, **options)
-    return head.from_encoder(encoder, **_special_tokens(tokenizer), **fields)
 
 
 def check_lora(model: Any, lora: LoraArguments, start: str | None) -> None:

@@ -163,17 +163,11 @@ def test_a_checkpoint_has_the_recipe_of_its_run_but_not_its_results(model_folder
 
 
 @pytest.mark.parametrize(
-    ("results", "metrics"),
-    [
-        ({"after": {**SCORE, "perplexity": float("inf"), "bits_per_byte": None}}, ["nll"]),
-        ({"after": {**SCORE, "perplexity": "12", "bits_per_byte": [1]}}, ["nll"]),
-        ({"after": {"nll": 2.5}}, ["nll"]),
-        *((content, []) for content in ({"after": [1]}, {"after": "x", "versions": 3}, {"before": {"nll": "x"}})),
-    ],
+    "after", [{**SCORE, "perplexity": float("inf"), "bits_per_byte": None}, {"nll": 2.5}], ids=["infinite", "missing"]
 )
-def test_only_finite_numbers_are_results(card, model_folder, results, metrics):
-    (model_folder / "results.json").write_text(json.dumps(results))
-    assert [result.metric_type for result in card().data.eval_results or []] == metrics
+def test_only_finite_numbers_are_results(card, model_folder, after):
+    (model_folder / "results.json").write_text(json.dumps({"after": after}))
+    assert [result.metric_type for result in card().data.eval_results] == ["nll"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from bd3lm_hf.hub_upload import load_check
 from bd3lm_hf.hub_upload import push as push_module
 from bd3lm_hf.hub_upload.load_check import CheckError
 from bd3lm_hf.hub_upload.push import dry_run, push, write_repository
-from bd3lm_hf.hub_upload.repo_files import files_of, kind_of
+from bd3lm_hf.hub_upload.repo_files import files_of, is_allowed
 from bd3lm_hf.modeling.compatibility_bd3lm import SelfContainedMixin
 
 
@@ -273,7 +273,7 @@ def test_without_a_login_nothing_is_written_but_a_dry_run_works(bd3lm, run_folde
     assert_refused(bd3lm("push", run_folder, REPO), "hf auth login")
     contents = dry_run(run_folder, REPO, tmp_path / "out", check=no_check)
     assert contents.sizes == {name: path.stat().st_size for name, path in files_of(tmp_path / "out").items()}
-    assert all(kind_of(name) for name in contents.sizes)
+    assert all(is_allowed(name) for name in contents.sizes)
 
 
 def test_a_missing_tokenizer_is_refused_unless_there_is_none(hub, bd3lm, model_folder):

@@ -16,7 +16,7 @@ from bd3lm_hf.hub_upload.repo_files import (
     CODE,
     check_source,
     files_of,
-    kind_of,
+    is_allowed,
     left_out,
     name_base,
     new_folder,
@@ -206,19 +206,17 @@ def test_a_new_folder_replaces_nothing_follows_no_link_and_leaves_nothing_behind
     assert sorted(tmp_path.rglob("*")) == before and (mine / "precious").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        *((name, None) for name in ("optimizer.pt", "training_args.bin", ".env", "rng_state.pth", "ema.safetensors")),
-        *((name, None) for name in ("run.json", "conftest.py", "sub/modeling_bd3lm.py", "__init__.py", "recipe.yaml")),
-        *((name, None) for name in ("events.out", "pytorch_model.bin", "sub/config.json")),
-        ("model-00001-of-00002.safetensors", "weights"),
-        ("modeling_bd3lm.py", "code"),
-        ("config.json", "configuration"),
-        ("chat_template.jinja", "tokenizer"),
-        ("README.md", "model card"),
-        ("manifest.json", "manifest"),
-    ],
-)
-def test_files_are_allowed_by_their_kind(name, kind):
-    assert kind_of(name) == kind
+def test_only_files_that_a_model_needs_are_allowed():
+    allowed = ("model-00001-of-00002.safetensors", "modeling_bd3lm.py", "config.json", "chat_template.jinja")
+    assert all(map(is_allowed, (*allowed, "README.md", "manifest.json")))
+    secret = (
+        "optimizer.pt",
+        "training_args.bin",
+        ".env",
+        "rng_state.pth",
+        "ema.safetensors",
+        "run.json",
+        "events.out",
+    )
+    other = ("events.out", "conftest.py", "sub/modeling_bd3lm.py", "__init__.py", "recipe.yaml", "pytorch_model.bin")
+    assert not any(map(is_allowed, (*secret, *other, "sub/config.json")))
