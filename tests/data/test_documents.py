@@ -24,19 +24,6 @@ def local_copy(folder: Path, spec: DatasetSpec, rows: int = 6) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("name", [name for name in HUB if name != "openwebtext"])
-def test_every_row_reads_a_local_copy_in_the_hubs_schema(tmp_path: Path, name: str, streaming: bool) -> None:
-    spec = DATASETS[name.replace("_", "-")]
-    source = local_copy(tmp_path, spec)
-    clean = detokenizer(spec.detokenizer) if spec.detokenizer else str
-    for split in spec.splits or ("train", "validation", "test"):
-        dataset = load_text(name, split=split, source=source, streaming=streaming)
-        assert dataset.column_names in (["text"], None)
-        of = spec.splits.get(split, split)
-        assert [row["text"] for row in dataset] == [clean(f"{RAW} {of} {i}") for i in range(6)]
-
-
 def test_openwebtext_validates_on_its_last_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = local_copy(tmp_path, DATASETS["openwebtext"])
     with pytest.raises(ValueError, match="6 documents.* last 100000 "):

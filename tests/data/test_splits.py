@@ -299,11 +299,6 @@ def test_every_part_gets_one_of_three_or_more_documents(count: int, shift: float
     assert sum(sizes.values()) == count
 
 
-def test_two_documents_are_one_for_training_and_one_for_validation() -> None:
-    found = {split: len(part) for split, part in parts(["a", "b"], BOTH).items()}
-    assert found == {"train": 1, "validation": 1, "test": 0}
-
-
 def test_a_single_document_is_cut_at_line_ends() -> None:
     text = "".join(f"line {i}\n" for i in range(1000))
     found = {split: "".join(part) for split, part in parts([text], BOTH).items()}

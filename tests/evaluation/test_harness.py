@@ -4,8 +4,6 @@ import functools
 import importlib
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -148,15 +146,6 @@ def test_the_command_evaluates(bd3lm, quick_start, model_folder, task_folder, tm
     results = json.loads(written.read_text())
     assert results["results"]["tiny_choice"]["acc,none"] in (0.0, 0.5, 1.0)
     assert results["config"]["num_samples"] == 4 and results["config"]["estimator"] == "auto"
-
-
-@pytest.mark.slow
-def test_the_command_runs_in_a_separate_process(model_folder, task_folder, tmp_path):
-    command = [sys.executable, "-m", "bd3lm_hf.cli", *command_line(model_folder, task_folder, tmp_path / "r.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(bd3lm_hf.__file__).parents[1])}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert "|tiny_choice|" in result.stdout.replace(" ", "") and list(tmp_path.glob("r*.json"))
 
 
 def test_the_command_adds_our_model_if_none_is_named(monkeypatch):

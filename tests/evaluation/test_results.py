@@ -18,7 +18,6 @@ from bd3lm_hf.evaluation.results import (
     config_identity,
     data_identity,
     digest,
-    library_versions,
     markdown,
     score_shared,
     tokenizer_identity,
@@ -164,12 +163,6 @@ def test_a_tokenizer_is_identified_by_its_vocabulary(tiny_tokenizer):
     assert tokenizer_identity(None) == {}
 
 
-def test_the_versions_are_those_of_the_loaded_libraries():
-    versions = library_versions()
-    assert versions["torch"] == torch.__version__
-    assert set(versions) == {"bd3lm_hf", "torch", "transformers", "datasets", "python"}
-
-
 RUN = {"weights": "a", "seed": 0}
 OTHER = {"weights": "b", "seed": 0}
 
@@ -211,21 +204,6 @@ def test_a_bar_shows_the_progress_and_where_the_run_continued(path, sequences, c
     assert "scoring:  60%" in capsys.readouterr().err
     score(CountingModel(), sequences)
     assert capsys.readouterr().err == ""
-
-
-def test_an_interrupted_evaluation_continues_where_it_stopped(path, sequences):
-    whole = CountingModel()
-    expected = score(whole, sequences).scores
-    first, second = CountingModel(dies_at=4), CountingModel()
-    with pytest.raises(KeyboardInterrupt):
-        score(first, sequences, file=ScoresFile(path))
-    assert score(second, sequences, file=ScoresFile(path)).scores == expected
-    # The batches are those of an uninterrupted run, so not even rounding differs.
-    assert first.batches[:3] + second.batches == whole.batches
-    again = CountingModel()
-    found = score(again, sequences, file=ScoresFile(path))
-    assert found.scores == expected and not again.batches
-    assert found.seconds > 0
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40])
