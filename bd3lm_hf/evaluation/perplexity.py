@@ -297,31 +297,26 @@ def summarize(
 # The unigram baseline
 
 
-def unigram_perplexity(train_ids: Iterable[int], eval_ids: Iterable[int], vocab_size: int) -> float:
+def unigram_perplexity(
+    train_ids: Sequence[int] | torch.Tensor, eval_ids: Sequence[int] | torch.Tensor, vocab_size: int
+) -> float:
     """Return the perplexity of a unigram model: training frequencies with add-one smoothing.
 
     Args:
-        train_ids: token ids of the training text, any shape.
+        train_ids: token ids of the training text.
         eval_ids: the tokens to score, see [`scored_token_ids`].
         vocab_size: number of ids, each of which gets one extra count.
 
     Raises:
-        ValueError: if there is nothing to score, or an id is outside the vocabulary.
+        ValueError: if there is nothing to score.
     """
-    train, evaluated = (_counts(ids, vocab_size) for ids in (train_ids, eval_ids))
+    both = (torch.as_tensor(ids, dtype=torch.long) for ids in (train_ids, eval_ids))
+    train, evaluated = (torch.bincount(ids, minlength=vocab_size).double() for ids in both)
     if not evaluated.sum():
         raise ValueError("eval_ids is empty: give at least one token to score.")
     log_probability = (train + 1).log() - (train.sum() + vocab_size).log()
     nll = -(evaluated * log_probability).sum() / evaluated.sum()
     return math.exp(nll.item())
-
-
-def _counts(ids: Iterable[int], vocab_size: int) -> torch.Tensor:
-    """Return how often each id occurs, float64 `(vocab_size,)`."""
-    flat = torch.as_tensor(ids if isinstance(ids, torch.Tensor) else list(ids), dtype=torch.long).flatten()
-    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < vocab_size:
-        raise ValueError(f"token id {int(flat.max())} is outside the vocabulary of {vocab_size} ids.")
-    return torch.bincount(flat, minlength=vocab_size).double()
 
 
 @torch.no_grad()
