@@ -5,7 +5,7 @@ after its last id: for GPT-2, M = 50257 in a vocabulary of 50258, as in the publ
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -114,21 +114,13 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> PreTrain
         vocab_size: number of tokens, including special tokens.
 
     Raises:
-        ValueError: if `vocab_size` is too small for the bytes and the special tokens, or there is no text.
+        ValueError: if `vocab_size` is too small for the bytes and the special tokens.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(
             f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least {SMALLEST_VOCABULARY} tokens "
             "(256 bytes, end of text, padding, mask)."
         )
-    has_text = False
-
-    def watched() -> Iterator[str]:
-        nonlocal has_text
-        for text in texts:
-            has_text = has_text or bool(text)
-            yield text
-
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -140,9 +132,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> PreTrain
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(watched(), trainer)
-    if not has_text:
-        raise ValueError("There is no text to train a tokenizer on; name a dataset that is not empty.")
+    backend.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=END_OF_TEXT,

@@ -76,8 +76,6 @@ def encode_rows(
         ValueError: if rows do not fit, a row has nothing to learn, the tokenizer has no end token or chat template, or
             no row is left.
     """
-    if long_rows not in LONG_ROWS:
-        raise ValueError(f"long_rows is {long_rows!r}; it must be one of: {', '.join(LONG_ROWS)}.")
     if isinstance(schema, Messages) and not tokenizer.chat_template:
         raise ValueError(
             f"The tokenizer {tokenizer.name_or_path!r} has no chat template to render messages with: set "

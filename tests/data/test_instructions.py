@@ -179,8 +179,6 @@ def test_long_rows_are_never_cut(encode, caplog) -> None:
     assert "Dropped rows: 1 of 3 rows have more than 32 tokens" in caplog.text
     with pytest.raises(ValueError, match="1 of 1 rows .*model_length"):
         encode(rows[1], length=32, long_rows="drop")
-    with pytest.raises(ValueError, match="'cut'.*: error, drop"):
-        encode(*rows, long_rows="cut")
 
 
 def test_the_end_tokens_count_for_the_length(encode, tiny_tokenizer) -> None:
