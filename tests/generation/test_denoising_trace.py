@@ -1,9 +1,9 @@
 """A trace replays to its text, and its page is complete, harmless and shows every step."""
 
-import html.parser
 import json
 
 import pytest
+from html_page import Page
 
 from bd3lm_hf.generation.denoising_trace import (
     FORMAT,
@@ -168,29 +168,6 @@ def test_the_ending_of_a_file_name_decides_between_page_and_data(document, tmp_p
     assert json.loads((tmp_path / "trace.json").read_text()) == document
     write_trace(document, tmp_path / "trace.HTML")
     assert (tmp_path / "trace.HTML").read_text().startswith("<!doctype html>")
-
-
-class Page(html.parser.HTMLParser):
-    """The elements of a page: the name, the attributes and the texts of each."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict, list[str]]] = []
-        self._open: list[list[str]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs), []))
-        if tag not in ("meta", "input", "option"):  # without an end
-            self._open.append(self.elements[-1][2])
-
-    def handle_endtag(self, tag):
-        if tag != "option":
-            self._open.pop()
-
-    def handle_data(self, data):
-        for texts in self._open:
-            texts.append(data)
 
 
 def test_the_page_contains_the_whole_trace_whatever_the_tokens_are(document):

@@ -284,38 +284,31 @@ class Bytes:
 
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_a_long_text_is_decoded_in_pieces_without_a_broken_character(make_model, size):
-    model, text = make_model(pad_token_id=0), "naïve café, 3 €; " * 60
-    tokens, shown = list(text.encode()), []
-    config = copy.deepcopy(model.generation_config)
-    config.max_new_tokens, config.eos_token_id, config.stop_strings = len(tokens), None, ["STOP", "€; STOP"]
-    request = Request([1], config, 0, shown.append)
-    for first in range(0, len(tokens), size):
-        request.take(tokens[first : first + size], Bytes())
-    assert request.text == "".join(shown) == text and "\ufffd" not in "".join(shown)
-    assert request.finish_reason == "length"
-    again = Request([1], config, 0)
-    again.take([*tokens, *"€; STOP and more".encode()], Bytes())
-    assert again.finish_reason == "length"
-    config.max_new_tokens = 10**6
-    stopped = Request([1], config, 0)
-    for first in range(0, len(tokens), size):
-        stopped.take(tokens[first : first + size], Bytes())
-    stopped.take(list("€; STOP and more".encode()), Bytes())
-    assert (stopped.finish_reason, stopped.text, stopped.written) == ("stop", text, tokens)
-    # The bytes of its last character come one by one.
-    config.stop_strings = ["b€"]
-    split = Request([1], config, 0, shown.append)
-    shown.clear()
-    for token in "ab€c".encode():
-        split.take([token], Bytes())
-    assert (split.finish_reason, split.text, shown) == ("stop", "a", ["a"])
-    # Wherever the stop string falls relative to the tokens that are no longer decoded.
-    config.stop_strings = ["STOP"]
-    for length in range(250, 264):
-        split, tokens = Request([1], config, 0), list(b"x" * length + b"STOP and more")
+    text, shown = "naïve café, 3 €; " * 60, []
+    tokens, more = list(text.encode()), list("€; STOP and more".encode())
+
+    def take(tokens, limit, *stop_strings):
+        """Return a request with its reason to finish and its text, after so many tokens at a time."""
+        config = copy.deepcopy(make_model(pad_token_id=0).generation_config)
+        config.max_new_tokens, config.eos_token_id, config.stop_strings = limit, None, list(stop_strings)
+        request = Request([1], config, 0, shown.append)
+        shown.clear()
         for first in range(0, len(tokens), size):
-            split.take(tokens[first : first + size], Bytes())
-        assert (split.finish_reason, split.text, len(split.written)) == ("stop", "x" * length, length)
+            request.take(tokens[first : first + size], Bytes())
+        assert request.text == "".join(shown)
+        return request, request.finish_reason, request.text
+
+    stops = ("STOP", "€; STOP")
+    assert take(tokens, len(tokens), *stops)[1:] == ("length", text)
+    assert take([*tokens, *more], len(tokens), *stops)[1:] == ("length", text)
+    request, *ended = take([*tokens, *more], 10**6, *stops)
+    assert ended == ["stop", text] and request.written == tokens
+    # The bytes of its last character can come one by one.
+    assert take(list("ab€c".encode()), 10**6, "b€")[1:] == ("stop", "a")
+    # Wherever the stop string falls relative to the tokens that are no longer decoded.
+    for length in range(250, 264):
+        request, *ended = take(list(b"x" * length + b"STOP and more"), 10**6, "STOP")
+        assert ended == ["stop", "x" * length] and len(request.written) == length
 
 
 @pytest.mark.parametrize("field", [{}, {"entropy_stop": 5.0, "entropy_stop_window": 12}, {"stop_at_second_eos": True}])
