@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import transformers
@@ -221,7 +221,6 @@ def converse(
     *,
     seed: int = 0,
     streamer: Any = None,
-    stdin: TextIO | None = None,
 ) -> list[dict[str, str]]:
     """Answer the lines of standard input until it ends, and return the messages.
 
@@ -241,7 +240,7 @@ def converse(
         )
     set_seed(seed)
     messages: list[dict[str, str]] = []
-    for line in _lines(stdin or sys.stdin):
+    for line in _lines():
         if line == RESET:
             messages.clear()
             continue
@@ -256,15 +255,15 @@ def converse(
     return messages
 
 
-def _lines(stdin: TextIO) -> Iterator[str]:
+def _lines() -> Iterator[str]:
     """Yield the user's messages; print a prompt for each if standard input is a terminal."""
-    is_terminal = stdin.isatty()
+    is_terminal = sys.stdin.isatty()
     if is_terminal:
         print(f"Type a message; {RESET} starts over, {END} or Ctrl-D quits.", file=sys.stderr)
     while True:
         if is_terminal:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = stdin.readline()
+        line = sys.stdin.readline()
         if not line or line.strip() == END:
             return
         if line.strip():

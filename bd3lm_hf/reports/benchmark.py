@@ -14,6 +14,7 @@ that text. More noise samples for each clean pass reduce only the second.
 
 import argparse
 import functools
+import itertools
 import math
 import resource
 import statistics
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bd3lm_hf.checkpoints import load_model
 from bd3lm_hf.console import markdown_table
@@ -53,38 +54,29 @@ class TimedPair(NamedTuple):
 
 
 def build(name: str) -> PreTrainedModel:
-    """Return a random model: `"bd3lm"`, `"gpt2"`, a decoder (`"qwen3"`) or block diffusion on one (`"bd3lm_qwen3"`).
+    """Return a random model: `"bd3lm"`, a decoder (`"gpt2"`, `"qwen3"`) or block diffusion on one (`"bd3lm_qwen3"`).
 
     All have 12 layers of width 768 and no dropout, so they do the same work.
     """
     torch.manual_seed(0)
-    if name == "gpt2":
-        config = GPT2Config(vocab_size=VOCAB_SIZE, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        config.n_positions = 2048  # room for a prompt and 1,024 new tokens
-        rival = GPT2LMHeadModel(config)
-        rival.generation_config.eos_token_id = None
-        rival.generation_config.pad_token_id = 0
-        return rival
-    if name != "bd3lm":
-        return _build_decoder(name)
-    model = BD3LMForMaskedLM(BD3LMConfig(vocab_size=VOCAB_SIZE, block_size=4, dropout=0.0))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.02)  # a fresh model's zeros would make some products cheaper
-    return model
-
-
-def _build_decoder(name: str) -> PreTrainedModel:
+    if name == "bd3lm":
+        model = BD3LMForMaskedLM(BD3LMConfig(vocab_size=VOCAB_SIZE, block_size=4, dropout=0.0))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(0.0, 0.02)  # a fresh model's zeros would make some products cheaper
+        return model
     family = name.removeprefix("bd3lm_")
     if family not in DECODERS:
-        raise ValueError(f"no model called {name!r} to measure: choose bd3lm, gpt2, or one of {', '.join(DECODERS)}.")
+        raise ValueError(f"no model called {name!r} to measure: choose bd3lm or one of {', '.join(DECODERS)}.")
     model_class = DECODERS[family] if name != family else DECODERS[family].__bases__[-1]
+    fields = {"vocab_size": VOCAB_SIZE if name == "gpt2" else DECODER_VOCAB_SIZE}
+    fields |= {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12}
-    sizes |= {"head_dim": 64, "intermediate_size": 3072, "max_position_embeddings": 2048}
-    known = {field: value for field, value in sizes.items() if hasattr(model_class.config_class, field)}
-    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0) if family == "gpt2" else {}
-    special = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
-    return model_class(model_class.config_class(vocab_size=DECODER_VOCAB_SIZE, **known, **dropout, **special))
+    # Room for a prompt and 1,024 new tokens.
+    sizes |= {"head_dim": 64, "intermediate_size": 3072, "max_position_embeddings": 2048, "n_positions": 2048}
+    sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    fields |= {field: value for field, value in sizes.items() if hasattr(model_class.config_class, field)}
+    return model_class(model_class.config_class(**fields))
 
 
 def training_step(model: PreTrainedModel, length: int) -> None:
@@ -123,12 +115,6 @@ def compare_times(ours: Callable[[], None], rival: Callable[[], None], repeats: 
     )
 
 
-def batch_gain(model: PreTrainedModel, new_tokens: int, batch_size: int, repeats: int) -> float:
-    """Return the tokens per second of a batch relative to a single text, the median of pairs."""
-    alone = functools.partial(generation, model, new_tokens)
-    return batch_size / compare_times(functools.partial(alone, batch_size), alone, repeats).ratio
-
-
 def peak_memory(name: str, length: int) -> float:
     """Return the peak resident memory, in GB (10^9 bytes), of a fresh process that takes two training steps."""
     code = (
@@ -158,15 +144,17 @@ def compare_with_rival(arguments: argparse.Namespace) -> None:
     ours, rival = (build(name) for name in names)
     print(f"torch {torch.__version__}, {arguments.threads} CPU threads, float32, 12 layers of width 768, block size 4")
     print(f"| task | {titles[0]} | {titles[1]} | ratio | min - max |\n|---|---|---|---|---|")
+    results: dict[str, TimedPair] = {}
     for name, length, task in tasks(arguments):
         repeats = arguments.repeats if length < 1024 else -(-arguments.repeats // 2)
-        result = compare_times(functools.partial(task, ours), functools.partial(task, rival), repeats)
+        result = results[name] = compare_times(functools.partial(task, ours), functools.partial(task, rival), repeats)
         spread = f"{result.spread[0]:.2f} - {result.spread[1]:.2f}"
         print(f"| {name}, s | {result.ours:.2f} | {result.rival:.2f} | {result.ratio:.2f} | {spread} |", flush=True)
-    for size in arguments.batch_sizes if arguments.new_tokens else []:
-        gains = [batch_gain(model, arguments.new_tokens[0], size, arguments.repeats) for model in (ours, rival)]
+    for count, size in itertools.product(arguments.new_tokens[:1], arguments.batch_sizes):
+        one, several = results[f"generating {count} tokens"], results[f"generating {size} x {count} tokens"]
+        mine, theirs = size * one.ours / several.ours, size * one.rival / several.rival
         name = f"tokens per second, batch {size} over batch 1"
-        print(f"| {name} | {gains[0]:.2f} | {gains[1]:.2f} | {gains[0] / gains[1]:.2f} | |", flush=True)
+        print(f"| {name} | {mine:.2f} | {theirs:.2f} | {mine / theirs:.2f} | |", flush=True)
     for length in arguments.lengths[:1]:
         mine, theirs = (peak_memory(name, length) for name in names)
         print(f"| peak memory of training, 2 x {length}, GB | {mine:.2f} | {theirs:.2f} | {mine / theirs:.2f} | |")
@@ -178,8 +166,7 @@ def tasks(arguments: argparse.Namespace) -> Iterator[tuple[str, int, Callable[[P
         yield f"training step, 2 x {length}", length, functools.partial(training_step, length=length)
     for count in arguments.new_tokens:
         yield f"generating {count} tokens", count, functools.partial(generation, new_tokens=count)
-    for size in arguments.batch_sizes if arguments.new_tokens else []:
-        count = arguments.new_tokens[0]
+    for count, size in itertools.product(arguments.new_tokens[:1], arguments.batch_sizes):
         task = functools.partial(generation, new_tokens=count, batch_size=size)
         yield f"generating {size} x {count} tokens", count, task
 

@@ -54,7 +54,6 @@ def quality_points(
     new_tokens: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
-    progress: bool = False,
     **generation: Any,
 ) -> Iterator[Point]:
     """Generate texts with each setting of each sampler, and score them.
@@ -85,7 +84,7 @@ def quality_points(
         )
     settings = [(sampler, dict(setting)) for sampler, settings in curves.items() for setting in settings]
     batches: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
-    with progress_bar("quality", len(settings), unit="setting", disable=not progress) as bar:
+    with progress_bar("quality", len(settings), unit="setting") as bar:
         for sampler, setting in settings:
             fields = {**generation, **{name: value for name, value in setting.items() if value is not None}}
             started = time.perf_counter()
@@ -188,7 +187,6 @@ def run(arguments: argparse.Namespace) -> None:
         new_tokens=arguments.new_tokens,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
-        progress=True,
         **fields,
     ):
         points.append(point)

@@ -19,7 +19,7 @@ from bd3lm_hf.console import integer, load_model_and_tokenizer
 from bd3lm_hf.generation.generate_cli import CHOICES, FIELDS, generation_fields
 
 
-_LIBRARIES = ("fastapi", "uvicorn", "openai")  # required by transformers' server
+_LIBRARIES = ("fastapi", "uvicorn", "openai", "transformers.cli.serving")
 _KEY_VARIABLE = "BD3LM_API_KEY"
 # Fields of `generate` that have a flag, besides `--sampler`.
 _FIELDS = ("num_denoising_steps", "confidence_threshold", "entropy_bound", "nucleus_p", "temperature")
@@ -88,10 +88,6 @@ def check(arguments: argparse.Namespace) -> str | None:
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"bd3lm serve needs {', '.join(missing)}: run `pip install 'bd3lm-hf[serve]'`.")
-    if importlib.util.find_spec("transformers.cli.serving") is None:
-        raise ValueError(
-            "bd3lm serve needs the package transformers.cli.serving: upgrade transformers to 5.20 or newer."
-        )
     api_key = arguments.api_key or os.environ.get(_KEY_VARIABLE)
     if not _is_local(arguments.host) and not api_key:
         raise ValueError(

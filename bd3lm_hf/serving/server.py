@@ -321,10 +321,9 @@ def make_app(
 
 
 def _named_model(manager: LoadedModel, name: str) -> dict:
-    for model in manager.get_gen_models():
-        if model["id"] == name:
-            return model
-    raise HTTPException(404, f"this server has one model, {manager.force_model}: use that.")
+    if name != manager.force_model:
+        raise HTTPException(404, f"this server has one model, {manager.force_model}: use that.")
+    return manager.get_gen_models()[0]
 
 
 def _metrics(batcher: Batcher) -> str:

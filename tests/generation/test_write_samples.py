@@ -1,6 +1,7 @@
 """A model answers messages from a terminal, and fills gaps in texts."""
 
 import io
+import sys
 
 import pytest
 import torch
@@ -22,11 +23,18 @@ def chat_model():
     return tiny_decoder("qwen3", model_length=64)
 
 
-def answer(model, tokenizer, lines):
-    return converse(model, tokenizer, {"max_new_tokens": 4, "do_sample": False}, stdin=io.StringIO("\n".join(lines)))
+@pytest.fixture
+def answer(monkeypatch):
+    """A function that answers lines of standard input."""
+
+    def run(model, tokenizer, lines):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+        return converse(model, tokenizer, {"max_new_tokens": 4, "do_sample": False})
+
+    return run
 
 
-def test_each_answer_follows_the_whole_conversation(chat_model, chat_tokenizer):
+def test_each_answer_follows_the_whole_conversation(answer, chat_model, chat_tokenizer):
     messages = answer(chat_model, chat_tokenizer, ["hello", "", "more"])
     assert [m["role"] for m in messages] == ["user", "assistant"] * 2
     options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": False}
@@ -35,12 +43,12 @@ def test_each_answer_follows_the_whole_conversation(chat_model, chat_tokenizer):
     assert messages[3]["content"] == chat_tokenizer.decode(text, skip_special_tokens=True).strip()
 
 
-def test_reset_forgets_and_exit_ends(chat_model, chat_tokenizer):
+def test_reset_forgets_and_exit_ends(answer, chat_model, chat_tokenizer):
     messages = answer(chat_model, chat_tokenizer, ["hello", "/reset", "more", "/exit", "unread"])
     assert [m["content"] for m in messages if m["role"] == "user"] == ["more"]
 
 
-def test_a_tokenizer_without_a_template_is_refused(chat_model, chat_tokenizer):
+def test_a_tokenizer_without_a_template_is_refused(answer, chat_model, chat_tokenizer):
     chat_tokenizer.chat_template = None
     with pytest.raises(ValueError, match="--chat"):
         answer(chat_model, chat_tokenizer, ["hello"])

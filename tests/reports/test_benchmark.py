@@ -12,6 +12,7 @@ from bd3lm_hf.reports import benchmark
 from bd3lm_hf.reports.benchmark import (
     EstimatorVariance,
     GradientVariance,
+    TimedPair,
     estimator_variance,
     gradient_table,
     gradient_variance,
@@ -36,10 +37,13 @@ def test_the_ratio_is_our_time_over_the_rivals(sleep):
     assert result.spread == (1.0, 3.0)
 
 
-def test_the_gain_of_a_batch_is_in_tokens_per_second(monkeypatch, sleep):
-    # A batch of 8 that takes as long as 2 texts writes 4 times as many tokens per second.
-    monkeypatch.setattr(benchmark, "generation", lambda model, count, size=1: sleep(1 if size == 1 else 2))
-    assert benchmark.batch_gain(None, 64, 8, repeats=3) == 4.0
+def test_the_gain_of_a_batch_is_in_tokens_per_second(monkeypatch, capsys):
+    # A batch of 8 that takes as long as 2 texts generates 4 times as many tokens per second.
+    seconds = lambda task, *_: TimedPair(2.0 if "batch_size" in task.keywords else 1.0, 1.0, 1.0, (1, 1))  # noqa: E731
+    monkeypatch.setattr(benchmark, "build", lambda name: None)
+    monkeypatch.setattr(benchmark, "compare_times", seconds)
+    run_verb("bench", ["--lengths", "--new-tokens", "64", "--batch-sizes", "8", "--threads", "1"])
+    assert "| tokens per second, batch 8 over batch 1 | 4.00 | 8.00 | 0.50 | |" in capsys.readouterr().out
 
 
 def test_one_table_has_all_figures(monkeypatch, tiny_model, capsys):
@@ -72,9 +76,11 @@ def test_a_decoder_is_measured_next_to_its_stock_class(monkeypatch, capsys):
     assert built == ["bd3lm_qwen3", "qwen3"] and "| task | bd3lm_qwen3 | qwen3 |" in capsys.readouterr().out
     monkeypatch.undo()
     with torch.device("meta"):
-        ours, stock = benchmark.build("bd3lm_qwen3"), benchmark.build("qwen3")
+        ours, stock, rival = (benchmark.build(name) for name in ("bd3lm_qwen3", "qwen3", "gpt2"))
     assert ours.state_dict().keys() == stock.state_dict().keys()
     assert (ours.config.hidden_size, ours.config.vocab_size, ours.config.block_size) == (768, 50304, 4)
+    assert sum(parameter.numel() for parameter in rival.parameters()) // 10**6 == 125  # 124 M and 1,024 more positions
+    assert rival.config.attn_pdrop == 0 and rival.generation_config.eos_token_id is None
     with pytest.raises(ValueError, match="'mamba'.*qwen3"):
         benchmark.build("mamba")
 
