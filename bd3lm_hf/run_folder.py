@@ -238,10 +238,9 @@ def check_same_run(checkpoint: str | Path, old: dict[str, Any], new: dict[str, A
     # The length may differ: a run can be extended.
     differences = [text for section in sections for text in _compare(section, old, new)]
     if differences:
-        more = f", and {len(differences) - 6} more" if len(differences) > 6 else ""
         raise ValueError(
-            f"{checkpoint} belongs to another run: {'; '.join(differences[:6])}{more}. Restore the old values, or "
-            f"start a new run from its weights with --init_from {checkpoint} and another --output_dir."
+            f"{checkpoint} belongs to another run: {'; '.join(differences)}. Restore the old values, or start a new "
+            f"run from its weights with --init_from {checkpoint} and another --output_dir."
         )
     for text in _compare("length", old, new):
         logger.warning(f"the run is resumed with another {text}. Schedules that depend on it change.")

@@ -217,9 +217,3 @@ def test_a_stream_asks_how_many_held_out_sequences_to_keep(recipe):
         parse_arguments([path])
     assert parse_arguments([path, "--validation_dataset", "wikitext2"]).data.streaming
     assert parse_arguments([path, "--max_eval_samples", "10"]).data.shuffle_buffer == 10_000
-
-
-def test_adapters_are_given_by_their_rank(recipe):
-    lora = parse_arguments([recipe("lora_r: 8\nlora_target_modules: [attn_qkv, mlp.0]\n")]).lora
-    assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout) == (8, 16, 0.0)
-    assert lora.lora_target_modules == ["attn_qkv", "mlp.0"]

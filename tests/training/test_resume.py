@@ -269,13 +269,6 @@ def test_an_identity_is_json_and_survives_a_newer_library_and_a_moved_interval(t
     check_same_run("here", newer, identity)
 
 
-def test_a_long_list_of_differences_is_cut():
-    old = {"training": {str(number): 0 for number in range(9)}}
-    new = {"training": {str(number): 1 for number in range(9)}}
-    with pytest.raises(ValueError, match="training: 5 was 0 and is 1, and 3 more"):
-        check_same_run("here", old, new)
-
-
 # The running loss and the flow of a resumed run
 
 

@@ -87,12 +87,6 @@ def test_an_adapter_trains_on_a_trained_model(trained, corpus, tmp_path):
     assert changed and all("attention" in name or "intermediate" in name or "output" in name for name in changed)
 
 
-def test_a_search_of_the_interval_is_refused(recipe, tmp_path):
-    words = ["--interval_search", "true", "--output_dir", str(tmp_path / "run")]
-    with pytest.raises(ValueError, match="interval_search needs a model that carries its interval"):
-        run([str(recipe), *words])
-
-
 @pytest.fixture
 def encoder(tiny_tokenizer, tmp_path):
     """A function that saves a masked language model with its tokenizer, and returns its folder."""
