@@ -201,9 +201,6 @@ def _encode_gaps(text: str, arguments: argparse.Namespace, model: Any, tokenizer
     ids = list(tokenizer(text.replace(tokenizer.mask_token, arguments.gap).replace(arguments.gap, gap))["input_ids"])
     if model.config.mask_token_id not in ids:
         raise ValueError(f"the text {text[:40]!r} has no gap: write {arguments.gap!r} where tokens are missing.")
-    window = model.config.model_length
-    if len(ids) > window:
-        raise ValueError(f"a text has {len(ids)} tokens, more than the model's window of {window} tokens: shorten it.")
     return ids
 
 

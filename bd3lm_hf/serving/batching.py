@@ -135,7 +135,9 @@ class Batcher:
                 self._wait_for_answered_clients()
                 if self._closed:
                     return
-                self._drop_cancelled()
+                for request in self._requests():
+                    if request.cancelled.is_set():
+                        self._end(request, None)
                 self._admit()
                 group = self._groups[0] if self._groups else None
             if group is not None:
@@ -157,11 +159,6 @@ class Batcher:
 
     def _num_running(self) -> int:
         return sum(len(group.rows) for group in self._groups)
-
-    def _drop_cancelled(self) -> None:
-        for request in self._requests():
-            if request.cancelled.is_set():
-                self._end(request, None)
 
     def _admit(self) -> None:
         """Start waiting requests in order of arrival: in the first group that accepts them, or else in a new one."""
@@ -254,8 +251,10 @@ class RowGroup:
 
     def accepts(self, request: Request) -> bool:
         """Return whether a request can join now without changing the text of any row."""
-        first = self.rows[0]
-        if first.key != request.key or (not self.per_row and (request.config.do_sample or _ends_early(request))):
+        first, config = self.rows[0], request.config
+        # transformers' own loop does not report which rows these criteria have ended.
+        ends_early = getattr(config, "entropy_stop", None) is not None or getattr(config, "stop_at_second_eos", False)
+        if first.key != request.key or (not self.per_row and (config.do_sample or ends_early)):
             return False
         return not self.in_one_piece or (first.remaining == request.remaining and not first.written)
 
@@ -389,13 +388,6 @@ def _has_block_cache(model: Any) -> bool:
         and not fills_window(model.config)
         and model.generation_config.use_cache is not False
         and model.generation_config.cache_implementation in (None, "dynamic")
-    )
-
-
-def _ends_early(request: Request) -> bool:
-    """Return whether rows may stop on a criterion that transformers' own loop does not report."""
-    return getattr(request.config, "entropy_stop", None) is not None or bool(
-        getattr(request.config, "stop_at_second_eos", False)
     )
 
 

@@ -135,10 +135,6 @@ def load_app(arguments: argparse.Namespace, api_key: str | None) -> Any:
     if arguments.dtype != "auto":
         model = model.to(getattr(torch, arguments.dtype))
     defaults = generation_fields(arguments)
-    unknown = sorted(set(defaults) - set(model.generation_config.to_dict()))
-    if unknown:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
-        raise ValueError(f"{flags}: a {type(model).__name__} has no such field; leave it out.")
     app = make_app(
         model,
         tokenizer,
@@ -149,7 +145,7 @@ def load_app(arguments: argparse.Namespace, api_key: str | None) -> Any:
         max_batch_size=arguments.max_batch_size,
         max_waiting=arguments.max_waiting,
     )
-    # Generate one token, so a model or a field that does not work is reported now and not at the first request.
+    # Generate one token, so a model or a flag that does not work is reported now and not at the first request.
     options = {"do_sample": True, **defaults}
     if getattr(model.generation_config, "num_denoising_steps", None):
         options["num_denoising_steps"] = 1  # an SSD-LM defaults to a thousand

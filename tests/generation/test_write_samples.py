@@ -84,7 +84,7 @@ def test_texts_come_from_a_file_and_are_reproduced_by_the_seed(infill, tmp_path)
     [
         ((), "--text"),
         (("--text", "no gap"), "'no gap'"),
-        (("--text", "a ___ " * 40), "more than the model's window of 32 tokens"),
+        (("--text", "a ___ " * 40), "more than the model's window model_length=32"),
         (("--text", "a ___", "--gap-tokens", 0), "--gap-tokens"),
         (("--text", "a ___", "--gap", ""), "--gap"),
         (("--text", "a ___", "--text-file", "x"), "not allowed with argument"),
