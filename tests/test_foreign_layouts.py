@@ -5,7 +5,7 @@ import json
 import decoders
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from shared_models import Attack
 from test_cli import assert_refused
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
@@ -159,14 +159,9 @@ def test_an_invalid_checkpoint_is_refused_in_one_line(bd3lm, write, tmp_path, fi
     assert not (tmp_path / "ours").exists()
 
 
-def test_damaged_and_hostile_weights_are_refused(bd3lm, write, tmp_path):
+def test_an_index_that_names_a_foreign_or_missing_file_is_refused(bd3lm, write, tmp_path):
     folder, _ = write("sdar")
     weights = load_file(folder / "model.safetensors")
-    for damage, part in (("extra", "extra"), ("lm_head.weight", "lm_head")):
-        changed = {name: tensor for name, tensor in weights.items() if name != damage}
-        changed |= {"extra": torch.zeros(1)} if damage == "extra" else {}
-        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
-        assert_refused(bd3lm("convert", folder, tmp_path / "ours"), part)
     (folder / "model.safetensors").unlink()
     for file in ("../x.safetensors", "absent.safetensors"):
         index = {"metadata": {}, "weight_map": dict.fromkeys(weights, file)}
