@@ -11,7 +11,6 @@ from bd3lm_hf.user_files import (
     LOCK_NAME,
     JsonLinesFile,
     check_output_file,
-    has_mark,
     is_json_with,
     lock_output,
     read_json,
@@ -39,15 +38,6 @@ def test_a_foreign_file_is_refused_unless_overwrite_is_given(tmp_path):
                 check_output_file(path, "--output", is_ours=ours)
             assert path.read_text() == content
         check_output_file(path, "--output", is_ours=ours, overwrite=True)
-
-
-def test_a_mark_near_the_start_of_a_file_shows_that_it_is_ours(tmp_path):
-    page, picture = tmp_path / "a.html", tmp_path / "b.png"
-    page.write_text('<html><meta name="generator" content="bd3lm_hf">')
-    picture.write_bytes(b"\x89PNG" + bytes(100))
-    ours = has_mark(b'content="bd3lm_hf"')
-    assert ours(page)
-    assert not ours(picture)
 
 
 @pytest.mark.parametrize("name", ["no/such/file", "folder"])

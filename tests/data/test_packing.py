@@ -55,11 +55,6 @@ def test_packing_loses_no_token(documents: Dataset, tokenizer, length: int) -> N
     assert unpacked(pack(documents, tokenizer, length=length)) == stream_of(TEXTS, tokenizer)
 
 
-def test_packed_sequences_decode_to_the_text(documents: Dataset, tokenizer) -> None:
-    packed = pack(documents, tokenizer, length=16, insert_eos=False)
-    assert tokenizer.decode(unpacked(packed)) == "".join(TEXTS)
-
-
 def test_the_last_sequence_is_padded_on_the_right_and_not_scored_or_dropped(documents: Dataset, tokenizer) -> None:
     packed = pack(documents, tokenizer, length=16)
     used = len(stream_of(TEXTS, tokenizer)) % 16

@@ -207,17 +207,6 @@ def test_an_empty_split_is_named_and_leaves_the_others_usable(tmp_path: Path, st
     assert set(texts_of(tmp_path, streaming=streaming)) < set(TEXTS)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("ending", ["json", "jsonl", "parquet", "csv"])
-def test_files_of_rows_are_split_by_document(tmp_path: Path, ending: str, streaming: bool) -> None:
-    path = tmp_path / f"data.{ending}"
-    table = Dataset.from_dict({"id": range(len(TEXTS)), "text": TEXTS})
-    getattr(table, {"jsonl": "to_json"}.get(ending, f"to_{ending}"))(path)
-    found = [texts_of(path, split, streaming=streaming) for split in ("train", "validation", "test")]
-    assert sorted(text for part in found for text in part) == sorted(TEXTS)
-    assert len(found[0]) > 30
-
-
 def test_a_text_file_is_one_document_cut_into_three(tmp_path: Path, monkeypatch) -> None:
     path = put(tmp_path / "book.txt", *TEXTS)
     pieces = [texts_of(path, split) for split in ("train", "validation", "test")]
