@@ -28,15 +28,13 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from bd3lm_hf.checkpoints import load_model
-from bd3lm_hf.console import markdown_table
+from bd3lm_hf.console import load_model_and_tokenizer, markdown_table
 from bd3lm_hf.evaluation.perplexity import check_estimator, perplexity
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
 from bd3lm_hf.modeling.modeling_bd3lm_decoders import DECODERS
 from bd3lm_hf.modeling.noise_bd3lm import draw_noise
 from bd3lm_hf.reports.speed_quality import text_sequences
-from bd3lm_hf.tokenization import check_tokenizer_fits, load_tokenizer
 
 
 VOCAB_SIZE = 50258
@@ -363,15 +361,14 @@ def run(arguments: argparse.Namespace) -> None:
         flag = "--noise-draws" if arguments.estimators is None else "--estimators"
         raise ValueError(f"{flag} measures a trained model: name its folder with --model.")
     settings = {text: read_estimator(text) for text in arguments.estimators or ()}
-    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
-    check_tokenizer_fits(tokenizer, model.config)
+    model, tokenizer = load_model_and_tokenizer(arguments)
     size, batches, repeats = arguments.batch_size, arguments.batches, arguments.repeats
-    options = {"batch_size": size, "batches": batches, "repeats": repeats}
-    print(f"torch {torch.__version__}, {arguments.threads} CPU threads, {arguments.model}, {options}")
     split, length = "validation" if settings else "train", model.config.model_length
     texts = text_sequences(arguments.dataset, tokenizer, split=split, length=length, count=size * batches)
+    options = {"batch_size": size, "batches": batches, "repeats": repeats}
+    print(f"torch {torch.__version__}, {arguments.threads} CPU threads, {arguments.model}, {options}")
     if settings:
-        print(variance_table(estimator_variance(model.eval(), texts, settings, num_seeds=repeats, batch_size=size)))
+        print(variance_table(estimator_variance(model, texts, settings, num_seeds=repeats, batch_size=size)))
     else:
         # Neighbouring sequences are similar: put them into different batches.
         grouped = torch.tensor(texts).view(size, batches, length).unbind(1)

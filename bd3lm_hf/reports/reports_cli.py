@@ -56,6 +56,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = 
     )
     of_both = "with --noise-draws or --estimators"
     parser.add_argument("--model", help=f"{of_both}: a trained checkpoint")
+    parser.set_defaults(tokenizer=None, device="cpu", trust_remote_code=False)
     parser.add_argument("--dataset", default="python-docs", help=f"{of_both}: name, file, folder or hub name")
     parser.add_argument("--batch-size", type=count, default=8, help=f"{of_both}: sequences per batch")
     parser.add_argument("--batches", type=count, default=16, help=f"{of_both}: number of batches")

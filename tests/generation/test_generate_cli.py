@@ -239,45 +239,6 @@ def test_a_long_run_shows_its_progress_in_a_terminal_only(generate, monkeypatch,
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("arguments", "part"),
-    [
-        (("--prompt", ""), "--prompt 1 is an empty prompt"),
-        (("--prompt-file", "nowhere.txt"), "--prompt-file nowhere.txt: there is no such file"),
-        (("--prompt-file", "a.txt", "--prompt", "a"), "not allowed with argument"),
-        (("--max-new-tokens", 0), "--max-new-tokens: expected an integer >= 1, got '0'"),
-        (("--max_new_tokens", 10**24), f"--max-new-tokens: expected an integer <= {2**31 - 1}"),
-        (("--num-samples", 0), "--num-samples: expected an integer >= 1, got '0'"),
-        (("--batch-size", "few"), "--batch-size: expected an integer >= 1, got 'few'"),
-        (("--temperature", 0.0), "--temperature: expected a number > 0, got '0.0'"),
-        (("--temperature", "nan"), "--temperature: expected a number > 0, got 'nan'"),
-        (("--nucleus-p", 2), "--nucleus-p: expected a number > 0 and <= 1, got '2'"),
-        (("--top-p", 2), "--top-p: expected a number > 0 and <= 1, got '2'"),
-        (("--top-k", -1), "--top-k: expected an integer >= 0, got '-1'"),
-        (("--repetition-penalty", 0), "--repetition-penalty: expected a number > 0"),
-        (("--max-time", -3), "--max-time: expected a number > 0"),
-        (("--sampler", "magic"), "invalid choice: 'magic'"),
-        (("--stream", "--batch-size", 2), "--batch-size 2"),
-        (("--chat", "--num-samples", 3), "--num-samples"),
-        (("--greedy", "--do-sample"), "not allowed with argument"),
-        (("--prompts", "a b c"), "unrecognized arguments"),
-        (("--output", "no/folder/s.jsonl"), "--output no/folder/s.jsonl"),
-        (("--output", "."), "--output ."),
-        (("--output", "-"), "--output -"),
-        (("--overwrite",), "--overwrite"),
-        (("--trace", "trace.txt"), "--trace trace.txt"),
-        (("--trace=--",), "--trace"),
-        (("--trace", "fresh.json", "--output", "fresh.json"), "--trace fresh.json"),
-        (("--trace", "no/folder/trace.html"), "--trace no/folder/trace.html"),
-        (("--device", "tpu9"), "--device tpu9"),
-    ],
-)
-def test_bad_input_is_refused_in_one_line_before_a_model_is_loaded(bd3lm, arguments, part):
-    refused = bd3lm("generate", "--model", "nowhere/at/all", *arguments)
-    assert_refused(refused, part)
-    assert not refused[1]
-
-
 def test_a_model_without_a_begin_token_needs_a_prompt(generate, model_folder):
     for name in ("config.json", "generation_config.json"):
         fields = json.loads((model_folder / name).read_text())

@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 from decoders import save_stock, tiny_decoder
-from test_cli import assert_refused
 from transformers import AutoTokenizer
 
 from bd3lm_hf.generation.write_samples import SEPARATOR, converse
@@ -77,22 +76,3 @@ def test_texts_come_from_a_file_and_are_reproduced_by_the_seed(infill, tmp_path)
     assert first == second != other
     one, two = first.split(f"\n{SEPARATOR}\n")
     assert one.startswith("The") and one.endswith("fox") and two.endswith("is written\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "part"),
-    [
-        ((), "--text"),
-        (("--text", "no gap"), "'no gap'"),
-        (("--text", "a ___ " * 40), "more than the model's window model_length=32"),
-        (("--text", "a ___", "--gap-tokens", 0), "--gap-tokens"),
-        (("--text", "a ___", "--gap", ""), "--gap"),
-        (("--text", "a ___", "--text-file", "x"), "not allowed with argument"),
-        (("--text", "a ___", "--max-new-tokens", 3), "unrecognized arguments"),
-        (("--text", "a ___", "--context", "all"), "unrecognized arguments"),  # used to be ignored
-    ],
-)
-def test_bad_input_is_refused_in_one_line(infill, arguments, part):
-    refused = infill(*arguments)
-    assert_refused(refused, part)
-    assert not refused[1]

@@ -199,24 +199,3 @@ def test_bench_measures_a_checkpoint(bd3lm, model_folder, text_file, words):
     code, out, _ = bd3lm("bench", *words, *of_text, "--batch-size", 1)
     first_cells = [line.split(" | ")[0] for line in out.strip().splitlines()[-2:]]
     assert code == 0 and first_cells == [f"| {word}" for word in words[1:]]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--estimators exact", "--estimators measures a trained model: name its folder with --model"),
-        ("--estimators exact --noise-draws 2", "--noise-draws: not allowed with argument --estimators"),
-        ("--batch-size 0", "--batch-size: expected an integer >= 1, got '0'"),
-        ("--batch-sizes 2 0", "--batch-sizes: expected an integer >= 1, got '0'"),
-        ("--repeats 0", "--repeats: expected an integer >= 1, got '0'"),
-        ("--estimators exact --model MODEL", "fewer than the 128 requested"),
-        ("--noise-draws 1", "name its folder with --model"),
-        ("--noise-draws 0 --model x", "--noise-draws: expected an integer >= 1, got '0'"),
-        ("--noise-draws 2 --model ./nowhere", "--model ./nowhere: there is no such folder"),
-    ],
-)
-def test_what_cannot_be_measured_is_one_line_and_exit_code_2(bd3lm, model_folder, text_file, words, message):
-    words = words.replace("MODEL", str(model_folder)).split()
-    code, _, error = bd3lm("bench", *words, "--dataset", text_file, "--threads", 1)
-    last = error.splitlines()[-1]  # after the libraries' progress output
-    assert code == 2 and last.startswith("error: ") and message in last and "Traceback" not in error

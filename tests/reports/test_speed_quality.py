@@ -138,25 +138,3 @@ def test_without_matplotlib_a_plot_is_refused_before_any_work(monkeypatch, bd3lm
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     refused = bd3lm("quality", "--model", "nowhere/at/all", "--plot", tmp_path / "q.png")
     assert_refused(refused, "matplotlib: pip install 'bd3lm-hf[plots]'")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "part"),
-    [
-        (("--num-samples", 1), "--num-samples: expected an integer >= 2, got '1'"),
-        (("--new-tokens", 32), "new_tokens=32"),
-        (("--confidence-threshold", 2), "--confidence-threshold: expected a number >= 0 and <= 1, got '2'"),
-        (("--plot", "no/folder/q.png"), "--plot no/folder/q.png: the folder"),
-        (("--plot", "q.txt"), "--plot q.txt: the name of a plot must end in one of .png, .svg, .pdf"),
-        (("--output", "no/folder/q.json"), "--output no/folder/q.json: the folder"),
-        (("--greedy",), "--dataset"),
-        (("--dataset", "TEXT", "--prompt-tokens", 32, "--num-samples", 2), "window of 32"),
-        (("--dataset", "TEXT", "--num-samples", 5000), "fewer than the 5000 requested"),
-        (("--judge", "./nowhere"), "--judge ./nowhere: there is no such folder"),
-    ],
-)
-def test_bad_input_is_refused_in_one_line(bd3lm, model_folder, text_file, arguments, part):
-    arguments = [text_file if argument == "TEXT" else argument for argument in arguments]
-    refused = bd3lm("quality", "--model", model_folder, *arguments)
-    assert_refused(refused, part)
-    assert not refused[1]
