@@ -51,14 +51,11 @@ SHORT: dict[str, list[str]] = {
 }
 # Too slow to succeed here, or they never end: each line has a word that is wrong.
 WRONG: dict[str, tuple[list[str], ...]] = {
-    "train": (["nowhere.yaml"], ["notes.txt"], ["--max_steps", "x"], ["--label_smoothing_factor", "0.1"])
-    + (["--dataset", "nowhere.txt"], ["--init_from", "nowhere"], ["--maxsteps", "1"], ["--block_size", "0"]),
-    "compare": (["nowhere.yaml"], ["data.json"], ["--models", "none"], ["--max_steps", "x"]),
     "serve": (["nowhere"], ["model", "--port", "-1"], ["model", "--dtype", "int3"], ["model", "--max-tokens", "0"]),
     "bench": (["--repeats", "0"], ["--estimators", "none:0"], ["--noise-draws", "0"], ["--lengths", "-1"]),
 }
 LINES = {"generate": 90, "infill": 60, "eval": 60, "eval --generative": 40, "convert": 50, "push": 50, "verify": 40}
-LINES |= {"report": 40, "quality": 15, "serve": 30, "bench": 30, "train": 24, "compare": 16}
+LINES |= {"report": 40, "quality": 15, "serve": 30, "bench": 30}
 
 
 # --- a world of files ------------------------------------------------------------------------------------------------
@@ -154,10 +151,10 @@ def value_of(rng: random.Random, action: argparse.Action) -> str:
     return rng.choice(FITTING.get(action.dest, ("1", "2", "0.5")))
 
 
-def command_line(rng: random.Random, verb: str, parser: argparse.ArgumentParser | None) -> list[str]:
+def command_line(rng: random.Random, verb: str, parser: argparse.ArgumentParser) -> list[str]:
     """Return the words that a verb needs, a few random flags, and sometimes a typo."""
     words = [*SHORT.get(verb, []), *rng.choice(WRONG.get(verb, ([],)))]
-    actions = [action for action in parser._actions if action.dest not in ("help", "traceback")] if parser else []
+    actions = [action for action in parser._actions if action.dest not in ("help", "traceback")]
     for action in actions:
         if not action.option_strings and verb != "serve":
             words += [value_of(rng, action)]
@@ -181,7 +178,7 @@ def command_line(rng: random.Random, verb: str, parser: argparse.ArgumentParser 
 def test_a_command_line_ends_well(bd3lm, world, pristine, verb):
     rng = random.Random(verb)
     name, *given = verb.split()
-    parser = None if verb in ("train", "compare") else cli.make_verb_parser(name, given)
+    parser = cli.make_verb_parser(name, given)
     before = files_in(world)
     for _ in range(LINES[verb]):
         words = command_line(rng, verb, parser)

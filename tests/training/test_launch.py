@@ -99,8 +99,7 @@ def test_under_deepspeed_the_launchers_precision_is_the_runs(monkeypatch, tmp_pa
 SCRIPT = LAUNCH / "slurm.sh"
 
 
-def test_the_slurm_script_is_well_formed_and_names_no_cluster():
-    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+def test_the_slurm_script_names_no_cluster():
     text = SCRIPT.read_text(encoding="utf-8")
     for word in ("--partition", "--account", "--constraint", "--mail", "/home", "/scratch", "module load", "conda"):
         assert word not in text
