@@ -187,7 +187,12 @@ def _fit_to_type(
     if kind == "bd3lm":
         size = given.get("block_size")
         if size is None:
-            size = _default_block_size(given)
+            if given.get("algorithm"):
+                raise ValueError(
+                    "block_size is missing in the hyper-parameters, and cannot be inferred from the weights."
+                )
+            # The default is 1 in the published class, 4 in ours.
+            size = BD3LMConfig.block_size if given.get("architectures") == ["BD3LMForMaskedLM"] else 1
             notes.append(f"block_size={size}, the default of its configuration class")
         cross = given.get("cross_attn")
         fields |= {"block_size": size, "cross_attn": size != fields["model_length"] if cross is None else cross}
@@ -206,14 +211,6 @@ def _fit_to_type(
             notes.append("mdlm_loss_scale=False; set it to true in config.json for a model trained by Sahoo et al.")
         if kind == "sedd":
             fields["time_conditioning"] = True
-
-
-def _default_block_size(given: Mapping[str, Any]) -> int:
-    """Return the block size of a configuration without one: 1 in the published class, 4 in ours."""
-    if given.get("algorithm"):
-        raise ValueError("block_size is missing in the hyper-parameters, and cannot be inferred from the weights.")
-    ours = given.get("architectures") == ["BD3LMForMaskedLM"]
-    return BD3LMConfig.block_size if ours else 1
 
 
 # SSD-LM

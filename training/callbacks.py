@@ -97,14 +97,6 @@ def training_flops(model: Any, batch: int, length: int) -> int | None:
     return round(batch * ((2 + trained_share) * weights + 3 * attention))
 
 
-def peak_flops(args: Any) -> float:
-    """Return the peak operations per second of one device, from `args.peak_tflops` or a table; 0 if unknown."""
-    if args.peak_tflops is not None:
-        return args.peak_tflops * 1e12
-    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else ""
-    return peak_tflops_of(name) * 1e12
-
-
 def peak_tflops_of(device_name: str) -> float:
     """Return the peak bfloat16 TFLOP/s of a GPU by its name, such as `NVIDIA A100-SXM4-80GB`; 0 if unknown."""
     words = device_name.replace("-", " ").split()

@@ -215,24 +215,6 @@ class IntervalSearch(NamedTuple):
         return self.candidates[self.best]
 
 
-def choose_method(name: str, config: Any, candidates: Sequence[Interval]) -> SharedDraws | PassPerInterval:
-    """Return the method called `name`; for a time-conditioned model always [`PassPerInterval`].
-
-    Raises:
-        ValueError: if no method has this name.
-    """
-    if name not in METHODS:
-        raise ValueError(f"interval_search_method {name!r}: choose one of {', '.join(METHODS)}.")
-    method = METHODS[name]
-    if method is SharedDraws and config.time_conditioning:
-        logger.warning_once(
-            f"interval search: the model reads the noise level (time_conditioning=True), so draws cannot be shared: "
-            f"each batch takes {len(candidates)} noisy passes, one for each interval, each with its own clean pass."
-        )
-        method = PassPerInterval
-    return method(config, candidates)
-
-
 def search_intervals(
     model: Any,
     sequences: Sequence[Any],
@@ -271,7 +253,15 @@ def search_intervals(
         if value < 1:
             raise ValueError(f"{name}={value}: give a whole number of at least 1.")
     candidates = candidate_intervals(model.config.block_size) if candidates is None else list(candidates)
-    measure = choose_method(method, model.config, candidates)
+    if method not in METHODS:
+        raise ValueError(f"interval_search_method {method!r}: choose one of {', '.join(METHODS)}.")
+    if method == "shared" and model.config.time_conditioning:
+        logger.warning_once(
+            f"interval search: the model reads the noise level (time_conditioning=True), so draws cannot be shared: "
+            f"each batch takes {len(candidates)} noisy passes, one for each interval, each with its own clean pass."
+        )
+        method = "published"
+    measure = METHODS[method](model.config, candidates)
     batches = [
         range(start, min(start + batch_size, len(sequences))) for start in range(0, len(sequences), batch_size)
     ][:max_batches]

@@ -49,7 +49,7 @@ from bd3lm_hf.training.callbacks import (
     SpeedMeter,
     TrainingStopped,
     num_parameters,
-    peak_flops,
+    peak_tflops_of,
     training_flops,
 )
 from bd3lm_hf.training.evaluating_trainer import EvaluatingTrainer
@@ -130,7 +130,10 @@ class BD3LMTrainer(EvaluatingTrainer):
         super().__init__(model, args, collator, *arguments, **keywords)
         self.order: EpochOrder | EndlessStream | None = None
         self._stream_folder: str | None = None  # checkpoint that a stream continues from
-        self.speed = SpeedMeter(peak_flops(self.args) * self.args.world_size)
+        device, peak = self.args.device, self.args.peak_tflops
+        if peak is None:
+            peak = peak_tflops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
+        self.speed = SpeedMeter(peak * 1e12 * self.args.world_size)
         self.add_callback(self.speed)
         self.signals = SignalCallback()
         if self.args.save_on_signal:

@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -9,7 +7,7 @@ from torch.utils.flop_counter import flop_registry
 from bd3lm_hf.modeling.configuration_bd3lm import BD3LMConfig
 from bd3lm_hf.modeling.loss_bd3lm import mean_move_chance
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMForMaskedLM
-from bd3lm_hf.training.callbacks import attended_pairs, forward_flops, peak_flops, peak_tflops_of, training_flops
+from bd3lm_hf.training.callbacks import attended_pairs, forward_flops, peak_tflops_of, training_flops
 
 
 class FlopCounter(TorchDispatchMode):
@@ -72,12 +70,6 @@ PEAKS |= {"NVIDIA L40S": 362.0, "": 0.0, "Some other device": 0.0}
 @pytest.mark.parametrize(("name", "peak"), PEAKS.items())
 def test_the_peak_is_known_by_the_name_of_the_device(name, peak):
     assert peak_tflops_of(name) == peak
-
-
-def test_a_given_peak_counts_and_a_cpu_has_none():
-    cpu = torch.device("cpu")
-    assert peak_flops(SimpleNamespace(peak_tflops=2.5, device=cpu)) == 2.5e12
-    assert peak_flops(SimpleNamespace(peak_tflops=None, device=cpu)) == 0
 
 
 @pytest.mark.parametrize(("draws", "interval"), [(1, (1e-3, 1)), (2, (1e-3, 1)), (3, (1e-3, 1)), (1, (0.1, 0.3))])
