@@ -61,7 +61,7 @@ def block_causal_plan(layout: Layout, length: int, config: Any, dtype: torch.dty
     block_size, implementation = config.block_size, config._attn_implementation
     total = layout.block_ids.shape[1]
     past = total - length
-    if not torch.compiler.is_exporting() and layout.aligned and past % block_size == 0 and length <= block_size:
+    if not torch.compiler.is_exporting() and layout.is_aligned() and past % block_size == 0 and length <= block_size:
         return _plan((Tile((0, length), ((0, total),), None),))
     if implementation == "flex_attention":
         return _plan((_whole_tile(layout, block_size, implementation, dtype, 1, past),))
@@ -109,7 +109,7 @@ def two_stream_plan(
     if clean_cached:
         return _plan(tuple(noisy))
     clean = block_causal_plan(layout, length, config, dtype).tiles
-    shifted = tuple(t._replace(queries=(t.queries[0] + length, t.queries[1] + length)) for t in noisy)
+    shifted = tuple(Tile((t.queries[0] + length, t.queries[1] + length), t.keys, t.mask) for t in noisy)
     return AttentionPlan(clean + shifted, tuple(noisy), length)
 
 
@@ -146,7 +146,7 @@ def decoding_plan(
         ((num_out_of_window, total),),
         None if mask is None else mask[..., num_out_of_window:],
     )
-    return AttentionPlan((*tiles, noisy), (noisy._replace(queries=(0, block)),), finished)
+    return AttentionPlan((*tiles, noisy), (Tile((0, block), noisy.keys, noisy.mask),), finished)
 
 
 def slots_plan(mask: torch.Tensor, finished: int) -> AttentionPlan:
@@ -317,7 +317,7 @@ def _ranges(length: int, implementation: str, block_size: int) -> list[tuple[int
 
 def _padding_slack(layout: Layout, block_size: int, past: int) -> int:
     # Left padding shifts a row's blocks against the tile borders, by at most block_size - 1.
-    return 0 if layout.aligned and past % block_size == 0 else block_size - 1
+    return 0 if layout.is_aligned() and past % block_size == 0 else block_size - 1
 
 
 def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -365,7 +365,7 @@ def stream_mask(
         sparse: return the mask of flex attention instead of an additive one `(batch or 1, 1, queries, keys)`.
     """
     options = (num_streams, first_query, causal_columns, sparse, dtype)
-    if layout.aligned and not torch.compiler.is_compiling():  # tracing ignores lru_cache, with a warning
+    if layout.is_aligned() and not torch.compiler.is_compiling():  # tracing ignores lru_cache, with a warning
         return _aligned_stream_mask(layout.block_ids.shape[1], block_size, layout.block_ids.device, *options)
     return _make_stream_mask(layout, block_size, *options)
 
@@ -391,7 +391,7 @@ def _make_stream_mask(
         return _dense_mask(layout, block_size, num_streams, (first_query, keys), ((0, keys),), dtype, causal_columns)
     # A constant even in compiled code: torch 2.11 cannot compile flex attention for a dynamic length.
     length = len(range(layout.block_ids.shape[1]))
-    keys, rows = num_streams * length, layout.num_rows
+    keys, rows = num_streams * length, layout.num_rows()
     see = stream_visibility(layout, block_size, num_streams, first_query=first_query, causal_columns=causal_columns)
     batch = None if rows == 1 else rows
     return create_block_mask(see, batch, None, keys - first_query, keys, device=layout.block_ids.device)
@@ -408,7 +408,7 @@ def _dense_mask(
 ) -> torch.Tensor:
     """Return an additive mask `(batch or 1, 1, queries, keys)` of ranges of the streams; see [`stream_visibility`]."""
     device = layout.block_ids.device
-    row = torch.arange(layout.num_rows, device=device)[:, None, None]
+    row = torch.arange(layout.num_rows(), device=device)[:, None, None]
     query = torch.arange(*queries, device=device)[None, :, None]
     key = torch.cat([torch.arange(*ends, device=device) for ends in keys])[None, None, :]
     see = stream_visibility(layout, block_size, num_streams, causal_columns=causal_columns)
@@ -433,7 +433,7 @@ def stream_visibility(
         causal_columns: leading tokens of x_0 that see nothing to their right, as in an autoregressive model.
     """
     length = layout.block_ids.shape[1]
-    ranks, blocks, first_blocks = (None, None, None) if layout.aligned else _ranks(layout, num_streams)
+    ranks, blocks, first_blocks = (None, None, None) if layout.is_aligned() else _ranks(layout, num_streams)
 
     def at(values: torch.Tensor, batch: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         # All rows of the batch may share one. Indexed by tensors only: a number would be copied to the device.
@@ -449,7 +449,8 @@ def stream_visibility(
             return index // length * length + block_at(batch, index)
         return at(ranks, batch, index)
 
-    def see(batch: torch.Tensor, head: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    # torch before 2.10 cannot compile the annotation of an optional argument of an inner function.
+    def see(batch: torch.Tensor, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         query = query + first_query
         rank = rank_at(batch, key)
         earlier = rank < block_at(batch, query)

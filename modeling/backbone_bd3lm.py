@@ -245,7 +245,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         hidden_states = inputs_embeds
         recorded: tuple[torch.Tensor, ...] = ()
         attentions: tuple[torch.Tensor, ...] = ()
-        for index, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=False)):
+        for index, (block, modulation) in enumerate(zip(self.blocks, modulations[:-1], strict=True)):
             if output_hidden_states:
                 # With no stream to skip, record the tensor itself: gradients reach it, but not a view of it.
                 recorded += (hidden_states[:, plan.skip :] if plan.skip else hidden_states,)

@@ -284,10 +284,10 @@ def check_length(layout: Layout, config: Any) -> None:
     limited = config.has_learned_positions or slides(config)
     if not limited or layout.block_ids.shape[1] <= config.longest:
         return
-    if not layout.aligned and not may_read(layout.position_ids.device):
+    if not layout.is_aligned() and not may_read(layout.position_ids.device):
         return  # training must not wait for an accelerator to learn how long padded or packed rows are
     # Packed documents are each counted from their start.
-    longest = layout.block_ids.shape[1] if layout.aligned else int(layout.position_ids.max()) + 1
+    longest = layout.block_ids.shape[1] if layout.is_aligned() else int(layout.position_ids.max()) + 1
     if longest > config.longest:
         what = "sliding_window" if slides(config) else "max_position_embeddings"
         raise ValueError(

@@ -243,14 +243,13 @@ class Layout(NamedTuple):
     valid: torch.Tensor | None  # bool (batch, length), False for padding; None when nothing is padded
     document_ids: torch.Tensor | None = None  # (batch or 1, length), of packed documents, which see only themselves
 
-    @property
-    def aligned(self) -> bool:
-        """Whether the blocks of all rows begin at the same columns, multiples of the block size."""
+    # Methods rather than properties, which torch before 2.10 cannot compile in a named tuple.
+    def is_aligned(self) -> bool:
+        """Return whether the blocks of all rows begin at the same columns, multiples of the block size."""
         return self.valid is None and self.document_ids is None
 
-    @property
     def num_rows(self) -> int:
-        """Rows of an attention mask: 1 if all rows of the batch share it."""
+        """Return the rows of an attention mask: 1 if all rows of the batch share it."""
         return self.block_ids.shape[0] if self.valid is None else self.valid.shape[0]
 
     def repeat_rows(self, times: int) -> "Layout":

@@ -419,7 +419,7 @@ def is_plain_linear(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in vars(module)  # replaced on the instance, as accelerate's offloading does
+        or "forward" in module.__dict__  # replaced on the instance, as accelerate's offloading does
     )
     # Quantized and sharded weights have their own classes; pruned ones are not among the parameters.
     weight = module._parameters.get("weight")

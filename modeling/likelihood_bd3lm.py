@@ -169,9 +169,9 @@ class LikelihoodMixin:
         check_generators(generator, input_ids.shape[0])
         source: NoiseSource = generator
         if noise is not None:
-            if estimator != "sampled" or num_samples != 1 or noise.num_noise_samples != 1:
+            if estimator != "sampled" or num_samples != 1 or noise.num_noise_samples() != 1:
                 raise ValueError(
-                    f"noise with num_noise_samples={noise.num_noise_samples}, estimator={estimator!r} and "
+                    f"noise with num_noise_samples={noise.num_noise_samples()}, estimator={estimator!r} and "
                     f"num_samples={num_samples} do not fit: noise is for a single sampled estimate. Use "
                     f"estimator='sampled' with one sample, or leave noise out."
                 )

@@ -234,7 +234,7 @@ def corrupt(
             f"of packed documents: give one column per block, or leave the noise out."
         )
     # The noise samples of a sequence are one long row of num_noise_samples * blocks blocks.
-    num_noise_samples = noise.num_noise_samples
+    num_noise_samples = noise.num_noise_samples()
     noise = Noise(*(x.to(device, non_blocking=True) for x in noise.side_by_side()))
     blocks = noise.block_noise.shape[1] // num_noise_samples
     block_ids = torch.cat([layout.block_ids + sample * blocks for sample in range(num_noise_samples)], dim=1)

@@ -142,7 +142,7 @@ def test_independent_samples_are_not_spread():
 @pytest.mark.parametrize("num_samples", [1, 2])
 def test_samples_are_put_side_by_side_in_the_order_of_their_axis(num_samples):
     noise = draw_noise(2, 3, 12, num_noise_samples=num_samples, generator=torch.Generator().manual_seed(5))
-    assert noise.num_noise_samples == num_samples and stack_noise([noise]) is noise
+    assert noise.num_noise_samples() == num_samples and stack_noise([noise]) is noise
     for field, joined in zip(noise, noise.side_by_side(), strict=True):
         assert torch.equal(joined, field if num_samples == 1 else torch.cat([field[:, 0], field[:, 1]], dim=1))
 
