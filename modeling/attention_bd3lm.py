@@ -449,7 +449,7 @@ def stream_visibility(
             return index // length * length + block_at(batch, index)
         return at(ranks, batch, index)
 
-    # torch before 2.10 cannot compile the annotation of an optional argument of an inner function.
+    # torch before 2.11 cannot compile the annotation of an optional argument of an inner function.
     def see(batch: torch.Tensor, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         query = query + first_query
         rank = rank_at(batch, key)

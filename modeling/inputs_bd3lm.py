@@ -243,7 +243,7 @@ class Layout(NamedTuple):
     valid: torch.Tensor | None  # bool (batch, length), False for padding; None when nothing is padded
     document_ids: torch.Tensor | None = None  # (batch or 1, length), of packed documents, which see only themselves
 
-    # Methods rather than properties, which torch before 2.10 cannot compile in a named tuple.
+    # Methods rather than properties, which torch before 2.11 cannot compile in a named tuple.
     def is_aligned(self) -> bool:
         """Return whether the blocks of all rows begin at the same columns, multiples of the block size."""
         return self.valid is None and self.document_ids is None

@@ -162,7 +162,7 @@ class Noise(NamedTuple):
     token_noise: torch.Tensor  # (batch, length), a token is masked where it is at most move_chance
     count_noise: torch.Tensor  # (batch, num_blocks), gives the number of masked tokens where mask rates are truncated
 
-    def num_noise_samples(self) -> int:  # no property: torch before 2.10 cannot compile it in a named tuple
+    def num_noise_samples(self) -> int:  # no property: torch before 2.11 cannot compile it in a named tuple
         """Return the number of noise samples per sequence."""
         return self.block_noise.shape[1] if self.block_noise.dim() == 3 else 1
 

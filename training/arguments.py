@@ -320,6 +320,8 @@ class BD3LMTrainingArguments(IntervalSearchArguments, TrainingArguments):
             raise ValueError(f"--num_train_epochs {self.num_train_epochs}: give a number above 0, or set --max_steps.")
         if not 0 < self.sample_nucleus_p <= 1:
             raise ValueError(f"--sample_nucleus_p {self.sample_nucleus_p}: expected a probability above 0, up to 1.")
+        if self.torch_compile and torch.__version__ < "2.8":  # compared as versions, not as text
+            raise ValueError(f"--torch_compile needs torch 2.8, and this is {torch.__version__}: leave it out.")
         self._check_hub()
         self._check_schedule()
         self._check_interval_search(evaluates=self.eval_strategy != IntervalStrategy.NO)

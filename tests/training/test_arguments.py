@@ -85,6 +85,12 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
         arguments_of(tmp_path)
 
 
+def test_a_step_is_not_compiled_by_a_torch_that_cannot(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.7.1+cu126"))
+    with pytest.raises(ValueError, match=r"--torch_compile needs torch 2.8.*2\.7\.1\+cu126"):
+        BD3LMTrainingArguments(output_dir=str(tmp_path), torch_compile=True)
+
+
 def test_processes_that_would_each_train_alone_are_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
