@@ -29,7 +29,15 @@ logger = logging.getLogger(__name__)
 
 _MAX_PROBED = 100  # records to read to find the columns of a file
 
-_NUL = "has a NUL byte: the file is binary, or UTF-16, which iconv -f UTF-16 -t UTF-8 converts"
+# Byte order mark -> encoding; longer marks first, because a UTF-32 mark begins with that of UTF-16.
+_WIDE_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+_NUL = "has a NUL byte: the file is binary, or UTF-16 without a byte order mark (iconv -f UTF-16LE -t UTF-8)"
 _NOT_UTF8 = "cannot be decoded: the file is not UTF-8; convert it (for instance with iconv -t UTF-8)"
 
 
@@ -98,11 +106,20 @@ def read_records(path: str | Path, columns: Sequence[str] | None = None) -> Iter
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open a file, decompressed by its last ending."""
+    """Open a file as UTF-8, decompressed by its last ending and decoded by its byte order mark.
+
+    Arrow supports all compressions but xz without further packages.
+    """
     ending = path.suffix.lower()
-    if ending == ".xz":  # the only compression that Arrow does not support without further packages
-        return cast(BinaryIO, lzma.open(path))
-    return cast(BinaryIO, io.BufferedReader(pa.input_stream(path, compression=COMPRESSIONS.get(ending))))
+    if ending == ".xz":
+        file: Any = lzma.open(path)  # noqa: SIM115  (the caller closes it)
+    else:
+        file = io.BufferedReader(pa.input_stream(path, compression=COMPRESSIONS.get(ending)))
+    start = file.peek(4)
+    for mark, encoding in _WIDE_ENCODINGS.items():
+        if start.startswith(mark):  # exported by a spreadsheet, so the file is small
+            return io.BytesIO(file.read().decode(encoding).encode("utf-8"))
+    return cast(BinaryIO, file)
 
 
 def columns_of(path: str | Path) -> dict[str, str]:
@@ -258,20 +275,33 @@ def _csv_rows(reader: csv.DictReader) -> Iterator[Record]:
 
 
 def _parquet(path: str | Path, columns: Sequence[str] | None) -> Iterator[Record]:
-    """Yield rows by row group; after a damaged page or text that is not UTF-8, the rest of its group is lost."""
+    """Yield rows by row group; after a damaged page, the rest of its group is lost."""
     file = pq.ParquetFile(path, page_checksum_verification=True)
     index = 0
     for group in range(file.num_row_groups):
         end = index + file.metadata.row_group(group).num_rows
         try:
             for batch in file.iter_batches(batch_size=1000, row_groups=[group], columns=columns):
-                for row in batch.to_pylist():
-                    yield Record(f"row {index}", row)
-                    index += 1
-        except (OSError, UnicodeError, pa.ArrowException) as error:
+                yield from _records_of(batch, index)
+                index += len(batch)
+        except (OSError, pa.ArrowException) as error:
             position = f"rows {index} to {end - 1}" if index < end - 1 else f"row {index}"
             yield Record(position, None, f"cannot be read: {error}")
             index = end
+
+
+def _records_of(batch: pa.RecordBatch, index: int) -> Iterator[Record]:
+    """Yield the rows of a batch; `index` is that of its first row in the file."""
+    try:
+        batch.validate(full=True)  # reading parquet does not check that its text is UTF-8
+    except pa.ArrowException as error:
+        if len(batch) == 1:
+            yield Record(f"row {index}", None, f"cannot be read: {error}")
+            return
+        for offset in range(len(batch)):
+            yield from _records_of(batch.slice(offset, 1), index + offset)
+        return
+    yield from (Record(f"row {index + offset}", row) for offset, row in enumerate(batch.to_pylist()))
 
 
 _READERS: dict[str, Callable[[BinaryIO, str], Iterator[Record]]] = {"text": _text, "json": _json, "csv": _csv}

@@ -1,4 +1,5 @@
 import bz2
+import codecs
 import csv
 import datetime
 import gzip
@@ -204,7 +205,7 @@ def test_a_document_that_is_not_utf8_is_named_with_the_byte(tmp_path: Path, endi
         load_text(str(tmp_path / f"latin.{ending}"))
 
 
-def test_a_byte_that_is_not_utf8_is_a_fault_of_its_row_or_its_row_group(tmp_path: Path) -> None:
+def test_a_byte_that_is_not_utf8_is_a_fault_of_its_row_only(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_bytes(b"id,text\n1,good\n2,b\xe9d\n\xe9,fine\n")
     (tmp_path / "dev.csv").write_text("text,\nx,\n")
     refused(tmp_path, r"Line 3 of .*'text'")
@@ -212,8 +213,9 @@ def test_a_byte_that_is_not_utf8_is_a_fault_of_its_row_or_its_row_group(tmp_path
     data = b"good" + b"b\xe9d" + b"fine"
     column = pa.StringArray.from_buffers(3, pa.array([0, 4, 7, 11], pa.int32()).buffers()[1], pa.py_buffer(data))
     pq.write_table(pa.table({"text": column}), tmp_path / "rows.parquet")
-    (record,) = read_records(tmp_path / "rows.parquet")
-    assert record.content is None and record.position == "rows 0 to 2" and "utf-8" in record.fault
+    records = list(read_records(tmp_path / "rows.parquet"))
+    assert [record.content and record.content["text"] for record in records] == ["good", None, "fine"]
+    assert records[1].position == "row 1"
 
 
 @pytest.mark.parametrize(
@@ -296,10 +298,24 @@ def test_rows_of_another_schema_are_checked_by_it(tmp_path: Path) -> None:
     assert load_rows(str(tmp_path), PromptCompletion(), skip_bad_rows=True).to_list() == rows[1:]
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv", "a.json"])
-def test_binary_files_and_utf_16_are_not_text(tmp_path: Path, name: str) -> None:
-    text = "text\tid\nabc\t1\n"
-    contents = [text.encode("utf-16-le"), text.encode("utf-16"), b"PK\x03\x04" + bytes(80), b"text\nab\0c\n"]
-    for content in contents:
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv", "a.jsonl", "a.json", "a.csv.gz", "a.jsonl.xz"])
+def test_a_byte_order_mark_determines_the_encoding(tmp_path: Path, name: str, encoding: str) -> None:
+    rows = [{"text": "naïve", "id": "1"}, {"text": "café", "id": "2"}]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    content = {"txt": "naïve\n", "csv": "text,id\nnaïve,1\ncafé,2\n", "tsv": "text\tid\nnaïve\t1\ncafé\t2\n"}
+    content |= {"jsonl": lines, "json": json.dumps(rows)}
+    _, ending, *compression = name.split(".")
+    path = tmp_path / name
+    compress = COMPRESS[compression[0]] if compression else bytes
+    path.write_bytes(compress(content[ending].encode(encoding)))
+    assert contents(path) == ([{"text": "naïve\n"}] if ending == "txt" else rows)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv"])
+def test_binary_files_and_utf_16_without_its_mark_are_not_text(tmp_path: Path, name: str) -> None:
+    for content in ("text\tid\nabc\t1\n".encode("utf-16-le"), b"PK\x03\x04" + bytes(80), b"text\nab\0c\n"):
         (tmp_path / name).write_bytes(content)
-        refused(tmp_path, "is not JSON|UTF-8" if name == "a.json" else "NUL.*iconv|UTF-8")
+        refused(tmp_path, "NUL.*iconv")
+    (tmp_path / name).write_bytes(codecs.BOM_UTF16_LE + b"a")  # half a character
+    refused(tmp_path, "cannot be read")
