@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 import transformers
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from bd3lm_hf.checkpoints import check_generates, how_to_adapt, window_of
-from bd3lm_hf.console import load_model_and_tokenizer
+from bd3lm_hf.console import load_model_and_tokenizer, progress_bar
 from bd3lm_hf.generation.denoising_trace import trace_document, traced_sample, write_trace
 from bd3lm_hf.generation.generate_cli import (
     FIELDS,
@@ -97,8 +96,8 @@ def _generate_all(
     prompt_of = dict(enumerate(prompts)) if file is None else file.missing()
     missing, count = list(prompt_of), len(prompts)
     kept = count - len(missing)
-    is_shown = sys.stderr.isatty() and not arguments.stream and len(missing) > arguments.batch_size
-    with tqdm(total=count, initial=kept, desc="generating", unit="text", disable=not is_shown, leave=False) as bar:
+    is_hidden = arguments.stream or len(missing) <= arguments.batch_size
+    with progress_bar("generating", count, initial=kept, disable=is_hidden) as bar:
         for begin in range(0, len(missing), arguments.batch_size):
             batch = missing[begin : begin + arguments.batch_size]
             if arguments.stream and batch[0] > 0:
@@ -123,7 +122,7 @@ def _generate_all(
             elif not arguments.stream:
                 for row in rows:
                     separator = f"{SEPARATOR}\n" if row["index"] else ""
-                    tqdm.write(separator + row["text"], file=sys.stdout)
+                    bar.write(separator + row["text"], file=sys.stdout)
             bar.update(len(batch))
     if file is not None:
         print(f"{count} samples in {file.path}" + (f", {kept} from an earlier run" if kept else ""))

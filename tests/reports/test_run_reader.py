@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from test_report import write_run
 from transformers import TrainerControl, TrainerState
 
 from bd3lm_hf.reports.figures import smoothed
@@ -13,31 +14,16 @@ from bd3lm_hf.training import callbacks
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 
 
-SEARCH = {
-    "step": 10,
-    "adopted": True,
-    "interval": [0.5, 1.0],
-    "candidates": [
-        {"interval": [0.001, 1], "variance": 4.0, "standard_error": 0.1},
-        {"interval": [0.5, 1.0], "variance": 2.0, "standard_error": None},
-    ],
-}
-
-
 def test_a_finished_run_is_read_from_its_results(tmp_path):
-    log = [{"loss": 3.0, "step": 5}, {"eval_nll": 2.5, "step": 10}]
-    results = {"losses": log, "after": {"perplexity": 12.0}, "text": "the end", "steps": 10}
-    (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    (tmp_path / "recipe.yaml").write_text("final_estimator: stratified\neval_num_samples: 4\n", encoding="utf-8")
-    (tmp_path / "config.json").write_text('{"model_type": "bd3lm", "block_size": 4}', encoding="utf-8")
-    (tmp_path / "interval_search.jsonl").write_text(json.dumps(SEARCH) + "\n", encoding="utf-8")
-    run = read_run(tmp_path)
-    assert run.series["loss"][1].tolist() == [3.0]
-    estimators = {run.estimator(final=final) for final in (False, True)}
-    assert estimators == {"stratified estimate of the bound, 4 noise samples"}
+    run = read_run(write_run(tmp_path / "run", text="the end"))
+    assert run.series["loss"][1].tolist() == [3.5, 3.0, 2.5]
     assert (run.held_out, run.is_exact, run.missing) == ("python-docs (validation split)", False, [])
-    assert run.searches == [SEARCH]
-    assert [sample.text for sample in run.samples] == ["the end"]
+    assert run.estimator(final=False) == "stratified estimate of the bound, 1 noise sample"
+    assert run.estimator(final=True) == "exact bound"
+    run.recipe["eval_num_samples"] = 4
+    assert run.estimator(final=False) == "stratified estimate of the bound, 4 noise samples"
+    assert [search["step"] for search in run.searches] == [10, 20]
+    assert [sample.text for sample in run.samples] == ["early words", "the end"]
 
 
 def test_the_samples_of_a_run_are_those_that_its_callback_writes(tmp_path, monkeypatch):
@@ -81,9 +67,9 @@ def test_a_run_that_still_trains_shows_its_last_checkpoint(tmp_path):
 
 
 def test_a_search_that_is_being_written_is_left_out_and_missing_results_are_named(tmp_path):
-    (tmp_path / "interval_search.jsonl").write_text(json.dumps(SEARCH) + '\n{"step": 20, "int', encoding="utf-8")
+    (tmp_path / "interval_search.jsonl").write_text('{"step": 10}\n{"step": 20, "int', encoding="utf-8")
     run = read_run(tmp_path)
-    assert run.searches == [SEARCH]
+    assert run.searches == [{"step": 10}]
     assert len(run.missing) == 2 and run.missing[0].startswith("results.json is missing")
 
 

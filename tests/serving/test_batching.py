@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bd3lm_hf.modeling.windows_bd3lm import DecodingNetwork
 from bd3lm_hf.serving import batching
-from bd3lm_hf.serving.batching import Batcher, QueueFullError
+from bd3lm_hf.serving.batching import Batcher
 from bd3lm_hf.serving.requests import Request
 
 
@@ -252,21 +252,6 @@ def test_requests_with_other_settings_wait_and_an_error_ends_one_row_only(make_m
     run(batcher, *callers)
     assert isinstance(callers[2].error, ValueError) and "10000" in str(callers[2].error)
     assert [caller.error for caller in (callers[0], callers[1], callers[3])] == [None] * 3
-
-
-def test_a_full_queue_refuses_and_a_cancelled_request_leaves(make_model, serve):
-    model = make_model(pad_token_id=0)
-    batcher = serve(model, max_batch_size=1, max_waiting=1)
-    long, waiting = Caller(model, [1], 4000), Caller(model, [2], 4)
-    batcher.submit(long.request)
-    while not batcher.statistics()["requests_running"]:
-        pass
-    batcher.submit(waiting.request)
-    with pytest.raises(QueueFullError, match="1 requests are waiting"):
-        batcher.submit(Caller(model, [3], 4).request)
-    long.request.cancelled.set()
-    assert waiting.wait() and long.wait() is not None
-    assert len(long.request.written) < 4000
 
 
 def test_a_model_of_another_library_is_refused_by_name():
