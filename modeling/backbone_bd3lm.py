@@ -22,7 +22,7 @@ from transformers.utils import can_return_tuple, is_triton_available, logging
 
 from .attention_bd3lm import AttentionPlan, block_causal_plan, two_stream_plan
 from .cache_bd3lm import BlockCache, StepCache
-from .compatibility_bd3lm import SelfContainedMixin, check_not_next_token_training
+from .compatibility_bd3lm import SelfContainedMixin, check_config_class, check_not_next_token_training
 from .configuration_bd3lm import BD3LMConfig
 from .inputs_bd3lm import Layout, read_inputs
 from .layers_bd3lm import (
@@ -328,12 +328,7 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
 
     def __init__(self, config: BD3LMConfig) -> None:
         super().__init__(config)
-        if config.model_type != self.config_class.model_type:
-            raise ValueError(
-                f"a {type(self).__name__} cannot be made from a {type(config).__name__} "
-                f"(model_type={config.model_type!r}): pass a {self.config_class.__name__}, or let "
-                f"AutoModelForCausalLM.from_config choose the class."
-            )
+        check_config_class(type(self), config)
         self.backbone = self.backbone_class(config)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -395,12 +390,3 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
         modulations = backbone.modulations(sigma, x_t.device)
         outputs = backbone.run(embeds, positions, plan, modulations, cache=cache, output_indices=masked_indices)
         return cast(torch.Tensor, outputs.last_hidden_state)
-
-
-def register_auto_classes(head: type[BD3LMLanguageModel], *names: str) -> None:
-    """Make the Auto classes called `names` load a language model, and `AutoModel` its backbone, from saved folders."""
-    backbone = head.backbone_class
-    classes: dict[str, type] = {"AutoConfig": head.config_class, "AutoModel": backbone, **dict.fromkeys(names, head)}
-    head.auto_classes = backbone.auto_classes = classes
-    backbone.register_for_auto_class("AutoModel")
-    head.register_for_auto_class(names[0])

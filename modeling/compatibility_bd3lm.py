@@ -10,35 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import transformers
 from transformers.utils import logging
+from transformers.utils.versions import require_version
 
 
 logger = logging.get_logger(__name__)
 
-_FIRST, _END = (5, 12), (6,)
-TRANSFORMERS_VERSIONS = f">={'.'.join(map(str, _FIRST))},<{'.'.join(map(str, _END))}"
-
-
-def check_transformers(installed: str) -> None:
-    """Refuse an unsupported version of transformers.
-
-    Args:
-        installed: such as "5.23.0". A development version counts as the release it leads to.
-
-    Raises:
-        ImportError: if the version is outside `TRANSFORMERS_VERSIONS`.
-    """
-    number = re.match(r"\d+(\.\d+)*", installed)
-    release = tuple(map(int, number[0].split("."))) if number else ()
-    if not _FIRST <= release < _END:
-        raise ImportError(
-            f"the code of this model needs transformers {TRANSFORMERS_VERSIONS}, but {installed} is installed here: "
-            f'run `pip install "transformers{TRANSFORMERS_VERSIONS}"`.'
-        )
-
-
-check_transformers(transformers.__version__)
+TRANSFORMERS_VERSIONS = ">=5.12,<6"
+require_version(f"transformers{TRANSFORMERS_VERSIONS}")
 
 
 # Any to a type checker, which would not accept a mixin as a whole model.
@@ -84,6 +63,33 @@ class SelfContainedMixin(_Saveable):
         if self.push_saved_folder is None:
             return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **options)
         return self.push_saved_folder(working_dir, repo_id, tags=self.model_tags or (), **options)
+
+
+def register_auto_classes(head: type[SelfContainedMixin], *names: str, backbone: Any = None) -> None:
+    """Make the Auto classes called `names` load a model from saved folders, and `AutoModel` its backbone if given."""
+    classes: dict[str, type] = {"AutoConfig": head.config_class}
+    if backbone is not None:
+        classes["AutoModel"] = backbone
+        backbone.auto_classes = classes
+        backbone.register_for_auto_class("AutoModel")
+    head.auto_classes = classes
+    classes.update(dict.fromkeys(names, head))
+    head.register_for_auto_class(names[0])
+
+
+def check_config_class(model_class: Any, config: Any) -> None:
+    """Refuse to make a model from the configuration of another model type.
+
+    Raises:
+        ValueError: if the types differ; the message names both classes.
+    """
+    expected = model_class.config_class
+    if config.model_type != expected.model_type:
+        raise ValueError(
+            f"a {model_class.__name__} cannot be made from a {type(config).__name__} "
+            f"(model_type={config.model_type!r}): pass a {expected.__name__}, let AutoModelForCausalLM.from_config "
+            f"choose the class, or adapt a decoder with bd3lm_hf.adapt_decoder."
+        )
 
 
 class OwnLossMixin:

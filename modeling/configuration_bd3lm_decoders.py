@@ -71,6 +71,7 @@ class BD3LMDecoderConfigMixin(_Configuration):
     var_min: ClassVar[bool] = False
     dropout: ClassVar[float] = 0.0
     unshared_fields: ClassVar[tuple[str, ...]] = ()
+    _required: ClassVar[dict[str, tuple[Any, str]]] = {}
 
     block_size: int = 4
     model_length: int | None = None
@@ -90,6 +91,7 @@ class BD3LMDecoderConfigMixin(_Configuration):
     ignore_bos: bool = True
 
     num_blocks = BD3LMConfig.num_blocks
+    check_block_size = BD3LMConfig.check_block_size
     _check_tokens = BD3LMConfig._check_tokens
     _check_noise = BD3LMConfig._check_noise
 
@@ -153,21 +155,6 @@ class BD3LMDecoderConfigMixin(_Configuration):
                 f"{longest // self.block_size * self.block_size} or less."
             )
         self.check_block_size()
-
-    def check_block_size(self) -> None:
-        """Refuse a block size that does not fit the window. Models check again on use, since a config can change.
-
-        Raises:
-            ValueError: if it is not an integer >= 1, or does not divide `model_length`.
-        """
-        check_sizes(self, "block_size")
-        assert self.model_length is not None  # chosen on construction
-        if self.model_length % self.block_size:
-            nearest = max(self.block_size, self.model_length // self.block_size * self.block_size)
-            raise ValueError(
-                f"block_size={self.block_size} does not divide model_length={self.model_length}: choose a divisor, or "
-                f"model_length={nearest}."
-            )
 
     def _check_objective(self) -> None:
         for name, choices in (("alignment", ALIGNMENTS), ("context", CONTEXTS)):

@@ -1,7 +1,7 @@
 """Configuration of SSD-LM (arXiv 2210.17432), validated on construction."""
 
 # First, to report an unsupported version of transformers before any other import fails.
-from .compatibility_bd3lm import check_transformers  # noqa: F401
+from .compatibility_bd3lm import TRANSFORMERS_VERSIONS  # noqa: F401
 
 
 # isort: split

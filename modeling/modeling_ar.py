@@ -16,9 +16,9 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.utils import can_return_tuple
 
 from .attention_bd3lm import block_causal_plan
-from .backbone_bd3lm import BD3LMLanguageModel, BD3LMModel, BD3LMOutput, register_auto_classes
+from .backbone_bd3lm import BD3LMLanguageModel, BD3LMModel, BD3LMOutput
 from .cache_bd3lm import check_rows, check_tokens, clear, drop_oldest
-from .compatibility_bd3lm import OwnLossMixin
+from .compatibility_bd3lm import OwnLossMixin, register_auto_classes
 from .configuration_bd3lm import ARConfig
 from .decoding_bd3lm import BD3LMGenerateOutput
 from .generation_bd3lm import BD3LMGenerationMixin
@@ -377,6 +377,6 @@ def _seeded(generator: Generators, device: torch.device) -> Iterator[None]:
         yield
 
 
-register_auto_classes(ARForCausalLM, "AutoModelForCausalLM")
+register_auto_classes(ARForCausalLM, "AutoModelForCausalLM", backbone=ARModel)
 
 __all__ = ["ARForCausalLM", "ARModel"]

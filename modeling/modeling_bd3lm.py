@@ -9,9 +9,9 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.utils import can_return_tuple
 
-from .backbone_bd3lm import BD3LMLanguageModel, BD3LMOutput, register_auto_classes
+from .backbone_bd3lm import BD3LMLanguageModel, BD3LMModel, BD3LMOutput
 from .cache_bd3lm import release_buffers
-from .compatibility_bd3lm import OwnLossMixin, check_trainer
+from .compatibility_bd3lm import OwnLossMixin, check_trainer, register_auto_classes
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
@@ -281,4 +281,4 @@ class BD3LMForMaskedLM(BlockDiffusionMixin, BD3LMLanguageModel, GenerationMixin)
         self.post_init()
 
 
-register_auto_classes(BD3LMForMaskedLM, "AutoModelForMaskedLM", "AutoModelForCausalLM")
+register_auto_classes(BD3LMForMaskedLM, "AutoModelForMaskedLM", "AutoModelForCausalLM", backbone=BD3LMModel)

@@ -28,7 +28,13 @@ from transformers import (
 
 from .backbone_bd3lm import BD3LMPreTrainedModel, automatic_attention
 from .cache_bd3lm import BlockCache, StepCache
-from .compatibility_bd3lm import SelfContainedMixin, check_not_next_token_training, warn_of_visible_tokens
+from .compatibility_bd3lm import (
+    SelfContainedMixin,
+    check_config_class,
+    check_not_next_token_training,
+    register_auto_classes,
+    warn_of_visible_tokens,
+)
 from .configuration_bd3lm_decoders import BD3LMDecoderConfigMixin, head_dim_of
 from .decoder_backbone_bd3lm import (
     FLEX_ATTENTION,
@@ -55,12 +61,7 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
     adopt_published_decoding: Callable[..., Any] | None = None
 
     def __init__(self, config: Any) -> None:
-        if config.model_type != self.config_class.model_type:
-            raise ValueError(
-                f"a {type(self).__name__} cannot be made from a {type(config).__name__} "
-                f"(model_type={config.model_type!r}): pass a {self.config_class.__name__}, or adapt a decoder with "
-                f"bd3lm_hf.adapt_decoder."
-            )
+        check_config_class(type(self), config)
         super().__init__(config)
         self.watch_decoder()
         self._adopt_special_tokens()
@@ -267,8 +268,4 @@ for _kind in BD3LMDecoderMixin.__subclasses__():
     _stock = _kind.__bases__[-1]
     DECODERS[_stock.config_class.model_type] = _kind
     _kind.config_class = _CONFIGURATIONS[f"bd3lm_{_stock.config_class.model_type}"]
-    _kind.auto_classes = {
-        "AutoConfig": _kind.config_class,
-        **dict.fromkeys(("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"), _kind),
-    }
-    _kind.register_for_auto_class("AutoModelForMaskedLM")
+    register_auto_classes(_kind, "AutoModelForMaskedLM", "AutoModelForCausalLM", backbone=_kind)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .backbone_bd3lm import BD3LMModel, register_auto_classes
+from .backbone_bd3lm import BD3LMModel
+from .compatibility_bd3lm import register_auto_classes
 from .configuration_bd3lm import MDLMConfig
 from .inputs_bd3lm import may_read
 from .modeling_bd3lm import BD3LMForMaskedLM
@@ -42,6 +43,6 @@ class MDLMForMaskedLM(BD3LMForMaskedLM):
     backbone_class = MDLMModel
 
 
-register_auto_classes(MDLMForMaskedLM, "AutoModelForMaskedLM", "AutoModelForCausalLM")
+register_auto_classes(MDLMForMaskedLM, "AutoModelForMaskedLM", "AutoModelForCausalLM", backbone=MDLMModel)
 
 __all__ = ["MDLMForMaskedLM", "MDLMModel"]

@@ -17,7 +17,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.generation.logits_process import LogitsProcessorList
 
-from .backbone_bd3lm import register_auto_classes
+from .compatibility_bd3lm import register_auto_classes
 from .configuration_bd3lm import SAMPLING_EPS, SEDDConfig
 from .generation_config_bd3lm import SEDDGenerationConfig
 from .inputs_bd3lm import Layout, check_text, token_layout
@@ -149,6 +149,6 @@ class SEDDForMaskedLM(BD3LMForMaskedLM):
         return torch.cat([checkpoint(of_chunk, *part, use_reentrant=False) for part in parts])
 
 
-register_auto_classes(SEDDForMaskedLM, "AutoModelForMaskedLM", "AutoModelForCausalLM")
+register_auto_classes(SEDDForMaskedLM, "AutoModelForMaskedLM", "AutoModelForCausalLM", backbone=SEDDModel)
 
 __all__ = ["SEDDForMaskedLM", "SEDDModel", "score_entropy"]

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .compatibility_bd3lm import OwnLossMixin, SelfContainedMixin
+from .compatibility_bd3lm import OwnLossMixin, SelfContainedMixin, register_auto_classes
 from .configuration_ssdlm import SSDLMConfig
 from .generation_ssdlm import (
     SSDLMGenerationConfig,
@@ -354,11 +354,6 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedMixin, P
         )
 
 
-SSDLMForMaskedLM.auto_classes = {
-    "AutoConfig": SSDLMConfig,
-    "AutoModelForMaskedLM": SSDLMForMaskedLM,
-    "AutoModelForCausalLM": SSDLMForMaskedLM,
-}
-SSDLMForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+register_auto_classes(SSDLMForMaskedLM, "AutoModelForMaskedLM", "AutoModelForCausalLM")
 
 __all__ = ["SSDLMForMaskedLM", "SSDLMOutput"]
