@@ -9,9 +9,7 @@ implementation uses one tile, as a reference for the others; sdpa skips keys tha
 attention uses one tile with a sparse block mask.
 """
 
-import contextlib
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -293,11 +291,7 @@ def flex_attention_on_cpu(
             "model.set_attn_implementation('sdpa')."
         )
     grouped = query.shape[1] != key.shape[1]
-    with contextlib.ExitStack() as stack:
-        if not torch.compiler.is_compiling():
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        out = flex_attention(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
+    out = flex_attention(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous(), None
 
 

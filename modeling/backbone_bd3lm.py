@@ -81,6 +81,23 @@ class BD3LMOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
+def logits_output(model: Any, requested: dict[str, Any], kept: Any = None, **inputs: Any) -> BD3LMOutput:
+    """Run the backbone and the head of a model, the head at the `kept` positions, by default all.
+
+    Args:
+        requested: may have `output_hidden_states` and `output_attentions`; other arguments are ignored.
+    """
+    recorded = {name: requested[name] for name in ("output_hidden_states", "output_attentions") if name in requested}
+    outputs = model.backbone(**inputs, **recorded, return_dict=True)
+    hidden = outputs.last_hidden_state if kept is None else outputs.last_hidden_state[:, kept]
+    return BD3LMOutput(
+        logits=model.logits_head()(hidden),
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
+
+
 class BD3LMPreTrainedModel(SelfContainedMixin, PreTrainedModel):
     """Loading, saving and initialisation shared by the models on this backbone."""
 

@@ -44,10 +44,6 @@ class DecoderBackbone:
         """Return the embeddings of tokens, without positions."""
         return self.model.get_input_embeddings()(input_ids)
 
-    def output_layer(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return the logits."""
-        return self.model.logits_head()(hidden_states)
-
     def run(
         self,
         inputs_embeds: torch.Tensor,

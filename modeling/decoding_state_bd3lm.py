@@ -65,7 +65,13 @@ class EntropyStopCriteria(TextCriteria):
     """
 
     def __init__(self, entropy: float, window: int = 256) -> None:
-        check_entropy_stop(entropy, window)
+        if isinstance(entropy, bool) or not isinstance(entropy, (int, float)) or not entropy > 0:
+            raise ValueError(
+                f"entropy_stop={entropy!r}: give a positive number of nats (the published rule uses 4.0), or None to "
+                f"turn this stop off."
+            )
+        if isinstance(window, bool) or not isinstance(window, int) or window < 2:
+            raise ValueError(f"entropy_stop_window={window!r}: give at least 2 tokens (the published rule uses 256).")
         self.entropy, self.window = entropy, window
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, padding: Any = None, **kwargs: Any) -> Any:
@@ -102,17 +108,6 @@ def token_entropy(input_ids: torch.Tensor) -> torch.Tensor:
     counts = torch.zeros(ordered.shape, dtype=wide_float(ordered.device), device=ordered.device)
     counts.scatter_add_(1, is_new.long().cumsum(dim=1) - 1, torch.ones_like(counts))
     return torch.special.entr(counts / ordered.shape[1]).sum(dim=1)
-
-
-def check_entropy_stop(entropy: Any, window: Any) -> None:
-    """Refuse an entropy stop whose bound or window makes no sense."""
-    if isinstance(entropy, bool) or not isinstance(entropy, (int, float)) or not entropy > 0:
-        raise ValueError(
-            f"entropy_stop={entropy!r}: give a positive number of nats (the published rule uses 4.0), or None to turn "
-            f"this stop off."
-        )
-    if isinstance(window, bool) or not isinstance(window, int) or window < 2:
-        raise ValueError(f"entropy_stop_window={window!r}: give at least 2 tokens (the published rule uses 256).")
 
 
 _LARGEST_BUFFER = 2**31  # tokens

@@ -346,21 +346,15 @@ class BD3LMGenerationMixin(BlockGenerationMixin):
         name = generation_config.cache_implementation
         make_cache = cache_maker(name)
         given = model_kwargs.get("past_key_values") is not None
+        reason = None
         if self.config.time_conditioning:
-            # The keys of finished blocks depend on the noise level of the step that reads them.
-            if given:
-                raise ValueError(
-                    "past_key_values does not fit this model: with time_conditioning=True the keys of a text change "
-                    "with the noise level. Leave the cache out."
-                )
+            reason = "with time_conditioning=True the keys of a text change with the noise level"
         elif fills_window(self.config):
-            # A window is one block, denoised jointly: no part is finished before the rest, so the cache stays empty.
+            reason = f"its block of {self.config.block_size} tokens fills the window, so no block is finished early"
+        if reason is not None:
             cache = model_kwargs.pop("past_key_values", None)
             if cache is not None and cache.get_seq_length() > 0:
-                raise ValueError(
-                    f"past_key_values does not fit this model: its block of {self.config.block_size} tokens fills the "
-                    f"window, so there are no finished blocks to keep. Leave the cache out."
-                )
+                raise ValueError(f"past_key_values does not fit this model: {reason}. Leave the cache out.")
         elif generation_config.use_cache and not given:
             if name is None and compiles_by_default(self, generation_config, batch_size):
                 make_cache = cache_maker("static")

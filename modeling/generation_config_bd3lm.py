@@ -8,7 +8,7 @@ from typing import Any
 from transformers.generation import GenerationConfig
 from transformers.utils import logging
 
-from .decoding_state_bd3lm import check_entropy_stop
+from .decoding_state_bd3lm import EntropyStopCriteria
 from .samplers_bd3lm import SAMPLERS, SAMPLING_DTYPES, SCORE_SAMPLERS
 from .windows_bd3lm import WINDOWS, fills_window
 
@@ -118,7 +118,7 @@ class BD3LMGenerationConfig(BlockGenerationConfig):
             if not isinstance(getattr(config, name), bool):
                 raise ValueError(f"{name}={getattr(config, name)!r}: give True or False.")
         if config.entropy_stop is not None:
-            check_entropy_stop(config.entropy_stop, config.entropy_stop_window)
+            EntropyStopCriteria(config.entropy_stop, config.entropy_stop_window)  # which checks both
 
 
 class SEDDGenerationConfig(BD3LMGenerationConfig):

@@ -125,12 +125,9 @@ def check_attention_mask(attention_mask: torch.Tensor | None, shape: tuple[int, 
         return
     other = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
     if other.numel():
-        low, high = (float(end) for end in other.aminmax())
-        # A fraction or nan is neither.
-        kind = ", like an additive mask" if low < 0 else ""
-        kind = ", like one that numbers packed documents (use position_ids)" if high > 1 else kind
         raise ValueError(
-            f"attention_mask contains {high if high > 1 else low:g}{kind}: give one 0 (padding) or 1 per token."
+            f"attention_mask contains {float(other[0]):g}: give one 0 (padding) or 1 per token. Mark packed "
+            f"documents in position_ids."
         )
 
 

@@ -284,9 +284,6 @@ class BD3LMFinalLayer(nn.Module):
             shift_scale = tuple(of_rows(x, row) for x in shift_scale)
         return self.norm_final(hidden_states, *shift_scale)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.linear(hidden_states)
-
 
 # --- Linear layers ---------------------------------------------------------------------------------------------------
 

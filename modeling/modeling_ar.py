@@ -16,7 +16,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.utils import can_return_tuple
 
 from .attention_bd3lm import block_causal_plan
-from .backbone_bd3lm import BD3LMLanguageModel, BD3LMModel, BD3LMOutput
+from .backbone_bd3lm import BD3LMLanguageModel, BD3LMModel, BD3LMOutput, logits_output
 from .cache_bd3lm import check_rows, check_tokens, clear, drop_oldest
 from .compatibility_bd3lm import OwnLossMixin, register_auto_classes
 from .configuration_bd3lm import ARConfig
@@ -228,30 +228,25 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
             assert input_ids is not None  # checked
             check_positions(position_ids, input_ids.shape)
             batch = (input_ids, labels, attention_mask)
+            check_text(self.config, *batch)
             if not (self.training or torch.is_grad_enabled()) and num_items_in_batch is not None:
                 # A Trainer's evaluation, which passes the other outputs to `predict` and `compute_metrics`.
-                check_text(self.config, *batch)
                 nll, mask = self._score(*batch, position_ids)
                 loss = divide_by_count(nll.sum(), mask.bool(), num_items_in_batch)
                 return BD3LMOutput(loss=loss, nll=nll, mask=mask.long())
             return BD3LMOutput(loss=self._loss(*batch, num_items_in_batch, position_ids))
-        outputs = self.backbone(
+        # slice(0, None) for 0: all positions, as in transformers.
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return logits_output(
+            self,
+            kwargs,
+            kept,
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             use_cache=use_cache,
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
-            return_dict=True,
-            **{k: kwargs[k] for k in ("output_hidden_states", "output_attentions") if k in kwargs},
-        )
-        # slice(0, None) for 0: all positions, as in transformers.
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return BD3LMOutput(
-            logits=self.backbone.output_layer(outputs.last_hidden_state[:, kept]),
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )
 
     def _loss(
@@ -262,7 +257,6 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         num_items_in_batch: torch.Tensor | int | None,
         position_ids: torch.Tensor | None,
     ) -> torch.Tensor:
-        check_text(self.config, input_ids, labels, attention_mask)
         layout, predicted = self._predicted(input_ids, labels, attention_mask, position_ids)
         if may_read(predicted.device):
             indices = predicted.flatten().nonzero().squeeze(1)

@@ -9,13 +9,13 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.utils import can_return_tuple
 
-from .backbone_bd3lm import BD3LMLanguageModel, BD3LMModel, BD3LMOutput
+from .backbone_bd3lm import BD3LMLanguageModel, BD3LMModel, BD3LMOutput, logits_output
 from .cache_bd3lm import release_buffers
 from .compatibility_bd3lm import OwnLossMixin, check_trainer, register_auto_classes
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
-from .inputs_bd3lm import check_arguments, check_loss_arguments, find_documents, seeds_of_texts
+from .inputs_bd3lm import check_arguments, check_loss_arguments, default_labels, find_documents, seeds_of_texts
 from .layers_bd3lm import release_prepacked
 from .likelihood_bd3lm import LikelihoodMixin
 from .loss_bd3lm import denoising_loss
@@ -119,7 +119,9 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
             return BD3LMOutput(loss=self.objective(*batch, **layout))
         if clean_input_ids is None and past_key_values is None:
             check_trainer(self, input_ids, self.config)
-        outputs = self.backbone(
+        return logits_output(
+            self,
+            kwargs,
             input_ids=input_ids,
             attention_mask=attention_mask,
             clean_input_ids=clean_input_ids,
@@ -128,14 +130,6 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
             use_cache=use_cache,
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
-            return_dict=True,
-            **{k: kwargs[k] for k in ("output_hidden_states", "output_attentions") if k in kwargs},
-        )
-        return BD3LMOutput(
-            logits=self.backbone.output_layer(outputs.last_hidden_state),
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )
 
     def _scored_output(
@@ -149,8 +143,7 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
         """Score a batch for a Trainer's evaluation: a text gets the same noise wherever it is in the dataset."""
         shape = input_ids.shape
         documents = find_documents(position_ids, attention_mask, shape)
-        if attention_mask is not None:
-            labels = labels.masked_fill(attention_mask == 0, -100)
+        labels = default_labels(labels, attention_mask)
         if documents is not None:
             input_ids, labels, attention_mask = documents.split(input_ids, labels)
         generator = [torch.Generator().manual_seed(seed) for seed in seeds_of_texts(input_ids, labels)]

@@ -101,7 +101,7 @@ def test_a_causal_context_is_the_stock_model(family, attention):
                 nll = model.token_nll(ids)
                 torch.testing.assert_close(nll.nll.sum() / nll.mask.sum(), expected, atol=1e-5, rtol=1e-5)
             clean = model.stream_hidden(ids, ids, token_layout(None, LENGTH, 1, device=ids.device)).clean
-            torch.testing.assert_close(model.backbone.output_layer(clean), stock(ids).logits, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(model.logits_head()(clean), stock(ids).logits, atol=1e-5, rtol=1e-4)
 
 
 @every_attention

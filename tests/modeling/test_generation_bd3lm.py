@@ -25,7 +25,6 @@ from transformers.generation import streamers
 from transformers.generation.streamers import TextIteratorStreamer, TextStreamer
 
 from bd3lm_hf import BD3LMGenerationConfig
-from bd3lm_hf.modeling.cache_bd3lm import BlockCache
 from bd3lm_hf.modeling.logits_process_bd3lm import NucleusLogitsProcessor
 from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS
 
@@ -223,8 +222,9 @@ def test_a_time_conditioned_model_remasks_and_has_no_cache(models, sampler):
     options = {"sampler": sampler, **FIELDS[sampler], "do_sample": True, "remask_fraction": 0.5}
     output = generate(models["timed"], PROMPT, **options)
     assert output.past_key_values is None and not torch.isin(new_tokens(output), torch.tensor([MASK, PAD])).any()
+    cache = models["timed"](PROMPT[:, :4], use_cache=True, timesteps=torch.ones(1)).past_key_values
     with pytest.raises(ValueError, match="past_key_values.*time_conditioning=True"):
-        generate(models["timed"], PROMPT, past_key_values=BlockCache())
+        generate(models["timed"], PROMPT, past_key_values=cache)
 
 
 # --- Lengths and prompts ---------------------------------------------------------------------------------------------
