@@ -400,8 +400,10 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
             plan = block_causal_plan(layout, length, config, embeds.dtype)
         else:
             embeds = backbone.vocab_embed(x_t if cache is not None else torch.cat([x_0, x_t], dim=1))
-            streams = {"num_noise_samples": num_noise_samples, "clean_cached": cache is not None}
-            plan = two_stream_plan(layout, config, embeds.dtype, **streams)
+            cached = cache is not None
+            plan = two_stream_plan(
+                layout, config, embeds.dtype, num_noise_samples=num_noise_samples, clean_cached=cached
+            )
             # Not a sum with a bool, which torch 2.11 cannot trace for inputs of several lengths.
             positions = layout.position_ids.repeat(1, num_noise_samples + (1 if cache is None else 0))
         modulations = backbone.modulations(sigma, x_t.device)

@@ -148,7 +148,7 @@ class DecoderBackbone:
         )
         length = embeds.shape[1]
         requested = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        recorded = {name: value for name, value in requested.items() if value is not None}
+        recorded: Any = {name: value for name, value in requested.items() if value is not None}
         # A causal context and the blocks to denoise need two streams, although their tokens are the same.
         causal_context = self.config.context == "token" and cache is None and length > 1
         if clean_input_ids is not None or causal_context:
@@ -162,7 +162,7 @@ class DecoderBackbone:
         check_length(layout, self.config)
         causal = past + (0 if cache is None else cache.num_committed)
         mask = decoder_mask(layout, self.config, embeds.dtype, first_query=past, causal_columns=causal)
-        before = last_clean(cache) if self.shifted and past else None
+        before = last_clean(cache) if cache is not None and self.shifted and past else None
         positions = layout.position_ids[:, past:]
         outputs = self.run(embeds, positions, mask, cache, **recorded)
         if self.shifted:

@@ -30,6 +30,8 @@ _Tensor = TypeVar("_Tensor", torch.Tensor, torch.Tensor | None)
 class BD3LMEmbedding(nn.Embedding):
     """An embedding whose table is called `embedding` in the weights, as published, and `weight` in code."""
 
+    embedding: nn.Parameter
+
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         return self.embedding
