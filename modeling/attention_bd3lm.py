@@ -341,7 +341,23 @@ def _whole_tile(
     return Tile((0, keys - first_query), ((0, keys),), mask)
 
 
-def stream_mask(
+def stream_mask(layout: Layout, block_size: int, dtype: torch.dtype, **options: Any) -> torch.Tensor | BlockMask:
+    """Return one mask, see [`_make_stream_mask`]. Masks of unpadded rows are cached between steps."""
+    if layout.is_aligned() and not torch.compiler.is_compiling():  # tracing ignores lru_cache, with a warning
+        return _aligned_stream_mask(layout.block_ids.shape[1], block_size, dtype, layout.block_ids.device, **options)
+    return _make_stream_mask(layout, block_size, dtype, **options)
+
+
+@functools.lru_cache(maxsize=16)
+def _aligned_stream_mask(
+    length: int, block_size: int, dtype: torch.dtype, device: torch.device, **options: Any
+) -> Any:
+    # Cached masks are used in training too, where inference tensors cannot be.
+    with torch.inference_mode(False):
+        return _make_stream_mask(token_layout(None, length, block_size, device=device), block_size, dtype, **options)
+
+
+def _make_stream_mask(
     layout: Layout,
     block_size: int,
     dtype: torch.dtype,
@@ -351,35 +367,13 @@ def stream_mask(
     causal_columns: int = 0,
     sparse: bool = False,
 ) -> torch.Tensor | BlockMask:
-    """Return one mask for all queries from `first_query` on. Masks of unpadded rows are cached between steps.
+    """Return one mask for all queries from `first_query` on.
 
     Args:
         num_streams: number of streams, x_0 included.
         causal_columns: as in [`stream_visibility`].
         sparse: return the mask of flex attention instead of an additive one `(batch or 1, 1, queries, keys)`.
     """
-    options = (num_streams, first_query, causal_columns, sparse, dtype)
-    if layout.is_aligned() and not torch.compiler.is_compiling():  # tracing ignores lru_cache, with a warning
-        return _aligned_stream_mask(layout.block_ids.shape[1], block_size, layout.block_ids.device, *options)
-    return _make_stream_mask(layout, block_size, *options)
-
-
-@functools.lru_cache(maxsize=16)
-def _aligned_stream_mask(length: int, block_size: int, device: torch.device, *options: Any) -> Any:
-    # Cached masks are used in training too, where inference tensors cannot be.
-    with torch.inference_mode(False):
-        return _make_stream_mask(token_layout(None, length, block_size, device=device), block_size, *options)
-
-
-def _make_stream_mask(
-    layout: Layout,
-    block_size: int,
-    num_streams: int,
-    first_query: int,
-    causal_columns: int,
-    sparse: bool,
-    dtype: torch.dtype,
-) -> torch.Tensor | BlockMask:
     if not sparse:
         keys = num_streams * layout.block_ids.shape[1]
         return _dense_mask(layout, block_size, num_streams, (first_query, keys), ((0, keys),), dtype, causal_columns)

@@ -373,9 +373,21 @@ def check_rows(cache: Cache, rows: int, config: Any) -> None:
         )
 
 
-def check_tokens(cache: Cache, token_ids: torch.Tensor) -> None:
-    """Refuse a cache whose tokens, if they are known, are not the beginning of the text `(batch, length)`."""
+def check_continued(cache: Cache, token_ids: torch.Tensor, length: int, config: Any, *, num_uncached: int) -> None:
+    """Refuse a cache of another model, batch or text, or with too many tokens.
+
+    Args:
+        token_ids: `(batch, columns)`, the text, which begins with the cached tokens if these are known.
+        length: tokens of the shortest prompt.
+        num_uncached: how many of them must not be in the cache.
+    """
+    check_rows(cache, len(token_ids), config)
     known, held = getattr(cache, "token_ids", None), int(cache.get_seq_length())
+    if held > length - num_uncached:
+        raise ValueError(
+            f"past_key_values holds {held} tokens but the prompt has {length}: pass the whole text so far as "
+            f"input_ids, the cached part included{' and at least one more token' * num_uncached}."
+        )
     if known is None or known.shape[1] < held:
         return
     # In any order: the rows of the cache may since have been selected, repeated or sorted.
@@ -423,7 +435,7 @@ def check_cache(cache: Cache, buffer: "SequenceBuffer", config: Any) -> None:
     held, shortest = int(cache.get_seq_length()), int(buffer.prompt_end.min())
     if not held:
         return
-    check_rows(cache, len(buffer.token_ids), config)
+    check_continued(cache, buffer.token_ids, shortest, config, num_uncached=0)
     starts = getattr(cache, "row_start", None)
     aligned = (
         buffer.key_valid is None
@@ -435,15 +447,9 @@ def check_cache(cache: Cache, buffer: "SequenceBuffer", config: Any) -> None:
             f"past_key_values holds {held} tokens: a cache can be continued only if it holds whole blocks and the "
             f"rows of the batch are padded as they were in it. Leave it out to start without one."
         )
-    if held > shortest:
-        raise ValueError(
-            f"past_key_values holds {held} tokens but the prompt has {shortest}: pass the whole text so "
-            f"far as input_ids, the cached part included."
-        )
     # Without a finished block left to read, the next one is predicted from the state of the last cached token.
     if getattr(config, "alignment", "same") != "same" and shortest - held < buffer.block_size:
         last_clean(StepCache(cache))
-    check_tokens(cache, buffer.token_ids)
 
 
 def _check_static_size(cache: StaticCache, buffer: "SequenceBuffer", config: Any) -> None:

@@ -15,7 +15,7 @@ from .configuration_bd3lm import SAMPLING_EPS
 from .decoding_state_bd3lm import SequenceBuffer
 from .layers_bd3lm import PrepackedLinears
 from .logits_process_bd3lm import PositionProcessors, never_generated
-from .noise_bd3lm import LogLinearNoise, wide_float
+from .noise_bd3lm import LogLinearNoise
 from .samplers_bd3lm import (
     SAMPLING_DTYPES,
     Generators,
@@ -214,8 +214,8 @@ class BlockWriter:
         trace: records every step, unless None.
 
     Raises:
-        ValueError: if remasking is combined with processors that read the text, the device lacks the sampling dtype,
-            or the sampler does not suit the model's predictions.
+        ValueError: if remasking is combined with processors that read the text, or the sampler does not suit the
+            model's predictions.
     """
 
     def __init__(
@@ -231,7 +231,6 @@ class BlockWriter:
     ) -> None:
         self.buffer, self.config = buffer, model.config
         self.generator, self.trace = generator, trace
-        device = buffer.token_ids.device
         forbidden = never_generated(self.config.mask_token_id, generation_config)
         self.processors = PositionProcessors(processors, buffer, prompt, forbidden)
         self.left_to_right = bool(self.processors.text_readers)
@@ -244,11 +243,6 @@ class BlockWriter:
                 f"or set reads_text = False on a processor that ignores its input_ids."
             )
         self.sampling_dtype = SAMPLING_DTYPES[generation_config.sampling_dtype]
-        if self.sampling_dtype.itemsize > wide_float(device).itemsize:
-            raise ValueError(
-                f"sampling_dtype={generation_config.sampling_dtype!r} is not available on {device}: use 'float32', or "
-                f"move the model to another device."
-            )
         self.forward = BlockForward(model.decoding_network(), buffer, cache, generation_config)
         self.row_forward_passes = torch.zeros(len(buffer.token_ids), dtype=torch.long)  # in which each row took part
         if generation_config.sampler not in model.samplers:

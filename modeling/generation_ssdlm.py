@@ -128,11 +128,8 @@ class SimplexWriter:
         self.model, self.buffer, self.generator = model, buffer, generator
         self.processors = PositionProcessors(processors, buffer, prompt)
         self.scale: float = model.config.one_hot_value
-        self.num_steps: int = generation_config.num_denoising_steps
-        self.top_p: float = generation_config.top_p
+        self.fields = generation_config
         self.project = PROJECTIONS[generation_config.projection]
-        self.sees_all_before: bool = generation_config.context == "all"
-        self.do_sample: bool = generation_config.do_sample
         self.record = ScoreRecord(generation_config)
         self.num_forward_passes = 0
 
@@ -162,17 +159,17 @@ class SimplexWriter:
         shape = (size, self.model.config.vocab_size)
         # 1. Noise
         noisy = self.scale * self._normal(numbers, shape, device)
-        for step in range(self.num_steps, 0, -1):
+        for step in range(self.fields.num_denoising_steps, 0, -1):
             t = torch.full((len(numbers),), float(step), device=device)
             # 2. Logits. The noise is drawn before the tokens, as published.
             normal = self._normal(numbers, shape, device) if step > 1 else None
-            logits = self.model.denoise(context, mask, noisy, t / self.num_steps)
+            logits = self.model.denoise(context, mask, noisy, t / self.fields.num_denoising_steps)
             self.num_forward_passes += 1
             projected = torch.empty_like(logits)
             scores = self._choose(begin, live, logits, numbers, None if normal is None else projected)
             # 3. Less noise
             if normal is not None:
-                alpha_bar = simplex_alpha_bar(t - 1, self.num_steps)
+                alpha_bar = simplex_alpha_bar(t - 1, self.fields.num_denoising_steps)
                 noisy = noisy_logits(projected, alpha_bar, normal, self.scale)
         index = (begin - self.buffer.first_block + torch.arange(size)).repeat(len(rows))
         values = {"scores": scores.flatten(0, 1), "logits": logits.flatten(0, 1)}
@@ -189,7 +186,7 @@ class SimplexWriter:
 
     def _draw(self, rows: list[int], scores: torch.Tensor) -> torch.Tensor:
         """Return a token for each position, given log-probabilities `(rows * positions, vocab_size)`, row by row."""
-        if not self.do_sample:
+        if not self.fields.do_sample:
             return scores.argmax(dim=-1)
         shape = (len(rows), scores.shape[0] // len(rows))
         uniform = random_uniform(shape, scores.device, self._generators(rows))
@@ -202,7 +199,7 @@ class SimplexWriter:
         """Return the context of a block and its mask (None: no padding), both `(rows, width)`."""
         room = self.model.config.model_length - self.buffer.block_size
         # The context of the first block is the whole prompt, right before it.
-        whole = self.sees_all_before or begin == self.buffer.first_block
+        whole = self.fields.context == "all" or begin == self.buffer.first_block
         columns = slice(max(0 if whole else begin - self.buffer.block_size, begin - room), begin)
         context, valid = self.buffer.token_ids[live, columns], self.buffer.key_valid
         if valid is None or self.buffer.last_start <= columns.start:
@@ -229,7 +226,7 @@ class SimplexWriter:
                 tokens = part.argmax(dim=-1)
             else:
                 draw = functools.partial(self._draw, numbers)
-                projected[:, columns], tokens = self.project(part, self.scale, self.top_p, draw)
+                projected[:, columns], tokens = self.project(part, self.scale, self.fields.top_p, draw)
             self.buffer.token_ids[live, begin + columns.start : begin + columns.stop] = tokens
         return scores
 

@@ -136,15 +136,15 @@ def default_labels(input_ids: torch.Tensor, attention_mask: torch.Tensor | None)
     return input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
 
 
-def seeds_of_texts(input_ids: torch.Tensor, labels: torch.Tensor) -> list[int]:
-    """Return a seed for each row that depends on its scored tokens alone, not on its batch or padding."""
-    seeds = []
+def generators_of_texts(input_ids: torch.Tensor, labels: torch.Tensor) -> list[torch.Generator]:
+    """Return a generator for each row whose seed depends on its scored tokens alone, not on its batch or padding."""
+    generators = []
     for row, row_labels in zip(input_ids.tolist(), labels.tolist(), strict=True):
         seed = 0
         for token, label in zip(row, row_labels, strict=True):
             seed = (seed * 1_000_003 + token + 1) % 2**62 if label != -100 else seed  # a polynomial hash
-        seeds.append(seed)
-    return seeds
+        generators.append(torch.Generator().manual_seed(seed))
+    return generators
 
 
 def check_text(

@@ -6,7 +6,7 @@ the weights of these masks.
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple, Protocol, cast
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -21,7 +21,7 @@ from .inputs_bd3lm import (
     padding_mask,
     token_layout,
 )
-from .loss_bd3lm import Corruption, DenoisingNetwork, LossMask, cross_entropy, loss_mask, sigma_of
+from .loss_bd3lm import Corruption, LossMask, cross_entropy, loss_mask, sigma_of
 from .noise_bd3lm import (
     Noise,
     draw_noise,
@@ -185,10 +185,10 @@ class LikelihoodMixin:
 
     def _token_nll(self, request: ScoringRequest) -> TokenNLL:
         """Score checked input; see [`token_nll`]. A model that does not denoise, or predicts scores, overrides it."""
-        return nelbo(cast(DenoisingNetwork, self), request)
+        return nelbo(self, request)
 
 
-def nelbo(model: DenoisingNetwork, request: ScoringRequest) -> TokenNLL:
+def nelbo(model: Any, request: ScoringRequest) -> TokenNLL:
     r"""Bound the negative log-likelihood of every token of a text from above (Eq. 8).
 
     All estimators target Eq. 8 with t over (0, 1], whose value does not depend on the noise schedule: given that k of
@@ -225,7 +225,7 @@ def nelbo(model: DenoisingNetwork, request: ScoringRequest) -> TokenNLL:
 
 
 def _sampled(
-    model: DenoisingNetwork, layout: Layout, scored: LossMask, num_samples: int, source: NoiseSource
+    model: Any, layout: Layout, scored: LossMask, num_samples: int, source: NoiseSource
 ) -> Iterator[Corruption]:
     """Draw t on [1e-3, 1] as published; a single full mask at block size 1."""
     config = model.config
@@ -242,7 +242,7 @@ def _sampled(
 
 
 def stratified_masks(
-    model: DenoisingNetwork, layout: Layout, scored: LossMask, num_samples: int, source: NoiseSource
+    model: Any, layout: Layout, scored: LossMask, num_samples: int, source: NoiseSource
 ) -> Iterator[Corruption]:
     """Draw the number k of masked tokens, spread over 1..n; weight n/k."""
     # Drawn even for a single sample, which ignores it, so that the noise of a seed does not depend on `num_samples`.
@@ -257,7 +257,7 @@ def stratified_masks(
 
 
 def _exact(
-    model: DenoisingNetwork, layout: Layout, scored: LossMask, _num_samples: int, _source: NoiseSource
+    model: Any, layout: Layout, scored: LossMask, _num_samples: int, _source: NoiseSource
 ) -> Iterator[Corruption]:
     """Yield every mask of a block once, with the weight 1 / (k C(n, k)).
 
@@ -296,7 +296,7 @@ def _exact(
 _ESTIMATORS = {"sampled": _sampled, "stratified": stratified_masks, "exact": _exact}
 
 
-def noise_of_batch(model: DenoisingNetwork, scored: LossMask, order: str, source: NoiseSource) -> Noise:
+def noise_of_batch(model: Any, scored: LossMask, order: str, source: NoiseSource) -> Noise:
     """Return the noise of a batch. With a generator per row, each row gets the noise it would get alone, unpadded."""
     batch, length = scored.valid.shape
     device, blocks = scored.valid.device, model.config.num_blocks(length)
@@ -321,7 +321,7 @@ def noise_of_batch(model: DenoisingNetwork, scored: LossMask, order: str, source
 
 
 def mask_losses(
-    model: DenoisingNetwork,
+    model: Any,
     input_ids: torch.Tensor,
     layout: Layout,
     samples: Iterator[Corruption],

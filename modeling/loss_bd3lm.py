@@ -17,7 +17,7 @@ masked positions only, in chunks, and a `(batch, length, vocab_size)` tensor nev
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,23 +48,6 @@ from .noise_bd3lm import (
 LogitsHead = Callable[[torch.Tensor], torch.Tensor]
 
 
-class DenoisingNetwork(Protocol):
-    """The part of a model that the loss and the likelihood use; [`BD3LMLanguageModel`] implements it."""
-
-    config: Any
-    training: bool
-
-    # Untyped arguments, so that only the models define them.
-    def noisy_hidden(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return hidden states at masked positions of the noisy streams; see [`BD3LMLanguageModel.noisy_hidden`]."""
-
-    def clean_cache(self, input_ids: torch.Tensor, layout: Layout) -> Any:
-        """Return the cache of the clean stream."""
-
-    def logits_head(self) -> LogitsHead:
-        """Return the head, which the loss calls on chunks of hidden states."""
-
-
 class LossMask(NamedTuple):
     """Which tokens of a batch take part in the loss; all bool `(batch, length)`."""
 
@@ -74,7 +57,7 @@ class LossMask(NamedTuple):
 
 
 def denoising_loss(
-    model: DenoisingNetwork,
+    model: Any,
     input_ids: torch.Tensor,
     labels: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
@@ -85,6 +68,8 @@ def denoising_loss(
     position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the objective of Algorithm 1 in nats per token: a scalar with a gradient, the mean over noise samples.
+
+    The model has a `config`, `training`, `logits_head()`, and `noisy_hidden` as in [`BD3LMLanguageModel`].
 
     1. Count the tokens whose labels are not -100. Under `config.ignore_bos` the first token of a sequence is never
        masked; as published, it still counts in the mean of training, but not in that of evaluation.
@@ -206,7 +191,7 @@ class Corruption(NamedTuple):
 
 
 def corrupt(
-    model: DenoisingNetwork,
+    model: Any,
     layout: Layout,
     scored: LossMask,
     noise: Noise | None,

@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple
 
 from .attention_bd3lm import block_causal_plan
 from .backbone_bd3lm import BD3LMLanguageModel, BD3LMModel, BD3LMOutput, logits_output
-from .cache_bd3lm import check_rows, check_tokens, clear, drop_oldest
+from .cache_bd3lm import check_continued, clear, drop_oldest
 from .compatibility_bd3lm import OwnLossMixin, register_auto_classes
 from .configuration_bd3lm import ARConfig
 from .decoding_bd3lm import BD3LMGenerateOutput
@@ -84,7 +84,9 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         _refuse_denoising(generation_config)
         prompts, home = self._take_prompts(input_ids, model_kwargs, synced_gpus), input_ids.device
         prompt, padding = prompts.left, prompts.padding
-        self._check_cache(model_kwargs.get("past_key_values"), prompt)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            check_continued(cache, prompt, prompt.shape[1], self.config, num_uncached=1)
         model_kwargs["attention_mask"] = prompts.attention_mask if padding is None else (~padding).long()
         model_kwargs.pop("position_ids", None)  # they were made before the padding moved
         model_kwargs.pop("tokenizer", None)  # for stop_strings, whose criterion has it already
@@ -169,19 +171,6 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
     def infill(self) -> Any:
         # The state at a mask token predicts the token after it: infilling as block diffusion does would be wrong.
         raise AttributeError(f"{type(self).__name__} has no infill: it generates from left to right only.")
-
-    def _check_cache(self, cache: Cache | None, prompt: torch.Tensor) -> None:
-        """Refuse a cache that this prompt `(batch, length)` cannot continue."""
-        held = 0 if cache is None else int(cache.get_seq_length())
-        if cache is None or not held:
-            return
-        check_rows(cache, len(prompt), self.config)
-        if held >= prompt.shape[1]:
-            raise ValueError(
-                f"past_key_values holds {held} tokens but the prompt has {prompt.shape[1]}: pass the whole text so "
-                f"far as input_ids, the cached part and at least one more token."
-            )
-        check_tokens(cache, prompt)
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)

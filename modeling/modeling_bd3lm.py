@@ -15,7 +15,7 @@ from .compatibility_bd3lm import OwnLossMixin, check_trainer, register_auto_clas
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
-from .inputs_bd3lm import check_arguments, check_loss_arguments, default_labels, find_documents, seeds_of_texts
+from .inputs_bd3lm import check_arguments, check_loss_arguments, default_labels, find_documents, generators_of_texts
 from .layers_bd3lm import release_prepacked
 from .likelihood_bd3lm import LikelihoodMixin
 from .loss_bd3lm import denoising_loss
@@ -146,7 +146,7 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
         labels = default_labels(labels, attention_mask)
         if documents is not None:
             input_ids, labels, attention_mask = documents.split(input_ids, labels)
-        generator = [torch.Generator().manual_seed(seed) for seed in seeds_of_texts(input_ids, labels)]
+        generator = generators_of_texts(input_ids, labels)
         samples = self.config.eval_noise_draws
         # Stratifying masks mixes noise levels, which a time-conditioned network cannot take; SEDD stratifies levels.
         estimator = "sampled" if self.config.time_conditioning and "exact" in self.estimators else "stratified"

@@ -6,7 +6,6 @@ a random noise level (Eq. 7). Its likelihood is not tractable.
 """
 
 import copy
-import inspect
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,7 +33,7 @@ from .inputs_bd3lm import (
     check_labels,
     check_loss_arguments,
     default_labels,
-    seeds_of_texts,
+    generators_of_texts,
 )
 
 
@@ -93,11 +92,6 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedMixin, P
     def __init__(self, config: SSDLMConfig) -> None:
         super().__init__(config)
         self.model = AutoModelForMaskedLM.from_config(config.encoder_config)
-        if "inputs_embeds" not in inspect.signature(self.model.forward).parameters:
-            raise ValueError(
-                f"a {type(self.model).__name__} takes no inputs_embeds, through which the simplex enters the encoder: "
-                f"choose a masked language model that does, for instance roberta."
-            )
         self.embed_sum = nn.Linear(config.vocab_size, config.hidden_dim, bias=False)
         self.timestep = TimestepLayer(config.hidden_dim)
         # transformers cannot split the head between devices, since its bias is tied.
@@ -118,14 +112,9 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedMixin, P
             fields: fields of the configuration other than `encoder_config`.
 
         Raises:
-            ValueError: if the encoder is not a masked language model, or if the fields do not fit it.
+            ValueError: if the fields do not fit the encoder.
         """
         model = cls(cls.config_class(encoder_config=copy.deepcopy(encoder.config), **fields))
-        if type(model.model) is not type(encoder):
-            raise ValueError(
-                f"a {type(encoder).__name__} is not a masked language model: pass a {type(model.model).__name__}, "
-                f"which predicts tokens."
-            )
         model.model.load_state_dict(encoder.state_dict())
         model.embed_sum.weight.data.copy_(cast(nn.Embedding, model.get_input_embeddings()).weight.data.T)
         return model
@@ -224,8 +213,7 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedMixin, P
             noise = (block_noise, count_noise)
             evaluates = not (self.training or torch.is_grad_enabled()) and num_items_in_batch is not None
             if evaluates and block_noise is None:
-                scored = default_labels(labels, attention_mask)
-                sources = [torch.Generator().manual_seed(seed) for seed in seeds_of_texts(input_ids, scored)]
+                sources = generators_of_texts(input_ids, default_labels(labels, attention_mask))
                 uniform = torch.stack([torch.rand(4, generator=source) for source in sources])
                 noise = (uniform[:, :2], uniform[:, 2:])
             loss, nll, mask = self._loss(input_ids, attention_mask, labels, noise, num_items_in_batch)

@@ -7,7 +7,6 @@ from published import draw_published, published_bd3lm
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
 
-from bd3lm_hf.modeling import decoding_bd3lm
 from bd3lm_hf.modeling.cache_bd3lm import BlockCache
 from bd3lm_hf.modeling.decoding_bd3lm import BlockForward, Trace
 from bd3lm_hf.modeling.decoding_state_bd3lm import SequenceBuffer
@@ -353,10 +352,3 @@ def test_masked_diffusion_takes_a_step_per_token_and_score_entropy_at_most_one_m
     for steps in (1, 2, 30):
         output = generate(sedd, prompt, max_new_tokens=5, num_denoising_steps=steps, **sampled())
         assert 1 <= output.num_forward_passes <= steps + 1
-
-
-def test_a_precision_that_the_device_lacks_is_refused(model, monkeypatch):
-    monkeypatch.setattr(decoding_bd3lm, "wide_float", lambda device: torch.float32)
-    assert generate(model, ONE_BLOCK, sampling_dtype="float32").sequences.shape == (1, 15)
-    with pytest.raises(ValueError, match="sampling_dtype='float64'.*cpu"):
-        generate(model, ONE_BLOCK, sampling_dtype="float64")

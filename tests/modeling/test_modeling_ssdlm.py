@@ -5,7 +5,7 @@ import torch
 from noisy_text import gradients
 from published import published_ssdlm
 from shared_models import tiny_ssdlm
-from transformers import AutoConfig, AutoModel, BertConfig
+from transformers import AutoConfig, BertConfig
 
 from bd3lm_hf.modeling.configuration_ssdlm import SSDLMConfig
 from bd3lm_hf.modeling.modeling_ssdlm import SSDLMForMaskedLM
@@ -163,13 +163,6 @@ def test_the_vocabulary_can_grow_and_the_simplex_with_it(randomize, size, tmp_pa
     assert loaded(**loaded.dummy_inputs).logits.shape == (2, 4, size)
 
 
-def test_an_encoder_without_a_head_is_refused():
-    encoder = AutoModel.from_config(AutoConfig.for_model("roberta", vocab_size=20, hidden_size=16, num_hidden_layers=1,
-                                                         num_attention_heads=2, intermediate_size=32))  # fmt: skip
-    with pytest.raises(ValueError, match="a RobertaModel .*RobertaForMaskedLM"):
-        SSDLMForMaskedLM.from_encoder(encoder, block_size=4, model_length=16)
-
-
 def test_the_sizes_have_their_common_names_too():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
     config = SSDLMConfig(**sizes, block_size=4)
@@ -212,16 +205,6 @@ def test_calls_that_do_not_fit_are_refused(tiny, call, message):
 def test_configurations_that_no_model_can_have_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         SSDLMConfig(**{"block_size": 4, "model_length": 16, **fields})
-
-
-def test_an_encoder_without_inputs_embeds_is_refused(monkeypatch):
-    class Encoder(torch.nn.Module):
-        def forward(self, input_ids):
-            return input_ids
-
-    monkeypatch.setattr("bd3lm_hf.modeling.modeling_ssdlm.AutoModelForMaskedLM.from_config", lambda config: Encoder())
-    with pytest.raises(ValueError, match="a Encoder takes no inputs_embeds"):
-        tiny_ssdlm(**SIZES)
 
 
 def test_recomputing_activations_changes_no_gradient(tiny):
