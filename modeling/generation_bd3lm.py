@@ -21,6 +21,7 @@ from .cache_bd3lm import cache_maker
 from .decoding_bd3lm import BD3LMGenerateOutput, BlockWriter, Trace
 from .decoding_state_bd3lm import EntropyStopCriteria, SecondEosCriteria, SequenceBuffer, StopRules, pad_left
 from .generation_config_bd3lm import (
+    SPECIAL_TOKENS,
     BD3LMGenerationConfig,
     check_known_fields,
     check_standard_fields,
@@ -101,11 +102,7 @@ class BlockGenerationMixin(_Generative):
         known = vars(self.generation_config)
         kwargs = {k: v for k, v in kwargs.items() if k in known or not hasattr(self.config, k)}
         super().adjust_generation_fn(*args, **kwargs)
-        self._adopt_special_tokens()
-
-    def _adopt_special_tokens(self) -> None:
-        """Fill in special tokens that the generation config does not set from the model's config."""
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in SPECIAL_TOKENS:
             if getattr(self.generation_config, name) is None:
                 setattr(self.generation_config, name, getattr(self.config, name, None))
 

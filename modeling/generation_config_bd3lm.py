@@ -15,6 +15,9 @@ from .windows_bd3lm import WINDOWS, fills_window
 
 logger = logging.get_logger(__name__)
 
+#: Fields of a generation config that the config of a model has too.
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 
 class BlockGenerationConfig(GenerationConfig):
     """transformers' `GenerationConfig` with more fields."""
@@ -30,8 +33,8 @@ class BlockGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> "BlockGenerationConfig":
-        # transformers then calls the constructor. A config made from a model config would lose our fields on saving.
-        raise NotImplementedError(f"call the constructor of {cls.__name__} instead.")
+        # Not as transformers does, which marks such a config and on saving leaves out our fields.
+        return cls(**{name: getattr(model_config, name, None) for name in SPECIAL_TOKENS})
 
 
 class BD3LMGenerationConfig(BlockGenerationConfig):
@@ -159,7 +162,7 @@ _NUMBERS = {
     "eta_cutoff": (1.0, "a probability (0 keeps all tokens)"),
 }
 _MAY_BE_ZERO = {"top_p", "epsilon_cutoff", "eta_cutoff"}
-_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens")
+_IDS = (*SPECIAL_TOKENS, "suppress_tokens", "begin_suppress_tokens")
 
 
 def check_standard_fields(config: Any, vocab_size: int) -> None:

@@ -64,7 +64,6 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
 
     def __init__(self, config: ARConfig) -> None:
         super().__init__(config)
-        self._adopt_special_tokens()
         self.post_init()
 
     # --- Generation --------------------------------------------------------------------------------------------------

@@ -267,8 +267,6 @@ class BD3LMForMaskedLM(BlockDiffusionMixin, BD3LMLanguageModel, GenerationMixin)
         if config.var_min:
             self.register_buffer("sampling_eps_min", torch.tensor(float(config.sampling_eps_min)))
             self.register_buffer("sampling_eps_max", torch.tensor(float(config.sampling_eps_max)))
-        # `generate` uses the special tokens of the model's config unless the generation config sets its own.
-        self._adopt_special_tokens()
         # The loss is not shifted, so Trainer must count all labels, not labels[1:].
         self.loss_type = None  # type: ignore[assignment]
         self.post_init()

@@ -64,7 +64,6 @@ class BD3LMDecoderMixin(SelfContainedMixin, BlockDiffusionMixin):
         check_config_class(type(self), config)
         super().__init__(config)
         self.watch_decoder()
-        self._adopt_special_tokens()
         # The loss is not shifted, so Trainer must count all labels, not labels[1:].
         self.loss_type = None
 

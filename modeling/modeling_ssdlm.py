@@ -97,7 +97,6 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedMixin, P
         # transformers cannot split the head between devices, since its bias is tied.
         output = self.get_output_embeddings()
         self._no_split_modules = [type(part).__name__ for part in self.model.children() if output in part.modules()]
-        self._adopt_special_tokens()
         self.loss_type = None  # type: ignore[assignment]  # nothing is shifted
         self.post_init()
 

@@ -135,11 +135,6 @@ def test_meaningless_fields_are_refused(tiny_model, fields, message):
         tiny_model.generate(torch.tensor([[5]]), max_new_tokens=2, return_dict_in_generate=True, **fields)
 
 
-def test_a_generation_config_is_not_made_from_a_model_config(tiny_config):
-    with pytest.raises(NotImplementedError, match="constructor"):
-        BD3LMGenerationConfig.from_model_config(tiny_config)
-
-
 def test_a_dict_as_generation_config_names_fields_and_misspelt_ones_are_refused(make_model):
     model, ids = make_model(), torch.tensor([[5, 6, 7]])
     expected = model.generate(ids, max_new_tokens=9, sampler="confidence", confidence_threshold=0.0)
