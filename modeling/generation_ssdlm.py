@@ -19,12 +19,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from transformers.generation.logits_process import LogitsProcessorList
 
 from .decoding_bd3lm import ScoreRecord
 from .decoding_state_bd3lm import SequenceBuffer
-from .generation_bd3lm import BlockGenerationMixin, Prompts
 from .generation_config_bd3lm import BlockGenerationConfig, check_choice, check_count, check_probability
 from .logits_process_bd3lm import PositionProcessors
 from .samplers_bd3lm import Generators, random_uniform, sample_categorical
@@ -279,39 +277,3 @@ class SSDLMGenerationConfig(BlockGenerationConfig):
         check_choice("projection", config.projection, PROJECTIONS)
         check_count("num_denoising_steps", config.num_denoising_steps, "the denoising steps per block")
         check_probability("top_p", config.top_p, "is the whole vocabulary")
-
-
-class SSDLMGenerationMixin(BlockGenerationMixin):
-    """`generate` for simplex diffusion. `generator` can be a list with one per row of the batch.
-
-    As published, any token can be generated, special tokens included; list the unwanted ones in `suppress_tokens`.
-    """
-
-    generation_config_class = SSDLMGenerationConfig
-    masks_text = False
-
-    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """Prepare none: the encoder attends from the context to the noisy block, so nothing can be cached."""
-
-    def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        # The projection applies the nucleus.
-        top_p, generation_config.top_p = generation_config.top_p, 1.0
-        try:
-            return super()._get_logits_processor(generation_config, *args, **kwargs)
-        finally:
-            generation_config.top_p = top_p
-
-    def open_writer(
-        self, prompts: Prompts, processors: LogitsProcessorList, generation_config: Any, model_kwargs: dict[str, Any]
-    ) -> SimplexWriter:
-        self._check_fits_window(prompts.attention_mask)
-        prompt, padding = prompts.left, prompts.padding
-        # The prompts end at the same column, where the first block begins.
-        (batch, width), size = prompt.shape, self.config.block_size
-        max_new_tokens = generation_config.max_length - width
-        columns = -(-max_new_tokens // size) * size
-        text = F.pad(prompt, (0, columns), value=self.config.mask_token_id)
-        start = prompt.new_zeros(batch) if padding is None else padding.sum(1)
-        valid = None if padding is None else F.pad(~padding, (0, columns), value=True)
-        buffer = SequenceBuffer(text, start, width - start, width, max_new_tokens, size, valid)
-        return SimplexWriter(self, buffer, prompt, processors, generation_config, model_kwargs.get("generator"))

@@ -14,15 +14,18 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForMaskedLM
 from transformers import initialization as init
+from transformers.generation.logits_process import LogitsProcessorList
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .compatibility_bd3lm import OwnLossMixin, SelfContainedMixin, register_auto_classes
 from .configuration_ssdlm import SSDLMConfig
+from .decoding_state_bd3lm import SequenceBuffer
+from .generation_bd3lm import BlockGenerationMixin, Prompts
 from .generation_ssdlm import (
+    SimplexWriter,
     SSDLMGenerationConfig,
-    SSDLMGenerationMixin,
     almost_one_hot,
     noisy_logits,
     simplex_alpha_bar,
@@ -66,8 +69,10 @@ class TimestepLayer(nn.Module):
         return F.linear(progress, self.weight, self.bias)
 
 
-class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedMixin, PreTrainedModel):
+class SSDLMForMaskedLM(OwnLossMixin, BlockGenerationMixin, SelfContainedMixin, PreTrainedModel):
     """Semi-autoregressive simplex diffusion over any masked-LM encoder of transformers.
+
+    As published, `generate` can write any token, special tokens included; list the unwanted ones in `suppress_tokens`.
 
     ```python
     >>> loss = model(input_ids=ids, labels=ids).loss
@@ -79,6 +84,7 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedMixin, P
     base_model_prefix = ""
     main_input_name = "input_ids"
     generation_config_class = SSDLMGenerationConfig
+    masks_text = False
     accepts_loss_kwargs = True
     has_likelihood = False  # its loss does not bound the likelihood
     exact_likelihood = False
@@ -168,6 +174,32 @@ class SSDLMForMaskedLM(OwnLossMixin, SSDLMGenerationMixin, SelfContainedMixin, P
             self.embed_sum.weight.data = weight
             config.vocab_size = config.encoder_config.vocab_size = size
         return words
+
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """Prepare none: the encoder attends from the context to the noisy block, so nothing can be cached."""
+
+    def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        # The projection applies the nucleus.
+        top_p, generation_config.top_p = generation_config.top_p, 1.0
+        try:
+            return super()._get_logits_processor(generation_config, *args, **kwargs)
+        finally:
+            generation_config.top_p = top_p
+
+    def open_writer(
+        self, prompts: Prompts, processors: LogitsProcessorList, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> SimplexWriter:
+        self._check_fits_window(prompts.attention_mask)
+        prompt, padding = prompts.left, prompts.padding
+        # The prompts end at the same column, where the first block begins.
+        (batch, width), size = prompt.shape, self.config.block_size
+        max_new_tokens = generation_config.max_length - width
+        columns = -(-max_new_tokens // size) * size
+        text = F.pad(prompt, (0, columns), value=self.config.mask_token_id)
+        start = prompt.new_zeros(batch) if padding is None else padding.sum(1)
+        valid = None if padding is None else F.pad(~padding, (0, columns), value=True)
+        buffer = SequenceBuffer(text, start, width - start, width, max_new_tokens, size, valid)
+        return SimplexWriter(self, buffer, prompt, processors, generation_config, model_kwargs.get("generator"))
 
     @can_return_tuple
     def forward(
