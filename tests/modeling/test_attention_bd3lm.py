@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from noisy_text import random_ids, some_masked
 from plain_network import plain_logits
 from torch.nn.attention.flex_attention import create_mask
@@ -152,63 +151,7 @@ def test_two_streams_equal_a_doubled_sequence(
     torch.testing.assert_close(logits, doubled_logits(tiny_model, x_t, x_0), rtol=0, atol=1e-5)
 
 
-# --- No leak ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_a_noisy_block_sees_no_other_noisy_block_and_only_earlier_clean_ones(tiny_model, implementation, small_tiles):
-    tiny_model.set_attn_implementation(implementation)
-    length, size = 18, 4
-    x_0 = random_ids(1, length)
-    x_t = some_masked(x_0)
-
-    def logits(noisy: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return tiny_model(input_ids=noisy, clean_input_ids=clean).logits
-
-    before = logits(x_t, x_0)
-    for start in range(0, length, size):
-        block = slice(start, min(start + size, length))
-        other_noisy, later_clean = (x_t + 11) % 47, x_0.clone()
-        other_noisy[:, block] = x_t[:, block]
-        later_clean[:, start:] = (x_0[:, start:] + 11) % 47
-        torch.testing.assert_close(logits(other_noisy, x_0)[:, block], before[:, block], rtol=0, atol=1e-6)
-        torch.testing.assert_close(logits(x_t, later_clean)[:, block], before[:, block], rtol=0, atol=1e-6)
-        # What it must see: its own noisy tokens, the clean tokens of earlier blocks.
-        own_noisy, earlier_clean = x_t.clone(), x_0.clone()
-        own_noisy[:, start] = (x_t[:, start] + 11) % 47
-        earlier_clean[:, :start] = (x_0[:, :start] + 11) % 47
-        assert (logits(own_noisy, x_0)[:, block] - before[:, block]).abs().max() > 1e-3
-        if start:
-            assert (logits(x_t, earlier_clean)[:, block] - before[:, block]).abs().max() > 1e-3
-
-
 # --- Padding ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "implementation, pad", [(name, pad) for name in ("eager", "sdpa") for pad in (1, 4, 6)] + [("flex_attention", 6)]
-)
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_row_has_the_logits_of_the_row_alone(tiny_model, implementation, side, pad, small_tiles, interpreted):
-    tiny_model.set_attn_implementation(implementation)
-    length = 13
-    x_0 = random_ids(2, length)
-    x_t = some_masked(x_0)
-    padding = (pad, 0) if side == "left" else (0, pad)
-    long_0, long_t = (F.pad(x, padding, value=2) for x in (x_0, x_t))
-    # The second row is full, so that rows with and without padding share a batch.
-    long_0[1], long_t[1] = random_ids(1, length + pad, seed=3)[0], random_ids(1, length + pad, seed=4)[0]
-    mask = F.pad(torch.ones(2, length, dtype=torch.long), padding)
-    mask[1] = 1
-    real = slice(pad, None) if side == "left" else slice(None, length)
-    with torch.no_grad():
-        two = tiny_model(input_ids=long_t, clean_input_ids=long_0, attention_mask=mask).logits[:1, real]
-        one = tiny_model(input_ids=long_t, attention_mask=mask).logits[:1, real]
-        alone_two = tiny_model(input_ids=x_t[:1], clean_input_ids=x_0[:1]).logits
-        alone_one = tiny_model(input_ids=x_t[:1]).logits
-    torch.testing.assert_close(two, alone_two, rtol=0, atol=1e-5)
-    torch.testing.assert_close(one, alone_one, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -106,17 +106,6 @@ def test_a_causal_context_is_the_stock_model(family, attention):
 
 @every_attention
 @every_decoder
-def test_a_single_block_sees_all_of_itself(family, attention):
-    model, ids = tiny_decoder(family, attention, block_size=16), masked(random_ids())
-    mask = torch.zeros(1, 1, LENGTH, LENGTH)
-    with torch.no_grad():
-        hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        expected = model.get_output_embeddings()(hidden) / getattr(model.config, "logits_scaling", 1.0)
-        torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-4)
-
-
-@every_attention
-@every_decoder
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("fields", [{}, {"context": "token", "ar_loss_weight": 0.5}], ids=["block", "token"])
 def test_padding_and_packing_change_no_loss_score_or_logit(fields, side, family, attention):

@@ -135,28 +135,6 @@ def test_the_whole_trajectory_is_the_published_one(recorded, monkeypatch):
     torch.testing.assert_close(last, recorded["decode.logits"][:, 5], atol=1e-4, rtol=0)
 
 
-def test_a_plain_implementation_gives_the_same_text(model):
-    """Compare with Algorithm 2 of SSD-LM by hand: one row, without a buffer or a cache."""
-    scale, steps, text = 5.0, 3, PROMPT
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(2):
-        x = scale * torch.randn((1, 4, 48), generator=generator)
-        for t in range(steps, 0, -1):
-            z = torch.randn((1, 4, 48), generator=generator) if t > 1 else None
-            with torch.no_grad():
-                logits = model(text, noisy_logits=x, timesteps=torch.tensor([t / steps])).logits
-            if z is not None:
-                probability, order = logits.softmax(-1).sort(descending=True)
-                crossing = probability.cumsum(-1) - probability < 0.95
-                kept = torch.zeros_like(crossing).scatter(-1, order, crossing)
-                a = [torch.cos(torch.tensor((s / steps + 1e-4) / (1 + 1e-4) * torch.pi / 2)) ** 2 for s in (t - 1, 0)]
-                clean = torch.where(kept, scale, -scale)
-                x = (a[0] / a[1]).sqrt() * clean + (1 - a[0] / a[1]).sqrt() * scale * z
-        text = torch.cat([text, logits.argmax(-1)], dim=1)
-    output = generate(model, PROMPT, seed=3, projection="even", max_new_tokens=8)
-    assert torch.equal(output.sequences, text)
-
-
 # --- Contexts and projections ----------------------------------------------------------------------------------------
 
 

@@ -83,38 +83,6 @@ def test_the_exact_estimator_equals_the_integral_of_the_bound(toy, context):
     assert score.nll.dtype == score.mask.dtype == torch.float32
 
 
-def orders_nll(model: BD3LMForMaskedLM, ids: torch.Tensor, block: list[int]) -> torch.Tensor:
-    """Return -log p of a block along every order of revealing one token at a time."""
-    totals = [
-        sum(subset_nll(model, ids, order[step:])[order[step]] for step in range(len(order)))
-        for order in itertools.permutations(block)
-    ]
-    return torch.stack(totals) if block else torch.zeros(1, dtype=torch.float64)
-
-
-def test_the_bound_is_the_mean_over_reveal_orders_and_above_the_true_likelihood(toy):
-    # First-hitting reveals tokens in a uniformly random order: its likelihood is the mean over orders.
-    model, ids = toy
-    mean = true = 0.0
-    for block in blocks_of(model, ids, all_but_first(ids)):
-        totals = orders_nll(model, ids, block)
-        mean += totals.mean().item()
-        true += -(torch.logsumexp(-totals, 0) - math.log(len(totals))).item()
-    bound = model.token_nll(ids, estimator="exact").nll.sum().item()
-    assert bound == pytest.approx(mean, rel=1e-5)
-    assert bound > true + 1e-3
-
-
-def test_the_likelihood_that_is_bounded_sums_to_one():
-    model, total, bound_total = toy_model(2), 0.0, 0.0
-    for block in itertools.product(range(3), repeat=2):
-        ids = torch.tensor([[1, 2, *block]])
-        total += (-orders_nll(model, ids, [2, 3])).exp().mean().item()
-        bound_total += (-model.token_nll(ids, estimator="exact").nll[0, 2:].sum()).exp().item()
-    assert total == pytest.approx(1.0, rel=1e-6)
-    assert bound_total < 1.0
-
-
 @pytest.mark.parametrize("estimator, num_samples", [("sampled", 1), ("stratified", 1), ("stratified", 3)])
 def test_the_random_estimators_are_unbiased(toy, estimator, num_samples):
     model, ids = toy

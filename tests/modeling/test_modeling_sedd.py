@@ -53,22 +53,6 @@ def test_sampling_weights_are_the_published_ones(model, recorded, step):
     torch.testing.assert_close(weights, recorded[f"sedd.step{step}.denoise_probs"], atol=1e-5, rtol=0)
 
 
-def test_the_mean_score_entropy_is_least_at_the_posterior():
-    # With a random clean token the best score is ratio times its posterior probability.
-    sigma = torch.tensor([1.3])
-    posterior = torch.tensor([0.5, 0.3, 0.2])
-    best = (posterior * 3).log()
-
-    def mean_entropy(logits: torch.Tensor) -> torch.Tensor:
-        rows = torch.cat([logits, torch.zeros(1)]).expand(3, -1)
-        return (posterior * score_entropy(rows, torch.arange(3), sigma.expand(3), 3)).sum()
-
-    gradient = torch.func.grad(mean_entropy)(best)
-    torch.testing.assert_close(gradient, torch.zeros(3), atol=1e-6, rtol=0)
-    for token in range(3):
-        assert mean_entropy(best + 0.2 * torch.eye(3)[token]) > mean_entropy(best)
-
-
 def test_the_loss_in_chunks_equals_the_loss_at_once(recorded, monkeypatch):
     noise = recorded_noise(recorded, "sedd.full")
     results = []

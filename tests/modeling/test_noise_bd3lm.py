@@ -59,14 +59,6 @@ def test_the_move_rate_is_the_derivative_of_the_move_chance(name):
     torch.testing.assert_close(noise_schedule(name).move_rate(t), slope, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_a_schedule_masks_more_as_time_passes_and_everything_at_the_end(name):
-    mask_prob = noise_schedule(name).move_chance(torch.linspace(0, 1, 1001, dtype=torch.float64))
-    assert (mask_prob.diff() >= 0).all()
-    assert mask_prob[0] <= 1e-3 + 1e-12
-    assert mask_prob[-1] == pytest.approx(1.0, abs=1e-12)
-
-
 def test_an_unknown_schedule_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="noise='linear'.* loglinear, square"):
         noise_schedule("linear")

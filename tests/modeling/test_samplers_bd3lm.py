@@ -70,16 +70,6 @@ def test_without_sampling_or_for_text_readers_positions_are_revealed_from_left_t
     assert positions_of(make("first_hitting"), state_of(masked, **fields)) == [[1], [2], [4]]
 
 
-def test_every_order_is_equally_likely():
-    masked = torch.tensor([True, True, False, True]).expand(12_000, 4)
-    steps = list(make("first_hitting").steps(state_of(masked)))
-    order = torch.stack([step.positions % 4 for step in steps], 1)
-    counts = collections.Counter(tuple(row) for row in order.tolist())
-    assert len(counts) == 6
-    # A count is binomial with mean 2000 and standard deviation 41.
-    assert all(abs(count - 2000) < 5 * 41 for count in counts.values())
-
-
 def test_no_step_is_taken_for_positions_that_are_not_requested():
     requested = torch.tensor([[True, True, False, False]])
     lengths = collections.Counter()

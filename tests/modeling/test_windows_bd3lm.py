@@ -2,13 +2,12 @@
 
 import gc
 import itertools
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from generating import MASK, assert_same, batch_of, generate, make_family, new_tokens, prompts_of
+from generating import MASK, assert_same, generate, make_family, new_tokens, prompts_of
 from plain_network import plain_logits
 from published import published_bd3lm
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -88,18 +87,6 @@ def test_the_moving_window_reproduces_the_published_logits(recorded, kind, windo
     torch.testing.assert_close(torch.stack(rows, 1), recorded[f"adaln.bs16.{name}"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", CACHES)
-@pytest.mark.parametrize("block_size", [1, 32])
-def test_an_exact_window_gives_what_recomputing_it_in_every_step_gives(make_model, block_size, kind):
-    model = make_model(block_size=block_size)
-    batch = batch_of(prompts_of([1, 13, 32]), "left")
-    exact = generate(model, **batch, max_new_tokens=61, window="exact", past_key_values=new_cache(kind, model))
-    assert_same(exact, generate(model, **batch, max_new_tokens=61, use_cache=False))
-    cached = generate(model, **batch, max_new_tokens=61)
-    if block_size < 32:  # with one block in the window, no key is left that could contain earlier blocks
-        assert not torch.equal(cached.sequences, exact.sequences)
-
-
 # --- Any length ------------------------------------------------------------------------------------------------------
 
 
@@ -146,19 +133,6 @@ def test_a_long_text_takes_the_same_work_and_memory_for_every_block(make_model, 
     early, late = (sorted(steps[begin : begin + 25]) for begin in (10, 35))
     assert early[:22] == late[:22]  # now and then the cache moves to the front
     assert work.memory[-1] - work.memory[0] < 5_000
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
-@pytest.mark.parametrize("name", ["dynamic", "static"])
-def test_a_hundred_thousand_tokens_take_no_more_memory_than_ten_thousand(make_model, name):
-    model, memory = make_model(block_size=8), []
-    for tokens in (10_000, 100_000):
-        generate_long(model, tokens, cache_implementation=name)
-        status = Path("/proc/self/status").read_text().splitlines()
-        memory.append(int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024)
-    # Ten passes' worth of keys and values, or one mask of all columns per block, would be more.
-    assert memory[1] - memory[0] < 4_000_000
 
 
 # --- Caches of fixed size --------------------------------------------------------------------------------------------
