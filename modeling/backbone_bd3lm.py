@@ -104,6 +104,7 @@ class BD3LMPreTrainedModel(SelfContainedMixin, PreTrainedModel):
     config_class = BD3LMConfig
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
+    _input_embed_layer = "vocab_embed"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BD3LMBlock"]
     _supports_sdpa = True
@@ -188,12 +189,6 @@ class BD3LMModel(BD3LMPreTrainedModel):
         self.output_layer = BD3LMFinalLayer(config)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.vocab_embed
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.vocab_embed = value
 
     def modulations(self, timesteps: torch.Tensor | None, device: torch.device) -> Modulations:
         """Return the source of the shifts, scales and gates of each layer and of the final norm.
@@ -347,12 +342,6 @@ class BD3LMLanguageModel(BD3LMPreTrainedModel):
         super().__init__(config)
         check_config_class(type(self), config)
         self.backbone = self.backbone_class(config)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.vocab_embed
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.vocab_embed = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.backbone.output_layer.linear

@@ -191,23 +191,16 @@ def warn_of_visible_tokens(
         )
 
 
-def check_trainer(network: torch.nn.Module, input_ids: torch.Tensor | None, config: Any) -> None:
-    """Refuse a Trainer whose `compute_loss` removes the labels from the batch and shifts the logits.
-
-    Raises:
-        ValueError: see [`check_not_next_token_training`].
-    """
-    if not (network.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-        return
-    if any(_TRAINER.search(file) for file in _calling_files()):
-        check_not_next_token_training(network, input_ids, config)
-
-
-def check_not_next_token_training(network: torch.nn.Module, input_ids: torch.Tensor | None, config: Any) -> None:
-    """Refuse calls of trainers that compute a next-token loss from the states of clean text.
+def check_not_next_token_training(
+    network: torch.nn.Module, input_ids: torch.Tensor | None, config: Any, *, in_trainer: bool = False
+) -> None:
+    """Refuse calls of trainers that compute a next-token loss from the states or logits of clean text.
 
     TRL's trainers never ask the model for its loss: they call `model.base_model` and shift its states by one. A block
     is bidirectional, so these states see the very token that they would be trained to predict.
+
+    Args:
+        in_trainer: only if transformers' Trainer calls, whose `compute_loss` may have removed the labels.
 
     Raises:
         ValueError: if a text in training has no mask token and no earlier one had any. After one that had, a custom
@@ -216,6 +209,8 @@ def check_not_next_token_training(network: torch.nn.Module, input_ids: torch.Ten
     if not (network.training and torch.is_grad_enabled()) or config.causal or input_ids is None:
         return
     if torch.compiler.is_compiling() or input_ids.is_meta or vars(network).get("_masks_seen"):
+        return
+    if in_trainer and not any(_TRAINER.search(file) for file in _calling_files()):
         return
     vars(network)["_masks_seen"] = bool((input_ids == config.mask_token_id).any())
     if not vars(network)["_masks_seen"]:

@@ -32,7 +32,6 @@ _TYPES: dict[str, tuple[str, ...]] = {
         *("adaln", "time_conditioning", "cross_attn", "causal", "var_min", "resample", "complementary", "ignore_bos"),
         *("use_cache", "mdlm_loss_scale"),
     ),
-    "a name": ("noise",),
 }
 
 
@@ -391,8 +390,6 @@ def check_types(config: Any) -> None:
 def _has_type(value: Any, expected: str) -> bool:
     if expected == "True or False":
         return isinstance(value, bool)
-    if expected == "a name":
-        return isinstance(value, str)
     whole = isinstance(value, int) and not isinstance(value, bool)
     return whole or (isinstance(value, float) if expected == "a number" else value is None)
 

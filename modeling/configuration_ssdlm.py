@@ -66,7 +66,13 @@ class SSDLMConfig(PreTrainedConfig):
         if self.encoder_config is None:
             self.encoder_config = self._roberta()
         elif isinstance(self.encoder_config, dict):
-            self.encoder_config = _from_dict(self.encoder_config)
+            kind = str(self.encoder_config.get("model_type"))
+            if kind not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"encoder_config has model_type={kind!r}, which transformers does not know: give that of a masked "
+                    f"language model, for instance roberta."
+                )
+            self.encoder_config = CONFIG_MAPPING[kind](**self.encoder_config)
         if type(self.encoder_config) not in MODEL_FOR_MASKED_LM_MAPPING:
             raise ValueError(
                 f"encoder_config is a {type(self.encoder_config).__name__}, for which transformers has no masked "
@@ -140,16 +146,6 @@ class SSDLMConfig(PreTrainedConfig):
             eos_token_id=self.eos_token_id,
             pad_token_id=pad,
         )
-
-
-def _from_dict(fields: dict[str, Any]) -> PreTrainedConfig:
-    kind = str(fields.get("model_type"))
-    if kind not in CONFIG_MAPPING:
-        raise ValueError(
-            f"encoder_config has model_type={kind!r}, which transformers does not know: give the configuration of a "
-            f"masked language model, for instance roberta."
-        )
-    return CONFIG_MAPPING[kind](**fields)
 
 
 SSDLMConfig.register_for_auto_class()

@@ -198,10 +198,6 @@ class BlockGenerationMixin(_Generative):
             "fit a block-diffusion model: call generate with a padded batch and its attention_mask."
         )
 
-    @property
-    def init_continuous_batching(self) -> Any:
-        raise AttributeError(f"{type(self).__name__} has no continuous batching: call generate.")
-
     def _check_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generator: Generators) -> None:
         """Refuse a prompt that the model cannot read, or a wrong number of generators, before any work."""
         check_generators(generator, len(input_ids))

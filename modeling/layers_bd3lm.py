@@ -9,7 +9,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ from .noise_bd3lm import wide_float
 
 
 _FREQUENCY_DIM = 256  # sinusoidal features of the noise level
-_Tensor = TypeVar("_Tensor", torch.Tensor, torch.Tensor | None)
 
 
 class BD3LMEmbedding(nn.Embedding):
@@ -255,7 +254,7 @@ def unstack_modulations(stacked: torch.Tensor) -> list[torch.Tensor | tuple[torc
     return [*layers, parts[-2:]]
 
 
-def of_rows(modulation: _Tensor, row: torch.Tensor) -> _Tensor:
+def of_rows(modulation: Any, row: torch.Tensor) -> Any:
     """Expand a modulation to flattened positions, given the batch row of each."""
     return modulation if modulation is None or modulation.dim() == 1 else modulation[row, 0]
 
@@ -395,17 +394,14 @@ def _pack(layer: nn.Module) -> torch.Tensor:
     weight: torch.Tensor = layer.weight  # type: ignore[assignment]
     # A write through `weight.data` changes neither address nor version, so the weight itself is checked too, with one
     # product: it costs as much as one token, and packing as much as several.
-    state, probe = (weight.data_ptr(), weight._version), F.linear(_probe(weight.shape[1]), weight)
+    vector = torch.rand(1, weight.shape[1], generator=torch.Generator().manual_seed(0)) + 0.5
+    state, probe = (weight.data_ptr(), weight._version), F.linear(vector, weight)
     packed = _PACKED.get(layer)
     if packed is None or packed.state != state or not torch.equal(packed.probe, probe):
         _PACKED.pop(layer, None)  # frees its memory before the new one is made
         packed = _Packed(state, probe, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS))
         _PACKED[layer] = packed
     return packed.weight
-
-
-def _probe(width: int) -> torch.Tensor:
-    return torch.rand(1, width, generator=torch.Generator().manual_seed(0)) + 0.5
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -213,11 +213,6 @@ def corrupt(
         blocks, count = _num_blocks(layout, config), config.noise_draws if model.training else 1
         order = config.antithetic_sampling
         noise = draw_noise(batch, blocks, length, num_noise_samples=count, order=order, device=device)
-    elif device.type == "cpu" and noise.block_noise.shape[-1] < _num_blocks(layout, config):
-        raise ValueError(
-            f"block_noise of shape {tuple(noise.block_noise.shape)} does not fit {_num_blocks(layout, config)} blocks "
-            f"of packed documents: give one column per block, or leave the noise out."
-        )
     # The noise samples of a sequence are one long row of num_noise_samples * blocks blocks.
     num_noise_samples = noise.num_noise_samples()
     noise = Noise(*(x.to(device, non_blocking=True) for x in noise.side_by_side()))

@@ -122,24 +122,12 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
             tokens_per_forward=criteria.tokens_per_row / max(1, num_new),
         )
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self,
-        input_ids: torch.Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        exact_window: bool = False,
-        generator: Generators = None,
-        **kwargs: Any,
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, generator: Generators = None, exact_window: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
         """Prepare inputs as transformers does, but only the last `model_length` tokens of a longer text."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            **kwargs,
-        )
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        past_key_values, attention_mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         window = self.config.model_length
         if input_ids.shape[1] <= window:
             return inputs
@@ -157,13 +145,12 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         return {**inputs, "position_ids": (real.long().cumsum(1) - 1).clamp(min=0)[:, -length:]}
 
     def _prepare_cache_for_generation(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> None:
-        for name in ("cache_implementation", "compile_config"):
-            value = getattr(generation_config, name)
-            if value is not None and value != "dynamic":
-                raise ValueError(
-                    f"{name}={value!r} is not supported by the autoregressive models of this library, whose cache "
-                    f"grows with the text until the window is full. Leave it out."
-                )
+        name = generation_config.cache_implementation
+        if name not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={name!r} is not supported by the autoregressive models of this library, whose "
+                f"cache grows with the text until the window is full. Leave it out."
+            )
         super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
     @property
@@ -215,14 +202,14 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         if labels is not None:
             assert input_ids is not None  # checked
             check_positions(position_ids, input_ids.shape)
-            batch = (input_ids, labels, attention_mask)
-            check_text(self.config, *batch)
+            check_text(self.config, input_ids, labels, attention_mask)
+            batch = (input_ids, labels, *self._predicted(input_ids, labels, attention_mask, position_ids))
             if not (self.training or torch.is_grad_enabled()) and num_items_in_batch is not None:
                 # A Trainer's evaluation, which passes the other outputs to `predict` and `compute_metrics`.
-                nll, mask = self._score(*batch, position_ids)
+                nll, mask = self._score(*batch)
                 loss = divide_by_count(nll.sum(), mask.bool(), num_items_in_batch)
                 return BD3LMOutput(loss=loss, nll=nll, mask=mask.long())
-            return BD3LMOutput(loss=self._loss(*batch, num_items_in_batch, position_ids))
+            return BD3LMOutput(loss=divide_by_count(self._loss(*batch), batch[-1], num_items_in_batch))
         # slice(0, None) for 0: all positions, as in transformers.
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return logits_output(
@@ -238,34 +225,24 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         )
 
     def _loss(
-        self,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        num_items_in_batch: torch.Tensor | int | None,
-        position_ids: torch.Tensor | None,
+        self, input_ids: torch.Tensor, labels: torch.Tensor, layout: Layout, predicted: torch.Tensor
     ) -> torch.Tensor:
-        layout, predicted = self._predicted(input_ids, labels, attention_mask, position_ids)
+        """Return the summed negative log-likelihood of the predicted tokens, with a gradient."""
         if may_read(predicted.device):
             indices = predicted.flatten().nonzero().squeeze(1)
         else:  # all tokens but the first of each row, weighted by whether they are predicted
             indices = torch.arange(predicted.numel(), device=predicted.device).view_as(predicted)[:, 1:].flatten()
         hidden = self._hidden_before(indices, input_ids, layout)
         weights, targets = predicted.flatten()[indices].float(), labels.flatten()[indices].clamp(min=0)
-        total = chunked_cross_entropy(hidden, self.logits_head(), targets, weights, self.config)
-        return divide_by_count(total, predicted, num_items_in_batch)
+        return chunked_cross_entropy(hidden, self.logits_head(), targets, weights, self.config)
 
     def _token_nll(self, request: ScoringRequest) -> TokenNLL:
-        return self._score(request.input_ids, request.labels, request.attention_mask)
+        text = (request.input_ids, request.labels)
+        return self._score(*text, *self._predicted(*text, request.attention_mask))
 
     def _score(
-        self,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None = None,
+        self, input_ids: torch.Tensor, labels: torch.Tensor, layout: Layout, predicted: torch.Tensor
     ) -> TokenNLL:
-        layout, predicted = self._predicted(input_ids, labels, attention_mask, position_ids)
         nll = torch.zeros(input_ids.shape, device=input_ids.device)
         indices = predicted.flatten().nonzero().squeeze(1)
         hidden = self._hidden_before(indices, input_ids, layout)
@@ -277,7 +254,7 @@ class ARForCausalLM(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin, BD3LMLa
         input_ids: torch.Tensor,
         labels: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None = None,
     ) -> tuple[Layout, torch.Tensor]:
         """Return the layout, and which labelled tokens follow a token of their document, bool `(batch, length)`."""
         # Causal attention is block-causal attention over blocks of one token.

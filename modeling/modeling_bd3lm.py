@@ -11,7 +11,7 @@ from transformers.utils import can_return_tuple
 
 from .backbone_bd3lm import BD3LMLanguageModel, BD3LMModel, BD3LMOutput, logits_output
 from .cache_bd3lm import release_buffers
-from .compatibility_bd3lm import OwnLossMixin, check_trainer, register_auto_classes
+from .compatibility_bd3lm import OwnLossMixin, check_not_next_token_training, register_auto_classes
 from .configuration_bd3lm import BD3LMConfig
 from .generation_bd3lm import BD3LMGenerationMixin
 from .generation_config_bd3lm import BD3LMGenerationConfig
@@ -118,7 +118,7 @@ class BlockDiffusionMixin(OwnLossMixin, BD3LMGenerationMixin, LikelihoodMixin):
             batch = (input_ids, labels, attention_mask, noise, num_items_in_batch)
             return BD3LMOutput(loss=self.objective(*batch, **layout))
         if clean_input_ids is None and past_key_values is None:
-            check_trainer(self, input_ids, self.config)
+            check_not_next_token_training(self, input_ids, self.config, in_trainer=True)
         return logits_output(
             self,
             kwargs,

@@ -76,7 +76,7 @@ WRONG_TYPES = {
     "dropout": ["0.1", None, True],
     "sampling_eps_min": ["0", None],
     "sampling_eps_max": ["1", [1.0]],
-    "noise": [[1], None, 3],
+    "noise": [None, 3],
     "antithetic_sampling": [["none"], None],
     "adaln": ["yes", 1, None],
     "time_conditioning": ["no"],

@@ -521,8 +521,7 @@ def test_what_does_not_fit_a_single_window_is_refused(models, family):
         generate(models[family], PROMPT, sampler=other)
 
 
-def test_continuous_batching_is_hidden_and_refused(model):
-    assert not hasattr(model, "init_continuous_batching")
+def test_continuous_batching_is_refused(model):
     with pytest.raises(ValueError, match="generate_batch"):
         model.generate_batch([[5, 6]])
 

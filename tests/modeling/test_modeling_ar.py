@@ -4,7 +4,6 @@ import pytest
 import torch
 from generating import MASK, PAD, make_family
 from published import published
-from transformers.generation import CompileConfig
 
 from bd3lm_hf import ARConfig, ARForCausalLM
 
@@ -125,7 +124,6 @@ def test_a_cached_window_of_one_layer_equals_recomputation():
         ({"sampling_dtype": "float64"}, "sampling_dtype='float64' is for denoising models"),
         ({"do_sample": True, "generator": [torch.Generator()] * 2}, "cannot use a generator per row"),
         ({"cache_implementation": "static"}, "cache_implementation='static' is not supported by the autoregressive"),
-        ({"compile_config": CompileConfig()}, "compile_config=.* is not supported by the autoregressive"),
     ],
 )
 def test_unsupported_options_are_refused(model, fields, message):
