@@ -300,12 +300,10 @@ def _plan(tiles: tuple[Tile, ...]) -> AttentionPlan:
 
 
 def _ranges(length: int, implementation: str, block_size: int) -> list[tuple[int, int]]:
-    if implementation == "eager":
+    # An exported program may have to serve every length, so it has a single tile.
+    if implementation == "eager" or torch.compiler.is_exporting():
         return [(0, length)]
     step = -(-_TILE // block_size) * block_size
-    # An exported program may have to serve every length, so it has a single tile.
-    if torch.compiler.is_exporting():
-        return [(0, length)]
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 

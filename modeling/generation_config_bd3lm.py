@@ -1,6 +1,5 @@
 """The generation config: the fields of `generate` that transformers does not have, and their validation."""
 
-import difflib
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -136,9 +135,7 @@ def check_known_fields(config: GenerationConfig, kind: type[GenerationConfig]) -
     known = vars(kind())
     unknown = [name for name in vars(config) if name not in known and not name.startswith("_")]
     if unknown:
-        close = {name: difflib.get_close_matches(name, known, n=1) for name in unknown}
-        hints = [f"{name} (did you mean {match[0]}?)" if match else name for name, match in close.items()]
-        raise ValueError(f"generation_config has unknown fields: {', '.join(hints)}. Remove or rename them.")
+        raise ValueError(f"generation_config has unknown fields: {', '.join(unknown)}. Remove or rename them.")
 
 
 _LARGEST_STEPS = 2**20  # denoising steps per block; a grid of this size still fits in memory

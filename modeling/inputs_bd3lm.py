@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -421,7 +420,7 @@ def find_documents(
     """Find the documents packed into each row, as in padding-free batches: one begins wherever positions restart.
 
     A loss draws a noise level for each block of each document, so it separates the documents. This waits for the
-    device.
+    device once.
 
     Returns:
         None if no row holds more than one document.
@@ -438,6 +437,12 @@ def find_documents(
     if int(begins.sum(1).max()) <= 1:
         return None
     packed = real.flatten().nonzero().squeeze(1)  # flat indices of all tokens
-    documents = packed.tensor_split(begins.flatten()[packed].nonzero().squeeze(1)[1:].cpu())
-    tokens = [torch.ones_like(own, dtype=torch.bool) for own in documents]
-    return Documents(pad_sequence(documents, batch_first=True), pad_sequence(tokens, batch_first=True))
+    # The index of a document is the number of documents that begin before it.
+    document = (begins.flatten().cumsum(0) - 1)[packed]
+    column = position_ids.flatten()[packed]
+    size = (int(document[-1]) + 1, int(column.max()) + 1)
+    index = torch.zeros(size, dtype=torch.long, device=packed.device)
+    mask = torch.zeros(size, dtype=torch.bool, device=packed.device)
+    index[document, column] = packed
+    mask[document, column] = True
+    return Documents(index, mask)

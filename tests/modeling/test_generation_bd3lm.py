@@ -466,7 +466,7 @@ def test_a_plain_config_can_be_assigned_passed_and_saved(models, family, tmp_pat
 
 def test_unknown_fields_of_a_config_are_refused_by_name(model):
     misspelt = GenerationConfig(num_denoising_step=3, max_new_tokens=4)
-    with pytest.raises(ValueError, match="num_denoising_step .*num_denoising_steps"):
+    with pytest.raises(ValueError, match="num_denoising_step"):
         model.generate(PROMPT, generation_config=misspelt)
     with pytest.raises(ValueError, match="num_denoising_step"):
         make_family("bd3lm").generation_config = misspelt

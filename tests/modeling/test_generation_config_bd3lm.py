@@ -147,7 +147,7 @@ def test_a_dict_as_generation_config_names_fields_and_misspelt_ones_are_refused(
         model.generate(ids, generation_config={"smapler": "confidence"})
     model.generation_config.smapler = "confidence"
     for call, given in ((model.generate, ids), (model.infill, blanks)):
-        with pytest.raises(ValueError, match="smapler .did you mean sampler"):
+        with pytest.raises(ValueError, match="unknown fields: smapler"):
             call(given)
 
 
